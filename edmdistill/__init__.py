@@ -1,0 +1,50 @@
+"""edmdistill turns pretrained EDM and EDM2 diffusion checkpoints into few-step generators.
+
+The public names below are imported on first use, so that `import edmdistill` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edmdistill.checkpoints.convert import convert, load_denoiser, load_generator
+    from edmdistill.checkpoints.store import Generator
+    from edmdistill.errors import EdmDistillError
+    from edmdistill.evaluation.protocol import evaluate
+    from edmdistill.networks.preconditioning import Denoiser
+    from edmdistill.sampling.generate import sample
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "Denoiser": "edmdistill.networks.preconditioning",
+    "EdmDistillError": "edmdistill.errors",
+    "Generator": "edmdistill.checkpoints.store",
+    "convert": "edmdistill.checkpoints.convert",
+    "evaluate": "edmdistill.evaluation.protocol",
+    "load_denoiser": "edmdistill.checkpoints.convert",
+    "load_generator": "edmdistill.checkpoints.convert",
+    "sample": "edmdistill.sampling.generate",
+}
+
+__all__ = [
+    "Denoiser",
+    "EdmDistillError",
+    "Generator",
+    "__version__",
+    "convert",
+    "evaluate",
+    "load_denoiser",
+    "load_generator",
+    "sample",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edmdistill' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

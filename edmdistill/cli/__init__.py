@@ -1,0 +1,66 @@
+"""The command line. One file a command; the table here answers `--help` without importing any of them."""
+
+import importlib
+import sys
+from difflib import get_close_matches
+
+import click
+
+from edmdistill import __version__
+from edmdistill.errors import EdmDistillError
+
+COMMANDS = {
+    "inspect": "Show what is in a checkpoint, ours or an official pickle, without running it.",
+    "convert": "Turn an official checkpoint into ours, and print how exactly the function was kept.",
+    "train": "Train a network by a method: diffusion, cosim, sid.",
+    "sample": "Draw images from a teacher or a generator.",
+    "eval": "Measure a checkpoint or a folder of images against a data set.",
+    "report": "Write a one-page HTML report of a run.",
+}
+
+
+class Failure(click.ClickException):
+    """A user's error as click shows it: `Error: ` and one sentence on stderr."""
+
+    exit_code = 2
+
+
+class LazyGroup(click.Group):
+    """A group whose command NAME is the object `command` of edmdistill.cli.NAME, imported when called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"edmdistill.cli.{name.replace('-', '_')}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            near = get_close_matches(name, COMMANDS, n=1)
+            ctx.fail(f"There is no command {name!r}. " + (f"Did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except EdmDistillError as error:
+            raise Failure(str(error)) from error
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edmdistill")
+def main() -> None:
+    """Turn pretrained EDM and EDM2 diffusion checkpoints into few-step generators."""
