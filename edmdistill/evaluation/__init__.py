@@ -1,0 +1,1 @@
+"""Measures images against a reference, bound to a protocol."""
