@@ -1,0 +1,90 @@
+"""What a method is: roles, and turns that each train one of them.
+
+A method gets tensors and networks in their TrigFlow reading, F(x_t, t, labels[, second time]), and gives back losses.
+It knows no optimiser, device, file or process: `training` runs the turns, in order, for ever, and freezes every role
+but the turn's own while it does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+FlowFunction = Callable[
+    ..., Tensor
+]  # F(x_t [B,C,H,W], t [B], labels [B,label_dim] | None[, second [B]]) -> [B,C,H,W]
+
+
+class Batch(NamedTuple):
+    """Training data: x0 [B,C,H,W] float32 in the teacher's space; labels [B,label_dim] float32, or None."""
+
+    x0: Tensor
+    labels: Tensor | None
+
+
+class NoiseRange(NamedTuple):
+    """The noise levels that the teacher knows: standard deviation of its data, smallest and largest sigma."""
+
+    sigma_data: float
+    sigma_min: float
+    sigma_max: float
+
+
+class Role(NamedTuple):
+    """A network's part in a method: whether it is trained, and whether it reads a second time."""
+
+    trained: bool
+    two_time: bool = False
+
+
+class Loss(NamedTuple):
+    """value: each sample's loss, summed over pixels [B]; t: its time [B]; signals: what monitors plot, 0-dim, detached."""
+
+    value: Tensor
+    t: Tensor
+    signals: dict[str, Tensor] = {}
+
+
+class Turn(NamedTuple):
+    """One optimiser step of one role."""
+
+    role: str
+    loss: Callable[[Batch, torch.Generator], Loss]
+
+
+class Method(ABC):
+    """A distillation algorithm.
+
+    Class attributes:
+        Config: a frozen msgspec.Struct; its fields are the [method] table of a recipe.
+        roles: the networks it plays with, by name. A role that is not trained is the frozen teacher.
+        product: the role whose average is what a run is for.
+    """
+
+    Config: ClassVar[type[msgspec.Struct]]
+    roles: ClassVar[dict[str, Role]]
+    product: ClassVar[str] = "generator"
+
+    @abstractmethod
+    def __init__(
+        self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange
+    ) -> None:
+        """networks: a callable for every role."""
+
+    @abstractmethod
+    def turns(self) -> tuple[Turn, ...]:
+        """One round: the turns in the order in which they are taken."""
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences worth reading before a run: what follows from the options, what is known to be risky."""
+        return ()
+
+
+def normal_like(x: Tensor, rng: torch.Generator, std: float = 1.0) -> Tensor:
+    """Gaussian noise with the shape, dtype and device of x."""
+    return torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype) * std

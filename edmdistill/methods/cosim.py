@@ -1,0 +1,140 @@
+"""CoSIM: continuous semi-implicit models, a generator of any number of steps.
+
+Yu et al. 2025 (ICML), algorithm 2.
+
+    x_t ~ p(x_t | x0)          data at noise level t
+    g   = G_phi(x_t, t)        the generator's guess of the data
+    x_s ~ q_phi(x_s | x_t)     cos(s) g + sin(s) z, the transition to s < t
+    F*(x_s, s)                 teacher
+    F_psi(x_s; s, t)           auxiliary score, follows the generator's distribution at s, started from t
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, NamedTuple, cast
+
+import msgspec
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from ..schedules import cosim_sigmas
+from ..trigflow import denoised, diffuse, sigma_to_time, velocity
+from .base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, normal_like
+from .semi_implicit import auxiliary_loss, generator_loss
+
+
+class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Differs: the paper writes coef = alpha (1 + lambda) and asks for lambda >= 0, yet trains alpha 1.2 with coef 1; its
+    eq. 12 means another lambda, 2 coef - 1. The losses know alpha and coef alone, so these are the options."""
+
+    alpha: Annotated[
+        float, Meta(gt=0, description="weight of the squared score gap in the generator's loss")
+    ] = 1.2
+    coef: Annotated[
+        float, Meta(gt=0, description="pull of the auxiliary score towards the teacher; .5 = none")
+    ] = 1.0
+    R: Annotated[
+        int, Meta(ge=1, description="largest divisor of a jump: higher asks for more small jumps")
+    ] = 4
+    share_to_max: Annotated[float, Meta(ge=0, le=1, description="share of jumps that start at sigma_max")] = (
+        0.5
+    )
+    r_s_max: Annotated[float, Meta(gt=0, le=1, description="end of s on EDM's curve; 1 = sigma_max")] = 1.0
+    weight: Annotated[Literal["sid", "c_out"], Meta(description="weight of the generator's loss over s")] = (
+        "sid"
+    )
+    force: Annotated[bool, Meta(description="allow coef below .5")] = False
+
+    def __post_init__(self) -> None:
+        if self.coef < 0.5 and not self.force:
+            raise ValueError(
+                f"coef {self.coef} is below .5: the auxiliary score would run ahead of its data; force = true allows it"
+            )
+
+    @property
+    def beta(self) -> float:
+        """Share of the generator's own score in what the auxiliary score learns.  Source: eq. 16."""
+        return 1 / (2 * self.coef)
+
+
+class Jump(NamedTuple):
+    """A draw of algorithm 2, lines 1-3.  s, t [B]; x_s, v [B,C,H,W], v the velocity of (g, z) at s."""
+
+    s: Tensor
+    t: Tensor
+    x_s: Tensor
+    v: Tensor
+
+
+class CoSIM(Method):
+    Config = CoSIMConfig
+    roles = {
+        "teacher": Role(trained=False),
+        "generator": Role(trained=True),
+        "auxiliary": Role(trained=True, two_time=True),
+    }
+
+    def __init__(
+        self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange
+    ) -> None:
+        self.config = cast(CoSIMConfig, config)
+        self.noise = noise
+        self.teacher, self.generator, self.auxiliary = (networks[role] for role in self.roles)
+
+    def notes(self) -> tuple[str, ...]:
+        """Eq. 38: at psi's optimum the generator's loss is (2 coef - alpha) / (4 coef^2) times the Fisher divergence."""
+        alpha, coef = self.config.alpha, self.config.coef
+        factor = (2 * coef - alpha) / (4 * coef**2)
+        derived = f"beta {self.config.beta:.3g}, lambda {coef / alpha - 1:.3g} in eq. 15 and {2 * coef - 1:.3g} in eq. 12"
+        found = (f"alpha {alpha:g} and coef {coef:g} give {derived}; eq. 38's factor is {factor:.3g}",)
+        return (
+            found
+            if factor > 0
+            else (*found, "a factor of 0 or less can diverge on sharp data: raise coef above alpha/2")
+        )
+
+    def turns(self) -> tuple[Turn, ...]:
+        return Turn("auxiliary", self.auxiliary_loss), Turn("generator", self.generator_loss)
+
+    def auxiliary_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+        """Algorithm 2, even n: psi follows the generator's score at x_s.  Source: eq. 15, second line."""
+        with torch.no_grad():
+            s, t, x_s, v = self.jump(batch, rng)
+            F_teacher = self.teacher(x_s, s, batch.labels)
+        F_aux = self.auxiliary(x_s, s, batch.labels, t)
+        return auxiliary_loss(F_aux, F_teacher, v, s, sigma_data=self.noise.sigma_data, beta=self.config.beta)
+
+    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+        """Algorithm 2, odd n: phi closes the gap between the two scores.  Source: eq. 15, first line."""
+        s, t, x_s, v = self.jump(batch, rng)
+        F_teacher = self.teacher(x_s, s, batch.labels)
+        F_aux = self.auxiliary(x_s, s, batch.labels, t)
+        return generator_loss(
+            F_aux,
+            F_teacher,
+            v,
+            s,
+            sigma_data=self.noise.sigma_data,
+            alpha=self.config.alpha,
+            weight=self.config.weight,
+        )
+
+    def jump(self, batch: Batch, rng: torch.Generator) -> Jump:
+        """Algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s."""
+        sigma_data, sigma_min, sigma_max = self.noise
+        sigma_s, sigma_t = cosim_sigmas(
+            len(batch.x0),
+            rng,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            R=self.config.R,
+            share_to_max=self.config.share_to_max,
+            r_s_max=self.config.r_s_max,
+        )
+        s, t = sigma_to_time(sigma_s, sigma_data), sigma_to_time(sigma_t, sigma_data)
+        x_t = diffuse(batch.x0, normal_like(batch.x0, rng, sigma_data), t)
+        g = denoised(x_t, self.generator(x_t, t, batch.labels), t, sigma_data)
+        z = normal_like(g, rng, sigma_data)
+        return Jump(s, t, diffuse(g, z, s), velocity(g, z, s))
