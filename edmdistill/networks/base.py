@@ -1,0 +1,55 @@
+"""What every network here is: x, c_noise and labels in, raw output of unit variance out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Network(nn.Module, ABC):
+    """A denoising network without its preconditioning.
+
+    Attributes:
+        img_resolution, img_channels: the images, [B, img_channels, img_resolution, img_resolution].
+        label_dim: number of classes; 0 = unconditional.
+        two_time: whether a second time is read.
+    """
+
+    img_resolution: int
+    img_channels: int
+    label_dim: int
+    two_time: bool
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        c_noise_t: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The raw output F.
+
+        Args:
+            x: scaled images; their dtype is the compute dtype.  [B,C,H,W]
+            c_noise: the scaled noise level of x, float32 or float64.  [B]
+            labels: class vectors; None = all zeros = unconditional.  [B,label_dim]
+            c_noise_t: the second time's noise level, for a two_time network.  [B]
+            augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
+        """
+
+    def logvar(self, c_noise: Tensor) -> Tensor:
+        """u(sigma), the log variance of the denoising loss, which EDM2 learns beside.  [B] -> [B]
+
+        Source: EDM2, eq. 21.
+        Raises: NotImplementedError: the network has no such head.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no head for the log variance of the loss")
+
+    def after_step(self) -> None:
+        """What the network wants done after an optimiser step.  Most want nothing."""
+
+    def fold(self) -> None:
+        """Computes once what forward would compute each time, for a network that is not trained any more."""

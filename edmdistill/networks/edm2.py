@@ -1,0 +1,281 @@
+"""EDM2's U-Net: magnitude-preserving layers, weights of unit rms, no biases, no group norm.
+
+Parameter names are the official ones. Weights are normalised in every forward, as the function asks for; what official
+training does beside it, writing the normalised weights back, is `after_step` here: inside forward it breaks JVP, DDP,
+compile and checkpointing.
+
+Source: Karras et al. 2024 (EDM2), figure 21, config G.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from ..kernels.magnitude import mp_cat, mp_conv, mp_fourier, mp_silu, mp_sum, normalize, normalize_weight
+from ..kernels.ops import attention, downsample, upsample
+from .base import Network
+from .two_time import SecondTime
+
+
+class MPConv(nn.Module):
+    """Magnitude-preserving convolution (kernel 1, 3, ...) or linear map (kernel None).  Source: EDM2, eq. 47, 66."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int | None = None) -> None:
+        super().__init__()
+        size = () if kernel is None else (kernel, kernel)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *size))
+        self.folded = False
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        return mp_conv(x, self.weight if self.folded else normalize_weight(self.weight), gain)
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        self.weight.copy_(normalize_weight(self.weight))
+
+    def fold_(self) -> None:
+        self.normalize_()
+        self.weight.requires_grad_(False)
+        self.folded = True
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of c_noise.  [B] -> [B,channels]  Source: EDM2, eq. 75."""
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        return mp_fourier(c_noise, self.freqs, self.phases)
+
+
+class Block(nn.Module):
+    """Encoder or decoder block with optional resampling and self-attention.  Source: EDM2, figure 21."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        flavor: str,
+        resample: str = "keep",
+        attention: bool = False,
+        resample_filter: Sequence[float] = (1, 1),
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.flavor = flavor
+        self.resample = resample
+        self.resample_filter = resample_filter
+        self.num_heads = out_channels // channels_per_head if attention else 0
+        self.dropout = dropout
+        self.res_balance = res_balance
+        self.attn_balance = attn_balance
+        self.clip_act = clip_act
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, 3)
+        self.emb_linear = MPConv(emb_channels, out_channels)
+        self.conv_res1 = MPConv(out_channels, out_channels, 3)
+        self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
+        if self.num_heads:
+            self.attn_qkv = MPConv(out_channels, out_channels * 3, 1)
+            self.attn_proj = MPConv(out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        # Main branch.
+        if self.resample == "down":
+            x = downsample(x, self.resample_filter)
+        elif self.resample == "up":
+            x = upsample(x, self.resample_filter)
+        if self.flavor == "enc":
+            x = x if self.conv_skip is None else self.conv_skip(x)
+            x = normalize(x, 1)
+
+        # Residual branch.
+        y = self.conv_res0(mp_silu(x))
+        scale = self.emb_linear(emb, self.emb_gain) + 1
+        y = mp_silu(y * scale[:, :, None, None].to(y.dtype))
+        y = self.conv_res1(dropout(y, self.dropout, self.training))
+
+        # Connect the branches.
+        if self.flavor == "dec" and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, self.res_balance)
+
+        if self.num_heads:
+            x = mp_sum(x, self.attn_proj(self.attend(x)), self.attn_balance)
+        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Self-attention over pixels, queries, keys and values at unit rms.  The channels are laid out [heads, C/heads, 3]."""
+        B, C, H, W = x.shape
+        qkv = self.attn_qkv(x).reshape(B, self.num_heads, C // self.num_heads, 3, H * W)
+        q, k, v = normalize(qkv, 2).transpose(2, 4).unbind(3)  # each [B, heads, H*W, C/heads]
+        return attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
+
+
+class UNet(Network):
+    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  Arguments as in the official class; `two_time` is ours.
+
+    Differs: `logvar_channels` belongs to the official preconditioner; here the network holds that head too, since it is
+    part of the checkpoint (`logvar`).
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_noise: int | None = None,
+        channel_mult_emb: int | None = None,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        resample_filter: Sequence[float] = (1, 1),
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256.0,
+        logvar_channels: int = 128,
+        two_time: bool = False,
+    ) -> None:
+        super().__init__()
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.two_time = two_time
+        self.label_balance = label_balance
+        self.concat_balance = concat_balance
+        widths = [model_channels * mult for mult in channel_mult]
+        noise_channels = model_channels * channel_mult_noise if channel_mult_noise is not None else widths[0]
+        emb_channels = model_channels * channel_mult_emb if channel_mult_emb is not None else max(widths)
+
+        def block(cin: int, cout: int, flavor: str, resample: str = "keep", attention: bool = False) -> Block:
+            return Block(
+                cin,
+                cout,
+                emb_channels,
+                flavor,
+                resample,
+                attention,
+                resample_filter=resample_filter,
+                channels_per_head=channels_per_head,
+                dropout=dropout,
+                res_balance=res_balance,
+                attn_balance=attn_balance,
+                clip_act=clip_act,
+            )
+
+        # Embedding.
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(noise_channels)
+        self.emb_noise = MPConv(noise_channels, emb_channels)
+        self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
+        self.second_time = SecondTime(self, "emb_fourier", "emb_noise") if two_time else None
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1)
+
+        # Encoder.  The image has one more channel, of ones: there are no biases.
+        self.enc = nn.ModuleDict()
+        cout = widths[0]
+        skips = [cout]
+        for level, width in enumerate(widths):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = MPConv(img_channels + 1, cout, 3)
+            else:
+                self.enc[f"{res}x{res}_down"] = block(cout, cout, "enc", "down")
+                skips.append(cout)
+            for index in range(num_blocks):
+                attn = res in attn_resolutions
+                self.enc[f"{res}x{res}_block{index}"] = block(cout, width, "enc", attention=attn)
+                cout = width
+                skips.append(cout)
+
+        # Decoder.
+        self.dec = nn.ModuleDict()
+        for level, width in reversed(list(enumerate(widths))):
+            res = img_resolution >> level
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(cout, cout, "dec", attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(cout, cout, "dec")
+            else:
+                self.dec[f"{res}x{res}_up"] = block(cout, cout, "dec", "up")
+            for index in range(num_blocks + 1):
+                attn = res in attn_resolutions
+                self.dec[f"{res}x{res}_block{index}"] = block(cout + skips.pop(), width, "dec", attention=attn)
+                cout = width
+        self.out_conv = MPConv(cout, img_channels, 3)
+
+    def embed_time(self, parts: UNet | SecondTime, c_noise: Tensor) -> Tensor:
+        """The time embedding by the network's own parts, or by their copy.  [B] -> [B,emb_channels]"""
+        emb: Tensor = parts.emb_noise(parts.emb_fourier(c_noise))
+        return emb
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        c_noise_t: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        # Embedding.
+        emb = self.embed_time(self, c_noise)
+        if self.second_time is not None:
+            emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
+        if self.emb_label is not None:
+            labels = emb.new_zeros(1, self.label_dim) if labels is None else labels.to(emb.dtype)
+            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
+        emb = mp_silu(emb)
+
+        # Encoder.
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips = []
+        for layer in self.enc.values():
+            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            skips.append(x)
+
+        # Decoder.
+        for name, layer in self.dec.items():
+            if "block" in name:
+                x = mp_cat(x, skips.pop(), self.concat_balance)
+            x = layer(x, emb)
+        out: Tensor = self.out_conv(x, self.out_gain)
+        return out
+
+    def logvar(self, c_noise: Tensor) -> Tensor:
+        """u(sigma), the log variance of the denoising loss that training learns beside.  [B] -> [B]  Source: EDM2, eq. 21."""
+        value: Tensor = self.logvar_linear(self.logvar_fourier(c_noise))
+        return value.flatten()
+
+    def after_step(self) -> None:
+        """Forced weight normalisation: weights back to unit rms, so that the effective learning rate stays.  Source: eq. 66."""
+        for layer in self.modules():
+            if isinstance(layer, MPConv):
+                layer.normalize_()
+
+    def fold(self) -> None:
+        """Normalises the weights once for all; the network is not trainable after it."""
+        for layer in self.modules():
+            if isinstance(layer, MPConv):
+                layer.fold_()
