@@ -1,6 +1,8 @@
 """Noise levels: what training draws and what sampling visits. Everything here is float64.
 
-EDM's curve runs through both: sigma(r) = (sigma_min^(1/rho) + r (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, r in [0, 1].
+EDM's curve runs through both, r in [0, 1]:
+
+    sigma(r) = (sigma_min^(1/rho) + r (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from torch import Tensor
 
 
 def edm_curve(r: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """sigma(r): r = 0 is sigma_min, r = 1 is sigma_max.  Source: Karras et al. 2022 (EDM), eq. 5.  Differs: r runs upwards."""
+    """sigma(r): r = 0 is sigma_min, r = 1 is sigma_max.  Source: Karras et al. 2022 (EDM), eq. 5; r runs upwards."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (low + r.to(torch.float64) * (high - low)) ** rho
 
@@ -50,7 +52,7 @@ def cosim_sigmas(
     r_s_max: float = 1.0,
     rho: float = 7.0,
 ) -> tuple[Tensor, Tensor]:
-    """CoSIM's time schedule pi(s, t) = pi(s) pi(t | s), as noise levels (sigma_s, sigma_t), sigma_s <= sigma_t.  [B], [B]
+    """CoSIM's time schedule pi(s, t) = pi(s) pi(t | s), as noise levels sigma_s <= sigma_t.  [B], [B]
 
     r_s ~ U[0, r_s_max];  r_t = min(r_s + gamma, 1);  gamma = 1 with probability share_to_max, else U[0, 1] / k with
     k uniform in {1 .. R}: large R asks for more small jumps.

@@ -55,7 +55,7 @@ def denoised(x_t: Tensor, F: Tensor, t: Tensor, sigma_data: float) -> Tensor:
 
 
 def implied_noise(x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """z = (x_t - cos(t) x0) / sin(t): the noise that x_t holds if its data is x0.  t in (0, pi/2]; z has std sigma_data."""
+    """z = (x_t - cos(t) x0) / sin(t): the noise in x_t if its data is x0, of std sigma_data.  t in (0, pi/2]."""
     cos, sin = cos_sin(t, x_t)
     return (x_t - cos * x0) / sin
 

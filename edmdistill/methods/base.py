@@ -15,9 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-FlowFunction = Callable[
-    ..., Tensor
-]  # F(x_t [B,C,H,W], t [B], labels [B,label_dim] | None[, second [B]]) -> [B,C,H,W]
+FlowFunction = Callable[..., Tensor]  # F(x_t [B,C,H,W], t [B], labels [B,label_dim] | None[, second [B]]) -> [B,C,H,W]
 
 
 class Batch(NamedTuple):
@@ -43,7 +41,7 @@ class Role(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """value: each sample's loss, summed over pixels [B]; t: its time [B]; signals: what monitors plot, 0-dim, detached."""
+    """Each sample's loss, summed over pixels [B]; its time t [B]; signals for monitors, 0-dim and detached."""
 
     value: Tensor
     t: Tensor
@@ -71,9 +69,7 @@ class Method(ABC):
     product: ClassVar[str] = "generator"
 
     @abstractmethod
-    def __init__(
-        self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange
-    ) -> None:
+    def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         """networks: a callable for every role."""
 
     @abstractmethod

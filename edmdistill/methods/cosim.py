@@ -26,25 +26,15 @@ from .semi_implicit import auxiliary_loss, generator_loss
 
 
 class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Differs: the paper writes coef = alpha (1 + lambda) and asks for lambda >= 0, yet trains alpha 1.2 with coef 1; its
+    """Differs: the paper asks for lambda >= 0 in coef = alpha (1 + lambda), yet trains alpha 1.2 with coef 1; its
     eq. 12 means another lambda, 2 coef - 1. The losses know alpha and coef alone, so these are the options."""
 
-    alpha: Annotated[
-        float, Meta(gt=0, description="weight of the squared score gap in the generator's loss")
-    ] = 1.2
-    coef: Annotated[
-        float, Meta(gt=0, description="pull of the auxiliary score towards the teacher; .5 = none")
-    ] = 1.0
-    R: Annotated[
-        int, Meta(ge=1, description="largest divisor of a jump: higher asks for more small jumps")
-    ] = 4
-    share_to_max: Annotated[float, Meta(ge=0, le=1, description="share of jumps that start at sigma_max")] = (
-        0.5
-    )
+    alpha: Annotated[float, Meta(gt=0, description="weight of the squared score gap in the generator's loss")] = 1.2
+    coef: Annotated[float, Meta(gt=0, description="pull of the auxiliary score towards the teacher; .5 = none")] = 1.0
+    R: Annotated[int, Meta(ge=1, description="largest divisor of a jump: higher asks for more small jumps")] = 4
+    share_to_max: Annotated[float, Meta(ge=0, le=1, description="share of jumps that start at sigma_max")] = 0.5
     r_s_max: Annotated[float, Meta(gt=0, le=1, description="end of s on EDM's curve; 1 = sigma_max")] = 1.0
-    weight: Annotated[Literal["sid", "c_out"], Meta(description="weight of the generator's loss over s")] = (
-        "sid"
-    )
+    weight: Annotated[Literal["sid", "c_out"], Meta(description="weight of the generator's loss over s")] = "sid"
     force: Annotated[bool, Meta(description="allow coef below .5")] = False
 
     def __post_init__(self) -> None:
@@ -76,24 +66,18 @@ class CoSIM(Method):
         "auxiliary": Role(trained=True, two_time=True),
     }
 
-    def __init__(
-        self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange
-    ) -> None:
+    def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         self.config = cast(CoSIMConfig, config)
         self.noise = noise
         self.teacher, self.generator, self.auxiliary = (networks[role] for role in self.roles)
 
     def notes(self) -> tuple[str, ...]:
-        """Eq. 38: at psi's optimum the generator's loss is (2 coef - alpha) / (4 coef^2) times the Fisher divergence."""
-        alpha, coef = self.config.alpha, self.config.coef
+        """Eq. 38: at psi's optimum the generator's loss is (2 coef - alpha) / (4 coef^2) of the Fisher divergence."""
+        alpha, coef, beta = self.config.alpha, self.config.coef, self.config.beta
         factor = (2 * coef - alpha) / (4 * coef**2)
-        derived = f"beta {self.config.beta:.3g}, lambda {coef / alpha - 1:.3g} in eq. 15 and {2 * coef - 1:.3g} in eq. 12"
-        found = (f"alpha {alpha:g} and coef {coef:g} give {derived}; eq. 38's factor is {factor:.3g}",)
-        return (
-            found
-            if factor > 0
-            else (*found, "a factor of 0 or less can diverge on sharp data: raise coef above alpha/2")
-        )
+        derived = f"beta {beta:.3g}, lambda {coef / alpha - 1:.3g} (eq. 15) or {2 * coef - 1:.3g} (eq. 12)"
+        note = f"alpha {alpha:g} and coef {coef:g} give {derived}; eq. 38's factor is {factor:.3g}"
+        return (note,) if factor > 0 else (note, "a factor of 0 or less can diverge: raise coef above alpha / 2")
 
     def turns(self) -> tuple[Turn, ...]:
         return Turn("auxiliary", self.auxiliary_loss), Turn("generator", self.generator_loss)

@@ -27,9 +27,7 @@ class Diffusion(Method):
     roles = {"teacher": Role(trained=True)}
     product = "teacher"
 
-    def __init__(
-        self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange
-    ) -> None:
+    def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         self.config = cast(DiffusionConfig, config)
         self.noise = noise
         self.teacher = networks["teacher"]

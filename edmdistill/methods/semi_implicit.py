@@ -19,9 +19,7 @@ from ..trigflow import cos_sin
 from .base import Loss
 
 
-def auxiliary_loss(
-    F_aux: Tensor, F_teacher: Tensor, v: Tensor, s: Tensor, *, sigma_data: float, beta: float
-) -> Loss:
+def auxiliary_loss(F_aux: Tensor, F_teacher: Tensor, v: Tensor, s: Tensor, *, sigma_data: float, beta: float) -> Loss:
     """|| sigma_d F_psi - [beta v + (1-beta) sigma_d F*] ||^2, whose optimum is CoSIM's eq. 16.
 
     Args:

@@ -1,8 +1,8 @@
 """EDM2's U-Net: magnitude-preserving layers, weights of unit rms, no biases, no group norm.
 
-Parameter names are the official ones. Weights are normalised in every forward, as the function asks for; what official
-training does beside it, writing the normalised weights back, is `after_step` here: inside forward it breaks JVP, DDP,
-compile and checkpointing.
+Parameter names are the official ones. Weights are normalised in every forward, as the function asks for; what
+official training does beside it, writing the normalised weights back, is `after_step` here: inside forward it breaks
+JVP, DDP, compile and checkpointing.
 
 Source: Karras et al. 2024 (EDM2), figure 21, config G.
 """
@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from ..kernels.magnitude import mp_cat, mp_conv, mp_fourier, mp_silu, mp_sum, normalize, normalize_weight
-from ..kernels.ops import attention, downsample, upsample
+from ..kernels.ops import downsample, low_pass, self_attention, split_heads, upsample
 from .base import Network
 from .two_time import SecondTime
 
 
 class MPConv(nn.Module):
-    """Magnitude-preserving convolution (kernel 1, 3, ...) or linear map (kernel None).  Source: EDM2, eq. 47, 66."""
+    """Magnitude-preserving convolution (kernel 1, 3, ...) or linear map (None).  Source: EDM2, eq. 47, 66."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int | None = None) -> None:
         super().__init__()
@@ -99,9 +100,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         # Main branch.
         if self.resample == "down":
-            x = downsample(x, self.resample_filter)
+            x = downsample(x, low_pass(self.resample_filter, x))
         elif self.resample == "up":
-            x = upsample(x, self.resample_filter)
+            x = upsample(x, low_pass(self.resample_filter, x))
         if self.flavor == "enc":
             x = x if self.conv_skip is None else self.conv_skip(x)
             x = normalize(x, 1)
@@ -122,7 +123,7 @@ class Block(nn.Module):
         return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Self-attention over pixels, queries, keys and values at unit rms.  The channels are laid out [heads, C/heads, 3]."""
+        """Self-attention over pixels; q, k, v at unit rms, laid out [heads, C/heads, 3] in the channels."""
         B, C, H, W = x.shape
         qkv = self.attn_qkv(x).reshape(B, self.num_heads, C // self.num_heads, 3, H * W)
         q, k, v = normalize(qkv, 2).transpose(2, 4).unbind(3)  # each [B, heads, H*W, C/heads]
@@ -132,8 +133,8 @@ class Block(nn.Module):
 class UNet(Network):
     """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  Arguments as in the official class; `two_time` is ours.
 
-    Differs: `logvar_channels` belongs to the official preconditioner; here the network holds that head too, since it is
-    part of the checkpoint (`logvar`).
+    Differs: `logvar_channels` belongs to the official preconditioner; here the network holds that head too, since it
+    is part of the checkpoint (`logvar`).
     """
 
     def __init__(
@@ -158,11 +159,7 @@ class UNet(Network):
         logvar_channels: int = 128,
         two_time: bool = False,
     ) -> None:
-        super().__init__()
-        self.img_resolution = img_resolution
-        self.img_channels = img_channels
-        self.label_dim = label_dim
-        self.two_time = two_time
+        super().__init__(locals(), img_channels)
         self.label_balance = label_balance
         self.concat_balance = concat_balance
         widths = [model_channels * mult for mult in channel_mult]
@@ -221,13 +218,13 @@ class UNet(Network):
             else:
                 self.dec[f"{res}x{res}_up"] = block(cout, cout, "dec", "up")
             for index in range(num_blocks + 1):
-                attn = res in attn_resolutions
-                self.dec[f"{res}x{res}_block{index}"] = block(cout + skips.pop(), width, "dec", attention=attn)
+                cin, attn = cout + skips.pop(), res in attn_resolutions
+                self.dec[f"{res}x{res}_block{index}"] = block(cin, width, "dec", attention=attn)
                 cout = width
         self.out_conv = MPConv(cout, img_channels, 3)
 
-    def embed_time(self, parts: UNet | SecondTime, c_noise: Tensor) -> Tensor:
-        """The time embedding by the network's own parts, or by their copy.  [B] -> [B,emb_channels]"""
+    def embed_time(self, parts: Any, c_noise: Tensor) -> Tensor:
+        """The time embedding by the network's own parts, or by their copies in SecondTime.  [B] -> [B,emb_channels]"""
         emb: Tensor = parts.emb_noise(parts.emb_fourier(c_noise))
         return emb
 
@@ -241,7 +238,7 @@ class UNet(Network):
     ) -> Tensor:
         # Embedding.
         emb = self.embed_time(self, c_noise)
-        if self.second_time is not None:
+        if self.second_time is not None and c_noise_t is not None:
             emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
         if self.emb_label is not None:
             labels = emb.new_zeros(1, self.label_dim) if labels is None else labels.to(emb.dtype)
@@ -264,12 +261,12 @@ class UNet(Network):
         return out
 
     def logvar(self, c_noise: Tensor) -> Tensor:
-        """u(sigma), the log variance of the denoising loss that training learns beside.  [B] -> [B]  Source: EDM2, eq. 21."""
+        """u(sigma), the log variance of the denoising loss, learnt beside it.  [B] -> [B]  Source: EDM2, eq. 21."""
         value: Tensor = self.logvar_linear(self.logvar_fourier(c_noise))
         return value.flatten()
 
     def after_step(self) -> None:
-        """Forced weight normalisation: weights back to unit rms, so that the effective learning rate stays.  Source: eq. 66."""
+        """Forced weight normalisation: back to unit rms, so that the effective learning rate stays.  Source: eq. 66."""
         for layer in self.modules():
             if isinstance(layer, MPConv):
                 layer.normalize_()
@@ -279,3 +276,16 @@ class UNet(Network):
         for layer in self.modules():
             if isinstance(layer, MPConv):
                 layer.fold_()
+
+
+@torch.no_grad()
+def round_gains_like_half(network: UNet) -> None:
+    """Makes float32 gains act as the official float16 ones do: gain / sqrt(fan_in) is rounded to float16.
+
+    Official pickles hold float16 parameters and inference divides the gain in that dtype, in float32 runs too.
+    Leaving the rounding out moves D by up to 7e-4.
+    """
+    scaled = [(block.emb_gain, block.emb_linear) for block in network.modules() if isinstance(block, Block)]
+    for gain, layer in [*scaled, (network.out_gain, network.out_conv)]:
+        root = math.sqrt(layer.weight[0].numel())
+        gain.copy_((gain.half() / root).to(gain.dtype) * root)
