@@ -1,0 +1,318 @@
+"""Recipes: the TOML that decides what a run computes, as typed tables.
+
+A recipe is named METHOD/DATASET, or METHOD/DATASET-VARIANT where the file has a table [variants.VARIANT] that
+is laid over the base. `load_recipe` checks everything before a run starts. The resolved recipe is JSON with
+every default filled in: it loads back equal, and its hash names what was computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edmdistill.errors import RecipeError
+
+if TYPE_CHECKING:
+    from edmdistill.methods.base import Method
+
+Count = Annotated[int, Meta(ge=0)]
+PositiveCount = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+
+_PACKAGE = Path(__file__).parent
+# In a wheel the recipes are inside the package; in a checkout they are at the top, where people look.
+SHIPPED = next(d for d in (_PACKAGE / "recipes_data", _PACKAGE.parent / "recipes") if d.is_dir())
+
+
+class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[training]: how much, how fast, and what is kept. Every amount and interval counts images seen."""
+
+    images: PositiveCount
+    """Total images seen: steps times batch; each turn of a method sees the same batch size."""
+    batch: PositiveCount
+    """Global batch size."""
+    lr: Positive
+    """Adam's learning rate, before the factors below."""
+    lr_by_role: dict[str, Positive] = {}
+    """Learning rates of single roles, in place of `lr`: auxiliary = 1e-3."""
+    lr_rampup_images: Count = 0
+    """The learning rate grows linearly from 0 over so many images."""
+    lr_decay: Literal["constant", "linear", "inverse_sqrt"] = "constant"
+    """`linear`: to 0 over the last `decay_share` of the images; `inverse_sqrt`: by 1 / sqrt(images seen /
+    decay_images) once that many are seen, as in EDM2."""
+    decay_share: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    decay_images: PositiveCount | None = None
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    grad_clip: Positive | None = None
+    """Largest norm of a role's whole gradient; left out: no clipping."""
+    dropout: BelowOne | None = None
+    """Dropout of the trained networks; left out: what the checkpoint says."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the networks; parameters, times and losses stay float32 or better."""
+    seed: Count = 0
+    log_every: PositiveCount
+    """A line in metrics.jsonl."""
+    snapshot_every: PositiveCount
+    """A state to resume from, and a sample grid."""
+    keep: PositiveCount = 2
+    """How many of the last states are kept."""
+
+    def __post_init__(self) -> None:
+        if (self.lr_decay == "inverse_sqrt") != (self.decay_images is not None):
+            raise ValueError('lr_decay = "inverse_sqrt" and decay_images go together: give both or neither')
+        if self.images < self.batch:
+            raise ValueError(f"images = {self.images} is less than one batch of {self.batch}")
+
+
+class Ema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[ema]: the moving average of the weights that sampling uses."""
+
+    half_life_images: PositiveCount
+    rampup_ratio: Positive | None = 0.05
+    """The half-life is at most this share of the images seen so far.  Source: EDM's ema_rampup_ratio."""
+
+
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[sampling]: how the run's network is drawn from, in its grids and, by its checkpoint, afterwards."""
+
+    nfe: tuple[PositiveCount, ...] = (1, 2, 4)
+    """The numbers of steps that grids and measurements show."""
+    gamma: Share = 1.0
+    """Share of fresh noise in each step; 0 is deterministic."""
+    sigmas: dict[str, tuple[Positive, ...]] = {}
+    """Noise levels by NFE, "2" = [80.0, 2.515], descending, repeats allowed; others come from EDM's curve."""
+
+    def __post_init__(self) -> None:
+        for nfe, sigmas in self.sigmas.items():
+            if nfe != str(len(sigmas)):
+                raise ValueError(f'sigmas."{nfe}" lists {len(sigmas)} noise levels: give one for each step')
+            if list(sigmas) != sorted(sigmas, reverse=True):
+                raise ValueError(f'sigmas."{nfe}" = {list(sigmas)} must not rise: sampling goes from noise to data')
+
+
+class Data(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[data]: which part of the data set that --data names."""
+
+    split: str = "train"
+
+
+class Network(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[network]: what a method without a teacher builds. Image shape and classes come from the data."""
+
+    kind: Literal["song", "adm", "edm2"]
+    arguments: dict[str, Any] = {}
+    """The constructor's own arguments, named as in the official class."""
+    sigma_data: Positive = 0.5
+
+
+class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A whole recipe, resolved: the file, its variant and the overrides, with all defaults."""
+
+    method: dict[str, Any]
+    """`name`, and every field of that method's Config."""
+    training: Training
+    ema: Ema
+    sampling: Sampling = Sampling()
+    data: Data = Data()
+    network: Network | None = None
+
+    @property
+    def method_class(self) -> type[Method]:
+        return _methods()[self.method["name"]]
+
+    @property
+    def method_config(self) -> Any:
+        """The method's typed Config."""
+        own = {key: value for key, value in self.method.items() if key != "name"}
+        return msgspec.convert(own, self.method_class.Config)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON: equal for equal computations, whatever the file was called."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+
+    def to_json(self) -> bytes:
+        return msgspec.json.format(msgspec.json.encode(self)) + b"\n"
+
+    @staticmethod
+    def from_json(text: bytes) -> Recipe:
+        """Raises: RecipeError: not a resolved recipe of this version."""
+        try:
+            tables = msgspec.json.decode(text, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise RecipeError(f"the resolved recipe is not JSON ({error}); start a new run directory") from None
+        return _resolve(tables, "the resolved recipe")
+
+
+def recipe_names() -> list[str]:
+    """Every name that `load_recipe` takes, of the recipes that ship with the package."""
+    names = []
+    for path in sorted(SHIPPED.rglob("*.toml")):
+        base, tables = path.relative_to(SHIPPED).with_suffix("").as_posix(), _read(path)
+        names += [] if tables.get("requires_variant") else [base]
+        names += [f"{base}-{variant}" for variant in tables.get("variants", {})]
+    return names
+
+
+def find_recipe(name: str) -> tuple[Path, str | None]:
+    """The file and the variant that a name stands for: `cosim/imagenet512-s`, or a path `my/recipe.toml`.
+
+    A name that ends in .toml is the user's file; where `my/recipe-s.toml` is none, it is variant s of that file.
+    Raises: RecipeError: nothing of that name.
+    """
+    root = Path() if name.endswith(".toml") else SHIPPED
+    words = name.removesuffix(".toml").split("-")
+    for cut in range(len(words), 0, -1):
+        path = root / f"{'-'.join(words[:cut])}.toml"
+        if path.is_file():
+            return path, "-".join(words[cut:]) or None
+    if root != SHIPPED:
+        raise RecipeError(f"there is no file {name}; give a path, or a name such as {recipe_names()[0]}")
+    raise RecipeError(f"there is no recipe {name!r}; {_did_you_mean(name, recipe_names())}")
+
+
+def load_recipe(name: str, method: str | None = None, sets: Iterable[str] = ()) -> Recipe:
+    """Reads a recipe, lays its variant and the overrides over it, and checks all of it.
+
+    Args:
+        name: a shipped recipe's name, or the path of a .toml file.
+        method: the method that is about to run; the recipe must be for it.
+        sets: overrides `table.key=value`, the value as in TOML; a bare word is a string.
+    Raises: RecipeError: no such recipe, an unknown key, a value out of range, another method's recipe.
+    """
+    path, variant = find_recipe(name)
+    tables = _read(path)
+    variants = _table(tables, "variants", name)
+    if variant is not None and variant not in variants:
+        raise RecipeError(f"{path} has no variant {variant!r}; {_did_you_mean(variant, variants)}")
+    if variant is None and tables.get("requires_variant"):
+        raise RecipeError(f"{name} needs a variant: one of {', '.join(f'{name}-{v}' for v in variants)}")
+    tables = {key: value for key, value in tables.items() if key not in ("variants", "requires_variant")}
+    if variant is not None:
+        tables = _merge(tables, _table(variants, variant, f"{name}: variants"))
+    for override in sets:
+        tables = _merge(tables, _parse_override(override))
+    directory = path.parent.name
+    default = {"name": directory if directory in _methods() else method}
+    tables["method"] = own = default | _table(tables, "method", name)
+    if method is not None and own["name"] != method:
+        raise RecipeError(f"{name} is a recipe for {own['name']}, not for {method}; choose another --recipe")
+    return _resolve(tables, name)
+
+
+_TABLES: dict[str, type[Struct]] = {
+    "training": Training,
+    "ema": Ema,
+    "sampling": Sampling,
+    "data": Data,
+    "network": Network,
+}
+
+
+def _methods() -> dict[str, type[Method]]:
+    from edmdistill.methods import METHODS  # imports torch, which a list of names does not need
+
+    return METHODS
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
+
+
+def _resolve(tables: Mapping[str, Any], source: str) -> Recipe:
+    """Types every table and fills in the defaults; `source` begins the sentence of every error."""
+    for table in tables:
+        if table not in Recipe.__struct_fields__:
+            raise RecipeError(f"{source}: no table [{table}]; {_did_you_mean(table, Recipe.__struct_fields__)}")
+    own = dict(_table(tables, "method", source))
+    name = own.pop("name", None)
+    if name not in _methods():
+        raise RecipeError(f"{source}: method.name = {name!r}; {_did_you_mean(str(name), _methods())}")
+    method = _methods()[name]
+    config = _typed(own, method.Config, source, "method")
+    typed: dict[str, Any] = {
+        table: _typed(_table(tables, table, source), type_, source, table)
+        for table, type_ in _TABLES.items()
+        if table != "network" or tables.get("network") is not None
+    }
+    trained = [role for role, part in method.roles.items() if part.trained]
+    has_teacher = len(trained) < len(method.roles)
+    if ("network" in typed) == has_teacher:
+        what = "takes its network from the teacher: remove" if has_teacher else "has no teacher: add"
+        raise RecipeError(f"{source}: {name} {what} the table [network]")
+    for role in typed["training"].lr_by_role:
+        if role not in trained:
+            hint = _did_you_mean(role, trained)
+            raise RecipeError(f"{source}: training.lr_by_role: no trained role {role!r}; {hint}")
+    return Recipe(method={"name": name, **msgspec.to_builtins(config)}, **typed)
+
+
+def _table(tables: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
+    """The table of that name, empty if there is none."""
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise RecipeError(f"{source}: {name} = {table!r} must be a table, [{name}]")
+    return table
+
+
+def _typed(table: dict[str, Any], type_: type[Struct], source: str, name: str) -> Struct:
+    """A table as its Struct, or one sentence."""
+    for key in table:
+        if key not in type_.__struct_fields__:
+            raise RecipeError(f"{source}: no key {name}.{key}; {_did_you_mean(key, type_.__struct_fields__)}")
+    try:
+        return msgspec.convert(table, type_)
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).partition(" - at `$.")
+        key = re.split(r"\W", place)[0]
+        where = f"{name}.{key} = {table[key]!r}" if key else f"[{name}]"
+        raise RecipeError(f"{source}: {where}: {problem[0].lower()}{problem[1:]}") from None
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, table by table, key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """`a.b=v` as the nested table {a: {b: v}}."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise RecipeError(f"--set {override}: write table.key=value, as in training.lr=1e-4")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {"value": text.strip()}
+        if not re.fullmatch(r"[A-Za-z_][\w./-]*", text.strip()):
+            raise RecipeError(f"--set {override}: {text!r} is no TOML value; quote a string") from None
+    if list(parsed) != ["value"]:
+        raise RecipeError(f"--set {override}: one value only")
+    value = parsed["value"]
+    for key in reversed(keys):
+        value = {key: value}
+    return dict(value)
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"

@@ -1,0 +1,224 @@
+"""Recipes: every shipped one loads and comes back, and every mistake gets a sentence that says what to do."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from edmdistill.errors import RecipeError
+from edmdistill.recipes import SHIPPED, Ema, Recipe, Training, find_recipe, load_recipe, recipe_names
+
+MINIMAL = """
+[training]
+images = 1000
+batch = 10
+lr = 1e-3
+log_every = 10
+snapshot_every = 100
+[ema]
+half_life_images = 50
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str, name: str = "mine.toml") -> str:
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_every_file_and_variant_has_a_name():
+    names = set(recipe_names())
+    for path in SHIPPED.rglob("*.toml"):
+        base = path.relative_to(SHIPPED).with_suffix("").as_posix()
+        tables = tomllib.loads(path.read_text())
+        assert {f"{base}-{variant}" for variant in tables.get("variants", {})} <= names
+        assert (base in names) != tables.get("requires_variant", False)
+    assert {"cosim/imagenet512-s", "cosim/digits", "cosim/digits-quickstart", "diffusion/digits"} <= names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_comes_back_equal(name: str):
+    recipe = load_recipe(name, method=name.split("/")[0])
+    back = Recipe.from_json(recipe.to_json())
+    assert back == recipe
+    assert back.hash == recipe.hash
+    assert isinstance(recipe.method_config, recipe.method_class.Config)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_says_how_it_is_run_and_what_was_measured(name: str):
+    path, _ = find_recipe(name)
+    header = path.read_text().split("\n[")[0]
+    method = path.parent.name
+    assert f"edmdistill train {method} " in header
+    assert f"--recipe {path.relative_to(SHIPPED).with_suffix('').as_posix()}" in header
+    assert "Measured here" in header
+
+
+def test_table_5_of_the_cosim_paper():
+    columns = ("cifar10", "imagenet64", "imagenet512-s", "imagenet512-m", "imagenet512-l")
+    recipes = [load_recipe(f"cosim/{column}") for column in columns]
+    training = [recipe.training for recipe in recipes]
+    assert [t.batch for t in training] == [2048] * 5
+    assert [t.lr for t in training] == [1e-5, 4e-6, 2e-5, 2e-5, 1e-4]
+    assert [t.betas for t in training] == [(0, 0.999)] + [(0, 0.99)] * 4
+    assert [t.eps for t in training] == [1e-8] + [1e-12] * 4
+    assert [t.images for t in training] == [200_000_000] * 4 + [20_000_000]
+    assert [t.dropout for t in training] == [0, 0.1, 0, 0.1, 0.1]
+    assert [recipe.method_config.R for recipe in recipes] == [4, 8, 8, 4, 4]
+    assert [recipe.ema.half_life_images for recipe in recipes] == [500_000] + [2_000_000] * 4
+    assert {(recipe.method["alpha"], recipe.method["coef"]) for recipe in recipes} == {(1.2, 1.0)}
+
+
+def test_the_hash_names_the_computation_not_the_file(write):
+    shipped = load_recipe("cosim/digits-quickstart")
+    copy = write(find_recipe("cosim/digits")[0].read_text(), "copy.toml").removesuffix(".toml")
+    assert load_recipe(f"{copy}-quickstart.toml", method="cosim").hash == shipped.hash
+    assert load_recipe("cosim/digits").hash != shipped.hash
+    assert load_recipe("cosim/digits-quickstart", sets=["training.seed=1"]).hash != shipped.hash
+
+
+def test_a_file_without_a_method_is_for_the_method_that_runs_it(write):
+    mine = write(MINIMAL)
+    assert load_recipe(mine, method="sid").method["name"] == "sid"
+    with pytest.raises(RecipeError, match=r"method.name = None; choose one of diffusion, cosim, sid"):
+        load_recipe(mine)
+
+
+def test_the_longest_file_name_wins(write):
+    write(MINIMAL + "[variants.b-c.training]\nseed = 1\n", "a.toml")
+    longer = write(MINIMAL + "[variants.c.training]\nseed = 2\n", "a-b.toml")
+    assert load_recipe(longer.replace("a-b", "a-b-c"), method="sid").training.seed == 2
+    Path(longer).unlink()
+    assert load_recipe(longer.replace("a-b", "a-b-c"), method="sid").training.seed == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("training.lr=2e-4", lambda r: r.training.lr == 2e-4),
+        ("training.images = 2_000", lambda r: r.training.images == 2000),
+        ("training.precision=bf16", lambda r: r.training.precision == "bf16"),
+        ('training.precision="bf16"', lambda r: r.training.precision == "bf16"),
+        ("training.lr_by_role.auxiliary=1", lambda r: r.training.lr_by_role == {"auxiliary": 1.0}),
+        ("training.betas=[0.5, 0.9]", lambda r: r.training.betas == (0.5, 0.9)),
+        ("sampling.sigmas.2=[80, 2.5]", lambda r: r.sampling.sigmas == {"2": (80.0, 2.5)}),
+        ("method.R=8", lambda r: r.method_config.R == 8),
+    ],
+)
+def test_set(override: str, read):
+    assert read(load_recipe("cosim/digits", sets=[override]))
+
+
+def test_the_last_set_wins():
+    assert load_recipe("cosim/digits", sets=["training.seed=1", "training.seed=2"]).training.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.lr", "write table.key=value"),
+        ("lr=1", "write table.key=value"),
+        ("training..lr=1", "write table.key=value"),
+        ("training.precision=b f", "quote a string"),
+        ("training.lr=1\nother=2", "one value only"),
+        ("training.lrr=1", "no key training.lrr; did you mean 'lr'?"),
+        ("method.coeff=1", "no key method.coeff; did you mean 'coef'?"),
+        ("trainig.lr=1", "no table [trainig]; did you mean 'training'?"),
+        ("method.name=cosin", "method.name = 'cosin'; did you mean 'cosim'?"),
+        ("training.lr=0", "training.lr = 0: expected `float` > 0.0"),
+        ("training.lr=fast", "training.lr = 'fast': expected `float`, got `str`"),
+        ("training.batch=0", "training.batch = 0: expected `int` >= 1"),
+        ("training.batch=1.5", "training.batch = 1.5: expected `int`, got `float`"),
+        ("training.images=100", "images = 100 is less than one batch of 128"),
+        ("training.dropout=1.0", "training.dropout = 1.0: expected `float` < 1.0"),
+        ("training.betas=[0.9]", "training.betas = [0.9]: expected `array` of length 2"),
+        ("training.lr_decay=inverse_sqrt", "decay_images go together"),
+        ("training.decay_images=5", "decay_images go together"),
+        ("training.lr_by_role.critic=1", "no trained role 'critic'; choose one of generator, auxiliary"),
+        ("training.lr_by_role.teacher=1", "no trained role 'teacher'"),
+        ("training.precision=fp8", "training.precision = 'fp8': invalid enum value"),
+        ("training=1e-3", "write table.key=value"),
+        ("ema.half_life_images.x=1", "ema.half_life_images = {'x': 1}: expected `int`, got `object`"),
+        ("sampling.gamma=2", "sampling.gamma = 2: expected `float` <= 1.0"),
+        ("sampling.sigmas.2=[80.0]", "lists 1 noise levels"),
+        ("sampling.sigmas.2=[2.5, 80]", "must not rise"),
+        ("sampling.sigmas.1=[-1]", "expected `float` > 0.0"),
+        ("method.alpha=-1", "method.alpha = -1: expected `float` > 0.0"),
+        ("network.kind=edm2", "cosim takes its network from the teacher: remove the table [network]"),
+    ],
+)
+def test_mistakes_get_one_sentence(override: str, sentence: str):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("cosim/digits", sets=[override])
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[training\n", "cannot be read as TOML"),
+        ("training = 5\n" + MINIMAL.replace("[training]", "[data]"), "training = 5 must be a table"),
+        (MINIMAL.replace("lr = 1e-3\n", ""), "[training]: object missing required field `lr`"),
+        (MINIMAL.split("[ema]")[0], "[ema]: object missing required field `half_life_images`"),
+        (MINIMAL + "[method]\nname = 'cosim'\n", "is a recipe for cosim, not for sid"),
+        ("method = 'sid'\n" + MINIMAL, "method = 'sid' must be a table"),
+        ("variants = 1\n" + MINIMAL, "variants = 1 must be a table"),
+    ],
+)
+def test_broken_files_get_one_sentence(write, text: str, sentence: str):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(text), method="sid")
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("cosim/digit", "did you mean 'cosim/digits'?"),
+        ("cosim/digits-quick", "has no variant 'quick'; did you mean 'quickstart'?"),
+        ("cosim/imagenet512", "needs a variant: one of cosim/imagenet512-s, cosim/imagenet512-m"),
+        ("nowhere/recipe.toml", "there is no file nowhere/recipe.toml"),
+    ],
+)
+def test_wrong_names_get_one_sentence(name: str, sentence: str):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(name)
+    assert sentence in str(error.value)
+
+
+def test_the_recipe_of_another_method_is_refused():
+    with pytest.raises(RecipeError, match="cosim/digits is a recipe for cosim, not for sid"):
+        load_recipe("cosim/digits", method="sid")
+
+
+def test_a_method_without_a_teacher_needs_a_network(write):
+    with pytest.raises(RecipeError, match=r"diffusion has no teacher: add the table \[network\]"):
+        load_recipe(write(MINIMAL), method="diffusion")
+    network = load_recipe("diffusion/digits").network
+    assert network is not None
+    assert network.kind == "edm2"
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"{}", b'{"method": {"name": "cosim"}}'])
+def test_a_broken_resolved_recipe_gets_one_sentence(text: bytes):
+    with pytest.raises(RecipeError, match="the resolved recipe"):
+        Recipe.from_json(text)
+
+
+def test_defaults_are_equal_however_they_are_said(write):
+    said = MINIMAL.replace("half_life_images = 50", "half_life_images = 50\nrampup_ratio = 0.05")
+    assert load_recipe(write(said), method="sid") == load_recipe(write(MINIMAL, "other.toml"), method="sid")
+    assert Ema(half_life_images=50).rampup_ratio == 0.05
+    assert Training.__struct_fields__[:3] == ("images", "batch", "lr")
+
+
+def test_names_are_listed_without_torch():
+    code = "import sys, edmdistill.recipes as r; r.recipe_names(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
