@@ -16,7 +16,8 @@ from .ops import conv2d, linear
 
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """x / (1e-4 + rms of x over dim), statistics in float32.  Source: eq. 47 (weights), eq. 30 (pixel norm)."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=None if x.dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)
     dims = (dim,) if isinstance(dim, int) else dim
     # Counted over the reduced axes, not from numel(): a batch size that export leaves open stays open.
     size = math.prod(x.shape[d] for d in dims)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ class Network(nn.Module, ABC):
     """A denoising network without its preconditioning.
 
     Attributes:
+        arguments: the constructor's, by name, as plain JSON values: the same network is type(self)(**arguments).
         img_resolution, img_channels: the images, [B, img_channels, img_resolution, img_resolution].
         label_dim: number of classes; 0 = unconditional.
         two_time: whether a second time is read.
@@ -20,6 +22,19 @@ class Network(nn.Module, ABC):
     img_channels: int
     label_dim: int
     two_time: bool
+
+    def __init__(self, arguments: dict[str, Any], img_channels: int) -> None:
+        """arguments: locals(), asked for in the first line of the constructor."""
+        super().__init__()
+        self.arguments = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in arguments.items()
+            if name not in ("self", "__class__")
+        }
+        self.img_resolution = arguments["img_resolution"]
+        self.img_channels = img_channels
+        self.label_dim = arguments["label_dim"]
+        self.two_time = arguments["two_time"]
 
     @abstractmethod
     def forward(
@@ -36,7 +51,7 @@ class Network(nn.Module, ABC):
             x: scaled images; their dtype is the compute dtype.  [B,C,H,W]
             c_noise: the scaled noise level of x, float32 or float64.  [B]
             labels: class vectors; None = all zeros = unconditional.  [B,label_dim]
-            c_noise_t: the second time's noise level, for a two_time network.  [B]
+            c_noise_t: the second time's noise level, for a two_time network; None = not asked.  [B]
             augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
         """
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from ..kernels.magnitude import mp_cat, mp_conv, mp_fourier, mp_silu, mp_sum, normalize, normalize_weight
-from ..kernels.ops import downsample, low_pass, self_attention, split_heads, upsample
+from ..kernels.ops import downsample, is_box, self_attention, separable, split_heads, upsample
 from .base import Network
 from .two_time import SecondTime
 
@@ -100,9 +100,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         # Main branch.
         if self.resample == "down":
-            x = downsample(x, low_pass(self.resample_filter, x))
+            x = downsample(x, self.low_pass(x))
         elif self.resample == "up":
-            x = upsample(x, low_pass(self.resample_filter, x))
+            x = upsample(x, self.low_pass(x))
         if self.flavor == "enc":
             x = x if self.conv_skip is None else self.conv_skip(x)
             x = normalize(x, 1)
@@ -122,12 +122,14 @@ class Block(nn.Module):
             x = mp_sum(x, self.attn_proj(self.attend(x)), self.attn_balance)
         return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
 
+    def low_pass(self, x: Tensor) -> Tensor | None:
+        """The resampling filter; the official state has no buffer for it, and all published networks use the box."""
+        return None if is_box(self.resample_filter) else separable(self.resample_filter).to(x.device)
+
     def attend(self, x: Tensor) -> Tensor:
         """Self-attention over pixels; q, k, v at unit rms, laid out [heads, C/heads, 3] in the channels."""
-        B, C, H, W = x.shape
-        qkv = self.attn_qkv(x).reshape(B, self.num_heads, C // self.num_heads, 3, H * W)
-        q, k, v = normalize(qkv, 2).transpose(2, 4).unbind(3)  # each [B, heads, H*W, C/heads]
-        return attention(q, k, v).transpose(2, 3).reshape(B, C, H, W)
+        qkv = split_heads(self.attn_qkv(x), self.num_heads)
+        return self_attention(normalize(qkv, 2)).reshape(x.shape)
 
 
 class UNet(Network):

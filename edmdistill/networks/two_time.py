@@ -1,10 +1,10 @@
 """A second time for a network that knows one: the time embedding, duplicated behind a gain that starts at 0.
 
-The network with the copy is the network without it, exactly, whatever the second time; and the gain's own gradient is
-not zero, so it still learns. CoSIM's auxiliary score reads (x_s; s, t) and CTM's generator (x_t; t, s) by it.
+The network with the copy is the network without it, exactly, whatever the second time; and the gain's own gradient
+is not zero, so it still learns. CoSIM's auxiliary score reads (x_s; s, t) and CTM's generator (x_t; t, s) by it.
 
-Source: CoSIM, section 4.  Differs: the paper sums both embeddings outright and leaves the start to them; the gain keeps
-the teacher's function at step 0.
+Source: CoSIM, section 4.  Differs: the paper sums both embeddings outright and leaves the start to them; the gain
+keeps the teacher's function at step 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 
 class SecondTime(nn.Module):
-    """Copies of the layers that embed the time, under the names that they have in the network, and the gain."""
+    """Copies of the layers that embed the time, under the network's own names for them, and the gain."""
 
     def __init__(self, network: nn.Module, *names: str) -> None:
         super().__init__()

@@ -1,0 +1,329 @@
+"""From the raw network to a denoiser, and to the flow on the TrigFlow circle: two readings of one network.
+
+EDM's view is D(x; sigma) = c_skip x + c_out F_raw(c_in x, c_noise); TrigFlow's is F(x_t, t), x_t = cos(t) x and
+D = cos(t) x_t - sin(t) sigma_data F. Solved for F, without the cancellation of going through D:
+
+    F = a x_t + b F_raw(c x_t, c_noise)
+
+Source: Karras et al. 2022 (EDM), table 1; Lu & Song 2025 (sCM), appendix B.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from ..trigflow import expand
+from .base import Network
+
+Coefficients = tuple[Tensor | float, Tensor | float, Tensor | float, Tensor]
+
+
+@dataclass(frozen=True)
+class Preconditioning(ABC):
+    """How a network's output becomes a denoised image. Plain numbers, so that a configuration can hold them.
+
+    Attributes:
+        sigma_data: standard deviation of the data.
+        sigma_min, sigma_max: the noise levels of training and sampling, finite and cut to `supported`.
+    """
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        low, high = self.supported
+        object.__setattr__(self, "sigma_min", max(self.sigma_min, low))
+        object.__setattr__(self, "sigma_max", min(self.sigma_max, high))
+
+    @property
+    def supported(self) -> tuple[float, float]:
+        """The least and the greatest noise level that the official network takes."""
+        return 0.0, math.inf
+
+    @abstractmethod
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """The network's noise condition.  sigma any shape; dtype of sigma"""
+
+    @abstractmethod
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """c_skip, c_out, c_in and c_noise in sigma's dtype, by the official arithmetic.  sigma any shape"""
+
+    @abstractmethod
+    def trigflow(self, t: Tensor) -> Coefficients:
+        """a, b, c and c_noise of F = a x_t + b F_raw(c x_t, c_noise).  t in (0, pi/2), float64, any shape"""
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest noise level that the network knows; most know all."""
+        return sigma
+
+
+@dataclass(frozen=True)
+class EDM(Preconditioning):
+    """EDM and EDM2: unit variance in and out, so that F = -F_raw(x_t / sigma_data).  Source: EDM, table 1."""
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return sigma.log() / 4
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        variance = sigma**2 + self.sigma_data**2
+        c_skip = self.sigma_data**2 / variance
+        c_out = sigma * self.sigma_data / variance.sqrt()
+        return c_skip, c_out, 1 / variance.sqrt(), self.c_noise(sigma)
+
+    def trigflow(self, t: Tensor) -> Coefficients:
+        return 0.0, -1.0, 1 / self.sigma_data, self.c_noise(self.sigma_data * t.tan())
+
+
+class NoisePrediction(Preconditioning):
+    """D = x + sign sigma F_raw(c_in x): the network names the noise, up to its sign."""
+
+    sign: float
+
+    @abstractmethod
+    def c_in(self, sigma: Tensor) -> Tensor:
+        """The scale of the network's input.  sigma any shape"""
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        return 1.0, self.sign * sigma, self.c_in(sigma), self.c_noise(sigma)
+
+    def trigflow(self, t: Tensor) -> Coefficients:
+        tan, cos = t.tan(), t.cos()
+        sigma = self.sigma_data * tan
+        return -tan / self.sigma_data, -self.sign / cos, self.c_in(sigma) / cos, self.c_noise(sigma)
+
+
+@dataclass(frozen=True)
+class VP(NoisePrediction):
+    """Variance preserving, sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1).  Source: EDM, table 1.
+
+    Attributes:
+        beta_d, beta_min: extent and initial slope of the noise schedule.
+        M: number of DDPM time steps.
+        epsilon_t: least t of training.
+    """
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    M: int = 1000
+    epsilon_t: float = 1e-5
+
+    sign = -1.0
+
+    @property
+    def supported(self) -> tuple[float, float]:
+        # float32, as the official attributes: samplers clamp to them.
+        t = torch.tensor([self.epsilon_t, 1.0])
+        low, high = ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt().tolist()
+        return low, high
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        root = (self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt()
+        return (self.M - 1) * ((root - self.beta_min) / self.beta_d)
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        return 1 / (sigma**2 + 1).sqrt()
+
+
+@dataclass(frozen=True)
+class VE(NoisePrediction):
+    """Variance exploding.  Source: EDM, table 1."""
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    sign = 1.0
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return (0.5 * sigma).log()
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+
+@cache
+def _iddpm_levels(C_1: float, C_2: float, M: int) -> Tensor:
+    """The M + 1 noise levels u_0 > ... > u_M = 0, float32 as in the official state.  Source: EDM, table 1."""
+
+    def alpha_bar(j: int) -> Tensor:
+        return (0.5 * math.pi * torch.tensor(j) / M / (C_2 + 1)).sin() ** 2
+
+    u = torch.zeros(M + 1)
+    for j in range(M, 0, -1):
+        u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar(j - 1) / alpha_bar(j)).clip(min=C_1) - 1).sqrt()
+    return u
+
+
+@dataclass(frozen=True)
+class IDDPM(NoisePrediction):
+    """Improved DDPM: M discrete noise levels, the nearest one conditions the network.  Source: EDM, table 1.
+
+    Attributes:
+        C_1, C_2: what keeps the schedule's ends finite.
+        M: number of noise levels.
+    """
+
+    C_1: float = 0.001
+    C_2: float = 0.008
+    M: int = 1000
+
+    sign = -1.0
+
+    @property
+    def levels(self) -> Tensor:
+        """The official buffer `u`.  [M+1] float32, descending to 0"""
+        return _iddpm_levels(self.C_1, self.C_2, self.M)
+
+    @property
+    def supported(self) -> tuple[float, float]:
+        return float(self.levels[self.M - 1]), float(self.levels[0])
+
+    def index(self, sigma: Tensor) -> Tensor:
+        """Number of the nearest noise level.  int64, shape of sigma"""
+        levels = self.levels.to(sigma.device, sigma.dtype)
+        return (sigma[..., None] - levels).abs().argmin(-1)
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return self.levels.to(sigma.device, sigma.dtype)[self.index(sigma)]
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return (self.M - 1 - self.index(sigma)).to(sigma.dtype)
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        return 1 / (sigma**2 + 1).sqrt()
+
+
+PRECONDITIONINGS: dict[str, type[Preconditioning]] = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}
+
+
+def class_vectors(labels: Tensor | None, label_dim: int) -> Tensor | None:
+    """Class numbers [B] or vectors [B,label_dim] as float vectors [B,label_dim]; None stays None.
+
+    Raises: ValueError: a class number that is not in [0, label_dim).
+    """
+    if labels is None or label_dim == 0:
+        return None
+    if labels.is_floating_point():
+        return labels.reshape(-1, label_dim)
+    if labels.ndim <= 1:
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= label_dim:
+            wrong = low if low < 0 else high
+            raise ValueError(f"the network knows classes 0 to {label_dim - 1}, but a label is {wrong}")
+        return nn.functional.one_hot(labels.long().reshape(-1), label_dim).float()
+    return labels.reshape(-1, label_dim).float()
+
+
+class FlowNetwork(nn.Module):
+    """The network on the TrigFlow circle: what methods train and what checkpoints hold.
+
+    Attributes:
+        network, preconditioning: what is wrapped.
+        compute_dtype: dtype of the activations inside the network; None = the dtype of the result.
+        sigma_data, sigma_min, sigma_max: of the preconditioning.
+        img_resolution, img_channels, label_dim, two_time: of the network.
+    """
+
+    def __init__(
+        self, network: Network, preconditioning: Preconditioning, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.preconditioning = preconditioning
+        self.compute_dtype = compute_dtype
+        self.sigma_data = preconditioning.sigma_data
+        self.sigma_min = preconditioning.sigma_min
+        self.sigma_max = preconditioning.sigma_max
+        self.img_resolution = network.img_resolution
+        self.img_channels = network.img_channels
+        self.label_dim = network.label_dim
+        self.two_time = network.two_time
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs, times and results outside the network: float32, or float64 if the parameters are."""
+        wide = next(self.network.parameters()).dtype == torch.float64
+        return torch.float64 if wide else torch.float32
+
+    def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None, c_noise_t: Tensor | None = None) -> Tensor:
+        """The network's own output, without channels that nobody reads (iDDPM's variances).  [B,C,H,W]"""
+        out: Tensor = self.network(
+            x.to(self.compute_dtype or self.dtype),
+            c_noise.flatten().to(self.dtype),
+            class_vectors(labels, self.label_dim),
+            None if c_noise_t is None else c_noise_t.flatten().to(self.dtype),
+        )
+        return out[:, : self.img_channels].to(self.dtype)
+
+    def clamp(self, t: Tensor, x: Tensor) -> Tensor:
+        """t, broadcast over x, cut to the times of sigma_min and sigma_max: at 0 and pi/2, c_noise is infinite."""
+        low = math.atan(self.sigma_min / self.sigma_data)
+        high = math.atan(self.sigma_max / self.sigma_data)
+        return expand(t, x).clamp(low, high)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, second: Tensor | None = None) -> Tensor:
+        """F, with dx_t/dt = sigma_data F.
+
+        Args:
+            x_t: points on the circle.  [B,C,H,W]
+            t: their times in [0, pi/2].  [] or [B]
+            labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
+            second: the second time, in [0, pi/2], for a two_time network; None = not asked.  [] or [B]
+        Returns: F.  [B,C,H,W] float32, float64 if the parameters are
+        Raises: ValueError: a second time for a network of one, or a label out of range.
+        """
+        if second is not None and not self.two_time:
+            raise ValueError("the network reads one time, but two were given: give it a second with add_second_time")
+        x_t = x_t.to(self.dtype)
+        a, b, c, c_noise = self.preconditioning.trigflow(self.clamp(t, x_t))
+        c_noise_t = None
+        if second is not None:
+            c_noise_t = self.preconditioning.c_noise(self.sigma_data * self.clamp(second, x_t).tan())
+        raw = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t)
+        return (a * x_t + b * raw).to(self.dtype)
+
+
+class Denoiser(nn.Module):
+    """EDM's view of the same network, by the official arithmetic: x0 from x = x0 + sigma n."""
+
+    def __init__(self, flow: FlowNetwork) -> None:
+        super().__init__()
+        self.flow = flow
+        self.sigma_data = flow.sigma_data
+        self.sigma_min = flow.sigma_min
+        self.sigma_max = flow.sigma_max
+        self.img_resolution = flow.img_resolution
+        self.img_channels = flow.img_channels
+        self.label_dim = flow.label_dim
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """D(x; sigma), the expected image.
+
+        Args:
+            x: images with noise of standard deviation sigma, any float dtype.  [B,C,H,W]
+            sigma: noise levels in (0, inf).  [] or [B]
+            labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
+        Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
+        """
+        x = x.to(self.flow.dtype)
+        sigma = sigma.to(x.device, x.dtype).reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in, c_noise = self.flow.preconditioning.coefficients(sigma)
+        return c_skip * x + c_out * self.flow.raw(c_in * x, c_noise, labels)
+
+    def logvar(self, sigma: Tensor) -> Tensor:
+        """u(sigma), the log variance of the denoising loss; EDM2 only.  sigma [] or [B] -> [B,1,1,1]
+
+        Source: EDM2, eq. 21.
+        """
+        c_noise = self.flow.preconditioning.c_noise(sigma.to(self.flow.dtype).flatten())
+        return self.flow.network.logvar(c_noise).reshape(-1, 1, 1, 1)
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest noise level that the network knows, in sigma's shape and dtype."""
+        return self.flow.preconditioning.round_sigma(sigma)
