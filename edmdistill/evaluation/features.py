@@ -1,49 +1,62 @@
 """Feature spaces in which images are compared: uint8 images in, one float32 vector each out.
 
-Every space, FID's Inception as much as the plain pixels, is a class with the interface of `FeatureSpace`; FEATURES lists them.
+Every space is a class with the interface FeatureSpace, and FEATURES lists them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from importlib.resources import files
-from typing import ClassVar, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edmdistill.errors import DatasetError
+from ..errors import DatasetError
 
 
 class FeatureSpace(Protocol):
-    """What an evaluation needs of a feature space.
+    """What an evaluation asks of a feature space.
 
-    name: as in FEATURES and in the names of metrics.
-    dim: number of features d; None where the size of the images decides.
-    sha256: of the file of weights; None for a space without weights.
+    Attributes:
+        name: as in FEATURES, and in the names of metrics.
+        dim: the number of features d, or None where the size of the images decides.
+        sha256: of the file of weights, or None for a space without weights.
     """
 
-    name: ClassVar[str]
-    dim: ClassVar[int | None]
+    name: str
+    dim: int | None
     sha256: str | None
 
     def __init__(self, device: torch.device | str = "cpu") -> None: ...
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of images.  uint8 [N,C,H,W] -> float32 [N,d] on the device of the space."""
+        """uint8 [N,C,H,W] -> float32 [N,d], on the device of the space.
+
+        Raises: DatasetError: the space does not take images of this size.
+        """
+        ...
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """A feature space that also knows classes."""
+
+    def classify(self, images: Tensor) -> Tensor:
+        """uint8 [N,C,H,W] -> probabilities, float32 [N,classes]."""
         ...
 
 
 class Pixels:
-    """The images themselves, v / 127.5 - 1, flattened. For any size, and for checks rather than for judging quality."""
+    """The images themselves, v / 127.5 - 1: takes any size, but is a check rather than a judge of quality."""
 
-    name: ClassVar[str] = "pixels"
-    dim: ClassVar[int | None] = None
+    name = "pixels"
+    dim: int | None = None
+    sha256: str | None = None
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.sha256: str | None = None
         self._device = device
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -51,7 +64,7 @@ class Pixels:
 
 
 class DigitsNet(nn.Module):
-    """A small convolutional classifier of 8x8 digits; its 64 features before the last layer are the feature space."""
+    """A small convolutional classifier of 8x8 digits, with 64 features before its last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,25 +74,27 @@ class DigitsNet(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def features(self, x: Tensor) -> Tensor:
-        """Features of images in [-1, 1].  [N,1,8,8] -> [N,64]"""
-        x = functional.relu(self.conv2(functional.relu(self.conv1(x))))
+        """[N,1,8,8] in [-1, 1] -> [N,64]"""
+        x = functional.relu(self.conv1(x))
+        x = functional.relu(self.conv2(x))
         return functional.relu(self.hidden(x.flatten(1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images in [-1, 1].  [N,1,8,8] -> [N,10]"""
+        """[N,1,8,8] in [-1, 1] -> logits [N,10]"""
         logits: Tensor = self.head(self.features(x))
         return logits
 
 
 class Digits:
-    """Features of the digits classifier that ships with the package; edmdistill.assets.make_features made its weights."""
+    """The features of a classifier of 8x8 digits in the package's assets, made by its make_features."""
 
-    name: ClassVar[str] = "digits"
-    dim: ClassVar[int | None] = 64
+    name = "digits"
+    dim: int | None = 64
+    sha256: str | None
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        weights = files("edmdistill.assets").joinpath("digits-features.safetensors").read_bytes()
-        self.sha256: str | None = hashlib.sha256(weights).hexdigest()
+        weights = files("edmdistill").joinpath("assets/digits-features.safetensors").read_bytes()
+        self.sha256 = hashlib.sha256(weights).hexdigest()
         self._device = device
         self._net = DigitsNet()
         self._net.load_state_dict(load(weights))
@@ -89,15 +104,13 @@ class Digits:
         return self._net.features(self._input(images))
 
     def classify(self, images: Tensor) -> Tensor:
-        """Probabilities of the ten digits.  uint8 [N,1,8,8] -> float32 [N,10]"""
-        return self._net(self._input(images)).softmax(1)
+        """uint8 [N,1,8,8] -> probabilities of the ten digits, float32 [N,10]."""
+        return functional.softmax(self._net(self._input(images)), 1)
 
     def _input(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (1, 8, 8):
-            found = "x".join(str(size) for size in images.shape[1:])
-            raise DatasetError(
-                f"the feature space digits takes 1x8x8 images, got {found}; use the protocol pixels"
-            )
+            found = "x".join(map(str, images.shape[1:]))
+            raise DatasetError(f"the feature space digits takes 1x8x8 images, not {found}; choose the protocol pixels")
         return images.to(self._device, torch.float32) / 127.5 - 1
 
 

@@ -60,8 +60,9 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     |m_a - m_b|^2 + tr(A + B - 2 sqrt(AB)),  tr sqrt(AB) = sum sqrt(eigvalsh(A^1/2 B A^1/2))
 
     Returns: a float >= 0, up to rounding.
-    Source: Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500).  Differs: symmetric eigenvalues in place of a matrix
-    square root of the nonsymmetric AB, which is exact for rank-deficient covariances and never complex.
+    Source: Dowson & Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), section 3.
+    Differs: symmetric eigenvalues replace the square root of the nonsymmetric AB, so that it is never complex, and
+        exact where a covariance has not full rank.
     """
     root = _matrix_sqrt(a.covariance)
     cross = _eigenvalues(root @ b.covariance @ root)[0].sqrt().sum()
@@ -76,6 +77,6 @@ def _matrix_sqrt(covariance: Tensor) -> Tensor:
 
 def _eigenvalues(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
-    # Eigenvalues below the rounding of the largest one are zeros of a rank-deficient matrix; their roots would not be small.
+    # Eigenvalues below the rounding of the largest are zeros of a matrix without full rank; their roots would count.
     floor = len(values) * torch.finfo(values.dtype).eps * values.max().clamp(min=0)
     return torch.where(values > floor, values, 0), vectors

@@ -1,0 +1,207 @@
+"""Data sets: the digits, EDM's zips and folders, broken sources in one sentence, the order as a pure function."""
+
+import builtins
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from edmdistill.data import datasets
+from edmdistill.data.datasets import indices, open_dataset
+from edmdistill.errors import DatasetError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+FILES = {f"0000{i % 2}/img{i}.png": PIXELS[i] for i in range(5)}
+LABELS = [[name, i % 3] for i, name in enumerate(FILES)]
+
+Members = dict[str, bytes]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "png")
+    return out.getvalue()
+
+
+def members(labels: object = LABELS, **changes: bytes) -> Members:
+    """A good data set of five 4x4 images in two folders, with changes."""
+    described = json.dumps({"labels": labels}).encode()
+    return {name: png(p) for name, p in FILES.items()} | {"dataset.json": described} | changes
+
+
+def write_zip(path: Path, content: Members) -> Path:
+    with zipfile.ZipFile(path / "set.zip", "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return path / "set.zip"
+
+
+def write_folder(path: Path, content: Members) -> Path:
+    for name, data in content.items():
+        target = path / "set" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    return path / "set"
+
+
+both = pytest.mark.parametrize("write", [write_zip, write_folder])
+Write = Callable[[Path, Members], Path]
+
+
+def test_digits_are_the_real_ones() -> None:
+    data = open_dataset("digits", split="all")
+    assert (len(data), data.img_channels, data.img_resolution, data.label_dim) == (1797, 1, 8, 10)
+    assert data.label_names == list("0123456789")
+    from sklearn.datasets import load_digits
+
+    values, classes = load_digits(return_X_y=True)
+    images = data.images(range(1797))
+    assert images.dtype == torch.uint8
+    assert np.array_equal(images.numpy().reshape(1797, 64), np.round(values * 255 / 16))
+    assert [data.label(i) for i in range(1797)] == classes.tolist()
+
+
+def test_digits_splits_are_fixed_and_disjoint() -> None:
+    train, test, everything = (open_dataset("digits", split=split) for split in ("train", "test", "all"))
+    assert (len(train), len(test)) == (1500, 297)
+    assert set(train._files).isdisjoint(test._files)
+    assert set(train._files) | set(test._files) == set(everything._files)
+    assert test._files[:4] == ["digit 5", "digit 9", "digit 12", "digit 16"]
+    assert len(open_dataset("digits")) == 1500
+
+
+def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def absent(name: str, *args: object, **more: object) -> object:
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return real(name, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(DatasetError, match=r"pip install 'edmdistill\[quickstart\]'"):
+        open_dataset("digits")
+
+
+@both
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_edm_layout(write: Write, in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 2**28 if in_memory else 0)
+    data = open_dataset(write(tmp_path, members()))
+    order = sorted(range(5), key=list(FILES).__getitem__)
+    assert (len(data), data.img_channels, data.img_resolution, data.label_dim) == (5, 3, 4, 3)
+    assert data.label_names is None
+    for i, original in enumerate(order):
+        assert np.array_equal(data.image(i).numpy(), PIXELS[original].transpose(2, 0, 1))
+        assert data.label(i) == original % 3
+    x0, labels = data.tensors(torch.tensor([3, 0]))
+    assert torch.equal(x0, data.images([3, 0]) / 127.5 - 1)
+    assert x0.dtype == torch.float32
+    assert labels is not None
+    assert labels.tolist() == torch.eye(3)[[data.label(3), data.label(0)]].tolist()
+
+
+@both
+@pytest.mark.parametrize("labels", [None, "absent"])
+def test_labels_are_optional(write: Write, labels: str | None, tmp_path: Path) -> None:
+    content = members(None)
+    if labels == "absent":
+        del content["dataset.json"]
+    data = open_dataset(write(tmp_path, content))
+    assert data.label_dim == 0
+    assert data.tensors([0])[1] is None
+    with pytest.raises(DatasetError, match=r"has no labels; add a dataset\.json"):
+        data.label(0)
+
+
+def test_grayscale(tmp_path: Path) -> None:
+    data = open_dataset(write_zip(tmp_path, {"a.png": png(PIXELS[0, :, :, 0])}))
+    assert data.img_channels == 1
+    assert np.array_equal(data.image(0).numpy()[0], PIXELS[0, :, :, 0])
+
+
+BAD: dict[str, tuple[Members, str]] = {
+    "empty": ({"readme.txt": b"x"}, "holds no images"),
+    "mixed sizes": (members(**{"z.png": png(PIXELS[0, :3, :3])}), r"z\.png is 3x3 with 3 channels, but .* is 4x4"),
+    "mixed channels": (members(None, **{"z.png": png(PIXELS[0, :, :, 0])}), r"z\.png is 4x4 with 1 channel, but"),
+    "not square": ({"a.png": png(PIXELS[0, :3])}, r"a\.png is 4x3 with 3 channels, but images must be square"),
+    "corrupt": (members(None, **{"z.png": png(PIXELS[0])[:50]}), r"z\.png is not a readable image"),
+    "not an image": (members(None, **{"z.png": b"hello"}), r"z\.png is not a readable image"),
+    "alpha": ({"a.png": png(np.zeros((4, 4, 4), np.uint8))}, r"a\.png has mode RGBA; convert"),
+    "some unlabelled": (members(LABELS[1:]), r"no label for 1 of 5 images, the first 00000/img0\.png"),
+    "not json": (members(**{"dataset.json": b"{"}), r"dataset\.json is not"),
+    "no labels key": (members(**{"dataset.json": b"{}"}), r"dataset\.json is not .* \(KeyError\('labels'\)\)"),
+    "strange labels": (members(7), r"dataset\.json is not"),
+    "negative class": (members([[name, -1] for name in FILES]), "labels 00000/img0.png as -1; classes are integers"),
+    "class vectors": (members([[name, [0.5]] for name in FILES]), r"as \[0\.5\]; classes are integers"),
+}
+
+
+@both
+@pytest.mark.parametrize("what", BAD)
+def test_broken_sets(write: Write, what: str, tmp_path: Path) -> None:
+    content, message = BAD[what]
+    if "z.png" in content and b"labels" in content["dataset.json"]:
+        content = content | {"dataset.json": json.dumps({"labels": [*LABELS, ["z.png", 0]]}).encode()}
+    with pytest.raises(DatasetError, match=message) as caught:
+        open_dataset(write(tmp_path, content))
+    assert "\n" not in str(caught.value)
+
+
+def test_corrupt_zip_member(tmp_path: Path) -> None:
+    path = write_zip(tmp_path, members())
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"img1.png") + 30
+    raw[at : at + 8] = bytes(8)
+    path.write_bytes(raw)
+    with pytest.raises(DatasetError, match=r"00001/img1\.png is not a readable image \(Bad CRC-32"):
+        open_dataset(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("none.zip", "train", r"none\.zip does not exist; give a zip, a folder, or the word digits"),
+        ("text", "train", "text is not a zip"),
+        ("text", "test", "text has no split 'test'"),
+    ],
+)
+def test_no_such_set(name: str, split: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(DatasetError, match=message):
+        open_dataset(tmp_path / name, split=split)
+
+
+def test_no_such_split_of_the_digits() -> None:
+    with pytest.raises(DatasetError, match="choose one of train, test, all"):
+        open_dataset("digits", split="validation")
+
+
+@given(seed=st.integers(0, 2**32), epoch=st.integers(0, 1000), length=st.integers(1, 50))
+def test_each_epoch_visits_every_image_once(seed: int, epoch: int, length: int) -> None:
+    assert sorted(indices(seed, epoch * length, length, length).tolist()) == list(range(length))
+
+
+@given(
+    seed=st.integers(0, 9),
+    start=st.integers(0, 200),
+    batches=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    length=st.integers(1, 30),
+)
+def test_the_order_does_not_depend_on_the_batches(seed: int, start: int, batches: list[int], length: int) -> None:
+    whole = indices(seed, start, sum(batches), length)
+    parts = [indices(seed, start + sum(batches[:i]), size, length) for i, size in enumerate(batches)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_the_order_is_pinned() -> None:
+    """A change here would break the exact resume of every run that is under way."""
+    assert indices(0, 8, 12, 10).tolist() == [5, 9, 7, 4, 5, 1, 9, 8, 6, 2, 0, 3]
