@@ -1,0 +1,58 @@
+"""From images in [-1, 1] to bytes, and from many images to one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+GAP = 2  # pixels between two images, before none and after none
+PAPER = 255
+SMALLEST = 32  # images below this size are enlarged in a grid until they reach it
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """clip(127.5 x + 128, 0, 255), cut to uint8.  Any shape, nominally in [-1, 1].  Source: EDM, generate.py."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """One picture, grayscale or RGB.  uint8 [C,H,W], C = 1 or 3"""
+    array = pixels.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def image_grid(
+    images: Tensor,
+    columns: int | None = None,
+    *,
+    labels: Sequence[int] | None = None,
+    scale: int | None = None,
+) -> Image.Image:
+    """All images side by side on white.
+
+    Args:
+        images: uint8 [N,C,H,W], C = 1 or 3.
+        columns: pictures in a row; default: as square as it goes, or what the largest class needs.
+        labels: class of each image; then every class begins a row of its own, in rising order.  [N]
+        scale: how many pixels a pixel becomes; default: 1, or what brings small images to 32.
+    """
+    N, C, H, W = images.shape
+    members = (
+        [range(N)] if labels is None else [[i for i in range(N) if labels[i] == label] for label in sorted(set(labels))]
+    )
+    if columns is None:
+        columns = math.ceil(math.sqrt(N)) if labels is None else max(map(len, members))
+    rows = [group[at : at + columns] for group in members for at in range(0, len(group), columns)]
+    scale = scale or max(1, math.ceil(SMALLEST / H))
+    tiles = images.cpu().numpy().repeat(scale, 2).repeat(scale, 3)
+    height, width = H * scale + GAP, W * scale + GAP
+    canvas = np.full((C, len(rows) * height - GAP, columns * width - GAP), PAPER, np.uint8)
+    for y, row in enumerate(rows):
+        for x, i in enumerate(row):
+            canvas[:, y * height : (y + 1) * height - GAP, x * width : (x + 1) * width - GAP] = tiles[i]
+    return to_image(torch.from_numpy(canvas))

@@ -1,0 +1,39 @@
+"""Guidance: a second denoiser says what to move away from."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import EdmDistillError
+from ..networks.preconditioning import Denoiser
+
+
+class GuidedDenoiser:
+    """D(x) = D_guide(x) + weight (D_main(x) - D_guide(x)): weight 1 is no guidance, as in EDM2.
+
+    Without a guide this is classifier-free guidance: the main network without its labels. A guide that is a weaker
+    network of the same classes is autoguidance; one without classes stands for the unconditional network.
+
+    Raises: EdmDistillError: no guide for an unconditional network, or a guide of other images or classes.
+    Source: Ho & Salimans 2022; Karras et al. 2024 (autoguidance), eq. 3.
+    """
+
+    def __init__(self, main: Denoiser, weight: float, guide: Denoiser | None = None) -> None:
+        if guide is None and not main.label_dim:
+            raise EdmDistillError(
+                "guidance drops the classes, and this network has none: name a guide, or leave guidance at 1"
+            )
+        self.main, self.guide, self.weight = main, guide or main, weight
+        for what in ("img_channels", "img_resolution", "label_dim"):
+            ours, theirs = getattr(main, what), getattr(self.guide, what)
+            if ours != theirs and (what, theirs) != ("label_dim", 0):
+                raise EdmDistillError(
+                    f"the guide's {what} is {theirs}, but the main network's is {ours}: choose a guide of the same data"
+                )
+        self.drops_labels = guide is None or not guide.label_dim
+        self.sigma_min, self.sigma_max, self.round_sigma = main.sigma_min, main.sigma_max, main.round_sigma
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        reference = self.guide(x, sigma, None if self.drops_labels else labels)
+        guided: Tensor = reference.lerp(self.main(x, sigma, labels), self.weight)
+        return guided

@@ -1,0 +1,67 @@
+"""Seeds belong to samples: every image has a random stream of its own, whatever the batch, rank or order."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import EdmDistillError
+
+MAX_SEED = 2**32 - 1
+
+
+class SeededNoise:
+    """One random stream a sample; each draw gives one value or picture of every stream.
+
+    Args:
+        seeds: taken modulo 2^32, as the official scripts do.
+        device: where the streams live. CPU streams give the same pictures on every machine; a CUDA stream differs
+            from a CPU stream of the same seed.
+    Source: the official generate.py and generate_images.py, whose streams these equal number for number if the draws
+        come in the same order: latents, then classes, then the sampler's noise.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.streams = [torch.Generator(self.device).manual_seed(int(seed) % 2**32) for seed in seeds]
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Unit normal numbers.  [B,*shape]"""
+        draws = [torch.randn(*shape, generator=rng, device=self.device, dtype=dtype) for rng in self.streams]
+        return torch.stack(draws)
+
+    def integers(self, high: int) -> Tensor:
+        """Uniform integers in [0, high).  int64 [B]"""
+        return torch.stack([torch.randint(high, [], generator=rng, device=self.device) for rng in self.streams])
+
+    def like(self, x: Tensor) -> Tensor:
+        """Unit normal numbers of the shape, dtype and device of x [B,...]."""
+        return self.normal(x.shape[1:], x.dtype).to(x.device)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds that a list of numbers and ranges names, in its order: `0-2,100` is [0, 1, 2, 100].
+
+    Raises: EdmDistillError: a part that is no number or rising range, a seed above 2^32 - 1, or a seed given twice.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise EdmDistillError(
+                f"--seeds {text}: {part.strip()!r} is no seed and no rising range; write them as in 0-63,100"
+            )
+        if last > MAX_SEED:
+            raise EdmDistillError(f"--seeds {text}: {last} is too large; seeds run from 0 to {MAX_SEED}")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) < len(seeds):
+        twice = Counter(seeds).most_common(1)[0][0]
+        raise EdmDistillError(
+            f"--seeds {text}: seed {twice} is given twice; every seed makes one picture, so name it once"
+        )
+    return seeds

@@ -1,0 +1,55 @@
+"""Sampling times as users write them, and what is asked of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import EdmDistillError
+from ..trigflow import sigma_to_time
+
+
+def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: float) -> Tensor:
+    """Reads `80,2.5` (noise levels) or `1.56rad,1.1rad` (times in radians), mixed as one likes.  float64 [nfe], radians
+
+    Raises: EdmDistillError: a part that is no number, or a noise level outside [sigma_min, sigma_max].
+    """
+    times = []
+    for part in map(str.strip, text.split(",")):
+        try:
+            value = float(part.removesuffix("rad"))
+        except ValueError:
+            raise EdmDistillError(
+                f"--t {text}: {part!r} is no time; write noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad"
+            ) from None
+        if not part.endswith("rad"):
+            if not sigma_min <= value <= sigma_max:
+                raise EdmDistillError(
+                    f"--t {text}: noise level {part} is out of range; this network knows {sigma_min:g} to {sigma_max:g}"
+                )
+            value = float(sigma_to_time(value, sigma_data))
+        times.append(value)
+    return torch.tensor(times, dtype=torch.float64)
+
+
+def check_times(times: Tensor | Sequence[float], nfe: int | None = None) -> Tensor:
+    """The times of a gamma-sampler: radians in (0, pi/2], falling, repeats allowed.  float64 [nfe]
+
+    Raises: EdmDistillError: they are not, or their number is not nfe.
+    """
+    times = torch.as_tensor(times, dtype=torch.float64)
+    shown = ", ".join(f"{t:.4g}" for t in times.flatten().tolist())
+    if times.ndim != 1 or not len(times):
+        raise EdmDistillError("sampling times must be a list of at least one time")
+    if not bool(((times > 0) & (times <= math.pi / 2)).all()):
+        raise EdmDistillError(f"sampling times are radians in (0, pi/2], but these are {shown}")
+    if bool((times.diff() > 0).any()):
+        raise EdmDistillError(f"sampling times must fall from noise to data, but these rise: {shown} (radians)")
+    if nfe is not None and nfe != len(times):
+        raise EdmDistillError(
+            f"{len(times)} sampling times were given for {nfe} network evaluations: drop one of the two"
+        )
+    return times

@@ -1,0 +1,38 @@
+import numpy as np
+import torch
+
+from edmdistill.sampling.grid import GAP, image_grid, to_uint8
+
+
+def test_to_uint8_is_the_official_rounding() -> None:
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.5, 1.0, 3.0])
+    assert to_uint8(x).tolist() == [0, 0, 0, 128, 191, 255, 255]
+
+
+def test_bytes_survive() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(pixels.float() / 127.5 - 1), pixels)
+
+
+def test_grid_places_images_row_by_row() -> None:
+    images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 4, 4)
+    grid = np.asarray(image_grid(images, scale=2))
+    step = 8 + GAP
+    assert grid.shape == (2 * step - GAP, 3 * step - GAP, 3)
+    assert [int(grid[i // 3 * step, i % 3 * step, 0]) for i in range(5)] == [0, 1, 2, 3, 4]
+    assert (grid[step:, 2 * step :] == 255).all()  # no sixth image
+    assert (grid[8:step] == 255).all()
+
+
+def test_grid_gives_every_class_a_row() -> None:
+    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 1, 32, 32)
+    grid = image_grid(images, labels=[7, 2, 7, 2, 7, 5])
+    assert grid.mode == "L"
+    step = 32 + GAP
+    pixels = np.asarray(grid)[::step, ::step]
+    assert pixels.tolist() == [[1, 3, 255], [5, 255, 255], [0, 2, 4]]
+
+
+def test_small_images_are_enlarged() -> None:
+    assert image_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).size == (32, 32)
+    assert image_grid(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).size == (64, 64)
