@@ -48,7 +48,7 @@ class LazyGroup(click.Group):
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             near = get_close_matches(name, COMMANDS, n=1)
-            ctx.fail(f"There is no command {name!r}. " + (f"Did you mean {near[0]!r}?" if near else ""))
+            ctx.fail(f"There is no command {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
@@ -61,6 +61,6 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="edmdistill")
+@click.version_option(__version__, prog_name="edmdistill", message="%(prog)s %(version)s")
 def main() -> None:
     """Turn pretrained EDM and EDM2 diffusion checkpoints into few-step generators."""

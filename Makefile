@@ -1,0 +1,32 @@
+# `make quickstart` and `make test` do all the set-up themselves: .venv, from pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/quickstart
+
+.PHONY: quickstart test test-all lint
+
+quickstart: .venv/stamp
+	$(BIN)/edmdistill convert edmdistill/assets/digits-teacher.pkl $(RUN)/teacher
+	$(BIN)/edmdistill train cosim $(RUN)/teacher --data digits --recipe cosim/digits-quickstart --run-dir $(RUN)/cosim
+	$(BIN)/edmdistill sample $(RUN)/cosim --nfe 2 --seeds 0-63 --out $(RUN)/samples
+	$(BIN)/edmdistill eval $(RUN)/cosim --nfe 2 --protocol digits --ref digits
+	$(BIN)/edmdistill report $(RUN)/cosim --out $(RUN)/report.html
+
+# One thread a worker: the networks under test are too small to share one.
+test: .venv/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-all: .venv/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: .venv/stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+.venv/stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

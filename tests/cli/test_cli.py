@@ -1,0 +1,110 @@
+"""The command line as such: help, exit codes and errors. Each command's own test is beside this one."""
+
+import subprocess
+import sys
+import time
+import types
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from edmdistill import __version__
+from edmdistill.cli import COMMANDS, main
+from edmdistill.errors import CheckpointError
+
+HEAVY = {"torch", "numpy", "scipy", "PIL", "safetensors", "huggingface_hub", "accelerate", "sklearn", "msgspec"}
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    """Runs `edmdistill inspect` with a body of the test's own."""
+
+    def run(body) -> Result:
+        module = types.ModuleType("edmdistill.cli.inspect")
+        module.command = click.command()(body)
+        monkeypatch.setitem(sys.modules, "edmdistill.cli.inspect", module)
+        return CliRunner().invoke(main, ["inspect"])
+
+    return run
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy():
+    result = python("-X", "importtime", "-m", "edmdistill", "--help")
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    for name, help_text in COMMANDS.items():
+        assert any(line.split()[:1] == [name] for line in lines)
+        assert help_text.split()[0] in result.stdout
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert "click" in imported
+    assert not imported & HEAVY
+
+
+def test_help_is_quick():
+    """0.3 s is claimed; a busy machine is given ten times that, which an import of torch does not fit in twice."""
+    start = time.perf_counter()
+    assert python("-m", "edmdistill", "--help").returncode == 0
+    assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str):
+    result = CliRunner().invoke(main, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"Usage: main {name}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_imports_no_torch(name: str):
+    code = f"import sys; from edmdistill.cli import main; main(['{name}', '--help'], standalone_mode=False)"
+    result = python("-c", f"{code}; assert 'torch' not in sys.modules")
+    assert result.returncode == 0, result.stderr
+
+
+def test_version():
+    assert CliRunner().invoke(main, ["--version"]).stdout == f"edmdistill {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [("smaple", "There is no command 'smaple'. Did you mean 'sample'?"), ("xyz", "There is no command 'xyz'.")],
+)
+def test_an_unknown_command_gets_a_suggestion(word: str, sentence: str):
+    result = CliRunner().invoke(main, [word])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == f"Error: {sentence}"
+
+
+def test_an_unknown_option_is_the_users_error():
+    assert CliRunner().invoke(main, ["--nope"]).exit_code == 2
+
+
+def test_a_users_error_is_one_sentence_and_exit_2(run):
+    def body() -> None:
+        raise CheckpointError("a.pkl is no checkpoint; give another")
+
+    result = run(body)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == "Error: a.pkl is no checkpoint; give another\n"
+
+
+def test_ctrl_c_is_exit_130(run):
+    def body() -> None:
+        raise KeyboardInterrupt
+
+    assert run(body).exit_code == 130
+
+
+def test_a_fault_of_ours_keeps_its_traceback(run):
+    def body() -> None:
+        raise ZeroDivisionError("ours")
+
+    result = run(body)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)

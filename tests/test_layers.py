@@ -1,0 +1,130 @@
+"""Who imports whom, read from the source: downwards only, and each outside library only where it is at home."""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "edmdistill"
+LAYERS = (
+    ("errors",),
+    ("trigflow",),
+    ("schedules",),
+    ("kernels",),
+    ("networks",),
+    ("checkpoints",),
+    ("methods", "sampling", "data"),
+    ("evaluation",),
+    ("recipes",),
+    ("training",),
+    ("hub", "card", "report"),
+    ("cli", "assets"),  # assets: the scripts that made what ships with the package
+)
+DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
+HOMES = {
+    "accelerate": {"training", "evaluation"},
+    "click": {"cli"},
+    "safetensors": {"checkpoints", "hub"},
+    "huggingface_hub": {"checkpoints", "hub"},
+}
+IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+SOURCES = {path.relative_to(ROOT).with_suffix("").parts: path.read_text() for path in PACKAGE.rglob("*.py")}
+
+
+def imports(module: tuple[str, ...], source: str) -> Iterator[tuple[str, ...]]:
+    """Every imported name as its dotted parts, wherever in the file it stands, relative ones made absolute."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # `from .a import b` in p/q.py and in p/q/__init__.py alike: module is (p, q) and (p, q, __init__).
+            base = module[: len(module) - node.level] if node.level else ()
+            stem = base + tuple((node.module or "").split(".") if node.module else ())
+            yield from ((*stem, alias.name) for alias in node.names)
+
+
+def is_method(source: str) -> bool:
+    """Whether the file defines a subclass of Method."""
+    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    return any(isinstance(base, ast.Name) and base.id == "Method" for node in classes for base in node.bases)
+
+
+def violations(module: tuple[str, ...], source: str) -> list[str]:
+    """What this module imports and must not."""
+    found = []
+    part = module[1]
+    for target in imports(module, source):
+        if target[0] != "edmdistill":
+            if part not in HOMES.get(target[0], {part}):
+                found.append(f"{'.'.join(module)} knows {target[0]}")
+            continue
+        other = target[1] if len(target) > 1 else ""
+        if other not in DEPTH or part not in DEPTH:
+            continue  # the package itself: __version__, and the public names, which are imported on first use
+        if other != part and DEPTH[other] >= DEPTH[part]:
+            found.append(f"{'.'.join(module)} imports upwards: {'.'.join(target)}")
+        elif part == other == "methods" and module[-1] != "__init__" and target[2:3] != module[2:3]:
+            sibling = SOURCES.get((*target[:3],), "")
+            if is_method(sibling):
+                found.append(f"{'.'.join(module)} imports another method: {'.'.join(target)}")
+    return found
+
+
+@pytest.mark.parametrize("module", SOURCES, ids=".".join)
+def test_imports_go_downwards_and_libraries_stay_at_home(module: tuple[str, ...]):
+    assert violations(module, SOURCES[module]) == []
+
+
+def test_every_part_has_a_layer():
+    parts = {module[1] for module in SOURCES} - {"__init__", "__main__"}
+    assert parts <= set(DEPTH)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "violation"),
+    [
+        ("edmdistill.networks.song", "from edmdistill.checkpoints import store", "imports upwards"),
+        ("edmdistill.networks.song", "def f():\n    from ..training.loop import train", "imports upwards"),
+        ("edmdistill.networks.__init__", "from ..cli import main", "imports upwards"),
+        ("edmdistill.networks.__init__", "from .. import training", "imports upwards"),
+        ("edmdistill.sampling.heun", "import edmdistill.data.datasets", "imports upwards"),
+        ("edmdistill.methods.cosim", "from .sid import SiD", "imports another method"),
+        ("edmdistill.methods.cosim", "from . import diffusion", "imports another method"),
+        ("edmdistill.methods.cosim", "import accelerate", "knows accelerate"),
+        ("edmdistill.training.loop", "from safetensors.torch import save_file", "knows safetensors"),
+        ("edmdistill.report", "import click", "knows click"),
+    ],
+)
+def test_a_violation_is_seen(module: str, source: str, violation: str):
+    (found,) = violations(tuple(module.split(".")), source)
+    assert violation in found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("edmdistill.methods.cosim", "from .base import Method\nfrom ..trigflow import diffuse"),
+        ("edmdistill.methods.__init__", "from .cosim import CoSIM"),
+        ("edmdistill.cli.train", "import click\nfrom edmdistill import __version__"),
+        ("edmdistill.training.loop", "import accelerate\nfrom edmdistill.training.state import State"),
+    ],
+)
+def test_what_is_right_passes(module: str, source: str):
+    assert violations(tuple(module.split(".")), source) == []
+
+
+def test_dependencies_are_what_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def import_name(requirement: str) -> str:
+        name = requirement.split(">")[0]
+        return IMPORT_NAMES.get(name, name)
+
+    core = {import_name(requirement) for requirement in project["dependencies"]}
+    optional = {import_name(requirement) for requirement in project["optional-dependencies"]["quickstart"]}
+    imported = {target[0] for module, source in SOURCES.items() for target in imports(module, source)}
+    assert imported - set(sys.stdlib_module_names) - {"edmdistill"} == core | optional
