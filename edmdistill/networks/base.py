@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -54,6 +55,14 @@ class Network(nn.Module, ABC):
             c_noise_t: the second time's noise level, for a two_time network; None = not asked.  [B]
             augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
         """
+
+    def label_vectors(self, labels: Tensor | None, like: Tensor, dropout: float = 0.0) -> Tensor:
+        """labels in the dtype of `like`; None = zeros; training zeroes a share `dropout` of them.  [B or 1,label_dim]"""
+        if labels is None:
+            return like.new_zeros(1, self.label_dim)
+        if self.training and dropout:
+            labels = labels * (torch.rand(len(labels), 1, device=labels.device) >= dropout)
+        return labels.to(like.dtype)
 
     def logvar(self, c_noise: Tensor) -> Tensor:
         """u(sigma), the log variance of the denoising loss, which EDM2 learns beside.  [B] -> [B]

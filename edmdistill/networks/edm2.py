@@ -243,7 +243,7 @@ class UNet(Network):
         if self.second_time is not None and c_noise_t is not None:
             emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
         if self.emb_label is not None:
-            labels = emb.new_zeros(1, self.label_dim) if labels is None else labels.to(emb.dtype)
+            labels = self.label_vectors(labels, emb)
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
         emb = mp_silu(emb)
 

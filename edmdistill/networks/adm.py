@@ -1,0 +1,141 @@
+"""ADM, the U-Net of guided diffusion, as EDM trains it.
+
+Source: Dhariwal & Nichol 2021, section 3; Karras et al. 2022 (EDM), table 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from .base import Network
+from .embeddings import PositionalEmbedding
+from .two_time import SecondTime
+from .unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
+
+
+class DhariwalUNet(Network):
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class; `two_time` is ours.
+
+    Attention has a head for every 64 channels; a layer of fewer than 64 channels has none, even where it is asked for.
+
+    Args:
+        label_dropout: share of labels that training sets to zero.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,
+        two_time: bool = False,
+    ) -> None:
+        super().__init__(locals(), in_channels)
+        self.label_dropout = label_dropout
+        emb_channels = model_channels * channel_mult_emb
+        widths = [model_channels * mult for mult in channel_mult]
+
+        def block(cin: int, cout: int, resample: str = "keep", attention: bool = False) -> UNetBlock:
+            return UNetBlock(cin, cout, emb_channels, cout // 64 if attention else 0, resample, dropout=dropout)
+
+        # Embedding.
+        self.map_noise = PositionalEmbedding(model_channels)
+        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, emb_channels)
+        self.map_layer1 = Linear(emb_channels, emb_channels)
+        self.map_label = Linear(label_dim, emb_channels, bias=False) if label_dim else None
+
+        # Encoder.
+        self.enc = nn.ModuleDict()
+        cout = widths[0]
+        skips = [cout]
+        for level, width in enumerate(widths):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, cout, 3)
+            else:
+                self.enc[f"{res}x{res}_down"] = block(cout, cout, "down")
+                skips.append(cout)
+            for index in range(num_blocks):
+                self.enc[f"{res}x{res}_block{index}"] = block(cout, width, attention=res in attn_resolutions)
+                cout = width
+                skips.append(cout)
+
+        # Decoder.
+        self.dec = nn.ModuleDict()
+        for level, width in reversed(list(enumerate(widths))):
+            res = img_resolution >> level
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(cout, cout, "up")
+            for index in range(num_blocks + 1):
+                cin, cout = cout + skips.pop(), width
+                self.dec[f"{res}x{res}_block{index}"] = block(cin, cout, attention=res in attn_resolutions)
+        self.out_norm = GroupNormSiLU(cout, eps=1e-5)
+        self.out_conv = Conv2d(cout, out_channels, 3)
+
+        self.initialize()
+        self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
+
+    def initialize(self) -> None:
+        """As torch does it, but what closes a branch starts at nothing and the labels with unit variance."""
+        for name, layer in self.named_modules():
+            if name.endswith(("conv1", "proj", "out_conv", "map_augment")):
+                for parameter in layer.parameters():
+                    nn.init.zeros_(parameter)
+        if self.map_label is not None:
+            nn.init.normal_(self.map_label.weight)
+
+    def embed_time(self, parts: Any, c_noise: Tensor, other: Tensor | float = 0.0) -> Tensor:
+        """The time, and what else is known before the first layer.  [B] -> [B,emb_channels]
+
+        parts: the network itself, or the copies in SecondTime.
+        """
+        emb: Tensor = parts.map_layer1(silu(parts.map_layer0(parts.map_noise(c_noise) + other)))
+        return emb
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        c_noise_t: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        # Embedding.
+        other: Tensor | float = 0.0
+        if self.map_augment is not None and augment_labels is not None:
+            other = self.map_augment(augment_labels.to(c_noise.dtype))
+        emb = self.embed_time(self, c_noise, other)
+        if self.second_time is not None and c_noise_t is not None:
+            emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
+        if self.map_label is not None:
+            emb = emb + self.map_label(self.label_vectors(labels, emb, self.label_dropout))
+        emb = silu(emb)
+
+        # Encoder.
+        skips = []
+        for layer in self.enc.values():
+            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+            skips.append(x)
+
+        # Decoder.
+        for name, layer in self.dec.items():
+            x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+        out: Tensor = self.out_conv(self.out_norm(x))
+        return out

@@ -1,0 +1,204 @@
+"""DDPM++ and NCSN++, the U-Nets of score-based modelling, as EDM trains them.
+
+Source: Song et al. 2021 (score SDE), appendix H; Karras et al. 2022 (EDM), table 7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from .base import Network
+from .embeddings import FourierEmbedding, PositionalEmbedding
+from .two_time import SecondTime
+from .unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
+
+
+class SongUNet(Network):
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class; `two_time` is ours.
+
+    DDPM++ embeds the time by positions, has standard encoder and decoder, box filter [1, 1], channel_mult_noise 1;
+    NCSN++ by Fourier features, a residual encoder, filter [1, 3, 3, 1], channel_mult_noise 2.
+
+    Args:
+        embedding_type: positional or fourier.
+        encoder_type: standard; or beside it, the downsampled image is added (skip), or the downsampled features are
+            (residual), at every level.
+        decoder_type: standard; or skip: every level adds an image of its own to the upsampled one.
+        label_dropout: share of labels that training sets to zero.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[float] = (1, 1),
+        two_time: bool = False,
+    ) -> None:
+        super().__init__(locals(), in_channels)
+        for value, known in (
+            (embedding_type, ("positional", "fourier")),
+            (encoder_type, ("standard", "skip", "residual")),
+            (decoder_type, ("standard", "skip")),
+        ):
+            if value not in known:
+                raise ValueError(f"SongUNet knows {', '.join(known)}, but {value!r} was asked for")
+        self.label_dropout = label_dropout
+        emb_channels = model_channels * channel_mult_emb
+        noise_channels = model_channels * channel_mult_noise
+        last_level = len(channel_mult) - 1
+
+        def block(cin: int, cout: int, resample: str = "keep", attention: bool = False) -> UNetBlock:
+            return UNetBlock(
+                cin,
+                cout,
+                emb_channels,
+                num_heads=int(attention),
+                resample=resample,
+                resample_filter=resample_filter,
+                dropout=dropout,
+                skip_scale=math.sqrt(0.5),
+                eps=1e-6,
+                resample_proj=True,
+                adaptive_scale=False,
+            )
+
+        # Embedding.
+        self.map_noise = (
+            PositionalEmbedding(noise_channels, endpoint=True, sin_first=True)
+            if embedding_type == "positional"
+            else FourierEmbedding(noise_channels)
+        )
+        self.map_label = Linear(label_dim, noise_channels) if label_dim else None
+        self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, emb_channels)
+        self.map_layer1 = Linear(emb_channels, emb_channels)
+
+        # Encoder.
+        self.enc = nn.ModuleDict()
+        cout = model_channels
+        caux = in_channels
+        skips = [cout]
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, cout, 3)
+            else:
+                self.enc[f"{res}x{res}_down"] = block(cout, cout, "down")
+                skips.append(cout)
+                if encoder_type == "skip":
+                    self.enc[f"{res}x{res}_aux_down"] = Conv2d(caux, caux, 0, "down", resample_filter)
+                    self.enc[f"{res}x{res}_aux_skip"] = Conv2d(caux, cout, 1)
+                elif encoder_type == "residual":
+                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(caux, cout, 3, "down", resample_filter, fused=True)
+                    caux = cout
+            for index in range(num_blocks):
+                cin, cout = cout, model_channels * mult
+                self.enc[f"{res}x{res}_block{index}"] = block(cin, cout, attention=res in attn_resolutions)
+                skips.append(cout)
+
+        # Decoder.  It attends in a level's last block only.
+        self.dec = nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            if level == last_level:
+                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(cout, cout, "up")
+            for index in range(num_blocks + 1):
+                cin, cout = cout + skips.pop(), model_channels * mult
+                attn = index == num_blocks and res in attn_resolutions
+                self.dec[f"{res}x{res}_block{index}"] = block(cin, cout, attention=attn)
+            if decoder_type == "skip" and level < last_level:
+                self.dec[f"{res}x{res}_aux_up"] = Conv2d(out_channels, out_channels, 0, "up", resample_filter)
+            if decoder_type == "skip" or level == 0:
+                self.dec[f"{res}x{res}_aux_norm"] = GroupNormSiLU(cout, eps=1e-6)
+                self.dec[f"{res}x{res}_aux_conv"] = Conv2d(cout, out_channels, 3)
+
+        self.initialize()
+        self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
+
+    def initialize(self) -> None:
+        """Xavier's uniform weights and no biases; what closes a residual branch starts at nearly nothing."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, (Linear, Conv2d)) and layer.weight is not None:
+                closes = name.endswith(("conv1", "proj", "aux_conv"))
+                nn.init.xavier_uniform_(layer.weight, 1e-5 if closes else math.sqrt(0.2) if name.endswith("qkv") else 1)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def embed_time(self, parts: Any, c_noise: Tensor, other: Tensor | float = 0.0) -> Tensor:
+        """The time, and what else is known before the first layer.  [B] -> [B,emb_channels]
+
+        parts: the network itself, or the copies in SecondTime.
+        """
+        emb: Tensor = parts.map_layer1(silu(parts.map_layer0(parts.map_noise(c_noise) + other)))
+        return emb
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        c_noise_t: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        # Embedding.  Labels join the first time alone.
+        other: Tensor | float = 0.0
+        if self.map_label is not None:
+            labels = self.label_vectors(labels, c_noise, self.label_dropout)
+            other = self.map_label(labels * math.sqrt(self.label_dim))
+        if self.map_augment is not None and augment_labels is not None:
+            other = other + self.map_augment(augment_labels.to(c_noise.dtype))
+        emb = self.embed_time(self, c_noise, other)
+        if self.second_time is not None and c_noise_t is not None:
+            emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
+        emb = silu(emb)
+
+        # Encoder.
+        skips: list[Tensor] = []
+        aux = x
+        for name, layer in self.enc.items():
+            if "aux_down" in name:
+                aux = layer(aux)
+            elif "aux_skip" in name:
+                x = skips[-1] = x + layer(aux)
+            elif "aux_residual" in name:
+                x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
+            else:
+                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+                skips.append(x)
+
+        # Decoder.
+        out: Tensor | None = None
+        for name, layer in self.dec.items():
+            if "aux_up" in name:
+                out = layer(out)
+            elif "aux_norm" in name:
+                y = layer(x)
+            elif "aux_conv" in name:
+                out = layer(y) if out is None else layer(y) + out
+            else:
+                x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+        assert out is not None
+        return out

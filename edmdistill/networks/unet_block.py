@@ -1,0 +1,148 @@
+"""The layers and the residual block that DDPM++, NCSN++ and ADM share.
+
+Parameter and buffer names are the official ones. Weights start as torch's own layers do, which is ADM's choice too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn.functional import dropout, pad
+
+from ..kernels.ops import (
+    conv2d,
+    downsample,
+    group_norm,
+    group_norm_silu,
+    is_box,
+    linear,
+    self_attention,
+    separable,
+    split_heads,
+    upsample,
+)
+
+
+class Linear(nn.Linear):
+    """A linear map in the dtype of its input.  [B,N] -> [B,M]"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Conv2d(nn.Module):
+    """Resampling, then a convolution in the dtype of its input; kernel 0 = resampling alone.
+
+    Args:
+        resample: keep, down (half the resolution) or up (twice).
+        resample_filter: taps of the separable low-pass filter, an even number.
+        fused: convolve first, beyond the border as far as the filter then looks; for down only.
+    """
+
+    resample_filter: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        resample: str = "keep",
+        resample_filter: Sequence[float] = (1, 1),
+        fused: bool = False,
+    ) -> None:
+        super().__init__()
+        layer = nn.Conv2d(in_channels, out_channels, kernel) if kernel else None
+        self.weight = layer.weight if layer else None
+        self.bias = layer.bias if layer else None
+        self.resample = resample
+        self.fused = fused
+        self.box = is_box(resample_filter)
+        self.register_buffer("resample_filter", None if resample == "keep" else separable(resample_filter))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return x if self.weight is None else conv2d(x, self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low_pass = None if self.box else self.resample_filter
+        if self.fused:
+            margin = 0 if low_pass is None else low_pass.shape[-1] // 2 - 1
+            return downsample(self.convolve(pad(x, [margin] * 4)), low_pass, border=False)
+        if self.resample == "down":
+            x = downsample(x, low_pass)
+        elif self.resample == "up":
+            x = upsample(x, low_pass)
+        return self.convolve(x)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm of 32 groups, of fewer where a group would have less than 4 channels.  [B,C,H,W]"""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(min(32, channels // 4), channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class GroupNormSiLU(GroupNorm):
+    """silu(norm(x) (1 + scale) + shift).  x [B,C,H,W]; scale and shift [B,C,1,1], None = 0"""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, scale, shift)
+
+
+class UNetBlock(nn.Module):
+    """Two convolutions beside a skip connection, conditioned by the embedding, then optional self-attention.
+
+    Args:
+        num_heads: 0 = no attention.
+        skip_scale: what each sum of branches is multiplied with.
+        resample_proj: whether a skip connection that resamples has a convolution where the channels do not ask for one.
+        adaptive_scale: whether the embedding scales and shifts after the second norm (ADM), or is added before it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        num_heads: int = 0,
+        resample: str = "keep",
+        resample_filter: Sequence[float] = (1, 1),
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        resample_proj: bool = False,
+        adaptive_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.skip_scale = skip_scale
+        self.adaptive_scale = adaptive_scale
+        self.norm0 = GroupNormSiLU(in_channels, eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, resample, resample_filter)
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
+        self.norm1 = GroupNormSiLU(out_channels, eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3)
+        self.skip = None
+        if in_channels != out_channels or resample != "keep":
+            kernel = 1 if in_channels != out_channels or resample_proj else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel, resample, resample_filter)
+        if num_heads:
+            self.norm2 = GroupNorm(out_channels, eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1)
+            self.proj = Conv2d(out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x [B,C,H,W], emb [B,emb_channels] -> [B,out_channels,H',W']"""
+        y = self.conv0(self.norm0(x))
+        condition = self.affine(emb)[:, :, None, None].to(y.dtype)
+        y = self.norm1(y, *condition.chunk(2, dim=1)) if self.adaptive_scale else self.norm1(y + condition)
+        y = self.conv1(dropout(y, self.dropout, self.training))
+        x = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        if self.num_heads:
+            y = self_attention(split_heads(self.qkv(self.norm2(x)), self.num_heads))
+            x = (self.proj(y.reshape(x.shape)) + x) * self.skip_scale
+        return x
