@@ -1,8 +1,10 @@
 """Recipes: every shipped one loads and comes back, and every mistake gets a sentence that says what to do."""
 
+import os
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -222,3 +224,23 @@ def test_defaults_are_equal_however_they_are_said(write):
 def test_names_are_listed_without_torch():
     code = "import sys, edmdistill.recipes as r; r.recipe_names(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_wheel_carries_the_recipes_and_what_ships_with_the_package(tmp_path: Path):
+    root = Path(__file__).parent.parent
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)]
+    subprocess.run(build, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    names = subprocess.run(
+        [sys.executable, "-c", "import edmdistill.recipes as r; print(r.SHIPPED, *r.recipe_names(), sep='\\n')"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert names == [str(tmp_path / "installed/edmdistill/recipes_data"), *recipe_names()]
+    package = root / "edmdistill"
+    shipped = {path.relative_to(root) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert {path for path in shipped if not (tmp_path / "installed" / path).is_file()} == set()
