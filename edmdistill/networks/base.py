@@ -27,7 +27,7 @@ class Network(nn.Module, ABC):
     def __init__(self, arguments: dict[str, Any], img_channels: int) -> None:
         """arguments: locals(), asked for in the first line of the constructor."""
         super().__init__()
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in arguments.items()
             if name not in ("self", "__class__")
@@ -57,7 +57,7 @@ class Network(nn.Module, ABC):
         """
 
     def label_vectors(self, labels: Tensor | None, like: Tensor, dropout: float = 0.0) -> Tensor:
-        """labels in the dtype of `like`; None = zeros; training zeroes a share `dropout` of them.  [B or 1,label_dim]"""
+        """labels in the dtype of `like`; None = zeros; training zeroes a share `dropout`.  [B or 1,label_dim]"""
         if labels is None:
             return like.new_zeros(1, self.label_dim)
         if self.training and dropout:

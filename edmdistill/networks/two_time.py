@@ -10,9 +10,13 @@ keeps the teacher's function at step 0.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from .base import Network
+from .preconditioning import FlowNetwork
 
 
 class SecondTime(nn.Module):
@@ -23,3 +27,26 @@ class SecondTime(nn.Module):
         for name in names:
             self.add_module(name, copy.deepcopy(network.get_submodule(name)))
         self.gain = nn.Parameter(torch.zeros([]))
+
+
+def add_second_time(flow: FlowNetwork) -> FlowNetwork:
+    """A copy of the network that reads a second time as well, and whose output does not change by a bit."""
+    return _rebuild(flow, two_time=True)
+
+
+def drop_second_time(flow: FlowNetwork) -> FlowNetwork:
+    """A copy of the network that reads the first time alone."""
+    return _rebuild(flow, two_time=False)
+
+
+def _rebuild(flow: FlowNetwork, two_time: bool) -> FlowNetwork:
+    old = flow.network
+    make: Callable[..., Network] = type(old)
+    with torch.device("meta"):  # names and shapes alone: no random number is drawn
+        network = make(**old.arguments | {"two_time": two_time})
+    state = old.state_dict()
+    gain = next(old.parameters()).new_zeros(())
+    for name in network.state_dict():  # what is new is a copy of the first time's, but the gain
+        state.setdefault(name, state.get(name.removeprefix("second_time."), gain))
+    network.load_state_dict({name: state[name].clone() for name in network.state_dict()}, assign=True)
+    return FlowNetwork(network, flow.preconditioning, flow.compute_dtype).train(old.training)
