@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, and no deadline: the first call of a torch operation is slow, and machines are shared.
+settings.register_profile("edmdistill", derandomize=True, deadline=None)
+settings.load_profile("edmdistill")
 
 GOLDEN = Path(__file__).parent / "golden"
 
