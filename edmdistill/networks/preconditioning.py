@@ -66,10 +66,16 @@ class Preconditioning(ABC):
 
 @dataclass(frozen=True)
 class EDM(Preconditioning):
-    """EDM and EDM2: unit variance in and out, so that F = -F_raw(x_t / sigma_data).  Source: EDM, table 1."""
+    """EDM and EDM2: unit variance in and out, so that F = -F_raw(x_t / sigma_data).  Source: EDM, table 1.
+
+    Attributes:
+        c_noise_scale: c_noise / ln(sigma).  1/4; OpenAI's networks of the same kind have 1000 times that.
+    """
+
+    c_noise_scale: float = 0.25
 
     def c_noise(self, sigma: Tensor) -> Tensor:
-        return sigma.log() / 4
+        return self.c_noise_scale * sigma.log()
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         variance = sigma**2 + self.sigma_data**2
