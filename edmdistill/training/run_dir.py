@@ -1,0 +1,121 @@
+"""The run directory: made whole or not at all, used by one process, and never by two different runs.
+
+It holds recipe.toml, recipe.resolved.json, run.json, metrics.jsonl, state/, samples/ and generator/.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edmdistill.errors import TrainingError
+
+RECIPE, RUN = "recipe.resolved.json", "run.json"
+
+
+class RunDir:
+    """An open run directory; `open_run` gives it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state = path / "state"
+        self.samples = path / "samples"
+        self.generator = path / "generator"
+        self._metrics = path / "metrics.jsonl"
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Appends a line to metrics.jsonl."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def forget_after(self, images: int) -> None:
+        """Drops the lines of metrics.jsonl beyond the position from which a run goes on, and a line cut short."""
+        lines = self._metrics.read_bytes().splitlines(keepends=True) if self._metrics.exists() else []
+        kept = 0
+        for line in lines:
+            if not line.endswith(b"\n") or json.loads(line)["images"] > images:
+                os.truncate(self._metrics, kept)
+                return
+            kept += len(line)
+
+
+@contextmanager
+def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text: str) -> Iterator[RunDir]:
+    """Makes the directory of a run, or goes back to it, and keeps every other process out.
+
+    Args:
+        recipe: the resolved recipe, JSON.
+        identity: what else must not change between a run and its resumption; plain values.
+        recipe_text: the recipe as its author wrote it.
+    Raises: TrainingError: the directory is another run's, or no run's, or in use.
+    """
+    files = {
+        "recipe.toml": recipe_text.encode(),
+        RECIPE: recipe,
+        RUN: json.dumps(identity, indent=2).encode() + b"\n",
+    }
+    _create(path, files)
+    with (path / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read().strip() or "unknown"
+            raise TrainingError(f"{path} is in use by process {who}: wait for it, or give another --run-dir") from None
+        _require_same(path, files)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield RunDir(path)
+
+
+def _create(path: Path, files: Mapping[str, bytes]) -> None:
+    """The directory with its files, unless there is one already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.mkdir()
+        for name, content in files.items():
+            (aside / name).write_bytes(content)
+        for folder in ("state", "samples"):
+            (aside / folder).mkdir()
+        aside.rename(path)  # refused by the system where something is there, an empty directory excepted
+    except OSError as error:
+        if not path.exists():
+            raise TrainingError(f"{path} cannot be made: {error.strerror}; give another --run-dir") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _require_same(path: Path, files: Mapping[str, bytes]) -> None:
+    if not (path / RECIPE).is_file():
+        raise TrainingError(f"{path} exists and is no run directory; give another --run-dir, or remove it")
+    changed = [line for name in (RECIPE, RUN) for line in _differences((path / name).read_bytes(), files[name])]
+    if changed:
+        raise TrainingError(
+            f"{path} is the directory of another run; give another --run-dir, or the same recipe, teacher and data:\n"
+            + "\n".join(changed)
+        )
+
+
+def _differences(before: bytes, now: bytes) -> list[str]:
+    """A line for every key whose value is not the same in two JSON texts."""
+    old, new = _flat(json.loads(before)), _flat(json.loads(now))
+    return [
+        f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, keys joined by dots."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}

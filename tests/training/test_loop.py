@@ -1,0 +1,172 @@
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from edmdistill.errors import TrainingError
+from edmdistill.methods import METHODS
+from edmdistill.methods.base import Loss
+from edmdistill.recipes import Training
+from edmdistill.training.loop import learning_rate, load_batch, rounds, train
+from edmdistill.training.monitors import Diverged, fingerprints
+
+ALL_METHODS = sorted(METHODS)
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_three_rounds_move_the_players_and_nobody_else(method, start):
+    run = start(method)
+    before = fingerprints(run.roles | {"ema": run.ema.network})
+    measured = list(rounds(run))
+    after = fingerprints(run.roles | {"ema": run.ema.network})
+    trained = {role for role, part in METHODS[method].roles.items() if part.trained}
+    assert {role for role in before if before[role] != after[role]} == trained | {"ema"}
+    assert len(measured) == 3
+    assert run.images == 24
+    for measures in measured:
+        assert {f"loss/{role}" for role in trained} <= measures.keys()
+        assert all(map(math.isfinite, measures.values()))
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_resumed_is_never_interrupted(method, start, tmp_path):
+    """20 rounds = 7 + resume + 13, bit for bit, dropout and all."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    whole = start(method, images=160)
+    assert train(whole, straight).finished
+
+    def interrupt(images, measures):
+        if images == 7 * 8:
+            signal.raise_signal(signal.SIGINT)
+
+    assert train(start(method, images=160), broken, on_round=interrupt) == (False, 56)
+    resumed = start(method, images=160)
+    assert train(resumed, broken) == (True, 160)
+    for group, tensors in whole.state().items():
+        for name, tensor in resumed.state()[group].items():
+            assert torch.equal(tensor, tensors[name]), f"{group} {name}"
+    for run_dir in straight, broken:
+        assert [path.name for path in sorted((run_dir / "state").iterdir())] == ["000000000080", "000000000160"]
+    assert metrics(straight) == metrics(broken)
+    assert [line["images"] for line in metrics(broken)] == list(range(16, 161, 16))
+    one, two = (load_file(path / "generator" / "model.safetensors") for path in (straight, broken))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (straight / "samples/000000160.png").read_bytes() == (broken / "samples/000000160.png").read_bytes()
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def test_a_finished_run_stays_as_it_is(start, tmp_path):
+    train(start("sid"), tmp_path / "run")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    files.pop(tmp_path / "run/.lock")
+    assert train(start("sid"), tmp_path / "run") == (True, 24)
+    assert all(path.stat().st_mtime_ns == then for path, then in files.items())
+
+
+def test_the_generator_says_where_it_comes_from(start, teacher, tmp_path):
+    run = start("cosim")
+    train(run, tmp_path / "run")
+    config = json.loads((tmp_path / "run/generator/config.json").read_text())
+    assert (config["stage"], config["method"], config["images_seen"]) == ("generator", "cosim", 24)
+    assert config["recipe_hash"] == run.recipe.hash
+    assert config["provenance"]["licence"] == "cc-by-nc-sa-4.0"
+    assert config["provenance"]["parent"] == run.identity["teacher_sha256"]
+    assert not config["two_time"]
+    assert config["label_names"] == [str(digit) for digit in range(10)]
+
+
+def test_the_average_is_what_is_published(start, tmp_path):
+    run = start("sid")
+    train(run, tmp_path / "run")
+    saved = load_file(tmp_path / "run/generator/model.safetensors")
+    averages = run.ema.network.network.state_dict()
+    assert all(torch.equal(saved[name], averages[name]) for name in saved)
+    weights = run.roles["generator"].network.state_dict()
+    assert any(not torch.equal(saved[name], weights[name]) for name in saved)
+
+
+def test_turns_draw_their_own_batches(start):
+    """Over a round every image of the stream is drawn once, whatever the number of turns."""
+    run = start("cosim")
+    first, second, both = (load_batch(run, position) for position in (0, 8, 4))
+    assert torch.equal(torch.cat([first.x0, second.x0])[4:12], both.x0)
+    assert torch.equal(torch.cat([first.labels, second.labels])[4:12], both.labels)
+
+
+@pytest.mark.parametrize("role", ["auxiliary", "generator"])
+def test_a_nan_names_its_place_and_the_last_good_state(role, start, tmp_path, monkeypatch):
+    method, name = METHODS["cosim"], f"{role}_loss"
+    healthy = getattr(method, name)
+
+    def poisoned(self, batch, rng):
+        loss = healthy(self, batch, rng)
+        bad = torch.arange(8) < (2 if run.images == 32 else 0)
+        return Loss(torch.where(bad, math.nan, 1.0) * loss.value, loss.t, loss.signals)
+
+    monkeypatch.setattr(method, name, poisoned)
+    run = start("cosim", images=80, snapshot_every=24)
+    with pytest.raises(TrainingError) as error:
+        train(run, tmp_path / "run")
+    sentence = str(error.value)
+    assert f"the {role}'s turn after 32 images" in sentence
+    assert "2 of 8 samples, at sigma " in sentence
+    assert f"gradient of {role}.network." in sentence
+    assert "float32" in sentence
+    assert str(tmp_path / "run/state/000000000024") in sentence
+    assert "\n" not in sentence
+
+
+def test_a_nan_in_the_weights_is_told_from_one_in_the_gradient(start):
+    run = start("sid", images=80)
+    steps = rounds(run)
+    next(steps)
+    with torch.no_grad():
+        run.roles["teacher"].network.out_gain.fill_(math.inf)
+    with pytest.raises(Diverged, match=r"weights teacher\.network\.out_gain \(float32\)"):
+        next(steps)
+
+
+def test_a_network_that_does_not_move_is_an_error(start):
+    with pytest.raises(TrainingError, match="first turn of the auxiliary moved no network"):
+        next(rounds(start("sid", lr=1e-30)))
+
+
+def test_gradient_clipping_bounds_the_step(start):
+    """Adam forgets a gradient's scale but for its eps: with a large one, the clipped step is the smaller."""
+    steps = []
+    for clip in None, 1e-3:
+        run = start("diffusion", eps=1.0, grad_clip=clip, images=8)
+        before = [p.clone() for p in run.roles["teacher"].parameters()]
+        next(rounds(run))
+        gain = run.roles["teacher"].network.out_gain
+        steps.append(max((p - q).abs().max() for p, q in zip(run.roles["teacher"].parameters(), before, strict=True)))
+        assert gain.isfinite()
+    assert steps[1] < 0.1 * steps[0]
+
+
+def test_learning_rates():
+    def training(**values):
+        return Training(images=1000, batch=10, lr=2.0, log_every=1, snapshot_every=1, **values)
+
+    assert learning_rate(training(), "generator", 990) == 2
+    assert learning_rate(training(lr_by_role={"auxiliary": 3.0}), "auxiliary", 0) == 3
+    assert learning_rate(training(lr_rampup_images=100), "generator", 0) == pytest.approx(0.2)
+    assert learning_rate(training(lr_rampup_images=100), "generator", 500) == 2
+    linear = training(lr_decay="linear", decay_share=0.5)
+    assert [learning_rate(linear, "generator", images) for images in (0, 500, 750, 1000)] == [2, 2, 1, 0]
+    root = training(lr_decay="inverse_sqrt", decay_images=100)
+    assert [learning_rate(root, "generator", images) for images in (0, 100, 400)] == [2, 2, 1]
+
+
+def test_bf16_trains_with_float32_weights(start):
+    run = start("cosim", precision="bf16")
+    assert all(math.isfinite(value) for measures in rounds(run) for value in measures.values())
+    assert {p.dtype for network in run.roles.values() for p in network.parameters()} == {torch.float32}
