@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from ..checkpoints.store import save_tensors
 from ..data.datasets import indices, open_dataset
 from ..evaluation.features import DigitsNet
 
@@ -61,7 +61,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     # One entry, because safetensors writes several in random order and the file is known by its hash.
-    save_file(net.state_dict(), out, {"made": json.dumps(made)})
+    save_tensors(out, net.state_dict(), {"made": json.dumps(made)})
     print(f"{out}: {out.stat().st_size} bytes, held-out accuracy {accuracy:.4f}")
 
 

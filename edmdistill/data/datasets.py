@@ -57,7 +57,7 @@ class Dataset:
         self.name, self.split = name, split
         self.label_dim = 0 if labels is None else int(labels.max()) + 1
         self.label_names = None if label_names is None else list(label_names)
-        self._files, self._read, self._labels = files, read, labels
+        self.files, self._read, self._labels = files, read, labels
         first = read(0)
         self.img_channels, self.img_resolution = first.shape[0], first.shape[2]
         if first.shape[1] != first.shape[2]:
@@ -67,7 +67,7 @@ class Dataset:
             self._memory = np.stack([self._checked(i) for i in range(len(files))])
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def image(self, i: int) -> Tensor:
         """Image i as it is stored.  uint8 [C,H,W]"""
@@ -103,7 +103,7 @@ class Dataset:
         if image.shape != (self.img_channels, self.img_resolution, self.img_resolution):
             first = self._read(0)
             raise DatasetError(
-                f"{self.name}: {self._files[i]} is {_size(image)}, but {self._files[0]} is {_size(first)}; "
+                f"{self.name}: {self.files[i]} is {_size(image)}, but {self.files[0]} is {_size(first)}; "
                 "bring all images to one size and number of channels"
             )
         return image
@@ -179,7 +179,8 @@ def _open_digits(split: str) -> Dataset:
 
 
 def _open_files(path: Path, split: str, members: Sequence[str], read: Callable[[str], bytes]) -> Dataset:
-    files = sorted(member for member in members if member.lower().endswith(IMAGE_SUFFIXES))
+    # `edmdistill sample` leaves a grid beside its images.
+    files = sorted(name for name in members if name.lower().endswith(IMAGE_SUFFIXES) and name != "grid.png")
     if not files:
         raise DatasetError(f"{path} holds no images; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
     labels = _read_labels(path, files, read) if "dataset.json" in members else None

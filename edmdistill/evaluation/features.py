@@ -6,15 +6,17 @@ Every space is a class with the interface FeatureSpace, and FEATURES lists them.
 from __future__ import annotations
 
 import hashlib
-from importlib.resources import files
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..checkpoints.store import load_tensors
 from ..errors import DatasetError
+
+DIGITS_WEIGHTS = Path(__file__).parents[1] / "assets" / "digits-features.safetensors"
 
 
 class FeatureSpace(Protocol):
@@ -93,25 +95,25 @@ class Digits:
     sha256: str | None
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        weights = files("edmdistill").joinpath("assets/digits-features.safetensors").read_bytes()
-        self.sha256 = hashlib.sha256(weights).hexdigest()
+        self.sha256 = hashlib.sha256(DIGITS_WEIGHTS.read_bytes()).hexdigest()
         self._device = device
         self._net = DigitsNet()
-        self._net.load_state_dict(load(weights))
-        self._net.to(device).requires_grad_(False)
+        self._net.load_state_dict(load_tensors(DIGITS_WEIGHTS)[0])
+        # In float64 every device and batch size agrees to the last digit that counts.
+        self._net.to(device, torch.float64).requires_grad_(False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self._net.features(self._input(images))
+        return self._net.features(self._input(images)).float()
 
     def classify(self, images: Tensor) -> Tensor:
         """uint8 [N,1,8,8] -> probabilities of the ten digits, float32 [N,10]."""
-        return functional.softmax(self._net(self._input(images)), 1)
+        return functional.softmax(self._net(self._input(images)), 1).float()
 
     def _input(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (1, 8, 8):
             found = "x".join(map(str, images.shape[1:]))
             raise DatasetError(f"the feature space digits takes 1x8x8 images, not {found}; choose the protocol pixels")
-        return images.to(self._device, torch.float32) / 127.5 - 1
+        return images.to(self._device, torch.float64) / 127.5 - 1
 
 
 FEATURES: dict[str, type[FeatureSpace]] = {"pixels": Pixels, "digits": Digits}

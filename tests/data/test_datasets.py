@@ -72,9 +72,9 @@ def test_digits_are_the_real_ones() -> None:
 def test_digits_splits_are_fixed_and_disjoint() -> None:
     train, test, everything = (open_dataset("digits", split=split) for split in ("train", "test", "all"))
     assert (len(train), len(test)) == (1500, 297)
-    assert set(train._files).isdisjoint(test._files)
-    assert set(train._files) | set(test._files) == set(everything._files)
-    assert test._files[:4] == ["digit 5", "digit 9", "digit 12", "digit 16"]
+    assert set(train.files).isdisjoint(test.files)
+    assert set(train.files) | set(test.files) == set(everything.files)
+    assert test.files[:4] == ["digit 5", "digit 9", "digit 12", "digit 16"]
     assert len(open_dataset("digits")) == 1500
 
 

@@ -1,17 +1,16 @@
 """Feature spaces: one interface for all, and what the shipped classifier of digits is worth."""
 
 import json
-import struct
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from edmdistill.checkpoints.store import load_tensors
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError
-from edmdistill.evaluation.features import FEATURES, Digits, Pixels
+from edmdistill.evaluation.features import DIGITS_WEIGHTS, FEATURES, Digits, Pixels
 from edmdistill.evaluation.frechet import frechet_distance, statistics
 
 TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
@@ -62,17 +61,14 @@ def test_the_distance_tells_digits_from_others() -> None:
 
 
 def made(path: Path) -> dict[str, Any]:
-    """How a file of features was made, from its safetensors header."""
-    weights = path.read_bytes()
-    header = json.loads(weights[8 : 8 + struct.unpack("<Q", weights[:8])[0]])
-    return json.loads(header["__metadata__"]["made"])
+    """How a file of features was made."""
+    return json.loads(load_tensors(path)[1]["made"])
 
 
 def test_the_file_says_how_it_was_made_and_is_small() -> None:
-    path = Path(str(files("edmdistill"))) / "assets/digits-features.safetensors"
-    assert made(path)["by"] == "python -m edmdistill.assets.make_features"
-    assert made(path)["held_out_accuracy"] >= 0.98
-    assert path.stat().st_size < 300_000
+    assert made(DIGITS_WEIGHTS)["by"] == "python -m edmdistill.assets.make_features"
+    assert made(DIGITS_WEIGHTS)["held_out_accuracy"] >= 0.98
+    assert DIGITS_WEIGHTS.stat().st_size < 300_000
     assert Digits().sha256 == "cd2ee813e28bf5422c392ed30589e24e65b3448812303b5ac4d31659c1ac8316"
 
 

@@ -1,0 +1,315 @@
+"""Evaluation: images against a reference, in numbers that carry with them how they were made.
+
+A protocol says everything that moves a metric besides the images. A result holds the protocol that it was measured by,
+with the hashes of the weights and of the reference; two results compare only where their protocols are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from msgspec import Struct
+from msgspec.structs import asdict, replace
+from torch import Tensor
+
+from .. import __version__
+from ..checkpoints.store import Generator
+from ..data.datasets import Dataset, open_dataset
+from ..errors import DatasetError, EdmDistillError
+from ..networks.edm2 import UNet
+from ..networks.preconditioning import Denoiser
+from ..sampling.generate import sample
+from ..sampling.heun import EDM, EDM2
+from ..trigflow import time_to_sigma
+from .features import FEATURES, Classifier
+from .frechet import RunningStatistics, Statistics, frechet_distance
+from .images import Scheme, drawn, found
+
+SCHEMA_VERSION = 1
+
+
+class Reference(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The real images, by file name. The measurement adds their number, and the sha256 of their size and pixels."""
+
+    source: str
+    split: str = "train"
+    n: int | None = None
+    sha256: str | None = None
+
+
+class Protocol(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What moves a metric besides the images: in PROTOCOLS the standard, in a result what was done, with all hashes."""
+
+    name: str
+    metrics: tuple[str, ...]
+    features: str
+    """The feature space, a key of FEATURES."""
+    features_sha256: str | None = None
+    """Of its weights."""
+    reference: Reference | None = None
+    """In a standard, None allows any."""
+    n: int = 5000
+    seeds: str | None = "0-4999"
+    """None: unknown."""
+    labels: Scheme = "balanced"
+    """See Images.scheme."""
+    uint8: str = "clip(127.5 x + 128, 0, 255), cut"
+    resize: Literal["none"] = "none"
+    covariance: Literal["unbiased"] = "unbiased"
+    """Divided by n - 1, as numpy.cov does."""
+
+    def sha256(self) -> str:
+        """Of everything above: equal for results that may be compared."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+
+PROTOCOLS = {
+    "digits": Protocol(
+        name="digits",
+        metrics=("fd_digits", "class_accuracy"),
+        features="digits",
+        reference=Reference(source="digits"),
+    ),
+    "pixels": Protocol(name="pixels", metrics=("fd_pixels",), features="pixels"),
+}
+
+
+class Sampler(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the images were drawn."""
+
+    solver: Literal["gamma", "heun"]
+    nfe: int
+    gamma: float | None = None
+    sigmas: tuple[float, ...] | None = None
+    """A generator's noise levels; a teacher's follow from nfe."""
+    guidance: float = 1.0
+
+
+class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Metrics, and all that it takes to judge or repeat them.
+
+    Where the number of images is not the protocol's standard, the name of a metric says so: fd_digits@1000.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    metrics: dict[str, float]
+    protocol: Protocol
+    protocol_sha256: str
+    sampler: Sampler | None
+    """None: the images were there already."""
+    provenance: dict[str, Any]
+
+    def to_json(self) -> str:
+        """The result as a JSON document."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+
+
+def results_json(results: Sequence[Result]) -> str:
+    """Results as one JSON document."""
+    document = msgspec.json.encode({"schema_version": SCHEMA_VERSION, "results": results})
+    return msgspec.json.format(document, indent=2).decode()
+
+
+def results_table(results: Sequence[Result]) -> str:
+    """Results of one protocol as lines of text."""
+    protocol = results[0].protocol
+    reference = protocol.reference
+    assert reference is not None
+    lines = [
+        f"protocol {protocol.name}: {protocol.n} images against {reference.source} ({reference.split}, {reference.n})",
+        "".join(f"{name:>18}" for name in ("NFE", *results[0].metrics)),
+    ]
+    for result in results:
+        nfe = str(result.sampler.nfe) if result.sampler else "-"
+        lines.append("".join(f"{cell:>18}" for cell in (nfe, *(f"{value:.4g}" for value in result.metrics.values()))))
+    return "\n".join(lines)
+
+
+def require_comparable(a: Result, b: Result) -> None:
+    """Raises EdmDistillError, naming what differs, unless two results were measured by one protocol."""
+    ours, theirs = asdict(a.protocol), asdict(b.protocol)
+    differences = [f"{key} ({ours[key]} and {theirs[key]})" for key in ours if ours[key] != theirs[key]]
+    if differences:
+        raise EdmDistillError(
+            f"these results cannot be compared: they differ in {', '.join(differences)}; measure both by one protocol"
+        )
+
+
+def evaluate(
+    model_or_images: Generator | Denoiser | Tensor | str | Path,
+    reference: Dataset | str | Path | None = None,
+    *,
+    protocol: str,
+    nfe: int | None = None,
+    gamma: float = 1.0,
+    times: Sequence[float] | Tensor | None = None,
+    guidance: float = 1.0,
+    guide: Denoiser | None = None,
+    seeds: Sequence[int] | None = None,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    source: str | None = None,
+    on_progress: Callable[[int], object] | None = None,
+) -> Result:
+    """Measures what a network draws, or images that are there already, against a data set.
+
+    Args:
+        model_or_images: a network, drawing where it is; or images as `found` takes them: a folder, a zip, an .npz, or
+            uint8 [N,C,H,W].
+        reference: a data set, or what open_dataset takes; default: the protocol's own.
+        protocol: a key of PROTOCOLS.
+        nfe, gamma, times, guidance, guide: how a network draws, see `sample`.
+        seeds: what a network draws; default: the protocol's. Image i has the class seeds[i] modulo label_dim.
+        batch: images at a time.
+        device: where features are computed.
+        source: what the images come from, for the record.
+        on_progress: called with the number of images that have just been measured.
+    Raises:
+        EdmDistillError: no such protocol, or an option that does not fit the network or the images.
+        DatasetError: images or reference cannot be read, or do not fit each other or the protocol.
+    """
+    standard = find_protocol(protocol)
+    data = open_reference(reference, standard)
+    if isinstance(model_or_images, Generator | Denoiser):
+        draw = partial(
+            sample,
+            model_or_images,
+            nfe,
+            gamma=gamma,
+            times=times,
+            guidance=guidance,
+            guide=guide,
+            batch=batch,
+        )
+        images = drawn(model_or_images, range(standard.n) if seeds is None else seeds, draw)
+    elif (nfe, gamma, times, guidance, guide, seeds) == (None, 1, None, 1, None, None):
+        images = found(model_or_images, data.label_dim)
+    else:
+        raise EdmDistillError(
+            "nfe, gamma, times, guidance and seeds say how a network draws, but these images exist: leave them out"
+        )
+    size = (data.img_channels, data.img_resolution, data.img_resolution)
+    if images.size != size:
+        raise DatasetError(
+            f"the images are {'x'.join(map(str, images.size))}, but those of the reference {data.name} are "
+            f"{'x'.join(map(str, size))}, and nothing is resized; choose a reference of their size"
+        )
+    if images.count < 2:
+        raise DatasetError(f"a covariance needs two images, but there is {images.count}; the standard is {standard.n}")
+
+    space = FEATURES[standard.features](device)
+    real, digest = _statistics_of(data, standard.features, str(device), batch)
+    made, correct = RunningStatistics(), 0
+    for rows in _batches(images.count, batch):
+        pixels = images.read(rows)
+        made.update(space(pixels))
+        if isinstance(space, Classifier) and images.classes is not None:
+            correct += int((space.classify(pixels).argmax(1).cpu() == images.classes[rows.start : rows.stop]).sum())
+        if on_progress is not None:
+            on_progress(len(rows))
+
+    values = {f"fd_{space.name}": frechet_distance(made.finish(), real)}
+    if isinstance(space, Classifier) and images.classes is not None:
+        values["class_accuracy"] = correct / images.count
+    suffix = "" if images.count == standard.n else f"@{images.count}"
+    done = replace(
+        standard,
+        features_sha256=space.sha256,
+        reference=Reference(source=Path(data.name).name, split=data.split, n=len(data), sha256=digest),
+        n=images.count,
+        seeds=None if images.seeds is None else format_seeds(images.seeds),
+        labels=images.scheme,
+    )
+    return Result(
+        metrics={name + suffix: values[name] for name in standard.metrics if name in values},
+        protocol=done,
+        protocol_sha256=done.sha256(),
+        sampler=_sampler(model_or_images, nfe, gamma, times, guidance),
+        provenance=_provenance(model_or_images, source, device),
+    )
+
+
+def find_protocol(name: str) -> Protocol:
+    """The standard of that name.  Raises EdmDistillError if there is none."""
+    if name not in PROTOCOLS:
+        raise EdmDistillError(f"there is no protocol {name!r}; choose one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def open_reference(reference: Dataset | str | Path | None, standard: Protocol) -> Dataset:
+    """The data set that a measurement is against.
+
+    Args:
+        reference: a data set, or what open_dataset takes; None: the standard's own.
+    Raises: DatasetError: it cannot be opened, is not the one that the standard asks for, or none was named.
+    """
+    fixed = standard.reference
+    if reference is None:
+        if fixed is None:
+            raise DatasetError(f"the protocol {standard.name} has no reference of its own; name a data set")
+        return open_dataset(fixed.source, split=fixed.split)
+    data = reference if isinstance(reference, Dataset) else open_dataset(reference)
+    if fixed is not None and (data.name, data.split) != (fixed.source, fixed.split):
+        raise DatasetError(
+            f"the protocol {standard.name} measures against {fixed.source} ({fixed.split}), but the reference is "
+            f"{data.name} ({data.split}); leave it out, or choose another protocol"
+        )
+    return data
+
+
+def format_seeds(seeds: Sequence[int]) -> str:
+    """The inverse of parse_seeds: [0, 1, 2, 100] is `0-2,100`."""
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+@lru_cache(maxsize=4)
+def _statistics_of(data: Dataset, features: str, device: str, batch: int) -> tuple[Statistics, str]:
+    """Statistics of a reference's features, and the sha256 of its images; kept, since measurements come in rows."""
+    space, running = FEATURES[features](device), RunningStatistics()
+    digest = hashlib.sha256(f"{len(data)}x{data.img_channels}x{data.img_resolution}:".encode())
+    for rows in _batches(len(data), batch):
+        pixels = data.images(rows)
+        digest.update(pixels.numpy().tobytes())
+        running.update(space(pixels))
+    return running.finish(), digest.hexdigest()
+
+
+def _batches(count: int, batch: int) -> Iterator[range]:
+    return (range(at, min(at + batch, count)) for at in range(0, count, batch))
+
+
+def _sampler(
+    drawer: object, nfe: int | None, gamma: float, times: Sequence[float] | Tensor | None, guidance: float
+) -> Sampler | None:
+    """What `sample` did, its defaults filled in; None for images that were not drawn here."""
+    if isinstance(drawer, Denoiser):
+        style = EDM2 if isinstance(drawer.flow.network, UNet) else EDM
+        return Sampler(solver="heun", nfe=nfe or 2 * style.num_steps - 1, guidance=guidance)
+    if isinstance(drawer, Generator):
+        times = drawer.schedule(nfe or 2) if times is None else torch.as_tensor(times)
+        sigmas = time_to_sigma(times, drawer.flow.sigma_data).tolist()
+        return Sampler(solver="gamma", nfe=len(sigmas), gamma=gamma, sigmas=tuple(sigmas))
+    return None
+
+
+def _provenance(images: object, source: str | None, device: torch.device | str) -> dict[str, Any]:
+    made_with = {"edmdistill": __version__, "torch": str(torch.__version__), "device": str(device)}
+    if isinstance(images, Generator):
+        config = images.config
+        kept = {name: getattr(config, name) for name in ("method", "recipe_hash", "images_seen", "provenance")}
+        return {"source": source, **kept, **made_with}
+    if isinstance(images, str | Path):
+        source = source or str(images)
+    return {"source": source, **made_with}

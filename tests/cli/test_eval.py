@@ -1,0 +1,90 @@
+"""`edmdistill eval`: sources, tables and documents."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.cli import main
+from edmdistill.data.datasets import open_dataset
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.preconditioning import EDM, FlowNetwork
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["eval", *map(str, arguments), "--device", "cpu"])
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A generator of digits that nobody trained."""
+    torch.manual_seed(0)
+    network = UNet(8, 1, 10, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), logvar_channels=4)
+    flow = FlowNetwork(network, EDM(sigma_data=0.5))
+    config = CheckpointConfig(stage="generator", provenance=Provenance(source="made up"), **facts(flow))
+    save_checkpoint(tmp_path / "run" / "generator", flow, config)
+    return tmp_path / "run" / "generator"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """The held-out digits in an .npz."""
+    data = open_dataset("digits", split="test")
+    pixels = data.images(range(len(data))).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "real.npz", images=pixels, labels=data.labels(range(len(data))))
+    return tmp_path / "real.npz"
+
+
+def test_a_table_by_nfe(checkpoint: Path) -> None:
+    result = run(checkpoint, "--protocol", "digits", "--ref", "digits", "--nfe", "1,2", "--n", 20)
+    assert result.exit_code == 0, result.output
+    title, head, *rows = result.stdout.splitlines()
+    assert title == "protocol digits: 20 images against digits (train, 1500)"
+    assert head.split() == ["NFE", "fd_digits@20", "class_accuracy@20"]
+    assert [row.split()[0] for row in rows] == ["1", "2"]
+
+
+def test_json_is_one_document_on_stdout_and_in_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint.parent / "recipe.toml").touch()
+    out = tmp_path / "new" / "eval.json"
+    arguments = ("--protocol", "digits", "--t", "80,2.5", "--seeds", "5-9,30", "--json", "--out", out)
+    result = run(checkpoint.parent, *arguments)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document == json.loads(out.read_text())
+    (only,) = document["results"]
+    assert only["sampler"]["sigmas"] == pytest.approx([80, 2.5])
+    assert only["protocol"]["seeds"] == "5-9,30"
+    assert only["provenance"]["source"] == str(checkpoint.parent)
+
+
+def test_images(images: Path) -> None:
+    result = run(images, "--protocol", "digits", "--json")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(result.stdout)["results"][0]["metrics"]
+    assert metrics["fd_digits@297"] < 12
+    assert metrics["class_accuracy@297"] > 0.98
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--protocol", "fid"], "there is no protocol 'fid'"),
+        (["--protocol", "digits", "--nfe", "2"], "these images exist: leave them out"),
+        (["--protocol", "digits", "--t", "80"], "these images exist: leave it out"),
+        (["--protocol", "digits", "--nfe", "two"], "'two' is no list of whole numbers"),
+        (["--protocol", "digits", "--n", "9", "--seeds", "1"], "does not go with --seeds"),
+        (["--protocol", "digits", "--ref", "absent.zip"], "absent.zip does not exist"),
+        ([], "Missing option '--protocol'"),
+    ],
+)
+def test_mistakes_end_with_2_and_a_sentence(images: Path, arguments: list[str], message: str) -> None:
+    result = run(images, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,297 @@
+"""evaluate: three kinds of source by one mechanism, and results that say how they were made."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from PIL import Image
+from torch import Tensor
+
+from edmdistill.checkpoints.store import CheckpointConfig, Generator, Provenance, facts
+from edmdistill.data.datasets import open_dataset
+from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.evaluation.features import Digits
+from edmdistill.evaluation.frechet import frechet_distance, statistics
+from edmdistill.evaluation.protocol import (
+    PROTOCOLS,
+    Result,
+    evaluate,
+    format_seeds,
+    require_comparable,
+    results_json,
+    results_table,
+)
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.preconditioning import EDM, Denoiser, FlowNetwork
+from edmdistill.sampling.generate import sample
+from edmdistill.sampling.grid import to_uint8
+from edmdistill.sampling.seeds import parse_seeds
+
+TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
+
+
+def flow(label_dim: int = 10, channels: int = 1) -> FlowNetwork:
+    torch.manual_seed(0)
+    network = UNet(
+        8,
+        channels,
+        label_dim,
+        model_channels=8,
+        channel_mult=(1,),
+        num_blocks=1,
+        attn_resolutions=(),
+        logvar_channels=4,
+    )
+    torch.nn.init.ones_(network.out_gain)
+    return FlowNetwork(network, EDM(sigma_data=0.5)).eval().requires_grad_(False)
+
+
+def generator(label_dim: int = 10, channels: int = 1) -> Generator:
+    net = flow(label_dim, channels)
+    provenance = Provenance(source="teacher.pkl", sha256="00")
+    return Generator(net, CheckpointConfig(stage="generator", method="cosim", provenance=provenance, **facts(net)))
+
+
+def held_out() -> Tensor:
+    return TEST.images(range(len(TEST)))
+
+
+def test_a_generator_is_measured_as_it_samples() -> None:
+    model = generator()
+    done: list[int] = []
+    result = evaluate(
+        model, protocol="digits", nfe=2, seeds=range(30), batch=16, on_progress=done.append, source="here"
+    )
+    pixels = to_uint8(sample(model, 2, seeds=range(30), labels=torch.arange(30) % 10))
+    digits = Digits()
+    reference = statistics(digits(TRAIN.images(range(1500))))
+    expected = frechet_distance(statistics(digits(pixels)), reference)
+    accuracy = (digits.classify(pixels).argmax(1) == torch.arange(30) % 10).float().mean().item()
+    assert result.metrics["fd_digits@30"] == pytest.approx(expected, rel=1e-5)
+    assert result.metrics["class_accuracy@30"] == pytest.approx(accuracy)
+    assert done == [16, 14]
+    assert result.sampler is not None
+    assert (result.sampler.solver, result.sampler.nfe, result.sampler.gamma) == ("gamma", 2, 1.0)
+    assert result.sampler.sigmas == pytest.approx((80.0, 2.515), rel=1e-3)
+    assert result.protocol.seeds == "0-29"
+    assert result.protocol.labels == "balanced"
+    assert result.provenance["source"] == "here"
+    assert result.provenance["method"] == "cosim"
+    assert result.provenance["provenance"].source == "teacher.pkl"
+
+
+def test_a_teacher_is_measured_by_heun() -> None:
+    model = Denoiser(flow())
+    result = evaluate(model, "digits", protocol="digits", nfe=3, guidance=1.5, seeds=[7, 8, 9, 20])
+    assert result.sampler is not None
+    assert (result.sampler.solver, result.sampler.nfe, result.sampler.guidance) == ("heun", 3, 1.5)
+    assert result.protocol.seeds == "7-9,20"
+    assert set(result.metrics) == {"fd_digits@4", "class_accuracy@4"}
+
+
+def test_own_times_are_recorded() -> None:
+    times = torch.tensor([1.5, 1.0, 0.5])
+    result = evaluate(generator(), protocol="digits", times=times, gamma=0.5, seeds=range(4))
+    assert result.sampler is not None
+    assert result.sampler.nfe == 3
+    assert result.sampler.gamma == 0.5
+    assert result.sampler.sigmas == pytest.approx((0.5 * times.double().tan()).tolist())
+
+
+def test_an_unconditional_network_has_no_class_accuracy() -> None:
+    result = evaluate(generator(label_dim=0), protocol="digits", nfe=1, seeds=range(4))
+    assert result.protocol.labels == "none"
+    assert set(result.metrics) == {"fd_digits@4"}
+
+
+def test_the_batch_does_not_matter() -> None:
+    model = generator()
+    small, large = (evaluate(model, protocol="digits", nfe=1, seeds=range(20), batch=b) for b in (3, 20))
+    assert small.metrics["fd_digits@20"] == pytest.approx(large.metrics["fd_digits@20"], rel=1e-4)
+    require_comparable(small, large)
+
+
+def write_npz(path: Path, images: Tensor, **columns: object) -> Path:
+    np.savez(path / "x.npz", images=images.permute(0, 2, 3, 1).numpy(), **columns)
+    return path / "x.npz"
+
+
+def write_folder(path: Path, images: Tensor, classes: list[int] | None, suffix: str = "png") -> Path:
+    folder = path / "images"
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(folder / f"{i:06d}.{suffix}")
+    Image.new("L", (99, 99)).save(folder / "grid.png")
+    if classes is not None:
+        labels = [[f"{i:06d}.{suffix}", c] for i, c in enumerate(classes)]
+        (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
+
+
+def test_images_are_the_same_images_in_any_wrapping(tmp_path: Path) -> None:
+    images, classes = held_out(), TEST.labels(range(297))
+    assert classes is not None
+    bare = evaluate(images, protocol="digits")
+    npz = evaluate(write_npz(tmp_path, images, seeds=np.arange(297), labels=classes.numpy()), protocol="digits")
+    folder = evaluate(write_folder(tmp_path, images, classes.tolist()), protocol="digits")
+    fd = frechet_distance(statistics(Digits()(images)), statistics(Digits()(TRAIN.images(range(1500)))))
+    for result in (bare, npz, folder):
+        assert result.metrics["fd_digits@297"] == pytest.approx(fd, rel=1e-6)
+        assert result.sampler is None
+    assert npz.metrics == pytest.approx(folder.metrics)
+    assert npz.metrics["class_accuracy@297"] >= 0.98
+    require_comparable(npz, folder)
+    assert (bare.protocol.seeds, bare.protocol.labels) == (None, "unknown")
+    assert (npz.protocol.seeds, npz.protocol.labels) == ("0-296", "given")
+    assert folder.provenance["source"] == str(tmp_path / "images")
+
+
+def test_samples_measured_from_a_file_compare_with_those_measured_directly(tmp_path: Path) -> None:
+    model, seeds = generator(), np.arange(20)
+    images = to_uint8(sample(model, 1, seeds=seeds, labels=seeds % 10))
+    saved = evaluate(write_npz(tmp_path, images, seeds=seeds, labels=seeds % 10), protocol="digits")
+    direct = evaluate(model, protocol="digits", nfe=1, seeds=range(20))
+    require_comparable(saved, direct)
+    assert saved.metrics == pytest.approx(direct.metrics, rel=1e-5)
+
+
+def test_real_against_itself_is_nothing() -> None:
+    real = TRAIN.images(range(1500))
+    assert abs(evaluate(real, protocol="digits").metrics["fd_digits@1500"]) < 1e-6
+    assert abs(evaluate(real, "digits", protocol="pixels").metrics["fd_pixels@1500"]) < 1e-6
+
+
+def test_pixels_take_any_reference(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, held_out()[:20], None)
+    result = evaluate(held_out(), folder, protocol="pixels")
+    reference = result.protocol.reference
+    assert reference is not None
+    assert (reference.source, reference.split, reference.n) == ("images", "train", 20)
+    assert result.protocol.features_sha256 is None
+
+
+def test_the_reference_is_known_by_its_content(tmp_path: Path) -> None:
+    same, other = tmp_path / "a", tmp_path / "b"
+    hashes = []
+    for path, images in ((same, held_out()[:20]), (other, held_out()[1:21])):
+        path.mkdir()
+        result = evaluate(held_out(), write_folder(path, images, None), protocol="pixels")
+        assert result.protocol.reference is not None
+        hashes.append(result.protocol.reference.sha256)
+    assert hashes[0] != hashes[1]
+    with pytest.raises(EdmDistillError, match="they differ in reference"):
+        require_comparable(result, evaluate(held_out(), same / "images", protocol="pixels"))
+
+
+def test_json_says_it_all() -> None:
+    result = evaluate(held_out(), protocol="digits")
+    document = json.loads(result.to_json())
+    assert document["schema_version"] == 1
+    assert document["protocol"]["features_sha256"] == Digits().sha256
+    assert document["protocol"]["reference"]["n"] == 1500
+    assert len(document["protocol"]["reference"]["sha256"]) == len(document["protocol_sha256"]) == 64
+    assert document["protocol"]["covariance"] == "unbiased"
+    assert msgspec.json.decode(result.to_json(), type=Result) == result
+    assert json.loads(results_json([result])) == {"schema_version": 1, "results": [document]}
+
+
+def test_only_equal_protocols_compare() -> None:
+    few, more = evaluate(held_out()[:99], protocol="digits"), evaluate(held_out(), protocol="digits")
+    assert few.protocol_sha256 != more.protocol_sha256
+    with pytest.raises(EdmDistillError, match=r"they differ in n \(99 and 297\); measure both by one protocol"):
+        require_comparable(few, more)
+    require_comparable(few, replace(few, metrics={}))
+
+
+def test_the_standard_number_of_images_needs_no_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROTOCOLS, "digits", replace(PROTOCOLS["digits"], n=297))
+    assert set(evaluate(held_out(), protocol="digits").metrics) == {"fd_digits"}
+
+
+def test_table() -> None:
+    result = evaluate(generator(), protocol="digits", nfe=1, seeds=range(4))
+    title, head, row = results_table([result]).splitlines()
+    assert title == "protocol digits: 4 images against digits (train, 1500)"
+    assert head.split() == ["NFE", "fd_digits@4", "class_accuracy@4"]
+    assert row.split()[0] == "1"
+
+
+@dataclass
+class Bad:
+    """A call that is refused, and what it is told."""
+
+    images: object
+    message: str
+    reference: object = None
+    protocol: str = "digits"
+
+
+BAD = [
+    Bad(torch.zeros(2, 1, 8, 8), r"uint8 \[N,C,H,W\], but these are torch\.float32 \[2, 1, 8, 8\]"),
+    Bad(torch.zeros(2, 8, 8, dtype=torch.uint8), r"but these are torch\.uint8 \[2, 8, 8\]"),
+    Bad(
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "the images are 3x8x8, but those of the reference digits are 1x8x8"
+    ),
+    Bad(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "a covariance needs two images, but there is 1"),
+    Bad(held_out(), "there is no protocol 'fid'; choose one of digits, pixels", protocol="fid"),
+    Bad(held_out(), "the protocol pixels has no reference of its own; name a data set", protocol="pixels"),
+    Bad(held_out(), r"against digits \(train\), but the reference is digits \(test\)", reference=TEST),
+    Bad("nowhere", "nowhere does not exist"),
+    Bad("nowhere.npz", r"nowhere\.npz is not a readable \.npz"),
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.message[:30])
+def test_what_does_not_fit_is_refused(bad: Bad) -> None:
+    with pytest.raises(EdmDistillError, match=bad.message) as caught:
+        evaluate(bad.images, bad.reference, protocol=bad.protocol)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_sampling_options_are_for_networks() -> None:
+    with pytest.raises(EdmDistillError, match="say how a network draws, but these images exist"):
+        evaluate(held_out(), protocol="digits", nfe=2)
+
+
+def test_a_network_of_other_images_is_refused_before_it_draws() -> None:
+    with pytest.raises(DatasetError, match="the images are 3x8x8"):
+        evaluate(generator(channels=3), protocol="digits", nfe=1, on_progress=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"latents": np.zeros((2, 4, 8, 8), np.float32)}, "holds latents, but images were expected"),
+        ({"images": np.zeros((2, 1, 8, 8), np.uint8)}, r"images are uint8 \[2, 1, 8, 8\], but uint8 \[N,H,W,C\]"),
+        ({"images": np.zeros((2, 8, 8, 1))}, r"images are float64"),
+        ({"images": np.zeros((2, 8, 8, 1), np.uint8), "seeds": np.arange(3)}, r"seeds are int64 \[3\], but an integer"),
+        ({"images": np.zeros((2, 8, 8, 1), np.uint8), "labels": np.ones(2)}, r"labels are float64 \[2\]"),
+        ({"images": np.array([{}, None])}, r"is not a readable \.npz \(Object arrays cannot be loaded"),
+    ],
+)
+def test_broken_npz(columns: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **columns)
+    with pytest.raises(DatasetError, match=message):
+        evaluate(tmp_path / "x.npz", protocol="digits")
+
+
+def test_images_without_classes_in_an_npz(tmp_path: Path) -> None:
+    path = write_npz(tmp_path, held_out()[:5], seeds=np.arange(5), labels=np.full(5, -1))
+    assert set(evaluate(path, protocol="digits").metrics) == {"fd_digits@5"}
+
+
+def test_jpegs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"000000\.jpg was compressed with loss, which changes every metric"):
+        evaluate(write_folder(tmp_path, held_out()[:3], None, "jpg"), protocol="digits")
+
+
+@given(st.lists(st.integers(0, 30), unique=True, min_size=1))
+def test_seeds_are_written_as_they_are_read(seeds: list[int]) -> None:
+    assert parse_seeds(format_seeds(seeds)) == seeds
