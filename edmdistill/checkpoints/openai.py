@@ -1,0 +1,178 @@
+"""Reads the ADM networks of OpenAI's Consistency Models: the ImageNet 64x64 teacher, edm_imagenet64_ema.pt.
+
+The file holds weights only, saved by torch.save: what the network is has to be read from their names and shapes. It is
+NVIDIA's DhariwalUNet under other names, with three differences: the noise condition is 1000 times as large, the class
+embedding is stored transposed, and the rows of qkv are laid out [3, heads, C/heads], not [heads, C/heads, 3].
+
+Facts: github.com/openai/consistency_models, cm/unet.py, cm/script_util.py and cm/karras_diffusion.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance, build_flow, facts, fill
+from edmdistill.errors import CheckpointError
+from edmdistill.networks.preconditioning import FlowNetwork
+
+HEAD_CHANNELS = 64
+RESOLUTIONS = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256}
+"""Image size by channel multipliers: the weights do not say it, but OpenAI's code chooses one by the other."""
+
+PRECONDITIONING = {"kind": "edm", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "c_noise_scale": 250.0}
+"""EDM's, but that the network reads c_noise = 1000 ln(sigma) / 4."""
+
+# Their names on the left, DhariwalUNet's on the right.
+TOP = {"time_embed.0": "map_layer0", "time_embed.2": "map_layer1", "out.0": "out_norm", "out.2": "out_conv"}
+RESIDUAL = {
+    "in_layers.0": "norm0",
+    "in_layers.2": "conv0",
+    "emb_layers.1": "affine",
+    "out_layers.0": "norm1",
+    "out_layers.3": "conv1",
+    "skip_connection": "skip",
+}
+ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
+
+
+class Unknown(Exception):
+    """Why the weights are not such a network: the part of a sentence that follows the file's name."""
+
+
+def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]:
+    """The network in a `.pt` file of OpenAI's, and its configuration.
+
+    Raises: CheckpointError: the file holds anything but such weights.
+    """
+    weights = _load(path)
+    if path.name.startswith(("cd_", "ct_")):
+        # Same names, same shapes: only the file's name tells them apart.
+        raise CheckpointError(
+            f"{path} is by its name a consistency model, not a denoiser: give its teacher, edm_imagenet64_ema.pt."
+        )
+    try:
+        arguments, tensors = adm_of(weights)
+    except Unknown as error:
+        raise CheckpointError(
+            f"{path} {error}: of OpenAI's .pt files, edm_imagenet64_ema.pt and others of its kind can be read."
+        ) from error
+    flow = build_flow(NetworkSpec("adm", arguments), PRECONDITIONING, str(path))
+    fill(flow.network, tensors, str(path))
+    provenance = Provenance(source=path.name, sha256=sha256, licence="mit")
+    return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save, which is not allowed to run anything."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises what it likes for a damaged file
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as weights of torch.save: {first}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path} holds no plain dict of tensors: give weights such as edm_imagenet64_ema.pt.")
+    return weights
+
+
+def adm_of(weights: Mapping[str, Tensor], resolution: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """DhariwalUNet's constructor arguments and tensors.
+
+    Args:
+        weights: by OpenAI's names.
+        resolution: the image size; None = by RESOLUTIONS.
+    Raises: Unknown: they are of another network.
+    """
+    left = dict(weights)
+    try:
+        model_channels = weights["time_embed.0.weight"].shape[1]
+        sequences = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("output_blocks."))
+        # A level of the decoder ends on a second residual block, which doubles the resolution.
+        ups = [f"output_blocks.{j}.{k}.in_layers.2.weight" for j in range(sequences) for k in (1, 2)]
+        levels = 1 + sum(name in weights for name in ups)
+        num_blocks = sequences // levels - 1
+        last = [f"input_blocks.{(level + 1) * (num_blocks + 1) - 1}.0.out_layers.3.weight" for level in range(levels)]
+        channel_mult = [weights[name].shape[0] // model_channels for name in last]
+        affine = weights["middle_block.0.emb_layers.1.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise Unknown(f"holds other weights than an ADM network (looked for: {error})") from error
+    if affine != 2 * channel_mult[-1] * model_channels:
+        raise Unknown("adds its time embedding where ADM scales and shifts by it (use_scale_shift_norm=False)")
+    if model_channels * min(channel_mult) < 128:
+        raise Unknown(f"has {model_channels} channels in 32 groups, but ADM has groups of at least 4 channels")
+    resolution = resolution or RESOLUTIONS.get(tuple(channel_mult))
+    if resolution is None:
+        raise Unknown(f"has channel multipliers {channel_mult}, for which the image size is not known")
+
+    tensors = {}
+    attn_resolutions = set()
+
+    def move(theirs: str, ours: str) -> None:
+        for leaf in ("weight", "bias"):
+            if f"{theirs}.{leaf}" in left:
+                tensors[f"{ours}.{leaf}"] = left.pop(f"{theirs}.{leaf}").float()
+
+    first = f"enc.{resolution}x{resolution}_conv"
+    for theirs, ours in {"input_blocks.0.0": first, **TOP}.items():
+        move(theirs, ours)
+    if "label_emb.weight" in left:
+        tensors["map_label.weight"] = left.pop("label_emb.weight").float().t().contiguous()
+    for sequence, res, blocks in _sequences(levels, num_blocks, resolution):
+        for layer in count():
+            at = f"{sequence}.{layer}"
+            if f"{at}.qkv.weight" in left:
+                attn_resolutions |= {res} if sequence.startswith("input") else set()
+                for leaf in ("weight", "bias"):
+                    left[f"{at}.qkv.{leaf}"] = _interleave(left[f"{at}.qkv.{leaf}"])
+                table = ATTENTION
+            elif f"{at}.in_layers.2.weight" in left and blocks:
+                block, table = blocks.pop(0), RESIDUAL
+            else:
+                break
+            for theirs, ours in table.items():
+                move(f"{at}.{theirs}", f"{block}.{ours}")
+            if block.endswith(("_down", "_up")):
+                for conv in ("conv0", "skip"):  # the box filter, which they do not store
+                    tensors[f"{block}.{conv}.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+    if left:
+        raise Unknown(f"holds {min(left)}, for which ADM has no place")
+    arguments = {
+        "img_resolution": resolution,
+        "img_channels": tensors[f"{first}.weight"].shape[1],
+        "label_dim": tensors["map_label.weight"].shape[1] if "map_label.weight" in tensors else 0,
+        "model_channels": model_channels,
+        "channel_mult": channel_mult,
+        "num_blocks": num_blocks,
+        "attn_resolutions": sorted(attn_resolutions, reverse=True),
+    }
+    return arguments, tensors
+
+
+def _sequences(levels: int, num_blocks: int, resolution: int) -> Iterator[tuple[str, int, list[str]]]:
+    """Their sequences of layers, the resolution of each, and our blocks that its residual layers are, in order."""
+    at = count(1)
+    for level in range(levels):
+        res = resolution >> level
+        if level:
+            yield f"input_blocks.{next(at)}", res, [f"enc.{res}x{res}_down"]
+        for i in range(num_blocks):
+            yield f"input_blocks.{next(at)}", res, [f"enc.{res}x{res}_block{i}"]
+    yield "middle_block", res, [f"dec.{res}x{res}_in0", f"dec.{res}x{res}_in1"]
+    at = count()
+    for level in reversed(range(levels)):
+        res = resolution >> level
+        for i in range(num_blocks + 1):
+            up = [f"dec.{2 * res}x{2 * res}_up"] if level and i == num_blocks else []
+            yield f"output_blocks.{next(at)}", res, [f"dec.{res}x{res}_block{i}", *up]
+
+
+def _interleave(rows: Tensor) -> Tensor:
+    """Rows [3, heads, C/heads] of qkv as [heads, C/heads, 3].  [3C,...]"""
+    inner = rows.shape[1:]
+    split = rows.reshape(3, -1, HEAD_CHANNELS, *inner)
+    return split.permute(1, 2, 0, *range(3, split.ndim)).reshape(-1, *inner)

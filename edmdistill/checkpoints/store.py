@@ -1,0 +1,325 @@
+"""Our checkpoints: a folder with config.json, model.safetensors and README.md, on disk as on the Hub.
+
+The tensors carry the network's own names, which are the official ones below their prefix. What the network itself knows
+(its kind, arguments, preconditioning, noise levels, classes, times) is written from the network, and never by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from msgspec import Struct
+from msgspec.structs import replace
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edmdistill.checkpoints.aside import aside
+from edmdistill.checkpoints.source import resolve
+from edmdistill.errors import CheckpointError
+from edmdistill.networks import NETWORKS
+from edmdistill.networks.preconditioning import PRECONDITIONINGS, FlowNetwork
+from edmdistill.schedules import generator_sigmas
+from edmdistill.trigflow import denoised, sigma_to_time
+
+FORMAT_VERSION = "1.0"
+"""Of config.json. The major changes when an older program would misread a newer file."""
+CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
+
+C_NOISE = {
+    "edm": "{c_noise_scale:g} ln(sigma)",
+    "vp": "({M} - 1) t(sigma)",
+    "ve": "ln(sigma/2)",
+    "iddpm": "{M} - 1 - index(sigma)",
+}
+"""What the network reads as its noise level, in words."""
+
+
+class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which network, and its constructor's arguments."""
+
+    kind: str
+    arguments: dict[str, Any]
+
+
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+    """Noise levels to sample at, falling, by their number: {"2": [80.0, 2.515]}."""
+
+    sigmas: dict[str, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        for nfe, sigmas in self.sigmas.items():
+            if str(len(sigmas)) != nfe or list(sigmas) != sorted(sigmas, reverse=True) or min(sigmas) <= 0:
+                raise ValueError(f"the schedule for {nfe} steps is {list(sigmas)}")
+
+
+class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the weights come from."""
+
+    source: str
+    """URL, Hub id or file name of what was converted; for a generator, of its teacher."""
+    sha256: str | None = None
+    """Of that file."""
+    licence: str | None = None
+    parent: str | None = None
+    """sha256 of the checkpoint whose weights these were initialised with."""
+
+
+class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """config.json."""
+
+    format_version: str = FORMAT_VERSION
+    stage: Literal["teacher", "generator", "auxiliary"]
+    network: NetworkSpec
+    preconditioning: dict[str, Any]
+    """`kind`, and its numbers."""
+    parameterization: Literal["trigflow"] = "trigflow"
+    c_noise: str
+    sigma_data: float
+    sigma_min: float
+    sigma_max: float
+    label_dim: int
+    label_names: tuple[str, ...] | None = None
+    two_time: bool
+    guidance: dict[str, Any] | None = None
+    method: str | None = None
+    recipe_hash: str | None = None
+    images_seen: int | None = None
+    ema: dict[str, Any] | None = None
+    sampling: Sampling | None = None
+    encoder: dict[str, Any] = msgspec.field(default_factory=lambda: {"kind": "pixels"})
+    """What images are to the network: pixels in [-1, 1], or a VAE's latents with their statistics."""
+    provenance: Provenance
+    results: tuple[dict[str, Any], ...] = ()
+
+
+def facts(flow: FlowNetwork) -> dict[str, Any]:
+    """The fields of CheckpointConfig that the network itself knows."""
+    network, preconditioning = flow.network, flow.preconditioning
+    kinds = {class_: kind for table in (NETWORKS, PRECONDITIONINGS) for kind, class_ in table.items()}
+    kind, numbers = kinds[type(preconditioning)], asdict(preconditioning)
+    return {
+        "network": NetworkSpec(kinds[type(network)], network.arguments),
+        "preconditioning": {"kind": kind, **numbers},
+        "c_noise": C_NOISE[kind].format(**numbers),
+        "sigma_data": flow.sigma_data,
+        "sigma_min": flow.sigma_min,
+        "sigma_max": flow.sigma_max,
+        "label_dim": flow.label_dim,
+        "two_time": flow.two_time,
+    }
+
+
+# Tensors.
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all.  Tensors that share memory become two.
+
+    Raises: CheckpointError: the disk refuses.
+    """
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    with aside(path) as new:
+        try:
+            save_file(own, new, dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises: CheckpointError: no such file, or it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Puts tensors into a module on the meta device, after checking every name, shape and dtype.
+
+    Raises: CheckpointError: one is missing, left over, of another shape, or not of floating point.
+    """
+    expected = module.state_dict()
+    advice = "it is damaged, or its configuration is of another network"
+    for wrong, what in (
+        (expected.keys() - tensors.keys(), "lacks {}, which its network needs"),
+        (tensors.keys() - expected.keys(), "holds {}, for which its network has no place"),
+    ):
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise CheckpointError(f"{where} {what.format(min(wrong) + more)}: {advice}.")
+    for name, tensor in tensors.items():
+        shape = list(expected[name].shape)
+        if list(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{where} holds {name} in shape {list(tensor.shape)} where its network has {shape}: {advice}."
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where} holds {name} as {tensor.dtype}, not as floating-point numbers: {advice}.")
+    module.load_state_dict(tensors, assign=True)
+
+
+# Checkpoints.
+
+
+def build_flow(spec: NetworkSpec, preconditioning: Mapping[str, Any], where: str) -> FlowNetwork:
+    """The network that a configuration describes, on the meta device: however large it is, it takes no memory.
+
+    Args:
+        where: what errors call the checkpoint.
+    Raises: CheckpointError: an unknown kind, or arguments that make no network.
+    """
+    numbers = dict(preconditioning)
+    kind = numbers.pop("kind", None)
+    for word, table in ((spec.kind, NETWORKS), (kind, PRECONDITIONINGS)):
+        if word not in table:
+            raise CheckpointError(f"{where} is of the kind {word!r}, but this version knows {', '.join(table)}.")
+    try:
+        # What would take for ever to build is looked at first; the tensors' sizes take no time to write down.
+        if spec.arguments.get("num_blocks", 0) * len(spec.arguments.get("channel_mult", ())) > 1000:
+            raise ValueError("no network has that many blocks")
+        if numbers.get("M", 0) > 100_000:
+            raise ValueError("no network has that many noise levels")
+        with torch.device("meta"):
+            network = NETWORKS[spec.kind](**spec.arguments)
+        return FlowNetwork(network, PRECONDITIONINGS[kind](**numbers))
+    except Exception as error:  # the arguments are a stranger's: whatever they break, they are what is wrong
+        raise CheckpointError(f"{where} has arguments that make no {spec.kind} network: {error}.") from error
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """The configuration of a checkpoint of ours.
+
+    Raises: CheckpointError: there is none, it is of another major version, or it says what we do not know.
+    """
+    path = folder / CONFIG
+    try:
+        text = path.read_bytes()
+        version = msgspec.json.decode(text, type=dict[str, Any]).get("format_version")
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error}).") from error
+    major = FORMAT_VERSION.split(".")[0]
+    if not isinstance(version, str) or version.split(".")[0] != major:
+        raise CheckpointError(
+            f"{path} has format_version {version!r} where this version of edmdistill reads {major}.x: it is not one of "
+            "our checkpoints, or a newer edmdistill wrote it."
+        )
+    try:
+        return msgspec.json.decode(text, type=CheckpointConfig)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path} is not a checkpoint's configuration: {error}.") from error
+
+
+def refuse_occupied(folder: Path, overwrite: bool) -> None:
+    """Lets a checkpoint be written at `folder`: there is nothing, or one of ours that is to be overwritten.
+
+    Raises: CheckpointError: there is something else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {CONFIG, MODEL, CARD}:
+        raise CheckpointError(f"{folder} exists and holds other things than a checkpoint: choose another place.")
+    if not overwrite:
+        raise CheckpointError(f"{folder} holds a checkpoint already: choose another place, or say --overwrite.")
+
+
+def write_checkpoint(folder: Path, flow: FlowNetwork, config: CheckpointConfig, notes: str = "") -> None:
+    """Writes the three files into a folder, which is made.  `notes` end the README."""
+    config = replace(config, **facts(flow))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / MODEL, flow.network.state_dict(), {"format": "pt"})
+    (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+    (folder / CARD).write_text(_card(config) + notes, encoding="utf-8")
+
+
+def save_checkpoint(folder: Path, flow: FlowNetwork, config: CheckpointConfig, *, overwrite: bool = False) -> None:
+    """Writes a checkpoint, whole or not at all.
+
+    Args:
+        config: what the network knows of itself (`facts`) is put right in it.
+        overwrite: replace a checkpoint of ours that is there.
+    Raises: CheckpointError: something is in the way, or the disk refuses.
+    """
+    refuse_occupied(folder, overwrite)
+    with aside(folder) as new:
+        write_checkpoint(new, flow, config)
+
+
+def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> tuple[FlowNetwork, CheckpointConfig]:
+    """A checkpoint of ours: a folder, or a repository of the Hub.
+
+    Raises: CheckpointError: it is not there, not ours, or damaged.  HubError: the Hub refuses.
+    """
+    folder = resolve(source)
+    config = read_config(folder)
+    flow = build_flow(config.network, config.preconditioning, str(folder))
+    for name in ("sigma_data", "sigma_min", "sigma_max", "label_dim", "two_time"):
+        said, fact = getattr(config, name), getattr(flow, name)
+        if said != fact:
+            raise CheckpointError(f"{folder / CONFIG} contradicts itself: {name} is {said}, its network has {fact}.")
+    fill(flow.network, load_tensors(folder / MODEL, device)[0], str(folder / MODEL))
+    return flow, config
+
+
+def _card(config: CheckpointConfig) -> str:
+    """The README: what this is, where it comes from and how to use it, with the Hub's header."""
+    verb = {"teacher": "a diffusion model", "generator": "a few-step generator", "auxiliary": "an auxiliary score"}
+    provenance = config.provenance
+    licence = provenance.licence or "other"
+    return f"""---
+library_name: edmdistill
+license: {licence}
+pipeline_tag: unconditional-image-generation
+---
+
+This is {verb[config.stage]} in edmdistill's TrigFlow format, from {provenance.source} (sha256 {provenance.sha256}).
+Its weights are under {licence}.
+
+    edmdistill sample PATH_OR_HUB_ID --seeds 0-15 --out images/
+"""
+
+
+class Generator(nn.Module):
+    """A few-step generator: one evaluation takes a point on the circle to its data.
+
+    Attributes:
+        flow, config: its network and its checkpoint's configuration.
+    """
+
+    def __init__(self, flow: FlowNetwork, config: CheckpointConfig) -> None:
+        super().__init__()
+        self.flow = flow
+        self.config = config
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x0 = cos(t) x_t - sin(t) sigma_data F(x_t, t).
+
+        Args:
+            x_t: points on the circle.  [B,C,H,W]
+            t: their times in [0, pi/2].  [] or [B]
+            labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
+        Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
+        """
+        x_t = x_t.to(self.flow.dtype)
+        return denoised(x_t, self.flow(x_t, t, labels), t, self.flow.sigma_data)
+
+    def schedule(self, nfe: int) -> Tensor:
+        """Times to evaluate at, falling, in radians: the checkpoint's own, else EDM's curve.  [nfe] float64"""
+        own = self.config.sampling.sigmas.get(str(nfe)) if self.config.sampling else None
+        sigmas = own or generator_sigmas(nfe, self.flow.sigma_min, self.flow.sigma_max)
+        return sigma_to_time(torch.as_tensor(sigmas), self.flow.sigma_data)

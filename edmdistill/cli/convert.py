@@ -1,0 +1,53 @@
+"""`edmdistill convert`."""
+
+import sys
+import zipfile
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is at OUT.")
+@click.option("--licence", help="Licence of the weights, as the Hub writes it.  [default: their publisher's]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(source: str, out: Path, overwrite: bool, licence: str | None, as_json: bool) -> None:
+    """Turn an official checkpoint into ours, and print how exactly the function was kept.
+
+    SOURCE is a file, an http(s) URL or a file on the Hub (hf://OWNER/NAME/FILE): a network pickle of NVIDIA's EDM or
+    EDM2, whose code is not executed, or OpenAI's edm_imagenet64_ema.pt. OUT becomes a folder with config.json,
+    model.safetensors and README.md. Running it again does nothing.
+    """
+    import msgspec
+
+    from edmdistill.checkpoints.nvidia import read_official
+    from edmdistill.checkpoints.source import resolve
+
+    path = resolve(source)
+    if not zipfile.is_zipfile(path):
+        read_official(path)  # a bad file is refused in less time than it takes to import torch
+    from edmdistill.checkpoints.convert import convert, table
+
+    def show(stage: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r{stage:60}", nl=False, err=True)
+
+    done = convert(source, out, overwrite=overwrite, licence=licence, on_progress=show)
+    show("")
+    if as_json:
+        parity = [row._asdict() for row in done.parity]
+        document = {"schema_version": 1, "path": str(done.path), "config": done.config, "parity": parity}
+        click.echo(msgspec.json.format(msgspec.json.encode(document)).decode())
+        return
+    if not done.parity:
+        click.echo(f"{done.path} holds the conversion of {source} already: nothing was done.")
+        return
+    network = done.config.network
+    click.echo(
+        f"{done.config.provenance.source}: {network.kind}, {network.arguments['img_resolution']} pixels, "
+        f"{done.config.label_dim} classes, preconditioned as {done.config.preconditioning['kind']}."
+    )
+    click.echo(f"Largest relative difference of its denoised images after the conversion:\n\n{table(done.parity)}\n")
+    click.echo(f"{done.path} is written: under {done.config.provenance.licence}, a TrigFlow teacher with two times.")
