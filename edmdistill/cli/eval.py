@@ -76,6 +76,7 @@ def command(
     standard, where = find_protocol(protocol), pick_device(device)
     data = open_reference(ref, standard)
     model = source if is_images(source) else load_model(source, where)
+    weaker = None if guide is None else load_denoiser(guide, where)
     levels = total = None
     if not isinstance(model, str):
         flow, total = model.flow, len(nfe) * (standard.n if numbers is None else len(numbers))
@@ -93,7 +94,7 @@ def command(
                 gamma=gamma,
                 times=levels,
                 guidance=guidance,
-                guide=None if guide is None else load_denoiser(guide, where),
+                guide=weaker,
                 seeds=numbers,
                 batch=batch,
                 device=where,
