@@ -26,7 +26,8 @@ def auxiliary_loss(F_aux: Tensor, F_teacher: Tensor, v: Tensor, s: Tensor, *, si
         F_aux, F_teacher, v: at x_s; only F_aux carries a gradient.  [B,C,H,W]
         s: time of x_s.  [B]
         beta: 1 / (2 coef); 1 is plain denoising score matching.
-    Source: CoSIM, eq. 15, second line, completed to a square.  Differs: the weight w2(s)/s^4 is EDM's, which is 1 here.
+    Source: CoSIM, eq. 15, second line, completed to a square.  Differs: the weight w2(s)/s^4 is EDM's, which is 1 here
+    but for a constant, sigma_d^2.
     """
     target = beta * v + (1 - beta) * sigma_data * F_teacher
     return Loss((sigma_data * F_aux - target).square().flatten(1).sum(1), s)

@@ -1,0 +1,415 @@
+"""CoSIM's turns, in float64, against closed forms, eq. 15 as the paper writes it, and finite differences.
+
+A mutant is CoSIM with one mistake (conftest.py). Each has to fail a check that CoSIM passes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edmdistill.methods import cosim
+from edmdistill.methods.base import Batch, NoiseRange
+from edmdistill.methods.cosim import CoSIM, CoSIMConfig
+
+SD = 0.5
+Make = Callable[..., Any]
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gradients(value: Tensor, network: nn.Module) -> list[Tensor | None]:
+    return list(torch.autograd.grad(value, list(network.parameters()), allow_unused=True))
+
+
+def flat(tensors: list[Tensor | None]) -> Tensor:
+    assert all(tensor is not None for tensor in tensors), "no gradient"
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Relative to the largest entry."""
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    assert error <= tolerance, f"relative error {error:.2g}"
+
+
+# --- Gaussian data, a linear generator: expectations are exact. ---
+
+
+class Linear(nn.Module):
+    """F = x W + b; reads no time."""
+
+    def __init__(self, W: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.W, self.b = nn.Parameter(W.clone()), nn.Parameter(b.clone())
+
+    def forward(self, x_t: Tensor, *_: Tensor | None) -> Tensor:
+        return (x_t.flatten(1) @ self.W + self.b).reshape(x_t.shape)
+
+
+class GaussianWorld(NamedTuple):
+    """Everything at one (s, t): x0 ~ N(mean, covariance), g = x_t's affine image, so q(x_s; s, t) is Gaussian too.
+
+    own: (mean, covariance) of g as they follow from the generator's parameters.  fisher: E_q |S* - score of q|^2.
+    batch: points whose mean over (x0, z_t, z_s) is the expectation of every quadratic of them.
+    """
+
+    sigma_s: float
+    teacher: Callable[..., Tensor]
+    generator: Linear
+    own: Callable[[], tuple[Tensor, Tensor]]
+    fisher: Callable[[], Tensor]
+    batch: Batch
+
+
+DIM = 3
+
+
+@pytest.fixture(params=[(0.002, 0.1), (0.3, 2.515), (4.0, 80.0)], ids=str)
+def world(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gaussian_flow: Make, cubature: Make
+) -> GaussianWorld:
+    sigma_s, sigma_t = request.param
+    W, b, L = torch.randn(3, DIM, DIM, generator=rng(), dtype=torch.float64)
+    mean, covariance = torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64), 0.1 * L @ L.T
+    generator = Linear(0.2 * W, b[0])
+    eye = torch.eye(DIM, dtype=torch.float64)
+
+    def own() -> tuple[Tensor, Tensor]:
+        # g = cos x_t - sin sigma_data (x_t W + b), in EDM's numbers.
+        length = math.hypot(sigma_t, SD)
+        cos, sin = SD / length, sigma_t / length
+        M = cos * eye - sin * SD * generator.W.T
+        V = cos**2 * covariance + sin**2 * SD**2 * eye
+        return M @ (cos * mean) - sin * SD * generator.b, M @ V @ M.T
+
+    def fisher() -> Tensor:
+        m, Gamma = own()
+        cov_q, cov_p = Gamma + sigma_s**2 * eye, covariance + sigma_s**2 * eye
+        P, Q = torch.linalg.inv(cov_p), torch.linalg.inv(cov_q)
+        return torch.trace((Q - P) @ cov_q @ (Q - P)) + (P @ (m - mean)).square().sum()
+
+    x0, z_t, z_s = cubature(3, DIM)
+    x0 = (mean + x0.flatten(1) @ torch.linalg.cholesky(covariance).T).reshape(x0.shape)
+
+    def fixed_sigmas(batch: int, rng: torch.Generator, **_: float) -> tuple[Tensor, Tensor]:
+        draws[:] = [z_t, z_s]
+        return tuple(torch.full((batch,), sigma, dtype=torch.float64) for sigma in (sigma_s, sigma_t))
+
+    draws: list[Tensor] = []
+    monkeypatch.setattr(cosim, "cosim_sigmas", fixed_sigmas)
+    monkeypatch.setattr(cosim, "normal_like", lambda x, rng, std: std * draws.pop(0))
+    return GaussianWorld(sigma_s, gaussian_flow(mean, covariance), generator, own, fisher, Batch(x0, None))
+
+
+def optimal_auxiliary(world: GaussianWorld, beta: float, gaussian_flow: Make) -> Linear:
+    """Eq. 16 as a Linear: beta of the generator's own score and 1 - beta of the teacher's, as F.
+
+    A score is affine in F, with the same coefficients for both, so the same shares hold for F.
+    """
+    own = gaussian_flow(*(part.detach() for part in world.own()))
+    s = torch.tensor([math.atan(world.sigma_s / SD)], dtype=torch.float64)
+    points = torch.cat([torch.zeros(1, DIM), torch.eye(DIM)]).to(torch.float64).reshape(-1, DIM, 1, 1)
+    s = s.expand(len(points))
+    F = (beta * own(points, s) + (1 - beta) * world.teacher(points, s)).flatten(1)
+    return Linear(F[1:] - F[0], F[0])
+
+
+def gaussian_turns(world: GaussianWorld, auxiliary: Linear, noise: NoiseRange, method: type = CoSIM, **options):
+    networks = {"teacher": world.teacher, "generator": world.generator, "auxiliary": auxiliary}
+    turns = {turn.role: turn for turn in method(CoSIMConfig(**options), networks, noise).turns()}
+    return lambda role: turns[role].loss(world.batch, rng()).value.mean()
+
+
+def check_psi_optimum(world: GaussianWorld, gaussian_flow: Make, noise: NoiseRange, coef: float, method: type) -> None:
+    auxiliary = optimal_auxiliary(world, 1 / (2 * coef), gaussian_flow)
+    value = gaussian_turns(world, auxiliary, noise, method, coef=coef)
+    slope = flat(gradients(value("auxiliary"), auxiliary)).abs().max().item()
+    assert slope < 1e-11, f"slope {slope:.2g}"
+
+
+@pytest.mark.parametrize("coef", [0.5, 0.75, 1.0, 1.2])
+def test_psi_optimum_is_eq_16(world: GaussianWorld, gaussian_flow: Make, noise: NoiseRange, coef: float) -> None:
+    check_psi_optimum(world, gaussian_flow, noise, coef, CoSIM)
+
+
+@pytest.mark.parametrize(("alpha", "coef"), [(1.2, 1.0), (1.2, 0.5), (0.5, 0.5), (1.0, 1.0), (1.2, 0.75), (2.0, 1.0)])
+def test_phi_loss_at_psi_optimum_is_eq_38(
+    world: GaussianWorld, gaussian_flow: Make, noise: NoiseRange, alpha: float, coef: float
+) -> None:
+    auxiliary = optimal_auxiliary(world, 1 / (2 * coef), gaussian_flow)
+    value = gaussian_turns(world, auxiliary, noise, alpha=alpha, coef=coef, weight="c_out")("generator")
+    factor = (unweighted(value, world) / world.fisher()).item()
+    assert factor == pytest.approx((2 * coef - alpha) / (4 * coef**2), abs=1e-7)
+
+
+def unweighted(value: Tensor, world: GaussianWorld) -> Tensor:
+    """Without w1 = sigma^4 / c_out."""
+    return value * SD / math.hypot(world.sigma_s, SD) / world.sigma_s**3
+
+
+def check_envelope(world: GaussianWorld, gaussian_flow: Make, noise: NoiseRange, method: type, alpha: float) -> None:
+    """At coef = alpha psi's optimum is stationary for phi's loss too: with psi frozen, phi's gradient is eq. 38's."""
+    auxiliary = optimal_auxiliary(world, 1 / (2 * alpha), gaussian_flow)
+    value = gaussian_turns(world, auxiliary, noise, method, alpha=alpha, coef=alpha, weight="c_out")("generator")
+    expected = flat(gradients(world.fisher() / (4 * alpha), world.generator))
+    assert_near(flat(gradients(unweighted(value, world), world.generator)), expected, 1e-10)
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1.0, 1.2])
+def test_phi_gradient_is_eq_38s_where_coef_is_alpha(
+    world: GaussianWorld, gaussian_flow: Make, noise: NoiseRange, alpha: float
+) -> None:
+    check_envelope(world, gaussian_flow, noise, CoSIM, alpha)
+
+
+# --- Tiny networks: eq. 15 as the paper writes it, in EDM's notation. ---
+
+
+def draws(batch: Batch, seed: int, config: CoSIMConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sigma_s, sigma_t [B,1,1,1], n, eps [B,C,H,W] as appendix A.1 and eq. 18 have them, in CoSIM's order of draws."""
+    generator, size = rng(seed), len(batch.x0)
+    r_s, k, coin, U = (torch.rand(size, generator=generator, dtype=torch.float64) for _ in range(4))
+    r_s = config.r_s_max * r_s
+    gamma = torch.where(coin < config.share_to_max, 1.0, U / torch.ceil(k * config.R))
+    n, eps = (torch.randn(batch.x0.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    levels = ((low + r * (high - low)) ** 7 for r in (r_s, torch.clamp(r_s + gamma, max=1.0)))
+    sigma_s, sigma_t = (level.reshape(-1, 1, 1, 1) for level in levels)
+    return sigma_s, sigma_t, n, eps
+
+
+def denoise(network: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None, *second: Tensor) -> Tensor:
+    """EDM's D(x; sigma) of a network: c_skip x - c_out F(cos(t) x, t)."""
+    length = (sigma**2 + SD**2).sqrt()
+    times = [torch.atan(level / SD).flatten() for level in (sigma, *second)]
+    return SD**2 / length**2 * x - sigma * SD / length * network(x * SD / length, times[0], labels, *times[1:])
+
+
+def naive_losses(networks: dict[str, nn.Module], batch: Batch, seed: int, config: CoSIMConfig):
+    """Both lines of eq. 15, [B] each, under SiD's weights; and phi's weight w1, without gradient."""
+    sigma_s, sigma_t, n, eps = draws(batch, seed, config)
+    g = denoise(networks["generator"], batch.x0 + sigma_t * n, sigma_t, batch.labels)
+    x_s = g + sigma_s * eps
+    D_teacher = denoise(networks["teacher"], x_s, sigma_s, batch.labels)
+    D_psi = denoise(networks["auxiliary"], x_s, sigma_s, batch.labels, sigma_t)
+    S, f, grad_log_q = ((D - x_s) / sigma_s**2 for D in (D_teacher, D_psi, g))
+    u = S - f
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((1, 2, 3))
+
+    sigma = sigma_s.flatten()
+    c_out = sigma * SD / (sigma**2 + SD**2).sqrt()
+    w1 = sigma**4 / ((g - D_teacher).abs().mean((1, 2, 3)) if config.weight == "sid" else c_out)
+    w2 = sigma**4 / c_out**2 * SD**2 / config.coef
+    phi = dot(u, S - grad_log_q) - config.alpha * dot(u, u)
+    psi = dot(u, grad_log_q - S) + config.coef * dot(u, u)
+    return phi, w2 * psi, w1.detach()
+
+
+class Case(NamedTuple):
+    """The networks, a batch, and the losses of the turns of a method (or mutant) on them."""
+
+    networks: dict[str, nn.Module]
+    batch: Batch
+    config: CoSIMConfig
+    turn: Callable[[str], Tensor]
+
+
+SEED = 5
+
+
+@pytest.fixture
+def case(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> Callable[..., Case]:
+    def make(method: type = CoSIM, **options: Any) -> Case:
+        networks, batch, config = tiny_networks(CoSIM), tiny_batch(), CoSIMConfig(**options)
+        turns = {turn.role: turn for turn in method(config, networks, noise).turns()}
+        return Case(networks, batch, config, lambda role: turns[role].loss(batch, rng(SEED)).value)
+
+    return make
+
+
+def check_generator_turn(case: Case) -> None:
+    phi, _, w1 = naive_losses(case.networks, case.batch, SEED, case.config)
+    expected, actual = w1 * phi, case.turn("generator")
+    assert_near(actual, expected, 1e-10)
+    generator = case.networks["generator"]
+    assert_near(*(flat(gradients(value.mean(), generator)) for value in (actual, expected)), 1e-10)
+
+
+def check_auxiliary_turn(case: Case) -> None:
+    _, expected, _ = naive_losses(case.networks, case.batch, SEED, case.config)
+    auxiliary = case.networks["auxiliary"]
+    actual = case.turn("auxiliary")
+    assert_near(*(flat(gradients(value.mean(), auxiliary)) for value in (actual, expected)), 1e-10)
+
+
+def check_auxiliary_turn_alone(case: Case) -> None:
+    for role in ("teacher", "generator"):
+        reached = gradients(case.turn("auxiliary").mean(), case.networks[role])
+        assert reached == [None] * len(reached), f"psi's turn reaches the {role}"
+
+
+@torch.no_grad()
+def differences(function: Callable[[], Tensor], network: nn.Module, step: float = 1e-3) -> Tensor:
+    """Central differences in every weight, of fourth order."""
+    slopes = []
+    for parameter in network.parameters():
+        for index in range(parameter.numel()):
+            entry, value = parameter.view(-1)[index : index + 1], parameter.view(-1)[index].item()
+            at = {}
+            for k in (-2, -1, 1, 2):
+                entry.fill_(value + k * step)
+                at[k] = function()
+            entry.fill_(value)
+            slopes.append((8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step))
+    return torch.stack(slopes)
+
+
+def check_generator_differences(case: Case) -> None:
+    """Against differences of the turn's own value, with the weight that it had before the step."""
+
+    def w1() -> Tensor:
+        return naive_losses(case.networks, case.batch, SEED, case.config)[2]
+
+    before = w1()
+    expected = differences(lambda: (case.turn("generator") * before / w1()).mean(), case.networks["generator"])
+    assert_near(flat(gradients(case.turn("generator").mean(), case.networks["generator"])), expected, 1e-9)
+
+
+GENERATOR_CHECKS = [check_generator_turn, check_generator_differences]
+AUXILIARY_CHECKS = [check_auxiliary_turn, check_auxiliary_turn_alone]
+
+
+@pytest.mark.parametrize("weight", ["sid", "c_out"])
+@pytest.mark.parametrize(("alpha", "coef"), [(1.2, 1.0), (1.0, 0.75)])
+@pytest.mark.parametrize("check", GENERATOR_CHECKS)
+def test_generator_turn(case: Make, check: Callable[[Case], None], alpha: float, coef: float, weight: str) -> None:
+    check(case(alpha=alpha, coef=coef, weight=weight))
+
+
+@pytest.mark.parametrize("coef", [0.5, 0.75, 1.0, 1.2])
+@pytest.mark.parametrize("check", AUXILIARY_CHECKS)
+def test_auxiliary_turn(case: Make, check: Callable[[Case], None], coef: float) -> None:
+    check(case(coef=coef))
+
+
+@pytest.mark.parametrize("options", [{"R": 8}, {"share_to_max": 0.1}, {"r_s_max": 0.7}], ids=str)
+@pytest.mark.parametrize("check", [check_generator_turn, check_auxiliary_turn])
+def test_schedule_options(case: Make, check: Callable[[Case], None], options: dict[str, float]) -> None:
+    check(case(**options))
+
+
+def test_no_gradient_where_the_auxiliary_score_is_the_teachers(case: Make) -> None:
+    it = case()
+
+    def same(x: Tensor, s: Tensor, labels: Tensor, t: Tensor) -> Tensor:
+        return it.networks["teacher"](x, s, labels)
+
+    method = CoSIM(CoSIMConfig(), {**it.networks, "auxiliary": same}, NoiseRange(SD, 0.002, 80.0))
+    value = method.generator_loss(it.batch, rng()).value
+    assert (value == 0).all()
+    assert flat(gradients(value.sum(), it.networks["generator"])).abs().max() < 1e-12
+
+
+# --- The mutants. ---
+
+CAUGHT_BY_GRADIENTS = [
+    ("alpha's sign", check_generator_turn),
+    ("psi detached", check_generator_turn),
+    ("psi detached", check_generator_differences),
+    ("teacher detached", check_generator_turn),
+    ("teacher detached", check_generator_differences),
+    ("both detached", check_generator_turn),  # DMD's gradient: the mixture run passes with it
+    ("both detached", check_generator_differences),
+    ("generator detached", check_generator_turn),
+    ("generator detached", check_generator_differences),
+    ("weight attached", check_generator_turn),
+    ("weight attached", check_generator_differences),
+    ("beta doubled", check_auxiliary_turn),
+    ("psi's target attached", check_auxiliary_turn_alone),
+    ("psi without t", check_generator_turn),
+    ("psi without t", check_auxiliary_turn),
+    ("psi's times swapped", check_generator_turn),
+    ("psi's times swapped", check_auxiliary_turn),
+    ("r flipped", check_generator_turn),
+    ("r flipped", check_auxiliary_turn),
+]
+
+
+@pytest.mark.parametrize(("name", "check"), CAUGHT_BY_GRADIENTS)
+def test_mutant_is_caught(case: Make, mutant: Make, name: str, check: Callable[[Case], None]) -> None:
+    with pytest.raises(AssertionError, match=r"relative error|psi's turn reaches"):
+        check(case(mutant(name)))
+
+
+@pytest.mark.parametrize(
+    "name", ["alpha's sign", "psi detached", "teacher detached", "both detached", "generator detached"]
+)
+def test_mutant_does_not_descend_eq_38(
+    world: GaussianWorld, gaussian_flow: Make, noise: NoiseRange, mutant: Make, name: str
+) -> None:
+    with pytest.raises(AssertionError, match="relative error"):
+        check_envelope(world, gaussian_flow, noise, mutant(name), 1.0)
+
+
+def test_mutant_misses_psi_optimum(world: GaussianWorld, gaussian_flow: Make, noise: NoiseRange, mutant: Make) -> None:
+    with pytest.raises(AssertionError, match="slope"):
+        check_psi_optimum(world, gaussian_flow, noise, 1.0, mutant("beta doubled"))
+
+
+# --- Options. ---
+
+
+@pytest.mark.parametrize("coef", [0.5, 0.75, 1.0, 1.2])
+def test_beta(coef: float) -> None:
+    assert CoSIMConfig(coef=coef).beta == pytest.approx(1 / (2 * coef))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 0},
+        {"alpha": -1.2},
+        {"coef": 0},
+        {"coef": -1, "force": True},
+        {"coef": 0.49},
+        {"R": 0},
+        {"share_to_max": 1.1},
+        {"r_s_max": 0},
+        {"weight": "none"},
+        {"lambda": 0.5},
+    ],
+    ids=str,
+)
+def test_options_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(options, CoSIMConfig)
+
+
+def test_coef_below_a_half_has_to_be_forced() -> None:
+    with pytest.raises(ValueError, match=r"coef 0\.4 is below \.5.*force = true"):
+        CoSIMConfig(coef=0.4)
+    assert CoSIMConfig(coef=0.4, force=True).beta == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "coef", "derived", "warned"),
+    [
+        (1.2, 1.0, "beta 0.5, lambda -0.167 (eq. 15) or 1 (eq. 12); eq. 38's factor is 0.2", False),
+        (1.0, 0.75, "beta 0.667, lambda -0.25 (eq. 15) or 0.5 (eq. 12); eq. 38's factor is 0.222", False),
+        (1.2, 0.5, "beta 1, lambda -0.583 (eq. 15) or 0 (eq. 12); eq. 38's factor is -0.2", True),
+        (1.0, 0.5, "beta 1, lambda -0.5 (eq. 15) or 0 (eq. 12); eq. 38's factor is 0", True),
+    ],
+)
+def test_notes(tiny_networks: Make, noise: NoiseRange, alpha: float, coef: float, derived: str, warned: bool) -> None:
+    notes = CoSIM(CoSIMConfig(alpha=alpha, coef=coef), tiny_networks(CoSIM), noise).notes()
+    assert notes[0] == f"alpha {alpha:g} and coef {coef:g} give {derived}"
+    assert [("diverge" in note and "raise coef" in note) for note in notes[1:]] == [True] * warned

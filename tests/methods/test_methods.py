@@ -1,0 +1,114 @@
+"""What every method keeps to, so that the training loop need know none by name."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from edmdistill.methods import METHODS
+from edmdistill.methods.base import Method, NoiseRange
+
+Make = Callable[..., Any]
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture
+def build(tiny_networks: Make, noise: NoiseRange) -> Callable[..., tuple[Method, dict[str, torch.nn.Module]]]:
+    def make(name: str, dtype: torch.dtype = torch.float64, seed: int = 0):
+        kind = METHODS[name]
+        networks = tiny_networks(kind, seed, dtype)
+        return kind(kind.Config(), networks, noise), networks
+
+    return make
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_turns_and_product_are_trained_roles(build: Make, name: str) -> None:
+    method, _ = build(name)
+    trained = {role for role, part in method.roles.items() if part.trained}
+    assert {turn.role for turn in method.turns()} == trained
+    assert method.product in trained
+
+
+def test_options_are_a_frozen_struct_that_knows_its_fields(name: str) -> None:
+    Config = METHODS[name].Config
+    assert msgspec.convert({}, Config) == Config()
+    assert hash(Config()) == hash(Config())
+    with pytest.raises(msgspec.ValidationError, match="nonsense"):
+        msgspec.convert({"nonsense": 1}, Config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_losses_are_a_finite_number_for_each_sample(
+    build: Make, tiny_batch: Make, name: str, dtype: torch.dtype
+) -> None:
+    method, _ = build(name, dtype)
+    for turn in method.turns():
+        loss = turn.loss(tiny_batch(1000, dtype=dtype), rng())
+        assert loss.value.shape == loss.t.shape == (1000,)
+        assert loss.value.dtype == dtype
+        assert loss.value.isfinite().all()
+        assert (loss.t >= 0).all()
+        assert (loss.t <= math.pi / 2).all()
+        assert all(s.ndim == 0 and s.isfinite() and not s.requires_grad for s in loss.signals.values())
+
+
+def test_a_turn_reaches_every_weight_of_its_role_and_no_other(build: Make, tiny_batch: Make, name: str) -> None:
+    method, networks = build(name)
+    for turn in method.turns():
+        for role, network in networks.items():
+            network.requires_grad_(role == turn.role).zero_grad()
+        turn.loss(tiny_batch(), rng()).value.mean().backward()
+        for parameter in networks[turn.role].parameters():
+            assert parameter.grad.isfinite().all()
+            assert (parameter.grad != 0).all()
+
+
+def test_losses_hang_on_the_generator_alone(build: Make, tiny_batch: Make, name: str) -> None:
+    method, _ = build(name)
+    for turn in method.turns():
+        torch.manual_seed(1)
+        first = turn.loss(tiny_batch(), rng()).value
+        torch.manual_seed(2)
+        assert (turn.loss(tiny_batch(), rng()).value == first).all()
+        assert (turn.loss(tiny_batch(), rng(1)).value != first).all()
+
+
+def test_samples_do_not_mix(build: Make, tiny_batch: Make, name: str) -> None:
+    """A sample's loss has a gradient in its own label alone, so a batch may be cut in pieces."""
+    method, _ = build(name)
+    for turn in method.turns():
+        batch = tiny_batch()
+        labels = batch.labels.requires_grad_()
+        (slope,) = torch.autograd.grad(turn.loss(batch, rng()).value[2], labels)
+        others = torch.arange(len(labels)) != 2
+        assert (slope[2] != 0).all()
+        assert (slope[others] == 0).all()
+
+
+def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tiny_batch: Make, name: str) -> None:
+    kind, (method, networks), batch = METHODS[name], build(name), tiny_batch()
+    called = set()
+
+    def watched(role: str) -> Callable[..., Tensor]:
+        def F(x_t: Tensor, t: Tensor, labels: Tensor, *second: Tensor) -> Tensor:
+            called.add(role)
+            assert labels is batch.labels
+            assert t.shape == (len(batch.x0),)
+            assert len(second) == kind.roles[role].two_time
+            assert all((time >= t).all() for time in second)
+            return networks[role](x_t, t, labels, *second)
+
+        return F
+
+    method = kind(kind.Config(), {role: watched(role) for role in kind.roles}, method.noise)
+    for turn in method.turns():
+        turn.loss(batch, rng())
+    assert called == set(kind.roles)
