@@ -14,7 +14,8 @@ from torch import Tensor
 def edm_curve(r: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """sigma(r): r = 0 is sigma_min, r = 1 is sigma_max.  Source: Karras et al. 2022 (EDM), eq. 5; r runs upwards."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (low + r.to(torch.float64) * (high - low)) ** rho
+    base: Tensor = low + r.to(torch.float64) * (high - low)
+    return base.pow(rho)
 
 
 def edm_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
@@ -23,7 +24,8 @@ def edm_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 
         return torch.tensor([sigma_max], dtype=torch.float64)
     # EDM's own order of operations, from sigma_max down: golden samples are compared with to 1e-9.
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (high + torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1) * (low - high)) ** rho
+    base: Tensor = high + torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1) * (low - high)
+    return base.pow(rho)
 
 
 def generator_sigmas(nfe: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
