@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +52,13 @@ def write_samples(
     A grid has a row for each class where the classes have two images or more on average.
     """
     if out.suffix == ".npz":
-        values = samples.numpy() if latent else to_uint8(samples).permute(0, 2, 3, 1).numpy()
         labels = [NO_CLASS] * len(seeds) if classes is None else classes
         with aside(out) as new, new.open("wb") as file:
-            np.savez(
-                file,
-                **{"latents" if latent else "images": values},
-                seeds=np.array(seeds, np.int64),
-                labels=np.array(labels, np.int64),
-            )
+            save = partial(np.savez, file, seeds=np.array(seeds, np.int64), labels=np.array(labels, np.int64))
+            if latent:
+                save(latents=samples.numpy())
+            else:
+                save(images=to_uint8(samples).permute(0, 2, 3, 1).numpy())
         return
     pixels = to_uint8(samples)
     rows = classes if classes is not None and 2 * len(set(classes)) <= len(classes) else None

@@ -1,0 +1,142 @@
+"""From seeds to images, by whichever sampler the model wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.store import Generator
+from ..errors import EdmDistillError
+from ..networks.edm2 import UNet
+from ..networks.preconditioning import Denoiser
+from .gamma import gamma_sampler
+from .guidance import GuidedDenoiser
+from .heun import EDM, EDM2, Churn, edm_sampler, steps_of_nfe
+from .labels import label_vectors
+from .seeds import SeededNoise
+from .times import check_times
+
+NO_CHURN = Churn()
+
+
+@torch.no_grad()
+def sample(
+    model: Generator | Denoiser,
+    nfe: int | None = None,
+    *,
+    seeds: Sequence[int],
+    labels: int | Sequence[int] | Tensor | None = None,
+    gamma: float = 1.0,
+    times: Sequence[float] | Tensor | None = None,
+    guidance: float = 1.0,
+    guide: Denoiser | None = None,
+    churn: Churn = NO_CHURN,
+    batch: int = 64,
+    on_progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """One image for each seed: a generator's by gamma-sampling, a teacher's by Heun's method.
+
+    An image depends on its seed and its label alone, up to the rounding of the network's own kernels. Noise and classes
+    are those that the official EDM and EDM2 scripts draw from that seed on a CPU.
+
+    Args:
+        model: it stays where it is and in the precision that it has.
+        nfe: network evaluations for an image; default: 2 for a generator, 35 for a teacher, 63 for one of EDM2. For a
+            teacher it is odd; guidance, which calls a second network beside the first, does not count.
+        labels: one class for all, a class a seed [N], vectors [N,label_dim], or None: drawn from each seed.
+        gamma: share of fresh noise between a generator's steps, in [0, 1]; see gamma_sampler.
+        times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
+        guidance: weight of a teacher's guidance; 1 = none; see GuidedDenoiser.
+        guide: the network to move away from; default: the teacher without labels.
+        churn: fresh noise on a teacher's way; see Churn.
+        batch: images at a time.
+        on_progress: called with the number of images that have just been finished.
+    Returns: images [N,C,H,W] float32 in [-1, 1], on the CPU. Of a network that works on the latents of a VAE (see
+        is_latent): those latents as they are, for decoding is not done here.
+    Raises: EdmDistillError: an option that does not fit the model, or is out of range.
+    """
+    if isinstance(model, Generator):
+        if guidance != 1 or guide is not None or churn != NO_CHURN:
+            raise EdmDistillError("guidance and churn are for teachers, and this is a generator: leave them out")
+        solve = _gamma_solver(model, nfe, gamma, times)
+    else:
+        if gamma != 1 or times is not None:
+            raise EdmDistillError(
+                "gamma and times are for generators, and this is a teacher: use nfe, guidance and churn"
+            )
+        solve = _heun_solver(model, nfe, guidance, guide, churn)
+    if not len(seeds):
+        raise EdmDistillError("there is nothing to sample: give at least one seed")
+    flow = model.flow
+    vectors = None if labels is None else label_vectors(labels, flow.label_dim, len(seeds))
+    device = next(flow.parameters()).device
+    trained = [network for network in (model, guide) if network is not None and network.training]
+    images = []
+    try:
+        for network in trained:
+            network.eval()
+        for at in range(0, len(seeds), batch):
+            rng = SeededNoise(seeds[at : at + batch])
+            noise, drawn = _first_draws(model, rng)
+            chosen = drawn if vectors is None else vectors[at : at + batch]
+            x0 = solve(noise.to(device), None if chosen is None else chosen.to(device), randn_like=rng.like)
+            images.append(x0.to("cpu", torch.float32))
+            if on_progress is not None:
+                on_progress(len(noise))
+    finally:
+        for network in trained:
+            network.train()
+    result = torch.cat(images)
+    return result if is_latent(model) else result.clamp(-1, 1)
+
+
+def is_latent(model: Generator | Denoiser) -> bool:
+    """Whether the network works on the latents of a VAE: neither gray nor RGB."""
+    return model.flow.img_channels not in (1, 3)
+
+
+def drawn_classes(model: Generator | Denoiser, seeds: Sequence[int]) -> Tensor | None:
+    """The classes that `sample` draws for these seeds if it is given none; None if there are none.  int64 [N]"""
+    vectors = _first_draws(model, SeededNoise(seeds))[1]
+    return None if vectors is None else vectors.argmax(1)
+
+
+def _first_draws(model: Generator | Denoiser, rng: SeededNoise) -> tuple[Tensor, Tensor | None]:
+    """Unit normal noise [B,C,H,W] and class vectors [B,label_dim], in the order of the official scripts.
+
+    The class is drawn even where the caller names another, as it is there, so that the churn's noise stays the same.
+    """
+    flow = model.flow
+    noise = rng.normal((flow.img_channels, flow.img_resolution, flow.img_resolution))
+    if not flow.label_dim:
+        return noise, None
+    return noise, label_vectors(rng.integers(flow.label_dim), flow.label_dim, len(noise))
+
+
+def _gamma_solver(
+    model: Generator, nfe: int | None, gamma: float, times: Sequence[float] | Tensor | None
+) -> Callable[..., Tensor]:
+    if not 0 <= gamma <= 1:
+        raise EdmDistillError(f"gamma is the share of fresh noise and lies in [0, 1], but it is {gamma:g}")
+    if times is None:
+        nfe = 2 if nfe is None else nfe
+        if nfe < 1:
+            raise EdmDistillError(f"a generator needs at least 1 network evaluation, but {nfe} were asked for")
+        times = model.schedule(nfe)
+    return partial(gamma_sampler, model, times=check_times(times, nfe), sigma_data=model.flow.sigma_data, gamma=gamma)
+
+
+def _heun_solver(
+    model: Denoiser, nfe: int | None, guidance: float, guide: Denoiser | None, churn: Churn
+) -> Callable[..., Tensor]:
+    if guide is not None and guidance == 1:
+        raise EdmDistillError(
+            "a guide does nothing at guidance 1, which means none: give a weight above 1, or no guide"
+        )
+    denoiser = model if guidance == 1 else GuidedDenoiser(model, guidance, guide)
+    style = EDM2 if isinstance(model.flow.network, UNet) else EDM
+    num_steps = None if nfe is None else steps_of_nfe(nfe)
+    return partial(edm_sampler, denoiser, style=style, num_steps=num_steps, churn=churn)

@@ -1,0 +1,175 @@
+"""`sample`: any model, from seeds."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from edmdistill.checkpoints.store import CheckpointConfig, Generator, Provenance, facts
+from edmdistill.errors import EdmDistillError
+from edmdistill.networks import NETWORKS
+from edmdistill.networks.preconditioning import PRECONDITIONINGS, Denoiser, FlowNetwork
+from edmdistill.sampling.gamma import gamma_sampler
+from edmdistill.sampling.generate import drawn_classes, is_latent, sample
+from edmdistill.sampling.grid import to_uint8
+from edmdistill.sampling.heun import Churn, edm_sampler
+from edmdistill.sampling.seeds import SeededNoise
+
+SEEDS = [3, 1, 4, 159, 26]
+ARGUMENTS = {
+    "edm2": {
+        "model_channels": 8,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [4],
+        "channels_per_head": 8,
+    },
+    "song": {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []},
+}
+
+
+def flow(kind: str = "edm2", label_dim: int = 10, channels: int = 1) -> FlowNetwork:
+    torch.manual_seed(0)
+    images = {"img_channels": channels} if kind == "edm2" else {"in_channels": channels, "out_channels": channels}
+    network = NETWORKS[kind](img_resolution=8, label_dim=label_dim, **images, **ARGUMENTS[kind])
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 0:
+                parameter.fill_(0.5)  # gains, 0 at first
+            elif kind == "song":
+                parameter.normal_(0, 0.1)
+    return FlowNetwork(network, PRECONDITIONINGS["edm"]()).eval()
+
+
+def generator(**options: int) -> Generator:
+    network = flow(**options)
+    config = CheckpointConfig(stage="generator", provenance=Provenance(source="a test"), **facts(network))
+    return Generator(network, config)
+
+
+def teacher(kind: str = "edm2", **options: int) -> Denoiser:
+    return Denoiser(flow(kind, **options))
+
+
+CASES = {
+    "generator": (generator, {"nfe": 3}),
+    "gamma": (generator, {"nfe": 3, "gamma": 0.4}),
+    "heun": (teacher, {"nfe": 5}),
+    "edm": (lambda: teacher("song"), {"nfe": 5}),
+    "churn": (teacher, {"nfe": 5, "churn": Churn(3)}),
+    "guided": (teacher, {"nfe": 5, "guidance": 1.5}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_picture_depends_on_its_seed_alone(case: str) -> None:
+    make, options = CASES[case]
+    model = make()
+    together = sample(model, seeds=SEEDS, **options)
+    assert together.shape == (5, 1, 8, 8)
+    assert together.dtype == torch.float32
+    assert together.abs().max() <= 1
+    assert len({tuple(picture.flatten().tolist()) for picture in together}) == 5
+    for batch in (1, 2, 5):
+        again = sample(model, seeds=SEEDS[::-1], batch=batch, **options).flip(0)
+        torch.testing.assert_close(again, together, rtol=0, atol=1e-4)  # kernels round by the batch
+        assert (to_uint8(again).int() - to_uint8(together).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_labels_that_were_drawn_may_be_given(case: str) -> None:
+    make, options = CASES[case]
+    model = make()
+    classes = drawn_classes(model, SEEDS)
+    assert classes is not None
+    drawn = sample(model, seeds=SEEDS, **options)
+    assert torch.equal(drawn, sample(model, seeds=SEEDS, labels=classes, **options))
+    other = sample(model, seeds=SEEDS, labels=(classes + 1) % 10, **options)
+    assert (drawn - other).flatten(1).abs().max(1).values.min() > 1e-4
+
+
+def test_a_generator_goes_through_the_gamma_sampler() -> None:
+    model = generator()
+    rng = SeededNoise([7])
+    noise, label = rng.normal((1, 8, 8)), torch.nn.functional.one_hot(rng.integers(10), 10).float()
+    times = torch.tensor([1.5, 1.0], dtype=torch.float64)
+    with torch.no_grad():
+        x0 = gamma_sampler(model, noise, label, times=times, sigma_data=0.5, gamma=0.5, randn_like=rng.like)
+    assert torch.equal(sample(model, seeds=[7], times=[1.5, 1.0], gamma=0.5), x0.clamp(-1, 1))
+    assert torch.equal(sample(model, seeds=[7]), sample(model, 2, seeds=[7], times=model.schedule(2)))
+
+
+def test_a_teacher_goes_through_heun() -> None:
+    model = teacher("song", label_dim=0)
+    noise = SeededNoise([7]).normal((1, 8, 8))
+    with torch.no_grad():
+        x0 = edm_sampler(model, noise, num_steps=18)
+    assert torch.equal(sample(model, seeds=[7]), x0.clamp(-1, 1).float())
+    calls: list[Tensor] = []
+    teacher_of_edm2 = teacher(label_dim=0)
+    teacher_of_edm2.register_forward_hook(lambda *args: calls.append(args[2]))
+    sample(teacher_of_edm2, seeds=[7])
+    assert len(calls) == 63
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_network_in_float64_makes_the_same_picture(case: str) -> None:
+    make, options = CASES[case]
+    model = make()
+    narrow = sample(model, seeds=[7], **options)
+    torch.testing.assert_close(sample(model.double(), seeds=[7], **options), narrow, rtol=0, atol=1e-4)
+
+
+def test_guidance() -> None:
+    model, guide = teacher(), teacher(label_dim=0)
+    plain = sample(model, 5, seeds=SEEDS)
+    assert torch.equal(sample(model, 5, seeds=SEEDS, guidance=1.0), plain)
+    unlabelled = sample(model, 5, seeds=SEEDS, labels=torch.zeros(5, 10))
+    unguided = sample(model, 5, seeds=SEEDS, guidance=0.0)
+    torch.testing.assert_close(unguided, unlabelled, rtol=0, atol=1e-4)
+    away = sample(model, 5, seeds=SEEDS, guidance=0.0, guide=guide)
+    torch.testing.assert_close(away, sample(guide, 5, seeds=SEEDS), rtol=0, atol=1e-4)
+
+
+def test_latents_come_as_they_are() -> None:
+    model = teacher(channels=4)
+    assert is_latent(model)
+    assert not is_latent(teacher())
+    latents = sample(model, 3, seeds=SEEDS)
+    assert latents.shape == (5, 4, 8, 8)
+    assert latents.abs().max() > 1
+
+
+def test_the_model_is_left_as_it_was_and_progress_is_told() -> None:
+    model = generator().train()
+    done: list[int] = []
+    sample(model, seeds=SEEDS, batch=2, on_progress=done.append)
+    assert done == [2, 2, 1]
+    assert model.training
+    assert model.flow.network.training
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (generator, {"guidance": 2.0}, "for teachers"),
+        (generator, {"churn": Churn(1)}, "for teachers"),
+        (generator, {"gamma": 1.1}, r"\[0, 1\]"),
+        (generator, {"nfe": 0}, "at least 1"),
+        (generator, {"times": [1.0, 1.1]}, "fall"),
+        (generator, {"times": [1.0], "nfe": 2}, "drop one"),
+        (generator, {"labels": 10}, "0 to 9"),
+        (lambda: generator(label_dim=0), {"labels": 1}, "unconditional"),
+        (generator, {"seeds": []}, "at least one seed"),
+        (teacher, {"nfe": 4}, "3 or 5"),
+        (teacher, {"gamma": 0.5}, "for generators"),
+        (teacher, {"times": [1.0]}, "for generators"),
+        (teacher, {"guide": teacher()}, "guidance 1"),
+        (lambda: teacher(label_dim=0), {"guidance": 2.0}, "name a guide"),
+        (teacher, {"guidance": 2.0, "guide": teacher(channels=3)}, "img_channels is 3"),
+        (teacher, {"guidance": 2.0, "guide": teacher(label_dim=5)}, "label_dim is 5"),
+    ],
+)
+def test_misuse_is_told_in_a_sentence(make, options, message: str) -> None:
+    with pytest.raises(EdmDistillError, match=message) as caught:
+        sample(make(), **{"seeds": SEEDS, **options})
+    assert "\n" not in str(caught.value)
