@@ -40,7 +40,8 @@ class MPConv(nn.Module):
         self.weight.copy_(normalize_weight(self.weight))
 
     def fold_(self) -> None:
-        self.normalize_()
+        if not self.folded:
+            self.normalize_()
         self.weight.requires_grad_(False)
         self.folded = True
 

@@ -1,0 +1,50 @@
+"""EDM2's operations: unit variance in, unit variance out."""
+
+import pytest
+import torch
+
+from edmdistill.kernels import magnitude
+
+B, C, SIZE = 8, 64, 16
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(B, C, SIZE, SIZE)
+
+
+def rms(x: torch.Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def test_operations_keep_the_magnitude(x: torch.Tensor) -> None:
+    y = torch.randn(B, 24, SIZE, SIZE)
+    assert rms(magnitude.mp_silu(x)) == pytest.approx(1, abs=0.02)
+    assert rms(magnitude.mp_sum(x, torch.randn_like(x), 0.3)) == pytest.approx(1, abs=0.02)
+    assert rms(magnitude.normalize(x * 7, 1)) == pytest.approx(1, abs=1e-3)
+    assert rms(magnitude.mp_cat(x, y, 0.5)) == pytest.approx(1, abs=0.02)
+    weight = magnitude.normalize_weight(torch.randn(32, C, 3, 3) * 5)
+    inside = magnitude.mp_conv(x, weight)[..., 1:-1, 1:-1]  # zeros beyond the border lessen the rest
+    assert rms(inside) == pytest.approx(1, abs=0.05)
+    linear = magnitude.mp_conv(x.mean((2, 3)) * SIZE, magnitude.normalize_weight(torch.randn(2000, C)))
+    assert rms(linear) == pytest.approx(1, abs=0.1)
+
+
+def test_concatenation_weighs_by_magnitude_not_by_channels(x: torch.Tensor) -> None:
+    y = torch.randn(B, 16, SIZE, SIZE)
+    a, b = magnitude.mp_cat(x, y, 0.25).split([C, 16], dim=1)
+    assert a.square().sum().sqrt() / b.square().sum().sqrt() == pytest.approx(3, rel=0.02)
+
+
+def test_weights_have_unit_rms_in_each_output() -> None:
+    weight = magnitude.normalize_weight(torch.randn(5, 7, 3, 3) * 100)
+    torch.testing.assert_close(weight.square().mean((1, 2, 3)), torch.ones(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_fourier_features_are_float32_or_better(dtype: torch.dtype) -> None:
+    c = torch.linspace(-1.5, 1.1, 500, dtype=dtype)
+    features = magnitude.mp_fourier(c, 6.28 * torch.randn(64), 6.28 * torch.rand(64))
+    assert features.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert rms(features) == pytest.approx(1, abs=0.1)

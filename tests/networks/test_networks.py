@@ -1,0 +1,202 @@
+"""What every network does, whatever its kind."""
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from edmdistill.networks import NETWORKS
+from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
+from edmdistill.schedules import edm_sigmas
+from edmdistill.trigflow import denoised, expand, sigma_to_time
+
+MakeFlow = Callable[..., FlowNetwork]
+
+
+def images(flow: FlowNetwork, n: int = 3) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(n, flow.img_channels, flow.img_resolution, flow.img_resolution, dtype=flow.dtype)
+
+
+def classes(flow: FlowNetwork, n: int = 3) -> Tensor | None:
+    return torch.arange(n) % flow.label_dim if flow.label_dim else None
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+TIMES = torch.tensor([0.05, 0.8, 1.5], dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_trigflow_is_edm(wide: FlowNetwork) -> None:
+    sigma = edm_sigmas(9, wide.sigma_min, wide.sigma_max)
+    x0, n = images(wide, 9), torch.randn(images(wide, 9).shape, dtype=torch.float64)
+    x = x0 * 0.5 + expand(sigma, x0) * n
+    t = sigma_to_time(sigma, wide.sigma_data)
+    x_t = expand(t, x).cos() * x
+    labels = classes(wide, 9)
+    found = denoised(x_t, wide(x_t, t, labels), t, wide.sigma_data)
+    expected = Denoiser(wide)(x, sigma, labels)
+    for i in range(9):
+        assert error(found[i], expected[i]) <= 1e-12
+
+
+@torch.no_grad()
+def test_one_time_for_all_is_one_for_each(flow: FlowNetwork) -> None:
+    x, t = images(flow), torch.tensor(0.7)
+    for view in (flow, Denoiser(flow)):
+        assert error(view(x, t, classes(flow)), view(x, t.expand(3), classes(flow))) <= 1e-5
+
+
+@torch.no_grad()
+def test_images_do_not_see_each_other(flow: FlowNetwork) -> None:
+    x, labels = images(flow), classes(flow)
+    together = flow(x, TIMES, labels)
+    for i in range(3):
+        alone = flow(x[i : i + 1], TIMES[i : i + 1], None if labels is None else labels[i : i + 1])
+        assert error(alone[0], together[i]) <= 1e-5
+
+
+@torch.no_grad()
+def test_the_ends_of_the_circle_are_finite(flow: FlowNetwork) -> None:
+    x = images(flow)
+    ends = flow(x, torch.tensor([0.0, math.pi / 2, math.pi / 2]), classes(flow))
+    assert bool(ends.isfinite().all())
+    latest = sigma_to_time(flow.sigma_max, flow.sigma_data)
+    torch.testing.assert_close(flow(x, torch.tensor(math.pi / 2)), flow(x, latest), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on first use of jvp
+def test_tangents(wide: FlowNetwork) -> None:
+    """Along images and time, by torch.func.jvp, against finite differences."""
+    x, v = images(wide), torch.randn(images(wide).shape, dtype=torch.float64)
+    t, h = torch.tensor([0.3, 0.8, 1.3], dtype=torch.float64), 1e-6
+    speed = torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64)
+
+    def F(x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = wide(x, t, classes(wide))
+        return out
+
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        _, found = torch.func.jvp(F, (x, t), (v, speed))
+        difference = (F(x + h * v, t + h * speed) - F(x - h * v, t - h * speed)) / (2 * h)
+    assert error(found, difference) <= 1e-6
+
+
+def test_forward_leaves_the_network_as_it_is(flow: FlowNetwork) -> None:
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    versions = {name: value._version for name, value in flow.state_dict(keep_vars=True).items()}
+    flow.train()
+    x = images(flow)
+    untouched = x.clone()
+    flow(x, TIMES, classes(flow)).square().sum().backward()
+    for name, value in flow.state_dict(keep_vars=True).items():
+        assert value._version == versions[name], name
+        torch.testing.assert_close(value.data, before[name], rtol=0, atol=0)
+    torch.testing.assert_close(x, untouched, rtol=0, atol=0)
+
+
+def test_every_parameter_learns(flow: FlowNetwork) -> None:
+    network = flow.network
+    augment = torch.randn(3, 9) if getattr(network, "map_augment", None) is not None else None
+    labels = torch.eye(5)[:3] if flow.label_dim else None
+    network(images(flow), torch.tensor([-1.0, 0.0, 1.0]), labels, None, augment).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        if "logvar" not in name:  # a head of its own
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_near(flow: FlowNetwork, dtype: torch.dtype) -> None:
+    x = images(flow)
+    expected = flow(x, TIMES[:1], classes(flow))
+    flow.compute_dtype = dtype
+    found = flow(x, TIMES[:1], classes(flow))
+    assert found.dtype == torch.float32
+    assert error(found, expected) <= (0.01 if dtype == torch.float16 else 0.08)
+
+
+@torch.no_grad()
+def test_labels(flow: FlowNetwork) -> None:
+    x = images(flow)
+    if not flow.label_dim:
+        torch.testing.assert_close(flow(x, TIMES, torch.tensor([7, 8, 9])), flow(x, TIMES), rtol=0, atol=0)
+        return
+    by_number = flow(x, TIMES, torch.tensor([0, 1, 4]))
+    torch.testing.assert_close(flow(x, TIMES, torch.eye(5)[[0, 1, 4]]), by_number, rtol=0, atol=0)
+    assert error(flow(x, TIMES), by_number) > 1e-3
+    torch.testing.assert_close(flow(x, TIMES, torch.zeros(3, 5)), flow(x, TIMES))
+    for wrong in (-1, 5):
+        with pytest.raises(ValueError, match=f"classes 0 to 4, but a label is {wrong}"):
+            flow(x, TIMES, torch.tensor([0, wrong, 1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["ncsnpp-ve", "adm"])
+def test_label_dropout_is_for_training(make_flow: MakeFlow, case: str) -> None:
+    flow = make_flow(case, label_dropout=1.0, dropout=0.0)
+    x, labels = images(flow), classes(flow)
+    assert error(flow(x, TIMES, labels), flow(x, TIMES)) > 1e-3
+    torch.testing.assert_close(flow.train()(x, TIMES, labels), flow(x, TIMES))
+
+
+@torch.no_grad()
+def test_augment_labels(make_flow: MakeFlow) -> None:
+    network = make_flow("ddpmpp").network
+    x, c_noise = torch.randn(3, 3, 8, 8), torch.zeros(3)
+    plain = network(x, c_noise)
+    torch.testing.assert_close(network(x, c_noise, None, None, torch.zeros(3, 9)), plain)
+    assert error(network(x, c_noise, None, None, torch.ones(3, 9)), plain) > 1e-3
+
+
+def test_the_arguments_make_the_network_again(flow: FlowNetwork) -> None:
+    network = flow.network
+    arguments = json.loads(json.dumps(network.arguments))
+    with torch.device("meta"):
+        again = type(network)(**arguments)
+    assert {name: value.shape for name, value in again.state_dict().items()} == {
+        name: value.shape for name, value in network.state_dict().items()
+    }
+    assert again.arguments == network.arguments
+
+
+def test_what_song_does_not_know(make_flow: MakeFlow) -> None:
+    with pytest.raises(ValueError, match="positional, fourier, but 'learnt' was asked for"):
+        make_flow("ddpmpp", embedding_type="learnt")
+
+
+# The published networks; the numbers of parameters are those of the papers' tables.
+CIFAR = {"img_resolution": 32, "img_channels": 3, "channel_mult": [2, 2, 2], "augment_dim": 9}
+NCSNPP = {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
+IMAGENET64 = {"img_resolution": 64, "img_channels": 3, "label_dim": 1000}
+LATENT = {"img_resolution": 64, "img_channels": 4, "label_dim": 1000}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "millions"),
+    [
+        ("song", CIFAR, 55.7),
+        ("song", CIFAR | NCSNPP, 56.5),
+        ("adm", IMAGENET64, 295.9),
+        ("edm2", LATENT | {"model_channels": 128}, 124.7),
+        ("edm2", LATENT | {"model_channels": 192}, 280.2),
+        ("edm2", LATENT | {"model_channels": 448}, 1523.2),
+    ],
+)
+def test_published_sizes(kind: str, arguments: dict[str, object], millions: float) -> None:
+    with torch.device("meta"):
+        network = NETWORKS[kind](**arguments)  # type: ignore[call-arg]
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)

@@ -1,0 +1,82 @@
+"""Sampling grids against known numbers, training distributions against their probabilities."""
+
+import math
+
+import pytest
+import torch
+
+from edmdistill.schedules import cosim_sigmas, edm_curve, edm_sigmas, generator_sigmas, lognormal_sigmas
+
+MIN, MAX = 0.002, 80.0
+
+
+def draw(n: int, **options: float) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return cosim_sigmas(n, rng, sigma_min=MIN, sigma_max=MAX, **{"R": 4, **options})
+
+
+def test_edm_grid() -> None:
+    grid = edm_sigmas(18, MIN, MAX)
+    assert grid.dtype == torch.float64
+    # Karras et al., 18 steps: the first levels below 80.
+    assert grid[:3].tolist() == pytest.approx([80.0, 57.586, 40.786], abs=1e-3)
+    assert grid[-1] == pytest.approx(MIN)
+    assert bool((grid.diff() < 0).all())
+    assert edm_sigmas(1, MIN, MAX).tolist() == [MAX]
+
+
+def test_edm_grid_lies_on_the_curve() -> None:
+    torch.testing.assert_close(edm_sigmas(9, MIN, MAX), edm_curve(torch.linspace(1, 0, 9), MIN, MAX), rtol=1e-6, atol=0)
+
+
+def test_generator_grids() -> None:
+    assert generator_sigmas(1, MIN, MAX).tolist() == pytest.approx([80])
+    assert generator_sigmas(2, MIN, MAX).tolist() == pytest.approx([80, 2.515], abs=1e-3)
+    assert generator_sigmas(3, MIN, MAX).tolist() == pytest.approx([80, 9.72, 0.470], abs=5e-3)
+
+
+def test_curve_ends() -> None:
+    ends = edm_curve(torch.tensor([0.0, 1.0]), MIN, MAX)
+    assert ends.tolist() == pytest.approx([MIN, MAX])
+
+
+def test_cosim_times_are_ordered_and_in_range() -> None:
+    s, t = draw(10_000)
+    assert s.dtype == t.dtype == torch.float64
+    assert bool((s <= t).all())
+    assert MIN * 0.999 <= s.min() <= t.max() <= MAX * 1.001
+
+
+# P(t = sigma_max) = share + (1 - share) mean over k of P(r_s + u/k >= 1), and that is 1/(2k).
+@pytest.mark.parametrize(
+    ("R", "share", "probability"), [(4, 0.5, 0.630), (8, 0.5, 0.585), (4, 0.0, 0.260), (1, 1.0, 1.0)]
+)
+def test_how_often_t_is_sigma_max(R: int, share: float, probability: float) -> None:
+    n = 100_000
+    _, t = draw(n, R=R, share_to_max=share)
+    exact = share + (1 - share) * sum(1 / (2 * k) for k in range(1, R + 1)) / R
+    assert exact == pytest.approx(probability, abs=6e-4)
+    found = (t > MAX * (1 - 1e-9)).double().mean()
+    assert abs(found - exact) <= 4 * math.sqrt(exact * (1 - exact) / n)
+
+
+def test_s_ends_where_it_is_told() -> None:
+    s, _ = draw(10_000, r_s_max=0.8)
+    end = edm_curve(torch.tensor(0.8), MIN, MAX)
+    assert 0.9 * end <= s.max() <= end
+
+
+def test_s_is_uniform_along_the_curve() -> None:
+    s, _ = draw(100_000)
+    below = (s < edm_curve(torch.tensor(0.25), MIN, MAX)).double().mean()
+    assert below == pytest.approx(0.25, abs=0.006)
+
+
+def test_lognormal() -> None:
+    log = lognormal_sigmas(100_000, torch.Generator().manual_seed(0), P_mean=-1.2, P_std=1.2).log()
+    assert log.mean() == pytest.approx(-1.2, abs=0.02)
+    assert log.std() == pytest.approx(1.2, abs=0.02)
+
+
+def test_draws_are_a_function_of_the_generator() -> None:
+    torch.testing.assert_close(draw(100), draw(100), rtol=0, atol=0)

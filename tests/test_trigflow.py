@@ -1,0 +1,93 @@
+"""The circle's conversions and moves, in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from edmdistill.trigflow import (
+    ddim_step,
+    denoised,
+    diffuse,
+    expand,
+    implied_noise,
+    sigma_to_time,
+    time_to_sigma,
+    velocity,
+)
+
+SIGMA_DATA = 0.5
+
+
+@pytest.fixture
+def pair() -> tuple[Tensor, Tensor]:
+    """Data and noise.  [4,3,5,5] each"""
+    torch.manual_seed(0)
+    x0, z = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64) * SIGMA_DATA
+    return x0, z
+
+
+TIMES = torch.tensor([1e-3, 0.4, 1.2, math.pi / 2], dtype=torch.float64)
+
+
+def test_sigma_and_time_are_inverse() -> None:
+    sigma = torch.logspace(-6, 6, 100, dtype=torch.float64)
+    torch.testing.assert_close(time_to_sigma(sigma_to_time(sigma, SIGMA_DATA), SIGMA_DATA), sigma, rtol=1e-9, atol=0)
+    assert sigma_to_time(0.0, SIGMA_DATA) == 0
+    assert sigma_to_time(SIGMA_DATA, SIGMA_DATA) == pytest.approx(math.pi / 4)
+    assert sigma_to_time(math.inf, SIGMA_DATA) == pytest.approx(math.pi / 2)
+
+
+def test_conversions_are_float64_whatever_comes_in() -> None:
+    assert sigma_to_time(torch.tensor(80.0), SIGMA_DATA).dtype == torch.float64
+    assert time_to_sigma(torch.tensor(1.5), SIGMA_DATA).dtype == torch.float64
+
+
+def test_a_point_is_edms_scaled_by_cos(pair: tuple[Tensor, Tensor]) -> None:
+    x0, z = pair
+    sigma = torch.tensor([0.002, 0.5, 7.0, 80.0], dtype=torch.float64)
+    t = sigma_to_time(sigma, SIGMA_DATA)
+    edm = x0 + expand(sigma, x0) * z / SIGMA_DATA
+    torch.testing.assert_close(diffuse(x0, z, t), expand(t, x0).cos() * edm)
+
+
+def test_velocity_is_the_derivative(pair: tuple[Tensor, Tensor]) -> None:
+    x0, z = pair
+    h = 1e-6
+    difference = (diffuse(x0, z, TIMES + h) - diffuse(x0, z, TIMES - h)) / (2 * h)
+    torch.testing.assert_close(velocity(x0, z, TIMES), difference, rtol=1e-8, atol=1e-8)
+
+
+def test_the_true_velocity_denoises_exactly(pair: tuple[Tensor, Tensor]) -> None:
+    x0, z = pair
+    x_t, F = diffuse(x0, z, TIMES), velocity(x0, z, TIMES) / SIGMA_DATA
+    torch.testing.assert_close(denoised(x_t, F, TIMES, SIGMA_DATA), x0)
+    torch.testing.assert_close(implied_noise(x_t, x0, TIMES), z, rtol=1e-9, atol=1e-9)
+
+
+def test_ddim_step_follows_the_true_velocity_to_any_time(pair: tuple[Tensor, Tensor]) -> None:
+    x0, z = pair
+    x_t, F = diffuse(x0, z, TIMES), velocity(x0, z, TIMES) / SIGMA_DATA
+    for s in (torch.tensor(0.0), torch.tensor(0.3), TIMES / 2, TIMES):
+        torch.testing.assert_close(ddim_step(x_t, F, TIMES, s, SIGMA_DATA), diffuse(x0, z, s))
+
+
+def test_ddim_step_to_0_is_the_denoiser(pair: tuple[Tensor, Tensor]) -> None:
+    x_t, F = pair
+    torch.testing.assert_close(
+        ddim_step(x_t, F, TIMES, torch.zeros(4), SIGMA_DATA), denoised(x_t, F, TIMES, SIGMA_DATA), rtol=0, atol=0
+    )
+
+
+def test_times_of_one_image_or_of_all(pair: tuple[Tensor, Tensor]) -> None:
+    x0, z = pair
+    t = torch.tensor(0.7)
+    torch.testing.assert_close(diffuse(x0, z, t), diffuse(x0, z, t.expand(4)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_moves_keep_the_images_dtype(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    x0, z = (x.to(dtype) for x in pair)
+    for result in (diffuse(x0, z, TIMES), velocity(x0, z, TIMES), denoised(x0, z, TIMES, SIGMA_DATA)):
+        assert result.dtype == dtype
