@@ -61,7 +61,7 @@ def train(
     Raises: TrainingError: the directory belongs to another run or process, or training went wrong.
     """
     training = run.recipe.training
-    with open_run(run_dir, run.recipe.to_json(), run.identity, recipe_text) as folder, stop_on_signal() as stop:
+    with open_run(run_dir, run.recipe.to_json(), run.identity, recipe_text) as folder, stop_on_signal(note) as stop:
         window = Window()
         state = load_state(folder.state, note)
         if state is None:
@@ -91,7 +91,7 @@ def train(
                     break
         except Diverged as error:
             states = saved_states(folder.state)
-            kept = f"the last good state is {states[-1]}" if states else "there was no state yet"
+            kept = f"the last good state is {states[-1]}" if states else "no state was saved before it"
             raise TrainingError(f"{error}; {kept}; try a lower training.lr in another --run-dir") from error
     return Outcome(run.images >= training.images, run.images)
 
@@ -116,7 +116,8 @@ def take_turn(run: Run, turn: Turn, index: int, turns: int) -> Measures:
     """One optimiser step of one role: turn `index` of the `turns` of a round."""
     training, network, optimizer = run.recipe.training, run.roles[turn.role], run.optimizers[turn.role]
     for role, other in run.roles.items():
-        other.requires_grad_(role == turn.role).train(role == turn.role)
+        if other.training != (role == turn.role):  # two walks over its modules
+            other.train(role == turn.role).requires_grad_(role == turn.role)
     before = fingerprints(run.roles) if run.images == 0 else None
 
     # What is random, and the data.
@@ -182,7 +183,7 @@ def _due(every: int, run: Run) -> bool:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
+def stop_on_signal(note: Callable[[str], object]) -> Iterator[threading.Event]:
     """Gives an event that the first SIGINT or SIGTERM sets; a second one has its usual effect."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
@@ -191,6 +192,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.set()
+        note("Stopping after this round; once more stops at once.")
         signal.signal(number, usual[signal.Signals(number)])
 
     usual = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

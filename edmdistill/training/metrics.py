@@ -39,7 +39,7 @@ class Window:
         line = {"images": images, "step": images // batch, "seconds": self.before, "images_per_second": speed}
         line |= {name: total / self.rounds for name, total in self.sums.items()}
         self.sums, self.rounds, self.seconds = {}, 0, 0.0
-        return line
+        return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in line.items()}
 
     def progress(self) -> dict[str, Any]:
         """Plain values from which a window goes on."""

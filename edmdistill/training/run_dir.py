@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ class RunDir:
         self.samples = path / "samples"
         self.generator = path / "generator"
         self._metrics = path / "metrics.jsonl"
+
+    def is_new(self) -> bool:
+        """Whether nothing has been trained here yet."""
+        return not self._metrics.exists() and not any(self.state.iterdir())
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
@@ -60,7 +65,9 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
         RECIPE: recipe,
         RUN: json.dumps(identity, indent=2).encode() + b"\n",
     }
-    _create(path, files)
+    made = _create(path, files)
+    if not (path / RECIPE).is_file():
+        raise TrainingError(f"{path} exists and is no run directory: give another --run-dir, or remove it")
     with (path / ".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,30 +79,36 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield RunDir(path)
+        folder = RunDir(path)
+        try:
+            yield folder
+        except BaseException:
+            if made and folder.is_new():  # a run that failed before it began leaves nothing in the way of the next try
+                shutil.rmtree(path, ignore_errors=True)
+            raise
 
 
-def _create(path: Path, files: Mapping[str, bytes]) -> None:
-    """The directory with its files, unless there is one already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+def _create(path: Path, files: Mapping[str, bytes]) -> bool:
+    """Makes the directory with its files.  Returns: False if there is one already."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
         for name, content in files.items():
             (aside / name).write_bytes(content)
         for folder in ("state", "samples"):
             (aside / folder).mkdir()
         aside.rename(path)  # refused by the system where something is there, an empty directory excepted
+        return True
     except OSError as error:
-        if not path.exists():
+        if not path.is_dir():
             raise TrainingError(f"{path} cannot be made: {error.strerror}; give another --run-dir") from error
+        return False
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _require_same(path: Path, files: Mapping[str, bytes]) -> None:
-    if not (path / RECIPE).is_file():
-        raise TrainingError(f"{path} exists and is no run directory; give another --run-dir, or remove it")
     changed = [line for name in (RECIPE, RUN) for line in _differences((path / name).read_bytes(), files[name])]
     if changed:
         raise TrainingError(

@@ -144,12 +144,9 @@ def test_gradient_clipping_bounds_the_step(start):
     steps = []
     for clip in None, 1e-3:
         run = start("diffusion", eps=1.0, grad_clip=clip, images=8)
-        before = [p.clone() for p in run.roles["teacher"].parameters()]
         next(rounds(run))
-        gain = run.roles["teacher"].network.out_gain
-        steps.append(max((p - q).abs().max() for p, q in zip(run.roles["teacher"].parameters(), before, strict=True)))
-        assert gain.isfinite()
-    assert steps[1] < 0.1 * steps[0]
+        steps.append(abs(float(run.roles["teacher"].network.out_gain.detach())))  # from 0
+    assert 0 < steps[1] <= 1e-2 * 1e-3 < steps[0]
 
 
 def test_learning_rates():

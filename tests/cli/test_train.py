@@ -1,0 +1,99 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from edmdistill.cli import main
+from edmdistill.cli.train import METHODS as CHOICES
+from edmdistill.methods import METHODS
+
+SMALL = [
+    "network.arguments={model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], channels_per_head=8}",
+    "training.batch=8",
+    "training.images=80",
+    "training.log_every=8",
+    "training.snapshot_every=40",
+    "sampling.nfe=[1]",
+]
+
+
+def arguments(run_dir, *more):
+    sets = [word for override in SMALL for word in ("--set", override)]
+    where = ["--data", "digits", "--recipe", "diffusion/digits", "--run-dir", str(run_dir), "--device", "cpu"]
+    return ["train", "diffusion", *where, *sets, *more]
+
+
+def test_the_choices_are_the_methods():
+    assert list(CHOICES) == list(METHODS)
+
+
+def test_trains_and_says_what_to_type_next(tmp_path):
+    result = CliRunner().invoke(main, arguments(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert "Training diffusion on digits by recipe diffusion/digits" in result.stderr
+    assert f"edmdistill sample {tmp_path / 'run' / 'generator'} --nfe 1" in result.stderr
+    names = {path.name for path in (tmp_path / "run").iterdir()} - {".lock"}
+    assert names >= {"recipe.toml", "recipe.resolved.json", "metrics.jsonl", "state", "samples", "generator"}
+    text = (tmp_path / "run" / "recipe.toml").read_text()
+    assert "--recipe diffusion/digits" in text
+    assert "--set training.batch=8" in text
+    assert "[network]" in text
+
+    again = CliRunner().invoke(main, arguments(tmp_path / "run"))
+    assert again.exit_code == 0
+    changed = CliRunner().invoke(main, arguments(tmp_path / "run", "--set", "training.lr=0.5"))
+    assert changed.exit_code == 2
+    assert re.search(r"training\.lr: 0\.01 there, 0\.5 now", changed.stderr)
+
+
+def test_a_dry_run_is_one_document_and_leaves_nothing(tmp_path):
+    result = CliRunner().invoke(main, arguments(tmp_path / "run", "--dry-run"))
+    assert result.exit_code == 0
+    plan = json.loads(result.stdout)
+    assert plan["recipe"]["training"]["batch"] == 8
+    assert plan["roles"]["teacher"]["trained"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_teacher_is_one_sentence(tmp_path):
+    words = ["train", "cosim", "--data", "digits", "--recipe", "cosim/digits", "--run-dir", str(tmp_path / "run")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "cosim distils a teacher" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_saves_and_the_same_command_goes_on(tmp_path, number):
+    command = [sys.executable, "-m", "edmdistill", *arguments(tmp_path / "run", "--set", "training.images=400000")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for attempt in range(2):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        seen = saved = len(lines(tmp_path)) if attempt else 0
+        while seen < saved + 3:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+            seen = len(lines(tmp_path))
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130, said
+        assert "the same command goes on from there" in said
+        assert "Traceback" not in said
+        assert ("Going on after" in said) == bool(attempt)
+    assert [line["images"] for line in lines(tmp_path)] == [8 * (i + 1) for i in range(len(lines(tmp_path)))]
+
+
+def lines(folder):
+    path = folder / "run" / "metrics.jsonl"
+    return (
+        [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if path.exists()
+        else []
+    )

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+import torch
+
+from edmdistill.errors import DatasetError, TrainingError
+from edmdistill.methods import METHODS
+from edmdistill.recipes import Recipe
+from edmdistill.training.loop import train
+from edmdistill.training.run import prepare
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_role_starts_as_the_teacher(method, start):
+    run = start(method)
+    torch.manual_seed(0)
+    x_t, t = torch.randn(4, 1, 8, 8), torch.rand(4)
+    labels = torch.eye(10)[:4]
+    outputs = [network(x_t, t, labels) for network in (*run.roles.values(), run.ema.network)]
+    assert all(torch.equal(output, outputs[-1]) for output in outputs)
+    assert {role: network.two_time for role, network in run.roles.items()} == {
+        role: part.two_time for role, part in METHODS[method].roles.items()
+    }
+    assert run.optimizers.keys() == {role for role, part in METHODS[method].roles.items() if part.trained}
+
+
+def test_no_memory_is_shared_between_roles(start):
+    run = start("cosim")
+    networks = [*run.roles.values(), run.ema.network]
+    addresses = [p.data_ptr() for network in networks for p in network.parameters()]
+    assert len(set(addresses)) == len(addresses)
+
+
+def test_a_method_that_distils_asks_for_its_teacher(recipe):
+    with pytest.raises(TrainingError, match="cosim distils a teacher: name its checkpoint"):
+        prepare(recipe("cosim"), data="digits")
+
+
+def test_a_generator_is_no_teacher(start, recipe, tmp_path):
+    train(start("sid"), tmp_path / "run")
+    with pytest.raises(TrainingError, match="is a generator, made by sid"):
+        prepare(recipe("cosim"), data="digits", teacher=tmp_path / "run")
+
+
+def test_a_run_directory_is_a_teacher_and_a_place_to_start_from(start, recipe, tmp_path):
+    trained = start("diffusion")
+    train(trained, tmp_path / "run")
+    for method in ("diffusion", "sid"):
+        run = prepare(recipe(method), data="digits", teacher=tmp_path / "run", device="cpu")
+        expected = trained.ema.network.network.out_gain
+        assert torch.equal(run.ema.network.network.out_gain, expected)
+
+
+def test_data_must_fit_the_network(recipe, tmp_path):
+    tables = json.loads(recipe("diffusion").to_json())
+    tables["network"]["arguments"] |= {"img_resolution": 16, "label_dim": 3}
+    with pytest.raises(TrainingError, match="digits are 8x8 with 1 channels and 10 classes, but the network takes"):
+        prepare(Recipe.from_json(json.dumps(tables).encode()), data="digits")
+    with pytest.raises(DatasetError):
+        prepare(recipe("diffusion"), data=tmp_path / "nothing")
+
+
+def test_the_plan_is_plain(start):
+    plan = json.loads(json.dumps(start("cosim").plan()))
+    assert plan["schema_version"] == 1
+    assert {role: part["trained"] for role, part in plan["roles"].items()} == {
+        "teacher": False,
+        "generator": True,
+        "auxiliary": True,
+    }
+    assert plan["roles"]["auxiliary"]["parameters"] > plan["roles"]["generator"]["parameters"] > 1000
+    assert plan["data"]["images"] == 1500
+    assert Recipe.from_json(json.dumps(plan["recipe"]).encode()).hash == plan["recipe_hash"]

@@ -1,0 +1,103 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from edmdistill.errors import TrainingError
+from edmdistill.training.run_dir import open_run
+
+RECIPE = json.dumps({"training": {"lr": 1e-3, "batch": 8}, "ema": {"half_life_images": 5}}).encode()
+IDENTITY = {"teacher_sha256": "abc", "data": {"name": "digits"}}
+
+
+def opened(path, recipe=RECIPE, identity=IDENTITY):
+    return open_run(path, recipe, identity, "# mine\n")
+
+
+def test_made_whole_and_gone_back_to(tmp_path):
+    path = tmp_path / "runs" / "a"
+    with opened(path) as folder:
+        folder.log({"images": 8})
+    assert (path / "recipe.toml").read_text() == "# mine\n"
+    assert json.loads((path / "recipe.resolved.json").read_text()) == json.loads(RECIPE)
+    assert [entry.name for entry in path.parent.iterdir()] == ["a"]
+    with opened(path) as folder:
+        assert not folder.is_new()
+
+
+def test_an_empty_directory_is_taken(tmp_path):
+    (tmp_path / "a").mkdir()
+    with opened(tmp_path / "a"):
+        pass
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(tmp_path):
+    with opened(tmp_path / "a"):
+        pass
+    changed = json.dumps({"training": {"lr": 1e-2, "batch": 8, "seed": 1}, "ema": {"half_life_images": 5}}).encode()
+    with (
+        pytest.raises(TrainingError) as error,
+        opened(tmp_path / "a", changed, IDENTITY | {"teacher_sha256": "def"}),
+    ):
+        pass
+    assert str(error.value).splitlines()[1:] == [
+        "  training.lr: 0.001 there, 0.01 now",
+        "  training.seed: absent there, 1 now",
+        "  teacher_sha256: abc there, def now",
+    ]
+    assert json.loads((tmp_path / "a" / "recipe.resolved.json").read_text()) == json.loads(RECIPE)
+
+
+def test_other_places_are_left_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"a")
+    with pytest.raises(TrainingError, match="photos exists and is no run directory"), opened(tmp_path / "photos"):
+        pass
+    (tmp_path / "file").write_bytes(b"a")
+    for path in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(TrainingError, match="cannot be made"), opened(path):
+            pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "file", "photos"]
+
+
+def test_one_process_at_a_time(tmp_path):
+    with opened(tmp_path / "a"):
+        other = (
+            "from pathlib import Path; from edmdistill.training.run_dir import open_run\n"
+            f"with open_run(Path({str(tmp_path / 'a')!r}), {RECIPE!r}, {IDENTITY!r}, ''): pass"
+        )
+        failed = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False)
+        assert f"is in use by process {os.getpid()}: wait for it" in failed.stderr
+    subprocess.run([sys.executable, "-c", other], check=True)
+
+
+def fail_after(lines, path):
+    with opened(path) as folder:
+        for images in range(lines):
+            folder.log({"images": images})
+        raise ZeroDivisionError
+
+
+def test_a_run_that_failed_before_it_began_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        fail_after(0, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError):
+        fail_after(1, tmp_path / "a")
+    assert (tmp_path / "a" / "metrics.jsonl").is_file()
+
+
+def test_metrics_are_cut_to_the_position_of_the_state(tmp_path):
+    with opened(tmp_path / "a") as folder:
+        for images in (8, 16, 24):
+            folder.log({"images": images})
+        with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+            file.write('{"images": 3')
+        folder.forget_after(24)
+        assert (tmp_path / "a" / "metrics.jsonl").read_text().count("\n") == 3
+        folder.forget_after(20)
+        assert (tmp_path / "a" / "metrics.jsonl").read_text() == '{"images": 8}\n{"images": 16}\n'
+        folder.forget_after(0)
+        assert (tmp_path / "a" / "metrics.jsonl").read_text() == ""

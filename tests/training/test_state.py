@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from edmdistill.errors import CheckpointError, TrainingError
+from edmdistill.training import state
+from edmdistill.training.state import State, load_state, save_state, saved_states
+
+
+def make(images):
+    tensors = {
+        "generator": {"weights.a": torch.full((3,), float(images)), "step.a": torch.tensor(1.0)},
+        "ema": {"a": torch.zeros(2, 2)},
+    }
+    return State({"images": images, "window": {"rounds": 0.1}}, tensors)
+
+
+def test_round_trip_and_keep(tmp_path):
+    assert load_state(tmp_path, print) is None
+    for images in (8, 16, 1000000):
+        save_state(tmp_path, make(images), keep=2)
+    assert [path.name for path in saved_states(tmp_path)] == ["000000000016", "000001000000"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000016", "000001000000"]
+    loaded = load_state(tmp_path, pytest.fail)
+    assert loaded.progress["images"] == 1000000
+    assert loaded.progress["window"] == {"rounds": 0.1}
+    assert torch.equal(loaded.tensors["generator"]["weights.a"], torch.full((3,), 1e6))
+    assert loaded.tensors["ema"]["a"].shape == (2, 2)
+
+
+def test_the_same_position_is_saved_again(tmp_path):
+    save_state(tmp_path, make(8), keep=2)
+    save_state(tmp_path, make(8), keep=2)
+    assert load_state(tmp_path, pytest.fail).progress["images"] == 8
+
+
+@pytest.mark.parametrize("file", ["generator.safetensors", "progress.json"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_a_broken_state_gives_way_to_the_one_before(tmp_path, file, damage):
+    for images in (8, 16):
+        save_state(tmp_path, make(images), keep=2)
+    broken = tmp_path / "000000000016" / file
+    whole = broken.read_bytes()
+    broken.unlink() if damage == "missing" else broken.write_bytes(whole[: -5 if damage == "truncated" else 0])
+    said = []
+    assert load_state(tmp_path, said.append).progress["images"] == 8
+    assert len(said) == 1
+    assert "000000000016 is not whole" in said[0]
+    assert (tmp_path / "000000000016.broken").is_dir()
+    save_state(tmp_path, make(16), keep=2)
+    assert load_state(tmp_path, pytest.fail).progress["images"] == 16
+
+
+def test_no_whole_state_is_an_error_and_no_fresh_start(tmp_path):
+    save_state(tmp_path, make(8), keep=2)
+    (tmp_path / "000000000008" / "ema.safetensors").unlink()
+    with pytest.raises(TrainingError, match="none of the states"):
+        load_state(tmp_path, lambda sentence: None)
+
+
+def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
+    save_state(tmp_path, make(8), keep=1)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_tensors", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_state(tmp_path, make(16), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["000000000008"]
