@@ -1,0 +1,1 @@
+"""Checkpoints: reading the official pickles safely, our own directories, and the way from one to the other."""

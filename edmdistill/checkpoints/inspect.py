@@ -1,0 +1,143 @@
+"""What is in a checkpoint, ours or an official one, read from names and headers: no weights, no network, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import shorten, wrap
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
+from edmdistill.errors import CheckpointError
+
+
+def inspect(path: Path) -> dict[str, object]:
+    """What is in a checkpoint folder or an official pickle, as JSON has it.  `tensors`: shape and dtype by name.
+
+    Raises: CheckpointError: neither, or damaged.
+    """
+    return _ours(path) if path.is_dir() else _official(read_official(path))
+
+
+def _official(checkpoint: OfficialCheckpoint) -> dict[str, object]:
+    stored, arguments, attributes = checkpoint.stored, checkpoint.arguments, dict(checkpoint.attributes)
+    own = {name: value for name, value in checkpoint.network_arguments.items() if name not in arguments}
+    return {
+        "file": str(checkpoint.path),
+        "format": "official network pickle of " + ("EDM2" if checkpoint.network_class == "UNet" else "EDM"),
+        "sha256": checkpoint.sha256,
+        "class": checkpoint.preconditioning_class,
+        **{name: attributes.pop(name, None) for name in ("img_resolution", "img_channels", "label_dim", "use_fp16")},
+        "preconditioning": attributes,
+        "network": {"class": checkpoint.network_class, **own},
+        "arguments": arguments,
+        "parameters": sum(tensor.numel for name, tensor in stored.items() if name not in checkpoint.buffers),
+        "buffers": sum(stored[name].numel for name in checkpoint.buffers),
+        "dtypes": dict(Counter(tensor.dtype for tensor in stored.values())),
+        "encoder": _flat(checkpoint.encoder),
+        "loss": _flat(checkpoint.loss),
+        "augment": _flat(checkpoint.augment),
+        "dataset": checkpoint.dataset,
+        "unusual": list(checkpoint.notes),
+        "tensors": {name: [tensor.dtype, list(tensor.shape)] for name, tensor in stored.items()},
+    }
+
+
+def _dtype(name: str) -> str:
+    return {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}.get(name, name)
+
+
+def _flat(description: Mapping[str, Any] | None) -> dict[str, object] | None:
+    """An object's class, arguments and facts in one table."""
+    if description is None:
+        return None
+    facts = dict(description)
+    return {"class": facts.pop("class_name"), **facts.pop("arguments"), **facts}
+
+
+def _ours(folder: Path) -> dict[str, object]:
+    config, model = folder / "config.json", folder / "model.safetensors"
+    try:
+        fields = json.loads(config.read_bytes())
+        if not isinstance(fields, dict):
+            raise ValueError("it holds no table")
+        with model.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with safe_open(model, framework="numpy") as header:
+            parts = {name: header.get_slice(name) for name in sorted(header.keys())}
+            tensors = {name: [_dtype(part.get_dtype()), part.get_shape()] for name, part in parts.items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint, as it holds no {Path(error.filename).name}: "
+            "give a converted teacher or the generator folder of a run."
+        ) from error
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}): convert or copy it again.") from error
+    head = {"file": str(folder), "format": "edmdistill checkpoint", "sha256": digest}
+    return {
+        **(head | fields | head),  # first in order, and not for config.json to say
+        "parameters": sum(math.prod(shape) for _, shape in tensors.values()),
+        "dtypes": dict(Counter(dtype for dtype, _ in tensors.values())),
+        "tensors": tensors,
+    }
+
+
+def to_json(summary: Mapping[str, object]) -> str:
+    """One JSON document; what JSON has no number for (inf, nan) becomes a word."""
+
+    def finite(value: object) -> object:
+        match value:
+            case float() if not math.isfinite(value):
+                return str(value)
+            case dict():
+                return {key: finite(item) for key, item in value.items()}
+            case list() | tuple():
+                return [finite(item) for item in value]
+        return value
+
+    return json.dumps({"schema_version": 1, **{key: finite(value) for key, value in summary.items()}}, indent=2)
+
+
+def to_text(summary: Mapping[str, object]) -> str:
+    """One paragraph a field; fields that say nothing are left out."""
+    lines = []
+    for name, value in summary.items():
+        if value is None or name == "tensors":
+            continue
+        match value:
+            case dict():
+                text = ", ".join(f"{_word(key)} {_word(item)}" for key, item in value.items())
+            case list():
+                text = "; ".join(map(_word, value))
+            case _:
+                text = _word(value)
+        text = shorten(text, 1500, placeholder=" ...") if len(text) > 1500 else text
+        lines += wrap(f"{_word(name):<17}{text or 'none'}", 110, subsequent_indent=" " * 17, break_long_words=False)
+    tensors = summary.get("tensors")
+    if isinstance(tensors, dict):
+        lines += [
+            f"{name:<60} {dtype:<9} {'x'.join(map(str, shape)) or 'scalar'}" for name, (dtype, shape) in tensors.items()
+        ]
+    return "\n".join(lines)
+
+
+def _word(value: object) -> str:
+    """A value on one line, escaped as in JSON, so that no file talks to the terminal."""
+    match value:
+        case bool() | None:
+            return json.dumps(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.6g}"
+        case list():
+            return f"[{', '.join(map(_word, value))}]"
+        case str() if value.isprintable():
+            return value
+    return json.dumps(value)

@@ -1,0 +1,180 @@
+"""The pickle machine: what it refuses, and that no file takes the memory, the time or the process."""
+
+import io
+import pickle
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edmdistill.checkpoints.pickles import (
+    MAX_INSTRUCTIONS,
+    Array,
+    Call,
+    Dtype,
+    Machine,
+    Storage,
+    Unreadable,
+    read_scalar,
+    read_storage,
+    rebuild_tensor,
+)
+
+CALLS: list[tuple[object, ...]] = []
+NAMES = {("a", "f"): Call(lambda *arguments: CALLS.append(arguments)), ("a", "marker"): None}
+
+
+def run(program: bytes) -> object:
+    return Machine(memoryview(program), NAMES).run()
+
+
+def blob(storage: torch.TypedStorage | torch.UntypedStorage, **options: object) -> memoryview:
+    file = io.BytesIO()
+    torch.save(storage, file, _use_new_zipfile_serialization=False, **options)  # type: ignore[arg-type]
+    return memoryview(file.getvalue())
+
+
+def stored(tensor: torch.Tensor) -> memoryview:
+    return blob(torch.storage.TypedStorage(wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True))
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner) | st.sets(st.text()),
+    max_leaves=20,
+)
+
+
+@given(json_like, st.sampled_from((2, 3, 4, 5)))
+def test_agrees_with_pickle(value: object, protocol: int) -> None:
+    """What Python pickles of plain values reads back the same, or (as sets before protocol 4) is refused."""
+    program = pickle.dumps(value, protocol)
+    try:
+        assert run(program) == value
+    except Unreadable:
+        assert protocol < 4
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_only_raise_unreadable(program: bytes) -> None:
+    CALLS.clear()
+    try:
+        run(program)
+    except Unreadable:
+        assert not CALLS
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        (b"cos\nsystem\n(S'x'\ntR.", "'os.system'"),
+        (b"\x80\x04\x8c\x01a\x8c\x03f.g\x93.", "'a.f.g'"),
+        (b"\x80\x04\x8c\x0btorch_utils\x8c\x01x\x93.", "PyPI"),
+        (b"\x80\x04\x8c\x01a\x8c\x01f\x93", "ends too early"),
+        (b"\x80\x04B\xff\xff\xff\xff.", "ends too early"),
+        (b"\x80\x04\x8e" + b"\xff" * 8 + b".", "ends too early"),
+        (b"c" + b"a" * 1000, "damaged"),
+        (b"K\x01K\x02\x81.", "damaged"),
+        (b"]K\x01b.", "damaged"),
+        (b"0.", "damaged"),
+        (b".", "damaged"),
+        (b"h\x00.", "damaged"),
+        (b"K\x01Q.", "damaged"),
+        (b"(S'touch PWNED'\nios\nsystem\n.", "damaged"),
+    ],
+)
+def test_refused(program: bytes, why: str) -> None:
+    with pytest.raises(Unreadable, match=why):
+        run(program)
+
+
+@pytest.mark.parametrize("before_after", [(b"}", b"K\x01s."), (b"\x8f(", b"\x90.")])
+def test_keys_are_flat(before_after: tuple[bytes, bytes]) -> None:
+    """A deep tuple as a key, or in a set, would be hashed by recursion in C and end the process."""
+    before, after = before_after
+    with pytest.raises(Unreadable, match="damaged"):
+        run(before + b")" + b"\x85" * 400_000 + after)
+
+
+def test_instructions_are_limited() -> None:
+    with pytest.raises(Unreadable, match=f"{MAX_INSTRUCTIONS:,}"):
+        run(b"K\x01" * MAX_INSTRUCTIONS)
+
+
+def test_memo_index_costs_nothing() -> None:
+    """Python's unpickler makes a table of 2^32 entries for this."""
+    assert run(b"\x88r\xff\xff\xff\xff.") is True
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_storage_as_torch_writes_it(dtype: torch.dtype) -> None:
+    tensor = torch.arange(12).reshape(3, 4).to(dtype)
+    storage = read_storage(stored(tensor))
+    assert torch.equal(rebuild_tensor(storage, 0, (3, 4), (4, 1)).tensor(), tensor)
+    part = tensor.t()[1:, 2]
+    again = rebuild_tensor(storage, part.storage_offset(), tuple(part.shape), part.stride())
+    assert torch.equal(again.tensor(), part)
+    assert again.tensor().untyped_storage().data_ptr() == storage.tensor.untyped_storage().data_ptr()
+    assert rebuild_tensor(storage, 5, (), ()).tensor() == tensor[1, 1]
+
+
+def test_storage_is_refused() -> None:
+    good = bytes(stored(torch.arange(4.0)))
+    head = good[: -16 - 8]
+    cases = {
+        "declares": [good[:-1], good + b"\0", head + struct.pack("<Q", 2**40) + good[-16:]],
+        "unknown format": [good.replace(b"M\xe9\x03.", b"M\xea\x03.", 1), b"\x80\x02K\x01." * 3],
+        "big-endian": [good.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89", 1)],
+        "ends too early": [good[:20], head],
+        "'os.system'": [good.replace(b"ctorch\nFloatStorage\n", b"cos\nsystem\n")],
+        "damaged": [good.replace(b"storageq", b"storagfq")],
+    }
+    for why, programs in cases.items():
+        for program in programs:
+            with pytest.raises(Unreadable, match=why):
+                read_storage(memoryview(program))
+    for wrong in (good, None, "x"):
+        with pytest.raises(TypeError):
+            read_storage(wrong)
+
+
+integers = st.integers(-3, 30) | st.integers(-(2**70), 2**70)
+
+
+@given(integers, st.lists(st.tuples(integers, integers), max_size=9))
+def test_tensors_stay_inside_their_storage(offset: int, axes: list[tuple[int, int]]) -> None:
+    storage = Storage("float32", 24, memoryview(bytes(96)))
+    shape, stride = tuple(n for n, _ in axes), tuple(step for _, step in axes)
+    try:
+        tensor = rebuild_tensor(storage, offset, shape, stride).tensor()
+    except (Unreadable, TypeError):
+        return
+    assert 0 < tensor.numel() <= 24
+    assert tensor.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "stride"),
+    [(0, (4, 3), (3, 1)), (-1, (2,), (1,)), (0, (5,), (0,)), (0, (2,), (-1,)), (0, (0,), (1,)), (4, (), ())],
+)
+def test_tensor_bounds(offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    with pytest.raises(Unreadable, match="storage of 4 numbers"):
+        rebuild_tensor(Storage("float32", 4, memoryview(bytes(16))), offset, shape, stride)
+
+
+def test_numpy() -> None:
+    dtype, array = Dtype("f4", False, True), Array()
+    dtype.set_state((3, "<", None, None, None, -1, -1, 0))
+    array.set_state((1, (2, 1), dtype, False, memoryview(struct.pack("<2f", 1, 2))))
+    assert array.numbers.tolist() == [[1], [2]]
+    assert read_scalar(Dtype("i8"), memoryview(struct.pack("<q", -5))) == -5
+    with pytest.raises(TypeError):
+        dtype.set_state((3, ">", None, None, None, -1, -1, 0))
+    with pytest.raises(TypeError):
+        Dtype("O8")
+    with pytest.raises(ValueError):
+        read_scalar(Dtype("f8"), memoryview(bytes(16)))
+    with pytest.raises(ValueError):
+        array.set_state((1, (2**40,), dtype, False, memoryview(bytes(8))))
