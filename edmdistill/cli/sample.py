@@ -61,21 +61,21 @@ def command(
     import torch
     from tqdm import tqdm
 
-    from edmdistill.checkpoints.convert import load_denoiser
+    from edmdistill.checkpoints.convert import load_denoiser, load_model
     from edmdistill.sampling.files import check_output, write_samples
     from edmdistill.sampling.generate import drawn_classes, is_latent, sample
     from edmdistill.sampling.heun import Churn
     from edmdistill.sampling.labels import find_class
-    from edmdistill.sampling.load import load_model, pick_device
+    from edmdistill.sampling.load import class_names, pick_device
     from edmdistill.sampling.seeds import parse_seeds
     from edmdistill.sampling.times import parse_times
 
     numbers = parse_seeds(seeds)
     where, precision = pick_device(device), getattr(torch, dtype) if dtype else None
-    model, config = load_model(source, where, precision)
+    model = load_model(source, where, precision)
     flow, latent = model.flow, is_latent(model)
     check_output(out, latent=latent)
-    named = [find_class(word, flow.label_dim, config.label_names if config else None) for word in words]
+    named = [find_class(word, flow.label_dim, class_names(model, source)) for word in words]
     turns = torch.tensor([named[i % len(named)] for i in range(len(numbers))]) if named else None
     classes = drawn_classes(model, numbers) if turns is None else turns
     levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}

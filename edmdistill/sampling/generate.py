@@ -14,7 +14,7 @@ from ..networks.edm2 import UNet
 from ..networks.preconditioning import Denoiser
 from .gamma import gamma_sampler
 from .guidance import GuidedDenoiser
-from .heun import EDM, EDM2, Churn, edm_sampler, steps_of_nfe
+from .heun import EDM, EDM2, Churn, Style, edm_sampler, steps_of_nfe
 from .labels import label_vectors
 from .seeds import SeededNoise
 from .times import check_times
@@ -98,6 +98,11 @@ def is_latent(model: Generator | Denoiser) -> bool:
     return model.flow.img_channels not in (1, 3)
 
 
+def style_of(teacher: Denoiser) -> Style:
+    """The official sampler that a teacher belongs to."""
+    return EDM2 if isinstance(teacher.flow.network, UNet) else EDM
+
+
 def drawn_classes(model: Generator | Denoiser, seeds: Sequence[int]) -> Tensor | None:
     """The classes that `sample` draws for these seeds if it is given none; None if there are none.  int64 [N]"""
     vectors = _first_draws(model, SeededNoise(seeds))[1]
@@ -137,6 +142,5 @@ def _heun_solver(
             "a guide does nothing at guidance 1, which means none: give a weight above 1, or no guide"
         )
     denoiser = model if guidance == 1 else GuidedDenoiser(model, guidance, guide)
-    style = EDM2 if isinstance(model.flow.network, UNet) else EDM
     num_steps = None if nfe is None else steps_of_nfe(nfe)
-    return partial(edm_sampler, denoiser, style=style, num_steps=num_steps, churn=churn)
+    return partial(edm_sampler, denoiser, style=style_of(model), num_steps=num_steps, churn=churn)

@@ -1,4 +1,4 @@
-"""From what a user names to a model that can be sampled."""
+"""What a command line asks before it samples: on which device, and what the classes are called."""
 
 from __future__ import annotations
 
@@ -6,32 +6,18 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.convert import load_denoiser, load_generator
 from ..checkpoints.source import resolve
-from ..checkpoints.store import CONFIG, CheckpointConfig, Generator, read_config
+from ..checkpoints.store import Generator, read_config
 from ..errors import EdmDistillError
 from ..networks.preconditioning import Denoiser
 
 
-def load_model(
-    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[Generator | Denoiser, CheckpointConfig | None]:
-    """The generator or the teacher at a source, and its configuration if it is a checkpoint of ours.
-
-    Args:
-        source: what load_denoiser and load_generator take, or a run directory, which means its generator.
-    Raises: EdmDistillError: nothing there, a run that has left no generator yet, or a damaged checkpoint.
-    """
+def class_names(model: Generator | Denoiser, source: str | Path) -> tuple[str, ...] | None:
+    """The names of a model's classes, if the checkpoint that it was loaded from holds any."""
+    if isinstance(model, Generator):
+        return model.config.label_names
     path = resolve(source)
-    if (path / "recipe.toml").is_file():
-        path = path / "generator"
-        if not (path / CONFIG).is_file():
-            raise EdmDistillError(f"{source} is a run without a generator as yet: wait for its end, or resume it")
-    if not path.is_dir():
-        return load_denoiser(path, device, dtype), None
-    config = read_config(path)
-    load = load_generator if config.stage == "generator" else load_denoiser
-    return load(path, device, dtype), config
+    return read_config(path).label_names if path.is_dir() else None
 
 
 def pick_device(name: str | None) -> torch.device:

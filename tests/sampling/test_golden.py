@@ -1,0 +1,133 @@
+"""The official samplers with the official networks, seed for seed: every golden file that holds samples."""
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from edmdistill.checkpoints.convert import load_denoiser
+from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.sampling.generate import sample
+from edmdistill.sampling.grid import to_uint8
+from edmdistill.sampling.guidance import GuidedDenoiser
+from edmdistill.sampling.heun import EDM, EDM2, Churn, edm_sampler
+from edmdistill.sampling.seeds import SeededNoise
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FACTS = {path.stem: json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*.json"))}
+SAMPLED = [
+    (name, key) for name, facts in FACTS.items() for key in ("sampler", "churn") if key in facts and "pickle" in facts
+]
+GUIDED = [
+    (name, key) for name in FACTS if name.startswith("guided-") for key in ("unguided", "guided", "guided_f64", "churn")
+]
+TOLERANCE = 2e-5  # of the largest value; the golden set allows 1e-4
+
+
+def load(golden: Path, name: str, tmp_path: Path) -> Denoiser:
+    path = golden / name
+    if path.exists():
+        return load_denoiser(path)
+    plain = tmp_path / name
+    plain.write_bytes(gzip.decompress((golden / f"{name}.gz").read_bytes()))
+    return load_denoiser(plain)
+
+
+def churn_of(case: dict[str, Any]) -> Churn:
+    return Churn(case.get("S_churn", 0), case.get("S_min", 0), case.get("S_max", float("inf")), case.get("S_noise", 1))
+
+
+def recorded(noise: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The official draws; where none count and none are kept, zeros."""
+    draws = iter(noise if noise is not None else ())
+    return lambda x: next(draws, torch.zeros_like(x)) if noise is None else next(draws)
+
+
+def assert_samples_close(x: Tensor, expected: Tensor) -> None:
+    assert x.dtype == expected.dtype
+    torch.testing.assert_close(x, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+
+
+def assert_bytes_close(x: Tensor, expected: Tensor) -> None:
+    assert (to_uint8(x).int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("name", "key"), SAMPLED)
+def test_edm(golden: Path, tmp_path: Path, name: str, key: str) -> None:
+    facts, tensors = FACTS[name], load_file(golden / f"{name}.safetensors")
+    case = facts[key]
+    denoiser = load(golden, facts["pickle"], tmp_path)
+    latents, labels = tensors[f"{key}.latents"], tensors.get(f"{key}.labels")
+
+    rng = SeededNoise(case["seeds"])
+    assert torch.equal(rng.normal(latents.shape[1:]), latents)
+    assert labels is None or torch.equal(rng.integers(denoiser.label_dim), labels.argmax(1))
+
+    sigmas: list[Tensor] = []
+    denoiser.register_forward_pre_hook(lambda module, args: sigmas.append(args[1]))
+    noise = tensors.get(f"{key}.noise")
+    churn, steps = churn_of(case), case["num_steps"]
+    with torch.no_grad():
+        x = edm_sampler(denoiser, latents, labels, style=EDM, num_steps=steps, churn=churn, randn_like=recorded(noise))
+    assert_samples_close(x, tensors[f"{key}.x"])
+    torch.testing.assert_close(torch.stack(sigmas), tensors[f"{key}.net_sigmas"], rtol=2e-6, atol=0)
+    assert_bytes_close(x, tensors[f"{key}.images_u8"])
+
+
+@pytest.mark.parametrize(("name", "key"), GUIDED)
+def test_edm2(golden: Path, tmp_path: Path, name: str, key: str) -> None:
+    facts, tensors = FACTS[name], load_file(golden / f"{name}.safetensors")
+    case = facts[key]
+    main, guide = load(golden, facts["net"], tmp_path), load(golden, facts["gnet"], tmp_path)
+    weight = case.get("guidance", 1)
+    sigmas: list[Tensor] = []
+    main.register_forward_pre_hook(lambda module, args: sigmas.append(args[1]))
+    steps, churn = case["num_steps"], churn_of(case)
+    with torch.no_grad():
+        x = edm_sampler(
+            main if weight == 1 else GuidedDenoiser(main, weight, guide),
+            tensors["noise"],
+            tensors["labels"],
+            style=replace(EDM2, dtype=getattr(torch, case.get("dtype", "float32"))),
+            num_steps=steps,
+            churn=churn,
+            randn_like=recorded(tensors.get(f"{key}.noise")),
+        )
+    assert_samples_close(x, tensors[f"{key}.x"])
+    torch.testing.assert_close(torch.stack(sigmas), tensors[f"{key}.net_sigmas"], rtol=2e-6, atol=0)
+    if f"{key}.images_u8" in tensors:
+        assert_bytes_close(x, tensors[f"{key}.images_u8"])
+
+
+CHURNED = [case for case in SAMPLED + GUIDED if case[1] == "churn"]
+
+
+@pytest.mark.parametrize(("name", "key"), CHURNED)
+def test_by_seed_alone(golden: Path, tmp_path: Path, name: str, key: str) -> None:
+    """`sample` draws noise, classes and the churn's noise itself, and ends at the same picture."""
+    facts, tensors = FACTS[name], load_file(golden / f"{name}.safetensors")
+    case = facts[key]
+    x = sample(
+        load(golden, facts.get("pickle") or facts["net"], tmp_path),
+        2 * case["num_steps"] - 1,
+        seeds=case.get("seeds") or facts["seeds"],
+        guidance=case.get("guidance", 1.0),
+        guide=load(golden, facts["gnet"], tmp_path) if "gnet" in facts else None,
+        churn=churn_of(case),
+    )
+    expected = tensors[f"{key}.x"].float()
+    bound = float(expected.abs().max())
+    torch.testing.assert_close(x, expected.clamp(-1, 1) if len(x[0]) == 3 else expected, rtol=0, atol=TOLERANCE * bound)
+
+
+def test_every_kind_of_golden_sample_is_here() -> None:
+    assert {name for name, _ in GUIDED} == {"guided-latent", "guided-rgb"}
+    assert {"sampler", "churn"} == {key for _, key in SAMPLED}
+    assert len({name for name, _ in SAMPLED}) >= 5
