@@ -1,8 +1,22 @@
 """Networks, under the names that checkpoints know them by."""
 
+from collections.abc import Callable
+
 from .adm import DhariwalUNet
 from .base import Network
 from .edm2 import UNet
 from .song import SongUNet
 
 NETWORKS: dict[str, type[Network]] = {"song": SongUNet, "adm": DhariwalUNet, "edm2": UNet}
+
+
+def new_network(kind: str, img_resolution: int, img_channels: int, label_dim: int, **arguments: object) -> Network:
+    """A network with fresh weights for such images; EDM's own classes name the channels twice.
+
+    Raises: TypeError, ValueError: arguments that make no network.
+    """
+    channels = {"img_channels": img_channels}
+    if kind != "edm2":
+        channels = {"in_channels": img_channels, "out_channels": img_channels}
+    make: Callable[..., Network] = NETWORKS[kind]
+    return make(img_resolution=img_resolution, label_dim=label_dim, **channels | arguments)

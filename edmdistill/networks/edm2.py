@@ -279,16 +279,3 @@ class UNet(Network):
         for layer in self.modules():
             if isinstance(layer, MPConv):
                 layer.fold_()
-
-
-@torch.no_grad()
-def round_gains_like_half(network: UNet) -> None:
-    """Makes float32 gains act as the official float16 ones do: gain / sqrt(fan_in) is rounded to float16.
-
-    Official pickles hold float16 parameters and inference divides the gain in that dtype, in float32 runs too.
-    Leaving the rounding out moves D by up to 7e-4.
-    """
-    scaled = [(block.emb_gain, block.emb_linear) for block in network.modules() if isinstance(block, Block)]
-    for gain, layer in [*scaled, (network.out_gain, network.out_conv)]:
-        root = math.sqrt(layer.weight[0].numel())
-        gain.copy_((gain.half() / root).to(gain.dtype) * root)

@@ -9,15 +9,10 @@ from safetensors.torch import load_file
 
 from edmdistill.checkpoints.convert import build_official
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.networks.edm2 import MPConv, UNet, round_gains_like_half
+from edmdistill.networks.edm2 import MPConv
 from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
 
 MakeFlow = Callable[..., FlowNetwork]
-
-
-def unet(flow: FlowNetwork) -> UNet:
-    assert isinstance(flow.network, UNet)
-    return flow.network
 
 
 @torch.no_grad()
@@ -58,18 +53,6 @@ def test_folding_keeps_the_function_to_the_bit(make_flow: MakeFlow) -> None:
     assert torch.equal(flow(x, t), before)
     flow.network.fold()
     assert torch.equal(flow(x, t), before)
-
-
-@torch.no_grad()
-def test_gains_are_rounded_once(make_flow: MakeFlow) -> None:
-    network = unet(make_flow("edm2"))
-    gain = network.out_gain.clone()
-    round_gains_like_half(network)
-    rounded = network.out_gain.clone()
-    assert 0 < (rounded - gain).abs() <= 1e-3 * gain.abs()
-    network.out_gain.copy_(network.out_gain)
-    round_gains_like_half(network)
-    torch.testing.assert_close(network.out_gain, rounded, rtol=1e-3, atol=0)
 
 
 def test_logvar_is_edm2s(make_flow: MakeFlow) -> None:
