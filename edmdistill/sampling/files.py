@@ -14,6 +14,7 @@ from ..checkpoints.aside import aside
 from ..errors import EdmDistillError
 from .grid import image_grid, to_image, to_uint8
 
+GRID_MOST = 1024  # samples in a grid
 NO_CLASS = -1  # what stands in an .npz for the class of an unconditional sample
 
 
@@ -49,7 +50,7 @@ def write_samples(
         NAME.png: a grid
         NAME: a folder with 000000.png for seed 0 ..., and grid.png; other files there stay
 
-    A grid has a row for each class where the classes have two images or more on average.
+    A grid shows the first 1024 samples, with a row for each class where they hold two or more of a class on average.
     """
     if out.suffix == ".npz":
         labels = [NO_CLASS] * len(seeds) if classes is None else classes
@@ -61,8 +62,9 @@ def write_samples(
                 save(images=to_uint8(samples).permute(0, 2, 3, 1).numpy())
         return
     pixels = to_uint8(samples)
-    rows = classes if classes is not None and 2 * len(set(classes)) <= len(classes) else None
-    grid = image_grid(pixels, labels=rows)
+    shown = None if classes is None else classes[:GRID_MOST]
+    rows = shown if shown is not None and 2 * len(set(shown)) <= len(shown) else None
+    grid = image_grid(pixels[:GRID_MOST], labels=rows)
     if out.suffix == ".png":
         with aside(out) as new:
             grid.save(new, "png")

@@ -46,6 +46,7 @@ def sample(
         model: it stays where it is and in the precision that it has.
         nfe: network evaluations for an image; default: 2 for a generator, 35 for a teacher, 63 for one of EDM2. For a
             teacher it is odd; guidance, which calls a second network beside the first, does not count.
+        seeds: one for each image, taken modulo 2^32.  [N]
         labels: one class for all, a class a seed [N], vectors [N,label_dim], or None: drawn from each seed.
         gamma: share of fresh noise between a generator's steps, in [0, 1]; see gamma_sampler.
         times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.source import resolve
-from ..checkpoints.store import Generator, read_config
+from ..checkpoints.store import CONFIG, Generator, read_config
 from ..errors import EdmDistillError
 from ..networks.preconditioning import Denoiser
 
@@ -17,7 +17,8 @@ def class_names(model: Generator | Denoiser, source: str | Path) -> tuple[str, .
     if isinstance(model, Generator):
         return model.config.label_names
     path = resolve(source)
-    return read_config(path).label_names if path.is_dir() else None
+    folders = [folder for folder in (path / "generator", path) if (folder / CONFIG).is_file()]
+    return read_config(folders[0]).label_names if folders else None
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from edmdistill.checkpoints.convert import load_denoiser, load_generator
+from edmdistill.checkpoints.convert import load_generator, load_model
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, Sampling, facts, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.networks import NETWORKS
@@ -55,10 +55,10 @@ def checkpoint(folder: Path, *, label_dim: int = 3, channels: int = 1, stage: st
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     checkpoint(root / "run" / "generator")
-    (root / "run" / "recipe.toml").touch()
     return {
         "run": root / "run",
         "generator": root / "run" / "generator",
+        "diffusion run": checkpoint(root / "diffusion" / "generator", stage="teacher").parent,
         "teacher": checkpoint(root / "teacher", stage="teacher"),
         "plain": checkpoint(root / "plain", label_dim=0, channels=3),
         "latent": checkpoint(root / "latent", channels=4),
@@ -99,6 +99,7 @@ OPTIONS = {
         {"times": [1.5645463353, 1.4056476494, 1.1], "gamma": 0.5},
     ),
     "teacher": ("teacher", ["--nfe", 5, "--class", "one"], {"nfe": 5, "labels": 1}),
+    "run": ("diffusion run", ["--nfe", 3, "--class", "tree frog"], {"nfe": 3, "labels": 2}),
     "churn": (
         "teacher",
         ["--nfe", 5, "--churn", 2, "--churn-noise", 1.01],
@@ -114,7 +115,7 @@ def test_options_reach_the_sampler(runs: dict[str, Path], tmp_path: Path, case: 
     kind, words, options = OPTIONS[case]
     result = run(runs[kind], "--seeds", "0-2", *words, "--out", tmp_path / "a.npz")
     assert result.exit_code == 0, result.output
-    model = load_denoiser(runs[kind]) if kind == "teacher" else load_generator(runs[kind])
+    model = load_model(runs[kind])
     expected = to_uint8(sample(model, seeds=range(3), **options)).permute(0, 2, 3, 1)
     with np.load(tmp_path / "a.npz") as file:
         assert (abs(file["images"].astype(int) - expected.numpy()) <= 1).all()
