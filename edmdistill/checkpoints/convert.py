@@ -238,18 +238,17 @@ def _sigmas(flow: FlowNetwork) -> Tensor:
 
 @torch.no_grad()
 def _denoised(flow: FlowNetwork, dtype: torch.dtype, on_progress: Callable[[str], object]) -> list[Tensor]:
-    """What the network makes of the same images at each noise level: on the circle with two times, else in EDM's view."""
+    """What the network makes of the same images, one a noise level: on the circle with two times, else in EDM's view."""
     flow = flow.to(dtype).eval()
     rng = torch.Generator().manual_seed(0)
-    shape = (2, flow.img_channels, flow.img_resolution, flow.img_resolution)
-    labels = None
-    if flow.label_dim:  # the last class, and none
-        labels = torch.zeros(2, flow.label_dim)
-        labels[0, -1] = 1
+    shape = (2, 1, flow.img_channels, flow.img_resolution, flow.img_resolution)
     results = []
-    for sigma in _sigmas(flow):
+    for index, sigma in enumerate(_sigmas(flow)):
         on_progress(f"comparing at sigma {sigma:.4g} in {str(dtype).removeprefix('torch.')}")
-        x0, n = torch.randn(2, *shape, generator=rng, dtype=torch.float64)
+        labels = None
+        if flow.label_dim and index % 2 == 0:  # every other image has no class
+            labels = torch.tensor([index % flow.label_dim])
+        x0, n = torch.randn(shape, generator=rng, dtype=torch.float64)
         x = flow.sigma_data * x0 + sigma * n
         if flow.two_time:
             t = sigma_to_time(sigma, flow.sigma_data)
@@ -286,9 +285,10 @@ def load_model(
         flow.double()
     elif dtype is not None:
         flow.compute_dtype = dtype
-    flow = flow.to(device).eval().requires_grad_(False)
+    flow = flow.to(device).requires_grad_(False)
     flow.network.fold()
-    return Generator(flow, config) if config.stage == "generator" else Denoiser(flow)
+    model = Generator(flow, config) if config.stage == "generator" else Denoiser(flow)
+    return model.eval()
 
 
 def load_denoiser(source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Denoiser:

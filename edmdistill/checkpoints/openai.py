@@ -143,7 +143,8 @@ def adm_of(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
         raise Unknown(f"holds {min(left)}, for which ADM has no place")
     arguments = {
         "img_resolution": resolution,
-        "img_channels": tensors[f"{first}.weight"].shape[1],
+        "in_channels": tensors[f"{first}.weight"].shape[1],
+        "out_channels": tensors["out_conv.weight"].shape[0],
         "label_dim": tensors["map_label.weight"].shape[1] if "map_label.weight" in tensors else 0,
         "model_channels": model_channels,
         "channel_mult": channel_mult,

@@ -74,6 +74,8 @@ def _download(url: str) -> Path:
     with aside(target) as new:
         try:
             with urllib.request.urlopen(url, timeout=60) as response, new.open("wb") as file:
+                if response.headers.get_content_type() == "text/html":
+                    raise ValueError("it is a web page, not a file")
                 size = int(response.headers.get("Content-Length") or 0)
                 with tqdm(total=size or None, desc=name, unit="B", unit_scale=True, disable=None) as bar:
                     while chunk := response.read(1 << 20):

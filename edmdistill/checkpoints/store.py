@@ -234,8 +234,12 @@ def refuse_occupied(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {CONFIG, MODEL, CARD}:
         raise CheckpointError(f"{folder} exists and holds other things than a checkpoint: choose another place.")
+    there = read_config(folder)  # what is not ours is not replaced
     if not overwrite:
-        raise CheckpointError(f"{folder} holds a checkpoint already: choose another place, or say --overwrite.")
+        raise CheckpointError(
+            f"{folder} holds a checkpoint already, a {there.stage} from {there.provenance.source}: "
+            "choose another place, or say --overwrite."
+        )
 
 
 def write_checkpoint(folder: Path, flow: FlowNetwork, config: CheckpointConfig, notes: str = "") -> None:

@@ -1,0 +1,224 @@
+"""Official checkpoints become ours, and stay the same function."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec.structs import replace
+from safetensors.torch import load_file
+from torch import Tensor
+
+from edmdistill.checkpoints import convert as module
+from edmdistill.checkpoints.convert import (
+    Conversion,
+    build_official,
+    convert,
+    load_denoiser,
+    load_generator,
+    load_model,
+)
+from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, Generator, load_checkpoint, load_tensors, save_checkpoint
+from edmdistill.errors import CheckpointError
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.two_time import drop_second_time
+
+NAMES = sorted(
+    path.name
+    for path in (Path(__file__).parents[1] / "golden").glob("*.pkl*")
+    if not path.name.startswith(("bad-", "phema-"))
+)
+KINDS = {
+    "VPPrecond": ("vp", {"sigma_min": 0.002, "sigma_max": 80.0}),
+    "VEPrecond": ("ve", {"sigma_min": 0.02, "sigma_max": 100.0}),
+    "iDDPMPrecond": ("iddpm", {"sigma_max": 80.0}),
+    "EDMPrecond": ("edm", {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}),
+    "Precond": ("edm", {"sigma_min": 0.002, "sigma_max": 80.0}),
+}
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def converted(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+    """Every golden network, converted."""
+    return convert(golden / request.param, tmp_path_factory.mktemp("convert") / "out")
+
+
+def test_parity(converted: Conversion) -> None:
+    assert max(row.float64 for row in converted.parity) < 1e-12
+    assert max(row.float32 for row in converted.parity) < 2e-5
+    sigmas = [row.sigma for row in converted.parity]
+    config = converted.config
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert (sigmas[0], sigmas[-1]) == (pytest.approx(config.sigma_max), pytest.approx(config.sigma_min))
+
+
+def test_official_results_after_reloading(converted: Conversion, golden: Path) -> None:
+    name = converted.config.provenance.source
+    cases = load_file(golden / (name.split(".pkl")[0] + ".safetensors"))
+    denoiser = load_denoiser(converted.path)
+    for case in ("case0", "case1", "case2"):
+        x, sigma, labels = cases[f"{case}.x"], cases[f"{case}.sigma"], cases.get(f"{case}.labels")
+        assert error(denoiser(x, sigma, labels), cases[f"{case}.D_x"]) < 2e-5
+        if labels is not None:  # numbers for vectors
+            assert torch.equal(denoiser(x, sigma, labels.argmax(1)), denoiser(x, sigma, labels))
+        if f"{case}.D_x_nolabels" in cases:
+            assert error(denoiser(x, sigma), cases[f"{case}.D_x_nolabels"]) < 2e-5
+        if f"{case}.logvar" in cases:
+            assert error(denoiser.logvar(sigma), cases[f"{case}.logvar"]) < 2e-5
+
+
+def test_what_is_written(converted: Conversion, golden: Path) -> None:
+    source = converted.config.provenance.source
+    official = read_official(golden / source)
+    config = load_checkpoint(converted.path)[1]
+    assert config == converted.config
+    assert (config.stage, config.two_time, config.parameterization) == ("teacher", True, "trigflow")
+    kind, numbers = KINDS[official.preconditioning_class]
+    assert config.preconditioning["kind"] == kind
+    assert numbers.items() <= config.preconditioning.items()
+    assert config.sigma_data == official.attributes.get("sigma_data", 0.5)
+    assert (config.provenance.source, config.provenance.sha256) == (source, official.sha256)
+    assert config.provenance.licence == "cc-by-nc-sa-4.0"
+    # Names as in the official state, and its values, but for EDM2's gains.
+    prefix = "unet." if official.network_class == "UNet" else "model."
+    stored = {name.removeprefix(prefix): tensor for name, tensor in official.tensors.items() if name != "u"}
+    found = load_tensors(converted.path / MODEL)[0]
+    assert stored.keys() == {name for name in found if not name.startswith("second_time.")}
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    changed = {name for name, tensor in stored.items() if not torch.equal(tensor.float(), found[name])}
+    assert {name.rpartition(".")[2] for name in changed} <= {"emb_gain", "out_gain"}
+    assert bool(changed) == (official.network_class == "UNet")
+    if official.encoder and official.encoder["class_name"] == "StabilityVAEEncoder":
+        assert config.encoder["kind"] == "StabilityVAEEncoder"
+        assert config.encoder["raw_mean"] == [5.81, 3.25, 0.12, -2.15]
+    else:
+        assert config.encoder == {"kind": "pixels"}
+    card = (converted.path / CARD).read_text()
+    assert source in card
+    assert "float64" in card
+
+
+def test_upcast(golden: Path) -> None:
+    """The two official readings of EDM2's float16 gains, which are not the same."""
+    official = read_official(golden / "edm2-latent-cond.pkl")
+    cases = load_file(golden / "edm2-latent-cond.safetensors")
+    inputs = cases["case0.x"], cases["case0.sigma"], cases["case0.labels"]
+    assert error(cases["case0.D_x"], cases["case0.D_x_up"]) > 2e-5
+    with torch.no_grad():
+        for upcast, name in ((False, "D_x"), (True, "D_x_up")):
+            flow, _ = build_official(official, upcast=upcast)
+            assert error(Denoiser(flow.eval())(*inputs), cases[f"case0.{name}"]) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("bad-huge-config.pkl", "holds map_label.weight in shape [4, 3] where its network has [1048576, 3]"),
+        ("bad-missing-param.pkl", "lacks map_layer0.bias"),
+        ("bad-shape-mismatch.pkl", "in shape [5, 9] where its network has [4, 9]"),
+        ("bad-shape-flat.pkl", "in shape [32] where its network has [8, 4]"),
+        ("bad-unknown-kwarg.pkl", "with the argument no_such_option"),
+    ],
+)
+def test_what_does_not_fit_is_refused(golden: Path, tmp_path: Path, name: str, sentence: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        convert(golden / name, tmp_path / "out")
+    assert sentence in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_noise_levels_are_refused(golden: Path) -> None:
+    official = read_official(golden / "iddpm-adm-uncond.pkl")
+    official.tensors["u"] = official.tensors["u"] * 1.1
+    with pytest.raises(CheckpointError, match="other noise levels"):
+        build_official(official)
+
+
+def test_rerunning(golden: Path, tmp_path: Path) -> None:
+    tiny, other, out = golden / "edm-tiny-cond.pkl", golden / "bad-modulesrc-exec.pkl", tmp_path / "out"
+    first = convert(tiny, out)
+    before = (out / CONFIG).stat().st_mtime_ns
+    assert convert(tiny, out) == (out, first.config, ())
+    assert (out / CONFIG).stat().st_mtime_ns == before
+    with pytest.raises(CheckpointError, match=r"holds a checkpoint already, a teacher from edm-tiny-cond\.pkl"):
+        convert(other, out)
+    assert convert(other, out, overwrite=True).config.provenance.source == "bad-modulesrc-exec.pkl"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="other things than a checkpoint"):
+        convert(tiny, tmp_path / "file", overwrite=True)
+
+
+def test_licence(golden: Path, tmp_path: Path) -> None:
+    done = convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", licence="apache-2.0")
+    assert done.config.provenance.licence == "apache-2.0"
+    assert "license: apache-2.0" in (tmp_path / "out" / CARD).read_text()
+
+
+def test_an_inexact_conversion_is_refused(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.add_second_time
+
+    def spoiled(flow: module.FlowNetwork) -> module.FlowNetwork:
+        flow = real(flow)
+        assert flow.network.second_time is not None
+        torch.nn.init.constant_(flow.network.second_time.gain, 1e-6)
+        return flow
+
+    monkeypatch.setattr(module, "add_second_time", spoiled)
+    with pytest.raises(CheckpointError, match="was not converted: at sigma"):
+        convert(golden / "edm-tiny-cond.pkl", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_leaves_nothing(golden: Path, tmp_path: Path) -> None:
+    stages = []
+
+    def interrupt(stage: str) -> None:
+        stages.append(stage)
+        if stage.startswith("comparing"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", on_progress=interrupt)
+    assert stages == ["reading", "writing", "comparing at sigma 80 in float32"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_to_use(golden: Path, tmp_path: Path) -> None:
+    source = golden / "edm2-rgb-cond.pkl"
+    teacher = load_denoiser(source)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher.training
+    with pytest.raises(CheckpointError, match="is a teacher, and a generator is wanted"):
+        load_generator(source)
+
+    flow, config = load_checkpoint(convert(source, tmp_path / "teacher").path)
+    assert not load_denoiser(tmp_path / "teacher").flow.two_time
+    run = tmp_path / "run" / "generator"
+    save_checkpoint(run, drop_second_time(flow), replace(config, stage="generator", method="cosim"))
+    for place in (run, run.parent):  # the checkpoint, and the run that left it
+        assert isinstance(load_model(place), Generator)
+        assert load_generator(place).config.method == "cosim"
+    with pytest.raises(CheckpointError, match="is a generator, and a teacher is wanted"):
+        load_denoiser(run)
+    with pytest.raises(CheckpointError, match="is a folder"):
+        convert(run, tmp_path / "again")
+
+
+def test_precision(golden: Path) -> None:
+    source = golden / "edm2-rgb-cond.pkl"
+    cases = load_file(golden / "edm2-rgb-cond.safetensors")
+    inputs = cases["case0.x"], cases["case0.sigma"], cases["case0.labels"]
+    wide = load_denoiser(source, dtype=torch.float64)
+    assert wide(*inputs).dtype == torch.float64
+    assert error(wide(*inputs).float(), cases["case0.D_x"]) < 2e-6
+    half = load_denoiser(source, dtype=torch.bfloat16)
+    assert half(*inputs).dtype == torch.float32
+    assert 1e-6 < error(half(*inputs), cases["case0.D_x"]) < 3e-2
+    assert isinstance(half.flow.network, UNet)
+    assert half.flow.network.out_gain.dtype == torch.float32

@@ -1,0 +1,244 @@
+"""OpenAI's ADM weights against a plain transcription of what their code computes with them."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as f
+from torch import Tensor
+
+from edmdistill.checkpoints.openai import PRECONDITIONING, RESOLUTIONS, Unknown, adm_of, read_openai
+from edmdistill.checkpoints.store import NetworkSpec, build_flow, fill
+from edmdistill.errors import CheckpointError
+from edmdistill.networks.preconditioning import Denoiser
+
+Weights = dict[str, Tensor]
+
+
+def weights_of(
+    mults: tuple[int, ...] = (1, 2),
+    num_blocks: int = 1,
+    attending: tuple[int, ...] = (1,),
+    classes: int = 10,
+    ch: int = 128,
+    device: str = "cpu",
+) -> Weights:
+    """Random weights by OpenAI's names. `attending`: levels with attention."""
+    rng = torch.Generator().manual_seed(0) if device == "cpu" else None
+    w: Weights = {}
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, device=device)
+
+    def layer(name: str, cout: int, cin: int, *kernel: int) -> None:
+        w[f"{name}.weight"] = normal(cout, cin, *kernel) / math.sqrt(cin * math.prod(kernel))
+        w[f"{name}.bias"] = normal(cout) * 0.1
+
+    def norm(name: str, channels: int) -> None:
+        w[f"{name}.weight"] = 1 + normal(channels) * 0.1
+        w[f"{name}.bias"] = normal(channels) * 0.1
+
+    def residual(name: str, cin: int, cout: int) -> None:
+        norm(f"{name}.in_layers.0", cin)
+        layer(f"{name}.in_layers.2", cout, cin, 3, 3)
+        layer(f"{name}.emb_layers.1", 2 * cout, 4 * ch)
+        norm(f"{name}.out_layers.0", cout)
+        layer(f"{name}.out_layers.3", cout, cout, 3, 3)
+        if cin != cout:
+            layer(f"{name}.skip_connection", cout, cin, 1, 1)
+
+    def attention(name: str, channels: int) -> None:
+        norm(f"{name}.norm", channels)
+        layer(f"{name}.qkv", 3 * channels, channels, 1, 1)
+        layer(f"{name}.proj_out", channels, channels, 1, 1)
+
+    layer("time_embed.0", 4 * ch, ch)
+    layer("time_embed.2", 4 * ch, 4 * ch)
+    if classes:
+        w["label_emb.weight"] = normal(classes, 4 * ch)
+    layer("input_blocks.0.0", ch, 3, 3, 3)
+    skips, cout, at = [ch], ch, 1
+    for level, mult in enumerate(mults):
+        if level:
+            residual(f"input_blocks.{at}.0", cout, cout)
+            skips.append(cout)
+            at += 1
+        for _ in range(num_blocks):
+            residual(f"input_blocks.{at}.0", cout, ch * mult)
+            cout = ch * mult
+            if level in attending:
+                attention(f"input_blocks.{at}.1", cout)
+            skips.append(cout)
+            at += 1
+    residual("middle_block.0", cout, cout)
+    attention("middle_block.1", cout)
+    residual("middle_block.2", cout, cout)
+    at = 0
+    for level, mult in reversed(list(enumerate(mults))):
+        for i in range(num_blocks + 1):
+            residual(f"output_blocks.{at}.0", cout + skips.pop(), ch * mult)
+            cout = ch * mult
+            if level in attending:
+                attention(f"output_blocks.{at}.1", cout)
+            if level and i == num_blocks:
+                residual(f"output_blocks.{at}.{1 + (level in attending)}", cout, cout)
+            at += 1
+    norm("out.0", cout)
+    layer("out.2", 3, cout, 3, 3)
+    return w
+
+
+def openai_denoiser(w: Weights, num_blocks: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """D(x, sigma, class numbers) as cm/unet.py and cm/karras_diffusion.py compute it, in the weights' precision."""
+
+    def conv(name: str, x: Tensor) -> Tensor:
+        return f.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding=w[f"{name}.weight"].shape[-1] // 2)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return f.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return f.group_norm(x, 32, w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-5)
+
+    def residual(name: str, x: Tensor, emb: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        h = conv(f"{name}.in_layers.2", change(f.silu(norm(f"{name}.in_layers.0", x))))
+        scale, shift = linear(f"{name}.emb_layers.1", f.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        h = f.silu(norm(f"{name}.out_layers.0", h) * (1 + scale) + shift)
+        x = change(x)
+        if f"{name}.skip_connection.weight" in w:
+            x = conv(f"{name}.skip_connection", x)
+        return x + conv(f"{name}.out_layers.3", h)
+
+    def attention(name: str, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        q, k, v = conv(f"{name}.qkv", norm(f"{name}.norm", x)).reshape(B, 3, C // 64, 64, H * W).unbind(1)
+        weight = torch.einsum("bhdq,bhdk->bhqk", q, k).div(8).softmax(-1)
+        return x + conv(f"{name}.proj_out", torch.einsum("bhqk,bhdk->bhdq", weight, v).reshape(B, C, H, W))
+
+    def sequence(name: str, x: Tensor, emb: Tensor, changes: list[Callable[[Tensor], Tensor]]) -> Tensor:
+        for layer in range(3):
+            if f"{name}.{layer}.qkv.weight" in w:
+                x = attention(f"{name}.{layer}", x)
+            elif f"{name}.{layer}.in_layers.0.weight" in w:
+                x = residual(f"{name}.{layer}", x, emb, changes.pop(0))
+        return x
+
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    def down(x: Tensor) -> Tensor:
+        return f.avg_pool2d(x, 2)
+
+    def up(x: Tensor) -> Tensor:
+        return f.interpolate(x, scale_factor=2, mode="nearest")
+
+    def count(stem: str) -> int:
+        return len({name.split(".")[1] for name in w if name.startswith(stem)})
+
+    def unet(x: Tensor, timesteps: Tensor, y: Tensor | None) -> Tensor:
+        half = w["time_embed.0.weight"].shape[1] // 2
+        freqs = (1e-4 ** (torch.arange(half) / half)).to(x.dtype)
+        angle = timesteps[:, None] * freqs
+        emb = torch.cat([angle.cos(), angle.sin()], dim=1)
+        emb = linear("time_embed.2", f.silu(linear("time_embed.0", emb)))
+        if y is not None:
+            emb = emb + w["label_emb.weight"][y]
+        x = conv("input_blocks.0.0", x)
+        skips = [x]
+        for at in range(1, count("input_blocks")):
+            x = sequence(f"input_blocks.{at}", x, emb, [down if at % (num_blocks + 1) == 0 else same])
+            skips.append(x)
+        x = sequence("middle_block", x, emb, [same, same])
+        for at in range(count("output_blocks")):
+            x = sequence(f"output_blocks.{at}", torch.cat([x, skips.pop()], dim=1), emb, [same, up])
+        return conv("out.2", f.silu(norm("out.0", x)))
+
+    def denoise(x: Tensor, sigma: Tensor, y: Tensor | None) -> Tensor:
+        s = sigma[:, None, None, None]
+        variance = s**2 + 0.25
+        raw = unet(x / variance.sqrt(), 1000 * 0.25 * sigma.log(), y)
+        return s * 0.5 / variance.sqrt() * raw + 0.25 / variance * x
+
+    return denoise
+
+
+@pytest.mark.parametrize(
+    ("mults", "num_blocks", "attending", "classes"),
+    [((1, 2), 1, (1,), 10), ((1, 2), 2, (0,), 0)],
+    ids=["cond", "uncond"],
+)
+def test_same_function(mults: tuple[int, ...], num_blocks: int, attending: tuple[int, ...], classes: int) -> None:
+    weights = weights_of(mults, num_blocks, attending, classes)
+    arguments, tensors = adm_of(weights, resolution=4)
+    assert arguments["label_dim"] == classes
+    assert arguments["attn_resolutions"] == [4 >> level for level in attending]
+    flow = build_flow(NetworkSpec("adm", arguments), PRECONDITIONING, "weights")
+    fill(flow.network, tensors, "weights")
+    flow.double().eval()
+    sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64) * (sigma**2 + 0.25).sqrt()[:, None, None, None]
+    labels = torch.tensor([0, 3, 9]) if classes else None
+    with torch.no_grad():
+        expected = openai_denoiser({name: w.double() for name, w in weights.items()}, num_blocks)(x, sigma, labels)
+        found = Denoiser(flow)(x, sigma, labels)
+    error = (found - expected).abs().amax((1, 2, 3)) / expected.abs().amax((1, 2, 3))
+    assert error.max() < 1e-13
+
+
+def test_the_published_network() -> None:
+    arguments, tensors = adm_of(weights_of((1, 2, 3, 4), 3, (1, 2, 3), classes=1000, ch=192, device="meta"))
+    assert arguments == {
+        "img_resolution": 64,
+        "in_channels": 3,
+        "out_channels": 3,
+        "label_dim": 1000,
+        "model_channels": 192,
+        "channel_mult": [1, 2, 3, 4],
+        "num_blocks": 3,
+        "attn_resolutions": [32, 16, 8],
+    }
+    network = build_flow(NetworkSpec("adm", arguments), PRECONDITIONING, "weights").network
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    assert shapes == {name: tensor.shape for name, tensor in network.state_dict().items()}
+    assert sum(tensor.numel() for tensor in network.parameters()) == 295_899_267  # as theirs
+
+
+def test_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RESOLUTIONS, (1,), 4)
+    path = tmp_path / "edm_x_ema.pt"
+    weights = weights_of((1,), attending=())
+    torch.save(weights, path)
+    flow, config = read_openai(path, "0" * 64)
+    assert torch.equal(flow.network.map_layer0.weight, weights["time_embed.0.weight"])
+    assert config.c_noise == "250 ln(sigma)"
+    assert (config.provenance.source, config.provenance.licence) == ("edm_x_ema.pt", "mit")
+
+
+def test_other_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
+    weights = weights_of(device="meta")
+    with pytest.raises(Unknown, match="image size is not known"):
+        adm_of(weights)
+    with pytest.raises(Unknown, match="in 32 groups"):
+        adm_of(weights_of(ch=64, device="meta"), resolution=4)
+    extra = weights | {"time_embed_s.0.weight": torch.zeros(1)}  # CTM's students have a second time
+    with pytest.raises(Unknown, match=r"holds time_embed_s\.0\.weight"):
+        adm_of(extra, resolution=4)
+    added = {name: w[: len(w) // 2] if "emb_layers" in name else w for name, w in weights.items()}
+    with pytest.raises(Unknown, match="use_scale_shift_norm"):
+        adm_of(added, resolution=4)
+    with pytest.raises(Unknown, match="other weights"):
+        adm_of({"weight": torch.zeros(1)})
+    path = tmp_path / "cd_imagenet64_l2.pt"
+    torch.save({}, path)
+    with pytest.raises(CheckpointError, match="by its name a consistency model"):
+        read_openai(path, "")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, pytest.raises], ids=["list", "no tensors", "code"])
+def test_other_files_are_refused(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "x.pt"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
+        read_openai(path, "")

@@ -1,0 +1,255 @@
+"""Our checkpoints: whole or not at all, and strict when read."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from edmdistill.checkpoints import store
+from edmdistill.checkpoints.aside import aside
+from edmdistill.checkpoints.store import (
+    CARD,
+    CONFIG,
+    MODEL,
+    CheckpointConfig,
+    Generator,
+    Provenance,
+    Sampling,
+    facts,
+    load_checkpoint,
+    load_tensors,
+    save_checkpoint,
+    save_tensors,
+)
+from edmdistill.errors import CheckpointError
+from edmdistill.networks import NETWORKS
+from edmdistill.networks.preconditioning import PRECONDITIONINGS, FlowNetwork
+from edmdistill.schedules import generator_sigmas
+from edmdistill.trigflow import denoised, sigma_to_time
+
+SMALL = {"img_resolution": 4, "label_dim": 3, "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+EDM = {"in_channels": 2, "out_channels": 2, "attn_resolutions": []}
+CASES = {
+    "song": (SMALL | EDM, "vp"),
+    "adm": (SMALL | EDM | {"out_channels": 4}, "iddpm"),
+    "edm2": (SMALL | {"img_channels": 2, "attn_resolutions": [], "two_time": True}, "edm"),
+}
+
+
+def make(kind: str = "edm2") -> tuple[FlowNetwork, CheckpointConfig]:
+    torch.manual_seed(0)
+    arguments, preconditioning = CASES[kind]
+    flow = FlowNetwork(NETWORKS[kind](**arguments), PRECONDITIONINGS[preconditioning]()).eval()
+    provenance = Provenance(source="edm.pkl", sha256="0" * 64, licence="mit")
+    return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint, alone in its folder."""
+    flow, config = make()
+    save_checkpoint(tmp_path / "c", flow, config)
+    return tmp_path / "c"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_round_trip(kind: str, tmp_path: Path) -> None:
+    flow, config = make(kind)
+    config = replace(config, label_names=("a", "b", "c"), sampling=Sampling({"2": (80.0, 2.5)}), results=({"fd": 1.0},))
+    save_checkpoint(tmp_path / "c", flow, config)
+    assert names(tmp_path) == ["c"]
+    assert names(tmp_path / "c") == [CARD, CONFIG, MODEL]
+    read, read_config = load_checkpoint(tmp_path / "c")
+    assert read_config == config
+    assert read.preconditioning == flow.preconditioning
+    saved, found = flow.network.state_dict(), read.network.state_dict()
+    assert list(saved) == list(found)
+    assert all(torch.equal(saved[name], found[name]) for name in saved)
+    x_t, t = torch.randn(2, 2, 4, 4), torch.tensor([0.1, math.pi / 2])
+    assert torch.equal(flow(x_t, t), read.eval()(x_t, t))
+
+
+def test_the_network_speaks_for_itself(tmp_path: Path) -> None:
+    flow, config = make()
+    save_checkpoint(tmp_path / "c", flow, replace(config, two_time=False, label_dim=7))
+    assert load_checkpoint(tmp_path / "c")[1] == config
+
+
+def test_files_are_for_people(folder: Path) -> None:
+    text = (folder / CONFIG).read_text()
+    assert text.startswith('{\n  "format_version": "1.0",\n  "stage": "teacher"')
+    assert json.loads(text)["c_noise"] == "0.25 ln(sigma)"
+    card = (folder / CARD).read_text()
+    assert card.startswith("---\nlibrary_name: edmdistill\nlicense: mit\n")
+    assert "edm.pkl" in card
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_nothing_half_written(folder: Path, monkeypatch: pytest.MonkeyPatch, interruption: BaseException) -> None:
+    before = {entry.name: entry.read_bytes() for entry in folder.iterdir()}
+
+    def fail(config: CheckpointConfig) -> str:
+        raise interruption
+
+    monkeypatch.setattr(store, "_card", fail)
+    flow, config = make()
+    for place in (folder, folder.parent / "new"):
+        with pytest.raises((KeyboardInterrupt, CheckpointError)):
+            save_checkpoint(place, flow, config, overwrite=True)
+    assert names(folder.parent) == ["c"]
+    assert {entry.name: entry.read_bytes() for entry in folder.iterdir()} == before
+
+
+def test_a_failed_rename_gives_the_old_one_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(CheckpointError, match="cannot be written: Input/output error"):
+        save_checkpoint(folder, *make(), overwrite=True)
+    monkeypatch.undo()
+    assert names(folder.parent) == ["c"]
+    load_checkpoint(folder)
+
+
+def test_overwrite(folder: Path) -> None:
+    flow, config = make()
+    with pytest.raises(CheckpointError, match=r"holds a checkpoint already, a teacher from edm\.pkl"):
+        save_checkpoint(folder, flow, config)
+    save_checkpoint(folder, flow, replace(config, stage="auxiliary"), overwrite=True)
+    assert load_checkpoint(folder)[1].stage == "auxiliary"
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="other things than a checkpoint"):
+        save_checkpoint(folder, flow, config, overwrite=True)
+
+
+def test_another_library_s_model_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text('{"architectures": ["GPT2"]}')
+    with pytest.raises(CheckpointError, match="not one of our checkpoints"):
+        save_checkpoint(tmp_path, *make(), overwrite=True)
+
+
+def test_an_empty_folder_is_free(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    save_checkpoint(tmp_path / "c", *make())
+    load_checkpoint(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"format_version": "2.0"}, "has format_version '2.0' where this version of edmdistill reads 1.x"),
+        ({"format_version": None}, "has format_version None"),
+        ({"colour": "red"}, "unknown field `colour`"),
+        ({"stage": "student"}, "Invalid enum value 'student'"),
+        ({"sampling": {"sigmas": {"2": [1.0, 2.0]}}}, "the schedule for 2 steps is"),
+        ({"label_dim": 4}, "contradicts itself: label_dim is 4, its network has 3"),
+        ({"network": {"kind": "vit", "arguments": {}}}, "is of the kind 'vit'"),
+        ({"network": {"kind": "edm2", "arguments": {"num_blocks": "x"}}}, "arguments that make no edm2 network"),
+        ({"network": {"kind": "edm2", "arguments": SMALL | {"num_blocks": 10**12}}}, "no network has that many blocks"),
+        ({"preconditioning": {"kind": "iddpm", "M": 10**12}}, "no network has that many noise levels"),
+        ({"preconditioning": {"kind": "edm", "rho": 1}}, "arguments that make no edm2 network"),
+    ],
+    ids=str,
+)
+def test_a_wrong_configuration_is_refused(folder: Path, change: dict[str, object], sentence: str) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(folder)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["out_gain"], tensors["second_time.gain"]
+
+
+def add(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["spare"] = torch.zeros(1)
+
+
+def reshape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["out_gain"] = torch.zeros(1)
+
+
+def retype(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["out_gain"] = torch.zeros([], dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (drop, "lacks out_gain and 1 more, which its network needs"),
+        (add, "holds spare, for which its network has no place"),
+        (reshape, "holds out_gain in shape [1] where its network has []"),
+        (retype, "holds out_gain as torch.int64"),
+    ],
+)
+def test_wrong_tensors_are_refused(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], None], sentence: str
+) -> None:
+    tensors, _ = load_tensors(folder / MODEL)
+    change(tensors)
+    save_tensors(folder / MODEL, tensors)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(folder)
+    assert sentence in str(caught.value)
+
+
+def test_what_is_no_checkpoint_is_refused(folder: Path) -> None:
+    (folder / MODEL).write_bytes(b"\x00" * 100)
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        load_checkpoint(folder)
+    (folder / CONFIG).write_text("[")
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        load_checkpoint(folder)
+    (folder / CONFIG).unlink()
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        load_checkpoint(folder)
+
+
+def test_tensors_round_trip(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).reshape(2, 3)
+    tensors = {"a": shared, "b": shared, "c": shared.t(), "d": torch.ones([], dtype=torch.bfloat16)}
+    save_tensors(tmp_path / "t.safetensors", tensors, {"images": "7"})
+    assert names(tmp_path) == ["t.safetensors"]
+    read, metadata = load_tensors(tmp_path / "t.safetensors")
+    assert metadata == {"images": "7"}
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    read["a"].zero_()  # in memory of its own: neither the file nor its twin follows
+    assert torch.equal(read["b"], shared)
+    assert torch.equal(load_tensors(tmp_path / "t.safetensors")[0]["a"], shared)
+
+
+def test_aside_takes_files_too(tmp_path: Path) -> None:
+    with aside(tmp_path / "deep" / "a.txt") as new:
+        new.write_text("a")
+    assert (tmp_path / "deep" / "a.txt").read_text() == "a"
+
+    def fail() -> None:
+        with aside(tmp_path / "deep" / "a.txt") as new:
+            new.write_text("b")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert names(tmp_path / "deep") == ["a.txt"]
+    assert (tmp_path / "deep" / "a.txt").read_text() == "a"
+
+
+def test_generator() -> None:
+    flow, config = make()
+    generator = Generator(flow, replace(config, sampling=Sampling({"2": (80.0, 1.5)})))
+    assert torch.equal(generator.schedule(2), sigma_to_time(torch.tensor([80.0, 1.5], dtype=torch.float64), 0.5))
+    assert torch.equal(generator.schedule(3), sigma_to_time(generator_sigmas(3, 0.002, 80.0), 0.5))
+    x_t, t, labels = torch.randn(2, 2, 4, 4), torch.tensor([0.3, 1.2]), torch.tensor([0, 2])
+    assert torch.equal(generator(x_t, t, labels), denoised(x_t, flow(x_t, t, labels), t, 0.5))

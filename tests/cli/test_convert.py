@@ -1,0 +1,70 @@
+"""edmdistill convert."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edmdistill.cli import main
+
+BAD = sorted(path.name for path in (Path(__file__).parents[1] / "golden").glob("bad-*.pkl"))
+SOUND = "bad-modulesrc-exec.pkl"  # a network like another, with a source text that must not run
+
+
+def test_text(golden: Path, tmp_path: Path) -> None:
+    command = ["convert", str(golden / "iddpm-adm-uncond.pkl"), str(tmp_path / "out")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0
+    assert "iddpm-adm-uncond.pkl: adm, 16 pixels, 0 classes, preconditioned as iddpm." in result.stdout
+    assert "sigma    float32    float64" in result.stdout
+    assert "cc-by-nc-sa-4.0" in result.stdout
+    assert result.stderr == ""
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0
+    assert "already: nothing was done" in result.stdout
+
+
+def test_json(golden: Path, tmp_path: Path) -> None:
+    command = ["convert", str(golden / "edm-tiny-cond.pkl"), str(tmp_path / "out"), "--json", "--licence", "mit"]
+    document = json.loads(CliRunner().invoke(main, command).stdout)
+    assert document["schema_version"] == 1
+    assert document["config"]["provenance"]["licence"] == "mit"
+    assert [sorted(row) for row in document["parity"]] == [["float32", "float64", "sigma"]] * 8
+
+
+def test_a_missing_file_has_a_neighbour(golden: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["convert", str(golden / "edm-tiny-con.pkl"), str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "did you mean" in result.stderr
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad(golden: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["convert", str(golden / name), "out"])
+    if name == SOUND:
+        assert result.exit_code == 0
+        assert os.listdir() == ["out"]
+        return
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert os.listdir() == []
+
+
+def test_a_bad_file_costs_no_torch(golden: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from edmdistill.cli import main\n"
+        f"sys.argv = ['edmdistill', 'convert', {str(golden / 'bad-os-system.pkl')!r}, 'out']\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == "False\n"
