@@ -9,9 +9,16 @@ RUN := runs/quickstart
 quickstart: .venv/stamp
 	$(BIN)/edmdistill convert edmdistill/assets/digits-teacher.pkl $(RUN)/teacher
 	$(BIN)/edmdistill train cosim $(RUN)/teacher --data digits --recipe cosim/digits-quickstart --run-dir $(RUN)/cosim
-	$(BIN)/edmdistill sample $(RUN)/cosim --nfe 2 --seeds 0-63 --out $(RUN)/samples
-	$(BIN)/edmdistill eval $(RUN)/cosim --nfe 2 --protocol digits --ref digits
+	$(BIN)/edmdistill sample $(RUN)/cosim --nfe 2 --seeds 0-63 --out $(RUN)/cosim/images
+	@$(MAKE) --no-print-directory $(RUN)/cosim/eval/teacher.json $(RUN)/cosim/eval/generator.json
 	$(BIN)/edmdistill report $(RUN)/cosim --out $(RUN)/report.html
+
+# What is measured is kept as long as its checkpoint stays; the other commands know by themselves what is done.
+$(RUN)/cosim/eval/teacher.json: $(RUN)/teacher/config.json
+	$(BIN)/edmdistill eval $(RUN)/teacher --nfe 3,7,17,35 --protocol digits --out $@
+
+$(RUN)/cosim/eval/generator.json: $(RUN)/cosim/generator/config.json
+	$(BIN)/edmdistill eval $(RUN)/cosim --nfe 1,2,4,8 --protocol digits --out $@
 
 # One thread a worker: the networks under test are too small to share one.
 test: .venv/stamp

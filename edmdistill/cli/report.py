@@ -1,0 +1,40 @@
+"""`edmdistill report`: a run on one page of HTML."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command("report")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--results",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    metavar="FILE.json",
+    help="Results that `eval --out` wrote; may be repeated.  [default: all of RUN/eval]",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.html",
+    help="Where to.  [default: RUN/report.html]",
+)
+def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
+    """Write the report of the run directory RUN: teacher and generator by number of steps, samples, curves, recipe.
+
+    The page is one file that needs no network. The table is printed as well.
+    """
+    from edmdistill.checkpoints.aside import aside
+    from edmdistill.evaluation.tables import read_results, tables
+    from edmdistill.report import read_run, report
+
+    out = out or run / "report.html"
+    summary = read_run(run)
+    found = read_results(results or sorted((run / "eval").glob("*.json")))
+    measured = tables(found, summary.generator)
+    with aside(out) as new:
+        new.write_text(report(summary, measured), encoding="utf-8")
+    for table in measured:
+        click.echo(f"{table.to_text()}\n")
+    click.echo(f"{out} is written.")

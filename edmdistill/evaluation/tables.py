@@ -1,0 +1,123 @@
+"""Results side by side: a table for each protocol, for what was measured otherwise does not compare."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ..errors import EdmDistillError
+from .protocol import Protocol, Result, Sampler
+
+
+class Generator(NamedTuple):
+    """Which generator the tables are about: others are called by their recipe and images."""
+
+    recipe_hash: str
+    images_seen: int
+
+
+class Table(NamedTuple):
+    """The results of one protocol.
+
+    Attributes:
+        rows: of text; the first is the head.
+        claim: the generator against the teacher in a sentence; empty unless both were measured.
+        curves: the best of the first metric at each NFE, by who was measured.
+    """
+
+    protocol: Protocol
+    rows: list[list[str]]
+    claim: str
+    curves: Mapping[str, Sequence[tuple[int, float]]]
+
+    def to_text(self) -> str:
+        """For the terminal."""
+        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        shapes = [f"{'<' if i in (0, len(widths) - 1) else '>'}{width}" for i, width in enumerate(widths)]
+        lines = ["  ".join(map(format, row, shapes)).rstrip() for row in self.rows]
+        return "\n".join([f"Protocol {self.protocol.name}, {self.protocol.n} images.", *lines, self.claim]).rstrip()
+
+
+def read_results(files: Iterable[Path]) -> list[Result]:
+    """What `edmdistill eval --out` wrote.  Raises: EdmDistillError: something else."""
+    results: list[Result] = []
+    for file in files:
+        try:
+            document = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+            results += msgspec.convert(document["results"], list[Result])
+        except (OSError, KeyError, msgspec.MsgspecError) as error:
+            what = f"{file} holds no results ({error})"
+            raise EdmDistillError(f"{what}: give, or leave there, only what edmdistill eval --out wrote") from error
+    return results
+
+
+def tables(results: Sequence[Result], generator: Generator) -> list[Table]:
+    """A table for each protocol, teachers first."""
+    hashes = dict.fromkeys(result.protocol_sha256 for result in results)
+    return [_table([result for result in results if result.protocol_sha256 == own], generator) for own in hashes]
+
+
+def _table(results: Sequence[Result], generator: Generator) -> Table:
+    rows = [(_who(result, generator), result.sampler.nfe if result.sampler else 0, result) for result in results]
+    rows.sort(key=lambda row: (row[0] != "teacher", row[:2]))
+    metrics = list(dict.fromkeys(metric for result in results for metric in result.metrics))
+    main = metrics[0]
+    best: dict[str, dict[int, float]] = {}
+    for who, nfe, result in rows:
+        own = best.setdefault(who, {})
+        own[nfe] = min(result.metrics[main], own.get(nfe, math.inf))
+    goal, steps = _lowest(best.get("teacher", {0: math.nan}))
+
+    body = [["", "NFE", *map(_heading, metrics), "to teacher's best", "drawn by"]]
+    for who, nfe, result in rows:
+        values = [_number(result.metrics[metric]) if metric in result.metrics else "-" for metric in metrics]
+        ratio = f"{result.metrics[main] / goal:.2f} x" if steps else "-"
+        body.append([who, str(nfe or "-"), *values, ratio, _how(result.sampler)])
+    claim = ""
+    if steps and "generator" in best:
+        value, nfe = _lowest(best["generator"])
+        claim = (
+            f"In {nfe} {'evaluation' if nfe == 1 else 'evaluations'} the generator's {_heading(main)} is "
+            f"{_number(value)}: {value / goal:.2f} times the teacher's best, {_number(goal)} in {steps}."
+        )
+    curves = {who: list(own.items()) for who, own in reversed(best.items()) if 0 not in own}
+    return Table(results[0].protocol, body, claim, curves)
+
+
+def _lowest(values: Mapping[int, float]) -> tuple[float, int]:
+    """The lowest value and its NFE."""
+    return min((value, nfe) for nfe, value in values.items())
+
+
+def _who(result: Result, generator: Generator) -> str:
+    """What was measured, by its provenance."""
+    origin = result.provenance
+    if result.sampler is None:
+        return "images"
+    if origin.get("method") is None:
+        return "teacher"
+    recipe, images = origin.get("recipe_hash"), origin.get("images_seen")
+    same = (recipe, images) == generator
+    return "generator" if same else f"generator of {images:,} images, recipe {recipe:.8}"
+
+
+def _how(sampler: Sampler | None) -> str:
+    if sampler is None:
+        return "-"
+    if sampler.gamma is None:
+        return f"Heun, guidance {sampler.guidance:g}"
+    return f"gamma {sampler.gamma:g}, sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas or ())}"
+
+
+def _heading(metric: str) -> str:
+    """fd_digits@1000 as people write it: digits-FD@1000."""
+    return re.sub(r"^fd_([^@]+)", r"\1-FD", metric).replace("_", " ")
+
+
+def _number(value: float) -> str:
+    return f"{value:#.4g}".rstrip(".")

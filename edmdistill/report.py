@@ -1,0 +1,330 @@
+"""The report: a run and its measurements on one page of HTML that needs nothing but itself.
+
+Pictures are inside as base64 and curves as SVG; there is no script. What a run lacks is said in a sentence on the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import takewhile
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import msgspec
+from PIL import Image
+
+from edmdistill.checkpoints.store import CONFIG, CheckpointConfig, read_config
+from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.protocol import PROTOCOLS
+from edmdistill.evaluation.tables import Generator, Table
+from edmdistill.recipes import Recipe
+from edmdistill.training.run_dir import RECIPE, RUN
+
+PAGE = Path(__file__).parent / "assets" / "report.html"
+WIDEST = 1200  # pixels; a larger grid is made smaller
+CURVES = {
+    "loss": "loss",
+    "score_gap": "score gap",
+    "cos_gap_error": "cosine of gap and error",
+    "grad_norm": "gradient norm",
+    "images_per_second": "images per second",
+    "lr": "learning rate",
+}
+"""Titles of what metrics.jsonl holds, in the order of the page; what else it holds comes last."""
+
+Point = tuple[float, float]
+
+
+class Summary(NamedTuple):
+    """What a run directory says of its run.
+
+    Attributes:
+        asked: the recipe and the overrides as arguments of `train`.
+        data: of run.json.
+        config: of the checkpoint that the run has left, if it has.
+        metrics: the lines of metrics.jsonl.
+    """
+
+    path: Path
+    recipe: Recipe
+    asked: list[str]
+    data: dict[str, Any]
+    config: CheckpointConfig | None
+    metrics: list[dict[str, float]]
+
+    @property
+    def images(self) -> int:
+        """Images seen by the checkpoint."""
+        return (self.config.images_seen if self.config else None) or 0
+
+    @property
+    def generator(self) -> Generator:
+        return Generator(self.recipe.hash, self.images)
+
+
+# Reading.
+
+
+def read_run(path: Path) -> Summary:
+    """The run in a directory; it may be under way.  Raises: EdmDistillError: no run directory, or a damaged one."""
+    if not (path / RECIPE).is_file():
+        raise EdmDistillError(f"{path} is no run directory, for it has no {RECIPE}: give the --run-dir of a training")
+    generator, log = path / "generator", path / "metrics.jsonl"
+    try:
+        lines = log.read_bytes().rpartition(b"\n")[0] if log.exists() else b""  # the last may just be being written
+        return Summary(
+            path,
+            Recipe.from_json((path / RECIPE).read_bytes()),
+            _asked(path / "recipe.toml"),
+            msgspec.json.decode((path / RUN).read_bytes())["data"],
+            read_config(generator) if (generator / CONFIG).exists() else None,
+            [json.loads(line) for line in lines.splitlines()],
+        )
+    except (OSError, KeyError, ValueError) as error:
+        raise EdmDistillError(f"{path} is a damaged run directory ({error}): train again in another") from error
+
+
+def _asked(file: Path) -> list[str]:
+    """What `train` notes above the recipe's own text; without such a note, the file itself is the recipe."""
+    head, mark = "# Trained by --recipe ", "#   --set "
+    first, *lines = file.read_text("utf-8").splitlines() or [""]
+    if not first.startswith(head):
+        return ["--recipe", str(file)]
+    sets = (line.removeprefix(mark) for line in takewhile(lambda line: line.startswith(mark), lines))
+    return ["--recipe", first.removeprefix(head), *(word for override in sets for word in ("--set", override))]
+
+
+# Curves.
+
+
+class Axis(NamedTuple):
+    """A straight or logarithmic axis: it goes from its first tick to its last."""
+
+    ticks: list[float]
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Where a value lies, 0 to 1."""
+        low, high = self.ticks[0], self.ticks[-1]
+        return math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
+
+
+def axis(values: Sequence[float]) -> Axis:
+    """Round numbers around the values; logarithmic where all are positive and the highest is 10 times the median."""
+    low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
+    if log := low > 0 and 10 * middle < high:
+        low, high = math.log10(low), math.log10(high)
+    if low == high:
+        low, high = min(low, 0), max(high, 0)
+    size = (high - low) / 4 or 1.0
+    unit = 10.0 ** math.floor(math.log10(size))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if size <= unit * factor)
+    step = math.ceil(step) if log else step
+    first, last = math.floor(low / step), math.ceil(high / step)
+    ticks = [step * i for i in range(first, max(last, first + 1) + 1)]
+    return Axis([10.0**tick for tick in ticks] if log else ticks, log)
+
+
+def coarse(points: Sequence[Point], most: int = 80) -> list[tuple[float, float, float, float]]:
+    """Few enough points to draw: x, and the lowest, mean and highest y of neighbours, so that spikes stay."""
+    size = -(-len(points) // most)
+    groups = (list(zip(*points[i : i + size], strict=True)) for i in range(0, len(points), size))
+    return [(xs[-1], min(ys), sum(ys) / len(ys), max(ys)) for xs, ys in groups]
+
+
+def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis) -> str:
+    """Curves over one pair of axes, as SVG in the colours of the page.
+
+    Args: series: by name, points of finite numbers; those of a named curve are marked.
+    """
+    y = axis([value for points in series.values() for _, value in points])
+    left, right, top, bottom = 42, 346, 28, 168
+
+    def column(value: float) -> str:
+        return f"{left + (right - left) * x.at(value):.1f}"
+
+    def row(value: float) -> str:
+        return f"{bottom - (bottom - top) * y.at(value):.1f}"
+
+    names = "".join(f'<tspan class="c{i}" dx="9">{escape(name)}</tspan>' for i, name in enumerate(series))
+    parts = [
+        f'<text class="title" y="14">{escape(title)}</text><text x="{right}" y="14" text-anchor="end">{names}</text>'
+    ]
+    parts += [
+        f'<path d="M{left} {row(tick)}H{right}"/><text y="{row(tick)}" dy="4">{_short(tick)}</text>' for tick in y.ticks
+    ]
+    parts += [
+        f'<text x="{column(tick)}" y="{bottom + 18}" text-anchor="middle">{_short(tick)}</text>' for tick in x.ticks
+    ]
+    for index, (name, points) in enumerate(series.items()):
+        line = coarse(points)
+        mean = [f"{column(at)},{row(value)}" for at, _, value, _ in line]
+        band = [f"{column(at)},{row(low)}" for at, low, _, _ in line]
+        band += [f"{column(at)},{row(high)}" for at, _, _, high in reversed(line)]
+        dots = [f'<circle cx="{column(at)}" cy="{row(value)}" r="3"/>' for at, _, value, _ in line if name]
+        parts.append(
+            f'<g class="c{index}"><polygon points="{" ".join(band)}"/><polyline points="{" ".join(mean)}"/>'
+            f"{''.join(dots)}</g>"
+        )
+    return f'<svg viewBox="0 0 360 192" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+# The page.
+
+
+def report(run: Summary, measured: Sequence[Table]) -> str:
+    """The page.  Args: measured: what `tables` made of the run's results."""
+    own, total = run.recipe.method_class, run.recipe.training.images
+    origin = run.config.provenance.source if run.config and own.product != "teacher" else run.data["name"]
+    about = (sys.modules[own.__module__].__doc__ or "").split("\n\n")[0]
+    images = int(run.metrics[-1]["images"]) if run.metrics else run.images
+    seen = f"{images:,} images seen" + ("" if images >= total else f" of {total:,}: the run is not finished")
+    commands = _commands(run)
+    sections = {
+        "Quality by number of evaluations": "".join(map(_measured, measured))
+        or f"<p>Nothing is measured yet. This measures:</p>{_code(commands[1])}",
+        "Samples": _samples(run),
+        "Training": _training(run.metrics),
+        "Recipe": _recipe(run),
+        "To go on": f"<p>To draw, to measure, and to train again or go on:</p>{_code(*commands)}",
+    }
+    return Template(PAGE.read_text("utf-8")).substitute(
+        title=escape(f"A {own.product} by {run.recipe.method['name']}, from {origin}"),
+        lead=escape(f"{about} Trained on {run.data['name']}, {seen}."),
+        claims="".join(f'<p class="claim">{escape(table.claim)}</p>' for table in measured if table.claim),
+        facts="".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in _facts(run).items()),
+        sections="".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in sections.items()),
+    )
+
+
+def _facts(run: Summary) -> dict[str, str]:
+    size, classes = run.data["resolution"], run.data["classes"]
+    facts = {
+        "Recipe": f"{run.asked[1]}, hash {run.recipe.hash:.12}",
+        "Data": f"{run.data['name']}: {run.data['images']:,} images, {size}x{size}, {classes or 'no'} classes",
+    }
+    if run.config:
+        origin = run.config.provenance
+        facts |= {
+            "Source": origin.source + (f", sha256 {origin.sha256:.12}" if origin.sha256 else ""),
+            "Licence": origin.licence or "not known",
+            "Network": f"{run.config.network.kind}, preconditioned as {run.config.preconditioning['kind']}",
+        }
+    if run.metrics:
+        images, seconds = run.metrics[-1]["images"], run.metrics[-1]["seconds"]
+        facts["Time"] = f"{seconds / 60:.1f} minutes, {images / seconds:.3g} images a second"
+    return facts
+
+
+def _measured(table: Table) -> str:
+    own, most = table.protocol, max((nfe for points in table.curves.values() for nfe, _ in points), default=2)
+    reference = f"{own.reference.source} ({own.reference.split}, {own.reference.n} images)" if own.reference else "-"
+    caption = (
+        f"Protocol {own.name}, sha256 {own.sha256():.12}: {own.n} images, seeds {own.seeds}, classes {own.labels}, "
+        f"against {reference}. NFE counts the evaluations of the network for an image."
+    )
+    head, *rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table.rows)
+    doubled = Axis([2.0**i for i in range(math.ceil(math.log2(max(most, 2))) + 1)], log=True)
+    chart = svg_curves(f"{table.rows[0][2]} by NFE", table.curves, doubled) if table.curves else ""
+    return (
+        f'<div class="measured"><div><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>{_note(caption)}</div>{chart}</div>"
+    )
+
+
+def _samples(run: Summary) -> str:
+    """The first, the middle and the last grid of the run, and what was drawn into a folder of it afterwards."""
+    files = sorted((run.path / "samples").glob("*.png"))
+    steps = "".join(f"<span>{nfe}</span>" for nfe in run.recipe.sampling.nfe)
+    figures = [
+        (f"after {int(files[i].stem):,} images", f'<div class="steps">{steps}</div>{_picture(files[i])}')
+        for i in sorted({0, len(files) // 2, len(files) - 1})
+        if files
+    ]
+    figures += [(f"{file.parent.name}/{file.name}", _picture(file)) for file in sorted(run.path.glob("*/grid.png"))]
+    if not figures:
+        return "<p>Nothing is drawn yet.</p>"
+    body = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{content}</figure>" for name, content in figures)
+    note = "Over training always the same seeds; at the left of the rows, the number of network evaluations."
+    return f'{_note(note)}<div class="figures">{body}</div>'
+
+
+def _picture(file: Path) -> str:
+    with Image.open(file) as image:
+        image.thumbnail((WIDEST, 10 * WIDEST))
+        image.save(data := io.BytesIO(), "png", optimize=True)
+    text = base64.b64encode(data.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{text}" width="{image.width}" height="{image.height}" alt="Samples">'
+
+
+def _training(metrics: Sequence[Mapping[str, float]]) -> str:
+    if not metrics:
+        return "<p>Nothing is logged yet.</p>"
+    total, order = metrics[-1]["images"], list(CURVES)
+    curves: dict[str, list[Point]] = {}
+    for line in metrics:
+        for key in line.keys() - {"images", "step", "seconds"}:
+            if math.isfinite(line[key]):
+                curves.setdefault(key, []).append((line["images"], line[key]))
+
+    def place(key: str) -> tuple[int, str]:
+        kind = key.partition("/")[0]
+        return order.index(kind) if kind in order else len(order), key
+
+    charts = []
+    for key in sorted(curves, key=place):
+        kind, *role = key.split("/")
+        title = ", ".join([CURVES.get(kind, kind), *role])
+        charts.append(svg_curves(title, {"": curves[key]}, Axis([0, total / 2, total])))
+    note = "Against images seen."
+    if "score_gap" in curves:
+        note += (
+            " The generator's loss swings about 0 and says little; the score gap, how far the auxiliary score is from"
+            " the teacher's, says more."
+        )
+    return f'{_note(note)}<div class="figures">{"".join(charts)}</div>'
+
+
+def _recipe(run: Summary) -> str:
+    given = (run.path / "recipe.toml").read_text("utf-8")
+    whole = msgspec.json.format(msgspec.json.encode(run.recipe), indent=2).decode()
+    summary = "With its variant, the overrides and every default"
+    return f"{_code(given)}<details><summary>{summary}</summary>{_code(whole)}</details>"
+
+
+def _commands(run: Summary) -> list[str]:
+    """To draw, to measure, and to train again or go on."""
+    path, nfe, data = str(run.path), run.recipe.sampling.nfe, run.data["name"]
+    fits = [name for name, protocol in PROTOCOLS.items() if protocol.reference and protocol.reference.source == data]
+    measure = ["--protocol", fits[0]] if fits else ["--protocol", "pixels", "--ref", "DATA"]
+    given = [] if run.recipe.network else ["TEACHER"]
+    given += ["--data", data if fits else "DATA", *run.asked]
+    commands = [
+        ["sample", path, "--nfe", str(nfe[0]), "--seeds", "0-63", "--out", str(run.path / "images")],
+        ["eval", path, "--nfe", ",".join(map(str, nfe)), *measure, "--out", str(run.path / "eval" / "generator.json")],
+        ["train", run.recipe.method["name"], *given, "--run-dir", path],
+    ]
+    return [shlex.join(["edmdistill", *command]) for command in commands]
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _code(*lines: str) -> str:
+    return f'<pre class="scroll">{escape(chr(10).join(lines))}</pre>'

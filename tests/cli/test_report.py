@@ -1,0 +1,91 @@
+"""`edmdistill report`: where it reads, where it writes, and what it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edmdistill.cli import main
+from edmdistill.evaluation.protocol import PROTOCOLS, Sampler, results_json
+from edmdistill.evaluation.protocol import Result as Measurement
+from edmdistill.recipes import load_recipe
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "recipe.resolved.json").write_bytes(load_recipe("cosim/digits-quickstart").to_json())
+    (path / "recipe.toml").write_text("# Trained by --recipe cosim/digits-quickstart\n")
+    data = {"name": "digits", "images": 1500, "resolution": 8, "channels": 1, "classes": 10}
+    (path / "run.json").write_text(json.dumps({"data": data}))
+    return path
+
+
+def measurement(fd: float) -> str:
+    protocol = PROTOCOLS["digits"]
+    result = Measurement(
+        metrics={"fd_digits": fd},
+        protocol=protocol,
+        protocol_sha256=protocol.sha256(),
+        sampler=Sampler(solver="heun", nfe=35),
+        provenance={},
+    )
+    return results_json([result])
+
+
+def report(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["report", *map(str, arguments)])
+
+
+def test_all_results_of_the_run_by_default(run: Path):
+    (run / "eval").mkdir()
+    for name, fd in (("a", 4.25), ("b", 5.75)):
+        (run / "eval" / f"{name}.json").write_text(measurement(fd))
+    result = report(run)
+    assert result.exit_code == 0, result.output
+    page = (run / "report.html").read_text()
+    for value in ("4.250", "5.750"):
+        assert value in page
+        assert value in result.stdout
+    assert result.stdout.splitlines()[-1] == f"{run / 'report.html'} is written."
+
+
+def test_named_results_and_another_place(run: Path, tmp_path: Path):
+    (run / "eval").mkdir()
+    (run / "eval" / "a.json").write_text(measurement(4.25))
+    (tmp_path / "b.json").write_text(measurement(5.75))
+    result = report(run, "--results", tmp_path / "b.json", "--out", tmp_path / "to" / "page.html")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "to" / "page.html").read_text()
+    assert "5.750" in page
+    assert "4.250" not in page
+    assert not (run / "report.html").exists()
+
+
+def test_a_run_without_results(run: Path):
+    result = report(run)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{run / 'report.html'} is written.\n"
+    assert "Nothing is measured yet." in (run / "report.html").read_text()
+
+
+def test_no_run_is_the_users_error(tmp_path: Path):
+    result = report(tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"Error: {tmp_path} is no run directory, for it has no recipe.resolved.json: give the --run-dir of a training\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_without_results_is_the_users_error_and_leaves_the_old_page(run: Path):
+    (run / "eval").mkdir()
+    (run / "eval" / "a.json").write_text("{")
+    (run / "report.html").write_text("old")
+    result = report(run)
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "a.json holds no results" in result.stderr
+    assert (run / "report.html").read_text() == "old"

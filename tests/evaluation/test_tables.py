@@ -1,0 +1,97 @@
+"""Tables of results: who is compared with whom, and by what."""
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler, results_json
+from edmdistill.evaluation.tables import Generator, read_results, tables
+
+OURS = Generator("ab" * 32, 1000)
+DONE = replace(PROTOCOLS["digits"], reference=Reference(source="digits", n=1500, sha256="cd"))
+
+
+def teacher(nfe: int, fd: float, protocol=DONE, **more: float) -> Result:
+    return Result(
+        metrics={"fd_digits": fd, **more},
+        protocol=protocol,
+        protocol_sha256=protocol.sha256(),
+        sampler=Sampler(solver="heun", nfe=nfe),
+        provenance={"source": "teacher"},
+    )
+
+
+def generator(nfe: int, fd: float, images: int = 1000, **more: float) -> Result:
+    return replace(
+        teacher(nfe, fd, **more),
+        sampler=Sampler(solver="gamma", nfe=nfe, gamma=1.0, sigmas=(80.0, 2.5)[:nfe]),
+        provenance={"method": "cosim", "recipe_hash": OURS.recipe_hash, "images_seen": images},
+    )
+
+
+def test_teacher_and_generator_by_nfe():
+    (table,) = tables([generator(2, 6.0, class_accuracy=0.98), teacher(35, 4.0), teacher(3, 551.0)], OURS)
+    assert table.rows == [
+        ["", "NFE", "digits-FD", "class accuracy", "to teacher's best", "drawn by"],
+        ["teacher", "3", "551.0", "-", "137.75 x", "Heun, guidance 1"],
+        ["teacher", "35", "4.000", "-", "1.00 x", "Heun, guidance 1"],
+        ["generator", "2", "6.000", "0.9800", "1.50 x", "gamma 1, sigma 80 2.5"],
+    ]
+    assert table.claim == (
+        "In 2 evaluations the generator's digits-FD is 6.000: 1.50 times the teacher's best, 4.000 in 35."
+    )
+    assert table.curves == {"generator": [(2, 6.0)], "teacher": [(3, 551.0), (35, 4.0)]}
+
+
+def test_protocols_are_never_mixed():
+    other = replace(DONE, seeds="5000-9999")
+    first, second = tables([teacher(35, 4.0), generator(2, 6.0), teacher(35, 1.0, other)], OURS)
+    assert (first.protocol, second.protocol) == (DONE, other)
+    assert [row[0] for row in first.rows[1:]] == ["teacher", "generator"]
+    assert [row[0] for row in second.rows[1:]] == ["teacher"]
+    assert "4.000 in 35" in first.claim
+    assert second.claim == ""
+
+
+def test_another_generator_is_called_by_its_recipe_and_images():
+    (table,) = tables([generator(1, 7.0, images=500), generator(1, 6.0)], OURS)
+    assert [row[0] for row in table.rows[1:]] == ["generator", "generator of 500 images, recipe abababab"]
+    assert [row[-2] for row in table.rows[1:]] == ["-", "-"]
+
+
+def test_a_curve_has_the_best_at_each_nfe():
+    (table,) = tables([generator(2, 7.0), generator(2, 6.0)], OURS)
+    assert table.curves == {"generator": [(2, 6.0)]}
+    assert len(table.rows) == 3
+
+
+def test_images_have_no_nfe():
+    (table,) = tables([replace(teacher(1, 9.0), sampler=None), teacher(3, 4.5)], OURS)
+    assert table.rows[-1] == ["images", "-", "9.000", "2.00 x", "-"]
+    assert list(table.curves) == ["teacher"]
+
+
+def test_the_text_is_aligned_and_ends_with_the_claim():
+    lines = tables([generator(2, 6.0), teacher(35, 4.0)], OURS)[0].to_text().splitlines()
+    assert lines[0] == "Protocol digits, 5000 images."
+    assert lines[2:4] == [
+        "teacher     35      4.000             1.00 x  Heun, guidance 1",
+        "generator    2      6.000             1.50 x  gamma 1, sigma 80 2.5",
+    ]
+    assert lines[-1].startswith("In 2 evaluations")
+
+
+def test_results_are_read_back(tmp_path: Path):
+    file = tmp_path / "a.json"
+    file.write_text(results_json([teacher(35, 4.0), generator(2, 6.0)]))
+    assert read_results([file]) == [teacher(35, 4.0), generator(2, 6.0)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": [{"metrics": {}}]}', "\xff"])
+def test_what_holds_no_results_is_refused(tmp_path: Path, text: str):
+    file = tmp_path / "a.json"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(EdmDistillError, match=r"a\.json holds no results .* eval --out wrote"):
+        read_results([file])

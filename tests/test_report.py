@@ -1,0 +1,245 @@
+"""The report: one page that needs nothing but itself, whatever the run has left."""
+
+import json
+import math
+import re
+import shlex
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance
+from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.protocol import PROTOCOLS
+from edmdistill.evaluation.tables import Table
+from edmdistill.recipes import load_recipe
+from edmdistill.report import Axis, axis, coarse, read_run, report, svg_curves
+
+VOID = {"meta", "img", "path", "circle", "polygon", "polyline"}
+
+
+class Outline(HTMLParser):
+    """Every tag with its attributes; fails where tags do not nest."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A run directory before its first round."""
+    run = tmp_path / "my run"
+    (run / "samples").mkdir(parents=True)
+    recipe = load_recipe("cosim/digits-quickstart", "cosim", ["training.images=1000"])
+    (run / "recipe.resolved.json").write_bytes(recipe.to_json())
+    (run / "recipe.toml").write_text(
+        "# Trained by --recipe cosim/digits-quickstart\n#   --set training.images=1000\n"
+        "#   --set training.betas=[0.0, 0.9]\n\n# if a < b & c: <script>\n[method]\n"
+    )
+    data = {"name": "digits", "images": 1500, "resolution": 8, "channels": 1, "classes": 10}
+    (run / "run.json").write_text(json.dumps({"teacher_sha256": "ab" * 32, "data": data}))
+    return run
+
+
+@pytest.fixture
+def full(bare: Path) -> Path:
+    """A finished one: metrics, samples, a checkpoint."""
+    lines = [
+        {"images": i * 10, "step": i, "seconds": i / 10, "images_per_second": 100.0, "loss/generator": (-1.0) ** i}
+        | {"score_gap": 1 / i, "own_signal": math.nan if i == 3 else 1.0}
+        for i in range(1, 101)
+    ]
+    (bare / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for images in (0, 250, 500, 750, 1000):
+        Image.fromarray(np.full((270, 338), images // 4, np.uint8)).save(bare / "samples" / f"{images:09d}.png")
+    (bare / "images").mkdir()
+    Image.fromarray(np.zeros((100, 3000, 3), np.uint8)).save(bare / "images" / "grid.png")
+    config = CheckpointConfig(
+        stage="generator",
+        network=NetworkSpec("edm2", {}),
+        preconditioning={"kind": "edm"},
+        c_noise="log(sigma)/4",
+        sigma_data=0.5,
+        sigma_min=0.002,
+        sigma_max=80.0,
+        label_dim=10,
+        two_time=False,
+        images_seen=1000,
+        provenance=Provenance(source="https://a.b/<teacher>.pkl", sha256="12" * 32, licence="cc-by-nc-sa-4.0"),
+    )
+    (bare / "generator").mkdir()
+    (bare / "generator" / "config.json").write_bytes(msgspec.json.encode(config))
+    return bare
+
+
+def table(name: str, claim: str = "", cell: str = "1.5") -> Table:
+    rows = [["", "NFE", "digits-FD"], ["teacher", "35", cell]]
+    return Table(PROTOCOLS[name], rows, claim, {"generator": [(1, 9.0), (4, 5.0)], "teacher": [(3, 551.0), (35, 5.0)]})
+
+
+def pictures(page: str) -> list[tuple[int, int]]:
+    return [(int(w), int(h)) for w, h in re.findall(r'base64,[\w+/=]+" width="(\d+)" height="(\d+)"', page)]
+
+
+def test_the_page_is_whole_and_needs_nothing_else(full: Path):
+    page = report(read_run(full), [table("digits", "It is good."), table("pixels")])
+    outline = Outline(page)
+    assert outline.count("table") == 2
+    assert outline.count("script") == outline.count("link") == 0
+    for tag, attributes in outline.tags:
+        assert not attributes.keys() & {"href", "srcset", "onload", "style"}
+        assert attributes.get("src", "data:") is not None
+        assert attributes.get("src", "data:").startswith("data:"), tag
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "$" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert "https://a.b/&lt;teacher&gt;.pkl" in page
+    assert "if a &lt; b &amp; c: &lt;script&gt;" in page
+    for said in ("It is good.", "cosim/digits-quickstart, hash", "1,000 images seen.", "cc-by-nc-sa-4.0"):
+        assert said in page
+    assert "not finished" not in page
+    for section in re.findall(r"<section>(.*?)</section>", page, re.DOTALL):
+        if "<table" in section:
+            assert section.count('<div class="scroll"><table>') == section.count("<table")
+
+
+def test_grids_are_the_first_the_middle_and_the_last_and_what_was_drawn(full: Path):
+    page = report(read_run(full), [])
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert captions == ["after 0 images", "after 500 images", "after 1,000 images", "images/grid.png"]
+    assert pictures(page) == [(338, 270)] * 3 + [(1200, 40)]
+    assert '<div class="steps"><span>1</span><span>2</span><span>4</span><span>8</span></div>' in page
+
+
+def test_curves_come_in_order_and_without_what_is_no_number(full: Path):
+    page = report(read_run(full), [])
+    assert re.findall(r'aria-label="(.*?)"', page) == [
+        "loss, generator",
+        "score gap",
+        "images per second",
+        "own_signal",
+    ]
+    assert "nan" not in re.sub(r"base64,[\w+/=]+", "", page).lower()
+
+
+def test_what_is_missing_is_said(bare: Path):
+    page = report(read_run(bare), [])
+    Outline(page)
+    for sentence in ("Nothing is measured yet.", "Nothing is drawn yet.", "Nothing is logged yet.", "not finished"):
+        assert sentence in page
+
+
+def test_a_line_just_being_written_is_left_out(full: Path):
+    with (full / "metrics.jsonl").open("a") as file:
+        file.write('{"images": 10')
+    assert read_run(full).metrics[-1]["images"] == 1000
+
+
+def test_the_commands_are_those_of_the_run(bare: Path):
+    page = report(read_run(bare), [])
+    lines = unescape(re.findall(r"<pre.*?>(edmdistill sample .*?)</pre>", page, re.DOTALL)[0]).splitlines()
+    sample, evaluate, train = (shlex.split(line)[1:] for line in lines)
+    run = str(bare)
+    assert sample == ["sample", run, "--nfe", "1", "--seeds", "0-63", "--out", f"{run}/images"]
+    assert evaluate == [
+        *("eval", run, "--nfe", "1,2,4,8", "--protocol", "digits"),
+        *("--out", f"{run}/eval/generator.json"),
+    ]
+    assert train == [
+        *("train", "cosim", "TEACHER", "--data", "digits", "--recipe", "cosim/digits-quickstart"),
+        *("--set", "training.images=1000", "--set", "training.betas=[0.0, 0.9]", "--run-dir", run),
+    ]
+
+
+def test_the_recipe_of_a_library_call_is_the_file_in_the_run(bare: Path):
+    (bare / "recipe.toml").write_text("[training]\n")
+    assert read_run(bare).asked == ["--recipe", str(bare / "recipe.toml")]
+
+
+def test_a_teacher_in_training_has_a_page_too(bare: Path):
+    recipe = load_recipe("diffusion/digits", "diffusion")
+    (bare / "recipe.resolved.json").write_bytes(recipe.to_json())
+    page = report(read_run(bare), [])
+    assert "<h1>A teacher by diffusion, from digits</h1>" in page
+    assert "train diffusion --data digits" in page
+
+
+def test_no_run_directory(tmp_path: Path):
+    with pytest.raises(EdmDistillError, match=r"is no run directory, for it has no recipe\.resolved\.json"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "text"), [("run.json", "{}"), ("run.json", "["), ("metrics.jsonl", "{\n")])
+def test_a_damaged_run_directory(bare: Path, name: str, text: str):
+    (bare / name).write_text(text)
+    with pytest.raises(EdmDistillError, match="is a damaged run directory"):
+        read_run(bare)
+
+
+# Curves.
+
+numbers = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-9)
+
+
+@given(st.lists(numbers, min_size=1, max_size=50))
+def test_an_axis_holds_its_values_between_a_few_round_ticks(values: list[float]):
+    scale = axis(values)
+    assert 2 <= len(scale.ticks) <= 6
+    assert scale.ticks == sorted(set(scale.ticks))
+    for value in values:
+        assert -1e-6 <= scale.at(value) <= 1 + 1e-6
+
+
+def test_axes_are_straight_or_logarithmic():
+    assert axis([0, 1.0, 100.0]) == Axis([0, 50, 100])
+    assert axis([0.5, 3, 551.0]) == Axis([0.1, 1, 10, 100, 1000], log=True)
+    assert axis([7.0, 7.0]).ticks[0] == 0
+    assert axis([0.0]) == Axis([0, 1])
+    assert Axis([1.0, 64.0], log=True).at(8) == pytest.approx(0.5)
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=500))
+def test_few_points_stand_for_many_and_spikes_stay(points: list[tuple[float, float]]):
+    line = coarse(points)
+    assert len(line) <= 80
+    assert line[-1][0] == points[-1][0]
+    assert min(low for _, low, _, _ in line) == min(y for _, y in points)
+    assert max(high for *_, high in line) == max(y for _, y in points)
+    if len(points) <= 80:
+        assert [(x, y) for x, _, y, _ in line] == points
+
+
+def test_curves_stay_in_their_frame():
+    svg = svg_curves("a < b", {"one": [(0, 1.0), (5, 2.0)], "two": [(10, -1.0)]}, Axis([0, 10]))
+    Outline(svg)
+    dots = [(float(x), float(y)) for x, y in re.findall(r'cx="(.*?)" cy="(.*?)"', svg)]
+    assert len(dots) == 3
+    assert all(42 <= x <= 346 and 28 <= y <= 168 for x, y in dots)
+    assert "a &lt; b" in svg
+    assert [name for name in ("one", "two") if f">{name}</tspan>" in svg] == ["one", "two"]
