@@ -238,7 +238,7 @@ def _sigmas(flow: FlowNetwork) -> Tensor:
 
 @torch.no_grad()
 def _denoised(flow: FlowNetwork, dtype: torch.dtype, on_progress: Callable[[str], object]) -> list[Tensor]:
-    """What the network makes of the same images, one a noise level: on the circle with two times, else in EDM's view."""
+    """What the network makes of an image at each noise level: on the circle with two times, else in EDM's view."""
     flow = flow.to(dtype).eval()
     rng = torch.Generator().manual_seed(0)
     shape = (2, 1, flow.img_channels, flow.img_resolution, flow.img_resolution)

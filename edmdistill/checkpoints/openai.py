@@ -58,9 +58,10 @@ def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]
         )
     try:
         arguments, tensors = adm_of(weights)
-    except Unknown as error:
+    except Exception as error:  # the weights are a stranger's: whatever they break, they are what is wrong
+        reason = error if isinstance(error, Unknown) else f"holds other weights than an ADM network ({error!r})"
         raise CheckpointError(
-            f"{path} {error}: of OpenAI's .pt files, edm_imagenet64_ema.pt and others of its kind can be read."
+            f"{path} {reason}: of OpenAI's .pt files, edm_imagenet64_ema.pt and others of its kind can be read."
         ) from error
     flow = build_flow(NetworkSpec("adm", arguments), PRECONDITIONING, str(path))
     fill(flow.network, tensors, str(path))
@@ -86,21 +87,18 @@ def adm_of(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
     Args:
         weights: by OpenAI's names.
         resolution: the image size; None = by RESOLUTIONS.
-    Raises: Unknown: they are of another network.
+    Raises: Unknown: they are of another network; KeyError, ValueError ...: of one that is nothing like it.
     """
     left = dict(weights)
-    try:
-        model_channels = weights["time_embed.0.weight"].shape[1]
-        sequences = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("output_blocks."))
-        # A level of the decoder ends on a second residual block, which doubles the resolution.
-        ups = [f"output_blocks.{j}.{k}.in_layers.2.weight" for j in range(sequences) for k in (1, 2)]
-        levels = 1 + sum(name in weights for name in ups)
-        num_blocks = sequences // levels - 1
-        last = [f"input_blocks.{(level + 1) * (num_blocks + 1) - 1}.0.out_layers.3.weight" for level in range(levels)]
-        channel_mult = [weights[name].shape[0] // model_channels for name in last]
-        affine = weights["middle_block.0.emb_layers.1.weight"].shape[0]
-    except (KeyError, ValueError, IndexError) as error:
-        raise Unknown(f"holds other weights than an ADM network (looked for: {error})") from error
+    model_channels = weights["time_embed.0.weight"].shape[1]
+    sequences = len({name.split(".")[1] for name in weights if name.startswith("output_blocks.")})
+    # A level of the decoder ends on a second residual block, which doubles the resolution.
+    ups = [f"output_blocks.{j}.{k}.in_layers.2.weight" for j in range(sequences) for k in (1, 2)]
+    levels = 1 + sum(name in weights for name in ups)
+    num_blocks = sequences // levels - 1
+    last = [f"input_blocks.{(level + 1) * (num_blocks + 1) - 1}.0.out_layers.3.weight" for level in range(levels)]
+    channel_mult = [weights[name].shape[0] // model_channels for name in last]
+    affine = weights["middle_block.0.emb_layers.1.weight"].shape[0]
     if affine != 2 * channel_mult[-1] * model_channels:
         raise Unknown("adds its time embedding where ADM scales and shifts by it (use_scale_shift_norm=False)")
     if model_channels * min(channel_mult) < 128:

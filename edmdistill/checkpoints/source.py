@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from tqdm import tqdm
 
@@ -66,7 +66,7 @@ def _cache() -> Path:
 
 def _download(url: str) -> Path:
     """The file at an http(s) URL, kept for the next time.  A download that breaks leaves nothing."""
-    name = PurePosixPath(unquote(urlsplit(url).path)).name or "download"
+    name = PurePosixPath(unquote(url.partition("?")[0])).name.strip(".") or "download"
     # A folder for each URL keeps the file's own name, which says what it is (and .pkl or .pt).
     target = _cache() / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     if target.exists():

@@ -211,7 +211,11 @@ def read_config(folder: Path) -> CheckpointConfig:
     try:
         text = path.read_bytes()
         version = msgspec.json.decode(text, type=dict[str, Any]).get("format_version")
-    except (OSError, msgspec.MsgspecError) as error:
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint, for it holds no {CONFIG}: give a converted teacher, or a run with a generator."
+        ) from error
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error}).") from error
     major = FORMAT_VERSION.split(".")[0]
     if not isinstance(version, str) or version.split(".")[0] != major:
@@ -242,13 +246,13 @@ def refuse_occupied(folder: Path, overwrite: bool) -> None:
         )
 
 
-def write_checkpoint(folder: Path, flow: FlowNetwork, config: CheckpointConfig, notes: str = "") -> None:
-    """Writes the three files into a folder, which is made.  `notes` end the README."""
+def write_checkpoint(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> None:
+    """Writes the three files into a folder, which is made."""
     config = replace(config, **facts(flow))
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / MODEL, flow.network.state_dict(), {"format": "pt"})
     (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
-    (folder / CARD).write_text(_card(config) + notes, encoding="utf-8")
+    (folder / CARD).write_text(_card(config), encoding="utf-8")
 
 
 def save_checkpoint(folder: Path, flow: FlowNetwork, config: CheckpointConfig, *, overwrite: bool = False) -> None:
@@ -282,17 +286,18 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> t
 
 def _card(config: CheckpointConfig) -> str:
     """The README: what this is, where it comes from and how to use it, with the Hub's header."""
-    verb = {"teacher": "a diffusion model", "generator": "a few-step generator", "auxiliary": "an auxiliary score"}
+    what = {"teacher": "a diffusion model", "generator": "a few-step generator", "auxiliary": "an auxiliary score"}
     provenance = config.provenance
     licence = provenance.licence or "other"
+    digest = f" (sha256 {provenance.sha256})" if provenance.sha256 else ""
     return f"""---
 library_name: edmdistill
 license: {licence}
 pipeline_tag: unconditional-image-generation
 ---
 
-This is {verb[config.stage]} in edmdistill's TrigFlow format, from {provenance.source} (sha256 {provenance.sha256}).
-Its weights are under {licence}.
+This is {what[config.stage]} in edmdistill's TrigFlow format, from {provenance.source}{digest}.
+Its weights are under this licence: {licence}.
 
     edmdistill sample PATH_OR_HUB_ID --seeds 0-15 --out images/
 """

@@ -103,6 +103,13 @@ def test_a_broken_download_leaves_nothing(server: Server, tmp_path: Path, file: 
     assert not [entry for entry in (tmp_path / "cache").rglob("*") if entry.is_file()]
 
 
+@pytest.mark.parametrize("url", ["http://[x/edm.pkl", "http://", "https://h:port/..", "http:///edm.pkl"])
+def test_what_is_no_address_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(CheckpointError, match="cannot be downloaded"):
+        resolve(url)
+
+
 def test_nobody_answers(server: Server) -> None:
     port = server.server_address[1]
     server.shutdown()
