@@ -213,7 +213,7 @@ def read_config(folder: Path) -> CheckpointConfig:
         version = msgspec.json.decode(text, type=dict[str, Any]).get("format_version")
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder} is not a checkpoint, for it holds no {CONFIG}: give a converted teacher, or a run with a generator."
+            f"{folder} is not a checkpoint, for it has no {CONFIG}: give a converted teacher or a finished run."
         ) from error
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error}).") from error

@@ -32,7 +32,7 @@ def command(source: str, out: Path, overwrite: bool, licence: str | None, as_jso
 
     def show(stage: str) -> None:
         if sys.stderr.isatty():
-            click.echo(f"\r{stage:60}", nl=False, err=True)
+            click.echo(f"\r{stage:60}\r", nl=False, err=True)
 
     done = convert(source, out, overwrite=overwrite, licence=licence, on_progress=show)
     show("")
@@ -44,10 +44,10 @@ def command(source: str, out: Path, overwrite: bool, licence: str | None, as_jso
     if not done.parity:
         click.echo(f"{done.path} holds the conversion of {source} already: nothing was done.")
         return
-    network = done.config.network
+    config, size = done.config, done.config.network.arguments["img_resolution"]
     click.echo(
-        f"{done.config.provenance.source}: {network.kind}, {network.arguments['img_resolution']} pixels, "
-        f"{done.config.label_dim} classes, preconditioned as {done.config.preconditioning['kind']}."
+        f"{config.provenance.source}: {config.network.kind}, {size}x{size} pixels, {config.label_dim} classes, "
+        f"preconditioned as {config.preconditioning['kind']}."
     )
     click.echo(f"Largest relative difference of its denoised images after the conversion:\n\n{table(done.parity)}\n")
-    click.echo(f"{done.path} is written: under {done.config.provenance.licence}, a TrigFlow teacher with two times.")
+    click.echo(f"{done.path} is written: under {config.provenance.licence}, a TrigFlow teacher with two times.")

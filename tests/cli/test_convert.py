@@ -19,7 +19,7 @@ def test_text(golden: Path, tmp_path: Path) -> None:
     command = ["convert", str(golden / "iddpm-adm-uncond.pkl"), str(tmp_path / "out")]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0
-    assert "iddpm-adm-uncond.pkl: adm, 16 pixels, 0 classes, preconditioned as iddpm." in result.stdout
+    assert "iddpm-adm-uncond.pkl: adm, 16x16 pixels, 0 classes, preconditioned as iddpm." in result.stdout
     assert "sigma    float32    float64" in result.stdout
     assert "cc-by-nc-sa-4.0" in result.stdout
     assert result.stderr == ""
