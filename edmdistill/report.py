@@ -117,10 +117,11 @@ class Axis(NamedTuple):
         return math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
 
 
-def axis(values: Sequence[float]) -> Axis:
-    """Round numbers around the values; logarithmic where all are positive and the highest is 10 times the median."""
+def axis(values: Sequence[float], log: bool = False) -> Axis:
+    """Round numbers around the values; logarithmic, if all are positive, by `log` or a highest of 10 medians."""
     low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
-    if log := low > 0 and 10 * middle < high:
+    log = low > 0 and (log or 10 * middle < high)
+    if log:
         low, high = math.log10(low), math.log10(high)
     if low == high:
         low, high = min(low, 0), max(high, 0)
@@ -140,12 +141,14 @@ def coarse(points: Sequence[Point], most: int = 80) -> list[tuple[float, float, 
     return [(xs[-1], min(ys), sum(ys) / len(ys), max(ys)) for xs, ys in groups]
 
 
-def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis) -> str:
+def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, log: bool = False) -> str:
     """Curves over one pair of axes, as SVG in the colours of the page.
 
-    Args: series: by name, points of finite numbers; those of a named curve are marked.
+    Args:
+        series: by name, points of finite numbers; those of a named curve are marked.
+        log: see `axis`.
     """
-    y = axis([value for points in series.values() for _, value in points])
+    y = axis([value for points in series.values() for _, value in points], log)
     left, right, top, bottom = 42, 346, 28, 168
 
     def column(value: float) -> str:
@@ -240,7 +243,7 @@ def _measured(table: Table) -> str:
     )
     head, *rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table.rows)
     doubled = Axis([2.0**i for i in range(math.ceil(math.log2(max(most, 2))) + 1)], log=True)
-    chart = svg_curves(f"{table.rows[0][2]} by NFE", table.curves, doubled) if table.curves else ""
+    chart = svg_curves(f"{table.rows[0][2]} by NFE", table.curves, doubled, log=True) if table.curves else ""
     return (
         f'<div class="measured"><div><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>{_note(caption)}</div>{chart}</div>"

@@ -221,6 +221,8 @@ def test_axes_are_straight_or_logarithmic():
     assert axis([0.5, 3, 551.0]) == Axis([0.1, 1, 10, 100, 1000], log=True)
     assert axis([7.0, 7.0]).ticks[0] == 0
     assert axis([0.0]) == Axis([0, 1])
+    assert axis([2.0, 30.0], log=True) == Axis([1, 10, 100], log=True)
+    assert not axis([-2.0, 30.0], log=True).log
     assert Axis([1.0, 64.0], log=True).at(8) == pytest.approx(0.5)
 
 
