@@ -20,7 +20,7 @@ def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)
     dims = (dim,) if isinstance(dim, int) else dim
     # Counted over the reduced axes, not from numel(): a batch size that export leaves open stays open.
-    size = math.prod(x.shape[d] for d in dims)
+    size = math.prod([x.shape[d] for d in dims])
     return x / (norm / math.sqrt(size) + 1e-4).to(x.dtype)
 
 

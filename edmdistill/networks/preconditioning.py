@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
@@ -156,11 +156,13 @@ class VE(NoisePrediction):
 @cache
 def _iddpm_levels(C_1: float, C_2: float, M: int) -> Tensor:
     """The M + 1 noise levels u_0 > ... > u_M = 0, float32 as in the official state.  Source: EDM, table 1."""
+    if not 0 < M <= 10_000:
+        raise ValueError(f"iDDPM has 1 to 10000 noise levels, but {M} were asked for")
 
     def alpha_bar(j: int) -> Tensor:
-        return (0.5 * math.pi * torch.tensor(j) / M / (C_2 + 1)).sin() ** 2
+        return (0.5 * math.pi * torch.tensor(j, device="cpu") / M / (C_2 + 1)).sin() ** 2
 
-    u = torch.zeros(M + 1)
+    u = torch.zeros(M + 1, device="cpu")
     for j in range(M, 0, -1):
         u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar(j - 1) / alpha_bar(j)).clip(min=C_1) - 1).sqrt()
     return u
@@ -181,7 +183,7 @@ class IDDPM(NoisePrediction):
 
     sign = -1.0
 
-    @property
+    @cached_property
     def levels(self) -> Tensor:
         """The official buffer `u`.  [M+1] float32, descending to 0"""
         return _iddpm_levels(self.C_1, self.C_2, self.M)

@@ -2,6 +2,8 @@
 
 The network with the copy is the network without it, exactly, whatever the second time; and the gain's own gradient
 is not zero, so it still learns. CoSIM's auxiliary score reads (x_s; s, t) and CTM's generator (x_t; t, s) by it.
+What is copied is the path from c_noise to the last linear map of the time embedding; the copy's output is added
+there, before the last nonlinearity. Labels, also where they enter that path early (DDPM++), go with the first time.
 
 Source: CoSIM, section 4.  Differs: the paper sums both embeddings outright and leaves the start to them; the gain
 keeps the teacher's function at step 0.

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edmdistill.networks import new_network
 from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
+from edmdistill.networks.two_time import add_second_time
 from edmdistill.schedules import edm_sigmas
 from edmdistill.trigflow import denoised, expand, sigma_to_time
 
@@ -111,6 +112,22 @@ def test_every_parameter_learns(flow: FlowNetwork) -> None:
         if "logvar" not in name:  # a head of its own
             assert parameter.grad is not None, name
             assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compiles_in_one_graph(flow: FlowNetwork) -> None:
+    two = add_second_time(flow)
+    labels = torch.eye(5)[:3] if flow.label_dim else None
+    call = images(flow), TIMES, labels, TIMES.flip(0)
+    torch.compiler.reset()
+    compiled = torch.compile(two, backend="aot_eager", fullgraph=True)
+    expected, found = two(*call), compiled(*call)
+    assert error(found.detach(), expected.detach()) <= 1e-5
+    gain = two.network.get_parameter("second_time.gain")
+    grads = [torch.autograd.grad(F.square().sum(), gain)[0] for F in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=0)
 
 
 @torch.no_grad()

@@ -86,6 +86,11 @@ def test_iddpm_rounds_to_the_nearest_level() -> None:
     assert iddpm.c_noise(levels[500]) == 499
 
 
+def test_iddpm_refuses_levels_without_end() -> None:
+    with pytest.raises(ValueError, match="1 to 10000 noise levels"):
+        IDDPM(M=10**9)
+
+
 def test_the_others_round_nothing() -> None:
     sigma = torch.tensor([0.1234, 5.0])
     for preconditioning in (EDM(), VP(), VE()):

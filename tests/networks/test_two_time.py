@@ -34,16 +34,14 @@ def test_the_output_is_the_same_to_the_bit(flow: FlowNetwork) -> None:
 def test_the_gain_learns_from_the_first_step_and_the_copy_from_the_second(flow: FlowNetwork) -> None:
     x, labels = point(flow)
     two = add_second_time(flow)
-    second = two.network.get_submodule("second_time")
-    gain = second.gain
-    assert isinstance(gain, torch.nn.Parameter)
+    gain = two.network.get_parameter("second_time.gain")
     two(x, S, labels, T).square().sum().backward()
     assert gain.grad is not None
     assert gain.grad.abs() > 0
     gain.data += 0.1
     before = two(x, S, labels, T)
     before.square().sum().backward()
-    for name, parameter in second.named_parameters():
+    for name, parameter in two.network.get_submodule("second_time").named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
     assert not torch.equal(before, two(x, S, labels, S))
@@ -67,7 +65,7 @@ def test_dropping_undoes_adding(flow: FlowNetwork) -> None:
 @torch.no_grad()
 def test_both_are_copies_where_there_is_nothing_to_do(flow: FlowNetwork) -> None:
     two = add_second_time(flow)
-    two.network.get_submodule("second_time").gain.fill_(0.3)  # type: ignore[operator, union-attr]
+    two.network.get_parameter("second_time.gain").fill_(0.3)
     x, labels = point(flow)
     assert torch.equal(add_second_time(two)(x, S, labels, T), two(x, S, labels, T))
     assert torch.equal(drop_second_time(flow)(x, S, labels), flow(x, S, labels))
@@ -79,7 +77,7 @@ def test_tangent_along_the_second_time(wide: FlowNetwork) -> None:
     two = add_second_time(wide)
     h = 2e-8  # VP's condition is 999 t', whose cosines turn fast
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        two.network.get_submodule("second_time").gain.fill_(0.3)  # type: ignore[operator, union-attr]
+        two.network.get_parameter("second_time.gain").fill_(0.3)
         t = torch.tensor([1.3, 1.0, 1.5], dtype=torch.float64)
         _, found = torch.func.jvp(lambda t: two(x, S, labels, t), (t,), (torch.ones_like(t),))
         difference = (two(x, S, labels, t + h) - two(x, S, labels, t - h)) / (2 * h)
