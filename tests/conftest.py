@@ -3,19 +3,24 @@
 from pathlib import Path
 
 import pytest
+from golden_set import GOLDEN, unpack_bad
 from hypothesis import settings
 
 # The same examples in every run, and no deadline: the first call of a torch operation is slow, and machines are shared.
 settings.register_profile("edmdistill", derandomize=True, deadline=None)
 settings.load_profile("edmdistill")
 
-GOLDEN = Path(__file__).parent / "golden"
-
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of golden cases: tiny official pickles with outputs of the official code; see its README."""
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of damaged and hostile pickles, golden_set.BAD."""
+    return unpack_bad(tmp_path_factory.mktemp("bad"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_set import NETWORKS
 from msgspec.structs import replace
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,11 +25,6 @@ from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.preconditioning import Denoiser
 from edmdistill.networks.two_time import drop_second_time
 
-NAMES = sorted(
-    path.name
-    for path in (Path(__file__).parents[1] / "golden").glob("*.pkl*")
-    if not path.name.startswith(("bad-", "phema-"))
-)
 KINDS = {
     "VPPrecond": ("vp", {"sigma_min": 0.002, "sigma_max": 80.0}),
     "VEPrecond": ("ve", {"sigma_min": 0.02, "sigma_max": 100.0}),
@@ -43,7 +39,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=NETWORKS)
 def converted(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     """Every golden network, converted."""
     return convert(golden / request.param, tmp_path_factory.mktemp("convert") / "out")
@@ -126,9 +122,9 @@ def test_upcast(golden: Path) -> None:
         ("bad-unknown-kwarg.pkl", "with the argument no_such_option"),
     ],
 )
-def test_what_does_not_fit_is_refused(golden: Path, tmp_path: Path, name: str, sentence: str) -> None:
+def test_what_does_not_fit_is_refused(bad: Path, tmp_path: Path, name: str, sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        convert(golden / name, tmp_path / "out")
+        convert(bad / name, tmp_path / "out")
     assert sentence in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -140,8 +136,8 @@ def test_other_noise_levels_are_refused(golden: Path) -> None:
         build_official(official)
 
 
-def test_rerunning(golden: Path, tmp_path: Path) -> None:
-    tiny, other, out = golden / "edm-tiny-cond.pkl", golden / "bad-modulesrc-exec.pkl", tmp_path / "out"
+def test_rerunning(golden: Path, bad: Path, tmp_path: Path) -> None:
+    tiny, other, out = golden / "edm-tiny-cond.pkl", bad / "bad-modulesrc-exec.pkl", tmp_path / "out"
     first = convert(tiny, out)
     before = (out / CONFIG).stat().st_mtime_ns
     assert convert(tiny, out) == (out, first.config, ())

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from golden_set import BAD
 
 from edmdistill.cli import main
 
-BAD = sorted(path.name for path in (Path(__file__).parents[1] / "golden").glob("bad-*.pkl"))
 SOUND = "bad-modulesrc-exec.pkl"  # a network like another, with a source text that must not run
 
 
@@ -43,9 +43,9 @@ def test_a_missing_file_has_a_neighbour(golden: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad(golden: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad(bad: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["convert", str(golden / name), "out"])
+    result = CliRunner().invoke(main, ["convert", str(bad / name), "out"])
     if name == SOUND:
         assert result.exit_code == 0
         assert os.listdir() == ["out"]
@@ -57,11 +57,11 @@ def test_bad(golden: Path, name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert os.listdir() == []
 
 
-def test_a_bad_file_costs_no_torch(golden: Path, tmp_path: Path) -> None:
+def test_a_bad_file_costs_no_torch(bad: Path, tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from edmdistill.cli import main\n"
-        f"sys.argv = ['edmdistill', 'convert', {str(golden / 'bad-os-system.pkl')!r}, 'out']\n"
+        f"sys.argv = ['edmdistill', 'convert', {str(bad / 'bad-os-system.pkl')!r}, 'out']\n"
         "try: main()\n"
         "finally: print('torch' in sys.modules)\n"
     )

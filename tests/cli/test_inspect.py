@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from golden_set import BAD
 
 from edmdistill.cli import main
 
-BAD = sorted(path.name for path in (Path(__file__).parents[1] / "golden").glob("bad-*.pkl"))
 SOUND_AS_FILES = {
     *("bad-huge-config.pkl", "bad-missing-param.pkl", "bad-modulesrc-exec.pkl", "bad-shape-flat.pkl"),
     *("bad-shape-mismatch.pkl", "bad-unknown-kwarg.pkl"),
@@ -34,9 +34,9 @@ def test_json_and_tensors(golden: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad(golden: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad(bad: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["inspect", str(golden / name)])
+    result = CliRunner().invoke(main, ["inspect", str(bad / name)])
     if name in SOUND_AS_FILES:
         assert result.exit_code == 0
     else:

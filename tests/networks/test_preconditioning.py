@@ -68,6 +68,17 @@ def test_ranges() -> None:
     assert IDDPM().sigma_max == 80
 
 
+def test_ve_is_the_official_one(golden: Path) -> None:
+    """On what the official network received and returned; the network is NCSN++, which is tested with its weights."""
+    tensors = load_file(golden / "ve-ncsnpp-cond.safetensors")
+    for case in ("case0", "case1", "case2"):
+        x, sigma, F_x = (tensors[f"{case}.{name}"].float() for name in ("x", "sigma", "F_x"))
+        c_skip, c_out, c_in, c_noise = VE().coefficients(sigma.reshape(-1, 1, 1, 1))
+        torch.testing.assert_close(c_in * x, tensors[f"{case}.x_in"])
+        torch.testing.assert_close(c_noise.flatten(), tensors[f"{case}.c_noise"])
+        torch.testing.assert_close(c_skip * x + c_out * F_x, tensors[f"{case}.D_x"])
+
+
 def test_iddpm_levels_are_the_official_buffer(golden: Path) -> None:
     from edmdistill.checkpoints.nvidia import read_official
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_set import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from edmdistill.sampling.guidance import GuidedDenoiser
 from edmdistill.sampling.heun import EDM, EDM2, Churn, edm_sampler
 from edmdistill.sampling.seeds import SeededNoise
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FACTS = {path.stem: json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*.json"))}
 SAMPLED = [
     (name, key) for name, facts in FACTS.items() for key in ("sampler", "churn") if key in facts and "pickle" in facts
