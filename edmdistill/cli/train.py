@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -53,19 +54,22 @@ def command(
     for sentence in run.method.notes():
         click.echo(sentence, err=True)
 
+    training, bar = resolved.training, None
     interval = 0.2 if sys.stderr.isatty() else 30
-    with tqdm(total=resolved.training.images, unit="img", unit_scale=True, mininterval=interval, delay=1e-3) as bar:
+    with ExitStack() as stack:
 
         def show(images: int, measures: dict[str, float]) -> None:
-            if bar.n == 0 and images > resolved.training.batch:  # resumed: the speed is that of this process
-                bar.initial = bar.n = images - resolved.training.batch
+            nonlocal bar
+            if bar is None:  # at the first round, for a resumed run's first images are not this process's speed
+                start = images - training.batch
+                bar = tqdm(total=training.images, initial=start, unit="img", unit_scale=True, mininterval=interval)
+                stack.enter_context(bar)
             losses = {k.removeprefix("loss/"): v for k, v in measures.items() if not k.startswith(("grad_norm", "lr"))}
             bar.set_postfix(losses, refresh=False)
-            bar.update(min(images, resolved.training.images) - bar.n)
+            bar.update(min(images, training.images) - bar.n)
 
-        outcome = train(
-            run, run_dir, recipe_text=_as_given(recipe, sets, find_recipe(recipe)[0]), on_round=show, note=_say
-        )
+        recipe_text = _as_given(recipe, sets, find_recipe(recipe)[0])
+        outcome = train(run, run_dir, recipe_text=recipe_text, on_round=show, note=_say)
     if not outcome.finished:
         _say(f"Interrupted after {outcome.images:,} images and saved; the same command goes on from there.")
         sys.exit(130)

@@ -69,7 +69,8 @@ def train(
         else:
             run.restore(state.tensors, state.progress["images"])
             window = Window(**state.progress["window"])
-            note(f"Going on after {run.images} images.")
+            finished = run.images >= training.images
+            note(f"{'Finished already' if finished else 'Going on'} after {run.images:,} images.")
         folder.forget_after(run.images)
 
         try:

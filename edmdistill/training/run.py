@@ -123,17 +123,10 @@ def prepare(recipe: Recipe, *, data: str | Path, teacher: str | Path | None = No
     method_class = recipe.method_class
     dataset = open_dataset(data, split=recipe.data.split)
     if teacher is not None:
-        path = _checkpoint(teacher)
-        flow, config = load_checkpoint(path) if path.is_dir() else read_source(path)
-        if config.stage != "teacher":
-            raise TrainingError(f"{teacher} is a {config.stage}, made by {config.method}: give its teacher")
-        parent = _sha256(path)
+        flow, config = _read(teacher)
     elif recipe.network is not None:
         torch.manual_seed(recipe.training.seed)
-        flow, parent = _new_network(recipe.network, dataset), None
-        config = CheckpointConfig(
-            stage="teacher", provenance=Provenance(source=f"edmdistill train on {Path(data).name}"), **facts(flow)
-        )
+        flow, config = _make(recipe.network, dataset)
     else:
         name = recipe.method["name"]
         raise TrainingError(f"{name} distils a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
@@ -153,7 +146,6 @@ def prepare(recipe: Recipe, *, data: str | Path, teacher: str | Path | None = No
             recipe_hash=recipe.hash,
             label_names=config.label_names or (tuple(dataset.label_names) if dataset.label_names else None),
             sampling=Sampling(recipe.sampling.sigmas) if recipe.sampling.sigmas else None,
-            provenance=replace(config.provenance, parent=parent),
             results=(),
         ),
         method=method_class(recipe.method_config, roles, NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)),
@@ -170,8 +162,23 @@ def prepare(recipe: Recipe, *, data: str | Path, teacher: str | Path | None = No
     )
 
 
-def _new_network(table: Network, dataset: Dataset) -> FlowNetwork:
-    """A network that fits the data, with fresh weights."""
+def _read(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
+    """A teacher and its configuration, as parent of what comes from it; of a run directory, the one trained there."""
+    path = resolve(source)
+    if path.is_dir():
+        path = path / "generator" if (path / "generator" / CONFIG).is_file() else path
+        flow, config = load_checkpoint(path)
+    else:
+        flow, config = read_source(path)
+    if config.stage != "teacher":
+        raise TrainingError(f"{source} is a {config.stage}, made by {config.method}: give its teacher")
+    with (path / MODEL if path.is_dir() else path).open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return flow, replace(config, provenance=replace(config.provenance, parent=sha256))
+
+
+def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConfig]:
+    """A network that fits the data, with fresh weights, and its configuration."""
     arguments = {
         "img_resolution": dataset.img_resolution,
         "img_channels": dataset.img_channels,
@@ -181,7 +188,9 @@ def _new_network(table: Network, dataset: Dataset) -> FlowNetwork:
         network = NETWORKS[table.kind](**arguments)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"[network.arguments] make no {table.kind} network: {error}") from error
-    return FlowNetwork(network, EDM(sigma_data=table.sigma_data))
+    flow = FlowNetwork(network, EDM(sigma_data=table.sigma_data))
+    provenance = Provenance(source=f"edmdistill train diffusion on {Path(dataset.name).name}")
+    return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
 
 
 def _cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
@@ -209,14 +218,3 @@ def _require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) 
         raise TrainingError(
             f"the data {dataset.name} are {words(*has)}, but the network takes {what} of {words(*needs)}: give those"
         )
-
-
-def _checkpoint(source: str | Path) -> Path:
-    """A checkpoint's folder or file; of a run directory, that of what it trained."""
-    path = resolve(source)
-    return path / "generator" if (path / "generator" / CONFIG).is_file() else path
-
-
-def _sha256(path: Path) -> str:
-    with (path / MODEL if path.is_dir() else path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from click.testing import CliRunner
 
 from edmdistill.cli import main
@@ -70,11 +69,10 @@ def test_a_missing_teacher_is_one_sentence(tmp_path):
     assert "cosim distils a teacher" in result.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_saves_and_the_same_command_goes_on(tmp_path, number):
+def test_interrupted_it_saves_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "edmdistill", *arguments(tmp_path / "run", "--set", "training.images=400000")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for attempt in range(2):
+    for attempt, number in enumerate([signal.SIGINT, signal.SIGTERM]):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         seen = saved = len(lines(tmp_path)) if attempt else 0
         while seen < saved + 3:
