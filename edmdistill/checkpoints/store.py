@@ -48,11 +48,19 @@ class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
-    """Noise levels to sample at, falling, by their number: {"2": [80.0, 2.515]}."""
+    """How a generator wants to be sampled, unless it is told otherwise.
 
-    sigmas: dict[str, tuple[float, ...]]
+    Attributes:
+        sigmas: noise levels, falling, by their number: {"2": [80.0, 2.515]}; for others, EDM's curve.
+        gamma: share of fresh noise between the steps, in [0, 1].
+    """
+
+    sigmas: dict[str, tuple[float, ...]] = {}
+    gamma: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}, outside [0, 1]")
         for nfe, sigmas in self.sigmas.items():
             if str(len(sigmas)) != nfe or list(sigmas) != sorted(sigmas, reverse=True) or min(sigmas) <= 0:
                 raise ValueError(f"the schedule for {nfe} steps is {list(sigmas)}")
@@ -91,7 +99,7 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     recipe_hash: str | None = None
     images_seen: int | None = None
     ema: dict[str, Any] | None = None
-    sampling: Sampling | None = None
+    sampling: Sampling = Sampling()
     encoder: dict[str, Any] = msgspec.field(default_factory=lambda: {"kind": "pixels"})
     """What images are to the network: pixels in [-1, 1], or a VAE's latents with their statistics."""
     provenance: Provenance
@@ -329,6 +337,6 @@ class Generator(nn.Module):
 
     def schedule(self, nfe: int) -> Tensor:
         """Times to evaluate at, falling, in radians: the checkpoint's own, else EDM's curve.  [nfe] float64"""
-        own = self.config.sampling.sigmas.get(str(nfe)) if self.config.sampling else None
+        own = self.config.sampling.sigmas.get(str(nfe))
         sigmas = own or generator_sigmas(nfe, self.flow.sigma_min, self.flow.sigma_max)
-        return sigma_to_time(torch.as_tensor(sigmas), self.flow.sigma_data)
+        return sigma_to_time(torch.as_tensor(sigmas, dtype=torch.float64), self.flow.sigma_data)

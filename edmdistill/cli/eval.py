@@ -23,7 +23,7 @@ def _integers(context: click.Context, option: click.Parameter, text: str | None)
     callback=_integers,
     help="Network evaluations, as in 1,2,4.  [default: generator 2, teacher 35 or 63]",
 )
-@click.option("--gamma", type=float, default=1.0, show_default=True, help="Generator: share of fresh noise, 0 to 1.")
+@click.option("--gamma", type=float, help="Generator: share of fresh noise, 0 to 1.  [default: the checkpoint's]")
 @click.option(
     "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
 )
@@ -44,7 +44,7 @@ def command(
     protocol: str,
     ref: str | None,
     nfe: list[int | None],
-    gamma: float,
+    gamma: float | None,
     times: str | None,
     guidance: float,
     guide: str | None,

@@ -15,7 +15,7 @@ import click
     "--nfe", type=click.IntRange(min=1), help="Network evaluations.  [default: generator 2, teacher 35 or 63]"
 )
 @click.option("--class", "words", multiple=True, metavar="NAME|ID", help="Class; several take turns.  [default: drawn]")
-@click.option("--gamma", type=float, default=1.0, show_default=True, help="Generator: share of fresh noise, 0 to 1.")
+@click.option("--gamma", type=float, help="Generator: share of fresh noise, 0 to 1.  [default: the checkpoint's]")
 @click.option(
     "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
 )
@@ -40,7 +40,7 @@ def command(
     seeds: str,
     nfe: int | None,
     words: tuple[str, ...],
-    gamma: float,
+    gamma: float | None,
     times: str | None,
     guidance: float,
     guide: str | None,

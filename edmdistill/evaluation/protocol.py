@@ -22,10 +22,8 @@ from .. import __version__
 from ..checkpoints.store import Generator
 from ..data.datasets import Dataset, open_dataset
 from ..errors import DatasetError, EdmDistillError
-from ..networks.edm2 import UNet
 from ..networks.preconditioning import Denoiser
-from ..sampling.generate import sample
-from ..sampling.heun import EDM, EDM2
+from ..sampling.generate import sample, style_of
 from ..trigflow import time_to_sigma
 from .features import FEATURES, Classifier
 from .frechet import RunningStatistics, Statistics, frechet_distance
@@ -147,7 +145,7 @@ def evaluate(
     *,
     protocol: str,
     nfe: int | None = None,
-    gamma: float = 1.0,
+    gamma: float | None = None,
     times: Sequence[float] | Tensor | None = None,
     guidance: float = 1.0,
     guide: Denoiser | None = None,
@@ -188,7 +186,7 @@ def evaluate(
             batch=batch,
         )
         images = drawn(model_or_images, range(standard.n) if seeds is None else seeds, draw)
-    elif (nfe, gamma, times, guidance, guide, seeds) == (None, 1, None, 1, None, None):
+    elif (nfe, gamma, times, guidance, guide, seeds) == (None, None, None, 1, None, None):
         images = found(model_or_images, data.label_dim)
     else:
         raise EdmDistillError(
@@ -291,15 +289,15 @@ def _batches(count: int, batch: int) -> Iterator[range]:
 
 
 def _sampler(
-    drawer: object, nfe: int | None, gamma: float, times: Sequence[float] | Tensor | None, guidance: float
+    drawer: object, nfe: int | None, gamma: float | None, times: Sequence[float] | Tensor | None, guidance: float
 ) -> Sampler | None:
     """What `sample` did, its defaults filled in; None for images that were not drawn here."""
     if isinstance(drawer, Denoiser):
-        style = EDM2 if isinstance(drawer.flow.network, UNet) else EDM
-        return Sampler(solver="heun", nfe=nfe or 2 * style.num_steps - 1, guidance=guidance)
+        return Sampler(solver="heun", nfe=nfe or 2 * style_of(drawer).num_steps - 1, guidance=guidance)
     if isinstance(drawer, Generator):
         times = drawer.schedule(nfe or 2) if times is None else torch.as_tensor(times)
         sigmas = time_to_sigma(times, drawer.flow.sigma_data).tolist()
+        gamma = drawer.config.sampling.gamma if gamma is None else gamma
         return Sampler(solver="gamma", nfe=len(sigmas), gamma=gamma, sigmas=tuple(sigmas))
     return None
 

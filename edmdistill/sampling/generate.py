@@ -29,7 +29,7 @@ def sample(
     *,
     seeds: Sequence[int],
     labels: int | Sequence[int] | Tensor | None = None,
-    gamma: float = 1.0,
+    gamma: float | None = None,
     times: Sequence[float] | Tensor | None = None,
     guidance: float = 1.0,
     guide: Denoiser | None = None,
@@ -48,7 +48,7 @@ def sample(
             teacher it is odd; guidance, which calls a second network beside the first, does not count.
         seeds: one for each image, taken modulo 2^32.  [N]
         labels: one class for all, a class a seed [N], vectors [N,label_dim], or None: drawn from each seed.
-        gamma: share of fresh noise between a generator's steps, in [0, 1]; see gamma_sampler.
+        gamma: share of fresh noise between a generator's steps, in [0, 1]; default: its own; see gamma_sampler.
         times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
         guidance: weight of a teacher's guidance; 1 = none; see GuidedDenoiser.
         guide: the network to move away from; default: the teacher without labels.
@@ -64,7 +64,7 @@ def sample(
             raise EdmDistillError("guidance and churn are for teachers, and this is a generator: leave them out")
         solve = _gamma_solver(model, nfe, gamma, times)
     else:
-        if gamma != 1 or times is not None:
+        if gamma is not None or times is not None:
             raise EdmDistillError(
                 "gamma and times are for generators, and this is a teacher: use nfe, guidance and churn"
             )
@@ -123,8 +123,9 @@ def _first_draws(model: Generator | Denoiser, rng: SeededNoise) -> tuple[Tensor,
 
 
 def _gamma_solver(
-    model: Generator, nfe: int | None, gamma: float, times: Sequence[float] | Tensor | None
+    model: Generator, nfe: int | None, gamma: float | None, times: Sequence[float] | Tensor | None
 ) -> Callable[..., Tensor]:
+    gamma = model.config.sampling.gamma if gamma is None else gamma
     if not 0 <= gamma <= 1:
         raise EdmDistillError(f"gamma is the share of fresh noise and lies in [0, 1], but it is {gamma:g}")
     if times is None:

@@ -145,7 +145,7 @@ def prepare(recipe: Recipe, *, data: str | Path, teacher: str | Path | None = No
             method=recipe.method["name"],
             recipe_hash=recipe.hash,
             label_names=config.label_names or (tuple(dataset.label_names) if dataset.label_names else None),
-            sampling=Sampling(recipe.sampling.sigmas) if recipe.sampling.sigmas else None,
+            sampling=Sampling(recipe.sampling.sigmas, recipe.sampling.gamma),
             results=(),
         ),
         method=method_class(recipe.method_config, roles, NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)),

@@ -24,14 +24,12 @@ def draw(run: Run, folder: Path) -> None:
     Latents are not drawn.
     """
     network, own = run.ema.network, run.recipe.sampling
-    teaches = run.config.stage == "teacher"
-    model = Denoiser(network) if teaches else Generator(network, run.config)
+    model = Denoiser(network) if run.config.stage == "teacher" else Generator(network, run.config)
     if is_latent(model):
         return
     seeds = range(COLUMNS * ROWS)
     labels = [seed % network.label_dim for seed in seeds] if network.label_dim else None
-    gamma = 1.0 if teaches else own.gamma
-    images = torch.cat([sample(model, nfe, seeds=seeds, labels=labels, gamma=gamma) for nfe in own.nfe])
+    images = torch.cat([sample(model, nfe, seeds=seeds, labels=labels) for nfe in own.nfe])
     with aside(folder / f"{run.images:09d}.png") as new:
         image_grid(to_uint8(images), COLUMNS).save(new, "png")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from edmdistill.networks.preconditioning import EDM, IDDPM, PRECONDITIONINGS, VE, VP, Preconditioning
 from edmdistill.schedules import edm_sigmas
