@@ -73,9 +73,9 @@ def command(
     if not outcome.finished:
         _say(f"Interrupted after {outcome.images:,} images and saved; the same command goes on from there.")
         sys.exit(130)
-    nfe = resolved.sampling.nfe[0]
+    nfe = 2 if 2 in resolved.sampling.nfe else resolved.sampling.nfe[0]
     _say(f"The {run.method.product} of {outcome.images:,} images is in {run_dir / 'generator'}. To draw from it:")
-    _say(f"  edmdistill sample {run_dir / 'generator'} --nfe {nfe} --seeds 0-63 --out {run_dir / 'images'}")
+    _say(f"  edmdistill sample {run_dir} --nfe {nfe} --seeds 0-63 --out {run_dir / 'images'}")
 
 
 def _say(sentence: str) -> None:

@@ -49,6 +49,8 @@ def load_state(folder: Path, note: Callable[[str], object]) -> State | None:
         note: hears of every state that is not whole, is passed over, and is called NAME.broken from then on.
     Raises: TrainingError: there are states, and none is whole.
     """
+    for rest in folder.glob(".*"):  # of a process that was killed while it wrote
+        shutil.rmtree(rest)
     states = saved_states(folder)
     for path in reversed(states):
         try:

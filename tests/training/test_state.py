@@ -50,6 +50,13 @@ def test_a_broken_state_gives_way_to_the_one_before(tmp_path, file, damage):
     assert load_state(tmp_path, pytest.fail).progress["images"] == 16
 
 
+def test_what_a_killed_process_left_is_swept_up(tmp_path):
+    save_state(tmp_path, make(8), keep=2)
+    (tmp_path / ".000000000016.abcd.new").mkdir()
+    assert load_state(tmp_path, pytest.fail).progress["images"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["000000000008"]
+
+
 def test_no_whole_state_is_an_error_and_no_fresh_start(tmp_path):
     save_state(tmp_path, make(8), keep=2)
     (tmp_path / "000000000008" / "ema.safetensors").unlink()
