@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..checkpoints.store import save_tensors
-from ..data.datasets import indices, open_dataset
-from ..evaluation.features import DigitsNet
+from edmdistill.checkpoints.store import save_tensors
+from edmdistill.data.datasets import indices, open_dataset
+from edmdistill.evaluation.features import DigitsNet
 
 SEED, STEPS, BATCH, LR = 0, 1500, 128, 1e-3
 

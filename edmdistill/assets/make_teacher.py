@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints.store import CheckpointConfig, load_checkpoint
-from ..networks.edm2 import UNet
-from ..networks.two_time import drop_second_time
+from edmdistill.checkpoints.store import CheckpointConfig, load_checkpoint
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.two_time import drop_second_time
 
 
 class EasyDict(dict[str, Any]):

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import DatasetError
+from edmdistill.errors import DatasetError
 
 IMAGE_SUFFIXES = (".png", ".bmp", ".webp", ".jpg", ".jpeg")
 IN_MEMORY_BYTES = 2**28  # smaller sets are decoded when they are opened, so that every error comes at once

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checkpoints.store import load_tensors
-from ..errors import DatasetError
+from edmdistill.checkpoints.store import load_tensors
+from edmdistill.errors import DatasetError
 
 DIGITS_WEIGHTS = Path(__file__).parents[1] / "assets" / "digits-features.safetensors"
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.store import CONFIG, Generator
-from ..data.datasets import open_dataset
-from ..errors import DatasetError
-from ..networks.preconditioning import Denoiser
-from ..sampling.grid import to_uint8
+from edmdistill.checkpoints.store import CONFIG, Generator
+from edmdistill.data.datasets import open_dataset
+from edmdistill.errors import DatasetError
+from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.sampling.grid import to_uint8
 
 LOSSY = (".jpg", ".jpeg", ".webp")
 

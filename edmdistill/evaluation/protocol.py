@@ -18,16 +18,16 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 from torch import Tensor
 
-from .. import __version__
-from ..checkpoints.store import Generator
-from ..data.datasets import Dataset, open_dataset
-from ..errors import DatasetError, EdmDistillError
-from ..networks.preconditioning import Denoiser
-from ..sampling.generate import sample, style_of
-from ..trigflow import time_to_sigma
-from .features import FEATURES, Classifier
-from .frechet import RunningStatistics, Statistics, frechet_distance
-from .images import Scheme, drawn, found
+from edmdistill import __version__
+from edmdistill.checkpoints.store import Generator
+from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.evaluation.features import FEATURES, Classifier
+from edmdistill.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
+from edmdistill.evaluation.images import Scheme, drawn, found
+from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.sampling.generate import sample, style_of
+from edmdistill.trigflow import time_to_sigma
 
 SCHEMA_VERSION = 1
 

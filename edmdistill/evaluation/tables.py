@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ..errors import EdmDistillError
-from .protocol import Protocol, Result, Sampler
+from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.protocol import Protocol, Result, Sampler
 
 
 class Generator(NamedTuple):

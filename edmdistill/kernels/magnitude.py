@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as f
 from torch import Tensor
 
-from .ops import conv2d, linear
+from edmdistill.kernels.ops import conv2d, linear
 
 
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Method
-from .cosim import CoSIM
-from .diffusion import Diffusion
-from .sid import SiD
+from edmdistill.methods.base import Method
+from edmdistill.methods.cosim import CoSIM
+from edmdistill.methods.diffusion import Diffusion
+from edmdistill.methods.sid import SiD
 
 METHODS: dict[str, type[Method]] = {"diffusion": Diffusion, "cosim": CoSIM, "sid": SiD}

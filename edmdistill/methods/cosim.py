@@ -19,10 +19,10 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from ..schedules import cosim_sigmas
-from ..trigflow import denoised, diffuse, sigma_to_time, velocity
-from .base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, normal_like
-from .semi_implicit import auxiliary_loss, generator_loss
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, normal_like
+from edmdistill.methods.semi_implicit import auxiliary_loss, generator_loss
+from edmdistill.schedules import cosim_sigmas
+from edmdistill.trigflow import denoised, diffuse, sigma_to_time, velocity
 
 
 class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,9 +12,9 @@ import msgspec
 import torch
 from msgspec import Meta
 
-from ..schedules import lognormal_sigmas
-from ..trigflow import diffuse, sigma_to_time, velocity
-from .base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, normal_like
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, normal_like
+from edmdistill.schedules import lognormal_sigmas
+from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 
 
 class DiffusionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

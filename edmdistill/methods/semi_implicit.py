@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..trigflow import cos_sin
-from .base import Loss
+from edmdistill.methods.base import Loss
+from edmdistill.trigflow import cos_sin
 
 
 def auxiliary_loss(F_aux: Tensor, F_teacher: Tensor, v: Tensor, s: Tensor, *, sigma_data: float, beta: float) -> Loss:

@@ -16,10 +16,10 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from ..schedules import edm_curve, lognormal_sigmas, uniform
-from ..trigflow import cos_sin, denoised, diffuse, sigma_to_time, velocity
-from .base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, normal_like
-from .semi_implicit import auxiliary_loss, generator_loss
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, normal_like
+from edmdistill.methods.semi_implicit import auxiliary_loss, generator_loss
+from edmdistill.schedules import edm_curve, lognormal_sigmas, uniform
+from edmdistill.trigflow import cos_sin, denoised, diffuse, sigma_to_time, velocity
 
 
 class SiDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

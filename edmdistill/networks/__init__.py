@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from .adm import DhariwalUNet
-from .base import Network
-from .edm2 import UNet
-from .song import SongUNet
+from edmdistill.networks.adm import DhariwalUNet
+from edmdistill.networks.base import Network
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.song import SongUNet
 
 NETWORKS: dict[str, type[Network]] = {"song": SongUNet, "adm": DhariwalUNet, "edm2": UNet}
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from .base import Network
-from .embeddings import PositionalEmbedding
-from .two_time import SecondTime
-from .unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
+from edmdistill.networks.base import Network
+from edmdistill.networks.embeddings import PositionalEmbedding
+from edmdistill.networks.two_time import SecondTime
+from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
 
 
 class DhariwalUNet(Network):

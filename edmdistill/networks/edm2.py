@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from ..kernels.magnitude import mp_cat, mp_conv, mp_fourier, mp_silu, mp_sum, normalize, normalize_weight
-from ..kernels.ops import downsample, is_box, self_attention, separable, split_heads, upsample
-from .base import Network
-from .two_time import SecondTime
+from edmdistill.kernels.magnitude import mp_cat, mp_conv, mp_fourier, mp_silu, mp_sum, normalize, normalize_weight
+from edmdistill.kernels.ops import downsample, is_box, self_attention, separable, split_heads, upsample
+from edmdistill.networks.base import Network
+from edmdistill.networks.two_time import SecondTime
 
 
 class MPConv(nn.Module):

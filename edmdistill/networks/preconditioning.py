@@ -18,8 +18,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor, nn
 
-from ..trigflow import expand
-from .base import Network
+from edmdistill.networks.base import Network
+from edmdistill.trigflow import expand
 
 Coefficients = tuple[Tensor | float, Tensor | float, Tensor | float, Tensor]
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .base import Network
-from .preconditioning import FlowNetwork
+from edmdistill.networks.base import Network
+from edmdistill.networks.preconditioning import FlowNetwork
 
 
 class SecondTime(nn.Module):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import dropout, pad
 
-from ..kernels.ops import (
+from edmdistill.kernels.ops import (
     conv2d,
     downsample,
     group_norm,

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..checkpoints.aside import aside
-from ..errors import EdmDistillError
-from .grid import image_grid, to_image, to_uint8
+from edmdistill.checkpoints.aside import aside
+from edmdistill.errors import EdmDistillError
+from edmdistill.sampling.grid import image_grid, to_image, to_uint8
 
 GRID_MOST = 1024  # samples in a grid
 NO_CLASS = -1  # what stands in an .npz for the class of an unconditional sample

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..trigflow import diffuse, implied_noise
+from edmdistill.trigflow import diffuse, implied_noise
 
 
 def gamma_sampler(

@@ -8,16 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..checkpoints.store import Generator
-from ..errors import EdmDistillError
-from ..networks.edm2 import UNet
-from ..networks.preconditioning import Denoiser
-from .gamma import gamma_sampler
-from .guidance import GuidedDenoiser
-from .heun import EDM, EDM2, Churn, Style, edm_sampler, steps_of_nfe
-from .labels import label_vectors
-from .seeds import SeededNoise
-from .times import check_times
+from edmdistill.checkpoints.store import Generator
+from edmdistill.errors import EdmDistillError
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.sampling.gamma import gamma_sampler
+from edmdistill.sampling.guidance import GuidedDenoiser
+from edmdistill.sampling.heun import EDM, EDM2, Churn, Style, edm_sampler, steps_of_nfe
+from edmdistill.sampling.labels import label_vectors
+from edmdistill.sampling.seeds import SeededNoise
+from edmdistill.sampling.times import check_times
 
 NO_CHURN = Churn()
 

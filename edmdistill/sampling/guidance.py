@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import EdmDistillError
-from ..networks.preconditioning import Denoiser
+from edmdistill.errors import EdmDistillError
+from edmdistill.networks.preconditioning import Denoiser
 
 
 class GuidedDenoiser:

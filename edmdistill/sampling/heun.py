@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import EdmDistillError
-from ..schedules import edm_sigmas
+from edmdistill.errors import EdmDistillError
+from edmdistill.schedules import edm_sigmas
 
 
 class Denoises(Protocol):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..errors import EdmDistillError
+from edmdistill.errors import EdmDistillError
 
 
 def label_vectors(labels: int | Sequence[int] | Tensor, label_dim: int, count: int) -> Tensor:

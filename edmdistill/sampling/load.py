@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.source import resolve
-from ..checkpoints.store import CONFIG, Generator, read_config
-from ..errors import EdmDistillError
-from ..networks.preconditioning import Denoiser
+from edmdistill.checkpoints.source import resolve
+from edmdistill.checkpoints.store import CONFIG, Generator, read_config
+from edmdistill.errors import EdmDistillError
+from edmdistill.networks.preconditioning import Denoiser
 
 
 def class_names(model: Generator | Denoiser, source: str | Path) -> tuple[str, ...] | None:

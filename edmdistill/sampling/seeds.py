@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import EdmDistillError
+from edmdistill.errors import EdmDistillError
 
 MAX_SEED = 2**32 - 1
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import EdmDistillError
-from ..trigflow import sigma_to_time
+from edmdistill.errors import EdmDistillError
+from edmdistill.trigflow import sigma_to_time
 
 
 def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: float) -> Tensor:
