@@ -1,0 +1,164 @@
+"""CoSIM and SiD trained to the end on a mixture of four modes in the plane, whose teacher is known in closed form.
+
+Distances between 20,000 samples and the data: sliced Wasserstein-2 and energy distance x 1000. Data against data gives
+.009 and 0; the networks before distillation .4 and 400.
+"""
+
+import copy
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edmdistill.methods.base import Batch, Method, NoiseRange
+from edmdistill.methods.cosim import CoSIM
+from edmdistill.methods.sid import SiD
+from edmdistill.sampling.gamma import gamma_sampler
+from edmdistill.schedules import edm_curve
+from edmdistill.trigflow import cos_sin, denoised, diffuse, expand, sigma_to_time
+
+SD = 0.5
+NOISE = NoiseRange(SD, 0.002, 80.0)
+SHARES = torch.tensor([0.35, 0.3, 0.2, 0.15])
+STDS = torch.tensor([0.13, 0.18, 0.15, 0.14])
+MEANS = torch.tensor([[-0.55, -0.25], [0.45, 0.45], [0.5, -0.55], [-0.35, 0.75]])
+BATCH, WIDTH = 512, 96
+
+
+def data(size: int, rng: torch.Generator) -> Tensor:
+    mode = torch.multinomial(SHARES, size, replacement=True, generator=rng)
+    x0 = MEANS[mode] + STDS[mode, None] * torch.randn(size, 2, generator=rng)
+    return x0.reshape(size, 2, 1, 1)
+
+
+def teacher(x_t: Tensor, t: Tensor, labels: None = None) -> Tensor:
+    """E[v | x_t] / sigma_data: the mean over modes, each linear in x_t, by the modes' shares given x_t."""
+    cos, sin = (part.reshape(-1, 1, 1) for part in cos_sin(t, x_t))
+    variance = cos**2 * STDS[:, None] ** 2 + sin**2 * SD**2
+    off = x_t.reshape(-1, 1, 2) - cos * MEANS
+    v = sin * cos * (SD**2 - STDS[:, None] ** 2) / variance * off - sin * MEANS
+    logits = SHARES.log() - variance[..., 0].log() - off.square().sum(-1) / (2 * variance[..., 0])
+    return (logits.softmax(1)[..., None] * v).sum(1).reshape(x_t.shape) / SD
+
+
+class Network(nn.Module):
+    """An EDM-preconditioned MLP; a second time enters through weights that start from 0."""
+
+    def __init__(self, two_time: bool = False) -> None:
+        super().__init__()
+        self.x, self.t = nn.Linear(2, WIDTH), nn.Linear(9, WIDTH)
+        self.hidden = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+        self.out = nn.Linear(WIDTH, 2)
+        self.second = nn.Linear(9, WIDTH) if two_time else None
+        if self.second is not None:
+            nn.init.zeros_(self.second.weight)
+            nn.init.zeros_(self.second.bias)
+
+    @staticmethod
+    def features(t: Tensor, x: Tensor) -> Tensor:
+        c_noise = (SD * expand(t, x).flatten(1).tan()).log().to(x.dtype) / 4
+        return torch.cat([c_noise, *(f(k * c_noise) for k in (1, 2, 4, 8) for f in (torch.cos, torch.sin))], 1)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: None = None, *second: Tensor) -> Tensor:
+        h = self.x(x_t.flatten(1) / SD) + self.t(self.features(t, x_t))
+        for time in second:
+            h = h + self.second(self.features(time, x_t))
+        for layer in self.hidden:
+            h = layer(nn.functional.silu(h))
+        return -self.out(nn.functional.silu(h)).reshape(x_t.shape)
+
+
+def fitted(seed: int, steps: int = 600) -> Network:
+    """What distillation starts from: the teacher as a network."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = Network()
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        x0 = data(BATCH, rng)
+        t = sigma_to_time(edm_curve(torch.rand(BATCH, generator=rng), *NOISE[1:]), SD)
+        x_t = diffuse(x0, SD * torch.randn(x0.shape, generator=rng), t)
+        loss = (network(x_t, t) - teacher(x_t, t)).square().sum() / BATCH
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network
+
+
+def distilled(kind: type[Method], config: Any, seed: int, steps: int, half_life: float = 400) -> Network:
+    """The average of the generator after `steps` rounds."""
+    start, rng = fitted(seed), torch.Generator().manual_seed(seed)
+    networks = {"generator": start, "auxiliary": Network(kind.roles["auxiliary"].two_time)}
+    networks["auxiliary"].load_state_dict(start.state_dict(), strict=False)
+    average = copy.deepcopy(start).requires_grad_(False)
+    optimizers = {
+        role: torch.optim.Adam(network.parameters(), lr=5e-4, betas=(0.0, 0.999), fused=True)
+        for role, network in networks.items()
+    }
+    turns = kind(config, {"teacher": teacher, **networks}, NOISE).turns()
+    for step in range(steps):
+        for turn in turns:
+            for role, network in networks.items():
+                network.requires_grad_(role == turn.role)
+            optimizer = optimizers[turn.role]
+            optimizer.param_groups[0]["lr"] = 5e-4 * min(1.0, 2 - 2 * step / steps)
+            optimizer.zero_grad()
+            turn.loss(Batch(data(BATCH, rng), None), rng).value.mean().backward()
+            optimizer.step()
+        torch._foreach_lerp_(
+            list(average.parameters()), [p.detach() for p in start.parameters()], 1 - 0.5 ** (1 / half_life)
+        )
+    return average
+
+
+@torch.no_grad()
+def samples(network: Network, sigmas: Tensor, rng: torch.Generator, size: int = 20000) -> Tensor:
+    def generator(x_t: Tensor, t: Tensor, labels: None) -> Tensor:
+        t = t.expand(len(x_t))
+        return denoised(x_t, network(x_t, t), t, SD)
+
+    def normal(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=rng)
+
+    noise = torch.randn(size, 2, 1, 1, generator=rng)
+    return gamma_sampler(generator, noise, times=sigma_to_time(sigmas, SD), sigma_data=SD, randn_like=normal)
+
+
+@cache
+def trained(kind: type[Method]) -> Network:
+    return distilled(kind, kind.Config(), seed=0, steps=1500)
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
+    angle = torch.arange(directions) * (math.pi / directions)
+    onto = torch.stack([angle.cos(), angle.sin()])
+    gaps = (a.flatten(1) @ onto).sort(0).values - (b.flatten(1) @ onto).sort(0).values
+    return float(gaps.square().mean().sqrt())
+
+
+def energy_distance(a: Tensor, b: Tensor, block: int = 2000) -> float:
+    """x 1000, without bias, over pairs in blocks."""
+
+    def mean(x: Tensor, y: Tensor, others: bool) -> Tensor:
+        return torch.cdist(x, y).sum() / (len(x) * (len(x) - others))
+
+    pairs = list(zip(a.flatten(1).split(block), b.flatten(1).split(block), strict=True))
+    distances = [2 * mean(x, y, False) - mean(x, x, True) - mean(y, y, True) for x, y in pairs]
+    return 1000 * float(torch.stack(distances).mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "sigmas"), [(CoSIM, [80.0]), (CoSIM, [80.0, 2.515]), (SiD, [2.5])], ids=["cosim-1", "cosim-2", "sid"]
+)
+def test_distillation_comes_near_the_data(kind: type[Method], sigmas: list[float]) -> None:
+    """From .49 and 470 in one step, .41 and 330 in two; seed 0 ends at .08 to .10 and 11 to 15."""
+    rng = torch.Generator().manual_seed(100)
+    found, real = samples(trained(kind), torch.tensor(sigmas), rng), data(20000, rng)
+    assert sliced_wasserstein(found, real) < 0.12
+    assert energy_distance(found, real) < 20
