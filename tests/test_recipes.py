@@ -110,7 +110,7 @@ def test_the_longest_file_name_wins(write):
         ('training.precision="bf16"', lambda r: r.training.precision == "bf16"),
         ("training.lr_by_role.auxiliary=1", lambda r: r.training.lr_by_role == {"auxiliary": 1.0}),
         ("training.betas=[0.5, 0.9]", lambda r: r.training.betas == (0.5, 0.9)),
-        ("sampling.sigmas.2=[80, 2.5]", lambda r: r.sampling.sigmas == {"2": (80.0, 2.5)}),
+        ("sampling.sigmas.2=[80, 2.5]", lambda r: r.sampling.sigmas["2"] == (80.0, 2.5)),
         ("method.R=8", lambda r: r.method_config.R == 8),
     ],
 )
@@ -138,7 +138,7 @@ def test_the_last_set_wins():
         ("training.lr=fast", "training.lr = 'fast': expected `float`, got `str`"),
         ("training.batch=0", "training.batch = 0: expected `int` >= 1"),
         ("training.batch=1.5", "training.batch = 1.5: expected `int`, got `float`"),
-        ("training.images=100", "images = 100 is less than one batch of 128"),
+        ("training.images=20", "images = 20 is less than one batch of 32"),
         ("training.dropout=1.0", "training.dropout = 1.0: expected `float` < 1.0"),
         ("training.betas=[0.9]", "training.betas = [0.9]: expected `array` of length 2"),
         ("training.lr_decay=inverse_sqrt", "decay_images go together"),
