@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from edmdistill.draws import Draws
+
 
 def edm_curve(r: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """sigma(r): r = 0 is sigma_min, r = 1 is sigma_max.  Source: Karras et al. 2022 (EDM), eq. 5; r runs upwards."""
@@ -38,14 +40,8 @@ def generator_sigmas(nfe: int, sigma_min: float, sigma_max: float, rho: float = 
     return edm_curve(r, sigma_min, sigma_max, rho)
 
 
-def uniform(shape: int, rng: torch.Generator) -> Tensor:
-    """Draws from [0, 1) in float64, on the generator's device.  [shape]"""
-    return torch.rand(shape, generator=rng, device=rng.device, dtype=torch.float64)
-
-
 def cosim_sigmas(
-    batch: int,
-    rng: torch.Generator,
+    draws: Draws,
     *,
     sigma_min: float,
     sigma_max: float,
@@ -60,14 +56,13 @@ def cosim_sigmas(
     k uniform in {1 .. R}: large R asks for more small jumps.
     Source: CoSIM, appendix A.1.  Differs: share_to_max (the paper's 1/2) and r_s_max (the paper's 1) are arguments.
     """
-    r_s = uniform(batch, rng) * r_s_max
-    k = (uniform(batch, rng) * R).floor() + 1
-    gamma = torch.where(uniform(batch, rng) < share_to_max, 1.0, uniform(batch, rng) / k)
+    r_s = draws.uniform() * r_s_max
+    k = (draws.uniform() * R).floor() + 1
+    gamma = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform() / k)
     r_t = (r_s + gamma).clamp(max=1)
     return edm_curve(r_s, sigma_min, sigma_max, rho), edm_curve(r_t, sigma_min, sigma_max, rho)
 
 
-def lognormal_sigmas(batch: int, rng: torch.Generator, *, P_mean: float, P_std: float) -> Tensor:
+def lognormal_sigmas(draws: Draws, *, P_mean: float, P_std: float) -> Tensor:
     """ln(sigma) ~ N(P_mean, P_std^2).  [B]  Source: EDM, table 1 ("noise distribution")."""
-    normal = torch.randn(batch, generator=rng, device=rng.device, dtype=torch.float64)
-    return (normal * P_std + P_mean).exp()
+    return (draws.normal() * P_std + P_mean).exp()

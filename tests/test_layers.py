@@ -13,6 +13,7 @@ PACKAGE = ROOT / "edmdistill"
 LAYERS = (
     ("errors",),
     ("trigflow",),
+    ("draws",),
     ("schedules",),
     ("kernels",),
     ("networks",),

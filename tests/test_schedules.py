@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
+from edmdistill.draws import Draws
 from edmdistill.schedules import cosim_sigmas, edm_curve, edm_sigmas, generator_sigmas, lognormal_sigmas
 
 MIN, MAX = 0.002, 80.0
 
 
 def draw(n: int, **options: float) -> tuple[torch.Tensor, torch.Tensor]:
-    rng = torch.Generator().manual_seed(0)
-    return cosim_sigmas(n, rng, sigma_min=MIN, sigma_max=MAX, **{"R": 4, **options})
+    return cosim_sigmas(Draws(0, n), sigma_min=MIN, sigma_max=MAX, **{"R": 4, **options})
 
 
 def test_edm_grid() -> None:
@@ -73,10 +73,10 @@ def test_s_is_uniform_along_the_curve() -> None:
 
 
 def test_lognormal() -> None:
-    log = lognormal_sigmas(100_000, torch.Generator().manual_seed(0), P_mean=-1.2, P_std=1.2).log()
+    log = lognormal_sigmas(Draws(0, 100_000), P_mean=-1.2, P_std=1.2).log()
     assert log.mean() == pytest.approx(-1.2, abs=0.02)
     assert log.std() == pytest.approx(1.2, abs=0.02)
 
 
-def test_draws_are_a_function_of_the_generator() -> None:
+def test_levels_are_a_function_of_the_draws() -> None:
     torch.testing.assert_close(draw(100), draw(100), rtol=0, atol=0)

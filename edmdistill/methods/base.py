@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import msgspec
-import torch
 from torch import Tensor
+
+from edmdistill.draws import Draws
 
 FlowFunction = Callable[..., Tensor]  # F(x_t [B,C,H,W], t [B], labels [B,label_dim] | None[, second [B]]) -> [B,C,H,W]
 
@@ -41,18 +42,26 @@ class Role(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """Each sample's loss, summed over pixels [B]; its time t [B]; signals for monitors, 0-dim and detached."""
+    """What a turn's network is to lower, and what monitors look at.
+
+    Attributes:
+        value: each sample's loss, summed over pixels.  [B]
+        t: the time at which each sample was taken.  [B]
+        signals: means over the samples, 0-dim and detached.
+        generated: the images that the generator made in this turn, detached.  [B,C,H,W]
+    """
 
     value: Tensor
     t: Tensor
     signals: dict[str, Tensor] = {}
+    generated: Tensor | None = None
 
 
 class Turn(NamedTuple):
     """One optimiser step of one role."""
 
     role: str
-    loss: Callable[[Batch, torch.Generator], Loss]
+    loss: Callable[[Batch, Draws], Loss]
 
 
 class Method(ABC):
@@ -79,8 +88,3 @@ class Method(ABC):
     def notes(self) -> tuple[str, ...]:
         """Sentences worth reading before a run: what follows from the options, what is known to be risky."""
         return ()
-
-
-def normal_like(x: Tensor, rng: torch.Generator, std: float = 1.0) -> Tensor:
-    """Gaussian noise with the shape, dtype and device of x."""
-    return torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype) * std

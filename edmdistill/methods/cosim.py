@@ -19,7 +19,8 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, normal_like
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
 from edmdistill.methods.semi_implicit import auxiliary_loss, generator_loss
 from edmdistill.schedules import cosim_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time, velocity
@@ -50,10 +51,11 @@ class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Jump(NamedTuple):
-    """A draw of algorithm 2, lines 1-3.  s, t [B]; x_s, v [B,C,H,W], v the velocity of (g, z) at s."""
+    """A draw of algorithm 2, lines 1-3.  s, t [B]; g, x_s, v [B,C,H,W], v the velocity of (g, z) at s."""
 
     s: Tensor
     t: Tensor
+    g: Tensor
     x_s: Tensor
     v: Tensor
 
@@ -82,20 +84,20 @@ class CoSIM(Method):
     def turns(self) -> tuple[Turn, ...]:
         return Turn("auxiliary", self.auxiliary_loss), Turn("generator", self.generator_loss)
 
-    def auxiliary_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 2, even n: psi follows the generator's score at x_s.  Source: eq. 15, second line."""
         with torch.no_grad():
-            s, t, x_s, v = self.jump(batch, rng)
+            s, t, _, x_s, v = self.jump(batch, draws)
             F_teacher = self.teacher(x_s, s, batch.labels)
         F_aux = self.auxiliary(x_s, s, batch.labels, t)
         return auxiliary_loss(F_aux, F_teacher, v, s, sigma_data=self.noise.sigma_data, beta=self.config.beta)
 
-    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 2, odd n: phi closes the gap between the two scores.  Source: eq. 15, first line."""
-        s, t, x_s, v = self.jump(batch, rng)
+        s, t, g, x_s, v = self.jump(batch, draws)
         F_teacher = self.teacher(x_s, s, batch.labels)
         F_aux = self.auxiliary(x_s, s, batch.labels, t)
-        return generator_loss(
+        loss = generator_loss(
             F_aux,
             F_teacher,
             v,
@@ -104,13 +106,13 @@ class CoSIM(Method):
             alpha=self.config.alpha,
             weight=self.config.weight,
         )
+        return loss._replace(generated=g.detach())
 
-    def jump(self, batch: Batch, rng: torch.Generator) -> Jump:
+    def jump(self, batch: Batch, draws: Draws) -> Jump:
         """Algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s."""
         sigma_data, sigma_min, sigma_max = self.noise
         sigma_s, sigma_t = cosim_sigmas(
-            len(batch.x0),
-            rng,
+            draws,
             sigma_min=sigma_min,
             sigma_max=sigma_max,
             R=self.config.R,
@@ -118,7 +120,7 @@ class CoSIM(Method):
             r_s_max=self.config.r_s_max,
         )
         s, t = sigma_to_time(sigma_s, sigma_data), sigma_to_time(sigma_t, sigma_data)
-        x_t = diffuse(batch.x0, normal_like(batch.x0, rng, sigma_data), t)
+        x_t = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), t)
         g = denoised(x_t, self.generator(x_t, t, batch.labels), t, sigma_data)
-        z = normal_like(g, rng, sigma_data)
-        return Jump(s, t, diffuse(g, z, s), velocity(g, z, s))
+        z = draws.normal_like(g, sigma_data)
+        return Jump(s, t, g, diffuse(g, z, s), velocity(g, z, s))

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Annotated, cast
 
 import msgspec
-import torch
 from msgspec import Meta
 
-from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, normal_like
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
 from edmdistill.schedules import lognormal_sigmas
 from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 
@@ -35,11 +35,11 @@ class Diffusion(Method):
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("teacher", self.velocity_loss),)
 
-    def velocity_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def velocity_loss(self, batch: Batch, draws: Draws) -> Loss:
         """|| F(x_t, t) - v / sigma_d ||^2, ln sigma ~ N(P_mean, P_std^2).  Source: EDM, eq. 2 and 8; sCM, eq. 4."""
         sigma_data = self.noise.sigma_data
-        sigma = lognormal_sigmas(len(batch.x0), rng, P_mean=self.config.P_mean, P_std=self.config.P_std)
+        sigma = lognormal_sigmas(draws, P_mean=self.config.P_mean, P_std=self.config.P_std)
         t = sigma_to_time(sigma, sigma_data)
-        z = normal_like(batch.x0, rng, sigma_data)
+        z = draws.normal_like(batch.x0, sigma_data)
         F = self.teacher(diffuse(batch.x0, z, t), t, batch.labels)
         return Loss((F - velocity(batch.x0, z, t) / sigma_data).square().flatten(1).sum(1), t)

@@ -16,9 +16,10 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, normal_like
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
 from edmdistill.methods.semi_implicit import auxiliary_loss, generator_loss
-from edmdistill.schedules import edm_curve, lognormal_sigmas, uniform
+from edmdistill.schedules import edm_curve, lognormal_sigmas
 from edmdistill.trigflow import cos_sin, denoised, diffuse, sigma_to_time, velocity
 
 
@@ -46,7 +47,7 @@ class SiD(Method):
     def turns(self) -> tuple[Turn, ...]:
         return Turn("auxiliary", self.auxiliary_loss), Turn("generator", self.generator_loss)
 
-    def auxiliary_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Denoising score matching on generated images.  Source: SiD, eq. 8 (coef .5).
 
         Differs: their augmentation of generated images is not built.
@@ -54,34 +55,36 @@ class SiD(Method):
         sigma_data = self.noise.sigma_data
         with torch.no_grad():
             s = sigma_to_time(
-                lognormal_sigmas(len(batch.x0), rng, P_mean=self.config.P_mean, P_std=self.config.P_std),
+                lognormal_sigmas(draws, P_mean=self.config.P_mean, P_std=self.config.P_std),
                 sigma_data,
             )
-            x_s, v = self.transition(self.generate(batch, rng), s, rng)
+            x_s, v = self.transition(self.generate(batch, draws), s, draws)
             F_teacher = self.teacher(x_s, s, batch.labels)
         F_aux = self.auxiliary(x_s, s, batch.labels)
         return auxiliary_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, beta=1 / (2 * self.config.coef))
 
-    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Source: SiD, eq. 23."""
         sigma_data, sigma_min, sigma_max = self.noise
-        r_s = uniform(len(batch.x0), rng) * self.config.r_s_max
+        r_s = draws.uniform() * self.config.r_s_max
         s = sigma_to_time(edm_curve(r_s, sigma_min, sigma_max), sigma_data)
-        x_s, v = self.transition(self.generate(batch, rng), s, rng)
+        g = self.generate(batch, draws)
+        x_s, v = self.transition(g, s, draws)
         F_teacher = self.teacher(x_s, s, batch.labels)
         F_aux = self.auxiliary(x_s, s, batch.labels)
-        return generator_loss(
+        loss = generator_loss(
             F_aux, F_teacher, v, s, sigma_data=sigma_data, alpha=self.config.alpha, weight=self.config.weight
         )
+        return loss._replace(generated=g.detach())
 
-    def generate(self, batch: Batch, rng: torch.Generator) -> Tensor:
+    def generate(self, batch: Batch, draws: Draws) -> Tensor:
         """One image for each label; of the data only the shape is used.  [B,C,H,W]"""
         sigma_data = self.noise.sigma_data
         t = sigma_to_time(self.config.sigma_init, sigma_data).expand(len(batch.x0))
-        x_t = cos_sin(t, batch.x0)[1] * normal_like(batch.x0, rng, sigma_data)
+        x_t = cos_sin(t, batch.x0)[1] * draws.normal_like(batch.x0, sigma_data)
         return denoised(x_t, self.generator(x_t, t, batch.labels), t, sigma_data)
 
-    def transition(self, g: Tensor, s: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def transition(self, g: Tensor, s: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """(x_s, v): g at noise level s, and the velocity there."""
-        z = normal_like(g, rng, self.noise.sigma_data)
+        z = draws.normal_like(g, self.noise.sigma_data)
         return diffuse(g, z, s), velocity(g, z, s)

@@ -22,6 +22,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from edmdistill.data.datasets import indices
+from edmdistill.draws import Draws
 from edmdistill.errors import TrainingError
 from edmdistill.methods.base import Batch, Turn
 from edmdistill.recipes import Training
@@ -123,13 +124,12 @@ def take_turn(run: Run, turn: Turn, index: int, turns: int) -> Measures:
 
     # What is random, and the data.
     number = run.images // training.batch
-    seed = int(np.random.SeedSequence([training.seed, number, index]).generate_state(1, np.uint64)[0])
-    torch.manual_seed(seed)  # dropout draws from the global generator
-    rng = torch.Generator(run.device).manual_seed(seed)
+    draws = Draws([training.seed, number, index], training.batch, device=run.device)
+    torch.manual_seed(draws.seed)  # dropout draws from the global generator
     batch = load_batch(run, (number * turns + index) * training.batch)
 
     # The gradient.
-    loss = turn.loss(batch, rng)
+    loss = turn.loss(batch, draws)
     mean = loss.value.mean()
     mean.backward()  # type: ignore[no-untyped-call]
     norm = get_total_norm([p.grad for p in network.parameters() if p.grad is not None])

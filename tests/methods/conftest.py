@@ -66,6 +66,21 @@ def tiny_batch() -> Callable[..., Batch]:
     return make
 
 
+class Scripted:
+    """Draws whose normal numbers are given beforehand, in the order in which they are asked for."""
+
+    def __init__(self, *normals: Tensor) -> None:
+        self.normals = list(normals)
+
+    def normal_like(self, x: Tensor, std: float = 1.0) -> Tensor:
+        return self.normals.pop(0) * std
+
+
+@pytest.fixture
+def scripted() -> type[Scripted]:
+    return Scripted
+
+
 @pytest.fixture
 def gaussian_flow() -> Callable[[Tensor, Tensor], FlowFunction]:
     """(mean [D], covariance [D,D]) of the data, sigma_data .5 -> the F that every velocity's mean is.

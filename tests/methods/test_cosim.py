@@ -3,6 +3,7 @@
 A mutant is CoSIM with one mistake (conftest.py). Each has to fail a check that CoSIM passes.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edmdistill.draws import Draws
 from edmdistill.methods import cosim
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.cosim import CoSIM, CoSIMConfig
@@ -57,7 +59,7 @@ class GaussianWorld(NamedTuple):
     """Everything at one (s, t): x0 ~ N(mean, covariance), g = x_t's affine image, so q(x_s; s, t) is Gaussian too.
 
     own: (mean, covariance) of g as they follow from the generator's parameters.  fisher: E_q |S* - score of q|^2.
-    batch: points whose mean over (x0, z_t, z_s) is the expectation of every quadratic of them.
+    batch, draws: points whose mean over (x0, z_t, z_s) is the expectation of every quadratic of them.
     """
 
     sigma_s: float
@@ -66,6 +68,7 @@ class GaussianWorld(NamedTuple):
     own: Callable[[], tuple[Tensor, Tensor]]
     fisher: Callable[[], Tensor]
     batch: Batch
+    draws: Callable[[], Any]
 
 
 DIM = 3
@@ -73,7 +76,7 @@ DIM = 3
 
 @pytest.fixture(params=[(0.002, 0.1), (0.3, 2.515), (4.0, 80.0)], ids=str)
 def world(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gaussian_flow: Make, cubature: Make
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gaussian_flow: Make, cubature: Make, scripted: Make
 ) -> GaussianWorld:
     sigma_s, sigma_t = request.param
     W, b, L = torch.randn(3, DIM, DIM, generator=rng(), dtype=torch.float64)
@@ -98,14 +101,12 @@ def world(
     x0, z_t, z_s = cubature(3, DIM)
     x0 = (mean + x0.flatten(1) @ torch.linalg.cholesky(covariance).T).reshape(x0.shape)
 
-    def fixed_sigmas(batch: int, rng: torch.Generator, **_: float) -> tuple[Tensor, Tensor]:
-        draws[:] = [z_t, z_s]
-        return tuple(torch.full((batch,), sigma, dtype=torch.float64) for sigma in (sigma_s, sigma_t))
+    def fixed_sigmas(draws: object, **_: float) -> tuple[Tensor, Tensor]:
+        return tuple(torch.full((len(x0),), sigma, dtype=torch.float64) for sigma in (sigma_s, sigma_t))
 
-    draws: list[Tensor] = []
     monkeypatch.setattr(cosim, "cosim_sigmas", fixed_sigmas)
-    monkeypatch.setattr(cosim, "normal_like", lambda x, rng, std: std * draws.pop(0))
-    return GaussianWorld(sigma_s, gaussian_flow(mean, covariance), generator, own, fisher, Batch(x0, None))
+    draws = functools.partial(scripted, z_t, z_s)
+    return GaussianWorld(sigma_s, gaussian_flow(mean, covariance), generator, own, fisher, Batch(x0, None), draws)
 
 
 def optimal_auxiliary(world: GaussianWorld, beta: float, gaussian_flow: Make) -> Linear:
@@ -124,7 +125,7 @@ def optimal_auxiliary(world: GaussianWorld, beta: float, gaussian_flow: Make) ->
 def gaussian_turns(world: GaussianWorld, auxiliary: Linear, noise: NoiseRange, method: type = CoSIM, **options):
     networks = {"teacher": world.teacher, "generator": world.generator, "auxiliary": auxiliary}
     turns = {turn.role: turn for turn in method(CoSIMConfig(**options), networks, noise).turns()}
-    return lambda role: turns[role].loss(world.batch, rng()).value.mean()
+    return lambda role: turns[role].loss(world.batch, world.draws()).value.mean()
 
 
 def check_psi_optimum(world: GaussianWorld, gaussian_flow: Make, noise: NoiseRange, coef: float, method: type) -> None:
@@ -172,13 +173,13 @@ def test_phi_gradient_is_eq_38s_where_coef_is_alpha(
 # --- Tiny networks: eq. 15 as the paper writes it, in EDM's notation. ---
 
 
-def draws(batch: Batch, seed: int, config: CoSIMConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def drawn(batch: Batch, seed: int, config: CoSIMConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sigma_s, sigma_t [B,1,1,1], n, eps [B,C,H,W] as appendix A.1 and eq. 18 have them, in CoSIM's order of draws."""
-    generator, size = rng(seed), len(batch.x0)
-    r_s, k, coin, U = (torch.rand(size, generator=generator, dtype=torch.float64) for _ in range(4))
+    draws = Draws(seed, len(batch.x0))
+    r_s, k, coin, U = (draws.uniform() for _ in range(4))
     r_s = config.r_s_max * r_s
     gamma = torch.where(coin < config.share_to_max, 1.0, U / torch.ceil(k * config.R))
-    n, eps = (torch.randn(batch.x0.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    n, eps = (draws.normal_like(batch.x0) for _ in range(2))
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     levels = ((low + r * (high - low)) ** 7 for r in (r_s, torch.clamp(r_s + gamma, max=1.0)))
     sigma_s, sigma_t = (level.reshape(-1, 1, 1, 1) for level in levels)
@@ -194,7 +195,7 @@ def denoise(network: nn.Module, x: Tensor, sigma: Tensor, labels: Tensor | None,
 
 def naive_losses(networks: dict[str, nn.Module], batch: Batch, seed: int, config: CoSIMConfig):
     """Both lines of eq. 15, [B] each, under SiD's weights; and phi's weight w1, without gradient."""
-    sigma_s, sigma_t, n, eps = draws(batch, seed, config)
+    sigma_s, sigma_t, n, eps = drawn(batch, seed, config)
     g = denoise(networks["generator"], batch.x0 + sigma_t * n, sigma_t, batch.labels)
     x_s = g + sigma_s * eps
     D_teacher = denoise(networks["teacher"], x_s, sigma_s, batch.labels)
@@ -231,7 +232,7 @@ def case(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> Callable[.
     def make(method: type = CoSIM, **options: Any) -> Case:
         networks, batch, config = tiny_networks(CoSIM), tiny_batch(), CoSIMConfig(**options)
         turns = {turn.role: turn for turn in method(config, networks, noise).turns()}
-        return Case(networks, batch, config, lambda role: turns[role].loss(batch, rng(SEED)).value)
+        return Case(networks, batch, config, lambda role: turns[role].loss(batch, Draws(SEED, len(batch.x0))).value)
 
     return make
 
@@ -314,7 +315,7 @@ def test_no_gradient_where_the_auxiliary_score_is_the_teachers(case: Make) -> No
         return it.networks["teacher"](x, s, labels)
 
     method = CoSIM(CoSIMConfig(), {**it.networks, "auxiliary": same}, NoiseRange(SD, 0.002, 80.0))
-    value = method.generator_loss(it.batch, rng()).value
+    value = method.generator_loss(it.batch, Draws(0, len(it.batch.x0))).value
     assert (value == 0).all()
     assert flat(gradients(value.sum(), it.networks["generator"])).abs().max() < 1e-12
 

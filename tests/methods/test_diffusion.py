@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edmdistill.draws import Draws
 from edmdistill.methods import diffusion
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.diffusion import Diffusion, DiffusionConfig
@@ -19,11 +20,10 @@ def test_the_loss_is_edms(tiny_networks: Make, tiny_batch: Make, noise: NoiseRan
     """lambda(sigma) |D(x0 + sigma n; sigma) - x0|^2, ln sigma ~ N(P_mean, P_std^2)."""
     networks, batch = tiny_networks(Diffusion), tiny_batch()
     loss = Diffusion(DiffusionConfig(P_mean=-0.4, P_std=1.0), networks, noise).velocity_loss(
-        batch, torch.Generator().manual_seed(7)
+        batch, Draws(7, len(batch.x0))
     )
-    rng = torch.Generator().manual_seed(7)
-    sigma = (torch.randn(len(batch.x0), generator=rng, dtype=torch.float64) - 0.4).exp()
-    n = torch.randn(batch.x0.shape, generator=rng, dtype=torch.float64)
+    draws = Draws(7, len(batch.x0))
+    sigma, n = (draws.normal() - 0.4).exp(), draws.normal_like(batch.x0)
     wide = sigma.reshape(-1, 1, 1, 1)
     x, length = batch.x0 + wide * n, (wide**2 + SD**2).sqrt()
     F = networks["teacher"](x * SD / length, (sigma / SD).atan(), batch.labels)
@@ -35,7 +35,12 @@ def test_the_loss_is_edms(tiny_networks: Make, tiny_batch: Make, noise: NoiseRan
 
 @pytest.mark.parametrize("sigma", [0.002, 0.3, 2.5, 80.0])
 def test_the_best_f_of_gaussian_data_has_no_gradient(
-    gaussian_flow: Make, cubature: Make, noise: NoiseRange, monkeypatch: pytest.MonkeyPatch, sigma: float
+    gaussian_flow: Make,
+    cubature: Make,
+    scripted: Make,
+    noise: NoiseRange,
+    monkeypatch: pytest.MonkeyPatch,
+    sigma: float,
 ) -> None:
     L = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mean, covariance = torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64), 0.1 * L @ L.T
@@ -51,9 +56,8 @@ def test_the_best_f_of_gaussian_data_has_no_gradient(
     x0 = (mean + x0.flatten(1) @ torch.linalg.cholesky(covariance).T).reshape(x0.shape)
     levels = torch.full((len(x0),), sigma, dtype=torch.float64)
     monkeypatch.setattr(diffusion, "lognormal_sigmas", lambda *_, **__: levels)
-    monkeypatch.setattr(diffusion, "normal_like", lambda x, rng, std: std * z)
     method = Diffusion(DiffusionConfig(), {"teacher": F}, noise)
-    value = method.velocity_loss(Batch(x0, None), torch.Generator()).value.mean()
+    value = method.velocity_loss(Batch(x0, None), scripted(z)).value.mean()
     for slope in torch.autograd.grad(value, [W, b]):
         assert slope.abs().max() < 1e-12
 

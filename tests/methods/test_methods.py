@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edmdistill.draws import Draws
 from edmdistill.methods import METHODS
 from edmdistill.methods.base import Method, NoiseRange
 
@@ -26,8 +27,8 @@ def build(tiny_networks: Make, noise: NoiseRange) -> Callable[..., tuple[Method,
     return make
 
 
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def draws(seed: int = 0, size: int = 6) -> Draws:
+    return Draws(seed, size)
 
 
 def test_turns_and_product_are_trained_roles(build: Make, name: str) -> None:
@@ -51,7 +52,7 @@ def test_losses_are_a_finite_number_for_each_sample(
 ) -> None:
     method, _ = build(name, dtype)
     for turn in method.turns():
-        loss = turn.loss(tiny_batch(1000, dtype=dtype), rng())
+        loss = turn.loss(tiny_batch(1000, dtype=dtype), draws(size=1000))
         assert loss.value.shape == loss.t.shape == (1000,)
         assert loss.value.dtype == dtype
         assert loss.value.isfinite().all()
@@ -65,20 +66,20 @@ def test_a_turn_reaches_every_weight_of_its_role_and_no_other(build: Make, tiny_
     for turn in method.turns():
         for role, network in networks.items():
             network.requires_grad_(role == turn.role).zero_grad()
-        turn.loss(tiny_batch(), rng()).value.mean().backward()
+        turn.loss(tiny_batch(), draws()).value.mean().backward()
         for parameter in networks[turn.role].parameters():
             assert parameter.grad.isfinite().all()
             assert (parameter.grad != 0).all()
 
 
-def test_losses_hang_on_the_generator_alone(build: Make, tiny_batch: Make, name: str) -> None:
+def test_losses_hang_on_the_draws_alone(build: Make, tiny_batch: Make, name: str) -> None:
     method, _ = build(name)
     for turn in method.turns():
         torch.manual_seed(1)
-        first = turn.loss(tiny_batch(), rng()).value
+        first = turn.loss(tiny_batch(), draws()).value
         torch.manual_seed(2)
-        assert (turn.loss(tiny_batch(), rng()).value == first).all()
-        assert (turn.loss(tiny_batch(), rng(1)).value != first).all()
+        assert (turn.loss(tiny_batch(), draws()).value == first).all()
+        assert (turn.loss(tiny_batch(), draws(1)).value != first).all()
 
 
 def test_samples_do_not_mix(build: Make, tiny_batch: Make, name: str) -> None:
@@ -87,7 +88,7 @@ def test_samples_do_not_mix(build: Make, tiny_batch: Make, name: str) -> None:
     for turn in method.turns():
         batch = tiny_batch()
         labels = batch.labels.requires_grad_()
-        (slope,) = torch.autograd.grad(turn.loss(batch, rng()).value[2], labels)
+        (slope,) = torch.autograd.grad(turn.loss(batch, draws()).value[2], labels)
         others = torch.arange(len(labels)) != 2
         assert (slope[2] != 0).all()
         assert (slope[others] == 0).all()
@@ -110,5 +111,5 @@ def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tin
 
     method = kind(kind.Config(), {role: watched(role) for role in kind.roles}, method.noise)
     for turn in method.turns():
-        turn.loss(batch, rng())
+        turn.loss(batch, draws())
     assert called == set(kind.roles)

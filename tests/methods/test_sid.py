@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from edmdistill import schedules
+from edmdistill.draws import Draws
 from edmdistill.methods import cosim
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.cosim import CoSIM, CoSIMConfig
@@ -21,8 +22,8 @@ from edmdistill.trigflow import cos_sin
 Make = Callable[..., Any]
 
 
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
+def draws(size: int = 6) -> Draws:
+    return Draws(3, size)
 
 
 @pytest.mark.parametrize("role", ["auxiliary", "generator"])
@@ -39,12 +40,12 @@ def test_sid_is_cosim_of_one_level(
 ) -> None:
     networks, batch = tiny_networks(SiD), tiny_batch()
 
-    def one_level(size: int, rng: torch.Generator, **_: float) -> tuple[Tensor, Tensor]:
+    def one_level(draws: Draws, **_: float) -> tuple[Tensor, Tensor]:
         if role == "auxiliary":
-            sigma_s = schedules.lognormal_sigmas(size, rng, P_mean=-1.2, P_std=1.2)
+            sigma_s = schedules.lognormal_sigmas(draws, P_mean=-1.2, P_std=1.2)
         else:
-            sigma_s = schedules.edm_curve(0.8 * schedules.uniform(size, rng), 0.002, 80.0)
-        return sigma_s, torch.full((size,), 2.5, dtype=torch.float64)
+            sigma_s = schedules.edm_curve(0.8 * draws.uniform(), 0.002, 80.0)
+        return sigma_s, torch.full((len(draws),), 2.5, dtype=torch.float64)
 
     def one_time(x_s: Tensor, s: Tensor, labels: Tensor, t: Tensor) -> Tensor:
         return networks["auxiliary"](x_s, s, labels)
@@ -57,7 +58,7 @@ def test_sid_is_cosim_of_one_level(
             Batch(torch.zeros_like(batch.x0), batch.labels),
         ),
     )
-    losses = [next(t for t in method.turns() if t.role == role).loss(data, rng()) for method, data in methods]
+    losses = [next(t for t in method.turns() if t.role == role).loss(data, draws()) for method, data in methods]
     parameters = list(networks[role].parameters())
     slopes = [torch.autograd.grad(loss.value.mean(), parameters) for loss in losses]
     for mine, theirs in zip([*losses[0][:2], *slopes[0]], [*losses[1][:2], *slopes[1]], strict=True):
@@ -68,7 +69,7 @@ def test_pixels_of_the_data_do_not_count(tiny_networks: Make, tiny_batch: Make, 
     method, batch = SiD(SiDConfig(), tiny_networks(SiD), noise), tiny_batch()
     elsewhere = Batch(torch.full_like(batch.x0, torch.nan), batch.labels)
     for turn in method.turns():
-        assert (turn.loss(batch, rng()).value == turn.loss(elsewhere, rng()).value).all()
+        assert (turn.loss(batch, draws()).value == turn.loss(elsewhere, draws()).value).all()
 
 
 def test_the_generator_starts_from_one_level(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
@@ -81,7 +82,7 @@ def test_the_generator_starts_from_one_level(tiny_networks: Make, tiny_batch: Ma
 
     method = SiD(SiDConfig(sigma_init=1.5), {**networks, "generator": generator}, noise)
     for turn in method.turns():
-        turn.loss(tiny_batch(4000), rng())
+        turn.loss(tiny_batch(4000), draws(4000))
     for x_t, t in seen:
         torch.testing.assert_close(0.5 * t.tan(), torch.full((4000,), 1.5, dtype=torch.float64))
         # 1.5 n in EDM's scale: 16000 draws give its standard deviation to .6 %.
@@ -109,7 +110,7 @@ def test_coef_of_a_half_is_denoising_score_matching(tiny_networks: Make, tiny_ba
         return torch.full_like(x_s, 1e6)
 
     method = SiD(SiDConfig(), {"teacher": teacher, "generator": generator, "auxiliary": auxiliary}, noise)
-    loss = method.auxiliary_loss(tiny_batch(), rng())
+    loss = method.auxiliary_loss(tiny_batch(), draws())
     sigma = 0.5 * loss.t.tan()
     edm_weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
     error = (seen["D"] - seen["g"]).square().sum((1, 2, 3))
@@ -121,7 +122,7 @@ def test_no_gradient_where_the_auxiliary_score_is_the_teachers(
 ) -> None:
     networks = tiny_networks(SiD)
     method = SiD(SiDConfig(), {**networks, "auxiliary": networks["teacher"]}, noise)
-    value = method.generator_loss(tiny_batch(), rng()).value
+    value = method.generator_loss(tiny_batch(), draws()).value
     assert (value == 0).all()
     slopes = torch.autograd.grad(value.sum(), list(networks["generator"].parameters()))
     assert max(slope.abs().max() for slope in slopes) < 1e-12
