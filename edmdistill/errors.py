@@ -25,5 +25,9 @@ class TrainingError(EdmDistillError):
     """A run cannot start, go on or be resumed."""
 
 
+class Elsewhere(TrainingError):
+    """Another process of the run cannot go on, and says why: this one ends without a word."""
+
+
 class HubError(EdmDistillError):
     """The Hugging Face Hub refused, or could not be reached."""
