@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": "Draw images from a teacher or a generator.",
     "eval": "Measure a checkpoint or a folder of images against a data set.",
     "report": "Write a one-page HTML report of a run.",
+    "doctor": "Look at versions, devices and disk, and say what to mend.",
 }
 
 

@@ -79,6 +79,11 @@ def launch(arguments: Sequence[str], processes: int, *, cpu: bool, note: Callabl
             signal.signal(number, handler)
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def without_processes(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command line without `--processes N` or `--processes=N`."""
     return [
@@ -167,7 +172,6 @@ def _enough_devices(processes: int) -> bool:
 
 def _environments(processes: int, cpu: bool) -> list[dict[str, str]]:
     """The environment of each process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -181,7 +185,7 @@ def _environments(processes: int, cpu: bool) -> list[dict[str, str]]:
     if cpu:
         shared["ACCELERATE_USE_CPU"] = "1"
     return [
-        {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+        {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
         | os.environ
         | shared
         | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -1,0 +1,29 @@
+"""edmdistill doctor."""
+
+import json
+import sys
+
+import click
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(as_json: bool) -> None:
+    """Look at versions, devices and this folder's disk, and say what to mend.
+
+    A line each: ok, warn or fail, what was found, and the fix. The exit code is 2 if something failed.
+    """
+    from edmdistill.training.doctor import examine
+
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not as_json:
+            fix = f"; {finding.fix}" if finding.fix else ""
+            click.echo(f"{finding.level:<4}  {finding.check:<18}  {finding.found}{fix}")
+    failed = sum(finding.level == "fail" for finding in findings)
+    if as_json:
+        checks = [finding._asdict() for finding in findings]
+        click.echo(json.dumps({"schema_version": 1, "failed": failed, "checks": checks}, indent=2))
+    if failed:
+        sys.exit(2)
