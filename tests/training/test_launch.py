@@ -187,6 +187,16 @@ def test_a_signal_is_passed_on_once_and_waited_for(start, number: int):
     assert signal.getsignal(number) == before
 
 
+def test_nohup_is_respected(start):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        when("0.up", "1.up", send=[signal.SIGHUP])
+        assert start("Path(f'{rank}.up').touch(); time.sleep(.5)") == (0, [])
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_run_that_had_finished_when_it_was_interrupted_is_finished(start):
     when("0.up", "1.up", send=[signal.SIGINT])
     code = SAVES.replace("130", "0")
@@ -329,6 +339,11 @@ def test_where_there_is_no_device_the_processes_run_on_the_cpu(start, monkeypatc
     monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", code])
     code = f"import os; assert ('ACCELERATE_USE_CPU' in os.environ) == {variable}"
     assert launch.launch([], 2, cpu=False, note=print) == 0
+
+
+def test_on_the_cpu_devices_do_not_count(start, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert start("assert os.environ['ACCELERATE_USE_CPU'] == '1'") == (0, [])
 
 
 @pytest.mark.parametrize(
