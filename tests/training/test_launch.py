@@ -47,8 +47,8 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_", "RANK", "WORLD"))]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "SETTLE", 0.3)
-    monkeypatch.setattr(launch, "GRACE", 1.0)
+    monkeypatch.setattr(launch, "SETTLE", 0.2)
+    monkeypatch.setattr(launch, "GRACE", 0.6)
 
     def start(code: str, processes: int = 2) -> tuple[int, list[str]]:
         head = "import os, signal, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
@@ -85,8 +85,8 @@ def test_every_process_knows_its_place_and_speaks_for_itself(start, capfd, monke
         names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR ACCELERATE_USE_CPU OMP_NUM_THREADS"
         Path(f"{rank}.env").write_text(" ".join(os.environ[name] for name in names.split()))
         Path(f"{rank}.port").write_text(os.environ["MASTER_PORT"])
-        print("out", rank)
-        print("err", rank, file=sys.stderr)
+        os.write(1, f"out {rank}\\n".encode())  # in one piece
+        os.write(2, f"err {rank}\\n".encode())
     """
     assert start(code, 3) == (0, [])
     threads = max(1, len(os.sched_getaffinity(0)) // 3)
@@ -215,7 +215,7 @@ def test_after_a_second_signal_who_does_not_stop_is_killed(start):
     exit_code, sentences = start(code)
     assert exit_code == 130
     assert sentences == [
-        "Some processes did not stop in 1 seconds and were killed; the same command goes on from the last state."
+        "Some processes did not stop in 0.6 seconds and were killed; the same command goes on from the last state."
     ]
     assert Path("0.saved").exists()
 
