@@ -17,6 +17,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from types import FrameType
 
 from edmdistill.errors import TrainingError
 
@@ -24,12 +25,18 @@ LAUNCHER = "EDMDISTILL_LAUNCHER"
 """Tells a process that `launch` started who did."""
 
 TICK = 0.05
+ECHO = 0.5
+"""Seconds in which a signal is one with the last: `timeout` and process managers send it to a process and its group."""
 SETTLE = 1.0
 """Seconds that the other processes have to end by themselves, and to tell more, when one has ended badly."""
 GRACE = 5.0
 """Seconds from the last request to end until SIGKILL."""
 
-PASSED_ON = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
+PASSED_ON: dict[int, int] = {
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+}
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 RESUME = "the same command goes on from the last state"
 HINTS: dict[int, str] = {
@@ -42,7 +49,7 @@ PR_SET_PDEATHSIG = 1
 def launch(arguments: Sequence[str], processes: int, *, cpu: bool, note: Callable[[str], object]) -> int:
     """Runs `edmdistill ARGUMENTS` in several processes of this machine, and waits for all of them.
 
-    SIGINT and SIGTERM are passed on and waited for; the second one, for GRACE seconds only. If one process dies, the
+    SIGINT and SIGTERM are passed on and waited for; a second one, for GRACE seconds only. If one process dies, the
     others are ended, and one sentence says which it was. Call it from the main thread.
 
     Args:
@@ -60,15 +67,21 @@ def launch(arguments: Sequence[str], processes: int, *, cpu: bool, note: Callabl
         )
     cpu = cpu or not _enough_devices(processes)
     children: list[subprocess.Popen[bytes]] = []
-    asked: list[signal.Signals] = []
+    asked: list[tuple[float, int]] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not asked or now > asked[-1][0] + ECHO:
+            asked.append((now, number))
+
     usual = {
-        number: signal.signal(number, lambda number, _: asked.append(signal.Signals(number)))
+        number: signal.signal(number, ask)
         for number in PASSED_ON
         if signal.getsignal(number) != signal.SIG_IGN  # nohup
     }
     try:
-        # In a group of its own a process hears of Ctrl-C once, from here, however many the terminal, `timeout` or
-        # `kill` tells; a second one would stop it before it has saved.
+        # In a group of its own a process hears of Ctrl-C from here alone, and once, for a second signal would stop it
+        # before it has saved; and `kill` of this process is as good as the terminal's Ctrl-C.
         for own in _environments(processes, cpu):
             child = subprocess.Popen(_command(arguments), env=own, stdin=subprocess.DEVNULL, process_group=0)
             children.append(child)
@@ -200,7 +213,7 @@ def _command(arguments: Sequence[str]) -> list[str]:
 
 
 def _watch(
-    children: Sequence[subprocess.Popen[bytes]], asked: Sequence[signal.Signals], note: Callable[[str], object]
+    children: Sequence[subprocess.Popen[bytes]], asked: Sequence[tuple[float, int]], note: Callable[[str], object]
 ) -> int:
     """Waits for all, passing on the signals that come in.  Returns: the exit code."""
     ended: dict[int, int] = {}  # exit code by rank, in the order of their ends; below 0: minus the signal
@@ -210,7 +223,7 @@ def _watch(
     while len(ended) < len(children):
         time.sleep(TICK)
         now = time.monotonic()
-        for number in asked[passed:]:
+        for _, number in asked[passed:]:
             passed += 1
             _send(children, PASSED_ON[number])
             if passed == 2:
@@ -262,7 +275,7 @@ def _sentence(rank: int, processes: int, code: int) -> str:
     return f"The process of rank {rank}, of {processes} processes, {what}; the others were ended too; {RESUME}."
 
 
-def _send(children: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
     """A signal for each process that runs, and not for its data workers."""
     for child in children:
         child.send_signal(number)

@@ -47,7 +47,9 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_", "RANK", "WORLD"))]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "SETTLE", 0.2)
+    monkeypatch.setattr(launch, "TICK", 0.01)
+    monkeypatch.setattr(launch, "ECHO", 0.05)
+    monkeypatch.setattr(launch, "SETTLE", 0.1)
     monkeypatch.setattr(launch, "GRACE", 0.6)
 
     def start(code: str, processes: int = 2) -> tuple[int, list[str]]:
@@ -150,7 +152,7 @@ def test_who_is_to_blame(start, monkeypatch, first: str, second: str, exit_code:
             Path("0.up").touch()
             {first}
         while not Path("0.up").exists(): time.sleep(.01)
-        time.sleep(.2)
+        time.sleep(.1)
         {second}
     """
     found, sentences = start(code)
@@ -191,7 +193,7 @@ def test_nohup_is_respected(start):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         when("0.up", "1.up", send=[signal.SIGHUP])
-        assert start("Path(f'{rank}.up').touch(); time.sleep(.5)") == (0, [])
+        assert start("Path(f'{rank}.up').touch(); time.sleep(.3)") == (0, [])
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -207,6 +209,14 @@ def test_a_second_signal_stops_at_once(start):
     when("0.up", "1.up", send=[signal.SIGINT, signal.SIGINT])
     assert start(SAVES.replace("0.1", "30")) == (130, [])
     assert not list(Path().glob("*.saved"))
+
+
+def test_a_signal_sent_to_process_and_group_is_one(start, monkeypatch):
+    monkeypatch.setattr(launch, "ECHO", 60)
+    when("0.up", "1.up", send=[signal.SIGTERM, signal.SIGTERM])
+    assert start(SAVES.replace("0.1", "0.4")) == (130, [])
+    assert Path("0.saved").exists()
+    assert Path("1.saved").exists()
 
 
 def test_after_a_second_signal_who_does_not_stop_is_killed(start):
