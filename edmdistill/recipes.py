@@ -58,8 +58,8 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Largest norm of a role's whole gradient; left out: no clipping."""
     dropout: BelowOne | None = None
     """Dropout of the trained networks; left out: what the checkpoint says."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the networks; parameters, times and losses stay float32 or better."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the networks; parameters, times and losses stay float32 or better. fp16 scales the losses."""
     seed: Count = 0
     log_every: PositiveCount
     """A line in metrics.jsonl."""
@@ -67,6 +67,8 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A state to resume from, and a sample grid."""
     keep: PositiveCount = 2
     """How many of the last states are kept."""
+    keep_every: PositiveCount | None = None
+    """Of every so many images, the first state after them is kept for good."""
 
     def __post_init__(self) -> None:
         if (self.lr_decay == "inverse_sqrt") != (self.decay_images is not None):

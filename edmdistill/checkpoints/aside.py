@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -43,6 +44,23 @@ def aside(path: Path) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)
         else:
             new.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a process that was killed has left aside in a folder; what it had set aside comes back.
+
+    No other process may be writing there.
+    """
+    for entry in folder.iterdir():
+        match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.(new|old)", entry.name)
+        if match is None:
+            continue
+        if match[2] == "old" and not (folder / match[1]).exists():
+            entry.rename(folder / match[1])
+        elif entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink()
 
 
 def _sync(path: Path) -> None:

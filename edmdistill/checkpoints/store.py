@@ -109,10 +109,12 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 def facts(flow: FlowNetwork) -> dict[str, Any]:
     """The fields of CheckpointConfig that the network itself knows."""
     network, preconditioning = flow.network, flow.preconditioning
-    kinds = {class_: kind for table in (NETWORKS, PRECONDITIONINGS) for kind, class_ in table.items()}
-    kind, numbers = kinds[type(preconditioning)], asdict(preconditioning)
+    # By isinstance, for a sharded network is of a class of its own.
+    network_kind = next(kind for kind, class_ in NETWORKS.items() if isinstance(network, class_))
+    kind = next(kind for kind, class_ in PRECONDITIONINGS.items() if isinstance(preconditioning, class_))
+    numbers = asdict(preconditioning)
     return {
-        "network": NetworkSpec(kinds[type(network)], network.arguments),
+        "network": NetworkSpec(network_kind, network.arguments),
         "preconditioning": {"kind": kind, **numbers},
         "c_noise": C_NOISE[kind].format(**numbers),
         "sigma_data": flow.sigma_data,
@@ -254,26 +256,36 @@ def refuse_occupied(folder: Path, overwrite: bool) -> None:
         )
 
 
-def write_checkpoint(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> None:
+def write_checkpoint(
+    folder: Path, flow: FlowNetwork, config: CheckpointConfig, tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the three files into a folder, which is made."""
     config = replace(config, **facts(flow))
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / MODEL, flow.network.state_dict(), {"format": "pt"})
+    save_tensors(folder / MODEL, flow.network.state_dict() if tensors is None else tensors, {"format": "pt"})
     (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
     (folder / CARD).write_text(_card(config), encoding="utf-8")
 
 
-def save_checkpoint(folder: Path, flow: FlowNetwork, config: CheckpointConfig, *, overwrite: bool = False) -> None:
+def save_checkpoint(
+    folder: Path,
+    flow: FlowNetwork,
+    config: CheckpointConfig,
+    *,
+    overwrite: bool = False,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes a checkpoint, whole or not at all.
 
     Args:
         config: what the network knows of itself (`facts`) is put right in it.
         overwrite: replace a checkpoint of ours that is there.
+        tensors: of flow.network, where flow holds only a part of each.
     Raises: CheckpointError: something is in the way, or the disk refuses.
     """
     refuse_occupied(folder, overwrite)
     with aside(folder) as new:
-        write_checkpoint(new, flow, config)
+        write_checkpoint(new, flow, config, tensors)
 
 
 def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> tuple[FlowNetwork, CheckpointConfig]:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 import click
 
 from edmdistill import __version__
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, Elsewhere
 
 COMMANDS = {
     "inspect": "Show what is in a checkpoint, ours or an official pickle, without running it.",
@@ -55,6 +55,8 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except Elsewhere:
+            sys.exit(Failure.exit_code)
         except EdmDistillError as error:
             raise Failure(str(error)) from error
         except KeyboardInterrupt:

@@ -1,13 +1,43 @@
 """edmdistill train: a teacher from data, or a generator from a teacher."""
 
 import json
+import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
+from edmdistill.errors import EdmDistillError, Elsewhere, TrainingError
+
+if TYPE_CHECKING:
+    from edmdistill.training.run import Run
+
 METHODS = ("diffusion", "cosim", "sid")
+OFFLOADS = ("ema", "teacher", "optimizer")
+TRACKERS = ("tensorboard", "wandb")
+ALARMS = ("collapse", "saturation", "runaway", "nan")
+
+
+class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Some of these words, joined by commas."""
+
+    name = "words"
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.words = words
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return ",".join(self.words)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        given = tuple(value.split(",")) if isinstance(value, str) else ()
+        for word in given:
+            if word not in self.words:
+                self.fail(f"{word!r} is none of {', '.join(self.words)}.", param, ctx)
+        return given
 
 
 @click.command("train")
@@ -18,6 +48,14 @@ METHODS = ("diffusion", "cosim", "sid")
 @click.option("--run-dir", required=True, type=click.Path(path_type=Path), help="Where the run lives; made if new.")
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")
+@click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one for each GPU.")
+@click.option("--micro-batch", metavar="N|auto", help="Most images of one forward pass; auto: the most that fit.")
+@click.option("--shard", is_flag=True, help="Share networks, optimisers and averages out over the processes (FSDP2).")
+@click.option("--offload", type=Words(OFFLOADS), default=(), help="What waits in the host's memory.")
+@click.option("--checkpoint-activations", is_flag=True, help="Compute activations twice to hold fewer.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Data readers a process.")
+@click.option("--log-with", type=Words(TRACKERS), default=(), help="Where metrics go as well.")
+@click.option("--stop-on", type=Words(ALARMS), default=(), help="Which alarms end the run; nan does in any case.")
 @click.option("--dry-run", is_flag=True, help="Print as JSON what would be trained, and start nothing.")
 def command(
     method: str,
@@ -27,34 +65,68 @@ def command(
     run_dir: Path,
     sets: tuple[str, ...],
     device: str | None,
+    processes: int | None,
+    micro_batch: str | None,
+    shard: bool,
+    offload: tuple[str, ...],
+    checkpoint_activations: bool,
+    workers: int,
+    log_with: tuple[str, ...],
+    stop_on: tuple[str, ...],
     dry_run: bool,
 ) -> None:
     """Train by METHOD; a method that distils takes TEACHER, a checkpoint of ours or an official one.
 
-    Ctrl-C saves the run; the same command goes on with it.
+    Ctrl-C saves the run; the same command goes on with it, on another number of processes too. torchrun, accelerate
+    launch and srun start it on several machines.
     """
-    from tqdm import tqdm
+    from edmdistill.training.launch import launch, without_processes, world_from_environment
+
+    world_from_environment()
+    if processes is not None and processes > 1:
+        sys.exit(launch(without_processes(sys.argv[1:]), processes, cpu=device == "cpu", note=_say))
 
     from edmdistill.recipes import find_recipe, load_recipe
-    from edmdistill.training.loop import train
+    from edmdistill.training.engine import Machine
     from edmdistill.training.run import prepare
 
-    resolved = load_recipe(recipe, method, sets)
-    run = prepare(resolved, data=data, teacher=teacher, device=device)
-    plan = run.plan()
+    machine = Machine(device, _micro_batch(micro_batch), shard, offload, checkpoint_activations, workers, log_with)
+    with _one_voice():
+        resolved = load_recipe(recipe, method, sets)
+        run = prepare(resolved, data=data, teacher=teacher, machine=machine)
+    try:
+        text = _as_given(recipe, sets, find_recipe(recipe)[0])
+        _train(run, f"{method} on {data} by recipe {recipe}", run_dir, text, stop_on, dry_run)
+    finally:
+        run.engine.close()
+
+
+def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tuple[str, ...], dry_run: bool) -> None:
+    """Trains, and tells the user what goes on; only the main process speaks."""
+    from tqdm import tqdm
+
+    from edmdistill.training.loop import train
+
+    plan, training, sampling = run.plan(), run.recipe.training, run.recipe.sampling
+    say = _say if run.engine.is_main else lambda sentence: None
     if dry_run:
-        click.echo(json.dumps(plan, indent=2))
+        if run.engine.is_main:
+            click.echo(json.dumps(plan, indent=2))
         return
 
     roles = ", ".join(
         f"{role} ({part['parameters']:,} parameters{'' if part['trained'] else ', frozen'})"
         for role, part in plan["roles"].items()
     )
-    click.echo(f"Training {method} on {data} by recipe {recipe} in {run_dir}, on {plan['device']}: {roles}.", err=True)
+    where = plan["device"] if run.engine.world == 1 else f"{run.engine.world} processes, {run.engine.device.type}"
+    say(f"Training {what} in {run_dir}, on {where}: {roles}.")
+    for role, part in plan["roles"].items():
+        if part["unused"]:
+            say(f"No part of the {role}'s loss, and so not trained: {', '.join(part['unused'])}.")
     for sentence in run.method.notes():
-        click.echo(sentence, err=True)
+        say(sentence)
 
-    training, bar = resolved.training, None
+    bar = None
     interval = 0.2 if sys.stderr.isatty() else 30
     with ExitStack() as stack:
 
@@ -64,18 +136,37 @@ def command(
                 start = images - training.batch
                 bar = tqdm(total=training.images, initial=start, unit="img", unit_scale=True, mininterval=interval)
                 stack.enter_context(bar)
-            losses = {k.removeprefix("loss/"): v for k, v in measures.items() if not k.startswith(("grad_norm", "lr"))}
-            bar.set_postfix(losses, refresh=False)
+            losses = {role: measures[f"loss/{role}"] for role in run.optimizers}
+            bar.set_postfix(losses | {name: v for name, v in measures.items() if "/" not in name}, refresh=False)
             bar.update(min(images, training.images) - bar.n)
 
-        recipe_text = _as_given(recipe, sets, find_recipe(recipe)[0])
-        outcome = train(run, run_dir, recipe_text=recipe_text, on_round=show, note=_say)
+        on_round = show if run.engine.is_main else lambda images, measures: None
+        outcome = train(run, run_dir, recipe_text=recipe_text, stop_on=stop_on, on_round=on_round, note=say)
     if not outcome.finished:
-        _say(f"Interrupted after {outcome.images:,} images and saved; the same command goes on from there.")
+        say(f"Interrupted after {outcome.images:,} images and saved; the same command goes on from there.")
         sys.exit(130)
-    nfe = 2 if 2 in resolved.sampling.nfe else resolved.sampling.nfe[0]
-    _say(f"The {run.method.product} of {outcome.images:,} images is in {run_dir / 'generator'}. To draw from it:")
-    _say(f"  edmdistill sample {run_dir} --nfe {nfe} --seeds 0-63 --out {run_dir / 'images'}")
+    nfe = 2 if 2 in sampling.nfe else sampling.nfe[0]
+    say(f"The {run.method.product} of {outcome.images:,} images is in {run_dir / 'generator'}. To draw from it:")
+    say(f"  edmdistill sample {run_dir} --nfe {nfe} --seeds 0-63 --out {run_dir / 'images'}")
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """What every process of a run finds wrong alike, the main one says alone."""
+    try:
+        yield
+    except EdmDistillError as error:
+        raise (error if int(os.environ.get("RANK", 0)) == 0 else Elsewhere("the main process says why")) from error
+
+
+def _micro_batch(text: str | None) -> int | Literal["auto"] | None:
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise TrainingError(f"--micro-batch {text} is no number of images: give one, or auto")
+    return int(text)
 
 
 def _say(sentence: str) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Residual(nn.Module):
+    """A residual block of any of the U-Nets."""
 
 
 class Network(nn.Module, ABC):
@@ -36,6 +42,18 @@ class Network(nn.Module, ABC):
         self.img_channels = img_channels
         self.label_dim = arguments["label_dim"]
         self.two_time = arguments["two_time"]
+
+    def blocks(self) -> list[Residual]:
+        """The residual blocks: the pieces in which a network is sharded and its activations computed again."""
+        return [module for module in self.modules() if isinstance(module, Residual)]
+
+    def checkpoint_blocks(self) -> None:
+        """From now on, activations inside blocks are not kept for the backward pass but computed again in it.
+
+        Numbers, parameters and their names stay as they are; a backward pass takes a forward pass more.
+        """
+        for block in self.blocks():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     @abstractmethod
     def forward(

@@ -19,7 +19,7 @@ from torch.nn.functional import dropout
 
 from edmdistill.kernels.magnitude import mp_cat, mp_conv, mp_fourier, mp_silu, mp_sum, normalize, normalize_weight
 from edmdistill.kernels.ops import downsample, is_box, self_attention, separable, split_heads, upsample
-from edmdistill.networks.base import Network
+from edmdistill.networks.base import Network, Residual
 from edmdistill.networks.two_time import SecondTime
 
 
@@ -61,7 +61,7 @@ class MPFourier(nn.Module):
         return mp_fourier(c_noise, self.freqs, self.phases)
 
 
-class Block(nn.Module):
+class Block(Residual):
     """Encoder or decoder block with optional resampling and self-attention.  Source: EDM2, figure 21."""
 
     def __init__(

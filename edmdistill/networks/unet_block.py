@@ -22,6 +22,7 @@ from edmdistill.kernels.ops import (
     split_heads,
     upsample,
 )
+from edmdistill.networks.base import Residual
 
 
 class Linear(nn.Linear):
@@ -92,7 +93,7 @@ class GroupNormSiLU(GroupNorm):
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, scale, shift)
 
 
-class UNetBlock(nn.Module):
+class UNetBlock(Residual):
     """Two convolutions beside a skip connection, conditioned by the embedding, then optional self-attention.
 
     Args:

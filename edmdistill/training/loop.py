@@ -1,37 +1,50 @@
 """The training loop: the turns of a method, round after round. It knows no method by name.
 
 A round takes each turn once: one optimiser step of one role, on a batch of its own, with every other role frozen. Then
-the average of the method's product follows. What is random in a turn hangs on (seed, round, turn) alone, and its data
-on its position in the stream of batches alone: a run that is resumed is the run never interrupted, bit for bit.
+the averages of the method's product follow. What is random in a turn hangs on (seed, round, turn, row) alone, and its
+data on their position in the stream of batches alone: a run that is resumed is the run never interrupted, bit for bit,
+and however many processes share a batch, it is the same batch.
 
 `images seen` counts one batch a round: those that the product learns from.
 """
 
 from __future__ import annotations
 
+import errno
+import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from edmdistill.data.datasets import indices
 from edmdistill.draws import Draws
-from edmdistill.errors import TrainingError
-from edmdistill.methods.base import Batch, Turn
+from edmdistill.errors import CheckpointError, Elsewhere, TrainingError
+from edmdistill.methods.base import Batch, Loss, Turn
 from edmdistill.recipes import Training
-from edmdistill.training.metrics import Measures, Window
-from edmdistill.training.monitors import Diverged, diverged, fingerprints, require_finite, require_moved
-from edmdistill.training.run import Run
-from edmdistill.training.run_dir import open_run
+from edmdistill.training.engine import scale_gradients
+from edmdistill.training.metrics import Measures, Tally, Window
+from edmdistill.training.micro_batch import settle_micro_batch
+from edmdistill.training.monitors import Diverged, Health, diverged, fingerprints, require_finite, require_moved
+from edmdistill.training.run import Run, take_stage
+from edmdistill.training.run_dir import RunDir, open_run
 from edmdistill.training.snapshot import draw, publish
-from edmdistill.training.state import State, load_state, save_state, saved_states
+from edmdistill.training.state import State, newest_whole, read_state, save_state, saved_states, state_path
+from edmdistill.training.trackers import trackers
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+ECHO = 0.5
+"""Seconds within which a second signal is the first one's echo: some services tell a process and its launcher too."""
 
 
 class Outcome(NamedTuple):
@@ -46,6 +59,7 @@ def train(
     run_dir: Path,
     *,
     recipe_text: str = "",
+    stop_on: Collection[str] = (),
     on_round: Callable[[int, Measures], object] = lambda images, measures: None,
     note: Callable[[str], object] = print,
 ) -> Outcome:
@@ -57,109 +71,186 @@ def train(
         run: from `prepare`; its networks are trained in place.
         run_dir: made if it is not there; see `run_dir`.
         recipe_text: the recipe as its author wrote it, kept in the directory.
+        stop_on: kinds of alarm that end the run; see `monitors`.
         on_round: hears of every round: images seen and what was measured.
-        note: hears sentences for the user.
-    Raises: TrainingError: the directory belongs to another run or process, or training went wrong.
+        note: hears sentences for the user; on the main process alone.
+    Raises: TrainingError: the directory belongs to another run or process, or training went wrong.  Elsewhere: the same
+        on the other processes.
     """
-    training = run.recipe.training
-    with open_run(run_dir, run.recipe.to_json(), run.identity, recipe_text) as folder, stop_on_signal(note) as stop:
-        window = Window()
-        state = load_state(folder.state, note)
-        if state is None:
+    training, engine = run.recipe.training, run.engine
+    with ExitStack() as stack:
+        opened = open_run(run_dir, run.recipe.to_json(), run.identity, recipe_text)
+        folder = engine.main_only(lambda: stack.enter_context(opened)) or RunDir(run_dir)
+        stop = stack.enter_context(stop_on_signal(note if engine.is_main else lambda sentence: None))
+        window, health = Window(), Health()
+        resumed = _resume(run, folder, note)
+        if resumed is None:
             draw(run, folder.samples)
         else:
-            run.restore(state.tensors, state.progress["images"])
-            window = Window(**state.progress["window"])
-            finished = run.images >= training.images
-            note(f"{'Finished already' if finished else 'Going on'} after {run.images:,} images.")
-        folder.forget_after(run.images)
-
+            window = Window(**resumed["window"])
+            if engine.is_main:
+                finished = run.images >= training.images
+                note(f"{'Finished already' if finished else 'Going on'} after {run.images:,} images.")
+        engine.main_only(lambda: folder.forget_after(run.images))
+        names = engine.machine.log_with
+        track = engine.main_only(
+            lambda: stack.enter_context(trackers(names, run_dir, msgspec.to_builtins(run.recipe), run.images))
+        )
+        size = settle_micro_batch(run)
+        if size is not None and engine.is_main:
+            note(f"Micro-batches of {size} images fit.")
         try:
             for measures in rounds(run):
                 window.add(measures)
                 on_round(run.images, measures)
                 last = run.images >= training.images
-                if last or _due(training.log_every, run):
-                    folder.log(window.line(run.images, training.batch))
-                snapshot = last or _due(training.snapshot_every, run)
-                if snapshot or stop.is_set():
-                    require_finite(run.roles, run.images)
-                    publish(run, folder.generator)
-                    progress = {"images": run.images, "window": window.progress()}
-                    save_state(folder.state, State(progress, run.state()), training.keep)
+                if last or due(training.log_every, run):
+                    line = window.line(run.images, training.batch)
+                    engine.main_only(partial(folder.log, line))
+                    if track is not None:
+                        track(line)
+                    for alarm in health.judge(line):
+                        if engine.is_main:
+                            note(alarm.sentence)
+                        if alarm.kind in stop_on:
+                            raise Diverged(alarm.sentence)
+                stopping = engine.any(stop.is_set())
+                snapshot = last or due(training.snapshot_every, run)
+                if snapshot or stopping:
+                    _save(run, folder, window)
                 if snapshot:
                     draw(run, folder.samples)
-                if stop.is_set():
+                if stopping:
                     break
         except Diverged as error:
             states = saved_states(folder.state)
             kept = f"the last good state is {states[-1]}" if states else "no state was saved before it"
-            raise TrainingError(f"{error}; {kept}; try a lower training.lr in another --run-dir") from error
+            sentence = f"{error}; {kept}; try a lower training.lr in another --run-dir"
+            raise (TrainingError if engine.is_main else Elsewhere)(sentence) from error
+        except (CheckpointError, OSError) as error:
+            if not (isinstance(error, CheckpointError) or error.errno in DISK):
+                raise
+            newest = max(saved_states(folder.state), default=None)
+            kept = f"goes on from {newest}" if newest else "begins anew"
+            free = shutil.disk_usage(folder.path).free
+            raise TrainingError(
+                f"{str(error).rstrip('.')}, with {free / 1e6:.1f} MB free there: make room, and the same command {kept}"
+            ) from error
+        except RuntimeError as error:
+            if not engine.lost_a_process(error):
+                raise
+            raise Elsewhere("another process of the run has ended") from error
     return Outcome(run.images >= training.images, run.images)
 
 
 def rounds(run: Run) -> Iterator[Measures]:
     """Trains, a round a step, until the recipe's images are seen.
 
-    Yields: loss/ROLE, grad_norm/ROLE and lr/ROLE of every turn, and the method's own signals.
+    Yields: loss/ROLE, grad_norm/ROLE and lr/ROLE of every turn, and what else `Tally` measures, over all processes.
     Raises: Diverged: something is no longer finite.  TrainingError: the first turn of a role did not move it alone.
     """
-    turns = run.method.turns()
-    while run.images < run.recipe.training.images:
-        measures: Measures = {}
-        for index, turn in enumerate(turns):
-            measures |= take_turn(run, turn, index, len(turns))
-        run.ema.update(run.roles[run.method.product], run.images, run.recipe.training.batch)
-        run.images += run.recipe.training.batch
-        yield measures
+    training, turns = run.recipe.training, run.method.turns()
+    with run.stream() as stream:
+        batches = stream.follow(requests(run, len(turns)))
+        while run.images < training.images:
+            measures: Measures = {}
+            for index, turn in enumerate(turns):
+                measures |= take_turn(run, turn, index, batches)
+            for average in run.averages:
+                average.update(run.roles[run.method.product], run.images, training.batch)
+            run.images += training.batch
+            yield measures
 
 
-def take_turn(run: Run, turn: Turn, index: int, turns: int) -> Measures:
-    """One optimiser step of one role: turn `index` of the `turns` of a round."""
-    training, network, optimizer = run.recipe.training, run.roles[turn.role], run.optimizers[turn.role]
-    for role, other in run.roles.items():
-        if other.training != (role == turn.role):  # two walks over its modules
-            other.train(role == turn.role).requires_grad_(role == turn.role)
-    before = fingerprints(run.roles) if run.images == 0 else None
-
-    # What is random, and the data.
-    number = run.images // training.batch
-    draws = Draws([training.seed, number, index], training.batch, device=run.device)
-    torch.manual_seed(draws.seed)  # dropout draws from the global generator
-    batch = load_batch(run, (number * turns + index) * training.batch)
-
-    # The gradient.
-    loss = turn.loss(batch, draws)
-    mean = loss.value.mean()
-    mean.backward()  # type: ignore[no-untyped-call]
-    norm = get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-    # The device is waited for here and nowhere else.
-    values = torch.stack([mean.detach(), norm, *loss.signals.values()]).tolist()
-    if not np.isfinite(values[:2]).all():
-        raise diverged(turn.role, loss, run.roles, run.images, network.sigma_data)
-    if training.grad_clip is not None:
-        clip_grads_with_norm_(network.parameters(), training.grad_clip, norm)
-
-    # The step.
-    rate = learning_rate(training, turn.role, run.images)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    if before is not None:
-        require_moved(turn.role, before, fingerprints(run.roles))
-    optimizer.zero_grad(set_to_none=True)
-    network.network.after_step()
-    names = [f"loss/{turn.role}", f"grad_norm/{turn.role}", *loss.signals]
-    return dict(zip(names, values, strict=True)) | {f"lr/{turn.role}": rate}
-
-
-def load_batch(run: Run, position: int) -> Batch:
-    """The batch at a position of the endless stream of shuffled epochs."""
+def requests(run: Run, turns: int) -> Iterator[tuple[int, int]]:
+    """The positions [start, stop) in the stream of data of every micro-batch from here to the end, in their order."""
     training = run.recipe.training
-    x0, labels = run.dataset.tensors(indices(training.seed, position, training.batch, len(run.dataset)))
-    if labels is not None:
-        labels = labels.to(run.device) if run.ema.network.label_dim else None
-    return Batch(x0.to(run.device), labels)
+    for batch in range(run.images // training.batch * turns, -(-training.images // training.batch) * turns):
+        for rows in run.engine.rows(training.batch):
+            yield batch * training.batch + rows.start, batch * training.batch + rows.stop
+
+
+def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Measures:
+    """One optimiser step of one role: turn `index` of a round, on the next batches."""
+    training, engine = run.recipe.training, run.engine
+    network, optimizer, player = run.roles[turn.role], run.optimizers[turn.role], run.players[turn.role]
+    take_stage(run, turn.role)
+    before = fingerprints(run.roles, engine.total) if run.images == 0 else None
+
+    # The gradient of the mean loss over the batch's rows on all processes, in micro-batches.
+    scale = run.scales.get(turn.role)
+    factor = 1.0 if scale is None else scale.scale
+    tally, losses, micro_batches = Tally(), [], engine.rows(training.batch)
+    for rows in micro_batches:
+        draws = Draws([training.seed, run.images // training.batch, index], training.batch, rows, device=engine.device)
+        torch.manual_seed(draws.seed)  # dropout draws from the global generator
+        batch = next(batches)
+        with engine.accumulate(player, last=rows is micro_batches[-1]):
+            loss = turn.loss(batch, draws)
+            share = len(draws) * engine.world / training.batch
+            (loss.value.mean() * (share * factor)).backward()  # type: ignore[no-untyped-call]
+        tally.add_loss(turn.role, loss, batch, network.sigma_data)
+        losses.append((rows, loss))
+    engine.finish_gradients(network)
+    tally.add(f"grad_norm/{turn.role}", engine.gradient_norm(network) / factor, 1)
+    measures = tally.means(engine.total)  # the device is waited for here and nowhere else
+
+    # The step, unless half precision overflowed.
+    norm = measures[f"grad_norm/{turn.role}"]
+    finite = bool(np.isfinite(norm))
+    if not np.isfinite(measures[f"loss/{turn.role}"]) or not (finite or (scale and scale.can_shrink)):
+        raise diverged(turn.role, _whole(losses, run), run.roles, run.images)
+    measures[f"lr/{turn.role}"] = rate = learning_rate(training, turn.role, run.images)
+    if finite:
+        clip = 1.0 if training.grad_clip is None else min(1.0, training.grad_clip / (norm + 1e-6))
+        scale_gradients(network.parameters(), clip / factor)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        if before is not None:
+            require_moved(turn.role, before, fingerprints(run.roles, engine.total))
+        network.network.after_step()
+    if scale is not None:
+        scale.update(finite)
+        measures[f"loss_scale/{turn.role}"] = scale.scale
+    optimizer.zero_grad(set_to_none=True)
+    return measures
+
+
+def _whole(losses: list[tuple[slice, Loss]], run: Run) -> Loss:
+    """The losses of all rows of the batch, of every micro-batch and process."""
+    value, t = (torch.zeros(run.recipe.training.batch, dtype=torch.float64, device=run.engine.device) for _ in range(2))
+    for rows, loss in losses:
+        value[rows], t[rows] = loss.value.detach().double(), loss.t.double()
+    return Loss(run.engine.total(value), run.engine.total(t))
+
+
+def _resume(run: Run, folder: RunDir, note: Callable[[str], object]) -> dict[str, Any] | None:
+    """Puts back the newest whole state.  Returns: what else it knows; None where there is no state."""
+    newest = run.engine.main_only(lambda: newest_whole(folder.state, note))
+    images = run.engine.from_main(-1 if newest is None else int(newest.name))
+    if images < 0:
+        return None
+    state = read_state(state_path(folder.state, images))
+    run.restore(state.tensors, images)
+    for role, scale in run.scales.items():
+        scale.restore(state.progress["scales"][role])
+    return state.progress
+
+
+def _save(run: Run, folder: RunDir, window: Window) -> None:
+    """A state to go on from, and the average as a checkpoint ready for use."""
+    training = run.recipe.training
+    require_finite(run.roles, run.images, run.engine.any)
+    scales = {role: scale.state() for role, scale in run.scales.items()}
+    progress = {"images": run.images, "window": window.progress(), "scales": scales}
+    tensors, weights = run.state(), run.engine.full_state(run.ema.network.network)
+
+    def write() -> None:
+        publish(run, folder.generator, weights)
+        save_state(folder.state, State(progress, tensors), training.keep, training.keep_every)
+
+    run.engine.main_only(write)
 
 
 def learning_rate(training: Training, role: str, images: int) -> float:
@@ -178,7 +269,7 @@ def learning_rate(training: Training, role: str, images: int) -> float:
     return rate
 
 
-def _due(every: int, run: Run) -> bool:
+def due(every: int, run: Run) -> bool:
     """Whether the last round crossed a multiple of `every` images."""
     return run.images // every > (run.images - run.recipe.training.batch) // every
 
@@ -187,14 +278,21 @@ def _due(every: int, run: Run) -> bool:
 def stop_on_signal(note: Callable[[str], object]) -> Iterator[threading.Event]:
     """Gives an event that the first SIGINT or SIGTERM sets; a second one has its usual effect."""
     stop = threading.Event()
+    asked: float | None = None
     if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
         yield stop
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        note("Stopping after this round; once more stops at once.")
-        signal.signal(number, usual[signal.Signals(number)])
+        nonlocal asked
+        now = time.monotonic()
+        if asked is None:
+            asked = now
+            stop.set()
+            note("Stopping after this round; once more stops at once.")
+        elif now - asked > ECHO:
+            signal.signal(number, usual[signal.Signals(number)])
+            signal.raise_signal(number)
 
     usual = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

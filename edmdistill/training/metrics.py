@@ -1,24 +1,113 @@
-"""The lines of metrics.jsonl."""
+"""What a run measures: means over the rows of a batch, whatever the processes, and the lines of metrics.jsonl.
+
+Names: loss/ROLE, loss/ROLE/sigma<EDGE by noise level, grad_norm/ROLE, lr/ROLE; generated/mean/CHANNEL and
+generated/std/CHANNEL of the images that the generator made, data/... of the data beside them; diversity, the variance
+of the generated images over the batch, as a share of the data's; and each method's own signals.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from edmdistill.methods.base import Batch, Loss
+from edmdistill.trigflow import sigma_to_time
 
 Measures = dict[str, float]
 
+EDGES = (0.05, 0.2, 0.8, 3.0, 12.0)
+"""Between the noise levels whose losses are told apart."""
+BINS = [*(f"sigma<{edge:g}" for edge in EDGES), f"sigma>={EDGES[-1]:g}"]
+
+
+class Tally:
+    """Sums and counts over rows, of micro-batches and then of processes; their quotients are means.
+
+    Everything stays on the device until `means`, which waits for it once.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+
+    def add(self, names: str | Sequence[str], total: Tensor, count: Tensor | float) -> None:
+        """Adds sums over rows to what is there under these names.
+
+        Args:
+            total, count: of each name, or one for all.  [] or [names]
+        """
+        key = (names,) if isinstance(names, str) else tuple(names)
+        total = total.detach().to(torch.float64).reshape(-1)
+        counts = torch.as_tensor(count, dtype=torch.float64, device=total.device).reshape(-1).expand(len(key))
+        if key in self._parts:
+            before, rows = self._parts[key]
+            total, counts = before + total, rows + counts
+        self._parts[key] = total, counts
+
+    def add_loss(self, role: str, loss: Loss, batch: Batch, sigma_data: float) -> None:
+        """Adds what there is to say of a micro-batch's loss."""
+        value, rows = loss.value.detach().double(), len(loss.value)
+        self.add(f"loss/{role}", value.sum(), rows)
+        where = torch.bucketize(loss.t.detach().double(), _edges(sigma_data, value.device), right=True)
+        sums = value.new_zeros(2, len(BINS)).index_add_(1, where, torch.stack([value, torch.ones_like(value)]))
+        self.add([f"loss/{role}/{name}" for name in BINS], sums[0], sums[1])
+        for name, signal in loss.signals.items():
+            self.add(name, signal.double() * rows, rows)
+        if loss.generated is not None:
+            self._add_images(loss.generated, batch.x0)
+
+    def _add_images(self, generated: Tensor, data: Tensor) -> None:
+        both = torch.stack([generated, data.to(generated)])  # [2,B,C,H,W]
+        mean, square = both.mean((1, 3, 4)), both.square().mean((1, 3, 4))
+        channels = range(both.shape[2])
+        for kind, total in (("mean", mean), ("square", square)):
+            names = [f"{what}/{kind}/{channel}" for what in ("generated", "data") for channel in channels]
+            self.add(names, total * both.shape[1], both.shape[1])
+        if both.shape[1] > 1:
+            spread = both.var(1).mean((1, 2, 3))
+            self.add("diversity", spread[0] / spread[1].clamp(min=1e-12) * both.shape[1], both.shape[1])
+
+    def means(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Measures:
+        """The means; of names without rows there is none.
+
+        Args:
+            reduce: sums a tensor over processes; each of them has added the same names in the same order.
+        """
+        totals, counts = (torch.cat(parts) for parts in zip(*self._parts.values(), strict=True))
+        total, count = reduce(torch.stack([totals, counts])).tolist()
+        names = [name for key in self._parts for name in key]
+        means = {name: a / b for name, a, b in zip(names, total, count, strict=True) if b}
+        for name in [name for name in means if "/square/" in name]:
+            mean = means[name.replace("square", "mean")]
+            means[name.replace("square", "std")] = max(means.pop(name) - mean**2, 0.0) ** 0.5
+        return means
+
+
+@cache
+def _edges(sigma_data: float, device: torch.device) -> Tensor:
+    return sigma_to_time(torch.tensor(EDGES, dtype=torch.float64), sigma_data).to(device)
+
 
 class Window:
-    """Means over the rounds since the last line.
+    """Means over the rounds since the last line, of each name over those in which it occurred.
 
     Args: what `progress` gave, to go on from there; the time between two processes does not count.
     """
 
     def __init__(
-        self, sums: Mapping[str, float] | None = None, rounds: int = 0, seconds: float = 0.0, before: float = 0.0
+        self,
+        sums: Mapping[str, float] | None = None,
+        counts: Mapping[str, int] | None = None,
+        rounds: int = 0,
+        seconds: float = 0.0,
+        before: float = 0.0,
     ) -> None:
         self.sums = dict(sums or {})
+        self.counts = dict(counts or {})
         self.rounds = rounds
         self.seconds = seconds
         self.before = before  # seconds up to the last line
@@ -30,6 +119,7 @@ class Window:
         self._clock = now
         for name, value in measures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.rounds += 1
 
     def line(self, images: int, batch: int) -> dict[str, float]:
@@ -37,10 +127,11 @@ class Window:
         self.before += self.seconds
         speed = self.rounds * batch / self.seconds
         line = {"images": images, "step": images // batch, "seconds": self.before, "images_per_second": speed}
-        line |= {name: total / self.rounds for name, total in self.sums.items()}
-        self.sums, self.rounds, self.seconds = {}, 0, 0.0
+        line |= {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts, self.rounds, self.seconds = {}, {}, 0, 0.0
         return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in line.items()}
 
     def progress(self) -> dict[str, Any]:
         """Plain values from which a window goes on."""
-        return {"sums": self.sums, "rounds": self.rounds, "seconds": self.seconds, "before": self.before}
+        names = "sums", "counts", "rounds", "seconds", "before"
+        return {name: getattr(self, name) for name in names}

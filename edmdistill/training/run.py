@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 from msgspec.structs import replace
-from torch import Tensor
+from torch import Tensor, nn
 
 from edmdistill.checkpoints.convert import read_source
 from edmdistill.checkpoints.source import resolve
@@ -24,8 +24,13 @@ from edmdistill.networks.preconditioning import EDM, FlowNetwork
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.recipes import Network, Recipe
 from edmdistill.training.ema import Ema
+from edmdistill.training.engine import Engine, Machine, Player, like, load_whole
+from edmdistill.training.optimizers import LossScale, make_optimizer
+from edmdistill.training.probe import Probe
+from edmdistill.training.stream import Stream
+from edmdistill.training.trackers import require_trackers
 
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -34,8 +39,12 @@ class Run:
 
     Attributes:
         config: of the product's checkpoint, without what the run itself brings about.
-        roles: the networks by role; those with an optimiser are trained.
-        ema: the average of the product.
+        roles: the networks by role, in their places; those with an optimiser are trained.
+        players: what the method calls for each role.
+        learnt: of each trained role the parameters that its turn reaches, by name; all others are frozen for good.
+        optimizers: of the parameters in `learnt`, in that order.
+        scales: of the losses of each trained role, where half precision needs one.
+        averages: of the product; the first is what sampling uses.
         images: seen so far.
     """
 
@@ -43,11 +52,19 @@ class Run:
     config: CheckpointConfig
     method: Method
     roles: dict[str, FlowNetwork]
+    players: dict[str, Player]
+    learnt: dict[str, dict[str, nn.Parameter]]
     optimizers: dict[str, torch.optim.Optimizer]
-    ema: Ema
+    scales: dict[str, LossScale]
+    averages: list[Ema]
     dataset: Dataset
-    device: torch.device
+    engine: Engine
     images: int = 0
+
+    @property
+    def ema(self) -> Ema:
+        """The average that grids show and that generator/ holds."""
+        return self.averages[0]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -75,29 +92,53 @@ class Run:
                     "parameters": sum(p.numel() for p in network.parameters()),
                     "trained": role in self.optimizers,
                     "two_time": network.two_time,
+                    "unused": self.unused(role),
                 }
                 for role, network in self.roles.items()
             },
-            "device": str(self.device),
+            "device": str(self.engine.device),
+            "processes": self.engine.world,
+            "micro_batch": self.engine.machine.micro_batch,
             **self.identity,
         }
 
+    def stream(self) -> Stream:
+        """The training data, from anywhere."""
+        return Stream(
+            self.dataset,
+            seed=self.recipe.training.seed,
+            labels=bool(self.ema.network.label_dim),
+            workers=self.engine.machine.workers,
+            device=self.engine.device,
+        )
+
+    def unused(self, role: str) -> list[str]:
+        """Parameters of a trained role that the loss of its turn does not reach."""
+        if role not in self.learnt:
+            return []
+        return [name for name, _ in self.roles[role].named_parameters() if name not in self.learnt[role]]
+
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Weights and optimiser state of each trained role, and the average."""
-        groups = {"ema": self.ema.network.state_dict()}
+        """Weights and optimiser state of each trained role, and the averages: whole, whatever the sharding.
+
+        All processes call it together; it is empty but on the main one.
+        """
+        groups = {f"ema-{average.name}": average.network.state_dict() for average in self.averages}
         for role, optimizer in self.optimizers.items():
-            names = [name for name, _ in self.roles[role].named_parameters()]
             groups[role] = {f"weights.{name}": tensor for name, tensor in self.roles[role].state_dict().items()}
+            names = list(self.learnt[role])
             for index, values in optimizer.state_dict()["state"].items():
                 groups[role] |= {f"{key}.{names[index]}": value for key, value in values.items()}
-        return groups
+        return {name: self.engine.gather(tensors) for name, tensors in groups.items()}
 
     def restore(self, groups: Mapping[str, Mapping[str, Tensor]], images: int) -> None:
         """Puts back what `state` gave."""
         self.images = images
-        self.ema.network.load_state_dict(groups["ema"])
+        for average in self.averages:
+            load_whole(average.network, groups[f"ema-{average.name}"])
         for role, optimizer in self.optimizers.items():
-            index = {name: i for i, (name, _) in enumerate(self.roles[role].named_parameters())}
+            learnt = self.learnt[role]
+            index = {name: i for i, name in enumerate(learnt)}
             weights: dict[str, Tensor] = {}
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in groups[role].items():
@@ -105,22 +146,25 @@ class Run:
                 if kind == "weights":
                     weights[parameter] = tensor
                 else:
-                    state.setdefault(index[parameter], {})[kind] = tensor
-            self.roles[role].load_state_dict(weights)
+                    state.setdefault(index[parameter], {})[kind] = like(tensor, learnt[parameter])
+            load_whole(self.roles[role], weights)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def prepare(recipe: Recipe, *, data: str | Path, teacher: str | Path | None = None, device: str | None = None) -> Run:
-    """Everything in memory, as it is before the first step.
+def prepare(
+    recipe: Recipe, *, data: str | Path, teacher: str | Path | None = None, machine: Machine = Machine()
+) -> Run:
+    """Everything in memory, as it is before the first step. All processes of a run call it.
 
     Args:
         data: what `open_dataset` takes.
         teacher: a checkpoint, ours or official; a method that makes its own network takes one to start from, or none.
-        device: default: cuda where there is one, else cpu.
+        machine: how the run uses the hardware.
     Raises: TrainingError: no teacher for a method that needs one, or a generator in its place, or data that do not fit.
         CheckpointError, DatasetError, RecipeError: from what is opened.
     """
     method_class = recipe.method_class
+    require_trackers(machine.log_with)
     dataset = open_dataset(data, split=recipe.data.split)
     if teacher is not None:
         flow, config = _read(teacher)
@@ -132,11 +176,32 @@ def prepare(recipe: Recipe, *, data: str | Path, teacher: str | Path | None = No
         raise TrainingError(f"{name} distils a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     _require_fit(dataset, flow, config)
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    roles = {role: _cast(part, flow, recipe).to(place) for role, part in method_class.roles.items()}
-    training = recipe.training
+    noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
+    roles = {role: _cast(part, flow, recipe) for role, part in method_class.roles.items()}
     trained = [role for role, part in method_class.roles.items() if part.trained]
-    product = roles[method_class.product]
+    unused = Probe(method_class, recipe.method_config, roles, noise).unused()
+    averages = [Ema(roles[method_class.product], recipe.ema.half_life_images, recipe.ema.rampup_ratio)]
+
+    engine = Engine(machine)
+    for role, network in roles.items():
+        if machine.checkpointing:
+            network.network.checkpoint_blocks()
+        if role not in trained and "teacher" in machine.offload:
+            engine.lend(network)
+        else:
+            engine.place(network)
+    for average in averages:
+        if "ema" not in machine.offload:
+            engine.place(average.network)
+    learnt = {
+        role: {name: p for name, p in roles[role].named_parameters() if name not in unused[role]} for role in trained
+    }
+    for parameters in learnt.values():
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+    players = {role: engine.player(network, role in trained) for role, network in roles.items()}
+    for network in roles.values():
+        network.requires_grad_(False)
     return Run(
         recipe=recipe,
         config=replace(
@@ -148,18 +213,28 @@ def prepare(recipe: Recipe, *, data: str | Path, teacher: str | Path | None = No
             sampling=Sampling(recipe.sampling.sigmas, recipe.sampling.gamma),
             results=(),
         ),
-        method=method_class(recipe.method_config, roles, NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)),
+        method=method_class(recipe.method_config, players, noise),
         roles=roles,
+        players=players,
+        learnt=learnt,
         optimizers={
-            role: torch.optim.Adam(
-                roles[role].parameters(), lr=training.lr, betas=training.betas, eps=training.eps, fused=True
-            )
-            for role in trained
+            role: make_optimizer(parameters.values(), recipe.training, "optimizer" in machine.offload)
+            for role, parameters in learnt.items()
         },
-        ema=Ema(product, recipe.ema.half_life_images, recipe.ema.rampup_ratio),
+        scales={role: LossScale() for role in trained} if recipe.training.precision == "fp16" else {},
+        averages=averages,
         dataset=dataset,
-        device=place,
+        engine=engine,
     )
+
+
+def take_stage(run: Run, role: str) -> None:
+    """Makes ready for a turn of `role`: its network learns, all others are frozen."""
+    for other, network in run.roles.items():
+        if network.training != (other == role):
+            network.train(other == role)
+            for parameter in run.learnt.get(other, {}).values():
+                parameter.requires_grad_(other == role)
 
 
 def _read(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:

@@ -15,9 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edmdistill.checkpoints.aside import aside, sweep
 from edmdistill.errors import TrainingError
 
 RECIPE, RUN = "recipe.resolved.json", "run.json"
+FREE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapshot_every")}
+"""What a run may go on with otherwise than it began: it changes nothing that is computed."""
 
 
 class RunDir:
@@ -76,6 +79,8 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
             who = lock.read().strip() or "unknown"
             raise TrainingError(f"{path} is in use by process {who}: wait for it, or give another --run-dir") from None
         _require_same(path, files)
+        for place in (path, path / "state", path / "samples"):
+            sweep(place)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -110,6 +115,9 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
 
 def _require_same(path: Path, files: Mapping[str, bytes]) -> None:
     changed = [line for name in (RECIPE, RUN) for line in _differences((path / name).read_bytes(), files[name])]
+    if not changed and (path / RECIPE).read_bytes() != files[RECIPE]:
+        with aside(path / RECIPE) as new:
+            new.write_bytes(files[RECIPE])
     if changed:
         raise TrainingError(
             f"{path} is the directory of another run; give another --run-dir, or the same recipe, teacher and data:\n"
@@ -118,11 +126,11 @@ def _require_same(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _differences(before: bytes, now: bytes) -> list[str]:
-    """A line for every key whose value is not the same in two JSON texts."""
+    """A line for every key whose value is not the same in two JSON texts, and is not free."""
     old, new = _flat(json.loads(before)), _flat(json.loads(now))
     return [
         f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
-        for key in sorted(old.keys() | new.keys())
+        for key in sorted((old.keys() | new.keys()) - FREE)
         if old.get(key, "absent") != new.get(key, "absent")
     ]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from msgspec.structs import replace
+from torch import Tensor
 
 from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.store import Generator, save_checkpoint
@@ -30,12 +32,16 @@ def draw(run: Run, folder: Path) -> None:
     seeds = range(COLUMNS * ROWS)
     labels = [seed % network.label_dim for seed in seeds] if network.label_dim else None
     images = torch.cat([sample(model, nfe, seeds=seeds, labels=labels) for nfe in own.nfe])
+    if not run.engine.is_main:
+        return
     with aside(folder / f"{run.images:09d}.png") as new:
         image_grid(to_uint8(images), COLUMNS).save(new, "png")
 
 
-def publish(run: Run, folder: Path) -> None:
-    """The average as a checkpoint ready for use, in place of the one before."""
+def publish(run: Run, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """The average as a checkpoint ready for use, in place of the one before.  weights: of the average, whole."""
     own = run.recipe.ema
     ema = {"half_life_images": own.half_life_images, "rampup_ratio": own.rampup_ratio}
-    save_checkpoint(folder, run.ema.network, replace(run.config, images_seen=run.images, ema=ema), overwrite=True)
+    save_checkpoint(
+        folder, run.ema.network, replace(run.config, images_seen=run.images, ema=ema), overwrite=True, tensors=weights
+    )

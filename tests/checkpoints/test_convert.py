@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused(bad: Path, tmp_path: Path, name: str, sent
 
 
 def test_other_noise_levels_are_refused(golden: Path) -> None:
-    official = read_official(golden / "iddpm-adm-uncond.pkl")
+    official = read_official(golden / "iddpm-adm-uncond.pkl.gz")
     official.tensors["u"] = official.tensors["u"] * 1.1
     with pytest.raises(CheckpointError, match="other noise levels"):
         build_official(official)

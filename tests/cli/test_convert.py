@@ -16,10 +16,10 @@ SOUND = "bad-modulesrc-exec.pkl"  # a network like another, with a source text t
 
 
 def test_text(golden: Path, tmp_path: Path) -> None:
-    command = ["convert", str(golden / "iddpm-adm-uncond.pkl"), str(tmp_path / "out")]
+    command = ["convert", str(golden / "iddpm-adm-uncond.pkl.gz"), str(tmp_path / "out")]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0
-    assert "iddpm-adm-uncond.pkl: adm, 16x16 pixels, 0 classes, preconditioned as iddpm." in result.stdout
+    assert "iddpm-adm-uncond.pkl.gz: adm, 16x16 pixels, 0 classes, preconditioned as iddpm." in result.stdout
     assert "sigma    float32    float64" in result.stdout
     assert "cc-by-nc-sa-4.0" in result.stdout
     assert result.stderr == ""

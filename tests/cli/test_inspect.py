@@ -18,7 +18,7 @@ SOUND_AS_FILES = {
 
 
 def test_text(golden: Path) -> None:
-    result = CliRunner().invoke(main, ["inspect", str(golden / "iddpm-adm-uncond.pkl")])
+    result = CliRunner().invoke(main, ["inspect", str(golden / "iddpm-adm-uncond.pkl.gz")])
     assert result.exit_code == 0
     assert "class            iDDPMPrecond" in result.stdout
     assert "unusual          only the network" in result.stdout

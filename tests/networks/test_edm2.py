@@ -18,7 +18,7 @@ MakeFlow = Callable[..., FlowNetwork]
 @torch.no_grad()
 def test_two_official_training_forwards(golden: Path) -> None:
     """The official forward, when it trains, is after_step and then forward."""
-    flow, _ = build_official(read_official(golden / "edm2-latent-gnet-cond.pkl"), upcast=True)
+    flow, _ = build_official(read_official(golden / "edm2-latent-gnet-cond.pkl.gz"), upcast=True)
     denoiser, expected = Denoiser(flow), load_file(golden / "edm2-train-mode.safetensors")
     for call in ("first", "second"):
         flow.network.after_step()

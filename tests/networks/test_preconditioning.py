@@ -83,7 +83,7 @@ def test_ve_is_the_official_one(golden: Path) -> None:
 def test_iddpm_levels_are_the_official_buffer(golden: Path) -> None:
     from edmdistill.checkpoints.nvidia import read_official
 
-    official = read_official(golden / "iddpm-adm-uncond.pkl").tensors["u"]
+    official = read_official(golden / "iddpm-adm-uncond.pkl.gz").tensors["u"]
     torch.testing.assert_close(IDDPM().levels, official, rtol=2e-6, atol=0)
 
 

@@ -11,6 +11,7 @@ from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, sa
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.preconditioning import EDM, FlowNetwork
 from edmdistill.recipes import Recipe
+from edmdistill.training.engine import Machine
 from edmdistill.training.run import Run, prepare
 
 NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
@@ -56,6 +57,6 @@ def start(recipe: Callable[..., Recipe], teacher: Path) -> Callable[..., Run]:
 
     def make(method: str, **training: object) -> Run:
         source = None if method == "diffusion" else teacher
-        return prepare(recipe(method, **training), data="digits", teacher=source, device="cpu")
+        return prepare(recipe(method, **training), data="digits", teacher=source, machine=Machine(device="cpu"))
 
     return make

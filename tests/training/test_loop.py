@@ -11,7 +11,7 @@ from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 from edmdistill.methods.base import Loss
 from edmdistill.recipes import Training
-from edmdistill.training.loop import learning_rate, load_batch, rounds, train
+from edmdistill.training.loop import learning_rate, requests, rounds, train
 from edmdistill.training.monitors import Diverged, fingerprints
 
 ALL_METHODS = sorted(METHODS)
@@ -94,11 +94,12 @@ def test_the_average_is_what_is_published(start, tmp_path):
 
 
 def test_turns_draw_their_own_batches(start):
-    """Over a round every image of the stream is drawn once, whatever the number of turns."""
+    """Over a run the stream is read once from end to end, whatever the number of turns, and on from anywhere."""
     run = start("cosim")
-    first, second, both = (load_batch(run, position) for position in (0, 8, 4))
-    assert torch.equal(torch.cat([first.x0, second.x0])[4:12], both.x0)
-    assert torch.equal(torch.cat([first.labels, second.labels])[4:12], both.labels)
+    positions = list(requests(run, 2))
+    assert positions == [(start, start + 8) for start in range(0, 3 * 2 * 8, 8)]
+    run.images = 16
+    assert list(requests(run, 2)) == positions[-2:]
 
 
 @pytest.mark.parametrize("role", ["auxiliary", "generator"])
@@ -111,8 +112,8 @@ def test_a_nan_names_its_place_and_the_last_good_state(role, start, tmp_path, mo
         bad = torch.arange(8) < (2 if run.images == 32 else 0)
         return Loss(torch.where(bad, math.nan, 1.0) * loss.value, loss.t, loss.signals)
 
-    monkeypatch.setattr(method, name, poisoned)
     run = start("cosim", images=80, snapshot_every=24)
+    monkeypatch.setattr(method, name, poisoned)
     with pytest.raises(TrainingError) as error:
         train(run, tmp_path / "run")
     sentence = str(error.value)

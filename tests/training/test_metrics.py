@@ -1,23 +1,108 @@
+import math
+
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from edmdistill.training.metrics import Window
+from edmdistill.methods.base import Batch, Loss
+from edmdistill.training.metrics import BINS, EDGES, Tally, Window
 
 
-def test_means_over_the_rounds_since_the_last_line():
+def losses(rows: int, seed: int = 0) -> tuple[Loss, Batch]:
+    rng = torch.Generator().manual_seed(seed)
+    sigma = (3 * torch.randn(rows, generator=rng, dtype=torch.float64)).exp()
+    value, signal = torch.rand(2, rows, generator=rng, dtype=torch.float64)
+    images = torch.randn(2, rows, 3, 4, 4, generator=rng)
+    loss = Loss(value, (sigma / 0.5).atan(), {"signal": signal.mean()}, images[0])
+    return loss, Batch(images[1], None)
+
+
+def tallied(*parts: tuple[Loss, Batch]) -> dict[str, float]:
+    tally = Tally()
+    for loss, batch in parts:
+        tally.add_loss("generator", loss, batch, 0.5)
+    return tally.means()
+
+
+@given(rows=st.integers(2, 40), cut=st.floats(0, 1))
+def test_a_batch_is_the_sum_of_its_pieces(rows: int, cut: float) -> None:
+    """But for `diversity` and a method's signals, which a piece has of its own."""
+    loss, batch = losses(rows)
+    at = min(max(round(cut * rows), 1), rows - 1)
+    pieces = []
+    for piece in slice(None, at), slice(at, None):
+        part = Loss(loss.value[piece], loss.t[piece], {}, loss.generated[piece])
+        pieces.append((part, Batch(batch.x0[piece], None)))
+    whole = tallied((loss._replace(signals={}), batch))
+    for name, mean in tallied(*pieces).items():
+        if name != "diversity":
+            assert mean == pytest.approx(whole[name], rel=1e-6, abs=1e-6), name
+
+
+def test_means_are_what_they_say() -> None:
+    (loss, batch), sigma = losses(500), 0.5 * losses(500)[0].t.tan()
+    means = tallied((loss, batch))
+    assert means["loss/generator"] == pytest.approx(loss.value.mean().item())
+    assert means["signal"] == pytest.approx(loss.signals["signal"].item())
+    total = 0.0
+    for name, low, high in zip(BINS, (0, *EDGES), (*EDGES, math.inf), strict=True):
+        inside = loss.value[(low <= sigma) & (sigma < high)]
+        total += means[f"loss/generator/{name}"] * len(inside)
+        assert means[f"loss/generator/{name}"] == pytest.approx(inside.mean().item())
+    assert total / 500 == pytest.approx(means["loss/generator"])
+    for what, images in (("generated", loss.generated), ("data", batch.x0)):
+        for channel in range(3):
+            assert means[f"{what}/mean/{channel}"] == pytest.approx(images[:, channel].mean().item(), abs=1e-6)
+            spread = images[:, channel].std(correction=0).item()
+            assert means[f"{what}/std/{channel}"] == pytest.approx(spread, rel=1e-5)
+    expected = loss.generated.var(0).mean() / batch.x0.var(0).mean()
+    assert means["diversity"] == pytest.approx(expected.item(), rel=1e-5)
+    assert "generated/square/0" not in means
+
+
+def test_one_image_for_all_has_no_diversity() -> None:
+    loss, batch = losses(8)
+    means = tallied((loss._replace(generated=loss.generated[:1].expand(8, -1, -1, -1)), batch))
+    assert means["diversity"] == pytest.approx(0, abs=1e-6)
+
+
+def test_processes_are_summed_and_empty_bins_left_out() -> None:
+    loss = Loss(torch.ones(4), torch.full((4,), 0.5))
+    tally = Tally()
+    tally.add_loss("teacher", loss, Batch(torch.zeros(4, 1, 2, 2), None), 0.5)
+    seen = []
+
+    def reduce(sums):
+        seen.append(sums)
+        return 2 * sums
+
+    assert tally.means(reduce) == {"loss/teacher": 1.0, "loss/teacher/sigma<0.8": 1.0}
+    assert len(seen) == 1
+
+
+def test_means_over_the_rounds_since_the_last_line() -> None:
     window = Window()
-    for loss in (1.0, 2.0, 6.0):
-        window.add({"loss": loss})
-    line = window.line(24, 8)
-    assert (line["images"], line["step"], line["loss"]) == (24, 3, 3)
-    assert line["images_per_second"] == pytest.approx(24 / line["seconds"], rel=1e-6)
-    window.add({"loss": 5.0})
-    assert window.line(32, 8)["loss"] == 5
+    for value in 1.0, 3.0:
+        window.add({"loss/generator": value})
+    window.add({"loss/generator": 5.0, "rare": 7.0})
+    line = window.line(96, 32)
+    assert line["images"] == 96
+    assert line["step"] == 3
+    assert line["loss/generator"] == 3
+    assert line["rare"] == 7
+    window.add({"loss/generator": 8.0})
+    assert window.line(128, 32)["loss/generator"] == 8
 
 
-def test_goes_on_from_its_progress():
-    window = Window()
-    window.add({"loss": 0.1})
-    other = Window(**window.progress())
-    for one in (window, other):
-        one.add({"loss": 0.2})
-    assert window.line(16, 8)["loss"] == other.line(16, 8)["loss"]
+def test_a_window_goes_on_from_its_progress() -> None:
+    whole, first = Window(), Window()
+    for window in whole, first:
+        window.add({"a": 0.1})
+        window.add({"a": 0.2, "b": 1.0})
+    second = Window(**first.progress())
+    for window in whole, second:
+        window.add({"a": 0.7})
+    one, two = whole.line(3, 1), second.line(3, 1)
+    assert one["a"] == two["a"]
+    assert one["b"] == two["b"] == 1

@@ -6,6 +6,7 @@ import torch
 from edmdistill.errors import DatasetError, TrainingError
 from edmdistill.methods import METHODS
 from edmdistill.recipes import Recipe
+from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train
 from edmdistill.training.run import prepare
 
@@ -46,7 +47,7 @@ def test_a_run_directory_is_a_teacher_and_a_place_to_start_from(start, recipe, t
     trained = start("diffusion")
     train(trained, tmp_path / "run")
     for method in ("diffusion", "sid"):
-        run = prepare(recipe(method), data="digits", teacher=tmp_path / "run", device="cpu")
+        run = prepare(recipe(method), data="digits", teacher=tmp_path / "run", machine=Machine("cpu"))
         expected = trained.ema.network.network.out_gain
         assert torch.equal(run.ema.network.network.out_gain, expected)
 

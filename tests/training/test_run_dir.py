@@ -9,6 +9,7 @@ from edmdistill.errors import TrainingError
 from edmdistill.training.run_dir import open_run
 
 RECIPE = json.dumps({"training": {"lr": 1e-3, "batch": 8}, "ema": {"half_life_images": 5}}).encode()
+FILES = ("recipe.toml", "recipe.resolved.json", "run.json")
 IDENTITY = {"teacher_sha256": "abc", "data": {"name": "digits"}}
 
 
@@ -48,6 +49,29 @@ def test_a_changed_recipe_is_refused_with_the_difference(tmp_path):
         "  teacher_sha256: abc there, def now",
     ]
     assert json.loads((tmp_path / "a" / "recipe.resolved.json").read_text()) == json.loads(RECIPE)
+
+
+def test_what_is_only_kept_or_shown_may_change(tmp_path):
+    with opened(tmp_path / "a"):
+        pass
+    changed = json.dumps({"training": {"lr": 1e-3, "batch": 8, "keep": 5}, "ema": {"half_life_images": 5}}).encode()
+    with opened(tmp_path / "a", changed):
+        pass
+    assert (tmp_path / "a" / "recipe.resolved.json").read_bytes() == changed
+
+
+def test_what_a_killed_process_left_is_swept_up(tmp_path):
+    with opened(tmp_path / "a"):
+        pass
+    for name in (".generator.0123abcd.old", ".generator.0123abcd.new", "state/.000000000016.0123abcd.new"):
+        (tmp_path / "a" / name).mkdir()
+        (tmp_path / "a" / name / "file").write_text(name)
+    (tmp_path / "a/samples/.000000016.png.0123abcd.new").write_bytes(b"cut short")
+    with opened(tmp_path / "a"):
+        pass
+    left = {path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*")}
+    assert left == {*FILES, ".lock", "state", "samples", "generator", "generator/file"}
+    assert (tmp_path / "a/generator/file").read_text() == ".generator.0123abcd.old"
 
 
 def test_other_places_are_left_alone(tmp_path):

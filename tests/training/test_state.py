@@ -1,9 +1,16 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.training import state
-from edmdistill.training.state import State, load_state, save_state, saved_states
+from edmdistill.training.state import State, kept, newest_whole, read_state, save_state, saved_states
+
+
+def load_state(folder, note):
+    newest = newest_whole(folder, note)
+    return None if newest is None else read_state(newest)
 
 
 def make(images):
@@ -50,11 +57,30 @@ def test_a_broken_state_gives_way_to_the_one_before(tmp_path, file, damage):
     assert load_state(tmp_path, pytest.fail).progress["images"] == 16
 
 
-def test_what_a_killed_process_left_is_swept_up(tmp_path):
-    save_state(tmp_path, make(8), keep=2)
-    (tmp_path / ".000000000016.abcd.new").mkdir()
-    assert load_state(tmp_path, pytest.fail).progress["images"] == 8
-    assert [path.name for path in tmp_path.iterdir()] == ["000000000008"]
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_bit_of_a_state_may_change(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("state")
+    for images in (8, 16):
+        save_state(folder, make(images), keep=2)
+    file = data.draw(st.sampled_from(sorted((folder / "000000000016").glob("*.safetensors"))))
+    content = bytearray(file.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    said = []
+    assert newest_whole(folder, said.append).name == "000000000008"
+    assert file.name in said[0]
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, unique=True), st.integers(1, 4), st.none() | st.integers(1, 300))
+def test_what_is_kept(images, keep, every):
+    """State by state as a run saves them: the last ones, and the first after every multiple, which once kept stays."""
+    there, marks = set(), set()
+    for number in sorted(images):
+        there = kept([*there, number], keep, every)
+        if every is not None and number // every not in {mark // every for mark in marks} | {0}:
+            marks.add(number)
+        assert there == set([n for n in sorted(images) if n <= number][-keep:]) | marks
 
 
 def test_no_whole_state_is_an_error_and_no_fresh_start(tmp_path):

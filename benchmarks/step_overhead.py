@@ -1,0 +1,113 @@
+"""What a round of training costs beyond its networks: CoSIM at the size of EDM2-S, random weights, ratio in one run.
+
+    python benchmarks/step_overhead.py [--batch 2] [--rounds 3] [--width 192]
+
+Networks: forward and backward passes of both turns, called bare. Engine: the same rounds as `edmdistill train` takes
+them, with data, random numbers, measures, the gradient's norm, Adam, forced weight normalisation and the average.
+On a CPU it takes 16 GB and some minutes.
+"""
+
+import argparse
+import io
+import json
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.draws import Draws
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.recipes import Recipe
+from edmdistill.training.engine import Machine
+from edmdistill.training.loop import rounds
+from edmdistill.training.run import Run, prepare, take_stage
+
+
+def make_teacher(folder: Path, width: int) -> Path:
+    """EDM2-S for 64x64 RGB images: width 192 is S."""
+    torch.manual_seed(0)
+    flow = FlowNetwork(UNet(64, 3, 1000, model_channels=width), EDM())
+    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="random weights"), **facts(flow))
+    save_checkpoint(folder, flow, config)
+    return folder
+
+
+def make_data(file: Path, images: int = 16) -> Path:
+    """Random pictures of a thousand classes."""
+    rng = np.random.default_rng(0)
+    labels = [[f"{i}.png", 999 if i == 0 else i] for i in range(images)]
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+        for name, _ in labels:
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "png")
+            archive.writestr(name, buffer.getvalue())
+    return file
+
+
+def bare(run: Run, batches: list) -> None:
+    """The networks of a round alone."""
+    for index, turn in enumerate(run.method.turns()):
+        take_stage(run, turn.role)
+        draws = Draws([0, 0, index], run.recipe.training.batch, device=run.engine.device)
+        turn.loss(batches[index], draws).value.mean().backward()
+        run.roles[turn.role].zero_grad(set_to_none=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--device")
+    options = parser.parse_args()
+    tables = {
+        "method": {"name": "cosim"},
+        "training": {
+            "images": options.batch * (options.rounds + 1),
+            "batch": options.batch,
+            "lr": 1e-5,
+            "log_every": 10**9,
+            "snapshot_every": 10**9,
+        },
+        "ema": {"half_life_images": 500_000},
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        teacher, data = make_teacher(Path(scratch) / "teacher", options.width), make_data(Path(scratch) / "data.zip")
+        recipe = Recipe.from_json(json.dumps(tables).encode())
+        run = prepare(recipe, data=data, teacher=teacher, machine=Machine(device=options.device))
+
+    def clock() -> float:
+        if run.engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with run.stream() as stream:
+        batches = [stream.read(i * options.batch, (i + 1) * options.batch) for i in range(2)]
+    steps = rounds(run)
+    next(steps)  # Adam's memory is made, and the first round's checks are done
+    networks, whole = [], []
+    for _ in range(options.rounds):
+        start = clock()
+        bare(run, batches)
+        middle = clock()
+        next(steps)
+        networks.append(middle - start)
+        whole.append(clock() - middle)
+        print(f"networks {networks[-1]:.2f} s, round {whole[-1]:.2f} s", flush=True)
+    ratio = float(np.median(whole) / np.median(networks))
+    parameters = sum(p.numel() for p in run.roles["teacher"].parameters())
+    where = "a GPU" if run.engine.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(
+        f"{parameters / 1e6:.0f}M parameters, batch {options.batch}, {where}: a round takes {ratio:.3f} of its networks"
+    )
+
+
+if __name__ == "__main__":
+    main()

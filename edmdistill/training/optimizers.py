@@ -1,0 +1,102 @@
+"""Adam, in the device's memory or the host's, and the loss scale that fp16 needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edmdistill.recipes import Training
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], training: Training, offload: bool = False
+) -> torch.optim.Optimizer:
+    """A role's optimiser, by its recipe.
+
+    Args:
+        offload: its states, and the steps it takes, are in the host's memory.
+    """
+    own = list(parameters)
+    make = OffloadedAdam if offload else torch.optim.Adam
+    return make(own, lr=training.lr, betas=training.betas, eps=training.eps, fused=True)
+
+
+class OffloadedAdam(torch.optim.Optimizer):
+    """Adam on copies of the weights in the host's memory; the device holds weights and gradients alone.
+
+    Its states are Adam's own, by the same numbers.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], **options: Any) -> None:
+        super().__init__(parameters, options)
+        self._copies = [
+            nn.Parameter(self._host(parameter)) for group in self.param_groups for parameter in group["params"]
+        ]
+        self._adam = torch.optim.Adam(self._copies, **options)
+        # The same objects, so that learning rates and states set here are set there.
+        self.state = self._adam.state
+
+    @staticmethod
+    def _host(parameter: Tensor) -> Tensor:
+        copy = torch.empty_like(parameter, device="cpu", pin_memory=parameter.device.type == "cuda")
+        return copy.copy_(parameter.detach())
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter, copy in zip(own, self._copies, strict=True):
+            # The weights come along: forced weight normalisation has changed them since the last step.
+            copy.copy_(parameter)
+            copy.grad = None if parameter.grad is None else self._host(parameter.grad)
+        for group, adams in zip(self.param_groups, self._adam.param_groups, strict=True):
+            adams["lr"] = group["lr"]
+        self._adam.step()
+        for parameter, copy in zip(own, self._copies, strict=True):
+            parameter.copy_(copy)
+            copy.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._adam.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._adam.load_state_dict(state_dict)
+        self.state = self._adam.state
+
+
+class LossScale:
+    """The factor by which a loss is multiplied so that its gradients do not vanish in fp16.
+
+    It is halved when a gradient is not finite, whose step is then left out, and doubled after `patience` good ones.
+    Source: Micikevicius et al. 2018, section 3.2; the numbers are torch.amp.GradScaler's.
+    """
+
+    def __init__(self, scale: float = 2.0**16, patience: int = 2000) -> None:
+        self.scale = scale
+        self.patience = patience
+        self.good = 0
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether a smaller scale may help; at 1, what is not finite is so without it."""
+        return self.scale > 1
+
+    def update(self, finite: bool) -> None:
+        """Hears whether the gradient of a step was finite."""
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good == self.patience:
+            self.scale, self.good = self.scale * 2, 0
+        assert math.isfinite(self.scale)
+
+    def state(self) -> dict[str, float]:
+        """Plain values from which a scale goes on."""
+        return {"scale": self.scale, "good": self.good}
+
+    def restore(self, state: dict[str, float]) -> None:
+        self.scale, self.good = state["scale"], int(state["good"])

@@ -1,0 +1,55 @@
+"""A method's turns on the meta device: shapes without numbers, so that no network is too large."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import msgspec
+import torch
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Turn
+from edmdistill.networks.preconditioning import FlowNetwork
+
+
+class Probe:
+    """A method over copies of its networks on the meta device.
+
+    Args:
+        networks: of every role; only their shapes are copied.
+    """
+
+    def __init__(
+        self,
+        method: type[Method],
+        config: msgspec.Struct,
+        networks: Mapping[str, FlowNetwork],
+        noise: NoiseRange,
+    ) -> None:
+        self.networks = {role: copy.deepcopy(network).to("meta") for role, network in networks.items()}
+        self.turns: tuple[Turn, ...] = method(config, self.networks, noise).turns()
+
+    def take_stage(self, role: str) -> FlowNetwork:
+        """Readies the networks for a turn of this role, whose network is given back."""
+        for other, network in self.networks.items():
+            network.train(other == role).requires_grad_(other == role)
+        return self.networks[role]
+
+    def loss(self, turn: Turn, rows: int) -> Loss:
+        """The turn's loss on so many images."""
+        network = self.networks[turn.role]
+        shape = rows, network.img_channels, network.img_resolution, network.img_resolution
+        labels = torch.empty(rows, network.label_dim, device="meta") if network.label_dim else None
+        return turn.loss(Batch(torch.empty(shape, device="meta"), labels), Draws(0, rows, device="meta"))
+
+    def unused(self) -> dict[str, set[str]]:
+        """Of each trained role, the parameters that none of its turns' losses reaches."""
+        found: dict[str, set[str]] = {}
+        for turn in self.turns:
+            network = self.take_stage(turn.role)
+            self.loss(turn, 2).value.sum().backward()  # type: ignore[no-untyped-call]
+            idle = {name for name, parameter in network.named_parameters() if parameter.grad is None}
+            found[turn.role] = found.get(turn.role, idle) & idle
+            network.zero_grad(set_to_none=True)
+        return found

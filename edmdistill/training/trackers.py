@@ -1,0 +1,73 @@
+"""Where the lines of metrics.jsonl go as well: TensorBoard and Weights & Biases, by accelerate's trackers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+from edmdistill.errors import TrainingError
+
+INSTALL = {"tensorboard": "pip install 'edmdistill[tb]'", "wandb": "pip install wandb"}
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raises: TrainingError: one of them is not known or not installed."""
+    for name in names:
+        if name not in INSTALL:
+            raise TrainingError(f"there is no tracker {name!r}: choose of {', '.join(INSTALL)}")
+        if find_spec(name) is None:
+            raise TrainingError(f"--log-with {name} needs a package that is not installed: {INSTALL[name]}")
+
+
+@contextmanager
+def trackers(
+    names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any], images: int
+) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Opens trackers, on the main process.
+
+    Args:
+        names: tensorboard, into RUN/tensorboard; wandb, a run of the project edmdistill that is gone on with.
+        recipe: what is trained, plain values.
+        images: seen so far; what TensorBoard has of later ones is dropped, as metrics.jsonl drops it.
+    Yields: what takes a line of metrics.
+    Raises: TrainingError: a tracker cannot be opened.
+    """
+    folder = str(run_dir.resolve())
+    options: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+        "tensorboard": (("tensorboard", folder), {"purge_step": images + 1}),
+        "wandb": (
+            ("edmdistill",),
+            {
+                "id": hashlib.sha256(folder.encode()).hexdigest()[:16],
+                "name": run_dir.name,
+                "dir": folder,
+                "resume": "allow",
+                "config": dict(recipe),
+            },
+        ),
+    }
+    opened = []
+    try:
+        for name in names:
+            positional, named = options[name]
+            tracker = LOGGER_TYPE_TO_CLASS[name](*positional, **named)
+            try:
+                tracker.start()
+            except Exception as error:  # the trackers' own errors have no common kind
+                raise TrainingError(f"--log-with {name} cannot be opened: {error}; mend it or leave it out") from error
+            opened.append(tracker)
+
+        def log(line: Mapping[str, float]) -> None:
+            for tracker in opened:
+                tracker.log(dict(line), step=int(line["images"]))
+
+        yield log
+    finally:
+        for tracker in opened:
+            tracker.finish()

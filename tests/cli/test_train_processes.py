@@ -1,0 +1,96 @@
+"""`train --processes`: what two processes leave behind when one of them dies, or the user stops them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edmdistill.training.launch import LAUNCHER
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "network.arguments={model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], channels_per_head=8}",
+    "training.batch=8",
+    "training.images=4000",
+    "training.lr=1e-4",
+    "training.log_every=800",
+    "training.snapshot_every=800",
+    "sampling.nfe=[1]",
+]
+LAST = "samples/000004000.png"
+
+
+def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
+    sets = [word for override in SMALL for word in ("--set", override)]
+    words = ["train", "diffusion", "--data", "digits", "--recipe", "diffusion/digits", "--run-dir", str(run_dir)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "edmdistill", *words, "--device", "cpu", *sets, *more]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    for _ in range(2400):
+        if true():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen in two minutes")
+
+
+def child_of(launcher: int, rank: int) -> int:
+    """The process that has this rank."""
+    for folder in Path("/proc").iterdir():
+        try:
+            words = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if {f"{LAUNCHER}={launcher}".encode(), f"RANK={rank}".encode()} <= set(words):
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss/teacher"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_process_that_dies_costs_nothing_but_time(tmp_path: Path) -> None:
+    """Killed in two processes, interrupted in two, ended in one: the run that one process does."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert finish(start(whole))[0] == 0
+
+    run = start(broken, "--processes", "2")
+    wait_for((broken / "state/000000000800").exists)
+    os.kill(child_of(run.pid, 1), signal.SIGKILL)
+    code, said = finish(run)
+    assert code == 2
+    assert "The process of rank 1, of 2 processes, was killed by SIGKILL" in said
+    assert "the same command goes on from the last state" in said
+    assert "Traceback" not in said
+
+    lines = len(losses(broken))
+    run = start(broken, "--processes", "2")
+    wait_for(lambda: len(losses(broken)) > lines)
+    run.send_signal(signal.SIGINT)
+    code, said = finish(run)
+    assert code == 130
+    assert "Going on after" in said
+    assert "the same command goes on from there" in said
+
+    code, said = finish(start(broken))
+    assert code == 0
+    assert "Going on after" in said
+    assert losses(broken) == pytest.approx(losses(whole), abs=1e-4)
+    assert (broken / LAST).exists()

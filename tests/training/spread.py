@@ -1,0 +1,54 @@
+"""Trains every method for 20 rounds in several ways, in as many processes as torchrun makes.
+
+torchrun --nproc_per_node 2 spread.py TEACHER OUT.json
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from edmdistill.methods import METHODS
+from edmdistill.recipes import Recipe
+from edmdistill.training.engine import Engine, Machine
+from edmdistill.training.loop import rounds
+from edmdistill.training.run import prepare
+
+NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
+
+
+def recipe(method: str) -> Recipe:
+    tables = {
+        "method": {"name": method},
+        "training": {"images": 20 * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8},
+        "ema": {"half_life_images": 50},
+    }
+    if method == "diffusion":
+        tables["network"] = {"kind": "edm2", "arguments": NETWORK}
+    return Recipe.from_json(json.dumps(tables).encode())
+
+
+def losses(method: str, teacher: Path, machine: Machine) -> list[dict[str, float]]:
+    """What every round measured."""
+    run = prepare(recipe(method), data="digits", teacher=None if method == "diffusion" else teacher, machine=machine)
+    return list(rounds(run))
+
+
+def main(teacher: Path, out: Path) -> None:
+    engine = Engine(Machine(device="cpu"))
+    found = {}
+    # One process shows what is to be had; with two, a process has 4 rows of the 8, at once or one by one.
+    cases = itertools.product((4, 1), (False, True)) if engine.world > 1 else [(8, False)]
+    for method, (rows, shard) in itertools.product(METHODS, list(cases)):
+        found[f"{method} {rows} {shard}"] = losses(method, teacher, Machine("cpu", rows, shard))
+    if engine.is_main:
+        out.write_text(json.dumps(found))
+    engine.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
+    main(*map(Path, sys.argv[1:]))

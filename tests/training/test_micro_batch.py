@@ -1,0 +1,47 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edmdistill.errors import TrainingError
+from edmdistill.methods import METHODS
+from edmdistill.training.engine import Machine
+from edmdistill.training.loop import rounds
+from edmdistill.training.micro_batch import fewest_pieces, fits, settle_micro_batch
+
+
+@given(most=st.integers(1, 5000), least=st.integers(1, 6000))
+def test_the_fewest_pieces_are_found_in_few_trials(most: int, least: int) -> None:
+    tried = []
+
+    def fit(pieces: int) -> bool:
+        tried.append(pieces)
+        assert 1 <= pieces <= most
+        return pieces >= least
+
+    assert fewest_pieces(fit, most) == (least if least <= most else None)
+    assert len(tried) <= 2 * most.bit_length() + 1
+
+
+def test_what_does_not_fit_leaves_the_run_as_it_was(start, monkeypatch):
+    run, other = start("cosim"), start("cosim")
+    generator_loss = METHODS["cosim"].generator_loss
+
+    def hungry(self, batch, draws):
+        if len(batch.x0) > 5:
+            raise torch.OutOfMemoryError("more than there is")
+        return generator_loss(self, batch, draws)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(METHODS["cosim"], "generator_loss", hungry)
+        assert not fits(run, 6)
+        assert fits(run, 5)
+    assert list(rounds(run)) == list(rounds(other))
+
+
+def test_auto_needs_a_gpu(start):
+    run = start("sid")
+    assert settle_micro_batch(run) is None
+    run.engine.machine = Machine(device="cpu", micro_batch="auto")
+    with pytest.raises(TrainingError, match="on a CPU: give a number"):
+        settle_micro_batch(run)

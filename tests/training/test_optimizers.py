@@ -1,0 +1,80 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from edmdistill.recipes import Training
+from edmdistill.training.optimizers import LossScale, make_optimizer
+
+
+def training(**values):
+    return Training(images=100, batch=10, lr=1e-2, log_every=1, snapshot_every=1, **values)
+
+
+def pair():
+    torch.manual_seed(0)
+    networks = nn.Linear(5, 3), nn.Linear(5, 3)
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers = [make_optimizer(networks[i].parameters(), training(), offload=bool(i)) for i in range(2)]
+    return networks, optimizers
+
+
+def step(network, optimizer, number):
+    torch.manual_seed(number)
+    network(torch.randn(4, 5)).square().sum().backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2 / (1 + number)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():  # as forced weight normalisation does after a step
+        network.weight.div_(network.weight.norm())
+
+
+def test_adam_in_the_hosts_memory_is_adam():
+    networks, optimizers = pair()
+    for number in range(5):
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            step(network, optimizer, number)
+        assert all(torch.equal(a, b) for a, b in zip(*(n.parameters() for n in networks), strict=True))
+    one, two = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    assert one.keys() == two.keys() == {0, 1}
+    for index, values in one.items():
+        assert all(torch.equal(value, two[index][key]) for key, value in values.items())
+
+
+@pytest.mark.parametrize("source", [0, 1])
+def test_states_go_from_one_to_the_other(source):
+    networks, optimizers = pair()
+    for number in range(3):
+        step(networks[source], optimizers[source], number)
+    other = 1 - source
+    networks[other].load_state_dict(networks[source].state_dict())
+    state = copy.deepcopy(optimizers[source].state_dict()["state"])
+    optimizers[other].load_state_dict({**optimizers[other].state_dict(), "state": state})
+    for network, optimizer in zip(networks, optimizers, strict=True):
+        step(network, optimizer, 3)
+    assert all(torch.equal(a, b) for a, b in zip(*(n.parameters() for n in networks), strict=True))
+
+
+def test_parameters_without_a_gradient_stay():
+    network = nn.Linear(2, 1)
+    optimizer = make_optimizer(network.parameters(), training(), offload=True)
+    bias = network.bias.clone()
+    (network.weight.sum()).backward()
+    optimizer.step()
+    assert torch.equal(network.bias, bias)
+
+
+def test_loss_scale():
+    scale = LossScale(scale=4.0, patience=3)
+    for finite, expected in ((True, 4), (True, 4), (True, 8), (True, 8), (False, 4), (True, 4), (True, 4), (True, 8)):
+        scale.update(finite)
+        assert scale.scale == expected
+    again = LossScale()
+    again.restore(scale.state())
+    assert again.state() == scale.state()
+    for _ in range(3):
+        assert scale.can_shrink
+        scale.update(False)
+    assert not scale.can_shrink

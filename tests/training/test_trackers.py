@@ -1,0 +1,41 @@
+"""Lines of metrics in TensorBoard's files, and a tracker that cannot be opened."""
+
+from pathlib import Path
+
+import pytest
+
+from edmdistill.errors import TrainingError
+from edmdistill.training import trackers as module
+from edmdistill.training.trackers import require_trackers, trackers
+
+
+def _scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_tensorboard_has_each_line_once(tmp_path: Path) -> None:
+    """A run that goes on from 64 images after lines up to 128 has no line of the first try beyond 64."""
+    for start, value in ((0, 1.0), (64, 2.0)):
+        with trackers(["tensorboard"], tmp_path, {}, start) as log:
+            for images in range(start + 32, start + 97, 32):
+                log({"images": images, "loss/generator": value})
+    assert _scalars(tmp_path / "tensorboard", "loss/generator") == [(32, 1), (64, 1), (96, 2), (128, 2), (160, 2)]
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match=r"--log-with tensorboard needs .* pip install 'edmdistill\[tb\]'"):
+        require_trackers(["tensorboard"])
+
+
+def test_what_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
+    with (
+        pytest.raises(TrainingError, match="--log-with tensorboard cannot be opened"),
+        trackers(["tensorboard"], tmp_path, {}, 0),
+    ):
+        pass
