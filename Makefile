@@ -7,7 +7,7 @@ RUN := runs/quickstart
 .PHONY: quickstart test test-all lint
 
 # One thread trains faster than two: the operations on batches of 8x8 images are too small to share.
-quickstart: .venv/stamp
+quickstart: .venv/quickstart
 	$(BIN)/edmdistill convert edmdistill/assets/digits-teacher.pkl $(RUN)/teacher --licence apache-2.0
 	OMP_NUM_THREADS=1 $(BIN)/edmdistill train cosim $(RUN)/teacher --data digits --recipe cosim/digits-quickstart --run-dir $(RUN)/cosim
 	$(BIN)/edmdistill sample $(RUN)/cosim --nfe 2 --seeds 0-63 --out $(RUN)/cosim/images
@@ -22,20 +22,25 @@ $(RUN)/cosim/eval/generator.json: $(RUN)/cosim/generator/config.json
 	$(BIN)/edmdistill eval $(RUN)/cosim --nfe 1,2,4,8 --protocol digits --out $@
 
 # One thread a worker: the networks under test are too small to share one.
-test: .venv/stamp
+test: .venv/tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
-test-all: .venv/stamp
+test-all: .venv/tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-lint: .venv/stamp
+lint: .venv/tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-.venv/stamp: pyproject.toml constraints.txt
+.venv/quickstart: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	@echo "Making the environment in .venv: some minutes at most, for torch is large."
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[quickstart]'
+	@touch $@
+
+# The tools of the tests and the linters on top.
+.venv/tools: .venv/quickstart
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -26,6 +26,7 @@ from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Generator, Table
 from edmdistill.recipes import Recipe
+from edmdistill.training.metrics import BINS
 from edmdistill.training.run_dir import RECIPE, RUN
 
 PAGE = Path(__file__).parent / "assets" / "report.html"
@@ -35,10 +36,16 @@ CURVES = {
     "score_gap": "score gap",
     "cos_gap_error": "cosine of gap and error",
     "grad_norm": "gradient norm",
+    "diversity": "diversity",
+    "mean": "mean",
+    "deviation": "standard deviation",
     "images_per_second": "images per second",
     "lr": "learning rate",
 }
 """Titles of what metrics.jsonl holds, in the order of the page; what else it holds comes last."""
+
+MARKED = 12
+"""The points of a curve of so many are marked."""
 
 Point = tuple[float, float]
 
@@ -145,7 +152,7 @@ def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, lo
     """Curves over one pair of axes, as SVG in the colours of the page.
 
     Args:
-        series: by name, points of finite numbers; those of a named curve are marked.
+        series: by name, points of finite numbers; the few of a named curve are marked.
         log: see `axis`.
     """
     y = axis([value for points in series.values() for _, value in points], log)
@@ -172,7 +179,8 @@ def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, lo
         mean = [f"{column(at)},{row(value)}" for at, _, value, _ in line]
         band = [f"{column(at)},{row(low)}" for at, low, _, _ in line]
         band += [f"{column(at)},{row(high)}" for at, _, _, high in reversed(line)]
-        dots = [f'<circle cx="{column(at)}" cy="{row(value)}" r="3"/>' for at, _, value, _ in line if name]
+        marked = name and len(line) <= MARKED
+        dots = [f'<circle cx="{column(at)}" cy="{row(value)}" r="3"/>' for at, _, value, _ in line if marked]
         parts.append(
             f'<g class="c{index}"><polygon points="{" ".join(band)}"/><polyline points="{" ".join(mean)}"/>'
             f"{''.join(dots)}</g>"
@@ -259,6 +267,10 @@ def _samples(run: Summary) -> str:
         for i in sorted({0, len(files) // 2, len(files) - 1})
         if files
     ]
+    figures += [
+        (f"x0 after {int(file.stem):,} images: the same noisy data as each role sees it", _picture(file))
+        for file in sorted((run.path / "x0").glob("*.png"))[-1:]
+    ]
     figures += [(f"{file.parent.name}/{file.name}", _picture(file)) for file in sorted(run.path.glob("*/grid.png"))]
     if not figures:
         return "<p>Nothing is drawn yet.</p>"
@@ -279,28 +291,43 @@ def _training(metrics: Sequence[Mapping[str, float]]) -> str:
     if not metrics:
         return "<p>Nothing is logged yet.</p>"
     total, order = metrics[-1]["images"], list(CURVES)
-    curves: dict[str, list[Point]] = {}
+    charts: dict[str, dict[str, list[Point]]] = {}
     for line in metrics:
         for key in line.keys() - {"images", "step", "seconds"}:
             if math.isfinite(line[key]):
-                curves.setdefault(key, []).append((line["images"], line[key]))
+                chart, curve = _chart(key)
+                charts.setdefault(chart, {}).setdefault(curve, []).append((line["images"], line[key]))
 
-    def place(key: str) -> tuple[int, str]:
-        kind = key.partition("/")[0]
-        return order.index(kind) if kind in order else len(order), key
+    def place(chart: str) -> tuple[int, str]:
+        kind = chart.partition("/")[0]
+        return order.index(kind) if kind in order else len(order), chart
 
-    charts = []
-    for key in sorted(curves, key=place):
-        kind, *role = key.split("/")
-        title = ", ".join([CURVES.get(kind, kind), *role])
-        charts.append(svg_curves(title, {"": curves[key]}, Axis([0, total / 2, total])))
+    def rank(curve: str) -> int:
+        return BINS.index(f"sigma{curve}") if f"sigma{curve}" in BINS else -len(curve)
+
+    def draw(chart: str) -> str:
+        kind, *about = chart.split("/")
+        curves = {name: charts[chart][name] for name in sorted(charts[chart], key=rank)}
+        return svg_curves(", ".join([CURVES.get(kind, kind), *about]), curves, Axis([0, total / 2, total]))
+
     note = "Against images seen."
-    if "score_gap" in curves:
+    if "score_gap" in charts:
         note += (
             " The generator's loss swings about 0 and says little; the score gap, how far the auxiliary score is from"
             " the teacher's, says more."
         )
-    return f'{_note(note)}<div class="figures">{"".join(charts)}</div>'
+    return f'{_note(note)}<div class="figures">{"".join(map(draw, sorted(charts, key=place)))}</div>'
+
+
+def _chart(measure: str) -> tuple[str, str]:
+    """The chart that a measure is drawn in, and its curve there."""
+    kind, *about = measure.split("/")
+    if kind in ("generated", "data"):
+        what, channel = about
+        return f"{'mean' if what == 'mean' else 'deviation'}/channel {channel}", kind
+    if about and about[-1] in BINS:
+        return "/".join([kind, *about[:-1], "sigma"]), about[-1].removeprefix("sigma")
+    return measure, ""
 
 
 def _recipe(run: Summary) -> str:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 2  # pixels between two images, before none and after none
 PAPER = 255
 SMALLEST = 32  # images below this size are enlarged in a grid until they reach it
+TEXT, MARGIN = 12, 8  # size of letters and space around them, in pixels
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -56,3 +57,16 @@ def image_grid(
         for x, i in enumerate(row):
             canvas[:, y * height : (y + 1) * height - GAP, x * width : (x + 1) * width - GAP] = tiles[i]
     return to_image(torch.from_numpy(canvas))
+
+
+def named_rows(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
+    """Rows of images, each with its name at the left.  rows: uint8 [N,C,H,W] each, of one N, C, H and W."""
+    grid = image_grid(torch.cat([images for _, images in rows]), columns=len(rows[0][1]))
+    font = ImageFont.load_default(TEXT)
+    left = max(math.ceil(font.getlength(name)) for name, _ in rows) + 2 * MARGIN
+    page = Image.new(grid.mode, (left + grid.width, grid.height), "white")
+    page.paste(grid, (left, 0))
+    pen, height = ImageDraw.Draw(page), (grid.height + GAP) / len(rows)
+    for index, (name, _) in enumerate(rows):
+        pen.text((left - MARGIN, (index + 0.5) * height - GAP / 2), name, fill="black", font=font, anchor="rm")
+    return page

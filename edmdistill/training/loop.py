@@ -36,7 +36,7 @@ from edmdistill.training.micro_batch import settle_micro_batch
 from edmdistill.training.monitors import Diverged, Health, diverged, fingerprints, require_finite, require_moved
 from edmdistill.training.run import Run, take_stage
 from edmdistill.training.run_dir import RunDir, open_run
-from edmdistill.training.snapshot import draw, publish
+from edmdistill.training.snapshot import compare, draw, publish
 from edmdistill.training.state import State, newest_whole, read_state, save_state, saved_states, state_path
 from edmdistill.training.trackers import trackers
 
@@ -85,7 +85,7 @@ def train(
         window, health = Window(), Health()
         resumed = _resume(run, folder, note)
         if resumed is None:
-            draw(run, folder.samples)
+            _draw(run, folder)
         else:
             window = Window(**resumed["window"])
             if engine.is_main:
@@ -119,7 +119,7 @@ def train(
                 if snapshot or stopping:
                     _save(run, folder, window)
                 if snapshot:
-                    draw(run, folder.samples)
+                    _draw(run, folder)
                 if stopping:
                     break
         except Diverged as error:
@@ -251,6 +251,11 @@ def _save(run: Run, folder: RunDir, window: Window) -> None:
         save_state(folder.state, State(progress, tensors), training.keep, training.keep_every)
 
     run.engine.main_only(write)
+
+
+def _draw(run: Run, folder: RunDir) -> None:
+    draw(run, folder.samples)
+    compare(run, folder.x0)
 
 
 def learning_rate(training: Training, role: str, images: int) -> float:

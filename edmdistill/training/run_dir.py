@@ -1,6 +1,6 @@
 """The run directory: made whole or not at all, used by one process, and never by two different runs.
 
-It holds recipe.toml, recipe.resolved.json, run.json, metrics.jsonl, state/, samples/ and generator/.
+It holds recipe.toml, recipe.resolved.json, run.json, metrics.jsonl, state/, samples/, x0/ and generator/.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class RunDir:
         self.path = path
         self.state = path / "state"
         self.samples = path / "samples"
+        self.x0 = path / "x0"
         self.generator = path / "generator"
         self._metrics = path / "metrics.jsonl"
 
@@ -79,7 +80,7 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
             who = lock.read().strip() or "unknown"
             raise TrainingError(f"{path} is in use by process {who}: wait for it, or give another --run-dir") from None
         _require_same(path, files)
-        for place in (path, path / "state", path / "samples"):
+        for place in (path, path / "state", path / "samples", path / "x0"):
             sweep(place)
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -101,7 +102,7 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
         aside.mkdir()
         for name, content in files.items():
             (aside / name).write_bytes(content)
-        for folder in ("state", "samples"):
+        for folder in ("state", "samples", "x0"):
             (aside / folder).mkdir()
         aside.rename(path)  # refused by the system where something is there, an empty directory excepted
         return True

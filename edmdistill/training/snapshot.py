@@ -13,11 +13,15 @@ from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.store import Generator, save_checkpoint
 from edmdistill.networks.preconditioning import Denoiser
 from edmdistill.sampling.generate import is_latent, sample
-from edmdistill.sampling.grid import image_grid, to_uint8
+from edmdistill.sampling.grid import image_grid, named_rows, to_uint8
+from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.training.run import Run
+from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
 COLUMNS, ROWS = 10, 2
 """Pictures for each number of steps."""
+LEVELS = 0.3, 2.5, 20.0
+"""Noise levels at which the networks of a run are compared."""
 
 
 def draw(run: Run, folder: Path) -> None:
@@ -36,6 +40,32 @@ def draw(run: Run, folder: Path) -> None:
         return
     with aside(folder / f"{run.images:09d}.png") as new:
         image_grid(to_uint8(images), COLUMNS).save(new, "png")
+
+
+@torch.no_grad()
+def compare(run: Run, folder: Path) -> None:
+    """folder/IMAGES.png: what each role makes of the same noisy data, a row for each role at each noise level.
+
+    A role that reads a second time is given the largest one. The networks are those in training: of the average, there
+    are the grids of samples. Latents are not drawn.
+    """
+    network = run.ema.network
+    if is_latent(Denoiser(network)):
+        return
+    x0, labels = run.stream().read(0, COLUMNS)
+    z = SeededNoise(range(COLUMNS)).normal(x0.shape[1:]).to(x0) * network.sigma_data
+    last = sigma_to_time(network.sigma_max, network.sigma_data).to(x0.device)
+    rows = []
+    for sigma in LEVELS:
+        t = sigma_to_time(sigma, network.sigma_data).to(x0.device)
+        x_t = diffuse(x0, z, t)
+        rows.append((f"data at sigma {sigma:g}", x_t))
+        for role, player in run.roles.items():
+            F = player.eval()(x_t, t, labels, *([last] if player.two_time else []))
+            rows.append((role, denoised(x_t, F, t, player.sigma_data)))
+    if run.engine.is_main:
+        with aside(folder / f"{run.images:09d}.png") as new:
+            named_rows([(name, to_uint8(images)) for name, images in rows]).save(new, "png")
 
 
 def publish(run: Run, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from edmdistill.sampling.grid import GAP, image_grid, to_uint8
+from edmdistill.sampling.grid import GAP, image_grid, named_rows, to_uint8
 
 
 def test_to_uint8_is_the_official_rounding() -> None:
@@ -36,3 +36,13 @@ def test_grid_gives_every_class_a_row() -> None:
 def test_small_images_are_enlarged() -> None:
     assert image_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).size == (32, 32)
     assert image_grid(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).size == (64, 64)
+
+
+def test_rows_have_their_names_at_the_left() -> None:
+    rows = [("", torch.zeros(3, 1, 32, 32)), ("generator", torch.full((3, 1, 32, 32), 100))]
+    page = np.asarray(named_rows([(name, images.to(torch.uint8)) for name, images in rows]))
+    grid = np.asarray(image_grid(torch.cat([images.to(torch.uint8) for _, images in rows]), columns=3))
+    left = page[:, : -grid.shape[1]]
+    assert np.array_equal(page[:, -grid.shape[1] :], grid)
+    assert (left[:32] == 255).all()
+    assert left[34:].min() < 100

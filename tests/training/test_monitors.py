@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from edmdistill.errors import TrainingError
-from edmdistill.training.monitors import Diverged, fingerprints, require_finite, require_moved
+from edmdistill.training import monitors
+from edmdistill.training.loop import train
+from edmdistill.training.monitors import Diverged, Health, fingerprints, require_finite, require_moved
 
 
 def test_a_fingerprint_sees_a_single_bit():
@@ -33,3 +35,49 @@ def test_weights_must_be_finite():
         network.bias[1] = torch.inf
     with pytest.raises(Diverged, match=r"after 8 images the weights generator\.bias \(float32\) are not finite"):
         require_finite({"generator": network}, 8)
+
+
+def line(images: int, *, diversity: float = 0.8, mean: float = 0.0, std: float = 1.0, norm: float = 1.0) -> dict:
+    """A line of metrics.jsonl of a run whose data have mean 0 and deviation 1 in channel 0."""
+    generated = {"generated/mean/0": mean, "generated/std/0": std}
+    data = {"data/mean/0": 0.0, "data/std/0": 1.0}
+    return {"images": images, "diversity": diversity, "grad_norm/generator": norm} | generated | data
+
+
+@pytest.mark.parametrize(
+    ("ill", "kind", "sentence"),
+    [
+        ({"diversity": 0.2}, "collapse", "the generated images vary 0.20 times as much as the data"),
+        ({"std": 2.5}, "saturation", "channel 0 of the generated images has 2.5 times the data's standard deviation"),
+        ({"std": 0.4}, "saturation", "has 0.4 times the data's standard deviation"),
+        ({"mean": -0.7}, "saturation", "a mean -0.7 of these off"),
+        ({"norm": 50.0}, "runaway", "the gradient of the generator is 50 times as large as it was"),
+    ],
+)
+def test_an_illness_that_lasts_is_told_once_an_episode(ill, kind, sentence):
+    health = Health()
+    assert [alarm for images in range(6) for alarm in health.judge(line(images))] == []
+    assert health.judge(line(1000, **ill)) == []  # one line may be chance
+    (alarm,) = health.judge(line(2000, **ill))
+    assert alarm.kind == kind
+    assert alarm.sentence.startswith("After 2,000 images ")
+    assert sentence in alarm.sentence
+    assert health.judge(line(3000, **ill)) == []
+    assert health.judge(line(4000)) == []
+    assert [bool(health.judge(line(images, **ill))) for images in (5000, 6000)] == [False, True]
+
+
+def test_what_a_method_does_not_measure_is_not_judged():
+    health = Health()
+    assert [alarm for images in range(9) for alarm in health.judge({"images": images, "loss/teacher": 1e9})] == []
+
+
+def test_an_alarm_that_was_asked_for_ends_the_run_with_its_last_state(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitors, "LEAST_DIVERSITY", 1e9)
+    heard = []
+    run = start("cosim", images=240, log_every=16, snapshot_every=16)
+    with pytest.raises(TrainingError, match=r"the generator collapses; .*; the last good state is .*000000000016; try"):
+        train(run, tmp_path / "run", stop_on={"collapse"}, note=heard.append)
+    told = start("cosim", images=48, log_every=16, snapshot_every=240)
+    assert train(told, tmp_path / "told", note=heard.append).finished
+    assert len([sentence for sentence in heard if "collapses" in sentence]) == 2

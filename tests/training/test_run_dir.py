@@ -70,7 +70,7 @@ def test_what_a_killed_process_left_is_swept_up(tmp_path):
     with opened(tmp_path / "a"):
         pass
     left = {path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*")}
-    assert left == {*FILES, ".lock", "state", "samples", "generator", "generator/file"}
+    assert left == {*FILES, ".lock", "state", "samples", "x0", "generator", "generator/file"}
     assert (tmp_path / "a/generator/file").read_text() == ".generator.0123abcd.old"
 
 
