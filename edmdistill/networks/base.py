@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 
 class Residual(nn.Module):
@@ -52,8 +53,15 @@ class Network(nn.Module, ABC):
 
         Numbers, parameters and their names stay as they are; a backward pass takes a forward pass more.
         """
+
+        def recomputed(forward: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+            # To the very end, not only as far as is needed: what brings a block's weights takes them away there.
+            with set_checkpoint_early_stop(False):
+                out: Tensor = checkpoint(forward, *args, use_reentrant=False)
+            return out
+
         for block in self.blocks():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(recomputed, block.forward)
 
     @abstractmethod
     def forward(

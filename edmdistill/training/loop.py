@@ -175,7 +175,8 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     training, engine = run.recipe.training, run.engine
     network, optimizer, player = run.roles[turn.role], run.optimizers[turn.role], run.players[turn.role]
     take_stage(run, turn.role)
-    before = fingerprints(run.roles, engine.total) if run.images == 0 else None
+    # One after the other: while the first still waits for a step that does not overflow, the next may have no gradient.
+    before = fingerprints(run.roles, engine.total) if run.unproven[:1] == [turn.role] else None
 
     # The gradient of the mean loss over the batch's rows on all processes, in micro-batches.
     scale = run.scales.get(turn.role)
@@ -209,6 +210,7 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
         optimizer.step()
         if before is not None:
             require_moved(turn.role, before, fingerprints(run.roles, engine.total))
+            run.unproven.remove(turn.role)
         network.network.after_step()
     if scale is not None:
         scale.update(finite)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Run:
         scales: of the losses of each trained role, where half precision needs one.
         averages: of the product; the first is what sampling uses.
         images: seen so far.
+        unproven: the trained roles, in the order of their turns, that have not yet been seen to move alone.
     """
 
     recipe: Recipe
@@ -60,6 +61,10 @@ class Run:
     dataset: Dataset
     engine: Engine
     images: int = 0
+    unproven: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unproven = [turn.role for turn in self.method.turns()]
 
     @property
     def ema(self) -> Ema:
@@ -184,12 +189,12 @@ def prepare(
 
     engine = Engine(machine)
     for role, network in roles.items():
-        if machine.checkpointing:
-            network.network.checkpoint_blocks()
         if role not in trained and "teacher" in machine.offload:
             engine.lend(network)
         else:
             engine.place(network)
+        if machine.checkpointing:  # after `lend`: a block that is computed again needs its weights again
+            network.network.checkpoint_blocks()
     for average in averages:
         if "ema" not in machine.offload:
             engine.place(average.network)

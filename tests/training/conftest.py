@@ -53,10 +53,10 @@ def recipe() -> Callable[..., Recipe]:
 
 @pytest.fixture
 def start(recipe: Callable[..., Recipe], teacher: Path) -> Callable[..., Run]:
-    """start(method, **training): a run on the digits, before its first step."""
+    """start(method, machine, **training): a run on the digits, before its first step."""
 
-    def make(method: str, **training: object) -> Run:
+    def make(method: str, machine: Machine = Machine(device="cpu"), **training: object) -> Run:
         source = None if method == "diffusion" else teacher
-        return prepare(recipe(method, **training), data="digits", teacher=source, machine=Machine(device="cpu"))
+        return prepare(recipe(method, **training), data="digits", teacher=source, machine=machine)
 
     return make

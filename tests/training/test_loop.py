@@ -11,10 +11,12 @@ from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 from edmdistill.methods.base import Loss
 from edmdistill.recipes import Training
+from edmdistill.training.engine import Machine
 from edmdistill.training.loop import learning_rate, requests, rounds, train
 from edmdistill.training.monitors import Diverged, fingerprints
 
 ALL_METHODS = sorted(METHODS)
+OFFLOADS = "ema", "teacher", "optimizer"
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)
@@ -165,7 +167,43 @@ def test_learning_rates():
     assert [learning_rate(root, "generator", images) for images in (0, 100, 400)] == [2, 2, 1]
 
 
-def test_bf16_trains_with_float32_weights(start):
-    run = start("cosim", precision="bf16")
-    assert all(math.isfinite(value) for measures in rounds(run) for value in measures.values())
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_with_float32_weights(precision, start):
+    run = start("cosim", precision=precision)
+    for scale in run.scales.values():
+        scale.scale = 2.0**8  # no step overflows
+    measured = list(rounds(run))
+    assert all(math.isfinite(value) for measures in measured for value in measures.values())
     assert {p.dtype for network in run.roles.values() for p in network.parameters()} == {torch.float32}
+    wide = list(rounds(start("cosim")))
+    assert measured != wide
+    assert [m["loss/auxiliary"] for m in measured] == pytest.approx([m["loss/auxiliary"] for m in wide], rel=0.05)
+
+
+def test_a_step_that_overflows_is_left_out_and_the_loss_scale_falls(start, tmp_path):
+    """The gradient in float16 is at most 65504; the scale is halved until it fits, and is part of the state."""
+    run = start("sid", precision="fp16", images=48)
+    for scale in run.scales.values():
+        scale.scale = 2.0**40
+    before = fingerprints(run.roles)
+    steps = rounds(run)
+    measures = next(steps)
+    assert fingerprints(run.roles) == before
+    assert measures["loss_scale/generator"] == 2.0**39
+    assert math.isinf(measures["grad_norm/generator"]) or math.isnan(measures["grad_norm/generator"])
+    assert train(run, tmp_path / "run").finished
+    resumed = start("sid", precision="fp16", images=48)
+    train(resumed, tmp_path / "run")
+    assert {role: scale.state() for role, scale in resumed.scales.items()} == {
+        role: scale.state() for role, scale in run.scales.items()
+    }
+    assert run.scales["generator"].scale == 2.0**34
+
+
+def test_where_things_wait_changes_nothing(start):
+    """Teacher, average and optimiser in the host's memory, and activations computed twice: the same run, bitwise."""
+    plain, spare = start("cosim"), start("cosim", machine=Machine("cpu", None, False, OFFLOADS, checkpointing=True))
+    assert list(rounds(plain)) == list(rounds(spare))
+    for group, tensors in plain.state().items():
+        for name, tensor in spare.state()[group].items():
+            assert torch.equal(tensor, tensors[name]), f"{group} {name}"
