@@ -136,6 +136,11 @@ def train(
             raise TrainingError(
                 f"{str(error).rstrip('.')}, with {free / 1e6:.1f} MB free there: make room, and the same command {kept}"
             ) from error
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"the GPU's memory is too small for this run ({str(error).partition('.')[0]}): add --micro-batch auto, "
+                "--checkpoint-activations, --offload or --shard, and the same command goes on from the last state"
+            ) from error
         except RuntimeError as error:
             if not engine.lost_a_process(error):
                 raise

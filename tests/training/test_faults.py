@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 from edmdistill.recipes import Recipe
 from edmdistill.training import state
+from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train
 from edmdistill.training.run import Run
 
@@ -146,6 +148,25 @@ def test_a_truncated_state(file, start, whole, tmp_path):
     assert heard[1] == "Going on after 32 images."
     shutil.rmtree(newest.parent.with_suffix(".broken"))
     assert what_it_left(tmp_path / "run") == expected
+
+
+def test_a_gpu_that_is_too_small(start, tmp_path):
+    """A run that needs less memory goes on where the first one ended."""
+    run = start("sid", images=64, snapshot_every=16)
+
+    def too_large(images, measures):
+        if images == 40:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    with pytest.raises(TrainingError) as error:
+        train(run, tmp_path / "run", on_round=too_large)
+    assert str(error.value).startswith(
+        "the GPU's memory is too small for this run (CUDA out of memory): add --micro-batch"
+    )
+    heard: list[str] = []
+    smaller = start("sid", Machine("cpu", micro_batch=4, checkpointing=True), images=64, snapshot_every=16)
+    assert train(smaller, tmp_path / "run", note=heard.append).finished
+    assert heard[0] == "Going on after 32 images."
 
 
 def interrupt(now: bool) -> None:
