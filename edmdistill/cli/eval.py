@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from edmdistill.cli.sample import SOLVERS
+
 
 def _integers(context: click.Context, option: click.Parameter, text: str | None) -> list[int | None]:
     """Reads 1,2,4."""
@@ -33,6 +35,7 @@ def _integers(context: click.Context, option: click.Parameter, text: str | None)
 @click.option(
     "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
 )
+@click.option("--solver", type=click.Choice(SOLVERS), help="Teacher.  [default: heun]")
 @click.option("--n", "count", type=click.IntRange(min=2), help="Images: seeds 0 to N - 1.  [default: the protocol's]")
 @click.option("--seeds", metavar="LIST", help="Images: these seeds, as in 5000-9999.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document.")
@@ -48,6 +51,7 @@ def command(
     times: str | None,
     guidance: float,
     guide: str | None,
+    solver: str | None,
     count: int | None,
     seeds: str | None,
     as_json: bool,
@@ -95,6 +99,7 @@ def command(
                 times=levels,
                 guidance=guidance,
                 guide=weaker,
+                solver=solver,
                 seeds=numbers,
                 batch=batch,
                 device=where,

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
+
 
 @click.command("sample")
 @click.argument("source")
@@ -25,6 +27,7 @@ import click
 @click.option(
     "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
 )
+@click.option("--solver", type=click.Choice(SOLVERS), help="Teacher.  [default: heun]")
 @click.option("--churn", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Teacher: S_churn.")
 @click.option("--churn-min", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Teacher: S_min.")
 @click.option(
@@ -44,6 +47,7 @@ def command(
     times: str | None,
     guidance: float,
     guide: str | None,
+    solver: str | None,
     churn: float,
     churn_min: float,
     churn_max: float,
@@ -89,6 +93,7 @@ def command(
             times=None if times is None else parse_times(times, **levels),
             guidance=guidance,
             guide=None if guide is None else load_denoiser(guide, where, precision),
+            solver=solver,
             churn=Churn(churn, churn_min, churn_max, churn_noise),
             batch=batch,
             on_progress=bar.update,

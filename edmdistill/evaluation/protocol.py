@@ -26,7 +26,7 @@ from edmdistill.evaluation.features import FEATURES, Classifier
 from edmdistill.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
 from edmdistill.evaluation.images import Scheme, drawn, found
 from edmdistill.networks.preconditioning import Denoiser
-from edmdistill.sampling.generate import sample, style_of
+from edmdistill.sampling.generate import default_nfe, sample
 from edmdistill.trigflow import time_to_sigma
 
 SCHEMA_VERSION = 1
@@ -81,7 +81,8 @@ PROTOCOLS = {
 class Sampler(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the images were drawn."""
 
-    solver: Literal["gamma", "heun"]
+    solver: str
+    """gamma for a generator, one of SOLVERS for a teacher."""
     nfe: int
     gamma: float | None = None
     sigmas: tuple[float, ...] | None = None
@@ -149,6 +150,7 @@ def evaluate(
     times: Sequence[float] | Tensor | None = None,
     guidance: float = 1.0,
     guide: Denoiser | None = None,
+    solver: str | None = None,
     seeds: Sequence[int] | None = None,
     batch: int = 256,
     device: torch.device | str = "cpu",
@@ -162,7 +164,7 @@ def evaluate(
             uint8 [N,C,H,W].
         reference: a data set, or what open_dataset takes; default: the protocol's own.
         protocol: a key of PROTOCOLS.
-        nfe, gamma, times, guidance, guide: how a network draws, see `sample`.
+        nfe, gamma, times, guidance, guide, solver: how a network draws, see `sample`.
         seeds: what a network draws; default: the protocol's. Image i has the class seeds[i] modulo label_dim.
         batch: images at a time.
         device: where features are computed.
@@ -183,14 +185,16 @@ def evaluate(
             times=times,
             guidance=guidance,
             guide=guide,
+            solver=solver,
             batch=batch,
         )
         images = drawn(model_or_images, range(standard.n) if seeds is None else seeds, draw)
-    elif (nfe, gamma, times, guidance, guide, seeds) == (None, None, None, 1, None, None):
+    elif (nfe, gamma, times, guidance, guide, solver, seeds) == (None, None, None, 1, None, None, None):
         images = found(model_or_images, data.label_dim)
     else:
         raise EdmDistillError(
-            "nfe, gamma, times, guidance and seeds say how a network draws, but these images exist: leave them out"
+            "nfe, gamma, times, guidance, solver and seeds say how a network draws, but these images exist: leave them "
+            "out"
         )
     size = (data.img_channels, data.img_resolution, data.img_resolution)
     if images.size != size:
@@ -228,7 +232,7 @@ def evaluate(
         metrics={name + suffix: values[name] for name in standard.metrics if name in values},
         protocol=done,
         protocol_sha256=done.sha256(),
-        sampler=_sampler(model_or_images, nfe, gamma, times, guidance),
+        sampler=_sampler(model_or_images, nfe, gamma, times, guidance, solver or "heun"),
         provenance=_provenance(model_or_images, source, device),
     )
 
@@ -289,11 +293,16 @@ def _batches(count: int, batch: int) -> Iterator[range]:
 
 
 def _sampler(
-    drawer: object, nfe: int | None, gamma: float | None, times: Sequence[float] | Tensor | None, guidance: float
+    drawer: object,
+    nfe: int | None,
+    gamma: float | None,
+    times: Sequence[float] | Tensor | None,
+    guidance: float,
+    solver: str,
 ) -> Sampler | None:
     """What `sample` did, its defaults filled in; None for images that were not drawn here."""
     if isinstance(drawer, Denoiser):
-        return Sampler(solver="heun", nfe=nfe or 2 * style_of(drawer).num_steps - 1, guidance=guidance)
+        return Sampler(solver=solver, nfe=nfe or default_nfe(drawer, solver), guidance=guidance)
     if isinstance(drawer, Generator):
         times = drawer.schedule(nfe or 2) if times is None else torch.as_tensor(times)
         sigmas = time_to_sigma(times, drawer.flow.sigma_data).tolist()

@@ -110,7 +110,7 @@ def _how(sampler: Sampler | None) -> str:
     if sampler is None:
         return "-"
     if sampler.gamma is None:
-        return f"Heun, guidance {sampler.guidance:g}"
+        return f"{sampler.solver}, guidance {sampler.guidance:g}"
     return f"gamma {sampler.gamma:g}, sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas or ())}"
 
 

@@ -12,6 +12,7 @@ from edmdistill.checkpoints.store import Generator
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.guidance import GuidedDenoiser
 from edmdistill.sampling.heun import EDM, EDM2, Churn, Style, edm_sampler, steps_of_nfe
@@ -20,6 +21,14 @@ from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.sampling.times import check_times
 
 NO_CHURN = Churn()
+SOLVERS: dict[str, Callable[..., Tensor]] = {
+    "heun": edm_sampler,
+    "ddim": ddim_sampler,
+    "dpm-solver-2s": dpm_solver_2s,
+    "dpm-solver++2m": dpm_solver_pp_2m,
+}
+"""How teachers are sampled, by the names that users type."""
+ONE_CALL_A_STEP = "ddim", "dpm-solver++2m"
 
 
 @torch.no_grad()
@@ -33,26 +42,28 @@ def sample(
     times: Sequence[float] | Tensor | None = None,
     guidance: float = 1.0,
     guide: Denoiser | None = None,
+    solver: str | None = None,
     churn: Churn = NO_CHURN,
     batch: int = 64,
     on_progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """One image for each seed: a generator's by gamma-sampling, a teacher's by Heun's method.
+    """One image for each seed: a generator's by gamma-sampling, a teacher's by a solver of its ODE.
 
     An image depends on its seed and its label alone, up to the rounding of the network's own kernels. Noise and classes
     are those that the official EDM and EDM2 scripts draw from that seed on a CPU.
 
     Args:
         model: it stays where it is and in the precision that it has.
-        nfe: network evaluations for an image; default: 2 for a generator, 35 for a teacher, 63 for one of EDM2. For a
-            teacher it is odd; guidance, which calls a second network beside the first, does not count.
+        nfe: network evaluations for an image; default: 2 for a generator, 35 for a teacher, 63 for one of EDM2. By a
+            solver of two evaluations a step it is odd; guidance, which calls a second network, does not count.
         seeds: one for each image, taken modulo 2^32.  [N]
         labels: one class for all, a class a seed [N], vectors [N,label_dim], or None: drawn from each seed.
         gamma: share of fresh noise between a generator's steps, in [0, 1]; default: its own; see gamma_sampler.
         times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
         guidance: weight of a teacher's guidance; 1 = none; see GuidedDenoiser.
         guide: the network to move away from; default: the teacher without labels.
-        churn: fresh noise on a teacher's way; see Churn.
+        solver: a teacher's, of SOLVERS; default: heun.
+        churn: fresh noise on a teacher's way by Heun's method; see Churn.
         batch: images at a time.
         on_progress: called with the number of images that have just been finished.
     Returns: images [N,C,H,W] float32 in [-1, 1], on the CPU. Of a network that works on the latents of a VAE (see
@@ -60,15 +71,17 @@ def sample(
     Raises: EdmDistillError: an option that does not fit the model, or is out of range.
     """
     if isinstance(model, Generator):
-        if guidance != 1 or guide is not None or churn != NO_CHURN:
-            raise EdmDistillError("guidance and churn are for teachers, and this is a generator: leave them out")
+        if guidance != 1 or guide is not None or solver is not None or churn != NO_CHURN:
+            raise EdmDistillError(
+                "guidance, solver and churn are for teachers, and this is a generator: leave them out"
+            )
         solve = _gamma_solver(model, nfe, gamma, times)
     else:
         if gamma is not None or times is not None:
             raise EdmDistillError(
                 "gamma and times are for generators, and this is a teacher: use nfe, guidance and churn"
             )
-        solve = _heun_solver(model, nfe, guidance, guide, churn)
+        solve = _teacher_solver(model, nfe, guidance, guide, solver or "heun", churn)
     if not len(seeds):
         raise EdmDistillError("there is nothing to sample: give at least one seed")
     flow = model.flow
@@ -136,13 +149,27 @@ def _gamma_solver(
     return partial(gamma_sampler, model, times=check_times(times, nfe), sigma_data=model.flow.sigma_data, gamma=gamma)
 
 
-def _heun_solver(
-    model: Denoiser, nfe: int | None, guidance: float, guide: Denoiser | None, churn: Churn
+def default_nfe(teacher: Denoiser, solver: str = "heun") -> int:
+    """The network evaluations of as many steps as the official sampler takes."""
+    steps = style_of(teacher).num_steps
+    return steps if solver in ONE_CALL_A_STEP else 2 * steps - 1
+
+
+def _teacher_solver(
+    model: Denoiser, nfe: int | None, guidance: float, guide: Denoiser | None, solver: str, churn: Churn
 ) -> Callable[..., Tensor]:
+    if solver not in SOLVERS:
+        raise EdmDistillError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     if guide is not None and guidance == 1:
         raise EdmDistillError(
             "a guide does nothing at guidance 1, which means none: give a weight above 1, or no guide"
         )
     denoiser = model if guidance == 1 else GuidedDenoiser(model, guidance, guide)
-    num_steps = None if nfe is None else steps_of_nfe(nfe)
-    return partial(edm_sampler, denoiser, style=style_of(model), num_steps=num_steps, churn=churn)
+    nfe = nfe or default_nfe(model, solver)
+    num_steps = nfe if solver in ONE_CALL_A_STEP else steps_of_nfe(nfe)
+    solve = partial(SOLVERS[solver], denoiser, style=style_of(model), num_steps=num_steps)
+    if solver == "heun":
+        return partial(solve, churn=churn)
+    if churn != NO_CHURN:
+        raise EdmDistillError(f"churn is part of Heun's method, and {solver} has none: leave out one of the two")
+    return lambda noise, labels, randn_like: solve(noise, labels)

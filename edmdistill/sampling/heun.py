@@ -58,6 +58,10 @@ class Style:
     fits_network: bool
     always_draws: bool
 
+    def rounded(self, denoiser: Denoises, sigma: Tensor) -> Tensor:
+        """The noise level at which the denoiser is called for sigma."""
+        return denoiser.round_sigma(sigma) if self.fits_network else sigma
+
 
 EDM = Style(num_steps=18, dtype=torch.float64, fits_network=True, always_draws=True)
 EDM2 = Style(num_steps=32, dtype=torch.float32, fits_network=False, always_draws=False)
@@ -74,6 +78,16 @@ def steps_of_nfe(nfe: int) -> int:
             f"a teacher takes an odd number of network evaluations, 2n - 1 for n steps, not {nfe}: ask for {near}"
         )
     return (nfe + 1) // 2
+
+
+def noise_levels(
+    denoiser: Denoises, style: Style, num_steps: int, sigma_min: float, sigma_max: float, rho: float
+) -> Tensor:
+    """EDM's grid as the style has it, and 0 behind it.  [num_steps + 1], in the dtype of the style"""
+    if style.fits_network:
+        sigma_min, sigma_max = max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
+    levels = style.rounded(denoiser, edm_sigmas(num_steps, sigma_min, sigma_max, rho).to(style.dtype))
+    return torch.cat([levels, levels.new_zeros(1)])
 
 
 def edm_sampler(
@@ -102,22 +116,15 @@ def edm_sampler(
     Source: Karras et al. 2022 (EDM), algorithm 2; its official form of 2022 and that of EDM2.
     Differs: noise levels are formed in float64 and then rounded to the style's dtype; one step is allowed.
     """
-
-    def rounded(sigma: Tensor) -> Tensor:
-        return denoiser.round_sigma(sigma) if style.fits_network else sigma
-
     num_steps = num_steps or style.num_steps
-    if style.fits_network:
-        sigma_min, sigma_max = max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
-    levels = rounded(edm_sigmas(num_steps, sigma_min, sigma_max, rho).to(noise.device, style.dtype))
-    levels = torch.cat([levels, levels.new_zeros(1)])
+    levels = noise_levels(denoiser, style, num_steps, sigma_min, sigma_max, rho).to(noise.device)
     x = noise.to(style.dtype) * levels[0]
     for sigma, sigma_next in pairwise(levels):
         # Raise the noise level.
         churned = churn.strength > 0 and churn.sigma_min <= sigma <= churn.sigma_max
         if churned or style.always_draws:
             share = min(churn.strength / num_steps, math.sqrt(2) - 1) if churned else 0.0
-            raised = rounded(sigma + share * sigma)
+            raised = style.rounded(denoiser, sigma + share * sigma)
             x = x + (raised**2 - sigma**2).sqrt() * churn.inflation * randn_like(x)
             sigma = raised
 

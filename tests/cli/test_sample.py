@@ -11,8 +11,10 @@ from PIL import Image
 from edmdistill.checkpoints.convert import load_generator, load_model
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, Sampling, facts, save_checkpoint
 from edmdistill.cli import main
+from edmdistill.cli.sample import SOLVERS
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, FlowNetwork
+from edmdistill.sampling import generate
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.heun import Churn
@@ -100,6 +102,7 @@ OPTIONS = {
     ),
     "teacher": ("teacher", ["--nfe", 5, "--class", "one"], {"nfe": 5, "labels": 1}),
     "run": ("diffusion run", ["--nfe", 3, "--class", "tree frog"], {"nfe": 3, "labels": 2}),
+    "solver": ("teacher", ["--nfe", 4, "--solver", "dpm-solver++2m"], {"nfe": 4, "solver": "dpm-solver++2m"}),
     "churn": (
         "teacher",
         ["--nfe", 5, "--churn", 2, "--churn-noise", 1.01],
@@ -120,6 +123,10 @@ def test_options_reach_the_sampler(runs: dict[str, Path], tmp_path: Path, case: 
     with np.load(tmp_path / "a.npz") as file:
         assert (abs(file["images"].astype(int) - expected.numpy()) <= 1).all()
         assert (file["labels"] >= 0).all() == (kind != "plain")
+
+
+def test_the_choices_are_the_solvers() -> None:
+    assert tuple(generate.SOLVERS) == SOLVERS
 
 
 def test_a_guide_and_a_precision(runs: dict[str, Path], tmp_path: Path) -> None:

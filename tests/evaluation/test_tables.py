@@ -35,8 +35,8 @@ def test_teacher_and_generator_by_nfe():
     (table,) = tables([generator(2, 6.0, class_accuracy=0.98), teacher(35, 4.0), teacher(3, 551.0)], OURS)
     assert table.rows == [
         ["", "NFE", "digits-FD", "class accuracy", "to teacher's best", "drawn by"],
-        ["teacher", "3", "551.0", "-", "137.75 x", "Heun, guidance 1"],
-        ["teacher", "35", "4.000", "-", "1.00 x", "Heun, guidance 1"],
+        ["teacher", "3", "551.0", "-", "137.75 x", "heun, guidance 1"],
+        ["teacher", "35", "4.000", "-", "1.00 x", "heun, guidance 1"],
         ["generator", "2", "6.000", "0.9800", "1.50 x", "gamma 1, sigma 80 2.5"],
     ]
     assert table.claim == (
@@ -77,7 +77,7 @@ def test_the_text_is_aligned_and_ends_with_the_claim():
     lines = tables([generator(2, 6.0), teacher(35, 4.0)], OURS)[0].to_text().splitlines()
     assert lines[0] == "Protocol digits, 5000 images."
     assert lines[2:4] == [
-        "teacher     35      4.000             1.00 x  Heun, guidance 1",
+        "teacher     35      4.000             1.00 x  heun, guidance 1",
         "generator    2      6.000             1.50 x  gamma 1, sigma 80 2.5",
     ]
     assert lines[-1].startswith("In 2 evaluations")

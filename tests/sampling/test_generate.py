@@ -9,7 +9,7 @@ from edmdistill.errors import EdmDistillError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, Denoiser, FlowNetwork
 from edmdistill.sampling.gamma import gamma_sampler
-from edmdistill.sampling.generate import drawn_classes, is_latent, sample
+from edmdistill.sampling.generate import SOLVERS, default_nfe, drawn_classes, is_latent, sample
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.heun import Churn, edm_sampler
 from edmdistill.sampling.seeds import SeededNoise
@@ -57,6 +57,9 @@ CASES = {
     "edm": (lambda: teacher("song"), {"nfe": 5}),
     "churn": (teacher, {"nfe": 5, "churn": Churn(3)}),
     "guided": (teacher, {"nfe": 5, "guidance": 1.5}),
+    "ddim": (teacher, {"nfe": 4, "solver": "ddim"}),
+    "dpm-solver": (teacher, {"nfe": 5, "solver": "dpm-solver-2s"}),
+    "dpm-solver++": (teacher, {"nfe": 4, "solver": "dpm-solver++2m"}),
 }
 
 
@@ -111,6 +114,17 @@ def test_a_teacher_goes_through_heun() -> None:
     assert len(calls) == 63
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_makes_as_many_calls_as_it_is_given(solver: str) -> None:
+    model, calls = teacher("song"), []
+    model.flow.network.register_forward_hook(lambda *_: calls.append(1))
+    for nfe in (5, None):
+        calls.clear()
+        sample(model, nfe, seeds=[0], solver=solver)
+        assert len(calls) == (nfe or default_nfe(model, solver))
+    assert len(calls) == {"ddim": 18, "dpm-solver++2m": 18}.get(solver, 35)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_network_in_float64_makes_the_same_picture(case: str) -> None:
     make, options = CASES[case]
@@ -153,6 +167,10 @@ def test_the_model_is_left_as_it_was_and_progress_is_told() -> None:
     [
         (generator, {"guidance": 2.0}, "for teachers"),
         (generator, {"churn": Churn(1)}, "for teachers"),
+        (generator, {"solver": "heun"}, "for teachers"),
+        (teacher, {"solver": "ddim", "churn": Churn(1)}, "churn is part of Heun's method, and ddim has none"),
+        (teacher, {"solver": "dpm-solver-2s", "nfe": 4}, "an odd number of network evaluations"),
+        (teacher, {"solver": "euler"}, "there is no solver 'euler'; choose one of heun, ddim"),
         (generator, {"gamma": 1.1}, r"\[0, 1\]"),
         (generator, {"nfe": 0}, "at least 1"),
         (generator, {"times": [1.0, 1.1]}, "fall"),

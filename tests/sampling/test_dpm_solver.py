@@ -1,0 +1,137 @@
+"""DDIM and the DPM-Solvers: their order, their TrigFlow forms, and Heun's method as one of them."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from golden_set import NETWORKS
+from torch import Tensor
+
+from edmdistill.checkpoints.convert import load_denoiser
+from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
+from edmdistill.sampling.heun import EDM, EDM2, edm_sampler, noise_levels
+from edmdistill.trigflow import ddim_step, denoised, sigma_to_time
+
+SIGMA_DATA = 0.5
+
+
+class Toy:
+    """A denoiser as a plain function, which notes what it was given."""
+
+    sigma_min, sigma_max = 0.0, float("inf")
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.function = function
+        self.seen: list[Tensor] = []
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.seen.append(x)
+        return self.function(x, sigma)
+
+
+def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
+    """The denoiser of data N(0, SIGMA_DATA^2)."""
+    return x * SIGMA_DATA**2 / (SIGMA_DATA**2 + sigma**2)
+
+
+def curved(x: Tensor, sigma: Tensor) -> Tensor:
+    return gaussian(x, sigma) + 0.1 * torch.sin(3 * x)
+
+
+NOISE = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order", "calls"),
+    [(ddim_sampler, 1, 1), (dpm_solver_2s, 2, 2), (dpm_solver_pp_2m, 2, 1)],
+)
+def test_order(sampler: Callable[..., Tensor], order: int, calls: int) -> None:
+    """Down to sigma_min the solution for Gaussian data is known; the last call sees what was reached there."""
+
+    def error(num_steps: int) -> float:
+        denoiser = Toy(gaussian)
+        sampler(denoiser, NOISE, num_steps=num_steps, sigma_min=0.5, sigma_max=4.0)
+        assert len(denoiser.seen) == calls * num_steps - (calls - 1)
+        exact = NOISE * 4.0 * ((SIGMA_DATA**2 + 0.25) / (SIGMA_DATA**2 + 16)) ** 0.5
+        return float((denoiser.seen[-1] - exact).abs().max())
+
+    errors = [error(num_steps) for num_steps in (65, 129, 257)]
+    for coarse, fine in pairwise(errors):
+        assert coarse / fine == pytest.approx(2**order, rel=0.05)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_heun_is_dpm_solver_2s_with_its_point_at_the_end(golden: Path, name: str) -> None:
+    denoiser = load_denoiser(golden / name, "cpu", torch.float64)
+    shape = 1, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution
+    noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels = torch.eye(denoiser.label_dim)[:1] if denoiser.label_dim else None
+    with torch.no_grad():
+        heun = edm_sampler(denoiser, noise, labels, num_steps=4)
+        ours = dpm_solver_2s(denoiser, noise, labels, num_steps=4, midpoint=1.0)
+    torch.testing.assert_close(ours, heun, rtol=0, atol=1e-10 * float(heun.abs().max()))
+
+
+def flow(x_t: Tensor, t: Tensor) -> Tensor:
+    """F of the curved toy."""
+    x0 = curved(x_t / t.cos(), SIGMA_DATA * t.tan())
+    return (t.cos() * x_t - x0) / (t.sin() * SIGMA_DATA)
+
+
+def trig_ddim(x: Tensor, s: Tensor, t: Tensor, last: tuple[Tensor, Tensor] | None) -> Tensor:
+    return ddim_step(x, flow(x, s), s, t, SIGMA_DATA)  # eq. 26
+
+
+def trig_dpm(x: Tensor, s: Tensor, t: Tensor, last: tuple[Tensor, Tensor] | None) -> Tensor:
+    def eps(x: Tensor, t: Tensor) -> Tensor:
+        return t.sin() * x + t.cos() * SIGMA_DATA * flow(x, t)
+
+    between = torch.atan((s.tan() * t.tan()).sqrt())
+    x_between = trig_ddim(x, s, between, None)
+    r = (s.tan().log() - between.tan().log()) / (s.tan().log() - t.tan().log())
+    gap = eps(x_between, between) - eps(x, s)
+    return trig_ddim(x, s, t, None) - (s - t).sin() / (2 * r * s.cos()) * gap  # eq. 27
+
+
+def trig_dpm_pp(x: Tensor, s: Tensor, t: Tensor, last: tuple[Tensor, Tensor] | None) -> Tensor:
+    def D(x: Tensor, t: Tensor) -> Tensor:
+        return denoised(x, flow(x, t), t, SIGMA_DATA)
+
+    if last is None:
+        return trig_ddim(x, s, t, None)
+    x_last, t_last = last
+    r = (s.tan().log() - t_last.tan().log()) / (s.tan().log() - t.tan().log())
+    return trig_ddim(x, s, t, None) + (s - t).sin() / (2 * r * s.sin()) * (D(x_last, t_last) - D(x, s))  # eq. 28
+
+
+@pytest.mark.parametrize(
+    ("sampler", "step"), [(ddim_sampler, trig_ddim), (dpm_solver_2s, trig_dpm), (dpm_solver_pp_2m, trig_dpm_pp)]
+)
+def test_trigflow_forms(sampler: Callable[..., Tensor], step: Callable[..., Tensor]) -> None:
+    """Step by step on the circle, by the paper's formulas, as far as sigma_min."""
+    denoiser = Toy(curved)
+    sampler(denoiser, NOISE, num_steps=8, sigma_min=0.05, sigma_max=20.0)
+    times = sigma_to_time(noise_levels(denoiser, EDM, 8, 0.05, 20.0, 7.0)[:-1], SIGMA_DATA)
+    x, last = times[0].cos() * 20.0 * NOISE, None
+    for s, t in pairwise(times):
+        x, last = step(x, s, t, last), (x, s)
+    torch.testing.assert_close(x / times[-1].cos(), denoiser.seen[-1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", [ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m])
+def test_the_styles_are_heuns(sampler: Callable[..., Tensor]) -> None:
+    class Narrow(Toy):
+        sigma_min, sigma_max = 0.02, 10.0
+
+    for style in (EDM, EDM2):
+        denoiser = Narrow(gaussian)
+        x = sampler(denoiser, NOISE, style=style, num_steps=5)
+        assert x.dtype == style.dtype
+        assert float(denoiser.seen[0].abs().max()) == pytest.approx(
+            float(NOISE.abs().max()) * (10 if style is EDM else 80)
+        )
