@@ -78,11 +78,23 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Ema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[ema]: the moving average of the weights that sampling uses."""
+    """[ema]: the moving averages of the weights; sampling uses the first of them."""
 
-    half_life_images: PositiveCount
+    half_life_images: PositiveCount | None = None
     rampup_ratio: Positive | None = 0.05
     """The half-life is at most this share of the images seen so far.  Source: EDM's ema_rampup_ratio."""
+    sigma_rel: tuple[Annotated[float, Meta(ge=0.001, lt=12**-0.5)], ...] = ()
+    """Lengths of power-function averages, as in EDM2, to three decimals."""
+    snapshot_every: PositiveCount | None = None
+    """The power-function averages are kept in RUN/ema, for `edmdistill ema` to make others of."""
+
+    def __post_init__(self) -> None:
+        if self.half_life_images is None and not self.sigma_rel:
+            raise ValueError("no average is asked for: give half_life_images or sigma_rel")
+        if len({round(length, 3) for length in self.sigma_rel} & set(self.sigma_rel)) < len(self.sigma_rel):
+            raise ValueError(f"sigma_rel = {list(self.sigma_rel)} must be different numbers of three decimals at most")
+        if self.snapshot_every is not None and len(self.sigma_rel) < 2:
+            raise ValueError("snapshot_every is for averages of which others are made: give two or more of sigma_rel")
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

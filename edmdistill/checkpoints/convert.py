@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import math
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +78,9 @@ class Conversion(NamedTuple):
     parity: tuple[Parity, ...]
 
 
-def build_official(official: OfficialCheckpoint, *, upcast: bool = False) -> tuple[FlowNetwork, CheckpointConfig]:
+def build_official(
+    official: OfficialCheckpoint, *, upcast: bool = False, tensors: Mapping[str, Tensor] | None = None
+) -> tuple[FlowNetwork, CheckpointConfig]:
     """The network in an official pickle, in float32, and its configuration.
 
     Arguments, names and shapes are compared with our network before it is given any memory.
@@ -86,12 +88,13 @@ def build_official(official: OfficialCheckpoint, *, upcast: bool = False) -> tup
     Args:
         upcast: EDM2 stores float16, and the official code rounds gain / sqrt(fan_in) to it. False keeps that rounding
             and so the official images; True is the network upcast first, which moves them by up to 7e-4.
+        tensors: in the place of its own, by the official names.
     Raises: CheckpointError: arguments that are unknown or make no network, or tensors that do not fit it.
     """
     where = str(official.path)
     kind, prefix = NETWORK_CLASSES[official.network_class]
     flow = build_flow(NetworkSpec(kind, _arguments(official, kind)), _preconditioning(official), where)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in official.tensors.items()}
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in (tensors or official.tensors).items()}
     if isinstance(flow.preconditioning, IDDPM):  # its noise levels are stored, but follow from its numbers
         levels = tensors.pop("u", torch.empty(0))
         if levels.shape != flow.preconditioning.levels.shape or not levels.allclose(flow.preconditioning.levels):

@@ -1,36 +1,36 @@
-"""The moving average of a network's weights: what sampling uses."""
+"""The moving averages of a network's weights: what sampling uses.
+
+average <- beta average + (1 - beta) weights
+"""
 
 from __future__ import annotations
 
 import copy
+from typing import Any, NamedTuple
 
 import torch
 
+from edmdistill import recipes
+from edmdistill.checkpoints.ema import power_function_beta, sigma_rel_to_gamma
 from edmdistill.networks.preconditioning import FlowNetwork
 from edmdistill.training.engine import local
 
 
-class Ema:
-    """The average over all steps so far, whose weights halve every `half_life_images` images.
-
-        average <- beta average + (1 - beta) weights,    beta = 0.5^(batch / half_life)
+class HalfLife(NamedTuple):
+    """A step counts half after `half_life_images` images: beta = 0.5^(batch / half_life).
 
     Attributes:
-        network: the average, a network in eval mode.
-    Args:
-        network: what is averaged; copied.
-        half_life_images: how many images ago a step counts half.
         rampup_ratio: at the start the half-life is this share of the images seen, so that the initial weights are
             forgotten soon; None: the full half-life from the start.
     Source: EDM, training_loop.py, "Update EMA".
     """
 
-    name = "half-life"
+    half_life_images: int
+    rampup_ratio: float | None
 
-    def __init__(self, network: FlowNetwork, half_life_images: int, rampup_ratio: float | None) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.half_life_images = half_life_images
-        self.rampup_ratio = rampup_ratio
+    @property
+    def name(self) -> str:
+        return "half-life"
 
     def beta(self, images: int, batch: int) -> float:
         """The share of the old average.  images: seen before this step."""
@@ -39,10 +39,55 @@ class Ema:
             half_life = min(half_life, images * self.rampup_ratio)
         return float(0.5 ** (batch / max(half_life, 1e-8)))
 
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of its average."""
+        return self._asdict()
+
+
+class PowerFunction(NamedTuple):
+    """A step counts in proportion to a power of its time; see checkpoints/ema.py.  Source: EDM2, section 3."""
+
+    sigma_rel: float
+
+    @property
+    def name(self) -> str:
+        return f"sigma-rel-{self.sigma_rel:.3f}"
+
+    def beta(self, images: int, batch: int) -> float:
+        """The share of the old average.  images: seen before this step."""
+        return power_function_beta(images, batch, sigma_rel_to_gamma(self.sigma_rel))
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of its average."""
+        return self._asdict()
+
+
+def profiles(table: recipes.Ema) -> list[HalfLife | PowerFunction]:
+    """Those that a recipe asks for; the first is what sampling uses."""
+    half_lives = [] if table.half_life_images is None else [HalfLife(table.half_life_images, table.rampup_ratio)]
+    return [*half_lives, *map(PowerFunction, table.sigma_rel)]
+
+
+class Ema:
+    """An average over all steps so far.
+
+    Attributes:
+        network: the average, a network in eval mode. It may be in the host's memory while what it follows is on a GPU.
+    Args:
+        network: what is averaged; copied.
+    """
+
+    def __init__(self, network: FlowNetwork, profile: HalfLife | PowerFunction) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.profile = profile
+
     @torch.no_grad()
     def update(self, network: FlowNetwork, images: int, batch: int) -> None:
         """Takes a step of `batch` images into the average; `images` were seen before it."""
-        average, weights = [local(p) for p in self.network.parameters()], [local(p) for p in network.parameters()]
-        torch._foreach_lerp_(average, weights, 1 - self.beta(images, batch))
+        average = [local(parameter) for parameter in self.network.parameters()]
+        weights = [
+            local(parameter).to(mine.device) for parameter, mine in zip(network.parameters(), average, strict=True)
+        ]
+        torch._foreach_lerp_(average, weights, 1 - self.profile.beta(images, batch))
         for mine, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
             mine.copy_(buffer)

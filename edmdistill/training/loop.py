@@ -36,7 +36,7 @@ from edmdistill.training.micro_batch import settle_micro_batch
 from edmdistill.training.monitors import Diverged, Health, diverged, fingerprints, require_finite, require_moved
 from edmdistill.training.run import Run, take_stage
 from edmdistill.training.run_dir import RunDir, open_run
-from edmdistill.training.snapshot import compare, draw, publish
+from edmdistill.training.snapshot import compare, draw, keep_averages, publish
 from edmdistill.training.state import State, newest_whole, read_state, save_state, saved_states, state_path
 from edmdistill.training.trackers import trackers
 
@@ -120,6 +120,9 @@ def train(
                     _save(run, folder, window)
                 if snapshot:
                     _draw(run, folder)
+                every = run.recipe.ema.snapshot_every
+                if every is not None and (last or due(every, run)):
+                    keep_averages(run, folder.ema)
                 if stopping:
                     break
         except Diverged as error:

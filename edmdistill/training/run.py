@@ -23,7 +23,7 @@ from edmdistill.networks import NETWORKS
 from edmdistill.networks.preconditioning import EDM, FlowNetwork
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.recipes import Network, Recipe
-from edmdistill.training.ema import Ema
+from edmdistill.training.ema import Ema, profiles
 from edmdistill.training.engine import Engine, Machine, Player, like, load_whole
 from edmdistill.training.optimizers import LossScale, make_optimizer
 from edmdistill.training.probe import Probe
@@ -128,7 +128,7 @@ class Run:
 
         All processes call it together; it is empty but on the main one.
         """
-        groups = {f"ema-{average.name}": average.network.state_dict() for average in self.averages}
+        groups = {f"ema-{average.profile.name}": average.network.state_dict() for average in self.averages}
         for role, optimizer in self.optimizers.items():
             groups[role] = {f"weights.{name}": tensor for name, tensor in self.roles[role].state_dict().items()}
             names = list(self.learnt[role])
@@ -140,7 +140,7 @@ class Run:
         """Puts back what `state` gave."""
         self.images = images
         for average in self.averages:
-            load_whole(average.network, groups[f"ema-{average.name}"])
+            load_whole(average.network, groups[f"ema-{average.profile.name}"])
         for role, optimizer in self.optimizers.items():
             learnt = self.learnt[role]
             index = {name: i for i, name in enumerate(learnt)}
@@ -185,7 +185,7 @@ def prepare(
     roles = {role: _cast(part, flow, recipe) for role, part in method_class.roles.items()}
     trained = [role for role, part in method_class.roles.items() if part.trained]
     unused = Probe(method_class, recipe.method_config, roles, noise).unused()
-    averages = [Ema(roles[method_class.product], recipe.ema.half_life_images, recipe.ema.rampup_ratio)]
+    averages = [Ema(roles[method_class.product], profile) for profile in profiles(recipe.ema)]
 
     engine = Engine(machine)
     for role, network in roles.items():

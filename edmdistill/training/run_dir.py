@@ -1,6 +1,6 @@
 """The run directory: made whole or not at all, used by one process, and never by two different runs.
 
-It holds recipe.toml, recipe.resolved.json, run.json, metrics.jsonl, state/, samples/, x0/ and generator/.
+It holds recipe.toml, recipe.resolved.json, run.json, metrics.jsonl, state/, samples/, x0/, ema/ and generator/.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class RunDir:
         self.state = path / "state"
         self.samples = path / "samples"
         self.x0 = path / "x0"
+        self.ema = path / "ema"
         self.generator = path / "generator"
         self._metrics = path / "metrics.jsonl"
 
@@ -44,7 +45,10 @@ class RunDir:
             file.write(json.dumps(line) + "\n")
 
     def forget_after(self, images: int) -> None:
-        """Drops the lines of metrics.jsonl beyond the position from which a run goes on, and a line cut short."""
+        """Drops what metrics.jsonl and ema/ hold from beyond the position from which a run goes on."""
+        for file in self.ema.iterdir():
+            if int(file.name.partition("-")[0]) > images:
+                file.unlink()
         lines = self._metrics.read_bytes().splitlines(keepends=True) if self._metrics.exists() else []
         kept = 0
         for line in lines:
@@ -80,7 +84,7 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
             who = lock.read().strip() or "unknown"
             raise TrainingError(f"{path} is in use by process {who}: wait for it, or give another --run-dir") from None
         _require_same(path, files)
-        for place in (path, path / "state", path / "samples", path / "x0"):
+        for place in (path, path / "state", path / "samples", path / "x0", path / "ema"):
             sweep(place)
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -102,7 +106,7 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
         aside.mkdir()
         for name, content in files.items():
             (aside / name).write_bytes(content)
-        for folder in ("state", "samples", "x0"):
+        for folder in ("state", "samples", "x0", "ema"):
             (aside / folder).mkdir()
         aside.rename(path)  # refused by the system where something is there, an empty directory excepted
         return True

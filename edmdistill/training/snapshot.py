@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.checkpoints.aside import aside
+from edmdistill.checkpoints.ema import Profile, save_snapshot
 from edmdistill.checkpoints.store import Generator, save_checkpoint
 from edmdistill.networks.preconditioning import Denoiser
 from edmdistill.sampling.generate import is_latent, sample
 from edmdistill.sampling.grid import image_grid, named_rows, to_uint8
 from edmdistill.sampling.seeds import SeededNoise
+from edmdistill.training.ema import PowerFunction
 from edmdistill.training.run import Run
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
@@ -70,8 +73,14 @@ def compare(run: Run, folder: Path) -> None:
 
 def publish(run: Run, folder: Path, weights: Mapping[str, Tensor]) -> None:
     """The average as a checkpoint ready for use, in place of the one before.  weights: of the average, whole."""
-    own = run.recipe.ema
-    ema = {"half_life_images": own.half_life_images, "rampup_ratio": own.rampup_ratio}
-    save_checkpoint(
-        folder, run.ema.network, replace(run.config, images_seen=run.images, ema=ema), overwrite=True, tensors=weights
-    )
+    config = replace(run.config, images_seen=run.images, ema=run.ema.profile.facts())
+    save_checkpoint(folder, run.ema.network, config, overwrite=True, tensors=weights)
+
+
+def keep_averages(run: Run, folder: Path) -> None:
+    """The power-function averages, for others to be made of them."""
+    for average in run.averages:
+        if isinstance(average.profile, PowerFunction):
+            network, profile = average.network.network, Profile(run.images, average.profile.sigma_rel)
+            weights, constants = run.engine.full_state(network), {name for name, _ in network.named_buffers()}
+            run.engine.main_only(partial(save_snapshot, folder, profile, weights, constants))

@@ -40,10 +40,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe() -> Callable[..., Recipe]:
-    """recipe(method, **training): a tiny recipe with other values in its [training]."""
+    """recipe(method, ema, **training): a tiny recipe with another [ema], and other values in its [training]."""
 
-    def make(method: str, **training: object) -> Recipe:
+    def make(method: str, ema: dict[str, object] | None = None, **training: object) -> Recipe:
         tables = TABLES | {"method": {"name": method}, "training": TABLES["training"] | training}
+        tables |= {"ema": ema or TABLES["ema"]}
         if method == "diffusion":
             tables |= {"network": {"kind": "edm2", "arguments": NETWORK}}
         return Recipe.from_json(json.dumps(tables).encode())

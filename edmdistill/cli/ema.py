@@ -1,0 +1,37 @@
+"""`edmdistill ema`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+
+@click.command("ema")
+@click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--sigma-rel", type=float, required=True, help="Length of the average, as a share of the training: 0.05.")
+@click.option("--images", type=int, help="The average after so many images.  [default: the last there is]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The checkpoint to write.")
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is at OUT.")
+def command(source: Path, sigma_rel: float, images: int | None, out: Path, overwrite: bool) -> None:
+    """Put an average of the weights of another length together, after training.
+
+    SOURCE is a run whose recipe has ema.snapshot_every, or a folder of the official trainer's
+    network-snapshot-KIMG-SIGMA.pkl.
+    """
+    from tqdm import tqdm
+
+    from edmdistill.checkpoints.ema import reconstruct_checkpoint
+
+    with tqdm(unit="average", delay=3) as bar:
+
+        def start(count: int) -> Callable[[int], object]:
+            bar.total = count
+            update: Callable[[int], object] = bar.update
+            return update
+
+        config = reconstruct_checkpoint(source, out, sigma_rel, images, overwrite=overwrite, on_start=start)
+    made = config.ema or {}
+    click.echo(
+        f"{out} is written: the {config.stage} with sigma_rel {sigma_rel:g} after {made['images']:,} images, from "
+        f"{len(made['from'])} averages."
+    )

@@ -1,0 +1,176 @@
+"""Power-function averages: the official numbers, and averages that are put together from others."""
+
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from edmdistill.checkpoints.convert import build_official
+from edmdistill.checkpoints.ema import (
+    LONGEST,
+    Profile,
+    coefficients,
+    gamma_to_sigma_rel,
+    inner_products,
+    kimg_to_images,
+    power_function_beta,
+    reconstruct,
+    reconstruct_checkpoint,
+    sigma_rel_to_gamma,
+)
+from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.store import load_checkpoint
+from edmdistill.cli import main
+from edmdistill.errors import CheckpointError
+
+
+@pytest.fixture(scope="session")
+def extras(golden: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((golden / "edm2-extras.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="session")
+def snapshots(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with phema-in/, snapshots of the official trainer, and what the official code made of them."""
+    folder = tmp_path_factory.mktemp("phema")
+    with tarfile.open(golden / "phema.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+# The official numbers.
+
+
+def test_lengths_and_exponents(extras: dict[str, Any]) -> None:
+    there, back = extras["std_to_exp"], extras["exp_to_std"]
+    assert list(map(sigma_rel_to_gamma, there["std"])) == pytest.approx(there["exp"], rel=1e-12)
+    assert list(map(gamma_to_sigma_rel, back["exp"])) == pytest.approx(back["std"], rel=1e-14)
+
+
+def test_betas(extras: dict[str, Any]) -> None:
+    for case in extras["power_function_beta"]:
+        gamma = sigma_rel_to_gamma(case["std"])
+        beta = power_function_beta(case["t_next"] - case["t_delta"], case["t_delta"], gamma)
+        assert beta == pytest.approx(case["beta"], rel=1e-12)
+
+
+def test_correlations(extras: dict[str, Any]) -> None:
+    for case in extras["power_function_correlation"]:
+        a, b = Profile(case["a_ofs"], case["a_std"]), Profile(case["b_ofs"], case["b_std"])
+        assert inner_products([a], [b]).item() == pytest.approx(case["value"], rel=1e-12)
+
+
+def test_coefficients(extras: dict[str, Any]) -> None:
+    for case in extras["solve_posthoc_coefficients"]:
+        stored = list(map(Profile, case["in_ofs"], case["in_std"]))
+        ofs = np.broadcast_to(case["out_ofs"], len(case["out_std"]))
+        for column, (images, sigma_rel) in enumerate(zip(ofs.tolist(), case["out_std"], strict=True)):
+            expected = [row[column] for row in case["coefs_in_by_out"]]
+            np.testing.assert_allclose(coefficients(stored, Profile(images, sigma_rel)), expected, rtol=0, atol=1e-7)
+
+
+def test_images_by_file_name(extras: dict[str, Any]) -> None:
+    for kimg, images in extras["kimg_to_nimg"].items():
+        assert kimg_to_images(int(kimg)) == images
+
+
+def test_the_official_reconstruction(snapshots: Path) -> None:
+    """Tensor by tensor, in float16 as the official file has it."""
+    files = sorted((snapshots / "phema-in").iterdir())
+    stored = {Profile(kimg_to_images(int(f.stem.split("-")[2])), float(f.stem.split("-")[3])): f for f in files}
+    loads = {profile: (lambda file=file: read_official(file).tensors) for profile, file in stored.items()}
+    found = reconstruct(loads, Profile(262144, 0.075))
+    expected = read_official(snapshots / "phema-0000262-0.075.pkl").tensors
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+# Properties.
+
+
+@given(st.floats(0.005, LONGEST - 1e-4))
+def test_length_and_exponent_are_inverse(sigma_rel: float) -> None:
+    assert gamma_to_sigma_rel(sigma_rel_to_gamma(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-9)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0.05, 0.1])), min_size=2, max_size=6, unique=True))
+def test_what_is_stored_is_given_back(chosen: list[tuple[int, float]]) -> None:
+    stored = [Profile(1000 * images, sigma_rel) for images, sigma_rel in chosen]
+    for index, profile in enumerate(stored):
+        np.testing.assert_allclose(coefficients(stored, profile), np.eye(len(stored))[index], rtol=0, atol=1e-6)
+
+
+def tracked(weights: Sequence[Tensor], batch: int, sigma_rel: float) -> list[Tensor]:
+    """The average after every step, by the recursion."""
+    average, found = weights[0], []
+    for step, now in enumerate(weights):
+        average = average.lerp(now, 1 - power_function_beta(step * batch, batch, sigma_rel_to_gamma(sigma_rel)))
+        found.append(average)
+    return found
+
+
+def test_another_length_after_the_fact() -> None:
+    """A random walk of weights: what is put together from 16 averages is what would have been tracked, but for 1%."""
+    generator = torch.Generator().manual_seed(0)
+    walk = torch.randn(4096, 50, dtype=torch.float64, generator=generator).cumsum(0)
+    batch = 32
+    averages = {sigma_rel: tracked(list(walk), batch, sigma_rel) for sigma_rel in (0.05, 0.1)}
+    stored = {
+        Profile(batch * steps, sigma_rel): (lambda t=averages[sigma_rel][steps - 1]: {"w": t})
+        for steps in range(512, 4097, 512)
+        for sigma_rel in averages
+    }
+    for sigma_rel in (0.06, 0.08, 0.13):
+        expected = tracked(list(walk), batch, sigma_rel)[-1]
+        found = reconstruct(stored, Profile(batch * 4096, sigma_rel))["w"]
+        plain = averages[0.05][-1]
+        assert float((found - expected).norm()) < 0.01 * float((plain - expected).norm() + expected.norm())
+
+
+# Files.
+
+
+def test_official_snapshots_become_a_checkpoint(snapshots: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["ema", str(snapshots / "phema-in"), "--sigma-rel", "0.075", "--out", str(out)]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert "sigma_rel 0.075 after 262,144 images, from 4 averages" in result.stdout
+    flow, config = load_checkpoint(out)
+    assert config.ema is not None
+    assert (config.stage, config.ema["images"], len(config.ema["from"])) == ("teacher", 262144, 4)
+    expected, _ = build_official(read_official(snapshots / "phema-0000262-0.075.pkl"))
+    own = flow.network.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in expected.network.state_dict().items())
+    assert CliRunner().invoke(main, words).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("sigma_rel", "images", "sentence"),
+    [
+        (0.3, None, "sigma_rel is 0.3, but lies between 0 and 0.2887"),
+        (0.1, 300_000, "end after 262,144 images: 300,000 cannot be had"),
+        (0.1, 100_000, "holds 0 averages up to 100,000 images: ask for more"),
+    ],
+)
+def test_what_cannot_be_had(snapshots: Path, tmp_path: Path, sigma_rel: float, images: int, sentence: str) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        reconstruct_checkpoint(snapshots / "phema-in", tmp_path / "out", sigma_rel, images)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_averages(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds 0 averages, and it takes two or more: .* ema\.snapshot_every"):
+        reconstruct_checkpoint(tmp_path, tmp_path / "out", 0.05)
