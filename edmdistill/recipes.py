@@ -116,9 +116,11 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Data(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[data]: which part of the data set that --data names."""
+    """[data]: what is taken of the data set that --data names."""
 
     split: str = "train"
+    xflip: bool = False
+    """Every image is there twice, the second time mirrored, as in EDM."""
 
 
 class Network(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -1,7 +1,7 @@
-"""Image data sets: scikit-learn's digits, and zips or folders of images in EDM's layout.
+"""Data sets: scikit-learn's digits, and zips or folders in EDM's layout, of images or of a VAE's latents.
 
-A data set is an indexed collection of uint8 images of one shape, with or without integer classes. The order in
-which training visits it is no state of the data set but a pure function, `indices`: a run resumes from its position.
+A data set is an indexed collection of images of one shape, with or without integer classes. The order in which training
+visits it is no state of the data set but a pure function, `indices`: a run resumes from its position.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,25 +24,32 @@ from torch.nn import functional
 from edmdistill.errors import DatasetError
 
 IMAGE_SUFFIXES = (".png", ".bmp", ".webp", ".jpg", ".jpeg")
+LATENT_SUFFIX = ".npy"
 IN_MEMORY_BYTES = 2**28  # smaller sets are decoded when they are opened, so that every error comes at once
 DIGITS, DIGITS_TRAIN, DIGITS_SPLIT_SEED = 1797, 1500, 0
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
-Pixels = NDArray[np.uint8]
+Stored = NDArray[np.uint8 | np.float32]
 
 
 class Dataset:
-    """Images of one shape, with or without classes.
+    """Images of one shape, with or without classes. It can be pickled, for worker processes.
 
     Args:
         name: the source, as errors and results call it.
         split: the part of the source that this is.
         files: what errors call each image; their number is the length.
-        read: gives image i as uint8 [C,H,W].
+        read: gives image i as it is stored: pixels, uint8 [C,H,W]; or its latents' mean, then standard deviation,
+            float32 [2C,H,W].
         labels: the class of each image, int64 [N], or None.
         label_names: the name of each class, where known.
+        xflip: every image is there twice: N + i is i mirrored.
+    Attributes:
+        latent: whether it holds latents.
+        img_channels, img_resolution, label_dim: C, H = W and the number of classes, as a network needs them.
     Raises:
-        DatasetError: an image cannot be read, is not square, or differs in shape from the first.
+        DatasetError: an image cannot be read, is not square, or differs in shape from the first; or latents are to
+            be mirrored.
     """
 
     def __init__(
@@ -50,34 +57,47 @@ class Dataset:
         name: str,
         split: str,
         files: Sequence[str],
-        read: Callable[[int], Pixels],
+        read: Callable[[int], Stored],
         labels: NDArray[np.int64] | None = None,
         label_names: Sequence[str] | None = None,
+        *,
+        xflip: bool = False,
     ) -> None:
-        self.name, self.split = name, split
+        self.name, self.split, self.xflip = name, split, xflip
         self.label_dim = 0 if labels is None else int(labels.max()) + 1
         self.label_names = None if label_names is None else list(label_names)
-        self.files, self._read, self._labels = files, read, labels
+        self._labels = np.tile(labels, 2) if xflip and labels is not None else labels
+        self.files, self._read = files, read
         first = read(0)
-        self.img_channels, self.img_resolution = first.shape[0], first.shape[2]
+        self.latent = first.dtype != np.uint8
+        self._shape = first.shape
+        self.img_channels, self.img_resolution = len(first) // 2 if self.latent else len(first), first.shape[2]
         if first.shape[1] != first.shape[2]:
             raise DatasetError(f"{name}: {files[0]} is {_size(first)}, but images must be square; crop them first")
-        self._memory: Pixels | None = None
+        if self.latent and xflip:
+            raise DatasetError(
+                f"{name} holds latents, and a VAE's latents of a mirrored image are not the mirrored latents: leave "
+                "data.xflip out, or encode mirrored images beside the others"
+            )
+        self._memory: Stored | None = None
         if len(files) * first.nbytes <= IN_MEMORY_BYTES:
             self._memory = np.stack([self._checked(i) for i in range(len(files))])
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.files) * (2 if self.xflip else 1)
 
     def image(self, i: int) -> Tensor:
         """Image i as it is stored.  uint8 [C,H,W]"""
         return self.images([i])[0]
 
     def images(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """These images as they are stored.  uint8 [B,C,H,W]"""
-        if self._memory is not None:
-            return torch.from_numpy(self._memory[np.asarray(indices)])
-        return torch.from_numpy(np.stack([self._checked(int(i)) for i in indices]))
+        """These images as they are stored.  uint8 [B,C,H,W]
+
+        Raises: DatasetError: they are latents.
+        """
+        if self.latent:
+            raise DatasetError(f"{self.name} holds latents, but pixels are wanted; give the images they were made from")
+        return self._stored(indices)
 
     def labels(self, indices: Sequence[int] | Tensor) -> Tensor | None:
         """The classes of these images, or None for a set without classes.  int64 [B]"""
@@ -90,17 +110,29 @@ class Dataset:
         return int(self._labels[i])
 
     def tensors(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
-        """These images and classes as training takes them.
+        """These images and classes as numbers to compute with.
 
-        Returns: x0 [B,C,H,W] in [-1, 1], v / 127.5 - 1; one-hot labels [B,label_dim], or None; both float32.
+        Returns: pixels [B,C,H,W] in [-1, 1], v / 127.5 - 1, or the moments of latents [B,2C,H,W] as they are; one-hot
+            labels [B,label_dim], or None; all float32.
         """
-        x0 = self.images(indices).to(torch.float32) / 127.5 - 1
-        classes = self.labels(indices)
-        return x0, None if classes is None else functional.one_hot(classes, self.label_dim).to(torch.float32)
+        stored, classes = self._stored(indices), self.labels(indices)
+        numbers = stored if self.latent else stored.to(torch.float32) / 127.5 - 1
+        return numbers, None if classes is None else functional.one_hot(classes, self.label_dim).to(torch.float32)
 
-    def _checked(self, i: int) -> Pixels:
+    def _stored(self, indices: Sequence[int] | Tensor) -> Tensor:
+        rows = np.asarray(indices)
+        mirrored = rows >= len(self.files) if self.xflip else np.zeros(len(rows), dtype=bool)
+        rows = rows - len(self.files) * mirrored
+        if self._memory is not None:
+            stored = torch.from_numpy(self._memory[rows])
+        else:
+            stored = torch.from_numpy(np.stack([self._checked(int(i)) for i in rows]))
+        stored[mirrored] = stored[mirrored].flip(-1)
+        return stored
+
+    def _checked(self, i: int) -> Stored:
         image = self._read(i)
-        if image.shape != (self.img_channels, self.img_resolution, self.img_resolution):
+        if image.shape != self._shape:
             first = self._read(0)
             raise DatasetError(
                 f"{self.name}: {self.files[i]} is {_size(image)}, but {self.files[0]} is {_size(first)}; "
@@ -109,33 +141,36 @@ class Dataset:
         return image
 
 
-def open_dataset(source: str | Path, *, split: str = "train") -> Dataset:
-    """Opens the word `digits`, or a zip or folder of images in EDM's layout.
+def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = False) -> Dataset:
+    """Opens the word `digits`, or a zip or folder in EDM's layout.
 
-    A zip or folder holds images, in subfolders or not, and may hold a dataset.json,
-    {"labels": [["sub/name.png", class], ...]}; it is a training set as a whole. The digits are scikit-learn's,
-    8x8, one channel, 0..16 scaled to 0..255: `train` is a fixed random 1500 of the 1797, `test` the other 297.
+    A zip or folder holds images, or latents as EDM2's dataset_tool.py writes them (.npy), in subfolders or not, and may
+    hold a dataset.json, {"labels": [["sub/name.png", class], ...]}; it is a training set as a whole. The digits are
+    scikit-learn's, 8x8, one channel, 0..16 scaled to 0..255: `train` is a fixed random 1500 of the 1797, `test` the
+    other 297.
 
     Args:
         split: train | test | all.
+        xflip: see `Dataset`.
     Raises:
         DatasetError: no such source or split; no images, or a broken one; dataset.json broken or incomplete.
     """
     if str(source) == "digits":
-        return _open_digits(split)
+        return _open_digits(split, xflip)
     path = Path(source)
     if split not in ("train", "all"):
         raise DatasetError(f"{path} has no split {split!r}: a zip or folder is one training set; use 'train'")
     if path.is_dir():
         members = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-        return _open_files(path, split, members, lambda member: (path / member).read_bytes())
+        return _open_files(path, split, xflip, members, partial(_read_file, path))
     if not path.exists():
         raise DatasetError(f"{path} does not exist; give a zip, a folder, or the word digits")
+    read = _Zip(path)
     try:
-        archive = zipfile.ZipFile(path)
+        members = read.archive.namelist()
     except BROKEN as error:
         raise DatasetError(f"{path} is not a zip ({error}); give a zip, a folder, or the word digits") from error
-    return _open_files(path, split, archive.namelist(), archive.read)
+    return _open_files(path, split, xflip, members, read)
 
 
 def indices(seed: int, position: int, batch: int, length: int) -> Tensor:
@@ -160,7 +195,7 @@ def _permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     return np.argsort(np.random.PCG64([seed, epoch]).random_raw(length), kind="stable")
 
 
-def _open_digits(split: str) -> Dataset:
+def _open_digits(split: str, xflip: bool) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -175,19 +210,67 @@ def _open_digits(split: str) -> Dataset:
     values, classes = load_digits(return_X_y=True)
     images = np.round(values[chosen].reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
     files, names = [f"digit {i}" for i in chosen], [str(digit) for digit in range(10)]
-    return Dataset("digits", split, files, images.__getitem__, classes[chosen].astype(np.int64), names)
+    classes = classes[chosen].astype(np.int64)
+    return Dataset("digits", split, files, images.__getitem__, classes, names, xflip=xflip)
 
 
-def _open_files(path: Path, split: str, members: Sequence[str], read: Callable[[str], bytes]) -> Dataset:
+class _Zip:
+    """Reads members of a zip; every process opens the file for itself, for one that is shared has one position."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def archive(self) -> zipfile.ZipFile:
+        return zipfile.ZipFile(self.path)
+
+    def __call__(self, member: str) -> bytes:
+        return self.archive.read(member)
+
+    def __reduce__(self) -> tuple[type[_Zip], tuple[Path]]:
+        return _Zip, (self.path,)
+
+
+def _read_file(path: Path, member: str) -> bytes:
+    return (path / member).read_bytes()
+
+
+def _open_files(path: Path, split: str, xflip: bool, members: Sequence[str], read: Callable[[str], bytes]) -> Dataset:
+    suffixes = (*IMAGE_SUFFIXES, LATENT_SUFFIX)
     # `edmdistill sample` leaves a grid beside its images.
-    files = sorted(name for name in members if name.lower().endswith(IMAGE_SUFFIXES) and name != "grid.png")
+    files = sorted(name for name in members if name.lower().endswith(suffixes) and name != "grid.png")
     if not files:
-        raise DatasetError(f"{path} holds no images; expected files that end in {', '.join(IMAGE_SUFFIXES)}")
+        raise DatasetError(f"{path} holds no images; expected files that end in {', '.join(suffixes)}")
+    latents = [name for name in files if name.lower().endswith(LATENT_SUFFIX)]
+    if 0 < len(latents) < len(files):
+        raise DatasetError(
+            f"{path} holds {len(latents)} latents, the first {latents[0]}, among {len(files)} files; keep images and "
+            "latents in two data sets"
+        )
     labels = _read_labels(path, files, read) if "dataset.json" in members else None
-    return Dataset(str(path), split, files, lambda i: _decode(path, files[i], read), labels)
+    decode = partial(_decode_latents if latents else _decode_image, path, files, read)
+    return Dataset(str(path), split, files, decode, labels, xflip=xflip)
 
 
-def _decode(path: Path, member: str, read: Callable[[str], bytes]) -> Pixels:
+def _decode_latents(path: Path, files: Sequence[str], read: Callable[[str], bytes], i: int) -> NDArray[np.float32]:
+    try:
+        moments = np.lib.format.read_array(io.BytesIO(read(files[i])), allow_pickle=False)
+    except BROKEN as error:
+        raise DatasetError(f"{path}: {files[i]} is not a readable array ({error}); replace or remove it") from error
+    found = f"{moments.dtype} {list(moments.shape)}"
+    if moments.dtype == np.float32 and moments.ndim == 3 and moments.size and len(moments) % 2 == 0:
+        smallest = moments[len(moments) // 2 :].min()
+        if smallest >= 0:
+            return moments
+        found += f" with a standard deviation of {smallest:g}"
+    raise DatasetError(
+        f"{path}: {files[i]} is {found}, but latents are float32 [2C,H,W], means and then standard deviations; encode "
+        "the images as EDM2's dataset_tool.py does"
+    )
+
+
+def _decode_image(path: Path, files: Sequence[str], read: Callable[[str], bytes], i: int) -> NDArray[np.uint8]:
+    member = files[i]
     try:
         with Image.open(io.BytesIO(read(member))) as image:
             pixels, mode = np.asarray(image), image.mode
@@ -220,6 +303,6 @@ def _read_labels(path: Path, files: Sequence[str], read: Callable[[str], bytes])
     return np.array([known[file] for file in files], dtype=np.int64)
 
 
-def _size(image: Pixels) -> str:
+def _size(image: Stored) -> str:
     channels, height, width = image.shape
     return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"

@@ -17,6 +17,7 @@ from edmdistill.checkpoints.convert import read_source
 from edmdistill.checkpoints.source import resolve
 from edmdistill.checkpoints.store import CONFIG, MODEL, CheckpointConfig, Provenance, Sampling, facts, load_checkpoint
 from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.data.latents import statistics_of
 from edmdistill.errors import RecipeError, TrainingError
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import NETWORKS
@@ -113,6 +114,7 @@ class Run:
             self.dataset,
             seed=self.recipe.training.seed,
             labels=bool(self.ema.network.label_dim),
+            statistics=statistics_of(self.config.encoder),
             workers=self.engine.machine.workers,
             device=self.engine.device,
         )
@@ -170,7 +172,7 @@ def prepare(
     """
     method_class = recipe.method_class
     require_trackers(machine.log_with)
-    dataset = open_dataset(data, split=recipe.data.split)
+    dataset = open_dataset(data, split=recipe.data.split, xflip=recipe.data.xflip)
     if teacher is not None:
         flow, config = _read(teacher)
     elif recipe.network is not None:
@@ -288,13 +290,15 @@ def _cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
 
 
 def _require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -> None:
-    def words(size: int, channels: int, classes: int) -> str:
-        return f"{size}x{size} with {channels} channels and {classes or 'no'} classes"
+    def words(latent: bool, size: int, channels: int, classes: int) -> str:
+        what = "latents" if latent else "images"
+        return f"{what} of {size}x{size} with {channels} channels and {classes or 'no'} classes"
 
-    has = dataset.img_resolution, dataset.img_channels, dataset.label_dim if flow.label_dim else 0
-    needs = flow.img_resolution, flow.img_channels, flow.label_dim
+    classes = dataset.label_dim if flow.label_dim else 0
+    has = dataset.latent, dataset.img_resolution, dataset.img_channels, classes
+    latent = statistics_of(config.encoder) is not None
+    needs = latent, flow.img_resolution, flow.img_channels, flow.label_dim
     if has != needs:
-        what = "images" if config.encoder["kind"] == "pixels" else "latents"
         raise TrainingError(
-            f"the data {dataset.name} are {words(*has)}, but the network takes {what} of {words(*needs)}: give those"
+            f"the data {dataset.name} are {words(*has)}, but the network takes {words(*needs)}: give those"
         )

@@ -3,6 +3,7 @@
 import builtins
 import io
 import json
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,12 @@ Members = dict[str, bytes]
 def png(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "png")
+    return out.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
     return out.getvalue()
 
 
@@ -128,6 +135,57 @@ def test_grayscale(tmp_path: Path) -> None:
     assert np.array_equal(data.image(0).numpy()[0], PIXELS[0, :, :, 0])
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+@both
+def test_mirrored_images_follow_the_others(
+    write: Write, in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 2**28 if in_memory else 0)
+    source = write(tmp_path, members())
+    plain, data = open_dataset(source), open_dataset(source, xflip=True)
+    images = plain.images(range(5))
+    assert (len(data), data.label_dim) == (10, 3)
+    assert torch.equal(data.images(range(10)), torch.cat([images, images.flip(3)]))
+    assert torch.equal(data.images([7, 2]), torch.stack([images[2].flip(2), images[2]]))
+    assert [data.label(i) for i in range(10)] == 2 * [plain.label(i) for i in range(5)]
+    with pytest.raises(IndexError):
+        plain.images([5])
+
+
+MOMENTS = np.random.default_rng(1).random((5, 4, 6, 6), dtype=np.float32)
+LATENTS = {f"00000/img-mean-std-{i:08}.npy": npy(MOMENTS[i]) for i in range(5)}
+
+
+@both
+def test_latents(write: Write, tmp_path: Path) -> None:
+    described = json.dumps({"labels": [[name, i] for i, name in enumerate(LATENTS)]}).encode()
+    source = write(tmp_path, LATENTS | {"dataset.json": described})
+    data = open_dataset(source)
+    assert (data.latent, len(data), data.img_channels, data.img_resolution, data.label_dim) == (True, 5, 2, 6, 5)
+    moments, labels = data.tensors([4, 0])
+    assert np.array_equal(moments.numpy(), MOMENTS[[4, 0]])
+    assert labels is not None
+    assert labels.tolist() == torch.eye(5)[[4, 0]].tolist()
+    with pytest.raises(DatasetError, match="holds latents, but pixels are wanted"):
+        data.image(0)
+    with pytest.raises(DatasetError, match=r"holds latents.*mirrored.*leave data\.xflip out"):
+        open_dataset(source, xflip=True)
+
+
+@pytest.mark.parametrize("content", [members(), LATENTS], ids=["images", "latents"])
+@both
+def test_a_copy_in_another_process_opens_its_own_file(
+    write: Write, content: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    data = open_dataset(write(tmp_path, content))
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy.tensors(range(5))[0], data.tensors(range(5))[0])
+    if write is write_zip:
+        ours, its = (set_._read.args[2].archive.fp for set_ in (data, copy))
+        assert ours.fileno() != its.fileno()
+
+
 BAD: dict[str, tuple[Members, str]] = {
     "empty": ({"readme.txt": b"x"}, "holds no images"),
     "mixed sizes": (members(**{"z.png": png(PIXELS[0, :3, :3])}), r"z\.png is 3x3 with 3 channels, but .* is 4x4"),
@@ -136,6 +194,23 @@ BAD: dict[str, tuple[Members, str]] = {
     "corrupt": (members(None, **{"z.png": png(PIXELS[0])[:50]}), r"z\.png is not a readable image"),
     "not an image": (members(None, **{"z.png": b"hello"}), r"z\.png is not a readable image"),
     "alpha": ({"a.png": png(np.zeros((4, 4, 4), np.uint8))}, r"a\.png has mode RGBA; convert"),
+    "images and latents": (members(None, **{"z.npy": npy(MOMENTS[0])}), r"1 latents, the first z\.npy, among 6 files"),
+    "corrupt latents": (LATENTS | {"z.npy": npy(MOMENTS[0])[:200]}, r"z\.npy is not a readable array"),
+    "pickled latents": ({"a.npy": npy(np.array([{}]))}, r"a\.npy is not a readable array \(Object arrays cannot be"),
+    "endless latents": (
+        {"a.npy": npy(MOMENTS[0]).replace(b"(4, 6, 6), }     ", b"(4000, 60000, 60000), }")},
+        r"a\.npy is not a readable array",
+    ),
+    "double latents": (
+        {"a.npy": npy(MOMENTS[0].astype(float))},
+        r"a\.npy is float64 \[4, 6, 6\], but latents are float32",
+    ),
+    "no deviations": (
+        {"a.npy": npy(MOMENTS[0, :3])},
+        r"a\.npy is float32 \[3, 6, 6\], but latents are float32 \[2C,H,W\]",
+    ),
+    "logarithms": ({"a.npy": npy(-MOMENTS[0])}, r"float32 \[4, 6, 6\] with a standard deviation of -0\.99"),
+    "mixed latents": (LATENTS | {"z.npy": npy(MOMENTS[0, :, :4, :4])}, r"z\.npy is 4x4 with 4 channels, but .* is 6x6"),
     "some unlabelled": (members(LABELS[1:]), r"no label for 1 of 5 images, the first 00000/img0\.png"),
     "not json": (members(**{"dataset.json": b"{"}), r"dataset\.json is not"),
     "no labels key": (members(**{"dataset.json": b"{}"}), r"dataset\.json is not .* \(KeyError\('labels'\)\)"),

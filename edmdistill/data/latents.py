@@ -1,0 +1,72 @@
+"""Latents: what EDM2's data sets hold for a VAE, and how a teacher's x0 comes of it.
+
+For each image such a set holds what the VAE's encoder gives: the mean and the standard deviation of its latents, which
+are drawn anew whenever the image is visited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.errors import CheckpointError
+
+VISIT = 2**32 - 1
+"""Stands where a training turn's draws have the number of the turn, so that no turn draws the same noise."""
+
+
+class Statistics(Struct, frozen=True):
+    """What gives a VAE's latents the mean and standard deviation that the teacher knows: x0 = latents scale + bias.
+
+    Attributes:
+        scale, bias: by channel.  [C]
+    """
+
+    scale: tuple[float, ...]
+    bias: tuple[float, ...]
+
+
+def statistics_of(encoder: Mapping[str, Any]) -> Statistics | None:
+    """Those of a checkpoint's encoder, or None where the network works on pixels.
+
+    Raises: CheckpointError: the encoder is neither pixels nor a VAE with its statistics.
+    """
+    if encoder["kind"] == "pixels":
+        return None
+    try:
+        return msgspec.convert(encoder, Statistics)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            f"the checkpoint's encoder {encoder['kind']!r} does not say how latents are scaled ({error}): convert the "
+            "official file again"
+        ) from error
+
+
+def draw_latents(moments: Tensor, eps: Tensor, statistics: Statistics) -> Tensor:
+    """x0 = (mean + std eps) scale + bias.
+
+    Args:
+        moments: mean, then std, of each image's latents.  [B,2C,H,W]
+        eps: unit normal noise.  [B,C,H,W]
+    Returns: x0 in the teacher's space.  [B,C,H,W], dtype of moments.
+    Source: EDM2, training/encoders.py, StabilityVAEEncoder.encode_latents.
+    """
+    mean, std = moments.chunk(2, dim=1)
+    scale, bias = (moments.new_tensor(values)[:, None, None] for values in (statistics.scale, statistics.bias))
+    return (mean + std * eps) * scale + bias
+
+
+def visit_noise(seed: int, start: int, stop: int, *shape: int) -> Tensor:
+    """The eps of the visits at the positions [start, stop) of the stream that `seed` shuffles.
+
+    Each hangs on (seed, position) alone.
+    Returns: unit normal.  [stop - start,*shape] float32
+    """
+    visits = [Draws([seed, position, VISIT], 1) for position in range(start, stop)]
+    return torch.cat([visit.normal(*shape, dtype=torch.float32) for visit in visits])

@@ -1,0 +1,226 @@
+"""The stream of training data: the same from any position and with any workers, whatever becomes of these."""
+
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.data import datasets
+from edmdistill.data.datasets import Dataset, indices, open_dataset
+from edmdistill.data.latents import Statistics, draw_latents, visit_noise
+from edmdistill.errors import DatasetError, TrainingError
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.training.engine import Machine
+from edmdistill.training.loop import train
+from edmdistill.training.run import prepare
+from edmdistill.training.stream import AHEAD, Stream
+
+COUNT = 9
+STATISTICS = Statistics(scale=(0.5, 2.0, 1.0, 0.25), bias=(0.1, 0.0, -0.1, 1.0))
+
+
+def write_set(path: Path, suffix: str) -> Path:
+    """Nine images of 8x8 pixels, or their latents of 4 channels, in three classes."""
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(COUNT):
+            out = io.BytesIO()
+            if suffix == "png":
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(out, "png")
+            else:
+                np.save(out, rng.random((8, 8, 8), dtype=np.float32))
+            archive.writestr(f"{i}.{suffix}", out.getvalue())
+        archive.writestr("dataset.json", json.dumps({"labels": [[f"{i}.{suffix}", i % 3] for i in range(COUNT)]}))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Dataset:
+    return open_dataset(write_set(tmp_path / "images.zip", "png"), xflip=True)
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> Dataset:
+    return open_dataset(write_set(tmp_path / "latents.zip", "npy"))
+
+
+def stream(data: Dataset, workers: int = 0, device: str = "cpu") -> Stream:
+    statistics = STATISTICS if data.latent else None
+    return Stream(data, seed=5, labels=True, statistics=statistics, workers=workers, device=torch.device(device))
+
+
+def endless() -> Iterator[tuple[int, int]]:
+    return ((start, start + 4) for start in itertools.count(0, 4))
+
+
+@pytest.mark.parametrize("which", ["images", "latents"])
+def test_whoever_reads_reads_the_same(which: str, request: pytest.FixtureRequest) -> None:
+    """Some epochs at once, in uneven batches, by workers, and on from the middle."""
+    data = request.getfixturevalue(which)
+    whole = stream(data).read(0, 80)
+    uneven = [(0, 1), (1, 3), (3, 10), (10, 35), (35, 36), (36, 60), (60, 80)]
+    with stream(data, workers=2) as two:
+        for reader, first in itertools.product([stream(data), two], [0, 4]):
+            parts = list(reader.follow(iter(uneven[first:])))
+            assert torch.equal(torch.cat([part.x0 for part in parts]), whole.x0[uneven[first][0] :])
+            assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels[uneven[first][0] :])
+
+
+def test_no_visit_of_latents_is_like_another(latents: Dataset) -> None:
+    x0 = stream(latents).read(0, 3 * COUNT).x0
+    assert len(x0.flatten(1).unique(dim=0)) == 3 * COUNT
+    moments = latents.tensors(indices(5, 11, 2, COUNT))[0]
+    assert torch.equal(x0[11:13], draw_latents(moments, visit_noise(5, 11, 13, 4, 8, 8), STATISTICS))
+
+
+def test_requests_are_taken_as_they_are_needed(images: Dataset) -> None:
+    taken = []
+    with stream(images, workers=2) as two:
+        batches = two.follow(request for request in endless() if taken.append(request) is None)
+        for count in range(1, 10):
+            next(batches)
+            assert len(taken) <= count + 2 * AHEAD
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_member_is_one_sentence(workers: int, tmp_path: Path) -> None:
+    path = write_set(tmp_path / "images.zip", "png")
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"7.png") + 40
+    raw[at : at + 8] = bytes(8)
+    path.write_bytes(raw)
+    with (
+        stream(open_dataset(path), workers=workers) as broken,
+        pytest.raises(DatasetError, match=r"^\S+images\.zip: 7\.png is not a readable image \(Bad CRC-32 .*remove it$"),
+    ):
+        list(broken.follow([(0, COUNT)]))
+
+
+def test_a_killed_worker_is_one_sentence(images: Dataset) -> None:
+    with stream(images, workers=1) as one:
+        batches = one.follow(endless())
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        with pytest.raises(TrainingError, match=r"^a data worker ended, .*--workers 0, .*goes on from the last state$"):
+            list(batches)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_leave_signals_to_the_main_process(images: Dataset) -> None:
+    with stream(images, workers=2) as two:
+        batches = two.follow(endless())
+        next(batches)
+        workers = multiprocessing.active_children()
+        for worker, number in itertools.product(workers, [signal.SIGINT, signal.SIGTERM]):
+            os.kill(worker.pid, number)
+        for start in range(4, 200, 4):
+            assert torch.equal(next(batches).x0, stream(images).read(start, start + 4).x0)
+        assert multiprocessing.active_children() == workers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
+    program = """if __name__ == "__main__":
+        import multiprocessing, time, torch
+        from edmdistill.data.datasets import open_dataset
+        from edmdistill.training.stream import Stream
+        with Stream(open_dataset("digits"), seed=0, labels=True, workers=2, device=torch.device("cpu")) as stream:
+            list(stream.follow([(0, 8)] * 9))
+            print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+            time.sleep(60)
+    """
+    (tmp_path / "program.py").write_text(program)
+    run = subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with run:
+        workers = run.stdout.readline().split()
+        run.kill()
+    assert len(workers) == 2
+    end = time.monotonic() + 20
+    while not all(dead(int(worker)) for worker in workers):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def dead(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_a_run_does_not_depend_on_its_workers(recipe, teacher, tmp_path: Path) -> None:
+    """Interrupted and resumed with workers = never interrupted, without any."""
+
+    def run(workers: int):
+        machine = Machine("cpu", workers=workers, micro_batch=3)
+        return prepare(recipe("cosim", images=160, log_every=8), data="digits", teacher=teacher, machine=machine)
+
+    def interrupt(images, measures):
+        if images == 7 * 8:
+            for process in (os.getpid(), *(worker.pid for worker in multiprocessing.active_children())):
+                os.kill(process, signal.SIGINT)
+
+    train(run(0), tmp_path / "0")
+    assert train(run(2), tmp_path / "2", on_round=interrupt) == (False, 56)
+    assert not multiprocessing.active_children()
+    assert train(run(2), tmp_path / "2").finished
+    one, other = (measured(tmp_path / name) for name in "02")
+    assert one == other
+    assert len(one) == 20
+
+
+def measured(run_dir: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def test_latents_are_for_latent_teachers(recipe, teacher, latents: Dataset, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    flow = FlowNetwork(UNet(8, 4, 3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[]), EDM())
+    encoder = {"kind": "StabilityVAEEncoder", "scale": STATISTICS.scale, "bias": STATISTICS.bias}
+    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="a test"), encoder=encoder, **facts(flow))
+    save_checkpoint(tmp_path / "latent", flow, config)
+
+    def start(data: str, teacher: Path):
+        return prepare(recipe("sid", seed=5), data=data, teacher=teacher, machine=Machine("cpu"))
+
+    run = start(latents.name, tmp_path / "latent")
+    assert torch.equal(run.stream().read(3, 20).x0, stream(latents).read(3, 20).x0)
+    images = r"are images of 8x8 with 1 channels and 10 classes, but the network takes latents of 8x8 with 4 channels"
+    with pytest.raises(TrainingError, match=images):
+        start("digits", tmp_path / "latent")
+    with pytest.raises(
+        TrainingError, match=r"are latents of 8x8 with 4 channels .* takes images of 8x8 with 1 channels"
+    ):
+        start(latents.name, teacher)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_arrive_on_the_gpu_as_they_were(workers: int, latents: Dataset) -> None:
+    requests = [(start, start + 8) for start in range(0, 800, 8)]
+    with stream(latents, workers, "cuda") as there:
+        for batch, request in zip(there.follow(requests), requests, strict=True):
+            assert batch.x0.is_cuda
+            assert torch.equal(batch.x0.cpu(), stream(latents).read(*request).x0)
