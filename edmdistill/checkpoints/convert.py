@@ -170,6 +170,25 @@ def read_source(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
     return read_openai(path, _sha256(path)) if zipfile.is_zipfile(path) else build_official(read_official(path))
 
 
+def outline(source: str | Path) -> FlowNetwork:
+    """The network in a checkpoint, on the meta device: its shapes without its numbers, which are not read.
+
+    Args:
+        source: as load_model's.
+    Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
+    """
+    path = resolve(source)
+    if path.is_dir():
+        run = path / "generator"
+        config = read_config(run if (run / CONFIG).is_file() else path)
+        return build_flow(config.network, config.preconditioning, str(path))
+    if zipfile.is_zipfile(path):
+        return read_source(path)[0].to("meta")
+    official = read_official(path)
+    kind, _ = NETWORK_CLASSES[official.network_class]
+    return build_flow(NetworkSpec(kind, _arguments(official, kind)), _preconditioning(official), str(path))
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,9 @@ from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Turn
 from edmdistill.networks.preconditioning import FlowNetwork
 
+ROWS = 2
+"""Images with which it is seen what a loss reaches."""
+
 
 class Probe:
     """A method over copies of its networks on the meta device.
@@ -48,7 +51,7 @@ class Probe:
         found: dict[str, set[str]] = {}
         for turn in self.turns:
             network = self.take_stage(turn.role)
-            self.loss(turn, 2).value.sum().backward()  # type: ignore[no-untyped-call]
+            self.loss(turn, ROWS).value.sum().backward()  # type: ignore[no-untyped-call]
             idle = {name for name, parameter in network.named_parameters() if parameter.grad is None}
             found[turn.role] = found.get(turn.role, idle) & idle
             network.zero_grad(set_to_none=True)

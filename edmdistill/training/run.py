@@ -184,7 +184,7 @@ def prepare(
     _require_fit(dataset, flow, config)
 
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
-    roles = {role: _cast(part, flow, recipe) for role, part in method_class.roles.items()}
+    roles = {role: cast(part, flow, recipe) for role, part in method_class.roles.items()}
     trained = [role for role, part in method_class.roles.items() if part.trained]
     unused = Probe(method_class, recipe.method_config, roles, noise).unused()
     averages = [Ema(roles[method_class.product], profile) for profile in profiles(recipe.ema)]
@@ -275,7 +275,7 @@ def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConf
     return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
 
 
-def _cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
+def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
     """The network that plays a part: a copy of the teacher, of as many times as the part reads."""
     network = add_second_time(flow) if part.two_time else drop_second_time(flow)
     network.compute_dtype = PRECISION[recipe.training.precision]

@@ -1,0 +1,103 @@
+"""What `edmdistill plan` says against what a round takes: CoSIM with random weights.
+
+    python benchmarks/plan_memory.py [--networks edm2-img512-s ...] [--batch 4] [--checkpoint-activations]
+
+On a GPU the peak is torch.cuda.max_memory_allocated, on a CPU what the profiler sees come and go. On a CPU the
+networks are thinned out to an eighth of their channels.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.networks import new_network
+from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.sizes import SIZES
+from edmdistill.recipes import Recipe
+from edmdistill.training.engine import Machine
+from edmdistill.training.loop import rounds
+from edmdistill.training.plan import make_plan, measure
+from edmdistill.training.run import Run, prepare
+
+ENCODER = {"kind": "StabilityVAEEncoder", "scale": [0.12] * 4, "bias": [0.0] * 4}
+
+
+def make_data(folder: Path, resolution: int, channels: int, classes: int) -> Path:
+    """A few random latents, or images in their place as arrays of moments."""
+    generator = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    labels = []
+    for index in range(4):
+        moments = np.abs(generator.standard_normal((2 * channels, resolution, resolution), dtype=np.float32))
+        np.save(folder / "data" / f"{index}.npy", moments)
+        labels.append([f"{index}.npy", max(0, classes - 1 - index)])
+    if classes:
+        (folder / "data" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder / "data"
+
+
+def peak_of(run: Run) -> float:
+    """Bytes of the second round at most."""
+    steps = rounds(run)
+    next(steps)
+    if run.engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        next(steps)
+        return float(torch.cuda.max_memory_allocated())
+    adam = [state for optimizer in run.optimizers.values() for state in optimizer.state.values()]
+    there = [value for state in adam for value in state.values()]
+    for network in (*run.roles.values(), *(average.network for average in run.averages)):
+        there += list(network.state_dict().values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        next(steps)
+    assert profiler.profiler is not None
+    now = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak + sum(tensor.numel() * tensor.element_size() for tensor in there)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--networks", nargs="+", default=["edm2-img512-s", "adm-imagenet64", "ddpmpp-cifar10"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--checkpoint-activations", action="store_true")
+    options = parser.parse_args()
+    thin = not torch.cuda.is_available()
+    training = {"images": 2 * options.batch, "batch": options.batch, "lr": 1e-5, "log_every": 10**9}
+    tables = {
+        "method": {"name": "cosim"},
+        "training": training | {"snapshot_every": 10**9, "precision": options.precision},
+        "ema": {"half_life_images": 500_000},
+    }
+    recipe = Recipe.from_json(json.dumps(tables).encode())
+    machine = Machine(checkpointing=options.checkpoint_activations)
+    print("network             plan GB  measured GB   ratio")
+    for name in options.networks:
+        kind, (resolution, channels, classes), arguments = SIZES[name]
+        if thin:
+            arguments = arguments | {"model_channels": max(32, arguments.get("model_channels", 128) // 4)}
+        torch.manual_seed(0)
+        flow = FlowNetwork(new_network(kind, resolution, channels, classes, **arguments), EDM())
+        planned = make_plan(measure(recipe, flow, machine.checkpointing)).peak(options.batch, accumulates=False)
+        with tempfile.TemporaryDirectory() as scratch:
+            encoder = ENCODER | {"scale": [0.12] * channels, "bias": [0.0] * channels}
+            provenance = Provenance(source="random weights")
+            config = CheckpointConfig(stage="teacher", provenance=provenance, encoder=encoder, **facts(flow))
+            save_checkpoint(Path(scratch) / "teacher", flow, config)
+            data = make_data(Path(scratch), resolution, channels, classes)
+            real = peak_of(prepare(recipe, data=data, teacher=Path(scratch) / "teacher", machine=machine))
+        print(f"{name:<18} {planned / 1e9:8.3f} {real / 1e9:12.3f} {planned / real:7.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""`edmdistill plan`: before anything is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edmdistill import assets
+from edmdistill.cli import main
+
+TEACHER = str(Path(assets.__file__).with_name("digits-teacher.pkl"))
+
+
+def plan(*words: str) -> Result:
+    return CliRunner().invoke(main, ["plan", *words])
+
+
+def test_text() -> None:
+    result = plan("cosim/digits", TEACHER, "--processes", "2")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("cosim in fp32 on 2 GPUs: teacher 0.2M, generator 0.2M, auxiliary 0.2M.")
+    assert "teacher's weights" in result.stdout
+    assert "at most on each GPU, in micro-batches of 16" in result.stdout
+    assert "days for 640,000 images, at 35% of its peak" in result.stdout
+    assert result.stderr == ""
+
+
+def test_every_strategy() -> None:
+    document = json.loads(plan("sid/digits", TEACHER, "--processes", "2", "--all", "--json").stdout)
+    assert document["schema_version"] == 1
+    assert document["parameters"]["generator"] == 233_282
+    others = document["others"]
+    assert len({(other["precision"], other["checkpointing"], other["shard"]) for other in others}) == 12
+    peak = {(o["precision"], o["checkpointing"], o["shard"]): o["micro_batch"] for o in others}
+    for precision in ("fp32", "bf16"):
+        assert peak[precision, True, True] < peak[precision, False, True] < peak[precision, False, False]
+    assert peak["bf16", False, False] < peak["fp32", False, False]
+
+
+def test_a_network_for_the_data() -> None:
+    result = plan("diffusion/digits", "--data", "digits")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("diffusion in fp32 on 1 GPU: teacher 0.2M.")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["cosim/digits"], "the plan needs the teacher's shape: name a checkpoint, or --network edm2-img512-s"),
+        (["cosim/digits", "--network", "edm3"], "there is no network 'edm3': give one of adm-imagenet64, "),
+        (["diffusion/digits"], "this recipe makes its network for the data: name them by --data"),
+        (["cosim/nothing", TEACHER], "there is no recipe 'cosim/nothing'"),
+        (["cosim/digits", "nowhere.pkl"], "nowhere.pkl"),
+    ],
+)
+def test_the_users_errors(words: list[str], sentence: str) -> None:
+    result = plan(*words)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert "Traceback" not in result.output

@@ -1,0 +1,132 @@
+"""The plan against what a run of several networks really takes, and against published sizes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.networks import NETWORKS, new_network
+from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.sizes import SIZES
+from edmdistill.recipes import Recipe, load_recipe
+from edmdistill.training.cards import CARDS
+from edmdistill.training.engine import Machine
+from edmdistill.training.loop import rounds
+from edmdistill.training.plan import FREE, _envelope, _highest, forward_flops, make_plan, measure
+from edmdistill.training.run import prepare
+
+SHAPE = {"img_resolution": 8, "label_dim": 10}
+SONG = SHAPE | {"in_channels": 1, "out_channels": 1, "num_blocks": 1, "channel_mult": [1, 2], "attn_resolutions": [4]}
+SMALL = {
+    "ddpmpp": ("song", SONG | {"model_channels": 32}),
+    "adm": ("adm", SONG | {"model_channels": 32, "channel_mult": [1, 4]}),
+    "edm2": (
+        "edm2",
+        SHAPE
+        | {"img_channels": 1, "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1}
+        | {"attn_resolutions": [4], "channels_per_head": 32},
+    ),
+}
+
+
+def network(kind: str, arguments: dict[str, object]) -> FlowNetwork:
+    torch.manual_seed(0)
+    return FlowNetwork(NETWORKS[kind](**arguments), EDM())
+
+
+def cosim(batch: int) -> Recipe:
+    return load_recipe(
+        "cosim/digits", "cosim", [f"training.batch={batch}", f"training.images={3 * batch}", "training.dropout=0.1"]
+    )
+
+
+def measured(recipe: Recipe, teacher: Path, machine: Machine) -> int:
+    """The peak of a round, after the first: what was there before it, and what the profiler sees come and go."""
+    run = prepare(recipe, data="digits", teacher=teacher, machine=machine)
+    steps = rounds(run)
+    next(steps)
+    adam = [state for optimizer in run.optimizers.values() for state in optimizer.state.values()]
+    networks = [*run.roles.values(), *(average.network for average in run.averages)]
+    there: list[Tensor] = [value for state in adam for value in state.values()]
+    there += [tensor for flow in networks for tensor in flow.state_dict().values()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        next(steps)
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak + sum(tensor.numel() * tensor.element_size() for tensor in there)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "checkpointing"),
+    [("ddpmpp", 32, False), ("adm", 4, False), ("edm2", 32, False), ("edm2", 2, False), ("edm2", 64, True)],
+)
+def test_within_a_tenth_of_what_a_round_takes(name: str, batch: int, checkpointing: bool, tmp_path: Path) -> None:
+    flow, recipe = network(*SMALL[name]), cosim(batch)
+    provenance = Provenance(source="a test")
+    save_checkpoint(tmp_path / "teacher", flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow)))
+    machine = Machine("cpu", checkpointing=checkpointing)
+    plan = make_plan(measure(recipe, flow, checkpointing))
+    real = measured(recipe, tmp_path / "teacher", machine)
+    assert plan.peak(batch, accumulates=False) == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [
+        ("ddpmpp-cifar10", 42.3),
+        ("adm-imagenet64", 219.3),
+        ("edm2-img512-s", 201.7),
+        ("edm2-img512-xxl", 1093.7),
+    ],
+)
+def test_published_operations(name: str, forward: float) -> None:
+    """Of a forward pass, in GFLOP; a multiplication and an addition are two."""
+    kind, shape, arguments = SIZES[name]
+    with torch.device("meta"):
+        flow = FlowNetwork(new_network(kind, *shape, **arguments), EDM())
+    assert forward_flops(flow) / 1e9 == pytest.approx(forward, rel=0.02)
+
+
+def test_where_things_are_kept() -> None:
+    """CoSIM: three networks and an average, two of them trained."""
+    flow = network(*SMALL["edm2"])
+    one = sum(4 * p.numel() for p in flow.parameters())
+    measured_ = measure(cosim(8), flow)
+    plain, sharded = make_plan(measured_), make_plan(measured_, Machine(shard=True), 4)
+    assert sum(plain.weights.values()) == pytest.approx(3 * one, rel=0.02)
+    assert (plain.averages, plain.optimizer) == (pytest.approx(one, rel=0.02), pytest.approx(4 * one, rel=0.02))
+    for name in ("averages", "optimizer", "gradients"):
+        assert getattr(sharded, name) == getattr(plain, name) // 4
+    assert sharded.gathered < one
+    assert make_plan(measured_, processes=2).gradients > 2 * plain.gradients
+    spare = make_plan(measured_, Machine(offload=("ema", "teacher", "optimizer")))
+    assert (spare.averages, spare.optimizer, spare.weights["teacher"]) == (0, 0, 0)
+    room = plain.peak(7) / (1 - FREE)
+    assert plain.largest_micro_batch(room + 1e3) == 7
+    assert plain.largest_micro_batch(plain.peak(1)) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=30), st.integers(0, 100))
+def test_the_envelope_is_the_highest_line_everywhere(lines: list[tuple[int, int]], images: int) -> None:
+    envelope = _envelope(lines)
+    assert _highest(envelope, images) == _highest(lines, images)
+    assert len(envelope) <= len(set(lines))
+
+
+@pytest.mark.slow
+def test_recipes_of_the_papers_fit_what_they_were_trained_on() -> None:
+    """CoSIM's on 8 cards of 48 GB, 32 images a pass."""
+    recipe = load_recipe("cosim/imagenet512-l", "cosim")
+    with torch.device("meta"):
+        flow = FlowNetwork(new_network("edm2", 64, 4, 1000, model_channels=320), EDM())
+    assert make_plan(measure(recipe, flow, True), processes=8).largest_micro_batch(CARDS["l40s"].memory) >= 32
