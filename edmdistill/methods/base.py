@@ -9,14 +9,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import msgspec
 from torch import Tensor
 
 from edmdistill.draws import Draws
 
-FlowFunction = Callable[..., Tensor]  # F(x_t [B,C,H,W], t [B], labels [B,label_dim] | None[, second [B]]) -> [B,C,H,W]
+
+class FlowFunction(Protocol):
+    """A network as a method knows it; FlowNetwork describes both calls."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, second: Tensor | None = None, /) -> Tensor:
+        """F.  x_t, F [B,C,H,W]; t, second [B]; labels [B,label_dim]"""
+
+    def tangent(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /
+    ) -> tuple[Tensor, Tensor]:
+        """F and its derivative along (dx, dt), without gradient and with the dropout of the next call."""
 
 
 class Batch(NamedTuple):

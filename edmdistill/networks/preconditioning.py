@@ -18,6 +18,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor, nn
 
+from edmdistill.errors import TrainingError
+from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Network
 from edmdistill.trigflow import expand
 
@@ -193,7 +195,16 @@ class IDDPM(NoisePrediction):
         return float(self.levels[self.M - 1]), float(self.levels[0])
 
     def index(self, sigma: Tensor) -> Tensor:
-        """Number of the nearest noise level.  int64, shape of sigma"""
+        """Number of the nearest noise level.  int64, shape of sigma
+
+        Raises: TrainingError: sigma has a tangent. The number climbs in steps: its derivative, 0 between them, would
+            say that the network does not feel the time.
+        """
+        if isinstance(sigma, Dual):
+            raise TrainingError(
+                f"an iDDPM network knows {self.M} noise levels and none between, so it has no derivative in time: "
+                "take a teacher with EDM, VP or VE preconditioning"
+            )
         levels = self.levels.to(sigma.device, sigma.dtype)
         return (sigma[..., None] - levels).abs().argmin(-1)
 
@@ -295,6 +306,41 @@ class FlowNetwork(nn.Module):
             c_noise_t = self.preconditioning.c_noise(self.sigma_data * self.clamp(second, x_t).tan())
         raw = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t)
         return (a * x_t + b * raw).to(self.dtype)
+
+    @torch.no_grad()
+    def tangent(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        dx: Tensor,
+        dt: Tensor,
+        second: Tensor | None = None,
+        dsecond: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """F, and its derivative along (dx, dt), without gradient.
+
+        Where the network is in training, its dropout is that of the next forward pass, for the random numbers drawn
+        here are given back: F is then what that pass gives, bit for bit in eager mode.
+
+        Along a trajectory, dx = dx_t/dt and dt = 1 give dF/dt, which grows without bound towards t = 0 and pi/2. With
+        r = cos(t) sin(t), dx = r dx_t/dt and dt = r give r dF/dt, and c_noise = ln(sigma)/4 the tangent 1/4 at any t.
+
+        Args:
+            x_t, t, labels, second: as in forward.
+            dx: of the shape of x_t.
+            dt: of the shape of t.
+            dsecond: of the shape of second; None = the second time stands still.
+        Returns: F and its tangent.  [B,C,H,W] float32, float64 if the parameters are
+        Raises: ValueError: as in forward; shapes differ; torch's own forward derivative is at work.
+            TrainingError: an iDDPM network, which has no derivative in time.
+        Source: sCM, section 5.1.  Differs: the paper's tangent of t, r sigma_data, makes it sigma_data r dF/dt; and its
+            network reads x_t / sigma_data, where ours divides by itself.
+        """
+        moved = second if second is None or dsecond is None else Dual(second, dsecond)
+        with torch.random.fork_rng([x_t.device] if x_t.is_cuda else []):
+            F = self(Dual(x_t, dx), Dual(t, dt), labels, moved)
+        return F.value, F.tangent
 
 
 class Denoiser(nn.Module):

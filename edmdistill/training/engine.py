@@ -54,11 +54,16 @@ class Machine(NamedTuple):
 
 
 class Player:
-    """A role's network as a method calls it: through DDP's wrapper while it learns, bare in all other calls."""
+    """A role's network as a method calls it: through DDP's wrapper while it learns, bare in all other calls.
+
+    Attributes:
+        tangent: the network's own, which is without gradient.
+    """
 
     def __init__(self, network: FlowNetwork, wrapper: nn.Module) -> None:
         self.network = network
         self.wrapper = wrapper
+        self.tangent = network.tangent
 
     def __call__(self, *args: Tensor | None) -> Tensor:
         learns = self.network.training and torch.is_grad_enabled()

@@ -1,0 +1,46 @@
+"""Tangents of a network that DDP wraps, and of one that FSDP2 shards: bit for bit those of the network alone.
+
+torchrun --nproc_per_node 2 spread.py
+"""
+
+import copy
+
+import torch
+from conftest import random_flow
+
+from edmdistill.training.engine import Engine, Machine
+
+
+def main() -> None:
+    engine = Engine(Machine(device="cpu", shard=True))
+    mesh = engine.mesh
+    x, dx = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(engine.rank))
+    t, dt = torch.tensor([0.3, 0.8, 1.3]).double(), torch.ones(3).double()
+    for case in ("ddpmpp-vp", "adm", "edm2"):
+        alone = random_flow(case, dropout=0.3).train()
+        for name, parameter in alone.named_parameters():
+            parameter.requires_grad_("logvar" not in name)  # which F does not read
+        channels, labels = alone.img_channels, torch.eye(5)[:3] if alone.label_dim else None
+        point, along = (x[:, :channels], t, labels), (dx[:, :channels], dt)
+        torch.manual_seed(1)
+        expected = alone.tangent(*point, *along)
+        for engine.mesh in (None, mesh):
+            flow = copy.deepcopy(alone)
+            engine.place(flow)
+            player = engine.player(flow, trained=True)
+            for _ in range(2):  # the second time, gradients are there
+                torch.manual_seed(1)
+                F, dF = player.tangent(*point, *along)
+                assert torch.equal(F, expected[0]), case
+                assert torch.equal(dF, expected[1]), case
+                learnt = player(*point)
+                assert torch.equal(learnt, F), case
+                (learnt - F - dF).square().sum().backward()
+            engine.finish_gradients(flow)
+            assert engine.gradient_norm(flow) > 0, case
+    engine.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
