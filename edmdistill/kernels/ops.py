@@ -90,6 +90,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def self_attention(qkv: Tensor) -> Tensor:
     """Attention among pixels, each head on its own.  qkv [B,heads,C/heads,3,H*W] -> [B,heads,C/heads,H*W]"""
-    q, k, v = qkv.transpose(2, 4).unbind(3)
+    # Contiguous: torch has fused kernels for that alone, and else makes the matrix of all pairs of pixels.
+    q, k, v = (part.contiguous() for part in qkv.transpose(2, 4).unbind(3))
     # Contiguous: of one head, the transpose is an image in channels-last order, whose group norm func.jvp refuses.
     return attention(q, k, v).transpose(2, 3).contiguous()
