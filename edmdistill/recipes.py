@@ -41,8 +41,10 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Total images seen: steps times batch; each turn of a method sees the same batch size."""
     batch: PositiveCount
     """Global batch size."""
+    optimizer: Literal["adam", "radam", "adam8bit"] = "adam"
+    """`adam8bit` keeps its states in 8 bits, by torchao."""
     lr: Positive
-    """Adam's learning rate, before the factors below."""
+    """The optimiser's learning rate, before the factors below."""
     lr_by_role: dict[str, Positive] = {}
     """Learning rates of single roles, in place of `lr`: auxiliary = 1e-3."""
     lr_rampup_images: Count = 0
