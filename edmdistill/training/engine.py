@@ -9,6 +9,7 @@ gradient is the whole batch's. A round's random numbers belong to rows (`Draws`)
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
@@ -108,6 +109,8 @@ class Engine:
     def close(self) -> None:
         """Leaves the process group; without it, processes can hang at their end."""
         if dist.is_initialized():
+            # Gloo's thread lets go of the last work in Python: given no turn before the end, it hangs or aborts there.
+            time.sleep(0.1)
             dist.destroy_process_group()
 
     # Rows of a batch.
