@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -66,10 +66,9 @@ class Player:
         self.wrapper = wrapper
         self.tangent = network.tangent
 
-    def __call__(self, *args: Tensor | None) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         learns = self.network.training and torch.is_grad_enabled()
-        F: Tensor = (self.wrapper if learns else self.network)(*args)
-        return F
+        return (self.wrapper if learns else self.network)(*args)
 
 
 class Engine:

@@ -22,6 +22,7 @@ from edmdistill.errors import RecipeError, TrainingError
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.rebuild import add_logvar
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.recipes import Network, Recipe
 from edmdistill.training.ema import Ema, profiles
@@ -278,8 +279,10 @@ def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConf
 
 
 def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
-    """The network that plays a part: a copy of the teacher, of as many times as the part reads."""
+    """The network that plays a part: a copy of the teacher, with the times and the head that it asks for."""
     network = add_second_time(flow) if part.two_time else drop_second_time(flow)
+    if part.logvar:
+        network = add_logvar(network, recipe.training.seed)
     network.compute_dtype = PRECISION[recipe.training.precision]
     network.requires_grad_(False).eval()
     if not part.trained:
