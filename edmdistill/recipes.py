@@ -268,7 +268,7 @@ def _resolve(tables: Mapping[str, Any], source: str) -> Recipe:
         if table != "network" or tables.get("network") is not None
     }
     trained = [role for role, part in method.roles.items() if part.trained]
-    has_teacher = len(trained) < len(method.roles)
+    has_teacher = method.product != "teacher"
     if ("network" in typed) == has_teacher:
         what = "takes its network from the teacher: remove" if has_teacher else "has no teacher: add"
         raise RecipeError(f"{source}: {name} {what} the table [network]")

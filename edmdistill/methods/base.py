@@ -37,10 +37,17 @@ class FlowFunction(Protocol):
 
 
 class Batch(NamedTuple):
-    """Training data: x0 [B,C,H,W] float32 in the teacher's space; labels [B,label_dim] float32, or None."""
+    """Training data.
+
+    Attributes:
+        x0: float32 in the teacher's space.  [B,C,H,W]
+        labels: float32, or None.  [B,label_dim]
+        images: seen before this batch's round.
+    """
 
     x0: Tensor
     labels: Tensor | None
+    images: int = 0
 
 
 class NoiseRange(NamedTuple):

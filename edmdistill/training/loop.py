@@ -194,7 +194,7 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     for rows in micro_batches:
         draws = Draws([training.seed, run.images // training.batch, index], training.batch, rows, device=engine.device)
         torch.manual_seed(draws.seed)  # dropout draws from the global generator
-        batch = next(batches)
+        batch = next(batches)._replace(images=run.images)
         with engine.accumulate(player, last=rows is micro_batches[-1]):
             loss = turn.loss(batch, draws)
             share = len(draws) * engine.world / training.batch
