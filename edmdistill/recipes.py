@@ -41,8 +41,10 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Total images seen: steps times batch; each turn of a method sees the same batch size."""
     batch: PositiveCount
     """Global batch size."""
+    optimizer: Literal["adam", "radam", "adam8bit"] = "adam"
+    """`adam8bit` keeps its states in 8 bits, by torchao."""
     lr: Positive
-    """Adam's learning rate, before the factors below."""
+    """The optimiser's learning rate, before the factors below."""
     lr_by_role: dict[str, Positive] = {}
     """Learning rates of single roles, in place of `lr`: auxiliary = 1e-3."""
     lr_rampup_images: Count = 0
@@ -266,7 +268,7 @@ def _resolve(tables: Mapping[str, Any], source: str) -> Recipe:
         if table != "network" or tables.get("network") is not None
     }
     trained = [role for role, part in method.roles.items() if part.trained]
-    has_teacher = len(trained) < len(method.roles)
+    has_teacher = method.product != "teacher"
     if ("network" in typed) == has_teacher:
         what = "takes its network from the teacher: remove" if has_teacher else "has no teacher: add"
         raise RecipeError(f"{source}: {name} {what} the table [network]")

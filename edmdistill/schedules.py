@@ -66,3 +66,14 @@ def cosim_sigmas(
 def lognormal_sigmas(draws: Draws, *, P_mean: float, P_std: float) -> Tensor:
     """ln(sigma) ~ N(P_mean, P_std^2).  [B]  Source: EDM, table 1 ("noise distribution")."""
     return (draws.normal() * P_std + P_mean).exp()
+
+
+def lognormal_shares(sigmas: Tensor, *, P_mean: float, P_std: float) -> Tensor:
+    """The law ln(sigma) ~ N(P_mean, P_std^2) split among rising noise levels: what lies between one and the one before.
+
+    Returns: shares of sum 1; the first has all that lies below it.  [N] float64
+    Source: Song & Dhariwal 2023 (iCT), eq. 10; sCM, appendix E.2.
+    """
+    below = torch.special.ndtr((sigmas.log() - P_mean) / P_std)
+    shares = torch.cat([below[:1], below.diff()])
+    return shares / shares.sum()

@@ -126,6 +126,7 @@ def test_dependencies_are_what_is_imported():
         return IMPORT_NAMES.get(name, name)
 
     core = {import_name(requirement) for requirement in project["dependencies"]}
-    optional = {import_name(requirement) for requirement in project["optional-dependencies"]["quickstart"]}
+    extras = project["optional-dependencies"]
+    optional = {import_name(requirement) for extra in ("quickstart", "lowbit") for requirement in extras[extra]}
     imported = {target[0] for module, source in SOURCES.items() for target in imports(module, source)}
     assert imported - set(sys.stdlib_module_names) - {"edmdistill"} == core | optional

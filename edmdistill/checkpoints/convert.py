@@ -53,6 +53,8 @@ PRECONDITIONING_CLASSES = {
 }
 NETWORK_CLASSES = {"SongUNet": ("song", "model."), "DhariwalUNet": ("adm", "model."), "UNet": ("edm2", "unet.")}
 """Our kind, and the prefix of its tensors in the official state."""
+OURS = {"two_time"}
+"""Constructor arguments that no official class has; only EDM2's have logvar_channels."""
 WITHOUT_EFFECT = {"use_fp16", "model_type"}
 """Official arguments about how the network is run or named, not what it computes."""
 GAINS = {"emb_gain": "emb_linear", "out_gain": "out_conv"}
@@ -113,7 +115,8 @@ def build_official(
 
 def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
     """Our network's constructor arguments. Its defaults are the official ones."""
-    known = inspect.signature(NETWORKS[kind]).parameters.keys() - {"two_time"}
+    ours = OURS if kind == "edm2" else OURS | {"logvar_channels"}
+    known = inspect.signature(NETWORKS[kind]).parameters.keys() - ours
     arguments = official.network_arguments | {
         name: value for name, value in official.arguments.items() if name in known & {"logvar_channels"}
     }

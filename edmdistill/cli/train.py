@@ -15,7 +15,7 @@ from edmdistill.errors import EdmDistillError, Elsewhere, TrainingError
 if TYPE_CHECKING:
     from edmdistill.training.run import Run
 
-METHODS = ("diffusion", "cosim", "sid")
+METHODS = ("diffusion", "cosim", "sid", "scd", "sct", "dscd")
 OFFLOADS = ("ema", "teacher", "optimizer")
 TRACKERS = ("tensorboard", "wandb")
 ALARMS = ("collapse", "saturation", "runaway", "nan")
@@ -43,7 +43,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 @click.command("train")
 @click.argument("method", type=click.Choice(METHODS))
 @click.argument("teacher", required=False)
-@click.option("--data", required=True, help="A zip or folder of images, or the word digits.")
+@click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits.")
 @click.option("--recipe", required=True, help="A recipe's name, as in cosim/digits, or a .toml file.")
 @click.option("--run-dir", required=True, type=click.Path(path_type=Path), help="Where the run lives; made if new.")
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated.")

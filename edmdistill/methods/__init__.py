@@ -5,6 +5,15 @@ from __future__ import annotations
 from edmdistill.methods.base import Method
 from edmdistill.methods.cosim import CoSIM
 from edmdistill.methods.diffusion import Diffusion
+from edmdistill.methods.discrete_scm import DSCD
+from edmdistill.methods.scm import SCD, SCT
 from edmdistill.methods.sid import SiD
 
-METHODS: dict[str, type[Method]] = {"diffusion": Diffusion, "cosim": CoSIM, "sid": SiD}
+METHODS: dict[str, type[Method]] = {
+    "diffusion": Diffusion,
+    "cosim": CoSIM,
+    "sid": SiD,
+    "scd": SCD,
+    "sct": SCT,
+    "dscd": DSCD,
+}

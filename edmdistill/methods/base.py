@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, overload
 
 import msgspec
 from torch import Tensor
@@ -20,8 +20,15 @@ from edmdistill.draws import Draws
 class FlowFunction(Protocol):
     """A network as a method knows it; FlowNetwork describes both calls."""
 
+    @overload
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, second: Tensor | None = None, /) -> Tensor:
         """F.  x_t, F [B,C,H,W]; t, second [B]; labels [B,label_dim]"""
+
+    @overload
+    def __call__(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None, second: Tensor | None, logvar: Literal[True], /
+    ) -> tuple[Tensor, Tensor]:
+        """F, and the log variance u [B] of the loss at t, for a role with logvar."""
 
     def tangent(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /
@@ -30,10 +37,17 @@ class FlowFunction(Protocol):
 
 
 class Batch(NamedTuple):
-    """Training data: x0 [B,C,H,W] float32 in the teacher's space; labels [B,label_dim] float32, or None."""
+    """Training data.
+
+    Attributes:
+        x0: float32 in the teacher's space.  [B,C,H,W]
+        labels: float32, or None.  [B,label_dim]
+        images: seen before this batch's round.
+    """
 
     x0: Tensor
     labels: Tensor | None
+    images: int = 0
 
 
 class NoiseRange(NamedTuple):
@@ -45,10 +59,11 @@ class NoiseRange(NamedTuple):
 
 
 class Role(NamedTuple):
-    """A network's part in a method: whether it is trained, and whether it reads a second time."""
+    """A network's part in a method: whether it is trained, reads a second time, and has a head for u(t)."""
 
     trained: bool
     two_time: bool = False
+    logvar: bool = False
 
 
 class Loss(NamedTuple):

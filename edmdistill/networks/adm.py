@@ -19,7 +19,7 @@ from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBl
 
 
 class DhariwalUNet(Network):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class; `two_time` is ours.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last two.
 
     Attention has a head for every 64 channels; a layer of fewer than 64 channels has none, even where it is asked for.
 
@@ -42,6 +42,7 @@ class DhariwalUNet(Network):
         dropout: float = 0.10,
         label_dropout: float = 0.0,
         two_time: bool = False,
+        logvar_channels: int = 0,
     ) -> None:
         super().__init__(locals(), in_channels)
         self.label_dropout = label_dropout
@@ -91,6 +92,7 @@ class DhariwalUNet(Network):
 
         self.initialize()
         self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
+        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels)
 
     def initialize(self) -> None:
         """As torch does it, but what closes a branch starts at nothing and the labels with unit variance."""
@@ -116,7 +118,8 @@ class DhariwalUNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-    ) -> Tensor:
+        c_logvar: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         # Embedding.
         other: Tensor | float = 0.0
         if self.map_augment is not None and augment_labels is not None:
@@ -138,4 +141,4 @@ class DhariwalUNet(Network):
         for name, layer in self.dec.items():
             x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
         out: Tensor = self.out_conv(self.out_norm(x))
-        return out
+        return out if c_logvar is None else (out, self.logvar(c_logvar))

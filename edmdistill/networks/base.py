@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from edmdistill.networks.magnitude import MPConv, MPFourier
+
 
 class Residual(nn.Module):
     """A residual block of any of the U-Nets."""
@@ -30,6 +32,8 @@ class Network(nn.Module, ABC):
     img_channels: int
     label_dim: int
     two_time: bool
+    logvar_fourier: MPFourier | None
+    logvar_linear: nn.Module | None
 
     def __init__(self, arguments: dict[str, Any], img_channels: int) -> None:
         """arguments: locals(), asked for in the first line of the constructor."""
@@ -71,8 +75,9 @@ class Network(nn.Module, ABC):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """The raw output F.
+        c_logvar: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The raw output F, or F and u.
 
         Args:
             x: scaled images; their dtype is the compute dtype.  [B,C,H,W]
@@ -80,6 +85,7 @@ class Network(nn.Module, ABC):
             labels: class vectors; None = all zeros = unconditional.  [B,label_dim]
             c_noise_t: the second time's noise level, for a two_time network; None = not asked.  [B]
             augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
+            c_logvar: what `logvar` is asked at, in the same pass, so that wrappers see it; None = not asked.  [B]
         """
 
     def label_vectors(self, labels: Tensor | None, like: Tensor, dropout: float = 0.0) -> Tensor:
@@ -90,16 +96,39 @@ class Network(nn.Module, ABC):
             labels = labels * (torch.rand(len(labels), 1, device=labels.device) >= dropout)
         return labels.to(like.dtype)
 
-    def logvar(self, c_noise: Tensor) -> Tensor:
-        """u(sigma), the log variance of the denoising loss, which EDM2 learns beside.  [B] -> [B]
+    def logvar_head(self, channels: int) -> tuple[MPFourier | None, nn.Module | None]:
+        """New layers for `logvar`, under EDM2's names for them: logvar_fourier, logvar_linear.  channels 0 = none"""
+        return (MPFourier(channels), self.logvar_linear_map(channels)) if channels else (None, None)
+
+    def logvar_linear_map(self, channels: int) -> nn.Module:
+        """From Fourier features to u.  It starts at 0, where e^-u L + u is the plain loss L."""
+        linear = nn.Linear(channels, 1)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        return linear
+
+    def logvar(self, c: Tensor) -> Tensor:
+        """u, the log variance of the loss at a noise level, learnt beside F.  c = ln(sigma)/4 [B] -> [B]
 
         Source: EDM2, eq. 21.
         Raises: NotImplementedError: the network has no such head.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no head for the log variance of the loss")
+        if self.logvar_fourier is None or self.logvar_linear is None:
+            raise NotImplementedError(f"{type(self).__name__} has no head for the log variance of the loss")
+        u: Tensor = self.logvar_linear(self.logvar_fourier(c))
+        return u.flatten()
 
     def after_step(self) -> None:
-        """What the network wants done after an optimiser step.  Most want nothing."""
+        """After an optimiser step: EDM2's weights back to unit rms, so that the effective learning rate stays.
+
+        Source: EDM2, eq. 66.
+        """
+        for layer in self.modules():
+            if isinstance(layer, MPConv):
+                layer.normalize_()
 
     def fold(self) -> None:
-        """Computes once what forward would compute each time, for a network that is not trained any more."""
+        """Normalises EDM2's weights once for all; the network is not trainable after it."""
+        for layer in self.modules():
+            if isinstance(layer, MPConv):
+                layer.fold_()

@@ -17,48 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from edmdistill.kernels.magnitude import mp_cat, mp_conv, mp_fourier, mp_silu, mp_sum, normalize, normalize_weight
+from edmdistill.kernels.magnitude import mp_cat, mp_silu, mp_sum, normalize
 from edmdistill.kernels.ops import downsample, is_box, self_attention, separable, split_heads, upsample
 from edmdistill.networks.base import Network, Residual
+from edmdistill.networks.magnitude import MPConv, MPFourier
 from edmdistill.networks.two_time import SecondTime
-
-
-class MPConv(nn.Module):
-    """Magnitude-preserving convolution (kernel 1, 3, ...) or linear map (None).  Source: EDM2, eq. 47, 66."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int | None = None) -> None:
-        super().__init__()
-        size = () if kernel is None else (kernel, kernel)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *size))
-        self.folded = False
-
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        return mp_conv(x, self.weight if self.folded else normalize_weight(self.weight), gain)
-
-    @torch.no_grad()
-    def normalize_(self) -> None:
-        self.weight.copy_(normalize_weight(self.weight))
-
-    def fold_(self) -> None:
-        if not self.folded:
-            self.normalize_()
-        self.weight.requires_grad_(False)
-        self.folded = True
-
-
-class MPFourier(nn.Module):
-    """Random Fourier features of c_noise.  [B] -> [B,channels]  Source: EDM2, eq. 75."""
-
-    freqs: Tensor
-    phases: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
-
-    def forward(self, c_noise: Tensor) -> Tensor:
-        return mp_fourier(c_noise, self.freqs, self.phases)
 
 
 class Block(Residual):
@@ -191,8 +154,7 @@ class UNet(Network):
         self.emb_noise = MPConv(noise_channels, emb_channels)
         self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
         self.second_time = SecondTime(self, "emb_fourier", "emb_noise") if two_time else None
-        self.logvar_fourier = MPFourier(logvar_channels)
-        self.logvar_linear = MPConv(logvar_channels, 1)
+        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels)
 
         # Encoder.  The image has one more channel, of ones: there are no biases.
         self.enc = nn.ModuleDict()
@@ -238,7 +200,8 @@ class UNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-    ) -> Tensor:
+        c_logvar: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         # Embedding.
         emb = self.embed_time(self, c_noise)
         if self.second_time is not None and c_noise_t is not None:
@@ -261,21 +224,8 @@ class UNet(Network):
                 x = mp_cat(x, skips.pop(), self.concat_balance)
             x = layer(x, emb)
         out: Tensor = self.out_conv(x, self.out_gain)
-        return out
+        return out if c_logvar is None else (out, self.logvar(c_logvar))
 
-    def logvar(self, c_noise: Tensor) -> Tensor:
-        """u(sigma), the log variance of the denoising loss, learnt beside it.  [B] -> [B]  Source: EDM2, eq. 21."""
-        value: Tensor = self.logvar_linear(self.logvar_fourier(c_noise))
-        return value.flatten()
-
-    def after_step(self) -> None:
-        """Forced weight normalisation: back to unit rms, so that the effective learning rate stays.  Source: eq. 66."""
-        for layer in self.modules():
-            if isinstance(layer, MPConv):
-                layer.normalize_()
-
-    def fold(self) -> None:
-        """Normalises the weights once for all; the network is not trainable after it."""
-        for layer in self.modules():
-            if isinstance(layer, MPConv):
-                layer.fold_()
+    def logvar_linear_map(self, channels: int) -> nn.Module:
+        """The official one: of unit variance from the start."""
+        return MPConv(channels, 1)

@@ -239,6 +239,11 @@ def class_vectors(labels: Tensor | None, label_dim: int) -> Tensor | None:
     return labels.reshape(-1, label_dim).float()
 
 
+def c_of_logvar(sigma: Tensor) -> Tensor:
+    """ln(sigma)/4, what u reads: EDM2's condition, and also where the network's own is another.  sigma any shape"""
+    return sigma.log() / 4
+
+
 class FlowNetwork(nn.Module):
     """The network on the TrigFlow circle: what methods train and what checkpoints hold.
 
@@ -270,15 +275,25 @@ class FlowNetwork(nn.Module):
         wide = next(self.network.parameters()).dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
-    def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None, c_noise_t: Tensor | None = None) -> Tensor:
-        """The network's own output, without channels that nobody reads (iDDPM's variances).  [B,C,H,W]"""
-        out: Tensor = self.network(
+    def raw(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None,
+        c_noise_t: Tensor | None = None,
+        c_logvar: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's own output, without channels that nobody reads (iDDPM's variances), and u if it is asked."""
+        out = self.network(
             x.to(self.compute_dtype or self.dtype),
             c_noise.flatten().to(self.dtype),
             class_vectors(labels, self.label_dim),
             None if c_noise_t is None else c_noise_t.flatten().to(self.dtype),
+            None,  # augmentation is for training from images alone
+            None if c_logvar is None else c_logvar.flatten().to(self.dtype),
         )
-        return out[:, : self.img_channels].to(self.dtype)
+        F, u = (out, None) if c_logvar is None else out
+        return F[:, : self.img_channels].to(self.dtype), u
 
     def clamp(self, t: Tensor, x: Tensor) -> Tensor:
         """t, broadcast over x, cut to the times of sigma_min and sigma_max: at 0 and pi/2, c_noise is infinite."""
@@ -286,26 +301,38 @@ class FlowNetwork(nn.Module):
         high = math.atan(self.sigma_max / self.sigma_data)
         return expand(t, x).clamp(low, high)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, second: Tensor | None = None) -> Tensor:
-        """F, with dx_t/dt = sigma_data F.
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        second: Tensor | None = None,
+        logvar: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """F, with dx_t/dt = sigma_data F; with logvar, F and u(t), the log variance of the loss.
 
         Args:
             x_t: points on the circle.  [B,C,H,W]
             t: their times in [0, pi/2].  [] or [B]
             labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
             second: the second time, in [0, pi/2], for a two_time network; None = not asked.  [] or [B]
-        Returns: F.  [B,C,H,W] float32, float64 if the parameters are
+            logvar: u is asked for too.
+        Returns: F [B,C,H,W], or F and u [B], [1] for one t; float32, float64 if the parameters are
         Raises: ValueError: a second time for a network of one, or a label out of range.
+            NotImplementedError: the network has no head for u.
         """
         if second is not None and not self.two_time:
             raise ValueError("the network reads one time, but two were given: give it a second with add_second_time")
         x_t = x_t.to(self.dtype)
-        a, b, c, c_noise = self.preconditioning.trigflow(self.clamp(t, x_t))
+        t = self.clamp(t, x_t)
+        a, b, c, c_noise = self.preconditioning.trigflow(t)
         c_noise_t = None
         if second is not None:
             c_noise_t = self.preconditioning.c_noise(self.sigma_data * self.clamp(second, x_t).tan())
-        raw = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t)
-        return (a * x_t + b * raw).to(self.dtype)
+        c_logvar = c_of_logvar(self.sigma_data * t.tan()) if logvar else None
+        raw, u = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t, c_logvar)
+        F = (a * x_t + b * raw).to(self.dtype)
+        return F if u is None else (F, u)
 
     @torch.no_grad()
     def tangent(
@@ -368,15 +395,14 @@ class Denoiser(nn.Module):
         x = x.to(self.flow.dtype)
         sigma = sigma.to(x.device, x.dtype).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.flow.preconditioning.coefficients(sigma)
-        return c_skip * x + c_out * self.flow.raw(c_in * x, c_noise, labels)
+        return c_skip * x + c_out * self.flow.raw(c_in * x, c_noise, labels)[0]
 
     def logvar(self, sigma: Tensor) -> Tensor:
-        """u(sigma), the log variance of the denoising loss; EDM2 only.  sigma [] or [B] -> [B,1,1,1]
+        """u(sigma), the log variance of the denoising loss.  sigma [] or [B] -> [B,1,1,1]
 
         Source: EDM2, eq. 21.
         """
-        c_noise = self.flow.preconditioning.c_noise(sigma.to(self.flow.dtype).flatten())
-        return self.flow.network.logvar(c_noise).reshape(-1, 1, 1, 1)
+        return self.flow.network.logvar(c_of_logvar(sigma.to(self.flow.dtype).flatten())).reshape(-1, 1, 1, 1)
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest noise level that the network knows, in sigma's shape and dtype."""

@@ -20,7 +20,7 @@ from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBl
 
 
 class SongUNet(Network):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class; `two_time` is ours.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last two.
 
     DDPM++ embeds the time by positions, has standard encoder and decoder, box filter [1, 1], channel_mult_noise 1;
     NCSN++ by Fourier features, a residual encoder, filter [1, 3, 3, 1], channel_mult_noise 2.
@@ -53,6 +53,7 @@ class SongUNet(Network):
         decoder_type: str = "standard",
         resample_filter: Sequence[float] = (1, 1),
         two_time: bool = False,
+        logvar_channels: int = 0,
     ) -> None:
         super().__init__(locals(), in_channels)
         for value, known in (
@@ -137,6 +138,7 @@ class SongUNet(Network):
 
         self.initialize()
         self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
+        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels)
 
     def initialize(self) -> None:
         """Xavier's uniform weights and no biases; what closes a residual branch starts at nearly nothing."""
@@ -162,7 +164,8 @@ class SongUNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-    ) -> Tensor:
+        c_logvar: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         # Embedding.  Labels join the first time alone.
         other: Tensor | float = 0.0
         if self.map_label is not None:
@@ -201,4 +204,4 @@ class SongUNet(Network):
             else:
                 x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
         assert out is not None
-        return out
+        return out if c_logvar is None else (out, self.logvar(c_logvar))

@@ -12,13 +12,12 @@ keeps the teacher's function at step 0.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from edmdistill.networks.base import Network
 from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.rebuild import rebuild
 
 
 class SecondTime(nn.Module):
@@ -33,22 +32,10 @@ class SecondTime(nn.Module):
 
 def add_second_time(flow: FlowNetwork) -> FlowNetwork:
     """A copy of the network that reads a second time as well, and whose output does not change by a bit."""
-    return _rebuild(flow, two_time=True)
+    new = {f"second_time.{name}": tensor for name, tensor in flow.network.state_dict().items()}
+    return rebuild(flow, new | {"second_time.gain": torch.zeros([])}, two_time=True)
 
 
 def drop_second_time(flow: FlowNetwork) -> FlowNetwork:
     """A copy of the network that reads the first time alone."""
-    return _rebuild(flow, two_time=False)
-
-
-def _rebuild(flow: FlowNetwork, two_time: bool) -> FlowNetwork:
-    old = flow.network
-    make: Callable[..., Network] = type(old)
-    with torch.device("meta"):  # names and shapes alone: no random number is drawn
-        network = make(**old.arguments | {"two_time": two_time})
-    state = old.state_dict()
-    gain = next(old.parameters()).new_zeros(())
-    for name in network.state_dict():  # what is new is a copy of the first time's, but the gain
-        state.setdefault(name, state.get(name.removeprefix("second_time."), gain))
-    network.load_state_dict({name: state[name].clone() for name in network.state_dict()}, assign=True)
-    return FlowNetwork(network, flow.preconditioning, flow.compute_dtype).train(old.training)
+    return rebuild(flow, {}, two_time=False)

@@ -9,10 +9,11 @@ gradient is the whole batch's. A round's random numbers belong to rows (`Draws`)
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -65,10 +66,9 @@ class Player:
         self.wrapper = wrapper
         self.tangent = network.tangent
 
-    def __call__(self, *args: Tensor | None) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         learns = self.network.training and torch.is_grad_enabled()
-        F: Tensor = (self.wrapper if learns else self.network)(*args)
-        return F
+        return (self.wrapper if learns else self.network)(*args)
 
 
 class Engine:
@@ -108,6 +108,8 @@ class Engine:
     def close(self) -> None:
         """Leaves the process group; without it, processes can hang at their end."""
         if dist.is_initialized():
+            # Gloo's thread lets go of the last work in Python: given no turn before the end, it hangs or aborts there.
+            time.sleep(0.1)
             dist.destroy_process_group()
 
     # Rows of a batch.

@@ -34,6 +34,7 @@ from edmdistill.training.engine import scale_gradients
 from edmdistill.training.metrics import Measures, Tally, Window
 from edmdistill.training.micro_batch import settle_micro_batch
 from edmdistill.training.monitors import Diverged, Health, diverged, fingerprints, require_finite, require_moved
+from edmdistill.training.optimizers import set_rate
 from edmdistill.training.run import Run, take_stage
 from edmdistill.training.run_dir import RunDir, open_run
 from edmdistill.training.snapshot import compare, draw, keep_averages, publish
@@ -193,7 +194,7 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     for rows in micro_batches:
         draws = Draws([training.seed, run.images // training.batch, index], training.batch, rows, device=engine.device)
         torch.manual_seed(draws.seed)  # dropout draws from the global generator
-        batch = next(batches)
+        batch = next(batches)._replace(images=run.images)
         with engine.accumulate(player, last=rows is micro_batches[-1]):
             loss = turn.loss(batch, draws)
             share = len(draws) * engine.world / training.batch
@@ -213,8 +214,7 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     if finite:
         clip = 1.0 if training.grad_clip is None else min(1.0, training.grad_clip / (norm + 1e-6))
         scale_gradients(network.parameters(), clip / factor)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(optimizer, rate)
         optimizer.step()
         if before is not None:
             require_moved(turn.role, before, fingerprints(run.roles, engine.total))

@@ -1,4 +1,4 @@
-"""Adam, in the device's memory or the host's, and the loss scale that fp16 needs."""
+"""The optimisers, in the device's memory or the host's, and the loss scale that fp16 needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from edmdistill.errors import TrainingError
 from edmdistill.recipes import Training
 
 
@@ -19,10 +21,58 @@ def make_optimizer(
 
     Args:
         offload: its states, and the steps it takes, are in the host's memory.
+    Raises: TrainingError: only Adam's states can be there; or torchao is not installed.
     """
-    own = list(parameters)
-    make = OffloadedAdam if offload else torch.optim.Adam
-    return make(own, lr=training.lr, betas=training.betas, eps=training.eps, fused=True)
+    own: list[nn.Parameter] = list(parameters)
+    options: dict[str, Any] = {"lr": training.lr, "betas": training.betas, "eps": training.eps}
+    if training.optimizer == "adam":
+        return (OffloadedAdam if offload else torch.optim.Adam)(own, **options, fused=True)
+    if offload:
+        raise TrainingError(f"--offload optimizer is for adam, but the recipe has {training.optimizer}: leave out one")
+    if training.optimizer == "radam":
+        return torch.optim.RAdam(own, **options)
+    try:
+        from torchao.optim import Adam8bit
+    except ImportError as error:
+        raise TrainingError("adam8bit is torchao's: pip install 'edmdistill[lowbit]'") from error
+    made: torch.optim.Optimizer = Adam8bit(own, **options)
+    return made
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def plain_states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """The states of each parameter by its index, as tensors that a file can hold.
+
+    A tensor that is made of others, as those of 8 bits are, is taken apart: exp_avg.codes, exp_avg.scale ...
+    """
+    found: dict[int, dict[str, Tensor]] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        found[index] = {}
+        for key, value in state.items():
+            parts = [] if isinstance(value, DTensor) else getattr(value, "tensor_attrs", [])
+            found[index] |= {f"{key}:{part}": getattr(value, part) for part in parts} or {key: value}
+    return found
+
+
+def load_states(optimizer: torch.optim.Optimizer, states: dict[int, dict[str, Tensor]]) -> None:
+    """Puts back what `plain_states` gave."""
+    whole: dict[int, dict[str, Any]] = {}
+    for index, state in states.items():
+        whole[index] = {key: value for key, value in state.items() if ":" not in key}
+        for key in {key.partition(":")[0] for key in state.keys() - whole[index].keys()}:
+            from torchao.optim.subclass_8bit import OptimState8bit
+
+            parts = (state[f"{key}:{part}"] for part in OptimState8bit.tensor_attrs)
+            whole[index][key] = OptimState8bit(*parts, signed=key == "exp_avg")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": whole})
 
 
 class OffloadedAdam(torch.optim.Optimizer):

@@ -156,6 +156,7 @@ def make_plan(measured: Measured, machine: Machine = Machine(), processes: int =
     frozen = [role for role in networks if role not in learnt]
     replicated = processes > 1 and not machine.shard
     sizes = {role: _bytes(network.state_dict().values()) for role, network in networks.items()}
+    states = 2 if measured.recipe.training.optimizer == "adam8bit" else 8  # bytes a parameter
     averages = len(profiles(measured.recipe.ema)) * sizes[method.product]
     gathered = max(map(_largest_piece, networks.values())) if machine.shard else 0
     if "teacher" in machine.offload:
@@ -167,7 +168,7 @@ def make_plan(measured: Measured, machine: Machine = Machine(), processes: int =
         parameters={role: sum(p.numel() for p in network.parameters()) for role, network in networks.items()},
         weights={role: size // shares for role, size in sizes.items()},
         averages=0 if "ema" in machine.offload else averages // shares,
-        optimizer=0 if "optimizer" in machine.offload else 2 * sum(learnt.values()) // shares,
+        optimizer=0 if "optimizer" in machine.offload else states * sum(learnt.values()) // 4 // shares,
         gradients=gradients // shares,
         gathered=gathered,
         passes=measured.passes,

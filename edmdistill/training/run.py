@@ -22,11 +22,12 @@ from edmdistill.errors import RecipeError, TrainingError
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.rebuild import add_logvar
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.recipes import Network, Recipe
 from edmdistill.training.ema import Ema, profiles
 from edmdistill.training.engine import Engine, Machine, Player, like, load_whole
-from edmdistill.training.optimizers import LossScale, make_optimizer
+from edmdistill.training.optimizers import LossScale, load_states, make_optimizer, plain_states
 from edmdistill.training.probe import Probe
 from edmdistill.training.stream import Stream
 from edmdistill.training.trackers import require_trackers
@@ -134,7 +135,7 @@ class Run:
         for role, optimizer in self.optimizers.items():
             groups[role] = {f"weights.{name}": tensor for name, tensor in self.roles[role].state_dict().items()}
             names = list(self.learnt[role])
-            for index, values in optimizer.state_dict()["state"].items():
+            for index, values in plain_states(optimizer).items():
                 groups[role] |= {f"{key}.{names[index]}": value for key, value in values.items()}
         return {name: self.engine.gather(tensors) for name, tensors in groups.items()}
 
@@ -155,7 +156,7 @@ class Run:
                 else:
                     state.setdefault(index[parameter], {})[kind] = like(tensor, learnt[parameter])
             load_whole(self.roles[role], weights)
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            load_states(optimizer, state)
 
 
 def prepare(
@@ -172,6 +173,8 @@ def prepare(
     """
     method_class = recipe.method_class
     require_trackers(machine.log_with)
+    if machine.shard and recipe.training.optimizer == "adam8bit":
+        raise TrainingError("the states of adam8bit are not shared out: take --shard or adam8bit")
     dataset = open_dataset(data, split=recipe.data.split, xflip=recipe.data.xflip)
     if teacher is not None:
         flow, config = _read(teacher)
@@ -276,8 +279,10 @@ def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConf
 
 
 def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
-    """The network that plays a part: a copy of the teacher, of as many times as the part reads."""
+    """The network that plays a part: a copy of the teacher, with the times and the head that it asks for."""
     network = add_second_time(flow) if part.two_time else drop_second_time(flow)
+    if part.logvar:
+        network = add_logvar(network, recipe.training.seed)
     network.compute_dtype = PRECISION[recipe.training.precision]
     network.requires_grad_(False).eval()
     if not part.trained:

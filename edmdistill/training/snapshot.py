@@ -56,7 +56,7 @@ def compare(run: Run, folder: Path) -> None:
     network = run.ema.network
     if is_latent(Denoiser(network)):
         return
-    x0, labels = run.stream().read(0, COLUMNS)
+    x0, labels, _ = run.stream().read(0, COLUMNS)
     z = SeededNoise(range(COLUMNS)).normal(x0.shape[1:]).to(x0) * network.sigma_data
     last = sigma_to_time(network.sigma_max, network.sigma_data).to(x0.device)
     rows = []

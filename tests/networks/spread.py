@@ -8,7 +8,8 @@ import copy
 import torch
 from conftest import random_flow
 
-from edmdistill.training.engine import Engine, Machine
+from edmdistill.networks.rebuild import add_logvar
+from edmdistill.training.engine import Engine, Machine, local
 
 
 def main() -> None:
@@ -17,9 +18,7 @@ def main() -> None:
     x, dx = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(engine.rank))
     t, dt = torch.tensor([0.3, 0.8, 1.3]).double(), torch.ones(3).double()
     for case in ("ddpmpp-vp", "adm", "edm2"):
-        alone = random_flow(case, dropout=0.3).train()
-        for name, parameter in alone.named_parameters():
-            parameter.requires_grad_("logvar" not in name)  # which F does not read
+        alone = add_logvar(random_flow(case, dropout=0.3), seed=0).train()
         channels, labels = alone.img_channels, torch.eye(5)[:3] if alone.label_dim else None
         point, along = (x[:, :channels], t, labels), (dx[:, :channels], dt)
         torch.manual_seed(1)
@@ -33,11 +32,12 @@ def main() -> None:
                 F, dF = player.tangent(*point, *along)
                 assert torch.equal(F, expected[0]), case
                 assert torch.equal(dF, expected[1]), case
-                learnt = player(*point)
+                learnt, u = player(*point, None, True)
                 assert torch.equal(learnt, F), case
-                (learnt - F - dF).square().sum().backward()
+                ((learnt - F - dF).square().sum() + u.sum()).backward()
             engine.finish_gradients(flow)
             assert engine.gradient_norm(flow) > 0, case
+            assert engine.total(local(flow.network.logvar_linear.weight.grad).abs().sum()) > 0, case
     engine.close()
 
 

@@ -1,11 +1,15 @@
 import copy
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
+from edmdistill.errors import TrainingError
 from edmdistill.recipes import Training
-from edmdistill.training.optimizers import LossScale, make_optimizer
+from edmdistill.training.engine import Machine
+from edmdistill.training.loop import train
+from edmdistill.training.optimizers import LossScale, load_states, make_optimizer, plain_states, set_rate
 
 
 def training(**values):
@@ -78,3 +82,52 @@ def test_loss_scale():
         assert scale.can_shrink
         scale.update(False)
     assert not scale.can_shrink
+
+
+@pytest.mark.slow  # torchao compiles its step
+@pytest.mark.filterwarnings("ignore")  # torch's and torchao's own, while they compile
+def test_eight_bit_states_go_into_a_file_and_back():
+    torch.manual_seed(0)
+    networks = nn.Linear(128, 64), nn.Linear(128, 64)
+    optimizers = [make_optimizer(network.parameters(), training(optimizer="adam8bit")) for network in networks]
+
+    def step(index, number):
+        torch.manual_seed(number)
+        networks[index](torch.randn(4, 128)).square().sum().backward()
+        set_rate(optimizers[index], 1e-2 / (1 + number))
+        optimizers[index].step()
+        optimizers[index].zero_grad()
+
+    for number in range(3):
+        step(0, number)
+    states = plain_states(optimizers[0])
+    assert states[0]["exp_avg:codes"].dtype == states[0]["exp_avg_sq:codes"].dtype == torch.uint8
+    assert all(type(tensor) is torch.Tensor for state in states.values() for tensor in state.values())
+    networks[1].load_state_dict(networks[0].state_dict())
+    load_states(optimizers[1], copy.deepcopy(states))
+    for number in range(3, 5):
+        step(0, number)
+        step(1, number)
+    assert all(torch.equal(a, b) for a, b in zip(*(n.parameters() for n in networks), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "machine", "sentence"),
+    [
+        ("radam", Machine("cpu", offload=("optimizer",)), "--offload optimizer is for adam, but the recipe has radam"),
+        ("adam8bit", Machine("cpu", shard=True), "the states of adam8bit are not shared out"),
+    ],
+)
+def test_what_does_not_go_together(start, optimizer, machine, sentence):
+    with pytest.raises(TrainingError, match=sentence):
+        start("sid", machine, optimizer=optimizer)
+
+
+def test_radam_trains_and_resumes(start, tmp_path):
+    run = start("sid", optimizer="radam", images=48, snapshot_every=24)
+    assert train(run, tmp_path / "run", note=lambda sentence: None).finished
+    shutil.rmtree(tmp_path / "run/state/000000000048")
+    resumed = start("sid", optimizer="radam", images=48, snapshot_every=24)
+    assert train(resumed, tmp_path / "run", note=lambda sentence: None).finished
+    for name, tensor in run.state()["generator"].items():
+        assert torch.equal(resumed.state()["generator"][name], tensor)

@@ -1,0 +1,107 @@
+"""sCM: continuous-time consistency models, distilled from a teacher (sCD) or trained on data alone (sCT).
+
+Lu & Song 2025 (ICLR), algorithm 1.
+
+    x_t = cos(t) x0 + sin(t) z                 data at noise level t
+    dx/dt = sigma_d F*(x_t, t)                 the teacher's velocity (sCD), or cos(t) z - sin(t) x0 (sCT)
+    g = cos(t) df/dt, tamed                    how far the consistency function f is from constant
+    F <- F^- + g                               and so it is learnt, weighed over t by e^-u(t)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, cast
+
+import msgspec
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
+from edmdistill.methods.consistency import Taming, consistency_loss, continuous_target, guided, tamed, warmup
+from edmdistill.schedules import lognormal_sigmas
+from edmdistill.trigflow import denoised, diffuse, sigma_to_time, velocity
+
+
+class SCTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    P_mean: Annotated[float, Meta(description="mean of ln(sigma)")] = -1.0
+    P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma)")] = 1.4
+    warmup_images: Annotated[int, Meta(ge=0, description="images over which the tangent's unstable term rises")] = 0
+    taming: Annotated[Taming, Meta(description="how the tangent is kept small")] = "rms"
+    c: Annotated[float, Meta(ge=0, description="what is added to the tangent's size before it divides")] = 0.1
+    tangent: Annotated[
+        Literal["exact", "finite-difference"], Meta(description="how the tangent is taken; the second is weaker")
+    ] = "exact"
+    intervals: Annotated[int, Meta(ge=1, description="M: consistency to the start of each of M intervals of t")] = 1
+
+
+class SCDConfig(SCTConfig, frozen=True, forbid_unknown_fields=True):
+    guidance: Annotated[float, Meta(ge=1, description="weight of the teacher's guidance by classes; 1 = none")] = 1.0
+
+
+class SCT(Method):
+    """Without a teacher: the velocity is that of the data and its noise."""
+
+    Config: ClassVar[type[msgspec.Struct]] = SCTConfig
+    roles: ClassVar[dict[str, Role]] = {"generator": Role(trained=True, logvar=True)}
+
+    def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
+        self.config = cast(SCTConfig, config)
+        self.noise = noise
+        self.networks = networks
+        self.generator = networks["generator"]
+
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn("generator", self.generator_loss),)
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Algorithm 1.  Source: eq. 8."""
+        own, sigma_data = self.config, self.noise.sigma_data
+        t = sigma_to_time(lognormal_sigmas(draws, P_mean=own.P_mean, P_std=own.P_std), sigma_data)
+        z = draws.normal_like(batch.x0, sigma_data)
+        x_t = diffuse(batch.x0, z, t)
+        with torch.no_grad():
+            dx = self.velocity(batch, z, x_t, t)
+            F_minus, g = continuous_target(
+                self.generator,
+                x_t,
+                t,
+                batch.labels,
+                dx,
+                d=since_start(t, own.intervals),
+                r=warmup(batch.images, own.warmup_images),
+                sigma_data=sigma_data,
+                tangent=own.tangent,
+            )
+            g = tamed(g, own.c, own.taming)
+        F, u = self.generator(x_t, t, batch.labels, None, True)
+        loss = consistency_loss(F, F_minus, g, u, t)
+        return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
+
+    def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """dx_t/dt = cos(t) z - sin(t) x0."""
+        return velocity(batch.x0, z, t)
+
+
+class SCD(SCT):
+    """With a teacher: the velocity is the teacher's."""
+
+    Config = SCDConfig
+    roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvar=True)}
+
+    def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """dx_t/dt = sigma_d F*(x_t, t), guided."""
+        w = cast(SCDConfig, self.config).guidance
+        return self.noise.sigma_data * guided(self.networks["teacher"], x_t, t, batch.labels, w)
+
+
+def since_start(t: Tensor, intervals: int) -> Tensor:
+    """d = t - s, s the start of the one of M equal intervals of [0, pi/2] that t lies in.  [B]
+
+    Source: sCM, appendix G; Heek et al. 2024 (multistep consistency models).
+    """
+    length = math.pi / 2 / intervals
+    return t - (t / length).floor().clamp(max=intervals - 1) * length

@@ -1,0 +1,51 @@
+"""EDM2's layers: weights that are normalised in every forward pass, and random Fourier features.
+
+Parameter and buffer names are the official ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from edmdistill.kernels.magnitude import mp_conv, mp_fourier, normalize_weight
+
+
+class MPConv(nn.Module):
+    """Magnitude-preserving convolution (kernel 1, 3, ...) or linear map (None).  Source: EDM2, eq. 47, 66."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int | None = None) -> None:
+        super().__init__()
+        size = () if kernel is None else (kernel, kernel)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *size))
+        self.folded = False
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        return mp_conv(x, self.weight if self.folded else normalize_weight(self.weight), gain)
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        self.weight.copy_(normalize_weight(self.weight))
+
+    def fold_(self) -> None:
+        if not self.folded:
+            self.normalize_()
+        self.weight.requires_grad_(False)
+        self.folded = True
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of c_noise.  [B] -> [B,channels]  Source: EDM2, eq. 75."""
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        return mp_fourier(c_noise, self.freqs, self.phases)

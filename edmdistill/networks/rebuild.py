@@ -1,0 +1,47 @@
+"""The same network with other constructor arguments: how it comes to a second time, or to a head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from edmdistill.networks.base import Network
+from edmdistill.networks.preconditioning import FlowNetwork
+
+
+def rebuild(flow: FlowNetwork, new: Mapping[str, Tensor], **arguments: object) -> FlowNetwork:
+    """A copy of the network, made with these arguments in the place of its own.
+
+    Args:
+        new: tensors that it has not, by name; more than are needed may be given.
+    Raises: KeyError: a tensor that is needed is in neither.
+    """
+    old = flow.network
+    make: Callable[..., Network] = type(old)
+    with torch.device("meta"):  # names and shapes alone: no random number is drawn
+        network = make(**old.arguments | arguments)
+    state, like = old.state_dict(), next(old.parameters())
+    names = network.state_dict()
+    tensors = {name: state[name].clone() if name in state else new[name].to(like, copy=True) for name in names}
+    network.load_state_dict(tensors, assign=True)
+    return FlowNetwork(network, flow.preconditioning, flow.compute_dtype).train(old.training)
+
+
+def add_logvar(flow: FlowNetwork, seed: int, channels: int = 128) -> FlowNetwork:
+    """A copy of the network with a head for u, as it is drawn by this seed; or with its own, if it has one.
+
+    Args:
+        channels: of the head's Fourier features; 128 is EDM2's.
+    """
+    if flow.network.logvar_linear is not None:
+        return rebuild(flow, {})
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        fourier, linear = flow.network.logvar_head(channels)
+    assert fourier is not None
+    assert linear is not None
+    new = {f"logvar_fourier.{name}": tensor for name, tensor in fourier.state_dict().items()}
+    new |= {f"logvar_linear.{name}": tensor for name, tensor in linear.state_dict().items()}
+    return rebuild(flow, new, logvar_channels=channels)

@@ -1,0 +1,46 @@
+"""dsCD: its target tends to the continuous one, and is 0 where the generator is true to the teacher's steps."""
+
+import pytest
+import torch
+from methods_toys import SIGMA_DATA, TIMES, Toy, images, over, spread, teacher
+
+from edmdistill.methods.consistency import continuous_target, discrete_target
+from edmdistill.schedules import edm_curve, lognormal_shares
+from edmdistill.trigflow import ddim_step, denoised
+
+
+def test_it_tends_to_the_continuous_target() -> None:
+    """The difference falls with the step."""
+    x, t = images(), TIMES
+    network = Toy(lambda x, t: torch.sin(3 * x) * over(x, t).cos())
+    dx = SIGMA_DATA * teacher(x, t)
+    errors = []
+    for step in (1e-3, 5e-4):
+        F, g = discrete_target(network, x, t, t - step, None, dx, r=0.7, sigma_data=SIGMA_DATA)
+        F_exact, exact = continuous_target(network, x, t, None, dx, d=t, r=0.7, sigma_data=SIGMA_DATA)
+        assert torch.equal(F, F_exact)
+        errors.append(float((g - exact).abs().max()))
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
+
+
+def test_it_is_the_difference_of_the_two_ends() -> None:
+    """At r = 1, sin(t - t') Delta = f(x_t, t) - f(x_t', t'), so it is 0 where the generator agrees with the step."""
+    x, t, before = images(), TIMES, 0.8 * TIMES
+    network = Toy(lambda x, t: torch.sin(3 * x) * over(x, t).cos())
+    dx = SIGMA_DATA * teacher(x, t)
+    _, g = discrete_target(network, x, t, before, None, dx, r=1.0, sigma_data=SIGMA_DATA)
+    x_before = ddim_step(x, dx / SIGMA_DATA, t, before, SIGMA_DATA)
+    gap = denoised(x, network(x, t), t, SIGMA_DATA) - denoised(x_before, network(x_before, before), before, SIGMA_DATA)
+    expected = over(x, t).cos() * gap / over(x, t - before).sin()
+    torch.testing.assert_close(-g, -expected, rtol=1e-10, atol=1e-13)
+
+
+def test_shares_of_the_levels() -> None:
+    """Fine levels have the mean and the spread of the law that is split."""
+    sigmas = edm_curve(torch.linspace(0.001, 1, 2000), 0.002, 80.0)
+    shares = lognormal_shares(sigmas, P_mean=-0.9, P_std=1.1)
+    mean = float((shares * sigmas.log()).sum())
+    assert float(shares.sum()) == pytest.approx(1)
+    assert mean == pytest.approx(-0.9, abs=0.02)
+    assert float((shares * (sigmas.log() - mean) ** 2).sum()) ** 0.5 == pytest.approx(1.1, rel=0.02)
+    assert spread(torch.tensor(0.0)) == 0.3

@@ -1,0 +1,176 @@
+"""sCM: closed forms for Gaussian data, the gradient of its loss, and a small network that learns the true function."""
+
+import math
+
+import pytest
+import torch
+from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over, spread, teacher, truth
+from torch import Tensor, nn
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, NoiseRange
+from edmdistill.methods.consistency import consistency_loss, continuous_target, finite_difference, tamed, warmup
+from edmdistill.methods.scm import SCD, SCT, SCDConfig, SCTConfig, since_start
+from edmdistill.trigflow import denoised, sigma_to_time
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
+
+# Closed forms.
+
+
+@pytest.mark.parametrize("intervals", [1, 2, 8])
+def test_the_true_function_has_no_tangent(intervals: int) -> None:
+    x, d = images(), since_start(TIMES, intervals)
+    starts = TIMES - d
+    network = Toy(lambda x, t: truth(x, t, t - starts))
+    _, g = continuous_target(network, x, TIMES, None, SIGMA_DATA * teacher(x, TIMES), d=d, r=1.0, sigma_data=SIGMA_DATA)
+    assert float(g.abs().max()) < 1e-10
+
+
+def test_the_rearranged_target_is_the_plain_one() -> None:
+    """cos(d) df/dt with the whole trajectory's derivative, where that still has digits."""
+    x, t, d = images(), TIMES, since_start(TIMES, 2)
+    network = Toy(lambda x, t: torch.sin(3 * x) * over(x, t).cos() + 0.2 * over(x, t))
+    dx = torch.cos(2 * x)
+    F, dF = network.tangent(x, t, None, dx, torch.ones_like(t))
+    cos, sin = over(x, d).cos(), over(x, d).sin()
+    for r in (0.0, 0.3, 1.0):
+        expected = cos * (-cos * (SIGMA_DATA * F - dx) - r * sin * (x + SIGMA_DATA * dF))
+        F_minus, g = continuous_target(network, x, t, None, dx, d=d, r=r, sigma_data=SIGMA_DATA)
+        torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-14)
+        assert torch.equal(F_minus, F)
+
+
+def test_a_finite_difference_is_the_tangent_but_for_h_squared() -> None:
+    x, t = images(), TIMES
+    network = Toy(lambda x, t: torch.sin(3 * x) * over(x, t).cos())
+    dx, dt = torch.cos(2 * x), torch.linspace(0.1, 1, 5, dtype=torch.float64)
+    F, exact = network.tangent(x, t, None, dx, dt)
+    errors = [float((finite_difference(network, x, t, None, dx, dt, h)[1] - exact).abs().max()) for h in (1e-2, 5e-3)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.01)
+    assert torch.equal(finite_difference(network, x, t, None, dx, dt)[0], F)
+
+
+def test_intervals() -> None:
+    assert since_start(TIMES, 1).equal(TIMES)
+    length = math.pi / 6
+    t = torch.tensor([0.0, 0.5 * length, length, 2.25 * length, math.pi / 2], dtype=torch.float64)
+    torch.testing.assert_close(since_start(t, 3), length * torch.tensor([0.0, 0.5, 0.0, 0.25, 1.0]).double())
+
+
+# The loss.
+
+
+def test_the_gradient_is_that_of_the_inner_product() -> None:
+    """In F, 2 e^-u / D times that of -F . g; in u, 0 where e^u is the mean square."""
+    generator = torch.Generator().manual_seed(1)
+    F, g = (torch.randn(5, 2, 4, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    F.requires_grad_(True)
+    u = torch.linspace(-1, 1, 5, dtype=torch.float64, requires_grad=True)
+    consistency_loss(F, F.detach(), g, u, TIMES).value.sum().backward()
+    expected = -2 * (-u.detach()).exp().reshape(-1, 1, 1, 1) * g / g[0].numel()
+    torch.testing.assert_close(F.grad, expected, rtol=1e-12, atol=0)
+    mean = g.square().flatten(1).mean(1)
+    torch.testing.assert_close(u.grad, 1 - (-u.detach()).exp() * mean, rtol=1e-12, atol=1e-14)
+
+
+def test_taming() -> None:
+    g = torch.stack([torch.full((1, 8, 8), 3.0), torch.full((1, 8, 8), -0.1), torch.zeros(1, 8, 8)])
+    torch.testing.assert_close(tamed(g, 0.1, "rms")[:, 0, 0, 0], torch.tensor([3 / 3.1, -0.5, 0]))
+    torch.testing.assert_close(tamed(g, 0.1, "norm")[:, 0, 0, 0], torch.tensor([3 / 24.1, -0.1 / 0.9, 0]))
+    torch.testing.assert_close(tamed(g, 0.1, "clip")[:, 0, 0, 0], torch.tensor([1, -0.1, 0]))
+
+
+def test_warm_up() -> None:
+    assert [warmup(images, 1000) for images in (0, 250, 1000, 5000)] == [0, 0.25, 1, 1]
+    assert warmup(0, 0) == 1
+
+
+@pytest.mark.parametrize("method", [SCD, SCT])
+def test_no_gradient_flows_but_through_f_and_u(method) -> None:
+    """With F^- and g as numbers, the gradient is the one by hand."""
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    level = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    class Watched(Toy):
+        def tangent(self, *args):
+            seen.append(args)
+            return super().tangent(*args)
+
+    network = Watched(lambda x, t: weight * torch.sin(x) * over(x, t), level)
+    own = make(method, network)
+    loss = own.generator_loss(Batch(images(), None), Draws(0, 5))
+    (gradient,) = torch.autograd.grad(loss.value.sum(), [weight], retain_graph=True)
+    x, t, _, dx, dt = seen[0]
+    with torch.no_grad():
+        cos, sin = over(x, t).cos(), over(x, t).sin()
+        torch.testing.assert_close(over(x, dt), cos * sin)
+        F, dF = network.tangent(x, t, None, dx, dt)
+        g = tamed(-cos * (cos * SIGMA_DATA * F - dx / sin) - (cos * sin * x + SIGMA_DATA * dF), 0.1, "rms")
+        expected = (-2 * (-level).exp() / 16 * g * torch.sin(x) * over(x, t)).sum()
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=0)
+
+
+# Learning.
+
+
+class Linear(nn.Module):
+    """F = a(t) x, a(t) a sum of waves: it can come near the true function.  Its tangent is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+
+    def a(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and da/dt."""
+        n = torch.tensor([0.0, 2, 2, 4, 4], dtype=torch.float64)
+        wave, odd = n * t[:, None], torch.tensor([False, True, False, True, False])
+        slope = torch.where(odd, n * wave.cos(), -n * wave.sin())
+        return torch.where(odd, wave.sin(), wave.cos()) @ self.weights, slope @ self.weights
+
+    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, logvar=False):
+        F = over(x, self.a(t)[0]) * x
+        return (F, torch.zeros_like(t)) if logvar else F
+
+    @torch.no_grad()
+    def tangent(self, x: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        a, slope = (over(x, part) for part in self.a(t))
+        return a * x, a * dx + slope * over(x, dt) * x
+
+
+@pytest.mark.parametrize("method", [SCD, SCT])
+def test_learns_the_true_function(method) -> None:
+    """From the analytic teacher, or from data alone: where one step and two lead, against where the trajectory does."""
+    network = Linear()
+    own = make(method, network, P_mean=-0.8, P_std=1.6)
+    optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
+    for step in range(1000):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 1000)
+        draws = Draws([0, step], 64)
+        own.generator_loss(Batch(STD * draws.normal(1, 4, 4), None), draws).value.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def f(t: float) -> float:
+        """The factor by which x_t is taken to the data."""
+        time, one = torch.tensor([t], dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        with torch.no_grad():
+            return denoised(one, network(one, time), time, SIGMA_DATA).item()
+
+    last, middle = float(sigma_to_time(80.0, SIGMA_DATA)), 1.1
+    for t in (0.3, 0.8, middle, last):
+        assert f(t) == pytest.approx(STD / float(spread(torch.tensor(t))), rel=0.08)
+    two = f(middle) * math.hypot(math.cos(middle) * f(last) * SIGMA_DATA, math.sin(middle) * SIGMA_DATA)
+    assert two == pytest.approx(STD, rel=0.05)
+
+
+def make(method, network: nn.Module, **options: float):
+    return method(
+        method.Config(**options), {"teacher": Toy(teacher), "generator": network}, NoiseRange(SIGMA_DATA, 0.002, 80.0)
+    )
+
+
+def test_configurations() -> None:
+    assert SCDConfig().guidance == 1
+    assert not hasattr(SCTConfig(), "guidance")

@@ -1,0 +1,53 @@
+"""Closed forms for Gaussian data, and networks that are functions, for the tests of consistency methods."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+SIGMA_DATA, STD = 0.5, 0.3
+"""Of TrigFlow, and of the data."""
+TIMES = torch.tensor([0.02, 0.4, 0.9, 1.3, 1.55], dtype=torch.float64)
+
+
+def spread(t: Tensor) -> Tensor:
+    """The standard deviation of x_t."""
+    return (t.cos() ** 2 * STD**2 + t.sin() ** 2 * SIGMA_DATA**2).sqrt()
+
+
+def over(x: Tensor, t: Tensor) -> Tensor:
+    return t.reshape(-1, 1, 1, 1)
+
+
+def teacher(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    """F of the diffusion of N(0, STD^2): the velocity is x d ln(spread)/dt."""
+    t = over(x, t)
+    return x * t.cos() * t.sin() * (SIGMA_DATA**2 - STD**2) / spread(t) ** 2 / SIGMA_DATA
+
+
+def truth(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
+    """F of the true consistency function to the time t - d: x_s = x spread(s) / spread(t)."""
+    t, d = over(x, t), over(x, d)
+    return (d.cos() * x - x * spread(t - d) / spread(t)) / (d.sin() * SIGMA_DATA)
+
+
+class Toy(nn.Module):
+    """A network as methods know it, from a function of x and t."""
+
+    def __init__(self, F: Callable[..., Tensor], u: Tensor | None = None) -> None:
+        super().__init__()
+        self.F = F
+        self.u = u
+
+    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, logvar=False):
+        F = self.F(x, t)
+        return (F, torch.zeros_like(t) if self.u is None else self.u.expand_as(t)) if logvar else F
+
+    @torch.no_grad()
+    def tangent(self, x: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(self.F, (x, t), (dx, dt))
+
+
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(len(TIMES), 1, 4, 4, dtype=torch.float64, generator=generator) * spread(over(TIMES, TIMES))

@@ -1,0 +1,83 @@
+"""The head for the log variance of the loss: any network can have one, and nothing else changes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, load_checkpoint, save_checkpoint
+from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
+from edmdistill.networks.rebuild import add_logvar
+from edmdistill.networks.two_time import add_second_time, drop_second_time
+
+MakeFlow = Callable[..., FlowNetwork]
+TIMES = torch.tensor([0.05, 0.8, 1.5], dtype=torch.float64)
+
+
+def point(flow: FlowNetwork) -> tuple[Tensor, Tensor, Tensor | None]:
+    torch.manual_seed(1)
+    x = torch.randn(3, flow.img_channels, flow.img_resolution, flow.img_resolution, dtype=flow.dtype)
+    return x, TIMES, torch.arange(3) if flow.label_dim else None
+
+
+@torch.no_grad()
+def test_the_output_is_the_same_to_the_bit(flow: FlowNetwork) -> None:
+    rng = torch.get_rng_state()
+    headed = add_logvar(flow, seed=0)
+    assert torch.equal(torch.get_rng_state(), rng)
+    F, u = headed(*point(flow), None, True)
+    assert torch.equal(F, flow(*point(flow)))
+    assert u.shape == (3,)
+    assert u.dtype == torch.float32
+    torch.testing.assert_close(u, Denoiser(headed).logvar(headed.sigma_data * TIMES.tan()).flatten())
+
+
+@torch.no_grad()
+def test_a_new_head_is_nothing_at_first_and_its_seeds(make_flow: MakeFlow) -> None:
+    flow = make_flow("adm")
+    one, again, other = (add_logvar(flow, seed=seed) for seed in (3, 3, 4))
+    assert not one(*point(flow), None, True)[1].any()
+    freqs = [headed.network.get_buffer("logvar_fourier.freqs") for headed in (one, again, other)]
+    assert torch.equal(freqs[0], freqs[1])
+    assert not torch.equal(freqs[0], freqs[2])
+
+
+@torch.no_grad()
+def test_edm2_keeps_its_own(make_flow: MakeFlow) -> None:
+    flow = make_flow("edm2")
+    headed = add_logvar(flow, seed=0)
+    assert headed.network.arguments == flow.network.arguments
+    _, u = headed(*point(flow), None, True)
+    assert torch.equal(u, flow(*point(flow), None, True)[1])
+    assert u.abs().max() > 0.1
+
+
+def test_the_head_learns_and_f_with_it(flow: FlowNetwork) -> None:
+    headed = add_logvar(flow, seed=0)
+    F, u = headed(*point(flow), None, True)
+    ((-u).exp() * F.square().flatten(1).mean(1) + u).sum().backward()
+    for name, parameter in headed.named_parameters():
+        assert "map_augment" in name or parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_it_is_saved_and_outlives_a_second_time(flow: FlowNetwork, tmp_path: Path) -> None:
+    headed = add_logvar(flow, seed=0)
+    for parameter in headed.network.logvar_linear.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    save_checkpoint(
+        tmp_path / "a",
+        headed,
+        CheckpointConfig(stage="teacher", provenance=Provenance(source="a test"), **facts(headed)),
+    )
+    for other in load_checkpoint(tmp_path / "a")[0].eval(), drop_second_time(add_second_time(headed)):
+        for found, expected in zip(other(*point(flow), None, True), headed(*point(flow), None, True), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_network_without_head_has_none(make_flow: MakeFlow) -> None:
+    flow = make_flow("ddpmpp")
+    with pytest.raises(NotImplementedError, match="SongUNet has no head"):
+        flow(*point(flow), None, True)
