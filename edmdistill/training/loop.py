@@ -117,13 +117,13 @@ def train(
                             raise Diverged(alarm.sentence)
                 stopping = engine.any(stop.is_set())
                 snapshot = last or due(training.snapshot_every, run)
+                every = run.recipe.ema.snapshot_every
+                if every is not None and (last or due(every, run)):
+                    keep_averages(run, folder.ema)  # first, so that a saved state has all averages up to it
                 if snapshot or stopping:
                     _save(run, folder, window)
                 if snapshot:
                     _draw(run, folder)
-                every = run.recipe.ema.snapshot_every
-                if every is not None and (last or due(every, run)):
-                    keep_averages(run, folder.ema)
                 if stopping:
                     break
         except Diverged as error:

@@ -19,7 +19,7 @@ from edmdistill.checkpoints.aside import aside, sweep
 from edmdistill.errors import TrainingError
 
 RECIPE, RUN = "recipe.resolved.json", "run.json"
-FREE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapshot_every")}
+FREE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapshot_every")} | {"ema.snapshot_every"}
 """What a run may go on with otherwise than it began: it changes nothing that is computed."""
 
 
@@ -46,7 +46,7 @@ class RunDir:
 
     def forget_after(self, images: int) -> None:
         """Drops what metrics.jsonl and ema/ hold from beyond the position from which a run goes on."""
-        for file in self.ema.iterdir():
+        for file in self.ema.glob(f"{'[0-9]' * 12}-0.???.safetensors"):
             if int(file.name.partition("-")[0]) > images:
                 file.unlink()
         lines = self._metrics.read_bytes().splitlines(keepends=True) if self._metrics.exists() else []

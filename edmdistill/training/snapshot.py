@@ -18,6 +18,7 @@ from edmdistill.sampling.generate import is_latent, sample
 from edmdistill.sampling.grid import image_grid, named_rows, to_uint8
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.training.ema import PowerFunction
+from edmdistill.training.monitors import require_finite
 from edmdistill.training.run import Run
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
@@ -78,7 +79,12 @@ def publish(run: Run, folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def keep_averages(run: Run, folder: Path) -> None:
-    """The power-function averages, for others to be made of them."""
+    """The power-function averages, for others to be made of them.
+
+    All processes call it together.
+    Raises: Diverged: a weight is NaN or infinite.  CheckpointError: the disk refuses.
+    """
+    require_finite(run.roles, run.images, run.engine.any)
     for average in run.averages:
         if isinstance(average.profile, PowerFunction):
             network, profile = average.network.network, Profile(run.images, average.profile.sigma_rel)

@@ -38,7 +38,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe() -> Callable[..., Recipe]:
     """recipe(method, ema, **training): a tiny recipe with another [ema], and other values in its [training]."""
 
@@ -52,7 +52,7 @@ def recipe() -> Callable[..., Recipe]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start(recipe: Callable[..., Recipe], teacher: Path) -> Callable[..., Run]:
     """start(method, machine, **training): a run on the digits, before its first step."""
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from edmdistill.methods import METHODS
 from edmdistill.recipes import Recipe
@@ -23,7 +24,7 @@ def recipe(method: str) -> Recipe:
     tables = {
         "method": {"name": method},
         "training": {"images": 20 * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8},
-        "ema": {"half_life_images": 50},
+        "ema": {"half_life_images": 50, "sigma_rel": [0.1]},
     }
     if method == "diffusion":
         tables["network"] = {"kind": "edm2", "arguments": NETWORK}
@@ -31,9 +32,13 @@ def recipe(method: str) -> Recipe:
 
 
 def losses(method: str, teacher: Path, machine: Machine) -> list[dict[str, float]]:
-    """What every round measured."""
+    """What every round measured, and the norm of each average after the last."""
     run = prepare(recipe(method), data="digits", teacher=None if method == "diffusion" else teacher, machine=machine)
-    return list(rounds(run))
+    found = list(rounds(run))
+    for average in run.averages:
+        whole = run.engine.full_state(average.network.network).values()
+        found[-1][f"average/{average.profile.name}"] = float(get_total_norm(whole))
+    return found
 
 
 def main(teacher: Path, out: Path) -> None:

@@ -1,13 +1,17 @@
 import json
+import re
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from edmdistill.checkpoints.ema import find_snapshots, reconstruct_checkpoint
-from edmdistill.checkpoints.store import load_checkpoint
+from edmdistill.checkpoints.store import load_checkpoint, load_tensors
+from edmdistill.cli import main
 from edmdistill.errors import RecipeError
 from edmdistill.recipes import Recipe
+from edmdistill.training import loop
 from edmdistill.training.ema import Ema, HalfLife, PowerFunction
 from edmdistill.training.loop import train
 
@@ -82,26 +86,121 @@ def test_recipes_ask_for_what_there_is(recipe, table, sentence):
         Recipe.from_json(json.dumps(tables).encode())
 
 
-def test_a_runs_averages_make_others(start, tmp_path):
-    """With both lengths kept, one that was tracked is given back; and the run's first average is what it publishes."""
-    options = {"images": 160, "snapshot_every": 40}
-    run = start("sid", ema={"sigma_rel": [0.2, 0.1], "snapshot_every": 40}, **options)
+KEPT = {"half_life_images": 50, "sigma_rel": [0.2, 0.1], "snapshot_every": 16}
 
-    def interrupt(images, measures):
-        if images == 104:
+
+@pytest.fixture(scope="module")
+def begin(start):
+    """A run that keeps averages more often than states, before its first step; begin(ema=...): another [ema]."""
+    return lambda ema=KEPT: start("diffusion", ema=ema, images=160, snapshot_every=40)
+
+
+@pytest.fixture(scope="module")
+def kept(begin, tmp_path_factory):
+    """The finished run, and its directory."""
+    run, run_dir = begin(), tmp_path_factory.mktemp("kept") / "run"
+    assert train(run, run_dir).finished
+    return run, run_dir
+
+
+def averages(run_dir):
+    """The files by name."""
+    return {path.name: path.read_bytes() for path in (run_dir / "ema").iterdir()}
+
+
+def test_what_a_run_keeps(kept):
+    """float16, but for the buffers; the last are the averages themselves."""
+    run, run_dir = kept
+    moments = *range(16, 160, 16), 160
+    assert sorted(find_snapshots(run_dir)) == [(images, length) for images in moments for length in (0.1, 0.2)]
+    for average in run.averages[1:]:
+        length = average.profile.sigma_rel
+        tensors, about = load_tensors(run_dir / f"ema/000000000160-{length:.3f}.safetensors")
+        assert json.loads(about["average"]) == {"images": 160, "sigma_rel": length}
+        network = average.network.network
+        buffers = {name for name, _ in network.named_buffers()}
+        assert {name for name, tensor in tensors.items() if tensor.dtype == torch.float32} == buffers
+        for name, tensor in network.state_dict().items():
+            assert torch.equal(tensors[name], tensor if name in buffers else tensor.half()), name
+
+
+@pytest.mark.parametrize("stage", ["between states", "after a state"])
+def test_killed_and_resumed_it_keeps_the_same(stage, kept, begin, tmp_path, monkeypatch):
+    """Killed with averages beyond the last state, and between the state and whatever would come after it."""
+    save = loop.save_state
+
+    def die_after(folder, state, *numbers):
+        save(folder, state, *numbers)
+        if stage == "after a state" and state.progress["images"] == 80:
             raise KeyboardInterrupt
 
+    def die_at(images, measures):
+        if images == 120:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_state", die_after)
+    broken = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
-        train(run, tmp_path / "run", on_round=interrupt)
-    run = start("sid", ema={"sigma_rel": [0.2, 0.1], "snapshot_every": 40}, **options)
-    assert train(run, tmp_path / "run", note=lambda sentence: None).finished
-    found = find_snapshots(tmp_path / "run")
-    assert sorted(found) == [(images, length) for images in (40, 80, 120, 160) for length in (0.1, 0.2)]
-    _, config = load_checkpoint(tmp_path / "run/generator")
-    assert config.ema == {"sigma_rel": 0.2}
-    for average in run.averages:
-        made = reconstruct_checkpoint(tmp_path / "run", tmp_path / average.profile.name, average.profile.sigma_rel)
-        assert (made.stage, made.method, made.images_seen) == ("generator", "sid", 160)
-        flow, _ = load_checkpoint(tmp_path / average.profile.name)
-        for name, tensor in average.network.network.state_dict().items():
-            torch.testing.assert_close(flow.network.state_dict()[name], tensor, rtol=2e-3, atol=1e-3, msg=name)
+        train(begin(), broken, on_round=die_at)
+    assert max(averages(broken)).startswith("000000000112" if stage == "between states" else "000000000080")
+    monkeypatch.undo()
+    assert train(begin(), broken, note=lambda sentence: None).finished
+    assert averages(broken) == averages(kept[1])
+
+
+def test_a_runs_averages_make_others(kept, tmp_path):
+    """A length that was tracked is given back, at a moment in between too; generator/ has the run's first average."""
+    run, run_dir = kept
+    assert load_checkpoint(run_dir / "generator")[1].ema == {"half_life_images": 50, "rampup_ratio": 0.05}
+    names = sorted(averages(run_dir))
+    for length, images in ((0.1, 160), (0.2, 160), (0.1, 80)):
+        out = tmp_path / f"{length}-{images}"
+        made = reconstruct_checkpoint(run_dir, out, length, images)
+        assert (made.stage, made.method, made.images_seen) == ("teacher", "diffusion", images)
+        assert made.recipe_hash == run.recipe.hash
+        assert made.ema == {
+            "sigma_rel": length,
+            "images": images,
+            "misfit": pytest.approx(0, abs=1e-6),
+            "from": [name for name in names if int(name[:12]) <= images],
+        }
+        found = load_checkpoint(out)[0].network.state_dict()
+        stored = load_tensors(run_dir / f"ema/{images:012d}-{length:.3f}.safetensors")[0]
+        for name, tensor in stored.items():
+            torch.testing.assert_close(found[name], tensor.float(), rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_the_command_makes_what_a_run_had_tracked(kept, begin, tmp_path):
+    """A length between those that were kept, against a run that tracked it."""
+    _, run_dir = kept
+    train(begin({"sigma_rel": [0.15]}), tmp_path / "other")
+    assert load_checkpoint(tmp_path / "other/generator")[1].ema == {"sigma_rel": 0.15}
+    words = ["ema", str(run_dir), "--sigma-rel", "0.15", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"the teacher with sigma_rel 0\.15 after 160 images, from 20 averages, .* within \d\.", result.stdout
+    )
+
+    def weights(folder):
+        flow, _ = load_checkpoint(folder)
+        return torch.cat([p.detach().flatten() for p in flow.network.parameters()])
+
+    tracked, found, plain = map(weights, (tmp_path / "other/generator", tmp_path / "out", run_dir / "generator"))
+    assert float((found - tracked).norm()) < 0.05 * float((plain - tracked).norm())
+
+
+@pytest.mark.gpu
+def test_an_average_in_the_hosts_memory():
+    """Of a network on a GPU: what it would be beside it, up to rounding."""
+    torch.manual_seed(0)
+    network = nn.Linear(64, 64).cuda()
+    here, there = Ema(network, PowerFunction(0.1)), Ema(network, PowerFunction(0.1))
+    there.network.cpu()
+    for step in range(10):
+        with torch.no_grad():
+            network.weight.add_(torch.randn_like(network.weight))
+        for ema in (here, there):
+            ema.update(network, 8 * step, 8)
+    assert there.network.weight.device.type == "cpu"
+    torch.testing.assert_close(there.network.weight, here.network.weight.cpu())

@@ -54,7 +54,8 @@ def test_a_changed_recipe_is_refused_with_the_difference(tmp_path):
 def test_what_is_only_kept_or_shown_may_change(tmp_path):
     with opened(tmp_path / "a"):
         pass
-    changed = json.dumps({"training": {"lr": 1e-3, "batch": 8, "keep": 5}, "ema": {"half_life_images": 5}}).encode()
+    ema = {"half_life_images": 5, "snapshot_every": 16}
+    changed = json.dumps({"training": {"lr": 1e-3, "batch": 8, "keep": 5}, "ema": ema}).encode()
     with opened(tmp_path / "a", changed):
         pass
     assert (tmp_path / "a" / "recipe.resolved.json").read_bytes() == changed
@@ -70,7 +71,7 @@ def test_what_a_killed_process_left_is_swept_up(tmp_path):
     with opened(tmp_path / "a"):
         pass
     left = {path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*")}
-    assert left == {*FILES, ".lock", "state", "samples", "x0", "generator", "generator/file"}
+    assert left == {*FILES, ".lock", "state", "samples", "x0", "ema", "generator", "generator/file"}
     assert (tmp_path / "a/generator/file").read_text() == ".generator.0123abcd.old"
 
 
@@ -125,3 +126,13 @@ def test_metrics_are_cut_to_the_position_of_the_state(tmp_path):
         assert (tmp_path / "a" / "metrics.jsonl").read_text() == '{"images": 8}\n{"images": 16}\n'
         folder.forget_after(0)
         assert (tmp_path / "a" / "metrics.jsonl").read_text() == ""
+
+
+def test_averages_are_cut_to_the_position_of_the_state(tmp_path):
+    with opened(tmp_path / "a") as folder:
+        for name in ("000000000016-0.050.safetensors", "000000000024-0.050.safetensors", "mine-0.050.safetensors"):
+            (folder.ema / name).touch()
+        (folder.ema / "0.050").mkdir()
+        folder.forget_after(16)
+        left = {path.name for path in folder.ema.iterdir()}
+        assert left == {"000000000016-0.050.safetensors", "mine-0.050.safetensors", "0.050"}
