@@ -1,6 +1,7 @@
 """From others' checkpoints to ours: an official pickle, or OpenAI's weights, as a network on the TrigFlow circle.
 
-A conversion claims to keep the function. `convert` proves it on what it has written, before it leaves it there.
+A conversion claims to keep the function. `convert` proves it on what it has written, before it leaves it there. Where
+it is asked to change the network (`networks.adapt`), it says by how much the function has changed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from msgspec.structs import replace
@@ -25,6 +26,7 @@ from edmdistill.checkpoints.source import name_of, resolve
 from edmdistill.checkpoints.store import (
     CARD,
     CONFIG,
+    MODEL,
     CheckpointConfig,
     Generator,
     NetworkSpec,
@@ -39,6 +41,7 @@ from edmdistill.checkpoints.store import (
 )
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
+from edmdistill.networks.adapt import with_double_norm, with_positional_time
 from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS, Denoiser, FlowNetwork
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.schedules import edm_sigmas
@@ -53,7 +56,7 @@ PRECONDITIONING_CLASSES = {
 }
 NETWORK_CLASSES = {"SongUNet": ("song", "model."), "DhariwalUNet": ("adm", "model."), "UNet": ("edm2", "unet.")}
 """Our kind, and the prefix of its tensors in the official state."""
-OURS = {"two_time"}
+OURS = {"two_time", "positional_time", "double_norm"}
 """Constructor arguments that no official class has; only EDM2's have logvar_channels."""
 WITHOUT_EFFECT = {"use_fp16", "model_type"}
 """Official arguments about how the network is run or named, not what it computes."""
@@ -173,6 +176,24 @@ def read_source(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
     return read_openai(path, _sha256(path)) if zipfile.is_zipfile(path) else build_official(read_official(path))
 
 
+def _own_teacher(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
+    """A teacher of ours, or of a run, with one time, as parent of what comes from it."""
+    path = path / "generator" if (path / "generator" / CONFIG).is_file() else path
+    flow, config = load_checkpoint(path)
+    if config.stage != "teacher":
+        raise CheckpointError(f"{path} is a {config.stage}, made by {config.method}: give its teacher.")
+    return drop_second_time(flow), replace(config, provenance=replace(config.provenance, parent=_sha256(path / MODEL)))
+
+
+def _adaptation(time_embedding: str | None, double_norm: bool | None, arguments: Mapping[str, Any]) -> dict[str, bool]:
+    """The constructor arguments that are asked for, of a network that has these, where it has them."""
+    if time_embedding is None:
+        return {name: False for name in ("positional_time", "double_norm") if name in arguments}
+    default = "double_norm" in arguments
+    asked = default if double_norm is None else double_norm
+    return {"positional_time": True} | ({"double_norm": asked} if default or asked else {})
+
+
 def outline(source: str | Path) -> FlowNetwork:
     """The network in a checkpoint, on the meta device: its shapes without its numbers, which are not read.
 
@@ -201,6 +222,8 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
+    time_embedding: Literal["positional"] | None = None,
+    double_norm: bool | None = None,
     overwrite: bool = False,
     licence: str | None = None,
     on_progress: Callable[[str], object] = lambda stage: None,
@@ -213,27 +236,42 @@ def convert(
     Args:
         source: a path, a URL or a file of the Hub; see `resolve`.
         out: the folder to write, whole or not at all.
+        time_embedding: positional: the network is to read t, for continuous-time consistency models. That is another
+            function, to be trained by `edmdistill train diffusion`; a teacher of ours may be the source then.
+        double_norm: adaptive double normalisation, with a positional time embedding; None: where the network has an
+            adaptive norm.
         overwrite: replace a checkpoint that is there.
         licence: of the weights; default: what NVIDIA's or OpenAI's own are under.
         on_progress: called with what is being done.
-    Raises: CheckpointError: the source cannot be read, something is in the way, or the function was not kept.
+    Raises: CheckpointError: the source cannot be read or adapted, something is in the way, or it came out another.
     """
+    if double_norm and time_embedding is None:
+        raise CheckpointError("--double-norm goes with --time-embedding positional: give both, or neither")
     path, out = resolve(source), Path(out)
     if not overwrite and (out / CONFIG).is_file() and path.is_file():
         there = read_config(out)
-        if there.stage == "teacher" and there.provenance.sha256 == _sha256(path):
+        asked = _adaptation(time_embedding, double_norm, there.network.arguments)
+        same = asked.items() <= there.network.arguments.items()
+        if there.stage == "teacher" and same and there.provenance.sha256 == _sha256(path):
             return Conversion(out, load_checkpoint(out)[1], ())
     refuse_occupied(out, overwrite)
     on_progress("reading")
-    flow, config = read_source(path)
-    provenance = replace(config.provenance, source=name_of(source), licence=licence or config.provenance.licence)
-    config = replace(config, provenance=provenance)
+    if path.is_dir() and time_embedding is not None:
+        flow, config = _own_teacher(path)
+        provenance = config.provenance
+    else:
+        flow, config = read_source(path)
+        provenance = replace(config.provenance, source=name_of(source))
+    config = replace(config, provenance=replace(provenance, licence=licence or provenance.licence))
+    asked = _adaptation(time_embedding, double_norm, flow.network.arguments)
+    adapted = with_positional_time(flow) if asked.get("positional_time") else flow
+    adapted = with_double_norm(adapted) if asked.get("double_norm") else adapted
     with aside(out) as folder:
         on_progress("writing")
-        two_time = add_second_time(flow)
+        two_time = add_second_time(adapted)
         config = replace(config, **facts(two_time))
         write_checkpoint(folder, two_time, config)
-        del two_time
+        del two_time, adapted
         expected = {dtype: _denoised(flow, dtype, on_progress) for dtype in (torch.float32, torch.float64)}
         del flow
         written, _ = load_checkpoint(folder)
@@ -241,7 +279,7 @@ def convert(
         errors = [[_relative(a, b) for a, b in zip(found[d], expected[d], strict=True)] for d in expected]
         parity = tuple(map(Parity, _sigmas(written).tolist(), *errors))
         worst = max(parity, key=lambda row: row.float64)
-        if not worst.float64 <= TOLERANCE:
+        if not worst.float64 <= (math.inf if time_embedding else TOLERANCE):
             raise CheckpointError(
                 f"{path} was not converted: at sigma {worst.sigma:g} the result differs from it by {worst.float64:.1e} "
                 f"in float64, more than {TOLERANCE:g}; please report this."

@@ -116,7 +116,7 @@ def facts(flow: FlowNetwork) -> dict[str, Any]:
     return {
         "network": NetworkSpec(network_kind, network.arguments),
         "preconditioning": {"kind": kind, **numbers},
-        "c_noise": C_NOISE[kind].format(**numbers),
+        "c_noise": "t" if preconditioning.reads_time else C_NOISE[kind].format(**numbers),
         "sigma_data": flow.sigma_data,
         "sigma_min": flow.sigma_min,
         "sigma_max": flow.sigma_max,

@@ -3,6 +3,7 @@
 import sys
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -10,15 +11,33 @@ import click
 @click.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--time-embedding",
+    type=click.Choice(["positional"]),
+    help="Let the network read t, as continuous-time consistency models need it. It has to be trained on after that.",
+)
+@click.option(
+    "--double-norm/--no-double-norm",
+    default=None,
+    help="With it, normalise what the time multiplies and adds.  [default: where the network does so]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is at OUT.")
 @click.option("--licence", help="Licence of the weights, as the Hub writes it.  [default: their publisher's]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(source: str, out: Path, overwrite: bool, licence: str | None, as_json: bool) -> None:
+def command(
+    source: str,
+    out: Path,
+    time_embedding: Literal["positional"] | None,
+    double_norm: bool | None,
+    overwrite: bool,
+    licence: str | None,
+    as_json: bool,
+) -> None:
     """Turn an official checkpoint into ours, and print how exactly the function was kept.
 
     SOURCE is a file, an http(s) URL or a file on the Hub (hf://OWNER/NAME/FILE): a network pickle of NVIDIA's EDM or
     EDM2, whose code is not executed, or OpenAI's edm_imagenet64_ema.pt. OUT becomes a folder with config.json,
-    model.safetensors and README.md. Running it again does nothing.
+    model.safetensors and README.md. Running it again does nothing. With --time-embedding, SOURCE may be such a folder.
     """
     import msgspec
 
@@ -26,7 +45,7 @@ def command(source: str, out: Path, overwrite: bool, licence: str | None, as_jso
     from edmdistill.checkpoints.source import resolve
 
     path = resolve(source)
-    if not zipfile.is_zipfile(path):
+    if not path.is_dir() and not zipfile.is_zipfile(path):
         read_official(path)  # a bad file is refused in less time than it takes to import torch
     from edmdistill.checkpoints.convert import convert, table
 
@@ -34,7 +53,15 @@ def command(source: str, out: Path, overwrite: bool, licence: str | None, as_jso
         if sys.stderr.isatty():
             click.echo(f"\r{stage:60}\r", nl=False, err=True)
 
-    done = convert(source, out, overwrite=overwrite, licence=licence, on_progress=show)
+    done = convert(
+        source,
+        out,
+        time_embedding=time_embedding,
+        double_norm=double_norm,
+        overwrite=overwrite,
+        licence=licence,
+        on_progress=show,
+    )
     show("")
     if as_json:
         parity = [row._asdict() for row in done.parity]
@@ -51,3 +78,6 @@ def command(source: str, out: Path, overwrite: bool, licence: str | None, as_jso
     )
     click.echo(f"Largest relative difference of its denoised images after the conversion:\n\n{table(done.parity)}\n")
     click.echo(f"{done.path} is written: under {config.provenance.licence}, a TrigFlow teacher with two times.")
+    if time_embedding:
+        click.echo("It is another function than its source. To train it until it is as good:")
+        click.echo(f"  edmdistill train diffusion {done.path} --data ... --recipe ... --run-dir ...")

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from edmdistill.networks.base import Network
-from edmdistill.networks.embeddings import PositionalEmbedding
+from edmdistill.networks.embeddings import PositionalEmbedding, TimeEmbedding
 from edmdistill.networks.two_time import SecondTime
 from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
 
 
 class DhariwalUNet(Network):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last two.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last four.
 
     Attention has a head for every 64 channels; a layer of fewer than 64 channels has none, even where it is asked for.
 
     Args:
         label_dropout: share of labels that training sets to zero.
+        double_norm: whether the blocks normalise their modulations; see Residual.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class DhariwalUNet(Network):
         label_dropout: float = 0.0,
         two_time: bool = False,
         logvar_channels: int = 0,
+        positional_time: bool = False,
+        double_norm: bool = False,
     ) -> None:
         super().__init__(locals(), in_channels)
         self.label_dropout = label_dropout
@@ -50,10 +53,11 @@ class DhariwalUNet(Network):
         widths = [model_channels * mult for mult in channel_mult]
 
         def block(cin: int, cout: int, resample: str = "keep", attention: bool = False) -> UNetBlock:
-            return UNetBlock(cin, cout, emb_channels, cout // 64 if attention else 0, resample, dropout=dropout)
+            heads = cout // 64 if attention else 0
+            return UNetBlock(cin, cout, emb_channels, heads, resample, dropout=dropout, double_norm=double_norm)
 
         # Embedding.
-        self.map_noise = PositionalEmbedding(model_channels)
+        self.map_noise = (TimeEmbedding if positional_time else PositionalEmbedding)(model_channels)
         self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
         self.map_layer0 = Linear(model_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
@@ -111,6 +115,23 @@ class DhariwalUNet(Network):
         emb: Tensor = parts.map_layer1(silu(parts.map_layer0(parts.map_noise(c_noise) + other)))
         return emb
 
+    def embed(
+        self,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        c_noise_t: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        other: Tensor | float = 0.0
+        if self.map_augment is not None and augment_labels is not None:
+            other = self.map_augment(augment_labels.to(c_noise.dtype))
+        emb = self.embed_time(self, c_noise, other)
+        if self.second_time is not None and c_noise_t is not None:
+            emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
+        if self.map_label is not None:
+            emb = emb + self.map_label(self.label_vectors(labels, emb, self.label_dropout))
+        return silu(emb)
+
     def forward(
         self,
         x: Tensor,
@@ -120,16 +141,7 @@ class DhariwalUNet(Network):
         augment_labels: Tensor | None = None,
         c_logvar: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        # Embedding.
-        other: Tensor | float = 0.0
-        if self.map_augment is not None and augment_labels is not None:
-            other = self.map_augment(augment_labels.to(c_noise.dtype))
-        emb = self.embed_time(self, c_noise, other)
-        if self.second_time is not None and c_noise_t is not None:
-            emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
-        if self.map_label is not None:
-            emb = emb + self.map_label(self.label_vectors(labels, emb, self.label_dropout))
-        emb = silu(emb)
+        emb = self.embed(c_noise, labels, c_noise_t, augment_labels)
 
         # Encoder.
         skips = []

@@ -5,17 +5,37 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from edmdistill.kernels.magnitude import normalize
 from edmdistill.networks.magnitude import MPConv, MPFourier
 
 
 class Residual(nn.Module):
-    """A residual block of any of the U-Nets."""
+    """A residual block of any of the U-Nets.
+
+    Attributes:
+        mod_gain: where the modulations are normalised, the rms of each after it; else None.  [modulations]
+    """
+
+    mod_gain: nn.Parameter | None
+
+    def modulations(self, emb: Tensor) -> tuple[Tensor, ...]:
+        """What the embedding multiplies the channels with, and then what it adds, if it does.  [B,E] -> [B,C] each"""
+        raise NotImplementedError(f"{type(self).__name__} is not modulated")
+
+    def normalized_modulations(self, emb: Tensor) -> tuple[Tensor, ...]:
+        """The modulations, each at the rms that mod_gain says at any time: y = norm(x) g0 pnorm(s) + g1 pnorm(b).
+
+        Source: sCM, section 4.1, adaptive double normalization.  Differs: the gains, which are learnt; the paper's are
+        1, and would take a pretrained network far from what it was.
+        """
+        assert self.mod_gain is not None
+        return tuple(normalize(part, 1) * gain for part, gain in zip(self.modulations(emb), self.mod_gain, strict=True))
 
 
 class Network(nn.Module, ABC):
@@ -26,12 +46,16 @@ class Network(nn.Module, ABC):
         img_resolution, img_channels: the images, [B, img_channels, img_resolution, img_resolution].
         label_dim: number of classes; 0 = unconditional.
         two_time: whether a second time is read.
+        positional_time: whether the features of c_noise are a TimeEmbedding, for which c_noise is t.
+        time_features: the name of the layer that makes them.
     """
 
     img_resolution: int
     img_channels: int
     label_dim: int
     two_time: bool
+    positional_time: bool
+    time_features: ClassVar[str] = "map_noise"
     logvar_fourier: MPFourier | None
     logvar_linear: nn.Module | None
 
@@ -47,6 +71,7 @@ class Network(nn.Module, ABC):
         self.img_channels = img_channels
         self.label_dim = arguments["label_dim"]
         self.two_time = arguments["two_time"]
+        self.positional_time = arguments["positional_time"]
 
     def blocks(self) -> list[Residual]:
         """The residual blocks: the pieces in which a network is sharded and its activations computed again."""
@@ -87,6 +112,16 @@ class Network(nn.Module, ABC):
             augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
             c_logvar: what `logvar` is asked at, in the same pass, so that wrappers see it; None = not asked.  [B]
         """
+
+    @abstractmethod
+    def embed(
+        self,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        c_noise_t: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """What the residual blocks know of time, class and augmentation.  As in forward -> [B,E]"""
 
     def label_vectors(self, labels: Tensor | None, like: Tensor, dropout: float = 0.0) -> Tensor:
         """labels in the dtype of `like`; None = zeros; training zeroes a share `dropout`.  [B or 1,label_dim]"""

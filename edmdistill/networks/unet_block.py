@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, pad
 
@@ -101,6 +102,7 @@ class UNetBlock(Residual):
         skip_scale: what each sum of branches is multiplied with.
         resample_proj: whether a skip connection that resamples has a convolution where the channels do not ask for one.
         adaptive_scale: whether the embedding scales and shifts after the second norm (ADM), or is added before it.
+        double_norm: whether scale and shift are normalised; see Residual.
     """
 
     def __init__(
@@ -116,12 +118,14 @@ class UNetBlock(Residual):
         eps: float = 1e-5,
         resample_proj: bool = False,
         adaptive_scale: bool = True,
+        double_norm: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
         self.skip_scale = skip_scale
         self.adaptive_scale = adaptive_scale
+        self.mod_gain = nn.Parameter(torch.ones(2)) if double_norm else None
         self.norm0 = GroupNormSiLU(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, resample, resample_filter)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
@@ -136,10 +140,19 @@ class UNetBlock(Residual):
             self.qkv = Conv2d(out_channels, out_channels * 3, 1)
             self.proj = Conv2d(out_channels, out_channels, 1)
 
+    def modulations(self, emb: Tensor) -> tuple[Tensor, ...]:
+        scale, shift = self.affine(emb).chunk(2, dim=1)
+        return scale + 1, shift
+
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [B,C,H,W], emb [B,emb_channels] -> [B,out_channels,H',W']"""
         y = self.conv0(self.norm0(x))
-        condition = self.affine(emb)[:, :, None, None].to(y.dtype)
+        if self.mod_gain is None:
+            condition = self.affine(emb)
+        else:
+            scale, shift = self.normalized_modulations(emb)
+            condition = torch.cat([scale - 1, shift], dim=1)
+        condition = condition[:, :, None, None].to(y.dtype)
         y = self.norm1(y, *condition.chunk(2, dim=1)) if self.adaptive_scale else self.norm1(y + condition)
         y = self.conv1(dropout(y, self.dropout, self.training))
         x = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -273,7 +273,8 @@ def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConf
         network = NETWORKS[table.kind](**arguments)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"[network.arguments] make no {table.kind} network: {error}") from error
-    flow = FlowNetwork(network, EDM(sigma_data=table.sigma_data))
+    kind: Literal["log_sigma", "time"] = "time" if network.positional_time else "log_sigma"
+    flow = FlowNetwork(network, EDM(sigma_data=table.sigma_data, c_noise_kind=kind))
     provenance = Provenance(source=f"edmdistill train diffusion on {Path(dataset.name).name}")
     return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
 
