@@ -104,9 +104,8 @@ def main() -> None:
             }
             recipe = Recipe.from_json(json.dumps(tables).encode())
             networks, whole, parameters = measured(recipe, teacher, data, options.device, options.rounds)
-            print(
-                f"batch {batch}, {parameters / 1e6:.0f}M parameters: a round takes {whole / networks:.3f} of its networks"
-            )
+            size = f"{parameters / 1e6:.0f}M parameters"
+            print(f"batch {batch}, {size}: a round takes {whole / networks:.3f} of its networks")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def test_defaults_are_equal_however_they_are_said(write):
     said = MINIMAL.replace("half_life_images = 50", "half_life_images = 50\nrampup_ratio = 0.05")
     assert load_recipe(write(said), method="sid") == load_recipe(write(MINIMAL, "other.toml"), method="sid")
     assert Ema(half_life_images=50).rampup_ratio == 0.05
-    assert Training.__struct_fields__[:3] == ("images", "batch", "lr")
+    assert Training.__struct_fields__[:4] == ("images", "batch", "optimizer", "lr")
 
 
 def test_names_are_listed_without_torch():

@@ -140,7 +140,7 @@ def tamed(g: Tensor, c: float, how: Taming) -> Tensor:
     """
     if how == "clip":
         return g.clamp(-1, 1)
-    size = torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
+    size: Tensor = torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
     return g / (size * (g[0].numel() ** -0.5 if how == "rms" else 1.0) + c)
 
 

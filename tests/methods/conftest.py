@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edmdistill import schedules
 from edmdistill.methods import cosim
-from edmdistill.methods.base import Batch, NoiseRange
+from edmdistill.methods.base import Batch, NoiseRange, Role
 from edmdistill.methods.cosim import CoSIM
 from edmdistill.trigflow import cos_sin
 
@@ -21,20 +21,27 @@ SHAPE, LABELS = (1, 2, 2), 3
 
 
 class Tiny(nn.Module):
-    """F(x_t, t, labels[, second]) with less than a hundred random weights, smooth in all that it reads."""
+    """F(x_t, t, labels[, second]) with less than a hundred random weights, smooth in all that it reads; and u(t)."""
 
-    def __init__(self, two_time: bool, dtype: torch.dtype) -> None:
+    def __init__(self, role: Role, dtype: torch.dtype) -> None:
         super().__init__()
-        self.two_time = two_time
+        self.two_time = two_time = role.two_time
+        self.head = nn.Linear(2, 1, dtype=dtype) if role.logvar else None
         self.hidden = nn.Linear(4 + 2 + LABELS + 2 * two_time, 5, dtype=dtype)
         self.out = nn.Linear(5, 4, dtype=dtype)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, *second: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, logvar: bool = False):
         assert x_t.shape[1:] == SHAPE
-        assert len(second) == self.two_time
-        times = [f(time).to(x_t.dtype)[:, None] for time in (t, *second) for f in (torch.cos, torch.sin)]
+        assert (second is not None) == self.two_time
+        read = [t] if second is None else [t, second]
+        times = [f(time).to(x_t.dtype)[:, None] for time in read for f in (torch.cos, torch.sin)]
         hidden = self.hidden(torch.cat([x_t.flatten(1) / 0.5, *times, labels], 1)).tanh()
-        return self.out(hidden).reshape(x_t.shape)
+        F = self.out(hidden).reshape(x_t.shape)
+        return (F, self.head(torch.cat(times[:2], 1)).flatten()) if logvar else F
+
+    @torch.no_grad()
+    def tangent(self, x_t: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(lambda x, t: self(x, t, labels), (x_t, t), (dx, dt))
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def tiny_networks() -> Callable[..., dict[str, Tiny]]:
     def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tiny]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return {name: Tiny(role.two_time, dtype) for name, role in method.roles.items()}
+            return {name: Tiny(role, dtype) for name, role in method.roles.items()}
 
     return make
 

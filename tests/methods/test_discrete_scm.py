@@ -8,6 +8,8 @@ from edmdistill.methods.consistency import continuous_target, discrete_target
 from edmdistill.schedules import edm_curve, lognormal_shares
 from edmdistill.trigflow import ddim_step, denoised
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
+
 
 def test_it_tends_to_the_continuous_target() -> None:
     """The difference falls with the step."""

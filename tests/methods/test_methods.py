@@ -14,7 +14,10 @@ from edmdistill.methods import METHODS
 from edmdistill.methods.base import Method, NoiseRange
 
 Make = Callable[..., Any]
-pytestmark = pytest.mark.parametrize("name", METHODS)
+pytestmark = [
+    pytest.mark.parametrize("name", METHODS),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's own, on use of jvp
+]
 
 
 @pytest.fixture
@@ -99,14 +102,15 @@ def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tin
     called = set()
 
     def watched(role: str) -> Callable[..., Tensor]:
-        def F(x_t: Tensor, t: Tensor, labels: Tensor, *second: Tensor) -> Tensor:
+        def F(x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, logvar: bool = False):
             called.add(role)
             assert labels is batch.labels
             assert t.shape == (len(batch.x0),)
-            assert len(second) == kind.roles[role].two_time
-            assert all((time >= t).all() for time in second)
-            return networks[role](x_t, t, labels, *second)
+            assert (second is not None) == kind.roles[role].two_time
+            assert second is None or (second >= t).all()
+            return networks[role](x_t, t, labels, second, logvar)
 
+        F.tangent = networks[role].tangent
         return F
 
     method = kind(kind.Config(), {role: watched(role) for role in kind.roles}, method.noise)

@@ -116,6 +116,9 @@ class Gaussian(Network):
         shape = img_channels, img_resolution, img_resolution
         self.mean, self.std = (nn.Parameter(torch.rand(shape, generator=generator).double()) for _ in range(2))
 
+    def embed(self, c_noise: Any, *_: object) -> Any:
+        return c_noise
+
     def forward(self, x: Any, c_noise: Any, *_: object) -> Any:
         tan = (4 * c_noise).exp()[:, None, None, None] / 0.5
         cos = 1 / (tan**2 + 1).sqrt()
