@@ -185,6 +185,9 @@ def prepare(
         name = recipe.method["name"]
         raise TrainingError(f"{name} distils a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     _require_fit(dataset, flow, config)
+    objection = method_class.objection(recipe.method_config, flow.network.positional_time)
+    if objection is not None:
+        raise TrainingError(objection)
 
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
     roles = {role: cast(part, flow, recipe) for role, part in method_class.roles.items()}

@@ -75,3 +75,10 @@ def test_the_plan_is_plain(start):
     assert plan["roles"]["auxiliary"]["parameters"] > plan["roles"]["generator"]["parameters"] > 1000
     assert plan["data"]["images"] == 1500
     assert Recipe.from_json(json.dumps(plan["recipe"]).encode()).hash == plan["recipe_hash"]
+
+
+def test_a_teacher_that_makes_the_tangent_unstable_is_refused(recipe, teacher):
+    tables = json.loads(recipe("scd").to_json())
+    del tables["method"]["allow_edm_time"]
+    with pytest.raises(TrainingError, match="convert it with --time-embedding positional, and train that by"):
+        prepare(Recipe.from_json(json.dumps(tables).encode()), data="digits", teacher=teacher, machine=Machine("cpu"))
