@@ -7,7 +7,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,14 +39,6 @@ SAVES = textwrap.dedent("""
     Path(f"{rank}.up").touch()
     time.sleep(60)
 """)
-
-
-@pytest.fixture(autouse=True)
-def hang_ups_count() -> Iterator[None]:
-    """Under nohup the tests' own processes would ignore them too."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
