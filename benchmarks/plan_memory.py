@@ -88,7 +88,7 @@ def main() -> None:
             arguments = arguments | {"model_channels": max(32, arguments.get("model_channels", 128) // 4)}
         torch.manual_seed(0)
         flow = FlowNetwork(new_network(kind, resolution, channels, classes, **arguments), EDM())
-        planned = make_plan(measure(recipe, flow, machine.checkpointing)).peak(options.batch, accumulates=False)
+        planned = make_plan(measure(recipe, flow, machine), machine).peak(options.batch, accumulates=False)
         with tempfile.TemporaryDirectory() as scratch:
             encoder = ENCODER | {"scale": [0.12] * channels, "bias": [0.0] * channels}
             provenance = Provenance(source="random weights")
