@@ -3,7 +3,7 @@
     python benchmarks/plan_memory.py [--networks edm2-img512-s ...] [--batch 4] [--checkpoint-activations]
 
 On a GPU the peak is torch.cuda.max_memory_allocated, on a CPU what the profiler sees come and go. On a CPU the
-networks are thinned out to an eighth of their channels.
+networks are thinned out to a quarter of their channels.
 """
 
 import argparse
