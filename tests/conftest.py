@@ -1,5 +1,6 @@
 """What every test may ask for."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ from hypothesis import settings
 # The same examples in every run, and no deadline: the first call of a torch operation is slow, and machines are shared.
 settings.register_profile("edmdistill", derandomize=True, deadline=None)
 settings.load_profile("edmdistill")
+
+# Under nohup, or in the background of a script, signals are ignored, and would be in the processes under test.
+for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session")

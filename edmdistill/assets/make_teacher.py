@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from edmdistill.checkpoints.convert import OURS
 from edmdistill.checkpoints.store import CheckpointConfig, load_checkpoint
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.two_time import drop_second_time
@@ -105,7 +106,7 @@ def official(module: nn.Module | None, kwargs: dict[str, Any], skip: tuple[str, 
 
 def to_pickle(network: UNet, config: CheckpointConfig) -> bytes:
     """The network as the bytes of an official EDM2 pickle: EasyDict(encoder, dataset_kwargs, loss_fn, ema)."""
-    arguments = {k: v for k, v in network.arguments.items() if k not in ("two_time", "logvar_channels")}
+    arguments = {k: v for k, v in network.arguments.items() if k not in OURS | {"logvar_channels"}}
     head = ("logvar_fourier", "logvar_linear")
     unet = official(network, arguments, skip=(*head, "second_time"))
     parts = {"unet": unet, **{name: official(network.get_submodule(name), {}) for name in head}}

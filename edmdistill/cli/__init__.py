@@ -16,6 +16,7 @@ COMMANDS = {
     "ema": "Put an average of the weights of another length together, after training.",
     "sample": "Draw images from a teacher or a generator.",
     "eval": "Measure a checkpoint or a folder of images against a data set.",
+    "loss": "Compare the diffusion loss of two teachers by noise level.",
     "plan": "Say what a run will need: memory, operations and days, by GPU.",
     "report": "Write a one-page HTML report of a run.",
     "doctor": "Look at versions, devices and disk, and say what to mend.",

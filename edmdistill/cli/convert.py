@@ -79,5 +79,6 @@ def command(
     click.echo(f"Largest relative difference of its denoised images after the conversion:\n\n{table(done.parity)}\n")
     click.echo(f"{done.path} is written: under {config.provenance.licence}, a TrigFlow teacher with two times.")
     if time_embedding:
-        click.echo("It is another function than its source. To train it until it is as good:")
-        click.echo(f"  edmdistill train diffusion {done.path} --data ... --recipe ... --run-dir ...")
+        click.echo("It is another function than its source. To train it on, and to see whether it is as good again:")
+        click.echo(f"  edmdistill train diffusion {done.path} --data DATA --recipe RECIPE --run-dir RUN")
+        click.echo(f"  edmdistill loss RUN {source} --data DATA")

@@ -110,6 +110,15 @@ class Method(ABC):
     def turns(self) -> tuple[Turn, ...]:
         """One round: the turns in the order in which they are taken."""
 
+    @classmethod
+    def objection(cls, config: msgspec.Struct, positional_time: bool) -> str | None:
+        """Why a teacher will not do, in a sentence with the fix; None: it will.
+
+        Args:
+            positional_time: whether it reads t itself, by a positional embedding.
+        """
+        return None
+
     def notes(self) -> tuple[str, ...]:
         """Sentences worth reading before a run: what follows from the options, what is known to be risky."""
         return ()

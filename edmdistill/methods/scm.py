@@ -36,6 +36,7 @@ class SCTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Literal["exact", "finite-difference"], Meta(description="how the tangent is taken; the second is weaker")
     ] = "exact"
     intervals: Annotated[int, Meta(ge=1, description="M: consistency to the start of each of M intervals of t")] = 1
+    allow_edm_time: Annotated[bool, Meta(description="allow a teacher that reads ln(sigma) in the place of t")] = False
 
 
 class SCDConfig(SCTConfig, frozen=True, forbid_unknown_fields=True):
@@ -53,6 +54,17 @@ class SCT(Method):
         self.noise = noise
         self.networks = networks
         self.generator = networks["generator"]
+
+    @classmethod
+    def objection(cls, config: msgspec.Struct, positional_time: bool) -> str | None:
+        """Source: sCM, section 4.1: the derivative of EDM's time embedding is what makes the training unstable."""
+        if positional_time or cast(SCTConfig, config).allow_edm_time:
+            return None
+        return (
+            "the teacher reads ln(sigma), by an embedding whose derivative makes continuous-time training unstable: "
+            "convert it with --time-embedding positional, and train that by `edmdistill train diffusion`; or say "
+            "--set method.allow_edm_time=true"
+        )
 
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("generator", self.generator_loss),)

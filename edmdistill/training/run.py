@@ -20,7 +20,7 @@ from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import statistics_of
 from edmdistill.errors import RecipeError, TrainingError
 from edmdistill.methods.base import Method, NoiseRange, Role
-from edmdistill.networks import NETWORKS
+from edmdistill.networks import new_network
 from edmdistill.networks.preconditioning import EDM, FlowNetwork
 from edmdistill.networks.rebuild import add_logvar
 from edmdistill.networks.two_time import add_second_time, drop_second_time
@@ -177,14 +177,17 @@ def prepare(
         raise TrainingError("the states of adam8bit are not shared out: take --shard or adam8bit")
     dataset = open_dataset(data, split=recipe.data.split, xflip=recipe.data.xflip)
     if teacher is not None:
-        flow, config = _read(teacher)
+        flow, config = read_teacher(teacher)
     elif recipe.network is not None:
         torch.manual_seed(recipe.training.seed)
         flow, config = _make(recipe.network, dataset)
     else:
         name = recipe.method["name"]
         raise TrainingError(f"{name} distils a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
-    _require_fit(dataset, flow, config)
+    require_fit(dataset, flow, config)
+    objection = method_class.objection(recipe.method_config, flow.network.positional_time)
+    if objection is not None:
+        raise TrainingError(objection)
 
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
     roles = {role: cast(part, flow, recipe) for role, part in method_class.roles.items()}
@@ -247,7 +250,7 @@ def take_stage(run: Run, role: str) -> None:
                 parameter.requires_grad_(other == role)
 
 
-def _read(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
+def read_teacher(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
     """A teacher and its configuration, as parent of what comes from it; of a run directory, the one trained there."""
     path = resolve(source)
     if path.is_dir():
@@ -270,7 +273,7 @@ def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConf
         "label_dim": dataset.label_dim,
     } | table.arguments
     try:
-        network = NETWORKS[table.kind](**arguments)
+        network = new_network(table.kind, **arguments)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"[network.arguments] make no {table.kind} network: {error}") from error
     kind: Literal["log_sigma", "time"] = "time" if network.positional_time else "log_sigma"
@@ -295,7 +298,9 @@ def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
     return network
 
 
-def _require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -> None:
+def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -> None:
+    """Lets data through that the network takes.  Raises: TrainingError: their shape or their classes are others."""
+
     def words(latent: bool, size: int, channels: int, classes: int) -> str:
         what = "latents" if latent else "images"
         return f"{what} of {size}x{size} with {channels} channels and {classes or 'no'} classes"

@@ -17,6 +17,7 @@ from edmdistill.checkpoints.convert import (
     load_denoiser,
     load_generator,
     load_model,
+    outline,
 )
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, Generator, load_checkpoint, load_tensors, save_checkpoint
@@ -218,3 +219,56 @@ def test_precision(golden: Path) -> None:
     assert 1e-6 < error(half(*inputs), cases["case0.D_x"]) < 3e-2
     assert isinstance(half.flow.network, UNet)
     assert half.flow.network.out_gain.dtype == torch.float32
+
+
+EDM_NETWORKS = [name for name in NETWORKS if name.startswith("edm")]
+
+
+@pytest.mark.parametrize("name", EDM_NETWORKS)
+def test_every_network_with_edms_preconditioning_can_read_t(golden: Path, tmp_path: Path, name: str) -> None:
+    done = convert(golden / name, tmp_path / "out", time_embedding="positional")
+    config = done.config
+    assert (config.c_noise, config.preconditioning["c_noise_kind"], config.two_time) == ("t", "time", True)
+    assert config.network.arguments.get("double_norm", True)
+    assert len(done.parity) == 8
+    assert all(1e-6 < row.float64 < 100 for row in done.parity)
+    assert all(row.float32 == pytest.approx(row.float64, rel=0.1) for row in done.parity)
+    flow, again = load_checkpoint(tmp_path / "out")
+    assert again == config
+    assert flow.preconditioning.reads_time
+    assert outline(tmp_path / "out").preconditioning == flow.preconditioning
+    assert not load_denoiser(tmp_path / "out").flow.two_time
+    assert convert(golden / name, tmp_path / "out", time_embedding="positional").parity == ()
+    with pytest.raises(CheckpointError, match="holds a checkpoint already"):  # but not what is asked now
+        convert(golden / name, tmp_path / "out")
+
+
+def test_without_double_norm_less_is_changed(golden: Path, tmp_path: Path) -> None:
+    source = golden / "edm2-rgb-cond.pkl"
+    kept = convert(source, tmp_path / "kept", time_embedding="positional", double_norm=False)
+    changed = convert(source, tmp_path / "changed", time_embedding="positional")
+    assert sum(row.float64 for row in kept.parity) < sum(row.float64 for row in changed.parity)
+    assert not kept.config.network.arguments["double_norm"]
+
+
+def test_a_teacher_of_ours_can_be_adapted(golden: Path, tmp_path: Path) -> None:
+    source = golden / "edm2-rgb-cond.pkl"
+    ours = convert(source, tmp_path / "ours", licence="mit")
+    again = convert(ours.path, tmp_path / "again", time_embedding="positional")
+    direct = convert(source, tmp_path / "direct", time_embedding="positional")
+    found, expected = (load_tensors(done.path / MODEL)[0] for done in (again, direct))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert again.config.provenance.source == "edm2-rgb-cond.pkl"
+    assert again.config.provenance.licence == "mit"
+    assert again.config.provenance.parent is not None
+
+
+def test_what_cannot_be_adapted(golden: Path, tmp_path: Path) -> None:
+    for name, options, sentence in (
+        ("vp-ddpmpp-uncond.pkl.gz", {"time_embedding": "positional"}, "needs EDM's preconditioning"),
+        ("edm-tiny-cond.pkl", {"time_embedding": "positional", "double_norm": True}, "no adaptive norm"),
+        ("edm2-rgb-cond.pkl", {"double_norm": True}, "goes with --time-embedding positional"),
+    ):
+        with pytest.raises(CheckpointError, match=sentence):
+            convert(golden / name, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())

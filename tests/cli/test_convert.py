@@ -68,3 +68,14 @@ def test_a_bad_file_costs_no_torch(bad: Path, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stdout == "False\n"
+
+
+def test_a_teacher_that_reads_t(golden: Path, tmp_path: Path) -> None:
+    command = ["convert", str(golden / "edm2-rgb-cond.pkl"), str(tmp_path / "out"), "--time-embedding", "positional"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0
+    assert "sigma    float32    float64" in result.stdout
+    assert "It is another function than its source." in result.stdout
+    result = CliRunner().invoke(main, [*command, "--no-double-norm"])
+    assert result.exit_code == 2
+    assert "holds a checkpoint already" in result.stderr

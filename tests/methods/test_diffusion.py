@@ -67,3 +67,29 @@ def test_the_best_f_of_gaussian_data_has_no_gradient(
     V = t.cos() ** 2 * covariance + t.sin() ** 2 * SD**2 * eye
     variance = torch.trace(covariance @ torch.linalg.inv(V))
     torch.testing.assert_close(value.detach(), variance, rtol=1e-9, atol=0)
+
+
+def test_adaptive_weighting_is_least_where_u_is_the_log_of_the_loss(
+    tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
+) -> None:
+    """d/du (e^-u L/D + u) = 0 at u = ln(L/D); and F's gradient is the plain one, over D e^u."""
+    F, batch = tiny_networks(Diffusion)["teacher"], tiny_batch()
+
+    def value(u: Tensor | None) -> Tensor:
+        def teacher(x_t: Tensor, t: Tensor, labels: Tensor, second: None = None, logvar: bool = False) -> object:
+            assert logvar == (u is not None)
+            return (F(x_t, t, labels), u) if logvar else F(x_t, t, labels)
+
+        config = DiffusionConfig(weighting="none" if u is None else "adaptive")
+        return Diffusion(config, {"teacher": teacher}, noise).velocity_loss(batch, Draws(7, len(batch.x0))).value
+
+    plain = value(None)
+    D = batch.x0[0].numel()
+    u = (plain.detach() / D).log().requires_grad_()
+    loss = value(u)
+    torch.testing.assert_close(loss, 1 + u)
+    weights = [*F.hidden.parameters(), *F.out.parameters()]
+    slope = torch.autograd.grad(loss.sum(), [u, *weights])
+    assert slope[0].abs().max() < 1e-12
+    expected = torch.autograd.grad((plain / plain.detach()).sum(), weights)
+    torch.testing.assert_close(slope[1:], expected)

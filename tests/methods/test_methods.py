@@ -70,7 +70,9 @@ def test_a_turn_reaches_every_weight_of_its_role_and_no_other(build: Make, tiny_
         for role, network in networks.items():
             network.requires_grad_(role == turn.role).zero_grad()
         turn.loss(tiny_batch(), draws()).value.mean().backward()
-        for parameter in networks[turn.role].parameters():
+        for part, parameter in networks[turn.role].named_parameters():
+            if name == "diffusion" and part.startswith("head"):
+                continue  # only adaptive weighting reads it
             assert parameter.grad.isfinite().all()
             assert (parameter.grad != 0).all()
 

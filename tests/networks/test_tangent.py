@@ -110,7 +110,14 @@ def test_linear_in_the_tangents(flow: FlowNetwork) -> None:
 class Gaussian(Network):
     """F_raw of EDM's preconditioning where the data is Gaussian: its ODE leaves an image's place in the bell alone."""
 
-    def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, two_time: bool = False) -> None:
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        two_time: bool = False,
+        positional_time: bool = False,
+    ) -> None:
         super().__init__(locals(), img_channels)
         generator = torch.Generator().manual_seed(0)
         shape = img_channels, img_resolution, img_resolution

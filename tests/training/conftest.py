@@ -43,7 +43,8 @@ def recipe() -> Callable[..., Recipe]:
     """recipe(method, ema, **training): a tiny recipe with another [ema], and other values in its [training]."""
 
     def make(method: str, ema: dict[str, object] | None = None, **training: object) -> Recipe:
-        tables = TABLES | {"method": {"name": method}, "training": TABLES["training"] | training}
+        own = {"name": method} | ({"allow_edm_time": True} if method in ("scd", "sct") else {})
+        tables = TABLES | {"method": own, "training": TABLES["training"] | training}
         tables |= {"ema": ema or TABLES["ema"]}
         if method == "diffusion":
             tables |= {"network": {"kind": "edm2", "arguments": NETWORK}}

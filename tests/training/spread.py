@@ -22,7 +22,7 @@ NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_reso
 
 def recipe(method: str) -> Recipe:
     tables = {
-        "method": {"name": method},
+        "method": {"name": method} | ({"allow_edm_time": True} if method in ("scd", "sct") else {}),
         "training": {"images": 20 * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8},
         "ema": {"half_life_images": 50, "sigma_rel": [0.1]},
     }

@@ -75,3 +75,27 @@ def test_the_plan_is_plain(start):
     assert plan["roles"]["auxiliary"]["parameters"] > plan["roles"]["generator"]["parameters"] > 1000
     assert plan["data"]["images"] == 1500
     assert Recipe.from_json(json.dumps(plan["recipe"]).encode()).hash == plan["recipe_hash"]
+
+
+def test_a_teacher_that_makes_the_tangent_unstable_is_refused(recipe, teacher):
+    tables = json.loads(recipe("scd").to_json())
+    del tables["method"]["allow_edm_time"]
+    with pytest.raises(TrainingError, match="convert it with --time-embedding positional, and train that by"):
+        prepare(Recipe.from_json(json.dumps(tables).encode()), data="digits", teacher=teacher, machine=Machine("cpu"))
+
+
+SONG = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "positional_time": True}
+
+
+@pytest.mark.parametrize("weighting", ["none", "adaptive"])
+def test_a_role_with_logvar_has_a_head_which_learns_where_it_is_asked(recipe, weighting):
+    tables = json.loads(recipe("diffusion").to_json())
+    tables["network"] |= {"kind": "song", "arguments": SONG}
+    tables["method"]["weighting"] = weighting
+    made = Recipe.from_json(json.dumps(tables).encode())
+    runs = [prepare(made, data="digits", machine=Machine("cpu")) for _ in range(2)]
+    heads = [run.roles["teacher"].network.get_buffer("logvar_fourier.freqs") for run in runs]
+    assert torch.equal(*heads)
+    idle = {name for name in runs[0].unused("teacher") if "logvar" in name}
+    assert len(idle) == (2 if weighting == "none" else 0)
+    assert runs[0].config.c_noise == "t"

@@ -1,0 +1,49 @@
+"""edmdistill loss."""
+
+import click
+
+
+@click.command("loss")
+@click.argument("teacher")
+@click.argument("original", required=False)
+@click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits.")
+@click.option("--split", default="train", show_default=True, help="Of the digits: train, test or all.")
+@click.option("--images", type=click.IntRange(min=1), default=1000, show_default=True, help="How many of the data.")
+@click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images at a time.")
+@click.option("--device", help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    teacher: str,
+    original: str | None,
+    data: str,
+    split: str,
+    images: int,
+    batch: int,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Measure the diffusion loss of TEACHER by noise level, beside that of ORIGINAL.
+
+    So it is seen whether a teacher that `convert --time-embedding positional` changed, and that was trained on, is as
+    good as it was. Both are checkpoints of ours, runs or official files.
+    """
+    import json
+
+    import torch
+
+    from edmdistill.training.noise_levels import losses_by_noise, verdict
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sources = [teacher, original] if original else [teacher]
+    rows = losses_by_noise(sources, data, split=split, images=images, batch=batch, device=where)
+    if as_json:
+        document = {"schema_version": 1, "sources": sources, "losses": [row._asdict() for row in rows]}
+        click.echo(json.dumps(document, indent=2))
+        return
+    names = ("teacher", "original", "ratio") if original else ("teacher",)
+    click.echo(f"{'sigma':>8} " + " ".join(f"{name:>10}" for name in names))
+    for row in rows:
+        ratio = [row.losses[0] / row.losses[1]] if original else []
+        click.echo(f"{row.sigma:8g} " + " ".join(f"{value:10.4f}" for value in (*row.losses, *ratio)))
+    if original:
+        click.echo(verdict(rows))
