@@ -3,7 +3,7 @@
     python benchmarks/plan_memory.py [--networks edm2-img512-s ...] [--batch 4] [--checkpoint-activations]
 
 On a GPU the peak is torch.cuda.max_memory_allocated, on a CPU what the profiler sees come and go. On a CPU the
-networks are thinned out to an eighth of their channels.
+networks are thinned out to a quarter of their channels.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main() -> None:
             arguments = arguments | {"model_channels": max(32, arguments.get("model_channels", 128) // 4)}
         torch.manual_seed(0)
         flow = FlowNetwork(new_network(kind, resolution, channels, classes, **arguments), EDM())
-        planned = make_plan(measure(recipe, flow, machine.checkpointing)).peak(options.batch, accumulates=False)
+        planned = make_plan(measure(recipe, flow, machine), machine).peak(options.batch, accumulates=False)
         with tempfile.TemporaryDirectory() as scratch:
             encoder = ENCODER | {"scale": [0.12] * channels, "bias": [0.0] * channels}
             provenance = Provenance(source="random weights")

@@ -2,18 +2,21 @@
 
 import json
 import sys
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edmdistill.cli.train import OFFLOADS, Words
 from edmdistill.errors import RecipeError
+from edmdistill.training.cards import CARDS
 
 if TYPE_CHECKING:
     from edmdistill.networks.preconditioning import FlowNetwork
     from edmdistill.recipes import Recipe
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16")
+"""Those that differ: fp16 takes what bf16 takes."""
 
 
 @click.command("plan")
@@ -27,6 +30,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 @click.option("--shard", is_flag=True, help="As train's.")
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="As train's.")
 @click.option("--checkpoint-activations", is_flag=True, help="As train's.")
+@click.option("--card", "names", type=click.Choice(list(CARDS)), multiple=True, help="For this GPU; may be repeated.")
 @click.option("--utilisation", type=click.FloatRange(0, 1), default=0.35, show_default=True, help="Of a GPU's peak.")
 @click.option("--all", "all_", is_flag=True, help="Every precision, with and without sharding and checkpointing, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -41,6 +45,7 @@ def command(
     shard: bool,
     offload: tuple[str, ...],
     checkpoint_activations: bool,
+    names: tuple[str, ...],
     utilisation: float,
     all_: bool,
     as_json: bool,
@@ -52,7 +57,6 @@ def command(
     from msgspec.structs import replace
 
     from edmdistill.recipes import load_recipe
-    from edmdistill.training.cards import CARDS
     from edmdistill.training.engine import Machine
     from edmdistill.training.plan import Plan, images_per_second, make_plan, measure
 
@@ -61,8 +65,9 @@ def command(
     training = resolved.training
     share = -(-training.batch // processes)
     rows = min(micro_batch or share, share)
-    accumulates = rows < share or (processes > 1 and not shard)
-    machine = Machine(shard=shard and processes > 1, offload=offload)
+    accumulates = rows < share
+    machine = Machine(shard=shard and processes > 1, offload=offload, checkpointing=checkpoint_activations)
+    chosen = {name: CARDS[name] for name in names or CARDS}
 
     def show(stage: str) -> None:
         if sys.stderr.isatty():
@@ -71,39 +76,41 @@ def command(
     def peaks(plan: Plan) -> dict[str, Any]:
         return {"one_image": plan.peak(1), "micro_batch": plan.peak(rows, accumulates)}
 
-    plan = make_plan(measure(resolved, flow, checkpoint_activations, show), machine, processes)
-    one_pass = plan.peak(rows, accumulates) - plan.resident - plan.gradients * accumulates
+    measured = measure(resolved, flow, machine, show)
+    plan = make_plan(measured, machine, processes)
+    turns = plan.peaks(rows, accumulates)
+    longest = max(turns, key=turns.__getitem__)
+    gradients, activations = plan.turn(longest, rows, accumulates)
     bytes_ = {f"{role}'s weights": size for role, size in plan.weights.items()} | {
         "averages": plan.averages,
         "optimisers": plan.optimizer,
+        "DDP's buckets of gradients": plan.buckets,
         "gathered at one time": plan.gathered,
-        "gradients": plan.gradients * accumulates,
-        f"a pass of {rows:,} images" + ("" if accumulates else ", its gradients among it"): one_pass,
+        f"the {longest}'s gradients": gradients,
+        f"the {longest}'s turn with {rows:,} image{'s' if rows > 1 else ''}": activations,
     }
     cards = []
-    for name, card in CARDS.items():
+    for name, card in chosen.items():
         speed = images_per_second(plan, card, training.precision != "fp32", utilisation, processes)
-        largest = min(plan.largest_micro_batch(card.memory), share)
+        largest = plan.largest_micro_batch(card.memory, share)
         days = training.images / speed / 86400
         cards.append({"card": name, "largest_micro_batch": largest, "images_per_second": speed, "days": days})
     others = []
-    if all_:
-        for precision in PRECISIONS:
-            for checkpointing in (False, True):
-                changed = replace(resolved, training=replace(training, precision=precision))
-                show(f"{precision}{', checkpointing' if checkpointing else ''}")
-                measured = measure(changed, flow, checkpointing)
-                for sharded in (False, True) if processes > 1 else (False,):
-                    other = make_plan(measured, machine._replace(shard=sharded), processes)
-                    fits = {name: min(other.largest_micro_batch(card.memory), share) for name, card in CARDS.items()}
-                    how = {"precision": precision, "checkpointing": checkpointing, "shard": sharded}
-                    others.append(how | peaks(other) | {"largest_micro_batch": fits})
+    for precision, checkpointing in product(PRECISIONS, (False, True)) if all_ else ():
+        changed = replace(resolved, training=replace(training, precision=precision))
+        show(f"{precision}{', checkpointing' if checkpointing else ''}")
+        measured = measure(changed, flow, machine._replace(checkpointing=checkpointing))
+        for sharded in (False, True) if processes > 1 else (False,):
+            other = make_plan(measured, machine._replace(shard=sharded), processes)
+            fits = {name: other.largest_micro_batch(card.memory, share) for name, card in chosen.items()}
+            how = {"precision": precision, "checkpointing": checkpointing, "shard": sharded}
+            others.append(how | peaks(other) | {"largest_micro_batch": fits})
     show("")
     document = {
         "schema_version": 1,
         "parameters": plan.parameters,
         "bytes": bytes_,
-        "peak": peaks(plan),
+        "peak": peaks(plan) | {"turns": turns},
         "flops_per_image": plan.flops,
         "forward_flops": plan.forward_flops,
         "utilisation": utilisation,
@@ -143,31 +150,33 @@ def _flow(recipe: "Recipe", teacher: str | None, network: str | None, data: str 
 
 def _text(document: dict[str, Any], recipe: "Recipe", processes: int, rows: int) -> str:
     roles = ", ".join(f"{role} {count / 1e6:,.1f}M" for role, count in document["parameters"].items())
-    training = recipe.training
+    training, peak = recipe.training, document["peak"]
+    lesser = {role: size for role, size in peak["turns"].items() if size < peak["micro_batch"]}
     lines = [
         f"{recipe.method['name']} in {training.precision} on {processes} GPU{'s' if processes > 1 else ''}: {roles}.",
         f"{document['flops_per_image'] / 1e9:,.4g} GFLOP an image, {document['forward_flops'] / 1e9:,.4g} of them in a "
         "forward pass.",
         "",
         *(f"{size / 1e9:10.2f} GB  {name}" for name, size in document["bytes"].items() if size),
-        f"{document['peak']['micro_batch'] / 1e9:10.2f} GB  at most on each GPU, in micro-batches of {rows:,}",
-        f"{document['peak']['one_image'] / 1e9:10.2f} GB  in micro-batches of one image",
+        f"{peak['micro_batch'] / 1e9:10.2f} GB  at most on each GPU, in micro-batches of {rows:,}",
+        *(f"{size / 1e9:10.2f} GB  in the {role}'s turn" for role, size in lesser.items()),
+        f"{peak['one_image'] / 1e9:10.2f} GB  in micro-batches of one image",
         "",
-        f"GPU        largest micro-batch    images/s   days for {training.images:,} images, at "
+        f"GPU          largest micro-batch    images/s   days for {training.images:,} images, at "
         f"{document['utilisation']:.0%} of its peak",
     ]
     for card in document["cards"]:
         largest = card["largest_micro_batch"]
         speed = f"{card['images_per_second']:10,.0f}   {card['days']:.1f}" if largest else "         -   -"
-        lines.append(f"{card['card']:<10} {largest or 'does not fit':>19}  {speed}")
+        lines.append(f"{card['card']:<12} {largest or 'does not fit':>19}  {speed}")
     if document["others"]:
         names = list(document["others"][0]["largest_micro_batch"])
         lines += ["", "GB in micro-batches of one, and the largest micro-batch by GPU:", ""]
-        lines.append(f"{'':34}{'GB':>8}" + "".join(f"{name:>10}" for name in names))
+        lines.append(f"{'':34}{'GB':>8}" + "".join(f"{name:>12}" for name in names))
         for other in document["others"]:
-            how = other["precision"]
+            how = "bf16, fp16" if other["precision"] == "bf16" else other["precision"]
             how += ", checkpointing" if other["checkpointing"] else ""
             how += ", sharded" if other["shard"] else ""
-            fits = "".join(f"{count or '-':>10}" for count in other["largest_micro_batch"].values())
+            fits = "".join(f"{count or '-':>12}" for count in other["largest_micro_batch"].values())
             lines.append(f"{how:<34}{other['one_image'] / 1e9:8.1f}{fits}")
     return "\n".join(lines)

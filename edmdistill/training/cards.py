@@ -6,19 +6,24 @@ from typing import NamedTuple
 
 
 class Card(NamedTuple):
-    """memory: bytes.  half: dense bf16 and fp16 on tensor cores; single: fp32 without them; operations a second."""
+    """memory: bytes.  half: bf16 and fp16, single: TF32, dense on tensor cores; operations a second.
+
+    fp32 networks compute in TF32 there: it is what torch's convolutions take unless they are told otherwise.
+    """
 
     memory: float
     half: float
     single: float
 
 
-# Source: NVIDIA's data sheets of each; without sparsity.
+# Source: NVIDIA's data sheets and architecture papers; SXM where there are several, without sparsity, sums in fp32.
 CARDS = {
     "rtx4090": Card(24e9, 165.2e12, 82.6e12),
-    "a100-40": Card(40e9, 312e12, 19.5e12),
-    "l40s": Card(48e9, 362e12, 91.6e12),
-    "a100-80": Card(80e9, 312e12, 19.5e12),
-    "h100": Card(80e9, 989e12, 67e12),
-    "h200": Card(141e9, 989e12, 67e12),
+    "a100-40": Card(40e9, 312e12, 156e12),
+    "l40s": Card(48e9, 362e12, 183e12),
+    "rtx6000-ada": Card(48e9, 364.2e12, 182.1e12),
+    "a100-80": Card(80e9, 312e12, 156e12),
+    "h100": Card(80e9, 989.4e12, 494.7e12),
+    "h200": Card(141e9, 989.4e12, 494.7e12),
+    "b200": Card(180e9, 2250e12, 1100e12),
 }

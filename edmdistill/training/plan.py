@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from edmdistill.methods.base import NoiseRange, Turn
 from edmdistill.networks.preconditioning import FlowNetwork
@@ -31,13 +33,35 @@ from edmdistill.training.run import cast
 
 FREE = 0.05
 """Share of a card's memory that is left for CUDA itself and for fragments."""
-BUCKET = 25 * 2**20
-"""Bytes of gradients that DDP gathers before it sends them."""
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
+ATEN = torch.ops.aten
+FLASH = ATEN._scaled_dot_product_flash_attention_for_cpu
+"""Of all fused kernels the one that gives back nothing but what autograd needs."""
+FLOPS = flop_registry | {
+    FLASH: flop_registry[ATEN._scaled_dot_product_flash_attention],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 Line = tuple[int, int]
 """Bytes without images, and bytes for each image."""
+Lines = tuple[Line, ...]
+"""The moments of a pass: what lives then. The highest line counts."""
+
+
+class Pass(NamedTuple):
+    """A forward and a backward pass of one turn.
+
+    Attributes:
+        learnt: bytes of the weights that the turn trains.
+        whole: with the gradients of these weights, as they come.
+        activations: without them.
+    """
+
+    learnt: int
+    whole: Lines
+    activations: Lines
 
 
 class Plan(NamedTuple):
@@ -46,11 +70,12 @@ class Plan(NamedTuple):
     Attributes:
         parameters: by role.
         weights, averages, optimizer: bytes that are always there; weights by role.
-        gradients: bytes of the role with the most, or of all where DDP keeps them.
-        gathered: bytes of what FSDP2 has whole at one time, or of the largest layer that is lent.
-        passes: a forward and a backward pass, its own gradients among it: at each moment, what lives then.
-        activations: the same without gradients.
-        flops: operations of one round for an image, forward and backward.
+        buckets: bytes in which DDP keeps the gradients of all trained roles.
+        gathered: bytes of what FSDP2 has whole at one time.
+        gradients: bytes that a turn gathers, by role.
+        passes: by role.
+        sharded: whether FSDP2 shares out what is here.
+        flops: operations of one round for an image, forward and backward, those done again among them.
         forward_flops: of one pass of the product's network.
     """
 
@@ -58,32 +83,43 @@ class Plan(NamedTuple):
     weights: dict[str, int]
     averages: int
     optimizer: int
-    gradients: int
+    buckets: int
     gathered: int
-    passes: tuple[Line, ...]
-    activations: tuple[Line, ...]
+    gradients: dict[str, int]
+    passes: dict[str, Pass]
+    sharded: bool
     flops: float
     forward_flops: float
 
     @property
     def resident(self) -> int:
-        """Bytes between two turns, without gradients."""
-        return sum(self.weights.values()) + self.averages + self.optimizer + self.gathered
+        """Bytes between two turns."""
+        return sum(self.weights.values()) + self.averages + self.optimizer + self.buckets + self.gathered
 
-    def peak(self, micro_batch: int, accumulates: bool = True) -> int:
-        """Bytes at most.
+    def turn(self, role: str, micro_batch: int, accumulates: bool = True) -> tuple[int, int]:
+        """Bytes of gradients, and of what else a turn's pass has at most. Where gradients come and go with the pass
+        or are in DDP's buckets, there are none beside it.
 
         Args:
-            accumulates: whether gradients are there before the pass: of an earlier micro-batch, or in DDP's buckets.
+            accumulates: whether the pass is one of several, so that gradients are there before it. DDP moves them into
+                its buckets after the last.
         """
-        if accumulates:
-            return self.resident + self.gradients + _highest(self.activations, micro_batch)
-        return self.resident + _highest(self.passes, micro_batch)
+        own = self.passes[role]
+        if accumulates or self.sharded:
+            return self.gradients[role], _highest(own.activations, micro_batch)
+        return 0, _highest(own.activations if self.buckets else own.whole, micro_batch)
 
-    def largest_micro_batch(self, memory: float) -> int:
-        """The most images of one pass in so many bytes; 0: not even one fits."""
-        room = memory * (1 - FREE) - self.resident - self.gradients
-        return max(0, min(int((room - fixed) // each) for fixed, each in self.activations if each > 0))
+    def peaks(self, micro_batch: int, accumulates: bool = True) -> dict[str, int]:
+        """Bytes at most in every turn, by role."""
+        return {role: self.resident + sum(self.turn(role, micro_batch, accumulates)) for role in self.passes}
+
+    def peak(self, micro_batch: int, accumulates: bool = True) -> int:
+        """Bytes at most."""
+        return max(self.peaks(micro_batch, accumulates).values())
+
+    def largest_micro_batch(self, memory: float, most: int) -> int:
+        """The most images of one of several passes, `most` at most, in so many bytes; 0: not even one fits."""
+        return bisect_right(range(1, most + 1), memory * (1 - FREE), key=self.peak)
 
 
 class Measured(NamedTuple):
@@ -91,9 +127,8 @@ class Measured(NamedTuple):
 
     recipe: Recipe
     networks: dict[str, FlowNetwork]
-    learnt: dict[str, int]
-    passes: tuple[Line, ...]
-    activations: tuple[Line, ...]
+    passes: dict[str, Pass]
+    lent: bool
     flops: float
     forward_flops: float
 
@@ -101,43 +136,35 @@ class Measured(NamedTuple):
 def measure(
     recipe: Recipe,
     flow: FlowNetwork,
-    checkpointing: bool = False,
+    machine: Machine = Machine(),
     on_progress: Callable[[str], object] = lambda stage: None,
 ) -> Measured:
     """Takes every turn of a recipe on the meta device.
 
     Args:
         flow: the teacher, or what a method without one makes; on any device, for its numbers do not count.
-        checkpointing: see Machine.
+        machine: only checkpointing and a teacher in the host's memory change a pass; the rest is `make_plan`'s.
         on_progress: is told what is being looked at.
     """
     method = recipe.method_class
     roles = {role: cast(part, flow, recipe) for role, part in method.roles.items()}
-    if checkpointing:
-        for network in roles.values():
-            network.network.checkpoint_blocks()
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
     probe = Probe(method, recipe.method_config, roles, noise)
-    on_progress("operations")
-    one = forward_flops(flow)
-    with _counter() as all_, fused_attention():
-        unused = probe.unused()
+    lent = "teacher" in machine.offload
+    for role, network in probe.networks.items():
+        if lent and not method.roles[role].trained:
+            _lend(network)
+        if machine.checkpointing:
+            network.network.checkpoint_blocks()
 
     # Two images and three, of every turn: what lives at a moment of it grows evenly with the images.
-    passes: list[Line] = []
-    activations: list[Line] = []
-    learnt = {}
+    passes, flops = {}, 0.0
     for turn in probe.turns:
         on_progress(f"the {turn.role}'s turn")
-        network = probe.take_stage(turn.role)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(name not in unused[turn.role])
-        learnt[turn.role] = _bytes(parameter for parameter in network.parameters() if parameter.requires_grad)
         two, three = (_follow(probe, turn, rows) for rows in (ROWS, ROWS + 1))
-        for lines, low, high in ((passes, two.live, three.live), (activations, two.own, three.own)):
-            lines += [(low - ROWS * (high - low), high - low) for low, high in zip(low, high, strict=True)]
-    flops = all_.get_total_flops() / ROWS
-    return Measured(recipe, probe.networks, learnt, _envelope(passes), _envelope(activations), flops, one)
+        passes[turn.role] = Pass(two.learnt, _lines(two.live, three.live), _lines(two.own, three.own))
+        flops += two.flops / ROWS
+    return Measured(recipe, probe.networks, passes, lent, flops, forward_flops(flow))
 
 
 def forward_flops(flow: FlowNetwork) -> float:
@@ -145,34 +172,32 @@ def forward_flops(flow: FlowNetwork) -> float:
     network = copy.deepcopy(flow).to("meta").requires_grad_(False)
     x_t = torch.empty(1, flow.img_channels, flow.img_resolution, flow.img_resolution, device="meta")
     labels = torch.empty(1, flow.label_dim, device="meta") if flow.label_dim else None
-    with _counter() as counter, fused_attention():
+    with fused_attention(), Ledger() as ledger:
         network(x_t, torch.empty(1, device="meta"), labels)
-    return float(counter.get_total_flops())
+    return float(ledger.flops)
 
 
 def make_plan(measured: Measured, machine: Machine = Machine(), processes: int = 1) -> Plan:
-    """Lays what was measured out on a machine, whose micro-batch and checkpointing do not count here."""
-    method, networks, learnt = measured.recipe.method_class, measured.networks, measured.learnt
-    frozen = [role for role in networks if role not in learnt]
-    replicated = processes > 1 and not machine.shard
+    """Lays what was measured out on a machine, whose checkpointing and lent teacher are those of `measure`."""
+    method, networks, passes = measured.recipe.method_class, measured.networks, measured.passes
     sizes = {role: _bytes(network.state_dict().values()) for role, network in networks.items()}
+    learnt = {role: own.learnt for role, own in passes.items()}
     states = 2 if measured.recipe.training.optimizer == "adam8bit" else 8  # bytes a parameter
     averages = len(profiles(measured.recipe.ema)) * sizes[method.product]
-    gathered = max(map(_largest_piece, networks.values())) if machine.shard else 0
-    if "teacher" in machine.offload:
-        gathered = max((_largest_layer(networks[role]) for role in frozen), default=0)
-        sizes |= dict.fromkeys(frozen, 0)
-    gradients = sum(learnt.values()) + BUCKET if replicated else max(learnt.values())
+    if measured.lent:
+        sizes |= {role: 0 for role in networks if role not in learnt}
+    replicated = processes > 1 and not machine.shard
     shares = processes if machine.shard else 1
     return Plan(
         parameters={role: sum(p.numel() for p in network.parameters()) for role, network in networks.items()},
         weights={role: size // shares for role, size in sizes.items()},
         averages=0 if "ema" in machine.offload else averages // shares,
         optimizer=0 if "optimizer" in machine.offload else states * sum(learnt.values()) // 4 // shares,
-        gradients=gradients // shares,
-        gathered=gathered,
-        passes=measured.passes,
-        activations=measured.activations,
+        buckets=sum(learnt.values()) if replicated else 0,
+        gathered=max(map(_largest_piece, networks.values())) if machine.shard else 0,
+        gradients={role: size // shares for role, size in learnt.items()},
+        passes=passes,
+        sharded=machine.shard,
         flops=measured.flops,
         forward_flops=measured.forward_flops,
     )
@@ -183,24 +208,29 @@ def images_per_second(plan: Plan, card: Card, half: bool, utilisation: float, pr
     return utilisation * (card.half if half else card.single) * processes / plan.flops
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the bytes of tensors that are made within it and still live.
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the bytes of tensors that are made within it and still live, and counts operations.
 
     Attributes:
-        live: after each operation.
-        births: the operation, by number, that made a storage, and its bytes.
+        live: bytes after each call of torch.
+        births: the call, by number, that made a storage, and its bytes.
+        flops: of matrix products, convolutions and attention.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live: list[int] = []
         self.births: dict[int, tuple[int, int]] = {}
+        self.flops = 0.0
         self._now = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -217,28 +247,53 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Followed(NamedTuple):
-    """Bytes after each operation of a turn: all that live, and those that are not gradients of weights."""
+    """A turn: bytes of the weights that its loss reaches; after each call of torch the bytes of all that lives, and of
+    what is not gradients of weights; operations."""
 
+    learnt: int
     live: list[int]
     own: list[int]
+    flops: float
 
 
 def _follow(probe: Probe, turn: Turn, rows: int) -> Followed:
-    network = probe.networks[turn.role]
-    with fused_attention(), LiveBytes() as bytes_:
+    network = probe.take_stage(turn.role)
+    with fused_attention(), Ledger() as ledger:
         torch.autograd.backward(probe.loss(turn, rows).value.mean())
-        gradients = [0] * (len(bytes_.live) + 1)
-        for parameter in network.parameters():
-            if parameter.grad is not None:
-                birth, size = bytes_.births[parameter.grad.untyped_storage()._cdata]
-                gradients[birth] += size
+        gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        born = [0] * len(ledger.live)
+        for gradient in gradients:
+            birth, size = ledger.births[gradient.untyped_storage()._cdata]
+            born[birth] += size
     network.zero_grad(set_to_none=True)
-    return Followed(
-        bytes_.live, [live - grown for live, grown in zip(bytes_.live, accumulate(gradients), strict=False)]
-    )
+    own = [live - grown for live, grown in zip(ledger.live, accumulate(born), strict=True)]
+    return Followed(_bytes(gradients), ledger.live, own, ledger.flops)
 
 
-def _envelope(lines: Iterable[Line]) -> tuple[Line, ...]:
+def _lines(low: list[int], high: list[int]) -> Lines:
+    """What grows from `low` to `high` bytes with one image more than ROWS, moment by moment."""
+    return _envelope((a - ROWS * (b - a), b - a) for a, b in zip(low, high, strict=True))
+
+
+def _lend(network: FlowNetwork) -> None:
+    """As Engine.lend: each layer has weights while it works; those that autograd keeps live on.
+
+    What brings them stands before and after `forward` itself, which a checkpointed block calls again.
+    """
+    for module in network.network.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if own:
+            module.forward = partial(_with_weights, module, own, module.forward)
+
+
+def _with_weights(module: nn.Module, own: dict[str, nn.Parameter], forward: Callable[..., Any], *args: Any) -> Any:
+    module._parameters |= {name: nn.Parameter(torch.empty_like(p), requires_grad=False) for name, p in own.items()}
+    out = forward(*args)
+    module._parameters |= own
+    return out
+
+
+def _envelope(lines: Iterable[Line]) -> Lines:
     """Those of the lines that are the highest for some number of images."""
     upper: list[Line] = []
     for fixed, each in sorted(set(lines), key=lambda line: (line[1], line[0])):
@@ -256,7 +311,7 @@ def _crosses_before(upper: list[Line], new: Line) -> bool:
     return (a - e) * (d - b) <= (a - c) * (f - b)
 
 
-def _highest(lines: Iterable[Line], images: int) -> int:
+def _highest(lines: Lines, images: int) -> int:
     return max(fixed + images * each for fixed, each in lines)
 
 
@@ -274,26 +329,12 @@ def fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = own
 
 
-def _counter() -> FlopCounterMode:
-    def forward(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
-        return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
-
-    def backward(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
-        return int(sdpa_backward_flop_count(grad, q, k, v))  # type: ignore[no-untyped-call]
-
-    own = {FLASH: forward, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
-    return FlopCounterMode(display=False, custom_mapping=own)
-
-
 def _bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _largest_piece(network: FlowNetwork) -> int:
-    """What FSDP2 has whole at one time: a block, the next one, which it fetches meanwhile, and what is in no block."""
+    """What FSDP2 has whole at one time: what is in no block, a block, the next one, which it fetches meanwhile, and the
+    gradient of one."""
     blocks = sorted(_bytes(block.parameters()) for block in network.network.blocks())
-    return sum(blocks[-2:]) + _bytes(network.parameters()) - sum(blocks)
-
-
-def _largest_layer(network: FlowNetwork) -> int:
-    return max(_bytes(module.parameters(recurse=False)) for module in network.modules())
+    return _bytes(network.parameters()) - sum(blocks) + sum(blocks[-2:]) + blocks[-1]

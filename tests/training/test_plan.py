@@ -67,66 +67,103 @@ def measured(recipe: Recipe, teacher: Path, machine: Machine) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "checkpointing"),
-    [("ddpmpp", 32, False), ("adm", 4, False), ("edm2", 32, False), ("edm2", 2, False), ("edm2", 64, True)],
+    ("name", "batch", "micro_batch", "checkpointing"),
+    [
+        ("ddpmpp", 32, 32, False),
+        ("adm", 4, 4, False),
+        ("adm", 8, 2, False),
+        ("edm2", 32, 32, False),
+        ("edm2", 64, 64, True),
+    ],
 )
-def test_within_a_tenth_of_what_a_round_takes(name: str, batch: int, checkpointing: bool, tmp_path: Path) -> None:
+def test_within_a_tenth_of_what_a_round_takes(
+    name: str, batch: int, micro_batch: int, checkpointing: bool, tmp_path: Path
+) -> None:
     flow, recipe = network(*SMALL[name]), cosim(batch)
     provenance = Provenance(source="a test")
     save_checkpoint(tmp_path / "teacher", flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow)))
-    machine = Machine("cpu", checkpointing=checkpointing)
-    plan = make_plan(measure(recipe, flow, checkpointing))
+    machine = Machine("cpu", micro_batch, checkpointing=checkpointing)
+    plan = make_plan(measure(recipe, flow, machine), machine)
     real = measured(recipe, tmp_path / "teacher", machine)
-    assert plan.peak(batch, accumulates=False) == pytest.approx(real, rel=0.1)
+    assert plan.peak(micro_batch, accumulates=micro_batch < batch) == pytest.approx(real, rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("name", "forward"),
+    ("name", "parameters", "forward"),
     [
-        ("ddpmpp-cifar10", 42.3),
-        ("adm-imagenet64", 219.3),
-        ("edm2-img512-s", 201.7),
-        ("edm2-img512-xxl", 1093.7),
+        ("ddpmpp-cifar10", 55.7, 42.3),
+        ("adm-imagenet64", 295.9, 219.3),
+        ("edm2-img512-s", 280, 201.7),
+        ("edm2-img512-m", 498, 357.5),
+        ("edm2-img512-l", 777, 558.9),
+        ("edm2-img512-xxl", 1523, 1093.7),
     ],
 )
-def test_published_operations(name: str, forward: float) -> None:
-    """Of a forward pass, in GFLOP; a multiplication and an addition are two."""
+def test_published_sizes(name: str, parameters: float, forward: float) -> None:
+    """Millions of parameters and GFLOP of a forward pass, to 0.3%; a multiplication and an addition are two."""
     kind, shape, arguments = SIZES[name]
     with torch.device("meta"):
         flow = FlowNetwork(new_network(kind, *shape, **arguments), EDM())
-    assert forward_flops(flow) / 1e9 == pytest.approx(forward, rel=0.02)
+    assert sum(p.numel() for p in flow.parameters()) / 1e6 == pytest.approx(parameters, rel=3e-3)
+    assert forward_flops(flow) / 1e9 == pytest.approx(forward, rel=3e-3)
 
 
 def test_where_things_are_kept() -> None:
     """CoSIM: three networks and an average, two of them trained."""
     flow = network(*SMALL["edm2"])
     one = sum(4 * p.numel() for p in flow.parameters())
-    measured_ = measure(cosim(8), flow)
-    plain, sharded = make_plan(measured_), make_plan(measured_, Machine(shard=True), 4)
+    found = measure(cosim(8), flow)
+    plain, sharded, copied = make_plan(found), make_plan(found, Machine(shard=True), 4), make_plan(found, processes=2)
     assert sum(plain.weights.values()) == pytest.approx(3 * one, rel=0.02)
     assert (plain.averages, plain.optimizer) == (pytest.approx(one, rel=0.02), pytest.approx(4 * one, rel=0.02))
-    for name in ("averages", "optimizer", "gradients"):
+    for name in ("averages", "optimizer"):
         assert getattr(sharded, name) == getattr(plain, name) // 4
+    assert sharded.gradients == {role: size // 4 for role, size in plain.gradients.items()}
     assert sharded.gathered < one
-    assert make_plan(measured_, processes=2).gradients > 2 * plain.gradients
-    spare = make_plan(measured_, Machine(offload=("ema", "teacher", "optimizer")))
+    # DDP's buckets hold the gradients of both roles; those of several passes wait beside them.
+    assert copied.buckets == sum(plain.gradients.values())
+    assert copied.peak(3) == plain.peak(3) + copied.buckets
+    assert 0.9 * one < copied.peak(3) - copied.peak(3, accumulates=False) < 1.1 * one
+    machine = Machine(offload=("ema", "teacher", "optimizer"))
+    spare = make_plan(measure(cosim(8), flow, machine), machine)
     assert (spare.averages, spare.optimizer, spare.weights["teacher"]) == (0, 0, 0)
     room = plain.peak(7) / (1 - FREE)
-    assert plain.largest_micro_batch(room + 1e3) == 7
-    assert plain.largest_micro_batch(plain.peak(1)) == 0
+    assert plain.largest_micro_batch(room + 1, 64) == 7
+    assert plain.largest_micro_batch(room + 1, 5) == 5
+    assert plain.largest_micro_batch(plain.peak(1), 64) == 0
+
+
+@pytest.mark.parametrize(("name", "kept"), [("ddpmpp", 1), ("edm2", 0)])
+def test_a_teacher_in_the_hosts_memory(name: str, kept: int) -> None:
+    """What autograd holds for the way back through it stays until then: the weights themselves, unless the layers
+    work with others that they make of them. Blocks that are computed again bring theirs again, one by one."""
+    kind, arguments = SMALL[name]
+    flow = network(kind, arguments | {"channel_mult": [1], "attn_resolutions": []})
+    one = sum(4 * p.numel() for p in flow.parameters())
+
+    def saved(checkpointing: bool) -> int:
+        whole = Machine(checkpointing=checkpointing)
+        lent = whole._replace(offload=("teacher",))
+        peaks = (make_plan(measure(cosim(8), flow, machine), machine).peak(3) for machine in (whole, lent))
+        return next(peaks) - next(peaks)
+
+    assert saved(checkpointing=False) == pytest.approx((1 - kept) * one, abs=0.3 * one)
+    assert 0.5 * one < saved(checkpointing=True) < 1.01 * one
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=30), st.integers(0, 100))
 def test_the_envelope_is_the_highest_line_everywhere(lines: list[tuple[int, int]], images: int) -> None:
     envelope = _envelope(lines)
-    assert _highest(envelope, images) == _highest(lines, images)
+    assert _highest(envelope, images) == max(fixed + images * each for fixed, each in lines)
     assert len(envelope) <= len(set(lines))
 
 
 @pytest.mark.slow
 def test_recipes_of_the_papers_fit_what_they_were_trained_on() -> None:
     """CoSIM's on 8 cards of 48 GB, 32 images a pass."""
-    recipe = load_recipe("cosim/imagenet512-l", "cosim")
+    recipe, machine = load_recipe("cosim/imagenet512-l", "cosim"), Machine(checkpointing=True)
+    kind, shape, arguments = SIZES["edm2-img512-l"]
     with torch.device("meta"):
-        flow = FlowNetwork(new_network("edm2", 64, 4, 1000, model_channels=320), EDM())
-    assert make_plan(measure(recipe, flow, True), processes=8).largest_micro_batch(CARDS["l40s"].memory) >= 32
+        flow = FlowNetwork(new_network(kind, *shape, **arguments), EDM())
+    plan = make_plan(measure(recipe, flow, machine), machine, processes=8)
+    assert plan.largest_micro_batch(CARDS["l40s"].memory, 256) >= 32
