@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 from edmdistill.errors import RecipeError
 
 if TYPE_CHECKING:
-    from edmdistill.methods.base import Method
+    from edmdistill.methods.base import Method, Role
 
 Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
@@ -156,6 +156,11 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return msgspec.convert(own, self.method_class.Config)
 
     @property
+    def roles(self) -> dict[str, Role]:
+        """The roles that play in it, by name."""
+        return self.method_class.cast(self.method_config)
+
+    @property
     def hash(self) -> str:
         """sha256 of the canonical JSON: equal for equal computations, whatever the file was called."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
@@ -267,7 +272,7 @@ def _resolve(tables: Mapping[str, Any], source: str) -> Recipe:
         for table, type_ in _TABLES.items()
         if table != "network" or tables.get("network") is not None
     }
-    trained = [role for role, part in method.roles.items() if part.trained]
+    trained = [role for role, part in method.cast(config).items() if part.trained]
     has_teacher = method.product != "teacher"
     if ("network" in typed) == has_teacher:
         what = "takes its network from the teacher: remove" if has_teacher else "has no teacher: add"

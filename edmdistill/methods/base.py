@@ -94,7 +94,8 @@ class Method(ABC):
 
     Class attributes:
         Config: a frozen msgspec.Struct; its fields are the [method] table of a recipe.
-        roles: the networks it plays with, by name. A role that is not trained is the frozen teacher.
+        roles: the networks it plays with, by name; `cast` says which of them under which options. A role that is not
+            trained is the frozen teacher.
         product: the role whose average is what a run is for.
     """
 
@@ -109,6 +110,11 @@ class Method(ABC):
     @abstractmethod
     def turns(self) -> tuple[Turn, ...]:
         """One round: the turns in the order in which they are taken."""
+
+    @classmethod
+    def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
+        """The roles that play under these options; all of them, unless a method says otherwise."""
+        return cls.roles
 
     @classmethod
     def objection(cls, config: msgspec.Struct, positional_time: bool) -> str | None:

@@ -147,12 +147,12 @@ def measure(
         on_progress: is told what is being looked at.
     """
     method = recipe.method_class
-    roles = {role: cast(part, flow, recipe) for role, part in method.roles.items()}
+    roles = {role: cast(part, flow, recipe) for role, part in recipe.roles.items()}
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
     probe = Probe(method, recipe.method_config, roles, noise)
     lent = "teacher" in machine.offload
     for role, network in probe.networks.items():
-        if lent and not method.roles[role].trained:
+        if lent and not recipe.roles[role].trained:
             _lend(network)
         if machine.checkpointing:
             network.network.checkpoint_blocks()

@@ -190,8 +190,8 @@ def prepare(
         raise TrainingError(objection)
 
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
-    roles = {role: cast(part, flow, recipe) for role, part in method_class.roles.items()}
-    trained = [role for role, part in method_class.roles.items() if part.trained]
+    roles = {role: cast(part, flow, recipe) for role, part in recipe.roles.items()}
+    trained = [role for role, part in recipe.roles.items() if part.trained]
     unused = Probe(method_class, recipe.method_config, roles, noise).unused()
     averages = [Ema(roles[method_class.product], profile) for profile in profiles(recipe.ema)]
 
