@@ -131,17 +131,18 @@ def test_a_measurement_does_not_depend_on_the_batch_and_leaves_the_network_as_it
     model = generator(two_time(dropout=0.5)).train()
     done: list[int] = []
     many, one = (
-        evaluate_likelihood(model, DIGITS, count=5, probes=2, batch=size, on_progress=done.append) for size in (5, 1)
+        evaluate_likelihood(model, DIGITS, count=3, probes=2, tolerance=0.05, batch=n, on_progress=done.append)
+        for n in (3, 1)
     )
     assert many.metrics == pytest.approx(one.metrics, rel=1e-12)
     assert (many.protocol, many.sampler) == (one.protocol, one.sampler)
-    assert done == [5, 5] + [1] * 10
+    assert done == [3, 3] + [1] * 6
     assert model.training
 
 
 def test_the_numbers_are_those_of_the_images_and_probes() -> None:
     model = Denoiser(flow())
-    first, second, both = (evaluate_likelihood(model, DIGITS, count=n, probes=p).metrics for n, p in
+    first, second, both = (evaluate_likelihood(model, DIGITS, count=n, probes=p, tolerance=0.05).metrics for n, p in
                            ((1, 3), (2, 1), (2, 3)))  # fmt: skip
     assert set(both) == {"nll@2", "nll_image_error@2", "nll_probe_std@2"}
     assert set(second) == {"nll@2", "nll_image_error@2"}
@@ -150,13 +151,13 @@ def test_the_numbers_are_those_of_the_images_and_probes() -> None:
     assert both["nll_image_error@2"] == pytest.approx(abs(other - first["nll@1"]) / 2)
     # A network of 0 sees noise of N(0, 1/4) alone: its likelihood is the closed form, in bits of pixels.
     torch.nn.init.zeros_(model.flow.network.out_gain)
-    found = evaluate_likelihood(model, DIGITS, count=6, probes=2, tolerance=1e-5).metrics
-    pixels = DIGITS.images(indices(0, 0, 6, len(DIGITS))).double()
+    found = evaluate_likelihood(model, DIGITS, count=4, probes=2, tolerance=1e-4).metrics
+    pixels = DIGITS.images(indices(0, 0, 4, len(DIGITS))).double()
     spread = (pixels / 127.5 - 1).square() + 1 / 12 / 127.5**2
     variance = 0.25 + 0.002**2
     nats = 0.5 * math.log(2 * math.pi * variance) + spread / 2 / variance
-    assert found["nll@6"] == pytest.approx(float(nats.mean()) / math.log(2) + math.log2(127.5), abs=1e-3)
-    assert found["nll_probe_std@6"] < 1e-6
+    assert found["nll@4"] == pytest.approx(float(nats.mean()) / math.log(2) + math.log2(127.5), abs=1e-3)
+    assert found["nll_probe_std@4"] < 1e-6
 
 
 def test_classes_are_passed_on() -> None:
