@@ -292,10 +292,19 @@ def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
     if not part.trained:
         network.network.fold()
     elif recipe.training.dropout is not None:
-        for module in network.modules():
-            if hasattr(module, "dropout"):
-                module.dropout = recipe.training.dropout  # type: ignore[assignment]
+        set_dropout(network, recipe.training.dropout, recipe.training.dropout_max_resolution)
     return network
+
+
+def set_dropout(network: FlowNetwork, dropout: float, max_resolution: int | None) -> None:
+    """Dropout in the blocks of features up to max_resolution pixels a side, None: in all; none in the others.
+
+    Source: sCM, appendix G.2.
+    """
+    for name, block in network.named_modules():
+        if hasattr(block, "dropout"):
+            resolution = int(name.rpartition(".")[2].partition("x")[0])  # official names: enc.16x16_block0
+            block.dropout = dropout if max_resolution is None or resolution <= max_resolution else 0.0
 
 
 def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -> None:
