@@ -56,7 +56,7 @@ class SCT(Method):
         self.generator = networks["generator"]
 
     @classmethod
-    def objection(cls, config: msgspec.Struct, positional_time: bool) -> str | None:
+    def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
         """Source: sCM, section 4.1: the derivative of EDM's time embedding is what makes the training unstable."""
         if positional_time or cast(SCTConfig, config).allow_edm_time:
             return None

@@ -22,7 +22,7 @@ from edmdistill.errors import RecipeError, TrainingError
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import new_network
 from edmdistill.networks.preconditioning import EDM, FlowNetwork
-from edmdistill.networks.rebuild import add_logvar
+from edmdistill.networks.rebuild import add_guidance, add_logvar
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.recipes import Network, Recipe
 from edmdistill.training.ema import Ema, profiles
@@ -185,7 +185,9 @@ def prepare(
         name = recipe.method["name"]
         raise TrainingError(f"{name} distils a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     require_fit(dataset, flow, config)
-    objection = method_class.objection(recipe.method_config, flow.network.positional_time)
+    objection = method_class.objection(
+        recipe.method_config, positional_time=flow.network.positional_time, label_dim=flow.label_dim
+    )
     if objection is not None:
         raise TrainingError(objection)
 
@@ -287,6 +289,8 @@ def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
     network = add_second_time(flow) if part.two_time else drop_second_time(flow)
     if part.logvar:
         network = add_logvar(network, recipe.training.seed)
+    if part.guided:
+        network = add_guidance(network)
     network.compute_dtype = PRECISION[recipe.training.precision]
     network.requires_grad_(False).eval()
     if not part.trained:
