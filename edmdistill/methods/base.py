@@ -38,14 +38,14 @@ class FlowFunction(Protocol):
         self,
         x_t: Tensor,
         t: Tensor,
-        labels: Tensor | None,
-        second: Tensor | None,
-        logvar: Literal[True],
+        labels: Tensor | None = None,
+        second: Tensor | None = None,
         /,
         *,
+        u_at: tuple[Tensor, ...],
         w: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """F, and the log variance u [B] of the loss at t, for a role with logvar."""
+    ) -> tuple[Tensor, ...]:
+        """F, and for each of n times [B] the log variance u [B] of a loss then, for a role with n logvars or more."""
 
     def tangent(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /, *, w: Tensor | None = None
@@ -81,14 +81,14 @@ class Role(NamedTuple):
     Attributes:
         trained: it has turns; else it is frozen.
         two_time: it reads a second time.
-        logvar: it has a head for u(t).
+        logvars: how many heads for u(t) it has.
         guided: it reads the weight of guidance.
         source: whose network it starts as: the teacher's, or that of the guide, another network of the same data.
     """
 
     trained: bool
     two_time: bool = False
-    logvar: bool = False
+    logvars: int = 0
     guided: bool = False
     source: Literal["teacher", "guide"] = "teacher"
 

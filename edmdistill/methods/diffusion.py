@@ -28,7 +28,7 @@ class DiffusionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Diffusion(Method):
     Config = DiffusionConfig
-    roles = {"teacher": Role(trained=True, logvar=True)}
+    roles = {"teacher": Role(trained=True, logvars=1)}
     product = "teacher"
 
     def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
@@ -52,6 +52,6 @@ class Diffusion(Method):
         if self.config.weighting == "none":
             F = self.teacher(x_t, t, batch.labels)
             return Loss((F - target).square().flatten(1).sum(1), t)
-        F, u = self.teacher(x_t, t, batch.labels, None, True)
+        F, u = self.teacher(x_t, t, batch.labels, u_at=(t,))
         square = (F - target).square().flatten(1).mean(1)
         return Loss((-u).exp() * square + u, t, {"velocity_error": square.detach().mean()})

@@ -47,7 +47,7 @@ class SCT(Method):
     """Without a teacher: the velocity is that of the data and its noise."""
 
     Config: ClassVar[type[msgspec.Struct]] = SCTConfig
-    roles: ClassVar[dict[str, Role]] = {"generator": Role(trained=True, logvar=True)}
+    roles: ClassVar[dict[str, Role]] = {"generator": Role(trained=True, logvars=1)}
 
     def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         self.config = cast(SCTConfig, config)
@@ -89,7 +89,7 @@ class SCT(Method):
                 tangent=own.tangent,
             )
             g = tamed(g, own.c, own.taming)
-        F, u = self.generator(x_t, t, batch.labels, None, True)
+        F, u = self.generator(x_t, t, batch.labels, u_at=(t,))
         loss = consistency_loss(F, F_minus, g, u, t)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
 
@@ -102,7 +102,7 @@ class SCD(SCT):
     """With a teacher: the velocity is the teacher's."""
 
     Config = SCDConfig
-    roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvar=True)}
+    roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvars=1)}
 
     def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """dx_t/dt = sigma_d F*(x_t, t), guided."""

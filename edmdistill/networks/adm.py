@@ -19,7 +19,7 @@ from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBl
 
 
 class DhariwalUNet(Network):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last five.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last six.
 
     Attention has a head for every 64 channels; a layer of fewer than 64 channels has none, even where it is asked for.
 
@@ -44,6 +44,7 @@ class DhariwalUNet(Network):
         label_dropout: float = 0.0,
         two_time: bool = False,
         logvar_channels: int = 0,
+        logvar_heads: int = 1,
         positional_time: bool = False,
         double_norm: bool = False,
         guided: bool = False,
@@ -98,7 +99,7 @@ class DhariwalUNet(Network):
         self.initialize()
         self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
         self.map_guidance = GuidanceEmbedding(emb_channels) if guided else None
-        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels)
+        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
 
     def initialize(self) -> None:
         """As torch does it, but what closes a branch starts at nothing and the labels with unit variance."""
@@ -144,9 +145,9 @@ class DhariwalUNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-        c_logvar: Tensor | None = None,
+        c_logvar: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         emb = self.embed(c_noise, labels, c_noise_t, augment_labels, w)
 
         # Encoder.
@@ -159,4 +160,4 @@ class DhariwalUNet(Network):
         for name, layer in self.dec.items():
             x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
         out: Tensor = self.out_conv(self.out_norm(x))
-        return out if c_logvar is None else (out, self.logvar(c_logvar))
+        return (out, *self.logvars(c_logvar)) if c_logvar else out

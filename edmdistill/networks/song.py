@@ -20,7 +20,7 @@ from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBl
 
 
 class SongUNet(Network):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last four.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last five.
 
     DDPM++ embeds the time by positions, has standard encoder and decoder, box filter [1, 1], channel_mult_noise 1;
     NCSN++ by Fourier features, a residual encoder, filter [1, 3, 3, 1], channel_mult_noise 2.
@@ -54,6 +54,7 @@ class SongUNet(Network):
         resample_filter: Sequence[float] = (1, 1),
         two_time: bool = False,
         logvar_channels: int = 0,
+        logvar_heads: int = 1,
         positional_time: bool = False,
         guided: bool = False,
     ) -> None:
@@ -143,7 +144,7 @@ class SongUNet(Network):
         self.initialize()
         self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
         self.map_guidance = GuidanceEmbedding(emb_channels) if guided else None
-        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels)
+        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
 
     def initialize(self) -> None:
         """Xavier's uniform weights and no biases; what closes a residual branch starts at nearly nothing."""
@@ -191,9 +192,9 @@ class SongUNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-        c_logvar: Tensor | None = None,
+        c_logvar: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         emb = self.embed(c_noise, labels, c_noise_t, augment_labels, w)
 
         # Encoder.
@@ -222,4 +223,4 @@ class SongUNet(Network):
             else:
                 x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
         assert out is not None
-        return out if c_logvar is None else (out, self.logvar(c_logvar))
+        return (out, *self.logvars(c_logvar)) if c_logvar else out

@@ -285,10 +285,10 @@ def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConf
 
 
 def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
-    """The network that plays a part: a copy of the teacher, with the times and the head that it asks for."""
+    """The network that plays a part: a copy of the teacher, with the times and the heads that it asks for."""
     network = add_second_time(flow) if part.two_time else drop_second_time(flow)
-    if part.logvar:
-        network = add_logvar(network, recipe.training.seed)
+    if part.logvars:
+        network = add_logvar(network, recipe.training.seed, part.logvars)
     if part.guided:
         network = add_guidance(network)
     network.compute_dtype = PRECISION[recipe.training.precision]
