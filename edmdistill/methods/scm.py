@@ -21,7 +21,16 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
-from edmdistill.methods.consistency import Taming, consistency_loss, continuous_target, guided, tamed, warmup
+from edmdistill.methods.consistency import Taming, consistency_loss, continuous_target, tamed, warmup
+from edmdistill.methods.guidance import (
+    Guide,
+    GuidedTeacher,
+    Range,
+    at_weight,
+    guidance_objection,
+    guided_cast,
+    require_range,
+)
 from edmdistill.schedules import lognormal_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time, velocity
 
@@ -40,7 +49,11 @@ class SCTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SCDConfig(SCTConfig, frozen=True, forbid_unknown_fields=True):
-    guidance: Annotated[float, Meta(ge=1, description="weight of the teacher's guidance by classes; 1 = none")] = 1.0
+    guidance: Range = (1.0, 1.0)
+    guide: Guide = "classes"
+
+    def __post_init__(self) -> None:
+        require_range(self)
 
 
 class SCT(Method):
@@ -52,7 +65,6 @@ class SCT(Method):
     def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         self.config = cast(SCTConfig, config)
         self.noise = noise
-        self.networks = networks
         self.generator = networks["generator"]
 
     @classmethod
@@ -75,10 +87,12 @@ class SCT(Method):
         t = sigma_to_time(lognormal_sigmas(draws, P_mean=own.P_mean, P_std=own.P_std), sigma_data)
         z = draws.normal_like(batch.x0, sigma_data)
         x_t = diffuse(batch.x0, z, t)
+        w = self.weights(draws)
+        generator = at_weight(self.generator, w)
         with torch.no_grad():
-            dx = self.velocity(batch, z, x_t, t)
+            dx = self.velocity(batch, z, x_t, t, w)
             F_minus, g = continuous_target(
-                self.generator,
+                generator,
                 x_t,
                 t,
                 batch.labels,
@@ -89,11 +103,15 @@ class SCT(Method):
                 tangent=own.tangent,
             )
             g = tamed(g, own.c, own.taming)
-        F, u = self.generator(x_t, t, batch.labels, u_at=(t,))
+        F, u = generator(x_t, t, batch.labels, u_at=(t,))
         loss = consistency_loss(F, F_minus, g, u, t)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
 
-    def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def weights(self, draws: Draws) -> Tensor | None:
+        """Of guidance, for each sample one; None: there is no choice of them.  [B]"""
+        return None
+
+    def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
         """dx_t/dt = cos(t) z - sin(t) x0."""
         return velocity(batch.x0, z, t)
 
@@ -104,10 +122,29 @@ class SCD(SCT):
     Config = SCDConfig
     roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvars=1)}
 
-    def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
+        super().__init__(config, networks, noise)
+        self.teacher = GuidedTeacher(networks, cast(SCDConfig, config))
+
+    @classmethod
+    def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
+        return guided_cast(cls.roles, cast(SCDConfig, config))
+
+    @classmethod
+    def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
+        unstable = super().objection(config, positional_time=positional_time, label_dim=label_dim)
+        return unstable or guidance_objection(cast(SCDConfig, config), label_dim)
+
+    @classmethod
+    def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
+        return cast(SCDConfig, config).guidance
+
+    def weights(self, draws: Draws) -> Tensor | None:
+        return self.teacher.weights(draws)
+
+    def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
         """dx_t/dt = sigma_d F*(x_t, t), guided."""
-        w = cast(SCDConfig, self.config).guidance
-        return self.noise.sigma_data * guided(self.networks["teacher"], x_t, t, batch.labels, w)
+        return self.noise.sigma_data * self.teacher(x_t, t, batch.labels, w)
 
 
 def since_start(t: Tensor, intervals: int) -> Tensor:

@@ -29,7 +29,7 @@ from edmdistill.training.cards import Card
 from edmdistill.training.ema import profiles
 from edmdistill.training.engine import Machine
 from edmdistill.training.probe import ROWS, Probe
-from edmdistill.training.run import cast
+from edmdistill.training.run import cast_all, require_guide
 
 FREE = 0.05
 """Share of a card's memory that is left for CUDA itself and for fragments."""
@@ -138,6 +138,8 @@ def measure(
     flow: FlowNetwork,
     machine: Machine = Machine(),
     on_progress: Callable[[str], object] = lambda stage: None,
+    *,
+    guide: FlowNetwork | None = None,
 ) -> Measured:
     """Takes every turn of a recipe on the meta device.
 
@@ -145,9 +147,12 @@ def measure(
         flow: the teacher, or what a method without one makes; on any device, for its numbers do not count.
         machine: only checkpointing and a teacher in the host's memory change a pass; the rest is `make_plan`'s.
         on_progress: is told what is being looked at.
+        guide: as the teacher, for a recipe that takes one.
+    Raises: TrainingError: no guide for such a recipe, one for another, or one of other data.
     """
+    require_guide(recipe, guide)
     method = recipe.method_class
-    roles = {role: cast(part, flow, recipe) for role, part in recipe.roles.items()}
+    roles = cast_all(recipe, flow, guide)
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
     probe = Probe(method, recipe.method_config, roles, noise)
     lent = "teacher" in machine.offload
