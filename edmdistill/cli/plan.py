@@ -66,7 +66,7 @@ def command(
 
     resolved = load_recipe(recipe, None, sets)
     flow = _flow(resolved, teacher, network, data)
-    other = None if guide is None else _published(guide) if guide in SIZES else outline(guide)
+    its_guide = None if guide is None else _published(guide) if guide in SIZES else outline(guide)
     training = resolved.training
     share = -(-training.batch // processes)
     rows = min(micro_batch or share, share)
@@ -81,7 +81,7 @@ def command(
     def peaks(plan: Plan) -> dict[str, Any]:
         return {"one_image": plan.peak(1), "micro_batch": plan.peak(rows, accumulates)}
 
-    measured = measure(resolved, flow, machine, show, guide=other)
+    measured = measure(resolved, flow, machine, show, guide=its_guide)
     plan = make_plan(measured, machine, processes)
     turns = plan.peaks(rows, accumulates)
     longest = max(turns, key=turns.__getitem__)
@@ -104,7 +104,7 @@ def command(
     for precision, checkpointing in product(PRECISIONS, (False, True)) if all_ else ():
         changed = replace(resolved, training=replace(training, precision=precision))
         show(f"{precision}{', checkpointing' if checkpointing else ''}")
-        measured = measure(changed, flow, machine._replace(checkpointing=checkpointing), guide=other)
+        measured = measure(changed, flow, machine._replace(checkpointing=checkpointing), guide=its_guide)
         for sharded in (False, True) if processes > 1 else (False,):
             other = make_plan(measured, machine._replace(shard=sharded), processes)
             fits = {name: other.largest_micro_batch(card.memory, share) for name, card in chosen.items()}

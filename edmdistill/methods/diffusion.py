@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
+from edmdistill.methods.weighting import adaptive
 from edmdistill.schedules import lognormal_sigmas
 from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 
@@ -53,5 +54,5 @@ class Diffusion(Method):
             F = self.teacher(x_t, t, batch.labels)
             return Loss((F - target).square().flatten(1).sum(1), t)
         F, u = self.teacher(x_t, t, batch.labels, u_at=(t,))
-        square = (F - target).square().flatten(1).mean(1)
-        return Loss((-u).exp() * square + u, t, {"velocity_error": square.detach().mean()})
+        error = F - target
+        return Loss(adaptive(error, u), t, {"velocity_error": error.detach().square().mean()})

@@ -52,11 +52,10 @@ def require_range(own: Guided) -> None:
 
 
 def guided_cast(roles: Mapping[str, Role], own: Guided) -> dict[str, Role]:
-    """The roles, with a generator that reads a weight where there are several, and a guide where a network guides."""
+    """The roles: those that are trained read a weight where there are several; a guide, where a network guides."""
     low, high = own.guidance
-    generator = roles["generator"]._replace(guided=low < high)
     guide = {"guide": Role(trained=False, source="guide")} if own.guide == "network" else {}
-    return {**roles, "generator": generator, **guide}
+    return {name: part._replace(guided=part.trained and low < high) for name, part in roles.items()} | guide
 
 
 def guidance_objection(own: Guided, label_dim: int) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, ClassVar, Literal, cast
 
 import msgspec
@@ -31,6 +32,7 @@ from edmdistill.methods.guidance import (
     guided_cast,
     require_range,
 )
+from edmdistill.methods.score_distillation import auxiliary_loss, generator_loss
 from edmdistill.schedules import lognormal_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time, velocity
 
@@ -51,9 +53,19 @@ class SCTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SCDConfig(SCTConfig, frozen=True, forbid_unknown_fields=True):
     guidance: Range = (1.0, 1.0)
     guide: Guide = "classes"
+    vsd: Annotated[float, Meta(ge=0, description="weight of variational score distillation's loss; 0 = none")] = 0.0
+    vsd_P_mean: Annotated[float, Meta(description="mean of ln(sigma) where the two scores are compared")] = 0.4
+    vsd_P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) there")] = 2.0
+    aux_P_mean: Annotated[float, Meta(description="mean of ln(sigma) in the auxiliary score's turn")] = -0.8
+    aux_P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) in that turn")] = 1.6
 
     def __post_init__(self) -> None:
         require_range(self)
+        if self.vsd and self.intervals > 1:
+            raise ValueError(
+                f"vsd is about one step from noise to the data, but with intervals {self.intervals} it takes as many: "
+                "set one of them to its default"
+            )
 
 
 class SCT(Method):
@@ -65,6 +77,7 @@ class SCT(Method):
     def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         self.config = cast(SCTConfig, config)
         self.noise = noise
+        self.networks = networks
         self.generator = networks["generator"]
 
     @classmethod
@@ -117,7 +130,7 @@ class SCT(Method):
 
 
 class SCD(SCT):
-    """With a teacher: the velocity is the teacher's."""
+    """With a teacher: the velocity is the teacher's. If asked, one step is distilled by its score too (sCD + VSD)."""
 
     Config = SCDConfig
     roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvars=1)}
@@ -128,7 +141,10 @@ class SCD(SCT):
 
     @classmethod
     def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
-        return guided_cast(cls.roles, cast(SCDConfig, config))
+        own = cast(SCDConfig, config)
+        # The two losses have sizes of their own at the same t: each has a head for u.
+        more = {"generator": Role(trained=True, logvars=2), "auxiliary": Role(trained=True, logvars=1)}
+        return guided_cast(cls.roles | more if own.vsd else cls.roles, own)
 
     @classmethod
     def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
@@ -138,6 +154,29 @@ class SCD(SCT):
     @classmethod
     def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
         return cast(SCDConfig, config).guidance
+
+    def turns(self) -> tuple[Turn, ...]:
+        own = cast(SCDConfig, self.config)
+        return (Turn("auxiliary", self.auxiliary_loss), *super().turns()) if own.vsd else super().turns()
+
+    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """L_Diff(phi).  Source: appendix C.2."""
+        own, noise = cast(SCDConfig, self.config), self.noise
+        t = sigma_to_time(lognormal_sigmas(draws, P_mean=own.aux_P_mean, P_std=own.aux_P_std), noise.sigma_data)
+        w = self.weights(draws)
+        auxiliary, generator = (at_weight(network, w) for network in (self.networks["auxiliary"], self.generator))
+        return auxiliary_loss(auxiliary, generator, batch, t, draws, noise)
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """L_CM(theta) + vsd L_VSD(theta, psi).  Source: section 5.2; appendix C.2."""
+        own, noise, loss = cast(SCDConfig, self.config), self.noise, super().generator_loss(batch, draws)
+        if not own.vsd:
+            return loss
+        t = sigma_to_time(lognormal_sigmas(draws, P_mean=own.vsd_P_mean, P_std=own.vsd_P_std), noise.sigma_data)
+        w = self.weights(draws)
+        auxiliary, generator = (at_weight(network, w) for network in (self.networks["auxiliary"], self.generator))
+        other = generator_loss(generator, partial(self.teacher, w=w), auxiliary, batch, t, draws, noise, heads=2)
+        return loss._replace(value=loss.value + own.vsd * other.value, signals=loss.signals | other.signals)
 
     def weights(self, draws: Draws) -> Tensor | None:
         return self.teacher.weights(draws)

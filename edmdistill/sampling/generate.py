@@ -146,7 +146,7 @@ def guidance_of(model: Generator | Denoiser, asked: float | None) -> float:
     if not low <= weight <= high:
         known = f"{low:g} to {high:g}," if low < high else "1, which is none," if high == 1 else f"{low:g} alone,"
         raise EdmDistillError(
-            f"this generator knows guidance {known} but {weight:g} was asked for: ask for one that it knows, or for none"
+            f"this generator knows guidance {known} but {weight:g} was asked for: ask for another, or for none"
         )
     return weight
 

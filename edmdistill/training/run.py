@@ -184,8 +184,8 @@ def prepare(
         teacher: a checkpoint, ours or official; a method that makes its own network takes one to start from, or none.
         guide: a checkpoint too, for a recipe by which another network guides the teacher.
         machine: how the run uses the hardware.
-    Raises: TrainingError: no teacher or guide where there must be one, a generator in its place, or a guide or data that
-            do not fit.
+    Raises: TrainingError: no teacher or guide where there must be one, a generator in its place, or a guide or data
+            that do not fit.
         CheckpointError, DatasetError, RecipeError: from what is opened.
     """
     method_class = recipe.method_class
@@ -210,9 +210,9 @@ def prepare(
         raise TrainingError(objection)
 
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
-    low, high = method_class.guidance(recipe.method_config)
-    guidance = None if high == 1 else Guidance("classes" if guide is None else "network", (low, high))
-    other = None
+    other, guidance = None, None
+    if recipe.guidance != (1, 1):
+        guidance = Guidance("classes" if guide is None else "network", recipe.guidance)
     if guide is not None:
         other, its = read_teacher(guide)
         if statistics_of(its.encoder) != statistics_of(config.encoder):
@@ -321,9 +321,7 @@ def require_guide(recipe: Recipe, guide: object) -> None:
         raise TrainingError(f"{name} guides its teacher by another network here: name its checkpoint, --guide SOURCE")
     if guide is not None and not wanted:
         hint = ", or say --set method.guide=network" if "guide" in recipe.method else ""
-        raise TrainingError(
-            f"--guide would do nothing, for no network guides in this recipe of {name}: leave it out{hint}"
-        )
+        raise TrainingError(f"--guide would do nothing: by this recipe of {name} no network guides; leave it out{hint}")
 
 
 def cast_all(recipe: Recipe, teacher: FlowNetwork, guide: FlowNetwork | None = None) -> dict[str, FlowNetwork]:
@@ -350,10 +348,19 @@ def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
     if not part.trained:
         network.network.fold()
     elif recipe.training.dropout is not None:
-        for module in network.modules():
-            if hasattr(module, "dropout"):
-                module.dropout = recipe.training.dropout  # type: ignore[assignment]
+        set_dropout(network, recipe.training.dropout, recipe.training.dropout_max_resolution)
     return network
+
+
+def set_dropout(network: FlowNetwork, dropout: float, max_resolution: int | None) -> None:
+    """Dropout in the blocks of features up to max_resolution pixels a side, None: in all; none in the others.
+
+    Source: sCM, appendix G.2.
+    """
+    for name, block in network.named_modules():
+        if hasattr(block, "dropout"):
+            resolution = int(name.rpartition(".")[2].partition("x")[0])  # official names: enc.16x16_block0
+            block.dropout = dropout if max_resolution is None or resolution <= max_resolution else 0.0
 
 
 def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -> None:
