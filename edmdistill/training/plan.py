@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -327,7 +328,13 @@ def fused_attention() -> Iterator[None]:
     A mode of torch functions would not reach what a checkpointed block computes again in the backward pass.
     """
     own = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = lambda q, k, v: FLASH(q, k, v)[0]  # type: ignore[assignment, misc]
+
+    def scaled_dot_product_attention(q: Any, k: Any, v: Any) -> Any:
+        if has_torch_function((q, k, v)):  # with tangents: by their rule, as torch's own
+            return handle_torch_function(scaled_dot_product_attention, (q, k, v), q, k, v)
+        return FLASH(q, k, v)[0]
+
+    functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
     try:
         yield
     finally:
