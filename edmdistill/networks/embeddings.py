@@ -71,7 +71,10 @@ class TimeEmbedding(nn.Module):
         return features
 
     def forward(self, t: Tensor) -> Tensor:
-        return linear(self.features(t), self.mix.weight)
+        mixed: Tensor = self.mix(
+            self.features(t)
+        )  # called, for a lent network has each layer's weights as it is called
+        return mixed
 
 
 class GuidanceEmbedding(nn.Module):
