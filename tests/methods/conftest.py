@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -54,12 +55,12 @@ def noise() -> NoiseRange:
 
 @pytest.fixture
 def tiny_networks() -> Callable[..., dict[str, Tiny]]:
-    """(method, seed, dtype) -> a random network for each of its roles."""
+    """(method, seed, dtype, options) -> a random network for each role that plays."""
 
-    def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tiny]:
+    def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, Tiny]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return {name: Tiny(role, dtype) for name, role in method.roles.items()}
+            return {name: Tiny(role, dtype) for name, role in method.cast(method.Config(**options)).items()}
 
     return make
 
