@@ -71,9 +71,8 @@ class TimeEmbedding(nn.Module):
         return features
 
     def forward(self, t: Tensor) -> Tensor:
-        mixed: Tensor = self.mix(
-            self.features(t)
-        )  # called, for a lent network has each layer's weights as it is called
+        # Called as a layer: of a network that is lent, only what is called has its weights here.
+        mixed: Tensor = self.mix(self.features(t))
         return mixed
 
 
