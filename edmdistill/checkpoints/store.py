@@ -66,6 +66,22 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"the schedule for {nfe} steps is {list(sigmas)}")
 
 
+class Guidance(Struct, frozen=True, forbid_unknown_fields=True):
+    """The guidance that a generator has learnt of its teacher.
+
+    Attributes:
+        kind: classes: away from the teacher without them; network: away from another network.
+        range: of the weights that it can be told; of one weight, that is built in.
+    """
+
+    kind: Literal["classes", "network"]
+    range: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.range[0] <= self.range[1]:
+            raise ValueError(f"the range of guidance is {list(self.range)}")
+
+
 class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where the weights come from."""
 
@@ -76,6 +92,8 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     licence: str | None = None
     parent: str | None = None
     """sha256 of the checkpoint whose weights these were initialised with."""
+    guide: str | None = None
+    """sha256 of the network by which the teacher was guided."""
 
 
 class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -94,7 +112,7 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     label_dim: int
     label_names: tuple[str, ...] | None = None
     two_time: bool
-    guidance: dict[str, Any] | None = None
+    guidance: Guidance | None = None
     method: str | None = None
     recipe_hash: str | None = None
     images_seen: int | None = None
@@ -300,6 +318,9 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> t
         said, fact = getattr(config, name), getattr(flow, name)
         if said != fact:
             raise CheckpointError(f"{folder / CONFIG} contradicts itself: {name} is {said}, its network has {fact}.")
+    if flow.guided != (config.guidance is not None and config.guidance.range[0] < config.guidance.range[1]):
+        reads = "reads a weight of guidance" if flow.guided else "reads no weight of guidance"
+        raise CheckpointError(f"{folder / CONFIG} contradicts itself: its network {reads}, guidance says otherwise.")
     fill(flow.network, load_tensors(folder / MODEL, device)[0], str(folder / MODEL))
     return flow, config
 
@@ -310,6 +331,12 @@ def _card(config: CheckpointConfig) -> str:
     provenance = config.provenance
     licence = provenance.licence or "other"
     digest = f" (sha256 {provenance.sha256})" if provenance.sha256 else ""
+    guidance = ""
+    if config.guidance is not None:
+        low, high = config.guidance.range
+        by = "its classes" if config.guidance.kind == "classes" else "another network"
+        told = f": --guidance takes {low:g} to {high:g}" if low < high else f" at weight {low:g}, which is built in"
+        guidance = f"Its teacher was guided by {by}{told}.\n"
     return f"""---
 library_name: edmdistill
 license: {licence}
@@ -318,7 +345,7 @@ pipeline_tag: unconditional-image-generation
 
 This is {what[config.stage]} in edmdistill's TrigFlow format, from {provenance.source}{digest}.
 Its weights are under this licence: {licence}.
-
+{guidance}
     edmdistill sample PATH_OR_HUB_ID --seeds 0-15 --out images/
 """
 
@@ -335,17 +362,25 @@ class Generator(nn.Module):
         self.flow = flow
         self.config = config
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    @property
+    def guidance(self) -> tuple[float, float]:
+        """The least and the greatest weight of guidance that it knows; (1, 1): none."""
+        return self.config.guidance.range if self.config.guidance is not None else (1.0, 1.0)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """x0 = cos(t) x_t - sin(t) sigma_data F(x_t, t).
 
         Args:
             x_t: points on the circle.  [B,C,H,W]
             t: their times in [0, pi/2].  [] or [B]
             labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
+            w: weights of guidance, where it knows several; None = the least.  [] or [B]
         Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
         """
         x_t = x_t.to(self.flow.dtype)
-        return denoised(x_t, self.flow(x_t, t, labels), t, self.flow.sigma_data)
+        if w is None and self.flow.guided:
+            w = torch.tensor(self.guidance[0])
+        return denoised(x_t, self.flow(x_t, t, labels, w=w), t, self.flow.sigma_data)
 
     def schedule(self, nfe: int) -> Tensor:
         """Times to evaluate at, falling, in radians: the checkpoint's own, else EDM's curve.  [nfe] float64"""

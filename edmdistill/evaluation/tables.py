@@ -111,7 +111,8 @@ def _how(sampler: Sampler | None) -> str:
         return "-"
     if sampler.gamma is None:
         return f"{sampler.solver}, guidance {sampler.guidance:g}"
-    return f"gamma {sampler.gamma:g}, sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas or ())}"
+    guidance = f", guidance {sampler.guidance:g}" if sampler.guidance != 1 else ""
+    return f"gamma {sampler.gamma:g}{guidance}, sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas or ())}"
 
 
 def _heading(metric: str) -> str:

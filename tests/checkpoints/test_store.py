@@ -152,6 +152,8 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
         ({"stage": "student"}, "Invalid enum value 'student'"),
         ({"sampling": {"sigmas": {"2": [1.0, 2.0]}}}, "the schedule for 2 steps is"),
         ({"label_dim": 4}, "contradicts itself: label_dim is 4, its network has 3"),
+        ({"guidance": {"kind": "classes", "range": [1, 2]}}, "contradicts itself: its network reads no weight of guid"),
+        ({"guidance": {"kind": "classes", "range": [2, 1]}}, "the range of guidance is [2.0, 1.0]"),
         ({"network": {"kind": "vit", "arguments": {}}}, "is of the kind 'vit'"),
         ({"network": {"kind": "edm2", "arguments": {"num_blocks": "x"}}}, "arguments that make no edm2 network"),
         ({"network": {"kind": "edm2", "arguments": SMALL | {"num_blocks": 10**12}}}, "no network has that many blocks"),

@@ -14,7 +14,13 @@ from edmdistill.methods import METHODS
 from edmdistill.methods.base import Method, NoiseRange
 
 Make = Callable[..., Any]
-OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {"scd, vsd": {"vsd": 0.7}}
+GUIDED = {"guidance": (1.0, 3.0), "guide": "network"}
+OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
+    "scd, vsd": {"vsd": 0.7},
+    "scd, guided": GUIDED,
+    "scd, vsd and guided": GUIDED | {"vsd": 0.7},
+    "dscd, guided": GUIDED,
+}
 """Every method as it is, and where an option brings in another role."""
 pytestmark = [
     pytest.mark.parametrize("name", OPTIONS),

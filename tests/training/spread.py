@@ -23,8 +23,8 @@ NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_reso
 CASES = {name: {"name": name} for name in METHODS}
 for name in "scd", "sct":
     CASES[name]["allow_edm_time"] = True
-# Two passes of the generator before one backward pass.
-CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0}
+# Two passes of the generator before one backward pass, each at weights of guidance that belong to rows.
+CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
 
 
 def recipe(case: str) -> Recipe:
