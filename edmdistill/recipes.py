@@ -1,8 +1,9 @@
 """Recipes: the TOML that decides what a run computes, as typed tables.
 
 A recipe is named METHOD/DATASET, or METHOD/DATASET-VARIANT where the file has a table [variants.VARIANT] that
-is laid over the base. `load_recipe` checks everything before a run starts. The resolved recipe is JSON with
-every default filled in: it loads back equal, and its hash names what was computed.
+is laid over the base; variants join, as METHOD/DATASET-SIZE-MODE, the later one on top. `load_recipe` checks
+everything before a run starts. The resolved recipe is JSON with every default filled in: it loads back equal, and its
+hash names what was computed.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Largest norm of a role's whole gradient; left out: no clipping."""
     dropout: BelowOne | None = None
     """Dropout of the trained networks; left out: what the checkpoint says."""
+    dropout_max_resolution: PositiveCount | None = None
+    """Dropout only where features have so many pixels a side or fewer; left out: everywhere."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks; parameters, times and losses stay float32 or better. fp16 scales the losses."""
     seed: Count = 0
@@ -77,6 +80,8 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         if (self.lr_decay == "inverse_sqrt") != (self.decay_images is not None):
             raise ValueError('lr_decay = "inverse_sqrt" and decay_images go together: give both or neither')
+        if self.dropout is None and self.dropout_max_resolution is not None:
+            raise ValueError("dropout_max_resolution says where the recipe's dropout is: give dropout too")
         if self.images < self.batch:
             raise ValueError(f"images = {self.images} is less than one batch of {self.batch}")
 
@@ -181,7 +186,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def recipe_names(method: str | None = None) -> list[str]:
-    """Every name that `load_recipe` takes, of the recipes that ship with the package, or of those for a method.
+    """The recipes that ship with the package, or those for a method: every base, and every variant by itself.
 
     Raises: RecipeError: there are none for it.
     """
@@ -232,8 +237,10 @@ def find_recipe(name: str) -> tuple[Path, str | None]:
         if not path.is_file():
             continue
         variant = "-".join(words[cut:]) or None
-        if variant is not None and variant not in (variants := _table(_read(path), "variants", name)):
-            raise RecipeError(f"{path} has no variant {variant!r}; {_did_you_mean(variant, variants)}")
+        variants = _table(_read(path), "variants", name)
+        for part in _joined(variant, variants):
+            if part not in variants:
+                raise RecipeError(f"{path} has no variant {part!r}; {_did_you_mean(part, variants)}")
         return path, variant
     if root != SHIPPED:
         raise RecipeError(f"there is no file {name}; give a path, or a name such as {recipe_names()[0]}")
@@ -255,8 +262,8 @@ def load_recipe(name: str, method: str | None = None, sets: Iterable[str] = ()) 
     if variant is None and tables.get("requires_variant"):
         raise RecipeError(f"{name} needs a variant: one of {', '.join(f'{name}-{v}' for v in variants)}")
     tables = {key: value for key, value in tables.items() if key not in ("variants", "requires_variant")}
-    if variant is not None:
-        tables = _merge(tables, _table(variants, variant, f"{name}: variants"))
+    for part in _joined(variant, variants):
+        tables = _merge(tables, _table(variants, part, f"{name}: variants"))
     for override in sets:
         tables = _merge(tables, _parse_override(override))
     directory = path.parent.name
@@ -280,6 +287,11 @@ def _methods() -> dict[str, type[Method]]:
     from edmdistill.methods import METHODS  # imports torch, which a list of names does not need
 
     return METHODS
+
+
+def _joined(variant: str | None, variants: Mapping[str, Any]) -> list[str]:
+    """The variants that a name asks for: `m-vsd` is m with vsd laid over it, unless there is one of that very name."""
+    return [] if variant is None else [variant] if variant in variants else variant.split("-")
 
 
 def _read(path: Path) -> dict[str, Any]:

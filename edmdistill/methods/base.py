@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, NamedTuple, Protocol, overload
+from typing import ClassVar, NamedTuple, Protocol, overload
 
 import msgspec
 from torch import Tensor
@@ -26,9 +26,16 @@ class FlowFunction(Protocol):
 
     @overload
     def __call__(
-        self, x_t: Tensor, t: Tensor, labels: Tensor | None, second: Tensor | None, logvar: Literal[True], /
-    ) -> tuple[Tensor, Tensor]:
-        """F, and the log variance u [B] of the loss at t, for a role with logvar."""
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        second: Tensor | None = None,
+        /,
+        *,
+        u_at: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """F, and for each of n times [B] the log variance u [B] of a loss then, for a role with n logvars or more."""
 
     def tangent(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /
@@ -59,11 +66,11 @@ class NoiseRange(NamedTuple):
 
 
 class Role(NamedTuple):
-    """A network's part in a method: whether it is trained, reads a second time, and has a head for u(t)."""
+    """A network's part in a method: whether it is trained, reads a second time, and how many heads for u(t) it has."""
 
     trained: bool
     two_time: bool = False
-    logvar: bool = False
+    logvars: int = 0
 
 
 class Loss(NamedTuple):
