@@ -18,7 +18,7 @@ from edmdistill import load_generator, sample
 from edmdistill.checkpoints import source
 from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, load_tensors, read_config, save_tensors, write_config
 from edmdistill.errors import CheckpointError, EdmDistillError, HubError
-from edmdistill.hub import COMPARED, GRID, STRICTNESS, Published, pack, push, settle_licence
+from edmdistill.hub import GRID, STRICTNESS, Published, pack, push, settle_licence
 
 GENERATOR = Path(__file__).parent / "checkpoints" / "format-1.0"
 NAME = "me/cosim-digits"
@@ -108,6 +108,16 @@ def test_a_push_that_was_interrupted_goes_on(server: Hub, folder: Path, fault: i
     sent = server.sent()
     assert not publish(folder).unchanged
     assert server.sent() == sent == (folder / MODEL).stat().st_size
+
+
+def test_nobody_elses_commit_is_written_over(server: Hub, folder: Path) -> None:
+    def meanwhile(stage: str) -> None:
+        if stage == "sending":
+            server.repositories[NAME].commit("main", {MODEL: b"somebody else's"})
+
+    with pytest.raises(HubError, match=r"somebody else has changed it in the meantime; give the same command again"):
+        publish(folder, note=meanwhile)
+    assert head(server)[MODEL] == b"somebody else's"
 
 
 def test_a_connection_that_breaks_is_tried_again(server: Hub, folder: Path) -> None:
@@ -298,7 +308,3 @@ def test_the_licence_is_carried_into_all_that_is_published(server: Hub, folder: 
     assert json.loads(files[CONFIG])["provenance"]["licence"] == "mit"
     assert "\nlicense: mit\n" in files[CARD].decode()
     assert read_config(folder).provenance.licence is None  # what is here stays as it is
-
-
-def test_two_seeds_are_compared() -> None:
-    assert len(COMPARED) == 2

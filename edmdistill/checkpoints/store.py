@@ -322,7 +322,7 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> t
 
 
 def _card(config: CheckpointConfig) -> str:
-    """The README: what this is, where it comes from and how to use it, with the Hub's header."""
+    """The README until the checkpoint is published, with the Hub's header: what it is, whence, and its use."""
     what = {"teacher": "a diffusion model", "generator": "a few-step generator", "auxiliary": "an auxiliary score"}
     provenance = config.provenance
     licence = provenance.licence or "other"
