@@ -40,6 +40,7 @@ def _integers(context: click.Context, option: click.Parameter, text: str | None)
 @click.option("--seeds", metavar="LIST", help="Images: these seeds, as in 5000-9999.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json", help="Also write it here.")
+@click.option("--save", is_flag=True, help="Also keep it in the checkpoint, for its card on the Hub.")
 @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Images at a time.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 def command(
@@ -56,6 +57,7 @@ def command(
     seeds: str | None,
     as_json: bool,
     out: Path | None,
+    save: bool,
     batch: int,
     device: str | None,
 ) -> None:
@@ -70,6 +72,7 @@ def command(
     from edmdistill.checkpoints.convert import load_denoiser, load_model
     from edmdistill.evaluation.images import is_images
     from edmdistill.evaluation.protocol import evaluate, find_protocol, open_reference, results_json, results_table
+    from edmdistill.evaluation.saved import checkpoint_to_save_in, save_results
     from edmdistill.sampling.load import pick_device
     from edmdistill.sampling.seeds import parse_seeds
     from edmdistill.sampling.times import parse_times
@@ -78,6 +81,7 @@ def command(
         raise click.UsageError("--n N means the seeds 0 to N - 1, so it does not go with --seeds.")
     numbers = range(count) if count else parse_seeds(seeds) if seeds else None
     standard, where = find_protocol(protocol), pick_device(device)
+    place = checkpoint_to_save_in(source) if save else None
     data = open_reference(ref, standard)
     model = source if is_images(source) else load_model(source, where)
     weaker = None if guide is None else load_denoiser(guide, where)
@@ -112,4 +116,6 @@ def command(
     if out is not None:
         with aside(out) as new:
             new.write_text(document + "\n", encoding="utf-8")
+    if place is not None:
+        save_results(place, results)
     click.echo(document if as_json else results_table(results))

@@ -42,6 +42,20 @@ class Table(NamedTuple):
         lines = ["  ".join(map(format, row, shapes)).rstrip() for row in self.rows]
         return "\n".join([f"Protocol {self.protocol.name}, {self.protocol.n} images.", *lines, self.claim]).rstrip()
 
+    def to_markdown(self) -> str:
+        head, *body = (f"| {' | '.join(row)} |" for row in self.rows)
+        return "\n".join([head, "|---" * len(self.rows[0]) + "|", *body])
+
+    @property
+    def caption(self) -> str:
+        """What was measured, and against what."""
+        own = self.protocol
+        real = f"{own.reference.source} ({own.reference.split}, {own.reference.n} images)" if own.reference else "-"
+        return (
+            f"Protocol {own.name}, sha256 {own.sha256():.12}: {own.n} images, seeds {own.seeds}, classes {own.labels}, "
+            f"against {real}. NFE counts the evaluations of the network for an image."
+        )
+
 
 def read_results(files: Iterable[Path]) -> list[Result]:
     """What `edmdistill eval --out` wrote.  Raises: EdmDistillError: something else."""
