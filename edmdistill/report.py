@@ -26,6 +26,7 @@ from edmdistill.curves import Axis, Point, alone, doublings, save_plot, svg_curv
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Generator, Table
+from edmdistill.methods.base import Method
 from edmdistill.recipes import Recipe
 from edmdistill.training.metrics import BINS
 from edmdistill.training.run_dir import RECIPE, RUN
@@ -112,7 +113,6 @@ def report(run: Summary, measured: Sequence[Table]) -> str:
     """The page.  Args: measured: what `tables` made of the run's results."""
     own, total = run.recipe.method_class, run.recipe.training.images
     origin = run.config.provenance.source if run.config and own.product != "teacher" else run.data["name"]
-    about = (sys.modules[own.__module__].__doc__ or "").split("\n\n")[0]
     images = int(run.metrics[-1]["images"]) if run.metrics else run.images
     seen = f"{images:,} images seen" + ("" if images >= total else f" of {total:,}: the run is not finished")
     commands = _commands(run)
@@ -126,7 +126,7 @@ def report(run: Summary, measured: Sequence[Table]) -> str:
     }
     return Template(PAGE.read_text("utf-8")).substitute(
         title=escape(f"A {own.product} by {run.recipe.method['name']}, from {origin}"),
-        lead=escape(f"{about} Trained on {run.data['name']}, {seen}."),
+        lead=escape(f"{about(own)} Trained on {run.data['name']}, {seen}."),
         claims="".join(f'<p class="claim">{escape(table.claim)}</p>' for table in measured if table.claim),
         facts="".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in _facts(run).items()),
         sections="".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in sections.items()),
@@ -160,6 +160,11 @@ def draw(table: Table, source: str, file: Path, kind: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
+def about(method: type[Method]) -> str:
+    """A method in a sentence: the first of its file."""
+    return (sys.modules[method.__module__].__doc__ or "").split("\n\n")[0]
+
+
 def _facts(run: Summary) -> dict[str, str]:
     size, classes = run.data["resolution"], run.data["classes"]
     facts = {
@@ -180,17 +185,12 @@ def _facts(run: Summary) -> dict[str, str]:
 
 
 def _measured(table: Table) -> str:
-    own = table.protocol
-    reference = f"{own.reference.source} ({own.reference.split}, {own.reference.n} images)" if own.reference else "-"
-    caption = (
-        f"Protocol {own.name}, sha256 {own.sha256():.12}: {own.n} images, seeds {own.seeds}, classes {own.labels}, "
-        f"against {reference}. NFE counts the evaluations of the network for an image."
-    )
     head, *rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table.rows)
     chart = _chart_by_nfe(table) if table.curves else ""
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
     return (
         f'<div class="measured"><div><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>{_note(caption)}</div>{chart}</div>"
+        f"<tbody>{body}</tbody></table></div>{_note(table.caption)}</div>{chart}</div>"
     )
 
 

@@ -23,7 +23,9 @@ LAYERS = (
     ("recipes",),
     ("training",),
     ("curves",),
-    ("hub", "card", "report"),
+    ("report",),
+    ("card",),
+    ("hub",),
     ("cli", "assets"),  # assets: the scripts that made what ships with the package
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
@@ -31,7 +33,7 @@ HOMES = {
     "accelerate": {"training", "evaluation"},
     "click": {"cli"},
     "safetensors": {"checkpoints", "hub"},
-    "huggingface_hub": {"checkpoints", "hub"},
+    "huggingface_hub": {"checkpoints", "card", "hub"},
 }
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 SOURCES = {path.relative_to(ROOT).with_suffix("").parts: path.read_text() for path in PACKAGE.rglob("*.py")}

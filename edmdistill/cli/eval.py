@@ -43,7 +43,7 @@ def _integers(context: click.Context, option: click.Parameter, text: str | None)
     "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
 )
 @click.option(
-    "--guidance", type=float, default=1.0, show_default=True, help="Teacher: weight of the guidance, 1 = none."
+    "--guidance", type=float, metavar="W", help="Weight of the guidance, 1 = none.  [default: 1, or the least it knows]"
 )
 @click.option(
     "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
@@ -69,6 +69,7 @@ def _integers(context: click.Context, option: click.Parameter, text: str | None)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json", help="Also write it here.")
+@click.option("--save", is_flag=True, help="Also keep it in the checkpoint, for its card on the Hub.")
 @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Images at a time.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 @click.pass_context
@@ -81,7 +82,7 @@ def command(
     nfe: list[int | None],
     gamma: float | None,
     times: str | None,
-    guidance: float,
+    guidance: float | None,
     guide: str | None,
     solver: str | None,
     count: int | None,
@@ -91,6 +92,7 @@ def command(
     tolerance: float,
     as_json: bool,
     out: Path | None,
+    save: bool,
     batch: int,
     device: str | None,
 ) -> None:
@@ -108,10 +110,14 @@ def command(
     if count and seeds:
         raise click.UsageError("--n N means the seeds 0 to N - 1, so it does not go with --seeds.")
 
+    from edmdistill.evaluation.saved import checkpoint_to_save_in
+
+    place = checkpoint_to_save_in(source) if save else None
     if protocol is None:
         result = _likelihood(source, str(ref), split, count, probes, tolerance, batch, device)
-        _show([result], as_json, out)
+        _show([result], as_json, out, place)
         return
+
     from tqdm import tqdm
 
     from edmdistill.checkpoints.convert import load_denoiser, load_model
@@ -153,18 +159,21 @@ def command(
             )
             for evaluations in nfe
         ]
-    _show(results, as_json, out)
+    _show(results, as_json, out, place)
 
 
-def _show(results: "Sequence[Result]", as_json: bool, out: Path | None) -> None:
-    """Prints results, and writes them if asked."""
+def _show(results: "Sequence[Result]", as_json: bool, out: Path | None, place: Path | None) -> None:
+    """Prints results, and writes them to a file and into a checkpoint if asked."""
     from edmdistill.checkpoints.aside import aside
     from edmdistill.evaluation.protocol import results_json, results_table
+    from edmdistill.evaluation.saved import save_results
 
     document = results_json(results)
     if out is not None:
         with aside(out) as new:
             new.write_text(document + "\n", encoding="utf-8")
+    if place is not None:
+        save_results(place, results)
     click.echo(document if as_json else results_table(results))
 
 

@@ -26,7 +26,7 @@ from edmdistill.evaluation.features import FEATURES, Classifier
 from edmdistill.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
 from edmdistill.evaluation.images import Scheme, drawn, found
 from edmdistill.networks.preconditioning import Denoiser
-from edmdistill.sampling.generate import default_nfe, sample
+from edmdistill.sampling.generate import default_nfe, guidance_of, sample
 from edmdistill.trigflow import time_to_sigma
 
 SCHEMA_VERSION = 1
@@ -173,7 +173,7 @@ def evaluate(
     nfe: int | None = None,
     gamma: float | None = None,
     times: Sequence[float] | Tensor | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     guide: Denoiser | None = None,
     solver: str | None = None,
     seeds: Sequence[int] | None = None,
@@ -214,7 +214,7 @@ def evaluate(
             batch=batch,
         )
         images = drawn(model_or_images, range(standard.n) if seeds is None else seeds, draw)
-    elif (nfe, gamma, times, guidance, guide, solver, seeds) == (None, None, None, 1, None, None, None):
+    elif (nfe, gamma, times, guidance, guide, solver, seeds) == (None,) * 7:
         images = found(model_or_images, data.label_dim)
     else:
         raise EdmDistillError(
@@ -329,17 +329,18 @@ def _sampler(
     nfe: int | None,
     gamma: float | None,
     times: Sequence[float] | Tensor | None,
-    guidance: float,
+    guidance: float | None,
     solver: str,
 ) -> Sampler | None:
     """What `sample` did, its defaults filled in; None for images that were not drawn here."""
     if isinstance(drawer, Denoiser):
-        return Sampler(solver=solver, nfe=nfe or default_nfe(drawer, solver), guidance=guidance)
+        return Sampler(solver=solver, nfe=nfe or default_nfe(drawer, solver), guidance=guidance_of(drawer, guidance))
     if isinstance(drawer, Generator):
         times = drawer.schedule(nfe or 2) if times is None else torch.as_tensor(times)
         sigmas = time_to_sigma(times, drawer.flow.sigma_data).tolist()
         gamma = drawer.config.sampling.gamma if gamma is None else gamma
-        return Sampler(solver="gamma", nfe=len(sigmas), gamma=gamma, sigmas=tuple(sigmas))
+        weight = guidance_of(drawer, guidance)
+        return Sampler(solver="gamma", nfe=len(sigmas), gamma=gamma, sigmas=tuple(sigmas), guidance=weight)
     return None
 
 

@@ -44,6 +44,25 @@ class Table(NamedTuple):
         lines = ["  ".join(map(format, row, shapes)).rstrip() for row in self.rows]
         return "\n".join([f"Protocol {self.protocol.name}, {self.protocol.n} images.", *lines, self.claim]).rstrip()
 
+    def to_markdown(self) -> str:
+        head, *body = (f"| {' | '.join(row)} |" for row in self.rows)
+        return "\n".join([head, "|---" * len(self.rows[0]) + "|", *body])
+
+    @property
+    def caption(self) -> str:
+        """What was measured, and against what."""
+        own = self.protocol
+        real = f"{own.reference.source} ({own.reference.split}, {own.reference.n} images)" if own.reference else "-"
+        if own.features is None:
+            return (
+                f"Protocol {own.name}, sha256 {own.sha256():.12}: bits per dimension of {real}, classes {own.labels}. "
+                "NFE counts the evaluations of the network for an image, in the mean."
+            )
+        return (
+            f"Protocol {own.name}, sha256 {own.sha256():.12}: {own.n} images, seeds {own.seeds}, classes {own.labels}, "
+            f"against {real}. NFE counts the evaluations of the network for an image."
+        )
+
 
 def read_results(files: Iterable[Path]) -> list[Result]:
     """What `edmdistill eval --out` wrote.  Raises: EdmDistillError: something else."""
@@ -108,6 +127,8 @@ def _table(results: Sequence[Result], generator: Generator) -> Table:
             f"{_number(value)}: {value / goal:.2f} times the teacher's best, {_number(goal)} in {steps}."
         )
     curves = {who: list(own.items()) for who, own in reversed(best.items()) if 0 not in own}
+    if results[0].protocol.features is None:
+        curves = {}  # a likelihood's evaluations are what its solver took, and nobody's choice
     return Table(results[0].protocol, body, claim, curves, _heading(main))
 
 
@@ -142,7 +163,8 @@ def _how(sampler: Sampler | None) -> str:
         return "-"
     if sampler.gamma is None:
         return f"{sampler.solver}, guidance {sampler.guidance:g}"
-    return f"gamma {sampler.gamma:g}, sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas or ())}"
+    guidance = f", guidance {sampler.guidance:g}" if sampler.guidance != 1 else ""
+    return f"gamma {sampler.gamma:g}{guidance}, sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas or ())}"
 
 
 def _heading(metric: str) -> str:

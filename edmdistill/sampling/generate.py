@@ -42,7 +42,7 @@ def sample(
     labels: int | Sequence[int] | Tensor | None = None,
     gamma: float | None = None,
     times: Sequence[float] | Tensor | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     guide: Denoiser | None = None,
     solver: str | None = None,
     churn: Churn = NO_CHURN,
@@ -63,7 +63,8 @@ def sample(
         labels: one class for all, a class a seed [N], vectors [N,label_dim], or None: drawn from each seed.
         gamma: share of fresh noise between a generator's steps, in [0, 1]; default: its own; see gamma_sampler.
         times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
-        guidance: weight of a teacher's guidance; 1 = none; see GuidedDenoiser.
+        guidance: weight of a teacher's guidance, see GuidedDenoiser; of a generator's, one in the range that it has
+            learnt. 1 = none; default: 1, or the least that a generator knows.
         guide: the network to move away from; default: the teacher without labels.
         solver: a teacher's, of SOLVERS; default: heun.
         churn: fresh noise on a teacher's way by Heun's method; see Churn.
@@ -76,23 +77,22 @@ def sample(
     Raises: EdmDistillError: an option that does not fit the model, or is out of range.
     """
     if towards is not None:
-        if nfe is not None or guidance != 1 or guide is not None or solver is not None or churn != NO_CHURN:
+        told = guidance is not None and isinstance(model, Denoiser)
+        if nfe is not None or told or guide is not None or solver is not None or churn != NO_CHURN:
             raise EdmDistillError(
-                "nfe, guidance, solver and churn play no part on the way to a reference: use gamma and times"
+                "nfe, solver, churn and a teacher's guidance play no part on the way to a reference: leave them out"
             )
-        solve = _reference_solver(model, towards, gamma, times)
+        solve = _reference_solver(model, towards, gamma, times, guidance_of(model, guidance))
     elif isinstance(model, Generator):
-        if guidance != 1 or guide is not None or solver is not None or churn != NO_CHURN:
-            raise EdmDistillError(
-                "guidance, solver and churn are for teachers, and this is a generator: leave them out"
-            )
-        solve = _gamma_solver(model, nfe, gamma, times)
+        if guide is not None or solver is not None or churn != NO_CHURN:
+            raise EdmDistillError("guide, solver and churn are for teachers, and this is a generator: leave them out")
+        solve = _gamma_solver(model, nfe, gamma, times, guidance_of(model, guidance))
     else:
         if gamma is not None or times is not None:
             raise EdmDistillError(
                 "gamma and times are for generators, and this is a teacher: use nfe, guidance and churn"
             )
-        solve = _teacher_solver(model, nfe, guidance, guide, solver or "heun", churn)
+        solve = _teacher_solver(model, nfe, guidance_of(model, guidance), guide, solver or "heun", churn)
     if not len(seeds):
         raise EdmDistillError("there is nothing to sample: give at least one seed")
     flow = model.flow
@@ -147,8 +147,25 @@ def _first_draws(model: Generator | Denoiser, rng: SeededNoise) -> tuple[Tensor,
     return noise, label_vectors(rng.integers(flow.label_dim), flow.label_dim, len(noise))
 
 
+def guidance_of(model: Generator | Denoiser, asked: float | None) -> float:
+    """The weight of guidance that `sample` draws with.
+
+    Raises: EdmDistillError: a generator does not know it.
+    """
+    if isinstance(model, Denoiser):
+        return 1.0 if asked is None else asked
+    low, high = model.guidance
+    weight = low if asked is None else asked
+    if not low <= weight <= high:
+        known = f"{low:g} to {high:g}," if low < high else "1, which is none," if high == 1 else f"{low:g} alone,"
+        raise EdmDistillError(
+            f"this generator knows guidance {known} but {weight:g} was asked for: ask for another, or for none"
+        )
+    return weight
+
+
 def _gamma_solver(
-    model: Generator, nfe: int | None, gamma: float | None, times: Sequence[float] | Tensor | None
+    model: Generator, nfe: int | None, gamma: float | None, times: Sequence[float] | Tensor | None, guidance: float
 ) -> Callable[..., Tensor]:
     gamma = model.config.sampling.gamma if gamma is None else gamma
     if not 0 <= gamma <= 1:
@@ -158,11 +175,17 @@ def _gamma_solver(
         if nfe < 1:
             raise EdmDistillError(f"a generator needs at least 1 network evaluation, but {nfe} were asked for")
         times = model.schedule(nfe)
-    return partial(gamma_sampler, model, times=check_times(times, nfe), sigma_data=model.flow.sigma_data, gamma=gamma)
+    generator = partial(model, w=torch.tensor(guidance)) if model.flow.guided else model
+    times = check_times(times, nfe)
+    return partial(gamma_sampler, generator, times=times, sigma_data=model.flow.sigma_data, gamma=gamma)
 
 
 def _reference_solver(
-    model: Generator | Denoiser, towards: Towards, gamma: float | None, times: Sequence[float] | Tensor | None
+    model: Generator | Denoiser,
+    towards: Towards,
+    gamma: float | None,
+    times: Sequence[float] | Tensor | None,
+    guidance: float,
 ) -> Callable[..., Tensor]:
     flow, gamma = model.flow, gamma or 0.0
     if not 0 <= gamma < 1:
@@ -180,18 +203,22 @@ def _reference_solver(
     if times is not None:
         sigmas = time_to_sigma(check_times(times), flow.sigma_data)
 
-    def second(t: Tensor) -> Tensor | None:
-        return t if flow.two_time else None
+    w = torch.tensor(guidance) if flow.guided else None
+
+    def F(x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        out = flow(x_t, t, labels, s if flow.two_time else None, w=w)
+        assert isinstance(out, Tensor)
+        return out
 
     def jump(x: Tensor, sigma: Tensor, sigma_next: Tensor, labels: Tensor | None) -> Tensor:
         t, s = sigma_to_time(sigma, flow.sigma_data), sigma_to_time(sigma_next, flow.sigma_data)
         x_t = cos_sin(t, x)[0] * x
-        return ddim_step(x_t, flow(x_t, t, labels, second(s)), t, s, flow.sigma_data) / cos_sin(s, x)[0]
+        return ddim_step(x_t, F(x_t, t, s, labels), t, s, flow.sigma_data) / cos_sin(s, x)[0]
 
     def denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         t = sigma_to_time(sigma, flow.sigma_data)
         x_t = cos_sin(t, x)[0] * x
-        return denoised(x_t, flow(x_t, t, labels, second(t)), t, flow.sigma_data)
+        return denoised(x_t, F(x_t, t, t, labels), t, flow.sigma_data)
 
     known = denoiser if towards.score is None else towards.score
     return partial(

@@ -10,10 +10,18 @@ from click.testing import CliRunner, Result
 from msgspec.structs import replace
 
 from edmdistill.checkpoints.convert import load_denoiser
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, load_checkpoint, save_checkpoint
+from edmdistill.checkpoints.store import (
+    CheckpointConfig,
+    Provenance,
+    facts,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+)
 from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
 from edmdistill.evaluation.likelihood import evaluate_likelihood
+from edmdistill.evaluation.saved import saved_results
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.preconditioning import EDM, FlowNetwork
 
@@ -49,6 +57,19 @@ def test_a_table_by_nfe(checkpoint: Path) -> None:
     assert title == "protocol digits: 20 images against digits (train, 1500)"
     assert head.split() == ["NFE", "fd_digits@20", "class_accuracy@20"]
     assert [row.split()[0] for row in rows] == ["1", "2"]
+
+
+def test_save_keeps_results_with_the_weights(checkpoint: Path, images: Path) -> None:
+    arguments = ("--protocol", "digits", "--save", "--n")
+    for count, nfe in ((20, "1,2"), (20, "2"), (21, "1")):
+        assert run(checkpoint, *arguments, count, "--nfe", nfe).exit_code == 0
+    config = read_config(checkpoint)
+    kept = [(result.sampler.nfe, *result.metrics) for result in saved_results(config)]
+    assert kept == [(nfe, f"fd_digits@{n}", f"class_accuracy@{n}") for nfe, n in ((1, 20), (2, 20), (1, 21))]
+    assert load_checkpoint(checkpoint)[1] == config
+    refused = run(images, "--protocol", "digits", "--save")
+    assert refused.exit_code == 2
+    assert "is for a checkpoint folder or a run, and" in refused.stderr
 
 
 def test_json_is_one_document_on_stdout_and_in_the_file(checkpoint: Path, tmp_path: Path) -> None:
