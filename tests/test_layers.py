@@ -22,6 +22,7 @@ LAYERS = (
     ("evaluation",),
     ("recipes",),
     ("training",),
+    ("curves",),
     ("report",),
     ("card",),
     ("hub",),
@@ -129,6 +130,6 @@ def test_dependencies_are_what_is_imported():
 
     core = {import_name(requirement) for requirement in project["dependencies"]}
     extras = project["optional-dependencies"]
-    optional = {import_name(requirement) for extra in ("quickstart", "lowbit") for requirement in extras[extra]}
+    optional = {import_name(requirement) for extra in ("quickstart", "lowbit", "plot") for requirement in extras[extra]}
     imported = {target[0] for module, source in SOURCES.items() for target in imports(module, source)}
     assert imported - set(sys.stdlib_module_names) - {"edmdistill"} == core | optional
