@@ -165,7 +165,7 @@ def _made(config: CheckpointConfig, run: Summary | None) -> str:
         "Started from": f"the checkpoint of sha256 `{origin.parent}`" if origin.parent else None,
         "Network": f"{config.network.kind}, preconditioned as {config.preconditioning['kind']}",
         "Method": config.method,
-        "Guidance": _words(config.guidance),
+        "Guidance of the teacher": config.guidance.words if config.guidance else None,
         "Recipe": f"hash `{config.recipe_hash}`" if config.recipe_hash else None,
         "Images seen": f"{config.images_seen:,}" if config.images_seen is not None else None,
         "Average of the weights": _words(config.ema),

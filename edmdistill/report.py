@@ -133,6 +133,11 @@ def report(run: Summary, measured: Sequence[Table]) -> str:
     )
 
 
+def about(method: type[Method]) -> str:
+    """A method in a sentence: the first of its file."""
+    return (sys.modules[method.__module__].__doc__ or "").split("\n\n")[0]
+
+
 def draw(table: Table, source: str, file: Path, kind: str) -> None:
     """Draws a table's curves, the first metric by NFE.
 
@@ -141,9 +146,9 @@ def draw(table: Table, source: str, file: Path, kind: str) -> None:
         kind: .svg, .html, .png or .pdf; a page holds the table as well.
     Raises: EdmDistillError: a format that takes matplotlib, where there is none.
     """
-    about = f"{table.metric} by NFE"
+    title = f"{table.metric} by NFE"
     if kind in (".png", ".pdf"):
-        save_plot(file, about, table.curves, doublings(table.curves), kind)
+        save_plot(file, title, table.curves, doublings(table.curves), kind)
         return
     page = PAGE.read_text("utf-8")
     if kind == ".svg":
@@ -151,18 +156,13 @@ def draw(table: Table, source: str, file: Path, kind: str) -> None:
         text = alone(_chart_by_nfe(table), style)
     else:
         text = Template(page).substitute(
-            title=escape(f"{source}: {about}"),
+            title=escape(f"{source}: {title}"),
             lead="",
             claims=f'<p class="claim">{escape(table.claim)}</p>',
             facts="",
             sections=f"<section>{_measured(table)}</section>",
         )
     file.write_text(text, encoding="utf-8")
-
-
-def about(method: type[Method]) -> str:
-    """A method in a sentence: the first of its file."""
-    return (sys.modules[method.__module__].__doc__ or "").split("\n\n")[0]
 
 
 def _facts(run: Summary) -> dict[str, str]:

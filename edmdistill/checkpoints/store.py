@@ -83,6 +83,13 @@ class Guidance(Struct, frozen=True, forbid_unknown_fields=True):
         if not 1 <= self.range[0] <= self.range[1]:
             raise ValueError(f"the range of guidance is {list(self.range)}")
 
+    @property
+    def words(self) -> str:
+        """What it is, and what --guidance takes."""
+        low, high = self.range
+        by = "its classes" if self.kind == "classes" else "another network"
+        return f"by {by}" + (f": --guidance takes {low:g} to {high:g}" if low < high else f" at weight {low:g}")
+
 
 class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where the weights come from."""
@@ -348,12 +355,7 @@ def _card(config: CheckpointConfig) -> str:
     provenance = config.provenance
     licence = provenance.licence or "other"
     digest = f" (sha256 {provenance.sha256})" if provenance.sha256 else ""
-    guidance = ""
-    if config.guidance is not None:
-        low, high = config.guidance.range
-        by = "its classes" if config.guidance.kind == "classes" else "another network"
-        told = f": --guidance takes {low:g} to {high:g}" if low < high else f" at weight {low:g}, which is built in"
-        guidance = f"Its teacher was guided by {by}{told}.\n"
+    guidance = f"Its teacher was guided {config.guidance.words}.\n" if config.guidance else ""
     return f"""---
 library_name: edmdistill
 license: {licence}

@@ -12,7 +12,7 @@ from edmdistill.cli.sample import SOLVERS
 if TYPE_CHECKING:
     from edmdistill.evaluation.protocol import Result
 
-OF_IMAGES = "protocol", "nfe", "gamma", "times", "guidance", "guide", "solver", "seeds"
+OF_IMAGES = "protocol", "nfe", "gamma", "times", "guidance", "guide", "solver", "seeds", "save"
 OF_LIKELIHOOD = "split", "probes", "tolerance"
 """What only the one kind of measurement takes, and only the other."""
 
