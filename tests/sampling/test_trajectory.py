@@ -50,6 +50,16 @@ def mean_of_result(weight: float, correctors: int, step: float, gamma: float) ->
     return float(jump(torch.tensor(x, dtype=torch.float64), SIGMAS[1], torch.tensor(0.0), None))
 
 
+def variance_of_result(weight: float, correctors: int, step: float, gamma: float) -> float:
+    """Noise comes from the start, from the corrector and from what it aims at, and at last from gamma."""
+    low = math.sqrt(1 - gamma**2) * 4.0
+    V = float(variance(low) / variance(8.0)) * 8.0**2
+    zeta, pull = (step * low) ** 2, weight / (low**2 + SD**2)
+    for _ in range(correctors):
+        V = (1 - zeta / 2 * (1 / float(variance(low)) + pull)) ** 2 * V + (zeta / 2 * pull * low) ** 2 + zeta
+    return float(variance(0.0) / variance(4.0)) * (V + (gamma * 4.0) ** 2)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.6])
 @pytest.mark.parametrize(("weight", "correctors"), [(1.0, 10), (0.0, 10), (5.0, 3), (1.0, 0)])
 def test_the_mean_is_pulled_to_the_reference(weight: float, correctors: int, gamma: float) -> None:
@@ -61,6 +71,7 @@ def test_the_mean_is_pulled_to_the_reference(weight: float, correctors: int, gam
     torch.manual_seed(0)
     many = run(torch.randn(4000, 1, 4, 4, dtype=torch.float64), **options)
     assert float(many.mean()) == pytest.approx(expected, abs=5 * float(many.std()) / 250)
+    assert float(many.var()) == pytest.approx(variance_of_result(weight, correctors, 0.32, gamma), rel=0.03)
 
 
 def test_a_stronger_pull_ends_nearer_and_none_keeps_the_law() -> None:
