@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "Measure a checkpoint or a folder of images against a data set.",
     "loss": "Compare the diffusion loss of two teachers by noise level.",
     "plan": "Say what a run will need: memory, operations and days, by GPU.",
+    "export": "Write a checkpoint for another program: diffusers, onnx, torch-export, nvidia.",
     "report": "Write a one-page HTML report of a run.",
     "doctor": "Look at versions, devices and disk, and say what to mend.",
 }

@@ -163,7 +163,7 @@ class Network(nn.Module, ABC):
                 layer.normalize_()
 
     def fold(self) -> None:
-        """Makes EDM2's layers plain, normalisation and gains in their weights; the network is not trainable after it."""
+        """Makes EDM2's layers plain, normalisation and gains in their weights; it cannot be trained after that."""
         for module in self.modules():
             for gain, scaled in GAINS.items():
                 if isinstance(layer := getattr(module, scaled, None), MPConv):
