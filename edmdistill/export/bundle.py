@@ -107,4 +107,5 @@ def bundle(module: str, licence: str = "Apache-2.0") -> str:
         f'Licence: {licence}.\n"""'
     )
     statements = "\n".join(sorted(set(imports.values()), key=lambda text: (text.startswith("from"), text)))
-    return "\n\n".join([head, "from __future__ import annotations", statements, *definitions.values()]) + "\n"
+    top = "\n\n".join([head, "from __future__ import annotations", statements])
+    return "\n\n\n".join([top, *definitions.values()]) + "\n"

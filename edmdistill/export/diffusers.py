@@ -7,8 +7,8 @@ torch.compile, and can be read.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,21 +95,28 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     step = OneStep(flow.network, flow.preconditioning)
     weights = {f"one_step.{name}": tensor for name, tensor in step.state_dict().items()}
     save_tensors(folder / "unet/diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
-    return compare(flow, config, lambda nfe: _images(folder, nfe, latents is not None))
+    pipe = _loaded(folder)
+
+    def images(nfe: int) -> Tensor:
+        generator = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        found: Tensor = pipe(num_inference_steps=nfe, generator=generator, output_type="latent").images
+        return found if latents is not None else found.clamp(-1, 1)
+
+    return compare(flow, config, images)
 
 
-def _images(folder: Path, nfe: int, latent: bool) -> Tensor:
-    """Those of SEEDS by the pipeline, in the range that `sample` gives them in."""
+def _loaded(folder: Path) -> Any:
+    """The pipeline, as its users load it, but without a word."""
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     finally:
-        logger.setLevel(level)
+        logging.enable_progress_bar()
+        logging.set_verbosity(level)
     pipe.set_progress_bar_config(disable=True)
-    generator = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    images: Tensor = pipe(num_inference_steps=nfe, generator=generator, output_type="latent").images
-    return images if latent else images.clamp(-1, 1)
+    return pipe

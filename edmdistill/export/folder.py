@@ -95,12 +95,12 @@ license: {licence}
 pipeline_tag: unconditional-image-generation
 ---
 
-A {config.stage} from {config.provenance.source}, exported by edmdistill {__version__}. Its weights are under this
-licence: {licence}.
+A {config.stage} from {config.provenance.source}, exported by edmdistill {__version__}.
+Its weights are under this licence: {licence}.
 
 {readme}
-Largest difference to edmdistill's own images, relative to the largest pixel, of seeds 0 to {max(SEEDS)}, by number of
-network evaluations:
+Largest difference to edmdistill's own images of seeds 0 to {max(SEEDS)}, relative to the largest pixel, by the number
+of network evaluations:
 
 {table(parity)}
 """

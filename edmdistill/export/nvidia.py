@@ -116,13 +116,13 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
         use = f"""
 A generator is called once for each of its few noise levels, not along the ODE that their samplers walk:
 
-    x0 = net({flow.sigma_max:g} * noise, torch.tensor({flow.sigma_max:g}){labels})
+    x0 = net({flow.sigma_max} * noise, torch.tensor({flow.sigma_max}){labels})
 
 {MORE_STEPS}"""
     return f"""\
 `model.safetensors` holds the weights by the official names, `network.json` the class and its arguments; neither holds
-code. In a checkout of NVIDIA's {"edm2" if config.network.kind == "edm2" else "edm"}, these lines make the network
-pickle that its scripts take:
+code. In a checkout of NVIDIA's {"edm2" if config.network.kind == "edm2" else "edm"}, this makes the network pickle that
+its scripts take:
 
     import json, pickle, torch, dnnlib, safetensors.torch
     net = dnnlib.util.construct_class_by_name(**json.load(open("network.json")))
