@@ -22,7 +22,10 @@ LAYERS = (
     ("evaluation",),
     ("recipes",),
     ("training",),
-    ("hub", "card", "report", "export"),
+    ("curves",),
+    ("report", "export"),
+    ("card",),
+    ("hub",),
     ("cli", "assets"),  # assets: the scripts that made what ships with the package
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
@@ -30,12 +33,12 @@ HOMES = {
     "accelerate": {"training", "evaluation"},
     "click": {"cli"},
     "safetensors": {"checkpoints", "hub"},
-    "huggingface_hub": {"checkpoints", "hub"},
+    "huggingface_hub": {"checkpoints", "card", "hub"},
     "onnx": {"export"},
     "onnxruntime": {"export"},
     "onnxscript": {"export"},
 }
-EXTRAS = "quickstart", "lowbit", "diffusers", "onnx"
+EXTRAS = "quickstart", "lowbit", "plot", "diffusers", "onnx"
 """Optional packages that are imported here; what the others hold is used by torch or by name alone."""
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 SOURCES = {path.relative_to(ROOT).with_suffix("").parts: path.read_text() for path in PACKAGE.rglob("*.py")}

@@ -82,6 +82,7 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
         "scheduler": ["gamma_scheduler", "GammaScheduler"],
         "vae": [None, None],
         "id2label": None if names is None else {str(i): name for i, name in enumerate(names)},
+        "guidance_range": config.guidance.range if flow.guided and config.guidance else None,
         "latent_scale": None if latents is None else latents.scale,
         "latent_bias": None if latents is None else latents.bias,
     }

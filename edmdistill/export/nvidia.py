@@ -41,7 +41,7 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
     pre = flow.preconditioning
     kind = str(config.preconditioning["kind"])
     arguments = {name: value for name, value in flow.network.arguments.items() if name not in OURS}
-    if strange := [name for name in sorted(OURS) if flow.network.arguments.get(name)]:
+    if strange := [name for name in ("double_norm", "guided", "positional_time") if flow.network.arguments.get(name)]:
         raise EdmDistillError(f"NVIDIA's classes know no {strange[0]}, which this network has: export it --to another")
     if isinstance(pre, EDM) and (pre.c_noise_scale != EDM.c_noise_scale or pre.reads_time):
         raise EdmDistillError(
@@ -49,9 +49,10 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
             "export it --to another"
         )
     if config.network.kind == "edm2":
-        flow = add_logvar(flow, 0)  # their class always has the head
+        flow = add_logvar(flow, 0)  # their class always has the head, and one
         arguments |= {"logvar_channels": flow.network.arguments["logvar_channels"], "sigma_data": pre.sigma_data}
         state = flow.network.state_dict()
+        state["logvar_linear.weight"] = state["logvar_linear.weight"][:1]
         tensors = {name if name.startswith("logvar_") else f"unet.{name}": state[name] for name in state}
         return {"class_name": "training.networks_edm2.Precond", **arguments}, tensors
     name, numbers = CLASSES[kind]

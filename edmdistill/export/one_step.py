@@ -24,13 +24,14 @@ class OneStep(nn.Module):
         self.network = network
         self.preconditioning = preconditioning
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """D(x; sigma), by the official arithmetic; Denoiser's, without what depends on the values of a tensor.
 
         Args:
             x: x0 + sigma n, n unit normal; the first is sigma n alone.  [B,C,H,W] float32
             sigma: noise levels.  [B] float32
             labels: class numbers, -1 = no class; None = no class for all.  [B] int64
+            w: weights of guidance, for a guided network.  [B] float32
         Returns: x0.  [B,C,H,W] float32
         """
         c_skip, c_out, c_in, c_noise = self.preconditioning.coefficients(sigma[:, None, None, None])
@@ -39,32 +40,35 @@ class OneStep(nn.Module):
             classes = torch.arange(self.network.label_dim, device=labels.device)
             vectors = (labels[:, None] == classes).to(x.dtype)
         dtype = next(self.network.parameters()).dtype
-        raw = self.network((c_in * x).to(dtype), c_noise.flatten(), vectors)
+        raw = self.network((c_in * x).to(dtype), c_noise.flatten(), vectors, w=w)
         assert isinstance(raw, Tensor)
         return c_skip * x + c_out * raw[:, : self.network.img_channels].to(x.dtype)
 
 
 def example(flow: FlowNetwork) -> dict[str, Tensor]:
-    """Arguments of OneStep for two images, in their order; labels where there are classes."""
+    """Arguments of OneStep for two images; labels where there are classes, w where the network is guided."""
     arguments = {
         "x": torch.zeros(2, flow.img_channels, flow.img_resolution, flow.img_resolution),
         "sigma": torch.full((2,), flow.sigma_max),
     }
-    return arguments | ({"labels": torch.zeros(2, dtype=torch.int64)} if flow.label_dim else {})
+    if flow.label_dim:
+        arguments["labels"] = torch.zeros(2, dtype=torch.int64)
+    if flow.guided:
+        arguments["w"] = torch.ones(2)
+    return arguments
 
 
 def inputs(flow: FlowNetwork) -> str:
     """What the arguments are, in Markdown."""
     size = f"[B,{flow.img_channels},{flow.img_resolution},{flow.img_resolution}]"
-    lines = [
-        f"- `x`: x0 + sigma n, n unit normal noise; the first is sigma n alone. float32 {size}",
-        f"- `sigma`: noise levels, from {flow.sigma_min:g} to {flow.sigma_max:g}. float32 [B]",
-        f"- `labels`: class numbers, 0 to {flow.label_dim - 1}; -1 = no class. int64 [B]",
-        f"- `x0`: the images, nominally in [-1, 1]; latents as the network has them. float32 {size}",
-    ]
-    if not flow.label_dim:
-        del lines[2]
-    return "\n".join(lines)
+    words = {
+        "x": f"x0 + sigma n, n unit normal noise; the first is sigma n alone. float32 {size}",
+        "sigma": f"noise levels, from {flow.sigma_min:g} to {flow.sigma_max:g}. float32 [B]",
+        "labels": f"class numbers, 0 to {flow.label_dim - 1}; -1 = no class. int64 [B]",
+        "w": "weights of the guidance that it has learnt, in the range that `export.json` has. float32 [B]",
+        "x0": f"the images, nominally in [-1, 1]; latents as the network has them. float32 {size}",
+    }
+    return "\n".join(f"- `{name}`: {words[name]}" for name in (*example(flow), "x0"))
 
 
 MORE_STEPS = """\

@@ -77,8 +77,7 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
         done.save(folder / FILE)
     session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
 
-    def call(*arguments: Tensor | None) -> Tensor:
-        feed = {name: value.numpy() for name, value in zip(names, arguments, strict=False) if value is not None}
-        return torch.from_numpy(session.run(None, feed)[0])
+    def call(**arguments: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in arguments.items()})[0])
 
     return compare(flow, config, sampler(flow, config, call))

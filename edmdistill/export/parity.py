@@ -13,8 +13,8 @@ from edmdistill.networks.preconditioning import FlowNetwork
 from edmdistill.sampling.generate import sample
 from edmdistill.trigflow import cos_sin, time_to_sigma
 
-Step = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(x, sigma, labels) -> x0, as OneStep."""
+Step = Callable[..., Tensor]
+"""OneStep's arguments, by name -> x0."""
 
 NFE = 1, 2
 SEEDS = range(3)
@@ -37,10 +37,15 @@ class Exported(Generator):
         super().__init__(flow, config)
         self.step = step
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         cos, _ = cos_sin(t, x_t)
         sigma = time_to_sigma(t, self.flow.sigma_data).float().expand(len(x_t))
-        return self.step(x_t / cos, sigma, None if labels is None else labels.argmax(1))
+        arguments = {"x": x_t / cos, "sigma": sigma}
+        if labels is not None:
+            arguments["labels"] = labels.argmax(1)
+        if w is not None:
+            arguments["w"] = w.float().expand(len(x_t))
+        return self.step(**arguments)
 
 
 def sampler(flow: FlowNetwork, config: CheckpointConfig, step: Step) -> Callable[[int], Tensor]:

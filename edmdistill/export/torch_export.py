@@ -19,11 +19,11 @@ FILE = "model.pt2"
 
 def program(step: nn.Module, flow: FlowNetwork) -> ExportedProgram:
     """OneStep as a graph, for any number of images."""
-    arguments = tuple(example(flow).values())
+    arguments = example(flow)
     batch = Dim("batch")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about itself
-        return torch.export.export(step, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments))
+        return torch.export.export(step, (), arguments, dynamic_shapes={name: {0: batch} for name in arguments})
 
 
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
@@ -32,7 +32,7 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
 
     import torch
     step = torch.export.load("model.pt2").module()
-    x0 = step({", ".join(example(flow))})
+    x0 = step({", ".join(f"{name}={name}" for name in example(flow))})
 
 {inputs(flow)}
 
@@ -48,9 +48,4 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
         warnings.simplefilter("ignore", FutureWarning)
         torch.export.save(program(step, flow), folder / FILE)
         module = torch.export.load(folder / FILE).module()
-
-    def call(*arguments: torch.Tensor | None) -> torch.Tensor:
-        x0: torch.Tensor = module(*(argument for argument in arguments if argument is not None))
-        return x0
-
-    return compare(flow, config, sampler(flow, config, call))
+    return compare(flow, config, sampler(flow, config, module))

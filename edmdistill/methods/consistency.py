@@ -21,16 +21,8 @@ import torch
 from torch import Tensor
 
 from edmdistill.methods.base import FlowFunction, Loss
+from edmdistill.methods.weighting import adaptive
 from edmdistill.trigflow import cos_sin, ddim_step
-
-
-def guided(teacher: FlowFunction, x_t: Tensor, t: Tensor, labels: Tensor | None, w: float) -> Tensor:
-    """F(none) + w (F(class) - F(none)); at w = 1 the teacher itself.  Source: Ho & Salimans 2022, eq. 6, by 1 + w."""
-    F = teacher(x_t, t, labels)
-    if w == 1:
-        return F
-    plain = teacher(x_t, t, None)
-    return plain + w * (F - plain)
 
 
 def warmup(images: int, warmup_images: int) -> float:
@@ -153,7 +145,6 @@ def consistency_loss(F: Tensor, F_minus: Tensor, g: Tensor, u: Tensor, t: Tensor
         t: for the monitors.  [B]
     Source: sCM, eq. 8, with w = -u; appendix D.
     """
-    square = (F - F_minus - g).square().flatten(1).mean(1)
     with torch.no_grad():
         signals = {"tangent_rms": g.square().mean().sqrt()}
-    return Loss((-u).exp() * square + u, t, signals)
+    return Loss(adaptive(F - F_minus - g, u), t, signals)

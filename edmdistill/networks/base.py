@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from edmdistill.kernels.magnitude import normalize
+from edmdistill.networks.embeddings import GuidanceEmbedding
 from edmdistill.networks.magnitude import GAINS, MPConv, MPFourier
 
 
@@ -48,6 +49,8 @@ class Network(nn.Module, ABC):
         two_time: whether a second time is read.
         positional_time: whether the features of c_noise are a TimeEmbedding, for which c_noise is t.
         time_features: the name of the layer that makes them.
+        guided: whether the weight of guidance is read.
+        emb_channels: of what `embed` gives.
     """
 
     img_resolution: int
@@ -56,6 +59,9 @@ class Network(nn.Module, ABC):
     two_time: bool
     positional_time: bool
     time_features: ClassVar[str] = "map_noise"
+    guided: bool
+    emb_channels: int
+    map_guidance: GuidanceEmbedding | None
     logvar_fourier: MPFourier | None
     logvar_linear: nn.Module | None
 
@@ -72,6 +78,7 @@ class Network(nn.Module, ABC):
         self.label_dim = arguments["label_dim"]
         self.two_time = arguments["two_time"]
         self.positional_time = arguments["positional_time"]
+        self.guided = arguments["guided"]
 
     def blocks(self) -> list[Residual]:
         """The residual blocks: the pieces in which a network is sharded and its activations computed again."""
@@ -100,9 +107,10 @@ class Network(nn.Module, ABC):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-        c_logvar: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The raw output F, or F and u.
+        c_logvar: tuple[Tensor, ...] = (),
+        w: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The raw output F, or F, u_1, ..., u_n.
 
         Args:
             x: scaled images; their dtype is the compute dtype.  [B,C,H,W]
@@ -110,7 +118,8 @@ class Network(nn.Module, ABC):
             labels: class vectors; None = all zeros = unconditional.  [B,label_dim]
             c_noise_t: the second time's noise level, for a two_time network; None = not asked.  [B]
             augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
-            c_logvar: what `logvar` is asked at, in the same pass, so that wrappers see it; None = not asked.  [B]
+            c_logvar: what `logvars` is asked, in the same pass, so that wrappers see it.  n of [B]
+            w: the weight of guidance, for a guided network; None = not asked.  [B] or [1]
         """
 
     @abstractmethod
@@ -120,8 +129,9 @@ class Network(nn.Module, ABC):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        w: Tensor | None = None,
     ) -> Tensor:
-        """What the residual blocks know of time, class and augmentation.  As in forward -> [B,E]"""
+        """What the residual blocks know of time, class, augmentation and guidance.  As in forward -> [B,E]"""
 
     def label_vectors(self, labels: Tensor | None, like: Tensor, dropout: float = 0.0) -> Tensor:
         """labels in the dtype of `like`; None = zeros; training zeroes a share `dropout`.  [B or 1,label_dim]"""
@@ -131,27 +141,32 @@ class Network(nn.Module, ABC):
             labels = labels * (torch.rand(len(labels), 1, device=labels.device) >= dropout)
         return labels.to(like.dtype)
 
-    def logvar_head(self, channels: int) -> tuple[MPFourier | None, nn.Module | None]:
-        """New layers for `logvar`, under EDM2's names for them: logvar_fourier, logvar_linear.  channels 0 = none"""
-        return (MPFourier(channels), self.logvar_linear_map(channels)) if channels else (None, None)
+    def logvar_head(self, channels: int, heads: int) -> tuple[MPFourier | None, nn.Module | None]:
+        """New layers for `logvars`, under EDM2's names for them: logvar_fourier, logvar_linear.  channels 0 = none"""
+        return (MPFourier(channels), self.logvar_linear_map(channels, heads)) if channels else (None, None)
 
-    def logvar_linear_map(self, channels: int) -> nn.Module:
-        """From Fourier features to u.  It starts at 0, where e^-u L + u is the plain loss L."""
-        linear = nn.Linear(channels, 1)
+    def logvar_linear_map(self, channels: int, heads: int) -> nn.Module:
+        """From Fourier features to the u of each head.  It starts at 0, where e^-u L + u is the plain loss L."""
+        linear = nn.Linear(channels, heads)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
         return linear
 
-    def logvar(self, c: Tensor) -> Tensor:
-        """u, the log variance of the loss at a noise level, learnt beside F.  c = ln(sigma)/4 [B] -> [B]
+    def logvars(self, c: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """u of the first n heads: log variances of losses at noise levels, learnt beside F.  c = ln(sigma)/4
 
-        Source: EDM2, eq. 21.
-        Raises: NotImplementedError: the network has no such head.
+        c: for each head its own.  n of [B] -> n of [B]
+        Source: EDM2, eq. 21, where there is one.
+        Raises: NotImplementedError: the network has no such head, or fewer.
         """
         if self.logvar_fourier is None or self.logvar_linear is None:
             raise NotImplementedError(f"{type(self).__name__} has no head for the log variance of the loss")
-        u: Tensor = self.logvar_linear(self.logvar_fourier(c))
-        return u.flatten()
+        if len(c) > self.arguments["logvar_heads"]:
+            raise NotImplementedError(
+                f"{type(self).__name__} has {self.arguments['logvar_heads']} heads for the log variance of the loss, "
+                f"but {len(c)} were asked"
+            )
+        return tuple(self.logvar_linear(self.logvar_fourier(level))[:, head] for head, level in enumerate(c))
 
     def after_step(self) -> None:
         """After an optimiser step: EDM2's weights back to unit rms, so that the effective learning rate stays.

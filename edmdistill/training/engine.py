@@ -66,9 +66,9 @@ class Player:
         self.wrapper = wrapper
         self.tangent = network.tangent
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         learns = self.network.training and torch.is_grad_enabled()
-        return (self.wrapper if learns else self.network)(*args)
+        return (self.wrapper if learns else self.network)(*args, **kwargs)
 
 
 class Engine:

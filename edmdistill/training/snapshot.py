@@ -50,8 +50,8 @@ def draw(run: Run, folder: Path) -> None:
 def compare(run: Run, folder: Path) -> None:
     """folder/IMAGES.png: what each role makes of the same noisy data, a row for each role at each noise level.
 
-    A role that reads a second time is given the largest one. The networks are those in training: of the average, there
-    are the grids of samples. Latents are not drawn.
+    A role that reads a second time is given the largest one, one that reads a weight of guidance the least. They are
+    the networks in training: of the average, there are the grids of samples. Latents are not drawn.
     """
     network = run.ema.network
     if is_latent(Denoiser(network)):
@@ -65,7 +65,8 @@ def compare(run: Run, folder: Path) -> None:
         x_t = diffuse(x0, z, t)
         rows.append((f"data at sigma {sigma:g}", x_t))
         for role, player in run.roles.items():
-            F = player.eval()(x_t, t, labels, *([last] if player.two_time else []))
+            w = torch.tensor(run.recipe.guidance[0]) if player.guided else None
+            F = player.eval()(x_t, t, labels, last if player.two_time else None, w=w)
             rows.append((role, denoised(x_t, F, t, player.sigma_data)))
     if run.engine.is_main:
         with aside(folder / f"{run.images:09d}.png") as new:

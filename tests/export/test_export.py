@@ -13,7 +13,15 @@ from golden_set import NETWORKS
 
 from edmdistill.checkpoints.convert import build_official, load_flow
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.store import CheckpointConfig, Generator, Provenance, Sampling, facts, save_checkpoint
+from edmdistill.checkpoints.store import (
+    CheckpointConfig,
+    Generator,
+    Guidance,
+    Provenance,
+    Sampling,
+    facts,
+    save_checkpoint,
+)
 from edmdistill.cli.export import TARGETS as CHOICES
 from edmdistill.errors import EdmDistillError
 from edmdistill.export import parity
@@ -31,20 +39,22 @@ RGB, LATENT = "edm2-rgb-cond.pkl", "edm2-latent-cond.pkl"
 
 @pytest.fixture(scope="module")
 def runs(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generator of pixels, and one of latents."""
+    """A generator of pixels that reads a weight of guidance, and one of latents."""
     root = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     small = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": 8}
-    pixels = FlowNetwork(new_network("edm2", 8, 1, 3, **small), EDM())
+    pixels = FlowNetwork(new_network("edm2", 8, 1, 3, guided=True, **small), EDM())
     for gain in pixels.parameters():
         if gain.ndim == 0:
             torch.nn.init.constant_(gain, 0.5)
+    torch.nn.init.normal_(pixels.network.map_guidance.weight)
     for name, flow in {"pixels": pixels, "latents": load_flow(golden / LATENT)[0]}.items():
         names = tuple(f"class {i}, number {i}" for i in range(flow.label_dim))
         config = CheckpointConfig(
             stage="generator",
             sampling=Sampling({"2": (80.0, 3.0)}, gamma=0.7),
             label_names=names,
+            guidance=Guidance("classes", (1.0, 3.0)) if flow.guided else None,
             encoder=load_flow(golden / LATENT)[1].encoder if name == "latents" else {"kind": "pixels"},
             provenance=Provenance(source="a test"),
             **facts(flow),
@@ -88,8 +98,8 @@ def test_torch_export(runs: Path, tmp_path: Path):
         n = torch.randn(x0.shape, generator=rng)
         if index == 0:
             torch.randint(flow.label_dim, [], generator=rng)
-        x0 = step(x0 + sigma * n, torch.tensor([sigma]), torch.tensor([1]))
-    expected = sample(Generator(flow, config), 3, seeds=[5], labels=1, gamma=1.0)
+        x0 = step(x=x0 + sigma * n, sigma=torch.tensor([sigma]), labels=torch.tensor([1]), w=torch.tensor([2.0]))
+    expected = sample(Generator(flow, config), 3, seeds=[5], labels=1, gamma=1.0, guidance=2.0)
     torch.testing.assert_close(x0.clamp(-1, 1), expected, rtol=0, atol=1e-4)
 
 
@@ -137,7 +147,7 @@ def test_a_pipeline_samples_as_we_do(pipelines: dict, runs: Path):
     sigmas = [60.0, 2.0, 2.0, 0.3]
     times = [math.atan(sigma / ours.flow.sigma_data) for sigma in sigmas]
     for words, options in (
-        ({"num_inference_steps": 3}, {"nfe": 3}),
+        ({"num_inference_steps": 3, "guidance_scale": 2.5}, {"nfe": 3, "guidance": 2.5}),
         ({"sigmas": sigmas, "gamma": 0.0, "class_labels": "number 2"}, {"times": times, "gamma": 0.0, "labels": 2}),
         ({"sigmas": sigmas, "gamma": 0.4, "class_labels": [1, 0]}, {"times": times, "gamma": 0.4, "labels": [1, 0]}),
     ):
@@ -157,6 +167,8 @@ def test_a_pipeline_of_latents_decodes_by_a_vae(pipelines: dict, runs: Path):
     pipe = pipelines["latents"]
     with pytest.raises(ValueError, match=r"load the pipeline with vae=AutoencoderKL"):
         pipe(generator=streams(0))
+    with pytest.raises(ValueError, match="reads none"):
+        pipe(generator=streams(0), output_type="latent", guidance_scale=2.0)
     latents = pipe(generator=streams(0), output_type="latent").images
     torch.manual_seed(0)
     vae = AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
@@ -184,6 +196,7 @@ def test_a_pipeline_outlives_the_next_one(pipelines: dict):
         ({"class_labels": [1, 2, 3], "batch_size": 2}, r"\[3, 2\] images"),
         ({"sigmas": [2.0, 80.0]}, "must fall"),
         ({"sigmas": [800.0]}, "from 0.002 to 80"),
+        ({"guidance_scale": 5.0}, r"lies in \[1, 3\]"),
         ({"gamma": 1.5}, r"lies in \[0, 1\]"),
         ({"num_inference_steps": 0}, "at least 1"),
         ({"output_type": "jpg"}, "'jpg' was asked for"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,27 +22,34 @@ SHAPE, LABELS = (1, 2, 2), 3
 
 
 class Tiny(nn.Module):
-    """F(x_t, t, labels[, second]) with less than a hundred random weights, smooth in all that it reads; and u(t)."""
+    """F(x_t, t, labels[, second][, w]) of less than a hundred random weights, smooth in all that it reads; and u(t)."""
 
     def __init__(self, role: Role, dtype: torch.dtype) -> None:
         super().__init__()
-        self.two_time = two_time = role.two_time
-        self.head = nn.Linear(2, 1, dtype=dtype) if role.logvar else None
-        self.hidden = nn.Linear(4 + 2 + LABELS + 2 * two_time, 5, dtype=dtype)
+        self.two_time, self.guided = role.two_time, role.guided
+        self.head = nn.Linear(2, role.logvars, dtype=dtype) if role.logvars else None
+        self.hidden = nn.Linear(4 + 2 + LABELS + 2 * role.two_time + role.guided, 5, dtype=dtype)
         self.out = nn.Linear(5, 4, dtype=dtype)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, logvar: bool = False):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, *, u_at=(), w=None):
         assert x_t.shape[1:] == SHAPE
         assert (second is not None) == self.two_time
-        read = [t] if second is None else [t, second]
-        times = [f(time).to(x_t.dtype)[:, None] for time in read for f in (torch.cos, torch.sin)]
-        hidden = self.hidden(torch.cat([x_t.flatten(1) / 0.5, *times, labels], 1)).tanh()
+        assert (w is not None) == self.guided
+        more = [self.read(second, x_t)] if second is not None else []
+        more += [w[:, None].to(x_t.dtype)] if w is not None else []
+        hidden = self.hidden(torch.cat([x_t.flatten(1) / 0.5, self.read(t, x_t), labels, *more], 1)).tanh()
         F = self.out(hidden).reshape(x_t.shape)
-        return (F, self.head(torch.cat(times[:2], 1)).flatten()) if logvar else F
+        return (F, *(self.head(self.read(at, x_t))[:, head] for head, at in enumerate(u_at))) if u_at else F
+
+    @staticmethod
+    def read(t: Tensor, x_t: Tensor) -> Tensor:
+        return torch.stack([t.cos(), t.sin()], 1).to(x_t.dtype)
 
     @torch.no_grad()
-    def tangent(self, x_t: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(lambda x, t: self(x, t, labels), (x_t, t), (dx, dt))
+    def tangent(
+        self, x_t: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor, *, w: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(lambda x, t: self(x, t, labels, w=w), (x_t, t), (dx, dt))
 
 
 @pytest.fixture
@@ -51,12 +59,12 @@ def noise() -> NoiseRange:
 
 @pytest.fixture
 def tiny_networks() -> Callable[..., dict[str, Tiny]]:
-    """(method, seed, dtype) -> a random network for each of its roles."""
+    """(method, seed, dtype, options) -> a random network for each role that plays."""
 
-    def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tiny]:
+    def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, Tiny]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return {name: Tiny(role, dtype) for name, role in method.roles.items()}
+            return {name: Tiny(role, dtype) for name, role in method.cast(method.Config(**options)).items()}
 
     return make
 

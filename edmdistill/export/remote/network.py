@@ -30,7 +30,16 @@ class EdmdistillNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
         numbers = {name: value for name, value in preconditioning.items() if name != "kind"}
         self.one_step = OneStep(NETWORKS[kind](**arguments), PRECONDITIONINGS[preconditioning["kind"]](**numbers))
 
-    def forward(self, sample: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """x0 of x0 + sigma n.  sample [B,C,H,W] float32, sigma [B] float32, class_labels [B] int64, -1 = no class"""
-        x0: Tensor = self.one_step(sample, sigma, class_labels)
+    def forward(
+        self, sample: Tensor, sigma: Tensor, class_labels: Tensor | None = None, w: Tensor | None = None
+    ) -> Tensor:
+        """x0 of x0 + sigma n.
+
+        Args:
+            sample: x0 + sigma n.  [B,C,H,W] float32
+            sigma: noise levels.  [B] float32
+            class_labels: -1 = no class; None = no class for all.  [B] int64
+            w: weights of guidance, for a guided network.  [B] float32
+        """
+        x0: Tensor = self.one_step(sample, sigma, class_labels, w)
         return x0

@@ -21,6 +21,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         scheduler: GammaScheduler.
         vae: what decodes latents, where the network makes those; it does not come with the pipeline.
         id2label: names of the classes by number; a name may be several, with commas.
+        guidance_range: least and greatest weight of guidance that the network reads, if it reads one.
         latent_scale, latent_bias: latents are (x0 - bias) / scale, by channel; None for pixels.
     """
 
@@ -33,12 +34,15 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: Mapping[str, str] | None = None,
+        guidance_range: Sequence[float] | None = None,
         latent_scale: Sequence[float] | None = None,
         latent_bias: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        self.register_to_config(id2label=id2label, latent_scale=latent_scale, latent_bias=latent_bias)
+        self.register_to_config(
+            id2label=id2label, guidance_range=guidance_range, latent_scale=latent_scale, latent_bias=latent_bias
+        )
         names = {name.strip(): int(i) for i, words in (id2label or {}).items() for name in words.split(",")}
         self.labels = dict(sorted(names.items()))
 
@@ -49,6 +53,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = 2,
         sigmas: Sequence[float] | None = None,
         gamma: float | None = None,
+        guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
@@ -61,10 +66,11 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps: network evaluations.
             sigmas: noise levels to evaluate at, falling, in the place of num_inference_steps.
             gamma: share of fresh noise between the steps, in [0, 1]; None = the scheduler's own.
+            guidance_scale: weight of the guidance that the network has learnt; None = the least that it knows.
             generator: a list [torch.Generator().manual_seed(i) for i in seeds] gives the images that
                 `edmdistill sample --seeds` gives.
             output_type: pil, np ([B,H,W,C] in [0, 1]), pt ([B,C,H,W] in [0, 1]) or latent (what the network makes).
-        Raises: ValueError: counts that differ, a class that is not there, or latents without a vae.
+        Raises: ValueError: counts that differ, a class or a weight that is not there, or latents without a vae.
         """
         counts = [len(x) for x in (class_labels, generator) if isinstance(x, Sequence) and not isinstance(x, str)]
         counts += [] if batch_size is None else [batch_size]
@@ -80,10 +86,12 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         classes = self._classes(class_labels, shape[0], network.label_dim, generator, device)
 
+        w = self._guidance(guidance_scale, shape[0], device)
+
         self.scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
         x = self.scheduler.init_noise_sigma * noise
         for sigma in self.progress_bar(self.scheduler.timesteps):
-            x0 = self.unet(x, sigma.expand(len(x)), classes)
+            x0 = self.unet(x, sigma.expand(len(x)), classes, w)
             x = self.scheduler.step(x0, sigma, x, gamma=gamma, generator=generator)
 
         images = x if output_type == "latent" else self._output(self._decode(x), output_type)
@@ -114,6 +122,18 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
             if not 0 <= number < label_dim:
                 raise ValueError(f"there is no class {word!r}: classes are 0 to {label_dim - 1}, names in pipe.labels")
         return torch.tensor(numbers, device=device)
+
+    def _guidance(self, scale: float | None, count: int, device: torch.device) -> Tensor | None:
+        """The weights of guidance, where the network reads any.  [count]"""
+        known = self.config.guidance_range
+        if known is None:
+            if scale is not None:
+                raise ValueError("guidance_scale was given, but this network reads none: leave it out")
+            return None
+        scale = known[0] if scale is None else scale
+        if not known[0] <= scale <= known[1]:
+            raise ValueError(f"guidance_scale lies in [{known[0]:g}, {known[1]:g}], but it is {scale:g}")
+        return torch.full((count,), scale, device=device)
 
     def _decode(self, x0: Tensor) -> Tensor:
         """x0 as pixels, nominally in [-1, 1].  [B,C,H,W]"""
