@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,7 +36,7 @@ class Exported(Generator):
 
     def __init__(self, flow: FlowNetwork, config: CheckpointConfig, step: Step) -> None:
         super().__init__(flow, config)
-        self.step = step
+        self.step = partial(step)  # not as a module of this one: an exported program knows no train() and eval()
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         cos, _ = cos_sin(t, x_t)
