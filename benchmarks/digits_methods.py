@@ -6,7 +6,8 @@
 Each method trains by its recipe, with as many images as the minutes hold: a short calibration in CPU-seconds finds how
 many, and what a run really took, with its start-up, stands beside. All have the same network and data. Not counted are
 the shipped teacher's own training, and the adaptation to read t, which the methods of sCM start from; its cost is
-printed. A method is measured in the steps that its recipe is for.
+printed. A method is measured in the steps that its recipe is for. On a busy machine a CPU-second holds fewer images:
+leave it alone while the methods are calibrated, one after the other.
 
 What is finished in DIR is not done again, unless its recipe has changed; a run that was broken off starts anew.
 """
