@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edmdistill.methods.base import Method
 from edmdistill.methods.cosim import CoSIM
+from edmdistill.methods.ctm import CTM
 from edmdistill.methods.diffusion import Diffusion
 from edmdistill.methods.discrete_scm import DSCD
 from edmdistill.methods.scm import SCD, SCT
@@ -16,4 +17,5 @@ METHODS: dict[str, type[Method]] = {
     "scd": SCD,
     "sct": SCT,
     "dscd": DSCD,
+    "ctm": CTM,
 }

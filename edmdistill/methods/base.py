@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, NamedTuple, Protocol, overload
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, overload
 
 import msgspec
-from torch import Tensor
+from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.networks.last_layer import LastLayer
+from edmdistill.networks.preconditioning import FlowNetwork
 
 
 class FlowFunction(Protocol):
@@ -34,6 +37,9 @@ class FlowFunction(Protocol):
         self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /
     ) -> tuple[Tensor, Tensor]:
         """F and its derivative along (dx, dt), without gradient and with the dropout of the next call."""
+
+    def watch(self) -> AbstractContextManager[LastLayer]:
+        """Within it, the network's last layer remembers its calls; see LastLayer."""
 
 
 class Batch(NamedTuple):
@@ -58,12 +64,34 @@ class NoiseRange(NamedTuple):
     sigma_max: float
 
 
+class Follows(NamedTuple):
+    """Whose moving average a role is: after each of its steps the weights become decay old + (1 - decay) new."""
+
+    role: str
+    decay: float
+
+
 class Role(NamedTuple):
-    """A network's part in a method: whether it is trained, reads a second time, and has a head for u(t)."""
+    """A network's part in a method.
+
+    Attributes:
+        trained: by turns of its own.
+        two_time: it reads a second time.
+        logvar: it has a head for u(t).
+        follows: whose average it is; None: its weights are its own.
+        make: makes a network of another kind, from the teacher and a seed; None: the network is the teacher's copy.
+    """
 
     trained: bool
     two_time: bool = False
     logvar: bool = False
+    follows: Follows | None = None
+    make: Callable[[FlowNetwork, int], nn.Module] | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is the teacher, for good."""
+        return not self.trained and self.follows is None and self.make is None
 
 
 class Loss(NamedTuple):
@@ -82,11 +110,35 @@ class Loss(NamedTuple):
     generated: Tensor | None = None
 
 
+class Look(NamedTuple):
+    """What a turn sees of a micro-batch before any of it is learnt from.
+
+    Attributes:
+        means: over the micro-batch's rows; when the loss gets them, over those of the whole batch.
+        kept: what the loss of the same rows goes on with.
+    """
+
+    means: dict[str, Tensor]
+    kept: Any = None
+
+
 class Turn(NamedTuple):
-    """One optimiser step of one role."""
+    """One optimiser step of one role.
+
+    Attributes:
+        loss: (batch, draws) -> Loss; with a look, (batch, draws, look).
+        look: (batch, draws) -> Look, of every micro-batch before the first loss.
+        begins: the images that have been seen before the first of these turns is taken.
+    """
 
     role: str
-    loss: Callable[[Batch, Draws], Loss]
+    loss: Callable[..., Loss]
+    look: Callable[[Batch, Draws], Look] | None = None
+    begins: int = 0
+
+    def whole(self, batch: Batch, draws: Draws) -> Loss:
+        """The loss of a batch that is not cut."""
+        return self.loss(batch, draws) if self.look is None else self.loss(batch, draws, self.look(batch, draws))
 
 
 class Method(ABC):
@@ -95,7 +147,7 @@ class Method(ABC):
     Class attributes:
         Config: a frozen msgspec.Struct; its fields are the [method] table of a recipe.
         roles: the networks it plays with, by name; `cast` says which of them under which options. A role that is not
-            trained is the frozen teacher.
+            trained is the frozen teacher, unless it follows another or is made.
         product: the role whose average is what a run is for.
     """
 
@@ -104,8 +156,8 @@ class Method(ABC):
     product: ClassVar[str] = "generator"
 
     @abstractmethod
-    def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
-        """networks: a callable for every role."""
+    def __init__(self, config: msgspec.Struct, networks: Mapping[str, Any], noise: NoiseRange) -> None:
+        """networks: of every role, a FlowFunction, or what its `make` makes."""
 
     @abstractmethod
     def turns(self) -> tuple[Turn, ...]:

@@ -49,6 +49,8 @@ def sample(
 ) -> Tensor:
     """One image for each seed: a generator's by gamma-sampling, a teacher's by a solver of its ODE.
 
+    A generator that knows the score, as CTM's do, is a teacher too if a solver is named.
+
     An image depends on its seed and its label alone, up to the rounding of the network's own kernels. Noise and classes
     are those that the official EDM and EDM2 scripts draw from that seed on a CPU.
 
@@ -62,7 +64,7 @@ def sample(
         times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
         guidance: weight of a teacher's guidance; 1 = none; see GuidedDenoiser.
         guide: the network to move away from; default: the teacher without labels.
-        solver: a teacher's, of SOLVERS; default: heun.
+        solver: a teacher's or CTM generator's, of SOLVERS; default for a teacher: heun.
         churn: fresh noise on a teacher's way by Heun's method; see Churn.
         batch: images at a time.
         on_progress: called with the number of images that have just been finished.
@@ -70,10 +72,12 @@ def sample(
         is_latent): those latents as they are, for decoding is not done here.
     Raises: EdmDistillError: an option that does not fit the model, or is out of range.
     """
+    if isinstance(model, Generator) and solver is not None and model.flow.two_time:
+        model = Denoiser(model.flow)
     if isinstance(model, Generator):
         if guidance != 1 or guide is not None or solver is not None or churn != NO_CHURN:
             raise EdmDistillError(
-                "guidance, solver and churn are for teachers, and this is a generator: leave them out"
+                "guidance, solver and churn are for teachers and CTM's generators, and this is another: leave them out"
             )
         solve = _gamma_solver(model, nfe, gamma, times)
     else:
@@ -146,7 +150,8 @@ def _gamma_solver(
         if nfe < 1:
             raise EdmDistillError(f"a generator needs at least 1 network evaluation, but {nfe} were asked for")
         times = model.schedule(nfe)
-    return partial(gamma_sampler, model, times=check_times(times, nfe), sigma_data=model.flow.sigma_data, gamma=gamma)
+    times, sigma_data = check_times(times, nfe), model.flow.sigma_data
+    return partial(gamma_sampler, model.jump, times=times, sigma_data=sigma_data, gamma=gamma)
 
 
 def default_nfe(teacher: Denoiser, solver: str = "heun") -> int:

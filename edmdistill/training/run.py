@@ -54,7 +54,7 @@ class Run:
     recipe: Recipe
     config: CheckpointConfig
     method: Method
-    roles: dict[str, FlowNetwork]
+    roles: dict[str, nn.Module]
     players: dict[str, Player]
     learnt: dict[str, dict[str, nn.Parameter]]
     optimizers: dict[str, torch.optim.Optimizer]
@@ -66,7 +66,7 @@ class Run:
     unproven: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.unproven = [turn.role for turn in self.method.turns()]
+        self.unproven = [turn.role for turn in sorted(self.method.turns(), key=lambda turn: turn.begins)]
 
     @property
     def ema(self) -> Ema:
@@ -98,7 +98,7 @@ class Run:
                 role: {
                     "parameters": sum(p.numel() for p in network.parameters()),
                     "trained": role in self.optimizers,
-                    "two_time": network.two_time,
+                    "two_time": self.recipe.roles[role].two_time,
                     "unused": self.unused(role),
                 }
                 for role, network in self.roles.items()
@@ -120,6 +120,11 @@ class Run:
             device=self.engine.device,
         )
 
+    @property
+    def kept(self) -> list[str]:
+        """The roles that are in a state: all but the teacher."""
+        return [role for role, part in self.recipe.roles.items() if not part.frozen]
+
     def unused(self, role: str) -> list[str]:
         """Parameters of a trained role that the loss of its turn does not reach."""
         if role not in self.learnt:
@@ -127,13 +132,14 @@ class Run:
         return [name for name, _ in self.roles[role].named_parameters() if name not in self.learnt[role]]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Weights and optimiser state of each trained role, and the averages: whole, whatever the sharding.
+        """Weights of each role but the teacher, optimiser states, and the averages: whole, whatever the sharding.
 
         All processes call it together; it is empty but on the main one.
         """
         groups = {f"ema-{average.profile.name}": average.network.state_dict() for average in self.averages}
-        for role, optimizer in self.optimizers.items():
+        for role in self.kept:
             groups[role] = {f"weights.{name}": tensor for name, tensor in self.roles[role].state_dict().items()}
+        for role, optimizer in self.optimizers.items():
             names = list(self.learnt[role])
             for index, values in plain_states(optimizer).items():
                 groups[role] |= {f"{key}.{names[index]}": value for key, value in values.items()}
@@ -144,8 +150,8 @@ class Run:
         self.images = images
         for average in self.averages:
             load_whole(average.network, groups[f"ema-{average.profile.name}"])
-        for role, optimizer in self.optimizers.items():
-            learnt = self.learnt[role]
+        for role in self.kept:
+            learnt = self.learnt.get(role, {})
             index = {name: i for i, name in enumerate(learnt)}
             weights: dict[str, Tensor] = {}
             state: dict[int, dict[str, Tensor]] = {}
@@ -156,7 +162,8 @@ class Run:
                 else:
                     state.setdefault(index[parameter], {})[kind] = like(tensor, learnt[parameter])
             load_whole(self.roles[role], weights)
-            load_states(optimizer, state)
+            if role in self.optimizers:
+                load_states(self.optimizers[role], state)
 
 
 def prepare(
@@ -193,15 +200,18 @@ def prepare(
     roles = {role: cast(part, flow, recipe) for role, part in recipe.roles.items()}
     trained = [role for role, part in recipe.roles.items() if part.trained]
     unused = Probe(method_class, recipe.method_config, roles, noise).unused()
-    averages = [Ema(roles[method_class.product], profile) for profile in profiles(recipe.ema)]
+    product = roles[method_class.product]
+    assert isinstance(product, FlowNetwork)
+    averages = [Ema(product, profile) for profile in profiles(recipe.ema)]
 
     engine = Engine(machine)
     for role, network in roles.items():
-        if role not in trained and "teacher" in machine.offload:
+        if isinstance(network, FlowNetwork) and recipe.roles[role].frozen and "teacher" in machine.offload:
             engine.lend(network)
         else:
             engine.place(network)
-        if machine.checkpointing:  # after `lend`: a block that is computed again needs its weights again
+        # After `lend`: a block that is computed again needs its weights again.
+        if machine.checkpointing and isinstance(network, FlowNetwork):
             network.network.checkpoint_blocks()
     for average in averages:
         if "ema" not in machine.offload:
@@ -282,14 +292,16 @@ def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConf
     return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
 
 
-def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
-    """The network that plays a part: a copy of the teacher, with the times and the head that it asks for."""
+def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
+    """The network that plays a part: a copy of the teacher, with the times and the head that it asks for, or made."""
+    if part.make is not None:
+        return part.make(flow, recipe.training.seed).to(flow.dtype).requires_grad_(False).eval()
     network = add_second_time(flow) if part.two_time else drop_second_time(flow)
     if part.logvar:
         network = add_logvar(network, recipe.training.seed)
     network.compute_dtype = PRECISION[recipe.training.precision]
     network.requires_grad_(False).eval()
-    if not part.trained:
+    if part.frozen:
         network.network.fold()
     elif recipe.training.dropout is not None:
         for module in network.modules():

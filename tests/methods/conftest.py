@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from edmdistill import schedules
 from edmdistill.methods import cosim
 from edmdistill.methods.base import Batch, NoiseRange, Role
 from edmdistill.methods.cosim import CoSIM
+from edmdistill.networks.last_layer import LastLayer, watched
 from edmdistill.trigflow import cos_sin
 
 FlowFunction = Callable[..., Tensor]
@@ -39,6 +41,9 @@ class Tiny(nn.Module):
         F = self.out(hidden).reshape(x_t.shape)
         return (F, self.head(torch.cat(times[:2], 1)).flatten()) if logvar else F
 
+    def watch(self) -> contextlib.AbstractContextManager[LastLayer]:
+        return watched(self.out)
+
     @torch.no_grad()
     def tangent(self, x_t: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(lambda x, t: self(x, t, labels), (x_t, t), (dx, dt))
@@ -50,13 +55,19 @@ def noise() -> NoiseRange:
 
 
 @pytest.fixture
-def tiny_networks() -> Callable[..., dict[str, Tiny]]:
-    """(method, seed, dtype) -> a random network for each of its roles."""
+def tiny_networks() -> Callable[..., dict[str, nn.Module]]:
+    """(method, seed, dtype, config) -> a random network for each of its roles."""
 
-    def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tiny]:
+    def make(
+        method: type, seed: int = 0, dtype: torch.dtype = torch.float64, config: msgspec.Struct | None = None
+    ) -> dict[str, nn.Module]:
+        flow = SimpleNamespace(img_channels=SHAPE[0], img_resolution=SHAPE[1])
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return {name: Tiny(role, dtype) for name, role in method.roles.items()}
+            return {
+                name: role.make(flow, seed).to(dtype) if role.make else Tiny(role, dtype)
+                for name, role in method.cast(config or method.Config()).items()
+            }
 
     return make
 
