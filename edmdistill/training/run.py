@@ -187,10 +187,10 @@ def prepare(
         flow, config = read_teacher(teacher)
     elif recipe.network is not None:
         torch.manual_seed(recipe.training.seed)
-        flow, config = _make(recipe.network, dataset)
+        flow, config = _make(recipe.network, dataset, recipe.method["name"])
     else:
         name = recipe.method["name"]
-        raise TrainingError(f"{name} distils a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
+        raise TrainingError(f"{name} starts from a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     require_fit(dataset, flow, config)
     objection = method_class.objection(recipe.method_config, flow.network.positional_time)
     if objection is not None:
@@ -275,7 +275,7 @@ def read_teacher(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
     return flow, replace(config, provenance=replace(config.provenance, parent=sha256))
 
 
-def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConfig]:
+def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """A network that fits the data, with fresh weights, and its configuration."""
     arguments = {
         "img_resolution": dataset.img_resolution,
@@ -288,7 +288,7 @@ def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConf
         raise RecipeError(f"[network.arguments] make no {table.kind} network: {error}") from error
     kind: Literal["log_sigma", "time"] = "time" if network.positional_time else "log_sigma"
     flow = FlowNetwork(network, EDM(sigma_data=table.sigma_data, c_noise_kind=kind))
-    provenance = Provenance(source=f"edmdistill train diffusion on {Path(dataset.name).name}")
+    provenance = Provenance(source=f"edmdistill train {method} on {Path(dataset.name).name}")
     return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
 
 

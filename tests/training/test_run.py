@@ -33,7 +33,7 @@ def test_no_memory_is_shared_between_roles(start):
 
 
 def test_a_method_that_distils_asks_for_its_teacher(recipe):
-    with pytest.raises(TrainingError, match="cosim distils a teacher: name its checkpoint"):
+    with pytest.raises(TrainingError, match="cosim starts from a teacher: name its checkpoint"):
         prepare(recipe("cosim"), data="digits")
 
 
