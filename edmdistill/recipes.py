@@ -1,8 +1,9 @@
 """Recipes: the TOML that decides what a run computes, as typed tables.
 
 A recipe is named METHOD/DATASET, or METHOD/DATASET-VARIANT where the file has a table [variants.VARIANT] that
-is laid over the base. `load_recipe` checks everything before a run starts. The resolved recipe is JSON with
-every default filled in: it loads back equal, and its hash names what was computed.
+is laid over the base; variants join, as METHOD/DATASET-SIZE-MODE, the later one on top. `load_recipe` checks
+everything before a run starts. The resolved recipe is JSON with every default filled in: it loads back equal, and its
+hash names what was computed.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from edmdistill.checkpoints.aside import aside
 from edmdistill.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -60,6 +63,8 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Largest norm of a role's whole gradient; left out: no clipping."""
     dropout: BelowOne | None = None
     """Dropout of the trained networks; left out: what the checkpoint says."""
+    dropout_max_resolution: PositiveCount | None = None
+    """Dropout only where features have so many pixels a side or fewer; left out: everywhere."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks; parameters, times and losses stay float32 or better. fp16 scales the losses."""
     seed: Count = 0
@@ -75,6 +80,8 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         if (self.lr_decay == "inverse_sqrt") != (self.decay_images is not None):
             raise ValueError('lr_decay = "inverse_sqrt" and decay_images go together: give both or neither')
+        if self.dropout is None and self.dropout_max_resolution is not None:
+            raise ValueError("dropout_max_resolution says where the recipe's dropout is: give dropout too")
         if self.images < self.batch:
             raise ValueError(f"images = {self.images} is less than one batch of {self.batch}")
 
@@ -179,14 +186,43 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return _resolve(tables, "the resolved recipe")
 
 
-def recipe_names() -> list[str]:
-    """Every name that `load_recipe` takes, of the recipes that ship with the package."""
-    names = []
+def recipe_names(method: str | None = None) -> list[str]:
+    """The recipes that ship with the package, or those for a method: every base, and every variant by itself.
+
+    Raises: RecipeError: there are none for it.
+    """
+    names: list[str] = []
     for path in sorted(SHIPPED.rglob("*.toml")):
         base, tables = path.relative_to(SHIPPED).with_suffix("").as_posix(), _read(path)
         names += [] if tables.get("requires_variant") else [base]
         names += [f"{base}-{variant}" for variant in tables.get("variants", {})]
-    return names
+    own = [name for name in names if method in (None, name.partition("/")[0])]
+    if not own:
+        methods = sorted({name.partition("/")[0] for name in names})
+        raise RecipeError(f"there are no recipes for {method!r}; {_did_you_mean(str(method), methods)}")
+    return own
+
+
+def recipe_header(path: Path) -> str:
+    """The comment at the head of a recipe's file: what it is, its command, the paper's result, what was measured."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
+
+
+def copy_recipe(name: str, to: Path) -> str:
+    """Copies the file of a recipe, with all its variants, for its author to change.
+
+    Returns: what the recipe is called there, `mine-s.toml` for variant s of `mine.toml`.
+    Raises: RecipeError: no such recipe, or there is something at `to`, which must end in .toml.
+    """
+    path, variant = find_recipe(name)
+    if to.suffix != ".toml":
+        raise RecipeError(f"{to} must end in .toml, for that tells a file of yours from a recipe's name")
+    if to.exists():
+        raise RecipeError(f"{to} exists: choose another name")
+    with aside(to) as new:
+        new.write_bytes(path.read_bytes())
+    return str(to if variant is None else to.with_name(f"{to.stem}-{variant}.toml"))
 
 
 def find_recipe(name: str) -> tuple[Path, str | None]:
@@ -199,8 +235,14 @@ def find_recipe(name: str) -> tuple[Path, str | None]:
     words = name.removesuffix(".toml").split("-")
     for cut in range(len(words), 0, -1):
         path = root / f"{'-'.join(words[:cut])}.toml"
-        if path.is_file():
-            return path, "-".join(words[cut:]) or None
+        if not path.is_file():
+            continue
+        variant = "-".join(words[cut:]) or None
+        variants = _table(_read(path), "variants", name)
+        for part in _joined(variant, variants):
+            if part not in variants:
+                raise RecipeError(f"{path} has no variant {part!r}; {_did_you_mean(part, variants)}")
+        return path, variant
     if root != SHIPPED:
         raise RecipeError(f"there is no file {name}; give a path, or a name such as {recipe_names()[0]}")
     raise RecipeError(f"there is no recipe {name!r}; {_did_you_mean(name, recipe_names())}")
@@ -218,13 +260,11 @@ def load_recipe(name: str, method: str | None = None, sets: Iterable[str] = ()) 
     path, variant = find_recipe(name)
     tables = _read(path)
     variants = _table(tables, "variants", name)
-    if variant is not None and variant not in variants:
-        raise RecipeError(f"{path} has no variant {variant!r}; {_did_you_mean(variant, variants)}")
     if variant is None and tables.get("requires_variant"):
         raise RecipeError(f"{name} needs a variant: one of {', '.join(f'{name}-{v}' for v in variants)}")
     tables = {key: value for key, value in tables.items() if key not in ("variants", "requires_variant")}
-    if variant is not None:
-        tables = _merge(tables, _table(variants, variant, f"{name}: variants"))
+    for part in _joined(variant, variants):
+        tables = _merge(tables, _table(variants, part, f"{name}: variants"))
     for override in sets:
         tables = _merge(tables, _parse_override(override))
     directory = path.parent.name
@@ -248,6 +288,11 @@ def _methods() -> dict[str, type[Method]]:
     from edmdistill.methods import METHODS  # imports torch, which a list of names does not need
 
     return METHODS
+
+
+def _joined(variant: str | None, variants: Mapping[str, Any]) -> list[str]:
+    """The variants that a name asks for: `m-vsd` is m with vsd laid over it, unless there is one of that very name."""
+    return [] if variant is None else [variant] if variant in variants else variant.split("-")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -39,9 +39,10 @@ class Toy(nn.Module):
         self.F = F
         self.u = u
 
-    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, logvar=False):
+    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, u_at=()):
         F = self.F(x, t)
-        return (F, torch.zeros_like(t) if self.u is None else self.u.expand_as(t)) if logvar else F
+        u = torch.zeros(1, dtype=torch.float64) if self.u is None else self.u
+        return (F, *map(u.expand_as, u_at)) if u_at else F
 
     @torch.no_grad()
     def tangent(self, x: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:

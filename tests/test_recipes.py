@@ -101,6 +101,19 @@ def test_the_longest_file_name_wins(write):
     assert load_recipe(longer.replace("a-b", "a-b-c"), method="sid").training.seed == 1
 
 
+def test_variants_join_and_the_later_one_wins(write):
+    both = "[variants.m.training]\nlr = 2.0\nseed = 2\n[variants.vsd.training]\nseed = 3\n"
+    mine = write(MINIMAL + both).removesuffix(".toml")
+
+    def read(variants: str) -> tuple[float, int]:
+        training = load_recipe(f"{mine}-{variants}.toml", method="sid").training
+        return training.lr, training.seed
+
+    assert [read(v) for v in ("m", "vsd", "m-vsd", "vsd-m")] == [(2, 2), (1e-3, 3), (2, 3), (2, 2)]
+    with pytest.raises(RecipeError, match="has no variant 'vsb'; did you mean 'vsd'"):
+        read("m-vsb")
+
+
 @pytest.mark.parametrize(
     ("override", "read"),
     [
@@ -140,6 +153,7 @@ def test_the_last_set_wins():
         ("training.batch=1.5", "training.batch = 1.5: expected `int`, got `float`"),
         ("training.images=20", "images = 20 is less than one batch of 32"),
         ("training.dropout=1.0", "training.dropout = 1.0: expected `float` < 1.0"),
+        ("training.dropout_max_resolution=16", "give dropout too"),
         ("training.betas=[0.9]", "training.betas = [0.9]: expected `array` of length 2"),
         ("training.lr_decay=inverse_sqrt", "decay_images go together"),
         ("training.decay_images=5", "decay_images go together"),

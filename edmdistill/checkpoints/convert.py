@@ -56,7 +56,7 @@ PRECONDITIONING_CLASSES = {
 }
 NETWORK_CLASSES = {"SongUNet": ("song", "model."), "DhariwalUNet": ("adm", "model."), "UNet": ("edm2", "unet.")}
 """Our kind, and the prefix of its tensors in the official state."""
-OURS = {"two_time", "positional_time", "double_norm"}
+OURS = {"two_time", "positional_time", "double_norm", "logvar_heads"}
 """Constructor arguments that no official class has; only EDM2's have logvar_channels."""
 WITHOUT_EFFECT = {"use_fp16", "model_type"}
 """Official arguments about how the network is run or named, not what it computes."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": "Draw images from a teacher or a generator.",
     "eval": "Measure a checkpoint or a folder of images against a data set.",
     "loss": "Compare the diffusion loss of two teachers by noise level.",
+    "recipes": "List, show, copy and check the recipes.",
     "plan": "Say what a run will need: memory, operations and days, by GPU.",
     "report": "Write a one-page HTML report of a run.",
     "doctor": "Look at versions, devices and disk, and say what to mend.",

@@ -15,7 +15,7 @@ from edmdistill.errors import EdmDistillError, Elsewhere, TrainingError
 if TYPE_CHECKING:
     from edmdistill.training.run import Run
 
-METHODS = ("diffusion", "cosim", "sid", "scd", "sct", "dscd", "ctm")
+METHODS = ("diffusion", "cosim", "sid", "scd", "sct", "dscd", "vsd", "ctm")
 OFFLOADS = ("ema", "teacher", "optimizer")
 TRACKERS = ("tensorboard", "wandb")
 ALARMS = ("collapse", "saturation", "runaway", "nan")

@@ -9,6 +9,7 @@ from edmdistill.methods.diffusion import Diffusion
 from edmdistill.methods.discrete_scm import DSCD
 from edmdistill.methods.scm import SCD, SCT
 from edmdistill.methods.sid import SiD
+from edmdistill.methods.vsd import VSD
 
 METHODS: dict[str, type[Method]] = {
     "diffusion": Diffusion,
@@ -17,5 +18,6 @@ METHODS: dict[str, type[Method]] = {
     "scd": SCD,
     "sct": SCT,
     "dscd": DSCD,
+    "vsd": VSD,
     "ctm": CTM,
 }

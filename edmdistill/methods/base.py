@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, overload
+from typing import Any, ClassVar, NamedTuple, Protocol, overload
 
 import msgspec
 from torch import Tensor, nn
@@ -29,9 +29,16 @@ class FlowFunction(Protocol):
 
     @overload
     def __call__(
-        self, x_t: Tensor, t: Tensor, labels: Tensor | None, second: Tensor | None, logvar: Literal[True], /
-    ) -> tuple[Tensor, Tensor]:
-        """F, and the log variance u [B] of the loss at t, for a role with logvar."""
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        second: Tensor | None = None,
+        /,
+        *,
+        u_at: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """F, and for each of n times [B] the log variance u [B] of a loss then, for a role with n logvars or more."""
 
     def tangent(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /
@@ -77,14 +84,14 @@ class Role(NamedTuple):
     Attributes:
         trained: by turns of its own.
         two_time: it reads a second time.
-        logvar: it has a head for u(t).
+        logvars: heads for u(t).
         follows: whose average it is; None: its weights are its own.
         make: makes a network of another kind, from the teacher and a seed; None: the network is the teacher's copy.
     """
 
     trained: bool
     two_time: bool = False
-    logvar: bool = False
+    logvars: int = 0
     follows: Follows | None = None
     make: Callable[[FlowNetwork, int], nn.Module] | None = None
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.methods.base import FlowFunction, Loss
+from edmdistill.methods.weighting import adaptive
 from edmdistill.trigflow import cos_sin, ddim_step
 
 
@@ -153,7 +154,6 @@ def consistency_loss(F: Tensor, F_minus: Tensor, g: Tensor, u: Tensor, t: Tensor
         t: for the monitors.  [B]
     Source: sCM, eq. 8, with w = -u; appendix D.
     """
-    square = (F - F_minus - g).square().flatten(1).mean(1)
     with torch.no_grad():
         signals = {"tangent_rms": g.square().mean().sqrt()}
-    return Loss((-u).exp() * square + u, t, signals)
+    return Loss(adaptive(F - F_minus - g, u), t, signals)

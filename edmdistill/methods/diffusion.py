@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
+from edmdistill.methods.weighting import adaptive
 from edmdistill.schedules import lognormal_sigmas
 from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 
@@ -28,7 +29,7 @@ class DiffusionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Diffusion(Method):
     Config = DiffusionConfig
-    roles = {"teacher": Role(trained=True, logvar=True)}
+    roles = {"teacher": Role(trained=True, logvars=1)}
     product = "teacher"
 
     def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
@@ -52,6 +53,6 @@ class Diffusion(Method):
         if self.config.weighting == "none":
             F = self.teacher(x_t, t, batch.labels)
             return Loss((F - target).square().flatten(1).sum(1), t)
-        F, u = self.teacher(x_t, t, batch.labels, None, True)
-        square = (F - target).square().flatten(1).mean(1)
-        return Loss((-u).exp() * square + u, t, {"velocity_error": square.detach().mean()})
+        F, u = self.teacher(x_t, t, batch.labels, u_at=(t,))
+        error = F - target
+        return Loss(adaptive(error, u), t, {"velocity_error": error.detach().square().mean()})

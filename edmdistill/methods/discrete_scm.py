@@ -32,7 +32,7 @@ class DSCDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class DSCD(Method):
     Config = DSCDConfig
-    roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvar=True)}
+    roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvars=1)}
 
     def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         self.config = own = cast(DSCDConfig, config)
@@ -60,6 +60,6 @@ class DSCD(Method):
             dx = sigma_data * guided(self.teacher, x_t, t, batch.labels, own.guidance)
             r = warmup(batch.images, own.warmup_images)
             F_minus, g = discrete_target(self.generator, x_t, t, t_before, batch.labels, dx, r=r, sigma_data=sigma_data)
-        F, u = self.generator(x_t, t, batch.labels, None, True)
+        F, u = self.generator(x_t, t, batch.labels, u_at=(t,))
         loss = consistency_loss(F, F_minus, tamed(g, own.c, own.taming), u, t)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))

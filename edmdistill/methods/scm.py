@@ -22,6 +22,7 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
 from edmdistill.methods.consistency import Taming, consistency_loss, continuous_target, guided, tamed, warmup
+from edmdistill.methods.score_distillation import auxiliary_loss, generator_loss
 from edmdistill.schedules import lognormal_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time, velocity
 
@@ -41,13 +42,25 @@ class SCTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class SCDConfig(SCTConfig, frozen=True, forbid_unknown_fields=True):
     guidance: Annotated[float, Meta(ge=1, description="weight of the teacher's guidance by classes; 1 = none")] = 1.0
+    vsd: Annotated[float, Meta(ge=0, description="weight of variational score distillation's loss; 0 = none")] = 0.0
+    vsd_P_mean: Annotated[float, Meta(description="mean of ln(sigma) where the two scores are compared")] = 0.4
+    vsd_P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) there")] = 2.0
+    aux_P_mean: Annotated[float, Meta(description="mean of ln(sigma) in the auxiliary score's turn")] = -0.8
+    aux_P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) in that turn")] = 1.6
+
+    def __post_init__(self) -> None:
+        if self.vsd and self.intervals > 1:
+            raise ValueError(
+                f"vsd is about one step from noise to the data, but with intervals {self.intervals} it takes as many: "
+                "set one of them to its default"
+            )
 
 
 class SCT(Method):
     """Without a teacher: the velocity is that of the data and its noise."""
 
     Config: ClassVar[type[msgspec.Struct]] = SCTConfig
-    roles: ClassVar[dict[str, Role]] = {"generator": Role(trained=True, logvar=True)}
+    roles: ClassVar[dict[str, Role]] = {"generator": Role(trained=True, logvars=1)}
 
     def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         self.config = cast(SCTConfig, config)
@@ -89,7 +102,7 @@ class SCT(Method):
                 tangent=own.tangent,
             )
             g = tamed(g, own.c, own.taming)
-        F, u = self.generator(x_t, t, batch.labels, None, True)
+        F, u = self.generator(x_t, t, batch.labels, u_at=(t,))
         loss = consistency_loss(F, F_minus, g, u, t)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
 
@@ -99,15 +112,49 @@ class SCT(Method):
 
 
 class SCD(SCT):
-    """With a teacher: the velocity is the teacher's."""
+    """With a teacher: the velocity is the teacher's. If asked, one step is distilled by its score too (sCD + VSD)."""
 
     Config = SCDConfig
-    roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvar=True)}
+    roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvars=1)}
+
+    @classmethod
+    def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
+        if not cast(SCDConfig, config).vsd:
+            return cls.roles
+        # The two losses have sizes of their own at the same t: each has a head for u.
+        return cls.roles | {
+            "generator": Role(trained=True, logvars=2),
+            "auxiliary": Role(trained=True, logvars=1),
+        }
+
+    def turns(self) -> tuple[Turn, ...]:
+        own = cast(SCDConfig, self.config)
+        return (Turn("auxiliary", self.auxiliary_loss), *super().turns()) if own.vsd else super().turns()
+
+    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """L_Diff(phi).  Source: appendix C.2."""
+        own, noise = cast(SCDConfig, self.config), self.noise
+        t = sigma_to_time(lognormal_sigmas(draws, P_mean=own.aux_P_mean, P_std=own.aux_P_std), noise.sigma_data)
+        return auxiliary_loss(self.networks["auxiliary"], self.generator, batch, t, draws, noise)
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """L_CM(theta) + vsd L_VSD(theta, psi).  Source: section 5.2; appendix C.2."""
+        own, noise, loss = cast(SCDConfig, self.config), self.noise, super().generator_loss(batch, draws)
+        if not own.vsd:
+            return loss
+        t = sigma_to_time(lognormal_sigmas(draws, P_mean=own.vsd_P_mean, P_std=own.vsd_P_std), noise.sigma_data)
+        other = generator_loss(
+            self.generator, self.guided_teacher, self.networks["auxiliary"], batch, t, draws, noise, heads=2
+        )
+        return loss._replace(value=loss.value + own.vsd * other.value, signals=loss.signals | other.signals)
 
     def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """dx_t/dt = sigma_d F*(x_t, t), guided."""
-        w = cast(SCDConfig, self.config).guidance
-        return self.noise.sigma_data * guided(self.networks["teacher"], x_t, t, batch.labels, w)
+        return self.noise.sigma_data * self.guided_teacher(x_t, t, batch.labels)
+
+    def guided_teacher(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """F*(x_t, t)."""
+        return guided(self.networks["teacher"], x_t, t, labels, cast(SCDConfig, self.config).guidance)
 
 
 def since_start(t: Tensor, intervals: int) -> Tensor:

@@ -44,6 +44,7 @@ class DhariwalUNet(Network):
         label_dropout: float = 0.0,
         two_time: bool = False,
         logvar_channels: int = 0,
+        logvar_heads: int = 1,
         positional_time: bool = False,
         double_norm: bool = False,
     ) -> None:
@@ -96,7 +97,7 @@ class DhariwalUNet(Network):
 
         self.initialize()
         self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
-        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels)
+        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
 
     def initialize(self) -> None:
         """As torch does it, but what closes a branch starts at nothing and the labels with unit variance."""
@@ -139,8 +140,8 @@ class DhariwalUNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-        c_logvar: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        c_logvar: tuple[Tensor, ...] = (),
+    ) -> Tensor | tuple[Tensor, ...]:
         emb = self.embed(c_noise, labels, c_noise_t, augment_labels)
 
         # Encoder.
@@ -153,4 +154,4 @@ class DhariwalUNet(Network):
         for name, layer in self.dec.items():
             x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
         out: Tensor = self.out_conv(self.out_norm(x))
-        return out if c_logvar is None else (out, self.logvar(c_logvar))
+        return (out, *self.logvars(c_logvar)) if c_logvar else out

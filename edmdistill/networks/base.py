@@ -106,9 +106,9 @@ class Network(nn.Module, ABC):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-        c_logvar: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The raw output F, or F and u.
+        c_logvar: tuple[Tensor, ...] = (),
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The raw output F, or F, u_1, ..., u_n.
 
         Args:
             x: scaled images; their dtype is the compute dtype.  [B,C,H,W]
@@ -116,7 +116,7 @@ class Network(nn.Module, ABC):
             labels: class vectors; None = all zeros = unconditional.  [B,label_dim]
             c_noise_t: the second time's noise level, for a two_time network; None = not asked.  [B]
             augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
-            c_logvar: what `logvar` is asked at, in the same pass, so that wrappers see it; None = not asked.  [B]
+            c_logvar: what `logvars` is asked, in the same pass, so that wrappers see it.  n of [B]
         """
 
     @abstractmethod
@@ -137,27 +137,32 @@ class Network(nn.Module, ABC):
             labels = labels * (torch.rand(len(labels), 1, device=labels.device) >= dropout)
         return labels.to(like.dtype)
 
-    def logvar_head(self, channels: int) -> tuple[MPFourier | None, nn.Module | None]:
-        """New layers for `logvar`, under EDM2's names for them: logvar_fourier, logvar_linear.  channels 0 = none"""
-        return (MPFourier(channels), self.logvar_linear_map(channels)) if channels else (None, None)
+    def logvar_head(self, channels: int, heads: int) -> tuple[MPFourier | None, nn.Module | None]:
+        """New layers for `logvars`, under EDM2's names for them: logvar_fourier, logvar_linear.  channels 0 = none"""
+        return (MPFourier(channels), self.logvar_linear_map(channels, heads)) if channels else (None, None)
 
-    def logvar_linear_map(self, channels: int) -> nn.Module:
-        """From Fourier features to u.  It starts at 0, where e^-u L + u is the plain loss L."""
-        linear = nn.Linear(channels, 1)
+    def logvar_linear_map(self, channels: int, heads: int) -> nn.Module:
+        """From Fourier features to the u of each head.  It starts at 0, where e^-u L + u is the plain loss L."""
+        linear = nn.Linear(channels, heads)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
         return linear
 
-    def logvar(self, c: Tensor) -> Tensor:
-        """u, the log variance of the loss at a noise level, learnt beside F.  c = ln(sigma)/4 [B] -> [B]
+    def logvars(self, c: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """u of the first n heads: log variances of losses at noise levels, learnt beside F.  c = ln(sigma)/4
 
-        Source: EDM2, eq. 21.
-        Raises: NotImplementedError: the network has no such head.
+        c: for each head its own.  n of [B] -> n of [B]
+        Source: EDM2, eq. 21, where there is one.
+        Raises: NotImplementedError: the network has no such head, or fewer.
         """
         if self.logvar_fourier is None or self.logvar_linear is None:
             raise NotImplementedError(f"{type(self).__name__} has no head for the log variance of the loss")
-        u: Tensor = self.logvar_linear(self.logvar_fourier(c))
-        return u.flatten()
+        if len(c) > self.arguments["logvar_heads"]:
+            raise NotImplementedError(
+                f"{type(self).__name__} has {self.arguments['logvar_heads']} heads for the log variance of the loss, "
+                f"but {len(c)} were asked"
+            )
+        return tuple(self.logvar_linear(self.logvar_fourier(level))[:, head] for head, level in enumerate(c))
 
     def after_step(self) -> None:
         """After an optimiser step: EDM2's weights back to unit rms, so that the effective learning rate stays.

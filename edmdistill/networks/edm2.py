@@ -103,13 +103,13 @@ class Block(Residual):
 
 
 class UNet(Network):
-    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  Arguments as in the official class, but the last three.
+    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  Arguments as in the official class, but the last four.
 
     Args:
         double_norm: whether the blocks normalise their modulations; see Residual.
 
     Differs: `logvar_channels` belongs to the official preconditioner; here the network holds that head too, since it
-    is part of the checkpoint (`logvar`).
+    is part of the checkpoint (`logvars`).
     """
 
     time_features = "emb_fourier"
@@ -134,6 +134,7 @@ class UNet(Network):
         attn_balance: float = 0.3,
         clip_act: float | None = 256.0,
         logvar_channels: int = 128,
+        logvar_heads: int = 1,
         two_time: bool = False,
         positional_time: bool = False,
         double_norm: bool = False,
@@ -168,7 +169,7 @@ class UNet(Network):
         self.emb_noise = MPConv(noise_channels, emb_channels)
         self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
         self.second_time = SecondTime(self, "emb_fourier", "emb_noise") if two_time else None
-        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels)
+        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
 
         # Encoder.  The image has one more channel, of ones: there are no biases.
         self.enc = nn.ModuleDict()
@@ -229,8 +230,8 @@ class UNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-        c_logvar: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        c_logvar: tuple[Tensor, ...] = (),
+    ) -> Tensor | tuple[Tensor, ...]:
         emb = self.embed(c_noise, labels, c_noise_t)
 
         # Encoder.
@@ -246,8 +247,8 @@ class UNet(Network):
                 x = mp_cat(x, skips.pop(), self.concat_balance)
             x = layer(x, emb)
         out: Tensor = self.out_conv(x, self.out_gain)
-        return out if c_logvar is None else (out, self.logvar(c_logvar))
+        return (out, *self.logvars(c_logvar)) if c_logvar else out
 
-    def logvar_linear_map(self, channels: int) -> nn.Module:
+    def logvar_linear_map(self, channels: int, heads: int) -> nn.Module:
         """The official one: of unit variance from the start."""
-        return MPConv(channels, 1)
+        return MPConv(channels, heads)

@@ -300,19 +300,19 @@ class FlowNetwork(nn.Module):
         c_noise: Tensor,
         labels: Tensor | None,
         c_noise_t: Tensor | None = None,
-        c_logvar: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The network's own output, without channels that nobody reads (iDDPM's variances), and u if it is asked."""
+        c_logvar: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, ...]:
+        """The network's own output, without channels that nobody reads (iDDPM's variances), and what u is asked."""
         out = self.network(
             x.to(self.compute_dtype or self.dtype),
             c_noise.flatten().to(self.dtype),
             class_vectors(labels, self.label_dim),
             None if c_noise_t is None else c_noise_t.flatten().to(self.dtype),
             None,  # augmentation is for training from images alone
-            None if c_logvar is None else c_logvar.flatten().to(self.dtype),
+            tuple(c.flatten().to(self.dtype) for c in c_logvar),
         )
-        F, u = (out, None) if c_logvar is None else out
-        return F[:, : self.img_channels].to(self.dtype), u
+        F, *u = out if c_logvar else (out,)
+        return F[:, : self.img_channels].to(self.dtype), *u
 
     def watch(self) -> AbstractContextManager[LastLayer]:
         """Within it, the last layer remembers its calls."""
@@ -330,19 +330,20 @@ class FlowNetwork(nn.Module):
         t: Tensor,
         labels: Tensor | None = None,
         second: Tensor | None = None,
-        logvar: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """F, with dx_t/dt = sigma_data F; with logvar, F and u(t), the log variance of the loss.
+        *,
+        u_at: tuple[Tensor, ...] = (),
+    ) -> Tensor | tuple[Tensor, ...]:
+        """F, with dx_t/dt = sigma_data F; with u_at, F, u_1, ..., u_n, each the log variance of a loss at its times.
 
         Args:
             x_t: points on the circle.  [B,C,H,W]
             t: their times in [0, pi/2].  [] or [B]
             labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
             second: the second time, in [0, pi/2], for a two_time network; None = not asked.  [] or [B]
-            logvar: u is asked for too.
-        Returns: F [B,C,H,W], or F and u [B], [1] for one t; float32, float64 if the parameters are
+            u_at: the times, in [0, pi/2], at which the first n heads are asked.  n of [] or [B]
+        Returns: F [B,C,H,W], or F and n of [B], [1] for one time; float32, float64 if the parameters are
         Raises: ValueError: a second time for a network of one, or a label out of range.
-            NotImplementedError: the network has no head for u.
+            NotImplementedError: the network has fewer heads for u.
         """
         if second is not None and not self.two_time:
             raise ValueError("the network reads one time, but two were given: give it a second with add_second_time")
@@ -352,10 +353,10 @@ class FlowNetwork(nn.Module):
         c_noise_t = None
         if second is not None:
             c_noise_t = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
-        c_logvar = c_of_logvar(self.sigma_data * t.tan()) if logvar else None
-        raw, u = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t, c_logvar)
+        c_logvar = tuple(c_of_logvar(self.sigma_data * self.clamp(time, x_t).tan()) for time in u_at)
+        raw, *u = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t, c_logvar)
         F = (a * x_t + b * raw).to(self.dtype)
-        return F if u is None else (F, u)
+        return (F, *u) if u_at else F
 
     @torch.no_grad()
     def tangent(
@@ -429,7 +430,7 @@ class Denoiser(nn.Module):
 
         Source: EDM2, eq. 21.
         """
-        return self.flow.network.logvar(c_of_logvar(sigma.to(self.flow.dtype).flatten())).reshape(-1, 1, 1, 1)
+        return self.flow.network.logvars((c_of_logvar(sigma.to(self.flow.dtype).flatten()),))[0].reshape(-1, 1, 1, 1)
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest noise level that the network knows, in sigma's shape and dtype."""

@@ -17,7 +17,7 @@ def rebuild(
     """A copy of the network, made with these arguments in the place of its own.
 
     Args:
-        new: tensors that it has not, by name; more than are needed may be given.
+        new: tensors that it has not, or not in that shape, by name; more than are needed may be given.
         preconditioning: None: as it is.
     Raises: KeyError: a tensor that is needed is in neither.
     """
@@ -26,25 +26,32 @@ def rebuild(
     with torch.device("meta"):  # names and shapes alone: no random number is drawn
         network = make(**old.arguments | arguments)
     state, like = old.state_dict(), next(old.parameters())
-    names = network.state_dict()
-    tensors = {name: state[name].clone() if name in state else new[name].to(like, copy=True) for name in names}
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    kept = {name: tensor for name, tensor in state.items() if tensor.shape == shapes.get(name)}
+    tensors = {name: kept[name].clone() if name in kept else new[name].to(like, copy=True) for name in shapes}
     network.load_state_dict(tensors, assign=True)
     return FlowNetwork(network, preconditioning or flow.preconditioning, flow.compute_dtype).train(old.training)
 
 
-def add_logvar(flow: FlowNetwork, seed: int, channels: int = 128) -> FlowNetwork:
-    """A copy of the network with a head for u, as it is drawn by this seed; or with its own, if it has one.
+def add_logvar(flow: FlowNetwork, seed: int, heads: int = 1, channels: int = 128) -> FlowNetwork:
+    """A copy of the network with so many heads for u, or more: its own come first, those missing are of this seed.
 
     Args:
-        channels: of the head's Fourier features; 128 is EDM2's.
+        channels: of Fourier features that the heads share, unless it has its own; 128 is EDM2's.
     """
-    if flow.network.logvar_linear is not None:
-        return rebuild(flow, {})
+    old = flow.network
+    if old.logvar_linear is not None:
+        if old.arguments["logvar_heads"] >= heads:
+            return rebuild(flow, {})
+        channels = old.arguments["logvar_channels"]
     with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(seed)
-        fourier, linear = flow.network.logvar_head(channels)
+        fourier, linear = old.logvar_head(channels, heads)
     assert fourier is not None
     assert linear is not None
     new = {f"logvar_fourier.{name}": tensor for name, tensor in fourier.state_dict().items()}
     new |= {f"logvar_linear.{name}": tensor for name, tensor in linear.state_dict().items()}
-    return rebuild(flow, new, logvar_channels=channels)
+    for name, own in old.state_dict().items():
+        if name.startswith("logvar_linear."):
+            new[name][: len(own)] = own
+    return rebuild(flow, new, logvar_channels=channels, logvar_heads=heads)

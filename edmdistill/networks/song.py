@@ -54,6 +54,7 @@ class SongUNet(Network):
         resample_filter: Sequence[float] = (1, 1),
         two_time: bool = False,
         logvar_channels: int = 0,
+        logvar_heads: int = 1,
         positional_time: bool = False,
     ) -> None:
         super().__init__(locals(), in_channels)
@@ -141,7 +142,7 @@ class SongUNet(Network):
 
         self.initialize()
         self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
-        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels)
+        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
 
     def initialize(self) -> None:
         """Xavier's uniform weights and no biases; what closes a residual branch starts at nearly nothing."""
@@ -190,8 +191,8 @@ class SongUNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
-        c_logvar: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        c_logvar: tuple[Tensor, ...] = (),
+    ) -> Tensor | tuple[Tensor, ...]:
         emb = self.embed(c_noise, labels, c_noise_t, augment_labels)
 
         # Encoder.
@@ -220,4 +221,4 @@ class SongUNet(Network):
             else:
                 x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
         assert out is not None
-        return out if c_logvar is None else (out, self.logvar(c_logvar))
+        return (out, *self.logvars(c_logvar)) if c_logvar else out

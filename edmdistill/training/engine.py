@@ -64,9 +64,9 @@ class Player:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.network, name)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         learns = self.network.training and torch.is_grad_enabled()
-        return (self.wrapper if learns else self.network)(*args)
+        return (self.wrapper if learns else self.network)(*args, **kwargs)
 
 
 class Engine:

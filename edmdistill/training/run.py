@@ -293,21 +293,30 @@ def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, C
 
 
 def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
-    """The network that plays a part: a copy of the teacher, with the times and the head that it asks for, or made."""
+    """The network that plays a part: a copy of the teacher, with the times and heads that it asks for, or made."""
     if part.make is not None:
         return part.make(flow, recipe.training.seed).to(flow.dtype).requires_grad_(False).eval()
     network = add_second_time(flow) if part.two_time else drop_second_time(flow)
-    if part.logvar:
-        network = add_logvar(network, recipe.training.seed)
+    if part.logvars:
+        network = add_logvar(network, recipe.training.seed, part.logvars)
     network.compute_dtype = PRECISION[recipe.training.precision]
     network.requires_grad_(False).eval()
     if part.frozen:
         network.network.fold()
     elif recipe.training.dropout is not None:
-        for module in network.modules():
-            if hasattr(module, "dropout"):
-                module.dropout = recipe.training.dropout  # type: ignore[assignment]
+        set_dropout(network, recipe.training.dropout, recipe.training.dropout_max_resolution)
     return network
+
+
+def set_dropout(network: FlowNetwork, dropout: float, max_resolution: int | None) -> None:
+    """Dropout in the blocks of features up to max_resolution pixels a side, None: in all; none in the others.
+
+    Source: sCM, appendix G.2.
+    """
+    for name, block in network.named_modules():
+        if hasattr(block, "dropout"):
+            resolution = int(name.rpartition(".")[2].partition("x")[0])  # official names: enc.16x16_block0
+            block.dropout = dropout if max_resolution is None or resolution <= max_resolution else 0.0
 
 
 def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -> None:

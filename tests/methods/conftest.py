@@ -28,18 +28,21 @@ class Tiny(nn.Module):
     def __init__(self, role: Role, dtype: torch.dtype) -> None:
         super().__init__()
         self.two_time = two_time = role.two_time
-        self.head = nn.Linear(2, 1, dtype=dtype) if role.logvar else None
+        self.head = nn.Linear(2, role.logvars, dtype=dtype) if role.logvars else None
         self.hidden = nn.Linear(4 + 2 + LABELS + 2 * two_time, 5, dtype=dtype)
         self.out = nn.Linear(5, 4, dtype=dtype)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, logvar: bool = False):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, *, u_at=()):
         assert x_t.shape[1:] == SHAPE
         assert (second is not None) == self.two_time
-        read = [t] if second is None else [t, second]
-        times = [f(time).to(x_t.dtype)[:, None] for time in read for f in (torch.cos, torch.sin)]
+        times = [self.read(t, x_t)] if second is None else [self.read(t, x_t), self.read(second, x_t)]
         hidden = self.hidden(torch.cat([x_t.flatten(1) / 0.5, *times, labels], 1)).tanh()
         F = self.out(hidden).reshape(x_t.shape)
-        return (F, self.head(torch.cat(times[:2], 1)).flatten()) if logvar else F
+        return (F, *(self.head(self.read(at, x_t))[:, head] for head, at in enumerate(u_at))) if u_at else F
+
+    @staticmethod
+    def read(t: Tensor, x_t: Tensor) -> Tensor:
+        return torch.stack([t.cos(), t.sin()], 1).to(x_t.dtype)
 
     def watch(self) -> contextlib.AbstractContextManager[LastLayer]:
         return watched(self.out)

@@ -76,9 +76,9 @@ def test_adaptive_weighting_is_least_where_u_is_the_log_of_the_loss(
     F, batch = tiny_networks(Diffusion)["teacher"], tiny_batch()
 
     def value(u: Tensor | None) -> Tensor:
-        def teacher(x_t: Tensor, t: Tensor, labels: Tensor, second: None = None, logvar: bool = False) -> object:
-            assert logvar == (u is not None)
-            return (F(x_t, t, labels), u) if logvar else F(x_t, t, labels)
+        def teacher(x_t: Tensor, t: Tensor, labels: Tensor, u_at: tuple[Tensor, ...] = ()) -> object:
+            assert len(u_at) == (u is not None)
+            return (F(x_t, t, labels), u) if u_at else F(x_t, t, labels)
 
         config = DiffusionConfig(weighting="none" if u is None else "adaptive")
         return Diffusion(config, {"teacher": teacher}, noise).velocity_loss(batch, Draws(7, len(batch.x0))).value

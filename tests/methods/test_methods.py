@@ -108,13 +108,13 @@ def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tin
     called = set()
 
     def watched(role: str) -> Callable[..., Tensor]:
-        def F(x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, logvar: bool = False):
+        def F(x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, **asked):
             called.add(role)
             assert labels is batch.labels
             assert t.shape == (len(batch.x0),)
             assert (second is not None) == parts[role].two_time
             assert second is None or ((second <= t) if name == "ctm" else (second >= t)).all()
-            return networks[role](x_t, t, labels, second, logvar)
+            return networks[role](x_t, t, labels, second, **asked)
 
         F.tangent, F.watch = networks[role].tangent, networks[role].watch
         return F

@@ -129,9 +129,9 @@ class Linear(nn.Module):
         slope = torch.where(odd, n * wave.cos(), -n * wave.sin())
         return torch.where(odd, wave.sin(), wave.cos()) @ self.weights, slope @ self.weights
 
-    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, logvar=False):
+    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, u_at=()):
         F = over(x, self.a(t)[0]) * x
-        return (F, torch.zeros_like(t)) if logvar else F
+        return (F, *map(torch.zeros_like, u_at)) if u_at else F
 
     @torch.no_grad()
     def tangent(self, x: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ def main() -> None:
                 F, dF = player.tangent(*point, *along)
                 assert torch.equal(F, expected[0]), case
                 assert torch.equal(dF, expected[1]), case
-                learnt, u = player(*point, None, True)
+                learnt, u = player(*point, u_at=(t,))
                 assert torch.equal(learnt, F), case
                 ((learnt - F - dF).square().sum() + u.sum()).backward()
             engine.finish_gradients(flow)

@@ -1,4 +1,4 @@
-"""The head for the log variance of the loss: any network can have one, and nothing else changes."""
+"""The heads for log variances of losses: any network can have some, and nothing else changes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_the_output_is_the_same_to_the_bit(flow: FlowNetwork) -> None:
     rng = torch.get_rng_state()
     headed = add_logvar(flow, seed=0)
     assert torch.equal(torch.get_rng_state(), rng)
-    F, u = headed(*point(flow), None, True)
+    F, u = headed(*point(flow), u_at=(TIMES,))
     assert torch.equal(F, flow(*point(flow)))
     assert u.shape == (3,)
     assert u.dtype == torch.float32
@@ -38,7 +38,7 @@ def test_the_output_is_the_same_to_the_bit(flow: FlowNetwork) -> None:
 def test_a_new_head_is_nothing_at_first_and_its_seeds(make_flow: MakeFlow) -> None:
     flow = make_flow("adm")
     one, again, other = (add_logvar(flow, seed=seed) for seed in (3, 3, 4))
-    assert not one(*point(flow), None, True)[1].any()
+    assert not one(*point(flow), u_at=(TIMES,))[1].any()
     freqs = [headed.network.get_buffer("logvar_fourier.freqs") for headed in (one, again, other)]
     assert torch.equal(freqs[0], freqs[1])
     assert not torch.equal(freqs[0], freqs[2])
@@ -49,17 +49,35 @@ def test_edm2_keeps_its_own(make_flow: MakeFlow) -> None:
     flow = make_flow("edm2")
     headed = add_logvar(flow, seed=0)
     assert headed.network.arguments == flow.network.arguments
-    _, u = headed(*point(flow), None, True)
-    assert torch.equal(u, flow(*point(flow), None, True)[1])
+    _, u = headed(*point(flow), u_at=(TIMES,))
+    assert torch.equal(u, flow(*point(flow), u_at=(TIMES,))[1])
     assert u.abs().max() > 0.1
 
 
 def test_the_head_learns_and_f_with_it(flow: FlowNetwork) -> None:
     headed = add_logvar(flow, seed=0)
-    F, u = headed(*point(flow), None, True)
+    F, u = headed(*point(flow), u_at=(TIMES,))
     ((-u).exp() * F.square().flatten(1).mean(1) + u).sum().backward()
     for name, parameter in headed.named_parameters():
         assert "map_augment" in name or parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_every_head_is_asked_at_times_of_its_own(flow: FlowNetwork) -> None:
+    """More heads are new ones behind those that are there; a network that has enough keeps them all."""
+    one = add_logvar(flow, seed=0)
+    for parameter in one.network.logvar_linear.parameters():
+        parameter.normal_()
+    two = add_logvar(one, seed=1, heads=2)
+    assert add_logvar(two, seed=2).network.arguments == two.network.arguments
+    for parameter in two.network.logvar_linear.parameters():
+        parameter[1].normal_()
+    later = TIMES.flip(0)
+    F, first, second = two(*point(flow), u_at=(TIMES, later))
+    assert torch.equal(F, one(*point(flow)))
+    torch.testing.assert_close(first, one(*point(flow), u_at=(TIMES,))[1])
+    torch.testing.assert_close(second, two(*point(flow), u_at=(later, TIMES))[2].flip(0))
+    assert (first - second).abs().min() > 1e-3
 
 
 @torch.no_grad()
@@ -73,11 +91,14 @@ def test_it_is_saved_and_outlives_a_second_time(flow: FlowNetwork, tmp_path: Pat
         CheckpointConfig(stage="teacher", provenance=Provenance(source="a test"), **facts(headed)),
     )
     for other in load_checkpoint(tmp_path / "a")[0].eval(), drop_second_time(add_second_time(headed)):
-        for found, expected in zip(other(*point(flow), None, True), headed(*point(flow), None, True), strict=True):
+        pairs = zip(other(*point(flow), u_at=(TIMES,)), headed(*point(flow), u_at=(TIMES,)), strict=True)
+        for found, expected in pairs:
             assert torch.equal(found, expected)
 
 
-def test_a_network_without_head_has_none(make_flow: MakeFlow) -> None:
+def test_a_network_with_too_few_heads_has_no_more(make_flow: MakeFlow) -> None:
     flow = make_flow("ddpmpp")
     with pytest.raises(NotImplementedError, match="SongUNet has no head"):
-        flow(*point(flow), None, True)
+        flow(*point(flow), u_at=(TIMES,))
+    with pytest.raises(NotImplementedError, match="SongUNet has 1 heads for the log variance of the loss, but 2"):
+        add_logvar(flow, seed=0)(*point(flow), u_at=(TIMES, TIMES))

@@ -5,10 +5,12 @@ import torch
 
 from edmdistill.errors import DatasetError, TrainingError
 from edmdistill.methods import METHODS
+from edmdistill.networks import new_network
+from edmdistill.networks.preconditioning import EDM, FlowNetwork
 from edmdistill.recipes import Recipe
 from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train
-from edmdistill.training.run import prepare
+from edmdistill.training.run import prepare, set_dropout
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -30,6 +32,22 @@ def test_no_memory_is_shared_between_roles(start):
     networks = [*run.roles.values(), run.ema.network]
     addresses = [p.data_ptr() for network in networks for p in network.parameters()]
     assert len(set(addresses)) == len(addresses)
+
+
+@pytest.mark.parametrize("kind", ["song", "adm", "edm2"])
+def test_dropout_can_stay_where_features_are_small(kind):
+    """In the blocks of 16x16 and 8x8, and not at all in those of 32x32, whatever the network had."""
+    flow = FlowNetwork(new_network(kind, 32, 3, 0, model_channels=16, channel_mult=[1, 1, 1], dropout=0.5), EDM())
+
+    def blocks() -> dict[str, float]:
+        return {name: block.dropout for name, block in flow.named_modules() if hasattr(block, "dropout")}
+
+    set_dropout(flow, 0.1, 16)
+    small = {name for name, rate in blocks().items() if rate == 0.1}
+    assert {rate for name, rate in blocks().items() if name not in small} == {0.0}
+    assert small == {name for name in blocks() if ".16x16_" in name or ".8x8_" in name}
+    set_dropout(flow, 0.2, None)
+    assert set(blocks().values()) == {0.2}
 
 
 def test_a_method_that_distils_asks_for_its_teacher(recipe):

@@ -1,0 +1,80 @@
+"""`edmdistill recipes`: what ships with the package, to look at, to copy and to check."""
+
+import json
+from pathlib import Path
+
+import click
+
+sets_option = click.option(
+    "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated."
+)
+
+
+@click.group("recipes")
+def command() -> None:
+    """List, show, copy and check recipes, the TOML files that decide what a run computes.
+
+    NAME is METHOD/DATASET, METHOD/DATASET-VARIANT, or the path of a .toml file.
+    """
+
+
+@command.command("list")
+@click.argument("method", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with the whole headers.")
+def list_(method: str | None, as_json: bool) -> None:
+    """List the recipes that ship with the package, all or those of METHOD, and what each is for."""
+    from edmdistill.recipes import find_recipe, recipe_header, recipe_names
+
+    headers = {name: recipe_header(find_recipe(name)[0]) for name in recipe_names(method)}
+    if as_json:
+        recipes = [{"name": name, "header": header} for name, header in headers.items()]
+        click.echo(json.dumps({"schema_version": 1, "recipes": recipes}, indent=2))
+        return
+    width = max(map(len, headers))
+    for name, header in headers.items():
+        click.echo(f"{name:<{width}}  {header.splitlines()[0]}")
+
+
+@command.command()
+@click.argument("name")
+@click.option("--resolved", is_flag=True, help="As JSON, with the variant laid over it and every default filled in.")
+@click.option("--method", metavar="METHOD", help="Of a file that does not say it.")
+@sets_option
+def show(name: str, resolved: bool, method: str | None, sets: tuple[str, ...]) -> None:
+    """Print the recipe NAME: the file as its author wrote it, or all that a run will read."""
+    from edmdistill.recipes import find_recipe, load_recipe
+
+    if (method or sets) and not resolved:
+        raise click.UsageError("--method and --set change what a run will read, so they go with --resolved.")
+    if resolved:
+        text = load_recipe(name, method, sets).to_json().decode()
+    else:
+        text = find_recipe(name)[0].read_text(encoding="utf-8")
+    click.echo(text, nl=False)
+
+
+@command.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+def copy(name: str, file: Path) -> None:
+    """Copy the recipe NAME, with its variants, to FILE.toml, to be changed and given to `train --recipe`."""
+    from edmdistill.recipes import copy_recipe
+
+    own = copy_recipe(name, file)
+    click.echo(f"{file} is written; `--recipe {own}` trains by it.")
+
+
+@command.command()
+@click.argument("name")
+@click.option("--method", metavar="METHOD", help="Of a file that does not say it.")
+@sets_option
+def validate(name: str, method: str | None, sets: tuple[str, ...]) -> None:
+    """Check all of the recipe NAME, as `train` does before it starts."""
+    from edmdistill.recipes import load_recipe
+
+    recipe = load_recipe(name, method, sets)
+    training = recipe.training
+    click.echo(
+        f"{name} is valid: {recipe.method['name']}, {training.images:,} images in batches of {training.batch:,}, "
+        f"hash {recipe.hash:.12}."
+    )

@@ -1,0 +1,63 @@
+"""`edmdistill recipes`: what is listed loads, what is copied trains the same, what is wrong is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edmdistill.cli import main
+from edmdistill.recipes import SHIPPED, Recipe, load_recipe, recipe_names
+
+
+def recipes(*words: object) -> Result:
+    return CliRunner().invoke(main, ["recipes", *map(str, words)])
+
+
+def test_list_has_every_name_with_what_it_is_for():
+    lines = dict(line.split(maxsplit=1) for line in recipes("list").stdout.splitlines())
+    assert list(lines) == recipe_names()
+    assert lines["cosim/cifar10"] == "CoSIM on CIFAR-10, unconditional, 32x32."
+    own = [line.split()[0] for line in recipes("list", "sid").stdout.splitlines()]
+    assert own == [name for name in recipe_names() if name.startswith("sid/")]
+    document = json.loads(recipes("list", "--json").stdout)
+    assert [recipe["name"] for recipe in document["recipes"]] == recipe_names()
+    assert all("Measured here" in recipe["header"] for recipe in document["recipes"])
+
+
+def test_show_is_the_file_or_all_that_a_run_reads():
+    assert recipes("show", "cosim/imagenet512").stdout == (SHIPPED / "cosim/imagenet512.toml").read_text()
+    resolved = recipes("show", "cosim/imagenet512-s", "--resolved", "--set", "training.seed=7").stdout
+    assert Recipe.from_json(resolved.encode()) == load_recipe("cosim/imagenet512-s", sets=["training.seed=7"])
+
+
+def test_a_copy_trains_the_same(tmp_path: Path):
+    result = recipes("copy", "cosim/imagenet512-s", tmp_path / "to" / "mine.toml")
+    assert result.stdout == (
+        f"{tmp_path}/to/mine.toml is written; `--recipe {tmp_path}/to/mine-s.toml` trains by it.\n"
+    )
+    assert load_recipe(f"{tmp_path}/to/mine-s.toml", "cosim").hash == load_recipe("cosim/imagenet512-s").hash
+    valid = recipes("validate", tmp_path / "to" / "mine-s.toml", "--method", "cosim").stdout
+    assert valid.endswith(f"hash {load_recipe('cosim/imagenet512-s').hash:.12}.\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("list", "cosin"), "there are no recipes for 'cosin'; did you mean 'cosim'?"),
+        (("show", "cosim/digit"), "there is no recipe 'cosim/digit'; did you mean 'cosim/digits'?"),
+        (("show", "cosim/digits-quick"), "has no variant 'quick'; did you mean 'quickstart'?"),
+        (("show", "cosim/digits", "--set", "training.seed=7"), "so they go with --resolved"),
+        (("copy", "cosim/digits", "{here}/mine"), "must end in .toml"),
+        (("copy", "cosim/digits", "{here}/there.toml"), "exists: choose another name"),
+        (("validate", "{here}/there.toml"), "method.name = None; choose one of"),
+        (("validate", "cosim/digits", "--set", "training.lr=0"), "training.lr = 0: expected `float` > 0.0"),
+    ],
+)
+def test_mistakes_get_one_sentence(tmp_path: Path, words: tuple[str, ...], sentence: str):
+    (tmp_path / "there.toml").write_text("[training]\n")
+    result = recipes(*(word.format(here=tmp_path) for word in words))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert sentence in result.stderr.splitlines()[-1]
+    assert (tmp_path / "there.toml").read_text() == "[training]\n"
