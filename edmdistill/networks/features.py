@@ -49,10 +49,8 @@ class Script(nn.Module):
                 warnings.simplefilter("ignore")
                 self.script = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
         except (OSError, RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise TrainingError(
-                f"{path} cannot be read as TorchScript ({reason}): save it by torch.jit.save"
-            ) from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+            raise TrainingError(f"{path} is no TorchScript ({reason}): write it by torch.jit.save") from error
 
 
 class Perception(Script):
