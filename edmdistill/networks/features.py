@@ -76,9 +76,7 @@ class ScriptFeatures(Script):
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = list(self.script(resized(as_rgb(x, self.path))))
         if len(maps) != LEVELS:
-            raise TrainingError(
-                f"{self.path} gives {len(maps)} feature maps where {LEVELS} are needed, the finest first"
-            )
+            raise TrainingError(f"{self.path} gives {len(maps)} feature maps, but {LEVELS} are needed, finest first")
         return maps
 
 
