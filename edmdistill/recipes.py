@@ -169,6 +169,11 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return self.method_class.cast(self.method_config)
 
     @property
+    def guidance(self) -> tuple[float, float]:
+        """The least and the greatest weight of guidance that its product knows; (1, 1): none."""
+        return self.method_class.guidance(self.method_config)
+
+    @property
     def hash(self) -> str:
         """sha256 of the canonical JSON: equal for equal computations, whatever the file was called."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()

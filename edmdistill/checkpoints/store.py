@@ -6,6 +6,7 @@ The tensors carry the network's own names, which are the official ones below the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,8 @@ from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import ddim_step, sigma_to_time
 
 FORMAT_VERSION = "1.0"
-"""Of config.json. The major changes when an older program would misread a newer file."""
+"""Of config.json: MAJOR.MINOR. What a file lacks has its default, so every older minor reads as it did. A newer minor
+only adds fields that an older program may pass over, and it does; a newer major it would misread, and refuses."""
 CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
 
 C_NOISE = {
@@ -66,6 +68,29 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"the schedule for {nfe} steps is {list(sigmas)}")
 
 
+class Guidance(Struct, frozen=True, forbid_unknown_fields=True):
+    """The guidance that a generator has learnt of its teacher.
+
+    Attributes:
+        kind: classes: away from the teacher without them; network: away from another network.
+        range: of the weights that it can be told; of one weight, that is built in.
+    """
+
+    kind: Literal["classes", "network"]
+    range: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.range[0] <= self.range[1]:
+            raise ValueError(f"the range of guidance is {list(self.range)}")
+
+    @property
+    def words(self) -> str:
+        """What it is, and what --guidance takes."""
+        low, high = self.range
+        by = "its classes" if self.kind == "classes" else "another network"
+        return f"by {by}" + (f": --guidance takes {low:g} to {high:g}" if low < high else f" at weight {low:g}")
+
+
 class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where the weights come from."""
 
@@ -76,6 +101,8 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     licence: str | None = None
     parent: str | None = None
     """sha256 of the checkpoint whose weights these were initialised with."""
+    guide: str | None = None
+    """sha256 of the network by which the teacher was guided."""
 
 
 class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -94,7 +121,7 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     label_dim: int
     label_names: tuple[str, ...] | None = None
     two_time: bool
-    guidance: dict[str, Any] | None = None
+    guidance: Guidance | None = None
     method: str | None = None
     recipe_hash: str | None = None
     images_seen: int | None = None
@@ -219,24 +246,39 @@ def read_config(folder: Path) -> CheckpointConfig:
     """
     path = folder / CONFIG
     try:
-        text = path.read_bytes()
-        version = msgspec.json.decode(text, type=dict[str, Any]).get("format_version")
+        fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint, for it has no {CONFIG}: give a converted teacher or a finished run."
         ) from error
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error}).") from error
-    major = FORMAT_VERSION.split(".")[0]
-    if not isinstance(version, str) or version.split(".")[0] != major:
+    version, (major, minor) = fields.get("format_version"), FORMAT_VERSION.split(".")
+    own = re.fullmatch(rf"{major}\.(\d{{1,9}})", version) if isinstance(version, str) else None
+    if own is None:
         raise CheckpointError(
             f"{path} has format_version {version!r} where this version of edmdistill reads {major}.x: it is not one of "
             "our checkpoints, or a newer edmdistill wrote it."
         )
+    if int(own[1]) > int(minor):
+        fields = {name: value for name, value in fields.items() if name in CheckpointConfig.__struct_fields__}
     try:
-        return msgspec.json.decode(text, type=CheckpointConfig)
+        return msgspec.convert(fields, CheckpointConfig)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{path} is not a checkpoint's configuration: {error}.") from error
+
+
+def write_config(folder: Path, config: CheckpointConfig) -> None:
+    """Writes the configuration alone, whole or not at all.  Raises: CheckpointError: the disk refuses."""
+    config = replace(config, format_version=FORMAT_VERSION)
+    with aside(folder / CONFIG) as new:
+        new.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The folder of the checkpoint that a folder stands for: of a run directory, the one that it has made."""
+    made = folder / "generator"
+    return made if (made / CONFIG).is_file() else folder
 
 
 def refuse_occupied(folder: Path, overwrite: bool) -> None:
@@ -263,7 +305,7 @@ def write_checkpoint(
     config = replace(config, **facts(flow))
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / MODEL, flow.network.state_dict() if tensors is None else tensors, {"format": "pt"})
-    (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+    write_config(folder, config)
     (folder / CARD).write_text(_card(config), encoding="utf-8")
 
 
@@ -300,16 +342,20 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> t
         said, fact = getattr(config, name), getattr(flow, name)
         if said != fact:
             raise CheckpointError(f"{folder / CONFIG} contradicts itself: {name} is {said}, its network has {fact}.")
+    if flow.guided != (config.guidance is not None and config.guidance.range[0] < config.guidance.range[1]):
+        reads = "reads a weight of guidance" if flow.guided else "reads no weight of guidance"
+        raise CheckpointError(f"{folder / CONFIG} contradicts itself: its network {reads}, guidance says otherwise.")
     fill(flow.network, load_tensors(folder / MODEL, device)[0], str(folder / MODEL))
     return flow, config
 
 
 def _card(config: CheckpointConfig) -> str:
-    """The README: what this is, where it comes from and how to use it, with the Hub's header."""
+    """The README until the checkpoint is published, with the Hub's header: what it is, whence, and its use."""
     what = {"teacher": "a diffusion model", "generator": "a few-step generator", "auxiliary": "an auxiliary score"}
     provenance = config.provenance
     licence = provenance.licence or "other"
     digest = f" (sha256 {provenance.sha256})" if provenance.sha256 else ""
+    guidance = f"Its teacher was guided {config.guidance.words}.\n" if config.guidance else ""
     return f"""---
 library_name: edmdistill
 license: {licence}
@@ -318,7 +364,7 @@ pipeline_tag: unconditional-image-generation
 
 This is {what[config.stage]} in edmdistill's TrigFlow format, from {provenance.source}{digest}.
 Its weights are under this licence: {licence}.
-
+{guidance}
     edmdistill sample PATH_OR_HUB_ID --seeds 0-15 --out images/
 """
 
@@ -337,29 +383,37 @@ class Generator(nn.Module):
         self.flow = flow
         self.config = config
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    @property
+    def guidance(self) -> tuple[float, float]:
+        """The least and the greatest weight of guidance that it knows; (1, 1): none."""
+        return self.config.guidance.range if self.config.guidance is not None else (1.0, 1.0)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """x0 = cos(t) x_t - sin(t) sigma_data F(x_t, t).
 
         Args:
             x_t: points on the circle.  [B,C,H,W]
             t: their times in [0, pi/2].  [] or [B]
             labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
+            w: weights of guidance, where it knows several; None = the least.  [] or [B]
         Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
         """
-        return self.jump(x_t, t, torch.zeros_like(t), labels)
+        return self.jump(x_t, t, torch.zeros_like(t), labels, w)
 
-    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """x_s = cos(t-s) x_t - sin(t-s) sigma_data F: by a network of two times, F(x_t, t, s), where the trajectory is.
 
         By one of a single time, where its data and the noise that they imply lie at s.
 
         Args:
-            x_t, t, labels: as in forward.
+            x_t, t, labels, w: as in forward.
             s: times in [0, t].  [] or [B]
         Returns: x_s.  [B,C,H,W] float32, float64 if the parameters are
         """
         x_t = x_t.to(self.flow.dtype)
-        F = self.flow(x_t, t, labels, s if self.flow.two_time else None)
+        if w is None and self.flow.guided:
+            w = torch.tensor(self.guidance[0])
+        F = self.flow(x_t, t, labels, s if self.flow.two_time else None, w=w)
         return ddim_step(x_t, F, t, s, self.flow.sigma_data)
 
     def schedule(self, nfe: int) -> Tensor:

@@ -22,6 +22,7 @@ PRECISIONS = ("fp32", "bf16")
 @click.command("plan")
 @click.argument("recipe")
 @click.argument("teacher", required=False)
+@click.option("--guide", metavar="SOURCE", help="As train's; or a published network's name.")
 @click.option("--network", metavar="NAME", help="A published network in TEACHER's place, as edm2-img512-s.")
 @click.option("--data", help="For a recipe that makes its network: the data that say its shape.")
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated.")
@@ -37,6 +38,7 @@ PRECISIONS = ("fp32", "bf16")
 def command(
     recipe: str,
     teacher: str | None,
+    guide: str | None,
     network: str | None,
     data: str | None,
     sets: tuple[str, ...],
@@ -56,12 +58,15 @@ def command(
     """
     from msgspec.structs import replace
 
+    from edmdistill.checkpoints.convert import outline
+    from edmdistill.networks.sizes import SIZES
     from edmdistill.recipes import load_recipe
     from edmdistill.training.engine import Machine
     from edmdistill.training.plan import Plan, images_per_second, make_plan, measure
 
     resolved = load_recipe(recipe, None, sets)
     flow = _flow(resolved, teacher, network, data)
+    its_guide = None if guide is None else _published(guide) if guide in SIZES else outline(guide)
     training = resolved.training
     share = -(-training.batch // processes)
     rows = min(micro_batch or share, share)
@@ -76,7 +81,7 @@ def command(
     def peaks(plan: Plan) -> dict[str, Any]:
         return {"one_image": plan.peak(1), "micro_batch": plan.peak(rows, accumulates)}
 
-    measured = measure(resolved, flow, machine, show)
+    measured = measure(resolved, flow, machine, show, guide=its_guide)
     plan = make_plan(measured, machine, processes)
     turns = plan.peaks(rows, accumulates)
     longest = max(turns, key=turns.__getitem__)
@@ -99,7 +104,7 @@ def command(
     for precision, checkpointing in product(PRECISIONS, (False, True)) if all_ else ():
         changed = replace(resolved, training=replace(training, precision=precision))
         show(f"{precision}{', checkpointing' if checkpointing else ''}")
-        measured = measure(changed, flow, machine._replace(checkpointing=checkpointing))
+        measured = measure(changed, flow, machine._replace(checkpointing=checkpointing), guide=its_guide)
         for sharded in (False, True) if processes > 1 else (False,):
             other = make_plan(measured, machine._replace(shard=sharded), processes)
             fits = {name: other.largest_micro_batch(card.memory, share) for name, card in chosen.items()}
@@ -134,18 +139,29 @@ def _flow(recipe: "Recipe", teacher: str | None, network: str | None, data: str 
         return outline(teacher)
     if network is not None and network not in SIZES:
         raise RecipeError(f"there is no network {network!r}: give one of {', '.join(sorted(SIZES))}, or a checkpoint")
-    with torch.device("meta"):
-        if network is not None:
-            kind, shape, arguments = SIZES[network]
-            return FlowNetwork(new_network(kind, *shape, **arguments), EDM())
-        if recipe.network is None:
-            raise RecipeError("the plan needs the teacher's shape: name a checkpoint, or --network edm2-img512-s")
-        if data is None:
-            raise RecipeError("this recipe makes its network for the data: name them by --data")
+    if network is not None:
+        return _published(network)
+    if recipe.network is None:
+        raise RecipeError("the plan needs the teacher's shape: name a checkpoint, or --network edm2-img512-s")
+    if data is None:
+        raise RecipeError("this recipe makes its network for the data: name them by --data")
     found, own = open_dataset(data, split=recipe.data.split), recipe.network
     with torch.device("meta"):
         made = new_network(own.kind, found.img_resolution, found.img_channels, found.label_dim, **own.arguments)
     return FlowNetwork(made, EDM(sigma_data=own.sigma_data))
+
+
+def _published(name: str) -> "FlowNetwork":
+    """A network of SIZES on the meta device."""
+    import torch
+
+    from edmdistill.networks import new_network
+    from edmdistill.networks.preconditioning import EDM, FlowNetwork
+    from edmdistill.networks.sizes import SIZES
+
+    kind, shape, arguments = SIZES[name]
+    with torch.device("meta"):
+        return FlowNetwork(new_network(kind, *shape, **arguments), EDM())
 
 
 def _text(document: dict[str, Any], recipe: "Recipe", processes: int, rows: int) -> str:

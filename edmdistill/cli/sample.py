@@ -22,7 +22,7 @@ SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
     "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
 )
 @click.option(
-    "--guidance", type=float, default=1.0, show_default=True, help="Teacher: weight of the guidance, 1 = none."
+    "--guidance", type=float, metavar="W", help="Weight of the guidance, 1 = none.  [default: 1, or the least it knows]"
 )
 @click.option(
     "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
@@ -45,7 +45,7 @@ def command(
     words: tuple[str, ...],
     gamma: float | None,
     times: str | None,
-    guidance: float,
+    guidance: float | None,
     guide: str | None,
     solver: str | None,
     churn: float,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, NamedTuple, Protocol, overload
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, overload
 
 import msgspec
 from torch import Tensor, nn
@@ -24,8 +24,17 @@ class FlowFunction(Protocol):
     """A network as a method knows it; FlowNetwork describes both calls."""
 
     @overload
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, second: Tensor | None = None, /) -> Tensor:
-        """F.  x_t, F [B,C,H,W]; t, second [B]; labels [B,label_dim]"""
+    def __call__(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        second: Tensor | None = None,
+        /,
+        *,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """F.  x_t, F [B,C,H,W]; t, second [B]; labels [B,label_dim]; w [B], for a role that is guided"""
 
     @overload
     def __call__(
@@ -37,16 +46,21 @@ class FlowFunction(Protocol):
         /,
         *,
         u_at: tuple[Tensor, ...],
+        w: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """F, and for each of n times [B] the log variance u [B] of a loss then, for a role with n logvars or more."""
 
     def tangent(
-        self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /, *, w: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """F and its derivative along (dx, dt), without gradient and with the dropout of the next call."""
 
+
+class WatchedFunction(FlowFunction, Protocol):
+    """A network whose last layer a method looks at."""
+
     def watch(self) -> AbstractContextManager[LastLayer]:
-        """Within it, the network's last layer remembers its calls; see LastLayer."""
+        """Within it, the last layer remembers its calls; see LastLayer."""
 
 
 class Batch(NamedTuple):
@@ -82,22 +96,26 @@ class Role(NamedTuple):
     """A network's part in a method.
 
     Attributes:
-        trained: by turns of its own.
+        trained: it has turns.
         two_time: it reads a second time.
-        logvars: heads for u(t).
+        logvars: how many heads for u(t) it has.
+        guided: it reads the weight of guidance.
+        source: whose network it starts as: the teacher's, or that of the guide, another network of the same data.
         follows: whose average it is; None: its weights are its own.
-        make: makes a network of another kind, from the teacher and a seed; None: the network is the teacher's copy.
+        make: makes a network of another kind, from the teacher and a seed; None: the network is the source's copy.
     """
 
     trained: bool
     two_time: bool = False
     logvars: int = 0
+    guided: bool = False
+    source: Literal["teacher", "guide"] = "teacher"
     follows: Follows | None = None
     make: Callable[[FlowNetwork, int], nn.Module] | None = None
 
     @property
     def frozen(self) -> bool:
-        """Whether it is the teacher, for good."""
+        """Whether it stays the teacher, or the guide, for good."""
         return not self.trained and self.follows is None and self.make is None
 
 
@@ -153,8 +171,7 @@ class Method(ABC):
 
     Class attributes:
         Config: a frozen msgspec.Struct; its fields are the [method] table of a recipe.
-        roles: the networks it plays with, by name; `cast` says which of them under which options. A role that is not
-            trained is the frozen teacher, unless it follows another or is made.
+        roles: the networks it plays with by default, by name; `cast` says which under other options.
         product: the role whose average is what a run is for.
     """
 
@@ -172,17 +189,23 @@ class Method(ABC):
 
     @classmethod
     def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
-        """The roles that play under these options; all of them, unless a method says otherwise."""
+        """The roles that play under these options; those of the default ones, unless a method says otherwise."""
         return cls.roles
 
     @classmethod
-    def objection(cls, config: msgspec.Struct, positional_time: bool) -> str | None:
+    def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
         """Why a teacher will not do, in a sentence with the fix; None: it will.
 
         Args:
             positional_time: whether it reads t itself, by a positional embedding.
+            label_dim: the number of its classes.
         """
         return None
+
+    @classmethod
+    def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
+        """The least and the greatest weight of guidance that the product knows; (1, 1): none."""
+        return 1.0, 1.0
 
     def notes(self) -> tuple[str, ...]:
         """Sentences worth reading before a run: what follows from the options, what is known to be risky."""

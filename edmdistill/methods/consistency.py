@@ -25,15 +25,6 @@ from edmdistill.methods.weighting import adaptive
 from edmdistill.trigflow import cos_sin, ddim_step
 
 
-def guided(teacher: FlowFunction, x_t: Tensor, t: Tensor, labels: Tensor | None, w: float) -> Tensor:
-    """F(none) + w (F(class) - F(none)); at w = 1 the teacher itself.  Source: Ho & Salimans 2022, eq. 6, by 1 + w."""
-    F = teacher(x_t, t, labels)
-    if w == 1:
-        return F
-    plain = teacher(x_t, t, None)
-    return plain + w * (F - plain)
-
-
 def warmup(images: int, warmup_images: int) -> float:
     """r: from 0 to 1 over the first images.  Source: sCM, section 4.2; 10,000 steps there."""
     return 1.0 if images >= warmup_images else images / warmup_images

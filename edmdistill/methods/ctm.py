@@ -22,7 +22,18 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import GANS, Change, augment
-from edmdistill.methods.base import Batch, FlowFunction, Follows, Look, Loss, Method, NoiseRange, Role, Turn
+from edmdistill.methods.base import (
+    Batch,
+    FlowFunction,
+    Follows,
+    Look,
+    Loss,
+    Method,
+    NoiseRange,
+    Role,
+    Turn,
+    WatchedFunction,
+)
 from edmdistill.methods.distances import DISTANCES
 from edmdistill.methods.solver import follow_flow
 from edmdistill.networks.features import Perception, make_features, make_heads
@@ -129,7 +140,7 @@ class CTM(Method):
         self.config = own = cast(CTMConfig, config)
         self.noise = noise
         self.networks = networks
-        self.generator: FlowFunction = networks["generator"]
+        self.generator: WatchedFunction = networks["generator"]
         self.target: FlowFunction = networks["target"]
         self.distance = networks["perception"] if own.lpips else DISTANCES[own.distance]
         sigma_data, sigma_min, sigma_max = noise

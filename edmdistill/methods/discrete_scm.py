@@ -15,7 +15,16 @@ from msgspec import Meta
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
-from edmdistill.methods.consistency import Taming, consistency_loss, discrete_target, guided, tamed, warmup
+from edmdistill.methods.consistency import Taming, consistency_loss, discrete_target, tamed, warmup
+from edmdistill.methods.guidance import (
+    Guide,
+    GuidedTeacher,
+    Range,
+    at_weight,
+    guidance_objection,
+    guided_cast,
+    require_range,
+)
 from edmdistill.schedules import edm_curve, lognormal_shares
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
@@ -27,7 +36,11 @@ class DSCDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup_images: Annotated[int, Meta(ge=0, description="images over which the tangent's unstable term rises")] = 0
     taming: Annotated[Taming, Meta(description="how the tangent is kept small")] = "rms"
     c: Annotated[float, Meta(ge=0, description="what is added to the tangent's size before it divides")] = 0.1
-    guidance: Annotated[float, Meta(ge=1, description="weight of the teacher's guidance by classes; 1 = none")] = 1.0
+    guidance: Range = (1.0, 1.0)
+    guide: Guide = "classes"
+
+    def __post_init__(self) -> None:
+        require_range(self)
 
 
 class DSCD(Method):
@@ -37,11 +50,23 @@ class DSCD(Method):
     def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         self.config = own = cast(DSCDConfig, config)
         self.noise = noise
-        self.teacher, self.generator = networks["teacher"], networks["generator"]
+        self.teacher, self.generator = GuidedTeacher(networks, own), networks["generator"]
         sigma_data, sigma_min, sigma_max = noise
         sigmas = edm_curve(torch.arange(1, own.intervals + 1) / own.intervals, sigma_min, sigma_max)
         self.times = torch.cat([torch.zeros(1, dtype=torch.float64), sigma_to_time(sigmas, sigma_data)])
         self.shares = lognormal_shares(sigmas, P_mean=own.P_mean, P_std=own.P_std)
+
+    @classmethod
+    def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
+        return guided_cast(cls.roles, cast(DSCDConfig, config))
+
+    @classmethod
+    def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
+        return guidance_objection(cast(DSCDConfig, config), label_dim)
+
+    @classmethod
+    def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
+        return cast(DSCDConfig, config).guidance
 
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("generator", self.generator_loss),)
@@ -56,10 +81,12 @@ class DSCD(Method):
         times = self.times.to(batch.x0.device)
         t_before, t = times[level], times[level + 1]
         x_t = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), t)
+        w = self.teacher.weights(draws)
+        generator = at_weight(self.generator, w)
         with torch.no_grad():
-            dx = sigma_data * guided(self.teacher, x_t, t, batch.labels, own.guidance)
+            dx = sigma_data * self.teacher(x_t, t, batch.labels, w)
             r = warmup(batch.images, own.warmup_images)
-            F_minus, g = discrete_target(self.generator, x_t, t, t_before, batch.labels, dx, r=r, sigma_data=sigma_data)
-        F, u = self.generator(x_t, t, batch.labels, u_at=(t,))
+            F_minus, g = discrete_target(generator, x_t, t, t_before, batch.labels, dx, r=r, sigma_data=sigma_data)
+        F, u = generator(x_t, t, batch.labels, u_at=(t,))
         loss = consistency_loss(F, F_minus, tamed(g, own.c, own.taming), u, t)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, ClassVar, Literal, cast
 
 import msgspec
@@ -21,7 +22,16 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
-from edmdistill.methods.consistency import Taming, consistency_loss, continuous_target, guided, tamed, warmup
+from edmdistill.methods.consistency import Taming, consistency_loss, continuous_target, tamed, warmup
+from edmdistill.methods.guidance import (
+    Guide,
+    GuidedTeacher,
+    Range,
+    at_weight,
+    guidance_objection,
+    guided_cast,
+    require_range,
+)
 from edmdistill.methods.score_distillation import auxiliary_loss, generator_loss
 from edmdistill.schedules import lognormal_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time, velocity
@@ -41,7 +51,8 @@ class SCTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SCDConfig(SCTConfig, frozen=True, forbid_unknown_fields=True):
-    guidance: Annotated[float, Meta(ge=1, description="weight of the teacher's guidance by classes; 1 = none")] = 1.0
+    guidance: Range = (1.0, 1.0)
+    guide: Guide = "classes"
     vsd: Annotated[float, Meta(ge=0, description="weight of variational score distillation's loss; 0 = none")] = 0.0
     vsd_P_mean: Annotated[float, Meta(description="mean of ln(sigma) where the two scores are compared")] = 0.4
     vsd_P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) there")] = 2.0
@@ -49,6 +60,7 @@ class SCDConfig(SCTConfig, frozen=True, forbid_unknown_fields=True):
     aux_P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) in that turn")] = 1.6
 
     def __post_init__(self) -> None:
+        require_range(self)
         if self.vsd and self.intervals > 1:
             raise ValueError(
                 f"vsd is about one step from noise to the data, but with intervals {self.intervals} it takes as many: "
@@ -69,7 +81,7 @@ class SCT(Method):
         self.generator = networks["generator"]
 
     @classmethod
-    def objection(cls, config: msgspec.Struct, positional_time: bool) -> str | None:
+    def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
         """Source: sCM, section 4.1: the derivative of EDM's time embedding is what makes the training unstable."""
         if positional_time or cast(SCTConfig, config).allow_edm_time:
             return None
@@ -88,10 +100,12 @@ class SCT(Method):
         t = sigma_to_time(lognormal_sigmas(draws, P_mean=own.P_mean, P_std=own.P_std), sigma_data)
         z = draws.normal_like(batch.x0, sigma_data)
         x_t = diffuse(batch.x0, z, t)
+        w = self.weights(draws)
+        generator = at_weight(self.generator, w)
         with torch.no_grad():
-            dx = self.velocity(batch, z, x_t, t)
+            dx = self.velocity(batch, z, x_t, t, w)
             F_minus, g = continuous_target(
-                self.generator,
+                generator,
                 x_t,
                 t,
                 batch.labels,
@@ -102,11 +116,15 @@ class SCT(Method):
                 tangent=own.tangent,
             )
             g = tamed(g, own.c, own.taming)
-        F, u = self.generator(x_t, t, batch.labels, u_at=(t,))
+        F, u = generator(x_t, t, batch.labels, u_at=(t,))
         loss = consistency_loss(F, F_minus, g, u, t)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
 
-    def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def weights(self, draws: Draws) -> Tensor | None:
+        """Of guidance, for each sample one; None: there is no choice of them.  [B]"""
+        return None
+
+    def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
         """dx_t/dt = cos(t) z - sin(t) x0."""
         return velocity(batch.x0, z, t)
 
@@ -117,15 +135,25 @@ class SCD(SCT):
     Config = SCDConfig
     roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvars=1)}
 
+    def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
+        super().__init__(config, networks, noise)
+        self.teacher = GuidedTeacher(networks, cast(SCDConfig, config))
+
     @classmethod
     def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
-        if not cast(SCDConfig, config).vsd:
-            return cls.roles
+        own = cast(SCDConfig, config)
         # The two losses have sizes of their own at the same t: each has a head for u.
-        return cls.roles | {
-            "generator": Role(trained=True, logvars=2),
-            "auxiliary": Role(trained=True, logvars=1),
-        }
+        more = {"generator": Role(trained=True, logvars=2), "auxiliary": Role(trained=True, logvars=1)}
+        return guided_cast(cls.roles | more if own.vsd else cls.roles, own)
+
+    @classmethod
+    def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
+        unstable = super().objection(config, positional_time=positional_time, label_dim=label_dim)
+        return unstable or guidance_objection(cast(SCDConfig, config), label_dim)
+
+    @classmethod
+    def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
+        return cast(SCDConfig, config).guidance
 
     def turns(self) -> tuple[Turn, ...]:
         own = cast(SCDConfig, self.config)
@@ -135,7 +163,9 @@ class SCD(SCT):
         """L_Diff(phi).  Source: appendix C.2."""
         own, noise = cast(SCDConfig, self.config), self.noise
         t = sigma_to_time(lognormal_sigmas(draws, P_mean=own.aux_P_mean, P_std=own.aux_P_std), noise.sigma_data)
-        return auxiliary_loss(self.networks["auxiliary"], self.generator, batch, t, draws, noise)
+        w = self.weights(draws)
+        auxiliary, generator = (at_weight(network, w) for network in (self.networks["auxiliary"], self.generator))
+        return auxiliary_loss(auxiliary, generator, batch, t, draws, noise)
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """L_CM(theta) + vsd L_VSD(theta, psi).  Source: section 5.2; appendix C.2."""
@@ -143,18 +173,17 @@ class SCD(SCT):
         if not own.vsd:
             return loss
         t = sigma_to_time(lognormal_sigmas(draws, P_mean=own.vsd_P_mean, P_std=own.vsd_P_std), noise.sigma_data)
-        other = generator_loss(
-            self.generator, self.guided_teacher, self.networks["auxiliary"], batch, t, draws, noise, heads=2
-        )
+        w = self.weights(draws)
+        auxiliary, generator = (at_weight(network, w) for network in (self.networks["auxiliary"], self.generator))
+        other = generator_loss(generator, partial(self.teacher, w=w), auxiliary, batch, t, draws, noise, heads=2)
         return loss._replace(value=loss.value + own.vsd * other.value, signals=loss.signals | other.signals)
 
-    def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """dx_t/dt = sigma_d F*(x_t, t), guided."""
-        return self.noise.sigma_data * self.guided_teacher(x_t, t, batch.labels)
+    def weights(self, draws: Draws) -> Tensor | None:
+        return self.teacher.weights(draws)
 
-    def guided_teacher(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """F*(x_t, t)."""
-        return guided(self.networks["teacher"], x_t, t, labels, cast(SCDConfig, self.config).guidance)
+    def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
+        """dx_t/dt = sigma_d F*(x_t, t), guided."""
+        return self.noise.sigma_data * self.teacher(x_t, t, batch.labels, w)
 
 
 def since_start(t: Tensor, intervals: int) -> Tensor:

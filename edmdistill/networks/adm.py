@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from edmdistill.networks.base import Network
-from edmdistill.networks.embeddings import PositionalEmbedding, TimeEmbedding
+from edmdistill.networks.embeddings import GuidanceEmbedding, PositionalEmbedding, TimeEmbedding
 from edmdistill.networks.two_time import SecondTime
 from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
 
 
 class DhariwalUNet(Network):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last four.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last six.
 
     Attention has a head for every 64 channels; a layer of fewer than 64 channels has none, even where it is asked for.
 
@@ -47,10 +47,11 @@ class DhariwalUNet(Network):
         logvar_heads: int = 1,
         positional_time: bool = False,
         double_norm: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__(locals(), in_channels)
         self.label_dropout = label_dropout
-        emb_channels = model_channels * channel_mult_emb
+        self.emb_channels = emb_channels = model_channels * channel_mult_emb
         widths = [model_channels * mult for mult in channel_mult]
 
         def block(cin: int, cout: int, resample: str = "keep", attention: bool = False) -> UNetBlock:
@@ -97,6 +98,7 @@ class DhariwalUNet(Network):
 
         self.initialize()
         self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
+        self.map_guidance = GuidanceEmbedding(emb_channels) if guided else None
         self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
 
     def initialize(self) -> None:
@@ -122,6 +124,7 @@ class DhariwalUNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        w: Tensor | None = None,
     ) -> Tensor:
         other: Tensor | float = 0.0
         if self.map_augment is not None and augment_labels is not None:
@@ -129,6 +132,8 @@ class DhariwalUNet(Network):
         emb = self.embed_time(self, c_noise, other)
         if self.second_time is not None and c_noise_t is not None:
             emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
+        if self.map_guidance is not None and w is not None:
+            emb = emb + self.map_guidance(w)
         if self.map_label is not None:
             emb = emb + self.map_label(self.label_vectors(labels, emb, self.label_dropout))
         return silu(emb)
@@ -141,8 +146,9 @@ class DhariwalUNet(Network):
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
+        w: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        emb = self.embed(c_noise, labels, c_noise_t, augment_labels)
+        emb = self.embed(c_noise, labels, c_noise_t, augment_labels, w)
 
         # Encoder.
         skips = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from edmdistill.kernels.magnitude import normalize
+from edmdistill.networks.embeddings import GuidanceEmbedding
 from edmdistill.networks.magnitude import MPConv, MPFourier
 
 
@@ -48,6 +49,8 @@ class Network(nn.Module, ABC):
         two_time: whether a second time is read.
         positional_time: whether the features of c_noise are a TimeEmbedding, for which c_noise is t.
         time_features: the name of the layer that makes them.
+        guided: whether the weight of guidance is read.
+        emb_channels: of what `embed` gives.
     """
 
     img_resolution: int
@@ -56,6 +59,9 @@ class Network(nn.Module, ABC):
     two_time: bool
     positional_time: bool
     time_features: ClassVar[str] = "map_noise"
+    guided: bool
+    emb_channels: int
+    map_guidance: GuidanceEmbedding | None
     logvar_fourier: MPFourier | None
     logvar_linear: nn.Module | None
 
@@ -72,6 +78,7 @@ class Network(nn.Module, ABC):
         self.label_dim = arguments["label_dim"]
         self.two_time = arguments["two_time"]
         self.positional_time = arguments["positional_time"]
+        self.guided = arguments["guided"]
 
     def blocks(self) -> list[Residual]:
         """The residual blocks: the pieces in which a network is sharded and its activations computed again."""
@@ -107,6 +114,7 @@ class Network(nn.Module, ABC):
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
+        w: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """The raw output F, or F, u_1, ..., u_n.
 
@@ -117,6 +125,7 @@ class Network(nn.Module, ABC):
             c_noise_t: the second time's noise level, for a two_time network; None = not asked.  [B]
             augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
             c_logvar: what `logvars` is asked, in the same pass, so that wrappers see it.  n of [B]
+            w: the weight of guidance, for a guided network; None = not asked.  [B] or [1]
         """
 
     @abstractmethod
@@ -126,8 +135,9 @@ class Network(nn.Module, ABC):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        w: Tensor | None = None,
     ) -> Tensor:
-        """What the residual blocks know of time, class and augmentation.  As in forward -> [B,E]"""
+        """What the residual blocks know of time, class, augmentation and guidance.  As in forward -> [B,E]"""
 
     def label_vectors(self, labels: Tensor | None, like: Tensor, dropout: float = 0.0) -> Tensor:
         """labels in the dtype of `like`; None = zeros; training zeroes a share `dropout`.  [B or 1,label_dim]"""

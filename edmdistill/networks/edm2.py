@@ -20,7 +20,7 @@ from torch.nn.functional import dropout
 from edmdistill.kernels.magnitude import mp_cat, mp_silu, mp_sum, normalize
 from edmdistill.kernels.ops import downsample, is_box, self_attention, separable, split_heads, upsample
 from edmdistill.networks.base import Network, Residual
-from edmdistill.networks.embeddings import TimeEmbedding
+from edmdistill.networks.embeddings import GuidanceEmbedding, TimeEmbedding
 from edmdistill.networks.magnitude import MPConv, MPFourier
 from edmdistill.networks.two_time import SecondTime
 
@@ -103,7 +103,7 @@ class Block(Residual):
 
 
 class UNet(Network):
-    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  Arguments as in the official class, but the last four.
+    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  Arguments as in the official class, but the last five.
 
     Args:
         double_norm: whether the blocks normalise their modulations; see Residual.
@@ -138,6 +138,7 @@ class UNet(Network):
         two_time: bool = False,
         positional_time: bool = False,
         double_norm: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__(locals(), img_channels)
         self.label_balance = label_balance
@@ -145,6 +146,7 @@ class UNet(Network):
         widths = [model_channels * mult for mult in channel_mult]
         noise_channels = model_channels * channel_mult_noise if channel_mult_noise is not None else widths[0]
         emb_channels = model_channels * channel_mult_emb if channel_mult_emb is not None else max(widths)
+        self.emb_channels = emb_channels
 
         def block(cin: int, cout: int, flavor: str, resample: str = "keep", attention: bool = False) -> Block:
             return Block(
@@ -169,6 +171,7 @@ class UNet(Network):
         self.emb_noise = MPConv(noise_channels, emb_channels)
         self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
         self.second_time = SecondTime(self, "emb_fourier", "emb_noise") if two_time else None
+        self.map_guidance = GuidanceEmbedding(emb_channels) if guided else None
         self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
 
         # Encoder.  The image has one more channel, of ones: there are no biases.
@@ -214,10 +217,13 @@ class UNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        w: Tensor | None = None,
     ) -> Tensor:
         emb = self.embed_time(self, c_noise)
         if self.second_time is not None and c_noise_t is not None:
             emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
+        if self.map_guidance is not None and w is not None:
+            emb = emb + self.map_guidance(w)
         if self.emb_label is not None:
             labels = self.label_vectors(labels, emb)
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
@@ -231,8 +237,9 @@ class UNet(Network):
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
+        w: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        emb = self.embed(c_noise, labels, c_noise_t)
+        emb = self.embed(c_noise, labels, c_noise_t, w=w)
 
         # Encoder.
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)

@@ -71,4 +71,27 @@ class TimeEmbedding(nn.Module):
         return features
 
     def forward(self, t: Tensor) -> Tensor:
-        return linear(self.features(t), self.mix.weight)
+        # Called as a layer: of a network that is lent, only what is called has its weights here.
+        mixed: Tensor = self.mix(self.features(t))
+        return mixed
+
+
+class GuidanceEmbedding(nn.Module):
+    """Sines and cosines of the weight of guidance, and a linear map of them.  w [B] -> [B,channels]
+
+    The map starts at 0: a network to which this is added stays as it is, for any w, and its gradient is not 0.
+
+    Source: sCM, appendix G.2.  Differs: the start; the paper does not say how it starts.
+    """
+
+    FEATURES = 64
+    FREQUENCY = 4.0
+    """Of the fastest: w = 1 and w = 2 are 4 radians apart."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.positional = PositionalEmbedding(self.FEATURES)
+        self.weight = nn.Parameter(torch.zeros(channels, self.FEATURES))
+
+    def forward(self, w: Tensor) -> Tensor:
+        return linear(self.positional(self.FREQUENCY * w), self.weight)

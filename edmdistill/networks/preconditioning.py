@@ -270,7 +270,7 @@ class FlowNetwork(nn.Module):
         network, preconditioning: what is wrapped.
         compute_dtype: dtype of the activations inside the network; None = the dtype of the result.
         sigma_data, sigma_min, sigma_max: of the preconditioning.
-        img_resolution, img_channels, label_dim, two_time: of the network.
+        img_resolution, img_channels, label_dim, two_time, guided: of the network.
     """
 
     def __init__(
@@ -287,6 +287,7 @@ class FlowNetwork(nn.Module):
         self.img_channels = network.img_channels
         self.label_dim = network.label_dim
         self.two_time = network.two_time
+        self.guided = network.guided
 
     @property
     def dtype(self) -> torch.dtype:
@@ -301,8 +302,11 @@ class FlowNetwork(nn.Module):
         labels: Tensor | None,
         c_noise_t: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
+        w: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """The network's own output, without channels that nobody reads (iDDPM's variances), and what u is asked."""
+        if w is None and self.guided:
+            w = torch.ones(1, device=x.device)
         out = self.network(
             x.to(self.compute_dtype or self.dtype),
             c_noise.flatten().to(self.dtype),
@@ -310,6 +314,7 @@ class FlowNetwork(nn.Module):
             None if c_noise_t is None else c_noise_t.flatten().to(self.dtype),
             None,  # augmentation is for training from images alone
             tuple(c.flatten().to(self.dtype) for c in c_logvar),
+            None if w is None else w.flatten().to(x.device, self.dtype),
         )
         F, *u = out if c_logvar else (out,)
         return F[:, : self.img_channels].to(self.dtype), *u
@@ -332,6 +337,7 @@ class FlowNetwork(nn.Module):
         second: Tensor | None = None,
         *,
         u_at: tuple[Tensor, ...] = (),
+        w: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """F, with dx_t/dt = sigma_data F; with u_at, F, u_1, ..., u_n, each the log variance of a loss at its times.
 
@@ -341,12 +347,15 @@ class FlowNetwork(nn.Module):
             labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
             second: the second time, in [0, pi/2], for a two_time network; None = not asked.  [] or [B]
             u_at: the times, in [0, pi/2], at which the first n heads are asked.  n of [] or [B]
+            w: the weight of guidance, for a guided network; None = 1, no guidance.  [] or [B]
         Returns: F [B,C,H,W], or F and n of [B], [1] for one time; float32, float64 if the parameters are
-        Raises: ValueError: a second time for a network of one, or a label out of range.
+        Raises: ValueError: a second time for a network of one, w for one that reads none, or a label out of range.
             NotImplementedError: the network has fewer heads for u.
         """
         if second is not None and not self.two_time:
             raise ValueError("the network reads one time, but two were given: give it a second with add_second_time")
+        if w is not None and not self.guided:
+            raise ValueError("the network reads no weight of guidance, but one was given: add it with add_guidance")
         x_t = x_t.to(self.dtype)
         t = self.clamp(t, x_t)
         a, b, c, c_noise = self.preconditioning.trigflow(t)
@@ -354,7 +363,7 @@ class FlowNetwork(nn.Module):
         if second is not None:
             c_noise_t = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
         c_logvar = tuple(c_of_logvar(self.sigma_data * self.clamp(time, x_t).tan()) for time in u_at)
-        raw, *u = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t, c_logvar)
+        raw, *u = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t, c_logvar, w)
         F = (a * x_t + b * raw).to(self.dtype)
         return (F, *u) if u_at else F
 
@@ -368,6 +377,8 @@ class FlowNetwork(nn.Module):
         dt: Tensor,
         second: Tensor | None = None,
         dsecond: Tensor | None = None,
+        *,
+        w: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """F, and its derivative along (dx, dt), without gradient.
 
@@ -378,7 +389,7 @@ class FlowNetwork(nn.Module):
         r = cos(t) sin(t), dx = r dx_t/dt and dt = r give r dF/dt, and c_noise = ln(sigma)/4 the tangent 1/4 at any t.
 
         Args:
-            x_t, t, labels, second: as in forward.
+            x_t, t, labels, second, w: as in forward; w stands still.
             dx: of the shape of x_t.
             dt: of the shape of t.
             dsecond: of the shape of second; None = the second time stands still.
@@ -390,7 +401,7 @@ class FlowNetwork(nn.Module):
         """
         moved = second if second is None or dsecond is None else Dual(second, dsecond)
         with torch.random.fork_rng([x_t.device] if x_t.is_cuda else []):
-            F = self(Dual(x_t, dx), Dual(t, dt), labels, moved)
+            F = self(Dual(x_t, dx), Dual(t, dt), labels, moved, w=w)
         return F.value, F.tangent
 
 

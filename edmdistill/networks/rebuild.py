@@ -1,4 +1,4 @@
-"""The same network with other constructor arguments: how it comes to a second time, or to a head."""
+"""The same network with other constructor arguments: how it comes to a second time, a head, or a weight of guidance."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.networks.base import Network
+from edmdistill.networks.embeddings import GuidanceEmbedding
 from edmdistill.networks.preconditioning import FlowNetwork, Preconditioning
 
 
@@ -55,3 +56,9 @@ def add_logvar(flow: FlowNetwork, seed: int, heads: int = 1, channels: int = 128
         if name.startswith("logvar_linear."):
             new[name][: len(own)] = own
     return rebuild(flow, new, logvar_channels=channels, logvar_heads=heads)
+
+
+def add_guidance(flow: FlowNetwork) -> FlowNetwork:
+    """A copy of the network that reads the weight of guidance as well, and whose output does not change by a bit."""
+    new = GuidanceEmbedding(flow.network.emb_channels).state_dict(prefix="map_guidance.")
+    return rebuild(flow, new, guided=True)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from edmdistill.networks.base import Network
-from edmdistill.networks.embeddings import FourierEmbedding, PositionalEmbedding, TimeEmbedding
+from edmdistill.networks.embeddings import FourierEmbedding, GuidanceEmbedding, PositionalEmbedding, TimeEmbedding
 from edmdistill.networks.two_time import SecondTime
 from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
 
 
 class SongUNet(Network):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last three.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last five.
 
     DDPM++ embeds the time by positions, has standard encoder and decoder, box filter [1, 1], channel_mult_noise 1;
     NCSN++ by Fourier features, a residual encoder, filter [1, 3, 3, 1], channel_mult_noise 2.
@@ -56,6 +56,7 @@ class SongUNet(Network):
         logvar_channels: int = 0,
         logvar_heads: int = 1,
         positional_time: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__(locals(), in_channels)
         for value, known in (
@@ -66,7 +67,7 @@ class SongUNet(Network):
             if value not in known:
                 raise ValueError(f"SongUNet knows {', '.join(known)}, but {value!r} was asked for")
         self.label_dropout = label_dropout
-        emb_channels = model_channels * channel_mult_emb
+        self.emb_channels = emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
         last_level = len(channel_mult) - 1
 
@@ -142,6 +143,7 @@ class SongUNet(Network):
 
         self.initialize()
         self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
+        self.map_guidance = GuidanceEmbedding(emb_channels) if guided else None
         self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
 
     def initialize(self) -> None:
@@ -171,6 +173,7 @@ class SongUNet(Network):
         labels: Tensor | None = None,
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        w: Tensor | None = None,
     ) -> Tensor:
         # Labels join the first time alone.
         other: Tensor | float = 0.0
@@ -182,6 +185,8 @@ class SongUNet(Network):
         emb = self.embed_time(self, c_noise, other)
         if self.second_time is not None and c_noise_t is not None:
             emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
+        if self.map_guidance is not None and w is not None:
+            emb = emb + self.map_guidance(w)
         return silu(emb)
 
     def forward(
@@ -192,8 +197,9 @@ class SongUNet(Network):
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
+        w: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        emb = self.embed(c_noise, labels, c_noise_t, augment_labels)
+        emb = self.embed(c_noise, labels, c_noise_t, augment_labels, w)
 
         # Encoder.
         skips: list[Tensor] = []

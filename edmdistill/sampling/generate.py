@@ -40,7 +40,7 @@ def sample(
     labels: int | Sequence[int] | Tensor | None = None,
     gamma: float | None = None,
     times: Sequence[float] | Tensor | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     guide: Denoiser | None = None,
     solver: str | None = None,
     churn: Churn = NO_CHURN,
@@ -62,7 +62,8 @@ def sample(
         labels: one class for all, a class a seed [N], vectors [N,label_dim], or None: drawn from each seed.
         gamma: share of fresh noise between a generator's steps, in [0, 1]; default: its own; see gamma_sampler.
         times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
-        guidance: weight of a teacher's guidance; 1 = none; see GuidedDenoiser.
+        guidance: weight of a teacher's guidance, see GuidedDenoiser; of a generator's, one in the range that it has
+            learnt. 1 = none; default: 1, or the least that a generator knows.
         guide: the network to move away from; default: the teacher without labels.
         solver: a teacher's or CTM generator's, of SOLVERS; default for a teacher: heun.
         churn: fresh noise on a teacher's way by Heun's method; see Churn.
@@ -75,17 +76,17 @@ def sample(
     if isinstance(model, Generator) and solver is not None and model.flow.two_time:
         model = Denoiser(model.flow)
     if isinstance(model, Generator):
-        if guidance != 1 or guide is not None or solver is not None or churn != NO_CHURN:
+        if guide is not None or solver is not None or churn != NO_CHURN:
             raise EdmDistillError(
-                "guidance, solver and churn are for teachers and CTM's generators, and this is another: leave them out"
+                "guide, solver and churn are for teachers and CTM's generators, and this is another: leave them out"
             )
-        solve = _gamma_solver(model, nfe, gamma, times)
+        solve = _gamma_solver(model, nfe, gamma, times, guidance_of(model, guidance))
     else:
         if gamma is not None or times is not None:
             raise EdmDistillError(
                 "gamma and times are for generators, and this is a teacher: use nfe, guidance and churn"
             )
-        solve = _teacher_solver(model, nfe, guidance, guide, solver or "heun", churn)
+        solve = _teacher_solver(model, nfe, guidance_of(model, guidance), guide, solver or "heun", churn)
     if not len(seeds):
         raise EdmDistillError("there is nothing to sample: give at least one seed")
     flow = model.flow
@@ -139,8 +140,25 @@ def _first_draws(model: Generator | Denoiser, rng: SeededNoise) -> tuple[Tensor,
     return noise, label_vectors(rng.integers(flow.label_dim), flow.label_dim, len(noise))
 
 
+def guidance_of(model: Generator | Denoiser, asked: float | None) -> float:
+    """The weight of guidance that `sample` draws with.
+
+    Raises: EdmDistillError: a generator does not know it.
+    """
+    if isinstance(model, Denoiser):
+        return 1.0 if asked is None else asked
+    low, high = model.guidance
+    weight = low if asked is None else asked
+    if not low <= weight <= high:
+        known = f"{low:g} to {high:g}," if low < high else "1, which is none," if high == 1 else f"{low:g} alone,"
+        raise EdmDistillError(
+            f"this generator knows guidance {known} but {weight:g} was asked for: ask for another, or for none"
+        )
+    return weight
+
+
 def _gamma_solver(
-    model: Generator, nfe: int | None, gamma: float | None, times: Sequence[float] | Tensor | None
+    model: Generator, nfe: int | None, gamma: float | None, times: Sequence[float] | Tensor | None, guidance: float
 ) -> Callable[..., Tensor]:
     gamma = model.config.sampling.gamma if gamma is None else gamma
     if not 0 <= gamma <= 1:
@@ -150,8 +168,9 @@ def _gamma_solver(
         if nfe < 1:
             raise EdmDistillError(f"a generator needs at least 1 network evaluation, but {nfe} were asked for")
         times = model.schedule(nfe)
-    times, sigma_data = check_times(times, nfe), model.flow.sigma_data
-    return partial(gamma_sampler, model.jump, times=times, sigma_data=sigma_data, gamma=gamma)
+    jump = partial(model.jump, w=torch.tensor(guidance)) if model.flow.guided else model.jump
+    times = check_times(times, nfe)
+    return partial(gamma_sampler, jump, times=times, sigma_data=model.flow.sigma_data, gamma=gamma)
 
 
 def default_nfe(teacher: Denoiser, solver: str = "heun") -> int:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -29,7 +30,7 @@ from edmdistill.training.cards import Card
 from edmdistill.training.ema import profiles
 from edmdistill.training.engine import Machine
 from edmdistill.training.probe import ROWS, Probe
-from edmdistill.training.run import cast
+from edmdistill.training.run import cast_all, require_guide
 
 FREE = 0.05
 """Share of a card's memory that is left for CUDA itself and for fragments."""
@@ -138,6 +139,8 @@ def measure(
     flow: FlowNetwork,
     machine: Machine = Machine(),
     on_progress: Callable[[str], object] = lambda stage: None,
+    *,
+    guide: FlowNetwork | None = None,
 ) -> Measured:
     """Takes every turn of a recipe on the meta device.
 
@@ -145,9 +148,12 @@ def measure(
         flow: the teacher, or what a method without one makes; on any device, for its numbers do not count.
         machine: only checkpointing and a teacher in the host's memory change a pass; the rest is `make_plan`'s.
         on_progress: is told what is being looked at.
+        guide: as the teacher, for a recipe that takes one.
+    Raises: TrainingError: no guide for such a recipe, one for another, or one of other data.
     """
+    require_guide(recipe, guide)
     method = recipe.method_class
-    roles = {role: cast(part, flow, recipe) for role, part in recipe.roles.items()}
+    roles = cast_all(recipe, flow, guide)
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
     probe = Probe(method, recipe.method_config, roles, noise)
     lent = "teacher" in machine.offload
@@ -327,7 +333,13 @@ def fused_attention() -> Iterator[None]:
     A mode of torch functions would not reach what a checkpointed block computes again in the backward pass.
     """
     own = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = lambda q, k, v: FLASH(q, k, v)[0]  # type: ignore[assignment, misc]
+
+    def scaled_dot_product_attention(q: Any, k: Any, v: Any) -> Any:
+        if has_torch_function((q, k, v)):  # with tangents: by their rule, as torch's own
+            return handle_torch_function(scaled_dot_product_attention, (q, k, v), q, k, v)
+        return FLASH(q, k, v)[0]
+
+    functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
     try:
         yield
     finally:

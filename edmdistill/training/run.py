@@ -15,14 +15,23 @@ from torch import Tensor, nn
 
 from edmdistill.checkpoints.convert import read_source
 from edmdistill.checkpoints.source import resolve
-from edmdistill.checkpoints.store import CONFIG, MODEL, CheckpointConfig, Provenance, Sampling, facts, load_checkpoint
+from edmdistill.checkpoints.store import (
+    CONFIG,
+    MODEL,
+    CheckpointConfig,
+    Guidance,
+    Provenance,
+    Sampling,
+    facts,
+    load_checkpoint,
+)
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import statistics_of
 from edmdistill.errors import RecipeError, TrainingError
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import new_network
 from edmdistill.networks.preconditioning import EDM, FlowNetwork
-from edmdistill.networks.rebuild import add_logvar
+from edmdistill.networks.rebuild import add_guidance, add_logvar
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.recipes import Network, Recipe
 from edmdistill.training.ema import Ema, profiles
@@ -76,9 +85,10 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """What beside the recipe must not change between a run and its resumption."""
-        data = self.dataset
+        data, origin = self.dataset, self.config.provenance
         return {
-            "teacher_sha256": self.config.provenance.parent,
+            "teacher_sha256": origin.parent,
+            **({} if origin.guide is None else {"guide_sha256": origin.guide}),
             "data": {
                 "name": Path(data.name).name,
                 "images": len(data),
@@ -167,21 +177,29 @@ class Run:
 
 
 def prepare(
-    recipe: Recipe, *, data: str | Path, teacher: str | Path | None = None, machine: Machine = Machine()
+    recipe: Recipe,
+    *,
+    data: str | Path,
+    teacher: str | Path | None = None,
+    guide: str | Path | None = None,
+    machine: Machine = Machine(),
 ) -> Run:
     """Everything in memory, as it is before the first step. All processes of a run call it.
 
     Args:
         data: what `open_dataset` takes.
         teacher: a checkpoint, ours or official; a method that makes its own network takes one to start from, or none.
+        guide: a checkpoint too, for a recipe by which another network guides the teacher.
         machine: how the run uses the hardware.
-    Raises: TrainingError: no teacher for a method that needs one, or a generator in its place, or data that do not fit.
+    Raises: TrainingError: no teacher or guide where there must be one, a generator in its place, or a guide or data
+            that do not fit.
         CheckpointError, DatasetError, RecipeError: from what is opened.
     """
     method_class = recipe.method_class
     require_trackers(machine.log_with)
     if machine.shard and recipe.training.optimizer == "adam8bit":
         raise TrainingError("the states of adam8bit are not shared out: take --shard or adam8bit")
+    require_guide(recipe, guide)
     dataset = open_dataset(data, split=recipe.data.split, xflip=recipe.data.xflip)
     if teacher is not None:
         flow, config = read_teacher(teacher)
@@ -192,12 +210,22 @@ def prepare(
         name = recipe.method["name"]
         raise TrainingError(f"{name} starts from a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     require_fit(dataset, flow, config)
-    objection = method_class.objection(recipe.method_config, flow.network.positional_time)
+    objection = method_class.objection(
+        recipe.method_config, positional_time=flow.network.positional_time, label_dim=flow.label_dim
+    )
     if objection is not None:
         raise TrainingError(objection)
 
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
-    roles = {role: cast(part, flow, recipe) for role, part in recipe.roles.items()}
+    other, guidance = None, None
+    if recipe.guidance != (1, 1):
+        guidance = Guidance("classes" if guide is None else "network", recipe.guidance)
+    if guide is not None:
+        other, its = read_teacher(guide)
+        if statistics_of(its.encoder) != statistics_of(config.encoder):
+            raise TrainingError(f"the guide {guide} works on other latents than the teacher: choose one of its kind")
+        config = replace(config, provenance=replace(config.provenance, guide=its.provenance.parent))
+    roles = cast_all(recipe, flow, other)
     trained = [role for role, part in recipe.roles.items() if part.trained]
     unused = Probe(method_class, recipe.method_config, roles, noise).unused()
     product = roles[method_class.product]
@@ -232,6 +260,7 @@ def prepare(
             stage="teacher" if method_class.product == "teacher" else "generator",
             method=recipe.method["name"],
             recipe_hash=recipe.hash,
+            guidance=guidance,
             label_names=config.label_names or (tuple(dataset.label_names) if dataset.label_names else None),
             sampling=Sampling(recipe.sampling.sigmas, recipe.sampling.gamma),
             results=(),
@@ -292,13 +321,40 @@ def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, C
     return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
 
 
+def require_guide(recipe: Recipe, guide: object) -> None:
+    """Lets a guide be given exactly where a role of the recipe is made from it.
+
+    Raises: TrainingError: it is missing, or would do nothing.
+    """
+    name, wanted = recipe.method["name"], any(part.source == "guide" for part in recipe.roles.values())
+    if wanted and guide is None:
+        raise TrainingError(f"{name} guides its teacher by another network here: name its checkpoint, --guide SOURCE")
+    if guide is not None and not wanted:
+        hint = ", or say --set method.guide=network" if "guide" in recipe.method else ""
+        raise TrainingError(f"--guide would do nothing: by this recipe of {name} no network guides; leave it out{hint}")
+
+
+def cast_all(recipe: Recipe, teacher: FlowNetwork, guide: FlowNetwork | None = None) -> dict[str, nn.Module]:
+    """The networks of all roles.  Raises: TrainingError: a guide of other data than the teacher's."""
+    for what in ("img_resolution", "img_channels", "sigma_data", "label_dim") if guide is not None else ():
+        ours, theirs = getattr(teacher, what), getattr(guide, what)
+        if ours != theirs and (what, theirs) != ("label_dim", 0):
+            raise TrainingError(
+                f"the guide's {what} is {theirs}, but the teacher's is {ours}: choose a guide of the same data"
+            )
+    sources = {"teacher": teacher, "guide": guide or teacher}
+    return {role: cast(part, sources[part.source], recipe) for role, part in recipe.roles.items()}
+
+
 def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
-    """The network that plays a part: a copy of the teacher, with the times and heads that it asks for, or made."""
+    """The network that plays a part: a copy of `flow`, with the times, heads and weight that it asks for, or made."""
     if part.make is not None:
         return part.make(flow, recipe.training.seed).to(flow.dtype).requires_grad_(False).eval()
     network = add_second_time(flow) if part.two_time else drop_second_time(flow)
     if part.logvars:
         network = add_logvar(network, recipe.training.seed, part.logvars)
+    if part.guided:
+        network = add_guidance(network)
     network.compute_dtype = PRECISION[recipe.training.precision]
     network.requires_grad_(False).eval()
     if part.frozen:

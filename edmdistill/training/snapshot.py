@@ -50,8 +50,9 @@ def draw(run: Run, folder: Path) -> None:
 def compare(run: Run, folder: Path) -> None:
     """folder/IMAGES.png: what each role makes of the same noisy data, a row for each role at each noise level.
 
-    Where a role reads a second time, the product is asked for the data, at 0, and others are given the largest. The
-    networks are those in training: of averages, there are the grids of samples. Latents are not drawn.
+    Where a role reads a second time, the product is asked for the data, at 0, and others are given the largest. One
+    that reads a weight of guidance is given the least. The networks are those in training: of averages, there are the
+    grids of samples. Latents are not drawn.
     """
     network = run.ema.network
     if is_latent(Denoiser(network)):
@@ -68,7 +69,8 @@ def compare(run: Run, folder: Path) -> None:
         for role, player in own.items():
             if isinstance(player, FlowNetwork):
                 second = torch.zeros_like(last) if role == run.method.product else last
-                F = player.eval()(x_t, t, labels, *([second] if player.two_time else []))
+                w = torch.tensor(run.recipe.guidance[0]) if player.guided else None
+                F = player.eval()(x_t, t, labels, second if player.two_time else None, w=w)
                 rows.append((role, denoised(x_t, F, t, player.sigma_data)))
     if run.engine.is_main:
         with aside(folder / f"{run.images:09d}.png") as new:

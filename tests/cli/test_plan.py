@@ -39,6 +39,15 @@ def test_every_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak["bf16", True, True] < peak["bf16", False, True] < peak["bf16", False, False]
 
 
+GUIDED = ["--set", "method.guidance=[1,2]", "--set", "method.guide=network"]
+
+
+def test_a_guide() -> None:
+    result = plan("scd/digits", TEACHER, *GUIDED, "--guide", TEACHER, "--micro-batch", "1", "--card", "h100")
+    assert result.exit_code == 0, result.output
+    assert "guide's weights" in result.stdout
+
+
 def test_a_network_for_the_data() -> None:
     result = plan("diffusion/digits", "--data", "digits")
     assert result.exit_code == 0, result.output
@@ -50,6 +59,8 @@ def test_a_network_for_the_data() -> None:
     [
         (["cosim/digits"], "the plan needs the teacher's shape: name a checkpoint, or --network edm2-img512-s"),
         (["cosim/digits", "--network", "edm3"], "there is no network 'edm3': give one of adm-imagenet64, "),
+        (["scd/digits", TEACHER, *GUIDED], "scd guides its teacher by another network here"),
+        (["scd/digits", TEACHER, *GUIDED, "--guide", "edm2-img512-xs"], "the guide's img_resolution is 64, but the"),
         (["diffusion/digits"], "this recipe makes its network for the data: name them by --data"),
         (["cosim/nothing", TEACHER], "there is no recipe 'cosim/nothing'"),
         (["cosim/digits", "nowhere.pkl"], "nowhere.pkl"),

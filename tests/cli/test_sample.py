@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from edmdistill.checkpoints.convert import load_generator, load_model
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, Sampling, facts, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, Sampling, facts, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.cli.sample import SOLVERS
 from edmdistill.networks import NETWORKS
@@ -26,7 +26,14 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(main, ["sample", *map(str, words), "--device", "cpu"])
 
 
-def checkpoint(folder: Path, *, label_dim: int = 3, channels: int = 1, stage: str = "generator") -> Path:
+def checkpoint(
+    folder: Path,
+    *,
+    label_dim: int = 3,
+    channels: int = 1,
+    stage: str = "generator",
+    guidance: tuple[float, float] | None = None,
+) -> Path:
     torch.manual_seed(0)
     network = NETWORKS["edm2"](
         img_resolution=8,
@@ -37,15 +44,17 @@ def checkpoint(folder: Path, *, label_dim: int = 3, channels: int = 1, stage: st
         num_blocks=1,
         attn_resolutions=[],
         channels_per_head=8,
+        guided=guidance is not None,
     )
     for parameter in network.parameters():
-        if parameter.ndim == 0:
-            torch.nn.init.constant_(parameter, 0.5)  # gains, 0 at first
+        if not parameter.any():
+            torch.nn.init.constant_(parameter, 0.5)  # gains and the map of guidance, 0 at first
     flow = FlowNetwork(network, PRECONDITIONINGS["edm"]())
     config = CheckpointConfig(
         stage=stage,
         label_names=NAMES if label_dim else None,
         sampling=Sampling({"1": (80.0,), "2": (80.0, 3.0)}),
+        guidance=None if guidance is None else Guidance("network", guidance),
         provenance=Provenance(source="a test"),
         **facts(flow),
     )
@@ -64,6 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "teacher": checkpoint(root / "teacher", stage="teacher"),
         "plain": checkpoint(root / "plain", label_dim=0, channels=3),
         "latent": checkpoint(root / "latent", channels=4),
+        "guided": checkpoint(root / "guided", guidance=(1.0, 2.0)),
     }
 
 
@@ -109,6 +119,7 @@ OPTIONS = {
         {"nfe": 5, "churn": Churn(2, inflation=1.01)},
     ),
     "guidance": ("teacher", ["--nfe", 5, "--guidance", 2], {"nfe": 5, "guidance": 2.0}),
+    "guided generator": ("guided", ["--guidance", 1.8], {"guidance": 1.8}),
     "unconditional": ("plain", ["--nfe", 2, "--batch", 2], {"nfe": 2}),
 }
 
@@ -162,7 +173,8 @@ def test_latents(runs: dict[str, Path], tmp_path: Path) -> None:
         ("generator", ["--t", "800"], "0.002 to 80"),
         ("generator", ["--t", "1.6rad"], "(0, pi/2]"),
         ("generator", ["--gamma", "1.5"], "[0, 1]"),
-        ("generator", ["--guidance", "2"], "for teachers"),
+        ("generator", ["--guidance", "2"], "knows guidance 1, which is none"),
+        ("guided", ["--guidance", "2.5"], "knows guidance 1 to 2"),
         ("teacher", ["--nfe", "4"], "3 or 5"),
         ("teacher", ["--gamma", "0.5"], "for generators"),
         ("teacher", ["--guidance", "2", "--guide", "nowhere.pkl"], "nowhere.pkl does not exist"),

@@ -69,6 +69,23 @@ def test_a_missing_teacher_is_one_sentence(tmp_path):
     assert "cosim starts from a teacher" in result.stderr
 
 
+def test_a_guide_is_asked_for_and_a_wrong_one_refused(tmp_path):
+    run = tmp_path / "run"
+    words = ["train", "dscd", "-", "--data", "digits", "--run-dir", str(run), "--recipe", str(tmp_path / "dscd.toml")]
+    training = "images = 8\nbatch = 8\nlr = 1e-3\nlog_every = 8\nsnapshot_every = 8\n"
+    recipe = f'[method]\nguidance = [1.0, 2.0]\nguide = "network"\n[training]\n{training}[ema]\nhalf_life_images = 8\n'
+    (tmp_path / "dscd.toml").write_text(recipe)
+    for more, sentence in (
+        ([], "dscd guides its teacher by another network here: name its checkpoint, --guide SOURCE"),
+        (["--guide", "x", "--set", "method.guide=classes"], "leave it out, or say --set method.guide=network"),
+    ):
+        result = CliRunner().invoke(main, [*words, *more])
+        assert result.exit_code == 2
+        assert result.stderr.count("\n") == 1
+        assert sentence in result.stderr
+    assert not run.exists()
+
+
 def test_interrupted_it_saves_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "edmdistill", *arguments(tmp_path / "run", "--set", "training.images=400000")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from PIL import Image
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, Generator, Provenance, facts
+from edmdistill.checkpoints.store import CheckpointConfig, Generator, Guidance, Provenance, facts
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.features import Digits
@@ -94,6 +94,14 @@ def test_a_teacher_is_measured_by_heun() -> None:
     assert (result.sampler.solver, result.sampler.nfe, result.sampler.guidance) == ("heun", 3, 1.5)
     assert result.protocol.seeds == "7-9,20"
     assert set(result.metrics) == {"fd_digits@4", "class_accuracy@4"}
+
+
+def test_a_generators_guidance_is_recorded() -> None:
+    model = generator()
+    model.config = replace(model.config, guidance=Guidance("classes", (1.5, 1.5)))
+    result = evaluate(model, protocol="digits", seeds=range(4))
+    assert result.sampler is not None
+    assert result.sampler.guidance == 1.5
 
 
 def test_own_times_are_recorded() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
-import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,22 @@ SHAPE, LABELS = (1, 2, 2), 3
 
 
 class Tiny(nn.Module):
-    """F(x_t, t, labels[, second]) with less than a hundred random weights, smooth in all that it reads; and u(t)."""
+    """F(x_t, t, labels[, second][, w]) of less than a hundred random weights, smooth in all that it reads; and u(t)."""
 
     def __init__(self, role: Role, dtype: torch.dtype) -> None:
         super().__init__()
-        self.two_time = two_time = role.two_time
+        self.two_time, self.guided = role.two_time, role.guided
         self.head = nn.Linear(2, role.logvars, dtype=dtype) if role.logvars else None
-        self.hidden = nn.Linear(4 + 2 + LABELS + 2 * two_time, 5, dtype=dtype)
+        self.hidden = nn.Linear(4 + 2 + LABELS + 2 * role.two_time + role.guided, 5, dtype=dtype)
         self.out = nn.Linear(5, 4, dtype=dtype)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, *, u_at=()):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, *, u_at=(), w=None):
         assert x_t.shape[1:] == SHAPE
         assert (second is not None) == self.two_time
-        times = [self.read(t, x_t)] if second is None else [self.read(t, x_t), self.read(second, x_t)]
-        hidden = self.hidden(torch.cat([x_t.flatten(1) / 0.5, *times, labels], 1)).tanh()
+        assert (w is not None) == self.guided
+        more = [self.read(second, x_t)] if second is not None else []
+        more += [w[:, None].to(x_t.dtype)] if w is not None else []
+        hidden = self.hidden(torch.cat([x_t.flatten(1) / 0.5, self.read(t, x_t), labels, *more], 1)).tanh()
         F = self.out(hidden).reshape(x_t.shape)
         return (F, *(self.head(self.read(at, x_t))[:, head] for head, at in enumerate(u_at))) if u_at else F
 
@@ -48,8 +50,10 @@ class Tiny(nn.Module):
         return watched(self.out)
 
     @torch.no_grad()
-    def tangent(self, x_t: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(lambda x, t: self(x, t, labels), (x_t, t), (dx, dt))
+    def tangent(
+        self, x_t: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor, *, w: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(lambda x, t: self(x, t, labels, w=w), (x_t, t), (dx, dt))
 
 
 @pytest.fixture
@@ -59,17 +63,15 @@ def noise() -> NoiseRange:
 
 @pytest.fixture
 def tiny_networks() -> Callable[..., dict[str, nn.Module]]:
-    """(method, seed, dtype, config) -> a random network for each of its roles."""
+    """(method, seed, dtype, options) -> a random network for each role that plays."""
 
-    def make(
-        method: type, seed: int = 0, dtype: torch.dtype = torch.float64, config: msgspec.Struct | None = None
-    ) -> dict[str, nn.Module]:
+    def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, nn.Module]:
         flow = SimpleNamespace(img_channels=SHAPE[0], img_resolution=SHAPE[1])
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return {
                 name: role.make(flow, seed).to(dtype) if role.make else Tiny(role, dtype)
-                for name, role in method.cast(config or method.Config()).items()
+                for name, role in method.cast(method.Config(**options)).items()
             }
 
     return make

@@ -219,7 +219,7 @@ def test_balanced_losses_have_equal_gradients_in_the_last_layer(
 
 def test_before_its_time_the_gan_is_off(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
     config = CTMConfig(gan_warmup_images=100)
-    own = CTM(config, tiny_networks(CTM, config=config), noise)
+    own = CTM(config, tiny_networks(CTM, gan_warmup_images=100), noise)
     assert [turn.begins for turn in own.turns()] == [100, 0]
     for images, there in ((99, False), (100, True)):
         batch = tiny_batch()._replace(images=images)

@@ -14,8 +14,16 @@ from edmdistill.methods import METHODS
 from edmdistill.methods.base import Method, NoiseRange
 
 Make = Callable[..., Any]
+GUIDED = {"guidance": (1.0, 3.0), "guide": "network"}
+OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
+    "scd, vsd": {"vsd": 0.7},
+    "scd, guided": GUIDED,
+    "scd, vsd and guided": GUIDED | {"vsd": 0.7},
+    "dscd, guided": GUIDED,
+}
+"""Every method as it is, and where an option brings in another role."""
 pytestmark = [
-    pytest.mark.parametrize("name", METHODS),
+    pytest.mark.parametrize("name", OPTIONS),
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's own, on use of jvp
 ]
 
@@ -23,9 +31,9 @@ pytestmark = [
 @pytest.fixture
 def build(tiny_networks: Make, noise: NoiseRange) -> Callable[..., tuple[Method, dict[str, torch.nn.Module]]]:
     def make(name: str, dtype: torch.dtype = torch.float64, seed: int = 0):
-        kind = METHODS[name]
-        networks = tiny_networks(kind, seed, dtype)
-        return kind(kind.Config(), networks, noise), networks
+        kind, options = METHODS[name.split(",")[0]], OPTIONS[name]
+        networks = tiny_networks(kind, seed, dtype, **options)
+        return kind(kind.Config(**options), networks, noise), networks
 
     return make
 
@@ -36,15 +44,15 @@ def draws(seed: int = 0, size: int = 6) -> Draws:
 
 def test_turns_and_product_are_trained_roles(build: Make, name: str) -> None:
     method, _ = build(name)
-    trained = {role for role, part in METHODS[name].cast(method.config).items() if part.trained}
+    trained = {role for role, part in method.cast(method.config).items() if part.trained}
     assert {turn.role for turn in method.turns()} == trained
     assert method.product in trained
 
 
 def test_options_are_a_frozen_struct_that_knows_its_fields(name: str) -> None:
-    Config = METHODS[name].Config
-    assert msgspec.convert({}, Config) == Config()
-    assert hash(Config()) == hash(Config())
+    Config, options = METHODS[name.split(",")[0]].Config, OPTIONS[name]
+    assert msgspec.convert(options, Config) == Config(**options)
+    assert hash(Config(**options)) == hash(Config(**options))
     with pytest.raises(msgspec.ValidationError, match="nonsense"):
         msgspec.convert({"nonsense": 1}, Config)
 
@@ -104,24 +112,23 @@ def test_samples_do_not_mix(build: Make, tiny_batch: Make, name: str) -> None:
 
 
 def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tiny_batch: Make, name: str) -> None:
-    kind, (method, networks), batch = METHODS[name], build(name), tiny_batch()
-    called = set()
+    (method, networks), batch = build(name), tiny_batch()
+    roles, called = method.cast(method.config), set()
 
     def watched(role: str) -> Callable[..., Tensor]:
         def F(x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, **asked):
             called.add(role)
             assert labels is batch.labels
             assert t.shape == (len(batch.x0),)
-            assert (second is not None) == parts[role].two_time
+            assert (second is not None) == roles[role].two_time
             assert second is None or ((second <= t) if name == "ctm" else (second >= t)).all()
             return networks[role](x_t, t, labels, second, **asked)
 
         F.tangent, F.watch = networks[role].tangent, networks[role].watch
         return F
 
-    parts = kind.cast(kind.Config())
-    flows = {role for role, part in parts.items() if part.make is None}
-    method = kind(kind.Config(), networks | {role: watched(role) for role in flows}, method.noise)
+    flows = {role for role, part in roles.items() if part.make is None}
+    method = type(method)(method.config, networks | {role: watched(role) for role in flows}, method.noise)
     for turn in method.turns():
         turn.whole(batch, draws())
     assert called == flows

@@ -172,5 +172,5 @@ def make(method, network: nn.Module, **options: float):
 
 
 def test_configurations() -> None:
-    assert SCDConfig().guidance == 1
+    assert SCDConfig().guidance == (1, 1)
     assert not hasattr(SCTConfig(), "guidance")

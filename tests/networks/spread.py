@@ -8,7 +8,7 @@ import copy
 import torch
 from conftest import random_flow
 
-from edmdistill.networks.rebuild import add_logvar
+from edmdistill.networks.rebuild import add_guidance, add_logvar
 from edmdistill.training.engine import Engine, Machine, local
 
 
@@ -17,27 +17,31 @@ def main() -> None:
     mesh = engine.mesh
     x, dx = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(engine.rank))
     t, dt = torch.tensor([0.3, 0.8, 1.3]).double(), torch.ones(3).double()
+    w = torch.tensor([1.0, 1.5, 2.0])
     for case in ("ddpmpp-vp", "adm", "edm2"):
-        alone = add_logvar(random_flow(case, dropout=0.3), seed=0).train()
+        alone = add_guidance(add_logvar(random_flow(case, dropout=0.3), seed=0)).train()
+        torch.nn.init.normal_(alone.network.map_guidance.weight)
         channels, labels = alone.img_channels, torch.eye(5)[:3] if alone.label_dim else None
         point, along = (x[:, :channels], t, labels), (dx[:, :channels], dt)
         torch.manual_seed(1)
-        expected = alone.tangent(*point, *along)
+        expected = alone.tangent(*point, *along, w=w)
         for engine.mesh in (None, mesh):
             flow = copy.deepcopy(alone)
             engine.place(flow)
             player = engine.player(flow, trained=True)
             for _ in range(2):  # the second time, gradients are there
                 torch.manual_seed(1)
-                F, dF = player.tangent(*point, *along)
+                F, dF = player.tangent(*point, *along, w=w)
                 assert torch.equal(F, expected[0]), case
                 assert torch.equal(dF, expected[1]), case
-                learnt, u = player(*point, u_at=(t,))
+                learnt, u = player(*point, u_at=(t,), w=w)
                 assert torch.equal(learnt, F), case
-                ((learnt - F - dF).square().sum() + u.sum()).backward()
+                again = player(*point)  # a turn may ask twice
+                ((learnt - F - dF).square().sum() + u.sum() + again.sum()).backward()
             engine.finish_gradients(flow)
             assert engine.gradient_norm(flow) > 0, case
-            assert engine.total(local(flow.network.logvar_linear.weight.grad).abs().sum()) > 0, case
+            for layer in flow.network.logvar_linear, flow.network.map_guidance:
+                assert engine.total(local(layer.weight.grad).abs().sum()) > 0, case
     engine.close()
 
 

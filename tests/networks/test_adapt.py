@@ -13,6 +13,7 @@ from edmdistill.networks.base import Residual
 from edmdistill.networks.embeddings import TimeEmbedding
 from edmdistill.networks.preconditioning import FlowNetwork
 from edmdistill.networks.two_time import add_second_time
+from edmdistill.training.engine import Engine, Machine
 from edmdistill.trigflow import sigma_to_time
 
 MakeFlow = Callable[..., FlowNetwork]
@@ -104,6 +105,14 @@ def test_the_tangent_is_the_finite_difference(adapted: FlowNetwork) -> None:
     assert torch.equal(F, adapted(x, t, labels))
     moved = (adapted(x + h * dx, t + h * dt, labels) - adapted(x - h * dx, t - h * dt, labels)) / (2 * h)
     assert error(found, moved) <= 1e-7
+
+
+@torch.no_grad()
+def test_it_can_be_lent(adapted: FlowNetwork) -> None:
+    """As `--offload teacher` does it."""
+    expected = adapted(*point(adapted))
+    Engine(Machine("cpu")).lend(adapted)
+    assert torch.equal(adapted(*point(adapted)), expected)
 
 
 @torch.no_grad()

@@ -117,6 +117,7 @@ class Gaussian(Network):
         label_dim: int = 0,
         two_time: bool = False,
         positional_time: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__(locals(), img_channels)
         generator = torch.Generator().manual_seed(0)

@@ -4,15 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, Generator, Provenance, facts
+from edmdistill.checkpoints.store import CheckpointConfig, Generator, Guidance, Provenance, facts
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, Denoiser, FlowNetwork
+from edmdistill.networks.rebuild import add_guidance
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.generate import SOLVERS, default_nfe, drawn_classes, is_latent, sample
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.heun import Churn, edm_sampler
 from edmdistill.sampling.seeds import SeededNoise
+from edmdistill.trigflow import denoised
 
 SEEDS = [3, 1, 4, 159, 26]
 ARGUMENTS = {
@@ -40,9 +42,15 @@ def flow(kind: str = "edm2", label_dim: int = 10, channels: int = 1) -> FlowNetw
     return FlowNetwork(network, PRECONDITIONINGS["edm"]()).eval()
 
 
-def generator(**options: int) -> Generator:
+def generator(guidance: tuple[float, float] | None = None, **options: int) -> Generator:
+    """Of a range of guidance, one that reads the weight."""
     network = flow(**options)
-    config = CheckpointConfig(stage="generator", provenance=Provenance(source="a test"), **facts(network))
+    if guidance is not None and guidance[0] < guidance[1]:
+        network = add_guidance(network)
+        torch.nn.init.normal_(network.network.get_parameter("map_guidance.weight"), std=0.2)
+    learnt = None if guidance is None else Guidance("classes", guidance)
+    provenance = Provenance(source="a test")
+    config = CheckpointConfig(stage="generator", provenance=provenance, guidance=learnt, **facts(network))
     return Generator(network, config)
 
 
@@ -53,6 +61,7 @@ def teacher(kind: str = "edm2", **options: int) -> Denoiser:
 CASES = {
     "generator": (generator, {"nfe": 3}),
     "gamma": (generator, {"nfe": 3, "gamma": 0.4}),
+    "guided generator": (lambda: generator((1.0, 2.0)), {"nfe": 3, "guidance": 1.7}),
     "heun": (teacher, {"nfe": 5}),
     "edm": (lambda: teacher("song"), {"nfe": 5}),
     "churn": (teacher, {"nfe": 5, "churn": Churn(3)}),
@@ -144,6 +153,19 @@ def test_guidance() -> None:
     torch.testing.assert_close(away, sample(guide, 5, seeds=SEEDS), rtol=0, atol=1e-4)
 
 
+def test_a_generator_is_told_a_weight_of_its_range() -> None:
+    model = generator((1.5, 2.5))
+    drawn = {w: sample(model, 2, seeds=SEEDS, guidance=w) for w in (None, 1.5, 2.5)}
+    assert torch.equal(drawn[None], drawn[1.5])
+    assert (drawn[2.5] - drawn[1.5]).abs().max() > 1e-3
+    x, t, w = torch.randn(5, 1, 8, 8), torch.tensor(1.2), torch.tensor(2.5)
+    expected = denoised(x, model.flow(x, t, torch.arange(5), w=w), t, 0.5)
+    assert torch.equal(model(x, t, torch.arange(5), w), expected)
+    for built_in, w in ((None, 1.0), ((1.5, 1.5), 1.5)):
+        model = generator(built_in)
+        assert torch.equal(sample(model, seeds=SEEDS, guidance=w), sample(model, seeds=SEEDS))
+
+
 def test_latents_come_as_they_are() -> None:
     model = teacher(channels=4)
     assert is_latent(model)
@@ -165,7 +187,10 @@ def test_the_model_is_left_as_it_was_and_progress_is_told() -> None:
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (generator, {"guidance": 2.0}, "for teachers"),
+        (generator, {"guide": teacher()}, "for teachers"),
+        (generator, {"guidance": 2.0}, "knows guidance 1, which is none, but 2 was asked for"),
+        (lambda: generator((1.5, 1.5)), {"guidance": 1.0}, "knows guidance 1.5 alone, but 1 was asked for"),
+        (lambda: generator((1.0, 2.0)), {"guidance": 2.1}, "knows guidance 1 to 2, but 2.1 was asked for"),
         (generator, {"churn": Churn(1)}, "for teachers"),
         (generator, {"solver": "heun"}, "for teachers"),
         (teacher, {"solver": "ddim", "churn": Churn(1)}, "churn is part of Heun's method, and ddim has none"),

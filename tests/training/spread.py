@@ -20,20 +20,27 @@ from edmdistill.training.run import prepare
 NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
 
 
-def recipe(method: str) -> Recipe:
+CASES = {name: {"name": name} for name in METHODS}
+for name in "scd", "sct":
+    CASES[name]["allow_edm_time"] = True
+# Two passes of the generator before one backward pass, each at weights of guidance that belong to rows.
+CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
+
+
+def recipe(case: str) -> Recipe:
     tables = {
-        "method": {"name": method} | ({"allow_edm_time": True} if method in ("scd", "sct") else {}),
+        "method": CASES[case],
         "training": {"images": 20 * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8},
         "ema": {"half_life_images": 50, "sigma_rel": [0.1]},
     }
-    if method == "diffusion":
+    if case == "diffusion":
         tables["network"] = {"kind": "edm2", "arguments": NETWORK}
     return Recipe.from_json(json.dumps(tables).encode())
 
 
-def losses(method: str, teacher: Path, machine: Machine) -> list[dict[str, float]]:
+def losses(case: str, teacher: Path, machine: Machine) -> list[dict[str, float]]:
     """What every round measured, and the norm of each average after the last."""
-    run = prepare(recipe(method), data="digits", teacher=None if method == "diffusion" else teacher, machine=machine)
+    run = prepare(recipe(case), data="digits", teacher=None if case == "diffusion" else teacher, machine=machine)
     found = list(rounds(run))
     for role in run.optimizers.keys() if not machine.shard else ():
         weights = torch.cat([parameter.detach().flatten() for parameter in run.roles[role].parameters()])
@@ -48,9 +55,9 @@ def main(teacher: Path, out: Path) -> None:
     engine = Engine(Machine(device="cpu"))
     found = {}
     # One process shows what is to be had; with two, a process has 4 rows of the 8, at once or one by one.
-    cases = itertools.product((4, 1), (False, True)) if engine.world > 1 else [(8, False)]
-    for method, (rows, shard) in itertools.product(METHODS, list(cases)):
-        found[f"{method} {rows} {shard}"] = losses(method, teacher, Machine("cpu", rows, shard))
+    ways = itertools.product((4, 1), (False, True)) if engine.world > 1 else [(8, False)]
+    for case, (rows, shard) in itertools.product(CASES, list(ways)):
+        found[f"{case} {rows} {shard}"] = losses(case, teacher, Machine("cpu", rows, shard))
     if engine.is_main:
         out.write_text(json.dumps(found))
     engine.close()

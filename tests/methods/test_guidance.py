@@ -1,0 +1,272 @@
+"""A guided teacher: its velocity in closed form, the weights that the generator is told, and what it learns by them."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over
+from torch import Tensor, nn
+
+from edmdistill.draws import Draws
+from edmdistill.errors import RecipeError
+from edmdistill.methods.base import Batch, Method, NoiseRange, Role
+from edmdistill.methods.discrete_scm import DSCD
+from edmdistill.methods.guidance import GuidedTeacher
+from edmdistill.methods.scm import SCD, SCDConfig
+from edmdistill.recipes import Recipe
+from edmdistill.trigflow import ddim_step, denoised
+
+NOISE = NoiseRange(SIGMA_DATA, 0.002, 80.0)
+WIDE = 0.45
+"""Standard deviation of the guide's data."""
+RANGE = (1.0, 3.0)
+
+
+def slope(t: Tensor, std: float) -> Tensor:
+    """F / x of the diffusion of N(0, std^2)."""
+    cos, sin = t.cos(), t.sin()
+    return cos * sin * (SIGMA_DATA**2 - std**2) / (cos**2 * std**2 + sin**2 * SIGMA_DATA**2) / SIGMA_DATA
+
+
+class Gaussian:
+    """A teacher of N(0, std^2); of N(0, WIDE^2) where it is given no class.  It counts its calls."""
+
+    def __init__(self, std: float) -> None:
+        self.std, self.calls = std, 0
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return over(x, slope(t, WIDE if labels is None else self.std)) * x
+
+
+def networks(generator: object, **options: Any) -> dict[str, Any]:
+    """Roles in which the guide, by classes or as a network, is one of N(0, WIDE^2)."""
+    guide = {"guide": Gaussian(WIDE)} if options.get("guide") == "network" else {}
+    return {"teacher": Gaussian(STD), "generator": generator} | guide
+
+
+def expected(x: Tensor, t: Tensor, w: Tensor | float) -> Tensor:
+    """F_guide + w (F - F_guide)."""
+    return over(x, slope(t, WIDE) + w * (slope(t, STD) - slope(t, WIDE))) * x
+
+
+@pytest.mark.parametrize("guide", ["classes", "network"])
+def test_the_velocity_is_the_guided_one(guide: str) -> None:
+    """At one weight, at each sample's own, and with as many passes of the teacher as there must be."""
+    x, labels, w = images(), torch.ones(5, 1), torch.tensor([1.0, 1.2, 1.5, 2.0, 3.0]).double()
+    for asked, weights in ((None, 2.5), (w, w)):
+        own = SCDConfig(guidance=(2.5, 2.5) if asked is None else RANGE, guide=guide)
+        roles = networks(None, guide=guide)
+        found = GuidedTeacher(roles, own)(x, TIMES, labels, asked)
+        torch.testing.assert_close(found, expected(x, TIMES, weights), rtol=1e-12, atol=1e-14)
+        assert sum(network.calls for network in roles.values() if network) == 2
+    roles = networks(None)
+    assert torch.equal(GuidedTeacher(roles, SCDConfig())(x, TIMES, labels), over(x, slope(TIMES, STD)) * x)
+    assert roles["teacher"].calls == 1
+
+
+class Told(Toy):
+    """A generator that reads w, and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x, t: torch.sin(x) * over(x, t))
+        self.told: list[Tensor | None] = []
+        self.asked: list[tuple[Any, ...]] = []
+
+    def forward(self, *args: Any, w: Tensor | None = None, **asked: Any) -> Any:
+        self.told.append(w)
+        self.asked.append(args)
+        return super().forward(*args, **asked)
+
+    def tangent(self, *args: Any, w: Tensor | None = None) -> Any:
+        self.told.append(w)
+        self.asked.append(args)
+        return super().tangent(*args)
+
+
+def loss(kind: type[Method], generator: nn.Module, size: int = 5, **options: Any) -> Any:
+    method = kind(kind.Config(**options), networks(generator, **options), NOISE)
+    batch = Batch(images()[torch.arange(size) % 5], torch.ones(size, 1))
+    return method.turns()[-1].loss(batch, Draws(0, size))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
+@pytest.mark.parametrize("guide", ["classes", "network"])
+def test_scd_is_told_the_weights_of_its_velocity(guide: str) -> None:
+    generator = Told()
+    loss(SCD, generator, guidance=RANGE, guide=guide)
+    (w, again), (x, t, _, dx, dt) = generator.told, generator.asked[0]
+    assert w is again
+    torch.testing.assert_close(dx, over(x, dt) * SIGMA_DATA * expected(x, t, w), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("guide", ["classes", "network"])
+def test_dscd_steps_along_the_guided_velocity(guide: str) -> None:
+    generator = Told()
+    loss(DSCD, generator, guidance=RANGE, guide=guide)
+    w = generator.told[0]
+    assert [told is w for told in generator.told] == [True] * 3
+    (x, t, _), (x_before, t_before, _) = generator.asked[:2]
+    step = ddim_step(x, expected(x, t, w), t, t_before, SIGMA_DATA)
+    torch.testing.assert_close(x_before, step, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
+def test_weights_are_uniform_in_the_range_and_none_are_told_where_there_is_one() -> None:
+    generator = Told()
+    loss(SCD, generator, size=4000, guidance=RANGE)
+    w = generator.told[0]
+    assert w.shape == (4000,)
+    quarters = torch.histc((w - 1) / 2, 4, 0, 1) / 4000
+    torch.testing.assert_close(quarters, torch.full((4,), 0.25).double(), rtol=0, atol=0.03)
+    for one in (1.0, 2.5):
+        generator = Told()
+        loss(SCD, generator, guidance=(one, one))
+        assert generator.told == [None, None]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
+def test_beside_vsd_the_auxiliary_score_follows_the_generator_at_its_weight() -> None:
+    """And the three that speak of x_t in the generator's turn do so of one weight."""
+    own, roles = SCDConfig(guidance=RANGE, vsd=1.0), {"generator": Told(), "auxiliary": Told()}
+    assert {role: part.guided for role, part in SCD.cast(own).items()} == {
+        "teacher": False,
+        "generator": True,
+        "auxiliary": True,
+    }
+    seen = []
+
+    class Watched(Gaussian):
+        def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+            seen.append((x, t))
+            return super().__call__(x, t, labels)
+
+    method = SCD(own, {"teacher": Watched(STD), **roles}, NOISE)
+    batch = Batch(images(), torch.ones(5, 1))
+    for turn in method.turns():
+        for network in roles.values():
+            network.told.clear()
+        turn.loss(batch, Draws(0, 5))
+        assert roles["generator"].told[-1] is roles["auxiliary"].told[-1]
+        assert roles["generator"].told[-1].shape == (5,)
+    x_t = roles["auxiliary"].asked[-1][0]
+    assert sum(x is x_t for x, _ in seen) == 2
+
+
+# Learning.
+
+
+class Linear(nn.Module):
+    """F = (a(t) + w b(t)) x, a and b sums of waves.  Its tangent is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(5, 2, dtype=torch.float64))
+
+    def a(self, t: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """a + w b, and its derivative in t."""
+        n = torch.tensor([0.0, 2, 2, 4, 4], dtype=torch.float64)
+        wave, odd = n * t[:, None], torch.tensor([False, True, False, True, False])
+        slope = torch.where(odd, n * wave.cos(), -n * wave.sin())
+        one_w = torch.stack([torch.ones_like(w), w], 1)
+        waves = torch.where(odd, wave.sin(), wave.cos())
+        return (waves @ self.weights * one_w).sum(1), (slope @ self.weights * one_w).sum(1)
+
+    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, *, u_at=(), w: Tensor) -> Any:
+        F = over(x, self.a(t, w)[0]) * x
+        return (F, *(torch.zeros_like(time) for time in u_at)) if u_at else F
+
+    @torch.no_grad()
+    def tangent(self, x: Tensor, t: Tensor, labels: object, dx: Tensor, dt: Tensor, *, w: Tensor) -> Any:
+        a, slope = (over(x, part) for part in self.a(t, w))
+        return a * x, a * dx + slope * over(x, dt) * x
+
+
+def end(t: float, w: float) -> float:
+    """x_0 / x_t on the guided trajectory, by quadrature of d ln x / dt = sigma_data F_w / x."""
+    times = torch.linspace(0, t, 2001, dtype=torch.float64)
+    rate = SIGMA_DATA * (slope(times, WIDE) + w * (slope(times, STD) - slope(times, WIDE)))
+    return float((-torch.trapezoid(rate, times)).exp())
+
+
+@pytest.mark.parametrize("kind", [SCD, DSCD])
+def test_one_generator_learns_the_trajectories_of_all_weights(kind: type[Method]) -> None:
+    network = Linear()
+    options: dict[str, Any] = {"P_mean": -0.8, "P_std": 1.6, "guidance": RANGE}
+    method = kind(kind.Config(**options), networks(network), NOISE)
+    optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
+    for step in range(800):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 800)
+        draws = Draws([0, step], 64)
+        batch = Batch(STD * draws.normal(1, 4, 4), torch.ones(64, 1))
+        method.turns()[-1].loss(batch, draws).value.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    found: list[float] = []
+    for w in RANGE:
+        t = torch.tensor([1.2], dtype=torch.float64)
+        with torch.no_grad():
+            F = network(one, t, w=torch.tensor([w], dtype=torch.float64))
+        found.append(denoised(one, F, t, SIGMA_DATA).item())
+        assert found[-1] == pytest.approx(end(1.2, w), rel=0.08)
+    assert found[0] > 1.4 * found[1]
+
+
+# Options.
+
+
+def test_who_plays() -> None:
+    for kind in (SCD, DSCD):
+        plain = kind.Config()
+        assert (kind.cast(plain), kind.guidance(plain)) == (kind.roles, (1.0, 1.0))
+        built_in = kind.Config(guidance=(1.5, 1.5))
+        assert (kind.cast(built_in), kind.guidance(built_in)) == (kind.roles, (1.5, 1.5))
+        both = kind.cast(kind.Config(guidance=RANGE, guide="network"))
+        assert both["generator"] == kind.roles["generator"]._replace(guided=True)
+        assert both["guide"] == Role(trained=False, source="guide")
+        assert both.keys() == {"teacher", "generator", "guide"}
+
+
+@pytest.fixture
+def tables() -> Callable[..., bytes]:
+    """tables(**options): a recipe of sCD as JSON."""
+    training = {"images": 8, "batch": 8, "lr": 1.0, "log_every": 8, "snapshot_every": 8}
+    return lambda **options: json.dumps(
+        {"method": {"name": "scd", **options}, "training": training, "ema": {"half_life_images": 1}}
+    ).encode()
+
+
+def test_a_recipe_holds_the_range(tables: Callable[..., bytes]) -> None:
+    recipe = Recipe.from_json(tables(guidance=[1, 2], guide="network"))
+    assert recipe.guidance == (1.0, 2.0)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"guidance": [2, 1]}, r"guidance = \[2, 1\] falls: give the least weight first"),
+        ({"guidance": [0.5, 1]}, "method.guidance = .*expected `float` >= 1.0"),
+        ({"guidance": 1.5}, "method.guidance = 1.5: expected `array`, got `float`"),
+        ({"guide": "network"}, 'guide = "network" does nothing at weight 1: give a range'),
+        ({"guide": "teacher"}, "method.guide = 'teacher': invalid enum value"),
+    ],
+)
+def test_what_makes_no_sense_is_told(tables: Callable[..., bytes], options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence) as caught:
+        Recipe.from_json(tables(**options))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_without_classes_is_guided_by_a_network_alone() -> None:
+    for kind in (SCD, DSCD):
+        facts = {"positional_time": True, "label_dim": 0}
+        said = kind.objection(kind.Config(guidance=RANGE), **facts)
+        assert said is not None
+        assert "this teacher has none: say --set method.guide=network" in said
+        assert kind.objection(kind.Config(guidance=RANGE), **facts | {"label_dim": 3}) is None
+        assert kind.objection(kind.Config(guidance=RANGE, guide="network"), **facts) is None
+        assert kind.objection(kind.Config(), **facts) is None

@@ -1,0 +1,199 @@
+"""Runs whose teacher is guided: by its classes or a network, at one weight or a range that the generator reads."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from edmdistill.checkpoints.convert import load_generator
+from edmdistill.checkpoints.store import (
+    MODEL,
+    CheckpointConfig,
+    Guidance,
+    Provenance,
+    facts,
+    load_checkpoint,
+    save_checkpoint,
+)
+from edmdistill.errors import TrainingError
+from edmdistill.networks import new_network
+from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.recipes import Recipe
+from edmdistill.sampling.generate import sample
+from edmdistill.training.engine import Machine
+from edmdistill.training.loop import rounds, train
+from edmdistill.training.monitors import fingerprints
+from edmdistill.training.plan import make_plan, measure
+from edmdistill.training.run import prepare
+
+NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
+RANGE = {"guidance": [1.0, 2.0]}
+BY_NETWORK = RANGE | {"guide": "network"}
+
+
+def checkpoint(folder: Path, seed: int, label_dim: int = 10, resolution: int = 8, sigma_data: float = 0.5) -> Path:
+    """A teacher of random weights."""
+    torch.manual_seed(seed)
+    network = new_network("edm2", resolution, 1, label_dim, logvar_channels=8, **NETWORK)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "gain" in name:
+                parameter.fill_(0.5)
+    flow = FlowNetwork(network, EDM(sigma_data=sigma_data))
+    save_checkpoint(folder, flow, CheckpointConfig(stage="teacher", provenance=Provenance(source="it"), **facts(flow)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("guide") / "guide", seed=1)
+
+
+def guided(recipe: Callable[..., Recipe], method: str = "scd", images: int = 24, **options: Any) -> Recipe:
+    tables = json.loads(recipe(method, images=images).to_json())
+    tables["method"] |= options
+    return Recipe.from_json(json.dumps(tables).encode())
+
+
+CPU = Machine("cpu")
+
+
+@pytest.mark.parametrize("method", ["scd", "dscd"])
+@pytest.mark.parametrize("offload", [(), ("teacher",)])
+def test_three_rounds_by_another_network(recipe, teacher, guide, method, offload):
+    """Every weight of the generator's own is learnt, those of w too; the guide plays, and stays as it is."""
+    made = guided(recipe, method, **BY_NETWORK)
+    run = prepare(made, data="digits", teacher=teacher, guide=guide, machine=CPU._replace(offload=offload))
+    assert run.unused("generator") == []
+    assert list(run.plan()["roles"]) == ["teacher", "generator", "guide"]
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 1.2]), torch.eye(10)[:2]
+    assert torch.equal(run.roles["guide"](x, t, labels), load_checkpoint(guide)[0](x, t, labels))
+    before = fingerprints(run.roles)
+    list(rounds(run))
+    after = fingerprints(run.roles)
+    assert {role for role in before if before[role] != after[role]} == {"generator"}
+    assert run.roles["generator"].network.map_guidance.weight.abs().max() > 1e-3
+
+
+def test_the_guide_counts(recipe, teacher, guide):
+    """Another guide, other gradients; and the teacher as its own guide is no guidance, whatever the weight."""
+
+    def norm(options: dict[str, Any], guide: Path | None) -> float:
+        run = prepare(guided(recipe, images=8, **options), data="digits", teacher=teacher, guide=guide, machine=CPU)
+        return next(rounds(run))["grad_norm/generator"]
+
+    built_in = {"guidance": [2.0, 2.0], "guide": "network"}
+    plain = norm({}, None)
+    assert norm(built_in, teacher) == pytest.approx(plain, rel=1e-6)
+    assert norm(built_in, guide) != pytest.approx(plain, rel=1e-3)
+    assert norm({"guidance": [2.0, 2.0]}, None) != pytest.approx(plain, rel=1e-3)
+
+
+def test_resumed_is_never_interrupted_and_by_the_same_guide(recipe, teacher, guide, tmp_path):
+    made = guided(recipe, images=80, **BY_NETWORK)
+
+    def start(guide: Path):
+        return prepare(made, data="digits", teacher=teacher, guide=guide, machine=CPU)
+
+    def interrupt(images: int, measures: object) -> None:
+        if images == 24:
+            signal.raise_signal(signal.SIGINT)
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(start(guide), straight)
+    assert train(start(guide), broken, on_round=interrupt) == (False, 24)
+    with pytest.raises(TrainingError, match=r"guide_sha256: [0-9a-f]{64} there, [0-9a-f]{64} now"):
+        train(start(teacher), broken)
+    assert train(start(guide), broken).finished
+    files = ("generator/model.safetensors", "generator/config.json", "samples/000000080.png", "x0/000000080.png")
+    for file in files:
+        assert (straight / file).read_bytes() == (broken / file).read_bytes(), file
+
+
+def test_the_generator_knows_its_guidance(recipe, teacher, guide, tmp_path):
+    runs = {"a range": (BY_NETWORK, guide), "one weight": ({"guidance": [1.5, 1.5]}, None), "none": ({}, None)}
+    for name, (options, source) in runs.items():
+        made = guided(recipe, images=8, **options)
+        train(prepare(made, data="digits", teacher=teacher, guide=source, machine=CPU), tmp_path / name)
+    ranged, one, none = (load_generator(tmp_path / name) for name in runs)
+    assert ranged.config.guidance == Guidance("network", (1.0, 2.0))
+    assert one.config.guidance == Guidance("classes", (1.5, 1.5))
+    assert none.config.guidance is None
+    assert [model.flow.guided for model in (ranged, one, none)] == [True, False, False]
+    assert ranged.config.provenance.guide == hashlib.sha256((guide / MODEL).read_bytes()).hexdigest()
+    assert one.config.provenance.guide is None
+    torch.nn.init.normal_(ranged.flow.network.map_guidance.weight)
+    assert not torch.equal(sample(ranged, seeds=[0], guidance=2.0), sample(ranged, seeds=[0]))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "asks", "sentence"),
+    [
+        (
+            "scd",
+            BY_NETWORK,
+            False,
+            "scd guides its teacher by another network here: name its checkpoint, --guide",
+        ),
+        ("scd", RANGE, True, "--guide would do nothing: .* leave it out, or say --set method.guide=network"),
+        ("sid", {}, True, "--guide would do nothing: .* of sid no network guides; leave it out$"),
+    ],
+)
+def test_a_guide_is_given_exactly_where_one_plays(recipe, teacher, guide, method, options, asks, sentence):
+    made = guided(recipe, method, **options)
+    with pytest.raises(TrainingError, match=sentence):
+        prepare(made, data="digits", teacher=teacher, guide=guide if asks else None, machine=CPU)
+    with pytest.raises(TrainingError, match=sentence):
+        measure(made, load_checkpoint(teacher)[0], guide=load_checkpoint(guide)[0] if asks else None)
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        ({"label_dim": 3}, "the guide's label_dim is 3, but the teacher's is 10: choose a guide of the same data"),
+        ({"resolution": 16}, "the guide's img_resolution is 16, but the teacher's is 8"),
+        ({"sigma_data": 1.0}, r"the guide's sigma_data is 1.0, but the teacher's is 0.5"),
+        ({"label_dim": 0}, None),
+    ],
+)
+def test_a_guide_is_of_the_teachers_data(recipe, teacher, tmp_path, facts, sentence):
+    other, made = checkpoint(tmp_path / "other", 1, **facts), guided(recipe, images=8, **BY_NETWORK)
+    if sentence is None:  # one without classes stands for all of them
+        assert next(rounds(prepare(made, data="digits", teacher=teacher, guide=other, machine=CPU)))
+        return
+    with pytest.raises(TrainingError, match=sentence):
+        prepare(made, data="digits", teacher=teacher, guide=other, machine=CPU)
+
+
+def test_a_guide_works_on_the_teachers_latents(recipe, teacher, guide, tmp_path):
+    flow, config = load_checkpoint(guide)
+    made, encoder = guided(recipe, **BY_NETWORK), {"kind": "StabilityVAEEncoder", "scale": [1.0], "bias": [0.0]}
+    save_checkpoint(tmp_path / "latent", flow, replace(config, encoder=encoder))
+    with pytest.raises(TrainingError, match="works on other latents than the teacher"):
+        prepare(made, data="digits", teacher=teacher, guide=tmp_path / "latent", machine=CPU)
+
+
+def test_a_teacher_without_classes_cannot_be_guided_by_them(recipe, tmp_path):
+    unlabelled = checkpoint(tmp_path / "unlabelled", 1, label_dim=0)
+    with pytest.raises(TrainingError, match=r"this teacher has none: say --set method\.guide=network"):
+        prepare(guided(recipe, **RANGE), data="digits", teacher=unlabelled, machine=CPU)
+
+
+def test_the_plan_counts_the_guide(recipe, teacher, guide):
+    flow, other = (load_checkpoint(source)[0] for source in (teacher, guide))
+    plain = make_plan(measure(guided(recipe), flow))
+    by_classes = make_plan(measure(guided(recipe, **RANGE), flow))
+    by_network = make_plan(measure(guided(recipe, **BY_NETWORK), flow, guide=other))
+    assert by_network.weights["guide"] == plain.weights["teacher"]
+    assert "guide" not in by_classes.weights
+    for plan in by_classes, by_network:  # one more pass of a network of the teacher's size, and the map of w
+        assert plan.flops - plain.flops == pytest.approx(plain.forward_flops, rel=0.05)
+    machine = Machine(offload=("teacher",))
+    lent = make_plan(measure(guided(recipe, **BY_NETWORK), flow, machine, guide=other), machine)
+    assert lent.weights["guide"] == lent.weights["teacher"] == 0
