@@ -1,9 +1,9 @@
 """Recipes: the TOML that decides what a run computes, as typed tables.
 
 A recipe is named METHOD/DATASET, or METHOD/DATASET-VARIANT where the file has a table [variants.VARIANT] that
-is laid over the base; variants join, as METHOD/DATASET-SIZE-MODE, the later one on top. `load_recipe` checks
-everything before a run starts. The resolved recipe is JSON with every default filled in: it loads back equal, and its
-hash names what was computed.
+is laid over the base. Variants join, METHOD/DATASET-SIZE-MODE, the later one on top; a file with `sizes = ["s", "m"]`
+is not complete without one of these first. `load_recipe` checks everything before a run starts. The resolved recipe is
+JSON with every default filled in: it loads back equal, and its hash names what was computed.
 """
 
 from __future__ import annotations
@@ -191,15 +191,16 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def recipe_names(method: str | None = None) -> list[str]:
-    """The recipes that ship with the package, or those for a method: every base, and every variant by itself.
+    """The recipes that ship with the package, or those for a method: every base or size, alone and with every mode.
 
     Raises: RecipeError: there are none for it.
     """
     names: list[str] = []
     for path in sorted(SHIPPED.rglob("*.toml")):
         base, tables = path.relative_to(SHIPPED).with_suffix("").as_posix(), _read(path)
-        names += [] if tables.get("requires_variant") else [base]
-        names += [f"{base}-{variant}" for variant in tables.get("variants", {})]
+        sizes, variants = tables.get("sizes", []), tables.get("variants", {})
+        for first in [f"{base}-{size}" for size in sizes] or [base]:
+            names += [first, *(f"{first}-{mode}" for mode in variants if mode not in sizes)]
     own = [name for name in names if method in (None, name.partition("/")[0])]
     if not own:
         methods = sorted({name.partition("/")[0] for name in names})
@@ -264,10 +265,12 @@ def load_recipe(name: str, method: str | None = None, sets: Iterable[str] = ()) 
     path, variant = find_recipe(name)
     tables = _read(path)
     variants = _table(tables, "variants", name)
-    if variant is None and tables.get("requires_variant"):
-        raise RecipeError(f"{name} needs a variant: one of {', '.join(f'{name}-{v}' for v in variants)}")
-    tables = {key: value for key, value in tables.items() if key not in ("variants", "requires_variant")}
-    for part in _joined(variant, variants):
+    parts, sizes = _joined(variant, variants), tables.get("sizes", [])
+    if sizes and not set(parts[:1]) & set(sizes):
+        base = name.removesuffix(".toml").removesuffix(f"-{variant}")
+        raise RecipeError(f"{name} needs a size: one of {', '.join('-'.join([base, size, *parts]) for size in sizes)}")
+    tables = {key: value for key, value in tables.items() if key not in ("variants", "sizes")}
+    for part in parts:
         tables = _merge(tables, _table(variants, part, f"{name}: variants"))
     for override in sets:
         tables = _merge(tables, _parse_override(override))

@@ -39,9 +39,10 @@ def test_every_file_and_variant_has_a_name():
     for path in SHIPPED.rglob("*.toml"):
         base = path.relative_to(SHIPPED).with_suffix("").as_posix()
         tables = tomllib.loads(path.read_text())
-        assert {f"{base}-{variant}" for variant in tables.get("variants", {})} <= names
-        assert (base in names) != tables.get("requires_variant", False)
-    assert {"cosim/imagenet512-s", "cosim/digits", "cosim/digits-quickstart", "diffusion/digits"} <= names
+        for variant in tables.get("variants", {}):
+            assert any(name.startswith(base) and name.endswith(f"-{variant}") for name in names)
+        assert (base in names) != bool(tables.get("sizes"))
+    assert {"cosim/imagenet512-s", "cosim/digits", "cosim/digits-quickstart", "scd/imagenet512-m-multistep4"} <= names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -76,6 +77,34 @@ def test_table_5_of_the_cosim_paper():
     assert [recipe.method_config.R for recipe in recipes] == [4, 8, 8, 4, 4]
     assert [recipe.ema.half_life_images for recipe in recipes] == [500_000] + [2_000_000] * 4
     assert {(recipe.method["alpha"], recipe.method["coef"]) for recipe in recipes} == {(1.2, 1.0)}
+
+
+def test_tables_3_and_4_of_the_scm_paper():
+    teachers64, teachers512 = [1048, 1486, 761, 540], [1048, 1048, 696, 598, 376]
+    tables = {  # P_mean and P_std, thousands of steps, t_ref, dropout; lists are over the sizes s, m, l, xl, xxl
+        "scd/imagenet64": ((-1.0, 1.6), [400] * 4, 35_000, [0.0] * 4),
+        "sct/imagenet64": ((-1.0, 1.6), [400] * 4, 35_000, [0.45] * 4),
+        "scd/imagenet512": ((-0.8, 1.6), [200] * 5, 70_000, [0.0] + [0.1] * 4),
+        "sct/imagenet512": ((-0.8, 1.6), [100] * 5, 70_000, [0.25] + [0.35] * 4),
+        "diffusion/imagenet64": ((-0.8, 1.6), teachers64, 35_000, [0.0] + [0.1] * 3),
+        "diffusion/imagenet512": ((-0.4, 1.0), teachers512, 70_000, [0.0] + [0.1] * 4),
+    }
+    for name, (law, steps, t_ref, dropout) in tables.items():
+        recipes = [load_recipe(f"{name}-{size}") for size in ("s", "m", "l", "xl", "xxl")[: len(steps)]]
+        training = [recipe.training for recipe in recipes]
+        of_teachers = name.startswith("diffusion")
+        rates = [1e-2, 9e-3, 8e-3, 7e-3, 6.5e-3][: len(steps)]
+        assert [t.lr for t in training] == pytest.approx([rate * (1 if of_teachers else 0.01) for rate in rates])
+        assert [t.images for t in training] == [thousands * 1000 * 2048 for thousands in steps]
+        assert [t.dropout for t in training] == dropout
+        assert {(t.batch, t.betas, t.eps, t.decay_images) for t in training} == {
+            (2048, (0.9, 0.99), 1e-11, t_ref * 2048)
+        }
+        assert {(recipe.method["P_mean"], recipe.method["P_std"]) for recipe in recipes} == {law}
+        if not of_teachers:
+            assert {recipe.ema.sigma_rel for recipe in recipes} == {(0.05,)}
+            assert {recipe.method["warmup_images"] for recipe in recipes} == {10_000 * 2048}
+            assert {t.dropout_max_resolution for t in training if t.dropout} <= {16}
 
 
 def test_the_hash_names_the_computation_not_the_file(write):
@@ -199,7 +228,8 @@ def test_broken_files_get_one_sentence(write, text: str, sentence: str):
     [
         ("cosim/digit", "did you mean 'cosim/digits'?"),
         ("cosim/digits-quick", "has no variant 'quick'; did you mean 'quickstart'?"),
-        ("cosim/imagenet512", "needs a variant: one of cosim/imagenet512-s, cosim/imagenet512-m"),
+        ("cosim/imagenet512", "needs a size: one of cosim/imagenet512-s, cosim/imagenet512-m, cosim/imagenet512-l"),
+        ("scd/imagenet512-multistep4", "needs a size: one of scd/imagenet512-s-multistep4, scd/imagenet512-m-"),
         ("nowhere/recipe.toml", "there is no file nowhere/recipe.toml"),
     ],
 )
