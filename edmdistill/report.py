@@ -22,9 +22,11 @@ import msgspec
 from PIL import Image
 
 from edmdistill.checkpoints.store import CONFIG, CheckpointConfig, read_config
+from edmdistill.curves import Axis, Point, alone, doublings, save_plot, svg_curves
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Generator, Table
+from edmdistill.methods.base import Method
 from edmdistill.recipes import Recipe
 from edmdistill.training.metrics import BINS
 from edmdistill.training.run_dir import RECIPE, RUN
@@ -43,11 +45,6 @@ CURVES = {
     "lr": "learning rate",
 }
 """Titles of what metrics.jsonl holds, in the order of the page; what else it holds comes last."""
-
-MARKED = 12
-"""The points of a curve of so many are marked."""
-
-Point = tuple[float, float]
 
 
 class Summary(NamedTuple):
@@ -109,92 +106,6 @@ def _asked(file: Path) -> list[str]:
     return ["--recipe", first.removeprefix(head), *(word for override in sets for word in ("--set", override))]
 
 
-# Curves.
-
-
-class Axis(NamedTuple):
-    """A straight or logarithmic axis: it goes from its first tick to its last."""
-
-    ticks: list[float]
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """Where a value lies, 0 to 1."""
-        low, high = self.ticks[0], self.ticks[-1]
-        return math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
-
-
-def axis(values: Sequence[float], log: bool = False) -> Axis:
-    """Round numbers around the values; logarithmic, if all are positive, by `log` or a highest of 10 medians."""
-    low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
-    log = low > 0 and (log or 10 * middle < high)
-    if log:
-        low, high = math.log10(low), math.log10(high)
-    if low == high:
-        low, high = min(low, 0), max(high, 0)
-    size = (high - low) / 4 or 1.0
-    unit = 10.0 ** math.floor(math.log10(size))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if size <= unit * factor)
-    step = math.ceil(step) if log else step
-    first, last = math.floor(low / step), math.ceil(high / step)
-    ticks = [step * i for i in range(first, max(last, first + 1) + 1)]
-    return Axis([10.0**tick for tick in ticks] if log else ticks, log)
-
-
-def coarse(points: Sequence[Point], most: int = 80) -> list[tuple[float, float, float, float]]:
-    """Few enough points to draw: x, and the lowest, mean and highest y of neighbours, so that spikes stay."""
-    size = -(-len(points) // most)
-    groups = (list(zip(*points[i : i + size], strict=True)) for i in range(0, len(points), size))
-    return [(xs[-1], min(ys), sum(ys) / len(ys), max(ys)) for xs, ys in groups]
-
-
-def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, log: bool = False) -> str:
-    """Curves over one pair of axes, as SVG in the colours of the page.
-
-    Args:
-        series: by name, points of finite numbers; the few of a named curve are marked.
-        log: see `axis`.
-    """
-    y = axis([value for points in series.values() for _, value in points], log)
-    left, right, top, bottom = 42, 346, 28, 168
-
-    def column(value: float) -> str:
-        return f"{left + (right - left) * x.at(value):.1f}"
-
-    def row(value: float) -> str:
-        return f"{bottom - (bottom - top) * y.at(value):.1f}"
-
-    names = "".join(f'<tspan class="c{i}" dx="9">{escape(name)}</tspan>' for i, name in enumerate(series))
-    parts = [
-        f'<text class="title" y="14">{escape(title)}</text><text x="{right}" y="14" text-anchor="end">{names}</text>'
-    ]
-    parts += [
-        f'<path d="M{left} {row(tick)}H{right}"/><text y="{row(tick)}" dy="4">{_short(tick)}</text>' for tick in y.ticks
-    ]
-    parts += [
-        f'<text x="{column(tick)}" y="{bottom + 18}" text-anchor="middle">{_short(tick)}</text>' for tick in x.ticks
-    ]
-    for index, (name, points) in enumerate(series.items()):
-        line = coarse(points)
-        mean = [f"{column(at)},{row(value)}" for at, _, value, _ in line]
-        band = [f"{column(at)},{row(low)}" for at, low, _, _ in line]
-        band += [f"{column(at)},{row(high)}" for at, _, _, high in reversed(line)]
-        marked = name and len(line) <= MARKED
-        dots = [f'<circle cx="{column(at)}" cy="{row(value)}" r="3"/>' for at, _, value, _ in line if marked]
-        parts.append(
-            f'<g class="c{index}"><polygon points="{" ".join(band)}"/><polyline points="{" ".join(mean)}"/>'
-            f"{''.join(dots)}</g>"
-        )
-    return f'<svg viewBox="0 0 360 192" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-
-
-def _short(value: float) -> str:
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
 # The page.
 
 
@@ -202,7 +113,6 @@ def report(run: Summary, measured: Sequence[Table]) -> str:
     """The page.  Args: measured: what `tables` made of the run's results."""
     own, total = run.recipe.method_class, run.recipe.training.images
     origin = run.config.provenance.source if run.config and own.product != "teacher" else run.data["name"]
-    about = (sys.modules[own.__module__].__doc__ or "").split("\n\n")[0]
     images = int(run.metrics[-1]["images"]) if run.metrics else run.images
     seen = f"{images:,} images seen" + ("" if images >= total else f" of {total:,}: the run is not finished")
     commands = _commands(run)
@@ -216,11 +126,43 @@ def report(run: Summary, measured: Sequence[Table]) -> str:
     }
     return Template(PAGE.read_text("utf-8")).substitute(
         title=escape(f"A {own.product} by {run.recipe.method['name']}, from {origin}"),
-        lead=escape(f"{about} Trained on {run.data['name']}, {seen}."),
+        lead=escape(f"{about(own)} Trained on {run.data['name']}, {seen}."),
         claims="".join(f'<p class="claim">{escape(table.claim)}</p>' for table in measured if table.claim),
         facts="".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in _facts(run).items()),
         sections="".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in sections.items()),
     )
+
+
+def about(method: type[Method]) -> str:
+    """A method in a sentence: the first of its file."""
+    return (sys.modules[method.__module__].__doc__ or "").split("\n\n")[0]
+
+
+def draw(table: Table, source: str, file: Path, kind: str) -> None:
+    """Draws a table's curves, the first metric by NFE.
+
+    Args:
+        source: what was measured, as a page calls it.
+        kind: .svg, .html, .png or .pdf; a page holds the table as well.
+    Raises: EdmDistillError: a format that takes matplotlib, where there is none.
+    """
+    title = f"{table.metric} by NFE"
+    if kind in (".png", ".pdf"):
+        save_plot(file, title, table.curves, doublings(table.curves), kind)
+        return
+    page = PAGE.read_text("utf-8")
+    if kind == ".svg":
+        style = page.partition("<style>")[2].partition("</style>")[0]
+        text = alone(_chart_by_nfe(table), style)
+    else:
+        text = Template(page).substitute(
+            title=escape(f"{source}: {title}"),
+            lead="",
+            claims=f'<p class="claim">{escape(table.claim)}</p>',
+            facts="",
+            sections=f"<section>{_measured(table)}</section>",
+        )
+    file.write_text(text, encoding="utf-8")
 
 
 def _facts(run: Summary) -> dict[str, str]:
@@ -243,19 +185,17 @@ def _facts(run: Summary) -> dict[str, str]:
 
 
 def _measured(table: Table) -> str:
-    own, most = table.protocol, max((nfe for points in table.curves.values() for nfe, _ in points), default=2)
-    reference = f"{own.reference.source} ({own.reference.split}, {own.reference.n} images)" if own.reference else "-"
-    caption = (
-        f"Protocol {own.name}, sha256 {own.sha256():.12}: {own.n} images, seeds {own.seeds}, classes {own.labels}, "
-        f"against {reference}. NFE counts the evaluations of the network for an image."
-    )
     head, *rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table.rows)
-    doubled = Axis([2.0**i for i in range(math.ceil(math.log2(max(most, 2))) + 1)], log=True)
-    chart = svg_curves(f"{table.rows[0][2]} by NFE", table.curves, doubled, log=True) if table.curves else ""
+    chart = _chart_by_nfe(table) if table.curves else ""
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
     return (
         f'<div class="measured"><div><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>{_note(caption)}</div>{chart}</div>"
+        f"<tbody>{body}</tbody></table></div>{_note(table.caption)}</div>{chart}</div>"
     )
+
+
+def _chart_by_nfe(table: Table) -> str:
+    return svg_curves(f"{table.metric} by NFE", table.curves, doublings(table.curves), log=True)
 
 
 def _samples(run: Summary) -> str:

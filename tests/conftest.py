@@ -1,11 +1,16 @@
 """What every test may ask for."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from golden_set import GOLDEN, unpack_bad
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from hub_server import Hub
 
 # The same examples in every run, and no deadline: the first call of a torch operation is slow, and machines are shared.
 settings.register_profile("edmdistill", derandomize=True, deadline=None)
@@ -27,6 +32,26 @@ def golden() -> Path:
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of damaged and hostile pickles, golden_set.BAD."""
     return unpack_bad(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Hub"]:
+    """A stand-in in the place of the Hub, with an empty cache and a token for it."""
+    from hub_server import TOKEN, hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.chdir(tmp_path)
+    with hub() as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        yield server
+    close_session()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

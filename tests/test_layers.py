@@ -22,7 +22,10 @@ LAYERS = (
     ("evaluation",),
     ("recipes",),
     ("training",),
-    ("hub", "card", "report"),
+    ("curves",),
+    ("report",),
+    ("card",),
+    ("hub",),
     ("cli", "assets"),  # assets: the scripts that made what ships with the package
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
@@ -30,7 +33,7 @@ HOMES = {
     "accelerate": {"training", "evaluation"},
     "click": {"cli"},
     "safetensors": {"checkpoints", "hub"},
-    "huggingface_hub": {"checkpoints", "hub"},
+    "huggingface_hub": {"checkpoints", "card", "hub"},
 }
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 SOURCES = {path.relative_to(ROOT).with_suffix("").parts: path.read_text() for path in PACKAGE.rglob("*.py")}
@@ -127,6 +130,6 @@ def test_dependencies_are_what_is_imported():
 
     core = {import_name(requirement) for requirement in project["dependencies"]}
     extras = project["optional-dependencies"]
-    optional = {import_name(requirement) for extra in ("quickstart", "lowbit") for requirement in extras[extra]}
+    optional = {import_name(requirement) for extra in ("quickstart", "lowbit", "plot") for requirement in extras[extra]}
     imported = {target[0] for module, source in SOURCES.items() for target in imports(module, source)}
     assert imported - set(sys.stdlib_module_names) - {"edmdistill"} == core | optional

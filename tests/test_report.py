@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance
+from edmdistill.curves import Axis, axis, coarse, svg_curves
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
 from edmdistill.recipes import load_recipe
-from edmdistill.report import Axis, axis, coarse, read_run, report, svg_curves
+from edmdistill.report import read_run, report
 
 VOID = {"meta", "img", "path", "circle", "polygon", "polyline"}
 
@@ -99,7 +100,13 @@ def full(bare: Path) -> Path:
 
 def table(name: str, claim: str = "", cell: str = "1.5") -> Table:
     rows = [["", "NFE", "digits-FD"], ["teacher", "35", cell]]
-    return Table(PROTOCOLS[name], rows, claim, {"generator": [(1, 9.0), (4, 5.0)], "teacher": [(3, 551.0), (35, 5.0)]})
+    return Table(
+        PROTOCOLS[name],
+        rows,
+        claim,
+        {"generator": [(1, 9.0), (4, 5.0)], "teacher": [(3, 551.0), (35, 5.0)]},
+        "digits-FD",
+    )
 
 
 def pictures(page: str) -> list[tuple[int, int]]:

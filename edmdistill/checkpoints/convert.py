@@ -32,6 +32,7 @@ from edmdistill.checkpoints.store import (
     NetworkSpec,
     Provenance,
     build_flow,
+    checkpoint_in,
     facts,
     fill,
     load_checkpoint,
@@ -178,7 +179,7 @@ def read_source(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
 
 def _own_teacher(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
     """A teacher of ours, or of a run, with one time, as parent of what comes from it."""
-    path = path / "generator" if (path / "generator" / CONFIG).is_file() else path
+    path = checkpoint_in(path)
     flow, config = load_checkpoint(path)
     if config.stage != "teacher":
         raise CheckpointError(f"{path} is a {config.stage}, made by {config.method}: give its teacher.")
@@ -203,8 +204,7 @@ def outline(source: str | Path) -> FlowNetwork:
     """
     path = resolve(source)
     if path.is_dir():
-        run = path / "generator"
-        config = read_config(run if (run / CONFIG).is_file() else path)
+        config = read_config(checkpoint_in(path))
         return build_flow(config.network, config.preconditioning, str(path))
     if zipfile.is_zipfile(path):
         return read_source(path)[0].to("meta")
@@ -338,8 +338,7 @@ def load_model(
     """
     path = resolve(source)
     if path.is_dir():
-        run = path / "generator"
-        flow, config = load_checkpoint(run if (run / CONFIG).is_file() else path)
+        flow, config = load_checkpoint(checkpoint_in(path))
     else:
         flow, config = read_source(path)
     if flow.two_time:

@@ -11,8 +11,11 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
+from typing import Any, cast
 from urllib.parse import unquote
 
 from tqdm import tqdm
@@ -22,6 +25,18 @@ from edmdistill.errors import CheckpointError, HubError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """owner/name, as the Hub writes it."""
+PATIENCE = 120.0
+"""Seconds of silence after which the Hub counts as out of reach."""
+REASONS = {
+    401: "the Hub does not know you; log in by `hf auth login`, or set HF_TOKEN to a valid token",
+    403: "your token does not allow it; take one with the right to, from https://huggingface.co/settings/tokens",
+    404: "there is no such repository, or it is private and you may not see it; look at the name, and log in",
+    409: "something else is going on there; try again in a minute",
+    412: "somebody else has changed it in the meantime; give the same command again",
+    413: "the Hub takes nothing of that size",
+    429: "the Hub has had too many requests from you; wait a while",
+}
+"""What the Hub's refusals mean to a user."""
 
 
 def resolve(source: str | Path) -> Path:
@@ -29,7 +44,8 @@ def resolve(source: str | Path) -> Path:
 
     Args:
         source: a path; http(s)://...; hf://owner/name/file@revision (a file of the Hub); owner/name or
-            hf://owner/name@revision (a checkpoint of ours on the Hub). A path that exists comes before a repository.
+            owner/name@revision, with hf:// or without (a checkpoint of ours on the Hub). A path that exists comes
+            before a repository; a revision is a branch, a tag or a commit.
     Raises: CheckpointError: no such path or URL.  HubError: the Hub has no such thing, or cannot be reached.
     """
     text = str(source)
@@ -41,7 +57,7 @@ def resolve(source: str | Path) -> Path:
     if path.exists():
         return path
     # `teachers/edm2-s` with a folder `teachers` is a slip of the pen, not a repository.
-    if isinstance(source, str) and REPOSITORY.fullmatch(text) and not path.parent.is_dir():
+    if isinstance(source, str) and REPOSITORY.fullmatch(text.partition("@")[0]) and not path.parent.is_dir():
         return _hub(text)
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, names, n=1)
@@ -95,7 +111,6 @@ def _download(url: str) -> Path:
 def _hub(text: str) -> Path:
     """A file (owner/name/file@revision) or a checkpoint of ours (owner/name@revision) from the Hugging Face Hub."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
 
     where, _, revision = text.partition("@")
     owner, _, rest = where.partition("/")
@@ -103,11 +118,77 @@ def _hub(text: str) -> Path:
     repository = f"{owner}/{name}"
     if not REPOSITORY.fullmatch(repository):
         raise CheckpointError(f"hf://{text} names no repository of the Hub: write hf://owner/name/file@revision.")
-    try:
+    with hub_calls(f"{text} cannot be had from the Hub"):
         if file:
             return Path(hf_hub_download(repository, file, revision=revision or None))
         files = ["config.json", "model.safetensors", "README.md"]
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        # The Hub's own text runs over many lines; its first says what is wrong.
-        raise HubError(f"{text} cannot be had from the Hub: {str(error).strip().splitlines()[0]}") from error
+
+
+def repository_of(source: str) -> str | None:
+    """owner/name of the Hub where a source is, as provenance tells of it; None if it is elsewhere."""
+    where = source.removeprefix("hf://").partition("@")[0]
+    if source.startswith("hf://"):
+        where = "/".join(where.split("/")[:2])
+    return where if REPOSITORY.fullmatch(where) else None
+
+
+@contextmanager
+def hub_calls(what: str) -> Iterator[None]:
+    """Calls of the Hub's client: they do not wait for ever, and what they raise becomes one sentence.
+
+    Args:
+        what: how the sentence begins.
+    Raises: HubError.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def impatient(request: Any) -> None:
+        limits = request.extensions["timeout"]
+        request.extensions["timeout"] = {part: limit or PATIENCE for part, limit in limits.items()}
+
+    session = get_session()
+    before = session.event_hooks
+    session.event_hooks = before | {"request": [*before["request"], impatient]}  # the client's own default is for ever
+    try:
+        yield
+    except (_http_error(), EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+        raise HubError(f"{what}: {_reason(error)}.") from error
+    finally:
+        session.event_hooks = before
+
+
+def _reason(error: BaseException) -> str:
+    """Why a call of the Hub's client failed, and what to do."""
+    from huggingface_hub import errors
+
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first, cause = lines[0].rstrip("."), error.__cause__  # the Hub's own text runs over many lines
+    match error:
+        case errors.OfflineModeIsEnabled():
+            return "HF_HUB_OFFLINE is set; unset it"
+        case errors.LocalEntryNotFoundError():
+            return f"{_reason(cause)}, and there is no copy of it here" if cause else first
+        case errors.RevisionNotFoundError():
+            return "it has no such revision; name a branch, a tag or a commit of it"
+        case errors.GatedRepoError():
+            return "its owners want to be asked first; ask them on its page"
+        case errors.HfHubHTTPError():
+            status, said = error.response.status_code, (error.server_message or "").strip().splitlines()
+            reason = REASONS.get(status, first)
+            if status >= 500:
+                reason = f"the Hub has a fault of its own ({status}); give the same command again later"
+            return f"{reason} (the Hub says: {said[0].rstrip('.')})" if said else reason
+        case RuntimeError() if cause is not None:  # of the thread that sends a file
+            return _reason(cause)
+    if isinstance(error, _http_error()):
+        return f"the Hub cannot be reached ({first}); look at the network, and give the same command again"
+    return " ".join(lines).rstrip(".")
+
+
+def _http_error() -> type[Exception]:
+    """The base of what the Hub's client raises by itself: httpx's or httpx2's, by its version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return cast(type[Exception], HfHubHTTPError.__bases__[0])

@@ -6,6 +6,7 @@ The tensors carry the network's own names, which are the official ones below the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,8 @@ from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import denoised, sigma_to_time
 
 FORMAT_VERSION = "1.0"
-"""Of config.json. The major changes when an older program would misread a newer file."""
+"""Of config.json: MAJOR.MINOR. What a file lacks has its default, so every older minor reads as it did. A newer minor
+only adds fields that an older program may pass over, and it does; a newer major it would misread, and refuses."""
 CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
 
 C_NOISE = {
@@ -80,6 +82,13 @@ class Guidance(Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not 1 <= self.range[0] <= self.range[1]:
             raise ValueError(f"the range of guidance is {list(self.range)}")
+
+    @property
+    def words(self) -> str:
+        """What it is, and what --guidance takes."""
+        low, high = self.range
+        by = "its classes" if self.kind == "classes" else "another network"
+        return f"by {by}" + (f": --guidance takes {low:g} to {high:g}" if low < high else f" at weight {low:g}")
 
 
 class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -237,24 +246,39 @@ def read_config(folder: Path) -> CheckpointConfig:
     """
     path = folder / CONFIG
     try:
-        text = path.read_bytes()
-        version = msgspec.json.decode(text, type=dict[str, Any]).get("format_version")
+        fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint, for it has no {CONFIG}: give a converted teacher or a finished run."
         ) from error
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error}).") from error
-    major = FORMAT_VERSION.split(".")[0]
-    if not isinstance(version, str) or version.split(".")[0] != major:
+    version, (major, minor) = fields.get("format_version"), FORMAT_VERSION.split(".")
+    own = re.fullmatch(rf"{major}\.(\d{{1,9}})", version) if isinstance(version, str) else None
+    if own is None:
         raise CheckpointError(
             f"{path} has format_version {version!r} where this version of edmdistill reads {major}.x: it is not one of "
             "our checkpoints, or a newer edmdistill wrote it."
         )
+    if int(own[1]) > int(minor):
+        fields = {name: value for name, value in fields.items() if name in CheckpointConfig.__struct_fields__}
     try:
-        return msgspec.json.decode(text, type=CheckpointConfig)
+        return msgspec.convert(fields, CheckpointConfig)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{path} is not a checkpoint's configuration: {error}.") from error
+
+
+def write_config(folder: Path, config: CheckpointConfig) -> None:
+    """Writes the configuration alone, whole or not at all.  Raises: CheckpointError: the disk refuses."""
+    config = replace(config, format_version=FORMAT_VERSION)
+    with aside(folder / CONFIG) as new:
+        new.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The folder of the checkpoint that a folder stands for: of a run directory, the one that it has made."""
+    made = folder / "generator"
+    return made if (made / CONFIG).is_file() else folder
 
 
 def refuse_occupied(folder: Path, overwrite: bool) -> None:
@@ -281,7 +305,7 @@ def write_checkpoint(
     config = replace(config, **facts(flow))
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / MODEL, flow.network.state_dict() if tensors is None else tensors, {"format": "pt"})
-    (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+    write_config(folder, config)
     (folder / CARD).write_text(_card(config), encoding="utf-8")
 
 
@@ -326,17 +350,12 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> t
 
 
 def _card(config: CheckpointConfig) -> str:
-    """The README: what this is, where it comes from and how to use it, with the Hub's header."""
+    """The README until the checkpoint is published, with the Hub's header: what it is, whence, and its use."""
     what = {"teacher": "a diffusion model", "generator": "a few-step generator", "auxiliary": "an auxiliary score"}
     provenance = config.provenance
     licence = provenance.licence or "other"
     digest = f" (sha256 {provenance.sha256})" if provenance.sha256 else ""
-    guidance = ""
-    if config.guidance is not None:
-        low, high = config.guidance.range
-        by = "its classes" if config.guidance.kind == "classes" else "another network"
-        told = f": --guidance takes {low:g} to {high:g}" if low < high else f" at weight {low:g}, which is built in"
-        guidance = f"Its teacher was guided by {by}{told}.\n"
+    guidance = f"Its teacher was guided {config.guidance.words}.\n" if config.guidance else ""
     return f"""---
 library_name: edmdistill
 license: {licence}

@@ -16,9 +16,11 @@ COMMANDS = {
     "ema": "Put an average of the weights of another length together, after training.",
     "sample": "Draw images from a teacher or a generator.",
     "eval": "Measure a checkpoint or a folder of images against a data set.",
+    "sweep": "Measure a network over numbers of steps and gammas: a table, JSON, a plot.",
     "loss": "Compare the diffusion loss of two teachers by noise level.",
     "recipes": "List, show, copy and check the recipes.",
     "plan": "Say what a run will need: memory, operations and days, by GPU.",
+    "push-to-hub": "Publish a checkpoint or a run on the Hugging Face Hub.",
     "report": "Write a one-page HTML report of a run.",
     "doctor": "Look at versions, devices and disk, and say what to mend.",
 }

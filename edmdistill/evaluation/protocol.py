@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 import torch
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict, replace
 from torch import Tensor
 
@@ -41,12 +41,32 @@ class Reference(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     sha256: str | None = None
 
 
+class Likelihood(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a likelihood is computed, see evaluation.likelihood."""
+
+    probes: int
+    tolerance: float
+    """Of the solver, relative and absolute."""
+    sigma_min: float
+    sigma_max: float
+    rho: float = 7.0
+    """The solver's time is sigma^(1/rho)."""
+    solver: Literal["rk45"] = "rk45"
+    steps: Literal["by image"] = "by image"
+    divergence: Literal["Rademacher, fixed"] = "Rademacher, fixed"
+    prior: Literal["N(0, sigma_max^2)"] = "N(0, sigma_max^2)"
+    dequantisation: Literal["uniform, centred"] = "uniform, centred"
+
+
 class Protocol(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What moves a metric besides the images: in PROTOCOLS the standard, in a result what was done, with all hashes."""
+    """What moves a metric besides the images: in PROTOCOLS the standard, in a result what was done, with all hashes.
+
+    What is None plays no part in the measurement.
+    """
 
     name: str
     metrics: tuple[str, ...]
-    features: str
+    features: str | None
     """The feature space, a key of FEATURES."""
     features_sha256: str | None = None
     """Of its weights."""
@@ -54,13 +74,15 @@ class Protocol(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """In a standard, None allows any."""
     n: int = 5000
     seeds: str | None = "0-4999"
-    """None: unknown."""
+    """None: unknown, or nothing is drawn."""
     labels: Scheme = "balanced"
     """See Images.scheme."""
-    uint8: str = "clip(127.5 x + 128, 0, 255), cut"
+    uint8: str | None = "clip(127.5 x + 128, 0, 255), cut"
     resize: Literal["none"] = "none"
-    covariance: Literal["unbiased"] = "unbiased"
+    covariance: Literal["unbiased"] | None = "unbiased"
     """Divided by n - 1, as numpy.cov does."""
+    likelihood: Likelihood | UnsetType = UNSET
+    """Not there where none is computed."""
 
     def sha256(self) -> str:
         """Of everything above: equal for results that may be compared."""
@@ -82,8 +104,9 @@ class Sampler(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the images were drawn."""
 
     solver: str
-    """gamma for a generator, one of SOLVERS for a teacher."""
+    """gamma for a generator, one of SOLVERS for a teacher; rk45 for a likelihood."""
     nfe: int
+    """For a likelihood, the mean over the images, rounded."""
     gamma: float | None = None
     sigmas: tuple[float, ...] | None = None
     """A generator's noise levels; a teacher's follow from nfe."""
@@ -120,8 +143,10 @@ def results_table(results: Sequence[Result]) -> str:
     protocol = results[0].protocol
     reference = protocol.reference
     assert reference is not None
+    where = f"{reference.source} ({reference.split}, {reference.n})"
+    against = f"{protocol.n} images against {where}" if protocol.features else f"bits per dimension of {where}"
     lines = [
-        f"protocol {protocol.name}: {protocol.n} images against {reference.source} ({reference.split}, {reference.n})",
+        f"protocol {protocol.name}: {against}",
         "".join(f"{name:>18}" for name in ("NFE", *results[0].metrics)),
     ]
     for result in results:
@@ -205,10 +230,11 @@ def evaluate(
     if images.count < 2:
         raise DatasetError(f"a covariance needs two images, but there is {images.count}; the standard is {standard.n}")
 
+    assert standard.features is not None
     space = FEATURES[standard.features](device)
     real, digest = _statistics_of(data, standard.features, str(device), batch)
     made, correct = RunningStatistics(), 0
-    for rows in _batches(images.count, batch):
+    for rows in batches(images.count, batch):
         pixels = images.read(rows)
         made.update(space(pixels))
         if isinstance(space, Classifier) and images.classes is not None:
@@ -233,7 +259,7 @@ def evaluate(
         protocol=done,
         protocol_sha256=done.sha256(),
         sampler=_sampler(model_or_images, nfe, gamma, times, guidance, solver or "heun"),
-        provenance=_provenance(model_or_images, source, device),
+        provenance=provenance(model_or_images, source, device),
     )
 
 
@@ -280,15 +306,21 @@ def format_seeds(seeds: Sequence[int]) -> str:
 def _statistics_of(data: Dataset, features: str, device: str, batch: int) -> tuple[Statistics, str]:
     """Statistics of a reference's features, and the sha256 of its images; kept, since measurements come in rows."""
     space, running = FEATURES[features](device), RunningStatistics()
-    digest = hashlib.sha256(f"{len(data)}x{data.img_channels}x{data.img_resolution}:".encode())
-    for rows in _batches(len(data), batch):
+    digest = pixels_digest(data, len(data))
+    for rows in batches(len(data), batch):
         pixels = data.images(rows)
         digest.update(pixels.numpy().tobytes())
         running.update(space(pixels))
     return running.finish(), digest.hexdigest()
 
 
-def _batches(count: int, batch: int) -> Iterator[range]:
+def pixels_digest(data: Dataset, count: int) -> hashlib._Hash:
+    """What is to be fed the pixels of so many of the images, for Reference.sha256."""
+    return hashlib.sha256(f"{count}x{data.img_channels}x{data.img_resolution}:".encode())
+
+
+def batches(count: int, batch: int) -> Iterator[range]:
+    """range(count) in pieces of at most `batch`."""
     return (range(at, min(at + batch, count)) for at in range(0, count, batch))
 
 
@@ -312,7 +344,8 @@ def _sampler(
     return None
 
 
-def _provenance(images: object, source: str | None, device: torch.device | str) -> dict[str, Any]:
+def provenance(images: object, source: str | None, device: torch.device | str) -> dict[str, Any]:
+    """What was measured, and with what."""
     made_with = {"edmdistill": __version__, "torch": str(torch.__version__), "device": str(device)}
     if isinstance(images, Generator):
         config = images.config

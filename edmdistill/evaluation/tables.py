@@ -28,12 +28,14 @@ class Table(NamedTuple):
         rows: of text; the first is the head.
         claim: the generator against the teacher in a sentence; empty unless both were measured.
         curves: the best of the first metric at each NFE, by who was measured.
+        metric: the first, as people write it.
     """
 
     protocol: Protocol
     rows: list[list[str]]
     claim: str
     curves: Mapping[str, Sequence[tuple[int, float]]]
+    metric: str
 
     def to_text(self) -> str:
         """For the terminal."""
@@ -41,6 +43,20 @@ class Table(NamedTuple):
         shapes = [f"{'<' if i in (0, len(widths) - 1) else '>'}{width}" for i, width in enumerate(widths)]
         lines = ["  ".join(map(format, row, shapes)).rstrip() for row in self.rows]
         return "\n".join([f"Protocol {self.protocol.name}, {self.protocol.n} images.", *lines, self.claim]).rstrip()
+
+    def to_markdown(self) -> str:
+        head, *body = (f"| {' | '.join(row)} |" for row in self.rows)
+        return "\n".join([head, "|---" * len(self.rows[0]) + "|", *body])
+
+    @property
+    def caption(self) -> str:
+        """What was measured, and against what."""
+        own = self.protocol
+        real = f"{own.reference.source} ({own.reference.split}, {own.reference.n} images)" if own.reference else "-"
+        return (
+            f"Protocol {own.name}, sha256 {own.sha256():.12}: {own.n} images, seeds {own.seeds}, classes {own.labels}, "
+            f"against {real}. NFE counts the evaluations of the network for an image."
+        )
 
 
 def read_results(files: Iterable[Path]) -> list[Result]:
@@ -62,8 +78,28 @@ def tables(results: Sequence[Result], generator: Generator) -> list[Table]:
     return [_table([result for result in results if result.protocol_sha256 == own], generator) for own in hashes]
 
 
+def sweep_table(results: Sequence[Result]) -> Table:
+    """Results of one protocol and one network, a row for each metric and gamma, a column for each NFE.
+
+    Its curves are those of the first metric, by gamma; a teacher's, by its solver.
+    """
+    main = next(iter(results[0].metrics))
+    measured = {(_setting(result.sampler), _nfe(result)): result.metrics for result in results}
+    settings, steps = (list(dict.fromkeys(column)) for column in zip(*measured, strict=True))
+    rows = [["NFE", *map(str, steps), "lowest in"]]
+    for metric in results[0].metrics:
+        for setting in settings:
+            values = {nfe: measured[setting, nfe][metric] for nfe in steps}
+            best = str(_lowest(values)[1]) if metric == main else ""
+            rows.append([f"{_heading(metric)}, {setting}", *map(_number, values.values()), best])
+    value, setting, nfe = min((metrics[main], *at) for at, metrics in measured.items())
+    claim = f"{_heading(main)} is lowest in {nfe} evaluations with {setting}: {_number(value)}."
+    curves = {setting: [(nfe, measured[setting, nfe][main]) for nfe in sorted(steps)] for setting in settings}
+    return Table(results[0].protocol, rows, claim.replace(" 1 evaluations", " 1 evaluation"), curves, _heading(main))
+
+
 def _table(results: Sequence[Result], generator: Generator) -> Table:
-    rows = [(_who(result, generator), result.sampler.nfe if result.sampler else 0, result) for result in results]
+    rows = [(_who(result, generator), _nfe(result), result) for result in results]
     rows.sort(key=lambda row: (row[0] != "teacher", row[:2]))
     metrics = list(dict.fromkeys(metric for result in results for metric in result.metrics))
     main = metrics[0]
@@ -86,7 +122,7 @@ def _table(results: Sequence[Result], generator: Generator) -> Table:
             f"{_number(value)}: {value / goal:.2f} times the teacher's best, {_number(goal)} in {steps}."
         )
     curves = {who: list(own.items()) for who, own in reversed(best.items()) if 0 not in own}
-    return Table(results[0].protocol, body, claim, curves)
+    return Table(results[0].protocol, body, claim, curves, _heading(main))
 
 
 def _lowest(values: Mapping[int, float]) -> tuple[float, int]:
@@ -104,6 +140,15 @@ def _who(result: Result, generator: Generator) -> str:
     recipe, images = origin.get("recipe_hash"), origin.get("images_seen")
     same = (recipe, images) == generator
     return "generator" if same else f"generator of {images:,} images, recipe {recipe:.8}"
+
+
+def _nfe(result: Result) -> int:
+    return result.sampler.nfe if result.sampler else 0
+
+
+def _setting(sampler: Sampler | None) -> str:
+    assert sampler is not None
+    return sampler.solver if sampler.gamma is None else f"gamma {sampler.gamma:g}"
 
 
 def _how(sampler: Sampler | None) -> str:

@@ -34,6 +34,15 @@ class SeededNoise:
         draws = [torch.randn(*shape, generator=rng, device=self.device, dtype=dtype) for rng in self.streams]
         return torch.stack(draws)
 
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """Uniform numbers in [0, 1).  float32 [B,*shape]"""
+        return torch.stack([torch.rand(*shape, generator=rng, device=self.device) for rng in self.streams])
+
+    def signs(self, shape: Sequence[int]) -> Tensor:
+        """-1 or 1, each as likely.  float32 [B,*shape]"""
+        bits = [torch.randint(2, tuple(shape), generator=rng, device=self.device) for rng in self.streams]
+        return torch.stack(bits) * 2.0 - 1
+
     def integers(self, high: int) -> Tensor:
         """Uniform integers in [0, high).  int64 [B]"""
         return torch.stack([torch.randint(high, [], generator=rng, device=self.device) for rng in self.streams])

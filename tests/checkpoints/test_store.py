@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints import store
 from edmdistill.checkpoints.aside import aside
+from edmdistill.checkpoints.convert import load_generator
 from edmdistill.checkpoints.store import (
     CARD,
     CONFIG,
@@ -28,6 +29,7 @@ from edmdistill.checkpoints.store import (
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, FlowNetwork
+from edmdistill.sampling.generate import sample
 from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import denoised, sigma_to_time
 
@@ -147,6 +149,7 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         ({"format_version": "2.0"}, "has format_version '2.0' where this version of edmdistill reads 1.x"),
+        ({"format_version": "1.x"}, "has format_version '1.x'"),
         ({"format_version": None}, "has format_version None"),
         ({"colour": "red"}, "unknown field `colour`"),
         ({"stage": "student"}, "Invalid enum value 'student'"),
@@ -169,6 +172,23 @@ def test_a_wrong_configuration_is_refused(folder: Path, change: dict[str, object
         load_checkpoint(folder)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_version_1_0_reads_as_it_did() -> None:
+    """format-1.0 was written when there was no other version; its samples with it."""
+    old = Path(__file__).with_name("format-1.0")
+    generator = load_generator(old)
+    assert generator.config.method == "cosim"
+    expected, _ = load_tensors(old / "samples.safetensors")
+    assert torch.allclose(sample(generator, 2, seeds=range(3)), expected["samples"], atol=1e-5)
+
+
+def test_a_newer_minor_is_read_without_what_it_adds(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"format_version": "1.7", "colour": "red"}))
+    flow, read = load_checkpoint(folder)
+    save_checkpoint(folder, flow, read, overwrite=True)
+    assert json.loads((folder / CONFIG).read_text()) == config
 
 
 def drop(tensors: dict[str, torch.Tensor]) -> None:

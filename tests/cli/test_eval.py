@@ -7,10 +7,21 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from msgspec.structs import replace
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.checkpoints.convert import load_denoiser
+from edmdistill.checkpoints.store import (
+    CheckpointConfig,
+    Provenance,
+    facts,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+)
 from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
+from edmdistill.evaluation.likelihood import evaluate_likelihood
+from edmdistill.evaluation.saved import saved_results
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.preconditioning import EDM, FlowNetwork
 
@@ -48,6 +59,19 @@ def test_a_table_by_nfe(checkpoint: Path) -> None:
     assert [row.split()[0] for row in rows] == ["1", "2"]
 
 
+def test_save_keeps_results_with_the_weights(checkpoint: Path, images: Path) -> None:
+    arguments = ("--protocol", "digits", "--save", "--n")
+    for count, nfe in ((20, "1,2"), (20, "2"), (21, "1")):
+        assert run(checkpoint, *arguments, count, "--nfe", nfe).exit_code == 0
+    config = read_config(checkpoint)
+    kept = [(result.sampler.nfe, *result.metrics) for result in saved_results(config)]
+    assert kept == [(nfe, f"fd_digits@{n}", f"class_accuracy@{n}") for nfe, n in ((1, 20), (2, 20), (1, 21))]
+    assert load_checkpoint(checkpoint)[1] == config
+    refused = run(images, "--protocol", "digits", "--save")
+    assert refused.exit_code == 2
+    assert "is for a checkpoint folder or a run, and" in refused.stderr
+
+
 def test_json_is_one_document_on_stdout_and_in_the_file(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint.parent / "recipe.toml").touch()
     out = tmp_path / "new" / "eval.json"
@@ -70,6 +94,52 @@ def test_images(images: Path) -> None:
     assert metrics["class_accuracy@297"] > 0.98
 
 
+@pytest.fixture
+def teacher(checkpoint: Path, tmp_path: Path) -> Path:
+    """The same network as a teacher."""
+    flow, config = load_checkpoint(checkpoint)
+    save_checkpoint(tmp_path / "teacher", flow, replace(config, stage="teacher"))
+    return tmp_path / "teacher"
+
+
+def test_a_likelihood_is_bound_to_data_probes_and_tolerance(teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "nll.json"
+    words = [teacher, "--metrics", "nll", "--ref", "digits", "--n", 3, "--probes", 2, "--tolerance", 0.01]
+    result = run(*words, "--out", out)
+    assert result.exit_code == 0, result.output
+    title, head, row = result.stdout.splitlines()
+    assert title == "protocol nll: bits per dimension of digits (test, 3)"
+    assert head.split() == ["NFE", "nll@3", "nll_image_error@3", "nll_probe_std@3"]
+    (only,) = json.loads(out.read_text())["results"]
+    expected = evaluate_likelihood(
+        load_denoiser(teacher), open_dataset("digits", split="test"), count=3, probes=2, tolerance=0.01
+    )
+    assert only["metrics"] == pytest.approx(expected.metrics, rel=1e-6)
+    assert float(row.split()[1]) == pytest.approx(expected.metrics["nll@3"], rel=1e-3)
+    assert only["protocol_sha256"] == expected.protocol_sha256
+    assert only["provenance"]["source"] == str(teacher)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--protocol", "digits", "--ref", "digits"], "--protocol does not go with --metrics nll"),
+        (["--nfe", "2", "--ref", "digits"], "--nfe does not go with --metrics nll"),
+        ([], "name them by --ref"),
+        (["--ref", "digits", "--split", "held-out"], "'held-out'"),
+    ],
+)
+def test_a_likelihood_draws_nothing(teacher: Path, words: list[str], message: str) -> None:
+    result = run(teacher, "--metrics", "nll", *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_images_have_no_likelihood(images: Path) -> None:
+    result = run(images, "--metrics", "nll", "--ref", "digits")
+    assert "is images: name a network" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +150,7 @@ def test_images(images: Path) -> None:
         (["--protocol", "digits", "--n", "9", "--seeds", "1"], "does not go with --seeds"),
         (["--protocol", "digits", "--ref", "absent.zip"], "absent.zip does not exist"),
         ([], "Missing option '--protocol'"),
+        (["--protocol", "digits", "--probes", "2"], "--probes does not go with a measurement of images"),
     ],
 )
 def test_mistakes_end_with_2_and_a_sentence(images: Path, arguments: list[str], message: str) -> None:

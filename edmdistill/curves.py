@@ -1,0 +1,142 @@
+"""Curves: as SVG, in the colours of the page that they stand on, or by matplotlib in a file of its formats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+from edmdistill.errors import EdmDistillError
+
+MARKED = 12
+"""The points of a curve of so many are marked."""
+
+Point = tuple[float, float]
+
+
+class Axis(NamedTuple):
+    """A straight or logarithmic axis: it goes from its first tick to its last."""
+
+    ticks: list[float]
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Where a value lies, 0 to 1."""
+        low, high = self.ticks[0], self.ticks[-1]
+        return math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
+
+
+def axis(values: Sequence[float], log: bool = False) -> Axis:
+    """Round numbers around the values; logarithmic, if all are positive, by `log` or a highest of 10 medians."""
+    low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
+    log = low > 0 and (log or 10 * middle < high)
+    if log:
+        low, high = math.log10(low), math.log10(high)
+    if low == high:
+        low, high = min(low, 0), max(high, 0)
+    size = (high - low) / 4 or 1.0
+    unit = 10.0 ** math.floor(math.log10(size))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if size <= unit * factor)
+    step = math.ceil(step) if log else step
+    first, last = math.floor(low / step), math.ceil(high / step)
+    ticks = [step * i for i in range(first, max(last, first + 1) + 1)]
+    return Axis([10.0**tick for tick in ticks] if log else ticks, log)
+
+
+def doublings(series: Mapping[str, Sequence[Point]]) -> Axis:
+    """The axis for numbers of evaluations: 1, 2, 4 ... beyond the greatest."""
+    most = max((x for points in series.values() for x, _ in points), default=2)
+    return Axis([2.0**i for i in range(math.ceil(math.log2(max(most, 2))) + 1)], log=True)
+
+
+def coarse(points: Sequence[Point], most: int = 80) -> list[tuple[float, float, float, float]]:
+    """Few enough points to draw: x, and the lowest, mean and highest y of neighbours, so that spikes stay."""
+    size = -(-len(points) // most)
+    groups = (list(zip(*points[i : i + size], strict=True)) for i in range(0, len(points), size))
+    return [(xs[-1], min(ys), sum(ys) / len(ys), max(ys)) for xs, ys in groups]
+
+
+def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, log: bool = False) -> str:
+    """Curves over one pair of axes, as SVG in the colours of the page.
+
+    Args:
+        series: by name, points of finite numbers; the few of a named curve are marked.
+        log: see `axis`.
+    """
+    y = axis([value for points in series.values() for _, value in points], log)
+    left, right, top, bottom = 42, 346, 28, 168
+
+    def column(value: float) -> str:
+        return f"{left + (right - left) * x.at(value):.1f}"
+
+    def row(value: float) -> str:
+        return f"{bottom - (bottom - top) * y.at(value):.1f}"
+
+    names = "".join(f'<tspan class="c{i}" dx="9">{escape(name)}</tspan>' for i, name in enumerate(series))
+    parts = [
+        f'<text class="title" y="14">{escape(title)}</text><text x="{right}" y="14" text-anchor="end">{names}</text>'
+    ]
+    parts += [
+        f'<path d="M{left} {row(tick)}H{right}"/><text y="{row(tick)}" dy="4">{_short(tick)}</text>' for tick in y.ticks
+    ]
+    parts += [
+        f'<text x="{column(tick)}" y="{bottom + 18}" text-anchor="middle">{_short(tick)}</text>' for tick in x.ticks
+    ]
+    for index, (name, points) in enumerate(series.items()):
+        line = coarse(points)
+        mean = [f"{column(at)},{row(value)}" for at, _, value, _ in line]
+        band = [f"{column(at)},{row(low)}" for at, low, _, _ in line]
+        band += [f"{column(at)},{row(high)}" for at, _, _, high in reversed(line)]
+        marked = name and len(line) <= MARKED
+        dots = [f'<circle cx="{column(at)}" cy="{row(value)}" r="3"/>' for at, _, value, _ in line if marked]
+        parts.append(
+            f'<g class="c{index}"><polygon points="{" ".join(band)}"/><polyline points="{" ".join(mean)}"/>'
+            f"{''.join(dots)}</g>"
+        )
+    return f'<svg viewBox="0 0 360 192" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+
+
+def alone(svg: str, style: str) -> str:
+    """A chart of svg_curves as a file of its own, on paper with a margin, in the style of a page."""
+    body = svg.partition(">")[2]
+    style += " svg { max-width: none; font-family: system-ui, sans-serif }"
+    box, paper = "-12 -8 384 212", '<rect x="-12" y="-8" width="384" height="212" fill="var(--paper)"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}"><style>{style}</style>{paper}{body}'
+
+
+def save_plot(file: Path, title: str, series: Mapping[str, Sequence[Point]], x: Axis, kind: str) -> None:
+    """Draws the curves of svg_curves, logarithmic where that is, by matplotlib.
+
+    Args:
+        kind: .png or .pdf.
+    Raises: EdmDistillError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import NullLocator
+    except ImportError as error:
+        raise EdmDistillError(
+            f"a {kind} is drawn by matplotlib, which is not installed: pip install 'edmdistill[plot]', or name an "
+            ".svg or .html"
+        ) from error
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in series.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(title=title, xscale="log" if x.log else "linear")
+    axes.set_xticks(x.ticks, [_short(tick) for tick in x.ticks], minor=False)
+    axes.xaxis.set_minor_locator(NullLocator())
+    positive = all(value > 0 for points in series.values() for _, value in points)
+    axes.set_yscale("log" if positive else "linear")
+    axes.grid(axis="y", which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(file, format=kind[1:], dpi=150)
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"

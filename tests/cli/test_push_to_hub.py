@@ -1,0 +1,107 @@
+"""`edmdistill push-to-hub`: what it says, and what of a run it publishes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from hub_server import Hub
+
+from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, read_config
+from edmdistill.cli import main
+from edmdistill.evaluation.protocol import PROTOCOLS, Sampler, results_json
+from edmdistill.evaluation.protocol import Result as Measurement
+from edmdistill.hub import GRID
+from edmdistill.recipes import load_recipe
+
+NAME = "me/digits"
+# The client streams a file in a way that httpx would rather have otherwise.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+def push(*words: object) -> Result:
+    return CliRunner().invoke(main, ["push-to-hub", *map(str, words)])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with a state, a generator and measurements of it, of its teacher and of what it was before."""
+    path = tmp_path / "run"
+    shutil.copytree(Path(__file__).parent.parent / "checkpoints" / "format-1.0", path / "generator")
+    (path / "recipe.resolved.json").write_bytes(load_recipe("cosim/digits-quickstart").to_json())
+    (path / "recipe.toml").write_text("# Trained by --recipe cosim/digits-quickstart\n")
+    data = {"name": "digits", "images": 1500, "resolution": 4, "channels": 1, "classes": 3}
+    (path / "run.json").write_text(json.dumps({"data": data}))
+    (path / "state" / "000000001000").mkdir(parents=True)
+    (path / "state" / "000000001000" / "optimizer.safetensors").write_bytes(b"moments")
+    config = read_config(path / "generator")
+    protocol = PROTOCOLS["digits"]
+    (path / "eval").mkdir()
+    for name, method, images, fd in (("own", "cosim", 1000, 4.25), ("old", "cosim", 500, 8.5), ("t", None, None, 1.75)):
+        measured = Measurement(
+            metrics={"fd_digits": fd},
+            protocol=protocol,
+            protocol_sha256=protocol.sha256(),
+            sampler=Sampler(solver="gamma" if method else "heun", nfe=len(name) + 1),
+            provenance={"source": str(tmp_path), "method": method, "images_seen": images}
+            | {"recipe_hash": config.recipe_hash if method else None},
+        )
+        (path / "eval" / f"{name}.json").write_text(results_json([measured]))
+    return path
+
+
+def test_a_run_is_published(server: Hub, run: Path, tmp_path: Path) -> None:
+    result = push(run, NAME, "--message", "The first")
+    assert result.exit_code == 0, result.output
+    repository = server.repositories[NAME]
+    revision = repository.branches["main"]
+    files = repository.commits[revision]
+    assert files.keys() == {MODEL, CONFIG, CARD, GRID, ".gitattributes"}
+    assert result.stdout == (
+        f"{server.url}/{NAME}/tree/{revision} is published; downloaded again, it draws the same, bit for bit. "
+        f"To draw from it:\n  edmdistill sample {NAME} --seeds 0-63 --out images\n"
+    )
+    assert [(r["metrics"], r["provenance"]["source"]) for r in json.loads(files[CONFIG])["results"]] == [
+        ({"fd_digits": 4.25}, NAME)
+    ]
+    card = files[CARD].decode()
+    assert "4.250" in card
+    assert "1.750" in card
+    assert "8.500" not in card
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    assert f"{NAME}/tree/{revision} was there already; " in push(run, NAME).stdout
+
+
+def test_sample_draws_from_it(server: Hub, run: Path, tmp_path: Path) -> None:
+    assert push(run, NAME, "--branch", "next").exit_code == 0
+    for source, out in ((f"{NAME}@next", "there.npz"), (run, "here.npz")):
+        words = ["sample", str(source), "--nfe", "2", "--seeds", "0-3", "--class", "tree frog", "--out", out]
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "there.npz").read_bytes() == (tmp_path / "here.npz").read_bytes()
+
+
+def test_a_dry_run_prints_the_card_and_asks_nobody(server: Hub, run: Path) -> None:
+    result = push(run, NAME, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("---\nlibrary_name: edmdistill\n")
+    assert [line.split()[0] for line in result.stderr.splitlines()] == [f"{NAME},", MODEL, GRID, CONFIG, CARD]
+    assert server.calls == []
+
+
+def test_what_is_refused_is_one_sentence(server: Hub, run: Path) -> None:
+    for words, sentence in (
+        (
+            (run, NAME, "--licence", "apache-2.0"),
+            "the weights are under cc-by-nc-sa-4.0, or come from such, and apache",
+        ),
+        ((run / "state" / "000000001000", NAME), "is not a checkpoint"),
+        ((run, "digits"), "digits is no name for a repository of yours: write OWNER/NAME"),
+    ):
+        result = push(*words)
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert sentence in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert server.calls == []

@@ -1,0 +1,116 @@
+"""`edmdistill sweep`: eval's numbers, side by side, and pictures of them."""
+
+import json
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from msgspec.structs import replace
+from PIL import Image
+
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.cli import main
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.preconditioning import EDM, FlowNetwork
+
+COMMON = "--protocol", "digits", "--n", "24", "--device", "cpu"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    torch.manual_seed(0)
+    network = UNet(8, 1, 10, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), logvar_channels=4)
+    torch.nn.init.ones_(network.out_gain)
+    flow, root = FlowNetwork(network, EDM()), tmp_path_factory.mktemp("sweep")
+    config = CheckpointConfig(stage="generator", provenance=Provenance(source="made up"), **facts(flow))
+    for stage in ("generator", "teacher"):
+        save_checkpoint(root / stage, flow, replace(config, stage=stage))
+    return {stage: str(root / stage) for stage in ("generator", "teacher")}
+
+
+def run(command: str, *words: str) -> Result:
+    return CliRunner().invoke(main, [command, *words, *COMMON])
+
+
+def test_its_numbers_are_evals(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    source, out = checkpoints["generator"], tmp_path / "sweep.json"
+    swept = run("sweep", source, "--nfe", "3,1", "--gamma", "0,.5", "--out", str(out))
+    assert swept.exit_code == 0, swept.output
+    document = json.loads(out.read_text())
+    apart = [run("eval", source, "--nfe", "3,1", "--gamma", gamma, "--json") for gamma in ("0", ".5")]
+    assert document["results"] == [result for part in apart for result in json.loads(part.stdout)["results"]]
+
+    head, *lines, claim = swept.stdout.splitlines()[1:]
+    assert head.split() == ["NFE", "3", "1", "lowest", "in"]
+    assert [line.partition("  ")[0] for line in lines] == [
+        f"{metric}, gamma {gamma}" for metric in ("digits-FD@24", "class accuracy@24") for gamma in ("0", "0.5")
+    ]
+    fd = [result["metrics"]["fd_digits@24"] for result in document["results"]]
+    shown = [[float(cell) for cell in line.split()[3:5]] for line in lines[:2]]
+    assert [value for row in shown for value in row] == pytest.approx(fd, rel=1e-3)
+    assert fd[1] == fd[3] != fd[0] != fd[2]  # in one evaluation gamma plays no part
+    best = min(range(4), key=lambda i: fd[i])
+    assert f"lowest in {(3, 1)[best % 2]} evaluation" in claim
+
+
+def test_json_and_a_teacher(checkpoints: dict[str, str]) -> None:
+    result = run("sweep", checkpoints["teacher"], "--nfe", "1,3", "--json")
+    assert result.exit_code == 0, result.output
+    assert [one["sampler"]["nfe"] for one in json.loads(result.stdout)["results"]] == [1, 3]
+    assert "digits-FD@24, heun" in run("sweep", checkpoints["teacher"], "--nfe", "1,3").stdout
+
+
+@pytest.fixture(scope="module")
+def plots(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("plots")
+    for kind in ("svg", "html", "png", "pdf"):
+        words = ("--nfe", "1,2", "--gamma", "0,1", "--plot", str(root / f"sweep.{kind}"))
+        assert run("sweep", checkpoints["generator"], *words).exit_code == 0
+    return {path.suffix[1:]: path for path in root.iterdir()}
+
+
+def test_an_svg_stands_alone(plots: dict[str, Path]) -> None:
+    root = ElementTree.fromstring(plots["svg"].read_text())
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{space}svg"
+    curves = list(root.iter(f"{space}g"))
+    assert [len(list(curve.iter(f"{space}circle"))) for curve in curves] == [2, 2]
+    assert "".join(root.itertext()).count("gamma") == 2
+    assert "--first: #" in (root.findtext(f"{space}style") or "")
+
+
+def test_other_formats(plots: dict[str, Path]) -> None:
+    page = plots["html"].read_text()
+    assert "$" not in page
+    assert page.count("<tr>") == 1 + 4
+    assert page.count("<polyline") == 2
+    with Image.open(plots["png"]) as image:
+        assert image.width > 500
+    assert plots["pdf"].read_bytes().startswith(b"%PDF")
+
+
+def test_without_matplotlib(checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("sweep", checkpoints["generator"], "--nfe", "1", "--plot", str(tmp_path / "a.png"))
+    assert result.exit_code == 2
+    assert "pip install 'edmdistill[plot]'" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nfe", "1,two"], "'1,two' is no list of whole numbers"),
+        (["--nfe", "1", "--gamma", "a"], "'a' is no list of numbers"),
+        (["--nfe", "1", "--gamma", "2"], "share of fresh noise"),
+        (["--nfe", "1", "--plot", "a.jpg"], "name one of .svg, .html, .png, .pdf"),
+        (["--gamma", "1"], "Missing option '--nfe'"),
+    ],
+)
+def test_mistakes(checkpoints: dict[str, str], words: list[str], message: str) -> None:
+    result = run("sweep", checkpoints["generator"], *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr

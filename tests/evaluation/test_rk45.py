@@ -1,0 +1,67 @@
+"""The Runge-Kutta method: scipy's on every row, and no row knows of another."""
+
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.rk45 import rk45
+
+STIFFNESS = torch.tensor([0.1, 3.0, 40.0, 0.0, 8.0], dtype=torch.float64)
+STATES = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+SPAN = 0.4, 1.9
+
+
+def field(t: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+    """A forced pendulum of another stiffness in each row, which takes it from 3 to 50 steps."""
+    k = STIFFNESS[rows]
+    return torch.stack([y[:, 1], -k * torch.sin(y[:, 0]) + torch.cos(k * t), y[:, 0] * y[:, 1]], 1)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-6])
+def test_every_row_is_scipys(tolerance: float) -> None:
+    ends, evaluations = rk45(field, STATES, *SPAN, rtol=tolerance, atol=tolerance)
+    for row, (start, end) in enumerate(zip(STATES, ends, strict=True)):
+
+        def alone(t: float, y, row: int = row):
+            now = torch.tensor([t], dtype=torch.float64)
+            return field(now, torch.from_numpy(y)[None], torch.tensor([row]))[0].numpy()
+
+        theirs = solve_ivp(alone, SPAN, start.numpy(), rtol=tolerance, atol=tolerance)
+        assert int(evaluations[row]) == theirs.nfev
+        torch.testing.assert_close(end, torch.from_numpy(theirs.y[:, -1]), rtol=1e-11, atol=1e-11)
+    assert len(set(evaluations.tolist())) >= 3
+
+
+def test_no_row_knows_of_another() -> None:
+    together, steps = rk45(field, STATES, *SPAN, rtol=1e-4, atol=1e-4)
+    for row in range(len(STATES)):
+        alone, own = rk45(lambda t, y, _, r=row: field(t, y, torch.full_like(_, r)), STATES[row : row + 1], *SPAN,
+                          rtol=1e-4, atol=1e-4)  # fmt: skip
+        assert torch.equal(alone[0], together[row])
+        assert own[0] == steps[row]
+
+
+def test_a_row_that_has_arrived_is_left_alone() -> None:
+    asked = torch.zeros(5, dtype=torch.int64)
+
+    def counted(t: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        asked.index_add_(0, rows, torch.ones_like(rows))
+        return field(t, y, rows)
+
+    _, evaluations = rk45(counted, STATES, *SPAN, rtol=1e-4, atol=1e-4)
+    assert torch.equal(asked, evaluations)
+
+
+def test_the_order_is_5() -> None:
+    """With a thousandth of the tolerance, a method of order 5 takes 1000^(1/5) = 4 times the steps."""
+    _, few = rk45(field, STATES, *SPAN, rtol=1e-6, atol=1e-6)
+    _, many = rk45(field, STATES, *SPAN, rtol=1e-9, atol=1e-9)
+    assert 3.1 < float(many[2] / few[2]) < 4.5
+
+
+@pytest.mark.parametrize("slope", [float("nan"), float("inf")])
+def test_a_broken_field_ends_in_a_sentence(slope: float) -> None:
+    with pytest.raises(EdmDistillError, match="could not be solved at time"):
+        rk45(lambda t, y, rows: torch.where(t > 1, slope, 1.0)[:, None] * y, STATES, *SPAN, rtol=1e-3, atol=1e-3)

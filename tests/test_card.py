@@ -1,0 +1,145 @@
+"""The card: what it says is what the checkpoint and its run say, and the Hub's own reader reads it."""
+
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from huggingface_hub import ModelCard
+from msgspec.structs import replace
+
+from edmdistill.card import CITATIONS, CITED, card, is_own
+from edmdistill.checkpoints.source import repository_of
+from edmdistill.checkpoints.store import CheckpointConfig, Sampling, read_config
+from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler
+from edmdistill.methods import METHODS
+from edmdistill.recipes import load_recipe
+from edmdistill.report import read_run
+
+GENERATOR = Path(__file__).parent / "checkpoints" / "format-1.0"
+CONFIG = read_config(GENERATOR)
+
+
+def result(fd: float, nfe: int, config: CheckpointConfig | None = None, **said: object) -> Result:
+    """A measurement of a generator, or of a teacher if there is no configuration."""
+    protocol = replace(PROTOCOLS["digits"], reference=Reference(source="digits", n=1500, sha256="9" * 64))
+    origin = {name: getattr(config, name) for name in ("method", "recipe_hash", "images_seen")} if config else {}
+    return Result(
+        metrics={"fd_digits": fd},
+        protocol=protocol,
+        protocol_sha256=protocol.sha256(),
+        sampler=Sampler(solver="gamma" if config else "heun", nfe=nfe),
+        provenance=origin | said,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with the generator of format-1.0 in it, trained by a file of its author's."""
+    path = tmp_path / "run"
+    shutil.copytree(GENERATOR, path / "generator")
+    recipe = load_recipe("cosim/digits-quickstart", "cosim", ["training.seed=3"])
+    (path / "recipe.resolved.json").write_bytes(recipe.to_json())
+    (path / "recipe.toml").write_text(f"# Trained by --recipe {tmp_path}/mine.toml\n#   --set training.seed=3\n")
+    data = {"name": "digits", "images": 1500, "resolution": 4, "channels": 1, "classes": 3}
+    (path / "run.json").write_bytes(msgspec.json.encode({"data": data}))
+    return path
+
+
+def test_the_header_is_what_the_hub_reads():
+    source = "hf://karras/edm/edm.pkl@v1"
+    config = replace(CONFIG, provenance=replace(CONFIG.provenance, source=source))
+    results = [result(4.5, 2, config), result(1.5, 35), result(9.0, 2, replace(config, images_seen=7))]
+    data = ModelCard(card(config, "me/digits", results=results)).data
+    assert (data.license, data.library_name) == ("cc-by-nc-sa-4.0", "edmdistill")
+    assert (data.pipeline_tag, data.base_model) == ("unconditional-image-generation", "karras/edm")
+    assert data.tags == ["diffusion", "distillation", "generator", "cosim"]
+    (only,) = data.eval_results  # of the teacher, and of the generator at another time, nothing
+    assert (only.metric_type, only.metric_value, only.dataset_type) == ("fd_digits", 4.5, "digits")
+    assert only.metric_args == {"nfe": 2, "protocol": "digits", "protocol_sha256": results[0].protocol_sha256}
+
+
+def test_the_page_says_what_the_run_says(run: Path):
+    text = card(CONFIG, "me/digits", run=read_run(run), results=[result(4.5, 2, CONFIG), result(1.5, 35)])
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == [
+        *("Use", "Quality", "Schedule", "How it was made", "Limits", "Licence", "Citation")
+    ]
+    for said in (
+        "edmdistill sample me/digits --nfe 2",
+        'load_generator("me/digits")',
+        "| teacher | 35 | 1.500 |",
+        "| generator | 2 | 4.500 | 3.00 x |",
+        "Protocol digits, sha256",
+        "| 2 | 80 2.515 |",
+        "gamma = 1",
+        f"edm.pkl, sha256 `{'0' * 64}`",
+        "Recipe: mine.toml --set training.seed=3, hash `abab",
+        "edmdistill train cosim TEACHER --data digits --recipe mine.toml --set training.seed=3 --run-dir RUN",
+        '"seed": 3,',
+        "It is unfinished: 1,000 of 80,000 images were seen.",
+        "They are not for commercial use. What is made from them goes under the same licence.",
+        "Continuous Semi-Implicit Models",
+        "Analyzing and Improving the Training Dynamics",
+    ):
+        assert said in text, said
+    assert str(run.parent) not in text
+
+
+def test_a_checkpoint_alone_says_less_and_nothing_wrong():
+    text = card(replace(CONFIG, sampling=Sampling()), "me/digits")
+    assert "It was not measured." in text
+    assert "All numbers of evaluations take EDM's curve" in text
+    assert "unfinished" not in text
+    assert "RUN" not in text
+    assert "model-index" not in text
+
+
+def test_a_teacher_has_a_card_too():
+    config = replace(CONFIG, stage="teacher", method=None, recipe_hash=None, images_seen=None, ema=None)
+    text = card(config, "me/teacher")
+    assert 'load_denoiser("me/teacher")' in text
+    assert "A diffusion model of images of 4x4, of 3 classes" in text
+    assert "## Schedule" not in text
+    assert "None" not in text
+
+
+def test_latents_are_said_to_be_latents():
+    text = card(replace(CONFIG, encoder={"kind": "StabilityVAEEncoder"}), "me/latents")
+    assert "--out latents.npz" in text
+    assert "the VAE that turns them into images is not part of it" in text
+
+
+def test_whose_result_it_is():
+    assert is_own(result(1, 2, CONFIG), CONFIG)
+    assert not is_own(result(1, 2), CONFIG)
+    assert not is_own(result(1, 2, CONFIG, recipe_hash="cd" * 32), CONFIG)
+    assert not is_own(replace(result(1, 2, CONFIG), sampler=None), CONFIG)
+
+
+def test_every_method_is_cited():
+    entries = re.findall(r"^@\w+\{(\w+),$", CITATIONS.read_text(), re.MULTILINE)
+    assert len(entries) == len(set(entries))
+    assert METHODS.keys() <= CITED.keys()
+    assert {key for keys in CITED.values() for key in keys} <= set(entries)
+    for method in METHODS:
+        text = card(replace(CONFIG, method=method), "me/digits")
+        cited = text.partition("```bibtex\n")[2].partition("```")[0]
+        assert re.findall(r"\{(\w+),\n", cited) == [*CITED[method], "karras2024edm2"]
+        assert cited.count("{") == cited.count("}")
+
+
+@pytest.mark.parametrize(
+    ("source", "repository"),
+    [
+        ("hf://me/teachers/sub/edm.pkl@v1", "me/teachers"),
+        ("hf://me/teacher@v1", "me/teacher"),
+        ("me/teacher", "me/teacher"),
+        ("me/teacher@refs/pr/1", "me/teacher"),
+        ("https://host/me/teacher", None),
+        ("edm.pkl", None),
+        ("edmdistill train diffusion on digits", None),
+    ],
+)
+def test_the_repository_of_a_source(source: str, repository: str | None):
+    assert repository_of(source) == repository
