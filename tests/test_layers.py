@@ -23,7 +23,7 @@ LAYERS = (
     ("recipes",),
     ("training",),
     ("curves",),
-    ("report",),
+    ("report", "export"),
     ("card",),
     ("hub",),
     ("cli", "assets"),  # assets: the scripts that made what ships with the package
@@ -34,7 +34,12 @@ HOMES = {
     "click": {"cli"},
     "safetensors": {"checkpoints", "hub"},
     "huggingface_hub": {"checkpoints", "card", "hub"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
+    "onnxscript": {"export"},
 }
+EXTRAS = "quickstart", "lowbit", "plot", "diffusers", "onnx"
+"""Optional packages that are imported here; what the others hold is used by torch or by name alone."""
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 SOURCES = {path.relative_to(ROOT).with_suffix("").parts: path.read_text() for path in PACKAGE.rglob("*.py")}
 
@@ -130,6 +135,6 @@ def test_dependencies_are_what_is_imported():
 
     core = {import_name(requirement) for requirement in project["dependencies"]}
     extras = project["optional-dependencies"]
-    optional = {import_name(requirement) for extra in ("quickstart", "lowbit", "plot") for requirement in extras[extra]}
+    optional = {import_name(requirement) for extra in EXTRAS for requirement in extras[extra]}
     imported = {target[0] for module, source in SOURCES.items() for target in imports(module, source)}
     assert imported - set(sys.stdlib_module_names) - {"edmdistill"} == core | optional

@@ -43,6 +43,7 @@ from edmdistill.checkpoints.store import (
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.adapt import with_double_norm, with_positional_time
+from edmdistill.networks.magnitude import GAINS
 from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS, Denoiser, FlowNetwork
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.schedules import edm_sigmas
@@ -61,8 +62,6 @@ OURS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads"}
 """Constructor arguments that no official class has; only EDM2's have logvar_channels."""
 WITHOUT_EFFECT = {"use_fp16", "model_type"}
 """Official arguments about how the network is run or named, not what it computes."""
-GAINS = {"emb_gain": "emb_linear", "out_gain": "out_conv"}
-"""EDM2's gains, and the layer that each of them scales."""
 
 TOLERANCE = 1e-10
 """Largest relative difference in float64 that a conversion may make; 1e-12 is usual."""
@@ -326,6 +325,21 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+def load_flow(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
+    """The network of a checkpoint as it stands there, but with one time, in float32 on the CPU.
+
+    Args:
+        source: as load_model's.
+    Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
+    """
+    path = resolve(source)
+    if path.is_dir():
+        flow, config = load_checkpoint(checkpoint_in(path))
+    else:
+        flow, config = read_source(path)
+    return drop_second_time(flow) if flow.two_time else flow, config
+
+
 def load_model(
     source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Denoiser | Generator:
@@ -336,13 +350,7 @@ def load_model(
         dtype: of the network's arithmetic: float16 and bfloat16 inside it only, float64 throughout; default float32.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
-    path = resolve(source)
-    if path.is_dir():
-        flow, config = load_checkpoint(checkpoint_in(path))
-    else:
-        flow, config = read_source(path)
-    if flow.two_time:
-        flow = drop_second_time(flow)
+    flow, config = load_flow(source)
     if dtype == torch.float64:
         flow.double()
     elif dtype is not None:

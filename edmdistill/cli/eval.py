@@ -110,23 +110,25 @@ def command(
     if count and seeds:
         raise click.UsageError("--n N means the seeds 0 to N - 1, so it does not go with --seeds.")
 
+    from edmdistill.evaluation.saved import checkpoint_to_save_in
+
+    place = checkpoint_to_save_in(source) if save else None
     if protocol is None:
         result = _likelihood(source, str(ref), split, count, probes, tolerance, batch, device)
-        _show([result], as_json, out)
+        _show([result], as_json, out, place)
         return
+
     from tqdm import tqdm
 
     from edmdistill.checkpoints.convert import load_denoiser, load_model
     from edmdistill.evaluation.images import is_images
     from edmdistill.evaluation.protocol import evaluate, find_protocol, open_reference
-    from edmdistill.evaluation.saved import checkpoint_to_save_in, save_results
     from edmdistill.sampling.load import pick_device
     from edmdistill.sampling.seeds import parse_seeds
     from edmdistill.sampling.times import parse_times
 
     numbers = range(count) if count else parse_seeds(seeds) if seeds else None
     standard, where = find_protocol(protocol), pick_device(device)
-    place = checkpoint_to_save_in(source) if save else None
     data = open_reference(ref, standard)
     model = source if is_images(source) else load_model(source, where)
     weaker = None if guide is None else load_denoiser(guide, where)
@@ -157,20 +159,21 @@ def command(
             )
             for evaluations in nfe
         ]
-    if place is not None:
-        save_results(place, results)
-    _show(results, as_json, out)
+    _show(results, as_json, out, place)
 
 
-def _show(results: "Sequence[Result]", as_json: bool, out: Path | None) -> None:
-    """Prints results, and writes them if asked."""
+def _show(results: "Sequence[Result]", as_json: bool, out: Path | None, place: Path | None) -> None:
+    """Prints results, and writes them to a file and into a checkpoint if asked."""
     from edmdistill.checkpoints.aside import aside
     from edmdistill.evaluation.protocol import results_json, results_table
+    from edmdistill.evaluation.saved import save_results
 
     document = results_json(results)
     if out is not None:
         with aside(out) as new:
             new.write_text(document + "\n", encoding="utf-8")
+    if place is not None:
+        save_results(place, results)
     click.echo(document if as_json else results_table(results))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edmdistill.checkpoints.store import load_tensors
+from edmdistill.checkpoints.store import fill, load_tensors
 from edmdistill.errors import DatasetError
 
 DIGITS_WEIGHTS = Path(__file__).parents[1] / "assets" / "digits-features.safetensors"
@@ -88,17 +88,22 @@ class DigitsNet(nn.Module):
 
 
 class Digits:
-    """The features of a classifier of 8x8 digits in the package's assets, made by its make_features."""
+    """The features of a classifier of 8x8 digits: that in the package's assets, made by its make_features.
+
+    Args:
+        weights: of another classifier of the same layers.
+    """
 
     name = "digits"
     dim: int | None = 64
     sha256: str | None
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.sha256 = hashlib.sha256(DIGITS_WEIGHTS.read_bytes()).hexdigest()
+    def __init__(self, device: torch.device | str = "cpu", weights: Path = DIGITS_WEIGHTS) -> None:
+        tensors = load_tensors(weights)[0]
+        self.sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
         self._device = device
         self._net = DigitsNet()
-        self._net.load_state_dict(load_tensors(DIGITS_WEIGHTS)[0])
+        fill(self._net, tensors, str(weights))
         # In float64 every device and batch size agrees to the last digit that counts.
         self._net.to(device, torch.float64).requires_grad_(False)
 
@@ -107,7 +112,12 @@ class Digits:
 
     def classify(self, images: Tensor) -> Tensor:
         """uint8 [N,1,8,8] -> probabilities of the ten digits, float32 [N,10]."""
-        return functional.softmax(self._net(self._input(images)), 1).float()
+        return functional.softmax(self.logits(images), 1).float()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """uint8 [N,1,8,8] -> float64 [N,10]"""
+        logits: Tensor = self._net(self._input(images))
+        return logits
 
     def _input(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (1, 8, 8):

@@ -53,6 +53,11 @@ class Table(NamedTuple):
         """What was measured, and against what."""
         own = self.protocol
         real = f"{own.reference.source} ({own.reference.split}, {own.reference.n} images)" if own.reference else "-"
+        if own.features is None:
+            return (
+                f"Protocol {own.name}, sha256 {own.sha256():.12}: bits per dimension of {real}, classes {own.labels}. "
+                "NFE counts the evaluations of the network for an image, in the mean."
+            )
         return (
             f"Protocol {own.name}, sha256 {own.sha256():.12}: {own.n} images, seeds {own.seeds}, classes {own.labels}, "
             f"against {real}. NFE counts the evaluations of the network for an image."
@@ -122,6 +127,8 @@ def _table(results: Sequence[Result], generator: Generator) -> Table:
             f"{_number(value)}: {value / goal:.2f} times the teacher's best, {_number(goal)} in {steps}."
         )
     curves = {who: list(own.items()) for who, own in reversed(best.items()) if 0 not in own}
+    if results[0].protocol.features is None:
+        curves = {}  # a likelihood's evaluations are what its solver took, and nobody's choice
     return Table(results[0].protocol, body, claim, curves, _heading(main))
 
 

@@ -152,8 +152,8 @@ class DhariwalUNet(Network):
 
         # Encoder.
         skips = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+        for name, layer in self.enc.items():
+            x = layer(x) if name.endswith("conv") else layer(x, emb)
             skips.append(x)
 
         # Decoder.

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from edmdistill.kernels.magnitude import normalize
 from edmdistill.networks.embeddings import GuidanceEmbedding
-from edmdistill.networks.magnitude import MPConv, MPFourier
+from edmdistill.networks.magnitude import GAINS, MPConv, MPFourier
 
 
 class Residual(nn.Module):
@@ -178,7 +178,11 @@ class Network(nn.Module, ABC):
                 layer.normalize_()
 
     def fold(self) -> None:
-        """Normalises EDM2's weights once for all; the network is not trainable after it."""
+        """Makes EDM2's layers plain, normalisation and gains in their weights; it cannot be trained after that."""
+        for module in self.modules():
+            for gain, scaled in GAINS.items():
+                if isinstance(layer := getattr(module, scaled, None), MPConv):
+                    layer.fold_(getattr(module, gain))
         for layer in self.modules():
             if isinstance(layer, MPConv):
                 layer.fold_()

@@ -244,8 +244,8 @@ class UNet(Network):
         # Encoder.
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+        for name, layer in self.enc.items():
+            x = layer(x) if name.endswith("conv") else layer(x, emb)
             skips.append(x)
 
         # Decoder.

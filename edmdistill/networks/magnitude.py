@@ -11,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.kernels.magnitude import mp_conv, mp_fourier, normalize_weight
+from edmdistill.kernels.ops import conv2d, linear
+
+GAINS = {"emb_gain": "emb_linear", "out_gain": "out_conv"}
+"""EDM2's gains, and the layer that each of them scales."""
 
 
 class MPConv(nn.Module):
@@ -23,15 +27,23 @@ class MPConv(nn.Module):
         self.folded = False
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        return mp_conv(x, self.weight if self.folded else normalize_weight(self.weight), gain)
+        if self.folded:
+            return linear(x, self.weight) if self.weight.ndim == 2 else conv2d(x, self.weight)
+        return mp_conv(x, normalize_weight(self.weight), gain)
 
     @torch.no_grad()
     def normalize_(self) -> None:
         self.weight.copy_(normalize_weight(self.weight))
 
-    def fold_(self) -> None:
+    @torch.no_grad()
+    def fold_(self, gain: Tensor | float = 1.0) -> None:
+        """From now on a plain convolution or linear map, by the weight that it was with this gain.
+
+        The numbers stay, to the bit; what is then passed as gain counts no more.
+        """
         if not self.folded:
             self.normalize_()
+            self.weight.mul_(gain / math.sqrt(self.weight[0].numel()))
         self.weight.requires_grad_(False)
         self.folded = True
 

@@ -217,7 +217,7 @@ class IDDPM(NoisePrediction):
         Raises: TrainingError: sigma has a tangent. The number climbs in steps: its derivative, 0 between them, would
             say that the network does not feel the time.
         """
-        if isinstance(sigma, Dual):
+        if not isinstance(sigma, Tensor):  # a Dual
             raise TrainingError(
                 f"an iDDPM network knows {self.M} noise levels and none between, so it has no derivative in time: "
                 "take a teacher with EDM, VP or VE preconditioning"

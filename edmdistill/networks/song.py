@@ -208,7 +208,7 @@ class SongUNet(Network):
             elif "aux_residual" in name:
                 x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
             else:
-                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+                x = layer(x) if name.endswith("conv") else layer(x, emb)
                 skips.append(x)
 
         # Decoder.

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
 from edmdistill.checkpoints.aside import aside
@@ -39,6 +41,24 @@ def check_output(out: Path, *, latent: bool) -> None:
         raise EdmDistillError(
             f"{out} cannot be written, since {there} is no folder that you may write to: choose another"
         )
+
+
+def read_image(path: Path, channels: int, resolution: int) -> Tensor:
+    """One picture of a size, gray or RGB as asked.  [C,H,W] float32 in [-1, 1]
+
+    Raises: EdmDistillError: it is no picture, or of another size.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise EdmDistillError(f"{path} cannot be read as a picture ({error}): give a PNG") from error
+    if pixels.shape[:2] != (resolution, resolution):
+        raise EdmDistillError(
+            f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, but the network's images are {resolution}x{resolution}: "
+            "resize it first"
+        )
+    return torch.from_numpy(pixels.reshape(resolution, resolution, channels)).permute(2, 0, 1) / 127.5 - 1
 
 
 def write_samples(

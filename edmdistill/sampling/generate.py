@@ -19,6 +19,8 @@ from edmdistill.sampling.heun import EDM, EDM2, Churn, Style, edm_sampler, steps
 from edmdistill.sampling.labels import label_vectors
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.sampling.times import check_times
+from edmdistill.sampling.trajectory import Towards, paper_sigmas, reference_sampler
+from edmdistill.trigflow import cos_sin, ddim_step, denoised, sigma_to_time, time_to_sigma
 
 NO_CHURN = Churn()
 SOLVERS: dict[str, Callable[..., Tensor]] = {
@@ -44,6 +46,7 @@ def sample(
     guide: Denoiser | None = None,
     solver: str | None = None,
     churn: Churn = NO_CHURN,
+    towards: Towards | None = None,
     batch: int = 64,
     on_progress: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -65,13 +68,22 @@ def sample(
         guide: the network to move away from; default: the teacher without labels.
         solver: a teacher's, of SOLVERS; default: heun.
         churn: fresh noise on a teacher's way by Heun's method; see Churn.
+        towards: a reference image, from which every image starts, and to which it is pulled, by teacher or generator,
+            at times and with a gamma of below 1 as a generator's; default: paper_sigmas and 0; see reference_sampler.
         batch: images at a time.
         on_progress: called with the number of images that have just been finished.
     Returns: images [N,C,H,W] float32 in [-1, 1], on the CPU. Of a network that works on the latents of a VAE (see
         is_latent): those latents as they are, for decoding is not done here.
     Raises: EdmDistillError: an option that does not fit the model, or is out of range.
     """
-    if isinstance(model, Generator):
+    if towards is not None:
+        told = guidance is not None and isinstance(model, Denoiser)
+        if nfe is not None or told or guide is not None or solver is not None or churn != NO_CHURN:
+            raise EdmDistillError(
+                "nfe, solver, churn and a teacher's guidance play no part on the way to a reference: leave them out"
+            )
+        solve = _reference_solver(model, towards, gamma, times, guidance_of(model, guidance))
+    elif isinstance(model, Generator):
         if guide is not None or solver is not None or churn != NO_CHURN:
             raise EdmDistillError("guide, solver and churn are for teachers, and this is a generator: leave them out")
         solve = _gamma_solver(model, nfe, gamma, times, guidance_of(model, guidance))
@@ -86,7 +98,8 @@ def sample(
     flow = model.flow
     vectors = None if labels is None else label_vectors(labels, flow.label_dim, len(seeds))
     device = next(flow.parameters()).device
-    trained = [network for network in (model, guide) if network is not None and network.training]
+    score = None if towards is None else towards.score
+    trained = [network for network in (model, guide, score) if network is not None and network.training]
     images = []
     try:
         for network in trained:
@@ -165,6 +178,52 @@ def _gamma_solver(
     generator = partial(model, w=torch.tensor(guidance)) if model.flow.guided else model
     times = check_times(times, nfe)
     return partial(gamma_sampler, generator, times=times, sigma_data=model.flow.sigma_data, gamma=gamma)
+
+
+def _reference_solver(
+    model: Generator | Denoiser,
+    towards: Towards,
+    gamma: float | None,
+    times: Sequence[float] | Tensor | None,
+    guidance: float,
+) -> Callable[..., Tensor]:
+    flow, gamma = model.flow, gamma or 0.0
+    if not 0 <= gamma < 1:
+        raise EdmDistillError(f"on the way to a reference, gamma lies in [0, 1), but it is {gamma:g}")
+    if towards.score is None and isinstance(model, Generator) and not flow.two_time:
+        raise EdmDistillError(
+            "this generator jumps to the data alone and knows no score to correct its way by: name its teacher as score"
+        )
+    size = flow.img_channels, flow.img_resolution, flow.img_resolution
+    if tuple(towards.reference.shape) != size:
+        raise EdmDistillError(
+            f"the reference is {list(towards.reference.shape)}, but the network's images are {list(size)}"
+        )
+    sigmas = paper_sigmas(flow.sigma_min, flow.sigma_max)
+    if times is not None:
+        sigmas = time_to_sigma(check_times(times), flow.sigma_data)
+
+    w = torch.tensor(guidance) if flow.guided else None
+
+    def F(x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        out = flow(x_t, t, labels, s if flow.two_time else None, w=w)
+        assert isinstance(out, Tensor)
+        return out
+
+    def jump(x: Tensor, sigma: Tensor, sigma_next: Tensor, labels: Tensor | None) -> Tensor:
+        t, s = sigma_to_time(sigma, flow.sigma_data), sigma_to_time(sigma_next, flow.sigma_data)
+        x_t = cos_sin(t, x)[0] * x
+        return ddim_step(x_t, F(x_t, t, s, labels), t, s, flow.sigma_data) / cos_sin(s, x)[0]
+
+    def denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        t = sigma_to_time(sigma, flow.sigma_data)
+        x_t = cos_sin(t, x)[0] * x
+        return denoised(x_t, F(x_t, t, t, labels), t, flow.sigma_data)
+
+    known = denoiser if towards.score is None else towards.score
+    return partial(
+        reference_sampler, jump, known, towards=towards, sigmas=sigmas, sigma_data=flow.sigma_data, gamma=gamma
+    )
 
 
 def default_nfe(teacher: Denoiser, solver: str = "heun") -> int:

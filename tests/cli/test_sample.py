@@ -1,5 +1,6 @@
 """`edmdistill sample`, from the words of a command to files."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,74 @@ def test_latents(runs: dict[str, Path], tmp_path: Path) -> None:
         assert file["latents"].shape == (3, 4, 8, 8)
 
 
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """TorchScript files: a classifier to whom class 1 looks bright and the others dark, and the upper half."""
+    root = tmp_path_factory.mktemp("scripts")
+    functions = {
+        "bright": lambda x: x.mean((1, 2, 3))[:, None] * torch.tensor([-20.0, 20.0, -20.0]),
+        "upper": lambda x: x[:, :, :4],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, function in functions.items():
+            torch.jit.trace(function, torch.zeros(2, 1, 8, 8)).save(str(root / f"{name}.pt"))
+    return {name: root / f"{name}.pt" for name in functions}
+
+
+def test_rejection(runs: dict[str, Path], scripts: dict[str, Path], tmp_path: Path) -> None:
+    words = ["--seeds", "0-5", "--class", "1", "--class", "2", "--nfe", 1, "--reject", 0.5]
+    result = run(runs["run"], *words, "--classifier", scripts["bright"], "--out", tmp_path / "a.npz")
+    assert result.exit_code == 0, result.output
+    with np.load(tmp_path / "a.npz") as file:
+        images, seeds, labels = file["images"], file["seeds"], file["labels"]
+    assert labels.tolist() == [1, 2, 1, 2, 1, 2]
+    again = sample(load_generator(runs["run"] / "generator"), 1, seeds=seeds.tolist(), labels=torch.tensor(labels))
+    assert (abs(images.astype(int) - to_uint8(again).permute(0, 2, 3, 1).numpy()) <= 1).all()
+    pool = sample(load_generator(runs["run"] / "generator"), 1, seeds=[0, 2, 4, 6, 7, 8], labels=1)
+    brightest = to_uint8(pool).double().mean((1, 2, 3)).argsort(descending=True)[:3]
+    assert seeds[labels == 1].tolist() == sorted([0, 2, 4, 6, 7, 8][i] for i in brightest)
+
+
+def test_a_reference(runs: dict[str, Path], scripts: dict[str, Path], tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / "bright.png")
+    Image.fromarray(np.repeat(np.uint8([[255], [0]]), 4, 0) * np.ones((1, 8), np.uint8)).save(tmp_path / "mask.png")
+    words = ["--seeds", "0-7", "--reference", tmp_path / "bright.png", "--reference-weight", 20, "--t", "80,0.3"]
+    drawn = {}
+    for name, net in {"script": scripts["upper"], "mask": f"mask:{tmp_path / 'mask.png'}", "all": "identity"}.items():
+        out = tmp_path / f"{name}.npz"
+        result = run(runs["run"], *words, "--feature-net", net, "--score", runs["teacher"], "--out", out)
+        assert result.exit_code == 0, result.output
+        with np.load(out) as file:
+            drawn[name] = file["images"].astype(int)
+    assert (abs(drawn["script"] - drawn["mask"]) <= 1).all()
+    assert drawn["all"][:, 4:].mean() > drawn["mask"][:, 4:].mean()  # the lower half is pulled, too
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reject", "0.5"], "go together"),
+        (["--reject", "0.5", "--classifier", "nowhere.pt"], "cannot be read as TorchScript"),
+        (["--reject", "0.5", "--classifier", "digits"], "of 3 classes"),
+        (["--correctors", "3"], "are for --reference"),
+        (["--reference", "DIR/gray.png"], "go together"),
+        (["--reference", "DIR/gray.png", "--feature-net", "gray"], "name its teacher"),
+        (["--reference", "DIR/wide.png", "--feature-net", "gray"], "is 9x8"),
+        (["--reference", "DIR/none.png", "--feature-net", "gray"], "cannot be read as a picture"),
+    ],
+)
+def test_mistakes_about_files(runs: dict[str, Path], tmp_path: Path, words: list[str], message: str) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "gray.png")
+    Image.new("L", (9, 8)).save(tmp_path / "wide.png")
+    (tmp_path / "none.png").write_text("nothing")
+    words = [word.replace("DIR", str(tmp_path)) for word in words]
+    result = run(runs["run"], "--seeds", "0-1", *words, "--out", tmp_path / "a.npz")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert not (tmp_path / "a.npz").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "message"),
     [
@@ -180,6 +249,7 @@ def test_latents(runs: dict[str, Path], tmp_path: Path) -> None:
         ("teacher", ["--guidance", "2", "--guide", "nowhere.pkl"], "nowhere.pkl does not exist"),
         ("generator", ["--device", "warp"], "'warp' cannot be used"),
         ("latent", [], "latents"),
+        ("plain", ["--reject", "0.5", "--classifier", "digits"], "this network has none"),
         ("missing", [], "does not exist"),
     ],
 )

@@ -192,6 +192,8 @@ def test_the_result_says_how_and_stands_in_tables(tmp_path: Path) -> None:
     (table,) = tables([read], Ours("", 0))
     assert table.rows[1][0] == "teacher"
     assert table.rows[1][-1].startswith("rk45")
+    assert "bits per dimension of digits (test, 3 images)" in table.caption
+    assert not table.curves
 
 
 def colours() -> Dataset:

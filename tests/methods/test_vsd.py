@@ -157,8 +157,8 @@ def test_scd_takes_the_sum(tiny_networks: Make, tiny_batch: Make, noise: NoiseRa
         return teacher(x, t, None) + 1.5 * (teacher(x, t, labels) - teacher(x, t, None))
 
     played = {**networks, "teacher": teacher}
-    both = SCD(SCDConfig(vsd=0.7, guidance=1.5), played, noise).generator_loss(batch, Draws(0, 6))
-    alone = SCD(SCDConfig(guidance=1.5), played, noise).generator_loss(batch, draws)
+    both = SCD(SCDConfig(vsd=0.7, guidance=(1.5, 1.5)), played, noise).generator_loss(batch, Draws(0, 6))
+    alone = SCD(SCDConfig(guidance=(1.5, 1.5)), played, noise).generator_loss(batch, draws)
     t = (SD**-1 * (0.4 + 2.0 * draws.normal()).exp()).atan()
     generator, auxiliary = networks["generator"], networks["auxiliary"]
     other = generator_loss(generator, guided, auxiliary, batch, t, draws, noise, heads=2)

@@ -1,0 +1,41 @@
+"""edmdistill export."""
+
+from pathlib import Path
+
+import click
+
+TARGETS = "diffusers", "onnx", "torch-export", "nvidia"
+
+
+@click.command("export")
+@click.argument("source")
+@click.option("--to", type=click.Choice(TARGETS), required=True, help="The program that is to use it.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an export that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(source: str, to: str, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Write SOURCE for another program, and print how exactly that makes the same images.
+
+    SOURCE is a generator, a run, or a teacher (which diffusers does not take). DIR gets a README.md with the lines that
+    use it, and:
+
+    \b
+    diffusers     a pipeline with gamma-sampling, which loads with trust_remote_code and needs edmdistill no more
+    onnx          model.onnx: one network evaluation, any number of images
+    torch-export  model.pt2: the same, for torch alone
+    nvidia        model.safetensors with the official names, and network.json with the arguments of their class
+
+    EDM2's weight normalisation and gains are folded into plain convolutions, but for nvidia.
+    """
+    import json
+
+    from edmdistill.export.folder import export
+    from edmdistill.export.parity import table
+
+    parity = export(source, to, out, overwrite=overwrite)
+    if as_json:
+        document = {"schema_version": 1, "path": str(out), "to": to, "parity": [row._asdict() for row in parity]}
+        click.echo(json.dumps(document, indent=2))
+        return
+    click.echo(f"Largest relative difference of its images to ours:\n\n{table(parity)}\n")
+    click.echo(f"{out} is written: see {out / 'README.md'}.")

@@ -1,0 +1,111 @@
+"""A module as one file that needs nothing of this package: its own definitions, and those that they use, and so on.
+
+For programs that take code as single files. The text of a definition stays as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE = __name__.partition(".")[0]
+
+
+class Source:
+    """The top level of a module of ours.
+
+    Attributes:
+        docstring: the module's.
+        definitions: text and syntax of what is defined here, by name, in order.
+        ours: where a name comes from that is imported from the package, as (module, name).
+        others: the statement that imports a name from elsewhere.
+    """
+
+    def __init__(self, module: str) -> None:
+        spec = find_spec(module)
+        assert spec is not None
+        assert spec.origin is not None
+        text = Path(spec.origin).read_text(encoding="utf-8")
+        lines, tree = text.splitlines(), ast.parse(text)
+        self.docstring = ast.get_docstring(tree) or ""
+        self.definitions: dict[str, tuple[str, ast.stmt]] = {}
+        self.ours: dict[str, tuple[str, str]] = {}
+        self.others: dict[str, str] = {}
+        for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                self._imported(node)
+            elif name := _name(node):
+                # A string after a constant is its docstring.
+                constant = isinstance(node, ast.Assign | ast.AnnAssign)
+                last = after if after is not None and constant and _is_string(after) else node
+                first = min([node.lineno, *(mark.lineno for mark in getattr(node, "decorator_list", []))])
+                self.definitions[name] = "\n".join(lines[first - 1 : last.end_lineno]), node
+
+    def _imported(self, node: ast.Import | ast.ImportFrom) -> None:
+        for alias in node.names:
+            name = alias.asname or alias.name
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
+                self.ours[name] = node.module or "", alias.name
+            elif not (isinstance(node, ast.ImportFrom) and node.module == "__future__"):
+                self.others[name] = ast.unparse(
+                    ast.Import([alias]) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, [alias], 0)
+                )
+
+
+def _name(node: ast.stmt) -> str | None:
+    match node:
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
+            return name
+        case ast.Assign(targets=[ast.Name(id=name)]):
+            return name
+    return None
+
+
+def _is_string(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+@cache
+def _source(module: str) -> Source:
+    return Source(module)
+
+
+def bundle(module: str, licence: str = "Apache-2.0") -> str:
+    """The text of that file: imports, then definitions, each after what it uses.
+
+    Raises: ValueError: two definitions or imports of one name, which a single file cannot hold.
+    """
+    imports: dict[str, str] = {}
+    definitions: dict[tuple[str, str], str] = {}
+    seen: set[tuple[str, str]] = set()
+
+    def visit(home: str, name: str) -> None:
+        source = _source(home)
+        if name in source.ours:
+            visit(*source.ours[name])
+        elif name in source.others:
+            if imports.setdefault(name, source.others[name]) != source.others[name]:
+                raise ValueError(f"{home} imports another {name} than what it is bundled with")
+        elif name in source.definitions and (home, name) not in seen:
+            seen.add((home, name))
+            text, node = source.definitions[name]
+            for part in ast.walk(node):
+                if isinstance(part, ast.Name):
+                    visit(home, part.id)
+            definitions[home, name] = text
+
+    root = _source(module)
+    for name in root.definitions:
+        visit(module, name)
+    names = [name for _, name in definitions]
+    if twice := {name for name in names if names.count(name) > 1 or name in imports}:
+        raise ValueError(f"{module} is bundled with two of the name {min(twice)}")
+    head = (
+        f'"""{root.docstring}\n\nMade by edmdistill from its own source, so that this file needs nothing else of it. '
+        f'Licence: {licence}.\n"""'
+    )
+    statements = "\n".join(sorted(set(imports.values()), key=lambda text: (text.startswith("from"), text)))
+    top = "\n\n".join([head, "from __future__ import annotations", statements])
+    return "\n\n\n".join([top, *definitions.values()]) + "\n"

@@ -1,0 +1,123 @@
+"""To diffusers: a pipeline folder that loads by DiffusionPipeline.from_pretrained, without this package.
+
+Its code is made of ours (`export.bundle`), not a traced graph: so it follows .to(device, dtype), offloading and
+torch.compile, and can be read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edmdistill.checkpoints.store import CheckpointConfig, facts, save_tensors
+from edmdistill.data.latents import statistics_of
+from edmdistill.errors import EdmDistillError
+from edmdistill.export.bundle import bundle
+from edmdistill.export.one_step import OneStep
+from edmdistill.export.parity import SEEDS, Parity, compare
+from edmdistill.networks.preconditioning import FlowNetwork
+
+FILES = {
+    "pipeline.py": "edmdistill.export.remote.pipeline",
+    "scheduler/gamma_scheduler.py": "edmdistill.export.remote.scheduler",
+    "unet/edmdistill_network.py": "edmdistill.export.remote.network",
+}
+"""Code, and the module that it is made of."""
+VAE = '    vae = AutoencoderKL.from_pretrained("{}")\n'
+
+
+def require() -> None:
+    """Raises: EdmDistillError: diffusers is missing."""
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise EdmDistillError(
+            f"--to diffusers needs {error.name}, which is not installed: pip install 'edmdistill[diffusers]'"
+        ) from error
+
+
+def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
+    """Raises: EdmDistillError: a teacher, which gamma-sampling is not for."""
+    if config.stage != "generator":
+        raise EdmDistillError("a pipeline samples a generator, and this is a teacher: export it --to another")
+    latent = statistics_of(config.encoder) is not None
+    classes = ", class_labels=0" if flow.label_dim else ""
+    return f"""\
+    import torch
+    from diffusers import {"AutoencoderKL, " if latent else ""}DiffusionPipeline
+{VAE.format(config.encoder.get("vae_name", "stabilityai/sd-vae-ft-mse")) if latent else ""}\
+    pipe = DiffusionPipeline.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True{", vae=vae" if latent else ""})
+    generator = [torch.Generator().manual_seed(seed) for seed in range(16)]
+    images = pipe(num_inference_steps=2, generator=generator{classes}).images
+
+One generator an image gives the images of `edmdistill sample --seeds 0-15`. `sigmas=[80, 2.5]` names the noise levels,
+`gamma=0.5` the share of fresh noise between them; classes that are not named are drawn.
+
+The remote code is plain torch, made of edmdistill's own source, and needs edmdistill no more: `pipeline.py`,
+`scheduler/gamma_scheduler.py` and `unet/edmdistill_network.py`, under Apache-2.0.
+"""
+
+
+def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Parity, ...]:
+    """Writes the pipeline, and loads it as its users do."""
+    from diffusers import __version__
+
+    def put(file: str, content: dict[str, object]) -> None:
+        text = json.dumps({"_diffusers_version": __version__} | content, indent=2)
+        (folder / file).write_text(text + "\n", encoding="utf-8")
+
+    for part in ("scheduler", "unet"):
+        (folder / part).mkdir()
+    for file, module in FILES.items():
+        (folder / file).write_text(bundle(module), encoding="utf-8")
+    known, latents = facts(flow), statistics_of(config.encoder)
+    names = config.label_names
+    index = {
+        "_class_name": ["pipeline", "GammaPipeline"],
+        "unet": ["edmdistill_network", "EdmdistillNetwork"],
+        "scheduler": ["gamma_scheduler", "GammaScheduler"],
+        "vae": [None, None],
+        "id2label": None if names is None else {str(i): name for i, name in enumerate(names)},
+        "guidance_range": config.guidance.range if flow.guided and config.guidance else None,
+        "latent_scale": None if latents is None else latents.scale,
+        "latent_bias": None if latents is None else latents.bias,
+    }
+    put("model_index.json", index)
+    spec = known["network"]
+    network = {"kind": spec.kind, "arguments": spec.arguments, "preconditioning": known["preconditioning"]}
+    put("unet/config.json", {"_class_name": "EdmdistillNetwork", **network})
+    schedule = {"sigmas": config.sampling.sigmas, "gamma": config.sampling.gamma}
+    levels = {"sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
+    put("scheduler/scheduler_config.json", {"_class_name": "GammaScheduler", **schedule, **levels})
+    step = OneStep(flow.network, flow.preconditioning)
+    weights = {f"one_step.{name}": tensor for name, tensor in step.state_dict().items()}
+    save_tensors(folder / "unet/diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
+    pipe = _loaded(folder)
+
+    def images(nfe: int) -> Tensor:
+        generator = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        found: Tensor = pipe(num_inference_steps=nfe, generator=generator, output_type="latent").images
+        return found if latents is not None else found.clamp(-1, 1)
+
+    return compare(flow, config, images)
+
+
+def _loaded(folder: Path) -> Any:
+    """The pipeline, as its users load it, but without a word."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    finally:
+        logging.enable_progress_bar()
+        logging.set_verbosity(level)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

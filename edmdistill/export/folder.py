@@ -1,0 +1,106 @@
+"""A checkpoint as a folder for another program, whole or not at all, and the proof that it makes our images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from edmdistill import __version__
+from edmdistill.checkpoints.aside import aside
+from edmdistill.checkpoints.convert import load_flow
+from edmdistill.checkpoints.store import CheckpointConfig, Generator
+from edmdistill.errors import CheckpointError
+from edmdistill.export import diffusers, nvidia, onnx, torch_export
+from edmdistill.export.parity import SEEDS, Parity, table
+from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.trigflow import time_to_sigma
+
+MANIFEST = "export.json"
+
+
+class Target(NamedTuple):
+    """A program to export for.
+
+    Attributes:
+        library: what the Hub calls it.
+        require: raises where a package is missing.
+        readme: how the folder is used.
+        write: writes all but README and manifest, and compares.
+    """
+
+    library: str
+    require: Callable[[], None]
+    readme: Callable[[FlowNetwork, CheckpointConfig], str]
+    write: Callable[[Path, FlowNetwork, CheckpointConfig], tuple[Parity, ...]]
+
+
+TARGETS = {
+    "diffusers": Target("diffusers", diffusers.require, diffusers.readme, diffusers.write),
+    "onnx": Target("onnx", onnx.require, onnx.readme, onnx.write),
+    "torch-export": Target("pytorch", lambda: None, torch_export.readme, torch_export.write),
+    "nvidia": Target("pytorch", lambda: None, nvidia.readme, nvidia.write),
+}
+
+
+def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = False) -> tuple[Parity, ...]:
+    """Writes a checkpoint for another program, and samples what is written as that program would.
+
+    Args:
+        source: a checkpoint of ours (folder or Hub id), a run directory, an official pickle or OpenAI's .pt.
+        to: one of TARGETS.
+        out: the folder to write.
+        overwrite: replace an export that is there.
+    Returns: the largest differences to our images.
+    Raises: EdmDistillError: a package is missing, the target has no place for such a network, something is in the way,
+        or the images came out others.
+    """
+    target, out = TARGETS[to], Path(out)
+    target.require()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / MANIFEST).is_file():
+            raise CheckpointError(f"{out} exists and is no export: choose another place.")
+        if not overwrite:
+            raise CheckpointError(f"{out} holds an export already: choose another place, or say --overwrite.")
+    flow, config = load_flow(source)
+    flow.requires_grad_(False).eval()
+    readme = target.readme(flow, config)
+    generator = Generator(flow, config)
+    levels = {str(nfe): time_to_sigma(generator.schedule(nfe), flow.sigma_data).tolist() for nfe in range(1, 9)}
+    with aside(out) as folder, torch.no_grad():
+        folder.mkdir()
+        parity = target.write(folder, flow, config)
+        document = {
+            "schema_version": 1,
+            "edmdistill": __version__,
+            "to": to,
+            "sigmas": levels,
+            "gamma": config.sampling.gamma,
+            "parity": [row._asdict() for row in parity],
+            "checkpoint": config,
+        }
+        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
+        (folder / "README.md").write_text(_card(target, config, readme, parity), encoding="utf-8")
+    return parity
+
+
+def _card(target: Target, config: CheckpointConfig, readme: str, parity: tuple[Parity, ...]) -> str:
+    licence = config.provenance.licence or "other"
+    return f"""---
+library_name: {target.library}
+license: {licence}
+pipeline_tag: unconditional-image-generation
+---
+
+A {config.stage} from {config.provenance.source}, exported by edmdistill {__version__}.
+Its weights are under this licence: {licence}.
+
+{readme}
+Largest difference to edmdistill's own images of seeds 0 to {max(SEEDS)}, relative to the largest pixel, by the number
+of network evaluations:
+
+{table(parity)}
+"""

@@ -1,0 +1,83 @@
+"""To ONNX: model.onnx, one network evaluation for any number of images."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edmdistill.checkpoints.store import CheckpointConfig
+from edmdistill.errors import EdmDistillError
+from edmdistill.export.one_step import MORE_STEPS, OneStep, example, inputs
+from edmdistill.export.parity import Parity, compare, sampler
+from edmdistill.export.torch_export import program
+from edmdistill.networks.preconditioning import FlowNetwork
+
+FILE = "model.onnx"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporter says of itself and of torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def require() -> None:
+    """Raises: EdmDistillError: a package is missing."""
+    try:
+        with _quiet():
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise EdmDistillError(
+            f"--to onnx needs {error.name}, which is not installed: pip install 'edmdistill[onnx]'"
+        ) from error
+
+
+def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
+    feed = ", ".join(f'"{name}": {name}' for name in example(flow))
+    return f"""\
+`model.onnx` is one network evaluation, for any number of images. With ONNX Runtime and numpy arrays:
+
+    import onnxruntime
+    session = onnxruntime.InferenceSession("model.onnx")
+    (x0,) = session.run(None, {{{feed}}})
+
+{inputs(flow)}
+
+{MORE_STEPS}"""
+
+
+def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Parity, ...]:
+    """Writes FILE and runs it; weights of more than 2 GB, which the format cannot hold, go into FILE.data."""
+    import onnxruntime
+
+    step = OneStep(flow.network, flow.preconditioning).eval()
+    names = list(example(flow))
+    with _quiet():
+        done = torch.onnx.export(
+            program(step, flow), dynamo=True, verbose=False, input_names=names, output_names=["x0"]
+        )
+        assert done is not None
+        done.save(folder / FILE)
+    session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])
+
+    def call(**arguments: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in arguments.items()})[0])
+
+    return compare(flow, config, sampler(flow, config, call))

@@ -1,0 +1,80 @@
+"""Whether what was exported makes our images: it is sampled as `edmdistill sample` samples, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from edmdistill.checkpoints.store import CheckpointConfig, Generator
+from edmdistill.errors import EdmDistillError
+from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.sampling.generate import sample
+from edmdistill.trigflow import cos_sin, time_to_sigma
+
+Step = Callable[..., Tensor]
+"""OneStep's arguments, by name -> x0."""
+
+NFE = 1, 2
+SEEDS = range(3)
+TOLERANCE = 1e-3
+"""Of an image, relative. 1e-6 is usual; a network that predicts noise, as VP's, has 1e-4 at its largest noise levels,
+for its image is what float32 leaves of x - sigma n."""
+
+
+class Parity(NamedTuple):
+    """The largest difference to our images by so many network evaluations, relative to the largest pixel."""
+
+    nfe: int
+    difference: float
+
+
+class Exported(Generator):
+    """A generator whose evaluations another program makes."""
+
+    def __init__(self, flow: FlowNetwork, config: CheckpointConfig, step: Step) -> None:
+        super().__init__(flow, config)
+        self.step = partial(step)  # not as a module of this one: an exported program knows no train() and eval()
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        cos, _ = cos_sin(t, x_t)
+        sigma = time_to_sigma(t, self.flow.sigma_data).float().expand(len(x_t))
+        arguments = {"x": x_t / cos, "sigma": sigma}
+        if labels is not None:
+            arguments["labels"] = labels.argmax(1)
+        if w is not None:
+            arguments["w"] = w.float().expand(len(x_t))
+        return self.step(**arguments)
+
+
+def sampler(flow: FlowNetwork, config: CheckpointConfig, step: Step) -> Callable[[int], Tensor]:
+    """nfe -> the images that `step` makes of SEEDS, in batches of two and of one.  [3,C,H,W]"""
+    model = Exported(flow, config, step).eval()
+    return lambda nfe: sample(model, nfe, seeds=SEEDS, batch=2)
+
+
+def compare(flow: FlowNetwork, config: CheckpointConfig, images: Callable[[int], Tensor]) -> tuple[Parity, ...]:
+    """Those images against ours, which the same network makes on the circle.
+
+    Raises: EdmDistillError: they differ by more than TOLERANCE.
+    """
+    ours = Generator(flow, config).eval()
+    rows = []
+    for nfe in NFE:
+        expected = sample(ours, nfe, seeds=SEEDS)
+        difference = float((images(nfe) - expected).abs().max() / expected.abs().max())
+        if not difference <= TOLERANCE:
+            raise EdmDistillError(
+                f"nothing was exported: its images by {nfe} evaluations differ from ours by {difference:.1e} of the "
+                f"largest pixel, more than {TOLERANCE:g}; please report this"
+            )
+        rows.append(Parity(nfe, difference))
+    return tuple(rows)
+
+
+def table(parity: Sequence[Parity]) -> str:
+    """As text, a line for each number of evaluations, indented as Markdown's code."""
+    lines = [f"    {row.nfe:>10} {row.difference:>10.1e}" for row in parity]
+    return "\n".join([f"    {'nfe':>10} {'difference':>10}", *lines])

@@ -1,0 +1,157 @@
+"""A few-step generator as a pipeline of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from edmdistill.sampling.grid import to_image, to_uint8
+
+
+class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Images by gamma-sampling. With a generator for each image, image i depends on generator i and its class alone.
+
+    Args:
+        unet: EdmdistillNetwork.
+        scheduler: GammaScheduler.
+        vae: what decodes latents, where the network makes those; it does not come with the pipeline.
+        id2label: names of the classes by number; a name may be several, with commas.
+        guidance_range: least and greatest weight of guidance that the network reads, if it reads one.
+        latent_scale, latent_bias: latents are (x0 - bias) / scale, by channel; None for pixels.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: Mapping[str, str] | None = None,
+        guidance_range: Sequence[float] | None = None,
+        latent_scale: Sequence[float] | None = None,
+        latent_bias: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_to_config(
+            id2label=id2label, guidance_range=guidance_range, latent_scale=latent_scale, latent_bias=latent_bias
+        )
+        names = {name.strip(): int(i) for i, words in (id2label or {}).items() for name in words.split(",")}
+        self.labels = dict(sorted(names.items()))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        num_inference_steps: int = 2,
+        sigmas: Sequence[float] | None = None,
+        gamma: float | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[object]:
+        """As many images as there are generators or classes in a list, or as batch_size says; else one.
+
+        Args:
+            class_labels: number or name, for all or for each image; None = drawn.
+            num_inference_steps: network evaluations.
+            sigmas: noise levels to evaluate at, falling, in the place of num_inference_steps.
+            gamma: share of fresh noise between the steps, in [0, 1]; None = the scheduler's own.
+            guidance_scale: weight of the guidance that the network has learnt; None = the least that it knows.
+            generator: a list [torch.Generator().manual_seed(i) for i in seeds] gives the images that
+                `edmdistill sample --seeds` gives.
+            output_type: pil, np ([B,H,W,C] in [0, 1]), pt ([B,C,H,W] in [0, 1]) or latent (what the network makes).
+        Raises: ValueError: counts that differ, a class or a weight that is not there, or latents without a vae.
+        """
+        counts = [len(x) for x in (class_labels, generator) if isinstance(x, Sequence) and not isinstance(x, str)]
+        counts += [] if batch_size is None else [batch_size]
+        if len(set(counts)) > 1:
+            raise ValueError(f"class_labels, generator and batch_size speak of {counts} images: make them one number")
+        if self.config.latent_scale and self.vae is None and output_type != "latent":
+            raise ValueError(
+                "this network makes the latents of a VAE: load the pipeline with vae=AutoencoderKL.from_pretrained("
+                "'stabilityai/sd-vae-ft-mse'), or ask for output_type='latent'"
+            )
+        network, device = self.unet.one_step.network, self._execution_device
+        shape = counts[0] if counts else 1, network.img_channels, network.img_resolution, network.img_resolution
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        classes = self._classes(class_labels, shape[0], network.label_dim, generator, device)
+
+        w = self._guidance(guidance_scale, shape[0], device)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
+        x = self.scheduler.init_noise_sigma * noise
+        for sigma in self.progress_bar(self.scheduler.timesteps):
+            x0 = self.unet(x, sigma.expand(len(x)), classes, w)
+            x = self.scheduler.step(x0, sigma, x, gamma=gamma, generator=generator)
+
+        images = x if output_type == "latent" else self._output(self._decode(x), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _classes(
+        self,
+        labels: int | str | Sequence[int | str] | None,
+        count: int,
+        label_dim: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
+    ) -> Tensor | None:
+        """The class numbers.  int64 [count]"""
+        if not label_dim:
+            if labels is not None:
+                raise ValueError("class_labels were given, but this network has no classes: leave them out")
+            return None
+        # Drawn even where classes are named, so that the noise that comes after is the same.
+        streams = generator if isinstance(generator, list) else [generator] * count
+        drawn = [int(torch.randint(label_dim, [], generator=g, device=g.device if g else "cpu")) for g in streams]
+        if labels is None:
+            return torch.tensor(drawn, device=device)
+        words = [labels] * count if isinstance(labels, int | str) else list(labels)
+        numbers = [self.labels.get(word, -1) if isinstance(word, str) else int(word) for word in words]
+        for word, number in zip(words, numbers, strict=True):
+            if not 0 <= number < label_dim:
+                raise ValueError(f"there is no class {word!r}: classes are 0 to {label_dim - 1}, names in pipe.labels")
+        return torch.tensor(numbers, device=device)
+
+    def _guidance(self, scale: float | None, count: int, device: torch.device) -> Tensor | None:
+        """The weights of guidance, where the network reads any.  [count]"""
+        known = self.config.guidance_range
+        if known is None:
+            if scale is not None:
+                raise ValueError("guidance_scale was given, but this network reads none: leave it out")
+            return None
+        scale = known[0] if scale is None else scale
+        if not known[0] <= scale <= known[1]:
+            raise ValueError(f"guidance_scale lies in [{known[0]:g}, {known[1]:g}], but it is {scale:g}")
+        return torch.full((count,), scale, device=device)
+
+    def _decode(self, x0: Tensor) -> Tensor:
+        """x0 as pixels, nominally in [-1, 1].  [B,C,H,W]"""
+        if self.vae is None:
+            return x0
+        scale, bias = (
+            x0.new_tensor(values)[:, None, None] for values in (self.config.latent_scale, self.config.latent_bias)
+        )
+        pixels: Tensor = self.vae.decode(((x0 - bias) / scale).to(self.vae.dtype)).sample
+        return pixels.float()
+
+    def _output(self, pixels: Tensor, kind: str) -> object:
+        if kind == "pil":
+            return [to_image(image) for image in to_uint8(pixels)]
+        unit = (pixels / 2 + 0.5).clamp(0, 1)
+        if kind == "pt":
+            return unit
+        if kind == "np":
+            array: np.ndarray = unit.permute(0, 2, 3, 1).cpu().numpy()
+            return array
+        raise ValueError(f"output_type is pil, np, pt or latent, but {kind!r} was asked for")

@@ -1,0 +1,100 @@
+"""Gamma-sampling as a scheduler of diffusers, in EDM's scale: x = x0 + sigma n."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from edmdistill.schedules import generator_sigmas
+
+
+class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """Jumps to the image and goes back part of the way, with old noise and new, once for each noise level.
+
+        x = x0 + sigma (sqrt(1 - gamma^2) n + gamma z),    n the noise that was in x, z fresh
+
+    Its timesteps are noise levels, and the model predicts x0.
+
+    Args:
+        sigmas: the noise levels to use by their number: {"2": [80.0, 2.515]}; for other numbers, EDM's curve.
+        sigma_min, sigma_max: the noise levels that the network knows.
+        gamma: share of fresh noise, in [0, 1].
+
+    Source: Yu et al. 2025 (CoSIM), algorithm 1; Kim et al. 2024 (CTM), algorithm 2, for gamma.
+    """
+
+    order = 1
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        sigmas: Mapping[str, Sequence[float]] = {},
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        gamma: float = 1.0,
+    ) -> None:
+        self.timesteps = torch.empty(0)
+        self.init_noise_sigma = sigma_max
+        self.step_index = 0
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int = 2,
+        device: torch.device | str | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Begins a new sampling, at so many noise levels or at those that are given, which fall.
+
+        Raises: ValueError: no levels, levels that rise, or one that the network does not know.
+        """
+        low, high = self.config.sigma_min, self.config.sigma_max
+        if sigmas is None:
+            if num_inference_steps < 1:
+                raise ValueError(f"num_inference_steps is {num_inference_steps}, and at least 1 is needed")
+            own = self.config.sigmas.get(str(num_inference_steps))
+            sigmas = own or generator_sigmas(num_inference_steps, low, high).tolist()
+        levels = list(sigmas)
+        known = all(low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6) for sigma in levels)
+        if not levels or not known or levels != sorted(levels, reverse=True):
+            raise ValueError(f"sigmas must fall and lie from {low:g} to {high:g}, but they are {levels}")
+        self.timesteps = torch.tensor(levels, dtype=torch.float32, device=device)
+        self.init_noise_sigma = levels[0]
+        self.step_index = 0
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
+        """sample: the network scales it by itself."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        gamma: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """From x at one noise level to x at the next; after the last, x0.
+
+        Args:
+            model_output: x0.  [B,C,H,W] float32
+            timestep: the noise level of sample.
+            sample: x.  [B,C,H,W] float32
+            gamma: None = the scheduler's own.
+            generator: of the fresh noise, one for all or one for each image.
+        """
+        gamma = self.config.gamma if gamma is None else gamma
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma is the share of fresh noise and lies in [0, 1], but it is {gamma}")
+        self.step_index += 1
+        if self.step_index == len(self.timesteps):
+            return model_output
+        fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = math.sqrt(1 - gamma**2) * (sample - model_output) / timestep + gamma * fresh
+        x: Tensor = model_output + self.timesteps[self.step_index] * noise
+        return x

@@ -1,0 +1,51 @@
+"""To torch.export: model.pt2, one network evaluation for any number of images."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from edmdistill.checkpoints.store import CheckpointConfig
+from edmdistill.export.one_step import MORE_STEPS, OneStep, example, inputs
+from edmdistill.export.parity import Parity, compare, sampler
+from edmdistill.networks.preconditioning import FlowNetwork
+
+FILE = "model.pt2"
+
+
+def program(step: nn.Module, flow: FlowNetwork) -> ExportedProgram:
+    """OneStep as a graph, for any number of images."""
+    arguments = example(flow)
+    batch = Dim("batch")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about itself
+        return torch.export.export(step, (), arguments, dynamic_shapes={name: {0: batch} for name in arguments})
+
+
+def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
+    return f"""\
+`model.pt2` is one network evaluation, for any number of images, as a program that torch runs without any other code:
+
+    import torch
+    step = torch.export.load("model.pt2").module()
+    x0 = step({", ".join(f"{name}={name}" for name in example(flow))})
+
+{inputs(flow)}
+
+{MORE_STEPS}
+On a GPU: `torch.export.passes.move_to_device_pass(torch.export.load("model.pt2"), "cuda").module()`.
+"""
+
+
+def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Parity, ...]:
+    """Writes FILE and reads it again."""
+    step = OneStep(flow.network, flow.preconditioning).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.export.save(program(step, flow), folder / FILE)
+        module = torch.export.load(folder / FILE).module()
+    return compare(flow, config, sampler(flow, config, module))

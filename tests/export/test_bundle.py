@@ -1,0 +1,49 @@
+"""A module with all that it uses, in one file."""
+
+import ast
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from golden_set import NETWORKS
+
+from edmdistill.checkpoints.convert import load_flow
+from edmdistill.export.bundle import bundle
+from edmdistill.export.diffusers import FILES
+
+
+def imported(text: str) -> set[str]:
+    nodes = list(ast.walk(ast.parse(text)))
+    modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {module.partition(".")[0] for module in modules}
+
+
+@pytest.mark.parametrize("module", FILES.values())
+def test_remote_code_needs_nothing_of_ours(module: str):
+    own = {"__future__", "abc", "collections", "copy", "dataclasses", "functools", "math", "typing"}
+    assert imported(bundle(module)) <= own | {"PIL", "diffusers", "numpy", "torch"}
+
+
+@pytest.fixture(scope="module")
+def copy() -> ModuleType:
+    module = ModuleType("bundled")
+    exec(bundle("edmdistill.networks"), module.__dict__)
+    return module
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_bundled_network_is_the_network(golden: Path, copy: ModuleType, name: str):
+    flow, config = load_flow(golden / name)
+    network = copy.NETWORKS[config.network.kind](**flow.network.arguments).eval()
+    assert type(network).__module__ != type(flow.network).__module__
+    network.load_state_dict(flow.network.state_dict())
+    x, c_noise = torch.randn(2, flow.img_channels, flow.img_resolution, flow.img_resolution), torch.tensor([0.3, -0.2])
+    assert torch.equal(network(x, c_noise), flow.network.eval()(x, c_noise))
+
+
+def test_two_definitions_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two of the name"):
+        bundle("edmdistill.networks.preconditioning")  # its Duals have a rule for `linear`, beside kernels.ops.linear

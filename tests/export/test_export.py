@@ -1,0 +1,267 @@
+"""What is exported makes the images of `edmdistill sample`."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_set import NETWORKS
+
+from edmdistill.checkpoints.convert import build_official, load_flow
+from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.store import (
+    CheckpointConfig,
+    Generator,
+    Guidance,
+    Provenance,
+    Sampling,
+    facts,
+    save_checkpoint,
+)
+from edmdistill.cli.export import TARGETS as CHOICES
+from edmdistill.errors import EdmDistillError
+from edmdistill.export import parity
+from edmdistill.export.folder import TARGETS, export
+from edmdistill.export.nvidia import official, read
+from edmdistill.export.one_step import OneStep
+from edmdistill.networks import new_network
+from edmdistill.networks.adapt import with_positional_time
+from edmdistill.networks.preconditioning import EDM, Denoiser, FlowNetwork
+from edmdistill.sampling.generate import sample
+from edmdistill.sampling.grid import to_image, to_uint8
+
+RGB, LATENT = "edm2-rgb-cond.pkl", "edm2-latent-cond.pkl"
+
+
+@pytest.fixture(scope="module")
+def runs(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator of pixels that reads a weight of guidance, and one of latents."""
+    root = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    small = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": 8}
+    pixels = FlowNetwork(new_network("edm2", 8, 1, 3, guided=True, **small), EDM())
+    for gain in pixels.parameters():
+        if gain.ndim == 0:
+            torch.nn.init.constant_(gain, 0.5)
+    torch.nn.init.normal_(pixels.network.map_guidance.weight)
+    for name, flow in {"pixels": pixels, "latents": load_flow(golden / LATENT)[0]}.items():
+        names = tuple(f"class {i}, number {i}" for i in range(flow.label_dim))
+        config = CheckpointConfig(
+            stage="generator",
+            sampling=Sampling({"2": (80.0, 3.0)}, gamma=0.7),
+            label_names=names,
+            guidance=Guidance("classes", (1.0, 3.0)) if flow.guided else None,
+            encoder=load_flow(golden / LATENT)[1].encoder if name == "latents" else {"kind": "pixels"},
+            provenance=Provenance(source="a test"),
+            **facts(flow),
+        )
+        save_checkpoint(root / name / "generator", flow, config)
+    return root
+
+
+def test_the_choices_are_the_targets():
+    assert tuple(TARGETS) == CHOICES
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_step_is_the_denoiser(golden: Path, name: str):
+    flow, _ = load_flow(golden / name)
+    x, sigma = torch.randn(2, flow.img_channels, flow.img_resolution, flow.img_resolution), torch.tensor([0.3, 7.0])
+    labels = torch.tensor([1, -1]) if flow.label_dim else None
+    vectors = None if labels is None else torch.eye(flow.label_dim + 1)[labels, :-1]
+    expected = [Denoiser(flow.eval())(x, sigma, vectors), Denoiser(flow)(x, sigma)]
+    step = OneStep(flow.network, flow.preconditioning)
+    assert torch.equal(step(x, sigma, labels), expected[0])
+    assert torch.equal(step(x, sigma), expected[1])
+
+
+def test_torch_export(runs: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    found = export(runs / "pixels", "torch-export", out)
+    assert [row.nfe for row in found] == [1, 2]
+    assert max(row.difference for row in found) < 1e-4
+    document = json.loads((out / "export.json").read_text())
+    assert document["sigmas"]["2"] == pytest.approx([80, 3])
+    assert document["parity"] == [row._asdict() for row in found]
+    assert parity.table(found) in (out / "README.md").read_text()
+    # By hand, as the README says: x = sigma n, and then x = x0 + sigma n.
+    step = torch.export.load(out / "model.pt2").module()
+    flow, config = load_flow(runs / "pixels")
+    rng = torch.Generator().manual_seed(5)
+    x0 = torch.zeros(1, flow.img_channels, flow.img_resolution, flow.img_resolution)
+    for index, sigma in enumerate(document["sigmas"]["3"]):
+        n = torch.randn(x0.shape, generator=rng)
+        if index == 0:
+            torch.randint(flow.label_dim, [], generator=rng)
+        x0 = step(x=x0 + sigma * n, sigma=torch.tensor([sigma]), labels=torch.tensor([1]), w=torch.tensor([2.0]))
+    expected = sample(Generator(flow, config), 3, seeds=[5], labels=1, gamma=1.0, guidance=2.0)
+    torch.testing.assert_close(x0.clamp(-1, 1), expected, rtol=0, atol=1e-4)
+
+
+def test_onnx(runs: Path, tmp_path: Path):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason="the extra [onnx] is not installed")
+    assert max(row.difference for row in export(runs / "pixels", "onnx", tmp_path / "out")) < 1e-4
+    assert (tmp_path / "out" / "model.onnx").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network(golden: Path, tmp_path: Path, name: str, to: str):
+    if to == "onnx":
+        pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
+    export(golden / name, to, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def monkeypatches() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def pipelines(runs: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatches: pytest.MonkeyPatch) -> dict:
+    diffusers = pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
+    monkeypatches.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", tmp_path_factory.mktemp("modules"))
+    made = {}
+    for name in ("pixels", "latents"):
+        folder = tmp_path_factory.mktemp("pipelines") / name
+        export(runs / name, "diffusers", folder)
+        made[name] = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        made[name].set_progress_bar_config(disable=True)
+    return made
+
+
+def streams(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_a_pipeline_samples_as_we_do(pipelines: dict, runs: Path):
+    pipe, ours = pipelines["pixels"], Generator(*load_flow(runs / "pixels"))
+    sigmas = [60.0, 2.0, 2.0, 0.3]
+    times = [math.atan(sigma / ours.flow.sigma_data) for sigma in sigmas]
+    for words, options in (
+        ({"num_inference_steps": 3, "guidance_scale": 2.5}, {"nfe": 3, "guidance": 2.5}),
+        ({"sigmas": sigmas, "gamma": 0.0, "class_labels": "number 2"}, {"times": times, "gamma": 0.0, "labels": 2}),
+        ({"sigmas": sigmas, "gamma": 0.4, "class_labels": [1, 0]}, {"times": times, "gamma": 0.4, "labels": [1, 0]}),
+    ):
+        found = pipe(generator=streams(4, 9), output_type="pt", **words).images
+        expected = sample(ours, seeds=[4, 9], **options) / 2 + 0.5
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    (picture,) = pipe(generator=streams(4)).images
+    (pixels,) = to_uint8(sample(ours, seeds=[4]))
+    found, expected = (np.asarray(image).astype(int) for image in (picture, to_image(pixels)))
+    assert found.shape == expected.shape
+    assert abs(found - expected).max() <= 1
+
+
+def test_a_pipeline_of_latents_decodes_by_a_vae(pipelines: dict, runs: Path):
+    from diffusers import AutoencoderKL
+
+    pipe = pipelines["latents"]
+    with pytest.raises(ValueError, match=r"load the pipeline with vae=AutoencoderKL"):
+        pipe(generator=streams(0))
+    with pytest.raises(ValueError, match="reads none"):
+        pipe(generator=streams(0), output_type="latent", guidance_scale=2.0)
+    latents = pipe(generator=streams(0), output_type="latent").images
+    torch.manual_seed(0)
+    vae = AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
+    pipe.register_modules(vae=vae.eval())
+    config = load_flow(runs / "latents")[1]
+    scale, bias = (torch.tensor(config.encoder[name])[:, None, None] for name in ("scale", "bias"))
+    with torch.no_grad():
+        expected = vae.decode((latents - bias) / scale).sample
+    torch.testing.assert_close(
+        pipe(generator=streams(0), output_type="pt").images, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5
+    )
+
+
+def test_a_pipeline_outlives_the_next_one(pipelines: dict):
+    """diffusers runs the code anew for whichever pipeline is loaded, in the module that the first one has."""
+    for pipe in pipelines.values():
+        assert pipe(generator=streams(0), output_type="latent").images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"class_labels": 99}, "no class 99"),
+        ({"class_labels": "no such"}, "no class 'no such'"),
+        ({"class_labels": [1, 2, 3], "batch_size": 2}, r"\[3, 2\] images"),
+        ({"sigmas": [2.0, 80.0]}, "must fall"),
+        ({"sigmas": [800.0]}, "from 0.002 to 80"),
+        ({"guidance_scale": 5.0}, r"lies in \[1, 3\]"),
+        ({"gamma": 1.5}, r"lies in \[0, 1\]"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"output_type": "jpg"}, "'jpg' was asked for"),
+    ],
+)
+def test_a_pipelines_errors(pipelines: dict, words: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        pipelines["pixels"](**words)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nvidias_names_and_arguments(golden: Path, tmp_path: Path, name: str):
+    """What goes out is what the official pickle holds, tensor by tensor, and its class is called as it was there."""
+    checkpoint = read_official(golden / name)
+    flow, config = build_official(checkpoint, upcast=True)
+    arguments, tensors = official(flow, config)
+    assert tensors.keys() == checkpoint.tensors.keys()
+    for key, tensor in checkpoint.tensors.items():
+        rtol = 1e-5 if key == "u" else 0  # iDDPM's noise levels, which we make ourselves
+        torch.testing.assert_close(tensors[key], tensor.float(), rtol=rtol, atol=0)
+    assert arguments["class_name"].endswith(checkpoint.preconditioning_class)
+    recorded = checkpoint.network_arguments | checkpoint.arguments
+    ranges = {"sigma_min", "sigma_max"}  # unlimited there, and what training used here
+    assert all(arguments[key] == value for key, value in recorded.items() if key in arguments.keys() - ranges)
+    assert recorded.keys() - arguments.keys() <= {"in_channels", "out_channels", "use_fp16"} | ranges
+    export(golden / name, "nvidia", tmp_path / "out")
+    there, (here, _) = read(tmp_path / "out"), load_flow(golden / name)
+    assert there.preconditioning == here.preconditioning
+    for found, expected in zip(there.state_dict().values(), here.state_dict().values(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_what_has_no_place_is_refused(golden: Path):
+    flow, config = load_flow(golden / RGB)
+    with pytest.raises(EdmDistillError, match="this is a teacher"):
+        TARGETS["diffusers"].readme(flow, config)
+    adapted = with_positional_time(flow)
+    with pytest.raises(EdmDistillError, match="no positional_time"):
+        official(adapted, config)
+    scaled = FlowNetwork(flow.network, EDM(c_noise_scale=250.0))
+    with pytest.raises(EdmDistillError, match=r"read ln\(sigma\)/4"):
+        official(scaled, config)
+
+
+@pytest.mark.parametrize(("to", "package"), [("diffusers", "diffusers"), ("onnx", "onnxscript")])
+def test_a_package_that_is_missing_is_named(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, package: str
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(EdmDistillError, match=rf"pip install 'edmdistill\[{to}\]'"):
+        export(golden / RGB, to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_an_export_that_is_not_the_same(golden: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(parity, "TOLERANCE", -1.0)
+    with pytest.raises(EdmDistillError, match="nothing was exported: its images by 1 evaluations differ"):
+        export(golden / RGB, "nvidia", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_replaced_if_that_is_said_and_other_things_never(golden: Path, tmp_path: Path):
+    export(golden / RGB, "nvidia", tmp_path / "out")
+    with pytest.raises(EdmDistillError, match="say --overwrite"):
+        export(golden / RGB, "nvidia", tmp_path / "out")
+    export(golden / RGB, "nvidia", tmp_path / "out", overwrite=True)
+    with pytest.raises(EdmDistillError, match="is no export"):
+        export(golden / RGB, "nvidia", tmp_path, overwrite=True)
