@@ -46,9 +46,14 @@ class Draws:
             stream = None if meta else torch.Generator(self.device).manual_seed(int(seeds[block]))
             self._blocks.append((min(BLOCK, batch - block), stream))
         self._rows = stop - start
+        self._common = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(0,)))
 
     def __len__(self) -> int:
         return self._rows
+
+    def common(self) -> float:
+        """From [0, 1), the same for every row of the batch; on the meta device .5, what is usual."""
+        return 0.5 if self.device.type == "meta" else float(self._common.random())
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """From [0, 1).  [rows,*shape]"""

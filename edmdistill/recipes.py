@@ -133,7 +133,8 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Network(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """[network]: what a method without a teacher builds. Image shape and classes come from the data."""
+    """[network]: what a method without a frozen teacher builds, if none is named to start from. Image shape and classes
+    come from the data."""
 
     kind: Literal["song", "adm", "edm2"]
     arguments: dict[str, Any] = {}
@@ -326,10 +327,10 @@ def _resolve(tables: Mapping[str, Any], source: str) -> Recipe:
         if table != "network" or tables.get("network") is not None
     }
     trained = [role for role, part in method.cast(config).items() if part.trained]
-    has_teacher = method.product != "teacher"
-    if ("network" in typed) == has_teacher:
-        what = "takes its network from the teacher: remove" if has_teacher else "has no teacher: add"
-        raise RecipeError(f"{source}: {name} {what} the table [network]")
+    if "network" in typed and any(part.frozen for part in method.cast(config).values()):
+        raise RecipeError(f"{source}: {name} takes its network from the teacher: remove the table [network]")
+    if "network" not in typed and method.product == "teacher":
+        raise RecipeError(f"{source}: {name} has no teacher: add the table [network]")
     for role in typed["training"].lr_by_role:
         if role not in trained:
             hint = _did_you_mean(role, trained)

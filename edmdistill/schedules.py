@@ -7,6 +7,9 @@ EDM's curve runs through both, r in [0, 1]:
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -61,6 +64,54 @@ def cosim_sigmas(
     gamma = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform() / k)
     r_t = (r_s + gamma).clamp(max=1)
     return edm_curve(r_s, sigma_min, sigma_max, rho), edm_curve(r_t, sigma_min, sigma_max, rho)
+
+
+def ctm_indices(
+    draws: Draws,
+    N: int,
+    *,
+    most: int,
+    sampling: Literal["official", "paper"] = "official",
+    matching: Literal["soft", "local", "global"] = "soft",
+    one_step_share: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Where CTM's training jumps from, to, and how far the teacher leads, on a grid 0 ... N - 1 from noise to data.
+
+    t ~ U{0 .. N-1-k}, s ~ U{t+k .. N-1}. "official": k is common to the batch, with P(k) ~ k up to `most`, and soft
+    matching has u = t + k. "paper": k = 1, and u ~ U{t+1 .. s}, `most` steps from t at most.
+
+    Args:
+        most: steps of the teacher, at most.
+        matching: "local": u = t + 1; "global": u = s, or as near to it as `most` allows.
+        one_step_share: of the jumps that lead from the first point to the last.
+    Returns: t, s, u [B] int64 with t < u <= s, and a number of steps that is enough for all of them.
+    Source: Kim et al. 2024 (CTM), appendix D.1 and figure 3; their code for "official".  Differs: with `most` below
+        N - 1 their code hardly ever draws the jump from noise to data; one_step_share does.
+    """
+    most = min(most, N - 1)
+    k = 1
+    if sampling == "official":
+        k = min(most, math.ceil((math.sqrt(1 + 4 * draws.common() * most * (most + 1)) - 1) / 2) or 1)
+    t = (draws.uniform() * (N - k)).long()
+    s = t + k + (draws.uniform() * (N - k - t)).long()
+    one_step = draws.uniform() < one_step_share
+    t, s = t.masked_fill(one_step, 0), s.masked_fill(one_step, N - 1)
+    reach = torch.minimum(s, t + most)
+    if matching == "local":
+        return t, s, t + 1, 1
+    if matching == "global":
+        return t, s, reach, most
+    if sampling == "official":
+        return t, s, t + k, k
+    return t, s, t + 1 + (draws.uniform() * (reach - t)).long(), most
+
+
+def ctm_score_sigmas(draws: Draws, sigma_min: float, sigma_max: float) -> Tensor:
+    """Noise levels of CTM's denoising loss: one half EDM's, ln(sigma) ~ N(-1.2, 1.2^2), one half the upper .7 of EDM's
+    curve, so that large ones are not forgotten.  [B]  Source: CTM, appendix D.1."""
+    usual = lognormal_sigmas(draws, P_mean=-1.2, P_std=1.2)
+    high = edm_curve(1 - 0.7 * draws.uniform(), sigma_min, sigma_max)
+    return torch.where(draws.uniform() < 0.5, usual, high)
 
 
 def lognormal_sigmas(draws: Draws, *, P_mean: float, P_std: float) -> Tensor:

@@ -26,7 +26,7 @@ from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, FlowNetwork
 from edmdistill.schedules import generator_sigmas
-from edmdistill.trigflow import denoised, sigma_to_time
+from edmdistill.trigflow import ddim_step, sigma_to_time
 
 FORMAT_VERSION = "1.0"
 """Of config.json: MAJOR.MINOR. What a file lacks has its default, so every older minor reads as it did. A newer minor
@@ -372,6 +372,8 @@ Its weights are under this licence: {licence}.
 class Generator(nn.Module):
     """A few-step generator: one evaluation takes a point on the circle to its data.
 
+    One that reads a second time (CTM's) takes it to any earlier time as well, and knows the score.
+
     Attributes:
         flow, config: its network and its checkpoint's configuration.
     """
@@ -396,10 +398,23 @@ class Generator(nn.Module):
             w: weights of guidance, where it knows several; None = the least.  [] or [B]
         Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
         """
+        return self.jump(x_t, t, torch.zeros_like(t), labels, w)
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """x_s = cos(t-s) x_t - sin(t-s) sigma_data F: by a network of two times, F(x_t, t, s), where the trajectory is.
+
+        By one of a single time, where its data and the noise that they imply lie at s.
+
+        Args:
+            x_t, t, labels, w: as in forward.
+            s: times in [0, t].  [] or [B]
+        Returns: x_s.  [B,C,H,W] float32, float64 if the parameters are
+        """
         x_t = x_t.to(self.flow.dtype)
         if w is None and self.flow.guided:
             w = torch.tensor(self.guidance[0])
-        return denoised(x_t, self.flow(x_t, t, labels, w=w), t, self.flow.sigma_data)
+        F = self.flow(x_t, t, labels, s if self.flow.two_time else None, w=w)
+        return ddim_step(x_t, F, t, s, self.flow.sigma_data)
 
     def schedule(self, nfe: int) -> Tensor:
         """Times to evaluate at, falling, in radians: the checkpoint's own, else EDM's curve.  [nfe] float64"""

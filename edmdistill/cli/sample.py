@@ -27,7 +27,7 @@ SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
 @click.option(
     "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
 )
-@click.option("--solver", type=click.Choice(SOLVERS), help="Teacher.  [default: heun]")
+@click.option("--solver", type=click.Choice(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]")
 @click.option("--churn", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Teacher: S_churn.")
 @click.option("--churn-min", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Teacher: S_min.")
 @click.option(

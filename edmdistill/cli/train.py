@@ -15,7 +15,7 @@ from edmdistill.errors import EdmDistillError, Elsewhere, TrainingError
 if TYPE_CHECKING:
     from edmdistill.training.run import Run
 
-METHODS = ("diffusion", "cosim", "sid", "scd", "sct", "dscd", "vsd")
+METHODS = ("diffusion", "cosim", "sid", "scd", "sct", "dscd", "vsd", "ctm")
 OFFLOADS = ("ema", "teacher", "optimizer")
 TRACKERS = ("tensorboard", "wandb")
 ALARMS = ("collapse", "saturation", "runaway", "nan")
@@ -138,7 +138,7 @@ def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tupl
                 start = images - training.batch
                 bar = tqdm(total=training.images, initial=start, unit="img", unit_scale=True, mininterval=interval)
                 stack.enter_context(bar)
-            losses = {role: measures[f"loss/{role}"] for role in run.optimizers}
+            losses = {role: measures[f"loss/{role}"] for role in run.optimizers if f"loss/{role}" in measures}
             bar.set_postfix(losses | {name: v for name, v in measures.items() if "/" not in name}, refresh=False)
             bar.update(min(images, training.images) - bar.n)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edmdistill.methods.base import Method
 from edmdistill.methods.cosim import CoSIM
+from edmdistill.methods.ctm import CTM
 from edmdistill.methods.diffusion import Diffusion
 from edmdistill.methods.discrete_scm import DSCD
 from edmdistill.methods.scm import SCD, SCT
@@ -18,4 +19,5 @@ METHODS: dict[str, type[Method]] = {
     "sct": SCT,
     "dscd": DSCD,
     "vsd": VSD,
+    "ctm": CTM,
 }

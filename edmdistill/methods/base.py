@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, NamedTuple, Protocol, overload
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, overload
 
 import msgspec
-from torch import Tensor
+from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.networks.last_layer import LastLayer
+from edmdistill.networks.preconditioning import FlowNetwork
 
 
 class FlowFunction(Protocol):
@@ -53,6 +56,13 @@ class FlowFunction(Protocol):
         """F and its derivative along (dx, dt), without gradient and with the dropout of the next call."""
 
 
+class WatchedFunction(FlowFunction, Protocol):
+    """A network whose last layer a method looks at."""
+
+    def watch(self) -> AbstractContextManager[LastLayer]:
+        """Within it, the last layer remembers its calls; see LastLayer."""
+
+
 class Batch(NamedTuple):
     """Training data.
 
@@ -75,15 +85,24 @@ class NoiseRange(NamedTuple):
     sigma_max: float
 
 
+class Follows(NamedTuple):
+    """Whose moving average a role is: after each of its steps the weights become decay old + (1 - decay) new."""
+
+    role: str
+    decay: float
+
+
 class Role(NamedTuple):
     """A network's part in a method.
 
     Attributes:
-        trained: it has turns; else it is frozen.
+        trained: it has turns.
         two_time: it reads a second time.
         logvars: how many heads for u(t) it has.
         guided: it reads the weight of guidance.
         source: whose network it starts as: the teacher's, or that of the guide, another network of the same data.
+        follows: whose average it is; None: its weights are its own.
+        make: makes a network of another kind, from the teacher and a seed; None: the network is the source's copy.
     """
 
     trained: bool
@@ -91,6 +110,13 @@ class Role(NamedTuple):
     logvars: int = 0
     guided: bool = False
     source: Literal["teacher", "guide"] = "teacher"
+    follows: Follows | None = None
+    make: Callable[[FlowNetwork, int], nn.Module] | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it stays the teacher, or the guide, for good."""
+        return not self.trained and self.follows is None and self.make is None
 
 
 class Loss(NamedTuple):
@@ -109,11 +135,35 @@ class Loss(NamedTuple):
     generated: Tensor | None = None
 
 
+class Look(NamedTuple):
+    """What a turn sees of a micro-batch before any of it is learnt from.
+
+    Attributes:
+        means: over the micro-batch's rows; when the loss gets them, over those of the whole batch.
+        kept: what the loss of the same rows goes on with.
+    """
+
+    means: dict[str, Tensor]
+    kept: Any = None
+
+
 class Turn(NamedTuple):
-    """One optimiser step of one role."""
+    """One optimiser step of one role.
+
+    Attributes:
+        loss: (batch, draws) -> Loss; with a look, (batch, draws, look).
+        look: (batch, draws) -> Look, of every micro-batch before the first loss.
+        begins: the images that have been seen before the first of these turns is taken.
+    """
 
     role: str
-    loss: Callable[[Batch, Draws], Loss]
+    loss: Callable[..., Loss]
+    look: Callable[[Batch, Draws], Look] | None = None
+    begins: int = 0
+
+    def whole(self, batch: Batch, draws: Draws) -> Loss:
+        """The loss of a batch that is not cut."""
+        return self.loss(batch, draws) if self.look is None else self.loss(batch, draws, self.look(batch, draws))
 
 
 class Method(ABC):
@@ -130,8 +180,8 @@ class Method(ABC):
     product: ClassVar[str] = "generator"
 
     @abstractmethod
-    def __init__(self, config: msgspec.Struct, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
-        """networks: a callable for every role."""
+    def __init__(self, config: msgspec.Struct, networks: Mapping[str, Any], noise: NoiseRange) -> None:
+        """networks: of every role, a FlowFunction, or what its `make` makes."""
 
     @abstractmethod
     def turns(self) -> tuple[Turn, ...]:

@@ -84,6 +84,12 @@ class Network(nn.Module, ABC):
         """The residual blocks: the pieces in which a network is sharded and its activations computed again."""
         return [module for module in self.modules() if isinstance(module, Residual)]
 
+    @property
+    def last_layer(self) -> nn.Module:
+        """The one that gives F."""
+        layer: nn.Module = self.out_conv  # type: ignore[assignment]
+        return layer
+
     def checkpoint_blocks(self) -> None:
         """From now on, activations inside blocks are not kept for the backward pass but computed again in it.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from edmdistill.errors import TrainingError
 from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Network
+from edmdistill.networks.last_layer import LastLayer, watched
 from edmdistill.trigflow import expand
 
 Coefficients = tuple[Tensor | float, Tensor | float, Tensor | float, Tensor]
@@ -317,6 +319,10 @@ class FlowNetwork(nn.Module):
         F, *u = out if c_logvar else (out,)
         return F[:, : self.img_channels].to(self.dtype), *u
 
+    def watch(self) -> AbstractContextManager[LastLayer]:
+        """Within it, the last layer remembers its calls."""
+        return watched(self.network.last_layer)
+
     def clamp(self, t: Tensor, x: Tensor) -> Tensor:
         """t, broadcast over x, cut to the times of sigma_min and sigma_max: at 0 and pi/2, c_noise is infinite."""
         low = math.atan(self.sigma_min / self.sigma_data)
@@ -400,7 +406,10 @@ class FlowNetwork(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """EDM's view of the same network, by the official arithmetic: x0 from x = x0 + sigma n."""
+    """EDM's view of the same network, by the official arithmetic: x0 from x = x0 + sigma n.
+
+    A network of two times is asked with both the same: CTM's g(x, t, t).
+    """
 
     def __init__(self, flow: FlowNetwork) -> None:
         super().__init__()
@@ -424,7 +433,8 @@ class Denoiser(nn.Module):
         x = x.to(self.flow.dtype)
         sigma = sigma.to(x.device, x.dtype).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.flow.preconditioning.coefficients(sigma)
-        return c_skip * x + c_out * self.flow.raw(c_in * x, c_noise, labels)[0]
+        second = c_noise if self.flow.two_time else None
+        return c_skip * x + c_out * self.flow.raw(c_in * x, c_noise, labels, second)[0]
 
     def logvar(self, sigma: Tensor) -> Tensor:
         """u(sigma), the log variance of the denoising loss.  sigma [] or [B] -> [B,1,1,1]

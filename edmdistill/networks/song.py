@@ -155,6 +155,10 @@ class SongUNet(Network):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
+    @property
+    def last_layer(self) -> nn.Module:
+        return list(self.dec.values())[-1]
+
     def embed_time(self, parts: Any, c_noise: Tensor, other: Tensor | float = 0.0) -> Tensor:
         """The time, and what else is known before the first layer.  [B] -> [B,emb_channels]
 

@@ -9,11 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from edmdistill.trigflow import diffuse, implied_noise
+from edmdistill.trigflow import cos_sin
 
 
 def gamma_sampler(
-    generator: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    jump: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
     noise: Tensor,
     labels: Tensor | None = None,
     *,
@@ -22,32 +22,35 @@ def gamma_sampler(
     gamma: float = 1.0,
     randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Tensor:
-    """Jumps to the data and goes back part of the way, with old noise and new, once for each time.
+    """Jumps below the next time and goes back to it by fresh noise, once for each time; at last, to the data.
 
-        x0  = G(x_t, t)
-        x_s = cos(s) x0 + sin(s) (sqrt(1 - gamma^2) n + gamma z),    n = (x_t - cos(t) x0) / sin(t)
+        x_s  = G(x_t, t, s),    sigma(s) = sqrt(1 - gamma^2) sigma(t')
+        x_t' = h x_s + gamma sin(t') z,    h = sqrt(1 - gamma^2 sin(t')^2)
 
     gamma = 1 takes fresh noise z only: CoSIM's algorithm 1 and the multistep sampler of consistency models. gamma = 0
-    keeps the noise n that x_t implies: no draw counts, and if G is a denoiser this is DDIM. Where x0 is a draw of the
-    data and n an independent noise, x_s has the law of the diffused data for every gamma.
+    takes none: no draw counts.
+
+    CTM's network knows the whole trajectory: with its true G and x_t of the diffused data's law, every x_t' and the
+    result have the right law too, for every gamma and any times, and gamma = 0 is the end of one trajectory, however
+    many steps it is cut in. A network of one time jumps to the data alone, and G goes back to s by the noise that they
+    imply. Then gamma = 0 is DDIM if the network is a denoiser, and not exact for the true consistency function;
+    gamma = 1 is, and every gamma is for a network that draws from the posterior of the data.
 
     Args:
-        generator: (x_t, t [], labels) -> x0.
+        jump: (x_t, t [], s [], labels) -> x_s.
         noise: unit normal; the start is sin(t) sigma_data noise, which is sigma noise in EDM's scale.  [B,C,H,W]
-        labels: handed to the generator.
+        labels: handed to the jump.
         times: from noise to data, each in (0, pi/2], falling; one may follow itself (CoSIM, proposition 3.8).  [nfe]
         gamma: share of fresh noise, in [0, 1].
         randn_like: unit normal noise of the shape of its argument.
     Returns: x0 [B,C,H,W].
-    Source: CoSIM, algorithm 1 and eq. 18; Kim et al. 2024 (CTM), algorithm 2, for gamma.
-    Differs: CTM's network jumps to any time; here it jumps to the data, and the implied noise leads back. So gamma = 0
-        is not exact for the true consistency function, as it is in CTM; gamma = 1 is, and every gamma is for a G that
-        draws from the posterior of the data.
+    Source: Kim et al. 2024 (CTM), algorithm 2; CoSIM, algorithm 1 and eq. 18.  Differs: CTM's algorithm mixes up x
+        before and after the noise; here on the circle, where EDM's scale brings in h = cos(t') / cos(s).
     """
-    x = diffuse(torch.zeros_like(noise), sigma_data * noise, times[0])
-    x0 = generator(x, times[0], labels)
-    for t, s in pairwise(times):
-        z = math.sqrt(1 - gamma**2) * implied_noise(x, x0, t) + gamma * sigma_data * randn_like(noise)
-        x = diffuse(x0, z, s)
-        x0 = generator(x, s, labels)
-    return x0
+    x = cos_sin(times[0], noise)[1] * (sigma_data * noise)
+    for t, after in pairwise(times):
+        s = torch.atan2(math.sqrt(1 - gamma**2) * after.sin(), after.cos())
+        x = jump(x, t, s, labels)
+        h = (1 - (gamma * after.sin()) ** 2).sqrt()
+        x = h.to(x.dtype) * x + (gamma * after.sin()).to(x.dtype) * (sigma_data * randn_like(noise))
+    return jump(x, times[-1], torch.zeros_like(times[-1]), labels)

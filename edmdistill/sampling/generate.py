@@ -52,6 +52,8 @@ def sample(
 ) -> Tensor:
     """One image for each seed: a generator's by gamma-sampling, a teacher's by a solver of its ODE.
 
+    A generator that knows the score, as CTM's do, is a teacher too if a solver is named.
+
     An image depends on its seed and its label alone, up to the rounding of the network's own kernels. Noise and classes
     are those that the official EDM and EDM2 scripts draw from that seed on a CPU.
 
@@ -66,7 +68,7 @@ def sample(
         guidance: weight of a teacher's guidance, see GuidedDenoiser; of a generator's, one in the range that it has
             learnt. 1 = none; default: 1, or the least that a generator knows.
         guide: the network to move away from; default: the teacher without labels.
-        solver: a teacher's, of SOLVERS; default: heun.
+        solver: a teacher's or CTM generator's, of SOLVERS; default for a teacher: heun.
         churn: fresh noise on a teacher's way by Heun's method; see Churn.
         towards: a reference image, from which every image starts, and to which it is pulled, by teacher or generator,
             at times and with a gamma of below 1 as a generator's; default: paper_sigmas and 0; see reference_sampler.
@@ -76,6 +78,8 @@ def sample(
         is_latent): those latents as they are, for decoding is not done here.
     Raises: EdmDistillError: an option that does not fit the model, or is out of range.
     """
+    if isinstance(model, Generator) and solver is not None and model.flow.two_time:
+        model = Denoiser(model.flow)
     if towards is not None:
         told = guidance is not None and isinstance(model, Denoiser)
         if nfe is not None or told or guide is not None or solver is not None or churn != NO_CHURN:
@@ -85,7 +89,9 @@ def sample(
         solve = _reference_solver(model, towards, gamma, times, guidance_of(model, guidance))
     elif isinstance(model, Generator):
         if guide is not None or solver is not None or churn != NO_CHURN:
-            raise EdmDistillError("guide, solver and churn are for teachers, and this is a generator: leave them out")
+            raise EdmDistillError(
+                "guide, solver and churn are for teachers and CTM's generators, and this is another: leave them out"
+            )
         solve = _gamma_solver(model, nfe, gamma, times, guidance_of(model, guidance))
     else:
         if gamma is not None or times is not None:
@@ -175,9 +181,9 @@ def _gamma_solver(
         if nfe < 1:
             raise EdmDistillError(f"a generator needs at least 1 network evaluation, but {nfe} were asked for")
         times = model.schedule(nfe)
-    generator = partial(model, w=torch.tensor(guidance)) if model.flow.guided else model
+    jump = partial(model.jump, w=torch.tensor(guidance)) if model.flow.guided else model.jump
     times = check_times(times, nfe)
-    return partial(gamma_sampler, generator, times=times, sigma_data=model.flow.sigma_data, gamma=gamma)
+    return partial(gamma_sampler, jump, times=times, sigma_data=model.flow.sigma_data, gamma=gamma)
 
 
 def _reference_solver(

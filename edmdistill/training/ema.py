@@ -9,6 +9,7 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from edmdistill import recipes
 from edmdistill.checkpoints.ema import power_function_beta, sigma_rel_to_gamma
@@ -81,13 +82,16 @@ class Ema:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.profile = profile
 
-    @torch.no_grad()
-    def update(self, network: FlowNetwork, images: int, batch: int) -> None:
+    def update(self, network: nn.Module, images: int, batch: int) -> None:
         """Takes a step of `batch` images into the average; `images` were seen before it."""
-        average = [local(parameter) for parameter in self.network.parameters()]
-        weights = [
-            local(parameter).to(mine.device) for parameter, mine in zip(network.parameters(), average, strict=True)
-        ]
-        torch._foreach_lerp_(average, weights, 1 - self.profile.beta(images, batch))
-        for mine, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
-            mine.copy_(buffer)
+        follow(self.network, network, self.profile.beta(images, batch))
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, beta: float) -> None:
+    """average <- beta average + (1 - beta) weights, shard by shard; buffers are copied."""
+    old = [local(parameter) for parameter in average.parameters()]
+    new = [local(parameter).to(mine.device) for parameter, mine in zip(network.parameters(), old, strict=True)]
+    torch._foreach_lerp_(old, new, 1 - beta)
+    for mine, buffer in zip(average.buffers(), network.buffers(), strict=True):
+        mine.copy_(buffer)

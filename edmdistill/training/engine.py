@@ -55,16 +55,14 @@ class Machine(NamedTuple):
 
 
 class Player:
-    """A role's network as a method calls it: through DDP's wrapper while it learns, bare in all other calls.
+    """A role's network as a method calls it: through DDP's wrapper while it learns, bare in all else."""
 
-    Attributes:
-        tangent: the network's own, which is without gradient.
-    """
-
-    def __init__(self, network: FlowNetwork, wrapper: nn.Module) -> None:
+    def __init__(self, network: nn.Module, wrapper: nn.Module) -> None:
         self.network = network
         self.wrapper = wrapper
-        self.tangent = network.tangent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         learns = self.network.training and torch.is_grad_enabled()
@@ -134,13 +132,14 @@ class Engine:
 
     # Networks.
 
-    def place(self, network: FlowNetwork) -> None:
+    def place(self, network: nn.Module) -> None:
         """Brings a network to the device, or this process's shard of it.
 
-        Parameters without dimensions are kept whole on every process: `fully_shard` takes none.
+        Parameters without dimensions are kept whole on every process: `fully_shard` takes none. So are networks of
+        another kind than the teacher's, which are small.
         """
         network.to(self.device)
-        if self.mesh is not None:
+        if self.mesh is not None and isinstance(network, FlowNetwork):
             scalars = {parameter for parameter in network.parameters() if parameter.ndim == 0}
             for module in (*network.network.blocks(), network.network):
                 fully_shard(module, mesh=self.mesh, reshard_after_forward=True, ignored_params=scalars)
@@ -153,7 +152,7 @@ class Engine:
         """
         cpu_offload(network.network, execution_device=self.device, offload_buffers=True)
 
-    def player(self, network: FlowNetwork, trained: bool) -> Player:
+    def player(self, network: nn.Module, trained: bool) -> Player:
         """What a method calls for a network that is in its place. A trained one has only its used weights unfrozen."""
         if not trained or self.world == 1 or self.mesh is not None:
             return Player(network, network)
@@ -172,7 +171,7 @@ class Engine:
         with quiet if self.mesh is None else nullcontext():
             yield
 
-    def finish_gradients(self, network: FlowNetwork) -> None:
+    def finish_gradients(self, network: nn.Module) -> None:
         """After the last micro-batch: what `fully_shard` left alone is averaged too."""
         if self.mesh is None:
             return
@@ -180,7 +179,7 @@ class Engine:
             if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
                 parameter.grad.copy_(self.total(parameter.grad) / self.world)
 
-    def gradient_norm(self, network: FlowNetwork) -> Tensor:
+    def gradient_norm(self, network: nn.Module) -> Tensor:
         """The norm of a network's whole gradient, the same on every process.  0-dim"""
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         whole = get_total_norm([gradient for gradient in gradients if not isinstance(gradient, DTensor)])

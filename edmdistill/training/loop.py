@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,14 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError, Elsewhere, TrainingError
-from edmdistill.methods.base import Batch, Loss, Turn
+from edmdistill.methods.base import Batch, Look, Loss, Turn
+from edmdistill.networks.preconditioning import FlowNetwork
 from edmdistill.recipes import Training
+from edmdistill.training.ema import follow
 from edmdistill.training.engine import scale_gradients
 from edmdistill.training.metrics import Measures, Tally, Window
 from edmdistill.training.micro_batch import settle_micro_batch
@@ -160,23 +163,26 @@ def rounds(run: Run) -> Iterator[Measures]:
     """
     training, turns = run.recipe.training, run.method.turns()
     with run.stream() as stream:
-        batches = stream.follow(requests(run, len(turns)))
+        batches = stream.follow(requests(run, turns))
         while run.images < training.images:
             measures: Measures = {}
             for index, turn in enumerate(turns):
-                measures |= take_turn(run, turn, index, batches)
+                if run.images >= turn.begins:
+                    measures |= take_turn(run, turn, index, batches)
             for average in run.averages:
                 average.update(run.roles[run.method.product], run.images, training.batch)
             run.images += training.batch
             yield measures
 
 
-def requests(run: Run, turns: int) -> Iterator[tuple[int, int]]:
+def requests(run: Run, turns: Sequence[Turn]) -> Iterator[tuple[int, int]]:
     """The positions [start, stop) in the stream of data of every micro-batch from here to the end, in their order."""
     training = run.recipe.training
-    for batch in range(run.images // training.batch * turns, -(-training.images // training.batch) * turns):
-        for rows in run.engine.rows(training.batch):
-            yield batch * training.batch + rows.start, batch * training.batch + rows.stop
+    for images in range(run.images, training.images, training.batch):
+        for index, turn in enumerate(turns):
+            start = images * len(turns) + index * training.batch
+            for rows in run.engine.rows(training.batch) if images >= turn.begins else ():
+                yield start + rows.start, start + rows.stop
 
 
 def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Measures:
@@ -191,15 +197,22 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     scale = run.scales.get(turn.role)
     factor = 1.0 if scale is None else scale.scale
     tally, losses, micro_batches = Tally(), [], engine.rows(training.batch)
-    for rows in micro_batches:
-        draws = Draws([training.seed, run.images // training.batch, index], training.batch, rows, device=engine.device)
+    entropy = [training.seed, run.images // training.batch, index]
+
+    def drawn(rows: slice) -> Draws:
+        draws = Draws(entropy, training.batch, rows, device=engine.device)
         torch.manual_seed(draws.seed)  # dropout draws from the global generator
-        batch = next(batches)._replace(images=run.images)
+        return draws
+
+    seen = look_first(run, turn, drawn, batches)
+    for rows in micro_batches:
+        batch, look = next(seen)
+        draws = drawn(rows)
         with engine.accumulate(player, last=rows is micro_batches[-1]):
-            loss = turn.loss(batch, draws)
+            loss = turn.loss(batch, draws) if look is None else turn.loss(batch, draws, look)
             share = len(draws) * engine.world / training.batch
             (loss.value.mean() * (share * factor)).backward()  # type: ignore[no-untyped-call]
-        tally.add_loss(turn.role, loss, batch, network.sigma_data)
+        tally.add_loss(turn.role, loss, batch, run.ema.network.sigma_data)
         losses.append((rows, loss))
     engine.finish_gradients(network)
     tally.add(f"grad_norm/{turn.role}", engine.gradient_norm(network) / factor, 1)
@@ -219,12 +232,40 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
         if before is not None:
             require_moved(turn.role, before, fingerprints(run.roles, engine.total))
             run.unproven.remove(turn.role)
-        network.network.after_step()
+        if isinstance(network, FlowNetwork):
+            network.network.after_step()
+        for other, part in run.recipe.roles.items():
+            if part.follows is not None and part.follows.role == turn.role:
+                follow(run.roles[other], network, part.follows.decay)
     if scale is not None:
         scale.update(finite)
         measures[f"loss_scale/{turn.role}"] = scale.scale
     optimizer.zero_grad(set_to_none=True)
     return measures
+
+
+def look_first(
+    run: Run, turn: Turn, drawn: Callable[[slice], Draws], batches: Iterator[Batch]
+) -> Iterator[tuple[Batch, Look | None]]:
+    """A turn's next batches, each with its look if the turn takes any: then with the means over the whole batch."""
+    engine, size = run.engine, run.recipe.training.batch
+    micro_batches = engine.rows(size)
+    if turn.look is None:
+        for _ in micro_batches:
+            yield next(batches)._replace(images=run.images), None
+        return
+    pairs: list[tuple[Batch, Look]] = []
+    means: dict[str, Tensor] = {}
+    for rows in micro_batches:
+        batch = next(batches)._replace(images=run.images)
+        with engine.accumulate(run.players[turn.role], last=False):
+            look = turn.look(batch, drawn(rows))
+        share = (rows.stop - rows.start) / size
+        means = {name: means.get(name, 0) + share * mean for name, mean in look.means.items()}
+        pairs.append((batch, look))
+    means = {name: engine.total(mean) for name, mean in means.items()}
+    for batch, look in pairs:
+        yield batch, look._replace(means=means)
 
 
 def _whole(losses: list[tuple[slice, Loss]], run: Run) -> Loss:

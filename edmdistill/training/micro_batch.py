@@ -10,6 +10,7 @@ from edmdistill.draws import Draws
 from edmdistill.errors import TrainingError
 from edmdistill.methods.base import Batch
 from edmdistill.training.engine import local
+from edmdistill.training.probe import LATE
 from edmdistill.training.run import Run, take_stage
 
 RESERVE = 0.05
@@ -64,9 +65,9 @@ def fits(run: Run, size: int) -> bool:
         for turn in run.method.turns():
             take_stage(run, turn.role)
             labels = torch.zeros(size, network.label_dim, device=engine.device) if network.label_dim else None
-            batch = Batch(torch.zeros(shape, device=engine.device), labels)
+            batch = Batch(torch.zeros(shape, device=engine.device), labels, LATE)
             with engine.accumulate(run.players[turn.role], last=False):
-                turn.loss(batch, Draws(0, size, device=engine.device)).value.sum().backward()  # type: ignore[no-untyped-call]
+                turn.whole(batch, Draws(0, size, device=engine.device)).value.sum().backward()  # type: ignore[no-untyped-call]
             run.roles[turn.role].zero_grad(set_to_none=True)
     except torch.OutOfMemoryError:
         for role in run.optimizers:

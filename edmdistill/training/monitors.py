@@ -20,7 +20,7 @@ class Diverged(TrainingError):
     """A loss, a gradient or a weight is no longer a number."""
 
 
-def diverged(turn: str, loss: Loss, networks: Mapping[str, FlowNetwork], images: int) -> Diverged:
+def diverged(turn: str, loss: Loss, networks: Mapping[str, nn.Module], images: int) -> Diverged:
     """The error that says where a turn went wrong, after its backward pass and before its step.
 
     Args:
@@ -30,7 +30,8 @@ def diverged(turn: str, loss: Loss, networks: Mapping[str, FlowNetwork], images:
     """
     bad = ~loss.value.detach().isfinite()
     if bad.any():
-        sigma = time_to_sigma(loss.t.detach()[bad], networks[turn].sigma_data)
+        flow = next(network for network in networks.values() if isinstance(network, FlowNetwork))
+        sigma = time_to_sigma(loss.t.detach()[bad], flow.sigma_data)
         what = f"the loss of {int(bad.sum())} of {len(bad)} samples, at sigma {sigma.min():.3g} to {sigma.max():.3g}"
     else:
         what = "the gradient, though not the loss"

@@ -127,7 +127,7 @@ class Measured(NamedTuple):
     """A round on the meta device; what is in it is said at Plan, where the machine is known too."""
 
     recipe: Recipe
-    networks: dict[str, FlowNetwork]
+    networks: dict[str, nn.Module]
     passes: dict[str, Pass]
     lent: bool
     flops: float
@@ -158,7 +158,9 @@ def measure(
     probe = Probe(method, recipe.method_config, roles, noise)
     lent = "teacher" in machine.offload
     for role, network in probe.networks.items():
-        if lent and not recipe.roles[role].trained:
+        if not isinstance(network, FlowNetwork):
+            continue
+        if lent and recipe.roles[role].frozen:
             _lend(network)
         if machine.checkpointing:
             network.network.checkpoint_blocks()
@@ -191,17 +193,20 @@ def make_plan(measured: Measured, machine: Machine = Machine(), processes: int =
     states = 2 if measured.recipe.training.optimizer == "adam8bit" else 8  # bytes a parameter
     averages = len(profiles(measured.recipe.ema)) * sizes[method.product]
     if measured.lent:
-        sizes |= {role: 0 for role in networks if role not in learnt}
+        sizes |= {role: 0 for role, part in measured.recipe.roles.items() if part.frozen}
     replicated = processes > 1 and not machine.shard
-    shares = processes if machine.shard else 1
+    flows = {role: network for role, network in networks.items() if isinstance(network, FlowNetwork)}
+    shares = {role: processes if machine.shard and role in flows else 1 for role in networks}
     return Plan(
         parameters={role: sum(p.numel() for p in network.parameters()) for role, network in networks.items()},
-        weights={role: size // shares for role, size in sizes.items()},
-        averages=0 if "ema" in machine.offload else averages // shares,
-        optimizer=0 if "optimizer" in machine.offload else states * sum(learnt.values()) // 4 // shares,
+        weights={role: size // shares[role] for role, size in sizes.items()},
+        averages=0 if "ema" in machine.offload else averages // shares[method.product],
+        optimizer=0
+        if "optimizer" in machine.offload
+        else sum(states * size // 4 // shares[role] for role, size in learnt.items()),
         buckets=sum(learnt.values()) if replicated else 0,
-        gathered=max(map(_largest_piece, networks.values())) if machine.shard else 0,
-        gradients={role: size // shares for role, size in learnt.items()},
+        gathered=max(map(_largest_piece, flows.values())) if machine.shard else 0,
+        gradients={role: size // shares[role] for role, size in learnt.items()},
         passes=passes,
         sharded=machine.shard,
         flops=measured.flops,

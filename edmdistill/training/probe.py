@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import msgspec
 import torch
+from torch import nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Turn
@@ -14,6 +15,8 @@ from edmdistill.networks.preconditioning import FlowNetwork
 
 ROWS = 2
 """Images with which it is seen what a loss reaches."""
+LATE = 2**62
+"""Images seen: so many that all which begins during a run has begun."""
 
 
 class Probe:
@@ -27,13 +30,14 @@ class Probe:
         self,
         method: type[Method],
         config: msgspec.Struct,
-        networks: Mapping[str, FlowNetwork],
+        networks: Mapping[str, nn.Module],
         noise: NoiseRange,
     ) -> None:
         self.networks = {role: copy.deepcopy(network).to("meta") for role, network in networks.items()}
+        self.product = self.networks[method.product]
         self.turns: tuple[Turn, ...] = method(config, self.networks, noise).turns()
 
-    def take_stage(self, role: str) -> FlowNetwork:
+    def take_stage(self, role: str) -> nn.Module:
         """Readies the networks for a turn of this role, whose network is given back."""
         for other, network in self.networks.items():
             network.train(other == role).requires_grad_(other == role)
@@ -41,10 +45,11 @@ class Probe:
 
     def loss(self, turn: Turn, rows: int) -> Loss:
         """The turn's loss on so many images."""
-        network = self.networks[turn.role]
+        network = self.product
+        assert isinstance(network, FlowNetwork)
         shape = rows, network.img_channels, network.img_resolution, network.img_resolution
         labels = torch.empty(rows, network.label_dim, device="meta") if network.label_dim else None
-        return turn.loss(Batch(torch.empty(shape, device="meta"), labels), Draws(0, rows, device="meta"))
+        return turn.whole(Batch(torch.empty(shape, device="meta"), labels, LATE), Draws(0, rows, device="meta"))
 
     def unused(self) -> dict[str, set[str]]:
         """Of each trained role, the parameters that none of its turns' losses reaches."""

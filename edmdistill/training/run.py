@@ -63,7 +63,7 @@ class Run:
     recipe: Recipe
     config: CheckpointConfig
     method: Method
-    roles: dict[str, FlowNetwork]
+    roles: dict[str, nn.Module]
     players: dict[str, Player]
     learnt: dict[str, dict[str, nn.Parameter]]
     optimizers: dict[str, torch.optim.Optimizer]
@@ -75,7 +75,7 @@ class Run:
     unproven: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.unproven = [turn.role for turn in self.method.turns()]
+        self.unproven = [turn.role for turn in sorted(self.method.turns(), key=lambda turn: turn.begins)]
 
     @property
     def ema(self) -> Ema:
@@ -108,7 +108,7 @@ class Run:
                 role: {
                     "parameters": sum(p.numel() for p in network.parameters()),
                     "trained": role in self.optimizers,
-                    "two_time": network.two_time,
+                    "two_time": self.recipe.roles[role].two_time,
                     "unused": self.unused(role),
                 }
                 for role, network in self.roles.items()
@@ -130,6 +130,11 @@ class Run:
             device=self.engine.device,
         )
 
+    @property
+    def kept(self) -> list[str]:
+        """The roles that are in a state: all but the teacher."""
+        return [role for role, part in self.recipe.roles.items() if not part.frozen]
+
     def unused(self, role: str) -> list[str]:
         """Parameters of a trained role that the loss of its turn does not reach."""
         if role not in self.learnt:
@@ -137,13 +142,14 @@ class Run:
         return [name for name, _ in self.roles[role].named_parameters() if name not in self.learnt[role]]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Weights and optimiser state of each trained role, and the averages: whole, whatever the sharding.
+        """Weights of each role but the teacher, optimiser states, and the averages: whole, whatever the sharding.
 
         All processes call it together; it is empty but on the main one.
         """
         groups = {f"ema-{average.profile.name}": average.network.state_dict() for average in self.averages}
-        for role, optimizer in self.optimizers.items():
+        for role in self.kept:
             groups[role] = {f"weights.{name}": tensor for name, tensor in self.roles[role].state_dict().items()}
+        for role, optimizer in self.optimizers.items():
             names = list(self.learnt[role])
             for index, values in plain_states(optimizer).items():
                 groups[role] |= {f"{key}.{names[index]}": value for key, value in values.items()}
@@ -154,8 +160,8 @@ class Run:
         self.images = images
         for average in self.averages:
             load_whole(average.network, groups[f"ema-{average.profile.name}"])
-        for role, optimizer in self.optimizers.items():
-            learnt = self.learnt[role]
+        for role in self.kept:
+            learnt = self.learnt.get(role, {})
             index = {name: i for i, name in enumerate(learnt)}
             weights: dict[str, Tensor] = {}
             state: dict[int, dict[str, Tensor]] = {}
@@ -166,7 +172,8 @@ class Run:
                 else:
                     state.setdefault(index[parameter], {})[kind] = like(tensor, learnt[parameter])
             load_whole(self.roles[role], weights)
-            load_states(optimizer, state)
+            if role in self.optimizers:
+                load_states(self.optimizers[role], state)
 
 
 def prepare(
@@ -198,10 +205,10 @@ def prepare(
         flow, config = read_teacher(teacher)
     elif recipe.network is not None:
         torch.manual_seed(recipe.training.seed)
-        flow, config = _make(recipe.network, dataset)
+        flow, config = _make(recipe.network, dataset, recipe.method["name"])
     else:
         name = recipe.method["name"]
-        raise TrainingError(f"{name} distils a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
+        raise TrainingError(f"{name} starts from a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     require_fit(dataset, flow, config)
     objection = method_class.objection(
         recipe.method_config, positional_time=flow.network.positional_time, label_dim=flow.label_dim
@@ -221,15 +228,18 @@ def prepare(
     roles = cast_all(recipe, flow, other)
     trained = [role for role, part in recipe.roles.items() if part.trained]
     unused = Probe(method_class, recipe.method_config, roles, noise).unused()
-    averages = [Ema(roles[method_class.product], profile) for profile in profiles(recipe.ema)]
+    product = roles[method_class.product]
+    assert isinstance(product, FlowNetwork)
+    averages = [Ema(product, profile) for profile in profiles(recipe.ema)]
 
     engine = Engine(machine)
     for role, network in roles.items():
-        if role not in trained and "teacher" in machine.offload:
+        if isinstance(network, FlowNetwork) and recipe.roles[role].frozen and "teacher" in machine.offload:
             engine.lend(network)
         else:
             engine.place(network)
-        if machine.checkpointing:  # after `lend`: a block that is computed again needs its weights again
+        # After `lend`: a block that is computed again needs its weights again.
+        if machine.checkpointing and isinstance(network, FlowNetwork):
             network.network.checkpoint_blocks()
     for average in averages:
         if "ema" not in machine.offload:
@@ -294,7 +304,7 @@ def read_teacher(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
     return flow, replace(config, provenance=replace(config.provenance, parent=sha256))
 
 
-def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConfig]:
+def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """A network that fits the data, with fresh weights, and its configuration."""
     arguments = {
         "img_resolution": dataset.img_resolution,
@@ -307,7 +317,7 @@ def _make(table: Network, dataset: Dataset) -> tuple[FlowNetwork, CheckpointConf
         raise RecipeError(f"[network.arguments] make no {table.kind} network: {error}") from error
     kind: Literal["log_sigma", "time"] = "time" if network.positional_time else "log_sigma"
     flow = FlowNetwork(network, EDM(sigma_data=table.sigma_data, c_noise_kind=kind))
-    provenance = Provenance(source=f"edmdistill train diffusion on {Path(dataset.name).name}")
+    provenance = Provenance(source=f"edmdistill train {method} on {Path(dataset.name).name}")
     return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
 
 
@@ -324,7 +334,7 @@ def require_guide(recipe: Recipe, guide: object) -> None:
         raise TrainingError(f"--guide would do nothing: by this recipe of {name} no network guides; leave it out{hint}")
 
 
-def cast_all(recipe: Recipe, teacher: FlowNetwork, guide: FlowNetwork | None = None) -> dict[str, FlowNetwork]:
+def cast_all(recipe: Recipe, teacher: FlowNetwork, guide: FlowNetwork | None = None) -> dict[str, nn.Module]:
     """The networks of all roles.  Raises: TrainingError: a guide of other data than the teacher's."""
     for what in ("img_resolution", "img_channels", "sigma_data", "label_dim") if guide is not None else ():
         ours, theirs = getattr(teacher, what), getattr(guide, what)
@@ -336,8 +346,10 @@ def cast_all(recipe: Recipe, teacher: FlowNetwork, guide: FlowNetwork | None = N
     return {role: cast(part, sources[part.source], recipe) for role, part in recipe.roles.items()}
 
 
-def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
-    """The network that plays a part: a copy of `flow`, with the times, the heads and the weight that it asks for."""
+def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
+    """The network that plays a part: a copy of `flow`, with the times, heads and weight that it asks for, or made."""
+    if part.make is not None:
+        return part.make(flow, recipe.training.seed).to(flow.dtype).requires_grad_(False).eval()
     network = add_second_time(flow) if part.two_time else drop_second_time(flow)
     if part.logvars:
         network = add_logvar(network, recipe.training.seed, part.logvars)
@@ -345,7 +357,7 @@ def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> FlowNetwork:
         network = add_guidance(network)
     network.compute_dtype = PRECISION[recipe.training.precision]
     network.requires_grad_(False).eval()
-    if not part.trained:
+    if part.frozen:
         network.network.fold()
     elif recipe.training.dropout is not None:
         set_dropout(network, recipe.training.dropout, recipe.training.dropout_max_resolution)

@@ -13,7 +13,7 @@ from torch import Tensor
 from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.ema import Profile, save_snapshot
 from edmdistill.checkpoints.store import Generator, save_checkpoint
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
 from edmdistill.sampling.generate import is_latent, sample
 from edmdistill.sampling.grid import image_grid, named_rows, to_uint8
 from edmdistill.sampling.seeds import SeededNoise
@@ -50,8 +50,9 @@ def draw(run: Run, folder: Path) -> None:
 def compare(run: Run, folder: Path) -> None:
     """folder/IMAGES.png: what each role makes of the same noisy data, a row for each role at each noise level.
 
-    A role that reads a second time is given the largest one, one that reads a weight of guidance the least. They are
-    the networks in training: of the average, there are the grids of samples. Latents are not drawn.
+    Where a role reads a second time, the product is asked for the data, at 0, and others are given the largest. One
+    that reads a weight of guidance is given the least. The networks are those in training: of averages, there are the
+    grids of samples. Latents are not drawn.
     """
     network = run.ema.network
     if is_latent(Denoiser(network)):
@@ -59,15 +60,18 @@ def compare(run: Run, folder: Path) -> None:
     x0, labels, _ = run.stream().read(0, COLUMNS)
     z = SeededNoise(range(COLUMNS)).normal(x0.shape[1:]).to(x0) * network.sigma_data
     last = sigma_to_time(network.sigma_max, network.sigma_data).to(x0.device)
+    own = {role: run.roles[role] for role, part in run.recipe.roles.items() if part.follows is None}
     rows = []
     for sigma in LEVELS:
         t = sigma_to_time(sigma, network.sigma_data).to(x0.device)
         x_t = diffuse(x0, z, t)
         rows.append((f"data at sigma {sigma:g}", x_t))
-        for role, player in run.roles.items():
-            w = torch.tensor(run.recipe.guidance[0]) if player.guided else None
-            F = player.eval()(x_t, t, labels, last if player.two_time else None, w=w)
-            rows.append((role, denoised(x_t, F, t, player.sigma_data)))
+        for role, player in own.items():
+            if isinstance(player, FlowNetwork):
+                second = torch.zeros_like(last) if role == run.method.product else last
+                w = torch.tensor(run.recipe.guidance[0]) if player.guided else None
+                F = player.eval()(x_t, t, labels, second if player.two_time else None, w=w)
+                rows.append((role, denoised(x_t, F, t, player.sigma_data)))
     if run.engine.is_main:
         with aside(folder / f"{run.images:09d}.png") as new:
             named_rows([(name, to_uint8(images)) for name, images in rows]).save(new, "png")

@@ -66,7 +66,7 @@ def test_a_missing_teacher_is_one_sentence(tmp_path):
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
-    assert "cosim distils a teacher" in result.stderr
+    assert "cosim starts from a teacher" in result.stderr
 
 
 def test_a_guide_is_asked_for_and_a_wrong_one_refused(tmp_path):

@@ -15,6 +15,7 @@ from edmdistill import schedules
 from edmdistill.methods import cosim
 from edmdistill.methods.base import Batch, NoiseRange, Role
 from edmdistill.methods.cosim import CoSIM
+from edmdistill.networks.last_layer import LastLayer, watched
 from edmdistill.trigflow import cos_sin
 
 FlowFunction = Callable[..., Tensor]
@@ -45,6 +46,9 @@ class Tiny(nn.Module):
     def read(t: Tensor, x_t: Tensor) -> Tensor:
         return torch.stack([t.cos(), t.sin()], 1).to(x_t.dtype)
 
+    def watch(self) -> contextlib.AbstractContextManager[LastLayer]:
+        return watched(self.out)
+
     @torch.no_grad()
     def tangent(
         self, x_t: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor, *, w: Tensor | None = None
@@ -58,13 +62,17 @@ def noise() -> NoiseRange:
 
 
 @pytest.fixture
-def tiny_networks() -> Callable[..., dict[str, Tiny]]:
+def tiny_networks() -> Callable[..., dict[str, nn.Module]]:
     """(method, seed, dtype, options) -> a random network for each role that plays."""
 
-    def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, Tiny]:
+    def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, nn.Module]:
+        flow = SimpleNamespace(img_channels=SHAPE[0], img_resolution=SHAPE[1])
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return {name: Tiny(role, dtype) for name, role in method.cast(method.Config(**options)).items()}
+            return {
+                name: role.make(flow, seed).to(dtype) if role.make else Tiny(role, dtype)
+                for name, role in method.cast(method.Config(**options)).items()
+            }
 
     return make
 

@@ -63,7 +63,7 @@ def test_losses_are_a_finite_number_for_each_sample(
 ) -> None:
     method, _ = build(name, dtype)
     for turn in method.turns():
-        loss = turn.loss(tiny_batch(1000, dtype=dtype), draws(size=1000))
+        loss = turn.whole(tiny_batch(1000, dtype=dtype), draws(size=1000))
         assert loss.value.shape == loss.t.shape == (1000,)
         assert loss.value.dtype == dtype
         assert loss.value.isfinite().all()
@@ -77,22 +77,23 @@ def test_a_turn_reaches_every_weight_of_its_role_and_no_other(build: Make, tiny_
     for turn in method.turns():
         for role, network in networks.items():
             network.requires_grad_(role == turn.role).zero_grad()
-        turn.loss(tiny_batch(), draws()).value.mean().backward()
+        turn.whole(tiny_batch(), draws()).value.mean().backward()
         for part, parameter in networks[turn.role].named_parameters():
             if name == "diffusion" and part.startswith("head"):
                 continue  # only adaptive weighting reads it
             assert parameter.grad.isfinite().all()
-            assert (parameter.grad != 0).all()
+            # The hinge of a fresh discriminator leaves a bias where it is: data and generated images pull alike.
+            assert (parameter.grad != 0).all() or turn.role == "discriminator"
 
 
 def test_losses_hang_on_the_draws_alone(build: Make, tiny_batch: Make, name: str) -> None:
     method, _ = build(name)
     for turn in method.turns():
         torch.manual_seed(1)
-        first = turn.loss(tiny_batch(), draws()).value
+        first = turn.whole(tiny_batch(), draws()).value
         torch.manual_seed(2)
-        assert (turn.loss(tiny_batch(), draws()).value == first).all()
-        assert (turn.loss(tiny_batch(), draws(1)).value != first).all()
+        assert (turn.whole(tiny_batch(), draws()).value == first).all()
+        assert (turn.whole(tiny_batch(), draws(1)).value != first).all()
 
 
 def test_samples_do_not_mix(build: Make, tiny_batch: Make, name: str) -> None:
@@ -101,7 +102,10 @@ def test_samples_do_not_mix(build: Make, tiny_batch: Make, name: str) -> None:
     for turn in method.turns():
         batch = tiny_batch()
         labels = batch.labels.requires_grad_()
-        (slope,) = torch.autograd.grad(turn.loss(batch, draws()).value[2], labels)
+        (slope,) = torch.autograd.grad(turn.whole(batch, draws()).value[2], labels, allow_unused=True)
+        if turn.role == "discriminator":
+            assert slope is None  # it sees images alone; tests/networks/test_features.py
+            continue
         others = torch.arange(len(labels)) != 2
         assert (slope[2] != 0).all()
         assert (slope[others] == 0).all()
@@ -117,13 +121,14 @@ def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tin
             assert labels is batch.labels
             assert t.shape == (len(batch.x0),)
             assert (second is not None) == roles[role].two_time
-            assert second is None or (second >= t).all()
+            assert second is None or ((second <= t) if name == "ctm" else (second >= t)).all()
             return networks[role](x_t, t, labels, second, **asked)
 
-        F.tangent = networks[role].tangent
+        F.tangent, F.watch = networks[role].tangent, networks[role].watch
         return F
 
-    method = type(method)(method.config, {role: watched(role) for role in roles}, method.noise)
+    flows = {role for role, part in roles.items() if part.make is None}
+    method = type(method)(method.config, networks | {role: watched(role) for role in flows}, method.noise)
     for turn in method.turns():
-        turn.loss(batch, draws())
-    assert called == set(roles)
+        turn.whole(batch, draws())
+    assert called == flows

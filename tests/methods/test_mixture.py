@@ -18,7 +18,7 @@ from edmdistill.methods.cosim import CoSIM
 from edmdistill.methods.sid import SiD
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.schedules import edm_curve, generator_sigmas
-from edmdistill.trigflow import cos_sin, denoised, diffuse, expand, sigma_to_time
+from edmdistill.trigflow import cos_sin, ddim_step, diffuse, expand, sigma_to_time
 
 SD = 0.5
 NOISE = NoiseRange(SD, 0.002, 80.0)
@@ -121,15 +121,15 @@ def distilled(kind: type[Method], seed: int, steps: int = 1500) -> Network:
 
 @torch.no_grad()
 def samples(network: Network, sigmas: Tensor, rng: torch.Generator, size: int = 20000) -> Tensor:
-    def generator(x_t: Tensor, t: Tensor, labels: None) -> Tensor:
+    def jump(x_t: Tensor, t: Tensor, s: Tensor, labels: None) -> Tensor:
         t = t.expand(len(x_t))
-        return denoised(x_t, network(x_t, t), t, SD)
+        return ddim_step(x_t, network(x_t, t), t, s, SD)
 
     def normal(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=rng)
 
     noise = torch.randn(size, 2, 1, 1, generator=rng)
-    return gamma_sampler(generator, noise, times=sigma_to_time(sigmas, SD), sigma_data=SD, randn_like=normal)
+    return gamma_sampler(jump, noise, times=sigma_to_time(sigmas, SD), sigma_data=SD, randn_like=normal)
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:

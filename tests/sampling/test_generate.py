@@ -105,7 +105,7 @@ def test_a_generator_goes_through_the_gamma_sampler() -> None:
     noise, label = rng.normal((1, 8, 8)), torch.nn.functional.one_hot(rng.integers(10), 10).float()
     times = torch.tensor([1.5, 1.0], dtype=torch.float64)
     with torch.no_grad():
-        x0 = gamma_sampler(model, noise, label, times=times, sigma_data=0.5, gamma=0.5, randn_like=rng.like)
+        x0 = gamma_sampler(model.jump, noise, label, times=times, sigma_data=0.5, gamma=0.5, randn_like=rng.like)
     assert torch.equal(sample(model, seeds=[7], times=[1.5, 1.0], gamma=0.5), x0.clamp(-1, 1))
     assert torch.equal(sample(model, seeds=[7]), sample(model, 2, seeds=[7], times=model.schedule(2)))
 

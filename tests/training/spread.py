@@ -42,6 +42,9 @@ def losses(case: str, teacher: Path, machine: Machine) -> list[dict[str, float]]
     """What every round measured, and the norm of each average after the last."""
     run = prepare(recipe(case), data="digits", teacher=None if case == "diffusion" else teacher, machine=machine)
     found = list(rounds(run))
+    for role in run.optimizers.keys() if not machine.shard else ():
+        weights = torch.cat([parameter.detach().flatten() for parameter in run.roles[role].parameters()])
+        found[-1][f"apart/{role}"] = float((run.engine.total(weights) / run.engine.world - weights).abs().max())
     for average in run.averages:
         whole = run.engine.full_state(average.network.network).values()
         found[-1][f"average/{average.profile.name}"] = float(get_total_norm(whole))

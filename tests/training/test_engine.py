@@ -62,6 +62,8 @@ def test_two_processes_train_as_one_does(losses: tuple[Losses, Losses], case: st
             assert after[name] == pytest.approx(before[name], rel=1e-9, abs=1e-9), name
             norm = name.replace("loss", "grad_norm")
             assert after[norm] == pytest.approx(before[norm], rel=1e-9)
+    # Every process has the same weights, a discriminator's too.
+    assert all(gap < 1e-15 for name, gap in shared[-1].items() if name.startswith("apart/"))
     for name in ("average/half-life", "average/sigma-rel-0.100"):
         assert shared[-1][name] == pytest.approx(whole[-1][name], rel=1e-9), name
 

@@ -26,7 +26,8 @@ def test_three_rounds_move_the_players_and_nobody_else(method, start):
     measured = list(rounds(run))
     after = fingerprints(run.roles | {"ema": run.ema.network})
     trained = {role for role, part in METHODS[method].roles.items() if part.trained}
-    assert {role for role in before if before[role] != after[role]} == trained | {"ema"}
+    followers = {role for role, part in METHODS[method].roles.items() if part.follows}
+    assert {role for role in before if before[role] != after[role]} == trained | followers | {"ema"}
     assert len(measured) == 3
     assert run.images == 24
     for measures in measured:
@@ -99,10 +100,14 @@ def test_the_average_is_what_is_published(start, tmp_path):
 def test_turns_draw_their_own_batches(start):
     """Over a run the stream is read once from end to end, whatever the number of turns, and on from anywhere."""
     run = start("cosim")
-    positions = list(requests(run, 2))
+    turns = run.method.turns()
+    positions = list(requests(run, turns))
     assert positions == [(start, start + 8) for start in range(0, 3 * 2 * 8, 8)]
     run.images = 16
-    assert list(requests(run, 2)) == positions[-2:]
+    assert list(requests(run, turns)) == positions[-2:]
+    run.images = 0
+    later = [turns[0]._replace(begins=16), turns[1]]
+    assert list(requests(run, later)) == [*positions[1:4:2], *positions[4:]]
 
 
 @pytest.mark.parametrize("role", ["auxiliary", "generator"])

@@ -1,0 +1,24 @@
+"""How far two images are apart, for each sample.  a, b [B,C,H,W] -> [B]
+
+They are means over the pixels, so that they mean the same at any size.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def l2(a: Tensor, b: Tensor) -> Tensor:
+    """The mean square."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.00054) -> Tensor:
+    """sqrt(mean square + c^2) - c: the root mean square, smooth at 0.
+
+    Source: Song & Dhariwal 2023 (iCT), eq. 8, where c = .00054 sqrt(D).  Differs: divided by sqrt(D).
+    """
+    return (l2(a, b) + c**2).sqrt() - c
+
+
+DISTANCES = {"l2": l2, "pseudo-huber": pseudo_huber}

@@ -1,0 +1,249 @@
+"""CTM in closed form, float64: data N(m, c^2), whose trajectories are x_s = cos(s) m + (x_t - cos(t) m) v(s) / v(t)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.methods import ctm
+from edmdistill.methods.base import Batch, NoiseRange
+from edmdistill.methods.ctm import CTM, CTMConfig, balance
+from edmdistill.methods.solver import follow_flow, heun_step
+from edmdistill.networks.last_layer import watched
+from edmdistill.schedules import ctm_indices, edm_sigmas
+from edmdistill.trigflow import cos_sin, sigma_to_time
+
+Make = Callable[..., Any]
+SD, MEAN, STD = 0.5, 0.2, 0.3
+ALONE = {"gan": 0.0, "dsm": 0.0, "balance": "fixed"}
+
+
+def spread(t: Tensor, x: Tensor) -> Tensor:
+    cos, sin = cos_sin(t, x)
+    return (cos**2 * STD**2 + sin**2 * SD**2).sqrt()
+
+
+def true_jump(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    (cos, _), (cos_s, _) = cos_sin(t, x), cos_sin(s, x)
+    return cos_s * MEAN + (x - cos * MEAN) * spread(s, x) / spread(t, x)
+
+
+def teacher(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    """sigma_d F = dx_t/dt."""
+    cos, sin = cos_sin(t, x)
+    rate = cos * sin * (SD**2 - STD**2) / spread(t, x) ** 2
+    return (-sin * MEAN + (x - cos * MEAN) * rate) / SD
+
+
+def true_generator(x: Tensor, t: Tensor, labels: Tensor | None, s: Tensor) -> Tensor:
+    """The F whose jump is the true one; the teacher's where s = t."""
+    step = cos_sin(t - s, x)[1]
+    F = (cos_sin(t - s, x)[0] * x - true_jump(x, t, s)) / (SD * torch.where(step == 0, 1.0, step))
+    return torch.where(step == 0, teacher(x, t), F)
+
+
+def data(size: int) -> Batch:
+    rng = torch.Generator().manual_seed(0)
+    return Batch(MEAN + STD * torch.randn(size, 1, 2, 2, generator=rng, dtype=torch.float64), None)
+
+
+def method(noise: NoiseRange, generator: Callable[..., Tensor] = true_generator, **options: object) -> CTM:
+    networks = {"teacher": teacher, "generator": generator, "target": true_generator}
+    return CTM(CTMConfig(**(ALONE | options)), networks, noise)
+
+
+def test_the_jump_is_that_of_edms_notation(noise: NoiseRange) -> None:
+    """G = (sigma_s / sigma_t) x + (1 - sigma_s / sigma_t) g, g = c_skip x + c_out F_raw."""
+    torch.manual_seed(0)
+    x, F = torch.randn(2, 7, 1, 2, 2, dtype=torch.float64)
+    sigma_t = torch.tensor([0.003, 0.02, 0.3, 0.5, 3.0, 40.0, 80.0], dtype=torch.float64)
+    sigma_s = sigma_t * torch.tensor([1.0, 0.1, 0.9, 0.5, 0.01, 0.2, 0.0], dtype=torch.float64)
+    t, s = sigma_to_time(sigma_t, SD), sigma_to_time(sigma_s, SD)
+    own = method(noise).jump(lambda *_: F, x, t, s, None)
+    sigma, ratio = sigma_t.reshape(-1, 1, 1, 1), (sigma_s / sigma_t).reshape(-1, 1, 1, 1)
+    x_edm = x / cos_sin(t, x)[0]
+    g = SD**2 / (sigma**2 + SD**2) * x_edm - sigma * SD / (sigma**2 + SD**2).sqrt() * F
+    G = ratio * x_edm + (1 - ratio) * g
+    torch.testing.assert_close(own, cos_sin(s, x)[0] * G, rtol=1e-12, atol=1e-13)
+
+
+def test_a_true_generator_has_no_gap_to_a_true_teacher(noise: NoiseRange, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctm, "follow_flow", lambda flow, x, times, i, j, steps, sd: true_jump(x, times[i], times[j]))
+    for options in ({}, {"sampling": "paper"}, {"matching": "global"}, {"inner": "live"}):
+        loss = method(noise, distance="l2", **options).generator_loss(data(64), Draws(0, 64))
+        assert loss.value.max() < 1e-24
+
+
+def test_heuns_error_falls_by_four_and_standing_still_costs_nothing() -> None:
+    x = torch.tensor([0.7, -0.4], dtype=torch.float64).reshape(2, 1, 1, 1)
+    errors = []
+    for N in (200, 400):
+        times = sigma_to_time(edm_sigmas(N + 1, 0.02, 20.0), SD)
+        start, stop = torch.tensor([0, 0]), torch.tensor([N, N // 2])
+        end = follow_flow(teacher, x, times, start, stop, N, SD)
+        errors.append((end - true_jump(x, times[start], times[stop])).abs().flatten())
+        short = follow_flow(teacher, x[1:], times, start[1:], stop[1:], N // 2, SD)
+        assert torch.equal(end[1:], short)
+    torch.testing.assert_close(errors[0] / errors[1], torch.full((2,), 4.0, dtype=torch.float64), rtol=0.05, atol=0)
+    t = torch.tensor([1.0, 0.3], dtype=torch.float64)
+    assert torch.equal(heun_step(teacher, x, t, t, SD), x)
+
+
+def test_heun_is_edms() -> None:
+    """In EDM's scale: x + (sigma' - sigma) (d + d') / 2."""
+    x, sigma, after = torch.full((1, 1, 1, 1), 1.3, dtype=torch.float64), 5.0, 1.2
+
+    def slope(x: Tensor, sigma: float) -> Tensor:
+        t = sigma_to_time(sigma, SD)
+        cos, sin = cos_sin(t, x)
+        return (x - (cos * (cos * x) - sin * SD * teacher(cos * x, t))) / sigma
+
+    d = slope(x, sigma)
+    expected = x + (after - sigma) * (d + slope(x + (after - sigma) * d, after)) / 2
+    t, s = sigma_to_time(sigma, SD), sigma_to_time(after, SD)
+    own = heun_step(teacher, t.cos() * x, t, s, SD) / s.cos()
+    torch.testing.assert_close(own, expected, rtol=1e-12, atol=0)
+
+
+class Bent(torch.nn.Module):
+    """The true generator, moved by a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.off = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None, s: Tensor) -> Tensor:
+        return true_generator(x, t, labels, s) + self.off(x[..., None])[..., 0]
+
+
+def gradient(noise: NoiseRange) -> float:
+    bent = Bent()
+    method(noise, bent, distance="l2").generator_loss(data(64), Draws(0, 64)).value.mean().backward()
+    return 0.0 if bent.off.weight.grad is None else float(bent.off.weight.grad.abs())
+
+
+def test_the_gradient_flows_through_the_average(noise: NoiseRange, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad there, as one port had it, the loss has no gradient at all."""
+    assert gradient(noise) > 1e-5
+    monkeypatch.setattr(CTM, "transport", torch.no_grad()(CTM.transport))
+    bent = Bent()
+    assert not method(noise, bent).generator_loss(data(8), Draws(0, 8)).value.requires_grad
+
+
+def test_the_target_has_no_gradient(noise: NoiseRange, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = []
+    aim = CTM.aim
+    monkeypatch.setattr(CTM, "aim", lambda *arguments: targets.append(aim(*arguments)) or targets[-1])
+    method(noise, Bent(), inner="live").generator_loss(data(8), Draws(0, 8))
+    assert not targets[0].requires_grad
+
+
+def test_without_a_teacher_the_average_leads(noise: NoiseRange) -> None:
+    """g_sg(x, t, t) of the true generator is the teacher, so nothing changes."""
+    assert "teacher" not in CTM.cast(CTMConfig(teacher=False))
+    own = method(noise).generator_loss(data(16), Draws(0, 16))
+    networks = {"generator": true_generator, "target": true_generator}
+    free = CTM(CTMConfig(teacher=False, **ALONE), networks, noise).generator_loss(data(16), Draws(0, 16))
+    torch.testing.assert_close(free.value, own.value, rtol=1e-9, atol=1e-12)
+
+
+def test_the_denoising_loss_teaches_the_denoiser(noise: NoiseRange) -> None:
+    """It is EDM's weighted |D - x0|^2, and least for the teacher."""
+    batch = data(4000)
+
+    def score(F: Callable[..., Tensor], **options: object) -> Tensor:
+        return method(noise, F, **options).score_loss(batch, Draws(0, 4000))
+
+    best = score(true_generator).mean()
+    for factor in (0.9, 1.1):
+        assert score(lambda x, t, labels, s, f=factor: f * teacher(x, t)).mean() > best
+    seen: list[Tensor] = []
+    plain = score(lambda x, t, labels, s: (seen.append(t), teacher(x, t))[1], dsm_weight="none")
+    sigma = SD * seen[0].tan()
+    weighted = plain * (sigma**2 + SD**2) / (SD * sigma) ** 2
+    torch.testing.assert_close(weighted, score(true_generator), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("most", [5, 17])
+@pytest.mark.parametrize("sampling", ["official", "paper"])
+@pytest.mark.parametrize("matching", ["soft", "local", "global"])
+def test_indices(sampling: str, matching: str, most: int) -> None:
+    size, shares = 2000, []
+    for seed in range(20):
+        t, s, u, steps = ctm_indices(
+            Draws(seed, size), 18, most=most, sampling=sampling, matching=matching, one_step_share=0.1
+        )
+        assert ((t >= 0) & (t < u) & (u <= s) & (s <= 17)).all()
+        assert ((u - t) <= steps).all()
+        assert steps <= most
+        if matching == "local":
+            assert (u == t + 1).all()
+        if matching == "global":
+            assert (u == torch.minimum(s, t + most)).all()
+        if matching == "soft" and sampling == "official":
+            assert (u == t + steps).all()
+        shares.append(((t == 0) & (s == 17)).double().mean())
+    assert 0.09 < torch.stack(shares).mean() < (0.2 if most == 5 else 0.6)  # a k of 17 is the whole way for all
+
+
+def test_ks_law_and_that_it_is_common_to_the_batch() -> None:
+    counts = torch.zeros(18, dtype=torch.float64)
+    for seed in range(3000):
+        whole = ctm_indices(Draws(seed, 4), 18, most=17)[3]
+        part = ctm_indices(Draws(seed, 4, slice(2, 4)), 18, most=17)[3]
+        assert whole == part
+        counts[whole] += 1
+    k = torch.arange(18, dtype=torch.float64)
+    torch.testing.assert_close(counts / 3000, k / k.sum(), rtol=0, atol=0.02)
+
+
+def test_balanced_losses_have_equal_gradients_in_the_last_layer(
+    tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
+) -> None:
+    networks = tiny_networks(CTM)
+    own, last = CTM(CTMConfig(), networks, noise), networks["generator"].out.weight
+    look = own.gradients(tiny_batch(), Draws(0, 6))
+    for name, loss in own.parts(tiny_batch(), Draws(0, 6)).losses.items():
+        (expected,) = torch.autograd.grad(loss.mean(), last, retain_graph=True)
+        torch.testing.assert_close(look.means[name], expected.flatten(), rtol=1e-9, atol=1e-12)
+        if name != "ctm":
+            ratio = look.means["ctm"].norm() / (expected.norm() + 1e-4)
+            assert balance(look.means, name) == pytest.approx(float(ratio.clamp(0.01 if name == "gan" else 0, 10)))
+    huge, none = {"ctm": torch.ones(2) * 1e9, "gan": torch.ones(2)}, {"ctm": torch.ones(2), "dsm": torch.zeros(2)}
+    assert balance(huge, "gan") == 10
+    assert balance(none, "dsm") == 1e4
+
+
+def test_before_its_time_the_gan_is_off(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
+    config = CTMConfig(gan_warmup_images=100)
+    own = CTM(config, tiny_networks(CTM, gan_warmup_images=100), noise)
+    assert [turn.begins for turn in own.turns()] == [100, 0]
+    for images, there in ((99, False), (100, True)):
+        batch = tiny_batch()._replace(images=images)
+        assert ("gan" in own.turns()[1].whole(batch, Draws(0, 6)).signals) == there
+
+
+def test_a_way_to_the_average_and_roles_by_option() -> None:
+    assert set(CTM.cast(CTMConfig(gan=0.0, mu=0.5))) == {"teacher", "generator", "target"}
+    assert CTM.cast(CTMConfig(mu=0.5))["target"].follows == ("generator", 0.5)
+    with pytest.raises(ValueError, match="lpips = FILE go together"):
+        CTMConfig(distance="lpips")
+
+
+def test_the_last_layers_gradient_is_autograds() -> None:
+    """Of two calls, of a loss that hangs on one of them, and of none; the layer's own gradient stays empty."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 2, 3, dtype=torch.float64)
+    x = torch.randn(2, 4, 3, 6, 6, dtype=torch.float64)
+    with watched(layer) as last:
+        one, two = layer(x[0]).tanh(), layer(x[1]).sin()
+        layer(x[1])
+    for loss in (one.square().sum() + two.sum(), two.sum()):
+        (expected,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+        torch.testing.assert_close(last.gradient(loss), expected.flatten(), rtol=1e-12, atol=1e-12)
+    assert layer.weight.grad is None
+    layer(x[0])
+    assert len(last.calls) == 3
