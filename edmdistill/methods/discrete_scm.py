@@ -68,6 +68,9 @@ class DSCD(Method):
     def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
         return cast(DSCDConfig, config).guidance
 
+    def notes(self) -> tuple[str, ...]:
+        return self.teacher.notes()
+
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("generator", self.generator_loss),)
 

@@ -79,6 +79,15 @@ class GuidedTeacher:
         self.teacher, self.guide = networks["teacher"], networks.get("guide")
         self.low, self.high = own.guidance
 
+    def notes(self) -> tuple[str, ...]:
+        """What guidance asks of a teacher, and cannot be seen of it."""
+        if self.high == 1 or self.guide is not None:
+            return ()
+        return (
+            "Guided by its classes, the teacher is asked without any, which it knows if it was trained with dropped "
+            'labels: NVIDIA\'s EDM2 networks and the teacher of digits were not, and need method.guide = "network"',
+        )
+
     def weights(self, draws: Draws) -> Tensor | None:
         """Of each sample one, uniform in the range; None where there is but one.  [B] float64"""
         return None if self.low == self.high else self.low + (self.high - self.low) * draws.uniform()

@@ -155,6 +155,9 @@ class SCD(SCT):
     def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
         return cast(SCDConfig, config).guidance
 
+    def notes(self) -> tuple[str, ...]:
+        return self.teacher.notes()
+
     def turns(self) -> tuple[Turn, ...]:
         own = cast(SCDConfig, self.config)
         return (Turn("auxiliary", self.auxiliary_loss), *super().turns()) if own.vsd else super().turns()
@@ -183,7 +186,7 @@ class SCD(SCT):
 
     def velocity(self, batch: Batch, z: Tensor, x_t: Tensor, t: Tensor, w: Tensor | None) -> Tensor:
         """dx_t/dt = sigma_d F*(x_t, t), guided."""
-        return self.noise.sigma_data * self.teacher(x_t, t, batch.labels, w)
+        return self.noise.sigma_data * self.teacher(x_t, t, batch.labels, w=w)
 
 
 def since_start(t: Tensor, intervals: int) -> Tensor:

@@ -136,14 +136,16 @@ def test_beside_vsd_the_auxiliary_score_follows_the_generator_at_its_weight() ->
         "generator": True,
         "auxiliary": True,
     }
-    seen = []
+    networks = {"teacher": Gaussian(STD), **roles}
+    told = []
 
-    class Watched(Gaussian):
-        def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-            seen.append((x, t))
-            return super().__call__(x, t, labels)
+    class Watched(GuidedTeacher):
+        def __call__(self, *args: Any, **asked: Any) -> Tensor:
+            told.append((args[0], asked["w"]))
+            return super().__call__(*args, **asked)
 
-    method = SCD(own, {"teacher": Watched(STD), **roles}, NOISE)
+    method = SCD(own, networks, NOISE)
+    method.teacher = Watched(networks, own)
     batch = Batch(images(), torch.ones(5, 1))
     for turn in method.turns():
         for network in roles.values():
@@ -151,8 +153,9 @@ def test_beside_vsd_the_auxiliary_score_follows_the_generator_at_its_weight() ->
         turn.loss(batch, Draws(0, 5))
         assert roles["generator"].told[-1] is roles["auxiliary"].told[-1]
         assert roles["generator"].told[-1].shape == (5,)
-    x_t = roles["auxiliary"].asked[-1][0]
-    assert sum(x is x_t for x, _ in seen) == 2
+    x_t, w = told[-1]
+    assert x_t is roles["auxiliary"].asked[-1][0]
+    assert w is roles["auxiliary"].told[-1]
 
 
 # Learning.
@@ -228,6 +231,12 @@ def test_who_plays() -> None:
         assert both["generator"] == kind.roles["generator"]._replace(guided=True)
         assert both["guide"] == Role(trained=False, source="guide")
         assert both.keys() == {"teacher", "generator", "guide"}
+
+
+@pytest.mark.parametrize("kind", [SCD, DSCD])
+def test_what_cannot_be_seen_of_a_teacher_is_noted(kind: type[Method]) -> None:
+    for options, noted in (({}, 0), ({"guidance": RANGE}, 1), ({"guidance": RANGE, "guide": "network"}, 0)):
+        assert len(kind(kind.Config(**options), networks(None, **options), NOISE).notes()) == noted
 
 
 @pytest.fixture
