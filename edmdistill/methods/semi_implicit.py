@@ -19,11 +19,13 @@ from edmdistill.methods.base import Loss
 from edmdistill.trigflow import cos_sin
 
 
-def auxiliary_loss(F_aux: Tensor, F_teacher: Tensor, v: Tensor, s: Tensor, *, sigma_data: float, beta: float) -> Loss:
+def auxiliary_loss(
+    F_aux: Tensor, F_teacher: Tensor | float, v: Tensor, s: Tensor, *, sigma_data: float, beta: float
+) -> Loss:
     """|| sigma_d F_psi - [beta v + (1-beta) sigma_d F*] ||^2, whose optimum is CoSIM's eq. 16.
 
     Args:
-        F_aux, F_teacher, v: at x_s; only F_aux carries a gradient.  [B,C,H,W]
+        F_aux, F_teacher, v: at x_s; only F_aux carries a gradient; for beta 1, any F_teacher will do.  [B,C,H,W]
         s: time of x_s.  [B]
         beta: 1 / (2 coef); 1 is plain denoising score matching.
     Source: CoSIM, eq. 15, second line, completed to a square.  Differs: the weight w2(s)/s^4 is EDM's, which is 1 here

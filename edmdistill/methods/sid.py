@@ -52,16 +52,16 @@ class SiD(Method):
 
         Differs: their augmentation of generated images is not built.
         """
-        sigma_data = self.noise.sigma_data
+        sigma_data, beta = self.noise.sigma_data, 1 / (2 * self.config.coef)
         with torch.no_grad():
             s = sigma_to_time(
                 lognormal_sigmas(draws, P_mean=self.config.P_mean, P_std=self.config.P_std),
                 sigma_data,
             )
             x_s, v = self.transition(self.generate(batch, draws), s, draws)
-            F_teacher = self.teacher(x_s, s, batch.labels)
+            F_teacher = self.teacher(x_s, s, batch.labels) if beta < 1 else 0.0
         F_aux = self.auxiliary(x_s, s, batch.labels)
-        return auxiliary_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, beta=1 / (2 * self.config.coef))
+        return auxiliary_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, beta=beta)
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Source: SiD, eq. 23."""
