@@ -1,6 +1,6 @@
-"""Trains every method for 20 rounds in several ways, in as many processes as torchrun makes.
+"""Trains every method in several ways, in as many processes as torchrun makes.
 
-torchrun --nproc_per_node 2 spread.py TEACHER OUT.json ROWS[s] ...
+torchrun --nproc_per_node 2 spread.py TEACHER OUT.json ROUNDS ROWS[s] ...
 
 Each way is the rows of a micro-batch, with an s if the networks are sharded.
 """
@@ -29,10 +29,10 @@ for name in "scd", "sct":
 CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
 
 
-def recipe(case: str) -> Recipe:
+def recipe(case: str, rounds: int) -> Recipe:
     tables = {
         "method": CASES[case],
-        "training": {"images": 20 * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8},
+        "training": {"images": rounds * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8},
         "ema": {"half_life_images": 50, "sigma_rel": [0.1]},
     }
     if case == "diffusion":
@@ -40,9 +40,9 @@ def recipe(case: str) -> Recipe:
     return Recipe.from_json(json.dumps(tables).encode())
 
 
-def losses(case: str, teacher: Path, machine: Machine) -> list[dict[str, float]]:
+def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[str, float]]:
     """What every round measured, and the norm of each average after the last."""
-    run = prepare(recipe(case), data="digits", teacher=None if case == "diffusion" else teacher, machine=machine)
+    run = prepare(recipe(case, count), data="digits", teacher=None if case == "diffusion" else teacher, machine=machine)
     found = list(rounds(run))
     for role in run.optimizers.keys() if not machine.shard else ():
         weights = torch.cat([parameter.detach().flatten() for parameter in run.roles[role].parameters()])
@@ -53,12 +53,12 @@ def losses(case: str, teacher: Path, machine: Machine) -> list[dict[str, float]]
     return found
 
 
-def main(teacher: str, out: str, *ways: str) -> None:
+def main(teacher: str, out: str, count: str, *ways: str) -> None:
     engine = Engine(Machine(device="cpu"))
     found = {}
     for case, way in itertools.product(CASES, ways):
         machine = Machine("cpu", int(way.removesuffix("s")), way.endswith("s"))
-        found[f"{case} {way}"] = losses(case, Path(teacher), machine)
+        found[f"{case} {way}"] = losses(case, Path(teacher), int(count), machine)
     if engine.is_main:
         Path(out).write_text(json.dumps(found))
     engine.close()

@@ -33,8 +33,11 @@ def torchrun(processes: int, *arguments: object) -> None:
 @pytest.fixture(
     scope="module",
     # Of the batch of 8 a process has 4 rows, at once or one by one; whole networks by DDP, sharded ones by FSDP2.
-    params=[("1", "4s"), pytest.param(("4", "1s"), marks=pytest.mark.slow)],
-    ids=["ddp-micro-batches, fsdp2-whole", "ddp-whole, fsdp2-micro-batches"],
+    params=[
+        pytest.param(("6", "1", "4s"), id="6 rounds: ddp-micro-batches, fsdp2-whole"),
+        pytest.param(("20", "1", "4s"), id="20 rounds: ddp-micro-batches, fsdp2-whole", marks=pytest.mark.slow),
+        pytest.param(("20", "4", "1s"), id="20 rounds: ddp-whole, fsdp2-micro-batches", marks=pytest.mark.slow),
+    ],
 )
 def losses(
     request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory
@@ -44,9 +47,10 @@ def losses(
     flow, config = load_checkpoint(teacher)
     save_checkpoint(folder / "teacher", flow.double(), config)
     files = []
-    for processes, ways in (1, ["8"]), (2, request.param):
+    rounds, *shared = request.param
+    for processes, ways in (1, ["8"]), (2, shared):
         files.append(folder / f"{processes}.json")
-        torchrun(processes, SPREAD, folder / "teacher", files[-1], *ways)
+        torchrun(processes, SPREAD, folder / "teacher", files[-1], rounds, *ways)
     one, two = (json.loads(file.read_text()) for file in files)
     return one, two
 
@@ -54,13 +58,13 @@ def losses(
 @pytest.mark.parametrize("way", [0, 1], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("case", [*sorted(METHODS), "scd, vsd"])
 def test_two_processes_train_as_one_does(losses: tuple[Losses, Losses], case: str, way: int) -> None:
-    """The losses of all turns over 20 rounds; one process takes the batch of 8 whole.
+    """The losses of all turns over all rounds; one process takes the batch of 8 whole.
 
     In float64: in float32 Adam makes 1e-6 of the rounding, 1.4e-6 at worst in the generator's loss, a difference.
     """
     one, two = losses
     whole, shared = one[f"{case} 8"], [run for name, run in two.items() if name.rpartition(" ")[0] == case][way]
-    assert len(whole) == len(shared) == 20
+    assert len(whole) == len(shared) >= 6
     names = [name for name in whole[0] if name.startswith("loss/") and name.count("/") == 1]
     assert names
     for before, after in zip(whole, shared, strict=True):
