@@ -327,7 +327,10 @@ def _layers(
     variants = _table(tables, "variants", name)
     for part in parts:
         layers[f"variant {part}"] = _table(variants, part, f"{name}: variants")
-    return layers | {"--set": reduce(_merge, map(_parse_override, sets), {})}
+    overrides: dict[str, Any] = {}
+    for override in sets:
+        overrides = _merge(overrides, _parse_override(override))
+    return layers | {"--set": overrides}
 
 
 _TABLES: dict[str, type[Struct]] = {
