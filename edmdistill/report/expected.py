@@ -85,7 +85,7 @@ def _plan(run: Summary, config: CheckpointConfig, session: dict[str, Any], proce
 def _bytes(size: float | None) -> str:
     if size is None:
         return "-"
-    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def _operations(count: float | None) -> str:
