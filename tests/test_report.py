@@ -234,7 +234,7 @@ def test_the_recipe_of_a_library_call_is_the_file_in_the_run(bare: Path):
 def cells(page: str, section: str) -> dict[str, list[str]]:
     """The rows of a section's table, by their first cell."""
     body = page.partition(f"<h2>{section}</h2>")[2].partition("</section>")[0]
-    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", body)]
+    rows = [re.findall("<td>(.*?)</td>", row, re.DOTALL) for row in re.findall("<tr>(.*?)</tr>", body, re.DOTALL)]
     return {unescape(first): [unescape(cell) for cell in rest] for first, *rest in rows}
 
 
@@ -265,9 +265,10 @@ def test_the_recipe_says_who_says_what(bare: Path):
         f"# Trained by --recipe cosim/digits-quickstart\n#   --set training.images=1000\n\n{text}"
     )
     rows = cells(report(read_run(bare), []), "Recipe")
-    assert rows[""] == ["default", "file", "variant quickstart", "--set"]
-    assert rows["training.images"] == ["", "640000", "80000", "1000"]
-    assert rows["training.decay_share"] == ["0.5", "0.8", "0.5", ""]
+    assert rows[""] == ["value", "by", "in place of"]
+    assert rows["training.images"] == ["1000", "--set", "80000 (variant quickstart),\n640000 (file)"]
+    assert rows["training.decay_share"] == ["0.5", "variant quickstart", "0.8 (file),\n0.5 (default)"]
+    assert rows["sampling.sigmas"][0].splitlines()[0] == "2: [80.0, 5.0]"
     assert "training.seed" not in rows
 
 

@@ -270,17 +270,23 @@ def _recipe(run: Summary) -> str:
     """What differs from the defaults, by who says so, and all of it."""
     _, name, *sets = run.asked
     found = origins(run.recipe, run.text, name, sets[1::2])
-    said = dict.fromkeys(who for own in found.values() for who in own)
-    order = ["default", "file", *(who for who in said if who.startswith("variant ")), "--set", "later"]
-    columns = [who for who in order if who in said]
-    rows = [[key, *(json.dumps(own[who]) if who in own else "" for who in columns)] for key, own in found.items()]
+    rows = [["", "value", "by", "in place of"]]
+    for key, own in found.items():
+        (who, value), *others = reversed(own.items())
+        rows.append([key, _value(value), who, ",\n".join(f"{_value(other)} ({it})" for it, other in others)])
     whole = msgspec.json.format(msgspec.json.encode(run.recipe), indent=2).decode()
     return (
-        f"{_note('What is not the default, and who says so; the last column counts.')}"
-        f"{_table([['', *columns], *rows], ' values')}"
+        f"{_note('What is not the default, and who says so.')}{_table(rows, ' values')}"
         f"<details><summary>The file</summary>{_code(run.text)}</details>"
         f"<details><summary>Every value, with the defaults</summary>{_code(whole)}</details>"
     )
+
+
+def _value(value: object) -> str:
+    """As JSON, but a line for each entry of a table."""
+    if isinstance(value, dict) and value:
+        return "\n".join(f"{key}: {json.dumps(inner)}" for key, inner in value.items())
+    return json.dumps(value)
 
 
 def _commands(run: Summary) -> dict[str, str]:
