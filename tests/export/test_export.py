@@ -135,7 +135,9 @@ def monkeypatches() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def pipelines(runs: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatches: pytest.MonkeyPatch) -> dict:
     diffusers = pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
-    monkeypatches.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", tmp_path_factory.mktemp("modules"))
+    monkeypatches.setattr(
+        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+    )
     made = {}
     for name in ("pixels", "latents"):
         folder = tmp_path_factory.mktemp("pipelines") / name

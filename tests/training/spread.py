@@ -1,6 +1,8 @@
 """Trains every method for 20 rounds in several ways, in as many processes as torchrun makes.
 
-torchrun --nproc_per_node 2 spread.py TEACHER OUT.json
+torchrun --nproc_per_node 2 spread.py TEACHER OUT.json ROWS[s] ...
+
+Each way is the rows of a micro-batch, with an s if the networks are sharded.
 """
 
 import itertools
@@ -51,19 +53,18 @@ def losses(case: str, teacher: Path, machine: Machine) -> list[dict[str, float]]
     return found
 
 
-def main(teacher: Path, out: Path) -> None:
+def main(teacher: str, out: str, *ways: str) -> None:
     engine = Engine(Machine(device="cpu"))
     found = {}
-    # One process shows what is to be had; with two, a process has 4 rows of the 8, at once or one by one.
-    ways = itertools.product((4, 1), (False, True)) if engine.world > 1 else [(8, False)]
-    for case, (rows, shard) in itertools.product(CASES, list(ways)):
-        found[f"{case} {rows} {shard}"] = losses(case, teacher, Machine("cpu", rows, shard))
+    for case, way in itertools.product(CASES, ways):
+        machine = Machine("cpu", int(way.removesuffix("s")), way.endswith("s"))
+        found[f"{case} {way}"] = losses(case, Path(teacher), machine)
     if engine.is_main:
-        out.write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(found))
     engine.close()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
-    main(*map(Path, sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -138,8 +138,8 @@ def test_a_nan_in_the_weights_is_told_from_one_in_the_gradient(start):
     steps = rounds(run)
     next(steps)
     with torch.no_grad():
-        run.roles["teacher"].network.out_gain.fill_(math.inf)
-    with pytest.raises(Diverged, match=r"weights teacher\.network\.out_gain \(float32\)"):
+        run.roles["teacher"].network.out_conv.weight.fill_(math.inf)
+    with pytest.raises(Diverged, match=r"weights teacher\.network\.out_conv\.weight \(float32\)"):
         next(steps)
 
 
