@@ -239,7 +239,8 @@ def cells(page: str, section: str) -> dict[str, list[str]]:
 
 
 def test_the_plan_stands_beside_what_was_measured(full: Path):
-    rows = cells(report(read_run(full), []), "Plan and run")
+    page = report(read_run(full), [])
+    rows = cells(page, "Plan and run")
     assert rows["Memory at most"][1] == "250.0 MB"
     assert rows["Images a second"][1] == "100"  # 1000 images in 10 seconds
     assert rows["Time for all images"][1] == "10 seconds"
@@ -249,7 +250,7 @@ def test_the_plan_stands_beside_what_was_measured(full: Path):
     assert float(size) == pytest.approx(sum(float(part.split()[0]) for part in parts), abs=0.3)
     (turn,) = (name for name in rows if "turn" in name)
     assert turn.endswith("8 images")  # of the last session
-    assert "35% of what a h100" in report(read_run(full), [])
+    assert "35% of what a h100" in page
 
 
 def test_an_environment_is_told_once(full: Path):

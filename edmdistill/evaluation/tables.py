@@ -87,7 +87,7 @@ def tables(results: Sequence[Result], generator: Generator) -> list[Table]:
 def sweeps(results: Sequence[Result], generator: Generator) -> list[Table]:
     """A sweep's table for each protocol by which this generator was measured at more than one gamma."""
     own = [result for result in results if result.sampler and _who(result, generator) == "generator"]
-    own.sort(key=lambda result: (_gamma(result), _nfe(result), -_first(result)))  # of one setting the lowest counts
+    own.sort(key=lambda result: (_nfe(result), _gamma(result), -_first(result)))  # of one setting the lowest counts
     found = {}
     for protocol in dict.fromkeys(result.protocol_sha256 for result in own):
         its = [result for result in own if result.protocol_sha256 == protocol]
@@ -117,7 +117,7 @@ def sweep_table(results: Sequence[Result]) -> Table:
     """
     main = next(iter(results[0].metrics))
     measured = {(_setting(result.sampler), _nfe(result)): result.metrics for result in results}
-    settings, steps = list(dict.fromkeys(own for own, _ in measured)), sorted({nfe for _, nfe in measured})
+    settings, steps = (list(dict.fromkeys(column)) for column in zip(*measured, strict=True))
     rows = [["NFE", *map(str, steps), "lowest in"]]
     for metric in results[0].metrics:
         for setting in settings:
@@ -128,7 +128,7 @@ def sweep_table(results: Sequence[Result]) -> Table:
     value, setting, nfe = min((metrics[main], *at) for at, metrics in measured.items())
     claim = f"{_heading(main)} is lowest in {nfe} evaluations with {setting}: {_number(value)}."
     curves = {
-        setting: [(nfe, measured[setting, nfe][main]) for nfe in steps if (setting, nfe) in measured]
+        setting: [(nfe, measured[setting, nfe][main]) for nfe in sorted(steps) if (setting, nfe) in measured]
         for setting in settings
     }
     return Table(results[0].protocol, rows, claim.replace(" 1 evaluations", " 1 evaluation"), curves, _heading(main))

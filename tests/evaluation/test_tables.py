@@ -77,8 +77,8 @@ def test_a_sweep_is_of_one_generator_at_several_gammas():
     (table,) = sweeps([*own, teacher(35, 4.0), at_gamma(0.5, 2, 1.0, images=7)], OURS)
     assert table.rows == [
         ["NFE", "1", "2", "lowest in"],
-        ["digits-FD, gamma 0", "-", "5.000", "2"],
         ["digits-FD, gamma 1", "9.000", "6.000", "2"],
+        ["digits-FD, gamma 0", "-", "5.000", "2"],
     ]
     assert table.curves == {"gamma 0": [(2, 5.0)], "gamma 1": [(1, 9.0), (2, 6.0)]}
     assert sweeps([at_gamma(1.0, 1, 9.0), at_gamma(1.0, 2, 6.0)], OURS) == []
