@@ -18,7 +18,8 @@ from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.evaluation.protocol import Result
 from edmdistill.evaluation.tables import Generator, tables
 from edmdistill.methods import METHODS
-from edmdistill.report import Summary, about
+from edmdistill.report.page import about
+from edmdistill.report.summary import Summary
 
 TASK = "unconditional-image-generation"
 CITATIONS = Path(__file__).parent / "assets" / "citations.bib"

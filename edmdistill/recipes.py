@@ -13,7 +13,8 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from itertools import takewhile
+from functools import reduce
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -270,17 +271,66 @@ def load_recipe(name: str, method: str | None = None, sets: Iterable[str] = ()) 
     if sizes and not set(parts[:1]) & set(sizes):
         base = name.removesuffix(".toml").removesuffix(f"-{variant}")
         raise RecipeError(f"{name} needs a size: one of {', '.join('-'.join([base, size, *parts]) for size in sizes)}")
-    tables = {key: value for key, value in tables.items() if key not in ("variants", "sizes")}
-    for part in parts:
-        tables = _merge(tables, _table(variants, part, f"{name}: variants"))
-    for override in sets:
-        tables = _merge(tables, _parse_override(override))
+    tables = reduce(_merge, _layers(tables, parts, sets, name).values())
     directory = path.parent.name
     default = {"name": directory if directory in _methods() else method}
     tables["method"] = own = default | _table(tables, "method", name)
     if method is not None and own["name"] != method:
         raise RecipeError(f"{name} is a recipe for {own['name']}, not for {method}; choose another --recipe")
     return _resolve(tables, name)
+
+
+def origins(recipe: Recipe, text: str, name: str, sets: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Where every value of a recipe comes from that is not the default, for `load_recipe(name, method, sets)`.
+
+    Args:
+        text: of the recipe's file, for name may stand for another one by now.
+    Returns: values by key, table.key, then by who says so, the last of whom counts: `default`, where there is one,
+        `file`, the variants, `--set`; and `later`, where the recipe itself says otherwise than all of them.
+    """
+    tables = tomllib.loads(text)
+    variants, words = tables.get("variants", {}), name.removesuffix(".toml").split("-")
+    tails = ("-".join(words[at:]) for at in range(1, len(words)))
+    parts = next((own for own in (_joined(tail, variants) for tail in tails) if variants.keys() >= set(own)), [])
+    layers = {"default": _defaults(recipe), **_layers(tables, parts, sets, name)}
+    stacks = dict(zip(layers, accumulate(layers.values(), _merge), strict=True))
+    found: dict[str, dict[str, Any]] = {}
+    for table, values in msgspec.json.decode(recipe.to_json()).items():
+        for key, value in (values or {}).items():
+            said = {who: stacks[who][table][key] for who, layer in layers.items() if key in layer.get(table, {})}
+            if (table, key) == ("method", "name"):
+                continue
+            if not said or [*said.values()][-1] != value:
+                said["later"] = value
+            if any(own != said.get("default", said) for own in said.values()):
+                found[f"{table}.{key}"] = said
+    return found
+
+
+def _defaults(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The defaults of every table, as JSON has them."""
+    found: dict[str, dict[str, Any]] = {}
+    for table, type_ in {"method": recipe.method_class.Config, **_TABLES}.items():
+        for field in msgspec.structs.fields(type_):
+            if field.default_factory is not msgspec.NODEFAULT:
+                found.setdefault(table, {})[field.name] = field.default_factory()
+            elif field.default is not msgspec.NODEFAULT:
+                found.setdefault(table, {})[field.name] = field.default
+    return dict(msgspec.json.decode(msgspec.json.encode(found)))
+
+
+def _layers(
+    tables: Mapping[str, Any], parts: Iterable[str], sets: Iterable[str], name: str
+) -> dict[str, dict[str, Any]]:
+    """What a recipe is made of, from the bottom to the top: the file's own tables, its variants, the overrides."""
+    layers = {"file": {key: value for key, value in tables.items() if key not in ("variants", "sizes")}}
+    variants = _table(tables, "variants", name)
+    for part in parts:
+        layers[f"variant {part}"] = _table(variants, part, f"{name}: variants")
+    overrides: dict[str, Any] = {}
+    for override in sets:
+        overrides = _merge(overrides, _parse_override(override))
+    return layers | {"--set": overrides}
 
 
 _TABLES: dict[str, type[Struct]] = {

@@ -15,7 +15,7 @@ from edmdistill.checkpoints.store import CheckpointConfig, Sampling, read_config
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler
 from edmdistill.methods import METHODS
 from edmdistill.recipes import load_recipe
-from edmdistill.report import read_run
+from edmdistill.report.summary import read_run
 
 GENERATOR = Path(__file__).parent / "checkpoints" / "format-1.0"
 CONFIG = read_config(GENERATOR)

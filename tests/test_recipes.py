@@ -1,5 +1,6 @@
 """Recipes: every shipped one loads and comes back, and every mistake gets a sentence that says what to do."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,9 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from edmdistill.errors import RecipeError
-from edmdistill.recipes import SHIPPED, Ema, Recipe, Training, find_recipe, load_recipe, recipe_names
+from edmdistill.recipes import SHIPPED, Ema, Recipe, Training, find_recipe, load_recipe, origins, recipe_names
 
 MINIMAL = """
 [training]
@@ -288,3 +290,30 @@ def test_the_wheel_carries_the_recipes_and_what_ships_with_the_package(tmp_path:
     package = root / "edmdistill"
     shipped = {path.relative_to(root) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert {path for path in shipped if not (tmp_path / "installed" / path).is_file()} == set()
+
+
+def test_where_every_value_comes_from():
+    name, sets = "scd/imagenet512-m-vsd", ["training.lr=1e-5", "sampling.sigmas.1=[80.0]", "training.keep=2"]
+    recipe, text = load_recipe(name, None, sets), find_recipe(name)[0].read_text()
+    found = origins(recipe, text, name, sets)
+    stated, resolved = json.loads(json.dumps(found)), json.loads(recipe.to_json())
+    for key, said in stated.items():
+        table, _, field = key.partition(".")
+        assert [*said.values()][-1] == resolved[table][field]
+        assert "later" not in said
+        assert any(value != said.get("default", "none") for value in said.values())
+    assert {"variant m", "variant vsd"} <= {who for said in stated.values() for who in said}
+    assert stated["training.lr"]["--set"] == 1e-5
+    assert stated["sampling.sigmas"]["default"] == {}
+    assert "training.keep" not in stated  # the default, said once more
+    assert "method.name" not in stated
+    changed = replace(recipe, training=replace(recipe.training, log_every=7))
+    assert origins(changed, text, name, sets)["training.log_every"]["later"] == 7
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_its_defaults_with_what_is_said_of_it(name: str):
+    recipe = load_recipe(name)
+    found = origins(recipe, find_recipe(name)[0].read_text(), name, [])
+    assert found
+    assert not any("later" in said for said in found.values())

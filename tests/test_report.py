@@ -20,9 +20,31 @@ from edmdistill.curves import Axis, axis, coarse, svg_curves
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
-from edmdistill.recipes import load_recipe
-from edmdistill.report import read_run, report
+from edmdistill.recipes import find_recipe, load_recipe
+from edmdistill.report.page import report
+from edmdistill.report.summary import read_run
 
+SMALL = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_channels": 8, "channel_mult": [1]} | {
+    "num_blocks": 1,
+    "attn_resolutions": [],
+}
+SESSION = {
+    "images": 0,
+    "began": "2026-11-21T09:10:11+00:00",
+    "edmdistill": "0.1",
+    "revision": "a" * 40,
+    "python": "3.11",
+    "torch": "2.13",
+    "cuda": "13.0",
+    "system": "Linux",
+    "device": "NVIDIA H100 80GB HBM3",
+    "device_memory": 85_000_000_000,
+    "processes": 1,
+    "micro_batch": None,
+    "shard": False,
+    "offload": [],
+    "checkpointing": False,
+}
 VOID = {"meta", "img", "path", "circle", "polygon", "polyline"}
 
 
@@ -72,7 +94,7 @@ def full(bare: Path) -> Path:
     """A finished one: metrics, samples, a checkpoint."""
     lines = [
         {"images": i * 10, "step": i, "seconds": i / 10, "images_per_second": 100.0, "loss/generator": (-1.0) ** i}
-        | {"score_gap": 1 / i, "own_signal": math.nan if i == 3 else 1.0}
+        | {"memory": 250_000_000, "score_gap": 1 / i, "own_signal": math.nan if i == 3 else 1.0}
         for i in range(1, 101)
     ]
     (bare / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -82,7 +104,7 @@ def full(bare: Path) -> Path:
     Image.fromarray(np.zeros((100, 3000, 3), np.uint8)).save(bare / "images" / "grid.png")
     config = CheckpointConfig(
         stage="generator",
-        network=NetworkSpec("edm2", {}),
+        network=NetworkSpec("edm2", SMALL),
         preconditioning={"kind": "edm"},
         c_noise="log(sigma)/4",
         sigma_data=0.5,
@@ -93,6 +115,8 @@ def full(bare: Path) -> Path:
         images_seen=1000,
         provenance=Provenance(source="https://a.b/<teacher>.pkl", sha256="12" * 32, licence="cc-by-nc-sa-4.0"),
     )
+    sessions = [SESSION, SESSION | {"images": 500}, SESSION | {"images": 800, "revision": None, "micro_batch": 8}]
+    (bare / "sessions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sessions))
     (bare / "generator").mkdir()
     (bare / "generator" / "config.json").write_bytes(msgspec.json.encode(config))
     return bare
@@ -114,9 +138,17 @@ def pictures(page: str) -> list[tuple[int, int]]:
 
 
 def test_the_page_is_whole_and_needs_nothing_else(full: Path):
-    page = report(read_run(full), [table("digits", "It is good."), table("pixels")])
+    swept = table("digits", "It is best without noise.")
+    page = report(read_run(full), [table("digits", "It is good."), table("pixels")], [swept])
     outline = Outline(page)
-    assert outline.count("table") == 2
+    assert outline.count("table") == 6
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        "Quality by number of evaluations",
+        "Quality by number of evaluations and gamma",
+        *("Samples", "Training", "Plan and run", "Environment", "Recipe", "To go on"),
+    ]
+    assert "It is best without noise." in page
+    assert "@media print" in page
     assert outline.count("script") == outline.count("link") == 0
     for tag, attributes in outline.tags:
         assert not attributes.keys() & {"href", "srcset", "onload", "style"}
@@ -133,14 +165,17 @@ def test_the_page_is_whole_and_needs_nothing_else(full: Path):
     assert "not finished" not in page
     for section in re.findall(r"<section>(.*?)</section>", page, re.DOTALL):
         if "<table" in section:
-            assert section.count('<div class="scroll"><table>') == section.count("<table")
+            assert len(re.findall('<div class="scroll( values)?"><table>', section)) == section.count("<table")
 
 
-def test_grids_are_the_first_the_middle_and_the_last_and_what_was_drawn(full: Path):
+def test_grids_are_from_the_first_to_the_last_and_what_was_drawn(full: Path):
+    for images in range(10, 250, 10):
+        (full / "samples" / f"{images:09d}.png").write_bytes((full / "samples" / "000000000.png").read_bytes())
     page = report(read_run(full), [])
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    assert captions == ["after 0 images", "after 500 images", "after 1,000 images", "images/grid.png"]
-    assert pictures(page) == [(338, 270)] * 3 + [(1200, 40)]
+    shown = ["0", "50", "110", "160", "220", "1,000"]
+    assert captions == [*(f"after {images} images" for images in shown), "images/grid.png"]
+    assert pictures(page) == [(338, 270)] * 6 + [(1200, 40)]
     assert '<div class="steps"><span>1</span><span>2</span><span>4</span><span>8</span></div>' in page
 
 
@@ -158,7 +193,10 @@ def test_curves_come_in_order_and_without_what_is_no_number(full: Path):
 def test_what_is_missing_is_said(bare: Path):
     page = report(read_run(bare), [])
     Outline(page)
-    for sentence in ("Nothing is measured yet.", "Nothing is drawn yet.", "Nothing is logged yet.", "not finished"):
+    for sentence in (
+        *("Nothing is measured yet.", "Nothing is drawn yet.", "Nothing is logged yet.", "not finished"),
+        *("There is no checkpoint yet", "kept no record of where it was computed"),
+    ):
         assert sentence in page
 
 
@@ -171,12 +209,16 @@ def test_a_line_just_being_written_is_left_out(full: Path):
 def test_the_commands_are_those_of_the_run(bare: Path):
     page = report(read_run(bare), [])
     lines = unescape(re.findall(r"<pre.*?>(edmdistill sample .*?)</pre>", page, re.DOTALL)[0]).splitlines()
-    sample, evaluate, train = (shlex.split(line)[1:] for line in lines)
+    sample, evaluate, sweep, train = (shlex.split(line)[1:] for line in lines)
     run = str(bare)
     assert sample == ["sample", run, "--nfe", "1", "--seeds", "0-63", "--out", f"{run}/images"]
     assert evaluate == [
         *("eval", run, "--nfe", "1,2,4,8", "--protocol", "digits"),
         *("--out", f"{run}/eval/generator.json"),
+    ]
+    assert sweep == [
+        *("sweep", run, "--nfe", "1,2,4,8", "--gamma", "0,.5,1", "--protocol", "digits"),
+        *("--out", f"{run}/eval/sweep.json"),
     ]
     assert train == [
         *("train", "cosim", "TEACHER", "--data", "digits", "--recipe", "cosim/digits-quickstart"),
@@ -189,9 +231,56 @@ def test_the_recipe_of_a_library_call_is_the_file_in_the_run(bare: Path):
     assert read_run(bare).asked == ["--recipe", str(bare / "recipe.toml")]
 
 
+def cells(page: str, section: str) -> dict[str, list[str]]:
+    """The rows of a section's table, by their first cell."""
+    body = page.partition(f"<h2>{section}</h2>")[2].partition("</section>")[0]
+    rows = [re.findall("<td>(.*?)</td>", row, re.DOTALL) for row in re.findall("<tr>(.*?)</tr>", body, re.DOTALL)]
+    return {unescape(first): [unescape(cell) for cell in rest] for first, *rest in rows}
+
+
+def test_the_plan_stands_beside_what_was_measured(full: Path):
+    page = report(read_run(full), [])
+    rows = cells(page, "Plan and run")
+    assert rows["Memory at most"][1] == "250.0 MB"
+    assert rows["Images a second"][1] == "100"  # 1000 images in 10 seconds
+    assert rows["Time for all images"][1] == "10 seconds"
+    size, unit = rows["Memory at most"][0].split()
+    parts = [cell[0] for name, cell in rows.items() if name.startswith("  ")]
+    assert {part.split()[1] for part in parts} | {unit} == {"MB"}
+    assert float(size) == pytest.approx(sum(float(part.split()[0]) for part in parts), abs=0.3)
+    (turn,) = (name for name in rows if "turn" in name)
+    assert turn.endswith("8 images")  # of the last session
+    assert "35% of what a h100" in page
+
+
+def test_an_environment_is_told_once(full: Path):
+    rows = cells(report(read_run(full), []), "Environment")
+    assert rows["Images seen before"] == ["0", "800"]
+    assert rows["Revision"] == ["a" * 40, "not known"]
+    assert rows["Options"] == ["none", "--micro-batch 8"]
+
+
+def test_the_recipe_says_who_says_what(bare: Path):
+    text = recipe_text("cosim/digits")
+    (bare / "recipe.toml").write_text(
+        f"# Trained by --recipe cosim/digits-quickstart\n#   --set training.images=1000\n\n{text}"
+    )
+    rows = cells(report(read_run(bare), []), "Recipe")
+    assert rows[""] == ["value", "by", "in place of"]
+    assert rows["training.images"] == ["1000", "--set", "80000 (variant quickstart),\n640000 (file)"]
+    assert rows["training.decay_share"] == ["0.5", "variant quickstart", "0.8 (file),\n0.5 (default)"]
+    assert rows["sampling.sigmas"][0].splitlines()[0] == "2: [80.0, 5.0]"
+    assert "training.seed" not in rows
+
+
+def recipe_text(name: str) -> str:
+    return find_recipe(name)[0].read_text()
+
+
 def test_a_teacher_in_training_has_a_page_too(bare: Path):
     recipe = load_recipe("diffusion/digits", "diffusion")
     (bare / "recipe.resolved.json").write_bytes(recipe.to_json())
+    (bare / "recipe.toml").write_text(recipe_text("diffusion/digits"))
     page = report(read_run(bare), [])
     assert "<h1>A teacher by diffusion, from digits</h1>" in page
     assert "train diffusion --data digits" in page

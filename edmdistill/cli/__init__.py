@@ -20,7 +20,7 @@ COMMANDS = {
     "loss": "Compare the diffusion loss of two teachers by noise level.",
     "recipes": "List, show, copy and check the recipes.",
     "plan": "Say what a run will need: memory, operations and days, by GPU.",
-    "export": "Write a checkpoint for another program: diffusers, onnx, torch-export, nvidia.",
+    "export": "Write a checkpoint for another program: diffusers, onnx, torch-export, nvidia, space.",
     "push-to-hub": "Publish a checkpoint or a run on the Hugging Face Hub.",
     "report": "Write a one-page HTML report of a run.",
     "doctor": "Look at versions, devices and disk, and say what to mend.",

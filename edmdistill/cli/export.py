@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-TARGETS = "diffusers", "onnx", "torch-export", "nvidia"
+TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
 
 
 @click.command("export")
@@ -24,8 +24,9 @@ def command(source: str, to: str, out: Path, overwrite: bool, as_json: bool) -> 
     onnx          model.onnx: one network evaluation, any number of images
     torch-export  model.pt2: the same, for torch alone
     nvidia        model.safetensors with the official names, and network.json with the arguments of their class
+    space         app.py and requirements.txt: a demo in the browser by gradio, for a Space of the Hugging Face Hub
 
-    EDM2's weight normalisation and gains are folded into plain convolutions, but for nvidia.
+    EDM2's weight normalisation and gains are folded into plain convolutions, but for nvidia and space.
     """
     import json
 

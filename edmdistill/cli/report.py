@@ -26,15 +26,16 @@ def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
     The page is one file that needs no network. The table is printed as well.
     """
     from edmdistill.checkpoints.aside import aside
-    from edmdistill.evaluation.tables import read_results, tables
-    from edmdistill.report import read_run, report
+    from edmdistill.evaluation.tables import best_gammas, read_results, sweeps, tables
+    from edmdistill.report.page import report
+    from edmdistill.report.summary import read_run
 
     out = out or run / "report.html"
     summary = read_run(run)
     found = read_results(results or sorted((run / "eval").glob("*.json")))
-    measured = tables(found, summary.generator)
+    measured, swept = tables(best_gammas(found), summary.generator), sweeps(found, summary.generator)
     with aside(out) as new:
-        new.write_text(report(summary, measured), encoding="utf-8")
-    for table in measured:
+        new.write_text(report(summary, measured, swept), encoding="utf-8")
+    for table in [*measured, *swept]:
         click.echo(f"{table.to_text()}\n")
     click.echo(f"{out} is written.")

@@ -78,7 +78,7 @@ def command(
     from edmdistill.checkpoints.convert import load_model
     from edmdistill.evaluation.protocol import evaluate, find_protocol, open_reference, results_json
     from edmdistill.evaluation.tables import sweep_table
-    from edmdistill.report import draw
+    from edmdistill.report.page import draw
     from edmdistill.sampling.load import pick_device
 
     standard, where = find_protocol(protocol), pick_device(device)

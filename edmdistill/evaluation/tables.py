@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import Protocol, Result, Sampler
@@ -83,6 +84,32 @@ def tables(results: Sequence[Result], generator: Generator) -> list[Table]:
     return [_table([result for result in results if result.protocol_sha256 == own], generator) for own in hashes]
 
 
+def sweeps(results: Sequence[Result], generator: Generator) -> list[Table]:
+    """A sweep's table for each protocol by which this generator was measured at more than one gamma."""
+    own = [result for result in results if result.sampler and _who(result, generator) == "generator"]
+    own.sort(key=lambda result: (_nfe(result), _gamma(result), -_first(result)))  # of one setting the lowest counts
+    found = {}
+    for protocol in dict.fromkeys(result.protocol_sha256 for result in own):
+        its = [result for result in own if result.protocol_sha256 == protocol]
+        if len({_gamma(result) for result in its}) > 1:
+            found[protocol] = sweep_table(its)
+    return list(found.values())
+
+
+def best_gammas(results: Sequence[Result]) -> list[Result]:
+    """Without those that another gamma makes better in as many evaluations, or no worse before them."""
+
+    def setting(result: Result) -> tuple[object, ...]:
+        origin, sampler = result.provenance, result.sampler
+        own = sampler and replace(sampler, gamma=None)
+        return result.protocol_sha256, origin.get("recipe_hash"), origin.get("images_seen"), own
+
+    best: dict[tuple[object, ...], Result] = {}
+    for result in results:
+        best[setting(result)] = min(best.get(setting(result), result), result, key=_first)
+    return [r for r in results if r.sampler is None or r.sampler.gamma is None or r is best[setting(r)]]
+
+
 def sweep_table(results: Sequence[Result]) -> Table:
     """Results of one protocol and one network, a row for each metric and gamma, a column for each NFE.
 
@@ -94,12 +121,16 @@ def sweep_table(results: Sequence[Result]) -> Table:
     rows = [["NFE", *map(str, steps), "lowest in"]]
     for metric in results[0].metrics:
         for setting in settings:
-            values = {nfe: measured[setting, nfe][metric] for nfe in steps}
+            values = {nfe: measured[setting, nfe][metric] for nfe in steps if (setting, nfe) in measured}
             best = str(_lowest(values)[1]) if metric == main else ""
-            rows.append([f"{_heading(metric)}, {setting}", *map(_number, values.values()), best])
+            cells = [_number(values[nfe]) if nfe in values else "-" for nfe in steps]
+            rows.append([f"{_heading(metric)}, {setting}", *cells, best])
     value, setting, nfe = min((metrics[main], *at) for at, metrics in measured.items())
     claim = f"{_heading(main)} is lowest in {nfe} evaluations with {setting}: {_number(value)}."
-    curves = {setting: [(nfe, measured[setting, nfe][main]) for nfe in sorted(steps)] for setting in settings}
+    curves = {
+        setting: [(nfe, measured[setting, nfe][main]) for nfe in sorted(steps) if (setting, nfe) in measured]
+        for setting in settings
+    }
     return Table(results[0].protocol, rows, claim.replace(" 1 evaluations", " 1 evaluation"), curves, _heading(main))
 
 
@@ -151,6 +182,16 @@ def _who(result: Result, generator: Generator) -> str:
 
 def _nfe(result: Result) -> int:
     return result.sampler.nfe if result.sampler else 0
+
+
+def _first(result: Result) -> float:
+    """The first metric."""
+    return next(iter(result.metrics.values()))
+
+
+def _gamma(result: Result) -> float:
+    """Of a teacher, which has none, below all others."""
+    return -1.0 if result.sampler is None or result.sampler.gamma is None else result.sampler.gamma
 
 
 def _setting(sampler: Sampler | None) -> str:

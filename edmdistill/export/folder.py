@@ -14,7 +14,7 @@ from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.convert import load_flow
 from edmdistill.checkpoints.store import CheckpointConfig, Generator
 from edmdistill.errors import CheckpointError
-from edmdistill.export import diffusers, nvidia, onnx, torch_export
+from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
 from edmdistill.export.parity import SEEDS, Parity, table
 from edmdistill.networks.preconditioning import FlowNetwork
 from edmdistill.trigflow import time_to_sigma
@@ -26,23 +26,25 @@ class Target(NamedTuple):
     """A program to export for.
 
     Attributes:
-        library: what the Hub calls it.
+        header: of README.md, what the Hub has to know beside the licence; lines of YAML.
         require: raises where a package is missing.
         readme: how the folder is used.
         write: writes all but README and manifest, and compares.
     """
 
-    library: str
+    header: str
     require: Callable[[], None]
     readme: Callable[[FlowNetwork, CheckpointConfig], str]
     write: Callable[[Path, FlowNetwork, CheckpointConfig], tuple[Parity, ...]]
 
 
+MODEL = "library_name: {}\npipeline_tag: unconditional-image-generation\n"
 TARGETS = {
-    "diffusers": Target("diffusers", diffusers.require, diffusers.readme, diffusers.write),
-    "onnx": Target("onnx", onnx.require, onnx.readme, onnx.write),
-    "torch-export": Target("pytorch", lambda: None, torch_export.readme, torch_export.write),
-    "nvidia": Target("pytorch", lambda: None, nvidia.readme, nvidia.write),
+    "diffusers": Target(MODEL.format("diffusers"), diffusers.require, diffusers.readme, diffusers.write),
+    "onnx": Target(MODEL.format("onnx"), onnx.require, onnx.readme, onnx.write),
+    "torch-export": Target(MODEL.format("pytorch"), lambda: None, torch_export.readme, torch_export.write),
+    "nvidia": Target(MODEL.format("pytorch"), lambda: None, nvidia.readme, nvidia.write),
+    "space": Target(space.HEADER, lambda: None, space.readme, space.write),
 }
 
 
@@ -90,9 +92,7 @@ def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = Fa
 def _card(target: Target, config: CheckpointConfig, readme: str, parity: tuple[Parity, ...]) -> str:
     licence = config.provenance.licence or "other"
     return f"""---
-library_name: {target.library}
-license: {licence}
-pipeline_tag: unconditional-image-generation
+{target.header}license: {licence}
 ---
 
 A {config.stage} from {config.provenance.source}, exported by edmdistill {__version__}.

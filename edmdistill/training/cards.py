@@ -16,6 +16,16 @@ class Card(NamedTuple):
     single: float
 
 
+def card_of(name: str, memory: float) -> str | None:
+    """The card that CUDA calls `name`, with so many bytes; None: another one."""
+    flat = name.lower().replace(" ", "")
+    for card, own in CARDS.items():
+        word = card.removesuffix("-40").removesuffix("-80").replace("-", "")
+        if word in flat and abs(memory / own.memory - 1) < 0.12:
+            return card
+    return None
+
+
 # Source: NVIDIA's data sheets and architecture papers; SXM where there are several, without sparsity, sums in fp32.
 CARDS = {
     "rtx4090": Card(24e9, 165.2e12, 82.6e12),

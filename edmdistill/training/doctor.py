@@ -112,7 +112,7 @@ def check_namesakes() -> Iterator[Finding]:
 
 
 def check_memory() -> Iterator[Finding]:
-    total, free = _memory()
+    total, free = host_memory()
     found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, {cores()} cores"
     if free < 4 * GIB:
         yield Finding("memory", "warn", found, "end other processes, or train with a smaller --micro-batch")
@@ -305,7 +305,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def _memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """Bytes in all and bytes free, within the bounds of the control group."""
     total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines = _read("/proc/meminfo").splitlines()

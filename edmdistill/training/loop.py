@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -34,6 +35,7 @@ from edmdistill.networks.preconditioning import FlowNetwork
 from edmdistill.recipes import Training
 from edmdistill.training.ema import follow
 from edmdistill.training.engine import scale_gradients
+from edmdistill.training.environment import environment, most_memory
 from edmdistill.training.metrics import Measures, Tally, Window
 from edmdistill.training.micro_batch import settle_micro_batch
 from edmdistill.training.monitors import Diverged, Health, diverged, fingerprints, require_finite, require_moved
@@ -104,12 +106,16 @@ def train(
         if size is not None and engine.is_main:
             note(f"Micro-batches of {size} images fit.")
         try:
+            if run.images < training.images:
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                engine.main_only(lambda: folder.begin({"images": run.images, "began": now} | environment(engine)))
             for measures in rounds(run):
                 window.add(measures)
                 on_round(run.images, measures)
                 last = run.images >= training.images
                 if last or due(training.log_every, run):
                     line = window.line(run.images, training.batch)
+                    line["memory"] = max(most_memory(engine.device) - run.memory_before, 0)
                     engine.main_only(partial(folder.log, line))
                     if track is not None:
                         track(line)

@@ -2,7 +2,8 @@
 
 Names: loss/ROLE, loss/ROLE/sigma<EDGE by noise level, grad_norm/ROLE, lr/ROLE; generated/mean/CHANNEL and
 generated/std/CHANNEL of the images that the generator made, data/... of the data beside them; diversity, the variance
-of the generated images over the batch, as a share of the data's; and each method's own signals.
+of the generated images over the batch, as a share of the data's; memory, the most bytes so far that the main process
+has taken for the run: its tensors on a GPU, else all by which the process has grown; and each method's own signals.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.recipes import Network, Recipe
 from edmdistill.training.ema import Ema, profiles
 from edmdistill.training.engine import Engine, Machine, Player, like, load_whole
+from edmdistill.training.environment import most_memory
 from edmdistill.training.optimizers import LossScale, load_states, make_optimizer, plain_states
 from edmdistill.training.probe import Probe
 from edmdistill.training.stream import Stream
@@ -57,6 +58,7 @@ class Run:
         scales: of the losses of each trained role, where half precision needs one.
         averages: of the product; the first is what sampling uses.
         images: seen so far.
+        memory_before: bytes that the process had held at most before anything of this was made; on a GPU, none.
         unproven: the trained roles, in the order of their turns, that have not yet been seen to move alone.
     """
 
@@ -72,6 +74,7 @@ class Run:
     dataset: Dataset
     engine: Engine
     images: int = 0
+    memory_before: int = 0
     unproven: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -196,6 +199,7 @@ def prepare(
         CheckpointError, DatasetError, RecipeError: from what is opened.
     """
     method_class = recipe.method_class
+    memory_before = most_memory(torch.device("cpu"))
     require_trackers(machine.log_with)
     if machine.shard and recipe.training.optimizer == "adam8bit":
         raise TrainingError("the states of adam8bit are not shared out: take --shard or adam8bit")
@@ -277,6 +281,7 @@ def prepare(
         averages=averages,
         dataset=dataset,
         engine=engine,
+        memory_before=memory_before if engine.device.type == "cpu" else 0,
     )
 
 

@@ -1,6 +1,7 @@
 """The run directory: made whole or not at all, used by one process, and never by two different runs.
 
-It holds recipe.toml, recipe.resolved.json, run.json, metrics.jsonl, state/, samples/, x0/, ema/ and generator/.
+It holds recipe.toml, recipe.resolved.json, run.json, sessions.jsonl, metrics.jsonl, state/, samples/, x0/, ema/ and
+generator/.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from edmdistill.checkpoints.aside import aside, sweep
 from edmdistill.errors import TrainingError
 
-RECIPE, RUN = "recipe.resolved.json", "run.json"
+RECIPE, RUN, SESSIONS = "recipe.resolved.json", "run.json", "sessions.jsonl"
 FREE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapshot_every")} | {"ema.snapshot_every"}
 """What a run may go on with otherwise than it began: it changes nothing that is computed."""
 
@@ -41,8 +42,11 @@ class RunDir:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(self._metrics, line)
+
+    def begin(self, session: Mapping[str, Any]) -> None:
+        """Appends a line to sessions.jsonl: by what the run is computed from here on."""
+        _append(self.path / SESSIONS, session)
 
     def forget_after(self, images: int) -> None:
         """Drops what metrics.jsonl and ema/ hold from beyond the position from which a run goes on."""
@@ -56,6 +60,11 @@ class RunDir:
                 os.truncate(self._metrics, kept)
                 return
             kept += len(line)
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 @contextmanager

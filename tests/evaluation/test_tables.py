@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler, results_json
-from edmdistill.evaluation.tables import Generator, read_results, tables
+from edmdistill.evaluation.tables import Generator, best_gammas, read_results, sweeps, tables
 
 OURS = Generator("ab" * 32, 1000)
 DONE = replace(PROTOCOLS["digits"], reference=Reference(source="digits", n=1500, sha256="cd"))
@@ -65,6 +65,31 @@ def test_a_curve_has_the_best_at_each_nfe():
     (table,) = tables([generator(2, 7.0), generator(2, 6.0)], OURS)
     assert table.curves == {"generator": [(2, 6.0)]}
     assert len(table.rows) == 3
+
+
+def at_gamma(gamma: float, nfe: int, fd: float, images: int = 1000) -> Result:
+    one = generator(nfe, fd, images)
+    return replace(one, sampler=replace(one.sampler, gamma=gamma))
+
+
+def test_a_sweep_is_of_one_generator_at_several_gammas():
+    own = [at_gamma(1.0, 1, 9.0), at_gamma(1.0, 2, 6.0), at_gamma(0.0, 2, 7.0), at_gamma(0.0, 2, 5.0)]
+    (table,) = sweeps([*own, teacher(35, 4.0), at_gamma(0.5, 2, 1.0, images=7)], OURS)
+    assert table.rows == [
+        ["NFE", "1", "2", "lowest in"],
+        ["digits-FD, gamma 1", "9.000", "6.000", "2"],
+        ["digits-FD, gamma 0", "-", "5.000", "2"],
+    ]
+    assert table.curves == {"gamma 0": [(2, 5.0)], "gamma 1": [(1, 9.0), (2, 6.0)]}
+    assert sweeps([at_gamma(1.0, 1, 9.0), at_gamma(1.0, 2, 6.0)], OURS) == []
+
+
+def test_of_several_gammas_the_best_stays():
+    better, worse, other = at_gamma(0.0, 2, 5.0), at_gamma(1.0, 2, 6.0), at_gamma(1.0, 2, 9.0, images=7)
+    same = at_gamma(0.5, 2, 5.0)
+    weighed = replace(worse, sampler=replace(worse.sampler, guidance=2.0))
+    rest = [teacher(35, 4.0), teacher(35, 5.0), at_gamma(1.0, 1, 8.0), weighed]
+    assert best_gammas([worse, better, same, other, *rest]) == [better, other, *rest]
 
 
 def test_images_have_no_nfe():

@@ -2,16 +2,21 @@
 
 import json
 import math
+import runpy
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from golden_set import NETWORKS
+from PIL import Image
 
-from edmdistill.checkpoints.convert import build_official, load_flow
+from edmdistill.checkpoints.convert import build_official, load_flow, load_generator
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.store import (
     CheckpointConfig,
@@ -22,12 +27,14 @@ from edmdistill.checkpoints.store import (
     facts,
     save_checkpoint,
 )
+from edmdistill.cli import main
 from edmdistill.cli.export import TARGETS as CHOICES
 from edmdistill.errors import EdmDistillError
 from edmdistill.export import parity
 from edmdistill.export.folder import TARGETS, export
 from edmdistill.export.nvidia import official, read
 from edmdistill.export.one_step import OneStep
+from edmdistill.export.space import GRADIO
 from edmdistill.networks import new_network
 from edmdistill.networks.adapt import with_positional_time
 from edmdistill.networks.preconditioning import EDM, Denoiser, FlowNetwork
@@ -207,6 +214,57 @@ def test_a_pipeline_outlives_the_next_one(pipelines: dict):
 def test_a_pipelines_errors(pipelines: dict, words: dict, message: str):
     with pytest.raises(ValueError, match=message):
         pipelines["pixels"](**words)
+
+
+@pytest.fixture(scope="module")
+def space(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("spaces") / "space"
+    assert max(row.difference for row in export(runs / "pixels", "space", out)) == 0
+    return out
+
+
+def test_a_space_is_whole_and_says_what_it_needs(space: Path):
+    assert sorted(path.name for path in space.iterdir()) == [
+        *("README.md", "app.py", "export.json", "generator", "requirements.txt")
+    ]
+    head = (space / "README.md").read_text().split("---")[1]
+    for line in ("sdk: gradio", "app_file: app.py", f"sdk_version: {GRADIO}", "license: other"):
+        assert f"\n{line}\n" in head
+    assert f"gradio=={GRADIO}" in (space / "requirements.txt").read_text().splitlines()
+
+
+@pytest.fixture
+def app(space: Path, monkeypatch: pytest.MonkeyPatch):
+    """The app as Python runs it, where there is no gradio."""
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delenv("GENERATOR", raising=False)
+    return SimpleNamespace(**runpy.run_path(str(space / "app.py")))
+
+
+def test_a_space_draws_what_its_caption_says_and_does_not_blur_it(app, space: Path, tmp_path: Path):
+    model = load_generator(app.SOURCE)
+    assert app.classes(model) == [("drawn by each seed", -1), *((f"class {i}, number {i}", i) for i in range(3))]
+    first = app.settings(model)
+    assert (first["nfe"], first["gamma"], first["guidance"]) == (2, 0.7, 1.0)
+    picture, said = app.draw(model, **first | {"gamma": 0.3, "label": 1, "seed": 5, "count": 3, "guidance": 2.0})
+    (line,) = (line for line in said.splitlines() if line.startswith("edmdistill"))
+    words = [str(space / "generator") if word == "generator" else word for word in shlex.split(line)[1:]]
+    result = CliRunner().invoke(main, [*words[:-1], str(tmp_path / "images")])
+    assert result.exit_code == 0, result.output
+    scale = 640 // 2 // 8
+    for index in range(3):
+        x, y = (index % 2 * (8 * scale + 2), index // 2 * (8 * scale + 2))
+        found = np.asarray(picture.crop((x, y, x + 8 * scale, y + 8 * scale)))
+        with Image.open(next((tmp_path / "images").rglob(f"*{5 + index}.png"))) as image:
+            assert np.array_equal(found, np.asarray(image).repeat(scale, 0).repeat(scale, 1))
+    assert app.draw(model, **first | {"seed": None, "count": 1})[0].size == (640, 640)
+
+
+@pytest.mark.parametrize(("name", "message"), [("latents", "the latents of a VAE"), (None, "this is a teacher")])
+def test_a_space_is_for_generators_of_images(runs: Path, golden: Path, tmp_path: Path, name: str | None, message: str):
+    with pytest.raises(EdmDistillError, match=message):
+        export(runs / name if name else golden / RGB, "space", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

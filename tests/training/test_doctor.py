@@ -168,7 +168,7 @@ def test_memory_within_a_control_group(monkeypatch: pytest.MonkeyPatch, free: in
     assert finding.level == level
     assert finding.found.startswith(f"{free:.1f} of 10.0 GiB free, ")
     files |= {"/sys/fs/cgroup/memory.max": "max\n"}
-    assert doctor._memory()[1] == 32 * doctor.GIB
+    assert doctor.host_memory()[1] == 32 * doctor.GIB
 
 
 def test_locks_that_keep_nobody_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -14,7 +14,7 @@ from edmdistill.networks import NETWORKS, new_network
 from edmdistill.networks.preconditioning import EDM, FlowNetwork
 from edmdistill.networks.sizes import SIZES
 from edmdistill.recipes import Recipe, load_recipe
-from edmdistill.training.cards import CARDS
+from edmdistill.training.cards import CARDS, card_of
 from edmdistill.training.engine import Machine
 from edmdistill.training.loop import rounds
 from edmdistill.training.plan import FREE, _envelope, _highest, forward_flops, make_plan, measure
@@ -167,3 +167,23 @@ def test_recipes_of_the_papers_fit_what_they_were_trained_on() -> None:
         flow = FlowNetwork(new_network(kind, *shape, **arguments), EDM())
     plan = make_plan(measure(recipe, flow, machine), machine, processes=8)
     assert plan.largest_micro_batch(CARDS["l40s"].memory, 256) >= 32
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "card"),
+    [
+        ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA RTX 6000 Ada Generation", 47.5, "rtx6000-ada"),
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100"),
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA GH200 480GB", 94.5, None),
+        ("NVIDIA B200", 178.4, "b200"),
+        ("Intel(R) Xeon(R) Processor", 23.5, None),
+    ],
+)
+def test_a_card_is_known_by_its_name_and_memory(name: str, gib: float, card: str | None):
+    assert card_of(name, gib * 2**30) == card

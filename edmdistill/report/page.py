@@ -1,4 +1,4 @@
-"""The report: a run and its measurements on one page of HTML that needs nothing but itself.
+"""The page: a run and its measurements in one file of HTML that needs nothing but itself.
 
 Pictures are inside as base64 and curves as SVG; there is no script. What a run lacks is said in a sentence on the page.
 """
@@ -13,26 +13,26 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import takewhile
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from PIL import Image
 
-from edmdistill.checkpoints.store import CONFIG, CheckpointConfig, read_config
 from edmdistill.curves import Axis, Point, alone, doublings, save_plot, svg_curves
-from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
-from edmdistill.evaluation.tables import Generator, Table
+from edmdistill.evaluation.tables import Table
 from edmdistill.methods.base import Method
-from edmdistill.recipes import Recipe
+from edmdistill.recipes import origins
+from edmdistill.report.expected import expected
+from edmdistill.report.summary import Summary
 from edmdistill.training.metrics import BINS
-from edmdistill.training.run_dir import RECIPE, RUN
 
-PAGE = Path(__file__).parent / "assets" / "report.html"
+PAGE = Path(__file__).parent.parent / "assets" / "report.html"
 WIDEST = 1200  # pixels; a larger grid is made smaller
+GRIDS = 6
+"""Over training, the first and the last among them."""
 CURVES = {
     "loss": "loss",
     "score_gap": "score gap",
@@ -47,70 +47,12 @@ CURVES = {
 """Titles of what metrics.jsonl holds, in the order of the page; what else it holds comes last."""
 
 
-class Summary(NamedTuple):
-    """What a run directory says of its run.
+def report(run: Summary, measured: Sequence[Table], swept: Sequence[Table] = ()) -> str:
+    """The page.
 
-    Attributes:
-        asked: the recipe and the overrides as arguments of `train`.
-        data: of run.json.
-        config: of the checkpoint that the run has left, if it has.
-        metrics: the lines of metrics.jsonl.
+    Args:
+        measured, swept: what `tables` and `sweeps` made of the run's results.
     """
-
-    path: Path
-    recipe: Recipe
-    asked: list[str]
-    data: dict[str, Any]
-    config: CheckpointConfig | None
-    metrics: list[dict[str, float]]
-
-    @property
-    def images(self) -> int:
-        """Images seen by the checkpoint."""
-        return (self.config.images_seen if self.config else None) or 0
-
-    @property
-    def generator(self) -> Generator:
-        return Generator(self.recipe.hash, self.images)
-
-
-# Reading.
-
-
-def read_run(path: Path) -> Summary:
-    """The run in a directory; it may be under way.  Raises: EdmDistillError: no run directory, or a damaged one."""
-    if not (path / RECIPE).is_file():
-        raise EdmDistillError(f"{path} is no run directory, for it has no {RECIPE}: give the --run-dir of a training")
-    generator, log = path / "generator", path / "metrics.jsonl"
-    try:
-        lines = log.read_bytes().rpartition(b"\n")[0] if log.exists() else b""  # the last may just be being written
-        return Summary(
-            path,
-            Recipe.from_json((path / RECIPE).read_bytes()),
-            _asked(path / "recipe.toml"),
-            msgspec.json.decode((path / RUN).read_bytes())["data"],
-            read_config(generator) if (generator / CONFIG).exists() else None,
-            [json.loads(line) for line in lines.splitlines()],
-        )
-    except (OSError, KeyError, ValueError) as error:
-        raise EdmDistillError(f"{path} is a damaged run directory ({error}): train again in another") from error
-
-
-def _asked(file: Path) -> list[str]:
-    """What `train` notes above the recipe's own text; without such a note, the file itself is the recipe."""
-    head, mark = "# Trained by --recipe ", "#   --set "
-    first, *lines = file.read_text("utf-8").splitlines() or [""]
-    if not first.startswith(head):
-        return ["--recipe", str(file)]
-    sets = (line.removeprefix(mark) for line in takewhile(lambda line: line.startswith(mark), lines))
-    return ["--recipe", first.removeprefix(head), *(word for override in sets for word in ("--set", override))]
-
-
-# The page.
-
-
-def report(run: Summary, measured: Sequence[Table]) -> str:
-    """The page.  Args: measured: what `tables` made of the run's results."""
     own, total = run.recipe.method_class, run.recipe.training.images
     origin = run.config.provenance.source if run.config and own.product != "teacher" else run.data["name"]
     images = int(run.metrics[-1]["images"]) if run.metrics else run.images
@@ -118,18 +60,21 @@ def report(run: Summary, measured: Sequence[Table]) -> str:
     commands = _commands(run)
     sections = {
         "Quality by number of evaluations": "".join(map(_measured, measured))
-        or f"<p>Nothing is measured yet. This measures:</p>{_code(commands[1])}",
+        or f"<p>Nothing is measured yet. This measures:</p>{_code(commands['eval'])}",
+        "Quality by number of evaluations and gamma": _swept(swept, commands),
         "Samples": _samples(run),
         "Training": _training(run.metrics),
+        "Plan and run": _expected(run),
+        "Environment": _environment(run.sessions),
         "Recipe": _recipe(run),
-        "To go on": f"<p>To draw, to measure, and to train again or go on:</p>{_code(*commands)}",
+        "To go on": f"<p>To draw, to measure, and to train again or go on:</p>{_code(*commands.values())}",
     }
     return Template(PAGE.read_text("utf-8")).substitute(
         title=escape(f"A {own.product} by {run.recipe.method['name']}, from {origin}"),
         lead=escape(f"{about(own)} Trained on {run.data['name']}, {seen}."),
         claims="".join(f'<p class="claim">{escape(table.claim)}</p>' for table in measured if table.claim),
         facts="".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in _facts(run).items()),
-        sections="".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in sections.items()),
+        sections="".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in sections.items() if body),
     )
 
 
@@ -185,13 +130,22 @@ def _facts(run: Summary) -> dict[str, str]:
 
 
 def _measured(table: Table) -> str:
-    head, *rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table.rows)
     chart = _chart_by_nfe(table) if table.curves else ""
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return (
-        f'<div class="measured"><div><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{_note(table.caption)}</div>{chart}</div>"
-    )
+    return f'<div class="measured"><div>{_table(table.rows)}{_note(table.caption)}</div>{chart}</div>'
+
+
+def _swept(tables: Sequence[Table], commands: Mapping[str, str]) -> str:
+    if "sweep" not in commands:
+        return ""
+    body = "".join(f"<p>{escape(table.claim)}</p>{_measured(table)}" for table in tables)
+    return body or f"<p>Nothing is measured yet. This measures:</p>{_code(commands['sweep'])}"
+
+
+def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """Args: rows: the first is the head.  kind: a class of the page's style for the cells, after a space."""
+    head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    lines = "".join(f"<tr>{row}</tr>" for row in body)
+    return f'<div class="scroll{kind}"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def _chart_by_nfe(table: Table) -> str:
@@ -199,12 +153,12 @@ def _chart_by_nfe(table: Table) -> str:
 
 
 def _samples(run: Summary) -> str:
-    """The first, the middle and the last grid of the run, and what was drawn into a folder of it afterwards."""
+    """Grids of the run from the first to the last, and what was drawn into a folder of it afterwards."""
     files = sorted((run.path / "samples").glob("*.png"))
     steps = "".join(f"<span>{nfe}</span>" for nfe in run.recipe.sampling.nfe)
     figures = [
         (f"after {int(files[i].stem):,} images", f'<div class="steps">{steps}</div>{_picture(files[i])}')
-        for i in sorted({0, len(files) // 2, len(files) - 1})
+        for i in sorted({(len(files) - 1) * part // (GRIDS - 1) for part in range(GRIDS)})
         if files
     ]
     figures += [
@@ -233,7 +187,7 @@ def _training(metrics: Sequence[Mapping[str, float]]) -> str:
     total, order = metrics[-1]["images"], list(CURVES)
     charts: dict[str, dict[str, list[Point]]] = {}
     for line in metrics:
-        for key in line.keys() - {"images", "step", "seconds"}:
+        for key in line.keys() - {"images", "step", "seconds", "memory"}:
             if math.isfinite(line[key]):
                 chart, curve = _chart(key)
                 charts.setdefault(chart, {}).setdefault(curve, []).append((line["images"], line[key]))
@@ -270,26 +224,88 @@ def _chart(measure: str) -> tuple[str, str]:
     return measure, ""
 
 
+def _expected(run: Summary) -> str:
+    if run.config is None:
+        return "<p>There is no checkpoint yet, from which the plan takes the network's shape.</p>"
+    found = expected(run)
+    return _table(found.rows, " values") + "".join(map(_note, found.notes))
+
+
+def _environment(sessions: Sequence[Mapping[str, Any]]) -> str:
+    """A column for each environment: a run may go on under another."""
+    if not sessions:
+        return "<p>This run kept no record of where it was computed.</p>"
+    columns: list[dict[str, Any]] = []
+    for session in sessions:
+        same = columns and columns[-1] | {"images": session["images"], "began": session["began"]} == session
+        if not same:
+            columns.append(dict(session))
+    shown = {
+        "Images seen before": lambda own: f"{own['images']:,}",
+        "Began": lambda own: own["began"].replace("T", " ").replace("+00:00", " UTC"),
+        "Device": lambda own: own["device"],
+        "Memory of it": lambda own: f"{own['device_memory'] / 2**30:.1f} GiB",
+        "Processes": lambda own: str(own["processes"]),
+        "Options": _options,
+        "edmdistill": lambda own: own["edmdistill"],
+        "Revision": lambda own: own["revision"] or "not known",
+        "Python": lambda own: own["python"],
+        "torch": lambda own: own["torch"] + (f", CUDA {own['cuda']}" if own["cuda"] else ""),
+        "System": lambda own: own["system"],
+    }
+    head = ["", *("begun" if not own["images"] else "gone on with" for own in columns)]
+    return _table([head, *([name, *map(show, columns)] for name, show in shown.items())], " values")
+
+
+def _options(session: Mapping[str, Any]) -> str:
+    """How the run uses its machine, as options of `train`."""
+    words = [f"--micro-batch {session['micro_batch']}"] if session["micro_batch"] else []
+    words += ["--shard"] if session["shard"] else []
+    words += [f"--offload {','.join(session['offload'])}"] if session["offload"] else []
+    words += ["--checkpoint-activations"] if session["checkpointing"] else []
+    return " ".join(words) or "none"
+
+
 def _recipe(run: Summary) -> str:
-    given = (run.path / "recipe.toml").read_text("utf-8")
+    """What differs from the defaults, by who says so, and all of it."""
+    _, name, *sets = run.asked
+    found = origins(run.recipe, run.text, name, sets[1::2])
+    rows = [["", "value", "by", "in place of"]]
+    for key, own in found.items():
+        (who, value), *others = reversed(own.items())
+        rows.append([key, _value(value), who, ",\n".join(f"{_value(other)} ({it})" for it, other in others)])
     whole = msgspec.json.format(msgspec.json.encode(run.recipe), indent=2).decode()
-    summary = "With its variant, the overrides and every default"
-    return f"{_code(given)}<details><summary>{summary}</summary>{_code(whole)}</details>"
+    return (
+        f"{_note('What is not the default, and who says so.')}{_table(rows, ' values')}"
+        f"<details><summary>The file</summary>{_code(run.text)}</details>"
+        f"<details><summary>Every value, with the defaults</summary>{_code(whole)}</details>"
+    )
 
 
-def _commands(run: Summary) -> list[str]:
-    """To draw, to measure, and to train again or go on."""
-    path, nfe, data = str(run.path), run.recipe.sampling.nfe, run.data["name"]
+def _value(value: object) -> str:
+    """As JSON, but a line for each entry of a table."""
+    if isinstance(value, dict) and value:
+        return "\n".join(f"{key}: {json.dumps(inner)}" for key, inner in value.items())
+    return json.dumps(value)
+
+
+def _commands(run: Summary) -> dict[str, str]:
+    """To draw, to measure, and to train again or go on, by the name of the command."""
+    path, nfe, data, out = str(run.path), run.recipe.sampling.nfe, run.data["name"], run.path / "eval"
+    steps = ",".join(map(str, nfe))
     fits = [name for name, protocol in PROTOCOLS.items() if protocol.reference and protocol.reference.source == data]
     measure = ["--protocol", fits[0]] if fits else ["--protocol", "pixels", "--ref", "DATA"]
     given = [] if run.recipe.network else ["TEACHER"]
     given += ["--data", data if fits else "DATA", *run.asked]
-    commands = [
-        ["sample", path, "--nfe", str(nfe[0]), "--seeds", "0-63", "--out", str(run.path / "images")],
-        ["eval", path, "--nfe", ",".join(map(str, nfe)), *measure, "--out", str(run.path / "eval" / "generator.json")],
-        ["train", run.recipe.method["name"], *given, "--run-dir", path],
-    ]
-    return [shlex.join(["edmdistill", *command]) for command in commands]
+    commands = {
+        "sample": [path, "--nfe", str(nfe[0]), "--seeds", "0-63", "--out", str(run.path / "images")],
+        "eval": [path, "--nfe", steps, *measure, "--out", str(out / "generator.json")],
+        "sweep": [path, "--nfe", steps, "--gamma", "0,.5,1", *measure, "--out", str(out / "sweep.json")],
+        "train": [run.recipe.method["name"], *given, "--run-dir", path],
+    }
+    if run.recipe.method_class.product == "teacher":  # which has no gamma
+        del commands["sweep"]
+    return {name: shlex.join(["edmdistill", name, *words]) for name, words in commands.items()}
 
 
 def _note(text: str) -> str:

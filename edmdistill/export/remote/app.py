@@ -1,0 +1,129 @@
+"""A few-step generator in the browser, by gradio: on a Space of the Hugging Face Hub, or by `python app.py`.
+
+The generator is in the folder `generator` beside this file, unless the variable GENERATOR names another: a folder, or a
+repository of the Hub, OWNER/NAME or OWNER/NAME@REVISION.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import edmdistill
+from edmdistill.sampling.grid import image_grid, to_uint8
+
+SOURCE = os.environ.get("GENERATOR") or str(Path(__file__).parent / "generator")
+SIDE = 640
+"""Pixels of the picture, or a few less: every pixel of an image becomes a square of whole ones, and nothing blurs."""
+MOST = 8
+"""Evaluations to choose from, or as many as the generator has a schedule for."""
+OWN = -1
+"""In a class's place: each seed draws its own."""
+STYLE = "#picture img { image-rendering: pixelated }"
+
+
+def classes(generator: edmdistill.Generator) -> list[tuple[str, int]]:
+    """What the class picker shows: names and numbers; of a generator without classes, nothing."""
+    config = generator.config
+    names = config.label_names or [str(label) for label in range(config.label_dim)]
+    return [("drawn by each seed", OWN), *((name, label) for label, name in enumerate(names))] if names else []
+
+
+def settings(generator: edmdistill.Generator) -> dict[str, Any]:
+    """What the page begins with, as arguments of `draw`."""
+    sampling = generator.config.sampling
+    known = [int(nfe) for nfe in sampling.sigmas]
+    return {
+        "nfe": 2 if 2 in known or not known else min(known),
+        "gamma": sampling.gamma,
+        "label": OWN,
+        "seed": 0,
+        "count": 16,
+        "guidance": generator.guidance[0],
+    }
+
+
+def draw(
+    generator: edmdistill.Generator, nfe: int, gamma: float, label: int, seed: int | None, count: int, guidance: float
+) -> tuple[Image.Image, str]:
+    """A picture of the images of `count` seeds from `seed` on, and what to say of it.
+
+    Args:
+        seed: None: an empty field, as 0.
+    """
+    first = int(seed or 0)
+    seeds = range(first, first + int(count))
+    began = time.perf_counter()
+    images = edmdistill.sample(
+        generator,
+        int(nfe),
+        seeds=seeds,
+        labels=None if label == OWN else int(label),
+        gamma=gamma,
+        guidance=guidance,
+    )
+    seconds = time.perf_counter() - began
+    columns = next(n for n in range(1, len(seeds) + 1) if n * n >= len(seeds))
+    picture = image_grid(to_uint8(images), columns, scale=max(1, SIDE // columns // images.shape[-1]))
+    words = ["edmdistill", "sample", Path(SOURCE).name if Path(SOURCE).is_dir() else SOURCE, "--nfe", f"{nfe:g}"]
+    words += ["--gamma", f"{gamma:g}", "--seeds", f"{first}-{seeds[-1]}"]
+    words += [] if label == OWN else ["--class", str(label)]
+    words += ["--guidance", f"{guidance:g}"] if generator.guidance[0] < generator.guidance[1] else []
+    return picture, f"In {seconds:.2f} seconds, as by\n\n```sh\n{shlex.join([*words, '--out', 'images'])}\n```"
+
+
+def page(generator: edmdistill.Generator) -> Any:
+    """The page, gradio's Blocks."""
+    import gradio as gr
+
+    config, first, names = generator.config, settings(generator), classes(generator)
+    low, high = generator.guidance
+    most = max([MOST, *map(int, config.sampling.sigmas)])
+    title = f"A few-step generator by {config.method}"
+    about = f"Of the teacher {config.provenance.source}, distilled by edmdistill {edmdistill.__version__}."
+    with gr.Blocks(title=title) as blocks:
+        gr.Markdown(f"# {title}\n\n{about}")
+        with gr.Row():
+            with gr.Column(min_width=280):
+                nfe = gr.Slider(1, most, first["nfe"], step=1, label="Network evaluations (NFE)")
+                gamma = gr.Slider(
+                    0, 1, first["gamma"], step=0.05, label="Gamma", info="Share of fresh noise between evaluations"
+                )
+                label = gr.Dropdown(names or [("none", OWN)], value=OWN, label="Class", visible=bool(names))
+                seed = gr.Number(first["seed"], precision=0, minimum=0, maximum=2**31, label="First seed")
+                count = gr.Slider(1, 64, first["count"], step=1, label="Images")
+                guidance = gr.Slider(low, max(high, low + 1), low, step=0.1, label="Guidance", visible=low < high)
+                again = gr.Button("Next seeds", variant="primary")
+            with gr.Column(scale=2, min_width=280):
+                picture = gr.Image(
+                    type="pil",
+                    format="png",
+                    interactive=False,
+                    show_label=False,
+                    container=False,
+                    buttons=["download"],
+                    elem_id="picture",
+                )
+                said = gr.Markdown()
+        controls = [nfe, gamma, label, seed, count, guidance]
+        changes = [blocks.load, *(control.change for control in controls)]
+        shown = [picture, said]
+        gr.on(
+            changes,
+            lambda *values: draw(generator, *values),
+            controls,
+            shown,
+            show_progress="minimal",
+            trigger_mode="always_last",
+        )
+        again.click(lambda seed, count: int(seed or 0) + count, [seed, count], seed)
+    return blocks
+
+
+if __name__ == "__main__":
+    page(edmdistill.load_generator(SOURCE)).launch(css=STYLE)

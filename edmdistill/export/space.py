@@ -1,0 +1,66 @@
+"""To a Space of the Hugging Face Hub: a page in the browser that draws what is asked for, by gradio.
+
+gradio is no dependency of ours, not even an optional one: it keeps pillow below 13. The folder says what it needs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from edmdistill import __version__
+from edmdistill.checkpoints.convert import load_generator
+from edmdistill.checkpoints.store import CheckpointConfig, Generator, save_checkpoint
+from edmdistill.data.latents import statistics_of
+from edmdistill.errors import EdmDistillError
+from edmdistill.export.parity import SEEDS, Parity, compare
+from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.sampling.generate import sample
+
+GRADIO = "6.31.0"
+"""By which the page was tried."""
+HEADER = f"sdk: gradio\nsdk_version: {GRADIO}\napp_file: app.py\ntitle: A few-step generator\n"
+APP = Path(__file__).parent / "remote" / "app.py"
+REQUIREMENTS = f"""\
+--extra-index-url https://download.pytorch.org/whl/cpu
+edmdistill=={__version__}
+gradio=={GRADIO}
+"""
+
+
+def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
+    """Raises: EdmDistillError: a teacher, which has no few steps, or latents, which are no images."""
+    if config.stage != "generator":
+        raise EdmDistillError("a Space shows a generator, and this is a teacher: export it --to another")
+    if statistics_of(config.encoder) is not None:
+        raise EdmDistillError(
+            "a Space shows images, and this generator draws the latents of a VAE: export it --to diffusers, whose "
+            "pipeline takes one"
+        )
+    return """\
+    pip install -r requirements.txt
+    python app.py
+
+shows it on this machine. On the Hub it is a Space:
+
+    hf repos create OWNER/NAME --repo-type space --space-sdk gradio
+    hf upload OWNER/NAME . . --repo-type space
+
+The generator is in the folder `generator`. The variable GENERATOR names another in its place, as OWNER/NAME on the Hub.
+Where pip finds no edmdistill of this version, put its wheel (`pip wheel --no-deps` in its sources) beside app.py, and
+the wheel's file name in its place in requirements.txt.
+"""
+
+
+def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Parity, ...]:
+    """Writes generator/, app.py and requirements.txt, and loads the generator as the app does."""
+    save_checkpoint(folder / "generator", flow, config)
+    (folder / "app.py").write_text(APP.read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+    there: Generator = load_generator(folder / "generator")
+
+    def images(nfe: int) -> Tensor:
+        return sample(there, nfe, seeds=SEEDS)
+
+    return compare(flow, config, images)

@@ -1,0 +1,105 @@
+"""What `plan` says of a run, beside what the run has measured."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
+
+from edmdistill.checkpoints.store import CheckpointConfig, build_flow
+from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.report.summary import Summary
+from edmdistill.training.cards import CARDS, card_of
+from edmdistill.training.engine import Machine
+from edmdistill.training.plan import Plan, images_per_second, make_plan, measure
+
+UTILISATION = 0.35
+"""Of a GPU's peak, as the command `plan` takes it."""
+
+
+class Expected(NamedTuple):
+    """A table of text, of which the first row is the head, and what there is to know about it."""
+
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def expected(run: Summary) -> Expected:
+    """Memory, operations and time of a run with a checkpoint, on the machine of its last session."""
+    assert run.config is not None
+    session = run.sessions[-1] if run.sessions else {}
+    notes = [] if session else ["This run kept no record of its machine: the plan is for one process, undivided."]
+    training, processes = run.recipe.training, session.get("processes", 1)
+    share = -(-training.batch // processes)
+    rows = min(session.get("micro_batch") or share, share)
+    plan, guided = _plan(run, run.config, session, processes)
+    if guided:
+        notes.append("The guide is taken to be as large as the teacher, for the run does not keep its shape.")
+    turns = plan.peaks(rows, rows < share)
+    longest = max(turns, key=turns.__getitem__)
+    card = card_of(session.get("device", ""), session.get("device_memory", 0))
+    images = run.metrics[-1]["images"] if run.metrics else 0
+    speed = images / run.metrics[-1]["seconds"] if run.metrics else None
+    taken = max((line["memory"] for line in run.metrics if "memory" in line), default=None)
+    own = None
+    if card is not None:
+        own = images_per_second(plan, CARDS[card], training.precision != "fp32", UTILISATION, processes)
+        notes.append(f"The plan takes {UTILISATION:.0%} of what a {card} can multiply.")
+    elif session:
+        notes.append("How fast this machine can multiply is not known, so that the plan has no time.")
+    if taken is not None and card is None and session.get("cuda") is None:
+        notes.append(
+            "On the host, memory is all by which the process has grown since before anything was loaded, code of "
+            "libraries among it; the plan counts tensors alone."
+        )
+    table = [
+        ["", "plan", "run"],
+        ["Memory at most", _bytes(turns[longest]), _bytes(taken)],
+        ["  weights", _bytes(sum(plan.weights.values())), ""],
+        ["  averages", _bytes(plan.averages), ""],
+        ["  optimisers", _bytes(plan.optimizer), ""],
+        [f"  the {longest}'s turn, {rows:,} images", _bytes(sum(plan.turn(longest, rows, rows < share))), ""],
+        ["Operations an image", _operations(plan.flops), ""],
+        ["Operations a second", _operations(own and own * plan.flops), _operations(speed and speed * plan.flops)],
+        ["Images a second", _number(own), _number(speed)],
+        ["Time for all images", _time(own and training.images / own), _time(speed and training.images / speed)],
+    ]
+    return Expected(table, notes)
+
+
+def _plan(run: Summary, config: CheckpointConfig, session: dict[str, Any], processes: int) -> tuple[Plan, bool]:
+    """The plan, and whether a guide plays in it."""
+    spec = config.network
+    arguments = {name: value for name, value in spec.arguments.items() if name != "guided"}  # the teacher is not
+    flow: FlowNetwork = build_flow(replace(spec, arguments=arguments), config.preconditioning, str(run.path))
+    machine = Machine(
+        shard=session.get("shard", False),
+        offload=tuple(session.get("offload", ())),
+        checkpointing=session.get("checkpointing", False),
+    )
+    guided = any(part.source == "guide" for part in run.recipe.roles.values())
+    measured = measure(run.recipe, flow, machine, guide=flow if guided else None)
+    return make_plan(measured, machine, processes), guided
+
+
+def _bytes(size: float | None) -> str:
+    if size is None:
+        return "-"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _operations(count: float | None) -> str:
+    return "-" if count is None else f"{count / 1e12:,.3g} TFLOP" if count >= 1e12 else f"{count / 1e9:,.3g} GFLOP"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for name, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.1f} {name}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,85 @@
+"""What a run directory says of its run; it may be under way."""
+
+from __future__ import annotations
+
+import json
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edmdistill.checkpoints.store import CONFIG, CheckpointConfig, read_config
+from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.tables import Generator
+from edmdistill.recipes import Recipe
+from edmdistill.training.run_dir import RECIPE, RUN, SESSIONS
+
+
+class Summary(NamedTuple):
+    """What a run directory says of its run.
+
+    Attributes:
+        asked: the recipe and the overrides as arguments of `train`.
+        data: of run.json.
+        config: of the checkpoint that the run has left, if it has.
+        metrics: the lines of metrics.jsonl.
+        sessions: the lines of sessions.jsonl; runs of before there were any have none.
+    """
+
+    path: Path
+    recipe: Recipe
+    asked: list[str]
+    data: dict[str, Any]
+    config: CheckpointConfig | None
+    metrics: list[dict[str, float]]
+    sessions: list[dict[str, Any]]
+
+    @property
+    def text(self) -> str:
+        """The recipe as its author wrote it."""
+        return (self.path / "recipe.toml").read_text("utf-8")
+
+    @property
+    def images(self) -> int:
+        """Images seen by the checkpoint."""
+        return (self.config.images_seen if self.config else None) or 0
+
+    @property
+    def generator(self) -> Generator:
+        return Generator(self.recipe.hash, self.images)
+
+
+def read_run(path: Path) -> Summary:
+    """The run in a directory; it may be under way.  Raises: EdmDistillError: no run directory, or a damaged one."""
+    if not (path / RECIPE).is_file():
+        raise EdmDistillError(f"{path} is no run directory, for it has no {RECIPE}: give the --run-dir of a training")
+    generator = path / "generator"
+    try:
+        return Summary(
+            path,
+            Recipe.from_json((path / RECIPE).read_bytes()),
+            _asked(path / "recipe.toml"),
+            msgspec.json.decode((path / RUN).read_bytes())["data"],
+            read_config(generator) if (generator / CONFIG).exists() else None,
+            _lines(path / "metrics.jsonl"),
+            _lines(path / SESSIONS),
+        )
+    except (OSError, KeyError, ValueError) as error:
+        raise EdmDistillError(f"{path} is a damaged run directory ({error}): train again in another") from error
+
+
+def _lines(log: Path) -> list[dict[str, Any]]:
+    """The lines of a log, of which the last may just be being written."""
+    whole = log.read_bytes().rpartition(b"\n")[0] if log.exists() else b""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _asked(file: Path) -> list[str]:
+    """What `train` notes above the recipe's own text; without such a note, the file itself is the recipe."""
+    head, mark = "# Trained by --recipe ", "#   --set "
+    first, *lines = file.read_text("utf-8").splitlines() or [""]
+    if not first.startswith(head):
+        return ["--recipe", str(file)]
+    sets = (line.removeprefix(mark) for line in takewhile(lambda line: line.startswith(mark), lines))
+    return ["--recipe", first.removeprefix(head), *(word for override in sets for word in ("--set", override))]
