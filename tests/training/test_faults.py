@@ -40,15 +40,17 @@ def live(recipe: Recipe, teacher: Path, run_dir: Path, *counts: int) -> list[str
 
 
 def what_it_left(run_dir: Path) -> dict[str, object]:
-    """Everything in a run directory that is not a time."""
+    """Everything in a run directory but what is about the process: times, memory, sessions."""
     found: dict[str, object] = {}
     for file in sorted(run_dir.rglob("*")):
         name = file.relative_to(run_dir).as_posix()
+        if file.name == "sessions.jsonl":
+            continue
         if file.suffix == ".safetensors":
             found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(file).items()}
         elif file.suffix == ".jsonl":
             lines = map(json.loads, file.read_text().splitlines())
-            found[name] = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+            found[name] = [{k: v for k, v in line.items() if "second" not in k and k != "memory"} for line in lines]
         elif file.name == "progress.json":
             found[name] = {k: v for k, v in json.loads(file.read_text()).items() if k != "window"}
         elif file.is_file() and file.name != ".lock":
