@@ -145,14 +145,15 @@ def results_table(results: Sequence[Result]) -> str:
     assert reference is not None
     where = f"{reference.source} ({reference.split}, {reference.n})"
     against = f"{protocol.n} images against {where}" if protocol.features else f"bits per dimension of {where}"
-    lines = [
-        f"protocol {protocol.name}: {against}",
-        "".join(f"{name:>18}" for name in ("NFE", *results[0].metrics)),
-    ]
+    names = ("NFE", *results[0].metrics)
+    rows = [names]
     for result in results:
         nfe = str(result.sampler.nfe) if result.sampler else "-"
-        lines.append("".join(f"{cell:>18}" for cell in (nfe, *(f"{value:.4g}" for value in result.metrics.values()))))
-    return "\n".join(lines)
+        rows.append((nfe, *(f"{value:.4g}" for value in result.metrics.values())))
+    lines = [
+        "".join(f"{cell:>{max(18, len(name) + 2)}}" for cell, name in zip(row, names, strict=True)) for row in rows
+    ]
+    return "\n".join([f"protocol {protocol.name}: {against}", *lines])
 
 
 def require_comparable(a: Result, b: Result) -> None:
