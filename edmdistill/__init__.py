@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edmdistill.checkpoints.convert import convert, load_denoiser, load_generator
-    from edmdistill.checkpoints.store import Generator
+    from edmdistill.checkpoints.generator import Generator
     from edmdistill.errors import EdmDistillError
     from edmdistill.evaluation.protocol import evaluate
     from edmdistill.networks.preconditioning import Denoiser
@@ -19,7 +19,7 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "Denoiser": "edmdistill.networks.preconditioning",
     "EdmDistillError": "edmdistill.errors",
-    "Generator": "edmdistill.checkpoints.store",
+    "Generator": "edmdistill.checkpoints.generator",
     "convert": "edmdistill.checkpoints.convert",
     "evaluate": "edmdistill.evaluation.protocol",
     "load_denoiser": "edmdistill.checkpoints.convert",

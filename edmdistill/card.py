@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from edmdistill.checkpoints.source import repository_of
 from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.evaluation.protocol import Result
-from edmdistill.evaluation.tables import Generator, tables
+from edmdistill.evaluation.tables import Subject, tables
 from edmdistill.methods import METHODS
 from edmdistill.report.page import about
 from edmdistill.report.summary import Summary
@@ -138,7 +138,7 @@ def _use(config: CheckpointConfig, repository: str) -> str:
 
 
 def _quality(config: CheckpointConfig, results: Sequence[Result]) -> str:
-    own = Generator(config.recipe_hash or "", config.images_seen or 0)
+    own = Subject(config.recipe_hash or "", config.images_seen or 0)
     measured = tables([result for result in results if result.sampler], own)
     if not measured:
         return "It was not measured."

@@ -22,8 +22,9 @@ from torch import Tensor
 from edmdistill import __version__
 from edmdistill.card import card, is_own, usual_nfe
 from edmdistill.checkpoints.convert import load_model
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.source import REPOSITORY, hub_calls
-from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, CheckpointConfig, Generator, checkpoint_in, read_config
+from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, CheckpointConfig, checkpoint_in, read_config
 from edmdistill.errors import HubError
 from edmdistill.evaluation.protocol import Result
 from edmdistill.evaluation.saved import saved_results, with_results

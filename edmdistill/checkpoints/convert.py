@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from edmdistill.checkpoints.aside import aside
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.checkpoints.openai import read_openai
 from edmdistill.checkpoints.source import name_of, resolve
@@ -28,7 +29,6 @@ from edmdistill.checkpoints.store import (
     CONFIG,
     MODEL,
     CheckpointConfig,
-    Generator,
     NetworkSpec,
     Provenance,
     build_flow,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edmdistill.checkpoints.script import load_script
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.features import Digits
+from edmdistill.networks.script import load_script
 
 
 def load_classifier(source: str, label_dim: int, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CONFIG, Generator
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.store import CONFIG
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError
 from edmdistill.networks.preconditioning import Denoiser

@@ -16,7 +16,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from edmdistill.checkpoints.store import Generator
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, indices
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.protocol import (

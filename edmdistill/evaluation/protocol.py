@@ -19,7 +19,7 @@ from msgspec.structs import asdict, replace
 from torch import Tensor
 
 from edmdistill import __version__
-from edmdistill.checkpoints.store import Generator
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.features import FEATURES, Classifier

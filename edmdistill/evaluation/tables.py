@@ -15,7 +15,7 @@ from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import Protocol, Result, Sampler
 
 
-class Generator(NamedTuple):
+class Subject(NamedTuple):
     """Which generator the tables are about: others are called by their recipe and images."""
 
     recipe_hash: str
@@ -78,13 +78,13 @@ def read_results(files: Iterable[Path]) -> list[Result]:
     return results
 
 
-def tables(results: Sequence[Result], generator: Generator) -> list[Table]:
+def tables(results: Sequence[Result], generator: Subject) -> list[Table]:
     """A table for each protocol, teachers first."""
     hashes = dict.fromkeys(result.protocol_sha256 for result in results)
     return [_table([result for result in results if result.protocol_sha256 == own], generator) for own in hashes]
 
 
-def sweeps(results: Sequence[Result], generator: Generator) -> list[Table]:
+def sweeps(results: Sequence[Result], generator: Subject) -> list[Table]:
     """A sweep's table for each protocol by which this generator was measured at more than one gamma."""
     own = [result for result in results if result.sampler and _who(result, generator) == "generator"]
     own.sort(key=lambda result: (_nfe(result), _gamma(result), -_first(result)))  # of one setting the lowest counts
@@ -134,7 +134,7 @@ def sweep_table(results: Sequence[Result]) -> Table:
     return Table(results[0].protocol, rows, claim.replace(" 1 evaluations", " 1 evaluation"), curves, _heading(main))
 
 
-def _table(results: Sequence[Result], generator: Generator) -> Table:
+def _table(results: Sequence[Result], generator: Subject) -> Table:
     rows = [(_who(result, generator), _nfe(result), result) for result in results]
     rows.sort(key=lambda row: (row[0] != "teacher", row[:2]))
     metrics = list(dict.fromkeys(metric for result in results for metric in result.metrics))
@@ -168,7 +168,7 @@ def _lowest(values: Mapping[int, float]) -> tuple[float, int]:
     return min((value, nfe) for nfe, value in values.items())
 
 
-def _who(result: Result, generator: Generator) -> str:
+def _who(result: Result, generator: Subject) -> str:
     """What was measured, by its provenance."""
     origin = result.provenance
     if result.sampler is None:

@@ -12,7 +12,8 @@ import torch
 from edmdistill import __version__
 from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.convert import load_flow
-from edmdistill.checkpoints.store import CheckpointConfig, Generator
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.errors import CheckpointError
 from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
 from edmdistill.export.parity import SEEDS, Parity, table

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, Generator
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.preconditioning import FlowNetwork
 from edmdistill.sampling.generate import sample

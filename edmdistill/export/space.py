@@ -11,7 +11,8 @@ from torch import Tensor
 
 from edmdistill import __version__
 from edmdistill.checkpoints.convert import load_generator
-from edmdistill.checkpoints.store import CheckpointConfig, Generator, save_checkpoint
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.store import CheckpointConfig, save_checkpoint
 from edmdistill.data.latents import statistics_of
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.parity import SEEDS, Parity, compare

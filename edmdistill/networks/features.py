@@ -5,7 +5,6 @@ Source: Sauer et al. 2021 (Projected GANs), section 3.2, for the mixing; Kim et 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,6 +13,7 @@ import torch.nn.functional as f
 from torch import Tensor, nn
 
 from edmdistill.errors import TrainingError
+from edmdistill.networks.script import load_script
 
 LEVELS = 4
 """Feature maps that a network gives, the finest first."""
@@ -39,18 +39,11 @@ def resized(x: Tensor, size: int = SEEN) -> Tensor:
 
 
 class Script(nn.Module):
-    """A TorchScript file of the user's."""
+    """A TorchScript file of the user's, and its name for what is wrong with it."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.path = path
-        try:
-            with warnings.catch_warnings():  # torch.jit is deprecated; what users have is still TorchScript
-                warnings.simplefilter("ignore")
-                self.script = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
-            raise TrainingError(f"{path} is no TorchScript ({reason}): write it by torch.jit.save") from error
+        self.path, self.script = path, load_script(path)
 
 
 class Perception(Script):

@@ -11,7 +11,7 @@ import msgspec
 
 from edmdistill.checkpoints.store import CONFIG, CheckpointConfig, read_config
 from edmdistill.errors import EdmDistillError
-from edmdistill.evaluation.tables import Generator
+from edmdistill.evaluation.tables import Subject
 from edmdistill.recipes import Recipe
 from edmdistill.training.run_dir import RECIPE, RUN, SESSIONS
 
@@ -46,8 +46,8 @@ class Summary(NamedTuple):
         return (self.config.images_seen if self.config else None) or 0
 
     @property
-    def generator(self) -> Generator:
-        return Generator(self.recipe.hash, self.images)
+    def generator(self) -> Subject:
+        return Subject(self.recipe.hash, self.images)
 
 
 def read_run(path: Path) -> Summary:

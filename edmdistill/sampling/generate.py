@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.store import Generator
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.preconditioning import Denoiser

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.source import resolve
-from edmdistill.checkpoints.store import CONFIG, Generator, read_config
+from edmdistill.checkpoints.store import CONFIG, read_config
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.preconditioning import Denoiser
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.ema import Profile, save_snapshot
-from edmdistill.checkpoints.store import Generator, save_checkpoint
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
 from edmdistill.sampling.generate import is_latent, sample
 from edmdistill.sampling.grid import image_grid, named_rows, to_uint8

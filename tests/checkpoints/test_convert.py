@@ -19,8 +19,9 @@ from edmdistill.checkpoints.convert import (
     load_model,
     outline,
 )
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, Generator, load_checkpoint, load_tensors, save_checkpoint
+from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, load_checkpoint, load_tensors, save_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.preconditioning import Denoiser

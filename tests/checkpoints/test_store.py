@@ -12,12 +12,12 @@ from msgspec.structs import replace
 from edmdistill.checkpoints import store
 from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.convert import load_generator
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import (
     CARD,
     CONFIG,
     MODEL,
     CheckpointConfig,
-    Generator,
     Provenance,
     Sampling,
     facts,

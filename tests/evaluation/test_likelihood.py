@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, Generator, Provenance, facts
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts
 from edmdistill.data.datasets import Dataset, indices, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.likelihood import evaluate_likelihood, log_likelihood, network_noise
 from edmdistill.evaluation.protocol import results_json, results_table
-from edmdistill.evaluation.tables import Generator as Ours
-from edmdistill.evaluation.tables import read_results, tables
+from edmdistill.evaluation.tables import Subject, read_results, tables
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.preconditioning import EDM, IDDPM, VE, VP, Denoiser, FlowNetwork
 from edmdistill.networks.two_time import add_second_time
@@ -189,7 +189,7 @@ def test_the_result_says_how_and_stands_in_tables(tmp_path: Path) -> None:
     (read,) = read_results([tmp_path / "nll.json"])
     assert read.protocol == protocol
     assert read.protocol.sha256() == result.protocol_sha256
-    (table,) = tables([read], Ours("", 0))
+    (table,) = tables([read], Subject("", 0))
     assert table.rows[1][0] == "teacher"
     assert table.rows[1][-1].startswith("rk45")
     assert "bits per dimension of digits (test, 3 images)" in table.caption

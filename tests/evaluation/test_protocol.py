@@ -14,7 +14,8 @@ from msgspec.structs import replace
 from PIL import Image
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, Generator, Guidance, Provenance, facts
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, facts
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.features import Digits

@@ -7,9 +7,9 @@ from msgspec.structs import replace
 
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler, results_json
-from edmdistill.evaluation.tables import Generator, best_gammas, read_results, sweeps, tables
+from edmdistill.evaluation.tables import Subject, best_gammas, read_results, sweeps, tables
 
-OURS = Generator("ab" * 32, 1000)
+OURS = Subject("ab" * 32, 1000)
 DONE = replace(PROTOCOLS["digits"], reference=Reference(source="digits", n=1500, sha256="cd"))
 
 

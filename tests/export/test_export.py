@@ -17,16 +17,9 @@ from golden_set import NETWORKS
 from PIL import Image
 
 from edmdistill.checkpoints.convert import build_official, load_flow, load_generator
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.store import (
-    CheckpointConfig,
-    Generator,
-    Guidance,
-    Provenance,
-    Sampling,
-    facts,
-    save_checkpoint,
-)
+from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, Sampling, facts, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.cli.export import TARGETS as CHOICES
 from edmdistill.errors import EdmDistillError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edmdistill.errors import TrainingError
+from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.networks.features import LEVELS, Heads, Perception, ScriptFeatures, make_features, make_heads
 
 
@@ -82,7 +82,7 @@ def test_files(tmp_path: Path) -> None:
 def test_errors_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "no.pt").write_text("no")
     for path in (tmp_path / "no.pt", tmp_path / "nowhere.pt"):
-        with pytest.raises(TrainingError, match="is no TorchScript"):
+        with pytest.raises(CheckpointError, match="cannot be read as TorchScript"):
             Perception(str(path))
     path = script(Maps(2), tmp_path / "two.pt", torch.zeros(1, 3, 224, 224))
     with pytest.raises(TrainingError, match="gives 2 feature maps, but 4 are needed"):

@@ -8,7 +8,8 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, Generator, Provenance, facts
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.preconditioning import EDM, Denoiser, FlowNetwork

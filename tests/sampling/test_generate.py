@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, Generator, Guidance, Provenance, facts
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, facts
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, Denoiser, FlowNetwork

@@ -21,9 +21,9 @@ def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Modu
             warnings.simplefilter("ignore", DeprecationWarning)
             network: nn.Module = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path} cannot be read as TorchScript ({reason}): write it by torch.jit.script and save."
+            f"{path} cannot be read as TorchScript ({reason}): write it by torch.jit.save."
         ) from error
     for parameter in network.parameters():  # a script has no requires_grad_ of its own
         parameter.requires_grad_(False)

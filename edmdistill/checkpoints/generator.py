@@ -1,0 +1,65 @@
+"""A distilled network, ready to be asked for images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edmdistill.checkpoints.store import CheckpointConfig
+from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.schedules import generator_sigmas
+from edmdistill.trigflow import ddim_step, sigma_to_time
+
+
+class Generator(nn.Module):
+    """A few-step generator: one evaluation takes a point on the circle to its data.
+
+    One that reads a second time (CTM's) takes it to any earlier time as well, and knows the score.
+
+    Attributes:
+        flow, config: its network and its checkpoint's configuration.
+    """
+
+    def __init__(self, flow: FlowNetwork, config: CheckpointConfig) -> None:
+        super().__init__()
+        self.flow = flow
+        self.config = config
+
+    @property
+    def guidance(self) -> tuple[float, float]:
+        """The least and the greatest weight of guidance that it knows; (1, 1): none."""
+        return self.config.guidance.range if self.config.guidance is not None else (1.0, 1.0)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """x0 = cos(t) x_t - sin(t) sigma_data F(x_t, t).
+
+        Args:
+            x_t: points on the circle.  [B,C,H,W]
+            t: their times in [0, pi/2].  [] or [B]
+            labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
+            w: weights of guidance, where it knows several; None = the least.  [] or [B]
+        Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
+        """
+        return self.jump(x_t, t, torch.zeros_like(t), labels, w)
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """x_s = cos(t-s) x_t - sin(t-s) sigma_data F: by a network of two times, F(x_t, t, s), where the trajectory is.
+
+        By one of a single time, where its data and the noise that they imply lie at s.
+
+        Args:
+            x_t, t, labels, w: as in forward.
+            s: times in [0, t].  [] or [B]
+        Returns: x_s.  [B,C,H,W] float32, float64 if the parameters are
+        """
+        x_t = x_t.to(self.flow.dtype)
+        if w is None and self.flow.guided:
+            w = torch.tensor(self.guidance[0])
+        F = self.flow(x_t, t, labels, s if self.flow.two_time else None, w=w)
+        return ddim_step(x_t, F, t, s, self.flow.sigma_data)
+
+    def schedule(self, nfe: int) -> Tensor:
+        """Times to evaluate at, falling, in radians: the checkpoint's own, else EDM's curve.  [nfe] float64"""
+        own = self.config.sampling.sigmas.get(str(nfe))
+        sigmas = own or generator_sigmas(nfe, self.flow.sigma_min, self.flow.sigma_max)
+        return sigma_to_time(torch.as_tensor(sigmas, dtype=torch.float64), self.flow.sigma_data)
