@@ -326,7 +326,9 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def load_flow(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
-    """The network of a checkpoint as it stands there, but with one time, in float32 on the CPU.
+    """The network of a checkpoint as it stands there, in float32 on the CPU.
+
+    Teachers and auxiliary scores lose their second time; a generator has it only if its jumps read it.
 
     Args:
         source: as load_model's.
@@ -337,7 +339,8 @@ def load_flow(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
         flow, config = load_checkpoint(checkpoint_in(path))
     else:
         flow, config = read_source(path)
-    return drop_second_time(flow) if flow.two_time else flow, config
+    as_it_is = config.stage == "generator" or not flow.two_time
+    return flow if as_it_is else drop_second_time(flow), config
 
 
 def load_model(

@@ -207,6 +207,12 @@ def test_models_to_use(golden: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a folder"):
         convert(run, tmp_path / "again")
 
+    torch.nn.init.ones_(flow.network.second_time.gain)  # type: ignore[union-attr, arg-type]
+    save_checkpoint(tmp_path / "ctm", flow, replace(config, stage="generator", method="ctm"))
+    jumps, (x, t) = load_generator(tmp_path / "ctm"), (torch.randn(1, 3, 8, 8), torch.tensor(1.5))
+    F = (jumps.flow(x, t, second=s) for s in (torch.tensor(0.1), torch.tensor(1.0)))
+    assert (next(F) - next(F)).abs().max() > 0.01
+
 
 def test_precision(golden: Path) -> None:
     source = golden / "edm2-rgb-cond.pkl"
