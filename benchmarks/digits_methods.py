@@ -58,6 +58,7 @@ CONTESTANTS = {
     "scd+vsd": Contestant("scd", "scd/digits-vsd", adapted=True),
     "sct": Contestant("sct", "sct/digits", adapted=True),
     "dscd": Contestant("dscd", "dscd/digits", adapted=True),
+    "ctm": Contestant("ctm", "ctm/digits", adapted=False),
     "scd-unadapted": Contestant("scd", "scd/digits", adapted=False, sets=("method.allow_edm_time=true",)),
 }
 

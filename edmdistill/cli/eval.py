@@ -63,7 +63,7 @@ def _integers(context: click.Context, option: click.Parameter, text: str | None)
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0, min_open=True),
-    default=1e-3,
+    default=1e-5,
     show_default=True,
     help="nll: of the ODE's solver, relative and absolute.",
 )
