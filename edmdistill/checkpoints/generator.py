@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.networks.preconditioning import FlowNetwork
 from edmdistill.schedules import generator_sigmas
-from edmdistill.trigflow import ddim_step, sigma_to_time
+from edmdistill.trigflow import sigma_to_time
 
 
 class Generator(nn.Module):
@@ -43,20 +43,10 @@ class Generator(nn.Module):
         return self.jump(x_t, t, torch.zeros_like(t), labels, w)
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        """x_s = cos(t-s) x_t - sin(t-s) sigma_data F: by a network of two times, F(x_t, t, s), where the trajectory is.
-
-        By one of a single time, where its data and the noise that they imply lie at s.
-
-        Args:
-            x_t, t, labels, w: as in forward.
-            s: times in [0, t].  [] or [B]
-        Returns: x_s.  [B,C,H,W] float32, float64 if the parameters are
-        """
-        x_t = x_t.to(self.flow.dtype)
+        """x_s, by FlowNetwork.jump; w as in forward."""
         if w is None and self.flow.guided:
             w = torch.tensor(self.guidance[0])
-        F = self.flow(x_t, t, labels, s if self.flow.two_time else None, w=w)
-        return ddim_step(x_t, F, t, s, self.flow.sigma_data)
+        return self.flow.jump(x_t, t, s, labels, w)
 
     def schedule(self, nfe: int) -> Tensor:
         """Times to evaluate at, falling, in radians: the checkpoint's own, else EDM's curve.  [nfe] float64"""

@@ -35,13 +35,14 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
     """What their construct_class_by_name is called with, and the state dict of what it makes.
 
     Args:
-        flow: not folded, of one time.
+        flow: not folded.
     Raises: EdmDistillError: their classes know no such network.
     """
     pre = flow.preconditioning
     kind = str(config.preconditioning["kind"])
     arguments = {name: value for name, value in flow.network.arguments.items() if name not in OURS}
-    if strange := [name for name in ("double_norm", "guided", "positional_time") if flow.network.arguments.get(name)]:
+    unknown = "double_norm", "guided", "positional_time", "two_time"
+    if strange := [name for name in unknown if flow.network.arguments.get(name)]:
         raise EdmDistillError(f"NVIDIA's classes know no {strange[0]}, which this network has: export it --to another")
     if isinstance(pre, EDM) and (pre.c_noise_scale != EDM.c_noise_scale or pre.reads_time):
         raise EdmDistillError(

@@ -12,7 +12,7 @@ from edmdistill.networks.preconditioning import FlowNetwork, Preconditioning
 class OneStep(nn.Module):
     """One network evaluation, from an image with noise to the image.
 
-    More steps are the caller's: x = x0 + sigma n with a lower sigma and fresh noise n, and again.
+    More steps are the caller's, as MORE_STEPS says.
 
     Attributes:
         network, preconditioning: as in FlowNetwork, the network folded.
@@ -24,29 +24,48 @@ class OneStep(nn.Module):
         self.network = network
         self.preconditioning = preconditioning
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None = None,
+        w: Tensor | None = None,
+        sigma_next: Tensor | None = None,
+    ) -> Tensor:
         """D(x; sigma), by the official arithmetic; Denoiser's, without what depends on the values of a tensor.
+
+        Of a network of two times it is CTM's g(x, sigma, sigma_next). Either kind jumps to
+
+            x_next = (sigma_next / sigma) x + (1 - sigma_next / sigma) x0
 
         Args:
             x: x0 + sigma n, n unit normal; the first is sigma n alone.  [B,C,H,W] float32
             sigma: noise levels.  [B] float32
             labels: class numbers, -1 = no class; None = no class for all.  [B] int64
             w: weights of guidance, for a guided network.  [B] float32
+            sigma_next: where the jump leads, for a network of two times; cut to what that knows, so that 0 asks for
+                sigma_min; None = 0, the image.  [B] float32
         Returns: x0.  [B,C,H,W] float32
+        Source: Kim et al. 2024 (CTM), section 3, for the jump.
         """
-        c_skip, c_out, c_in, c_noise = self.preconditioning.coefficients(sigma[:, None, None, None])
+        pre = self.preconditioning
+        c_skip, c_out, c_in, c_noise = pre.coefficients(sigma[:, None, None, None])
+        second = None
+        if self.network.two_time:
+            aim = torch.zeros_like(sigma) if sigma_next is None else sigma_next
+            second = pre.c_noise(aim.clamp(pre.sigma_min, pre.sigma_max))
         vectors = None
         if labels is not None:
             classes = torch.arange(self.network.label_dim, device=labels.device)
             vectors = (labels[:, None] == classes).to(x.dtype)
         dtype = next(self.network.parameters()).dtype
-        raw = self.network((c_in * x).to(dtype), c_noise.flatten(), vectors, w=w)
+        raw = self.network((c_in * x).to(dtype), c_noise.flatten(), vectors, second, w=w)
         assert isinstance(raw, Tensor)
         return c_skip * x + c_out * raw[:, : self.network.img_channels].to(x.dtype)
 
 
 def example(flow: FlowNetwork) -> dict[str, Tensor]:
-    """Arguments of OneStep for two images; labels where there are classes, w where the network is guided."""
+    """Arguments of OneStep for two images; labels, w and sigma_next where the network reads them."""
     arguments = {
         "x": torch.zeros(2, flow.img_channels, flow.img_resolution, flow.img_resolution),
         "sigma": torch.full((2,), flow.sigma_max),
@@ -55,6 +74,8 @@ def example(flow: FlowNetwork) -> dict[str, Tensor]:
         arguments["labels"] = torch.zeros(2, dtype=torch.int64)
     if flow.guided:
         arguments["w"] = torch.ones(2)
+    if flow.two_time:
+        arguments["sigma_next"] = torch.zeros(2)
     return arguments
 
 
@@ -66,12 +87,18 @@ def inputs(flow: FlowNetwork) -> str:
         "sigma": f"noise levels, from {flow.sigma_min:g} to {flow.sigma_max:g}. float32 [B]",
         "labels": f"class numbers, 0 to {flow.label_dim - 1}; -1 = no class. int64 [B]",
         "w": "weights of the guidance that it has learnt, in the range that `export.json` has. float32 [B]",
+        "sigma_next": "noise levels below sigma that the step leads to; 0 = to the images. float32 [B]",
         "x0": f"the images, nominally in [-1, 1]; latents as the network has them. float32 {size}",
     }
     return "\n".join(f"- `{name}`: {words[name]}" for name in (*example(flow), "x0"))
 
 
 MORE_STEPS = """\
-More steps: x = x0 + sigma n with the next lower sigma and fresh noise n, and again. `export.json` holds the noise
-levels for 1 to 8 steps, under `sigmas`.
+More steps: `export.json` holds the noise levels for 1 to 8 of them, under `sigmas`. From each sigma to the one after,
+which is 0 at the end, with z fresh unit normal noise and gamma its share, 0 to 1 (`gamma` in that file is the usual):
+
+    sigma_next = (1 - gamma**2) ** 0.5 * after
+    x = sigma_next / sigma * x + (1 - sigma_next / sigma) * x0 + gamma * after * z
+
+With gamma = 1 this is x0 + after * z; the last x is x0.
 """

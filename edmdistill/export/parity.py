@@ -13,7 +13,7 @@ from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.preconditioning import FlowNetwork
 from edmdistill.sampling.generate import sample
-from edmdistill.trigflow import cos_sin, time_to_sigma
+from edmdistill.trigflow import cos_sin, diffuse, implied_noise, time_to_sigma
 
 Step = Callable[..., Tensor]
 """OneStep's arguments, by name -> x0."""
@@ -39,15 +39,18 @@ class Exported(Generator):
         super().__init__(flow, config)
         self.step = partial(step)  # not as a module of this one: an exported program knows no train() and eval()
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         cos, _ = cos_sin(t, x_t)
-        sigma = time_to_sigma(t, self.flow.sigma_data).float().expand(len(x_t))
+        sigma, sigma_next = (time_to_sigma(time, self.flow.sigma_data).float().expand(len(x_t)) for time in (t, s))
         arguments = {"x": x_t / cos, "sigma": sigma}
         if labels is not None:
             arguments["labels"] = labels.argmax(1)
         if w is not None:
             arguments["w"] = w.float().expand(len(x_t))
-        return self.step(**arguments)
+        if self.flow.two_time:
+            arguments["sigma_next"] = sigma_next
+        x0 = self.step(**arguments)
+        return diffuse(x0, implied_noise(x_t, x0, t), s)
 
 
 def sampler(flow: FlowNetwork, config: CheckpointConfig, step: Step) -> Callable[[int], Tensor]:

@@ -24,7 +24,7 @@ from edmdistill.errors import TrainingError
 from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Network
 from edmdistill.networks.last_layer import LastLayer, watched
-from edmdistill.trigflow import expand
+from edmdistill.trigflow import ddim_step, expand
 
 Coefficients = tuple[Tensor | float, Tensor | float, Tensor | float, Tensor]
 
@@ -366,6 +366,20 @@ class FlowNetwork(nn.Module):
         raw, *u = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t, c_logvar, w)
         F = (a * x_t + b * raw).to(self.dtype)
         return (F, *u) if u_at else F
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """x_s = cos(t-s) x_t - sin(t-s) sigma_data F: by a network of two times, F(x_t, t, s), where the trajectory is.
+
+        By one of a single time, where its data and the noise that they imply lie at s.
+
+        Args:
+            x_t, t, labels, w: as in forward.
+            s: times in [0, t].  [] or [B]
+        Returns: x_s.  [B,C,H,W] float32, float64 if the parameters are
+        """
+        x_t = x_t.to(self.dtype)
+        F = self(x_t, t, labels, s if self.two_time else None, w=w)
+        return ddim_step(x_t, F, t, s, self.sigma_data)
 
     @torch.no_grad()
     def tangent(

@@ -20,7 +20,7 @@ from edmdistill.sampling.labels import label_vectors
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.sampling.times import check_times
 from edmdistill.sampling.trajectory import Towards, paper_sigmas, reference_sampler
-from edmdistill.trigflow import cos_sin, ddim_step, denoised, sigma_to_time, time_to_sigma
+from edmdistill.trigflow import cos_sin, sigma_to_time, time_to_sigma
 
 NO_CHURN = Churn()
 SOLVERS: dict[str, Callable[..., Tensor]] = {
@@ -211,22 +211,11 @@ def _reference_solver(
 
     w = torch.tensor(guidance) if flow.guided else None
 
-    def F(x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        out = flow(x_t, t, labels, s if flow.two_time else None, w=w)
-        assert isinstance(out, Tensor)
-        return out
-
     def jump(x: Tensor, sigma: Tensor, sigma_next: Tensor, labels: Tensor | None) -> Tensor:
         t, s = sigma_to_time(sigma, flow.sigma_data), sigma_to_time(sigma_next, flow.sigma_data)
-        x_t = cos_sin(t, x)[0] * x
-        return ddim_step(x_t, F(x_t, t, s, labels), t, s, flow.sigma_data) / cos_sin(s, x)[0]
+        return flow.jump(cos_sin(t, x)[0] * x, t, s, labels, w) / cos_sin(s, x)[0]
 
-    def denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        t = sigma_to_time(sigma, flow.sigma_data)
-        x_t = cos_sin(t, x)[0] * x
-        return denoised(x_t, F(x_t, t, t, labels), t, flow.sigma_data)
-
-    known = denoiser if towards.score is None else towards.score
+    known = towards.score or Denoiser(flow)
     return partial(
         reference_sampler, jump, known, towards=towards, sigmas=sigmas, sigma_data=flow.sigma_data, gamma=gamma
     )

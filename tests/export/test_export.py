@@ -5,7 +5,8 @@ import math
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,19 +28,31 @@ from edmdistill.export import parity
 from edmdistill.export.folder import TARGETS, export
 from edmdistill.export.nvidia import official, read
 from edmdistill.export.one_step import OneStep
+from edmdistill.export.parity import compare, sampler
 from edmdistill.export.space import GRADIO
 from edmdistill.networks import new_network
 from edmdistill.networks.adapt import with_positional_time
 from edmdistill.networks.preconditioning import EDM, Denoiser, FlowNetwork
+from edmdistill.networks.rebuild import rebuild
+from edmdistill.networks.two_time import add_second_time
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_image, to_uint8
+from edmdistill.trigflow import cos_sin, sigma_to_time
 
 RGB, LATENT = "edm2-rgb-cond.pkl", "edm2-latent-cond.pkl"
 
 
+def with_second_time(flow: FlowNetwork) -> FlowNetwork:
+    """A copy that another second time makes another network."""
+    two = add_second_time(flow)
+    for parameter in two.network.second_time.parameters():
+        torch.nn.init.normal_(parameter) if parameter.ndim else torch.nn.init.ones_(parameter)
+    return two
+
+
 @pytest.fixture(scope="module")
 def runs(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generator of pixels that reads a weight of guidance, and one of latents."""
+    """A generator of pixels that reads a weight of guidance, one that reads a second time, and one of latents."""
     root = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     small = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": 8}
@@ -48,7 +61,8 @@ def runs(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if gain.ndim == 0:
             torch.nn.init.constant_(gain, 0.5)
     torch.nn.init.normal_(pixels.network.map_guidance.weight)
-    for name, flow in {"pixels": pixels, "latents": load_flow(golden / LATENT)[0]}.items():
+    jumps = with_second_time(rebuild(pixels, {}, guided=False))
+    for name, flow in {"pixels": pixels, "jumps": jumps, "latents": load_flow(golden / LATENT)[0]}.items():
         names = tuple(f"class {i}, number {i}" for i in range(flow.label_dim))
         config = CheckpointConfig(
             stage="generator",
@@ -80,34 +94,76 @@ def test_one_step_is_the_denoiser(golden: Path, name: str):
     assert torch.equal(step(x, sigma), expected[1])
 
 
-def test_torch_export(runs: Path, tmp_path: Path):
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_step_of_two_times_is_the_jump(golden: Path, name: str):
+    torch.manual_seed(0)
+    flow = with_second_time(load_flow(golden / name)[0]).eval()
+    shape = 2, flow.img_channels, flow.img_resolution, flow.img_resolution
+    sigma = torch.tensor([0.7, 7.0])
+    x, t = sigma[:, None, None, None] * torch.randn(shape), sigma_to_time(sigma, flow.sigma_data)
+    step, found = OneStep(flow.network, flow.preconditioning), []
+    for sigma_next in torch.tensor([[0.0, 0.0], [0.3, 5.0]]):
+        s = sigma_to_time(sigma_next, flow.sigma_data)
+        expected = flow.jump(cos_sin(t, x)[0] * x, t, s) / cos_sin(s, x)[0]
+        share = (sigma_next / sigma)[:, None, None, None]
+        found.append(step(x, sigma, sigma_next=sigma_next))
+        difference = (share * x + (1 - share) * found[-1] - expected).abs().max() / expected.abs().max()
+        assert difference < 1e-4  # VP's; others' are 1e-6: in float32, 1 + sigma^2 knows little of a small sigma
+    assert torch.equal(step(x, sigma), found[0])
+    assert (found[1] - found[0]).abs().amax((1, 2, 3)).min() > 0.01
+
+
+@pytest.mark.parametrize(("name", "w"), [("pixels", 2.0), ("jumps", None)])
+def test_torch_export(runs: Path, tmp_path: Path, name: str, w: float | None):
     out = tmp_path / "out"
-    found = export(runs / "pixels", "torch-export", out)
+    found = export(runs / name, "torch-export", out)
     assert [row.nfe for row in found] == [1, 2]
     assert max(row.difference for row in found) < 1e-4
     document = json.loads((out / "export.json").read_text())
     assert document["sigmas"]["2"] == pytest.approx([80, 3])
     assert document["parity"] == [row._asdict() for row in found]
     assert parity.table(found) in (out / "README.md").read_text()
-    # By hand, as the README says: x = sigma n, and then x = x0 + sigma n.
+    # By hand, as the README says.
     step = torch.export.load(out / "model.pt2").module()
-    flow, config = load_flow(runs / "pixels")
-    rng = torch.Generator().manual_seed(5)
-    x0 = torch.zeros(1, flow.img_channels, flow.img_resolution, flow.img_resolution)
-    for index, sigma in enumerate(document["sigmas"]["3"]):
-        n = torch.randn(x0.shape, generator=rng)
-        if index == 0:
-            torch.randint(flow.label_dim, [], generator=rng)
-        x0 = step(x=x0 + sigma * n, sigma=torch.tensor([sigma]), labels=torch.tensor([1]), w=torch.tensor([2.0]))
-    expected = sample(Generator(flow, config), 3, seeds=[5], labels=1, gamma=1.0, guidance=2.0)
-    torch.testing.assert_close(x0.clamp(-1, 1), expected, rtol=0, atol=1e-4)
+    flow, config = load_flow(runs / name)
+    rng, levels, gamma = torch.Generator().manual_seed(5), document["sigmas"]["3"], 0.6
+    x = levels[0] * torch.randn(1, flow.img_channels, flow.img_resolution, flow.img_resolution, generator=rng)
+    torch.randint(flow.label_dim, [], generator=rng)
+    for sigma, after in pairwise([*levels, 0.0]):
+        sigma_next = (1 - gamma**2) ** 0.5 * after
+        more = {"w": torch.tensor([w])} if w else {"sigma_next": torch.tensor([sigma_next])}
+        x0 = step(x=x, sigma=torch.tensor([sigma]), labels=torch.tensor([1]), **more)
+        z = torch.randn(x.shape, generator=rng)
+        x = sigma_next / sigma * x + (1 - sigma_next / sigma) * x0 + gamma * after * z
+    expected = sample(Generator(flow, config), 3, seeds=[5], labels=1, gamma=gamma, guidance=w)
+    torch.testing.assert_close(x.clamp(-1, 1), expected, rtol=0, atol=1e-4)
 
 
-def test_onnx(runs: Path, tmp_path: Path):
+@pytest.mark.parametrize("name", ["pixels", "jumps"])
+def test_onnx(runs: Path, tmp_path: Path, name: str):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="the extra [onnx] is not installed")
-    assert max(row.difference for row in export(runs / "pixels", "onnx", tmp_path / "out")) < 1e-4
+    assert max(row.difference for row in export(runs / name, "onnx", tmp_path / "out")) < 1e-4
     assert (tmp_path / "out" / "model.onnx").stat().st_size > 10_000
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("wrong", "nfe"),
+    [
+        (lambda step, told: 1.01 * step(**told), 1),
+        (lambda step, told: step(**told | {"sigma_next": told["sigma"]}), 1),
+        (lambda step, told: step(**told | {"sigma_next": torch.zeros_like(told["sigma"])}), 2),
+    ],
+    ids=["scaled", "told sigma", "told 0"],
+)
+def test_another_step_makes_other_images(runs: Path, wrong: Callable[..., torch.Tensor], nfe: int):
+    flow, config = load_flow(runs / "jumps")
+    step = OneStep(flow.network, flow.preconditioning).eval()
+    assert max(row.difference for row in compare(flow, config, sampler(flow, config, step))) < 1e-5
+    with pytest.raises(EdmDistillError, match=f"its images by {nfe} evaluations differ"):
+        compare(flow, config, sampler(flow, config, lambda **told: wrong(step, told)))
 
 
 @pytest.mark.slow
@@ -132,7 +188,7 @@ def pipelines(runs: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatche
         "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
     )
     made = {}
-    for name in ("pixels", "latents"):
+    for name in ("pixels", "jumps", "latents"):
         folder = tmp_path_factory.mktemp("pipelines") / name
         export(runs / name, "diffusers", folder)
         made[name] = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
@@ -144,12 +200,13 @@ def streams(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_a_pipeline_samples_as_we_do(pipelines: dict, runs: Path):
-    pipe, ours = pipelines["pixels"], Generator(*load_flow(runs / "pixels"))
+@pytest.mark.parametrize(("name", "w"), [("pixels", 2.5), ("jumps", None)])
+def test_a_pipeline_samples_as_we_do(pipelines: dict, runs: Path, name: str, w: float | None):
+    pipe, ours = pipelines[name], Generator(*load_flow(runs / name))
     sigmas = [60.0, 2.0, 2.0, 0.3]
     times = [math.atan(sigma / ours.flow.sigma_data) for sigma in sigmas]
     for words, options in (
-        ({"num_inference_steps": 3, "guidance_scale": 2.5}, {"nfe": 3, "guidance": 2.5}),
+        ({"num_inference_steps": 3, "guidance_scale": w}, {"nfe": 3, "guidance": w}),
         ({"sigmas": sigmas, "gamma": 0.0, "class_labels": "number 2"}, {"times": times, "gamma": 0.0, "labels": 2}),
         ({"sigmas": sigmas, "gamma": 0.4, "class_labels": [1, 0]}, {"times": times, "gamma": 0.4, "labels": [1, 0]}),
     ):
@@ -253,6 +310,10 @@ def test_a_space_draws_what_its_caption_says_and_does_not_blur_it(app, space: Pa
     assert app.draw(model, **first | {"seed": None, "count": 1})[0].size == (640, 640)
 
 
+def test_a_space_has_both_times(runs: Path, tmp_path: Path):
+    assert max(row.difference for row in export(runs / "jumps", "space", tmp_path / "out")) == 0
+
+
 @pytest.mark.parametrize(("name", "message"), [("latents", "the latents of a VAE"), (None, "this is a teacher")])
 def test_a_space_is_for_generators_of_images(runs: Path, golden: Path, tmp_path: Path, name: str | None, message: str):
     with pytest.raises(EdmDistillError, match=message):
@@ -282,7 +343,7 @@ def test_nvidias_names_and_arguments(golden: Path, tmp_path: Path, name: str):
         assert torch.equal(found, expected)
 
 
-def test_what_has_no_place_is_refused(golden: Path):
+def test_what_has_no_place_is_refused(golden: Path, runs: Path):
     flow, config = load_flow(golden / RGB)
     with pytest.raises(EdmDistillError, match="this is a teacher"):
         TARGETS["diffusers"].readme(flow, config)
@@ -292,6 +353,8 @@ def test_what_has_no_place_is_refused(golden: Path):
     scaled = FlowNetwork(flow.network, EDM(c_noise_scale=250.0))
     with pytest.raises(EdmDistillError, match=r"read ln\(sigma\)/4"):
         official(scaled, config)
+    with pytest.raises(EdmDistillError, match="no two_time"):
+        official(*load_flow(runs / "jumps"))
 
 
 @pytest.mark.parametrize(("to", "package"), [("diffusers", "diffusers"), ("onnx", "onnxscript")])

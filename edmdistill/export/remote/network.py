@@ -31,7 +31,12 @@ class EdmdistillNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.one_step = OneStep(NETWORKS[kind](**arguments), PRECONDITIONINGS[preconditioning["kind"]](**numbers))
 
     def forward(
-        self, sample: Tensor, sigma: Tensor, class_labels: Tensor | None = None, w: Tensor | None = None
+        self,
+        sample: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        w: Tensor | None = None,
+        sigma_next: Tensor | None = None,
     ) -> Tensor:
         """x0 of x0 + sigma n.
 
@@ -40,6 +45,7 @@ class EdmdistillNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
             sigma: noise levels.  [B] float32
             class_labels: -1 = no class; None = no class for all.  [B] int64
             w: weights of guidance, for a guided network.  [B] float32
+            sigma_next: where the scheduler will lead by this x0, for a network of two times; None = 0.  [B] float32
         """
-        x0: Tensor = self.one_step(sample, sigma, class_labels, w)
+        x0: Tensor = self.one_step(sample, sigma, class_labels, w, sigma_next)
         return x0

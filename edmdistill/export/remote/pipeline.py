@@ -91,7 +91,8 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
         x = self.scheduler.init_noise_sigma * noise
         for sigma in self.progress_bar(self.scheduler.timesteps):
-            x0 = self.unet(x, sigma.expand(len(x)), classes, w)
+            sigma_next = self.scheduler.sigma_next(gamma)
+            x0 = self.unet(x, sigma.expand(len(x)), classes, w, sigma_next.expand(len(x)))
             x = self.scheduler.step(x0, sigma, x, gamma=gamma, generator=generator)
 
         images = x if output_type == "latent" else self._output(self._decode(x), output_type)

@@ -15,11 +15,11 @@ from edmdistill.schedules import generator_sigmas
 
 
 class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """Jumps to the image and goes back part of the way, with old noise and new, once for each noise level.
+    """Jumps below the next noise level and goes up to it by fresh noise z, once for each; at last, to the image.
 
-        x = x0 + sigma (sqrt(1 - gamma^2) n + gamma z),    n the noise that was in x, z fresh
+        x = x0 + s n + gamma sigma z,    n = (x - x0) / its noise level,    s = sqrt(1 - gamma^2) sigma
 
-    Its timesteps are noise levels, and the model predicts x0.
+    Its timesteps are noise levels, and the model predicts x0; one of two times is told s, as `sigma_next` says.
 
     Args:
         sigmas: the noise levels to use by their number: {"2": [80.0, 2.515]}; for other numbers, EDM's curve.
@@ -39,7 +39,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sigma_max: float = 80.0,
         gamma: float = 1.0,
     ) -> None:
-        self.timesteps = torch.empty(0)
+        self.levels = self.timesteps = torch.empty(0)
         self.init_noise_sigma = sigma_max
         self.step_index = 0
 
@@ -63,13 +63,22 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         known = all(low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6) for sigma in levels)
         if not levels or not known or levels != sorted(levels, reverse=True):
             raise ValueError(f"sigmas must fall and lie from {low:g} to {high:g}, but they are {levels}")
-        self.timesteps = torch.tensor(levels, dtype=torch.float32, device=device)
+        self.levels = torch.tensor([*levels, 0.0], dtype=torch.float32, device=device)
+        self.timesteps = self.levels[:-1]
         self.init_noise_sigma = levels[0]
         self.step_index = 0
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
         """sample: the network scales it by itself."""
         return sample
+
+    def sigma_next(self, gamma: float | None = None) -> Tensor:
+        """s, where this step leads before its fresh noise; 0 in the last.  gamma: as in step.  [] float32"""
+        gamma = self.config.gamma if gamma is None else gamma
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma is the share of fresh noise and lies in [0, 1], but it is {gamma}")
+        s: Tensor = math.sqrt(1 - gamma**2) * self.levels[self.step_index + 1]
+        return s
 
     def step(
         self,
@@ -85,16 +94,15 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             model_output: x0.  [B,C,H,W] float32
             timestep: the noise level of sample.
             sample: x.  [B,C,H,W] float32
-            gamma: None = the scheduler's own.
+            gamma: share of fresh noise, in [0, 1]; None = the scheduler's own.
             generator: of the fresh noise, one for all or one for each image.
         """
+        s = self.sigma_next(gamma)
         gamma = self.config.gamma if gamma is None else gamma
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma is the share of fresh noise and lies in [0, 1], but it is {gamma}")
         self.step_index += 1
         if self.step_index == len(self.timesteps):
             return model_output
         fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        noise = math.sqrt(1 - gamma**2) * (sample - model_output) / timestep + gamma * fresh
-        x: Tensor = model_output + self.timesteps[self.step_index] * noise
+        noise = (sample - model_output) / timestep
+        x: Tensor = model_output + s * noise + gamma * self.levels[self.step_index] * fresh
         return x
