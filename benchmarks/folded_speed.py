@@ -14,8 +14,9 @@ import torch
 from tangent_speed import seconds
 
 from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.magnitude import GAINS
-from edmdistill.networks.preconditioning import EDM, Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.training.run import PRECISION
 
 SMALL = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 2, "attn_resolutions": []}

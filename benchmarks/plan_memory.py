@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
 from edmdistill.networks import new_network
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.sizes import SIZES
 from edmdistill.recipes import Recipe
 from edmdistill.training.engine import Machine

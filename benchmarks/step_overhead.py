@@ -22,7 +22,8 @@ from PIL import Image
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
 from edmdistill.draws import Draws
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes import Recipe
 from edmdistill.training.engine import Machine
 from edmdistill.training.loop import rounds

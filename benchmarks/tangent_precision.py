@@ -17,7 +17,8 @@ from torch import Tensor
 import edmdistill
 from edmdistill.checkpoints.convert import read_source
 from edmdistill.networks import new_network
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.training.run import PRECISION
 from edmdistill.trigflow import diffuse, expand, velocity
 

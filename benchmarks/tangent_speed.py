@@ -16,7 +16,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edmdistill.networks import new_network
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.training.run import PRECISION
 
 NETWORKS = {

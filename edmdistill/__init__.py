@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from edmdistill.checkpoints.generator import Generator
     from edmdistill.errors import EdmDistillError
     from edmdistill.evaluation.protocol import evaluate
-    from edmdistill.networks.preconditioning import Denoiser
+    from edmdistill.networks.flow import Denoiser
     from edmdistill.sampling.generate import sample
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "Denoiser": "edmdistill.networks.preconditioning",
+    "Denoiser": "edmdistill.networks.flow",
     "EdmDistillError": "edmdistill.errors",
     "Generator": "edmdistill.checkpoints.generator",
     "convert": "edmdistill.checkpoints.convert",

@@ -29,7 +29,7 @@ from edmdistill.errors import HubError
 from edmdistill.evaluation.protocol import Result
 from edmdistill.evaluation.saved import saved_results, with_results
 from edmdistill.evaluation.tables import read_results
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.flow import Denoiser
 from edmdistill.report.summary import read_run
 from edmdistill.sampling.generate import is_latent, sample
 from edmdistill.sampling.grid import image_grid, to_uint8

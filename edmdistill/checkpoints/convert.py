@@ -43,8 +43,9 @@ from edmdistill.checkpoints.store import (
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.adapt import with_double_norm, with_positional_time
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.magnitude import GAINS
-from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS, Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.schedules import edm_sigmas
 from edmdistill.trigflow import denoised, sigma_to_time

@@ -35,7 +35,7 @@ from edmdistill.checkpoints.store import (
     save_tensors,
 )
 from edmdistill.errors import CheckpointError
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.two_time import add_second_time
 
 LONGEST = 12**-0.5

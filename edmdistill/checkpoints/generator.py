@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.checkpoints.store import CheckpointConfig
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import sigma_to_time
 

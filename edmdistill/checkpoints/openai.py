@@ -19,7 +19,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance, build_flow, facts, fill
 from edmdistill.errors import CheckpointError
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 
 HEAD_CHANNELS = 64
 RESOLUTIONS = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256}

@@ -24,7 +24,8 @@ from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.source import resolve
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
-from edmdistill.networks.preconditioning import PRECONDITIONINGS, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import PRECONDITIONINGS
 
 FORMAT_VERSION = "1.0"
 """Of config.json: MAJOR.MINOR. What a file lacks has its default, so every older minor reads as it did. A newer minor

@@ -12,7 +12,7 @@ from edmdistill.errors import RecipeError
 from edmdistill.training.cards import CARDS
 
 if TYPE_CHECKING:
-    from edmdistill.networks.preconditioning import FlowNetwork
+    from edmdistill.networks.flow import FlowNetwork
     from edmdistill.recipes import Recipe
 
 PRECISIONS = ("fp32", "bf16")
@@ -132,7 +132,8 @@ def _flow(recipe: "Recipe", teacher: str | None, network: str | None, data: str 
     from edmdistill.checkpoints.convert import outline
     from edmdistill.data.datasets import open_dataset
     from edmdistill.networks import new_network
-    from edmdistill.networks.preconditioning import EDM, FlowNetwork
+    from edmdistill.networks.flow import FlowNetwork
+    from edmdistill.networks.preconditioning import EDM
     from edmdistill.networks.sizes import SIZES
 
     if teacher is not None:
@@ -156,7 +157,8 @@ def _published(name: str) -> "FlowNetwork":
     import torch
 
     from edmdistill.networks import new_network
-    from edmdistill.networks.preconditioning import EDM, FlowNetwork
+    from edmdistill.networks.flow import FlowNetwork
+    from edmdistill.networks.preconditioning import EDM
     from edmdistill.networks.sizes import SIZES
 
     kind, shape, arguments = SIZES[name]

@@ -16,7 +16,7 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import CONFIG
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.grid import to_uint8
 
 LOSSY = (".jpg", ".jpeg", ".webp")

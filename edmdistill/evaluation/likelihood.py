@@ -30,7 +30,8 @@ from edmdistill.evaluation.protocol import (
     provenance,
 )
 from edmdistill.evaluation.rk45 import rk45
-from edmdistill.networks.preconditioning import IDDPM, Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import IDDPM
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.trigflow import cos_sin, sigma_to_time
 

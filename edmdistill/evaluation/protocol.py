@@ -25,7 +25,7 @@ from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.features import FEATURES, Classifier
 from edmdistill.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
 from edmdistill.evaluation.images import Scheme, drawn, found
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.generate import default_nfe, guidance_of, sample
 from edmdistill.trigflow import time_to_sigma
 

@@ -19,7 +19,7 @@ from edmdistill.errors import EdmDistillError
 from edmdistill.export.bundle import bundle
 from edmdistill.export.one_step import OneStep
 from edmdistill.export.parity import SEEDS, Parity, compare
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 
 FILES = {
     "pipeline.py": "edmdistill.export.remote.pipeline",

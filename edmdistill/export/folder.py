@@ -17,7 +17,7 @@ from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.errors import CheckpointError
 from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
 from edmdistill.export.parity import SEEDS, Parity, table
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.trigflow import time_to_sigma
 
 MANIFEST = "export.json"

@@ -18,7 +18,8 @@ from edmdistill.data.latents import statistics_of
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.one_step import MORE_STEPS, OneStep
 from edmdistill.export.parity import Parity, compare, sampler
-from edmdistill.networks.preconditioning import EDM, IDDPM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM, IDDPM
 from edmdistill.networks.rebuild import add_logvar
 
 WEIGHTS, NETWORK = "model.safetensors", "network.json"

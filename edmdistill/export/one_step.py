@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.networks.base import Network
-from edmdistill.networks.preconditioning import FlowNetwork, Preconditioning
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import Preconditioning
 
 
 class OneStep(nn.Module):

@@ -16,7 +16,7 @@ from edmdistill.errors import EdmDistillError
 from edmdistill.export.one_step import MORE_STEPS, OneStep, example, inputs
 from edmdistill.export.parity import Parity, compare, sampler
 from edmdistill.export.torch_export import program
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 
 FILE = "model.onnx"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.errors import EdmDistillError
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.generate import sample
 from edmdistill.trigflow import cos_sin, diffuse, implied_noise, time_to_sigma
 

@@ -16,7 +16,7 @@ from edmdistill.checkpoints.store import CheckpointConfig, save_checkpoint
 from edmdistill.data.latents import statistics_of
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.parity import SEEDS, Parity, compare
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.generate import sample
 
 GRADIO = "6.31.0"

@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.export.one_step import MORE_STEPS, OneStep, example, inputs
 from edmdistill.export.parity import Parity, compare, sampler
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 
 FILE = "model.pt2"
 

@@ -16,8 +16,8 @@ import msgspec
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.last_layer import LastLayer
-from edmdistill.networks.preconditioning import FlowNetwork
 
 
 class FlowFunction(Protocol):

@@ -37,7 +37,7 @@ from edmdistill.methods.base import (
 from edmdistill.methods.distances import DISTANCES
 from edmdistill.methods.solver import follow_flow
 from edmdistill.networks.features import Perception, make_features, make_heads
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.schedules import ctm_indices, ctm_score_sigmas, edm_sigmas
 from edmdistill.trigflow import ddim_step, diffuse, sigma_to_time, velocity
 

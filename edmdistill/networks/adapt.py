@@ -18,7 +18,8 @@ from torch import Tensor
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.base import Residual
 from edmdistill.networks.embeddings import TimeEmbedding
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.rebuild import rebuild
 from edmdistill.trigflow import sigma_to_time
 

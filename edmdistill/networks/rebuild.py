@@ -9,7 +9,8 @@ from torch import Tensor
 
 from edmdistill.networks.base import Network
 from edmdistill.networks.embeddings import GuidanceEmbedding
-from edmdistill.networks.preconditioning import FlowNetwork, Preconditioning
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import Preconditioning
 
 
 def rebuild(

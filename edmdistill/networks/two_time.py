@@ -16,7 +16,7 @@ import copy
 import torch
 from torch import nn
 
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.rebuild import rebuild
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from edmdistill.checkpoints.store import CheckpointConfig, build_flow
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.report.summary import Summary
 from edmdistill.training.cards import CARDS, card_of
 from edmdistill.training.engine import Machine

@@ -11,7 +11,7 @@ from torch import Tensor
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.guidance import GuidedDenoiser

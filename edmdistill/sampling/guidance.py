@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from edmdistill.errors import EdmDistillError
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.flow import Denoiser
 
 
 class GuidedDenoiser:

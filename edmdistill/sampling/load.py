@@ -10,7 +10,7 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.source import resolve
 from edmdistill.checkpoints.store import CONFIG, read_config
 from edmdistill.errors import EdmDistillError
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.flow import Denoiser
 
 
 def class_names(model: Generator | Denoiser, source: str | Path) -> tuple[str, ...] | None:

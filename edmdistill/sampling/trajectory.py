@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.flow import Denoiser
 from edmdistill.schedules import edm_curve
 
 

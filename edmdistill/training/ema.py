@@ -13,7 +13,7 @@ from torch import nn
 
 from edmdistill import recipes
 from edmdistill.checkpoints.ema import power_function_beta, sigma_rel_to_gamma
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.training.engine import local
 
 

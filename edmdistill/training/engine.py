@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from edmdistill.errors import Elsewhere, TrainingError
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError, Elsewhere, TrainingError
 from edmdistill.methods.base import Batch, Look, Loss, Turn
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes import Training
 from edmdistill.training.ema import follow
 from edmdistill.training.engine import scale_gradients

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edmdistill.errors import TrainingError
 from edmdistill.methods.base import Loss
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.training.engine import local
 from edmdistill.trigflow import time_to_sigma
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import draw_latents, statistics_of
 from edmdistill.draws import Draws
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.training.run import read_teacher, require_fit
 from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 

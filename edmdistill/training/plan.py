@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from edmdistill.methods.base import NoiseRange, Turn
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes import Recipe
 from edmdistill.training.cards import Card
 from edmdistill.training.ema import profiles

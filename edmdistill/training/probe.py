@@ -11,7 +11,7 @@ from torch import nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Turn
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 
 ROWS = 2
 """Images with which it is seen what a loss reaches."""

@@ -30,7 +30,8 @@ from edmdistill.data.latents import statistics_of
 from edmdistill.errors import RecipeError, TrainingError
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import new_network
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.rebuild import add_guidance, add_logvar
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.recipes import Network, Recipe

@@ -14,7 +14,7 @@ from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.ema import Profile, save_snapshot
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import save_checkpoint
-from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.sampling.generate import is_latent, sample
 from edmdistill.sampling.grid import image_grid, named_rows, to_uint8
 from edmdistill.sampling.seeds import SeededNoise

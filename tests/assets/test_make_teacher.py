@@ -11,7 +11,8 @@ from edmdistill.checkpoints.convert import build_official
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import EDM, Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 
 
 def test_a_network_written_in_the_official_layout_reads_back_as_itself(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, load_checkpoint, load_tensors, save_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.flow import Denoiser
 from edmdistill.networks.two_time import drop_second_time
 
 KINDS = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from edmdistill.checkpoints.openai import PRECONDITIONING, RESOLUTIONS, Unknown, adm_of, read_openai
 from edmdistill.checkpoints.store import NetworkSpec, build_flow, fill
 from edmdistill.errors import CheckpointError
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.flow import Denoiser
 
 Weights = dict[str, Tensor]
 

@@ -28,7 +28,8 @@ from edmdistill.checkpoints.store import (
 )
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
-from edmdistill.networks.preconditioning import PRECONDITIONINGS, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import PRECONDITIONINGS
 from edmdistill.sampling.generate import sample
 from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import denoised, sigma_to_time

@@ -23,7 +23,8 @@ from edmdistill.data.datasets import open_dataset
 from edmdistill.evaluation.likelihood import evaluate_likelihood
 from edmdistill.evaluation.saved import saved_results
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 
 
 def run(*arguments: object) -> Result:

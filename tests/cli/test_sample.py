@@ -14,7 +14,8 @@ from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance,
 from edmdistill.cli import main
 from edmdistill.cli.sample import SOLVERS
 from edmdistill.networks import NETWORKS
-from edmdistill.networks.preconditioning import PRECONDITIONINGS, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import PRECONDITIONINGS
 from edmdistill.sampling import generate
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8

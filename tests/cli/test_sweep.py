@@ -14,7 +14,8 @@ from PIL import Image
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 
 COMMON = "--protocol", "digits", "--n", "24", "--device", "cpu"
 

@@ -18,7 +18,8 @@ from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood, log
 from edmdistill.evaluation.protocol import results_json, results_table
 from edmdistill.evaluation.tables import Subject, read_results, tables
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import EDM, IDDPM, VE, VP, Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import EDM, IDDPM, VE, VP
 from edmdistill.networks.two_time import add_second_time
 from edmdistill.trigflow import sigma_to_time
 

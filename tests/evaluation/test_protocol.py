@@ -30,7 +30,8 @@ from edmdistill.evaluation.protocol import (
     results_table,
 )
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import EDM, Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.seeds import parse_seeds

@@ -46,4 +46,4 @@ def test_a_bundled_network_is_the_network(golden: Path, copy: ModuleType, name: 
 
 def test_two_definitions_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two of the name"):
-        bundle("edmdistill.networks.preconditioning")  # its Duals have a rule for `linear`, beside kernels.ops.linear
+        bundle("edmdistill.networks.flow")  # its Duals have a rule for `linear`, beside kernels.ops.linear

@@ -32,7 +32,8 @@ from edmdistill.export.parity import compare, sampler
 from edmdistill.export.space import GRADIO
 from edmdistill.networks import new_network
 from edmdistill.networks.adapt import with_positional_time
-from edmdistill.networks.preconditioning import EDM, Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.rebuild import rebuild
 from edmdistill.networks.two_time import add_second_time
 from edmdistill.sampling.generate import sample

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from edmdistill.networks import NETWORKS, Network
-from edmdistill.networks.preconditioning import PRECONDITIONINGS, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import PRECONDITIONINGS
 
 SIZE = {"img_resolution": 8}
 SONG = SIZE | {"in_channels": 3, "out_channels": 3, "model_channels": 8, "num_blocks": 1, "attn_resolutions": [4]}

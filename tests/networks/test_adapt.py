@@ -11,7 +11,7 @@ from edmdistill.errors import CheckpointError
 from edmdistill.networks.adapt import fit, training_sigmas, with_double_norm, with_positional_time
 from edmdistill.networks.base import Residual
 from edmdistill.networks.embeddings import TimeEmbedding
-from edmdistill.networks.preconditioning import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.two_time import add_second_time
 from edmdistill.training.engine import Engine, Machine
 from edmdistill.trigflow import sigma_to_time

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from edmdistill.checkpoints.convert import build_official
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.networks.edm2 import MPConv
-from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 
 MakeFlow = Callable[..., FlowNetwork]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.convert import build_official
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 
 TOLERANCE = 2e-5
 """Relative to the largest value; the official code agrees with itself on other machines to some 2e-6."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.rebuild import add_guidance, add_logvar
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, load_checkpoint, save_checkpoint
-from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.rebuild import add_logvar
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 

@@ -19,7 +19,8 @@ from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.errors import TrainingError
 from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Network
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.two_time import add_second_time
 from edmdistill.trigflow import diffuse, expand, velocity
 

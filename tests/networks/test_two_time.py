@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edmdistill.networks.preconditioning import Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 
 S = torch.tensor([0.1, 0.9, 1.4], dtype=torch.float64)

@@ -12,7 +12,8 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import EDM, Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.generate import sample

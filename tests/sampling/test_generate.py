@@ -8,7 +8,8 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, facts
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks import NETWORKS
-from edmdistill.networks.preconditioning import PRECONDITIONINGS, Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import PRECONDITIONINGS
 from edmdistill.networks.rebuild import add_guidance
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.generate import SOLVERS, default_nfe, drawn_classes, is_latent, sample

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edmdistill.checkpoints.convert import load_denoiser
-from edmdistill.networks.preconditioning import Denoiser
+from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.guidance import GuidedDenoiser

@@ -9,7 +9,8 @@ import torch
 
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes import Recipe
 from edmdistill.training.engine import Machine
 from edmdistill.training.run import Run, prepare

@@ -23,7 +23,8 @@ from edmdistill.checkpoints.store import (
 )
 from edmdistill.errors import TrainingError
 from edmdistill.networks import new_network
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes import Recipe
 from edmdistill.sampling.generate import sample
 from edmdistill.training.engine import Machine

@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
 from edmdistill.networks import NETWORKS, new_network
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.sizes import SIZES
 from edmdistill.recipes import Recipe, load_recipe
 from edmdistill.training.cards import CARDS, card_of

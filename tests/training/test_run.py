@@ -6,7 +6,8 @@ import torch
 from edmdistill.errors import DatasetError, TrainingError
 from edmdistill.methods import METHODS
 from edmdistill.networks import new_network
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes import Recipe
 from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train

@@ -24,7 +24,8 @@ from edmdistill.data.datasets import Dataset, indices, open_dataset
 from edmdistill.data.latents import Statistics, draw_latents, visit_noise
 from edmdistill.errors import DatasetError, TrainingError
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.preconditioning import EDM, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train
 from edmdistill.training.run import prepare

@@ -1,0 +1,237 @@
+"""One network, two readings: the flow on the TrigFlow circle, and EDM's denoiser."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from edmdistill.kernels.dual import Dual
+from edmdistill.networks.base import Network
+from edmdistill.networks.last_layer import LastLayer, watched
+from edmdistill.networks.preconditioning import Preconditioning
+from edmdistill.trigflow import ddim_step, expand
+
+
+def class_vectors(labels: Tensor | None, label_dim: int) -> Tensor | None:
+    """Class numbers [B] or vectors [B,label_dim] as float vectors [B,label_dim]; None stays None.
+
+    Raises: ValueError: a class number that is not in [0, label_dim).
+    """
+    if labels is None or label_dim == 0:
+        return None
+    if labels.is_floating_point():
+        return labels.reshape(-1, label_dim)
+    if labels.ndim <= 1:
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= label_dim:
+            wrong = low if low < 0 else high
+            raise ValueError(f"the network knows classes 0 to {label_dim - 1}, but a label is {wrong}")
+        return nn.functional.one_hot(labels.long().reshape(-1), label_dim).float()
+    return labels.reshape(-1, label_dim).float()
+
+
+def c_of_logvar(sigma: Tensor) -> Tensor:
+    """ln(sigma)/4, what u reads: EDM2's condition, and also where the network's own is another.  sigma any shape"""
+    return sigma.log() / 4
+
+
+class FlowNetwork(nn.Module):
+    """The network on the TrigFlow circle: what methods train and what checkpoints hold.
+
+    Attributes:
+        network, preconditioning: what is wrapped.
+        compute_dtype: dtype of the activations inside the network; None = the dtype of the result.
+        sigma_data, sigma_min, sigma_max: of the preconditioning.
+        img_resolution, img_channels, label_dim, two_time, guided: of the network.
+    """
+
+    def __init__(
+        self, network: Network, preconditioning: Preconditioning, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.preconditioning = preconditioning
+        self.compute_dtype = compute_dtype
+        self.sigma_data = preconditioning.sigma_data
+        self.sigma_min = preconditioning.sigma_min
+        self.sigma_max = preconditioning.sigma_max
+        self.img_resolution = network.img_resolution
+        self.img_channels = network.img_channels
+        self.label_dim = network.label_dim
+        self.two_time = network.two_time
+        self.guided = network.guided
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs, times and results outside the network: float32, or float64 if the parameters are."""
+        wide = next(self.network.parameters()).dtype == torch.float64
+        return torch.float64 if wide else torch.float32
+
+    def raw(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Tensor | None,
+        c_noise_t: Tensor | None = None,
+        c_logvar: tuple[Tensor, ...] = (),
+        w: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The network's own output, without channels that nobody reads (iDDPM's variances), and what u is asked."""
+        if w is None and self.guided:
+            w = torch.ones(1, device=x.device)
+        out = self.network(
+            x.to(self.compute_dtype or self.dtype),
+            c_noise.flatten().to(self.dtype),
+            class_vectors(labels, self.label_dim),
+            None if c_noise_t is None else c_noise_t.flatten().to(self.dtype),
+            None,  # augmentation is for training from images alone
+            tuple(c.flatten().to(self.dtype) for c in c_logvar),
+            None if w is None else w.flatten().to(x.device, self.dtype),
+        )
+        F, *u = out if c_logvar else (out,)
+        return F[:, : self.img_channels].to(self.dtype), *u
+
+    def watch(self) -> AbstractContextManager[LastLayer]:
+        """Within it, the last layer remembers its calls."""
+        return watched(self.network.last_layer)
+
+    def clamp(self, t: Tensor, x: Tensor) -> Tensor:
+        """t, broadcast over x, cut to the times of sigma_min and sigma_max: at 0 and pi/2, c_noise is infinite."""
+        low = math.atan(self.sigma_min / self.sigma_data)
+        high = math.atan(self.sigma_max / self.sigma_data)
+        return expand(t, x).clamp(low, high)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        second: Tensor | None = None,
+        *,
+        u_at: tuple[Tensor, ...] = (),
+        w: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """F, with dx_t/dt = sigma_data F; with u_at, F, u_1, ..., u_n, each the log variance of a loss at its times.
+
+        Args:
+            x_t: points on the circle.  [B,C,H,W]
+            t: their times in [0, pi/2].  [] or [B]
+            labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
+            second: the second time, in [0, pi/2], for a two_time network; None = not asked.  [] or [B]
+            u_at: the times, in [0, pi/2], at which the first n heads are asked.  n of [] or [B]
+            w: the weight of guidance, for a guided network; None = 1, no guidance.  [] or [B]
+        Returns: F [B,C,H,W], or F and n of [B], [1] for one time; float32, float64 if the parameters are
+        Raises: ValueError: a second time for a network of one, w for one that reads none, or a label out of range.
+            NotImplementedError: the network has fewer heads for u.
+        """
+        if second is not None and not self.two_time:
+            raise ValueError("the network reads one time, but two were given: give it a second with add_second_time")
+        if w is not None and not self.guided:
+            raise ValueError("the network reads no weight of guidance, but one was given: add it with add_guidance")
+        x_t = x_t.to(self.dtype)
+        t = self.clamp(t, x_t)
+        a, b, c, c_noise = self.preconditioning.trigflow(t)
+        c_noise_t = None
+        if second is not None:
+            c_noise_t = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
+        c_logvar = tuple(c_of_logvar(self.sigma_data * self.clamp(time, x_t).tan()) for time in u_at)
+        raw, *u = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t, c_logvar, w)
+        F = (a * x_t + b * raw).to(self.dtype)
+        return (F, *u) if u_at else F
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """x_s = cos(t-s) x_t - sin(t-s) sigma_data F: by a network of two times, F(x_t, t, s), where the trajectory is.
+
+        By one of a single time, where its data and the noise that they imply lie at s.
+
+        Args:
+            x_t, t, labels, w: as in forward.
+            s: times in [0, t].  [] or [B]
+        Returns: x_s.  [B,C,H,W] float32, float64 if the parameters are
+        """
+        x_t = x_t.to(self.dtype)
+        F = self(x_t, t, labels, s if self.two_time else None, w=w)
+        return ddim_step(x_t, F, t, s, self.sigma_data)
+
+    @torch.no_grad()
+    def tangent(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        dx: Tensor,
+        dt: Tensor,
+        second: Tensor | None = None,
+        dsecond: Tensor | None = None,
+        *,
+        w: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """F, and its derivative along (dx, dt), without gradient.
+
+        Where the network is in training, its dropout is that of the next forward pass, for the random numbers drawn
+        here are given back: F is then what that pass gives, bit for bit in eager mode.
+
+        Along a trajectory, dx = dx_t/dt and dt = 1 give dF/dt, which grows without bound towards t = 0 and pi/2. With
+        r = cos(t) sin(t), dx = r dx_t/dt and dt = r give r dF/dt, and c_noise = ln(sigma)/4 the tangent 1/4 at any t.
+
+        Args:
+            x_t, t, labels, second, w: as in forward; w stands still.
+            dx: of the shape of x_t.
+            dt: of the shape of t.
+            dsecond: of the shape of second; None = the second time stands still.
+        Returns: F and its tangent.  [B,C,H,W] float32, float64 if the parameters are
+        Raises: ValueError: as in forward; shapes differ; torch's own forward derivative is at work.
+            TrainingError: an iDDPM network, which has no derivative in time.
+        Source: sCM, section 5.1.  Differs: the paper's tangent of t, r sigma_data, makes it sigma_data r dF/dt; and its
+            network reads x_t / sigma_data, where ours divides by itself.
+        """
+        moved = second if second is None or dsecond is None else Dual(second, dsecond)
+        with torch.random.fork_rng([x_t.device] if x_t.is_cuda else []):
+            F = self(Dual(x_t, dx), Dual(t, dt), labels, moved, w=w)
+        return F.value, F.tangent
+
+
+class Denoiser(nn.Module):
+    """EDM's view of the same network, by the official arithmetic: x0 from x = x0 + sigma n.
+
+    A network of two times is asked with both the same: CTM's g(x, t, t).
+    """
+
+    def __init__(self, flow: FlowNetwork) -> None:
+        super().__init__()
+        self.flow = flow
+        self.sigma_data = flow.sigma_data
+        self.sigma_min = flow.sigma_min
+        self.sigma_max = flow.sigma_max
+        self.img_resolution = flow.img_resolution
+        self.img_channels = flow.img_channels
+        self.label_dim = flow.label_dim
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """D(x; sigma), the expected image.
+
+        Args:
+            x: images with noise of standard deviation sigma, any float dtype.  [B,C,H,W]
+            sigma: noise levels in (0, inf).  [] or [B]
+            labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
+        Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
+        """
+        x = x.to(self.flow.dtype)
+        sigma = sigma.to(x.device, x.dtype).reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in, c_noise = self.flow.preconditioning.coefficients(sigma)
+        second = c_noise if self.flow.two_time else None
+        return c_skip * x + c_out * self.flow.raw(c_in * x, c_noise, labels, second)[0]
+
+    def logvar(self, sigma: Tensor) -> Tensor:
+        """u(sigma), the log variance of the denoising loss.  sigma [] or [B] -> [B,1,1,1]
+
+        Source: EDM2, eq. 21.
+        """
+        return self.flow.network.logvars((c_of_logvar(sigma.to(self.flow.dtype).flatten()),))[0].reshape(-1, 1, 1, 1)
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest noise level that the network knows, in sigma's shape and dtype."""
+        return self.flow.preconditioning.round_sigma(sigma)
