@@ -52,7 +52,7 @@ def test_ctm_learns_by_networks_of_files_and_goes_on(recipe, teacher, tmp_path):
         run = prepare(made, data="digits", teacher=teacher, machine=Machine("cpu"))
         assert train(run, tmp_path / "run", on_round=interrupt) == reached
     stated = load_file(tmp_path / "run" / "state" / "000000000024" / "features.safetensors")
-    assert "networks.0.script.layer.weight" in stated
+    assert "weights.networks.0.script.layer.weight" in stated
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)
