@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from edmdistill.checkpoints import store
 from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.convert import load_generator
-from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import (
     CARD,
     CONFIG,
@@ -31,8 +30,6 @@ from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS
 from edmdistill.sampling.generate import sample
-from edmdistill.schedules import generator_sigmas
-from edmdistill.trigflow import denoised, sigma_to_time
 
 SMALL = {"img_resolution": 4, "label_dim": 3, "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
 EDM = {"in_channels": 2, "out_channels": 2, "attn_resolutions": []}
@@ -269,12 +266,3 @@ def test_aside_takes_files_too(tmp_path: Path) -> None:
         fail()
     assert names(tmp_path / "deep") == ["a.txt"]
     assert (tmp_path / "deep" / "a.txt").read_text() == "a"
-
-
-def test_generator() -> None:
-    flow, config = make()
-    generator = Generator(flow, replace(config, sampling=Sampling({"2": (80.0, 1.5)})))
-    assert torch.equal(generator.schedule(2), sigma_to_time(torch.tensor([80.0, 1.5], dtype=torch.float64), 0.5))
-    assert torch.equal(generator.schedule(3), sigma_to_time(generator_sigmas(3, 0.002, 80.0), 0.5))
-    x_t, t, labels = torch.randn(2, 2, 4, 4), torch.tensor([0.3, 1.2]), torch.tensor([0, 2])
-    assert torch.equal(generator(x_t, t, labels), denoised(x_t, flow(x_t, t, labels), t, 0.5))
