@@ -11,12 +11,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance
-from edmdistill.curves import Axis, axis, coarse, svg_curves
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
@@ -174,7 +171,7 @@ def test_grids_are_from_the_first_to_the_last_and_what_was_drawn(full: Path):
     page = report(read_run(full), [])
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     shown = ["0", "50", "110", "160", "220", "1,000"]
-    assert captions == [*(f"after {images} images" for images in shown), "images/grid.png"]
+    assert captions == [*(f"after {images} images" for images in shown), "drawn into images"]
     assert pictures(page) == [(338, 270)] * 6 + [(1200, 40)]
     assert '<div class="steps"><span>1</span><span>2</span><span>4</span><span>8</span></div>' in page
 
@@ -208,10 +205,10 @@ def test_a_line_just_being_written_is_left_out(full: Path):
 
 def test_the_commands_are_those_of_the_run(bare: Path):
     page = report(read_run(bare), [])
-    lines = unescape(re.findall(r"<pre.*?>(edmdistill sample .*?)</pre>", page, re.DOTALL)[0]).splitlines()
-    sample, evaluate, sweep, train = (shlex.split(line)[1:] for line in lines)
+    lines = re.findall("<code>(.*?)</code>", page.partition("<h2>To go on</h2>")[2])
+    sample, evaluate, sweep, teacher, train = (shlex.split(unescape(line))[1:] for line in lines)
     run = str(bare)
-    assert sample == ["sample", run, "--nfe", "1", "--seeds", "0-63", "--out", f"{run}/images"]
+    assert sample == ["sample", run, "--nfe", "2", "--seeds", "0-63", "--out", f"{run}/images"]
     assert evaluate == [
         *("eval", run, "--nfe", "1,2,4,8", "--protocol", "digits"),
         *("--out", f"{run}/eval/generator.json"),
@@ -220,6 +217,7 @@ def test_the_commands_are_those_of_the_run(bare: Path):
         *("sweep", run, "--nfe", "1,2,4,8", "--gamma", "0,.5,1", "--protocol", "digits"),
         *("--out", f"{run}/eval/sweep.json"),
     ]
+    assert teacher == ["eval", "TEACHER", "--protocol", "digits", "--out", f"{run}/eval/teacher.json"]
     assert train == [
         *("train", "cosim", "TEACHER", "--data", "digits", "--recipe", "cosim/digits-quickstart"),
         *("--set", "training.images=1000", "--set", "training.betas=[0.0, 0.9]", "--run-dir", run),
@@ -255,7 +253,8 @@ def test_the_plan_stands_beside_what_was_measured(full: Path):
 
 def test_an_environment_is_told_once(full: Path):
     rows = cells(report(read_run(full), []), "Environment")
-    assert rows["Images seen before"] == ["0", "800"]
+    assert rows[""] == ["from the beginning", "after 800 images"]
+    assert rows["Gone on with"] == ["once after 500 images", "never"]
     assert rows["Revision"] == ["a" * 40, "not known"]
     assert rows["Options"] == ["none", "--micro-batch 8"]
 
@@ -284,6 +283,7 @@ def test_a_teacher_in_training_has_a_page_too(bare: Path):
     page = report(read_run(bare), [])
     assert "<h1>A teacher by diffusion, from digits</h1>" in page
     assert "train diffusion --data digits" in page
+    assert not {"TEACHER", "sweep"} & set(re.findall(r"\w+", page))
 
 
 def test_no_run_directory(tmp_path: Path):
@@ -296,48 +296,3 @@ def test_a_damaged_run_directory(bare: Path, name: str, text: str):
     (bare / name).write_text(text)
     with pytest.raises(EdmDistillError, match="is a damaged run directory"):
         read_run(bare)
-
-
-# Curves.
-
-numbers = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-9)
-
-
-@given(st.lists(numbers, min_size=1, max_size=50))
-def test_an_axis_holds_its_values_between_a_few_round_ticks(values: list[float]):
-    scale = axis(values)
-    assert 2 <= len(scale.ticks) <= 6
-    assert scale.ticks == sorted(set(scale.ticks))
-    for value in values:
-        assert -1e-6 <= scale.at(value) <= 1 + 1e-6
-
-
-def test_axes_are_straight_or_logarithmic():
-    assert axis([0, 1.0, 100.0]) == Axis([0, 50, 100])
-    assert axis([0.5, 3, 551.0]) == Axis([0.1, 1, 10, 100, 1000], log=True)
-    assert axis([7.0, 7.0]).ticks[0] == 0
-    assert axis([0.0]) == Axis([0, 1])
-    assert axis([2.0, 30.0], log=True) == Axis([1, 10, 100], log=True)
-    assert not axis([-2.0, 30.0], log=True).log
-    assert Axis([1.0, 64.0], log=True).at(8) == pytest.approx(0.5)
-
-
-@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=500))
-def test_few_points_stand_for_many_and_spikes_stay(points: list[tuple[float, float]]):
-    line = coarse(points)
-    assert len(line) <= 80
-    assert line[-1][0] == points[-1][0]
-    assert min(low for _, low, _, _ in line) == min(y for _, y in points)
-    assert max(high for *_, high in line) == max(y for _, y in points)
-    if len(points) <= 80:
-        assert [(x, y) for x, _, y, _ in line] == points
-
-
-def test_curves_stay_in_their_frame():
-    svg = svg_curves("a < b", {"one": [(0, 1.0), (5, 2.0)], "two": [(10, -1.0)]}, Axis([0, 10]))
-    Outline(svg)
-    dots = [(float(x), float(y)) for x, y in re.findall(r'cx="(.*?)" cy="(.*?)"', svg)]
-    assert len(dots) == 3
-    assert all(42 <= x <= 346 and 28 <= y <= 168 for x, y in dots)
-    assert "a &lt; b" in svg
-    assert [name for name in ("one", "two") if f">{name}</tspan>" in svg] == ["one", "two"]
