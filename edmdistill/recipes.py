@@ -429,7 +429,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         parsed = {"value": text.strip()}
-        if not re.fullmatch(r"[A-Za-z_][\w./-]*", text.strip()):
+        if not re.fullmatch(r"([A-Za-z_]|\.{0,2}/)[\w./-]*", text.strip()):
             raise RecipeError(f"--set {override}: {text!r} is no TOML value; quote a string") from None
     if list(parsed) != ["value"]:
         raise RecipeError(f"--set {override}: one value only")

@@ -162,6 +162,12 @@ def test_set(override: str, read):
     assert read(load_recipe("cosim/digits", sets=[override]))
 
 
+@pytest.mark.parametrize("path", ["lpips.pt", "nets/lpips.pt", "./lpips.pt", "../lpips.pt", "/nets/lpips.pt"])
+def test_a_path_needs_no_quotes(path: str):
+    sets = ["method.distance=lpips", f"method.lpips={path}"]
+    assert load_recipe("ctm/digits", sets=sets).method_config.lpips == path
+
+
 def test_the_last_set_wins():
     assert load_recipe("cosim/digits", sets=["training.seed=1", "training.seed=2"]).training.seed == 2
 

@@ -168,7 +168,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         seen.add(memory)
     with aside(path) as new:
         try:
-            save_file(own, new, dict(metadata or {}))
+            # An empty mapping beside no tensors would make a file that safetensors itself cannot read.
+            save_file(own, new, dict(metadata) if metadata else None)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 

@@ -48,7 +48,7 @@ def _integers(context: click.Context, option: click.Parameter, text: str | None)
 @click.option(
     "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
 )
-@click.option("--solver", type=click.Choice(SOLVERS), help="Teacher.  [default: heun]")
+@click.option("--solver", type=click.Choice(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]")
 @click.option(
     "--n",
     "count",

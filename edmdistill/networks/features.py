@@ -5,8 +5,9 @@ Source: Sauer et al. 2021 (Projected GANs), section 3.2, for the mixing; Kim et 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Self
 
 import torch
 import torch.nn.functional as f
@@ -44,6 +45,13 @@ class Script(nn.Module):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path, self.script = path, load_script(path)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # torch moves no script to the meta device, where a run is tried first; it can only be loaded there.
+        if not fn(torch.empty(0)).is_meta:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        self.script = load_script(self.path, "meta")
+        return self
 
 
 class Perception(Script):

@@ -47,7 +47,7 @@ CURVES = {
     "images_per_second": "images per second",
     "lr": "learning rate",
 }
-"""Titles of what metrics.jsonl holds, in the order of the page; what else it holds comes last."""
+"""Titles of what metrics.jsonl holds, in the order of the page; what else it holds comes last, by its own name."""
 
 
 def report(run: Summary, measured: Sequence[Table], swept: Sequence[Table] = ()) -> str:
@@ -204,7 +204,9 @@ def _training(metrics: Sequence[Mapping[str, float]]) -> str:
     def draw(chart: str) -> str:
         kind, *about = chart.split("/")
         curves = {name: charts[chart][name] for name in sorted(charts[chart], key=rank)}
-        return svg_curves(", ".join([CURVES.get(kind, kind), *about]), curves, Axis([0, total / 2, total]))
+        return svg_curves(
+            ", ".join([CURVES.get(kind, kind.replace("_", " ")), *about]), curves, Axis([0, total / 2, total])
+        )
 
     note = "Against images seen."
     if "score_gap" in charts:

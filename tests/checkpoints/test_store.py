@@ -251,6 +251,8 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
     read["a"].zero_()  # in memory of its own: neither the file nor its twin follows
     assert torch.equal(read["b"], shared)
     assert torch.equal(load_tensors(tmp_path / "t.safetensors")[0]["a"], shared)
+    save_tensors(tmp_path / "none.safetensors", {})  # of a network without weights
+    assert load_tensors(tmp_path / "none.safetensors") == ({}, {})
 
 
 def test_aside_takes_files_too(tmp_path: Path) -> None:

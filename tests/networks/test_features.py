@@ -1,37 +1,15 @@
 """Feature maps, heads and files of the user's: made by the seed, frozen, row by row."""
 
-import warnings
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from script_files import Gap, Maps, script
 from torch import Tensor, nn
 
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.networks.features import LEVELS, Heads, Perception, ScriptFeatures, make_features, make_heads
-
-
-class Maps(nn.Module):
-    def __init__(self, count: int = LEVELS) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(3, 5, 3, padding=1)
-        self.count = count
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        y = nn.functional.avg_pool2d(self.layer(x), 28)
-        return [nn.functional.avg_pool2d(y, 2**level) for level in range(self.count)]
-
-
-class Gap(nn.Module):
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).square().mean((1, 2, 3), keepdim=True)
-
-
-def script(module: nn.Module, path: Path, *like: Tensor) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(module, like), str(path))
-    return str(path)
 
 
 @pytest.mark.parametrize("size", [8, 32, 64])
@@ -77,6 +55,11 @@ def test_files(tmp_path: Path) -> None:
     a, b = torch.rand(2, 4, 1, 16, 16)
     smooth = [nn.functional.interpolate(x, (224, 224), mode="bilinear") for x in (a, b)]
     torch.testing.assert_close(far(a, b), (smooth[0] - smooth[1]).square().mean((1, 2, 3)) / 4)
+    # Shapes without numbers, by which a run is tried first, and another precision.
+    shapes = copy.deepcopy(features).to("meta")(torch.empty(2, 1, 8, 8, device="meta"))
+    assert [(part.shape, part.device.type) for part in shapes] == [(part.shape, "meta") for part in maps]
+    assert far.to("meta")(*torch.empty(2, 4, 1, 16, 16, device="meta")).shape == (4,)
+    assert features.double()(torch.randn(2, 1, 8, 8, dtype=torch.float64))[0].dtype == torch.float64
 
 
 def test_errors_are_one_sentence(tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from script_files import Gap, Maps, script
 
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 from edmdistill.methods.base import Loss
-from edmdistill.recipes import Training
+from edmdistill.recipes import Recipe, Training
 from edmdistill.training.engine import Machine
 from edmdistill.training.loop import learning_rate, requests, rounds, train
 from edmdistill.training.monitors import Diverged, fingerprints
+from edmdistill.training.run import prepare
 
 ALL_METHODS = sorted(METHODS)
 OFFLOADS = "ema", "teacher", "optimizer"
@@ -33,6 +35,24 @@ def test_three_rounds_move_the_players_and_nobody_else(method, start):
     for measures in measured:
         assert {f"loss/{role}" for role in trained} <= measures.keys()
         assert all(map(math.isfinite, measures.values()))
+
+
+def test_ctm_learns_by_networks_of_files_and_goes_on(recipe, teacher, tmp_path):
+    gap = script(Gap(), tmp_path / "gap.pt", *torch.zeros(2, 1, 3, 8, 8))
+    maps = script(Maps(), tmp_path / "maps.pt", torch.zeros(1, 3, 224, 224))
+    tables = json.loads(recipe("ctm").to_json())
+    tables["method"] |= {"distance": "lpips", "lpips": gap, "features": [maps]}
+    made = Recipe.from_json(json.dumps(tables).encode())
+
+    def interrupt(images, measures):
+        if images == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    for reached in ((False, 8), (True, 24)):  # what interrupts does so once
+        run = prepare(made, data="digits", teacher=teacher, machine=Machine("cpu"))
+        assert train(run, tmp_path / "run", on_round=interrupt) == reached
+    stated = load_file(tmp_path / "run" / "state" / "000000000024" / "features.safetensors")
+    assert "weights.networks.0.script.layer.weight" in stated
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)
