@@ -182,7 +182,7 @@ def test_curves_come_in_order_and_without_what_is_no_number(full: Path):
         "loss, generator",
         "score gap",
         "images per second",
-        "own_signal",
+        "own signal",
     ]
     assert "nan" not in re.sub(r"base64,[\w+/=]+", "", page).lower()
 

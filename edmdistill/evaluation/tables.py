@@ -61,7 +61,8 @@ class Table(NamedTuple):
             )
         return (
             f"Protocol {own.name}, sha256 {own.sha256():.12}: {own.n} images, seeds {own.seeds}, classes {own.labels}, "
-            f"against {real}. NFE counts the evaluations of the network for an image."
+            f"against {real}. NFE counts the evaluations of the network for an image. FD is the Frechet distance of "
+            "features: the lower, the better."
         )
 
 

@@ -38,8 +38,6 @@ CURVES = {
     "loss": "loss",
     "score_gap": "score gap",
     "cos_gap_error": "cosine of gap and error",
-    "velocity_error": "error of the velocity",
-    "tangent_rms": "size of the tangent",
     "grad_norm": "gradient norm",
     "diversity": "diversity",
     "mean": "mean",
@@ -57,7 +55,8 @@ def report(run: Summary, measured: Sequence[Table], swept: Sequence[Table] = ())
         measured, swept: what `tables` and `sweeps` made of the run's results.
     """
     own, total = run.recipe.method_class, run.recipe.training.images
-    origin = run.config.provenance.source if run.config and own.product != "teacher" else run.data["name"]
+    fresh = own.product == "teacher" or run.recipe.network  # from data alone
+    origin = run.config.provenance.source if run.config and not fresh else run.data["name"]
     images = int(run.metrics[-1]["images"]) if run.metrics else run.images
     seen = f"{images:,} images seen" + ("" if images >= total else f" of {total:,}: the run is not finished")
     commands = _commands(run)
