@@ -182,7 +182,7 @@ def _made(config: CheckpointConfig, run: Summary | None) -> str:
     _, name, *sets = run.asked
     recipe = [Path(name).name if name.endswith(".toml") else name, *sets]  # where it lies is nobody's business
     facts["Recipe"] = f"{shlex.join(recipe)}, {facts['Recipe']}"
-    facts["Data"] = f"{data['name']}, {data['images']:,} images of {data['resolution']}x{data['resolution']}"
+    facts["Data"] = f"{data['name']}, {data['images']:,} images, {data['resolution']}x{data['resolution']}"
     teacher = [] if run.recipe.network else ["TEACHER"]
     words = ["edmdistill", "train", run.recipe.method["name"], *teacher, "--data", data["name"], "--recipe", *recipe]
     whole = msgspec.json.format(msgspec.json.encode(run.recipe), indent=2).decode()
