@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from edmdistill.checkpoints.source import repository_of
 from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.evaluation.protocol import Result
-from edmdistill.evaluation.tables import Subject, tables
+from edmdistill.evaluation.tables import Subject, best_gammas, tables
 from edmdistill.methods import METHODS
 from edmdistill.report.page import about
 from edmdistill.report.summary import Summary
@@ -49,9 +49,10 @@ def card(
     Args:
         repository: OWNER/NAME, where the checkpoint is going to be.
         run: the run that made it.
-        results: of it and of its teacher.
+        results: of it and of its teacher; where they differ in gamma alone, the best is shown.
         grid: a picture's file name there, and what is on it.
     """
+    results = best_gammas(results)
     sections = {
         "Use": _use(config, repository),
         "Quality": _quality(config, results),
@@ -81,7 +82,7 @@ def _header(config: CheckpointConfig, repository: str, results: Sequence[Result]
         license=config.provenance.licence,
         library_name="edmdistill",
         pipeline_tag=TASK,
-        tags=["diffusion", "distillation", config.stage, *([config.method] if config.method else [])],
+        tags=["diffusion", *["distillation"] * _taught(config), config.stage, *filter(None, [config.method])],
         base_model=repository_of(config.provenance.source),
         model_name=repository.partition("/")[2] if evaluated else None,
         eval_results=evaluated or None,
@@ -103,7 +104,10 @@ def _evaluated(result: Result) -> list[EvalResult]:
             metric_type=metric,
             metric_value=value,
             metric_name=f"{metric}, {sampler.nfe} NFE",
-            metric_args={"nfe": sampler.nfe, "protocol": own.name, "protocol_sha256": result.protocol_sha256},
+            metric_args={"nfe": sampler.nfe}
+            | ({"gamma": sampler.gamma} if sampler.gamma is not None and sampler.nfe > 1 else {})
+            | ({"guidance": sampler.guidance} if sampler.guidance != 1 else {})
+            | {"protocol": own.name, "protocol_sha256": result.protocol_sha256},
         )
         for metric, value in result.metrics.items()
     ]
@@ -116,12 +120,12 @@ def _what(config: CheckpointConfig) -> str:
     """What this is, in a sentence."""
     size, classes = config.network.arguments["img_resolution"], config.label_dim
     kind = "images" if config.encoder["kind"] == "pixels" else "latents of a VAE"
-    draws = f"{kind} of {size}x{size}, {f'of {classes} classes' if classes else 'without classes'}"
+    draws = f"{size}x{size} {kind}, {f'of {classes} classes' if classes else 'without classes'}"
     if config.stage != "generator":
         return f"A diffusion model of {draws}, in edmdistill's TrigFlow format."
     method = METHODS.get(config.method or "")
     how = f" {about(method)}" if method else ""
-    return f"A few-step generator of {draws}, made from {config.provenance.source} by {config.method}.{how}"
+    return f"A few-step generator of {draws}, made by {config.method} from {config.provenance.source}.{how}"
 
 
 def _use(config: CheckpointConfig, repository: str) -> str:
@@ -129,11 +133,12 @@ def _use(config: CheckpointConfig, repository: str) -> str:
     nfe = usual_nfe(config) if generator else 35
     out = "latents.npz" if latent else "images"
     load = "load_generator" if generator else "load_denoiser"
+    own = " Each seed draws its own class, unless `--class` or `labels` name one." if config.label_dim else ""
     return (
         f"```sh\nedmdistill sample {repository} --nfe {nfe} --seeds 0-63 --out {out}\n```\n\n"
         f'```python\nimport edmdistill\n\nmodel = edmdistill.{load}("{repository}")\n'
         f"images = edmdistill.sample(model, nfe={nfe}, seeds=range(64))\n```\n\n"
-        f"`{repository}@REVISION` is another branch, a tag or a commit. What was downloaded once needs no network."
+        f"`{repository}@REVISION` is another branch, a tag or a commit. What was downloaded once needs no network.{own}"
     )
 
 
@@ -161,7 +166,7 @@ def _schedule(config: CheckpointConfig) -> str:
 def _made(config: CheckpointConfig, run: Summary | None) -> str:
     origin = config.provenance
     facts: dict[str, str | None] = {
-        "Teacher" if config.stage == "generator" else "Source": origin.source
+        "Teacher" if _taught(config) else "Source": origin.source
         + (f", sha256 `{origin.sha256}`" if origin.sha256 else ""),
         "Started from": f"the checkpoint of sha256 `{origin.parent}`" if origin.parent else None,
         "Network": f"{config.network.kind}, preconditioned as {config.preconditioning['kind']}",
@@ -177,7 +182,7 @@ def _made(config: CheckpointConfig, run: Summary | None) -> str:
     _, name, *sets = run.asked
     recipe = [Path(name).name if name.endswith(".toml") else name, *sets]  # where it lies is nobody's business
     facts["Recipe"] = f"{shlex.join(recipe)}, {facts['Recipe']}"
-    facts["Data"] = f"{data['name']}, {data['images']:,} images of {data['resolution']}x{data['resolution']}"
+    facts["Data"] = f"{data['name']}, {data['images']:,} images, {data['resolution']}x{data['resolution']}"
     teacher = [] if run.recipe.network else ["TEACHER"]
     words = ["edmdistill", "train", run.recipe.method["name"], *teacher, "--data", data["name"], "--recipe", *recipe]
     whole = msgspec.json.format(msgspec.json.encode(run.recipe), indent=2).decode()
@@ -193,10 +198,13 @@ def _limits(config: CheckpointConfig, run: Summary | None, results: Sequence[Res
     generator = config.stage == "generator"
     limits = ["It draws what its training data show, with their gaps and their biases, and knows no text."]
     if generator:
-        limits.append("It was made to be like its teacher, and has the teacher's faults as well as its own.")
+        if _taught(config):
+            limits.append("It was made to be like its teacher, and has the teacher's faults as well as its own.")
         named = ", ".join(sorted(config.sampling.sigmas, key=int))
         if named:
-            limits.append(f"Its schedules are for {named} evaluations; others work, and may draw worse.")
+            limits.append(
+                f"Beyond one evaluation, its schedules are for {named}; other numbers work, and may draw worse."
+            )
     if config.encoder["kind"] != "pixels":
         limits.append("It draws latents; the VAE that turns them into images is not part of it.")
     if run is not None and run.images < run.recipe.training.images:
@@ -206,6 +214,12 @@ def _limits(config: CheckpointConfig, run: Summary | None, results: Sequence[Res
             "Its quality is known under the protocols above alone; figures of other protocols do not compare."
         )
     return limits
+
+
+def _taught(config: CheckpointConfig) -> bool:
+    """Whether it is a generator that had a teacher."""
+    method = METHODS.get(config.method or "")
+    return config.stage == "generator" and (method is None or "teacher" in method.roles)
 
 
 def _licence(config: CheckpointConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from edmdistill.errors import EdmDistillError
 
 MARKED = 12
 """The points of a curve of so many are marked."""
+TICKS = 6
+"""Of a logarithmic axis at most, where they are 1, 2, 5, 10 ...: a longer one has powers of ten."""
 
 Point = tuple[float, float]
 
@@ -33,6 +36,8 @@ def axis(values: Sequence[float], log: bool = False) -> Axis:
     low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
     log = low > 0 and (log or 10 * middle < high)
     if log:
+        if len(few := _one_two_five(low, high)) <= TICKS:
+            return Axis(few, log)
         low, high = math.log10(low), math.log10(high)
     if low == high:
         low, high = min(low, 0), max(high, 0)
@@ -43,6 +48,16 @@ def axis(values: Sequence[float], log: bool = False) -> Axis:
     first, last = math.floor(low / step), math.ceil(high / step)
     ticks = [step * i for i in range(first, max(last, first + 1) + 1)]
     return Axis([10.0**tick for tick in ticks] if log else ticks, log)
+
+
+def _one_two_five(low: float, high: float) -> list[float]:
+    """Two or more of 1, 2, 5, 10 ... around positive numbers."""
+    each = (digit * 10.0**power for power in count(math.floor(math.log10(low))) for digit in (1, 2, 5))
+    ticks = [next(each)]
+    while len(ticks) < 2 or ticks[-1] < high:
+        tick = next(each)
+        ticks = [tick] if tick <= low else [*ticks, tick]
+    return ticks
 
 
 def doublings(series: Mapping[str, Sequence[Point]]) -> Axis:
@@ -62,7 +77,7 @@ def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, lo
     """Curves over one pair of axes, as SVG in the colours of the page.
 
     Args:
-        series: by name, points of finite numbers; the few of a named curve are marked.
+        series: by name, points of finite numbers; those of a curve of few are marked.
         log: see `axis`.
     """
     y = axis([value for points in series.values() for _, value in points], log)
@@ -84,13 +99,13 @@ def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, lo
     parts += [
         f'<text x="{column(tick)}" y="{bottom + 18}" text-anchor="middle">{_short(tick)}</text>' for tick in x.ticks
     ]
-    for index, (name, points) in enumerate(series.items()):
+    for index, points in enumerate(series.values()):
         line = coarse(points)
         mean = [f"{column(at)},{row(value)}" for at, _, value, _ in line]
         band = [f"{column(at)},{row(low)}" for at, low, _, _ in line]
         band += [f"{column(at)},{row(high)}" for at, _, _, high in reversed(line)]
-        marked = name and len(line) <= MARKED
-        dots = [f'<circle cx="{column(at)}" cy="{row(value)}" r="3"/>' for at, _, value, _ in line if marked]
+        marked = line if len(line) <= MARKED else []
+        dots = [f'<circle cx="{column(at)}" cy="{row(value)}" r="3"/>' for at, _, value, _ in marked]
         parts.append(
             f'<g class="c{index}"><polygon points="{" ".join(band)}"/><polyline points="{" ".join(mean)}"/>'
             f"{''.join(dots)}</g>"

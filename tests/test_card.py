@@ -60,6 +60,29 @@ def test_the_header_is_what_the_hub_reads():
     assert only.metric_args == {"nfe": 2, "protocol": "digits", "protocol_sha256": results[0].protocol_sha256}
 
 
+def test_of_several_gammas_the_best_is_shown_and_named():
+    def at(gamma: float, fd: float, nfe: int = 2) -> Result:
+        return replace(result(fd, nfe, CONFIG), sampler=Sampler(solver="gamma", nfe=nfe, gamma=gamma))
+
+    text = card(
+        CONFIG, "me/digits", results=[at(0.0, 6.0), at(0.5, 4.0), at(1.0, 5.0), at(0.0, 8.0, 1), at(1.0, 8.0, 1)]
+    )
+    assert [line for line in text.splitlines() if line.startswith("| generator")] == [
+        "| generator | 1 | 8.000 |  |",
+        "| generator | 2 | 4.000 | gamma 0.5 |",
+    ]
+    shown = ModelCard(text).data.eval_results
+    found = [(one.metric_value, one.metric_args["nfe"], one.metric_args.get("gamma")) for one in shown]
+    assert sorted(found) == [(4.0, 2, 0.5), (8.0, 1, None)]  # in one step no gamma plays
+
+
+def test_without_a_teacher_none_is_spoken_of():
+    for method, taught in (("sct", False), ("scd", True)):
+        text = card(replace(CONFIG, method=method), "me/digits")
+        assert ("the teacher's faults" in text) is ("- Teacher: " in text) is taught
+        assert ("distillation" in ModelCard(text).data.tags) is taught
+
+
 def test_the_page_says_what_the_run_says(run: Path):
     text = card(CONFIG, "me/digits", run=read_run(run), results=[result(4.5, 2, CONFIG), result(1.5, 35)])
     assert re.findall("^## (.*)$", text, re.MULTILINE) == [
@@ -99,7 +122,7 @@ def test_a_teacher_has_a_card_too():
     config = replace(CONFIG, stage="teacher", method=None, recipe_hash=None, images_seen=None, ema=None)
     text = card(config, "me/teacher")
     assert 'load_denoiser("me/teacher")' in text
-    assert "A diffusion model of images of 4x4, of 3 classes" in text
+    assert "A diffusion model of 4x4 images, of 3 classes" in text
     assert "## Schedule" not in text
     assert "None" not in text
 
@@ -138,7 +161,7 @@ def test_every_method_is_cited():
         ("me/teacher@refs/pr/1", "me/teacher"),
         ("https://host/me/teacher", None),
         ("edm.pkl", None),
-        ("edmdistill train diffusion on digits", None),
+        ("a network trained by diffusion on digits", None),
     ],
 )
 def test_the_repository_of_a_source(source: str, repository: str | None):

@@ -171,7 +171,7 @@ def test_grids_are_from_the_first_to_the_last_and_what_was_drawn(full: Path):
     page = report(read_run(full), [])
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     shown = ["0", "50", "110", "160", "220", "1,000"]
-    assert captions == [*(f"after {images} images" for images in shown), "images/grid.png"]
+    assert captions == [*(f"after {images} images" for images in shown), "drawn into images"]
     assert pictures(page) == [(338, 270)] * 6 + [(1200, 40)]
     assert '<div class="steps"><span>1</span><span>2</span><span>4</span><span>8</span></div>' in page
 
@@ -205,10 +205,10 @@ def test_a_line_just_being_written_is_left_out(full: Path):
 
 def test_the_commands_are_those_of_the_run(bare: Path):
     page = report(read_run(bare), [])
-    lines = unescape(re.findall(r"<pre.*?>(edmdistill sample .*?)</pre>", page, re.DOTALL)[0]).splitlines()
-    sample, evaluate, sweep, train = (shlex.split(line)[1:] for line in lines)
+    lines = re.findall("<code>(.*?)</code>", page.partition("<h2>To go on</h2>")[2])
+    sample, evaluate, sweep, teacher, train = (shlex.split(unescape(line))[1:] for line in lines)
     run = str(bare)
-    assert sample == ["sample", run, "--nfe", "1", "--seeds", "0-63", "--out", f"{run}/images"]
+    assert sample == ["sample", run, "--nfe", "2", "--seeds", "0-63", "--out", f"{run}/images"]
     assert evaluate == [
         *("eval", run, "--nfe", "1,2,4,8", "--protocol", "digits"),
         *("--out", f"{run}/eval/generator.json"),
@@ -217,6 +217,7 @@ def test_the_commands_are_those_of_the_run(bare: Path):
         *("sweep", run, "--nfe", "1,2,4,8", "--gamma", "0,.5,1", "--protocol", "digits"),
         *("--out", f"{run}/eval/sweep.json"),
     ]
+    assert teacher == ["eval", "TEACHER", "--protocol", "digits", "--out", f"{run}/eval/teacher.json"]
     assert train == [
         *("train", "cosim", "TEACHER", "--data", "digits", "--recipe", "cosim/digits-quickstart"),
         *("--set", "training.images=1000", "--set", "training.betas=[0.0, 0.9]", "--run-dir", run),
@@ -252,7 +253,8 @@ def test_the_plan_stands_beside_what_was_measured(full: Path):
 
 def test_an_environment_is_told_once(full: Path):
     rows = cells(report(read_run(full), []), "Environment")
-    assert rows["Images seen before"] == ["0", "800"]
+    assert rows[""] == ["from the beginning", "after 800 images"]
+    assert rows["Gone on with"] == ["once after 500 images", "never"]
     assert rows["Revision"] == ["a" * 40, "not known"]
     assert rows["Options"] == ["none", "--micro-batch 8"]
 
@@ -281,6 +283,7 @@ def test_a_teacher_in_training_has_a_page_too(bare: Path):
     page = report(read_run(bare), [])
     assert "<h1>A teacher by diffusion, from digits</h1>" in page
     assert "train diffusion --data digits" in page
+    assert not {"TEACHER", "sweep"} & set(re.findall(r"\w+", page))
 
 
 def test_no_run_directory(tmp_path: Path):
@@ -293,6 +296,3 @@ def test_a_damaged_run_directory(bare: Path, name: str, text: str):
     (bare / name).write_text(text)
     with pytest.raises(EdmDistillError, match="is a damaged run directory"):
         read_run(bare)
-
-
-# Curves.

@@ -61,7 +61,8 @@ class Table(NamedTuple):
             )
         return (
             f"Protocol {own.name}, sha256 {own.sha256():.12}: {own.n} images, seeds {own.seeds}, classes {own.labels}, "
-            f"against {real}. NFE counts the evaluations of the network for an image."
+            f"against {real}. NFE counts the evaluations of the network for an image. FD is the Frechet distance of "
+            "features: the lower, the better."
         )
 
 
@@ -126,12 +127,13 @@ def sweep_table(results: Sequence[Result]) -> Table:
             cells = [_number(values[nfe]) if nfe in values else "-" for nfe in steps]
             rows.append([f"{_heading(metric)}, {setting}", *cells, best])
     value, setting, nfe = min((metrics[main], *at) for at, metrics in measured.items())
-    claim = f"{_heading(main)} is lowest in {nfe} evaluations with {setting}: {_number(value)}."
+    where = f"{nfe} evaluations with {setting}" if nfe > 1 else "1 evaluation"  # in which no gamma plays
+    claim = f"{_heading(main)} is lowest in {where}: {_number(value)}."
     curves = {
         setting: [(nfe, measured[setting, nfe][main]) for nfe in sorted(steps) if (setting, nfe) in measured]
         for setting in settings
     }
-    return Table(results[0].protocol, rows, claim.replace(" 1 evaluations", " 1 evaluation"), curves, _heading(main))
+    return Table(results[0].protocol, rows, claim, curves, _heading(main))
 
 
 def _table(results: Sequence[Result], generator: Subject) -> Table:
@@ -145,17 +147,17 @@ def _table(results: Sequence[Result], generator: Subject) -> Table:
         own[nfe] = min(result.metrics[main], own.get(nfe, math.inf))
     goal, steps = _lowest(best.get("teacher", {0: math.nan}))
 
-    body = [["", "NFE", *map(_heading, metrics), "to teacher's best", "drawn by"]]
+    body = [["", "NFE", *map(_heading, metrics), *(["to teacher's best"] if steps else []), "drawn by"]]
     for who, nfe, result in rows:
         values = [_number(result.metrics[metric]) if metric in result.metrics else "-" for metric in metrics]
-        ratio = f"{result.metrics[main] / goal:.2f} x" if steps else "-"
-        body.append([who, str(nfe or "-"), *values, ratio, _how(result.sampler)])
+        ratio = [f"{result.metrics[main] / goal:.2f} x"] if steps else []
+        body.append([who, str(nfe or "-"), *values, *ratio, _how(result.sampler)])
     claim = ""
     if steps and "generator" in best:
         value, nfe = _lowest(best["generator"])
         claim = (
             f"In {nfe} {'evaluation' if nfe == 1 else 'evaluations'} the generator's {_heading(main)} is "
-            f"{_number(value)}: {value / goal:.2f} times the teacher's best, {_number(goal)} in {steps}."
+            f"{_number(value)}: {value / goal:.2f} times the teacher's best, which is {_number(goal)} in {steps}."
         )
     curves = {who: list(own.items()) for who, own in reversed(best.items()) if 0 not in own}
     if results[0].protocol.features is None:
@@ -202,10 +204,10 @@ def _setting(sampler: Sampler | None) -> str:
 def _how(sampler: Sampler | None) -> str:
     if sampler is None:
         return "-"
-    if sampler.gamma is None:
-        return f"{sampler.solver}, guidance {sampler.guidance:g}"
-    guidance = f", guidance {sampler.guidance:g}" if sampler.guidance != 1 else ""
-    return f"gamma {sampler.gamma:g}{guidance}, sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas or ())}"
+    words = [_setting(sampler)] if sampler.gamma is None or sampler.nfe > 1 else []  # in one step no gamma plays
+    words += [f"guidance {sampler.guidance:g}"] if sampler.guidance != 1 else []
+    words += [f"sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas)}"] if sampler.sigmas else []
+    return ", ".join(words)
 
 
 def _heading(metric: str) -> str:

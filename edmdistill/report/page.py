@@ -11,8 +11,9 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -54,20 +55,21 @@ def report(run: Summary, measured: Sequence[Table], swept: Sequence[Table] = ())
         measured, swept: what `tables` and `sweeps` made of the run's results.
     """
     own, total = run.recipe.method_class, run.recipe.training.images
-    origin = run.config.provenance.source if run.config and own.product != "teacher" else run.data["name"]
+    fresh = own.product == "teacher" or run.recipe.network  # from data alone
+    origin = run.config.provenance.source if run.config and not fresh else run.data["name"]
     images = int(run.metrics[-1]["images"]) if run.metrics else run.images
     seen = f"{images:,} images seen" + ("" if images >= total else f" of {total:,}: the run is not finished")
     commands = _commands(run)
     sections = {
         "Quality by number of evaluations": "".join(map(_measured, measured))
-        or f"<p>Nothing is measured yet. This measures:</p>{_code(commands['eval'])}",
+        or f"<p>Nothing is measured yet. This measures:</p>{_shell(commands['eval'])}",
         "Quality by number of evaluations and gamma": _swept(swept, commands),
         "Samples": _samples(run),
         "Training": _training(run.metrics),
         "Plan and run": _expected(run),
         "Environment": _environment(run.sessions),
         "Recipe": _recipe(run),
-        "To go on": f"<p>To draw, to measure, and to train again or go on:</p>{_code(*commands.values())}",
+        "To go on": f"<p>To draw, to measure, and to train again or go on:</p>{_shell(*commands.values())}",
     }
     return Template(PAGE.read_text("utf-8")).substitute(
         title=escape(f"A {own.product} by {run.recipe.method['name']}, from {origin}"),
@@ -138,7 +140,7 @@ def _swept(tables: Sequence[Table], commands: Mapping[str, str]) -> str:
     if "sweep" not in commands:
         return ""
     body = "".join(f"<p>{escape(table.claim)}</p>{_measured(table)}" for table in tables)
-    return body or f"<p>Nothing is measured yet. This measures:</p>{_code(commands['sweep'])}"
+    return body or f"<p>Nothing is measured yet. This measures:</p>{_shell(commands['sweep'])}"
 
 
 def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
@@ -161,15 +163,14 @@ def _samples(run: Summary) -> str:
         for i in sorted({(len(files) - 1) * part // (GRIDS - 1) for part in range(GRIDS)})
         if files
     ]
-    figures += [
-        (f"x0 after {int(file.stem):,} images: the same noisy data as each role sees it", _picture(file))
-        for file in sorted((run.path / "x0").glob("*.png"))[-1:]
-    ]
-    figures += [(f"{file.parent.name}/{file.name}", _picture(file)) for file in sorted(run.path.glob("*/grid.png"))]
+    seen = sorted((run.path / "x0").glob("*.png"))[-1:]
+    figures += [(f"x0 after {int(file.stem):,} images", _picture(file)) for file in seen]
+    figures += [(f"drawn into {file.parent.name}", _picture(file)) for file in sorted(run.path.glob("*/grid.png"))]
     if not figures:
         return "<p>Nothing is drawn yet.</p>"
     body = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{content}</figure>" for name, content in figures)
     note = "Over training always the same seeds; at the left of the rows, the number of network evaluations."
+    note += " x0: noisy data, and what each role takes them to be without their noise." if seen else ""
     return f'{_note(note)}<div class="figures">{body}</div>'
 
 
@@ -209,7 +210,7 @@ def _training(metrics: Sequence[Mapping[str, float]]) -> str:
     note = "Against images seen."
     if "score_gap" in charts:
         note += (
-            " The generator's loss swings about 0 and says little; the score gap, how far the auxiliary score is from"
+            " The generator's loss need not fall and says little; the score gap, how far the auxiliary score is from"
             " the teacher's, says more."
         )
     return f'{_note(note)}<div class="figures">{"".join(map(draw, sorted(charts, key=place)))}</div>'
@@ -234,19 +235,14 @@ def _expected(run: Summary) -> str:
 
 
 def _environment(sessions: Sequence[Mapping[str, Any]]) -> str:
-    """A column for each environment: a run may go on under another."""
+    """A column for each environment: a run may go on in another."""
     if not sessions:
         return "<p>This run kept no record of where it was computed.</p>"
-    columns: list[dict[str, Any]] = []
-    for session in sessions:
-        same = columns and columns[-1] | {"images": session["images"], "began": session["began"]} == session
-        if not same:
-            columns.append(dict(session))
-    shown = {
-        "Images seen before": lambda own: f"{own['images']:,}",
+    columns = [list(same) for _, same in groupby(sessions, _place)]
+    shown: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "Began": lambda own: own["began"].replace("T", " ").replace("+00:00", " UTC"),
         "Device": lambda own: own["device"],
-        "Memory of it": lambda own: f"{own['device_memory'] / 2**30:.1f} GiB",
+        "Its memory": lambda own: f"{own['device_memory'] / 2**30:.1f} GiB",
         "Processes": lambda own: str(own["processes"]),
         "Options": _options,
         "edmdistill": lambda own: own["edmdistill"],
@@ -255,8 +251,21 @@ def _environment(sessions: Sequence[Mapping[str, Any]]) -> str:
         "torch": lambda own: own["torch"] + (f", CUDA {own['cuda']}" if own["cuda"] else ""),
         "System": lambda own: own["system"],
     }
-    head = ["", *("begun" if not own["images"] else "gone on with" for own in columns)]
-    return _table([head, *([name, *map(show, columns)] for name, show in shown.items())], " values")
+    head = ["", *(f"after {own['images']:,} images" if own["images"] else "from the beginning" for own, *_ in columns)]
+    rows = [[name, *(show(own) for own, *_ in columns)] for name, show in shown.items()]
+    rows.insert(1, ["Gone on with", *(_again([own["images"] for own in later]) for _, *later in columns)])
+    return _table([head, *rows], " values")
+
+
+def _place(session: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a session may be the same of another."""
+    return {name: value for name, value in session.items() if name not in ("images", "began")}
+
+
+def _again(images: Sequence[int]) -> str:
+    """How often a run was gone on with.  Args: images: seen before each time."""
+    often = "once" if len(images) == 1 else f"{len(images)} times, the last time"
+    return f"{often} after {images[-1]:,} images" if images else "never"
 
 
 def _options(session: Mapping[str, Any]) -> str:
@@ -292,27 +301,36 @@ def _value(value: object) -> str:
 
 
 def _commands(run: Summary) -> dict[str, str]:
-    """To draw, to measure, and to train again or go on, by the name of the command."""
+    """To draw, to measure, also the teacher, and to train again or go on, by what they are for."""
     path, nfe, data, out = str(run.path), run.recipe.sampling.nfe, run.data["name"], run.path / "eval"
     steps = ",".join(map(str, nfe))
     fits = [name for name, protocol in PROTOCOLS.items() if protocol.reference and protocol.reference.source == data]
     measure = ["--protocol", fits[0]] if fits else ["--protocol", "pixels", "--ref", "DATA"]
     given = [] if run.recipe.network else ["TEACHER"]
     given += ["--data", data if fits else "DATA", *run.asked]
+    usual = str(2 if 2 in nfe else nfe[0])
     commands = {
-        "sample": [path, "--nfe", str(nfe[0]), "--seeds", "0-63", "--out", str(run.path / "images")],
-        "eval": [path, "--nfe", steps, *measure, "--out", str(out / "generator.json")],
-        "sweep": [path, "--nfe", steps, "--gamma", "0,.5,1", *measure, "--out", str(out / "sweep.json")],
-        "train": [run.recipe.method["name"], *given, "--run-dir", path],
+        "sample": ["sample", path, "--nfe", usual, "--seeds", "0-63", "--out", str(run.path / "images")],
+        "eval": ["eval", path, "--nfe", steps, *measure, "--out", str(out / "generator.json")],
+        "sweep": ["sweep", path, "--nfe", steps, "--gamma", "0,.5,1", *measure, "--out", str(out / "sweep.json")],
+        "teacher": ["eval", "TEACHER", *measure, "--out", str(out / "teacher.json")],
+        "train": ["train", run.recipe.method["name"], *given, "--run-dir", path],
     }
     if run.recipe.method_class.product == "teacher":  # which has no gamma
         del commands["sweep"]
-    return {name: shlex.join(["edmdistill", name, *words]) for name, words in commands.items()}
+    if run.recipe.network:  # made by the run, of nothing
+        del commands["teacher"]
+    return {name: shlex.join(["edmdistill", *words]) for name, words in commands.items()}
 
 
 def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _code(*lines: str) -> str:
-    return f'<pre class="scroll">{escape(chr(10).join(lines))}</pre>'
+def _code(text: str) -> str:
+    return f'<pre class="scroll">{escape(text)}</pre>'
+
+
+def _shell(*commands: str) -> str:
+    """Commands, each in lines of its own."""
+    return f'<pre class="shell">{"".join(f"<code>{escape(command)}</code>" for command in commands)}</pre>'

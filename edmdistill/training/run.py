@@ -323,7 +323,7 @@ def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, C
         raise RecipeError(f"[network.arguments] make no {table.kind} network: {error}") from error
     kind: Literal["log_sigma", "time"] = "time" if network.positional_time else "log_sigma"
     flow = FlowNetwork(network, EDM(sigma_data=table.sigma_data, c_noise_kind=kind))
-    provenance = Provenance(source=f"edmdistill train {method} on {Path(dataset.name).name}")
+    provenance = Provenance(source=f"a network trained by {method} on {Path(dataset.name).name}")
     return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
 
 

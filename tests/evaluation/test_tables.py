@@ -35,12 +35,12 @@ def test_teacher_and_generator_by_nfe():
     (table,) = tables([generator(2, 6.0, class_accuracy=0.98), teacher(35, 4.0), teacher(3, 551.0)], OURS)
     assert table.rows == [
         ["", "NFE", "digits-FD", "class accuracy", "to teacher's best", "drawn by"],
-        ["teacher", "3", "551.0", "-", "137.75 x", "heun, guidance 1"],
-        ["teacher", "35", "4.000", "-", "1.00 x", "heun, guidance 1"],
+        ["teacher", "3", "551.0", "-", "137.75 x", "heun"],
+        ["teacher", "35", "4.000", "-", "1.00 x", "heun"],
         ["generator", "2", "6.000", "0.9800", "1.50 x", "gamma 1, sigma 80 2.5"],
     ]
     assert table.claim == (
-        "In 2 evaluations the generator's digits-FD is 6.000: 1.50 times the teacher's best, 4.000 in 35."
+        "In 2 evaluations the generator's digits-FD is 6.000: 1.50 times the teacher's best, which is 4.000 in 35."
     )
     assert table.curves == {"generator": [(2, 6.0)], "teacher": [(3, 551.0), (35, 4.0)]}
 
@@ -58,7 +58,7 @@ def test_protocols_are_never_mixed():
 def test_another_generator_is_called_by_its_recipe_and_images():
     (table,) = tables([generator(1, 7.0, images=500), generator(1, 6.0)], OURS)
     assert [row[0] for row in table.rows[1:]] == ["generator", "generator of 500 images, recipe abababab"]
-    assert [row[-2] for row in table.rows[1:]] == ["-", "-"]
+    assert table.rows[0] == ["", "NFE", "digits-FD", "drawn by"]  # nothing to compare with
 
 
 def test_a_curve_has_the_best_at_each_nfe():
@@ -84,6 +84,15 @@ def test_a_sweep_is_of_one_generator_at_several_gammas():
     assert sweeps([at_gamma(1.0, 1, 9.0), at_gamma(1.0, 2, 6.0)], OURS) == []
 
 
+def test_of_one_step_no_gamma_is_told_for_none_plays():
+    (table,) = sweeps([at_gamma(1.0, 1, 5.0), at_gamma(0.0, 1, 5.0), at_gamma(0.0, 2, 6.0)], OURS)
+    assert table.claim == "digits-FD is lowest in 1 evaluation: 5.000."
+    weighed = at_gamma(0.0, 1, 5.0)
+    weighed = replace(weighed, sampler=replace(weighed.sampler, guidance=1.5))
+    (table,) = tables([weighed, at_gamma(0.0, 2, 6.0)], OURS)
+    assert [row[-1] for row in table.rows[1:]] == ["guidance 1.5, sigma 80", "gamma 0, sigma 80 2.5"]
+
+
 def test_of_several_gammas_the_best_stays():
     better, worse, other = at_gamma(0.0, 2, 5.0), at_gamma(1.0, 2, 6.0), at_gamma(1.0, 2, 9.0, images=7)
     same = at_gamma(0.5, 2, 5.0)
@@ -102,7 +111,7 @@ def test_the_text_is_aligned_and_ends_with_the_claim():
     lines = tables([generator(2, 6.0), teacher(35, 4.0)], OURS)[0].to_text().splitlines()
     assert lines[0] == "Protocol digits, 5000 images."
     assert lines[2:4] == [
-        "teacher     35      4.000             1.00 x  heun, guidance 1",
+        "teacher     35      4.000             1.00 x  heun",
         "generator    2      6.000             1.50 x  gamma 1, sigma 80 2.5",
     ]
     assert lines[-1].startswith("In 2 evaluations")

@@ -308,7 +308,9 @@ def test_a_space_draws_what_its_caption_says_and_does_not_blur_it(app, space: Pa
         found = np.asarray(picture.crop((x, y, x + 8 * scale, y + 8 * scale)))
         with Image.open(next((tmp_path / "images").rglob(f"*{5 + index}.png"))) as image:
             assert np.array_equal(found, np.asarray(image).repeat(scale, 0).repeat(scale, 1))
-    assert app.draw(model, **first | {"seed": None, "count": 1})[0].size == (640, 640)
+    picture, said = app.draw(model, **first | {"seed": None, "count": 1})
+    assert picture.size == (640, 640)
+    assert "--seeds 0 " in said
 
 
 def test_a_space_has_both_times(runs: Path, tmp_path: Path):

@@ -24,7 +24,7 @@ MOST = 8
 """Evaluations to choose from, or as many as the generator has a schedule for."""
 OWN = -1
 """In a class's place: each seed draws its own."""
-STYLE = "#picture img { image-rendering: pixelated }"
+STYLE = "#picture img { image-rendering: pixelated } #said code { white-space: pre-wrap; overflow-wrap: anywhere }"
 
 
 def classes(generator: edmdistill.Generator) -> list[tuple[str, int]]:
@@ -71,10 +71,11 @@ def draw(
     columns = next(n for n in range(1, len(seeds) + 1) if n * n >= len(seeds))
     picture = image_grid(to_uint8(images), columns, scale=max(1, SIDE // columns // images.shape[-1]))
     words = ["edmdistill", "sample", Path(SOURCE).name if Path(SOURCE).is_dir() else SOURCE, "--nfe", f"{nfe:g}"]
-    words += ["--gamma", f"{gamma:g}", "--seeds", f"{first}-{seeds[-1]}"]
+    words += ["--gamma", f"{gamma:g}", "--seeds", f"{first}-{seeds[-1]}" if len(seeds) > 1 else str(first)]
     words += [] if label == OWN else ["--class", str(label)]
     words += ["--guidance", f"{guidance:g}"] if generator.guidance[0] < generator.guidance[1] else []
-    return picture, f"In {seconds:.2f} seconds, as by\n\n```sh\n{shlex.join([*words, '--out', 'images'])}\n```"
+    line = shlex.join([*words, "--out", "images"])
+    return picture, f"Drawn in {seconds:.2f} seconds. The same images on the command line:\n\n```sh\n{line}\n```"
 
 
 def page(generator: edmdistill.Generator) -> Any:
@@ -85,7 +86,7 @@ def page(generator: edmdistill.Generator) -> Any:
     low, high = generator.guidance
     most = max([MOST, *map(int, config.sampling.sigmas)])
     title = f"A few-step generator by {config.method}"
-    about = f"Of the teacher {config.provenance.source}, distilled by edmdistill {edmdistill.__version__}."
+    about = f"Made by edmdistill from {config.provenance.source}."
     with gr.Blocks(title=title) as blocks:
         gr.Markdown(f"# {title}\n\n{about}")
         with gr.Row():
@@ -109,7 +110,7 @@ def page(generator: edmdistill.Generator) -> Any:
                     buttons=["download"],
                     elem_id="picture",
                 )
-                said = gr.Markdown()
+                said = gr.Markdown(elem_id="said")
         controls = [nfe, gamma, label, seed, count, guidance]
         changes = [blocks.load, *(control.change for control in controls)]
         shown = [picture, said]
