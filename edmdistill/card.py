@@ -219,7 +219,9 @@ def _limits(config: CheckpointConfig, run: Summary | None, results: Sequence[Res
 def _taught(config: CheckpointConfig) -> bool:
     """Whether it is a generator that had a teacher."""
     method = METHODS.get(config.method or "")
-    return config.stage == "generator" and (method is None or "teacher" in method.roles)
+    if config.stage != "generator" or config.provenance.parent is None:  # CTM has none if it began from nothing
+        return False
+    return method is None or "teacher" in method.roles
 
 
 def _licence(config: CheckpointConfig) -> str:

@@ -77,8 +77,10 @@ def test_of_several_gammas_the_best_is_shown_and_named():
 
 
 def test_without_a_teacher_none_is_spoken_of():
-    for method, taught in (("sct", False), ("scd", True)):
-        text = card(replace(CONFIG, method=method), "me/digits")
+    known = CONFIG.provenance
+    nothing = replace(known, parent=None)  # what a generator without a teacher began from
+    for method, origin, taught in (("sct", known, False), ("scd", known, True), ("ctm", nothing, False)):
+        text = card(replace(CONFIG, method=method, provenance=origin), "me/digits")
         assert ("the teacher's faults" in text) is ("- Teacher: " in text) is taught
         assert ("distillation" in ModelCard(text).data.tags) is taught
 
