@@ -19,8 +19,9 @@ from edmdistill.checkpoints.store import (
     save_checkpoint,
 )
 from edmdistill.cli import main
+from edmdistill.cli.eval import command
 from edmdistill.data.datasets import open_dataset
-from edmdistill.evaluation.likelihood import evaluate_likelihood
+from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood
 from edmdistill.evaluation.saved import saved_results
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
@@ -101,6 +102,10 @@ def teacher(checkpoint: Path, tmp_path: Path) -> Path:
     flow, config = load_checkpoint(checkpoint)
     save_checkpoint(tmp_path / "teacher", flow, replace(config, stage="teacher"))
     return tmp_path / "teacher"
+
+
+def test_a_likelihood_is_as_exact_as_the_library_has_it() -> None:
+    assert [option.default for option in command.params if option.name == "tolerance"] == [TOLERANCE]
 
 
 def test_a_likelihood_is_bound_to_data_probes_and_tolerance(teacher: Path, tmp_path: Path) -> None:
