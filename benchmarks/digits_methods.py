@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 import edmdistill
-from edmdistill.checkpoints.aside import aside
+from edmdistill.atomic import atomic_write
 from edmdistill.recipes import Recipe, load_recipe
 from edmdistill.training.engine import Machine
 from edmdistill.training.loop import rounds
@@ -78,7 +78,7 @@ class Results:
     def add(self, name: str, made_by: str, **values: Any) -> dict[str, Any]:
         with self.lock:
             self.entries[name] = {"made_by": made_by, **values}
-            with aside(self.file) as new:
+            with atomic_write(self.file) as new:
                 new.write_text(json.dumps(self.entries, indent=2) + "\n")
         return self.entries[name]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from edmdistill.checkpoints.aside import aside
+from edmdistill.atomic import atomic_write
 from edmdistill.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def copy_recipe(name: str, to: Path) -> str:
         raise RecipeError(f"{to} must end in .toml, for that tells a file of yours from a recipe's name")
     if to.exists():
         raise RecipeError(f"{to} exists: choose another name")
-    with aside(to) as new:
+    with atomic_write(to) as new:
         new.write_bytes(path.read_bytes())
     return str(to if variant is None else to.with_name(f"{to.stem}-{variant}.toml"))
 

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edmdistill"
 LAYERS = (
-    ("errors",),
+    ("errors", "progress"),
+    ("atomic",),
     ("trigflow",),
     ("draws",),
     ("schedules",),

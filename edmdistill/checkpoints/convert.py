@@ -19,7 +19,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from edmdistill.checkpoints.aside import aside
+from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.checkpoints.openai import read_openai
@@ -266,7 +266,7 @@ def convert(
     asked = _adaptation(time_embedding, double_norm, flow.network.arguments)
     adapted = with_positional_time(flow) if asked.get("positional_time") else flow
     adapted = with_double_norm(adapted) if asked.get("double_norm") else adapted
-    with aside(out) as folder:
+    with atomic_write(out) as folder:
         on_progress("writing")
         two_time = add_second_time(adapted)
         config = replace(config, **facts(two_time))

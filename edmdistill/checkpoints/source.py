@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from tqdm import tqdm
 
-from edmdistill.checkpoints.aside import aside
+from edmdistill.atomic import atomic_write
 from edmdistill.errors import CheckpointError, HubError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -87,7 +87,7 @@ def _download(url: str) -> Path:
     target = _cache() / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     if target.exists():
         return target
-    with aside(target) as new:
+    with atomic_write(target) as new:
         try:
             with urllib.request.urlopen(url, timeout=60) as response, new.open("wb") as file:
                 if response.headers.get_content_type() == "text/html":

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edmdistill.checkpoints.aside import aside
+from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.source import resolve
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
@@ -166,7 +166,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         memory = tensor.untyped_storage().data_ptr()
         own[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    with aside(path) as new:
+    with atomic_write(path) as new:
         try:
             # An empty mapping beside no tensors would make a file that safetensors itself cannot read.
             save_file(own, new, dict(metadata) if metadata else None)
@@ -271,7 +271,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 def write_config(folder: Path, config: CheckpointConfig) -> None:
     """Writes the configuration alone, whole or not at all.  Raises: CheckpointError: the disk refuses."""
     config = replace(config, format_version=FORMAT_VERSION)
-    with aside(folder / CONFIG) as new:
+    with atomic_write(folder / CONFIG) as new:
         new.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
 
 
@@ -326,7 +326,7 @@ def save_checkpoint(
     Raises: CheckpointError: something is in the way, or the disk refuses.
     """
     refuse_occupied(folder, overwrite)
-    with aside(folder) as new:
+    with atomic_write(folder) as new:
         write_checkpoint(new, flow, config, tensors)
 
 

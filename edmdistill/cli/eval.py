@@ -164,13 +164,13 @@ def command(
 
 def _show(results: "Sequence[Result]", as_json: bool, out: Path | None, place: Path | None) -> None:
     """Prints results, and writes them to a file and into a checkpoint if asked."""
-    from edmdistill.checkpoints.aside import aside
+    from edmdistill.atomic import atomic_write
     from edmdistill.evaluation.protocol import results_json, results_table
     from edmdistill.evaluation.saved import save_results
 
     document = results_json(results)
     if out is not None:
-        with aside(out) as new:
+        with atomic_write(out) as new:
             new.write_text(document + "\n", encoding="utf-8")
     if place is not None:
         save_results(place, results)

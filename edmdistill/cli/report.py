@@ -25,7 +25,7 @@ def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
 
     The page is one file that needs no network. The table is printed as well.
     """
-    from edmdistill.checkpoints.aside import aside
+    from edmdistill.atomic import atomic_write
     from edmdistill.evaluation.tables import best_gammas, read_results, sweeps, tables
     from edmdistill.report.page import report
     from edmdistill.report.summary import read_run
@@ -34,7 +34,7 @@ def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
     summary = read_run(run)
     found = read_results(results or sorted((run / "eval").glob("*.json")))
     measured, swept = tables(best_gammas(found), summary.generator), sweeps(found, summary.generator)
-    with aside(out) as new:
+    with atomic_write(out) as new:
         new.write_text(report(summary, measured, swept), encoding="utf-8")
     for table in [*measured, *swept]:
         click.echo(f"{table.to_text()}\n")

@@ -74,7 +74,7 @@ def command(
     """
     from tqdm import tqdm
 
-    from edmdistill.checkpoints.aside import aside
+    from edmdistill.atomic import atomic_write
     from edmdistill.checkpoints.convert import load_model
     from edmdistill.evaluation.protocol import evaluate, find_protocol, open_reference, results_json
     from edmdistill.evaluation.tables import sweep_table
@@ -104,9 +104,9 @@ def command(
         ]
     document, table = results_json(results), sweep_table(results)
     if out is not None:
-        with aside(out) as new:
+        with atomic_write(out) as new:
             new.write_text(document + "\n", encoding="utf-8")
     if plot is not None:
-        with aside(plot) as new:
+        with atomic_write(plot) as new:
             draw(table, source, new, plot.suffix.lower())
     click.echo(document if as_json else table.to_text())

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from edmdistill import __version__
-from edmdistill.checkpoints.aside import aside
+from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.convert import load_flow
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import CheckpointConfig
@@ -73,7 +73,7 @@ def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = Fa
     readme = target.readme(flow, config)
     generator = Generator(flow, config)
     levels = {str(nfe): time_to_sigma(generator.schedule(nfe), flow.sigma_data).tolist() for nfe in range(1, 9)}
-    with aside(out) as folder, torch.no_grad():
+    with atomic_write(out) as folder, torch.no_grad():
         folder.mkdir()
         parity = target.write(folder, flow, config)
         document = {

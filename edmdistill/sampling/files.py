@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edmdistill.checkpoints.aside import aside
+from edmdistill.atomic import atomic_write
 from edmdistill.errors import EdmDistillError
 from edmdistill.sampling.grid import image_grid, to_image, to_uint8
 
@@ -74,7 +74,7 @@ def write_samples(
     """
     if out.suffix == ".npz":
         labels = [NO_CLASS] * len(seeds) if classes is None else classes
-        with aside(out) as new, new.open("wb") as file:
+        with atomic_write(out) as new, new.open("wb") as file:
             save = partial(np.savez, file, seeds=np.array(seeds, np.int64), labels=np.array(labels, np.int64))
             if latent:
                 save(latents=samples.numpy())
@@ -86,17 +86,17 @@ def write_samples(
     rows = shown if shown is not None and 2 * len(set(shown)) <= len(shown) else None
     grid = image_grid(pixels[:GRID_MOST], labels=rows)
     if out.suffix == ".png":
-        with aside(out) as new:
+        with atomic_write(out) as new:
             grid.save(new, "png")
         return
     names = [f"{seed:06d}.png" for seed in seeds]
     pictures = [*zip(names, map(to_image, pixels), strict=True), ("grid.png", grid)]
     if out.exists():
         for name, picture in pictures:
-            with aside(out / name) as new:
+            with atomic_write(out / name) as new:
                 picture.save(new, "png")
         return
-    with aside(out) as new:
+    with atomic_write(out) as new:
         new.mkdir()
         for name, picture in pictures:
             picture.save(new / name)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edmdistill.checkpoints.aside import aside, sweep
+from edmdistill.atomic import atomic_write, remove_leftovers
 from edmdistill.errors import TrainingError
 
 RECIPE, RUN, SESSIONS = "recipe.resolved.json", "run.json", "sessions.jsonl"
@@ -94,7 +94,7 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
             raise TrainingError(f"{path} is in use by process {who}: wait for it, or give another --run-dir") from None
         _require_same(path, files)
         for place in (path, path / "state", path / "samples", path / "x0", path / "ema"):
-            sweep(place)
+            remove_leftovers(place)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -130,7 +130,7 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
 def _require_same(path: Path, files: Mapping[str, bytes]) -> None:
     changed = [line for name in (RECIPE, RUN) for line in _differences((path / name).read_bytes(), files[name])]
     if not changed and (path / RECIPE).read_bytes() != files[RECIPE]:
-        with aside(path / RECIPE) as new:
+        with atomic_write(path / RECIPE) as new:
             new.write_bytes(files[RECIPE])
     if changed:
         raise TrainingError(

@@ -10,7 +10,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from edmdistill.checkpoints.aside import aside
+from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.ema import Profile, save_snapshot
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import save_checkpoint
@@ -43,7 +43,7 @@ def draw(run: Run, folder: Path) -> None:
     images = torch.cat([sample(model, nfe, seeds=seeds, labels=labels) for nfe in own.nfe])
     if not run.engine.is_main:
         return
-    with aside(folder / f"{run.images:09d}.png") as new:
+    with atomic_write(folder / f"{run.images:09d}.png") as new:
         image_grid(to_uint8(images), COLUMNS).save(new, "png")
 
 
@@ -74,7 +74,7 @@ def compare(run: Run, folder: Path) -> None:
                 F = player.eval()(x_t, t, labels, second if player.two_time else None, w=w)
                 rows.append((role, denoised(x_t, F, t, player.sigma_data)))
     if run.engine.is_main:
-        with aside(folder / f"{run.images:09d}.png") as new:
+        with atomic_write(folder / f"{run.images:09d}.png") as new:
             named_rows([(name, to_uint8(images)) for name, images in rows]).save(new, "png")
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from edmdistill.checkpoints.aside import aside
+from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.errors import CheckpointError, TrainingError
 
@@ -38,7 +38,7 @@ def save_state(folder: Path, state: State, keep: int, keep_every: int | None = N
     Raises: CheckpointError: the disk refuses; the states before are as they were.
     """
     target = state_path(folder, state.progress["images"])
-    with aside(target) as new:
+    with atomic_write(target) as new:
         new.mkdir()
         sums = {}
         for name, tensors in state.tensors.items():

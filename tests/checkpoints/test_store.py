@@ -9,8 +9,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints import store
-from edmdistill.checkpoints.aside import aside
 from edmdistill.checkpoints.convert import load_generator
 from edmdistill.checkpoints.store import (
     CARD,
@@ -253,12 +253,12 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
 
 
 def test_aside_takes_files_too(tmp_path: Path) -> None:
-    with aside(tmp_path / "deep" / "a.txt") as new:
+    with atomic_write(tmp_path / "deep" / "a.txt") as new:
         new.write_text("a")
     assert (tmp_path / "deep" / "a.txt").read_text() == "a"
 
     def fail() -> None:
-        with aside(tmp_path / "deep" / "a.txt") as new:
+        with atomic_write(tmp_path / "deep" / "a.txt") as new:
             new.write_text("b")
             raise ZeroDivisionError
 

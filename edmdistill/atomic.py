@@ -14,7 +14,7 @@ from edmdistill.errors import CheckpointError
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A name beside `path`; what the block writes there, a file or a folder, becomes `path` when the block ends well.
 
     Whatever stood at `path` is replaced. A block that fails leaves `path` as it was, and nothing beside it.
@@ -46,7 +46,7 @@ def aside(path: Path) -> Iterator[Path]:
             new.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Removes what a process that was killed has left aside in a folder; what it had set aside comes back.
 
     No other process may be writing there.

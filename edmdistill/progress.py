@@ -1,0 +1,62 @@
+"""Progress on stderr: a bar where stderr is a terminal, a line now and then where it is a file or a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+INTERVAL = 30.0
+"""Seconds between the lines where stderr is no terminal."""
+DELAY = 3.0
+"""Seconds of work before anything is shown."""
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Shows no progress and no sentences from now on, if `quiet`; errors are still printed."""
+    global _quiet
+    _quiet = quiet
+
+
+def progress_bar(total: float | None = None, desc: str | None = None, unit: str = "image", **options: Any) -> tqdm[Any]:
+    """Returns a tqdm bar, a context manager with `update`, that suits stderr and `--quiet`.
+
+    Args:
+        total, desc, unit, options: tqdm's own.
+    """
+    bar = tqdm if sys.stderr.isatty() else _Lines
+    return bar(total=total, desc=desc, unit=unit, **({"delay": DELAY, "disable": _quiet} | options))
+
+
+def write(sentence: str) -> None:
+    """Prints a line on stderr, above the bars that are shown; nothing under `--quiet`."""
+    if not _quiet:
+        tqdm.write(sentence, file=sys.stderr)
+
+
+class _Lines(tqdm):  # type: ignore[misc]
+    """A bar written as whole lines, without carriage returns: logs stay readable."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._shown = -1
+        super().__init__(*args, **({"mininterval": INTERVAL, "miniters": 1, "maxinterval": 0} | options))
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.n > self._shown:
+            self._shown = self.n
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+
+    def clear(self, nolock: bool = False) -> None:
+        """Does nothing: a line that is written stays."""
+
+    def close(self) -> None:
+        if not getattr(self, "disable", True):
+            self.disable = True
+            if time.time() - self.start_t >= self.delay and self.n:
+                self.display()
+            self._decr_instances(self)
