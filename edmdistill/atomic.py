@@ -1,66 +1,157 @@
-"""Nothing half-written: a file or a folder is written aside and takes its place by a rename."""
+"""Atomic writes: a file or folder is written in a scratch folder beside its place, and takes that place in one step.
+
+A process may be killed at any moment: the place then holds what it held before or what was written, whole. The scratch
+folder that is left is locked by a living writer alone, so whoever writes to the same place next removes it.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edmdistill.errors import CheckpointError
 
+SCRATCH = re.compile(r"\.(.+)\.[0-9a-f]{8}\.new")
+REPLACED = ".old"
+"""Ends the name that a replaced folder has in the scratch folder, where the system cannot exchange two folders."""
+
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A name beside `path`; what the block writes there, a file or a folder, becomes `path` when the block ends well.
+def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yields a path of the same name; what the block writes there, a file or folder, takes the place of `path`.
 
-    Whatever stood at `path` is replaced. A block that fails leaves `path` as it was, and nothing beside it.
-    Raises: CheckpointError: the disk refuses.
+    A block that fails leaves `path` as it was, and nothing beside it. A symbolic link is followed, and stays. Files get
+    the mode that the umask gives, whatever the library that writes them.
+
+    Args:
+        replace: whether what is at `path`, other than an empty folder, may be replaced.
+    Raises:
+        CheckpointError: the disk refuses, or `path` is a device or a pipe.
+        FileExistsError: something is at `path` that may not be replaced.
     """
-    mark = secrets.token_hex(4)
-    new, old = (path.parent / f".{path.name}.{mark}.{what}" for what in ("new", "old"))
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is a device or a pipe, not a file or folder: choose another place.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        for entry in (*new.rglob("*"), new):
-            _sync(entry)
-        try:
-            if path.is_dir():  # only an empty folder is replaced by a rename; a full one has to make way
-                path.rename(old)
-            new.replace(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
+        remove_leftovers(path.parent, path.name)
+        with _scratch(path) as scratch:
+            new = scratch / path.name
+            yield new
+            mode = scratch.stat().st_mode & 0o666  # as the umask left it
+            for entry in (*new.rglob("*"), new):
+                if entry.is_file():
+                    entry.chmod(mode | entry.stat().st_mode & 0o111)
+                _sync(entry)
+            if not replace and path.exists() and not _is_empty_folder(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            _take_place(new, path)
+            _sync(path.parent)
+    except FileExistsError as error:
+        if not replace and error.filename == str(path):
             raise
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        if new.is_dir():
-            shutil.rmtree(new, ignore_errors=True)
-        else:
-            new.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a process that was killed has left aside in a folder; what it had set aside comes back.
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes the scratch folders of writers that were killed; a folder that one of them had set aside comes back.
 
-    No other process may be writing there.
+    Args:
+        name: of the file or folder that they were writing; None: of any in the folder.
     """
-    for entry in folder.iterdir():
-        match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.(new|old)", entry.name)
-        if match is None:
+    for scratch in folder.iterdir():
+        match = SCRATCH.fullmatch(scratch.name)
+        if match is None or (name is not None and match[1] != _short(name)):
             continue
-        if match[2] == "old" and not (folder / match[1]).exists():
-            entry.rename(folder / match[1])
-        elif entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink()
+        with suppress(OSError):  # a living writer's, or another's who removes it
+            descriptor = os.open(scratch, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for replaced in scratch.glob(f"*{REPLACED}"):
+                    place = folder / replaced.name.removesuffix(REPLACED)
+                    if not place.exists():
+                        replaced.rename(place)
+                shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the digest of a file's content, in hex.  Raises: OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """Yields a new folder beside `path`, locked while the block runs and removed after it."""
+    while True:
+        scratch = path.parent / f".{_short(path.name)}.{secrets.token_hex(4)}.new"
+        scratch.mkdir()
+        descriptor = os.open(scratch, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), scratch.stat()):
+                break
+        except (BlockingIOError, FileNotFoundError):  # taken for a leftover before it was locked
+            pass
+        except OSError:  # a file system without locks, where nobody removes what he cannot lock
+            break
+        os.close(descriptor)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _short(name: str) -> str:
+    """Returns the name, or a digest of one that leaves no room for what a scratch folder's name adds."""
+    return name if len(name.encode()) <= 200 else hashlib.sha256(name.encode()).hexdigest()
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _take_place(new: Path, path: Path) -> None:
+    """Puts `new` at `path`; what was there stays in the scratch folder."""
+    if not path.is_dir() or _is_empty_folder(path):  # what a rename replaces
+        new.replace(path)
+    elif not _exchange(new, path):
+        replaced = new.with_name(path.name + REPLACED)
+        path.rename(replaced)
+        try:
+            new.rename(path)
+        except BaseException:
+            replaced.rename(path)
+            raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchanges two folders in one step.  Returns: False where the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        failed = libc.renameat2(here, bytes(a), here, bytes(b), swap)
+    elif hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(bytes(a), bytes(b), swap)
+    else:
+        return False
+    return not failed
 
 
 def _sync(path: Path) -> None:

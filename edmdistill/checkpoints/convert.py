@@ -6,7 +6,6 @@ it is asked to change the network (`networks.adapt`), it says by how much the fu
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 import zipfile
@@ -19,7 +18,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from edmdistill.atomic import atomic_write
+from edmdistill.atomic import atomic_write, sha256_file
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.checkpoints.openai import read_openai
@@ -174,7 +173,7 @@ def read_source(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: give the file to convert, as edm2-img512-s-2147483-0.025.pkl.")
     # Both write .pkl or .pt as they like; NVIDIA's files are never zip archives.
-    return read_openai(path, _sha256(path)) if zipfile.is_zipfile(path) else build_official(read_official(path))
+    return read_openai(path, sha256_file(path)) if zipfile.is_zipfile(path) else build_official(read_official(path))
 
 
 def _own_teacher(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
@@ -183,7 +182,9 @@ def _own_teacher(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
     flow, config = load_checkpoint(path)
     if config.stage != "teacher":
         raise CheckpointError(f"{path} is a {config.stage}, made by {config.method}: give its teacher.")
-    return drop_second_time(flow), replace(config, provenance=replace(config.provenance, parent=_sha256(path / MODEL)))
+    return drop_second_time(flow), replace(
+        config, provenance=replace(config.provenance, parent=sha256_file(path / MODEL))
+    )
 
 
 def _adaptation(time_embedding: str | None, double_norm: bool | None, arguments: Mapping[str, Any]) -> dict[str, bool]:
@@ -211,11 +212,6 @@ def outline(source: str | Path) -> FlowNetwork:
     official = read_official(path)
     kind, _ = NETWORK_CLASSES[official.network_class]
     return build_flow(NetworkSpec(kind, _arguments(official, kind)), _preconditioning(official), str(path))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def convert(
@@ -252,7 +248,7 @@ def convert(
         there = read_config(out)
         asked = _adaptation(time_embedding, double_norm, there.network.arguments)
         same = asked.items() <= there.network.arguments.items()
-        if there.stage == "teacher" and same and there.provenance.sha256 == _sha256(path):
+        if there.stage == "teacher" and same and there.provenance.sha256 == sha256_file(path):
             return Conversion(out, load_checkpoint(out)[1], ())
     refuse_occupied(out, overwrite)
     on_progress("reading")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edmdistill.atomic import atomic_write, remove_leftovers
-from edmdistill.errors import TrainingError
+from edmdistill.errors import CheckpointError, TrainingError
 
 RECIPE, RUN, SESSIONS = "recipe.resolved.json", "run.json", "sessions.jsonl"
 FREE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapshot_every")} | {"ema.snapshot_every"}
@@ -109,22 +108,21 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
 
 def _create(path: Path, files: Mapping[str, bytes]) -> bool:
     """Makes the directory with its files.  Returns: False if there is one already."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        for name, content in files.items():
-            (aside / name).write_bytes(content)
-        for folder in ("state", "samples", "x0", "ema"):
-            (aside / folder).mkdir()
-        aside.rename(path)  # refused by the system where something is there, an empty directory excepted
+        with atomic_write(path, replace=False) as new:
+            new.mkdir()
+            for name, content in files.items():
+                (new / name).write_bytes(content)
+            for folder in ("state", "samples", "x0", "ema"):
+                (new / folder).mkdir()
         return True
-    except OSError as error:
-        if not path.is_dir():
-            raise TrainingError(f"{path} cannot be made: {error.strerror}; give another --run-dir") from error
+    except FileExistsError:
         return False
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    except CheckpointError as error:
+        if not path.is_dir():
+            reason = getattr(error.__cause__, "strerror", None) or error
+            raise TrainingError(f"{path} cannot be made: {reason}; give another --run-dir") from error
+        return False
 
 
 def _require_same(path: Path, files: Mapping[str, bytes]) -> None:

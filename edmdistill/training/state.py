@@ -7,7 +7,6 @@ round, turn and row.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from edmdistill.atomic import atomic_write
+from edmdistill.atomic import atomic_write, sha256_file
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.errors import CheckpointError, TrainingError
 
@@ -43,7 +42,7 @@ def save_state(folder: Path, state: State, keep: int, keep_every: int | None = N
         sums = {}
         for name, tensors in state.tensors.items():
             save_tensors(new / f"{name}.safetensors", tensors)
-            sums[name] = _sha256(new / f"{name}.safetensors")
+            sums[name] = sha256_file(new / f"{name}.safetensors")
         progress = state.progress | {"sha256": sums}
         (new / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
     states = saved_states(folder)
@@ -76,7 +75,7 @@ def newest_whole(folder: Path, note: Callable[[str], object]) -> Path | None:
     for path in reversed(states):
         try:
             for name, expected in json.loads((path / PROGRESS).read_bytes())["sha256"].items():
-                if _sha256(path / f"{name}.safetensors") != expected:
+                if sha256_file(path / f"{name}.safetensors") != expected:
                     raise ValueError(f"{name}.safetensors is not what was written")
             return path
         except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -105,8 +104,3 @@ def state_path(folder: Path, images: int) -> Path:
 def saved_states(folder: Path) -> list[Path]:
     """The directories of the saved states, the oldest first."""
     return sorted(path for path in folder.iterdir() if path.name.isdecimal())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

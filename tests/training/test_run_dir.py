@@ -64,15 +64,19 @@ def test_what_is_only_kept_or_shown_may_change(tmp_path):
 def test_what_a_killed_process_left_is_swept_up(tmp_path):
     with opened(tmp_path / "a"):
         pass
-    for name in (".generator.0123abcd.old", ".generator.0123abcd.new", "state/.000000000016.0123abcd.new"):
-        (tmp_path / "a" / name).mkdir()
+    for name in (
+        ".generator.0123abcd.new/generator",  # written, but not yet in its place
+        ".generator.0123abcd.new/generator.old",  # set aside for it
+        "state/.000000000016.0123abcd.new/000000000016",
+        "samples/.000000016.png.0123abcd.new/000000016.png",
+    ):
+        (tmp_path / "a" / name).mkdir(parents=True)
         (tmp_path / "a" / name / "file").write_text(name)
-    (tmp_path / "a/samples/.000000016.png.0123abcd.new").write_bytes(b"cut short")
     with opened(tmp_path / "a"):
         pass
     left = {path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*")}
     assert left == {*FILES, ".lock", "state", "samples", "x0", "ema", "generator", "generator/file"}
-    assert (tmp_path / "a/generator/file").read_text() == ".generator.0123abcd.old"
+    assert (tmp_path / "a/generator/file").read_text() == ".generator.0123abcd.new/generator.old"
 
 
 def test_other_places_are_left_alone(tmp_path):

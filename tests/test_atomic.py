@@ -1,0 +1,174 @@
+"""Atomic writes: a place holds what it held before or what was written, whole, and nothing is left beside it."""
+
+import fcntl
+import os
+import signal
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edmdistill import atomic
+from edmdistill.atomic import atomic_write, remove_leftovers, sha256_file
+from edmdistill.errors import CheckpointError
+
+SYSTEM_CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.chmod"}
+
+
+def write_folder(path: Path, content: str) -> None:
+    with atomic_write(path) as new:
+        new.mkdir()
+        for name in ("a", "b"):
+            (new / name).write_text(content)
+
+
+def write_file(path: Path, content: str) -> None:
+    with atomic_write(path) as new:
+        new.write_text(content)
+
+
+def read(path: Path) -> list[str]:
+    return [file.read_text() for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+
+
+def killed_at(call: int, work: Callable[[], object]) -> bool:
+    """Runs the work in a child that kills itself at a system call.  Returns: whether it lived to the end."""
+    child = os.fork()
+    if child == 0:
+        left = call
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal left
+            if event in SYSTEM_CALLS:
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        work()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize("write", [write_folder, write_file])
+def test_killed_at_any_system_call_the_place_is_whole_and_the_next_write_leaves_nothing(
+    write: Callable[[Path, str], None], exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    path, seen, call = tmp_path / "place", set(), 0
+    lived = False
+    while not lived:
+        write(path, "old")
+        lived = killed_at(call, lambda: write(path, "new"))
+        remove_leftovers(tmp_path)  # what a run does when it goes on
+        assert os.listdir(tmp_path) == ["place"]
+        content = read(path)
+        assert content in (["old"] * len(content), ["new"] * len(content))
+        seen.add(content[0])
+        call += 1
+    assert seen == {"old", "new"}
+    assert call > 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system has its own name for it elsewhere")
+def test_folders_are_exchanged_in_one_step(tmp_path: Path):
+    write_folder(tmp_path / "a", "a")
+    write_folder(tmp_path / "b", "b")
+    assert atomic._exchange(tmp_path / "a", tmp_path / "b")
+    assert (read(tmp_path / "a")[0], read(tmp_path / "b")[0]) == ("b", "a")
+
+
+def test_the_next_write_to_the_same_place_removes_what_a_killed_one_left(tmp_path: Path):
+    place = tmp_path / "place"
+    assert not killed_at(4, lambda: write_folder(place, "x"))
+    assert [name for name in os.listdir(tmp_path) if name.endswith(".new")]
+    write_folder(tmp_path / "other", "y")
+    assert len(os.listdir(tmp_path)) == 2  # another's leftovers are not its own
+    write_folder(place, "z")
+    assert sorted(os.listdir(tmp_path)) == ["other", "place"]
+
+
+def test_a_living_writer_is_left_alone(tmp_path: Path):
+    with atomic_write(tmp_path / "place") as first:
+        first.write_text("first")
+        write_file(tmp_path / "place", "second")
+        remove_leftovers(tmp_path)
+        assert first.read_text() == "first"
+    assert read(tmp_path / "place") == ["first"]
+    assert os.listdir(tmp_path) == ["place"]
+
+
+def test_without_locks_it_writes_and_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert not killed_at(4, lambda: write_file(tmp_path / "place", "x"))
+
+    def refuse(*arguments: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write_file(tmp_path / "place", "new")
+    assert read(tmp_path / "place") == ["new"]
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_failing_block_changes_nothing(tmp_path: Path):
+    write_file(tmp_path / "place", "old")
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "place") as new:
+        new.write_text("half" * (1 // 0))
+    assert read(tmp_path / "place") == ["old"]
+    assert os.listdir(tmp_path) == ["place"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_modes_are_as_the_umask_says_whatever_the_writer(umask: int, tmp_path: Path):
+    before = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "folder") as new:
+            new.mkdir()
+            for name in ("private", "script"):
+                (new / name).touch(mode=0o600)
+            (new / "script").chmod(0o700)
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "folder").iterdir()}
+    assert modes["private"] == 0o666 & ~umask
+    assert modes["script"] == 0o666 & ~umask | 0o100
+
+
+def test_symbolic_links_are_followed(tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    for write, name in ((write_file, "file"), (write_folder, "folder")):
+        link = tmp_path / name
+        link.symlink_to(tmp_path / "real" / name)
+        for content in ("1", "2"):
+            write(link, content)
+            assert link.is_symlink()
+            assert set(read(link)) == set(read(tmp_path / "real" / name)) == {content}
+
+
+def test_what_may_not_be_replaced_stays(tmp_path: Path):
+    write_folder(tmp_path / "place", "old")
+    with pytest.raises(FileExistsError), atomic_write(tmp_path / "place", replace=False) as new:
+        new.mkdir()
+    assert read(tmp_path / "place") == ["old", "old"]
+    assert os.listdir(tmp_path) == ["place"]
+
+
+def test_a_device_or_a_pipe_is_refused_in_a_sentence(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/full")):
+        with pytest.raises(CheckpointError, match="is a device or a pipe"), atomic_write(place) as new:
+            new.write_text("x")
+
+
+def test_the_longest_name_is_written(tmp_path: Path):
+    write_file(tmp_path / ("n" * 255), "x")
+    assert os.listdir(tmp_path) == ["n" * 255]
+
+
+def test_digests(tmp_path: Path):
+    (tmp_path / "empty").touch()
+    assert sha256_file(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
