@@ -116,13 +116,11 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
             for folder in ("state", "samples", "x0", "ema"):
                 (new / folder).mkdir()
         return True
-    except FileExistsError:
-        return False
-    except CheckpointError as error:
-        if not path.is_dir():
-            reason = getattr(error.__cause__, "strerror", None) or error
-            raise TrainingError(f"{path} cannot be made: {reason}; give another --run-dir") from error
-        return False
+    except (FileExistsError, CheckpointError) as error:
+        if path.is_dir():
+            return False
+        reason = getattr(error if isinstance(error, OSError) else error.__cause__, "strerror", None) or error
+        raise TrainingError(f"{path} cannot be made: {reason}; give another --run-dir") from error
 
 
 def _require_same(path: Path, files: Mapping[str, bytes]) -> None:
