@@ -18,8 +18,7 @@ def test_every_identifier_of_the_hub_is_taken_in_any_case(licence: str) -> None:
 def test_what_is_taken_is_an_identifier_or_a_name(text: str) -> None:
     try:
         licence = check_licence(text)
-    except CheckpointError as error:
-        assert "\n" not in str(error)
+    except CheckpointError:
         assert licence_fields(text) == {"license": "other"}
         return
     assert licence in HUB_LICENCES or NAME.fullmatch(licence)
