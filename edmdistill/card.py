@@ -18,22 +18,10 @@ from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.evaluation.protocol import Result
 from edmdistill.evaluation.tables import Subject, best_gammas, tables
 from edmdistill.methods import METHODS
-from edmdistill.report.page import about
 from edmdistill.report.summary import Summary
 
 TASK = "unconditional-image-generation"
 CITATIONS = Path(__file__).parent / "assets" / "citations.bib"
-CITED = {
-    "cosim": ("yu2025cosim",),
-    "sid": ("zhou2024sid",),
-    "scd": ("lu2025scm",),
-    "sct": ("lu2025scm",),
-    "dscd": ("lu2025scm",),
-    "vsd": ("wang2023vsd", "lu2025scm"),
-    "ctm": ("kim2024ctm",),
-    "diffusion": (),
-}
-"""The papers of each method, beside those of the network."""
 
 
 def card(
@@ -124,7 +112,7 @@ def _what(config: CheckpointConfig) -> str:
     if config.stage != "generator":
         return f"A diffusion model of {draws}, in edmdistill's TrigFlow format."
     method = METHODS.get(config.method or "")
-    how = f" {about(method)}" if method else ""
+    how = f" {method.summary}" if method else ""
     return f"A few-step generator of {draws}, made by {config.method} from {config.provenance.source}.{how}"
 
 
@@ -221,7 +209,7 @@ def _taught(config: CheckpointConfig) -> bool:
     method = METHODS.get(config.method or "")
     if config.stage != "generator" or config.provenance.parent is None:  # CTM has none if it began from nothing
         return False
-    return method is None or "teacher" in method.roles
+    return method is None or "teacher" in method.load().roles
 
 
 def _licence(config: CheckpointConfig) -> str:
@@ -239,7 +227,8 @@ def _citations(config: CheckpointConfig) -> str:
     text = CITATIONS.read_text(encoding="utf-8")
     entries = {re.split("[{,]", entry)[1]: entry.strip() for entry in text.split("\n\n")}
     network = "karras2024edm2" if config.network.kind == "edm2" else "karras2022edm"
-    return "\n\n".join(entries[key] for key in (*CITED.get(config.method or "", ()), network))
+    method = METHODS.get(config.method or "")
+    return "\n\n".join(entries[key] for key in (*(method.citations if method else ()), network))
 
 
 def usual_nfe(config: CheckpointConfig) -> int:

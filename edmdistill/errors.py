@@ -4,6 +4,9 @@ The command line prints them without a traceback and exits with 2. Everything el
 keeps its traceback.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class EdmDistillError(Exception):
     """Base of every error that the user, not the program, can mend."""
@@ -31,3 +34,19 @@ class Elsewhere(TrainingError):
 
 class HubError(EdmDistillError):
     """The Hugging Face Hub refused, or could not be reached."""
+
+
+def did_you_mean(word: str, known: Iterable[str], most: int = 10, more: str = "") -> str:
+    """Returns the end of a sentence on a name that is not known: the name that was probably meant, or what there is.
+
+    Args:
+        most: how many names are listed at most.
+        more: what lists the others, a command.
+    """
+    names = list(known)
+    if near := get_close_matches(word[:100], names, n=1):
+        return f"did you mean {near[0]!r}?"
+    listed = f"choose one of {', '.join(names[:most])}"
+    if len(names) <= most:
+        return listed
+    return f"{listed} or {len(names) - most} more" + (f", which `{more}` lists" if more else "")

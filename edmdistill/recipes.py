@@ -12,7 +12,6 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from functools import reduce
 from itertools import accumulate, takewhile
 from pathlib import Path
@@ -22,7 +21,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edmdistill.atomic import atomic_write
-from edmdistill.errors import RecipeError
+from edmdistill.errors import RecipeError, did_you_mean
+from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
     from edmdistill.methods.base import Method, Role
@@ -156,7 +156,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def method_class(self) -> type[Method]:
-        return _methods()[self.method["name"]]
+        return METHODS[self.method["name"]].load()
 
     @property
     def method_config(self) -> Any:
@@ -206,7 +206,7 @@ def recipe_names(method: str | None = None) -> list[str]:
     own = [name for name in names if method in (None, name.partition("/")[0])]
     if not own:
         methods = sorted({name.partition("/")[0] for name in names})
-        raise RecipeError(f"there are no recipes for {method!r}; {_did_you_mean(str(method), methods)}")
+        raise RecipeError(f"there are no recipes for {method!r}; {did_you_mean(str(method), methods)}")
     return own
 
 
@@ -248,11 +248,11 @@ def find_recipe(name: str) -> tuple[Path, str | None]:
         variants = _table(_read(path), "variants", name)
         for part in _joined(variant, variants):
             if part not in variants:
-                raise RecipeError(f"{path} has no variant {part!r}; {_did_you_mean(part, variants)}")
+                raise RecipeError(f"{path} has no variant {part!r}; {did_you_mean(part, variants)}")
         return path, variant
     if root != SHIPPED:
         raise RecipeError(f"there is no file {name}; give a path, or a name such as {recipe_names()[0]}")
-    raise RecipeError(f"there is no recipe {name!r}; {_did_you_mean(name, recipe_names())}")
+    raise RecipeError(f"there is no recipe {name!r}; {did_you_mean(name, recipe_names())}")
 
 
 def load_recipe(name: str, method: str | None = None, sets: Iterable[str] = ()) -> Recipe:
@@ -273,7 +273,7 @@ def load_recipe(name: str, method: str | None = None, sets: Iterable[str] = ()) 
         raise RecipeError(f"{name} needs a size: one of {', '.join('-'.join([base, size, *parts]) for size in sizes)}")
     tables = reduce(_merge, _layers(tables, parts, sets, name).values())
     directory = path.parent.name
-    default = {"name": directory if directory in _methods() else method}
+    default = {"name": directory if directory in METHODS else method}
     tables["method"] = own = default | _table(tables, "method", name)
     if method is not None and own["name"] != method:
         raise RecipeError(f"{name} is a recipe for {own['name']}, not for {method}; choose another --recipe")
@@ -342,12 +342,6 @@ _TABLES: dict[str, type[Struct]] = {
 }
 
 
-def _methods() -> dict[str, type[Method]]:
-    from edmdistill.methods import METHODS  # imports torch, which a list of names does not need
-
-    return METHODS
-
-
 def _joined(variant: str | None, variants: Mapping[str, Any]) -> list[str]:
     """The variants that a name asks for: `m-vsd` is m with vsd laid over it, unless there is one of that very name."""
     return [] if variant is None else [variant] if variant in variants else variant.split("-")
@@ -364,12 +358,12 @@ def _resolve(tables: Mapping[str, Any], source: str) -> Recipe:
     """Types every table and fills in the defaults; `source` begins the sentence of every error."""
     for table in tables:
         if table not in Recipe.__struct_fields__:
-            raise RecipeError(f"{source}: no table [{table}]; {_did_you_mean(table, Recipe.__struct_fields__)}")
+            raise RecipeError(f"{source}: no table [{table}]; {did_you_mean(table, Recipe.__struct_fields__)}")
     own = dict(_table(tables, "method", source))
     name = own.pop("name", None)
-    if name not in _methods():
-        raise RecipeError(f"{source}: method.name = {name!r}; {_did_you_mean(str(name), _methods())}")
-    method = _methods()[name]
+    if name not in METHODS:
+        raise RecipeError(f"{source}: method.name = {name!r}; {did_you_mean(str(name), METHODS)}")
+    method = METHODS[name].load()
     config = _typed(own, method.Config, source, "method")
     typed: dict[str, Any] = {
         table: _typed(_table(tables, table, source), type_, source, table)
@@ -383,7 +377,7 @@ def _resolve(tables: Mapping[str, Any], source: str) -> Recipe:
         raise RecipeError(f"{source}: {name} has no teacher: add the table [network]")
     for role in typed["training"].lr_by_role:
         if role not in trained:
-            hint = _did_you_mean(role, trained)
+            hint = did_you_mean(role, trained)
             raise RecipeError(f"{source}: training.lr_by_role: no trained role {role!r}; {hint}")
     return Recipe(method={"name": name, **msgspec.to_builtins(config)}, **typed)
 
@@ -400,7 +394,7 @@ def _typed(table: dict[str, Any], type_: type[Struct], source: str, name: str) -
     """A table as its Struct, or one sentence."""
     for key in table:
         if key not in type_.__struct_fields__:
-            raise RecipeError(f"{source}: no key {name}.{key}; {_did_you_mean(key, type_.__struct_fields__)}")
+            raise RecipeError(f"{source}: no key {name}.{key}; {did_you_mean(key, type_.__struct_fields__)}")
     try:
         return msgspec.convert(table, type_)
     except msgspec.ValidationError as error:
@@ -437,9 +431,3 @@ def _parse_override(override: str) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     return dict(value)
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from msgspec.structs import replace
 
-from edmdistill.card import CITATIONS, CITED, card, is_own
+from edmdistill.card import CITATIONS, card, is_own
 from edmdistill.checkpoints.source import repository_of
 from edmdistill.checkpoints.store import CheckpointConfig, Sampling, read_config
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler
@@ -145,12 +145,11 @@ def test_whose_result_it_is():
 def test_every_method_is_cited():
     entries = re.findall(r"^@\w+\{(\w+),$", CITATIONS.read_text(), re.MULTILINE)
     assert len(entries) == len(set(entries))
-    assert METHODS.keys() <= CITED.keys()
-    assert {key for keys in CITED.values() for key in keys} <= set(entries)
+    assert {key for method in METHODS.values() for key in method.citations} <= set(entries)
     for method in METHODS:
         text = card(replace(CONFIG, method=method), "me/digits")
         cited = text.partition("```bibtex\n")[2].partition("```")[0]
-        assert re.findall(r"\{(\w+),\n", cited) == [*CITED[method], "karras2024edm2"]
+        assert re.findall(r"\{(\w+),\n", cited) == [*METHODS[method].citations, "karras2024edm2"]
         assert cited.count("{") == cited.count("}")
 
 

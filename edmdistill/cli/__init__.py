@@ -8,11 +8,12 @@ import click
 
 from edmdistill import __version__
 from edmdistill.errors import EdmDistillError, Elsewhere
+from edmdistill.methods import METHODS
 
 COMMANDS = {
     "inspect": "Show what is in a checkpoint, ours or an official pickle, without running it.",
     "convert": "Turn an official checkpoint into ours, and print how exactly the function was kept.",
-    "train": "Train a network by a method: diffusion, cosim, sid, scd, sct, dscd, vsd.",
+    "train": f"Train a network by a method: {', '.join(METHODS)}.",
     "ema": "Put an average of the weights of another length together, after training.",
     "sample": "Draw images from a teacher or a generator.",
     "eval": "Measure a checkpoint or a folder of images against a data set.",
@@ -55,7 +56,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
-            near = get_close_matches(name, COMMANDS, n=1)
+            near = get_close_matches(name[:100], COMMANDS, n=1)
             ctx.fail(f"There is no command {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
         return super().resolve_command(ctx, args)
 

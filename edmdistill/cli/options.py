@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from edmdistill.errors import did_you_mean
+
 
 class FiniteFloat(click.FloatRange):
     """A number in a range; click.FloatRange lets nan and infinity pass.
@@ -32,6 +34,13 @@ class FiniteFloat(click.FloatRange):
         if math.isnan(number) or (math.isinf(number) and not self.infinite):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class Name(click.Choice[str]):
+    """One of some names; another one is answered by the nearest."""
+
+    def get_invalid_choice_message(self, value: object, ctx: click.Context | None) -> str:
+        return f"{str(value)!r} is not known; {did_you_mean(str(value), self.choices)}"
 
 
 class OutputPath(click.Path):

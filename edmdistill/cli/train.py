@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from edmdistill.cli.options import Name
 from edmdistill.errors import EdmDistillError, Elsewhere, TrainingError
+from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
     from edmdistill.training.run import Run
 
-METHODS = ("diffusion", "cosim", "sid", "scd", "sct", "dscd", "vsd", "ctm")
 OFFLOADS = ("ema", "teacher", "optimizer")
 TRACKERS = ("tensorboard", "wandb")
 ALARMS = ("collapse", "saturation", "runaway", "nan")
@@ -40,8 +41,8 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
         return given
 
 
-@click.command("train")
-@click.argument("method", type=click.Choice(METHODS))
+@click.command("train", epilog="\b\n" + "\n".join(f"{name:<10} {entry.summary}" for name, entry in METHODS.items()))
+@click.argument("method", type=Name(METHODS))
 @click.argument("teacher", required=False)
 @click.option("--guide", metavar="SOURCE", help="The network that guides the teacher, if the recipe asks for one.")
 @click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits.")

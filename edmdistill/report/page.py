@@ -10,7 +10,6 @@ import io
 import json
 import math
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import groupby
@@ -24,7 +23,7 @@ from PIL import Image
 from edmdistill.curves import Axis, Point, alone, doublings, save_plot, svg_curves
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
-from edmdistill.methods.base import Method
+from edmdistill.methods import METHODS
 from edmdistill.recipes import origins
 from edmdistill.report.expected import expected
 from edmdistill.report.summary import Summary
@@ -73,16 +72,11 @@ def report(run: Summary, measured: Sequence[Table], swept: Sequence[Table] = ())
     }
     return Template(PAGE.read_text("utf-8")).substitute(
         title=escape(f"A {own.product} by {run.recipe.method['name']}, from {origin}"),
-        lead=escape(f"{about(own)} Trained on {run.data['name']}, {seen}."),
+        lead=escape(f"{METHODS[run.recipe.method['name']].summary} Trained on {run.data['name']}, {seen}."),
         claims="".join(f'<p class="claim">{escape(table.claim)}</p>' for table in measured if table.claim),
         facts="".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in _facts(run).items()),
         sections="".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in sections.items() if body),
     )
-
-
-def about(method: type[Method]) -> str:
-    """A method in a sentence: the first of its file."""
-    return (sys.modules[method.__module__].__doc__ or "").split("\n\n")[0]
 
 
 def draw(table: Table, source: str, file: Path, kind: str) -> None:

@@ -9,8 +9,6 @@ import time
 from click.testing import CliRunner
 
 from edmdistill.cli import main
-from edmdistill.cli.train import METHODS as CHOICES
-from edmdistill.methods import METHODS
 
 SMALL = [
     "network.arguments={model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], channels_per_head=8}",
@@ -26,10 +24,6 @@ def arguments(run_dir, *more):
     sets = [word for override in SMALL for word in ("--set", override)]
     where = ["--data", "digits", "--recipe", "diffusion/digits", "--run-dir", str(run_dir), "--device", "cpu"]
     return ["train", "diffusion", *where, *sets, *more]
-
-
-def test_the_choices_are_the_methods():
-    assert list(CHOICES) == list(METHODS)
 
 
 def test_trains_and_says_what_to_type_next(tmp_path):

@@ -31,7 +31,7 @@ pytestmark = [
 @pytest.fixture
 def build(tiny_networks: Make, noise: NoiseRange) -> Callable[..., tuple[Method, dict[str, torch.nn.Module]]]:
     def make(name: str, dtype: torch.dtype = torch.float64, seed: int = 0):
-        kind, options = METHODS[name.split(",")[0]], OPTIONS[name]
+        kind, options = METHODS[name.split(",")[0]].load(), OPTIONS[name]
         networks = tiny_networks(kind, seed, dtype, **options)
         return kind(kind.Config(**options), networks, noise), networks
 
@@ -50,7 +50,7 @@ def test_turns_and_product_are_trained_roles(build: Make, name: str) -> None:
 
 
 def test_options_are_a_frozen_struct_that_knows_its_fields(name: str) -> None:
-    Config, options = METHODS[name.split(",")[0]].Config, OPTIONS[name]
+    Config, options = METHODS[name.split(",")[0]].load().Config, OPTIONS[name]
     assert msgspec.convert(options, Config) == Config(**options)
     assert hash(Config(**options)) == hash(Config(**options))
     with pytest.raises(msgspec.ValidationError, match="nonsense"):

@@ -27,8 +27,8 @@ def test_three_rounds_move_the_players_and_nobody_else(method, start):
     before = fingerprints(run.roles | {"ema": run.ema.network})
     measured = list(rounds(run))
     after = fingerprints(run.roles | {"ema": run.ema.network})
-    trained = {role for role, part in METHODS[method].roles.items() if part.trained}
-    followers = {role for role, part in METHODS[method].roles.items() if part.follows}
+    trained = {role for role, part in METHODS[method].load().roles.items() if part.trained}
+    followers = {role for role, part in METHODS[method].load().roles.items() if part.follows}
     assert {role for role in before if before[role] != after[role]} == trained | followers | {"ema"}
     assert len(measured) == 3
     assert run.images == 24
@@ -132,7 +132,7 @@ def test_turns_draw_their_own_batches(start):
 
 @pytest.mark.parametrize("role", ["auxiliary", "generator"])
 def test_a_nan_names_its_place_and_the_last_good_state(role, start, tmp_path, monkeypatch):
-    method, name = METHODS["cosim"], f"{role}_loss"
+    method, name = METHODS["cosim"].load(), f"{role}_loss"
     healthy = getattr(method, name)
 
     def poisoned(self, batch, rng):

@@ -25,7 +25,7 @@ def test_the_fewest_pieces_are_found_in_few_trials(most: int, least: int) -> Non
 
 def test_what_does_not_fit_leaves_the_run_as_it_was(start, monkeypatch):
     run, other = start("cosim"), start("cosim")
-    generator_loss = METHODS["cosim"].generator_loss
+    generator_loss = METHODS["cosim"].load().generator_loss
 
     def hungry(self, batch, draws):
         if len(batch.x0) > 5:
@@ -33,7 +33,7 @@ def test_what_does_not_fit_leaves_the_run_as_it_was(start, monkeypatch):
         return generator_loss(self, batch, draws)
 
     with monkeypatch.context() as patch:
-        patch.setattr(METHODS["cosim"], "generator_loss", hungry)
+        patch.setattr(METHODS["cosim"].load(), "generator_loss", hungry)
         assert not fits(run, 6)
         assert fits(run, 5)
     assert list(rounds(run)) == list(rounds(other))

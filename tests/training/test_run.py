@@ -20,12 +20,12 @@ def test_every_role_starts_as_the_teacher(method, start):
     torch.manual_seed(0)
     x_t, t = torch.randn(4, 1, 8, 8), torch.rand(4)
     labels = torch.eye(10)[:4]
-    flows = {role: network for role, network in run.roles.items() if METHODS[method].roles[role].make is None}
+    flows = {role: network for role, network in run.roles.items() if METHODS[method].load().roles[role].make is None}
     outputs = [network(x_t, t, labels) for network in (*flows.values(), run.ema.network)]
     assert all(torch.equal(output, outputs[-1]) for output in outputs)
     for role, network in flows.items():
-        assert network.two_time == METHODS[method].roles[role].two_time
-    assert run.optimizers.keys() == {role for role, part in METHODS[method].roles.items() if part.trained}
+        assert network.two_time == METHODS[method].load().roles[role].two_time
+    assert run.optimizers.keys() == {role for role, part in METHODS[method].load().roles.items() if part.trained}
 
 
 def test_no_memory_is_shared_between_roles(start):

@@ -1,0 +1,107 @@
+"""A new method is one file, one line of METHODS and one recipe: nothing else lists methods."""
+
+import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+
+import edmdistill
+from edmdistill.card import CITATIONS
+from edmdistill.checkpoints.store import read_config
+from edmdistill.hub import pack
+from edmdistill.methods import METHODS, MethodEntry
+from edmdistill.methods.base import Method
+from edmdistill.recipes import SHIPPED
+
+ROOT = Path(__file__).parent.parent.parent
+FILE = '''
+from edmdistill.methods.diffusion import Diffusion
+
+class Toy(Diffusion):
+    """Counts its losses."""
+    calls = 0
+
+    def velocity_loss(self, batch, draws):
+        Toy.calls += 1
+        return super().velocity_loss(batch, draws)
+'''
+RECIPE = """
+[method]
+name = "toy"
+P_mean = -1.0
+[network]
+kind = "edm2"
+arguments = {model_channels=8, channel_mult=[1], num_blocks=0, attn_resolutions=[], channels_per_head=8}
+[training]
+images = 32
+batch = 8
+lr = 1e-2
+log_every = 16
+snapshot_every = 32
+[ema]
+half_life_images = 16
+[sampling]
+nfe = [1]
+"""
+
+
+def run(*words: object) -> str:
+    result = CliRunner().invoke(import_module("edmdistill.cli").main, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The recipe of a method that is added to the table; the command line is imported anew, as in a new process."""
+
+    def commands() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("edmdistill.cli")}
+
+    (tmp_path / "toy_method.py").write_text(FILE)
+    (tmp_path / "toy.toml").write_text(RECIPE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "toy", MethodEntry("toy_method:Toy", "Toy: a method of a test.", ("zhou2024sid",)))
+    monkeypatch.setattr(edmdistill, "cli", None, raising=False)
+    before = commands()
+    yield tmp_path / "toy.toml"
+    commands()
+    sys.modules.pop("toy_method", None)
+    sys.modules.update(before)
+
+
+def test_a_toy_method_is_trained_and_published_by_its_line(toy: Path) -> None:
+    assert "ctm, toy." in re.sub(r"\s+", " ", run("--help"))
+    assert "Toy: a method of a test." in run("train", "--help")
+    assert "toy_method" not in sys.modules
+    assert run("recipes", "validate", toy).startswith(f"{toy} is valid: toy, 32 images")
+    where = toy.parent / "run"
+    run("train", "toy", "--data", "digits", "--recipe", toy, "--run-dir", where, "--device", "cpu")
+    assert sys.modules["toy_method"].Toy.calls >= 4
+    assert read_config(where / "generator").method == "toy"
+    run("report", where)
+    assert "Toy: a method of a test." in (where / "report.html").read_text()
+    card = pack(where, "me/toy", "mit").files["README.md"]
+    assert isinstance(card, bytes)
+    assert b"Score Identity Distillation" in card
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_line_is_true(name: str) -> None:
+    entry = METHODS[name]
+    assert issubclass(entry.load(), Method)
+    assert entry.summary.endswith(".")
+    assert "\n" not in entry.summary
+    keys = re.findall(r"^@\w+\{(\w+),$", CITATIONS.read_text(), re.MULTILINE)
+    assert set(entry.citations) <= set(keys)
+    assert list((SHIPPED / name).glob("*.toml"))
+
+
+def test_the_lists_of_methods_agree() -> None:
+    assert {path.name for path in SHIPPED.iterdir() if path.is_dir()} == set(METHODS)
+    assert f"Train a network by a method: {', '.join(METHODS)}." in re.sub(r"\s+", " ", run("--help"))
