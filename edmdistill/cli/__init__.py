@@ -1,7 +1,10 @@
 """The command line. One file a command; the table here answers `--help` without importing any of them."""
 
+import errno
 import importlib
+import os
 import sys
+import traceback
 from difflib import get_close_matches
 
 import click
@@ -34,6 +37,46 @@ class Failure(click.ClickException):
     exit_code = 2
 
 
+REFUSALS = {
+    getattr(errno, name)
+    for name in ("EACCES", "EDQUOT", "EFBIG", "EIO", "ELOOP", "EMFILE", "ENAMETOOLONG", "ENOSPC", "EPERM", "EROFS")
+}
+"""What a system says of a user's files and disk; other OSErrors are faults of ours and keep their traceback."""
+VERBOSE = "edmdistill.verbose"
+
+
+def _be_quiet(ctx: click.Context, param: click.Parameter, quiet: bool) -> None:
+    if quiet:
+        from edmdistill.progress import set_quiet
+
+        set_quiet(True)
+        ctx.call_on_close(lambda: set_quiet(False))
+
+
+def _be_verbose(ctx: click.Context, param: click.Parameter, verbose: bool) -> None:
+    if verbose:
+        ctx.meta[VERBOSE] = True
+
+
+EVERYWHERE = (
+    click.Option(
+        ["-q", "--quiet"],
+        is_flag=True,
+        expose_value=False,
+        callback=_be_quiet,
+        help="Print results and errors alone: no progress, no remarks.",
+    ),
+    click.Option(
+        ["-v", "--verbose"],
+        is_flag=True,
+        expose_value=False,
+        callback=_be_verbose,
+        help="With an error, print where in the code it was raised.",
+    ),
+)
+"""Options of every command, before its name or after it."""
+
+
 class LazyGroup(click.Group):
     """A group whose command NAME is the object `command` of edmdistill.cli.NAME, imported when called."""
 
@@ -45,6 +88,7 @@ class LazyGroup(click.Group):
             return None
         command = importlib.import_module(f"edmdistill.cli.{name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
+        command.params += [option for option in EVERYWHERE if option not in command.params]
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -62,16 +106,36 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            _require_working_directory()
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a full disk can still be reported
+            return result
         except Elsewhere:
             sys.exit(Failure.exit_code)
         except EdmDistillError as error:
+            if VERBOSE in ctx.meta:
+                traceback.print_exc()
             raise Failure(str(error)) from error
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            if VERBOSE in ctx.meta:
+                traceback.print_exc()
+            raise Failure(f"{error.filename or 'the output'}: {error.strerror}.") from error
         except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
             sys.exit(130)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="edmdistill", message="%(prog)s %(version)s")
+def _require_working_directory() -> None:
+    """Raises: EdmDistillError: the working directory was removed, so that no relative path means anything."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise EdmDistillError("the working directory no longer exists: change to another one") from error
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, params=list(EVERYWHERE))
+@click.version_option(__version__, "-V", "--version", prog_name="edmdistill", message="%(prog)s %(version)s")
 def main() -> None:
     """Turn pretrained EDM and EDM2 diffusion checkpoints into few-step generators."""

@@ -11,7 +11,9 @@ from click.testing import CliRunner, Result
 
 from edmdistill import __version__
 from edmdistill.cli import COMMANDS, main
+from edmdistill.cli.options import say
 from edmdistill.errors import CheckpointError
+from edmdistill.progress import progress_bar
 
 HEAVY = {"torch", "numpy", "scipy", "PIL", "safetensors", "huggingface_hub", "accelerate", "sklearn", "msgspec"}
 
@@ -66,8 +68,42 @@ def test_help_of_a_command_imports_no_torch(name: str):
     assert result.returncode == 0, result.stderr
 
 
-def test_version():
-    assert CliRunner().invoke(main, ["--version"]).stdout == f"edmdistill {__version__}\n"
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_version(option: str):
+    assert CliRunner().invoke(main, [option]).stdout == f"edmdistill {__version__}\n"
+
+
+def test_a_shell_completes_the_names_of_commands():
+    words = {"_EDMDISTILL_COMPLETE": "bash_complete", "COMP_WORDS": "edmdistill s", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(main, prog_name="edmdistill", env=words)
+    assert result.output.split() == ["plain,sample", "plain,sweep"]
+
+
+@pytest.mark.parametrize("words", [["-q", "inspect"], ["inspect", "--quiet"]])
+def test_quiet_leaves_results_alone(run, words: list[str]):
+    def body() -> None:
+        say("a remark")
+        with progress_bar(total=1, delay=0) as bar:
+            bar.update()
+        click.echo("a result")
+
+    assert run(body).stderr.startswith("a remark\n")
+    result = CliRunner().invoke(main, words)
+    assert (result.stdout, result.stderr) == ("a result\n", "")
+
+
+def test_where_stderr_is_no_terminal_progress_is_whole_lines(run):
+    def body() -> None:
+        with progress_bar(total=3, desc="drawing", delay=0, mininterval=0) as bar:
+            for _ in range(3):
+                bar.update()
+
+    result = run(body)
+    lines = result.stderr.split("\n")
+    assert lines.pop() == ""
+    assert "\r" not in result.stderr
+    assert [line.split("/3")[0].split()[-1] for line in lines] == ["0", "1", "2", "3"]
+    assert all(line.startswith("drawing: ") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +130,22 @@ def test_a_users_error_is_one_sentence_and_exit_2(run):
     assert result.stderr == "Error: a.pkl is no checkpoint; give another\n"
 
 
-def test_ctrl_c_is_exit_130(run):
+def test_verbose_adds_the_traceback_of_a_users_error(run):
+    def body() -> None:
+        raise CheckpointError("a.pkl is no checkpoint; give another")
+
+    assert "Traceback" not in run(body).stderr
+    lines = CliRunner().invoke(main, ["inspect", "-v"]).stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "Error: a.pkl is no checkpoint; give another"
+
+
+def test_ctrl_c_is_one_line_and_exit_130(run):
     def body() -> None:
         raise KeyboardInterrupt
 
-    assert run(body).exit_code == 130
+    result = run(body)
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
 
 
 def test_a_fault_of_ours_keeps_its_traceback(run):

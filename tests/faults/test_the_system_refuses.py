@@ -1,0 +1,89 @@
+"""Files, disks and folders that the system refuses: one sentence and exit 2; only faults of ours keep a traceback."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from edmdistill.cli import REFUSALS, main
+from edmdistill.cli.options import OutputPath
+
+
+@pytest.fixture
+def body(monkeypatch: pytest.MonkeyPatch):
+    """Runs `edmdistill inspect` with a body of the test's own."""
+    import types
+
+    def run(function):
+        module = types.ModuleType("edmdistill.cli.inspect")
+        module.command = click.command()(function)
+        monkeypatch.setitem(sys.modules, "edmdistill.cli.inspect", module)
+        return CliRunner().invoke(main, ["inspect"])
+
+    return run
+
+
+@pytest.mark.parametrize("number", sorted(REFUSALS))
+def test_a_refusal_is_one_sentence(body, number: int):
+    def command():
+        raise OSError(number, os.strerror(number), "a/file")
+
+    result = body(command)
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: a/file: {os.strerror(number)}.\n"
+
+
+def test_a_file_that_we_forgot_to_write_keeps_its_traceback(body):
+    def command():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "ours")
+
+    assert isinstance(body(command).exception, FileNotFoundError)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_full_disk_behind_stdout():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edmdistill", "recipes", "list"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "Error: the output: No space left on device.\n"
+
+
+def test_a_working_directory_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    result = CliRunner().invoke(main, ["recipes", "list"])
+    assert result.exit_code == 2
+    assert result.stderr == "Error: the working directory no longer exists: change to another one\n"
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("", "the path is empty; name a file or folder."),
+        (" ", "the path is empty; name a file or folder."),
+        ("/", "/ is the root folder; name a folder inside it."),
+        ("a\0b", "the path holds a NUL character; leave it out."),
+        ("n" * 256, "the name is longer than the 255 bytes a file name may have."),
+        ("/".join(["n" * 200] * 30), "the name is longer than the 255 bytes a file name may have."),
+        ("~nobody-of-that-name/x", "~nobody-of-that-name/x names a user who does not exist on this machine; write the"),
+    ],
+)
+def test_places_that_can_never_be_written(place: str, sentence: str):
+    with pytest.raises(click.BadParameter) as refused:
+        OutputPath().convert(place, None, None)
+    assert refused.value.message.startswith(sentence)
+
+
+def test_a_place_in_the_home_folder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert OutputPath().convert("~/x", None, None) == Path("/home/me/x")
