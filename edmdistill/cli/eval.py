@@ -12,7 +12,7 @@ from edmdistill.cli.sample import SOLVERS
 if TYPE_CHECKING:
     from edmdistill.evaluation.protocol import Result
 
-OF_IMAGES = "protocol", "nfe", "gamma", "times", "guidance", "guide", "solver", "seeds", "save"
+OF_IMAGES = "protocol", "nfe", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "seeds", "save"
 OF_LIKELIHOOD = "split", "probes", "tolerance"
 """What only the one kind of measurement takes, and only the other."""
 
@@ -47,6 +47,9 @@ def _integers(context: click.Context, option: click.Parameter, text: str | None)
 )
 @click.option(
     "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
+)
+@click.option(
+    "--force-guidance", is_flag=True, help="Let a teacher guide itself that was never trained without its classes."
 )
 @click.option("--solver", type=click.Choice(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]")
 @click.option(
@@ -84,6 +87,7 @@ def command(
     times: str | None,
     guidance: float | None,
     guide: str | None,
+    force_guidance: bool,
     solver: str | None,
     count: int | None,
     seeds: str | None,
@@ -150,6 +154,7 @@ def command(
                 times=levels,
                 guidance=guidance,
                 guide=weaker,
+                force_guidance=force_guidance,
                 solver=solver,
                 seeds=numbers,
                 batch=batch,

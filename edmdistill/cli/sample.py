@@ -27,6 +27,9 @@ SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
 @click.option(
     "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
 )
+@click.option(
+    "--force-guidance", is_flag=True, help="Let a teacher guide itself that was never trained without its classes."
+)
 @click.option("--solver", type=click.Choice(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]")
 @click.option("--churn", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Teacher: S_churn.")
 @click.option("--churn-min", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Teacher: S_min.")
@@ -69,6 +72,7 @@ def command(
     times: str | None,
     guidance: float | None,
     guide: str | None,
+    force_guidance: bool,
     solver: str | None,
     churn: float,
     churn_min: float,
@@ -151,6 +155,7 @@ def command(
             times=None if times is None else parse_times(times, **levels),
             guidance=guidance,
             guide=None if guide is None else load_denoiser(guide, where, precision),
+            force_guidance=force_guidance,
             solver=solver,
             churn=Churn(churn, churn_min, churn_max, churn_noise),
             towards=towards,

@@ -45,6 +45,9 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 @click.argument("method", type=Name(METHODS))
 @click.argument("teacher", required=False)
 @click.option("--guide", metavar="SOURCE", help="The network that guides the teacher, if the recipe asks for one.")
+@click.option(
+    "--force-guidance", is_flag=True, help="Let a teacher guide itself that was never trained without its classes."
+)
 @click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits.")
 @click.option("--recipe", required=True, help="A recipe's name, as in cosim/digits, or a .toml file.")
 @click.option("--run-dir", required=True, type=click.Path(path_type=Path), help="Where the run lives; made if new.")
@@ -63,6 +66,7 @@ def command(
     method: str,
     teacher: str | None,
     guide: str | None,
+    force_guidance: bool,
     data: str,
     recipe: str,
     run_dir: Path,
@@ -96,7 +100,7 @@ def command(
     machine = Machine(device, _micro_batch(micro_batch), shard, offload, checkpoint_activations, workers, log_with)
     with _one_voice():
         resolved = load_recipe(recipe, method, sets)
-        run = prepare(resolved, data=data, teacher=teacher, guide=guide, machine=machine)
+        run = prepare(resolved, data=data, teacher=teacher, guide=guide, machine=machine, force_guidance=force_guidance)
     try:
         text = _as_given(recipe, sets, find_recipe(recipe)[0])
         _train(run, f"{method} on {data} by recipe {recipe}", run_dir, text, stop_on, dry_run)

@@ -176,6 +176,7 @@ def evaluate(
     times: Sequence[float] | Tensor | None = None,
     guidance: float | None = None,
     guide: Denoiser | None = None,
+    force_guidance: bool = False,
     solver: str | None = None,
     seeds: Sequence[int] | None = None,
     batch: int = 256,
@@ -190,7 +191,7 @@ def evaluate(
             uint8 [N,C,H,W].
         reference: a data set, or what open_dataset takes; default: the protocol's own.
         protocol: a key of PROTOCOLS.
-        nfe, gamma, times, guidance, guide, solver: how a network draws, see `sample`.
+        nfe, gamma, times, guidance, guide, force_guidance, solver: how a network draws, see `sample`.
         seeds: what a network draws; default: the protocol's. Image i has the class seeds[i] modulo label_dim.
         batch: images at a time.
         device: where features are computed.
@@ -211,11 +212,12 @@ def evaluate(
             times=times,
             guidance=guidance,
             guide=guide,
+            force_guidance=force_guidance,
             solver=solver,
             batch=batch,
         )
         images = drawn(model_or_images, range(standard.n) if seeds is None else seeds, draw)
-    elif (nfe, gamma, times, guidance, guide, solver, seeds) == (None,) * 7:
+    elif (nfe, gamma, times, guidance, guide, solver, seeds, force_guidance or None) == (None,) * 8:
         images = found(model_or_images, data.label_dim)
     else:
         raise EdmDistillError(

@@ -193,12 +193,15 @@ class Method(ABC):
         return cls.roles
 
     @classmethod
-    def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
+    def objection(
+        cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int, label_dropout: float | None
+    ) -> str | None:
         """Why a teacher will not do, in a sentence with the fix; None: it will.
 
         Args:
             positional_time: whether it reads t itself, by a positional embedding.
             label_dim: the number of its classes.
+            label_dropout: the share of its training in which it was given none, in [0, 1]; None: whatever it was.
         """
         return None
 

@@ -61,15 +61,14 @@ class DSCD(Method):
         return guided_cast(cls.roles, cast(DSCDConfig, config))
 
     @classmethod
-    def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
-        return guidance_objection(cast(DSCDConfig, config), label_dim)
+    def objection(
+        cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int, label_dropout: float | None
+    ) -> str | None:
+        return guidance_objection(cast(DSCDConfig, config), label_dim, label_dropout)
 
     @classmethod
     def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
         return cast(DSCDConfig, config).guidance
-
-    def notes(self) -> tuple[str, ...]:
-        return self.teacher.notes()
 
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("generator", self.generator_loss),)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import FlowFunction, Role
+from edmdistill.networks.label_dropout import guidance_refusal
 from edmdistill.trigflow import expand
 
 Weight = Annotated[float, Meta(ge=1)]
@@ -58,14 +59,18 @@ def guided_cast(roles: Mapping[str, Role], own: Guided) -> dict[str, Role]:
     return {name: part._replace(guided=part.trained and low < high) for name, part in roles.items()} | guide
 
 
-def guidance_objection(own: Guided, label_dim: int) -> str | None:
-    """Why a teacher with so many classes cannot be guided so."""
-    if label_dim or own.guidance[1] == 1 or own.guide != "classes":
+def guidance_objection(own: Guided, label_dim: int, label_dropout: float | None) -> str | None:
+    """Returns why a teacher with so many classes cannot be guided so; None where it can.
+
+    Args:
+        label_dropout: share of its training in which it was given no class, in [0, 1]; None: whatever it was.
+    """
+    if own.guidance[1] == 1 or own.guide != "classes":
         return None
-    return (
-        "guidance by classes leaves them out, and this teacher has none: say --set method.guide=network and name a "
-        "weaker network by --guide, or --set method.guidance=[1,1]"
-    )
+    advice = "say --set method.guide=network and name a weaker network by --guide, or --set method.guidance=[1,1]"
+    if label_dim:
+        advice += ", or --force-guidance"
+    return guidance_refusal(label_dim, 1.0 if label_dropout is None else label_dropout, advice)
 
 
 class GuidedTeacher:
@@ -78,15 +83,6 @@ class GuidedTeacher:
     def __init__(self, networks: Mapping[str, FlowFunction], own: Guided) -> None:
         self.teacher, self.guide = networks["teacher"], networks.get("guide")
         self.low, self.high = own.guidance
-
-    def notes(self) -> tuple[str, ...]:
-        """What guidance asks of a teacher, and cannot be seen of it."""
-        if self.high == 1 or self.guide is not None:
-            return ()
-        return (
-            "Guided by its classes, the teacher is asked without any, which it knows if it was trained with dropped "
-            'labels: NVIDIA\'s EDM2 networks and the teacher of digits were not, and need method.guide = "network"',
-        )
 
     def weights(self, draws: Draws) -> Tensor | None:
         """Of each sample one, uniform in the range; None where there is but one.  [B] float64"""

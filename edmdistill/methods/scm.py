@@ -81,7 +81,9 @@ class SCT(Method):
         self.generator = networks["generator"]
 
     @classmethod
-    def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
+    def objection(
+        cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int, label_dropout: float | None
+    ) -> str | None:
         """Source: sCM, section 4.1: the derivative of EDM's time embedding is what makes the training unstable."""
         if positional_time or cast(SCTConfig, config).allow_edm_time:
             return None
@@ -147,16 +149,17 @@ class SCD(SCT):
         return guided_cast(cls.roles | more if own.vsd else cls.roles, own)
 
     @classmethod
-    def objection(cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int) -> str | None:
-        unstable = super().objection(config, positional_time=positional_time, label_dim=label_dim)
-        return unstable or guidance_objection(cast(SCDConfig, config), label_dim)
+    def objection(
+        cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int, label_dropout: float | None
+    ) -> str | None:
+        unstable = super().objection(
+            config, positional_time=positional_time, label_dim=label_dim, label_dropout=label_dropout
+        )
+        return unstable or guidance_objection(cast(SCDConfig, config), label_dim, label_dropout)
 
     @classmethod
     def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
         return cast(SCDConfig, config).guidance
-
-    def notes(self) -> tuple[str, ...]:
-        return self.teacher.notes()
 
     def turns(self) -> tuple[Turn, ...]:
         own = cast(SCDConfig, self.config)

@@ -46,10 +46,16 @@ class FlowNetwork(nn.Module):
         compute_dtype: dtype of the activations inside the network; None = the dtype of the result.
         sigma_data, sigma_min, sigma_max: of the preconditioning.
         img_resolution, img_channels, label_dim, two_time, guided: of the network.
+        label_dropout: share of training in which the network was given no class, in [0, 1]; default: its constructor's
+            argument of that name, 0 for EDM2, which has none.
     """
 
     def __init__(
-        self, network: Network, preconditioning: Preconditioning, compute_dtype: torch.dtype | None = None
+        self,
+        network: Network,
+        preconditioning: Preconditioning,
+        compute_dtype: torch.dtype | None = None,
+        label_dropout: float | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -63,6 +69,8 @@ class FlowNetwork(nn.Module):
         self.label_dim = network.label_dim
         self.two_time = network.two_time
         self.guided = network.guided
+        own: float = network.arguments.get("label_dropout", 0.0)
+        self.label_dropout = own if label_dropout is None else label_dropout
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,6 +206,8 @@ class Denoiser(nn.Module):
     """EDM's view of the same network, by the official arithmetic: x0 from x = x0 + sigma n.
 
     A network of two times is asked with both the same: CTM's g(x, t, t).
+
+    Attributes: those of the FlowNetwork.
     """
 
     def __init__(self, flow: FlowNetwork) -> None:
@@ -209,6 +219,7 @@ class Denoiser(nn.Module):
         self.img_resolution = flow.img_resolution
         self.img_channels = flow.img_channels
         self.label_dim = flow.label_dim
+        self.label_dropout = flow.label_dropout
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """D(x; sigma), the expected image.

@@ -32,7 +32,8 @@ def rebuild(
     kept = {name: tensor for name, tensor in state.items() if tensor.shape == shapes.get(name)}
     tensors = {name: kept[name].clone() if name in kept else new[name].to(like, copy=True) for name in shapes}
     network.load_state_dict(tensors, assign=True)
-    return FlowNetwork(network, preconditioning or flow.preconditioning, flow.compute_dtype).train(old.training)
+    edm = preconditioning or flow.preconditioning
+    return FlowNetwork(network, edm, flow.compute_dtype, flow.label_dropout).train(old.training)
 
 
 def add_logvar(flow: FlowNetwork, seed: int, heads: int = 1, channels: int = 128) -> FlowNetwork:

@@ -44,6 +44,7 @@ def sample(
     times: Sequence[float] | Tensor | None = None,
     guidance: float | None = None,
     guide: Denoiser | None = None,
+    force_guidance: bool = False,
     solver: str | None = None,
     churn: Churn = NO_CHURN,
     towards: Towards | None = None,
@@ -67,7 +68,8 @@ def sample(
         times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
         guidance: weight of a teacher's guidance, see GuidedDenoiser; of a generator's, one in the range that it has
             learnt. 1 = none; default: 1, or the least that a generator knows.
-        guide: the network to move away from; default: the teacher without labels.
+        guide: the network to move away from; default: the teacher without labels, if part of its training was.
+        force_guidance: let a teacher guide itself that was never trained without labels.
         solver: a teacher's or CTM generator's, of SOLVERS; default for a teacher: heun.
         churn: fresh noise on a teacher's way by Heun's method; see Churn.
         towards: a reference image, from which every image starts, and to which it is pulled, by teacher or generator,
@@ -98,7 +100,14 @@ def sample(
             raise EdmDistillError(
                 "gamma and times are for generators, and this is a teacher: use nfe, guidance and churn"
             )
-        solve = _teacher_solver(model, nfe, guidance_of(model, guidance), guide, solver or "heun", churn)
+        weight = guidance_of(model, guidance)
+        denoiser = model if weight == 1 else GuidedDenoiser(model, weight, guide, force=force_guidance)
+        solve = _teacher_solver(model, denoiser, nfe, guide is not None, solver or "heun", churn)
+    if force_guidance and (isinstance(model, Generator) or guide is not None or guidance in (None, 1)):
+        raise EdmDistillError(
+            "force_guidance lets a teacher guide itself at a guidance other than 1, and here nothing is guided so: "
+            "leave it out"
+        )
     if not len(seeds):
         raise EdmDistillError("there is nothing to sample: give at least one seed")
     flow = model.flow
@@ -228,15 +237,19 @@ def default_nfe(teacher: Denoiser, solver: str = "heun") -> int:
 
 
 def _teacher_solver(
-    model: Denoiser, nfe: int | None, guidance: float, guide: Denoiser | None, solver: str, churn: Churn
+    model: Denoiser,
+    denoiser: Denoiser | GuidedDenoiser,
+    nfe: int | None,
+    has_guide: bool,
+    solver: str,
+    churn: Churn,
 ) -> Callable[..., Tensor]:
     if solver not in SOLVERS:
         raise EdmDistillError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    if guide is not None and guidance == 1:
+    if has_guide and denoiser is model:
         raise EdmDistillError(
             "a guide does nothing at guidance 1, which means none: give a weight above 1, or no guide"
         )
-    denoiser = model if guidance == 1 else GuidedDenoiser(model, guidance, guide)
     nfe = nfe or default_nfe(model, solver)
     num_steps = nfe if solver in ONE_CALL_A_STEP else steps_of_nfe(nfe)
     solve = partial(SOLVERS[solver], denoiser, style=style_of(model), num_steps=num_steps)

@@ -6,6 +6,24 @@ from torch import Tensor
 
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import Denoiser
+from edmdistill.networks.label_dropout import guidance_refusal
+
+
+def require_guidance(main: Denoiser, guide: Denoiser | None, force: bool) -> None:
+    """Lets a network be guided by another one, or by itself without classes if it was trained without them.
+
+    Args:
+        force: let a network guide itself that was never trained without classes.
+    Raises: EdmDistillError: it has no classes, or `force` is needed.
+    """
+    if guide is not None:
+        return
+    advice = "name a guide, a weaker network of the same data, by --guide, or leave guidance at 1"
+    if main.label_dim:
+        advice = advice.replace(", or leave guidance at 1", ", leave guidance at 1, or say --force-guidance")
+    refusal = guidance_refusal(main.label_dim, 1.0 if force else main.label_dropout, advice)
+    if refusal is not None:
+        raise EdmDistillError(refusal)
 
 
 class GuidedDenoiser:
@@ -14,15 +32,12 @@ class GuidedDenoiser:
     Without a guide this is classifier-free guidance: the main network without its labels. A guide that is a weaker
     network of the same classes is autoguidance; one without classes stands for the unconditional network.
 
-    Raises: EdmDistillError: no guide for an unconditional network, or a guide of other images or classes.
+    Raises: EdmDistillError: see `require_guidance`; or a guide of other images or classes.
     Source: Ho & Salimans 2022; Karras et al. 2024 (autoguidance), eq. 3.
     """
 
-    def __init__(self, main: Denoiser, weight: float, guide: Denoiser | None = None) -> None:
-        if guide is None and not main.label_dim:
-            raise EdmDistillError(
-                "guidance drops the classes, and this network has none: name a guide, or leave guidance at 1"
-            )
+    def __init__(self, main: Denoiser, weight: float, guide: Denoiser | None = None, *, force: bool = False) -> None:
+        require_guidance(main, guide, force)
         self.main, self.guide, self.weight = main, guide or main, weight
         for what in ("img_channels", "img_resolution", "label_dim"):
             ours, theirs = getattr(main, what), getattr(self.guide, what)

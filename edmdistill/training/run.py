@@ -187,6 +187,7 @@ def prepare(
     teacher: str | Path | None = None,
     guide: str | Path | None = None,
     machine: Machine = Machine(),
+    force_guidance: bool = False,
 ) -> Run:
     """Everything in memory, as it is before the first step. All processes of a run call it.
 
@@ -195,6 +196,7 @@ def prepare(
         teacher: a checkpoint, ours or official; a method that makes its own network takes one to start from, or none.
         guide: a checkpoint too, for a recipe by which another network guides the teacher.
         machine: how the run uses the hardware.
+        force_guidance: let a teacher guide itself by its classes that was never trained without them.
     Raises: TrainingError: no teacher or guide where there must be one, a generator in its place, or a guide or data
             that do not fit.
         CheckpointError, DatasetError, RecipeError: from what is opened.
@@ -216,7 +218,10 @@ def prepare(
         raise TrainingError(f"{name} starts from a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     require_fit(dataset, flow, config)
     objection = method_class.objection(
-        recipe.method_config, positional_time=flow.network.positional_time, label_dim=flow.label_dim
+        recipe.method_config,
+        positional_time=flow.network.positional_time,
+        label_dim=flow.label_dim,
+        label_dropout=None if force_guidance else flow.label_dropout,
     )
     if objection is not None:
         raise TrainingError(objection)

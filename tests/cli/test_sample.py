@@ -120,7 +120,11 @@ OPTIONS = {
         ["--nfe", 5, "--churn", 2, "--churn-noise", 1.01],
         {"nfe": 5, "churn": Churn(2, inflation=1.01)},
     ),
-    "guidance": ("teacher", ["--nfe", 5, "--guidance", 2], {"nfe": 5, "guidance": 2.0}),
+    "guidance": (
+        "teacher",
+        ["--nfe", 5, "--guidance", 2, "--force-guidance"],
+        {"nfe": 5, "guidance": 2.0, "force_guidance": True},
+    ),
     "guided generator": ("guided", ["--guidance", 1.8], {"guidance": 1.8}),
     "unconditional": ("plain", ["--nfe", 2, "--batch", 2], {"nfe": 2}),
 }

@@ -91,7 +91,7 @@ def test_a_generator_is_measured_as_it_samples() -> None:
 
 def test_a_teacher_is_measured_by_heun() -> None:
     model = Denoiser(flow())
-    result = evaluate(model, "digits", protocol="digits", nfe=3, guidance=1.5, seeds=[7, 8, 9, 20])
+    result = evaluate(model, "digits", protocol="digits", nfe=3, guidance=1.5, force_guidance=True, seeds=[7, 8, 9, 20])
     assert result.sampler is not None
     assert (result.sampler.solver, result.sampler.nfe, result.sampler.guidance) == ("heun", 3, 1.5)
     assert result.protocol.seeds == "7-9,20"

@@ -42,7 +42,8 @@ def recipe(case: str, rounds: int) -> Recipe:
 
 def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[str, float]]:
     """What every round measured, and the norm of each average after the last."""
-    run = prepare(recipe(case, count), data="digits", teacher=None if case == "diffusion" else teacher, machine=machine)
+    source = None if case == "diffusion" else teacher
+    run = prepare(recipe(case, count), data="digits", teacher=source, machine=machine, force_guidance=True)
     found = list(rounds(run))
     for role in run.optimizers.keys() if not machine.shard else ():
         weights = torch.cat([parameter.detach().flatten() for parameter in run.roles[role].parameters()])

@@ -86,7 +86,8 @@ def test_the_guide_counts(recipe, teacher, guide):
     """Another guide, other gradients; and the teacher as its own guide is no guidance, whatever the weight."""
 
     def norm(options: dict[str, Any], guide: Path | None) -> float:
-        run = prepare(guided(recipe, images=8, **options), data="digits", teacher=teacher, guide=guide, machine=CPU)
+        made = guided(recipe, images=8, **options)
+        run = prepare(made, data="digits", teacher=teacher, guide=guide, machine=CPU, force_guidance=True)
         return next(rounds(run))["grad_norm/generator"]
 
     built_in = {"guidance": [2.0, 2.0], "guide": "network"}
@@ -121,7 +122,8 @@ def test_the_generator_knows_its_guidance(recipe, teacher, guide, tmp_path):
     runs = {"a range": (BY_NETWORK, guide), "one weight": ({"guidance": [1.5, 1.5]}, None), "none": ({}, None)}
     for name, (options, source) in runs.items():
         made = guided(recipe, images=8, **options)
-        train(prepare(made, data="digits", teacher=teacher, guide=source, machine=CPU), tmp_path / name)
+        run = prepare(made, data="digits", teacher=teacher, guide=source, machine=CPU, force_guidance=True)
+        train(run, tmp_path / name)
     ranged, one, none = (load_generator(tmp_path / name) for name in runs)
     assert ranged.config.guidance == Guidance("network", (1.0, 2.0))
     assert one.config.guidance == Guidance("classes", (1.5, 1.5))
@@ -182,7 +184,7 @@ def test_a_guide_works_on_the_teachers_latents(recipe, teacher, guide, tmp_path)
 
 def test_a_teacher_without_classes_cannot_be_guided_by_them(recipe, tmp_path):
     unlabelled = checkpoint(tmp_path / "unlabelled", 1, label_dim=0)
-    with pytest.raises(TrainingError, match=r"this teacher has none: say --set method\.guide=network"):
+    with pytest.raises(TrainingError, match=r"this network has none: say --set method\.guide=network"):
         prepare(guided(recipe, **RANGE), data="digits", teacher=unlabelled, machine=CPU)
 
 
