@@ -13,6 +13,9 @@ from pathlib import Path
 import msgspec
 from huggingface_hub import EvalResult, ModelCardData
 
+from edmdistill import __version__
+from edmdistill.checkpoints.documents import code, code_block, front_matter, markdown
+from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.source import repository_of
 from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.evaluation.protocol import Result
@@ -48,12 +51,12 @@ def card(
         "How it was made": _made(config, run),
         "Limits": _list(_limits(config, run, results)),
         "Licence": _licence(config),
-        "Citation": f"```bibtex\n{_citations(config)}\n```",
+        "Citation": code_block(_citations(config), "bibtex"),
     }
     picture = f"![{grid[1]}]({grid[0]})\n\n{grid[1]}\n\n" if grid else ""
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
-    title = f"# {repository.partition('/')[2]}\n\n{_what(config)}"
-    return f"---\n{_header(config, repository, results)}\n---\n\n{title}\n\n{picture}{body}\n"
+    title = f"# {markdown(repository.partition('/')[2])}\n\n{_what(config)}"
+    return f"{_header(config, repository, results)}\n{title}\n\n{picture}{body}\n"
 
 
 def is_own(result: Result, config: CheckpointConfig) -> bool:
@@ -64,10 +67,10 @@ def is_own(result: Result, config: CheckpointConfig) -> bool:
 
 
 def _header(config: CheckpointConfig, repository: str, results: Sequence[Result]) -> str:
-    """The Hub's metadata, as YAML."""
+    """The Hub's metadata."""
     evaluated = [point for result in results if is_own(result, config) for point in _evaluated(result)]
     data = ModelCardData(
-        license=config.provenance.licence,
+        **licence_fields(config.provenance.licence),  # type: ignore[arg-type]  # of names that it takes as well
         library_name="edmdistill",
         pipeline_tag=TASK,
         tags=["diffusion", *["distillation"] * _taught(config), config.stage, *filter(None, [config.method])],
@@ -75,7 +78,7 @@ def _header(config: CheckpointConfig, repository: str, results: Sequence[Result]
         model_name=repository.partition("/")[2] if evaluated else None,
         eval_results=evaluated or None,
     )
-    return data.to_yaml()
+    return front_matter(data.to_dict())  # type: ignore[no-untyped-call]
 
 
 def _evaluated(result: Result) -> list[EvalResult]:
@@ -113,7 +116,8 @@ def _what(config: CheckpointConfig) -> str:
         return f"A diffusion model of {draws}, in edmdistill's TrigFlow format."
     method = METHODS.get(config.method or "")
     how = f" {method.summary}" if method else ""
-    return f"A few-step generator of {draws}, made by {config.method} from {config.provenance.source}.{how}"
+    origin = markdown(f"made by {config.method} from {config.provenance.source}")
+    return f"A few-step generator of {draws}, {origin}.{how}"
 
 
 def _use(config: CheckpointConfig, repository: str) -> str:
@@ -122,10 +126,14 @@ def _use(config: CheckpointConfig, repository: str) -> str:
     out = "latents.npz" if latent else "images"
     load = "load_generator" if generator else "load_denoiser"
     own = " Each seed draws its own class, unless `--class` or `labels` name one." if config.label_dim else ""
+    shell = f"pip install edmdistill\nedmdistill sample {repository} --nfe {nfe} --seeds 0-63 --out {out}"
+    python = (
+        f'import edmdistill\n\nmodel = edmdistill.{load}("{repository}")\n'
+        f"images = edmdistill.sample(model, nfe={nfe}, seeds=range(64))"
+    )
     return (
-        f"```sh\nedmdistill sample {repository} --nfe {nfe} --seeds 0-63 --out {out}\n```\n\n"
-        f'```python\nimport edmdistill\n\nmodel = edmdistill.{load}("{repository}")\n'
-        f"images = edmdistill.sample(model, nfe={nfe}, seeds=range(64))\n```\n\n"
+        f"{code_block(shell, 'sh')}\n\n{code_block(python, 'python')}\n\n"
+        f"Made by edmdistill {__version__}; an older one may not read it. "
         f"`{repository}@REVISION` is another branch, a tag or a commit. What was downloaded once needs no network.{own}"
     )
 
@@ -135,7 +143,9 @@ def _quality(config: CheckpointConfig, results: Sequence[Result]) -> str:
     measured = tables([result for result in results if result.sampler], own)
     if not measured:
         return "It was not measured."
-    return "\n\n".join("\n\n".join(filter(None, (t.to_markdown(), t.caption, t.claim))) for t in measured)
+    return "\n\n".join(
+        "\n\n".join(filter(None, (t.to_markdown(), markdown(t.caption), markdown(t.claim)))) for t in measured
+    )
 
 
 def _schedule(config: CheckpointConfig) -> str:
@@ -154,30 +164,30 @@ def _schedule(config: CheckpointConfig) -> str:
 def _made(config: CheckpointConfig, run: Summary | None) -> str:
     origin = config.provenance
     facts: dict[str, str | None] = {
-        "Teacher" if _taught(config) else "Source": origin.source
-        + (f", sha256 `{origin.sha256}`" if origin.sha256 else ""),
-        "Started from": f"the checkpoint of sha256 `{origin.parent}`" if origin.parent else None,
-        "Network": f"{config.network.kind}, preconditioned as {config.preconditioning['kind']}",
-        "Method": config.method,
+        "Teacher" if _taught(config) else "Source": markdown(origin.source)
+        + (f", sha256 {code(origin.sha256)}" if origin.sha256 else ""),
+        "Started from": f"the checkpoint of sha256 {code(origin.parent)}" if origin.parent else None,
+        "Network": markdown(f"{config.network.kind}, preconditioned as {config.preconditioning['kind']}"),
+        "Method": markdown(config.method or ""),
         "Guidance of the teacher": config.guidance.words if config.guidance else None,
-        "Recipe": f"hash `{config.recipe_hash}`" if config.recipe_hash else None,
+        "Recipe": f"hash {code(config.recipe_hash)}" if config.recipe_hash else None,
         "Images seen": f"{config.images_seen:,}" if config.images_seen is not None else None,
-        "Average of the weights": _words(config.ema),
+        "Average of the weights": markdown(_words(config.ema)),
     }
     if run is None:
         return _list(f"{name}: {fact}" for name, fact in facts.items() if fact)
     data = run.data
     _, name, *sets = run.asked
     recipe = [Path(name).name if name.endswith(".toml") else name, *sets]  # where it lies is nobody's business
-    facts["Recipe"] = f"{shlex.join(recipe)}, {facts['Recipe']}"
-    facts["Data"] = f"{data['name']}, {data['images']:,} images, {data['resolution']}x{data['resolution']}"
+    facts["Recipe"] = f"{markdown(shlex.join(recipe))}, {facts['Recipe']}"
+    facts["Data"] = markdown(f"{data['name']}, {data['images']:,} images, {data['resolution']}x{data['resolution']}")
     teacher = [] if run.recipe.network else ["TEACHER"]
     words = ["edmdistill", "train", run.recipe.method["name"], *teacher, "--data", data["name"], "--recipe", *recipe]
     whole = msgspec.json.format(msgspec.json.encode(run.recipe), indent=2).decode()
     return (
         f"{_list(f'{name}: {fact}' for name, fact in facts.items() if fact)}\n\n"
-        f"```sh\n{shlex.join(words)} --run-dir RUN\n```\n\n"
-        f"<details><summary>The recipe, with every default</summary>\n\n```json\n{whole}\n```\n\n</details>"
+        f"{code_block(f'{shlex.join(words)} --run-dir RUN', 'sh')}\n\n"
+        f"<details><summary>The recipe, with every default</summary>\n\n{code_block(whole, 'json')}\n\n</details>"
     )
 
 
@@ -213,8 +223,8 @@ def _taught(config: CheckpointConfig) -> bool:
 
 
 def _licence(config: CheckpointConfig) -> str:
-    licence = config.provenance.licence or ""
-    parts = [f"The weights are under {licence}."]
+    licence = config.provenance.licence or "a licence that is not known"
+    parts = [f"The weights are under {markdown(licence)}."]
     if "-nc" in licence:
         parts.append("They are not for commercial use.")
     if "-sa" in licence:
@@ -237,8 +247,8 @@ def usual_nfe(config: CheckpointConfig) -> int:
     return 2 if 2 in own or not own else min(own)
 
 
-def _words(facts: Mapping[str, object] | None) -> str | None:
-    return ", ".join(f"{name} {value}" for name, value in facts.items()) if facts else None
+def _words(facts: Mapping[str, object] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (facts or {}).items())
 
 
 def _list(lines: Iterable[str]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+from edmdistill.checkpoints.documents import escape
 from edmdistill.errors import EdmDistillError
 
 MARKED = 12

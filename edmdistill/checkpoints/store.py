@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edmdistill.atomic import atomic_write
+from edmdistill.checkpoints.documents import code, front_matter, markdown
+from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.source import resolve
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
@@ -354,16 +356,12 @@ def _card(config: CheckpointConfig) -> str:
     what = {"teacher": "a diffusion model", "generator": "a few-step generator", "auxiliary": "an auxiliary score"}
     provenance = config.provenance
     licence = provenance.licence or "other"
-    digest = f" (sha256 {provenance.sha256})" if provenance.sha256 else ""
+    digest = f" (sha256 {code(provenance.sha256)})" if provenance.sha256 else ""
     guidance = f"Its teacher was guided {config.guidance.words}.\n" if config.guidance else ""
-    return f"""---
-library_name: edmdistill
-license: {licence}
-pipeline_tag: unconditional-image-generation
----
-
-This is {what[config.stage]} in edmdistill's TrigFlow format, from {provenance.source}{digest}.
-Its weights are under this licence: {licence}.
+    fields = {"library_name": "edmdistill", "pipeline_tag": "unconditional-image-generation"}
+    return f"""{front_matter(fields | licence_fields(provenance.licence))}
+This is {what[config.stage]} in edmdistill's TrigFlow format, from {markdown(provenance.source)}{digest}.
+Its weights are under this licence: {markdown(licence)}.
 {guidance}
     edmdistill sample PATH_OR_HUB_ID --seeds 0-15 --out images/
 """

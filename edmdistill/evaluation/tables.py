@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from edmdistill.checkpoints.documents import markdown
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import Protocol, Result, Sampler
 
@@ -46,7 +47,7 @@ class Table(NamedTuple):
         return "\n".join([f"Protocol {self.protocol.name}, {self.protocol.n} images.", *lines, self.claim]).rstrip()
 
     def to_markdown(self) -> str:
-        head, *body = (f"| {' | '.join(row)} |" for row in self.rows)
+        head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in self.rows)
         return "\n".join([head, "|---" * len(self.rows[0]) + "|", *body])
 
     @property

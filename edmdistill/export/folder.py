@@ -12,7 +12,9 @@ import torch
 from edmdistill import __version__
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.convert import load_flow
+from edmdistill.checkpoints.documents import front_matter, markdown
 from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.errors import CheckpointError
 from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
@@ -27,24 +29,27 @@ class Target(NamedTuple):
     """A program to export for.
 
     Attributes:
-        header: of README.md, what the Hub has to know beside the licence; lines of YAML.
+        header: of README.md, what the Hub has to know beside the licence.
         require: raises where a package is missing.
         readme: how the folder is used.
         write: writes all but README and manifest, and compares.
     """
 
-    header: str
+    header: dict[str, str]
     require: Callable[[], None]
     readme: Callable[[FlowNetwork, CheckpointConfig], str]
     write: Callable[[Path, FlowNetwork, CheckpointConfig], tuple[Parity, ...]]
 
 
-MODEL = "library_name: {}\npipeline_tag: unconditional-image-generation\n"
+def _model(library: str) -> dict[str, str]:
+    return {"library_name": library, "pipeline_tag": "unconditional-image-generation"}
+
+
 TARGETS = {
-    "diffusers": Target(MODEL.format("diffusers"), diffusers.require, diffusers.readme, diffusers.write),
-    "onnx": Target(MODEL.format("onnx"), onnx.require, onnx.readme, onnx.write),
-    "torch-export": Target(MODEL.format("pytorch"), lambda: None, torch_export.readme, torch_export.write),
-    "nvidia": Target(MODEL.format("pytorch"), lambda: None, nvidia.readme, nvidia.write),
+    "diffusers": Target(_model("diffusers"), diffusers.require, diffusers.readme, diffusers.write),
+    "onnx": Target(_model("onnx"), onnx.require, onnx.readme, onnx.write),
+    "torch-export": Target(_model("pytorch"), lambda: None, torch_export.readme, torch_export.write),
+    "nvidia": Target(_model("pytorch"), lambda: None, nvidia.readme, nvidia.write),
     "space": Target(space.HEADER, lambda: None, space.readme, space.write),
 }
 
@@ -92,12 +97,9 @@ def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = Fa
 
 def _card(target: Target, config: CheckpointConfig, readme: str, parity: tuple[Parity, ...]) -> str:
     licence = config.provenance.licence or "other"
-    return f"""---
-{target.header}license: {licence}
----
-
-A {config.stage} from {config.provenance.source}, exported by edmdistill {__version__}.
-Its weights are under this licence: {licence}.
+    return f"""{front_matter(target.header | licence_fields(config.provenance.licence))}
+A {config.stage} from {markdown(config.provenance.source)}, exported by edmdistill {__version__}.
+Its weights are under this licence: {markdown(licence)}.
 
 {readme}
 Largest difference to edmdistill's own images of seeds 0 to {max(SEEDS)}, relative to the largest pixel, by the number

@@ -21,7 +21,7 @@ from edmdistill.sampling.generate import sample
 
 GRADIO = "6.31.0"
 """By which the page was tried."""
-HEADER = f"sdk: gradio\nsdk_version: {GRADIO}\napp_file: app.py\ntitle: A few-step generator\n"
+HEADER = {"sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py", "title": "A few-step generator"}
 APP = Path(__file__).parent / "remote" / "app.py"
 REQUIREMENTS = f"""\
 --extra-index-url https://download.pytorch.org/whl/cpu

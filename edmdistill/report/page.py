@@ -11,7 +11,6 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from string import Template
@@ -20,6 +19,7 @@ from typing import Any
 import msgspec
 from PIL import Image
 
+from edmdistill.checkpoints.documents import escape
 from edmdistill.curves import Axis, Point, alone, doublings, save_plot, svg_curves
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
@@ -150,14 +150,14 @@ def _chart_by_nfe(table: Table) -> str:
 
 def _samples(run: Summary) -> str:
     """Grids of the run from the first to the last, and what was drawn into a folder of it afterwards."""
-    files = sorted((run.path / "samples").glob("*.png"))
+    files = _numbered(run.path / "samples")
     steps = "".join(f"<span>{nfe}</span>" for nfe in run.recipe.sampling.nfe)
     figures = [
         (f"after {int(files[i].stem):,} images", f'<div class="steps">{steps}</div>{_picture(files[i])}')
         for i in sorted({(len(files) - 1) * part // (GRIDS - 1) for part in range(GRIDS)})
         if files
     ]
-    seen = sorted((run.path / "x0").glob("*.png"))[-1:]
+    seen = _numbered(run.path / "x0")[-1:]
     figures += [(f"x0 after {int(file.stem):,} images", _picture(file)) for file in seen]
     figures += [(f"drawn into {file.parent.name}", _picture(file)) for file in sorted(run.path.glob("*/grid.png"))]
     if not figures:
@@ -168,10 +168,18 @@ def _samples(run: Summary) -> str:
     return f'{_note(note)}<div class="figures">{body}</div>'
 
 
+def _numbered(folder: Path) -> list[Path]:
+    """Returns the pictures that training has drawn, by images seen."""
+    return sorted(file for file in folder.glob("*.png") if file.stem.isdecimal())
+
+
 def _picture(file: Path) -> str:
-    with Image.open(file) as image:
-        image.thumbnail((WIDEST, 10 * WIDEST))
-        image.save(data := io.BytesIO(), "png", optimize=True)
+    try:
+        with Image.open(file) as image:
+            image.thumbnail((WIDEST, 10 * WIDEST))
+            image.save(data := io.BytesIO(), "png", optimize=True)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # SyntaxError: Pillow's, of a torn file
+        return "<p>This picture cannot be read.</p>"
     text = base64.b64encode(data.getvalue()).decode()
     return f'<img src="data:image/png;base64,{text}" width="{image.width}" height="{image.height}" alt="Samples">'
 

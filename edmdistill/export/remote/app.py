@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 import edmdistill
+from edmdistill.checkpoints.documents import code_block, markdown, printable
 from edmdistill.sampling.grid import image_grid, to_uint8
 
 SOURCE = os.environ.get("GENERATOR") or str(Path(__file__).parent / "generator")
@@ -30,7 +31,7 @@ STYLE = "#picture img { image-rendering: pixelated } #said code { white-space: p
 def classes(generator: edmdistill.Generator) -> list[tuple[str, int]]:
     """What the class picker shows: names and numbers; of a generator without classes, nothing."""
     config = generator.config
-    names = config.label_names or [str(label) for label in range(config.label_dim)]
+    names = [printable(name) for name in config.label_names or map(str, range(config.label_dim))]
     return [("drawn by each seed", OWN), *((name, label) for label, name in enumerate(names))] if names else []
 
 
@@ -75,7 +76,7 @@ def draw(
     words += [] if label == OWN else ["--class", str(label)]
     words += ["--guidance", f"{guidance:g}"] if generator.guidance[0] < generator.guidance[1] else []
     line = shlex.join([*words, "--out", "images"])
-    return picture, f"Drawn in {seconds:.2f} seconds. The same images on the command line:\n\n```sh\n{line}\n```"
+    return picture, f"Drawn in {seconds:.2f} seconds. The same images on the command line:\n\n{code_block(line, 'sh')}"
 
 
 def page(generator: edmdistill.Generator) -> Any:
@@ -87,8 +88,8 @@ def page(generator: edmdistill.Generator) -> Any:
     most = max([MOST, *map(int, config.sampling.sigmas)])
     title = f"A few-step generator by {config.method}"
     about = f"Made by edmdistill from {config.provenance.source}."
-    with gr.Blocks(title=title) as blocks:
-        gr.Markdown(f"# {title}\n\n{about}")
+    with gr.Blocks(title=printable(title)) as blocks:
+        gr.Markdown(f"# {markdown(title)}\n\n{markdown(about)}")
         with gr.Row():
             with gr.Column(min_width=280):
                 nfe = gr.Slider(1, most, first["nfe"], step=1, label="Network evaluations (NFE)")

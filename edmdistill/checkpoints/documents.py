@@ -1,0 +1,73 @@
+"""Text from outside in documents of ours: Markdown with front matter, and HTML. Names stay text, whatever they hold."""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
+"""What is markup in the middle of a line of Markdown; an underscore within a word is none."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Returns a text of which every character shows or is a space: no control codes, line ends, changes of direction.
+
+    Args:
+        keep: control characters that stay, such as line ends in a block of code.
+    """
+    return "".join(character if character in keep else _shown(character) for character in text)
+
+
+def _shown(character: str) -> str:
+    if character.isspace():
+        return " "
+    # Cc and Cf: control codes, marks of direction, joiners; Cs: halves of surrogates, which UTF-8 cannot write.
+    return REPLACEMENT if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn") else character
+
+
+def front_matter(fields: Mapping[str, object]) -> str:
+    """Returns the Hub's header of a README.md as YAML between its marks; fields that are None are left out."""
+    from huggingface_hub.repocard_data import CardData
+
+    return f"---\n{CardData(**_clean(fields)).to_yaml()}\n---\n"  # type: ignore[arg-type]  # fields of any names
+
+
+def _clean(value: object) -> object:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {name: _clean(inner) for name, inner in value.items() if inner is not None}
+    return [_clean(inner) for inner in value] if isinstance(value, Sequence) else value
+
+
+def markdown(text: str) -> str:
+    """Returns Markdown that shows a text, in a line, a list or a cell of a table."""
+    return _SPECIAL.sub(r"\\\g<0>", html.escape(printable(text), quote=False))
+
+
+def code(text: str) -> str:
+    """Returns a text as code within a line of Markdown."""
+    text = printable(text)
+    fence = _fence(text, 1)
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def code_block(text: str, language: str = "") -> str:
+    """Returns a block of code in Markdown, within more backticks than the text has in a row."""
+    text = printable(text, keep="\n")
+    fence = _fence(text, 3)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """Returns more backticks than the text has in a row."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
+
+
+def escape(text: str) -> str:
+    """Returns HTML that shows a text, in an element or in a quoted attribute; line ends stay."""
+    return html.escape(printable(text, keep="\n"))
