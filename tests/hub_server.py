@@ -177,7 +177,11 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, body: bytes, name: str, revision: str | None) -> None:
         oid, files = self._files(name, revision or "main")
         private = self.server.repositories[name].private
-        siblings = [{"rfilename": path} for path in files]
+        siblings: list[dict[str, Any]] = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
+        for file in siblings:
+            if file["rfilename"].endswith(".safetensors"):
+                digest = _oid(file["rfilename"], files[file["rfilename"]])
+                file["lfs"] = {"sha256": digest, "size": file["size"], "pointerSize": 130}
         self._json({"id": name, "sha": oid, "private": private, "tags": [], "downloads": 0, "siblings": siblings})
 
     def validate(self, body: bytes) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from edmdistill.cli.options import say
+
 
 @click.command("push-to-hub")
 @click.argument("source", type=click.Path(path_type=Path))
@@ -13,6 +15,8 @@ import click
 @click.option("--branch", metavar="NAME", help="Where to; made if it is not there.  [default: main]")
 @click.option("--message", metavar="TEXT", help="Of the commit.")
 @click.option("--licence", help="Where the checkpoint knows none, or a stricter one; as the Hub writes it.")
+@click.option("--replace", "replace_model", is_flag=True, help="Put it in the place of another model that is there.")
+@click.option("--overwrite-card", is_flag=True, help="Replace a README.md that was written or changed by hand.")
 @click.option("--dry-run", is_flag=True, help="Print what would be published, with the card, and send nothing.")
 def command(
     source: Path,
@@ -21,30 +25,41 @@ def command(
     branch: str | None,
     message: str | None,
     licence: str | None,
+    replace_model: bool,
+    overwrite_card: bool,
     dry_run: bool,
 ) -> None:
     """Publish SOURCE, a checkpoint or a run directory, on the Hugging Face Hub.
 
     Weights, config.json, the card and a picture go there; states stay here. Then they are downloaded again and two
-    samples compared. The same command goes on with a push that was interrupted.
+    samples compared. The same command goes on with a push that was interrupted. Another model's repository is refused,
+    and a card that was changed by hand stays, unless told otherwise.
     """
     from edmdistill.checkpoints.store import CARD
     from edmdistill.hub import pack, push
 
     package = pack(source, repository, licence)
     sizes = "".join(f"  {name:<18} {size:>14,} bytes\n" for name, size in package.sizes.items())
-    click.echo(f"{repository}, under {package.config.provenance.licence}:\n{sizes}", nl=False, err=True)
+    say(f"{repository}, under {package.config.provenance.licence}:\n{sizes}".rstrip())
     if dry_run:
-        card = package.files[CARD]
-        assert isinstance(card, bytes)
-        click.echo(card.decode(), nl=False)
+        click.echo(package.card.decode(), nl=False)
         return
 
     def show(stage: str) -> None:
         if sys.stderr.isatty():
-            click.echo(f"{stage} ...", err=True)
+            say(f"{stage} ...")
 
-    done = push(package, private=private, branch=branch, message=message, note=show)
+    done = push(
+        package,
+        private=private,
+        branch=branch,
+        message=message,
+        replace_model=replace_model,
+        overwrite_card=overwrite_card,
+        note=show,
+    )
+    if done.kept_card:
+        say(f"The {CARD} there was written or changed by hand, and stays: --overwrite-card replaces it.")
     had = "was there already" if done.unchanged else "is published"
     click.echo(f"{done.url} {had}; downloaded again, it draws the same, bit for bit. To draw from it:")
     click.echo(f"  edmdistill sample {repository}{f'@{branch}' if branch else ''} --seeds 0-63 --out images")

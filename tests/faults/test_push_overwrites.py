@@ -1,0 +1,159 @@
+"""A push compares what is there with what it put there: another's model is refused, a card changed by hand stays."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hub_server import Hub
+from msgspec.structs import replace
+
+from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, load_tensors, read_config, save_tensors, write_config
+from edmdistill.cli import main
+from edmdistill.errors import CheckpointError, HubError
+from edmdistill.hub import Published, pack, push
+
+GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
+NAME = "me/cosim-digits"
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the Hub's client
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(GENERATOR, tmp_path / "generator")
+    return tmp_path / "generator"
+
+
+def publish(folder: Path, **options: object) -> Published:
+    return push(pack(folder, NAME), **options)  # type: ignore[arg-type]
+
+
+def head(server: Hub, branch: str = "main") -> dict[str, bytes]:
+    repository = server.repositories[NAME]
+    return repository.commits[repository.branches[branch]]
+
+
+def edit(server: Hub, name: str, text: bytes) -> None:
+    server.repositories[NAME].commit("main", {name: text})
+
+
+def train_on(folder: Path) -> None:
+    """Later weights of the same run."""
+    tensors, metadata = load_tensors(folder / MODEL)
+    tensors["out_gain"] = tensors["out_gain"] + 0.1
+    save_tensors(folder / MODEL, tensors, metadata)
+    write_config(folder, replace(read_config(folder), images_seen=10**9))
+
+
+def test_a_card_changed_by_hand_stays_and_the_weights_go_on(server: Hub, folder: Path) -> None:
+    assert not publish(folder).kept_card
+    by_hand = head(server)[CARD] + b"\nMy own words.\n"
+    edit(server, CARD, by_hand)
+    train_on(folder)
+    assert publish(folder).kept_card
+    assert head(server)[CARD] == by_hand
+    assert head(server)[MODEL] == (folder / MODEL).read_bytes()
+    assert not publish(folder, overwrite_card=True).kept_card
+    assert head(server)[CARD] == pack(folder, NAME).card
+
+
+@pytest.mark.parametrize("text", [b"# Mine\n", b"", b"---\nlicense: mit\n---\n", b"\xff\xfe"])
+def test_a_card_that_was_there_before_the_first_push_stays(server: Hub, folder: Path, text: bytes) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(NAME)
+    edit(server, CARD, text)
+    assert publish(folder).kept_card
+    assert head(server)[CARD] == text
+    assert MODEL in head(server)
+
+
+def test_a_card_that_was_not_changed_is_renewed(server: Hub, folder: Path) -> None:
+    publish(folder)
+    before = head(server)[CARD]
+    train_on(folder)
+    assert not publish(folder).kept_card
+    assert head(server)[CARD] == pack(folder, NAME).card != before
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"recipe_hash": "ef" * 32}, r"another model, a generator by \w+, recipe efefefefefef,"),
+        ({"method": "sid"}, "another model, a generator by sid"),
+        ({"stage": "teacher", "method": None}, "another model, a teacher from"),
+        ({"parent": "12" * 32}, "another model, a generator"),
+    ],
+)
+def test_another_runs_repository_is_refused(
+    server: Hub, folder: Path, change: dict[str, object], sentence: str
+) -> None:
+    config = read_config(folder)
+    if "parent" in change:
+        change = {"provenance": replace(config.provenance, **change)}
+    write_config(folder, replace(config, **change))
+    push(pack(folder, NAME))
+    before = head(server)
+    write_config(folder, config)
+    with pytest.raises(HubError, match=rf"^{NAME} holds {sentence}.* by --replace$"):
+        publish(folder)
+    assert head(server) == before
+    publish(folder, replace_model=True)
+    assert read_config(folder).recipe_hash.encode() in head(server)[CONFIG]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("pytorch_model.bin", b"BERT", "the weights of another program, pytorch_model.bin"),
+        ("unet/diffusion_pytorch_model.safetensors", b"SD", "the weights of another program, unet/"),
+        (MODEL, b"somebody's", "weights that edmdistill did not put there"),
+        (CONFIG, b'{"architectures": ["BertModel"]}', "another program's model, with a config.json of its own"),
+        (CONFIG, b"\xff", "another program's model"),
+    ],
+)
+def test_another_programs_repository_is_refused(
+    server: Hub, folder: Path, name: str, content: bytes, sentence: str
+) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(NAME)
+    edit(server, name, content)
+    for branch in (None, "mine"):
+        with pytest.raises(HubError, match=f"^{NAME} holds {sentence}"):
+            publish(folder, branch=branch)
+    assert set(head(server)) == {".gitattributes", name}
+    assert "mine" not in server.repositories[NAME].branches
+
+
+def test_weights_that_somebody_put_in_our_place_are_not_lost(server: Hub, folder: Path) -> None:
+    publish(folder)
+    edit(server, MODEL, b"fine-tuned by hand")
+    with pytest.raises(HubError, match=f"holds a {MODEL} that edmdistill did not put there"):
+        publish(folder)
+    assert head(server)[MODEL] == b"fine-tuned by hand"
+    publish(folder, replace_model=True)
+    assert head(server)[MODEL] == (folder / MODEL).read_bytes()
+
+
+@pytest.mark.parametrize("licence", ["mit\nx: y", "no such licence!", ""])
+def test_no_repository_is_made_for_a_licence_that_the_hub_refuses(server: Hub, folder: Path, licence: str) -> None:
+    with pytest.raises(CheckpointError, match=r"^the licence .* is neither an identifier of the Hub"):
+        pack(folder, NAME, licence)
+    origin = read_config(folder)
+    write_config(folder, replace(origin, provenance=replace(origin.provenance, licence=licence)))
+    with pytest.raises(CheckpointError, match=r"^the licence .* is neither an identifier of the Hub"):
+        pack(folder, NAME)
+    assert server.repositories == {}
+
+
+def test_the_command_says_that_the_card_stays(server: Hub, folder: Path) -> None:
+    publish(folder)
+    edit(server, CARD, b"# By hand\n")
+    result = CliRunner().invoke(main, ["push-to-hub", str(folder), NAME])
+    assert result.exit_code == 0, result.output
+    assert f"The {CARD} there was written or changed by hand, and stays: --overwrite-card replaces it." in result.stderr
+    result = CliRunner().invoke(main, ["push-to-hub", str(folder), NAME, "--overwrite-card"])
+    assert result.exit_code == 0, result.output
+    assert not re.search("by hand", head(server)[CARD].decode())
