@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "Measure a checkpoint or a folder of images against a data set.",
     "sweep": "Measure a network over numbers of steps and gammas: a table, JSON, a plot.",
     "loss": "Compare the diffusion loss of two teachers by noise level.",
+    "data": "Look into a data set: images, files left out, classes, means and deviations.",
     "recipes": "List, show, copy and check the recipes.",
     "plan": "Say what a run will need: memory, operations and days, by GPU.",
     "export": "Write a checkpoint for another program: diffusers, onnx, torch-export, nvidia, space.",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 OF_IMAGES = "protocol", "nfe", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "seeds", "save"
 OF_LIKELIHOOD = "split", "probes", "tolerance"
 """What only the one kind of measurement takes, and only the other."""
+OF_NETWORKS = "nfe", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "count", "seeds"
+"""How a network draws: nothing for images that exist."""
 
 
 def _integers(context: click.Context, option: click.Parameter, text: str | None) -> list[int | None]:
@@ -114,8 +116,12 @@ def command(
     if count and seeds:
         raise click.UsageError("--n N means the seeds 0 to N - 1, so it does not go with --seeds.")
 
+    from edmdistill.cli.options import say
+    from edmdistill.evaluation.images import Images, found, is_images
     from edmdistill.evaluation.saved import checkpoint_to_save_in
 
+    if not metrics and is_images(source):
+        _refuse(context, OF_NETWORKS, f"images that exist, as {source} is")
     place = checkpoint_to_save_in(source) if save else None
     if protocol is None:
         result = _likelihood(source, str(ref), split, count, probes, tolerance, batch, device)
@@ -125,7 +131,6 @@ def command(
     from tqdm import tqdm
 
     from edmdistill.checkpoints.convert import load_denoiser, load_model
-    from edmdistill.evaluation.images import is_images
     from edmdistill.evaluation.protocol import evaluate, find_protocol, open_reference
     from edmdistill.sampling.load import pick_device
     from edmdistill.sampling.seeds import parse_seeds
@@ -134,15 +139,15 @@ def command(
     numbers = range(count) if count else parse_seeds(seeds) if seeds else None
     standard, where = find_protocol(protocol), pick_device(device)
     data = open_reference(ref, standard)
-    model = source if is_images(source) else load_model(source, where)
+    model = found(source, data.label_dim) if is_images(source) else load_model(source, where)
+    for sentence in (*data.notes, *(model.notes if isinstance(model, Images) else ())):
+        say(sentence)
     weaker = None if guide is None else load_denoiser(guide, where)
     levels = total = None
-    if not isinstance(model, str):
+    if not isinstance(model, Images):
         flow, total = model.flow, len(nfe) * (standard.n if numbers is None else len(numbers))
         if times is not None:
             levels = parse_times(times, sigma_data=flow.sigma_data, sigma_min=flow.sigma_min, sigma_max=flow.sigma_max)
-    elif times is not None:
-        raise click.UsageError("--t says how a network draws, but these images exist: leave it out.")
     with tqdm(total=total, unit="image", delay=3) as bar:
         results = [
             evaluate(

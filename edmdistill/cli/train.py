@@ -130,7 +130,7 @@ def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tupl
     for role, part in plan["roles"].items():
         if part["unused"]:
             say(f"No part of the {role}'s loss, and so not trained: {', '.join(part['unused'])}.")
-    for sentence in run.method.notes():
+    for sentence in (*run.dataset.notes, *run.method.notes()):
         say(sentence)
 
     bar = None

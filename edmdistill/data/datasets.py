@@ -6,28 +6,30 @@ visits it is no state of the data set but a pure function, `indices`: a run resu
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
+import hashlib
+import math
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from edmdistill.errors import DatasetError
+from edmdistill.data.contents import read_contents
+from edmdistill.data.decode import decode_array, decode_image
+from edmdistill.data.files import Files, Member, open_files, refusing
+from edmdistill.errors import DatasetError, printable
 
-IMAGE_SUFFIXES = (".png", ".bmp", ".webp", ".jpg", ".jpeg")
-LATENT_SUFFIX = ".npy"
 IN_MEMORY_BYTES = 2**28  # smaller sets are decoded when they are opened, so that every error comes at once
 DIGITS, DIGITS_TRAIN, DIGITS_SPLIT_SEED = 1797, 1500, 0
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+HASHED_BYTES, HASHED_FILES = 2**28, 2**14
+"""Of a folder, how much is read for its fingerprint; a zip's directory has a CRC of every file."""
 
 Stored = NDArray[np.uint8 | np.float32]
 
@@ -44,9 +46,12 @@ class Dataset:
         labels: the class of each image, int64 [N], or None.
         label_names: the name of each class, where known.
         xflip: every image is there twice: N + i is i mirrored.
+        content: gives the sha256 of the images, in hex; default: of all that `read` gives.
+        notes: sentences on what of the source is not in the set.
     Attributes:
         latent: whether it holds latents.
         img_channels, img_resolution, label_dim: C, H = W and the number of classes, as a network needs them.
+        label_names: the name of each class, or None.
     Raises:
         DatasetError: an image cannot be read, is not square, or differs in shape from the first; or latents are to
             be mirrored.
@@ -62,10 +67,13 @@ class Dataset:
         label_names: Sequence[str] | None = None,
         *,
         xflip: bool = False,
+        content: Callable[[], str] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.name, self.split, self.xflip = name, split, xflip
-        self.label_dim = 0 if labels is None else int(labels.max()) + 1
+        self.label_dim = 0 if labels is None else max(int(labels.max()) + 1, len(label_names or ()))
         self.label_names = None if label_names is None else list(label_names)
+        self._content, self._notes = content, list(notes)
         self._labels = np.tile(labels, 2) if xflip and labels is not None else labels
         self.files, self._read = files, read
         first = read(0)
@@ -85,6 +93,93 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.files) * (2 if self.xflip else 1)
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the user: which files were left out, and which classes have no images."""
+        missing = self.missing_classes
+        if not missing:
+            return list(self._notes)
+        sentence = (
+            f"{self.name}: {len(missing):,} of the {self.label_dim:,} classes {'have' if len(missing) > 1 else 'has'} "
+            f"no image, the first {missing[0]}"
+        )
+        first = " (the labels begin at 1, and classes are counted from 0)" if self._from_one() else ""
+        return [*self._notes, f"{sentence}{first}."]
+
+    @property
+    def class_counts(self) -> list[int]:
+        """How many images each class has, mirrored ones not counted; empty for a set without classes."""
+        if self._labels is None:
+            return []
+        counts: list[int] = np.bincount(self._labels[: len(self.files)], minlength=self.label_dim).tolist()
+        return counts
+
+    @property
+    def missing_classes(self) -> list[int]:
+        """The classes without images."""
+        return [label for label, count in enumerate(self.class_counts) if count == 0]
+
+    def _from_one(self) -> bool:
+        """Whether the classes are 1 to K, as of someone who counts from 1."""
+        used = np.flatnonzero(self.class_counts)
+        return self.label_names is None and bool(len(used)) and used[0] == 1 and len(used) == used[-1]
+
+    def use_classes(self, label_dim: int, label_names: Sequence[str] | None = None) -> None:
+        """Takes the classes as those of a network: its label vectors are as long, and `notes` says which are missing.
+
+        Args:
+            label_dim: the network's number of classes; 0: it reads none, and nothing changes.
+            label_names: its names of them, where known.
+        Raises: DatasetError: the set has no classes, or some that the network does not know.
+        """
+        if not label_dim:
+            return
+        if self._labels is None or self.label_dim > label_dim:
+            first = "; its labels begin at 1: subtract 1 from each" if self._from_one() else ""
+            raise DatasetError(
+                f"{self.name} has {self.label_dim or 'no'} classes, but the network has {label_dim}, 0 to "
+                f"{label_dim - 1}{first or ': name data with its classes'}"
+            )
+        self.label_dim = label_dim
+        for i, (ours, theirs) in enumerate(zip(self.label_names or (), label_names or (), strict=False)):
+            if ours != theirs:
+                self._notes.append(f"{self.name}: class {i} is {ours!r} there, and {theirs!r} to the network.")
+                break
+
+    def require_zero(self) -> None:
+        """Raises DatasetError if the labels are 1 to K: a network made for them would draw class 0 and never see it."""
+        if self._from_one():
+            raise DatasetError(
+                f"{self.name} has labels from 1 to {self.label_dim - 1}, but classes are counted from 0: subtract 1 "
+                "from each label in dataset.json"
+            )
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """Hex digest of the images in their order, whatever the source and its files are called.
+
+        It is made of the sizes and CRCs of their files: of all those in a zip. In a folder of more than HASHED_BYTES or
+        HASHED_FILES, only every k-th file is read, k as small as these allow, and the others count by name and size.
+        """
+        if self._content is not None:
+            return self._content()
+        digest = hashlib.sha256()
+        for i in range(len(self.files)):
+            digest.update(self._read(i).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def labels_sha256(self) -> str | None:
+        """Hex digest of the classes in their order, or None for a set without classes."""
+        if self._labels is None:
+            return None
+        return hashlib.sha256(self._labels[: len(self.files)].astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of images and classes: the same data have the same under every name."""
+        return hashlib.sha256(f"{self.content_sha256} {self.labels_sha256}".encode()).hexdigest()
 
     def image(self, i: int) -> Tensor:
         """Image i as it is stored.  uint8 [C,H,W]"""
@@ -141,17 +236,18 @@ class Dataset:
         return image
 
 
-def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = False) -> Dataset:
+def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = False, lossless: bool = False) -> Dataset:
     """Opens the word `digits`, or a zip or folder in EDM's layout.
 
     A zip or folder holds images, or latents as EDM2's dataset_tool.py writes them (.npy), in subfolders or not, and may
-    hold a dataset.json, {"labels": [["sub/name.png", class], ...]}; it is a training set as a whole. The digits are
-    scikit-learn's, 8x8, one channel, 0..16 scaled to 0..255: `train` is a fixed random 1500 of the 1797, `test` the
-    other 297.
+    hold a dataset.json, {"labels": [["sub/name.png", class], ...], "label_names": [name, ...]}; it is a training set as
+    a whole. The digits are scikit-learn's, 8x8, one channel, 0..16 scaled to 0..255: `train` is a fixed random 1500 of
+    the 1797, `test` the other 297.
 
     Args:
         split: train | test | all.
         xflip: see `Dataset`.
+        lossless: refuse images of formats that lose something.
     Raises:
         DatasetError: no such source or split; no images, or a broken one; dataset.json broken or incomplete.
     """
@@ -160,17 +256,21 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
     path = Path(source)
     if split not in ("train", "all"):
         raise DatasetError(f"{path} has no split {split!r}: a zip or folder is one training set; use 'train'")
-    if path.is_dir():
-        members = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-        return _open_files(path, split, xflip, members, partial(_read_file, path))
-    if not path.exists():
-        raise DatasetError(f"{path} does not exist; give a zip, a folder, or the word digits")
-    read = _Zip(path)
-    try:
-        members = read.archive.namelist()
-    except BROKEN as error:
-        raise DatasetError(f"{path} is not a zip ({error}); give a zip, a folder, or the word digits") from error
-    return _open_files(path, split, xflip, members, read)
+    files = open_files(path)
+    contents = read_contents(files)
+    names = [printable(member.name) for member in contents.images]
+    read = _Reader(files, contents.images, contents.latent, lossless)
+    return Dataset(
+        str(path),
+        split,
+        names,
+        read,
+        contents.labels,
+        contents.label_names,
+        xflip=xflip,
+        content=partial(_content_sha256, files, contents.images),
+        notes=contents.notes(str(path)),
+    )
 
 
 def indices(seed: int, position: int, batch: int, length: int) -> Tensor:
@@ -214,93 +314,63 @@ def _open_digits(split: str, xflip: bool) -> Dataset:
     return Dataset("digits", split, files, images.__getitem__, classes, names, xflip=xflip)
 
 
-class _Zip:
-    """Reads members of a zip; every process opens the file for itself, for one that is shared has one position."""
+@dataclass(frozen=True)
+class _Reader:
+    """Gives image i of a zip or a folder, as it is stored."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    files: Files
+    images: Sequence[Member]
+    latent: bool
+    lossless: bool
 
-    @cached_property
-    def archive(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(self.path)
-
-    def __call__(self, member: str) -> bytes:
-        return self.archive.read(member)
-
-    def __reduce__(self) -> tuple[type[_Zip], tuple[Path]]:
-        return _Zip, (self.path,)
-
-
-def _read_file(path: Path, member: str) -> bytes:
-    return (path / member).read_bytes()
-
-
-def _open_files(path: Path, split: str, xflip: bool, members: Sequence[str], read: Callable[[str], bytes]) -> Dataset:
-    suffixes = (*IMAGE_SUFFIXES, LATENT_SUFFIX)
-    # `edmdistill sample` leaves a grid beside its images.
-    files = sorted(name for name in members if name.lower().endswith(suffixes) and name != "grid.png")
-    if not files:
-        raise DatasetError(f"{path} holds no images; expected files that end in {', '.join(suffixes)}")
-    latents = [name for name in files if name.lower().endswith(LATENT_SUFFIX)]
-    if 0 < len(latents) < len(files):
-        raise DatasetError(
-            f"{path} holds {len(latents)} latents, the first {latents[0]}, among {len(files)} files; keep images and "
-            "latents in two data sets"
-        )
-    labels = _read_labels(path, files, read) if "dataset.json" in members else None
-    decode = partial(_decode_latents if latents else _decode_image, path, files, read)
-    return Dataset(str(path), split, files, decode, labels, xflip=xflip)
+    def __call__(self, i: int) -> Stored:
+        name = self.images[i].name
+        where = f"{self.files.path}: {printable(name)}"
+        kind = "array" if self.latent else "image"
+        with refusing(lambda why: f"{where} is not a readable {kind} ({why}); replace or remove it"):
+            data = self.files.read(name)
+        if not self.latent:
+            return decode_image(data, where, lossless=self.lossless)
+        return _moments(decode_array(data, where), where, i)
 
 
-def _decode_latents(path: Path, files: Sequence[str], read: Callable[[str], bytes], i: int) -> NDArray[np.float32]:
-    try:
-        moments = np.lib.format.read_array(io.BytesIO(read(files[i])), allow_pickle=False)
-    except BROKEN as error:
-        raise DatasetError(f"{path}: {files[i]} is not a readable array ({error}); replace or remove it") from error
+def _moments(moments: NDArray[Any], where: str, i: int) -> NDArray[np.float32]:
+    """Latents as they should be: the mean, then the standard deviation."""
     found = f"{moments.dtype} {list(moments.shape)}"
     if moments.dtype == np.float32 and moments.ndim == 3 and moments.size and len(moments) % 2 == 0:
-        smallest = moments[len(moments) // 2 :].min()
-        if smallest >= 0:
+        if not np.isfinite(moments).all():
+            channel = int(np.argwhere(~np.isfinite(moments))[0][0])
+            raise DatasetError(
+                f"{where} (image {i}) holds values that are not finite, the first in channel {channel}; encode it "
+                "again, or remove it"
+            )
+        deviations = moments[len(moments) // 2 :]
+        if deviations.min() >= 0 and deviations.max() > 0:
             return moments
-        found += f" with a standard deviation of {smallest:g}"
+        if deviations.max() == 0:
+            raise DatasetError(
+                f"{where} has a standard deviation of 0 everywhere, as of latents that were drawn and scaled already; "
+                "give the encoder's means and standard deviations, as EDM2's dataset_tool.py writes them"
+            )
+        found += f" with a standard deviation of {deviations.min():g}"
     raise DatasetError(
-        f"{path}: {files[i]} is {found}, but latents are float32 [2C,H,W], means and then standard deviations; encode "
-        "the images as EDM2's dataset_tool.py does"
+        f"{where} is {found}, but latents are float32 [2C,H,W], means and then standard deviations; encode the images "
+        "as EDM2's dataset_tool.py does"
     )
 
 
-def _decode_image(path: Path, files: Sequence[str], read: Callable[[str], bytes], i: int) -> NDArray[np.uint8]:
-    member = files[i]
-    try:
-        with Image.open(io.BytesIO(read(member))) as image:
-            pixels, mode = np.asarray(image), image.mode
-    except BROKEN as error:
-        raise DatasetError(f"{path}: {member} is not a readable image ({error}); replace or remove it") from error
-    if mode not in ("L", "RGB"):
-        raise DatasetError(f"{path}: {member} has mode {mode}; convert it to 8-bit grayscale (L) or RGB")
-    return pixels[None] if mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _read_labels(path: Path, files: Sequence[str], read: Callable[[str], bytes]) -> NDArray[np.int64] | None:
-    try:
-        entries = json.loads(read("dataset.json"))["labels"]
-        known = None if entries is None else {str(file): label for file, label in entries}
-    except (*BROKEN, KeyError, TypeError) as error:
-        raise DatasetError(
-            f'{path}: dataset.json is not {{"labels": [[file, class], ...]}} ({error!r}); mend or remove it'
-        ) from error
-    if known is None:
-        return None
-    missing = [file for file in files if file not in known]
-    if missing:
-        raise DatasetError(
-            f"{path}: dataset.json has no label for {len(missing)} of {len(files)} images, the first {missing[0]}; "
-            "label all or none"
-        )
-    for file in files:
-        if type(known[file]) is not int or known[file] < 0:
-            raise DatasetError(f"{path}: dataset.json labels {file} as {known[file]!r}; classes are integers from 0")
-    return np.array([known[file] for file in files], dtype=np.int64)
+def _content_sha256(files: Files, images: Sequence[Member]) -> str:
+    """See Dataset.content_sha256."""
+    total = sum(member.size for member in images)
+    stride = max(1, math.ceil(total / HASHED_BYTES), math.ceil(len(images) / HASHED_FILES))
+    digest = hashlib.sha256()
+    for i, member in enumerate(images):
+        crc = member.crc
+        if crc is None and i % stride == 0:
+            crc = zlib.crc32(files.read(member.name))
+        content = member.name if crc is None else f"{crc:08x}"
+        digest.update(f"{member.size} {content}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _size(image: Stored) -> str:

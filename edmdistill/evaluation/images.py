@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import zipfile
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import CONFIG
+from edmdistill.data.contents import IMAGE_SUFFIXES
 from edmdistill.data.datasets import open_dataset
-from edmdistill.errors import DatasetError
+from edmdistill.data.decode import Header, decode_array, read_header
+from edmdistill.data.files import ZipFiles, refusing
+from edmdistill.errors import DatasetError, printable
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.grid import to_uint8
 
-LOSSY = (".jpg", ".jpeg", ".webp")
+ARRAYS = (".npz", ".npy")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
 
 Scheme = Literal["balanced", "given", "none", "unknown"]
 
@@ -36,6 +42,7 @@ class Images:
         seeds: of each image, or None where they are unknown.
         scheme: where the classes come from. balanced: class = seed modulo the number of classes; given: any others;
             none: the network is unconditional; unknown: nothing is known of them.
+        notes: sentences on what of the source was left out.
     """
 
     count: int
@@ -44,14 +51,15 @@ class Images:
     classes: Tensor | None
     seeds: Sequence[int] | None
     scheme: Scheme
+    notes: tuple[str, ...] = ()
 
 
 def is_images(source: str | Path) -> bool:
-    """Whether a source is images, and not a network: an .npz, a zip, or a folder that is no checkpoint and no run."""
+    """Whether a source is images and no network: arrays, an archive, or a folder that is no checkpoint and no run."""
     path = Path(source)
     if path.is_dir():
         return not (path / CONFIG).exists() and not (path / "recipe.toml").exists()
-    return path.suffix in (".npz", ".zip")
+    return path.suffix.lower() in (*ARRAYS, *ARCHIVES, *IMAGE_SUFFIXES)
 
 
 def drawn(model: Generator | Denoiser, seeds: Sequence[int], draw: Callable[..., Tensor]) -> Images:
@@ -75,42 +83,32 @@ def found(source: Tensor | str | Path, label_dim: int) -> Images:
     """Images that are there already.
 
     Args:
-        source: uint8 [N,C,H,W]; an .npz with images uint8 [N,H,W,C], and seeds [N] and labels [N] if they are known; or
-            a folder or zip of lossless images, with a dataset.json for their classes. Files that are named by numbers
-            are taken to be named by seeds, as sample names them.
+        source: uint8 [N,C,H,W]; an .npz with images uint8 [N,H,W,C], and seeds [N] and labels [N] if they are known, or
+            with arr_0 and arr_1 in their places, as ADM's code writes it; an .npy of images; or a folder or zip of
+            lossless images, with a dataset.json for their classes. Files that are named by numbers are taken to be
+            named by seeds, as sample names them.
         label_dim: the number of classes that a balanced choice is over.
     Raises: DatasetError: the images cannot be read, or are JPEGs or latents.
     """
-    classes, seeds = None, None
     if isinstance(source, Tensor):
-        pixels = source
-    elif Path(source).suffix == ".npz":
-        pixels, classes, seeds = _read_npz(Path(source))
-    else:
-        data = open_dataset(source)
-        lossy = [file for file in data.files if file.lower().endswith(LOSSY)]
-        if lossy:
+        if source.dtype != torch.uint8 or source.ndim != 4:
             raise DatasetError(
-                f"{source}: {lossy[0]} was compressed with loss, which changes every metric; measure PNGs"
+                f"images to be measured are uint8 [N,C,H,W], but these are {source.dtype} {list(source.shape)}; "
+                "sampling.grid.to_uint8 makes them from [-1, 1]"
             )
-        names = [PurePosixPath(file).stem for file in data.files]
-        seeds = [int(name) for name in names] if all(name.isdecimal() for name in names) else None
-        classes = data.labels(range(len(data)))
-        size = (data.img_channels, data.img_resolution, data.img_resolution)
-        return Images(len(data), size, data.images, classes, seeds, _scheme(classes, seeds, label_dim))
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4:
-        raise DatasetError(
-            f"images to be measured are uint8 [N,C,H,W], but these are {pixels.dtype} {list(pixels.shape)}; "
-            "sampling.grid.to_uint8 makes them from [-1, 1]"
-        )
-    return Images(
-        len(pixels),
-        tuple(pixels.shape[1:]),
-        lambda rows: pixels[rows.start : rows.stop],
-        classes,
-        seeds,
-        _scheme(classes, seeds, label_dim),
-    )
+        size = tuple(source.shape[1:])
+        return Images(len(source), size, lambda rows: source[rows.start : rows.stop], None, None, "unknown")
+    path = Path(source)
+    if path.suffix.lower() in ARRAYS and not path.is_dir():
+        rows, classes, seeds = _open_npz(path) if path.suffix.lower() == ".npz" else (_open_npy(path), None, None)
+        count, height, width, channels = rows.header.shape
+        return Images(count, (channels, height, width), rows, classes, seeds, _scheme(classes, seeds, label_dim))
+    data = open_dataset(source, lossless=True)
+    names = [PurePosixPath(file).stem for file in data.files]
+    seeds = [int(name) for name in names] if all(name.isdecimal() for name in names) else None
+    classes = data.labels(range(len(data)))
+    size = (data.img_channels, data.img_resolution, data.img_resolution)
+    return Images(len(data), size, data.images, classes, seeds, _scheme(classes, seeds, label_dim), tuple(data.notes))
 
 
 def _scheme(classes: Tensor | None, seeds: Sequence[int] | None, label_dim: int) -> Scheme:
@@ -120,28 +118,114 @@ def _scheme(classes: Tensor | None, seeds: Sequence[int] | None, label_dim: int)
     return "balanced" if balanced else "given"
 
 
-def _read_npz(path: Path) -> tuple[Tensor, Tensor | None, list[int] | None]:
-    """Images [N,C,H,W], classes [N] and seeds of an .npz as sample writes it; a class of -1 is none."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path} is not a readable .npz ({error}); draw it again with edmdistill sample") from error
-    if "images" not in held:
-        raise DatasetError(
-            f"{path} holds {', '.join(held) or 'nothing'}, but images were expected (uint8 [N,H,W,C]); "
-            "latents must be decoded first"
-        )
-    images = held["images"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise DatasetError(f"{path}: images are {images.dtype} {list(images.shape)}, but uint8 [N,H,W,C] were expected")
-    labels, seeds = held.get("labels"), held.get("seeds")
-    for name, column in (("labels", labels), ("seeds", seeds)):
-        if column is not None and (column.shape != (len(images),) or column.dtype.kind not in "iu"):
+class _Rows:
+    """Gives images of an array in a file, in batches that follow one another; none is kept in memory.
+
+    Args:
+        open: the file at its first byte.
+        header: of its array, uint8 [N,H,W,C].
+        where: what errors call it.
+    """
+
+    def __init__(self, open: Callable[[], IO[bytes]], header: Header, where: str) -> None:
+        self.header = header
+        self._open, self._where = open, where
+        self._file: IO[bytes] | None = None
+
+    def __call__(self, rows: range) -> Tensor:
+        shape = self.header.shape
+        size = math.prod(shape[1:])
+        start = self.header.start + rows.start * size
+        with refusing(lambda why: f"{self._where} cannot be read to its end ({why}); make it again"):
+            if self._file is None or self._file.closed:
+                self._file = self._open()
+            if self._file.tell() != start:
+                self._file.seek(start)
+            data = self._file.read(len(rows) * size)
+            if len(data) < len(rows) * size:
+                raise EOFError(f"it ends in image {rows.start + len(data) // size} of {shape[0]}")
+            if rows.stop == shape[0]:
+                self._file.read(1)  # at the end of a zip's member its CRC is checked
+                self._file.close()
+        pixels = np.frombuffer(data, np.uint8).reshape(len(rows), *shape[1:])
+        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _open_npy(path: Path) -> _Rows:
+    with (
+        refusing(lambda why: f"{path} cannot be read ({why}); give images as uint8 [N,H,W,C]"),
+        path.open("rb") as file,
+    ):
+        header = read_header(file, path.stat().st_size, str(path))
+    _require_images(header, str(path))
+    return _Rows(lambda: path.open("rb"), header, str(path))
+
+
+def _open_npz(path: Path) -> tuple[_Rows, Tensor | None, list[int] | None]:
+    """The images of an .npz, their classes [N] and their seeds; a class of -1 is none."""
+    files = ZipFiles(path)
+    names = [member.name.removesuffix(".npy") for member in files.members()]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DatasetError(f"{path} holds {printable(twice[0])} twice; write it again")
+    name, also = ("images", "labels") if "images" in names else ("arr_0", "arr_1")
+    if name not in names:
+        raise DatasetError(_no_images(path, names))
+    stored, where = f"{name}.npy", f"{path}: {name}"
+    with refusing(lambda why: f"{where} cannot be read ({why}); write it again"):
+        file, size = files.stream(stored)
+        with file:
+            header = read_header(file, size, where)
+    _require_images(header, where)
+
+    def column(key: str) -> NDArray[np.int64] | None:
+        if key not in names:
+            return None
+        with refusing(lambda why: f"{path}: {key} cannot be read ({why}); write it again"):
+            values: NDArray[Any] = decode_array(files.read(f"{key}.npy"), f"{path}: {key}")
+        if values.shape != header.shape[:1] or values.dtype.kind not in "iu" or values.max() >= 2**63:
             raise DatasetError(
-                f"{path}: {name} are {column.dtype} {list(column.shape)}, but an integer for each of the "
-                f"{len(images)} images was expected"
+                f"{path}: {key} are {values.dtype} {list(values.shape)}, but an integer for each of the "
+                f"{header.shape[0]} images was expected"
             )
-    classes = None if labels is None or (labels < 0).any() else torch.from_numpy(labels.astype(np.int64))
-    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return pixels, classes, None if seeds is None else seeds.tolist()
+        return values.astype(np.int64)
+
+    labels, seeds = column(also), column("seeds")
+    if labels is not None and (labels < 0).any():
+        if labels.max() >= 0:
+            raise DatasetError(f"{path}: {also} has classes and, for {int((labels < 0).sum())} images, none; label all")
+        labels = None
+    rows = _Rows(lambda: files.stream(stored)[0], header, where)
+    return rows, None if labels is None else torch.from_numpy(labels), None if seeds is None else seeds.tolist()
+
+
+def _no_images(path: Path, names: Sequence[str]) -> str:
+    """A sentence on an .npz that holds other arrays."""
+    if "mu" in names and "sigma" in names:
+        return (
+            f"{path} holds the statistics of a reference (mu and sigma) and no images; give images to be measured, and "
+            "as --ref the images that these statistics are of"
+        )
+    found = ", ".join(printable(name) for name in names[:5]) or "nothing"
+    hint = "; decode latents first" if "latents" in names else ""
+    return f"{path} holds {found}, but images or arr_0 were expected, uint8 [N,H,W,C]{hint}"
+
+
+def _require_images(header: Header, where: str) -> None:
+    """Raises DatasetError unless an array holds images, uint8 [N,H,W,C], C 1 or 3."""
+    shape, hint = header.shape, ""
+    if header.dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3):
+        if 0 in shape:
+            raise DatasetError(f"{where} is empty, uint8 {list(shape)}; give images to be measured")
+        return
+    if header.dtype.kind == "f":
+        hint = "; turn [-1, 1] into uint8 by (127.5 * x + 128).clip(0, 255).astype('uint8')"
+    elif len(shape) == 4 and shape[1] in (1, 3):
+        hint = "; move the channels to the end by .transpose(0, 2, 3, 1)"
+    elif len(shape) == 3:
+        hint = "; give gray images an axis of channels by [..., None]"
+    raise DatasetError(f"{where}: images are {header}, but uint8 [N,H,W,C] of 1 or 3 channels were expected{hint}")

@@ -212,7 +212,7 @@ def evaluate_likelihood(
 
 
 def _check(model: Generator | Denoiser, data: Dataset) -> None:
-    """Raises EdmDistillError unless the network knows the ODE of such data."""
+    """Counts the data's classes as the network does.  Raises EdmDistillError unless it knows the ODE of such data."""
     flow = model.flow
     if isinstance(model, Generator) and not flow.two_time:
         raise EdmDistillError(
@@ -230,8 +230,4 @@ def _check(model: Generator | Denoiser, data: Dataset) -> None:
             f"{data.name} holds images of {ours[0]} channels and {ours[1]} pixels a side, but the network's have "
             f"{size[0]} and {size[1]}: name the data that it was trained on"
         )
-    if flow.label_dim and data.label_dim != flow.label_dim:
-        raise DatasetError(
-            f"{data.name} has {data.label_dim or 'no'} classes, but the network has {flow.label_dim}: name data with "
-            "its classes"
-        )
+    data.use_classes(flow.label_dim)

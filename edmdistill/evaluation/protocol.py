@@ -24,7 +24,7 @@ from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.features import FEATURES, Classifier
 from edmdistill.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
-from edmdistill.evaluation.images import Scheme, drawn, found
+from edmdistill.evaluation.images import Images, Scheme, drawn, found
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.generate import default_nfe, guidance_of, sample
 from edmdistill.trigflow import time_to_sigma
@@ -167,7 +167,7 @@ def require_comparable(a: Result, b: Result) -> None:
 
 
 def evaluate(
-    model_or_images: Generator | Denoiser | Tensor | str | Path,
+    model_or_images: Generator | Denoiser | Images | Tensor | str | Path,
     reference: Dataset | str | Path | None = None,
     *,
     protocol: str,
@@ -187,8 +187,8 @@ def evaluate(
     """Measures what a network draws, or images that are there already, against a data set.
 
     Args:
-        model_or_images: a network, drawing where it is; or images as `found` takes them: a folder, a zip, an .npz, or
-            uint8 [N,C,H,W].
+        model_or_images: a network, drawing where it is; or images as `found` gives or takes them: a folder, a zip, an
+            .npz, an .npy, or uint8 [N,C,H,W].
         reference: a data set, or what open_dataset takes; default: the protocol's own.
         protocol: a key of PROTOCOLS.
         nfe, gamma, times, guidance, guide, force_guidance, solver: how a network draws, see `sample`.
@@ -218,7 +218,8 @@ def evaluate(
         )
         images = drawn(model_or_images, range(standard.n) if seeds is None else seeds, draw)
     elif (nfe, gamma, times, guidance, guide, solver, seeds, force_guidance or None) == (None,) * 8:
-        images = found(model_or_images, data.label_dim)
+        given = model_or_images
+        images = given if isinstance(given, Images) else found(given, data.label_dim)
     else:
         raise EdmDistillError(
             "nfe, gamma, times, guidance, solver and seeds say how a network draws, but these images exist: leave them "

@@ -99,6 +99,8 @@ class Run:
                 "resolution": data.img_resolution,
                 "channels": data.img_channels,
                 "classes": data.label_dim,
+                "content_sha256": data.content_sha256,
+                "labels_sha256": data.labels_sha256,
             },
         }
 
@@ -271,7 +273,7 @@ def prepare(
             method=recipe.method["name"],
             recipe_hash=recipe.hash,
             guidance=guidance,
-            label_names=config.label_names or (tuple(dataset.label_names) if dataset.label_names else None),
+            label_names=config.label_names or _names(dataset, flow.label_dim),
             sampling=Sampling(recipe.sampling.sigmas, recipe.sampling.gamma),
             results=(),
         ),
@@ -317,6 +319,8 @@ def read_teacher(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
 
 def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """A network that fits the data, with fresh weights, and its configuration."""
+    if "label_dim" not in table.arguments:
+        dataset.require_zero()
     arguments = {
         "img_resolution": dataset.img_resolution,
         "img_channels": dataset.img_channels,
@@ -386,18 +390,27 @@ def set_dropout(network: FlowNetwork, dropout: float, max_resolution: int | None
             block.dropout = dropout if max_resolution is None or resolution <= max_resolution else 0.0
 
 
+def _names(dataset: Dataset, label_dim: int) -> tuple[str, ...] | None:
+    """The data's names of the network's classes, if there is one for each."""
+    names = dataset.label_names or ()
+    return tuple(names) if label_dim and len(names) == label_dim else None
+
+
 def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -> None:
-    """Lets data through that the network takes.  Raises: TrainingError: their shape or their classes are others."""
+    """Lets data through that the network takes, and counts its classes as the network does.
+
+    Raises: TrainingError: their shape is another.  DatasetError: they have no classes, or others than the network.
+    """
 
     def words(latent: bool, size: int, channels: int, classes: int) -> str:
-        what = "latents" if latent else "images"
-        return f"{what} of {size}x{size} with {channels} channels and {classes or 'no'} classes"
+        what, plural = "latents" if latent else "images", "s" if channels > 1 else ""
+        return f"{what} of {size}x{size} with {channels} channel{plural} and {classes or 'no'} classes"
 
-    classes = dataset.label_dim if flow.label_dim else 0
-    has = dataset.latent, dataset.img_resolution, dataset.img_channels, classes
-    latent = statistics_of(config.encoder) is not None
-    needs = latent, flow.img_resolution, flow.img_channels, flow.label_dim
+    has = dataset.latent, dataset.img_resolution, dataset.img_channels
+    needs = statistics_of(config.encoder) is not None, flow.img_resolution, flow.img_channels
     if has != needs:
         raise TrainingError(
-            f"the data {dataset.name} are {words(*has)}, but the network takes {words(*needs)}: give those"
+            f"the data {dataset.name} are {words(*has, dataset.label_dim)}, but the network takes "
+            f"{words(*needs, flow.label_dim)}: give those"
         )
+    dataset.use_classes(flow.label_dim, config.label_names)

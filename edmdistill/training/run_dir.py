@@ -19,7 +19,10 @@ from edmdistill.atomic import atomic_write, remove_leftovers
 from edmdistill.errors import CheckpointError, TrainingError
 
 RECIPE, RUN, SESSIONS = "recipe.resolved.json", "run.json", "sessions.jsonl"
-FREE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapshot_every")} | {"ema.snapshot_every"}
+FREE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapshot_every")} | {
+    "ema.snapshot_every",
+    "data.name",
+}
 """What a run may go on with otherwise than it began: it changes nothing that is computed."""
 
 

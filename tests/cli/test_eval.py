@@ -150,8 +150,8 @@ def test_images_have_no_likelihood(images: Path) -> None:
     ("arguments", "message"),
     [
         (["--protocol", "fid"], "there is no protocol 'fid'"),
-        (["--protocol", "digits", "--nfe", "2"], "these images exist: leave them out"),
-        (["--protocol", "digits", "--t", "80"], "these images exist: leave it out"),
+        (["--protocol", "digits", "--nfe", "2"], "does not go with images that exist"),
+        (["--protocol", "digits", "--t", "80"], "--t does not go with images that exist"),
         (["--protocol", "digits", "--nfe", "two"], "'two' is no list of whole numbers"),
         (["--protocol", "digits", "--n", "9", "--seeds", "1"], "does not go with --seeds"),
         (["--protocol", "digits", "--ref", "absent.zip"], "absent.zip does not exist"),

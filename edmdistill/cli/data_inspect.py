@@ -1,0 +1,20 @@
+"""`edmdistill data inspect`."""
+
+import click
+
+
+@click.command("inspect")
+@click.argument("source", metavar="SET")
+@click.option("--split", default="train", show_default=True, help="Of the digits: train, test or all.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(source: str, split: str, as_json: bool) -> None:
+    """Show what is in a data set, and what is left out.
+
+    SET is a zip, a folder, or the word digits. All of it is read, so that a broken image is found too.
+    """
+    from edmdistill.data.inspect import inspect_data, to_json, to_text
+    from edmdistill.progress import progress_bar
+
+    with progress_bar(unit="image") as bar:
+        found = inspect_data(source, split=split, on_progress=bar.update)
+    click.echo(to_json(found) if as_json else to_text(found))

@@ -1,0 +1,134 @@
+"""Images and arrays from foreign bytes: what a header claims is checked before anything is made of the rest."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from edmdistill.data.files import refusing
+from edmdistill.errors import DatasetError
+
+RESOLUTION = 4096
+"""The largest height and width that is read."""
+FORMATS = ("PNG", "BMP", "WEBP", "JPEG", "MPO")
+"""Pillow's names; an MPO is a JPEG that has a preview behind it, as phones write them."""
+LOSSY = ("JPEG", "MPO", "WEBP")
+MODES = {
+    "1": "black and white, one bit a pixel",
+    "P": "colours from a palette",
+    "PA": "colours from a palette",
+    "LA": "transparency",
+    "RGBA": "transparency",
+    "CMYK": "colours for print",
+    "I": "more than 8 bits a channel",
+    "I;16": "more than 8 bits a channel",
+    "F": "floating-point values",
+}
+_NO_IMAGE = {
+    b"": "an empty file",
+    b"version https://git-lfs": "a Git LFS pointer, fetched by `git lfs pull`",
+    b"<": "a web page or an SVG",
+    b"GIF8": "a GIF",
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"P6": "a PPM",
+    b"P5": "a PGM",
+    b"\x00\x00\x00\x0cjP": "a JPEG 2000",
+}
+
+
+def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[np.uint8]:
+    """Returns an image as it is seen: upright, if its EXIF data say that the camera was turned.
+
+    Differs: EDM's dataset_tool.py ignores EXIF data, so that a photo lies on its side there.
+    Args:
+        where: the set and the name, for errors.
+        lossless: refuse formats that do not keep every value.
+    Returns: uint8 [C,H,W], C 1 or 3.
+    Raises: DatasetError: it is no PNG, BMP, WebP or JPEG, broken, animated, larger than RESOLUTION, or has another
+        mode than 8-bit grayscale or RGB.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of sizes and of EXIF data that are dealt with here
+        with refusing(lambda why: f"{where} is not a readable image ({_no_image(data) or why}); replace or remove it"):
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with image:
+            width, height = image.size
+            if max(width, height) > RESOLUTION:
+                raise DatasetError(f"{where} is {width}x{height}, and at most {RESOLUTION} a side are read; resize it")
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise DatasetError(f"{where} is an animation of {frames} frames; keep one frame as a PNG")
+            if lossless and image.format in LOSSY:
+                raise DatasetError(
+                    f"{where} is a {image.format}, which may have been compressed with loss, and that changes every "
+                    "metric; measure PNGs"
+                )
+            deep = image.format == "PNG" and data[24:25] == b"\x10"  # Pillow cuts RGB of 16 bits to 8 without a word
+            if deep or image.mode not in ("L", "RGB"):
+                kind = MODES["I"] if deep else MODES.get(image.mode, "other channels")
+                raise DatasetError(f"{where} has mode {image.mode} ({kind}); convert it to 8-bit grayscale (L) or RGB")
+            with refusing(lambda why: f"{where} is not a readable image ({why}); replace or remove it"):
+                pixels = np.asarray(ImageOps.exif_transpose(image))
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _no_image(data: bytes) -> str | None:
+    """What else the bytes are, where that is known."""
+    if data[4:8] == b"ftyp":
+        return "a HEIC or AVIF"
+    return next((kind for magic, kind in _NO_IMAGE.items() if data.startswith(magic) and (magic or not data)), None)
+
+
+class Header(NamedTuple):
+    """What an .npy claims to hold; its values begin at the byte `start`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def read_header(file: IO[bytes], size: int, where: str) -> Header:
+    """Returns the header of an .npy and leaves the file where its values begin.
+
+    Args:
+        size: bytes of the whole file.
+        where: the set and the name, for errors.
+    Raises: DatasetError: there is no header, it claims more than the file holds, or Python objects, or the values are
+        not in C order.
+    """
+    with refusing(lambda why: f"{where} is not a readable array ({why}); replace or remove it"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+            version = np.lib.format.read_magic(file)
+            read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(version[0])
+            if read is None:
+                raise ValueError(f"version {version[0]}.{version[1]} of the format, as only records have it")
+            shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be read: they are pickles")
+        if any(length < 0 for length in shape) or len(shape) > 8:
+            raise ValueError(f"shape {list(shape)}"[:200])
+        start = file.tell()
+        claimed = math.prod(shape) * dtype.itemsize
+        if claimed > size - start:
+            raise ValueError(f"its header claims {claimed:,} bytes, and {size - start:,} are there")
+        if fortran and sum(length > 1 for length in shape) > 1:
+            raise ValueError("its values are in Fortran order: save numpy.ascontiguousarray of it")
+    return Header(shape, dtype, start)
+
+
+def decode_array(data: bytes, where: str) -> NDArray[Any]:
+    """Returns the array of an .npy that is in memory.  Raises: DatasetError: as `read_header`."""
+    header = read_header(io.BytesIO(data), len(data), where)
+    with refusing(lambda why: f"{where} is not a readable array ({why}); replace or remove it"):
+        return np.frombuffer(data, header.dtype, math.prod(header.shape), header.start).reshape(header.shape)

@@ -1,0 +1,255 @@
+"""The files of a data set: the members of a zip or a folder, what is wrong with them, and their bytes up to a limit."""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import IO, NamedTuple, Protocol
+
+from edmdistill.errors import DatasetError, EdmDistillError, printable
+
+MEMBER_BYTES = 2**27
+"""The most that one file of a set may take: more than the largest image, or the labels of a million images."""
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Python can bound what these decompress to; bzip2 and LZMA expand a few bytes to gigabytes before it looks."""
+WHAT = "give a zip, a folder, or the word digits"
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+_ARCHIVES = {
+    b"\x1f\x8b": "a gzip file",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+    b"(\xb5/\xfd": "a zstd file",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+}
+_FORMATS = {
+    b"\x89PNG": "a single image",
+    b"\xff\xd8\xff": "a single image",
+    b"GIF8": "a single image",
+    b"BM": "a single image",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF": "an HDF5 file",
+    b"PAR1": "a Parquet file",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"version https://git-lfs": "a Git LFS pointer",
+}
+
+
+class Member(NamedTuple):
+    """A file of a set.
+
+    Attributes:
+        name: its path inside the set, as stored.
+        size: bytes, uncompressed.
+        crc: CRC-32 of its bytes, or None where only reading them tells.
+        problem: why it cannot be read, as the end of a sentence that begins with its name, or None.
+    """
+
+    name: str
+    size: int
+    crc: int | None = None
+    problem: str | None = None
+
+
+class Files(Protocol):
+    """A zip or a folder. It can be pickled, for worker processes."""
+
+    path: Path
+
+    def members(self) -> list[Member]: ...
+
+    def read(self, name: str) -> bytes: ...
+
+
+@contextmanager
+def refusing(sentence: Callable[[str], str]) -> Iterator[None]:
+    """Raises DatasetError with a sentence in place of whatever a decoder of foreign bytes raises.
+
+    Args:
+        sentence: gets the reason, one printable line.
+    """
+    try:
+        yield
+    except EdmDistillError:
+        raise
+    except Exception as error:  # decoders raise nearly every type there is on bytes that were made to confuse them
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DatasetError(sentence(printable(reason[:200]))) from error
+
+
+class ZipFiles:
+    """The members of a zip; every process opens the file for itself, because a shared one has one position."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def archive(self) -> zipfile.ZipFile:
+        """Raises: DatasetError: it is not a whole zip."""
+        with refusing(lambda why: f"{self.path} cannot be read ({why}); {WHAT}"), self.path.open("rb") as file:
+            head = file.read(512)
+            size = file.seek(0, os.SEEK_END)
+        if not head.startswith(b"PK"):
+            raise DatasetError(f"{self.path} is {_other_kind(head)}")
+        with refusing(
+            lambda why: (
+                f"{self.path} is not a whole zip ({why}): it was cut off at {size:,} bytes or damaged; copy it again"
+            )
+        ):
+            return zipfile.ZipFile(self.path)
+
+    def members(self) -> list[Member]:
+        return [
+            Member(info.filename, info.file_size, info.CRC, _zip_problem(info) or _too_large(info.file_size))
+            for info in self.archive.infolist()
+            if not info.is_dir()
+        ]
+
+    def read(self, name: str) -> bytes:
+        info = self.archive.getinfo(name)
+        _require(self.path, Member(name, info.file_size, None, _zip_problem(info) or _too_large(info.file_size)))
+        with self.archive.open(info) as file:
+            # A read of a given length bounds what is decompressed, whatever the directory declares.
+            data = file.read(info.file_size)
+            if len(data) < info.file_size:
+                raise EOFError(f"it ends after {len(data):,} of {info.file_size:,} bytes")
+            file.read(1)  # at the end the CRC is checked
+            return data
+
+    def stream(self, name: str) -> tuple[IO[bytes], int]:
+        """A member of any size to be read bit by bit, and its size in bytes.  Raises: DatasetError: it cannot be."""
+        info = self.archive.getinfo(name)
+        _require(self.path, Member(name, info.file_size, None, _zip_problem(info)))
+        return self.archive.open(info), info.file_size
+
+    def __reduce__(self) -> tuple[type[ZipFiles], tuple[Path]]:
+        return ZipFiles, (self.path,)
+
+
+class FolderFiles:
+    """The files of a folder and of its subfolders, links followed, none twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def members(self) -> list[Member]:
+        """Raises: DatasetError: a subfolder cannot be listed, or a link leads back to a folder of this set."""
+        found: list[Member] = []
+        seen: dict[tuple[int, int], str] = {}
+        todo = [""]
+        while todo:
+            folder = todo.pop()
+            where = printable(str(self.path / folder))
+            with refusing(f"{where} cannot be listed ({{}}); change its permissions".format):
+                status = os.stat(self.path / folder)
+                entries = sorted(os.scandir(self.path / folder), key=lambda entry: entry.name)
+            first = seen.setdefault((status.st_dev, status.st_ino), folder)
+            if first != folder:
+                raise DatasetError(
+                    f"{self.path}: {printable(first or '.')} and {printable(folder)} are one folder by a link, so its "
+                    "images would count twice; remove the link"
+                )
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                member, is_folder = self._look(name)
+                if is_folder:
+                    todo.append(name)
+                else:
+                    found.append(member)
+        return found
+
+    def _look(self, name: str) -> tuple[Member, bool]:
+        """What a name stands for, links followed, and whether it is a folder."""
+        try:
+            status = os.stat(self.path / name)
+        except OSError as error:
+            link = os.path.islink(self.path / name)
+            return Member(name, 0, None, "is a broken link" if link else f"cannot be read: {error.strerror}"), False
+        if not stat.S_ISREG(status.st_mode):
+            return Member(name, 0, None, f"is {_kind(status.st_mode)} and not a file"), stat.S_ISDIR(status.st_mode)
+        return Member(name, status.st_size, None, _too_large(status.st_size)), False
+
+    def read(self, name: str) -> bytes:
+        _require(self.path, self._look(name)[0])
+        with (self.path / name).open("rb") as file:
+            return file.read(MEMBER_BYTES)
+
+
+def open_files(path: Path) -> Files:
+    """Returns the files of a zip or a folder.
+
+    Raises: DatasetError: there is none, or it is something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path} does not exist; {WHAT}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(f"{printable(str(path))} cannot be opened ({reason}); {WHAT}") from error
+    if stat.S_ISDIR(mode):
+        return FolderFiles(path)
+    if not stat.S_ISREG(mode):
+        raise DatasetError(f"{path} is {_kind(mode)}; {WHAT}")
+    if path.suffix.lower() == ".npz":
+        raise DatasetError(
+            f"{path} is an .npz of arrays, of images or statistics, and not a data set; give the images themselves, as "
+            "a zip or a folder"
+        )
+    files = ZipFiles(path)
+    files.archive  # noqa: B018  # opened now, so that an error comes first
+    return files
+
+
+def require_readable(path: Path, members: list[Member]) -> None:
+    """Raises: DatasetError: one of them cannot be read, by what the directory says."""
+    for member in members:
+        _require(path, member)
+
+
+def _require(path: Path, member: Member) -> None:
+    if member.problem is not None:
+        raise DatasetError(f"{path}: {printable(member.name)} {member.problem}; replace or remove it")
+
+
+def _kind(mode: int) -> str:
+    return _KINDS.get(stat.S_IFMT(mode), "no file")
+
+
+def _too_large(size: int) -> str | None:
+    return f"takes {size:,} bytes, and at most {MEMBER_BYTES:,} are read" if size > MEMBER_BYTES else None
+
+
+def _zip_problem(info: zipfile.ZipInfo) -> str | None:
+    if info.flag_bits & 1:
+        return "is encrypted, and passwords are not asked for"
+    if info.compress_type not in METHODS:
+        return f"is compressed by method {info.compress_type}, and only stored and deflated files are read"
+    return None
+
+
+def _other_kind(head: bytes) -> str:
+    """What a file is that is no zip, by its first bytes, and what to do."""
+    for magic, kind in _ARCHIVES.items():
+        if head.startswith(magic):
+            return f"{kind}; unpack it and give the folder"
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it and give the folder"
+    for magic, kind in _FORMATS.items():
+        if head.startswith(magic):
+            return f"{kind}; {WHAT}"
+    return f"{'not a zip' if head else 'an empty file'}; {WHAT}"
