@@ -35,6 +35,7 @@ from edmdistill.checkpoints.convert import load_model
 from edmdistill.checkpoints.documents import printable
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.licences import check_licence
+from edmdistill.checkpoints.run_state import PROGRESS
 from edmdistill.checkpoints.source import REPOSITORY, hub_calls
 from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, CheckpointConfig, checkpoint_in, read_config
 from edmdistill.errors import CheckpointError, HubError
@@ -46,7 +47,6 @@ from edmdistill.report.summary import read_run
 from edmdistill.sampling.generate import is_latent, sample
 from edmdistill.sampling.grid import image_grid, to_uint8
 from edmdistill.training.run_dir import RECIPE
-from edmdistill.training.state import PROGRESS
 
 GRID = "samples.png"
 SIGNATURE = re.compile(rb"(?m)^edmdistill_card: ([0-9a-f]{64})\nedmdistill_model: ([0-9a-f]{64})\n")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edmdistill"
 LAYERS = (
     ("errors", "progress"),
-    ("atomic",),
+    ("atomic", "jsonl"),
     ("trigflow",),
     ("draws",),
     ("schedules",),

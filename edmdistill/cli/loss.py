@@ -29,13 +29,11 @@ def command(
     """
     import json
 
-    import torch
-
+    from edmdistill.sampling.load import pick_device
     from edmdistill.training.noise_levels import losses_by_noise, verdict
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     sources = [teacher, original] if original else [teacher]
-    rows = losses_by_noise(sources, data, split=split, images=images, batch=batch, device=where)
+    rows = losses_by_noise(sources, data, split=split, images=images, batch=batch, device=pick_device(device))
     if as_json:
         document = {"schema_version": 1, "sources": sources, "losses": [row._asdict() for row in rows]}
         click.echo(json.dumps(document, indent=2))

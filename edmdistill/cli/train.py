@@ -91,7 +91,7 @@ def command(
 
     world_from_environment()
     if processes is not None and processes > 1:
-        sys.exit(launch(without_processes(sys.argv[1:]), processes, cpu=device == "cpu", note=_say))
+        sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, note=_say))
 
     from edmdistill.recipes import find_recipe, load_recipe
     from edmdistill.training.engine import Machine

@@ -27,7 +27,7 @@ class Expected(NamedTuple):
 def expected(run: Summary) -> Expected:
     """Memory, operations and time of a run with a checkpoint, on the machine of its last session."""
     assert run.config is not None
-    session = run.sessions[-1] if run.sessions else {}
+    session: dict[str, Any] = {**run.sessions[-1]} if run.sessions else {}
     notes = [] if session else ["This run kept no record of its machine: the plan is for one process, undivided."]
     training, processes = run.recipe.training, session.get("processes", 1)
     share = -(-training.batch // processes)

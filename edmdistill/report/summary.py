@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from edmdistill.checkpoints.store import CONFIG, CheckpointConfig, read_config
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.tables import Subject
+from edmdistill.jsonl import read_lines
 from edmdistill.recipes import Recipe
-from edmdistill.training.run_dir import RECIPE, RUN, SESSIONS
+from edmdistill.training.environment import Session
+from edmdistill.training.run_dir import METRICS, RECIPE, RUN, SESSIONS, DataFacts, Measured, RunFacts
 
 
 class Summary(NamedTuple):
@@ -30,10 +31,10 @@ class Summary(NamedTuple):
     path: Path
     recipe: Recipe
     asked: list[str]
-    data: dict[str, Any]
+    data: DataFacts
     config: CheckpointConfig | None
-    metrics: list[dict[str, float]]
-    sessions: list[dict[str, Any]]
+    metrics: list[Measured]
+    sessions: list[Session]
 
     @property
     def text(self) -> str:
@@ -60,19 +61,13 @@ def read_run(path: Path) -> Summary:
             path,
             Recipe.from_json((path / RECIPE).read_bytes()),
             _asked(path / "recipe.toml"),
-            msgspec.json.decode((path / RUN).read_bytes())["data"],
+            msgspec.json.decode((path / RUN).read_bytes(), type=RunFacts)["data"],
             read_config(generator) if (generator / CONFIG).exists() else None,
-            _lines(path / "metrics.jsonl"),
-            _lines(path / SESSIONS),
+            read_lines(path / METRICS, Measured, ["images", "seconds"]),
+            read_lines(path / SESSIONS, Session),
         )
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EdmDistillError(f"{path} is a damaged run directory ({error}): train again in another") from error
-
-
-def _lines(log: Path) -> list[dict[str, Any]]:
-    """The lines of a log, of which the last may just be being written."""
-    whole = log.read_bytes().rpartition(b"\n")[0] if log.exists() else b""
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _asked(file: Path) -> list[str]:

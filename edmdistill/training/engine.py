@@ -9,6 +9,7 @@ gradient is the whole batch's. A round's random numbers belong to rows (`Draws`)
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,7 @@ from torch.nn.utils import get_total_norm
 
 from edmdistill.errors import Elsewhere, TrainingError
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.sampling.load import pick_device
 
 T = TypeVar("T")
 
@@ -80,15 +82,20 @@ class Engine:
     def __init__(self, machine: Machine = Machine()) -> None:
         self.machine = machine
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-        cpu = machine.device == "cpu"
-        self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=[ddp])
+        alone = pick_device(machine.device)
+        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if alone.type == "cuda" and place >= count:
+            raise TrainingError(
+                f"this is process {place + 1} on a machine that has {count} GPU{'s' if count > 1 else ''}: start as "
+                "many as there are GPUs, or add --device cpu"
+            )
+        self.accelerator = Accelerator(cpu=alone.type == "cpu", kwargs_handlers=[ddp])
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         if self.world > 1 and ":" in (machine.device or ""):
             raise TrainingError(
                 f"--device {machine.device} is one device, but each of {self.world} processes has its own"
             )
-        alone = torch.device(machine.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.device = self.accelerator.device if self.world > 1 else alone
         self.mesh: DeviceMesh | None = None
         if machine.shard:

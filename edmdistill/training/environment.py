@@ -9,7 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -19,11 +19,36 @@ from edmdistill.training.engine import Engine
 from edmdistill.training.launch import cores
 
 
-def environment(engine: Engine) -> dict[str, Any]:
-    """What a run computes with, as plain values; nothing of it changes what is computed beyond rounding.
+class Environment(TypedDict):
+    """What a run computes with; nothing of it changes what is computed beyond rounding.
 
     device and device_memory (bytes) are the GPU's or the host's, of the main process.
     """
+
+    edmdistill: str
+    revision: str | None
+    python: str
+    torch: str
+    cuda: str | None
+    system: str
+    device: str
+    device_memory: int
+    processes: int
+    micro_batch: int | None
+    shard: bool
+    offload: list[str]
+    checkpointing: bool
+
+
+class Session(Environment):
+    """A line of sessions.jsonl: where a run was computed from `images` on."""
+
+    images: int
+    began: str
+
+
+def environment(engine: Engine) -> Environment:
+    """Returns what this run computes with."""
     machine, device = engine.machine, engine.device
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -40,7 +65,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "device": name,
         "device_memory": memory,
         "processes": engine.world,
-        "micro_batch": machine.micro_batch,
+        "micro_batch": None if machine.micro_batch == "auto" else machine.micro_batch,
         "shard": machine.shard,
         "offload": list(machine.offload),
         "checkpointing": machine.checkpointing,

@@ -46,7 +46,7 @@ HINTS: dict[int, str] = {
 PR_SET_PDEATHSIG = 1
 
 
-def launch(arguments: Sequence[str], processes: int, *, cpu: bool, note: Callable[[str], object]) -> int:
+def launch(arguments: Sequence[str], processes: int, *, device: str | None, note: Callable[[str], object]) -> int:
     """Runs `edmdistill ARGUMENTS` in several processes of this machine, and waits for all of them.
 
     SIGINT and SIGTERM are passed on and waited for; a second one, for GRACE seconds only. If one process dies, the
@@ -54,18 +54,19 @@ def launch(arguments: Sequence[str], processes: int, *, cpu: bool, note: Callabl
 
     Args:
         arguments: of the command line, without --processes.
-        cpu: whether to leave CUDA devices alone; so it is where there is none.
+        device: of all processes, cpu or cuda; None: cuda where there is one.
         note: hears the sentence.
     Returns: the exit code: 0; 130: interrupted and saved; 2: a user's error, which the process itself has told, or a
         killed process; 1: a fault, whose traceback the process has printed.
     Raises: TrainingError: another launcher has started this process, or there are too few devices.
+        EdmDistillError: no such device is here.
     """
     if "RANK" in os.environ or _slurm_tasks(os.environ) > 1:
         raise TrainingError(
             "--processes starts the processes of a run, but torchrun, accelerate or srun has started several already: "
             "leave --processes out"
         )
-    cpu = cpu or not _enough_devices(processes)
+    cpu = _all_on_cpu(device, processes)
     children: list[subprocess.Popen[bytes]] = []
     asked: list[tuple[float, int]] = []
 
@@ -170,17 +171,24 @@ def _tasks_per_node(counts: str) -> list[int]:
     return [int(pair[1]) for pair in pairs if pair for _ in range(int(pair[2] or 1))]
 
 
-def _enough_devices(processes: int) -> bool:
-    """Whether each process gets a CUDA device; False: there is none at all.  Raises: TrainingError: some do not."""
+def _all_on_cpu(device: str | None, processes: int) -> bool:
+    """Whether the processes train on the CPU.  Raises: as `launch`."""
     import torch
 
+    from edmdistill.sampling.load import named_device
+
+    chosen = named_device(device)
+    if chosen.index is not None:
+        raise TrainingError(
+            f"--device {device} is one device, but each of {processes} processes has its own: give --device cuda"
+        )
     count = torch.cuda.device_count()
-    if 0 < count < processes:
+    if chosen.type == "cuda" and count < processes:
         raise TrainingError(
             f"--processes {processes} wants a CUDA device for each, and there are {count}: "
             f"give --processes {count} or fewer, or --device cpu"
         )
-    return count > 0
+    return chosen.type == "cpu"
 
 
 def _environments(processes: int, cpu: bool) -> list[dict[str, str]]:

@@ -21,13 +21,15 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
+from edmdistill.checkpoints.run_state import Progress, saved_states
+from edmdistill.data.datasets import indices
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError, Elsewhere, TrainingError
 from edmdistill.methods.base import Batch, Look, Loss, Turn
@@ -42,8 +44,8 @@ from edmdistill.training.monitors import Diverged, Health, diverged, fingerprint
 from edmdistill.training.optimizers import set_rate
 from edmdistill.training.run import Run, take_stage
 from edmdistill.training.run_dir import RunDir, open_run
-from edmdistill.training.snapshot import compare, draw, keep_averages, publish
-from edmdistill.training.state import State, newest_whole, read_state, save_state, saved_states, state_path
+from edmdistill.training.snapshot import compare, draw, keep_averages, picture_path, publish
+from edmdistill.training.state import State, newest_healthy, newest_whole, read_state, save_state, state_path
 from edmdistill.training.trackers import trackers
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -66,6 +68,7 @@ def train(
     *,
     recipe_text: str = "",
     stop_on: Collection[str] = (),
+    on_start: Callable[[], object] = lambda: None,
     on_round: Callable[[int, Measures], object] = lambda images, measures: None,
     note: Callable[[str], object] = print,
 ) -> Outcome:
@@ -78,6 +81,7 @@ def train(
         run_dir: made if it is not there; see `run_dir`.
         recipe_text: the recipe as its author wrote it, kept in the directory.
         stop_on: kinds of alarm that end the run; see `monitors`.
+        on_start: called once the directory is the run's own.
         on_round: hears of every round: images seen and what was measured.
         note: hears sentences for the user; on the main process alone.
     Raises: TrainingError: the directory belongs to another run or process, or training went wrong.  Elsewhere: the same
@@ -88,16 +92,15 @@ def train(
         opened = open_run(run_dir, run.recipe.to_json(), run.identity, recipe_text)
         folder = engine.main_only(lambda: stack.enter_context(opened)) or RunDir(run_dir)
         stop = stack.enter_context(stop_on_signal(note if engine.is_main else lambda sentence: None))
-        window, health = Window(), Health()
+        on_start()
         resumed = _resume(run, folder, note)
-        if resumed is None:
+        window, health = (Window(), Health()) if resumed is None else (Window(resumed.window), Health(resumed.health))
+        if resumed is not None and engine.is_main:
+            finished = run.images >= training.images
+            note(f"{'Finished already' if finished else 'Going on'} after {run.images:,} images.")
+        if run.images == 0 or _is_snapshot(run):
             _draw(run, folder)
-        else:
-            window = Window(**resumed["window"])
-            if engine.is_main:
-                finished = run.images >= training.images
-                note(f"{'Finished already' if finished else 'Going on'} after {run.images:,} images.")
-        engine.main_only(lambda: folder.forget_after(run.images))
+        engine.main_only(lambda: folder.forget_after(run.images, note))
         names = engine.machine.log_with
         track = engine.main_only(
             lambda: stack.enter_context(trackers(names, run_dir, msgspec.to_builtins(run.recipe), run.images))
@@ -120,25 +123,23 @@ def train(
                     if track is not None:
                         track(line)
                     for alarm in health.judge(line):
-                        if engine.is_main:
+                        if engine.is_main and alarm.begins:
                             note(alarm.sentence)
                         if alarm.kind in stop_on:
                             raise Diverged(alarm.sentence)
                 stopping = engine.any(stop.is_set())
-                snapshot = last or due(training.snapshot_every, run)
+                snapshot = _is_snapshot(run)
                 every = run.recipe.ema.snapshot_every
                 if every is not None and (last or due(every, run)):
                     keep_averages(run, folder.ema)  # first, so that a saved state has all averages up to it
                 if snapshot or stopping:
-                    _save(run, folder, window)
+                    _save(run, folder, window, health)
                 if snapshot:
                     _draw(run, folder)
                 if stopping:
                     break
         except Diverged as error:
-            states = saved_states(folder.state)
-            kept = f"the last good state is {states[-1]}" if states else "no state was saved before it"
-            sentence = f"{error}; {kept}; try a lower training.lr in another --run-dir"
+            sentence = f"{str(error).rstrip('.')}; {_way_back(folder, health, error.advice)}"
             raise (TrainingError if engine.is_main else Elsewhere)(sentence) from error
         except (CheckpointError, OSError) as error:
             if not (isinstance(error, CheckpointError) or error.errno in DISK):
@@ -202,7 +203,7 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     # The gradient of the mean loss over the batch's rows on all processes, in micro-batches.
     scale = run.scales.get(turn.role)
     factor = 1.0 if scale is None else scale.scale
-    tally, losses, micro_batches = Tally(), [], engine.rows(training.batch)
+    tally, losses, sources, micro_batches = Tally(), [], [], engine.rows(training.batch)
     entropy = [training.seed, run.images // training.batch, index]
 
     def drawn(rows: slice) -> Draws:
@@ -220,6 +221,7 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
             (loss.value.mean() * (share * factor)).backward()  # type: ignore[no-untyped-call]
         tally.add_loss(turn.role, loss, batch, run.ema.network.sigma_data)
         losses.append((rows, loss))
+        sources.append((rows, batch.x0))
     engine.finish_gradients(network)
     tally.add(f"grad_norm/{turn.role}", engine.gradient_norm(network) / factor, 1)
     measures = tally.means(engine.total)  # the device is waited for here and nowhere else
@@ -228,7 +230,9 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     norm = measures[f"grad_norm/{turn.role}"]
     finite = bool(np.isfinite(norm))
     if not np.isfinite(measures[f"loss/{turn.role}"]) or not (finite or (scale and scale.can_shrink)):
-        raise diverged(turn.role, _whole(losses, run), run.roles, run.images)
+        frozen = [role for role, part in run.recipe.roles.items() if part.frozen]
+        data = _first_bad_image(run, index, sources)
+        raise diverged(turn.role, _whole(losses, run), run.roles, run.images, frozen, data)
     measures[f"lr/{turn.role}"] = rate = learning_rate(training, turn.role, run.images)
     if finite:
         clip = 1.0 if training.grad_clip is None else min(1.0, training.grad_clip / (norm + 1e-6))
@@ -282,25 +286,48 @@ def _whole(losses: list[tuple[slice, Loss]], run: Run) -> Loss:
     return Loss(run.engine.total(value), run.engine.total(t))
 
 
-def _resume(run: Run, folder: RunDir, note: Callable[[str], object]) -> dict[str, Any] | None:
+def _first_bad_image(run: Run, index: int, sources: list[tuple[slice, Tensor]]) -> str:
+    """Returns the name of the first image of turn `index` that is not finite, on any process; "": there is none."""
+    training, turns = run.recipe.training, len(run.method.turns())
+    bad = torch.zeros(training.batch, dtype=torch.float64, device=run.engine.device)
+    for rows, x0 in sources:
+        bad[rows] = (~x0.isfinite().flatten(1).all(1)).double()
+    found = run.engine.total(bad).nonzero().flatten().tolist()
+    if not found:
+        return ""
+    position = run.images * turns + index * training.batch + found[0]
+    image = int(indices(training.seed, position, 1, len(run.dataset)))
+    return f"{run.dataset.files[image % len(run.dataset.files)]} of {run.dataset.name}"
+
+
+def _resume(run: Run, folder: RunDir, note: Callable[[str], object]) -> Progress | None:
     """Puts back the newest whole state.  Returns: what else it knows; None where there is no state."""
     newest = run.engine.main_only(lambda: newest_whole(folder.state, note))
     images = run.engine.from_main(-1 if newest is None else int(newest.name))
     if images < 0:
         return None
-    state = read_state(state_path(folder.state, images))
-    run.restore(state.tensors, images)
-    for role, scale in run.scales.items():
-        scale.restore(state.progress["scales"][role])
+    path = state_path(folder.state, images)
+    state = read_state(path)
+    try:
+        run.restore(state.tensors, images)
+        for role, scale in run.scales.items():
+            scale.restore(state.progress.scales[role])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"the state {path} is not of this run, though the recipe and run.json say so: put {folder.path} back from "
+            "a copy, or give another --run-dir"
+        ) from error
     return state.progress
 
 
-def _save(run: Run, folder: RunDir, window: Window) -> None:
+def _save(run: Run, folder: RunDir, window: Window, health: Health) -> None:
     """A state to go on from, and the average as a checkpoint ready for use."""
     training = run.recipe.training
     require_finite(run.roles, run.images, run.engine.any)
     scales = {role: scale.state() for role, scale in run.scales.items()}
-    progress = {"images": run.images, "window": window.progress(), "scales": scales}
+    progress = Progress(
+        images=run.images, window=window.progress(), scales=scales, health=health.begin_window(), sha256={}
+    )
     tensors, weights = run.state(), run.engine.full_state(run.ema.network.network)
 
     def write() -> None:
@@ -311,8 +338,26 @@ def _save(run: Run, folder: RunDir, window: Window) -> None:
 
 
 def _draw(run: Run, folder: RunDir) -> None:
-    draw(run, folder.samples)
-    compare(run, folder.x0)
+    """Draws the pictures of a snapshot that are not there: a process may be killed between saving and drawing."""
+    for picture, place in ((draw, folder.samples), (compare, folder.x0)):
+        if not run.engine.from_main(picture_path(place, run.images).exists()):
+            picture(run, place)
+
+
+def _is_snapshot(run: Run) -> bool:
+    """Whether a state is saved here, and pictures are drawn."""
+    return run.images >= run.recipe.training.images or due(run.recipe.training.snapshot_every, run)
+
+
+def _way_back(folder: RunDir, health: Health, advice: str | None) -> str:
+    """Returns where a run that went wrong was last in good health, and what to do."""
+    states, healthy = saved_states(folder.state), newest_healthy(folder.state, health.well)
+    if advice is not None:
+        return advice
+    other = "try a lower training.lr in another --run-dir"
+    if healthy is not None:
+        return f"the last good state is {healthy}; {other}, from its weights by --init {healthy}, or from the start"
+    return f"no state before it {'was healthy' if states else 'was saved'}; {other}"
 
 
 def learning_rate(training: Training, role: str, images: int) -> float:

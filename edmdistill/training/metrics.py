@@ -9,13 +9,13 @@ has taken for the run: its tensors on a GPU, else all by which the process has g
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from edmdistill.checkpoints.run_state import WindowProgress
 from edmdistill.methods.base import Batch, Loss
 from edmdistill.trigflow import sigma_to_time
 
@@ -96,22 +96,16 @@ def _edges(sigma_data: float, device: torch.device) -> Tensor:
 class Window:
     """Means over the rounds since the last line, of each name over those in which it occurred.
 
-    Args: what `progress` gave, to go on from there; the time between two processes does not count.
+    Args:
+        past: what `progress` gave, to go on from there; the time between two processes does not count.
     """
 
-    def __init__(
-        self,
-        sums: Mapping[str, float] | None = None,
-        counts: Mapping[str, int] | None = None,
-        rounds: int = 0,
-        seconds: float = 0.0,
-        before: float = 0.0,
-    ) -> None:
-        self.sums = dict(sums or {})
-        self.counts = dict(counts or {})
-        self.rounds = rounds
-        self.seconds = seconds
-        self.before = before  # seconds up to the last line
+    def __init__(self, past: WindowProgress | None = None) -> None:
+        past = past or WindowProgress()
+        self.sums, self.counts = dict(past.sums), dict(past.counts)
+        self.rounds = past.rounds
+        self.seconds = past.seconds
+        self.before = past.before  # seconds up to the last line
         self._clock = time.perf_counter()
 
     def add(self, measures: Measures) -> None:
@@ -132,7 +126,6 @@ class Window:
         self.sums, self.counts, self.rounds, self.seconds = {}, {}, 0, 0.0
         return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in line.items()}
 
-    def progress(self) -> dict[str, Any]:
-        """Plain values from which a window goes on."""
-        names = "sums", "counts", "rounds", "seconds", "before"
-        return {name: getattr(self, name) for name in names}
+    def progress(self) -> WindowProgress:
+        """Returns what a window goes on from."""
+        return WindowProgress(self.sums, self.counts, self.rounds, self.seconds, self.before)

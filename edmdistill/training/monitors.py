@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from edmdistill.checkpoints.run_state import HealthProgress
 from edmdistill.errors import TrainingError
 from edmdistill.methods.base import Loss
 from edmdistill.networks.flow import FlowNetwork
@@ -17,17 +19,32 @@ from edmdistill.trigflow import time_to_sigma
 
 
 class Diverged(TrainingError):
-    """A loss, a gradient or a weight is no longer a number."""
+    """A loss, a gradient or a weight is no longer a number, or an alarm ends the run.
+
+    Attributes:
+        advice: what to do about it, where the training itself is not to blame.
+    """
+
+    def __init__(self, sentence: str, advice: str | None = None) -> None:
+        super().__init__(sentence)
+        self.advice = advice
 
 
-def diverged(turn: str, loss: Loss, networks: Mapping[str, nn.Module], images: int) -> Diverged:
-    """The error that says where a turn went wrong, after its backward pass and before its step.
+def diverged(
+    turn: str, loss: Loss, networks: Mapping[str, nn.Module], images: int, frozen: Collection[str] = (), data: str = ""
+) -> Diverged:
+    """Returns the error that says where a turn went wrong, and what is to blame, after its backward pass.
 
     Args:
         turn: the role that is trained.
         loss: of that turn.
         networks: all roles.
+        frozen: the roles that are as they were loaded.
+        data: the first image that holds a number that is not finite; "": there is none.
     """
+    whose = f"the {turn}'s turn after {images} images gave no finite number"
+    if data:
+        return Diverged(f"{whose}: the data hold NaN or infinity, first {data}", "give sound data and a new --run-dir")
     bad = ~loss.value.detach().isfinite()
     if bad.any():
         flow = next(network for network in networks.values() if isinstance(network, FlowNetwork))
@@ -35,11 +52,14 @@ def diverged(turn: str, loss: Loss, networks: Mapping[str, nn.Module], images: i
         what = f"the loss of {int(bad.sum())} of {len(bad)} samples, at sigma {sigma.min():.3g} to {sigma.max():.3g}"
     else:
         what = "the gradient, though not the loss"
-    weights = ((f"{role}.{name}", p) for role, net in networks.items() for name, p in net.named_parameters())
+    # What is loaded and never trained comes first: it was not finite before any other weight was not.
+    for role in sorted(networks, key=lambda role: role not in frozen):
+        where = _first_bad((f"{role}.{name}", p) for name, p in networks[role].named_parameters())
+        if where is not None:
+            advice = f"give a {role} whose weights are finite, and a new --run-dir" if role in frozen else None
+            return Diverged(f"{whose}: {what}, first in the weights {where}", advice)
     gradients = ((f"{turn}.{name}", p.grad) for name, p in networks[turn].named_parameters())
-    where = _first_bad(weights)
-    where = f"in the weights {where}" if where else f"in the gradient of {_first_bad(gradients)}"
-    return Diverged(f"the {turn}'s turn after {images} images gave no finite number: {what}, first {where}")
+    return Diverged(f"{whose}: {what}, first in the gradient of {_first_bad(gradients)}")
 
 
 def require_finite(
@@ -64,10 +84,11 @@ def _first_bad(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
 
 
 class Alarm(NamedTuple):
-    """A run that looks ill: what kind of illness, and one sentence."""
+    """A run that looks ill: what kind of illness, one sentence, and whether it is news."""
 
     kind: str
     sentence: str
+    begins: bool = True
 
 
 # Seen on digits, by CoSIM and SiD. Healthy runs: diversity .56 at the start to .95, std ratio .90 to 1.00, mean off by
@@ -79,28 +100,46 @@ PATIENCE = 2
 LEAST_DIVERSITY = 0.25
 STD_RATIOS = 0.5, 2.0
 MEAN_OFF = 0.5  # standard deviations of the data
-GRADIENT_GROWTH = 20.0  # over the median of the lines so far
+GRADIENT_GROWTH = 20.0  # over the median of the healthy lines before, of which so many count:
+NORMS = 1000
 
 
 class Health:
-    """Looks at every line of the metrics, and says once an episode what is wrong.
+    """Looks at every line of the metrics, and raises an alarm where it looks ill for PATIENCE lines in a row.
 
     It goes by the names that a method's measures have: what is not measured is not judged.
+
+    Args:
+        past: what `begin_window` gave, to go on from there.
     """
 
-    def __init__(self) -> None:
-        self._ill: dict[str, int] = {}
-        self._norms: dict[str, list[float]] = {}
+    def __init__(self, past: HealthProgress | None = None) -> None:
+        past = past or HealthProgress()
+        self._ill = dict(past.ill)
+        self._norms = {name: deque(norms, NORMS) for name, norms in past.norms.items()}
+        self._found = set(past.ill)  # since the last state, or, if no line has come since then, in the last line
+        self._judged = False
+        self.well = past.well
 
     def judge(self, line: Mapping[str, float]) -> list[Alarm]:
-        """The alarms that begin with this line."""
+        """Returns the alarms that begin with this line, and those that last."""
         found = dict(self._signs(line))
         self._ill = {kind: self._ill.get(kind, 0) + 1 for kind in found}
+        self._found = (self._found if self._judged else set()) | found.keys()
+        self._judged = True
+        if not found:
+            self.well = int(line["images"])
         return [
-            Alarm(kind, f"After {line['images']:,.0f} images {what}.")
+            Alarm(kind, f"After {line['images']:,.0f} images {what}.", self._ill[kind] == PATIENCE)
             for kind, what in found.items()
-            if self._ill[kind] == PATIENCE
+            if self._ill[kind] >= PATIENCE
         ]
+
+    def begin_window(self) -> HealthProgress:
+        """Returns what goes into a state; what is found from here on belongs to the next one."""
+        found, self._found, self._judged = sorted(self._found), set(self._ill), False
+        norms = {name: list(values) for name, values in self._norms.items()}
+        return HealthProgress(self._ill, norms, self.well, found)
 
     def _signs(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         diversity = line.get("diversity", 1.0)
@@ -126,7 +165,7 @@ class Health:
         for name in line:
             if not name.startswith("grad_norm/"):
                 continue
-            norms = self._norms.setdefault(name, [])
+            norms = self._norms.setdefault(name, deque(maxlen=NORMS))
             usual = median(norms) if len(norms) >= 5 else line[name]
             if line[name] > GRADIENT_GROWTH * usual:
                 yield (

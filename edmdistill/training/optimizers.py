@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from edmdistill.checkpoints.run_state import Scale
 from edmdistill.errors import TrainingError
 from edmdistill.recipes import Training
 
@@ -144,9 +145,9 @@ class LossScale:
             self.scale, self.good = self.scale * 2, 0
         assert math.isfinite(self.scale)
 
-    def state(self) -> dict[str, float]:
-        """Plain values from which a scale goes on."""
-        return {"scale": self.scale, "good": self.good}
+    def state(self) -> Scale:
+        """Returns what a scale goes on from."""
+        return Scale(self.scale, self.good)
 
-    def restore(self, state: dict[str, float]) -> None:
-        self.scale, self.good = state["scale"], int(state["good"])
+    def restore(self, state: Scale) -> None:
+        self.scale, self.good = state.scale, state.good

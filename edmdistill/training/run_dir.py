@@ -10,15 +10,36 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from edmdistill.atomic import atomic_write, remove_leftovers
 from edmdistill.errors import CheckpointError, TrainingError
+from edmdistill.jsonl import append_line, keep_lines
 
-RECIPE, RUN, SESSIONS = "recipe.resolved.json", "run.json", "sessions.jsonl"
+RECIPE, RUN, SESSIONS, METRICS = "recipe.resolved.json", "run.json", "sessions.jsonl", "metrics.jsonl"
+Measured = dict[str, int | float]
+"""A line of metrics.jsonl, `images` among its keys."""
+
+
+class DataFacts(TypedDict):
+    """What run.json says of the data, beside what tells them from others of the same shape."""
+
+    name: str
+    images: int
+    resolution: int
+    channels: int
+    classes: int
+
+
+class RunFacts(TypedDict):
+    """What every run.json holds."""
+
+    data: DataFacts
+
+
 FREE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapshot_every")} | {
     "ema.snapshot_every",
     "data.name",
@@ -36,7 +57,7 @@ class RunDir:
         self.x0 = path / "x0"
         self.ema = path / "ema"
         self.generator = path / "generator"
-        self._metrics = path / "metrics.jsonl"
+        self._metrics = path / METRICS
 
     def is_new(self) -> bool:
         """Whether nothing has been trained here yet."""
@@ -44,29 +65,22 @@ class RunDir:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
-        _append(self._metrics, line)
+        append_line(self._metrics, line)
 
     def begin(self, session: Mapping[str, Any]) -> None:
         """Appends a line to sessions.jsonl: by what the run is computed from here on."""
-        _append(self.path / SESSIONS, session)
+        append_line(self.path / SESSIONS, session)
 
-    def forget_after(self, images: int) -> None:
-        """Drops what metrics.jsonl and ema/ hold from beyond the position from which a run goes on."""
+    def forget_after(self, images: int, note: Callable[[str], object]) -> None:
+        """Drops what metrics.jsonl and ema/ hold from beyond the position from which a run goes on.
+
+        Args:
+            note: gets a sentence about every damaged line.
+        """
         for file in self.ema.glob(f"{'[0-9]' * 12}-0.???.safetensors"):
             if int(file.name.partition("-")[0]) > images:
                 file.unlink()
-        lines = self._metrics.read_bytes().splitlines(keepends=True) if self._metrics.exists() else []
-        kept = 0
-        for line in lines:
-            if not line.endswith(b"\n") or json.loads(line)["images"] > images:
-                os.truncate(self._metrics, kept)
-                return
-            kept += len(line)
-
-
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        keep_lines(self._metrics, Measured, lambda line: line["images"] <= images, ["images"], note)
 
 
 @contextmanager
@@ -127,20 +141,34 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
 
 
 def _require_same(path: Path, files: Mapping[str, bytes]) -> None:
-    changed = [line for name in (RECIPE, RUN) for line in _differences((path / name).read_bytes(), files[name])]
-    if not changed and (path / RECIPE).read_bytes() != files[RECIPE]:
-        with atomic_write(path / RECIPE) as new:
-            new.write_bytes(files[RECIPE])
+    before, now = ({name: _read_facts(path / name, text.get(name)) for name in (RECIPE, RUN)} for text in ({}, files))
+    changed = [line for name in (RECIPE, RUN) for line in _differences(before[name], now[name])]
     if changed:
         raise TrainingError(
             f"{path} is the directory of another run; give another --run-dir, or the same recipe, teacher and data:\n"
             + "\n".join(changed)
         )
+    if before[RECIPE] != now[RECIPE]:
+        with atomic_write(path / RECIPE) as new:
+            new.write_bytes(files[RECIPE])
 
 
-def _differences(before: bytes, now: bytes) -> list[str]:
-    """A line for every key whose value is not the same in two JSON texts, and is not free."""
-    old, new = _flat(json.loads(before)), _flat(json.loads(now))
+def _read_facts(file: Path, text: bytes | None = None) -> dict[str, Any]:
+    """Returns a JSON object of a run directory, keys joined by dots.  text: the file's, if it is not to be read."""
+    try:
+        facts = json.loads(file.read_bytes() if text is None else text)
+    except (OSError, ValueError, RecursionError) as error:
+        facts = error
+    if not isinstance(facts, dict):
+        raise TrainingError(
+            f"{file} is damaged, so that nothing says which run this is: put it back from a copy, or give another "
+            f"--run-dir; {file.parent / 'generator'}, if it is there, can still be used"
+        )
+    return _flat(facts)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """A line for every key whose value is not the same in both, and is not free."""
     return [
         f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
         for key in sorted((old.keys() | new.keys()) - FREE)

@@ -29,6 +29,11 @@ LEVELS = 0.3, 2.5, 20.0
 """Noise levels at which the networks of a run are compared."""
 
 
+def picture_path(folder: Path, images: int) -> Path:
+    """Returns where the picture after so many images is."""
+    return folder / f"{images:09d}.png"
+
+
 def draw(run: Run, folder: Path) -> None:
     """folder/IMAGES.png: two rows for each NFE of the recipe, by the average; always the same seeds, classes in turn.
 
@@ -43,7 +48,7 @@ def draw(run: Run, folder: Path) -> None:
     images = torch.cat([sample(model, nfe, seeds=seeds, labels=labels) for nfe in own.nfe])
     if not run.engine.is_main:
         return
-    with atomic_write(folder / f"{run.images:09d}.png") as new:
+    with atomic_write(picture_path(folder, run.images)) as new:
         image_grid(to_uint8(images), COLUMNS).save(new, "png")
 
 
@@ -74,7 +79,7 @@ def compare(run: Run, folder: Path) -> None:
                 F = player.eval()(x_t, t, labels, second if player.two_time else None, w=w)
                 rows.append((role, denoised(x_t, F, t, player.sigma_data)))
     if run.engine.is_main:
-        with atomic_write(folder / f"{run.images:09d}.png") as new:
+        with atomic_write(picture_path(folder, run.images)) as new:
             named_rows([(name, to_uint8(images)) for name, images in rows]).save(new, "png")
 
 

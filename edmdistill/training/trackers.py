@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+from edmdistill.atomic import atomic_write
 from edmdistill.errors import TrainingError
 
 INSTALL = {"tensorboard": "pip install 'edmdistill[tb]'", "wandb": "pip install wandb"}
@@ -44,7 +45,7 @@ def trackers(
         "wandb": (
             ("edmdistill",),
             {
-                "id": hashlib.sha256(folder.encode()).hexdigest()[:16],
+                "id": _wandb_id(run_dir) if "wandb" in names else None,
                 "name": run_dir.name,
                 "dir": folder,
                 "resume": "allow",
@@ -71,3 +72,12 @@ def trackers(
     finally:
         for tracker in opened:
             tracker.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Returns the run's id at Weights & Biases, drawn once and kept in its directory, wherever that is moved."""
+    file = run_dir / "wandb-id.txt"
+    if not file.exists():
+        with atomic_write(file) as new:
+            new.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()

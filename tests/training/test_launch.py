@@ -56,7 +56,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         head = "import os, signal, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
         monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", head + textwrap.dedent(code)])
         sentences: list[str] = []
-        return launch.launch(["train"], processes, cpu=True, note=sentences.append), sentences
+        return launch.launch(["train"], processes, device="cpu", note=sentences.append), sentences
 
     return start
 
@@ -289,7 +289,7 @@ def test_no_process_outlives_a_killed_launcher(tmp_path: Path, late: bool):
         import sys
         from edmdistill.training import launch
         launch._command = lambda _: [sys.executable, "-c", {child!r}]
-        launch.launch([], 2, cpu=True, note=print)
+        launch.launch([], 2, device="cpu", note=print)
     """
     files = [tmp_path / f"{rank}.{'pid' if late else 'bound'}" for rank in range(2)]
     with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path) as launcher:
@@ -339,7 +339,7 @@ def test_no_launcher_within_a_launcher(start, monkeypatch, environment: dict[str
 def test_more_processes_than_devices(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(TrainingError, match="wants a CUDA device for each, and there are 1: give --processes 1"):
-        launch.launch([], 2, cpu=False, note=print)
+        launch.launch([], 2, device=None, note=print)
 
 
 @pytest.mark.parametrize(("count", "variable"), [(0, True), (2, False), (3, False)])
@@ -348,7 +348,7 @@ def test_where_there_is_no_device_the_processes_run_on_the_cpu(start, monkeypatc
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", code])
     code = f"import os; assert ('ACCELERATE_USE_CPU' in os.environ) == {variable}"
-    assert launch.launch([], 2, cpu=False, note=print) == 0
+    assert launch.launch([], 2, device=None, note=print) == 0
 
 
 def test_on_the_cpu_devices_do_not_count(start, monkeypatch):

@@ -100,7 +100,7 @@ def test_a_window_goes_on_from_its_progress() -> None:
     for window in whole, first:
         window.add({"a": 0.1})
         window.add({"a": 0.2, "b": 1.0})
-    second = Window(**first.progress())
+    second = Window(first.progress())
     for window in whole, second:
         window.add({"a": 0.7})
     one, two = whole.line(3, 1), second.line(3, 1)

@@ -3,9 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edmdistill.checkpoints.run_state import Progress, WindowProgress, saved_states
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.training import state
-from edmdistill.training.state import State, kept, newest_whole, read_state, save_state, saved_states
+from edmdistill.training.state import State, kept, newest_whole, read_state, save_state
 
 
 def load_state(folder, note):
@@ -18,7 +19,7 @@ def make(images):
         "generator": {"weights.a": torch.full((3,), float(images)), "step.a": torch.tensor(1.0)},
         "ema": {"a": torch.zeros(2, 2)},
     }
-    return State({"images": images, "window": {"rounds": 0.1}}, tensors)
+    return State(Progress(images=images, window=WindowProgress(seconds=0.1), sha256={}), tensors)
 
 
 def test_round_trip_and_keep(tmp_path):
@@ -28,8 +29,8 @@ def test_round_trip_and_keep(tmp_path):
     assert [path.name for path in saved_states(tmp_path)] == ["000000000016", "000001000000"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000016", "000001000000"]
     loaded = load_state(tmp_path, pytest.fail)
-    assert loaded.progress["images"] == 1000000
-    assert loaded.progress["window"] == {"rounds": 0.1}
+    assert loaded.progress.images == 1000000
+    assert loaded.progress.window == WindowProgress(seconds=0.1)
     assert torch.equal(loaded.tensors["generator"]["weights.a"], torch.full((3,), 1e6))
     assert loaded.tensors["ema"]["a"].shape == (2, 2)
 
@@ -37,7 +38,7 @@ def test_round_trip_and_keep(tmp_path):
 def test_the_same_position_is_saved_again(tmp_path):
     save_state(tmp_path, make(8), keep=2)
     save_state(tmp_path, make(8), keep=2)
-    assert load_state(tmp_path, pytest.fail).progress["images"] == 8
+    assert load_state(tmp_path, pytest.fail).progress.images == 8
 
 
 @pytest.mark.parametrize("file", ["generator.safetensors", "progress.json"])
@@ -49,12 +50,12 @@ def test_a_broken_state_gives_way_to_the_one_before(tmp_path, file, damage):
     whole = broken.read_bytes()
     broken.unlink() if damage == "missing" else broken.write_bytes(whole[: -5 if damage == "truncated" else 0])
     said = []
-    assert load_state(tmp_path, said.append).progress["images"] == 8
+    assert load_state(tmp_path, said.append).progress.images == 8
     assert len(said) == 1
     assert "000000000016 is not whole" in said[0]
     assert (tmp_path / "000000000016.broken").is_dir()
     save_state(tmp_path, make(16), keep=2)
-    assert load_state(tmp_path, pytest.fail).progress["images"] == 16
+    assert load_state(tmp_path, pytest.fail).progress.images == 16
 
 
 @given(data=st.data())

@@ -39,3 +39,29 @@ def test_what_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
         trackers(["tensorboard"], tmp_path, {}, 0),
     ):
         pass
+
+
+def test_a_run_at_weights_and_biases_has_an_id_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on under it wherever its folder is moved, and another run in a folder of the same path gets another."""
+    asked: list[str] = []
+
+    class Wandb:
+        def __init__(self, project: str, **options: str) -> None:
+            asked.append(options["id"])
+
+        def start(self) -> None: ...
+        def finish(self) -> None: ...
+
+    monkeypatch.setitem(module.LOGGER_TYPE_TO_CLASS, "wandb", Wandb)
+
+    def open_in(folder: Path) -> str:
+        with trackers(["wandb"], folder, {}, 0):
+            return asked[-1]
+
+    (tmp_path / "a").mkdir()
+    first = open_in(tmp_path / "a")
+    assert open_in(tmp_path / "a") == first
+    moved = (tmp_path / "a").rename(tmp_path / "moved")
+    (tmp_path / "a").mkdir()
+    assert open_in(tmp_path / "a") != first
+    assert open_in(moved) == first

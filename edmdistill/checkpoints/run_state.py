@@ -1,0 +1,124 @@
+"""Saved states of a run, as far as they are read: all that it goes on from, the raw weights of its networks among it.
+
+A state is a directory named by images seen, RUN/state/000000012800/, with NAME.safetensors for every group of tensors
+and progress.json, which has the sha256 of each of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.store import load_tensors
+from edmdistill.errors import CheckpointError
+
+PROGRESS = "progress.json"
+
+
+class WindowProgress(msgspec.Struct, frozen=True):
+    """The means that have begun, over the rounds since the last line of metrics.jsonl; see metrics.Window."""
+
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    rounds: int = 0
+    seconds: float = 0.0
+    before: float = 0.0
+
+
+class HealthProgress(msgspec.Struct, frozen=True):
+    """What monitors.Health knows.
+
+    Attributes:
+        ill: for how many lines in a row each kind of illness has been seen.
+        norms: the gradient norms of the healthy lines so far, by their names.
+        well: images seen up to the newest line in which nothing looked ill.
+        found: kinds of illness in the lines since the state before, or in the last line before that.
+    """
+
+    ill: dict[str, int] = {}
+    norms: dict[str, list[float]] = {}
+    well: int = 0
+    found: list[str] = []
+
+
+class Scale(msgspec.Struct, frozen=True):
+    """Of a role's loss; see optimizers.LossScale."""
+
+    scale: float
+    good: int
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """progress.json.
+
+    Attributes:
+        images: seen before it.
+        sha256: of every file of tensors, by its group's name.
+    """
+
+    images: int
+    window: WindowProgress
+    scales: dict[str, Scale] = {}
+    health: HealthProgress = HealthProgress()
+    sha256: dict[str, str]
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """Returns the directories of the saved states, the oldest first.  folder: RUN/state"""
+    return sorted(path for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def read_progress(state: Path) -> Progress:
+    """Returns the progress of a state.  Raises: ValueError: it is damaged.  OSError: it cannot be read."""
+    try:
+        progress = msgspec.convert(json.loads((state / PROGRESS).read_bytes()), Progress)
+    except RecursionError as error:
+        raise ValueError(f"{PROGRESS} is nested too deeply") from error
+    if progress.images != int(state.name) or not progress.sha256:
+        raise ValueError(f"{PROGRESS} is of another state")
+    return progress
+
+
+def require_whole(state: Path) -> Progress:
+    """Returns the progress of a state whose every file is what was written.
+
+    Raises: ValueError: one is not.  OSError: one cannot be read.
+    """
+    progress = read_progress(state)
+    for name, expected in progress.sha256.items():
+        if sha256_file(state / f"{name}.safetensors") != expected:
+            raise ValueError(f"{name}.safetensors is not what was written")
+    return progress
+
+
+def newest_readable(folder: Path, note: Callable[[str], object]) -> Path:
+    """Returns the newest whole state of a run, and changes nothing.
+
+    Args:
+        folder: a run directory, or one of its states.
+        note: gets a sentence about every state that is passed over.
+    Raises: CheckpointError: there is none.
+    """
+    states = [folder] if (folder / PROGRESS).is_file() else saved_states(folder / "state")
+    for path in reversed(states):
+        try:
+            require_whole(path)
+            return path
+        except (OSError, ValueError) as error:
+            note(f"The state {path} is not whole ({error}); the one before it is taken.")
+    raise CheckpointError(f"{folder} has no whole state, which holds raw weights: give a run directory that has one.")
+
+
+def raw_weights(state: Path, role: str) -> dict[str, Tensor]:
+    """Returns the weights of a role as they were trained, by their names in FlowNetwork's network.
+
+    Raises: CheckpointError: the state has no such role, or has changed.
+    """
+    tensors, _ = load_tensors(state / f"{role}.safetensors")
+    prefix = "weights.network."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,1 @@
+from toy_runs import recipe, start, teacher  # noqa: F401

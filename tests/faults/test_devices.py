@@ -1,0 +1,71 @@
+"""A device that is not there: every command says so in one sentence before any work, and none takes another."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from edmdistill.cli import main
+from edmdistill.errors import EdmDistillError
+from edmdistill.sampling.load import named_device, pick_device
+from edmdistill.training.engine import Engine, Machine
+
+COMMANDS = {
+    "train": ["train", "diffusion", "--data", "digits", "--recipe", "diffusion/digits", "--run-dir", "run"],
+    "train in processes": [
+        *["train", "diffusion", "--data", "digits", "--recipe", "diffusion/digits", "--run-dir", "run"],
+        *["--processes", "2"],
+    ],
+    "loss": ["loss", "teacher", "--data", "digits"],
+    "sample": ["sample", "teacher", "--out", "out"],
+    "sweep": ["sweep", "teacher", "--protocol", "digits", "--ref", "digits", "--nfe", "1"],
+    "eval": ["eval", "teacher", "--protocol", "digits", "--ref", "digits"],
+}
+NOT_HERE = ["foo", "cuda:", "cuda:-1", "cuda:x", "mps", "meta", "CPU", "", "xla:0", "cuda:99999999999999999999"]
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_what_is_no_device(name: str):
+    with pytest.raises(EdmDistillError, match=r"there is no device .* give cpu, cuda, or cuda:N"):
+        pick_device(name)
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert pick_device(None) == pick_device("cpu") == torch.device("cpu")
+    for name in "cuda", "cuda:0":
+        with pytest.raises(EdmDistillError, match=f"{name} cannot be used, for torch finds no CUDA device here"):
+            pick_device(name)
+
+
+def test_the_gpus_are_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert named_device(None) == named_device("cuda") == torch.device("cuda")
+    assert named_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(EdmDistillError, match=r"there is no cuda:2: this machine has 2 GPUs, cuda:0 to cuda:1"):
+        named_device("cuda:2")
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("edmdistill.training.engine.pick_device", named_device)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(EdmDistillError, match="process 2 on a machine that has 1 GPU: start as many"):
+        Engine(Machine("cuda"))
+
+
+@pytest.mark.parametrize("device", ["cuda", "foo"])
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_every_command_refuses(
+    words: list[str], device: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    words = [str(teacher) if word == "teacher" else word for word in words]
+    result = CliRunner().invoke(main, [*words, "--device", device])
+    assert result.exit_code == 2, result.output
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith("Error: ")
+    assert ("there is no device 'foo'" if device == "foo" else "torch finds no CUDA device here") in said
+    assert not list(tmp_path.iterdir())
