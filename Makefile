@@ -14,6 +14,9 @@ quickstart: .venv/quickstart
 	@$(MAKE) --no-print-directory $(RUN)/cosim/eval/teacher.json $(RUN)/cosim/eval/generator.json
 	$(BIN)/edmdistill report $(RUN)/cosim --out $(RUN)/report.html
 
+# For `make -n`, which looks for what the commands above would have written.
+$(RUN)/teacher/config.json $(RUN)/cosim/generator/config.json: ;
+
 # What is measured is kept as long as its checkpoint stays; the other commands know by themselves what is done.
 $(RUN)/cosim/eval/teacher.json: $(RUN)/teacher/config.json
 	$(BIN)/edmdistill eval $(RUN)/teacher --nfe 3,7,17,35 --protocol digits --out $@

@@ -9,13 +9,15 @@ JSON with every default filled in: it loads back equal, and its hash names what 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from functools import reduce
 from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -35,6 +37,7 @@ BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the recipes are inside the package; in a checkout they are at the top, where people look.
+LIST = "edmdistill recipes list"
 SHIPPED = next(d for d in (_PACKAGE / "recipes_data", _PACKAGE.parent / "recipes") if d.is_dir())
 
 
@@ -192,22 +195,51 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return _resolve(tables, "the resolved recipe")
 
 
-def recipe_names(method: str | None = None) -> list[str]:
-    """The recipes that ship with the package, or those for a method: every base or size, alone and with every mode.
+class RecipeFile(NamedTuple):
+    """A recipe that ships with the package.
+
+    Attributes:
+        name: METHOD/DATASET.
+        sizes: variants of which a name has one, before all others.
+        modes: variants that a name may have as well.
+    """
+
+    name: str
+    path: Path
+    sizes: list[str]
+    modes: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """Every base or size, alone and with every mode."""
+        first = [f"{self.name}-{size}" for size in self.sizes] or [self.name]
+        return [name for base in first for name in (base, *(f"{base}-{mode}" for mode in self.modes))]
+
+
+def recipe_files(method: str | None = None) -> list[RecipeFile]:
+    """Returns the recipes that ship with the package, or those for a method.
 
     Raises: RecipeError: there are none for it.
     """
-    names: list[str] = []
-    for path in sorted(SHIPPED.rglob("*.toml")):
-        base, tables = path.relative_to(SHIPPED).with_suffix("").as_posix(), _read(path)
-        sizes, variants = tables.get("sizes", []), tables.get("variants", {})
-        for first in [f"{base}-{size}" for size in sizes] or [base]:
-            names += [first, *(f"{first}-{mode}" for mode in variants if mode not in sizes)]
-    own = [name for name in names if method in (None, name.partition("/")[0])]
+    files = []
+    for name, path in _shipped().items():
+        tables = _read(path)
+        sizes = tables.get("sizes", [])
+        files.append(RecipeFile(name, path, sizes, [mode for mode in tables.get("variants", {}) if mode not in sizes]))
+    own = [file for file in files if method in (None, file.path.parent.name)]
     if not own:
-        methods = sorted({name.partition("/")[0] for name in names})
-        raise RecipeError(f"there are no recipes for {method!r}; {did_you_mean(str(method), methods)}")
+        raise RecipeError(f"there are no recipes for {method!r}; {did_you_mean(str(method), METHODS, 5, LIST)}")
     return own
+
+
+def recipe_names(method: str | None = None) -> list[str]:
+    """Returns the names of `recipe_files`, with all sizes and modes."""
+    return [name for file in recipe_files(method) for name in file.names]
+
+
+def _shipped() -> dict[str, Path]:
+    """Returns the files that ship with the package, by METHOD/DATASET."""
+    return {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in sorted(SHIPPED.glob("*/*.toml"))}
 
 
 def recipe_header(path: Path) -> str:
@@ -238,21 +270,48 @@ def find_recipe(name: str) -> tuple[Path, str | None]:
     A name that ends in .toml is the user's file; where `my/recipe-s.toml` is none, it is variant s of that file.
     Raises: RecipeError: nothing of that name.
     """
-    root = Path() if name.endswith(".toml") else SHIPPED
+    shipped = None if name.endswith(".toml") else _shipped()
     words = name.removesuffix(".toml").split("-")
     for cut in range(len(words), 0, -1):
-        path = root / f"{'-'.join(words[:cut])}.toml"
-        if not path.is_file():
+        base = "-".join(words[:cut])
+        path = Path(f"{base}.toml") if shipped is None else shipped.get(base)
+        if path is None or not os.path.isfile(path):  # unlike Path's, also of names that are too long
             continue
         variant = "-".join(words[cut:]) or None
         variants = _table(_read(path), "variants", name)
         for part in _joined(variant, variants):
             if part not in variants:
-                raise RecipeError(f"{path} has no variant {part!r}; {did_you_mean(part, variants)}")
+                advice = did_you_mean(part, variants, 5) if variants else "it has none, so leave it out"
+                raise RecipeError(f"{base if shipped else path} has no variant {part!r}; {advice}")
         return path, variant
-    if root != SHIPPED:
-        raise RecipeError(f"there is no file {name}; give a path, or a name such as {recipe_names()[0]}")
-    raise RecipeError(f"there is no recipe {name!r}; {did_you_mean(name, recipe_names())}")
+    raise RecipeError(_unknown_recipe(name) if shipped else _unknown_file(name))
+
+
+def _unknown_recipe(name: str) -> str:
+    """Returns a sentence on a name that no recipe has: the nearest one, or some of its folder."""
+    method, _, dataset = name.partition("/")
+    own = [file for file in _shipped() if file.partition("/")[0] == method]
+    some = did_you_mean("", own, 5, f"{LIST} {method}")
+    if own and not dataset:
+        return f"{name!r} is a method, and each data set has a recipe of its own; {some}"
+    if near := get_close_matches(name[:100], recipe_names(), n=1):
+        return f"there is no recipe {name!r}; did you mean {near[0]!r}?"
+    if own:
+        return f"there is no recipe {name[:200]!r}; {some}"
+    if near := get_close_matches(method[:100], METHODS, n=1):
+        return f"there are no recipes for {method!r}; did you mean {near[0]!r}?"
+    return f"there is no recipe {name[:200]!r}; `{LIST}` lists all, and a file of yours has a name that ends in .toml"
+
+
+def _unknown_file(name: str) -> str:
+    """Returns a sentence on a file that is not there: the nearest one, or the recipe of that name."""
+    path, stem = Path(name), name.removesuffix(".toml")
+    if stem in recipe_names():
+        return f"there is no file {name}; the recipe that ships with the package is {stem!r}"
+    names = [file for file in os.listdir(path.parent) if file.endswith(".toml")] if os.path.isdir(path.parent) else []
+    near = get_close_matches(path.name[:100], names, n=1)
+    advice = f"did you mean {path.parent / near[0]}?" if near else f"`{LIST}` lists those that ship with the package"
+    return f"there is no file {name[:300]}; {advice}"
 
 
 def load_recipe(name: str, method: str | None = None, sets: Iterable[str] = ()) -> Recipe:
@@ -272,9 +331,7 @@ def load_recipe(name: str, method: str | None = None, sets: Iterable[str] = ()) 
         base = name.removesuffix(".toml").removesuffix(f"-{variant}")
         raise RecipeError(f"{name} needs a size: one of {', '.join('-'.join([base, size, *parts]) for size in sizes)}")
     tables = reduce(_merge, _layers(tables, parts, sets, name).values())
-    directory = path.parent.name
-    default = {"name": directory if directory in METHODS else method}
-    tables["method"] = own = default | _table(tables, "method", name)
+    tables["method"] = own = {"name": method} | _table(tables, "method", name)
     if method is not None and own["name"] != method:
         raise RecipeError(f"{name} is a recipe for {own['name']}, not for {method}; choose another --recipe")
     return _resolve(tables, name)

@@ -25,6 +25,8 @@ from edmdistill.errors import CheckpointError, HubError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """owner/name, as the Hub writes it."""
+SHIPPED = {"digits": Path(__file__).parent.parent / "assets" / "digits-teacher.pkl"}
+"""Checkpoints that come with the package, by a word; a file or folder of that name comes before."""
 PATIENCE = 120.0
 """Seconds of silence after which the Hub counts as out of reach."""
 REASONS = {
@@ -44,8 +46,8 @@ def resolve(source: str | Path) -> Path:
 
     Args:
         source: a path; http(s)://...; hf://owner/name/file@revision (a file of the Hub); owner/name or
-            owner/name@revision, with hf:// or without (a checkpoint of ours on the Hub). A path that exists comes
-            before a repository; a revision is a branch, a tag or a commit.
+            owner/name@revision, with hf:// or without (a checkpoint of ours on the Hub); digits, the teacher that comes
+            with the package. A path that exists comes before these; a revision is a branch, a tag or a commit.
     Raises: CheckpointError: no such path or URL.  HubError: the Hub has no such thing, or cannot be reached.
     """
     text = str(source)
@@ -56,6 +58,8 @@ def resolve(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
+    if text in SHIPPED:
+        return SHIPPED[text]
     # `teachers/edm2-s` with a folder `teachers` is a slip of the pen, not a repository.
     if isinstance(source, str) and REPOSITORY.fullmatch(text.partition("@")[0]) and not path.parent.is_dir():
         return _hub(text)
@@ -71,6 +75,8 @@ def name_of(source: str | Path) -> str:
     if text.startswith(("http://", "https://", "hf://")):
         return text
     path = Path(source).expanduser()
+    if not path.exists() and text in SHIPPED:
+        return SHIPPED[text].name
     return path.resolve().name if path.exists() else text
 
 

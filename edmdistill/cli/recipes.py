@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from edmdistill.cli.options import OutputPath
+
 sets_option = click.option(
     "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated."
 )
@@ -22,17 +24,28 @@ def command() -> None:
 @click.argument("method", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with the whole headers.")
 def list_(method: str | None, as_json: bool) -> None:
-    """List the recipes that ship with the package, all or those of METHOD, and what each is for."""
-    from edmdistill.recipes import find_recipe, recipe_header, recipe_names
+    """List the recipes that ship with the package, all or those of METHOD, and what each is for.
 
-    headers = {name: recipe_header(find_recipe(name)[0]) for name in recipe_names(method)}
+    Of a recipe with sizes, a name has one of them, and may have a variant after it: cosim/imagenet512-s.
+    """
+    from edmdistill.methods import METHODS
+    from edmdistill.recipes import recipe_files, recipe_header
+
+    files = recipe_files(method)
     if as_json:
-        recipes = [{"name": name, "header": header} for name, header in headers.items()]
+        recipes = [{"name": name, "header": recipe_header(file.path)} for file in files for name in file.names]
         click.echo(json.dumps({"schema_version": 1, "recipes": recipes}, indent=2))
         return
-    width = max(map(len, headers))
-    for name, header in headers.items():
-        click.echo(f"{name:<{width}}  {header.splitlines()[0]}")
+    width = max(len(file.name) for file in files)
+    for name in METHODS:
+        own = [file for file in files if file.path.parent.name == name]
+        if own:
+            click.echo(METHODS[name].summary)
+        for file in own:
+            click.echo(f"  {file.name:<{width}}  {recipe_header(file.path).splitlines()[0]}")
+            for title, words in (("sizes", file.sizes), ("variants", file.modes)):
+                if words:
+                    click.echo(f"  {'':<{width}}    {title}: {' '.join(f'-{word}' for word in words)}")
 
 
 @command.command()
@@ -55,7 +68,7 @@ def show(name: str, resolved: bool, method: str | None, sets: tuple[str, ...]) -
 
 @command.command()
 @click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=OutputPath())
 def copy(name: str, file: Path) -> None:
     """Copy the recipe NAME, with its variants, to FILE.toml, to be changed and given to `train --recipe`."""
     from edmdistill.recipes import copy_recipe

@@ -1,13 +1,15 @@
 """`edmdistill recipes`: what is listed loads, what is copied trains the same, what is wrong is said."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from edmdistill.cli import main
-from edmdistill.recipes import SHIPPED, Recipe, load_recipe, recipe_names
+from edmdistill.methods import METHODS
+from edmdistill.recipes import SHIPPED, Recipe, load_recipe, recipe_files, recipe_names
 
 
 def recipes(*words: object) -> Result:
@@ -15,11 +17,17 @@ def recipes(*words: object) -> Result:
 
 
 def test_list_has_every_name_with_what_it_is_for():
-    lines = dict(line.split(maxsplit=1) for line in recipes("list").stdout.splitlines())
-    assert list(lines) == recipe_names()
+    text = recipes("list").stdout
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines() if line.startswith("  ") and "/" in line[:12])
     assert lines["cosim/cifar10"] == "CoSIM on CIFAR-10, unconditional, 32x32."
-    own = [line.split()[0] for line in recipes("list", "sid").stdout.splitlines()]
-    assert own == [name for name in recipe_names() if name.startswith("sid/")]
+    assert sorted(lines) == sorted(file.name for file in recipe_files())
+    for file in recipe_files():
+        assert text.count(f"  {lines[file.name]}\n") == 1  # one description, however many sizes and variants
+        after = text.partition(lines[file.name])[2]
+        for title, words in (("sizes", file.sizes), ("variants", file.modes)):
+            assert not words or f"{title}: {' '.join(f'-{word}' for word in words)}\n" in after
+    assert [entry.summary in text for entry in METHODS.values()] == [True] * len(METHODS)
+    assert set(re.findall(r"^  (\w+)/", recipes("list", "sid").stdout, re.MULTILINE)) == {"sid"}
     document = json.loads(recipes("list", "--json").stdout)
     assert [recipe["name"] for recipe in document["recipes"]] == recipe_names()
     assert all("Measured here" in recipe["header"] for recipe in document["recipes"])
