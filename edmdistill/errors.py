@@ -8,8 +8,24 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+def printable(text: str) -> str:
+    """Returns text on one line that says nothing to a terminal: control, format and undecodable characters escaped.
+
+    All that comes from a file, a server or a user and is printed goes through here.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class EdmDistillError(Exception):
-    """Base of every error that the user, not the program, can mend."""
+    """Base of every error that the user, not the program, can mend: a sentence, and lines below it if need be.
+
+    What it says is printable, whoever chose the names in it.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 class CheckpointError(EdmDistillError):

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edmdistill"
 LAYERS = (
-    ("errors", "progress"),
-    ("atomic", "jsonl"),
+    ("errors", "progress", "pickles"),
+    ("atomic", "jsonl", "archives"),
     ("trigflow",),
     ("draws",),
     ("schedules",),

@@ -14,25 +14,27 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edmdistill.checkpoints.pickles import (
+from edmdistill.errors import CheckpointError
+from edmdistill.pickles import (
     LEGACY_MAGIC,
     Array,
+    Budget,
     Call,
     Dtype,
     Machine,
     Stateful,
     StoredTensor,
     Unreadable,
+    empty_dict,
     read_scalar,
     read_storage,
     rebuild_tensor,
 )
-from edmdistill.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,8 +124,10 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
     path = Path(path)
     try:
         data = _content(path)
-        entries = _entries(_unpacked(data))
-        checkpoint = _checkpoint(path, hashlib.sha256(data).hexdigest(), entries)
+        pickled = _unpacked(data, path)
+        budget = Budget(len(pickled))
+        entries = _entries(pickled, budget)
+        checkpoint = _checkpoint(path, hashlib.sha256(data).hexdigest(), entries, budget)
         return replace(checkpoint, notes=tuple(_notes(checkpoint, entries)))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -141,14 +145,14 @@ def _content(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _unpacked(data: memoryview) -> memoryview:
+def _unpacked(data: memoryview, path: Path) -> memoryview:
     """The pickle in the file."""
     head = bytes(data[:64])
     if head.startswith(b"\x1f\x8b"):
         stream = zlib.decompressobj(wbits=31)
         try:
             # Weights hardly compress: what grows without measure is no checkpoint.
-            unpacked = stream.decompress(data, 64 * len(data))
+            unpacked = stream.decompress(data, max(2**26, 8 * len(data)))
         except zlib.error as error:
             raise Unreadable("is a damaged gzip file: download it again") from error
         if not stream.eof:
@@ -184,9 +188,10 @@ class _Object(Stateful):
             raise TypeError
         self.state: dict[str, object] = state
 
-    def members(self, kind: str) -> dict[str, object]:
+    def members(self, kind: str, budget: Budget) -> dict[str, object]:
         """_parameters, _buffers or _modules, without those that are None."""
         members = self.state.get(kind)
+        budget.step(len(members) if isinstance(members, dict) else 1)
         if not isinstance(members, dict) or not all(re.fullmatch(r"\w+", name, re.ASCII) for name in members):
             raise Unreadable(f"has no proper {kind} in its {self.class_name[:60]!r}: {_DAMAGED}")
         return {name: member for name, member in members.items() if member is not None}
@@ -205,19 +210,14 @@ def _persistent(meta: object) -> _Object:
     raise TypeError
 
 
-def _empty() -> dict[str, object]:  # dict itself would take pairs with any keys
-    return {}
-
-
-_DICT, _ARRAY, _SCALAR = Call(_empty), Call(lambda *_: Array()), Call(read_scalar)
-_NAMES: Mapping[tuple[str, str], object] = {
+_DICT, _ARRAY, _SCALAR = Call(empty_dict), Call(lambda *_: Array()), Call(read_scalar)
+_NAMES: dict[tuple[str, str], object] = {
     ("collections", "OrderedDict"): _DICT,
     ("dnnlib.util", "EasyDict"): _DICT,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): Call(_persistent),
     ("torch.nn.modules.container", "ModuleDict"): Call(lambda: _Object("ModuleDict")),
     ("torch._utils", "_rebuild_parameter"): Call(lambda tensor, *_: tensor),
     ("torch._utils", "_rebuild_tensor_v2"): Call(rebuild_tensor),
-    ("torch.storage", "_load_from_bytes"): Call(read_storage),
     ("numpy.core.multiarray", "_reconstruct"): _ARRAY,
     ("numpy._core.multiarray", "_reconstruct"): _ARRAY,
     ("numpy.core.multiarray", "scalar"): _SCALAR,
@@ -227,9 +227,10 @@ _NAMES: Mapping[tuple[str, str], object] = {
 }
 
 
-def _entries(data: memoryview) -> dict[str, object]:
+def _entries(data: memoryview, budget: Budget) -> dict[str, object]:
     """The dict in the pickle, with something under `ema`."""
-    root = Machine(data, _NAMES).run()
+    storages = {("torch.storage", "_load_from_bytes"): Call(partial(read_storage, budget=budget))}
+    root = Machine(data, _NAMES | storages, budget=budget).run()
     if type(root) is int and root == LEGACY_MAGIC:
         raise _only_weights("a file of torch.save")
     if not isinstance(root, dict):
@@ -249,16 +250,16 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(repr(name[:60]) for name in islice(names, 8))
 
 
-def _checkpoint(path: Path, digest: str, entries: dict[str, object]) -> OfficialCheckpoint:
+def _checkpoint(path: Path, digest: str, entries: dict[str, object], budget: Budget) -> OfficialCheckpoint:
     ema = entries["ema"]
     if not isinstance(ema, _Object) or ema.class_name not in _PRECONDITIONINGS:
         raise Unreadable(f"holds {_kind(ema)} under 'ema', not a network ({_names(_PRECONDITIONINGS)}): {_WANTED}")
-    inner = ema.members("_modules").get("unet" if ema.class_name == "Precond" else "model")
+    inner = ema.members("_modules", budget).get("unet" if ema.class_name == "Precond" else "model")
     if not isinstance(inner, _Object) or inner.class_name not in _NETWORKS:
         raise Unreadable(
             f"holds {_kind(inner)} in its {ema.class_name}, not a network ({_names(_NETWORKS)}): {_WANTED}"
         )
-    tensors = list(_tensors(ema, set()))
+    tensors = list(_tensors(ema, set(), budget))
     dataset = _plain(entries.get("dataset_kwargs"))
     return OfficialCheckpoint(
         path=path,
@@ -277,7 +278,9 @@ def _checkpoint(path: Path, digest: str, entries: dict[str, object]) -> Official
     )
 
 
-def _tensors(module: _Object, seen: set[int], prefix: str = "") -> Iterator[tuple[str, StoredTensor, bool]]:
+def _tensors(
+    module: _Object, seen: set[int], budget: Budget, prefix: str = ""
+) -> Iterator[tuple[str, StoredTensor, bool]]:
     """The state dict in the official order: name, tensor, whether it is a buffer."""
     if module.class_name not in _MODULES:
         raise Unreadable(f"holds {_kind(module)} as {prefix[:-1]}, a layer that no official network has: {_DAMAGED}")
@@ -286,17 +289,18 @@ def _tensors(module: _Object, seen: set[int], prefix: str = "") -> Iterator[tupl
     seen.add(id(module))
     transient = module.state.get("_non_persistent_buffers_set")
     for kind in ("_parameters", "_buffers"):
-        for name, tensor in module.members(kind).items():
+        for name, tensor in module.members(kind, budget).items():
             if kind == "_buffers" and isinstance(transient, set) and name in transient:
                 continue
             if not isinstance(tensor, StoredTensor) or tensor.dtype not in _FLOATS:
                 found = tensor.dtype if isinstance(tensor, StoredTensor) else _kind(tensor)
                 raise Unreadable(f"holds {found} as {prefix}{name}, not floating-point numbers: {_DAMAGED}")
+            budget.take(tensor.nbytes)
             yield prefix + name, tensor, kind == "_buffers"
-    for name, child in module.members("_modules").items():
+    for name, child in module.members("_modules", budget).items():
         if not isinstance(child, _Object):
             raise Unreadable(f"holds {_kind(child)} as {prefix}{name}, not a layer: {_DAMAGED}")
-        yield from _tensors(child, seen, f"{prefix}{name}.")
+        yield from _tensors(child, seen, budget, f"{prefix}{name}.")
 
 
 def _arguments(item: _Object) -> dict[str, object]:

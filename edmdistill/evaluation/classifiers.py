@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.features import Digits
-from edmdistill.networks.script import load_script
+from edmdistill.networks.script import Script
 
 
 def load_classifier(source: str, label_dim: int, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
@@ -31,7 +31,7 @@ def load_classifier(source: str, label_dim: int, device: torch.device | str = "c
     elif Path(source).suffix == ".safetensors":
         logits = Digits(device, Path(source)).logits
     else:
-        network = load_script(source, device)
+        network = Script(source, device)
 
         def logits(images: Tensor) -> Tensor:
             out: Tensor = network(images.to(device, torch.float32) / 127.5 - 1)
@@ -40,6 +40,8 @@ def load_classifier(source: str, label_dim: int, device: torch.device | str = "c
     @torch.no_grad()
     def log_probability(images: Tensor) -> Tensor:
         out = logits(images)
+        if not isinstance(out, Tensor):
+            raise EdmDistillError(f"the classifier {source} gives no tensor of logits [N,{label_dim}]")
         if out.shape != (len(images), label_dim):
             raise EdmDistillError(
                 f"the classifier {source} gives {list(out.shape)} for {len(images)} images of {label_dim} classes, but "

@@ -5,16 +5,15 @@ Source: Sauer et al. 2021 (Projected GANs), section 3.2, for the mixing; Kim et 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Self
 
 import torch
 import torch.nn.functional as f
 from torch import Tensor, nn
 
 from edmdistill.errors import TrainingError
-from edmdistill.networks.script import load_script
+from edmdistill.networks.script import ScriptFile
 
 LEVELS = 4
 """Feature maps that a network gives, the finest first."""
@@ -39,22 +38,7 @@ def resized(x: Tensor, size: int = SEEN) -> Tensor:
     return f.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
 
-class Script(nn.Module):
-    """A TorchScript file of the user's, and its name for what is wrong with it."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path, self.script = path, load_script(path)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # torch moves no script to the meta device, where a run is tried first; it can only be loaded there.
-        if not fn(torch.empty(0)).is_meta:
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
-        self.script = load_script(self.path, "meta")
-        return self
-
-
-class Perception(Script):
+class Perception(ScriptFile):
     """A learnt distance, such as LPIPS: a TorchScript file (a, b) -> [B] or [B,1,1,1], of RGB images in [0, 1].
 
     Images below 256 pixels are enlarged to 224 before.
@@ -67,18 +51,21 @@ class Perception(Script):
             x = (as_rgb(x, self.path) + 1) / 2
             return resized(x) if x.shape[-1] < 256 else x
 
-        distance: Tensor = self.script(seen(a), seen(b))
+        distance = self.run(seen(a), seen(b))
+        if not isinstance(distance, Tensor) or distance.numel() != len(a):
+            raise TrainingError(f"{self.path} gives no distance for each of {len(a)} pairs of images, [B] or [B,1,1,1]")
         return distance.reshape(len(a))
 
 
-class ScriptFeatures(Script):
+class ScriptFeatures(ScriptFile):
     """A TorchScript file: RGB images [B,3,224,224] in [-1, 1] -> a list of LEVELS feature maps, the finest first."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = list(self.script(resized(as_rgb(x, self.path))))
-        if len(maps) != LEVELS:
-            raise TrainingError(f"{self.path} gives {len(maps)} feature maps, but {LEVELS} are needed, finest first")
-        return maps
+        maps = self.run(resized(as_rgb(x, self.path)))
+        if not isinstance(maps, list | tuple) or len(maps) != LEVELS:
+            given = f"{len(maps)} feature maps" if isinstance(maps, list | tuple) else "no list of feature maps"
+            raise TrainingError(f"{self.path} gives {given}, but {LEVELS} are needed, finest first")
+        return list(maps)
 
 
 class RandomFeatures(nn.Module):

@@ -1,26 +1,168 @@
-"""TorchScript files: networks of the user's that come with their own code."""
+"""Reads TorchScript files: networks of others that come with their own code.
+
+TorchScript has operators that write files, and code that runs while a file is loaded: the default values of arguments,
+constants of classes, `__setstate__`. So a file is read as data first, and refused for any class of C++ and for any
+such value that is no literal; torch then loads a copy of what was read, and every operator of every function in it is
+compared with a list before one of them runs. What is left is arithmetic, which may still take time and memory.
+"""
 
 from __future__ import annotations
 
+import ast
+import io
+import re
 import warnings
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from edmdistill.archives import Archive
 from edmdistill.errors import CheckpointError
+from edmdistill.pickles import Call, Stateful, Unreadable
+
+_CONTROL = """
+abs CallFunction CallMethod Constant CreateObject data device DictConstruct dtype Enter EnumName EnumValue Exit
+GetAttr If is_cpu is_cuda is_meta is_mkldnn is_mps is_nested is_quantized is_sparse isinstance itemsize layout
+ListConstruct ListUnpack Loop max min ModuleContainerIndex NumToTensor RaiseException rangelist requires_grad
+SetAttr StringIndex tolist TupleConstruct TupleIndex TupleSlice TupleUnpack type unchecked_cast
+unchecked_unwrap_optional Uninitialized
+"""
+_TENSORS = """
+alias arange as_tensor bernoulli clone complex contiguous copy cpu cuda detach empty empty_like expand expand_as eye
+full full_like lift lift_fresh linspace multinomial new_empty new_full new_ones new_zeros normal ones ones_like rand
+rand_like randint randn randn_like randperm scalar_tensor tensor to type_as uniform zeros zeros_like
+"""
+_SHAPES = """
+as_strided atleast_1d atleast_2d atleast_3d broadcast_shapes broadcast_tensors broadcast_to can_cast cat
+channel_shuffle chunk col2im column_stack concat concatenate constant_pad_nd cumprod cumsum diag diag_embed diagonal
+dim dsplit dstack element_size flatten flip fliplr flipud gather get_device hsplit hstack im2col index index_add
+index_copy index_fill index_put index_select is_complex is_conj is_contiguous is_floating_point is_leaf is_neg
+is_nonzero is_pinned is_same_size is_signed masked_fill masked_scatter masked_select meshgrid mH moveaxis movedim mT
+narrow nonzero nonzero_numpy numel numpy_T one_hot pad permute pixel_shuffle pixel_unshuffle promote_types
+reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d
+replication_pad3d reshape reshape_as resolve_conj resolve_neg result_type roll rot90 row_stack scatter scatter_add
+scatter_reduce select size slice split split_with_sizes squeeze stack storage_offset stride sum_to_size swapaxes
+swapdims t take take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold unsafe_chunk
+unsafe_split unsqueeze view view_as view_as_complex view_as_real vsplit where
+"""
+_ARITHMETIC = """
+abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr all allclose amax amin aminmax angle any arccos
+arcsin arctan argmax argmin argsort argwhere asin asinh atan atan2 atanh baddbmm bitwise_and bitwise_not bitwise_or
+bitwise_xor bmm bucketize cdist ceil clamp clamp_max clamp_min clip conj copysign cos cosh count_nonzero cov cross
+cummax cummin deg2rad det diff digamma dist div divide dot einsum eq equal erf erfc erfinv exp exp2 expm1 fft_fft
+fft_fft2 fft_fftfreq fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_irfft fft_irfft2 fft_rfft
+fft_rfft2 fft_rfftfreq fill fix float_power floor floor_divide fmax fmin fmod frac ge ger greater greater_equal gt
+heaviside histc hypot imag inner isclose isfinite isinf isnan kron kthvalue le lerp less less_equal lgamma
+linalg_cross linalg_inv linalg_matrix_norm linalg_norm linalg_vector_norm log log10 log1p log2 logaddexp
+logcumsumexp logical_and logical_not logical_or logical_xor logit logsumexp lt matmul matrix_power max maximum mean
+median min minimum mm mode msort mul multiply mv nan_to_num nanmean nansum ne neg negative norm norm_except_dim
+not_equal outer pairwise_distance polar positive pow prod quantile rad2deg real reciprocal remainder round rsqrt
+rsub searchsorted sgn sigmoid sign sin sinc sinh sort special_erf special_expit sqrt square std std_mean sub
+subtract sum tan tanh tensordot topk trace trapezoid true_divide trunc unique_consecutive unique_dim var var_mean
+vdot xlogy zero
+"""
+_LAYERS = """
+_adaptive_avg_pool2d _adaptive_avg_pool3d _assert_async _batch_norm_impl_index _cast_Float _convolution
+_convolution_mode _log_softmax _native_multi_head_attention _pad_circular _pad_enum _shape_as_tensor _softmax _stack
+_to_copy _transformer_encoder_layer_fwd _unique2 _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa
+_upsample_lanczos2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm
+adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+adaptive_max_pool3d affine_grid_generator alpha_dropout avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear
+binary_cross_entropy binary_cross_entropy_with_logits celu conv1d conv2d conv3d conv_tbc conv_transpose1d
+conv_transpose2d conv_transpose3d convolution cosine_similarity cross_entropy_loss dropout elu embedding
+embedding_bag feature_alpha_dropout feature_dropout gelu glu grid_sampler grid_sampler_2d group_norm gru gru_cell
+hardshrink hardsigmoid hardswish hardtanh huber_loss instance_norm kl_div l1_loss layer_norm leaky_relu linear
+log_sigmoid log_softmax lstm lstm_cell max_pool1d max_pool2d max_pool2d_with_indices max_pool3d mish mse_loss
+native_batch_norm native_group_norm native_layer_norm nll_loss nll_loss2d nll_loss_nd prelu relu relu6 rms_norm
+rrelu scaled_dot_product_attention selu silu smooth_l1_loss softmax softplus softshrink threshold upsample_bicubic2d
+upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d
+"""
+_VALUES = """
+__and__ __contains__ __derive_index __getitem__ __interpolate __is__ __isnot__ __lshift__ __not__ __or__
+__range_length __round_to_zero_floordiv __rshift__ __xor__ _list_to_tensor _set_item _tensor_to_list append Bool
+clear Complex ComplexImplicit count degrees Delete dict divmod endswith extend fabs factorial find Float
+FloatImplicit floordiv format gcd get insert Int IntImplicit is_autocast_cpu_enabled is_autocast_enabled
+is_grad_enabled is_scripting item items join keys len list lower mathremainder modf ord percentFormat pop radians
+replace reverse ScalarImplicit set_grad_enabled setdefault Size sorted startswith str strip update upper values warn
+"""
+CONTROL = frozenset(_CONTROL.split())
+"""Operators of `prim` that a script may use: control flow, attributes, lists and tuples, facts about a tensor."""
+OPERATORS = frozenset(" ".join((_TENSORS, _SHAPES, _ARITHMETIC, _LAYERS, _VALUES)).split())
+"""Operators of `aten` that a script may use, in place (a trailing underscore) too: arithmetic and shapes, no files."""
+
+
+class _Object(Stateful):
+    """Stands for an object of a class in the archive, whose attributes are looked at and not kept."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def set_state(self, state: object) -> None: ...
+
+
+_PICKLED = {("torch.jit._pickle", f"build_{kind}list"): Call(list) for kind in ("int", "double", "bool", "tensor")} | {
+    ("torch.jit._pickle", "restore_type_tag"): Call(lambda value, *_: value),
+    ("torch", "device"): Call(lambda *_: None),
+}
+
+
+class ScriptFile(nn.Module):
+    """Holds the network of a TorchScript file, in evaluation mode, not to be trained.
+
+    Raises: CheckpointError: it cannot be read, or uses what a network need not.
+    """
+
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.path, self.script = str(path), load_script(path, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # torch moves no script to the meta device, where a run is tried first; it can only be loaded there.
+        if not fn(torch.empty(0)).is_meta:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        self.script = load_script(self.path, "meta")
+        return self
+
+    def run(self, *inputs: Tensor) -> Any:
+        """Returns what the script makes of its inputs.  Raises: CheckpointError: it fails."""
+        try:
+            return self.script(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch's own, with the script's source in many lines
+            said = [line.strip() for line in str(error).splitlines() if line.strip()]
+            shapes = " and ".join(str(list(x.shape)) for x in inputs)
+            raise CheckpointError(
+                f"{self.path} fails on images of shape {shapes} ({said[-1] if said else type(error).__name__}): give a "
+                "script that takes such images"
+            ) from error
+
+
+class Script(ScriptFile):
+    """A TorchScript file that is called as it is."""
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.run(*inputs)
 
 
 def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The network of a TorchScript file, in evaluation mode, not to be trained.
+    """The network of a TorchScript file, in evaluation mode, not to be trained; nothing in it has run.
 
-    Raises: CheckpointError: it cannot be read.
+    Raises: CheckpointError: it cannot be read, or uses what a network need not.
     """
+    path = Path(path)
     try:
-        with warnings.catch_warnings():  # torch deprecates the format, in which such networks are still handed round
-            warnings.simplefilter("ignore", DeprecationWarning)
-            network: nn.Module = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError, OSError) as error:
+        if not path.is_file():
+            raise Unreadable("is not a file" if path.exists() else "does not exist")
+        if not zipfile.is_zipfile(path):
+            raise Unreadable("is not a zip archive, which such files are")
+        network = _load(_checked(Archive(path)), device)
+    except Unreadable as error:
+        raise CheckpointError(f"{path} cannot be read as TorchScript: it {error}.") from error
+    except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path} cannot be read as TorchScript ({reason}): write it by torch.jit.save."
@@ -28,3 +170,119 @@ def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Modu
     for parameter in network.parameters():  # a script has no requires_grad_ of its own
         parameter.requires_grad_(False)
     return network.eval()
+
+
+def _checked(archive: Archive) -> io.BytesIO:
+    """A copy of the archive, of nothing but members that were looked at.
+
+    Raises: Unreadable: one of them would run code when loaded, or holds what is no data.
+    """
+    files = {name: bytes(archive.read(name)) for name in archive.members if re.fullmatch(r"code/.*\.py", name)}
+    if not files or not {"data.pkl", "constants.pkl"} <= archive.members.keys():
+        raise Unreadable("holds weights without a network's code: write the network by torch.jit.save")
+    names: dict[tuple[str, str], object] = dict(_PICKLED)
+    for name, source in files.items():
+        module = archive.members[name].filename.partition("/code/")[2].removesuffix(".py").replace("/", ".")
+        names |= {(module, found): Call(_Object) for found in _classes(source)}
+    facts = archive.members.keys() & {"version", ".data/version", "byteorder"}
+    copied = files | {name: bytes(archive.read(name)) for name in facts}
+    for name, folder in (("data.pkl", "data"), ("constants.pkl", "constants")):
+        archive.load(name, folder, names)
+        copied[name] = bytes(archive.read(name))
+    storages = [name for name in archive.members if re.fullmatch(r"(data|constants)/\d+", name)]
+    new = io.BytesIO()
+    with zipfile.ZipFile(new, "w") as out:
+        for name in (*copied, *storages):
+            # Classes are found by their file's name, in the case in which it is written.
+            own = archive.members[name].filename.partition("/")[2]
+            out.writestr(f"script/{own}", copied.get(name) or archive.read(name))
+    return new
+
+
+def _classes(source: bytes) -> Iterator[str]:
+    """The names of the classes in a file of an archive's code.
+
+    Raises: Unreadable: the file would run something when loaded.
+    """
+    try:
+        text = source.decode("ascii")
+        # What Python and torch might read in two ways: nothing that torch writes has it.
+        if re.search(r"[^\n -~\0]|[#\"']|\\\n|[\w\0]\0", _STRING.sub("\0", text)):
+            raise ValueError
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            tree = ast.parse(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise Unreadable("holds code as torch does not write it: write it by torch.jit.save") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args
+            values = [*arguments.defaults, *filter(None, arguments.kw_defaults), *node.decorator_list]
+            if node.name in ("__setstate__", "__getstate__"):
+                raise Unreadable(f"runs code when it is loaded ({node.name}), which no network needs")
+        elif isinstance(node, ast.ClassDef):
+            yield node.name
+            values = []
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign | ast.Assign) and line.value is not None:
+                    typed = isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Subscript)
+                    values += [] if typed else [line.value]
+                elif not isinstance(line, ast.FunctionDef | ast.Pass | ast.AnnAssign):
+                    values.append(line)  # type: ignore[arg-type]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if not node.value.replace("\n", "").replace("\t", "").isprintable():
+                raise Unreadable("holds a text of control characters, which no network needs")
+            continue
+        elif isinstance(node, ast.Attribute) and node.attr == "classes":
+            raise Unreadable("uses a class of C++ (torch.classes), which no network needs")
+        else:
+            continue
+        if not all(_is_literal(value) for value in values):
+            raise Unreadable("runs code when it is loaded (a default value that is no literal), which no network needs")
+
+
+_STRING = re.compile(r"\"(?:[^\"\\\n]|\\[^\n])*\"|'(?:[^'\\\n]|\\[^\n])*'")
+
+
+def _is_literal(value: ast.AST) -> bool:
+    """Whether it is made of numbers, words, inf and nan alone."""
+    allowed = ast.Constant | ast.List | ast.Tuple | ast.Dict | ast.UnaryOp | ast.USub | ast.Load
+    return all(
+        isinstance(node, allowed) or (isinstance(node, ast.Name) and node.id in ("inf", "nan", "infj", "nanj"))
+        for node in ast.walk(value)
+    )
+
+
+def _load(file: io.BytesIO, device: torch.device | str) -> nn.Module:
+    """The network of an archive, all of whose functions were looked at.
+
+    Raises: Unreadable: one has an operator that is not allowed.
+    """
+    core: Any = torch._C
+    unit = core.CompilationUnit()  # torch.jit.load keeps it to itself, and only it knows all functions
+    with warnings.catch_warnings():  # torch deprecates the format, in which such networks are still handed round
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            module = core.import_ir_module_from_buffer(unit, file.getvalue(), torch.device(device), {}, False)
+        except Exception as error:  # torch raises what it likes for code that is none
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Unreadable(
+                f"holds code that torch does not understand ({first}): write it by torch.jit.save"
+            ) from error
+        for function in unit.get_functions():
+            blocks: list[Any] = [function.graph]
+            while blocks:
+                for node in blocks.pop().nodes():
+                    _require_allowed(node.kind())
+                    blocks += node.blocks()
+        network: nn.Module = torch.jit._recursive.wrap_cpp_module(module)  # type: ignore[no-untyped-call]
+    return network
+
+
+def _require_allowed(kind: str) -> None:
+    space, _, name = kind.partition("::")
+    plain = name if name in OPERATORS or name.endswith("__") else name.removesuffix("_")
+    if not (name in CONTROL if space == "prim" else space == "aten" and plain in OPERATORS):
+        raise Unreadable(
+            f"uses {kind[:80]}, which is not among the operators that a network may use: write the network without it"
+        )

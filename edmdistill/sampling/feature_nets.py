@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edmdistill.networks.script import load_script
+from edmdistill.networks.script import Script
 from edmdistill.sampling.files import read_image
 
 LUMA = 0.299, 0.587, 0.114
@@ -37,4 +37,4 @@ def load_feature_net(
     if word.startswith(MASK):
         mask = (read_image(Path(word.removeprefix(MASK)), 1, resolution) > 0).to(device)
         return lambda x: x * mask
-    return load_script(word, device)
+    return Script(word, device)

@@ -145,8 +145,8 @@ def _require_same(path: Path, files: Mapping[str, bytes]) -> None:
     changed = [line for name in (RECIPE, RUN) for line in _differences(before[name], now[name])]
     if changed:
         raise TrainingError(
-            f"{path} is the directory of another run; give another --run-dir, or the same recipe, teacher and data:\n"
-            + "\n".join(changed)
+            f"{path} is the directory of another run; give another --run-dir, or the same recipe, teacher and data:",
+            *changed,
         )
     if before[RECIPE] != now[RECIPE]:
         with atomic_write(path / RECIPE) as new:

@@ -4,7 +4,8 @@ A pickle is a program for a stack machine. This is such a machine for the instru
 EDM and EDM2 code write, and for no others; the functions it may call are stand-ins of ours, looked up by their exact
 (module, name). Python's own unpickler can be restricted in what it calls but not in what it allocates (a memo index
 of 2^31, a hash of a deep tuple that overflows the C stack), so a file could still take the memory or the process.
-Here every instruction costs some 200 bytes at most, their number is limited, and large values are views of the file.
+Here every instruction costs some 200 bytes at most, one budget limits their number over a file and all that is nested
+in it, and large values are views of the file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +24,11 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_INSTRUCTIONS = 2**19  # an official file has up to some 600 tensors and takes about 100 for each
+MAX_STEPS = 2**19
+"""Steps in reading a file: pickle instructions, nested pickles included, and entries that are looked at. An official
+file has up to some 600 tensors and takes about 200 for each."""
+SLACK = 2**20
+"""Bytes that any file may take, however small."""
 
 # Bytes of the length that goes before a string or a blob.
 _LENGTHS = {
@@ -43,6 +47,32 @@ _MALFORMED = (IndexError, KeyError, OverflowError, TypeError, ValueError, struct
 
 class Unreadable(Exception):
     """Why a file cannot be read: the part of a sentence that follows the file's name."""
+
+
+class Budget:
+    """What reading a file may still cost, with everything that is nested in it.
+
+    Args:
+        size: bytes of the file. A file that shares nothing is read twice at most: as it is, and as nested pickles.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.steps, self.limit = MAX_STEPS, 2 * size + SLACK
+        self.bytes = self.limit
+
+    def step(self, count: int = 1) -> None:
+        """Raises: Unreadable: that many steps are not left."""
+        self.steps -= count
+        if self.steps < 0:
+            raise Unreadable(f"takes more than {MAX_STEPS:,} steps to read, which no official file does")
+
+    def take(self, size: int) -> None:
+        """Raises: Unreadable: that many bytes are not left."""
+        self.bytes -= size
+        if self.bytes < 0:
+            raise Unreadable(
+                f"unfolds to more than {self.limit:,} bytes by using the same bytes many times: it is damaged or forged"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,6 +96,8 @@ class Machine:
         data: the bytes.  Blobs in the result are views of it.
         names: what each (module, name) stands for; all others are refused.
         resolve: makes an object of a persistent id.
+        budget: of the file that the bytes are a part of; default: they are all of it.
+        keys: the types that keys of a dict may have, of str and int.
     """
 
     def __init__(
@@ -73,8 +105,11 @@ class Machine:
         data: memoryview,
         names: Mapping[tuple[str, str], object],
         resolve: Callable[[object], object] | None = None,
+        budget: Budget | None = None,
+        keys: tuple[type, ...] = (str,),
     ):
-        self.data, self.names, self.resolve = data, names, resolve
+        self.data, self.names, self.resolve, self.keys = data, names, resolve, keys
+        self.budget = budget or Budget(len(data))
         self.position = 0
 
     def take(self, count: int) -> memoryview:
@@ -98,7 +133,7 @@ class Machine:
             if module.split(".")[0] in ("dnnlib", "torch_utils", "training"):
                 hint = "do not install dnnlib or torch_utils from PyPI, which are not NVIDIA's and are not needed"
             raise Unreadable(
-                f"asks for {f'{module}.{name}'[:80]!r}, which no official EDM or EDM2 pickle does "
+                f"asks for {f'{module}.{name}'[:80]!r}, which no file of an EDM network does "
                 f"(nothing was executed): {hint}"
             )
         return self.names[module, name]
@@ -126,7 +161,8 @@ class Machine:
             del stack[start:]
             return items
 
-        for _ in range(MAX_INSTRUCTIONS):
+        while True:
+            self.budget.step()
             match opcode := bytes(self.take(1)):
                 case pickle.MEMOIZE:
                     memo[len(memo)] = stack[-1]
@@ -172,10 +208,10 @@ class Machine:
                     stack.append({})
                 case pickle.SETITEM:
                     value, key = stack.pop(), stack.pop()
-                    _update(stack[-1], [key, value])
+                    self._update(stack[-1], [key, value])
                 case pickle.SETITEMS:
                     items = pop_to_mark()
-                    _update(stack[-1], items)
+                    self._update(stack[-1], items)
                 case pickle.EMPTY_SET:
                     stack.append(set())
                 case pickle.ADDITEMS:
@@ -209,10 +245,16 @@ class Machine:
                     return stack.pop()
                 case _:
                     raise ValueError
-        raise Unreadable(f"takes more than {MAX_INSTRUCTIONS:,} pickle instructions, which no official file does")
 
+    # Keys and members are hashed and compared in C: deep tuples would overflow its stack, large integers could collide.
 
-# Keys and members are hashed and compared in C: deep tuples would overflow its stack, chosen integers collide.
+    def _update(self, target: object, items: list[object]) -> None:
+        keys = items[::2]
+        if not isinstance(target, dict) or not all(type(key) in self.keys for key in keys):
+            raise TypeError
+        if any(type(key) is int and not 0 <= key < 2**31 for key in keys):
+            raise ValueError
+        target.update(zip(keys, items[1::2], strict=True))
 
 
 def _extend(target: object, items: list[object]) -> None:
@@ -221,17 +263,15 @@ def _extend(target: object, items: list[object]) -> None:
     target.extend(items)
 
 
-def _update(target: object, items: list[object]) -> None:
-    keys = items[::2]
-    if not isinstance(target, dict) or not all(isinstance(key, str) for key in keys):
-        raise TypeError
-    target.update(zip(keys, items[1::2], strict=True))
-
-
 def _add(target: object, items: list[object]) -> None:
     if not isinstance(target, set) or not all(isinstance(item, str) for item in items):
         raise TypeError
     target.update(items)
+
+
+def empty_dict() -> dict[str, object]:
+    """Stands for dict and its kin, which would take pairs with any keys."""
+    return {}
 
 
 class Dtype(Stateful):
@@ -270,13 +310,15 @@ def read_scalar(dtype: object, data: object) -> object:
 
 
 @dataclass(frozen=True)
-class _StorageType:
+class StorageType:
+    """Stands for torch.FloatStorage and the like."""
+
     dtype: str
     itemsize: int
 
 
-_STORAGE_TYPES = {
-    ("torch", f"{name}Storage"): _StorageType(dtype, itemsize)
+STORAGE_TYPES = {
+    ("torch", f"{name}Storage"): StorageType(dtype, itemsize)
     for name, dtype, itemsize in (
         ("Float", "float32", 4),
         ("Half", "float16", 2),
@@ -290,6 +332,7 @@ _STORAGE_TYPES = {
         ("Bool", "bool", 1),
     )
 }
+_SIZES = {kind.dtype: kind.itemsize for kind in STORAGE_TYPES.values()}
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # how a file of torch.save began before torch 1.6
 
 
@@ -300,13 +343,6 @@ class Storage:
     dtype: str
     numel: int
     data: memoryview
-
-    @cached_property
-    def tensor(self) -> Tensor:
-        """A copy outside the file.  [numel]"""
-        import torch
-
-        return torch.frombuffer(bytearray(self.data), dtype=getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,11 +362,27 @@ class StoredTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        return _SIZES[self.dtype]
+
     def tensor(self) -> Tensor:
-        return self.storage.tensor.as_strided(self.shape, self.stride, self.offset)
+        """A copy of the tensor's own numbers, contiguous: what else is in the storage takes no memory."""
+        import torch
+
+        size = self.itemsize  # NumPy has no bfloat16: the copy is made of integers of the same size
+        numbers = np.frombuffer(self.storage.data, f"<i{size}")[self.offset :]
+        own = np.lib.stride_tricks.as_strided(
+            numbers, self.shape, [size * step for step in self.stride], writeable=False
+        )
+        return torch.from_numpy(own.copy()).view(getattr(torch, self.dtype))
 
 
-def read_storage(blob: object) -> Storage:
+def read_storage(blob: object, budget: Budget | None = None) -> Storage:
     """The storage in what torch.storage._load_from_bytes is called with.
 
     Such a blob is a file of torch.save before torch 1.6: five pickles (a magic number, the format's version, facts
@@ -338,16 +390,18 @@ def read_storage(blob: object) -> Storage:
     """
     if not isinstance(blob, memoryview):
         raise TypeError
-    declared: list[tuple[_StorageType, int]] = []
+    budget = budget or Budget(len(blob))
+    budget.take(len(blob))
+    declared: list[tuple[StorageType, int]] = []
 
     def resolve(identifier: object) -> None:
         match identifier:
-            case ("storage", _StorageType() as kind, str(), str(), int() as numel, None):
+            case ("storage", StorageType() as kind, str(), str(), int() as numel, None):
                 declared.append((kind, numel))
             case _:
                 raise TypeError
 
-    machine = Machine(blob, _STORAGE_TYPES, resolve)
+    machine = Machine(blob, STORAGE_TYPES, resolve, budget)
     magic, version, system = machine.run(), machine.run(), machine.run()
     if magic != LEGACY_MAGIC or version != 1001:
         raise Unreadable("holds a tensor in an unknown format: get the file from NVIDIA again")

@@ -1,0 +1,131 @@
+"""Reads the zip archives of torch.save and torch.jit.save without running anything in them.
+
+Such an archive holds, in one top folder, pickles and the tensors' numbers, a member for each storage. torch's own
+reader trusts them: a tensor may reach outside its storage, and a storage may be longer than its member.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from edmdistill.pickles import (
+    STORAGE_TYPES,
+    Budget,
+    Call,
+    Machine,
+    Storage,
+    StorageType,
+    StoredTensor,
+    Unreadable,
+    empty_dict,
+    rebuild_tensor,
+)
+
+MAX_MEMBERS = 2**16
+MAX_PACKED = 2**25
+"""Bytes of all members that are compressed, unpacked: torch compresses source text alone."""
+
+
+class Archive:
+    """The members of an archive by their names below its top folder.
+
+    Raises: Unreadable: it is damaged, encrypted, or not as torch writes it.  OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            # Mapped, so that a file of several GB is in memory once, as tensors, and not twice.
+            self.data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self.budget = Budget(len(self.data))
+        try:
+            self.zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            raise Unreadable("is a zip archive that is cut short or damaged: download it again") from error
+        members = self.zip.infolist()
+        if len(members) > MAX_MEMBERS:
+            raise Unreadable(f"is a zip archive of {len(members):,} members, which no checkpoint has")
+        for member in members:
+            if member.flag_bits & 0x1:
+                raise Unreadable("is an encrypted zip archive: unpack it with its password and write it by torch.save")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise Unreadable(
+                    f"is a zip archive packed by method {member.compress_type}, which torch does not write: give the "
+                    "file as torch.save wrote it"
+                )
+        packed = sum(member.file_size for member in members if member.compress_type != zipfile.ZIP_STORED)
+        if packed > MAX_PACKED:
+            raise Unreadable(
+                f"is a zip archive that unfolds to {packed:,} bytes, but torch does not compress weights: give the "
+                "file as torch.save wrote it"
+            )
+        # torch looks names up in any case.
+        self.members = {member.filename.partition("/")[2].lower(): member for member in members}
+        tops = {member.filename.partition("/")[0] for member in members}
+        if len(tops) != 1 or len(self.members) != len(members):
+            raise Unreadable(
+                f"is a zip archive of {', '.join(repr(member.filename[:60]) for member in members[:4]) or 'nothing'}, "
+                "not one that torch.save or torch.jit.save wrote: give the checkpoint file inside it, or another"
+            )
+
+    def read(self, name: str) -> memoryview:
+        """The bytes of a member; of a stored one, a view of the file.
+
+        Raises: Unreadable: there is none, or it is damaged.
+        """
+        member = self.members.get(name.lower())
+        if member is None:
+            raise Unreadable(f"is a zip archive without {name}: it is damaged, or not a file of torch")
+        if member.compress_type != zipfile.ZIP_STORED:
+            try:
+                return memoryview(self.zip.read(member))
+            except Exception as error:  # zipfile lets through what zlib and its own parsing raise
+                raise Unreadable(f"holds {name} damaged: download it again") from error
+        try:
+            header = struct.unpack_from("<4s22xHH", self.data, member.header_offset)
+        except struct.error:
+            header = (b"", 0, 0)
+        start = member.header_offset + 30 + header[1] + header[2]
+        if header[0] != b"PK\x03\x04" or not 0 <= start <= start + member.file_size <= len(self.data):
+            raise Unreadable(f"holds {name} damaged: download it again")
+        return self.data[start : start + member.file_size]
+
+    def load(self, name: str, folder: str, names: Mapping[tuple[str, str], object]) -> object:
+        """The value of a pickle whose storages lie in `folder`; its tensors are StoredTensors, or None where empty.
+
+        Args:
+            names: what the pickle may ask for beside tensors.
+        Raises: Unreadable.
+        """
+
+        def resolve(identifier: object) -> Storage:
+            match identifier:
+                case ("storage", StorageType() as kind, str() as key, str(), int() as numel, *_):
+                    data = self.read(f"{folder}/{key}")
+                    if numel < 0 or len(data) != numel * kind.itemsize:
+                        raise Unreadable(
+                            f"declares {numel:,} {kind.dtype} numbers where it holds {len(data):,} bytes: it is "
+                            "damaged or forged"
+                        )
+                    return Storage(kind.dtype, numel, data)
+            raise TypeError
+
+        known = {**STORAGE_TYPES, **_TENSORS, **names}
+        return Machine(self.read(name), known, resolve, self.budget, (str, int)).run()
+
+
+def _rebuild(storage: object, offset: int, shape: object, *rest: object) -> StoredTensor | None:
+    """rebuild_tensor, but a tensor without numbers is nothing."""
+    if isinstance(shape, tuple) and 0 in shape:
+        return None
+    return rebuild_tensor(storage, offset, shape, *rest)
+
+
+_TENSORS: dict[tuple[str, str], object] = {
+    ("collections", "OrderedDict"): Call(empty_dict),
+    ("torch._utils", "_rebuild_tensor_v2"): Call(_rebuild),
+    ("torch._utils", "_rebuild_parameter"): Call(lambda tensor, *_: tensor),
+}
