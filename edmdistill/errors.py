@@ -66,8 +66,3 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 10, more: str = ""
     if len(names) <= most:
         return listed
     return f"{listed} or {len(names) - most} more" + (f", which `{more}` lists" if more else "")
-
-
-def printable(text: str) -> str:
-    """Returns text of unknown origin with all that is not printable escaped: one line, nothing a terminal obeys."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
