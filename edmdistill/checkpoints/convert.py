@@ -22,6 +22,7 @@ from edmdistill.atomic import atomic_write, sha256_file
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.checkpoints.openai import read_openai
+from edmdistill.checkpoints.run_state import PROGRESS, newest_readable, raw_weights
 from edmdistill.checkpoints.source import name_of, resolve
 from edmdistill.checkpoints.store import (
     CARD,
@@ -46,6 +47,7 @@ from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.magnitude import GAINS
 from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS
 from edmdistill.networks.two_time import add_second_time, drop_second_time
+from edmdistill.progress import write
 from edmdistill.schedules import edm_sigmas
 from edmdistill.trigflow import denoised, sigma_to_time
 
@@ -63,6 +65,7 @@ OURS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads"}
 WITHOUT_EFFECT = {"use_fp16", "model_type"}
 """Official arguments about how the network is run or named, not what it computes."""
 
+Weights = Literal["ema", "raw"]
 TOLERANCE = 1e-10
 """Largest relative difference in float64 that a conversion may make; 1e-12 is usual."""
 
@@ -322,17 +325,19 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def load_flow(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
-    """The network of a checkpoint as it stands there, in float32 on the CPU.
+def load_flow(source: str | Path, weights: Weights = "ema") -> tuple[FlowNetwork, CheckpointConfig]:
+    """Returns the network of a checkpoint as it stands there, in float32 on the CPU, and its configuration.
 
     Teachers and auxiliary scores lose their second time; a generator has it only if its jumps read it.
 
     Args:
-        source: as load_model's.
+        source, weights: as load_model's.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
     path = resolve(source)
-    if path.is_dir():
+    if weights == "raw" or (path / PROGRESS).is_file():
+        flow, config = _load_raw(path)
+    elif path.is_dir():
         flow, config = load_checkpoint(checkpoint_in(path))
     else:
         flow, config = read_source(path)
@@ -340,17 +345,34 @@ def load_flow(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
     return flow if as_it_is else drop_second_time(flow), config
 
 
+def _load_raw(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
+    """Returns the network in training of a run's newest whole state, or of the state that is given."""
+    state = newest_readable(path, write)
+    folder = state.parent.parent / "generator"
+    config = read_config(folder)
+    flow = build_flow(config.network, config.preconditioning, str(folder))
+    role = "teacher" if config.stage == "teacher" else "generator"
+    fill(flow.network, raw_weights(state, role), str(state))
+    return flow, replace(config, images_seen=int(state.name), ema=None, results=())
+
+
 def load_model(
-    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: Weights = "ema",
 ) -> Denoiser | Generator:
-    """A network to use: a generator if the checkpoint holds one, else a denoiser.  It is not for training.
+    """Returns a network to use: a generator if the checkpoint holds one, else a denoiser.  It is not for training.
 
     Args:
-        source: a checkpoint of ours (folder or Hub id), a run directory, an official pickle or OpenAI's .pt.
+        source: a checkpoint of ours (folder or Hub id), a run directory, a run's state RUN/state/IMAGES, an official
+            pickle or OpenAI's .pt.
+        weights: of a run directory, the average that the run publishes, or the raw weights of its newest state; a
+            state has raw ones alone.
         dtype: of the network's arithmetic: float16 and bfloat16 inside it only, float64 throughout; default float32.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
-    flow, config = load_flow(source)
+    flow, config = load_flow(source, weights)
     if dtype == torch.float64:
         flow.double()
     elif dtype is not None:
