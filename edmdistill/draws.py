@@ -1,30 +1,85 @@
-"""Random numbers that belong to the rows of a batch, not to the process that draws them."""
+"""Random numbers that belong to the rows of a batch: the same on every device, and however the rows are shared out.
+
+Nothing here has a state that moves: every row has a stream of 2^64 words of 64 bits, SplitMix's, whose words are
+computed from their positions alone. Word i of the stream with key k is
+
+    mix(k + (i + 1) gamma),    mix: twice z = (z ^ (z >> 32)) c, and once more z ^ (z >> 32)
+
+Each use of a stream (a call of Draws, a layer's dropout) has a piece of it to itself, 2^40 words long.
+
+Words and uniform numbers are integer arithmetic: equal bit for bit on all devices. Normal numbers are computed from
+them in float64, where two libraries' log, sin and cos may differ in the last bits: in float32 about one number in 10^8
+then differs, by one ulp.
+
+Source: Steele, Lea & Flood 2014 (SplitMix), figure 16; Steele & Vigna 2021 (LXM), figure 2, for the mixer, lea64.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 64
-"""Rows that share a stream: one call of the generator serves them all."""
+GAMMA = 0x9E3779B97F4A7C15
+MULTIPLIER = 0xDABA0B6EB09322E3
+PIECE = 2**40
+"""Words that one use of a stream has to itself."""
+CALLS = 2**23
+"""Pieces for the calls of Draws; those behind them are for dropout."""
+LAYERS = 2**12
+"""Pieces for the layers of one forward pass."""
+
+
+def words(keys: Tensor, n: int, piece: int = 0) -> Tensor:
+    """Returns the first n words of a piece of every key's stream.  [rows] int64 -> [rows,n] int64"""
+    steps = torch.arange(n, device=keys.device) * _signed(GAMMA) + _signed((piece * PIECE + 1) * GAMMA)
+    z = keys[:, None] + steps
+    low, high = _halves(z)  # views: low ^= high is z ^= z >> 32
+    for _ in range(2):
+        low ^= high
+        z *= _signed(MULTIPLIER)
+    low ^= high
+    return z
+
+
+def _signed(n: int) -> int:
+    """Returns the int64 whose bits are those of n modulo 2^64; torch multiplies and adds with the same modulus."""
+    return (n + 2**63) % 2**64 - 2**63
+
+
+def _halves(words: Tensor) -> tuple[Tensor, ...]:
+    """Returns the lower and the upper 32 bits, as views."""
+    return words.view(torch.int32).view(*words.shape, 2).unbind(-1)
+
+
+def uniform(words: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Returns numbers in [0, 1) with as many random bits as the dtype holds, one a word."""
+    bits = 53 if dtype == torch.float64 else 24
+    numbers: Tensor = ((words >> (64 - bits)) + 2 ** (bits - 1)).to(dtype)
+    return numbers * 2.0**-bits
+
+
+def normal(words: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Returns numbers of mean 0 and variance 1, two a word, by Box and Muller's method.  [rows,n] -> [rows,2n]"""
+    low, high = _halves(words)
+    radius = (low.double() * 2.0**-32 + (0.5 + 2.0**-33)).log_().mul_(-2).sqrt_()  # of a number in (0, 1)
+    angle = high.double() * (2 * math.pi * 2.0**-32)
+    return torch.cat([(angle.cos() * radius).to(dtype), (angle.sin_() * radius).to(dtype)], dim=1)
 
 
 class Draws:
     """Random numbers for some rows of a batch: the same numbers however processes and micro-batches share the rows.
 
-    Every block of 64 rows has a stream of its own; who has some of its rows draws for all and keeps theirs. Each call
-    goes on in the streams, so what a row gets hangs on the entropy, its place, and the order of the calls.
+    What a row gets depends on the entropy, its place in the batch, and the order of the calls.
 
     Args:
         entropy: what names the batch: seed, round, turn ...
         batch: rows of the whole batch.
         rows: those wanted.
-        device: where the streams live; "meta" gives shapes without numbers.
-    Attributes:
-        seed: of whatever else is random about these rows, such as dropout.
+        device: of the numbers; "meta" gives shapes without numbers.
     """
 
     def __init__(
@@ -35,42 +90,42 @@ class Draws:
         device: torch.device | str = "cpu",
     ) -> None:
         start, stop, _ = rows.indices(batch)
-        seeds = np.random.SeedSequence(entropy).generate_state(batch, np.uint64)
-        first = start - start % BLOCK
-        self.seed = int(seeds[start])
+        seeds = np.random.SeedSequence(entropy)
         self.device = torch.device(device)
-        self._wanted = slice(start - first, stop - first)
-        self._blocks: list[tuple[int, torch.Generator | None]] = []
-        for block in range(first, stop, BLOCK):
-            meta = self.device.type == "meta"
-            stream = None if meta else torch.Generator(self.device).manual_seed(int(seeds[block]))
-            self._blocks.append((min(BLOCK, batch - block), stream))
-        self._rows = stop - start
+        root = _signed(int(seeds.generate_state(1, np.uint64)[0]) + start * GAMMA)
+        self._keys = words(torch.full((1,), root, device=self.device), stop - start)[0]
+        self._calls = self._passes = 0
         self._common = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(0,)))
 
     def __len__(self) -> int:
-        return self._rows
+        return len(self._keys)
 
     def common(self) -> float:
-        """From [0, 1), the same for every row of the batch; on the meta device .5, what is usual."""
+        """Returns a number in [0, 1), the same for every row of the batch; on the meta device .5, what is usual."""
         return 0.5 if self.device.type == "meta" else float(self._common.random())
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """From [0, 1).  [rows,*shape]"""
-        return self._rows_of(
-            [torch.rand(n, *shape, generator=g, device=self.device, dtype=dtype) for n, g in self._blocks]
-        )
+        """Draws from [0, 1).  [rows,*shape]"""
+        return uniform(self._words(math.prod(shape)), dtype).reshape(len(self), *shape)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Of mean 0 and variance 1.  [rows,*shape]"""
-        return self._rows_of(
-            [torch.randn(n, *shape, generator=g, device=self.device, dtype=dtype) for n, g in self._blocks]
-        )
+        """Draws from the normal distribution of mean 0 and variance 1.  [rows,*shape]"""
+        n = math.prod(shape)
+        return normal(self._words(-(-n // 2)), dtype)[:, :n].reshape(len(self), *shape)
 
     def normal_like(self, x: Tensor, std: float = 1.0) -> Tensor:
-        """Gaussian noise with the shape and dtype of x [rows,...]."""
+        """Draws Gaussian noise with the shape and dtype of x [rows,...]."""
         return self.normal(*x.shape[1:], dtype=x.dtype) * std
 
-    def _rows_of(self, blocks: list[Tensor]) -> Tensor:
-        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        return whole[self._wanted]
+    def dropout(self, advance: bool = True) -> Tensor:
+        """Returns the keys of the rows' dropout in a forward pass, for kernels.dropout.  [rows] int64
+
+        advance: whether the next pass has other keys.
+        """
+        first = CALLS + self._passes * LAYERS
+        self._passes += advance
+        return self._keys + _signed(first * PIECE * GAMMA)
+
+    def _words(self, n: int) -> Tensor:
+        self._calls += 1
+        return words(self._keys, n, self._calls - 1)

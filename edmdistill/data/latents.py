@@ -65,8 +65,7 @@ def draw_latents(moments: Tensor, eps: Tensor, statistics: Statistics) -> Tensor
 def visit_noise(seed: int, start: int, stop: int, *shape: int) -> Tensor:
     """The eps of the visits at the positions [start, stop) of the stream that `seed` shuffles.
 
-    Each hangs on (seed, position) alone.
+    Each depends on (seed, position) alone.
     Returns: unit normal.  [stop - start,*shape] float32
     """
-    visits = [Draws([seed, position, VISIT], 1) for position in range(start, stop)]
-    return torch.cat([visit.normal(*shape, dtype=torch.float32) for visit in visits])
+    return Draws([seed, 0, VISIT], stop, slice(start, stop)).normal(*shape, dtype=torch.float32)

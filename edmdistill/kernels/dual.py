@@ -178,14 +178,6 @@ def silu(function: Function, x: Dual, inplace: bool = False) -> Dual:
     return Dual(function(x.value), torch.ops.aten.silu_backward(x.tangent, x.value))
 
 
-def dropout(function: Function, x: Dual, p: float, training: bool, inplace: bool = False) -> Dual:
-    """One mask for both, the one that a tensor's dropout would have drawn."""
-    if not training or p == 0:
-        return x
-    mask = function(torch.ones_like(x.value), p, training)
-    return Dual(x.value * mask, x.tangent * mask)
-
-
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -224,7 +216,7 @@ def attention(function: Function, q: Dual, k: Dual, v: Dual) -> Dual:
 RULES: dict[str, Function] = {
     **dict.fromkeys(("new_zeros", "ones_like"), constant),
     **dict.fromkeys(("reshape", "flatten", "transpose", "contiguous", "unbind", "chunk", "to", "neg"), linear),
-    **dict.fromkeys(("avg_pool2d", "interpolate"), linear),
+    **dict.fromkeys(("avg_pool2d", "interpolate", "masked_fill"), linear),
     **dict.fromkeys(("linear", "conv2d", "conv_transpose2d"), affine),
     **dict.fromkeys(("add", "sub", "lerp"), sum_like),
     "pad": pad,
@@ -241,7 +233,6 @@ RULES: dict[str, Function] = {
     "tan": pointwise(lambda x, y: 1 + y * y),
     "clamp": clamp,
     "silu": silu,
-    "dropout": dropout,
     "group_norm": group_norm,
     "linalg_vector_norm": vector_norm,
     "scaled_dot_product_attention": attention,

@@ -46,8 +46,7 @@ def finite_difference(
     """
 
     def F(step: float) -> Tensor:
-        # The same dropout in all of them, and in the next pass: the random numbers drawn here are given back.
-        with torch.no_grad(), torch.random.fork_rng([x_t.device] if x_t.is_cuda else []):
+        with torch.no_grad():  # so all of them have the dropout of the next pass
             return network(x_t + step * dx, t + step * dt, labels)
 
     return F(0.0), (F(h) - F(-h)) / (2 * h)
@@ -76,7 +75,7 @@ def discrete_target(
     """
 
     def F(x: Tensor, time: Tensor) -> Tensor:
-        with torch.no_grad(), torch.random.fork_rng([x_t.device] if x_t.is_cuda else []):
+        with torch.no_grad():  # so both have the dropout of the next pass
             return network(x, time, labels)
 
     F_minus = F(x_t, t)

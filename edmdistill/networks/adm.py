@@ -100,6 +100,7 @@ class DhariwalUNet(Network):
         self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
         self.map_guidance = GuidanceEmbedding(emb_channels) if guided else None
         self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
+        self.number_blocks()
 
     def initialize(self) -> None:
         """As torch does it, but what closes a branch starts at nothing and the labels with unit variance."""
@@ -125,6 +126,7 @@ class DhariwalUNet(Network):
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
         w: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         other: Tensor | float = 0.0
         if self.map_augment is not None and augment_labels is not None:
@@ -135,7 +137,7 @@ class DhariwalUNet(Network):
         if self.map_guidance is not None and w is not None:
             emb = emb + self.map_guidance(w)
         if self.map_label is not None:
-            emb = emb + self.map_label(self.label_vectors(labels, emb, self.label_dropout))
+            emb = emb + self.map_label(self.label_vectors(labels, emb, self.label_dropout, dropout_keys))
         return silu(emb)
 
     def forward(
@@ -147,17 +149,18 @@ class DhariwalUNet(Network):
         augment_labels: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        emb = self.embed(c_noise, labels, c_noise_t, augment_labels, w)
+        emb = self.embed(c_noise, labels, c_noise_t, augment_labels, w, dropout_keys)
 
         # Encoder.
         skips = []
         for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else layer(x, emb)
+            x = layer(x) if name.endswith("conv") else layer(x, emb, dropout_keys)
             skips.append(x)
 
         # Decoder.
         for name, layer in self.dec.items():
-            x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+            x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb, dropout_keys)
         out: Tensor = self.out_conv(self.out_norm(x))
         return (out, *self.logvars(c_logvar)) if c_logvar else out

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from edmdistill.draws import uniform, words
 from edmdistill.kernels.magnitude import normalize
 from edmdistill.networks.embeddings import GuidanceEmbedding
 from edmdistill.networks.magnitude import GAINS, MPConv, MPFourier
@@ -20,9 +20,11 @@ class Residual(nn.Module):
     """A residual block of any of the U-Nets.
 
     Attributes:
+        layer: its number in the network, from 1, by which its dropout differs from the other blocks'.
         mod_gain: where the modulations are normalised, the rms of each after it; else None.  [modulations]
     """
 
+    layer: int
     mod_gain: nn.Parameter | None
 
     def modulations(self, emb: Tensor) -> tuple[Tensor, ...]:
@@ -84,6 +86,11 @@ class Network(nn.Module, ABC):
         """The residual blocks: the pieces in which a network is sharded and its activations computed again."""
         return [module for module in self.modules() if isinstance(module, Residual)]
 
+    def number_blocks(self) -> None:
+        """Numbers the blocks; called at the end of the constructor."""
+        for number, block in enumerate(self.blocks(), 1):
+            block.layer = number
+
     @property
     def last_layer(self) -> nn.Module:
         """The one that gives F."""
@@ -115,6 +122,7 @@ class Network(nn.Module, ABC):
         augment_labels: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """The raw output F, or F, u_1, ..., u_n.
 
@@ -126,6 +134,7 @@ class Network(nn.Module, ABC):
             augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
             c_logvar: what `logvars` is asked, in the same pass, so that wrappers see it.  n of [B]
             w: the weight of guidance, for a guided network; None = not asked.  [B] or [1]
+            dropout_keys: from Draws.dropout, for training; None = no dropout.  [B] int64
         """
 
     @abstractmethod
@@ -136,15 +145,21 @@ class Network(nn.Module, ABC):
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
         w: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """What the residual blocks know of time, class, augmentation and guidance.  As in forward -> [B,E]"""
 
-    def label_vectors(self, labels: Tensor | None, like: Tensor, dropout: float = 0.0) -> Tensor:
-        """labels in the dtype of `like`; None = zeros; training zeroes a share `dropout`.  [B or 1,label_dim]"""
+    def label_vectors(
+        self, labels: Tensor | None, like: Tensor, dropout: float = 0.0, dropout_keys: Tensor | None = None
+    ) -> Tensor:
+        """Returns labels in the dtype of `like`, None as zeros, a share `dropout` set to zero if there are keys.
+
+        Returns: [B or 1,label_dim]
+        """
         if labels is None:
             return like.new_zeros(1, self.label_dim)
-        if self.training and dropout:
-            labels = labels * (torch.rand(len(labels), 1, device=labels.device) >= dropout)
+        if dropout_keys is not None and dropout:
+            labels = labels * (uniform(words(dropout_keys, 1)) >= dropout)
         return labels.to(like.dtype)
 
     def logvar_head(self, channels: int, heads: int) -> tuple[MPFourier | None, nn.Module | None]:

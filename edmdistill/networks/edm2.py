@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 
+from edmdistill.kernels.dropout import dropout
 from edmdistill.kernels.magnitude import mp_cat, mp_silu, mp_sum, normalize
 from edmdistill.kernels.ops import downsample, is_box, self_attention, separable, split_heads, upsample
 from edmdistill.networks.base import Network, Residual
@@ -67,7 +67,7 @@ class Block(Residual):
     def modulations(self, emb: Tensor) -> tuple[Tensor, ...]:
         return (self.emb_linear(emb, self.emb_gain) + 1,)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         # Main branch.
         if self.resample == "down":
             x = downsample(x, self.low_pass(x))
@@ -81,7 +81,7 @@ class Block(Residual):
         y = self.conv_res0(mp_silu(x))
         (scale,) = self.modulations(emb) if self.mod_gain is None else self.normalized_modulations(emb)
         y = mp_silu(y * scale[:, :, None, None].to(y.dtype))
-        y = self.conv_res1(dropout(y, self.dropout, self.training))
+        y = self.conv_res1(dropout(y, self.dropout, dropout_keys, self.layer))
 
         # Connect the branches.
         if self.flavor == "dec" and self.conv_skip is not None:
@@ -205,6 +205,7 @@ class UNet(Network):
                 self.dec[f"{res}x{res}_block{index}"] = block(cin, width, "dec", attention=attn)
                 cout = width
         self.out_conv = MPConv(cout, img_channels, 3)
+        self.number_blocks()
 
     def embed_time(self, parts: Any, c_noise: Tensor) -> Tensor:
         """The time embedding by the network's own parts, or by their copies in SecondTime.  [B] -> [B,emb_channels]"""
@@ -218,6 +219,7 @@ class UNet(Network):
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
         w: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         emb = self.embed_time(self, c_noise)
         if self.second_time is not None and c_noise_t is not None:
@@ -238,6 +240,7 @@ class UNet(Network):
         augment_labels: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         emb = self.embed(c_noise, labels, c_noise_t, w=w)
 
@@ -245,14 +248,14 @@ class UNet(Network):
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips = []
         for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else layer(x, emb)
+            x = layer(x) if name.endswith("conv") else layer(x, emb, dropout_keys)
             skips.append(x)
 
         # Decoder.
         for name, layer in self.dec.items():
             if "block" in name:
                 x = mp_cat(x, skips.pop(), self.concat_balance)
-            x = layer(x, emb)
+            x = layer(x, emb, dropout_keys)
         out: Tensor = self.out_conv(x, self.out_gain)
         return (out, *self.logvars(c_logvar)) if c_logvar else out
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from edmdistill.draws import Draws
 from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Network
 from edmdistill.networks.last_layer import LastLayer, watched
@@ -44,6 +45,7 @@ class FlowNetwork(nn.Module):
     Attributes:
         network, preconditioning: what is wrapped.
         compute_dtype: dtype of the activations inside the network; None = the dtype of the result.
+        draws: of the rows at hand, from which training draws its dropout; None = from torch's global generator.
         sigma_data, sigma_min, sigma_max: of the preconditioning.
         img_resolution, img_channels, label_dim, two_time, guided: of the network.
         label_dropout: share of training in which the network was given no class, in [0, 1]; default: its constructor's
@@ -61,6 +63,7 @@ class FlowNetwork(nn.Module):
         self.network = network
         self.preconditioning = preconditioning
         self.compute_dtype = compute_dtype
+        self.draws: Draws | None = None
         self.sigma_data = preconditioning.sigma_data
         self.sigma_min = preconditioning.sigma_min
         self.sigma_max = preconditioning.sigma_max
@@ -98,9 +101,17 @@ class FlowNetwork(nn.Module):
             None,  # augmentation is for training from images alone
             tuple(c.flatten().to(self.dtype) for c in c_logvar),
             None if w is None else w.flatten().to(x.device, self.dtype),
+            self.dropout_keys(x) if self.training else None,
         )
         F, *u = out if c_logvar else (out,)
         return F[:, : self.img_channels].to(self.dtype), *u
+
+    def dropout_keys(self, x: Tensor) -> Tensor:
+        """Returns the keys of a pass's dropout; a pass without gradient has those of the next pass with it.  [B]"""
+        if self.draws is not None:
+            return self.draws.dropout(advance=torch.is_grad_enabled())
+        with torch.random.fork_rng([], enabled=not torch.is_grad_enabled()):
+            return torch.randint(2**62, x.shape[:1]).to(x.device)
 
     def watch(self) -> AbstractContextManager[LastLayer]:
         """Within it, the last layer remembers its calls."""
@@ -179,8 +190,8 @@ class FlowNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """F, and its derivative along (dx, dt), without gradient.
 
-        Where the network is in training, its dropout is that of the next forward pass, for the random numbers drawn
-        here are given back: F is then what that pass gives, bit for bit in eager mode.
+        Where the network is in training, its dropout is that of the next pass with gradient: F is then what that pass
+        gives, bit for bit in eager mode.
 
         Along a trajectory, dx = dx_t/dt and dt = 1 give dF/dt, which grows without bound towards t = 0 and pi/2. With
         r = cos(t) sin(t), dx = r dx_t/dt and dt = r give r dF/dt, and c_noise = ln(sigma)/4 the tangent 1/4 at any t.
@@ -197,8 +208,7 @@ class FlowNetwork(nn.Module):
             network reads x_t / sigma_data, where ours divides by itself.
         """
         moved = second if second is None or dsecond is None else Dual(second, dsecond)
-        with torch.random.fork_rng([x_t.device] if x_t.is_cuda else []):
-            F = self(Dual(x_t, dx), Dual(t, dt), labels, moved, w=w)
+        F = self(Dual(x_t, dx), Dual(t, dt), labels, moved, w=w)
         return F.value, F.tangent
 
 

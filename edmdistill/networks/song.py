@@ -145,6 +145,7 @@ class SongUNet(Network):
         self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
         self.map_guidance = GuidanceEmbedding(emb_channels) if guided else None
         self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
+        self.number_blocks()
 
     def initialize(self) -> None:
         """Xavier's uniform weights and no biases; what closes a residual branch starts at nearly nothing."""
@@ -174,11 +175,12 @@ class SongUNet(Network):
         c_noise_t: Tensor | None = None,
         augment_labels: Tensor | None = None,
         w: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         # Labels join the first time alone.
         other: Tensor | float = 0.0
         if self.map_label is not None:
-            labels = self.label_vectors(labels, c_noise, self.label_dropout)
+            labels = self.label_vectors(labels, c_noise, self.label_dropout, dropout_keys)
             other = self.map_label(labels * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
             other = other + self.map_augment(augment_labels.to(c_noise.dtype))
@@ -198,8 +200,9 @@ class SongUNet(Network):
         augment_labels: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        emb = self.embed(c_noise, labels, c_noise_t, augment_labels, w)
+        emb = self.embed(c_noise, labels, c_noise_t, augment_labels, w, dropout_keys)
 
         # Encoder.
         skips: list[Tensor] = []
@@ -212,7 +215,7 @@ class SongUNet(Network):
             elif "aux_residual" in name:
                 x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
             else:
-                x = layer(x) if name.endswith("conv") else layer(x, emb)
+                x = layer(x) if name.endswith("conv") else layer(x, emb, dropout_keys)
                 skips.append(x)
 
         # Decoder.
@@ -225,6 +228,6 @@ class SongUNet(Network):
             elif "aux_conv" in name:
                 out = layer(y) if out is None else layer(y) + out
             else:
-                x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+                x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb, dropout_keys)
         assert out is not None
         return (out, *self.logvars(c_logvar)) if c_logvar else out

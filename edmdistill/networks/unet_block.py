@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, pad
+from torch.nn.functional import pad
 
+from edmdistill.kernels.dropout import dropout
 from edmdistill.kernels.ops import (
     conv2d,
     downsample,
@@ -144,8 +145,8 @@ class UNetBlock(Residual):
         scale, shift = self.affine(emb).chunk(2, dim=1)
         return scale + 1, shift
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x [B,C,H,W], emb [B,emb_channels] -> [B,out_channels,H',W']"""
+    def forward(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
+        """x [B,C,H,W], emb [B,emb_channels], dropout_keys [B] -> [B,out_channels,H',W']"""
         y = self.conv0(self.norm0(x))
         if self.mod_gain is None:
             condition = self.affine(emb)
@@ -154,7 +155,7 @@ class UNetBlock(Residual):
             condition = torch.cat([scale - 1, shift], dim=1)
         condition = condition[:, :, None, None].to(y.dtype)
         y = self.norm1(y, *condition.chunk(2, dim=1)) if self.adaptive_scale else self.norm1(y + condition)
-        y = self.conv1(dropout(y, self.dropout, self.training))
+        y = self.conv1(dropout(y, self.dropout, dropout_keys, self.layer))
         x = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale
         if self.num_heads:
             y = self_attention(split_heads(self.qkv(self.norm2(x)), self.num_heads))

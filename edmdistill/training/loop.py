@@ -208,7 +208,8 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
 
     def drawn(rows: slice) -> Draws:
         draws = Draws(entropy, training.batch, rows, device=engine.device)
-        torch.manual_seed(draws.seed)  # dropout draws from the global generator
+        if isinstance(network, FlowNetwork):
+            network.draws = draws
         return draws
 
     seen = look_first(run, turn, drawn, batches)
@@ -222,6 +223,8 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
         tally.add_loss(turn.role, loss, batch, run.ema.network.sigma_data)
         losses.append((rows, loss))
         sources.append((rows, batch.x0))
+    if isinstance(network, FlowNetwork):
+        network.draws = None
     engine.finish_gradients(network)
     tally.add(f"grad_norm/{turn.role}", engine.gradient_norm(network) / factor, 1)
     measures = tally.means(engine.total)  # the device is waited for here and nowhere else

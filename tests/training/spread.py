@@ -32,7 +32,7 @@ CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
 def recipe(case: str, rounds: int) -> Recipe:
     tables = {
         "method": CASES[case],
-        "training": {"images": rounds * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8},
+        "training": {"images": rounds * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8, "dropout": 0.2},
         "ema": {"half_life_images": 50, "sigma_rel": [0.1]},
     }
     if case == "diffusion":
