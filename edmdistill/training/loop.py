@@ -1,7 +1,7 @@
 """The training loop: the turns of a method, round after round. It knows no method by name.
 
 A round takes each turn once: one optimiser step of one role, on a batch of its own, with every other role frozen. Then
-the averages of the method's product follow. What is random in a turn hangs on (seed, round, turn, row) alone, and its
+the averages of the method's product follow. What is random in a turn depends on (seed, round, turn, row) alone, and its
 data on their position in the stream of batches alone: a run that is resumed is the run never interrupted, bit for bit,
 and however many processes share a batch, it is the same batch.
 

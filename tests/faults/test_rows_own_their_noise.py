@@ -1,13 +1,13 @@
 """What is random about a row depends on the run and the row: not on the micro-batch, the process or the device."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.draws import Draws
 from edmdistill.methods.consistency import finite_difference
 from edmdistill.networks.edm2 import UNet
@@ -33,33 +33,23 @@ def random_flow(**arguments: object) -> FlowNetwork:
     return FlowNetwork(network, EDM()).double()
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, flow = tmp_path_factory.mktemp("teacher") / "teacher", random_flow()
-    save_checkpoint(folder, flow, CheckpointConfig(stage="teacher", provenance=Provenance(source="a test"),
-                                                   **facts(flow)))  # fmt: skip
-    return folder
-
-
-def measured(method: str, teacher: Path, machine: Machine) -> list[dict[str, float]]:
-    own = {"name": method} | ({"allow_edm_time": True} if method == "scd" else {})
-    tables = {
-        "method": own,
-        "training": {"images": 16, "batch": 8, "lr": 1e-2, "log_every": 8, "snapshot_every": 80, "dropout": 0.3},
-        "ema": {"half_life_images": 50},
-    }
-    recipe = Recipe.from_json(json.dumps(tables).encode())
+def measured(recipe: Recipe, teacher: Path, machine: Machine) -> list[dict[str, float]]:
     found = rounds(prepare(recipe, data="digits", teacher=teacher, machine=machine))
     return [{k: v for k, v in measures.items() if k.startswith(("loss", "grad_norm"))} for measures in found]
 
 
 @pytest.mark.parametrize("method", ["scd", "cosim"])
-def test_dropout_does_not_depend_on_the_micro_batch(method: str, teacher: Path) -> None:
-    """Losses and norms of gradients, round after round; between processes: tests/training/spread.py."""
-    expected = measured(method, teacher, Machine("cpu"))
-    for machine in Machine("cpu", 4), Machine("cpu", 3), Machine("cpu", 2, checkpointing=True):
-        for found, truth in zip(measured(method, teacher, machine), expected, strict=True):
-            assert found == pytest.approx(truth, rel=1e-9)
+def test_dropout_does_not_depend_on_the_micro_batch(
+    method: str, recipe: Callable[..., Recipe], teacher: Path, tmp_path: Path
+) -> None:
+    """Losses and norms of gradients in float64, round after round; of two processes: tests/training/test_engine.py."""
+    flow, config = load_checkpoint(teacher)
+    save_checkpoint(tmp_path / "wide", flow.double(), config)
+    ways = Machine("cpu"), Machine("cpu", 4), Machine("cpu", 3), Machine("cpu", 2, checkpointing=True)
+    expected, *others = (measured(recipe(method, images=16, dropout=0.3), tmp_path / "wide", way) for way in ways)
+    for found in others:
+        for measures, truth in zip(found, expected, strict=True):
+            assert measures == pytest.approx(truth, rel=1e-9)
 
 
 def inputs(rows: int = 6) -> tuple[Tensor, Tensor, Tensor]:
