@@ -16,9 +16,10 @@ from edmdistill.errors import DatasetError
 
 RESOLUTION = 4096
 """The largest height and width that is read."""
-FORMATS = ("PNG", "BMP", "WEBP", "JPEG", "MPO")
-"""Pillow's names; an MPO is a JPEG that has a preview behind it, as phones write them."""
+FORMATS = ("PNG", "BMP", "WEBP", "JPEG")
+"""Pillow's names."""
 LOSSY = ("JPEG", "MPO", "WEBP")
+"""An MPO is a JPEG with a preview behind it, as phones write them."""
 MODES = {
     "1": "black and white, one bit a pixel",
     "P": "colours from a palette",
@@ -31,7 +32,6 @@ MODES = {
     "F": "floating-point values",
 }
 _NO_IMAGE = {
-    b"": "an empty file",
     b"version https://git-lfs": "a Git LFS pointer, fetched by `git lfs pull`",
     b"<": "a web page or an SVG",
     b"GIF8": "a GIF",
@@ -56,7 +56,7 @@ def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of sizes and of EXIF data that are dealt with here
-        with refusing(lambda why: f"{where} is not a readable image ({_no_image(data) or why}); replace or remove it"):
+        with refusing(lambda why: f"{where} is not a readable image ({_found(data, why)}); replace or remove it"):
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         with image:
             width, height = image.size
@@ -79,11 +79,16 @@ def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _no_image(data: bytes) -> str | None:
-    """What else the bytes are, where that is known."""
+def _found(data: bytes, why: str) -> str:
+    """What the bytes are instead of an image, where that is known; else why Pillow does not read them."""
     if data[4:8] == b"ftyp":
         return "a HEIC or AVIF"
-    return next((kind for magic, kind in _NO_IMAGE.items() if data.startswith(magic) and (magic or not data)), None)
+    for magic, kind in _NO_IMAGE.items():
+        if data.startswith(magic):
+            return kind
+    if not data:
+        return "an empty file"
+    return f"none of {', '.join(FORMATS)}" if why.startswith("cannot identify") else why
 
 
 class Header(NamedTuple):

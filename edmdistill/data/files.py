@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,13 +111,15 @@ class ZipFiles:
                 f"{self.path} is not a whole zip ({why}): it was cut off at {size:,} bytes or damaged; copy it again"
             )
         ):
-            return zipfile.ZipFile(self.path)
+            archive = zipfile.ZipFile(self.path)
+        weakref.finalize(self, archive.close)
+        return archive
 
     def members(self) -> list[Member]:
         return [
             Member(info.filename, info.file_size, info.CRC, _zip_problem(info) or _too_large(info.file_size))
             for info in self.archive.infolist()
-            if not info.is_dir()
+            if not info.filename.endswith("/")  # is_dir() fails on an empty name
         ]
 
     def read(self, name: str) -> bytes:
@@ -184,9 +187,10 @@ class FolderFiles:
         return Member(name, status.st_size, None, _too_large(status.st_size)), False
 
     def read(self, name: str) -> bytes:
-        _require(self.path, self._look(name)[0])
+        member = self._look(name)[0]
+        _require(self.path, member)
         with (self.path / name).open("rb") as file:
-            return file.read(MEMBER_BYTES)
+            return file.read(member.size)
 
 
 def open_files(path: Path) -> Files:

@@ -1,0 +1,179 @@
+"""A run goes on with its own data, whatever they are called by now, and with no others."""
+
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edmdistill.data import datasets
+from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.errors import DatasetError, TrainingError
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
+from edmdistill.recipes import Recipe
+from edmdistill.training.engine import Machine
+from edmdistill.training.loop import train
+from edmdistill.training.run import prepare, require_fit
+
+NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)
+CLASSES = [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def files(pixels: np.ndarray = PIXELS, classes: list[int] | None = CLASSES, name: str = "{}.png") -> dict[str, bytes]:
+    held = {}
+    for i, image in enumerate(pixels):
+        out = io.BytesIO()
+        Image.fromarray(image).save(out, "png")
+        held[name.format(i)] = out.getvalue()
+    if classes is not None:
+        labels = [[name.format(i), label] for i, label in enumerate(classes)]
+        held["dataset.json"] = json.dumps({"labels": labels}).encode()
+    return held
+
+
+def write_zip(path: Path, content: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return path
+
+
+def write_folder(path: Path, content: dict[str, bytes]) -> Path:
+    for name, data in content.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def start(data: Path):
+    tables = {
+        "method": {"name": "diffusion"},
+        "training": {"images": 8, "batch": 8, "lr": 1e-2, "log_every": 8, "snapshot_every": 80},
+        "ema": {"half_life_images": 50},
+        "sampling": {"nfe": [1]},
+        "network": {"kind": "edm2", "arguments": NETWORK},
+    }
+    return prepare(Recipe.from_json(json.dumps(tables).encode()), data=data, machine=Machine("cpu"))
+
+
+OTHER = np.where(np.arange(8)[:, None, None] == 7, 255 - PIXELS, PIXELS)
+CHANGES = {
+    "an image": (files(OTHER), "data.content_sha256: .* there, .* now"),
+    "a label": (files(classes=[*CLASSES[:-1], 2]), "data.labels_sha256: .* there, .* now"),
+    "the count": (files(PIXELS[:7], CLASSES[:7]), "data.images: 8 there, 7 now"),
+    "the order": (files(name="{}.png") | {"0.png": files()["1.png"], "1.png": files()["0.png"]}, "data.content_sha256"),
+}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that trained on set.zip."""
+    folder = tmp_path_factory.mktemp("other")
+    train(start(write_zip(folder / "set.zip", files())), folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_other_data_of_the_same_name_are_refused(what: str, run_dir: Path, tmp_path: Path) -> None:
+    content, message = CHANGES[what]
+    with pytest.raises(TrainingError, match=message):
+        train(start(write_zip(tmp_path / "set.zip", content)), run_dir)
+
+
+def test_the_same_data_by_another_name_are_the_runs(run_dir: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(run_dir, tmp_path / "run")
+    for data in (
+        write_zip(tmp_path / "other.zip", files(name="top/{}.png"), zipfile.ZIP_DEFLATED),
+        write_folder(tmp_path / "folder", files()),
+    ):
+        assert train(start(data), again).finished
+    assert json.loads((again / "run.json").read_text())["data"]["name"] == "set.zip"
+
+
+def test_a_fingerprint_is_of_content_alone(tmp_path: Path) -> None:
+    own = open_dataset(write_zip(tmp_path / "a.zip", files()))
+    same = [
+        write_zip(tmp_path / "b.zip", files(), zipfile.ZIP_DEFLATED),
+        write_zip(tmp_path / "c.zip", files(name="x/y/{}.png") | {"notes.txt": b"mine"}),
+        write_folder(tmp_path / "folder", files()),
+    ]
+    assert {open_dataset(path).fingerprint for path in same} == {own.fingerprint}
+    assert open_dataset(tmp_path / "b.zip", xflip=True).fingerprint == own.fingerprint
+    for i, (content, _) in enumerate(CHANGES.values()):
+        for data in (write_zip(tmp_path / f"z{i}.zip", content), write_folder(tmp_path / f"f{i}", content)):
+            assert open_dataset(data).fingerprint != own.fingerprint
+    assert len({open_dataset("digits", split=split).fingerprint for split in ("train", "test", "all")}) == 3
+
+
+@pytest.mark.parametrize("limit", ["HASHED_BYTES", "HASHED_FILES"])
+def test_of_a_large_folder_a_part_is_read(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that are read are spread over all; the others count by name and size."""
+    size = sum(len(data) for name, data in files().items() if name != "dataset.json")
+    monkeypatch.setattr(datasets, limit, {"HASHED_BYTES": size // 2 + 1, "HASHED_FILES": 4}[limit])
+    folder = write_folder(tmp_path / "a", files())
+    read: list[str] = []
+
+    def digest(path: Path) -> str:
+        data = open_dataset(path)
+        files_of = data._content.args[0]
+        real = files_of.read
+        read.clear()
+        files_of.read = lambda name: read.append(name) or real(name)
+        return data.content_sha256
+
+    own = digest(folder)
+    assert read == ["0.png", "2.png", "4.png", "6.png"]
+    assert own == digest(write_folder(tmp_path / "copy", files()))
+    seen = files()["2.png"]
+    (folder / "2.png").write_bytes(seen[:-1] + bytes([seen[-1] ^ 1]))
+    assert digest(folder) != own
+    (folder / "2.png").write_bytes(seen)
+    (folder / "3.png").rename(folder / "3x.png")
+    labels = (folder / "dataset.json").read_text().replace("3.png", "3x.png")
+    (folder / "dataset.json").write_text(labels)
+    assert digest(folder) != own
+
+
+def flow(classes: int) -> FlowNetwork:
+    return FlowNetwork(UNet(8, 1, classes, **NETWORK), EDM())
+
+
+class Config:
+    encoder = {"kind": "pixels"}
+    label_names = None
+
+
+def fitted(tmp_path: Path, classes: list[int] | None, network: int) -> Dataset:
+    data = open_dataset(write_zip(tmp_path / "set.zip", files(classes=classes)))
+    require_fit(data, flow(network), Config)  # type: ignore[arg-type]
+    return data
+
+
+def test_classes_are_counted_as_the_network_does(tmp_path: Path) -> None:
+    data = fitted(tmp_path, CLASSES, 10)
+    assert data.tensors([0])[1].shape == (1, 10)
+    assert "7 of the 10 classes have no image, the first 3" in data.notes[0]
+    assert fitted(tmp_path, None, 0).label_dim == 0
+    assert fitted(tmp_path, CLASSES, 0).notes == []
+    with pytest.raises(DatasetError, match="has no classes, but the network has 10"):
+        fitted(tmp_path, None, 10)
+    with pytest.raises(DatasetError, match="has 3 classes, but the network has 2, 0 to 1: name data with its classes"):
+        fitted(tmp_path, CLASSES, 2)
+
+
+def test_labels_that_begin_at_1(tmp_path: Path) -> None:
+    """Out of range for a network of K classes, and refused for one that would be made for them."""
+    ones = [label + 1 for label in CLASSES]
+    with pytest.raises(DatasetError, match="its labels begin at 1: subtract 1 from each"):
+        fitted(tmp_path, ones, 3)
+    with pytest.raises(DatasetError, match=r"has labels from 1 to 3, but classes are counted from 0: subtract 1"):
+        start(tmp_path / "set.zip")
+    assert "the labels begin at 1" in fitted(tmp_path, ones, 10).notes[0]
