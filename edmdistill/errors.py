@@ -27,6 +27,9 @@ class EdmDistillError(Exception):
     def __str__(self) -> str:
         return "\n".join(printable(str(line)) for line in self.args)
 
+    exit_code = 2
+    """Of a command that ends with it."""
+
 
 class CheckpointError(EdmDistillError):
     """A checkpoint cannot be found, read, trusted or written."""
@@ -46,6 +49,12 @@ class TrainingError(EdmDistillError):
 
 class Elsewhere(TrainingError):
     """Another process of the run cannot go on, and says why: this one ends without a word."""
+
+
+class NotFiniteError(EdmDistillError):
+    """Samples or metrics hold NaN or infinity: the command did its work, and the result is not usable."""
+
+    exit_code = 1
 
 
 class HubError(EdmDistillError):

@@ -40,8 +40,7 @@ from edmdistill.checkpoints.source import REPOSITORY, hub_calls
 from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, CheckpointConfig, checkpoint_in, read_config
 from edmdistill.errors import CheckpointError, HubError
 from edmdistill.evaluation.protocol import Result
-from edmdistill.evaluation.saved import saved_results, with_results
-from edmdistill.evaluation.tables import read_results
+from edmdistill.evaluation.saved import results_of, with_results
 from edmdistill.networks.flow import Denoiser
 from edmdistill.report.summary import read_run
 from edmdistill.sampling.generate import is_latent, sample
@@ -327,14 +326,10 @@ def _grid(model: Generator, nfe: int) -> bytes:
 
 
 def _results(config: CheckpointConfig, path: Path, repository: str) -> list[Result]:
-    """What was measured of a checkpoint and of its teacher: in it, and in the run's eval/.
-
-    Where they lay on this machine is nobody's business.
-    """
-    measured = [*saved_results(config), *read_results(sorted((path / "eval").glob("*.json")))]
-    latest = {(result.protocol_sha256, result.sampler): result for result in measured}.values()
-    own = [_at(result, repository) for result in latest if is_own(result, config)]
-    return own + [_at(result, None) for result in latest if result.provenance.get("method") is None]
+    """What was measured of a checkpoint and of its teacher.  Where they lay on this machine is nobody's business."""
+    measured = results_of(path)
+    own = [_at(result, repository) for result in measured if is_own(result, config)]
+    return own + [_at(result, None) for result in measured if result.provenance.get("method") is None]
 
 
 def _at(result: Result, source: str | None) -> Result:

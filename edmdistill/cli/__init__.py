@@ -116,7 +116,9 @@ class LazyGroup(click.Group):
         except EdmDistillError as error:
             if VERBOSE in ctx.meta:
                 traceback.print_exc()
-            raise Failure(str(error)) from error
+            failure = Failure(str(error))
+            failure.exit_code = error.exit_code  # type: ignore[misc]  # a class variable to click's stubs
+            raise failure from error
         except OSError as error:
             if error.errno not in REFUSALS:
                 raise

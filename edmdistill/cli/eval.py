@@ -1,35 +1,40 @@
 """`edmdistill eval`: metrics of a network or of images, bound to a protocol."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from edmdistill.cli.sample import SOLVERS
+from edmdistill.cli.options import (
+    BATCH,
+    GAMMA,
+    NFE,
+    PROTOCOLS,
+    FiniteFloat,
+    Name,
+    NumberList,
+    OutputPath,
+    SamplerOptions,
+    sampler_options,
+    say,
+)
 
 if TYPE_CHECKING:
     from edmdistill.evaluation.protocol import Result
 
+OF_NETWORKS = "nfe", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "count", "seeds"
 OF_IMAGES = "protocol", "nfe", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "seeds", "save"
 OF_LIKELIHOOD = "split", "probes", "tolerance"
-"""What only the one kind of measurement takes, and only the other."""
-OF_NETWORKS = "nfe", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "count", "seeds"
-"""How a network draws: nothing for images that exist."""
-
-
-def _integers(context: click.Context, option: click.Parameter, text: str | None) -> list[int | None]:
-    """Reads 1,2,4."""
-    try:
-        return [None] if text is None else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of whole numbers, as 1,2,4 is.") from None
+"""What only a network takes; what only the one kind of measurement takes, and only the other."""
+SAVE = "Also keep it with the checkpoint or run, where report and push-to-hub find it."
 
 
 @click.command("eval")
 @click.argument("source")
-@click.option("--protocol", metavar="NAME", help="How to measure: digits, pixels.")
+@click.option("--protocol", type=Name(PROTOCOLS), help="How to measure.")
 @click.option("--ref", metavar="DATA", help="Real images: a zip, a folder, or digits.  [default: the protocol's own]")
 @click.option(
     "--metrics", type=click.Choice(["nll"]), help="nll: bits per dimension of --ref, in place of a protocol's metrics."
@@ -37,45 +42,37 @@ def _integers(context: click.Context, option: click.Parameter, text: str | None)
 @click.option(
     "--nfe",
     metavar="LIST",
-    callback=_integers,
+    type=NumberList(NFE, "1,2,4"),
     help="Network evaluations, as in 1,2,4.  [default: generator 2, teacher 35 or 63]",
 )
-@click.option("--gamma", type=float, help="Generator: share of fresh noise, 0 to 1.  [default: the checkpoint's]")
-@click.option(
-    "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
-)
-@click.option(
-    "--guidance", type=float, metavar="W", help="Weight of the guidance, 1 = none.  [default: 1, or the least it knows]"
-)
-@click.option(
-    "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
-)
-@click.option(
-    "--force-guidance", is_flag=True, help="Let a teacher guide itself that was never trained without its classes."
-)
-@click.option("--solver", type=click.Choice(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]")
+@click.option("--gamma", type=GAMMA, help="Generator: share of fresh noise, 0 to 1.  [default: the checkpoint's]")
+@sampler_options
 @click.option(
     "--n",
     "count",
-    type=click.IntRange(min=2),
+    type=click.IntRange(2, 2_000_000),
     help="Images: seeds 0 to N - 1; nll: N of --ref.  [default: the protocol's; nll: all]",
 )
 @click.option("--seeds", metavar="LIST", help="Images: these seeds, as in 5000-9999.")
 @click.option("--split", metavar="NAME", help="nll: train, test or all of the digits.  [default: test]")
 @click.option(
-    "--probes", type=click.IntRange(min=1), default=4, show_default=True, help="nll: random signs for the divergence."
+    "--probes",
+    type=click.IntRange(1, 10_000),
+    default=4,
+    show_default=True,
+    help="nll: random signs for the divergence.",
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteFloat(0, 1, min_open=True),
     default=1e-5,
     show_default=True,
     help="nll: of the ODE's solver, relative and absolute.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json", help="Also write it here.")
-@click.option("--save", is_flag=True, help="Also keep it in the checkpoint, for its card on the Hub.")
-@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Images at a time.")
+@click.option("--out", type=OutputPath(".json"), metavar="FILE.json", help="Also write it here.")
+@click.option("--save", is_flag=True, help=SAVE)
+@click.option("--batch", type=BATCH, default=256, show_default=True, help="Images at a time.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 @click.pass_context
 def command(
@@ -84,13 +81,9 @@ def command(
     protocol: str | None,
     ref: str | None,
     metrics: str | None,
-    nfe: list[int | None],
+    nfe: list[int] | None,
     gamma: float | None,
-    times: str | None,
-    guidance: float | None,
-    guide: str | None,
-    force_guidance: bool,
-    solver: str | None,
+    sampler: SamplerOptions,
     count: int | None,
     seeds: str | None,
     split: str | None,
@@ -108,91 +101,142 @@ def command(
     A network is sampled once for each of --nfe, image i with seed i and class i modulo the number of classes. With
     --metrics nll nothing is drawn: the likelihood of --ref under the network is measured, in bits per dimension.
     """
-    _refuse(context, OF_IMAGES if metrics else OF_LIKELIHOOD, "--metrics nll" if metrics else "a measurement of images")
+    other = "--metrics nll" if metrics else "a measurement of images"
+    _refuse(context, OF_IMAGES if metrics else OF_LIKELIHOOD, f"does not go with {other}")
     if not metrics and protocol is None:
-        raise click.UsageError("Missing option '--protocol'.")
+        raise click.UsageError(f"Missing option '--protocol'. Choose one of {', '.join(PROTOCOLS)}.")
     if metrics and ref is None:
         raise click.UsageError("--metrics nll measures the likelihood of images: name them by --ref.")
+
+    from edmdistill.evaluation.images import is_images
+    from edmdistill.evaluation.protocol import results_json, results_table
+    from edmdistill.evaluation.saved import place_to_save_in
+    from edmdistill.sampling.files import unfinished_samples
+
+    if is_images(source) and not metrics:
+        _refuse(context, OF_NETWORKS, f"says how a network draws, but {source} holds images, which exist")
+        if sentence := unfinished_samples(Path(source)):
+            say(sentence)
+    place = place_to_save_in(source) if save else None
+    total, tasks = (
+        _likelihood(source, str(ref), split, count, probes, tolerance, batch, device)
+        if protocol is None
+        else tasks_of(source, protocol, ref, nfe or [None], [gamma], sampler, count, seeds, batch, device)
+    )
+
+    def show(results: "Sequence[Result]") -> None:
+        document = results_json(results)
+        if out is not None:
+            write_text(out, document)
+        click.echo(document if as_json else results_table(results))
+
+    measure(total, tasks, place, show)
+
+
+def tasks_of(
+    source: str,
+    protocol: str,
+    ref: str | None,
+    steps: Sequence[int | None],
+    gammas: Sequence[float | None],
+    sampler: SamplerOptions,
+    count: int | None,
+    seeds: str | None,
+    batch: int,
+    device: str | None,
+) -> "tuple[int | None, dict[str, Callable[..., Result]]]":
+    """How many images are drawn in all, and the measurements by their names, each to be called with on_progress."""
     if count and seeds:
         raise click.UsageError("--n N means the seeds 0 to N - 1, so it does not go with --seeds.")
 
-    from edmdistill.cli.options import say
-    from edmdistill.evaluation.images import Images, found, is_images
-    from edmdistill.evaluation.saved import checkpoint_to_save_in
+    from functools import partial
 
-    if not metrics and is_images(source):
-        _refuse(context, OF_NETWORKS, f"images that exist, as {source} is")
-    place = checkpoint_to_save_in(source) if save else None
-    if protocol is None:
-        result = _likelihood(source, str(ref), split, count, probes, tolerance, batch, device)
-        _show([result], as_json, out, place)
-        return
-
-    from tqdm import tqdm
-
-    from edmdistill.checkpoints.convert import load_denoiser, load_model
+    from edmdistill.checkpoints.convert import load_model
+    from edmdistill.evaluation.images import found, is_images
     from edmdistill.evaluation.protocol import evaluate, find_protocol, open_reference
     from edmdistill.sampling.load import pick_device
     from edmdistill.sampling.seeds import parse_seeds
-    from edmdistill.sampling.times import parse_times
 
     numbers = range(count) if count else parse_seeds(seeds) if seeds else None
     standard, where = find_protocol(protocol), pick_device(device)
     data = open_reference(ref, standard)
-    model = found(source, data.label_dim) if is_images(source) else load_model(source, where)
-    for sentence in (*data.notes, *(model.notes if isinstance(model, Images) else ())):
+    own = partial(evaluate, protocol=protocol, seeds=numbers, batch=batch, device=where, source=source)
+    for sentence in data.notes:
         say(sentence)
-    weaker = None if guide is None else load_denoiser(guide, where)
-    levels = total = None
-    if not isinstance(model, Images):
-        flow, total = model.flow, len(nfe) * (standard.n if numbers is None else len(numbers))
-        if times is not None:
-            levels = parse_times(times, sigma_data=flow.sigma_data, sigma_min=flow.sigma_min, sigma_max=flow.sigma_max)
-    with tqdm(total=total, unit="image", delay=3) as bar:
-        results = [
-            evaluate(
-                model,
-                data,
-                protocol=protocol,
-                nfe=evaluations,
-                gamma=gamma,
-                times=levels,
-                guidance=guidance,
-                guide=weaker,
-                force_guidance=force_guidance,
-                solver=solver,
-                seeds=numbers,
-                batch=batch,
-                device=where,
-                source=source,
-                on_progress=bar.update,
-            )
-            for evaluations in nfe
-        ]
-    _show(results, as_json, out, place)
+    if is_images(source):
+        images = found(source, data.label_dim)
+        for sentence in images.notes:
+            say(sentence)
+        return images.count, {source: partial(own, images, data)}
+    model = load_model(source, where)
+    drawn = partial(own, model, data, **sampler.arguments(model.flow, where))
+    tasks: dict[str, Callable[..., Result]] = {}
+    for gamma in gammas:
+        for nfe in steps:
+            words = [f"{nfe or 'default'} NFE"] + ([] if gamma is None else [f"gamma {gamma:g}"])
+            tasks[", ".join(words)] = partial(drawn, nfe=nfe, gamma=gamma)
+    return len(tasks) * (standard.n if numbers is None else len(numbers)), tasks
 
 
-def _show(results: "Sequence[Result]", as_json: bool, out: Path | None, place: Path | None) -> None:
-    """Prints results, and writes them to a file and into a checkpoint if asked."""
-    from edmdistill.atomic import atomic_write
-    from edmdistill.evaluation.protocol import results_json, results_table
+def measure(
+    total: int | None,
+    tasks: "Mapping[str, Callable[..., Result]]",
+    place: Path | None,
+    show: "Callable[[Sequence[Result]], None]",
+) -> None:
+    """Measures one after another, keeps each at once if asked, and shows what there is, also after Ctrl-C.
+
+    Args:
+        total: images that are drawn in all.
+        place: where results are kept, or None.
+        show: prints and writes them.
+    Raises: NotFiniteError: a measurement has no finite result; the others are shown.
+    """
+    from edmdistill.errors import NotFiniteError
     from edmdistill.evaluation.saved import save_results
+    from edmdistill.progress import progress_bar
 
-    document = results_json(results)
-    if out is not None:
-        with atomic_write(out) as new:
-            new.write_text(document + "\n", encoding="utf-8")
-    if place is not None:
-        save_results(place, results)
-    click.echo(document if as_json else results_table(results))
+    results: list[Result] = []
+    failures: list[str] = []
+    interrupted = False
+    try:
+        with progress_bar(total) as bar:
+            for name, task in tasks.items():
+                try:
+                    result = task(on_progress=bar.update)
+                except NotFiniteError as error:
+                    failures.append(f"{name}: {error}")
+                    continue
+                if place is not None:
+                    save_results(place, [result])
+                results.append(result)
+    except KeyboardInterrupt:
+        interrupted = True
+    if results:
+        show(results)
+    if interrupted:
+        kept = " and saved" if place is not None else ""
+        done = f"{len(results)} of {len(tasks)} measurements are done{kept}" if results else "nothing is measured yet"
+        click.echo(f"Interrupted: {done}; what was under way is lost.", err=True)
+        sys.exit(130)
+    if failures:
+        raise NotFiniteError("; ".join(failures))
 
 
-def _refuse(context: click.Context, names: tuple[str, ...], what: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Writes a document as a file, whole or not at all."""
+    from edmdistill.atomic import atomic_write
+
+    with atomic_write(file) as new:
+        new.write_text(text + "\n", encoding="utf-8")
+
+
+def _refuse(context: click.Context, names: tuple[str, ...], why: str) -> None:
     """Raises UsageError if an option was given that a measurement does not take."""
     for parameter in context.command.params:
         given = context.get_parameter_source(str(parameter.name)) == ParameterSource.COMMANDLINE
         if given and parameter.name in names:
-            raise click.UsageError(f"{parameter.opts[0]} does not go with {what}: leave it out.")
+            raise click.UsageError(f"{parameter.opts[0]} {why}: leave it out.")
 
 
 def _likelihood(
@@ -204,8 +248,8 @@ def _likelihood(
     tolerance: float,
     batch: int,
     device: str | None,
-) -> "Result":
-    from tqdm import tqdm
+) -> "tuple[int, dict[str, Callable[..., Result]]]":
+    from functools import partial
 
     from edmdistill.checkpoints.convert import load_model
     from edmdistill.data.datasets import open_dataset
@@ -216,15 +260,6 @@ def _likelihood(
     if is_images(source):
         raise click.UsageError(f"images have no likelihood of their own, and {source} is images: name a network.")
     data = open_dataset(ref, split=split or ("test" if ref == "digits" else "train"))
+    own: dict[str, Any] = {"count": count, "probes": probes, "tolerance": tolerance, "batch": batch, "source": source}
     model = load_model(source, pick_device(device))
-    with tqdm(total=min(count or len(data), len(data)) * probes, unit="image", delay=3) as bar:
-        return evaluate_likelihood(
-            model,
-            data,
-            count=count,
-            probes=probes,
-            tolerance=tolerance,
-            batch=batch,
-            source=source,
-            on_progress=bar.update,
-        )
+    return min(count or len(data), len(data)) * probes, {"nll": partial(evaluate_likelihood, model, data, **own)}

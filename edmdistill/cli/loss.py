@@ -2,6 +2,8 @@
 
 import click
 
+from edmdistill.cli.options import BATCH, interruptible
+
 
 @click.command("loss")
 @click.argument("teacher")
@@ -9,7 +11,7 @@ import click
 @click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits.")
 @click.option("--split", default="train", show_default=True, help="Of the digits: train, test or all.")
 @click.option("--images", type=click.IntRange(min=1), default=1000, show_default=True, help="How many of the data.")
-@click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images at a time.")
+@click.option("--batch", type=BATCH, default=250, show_default=True, help="Images at a time.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
@@ -28,12 +30,21 @@ def command(
     good as it was. Both are checkpoints of ours, runs or official files.
     """
     import json
+    import math
 
+    from edmdistill.errors import NotFiniteError
     from edmdistill.sampling.load import pick_device
     from edmdistill.training.noise_levels import losses_by_noise, verdict
 
     sources = [teacher, original] if original else [teacher]
-    rows = losses_by_noise(sources, data, split=split, images=images, batch=batch, device=pick_device(device))
+    with interruptible(lambda: "nothing is measured yet, and what was under way is lost."):
+        rows = losses_by_noise(sources, data, split=split, images=images, batch=batch, device=pick_device(device))
+    for source, losses in zip(sources, zip(*(row.losses for row in rows), strict=True), strict=True):
+        bad = [f"{row.sigma:g}" for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
+        if bad:
+            raise NotFiniteError(
+                f"the loss of {source} is not finite at sigma {', '.join(bad)}: look at it with edmdistill inspect"
+            )
     if as_json:
         document = {"schema_version": 1, "sources": sources, "losses": [row._asdict() for row in rows]}
         click.echo(json.dumps(document, indent=2))

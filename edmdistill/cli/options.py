@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edmdistill.errors import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from edmdistill.networks.flow import FlowNetwork
+
+MAX_NFE, MAX_BATCH = 10_000, 65_536
+MAX_GUIDANCE = 1000.0
+PROTOCOLS = "digits", "pixels"
+SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
+"""The keys of the library's tables, which are not imported for `--help`; a test compares them."""
 
 
 class FiniteFloat(click.FloatRange):
@@ -43,13 +61,46 @@ class Name(click.Choice[str]):
         return f"{str(value)!r} is not known; {did_you_mean(str(value), self.choices)}"
 
 
+class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+    """Numbers with commas between them, as in 1,2,4; each is checked by `item`.
+
+    Args:
+        item: the type of one number, such as click.IntRange or FiniteFloat.
+        example: shown where the text is no list.
+    """
+
+    name = "list"
+
+    def __init__(self, item: click.ParamType[Any], example: str) -> None:
+        self.item, self.example = item, example
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        try:
+            for part in parts:
+                float(part)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as {self.example}.", param, ctx)
+        return [self.item.convert(part, param, ctx) for part in parts]
+
+
 class OutputPath(click.Path):
-    """A file or folder to write. Refuses what can never be written: "", a NUL, a name too long, the root folder."""
+    """A file or folder to write. Refuses what can never be written, before any work begins.
+
+    That is "", a NUL, a name too long, the root folder, a device or pipe, a place where nothing may be written, and a
+    suffix other than those known.
+
+    Args:
+        suffixes: of the file, in lower case; none = any. Case is ignored.
+    """
 
     NAME_BYTES, PATH_BYTES = 255, 4096
 
-    def __init__(self) -> None:
+    def __init__(self, *suffixes: str) -> None:
         super().__init__(path_type=Path)
+        self.suffixes = suffixes
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         text = str(value)
@@ -68,7 +119,98 @@ class OutputPath(click.Path):
             self.fail(f"{text} is the root folder; name a folder inside it.", param, ctx)
         if max(len(part.encode()) for part in whole.parts) > self.NAME_BYTES or len(bytes(whole)) > self.PATH_BYTES:
             self.fail(f"the name is longer than the {self.NAME_BYTES} bytes a file name may have.", param, ctx)
+        if self.suffixes and path.suffix.lower() not in self.suffixes:
+            self.fail(f"{text} must end in {' or '.join(self.suffixes)}: no other format is written here.", param, ctx)
+        try:
+            if whole.exists() and not whole.is_file() and not whole.is_dir():
+                self.fail(f"{text} is a device or a pipe; name a file or folder.", param, ctx)
+            if self.suffixes and whole.is_dir():
+                self.fail(f"{text} is a folder, and a file is to be written; choose another name.", param, ctx)
+            there = next(folder for folder in whole.parents if folder.exists())
+            writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        except OSError as error:
+            self.fail(f"{text} cannot be reached ({error.strerror}); choose another place.", param, ctx)
+        if not writable:
+            self.fail(f"{text} cannot be written, for {there} is not a folder you may write to.", param, ctx)
         return path
+
+
+NFE = click.IntRange(1, MAX_NFE)
+GAMMA = FiniteFloat(0, 1)
+BATCH = click.IntRange(1, MAX_BATCH)
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """What `sampler_options` adds to a command, as it was typed."""
+
+    times: str | None
+    guidance: float | None
+    guide: str | None
+    force_guidance: bool
+    solver: str | None
+
+    def arguments(self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """The keyword arguments of `edmdistill.sample` and `evaluate` that they stand for; a guide is loaded.
+
+        Args:
+            flow: the network that is sampled.
+            device, dtype: of the guide.
+        """
+        from edmdistill.checkpoints.convert import load_denoiser
+        from edmdistill.sampling.times import parse_times
+
+        levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
+        return {
+            "times": None if self.times is None else parse_times(self.times, **levels),
+            "guidance": self.guidance,
+            "guide": None if self.guide is None else load_denoiser(self.guide, device, dtype),
+            "force_guidance": self.force_guidance,
+            "solver": self.solver,
+        }
+
+
+def sampler_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that decide how a network is sampled; the command gets them as one `sampler`."""
+    options = (
+        click.option(
+            "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
+        ),
+        click.option(
+            "--guidance",
+            type=FiniteFloat(0, MAX_GUIDANCE),
+            metavar="W",
+            help="Weight of the guidance: 1 = none, 0 = the guide alone.  [default: 1, or the least it knows]",
+        ),
+        click.option(
+            "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
+        ),
+        click.option(
+            "--force-guidance",
+            is_flag=True,
+            help="Let a teacher guide itself that was never trained without its classes.",
+        ),
+        click.option("--solver", type=Name(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]"),
+    )
+
+    @wraps(command)
+    def wrapped(**given: Any) -> None:
+        own = SamplerOptions(*(given.pop(name) for name in ("times", "guidance", "guide", "force_guidance", "solver")))
+        command(sampler=own, **given)
+
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+@contextmanager
+def interruptible(kept: Callable[[], str]) -> Iterator[None]:
+    """At Ctrl-C, ends the command with 130 and one line on stderr: what is kept, and what is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted: {kept()}", err=True)
+        sys.exit(130)
 
 
 def say(sentence: str) -> None:

@@ -12,7 +12,7 @@ import click
     multiple=True,
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     metavar="FILE.json",
-    help="Results that `eval --out` wrote; may be repeated.  [default: all of RUN/eval]",
+    help="Results that `eval --out` wrote; may be repeated.  [default: all of RUN/eval and of its checkpoint]",
 )
 @click.option(
     "--out",
@@ -26,13 +26,14 @@ def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
     The page is one file that needs no network. The table is printed as well.
     """
     from edmdistill.atomic import atomic_write
+    from edmdistill.evaluation.saved import results_of
     from edmdistill.evaluation.tables import best_gammas, read_results, sweeps, tables
     from edmdistill.report.page import report
     from edmdistill.report.summary import read_run
 
     out = out or run / "report.html"
     summary = read_run(run)
-    found = read_results(results or sorted((run / "eval").glob("*.json")))
+    found = read_results(results) if results else results_of(run)
     measured, swept = tables(best_gammas(found), summary.generator), sweeps(found, summary.generator)
     with atomic_write(out) as new:
         new.write_text(report(summary, measured, swept), encoding="utf-8")

@@ -1,69 +1,82 @@
 """`edmdistill sweep`: a network's metrics over numbers of evaluations and gammas."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from edmdistill.cli.eval import SAVE, measure, tasks_of, write_text
+from edmdistill.cli.options import (
+    BATCH,
+    GAMMA,
+    NFE,
+    PROTOCOLS,
+    Name,
+    NumberList,
+    OutputPath,
+    SamplerOptions,
+    sampler_options,
+)
+
+if TYPE_CHECKING:
+    from edmdistill.evaluation.protocol import Result
 
 PLOTS = ".svg", ".html", ".png", ".pdf"
 
 
-def numbers(context: click.Context, option: click.Parameter, text: str | None) -> list[float | None]:
-    """Reads 0,.5,1."""
-    try:
-        return [None] if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of numbers, as 0,.5,1 is.") from None
-
-
-def integers(context: click.Context, option: click.Parameter, text: str) -> list[int]:
-    """Reads 1,2,4."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of whole numbers, as 1,2,4 is.") from None
-
-
-def plot_file(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
-    if file is not None and file.suffix.lower() not in PLOTS:
-        raise click.BadParameter(f"{file} is no picture that is drawn here: name one of {', '.join(PLOTS)}.")
-    return file
-
-
 @click.command("sweep")
 @click.argument("source")
-@click.option("--protocol", required=True, metavar="NAME", help="How to measure: digits, pixels.")
+@click.option("--protocol", type=Name(PROTOCOLS), required=True, help="How to measure.")
 @click.option("--ref", metavar="DATA", help="Real images: a zip, a folder, or digits.  [default: the protocol's own]")
 @click.option(
-    "--nfe", "steps", required=True, metavar="LIST", callback=integers, help="Network evaluations, as in 1,2,4,8."
+    "--nfe",
+    "steps",
+    required=True,
+    metavar="LIST",
+    type=NumberList(NFE, "1,2,4"),
+    help="Network evaluations, as in 1,2,4,8.",
 )
 @click.option(
     "--gamma",
     "gammas",
     metavar="LIST",
-    callback=numbers,
+    type=NumberList(GAMMA, "0,.5,1"),
     help="Generator: shares of fresh noise, as in 0,.5,1.  [default: the checkpoint's]",
 )
-@click.option("--n", "count", type=click.IntRange(min=2), help="Images: seeds 0 to N - 1.  [default: the protocol's]")
+@sampler_options
+@click.option(
+    "--n", "count", type=click.IntRange(2, 2_000_000), help="Images: seeds 0 to N - 1.  [default: the protocol's]"
+)
+@click.option("--seeds", metavar="LIST", help="Images: these seeds, as in 5000-9999.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document, as eval does.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json", help="Also write it here.")
+@click.option(
+    "--out",
+    type=OutputPath(".json", *PLOTS),
+    metavar="FILE.json",
+    help="Also write it here; with the ending of a plot, draw it as --plot does.",
+)
+@click.option("--save", is_flag=True, help=SAVE)
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputPath(*PLOTS),
     metavar="FILE.svg|.html|.png|.pdf",
-    callback=plot_file,
     help="Draw the first metric over NFE, a curve for each gamma; .png and .pdf take matplotlib.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Images at a time.")
+@click.option("--batch", type=BATCH, default=256, show_default=True, help="Images at a time.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 def command(
     source: str,
     protocol: str,
     ref: str | None,
     steps: list[int],
-    gammas: list[float | None],
+    gammas: list[float] | None,
+    sampler: SamplerOptions,
     count: int | None,
+    seeds: str | None,
     as_json: bool,
     out: Path | None,
+    save: bool,
     plot: Path | None,
     batch: int,
     device: str | None,
@@ -72,41 +85,27 @@ def command(
 
     Each is what `eval` measures with that --nfe and --gamma, with the same seeds.
     """
-    from tqdm import tqdm
-
     from edmdistill.atomic import atomic_write
-    from edmdistill.checkpoints.convert import load_model
-    from edmdistill.evaluation.protocol import evaluate, find_protocol, open_reference, results_json
+    from edmdistill.evaluation.images import is_images
+    from edmdistill.evaluation.protocol import results_json
+    from edmdistill.evaluation.saved import place_to_save_in
     from edmdistill.evaluation.tables import sweep_table
     from edmdistill.report.page import draw
-    from edmdistill.sampling.load import pick_device
 
-    standard, where = find_protocol(protocol), pick_device(device)
-    data = open_reference(ref, standard)
-    model = load_model(source, where)
-    seeds = range(count or standard.n)
-    with tqdm(total=len(steps) * len(gammas) * len(seeds), unit="image", delay=3) as bar:
-        results = [
-            evaluate(
-                model,
-                data,
-                protocol=protocol,
-                nfe=nfe,
-                gamma=gamma,
-                seeds=seeds,
-                batch=batch,
-                device=where,
-                source=source,
-                on_progress=bar.update,
-            )
-            for gamma in gammas
-            for nfe in steps
-        ]
-    document, table = results_json(results), sweep_table(results)
-    if out is not None:
-        with atomic_write(out) as new:
-            new.write_text(document + "\n", encoding="utf-8")
-    if plot is not None:
-        with atomic_write(plot) as new:
-            draw(table, source, new, plot.suffix.lower())
-    click.echo(document if as_json else table.to_text())
+    if is_images(source):
+        raise click.UsageError(f"a sweep draws by a network, and {source} is images: measure them with eval.")
+    place = place_to_save_in(source) if save else None
+
+    def show(results: "Sequence[Result]") -> None:
+        document, table = results_json(results), sweep_table(results)
+        for file in filter(None, (out, plot)):
+            kind = file.suffix.lower()
+            if kind == ".json":
+                write_text(file, document)
+                continue
+            with atomic_write(file) as new:
+                draw(table, source, new, kind)
+        click.echo(document if as_json else table.to_text())
+
+    own = tasks_of(source, protocol, ref, steps, gammas or [None], sampler, count, seeds, batch, device)
+    measure(*own, place, show)

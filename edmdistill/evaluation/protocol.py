@@ -7,7 +7,8 @@ with the hashes of the weights and of the reference; two results compare only wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +22,13 @@ from torch import Tensor
 from edmdistill import __version__
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, open_dataset
-from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.errors import DatasetError, EdmDistillError, NotFiniteError
 from edmdistill.evaluation.features import FEATURES, Classifier
 from edmdistill.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
 from edmdistill.evaluation.images import Images, Scheme, drawn, found
 from edmdistill.networks.flow import Denoiser
-from edmdistill.sampling.generate import default_nfe, guidance_of, sample
+from edmdistill.sampling.generate import default_nfe, guidance_of, require_finite, sample
+from edmdistill.sampling.seeds import format_seeds
 from edmdistill.trigflow import time_to_sigma
 
 SCHEMA_VERSION = 1
@@ -200,11 +202,12 @@ def evaluate(
     Raises:
         EdmDistillError: no such protocol, or an option that does not fit the network or the images.
         DatasetError: images or reference cannot be read, or do not fit each other or the protocol.
+        NotFiniteError: a drawn image, or a metric, holds NaN or infinity; then nothing is measured.
     """
     standard = find_protocol(protocol)
     data = open_reference(reference, standard)
     if isinstance(model_or_images, Generator | Denoiser):
-        draw = partial(
+        own = partial(
             sample,
             model_or_images,
             nfe,
@@ -216,6 +219,10 @@ def evaluate(
             solver=solver,
             batch=batch,
         )
+
+        def draw(seeds: Sequence[int], labels: Tensor | None) -> Tensor:
+            return require_finite(own(seeds=seeds, labels=labels), seeds)
+
         images = drawn(model_or_images, range(standard.n) if seeds is None else seeds, draw)
     elif (nfe, gamma, times, guidance, guide, solver, seeds, force_guidance or None) == (None,) * 8:
         given = model_or_images
@@ -249,6 +256,7 @@ def evaluate(
     values = {f"fd_{space.name}": frechet_distance(made.finish(), real)}
     if isinstance(space, Classifier) and images.classes is not None:
         values["class_accuracy"] = correct / images.count
+    require_finite_metrics(values)
     suffix = "" if images.count == standard.n else f"@{images.count}"
     done = replace(
         standard,
@@ -262,9 +270,16 @@ def evaluate(
         metrics={name + suffix: values[name] for name in standard.metrics if name in values},
         protocol=done,
         protocol_sha256=done.sha256(),
-        sampler=_sampler(model_or_images, nfe, gamma, times, guidance, solver or "heun"),
+        sampler=sampler_of(model_or_images, nfe, gamma, times, guidance, solver),
         provenance=provenance(model_or_images, source, device),
     )
+
+
+def require_finite_metrics(metrics: Mapping[str, float]) -> None:
+    """Raises: NotFiniteError: a metric is NaN or infinite, and which."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NotFiniteError(f"{name} is {value}: the network or the features overflow, so nothing was measured")
 
 
 def find_protocol(name: str) -> Protocol:
@@ -295,17 +310,6 @@ def open_reference(reference: Dataset | str | Path | None, standard: Protocol) -
     return data
 
 
-def format_seeds(seeds: Sequence[int]) -> str:
-    """The inverse of parse_seeds: [0, 1, 2, 100] is `0-2,100`."""
-    parts: list[list[int]] = []
-    for seed in seeds:
-        if parts and seed == parts[-1][1] + 1:
-            parts[-1][1] = seed
-        else:
-            parts.append([seed, seed])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
-
-
 @lru_cache(maxsize=4)
 def _statistics_of(data: Dataset, features: str, device: str, batch: int) -> tuple[Statistics, str]:
     """Statistics of a reference's features, and the sha256 of its images; kept, since measurements come in rows."""
@@ -328,16 +332,19 @@ def batches(count: int, batch: int) -> Iterator[range]:
     return (range(at, min(at + batch, count)) for at in range(0, count, batch))
 
 
-def _sampler(
+def sampler_of(
     drawer: object,
-    nfe: int | None,
-    gamma: float | None,
-    times: Sequence[float] | Tensor | None,
-    guidance: float | None,
-    solver: str,
+    nfe: int | None = None,
+    gamma: float | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    guidance: float | None = None,
+    solver: str | None = None,
 ) -> Sampler | None:
-    """What `sample` did, its defaults filled in; None for images that were not drawn here."""
+    """Returns what `sample` does with these arguments, its defaults filled in; None for images that are not drawn."""
+    if isinstance(drawer, Generator) and solver is not None and drawer.flow.two_time:
+        drawer = Denoiser(drawer.flow)
     if isinstance(drawer, Denoiser):
+        solver = solver or "heun"
         return Sampler(solver=solver, nfe=nfe or default_nfe(drawer, solver), guidance=guidance_of(drawer, guidance))
     if isinstance(drawer, Generator):
         times = drawer.schedule(nfe or 2) if times is None else torch.as_tensor(times)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, NotFiniteError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
@@ -17,7 +17,7 @@ from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.guidance import GuidedDenoiser
 from edmdistill.sampling.heun import EDM, EDM2, Churn, Style, edm_sampler, steps_of_nfe
 from edmdistill.sampling.labels import label_vectors
-from edmdistill.sampling.seeds import SeededNoise
+from edmdistill.sampling.seeds import SeededNoise, format_seeds
 from edmdistill.sampling.times import check_times
 from edmdistill.sampling.trajectory import Towards, paper_sigmas, reference_sampler
 from edmdistill.trigflow import cos_sin, sigma_to_time, time_to_sigma
@@ -31,6 +31,11 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {
 }
 """How teachers are sampled, by the names that users type."""
 ONE_CALL_A_STEP = "ddim", "dpm-solver++2m"
+MAX_NFE = 10_000
+"""More evaluations than any schedule has a use for; a mistyped number would fill the memory with noise levels."""
+MAX_GUIDANCE = 1000.0
+CLASS_BATCH = 256
+"""Seeds at a time whose classes are drawn."""
 
 
 @torch.no_grad()
@@ -67,7 +72,7 @@ def sample(
         gamma: share of fresh noise between a generator's steps, in [0, 1]; default: its own; see gamma_sampler.
         times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
         guidance: weight of a teacher's guidance, see GuidedDenoiser; of a generator's, one in the range that it has
-            learnt. 1 = none; default: 1, or the least that a generator knows.
+            learnt. 1 = none, 0 = the guide alone, at most 1000; default: 1, or the least that a generator knows.
         guide: the network to move away from; default: the teacher without labels, if part of its training was.
         force_guidance: let a teacher guide itself that was never trained without labels.
         solver: a teacher's or CTM generator's, of SOLVERS; default for a teacher: heun.
@@ -77,9 +82,14 @@ def sample(
         batch: images at a time.
         on_progress: called with the number of images that have just been finished.
     Returns: images [N,C,H,W] float32 in [-1, 1], on the CPU. Of a network that works on the latents of a VAE (see
-        is_latent): those latents as they are, for decoding is not done here.
-    Raises: EdmDistillError: an option that does not fit the model, or is out of range.
+        is_latent): those latents as they are, for decoding is not done here. An image that holds NaN or infinity is NaN
+        throughout, so that clamping hides nothing: see not_finite and require_finite.
+    Raises: EdmDistillError: an option that does not fit the model, is out of range, or is not finite.
     """
+    if nfe is not None and not 1 <= nfe <= MAX_NFE:
+        raise EdmDistillError(f"the number of network evaluations lies between 1 and {MAX_NFE:,}, but it is {nfe:,}")
+    if batch < 1:
+        raise EdmDistillError(f"a batch holds at least 1 image, but it is {batch}")
     if isinstance(model, Generator) and solver is not None and model.flow.two_time:
         model = Denoiser(model.flow)
     if towards is not None:
@@ -124,14 +134,51 @@ def sample(
             noise, drawn = _first_draws(model, rng)
             chosen = drawn if vectors is None else vectors[at : at + batch]
             x0 = solve(noise.to(device), None if chosen is None else chosen.to(device), randn_like=rng.like)
-            images.append(x0.to("cpu", torch.float32))
+            images.append(_finished(x0, is_latent(model)))
             if on_progress is not None:
                 on_progress(len(noise))
     finally:
         for network in trained:
             network.train()
-    result = torch.cat(images)
-    return result if is_latent(model) else result.clamp(-1, 1)
+    return torch.cat(images)
+
+
+def _finished(x0: Tensor, latent: bool) -> Tensor:
+    """A batch as it is returned: on the CPU, in range, NaN throughout where a number is not finite.  [B,C,H,W]"""
+    images = x0.to("cpu", torch.float32)
+    broken = not_finite(images)
+    images = images if latent else images.clamp(-1, 1)
+    images[broken] = float("nan")
+    return images
+
+
+def not_finite(images: Tensor) -> Tensor:
+    """Which images hold NaN or infinity.  [N,...] -> bool [N]"""
+    return ~images.flatten(1).isfinite().all(1)
+
+
+def require_finite(images: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Returns the images, of these seeds, if all are finite.
+
+    Raises: NotFiniteError: how many are not, and of which seeds.
+    """
+    broken = not_finite(images)
+    if bool(broken.any()):
+        raise NotFiniteError(describe_not_finite([seeds[i] for i in broken.nonzero().flatten().tolist()], len(images)))
+    return images
+
+
+def describe_not_finite(seeds: Sequence[int], count: int) -> str:
+    """The sentence on images that are not finite: their seeds, of `count` images."""
+    shown = format_seeds(sorted(seeds)[:8]) + (" ..." if len(seeds) > 8 else "")
+    every = len(seeds) == count
+    advice = (
+        "check the weights with edmdistill inspect, and the guidance and noise levels that were asked for"
+        if every
+        else "try a lower guidance, or --dtype float32 where the network runs in half precision"
+    )
+    verb = "is" if len(seeds) == 1 else "are"
+    return f"{len(seeds)} of {count} images {verb} not finite (seeds {shown}): {advice}"
 
 
 def is_latent(model: Generator | Denoiser) -> bool:
@@ -146,8 +193,11 @@ def style_of(teacher: Denoiser) -> Style:
 
 def drawn_classes(model: Generator | Denoiser, seeds: Sequence[int]) -> Tensor | None:
     """The classes that `sample` draws for these seeds if it is given none; None if there are none.  int64 [N]"""
-    vectors = _first_draws(model, SeededNoise(seeds))[1]
-    return None if vectors is None else vectors.argmax(1)
+    if not model.flow.label_dim:
+        return None
+    groups = (seeds[at : at + CLASS_BATCH] for at in range(0, len(seeds), CLASS_BATCH))
+    vectors = (_first_draws(model, SeededNoise(group))[1] for group in groups)
+    return torch.cat([part.argmax(1) for part in vectors if part is not None])
 
 
 def _first_draws(model: Generator | Denoiser, rng: SeededNoise) -> tuple[Tensor, Tensor | None]:
@@ -168,6 +218,10 @@ def guidance_of(model: Generator | Denoiser, asked: float | None) -> float:
     Raises: EdmDistillError: a generator does not know it.
     """
     if isinstance(model, Denoiser):
+        if asked is not None and not 0 <= asked <= MAX_GUIDANCE:
+            raise EdmDistillError(
+                f"the weight of guidance lies in [0, {MAX_GUIDANCE:g}], where 1 is none, but it is {asked:g}"
+            )
         return 1.0 if asked is None else asked
     low, high = model.guidance
     weight = low if asked is None else asked
@@ -247,9 +301,7 @@ def _teacher_solver(
     if solver not in SOLVERS:
         raise EdmDistillError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     if has_guide and denoiser is model:
-        raise EdmDistillError(
-            "a guide does nothing at guidance 1, which means none: give a weight above 1, or no guide"
-        )
+        raise EdmDistillError("a guide does nothing at guidance 1, which means none: give another weight, or no guide")
     nfe = nfe or default_nfe(model, solver)
     num_steps = nfe if solver in ONE_CALL_A_STEP else steps_of_nfe(nfe)
     solve = partial(SOLVERS[solver], denoiser, style=style_of(model), num_steps=num_steps)

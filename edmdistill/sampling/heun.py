@@ -33,13 +33,20 @@ class Churn:
     Attributes:
         strength: S_churn; a step raises sigma by the share min(strength / num_steps, sqrt(2) - 1).
         sigma_min, sigma_max: S_min and S_max, the levels at which noise is added.
-        inflation: S_noise, the standard deviation of the added noise.
+        inflation: S_noise, the standard deviation of the added noise, at most 10.
+    Raises: EdmDistillError: a value out of range.
     """
 
     strength: float = 0.0
     sigma_min: float = 0.0
     sigma_max: float = math.inf
     inflation: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, most in (("strength", 1e4), ("sigma_min", 1e6), ("sigma_max", math.inf), ("inflation", 10.0)):
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise EdmDistillError(f"the churn's {name} lies in [0, {most:g}], but it is {value:g}")
 
 
 @dataclass(frozen=True)

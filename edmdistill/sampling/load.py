@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.source import resolve
-from edmdistill.checkpoints.store import CONFIG, read_config
-from edmdistill.errors import EdmDistillError
+from edmdistill.checkpoints.store import CONFIG, MODEL, checkpoint_in, read_config
+from edmdistill.errors import CheckpointError, EdmDistillError
 from edmdistill.networks.flow import Denoiser
 
 
@@ -21,6 +22,23 @@ def class_names(model: Generator | Denoiser, source: str | Path) -> tuple[str, .
     path = resolve(source)
     folders = [folder for folder in (path / "generator", path) if (folder / CONFIG).is_file()]
     return read_config(folders[0]).label_names if folders else None
+
+
+def weights_digest(source: str | Path) -> str:
+    """The sha256 of the file of weights that a source stands for.  Raises: CheckpointError: there is none."""
+    path = resolve(source)
+    file = checkpoint_in(path) / MODEL if path.is_dir() else path
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+
+
+def digest_of(source: str | Path) -> str:
+    """The sha256 of a file, or the word itself where it names no file."""
+    path = Path(source)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(source)
 
 
 def pick_device(name: str | None) -> torch.device:

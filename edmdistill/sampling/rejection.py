@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edmdistill.errors import EdmDistillError
 from edmdistill.sampling.grid import to_uint8
-from edmdistill.sampling.seeds import MAX_SEED
+from edmdistill.sampling.seeds import MAX_SEED, MAX_SEEDS
 
 
 class Candidates(NamedTuple):
@@ -33,11 +33,14 @@ def candidates(seeds: Sequence[int], classes: Sequence[int] | Tensor, ratio: flo
     if not 0 <= ratio < 1:
         raise EdmDistillError(f"the share of images to reject lies in [0, 1), but it is {ratio:g}")
     asked = torch.as_tensor(classes, dtype=torch.int64)
-    more = [
-        number
-        for number, n in sorted(Counter(asked.tolist()).items())
-        for _ in range(math.ceil(round(n / (1 - ratio), 9)) - n)
-    ]
+    counts = sorted(Counter(asked.tolist()).items())
+    total = sum(math.ceil(round(n / (1 - ratio), 9)) for _, n in counts)
+    if total > MAX_SEEDS:
+        raise EdmDistillError(
+            f"to reject {ratio:g} of the images, {total:,} would be drawn, more than the {MAX_SEEDS:,} of one command: "
+            "reject fewer, or draw fewer images"
+        )
+    more = [number for number, n in counts for _ in range(math.ceil(round(n / (1 - ratio), 9)) - n)]
     first = max(seeds) + 1
     if more and first + len(more) - 1 > MAX_SEED:
         raise EdmDistillError(

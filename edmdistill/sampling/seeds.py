@@ -12,6 +12,8 @@ from torch import Tensor
 from edmdistill.errors import EdmDistillError
 
 MAX_SEED = 2**32 - 1
+MAX_SEEDS = 2_000_000
+"""Of one list: 40 times what an FID takes; all 2^32 would fill the memory."""
 
 
 class SeededNoise:
@@ -55,11 +57,12 @@ class SeededNoise:
 def parse_seeds(text: str) -> list[int]:
     """The seeds that a list of numbers and ranges names, in its order: `0-2,100` is [0, 1, 2, 100].
 
-    Raises: EdmDistillError: a part that is no number or rising range, a seed above 2^32 - 1, or a seed given twice.
+    Raises: EdmDistillError: a part that is no number or rising range, a seed above 2^32 - 1, a seed given twice, or
+        more than 2,000,000 seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,99})(?:-([0-9]{1,99}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise EdmDistillError(
@@ -67,6 +70,10 @@ def parse_seeds(text: str) -> list[int]:
             )
         if last > MAX_SEED:
             raise EdmDistillError(f"--seeds {text}: {last} is too large; seeds run from 0 to {MAX_SEED}")
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise EdmDistillError(
+                f"--seeds {text}: more than {MAX_SEEDS:,} seeds are named; give them to several commands, in parts"
+            )
         seeds.extend(range(first, last + 1))
     if len(set(seeds)) < len(seeds):
         twice = Counter(seeds).most_common(1)[0][0]
@@ -74,3 +81,14 @@ def parse_seeds(text: str) -> list[int]:
             f"--seeds {text}: seed {twice} is given twice; every seed makes one picture, so name it once"
         )
     return seeds
+
+
+def format_seeds(seeds: Sequence[int]) -> str:
+    """The inverse of parse_seeds: [0, 1, 2, 100] is `0-2,100`."""
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

@@ -10,8 +10,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import Denoiser
 from edmdistill.schedules import edm_curve
+
+MAX_WEIGHT, MAX_CORRECTORS = 1e6, 10_000
 
 
 def paper_sigmas(sigma_min: float, sigma_max: float) -> Tensor:
@@ -34,6 +37,7 @@ class Towards:
         correctors: M steps at each noise level but the last, which is 0.
         step: of a corrector, in units of the noise level: zeta = (step sigma)^2.
         score: a denoiser of the same images, for a generator that knows no score.
+    Raises: EdmDistillError: a value out of range, or a reference that is not finite.
     """
 
     reference: Tensor
@@ -42,6 +46,14 @@ class Towards:
     correctors: int = 10
     step: float = 0.32
     score: Denoiser | None = None
+
+    def __post_init__(self) -> None:
+        for name, most in (("weight", MAX_WEIGHT), ("correctors", MAX_CORRECTORS), ("step", 10.0)):
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise EdmDistillError(f"{name}, on the way to a reference, lies in [0, {most:g}], but it is {value:g}")
+        if not bool(self.reference.isfinite().all()):
+            raise EdmDistillError("the reference holds NaN or infinity: give another picture")
 
 
 def reference_sampler(

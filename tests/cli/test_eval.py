@@ -149,13 +149,13 @@ def test_images_have_no_likelihood(images: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--protocol", "fid"], "there is no protocol 'fid'"),
-        (["--protocol", "digits", "--nfe", "2"], "does not go with images that exist"),
-        (["--protocol", "digits", "--t", "80"], "--t does not go with images that exist"),
-        (["--protocol", "digits", "--nfe", "two"], "'two' is no list of whole numbers"),
-        (["--protocol", "digits", "--n", "9", "--seeds", "1"], "does not go with --seeds"),
+        (["--protocol", "fid"], "'fid' is not known"),
+        (["--protocol", "digits", "--nfe", "2"], "--nfe says how a network draws, but"),
+        (["--protocol", "digits", "--t", "80"], "holds images, which exist: leave it out"),
+        (["--protocol", "digits", "--nfe", "two"], "'two' is not a list of numbers such as 1,2,4"),
+        (["--protocol", "digits", "--n", "9", "--seeds", "1"], "--n says how a network draws"),
         (["--protocol", "digits", "--ref", "absent.zip"], "absent.zip does not exist"),
-        ([], "Missing option '--protocol'"),
+        ([], "Missing option '--protocol'. Choose one of digits, pixels."),
         (["--protocol", "digits", "--probes", "2"], "--probes does not go with a measurement of images"),
     ],
 )

@@ -23,13 +23,13 @@ def run(tmp_path: Path) -> Path:
     return path
 
 
-def measurement(fd: float) -> str:
+def measurement(fd: float, nfe: int = 35) -> str:
     protocol = PROTOCOLS["digits"]
     result = Measurement(
         metrics={"fd_digits": fd},
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
-        sampler=Sampler(solver="heun", nfe=35),
+        sampler=Sampler(solver="heun", nfe=nfe),
         provenance={},
     )
     return results_json([result])
@@ -41,8 +41,8 @@ def report(*arguments: object) -> Result:
 
 def test_all_results_of_the_run_by_default(run: Path):
     (run / "eval").mkdir()
-    for name, fd in (("a", 4.25), ("b", 5.75)):
-        (run / "eval" / f"{name}.json").write_text(measurement(fd))
+    for name, fd, nfe in (("a", 4.25, 35), ("b", 5.75, 17)):
+        (run / "eval" / f"{name}.json").write_text(measurement(fd, nfe))
     result = report(run)
     assert result.exit_code == 0, result.output
     page = (run / "report.html").read_text()

@@ -12,7 +12,8 @@ from PIL import Image
 from edmdistill.checkpoints.convert import load_generator, load_model
 from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, Sampling, facts, save_checkpoint
 from edmdistill.cli import main
-from edmdistill.cli.sample import SOLVERS
+from edmdistill.cli.options import MAX_GUIDANCE, MAX_NFE, PROTOCOLS, SOLVERS
+from edmdistill.evaluation import protocol
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS
@@ -96,7 +97,9 @@ def test_folder_and_grid(runs: dict[str, Path], tmp_path: Path) -> None:
     assert run(runs["run"], "--seeds", "0-5", "--out", tmp_path / "frogs").exit_code == 0
     assert run(runs["run"], "--seeds", "0-5", "--out", tmp_path / "frogs.png").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "frogs").iterdir()) == [f"{i:06d}.png" for i in range(6)] + [
-        "grid.png"
+        "dataset.json",
+        "grid.png",
+        "samples.json",
     ]
     assert (tmp_path / "frogs" / "grid.png").read_bytes() == (tmp_path / "frogs.png").read_bytes()
     expected = to_uint8(sample(load_generator(runs["generator"]), seeds=range(6)))
@@ -142,8 +145,10 @@ def test_options_reach_the_sampler(runs: dict[str, Path], tmp_path: Path, case: 
         assert (file["labels"] >= 0).all() == (kind != "plain")
 
 
-def test_the_choices_are_the_solvers() -> None:
+def test_the_choices_and_limits_are_the_librarys() -> None:
     assert tuple(generate.SOLVERS) == SOLVERS
+    assert tuple(protocol.PROTOCOLS) == PROTOCOLS
+    assert (generate.MAX_NFE, generate.MAX_GUIDANCE) == (MAX_NFE, MAX_GUIDANCE)
 
 
 def test_a_guide_and_a_precision(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -246,7 +251,7 @@ def test_mistakes_about_files(runs: dict[str, Path], tmp_path: Path, words: list
         ("generator", ["--t", "2.5,80"], "fall"),
         ("generator", ["--t", "800"], "0.002 to 80"),
         ("generator", ["--t", "1.6rad"], "(0, pi/2]"),
-        ("generator", ["--gamma", "1.5"], "[0, 1]"),
+        ("generator", ["--gamma", "1.5"], "1.5 is not in the range 0<=x<=1"),
         ("generator", ["--guidance", "2"], "knows guidance 1, which is none"),
         ("guided", ["--guidance", "2.5"], "knows guidance 1 to 2"),
         ("teacher", ["--nfe", "4"], "3 or 5"),
@@ -264,5 +269,5 @@ def test_the_users_errors(runs: dict[str, Path], tmp_path: Path, kind: str, word
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert len([line for line in result.stderr.splitlines() if line.startswith("Error: ")]) == 1
     assert not list(tmp_path.iterdir())

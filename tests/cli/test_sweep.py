@@ -104,10 +104,10 @@ def test_without_matplotlib(checkpoints: dict[str, str], tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--nfe", "1,two"], "'1,two' is no list of whole numbers"),
-        (["--nfe", "1", "--gamma", "a"], "'a' is no list of numbers"),
-        (["--nfe", "1", "--gamma", "2"], "share of fresh noise"),
-        (["--nfe", "1", "--plot", "a.jpg"], "name one of .svg, .html, .png, .pdf"),
+        (["--nfe", "1,two"], "'1,two' is not a list of numbers such as 1,2,4"),
+        (["--nfe", "1", "--gamma", "a"], "'a' is not a list of numbers"),
+        (["--nfe", "1", "--gamma", "2"], "2.0 is not in the range 0<=x<=1"),
+        (["--nfe", "1", "--plot", "a.jpg"], "must end in .svg or .html or .png or .pdf"),
         (["--gamma", "1"], "Missing option '--nfe'"),
     ],
 )

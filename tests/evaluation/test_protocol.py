@@ -24,7 +24,6 @@ from edmdistill.evaluation.protocol import (
     PROTOCOLS,
     Result,
     evaluate,
-    format_seeds,
     require_comparable,
     results_json,
     results_table,
@@ -34,7 +33,7 @@ from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
-from edmdistill.sampling.seeds import parse_seeds
+from edmdistill.sampling.seeds import format_seeds, parse_seeds
 
 TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from edmdistill.checkpoints.store import CONFIG, read_config
+from edmdistill.checkpoints.store import CONFIG, read_config, write_config
 from edmdistill.errors import CheckpointError, EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS, Protocol, Result, Sampler
-from edmdistill.evaluation.saved import checkpoint_to_save_in, save_results, saved_results, with_results
+from edmdistill.evaluation.saved import place_to_save_in, results_of, save_results, saved_results, with_results
 
 GENERATOR = Path(__file__).parents[1] / "checkpoints" / "format-1.0"
 EMPTY = replace(read_config(GENERATOR), results=())
@@ -59,13 +59,29 @@ def test_a_checkpoint_on_the_disk_keeps_them(folder: Path):
     assert replace(after, results=before.results) == before
 
 
-def test_a_checkpoint_and_its_run_are_one_place(folder: Path, tmp_path: Path):
-    assert checkpoint_to_save_in(folder) == checkpoint_to_save_in(str(folder.parent)) == folder
+def test_a_place_is_a_checkpoint_or_a_run(folder: Path):
+    assert (place_to_save_in(folder), place_to_save_in(str(folder.parent))) == (folder, folder.parent)
     with pytest.raises(EdmDistillError, match=r"--save is for .* and me/generator is neither: use --out"):
-        checkpoint_to_save_in("me/generator")
+        place_to_save_in("me/generator")
     (folder / CONFIG).write_text("{")
     with pytest.raises(CheckpointError):
-        checkpoint_to_save_in(folder)
+        place_to_save_in(folder)
+
+
+def test_a_runs_results_outlive_its_checkpoint(folder: Path):
+    run = folder.parent
+    (run / "recipe.toml").touch()
+    before = read_config(folder)
+    one, two = (
+        replace(measured(OTHER, None, fd), provenance={"images_seen": n}) for n, fd in ((896, 9.5), (1000, 2.5))
+    )
+    save_results(run, [one])
+    save_results(run, [two])
+    save_results(run, [two])
+    assert {*map(repr, results_of(run))} == {*map(repr, [*saved_results(before), one, two])}
+    assert len(list((run / "eval").iterdir())) == 2
+    write_config(folder, before)  # as the run does when it goes on
+    assert [result in results_of(run) for result in (one, two)] == [True, True]
 
 
 def test_results_of_somebody_else_are_refused():

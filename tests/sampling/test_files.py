@@ -1,12 +1,15 @@
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from edmdistill.errors import EdmDistillError
-from edmdistill.sampling.files import check_output, write_samples
+from edmdistill.sampling.files import Samples, check_output
 from edmdistill.sampling.grid import to_uint8
 
 SEEDS = [0, 1, 100]
@@ -21,10 +24,20 @@ def picture(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
+def write(out: Path, samples: torch.Tensor, seeds: list[int], classes: list[int] | None, **options: bool) -> Samples:
+    """All at once."""
+    request = {"seeds": seeds, "sum": float(samples.nan_to_num().sum())}
+    made = Samples(out, request, len(seeds), seeds, classes, **options)
+    for positions in made.batches(2):
+        made.put(positions, samples[positions])
+    made.finish()
+    return made
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_npz(tmp_path: Path, channels: int) -> None:
-    out = tmp_path / "new" / "a.npz"
-    write_samples(out, images(channels), SEEDS, [4, 4, 2], latent=False)
+    out = tmp_path / "new" / "a.NPZ"
+    write(out, images(channels), SEEDS, [4, 4, 2])
     with np.load(out) as file:
         assert {name: file[name].dtype.name for name in file} == {
             "images": "uint8",
@@ -34,11 +47,11 @@ def test_npz(tmp_path: Path, channels: int) -> None:
         assert np.array_equal(file["images"], to_uint8(images(channels)).permute(0, 2, 3, 1))
         assert file["seeds"].tolist() == SEEDS
         assert file["labels"].tolist() == [4, 4, 2]
-    assert [path.name for path in out.parent.iterdir()] == ["a.npz"]
+    assert [path.name for path in out.parent.iterdir()] == ["a.NPZ"]
 
 
 def test_npz_of_latents(tmp_path: Path) -> None:
-    write_samples(tmp_path / "a.npz", images(4), SEEDS, None, latent=True)
+    write(tmp_path / "a.npz", images(4), SEEDS, None, latent=True)
     with np.load(tmp_path / "a.npz") as file:
         assert np.array_equal(file["latents"], images(4))
         assert file["labels"].tolist() == [-1, -1, -1]
@@ -47,22 +60,47 @@ def test_npz_of_latents(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_folder(tmp_path: Path, channels: int) -> None:
     out = tmp_path / "frogs"
-    write_samples(out, images(channels), SEEDS, None, latent=False)
-    assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "000100.png", "grid.png"]
+    write(out, images(channels), SEEDS, None)
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("000000.png", "000001.png", "000100.png", "grid.png", "samples.json")
+    ]
     pixels = to_uint8(images(channels)).permute(0, 2, 3, 1).squeeze(-1).numpy()
     for i, seed in enumerate(SEEDS):
         assert np.array_equal(picture(out / f"{seed:06d}.png"), pixels[i])
-    # A second time: same names are replaced, others stay.
-    write_samples(out, -images(channels), [1, 2, 3], None, latent=False)
-    assert len(list(out.iterdir())) == 6
-    assert np.array_equal(picture(out / "000000.png"), pixels[0])
-    assert not np.array_equal(picture(out / "000001.png"), pixels[1])
 
 
 def test_grid(tmp_path: Path) -> None:
     out = tmp_path / "grid.png"
-    write_samples(out, images().repeat(2, 1, 1, 1), [*range(6)], [0, 1, 0, 1, 0, 0], latent=False)
+    write(out, images().repeat(2, 1, 1, 1), [*range(6)], [0, 1, 0, 1, 0, 0])
     assert picture(out).shape == (2 * 34 - 2, 4 * 34 - 2, 3)  # two classes, two rows
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+@settings(max_examples=15)
+@given(st.permutations(range(12)), st.integers(0, 12), st.sampled_from([1, 2, 5]), st.sampled_from(["a.npz", "a"]))
+def test_in_whatever_parts_it_is_drawn_the_whole_is_the_same(
+    order: list[int], done: int, batch: int, name: str
+) -> None:
+    samples, seeds = torch.rand(12, 1, 8, 8) * 2 - 1, [3 * i for i in range(12)]
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / name
+        first = Samples(out, {}, 12, seeds, None)
+        for position in order[:done]:
+            first.put([position], samples[position : position + 1])
+        second = Samples(out, {}, 12, seeds, None)
+        assert second.missing == sorted(order[done:])
+        for positions in second.batches(batch):
+            assert positions == [*range(positions[0], positions[0] + len(positions))]
+            second.put(positions, samples[positions])
+        second.finish()
+        assert Samples(out, {}, 12, seeds, None).finished
+        if name == "a":
+            drawn = np.stack([picture(out / f"{seed:06d}.png") for seed in seeds])
+        else:
+            with np.load(out) as file:
+                drawn = file["images"][..., 0]
+                assert file["seeds"].tolist() == seeds
+        assert np.array_equal(drawn, to_uint8(samples)[:, 0].numpy())
 
 
 @pytest.mark.parametrize(
@@ -71,8 +109,9 @@ def test_grid(tmp_path: Path) -> None:
         ("a.png", True, "latents"),
         ("folder", True, "latents"),
         ("a.jpg", False, ".jpg is not written"),
+        ("S.pt", False, "name a file that ends in .npz or .png"),
+        ("S.PT", False, "name a file that ends in .npz or .png"),
         ("taken", False, "is a file already"),
-        ("taken/below", False, "no folder"),
         ("held.npz", False, "is a folder already"),
     ],
 )
@@ -83,7 +122,7 @@ def test_check_output(tmp_path: Path, name: str, latent: bool, message: str) -> 
         check_output(tmp_path / name, latent=latent)
 
 
-@pytest.mark.parametrize("name", ["a.npz", "deep/er/a.png", "folder", "run.v2"])
+@pytest.mark.parametrize("name", ["a.npz", "deep/er/a.PNG", "folder", "run.v2", "frogs-2.5"])
 def test_good_outputs_pass_and_leave_nothing(tmp_path: Path, name: str) -> None:
     check_output(tmp_path / name, latent=False)
     assert not list(tmp_path.iterdir())
