@@ -257,7 +257,7 @@ def test_mistakes_about_files(runs: dict[str, Path], tmp_path: Path, words: list
         ("teacher", ["--nfe", "4"], "3 or 5"),
         ("teacher", ["--gamma", "0.5"], "for generators"),
         ("teacher", ["--guidance", "2", "--guide", "nowhere.pkl"], "nowhere.pkl does not exist"),
-        ("generator", ["--device", "warp"], "'warp' cannot be used"),
+        ("generator", ["--device", "warp"], "there is no device 'warp'"),
         ("latent", [], "latents"),
         ("plain", ["--reject", "0.5", "--classifier", "digits"], "this network has none"),
         ("missing", [], "does not exist"),
