@@ -48,7 +48,12 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
         remove_leftovers(path.parent, path.name)
         with _scratch(path) as scratch:
             new = scratch / path.name
-            yield new
+            try:
+                yield new
+            except CheckpointError as error:  # of a file inside, whose place is not in the scratch folder
+                if str(new) in str(error):
+                    raise type(error)(str(error).replace(str(new), str(path))) from error
+                raise
             mode = scratch.stat().st_mode & 0o666  # as the umask left it
             for entry in (*new.rglob("*"), new):
                 if entry.is_file():

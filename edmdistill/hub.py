@@ -32,13 +32,12 @@ from edmdistill import __version__
 from edmdistill.atomic import sha256_file
 from edmdistill.card import card, is_own, usual_nfe
 from edmdistill.checkpoints.convert import load_model
-from edmdistill.checkpoints.documents import printable
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.run_state import PROGRESS
 from edmdistill.checkpoints.source import REPOSITORY, hub_calls
 from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, CheckpointConfig, checkpoint_in, read_config
-from edmdistill.errors import CheckpointError, HubError
+from edmdistill.errors import CheckpointError, HubError, printable
 from edmdistill.evaluation.protocol import Result
 from edmdistill.evaluation.saved import results_of, with_results
 from edmdistill.networks.flow import Denoiser

@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+from edmdistill.errors import printable
+
 _SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 """What is markup in the middle of a line of Markdown; an underscore within a word is none."""
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Returns a text of which every character shows or is a space: no control codes, line ends, changes of direction.
-
-    Args:
-        keep: control characters that stay, such as line ends in a block of code.
-    """
-    return "".join(character if character in keep else _shown(character) for character in text)
-
-
-def _shown(character: str) -> str:
-    if character.isspace():
-        return " "
-    # Cc and Cf: control codes, marks of direction, joiners; Cs: halves of surrogates, which UTF-8 cannot write.
-    return REPLACEMENT if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn") else character
 
 
 def front_matter(fields: Mapping[str, object]) -> str:
@@ -58,9 +42,14 @@ def code(text: str) -> str:
 
 def code_block(text: str, language: str = "") -> str:
     """Returns a block of code in Markdown, within more backticks than the text has in a row."""
-    text = printable(text, keep="\n")
+    text = _lines(text)
     fence = _fence(text, 3)
     return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _lines(text: str) -> str:
+    """Returns a text of several lines, each of them printable."""
+    return "\n".join(map(printable, text.expandtabs().split("\n")))
 
 
 def _fence(text: str, least: int) -> str:
@@ -70,4 +59,4 @@ def _fence(text: str, least: int) -> str:
 
 def escape(text: str) -> str:
     """Returns HTML that shows a text, in an element or in a quoted attribute; line ends stay."""
-    return html.escape(printable(text, keep="\n"))
+    return html.escape(_lines(text))

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import click
 
+from edmdistill.cli.options import OutputPath
+
 TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
 
 
 @click.command("export")
 @click.argument("source")
 @click.option("--to", type=click.Choice(TARGETS), required=True, help="The program that is to use it.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The folder to write.")
+@click.option("--out", type=OutputPath(), required=True, metavar="DIR", help="The folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an export that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(source: str, to: str, out: Path, overwrite: bool, as_json: bool) -> None:

@@ -117,7 +117,7 @@ class OutputPath(click.Path):
             self.fail("the working directory no longer exists; change to another one.", param, ctx)
         if whole == Path(whole.anchor):
             self.fail(f"{text} is the root folder; name a folder inside it.", param, ctx)
-        if max(len(part.encode()) for part in whole.parts) > self.NAME_BYTES or len(bytes(whole)) > self.PATH_BYTES:
+        if max(len(os.fsencode(part)) for part in whole.parts) > self.NAME_BYTES or len(bytes(whole)) > self.PATH_BYTES:
             self.fail(f"the name is longer than the {self.NAME_BYTES} bytes a file name may have.", param, ctx)
         if self.suffixes and path.suffix.lower() not in self.suffixes:
             self.fail(f"{text} must end in {' or '.join(self.suffixes)}: no other format is written here.", param, ctx)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from edmdistill.cli.options import OutputPath
+
 
 @click.command("report")
 @click.argument("run", type=click.Path(path_type=Path))
@@ -16,7 +18,7 @@ import click
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputPath(".html", ".htm"),
     metavar="FILE.html",
     help="Where to.  [default: RUN/report.html]",
 )

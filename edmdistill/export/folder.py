@@ -23,6 +23,8 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.trigflow import time_to_sigma
 
 MANIFEST = "export.json"
+FILES = {".json", ".onnx", ".pkl", ".pt", ".pt2", ".pth", ".py", ".safetensors", ".zip"}
+"""Suffixes of files, which an export is not: it is a folder of them."""
 
 
 class Target(NamedTuple):
@@ -68,6 +70,8 @@ def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = Fa
     """
     target, out = TARGETS[to], Path(out)
     target.require()
+    if out.suffix.lower() in FILES and not out.is_dir():
+        raise CheckpointError(f"{out} has a file's name, and an export is a folder: name it {out.with_suffix('')}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / MANIFEST).is_file():
             raise CheckpointError(f"{out} exists and is no export: choose another place.")

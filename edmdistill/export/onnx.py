@@ -31,6 +31,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", message=".*The axis name: batch will not be used")  # it is, once
             yield
     finally:
         logger.setLevel(level)
@@ -71,7 +72,12 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     names = list(example(flow))
     with _quiet():
         done = torch.onnx.export(
-            program(step, flow), dynamo=True, verbose=False, input_names=names, output_names=["x0"]
+            program(step, flow),
+            dynamo=True,
+            verbose=False,
+            input_names=names,
+            output_names=["x0"],
+            dynamic_shapes={name: {0: "batch"} for name in names},  # the program has forgotten what its Dim is called
         )
         assert done is not None
         done.save(folder / FILE)

@@ -68,6 +68,11 @@ def compare(flow: FlowNetwork, config: CheckpointConfig, images: Callable[[int],
     rows = []
     for nfe in NFE:
         expected = sample(ours, nfe, seeds=SEEDS)
+        if not expected.isfinite().all():
+            raise EdmDistillError(
+                f"nothing was exported: the network's own images by {nfe} evaluations hold NaN or infinity, so that it "
+                "is broken; take an earlier snapshot, or download it again"
+            )
         difference = float((images(nfe) - expected).abs().max() / expected.abs().max())
         if not difference <= TOLERANCE:
             raise EdmDistillError(

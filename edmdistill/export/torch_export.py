@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     step = OneStep(flow.network, flow.preconditioning).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        torch.export.save(program(step, flow), folder / FILE)
+        # In memory first: on a disk that is full, torch's own writer ends the process.
+        torch.export.save(program(step, flow), data := io.BytesIO())
+        (folder / FILE).write_bytes(data.getbuffer())
         module = torch.export.load(folder / FILE).module()
     return compare(flow, config, sampler(flow, config, module))

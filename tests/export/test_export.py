@@ -147,6 +147,9 @@ def test_onnx(runs: Path, tmp_path: Path, name: str):
         pytest.importorskip(package, reason="the extra [onnx] is not installed")
     assert max(row.difference for row in export(runs / name, "onnx", tmp_path / "out")) < 1e-4
     assert (tmp_path / "out" / "model.onnx").stat().st_size > 10_000
+    graph = sys.modules["onnx"].load(tmp_path / "out" / "model.onnx").graph
+    axes = [value.type.tensor_type.shape.dim[0] for value in [*graph.input, *graph.output]]
+    assert [axis.dim_param for axis in axes] == ["batch"] * len(axes)
 
 
 @torch.no_grad()

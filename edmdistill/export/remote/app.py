@@ -15,7 +15,8 @@ from typing import Any
 from PIL import Image
 
 import edmdistill
-from edmdistill.checkpoints.documents import code_block, markdown, printable
+from edmdistill.checkpoints.documents import code_block, markdown
+from edmdistill.errors import printable
 from edmdistill.sampling.grid import image_grid, to_uint8
 
 SOURCE = os.environ.get("GENERATOR") or str(Path(__file__).parent / "generator")
