@@ -73,7 +73,7 @@ HOSTILE = [
         ("{here}/file.txt", "exists and is no export"),
         ("{here}/model.onnx", "has a file's name, and an export is a folder"),
         ("{here}/G.PT2", "has a file's name, and an export is a folder"),
-        ("/dev/null", "exists and is no export"),
+        ("/dev/null", "is a device or a pipe"),
     ],
 )
 def test_a_place_that_takes_no_export(out: str, sentence: str, tmp_path: Path) -> None:
@@ -88,10 +88,10 @@ def test_a_place_that_takes_no_export(out: str, sentence: str, tmp_path: Path) -
     [
         *((f"{out}.html" if out.startswith(("a", "~")) else out, sentence) for out, sentence in HOSTILE[:5]),
         ("{here}/file.txt/x.html", "cannot be written"),
-        ("{here}/x.pdf", "is to be written as .html or .htm"),
-        ("{here}/x", "is to be written as .html or .htm"),
-        ("{here}/folder.html", "is a folder; name a file"),
-        ("/dev/full", "is to be written as .html or .htm"),
+        ("{here}/x.pdf", "must end in .html or .htm"),
+        ("{here}/x", "must end in .html or .htm"),
+        ("{here}/folder.html", "is a folder, and a file is to be written"),
+        ("/dev/full", "must end in .html or .htm"),
     ],
 )
 def test_a_place_that_takes_no_report(run: Path, out: str, sentence: str, tmp_path: Path) -> None:
@@ -150,7 +150,5 @@ def test_a_network_whose_images_are_not_finite_is_not_exported() -> None:
     flow, config = load_flow(GENERATOR)
     with torch.no_grad():
         next(flow.network.parameters()).mul_(float("nan"))
-        with pytest.raises(
-            EdmDistillError, match=r"^nothing was exported: the network's own images .* NaN"
-        ):
+        with pytest.raises(EdmDistillError, match=r"^nothing was exported: the network's own images .* NaN"):
             compare(flow, config, lambda nfe: torch.zeros(3, 1, 4, 4))
