@@ -4,6 +4,7 @@ The command line prints them without a traceback and exits with 2. Everything el
 keeps its traceback.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -18,14 +19,33 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def without_secrets(text: str) -> str:
+    """Returns text whose URLs keep scheme, host and path only, without tokens of the Hub.
+
+    A user, a password, a query and a fragment may be secret; in what is kept, printed or published, they are not.
+    """
+    text = re.sub(r"\bhf_\w{8,}", "hf_***", text)
+    return re.sub(r"(?i)\b[a-z][a-z0-9+.-]*://[^\s'\"<>]*", lambda match: public_address(match[0]), text)
+
+
+def public_address(url: str) -> str:
+    """Returns a URL's scheme, host and path alone.  Of hf://, a revision stays too."""
+    scheme, slashes, rest = url.partition("://")
+    host, slash, path = re.split(r"(?i)[?#]|%3f|%23", rest, maxsplit=1)[0].partition("/")
+    host = host.rpartition("@")[2]
+    if re.search(r":(?!\d*$)", host) and not host.startswith("["):  # no port: a password that holds a slash
+        host, slash, path = "***", "", ""
+    return scheme + slashes + host + slash + path
+
+
 class EdmDistillError(Exception):
     """Base of every error that the user, not the program, can mend: a sentence, and lines below it if need be.
 
-    What it says is printable, whoever chose the names in it.
+    What it says is printable and holds no secrets, whoever chose the names in it.
     """
 
     def __str__(self) -> str:
-        return "\n".join(printable(str(line)) for line in self.args)
+        return "\n".join(printable(without_secrets(str(line))) for line in self.args)
 
     exit_code = 2
     """Of a command that ends with it."""

@@ -32,6 +32,18 @@ def progress_bar(total: float | None = None, desc: str | None = None, unit: str 
     return bar(total=total, desc=desc, unit=unit, **({"delay": DELAY, "disable": _quiet} | options))
 
 
+def bar_class() -> type[tqdm[Any]]:
+    """Returns a class of such bars, for a library that makes its own."""
+    base: Any = tqdm if sys.stderr.isatty() else _Lines
+
+    class Bar(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            disable = _quiet or options.pop("disable", None)
+            super().__init__(*args, **({"delay": DELAY} | options | {"disable": disable}))
+
+    return Bar
+
+
 def write(sentence: str) -> None:
     """Prints a line on stderr, above the bars that are shown; nothing under `--quiet`."""
     if not _quiet:

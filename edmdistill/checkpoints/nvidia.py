@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edmdistill.checkpoints.source import downloaded
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import (
     LEGACY_MAGIC,
@@ -122,6 +123,11 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
     Raises: CheckpointError: the file cannot be read, is not such a pickle, or is damaged or forged.
     """
     path = Path(path)
+    with downloaded(path):
+        return _read(path)
+
+
+def _read(path: Path) -> OfficialCheckpoint:
     try:
         data = _content(path)
         pickled = _unpacked(data, path)

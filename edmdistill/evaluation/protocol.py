@@ -22,7 +22,7 @@ from torch import Tensor
 from edmdistill import __version__
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, open_dataset
-from edmdistill.errors import DatasetError, EdmDistillError, NotFiniteError
+from edmdistill.errors import DatasetError, EdmDistillError, NotFiniteError, without_secrets
 from edmdistill.evaluation.features import FEATURES, Classifier
 from edmdistill.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
 from edmdistill.evaluation.images import Images, Scheme, drawn, found
@@ -361,7 +361,8 @@ def provenance(images: object, source: str | None, device: torch.device | str) -
     if isinstance(images, Generator):
         config = images.config
         kept = {name: getattr(config, name) for name in ("method", "recipe_hash", "images_seen", "provenance")}
-        return {"source": source, **kept, **made_with}
+        return {"source": source and without_secrets(source), **kept, **made_with}
     if isinstance(images, str | Path):
         source = source or str(images)
+    source = source and without_secrets(source)
     return {"source": source, **made_with}

@@ -122,11 +122,11 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def file(repository: str, name: str, revision: str | None) -> str:
+    def file(repository: str, name: str, revision: str | None, tqdm_class: type) -> str:
         calls.append((repository, name, revision))
         return "file"
 
-    def snapshot(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot(repository: str, revision: str | None, allow_patterns: list[str], tqdm_class: type) -> str:
         calls.append((repository, *allow_patterns, revision))
         return "folder"
 
