@@ -135,7 +135,8 @@ def _download(url: str) -> Path:
             raise CheckpointError(f"{public_address(url)} cannot be downloaded: {reason}.") from None
         if redirects.sha256 not in (None, digest):
             raise CheckpointError(
-                f"{public_address(url)} came with the sha256 {digest}, but the Hub has {redirects.sha256}: download it again."
+                f"{public_address(url)} came with the sha256 {digest}, but the Hub has {redirects.sha256}: "
+                "download it again."
             )
     return target
 
@@ -170,18 +171,24 @@ def _open(url: str, redirects: _Redirects) -> Any:
         request.add_unredirected_header("Authorization", f"Basic {token}")
     opener = urllib.request.build_opener(redirects)
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    given_up = threading.Event()
 
     def answer() -> None:
         try:
-            answers.put(opener.open(request, timeout=SILENCE))
+            response = opener.open(request, timeout=SILENCE)
         except BaseException as error:  # raised again below
-            answers.put(error)
+            response = error
+        if given_up.is_set():
+            getattr(response, "close", lambda: None)()
+        else:
+            answers.put(response)
 
     # A server may send its headers a letter at a time, and each letter begins the socket's own patience anew.
     threading.Thread(target=answer, daemon=True).start()
     try:
         response = answers.get(timeout=2 * SILENCE)
     except queue.Empty:
+        given_up.set()
         raise TimeoutError from None
     if isinstance(response, BaseException):
         raise response
