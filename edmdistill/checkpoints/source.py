@@ -155,6 +155,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if not newurl.lower().startswith(("http://", "https://")):
+            fp.close()
             raise urllib.error.URLError("the server sends on to an address that is not http or https")
         linked = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-ETag") or "")
         self.sha256 = linked[1] if linked else self.sha256
