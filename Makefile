@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-all lint
+.PHONY: quickstart test test-all test-isa lint
 
 # One thread trains faster than two: the operations on batches of 8x8 images are too small to share.
 quickstart: .venv/quickstart
@@ -24,12 +24,23 @@ $(RUN)/cosim/eval/teacher.json: $(RUN)/teacher/config.json
 $(RUN)/cosim/eval/generator.json: $(RUN)/cosim/generator/config.json
 	$(BIN)/edmdistill eval $(RUN)/cosim --nfe 1,2,4,8 --protocol digits --out $@
 
+# Two workers, each of which makes what a file's tests share once.
+SHARED := -n 2 --dist loadgroup
+ROUNDED := $(patsubst %,tests/networks/test_%.py,edm2 golden guidance logvar tangent two_time) tests/test_trigflow.py \
+	tests/checkpoints/test_store.py tests/export/test_bundle.py tests/export/test_export.py \
+	-k "not slow and not compiled and not traced and not processes and not onnx and not torch_export and not pipeline"
+
 # One thread a worker: the networks under test are too small to share one.
 test: .venv/tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m "not slow and not gpu"
 
 test-all: .venv/tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED)
+
+# What compares two computations of the same numbers, by the vector units of older processors: other units, other rounding.
+test-isa: .venv/tools
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest $(SHARED) $(ROUNDED)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest $(SHARED) $(ROUNDED)
 
 lint: .venv/tools
 	$(BIN)/ruff check

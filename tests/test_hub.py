@@ -224,10 +224,20 @@ def test_what_is_not_there(server: Hub) -> None:
         load_generator("me/nothing")
 
 
-def test_what_comes_back_otherwise_is_said(server: Hub, folder: Path) -> None:
+def test_what_comes_back_otherwise_is_said(server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = pack(folder, NAME)
     with pytest.raises(HubError, match=r"is published, but draws otherwise than here: do not use it"):
-        push(package._replace(samples=package.samples + 1e-7))
+        push(package._replace(samples=package.samples + 0.01))
+    push(package._replace(samples=package.samples + 1e-7))  # rounding, of another processor
+
+    def altered(*words: str, local_dir: str, **more: object) -> None:
+        huggingface_hub.snapshot_download(*words, local_dir=local_dir, **more)
+        (Path(local_dir) / MODEL).write_bytes((Path(local_dir) / MODEL).read_bytes()[:-1] + b"@")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edmdistill.hub.snapshot_download", altered)
+        with pytest.raises(HubError, match=r"is published, but draws otherwise than here: do not use it"):
+            push(package)
     server.faults[f"/resolve/.*/{MODEL}"] = 404, 10
     with pytest.raises(HubError, match="is published, but cannot be had back: there is no such"):
         push(package)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tolerance import assert_rounded
 from torch import Tensor
 
 from edmdistill.trigflow import (
@@ -75,15 +76,13 @@ def test_ddim_step_follows_the_true_velocity_to_any_time(pair: tuple[Tensor, Ten
 
 def test_ddim_step_to_0_is_the_denoiser(pair: tuple[Tensor, Tensor]) -> None:
     x_t, F = pair
-    torch.testing.assert_close(
-        ddim_step(x_t, F, TIMES, torch.zeros(4), SIGMA_DATA), denoised(x_t, F, TIMES, SIGMA_DATA), rtol=0, atol=0
-    )
+    assert_rounded(ddim_step(x_t, F, TIMES, torch.zeros(4), SIGMA_DATA), denoised(x_t, F, TIMES, SIGMA_DATA), 10)
 
 
 def test_times_of_one_image_or_of_all(pair: tuple[Tensor, Tensor]) -> None:
     x0, z = pair
     t = torch.tensor(0.7)
-    torch.testing.assert_close(diffuse(x0, z, t), diffuse(x0, z, t.expand(4)), rtol=0, atol=0)
+    assert_rounded(diffuse(x0, z, t), diffuse(x0, z, t.expand(4)), 10)  # vector units take four cosines at once
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -1,11 +1,16 @@
-"""A tiny teacher, and recipes that take milliseconds a round."""
+"""A tiny teacher, recipes that take milliseconds a round, and runs of theirs that several tests look at."""
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from shared_probes import share_probes
 
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
 from edmdistill.networks.edm2 import UNet
@@ -13,6 +18,7 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes import Recipe
 from edmdistill.training.engine import Machine
+from edmdistill.training.loop import train
 from edmdistill.training.run import Run, prepare
 
 NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
@@ -21,6 +27,14 @@ TABLES = {
     "ema": {"half_life_images": 50},
     "sampling": {"nfe": [1]},
 }
+OPTIONS = {
+    "scd": {"allow_edm_time": True},
+    "sct": {"allow_edm_time": True},
+    "ctm": {"N": 4, "max_steps": 2, "gan_channels": 8},  # the teacher's steps are most of its time
+}
+"""Of a method, beside its name."""
+
+share_probes()
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +58,7 @@ def recipe() -> Callable[..., Recipe]:
     """recipe(method, ema, **training): a tiny recipe with another [ema], and other values in its [training]."""
 
     def make(method: str, ema: dict[str, object] | None = None, **training: object) -> Recipe:
-        own = {"name": method} | ({"allow_edm_time": True} if method in ("scd", "sct") else {})
+        own = {"name": method} | OPTIONS.get(method, {})
         tables = TABLES | {"method": own, "training": TABLES["training"] | training}
         tables |= {"ema": ema or TABLES["ema"]}
         if method == "diffusion":
@@ -63,3 +77,35 @@ def start(recipe: Callable[..., Recipe], teacher: Path) -> Callable[..., Run]:
         return prepare(recipe(method, **training), data="digits", teacher=source, machine=machine)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Run, Path]]:
+    """whole(method, **training): a run that nothing disturbs, at its end, and its directory; once for all tests."""
+
+    @cache
+    def make(method: str, **training: object) -> tuple[Run, Path]:
+        run, run_dir = start(method, **training), tmp_path_factory.mktemp("whole") / "run"
+        assert train(run, run_dir, note=lambda sentence: None).finished
+        return run, run_dir
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def live(teacher: Path) -> Iterator[Callable[..., list[str]]]:
+    """live(recipe, run_dir, *ends): how lives in that directory ended; see lives.py."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).parent / "training" / "lives.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes) as parent:
+
+        def lives(recipe: Recipe, run_dir: Path, *ends: int | str) -> list[str]:
+            words = recipe.to_json().decode(), None if recipe.network else str(teacher), str(run_dir), ends
+            print(json.dumps(words), file=parent.stdin)
+            said: list[str] = json.loads(parent.stdout.readline())
+            return said
+
+        yield lives
+        parent.stdin.close()
+        assert parent.wait(10) == 0

@@ -61,5 +61,5 @@ def command(
     if done.kept_card:
         say(f"The {CARD} there was written or changed by hand, and stays: --overwrite-card replaces it.")
     had = "was there already" if done.unchanged else "is published"
-    click.echo(f"{done.url} {had}; downloaded again, it draws the same, bit for bit. To draw from it:")
+    click.echo(f"{done.url} {had}; downloaded again, it has the same bytes and draws the same. To draw from it:")
     click.echo(f"  edmdistill sample {repository}{f'@{branch}' if branch else ''} --seeds 0-63 --out images")

@@ -190,8 +190,8 @@ class FlowNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """F, and its derivative along (dx, dt), without gradient.
 
-        Where the network is in training, its dropout is that of the next pass with gradient: F is then what that pass
-        gives, bit for bit in eager mode.
+        Where the network is in training, its dropout is that of the next pass with gradient: in eager mode F is then
+        what that pass gives, by the same kernels on the same numbers.
 
         Along a trajectory, dx = dx_t/dt and dt = 1 give dF/dt, which grows without bound towards t = 0 and pi/2. With
         r = cos(t) sin(t), dx = r dx_t/dt and dt = r give r dF/dt, and c_noise = ln(sigma)/4 the tangent 1/4 at any t.

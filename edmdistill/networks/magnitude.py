@@ -39,7 +39,7 @@ class MPConv(nn.Module):
     def fold_(self, gain: Tensor | float = 1.0) -> None:
         """From now on a plain convolution or linear map, by the weight that it was with this gain.
 
-        The numbers stay, to the bit; what is then passed as gain counts no more.
+        The weight's numbers stay, and the output but for rounding; a gain passed later has no effect.
         """
         if not self.folded:
             self.normalize_()

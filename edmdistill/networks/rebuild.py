@@ -61,6 +61,6 @@ def add_logvar(flow: FlowNetwork, seed: int, heads: int = 1, channels: int = 128
 
 
 def add_guidance(flow: FlowNetwork) -> FlowNetwork:
-    """A copy of the network that reads the weight of guidance as well, and whose output does not change by a bit."""
+    """Returns a copy of the network that also reads a weight of guidance; zeros are all that this adds to it."""
     new = GuidanceEmbedding(flow.network.emb_channels).state_dict(prefix="map_guidance.")
     return rebuild(flow, new, guided=True)

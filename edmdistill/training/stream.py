@@ -1,7 +1,8 @@
 """The training data of a run: batches at positions in an endless stream of shuffled epochs.
 
 What is at a position hangs on (seed, position) alone. So a request is only a pair of positions, any process can answer
-it, and with any number of workers the batches are the same, bit for bit.
+it, and with any number of workers the batches are the same, to the bit: their numbers are moved, or come of single
+additions and products, which every processor rounds alike.
 
 The workers are a standard pool's, and not a torch DataLoader's: an error in one comes out as itself, instead of as a
 traceback in the words of another, and its death is seen at once, whoever started it.

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerance import assert_rounded
 from torch import Tensor
 
 from edmdistill.checkpoints import ema as module
@@ -105,7 +106,8 @@ def test_the_official_reconstruction(snapshots: Path) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert tensor.dtype == torch.float16
-        assert torch.equal(found[name].half(), tensor), name
+        # Least squares are LAPACK's, which may round a number to the float16 beside it.
+        assert_rounded(found[name].half(), tensor, 1)
 
 
 # Properties.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from msgspec.structs import replace
+from tolerance import assert_rounded, depth
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints import store
@@ -74,7 +75,7 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     assert list(saved) == list(found)
     assert all(torch.equal(saved[name], found[name]) for name in saved)
     x_t, t = torch.randn(2, 2, 4, 4), torch.tensor([0.1, math.pi / 2])
-    assert torch.equal(flow(x_t, t), read.eval()(x_t, t))
+    assert_rounded(read.eval()(x_t, t), flow(x_t, t), depth(flow))  # the file lends its weights where they lie
 
 
 def test_the_network_speaks_for_itself(tmp_path: Path) -> None:

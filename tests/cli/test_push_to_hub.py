@@ -59,8 +59,8 @@ def test_a_run_is_published(server: Hub, run: Path, tmp_path: Path) -> None:
     files = repository.commits[revision]
     assert files.keys() == {MODEL, CONFIG, CARD, GRID, ".gitattributes"}
     assert result.stdout == (
-        f"{server.url}/{NAME}/tree/{revision} is published; downloaded again, it draws the same, bit for bit. "
-        f"To draw from it:\n  edmdistill sample {NAME} --seeds 0-63 --out images\n"
+        f"{server.url}/{NAME}/tree/{revision} is published; downloaded again, it has the same bytes and draws the "
+        f"same. To draw from it:\n  edmdistill sample {NAME} --seeds 0-63 --out images\n"
     )
     assert [(r["metrics"], r["provenance"]["source"]) for r in json.loads(files[CONFIG])["results"]] == [
         ({"fd_digits": 4.25}, NAME)

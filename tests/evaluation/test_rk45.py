@@ -3,6 +3,7 @@
 import pytest
 import torch
 from scipy.integrate import solve_ivp
+from tolerance import assert_rounded
 from torch import Tensor
 
 from edmdistill.errors import EdmDistillError
@@ -39,7 +40,7 @@ def test_no_row_knows_of_another() -> None:
     for row in range(len(STATES)):
         alone, own = rk45(lambda t, y, _, r=row: field(t, y, torch.full_like(_, r)), STATES[row : row + 1], *SPAN,
                           rtol=1e-4, atol=1e-4)  # fmt: skip
-        assert torch.equal(alone[0], together[row])
+        assert_rounded(alone[0], together[row], 100 * int(steps[row]))  # vector units take sines in fours or eights
         assert own[0] == steps[row]
 
 

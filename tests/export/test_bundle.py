@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from golden_set import NETWORKS
+from tolerance import assert_rounded, depth
 
 from edmdistill.checkpoints.convert import load_flow
 from edmdistill.export.bundle import bundle
@@ -41,7 +42,7 @@ def test_a_bundled_network_is_the_network(golden: Path, copy: ModuleType, name: 
     assert type(network).__module__ != type(flow.network).__module__
     network.load_state_dict(flow.network.state_dict())
     x, c_noise = torch.randn(2, flow.img_channels, flow.img_resolution, flow.img_resolution), torch.tensor([0.3, -0.2])
-    assert torch.equal(network(x, c_noise), flow.network.eval()(x, c_noise))
+    assert_rounded(network(x, c_noise), flow.network.eval()(x, c_noise), depth(network))  # its weights lie elsewhere
 
 
 def test_two_definitions_of_one_name_are_refused():

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from golden_set import NETWORKS
 from PIL import Image
+from tolerance import assert_rounded, depth, rounding
 
 from edmdistill.checkpoints.convert import build_official, load_flow, load_generator
 from edmdistill.checkpoints.generator import Generator
@@ -91,8 +92,8 @@ def test_one_step_is_the_denoiser(golden: Path, name: str):
     vectors = None if labels is None else torch.eye(flow.label_dim + 1)[labels, :-1]
     expected = [Denoiser(flow.eval())(x, sigma, vectors), Denoiser(flow)(x, sigma)]
     step = OneStep(flow.network, flow.preconditioning)
-    assert torch.equal(step(x, sigma, labels), expected[0])
-    assert torch.equal(step(x, sigma), expected[1])
+    assert_rounded(step(x, sigma, labels), expected[0], depth(flow))  # folded weights lie elsewhere
+    assert_rounded(step(x, sigma), expected[1], depth(flow))
 
 
 @torch.no_grad()
@@ -270,10 +271,17 @@ def test_a_pipelines_errors(pipelines: dict, words: dict, message: str):
         pipelines["pixels"](**words)
 
 
+def assert_space_draws_ours(source: Path, out: Path) -> None:
+    """By the same code and weights, which a file lends in the one case and not in the other."""
+    network = load_flow(source)[0]
+    for row in export(source, "space", out):
+        assert row.difference <= rounding(network.dtype, row.nfe * depth(network))
+
+
 @pytest.fixture(scope="module")
 def space(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("spaces") / "space"
-    assert max(row.difference for row in export(runs / "pixels", "space", out)) == 0
+    assert_space_draws_ours(runs / "pixels", out)
     return out
 
 
@@ -317,7 +325,7 @@ def test_a_space_draws_what_its_caption_says_and_does_not_blur_it(app, space: Pa
 
 
 def test_a_space_has_both_times(runs: Path, tmp_path: Path):
-    assert max(row.difference for row in export(runs / "jumps", "space", tmp_path / "out")) == 0
+    assert_space_draws_ours(runs / "jumps", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("name", "message"), [("latents", "the latents of a VAE"), (None, "this is a teacher")])

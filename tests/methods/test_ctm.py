@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerance import assert_rounded
 from torch import Tensor
 
 from edmdistill.draws import Draws
@@ -86,7 +87,7 @@ def test_heuns_error_falls_by_four_and_standing_still_costs_nothing() -> None:
         end = follow_flow(teacher, x, times, start, stop, N, SD)
         errors.append((end - true_jump(x, times[start], times[stop])).abs().flatten())
         short = follow_flow(teacher, x[1:], times, start[1:], stop[1:], N // 2, SD)
-        assert torch.equal(end[1:], short)
+        assert_rounded(short, end[1:], 20 * N)  # N/2 steps; vector units take cosines by twos or more
     torch.testing.assert_close(errors[0] / errors[1], torch.full((2,), 4.0, dtype=torch.float64), rtol=0.05, atol=0)
     t = torch.tensor([1.0, 0.3], dtype=torch.float64)
     assert torch.equal(heun_step(teacher, x, t, t, SD), x)

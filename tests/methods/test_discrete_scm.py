@@ -3,6 +3,7 @@
 import pytest
 import torch
 from methods_toys import SIGMA_DATA, TIMES, Toy, images, over, spread, teacher
+from tolerance import assert_rounded
 
 from edmdistill.methods.consistency import continuous_target, discrete_target
 from edmdistill.schedules import edm_curve, lognormal_shares
@@ -20,7 +21,7 @@ def test_it_tends_to_the_continuous_target() -> None:
     for step in (1e-3, 5e-4):
         F, g = discrete_target(network, x, t, t - step, None, dx, r=0.7, sigma_data=SIGMA_DATA)
         F_exact, exact = continuous_target(network, x, t, None, dx, d=t, r=0.7, sigma_data=SIGMA_DATA)
-        assert torch.equal(F, F_exact)
+        assert_rounded(F, F_exact, 10)  # func.jvp's value may be by other kernels
         errors.append(float((g - exact).abs().max()))
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
 

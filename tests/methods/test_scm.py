@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over, spread, teacher, truth
+from tolerance import assert_rounded
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
@@ -38,7 +39,7 @@ def test_the_rearranged_target_is_the_plain_one() -> None:
         expected = cos * (-cos * (SIGMA_DATA * F - dx) - r * sin * (x + SIGMA_DATA * dF))
         F_minus, g = continuous_target(network, x, t, None, dx, d=d, r=r, sigma_data=SIGMA_DATA)
         torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-14)
-        assert torch.equal(F_minus, F)
+        assert_rounded(F_minus, F, 10)  # func.jvp's value may be by other kernels
 
 
 def test_a_finite_difference_is_the_tangent_but_for_h_squared() -> None:
@@ -48,7 +49,7 @@ def test_a_finite_difference_is_the_tangent_but_for_h_squared() -> None:
     F, exact = network.tangent(x, t, None, dx, dt)
     errors = [float((finite_difference(network, x, t, None, dx, dt, h)[1] - exact).abs().max()) for h in (1e-2, 5e-3)]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.01)
-    assert torch.equal(finite_difference(network, x, t, None, dx, dt)[0], F)
+    assert_rounded(finite_difference(network, x, t, None, dx, dt)[0], F, 10)
 
 
 def test_intervals() -> None:

@@ -1,12 +1,13 @@
-"""Tangents of a network that DDP wraps, and of one that FSDP2 shards: bit for bit those of the network alone.
+"""Tangents of a network that DDP wraps, and of one that FSDP2 shards: up to rounding those of the network alone.
 
-torchrun --nproc_per_node 2 spread.py
+Both ranks of a world of two run it.
 """
 
 import copy
 
 import torch
 from conftest import random_flow
+from tolerance import assert_rounded, depth
 
 from edmdistill.networks.rebuild import add_guidance, add_logvar
 from edmdistill.training.engine import Engine, Machine, local
@@ -32,10 +33,10 @@ def main() -> None:
             for _ in range(2):  # the second time, gradients are there
                 torch.manual_seed(1)
                 F, dF = player.tangent(*point, *along, w=w)
-                assert torch.equal(F, expected[0]), case
-                assert torch.equal(dF, expected[1]), case
+                for found, own in zip((F, dF), expected, strict=True):
+                    assert_rounded(found, own, depth(alone))  # a shard's weights lie within a buffer
                 learnt, u = player(*point, u_at=(t,), w=w)
-                assert torch.equal(learnt, F), case
+                assert_rounded(learnt, F, depth(alone))
                 again = player(*point)  # a turn may ask twice
                 ((learnt - F - dF).square().sum() + u.sum() + again.sum()).backward()
             engine.finish_gradients(flow)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_rounded, depth
 from torch import Tensor
 
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, load_checkpoint, save_checkpoint
@@ -93,7 +94,7 @@ def test_it_is_saved_and_outlives_a_second_time(flow: FlowNetwork, tmp_path: Pat
     for other in load_checkpoint(tmp_path / "a")[0].eval(), drop_second_time(add_second_time(headed)):
         pairs = zip(other(*point(flow), u_at=(TIMES,)), headed(*point(flow), u_at=(TIMES,)), strict=True)
         for found, expected in pairs:
-            assert torch.equal(found, expected)
+            assert_rounded(found, expected, depth(headed))  # the file lends its weights where they lie
 
 
 def test_a_network_with_too_few_heads_has_no_more(make_flow: MakeFlow) -> None:

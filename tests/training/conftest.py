@@ -1,1 +1,1 @@
-from toy_runs import recipe, start, teacher  # noqa: F401
+from toy_runs import live, recipe, start, teacher, whole  # noqa: F401

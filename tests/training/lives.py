@@ -1,56 +1,66 @@
-"""Runs that are killed: each life is a process that trains in RUN_DIR until its end.
+"""Runs that are killed: each life is a process that trains in a run directory until its end.
 
-python lives.py RECIPE.json TEACHER|- RUN_DIR COUNT...    a life for each COUNT
-
-A life is killed, by SIGKILL, at its COUNT-th touch of a file in RUN_DIR: an open, a rename, a removal ... 0 lets it
-live. It prints how each ended: finished or killed.
+It reads lines from stdin, [recipe, teacher or null, run directory, [end, ...]] in JSON, and for each line says how its
+lives ended, in a list: finished, killed, or an exit code. There is a life for each end. It is killed, by SIGKILL, at a
+touch of a file in its directory, an open, a rename, a removal ...: at so many of them, or at the first of a file with
+the text in its name. 0 lets it live.
 """
 
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 
 import torch
+from shared_probes import share_probes
 
 from edmdistill.recipes import Recipe
 from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train
-from edmdistill.training.run import prepare
+from edmdistill.training.run import Run, prepare
 
 
-def die_at(count: int, run_dir: str) -> None:
-    """Lets this process be killed at so many touches from here."""
-    left = count
+def die_at(end: int | str, run_dir: str) -> None:
+    """Lets this process be killed at such a touch from here."""
+    left, text = (end, run_dir) if isinstance(end, int) else (1, end)
 
     def touched(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal left
-        if event.startswith(("open", "os.", "shutil.")) and any(run_dir in str(word) for word in arguments[:2]):
+        names = [str(word) for word in arguments[:2]] if event.startswith(("open", "os.", "shutil.")) else []
+        if any(run_dir in name and text in name for name in names):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    if count:
+    if end:
         sys.addaudithook(touched)
 
 
-def live(recipe: Path, teacher: str, run_dir: str, count: int) -> None:
-    source = None if teacher == "-" else teacher
-    run = prepare(Recipe.from_json(recipe.read_bytes()), data="digits", teacher=source, machine=Machine(device="cpu"))
-    die_at(count, run_dir)
+def live(run: Run, run_dir: str, end: int | str) -> None:
+    die_at(end, run_dir)
     train(run, Path(run_dir), note=lambda sentence: None)
+
+
+def lives(recipe: str, teacher: str | None, run_dir: str, at: list[int | str]) -> list[str]:
+    """They end where one has finished."""
+    ends: list[str] = []
+    run = prepare(Recipe.from_json(recipe.encode()), data="digits", teacher=teacher, machine=Machine(device="cpu"))
+    for end in at:
+        child = os.fork()  # importing torch takes longer than the life
+        if not child:
+            live(run, run_dir, end)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        ends.append({0: "finished", -signal.SIGKILL: "killed"}.get(status, f"exit {status}"))
+        if status == 0:
+            break
+    return ends
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    words = sys.argv[1:]
-    for count in map(int, words[3:]):
-        child = os.fork()  # importing torch takes longer than the life
-        if not child:
-            live(Path(words[0]), words[1], words[2], count)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print({0: "finished", -signal.SIGKILL: "killed"}.get(status, f"exit {status}"), flush=True)
-        if status == 0:
-            break
+    share_probes()
+    for line in sys.stdin:
+        print(json.dumps(lives(*json.loads(line))), flush=True)

@@ -1,6 +1,6 @@
-"""Trains every method in several ways, in as many processes as torchrun makes.
+"""Trains every method in several ways, in as many processes as there are together.
 
-torchrun --nproc_per_node 2 spread.py TEACHER OUT.json ROUNDS ROWS[s] ...
+spread.py TEACHER OUT.json ROUNDS ROWS[s] ...
 
 Each way is the rows of a micro-batch, with an s if the networks are sharded.
 """
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from shared_probes import share_probes
 from torch.nn.utils import get_total_norm
 
 from edmdistill.methods import METHODS
@@ -25,6 +26,7 @@ NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_reso
 CASES = {name: {"name": name} for name in METHODS}
 for name in "scd", "sct":
     CASES[name]["allow_edm_time"] = True
+CASES["ctm"] |= {"N": 4, "max_steps": 2, "gan_channels": 8}
 # Two passes of the generator before one backward pass, each at weights of guidance that belong to rows.
 CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
 
@@ -54,12 +56,17 @@ def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[
     return found
 
 
+def measured(teacher: str | Path, count: str, *ways: str) -> dict[str, list[dict[str, float]]]:
+    """Of every case in every way."""
+    return {
+        f"{case} {way}": losses(case, Path(teacher), int(count), Machine("cpu", int(way.removesuffix("s")), "s" in way))
+        for case, way in itertools.product(CASES, ways)
+    }
+
+
 def main(teacher: str, out: str, count: str, *ways: str) -> None:
     engine = Engine(Machine(device="cpu"))
-    found = {}
-    for case, way in itertools.product(CASES, ways):
-        machine = Machine("cpu", int(way.removesuffix("s")), way.endswith("s"))
-        found[f"{case} {way}"] = losses(case, Path(teacher), int(count), machine)
+    found = measured(teacher, count, *ways)
     if engine.is_main:
         Path(out).write_text(json.dumps(found))
     engine.close()
@@ -68,4 +75,5 @@ def main(teacher: str, out: str, count: str, *ways: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
+    share_probes()
     main(*sys.argv[1:])

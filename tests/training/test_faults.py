@@ -6,37 +6,19 @@ import math
 import os
 import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from ten_rounds import OF_METHODS, TEN_ROUNDS
 
 from edmdistill.errors import TrainingError
-from edmdistill.methods import METHODS
-from edmdistill.recipes import Recipe
 from edmdistill.training import state
 from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train
-from edmdistill.training.run import Run
 
-LIVES = Path(__file__).with_name("lives.py")
-ROUNDS = 20
-
-
-def live(recipe: Recipe, teacher: Path, run_dir: Path, *counts: int) -> list[str]:
-    """How lives ended; see lives.py."""
-    file = run_dir.with_suffix(".json")
-    file.write_bytes(recipe.to_json())
-    source = "-" if recipe.network else str(teacher)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(LIVES), str(file), source, str(run_dir), *map(str, counts)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stderr == ""
-    return done.stdout.split()
+OF_SID = pytest.mark.xdist_group("sid")
 
 
 def what_it_left(run_dir: Path) -> dict[str, object]:
@@ -60,45 +42,35 @@ def what_it_left(run_dir: Path) -> dict[str, object]:
     return found
 
 
-@pytest.fixture
-def whole(start: Callable[..., Run], tmp_path: Path) -> Callable[..., dict[str, object]]:
-    """whole(method, **training): what a run leaves that nothing disturbs."""
-
-    def leave(method: str, **training: object) -> dict[str, object]:
-        assert train(start(method, **training), tmp_path / "whole", note=lambda sentence: None).finished
-        return what_it_left(tmp_path / "whole")
-
-    return leave
-
-
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_seven_rounds_kill_9_and_thirteen_more(method, start, whole, recipe, teacher, tmp_path):
-    """All of 20 rounds, bit for bit, with dropout; killed between two states."""
-    options = {"images": 8 * ROUNDS, "snapshot_every": 24, "log_every": 8}
-    expected = whole(method, **options)
-    touches = len(expected)  # of a run's first third; it is killed there
-    assert live(recipe(method, **options), teacher, tmp_path / "run", touches) == ["killed"]
-    assert not (tmp_path / "run/state/000000000160").exists()
+@pytest.mark.parametrize("method", OF_METHODS)
+def test_killed_between_two_states(method, start, whole, recipe, live, tmp_path):
+    """All of 10 rounds, bit for bit on one machine, with dropout."""
+    expected = what_it_left(whole(method, **TEN_ROUNDS)[1])
+    run_dir = tmp_path / "run"
+    assert live(recipe(method, **TEN_ROUNDS), run_dir, "000000000048") == ["killed"]
+    assert [path.name for path in (run_dir / "state").iterdir()] == ["000000000024"]
     heard: list[str] = []
-    assert train(start(method, **options), tmp_path / "run", note=heard.append).finished
-    assert what_it_left(tmp_path / "run") == expected
+    assert train(start(method, **TEN_ROUNDS), run_dir, note=heard.append).finished
+    assert heard[0] == "Going on after 24 images."
+    assert what_it_left(run_dir) == expected
 
 
-@pytest.mark.parametrize("lives", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_any_touch_of_a_file(lives, whole, recipe, teacher, tmp_path):
+@OF_SID
+@pytest.mark.parametrize(("lives", "rounds"), [(5, 8), pytest.param(50, 20, marks=pytest.mark.slow)])
+def test_killed_at_any_touch_of_a_file(lives, rounds, whole, recipe, live, tmp_path):
     """Lives that are killed at random points, and a last one that is not, leave what one life leaves."""
-    options = {"images": 8 * ROUNDS, "snapshot_every": 8, "log_every": 8}
-    expected = whole("sid", **options)
+    options = {"images": 8 * rounds, "snapshot_every": 8, "log_every": 8}
+    expected = what_it_left(whole("sid", **options)[1])
     numbers = random.Random(lives)
     counts = [numbers.randint(1, 60) for _ in range(lives)]
-    ends = live(recipe("sid", **options), teacher, tmp_path / "run", *counts, 0)
-    assert ends == ["killed"] * lives + ["finished"]
+    assert live(recipe("sid", **options), tmp_path / "run", *counts, 0) == ["killed"] * lives + ["finished"]
     assert what_it_left(tmp_path / "run") == expected
 
 
+@pytest.mark.xdist_group("cosim")
 def test_a_nan_in_the_data(start, whole, tmp_path):
     """It ends the run before it is in a weight; with sound data the same call goes on from the last state."""
-    expected = whole("cosim", images=64, snapshot_every=16)
+    expected = what_it_left(whole("cosim", images=64, snapshot_every=16)[1])
     run = start("cosim", images=64, snapshot_every=16)
     read, batches = run.dataset.tensors, []
 
@@ -108,15 +80,16 @@ def test_a_nan_in_the_data(start, whole, tmp_path):
         return (x0 * math.nan if len(batches) == 10 else x0), labels
 
     run.dataset.tensors = poisoned
-    with pytest.raises(TrainingError, match=r"the loss of 8 of 8 samples, .* the last good state is .*000000000016;"):
+    with pytest.raises(TrainingError, match=r"the data hold NaN or infinity, first digit \d+ of digits; give sound"):
         train(run, tmp_path / "run")
     assert train(start("cosim", images=64, snapshot_every=16), tmp_path / "run", note=lambda sentence: None).finished
     assert what_it_left(tmp_path / "run") == expected
 
 
+@OF_SID
 def test_a_full_disk(start, whole, tmp_path, monkeypatch):
     """While the third state is written."""
-    expected = whole("sid", images=64, snapshot_every=16)
+    expected = what_it_left(whole("sid", images=64, snapshot_every=16)[1])
     save, files = state.save_tensors, []
 
     def full(path, tensors):
@@ -135,9 +108,10 @@ def test_a_full_disk(start, whole, tmp_path, monkeypatch):
     assert what_it_left(tmp_path / "run") == expected
 
 
+@OF_SID
 @pytest.mark.parametrize("file", ["generator.safetensors", "progress.json"])
 def test_a_truncated_state(file, start, whole, tmp_path):
-    expected = whole("sid", images=64, snapshot_every=16)
+    expected = what_it_left(whole("sid", images=64, snapshot_every=16)[1])
     run = start("sid", images=64, snapshot_every=16)
     with pytest.raises(KeyboardInterrupt):
         train(run, tmp_path / "run", on_round=lambda images, measures: interrupt(images == 56))
@@ -152,6 +126,7 @@ def test_a_truncated_state(file, start, whole, tmp_path):
     assert what_it_left(tmp_path / "run") == expected
 
 
+@OF_SID
 def test_a_gpu_that_is_too_small(start, tmp_path):
     """A run that needs less memory goes on where the first one ended."""
     run = start("sid", images=64, snapshot_every=16)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from tolerance import assert_rounded, depth
 
 from edmdistill.errors import DatasetError, TrainingError
 from edmdistill.methods import METHODS
@@ -22,7 +23,8 @@ def test_every_role_starts_as_the_teacher(method, start):
     labels = torch.eye(10)[:4]
     flows = {role: network for role, network in run.roles.items() if METHODS[method].load().roles[role].make is None}
     outputs = [network(x_t, t, labels) for network in (*flows.values(), run.ema.network)]
-    assert all(torch.equal(output, outputs[-1]) for output in outputs)
+    for output in outputs:  # the teacher's weights lie where the file has them, the others are copies
+        assert_rounded(output, outputs[-1], depth(run.ema.network))
     for role, network in flows.items():
         assert network.two_time == METHODS[method].load().roles[role].two_time
     assert run.optimizers.keys() == {role for role, part in METHODS[method].load().roles.items() if part.trained}
