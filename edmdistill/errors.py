@@ -56,7 +56,13 @@ class CheckpointError(EdmDistillError):
 
 
 class RecipeError(EdmDistillError):
-    """A recipe, or an override of it, says something that cannot be computed."""
+    """A recipe, or an override of it, says something that cannot be computed.
+
+    Whatever it says is quoted, but cut where it is long.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(re.sub(r"\S{200,}", lambda match: f"{match[0][:100]}...", sentence))
 
 
 class DatasetError(EdmDistillError):

@@ -32,8 +32,13 @@ if TYPE_CHECKING:
 Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
+Rate = Annotated[float, Meta(gt=0, le=1e6)]
+Images = Annotated[int, Meta(ge=1, lt=10**12)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+
+LARGEST = 1e15
+"""Of any number in a recipe; images and seeds are counted exactly up to here."""
 
 _PACKAGE = Path(__file__).parent
 # In a wheel the recipes are inside the package; in a checkout they are at the top, where people look.
@@ -44,15 +49,15 @@ SHIPPED = next(d for d in (_PACKAGE / "recipes_data", _PACKAGE.parent / "recipes
 class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[training]: how much, how fast, and what is kept. Every amount and interval counts images seen."""
 
-    images: PositiveCount
+    images: Images
     """Total images seen: steps times batch; each turn of a method sees the same batch size."""
     batch: PositiveCount
     """Global batch size."""
     optimizer: Literal["adam", "radam", "adam8bit"] = "adam"
     """`adam8bit` keeps its states in 8 bits, by torchao."""
-    lr: Positive
+    lr: Rate
     """The optimiser's learning rate, before the factors below."""
-    lr_by_role: dict[str, Positive] = {}
+    lr_by_role: dict[str, Rate] = {}
     """Learning rates of single roles, in place of `lr`: auxiliary = 1e-3."""
     lr_rampup_images: Count = 0
     """The learning rate grows linearly from 0 over so many images."""
@@ -327,6 +332,8 @@ def load_recipe(name: str, method: str | None = None, sets: Iterable[str] = ()) 
     tables = _read(path)
     variants = _table(tables, "variants", name)
     parts, sizes = _joined(variant, variants), tables.get("sizes", [])
+    if not isinstance(sizes, list) or not all(isinstance(size, str) for size in sizes):
+        raise RecipeError(f"{name}: sizes = {sizes!r} must be a list of variants' names")
     if sizes and not set(parts[:1]) & set(sizes):
         base = name.removesuffix(".toml").removesuffix(f"-{variant}")
         raise RecipeError(f"{name} needs a size: one of {', '.join('-'.join([base, size, *parts]) for size in sizes)}")
@@ -407,7 +414,7 @@ def _joined(variant: str | None, variants: Mapping[str, Any]) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
 
 
@@ -418,7 +425,7 @@ def _resolve(tables: Mapping[str, Any], source: str) -> Recipe:
             raise RecipeError(f"{source}: no table [{table}]; {did_you_mean(table, Recipe.__struct_fields__)}")
     own = dict(_table(tables, "method", source))
     name = own.pop("name", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise RecipeError(f"{source}: method.name = {name!r}; {did_you_mean(str(name), METHODS)}")
     method = METHODS[name].load()
     config = _typed(own, method.Config, source, "method")
@@ -453,12 +460,25 @@ def _typed(table: dict[str, Any], type_: type[Struct], source: str, name: str) -
         if key not in type_.__struct_fields__:
             raise RecipeError(f"{source}: no key {name}.{key}; {did_you_mean(key, type_.__struct_fields__)}")
     try:
-        return msgspec.convert(table, type_)
+        typed = msgspec.convert(table, type_)
+        absurd = next((key for key in table if not _is_sane(getattr(typed, key))), None)
+        if absurd is None:
+            return typed
+        problem, key = f"expected finite numbers of at most {LARGEST:g}", absurd
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$.")
         key = re.split(r"\W", place)[0]
-        where = f"{name}.{key} = {table[key]!r}" if key else f"[{name}]"
-        raise RecipeError(f"{source}: {where}: {problem[0].lower()}{problem[1:]}") from None
+    where = f"{name}.{key} = {table[key]!r}" if key in table else f"[{name}]"
+    raise RecipeError(f"{source}: {where}: {problem[0].lower()}{problem[1:]}")
+
+
+def _is_sane(value: object) -> bool:
+    """Whether all numbers in a value are finite and of a size that training can count in."""
+    if isinstance(value, dict):
+        return all(map(_is_sane, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_sane, value))
+    return not isinstance(value, int | float) or abs(value) <= LARGEST
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -478,6 +498,8 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise RecipeError(f"--set {override}: write table.key=value, as in training.lr=1e-4")
     try:
         parsed = tomllib.loads(f"value = {text}")
+    except RecursionError:
+        raise RecipeError(f"--set {override}: {text} is nested too deeply") from None
     except tomllib.TOMLDecodeError:
         parsed = {"value": text.strip()}
         if not re.fullmatch(r"([A-Za-z_]|\.{0,2}/)[\w./-]*", text.strip()):

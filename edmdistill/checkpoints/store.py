@@ -104,6 +104,8 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """sha256 of the checkpoint whose weights these were initialised with."""
     guide: str | None = None
     """sha256 of the network by which the teacher was guided."""
+    init: str | None = None
+    """sha256 of the generator that the run began with."""
 
 
 class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

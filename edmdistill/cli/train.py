@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edmdistill.cli.options import Name
+from edmdistill.cli.options import Name, OutputPath, say
 from edmdistill.errors import EdmDistillError, Elsewhere, TrainingError
 from edmdistill.methods import METHODS
 
@@ -50,7 +50,8 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 )
 @click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits.")
 @click.option("--recipe", required=True, help="A recipe's name, as in cosim/digits, or a .toml file.")
-@click.option("--run-dir", required=True, type=click.Path(path_type=Path), help="Where the run lives; made if new.")
+@click.option("--init", metavar="GENERATOR", help="Start from this generator: a checkpoint, a run or RUN/state/IMAGES.")
+@click.option("--run-dir", required=True, type=OutputPath(), help="Where the run lives; made if new.")
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")
 @click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one for each GPU.")
@@ -69,6 +70,7 @@ def command(
     force_guidance: bool,
     data: str,
     recipe: str,
+    init: str | None,
     run_dir: Path,
     sets: tuple[str, ...],
     device: str | None,
@@ -91,7 +93,7 @@ def command(
 
     world_from_environment()
     if processes is not None and processes > 1:
-        sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, note=_say))
+        sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, note=say))
 
     from edmdistill.recipes import find_recipe, load_recipe
     from edmdistill.training.engine import Machine
@@ -100,7 +102,15 @@ def command(
     machine = Machine(device, _micro_batch(micro_batch), shard, offload, checkpoint_activations, workers, log_with)
     with _one_voice():
         resolved = load_recipe(recipe, method, sets)
-        run = prepare(resolved, data=data, teacher=teacher, guide=guide, machine=machine, force_guidance=force_guidance)
+        run = prepare(
+            resolved,
+            data=data,
+            teacher=teacher,
+            guide=guide,
+            machine=machine,
+            force_guidance=force_guidance,
+            init=init,
+        )
     try:
         text = _as_given(recipe, sets, find_recipe(recipe)[0])
         _train(run, f"{method} on {data} by recipe {recipe}", run_dir, text, stop_on, dry_run)
@@ -110,51 +120,60 @@ def command(
 
 def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tuple[str, ...], dry_run: bool) -> None:
     """Trains, and tells the user what goes on; only the main process speaks."""
-    from tqdm import tqdm
-
+    from edmdistill.progress import progress_bar
     from edmdistill.training.loop import train
+    from edmdistill.training.run_dir import check_run
 
     plan, training, sampling = run.plan(), run.recipe.training, run.recipe.sampling
-    say = _say if run.engine.is_main else lambda sentence: None
+    tell = say if run.engine.is_main else lambda sentence: None
     if dry_run:
         if run.engine.is_main:
+            check_run(run_dir, run.recipe.to_json(), run.identity)
             click.echo(json.dumps(plan, indent=2))
         return
 
-    roles = ", ".join(
-        f"{role} ({part['parameters']:,} parameters{'' if part['trained'] else ', frozen'})"
-        for role, part in plan["roles"].items()
-    )
-    where = plan["device"] if run.engine.world == 1 else f"{run.engine.world} processes, {run.engine.device.type}"
-    say(f"Training {what} in {run_dir}, on {where}: {roles}.")
-    for role, part in plan["roles"].items():
-        if part["unused"]:
-            say(f"No part of the {role}'s loss, and so not trained: {', '.join(part['unused'])}.")
-    for sentence in (*run.dataset.notes, *run.method.notes()):
-        say(sentence)
+    def describe() -> None:
+        roles = ", ".join(
+            f"{role} ({part['parameters']:,} parameters{'' if part['trained'] else ', frozen'})"
+            for role, part in plan["roles"].items()
+        )
+        where = plan["device"] if run.engine.world == 1 else f"{run.engine.world} processes, {run.engine.device.type}"
+        tell(f"Training {what} in {run_dir}, on {where}: {roles}.")
+        for role, part in plan["roles"].items():
+            if part["unused"]:
+                tell(f"No part of the {role}'s loss, and so not trained: {', '.join(part['unused'])}.")
+        for sentence in (*run.notes, *run.dataset.notes, *run.method.notes()):
+            tell(sentence)
 
     bar = None
-    interval = 0.2 if sys.stderr.isatty() else 30
     with ExitStack() as stack:
 
         def show(images: int, measures: dict[str, float]) -> None:
             nonlocal bar
             if bar is None:  # at the first round, for a resumed run's first images are not this process's speed
                 start = images - training.batch
-                bar = tqdm(total=training.images, initial=start, unit="img", unit_scale=True, mininterval=interval)
+                bar = progress_bar(training.images, unit="img", unit_scale=True, initial=start)
                 stack.enter_context(bar)
             losses = {role: measures[f"loss/{role}"] for role in run.optimizers if f"loss/{role}" in measures}
             bar.set_postfix(losses | {name: v for name, v in measures.items() if "/" not in name}, refresh=False)
             bar.update(min(images, training.images) - bar.n)
 
         on_round = show if run.engine.is_main else lambda images, measures: None
-        outcome = train(run, run_dir, recipe_text=recipe_text, stop_on=stop_on, on_round=on_round, note=say)
+        outcome = train(
+            run,
+            run_dir,
+            recipe_text=recipe_text,
+            stop_on=stop_on,
+            on_start=describe,
+            on_round=on_round,
+            note=tell,
+        )
     if not outcome.finished:
-        say(f"Interrupted after {outcome.images:,} images and saved; the same command goes on from there.")
+        tell(f"Interrupted after {outcome.images:,} images and saved; the same command goes on from there.")
         sys.exit(130)
     nfe = 2 if 2 in sampling.nfe else sampling.nfe[0]
-    say(f"The {run.method.product} of {outcome.images:,} images is in {run_dir / 'generator'}. To draw from it:")
-    say(f"  edmdistill sample {run_dir} --nfe {nfe} --seeds 0-63 --out {run_dir / 'images'}")
+    tell(f"The {run.method.product} of {outcome.images:,} images is in {run_dir / 'generator'}. To draw from it:")
+    tell(f"  edmdistill sample {run_dir} --nfe {nfe} --seeds 0-63 --out {run_dir / 'images'}")
 
 
 @contextmanager
@@ -174,13 +193,6 @@ def _micro_batch(text: str | None) -> int | Literal["auto"] | None:
     if not text.isdecimal() or int(text) < 1:
         raise TrainingError(f"--micro-batch {text} is no number of images: give one, or auto")
     return int(text)
-
-
-def _say(sentence: str) -> None:
-    """A line on stderr that a progress bar survives."""
-    from tqdm import tqdm
-
-    tqdm.write(sentence, file=sys.stderr)
 
 
 def _as_given(name: str, sets: tuple[str, ...], file: Path) -> str:

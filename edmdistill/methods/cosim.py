@@ -32,7 +32,9 @@ class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     alpha: Annotated[float, Meta(gt=0, description="weight of the squared score gap in the generator's loss")] = 1.2
     coef: Annotated[float, Meta(gt=0, description="pull of the auxiliary score towards the teacher; .5 = none")] = 1.0
-    R: Annotated[int, Meta(ge=1, description="largest divisor of a jump: higher asks for more small jumps")] = 4
+    R: Annotated[
+        int, Meta(ge=1, le=100_000, description="largest divisor of a jump: higher asks for more small jumps")
+    ] = 4
     share_to_max: Annotated[float, Meta(ge=0, le=1, description="share of jumps that start at sigma_max")] = 0.5
     r_s_max: Annotated[float, Meta(gt=0, le=1, description="end of s on EDM's curve; 1 = sigma_max")] = 1.0
     weight: Annotated[Literal["sid", "c_out"], Meta(description="weight of the generator's loss over s")] = "sid"

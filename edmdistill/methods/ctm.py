@@ -43,8 +43,10 @@ from edmdistill.trigflow import ddim_step, diffuse, sigma_to_time, velocity
 
 
 class CTMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    N: Annotated[int, Meta(ge=2, description="noise levels, on EDM's curve")] = 18
-    max_steps: Annotated[int, Meta(ge=1, description="most steps of the teacher, of two evaluations each")] = 17
+    N: Annotated[int, Meta(ge=2, le=100_000, description="noise levels, on EDM's curve")] = 18
+    max_steps: Annotated[
+        int, Meta(ge=1, le=100_000, description="most steps of the teacher, of two evaluations each")
+    ] = 17
     sampling: Annotated[
         Literal["official", "paper"], Meta(description="law of t, s and u: the official code's or the paper's")
     ] = "official"
@@ -70,7 +72,7 @@ class CTMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gan: Annotated[float, Meta(ge=0, description="weight of the adversarial loss; 0 = none")] = 1.0
     gan_loss: Annotated[Literal["hinge", "log"], Meta(description="the official code's or the paper's")] = "hinge"
     gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the adversarial loss begins")] = 0
-    gan_channels: Annotated[int, Meta(ge=1, description="of the mixed feature maps")] = 64
+    gan_channels: Annotated[int, Meta(ge=1, le=100_000, description="of the mixed feature maps")] = 64
     features: Annotated[
         tuple[str, ...], Meta(description="TorchScript files of feature maps, see ScriptFeatures; none = random ones")
     ] = ()

@@ -20,8 +20,8 @@ from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 
 
 class DiffusionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    P_mean: Annotated[float, Meta(description="mean of ln(sigma)")] = -1.2
-    P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma)")] = 1.2
+    P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sigma)")] = -1.2
+    P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma)")] = 1.2
     weighting: Annotated[
         Literal["none", "adaptive"], Meta(description="adaptive: every noise level at the same size of loss, as learnt")
     ] = "none"

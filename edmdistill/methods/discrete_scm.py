@@ -30,9 +30,11 @@ from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
 
 class DSCDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    intervals: Annotated[int, Meta(ge=2, description="N: intervals of EDM's noise levels")] = 1024
-    P_mean: Annotated[float, Meta(description="mean of ln(sigma), whose law is split among the levels")] = -1.0
-    P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma)")] = 1.4
+    intervals: Annotated[int, Meta(ge=2, le=100_000, description="N: intervals of EDM's noise levels")] = 1024
+    P_mean: Annotated[
+        float, Meta(ge=-20, le=20, description="mean of ln(sigma), whose law is split among the levels")
+    ] = -1.0
+    P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma)")] = 1.4
     warmup_images: Annotated[int, Meta(ge=0, description="images over which the tangent's unstable term rises")] = 0
     taming: Annotated[Taming, Meta(description="how the tangent is kept small")] = "rms"
     c: Annotated[float, Meta(ge=0, description="what is added to the tangent's size before it divides")] = 0.1

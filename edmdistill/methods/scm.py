@@ -38,15 +38,17 @@ from edmdistill.trigflow import denoised, diffuse, sigma_to_time, velocity
 
 
 class SCTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    P_mean: Annotated[float, Meta(description="mean of ln(sigma)")] = -1.0
-    P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma)")] = 1.4
+    P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sigma)")] = -1.0
+    P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma)")] = 1.4
     warmup_images: Annotated[int, Meta(ge=0, description="images over which the tangent's unstable term rises")] = 0
     taming: Annotated[Taming, Meta(description="how the tangent is kept small")] = "rms"
     c: Annotated[float, Meta(ge=0, description="what is added to the tangent's size before it divides")] = 0.1
     tangent: Annotated[
         Literal["exact", "finite-difference"], Meta(description="how the tangent is taken; the second is weaker")
     ] = "exact"
-    intervals: Annotated[int, Meta(ge=1, description="M: consistency to the start of each of M intervals of t")] = 1
+    intervals: Annotated[
+        int, Meta(ge=1, le=100_000, description="M: consistency to the start of each of M intervals of t")
+    ] = 1
     allow_edm_time: Annotated[bool, Meta(description="allow a teacher that reads ln(sigma) in the place of t")] = False
 
 
@@ -54,10 +56,14 @@ class SCDConfig(SCTConfig, frozen=True, forbid_unknown_fields=True):
     guidance: Range = (1.0, 1.0)
     guide: Guide = "classes"
     vsd: Annotated[float, Meta(ge=0, description="weight of variational score distillation's loss; 0 = none")] = 0.0
-    vsd_P_mean: Annotated[float, Meta(description="mean of ln(sigma) where the two scores are compared")] = 0.4
-    vsd_P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) there")] = 2.0
-    aux_P_mean: Annotated[float, Meta(description="mean of ln(sigma) in the auxiliary score's turn")] = -0.8
-    aux_P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) in that turn")] = 1.6
+    vsd_P_mean: Annotated[
+        float, Meta(ge=-20, le=20, description="mean of ln(sigma) where the two scores are compared")
+    ] = 0.4
+    vsd_P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma) there")] = 2.0
+    aux_P_mean: Annotated[
+        float, Meta(ge=-20, le=20, description="mean of ln(sigma) in the auxiliary score's turn")
+    ] = -0.8
+    aux_P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma) in that turn")] = 1.6
 
     def __post_init__(self) -> None:
         require_range(self)

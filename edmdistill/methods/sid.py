@@ -27,10 +27,10 @@ class SiDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     alpha: Annotated[float, Meta(gt=0, description="weight of the squared score gap in the generator's loss")] = 1.2
     coef: Annotated[float, Meta(ge=0.5, description="pull of the auxiliary score towards the teacher; .5 = none")] = 0.5
     sigma_init: Annotated[float, Meta(gt=0, description="noise level that the generator starts from")] = 2.5
-    P_mean: Annotated[float, Meta(description="mean of ln(sigma) in the auxiliary score's turn")] = -1.2
-    P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) in the auxiliary score's turn")] = (
-        1.2
-    )
+    P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sigma) in the auxiliary score's turn")] = -1.2
+    P_std: Annotated[
+        float, Meta(gt=0, le=20, description="standard deviation of ln(sigma) in the auxiliary score's turn")
+    ] = 1.2
     r_s_max: Annotated[float, Meta(gt=0, le=1, description="end of s on EDM's curve in the generator's turn")] = 0.8
     weight: Annotated[Literal["sid", "c_out"], Meta(description="weight of the generator's loss over s")] = "sid"
 

@@ -26,10 +26,14 @@ from edmdistill.trigflow import sigma_to_time
 class VSDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Source: sCM, table 4."""
 
-    vsd_P_mean: Annotated[float, Meta(description="mean of ln(sigma) where the two scores are compared")] = 0.4
-    vsd_P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) there")] = 2.0
-    aux_P_mean: Annotated[float, Meta(description="mean of ln(sigma) in the auxiliary score's turn")] = -0.8
-    aux_P_std: Annotated[float, Meta(gt=0, description="standard deviation of ln(sigma) in that turn")] = 1.6
+    vsd_P_mean: Annotated[
+        float, Meta(ge=-20, le=20, description="mean of ln(sigma) where the two scores are compared")
+    ] = 0.4
+    vsd_P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma) there")] = 2.0
+    aux_P_mean: Annotated[
+        float, Meta(ge=-20, le=20, description="mean of ln(sigma) in the auxiliary score's turn")
+    ] = -0.8
+    aux_P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma) in that turn")] = 1.6
 
 
 class VSD(Method):

@@ -137,6 +137,15 @@ class Engine:
         cuts = [first + (last - first) * piece // pieces for piece in range(pieces + 1)]
         return [slice(a, b) for a, b in pairwise(cuts)]
 
+    def require_micro_batches(self, batch: int) -> None:
+        """Raises: TrainingError: a batch cannot be cut into micro-batches as asked."""
+        if self.machine.micro_batch != "auto":
+            self.rows(batch)
+        elif self.device.type != "cuda":
+            raise TrainingError(
+                "--micro-batch auto tries what a GPU holds, but this run is on a CPU: give a number of images"
+            )
+
     # Networks.
 
     def place(self, network: nn.Module) -> None:

@@ -27,10 +27,7 @@ def settle_micro_batch(run: Run) -> int | None:
     engine, machine = run.engine, run.engine.machine
     if machine.micro_batch != "auto":
         return None
-    if engine.device.type != "cuda":
-        raise TrainingError(
-            "--micro-batch auto tries what a GPU holds, but this run is on a CPU: give a number of images"
-        )
+    engine.require_micro_batches(run.recipe.training.batch)
     share = -(-run.recipe.training.batch // engine.world)
     pieces = fewest_pieces(lambda pieces: not engine.any(not fits(run, -(-share // pieces))), share)
     if pieces is None:

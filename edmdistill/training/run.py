@@ -6,14 +6,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from edmdistill.checkpoints.convert import read_source
+from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.convert import load_flow, read_source
+from edmdistill.checkpoints.run_state import PROGRESS, newest_readable, raw_weights
 from edmdistill.checkpoints.source import resolve
 from edmdistill.checkpoints.store import (
     CONFIG,
@@ -22,6 +24,7 @@ from edmdistill.checkpoints.store import (
     Guidance,
     Provenance,
     Sampling,
+    checkpoint_in,
     facts,
     load_checkpoint,
 )
@@ -60,6 +63,7 @@ class Run:
         averages: of the product; the first is what sampling uses.
         images: seen so far.
         memory_before: bytes that the process had held at most before anything of this was made; on a GPU, none.
+        notes: sentences on how the networks began.
         unproven: the trained roles, in the order of their turns, that have not yet been seen to move alone.
     """
 
@@ -76,6 +80,7 @@ class Run:
     engine: Engine
     images: int = 0
     memory_before: int = 0
+    notes: tuple[str, ...] = ()
     unproven: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,6 +98,7 @@ class Run:
         return {
             "teacher_sha256": origin.parent,
             **({} if origin.guide is None else {"guide_sha256": origin.guide}),
+            **({} if origin.init is None else {"init_sha256": origin.init}),
             "data": {
                 "name": Path(data.name).name,
                 "images": len(data),
@@ -190,6 +196,7 @@ def prepare(
     guide: str | Path | None = None,
     machine: Machine = Machine(),
     force_guidance: bool = False,
+    init: str | Path | None = None,
 ) -> Run:
     """Everything in memory, as it is before the first step. All processes of a run call it.
 
@@ -199,6 +206,7 @@ def prepare(
         guide: a checkpoint too, for a recipe by which another network guides the teacher.
         machine: how the run uses the hardware.
         force_guidance: let a teacher guide itself by its classes that was never trained without them.
+        init: a generator, of which the run's own starts as a copy; see `read_init`.
     Raises: TrainingError: no teacher or guide where there must be one, a generator in its place, or a guide or data
             that do not fit.
         CheckpointError, DatasetError, RecipeError: from what is opened.
@@ -210,8 +218,11 @@ def prepare(
         raise TrainingError("the states of adam8bit are not shared out: take --shard or adam8bit")
     require_guide(recipe, guide)
     dataset = open_dataset(data, split=recipe.data.split, xflip=recipe.data.xflip)
+    begin = None if init is None else read_init(init, recipe)
     if teacher is not None:
         flow, config = read_teacher(teacher)
+    elif begin is not None and not any(part.frozen for part in recipe.roles.values()):
+        flow, config = drop_second_time(begin.flow), begin.config
     elif recipe.network is not None:
         torch.manual_seed(recipe.training.seed)
         flow, config = _make(recipe.network, dataset, recipe.method["name"])
@@ -237,7 +248,11 @@ def prepare(
         if statistics_of(its.encoder) != statistics_of(config.encoder):
             raise TrainingError(f"the guide {guide} works on other latents than the teacher: choose one of its kind")
         config = replace(config, provenance=replace(config.provenance, guide=its.provenance.parent))
-    roles = cast_all(recipe, flow, other)
+    if begin is not None:
+        require_alike(begin, flow, config)
+        config = replace(config, provenance=replace(config.provenance, init=begin.sha256))
+    roles = cast_all(recipe, flow, other, begin.flow if begin is not None else None)
+    notes = () if begin is None else (begin.take_auxiliary(roles),)
     trained = [role for role, part in recipe.roles.items() if part.trained]
     unused = Probe(method_class, recipe.method_config, roles, noise).unused()
     product = roles[method_class.product]
@@ -245,6 +260,7 @@ def prepare(
     averages = [Ema(product, profile) for profile in profiles(recipe.ema)]
 
     engine = Engine(machine)
+    engine.require_micro_batches(recipe.training.batch)
     for role, network in roles.items():
         if isinstance(network, FlowNetwork) and recipe.roles[role].frozen and "teacher" in machine.offload:
             engine.lend(network)
@@ -290,6 +306,7 @@ def prepare(
         dataset=dataset,
         engine=engine,
         memory_before=memory_before if engine.device.type == "cpu" else 0,
+        notes=notes,
     )
 
 
@@ -349,8 +366,15 @@ def require_guide(recipe: Recipe, guide: object) -> None:
         raise TrainingError(f"--guide would do nothing: by this recipe of {name} no network guides; leave it out{hint}")
 
 
-def cast_all(recipe: Recipe, teacher: FlowNetwork, guide: FlowNetwork | None = None) -> dict[str, nn.Module]:
-    """The networks of all roles.  Raises: TrainingError: a guide of other data than the teacher's."""
+def cast_all(
+    recipe: Recipe, teacher: FlowNetwork, guide: FlowNetwork | None = None, init: FlowNetwork | None = None
+) -> dict[str, nn.Module]:
+    """Returns the networks of all roles.
+
+    Args:
+        init: what the product, and the averages that follow it, start as; None: the teacher.
+    Raises: TrainingError: a guide of other data than the teacher's.
+    """
     for what in ("img_resolution", "img_channels", "sigma_data", "label_dim") if guide is not None else ():
         ours, theirs = getattr(teacher, what), getattr(guide, what)
         if ours != theirs and (what, theirs) != ("label_dim", 0):
@@ -358,7 +382,95 @@ def cast_all(recipe: Recipe, teacher: FlowNetwork, guide: FlowNetwork | None = N
                 f"the guide's {what} is {theirs}, but the teacher's is {ours}: choose a guide of the same data"
             )
     sources = {"teacher": teacher, "guide": guide or teacher}
-    return {role: cast(part, sources[part.source], recipe) for role, part in recipe.roles.items()}
+    product = recipe.method_class.product
+    networks = {}
+    for role, part in recipe.roles.items():
+        is_product = product in (role, part.follows.role if part.follows is not None else None)
+        networks[role] = cast(part, init if init is not None and is_product else sources[part.source], recipe)
+    return networks
+
+
+class Init(NamedTuple):
+    """A generator that a run begins with.
+
+    Attributes:
+        source: as the user named it.
+        auxiliary: weights of the auxiliary score that was trained with it, where they are known.
+    """
+
+    source: str
+    flow: FlowNetwork
+    config: CheckpointConfig
+    sha256: str
+    auxiliary: dict[str, Tensor]
+
+    def take_auxiliary(self, roles: Mapping[str, nn.Module]) -> str:
+        """Puts the auxiliary score in its role, if it fits.  Returns: a sentence on how the run begins."""
+        seen = f" after {self.config.images_seen:,} images" if self.config.images_seen is not None else ""
+        sentence = f"The generator starts as {self.source}, of {self.config.method}{seen}"
+        auxiliary = roles.get("auxiliary")
+        if not isinstance(auxiliary, FlowNetwork):
+            return f"{sentence}."
+        own = auxiliary.network.state_dict()
+        if {name: tensor.shape for name, tensor in own.items()} != {k: v.shape for k, v in self.auxiliary.items()}:
+            return f"{sentence}; the auxiliary score starts as the teacher."
+        auxiliary.network.load_state_dict(self.auxiliary)
+        return f"{sentence}, and the auxiliary score as the one that was trained with it."
+
+
+def read_init(source: str | Path, recipe: Recipe) -> Init:
+    """Returns a generator for a recipe to begin with.
+
+    Args:
+        source: a checkpoint, a run directory, whose average is taken, or one of its states, whose raw weights are; of
+            the last two the auxiliary score is taken too.
+    Raises: TrainingError: it is no generator, or not one that the method's generator can start as.
+        CheckpointError: it cannot be read.
+    """
+    name, product = recipe.method["name"], recipe.method_class.product
+    if product == "teacher":
+        raise TrainingError(f"{name} trains a teacher, which starts as TEACHER: leave --init out")
+    path = resolve(source)
+    flow, config = load_flow(path)
+    if config.stage != "generator":
+        raise TrainingError(f"{source} is a {config.stage}, not a generator: give it as TEACHER, and leave --init out")
+    part, state = recipe.roles[product], None
+    if flow.two_time and not part.two_time:
+        raise TrainingError(
+            f"{source} is a generator of {config.method}, which reads two times, but that of {name} reads one: give a "
+            "generator of another method, or leave --init out"
+        )
+    if flow.guided and not part.guided:
+        raise TrainingError(
+            f"{source} reads a weight of guidance, but the generator of this recipe does not: give --set "
+            f"method.guidance={list(config.guidance.range) if config.guidance else []}, or leave --init out"
+        )
+    objection = recipe.method_class.objection(
+        recipe.method_config,
+        positional_time=flow.network.positional_time,
+        label_dim=flow.label_dim,
+        label_dropout=None,
+    )
+    if objection is not None:
+        raise TrainingError(f"--init {source}: {objection}")
+    if (path / PROGRESS).is_file() or (path / "state").is_dir():
+        state = newest_readable(path, lambda sentence: None)
+    known = state is not None and (state / "auxiliary.safetensors").is_file()
+    auxiliary = raw_weights(state, "auxiliary") if state is not None and known else {}
+    file = path / f"{product}.safetensors" if (path / PROGRESS).is_file() else checkpoint_in(path) / MODEL
+    return Init(str(source), flow, config, sha256_file(file), auxiliary)
+
+
+def require_alike(init: Init, flow: FlowNetwork, config: CheckpointConfig) -> None:
+    """Lets a generator through that works on the teacher's images.  Raises: TrainingError: it works on others."""
+    for what in ("img_resolution", "img_channels", "label_dim", "sigma_data"):
+        own, wanted = getattr(init.flow, what), getattr(flow, what)
+        if own != wanted:
+            raise TrainingError(
+                f"{init.source} has {what} {own}, but the teacher has {wanted}: give a generator of the same data"
+            )
+    if statistics_of(init.config.encoder) != statistics_of(config.encoder):
+        raise TrainingError(f"{init.source} works on other latents than the teacher: give a generator of the same data")
 
 
 def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:

@@ -10,10 +10,11 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from tempfile import TemporaryDirectory
+from typing import IO, Any, TypedDict
 
 from edmdistill.atomic import atomic_write, remove_leftovers
 from edmdistill.errors import CheckpointError, TrainingError
@@ -45,6 +46,8 @@ FREE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapsh
     "data.name",
 }
 """What a run may go on with otherwise than it began: it changes nothing that is computed."""
+TOTAL = "training.images"
+"""May grow, where no schedule depends on it."""
 
 
 class RunDir:
@@ -99,16 +102,12 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
         RUN: json.dumps(identity, indent=2).encode() + b"\n",
     }
     made = _create(path, files)
-    if not (path / RECIPE).is_file():
-        raise TrainingError(f"{path} exists and is no run directory: give another --run-dir, or remove it")
+    _require_run(path)
     with (path / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            who = lock.read().strip() or "unknown"
-            raise TrainingError(f"{path} is in use by process {who}: wait for it, or give another --run-dir") from None
-        _require_same(path, files)
+        _lock(path, lock)
+        if _require_same(path, files):
+            with atomic_write(path / RECIPE) as new:
+                new.write_bytes(recipe)
         for place in (path, path / "state", path / "samples", path / "x0", path / "ema"):
             remove_leftovers(place)
         lock.truncate(0)
@@ -140,17 +139,54 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
         raise TrainingError(f"{path} cannot be made: {reason}; give another --run-dir") from error
 
 
-def _require_same(path: Path, files: Mapping[str, bytes]) -> None:
+def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
+    """Finds out whether `open_run` would succeed, and changes nothing.  Raises: TrainingError: it would not."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        above = next(place for place in Path(os.path.realpath(path)).parents if os.path.lexists(place))
+        try:
+            with TemporaryDirectory(prefix=".edmdistill-", dir=above):  # the only way to know that the system lets us
+                pass
+        except OSError as error:
+            raise TrainingError(f"{path} cannot be made: {error.strerror}; give another --run-dir") from error
+        return
+    if not path.is_dir():
+        raise TrainingError(f"{path} cannot be made: a file is there; give another --run-dir")
+    _require_run(path)
+    if (path / ".lock").exists():
+        with (path / ".lock").open("r+") as lock:
+            _lock(path, lock)
+    _require_same(path, {RECIPE: recipe, RUN: json.dumps(identity).encode()})
+
+
+def _require_run(path: Path) -> None:
+    if not (path / RECIPE).is_file():
+        raise TrainingError(f"{path} exists and is no run directory: give another --run-dir, or remove it")
+
+
+def _lock(path: Path, lock: IO[str]) -> None:
+    """Takes the lock that the file is, as long as it is open.  Raises: TrainingError: another process has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        who = lock.read().strip() or "unknown"
+        raise TrainingError(f"{path} is in use by process {who}: wait for it, or give another --run-dir") from None
+
+
+def _require_same(path: Path, files: Mapping[str, bytes]) -> bool:
+    """Returns whether what is free to change has changed.  Raises: TrainingError: what is not free has."""
     before, now = ({name: _read_facts(path / name, text.get(name)) for name in (RECIPE, RUN)} for text in ({}, files))
-    changed = [line for name in (RECIPE, RUN) for line in _differences(before[name], now[name])]
+    free = FREE
+    if now[RECIPE].get("training.lr_decay") != "linear":
+        old, new = (facts[RECIPE].get(TOTAL) for facts in (before, now))
+        free = free | ({TOTAL} if isinstance(old, int) and isinstance(new, int) and new >= old else set())
+    changed = [line for name in (RECIPE, RUN) for line in _differences(before[name], now[name], free)]
     if changed:
         raise TrainingError(
             f"{path} is the directory of another run; give another --run-dir, or the same recipe, teacher and data:",
             *changed,
         )
-    if before[RECIPE] != now[RECIPE]:
-        with atomic_write(path / RECIPE) as new:
-            new.write_bytes(files[RECIPE])
+    return before[RECIPE] != now[RECIPE]
 
 
 def _read_facts(file: Path, text: bytes | None = None) -> dict[str, Any]:
@@ -167,11 +203,16 @@ def _read_facts(file: Path, text: bytes | None = None) -> dict[str, Any]:
     return _flat(facts)
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str]) -> list[str]:
     """A line for every key whose value is not the same in both, and is not free."""
+    why = {
+        TOTAL: "; it may only grow"
+        if new.get("training.lr_decay") != "linear"
+        else '; it may not grow, for training.lr_decay = "linear" depends on it'
+    }
     return [
-        f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
-        for key in sorted((old.keys() | new.keys()) - FREE)
+        f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now{why.get(key, '')}"
+        for key in sorted((old.keys() | new.keys()).difference(free))
         if old.get(key, "absent") != new.get(key, "absent")
     ]
 
