@@ -75,11 +75,11 @@ def read_contents(files: Files) -> Contents:
     """
     path = files.path
     members = sorted(files.members(), key=lambda member: member.name)
-    numbered = {folder for folder, name in map(posixpath.split, (_key(m.name) for m in members)) if _is_sample(name)}
+    numbered = {folder for folder, _, name in (_key(m.name).rpartition("/") for m in members) if _is_sample(name)}
     images, others, left_out, described = [], [], {}, []
     for member in members:
         key = _key(member.name)
-        folder, name = posixpath.split(key)
+        folder, _, name = key.rpartition("/")
         if reason := _junk(key):
             left_out[member.name] = reason
         elif name.lower() == LABELS:
@@ -133,21 +133,25 @@ def summary(left_out: dict[str, str]) -> str:
 
 def _key(name: str) -> str:
     """A name as it is compared: composed accents, slashes, no leading dot or slash."""
-    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
-    return "/".join(part for part in parts if part not in ("", "."))
+    if not name.isascii():
+        name = unicodedata.normalize("NFC", name)
+    name = name.replace("\\", "/")
+    if name.startswith(("/", ".")) or "//" in name or "/./" in name:
+        name = "/".join(part for part in name.split("/") if part not in ("", "."))
+    return name
 
 
 def _is_sample(name: str) -> bool:
     """Whether `edmdistill sample` calls its images so: 000000.png for seed 0."""
-    stem, suffix = posixpath.splitext(name)
-    return suffix == ".png" and len(stem) >= 6 and stem.isascii() and stem.isdecimal()
+    stem = name.removesuffix(".png")
+    return stem != name and len(stem) >= 6 and stem.isascii() and stem.isdecimal()
 
 
 def _junk(key: str) -> str | None:
-    parts = key.split("/")
-    if any(part.startswith(".") and part != ".." for part in parts):
+    parts = key.lower().replace("\r", "").split("/")
+    if (key.startswith(".") or "/." in key) and any(part.startswith(".") and part != ".." for part in parts):
         return "hidden"
-    return "system file" if any(part.lower().rstrip("\r") in JUNK for part in parts) else None
+    return None if JUNK.isdisjoint(parts) else "system file"
 
 
 def _unique(path: object, images: Sequence[Member]) -> dict[str, Member]:

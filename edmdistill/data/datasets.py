@@ -107,6 +107,11 @@ class Dataset:
         first = " (the labels begin at 1, and classes are counted from 0)" if self._from_one() else ""
         return [*self._notes, f"{sentence}{first}."]
 
+    def note(self, sentence: str) -> None:
+        """Adds a sentence for the user to `notes`, once."""
+        if sentence not in self._notes:
+            self._notes.append(sentence)
+
     @property
     def class_counts(self) -> list[int]:
         """How many images each class has, mirrored ones not counted; empty for a set without classes."""
@@ -144,7 +149,7 @@ class Dataset:
         self.label_dim = label_dim
         for i, (ours, theirs) in enumerate(zip(self.label_names or (), label_names or (), strict=False)):
             if ours != theirs:
-                self._notes.append(f"{self.name}: class {i} is {ours!r} there, and {theirs!r} to the network.")
+                self.note(f"{self.name}: class {i} is {ours!r} there, and {theirs!r} to the network.")
                 break
 
     def require_zero(self) -> None:

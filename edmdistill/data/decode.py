@@ -9,7 +9,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from edmdistill.data.files import refusing
 from edmdistill.errors import DatasetError
@@ -75,7 +75,8 @@ def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[
                 kind = MODES["I"] if deep else MODES.get(image.mode, "other channels")
                 raise DatasetError(f"{where} has mode {image.mode} ({kind}); convert it to 8-bit grayscale (L) or RGB")
             with refusing(lambda why: f"{where} is not a readable image ({why}); replace or remove it"):
-                pixels = np.asarray(ImageOps.exif_transpose(image))
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                pixels = np.asarray(ImageOps.exif_transpose(image) if turned else image)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

@@ -62,6 +62,18 @@ def draw_latents(moments: Tensor, eps: Tensor, statistics: Statistics) -> Tensor
     return (mean + std * eps) * scale + bias
 
 
+def spread(moments: Tensor, statistics: Statistics) -> float:
+    """Returns the standard deviation of x0 as it would be drawn, all channels together.
+
+    Args:
+        moments: as for `draw_latents`.  [B,2C,H,W]
+    """
+    mean, std = moments.double().chunk(2, dim=1)
+    scale, bias = (mean.new_tensor(values)[:, None, None] for values in (statistics.scale, statistics.bias))
+    variance = (mean * scale + bias).var(correction=0) + (std * scale).square().mean()
+    return float(variance.sqrt())
+
+
 def visit_noise(seed: int, start: int, stop: int, *shape: int) -> Tensor:
     """The eps of the visits at the positions [start, stop) of the stream that `seed` shuffles.
 

@@ -29,7 +29,7 @@ from edmdistill.checkpoints.store import (
     load_checkpoint,
 )
 from edmdistill.data.datasets import Dataset, open_dataset
-from edmdistill.data.latents import statistics_of
+from edmdistill.data.latents import spread, statistics_of
 from edmdistill.errors import RecipeError, TrainingError
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import new_network
@@ -526,3 +526,11 @@ def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -
             f"{words(*needs, flow.label_dim)}: give those"
         )
     dataset.use_classes(flow.label_dim, config.label_names)
+    statistics = statistics_of(config.encoder)
+    if statistics is not None:
+        found = spread(dataset.tensors(range(0, len(dataset), max(1, len(dataset) // 64)))[0], statistics)
+        if not 1 / 3 < found / flow.sigma_data < 3:
+            dataset.note(
+                f"{dataset.name}: latents have a standard deviation of {found:.3g} by the teacher's scale, which was "
+                f"trained on {flow.sigma_data:g}: they were scaled already, or are of another VAE."
+            )

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from edmdistill.checkpoints.convert import build_official
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.data.latents import Statistics, draw_latents, statistics_of, visit_noise
+from edmdistill.data.latents import Statistics, draw_latents, spread, statistics_of, visit_noise
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError
 
@@ -47,3 +47,11 @@ def test_draws_have_the_moments_that_are_stored() -> None:
     x0 = draw_latents(moments, visit_noise(0, 0, 4000, 2, 1, 1), Statistics(scale=(0.5, 2.0), bias=(1.0, -1.0)))
     assert x0.mean(0).flatten().tolist() == pytest.approx([2.5, -3], abs=0.05)
     assert x0.std(0).flatten().tolist() == pytest.approx([1, 0], abs=0.05)
+
+
+def test_the_spread_is_that_of_what_is_drawn() -> None:
+    torch.manual_seed(0)
+    moments = torch.cat([2 * torch.randn(300, 2, 4, 4) + 1, 3 * torch.rand(300, 2, 4, 4)], dim=1)
+    statistics = Statistics(scale=(0.5, 2.0), bias=(1.0, -1.0))
+    x0 = draw_latents(moments, visit_noise(0, 0, 300, 2, 4, 4), statistics)
+    assert spread(moments, statistics) == pytest.approx(float(x0.std()), rel=0.03)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from edmdistill.cli import main
 from edmdistill.data import datasets
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError, TrainingError
@@ -62,6 +64,21 @@ def start(data: Path):
         "network": {"kind": "edm2", "arguments": NETWORK},
     }
     return prepare(Recipe.from_json(json.dumps(tables).encode()), data=data, machine=Machine("cpu"))
+
+
+def test_train_says_what_it_leaves_out(tmp_path: Path) -> None:
+    data = write_zip(tmp_path / "set.zip", files(classes=[0, 1, 3] * 2 + [0, 1]) | {".ipynb_checkpoints/0.png": b"x"})
+    (tmp_path / "tiny.toml").write_text(
+        "[training]\nimages = 8\nbatch = 8\nlr = 0.01\nlog_every = 8\nsnapshot_every = 80\n"
+        "[ema]\nhalf_life_images = 50\n"
+        '[sampling]\nnfe = [1]\n[network]\nkind = "edm2"\n[network.arguments]\nmodel_channels = 8\nchannel_mult = [1]\n'
+        "num_blocks = 1\nattn_resolutions = []\nchannels_per_head = 8\n"
+    )
+    words = ["train", "diffusion", "--data", str(data), "--recipe", str(tmp_path / "tiny.toml"), "--device", "cpu"]
+    result = CliRunner().invoke(main, [*words, "--run-dir", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert f"{data}: left out 1 file: hidden (.ipynb_checkpoints/0.png)." in result.stderr
+    assert f"{data}: 1 of the 4 classes has no image, the first 2." in result.stderr
 
 
 OTHER = np.where(np.arange(8)[:, None, None] == 7, 255 - PIXELS, PIXELS)
@@ -177,3 +194,25 @@ def test_labels_that_begin_at_1(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"has labels from 1 to 3, but classes are counted from 0: subtract 1"):
         start(tmp_path / "set.zip")
     assert "the labels begin at 1" in fitted(tmp_path, ones, 10).notes[0]
+
+
+class LatentConfig:
+    encoder = {"kind": "StabilityVAEEncoder", "scale": [0.5 / 4] * 2, "bias": [0.0] * 2}
+    label_names = None
+
+
+@pytest.mark.parametrize("scale", [1, 1 / 8])
+def test_latents_that_were_scaled_before_are_noted(scale: float, tmp_path: Path) -> None:
+    """A VAE's latents, of deviation 4, fit the teacher's scale; those that were multiplied by it before do not."""
+    rng = np.random.default_rng(0)
+    content = {}
+    for i in range(8):
+        out = io.BytesIO()
+        moments = np.concatenate([4 * rng.standard_normal((2, 8, 8)), np.full((2, 8, 8), 0.1)])
+        np.save(out, (scale * moments).astype(np.float32))
+        content[f"{i}.npy"] = out.getvalue()
+    data = open_dataset(write_zip(tmp_path / "set.zip", content))
+    network = FlowNetwork(UNet(8, 2, 0, **NETWORK), EDM(sigma_data=0.5))
+    for _ in range(2):
+        require_fit(data, network, LatentConfig)  # type: ignore[arg-type]
+    assert [": they were scaled already, or" in note for note in data.notes] == ([] if scale == 1 else [True])
