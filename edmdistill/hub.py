@@ -37,7 +37,7 @@ from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.run_state import PROGRESS
 from edmdistill.checkpoints.source import REPOSITORY, hub_calls
 from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, CheckpointConfig, checkpoint_in, read_config
-from edmdistill.errors import CheckpointError, HubError, printable
+from edmdistill.errors import CheckpointError, HubError, printable, without_secrets
 from edmdistill.evaluation.protocol import Result
 from edmdistill.evaluation.saved import results_of, with_results
 from edmdistill.export.parity import TOLERANCE, difference_of
@@ -128,7 +128,8 @@ def pack(source: str | Path, repository: str, licence: str | None = None) -> Pac
     run = read_run(path) if (path / RECIPE).is_file() else None
     config = read_config(folder)
     origin = config.provenance
-    config = replace(config, provenance=replace(origin, licence=settle_licence(origin.licence, licence)))
+    terms = settle_licence(origin.licence, licence)
+    config = replace(config, provenance=replace(origin, licence=terms, source=without_secrets(origin.source)))
     results = _results(config, path, repository)
     config = with_results(config, [result for result in results if is_own(result, config)])
 

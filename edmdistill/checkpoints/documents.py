@@ -1,4 +1,7 @@
-"""Text from outside in documents of ours: Markdown with front matter, and HTML. Names stay text, whatever they hold."""
+"""Text from outside in documents of ours: Markdown with front matter, and HTML. Names stay text, whatever they hold.
+
+No document tells a secret that a URL in it holds.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 
-from edmdistill.errors import printable
+from edmdistill.errors import printable, without_secrets
 
 _SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 """What is markup in the middle of a line of Markdown; an underscore within a word is none."""
@@ -21,7 +24,7 @@ def front_matter(fields: Mapping[str, object]) -> str:
 
 def _clean(value: object) -> object:
     if isinstance(value, str):
-        return printable(value)
+        return _public(value)
     if isinstance(value, Mapping):
         return {name: _clean(inner) for name, inner in value.items() if inner is not None}
     return [_clean(inner) for inner in value] if isinstance(value, Sequence) else value
@@ -29,12 +32,12 @@ def _clean(value: object) -> object:
 
 def markdown(text: str) -> str:
     """Returns Markdown that shows a text, in a line, a list or a cell of a table."""
-    return _SPECIAL.sub(r"\\\g<0>", html.escape(printable(text), quote=False))
+    return _SPECIAL.sub(r"\\\g<0>", html.escape(_public(text), quote=False))
 
 
 def code(text: str) -> str:
     """Returns a text as code within a line of Markdown."""
-    text = printable(text)
+    text = _public(text)
     fence = _fence(text, 1)
     padding = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{padding}{text}{padding}{fence}"
@@ -47,9 +50,13 @@ def code_block(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
+def _public(text: str) -> str:
+    return printable(without_secrets(text))
+
+
 def _lines(text: str) -> str:
     """Returns a text of several lines, each of them printable."""
-    return "\n".join(map(printable, text.expandtabs().split("\n")))
+    return "\n".join(map(_public, text.expandtabs().split("\n")))
 
 
 def _fence(text: str, least: int) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 import torch
+from msgspec.structs import replace
 
 from edmdistill import __version__
 from edmdistill.atomic import atomic_write
@@ -16,7 +17,7 @@ from edmdistill.checkpoints.documents import front_matter, markdown
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.store import CheckpointConfig
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, without_secrets
 from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
 from edmdistill.export.parity import SEEDS, Parity, table
 from edmdistill.networks.flow import FlowNetwork
@@ -78,6 +79,8 @@ def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = Fa
         if not overwrite:
             raise CheckpointError(f"{out} holds an export already: choose another place, or say --overwrite.")
     flow, config = load_flow(source)
+    origin = config.provenance
+    config = replace(config, provenance=replace(origin, source=without_secrets(origin.source)))
     flow.requires_grad_(False).eval()
     readme = target.readme(flow, config)
     generator = Generator(flow, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +74,9 @@ def read_run(path: Path) -> Summary:
 def _asked(file: Path) -> list[str]:
     """What `train` notes above the recipe's own text; without such a note, the file itself is the recipe."""
     head, mark = "# Trained by --recipe ", "#   --set "
-    first, *lines = file.read_text("utf-8").splitlines() or [""]
+    text = file.read_text("utf-8")
+    tomllib.loads(text)  # the page says which of its values are whose
+    first, *lines = text.splitlines() or [""]
     if not first.startswith(head):
         return ["--recipe", str(file)]
     sets = (line.removeprefix(mark) for line in takewhile(lambda line: line.startswith(mark), lines))

@@ -39,6 +39,13 @@ def report(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["report", *map(str, arguments)])
 
 
+def test_a_damaged_recipe_is_a_sentence(run: Path):
+    (run / "recipe.toml").write_text("a = [")
+    result = report(run)
+    assert result.exit_code == 2
+    assert "is a damaged run directory" in result.stderr.splitlines()[-1]
+
+
 def test_all_results_of_the_run_by_default(run: Path):
     (run / "eval").mkdir()
     for name, fd, nfe in (("a", 4.25, 35), ("b", 5.75, 17)):

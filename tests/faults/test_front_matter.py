@@ -96,6 +96,14 @@ def test_front_matter_is_read_as_it_was_meant(fields: dict[str, object]) -> None
             assert found[name] == printable(value)
 
 
+def test_no_document_tells_a_secret() -> None:
+    source = "https://me:password@host/edm.pkl?token=hf_abcdefghijklmnop#key"
+    config = replace(CONFIG, provenance=replace(CONFIG.provenance, source=source))
+    for text in [*written_cards(config), front_matter({"title": source})]:
+        assert "https://host/edm.pkl" in text
+        assert not re.search("password|token|hf_|key", text)
+
+
 @pytest.mark.parametrize("licence", ["Apache-2.0", "my-licence-1.0", HOSTILE])
 def test_the_licence_field_is_one_that_the_hub_takes(licence: str) -> None:
     config = replace(CONFIG, provenance=replace(CONFIG.provenance, licence=licence))
