@@ -43,7 +43,7 @@ from edmdistill.evaluation.saved import results_of, with_results
 from edmdistill.export.parity import TOLERANCE, difference_of
 from edmdistill.networks.flow import Denoiser
 from edmdistill.report.summary import read_run
-from edmdistill.sampling.generate import is_latent, sample
+from edmdistill.sampling.generate import is_latent, require_finite, sample
 from edmdistill.sampling.grid import image_grid, to_uint8
 from edmdistill.training.run_dir import RECIPE
 
@@ -321,14 +321,15 @@ def _holds(path: Path, content: Path | bytes) -> bool:
 
 
 def _compared(model: Generator | Denoiser) -> Tensor:
-    return sample(model, usual_nfe(model.config) if isinstance(model, Generator) else 3, seeds=COMPARED)
+    nfe = usual_nfe(model.config) if isinstance(model, Generator) else 3
+    return require_finite(sample(model, nfe, seeds=COMPARED), COMPARED)
 
 
 def _grid(model: Generator, nfe: int) -> bytes:
     """A picture of the first seeds, their classes in turn."""
     classes = model.flow.label_dim
     labels = [seed % classes for seed in range(SHOWN)] if classes else None
-    images = sample(model, nfe, seeds=range(SHOWN), labels=labels)
+    images = require_finite(sample(model, nfe, seeds=range(SHOWN), labels=labels), range(SHOWN))
     image_grid(to_uint8(images), COLUMNS).save(data := io.BytesIO(), "png")
     return data.getvalue()
 

@@ -20,13 +20,26 @@ from edmdistill.cli.options import (
     SamplerOptions,
     sampler_options,
     say,
+    say_unfinished,
 )
 
 if TYPE_CHECKING:
     from edmdistill.evaluation.protocol import Result
 
-OF_NETWORKS = "nfe", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "count", "seeds"
-OF_IMAGES = "protocol", "nfe", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "seeds", "save"
+OF_NETWORKS = "nfe", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "weights", "count", "seeds"
+OF_IMAGES = (
+    "protocol",
+    "nfe",
+    "gamma",
+    "times",
+    "guidance",
+    "guide",
+    "force_guidance",
+    "solver",
+    "weights",
+    "seeds",
+    "save",
+)
 OF_LIKELIHOOD = "split", "probes", "tolerance"
 """What only a network takes; what only the one kind of measurement takes, and only the other."""
 SAVE = "Also keep it with the checkpoint or run, where report and push-to-hub find it."
@@ -168,7 +181,8 @@ def tasks_of(
         for sentence in images.notes:
             say(sentence)
         return images.count, {source: partial(own, images, data)}
-    model = load_model(source, where)
+    model = load_model(source, where, weights=sampler.weights)
+    say_unfinished(source)
     drawn = partial(own, model, data, **sampler.arguments(model.flow, where))
     tasks: dict[str, Callable[..., Result]] = {}
     for gamma in gammas:
@@ -262,4 +276,5 @@ def _likelihood(
     data = open_dataset(ref, split=split or ("test" if ref == "digits" else "train"))
     own: dict[str, Any] = {"count": count, "probes": probes, "tolerance": tolerance, "batch": batch, "source": source}
     model = load_model(source, pick_device(device))
+    say_unfinished(source)
     return min(count or len(data), len(data)) * probes, {"nll": partial(evaluate_likelihood, model, data, **own)}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import OutputPath
+from edmdistill.cli.options import OutputPath, say_unfinished
 
 TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
 
@@ -35,6 +35,7 @@ def command(source: str, to: str, out: Path, overwrite: bool, as_json: bool) -> 
     from edmdistill.export.folder import export
     from edmdistill.export.parity import table
 
+    say_unfinished(source)
     parity = export(source, to, out, overwrite=overwrite)
     if as_json:
         document = {"schema_version": 1, "path": str(out), "to": to, "parity": [row._asdict() for row in parity]}

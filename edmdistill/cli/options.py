@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -149,6 +149,7 @@ class SamplerOptions:
     guide: str | None
     force_guidance: bool
     solver: str | None
+    weights: Literal["ema", "raw"]
 
     def arguments(self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """The keyword arguments of `edmdistill.sample` and `evaluate` that they stand for; a guide is loaded.
@@ -191,11 +192,20 @@ def sampler_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Let a teacher guide itself that was never trained without its classes.",
         ),
         click.option("--solver", type=Name(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]"),
+        click.option(
+            "--weights",
+            type=click.Choice(["ema", "raw"]),
+            default="ema",
+            show_default=True,
+            help="Of a run: the average that it publishes, or those in training, of its newest state.",
+        ),
     )
 
     @wraps(command)
     def wrapped(**given: Any) -> None:
-        own = SamplerOptions(*(given.pop(name) for name in ("times", "guidance", "guide", "force_guidance", "solver")))
+        own = SamplerOptions(
+            *(given.pop(name) for name in ("times", "guidance", "guide", "force_guidance", "solver", "weights"))
+        )
         command(sampler=own, **given)
 
     for option in reversed(options):
@@ -211,6 +221,16 @@ def interruptible(kept: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo(f"Interrupted: {kept()}", err=True)
         sys.exit(130)
+
+
+def say_unfinished(source: str) -> None:
+    """Says so where a checkpoint or run, of which something is going to be made, has not come to its end."""
+    from edmdistill.checkpoints.store import unfinished
+    from edmdistill.sampling.load import config_of
+
+    config = config_of(source)
+    if config is not None and (sentence := unfinished(config)):
+        say(sentence)
 
 
 def say(sentence: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import say
+from edmdistill.cli.options import say, say_unfinished
 
 
 @click.command("push-to-hub")
@@ -38,6 +38,7 @@ def command(
     from edmdistill.checkpoints.store import CARD
     from edmdistill.hub import pack, push
 
+    say_unfinished(str(source))
     package = pack(source, repository, licence)
     sizes = "".join(f"  {name:<18} {size:>14,} bytes\n" for name, size in package.sizes.items())
     say(f"{repository}, under {package.config.provenance.licence}:\n{sizes}".rstrip())

@@ -15,6 +15,7 @@ from edmdistill.cli.options import (
     interruptible,
     sampler_options,
     say,
+    say_unfinished,
 )
 
 
@@ -123,7 +124,8 @@ def command(
 
     numbers = parse_seeds(seeds)
     where, precision = pick_device(device), getattr(torch, dtype) if dtype else None
-    model = load_model(source, where, precision)
+    model = load_model(source, where, precision, sampler.weights)
+    say_unfinished(source)
     flow, latent = model.flow, is_latent(model)
     check_output(out, latent=latent)
     if out.suffix.lower() == ".png" and len(numbers) > GRID_MOST:
@@ -147,17 +149,19 @@ def command(
     noise, how = Churn(churn, churn_min, churn_max, churn_noise), sampler.arguments(flow, where, precision)
     draw = partial(sample, model, nfe, gamma=gamma, churn=noise, towards=towards, batch=batch, **how)
     request: dict[str, Any] = {
-        "weights": weights_digest(source),
+        "weights": weights_digest(source, model, sampler.weights),
         "seeds": format_seeds(numbers),
         "classes": named or "drawn",
         "sampler": msgspec.to_builtins(sampler_of(model, nfe, gamma, how["times"], how["guidance"], how["solver"])),
-        "guide": sampler.guide and weights_digest(sampler.guide),
+        "guide": sampler.guide and weights_digest(sampler.guide, how["guide"]),
         "churn": None if noise == Churn() else str(noise),
         "reject": ratio,
         "classifier": classifier and digest_of(classifier),
         "reference": reference and digest_of(str(reference)),
         "feature net": feature_net and digest_of(feature_net.removeprefix("mask:")),
-        "pull": None if towards is None else [towards.weight, towards.correctors, score and weights_digest(score)],
+        "pull": None
+        if towards is None
+        else [towards.weight, towards.correctors, towards.score and weights_digest(str(score), towards.score)],
         "dtype": dtype,
     }
     samples = Samples(

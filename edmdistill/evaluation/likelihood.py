@@ -227,7 +227,7 @@ def _check(model: Generator | Denoiser, data: Dataset) -> None:
     size, ours = (flow.img_channels, flow.img_resolution), (data.img_channels, data.img_resolution)
     if size != ours:
         raise DatasetError(
-            f"{data.name} holds images of {ours[0]} channels and {ours[1]} pixels a side, but the network's have "
-            f"{size[0]} and {size[1]}: name the data that it was trained on"
+            f"the images of {data.name} are {ours[0]}x{ours[1]}x{ours[1]} (channels, height, width), but the network's "
+            f"are {size[0]}x{size[1]}x{size[1]}: name the data that it was trained on"
         )
     data.use_classes(flow.label_dim)

@@ -12,7 +12,7 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.sampling.generate import sample
+from edmdistill.sampling.generate import require_finite, sample
 from edmdistill.trigflow import cos_sin, diffuse, implied_noise, time_to_sigma
 
 Step = Callable[..., Tensor]
@@ -73,12 +73,7 @@ def compare(flow: FlowNetwork, config: CheckpointConfig, images: Callable[[int],
     ours = Generator(flow, config).eval()
     rows = []
     for nfe in NFE:
-        expected = sample(ours, nfe, seeds=SEEDS)
-        if not expected.isfinite().all():
-            raise EdmDistillError(
-                f"nothing was exported: the network's own images by {nfe} evaluations hold NaN or infinity, so that it "
-                "is broken; take an earlier snapshot, or download it again"
-            )
+        expected = require_finite(sample(ours, nfe, seeds=SEEDS), SEEDS)
         difference = difference_of(images(nfe), expected)
         if not difference <= TOLERANCE:
             raise EdmDistillError(

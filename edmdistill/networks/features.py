@@ -28,7 +28,7 @@ def as_rgb(x: Tensor, what: str) -> Tensor:
     """
     if x.shape[1] not in (1, 3):
         raise TrainingError(
-            f"{what} looks at gray or RGB images, but these have {x.shape[1]} channels: leave it out of the recipe"
+            f"{what} looks at gray or RGB images, not at {x.shape[1]}-channel ones: leave it out of the recipe"
         )
     return x.expand(-1, 3, -1, -1)
 

@@ -120,7 +120,8 @@ class Samples:
         source: str = "",
         overwrite: bool = False,
     ) -> None:
-        self.out, self.request, self.count, self.seeds, self.classes = out, dict(request), count, seeds, classes
+        self.out, self.count, self.seeds, self.classes = out, count, seeds, classes
+        self.request = json.loads(json.dumps(request))  # as it comes back from the file: tuples are lists
         self.latent, self.label_names, self.source = latent, label_names, source
         self.digest = hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()
         self.kind = out.suffix.lower() if out.suffix.lower() in FILES else ""
@@ -214,6 +215,8 @@ class Samples:
             self._clear()
             return False
         remove_leftovers(self.folder)
+        for leftover in self.folder.glob(".*.png.*.new"):
+            leftover.unlink(missing_ok=True)
         self.broken = list(there["not_finite"])
         if self.kind:
             self._read_parts()

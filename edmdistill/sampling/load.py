@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.convert import Weights
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.source import resolve
-from edmdistill.checkpoints.store import CONFIG, MODEL, checkpoint_in, read_config
-from edmdistill.errors import CheckpointError, EdmDistillError
+from edmdistill.checkpoints.store import CONFIG, MODEL, CheckpointConfig, checkpoint_in, read_config
+from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import Denoiser
 
 
@@ -19,26 +21,32 @@ def class_names(model: Generator | Denoiser, source: str | Path) -> tuple[str, .
     """The names of a model's classes, if the checkpoint that it was loaded from holds any."""
     if isinstance(model, Generator):
         return model.config.label_names
-    path = resolve(source)
-    folders = [folder for folder in (path / "generator", path) if (folder / CONFIG).is_file()]
-    return read_config(folders[0]).label_names if folders else None
+    config = config_of(source)
+    return None if config is None else config.label_names
 
 
-def weights_digest(source: str | Path) -> str:
-    """The sha256 of the file of weights that a source stands for.  Raises: CheckpointError: there is none."""
+def config_of(source: str | Path) -> CheckpointConfig | None:
+    """Returns the configuration of a checkpoint of ours or of a run's, or None for anything else."""
+    folder = checkpoint_in(resolve(source))
+    return read_config(folder) if (folder / CONFIG).is_file() else None
+
+
+def weights_digest(source: str | Path, model: Generator | Denoiser, weights: Weights = "ema") -> str:
+    """Returns the sha256 of the file of weights that a model was loaded from; of its tensors, where it is a state."""
     path = resolve(source)
     file = checkpoint_in(path) / MODEL if path.is_dir() else path
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+    if weights == "ema" and file.is_file():
+        return sha256_file(file)
+    digest = hashlib.sha256()
+    for name, tensor in model.flow.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def digest_of(source: str | Path) -> str:
     """The sha256 of a file, or the word itself where it names no file."""
     path = Path(source)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(source)
+    return sha256_file(path) if path.is_file() else str(source)
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -1,0 +1,73 @@
+"""What eval --save keeps is what reports, cards and inspect show."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_generator import tiny_generator
+
+from edmdistill.cli import main
+from edmdistill.evaluation.saved import results_of
+from edmdistill.recipes import load_recipe
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    path, recipe = tmp_path / "run", load_recipe("cosim/digits-quickstart")
+    tiny_generator(path / "generator", method="cosim", recipe_hash=recipe.hash, images_seen=896)
+    (path / "recipe.resolved.json").write_bytes(recipe.to_json())
+    (path / "recipe.toml").write_text("# Trained by --recipe cosim/digits-quickstart\n")
+    data = {"name": "digits", "images": 1500, "resolution": 8, "channels": 1, "classes": 10}
+    (path / "run.json").write_text(json.dumps({"data": data}))
+    return path
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, words)])
+
+
+def test_report_sees_what_eval_and_sweep_save(run: Path) -> None:
+    for command, nfe in (("eval", "1"), ("sweep", "2")):
+        words = ["--protocol", "digits", "--nfe", nfe, "--n", 4, "--device", "cpu", "--save"]
+        assert call(command, run, *words).exit_code == 0
+    assert len(results_of(run)) == 2
+    assert call("report", run).exit_code == 0
+    page = (run / "report.html").read_text()
+    assert "digits-FD@4" in page
+    assert "Quality by number of evaluations</h2><p>Nothing is measured yet" not in page
+
+
+def test_results_saved_with_the_checkpoint_alone_are_seen_too(run: Path) -> None:
+    words = ["--protocol", "digits", "--nfe", "1", "--n", 4, "--device", "cpu", "--save"]
+    assert call("eval", run / "generator", *words).exit_code == 0
+    assert not (run / "eval").exists()
+    assert len(results_of(run)) == len(results_of(run / "generator")) == 1
+
+
+def test_the_protocols_are_named() -> None:
+    for words in (("eval", "x"), ("eval", "x", "--protocol", "digit"), ("sweep", "x", "--nfe", "1")):
+        result = call(*words)
+        assert result.exit_code == 2
+        assert "digits" in result.stderr
+
+
+def test_n_of_images_is_answered_by_its_own_name(run: Path, tmp_path: Path) -> None:
+    assert call("sample", run, "--nfe", 1, "--seeds", "0-3", "--device", "cpu", "--out", tmp_path / "a").exit_code == 0
+    result = call("eval", tmp_path / "a", "--protocol", "digits", "--n", "2")
+    assert result.exit_code == 2
+    assert "--n says how a network draws" in result.stderr
+
+
+def test_sweep_takes_the_options_of_eval(run: Path) -> None:
+    names = {}
+    for command in ("eval", "sweep", "sample"):
+        help_text = call(command, "--help").stdout
+        names[command] = {word.strip(",") for word in help_text.split() if word.startswith("--")}
+    shared = {"--seeds", "--guidance", "--guide", "--solver", "--t", "--force-guidance", "--weights"}
+    assert all(shared <= own for own in names.values())
+    assert "--save" in names["sweep"]
+    words = ["--protocol", "digits", "--nfe", "2", "--seeds", "5-8", "--t", "80,3", "--device", "cpu", "--json"]
+    swept = json.loads(call("sweep", run, *words).stdout)
+    assert swept == json.loads(call("eval", run, *words).stdout)
+    assert swept["results"][0]["protocol"]["seeds"] == "5-8"

@@ -1,0 +1,190 @@
+"""Folders and files of samples: one request each, which goes on where it stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from tiny_generator import tiny_generator
+
+from edmdistill.cli import main
+from edmdistill.data.datasets import open_dataset
+from edmdistill.sampling import generate
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = tuple(f"digit {i}" for i in range(10))
+    return tiny_generator(tmp_path_factory.mktemp("source") / "generator", label_names=names)
+
+
+def run(source: Path, *words: object) -> Result:
+    return CliRunner().invoke(main, ["sample", str(source), "--nfe", "1", "--device", "cpu", *map(str, words)])
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Ctrl-C after so many batches; gives the list of the seeds that are drawn from now on."""
+
+    def arrange(after: int) -> list[int]:
+        whole, drawn, left = generate.sample, [], [after]
+
+        def sample(*args: Any, **options: Any) -> Any:
+            if left[0] == 0:
+                left[0] = -1
+                raise KeyboardInterrupt
+            left[0] -= 1
+            drawn.extend(options["seeds"])
+            return whole(*args, **options)
+
+        monkeypatch.setattr(generate, "sample", sample)
+        return drawn
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    "words", [["--seeds", "0-2"], ["--seeds", "0-5", "--class", "1"], ["--seeds", "0-5", "--t", "9"]]
+)
+@pytest.mark.parametrize("name", ["out", "out.npz", "out.png"])
+def test_another_request_is_refused_unless_it_is_to_overwrite(
+    source: Path, tmp_path: Path, name: str, words: list[str]
+) -> None:
+    out = tmp_path / name
+    assert run(source, "--seeds", "0-5", "--out", out).exit_code == 0
+    before = out.read_bytes() if out.is_file() else sorted(file.name for file in out.iterdir())
+    refused = run(source, *words, "--out", out)
+    assert refused.exit_code == 2
+    assert "--overwrite" in refused.stderr
+    assert before == (out.read_bytes() if out.is_file() else sorted(file.name for file in out.iterdir()))
+    assert run(source, *words, "--out", out, "--overwrite").exit_code == 0
+    if out.is_dir():
+        assert len(list(out.glob("0*.png"))) == (3 if words[1] == "0-2" else 6)
+        assert len(open_dataset(out)) == (3 if words[1] == "0-2" else 6)
+
+
+def test_files_of_somebody_else_are_never_removed(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "000000.png").write_text("a picture")
+    for words in ([], ["--overwrite"]):
+        result = run(source, "--seeds", "0-1", "--out", tmp_path, *words)
+        assert result.exit_code == 2
+        assert "did not write" in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["000000.png"]
+
+
+def test_a_finished_request_does_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("out", "out.npz", "out.PNG"):
+        words = ["--seeds", "0-3", "--out", tmp_path / name]
+        assert run(source, *words).exit_code == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(generate, "sample", pytest.fail)
+            again = run(source, *words)
+        assert again.exit_code == 0
+        assert "holds these 4 images already" in again.stderr
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out", "out.npz", "out.PNG"}
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz", "out.png"])
+def test_ctrl_c_keeps_what_is_done(
+    source: Path, tmp_path: Path, name: str, interrupt: Callable[[int], list[int]]
+) -> None:
+    out, words = tmp_path / name, ["--seeds", "0-9", "--batch", "4"]
+    drawn = interrupt(2)
+    stopped = run(source, *words, "--out", out)
+    assert stopped.exit_code == 130
+    assert stopped.stderr.count("Interrupted: ") == 1
+    assert "8 of 10 images are kept in" in stopped.stderr
+    assert "the same command goes on" in stopped.stderr
+    assert run(source, *words, "--out", out).exit_code == 0
+    assert drawn == [*range(10)]
+    whole = tmp_path / f"whole{out.suffix}"
+    assert run(source, *words, "--out", whole).exit_code == 0
+    if out.is_dir():
+        assert {file.name: file.read_bytes() for file in out.glob("*.png")} == {
+            file.name: file.read_bytes() for file in whole.glob("*.png")
+        }
+    else:
+        assert out.read_bytes() == whole.read_bytes()
+    assert {entry.name for entry in tmp_path.iterdir()} == {out.name, whole.name}
+
+
+def test_torn_files_are_drawn_again(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(source, "--seeds", "0-3", "--out", out).exit_code == 0
+    whole = (out / "000002.png").read_bytes()
+    (out / "000002.png").write_bytes(whole[:-20])
+    (out / "000003.png").unlink()
+    assert run(source, "--seeds", "0-3", "--out", out).exit_code == 0
+    assert (out / "000002.png").read_bytes() == whole
+    assert (out / "000003.png").exists()
+
+
+def test_sigkill(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [
+        *("sample", str(source), "--nfe", "1", "--device", "cpu", "--seeds", "0-99", "--batch", "4"),
+        "--out",
+        str(out),
+    ]
+    child = subprocess.Popen([sys.executable, "-m", "edmdistill", *words], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("0*.png"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    kept = len(list(out.glob("0*.png")))
+    assert kept >= 4
+    (out / ".000099.png.0123abcd.new").write_text("half a picture")
+    assert run(source, *words[2:]).exit_code == 0
+    assert len(list(out.glob("0*.png"))) == 100
+    assert not [entry for entry in out.iterdir() if entry.name.startswith(".")]
+
+
+def test_a_folder_of_samples_is_a_data_set(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(source, "--seeds", "0-4,200", "--class", "3", "--class", "digit 7", "--out", out).exit_code == 0
+    document = json.loads((out / "dataset.json").read_text())
+    assert document["labels"] == [[f"{s:06d}.png", c] for s, c in zip([0, 1, 2, 3, 4, 200], [3, 7] * 3, strict=True)]
+    assert document["label_names"][7] == "digit 7"
+    data = open_dataset(out)
+    labels = data.labels(range(len(data)))
+    assert labels is not None
+    assert labels.tolist() == [3, 7] * 3
+
+
+def test_an_unfinished_folder_is_measured_with_a_word(
+    source: Path, tmp_path: Path, interrupt: Callable[[int], list[int]]
+) -> None:
+    out = tmp_path / "out"
+    interrupt(2)
+    assert run(source, "--seeds", "0-9", "--batch", "4", "--out", out).exit_code == 130
+    result = CliRunner().invoke(main, ["eval", str(out), "--protocol", "digits", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "not all of its 10 images are drawn" in result.stderr
+
+
+def test_other_weights_are_another_request(source: Path, tmp_path: Path) -> None:
+    moving = Path(shutil.copytree(source, tmp_path / "moving"))
+    assert run(moving, "--seeds", "0-1", "--out", tmp_path / "out").exit_code == 0
+    tiny_generator(tmp_path / "other", scale=0.5)
+    shutil.copy(tmp_path / "other" / "model.safetensors", moving)
+    result = run(moving, "--seeds", "0-1", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "holds other samples (weights " in result.stderr
+
+
+def test_an_npz_is_read_as_before(source: Path, tmp_path: Path) -> None:
+    assert run(source, "--seeds", "5,3,9", "--batch", "2", "--out", tmp_path / "a.npz").exit_code == 0
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        assert file["seeds"].tolist() == [5, 3, 9]
+        assert (file["images"].shape, file["images"].dtype) == ((3, 8, 8, 1), np.uint8)
+        assert file["labels"].shape == (3,)
