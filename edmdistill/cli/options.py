@@ -225,11 +225,11 @@ def interruptible(kept: Callable[[], str]) -> Iterator[None]:
 
 def say_unfinished(source: str) -> None:
     """Says so where a checkpoint or run, of which something is going to be made, has not come to its end."""
-    from edmdistill.checkpoints.store import unfinished
+    from edmdistill.checkpoints import store
     from edmdistill.sampling.load import config_of
 
-    config = config_of(source)
-    if config is not None and (sentence := unfinished(config)):
+    config, unfinished = config_of(source), getattr(store, "unfinished", None)
+    if config is not None and unfinished is not None and (sentence := unfinished(config)):
         say(sentence)
 
 
