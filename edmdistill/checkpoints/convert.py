@@ -22,6 +22,7 @@ from edmdistill.atomic import atomic_write, sha256_file
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.checkpoints.openai import read_openai
+from edmdistill.checkpoints.others import of_folder
 from edmdistill.checkpoints.run_state import PROGRESS, newest_readable, raw_weights
 from edmdistill.checkpoints.source import name_of, resolve
 from edmdistill.checkpoints.store import (
@@ -174,7 +175,7 @@ def read_source(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
     Raises: CheckpointError: it is neither.
     """
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: give the file to convert, as edm2-img512-s-2147483-0.025.pkl.")
+        raise CheckpointError(f"{path} {of_folder(path)}.")
     # Both write .pkl or .pt as they like; NVIDIA's files are never zip archives.
     return read_openai(path, sha256_file(path)) if zipfile.is_zipfile(path) else build_official(read_official(path))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +14,44 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
+from edmdistill.checkpoints.others import of_folder
+from edmdistill.checkpoints.source import downloaded
 from edmdistill.errors import CheckpointError
 
 
 def inspect(path: Path) -> dict[str, object]:
-    """What is in a checkpoint folder or an official pickle, as JSON has it.  `tensors`: shape and dtype by name.
+    """What is in a checkpoint folder, a run or a file that convert reads, as JSON has it.  `tensors`: shape and dtype by name.
 
     Raises: CheckpointError: neither, or damaged.
     """
-    return _ours(path) if path.is_dir() else _official(read_official(path))
+    if path.is_dir():
+        made = path / "generator"
+        return _ours(made if (made / "config.json").is_file() else path)
+    return _openai(path) if zipfile.is_zipfile(path) else _official(read_official(path))
+
+
+def _openai(path: Path) -> dict[str, object]:
+    """As convert reads it: this imports torch, for shapes alone."""
+    import torch
+
+    from edmdistill.checkpoints.openai import PRECONDITIONING, described, stored_weights
+
+    with downloaded(path):
+        stored = stored_weights(path)
+        shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
+        arguments, _ = described(path, shapes)
+    return {
+        "file": str(path),
+        "format": "weights of OpenAI's ADM for EDM, as edm_imagenet64_ema.pt",
+        "sha256": sha256_file(path),
+        "preconditioning": PRECONDITIONING,
+        "network": {"kind": "adm", **arguments},
+        "parameters": sum(tensor.numel for tensor in stored.values()),
+        "dtypes": dict(Counter(tensor.dtype for tensor in stored.values())),
+        "tensors": {name: [tensor.dtype, list(tensor.shape)] for name, tensor in stored.items()},
+    }
 
 
 def _official(checkpoint: OfficialCheckpoint) -> dict[str, object]:
@@ -73,10 +102,8 @@ def _ours(folder: Path) -> dict[str, object]:
             parts = {name: header.get_slice(name) for name in sorted(header.keys())}
             tensors = {name: [_dtype(part.get_dtype()), part.get_shape()] for name, part in parts.items()}
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} is not a checkpoint, as it holds no {Path(error.filename).name}: "
-            "give a converted teacher or the generator folder of a run."
-        ) from error
+        missing = f"it holds no {Path(error.filename).name}"
+        raise CheckpointError(f"{folder} {of_folder(folder)} ({missing}).") from error
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): convert or copy it again.") from error
     head = {"file": str(folder), "format": "edmdistill checkpoint", "sha256": digest}

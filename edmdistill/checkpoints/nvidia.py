@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import re
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edmdistill.checkpoints.others import TEACHER, of_entries, of_name, of_safetensors, of_tensors
 from edmdistill.checkpoints.source import downloaded
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import (
@@ -123,6 +125,8 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
     Raises: CheckpointError: the file cannot be read, is not such a pickle, or is damaged or forged.
     """
     path = Path(path)
+    if other := of_name(path):
+        raise CheckpointError(f"{path} {other}.")
     with downloaded(path):
         return _read(path)
 
@@ -168,10 +172,16 @@ def _unpacked(data: memoryview, path: Path) -> memoryview:
         raise Unreadable("is a web page, not a checkpoint: the download failed, see what the address shows")
     if head.startswith(b"version https://git-lfs"):
         raise Unreadable("is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            raise Unreadable("is a zip archive that is cut short or damaged: download it again")
         raise _only_weights("a zip archive of torch.save")
     if head[8:10] == b'{"':
-        raise _only_weights("a safetensors file")
+        beside = path.with_name("config.json")
+        if path.name == "model.safetensors" and beside.is_file():
+            raise Unreadable(f"is a part of a checkpoint: give its folder, {path.parent}")
+        header = bytes(data[8 : 8 + min(int.from_bytes(data[:8], "little"), 2**24)])
+        raise Unreadable(other) if (other := of_safetensors(header)) else _only_weights("a safetensors file")
     return data
 
 
@@ -242,8 +252,12 @@ def _entries(data: memoryview, budget: Budget) -> dict[str, object]:
     if not isinstance(root, dict):
         raise Unreadable(f"holds {_kind(root)} where a dict with a network under 'ema' is expected: {_WANTED}")
     if root and all(isinstance(value, StoredTensor) for value in root.values()):
-        raise _only_weights("a pickled dict of tensors")
+        raise Unreadable(other) if (other := of_tensors(root)) else _only_weights("a pickled dict of tensors")
     if "ema" not in root:
+        if other := of_entries(root):
+            raise Unreadable(other)
+        if one := next((name for name in root if re.fullmatch(r"(?i)g|g_ema|generator.*", name)), None):
+            raise Unreadable(f"holds a generator under {one[:60]!r} and no teacher: {TEACHER}")
         raise Unreadable(f"holds no network under 'ema' but {_names(root) or 'nothing'}: {_WANTED}")
     return root
 
@@ -258,6 +272,8 @@ def _names(names: Iterable[str]) -> str:
 
 def _checkpoint(path: Path, digest: str, entries: dict[str, object], budget: Budget) -> OfficialCheckpoint:
     ema = entries["ema"]
+    if isinstance(ema, _Object) and "generator" in ema.class_name.lower():
+        raise Unreadable(f"holds {_kind(ema)} under 'ema', a one-step generator and not a teacher: {TEACHER}")
     if not isinstance(ema, _Object) or ema.class_name not in _PRECONDITIONINGS:
         raise Unreadable(f"holds {_kind(ema)} under 'ema', not a network ({_names(_PRECONDITIONINGS)}): {_WANTED}")
     inner = ema.members("_modules", budget).get("unet" if ema.class_name == "Precond" else "model")

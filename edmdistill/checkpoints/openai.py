@@ -17,9 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edmdistill.archives import Archive
+from edmdistill.checkpoints.others import NVIDIA_64, of_entries, of_name, of_tensors
+from edmdistill.checkpoints.source import downloaded
 from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance, build_flow, facts, fill
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.pickles import StoredTensor, Unreadable
 
 HEAD_CHANNELS = 64
 RESOLUTIONS = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256}
@@ -45,40 +49,56 @@ class Unknown(Exception):
     """Why the weights are not such a network: the part of a sentence that follows the file's name."""
 
 
+KIND = "of OpenAI's .pt files, edm_imagenet64_ema.pt and others of its kind can be read"
+
+
 def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """The network in a `.pt` file of OpenAI's, and its configuration.
 
     Raises: CheckpointError: the file holds anything but such weights.
     """
-    weights = _load(path)
-    if path.name.startswith(("cd_", "ct_")):
-        # Same names, same shapes: only the file's name tells them apart.
-        raise CheckpointError(
-            f"{path} is by its name a consistency model, not a denoiser: give its teacher, edm_imagenet64_ema.pt."
-        )
-    try:
-        arguments, tensors = adm_of(weights)
-    except Exception as error:  # the weights are a stranger's: whatever they break, they are what is wrong
-        reason = error if isinstance(error, Unknown) else f"holds other weights than an ADM network ({error!r})"
-        raise CheckpointError(
-            f"{path} {reason}: of OpenAI's .pt files, edm_imagenet64_ema.pt and others of its kind can be read."
-        ) from error
+    with downloaded(path):
+        arguments, tensors = described(path, {name: tensor.tensor() for name, tensor in stored_weights(path).items()})
     flow = build_flow(NetworkSpec("adm", arguments), PRECONDITIONING, str(path))
     fill(flow.network, tensors, str(path))
     provenance = Provenance(source=path.name, sha256=sha256, licence="mit")
     return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save, which is not allowed to run anything."""
+def described(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adm_of.  Raises: CheckpointError: they are of another network."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises what it likes for a damaged file
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as weights of torch.save: {first}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f"{path} holds no plain dict of tensors: give weights such as edm_imagenet64_ema.pt.")
-    return weights
+        return adm_of(weights)
+    except Exception as error:  # the weights are a stranger's: whatever they break, they are what is wrong
+        other = of_tensors(weights)
+        reason = error if isinstance(error, Unknown) else f"holds other weights than an ADM network ({error!r})"
+        said = other or (str(reason) if ": give" in str(reason) else f"{reason}: {KIND}")
+        raise CheckpointError(f"{path} {said}.") from error
+
+
+def stored_weights(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file of torch.save, in which nothing is run.  What DistributedDataParallel names is unwrapped.
+
+    Raises: CheckpointError: by its name or its content, it is no state dict; or it is damaged.
+    """
+    if other := of_name(path):
+        raise CheckpointError(f"{path} {other}.")
+    try:
+        archive = Archive(path)
+        weights = archive.load("data.pkl", "data", {})
+        if not isinstance(weights, dict):
+            raise Unreadable("holds no plain dict of tensors: give weights such as edm_imagenet64_ema.pt")
+        tensors = {str(name).removeprefix("module."): value for name, value in weights.items()}
+        wrong = next((name for name, value in tensors.items() if not isinstance(value, StoredTensor)), None)
+        if wrong is not None or len(tensors) < len(weights):
+            other = of_entries(weights)
+            raise Unreadable(other or f"holds other weights than an ADM network (no tensor as {wrong!r:.60}): {KIND}")
+        archive.budget.take(sum(tensor.nbytes for tensor in tensors.values()))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except Unreadable as error:
+        raise CheckpointError(f"{path} {error}.") from error
+    return tensors
 
 
 def adm_of(weights: Mapping[str, Tensor], resolution: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -89,6 +109,7 @@ def adm_of(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
         resolution: the image size; None = by RESOLUTIONS.
     Raises: Unknown: they are of another network; KeyError, ValueError ...: of one that is nothing like it.
     """
+    _require_denoiser(weights["input_blocks.0.0.weight"].shape[1], weights["out.2.weight"].shape[0])
     left = dict(weights)
     model_channels = weights["time_embed.0.weight"].shape[1]
     sequences = len({name.split(".")[1] for name in weights if name.startswith("output_blocks.")})
@@ -150,6 +171,25 @@ def adm_of(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
         "attn_resolutions": sorted(attn_resolutions, reverse=True),
     }
     return arguments, tensors
+
+
+def _require_denoiser(channels_in: int, channels_out: int) -> None:
+    """Lets pass what takes an image and gives one: gray or RGB, as OpenAI's latents have no statistics.
+
+    Raises: Unknown: it is of guided-diffusion, or an upsampler.
+    """
+    if channels_in == 6:
+        raise Unknown(f"is an upsampler, which reads a small image too (6 channels in): give {NVIDIA_64}")
+    if channels_out == 2 * channels_in:
+        raise Unknown(
+            f"is a network of guided-diffusion, which learns variances too ({channels_out} channels out) on other "
+            f"noise levels than EDM's: give {NVIDIA_64}"
+        )
+    if channels_in != channels_out or channels_in not in (1, 3):
+        raise Unknown(
+            f"takes {channels_in} channels and gives {channels_out}, where a denoiser takes and gives the 1 or 3 of an "
+            "image: give edm_imagenet64_ema.pt or its like"
+        )
 
 
 def _sequences(levels: int, num_blocks: int, resolution: int) -> Iterator[tuple[str, int, list[str]]]:

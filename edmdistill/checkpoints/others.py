@@ -1,0 +1,95 @@
+"""Files that are not teachers: what they are by name and content, and what to give in their place.
+
+Facts: github.com/openai/guided-diffusion (names of files), openai/consistency_models (cm/train_util.py), NVlabs/edm
+(training/training_loop.py), mingyuanzhou/SiD (training/sid_training_loop.py), tianweiy/DMD2 (main/edm), sony/ctm.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edmdistill.pickles import StoredTensor
+
+NVIDIA_64 = "NVIDIA's own pickle of that network, edm-imagenet-64x64-cond-adm.pkl"
+TEACHER = "give the network that it was distilled from"
+_NAMES = (
+    (r"(cd|ct)_.+", f"is by its name a consistency model, a one-step generator and not a teacher: {TEACHER}, "
+                    "edm_imagenet64_ema.pt or its like"),
+    (r"target_model\d+\.pt", f"is by its name a consistency model, a one-step generator and not a teacher: {TEACHER}"),
+    (r"opt\d+\.pt", "is by its name the state of an optimizer: give the ema_*.pt beside it"),
+    (r"network-snapshot-\d+\.\d{6}-\d{6,}\.pkl(\.gz)?",
+     f"is by its name a one-step generator of SiD and not a teacher: {TEACHER}"),
+)  # fmt: skip
+"""Patterns of whole names of files, and the part of a sentence that follows."""
+_TENSORS = (
+    (r"time_embed_s\.", f"holds a generator of CTM, which is no teacher: {TEACHER}"),
+    (r"(model\.|unet\.)?((enc|dec)\.\d+x\d+_|map_(noise|layer0|label)\.|emb_(noise|fourier|label)\.)",
+     "is a dict of tensors of an EDM network without its class and arguments, as DMD2's one-step generators are too: "
+     "give a teacher's network pickle that the official code writes, for instance edm-cifar10-32x32-cond-vp.pkl"),
+    (r"(down_blocks|up_blocks|mid_block|time_embedding)\.",
+     "holds a network by diffusers' names, which cannot be read: give the pickle of NVIDIA's or the .pt of OpenAI's "
+     "that it was made from"),
+)  # fmt: skip
+"""Patterns of how a tensor's name begins, and the part of a sentence that follows."""
+
+
+def of_name(path: Path) -> str | None:
+    """Returns what a file is by its name, and what to give: the part of a sentence that follows the file's name."""
+    if path.name.startswith("training-state-"):
+        number = path.stem.rpartition("-")[2]
+        beside = sorted(path.parent.glob(f"network-snapshot-*{number}*.pkl")) or sorted(
+            path.parent.glob("network-snapshot-*.pkl")
+        )
+        give = beside[-1].name if beside else f"network-snapshot-{number}.pkl"
+        return f"is a training state, not a network: give the network-snapshot beside it, {give}"
+    return next((said for pattern, said in _NAMES if re.fullmatch(pattern, path.name)), None)
+
+
+def of_tensors(names: Iterable[object]) -> str | None:
+    """Returns what a state dict is by the names of its tensors; None for one that is not known."""
+    words = [str(name).removeprefix("module.") for name in names]
+    return next((said for pattern, said in _TENSORS if any(re.match(pattern, word) for word in words)), None)
+
+
+def of_entries(entries: Mapping[Any, object]) -> str | None:
+    """Returns what a dict that is no state dict holds beside or above its weights."""
+    names = [str(name)[:60] for name in entries]
+    if any(re.match(r"(g_|fake_score_)?optimizer", name) for name in names):
+        return "is a training state, not a network: give the network-snapshot beside it (network-snapshot-*.pkl)"
+    for name, inner in zip(names, entries.values(), strict=True):
+        if isinstance(inner, dict) and any(isinstance(value, StoredTensor) for value in inner.values()):
+            listed = ", ".join(map(repr, names[:8]))
+            return of_tensors(inner) or (
+                f"is a checkpoint of another program ({listed}), with its weights under {name!r}: write these alone to a "
+                "file by torch.save, if they are of an ADM network of OpenAI's"
+            )
+    return None
+
+
+def of_safetensors(header: bytes) -> str | None:
+    """Returns what a safetensors file is, by its header."""
+    try:
+        names = json.loads(header)
+    except (ValueError, RecursionError):
+        return None
+    return of_tensors(names) if isinstance(names, dict) else None
+
+
+def of_folder(folder: Path) -> str:
+    """Returns what a folder is that holds no checkpoint of ours, and what to give."""
+    names = {entry.name for entry in folder.iterdir()}
+    if {"config.json", "model.safetensors"} <= names and not names & {"model_index.json"}:
+        return "is a folder, a checkpoint that needs no conversion: give the file to convert"
+    if names & {"model_index.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "unet"}:
+        return (
+            "is a folder of diffusers', which cannot be read: give the pickle of NVIDIA's or the .pt of OpenAI's that "
+            "it was made from"
+        )
+    files = sorted(name for name in names if re.search(r"\.(pkl|pkl\.gz|pt)$", name) and "training-state" not in name)
+    if files:
+        return f"is a folder: give a file in it, for instance {files[-1]}"
+    return "is a folder without a checkpoint: give a converted teacher, a run, or the file to convert"
