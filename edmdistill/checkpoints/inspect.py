@@ -22,7 +22,9 @@ from edmdistill.errors import CheckpointError
 
 
 def inspect(path: Path) -> dict[str, object]:
-    """What is in a checkpoint folder, a run or a file that convert reads, as JSON has it.  `tensors`: shape and dtype by name.
+    """What is in a checkpoint folder, a run or a file that convert reads, as JSON has it.
+
+    `tensors`: dtype and shape by name.
 
     Raises: CheckpointError: neither, or damaged.
     """

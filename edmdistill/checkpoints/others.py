@@ -64,8 +64,8 @@ def of_entries(entries: Mapping[Any, object]) -> str | None:
         if isinstance(inner, dict) and any(isinstance(value, StoredTensor) for value in inner.values()):
             listed = ", ".join(map(repr, names[:8]))
             return of_tensors(inner) or (
-                f"is a checkpoint of another program ({listed}), with its weights under {name!r}: write these alone to a "
-                "file by torch.save, if they are of an ADM network of OpenAI's"
+                f"is a checkpoint of another program ({listed}), with its weights under {name!r}: write these alone to "
+                "a file by torch.save, if they are of an ADM network of OpenAI's"
             )
     return None
 

@@ -7,15 +7,27 @@ import click
 @click.argument("source", metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--tensors", is_flag=True, help="List every tensor, its dtype and its shape.")
-def command(source: str, as_json: bool, tensors: bool) -> None:
+@click.option("--classes", is_flag=True, help="Print the classes alone, a number and a name each.")
+def command(source: str, as_json: bool, tensors: bool, classes: bool) -> None:
     """Show what is in FILE, without running it.
 
-    FILE is an official EDM or EDM2 pickle, or a checkpoint folder of ours; a URL or a Hub id is downloaded first.
+    FILE is an official EDM or EDM2 pickle, OpenAI's .pt, a checkpoint folder of ours or a run, of which the generator
+    is shown; a URL or a Hub id is downloaded first.
     """
     from edmdistill.checkpoints.inspect import inspect, to_json, to_text
     from edmdistill.checkpoints.source import resolve
+    from edmdistill.errors import CheckpointError, printable
 
-    summary = inspect(resolve(source))
+    path = resolve(source)
+    summary = inspect(path)
+    if classes:
+        names = summary.get("label_names")
+        if not isinstance(names, list) or not names:
+            dim = summary.get("label_dim")
+            known = f"names none of its {dim} classes: they are chosen by number" if dim else "knows no classes"
+            raise CheckpointError(f"{path} {known}")
+        click.echo("\n".join(f"{number:>4} {printable(str(name))}" for number, name in enumerate(names)))
+        return
     if not tensors:
         del summary["tensors"]
     click.echo(to_json(summary) if as_json else to_text(summary))

@@ -1,0 +1,119 @@
+"""Networks of another kind do not pass as teachers: each is refused by one sentence that names what to give instead."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from edmdistill.checkpoints import openai
+from edmdistill.checkpoints.convert import read_source
+from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.openai import Unknown, adm_of, read_openai
+from edmdistill.errors import CheckpointError
+
+CASES = Path(__file__).parent.parent / "cases"
+NVIDIA = r"edm-imagenet-64x64-cond-adm\.pkl"
+
+
+def adm(channels_in: int, channels_out: int) -> dict[str, Tensor]:
+    """The ends of OpenAI's ADM: what says how many channels go in and come out."""
+    return {
+        "time_embed.0.weight": torch.zeros(512, 128),
+        "input_blocks.0.0.weight": torch.zeros(128, channels_in, 3, 3),
+        "out.2.weight": torch.zeros(channels_out, 128, 3, 3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("channels_in", "channels_out", "why"),
+    [
+        (3, 6, f"learns variances too.*{NVIDIA}"),  # 64x64_diffusion.pt
+        (1, 2, f"learns variances too.*{NVIDIA}"),
+        (6, 6, f"is an upsampler.*{NVIDIA}"),  # 64_256_upsampler.pt
+        (6, 3, f"is an upsampler.*{NVIDIA}"),
+        (3, 1, r"takes 3 channels and gives 1.*edm_imagenet64_ema\.pt"),
+        (4, 4, "takes 4 channels and gives 4"),
+    ],
+)
+def test_channels(channels_in: int, channels_out: int, why: str, tmp_path: Path) -> None:
+    with pytest.raises(Unknown, match=why):
+        adm_of(adm(channels_in, channels_out))
+    path = tmp_path / "model050000.pt"
+    torch.save(adm(channels_in, channels_out), path)
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*{why}[^\n]*\.$"):
+        read_openai(path, "")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_pass(channels: int) -> None:
+    openai._require_denoiser(channels, channels)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("ct_imagenet64.pt", "consistency model, a one-step generator and not a teacher"),
+        ("cd_bedroom256_lpips.pt", "consistency model, a one-step generator and not a teacher"),
+        ("target_model050000.pt", "consistency model, a one-step generator and not a teacher"),
+        ("opt050000.pt", "state of an optimizer"),
+        ("network-snapshot-1.200000-403968.pkl", "one-step generator of SiD and not a teacher"),
+    ],
+)
+def test_names(name: str, why: str, tmp_path: Path, golden: Path) -> None:
+    good = golden / "edm-tiny-cond.pkl" if name.endswith("pkl") else CASES / "ct_imagenet64.pt"
+    path = tmp_path / name
+    path.write_bytes(good.read_bytes())
+    with pytest.raises(CheckpointError, match=rf"is by its name .*{why}.*: give "):
+        read_source(path)
+
+
+@pytest.mark.parametrize("name", ["network-snapshot-000512.pkl", "network-snapshot-0002048-0.050.pkl", "cd.pkl"])
+def test_names_of_teachers_pass(name: str, tmp_path: Path, golden: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes((golden / "edm-tiny-cond.pkl").read_bytes())
+    assert read_official(path).network_class == "SongUNet"
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["time_embed.0.weight", "time_embed_s.0.weight"], "holds a generator of CTM"),
+        (["model.enc.64x64_conv.weight", "model.map_layer0.weight"], "DMD2's one-step generators"),
+        (["module.enc.8x8_conv.weight"], "tensors of an EDM network"),
+        (["unet.emb_fourier.freqs"], "tensors of an EDM network"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "diffusers' names"),
+    ],
+)
+def test_tensors_of_others(names: list[str], why: str, tmp_path: Path) -> None:
+    tensors = dict.fromkeys(names, torch.ones(2))
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"{why}.*: give "):
+        read_source(path)
+    torch.save({"model": tensors, "epoch": 3}, path)
+    with pytest.raises(CheckpointError, match=rf"{why}.*: give "):
+        read_source(path)
+
+
+def test_a_pickle_of_a_generator(tmp_path: Path, golden: Path) -> None:
+    path = tmp_path / "x.pkl"
+    good = (golden / "edm-tiny-cond.pkl").read_bytes()
+    old = pickle.SHORT_BINUNICODE + b"\x0aEDMPrecond"
+    assert old in good
+    path.write_bytes(good.replace(old, pickle.SHORT_BINUNICODE + b"\x0aGeneratorX"))
+    with pytest.raises(
+        CheckpointError, match=r"'GeneratorX' under 'ema', a one-step generator and not a teacher: give"
+    ):
+        read_official(path)
+    path.write_bytes(pickle.dumps({"G_ema": 1}))
+    with pytest.raises(CheckpointError, match="holds a generator under 'G_ema' and no teacher: give"):
+        read_official(path)
+
+
+def test_folders(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({}))
+    with pytest.raises(CheckpointError, match=r"is a folder of diffusers'.*: give"):
+        read_source(tmp_path)
