@@ -23,7 +23,9 @@ OTHER_IMAGES = (
     *(".jp2", ".j2k", ".jpx", ".jxl", ".heic", ".heif", ".avif", ".exr", ".hdr", ".psd", ".svg", ".dng", ".qoi"),
 )
 """Images by name, which are not read: refused, so that no part of a set is lost."""
-LABELS, GRID = "dataset.json", "grid.png"
+LABELS = "dataset.json"
+OURS = {"grid.png": "grid of samples", "samples.json": "record of samples"}
+"""What `edmdistill sample` leaves beside its images: no part of a set, and not worth a note."""
 JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "__pycache__"}
 """What systems leave beside a user's files, names in lower case."""
 MOST_CLASSES = 100_000
@@ -53,9 +55,10 @@ class Contents:
     def notes(self, name: str) -> list[str]:
         """Sentences on what was left out of the set that is called so."""
         notes = []
-        if self.left_out:
-            count = len(self.left_out)
-            notes.append(f"{name}: left out {count:,} file{'s' if count > 1 else ''}: {summary(self.left_out)}.")
+        left_out = {file: reason for file, reason in self.left_out.items() if reason not in OURS.values()}
+        if left_out:
+            count = len(left_out)
+            notes.append(f"{name}: left out {count:,} file{'s' if count > 1 else ''}: {summary(left_out)}.")
         if self.absent:
             count = len(self.absent)
             notes.append(
@@ -84,8 +87,8 @@ def read_contents(files: Files) -> Contents:
             left_out[member.name] = reason
         elif name.lower() == LABELS:
             described.append(member)
-        elif name == GRID and folder in numbered:
-            left_out[member.name] = "grid of samples"
+        elif name in OURS and folder in numbered:
+            left_out[member.name] = OURS[name]
         elif name.lower().endswith((*IMAGE_SUFFIXES, LATENT_SUFFIX)):
             images.append(member)
         elif name.lower().endswith(OTHER_IMAGES):

@@ -52,6 +52,7 @@ class Dataset:
         latent: whether it holds latents.
         img_channels, img_resolution, label_dim: C, H = W and the number of classes, as a network needs them.
         label_names: the name of each class, or None.
+        source_notes: those of `notes` that are not on classes without images.
     Raises:
         DatasetError: an image cannot be read, is not square, or differs in shape from the first; or latents are to
             be mirrored.
@@ -73,7 +74,7 @@ class Dataset:
         self.name, self.split, self.xflip = name, split, xflip
         self.label_dim = 0 if labels is None else max(int(labels.max()) + 1, len(label_names or ()))
         self.label_names = None if label_names is None else list(label_names)
-        self._content, self._notes = content, list(notes)
+        self._content, self.source_notes = content, list(notes)
         self._labels = np.tile(labels, 2) if xflip and labels is not None else labels
         self.files, self._read = files, read
         first = read(0)
@@ -99,18 +100,18 @@ class Dataset:
         """Sentences for the user: which files were left out, and which classes have no images."""
         missing = self.missing_classes
         if not missing:
-            return list(self._notes)
+            return list(self.source_notes)
         sentence = (
             f"{self.name}: {len(missing):,} of the {self.label_dim:,} classes {'have' if len(missing) > 1 else 'has'} "
             f"no image, the first {missing[0]}"
         )
         first = " (the labels begin at 1, and classes are counted from 0)" if self._from_one() else ""
-        return [*self._notes, f"{sentence}{first}."]
+        return [*self.source_notes, f"{sentence}{first}."]
 
     def note(self, sentence: str) -> None:
         """Adds a sentence for the user to `notes`, once."""
-        if sentence not in self._notes:
-            self._notes.append(sentence)
+        if sentence not in self.source_notes:
+            self.source_notes.append(sentence)
 
     @property
     def class_counts(self) -> list[int]:

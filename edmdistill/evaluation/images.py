@@ -108,7 +108,9 @@ def found(source: Tensor | str | Path, label_dim: int) -> Images:
     seeds = [int(name) for name in names] if all(name.isdecimal() for name in names) else None
     classes = data.labels(range(len(data)))
     size = (data.img_channels, data.img_resolution, data.img_resolution)
-    return Images(len(data), size, data.images, classes, seeds, _scheme(classes, seeds, label_dim), tuple(data.notes))
+    return Images(
+        len(data), size, data.images, classes, seeds, _scheme(classes, seeds, label_dim), tuple(data.source_notes)
+    )
 
 
 def _scheme(classes: Tensor | None, seeds: Sequence[int] | None, label_dim: int) -> Scheme:
