@@ -27,7 +27,7 @@ FILES = {
     "unet/edmdistill_network.py": "edmdistill.export.remote.network",
 }
 """Code, and the module that it is made of."""
-VAE = '    vae = AutoencoderKL.from_pretrained("{}")\n'
+VAE = "    vae = AutoencoderKL.from_pretrained({})\n"
 
 
 def require() -> None:
@@ -49,7 +49,7 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     return f"""\
     import torch
     from diffusers import {"AutoencoderKL, " if latent else ""}DiffusionPipeline
-{VAE.format(config.encoder.get("vae_name", "stabilityai/sd-vae-ft-mse")) if latent else ""}\
+{VAE.format(json.dumps(str(config.encoder.get("vae_name", "stabilityai/sd-vae-ft-mse")))) if latent else ""}\
     pipe = DiffusionPipeline.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True{", vae=vae" if latent else ""})
     generator = [torch.Generator().manual_seed(seed) for seed in range(16)]
     images = pipe(num_inference_steps=2, generator=generator{classes}).images

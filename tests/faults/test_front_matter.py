@@ -1,6 +1,8 @@
 """Front matter, licences and names in cards: what comes from outside stays text, and adds no field."""
 
+import ast
 import re
+import textwrap
 from pathlib import Path
 
 import msgspec
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from edmdistill.card import card
+from edmdistill.checkpoints.convert import load_flow
 from edmdistill.checkpoints.documents import front_matter
 from edmdistill.checkpoints.store import CheckpointConfig, _card
 from edmdistill.errors import printable
@@ -94,6 +97,17 @@ def test_front_matter_is_read_as_it_was_meant(fields: dict[str, object]) -> None
         if isinstance(value, str):
             assert isinstance(found[name], str)
             assert found[name] == printable(value)
+
+
+def test_no_name_is_code_in_what_a_readme_tells_to_run(golden: Path) -> None:
+    flow, config = load_flow(golden / "edm2-latent-cond.pkl")
+    name = '")\nimport os; os.system("x")  # `'
+    config = replace(config, stage="generator", encoder={**config.encoder, "vae_name": name})
+    for target in ("diffusers", "nvidia"):
+        block = re.search(r"(?m)(^    .*\n)+", TARGETS[target].readme(flow, config))
+        assert block is not None
+        tree = ast.parse(textwrap.dedent(block[0]))
+        assert not any(isinstance(node, ast.Name) and node.id == "os" for node in ast.walk(tree))
 
 
 def test_no_document_tells_a_secret() -> None:

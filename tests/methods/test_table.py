@@ -104,4 +104,6 @@ def test_every_line_is_true(name: str) -> None:
 
 def test_the_lists_of_methods_agree() -> None:
     assert {path.name for path in SHIPPED.iterdir() if path.is_dir()} == set(METHODS)
+    documented = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert not [name for name in METHODS if not re.search(rf"\b{name}\b", documented)]
     assert f"Train a network by a method: {', '.join(METHODS)}." in re.sub(r"\s+", " ", run("--help"))
