@@ -202,7 +202,7 @@ def test_one_generator_learns_the_trajectories_of_all_weights(kind: type[Method]
     optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
     for step in range(800):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 800)
-        draws = Draws([0, step], 64)
+        draws = Draws([2, step], 64)
         batch = Batch(STD * draws.normal(1, 4, 4), torch.ones(64, 1))
         method.turns()[-1].loss(batch, draws).value.mean().backward()
         optimizer.step()
