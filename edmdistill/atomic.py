@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,6 +93,16 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
                 shutil.rmtree(scratch, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yields a folder among the system's temporary files; those of killed processes are removed first."""
+    place = Path(tempfile.gettempdir()) / "edmdistill"
+    remove_leftovers(place.parent, place.name)
+    with _scratch(place) as folder:
+        folder.chmod(0o700)
+        yield folder
 
 
 def sha256_file(path: Path) -> str:

@@ -11,7 +11,6 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import msgspec
@@ -29,7 +28,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill import __version__
-from edmdistill.atomic import sha256_file
+from edmdistill.atomic import sha256_file, temporary_folder
 from edmdistill.card import card, is_own, usual_nfe
 from edmdistill.checkpoints.convert import load_model
 from edmdistill.checkpoints.generator import Generator
@@ -301,7 +300,7 @@ def _signature(card: bytes | None) -> str | None:
 def _require_same(package: Package, revision: str) -> None:
     """Raises: HubError: what the Hub gives back does not draw what was sent."""
     where = f"{package.repository}@{revision:.8}"
-    with TemporaryDirectory() as fresh:
+    with temporary_folder() as fresh:
         with hub_calls(f"{where} is published, but cannot be had back"):
             snapshot_download(
                 package.repository, revision=revision, local_dir=fresh, allow_patterns=list(package.files)

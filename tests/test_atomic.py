@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edmdistill import atomic
-from edmdistill.atomic import atomic_write, remove_leftovers, sha256_file
+from edmdistill.atomic import atomic_write, remove_leftovers, sha256_file, temporary_folder
 from edmdistill.errors import CheckpointError
 
 SYSTEM_CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.chmod"}
@@ -172,3 +172,14 @@ def test_the_longest_name_is_written(tmp_path: Path):
 def test_digests(tmp_path: Path):
     (tmp_path / "empty").touch()
     assert sha256_file(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_temporary_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / ".edmdistill.0123abcd.new").mkdir()
+    with temporary_folder() as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+        assert folder.stat().st_mode & 0o777 == 0o700
+        with temporary_folder() as other:
+            assert sorted(tmp_path.iterdir()) == sorted([folder, other])
+    assert not list(tmp_path.iterdir())
