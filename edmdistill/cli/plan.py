@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edmdistill.cli.options import FiniteFloat, Name
 from edmdistill.cli.train import OFFLOADS, Words
 from edmdistill.errors import RecipeError
-from edmdistill.training.cards import CARDS
+from edmdistill.methods import METHODS
+from edmdistill.training.cards import CARDS, this_machine
 
 if TYPE_CHECKING:
     from edmdistill.networks.flow import FlowNetwork
     from edmdistill.recipes import Recipe
 
+HERE = "this machine"
 PRECISIONS = ("fp32", "bf16")
 """Those that differ: fp16 takes what bf16 takes."""
 
@@ -22,6 +25,7 @@ PRECISIONS = ("fp32", "bf16")
 @click.command("plan")
 @click.argument("recipe")
 @click.argument("teacher", required=False)
+@click.option("--method", type=Name(METHODS), help="For a recipe that names none.  [default: the recipe's own]")
 @click.option("--guide", metavar="SOURCE", help="As train's; or a published network's name.")
 @click.option("--network", metavar="NAME", help="A published network in TEACHER's place, as edm2-img512-s.")
 @click.option("--data", help="For a recipe that makes its network: the data that say its shape.")
@@ -32,12 +36,15 @@ PRECISIONS = ("fp32", "bf16")
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="As train's.")
 @click.option("--checkpoint-activations", is_flag=True, help="As train's.")
 @click.option("--card", "names", type=click.Choice(list(CARDS)), multiple=True, help="For this GPU; may be repeated.")
-@click.option("--utilisation", type=click.FloatRange(0, 1), default=0.35, show_default=True, help="Of a GPU's peak.")
+@click.option(
+    "--utilisation", type=FiniteFloat(0, 1, min_open=True), default=0.35, show_default=True, help="Of a GPU's peak."
+)
 @click.option("--all", "all_", is_flag=True, help="Every precision, with and without sharding and checkpointing, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     recipe: str,
     teacher: str | None,
+    method: str | None,
     guide: str | None,
     network: str | None,
     data: str | None,
@@ -64,7 +71,7 @@ def command(
     from edmdistill.training.engine import Machine
     from edmdistill.training.plan import Plan, images_per_second, make_plan, measure
 
-    resolved = load_recipe(recipe, None, sets)
+    resolved = load_recipe(recipe, method, sets)
     flow = _flow(resolved, teacher, network, data)
     its_guide = None if guide is None else _published(guide) if guide in SIZES else outline(guide)
     training = resolved.training
@@ -72,7 +79,7 @@ def command(
     rows = min(micro_batch or share, share)
     accumulates = rows < share
     machine = Machine(shard=shard and processes > 1, offload=offload, checkpointing=checkpoint_activations)
-    chosen = {name: CARDS[name] for name in names or CARDS}
+    chosen = {name: CARDS[name] for name in names} if names else {**CARDS, HERE: this_machine()}
 
     def show(stage: str) -> None:
         if sys.stderr.isatty():
@@ -96,7 +103,8 @@ def command(
     }
     cards = []
     for name, card in chosen.items():
-        speed = images_per_second(plan, card, training.precision != "fp32", utilisation, processes)
+        half = training.precision != "fp32"
+        speed = images_per_second(plan, card, half, utilisation, processes, training.batch, rows)
         largest = plan.largest_micro_batch(card.memory, share)
         days = training.images / speed / 86400
         cards.append({"card": name, "largest_micro_batch": largest, "images_per_second": speed, "days": days})
@@ -127,14 +135,10 @@ def command(
 
 def _flow(recipe: "Recipe", teacher: str | None, network: str | None, data: str | None) -> "FlowNetwork":
     """The network on the meta device."""
-    import torch
-
     from edmdistill.checkpoints.convert import outline
     from edmdistill.data.datasets import open_dataset
-    from edmdistill.networks import new_network
-    from edmdistill.networks.flow import FlowNetwork
-    from edmdistill.networks.preconditioning import EDM
     from edmdistill.networks.sizes import SIZES
+    from edmdistill.training.run import sketch
 
     if teacher is not None:
         return outline(teacher)
@@ -146,10 +150,7 @@ def _flow(recipe: "Recipe", teacher: str | None, network: str | None, data: str 
         raise RecipeError("the plan needs the teacher's shape: name a checkpoint, or --network edm2-img512-s")
     if data is None:
         raise RecipeError("this recipe makes its network for the data: name them by --data")
-    found, own = open_dataset(data, split=recipe.data.split), recipe.network
-    with torch.device("meta"):
-        made = new_network(own.kind, found.img_resolution, found.img_channels, found.label_dim, **own.arguments)
-    return FlowNetwork(made, EDM(sigma_data=own.sigma_data))
+    return sketch(recipe.network, open_dataset(data, split=recipe.data.split))
 
 
 def _published(name: str) -> "FlowNetwork":
@@ -166,6 +167,12 @@ def _published(name: str) -> "FlowNetwork":
         return FlowNetwork(new_network(kind, *shape, **arguments), EDM())
 
 
+def _bytes(size: float) -> str:
+    """A number of bytes, 13 characters wide."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit / 10), (1e3, "kB"))
+    return f"{size / unit:10.2f} {name}"
+
+
 def _text(document: dict[str, Any], recipe: "Recipe", processes: int, rows: int) -> str:
     roles = ", ".join(f"{role} {count / 1e6:,.1f}M" for role, count in document["parameters"].items())
     training, peak = recipe.training, document["peak"]
@@ -175,17 +182,17 @@ def _text(document: dict[str, Any], recipe: "Recipe", processes: int, rows: int)
         f"{document['flops_per_image'] / 1e9:,.4g} GFLOP an image, {document['forward_flops'] / 1e9:,.4g} of them in a "
         "forward pass.",
         "",
-        *(f"{size / 1e9:10.2f} GB  {name}" for name, size in document["bytes"].items() if size),
-        f"{peak['micro_batch'] / 1e9:10.2f} GB  at most on each GPU, in micro-batches of {rows:,}",
-        *(f"{size / 1e9:10.2f} GB  in the {role}'s turn" for role, size in lesser.items()),
-        f"{peak['one_image'] / 1e9:10.2f} GB  in micro-batches of one image",
+        *(f"{_bytes(size)}  {name}" for name, size in document["bytes"].items() if size),
+        f"{_bytes(peak['micro_batch'])}  at most on each GPU, in micro-batches of {rows:,}",
+        *(f"{_bytes(size)}  in the {role}'s turn" for role, size in lesser.items()),
+        f"{_bytes(peak['one_image'])}  in micro-batches of one image",
         "",
         f"GPU          largest micro-batch    images/s   days for {training.images:,} images, at "
         f"{document['utilisation']:.0%} of its peak",
     ]
     for card in document["cards"]:
         largest = card["largest_micro_batch"]
-        speed = f"{card['images_per_second']:10,.0f}   {card['days']:.1f}" if largest else "         -   -"
+        speed = f"{card['images_per_second']:10,.4g}   {card['days']:.2g}" if largest else "         -   -"
         lines.append(f"{card['card']:<12} {largest or 'does not fit':>19}  {speed}")
     if document["others"]:
         names = list(document["others"][0]["largest_micro_batch"])
@@ -196,5 +203,5 @@ def _text(document: dict[str, Any], recipe: "Recipe", processes: int, rows: int)
             how += ", checkpointing" if other["checkpointing"] else ""
             how += ", sharded" if other["shard"] else ""
             fits = "".join(f"{count or '-':>12}" for count in other["largest_micro_batch"].values())
-            lines.append(f"{how:<34}{other['one_image'] / 1e9:8.1f}{fits}")
+            lines.append(f"{how:<34}{other['one_image'] / 1e9:8.2g}{fits}")
     return "\n".join(lines)

@@ -43,7 +43,8 @@ def expected(run: Summary) -> Expected:
     taken = max((line["memory"] for line in run.metrics if "memory" in line), default=None)
     own = None
     if card is not None:
-        own = images_per_second(plan, CARDS[card], training.precision != "fp32", UTILISATION, processes)
+        half = training.precision != "fp32"
+        own = images_per_second(plan, CARDS[card], half, UTILISATION, processes, training.batch, rows)
         notes.append(f"The plan takes {UTILISATION:.0%} of what a {card} can multiply.")
     elif session:
         notes.append("How fast this machine can multiply is not known, so that the plan has no time.")

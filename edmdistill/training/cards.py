@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from typing import NamedTuple
+
+LAUNCH = 10e-6
+"""Seconds that torch takes at least for a call, whatever it computes: 5 to 20 us by the processor, in eager mode."""
 
 
 class Card(NamedTuple):
-    """memory: bytes.  half: bf16 and fp16, single: TF32, dense on tensor cores; operations a second.
+    """memory: bytes.  half: bf16 and fp16, single: TF32, dense on tensor cores; operations a second.  launch: seconds a
+    call of torch.
 
     fp32 networks compute in TF32 there: it is what torch's convolutions take unless they are told otherwise.
     """
@@ -14,6 +21,38 @@ class Card(NamedTuple):
     memory: float
     half: float
     single: float
+    launch: float = LAUNCH
+
+
+def this_machine() -> Card:
+    """Returns the first GPU of this machine, or its CPU, as measured in a moment by matrix products and small calls."""
+    import torch
+
+    from edmdistill.training.doctor import host_memory
+
+    gpu = torch.cuda.is_available()
+    device, size = ("cuda", 4096) if gpu else ("cpu", 512)
+
+    def seconds(act: Callable[[], object], times: int) -> float:
+        act()
+        best = math.inf
+        for _ in range(3):
+            begin = time.perf_counter()
+            for _ in range(times):
+                act()
+            if gpu:
+                torch.cuda.synchronize()
+            best = min(best, (time.perf_counter() - begin) / times)
+        return best
+
+    def rate(dtype: torch.dtype) -> float:
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        return float(2 * size**3 / seconds(lambda: matrix @ matrix, 4))
+
+    small = torch.ones(1, device=device)
+    memory = torch.cuda.get_device_properties(0).total_memory if gpu else host_memory()[0]
+    launch = seconds(lambda: small + small, 1000)
+    return Card(memory, rate(torch.bfloat16), rate(torch.float32), max(launch, LAUNCH))
 
 
 def card_of(name: str, memory: float) -> str | None:

@@ -78,6 +78,7 @@ class Plan(NamedTuple):
         sharded: whether FSDP2 shares out what is here.
         flops: operations of one round for an image, forward and backward, those done again among them.
         forward_flops: of one pass of the product's network.
+        calls: of torch in one round of micro-batches.
     """
 
     parameters: dict[str, int]
@@ -91,6 +92,7 @@ class Plan(NamedTuple):
     sharded: bool
     flops: float
     forward_flops: float
+    calls: int
 
     @property
     def resident(self) -> int:
@@ -132,6 +134,7 @@ class Measured(NamedTuple):
     lent: bool
     flops: float
     forward_flops: float
+    calls: int
 
 
 def measure(
@@ -166,13 +169,14 @@ def measure(
             network.network.checkpoint_blocks()
 
     # Two images and three, of every turn: what lives at a moment of it grows evenly with the images.
-    passes, flops = {}, 0.0
+    passes, flops, calls = {}, 0.0, 0
     for turn in probe.turns:
         on_progress(f"the {turn.role}'s turn")
         two, three = (_follow(probe, turn, rows) for rows in (ROWS, ROWS + 1))
         passes[turn.role] = Pass(two.learnt, _lines(two.live, three.live), _lines(two.own, three.own))
         flops += two.flops / ROWS
-    return Measured(recipe, probe.networks, passes, lent, flops, forward_flops(flow))
+        calls += len(two.live)
+    return Measured(recipe, probe.networks, passes, lent, flops, forward_flops(flow), calls)
 
 
 def forward_flops(flow: FlowNetwork) -> float:
@@ -211,12 +215,23 @@ def make_plan(measured: Measured, machine: Machine = Machine(), processes: int =
         sharded=machine.shard,
         flops=measured.flops,
         forward_flops=measured.forward_flops,
+        calls=measured.calls,
     )
 
 
-def images_per_second(plan: Plan, card: Card, half: bool, utilisation: float, processes: int) -> float:
-    """At a share `utilisation` of what the cards can multiply."""
-    return utilisation * (card.half if half else card.single) * processes / plan.flops
+def images_per_second(
+    plan: Plan, card: Card, half: bool, utilisation: float, processes: int, batch: int, micro_batch: int
+) -> float:
+    """Returns the speed at a share `utilisation` of what the cards can multiply, or, of small networks, at that of the
+    calls of torch.
+
+    Args:
+        batch: of all processes.
+        micro_batch: of one.
+    """
+    multiplied = utilisation * (card.half if half else card.single) * processes / plan.flops
+    pieces = -(-batch // (processes * micro_batch))
+    return min(multiplied, batch / (pieces * plan.calls * card.launch))
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]

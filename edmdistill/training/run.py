@@ -22,15 +22,17 @@ from edmdistill.checkpoints.store import (
     MODEL,
     CheckpointConfig,
     Guidance,
+    NetworkSpec,
     Provenance,
     Sampling,
+    build_flow,
     checkpoint_in,
     facts,
     load_checkpoint,
 )
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import spread, statistics_of
-from edmdistill.errors import RecipeError, TrainingError
+from edmdistill.errors import CheckpointError, RecipeError, TrainingError
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
@@ -38,6 +40,7 @@ from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.rebuild import add_guidance, add_logvar
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.recipes import Network, Recipe
+from edmdistill.training.doctor import host_memory
 from edmdistill.training.ema import Ema, profiles
 from edmdistill.training.engine import Engine, Machine, Player, like, load_whole
 from edmdistill.training.environment import most_memory
@@ -334,19 +337,33 @@ def read_teacher(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
     return flow, replace(config, provenance=replace(config.provenance, parent=sha256))
 
 
-def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
-    """A network that fits the data, with fresh weights, and its configuration."""
-    if "label_dim" not in table.arguments:
-        dataset.require_zero()
-    arguments = {
+def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
+    """Returns the network that a recipe describes, for these data, on the meta device.
+
+    Raises: RecipeError: its arguments make none, or it would not fit into the host's memory.
+    """
+    shape = {
         "img_resolution": dataset.img_resolution,
         "img_channels": dataset.img_channels,
         "label_dim": dataset.label_dim,
-    } | table.arguments
+    }
+    spec = NetworkSpec(table.kind, shape | table.arguments)
     try:
-        network = new_network(table.kind, **arguments)
-    except (TypeError, ValueError) as error:
+        flow = build_flow(spec, {"kind": "edm", "sigma_data": table.sigma_data}, "[network]")
+    except CheckpointError as error:
         raise RecipeError(f"[network.arguments] make no {table.kind} network: {error}") from error
+    parameters, memory = sum(p.numel() for p in flow.parameters()), host_memory()[0]
+    if 4 * parameters > memory:
+        raise RecipeError(
+            f"[network.arguments] make a network of {parameters:,} parameters, more than the {memory / 1e9:.0f} GB of "
+            "this machine hold: make it smaller"
+        )
+    return flow
+
+
+def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
+    """A network that fits the data, with fresh weights, and its configuration."""
+    network = new_network(table.kind, **sketch(table, dataset).network.arguments)
     kind: Literal["log_sigma", "time"] = "time" if network.positional_time else "log_sigma"
     flow = FlowNetwork(network, EDM(sigma_data=table.sigma_data, c_noise_kind=kind))
     provenance = Provenance(source=f"a network trained by {method} on {Path(dataset.name).name}")

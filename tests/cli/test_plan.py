@@ -28,6 +28,23 @@ def test_text() -> None:
     assert result.stderr == ""
 
 
+def test_a_tiny_network_is_as_fast_as_its_calls_and_as_large_as_it_is() -> None:
+    """No GPU takes a step of thousands of calls in microseconds; this machine has a row of its own."""
+    result = plan("cosim/digits", TEACHER)
+    rows = {line[:12].strip(): line.split() for line in result.stdout.splitlines()[-9:]}
+    assert 10 < float(rows["h200"][2]) < 10_000
+    assert 1 < float(rows["this machine"][3]) < 10_000
+    assert " 0.00 " not in result.stdout
+
+
+def test_a_recipe_without_a_method(tmp_path: Path) -> None:
+    training = "images = 8\nbatch = 8\nlr = 1e-3\nlog_every = 8\nsnapshot_every = 8\n"
+    (tmp_path / "mine.toml").write_text(f"[training]\n{training}[ema]\nhalf_life_images = 8\n")
+    result = plan(str(tmp_path / "mine.toml"), TEACHER, "--method", "sid", "--card", "h100")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("sid in fp32")
+
+
 def test_every_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edmdistill.cli.plan.PRECISIONS", ("bf16",))
     document = json.loads(plan("sid/digits", TEACHER, "--processes", "2", "--all", "--json").stdout)

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import RecipeError
 from edmdistill.methods import METHODS
-from edmdistill.recipes import SHIPPED, Recipe, load_recipe
+from edmdistill.recipes import SHIPPED, Network, Recipe, load_recipe
+from edmdistill.training.run import sketch
 
 NUMBERS = [0, -1, 1, 1.5, 1e-320, 1e308, 2**31, 2**63, 10**30, 10**400, math.inf, -math.inf, math.nan]
 WORDS = ["", "none", "adam", "\x00", "a" * 5000, "../../etc/passwd", "\N{BELL}", "nan", "{", "[[", "'"]
@@ -139,3 +141,28 @@ def test_a_file_of_wrong_types(line: str, tmp_path: Path):
 def test_an_absurd_number(override: str):
     with pytest.raises(RecipeError, match=override.partition("=")[0]):
         load_recipe("cosim/digits", "cosim", [override])
+
+
+NETWORKS: list[dict[str, object]] = [
+    {"model_channels": -8},
+    {"model_channels": 10**9},
+    {"model_channels": "8"},
+    {"model_channels": [8]},
+    {"channel_mult": 3},
+    {"channel_mult": []},
+    {"channel_mult": ["a"]},
+    {"num_blocks": 10**9},
+    {"num_blocks": None},
+    {"channels_per_head": 0},
+    {"img_channels": {}},
+    {"nothing": 1},
+]
+
+
+@pytest.mark.parametrize("arguments", NETWORKS, ids=repr)
+def test_arguments_that_make_no_network(arguments: dict[str, object]):
+    table = Network(kind="edm2", arguments={"model_channels": 8, "channel_mult": [1], "num_blocks": 1} | arguments)
+    with pytest.raises(RecipeError) as error:
+        sketch(table, open_dataset("digits"))
+    assert str(error.value).startswith("[network.arguments] make ")
+    assert str(error.value).isprintable()
