@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from edmdistill.data.contents import read_contents
 from edmdistill.data.decode import decode_array, decode_image
-from edmdistill.data.files import Files, Member, open_files, refusing
+from edmdistill.data.files import WHAT, Files, Member, open_files, refusing
 from edmdistill.errors import DatasetError, printable
 
 IN_MEMORY_BYTES = 2**28  # smaller sets are decoded when they are opened, so that every error comes at once
@@ -259,6 +259,8 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
     """
     if str(source) == "digits":
         return _open_digits(split, xflip)
+    if not str(source).strip():  # as a path it would be the working directory
+        raise DatasetError(f"the data set's name is empty; {WHAT}")
     path = Path(source)
     if split not in ("train", "all"):
         raise DatasetError(f"{path} has no split {split!r}: a zip or folder is one training set; use 'train'")

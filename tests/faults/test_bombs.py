@@ -243,6 +243,11 @@ def test_names_that_no_system_takes(name: str, message: str) -> None:
     refused(Path(name), message)
 
 
+def test_an_empty_name_is_not_the_working_directory() -> None:
+    with pytest.raises(DatasetError, match="the data set's name is empty; give a zip, a folder, or the word digits"):
+        open_dataset("")
+
+
 def test_the_largest_image_is_read(tmp_path: Path) -> None:
     out = io.BytesIO()
     Image.fromarray(np.zeros((4096, 4096), np.uint8)).save(out, "png", compress_level=1)
