@@ -89,7 +89,9 @@ def test_files_are_for_people(folder: Path) -> None:
     assert text.startswith('{\n  "format_version": "1.0",\n  "stage": "teacher"')
     assert json.loads(text)["c_noise"] == "0.25 ln(sigma)"
     card = (folder / CARD).read_text()
-    assert card.startswith("---\nlibrary_name: edmdistill\nlicense: mit\n")
+    assert card.startswith(
+        "---\nlibrary_name: edmdistill\npipeline_tag: unconditional-image-generation\nlicense: mit\n"
+    )
     assert "edm.pkl" in card
 
 
