@@ -142,6 +142,9 @@ def to_text(summary: Mapping[str, object]) -> str:
         match value:
             case dict():
                 text = ", ".join(f"{_word(key)} {_word(item)}" for key, item in value.items())
+            case list() if name == "results" and value:
+                lines += _results(value)
+                continue
             case list():
                 text = "; ".join(map(_word, value))
             case _:
@@ -156,6 +159,23 @@ def to_text(summary: Mapping[str, object]) -> str:
     return "\n".join(lines)
 
 
+def _results(results: list[object]) -> list[str]:
+    """Results as a table, a line for each metric; what a file says of them may be of any type."""
+
+    def part(value: object, name: str) -> object:
+        return value.get(name) if isinstance(value, dict) else None
+
+    rows = [("results", "NFE", "gamma", "guidance", "metric", "value")]
+    for result in results:
+        sampler, metrics = part(result, "sampler"), part(result, "metrics")
+        facts = [part(part(result, "protocol"), "name"), *(part(sampler, key) for key in ("nfe", "gamma", "guidance"))]
+        words = ["-" if fact is None else _word(fact) for fact in facts]
+        for metric, value in (metrics if isinstance(metrics, dict) else {}).items():
+            rows.append((*words, _word(metric), _word(value)))  # type: ignore[arg-type]  # a word for each column
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def _word(value: object) -> str:
     """A value on one line, escaped as in JSON, so that no file talks to the terminal."""
     match value:
@@ -167,6 +187,8 @@ def _word(value: object) -> str:
             return f"{value:.6g}"
         case list():
             return f"[{', '.join(map(_word, value))}]"
+        case dict():
+            return f"({', '.join(f'{_word(key)} {_word(item)}' for key, item in value.items())})"
         case str() if value.isprintable():
             return value
     return json.dumps(value)

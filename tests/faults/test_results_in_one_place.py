@@ -71,3 +71,25 @@ def test_sweep_takes_the_options_of_eval(run: Path) -> None:
     swept = json.loads(call("sweep", run, *words).stdout)
     assert swept == json.loads(call("eval", run, *words).stdout)
     assert swept["results"][0]["protocol"]["seeds"] == "5-8"
+
+
+def test_inspect_shows_a_table(run: Path) -> None:
+    words = ["--protocol", "digits", "--nfe", "1,2", "--n", 4, "--device", "cpu", "--save"]
+    assert call("eval", run, *words).exit_code == 0
+    text = call("inspect", run / "generator").stdout
+    assert "{" not in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("digits ")]
+    assert [(row[1], row[4]) for row in rows] == [
+        (nfe, metric) for nfe in "12" for metric in ("fd_digits@4", "class_accuracy@4")
+    ]
+
+
+def test_inspect_survives_results_of_any_type(run: Path) -> None:
+    path = run / "generator" / "config.json"
+    document = json.loads(path.read_text())
+    document["results"] = [1, {"metrics": 2}, {"metrics": {"a\x1b": [1]}, "sampler": "x"}]
+    path.write_text(json.dumps(document))
+    result = call("inspect", run / "generator")
+    assert result.exit_code in (0, 2)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert "\x1b" not in result.output
