@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
-from edmdistill.checkpoints.others import of_folder
+from edmdistill.checkpoints.others import of_folder, refuse_by_name
 from edmdistill.checkpoints.source import downloaded
 from edmdistill.errors import CheckpointError
 
@@ -40,6 +40,7 @@ def _openai(path: Path) -> dict[str, object]:
 
     from edmdistill.checkpoints.openai import PRECONDITIONING, described, stored_weights
 
+    refuse_by_name(path)
     with downloaded(path):
         stored = stored_weights(path)
         shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edmdistill.checkpoints.others import TEACHER, of_entries, of_name, of_safetensors, of_tensors
+from edmdistill.checkpoints.others import TEACHER, of_entries, of_safetensors, of_tensors, refuse_by_name
 from edmdistill.checkpoints.source import downloaded
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import (
@@ -125,8 +125,7 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
     Raises: CheckpointError: the file cannot be read, is not such a pickle, or is damaged or forged.
     """
     path = Path(path)
-    if other := of_name(path):
-        raise CheckpointError(f"{path} {other}.")
+    refuse_by_name(path)
     with downloaded(path):
         return _read(path)
 

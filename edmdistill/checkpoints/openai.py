@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.archives import Archive
-from edmdistill.checkpoints.others import NVIDIA_64, of_entries, of_name, of_tensors
+from edmdistill.checkpoints.others import NVIDIA_64, of_entries, of_tensors, refuse_by_name
 from edmdistill.checkpoints.source import downloaded
 from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance, build_flow, facts, fill
 from edmdistill.errors import CheckpointError
@@ -57,6 +57,7 @@ def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]
 
     Raises: CheckpointError: the file holds anything but such weights.
     """
+    refuse_by_name(path)
     with downloaded(path):
         arguments, tensors = described(path, {name: tensor.tensor() for name, tensor in stored_weights(path).items()})
     flow = build_flow(NetworkSpec("adm", arguments), PRECONDITIONING, str(path))
@@ -79,10 +80,8 @@ def described(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any]
 def stored_weights(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file of torch.save, in which nothing is run.  What DistributedDataParallel names is unwrapped.
 
-    Raises: CheckpointError: by its name or its content, it is no state dict; or it is damaged.
+    Raises: CheckpointError: it is no state dict, or damaged.
     """
-    if other := of_name(path):
-        raise CheckpointError(f"{path} {other}.")
     try:
         archive = Archive(path)
         weights = archive.load("data.pkl", "data", {})

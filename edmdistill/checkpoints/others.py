@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edmdistill.errors import CheckpointError
 from edmdistill.pickles import StoredTensor
 
 NVIDIA_64 = "NVIDIA's own pickle of that network, edm-imagenet-64x64-cond-adm.pkl"
@@ -35,6 +36,12 @@ _TENSORS = (
      "that it was made from"),
 )  # fmt: skip
 """Patterns of how a tensor's name begins, and the part of a sentence that follows."""
+
+
+def refuse_by_name(path: Path) -> None:
+    """Raises: CheckpointError: the file is by its name no teacher."""
+    if other := of_name(path):
+        raise CheckpointError(f"{path} {other}.")
 
 
 def of_name(path: Path) -> str | None:

@@ -43,6 +43,7 @@ def command(
 
     from edmdistill.checkpoints.nvidia import read_official
     from edmdistill.checkpoints.source import resolve
+    from edmdistill.errors import printable, without_secrets
 
     path = resolve(source)
     if not path.is_dir() and not zipfile.is_zipfile(path):
@@ -68,17 +69,18 @@ def command(
         document = {"schema_version": 1, "path": str(done.path), "config": done.config, "parity": parity}
         click.echo(msgspec.json.format(msgspec.json.encode(document)).decode())
         return
+    said = printable(without_secrets(source))
     if not done.parity:
-        click.echo(f"{done.path} holds the conversion of {source} already: nothing was done.")
+        click.echo(f"{done.path} holds the conversion of {said} already: nothing was done.")
         return
     config, size = done.config, done.config.network.arguments["img_resolution"]
     click.echo(
-        f"{config.provenance.source}: {config.network.kind}, {size}x{size} pixels, {config.label_dim} classes, "
-        f"preconditioned as {config.preconditioning['kind']}."
+        f"{printable(config.provenance.source)}: {config.network.kind}, {size}x{size} pixels, "
+        f"{config.label_dim} classes, preconditioned as {config.preconditioning['kind']}."
     )
     click.echo(f"Largest relative difference of its denoised images after the conversion:\n\n{table(done.parity)}\n")
     click.echo(f"{done.path} is written: under {config.provenance.licence}, a TrigFlow teacher with two times.")
     if time_embedding:
         click.echo("It is another function than its source. To train it on, and to see whether it is as good again:")
         click.echo(f"  edmdistill train diffusion {done.path} --data DATA --recipe RECIPE --run-dir RUN")
-        click.echo(f"  edmdistill loss RUN {source} --data DATA")
+        click.echo(f"  edmdistill loss RUN {said} --data DATA")

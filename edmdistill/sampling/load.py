@@ -13,7 +13,7 @@ from edmdistill.checkpoints.convert import Weights
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.source import resolve
 from edmdistill.checkpoints.store import CONFIG, MODEL, CheckpointConfig, checkpoint_in, read_config
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, without_secrets
 from edmdistill.networks.flow import Denoiser
 
 
@@ -46,7 +46,7 @@ def weights_digest(source: str | Path, model: Generator | Denoiser, weights: Wei
 def digest_of(source: str | Path) -> str:
     """The sha256 of a file, or the word itself where it names no file."""
     path = Path(source)
-    return sha256_file(path) if path.is_file() else str(source)
+    return sha256_file(path) if path.is_file() else without_secrets(str(source))
 
 
 def pick_device(name: str | None) -> torch.device:

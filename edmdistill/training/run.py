@@ -32,7 +32,7 @@ from edmdistill.checkpoints.store import (
 )
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import spread, statistics_of
-from edmdistill.errors import CheckpointError, RecipeError, TrainingError
+from edmdistill.errors import CheckpointError, RecipeError, TrainingError, without_secrets
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
@@ -475,7 +475,7 @@ def read_init(source: str | Path, recipe: Recipe) -> Init:
     known = state is not None and (state / "auxiliary.safetensors").is_file()
     auxiliary = raw_weights(state, "auxiliary") if state is not None and known else {}
     file = path / f"{product}.safetensors" if (path / PROGRESS).is_file() else checkpoint_in(path) / MODEL
-    return Init(str(source), flow, config, sha256_file(file), auxiliary)
+    return Init(without_secrets(str(source)), flow, config, sha256_file(file), auxiliary)
 
 
 def require_alike(init: Init, flow: FlowNetwork, config: CheckpointConfig) -> None:

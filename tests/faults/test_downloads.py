@@ -162,6 +162,14 @@ def test_a_damaged_download_is_not_kept(web: Server, golden: Path) -> None:
     assert read_official(resolve(f"{web.url}/edm.pkl")).sha256 == hashlib.sha256(good).hexdigest()
 
 
+def test_whole_files_are_kept_whatever_their_name(web: Server) -> None:
+    web.answer = lambda handler: send(handler)  # type: ignore[method-assign]
+    path = resolve(f"{web.url}/network-snapshot-1.200000-403968.pkl")
+    with pytest.raises(CheckpointError, match="one-step generator of SiD"):
+        read_official(path)
+    assert path.exists()
+
+
 def test_files_of_the_user_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "edm.pkl"
     path.write_bytes(b"\x80\x02")

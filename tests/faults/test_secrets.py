@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from edmdistill.checkpoints.source import name_of, resolve
+from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, EdmDistillError, HubError, public_address, without_secrets
 from edmdistill.evaluation.protocol import provenance
 
@@ -66,6 +68,18 @@ def test_no_failed_download_tells(address: str, tmp_path: Path, monkeypatch: pyt
     assert SECRET not in str(caught.value)
     assert str(caught.value).isprintable()
     assert not any(SECRET in path.name for path in tmp_path.rglob("*"))
+
+
+def test_convert_does_not_tell(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edmdistill.checkpoints.source._download", lambda url: golden / "edm2-rgb-cond.pkl")
+    address = f"https://user:{SECRET}@host/a/edm2.pkl?token={SECRET}"
+    for _ in range(2):  # written, and there already
+        done = CliRunner().invoke(main, ["convert", address, str(tmp_path / "out")])
+        assert done.exit_code == 0, done.output
+        assert SECRET not in done.output
+    kept = [path for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"]
+    assert all(SECRET not in path.read_text() for path in kept)
+    assert any("https://host/a/edm2.pkl" in path.read_text() for path in kept)
 
 
 def test_results_do_not_tell() -> None:
