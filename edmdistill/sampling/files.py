@@ -196,12 +196,16 @@ class Samples:
         """Finds out what is there, and whether it is all.  Nothing is changed unless it makes way."""
         if self.kind and self.out.exists():
             if _mark(self.out) == self.digest:
+                shutil.rmtree(self.folder, ignore_errors=True)  # what a kill just after the file was whole left
+                remove_leftovers(self.out.parent, self.out.name)
                 return True
             if not overwrite:
                 raise EdmDistillError(f"{self.out} exists already: choose another name, or say --overwrite")
         there = read_request(self.folder)
         if there is None:
-            if self.folder.is_dir() and any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
+            if self.kind:
+                shutil.rmtree(self.folder, ignore_errors=True)  # killed before its request was there, or after
+            elif self.folder.is_dir() and any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
                 raise EdmDistillError(
                     f"{self.folder} holds files that edmdistill sample did not write: choose another folder"
                 )

@@ -126,3 +126,21 @@ def test_check_output(tmp_path: Path, name: str, latent: bool, message: str) -> 
 def test_good_outputs_pass_and_leave_nothing(tmp_path: Path, name: str) -> None:
     check_output(tmp_path / name, latent=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_parts_beside_a_whole_file_go(tmp_path: Path) -> None:
+    """Of a process that was killed when the file was whole and its parts were still there."""
+    out, parts = tmp_path / "a.npz", tmp_path / ".a.npz.parts"
+    request = write(out, images(), SEEDS, None).request
+    parts.mkdir()
+    (parts / "00000000.npz").touch()
+    (tmp_path / ".a.npz.0123abcd.new").mkdir()
+    assert Samples(out, request, 3, SEEDS, None).finished
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_parts_without_their_request_are_in_nobodys_way(tmp_path: Path) -> None:
+    Samples(tmp_path / "a.npz", {"seeds": SEEDS}, 3, SEEDS, None).put([0], images()[:1])
+    (tmp_path / ".a.npz.parts" / "samples.json").unlink()
+    write(tmp_path / "a.npz", images(), SEEDS, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
