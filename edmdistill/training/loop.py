@@ -31,7 +31,7 @@ from torch import Tensor
 from edmdistill.checkpoints.run_state import Progress, saved_states
 from edmdistill.data.datasets import indices
 from edmdistill.draws import Draws
-from edmdistill.errors import CheckpointError, Elsewhere, TrainingError
+from edmdistill.errors import CheckpointError, DatasetError, Elsewhere, TrainingError
 from edmdistill.methods.base import Batch, Look, Loss, Turn
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes import Training
@@ -139,8 +139,13 @@ def train(
                 if stopping:
                     break
         except Diverged as error:
-            sentence = f"{str(error).rstrip('.')}; {_way_back(folder, health, error.advice)}"
+            sentence = f"{str(error).rstrip('.')}; {_way_back(run, folder, health, error.advice)}"
             raise (TrainingError if engine.is_main else Elsewhere)(sentence) from error
+        except DatasetError as error:
+            raise TrainingError(
+                f"{str(error).rstrip('.')}; if it has changed since the run began, put it back, and the same command "
+                "goes on; a set with another in its place, or without it, needs another --run-dir"
+            ) from error
         except (CheckpointError, OSError) as error:
             if not (isinstance(error, CheckpointError) or error.errno in DISK):
                 raise
@@ -352,14 +357,15 @@ def _is_snapshot(run: Run) -> bool:
     return run.images >= run.recipe.training.images or due(run.recipe.training.snapshot_every, run)
 
 
-def _way_back(folder: RunDir, health: Health, advice: str | None) -> str:
+def _way_back(run: Run, folder: RunDir, health: Health, advice: str | None) -> str:
     """Returns where a run that went wrong was last in good health, and what to do."""
     states, healthy = saved_states(folder.state), newest_healthy(folder.state, health.well)
     if advice is not None:
         return advice
     other = "try a lower training.lr in another --run-dir"
     if healthy is not None:
-        return f"the last good state is {healthy}; {other}, from its weights by --init {healthy}, or from the start"
+        how = f"as TEACHER, {healthy}" if run.method.product == "teacher" else f"by --init {healthy}"
+        return f"the last good state is {healthy}; {other}, from its weights {how}, or from the start"
     return f"no state before it {'was healthy' if states else 'was saved'}; {other}"
 
 

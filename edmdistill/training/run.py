@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,6 @@ from edmdistill.checkpoints.convert import load_flow, read_source
 from edmdistill.checkpoints.run_state import PROGRESS, newest_readable, raw_weights
 from edmdistill.checkpoints.source import resolve
 from edmdistill.checkpoints.store import (
-    CONFIG,
     MODEL,
     CheckpointConfig,
     Guidance,
@@ -323,18 +321,24 @@ def take_stage(run: Run, role: str) -> None:
 
 
 def read_teacher(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
-    """A teacher and its configuration, as parent of what comes from it; of a run directory, the one trained there."""
+    """Returns a teacher and its configuration, as the parent of what comes from it.
+
+    Args:
+        source: a checkpoint, ours or official; a run directory, whose average is taken; or one of its states,
+            RUN/state/IMAGES, whose raw weights are.
+    Raises: TrainingError: it is a generator.  CheckpointError: it cannot be read.
+    """
     path = resolve(source)
-    if path.is_dir():
-        path = path / "generator" if (path / "generator" / CONFIG).is_file() else path
-        flow, config = load_checkpoint(path)
+    if (path / PROGRESS).is_file():
+        (flow, config), file = load_flow(path), path / "teacher.safetensors"
+    elif path.is_dir():
+        folder = checkpoint_in(path)
+        (flow, config), file = load_checkpoint(folder), folder / MODEL
     else:
-        flow, config = read_source(path)
+        (flow, config), file = read_source(path), path
     if config.stage != "teacher":
         raise TrainingError(f"{source} is a {config.stage}, made by {config.method}: give its teacher")
-    with (path / MODEL if path.is_dir() else path).open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return flow, replace(config, provenance=replace(config.provenance, parent=sha256))
+    return flow, replace(config, provenance=replace(config.provenance, parent=sha256_file(file)))
 
 
 def sketch(table: Network, dataset: Dataset) -> FlowNetwork:

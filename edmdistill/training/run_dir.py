@@ -160,7 +160,7 @@ def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
 
 def _require_run(path: Path) -> None:
     if not (path / RECIPE).is_file():
-        raise TrainingError(f"{path} exists and is no run directory: give another --run-dir, or remove it")
+        raise TrainingError(f"{path} exists and is no run directory: give another --run-dir")
 
 
 def _lock(path: Path, lock: IO[str]) -> None:

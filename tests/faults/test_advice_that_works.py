@@ -1,0 +1,85 @@
+"""What a run that went wrong advises is done here, and works."""
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edmdistill.data import datasets
+from edmdistill.errors import TrainingError
+from edmdistill.recipes import Recipe
+from edmdistill.training import monitors
+from edmdistill.training.engine import Machine
+from edmdistill.training.loop import train
+from edmdistill.training.run import Run, prepare
+
+
+def test_an_image_that_cannot_be_read(
+    recipe: Callable[..., Recipe], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Put back, the run goes on; left out, it is another set."""
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)  # images are read when they are wanted
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "dataset.json").write_text(
+        f'{{"labels": [{", ".join(f"""["{number:02d}.png", {number % 10}]""" for number in range(40))}]}}'
+    )
+    for number in range(40):
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(folder / f"{number:02d}.png")
+
+    def begin() -> Run:
+        made = recipe("cosim", images=80, snapshot_every=8)
+        return prepare(made, data=folder, teacher=teacher, machine=Machine("cpu"))
+
+    run, broken = begin(), folder / f"{int(datasets.indices(0, 20, 1, 40)):02d}.png"
+    sound = broken.read_bytes()
+    with pytest.raises(TrainingError) as error:
+        train(run, tmp_path / "run", on_round=lambda images, measures: broken.write_bytes(sound[:40]), note=str)
+    assert f"{broken.name} is not a readable image" in str(error.value)
+    assert "if it has changed since the run began, put it back, and the same command goes on" in str(error.value)
+    broken.write_bytes(sound)
+    heard: list[str] = []
+    assert train(begin(), tmp_path / "run", note=heard.append).finished
+    assert heard[0] == "Going on after 8 images."
+
+
+@pytest.mark.parametrize("method", ["cosim", "diffusion"])
+def test_back_to_the_last_good_state(
+    method: str,
+    recipe: Callable[..., Recipe],
+    start: Callable[..., Run],
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def judge(self: monitors.Health, line: dict[str, float]) -> list[monitors.Alarm]:
+        if line["images"] < 24:
+            self.well = int(line["images"])
+            return []
+        self._found = {"collapse"}
+        return [monitors.Alarm("collapse", "It is ill.")]
+
+    monkeypatch.setattr(monitors.Health, "judge", judge)
+    with pytest.raises(TrainingError) as error:
+        train(start(method, images=80, log_every=8, snapshot_every=8), tmp_path / "run", stop_on={"collapse"}, note=str)
+    state = tmp_path / "run/state/000000000016"
+    how = f"by --init {state}" if method == "cosim" else f"as TEACHER, {state}"
+    assert str(error.value).endswith(f"in another --run-dir, from its weights {how}, or from the start")
+    source, init = (teacher, state) if method == "cosim" else (state, None)
+    run = prepare(recipe(method, lr=1e-3), data="digits", teacher=source, machine=Machine("cpu"), init=init)
+    monkeypatch.undo()
+    assert train(run, tmp_path / "again", note=str).finished
+
+
+def test_files_have_the_mode_that_the_umask_gives(start: Callable[..., Run], tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        train(start("sid", images=8, snapshot_every=8), tmp_path / "run", note=str)
+    finally:
+        os.umask(before)
+    for file in tmp_path.rglob("*"):
+        assert stat.S_IMODE(file.stat().st_mode) == (0o750 if file.is_dir() else 0o640), file
