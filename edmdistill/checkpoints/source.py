@@ -68,12 +68,13 @@ def resolve(source: str | Path) -> Path:
         raise CheckpointError(f"{public_address(text)} cannot be downloaded: give an address of http, https or hf.")
     try:
         path = Path(source).expanduser()
-        exists, regular = path.exists(), path.is_file() or path.is_dir()
+        exists, parts = path.exists(), [path, path / "config.json", path / "model.safetensors"]
+        regular = not any(part.exists() and not (part.is_file() or part.is_dir()) for part in parts)
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{text[:200]} cannot be a path: {reason}.") from error
     if exists and not regular:
-        raise CheckpointError(f"{path} is a pipe or a device: write what it holds to a file, and give that.")
+        raise CheckpointError(f"{path} is or holds a pipe or a device: write what it holds to a file, and give that.")
     if exists:
         return path
     if text in SHIPPED:

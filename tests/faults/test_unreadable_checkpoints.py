@@ -90,8 +90,9 @@ def test_odd_archives(tmp_path: Path) -> None:
 @pytest.mark.timeout(20)
 def test_pipes_and_devices(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pkl")
-    for source in (tmp_path / "pipe.pkl", "/dev/zero"):
-        with pytest.raises(CheckpointError, match="is a pipe or a device"):
+    os.mkfifo(tmp_path / "model.safetensors")
+    for source in (tmp_path / "pipe.pkl", "/dev/zero", tmp_path):
+        with pytest.raises(CheckpointError, match="a pipe or a device"):
             resolve(source)
 
 
