@@ -88,6 +88,12 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.reshape(x.shape[0], heads, -1, 3, x.shape[2] * x.shape[3])
 
 
+def require_heads(channels: int, heads: int) -> None:
+    """Lets channels be split among heads.  heads 0 = no attention.  Raises: ValueError: they do not divide."""
+    if heads and channels % heads:
+        raise ValueError(f"{channels} channels cannot be split among {heads} heads of attention")
+
+
 def self_attention(qkv: Tensor) -> Tensor:
     """Attention among pixels, each head on its own.  qkv [B,heads,C/heads,3,H*W] -> [B,heads,C/heads,H*W]"""
     # Contiguous: torch has fused kernels for that alone, and else makes the matrix of all pairs of pixels.

@@ -5,13 +5,24 @@ Source: Dhariwal & Nichol 2021, section 3; Karras et al. 2022 (EDM), table 7.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from edmdistill.networks.arguments import (
+    Channels,
+    Classes,
+    Count,
+    Dropout,
+    ImageChannels,
+    Multipliers,
+    OptionalChannels,
+    Resolution,
+    Resolutions,
+    Share,
+)
 from edmdistill.networks.base import Network
 from edmdistill.networks.embeddings import GuidanceEmbedding, PositionalEmbedding, TimeEmbedding
 from edmdistill.networks.two_time import SecondTime
@@ -30,21 +41,21 @@ class DhariwalUNet(Network):
 
     def __init__(
         self,
-        img_resolution: int,
-        in_channels: int,
-        out_channels: int,
-        label_dim: int = 0,
-        augment_dim: int = 0,
-        model_channels: int = 192,
-        channel_mult: Sequence[int] = (1, 2, 3, 4),
-        channel_mult_emb: int = 4,
-        num_blocks: int = 3,
-        attn_resolutions: Sequence[int] = (32, 16, 8),
-        dropout: float = 0.10,
-        label_dropout: float = 0.0,
+        img_resolution: Resolution,
+        in_channels: ImageChannels,
+        out_channels: ImageChannels,
+        label_dim: Classes = 0,
+        augment_dim: OptionalChannels = 0,
+        model_channels: Channels = 192,
+        channel_mult: Multipliers = (1, 2, 3, 4),
+        channel_mult_emb: Count = 4,
+        num_blocks: Count = 3,
+        attn_resolutions: Resolutions = (32, 16, 8),
+        dropout: Dropout = 0.10,
+        label_dropout: Share = 0.0,
         two_time: bool = False,
-        logvar_channels: int = 0,
-        logvar_heads: int = 1,
+        logvar_channels: OptionalChannels = 0,
+        logvar_heads: Count = 1,
         positional_time: bool = False,
         double_norm: bool = False,
         guided: bool = False,

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from edmdistill.draws import uniform, words
 from edmdistill.kernels.magnitude import normalize
+from edmdistill.networks.arguments import check_arguments
 from edmdistill.networks.embeddings import GuidanceEmbedding
 from edmdistill.networks.magnitude import GAINS, MPConv, MPFourier
 
@@ -68,13 +69,19 @@ class Network(nn.Module, ABC):
     logvar_linear: nn.Module | None
 
     def __init__(self, arguments: dict[str, Any], img_channels: int) -> None:
-        """arguments: locals(), asked for in the first line of the constructor."""
+        """Checks and keeps the arguments.
+
+        Args:
+            arguments: locals(), asked for in the first line of the constructor.
+        Raises: ValueError: see check_arguments.
+        """
         super().__init__()
         self.arguments: dict[str, Any] = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in arguments.items()
             if name not in ("self", "__class__")
         }
+        check_arguments(type(self), self.arguments)
         self.img_resolution = arguments["img_resolution"]
         self.img_channels = img_channels
         self.label_dim = arguments["label_dim"]

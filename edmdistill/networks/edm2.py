@@ -18,7 +18,21 @@ from torch import Tensor, nn
 
 from edmdistill.kernels.dropout import dropout
 from edmdistill.kernels.magnitude import mp_cat, mp_silu, mp_sum, normalize
-from edmdistill.kernels.ops import downsample, is_box, self_attention, separable, split_heads, upsample
+from edmdistill.kernels.ops import downsample, is_box, require_heads, self_attention, separable, split_heads, upsample
+from edmdistill.networks.arguments import (
+    Channels,
+    Classes,
+    Count,
+    Dropout,
+    ImageChannels,
+    Limit,
+    Multipliers,
+    OptionalChannels,
+    Resolution,
+    Resolutions,
+    Share,
+    Taps,
+)
 from edmdistill.networks.base import Network, Residual
 from edmdistill.networks.embeddings import GuidanceEmbedding, TimeEmbedding
 from edmdistill.networks.magnitude import MPConv, MPFourier
@@ -50,6 +64,7 @@ class Block(Residual):
         self.resample = resample
         self.resample_filter = resample_filter
         self.num_heads = out_channels // channels_per_head if attention else 0
+        require_heads(out_channels, self.num_heads)
         self.dropout = dropout
         self.res_balance = res_balance
         self.attn_balance = attn_balance
@@ -116,25 +131,25 @@ class UNet(Network):
 
     def __init__(
         self,
-        img_resolution: int,
-        img_channels: int,
-        label_dim: int,
-        model_channels: int = 192,
-        channel_mult: Sequence[int] = (1, 2, 3, 4),
-        channel_mult_noise: int | None = None,
-        channel_mult_emb: int | None = None,
-        num_blocks: int = 3,
-        attn_resolutions: Sequence[int] = (16, 8),
-        label_balance: float = 0.5,
-        concat_balance: float = 0.5,
-        resample_filter: Sequence[float] = (1, 1),
-        channels_per_head: int = 64,
-        dropout: float = 0.0,
-        res_balance: float = 0.3,
-        attn_balance: float = 0.3,
-        clip_act: float | None = 256.0,
-        logvar_channels: int = 128,
-        logvar_heads: int = 1,
+        img_resolution: Resolution,
+        img_channels: ImageChannels,
+        label_dim: Classes,
+        model_channels: Channels = 192,
+        channel_mult: Multipliers = (1, 2, 3, 4),
+        channel_mult_noise: Count | None = None,
+        channel_mult_emb: Count | None = None,
+        num_blocks: Count = 3,
+        attn_resolutions: Resolutions = (16, 8),
+        label_balance: Share = 0.5,
+        concat_balance: Share = 0.5,
+        resample_filter: Taps = (1, 1),
+        channels_per_head: Channels = 64,
+        dropout: Dropout = 0.0,
+        res_balance: Share = 0.3,
+        attn_balance: Share = 0.3,
+        clip_act: Limit | None = 256.0,
+        logvar_channels: OptionalChannels = 128,
+        logvar_heads: Count = 1,
         two_time: bool = False,
         positional_time: bool = False,
         double_norm: bool = False,

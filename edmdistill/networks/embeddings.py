@@ -20,6 +20,8 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, endpoint: bool = False, sin_first: bool = False) -> None:
         super().__init__()
+        if channels % 2 or channels < 4:
+            raise ValueError(f"the time embedding has {channels} channels, where an even number from 4 on is needed")
         self.channels = channels
         self.endpoint = endpoint
         self.sin_first = sin_first
@@ -39,6 +41,8 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        if channels % 2:
+            raise ValueError(f"the time embedding has {channels} channels, where an even number is needed")
         self.register_buffer("freqs", torch.randn(channels // 2) * 16)
 
     def forward(self, c_noise: Tensor) -> Tensor:

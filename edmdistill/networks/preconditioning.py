@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.errors import TrainingError
+from edmdistill.networks.arguments import typed
 
+Sigma = Annotated[float, Meta(ge=1e-9, le=1e9)]
 Coefficients = tuple[Tensor | float, Tensor | float, Tensor | float, Tensor]
 
 
@@ -33,14 +37,20 @@ class Preconditioning(ABC):
         sigma_min, sigma_max: the noise levels of training and sampling, finite and cut to `supported`.
     """
 
-    sigma_data: float = 0.5
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    sigma_data: Sigma = 0.5
+    sigma_min: Sigma = 0.002
+    sigma_max: Sigma = 80.0
 
     def __post_init__(self) -> None:
+        """Raises: ValueError: noise levels that make no range."""
         low, high = self.supported
         object.__setattr__(self, "sigma_min", max(self.sigma_min, low))
         object.__setattr__(self, "sigma_max", min(self.sigma_max, high))
+        if not (0 < self.sigma_data < math.inf and 0 < self.sigma_min < self.sigma_max < math.inf):
+            raise ValueError(
+                f"sigma_data is {self.sigma_data:g}, sigma_min {self.sigma_min:g}, sigma_max {self.sigma_max:g}, where "
+                "all are to be positive and finite, and sigma_min below sigma_max"
+            )
 
     @property
     def supported(self) -> tuple[float, float]:
@@ -78,7 +88,7 @@ class EDM(Preconditioning):
         c_noise_kind: log_sigma, or time: then c_noise is t = arctan(sigma / sigma_data).  Source: sCM, section 4.1.
     """
 
-    c_noise_scale: float = 0.25
+    c_noise_scale: Annotated[float, Meta(gt=0, le=1e6)] = 0.25
     c_noise_kind: Literal["log_sigma", "time"] = "log_sigma"
 
     def __post_init__(self) -> None:
@@ -131,10 +141,10 @@ class VP(NoisePrediction):
         epsilon_t: least t of training.
     """
 
-    beta_d: float = 19.9
-    beta_min: float = 0.1
-    M: int = 1000
-    epsilon_t: float = 1e-5
+    beta_d: Annotated[float, Meta(gt=0, le=1e3)] = 19.9
+    beta_min: Annotated[float, Meta(ge=0, le=1e3)] = 0.1
+    M: Annotated[int, Meta(ge=2, le=1_000_000)] = 1000
+    epsilon_t: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
 
     sign = -1.0
 
@@ -157,8 +167,8 @@ class VP(NoisePrediction):
 class VE(NoisePrediction):
     """Variance exploding.  Source: EDM, table 1."""
 
-    sigma_min: float = 0.02
-    sigma_max: float = 100.0
+    sigma_min: Sigma = 0.02
+    sigma_max: Sigma = 100.0
 
     sign = 1.0
 
@@ -169,11 +179,14 @@ class VE(NoisePrediction):
         return torch.ones_like(sigma)
 
 
+MOST_LEVELS = 10_000
+
+
 @cache
 def _iddpm_levels(C_1: float, C_2: float, M: int) -> Tensor:
     """The M + 1 noise levels u_0 > ... > u_M = 0, float32 as in the official state.  Source: EDM, table 1."""
-    if not 0 < M <= 10_000:
-        raise ValueError(f"iDDPM has 1 to 10000 noise levels, but {M} were asked for")
+    if not 0 < M <= MOST_LEVELS:
+        raise ValueError(f"iDDPM has 1 to {MOST_LEVELS} noise levels, but {M} were asked for")
 
     def alpha_bar(j: int) -> Tensor:
         return (0.5 * math.pi * torch.tensor(j, device="cpu") / M / (C_2 + 1)).sin() ** 2
@@ -193,9 +206,9 @@ class IDDPM(NoisePrediction):
         M: number of noise levels.
     """
 
-    C_1: float = 0.001
-    C_2: float = 0.008
-    M: int = 1000
+    C_1: Annotated[float, Meta(gt=0, lt=1)] = 0.001
+    C_2: Annotated[float, Meta(gt=0, le=1)] = 0.008
+    M: Annotated[int, Meta(ge=2, le=MOST_LEVELS)] = 1000
 
     sign = -1.0
 
@@ -233,3 +246,15 @@ class IDDPM(NoisePrediction):
 
 
 PRECONDITIONINGS: dict[str, type[Preconditioning]] = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}
+
+
+def make_preconditioning(kind: str, numbers: Mapping[str, object]) -> Preconditioning:
+    """Returns the preconditioning of that kind, a key of PRECONDITIONINGS.
+
+    Raises: ValueError: a number that it does not know, of another type, or out of its range.
+    """
+    class_ = PRECONDITIONINGS[kind]
+    for name in numbers.keys() - {field.name for field in fields(class_)}:
+        raise ValueError(f"{name[:100]}: the preconditioning {kind} has no such number")
+    made: Preconditioning = typed(numbers, class_)
+    return made

@@ -6,13 +6,25 @@ Source: Song et al. 2021 (score SDE), appendix H; Karras et al. 2022 (EDM), tabl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from edmdistill.networks.arguments import (
+    Channels,
+    Classes,
+    Count,
+    Dropout,
+    ImageChannels,
+    Multipliers,
+    OptionalChannels,
+    Resolution,
+    Resolutions,
+    Share,
+    Taps,
+)
 from edmdistill.networks.base import Network
 from edmdistill.networks.embeddings import FourierEmbedding, GuidanceEmbedding, PositionalEmbedding, TimeEmbedding
 from edmdistill.networks.two_time import SecondTime
@@ -35,37 +47,30 @@ class SongUNet(Network):
 
     def __init__(
         self,
-        img_resolution: int,
-        in_channels: int,
-        out_channels: int,
-        label_dim: int = 0,
-        augment_dim: int = 0,
-        model_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
-        channel_mult_emb: int = 4,
-        num_blocks: int = 4,
-        attn_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.10,
-        label_dropout: float = 0.0,
-        embedding_type: str = "positional",
-        channel_mult_noise: int = 1,
-        encoder_type: str = "standard",
-        decoder_type: str = "standard",
-        resample_filter: Sequence[float] = (1, 1),
+        img_resolution: Resolution,
+        in_channels: ImageChannels,
+        out_channels: ImageChannels,
+        label_dim: Classes = 0,
+        augment_dim: OptionalChannels = 0,
+        model_channels: Channels = 128,
+        channel_mult: Multipliers = (1, 2, 2, 2),
+        channel_mult_emb: Count = 4,
+        num_blocks: Count = 4,
+        attn_resolutions: Resolutions = (16,),
+        dropout: Dropout = 0.10,
+        label_dropout: Share = 0.0,
+        embedding_type: Literal["positional", "fourier"] = "positional",
+        channel_mult_noise: Count = 1,
+        encoder_type: Literal["standard", "skip", "residual"] = "standard",
+        decoder_type: Literal["standard", "skip"] = "standard",
+        resample_filter: Taps = (1, 1),
         two_time: bool = False,
-        logvar_channels: int = 0,
-        logvar_heads: int = 1,
+        logvar_channels: OptionalChannels = 0,
+        logvar_heads: Count = 1,
         positional_time: bool = False,
         guided: bool = False,
     ) -> None:
         super().__init__(locals(), in_channels)
-        for value, known in (
-            (embedding_type, ("positional", "fourier")),
-            (encoder_type, ("standard", "skip", "residual")),
-            (decoder_type, ("standard", "skip")),
-        ):
-            if value not in known:
-                raise ValueError(f"SongUNet knows {', '.join(known)}, but {value!r} was asked for")
         self.label_dropout = label_dropout
         self.emb_channels = emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise

@@ -19,6 +19,7 @@ from edmdistill.kernels.ops import (
     group_norm_silu,
     is_box,
     linear,
+    require_heads,
     self_attention,
     separable,
     split_heads,
@@ -122,6 +123,7 @@ class UNetBlock(Residual):
         double_norm: bool = False,
     ) -> None:
         super().__init__()
+        require_heads(out_channels, num_heads)
         self.num_heads = num_heads
         self.dropout = dropout
         self.skip_scale = skip_scale

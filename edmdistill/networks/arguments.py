@@ -1,0 +1,79 @@
+"""The types and ranges of constructor arguments, and their check before anything is built.
+
+A constructor's own annotations are what its arguments are checked by, so that what a file, a recipe or a program asks
+for is refused in one place, and before the first layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+# The limits are far beyond any network that was ever trained; they keep the arithmetic of shapes within 64 bits.
+Resolution = Annotated[int, Meta(ge=1, le=16384)]
+Count = Annotated[int, Meta(ge=1, le=64)]
+Classes = Annotated[int, Meta(ge=0, le=2**24)]
+ImageChannels = Annotated[int, Meta(ge=1, le=1024)]
+Channels = Annotated[int, Meta(ge=1, le=65536)]
+OptionalChannels = Annotated[int, Meta(ge=0, le=65536)]
+"""0 = the layer is left out."""
+Multipliers = Annotated[Sequence[Count], Meta(min_length=1, max_length=12)]
+Resolutions = Annotated[Sequence[Resolution], Meta(max_length=32)]
+Taps = Annotated[Sequence[Annotated[float, Meta(ge=-1e6, le=1e6)]], Meta(min_length=2, max_length=16)]
+Dropout = Annotated[float, Meta(ge=0, lt=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Limit = Annotated[float, Meta(gt=0, le=1e9)]
+
+
+def typed(values: Mapping[str, Any], type_: Any) -> Any:
+    """Returns a table as an object of `type_`.
+
+    Raises: ValueError: a value of another type or out of its range, a key that is unknown or missing; it says which.
+    """
+    try:
+        return msgspec.convert(values, type_)
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).partition(" - at `$")
+        place = place.strip(".`")
+        problem = problem[:1].lower() + problem[1:200]
+        choices = [
+            choice
+            for field in (msgspec.structs.fields(type_) if hasattr(type_, "__struct_fields__") else ())
+            for choice in (get_args(field.type) if field.name == place and problem.startswith("invalid enum") else ())
+        ]
+        problem += f", where {' or '.join(map(str, choices))} is needed" if choices else ""
+        raise ValueError(f"{place[:100]}: {problem}" if place else problem) from None
+
+
+@cache
+def _signature(class_: type) -> type[Struct]:
+    """A constructor's parameters as a type that a table of arguments converts to."""
+    constructor: Any = class_.__dict__.get("__init__") or class_.__mro__[1].__dict__["__init__"]
+    hints = get_type_hints(constructor, include_extras=True)
+    fields: list[Any] = []
+    for name, parameter in list(inspect.signature(constructor).parameters.items())[1:]:
+        required = parameter.default is inspect.Parameter.empty
+        fields.append((name, hints[name]) if required else (name, hints[name], parameter.default))
+    return msgspec.defstruct("Arguments", fields, forbid_unknown_fields=True)
+
+
+def check_arguments(class_: type, arguments: Mapping[str, Any]) -> None:
+    """Lets arguments through that the annotations of a network's constructor allow.
+
+    Raises: ValueError: one that they do not allow, or a combination that makes no U-Net.
+    """
+    own = typed(arguments, _signature(class_))
+    levels = len(own.channel_mult)
+    if own.img_resolution % 2 ** (levels - 1):
+        raise ValueError(
+            f"img_resolution is {own.img_resolution}, which cannot be halved {levels - 1} times, as {levels} levels of "
+            "channel_mult ask for"
+        )
+    taps = getattr(own, "resample_filter", (1, 1))
+    if len(taps) % 2 or not abs(sum(taps)) > 1e-6:
+        raise ValueError(f"resample_filter is {list(taps)}, where an even number of taps that do not cancel is needed")
