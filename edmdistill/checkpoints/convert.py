@@ -34,6 +34,7 @@ from edmdistill.checkpoints.store import (
     Provenance,
     build_flow,
     checkpoint_in,
+    describe,
     facts,
     fill,
     load_checkpoint,
@@ -209,8 +210,8 @@ def outline(source: str | Path) -> FlowNetwork:
     """
     path = resolve(source)
     if path.is_dir():
-        config = read_config(checkpoint_in(path))
-        return build_flow(config.network, config.preconditioning, str(path))
+        folder = checkpoint_in(path)
+        return describe(read_config(folder), folder)
     if zipfile.is_zipfile(path):
         return read_source(path)[0].to("meta")
     official = read_official(path)
