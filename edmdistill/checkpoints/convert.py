@@ -19,7 +19,10 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from edmdistill.atomic import atomic_write, sha256_file
+from edmdistill.checkpoints.function import noise_dependence
 from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.known import KNOWN_FILES, class_names
+from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.checkpoints.openai import read_openai
 from edmdistill.checkpoints.others import of_folder
@@ -112,10 +115,19 @@ def build_official(
     fill(flow.network, tensors, where)
     if not upcast:
         _round_gains(flow.network)
+    file, data = KNOWN_FILES.get(official.sha256), official.dataset or {}
+    # Renamed, an ImageNet network of NVIDIA's that names no data set is still the likely one of 1,000 classes.
+    paths = [official.path.name, *(data.get(name) for name in ("path", "name"))]
+    unnamed = not any(data.get(name) for name in ("path", "name"))
     config = CheckpointConfig(
         stage="teacher",
         encoder=_encoder(official),
-        provenance=Provenance(source=official.path.name, sha256=official.sha256, licence="cc-by-nc-sa-4.0"),
+        label_names=file.label_names
+        if file
+        else class_names(flow.label_dim, *paths, "imagenet" if unnamed and flow.label_dim == 1000 else None),
+        provenance=Provenance(
+            source=official.path.name, sha256=official.sha256, licence=file.licence if file else "cc-by-nc-sa-4.0"
+        ),
         **facts(flow),
     )
     return flow.float(), config
@@ -242,12 +254,13 @@ def convert(
         double_norm: adaptive double normalisation, with a positional time embedding; None: where the network has an
             adaptive norm.
         overwrite: replace a checkpoint that is there.
-        licence: of the weights; default: what NVIDIA's or OpenAI's own are under.
+        licence: of the weights, see check_licence; default: what NVIDIA's or OpenAI's own are under.
         on_progress: called with what is being done.
     Raises: CheckpointError: the source cannot be read or adapted, something is in the way, or it came out another.
     """
     if double_norm and time_embedding is None:
         raise CheckpointError("--double-norm goes with --time-embedding positional: give both, or neither")
+    licence = None if licence is None else check_licence(licence)
     path, out = resolve(source), Path(out)
     if not overwrite and (out / CONFIG).is_file() and path.is_file():
         there = read_config(out)
@@ -267,6 +280,8 @@ def convert(
     asked = _adaptation(time_embedding, double_norm, flow.network.arguments)
     adapted = with_positional_time(flow) if asked.get("positional_time") else flow
     adapted = with_double_norm(adapted) if asked.get("double_norm") else adapted
+    on_progress("measuring how D depends on the noise")
+    config = replace(config, noise_dependence=noise_dependence(adapted))
     with atomic_write(out) as folder:
         on_progress("writing")
         two_time = add_second_time(adapted)
@@ -381,8 +396,11 @@ def load_model(
         flow.compute_dtype = dtype
     flow = flow.to(device).requires_grad_(False)
     flow.network.fold()
-    model = Generator(flow, config) if config.stage == "generator" else Denoiser(flow)
-    return model.eval()
+    if config.stage == "generator":
+        return Generator(flow, config).eval()
+    teacher = Denoiser(flow)
+    teacher.label_names = config.label_names
+    return teacher.eval()
 
 
 def load_denoiser(source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Denoiser:

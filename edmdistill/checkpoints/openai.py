@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.archives import Archive
+from edmdistill.checkpoints.known import class_names
 from edmdistill.checkpoints.others import NVIDIA_64, of_entries, of_tensors, refuse_by_name
 from edmdistill.checkpoints.source import downloaded
 from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance, build_flow, facts, fill
@@ -63,7 +64,8 @@ def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]
     flow = build_flow(NetworkSpec("adm", arguments), PRECONDITIONING, str(path))
     fill(flow.network, tensors, str(path))
     provenance = Provenance(source=path.name, sha256=sha256, licence="mit")
-    return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
+    names = class_names(flow.label_dim, path.name)
+    return flow, CheckpointConfig(stage="teacher", label_names=names, provenance=provenance, **facts(flow))
 
 
 def described(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.documents import code, front_matter, markdown
+from edmdistill.checkpoints.known import class_names
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.source import resolve
 from edmdistill.errors import CheckpointError
@@ -350,7 +351,9 @@ def read_config(folder: Path) -> CheckpointConfig:
         config: CheckpointConfig = typed(fields, CheckpointConfig)
         if config.encoder != {"kind": "pixels"}:
             typed(config.encoder, Latents)
-        return config
+        # Checkpoints of version 1.0 from official files lack the names.
+        names = config.label_names or class_names(config.label_dim, config.provenance.source)
+        return replace(config, label_names=names)
     except ValueError as error:
         raise CheckpointError(f"{path} is not a checkpoint's configuration: {error}.") from error
 

@@ -49,6 +49,7 @@ def command(
     if not path.is_dir() and not zipfile.is_zipfile(path):
         read_official(path)  # a bad file is refused in less time than it takes to import torch
     from edmdistill.checkpoints.convert import convert, table
+    from edmdistill.checkpoints.function import describe_dependence, generator_warning
 
     def show(stage: str) -> None:
         if sys.stderr.isatty():
@@ -79,6 +80,9 @@ def command(
         f"{config.label_dim} classes, preconditioned as {config.preconditioning['kind']}."
     )
     click.echo(f"Largest relative difference of its denoised images after the conversion:\n\n{table(done.parity)}\n")
+    value = config.noise_dependence
+    if value is not None:
+        click.echo(describe_dependence(value))
     click.echo(f"{done.path} is written: under {config.provenance.licence}, a TrigFlow teacher with two times.")
     if time_embedding:
         click.echo("It is another function than its source. To train it on, and to see whether it is as good again:")

@@ -116,7 +116,7 @@ def command(
     from edmdistill.sampling.files import GRID_MOST, Samples, check_output, read_image
     from edmdistill.sampling.generate import describe_not_finite, drawn_classes, is_latent, sample
     from edmdistill.sampling.heun import Churn
-    from edmdistill.sampling.labels import find_class
+    from edmdistill.sampling.labels import find_classes
     from edmdistill.sampling.load import class_names, digest_of, pick_device, weights_digest
     from edmdistill.sampling.rejection import candidates, sample_best
     from edmdistill.sampling.seeds import format_seeds, parse_seeds
@@ -131,8 +131,8 @@ def command(
     if out.suffix.lower() == ".png" and len(numbers) > GRID_MOST:
         say(f"A grid shows the first {GRID_MOST:,} images, so only these of the {len(numbers):,} are drawn.")
         numbers = numbers[:GRID_MOST]
-    names = class_names(model, source)
-    named = [find_class(word, flow.label_dim, names) for word in words]
+    names = class_names(model)
+    named = find_classes(words, flow.label_dim, names)
     turns = torch.tensor([named[i % len(named)] for i in range(len(numbers))]) if named else None
     classes = drawn_classes(model, numbers) if turns is None else turns
     judge = None if classifier is None else load_classifier(classifier, flow.label_dim, where)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from edmdistill.networks.arguments import (
+    Blocks,
     Channels,
     Classes,
     Count,
@@ -49,7 +50,7 @@ class DhariwalUNet(Network):
         model_channels: Channels = 192,
         channel_mult: Multipliers = (1, 2, 3, 4),
         channel_mult_emb: Count = 4,
-        num_blocks: Count = 3,
+        num_blocks: Blocks = 3,
         attn_resolutions: Resolutions = (32, 16, 8),
         dropout: Dropout = 0.10,
         label_dropout: Share = 0.0,

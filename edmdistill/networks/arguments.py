@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 # The limits are far beyond any network that was ever trained; they keep the arithmetic of shapes within 64 bits.
 Resolution = Annotated[int, Meta(ge=1, le=16384)]
 Count = Annotated[int, Meta(ge=1, le=64)]
+Blocks = Annotated[int, Meta(ge=0, le=64)]
 Classes = Annotated[int, Meta(ge=0, le=2**24)]
 ImageChannels = Annotated[int, Meta(ge=1, le=1024)]
 Channels = Annotated[int, Meta(ge=1, le=65536)]

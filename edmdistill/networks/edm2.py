@@ -20,6 +20,7 @@ from edmdistill.kernels.dropout import dropout
 from edmdistill.kernels.magnitude import mp_cat, mp_silu, mp_sum, normalize
 from edmdistill.kernels.ops import downsample, is_box, require_heads, self_attention, separable, split_heads, upsample
 from edmdistill.networks.arguments import (
+    Blocks,
     Channels,
     Classes,
     Count,
@@ -138,7 +139,7 @@ class UNet(Network):
         channel_mult: Multipliers = (1, 2, 3, 4),
         channel_mult_noise: Count | None = None,
         channel_mult_emb: Count | None = None,
-        num_blocks: Count = 3,
+        num_blocks: Blocks = 3,
         attn_resolutions: Resolutions = (16, 8),
         label_balance: Share = 0.5,
         concat_balance: Share = 0.5,

@@ -217,8 +217,11 @@ class Denoiser(nn.Module):
 
     A network of two times is asked with both the same: CTM's g(x, t, t).
 
-    Attributes: those of the FlowNetwork.
+    Attributes: those of the FlowNetwork, and
+        label_names: of its classes, where its checkpoint says them.
     """
+
+    label_names: tuple[str, ...] | None = None
 
     def __init__(self, flow: FlowNetwork) -> None:
         super().__init__()

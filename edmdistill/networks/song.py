@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from edmdistill.networks.arguments import (
+    Blocks,
     Channels,
     Classes,
     Count,
@@ -55,7 +56,7 @@ class SongUNet(Network):
         model_channels: Channels = 128,
         channel_mult: Multipliers = (1, 2, 2, 2),
         channel_mult_emb: Count = 4,
-        num_blocks: Count = 4,
+        num_blocks: Blocks = 4,
         attn_resolutions: Resolutions = (16,),
         dropout: Dropout = 0.10,
         label_dropout: Share = 0.0,

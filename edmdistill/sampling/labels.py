@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -38,32 +39,65 @@ def label_vectors(labels: int | Sequence[int] | Tensor, label_dim: int, count: i
     return one_hot(labels.long().expand(count), label_dim).to(torch.float32)
 
 
-def find_class(word: str, label_dim: int, names: Sequence[str] | None) -> int:
-    """The class that a word means: a name, one of the comma-separated synonyms of a name, or a number; case is ignored.
+def find_classes(words: Sequence[str], label_dim: int, names: Sequence[str] | None) -> list[int]:
+    """Returns the classes that words mean: each a name or number, see `find_class`, or a list of numbers as in 0,3-5.
 
+    A comma is part of many names, so only numbers can be listed.
+    Raises: EdmDistillError: no such class, or several of that name.
+    """
+    found: list[int] = []
+    for word in words:
+        if re.fullmatch(r"\s*[0-9]+(-[0-9]+)?(\s*,\s*[0-9]+(-[0-9]+)?)*\s*", word) and not word.strip().isdecimal():
+            for part in word.split(","):
+                first, _, last = part.strip().partition("-")
+                low, high = (find_class(number, label_dim, None) for number in (first, last or first))
+                if low > high:
+                    raise EdmDistillError(f"the classes {part.strip()} run backwards: write the lower number first")
+                found += range(low, high + 1)
+        else:
+            found.append(find_class(word, label_dim, names))
+    return found
+
+
+def find_class(word: str, label_dim: int, names: Sequence[str] | None) -> int:
+    """Returns the class that a word means: a number, or a name, in any case.
+
+    A whole name comes first, then one of its comma-separated synonyms, then the first words of one.
     Raises: EdmDistillError: no such class, or several of that name.
     """
     if not label_dim:
         raise EdmDistillError(f"class {word!r} was asked for, but this network is unconditional: leave the class out")
-    classes: dict[str, set[int]] = {}
-    for number, name in enumerate(names or ()):
-        for synonym in {name, *name.split(",")}:
-            classes.setdefault(synonym.strip().lower(), set()).add(number)
-    found = sorted(classes.get(word.strip().lower(), ()))
+    asked, names = _words(word), names or ()
+    synonyms = [[_words(part) for part in name.split(",")] for name in names]
+    whole = [number for number, name in enumerate(names) if _words(name) == asked]
+    among = [number for number, parts in enumerate(synonyms) if asked in parts]
+    begins = [
+        number for number, parts in enumerate(synonyms) if any(f"{part} ".startswith(f"{asked} ") for part in parts)
+    ]
+    if asked.isdecimal() and not whole and not among:
+        found = [int(asked)] if len(asked) < 10 else []
+        if not found or found[0] >= label_dim:
+            raise EdmDistillError(
+                f"class {asked[:30]} does not exist: this network's classes run from 0 to {label_dim - 1}"
+            )
+    else:
+        found = whole or among or (begins if asked else [])
     if len(found) == 1:
         return found[0]
     if found:
-        raise EdmDistillError(
-            f"{word!r} names the classes {', '.join(map(str, found))}: give the number of the one you mean"
-        )
-    if word.strip().isdecimal():
-        return int(label_vectors(int(word), label_dim, 1).argmax())
-    if not classes:
+        candidates = ", ".join(f"{number} ({names[number]})" for number in found[:8]) + (", ..." if found[8:] else "")
+        raise EdmDistillError(f"{word!r} means {len(found)} classes, {candidates}: give the number of one")
+    if not names:
         raise EdmDistillError(
             f"this checkpoint has no class names to look {word!r} up in: give a number from 0 to {label_dim - 1}"
         )
-    near = get_close_matches(word.strip().lower(), classes, n=1)
+    near = get_close_matches(asked, [part for parts in synonyms for part in parts], n=3)
+    hint = f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?"
     raise EdmDistillError(
-        f"there is no class {word!r}"
-        + (f": did you mean {near[0]!r}?" if near else f"; classes run from 0 to {label_dim - 1}")
+        f"there is no class {word!r}" + (f": {hint}" if near else f"; classes run from 0 to {label_dim - 1}")
     )
+
+
+def _words(name: str) -> str:
+    """A name in lower case, with single spaces."""
+    return " ".join(name.lower().split())

@@ -17,12 +17,9 @@ from edmdistill.errors import EdmDistillError, without_secrets
 from edmdistill.networks.flow import Denoiser
 
 
-def class_names(model: Generator | Denoiser, source: str | Path) -> tuple[str, ...] | None:
-    """The names of a model's classes, if the checkpoint that it was loaded from holds any."""
-    if isinstance(model, Generator):
-        return model.config.label_names
-    config = config_of(source)
-    return None if config is None else config.label_names
+def class_names(model: Generator | Denoiser) -> tuple[str, ...] | None:
+    """Returns the names of a model's classes, if the checkpoint that it was loaded from holds any."""
+    return model.config.label_names if isinstance(model, Generator) else model.label_names
 
 
 def config_of(source: str | Path) -> CheckpointConfig | None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from edmdistill.errors import EdmDistillError
-from edmdistill.sampling.labels import find_class, label_vectors
+from edmdistill.sampling.labels import find_class, find_classes, label_vectors
 
 NAMES = ["tench, Tinca tinca", "tree frog, tree-frog", "crane", "crane", "7"]
 
@@ -36,7 +36,16 @@ def test_label_vectors_refuse(labels: object, label_dim: int, message: str) -> N
 
 @pytest.mark.parametrize(
     ("word", "number"),
-    [("Tree Frog", 1), ("tree-frog", 1), ("tench, tinca tinca", 0), ("3", 3), ("7", 4), (" tench ", 0)],
+    [
+        ("Tree Frog", 1),
+        ("tree-frog", 1),
+        ("tench, tinca tinca", 0),
+        ("3", 3),
+        ("7", 4),
+        (" tench ", 0),
+        ("tree", 1),
+        ("tinca", 0),
+    ],
 )
 def test_find_class(word: str, number: int) -> None:
     assert find_class(word, 5, NAMES) == number
@@ -47,7 +56,7 @@ def test_find_class(word: str, number: int) -> None:
     [
         ("tree forg", NAMES, "did you mean 'tree frog'"),
         ("zebra crossing", NAMES, "classes run from 0 to 4"),
-        ("crane", NAMES, "names the classes 2, 3"),
+        ("crane", NAMES, r"means 2 classes, 2 \(crane\), 3 \(crane\): give the number"),
         ("5", NAMES, "class 5 does not exist"),
         ("frog", None, "no class names"),
     ],
@@ -60,3 +69,15 @@ def test_find_class_refuses(word: str, names: list[str] | None, message: str) ->
 def test_find_class_of_an_unconditional_network() -> None:
     with pytest.raises(EdmDistillError, match="unconditional"):
         find_class("frog", 0, None)
+
+
+def test_numbers_are_lists_and_names_are_not() -> None:
+    assert find_classes(["0,3-4", "Tree Frog", "tench, Tinca tinca", "7"], 5, NAMES) == [0, 3, 4, 1, 0, 4]
+    assert find_classes([], 5, NAMES) == []
+    for word, message in (
+        ("0,5", "class 5 does not exist"),
+        ("3-1", "run backwards"),
+        ("1,tench", "no class '1,tench'"),
+    ):
+        with pytest.raises(EdmDistillError, match=message):
+            find_classes([word], 5, NAMES)

@@ -1,0 +1,68 @@
+"""Is a network a denoiser or a generator? The file of the one loads as the other, and its arguments look the same.
+
+At sigma_max the data are lost in the noise: a denoiser's D(x; sigma_max) is nearly the mean of its data, whatever the
+noise, and a generator's is another image for each. `noise_dependence` is how much D varies with the noise there, in
+units of sigma_data:
+
+    sqrt(mean over pixels and classes of Var_n D(sigma_max n; sigma_max, class)) / sigma_data
+
+Of a denoiser of Gaussian data with the covariance's eigenvalues l_i it is sqrt(mean l_i^2 / (l_i + sigma_max^2)) /
+sigma_data: 0.1 to 0.2 for 64x64 pixels and sigma_max 80, and below 0.5 up to 256x256, as the few largest eigenvalues,
+those of brightness and colour, grow with the number of pixels. Of a generator it is the standard deviation of a
+pixel among the images of a class over sigma_data: 0.8 for digits, nearer 1 where classes are more diverse.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from edmdistill.networks.flow import Denoiser, FlowNetwork
+
+CLASSES, NOISES = 4, 4
+GENERATOR = 0.5, 2.0
+"""From where to where noise_dependence is a generator's: less is a denoiser's; more is neither's, as of a network that
+was never trained."""
+
+
+@torch.no_grad()
+def noise_dependence(flow: FlowNetwork) -> float:
+    """Returns how far D at sigma_max depends on the noise, in units of sigma_data; see above."""
+    training, denoiser = flow.training, Denoiser(flow).eval()
+    like = next(flow.parameters())
+    size = 1, flow.img_channels, flow.img_resolution, flow.img_resolution
+    rng = torch.Generator().manual_seed(0)
+    sigma = torch.tensor(flow.sigma_max, device=like.device)
+    noises = [torch.randn(size, generator=rng).to(like) for _ in range(NOISES)]
+    classes = [i * flow.label_dim // CLASSES for i in range(min(CLASSES, flow.label_dim))]
+    variances = []
+    for label in classes or [None]:
+        labels = None if label is None else torch.tensor([label], device=like.device)
+        images = torch.cat([denoiser(sigma * n, sigma, labels) for n in noises])  # one by one: a large network fits
+        variances.append(float(images.double().var(0).mean()))
+    flow.train(training)
+    return math.sqrt(sum(variances) / len(variances)) / flow.sigma_data
+
+
+def describe_dependence(value: float) -> str:
+    """Returns a sentence on a network whose noise_dependence this is."""
+    low, high = GENERATOR
+    kind = "as a denoiser's" if value < low else "as a generator's" if value < high else "as no trained network's"
+    return f"At sigma_max its images vary with the noise by {value:.3g} sigma_data, {kind}."
+
+
+def generator_warning(value: float | None, source: object) -> str | None:
+    """Returns the warning that a teacher looks like a generator, or None.
+
+    Args:
+        value: its noise_dependence; None: not measured.
+        source: what the user calls it.
+    """
+    if value is None or not GENERATOR[0] <= value < GENERATOR[1]:
+        return None
+    return (
+        f"Warning: {source} behaves as a generator, not as a teacher: at sigma_max its images vary with the noise by "
+        f"{value:.2g} sigma_data, and a denoiser's by less than {GENERATOR[0]:g}; what is distilled from it is wrong "
+        "unless it is a denoiser all the same."
+    )

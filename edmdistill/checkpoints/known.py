@@ -1,0 +1,52 @@
+"""What the data set or the digest of a checkpoint tells that its file does not say: names of classes, the licence."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+ASSETS = Path(__file__).parent.parent / "assets"
+DATA_SETS = {
+    "imagenet": (
+        1000,
+        re.compile(r"imagenet|ilsvrc|(?<![a-z0-9])(img|in)-?(1k|32|64|128|256|512)(?!\d)", re.IGNORECASE),
+    ),
+    "cifar10": (10, re.compile(r"cifar-?10(?!\d)", re.IGNORECASE)),
+}
+"""Number of classes, and how the data set is recognised by a path or file name; its classes are in assets."""
+
+
+class KnownFile(NamedTuple):
+    """A file that is known by its sha256."""
+
+    licence: str
+    label_names: tuple[str, ...]
+
+
+KNOWN_FILES = {
+    "bd62abab978a2933528cac6ca577e0e6e412c8305a9aec8828d91c84d1d922d5": KnownFile("apache-2.0", tuple("0123456789")),
+}
+"""The teacher of digits in assets, which was trained here."""
+
+
+@cache
+def names_of(data_set: str) -> tuple[str, ...]:
+    """Returns the names of a data set's classes in their order; data_set is a key of DATA_SETS."""
+    lines = (ASSETS / f"classes-{data_set}.txt").read_text(encoding="utf-8").splitlines()
+    return tuple(line for line in lines if not line.startswith("#"))
+
+
+def class_names(label_dim: int, *paths: object) -> tuple[str, ...] | None:
+    """Returns the names of a network's classes; None where its data set is not known.
+
+    Args:
+        label_dim: number of classes.
+        paths: of the data set, or names of files that are called after it; anything but a text is passed over.
+    """
+    ends = ["/".join(PurePosixPath(path.replace("\\", "/")).parts[-2:]) for path in paths if isinstance(path, str)]
+    for data_set, (count, pattern) in DATA_SETS.items():
+        if count == label_dim and any(map(pattern.search, ends)):
+            return names_of(data_set)
+    return None
