@@ -262,6 +262,8 @@ def convert(
         raise CheckpointError("--double-norm goes with --time-embedding positional: give both, or neither")
     licence = None if licence is None else check_licence(licence)
     path, out = resolve(source), Path(out)
+    if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+        raise CheckpointError(f"{out} is in the folder that is converted, {path}: choose a place outside it.")
     if not overwrite and (out / CONFIG).is_file() and path.is_file():
         there = read_config(out)
         asked = _adaptation(time_embedding, double_norm, there.network.arguments)

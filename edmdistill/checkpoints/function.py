@@ -35,7 +35,7 @@ def noise_dependence(flow: FlowNetwork) -> float:
     rng = torch.Generator().manual_seed(0)
     sigma = torch.tensor(flow.sigma_max, device=like.device)
     noises = [torch.randn(size, generator=rng).to(like) for _ in range(NOISES)]
-    classes = [i * flow.label_dim // CLASSES for i in range(min(CLASSES, flow.label_dim))]
+    classes: list[int | None] = [i * flow.label_dim // CLASSES for i in range(min(CLASSES, flow.label_dim))]
     variances = []
     for label in classes or [None]:
         labels = None if label is None else torch.tensor([label], device=like.device)

@@ -1,16 +1,17 @@
 """`edmdistill convert`."""
 
-import sys
 import zipfile
 from pathlib import Path
 from typing import Literal
 
 import click
 
+from edmdistill.cli.options import OutputPath, say
+
 
 @click.command()
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OutputPath())
 @click.option(
     "--time-embedding",
     type=click.Choice(["positional"]),
@@ -50,21 +51,26 @@ def command(
         read_official(path)  # a bad file is refused in less time than it takes to import torch
     from edmdistill.checkpoints.convert import convert, table
     from edmdistill.checkpoints.function import describe_dependence, generator_warning
+    from edmdistill.progress import progress_bar
 
-    def show(stage: str) -> None:
-        if sys.stderr.isatty():
-            click.echo(f"\r{stage:60}\r", nl=False, err=True)
+    with progress_bar(desc="converting", unit="step") as bar:
 
-    done = convert(
-        source,
-        out,
-        time_embedding=time_embedding,
-        double_norm=double_norm,
-        overwrite=overwrite,
-        licence=licence,
-        on_progress=show,
-    )
-    show("")
+        def show(stage: str) -> None:
+            bar.set_postfix_str(stage, refresh=False)
+            bar.update()
+
+        done = convert(
+            source,
+            out,
+            time_embedding=time_embedding,
+            double_norm=double_norm,
+            overwrite=overwrite,
+            licence=licence,
+            on_progress=show,
+        )
+    warning = generator_warning(done.config.noise_dependence, source)
+    if warning is not None:
+        say(warning)
     if as_json:
         parity = [row._asdict() for row in done.parity]
         document = {"schema_version": 1, "path": str(done.path), "config": done.config, "parity": parity}

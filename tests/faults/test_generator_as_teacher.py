@@ -1,0 +1,80 @@
+"""A generator's file passes as a teacher's: at sigma_max the function shows what it is."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from msgspec.structs import replace
+from torch import Tensor
+
+from edmdistill.checkpoints import convert as module
+from edmdistill.checkpoints.convert import convert, load_flow
+from edmdistill.checkpoints.function import GENERATOR, describe_dependence, generator_warning, noise_dependence
+from edmdistill.checkpoints.source import SHIPPED
+from edmdistill.checkpoints.store import CONFIG, load_checkpoint, save_checkpoint
+from edmdistill.cli import main
+from edmdistill.networks import new_network
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
+
+SIGMA, STD = 80.0, 0.5
+
+
+def network(label_dim: int = 3) -> FlowNetwork:
+    torch.manual_seed(0)
+    small = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    return FlowNetwork(new_network("edm2", 16, 3, label_dim, **small), EDM())
+
+
+def acting(gain: float, label_dim: int = 3) -> FlowNetwork:
+    """A network whose raw output is `gain` times its input, which is of unit variance."""
+    flow = network(label_dim)
+
+    def raw(x: Tensor, *rest: object) -> tuple[Tensor]:
+        return (gain * x,)
+
+    flow.raw = raw  # type: ignore[method-assign, assignment]
+    return flow
+
+
+@pytest.mark.parametrize("label_dim", [0, 3, 10])
+def test_a_denoiser_and_a_generator_of_gaussian_data(label_dim: int) -> None:
+    """F = 0 is the denoiser of N(0, sigma_data^2), D = c_skip x; F = c_in x makes an image of it of any noise."""
+    denoiser = noise_dependence(acting(0.0, label_dim))
+    assert denoiser == pytest.approx(STD / SIGMA, rel=0.05)
+    assert noise_dependence(acting(1.0, label_dim)) == pytest.approx(1 + STD / SIGMA, rel=0.05)
+    assert denoiser < GENERATOR[0] < 1 < GENERATOR[1]
+
+
+def test_the_words() -> None:
+    for value, kind in ((0.01, "denoiser"), (0.8, "generator"), (170.0, "no trained network")):
+        assert kind in describe_dependence(value)
+        assert (generator_warning(value, "teacher.pkl") is not None) == (kind == "generator")
+    assert generator_warning(None, "teacher.pkl") is None
+    assert "teacher.pkl" in str(generator_warning(0.8, "teacher.pkl"))
+
+
+def test_the_teacher_of_digits_is_a_denoiser() -> None:
+    assert noise_dependence(load_flow(SHIPPED["digits"])[0]) < 0.4
+
+
+def test_convert_measures_prints_and_stores_it(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = str(golden / "edm-tiny-cond.pkl")
+    measured = convert(source, tmp_path / "own").config.noise_dependence
+    assert measured == pytest.approx(noise_dependence(load_flow(source)[0]), rel=1e-4)
+    assert load_checkpoint(tmp_path / "own")[1].noise_dependence == measured
+    for value, warned in ((0.8, True), (0.1, False)):
+        monkeypatch.setattr(module, "noise_dependence", lambda flow, value=value: value)
+        result = CliRunner().invoke(main, ["convert", source, str(tmp_path / "out"), "--overwrite"])
+        (tmp_path / "out" / CONFIG).unlink()
+        (tmp_path / "out").rename(tmp_path / f"gone-{value}")
+        assert result.exit_code == 0, result.output
+        assert describe_dependence(value) in result.stdout
+        assert ("behaves as a generator" in result.stderr) == warned
+
+
+def test_a_checkpoint_says_it_for_whoever_takes_it_as_a_teacher(golden: Path, tmp_path: Path) -> None:
+    flow, config = load_flow(golden / "edm-tiny-cond.pkl")
+    save_checkpoint(tmp_path / "c", flow, replace(config, noise_dependence=0.9))
+    assert generator_warning(load_checkpoint(tmp_path / "c")[1].noise_dependence, "c") is not None
