@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edmdistill.atomic import atomic_write, sha256_file
 from edmdistill.checkpoints.function import noise_dependence
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.known import KNOWN_FILES, class_names
+from edmdistill.checkpoints.known import KNOWN_FILES, label_names_of
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.checkpoints.openai import read_openai
@@ -115,16 +115,11 @@ def build_official(
     fill(flow.network, tensors, where)
     if not upcast:
         _round_gains(flow.network)
-    file, data = KNOWN_FILES.get(official.sha256), official.dataset or {}
-    # Renamed, an ImageNet network of NVIDIA's that names no data set is still the likely one of 1,000 classes.
-    paths = [official.path.name, *(data.get(name) for name in ("path", "name"))]
-    unnamed = not any(data.get(name) for name in ("path", "name"))
+    names, file = label_names_of(official), KNOWN_FILES.get(official.sha256)
     config = CheckpointConfig(
         stage="teacher",
         encoder=_encoder(official),
-        label_names=file.label_names
-        if file
-        else class_names(flow.label_dim, *paths, "imagenet" if unnamed and flow.label_dim == 1000 else None),
+        label_names=None if names is None else tuple(names),
         provenance=Provenance(
             source=official.path.name, sha256=official.sha256, licence=file.licence if file else "cc-by-nc-sa-4.0"
         ),

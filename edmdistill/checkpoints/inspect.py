@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.known import label_names_of
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.checkpoints.others import of_folder, refuse_by_name
 from edmdistill.checkpoints.source import downloaded
@@ -66,6 +67,7 @@ def _official(checkpoint: OfficialCheckpoint) -> dict[str, object]:
         "sha256": checkpoint.sha256,
         "class": checkpoint.preconditioning_class,
         **{name: attributes.pop(name, None) for name in ("img_resolution", "img_channels", "label_dim", "use_fp16")},
+        "label_names": label_names_of(checkpoint),
         "preconditioning": attributes,
         "network": {"class": checkpoint.network_class, **own},
         "arguments": arguments,

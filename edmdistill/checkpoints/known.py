@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from edmdistill.checkpoints.nvidia import OfficialCheckpoint
+
 ASSETS = Path(__file__).parent.parent / "assets"
 DATA_SETS = {
     "imagenet": (
@@ -50,3 +52,15 @@ def class_names(label_dim: int, *paths: object) -> tuple[str, ...] | None:
         if count == label_dim and any(map(pattern.search, ends)):
             return names_of(data_set)
     return None
+
+
+def label_names_of(official: OfficialCheckpoint) -> list[str] | None:
+    """Returns the names of the classes of NVIDIA's network, by its digest, its file's name or the data set it says."""
+    if official.sha256 in KNOWN_FILES:
+        return list(KNOWN_FILES[official.sha256].label_names)
+    data = [(official.dataset or {}).get(name) for name in ("path", "name")]
+    count = official.arguments.get("label_dim")
+    # One that was renamed and names no data set: NVIDIA's of 1,000 classes are all ImageNet's.
+    guess = "imagenet" if count == 1000 and not any(data) else None
+    names = class_names(count if isinstance(count, int) else 0, official.path.name, *data, guess)
+    return None if names is None else list(names)

@@ -8,7 +8,8 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--tensors", is_flag=True, help="List every tensor, its dtype and its shape.")
 @click.option("--classes", is_flag=True, help="Print the classes alone, a number and a name each.")
-def command(source: str, as_json: bool, tensors: bool, classes: bool) -> None:
+@click.option("--check", is_flag=True, help="Load the network, and measure whether it is a denoiser or a generator.")
+def command(source: str, as_json: bool, tensors: bool, classes: bool, check: bool) -> None:
     """Show what is in FILE, without running it.
 
     FILE is an official EDM or EDM2 pickle, OpenAI's .pt, a checkpoint folder of ours or a run, of which the generator
@@ -28,6 +29,13 @@ def command(source: str, as_json: bool, tensors: bool, classes: bool) -> None:
             raise CheckpointError(f"{path} {known}")
         click.echo("\n".join(f"{number:>4} {printable(str(name))}" for number, name in enumerate(names)))
         return
+    if check:
+        from edmdistill.checkpoints.convert import load_flow
+        from edmdistill.checkpoints.function import describe_dependence, noise_dependence
+
+        value = noise_dependence(load_flow(path)[0])
+        summary = {"noise_dependence": value, "function": describe_dependence(value)} | summary
+        summary["noise_dependence"] = value
     if not tensors:
         del summary["tensors"]
     click.echo(to_json(summary) if as_json else to_text(summary))

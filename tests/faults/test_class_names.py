@@ -125,3 +125,9 @@ def test_the_shipped_teacher_is_known_by_its_digest(tmp_path: Path) -> None:
     assert config.provenance.sha256 in KNOWN_FILES
     assert config.provenance.licence == "apache-2.0"
     assert config.label_names == tuple("0123456789")
+
+
+def test_inspect_shows_them(pickle: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(pickle), "--classes"])
+    assert result.exit_code == 0
+    assert "  31 tree frog, tree-frog" in result.stdout

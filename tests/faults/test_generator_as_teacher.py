@@ -1,5 +1,6 @@
 """A generator's file passes as a teacher's: at sigma_max the function shows what it is."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,12 @@ def test_a_checkpoint_says_it_for_whoever_takes_it_as_a_teacher(golden: Path, tm
     flow, config = load_flow(golden / "edm-tiny-cond.pkl")
     save_checkpoint(tmp_path / "c", flow, replace(config, noise_dependence=0.9))
     assert generator_warning(load_checkpoint(tmp_path / "c")[1].noise_dependence, "c") is not None
+
+
+def test_inspect_measures_when_it_is_asked(golden: Path) -> None:
+    source = str(golden / "edm-tiny-cond.pkl")
+    words = ["inspect", source, "--json"]
+    assert "noise_dependence" not in json.loads(CliRunner().invoke(main, words).stdout)
+    found = json.loads(CliRunner().invoke(main, [*words, "--check"]).stdout)
+    assert found["noise_dependence"] == pytest.approx(noise_dependence(load_flow(source)[0]), rel=1e-4)
+    assert found["function"] == describe_dependence(found["noise_dependence"])
