@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.convert import load_flow, read_source
+from edmdistill.checkpoints.function import generator_warning
 from edmdistill.checkpoints.run_state import PROGRESS, newest_readable, raw_weights
 from edmdistill.checkpoints.source import resolve
 from edmdistill.checkpoints.store import (
@@ -253,7 +254,9 @@ def prepare(
         require_alike(begin, flow, config)
         config = replace(config, provenance=replace(config.provenance, init=begin.sha256))
     roles = cast_all(recipe, flow, other, begin.flow if begin is not None else None)
-    notes = () if begin is None else (begin.take_auxiliary(roles),)
+    notes: tuple[str, ...] = () if begin is None else (begin.take_auxiliary(roles),)
+    warning = generator_warning(config.noise_dependence, teacher)
+    notes += () if warning is None else (warning,)
     trained = [role for role, part in recipe.roles.items() if part.trained]
     unused = Probe(method_class, recipe.method_config, roles, noise).unused()
     product = roles[method_class.product]
@@ -292,6 +295,8 @@ def prepare(
             guidance=guidance,
             label_names=config.label_names or _names(dataset, flow.label_dim),
             sampling=Sampling(recipe.sampling.sigmas, recipe.sampling.gamma),
+            images_total=recipe.training.images,
+            noise_dependence=None,
             results=(),
         ),
         method=method_class(recipe.method_config, players, noise),

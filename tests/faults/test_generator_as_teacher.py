@@ -13,11 +13,14 @@ from edmdistill.checkpoints import convert as module
 from edmdistill.checkpoints.convert import convert, load_flow
 from edmdistill.checkpoints.function import GENERATOR, describe_dependence, generator_warning, noise_dependence
 from edmdistill.checkpoints.source import SHIPPED
-from edmdistill.checkpoints.store import CONFIG, load_checkpoint, save_checkpoint
+from edmdistill.checkpoints.store import CONFIG, load_checkpoint, save_checkpoint, unfinished
 from edmdistill.cli import main
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
+from edmdistill.recipes import load_recipe
+from edmdistill.training.engine import Machine
+from edmdistill.training.run import prepare
 
 SIGMA, STD = 80.0, 0.5
 
@@ -88,3 +91,23 @@ def test_inspect_measures_when_it_is_asked(golden: Path) -> None:
     found = json.loads(CliRunner().invoke(main, [*words, "--check"]).stdout)
     assert found["noise_dependence"] == pytest.approx(noise_dependence(load_flow(source)[0]), rel=1e-4)
     assert found["function"] == describe_dependence(found["noise_dependence"])
+
+
+def test_train_warns_and_hands_down_no_measure_of_the_teacher(tmp_path: Path) -> None:
+    flow, config = load_flow(SHIPPED["digits"])
+    recipe = load_recipe("cosim/digits-quickstart", "cosim", ["training.images=64"])
+    for value, warned in ((0.9, True), (0.1, False)):
+        save_checkpoint(tmp_path / "c", flow, replace(config, noise_dependence=value), overwrite=True)
+        run = prepare(recipe, data="digits", teacher=tmp_path / "c", machine=Machine("cpu"))
+        assert any("behaves as a generator" in note for note in run.notes) == warned
+        assert run.config.noise_dependence is None
+        assert run.config.images_total == 64
+
+
+def test_an_unfinished_generator_says_so() -> None:
+    config = load_flow(SHIPPED["digits"])[1]
+    for seen, total, sentence in (
+        (896, 80_000, "This generator is unfinished: 896 of 80,000 images seen."),
+        *((80_000, 80_000, None), (80_032, 80_000, None), (896, None, None), (None, 80_000, None)),
+    ):
+        assert unfinished(replace(config, stage="generator", images_seen=seen, images_total=total)) == sentence
