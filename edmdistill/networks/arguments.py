@@ -20,7 +20,7 @@ Count = Annotated[int, Meta(ge=1, le=64)]
 Blocks = Annotated[int, Meta(ge=0, le=64)]
 Classes = Annotated[int, Meta(ge=0, le=2**24)]
 ImageChannels = Annotated[int, Meta(ge=1, le=1024)]
-Channels = Annotated[int, Meta(ge=1, le=65536)]
+Channels = Annotated[int, Meta(ge=1, le=2**24)]
 OptionalChannels = Annotated[int, Meta(ge=0, le=65536)]
 """0 = the layer is left out."""
 Multipliers = Annotated[Sequence[Count], Meta(min_length=1, max_length=12)]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -33,9 +33,8 @@ from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import spread, statistics_of
 from edmdistill.errors import CheckpointError, RecipeError, TrainingError, without_secrets
 from edmdistill.methods.base import Method, NoiseRange, Role
-from edmdistill.networks import new_network
+from edmdistill.networks import NETWORKS, base
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.rebuild import add_guidance, add_logvar
 from edmdistill.networks.two_time import add_second_time, drop_second_time
 from edmdistill.recipes import Network, Recipe
@@ -351,14 +350,12 @@ def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
 
     Raises: RecipeError: its arguments make none, or it would not fit into the host's memory.
     """
-    shape = {
-        "img_resolution": dataset.img_resolution,
-        "img_channels": dataset.img_channels,
-        "label_dim": dataset.label_dim,
-    }
-    spec = NetworkSpec(table.kind, shape | table.arguments)
+    names = ("img_channels",) if table.kind == "edm2" else ("in_channels", "out_channels")
+    shape = {"img_resolution": dataset.img_resolution, "label_dim": dataset.label_dim}
+    spec = NetworkSpec(table.kind, shape | dict.fromkeys(names, dataset.img_channels) | table.arguments)
+    reads = "time" if table.arguments.get("positional_time") else "log_sigma"
     try:
-        flow = build_flow(spec, {"kind": "edm", "sigma_data": table.sigma_data}, "[network]")
+        flow = build_flow(spec, {"kind": "edm", "sigma_data": table.sigma_data, "c_noise_kind": reads}, "[network]")
     except CheckpointError as error:
         raise RecipeError(f"[network.arguments] make no {table.kind} network: {error}") from error
     parameters, memory = sum(p.numel() for p in flow.parameters()), host_memory()[0]
@@ -372,9 +369,9 @@ def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
 
 def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """A network that fits the data, with fresh weights, and its configuration."""
-    network = new_network(table.kind, **sketch(table, dataset).network.arguments)
-    kind: Literal["log_sigma", "time"] = "time" if network.positional_time else "log_sigma"
-    flow = FlowNetwork(network, EDM(sigma_data=table.sigma_data, c_noise_kind=kind))
+    drawn = sketch(table, dataset)
+    make: Callable[..., base.Network] = NETWORKS[table.kind]
+    flow = FlowNetwork(make(**drawn.network.arguments), drawn.preconditioning)
     provenance = Provenance(source=f"a network trained by {method} on {Path(dataset.name).name}")
     return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
 

@@ -183,7 +183,7 @@ def test_an_interruption_leaves_nothing(golden: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", on_progress=interrupt)
-    assert stages == ["reading", "writing", "comparing at sigma 80 in float32"]
+    assert stages == ["reading", "measuring how D depends on the noise", "writing", "comparing at sigma 80 in float32"]
     assert not list(tmp_path.iterdir())
 
 
