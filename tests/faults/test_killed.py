@@ -26,9 +26,12 @@ from hub_server import TOKEN, Hub, hub
 from safetensors.numpy import load as load_tensors
 
 LIVES = Path(__file__).with_name("lives.py")
-PASSING = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{8}\.new|^tmp:|^new/(state|.*\.jsonl)")
-"""What a killed command may leave for the next to remove, and what a run prunes and cuts back."""
-VOLATILE = re.compile(r"second|window|memory|time|began|created|rate|python|version")
+SCRATCH = re.compile(r"(^|/)\.[^/]+\.([0-9a-f]{8}\.new|parts)|^tmp:")
+"""What a killed command may leave for the next to remove."""
+PRUNED = re.compile(r"^new/(state|.*\.jsonl)")
+"""What a run prunes and cuts back."""
+VOLATILE = {"images_per_second", "memory", "seconds", "window"}
+"""Keys of what differs from run to run: times and memory; a state's window holds some."""
 RECIPE = """
 [method]
 name = "sid"
@@ -92,8 +95,9 @@ class World:
 
     def holds(self) -> dict[str, Any]:
         """Returns all that is in the folder, on the Hub, and among temporary files, without times and versions."""
-        found = {path.relative_to(self.folder).as_posix(): content(path) for path in sorted(self.folder.rglob("*"))}
-        found = {name: what for name, what in found.items() if Path(name).name not in (".lock", "sessions.jsonl")}
+        paths = {path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*"))}
+        left_out = ".lock", "sessions.jsonl"  # about the process
+        found = {name: content(name, path) for name, path in paths.items() if path.name not in left_out}
         for name, repository in self.hub.repositories.items():
             head = repository.commits[repository.branches["main"]]
             found |= {f"hub:{name}/{file}": parsed(file, data) for file, data in head.items()}
@@ -101,8 +105,8 @@ class World:
         return found | {f"tmp:{path.name}": None for path in temporary.iterdir()}
 
 
-def content(path: Path) -> Any:
-    return "folder" if path.is_dir() else parsed(path.name, path.read_bytes())
+def content(name: str, path: Path) -> Any:
+    return None if SCRATCH.search(name) or path.is_dir() else parsed(name, path.read_bytes())
 
 
 def parsed(name: str, data: bytes) -> Any:
@@ -114,7 +118,7 @@ def parsed(name: str, data: bytes) -> Any:
     if name.endswith(".json"):
         return steady(json.loads(data))
     if name.endswith(".jsonl"):
-        return [steady(json.loads(line)) for line in data.splitlines()]
+        return [steady(json.loads(line)) if line.endswith(b"}") else line for line in data.splitlines()]
     if name.endswith((".html", ".svg", ".md")):
         assert data.endswith(b"\n") or data.rstrip().endswith((b"</html>", b"</svg>")), f"{name} is cut"
         return "whole"
@@ -123,7 +127,7 @@ def parsed(name: str, data: bytes) -> Any:
 
 def steady(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: steady(part) for key, part in value.items() if not VOLATILE.search(key)}
+        return {key: steady(part) for key, part in value.items() if key not in VOLATILE}
     return [steady(part) for part in value] if isinstance(value, list) else value
 
 
@@ -172,7 +176,7 @@ def kill(world: World, name: str, kills: int, numbers: random.Random) -> None:
             assert life.status in (0, -signal.SIGKILL), (world.folder.parent / "said.txt").read_text()
             kills -= bool(life.status and kills)
             now = world.holds()
-            kept = {file: what for file, what in before.items() if not PASSING.search(file)}
+            kept = {file: what for file, what in before.items() if not (SCRATCH.search(file) or PRUNED.search(file))}
             lost = [file for file, what in kept.items() if now.get(file) not in (what, expected.get(file))]
             assert not lost, f"{name}, {moment}: {lost}"
             assert newest_state(now) >= newest_state(before)
