@@ -366,7 +366,9 @@ def _way_back(run: Run, folder: RunDir, health: Health, advice: str | None) -> s
     if healthy is not None:
         how = f"as TEACHER, {healthy}" if run.method.product == "teacher" else f"by --init {healthy}"
         return f"the last good state is {healthy}; {other}, from its weights {how}, or from the start"
-    return f"no state before it {'was healthy' if states else 'was saved'}; {other}"
+    if states:
+        return f"no state before it was healthy, though {states[-1]} is finite; {other}"
+    return f"no state was saved before it; {other}"
 
 
 def learning_rate(training: Training, role: str, images: int) -> float:

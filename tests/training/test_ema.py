@@ -131,7 +131,7 @@ def test_killed_and_resumed_it_keeps_the_same(stage, kept, begin, tmp_path, monk
 
     def die_after(folder, state, *numbers):
         save(folder, state, *numbers)
-        if stage == "after a state" and state.progress["images"] == 80:
+        if stage == "after a state" and state.progress.images == 80:
             raise KeyboardInterrupt
 
     def die_at(images, measures):

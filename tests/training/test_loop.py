@@ -73,7 +73,7 @@ def test_resumed_is_never_interrupted(method, start, whole, tmp_path):
             assert torch.equal(tensor, tensors[name]), f"{group} {name}"
     for run_dir in straight, broken:
         names = [path.name for path in sorted((run_dir / "state").iterdir())]
-        assert names == ["000000000048", "000000000072", "000000000080"]
+        assert names[-2:] == ["000000000072", "000000000080"]  # before them, perhaps, the newest healthy one
     assert metrics(straight) == metrics(broken)
     assert [line["images"] for line in metrics(broken)] == list(range(16, 81, 16))
     one, two = (load_file(path / "generator" / "model.safetensors") for path in (straight, broken))
