@@ -69,7 +69,7 @@ def check_arguments(class_: type, arguments: Mapping[str, Any]) -> None:
     Raises: ValueError: one that they do not allow, or a combination that makes no U-Net.
     """
     own = typed(arguments, _signature(class_))
-    levels = len(own.channel_mult)
+    levels = len(getattr(own, "channel_mult", (1,)))
     if own.img_resolution % 2 ** (levels - 1):
         raise ValueError(
             f"img_resolution is {own.img_resolution}, which cannot be halved {levels - 1} times, as {levels} levels of "
