@@ -8,7 +8,7 @@ RUN := runs/quickstart
 
 # One thread trains faster than two: the operations on batches of 8x8 images are too small to share.
 quickstart: .venv/quickstart
-	$(BIN)/edmdistill convert edmdistill/assets/digits-teacher.pkl $(RUN)/teacher --licence apache-2.0
+	$(BIN)/edmdistill convert edmdistill/assets/digits-teacher.pkl $(RUN)/teacher
 	OMP_NUM_THREADS=1 $(BIN)/edmdistill train cosim $(RUN)/teacher --data digits --recipe cosim/digits-quickstart --run-dir $(RUN)/cosim
 	$(BIN)/edmdistill sample $(RUN)/cosim --nfe 2 --seeds 0-63 --out $(RUN)/cosim/images
 	@$(MAKE) --no-print-directory $(RUN)/cosim/eval/teacher.json $(RUN)/cosim/eval/generator.json

@@ -17,7 +17,7 @@ from edmdistill import __version__
 from edmdistill.checkpoints.documents import code, code_block, front_matter, markdown
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.source import repository_of
-from edmdistill.checkpoints.store import CheckpointConfig
+from edmdistill.checkpoints.store import CheckpointConfig, unfinished
 from edmdistill.evaluation.protocol import Result
 from edmdistill.evaluation.tables import Subject, best_gammas, tables
 from edmdistill.methods import METHODS
@@ -205,8 +205,8 @@ def _limits(config: CheckpointConfig, run: Summary | None, results: Sequence[Res
             )
     if config.encoder["kind"] != "pixels":
         limits.append("It draws latents; the VAE that turns them into images is not part of it.")
-    if run is not None and run.images < run.recipe.training.images:
-        limits.append(f"It is unfinished: {run.images:,} of {run.recipe.training.images:,} images were seen.")
+    if sentence := unfinished(config):
+        limits.append(sentence)
     if any(is_own(result, config) for result in results):
         limits.append(
             "Its quality is known under the protocols above alone; figures of other protocols do not compare."

@@ -86,7 +86,8 @@ def test_without_a_teacher_none_is_spoken_of():
 
 
 def test_the_page_says_what_the_run_says(run: Path):
-    text = card(CONFIG, "me/digits", run=read_run(run), results=[result(4.5, 2, CONFIG), result(1.5, 35)])
+    config = replace(CONFIG, images_seen=1_000, images_total=80_000)
+    text = card(config, "me/digits", run=read_run(run), results=[result(4.5, 2, config), result(1.5, 35)])
     assert re.findall("^## (.*)$", text, re.MULTILINE) == [
         *("Use", "Quality", "Schedule", "How it was made", "Limits", "Licence", "Citation")
     ]
@@ -102,7 +103,7 @@ def test_the_page_says_what_the_run_says(run: Path):
         "Recipe: mine.toml --set training.seed=3, hash `abab",
         "edmdistill train cosim TEACHER --data digits --recipe mine.toml --set training.seed=3 --run-dir RUN",
         '"seed": 3,',
-        "It is unfinished: 1,000 of 80,000 images were seen.",
+        "This generator is unfinished: 1,000 of 80,000 images seen.",
         "They are not for commercial use. What is made from them goes under the same licence.",
         "Continuous Semi-Implicit Models",
         "Analyzing and Improving the Training Dynamics",

@@ -224,12 +224,12 @@ def interruptible(kept: Callable[[], str]) -> Iterator[None]:
 
 
 def say_unfinished(source: str) -> None:
-    """Says so where a checkpoint or run, of which something is going to be made, has not come to its end."""
-    from edmdistill.checkpoints import store
+    """Says so where a checkpoint or run that is about to be used was not trained to its end."""
+    from edmdistill.checkpoints.store import unfinished
     from edmdistill.sampling.load import config_of
 
-    config, unfinished = config_of(source), getattr(store, "unfinished", None)
-    if config is not None and unfinished is not None and (sentence := unfinished(config)):
+    config = config_of(source)
+    if config is not None and (sentence := unfinished(config)):
         say(sentence)
 
 

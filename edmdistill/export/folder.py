@@ -16,7 +16,7 @@ from edmdistill.checkpoints.convert import load_flow
 from edmdistill.checkpoints.documents import front_matter, markdown
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.licences import licence_fields
-from edmdistill.checkpoints.store import CheckpointConfig
+from edmdistill.checkpoints.store import CheckpointConfig, unfinished
 from edmdistill.errors import CheckpointError, without_secrets
 from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
 from edmdistill.export.parity import SEEDS, Parity, table
@@ -103,10 +103,10 @@ def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = Fa
 
 
 def _card(target: Target, config: CheckpointConfig, readme: str, parity: tuple[Parity, ...]) -> str:
-    licence = config.provenance.licence or "other"
+    licence, note = config.provenance.licence or "other", unfinished(config)
     return f"""{front_matter(target.header | licence_fields(config.provenance.licence))}
 A {config.stage} from {markdown(config.provenance.source)}, exported by edmdistill {__version__}.
-Its weights are under this licence: {markdown(licence)}.
+Its weights are under this licence: {markdown(licence)}.{f" {note}" if note else ""}
 
 {readme}
 Largest difference to edmdistill's own images of seeds 0 to {max(SEEDS)}, relative to the largest pixel, by the number
