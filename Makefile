@@ -24,8 +24,8 @@ $(RUN)/cosim/eval/teacher.json: $(RUN)/teacher/config.json
 $(RUN)/cosim/eval/generator.json: $(RUN)/cosim/generator/config.json
 	$(BIN)/edmdistill eval $(RUN)/cosim --nfe 1,2,4,8 --protocol digits --out $@
 
-# Two workers, each of which makes what a file's tests share once.
-SHARED := -n 2 --dist loadgroup
+# A file's tests go to one of two workers, which makes what they share once; the large files are not the last.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 ROUNDED := $(patsubst %,tests/networks/test_%.py,edm2 golden guidance logvar tangent two_time) tests/test_trigflow.py \
 	tests/checkpoints/test_store.py tests/export/test_bundle.py tests/export/test_export.py \
 	-k "not slow and not compiled and not traced and not processes and not onnx and not torch_export and not pipeline"

@@ -277,6 +277,5 @@ def test_compiled(make_flow: MakeFlow) -> None:
         assert error(found, eager) <= 1e-6
 
 
-@pytest.mark.xdist_group("two processes")
 def test_on_two_processes() -> None:
     run_by_two(Path(__file__).with_name("spread.py"))

@@ -46,7 +46,6 @@ def losses(
     return one, json.loads((folder / "two.json").read_text())
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("way", [0, 1], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("case", [*sorted(METHODS), "scd, vsd"])
 def test_two_processes_train_as_one_does(losses: tuple[Losses, Losses], case: str, way: int) -> None:
@@ -70,7 +69,6 @@ def test_two_processes_train_as_one_does(losses: tuple[Losses, Losses], case: st
         assert shared[-1][name] == pytest.approx(whole[-1][name], rel=1e-9), name
 
 
-@pytest.mark.xdist_group("two processes")
 def test_the_losses_move(losses: tuple[Losses, Losses]) -> None:
     """What the comparison rests on: rounds differ by far more than it tolerates."""
     for case, rounds in losses[0].items():

@@ -6,19 +6,21 @@ import math
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from ten_rounds import OF_METHODS, TEN_ROUNDS
 
 from edmdistill.errors import TrainingError
+from edmdistill.methods import METHODS
 from edmdistill.training import state
 from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train
 
-OF_SID = pytest.mark.xdist_group("sid")
+TEN_ROUNDS = {"images": 80, "snapshot_every": 24, "log_every": 16}
+"""States fall within the windows of metrics.jsonl, and windows within the states."""
 
 
 def what_it_left(run_dir: Path) -> dict[str, object]:
@@ -42,7 +44,38 @@ def what_it_left(run_dir: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("method", OF_METHODS)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_resumed_is_never_interrupted(method, start, whole, tmp_path):
+    """10 rounds = 5 + resume + 5, bit for bit on one machine, dropout and all."""
+    (run, straight), broken = whole(method, **TEN_ROUNDS), tmp_path / "broken"
+
+    def interrupt(images, measures):
+        if images == 5 * 8:
+            signal.raise_signal(signal.SIGINT)
+
+    assert train(start(method, **TEN_ROUNDS), broken, on_round=interrupt) == (False, 40)
+    resumed = start(method, **TEN_ROUNDS)
+    assert train(resumed, broken) == (True, 80)
+    for group, tensors in run.state().items():
+        for name, tensor in resumed.state()[group].items():
+            assert torch.equal(tensor, tensors[name]), f"{group} {name}"
+    for run_dir in straight, broken:
+        names = [path.name for path in sorted((run_dir / "state").iterdir())]
+        assert names[-2:] == ["000000000072", "000000000080"]  # before them, perhaps, the newest healthy one
+    assert metrics(straight) == metrics(broken)
+    assert [line["images"] for line in metrics(broken)] == list(range(16, 81, 16))
+    one, two = (load_file(path / "generator" / "model.safetensors") for path in (straight, broken))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for picture in ("samples/000000080.png", "x0/000000080.png"):
+        assert (straight / picture).read_bytes() == (broken / picture).read_bytes()
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "memory")} for line in lines]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_killed_between_two_states(method, start, whole, recipe, live, tmp_path):
     """All of 10 rounds, bit for bit on one machine, with dropout."""
     expected = what_it_left(whole(method, **TEN_ROUNDS)[1])
@@ -55,7 +88,6 @@ def test_killed_between_two_states(method, start, whole, recipe, live, tmp_path)
     assert what_it_left(run_dir) == expected
 
 
-@OF_SID
 @pytest.mark.parametrize(("lives", "rounds"), [(5, 8), pytest.param(50, 20, marks=pytest.mark.slow)])
 def test_killed_at_any_touch_of_a_file(lives, rounds, whole, recipe, live, tmp_path):
     """Lives that are killed at random points, and a last one that is not, leave what one life leaves."""
@@ -67,7 +99,6 @@ def test_killed_at_any_touch_of_a_file(lives, rounds, whole, recipe, live, tmp_p
     assert what_it_left(tmp_path / "run") == expected
 
 
-@pytest.mark.xdist_group("cosim")
 def test_a_nan_in_the_data(start, whole, tmp_path):
     """It ends the run before it is in a weight; with sound data the same call goes on from the last state."""
     expected = what_it_left(whole("cosim", images=64, snapshot_every=16)[1])
@@ -86,7 +117,6 @@ def test_a_nan_in_the_data(start, whole, tmp_path):
     assert what_it_left(tmp_path / "run") == expected
 
 
-@OF_SID
 def test_a_full_disk(start, whole, tmp_path, monkeypatch):
     """While the third state is written."""
     expected = what_it_left(whole("sid", images=64, snapshot_every=16)[1])
@@ -108,7 +138,6 @@ def test_a_full_disk(start, whole, tmp_path, monkeypatch):
     assert what_it_left(tmp_path / "run") == expected
 
 
-@OF_SID
 @pytest.mark.parametrize("file", ["generator.safetensors", "progress.json"])
 def test_a_truncated_state(file, start, whole, tmp_path):
     expected = what_it_left(whole("sid", images=64, snapshot_every=16)[1])
@@ -126,7 +155,6 @@ def test_a_truncated_state(file, start, whole, tmp_path):
     assert what_it_left(tmp_path / "run") == expected
 
 
-@OF_SID
 def test_a_gpu_that_is_too_small(start, tmp_path):
     """A run that needs less memory goes on where the first one ended."""
     run = start("sid", images=64, snapshot_every=16)

@@ -1,13 +1,11 @@
 import json
 import math
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from script_files import Gap, Maps, script
-from ten_rounds import OF_METHODS, TEN_ROUNDS
 
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
@@ -54,37 +52,6 @@ def test_ctm_learns_by_networks_of_files_and_goes_on(recipe, teacher, tmp_path):
         assert train(run, tmp_path / "run", on_round=interrupt) == reached
     stated = load_file(tmp_path / "run" / "state" / "000000000024" / "features.safetensors")
     assert "weights.networks.0.script.layer.weight" in stated
-
-
-@pytest.mark.parametrize("method", OF_METHODS)
-def test_resumed_is_never_interrupted(method, start, whole, tmp_path):
-    """10 rounds = 5 + resume + 5, bit for bit on one machine, dropout and all."""
-    (run, straight), broken = whole(method, **TEN_ROUNDS), tmp_path / "broken"
-
-    def interrupt(images, measures):
-        if images == 5 * 8:
-            signal.raise_signal(signal.SIGINT)
-
-    assert train(start(method, **TEN_ROUNDS), broken, on_round=interrupt) == (False, 40)
-    resumed = start(method, **TEN_ROUNDS)
-    assert train(resumed, broken) == (True, 80)
-    for group, tensors in run.state().items():
-        for name, tensor in resumed.state()[group].items():
-            assert torch.equal(tensor, tensors[name]), f"{group} {name}"
-    for run_dir in straight, broken:
-        names = [path.name for path in sorted((run_dir / "state").iterdir())]
-        assert names[-2:] == ["000000000072", "000000000080"]  # before them, perhaps, the newest healthy one
-    assert metrics(straight) == metrics(broken)
-    assert [line["images"] for line in metrics(broken)] == list(range(16, 81, 16))
-    one, two = (load_file(path / "generator" / "model.safetensors") for path in (straight, broken))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    for picture in ("samples/000000080.png", "x0/000000080.png"):
-        assert (straight / picture).read_bytes() == (broken / picture).read_bytes()
-
-
-def metrics(run_dir: Path) -> list[dict[str, float]]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "memory")} for line in lines]
 
 
 def test_a_finished_run_stays_as_it_is(start, tmp_path):
