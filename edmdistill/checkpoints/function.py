@@ -20,6 +20,7 @@ import math
 
 import torch
 
+from edmdistill.errors import printable, without_secrets
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 
 CLASSES, NOISES = 4, 4
@@ -63,8 +64,9 @@ def generator_warning(value: float | None, source: object) -> str | None:
     """
     if value is None or not GENERATOR[0] <= value < GENERATOR[1]:
         return None
+    name = printable(without_secrets(str(source)))
     return (
-        f"Warning: {source} behaves as a generator, not as a teacher: at sigma_max its images vary with the noise by "
+        f"Warning: {name} behaves as a generator, not as a teacher: at sigma_max its images vary with the noise by "
         f"{value:.2g} sigma_data, and a denoiser's by less than {GENERATOR[0]:g}; what is distilled from it is wrong "
         "unless it is a denoiser all the same."
     )

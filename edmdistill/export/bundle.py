@@ -1,16 +1,22 @@
 """A module as one file that needs nothing of this package: its own definitions, and those that they use, and so on.
 
-For programs that take code as single files. The text of a definition stays as it is.
+For programs that take code as single files. The text of a definition stays as it is, but for checks of what a user
+gives: an exported folder holds arguments that were checked, and needs no msgspec.
 """
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = __name__.partition(".")[0]
+CHECK = "check_arguments"
+"""The function whose calls are left out."""
+RANGE = "Meta"
+"""What annotations have ranges by, which are left out too."""
 
 
 class Source:
@@ -41,7 +47,9 @@ class Source:
                 constant = isinstance(node, ast.Assign | ast.AnnAssign)
                 last = after if after is not None and constant and _is_string(after) else node
                 first = min([node.lineno, *(mark.lineno for mark in getattr(node, "decorator_list", []))])
-                self.definitions[name] = "\n".join(lines[first - 1 : last.end_lineno]), node
+                checks = {line for call in ast.walk(node) if _is_check(call) for line in _lines(call)}
+                kept = [i for i in range(first, (last.end_lineno or first) + 1) if i not in checks]
+                self.definitions[name] = "\n".join(lines[i - 1] for i in kept), node
 
     def _imported(self, node: ast.Import | ast.ImportFrom) -> None:
         for alias in node.names:
@@ -63,6 +71,27 @@ def _name(node: ast.stmt) -> str | None:
     return None
 
 
+def _is_check(node: ast.AST) -> bool:
+    match node:
+        case ast.Expr(value=ast.Call(func=ast.Name(id=name))):
+            return name == CHECK
+    return False
+
+
+def _lines(node: ast.AST) -> range:
+    return range(getattr(node, "lineno", 0), (getattr(node, "end_lineno", None) or 0) + 1)
+
+
+def _used(node: ast.AST, annotates: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yields the names that a definition uses, and whether an annotation does."""
+    if isinstance(node, ast.Name):
+        yield node.id, annotates
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and not _is_check(child):
+                yield from _used(child, annotates or field in ("annotation", "returns"))
+
+
 def _is_string(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
@@ -81,19 +110,20 @@ def bundle(module: str, licence: str = "Apache-2.0") -> str:
     definitions: dict[tuple[str, str], str] = {}
     seen: set[tuple[str, str]] = set()
 
-    def visit(home: str, name: str) -> None:
+    def visit(home: str, name: str, annotates: bool = False) -> None:
         source = _source(home)
         if name in source.ours:
-            visit(*source.ours[name])
+            visit(*source.ours[name], annotates)
+        elif annotates and RANGE in (source.others.get(name) or source.definitions.get(name, ("",))[0]):
+            return  # annotations are not evaluated
         elif name in source.others:
             if imports.setdefault(name, source.others[name]) != source.others[name]:
                 raise ValueError(f"{home} imports another {name} than what it is bundled with")
         elif name in source.definitions and (home, name) not in seen:
             seen.add((home, name))
             text, node = source.definitions[name]
-            for part in ast.walk(node):
-                if isinstance(part, ast.Name):
-                    visit(home, part.id)
+            for used in _used(node):
+                visit(home, *used)
             definitions[home, name] = text
 
     root = _source(module)

@@ -369,6 +369,7 @@ def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
 
 def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """A network that fits the data, with fresh weights, and its configuration."""
+    dataset.require_zero()
     drawn = sketch(table, dataset)
     make: Callable[..., base.Network] = NETWORKS[table.kind]
     flow = FlowNetwork(make(**drawn.network.arguments), drawn.preconditioning)

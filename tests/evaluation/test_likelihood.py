@@ -210,7 +210,7 @@ def few() -> Dataset:
     [
         (lambda: generator(flow()), lambda: DIGITS, EdmDistillError, "jumps to the data alone"),
         (lambda: Denoiser(flow(IDDPM)), lambda: DIGITS, EdmDistillError, "single noise levels"),
-        (lambda: Denoiser(flow()), colours, DatasetError, "3 channels and 8 pixels"),
+        (lambda: Denoiser(flow()), colours, DatasetError, "are 3x8x8"),
         (lambda: Denoiser(flow()), few, DatasetError, "no classes, but the network has 10"),
     ],
 )
