@@ -29,8 +29,8 @@ import torch
 
 import edmdistill
 from edmdistill.atomic import atomic_write
-from edmdistill.recipes import Recipe, load_recipe
-from edmdistill.training.engine import Machine
+from edmdistill.machine.engine import Machine
+from edmdistill.recipes.schema import Recipe, load_recipe
 from edmdistill.training.loop import rounds
 from edmdistill.training.run import prepare
 

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
+from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.sizes import SIZES
-from edmdistill.recipes import Recipe
-from edmdistill.training.engine import Machine
+from edmdistill.planning.plan import make_plan, measure
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
-from edmdistill.training.plan import make_plan, measure
 from edmdistill.training.run import Run, prepare
 
 ENCODER = {"kind": "StabilityVAEEncoder", "scale": [0.12] * 4, "bias": [0.0] * 4}
@@ -93,7 +93,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             encoder = ENCODER | {"scale": [0.12] * channels, "bias": [0.0] * channels}
             provenance = Provenance(source="random weights")
-            config = CheckpointConfig(stage="teacher", provenance=provenance, encoder=encoder, **facts(flow))
+            config = CheckpointConfig(stage="teacher", provenance=provenance, encoder=encoder, **describe(flow))
             save_checkpoint(Path(scratch) / "teacher", flow, config)
             data = make_data(Path(scratch), resolution, channels, classes)
             real = peak_of(prepare(recipe, data=data, teacher=Path(scratch) / "teacher", machine=machine))

@@ -19,22 +19,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
 from edmdistill.draws import Draws
+from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.recipes import Recipe
-from edmdistill.training.engine import Machine
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
-from edmdistill.training.run import Run, prepare, take_stage
+from edmdistill.training.run import Run, prepare, set_trainable
 
 
 def make_teacher(folder: Path, width: int) -> Path:
     """EDM2-S for 64x64 RGB images: width 192 is S."""
     torch.manual_seed(0)
     flow = FlowNetwork(UNet(64, 3, 1000, model_channels=width), EDM())
-    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="random weights"), **facts(flow))
+    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="random weights"), **describe(flow))
     save_checkpoint(folder, flow, config)
     return folder
 
@@ -55,7 +55,7 @@ def make_data(file: Path, images: int = 16) -> Path:
 def bare(run: Run, batches: list) -> None:
     """The networks of a round alone."""
     for index, turn in enumerate(run.method.turns()):
-        take_stage(run, turn.role)
+        set_trainable(run, turn.role)
         draws = Draws([0, 0, index], run.recipe.training.batch, device=run.engine.device)
         turn.loss(batches[index], draws).value.mean().backward()
         run.roles[turn.role].zero_grad(set_to_none=True)

@@ -73,7 +73,7 @@ class TrainingError(EdmDistillError):
     """A run cannot start, go on or be resumed."""
 
 
-class Elsewhere(TrainingError):
+class PeerFailed(TrainingError):
     """Another process of the run cannot go on, and says why: this one ends without a word."""
 
 

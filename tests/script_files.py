@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from edmdistill.networks.features import LEVELS
+from edmdistill.features.perceptual import LEVELS
 
 
 class Maps(nn.Module):

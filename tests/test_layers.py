@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edmdistill"
 LAYERS = (
-    ("errors", "progress", "pickles"),
+    ("errors", "progress", "pickles", "assets"),
     ("atomic", "jsonl", "archives"),
     ("trigflow",),
     ("draws",),
@@ -19,22 +19,23 @@ LAYERS = (
     ("kernels",),
     ("networks",),
     ("checkpoints",),
+    ("features",),
     ("methods", "sampling", "data"),
     ("evaluation",),
     ("recipes",),
+    ("machine",),
     ("training",),
-    ("curves",),
+    ("planning",),
     ("report", "export"),
-    ("card",),
-    ("hub",),
-    ("cli", "assets"),  # assets: the scripts that made what ships with the package
+    ("publish",),
+    ("cli",),
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 HOMES = {
-    "accelerate": {"training", "evaluation"},
+    "accelerate": {"machine", "training"},
     "click": {"cli"},
-    "safetensors": {"checkpoints", "hub"},
-    "huggingface_hub": {"checkpoints", "card", "hub"},
+    "safetensors": {"checkpoints", "publish"},
+    "huggingface_hub": {"checkpoints", "publish"},
     "onnx": {"export"},
     "onnxruntime": {"export"},
     "onnxscript": {"export"},

@@ -17,7 +17,7 @@ from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenan
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
-from edmdistill.recipes import find_recipe, load_recipe
+from edmdistill.recipes.schema import find_recipe, load_recipe
 from edmdistill.report.page import report
 from edmdistill.report.summary import read_run
 

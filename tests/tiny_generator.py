@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, Sampling, facts, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, Sampling, describe, save_checkpoint
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -22,7 +22,11 @@ def tiny_generator(
     torch.nn.init.constant_(network.out_gain, scale)
     flow = FlowNetwork(network, EDM(sigma_data=0.5))
     config = CheckpointConfig(
-        stage=stage, provenance=Provenance(source="a test"), sampling=Sampling({"1": (80.0,)}), **facts(flow), **facts_
+        stage=stage,
+        provenance=Provenance(source="a test"),
+        sampling=Sampling({"1": (80.0,)}),
+        **describe(flow),
+        **facts_,
     )
     save_checkpoint(folder, flow, config)
     return folder

@@ -12,12 +12,12 @@ import pytest
 import torch
 from shared_probes import share_probes
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
+from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.recipes import Recipe
-from edmdistill.training.engine import Machine
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import train
 from edmdistill.training.run import Run, prepare
 
@@ -49,7 +49,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flow = FlowNetwork(network, EDM())
     folder = tmp_path_factory.mktemp("teacher") / "teacher"
     provenance = Provenance(source="a test", licence="cc-by-nc-sa-4.0")
-    save_checkpoint(folder, flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow)))
+    save_checkpoint(folder, flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow)))
     return folder
 
 

@@ -38,20 +38,20 @@ from edmdistill.checkpoints.store import (
     build_flow,
     checkpoint_in,
     describe,
-    facts,
     fill,
     load_checkpoint,
+    meta_network,
     read_config,
     refuse_occupied,
     write_checkpoint,
 )
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
-from edmdistill.networks.adapt import with_double_norm, with_positional_time
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.magnitude import GAINS
 from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS
-from edmdistill.networks.two_time import add_second_time, drop_second_time
+from edmdistill.networks.surgery.adapt import with_double_norm, with_positional_time
+from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 from edmdistill.progress import write
 from edmdistill.schedules import edm_sigmas
 from edmdistill.trigflow import denoised, sigma_to_time
@@ -123,7 +123,7 @@ def build_official(
         provenance=Provenance(
             source=official.path.name, sha256=official.sha256, licence=file.licence if file else "cc-by-nc-sa-4.0"
         ),
-        **facts(flow),
+        **describe(flow),
     )
     return flow.float(), config
 
@@ -218,7 +218,7 @@ def outline(source: str | Path) -> FlowNetwork:
     path = resolve(source)
     if path.is_dir():
         folder = checkpoint_in(path)
-        return describe(read_config(folder), folder)
+        return meta_network(read_config(folder), folder)
     if zipfile.is_zipfile(path):
         return read_source(path)[0].to("meta")
     official = read_official(path)
@@ -282,7 +282,7 @@ def convert(
     with atomic_write(out) as folder:
         on_progress("writing")
         two_time = add_second_time(adapted)
-        config = replace(config, **facts(two_time))
+        config = replace(config, **describe(two_time))
         write_checkpoint(folder, two_time, config)
         del two_time, adapted
         expected = {dtype: _denoised(flow, dtype, on_progress) for dtype in (torch.float32, torch.float64)}

@@ -21,7 +21,7 @@ from edmdistill.archives import Archive
 from edmdistill.checkpoints.known import class_names
 from edmdistill.checkpoints.others import NVIDIA_64, of_entries, of_tensors, refuse_by_name
 from edmdistill.checkpoints.source import downloaded
-from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance, build_flow, facts, fill
+from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance, build_flow, describe, fill
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.pickles import StoredTensor, Unreadable
@@ -65,7 +65,7 @@ def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]
     fill(flow.network, tensors, str(path))
     provenance = Provenance(source=path.name, sha256=sha256, licence="mit")
     names = class_names(flow.label_dim, path.name)
-    return flow, CheckpointConfig(stage="teacher", label_names=names, provenance=provenance, **facts(flow))
+    return flow, CheckpointConfig(stage="teacher", label_names=names, provenance=provenance, **describe(flow))
 
 
 def described(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -150,7 +150,7 @@ def _file_name(url: str) -> str:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows to http and https alone, and notes what the Hub says of a large file before it sends on to it."""
+    """EmaOf to http and https alone, and notes what the Hub says of a large file before it sends on to it."""
 
     sha256: str | None = None
 

@@ -183,7 +183,7 @@ def unfinished(config: CheckpointConfig) -> str | None:
     return f"This {config.stage} is unfinished: {seen:,} of {total:,} images seen."
 
 
-def facts(flow: FlowNetwork) -> dict[str, Any]:
+def describe(flow: FlowNetwork) -> dict[str, Any]:
     """The fields of CheckpointConfig that the network itself knows."""
     network, preconditioning = flow.network, flow.preconditioning
     # By isinstance, for a sharded network is of a class of its own.
@@ -405,7 +405,7 @@ def write_checkpoint(
     folder: Path, flow: FlowNetwork, config: CheckpointConfig, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
     """Writes the three files into a folder, which is made."""
-    config = replace(config, **facts(flow))
+    config = replace(config, **describe(flow))
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / MODEL, flow.network.state_dict() if tensors is None else tensors, {"format": "pt"})
     write_config(folder, config)
@@ -440,12 +440,12 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> t
     """
     folder = resolve(source)
     config = read_config(folder)
-    flow = describe(config, folder)
+    flow = meta_network(config, folder)
     fill(flow.network, load_tensors(folder / MODEL, device)[0], str(folder / MODEL))
     return flow, config
 
 
-def describe(config: CheckpointConfig, folder: Path) -> FlowNetwork:
+def meta_network(config: CheckpointConfig, folder: Path) -> FlowNetwork:
     """Returns the network of a configuration on the meta device: it has no numbers and takes no memory.
 
     Args:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 import click
 
 from edmdistill import __version__
-from edmdistill.errors import EdmDistillError, Elsewhere
+from edmdistill.errors import EdmDistillError, PeerFailed
 from edmdistill.methods import METHODS
 
 COMMANDS = {
@@ -22,13 +22,13 @@ COMMANDS = {
     "eval": "Measure a checkpoint or a folder of images against a data set.",
     "sweep": "Measure a network over numbers of steps and gammas: a table, JSON, a plot.",
     "loss": "Compare the diffusion loss of two teachers by noise level.",
-    "data": "Look into a data set: images, files left out, classes, means and deviations.",
+    "data": "Preview into a data set: images, files left out, classes, means and deviations.",
     "recipes": "List, show, copy and check the recipes.",
     "plan": "Say what a run will need: memory, operations and days, by GPU.",
     "export": "Write a checkpoint for another program: diffusers, onnx, torch-export, nvidia, space.",
     "push-to-hub": "Publish a checkpoint or a run on the Hugging Face Hub.",
     "report": "Write a one-page HTML report of a run.",
-    "doctor": "Look at versions, devices and disk, and say what to mend.",
+    "doctor": "Preview at versions, devices and disk, and say what to mend.",
 }
 
 
@@ -111,7 +111,7 @@ class LazyGroup(click.Group):
             result = super().invoke(ctx)
             sys.stdout.flush()  # here, where a full disk can still be reported
             return result
-        except Elsewhere:
+        except PeerFailed:
             sys.exit(Failure.exit_code)
         except EdmDistillError as error:
             if VERBOSE in ctx.meta:

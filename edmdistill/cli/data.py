@@ -23,4 +23,4 @@ class DataGroup(click.Group):
 
 @click.group("data", cls=DataGroup)
 def command() -> None:
-    """Look into data sets: zips and folders in EDM's layout, of images or latents."""
+    """Preview into data sets: zips and folders in EDM's layout, of images or latents."""

@@ -9,11 +9,11 @@ import click
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(as_json: bool) -> None:
-    """Look at versions, devices and this folder's disk, and say what to mend.
+    """Preview at versions, devices and this folder's disk, and say what to mend.
 
     A line each: ok, warn or fail, what was found, and the fix. The exit code is 2 if something failed.
     """
-    from edmdistill.training.doctor import examine
+    from edmdistill.machine.doctor import examine
 
     findings = []
     for finding in examine():

@@ -27,7 +27,7 @@ def command(source: Path, sigma_rel: float, images: int | None, out: Path, overw
     SOURCE is a run whose recipe has ema.snapshot_every, or a folder of the official trainer's
     network-snapshot-KIMG-SIGMA.pkl.
     """
-    from edmdistill.checkpoints.ema import reconstruct_checkpoint
+    from edmdistill.checkpoints.posthoc_ema import reconstruct_checkpoint
     from edmdistill.progress import progress_bar
 
     with progress_bar(unit="average") as bar:

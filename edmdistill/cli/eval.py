@@ -123,7 +123,7 @@ def command(
 
     from edmdistill.evaluation.images import is_images
     from edmdistill.evaluation.protocol import results_json, results_table
-    from edmdistill.evaluation.saved import place_to_save_in
+    from edmdistill.evaluation.results import place_to_save_in
     from edmdistill.sampling.files import unfinished_samples
 
     if is_images(source) and not metrics:
@@ -207,7 +207,7 @@ def measure(
     Raises: NotFiniteError: a measurement has no finite result; the others are shown.
     """
     from edmdistill.errors import NotFiniteError
-    from edmdistill.evaluation.saved import save_results
+    from edmdistill.evaluation.results import save_results
     from edmdistill.progress import progress_bar
 
     results: list[Result] = []

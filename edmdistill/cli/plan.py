@@ -10,12 +10,12 @@ import click
 from edmdistill.cli.options import FiniteFloat, Name
 from edmdistill.cli.train import OFFLOADS, Words
 from edmdistill.errors import RecipeError
+from edmdistill.machine.gpus import GPUS, this_machine
 from edmdistill.methods import METHODS
-from edmdistill.training.cards import CARDS, this_machine
 
 if TYPE_CHECKING:
     from edmdistill.networks.flow import FlowNetwork
-    from edmdistill.recipes import Recipe
+    from edmdistill.recipes.schema import Recipe
 
 HERE = "this machine"
 PRECISIONS = ("fp32", "bf16")
@@ -35,7 +35,7 @@ PRECISIONS = ("fp32", "bf16")
 @click.option("--shard", is_flag=True, help="As train's.")
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="As train's.")
 @click.option("--checkpoint-activations", is_flag=True, help="As train's.")
-@click.option("--card", "names", type=click.Choice(list(CARDS)), multiple=True, help="For this GPU; may be repeated.")
+@click.option("--card", "names", type=click.Choice(list(GPUS)), multiple=True, help="For this GPU; may be repeated.")
 @click.option(
     "--utilisation", type=FiniteFloat(0, 1, min_open=True), default=0.35, show_default=True, help="Of a GPU's peak."
 )
@@ -66,10 +66,10 @@ def command(
     from msgspec.structs import replace
 
     from edmdistill.checkpoints.convert import outline
+    from edmdistill.machine.engine import Machine
     from edmdistill.networks.sizes import SIZES
-    from edmdistill.recipes import load_recipe
-    from edmdistill.training.engine import Machine
-    from edmdistill.training.plan import Plan, images_per_second, make_plan, measure
+    from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure
+    from edmdistill.recipes.schema import load_recipe
 
     resolved = load_recipe(recipe, method, sets)
     flow = _flow(resolved, teacher, network, data)
@@ -79,7 +79,7 @@ def command(
     rows = min(micro_batch or share, share)
     accumulates = rows < share
     machine = Machine(shard=shard and processes > 1, offload=offload, checkpointing=checkpoint_activations)
-    chosen = {name: CARDS[name] for name in names} if names else {**CARDS, HERE: this_machine()}
+    chosen = {name: GPUS[name] for name in names} if names else {**GPUS, HERE: this_machine()}
 
     def show(stage: str) -> None:
         if sys.stderr.isatty():

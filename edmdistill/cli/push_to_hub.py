@@ -36,7 +36,7 @@ def command(
     and a card that was changed by hand stays, unless told otherwise.
     """
     from edmdistill.checkpoints.store import CARD
-    from edmdistill.hub import pack, push
+    from edmdistill.publish.hub import pack, push
 
     say_unfinished(str(source))
     package = pack(source, repository, licence)

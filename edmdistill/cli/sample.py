@@ -109,8 +109,8 @@ def command(
 
     from edmdistill.checkpoints.convert import load_denoiser, load_model
     from edmdistill.errors import NotFiniteError
-    from edmdistill.evaluation.classifiers import load_classifier
     from edmdistill.evaluation.protocol import sampler_of
+    from edmdistill.features.classifiers import load_classifier
     from edmdistill.progress import progress_bar
     from edmdistill.sampling.feature_nets import load_feature_net
     from edmdistill.sampling.files import GRID_MOST, Samples, check_output, read_image

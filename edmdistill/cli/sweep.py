@@ -88,7 +88,7 @@ def command(
     from edmdistill.atomic import atomic_write
     from edmdistill.evaluation.images import is_images
     from edmdistill.evaluation.protocol import results_json
-    from edmdistill.evaluation.saved import place_to_save_in
+    from edmdistill.evaluation.results import place_to_save_in
     from edmdistill.evaluation.tables import sweep_table
     from edmdistill.report.page import draw
 

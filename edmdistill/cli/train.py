@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from edmdistill.cli.options import Name, OutputPath, say
-from edmdistill.errors import EdmDistillError, Elsewhere, TrainingError
+from edmdistill.errors import EdmDistillError, PeerFailed, TrainingError
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
@@ -89,14 +89,14 @@ def command(
     Ctrl-C saves the run; the same command goes on with it, on another number of processes too. torchrun, accelerate
     launch and srun start it on several machines.
     """
-    from edmdistill.training.launch import launch, without_processes, world_from_environment
+    from edmdistill.machine.launch import launch, without_processes, world_from_environment
 
     world_from_environment()
     if processes is not None and processes > 1:
         sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, note=say))
 
-    from edmdistill.recipes import find_recipe, load_recipe
-    from edmdistill.training.engine import Machine
+    from edmdistill.machine.engine import Machine
+    from edmdistill.recipes.schema import find_recipe, load_recipe
     from edmdistill.training.run import prepare
 
     machine = Machine(device, _micro_batch(micro_batch), shard, offload, checkpoint_activations, workers, log_with)
@@ -182,7 +182,7 @@ def _one_voice() -> Iterator[None]:
     try:
         yield
     except EdmDistillError as error:
-        raise (error if int(os.environ.get("RANK", 0)) == 0 else Elsewhere("the main process says why")) from error
+        raise (error if int(os.environ.get("RANK", 0)) == 0 else PeerFailed("the main process says why")) from error
 
 
 def _micro_batch(text: str | None) -> int | Literal["auto"] | None:

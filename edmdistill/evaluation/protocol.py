@@ -23,9 +23,9 @@ from edmdistill import __version__
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError, NotFiniteError, without_secrets
-from edmdistill.evaluation.features import FEATURES, Classifier
 from edmdistill.evaluation.frechet import RunningStatistics, Statistics, frechet_distance
 from edmdistill.evaluation.images import Images, Scheme, drawn, found
+from edmdistill.features.spaces import FEATURES, Classifier
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.generate import default_nfe, guidance_of, require_finite, sample
 from edmdistill.sampling.seeds import format_seeds

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, facts, save_tensors
+from edmdistill.checkpoints.store import CheckpointConfig, describe, save_tensors
 from edmdistill.data.latents import statistics_of
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.bundle import bundle
@@ -74,7 +74,7 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
         (folder / part).mkdir()
     for file, module in FILES.items():
         (folder / file).write_text(bundle(module), encoding="utf-8")
-    known, latents = facts(flow), statistics_of(config.encoder)
+    known, latents = describe(flow), statistics_of(config.encoder)
     names = config.label_names
     index = {
         "_class_name": ["pipeline", "GammaPipeline"],

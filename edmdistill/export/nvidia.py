@@ -20,7 +20,7 @@ from edmdistill.export.one_step import MORE_STEPS, OneStep
 from edmdistill.export.parity import Parity, compare, sampler
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM, IDDPM
-from edmdistill.networks.rebuild import add_logvar
+from edmdistill.networks.surgery.rebuild import add_logvar
 
 WEIGHTS, NETWORK = "model.safetensors", "network.json"
 CLASSES = {

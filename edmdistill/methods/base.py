@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.last_layer import LastLayer
+from edmdistill.networks.surgery.last_layer import LastLayer
 
 
 class FlowFunction(Protocol):
@@ -85,7 +85,7 @@ class NoiseRange(NamedTuple):
     sigma_max: float
 
 
-class Follows(NamedTuple):
+class EmaOf(NamedTuple):
     """Whose moving average a role is: after each of its steps the weights become decay old + (1 - decay) new."""
 
     role: str
@@ -101,7 +101,7 @@ class Role(NamedTuple):
         logvars: how many heads for u(t) it has.
         guided: it reads the weight of guidance.
         source: whose network it starts as: the teacher's, or that of the guide, another network of the same data.
-        follows: whose average it is; None: its weights are its own.
+        ema_of: the role whose moving average it is; None: its weights are its own.
         make: makes a network of another kind, from the teacher and a seed; None: the network is the source's copy.
     """
 
@@ -110,13 +110,13 @@ class Role(NamedTuple):
     logvars: int = 0
     guided: bool = False
     source: Literal["teacher", "guide"] = "teacher"
-    follows: Follows | None = None
+    ema_of: EmaOf | None = None
     make: Callable[[FlowNetwork, int], nn.Module] | None = None
 
     @property
     def frozen(self) -> bool:
         """Whether it stays the teacher, or the guide, for good."""
-        return not self.trained and self.follows is None and self.make is None
+        return not self.trained and self.ema_of is None and self.make is None
 
 
 class Loss(NamedTuple):
@@ -135,7 +135,7 @@ class Loss(NamedTuple):
     generated: Tensor | None = None
 
 
-class Look(NamedTuple):
+class Preview(NamedTuple):
     """What a turn sees of a micro-batch before any of it is learnt from.
 
     Attributes:
@@ -151,19 +151,19 @@ class Turn(NamedTuple):
     """One optimiser step of one role.
 
     Attributes:
-        loss: (batch, draws) -> Loss; with a look, (batch, draws, look).
-        look: (batch, draws) -> Look, of every micro-batch before the first loss.
+        loss: (batch, draws) -> Loss; with a preview, (batch, draws, preview).
+        preview: (batch, draws) -> Preview, of every micro-batch before the first loss.
         begins: the images that have been seen before the first of these turns is taken.
     """
 
     role: str
     loss: Callable[..., Loss]
-    look: Callable[[Batch, Draws], Look] | None = None
+    preview: Callable[[Batch, Draws], Preview] | None = None
     begins: int = 0
 
     def whole(self, batch: Batch, draws: Draws) -> Loss:
         """The loss of a batch that is not cut."""
-        return self.loss(batch, draws) if self.look is None else self.loss(batch, draws, self.look(batch, draws))
+        return self.loss(batch, draws) if self.preview is None else self.loss(batch, draws, self.preview(batch, draws))
 
 
 class Method(ABC):
@@ -171,7 +171,7 @@ class Method(ABC):
 
     Class attributes:
         Config: a frozen msgspec.Struct; its fields are the [method] table of a recipe.
-        roles: the networks it plays with by default, by name; `cast` says which under other options.
+        roles: the networks it plays with by default, by name; `roles_for` says which under other options.
         product: the role whose average is what a run is for.
     """
 
@@ -188,12 +188,12 @@ class Method(ABC):
         """One round: the turns in the order in which they are taken."""
 
     @classmethod
-    def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
+    def roles_for(cls, config: msgspec.Struct) -> dict[str, Role]:
         """The roles that play under these options; those of the default ones, unless a method says otherwise."""
         return cls.roles
 
     @classmethod
-    def objection(
+    def check_teacher(
         cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int, label_dropout: float | None
     ) -> str | None:
         """Why a teacher will not do, in a sentence with the fix; None: it will.

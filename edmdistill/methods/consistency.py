@@ -118,10 +118,10 @@ def continuous_target(
     return F, -(cos**2) * (sigma_data * F - dx) - r * (cos * sin * x_t + sigma_data * dF)
 
 
-Taming = Literal["rms", "norm", "clip"]
+TangentNormalization = Literal["rms", "norm", "clip"]
 
 
-def tamed(g: Tensor, c: float, how: Taming) -> Tensor:
+def normalized_tangent(g: Tensor, c: float, how: TangentNormalization) -> Tensor:
     """g / (|g| + c), of each sample; or g within [-1, 1].
 
     Args:

@@ -21,22 +21,22 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.features.perceptual import Perception, make_features, make_heads
 from edmdistill.methods.adversarial import GANS, Change, augment
 from edmdistill.methods.base import (
     Batch,
+    EmaOf,
     FlowFunction,
-    Follows,
-    Look,
     Loss,
     Method,
     NoiseRange,
+    Preview,
     Role,
     Turn,
     WatchedFunction,
 )
 from edmdistill.methods.distances import DISTANCES
 from edmdistill.methods.solver import follow_flow
-from edmdistill.networks.features import Perception, make_features, make_heads
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.schedules import ctm_indices, ctm_score_sigmas, edm_sigmas
 from edmdistill.trigflow import ddim_step, diffuse, sigma_to_time, velocity
@@ -90,7 +90,7 @@ class CTMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError('distance = "lpips" and lpips = FILE go together: give both or neither')
 
 
-def cast_of(config: CTMConfig) -> dict[str, Role]:
+def ctm_roles(config: CTMConfig) -> dict[str, Role]:
     """The roles that play under these options."""
 
     def features(flow: FlowNetwork, seed: int) -> nn.Module:
@@ -102,7 +102,7 @@ def cast_of(config: CTMConfig) -> dict[str, Role]:
 
     roles = {"teacher": Role(trained=False)} if config.teacher else {}
     roles["generator"] = Role(trained=True, two_time=True)
-    roles["target"] = Role(trained=False, two_time=True, follows=Follows("generator", config.mu))
+    roles["target"] = Role(trained=False, two_time=True, ema_of=EmaOf("generator", config.mu))
     if config.lpips:
         roles["perception"] = Role(trained=False, make=lambda flow, seed: Perception(config.lpips))
     if config.gan:
@@ -132,11 +132,11 @@ class Parts(NamedTuple):
 
 class CTM(Method):
     Config = CTMConfig
-    roles = cast_of(CTMConfig())
+    roles = ctm_roles(CTMConfig())
 
     @classmethod
-    def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
-        return cast_of(cast(CTMConfig, config))
+    def roles_for(cls, config: msgspec.Struct) -> dict[str, Role]:
+        return ctm_roles(cast(CTMConfig, config))
 
     def __init__(self, config: msgspec.Struct, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         self.config = own = cast(CTMConfig, config)
@@ -149,8 +149,8 @@ class CTM(Method):
         self.times = sigma_to_time(edm_sigmas(own.N, sigma_min, sigma_max), sigma_data)
 
     def turns(self) -> tuple[Turn, ...]:
-        look = self.gradients if self.config.balance == "adaptive" else None
-        generator = Turn("generator", self.generator_loss, look)
+        preview = self.gradients if self.config.balance == "adaptive" else None
+        generator = Turn("generator", self.generator_loss, preview)
         if not self.config.gan:
             return (generator,)
         return Turn("discriminator", self.discriminator_loss, begins=self.config.gan_warmup_images), generator
@@ -168,20 +168,20 @@ class CTM(Method):
         value = GANS[self.config.gan_loss].discriminator(real_logits, fake_logits)
         return Loss(value, self.at(jump.t), signals)
 
-    def gradients(self, batch: Batch, draws: Draws) -> Look:
+    def gradients(self, batch: Batch, draws: Draws) -> Preview:
         """The gradient of each loss in the generator's last layer.  Source: section 3.3."""
         with self.generator.watch() as last:
             parts = self.parts(batch, draws)
-        return Look({name: last.gradient(loss.mean()) for name, loss in parts.losses.items()}, parts.x_target)
+        return Preview({name: last.gradient(loss.mean()) for name, loss in parts.losses.items()}, parts.x_target)
 
-    def generator_loss(self, batch: Batch, draws: Draws, look: Look | None = None) -> Loss:
+    def generator_loss(self, batch: Batch, draws: Draws, preview: Preview | None = None) -> Loss:
         """Algorithm 4, line 7."""
-        parts = self.parts(batch, draws, None if look is None else look.kept)
+        parts = self.parts(batch, draws, None if preview is None else preview.kept)
         weights = {"ctm": 1.0, "dsm": self.config.dsm, "gan": self.config.gan}
         value = torch.zeros_like(parts.losses["ctm"])
         signals: dict[str, Tensor] = {}
         for name, loss in parts.losses.items():
-            weight = weights[name] * (torch.ones_like(value[0]) if look is None else balance(look.means, name))
+            weight = weights[name] * (torch.ones_like(value[0]) if preview is None else balance(preview.means, name))
             value = value + weight * loss
             signals |= {name: loss.detach().mean()} | ({} if name == "ctm" else {f"lambda_{name}": weight})
         return Loss(value, parts.t, signals, parts.x_est.detach())

@@ -15,14 +15,20 @@ from msgspec import Meta
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
-from edmdistill.methods.consistency import Taming, consistency_loss, discrete_target, tamed, warmup
+from edmdistill.methods.consistency import (
+    TangentNormalization,
+    consistency_loss,
+    discrete_target,
+    normalized_tangent,
+    warmup,
+)
 from edmdistill.methods.guidance import (
     Guide,
     GuidedTeacher,
     Range,
     at_weight,
-    guidance_objection,
-    guided_cast,
+    check_guidance,
+    guided_roles,
     require_range,
 )
 from edmdistill.schedules import edm_curve, lognormal_shares
@@ -36,7 +42,7 @@ class DSCDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = -1.0
     P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma)")] = 1.4
     warmup_images: Annotated[int, Meta(ge=0, description="images over which the tangent's unstable term rises")] = 0
-    taming: Annotated[Taming, Meta(description="how the tangent is kept small")] = "rms"
+    tangent_normalization: Annotated[TangentNormalization, Meta(description="how the tangent is kept small")] = "rms"
     c: Annotated[float, Meta(ge=0, description="what is added to the tangent's size before it divides")] = 0.1
     guidance: Range = (1.0, 1.0)
     guide: Guide = "classes"
@@ -59,14 +65,14 @@ class DSCD(Method):
         self.shares = lognormal_shares(sigmas, P_mean=own.P_mean, P_std=own.P_std)
 
     @classmethod
-    def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
-        return guided_cast(cls.roles, cast(DSCDConfig, config))
+    def roles_for(cls, config: msgspec.Struct) -> dict[str, Role]:
+        return guided_roles(cls.roles, cast(DSCDConfig, config))
 
     @classmethod
-    def objection(
+    def check_teacher(
         cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int, label_dropout: float | None
     ) -> str | None:
-        return guidance_objection(cast(DSCDConfig, config), label_dim, label_dropout)
+        return check_guidance(cast(DSCDConfig, config), label_dim, label_dropout)
 
     @classmethod
     def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
@@ -92,5 +98,5 @@ class DSCD(Method):
             r = warmup(batch.images, own.warmup_images)
             F_minus, g = discrete_target(generator, x_t, t, t_before, batch.labels, dx, r=r, sigma_data=sigma_data)
         F, u = generator(x_t, t, batch.labels, u_at=(t,))
-        loss = consistency_loss(F, F_minus, tamed(g, own.c, own.taming), u, t)
+        loss = consistency_loss(F, F_minus, normalized_tangent(g, own.c, own.tangent_normalization), u, t)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import FlowFunction, Role
-from edmdistill.networks.label_dropout import guidance_refusal
+from edmdistill.networks.label_dropout import guidance_problem
 from edmdistill.trigflow import expand
 
 Weight = Annotated[float, Meta(ge=1)]
@@ -52,14 +52,14 @@ def require_range(own: Guided) -> None:
         raise ValueError('guide = "network" does nothing at weight 1: give a range, as in guidance = [1.0, 2.0]')
 
 
-def guided_cast(roles: Mapping[str, Role], own: Guided) -> dict[str, Role]:
+def guided_roles(roles: Mapping[str, Role], own: Guided) -> dict[str, Role]:
     """The roles: those that are trained read a weight where there are several; a guide, where a network guides."""
     low, high = own.guidance
     guide = {"guide": Role(trained=False, source="guide")} if own.guide == "network" else {}
     return {name: part._replace(guided=part.trained and low < high) for name, part in roles.items()} | guide
 
 
-def guidance_objection(own: Guided, label_dim: int, label_dropout: float | None) -> str | None:
+def check_guidance(own: Guided, label_dim: int, label_dropout: float | None) -> str | None:
     """Returns why a teacher with so many classes cannot be guided so; None where it can.
 
     Args:
@@ -70,7 +70,7 @@ def guidance_objection(own: Guided, label_dim: int, label_dropout: float | None)
     advice = "say --set method.guide=network and name a weaker network by --guide, or --set method.guidance=[1,1]"
     if label_dim:
         advice += ", or --force-guidance"
-    return guidance_refusal(label_dim, 1.0 if label_dropout is None else label_dropout, advice)
+    return guidance_problem(label_dim, 1.0 if label_dropout is None else label_dropout, advice)
 
 
 class GuidedTeacher:

@@ -4,7 +4,7 @@ Lu & Song 2025 (ICLR), algorithm 1.
 
     x_t = cos(t) x0 + sin(t) z                 data at noise level t
     dx/dt = sigma_d F*(x_t, t)                 the teacher's velocity (sCD), or cos(t) z - sin(t) x0 (sCT)
-    g = cos(t) df/dt, tamed                    how far the consistency function f is from constant
+    g = cos(t) df/dt, normalized_tangent                    how far the consistency function f is from constant
     F <- F^- + g                               and so it is learnt, weighed over t by e^-u(t)
 """
 
@@ -22,14 +22,20 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
-from edmdistill.methods.consistency import Taming, consistency_loss, continuous_target, tamed, warmup
+from edmdistill.methods.consistency import (
+    TangentNormalization,
+    consistency_loss,
+    continuous_target,
+    normalized_tangent,
+    warmup,
+)
 from edmdistill.methods.guidance import (
     Guide,
     GuidedTeacher,
     Range,
     at_weight,
-    guidance_objection,
-    guided_cast,
+    check_guidance,
+    guided_roles,
     require_range,
 )
 from edmdistill.methods.score_distillation import auxiliary_loss, generator_loss
@@ -41,7 +47,7 @@ class SCTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sigma)")] = -1.0
     P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma)")] = 1.4
     warmup_images: Annotated[int, Meta(ge=0, description="images over which the tangent's unstable term rises")] = 0
-    taming: Annotated[Taming, Meta(description="how the tangent is kept small")] = "rms"
+    tangent_normalization: Annotated[TangentNormalization, Meta(description="how the tangent is kept small")] = "rms"
     c: Annotated[float, Meta(ge=0, description="what is added to the tangent's size before it divides")] = 0.1
     tangent: Annotated[
         Literal["exact", "finite-difference"], Meta(description="how the tangent is taken; the second is weaker")
@@ -87,7 +93,7 @@ class SCT(Method):
         self.generator = networks["generator"]
 
     @classmethod
-    def objection(
+    def check_teacher(
         cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int, label_dropout: float | None
     ) -> str | None:
         """Source: sCM, section 4.1: the derivative of EDM's time embedding is what makes the training unstable."""
@@ -123,7 +129,7 @@ class SCT(Method):
                 sigma_data=sigma_data,
                 tangent=own.tangent,
             )
-            g = tamed(g, own.c, own.taming)
+            g = normalized_tangent(g, own.c, own.tangent_normalization)
         F, u = generator(x_t, t, batch.labels, u_at=(t,))
         loss = consistency_loss(F, F_minus, g, u, t)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
@@ -148,20 +154,20 @@ class SCD(SCT):
         self.teacher = GuidedTeacher(networks, cast(SCDConfig, config))
 
     @classmethod
-    def cast(cls, config: msgspec.Struct) -> dict[str, Role]:
+    def roles_for(cls, config: msgspec.Struct) -> dict[str, Role]:
         own = cast(SCDConfig, config)
         # The two losses have sizes of their own at the same t: each has a head for u.
         more = {"generator": Role(trained=True, logvars=2), "auxiliary": Role(trained=True, logvars=1)}
-        return guided_cast(cls.roles | more if own.vsd else cls.roles, own)
+        return guided_roles(cls.roles | more if own.vsd else cls.roles, own)
 
     @classmethod
-    def objection(
+    def check_teacher(
         cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int, label_dropout: float | None
     ) -> str | None:
-        unstable = super().objection(
+        unstable = super().check_teacher(
             config, positional_time=positional_time, label_dim=label_dim, label_dropout=label_dropout
         )
-        return unstable or guidance_objection(cast(SCDConfig, config), label_dim, label_dropout)
+        return unstable or check_guidance(cast(SCDConfig, config), label_dim, label_dropout)
 
     @classmethod
     def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:

@@ -37,7 +37,7 @@ from edmdistill.networks.arguments import (
 from edmdistill.networks.base import Network, Residual
 from edmdistill.networks.embeddings import GuidanceEmbedding, TimeEmbedding
 from edmdistill.networks.magnitude import MPConv, MPFourier
-from edmdistill.networks.two_time import SecondTime
+from edmdistill.networks.surgery.two_time import SecondTime
 
 
 class Block(Residual):

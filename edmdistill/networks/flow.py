@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from edmdistill.draws import Draws
 from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Network
-from edmdistill.networks.last_layer import LastLayer, watched
 from edmdistill.networks.preconditioning import Preconditioning
+from edmdistill.networks.surgery.last_layer import LastLayer, watched
 from edmdistill.trigflow import ddim_step, expand
 
 

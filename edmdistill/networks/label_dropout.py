@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def guidance_refusal(label_dim: int, label_dropout: float, advice: str) -> str | None:
+def guidance_problem(label_dim: int, label_dropout: float, advice: str) -> str | None:
     """Returns why a network cannot guide itself by leaving its classes out; None where it can.
 
     Args:

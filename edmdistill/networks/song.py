@@ -28,7 +28,7 @@ from edmdistill.networks.arguments import (
 )
 from edmdistill.networks.base import Network
 from edmdistill.networks.embeddings import FourierEmbedding, GuidanceEmbedding, PositionalEmbedding, TimeEmbedding
-from edmdistill.networks.two_time import SecondTime
+from edmdistill.networks.surgery.two_time import SecondTime
 from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
 
 

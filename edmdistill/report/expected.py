@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from edmdistill.checkpoints.store import CheckpointConfig, build_flow
+from edmdistill.machine.engine import Machine
+from edmdistill.machine.gpus import GPUS, gpu_of
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure
 from edmdistill.report.summary import Summary
-from edmdistill.training.cards import CARDS, card_of
-from edmdistill.training.engine import Machine
-from edmdistill.training.plan import Plan, images_per_second, make_plan, measure
 
 UTILISATION = 0.35
 """Of a GPU's peak, as the command `plan` takes it."""
@@ -37,14 +37,14 @@ def expected(run: Summary) -> Expected:
         notes.append("The guide is taken to be as large as the teacher, for the run does not keep its shape.")
     turns = plan.peaks(rows, rows < share)
     longest = max(turns, key=turns.__getitem__)
-    card = card_of(session.get("device", ""), session.get("device_memory", 0))
+    card = gpu_of(session.get("device", ""), session.get("device_memory", 0))
     images = run.metrics[-1]["images"] if run.metrics else 0
     speed = images / run.metrics[-1]["seconds"] if run.metrics else None
     taken = max((line["memory"] for line in run.metrics if "memory" in line), default=None)
     own = None
     if card is not None:
         half = training.precision != "fp32"
-        own = images_per_second(plan, CARDS[card], half, UTILISATION, processes, training.batch, rows)
+        own = images_per_second(plan, GPUS[card], half, UTILISATION, processes, training.batch, rows)
         notes.append(f"The plan takes {UTILISATION:.0%} of what a {card} can multiply.")
     elif session:
         notes.append("How fast this machine can multiply is not known, so that the plan has no time.")

@@ -20,11 +20,11 @@ import msgspec
 from PIL import Image
 
 from edmdistill.checkpoints.documents import escape
-from edmdistill.curves import Axis, Point, alone, doublings, save_plot, svg_curves
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
 from edmdistill.methods import METHODS
-from edmdistill.recipes import origins
+from edmdistill.recipes.schema import origins
+from edmdistill.report.curves import Axis, Point, alone, doublings, save_plot, svg_curves
 from edmdistill.report.expected import expected
 from edmdistill.report.summary import Summary
 from edmdistill.training.metrics import BINS

@@ -13,8 +13,8 @@ from edmdistill.checkpoints.store import CONFIG, CheckpointConfig, read_config
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.tables import Subject
 from edmdistill.jsonl import read_lines
-from edmdistill.recipes import Recipe
-from edmdistill.training.environment import Session
+from edmdistill.machine.environment import Session
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.run_dir import METRICS, RECIPE, RUN, SESSIONS, DataFacts, Measured, RunFacts
 
 

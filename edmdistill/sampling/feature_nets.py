@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edmdistill.networks.script import Script
+from edmdistill.features.script import Script
 from edmdistill.sampling.files import read_image
 
 LUMA = 0.299, 0.587, 0.114

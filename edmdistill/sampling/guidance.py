@@ -6,7 +6,7 @@ from torch import Tensor
 
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import Denoiser
-from edmdistill.networks.label_dropout import guidance_refusal
+from edmdistill.networks.label_dropout import guidance_problem
 
 
 def require_guidance(main: Denoiser, guide: Denoiser | None, force: bool) -> None:
@@ -21,7 +21,7 @@ def require_guidance(main: Denoiser, guide: Denoiser | None, force: bool) -> Non
     advice = "name a guide, a weaker network of the same data, by --guide, or leave guidance at 1"
     if main.label_dim:
         advice = advice.replace(", or leave guidance at 1", ", leave guidance at 1, or say --force-guidance")
-    refusal = guidance_refusal(main.label_dim, 1.0 if force else main.label_dropout, advice)
+    refusal = guidance_problem(main.label_dim, 1.0 if force else main.label_dropout, advice)
     if refusal is not None:
         raise EdmDistillError(refusal)
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from edmdistill import recipes
-from edmdistill.checkpoints.ema import power_function_beta, sigma_rel_to_gamma
+from edmdistill.checkpoints.posthoc_ema import power_function_beta, sigma_rel_to_gamma
+from edmdistill.machine.engine import local
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.training.engine import local
+from edmdistill.recipes import schema as recipes
 
 
 class HalfLife(NamedTuple):
@@ -40,7 +40,7 @@ class HalfLife(NamedTuple):
             half_life = min(half_life, images * self.rampup_ratio)
         return float(0.5 ** (batch / max(half_life, 1e-8)))
 
-    def facts(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What a checkpoint says of its average."""
         return self._asdict()
 
@@ -58,7 +58,7 @@ class PowerFunction(NamedTuple):
         """The share of the old average.  images: seen before this step."""
         return power_function_beta(images, batch, sigma_rel_to_gamma(self.sigma_rel))
 
-    def facts(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What a checkpoint says of its average."""
         return self._asdict()
 

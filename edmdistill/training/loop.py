@@ -31,18 +31,18 @@ from torch import Tensor
 from edmdistill.checkpoints.run_state import Progress, saved_states
 from edmdistill.data.datasets import indices
 from edmdistill.draws import Draws
-from edmdistill.errors import CheckpointError, DatasetError, Elsewhere, TrainingError
-from edmdistill.methods.base import Batch, Look, Loss, Turn
+from edmdistill.errors import CheckpointError, DatasetError, PeerFailed, TrainingError
+from edmdistill.machine.engine import scale_gradients
+from edmdistill.machine.environment import environment, most_memory
+from edmdistill.methods.base import Batch, Loss, Preview, Turn
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.recipes import Training
+from edmdistill.recipes.schema import Training
 from edmdistill.training.ema import follow
-from edmdistill.training.engine import scale_gradients
-from edmdistill.training.environment import environment, most_memory
 from edmdistill.training.metrics import Measures, Tally, Window
 from edmdistill.training.micro_batch import settle_micro_batch
 from edmdistill.training.monitors import Diverged, Health, diverged, fingerprints, require_finite, require_moved
 from edmdistill.training.optimizers import set_rate
-from edmdistill.training.run import Run, take_stage
+from edmdistill.training.run import Run, set_trainable
 from edmdistill.training.run_dir import RunDir, open_run
 from edmdistill.training.snapshot import compare, draw, keep_averages, picture_path, publish
 from edmdistill.training.state import State, newest_healthy, newest_whole, read_state, save_state, state_path
@@ -84,8 +84,8 @@ def train(
         on_start: called once the directory is the run's own.
         on_round: hears of every round: images seen and what was measured.
         note: hears sentences for the user; on the main process alone.
-    Raises: TrainingError: the directory belongs to another run or process, or training went wrong.  Elsewhere: the same
-        on the other processes.
+    Raises: TrainingError: the directory belongs to another run or process, or training went wrong.  PeerFailed: the
+        same on the other processes.
     """
     training, engine = run.recipe.training, run.engine
     with ExitStack() as stack:
@@ -140,7 +140,7 @@ def train(
                     break
         except Diverged as error:
             sentence = f"{str(error).rstrip('.')}; {_way_back(run, folder, health, error.advice)}"
-            raise (TrainingError if engine.is_main else Elsewhere)(sentence) from error
+            raise (TrainingError if engine.is_main else PeerFailed)(sentence) from error
         except DatasetError as error:
             raise TrainingError(
                 f"{str(error).rstrip('.')}; if it has changed since the run began, put it back, and the same command "
@@ -163,7 +163,7 @@ def train(
         except RuntimeError as error:
             if not engine.lost_a_process(error):
                 raise
-            raise Elsewhere("another process of the run has ended") from error
+            raise PeerFailed("another process of the run has ended") from error
     return Outcome(run.images >= training.images, run.images)
 
 
@@ -200,8 +200,8 @@ def requests(run: Run, turns: Sequence[Turn]) -> Iterator[tuple[int, int]]:
 def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Measures:
     """One optimiser step of one role: turn `index` of a round, on the next batches."""
     training, engine = run.recipe.training, run.engine
-    network, optimizer, player = run.roles[turn.role], run.optimizers[turn.role], run.players[turn.role]
-    take_stage(run, turn.role)
+    network, optimizer, player = run.roles[turn.role], run.optimizers[turn.role], run.role_modules[turn.role]
+    set_trainable(run, turn.role)
     # One after the other: while the first still waits for a step that does not overflow, the next may have no gradient.
     before = fingerprints(run.roles, engine.total) if run.unproven[:1] == [turn.role] else None
 
@@ -217,12 +217,12 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
             network.draws = draws
         return draws
 
-    seen = look_first(run, turn, drawn, batches)
+    seen = previewed(run, turn, drawn, batches)
     for rows in micro_batches:
-        batch, look = next(seen)
+        batch, preview = next(seen)
         draws = drawn(rows)
         with engine.accumulate(player, last=rows is micro_batches[-1]):
-            loss = turn.loss(batch, draws) if look is None else turn.loss(batch, draws, look)
+            loss = turn.loss(batch, draws) if preview is None else turn.loss(batch, draws, preview)
             share = len(draws) * engine.world / training.batch
             (loss.value.mean() * (share * factor)).backward()  # type: ignore[no-untyped-call]
         tally.add_loss(turn.role, loss, batch, run.ema.network.sigma_data)
@@ -253,8 +253,8 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
         if isinstance(network, FlowNetwork):
             network.network.after_step()
         for other, part in run.recipe.roles.items():
-            if part.follows is not None and part.follows.role == turn.role:
-                follow(run.roles[other], network, part.follows.decay)
+            if part.ema_of is not None and part.ema_of.role == turn.role:
+                follow(run.roles[other], network, part.ema_of.decay)
     if scale is not None:
         scale.update(finite)
         measures[f"loss_scale/{turn.role}"] = scale.scale
@@ -262,28 +262,28 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     return measures
 
 
-def look_first(
+def previewed(
     run: Run, turn: Turn, drawn: Callable[[slice], Draws], batches: Iterator[Batch]
-) -> Iterator[tuple[Batch, Look | None]]:
-    """A turn's next batches, each with its look if the turn takes any: then with the means over the whole batch."""
+) -> Iterator[tuple[Batch, Preview | None]]:
+    """A turn's next batches, each with its preview if the turn takes one, its means those of the whole batch."""
     engine, size = run.engine, run.recipe.training.batch
     micro_batches = engine.rows(size)
-    if turn.look is None:
+    if turn.preview is None:
         for _ in micro_batches:
             yield next(batches)._replace(images=run.images), None
         return
-    pairs: list[tuple[Batch, Look]] = []
+    pairs: list[tuple[Batch, Preview]] = []
     means: dict[str, Tensor] = {}
     for rows in micro_batches:
         batch = next(batches)._replace(images=run.images)
-        with engine.accumulate(run.players[turn.role], last=False):
-            look = turn.look(batch, drawn(rows))
+        with engine.accumulate(run.role_modules[turn.role], last=False):
+            preview = turn.preview(batch, drawn(rows))
         share = (rows.stop - rows.start) / size
-        means = {name: means.get(name, 0) + share * mean for name, mean in look.means.items()}
-        pairs.append((batch, look))
+        means = {name: means.get(name, 0) + share * mean for name, mean in preview.means.items()}
+        pairs.append((batch, preview))
     means = {name: engine.total(mean) for name, mean in means.items()}
-    for batch, look in pairs:
-        yield batch, look._replace(means=means)
+    for batch, preview in pairs:
+        yield batch, preview._replace(means=means)
 
 
 def _whole(losses: list[tuple[slice, Loss]], run: Run) -> Loss:

@@ -8,10 +8,10 @@ import torch
 
 from edmdistill.draws import Draws
 from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import local
 from edmdistill.methods.base import Batch
-from edmdistill.training.engine import local
 from edmdistill.training.probe import LATE
-from edmdistill.training.run import Run, take_stage
+from edmdistill.training.run import Run, set_trainable
 
 RESERVE = 0.05
 """Share of the GPU's memory that stays free, for fragments and for what other libraries take."""
@@ -60,10 +60,10 @@ def fits(run: Run, size: int) -> bool:
     try:
         reserve = _to_come(run)  # noqa: F841  held while the turns are tried
         for turn in run.method.turns():
-            take_stage(run, turn.role)
+            set_trainable(run, turn.role)
             labels = torch.zeros(size, network.label_dim, device=engine.device) if network.label_dim else None
             batch = Batch(torch.zeros(shape, device=engine.device), labels, LATE)
-            with engine.accumulate(run.players[turn.role], last=False):
+            with engine.accumulate(run.role_modules[turn.role], last=False):
                 turn.whole(batch, Draws(0, size, device=engine.device)).value.sum().backward()  # type: ignore[no-untyped-call]
             run.roles[turn.role].zero_grad(set_to_none=True)
     except torch.OutOfMemoryError:

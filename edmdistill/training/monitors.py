@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from edmdistill.checkpoints.run_state import HealthProgress
 from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import local
 from edmdistill.methods.base import Loss
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.training.engine import local
 from edmdistill.trigflow import time_to_sigma
 
 

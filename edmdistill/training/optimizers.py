@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from edmdistill.checkpoints.run_state import Scale
 from edmdistill.errors import TrainingError
-from edmdistill.recipes import Training
+from edmdistill.recipes.schema import Training
 
 
 def make_optimizer(

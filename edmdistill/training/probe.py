@@ -37,7 +37,7 @@ class Probe:
         self.product = self.networks[method.product]
         self.turns: tuple[Turn, ...] = method(config, self.networks, noise).turns()
 
-    def take_stage(self, role: str) -> nn.Module:
+    def set_trainable(self, role: str) -> nn.Module:
         """Readies the networks for a turn of this role, whose network is given back."""
         for other, network in self.networks.items():
             network.train(other == role).requires_grad_(other == role)
@@ -55,7 +55,7 @@ class Probe:
         """Of each trained role, the parameters that none of its turns' losses reaches."""
         found: dict[str, set[str]] = {}
         for turn in self.turns:
-            network = self.take_stage(turn.role)
+            network = self.set_trainable(turn.role)
             self.loss(turn, ROWS).value.sum().backward()  # type: ignore[no-untyped-call]
             idle = {name for name, parameter in network.named_parameters() if parameter.grad is None}
             found[turn.role] = found.get(turn.role, idle) & idle

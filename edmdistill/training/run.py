@@ -26,22 +26,22 @@ from edmdistill.checkpoints.store import (
     Sampling,
     build_flow,
     checkpoint_in,
-    facts,
+    describe,
     load_checkpoint,
 )
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import spread, statistics_of
 from edmdistill.errors import CheckpointError, RecipeError, TrainingError, without_secrets
+from edmdistill.machine.doctor import host_memory
+from edmdistill.machine.engine import Engine, Machine, RoleModule, like, load_whole
+from edmdistill.machine.environment import most_memory
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import NETWORKS, base
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.rebuild import add_guidance, add_logvar
-from edmdistill.networks.two_time import add_second_time, drop_second_time
-from edmdistill.recipes import Network, Recipe
-from edmdistill.training.doctor import host_memory
+from edmdistill.networks.surgery.rebuild import add_guidance, add_logvar
+from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
+from edmdistill.recipes.schema import Network, Recipe
 from edmdistill.training.ema import Ema, profiles
-from edmdistill.training.engine import Engine, Machine, Player, like, load_whole
-from edmdistill.training.environment import most_memory
 from edmdistill.training.optimizers import LossScale, load_states, make_optimizer, plain_states
 from edmdistill.training.probe import Probe
 from edmdistill.training.stream import Stream
@@ -57,7 +57,7 @@ class Run:
     Attributes:
         config: of the product's checkpoint, without what the run itself brings about.
         roles: the networks by role, in their places; those with an optimiser are trained.
-        players: what the method calls for each role.
+        role_modules: what the method calls for each role.
         learnt: of each trained role the parameters that its turn reaches, by name; all others are frozen for good.
         optimizers: of the parameters in `learnt`, in that order.
         scales: of the losses of each trained role, where half precision needs one.
@@ -72,7 +72,7 @@ class Run:
     config: CheckpointConfig
     method: Method
     roles: dict[str, nn.Module]
-    players: dict[str, Player]
+    role_modules: dict[str, RoleModule]
     learnt: dict[str, dict[str, nn.Parameter]]
     optimizers: dict[str, torch.optim.Optimizer]
     scales: dict[str, LossScale]
@@ -231,14 +231,14 @@ def prepare(
         name = recipe.method["name"]
         raise TrainingError(f"{name} starts from a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     require_fit(dataset, flow, config)
-    objection = method_class.objection(
+    check_teacher = method_class.check_teacher(
         recipe.method_config,
         positional_time=flow.network.positional_time,
         label_dim=flow.label_dim,
         label_dropout=None if force_guidance else flow.label_dropout,
     )
-    if objection is not None:
-        raise TrainingError(objection)
+    if check_teacher is not None:
+        raise TrainingError(check_teacher)
 
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
     other, guidance = None, None
@@ -252,7 +252,7 @@ def prepare(
     if begin is not None:
         require_alike(begin, flow, config)
         config = replace(config, provenance=replace(config.provenance, init=begin.sha256))
-    roles = cast_all(recipe, flow, other, begin.flow if begin is not None else None)
+    roles = build_roles(recipe, flow, other, begin.flow if begin is not None else None)
     notes: tuple[str, ...] = () if begin is None else (begin.take_auxiliary(roles),)
     warning = generator_warning(config.noise_dependence, teacher)
     notes += () if warning is None else (warning,)
@@ -266,10 +266,10 @@ def prepare(
     engine.require_micro_batches(recipe.training.batch)
     for role, network in roles.items():
         if isinstance(network, FlowNetwork) and recipe.roles[role].frozen and "teacher" in machine.offload:
-            engine.lend(network)
+            engine.offload(network)
         else:
             engine.place(network)
-        # After `lend`: a block that is computed again needs its weights again.
+        # After `offload`: a block that is computed again needs its weights again.
         if machine.checkpointing and isinstance(network, FlowNetwork):
             network.network.checkpoint_blocks()
     for average in averages:
@@ -281,7 +281,7 @@ def prepare(
     for parameters in learnt.values():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-    players = {role: engine.player(network, role in trained) for role, network in roles.items()}
+    role_modules = {role: engine.wrap(network, role in trained) for role, network in roles.items()}
     for network in roles.values():
         network.requires_grad_(False)
     return Run(
@@ -298,9 +298,9 @@ def prepare(
             noise_dependence=None,
             results=(),
         ),
-        method=method_class(recipe.method_config, players, noise),
+        method=method_class(recipe.method_config, role_modules, noise),
         roles=roles,
-        players=players,
+        role_modules=role_modules,
         learnt=learnt,
         optimizers={
             role: make_optimizer(parameters.values(), recipe.training, "optimizer" in machine.offload)
@@ -315,7 +315,7 @@ def prepare(
     )
 
 
-def take_stage(run: Run, role: str) -> None:
+def set_trainable(run: Run, role: str) -> None:
     """Makes ready for a turn of `role`: its network learns, all others are frozen."""
     for other, network in run.roles.items():
         if network.training != (other == role):
@@ -374,7 +374,7 @@ def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, C
     make: Callable[..., base.Network] = NETWORKS[table.kind]
     flow = FlowNetwork(make(**drawn.network.arguments), drawn.preconditioning)
     provenance = Provenance(source=f"a network trained by {method} on {Path(dataset.name).name}")
-    return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
+    return flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow))
 
 
 def require_guide(recipe: Recipe, guide: object) -> None:
@@ -390,7 +390,7 @@ def require_guide(recipe: Recipe, guide: object) -> None:
         raise TrainingError(f"--guide would do nothing: by this recipe of {name} no network guides; leave it out{hint}")
 
 
-def cast_all(
+def build_roles(
     recipe: Recipe, teacher: FlowNetwork, guide: FlowNetwork | None = None, init: FlowNetwork | None = None
 ) -> dict[str, nn.Module]:
     """Returns the networks of all roles.
@@ -409,8 +409,8 @@ def cast_all(
     product = recipe.method_class.product
     networks = {}
     for role, part in recipe.roles.items():
-        is_product = product in (role, part.follows.role if part.follows is not None else None)
-        networks[role] = cast(part, init if init is not None and is_product else sources[part.source], recipe)
+        is_product = product in (role, part.ema_of.role if part.ema_of is not None else None)
+        networks[role] = build_role(part, init if init is not None and is_product else sources[part.source], recipe)
     return networks
 
 
@@ -469,14 +469,14 @@ def read_init(source: str | Path, recipe: Recipe) -> Init:
             f"{source} reads a weight of guidance, but the generator of this recipe does not: give --set "
             f"method.guidance={list(config.guidance.range) if config.guidance else []}, or leave --init out"
         )
-    objection = recipe.method_class.objection(
+    check_teacher = recipe.method_class.check_teacher(
         recipe.method_config,
         positional_time=flow.network.positional_time,
         label_dim=flow.label_dim,
         label_dropout=None,
     )
-    if objection is not None:
-        raise TrainingError(f"--init {source}: {objection}")
+    if check_teacher is not None:
+        raise TrainingError(f"--init {source}: {check_teacher}")
     if (path / PROGRESS).is_file() or (path / "state").is_dir():
         state = newest_readable(path, lambda sentence: None)
     known = state is not None and (state / "auxiliary.safetensors").is_file()
@@ -497,7 +497,7 @@ def require_alike(init: Init, flow: FlowNetwork, config: CheckpointConfig) -> No
         raise TrainingError(f"{init.source} works on other latents than the teacher: give a generator of the same data")
 
 
-def cast(part: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
+def build_role(part: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
     """The network that plays a part: a copy of `flow`, with the times, heads and weight that it asks for, or made."""
     if part.make is not None:
         return part.make(flow, recipe.training.seed).to(flow.dtype).requires_grad_(False).eval()

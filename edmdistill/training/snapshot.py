@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.atomic import atomic_write
-from edmdistill.checkpoints.ema import Profile, save_snapshot
 from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.posthoc_ema import Profile, save_snapshot
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.sampling.generate import is_latent, sample
@@ -66,7 +66,7 @@ def compare(run: Run, folder: Path) -> None:
     x0, labels, _ = run.stream().read(0, COLUMNS)
     z = SeededNoise(range(COLUMNS)).normal(x0.shape[1:]).to(x0) * network.sigma_data
     last = sigma_to_time(network.sigma_max, network.sigma_data).to(x0.device)
-    own = {role: run.roles[role] for role, part in run.recipe.roles.items() if part.follows is None}
+    own = {role: run.roles[role] for role, part in run.recipe.roles.items() if part.ema_of is None}
     rows = []
     for sigma in LEVELS:
         t = sigma_to_time(sigma, network.sigma_data).to(x0.device)
@@ -85,7 +85,7 @@ def compare(run: Run, folder: Path) -> None:
 
 def publish(run: Run, folder: Path, weights: Mapping[str, Tensor]) -> None:
     """The average as a checkpoint ready for use, in place of the one before.  weights: of the average, whole."""
-    config = replace(run.config, images_seen=run.images, ema=run.ema.profile.facts())
+    config = replace(run.config, images_seen=run.images, ema=run.ema.profile.describe())
     save_checkpoint(folder, run.ema.network, config, overwrite=True, tensors=weights)
 
 

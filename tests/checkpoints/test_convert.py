@@ -25,7 +25,7 @@ from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, load_checkpoint, l
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser
-from edmdistill.networks.two_time import drop_second_time
+from edmdistill.networks.surgery.two_time import drop_second_time
 
 KINDS = {
     "VPPrecond": ("vp", {"sigma_min": 0.002, "sigma_max": 80.0}),

@@ -3,7 +3,7 @@
 import torch
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, Sampling, facts
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, Sampling, describe
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -19,7 +19,7 @@ def make() -> Generator:
     levels = Sampling({"2": (80.0, 1.5)})
     return Generator(
         flow,
-        CheckpointConfig(stage="generator", sampling=levels, provenance=Provenance(source="a test"), **facts(flow)),
+        CheckpointConfig(stage="generator", sampling=levels, provenance=Provenance(source="a test"), **describe(flow)),
     )
 
 

@@ -20,7 +20,7 @@ from edmdistill.checkpoints.store import (
     CheckpointConfig,
     Provenance,
     Sampling,
-    facts,
+    describe,
     load_checkpoint,
     load_tensors,
     save_checkpoint,
@@ -46,7 +46,7 @@ def make(kind: str = "edm2") -> tuple[FlowNetwork, CheckpointConfig]:
     arguments, preconditioning = CASES[kind]
     flow = FlowNetwork(NETWORKS[kind](**arguments), PRECONDITIONINGS[preconditioning]()).eval()
     provenance = Provenance(source="edm.pkl", sha256="0" * 64, licence="mit")
-    return flow, CheckpointConfig(stage="teacher", provenance=provenance, **facts(flow))
+    return flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow))
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from edmdistill.cli import main
-from edmdistill.training import doctor
-from edmdistill.training.doctor import Finding
+from edmdistill.machine import doctor
+from edmdistill.machine.doctor import Finding
 
 WELL = [Finding("python", "ok", "3.12"), Finding("disk", "warn", "2 GiB free", "make room")]
 ILL = [*WELL, Finding("torch", "fail", "not installed", "pip install torch")]

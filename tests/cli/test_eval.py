@@ -13,7 +13,7 @@ from edmdistill.checkpoints.convert import load_denoiser
 from edmdistill.checkpoints.store import (
     CheckpointConfig,
     Provenance,
-    facts,
+    describe,
     load_checkpoint,
     read_config,
     save_checkpoint,
@@ -22,7 +22,7 @@ from edmdistill.cli import main
 from edmdistill.cli.eval import command
 from edmdistill.data.datasets import open_dataset
 from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood
-from edmdistill.evaluation.saved import saved_results
+from edmdistill.evaluation.results import saved_results
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -38,7 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     network = UNet(8, 1, 10, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), logvar_channels=4)
     flow = FlowNetwork(network, EDM(sigma_data=0.5))
-    config = CheckpointConfig(stage="generator", provenance=Provenance(source="made up"), **facts(flow))
+    config = CheckpointConfig(stage="generator", provenance=Provenance(source="made up"), **describe(flow))
     save_checkpoint(tmp_path / "run" / "generator", flow, config)
     return tmp_path / "run" / "generator"
 

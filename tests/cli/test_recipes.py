@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from edmdistill.cli import main
 from edmdistill.methods import METHODS
-from edmdistill.recipes import SHIPPED, Recipe, load_recipe, recipe_files, recipe_names
+from edmdistill.recipes.schema import SHIPPED, Recipe, load_recipe, recipe_files, recipe_names
 
 
 def recipes(*words: object) -> Result:

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from edmdistill.checkpoints.convert import load_generator, load_model
-from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, Sampling, facts, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, Sampling, describe, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.cli.options import MAX_GUIDANCE, MAX_NFE, PROTOCOLS, SOLVERS
 from edmdistill.evaluation import protocol
@@ -59,7 +59,7 @@ def checkpoint(
         sampling=Sampling({"1": (80.0,), "2": (80.0, 3.0)}),
         guidance=None if guidance is None else Guidance("network", guidance),
         provenance=Provenance(source="a test"),
-        **facts(flow),
+        **describe(flow),
     )
     save_checkpoint(folder, flow, config)
     return folder

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from msgspec.structs import replace
 from PIL import Image
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
@@ -26,7 +26,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     network = UNet(8, 1, 10, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), logvar_channels=4)
     torch.nn.init.ones_(network.out_gain)
     flow, root = FlowNetwork(network, EDM()), tmp_path_factory.mktemp("sweep")
-    config = CheckpointConfig(stage="generator", provenance=Provenance(source="made up"), **facts(flow))
+    config = CheckpointConfig(stage="generator", provenance=Provenance(source="made up"), **describe(flow))
     for stage in ("generator", "teacher"):
         save_checkpoint(root / stage, flow, replace(config, stage=stage))
     return {stage: str(root / stage) for stage in ("generator", "teacher")}

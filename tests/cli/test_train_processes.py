@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edmdistill.training.launch import LAUNCHER
+from edmdistill.machine.launch import LAUNCHER
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe
 from edmdistill.data.datasets import Dataset, indices, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood, log_likelihood, network_noise
@@ -20,7 +20,7 @@ from edmdistill.evaluation.tables import Subject, read_results, tables
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM, IDDPM, VE, VP
-from edmdistill.networks.two_time import add_second_time
+from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.trigflow import sigma_to_time
 
 LEVELS = {"sigma_min": 0.002, "sigma_max": 80.0}
@@ -125,7 +125,7 @@ def test_a_network_of_two_times_is_asked_at_the_diagonal() -> None:
 
 def generator(net: FlowNetwork) -> Generator:
     provenance = Provenance(source="a test")
-    return Generator(net, CheckpointConfig(stage="generator", method="ctm", provenance=provenance, **facts(net)))
+    return Generator(net, CheckpointConfig(stage="generator", method="ctm", provenance=provenance, **describe(net)))
 
 
 def test_a_measurement_does_not_depend_on_the_batch_and_leaves_the_network_as_it_was() -> None:

@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, facts
+from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, describe
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
-from edmdistill.evaluation.features import Digits
 from edmdistill.evaluation.frechet import frechet_distance, statistics
 from edmdistill.evaluation.protocol import (
     PROTOCOLS,
@@ -28,6 +27,7 @@ from edmdistill.evaluation.protocol import (
     results_json,
     results_table,
 )
+from edmdistill.features.spaces import Digits
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -57,7 +57,7 @@ def flow(label_dim: int = 10, channels: int = 1) -> FlowNetwork:
 def generator(label_dim: int = 10, channels: int = 1) -> Generator:
     net = flow(label_dim, channels)
     provenance = Provenance(source="teacher.pkl", sha256="00")
-    return Generator(net, CheckpointConfig(stage="generator", method="cosim", provenance=provenance, **facts(net)))
+    return Generator(net, CheckpointConfig(stage="generator", method="cosim", provenance=provenance, **describe(net)))
 
 
 def held_out() -> Tensor:

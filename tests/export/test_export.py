@@ -21,7 +21,7 @@ from tolerance import assert_rounded, depth, rounding
 from edmdistill.checkpoints.convert import build_official, load_flow, load_generator
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, Sampling, facts, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, Sampling, describe, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.cli.export import TARGETS as CHOICES
 from edmdistill.errors import EdmDistillError
@@ -32,11 +32,11 @@ from edmdistill.export.one_step import OneStep
 from edmdistill.export.parity import compare, sampler
 from edmdistill.export.space import GRADIO
 from edmdistill.networks import new_network
-from edmdistill.networks.adapt import with_positional_time
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.networks.rebuild import rebuild
-from edmdistill.networks.two_time import add_second_time
+from edmdistill.networks.surgery.adapt import with_positional_time
+from edmdistill.networks.surgery.rebuild import rebuild
+from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_image, to_uint8
 from edmdistill.trigflow import cos_sin, sigma_to_time
@@ -73,7 +73,7 @@ def runs(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             guidance=Guidance("classes", (1.0, 3.0)) if flow.guided else None,
             encoder=load_flow(golden / LATENT)[1].encoder if name == "latents" else {"kind": "pixels"},
             provenance=Provenance(source="a test"),
-            **facts(flow),
+            **describe(flow),
         )
         save_checkpoint(root / name / "generator", flow, config)
     return root

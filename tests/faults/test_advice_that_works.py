@@ -11,9 +11,9 @@ from PIL import Image
 
 from edmdistill.data import datasets
 from edmdistill.errors import TrainingError
-from edmdistill.recipes import Recipe
+from edmdistill.machine.engine import Machine
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training import monitors
-from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train
 from edmdistill.training.run import Run, prepare
 

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from make_teacher import to_pickle
 from msgspec.structs import replace
 
-from edmdistill.assets.make_teacher import to_pickle
 from edmdistill.checkpoints.convert import convert, load_model
 from edmdistill.checkpoints.known import KNOWN_FILES, class_names, names_of
 from edmdistill.checkpoints.source import SHIPPED
 from edmdistill.checkpoints.store import (
     CheckpointConfig,
     Provenance,
-    facts,
+    describe,
     load_checkpoint,
     read_config,
     save_checkpoint,
@@ -88,7 +88,7 @@ def pickle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = NETWORKS["edm2"](img_resolution=4, img_channels=3, label_dim=1000, logvar_channels=8, **small)
     assert isinstance(network, UNet)
     flow = FlowNetwork(network, EDM())
-    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="it"), **facts(flow))
+    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="it"), **describe(flow))
     path = tmp_path_factory.mktemp("pickle") / "teacher.pkl"
     path.write_bytes(to_pickle(network, config).replace(b"digits", b"img512"))
     return path

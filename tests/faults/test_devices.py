@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError
+from edmdistill.machine.engine import Engine, Machine
 from edmdistill.sampling.load import named_device, pick_device
-from edmdistill.training.engine import Engine, Machine
 
 COMMANDS = {
     "train": ["train", "diffusion", "--data", "digits", "--recipe", "diffusion/digits", "--run-dir", "run"],
@@ -49,7 +49,7 @@ def test_the_gpus_are_counted(monkeypatch: pytest.MonkeyPatch):
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("edmdistill.training.engine.pick_device", named_device)
+    monkeypatch.setattr("edmdistill.machine.engine.pick_device", named_device)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(EdmDistillError, match="process 2 on a machine that has 1 GPU: start as many"):
         Engine(Machine("cuda"))

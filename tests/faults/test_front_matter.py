@@ -12,13 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from edmdistill.card import card
 from edmdistill.checkpoints.convert import load_flow
 from edmdistill.checkpoints.documents import front_matter
 from edmdistill.checkpoints.store import CheckpointConfig, _card
 from edmdistill.errors import printable
 from edmdistill.export.folder import TARGETS
 from edmdistill.export.folder import _card as export_card
+from edmdistill.publish.card import card
 
 CONFIG = msgspec.json.decode(
     (Path(__file__).parent.parent / "checkpoints" / "format-1.0" / "config.json").read_bytes(), type=CheckpointConfig

@@ -15,11 +15,11 @@ from edmdistill.checkpoints.function import GENERATOR, describe_dependence, gene
 from edmdistill.checkpoints.source import SHIPPED
 from edmdistill.checkpoints.store import CONFIG, load_checkpoint, save_checkpoint, unfinished
 from edmdistill.cli import main
+from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.recipes import load_recipe
-from edmdistill.training.engine import Machine
+from edmdistill.recipes.schema import load_recipe
 from edmdistill.training.run import prepare
 
 SIGMA, STD = 80.0, 0.5

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from edmdistill.checkpoints.convert import load_denoiser
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError
 from edmdistill.methods.base import Method
@@ -17,7 +17,7 @@ from edmdistill.methods.scm import SCD
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.networks.two_time import add_second_time, drop_second_time
+from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 from edmdistill.sampling.generate import sample
 
 ARGUMENTS: dict[str, Any] = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -50,7 +50,7 @@ def test_refused_unless_forced_or_guided_by_another(kind: str) -> None:
 def test_label_dropout_passes_and_survives_files_and_copies(kind: str, tmp_path: Path) -> None:
     network = LEARNT[kind]()
     assert drop_second_time(add_second_time(network)).label_dropout == network.label_dropout > 0
-    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="it"), **facts(network))
+    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="it"), **describe(network))
     save_checkpoint(tmp_path / "teacher", network, config)
     model = load_denoiser(tmp_path / "teacher")
     assert model.label_dropout == network.label_dropout
@@ -67,15 +67,15 @@ def test_force_guidance_that_forces_nothing_is_refused() -> None:
 @pytest.mark.parametrize("kind", [SCD, DSCD])
 def test_methods_refuse_it_alike(kind: type[Method]) -> None:
     own, known = kind.Config(guidance=(1.0, 2.0)), {"positional_time": True, "label_dim": 3}
-    refusal = kind.objection(own, label_dropout=0.0, **known)
+    refusal = kind.check_teacher(own, label_dropout=0.0, **known)
     assert refusal is not None
     assert "never trained without them" in refusal
     assert "--guide" in refusal
     assert "--force-guidance" in refusal
-    assert kind.objection(own, label_dropout=0.1, **known) is None
-    assert kind.objection(own, label_dropout=None, **known) is None
-    assert kind.objection(kind.Config(guidance=(1.0, 2.0), guide="network"), label_dropout=0.0, **known) is None
-    assert kind.objection(kind.Config(), label_dropout=0.0, **known) is None
+    assert kind.check_teacher(own, label_dropout=0.1, **known) is None
+    assert kind.check_teacher(own, label_dropout=None, **known) is None
+    assert kind.check_teacher(kind.Config(guidance=(1.0, 2.0), guide="network"), label_dropout=0.0, **known) is None
+    assert kind.check_teacher(kind.Config(), label_dropout=0.0, **known) is None
 
 
 def test_the_commands_know_it(golden: Path, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from edmdistill.checkpoints.store import (
     Provenance,
     Sampling,
     describe,
-    facts,
     fill,
     load_checkpoint,
     read_config,
@@ -68,7 +67,7 @@ def make(kind: str) -> tuple[FlowNetwork, CheckpointConfig]:
         encoder=latents if channels == 4 else {"kind": "pixels"},
         provenance=Provenance(source="edm.pkl", sha256="0" * 64, licence="mit", parent="1" * 64),
         results=({"metrics": {"fd": 1.0}},),
-        **facts(flow),
+        **describe(flow),
     )
     return flow, config
 

@@ -16,12 +16,12 @@ from PIL import Image
 
 from edmdistill.checkpoints.documents import _lines, code, code_block, escape, markdown
 from edmdistill.checkpoints.store import CheckpointConfig
-from edmdistill.curves import alone, doublings, svg_curves
 from edmdistill.errors import printable
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
-from edmdistill.recipes import load_recipe
+from edmdistill.recipes.schema import load_recipe
 from edmdistill.report import page
+from edmdistill.report.curves import alone, doublings, svg_curves
 from edmdistill.report.expected import Expected
 from edmdistill.report.summary import Summary
 

@@ -9,7 +9,7 @@ from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
 from edmdistill.evaluation import protocol
-from edmdistill.evaluation.saved import results_of
+from edmdistill.evaluation.results import results_of
 from edmdistill.training import noise_levels
 
 

@@ -15,11 +15,11 @@ from edmdistill.cli import main
 from edmdistill.data import datasets
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError, TrainingError
+from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.recipes import Recipe
-from edmdistill.training.engine import Machine
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import train
 from edmdistill.training.run import prepare, require_fit
 

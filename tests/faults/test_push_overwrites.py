@@ -9,11 +9,11 @@ from click.testing import CliRunner
 from hub_server import Hub
 from msgspec.structs import replace
 
-from edmdistill import hub
 from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, load_tensors, read_config, save_tensors, write_config
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, HubError
-from edmdistill.hub import Published, pack, push
+from edmdistill.publish import hub
+from edmdistill.publish.hub import Published, pack, push
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
 NAME = "me/cosim-digits"

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from edmdistill.checkpoints.source import SHIPPED as SHIPPED_CHECKPOINTS
 from edmdistill.checkpoints.source import name_of, resolve
 from edmdistill.cli import main
-from edmdistill.recipes import RecipeFile, find_recipe, load_recipe, recipe_files, recipe_header
+from edmdistill.recipes.schema import RecipeFile, find_recipe, load_recipe, recipe_files, recipe_header
 
 FILES = recipe_files()
 ROOT = Path(__file__).parent.parent.parent

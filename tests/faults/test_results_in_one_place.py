@@ -8,8 +8,8 @@ from click.testing import CliRunner, Result
 from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
-from edmdistill.evaluation.saved import results_of
-from edmdistill.recipes import load_recipe
+from edmdistill.evaluation.results import results_of
+from edmdistill.recipes.schema import load_recipe
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.draws import Draws
+from edmdistill.machine.engine import Machine
 from edmdistill.methods.consistency import finite_difference
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.song import SongUNet
-from edmdistill.recipes import Recipe
-from edmdistill.training.engine import Machine
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
 from edmdistill.training.run import prepare
 
@@ -42,7 +42,7 @@ def measured(recipe: Recipe, teacher: Path, machine: Machine) -> list[dict[str, 
 def test_dropout_does_not_depend_on_the_micro_batch(
     method: str, recipe: Callable[..., Recipe], teacher: Path, tmp_path: Path
 ) -> None:
-    """Losses and norms of gradients in float64, round after round; of two processes: tests/training/test_engine.py."""
+    """Losses and norms of gradients in float64, round after round; of two processes: tests/machine/test_engine.py."""
     flow, config = load_checkpoint(teacher)
     save_checkpoint(tmp_path / "wide", flow.double(), config)
     ways = Machine("cpu"), Machine("cpu", 4), Machine("cpu", 3), Machine("cpu", 2, checkpointing=True)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from edmdistill.archives import MAX_PACKED
 from edmdistill.errors import CheckpointError
-from edmdistill.evaluation.classifiers import load_classifier
-from edmdistill.networks.features import Perception, ScriptFeatures
-from edmdistill.networks.script import CONTROL, OPERATORS, Script, load_script
+from edmdistill.features.classifiers import load_classifier
+from edmdistill.features.perceptual import Perception, ScriptFeatures
+from edmdistill.features.script import CONTROL, OPERATORS, Script, load_script
 from edmdistill.sampling.feature_nets import load_feature_net
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of the format

@@ -9,8 +9,8 @@ import torch
 
 from edmdistill.checkpoints.convert import load_flow
 from edmdistill.errors import TrainingError
-from edmdistill.recipes import Recipe
-from edmdistill.training.engine import Machine
+from edmdistill.machine.engine import Machine
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import train
 from edmdistill.training.run import Run, prepare
 

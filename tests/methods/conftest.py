@@ -15,7 +15,7 @@ from edmdistill import schedules
 from edmdistill.methods import cosim
 from edmdistill.methods.base import Batch, NoiseRange, Role
 from edmdistill.methods.cosim import CoSIM
-from edmdistill.networks.last_layer import LastLayer, watched
+from edmdistill.networks.surgery.last_layer import LastLayer, watched
 from edmdistill.trigflow import cos_sin
 
 FlowFunction = Callable[..., Tensor]
@@ -71,7 +71,7 @@ def tiny_networks() -> Callable[..., dict[str, nn.Module]]:
             torch.manual_seed(seed)
             return {
                 name: role.make(flow, seed).to(dtype) if role.make else Tiny(role, dtype)
-                for name, role in method.cast(method.Config(**options)).items()
+                for name, role in method.roles_for(method.Config(**options)).items()
             }
 
     return make

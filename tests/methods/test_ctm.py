@@ -13,7 +13,7 @@ from edmdistill.methods import ctm
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.ctm import CTM, CTMConfig, balance
 from edmdistill.methods.solver import follow_flow, heun_step
-from edmdistill.networks.last_layer import watched
+from edmdistill.networks.surgery.last_layer import watched
 from edmdistill.schedules import ctm_indices, edm_sigmas
 from edmdistill.trigflow import cos_sin, sigma_to_time
 
@@ -144,7 +144,7 @@ def test_the_target_has_no_gradient(noise: NoiseRange, monkeypatch: pytest.Monke
 
 def test_without_a_teacher_the_average_leads(noise: NoiseRange) -> None:
     """g_sg(x, t, t) of the true generator is the teacher, so nothing changes."""
-    assert "teacher" not in CTM.cast(CTMConfig(teacher=False))
+    assert "teacher" not in CTM.roles_for(CTMConfig(teacher=False))
     own = method(noise).generator_loss(data(16), Draws(0, 16))
     networks = {"generator": true_generator, "target": true_generator}
     free = CTM(CTMConfig(teacher=False, **ALONE), networks, noise).generator_loss(data(16), Draws(0, 16))
@@ -228,8 +228,8 @@ def test_before_its_time_the_gan_is_off(tiny_networks: Make, tiny_batch: Make, n
 
 
 def test_a_way_to_the_average_and_roles_by_option() -> None:
-    assert set(CTM.cast(CTMConfig(gan=0.0, mu=0.5))) == {"teacher", "generator", "target"}
-    assert CTM.cast(CTMConfig(mu=0.5))["target"].follows == ("generator", 0.5)
+    assert set(CTM.roles_for(CTMConfig(gan=0.0, mu=0.5))) == {"teacher", "generator", "target"}
+    assert CTM.roles_for(CTMConfig(mu=0.5))["target"].ema_of == ("generator", 0.5)
     with pytest.raises(ValueError, match="lpips = FILE go together"):
         CTMConfig(distance="lpips")
 

@@ -15,7 +15,7 @@ from edmdistill.methods.base import Batch, Method, NoiseRange, Role
 from edmdistill.methods.discrete_scm import DSCD
 from edmdistill.methods.guidance import GuidedTeacher
 from edmdistill.methods.scm import SCD, SCDConfig
-from edmdistill.recipes import Recipe
+from edmdistill.recipes.schema import Recipe
 from edmdistill.trigflow import ddim_step, denoised
 
 NOISE = NoiseRange(SIGMA_DATA, 0.002, 80.0)
@@ -131,7 +131,7 @@ def test_weights_are_uniform_in_the_range_and_none_are_told_where_there_is_one()
 def test_beside_vsd_the_auxiliary_score_follows_the_generator_at_its_weight() -> None:
     """And the three that speak of x_t in the generator's turn do so of one weight."""
     own, roles = SCDConfig(guidance=RANGE, vsd=1.0), {"generator": Told(), "auxiliary": Told()}
-    assert {role: part.guided for role, part in SCD.cast(own).items()} == {
+    assert {role: part.guided for role, part in SCD.roles_for(own).items()} == {
         "teacher": False,
         "generator": True,
         "auxiliary": True,
@@ -224,10 +224,10 @@ def test_one_generator_learns_the_trajectories_of_all_weights(kind: type[Method]
 def test_who_plays() -> None:
     for kind in (SCD, DSCD):
         plain = kind.Config()
-        assert (kind.cast(plain), kind.guidance(plain)) == (kind.roles, (1.0, 1.0))
+        assert (kind.roles_for(plain), kind.guidance(plain)) == (kind.roles, (1.0, 1.0))
         built_in = kind.Config(guidance=(1.5, 1.5))
-        assert (kind.cast(built_in), kind.guidance(built_in)) == (kind.roles, (1.5, 1.5))
-        both = kind.cast(kind.Config(guidance=RANGE, guide="network"))
+        assert (kind.roles_for(built_in), kind.guidance(built_in)) == (kind.roles, (1.5, 1.5))
+        both = kind.roles_for(kind.Config(guidance=RANGE, guide="network"))
         assert both["generator"] == kind.roles["generator"]._replace(guided=True)
         assert both["guide"] == Role(trained=False, source="guide")
         assert both.keys() == {"teacher", "generator", "guide"}
@@ -267,9 +267,9 @@ def test_what_makes_no_sense_is_told(tables: Callable[..., bytes], options: dict
 def test_a_teacher_without_classes_is_guided_by_a_network_alone() -> None:
     for kind in (SCD, DSCD):
         facts = {"positional_time": True, "label_dim": 0, "label_dropout": 0.1}
-        said = kind.objection(kind.Config(guidance=RANGE), **facts)
+        said = kind.check_teacher(kind.Config(guidance=RANGE), **facts)
         assert said is not None
         assert "this network has none: say --set method.guide=network" in said
-        assert kind.objection(kind.Config(guidance=RANGE), **facts | {"label_dim": 3}) is None
-        assert kind.objection(kind.Config(guidance=RANGE, guide="network"), **facts) is None
-        assert kind.objection(kind.Config(), **facts) is None
+        assert kind.check_teacher(kind.Config(guidance=RANGE), **facts | {"label_dim": 3}) is None
+        assert kind.check_teacher(kind.Config(guidance=RANGE, guide="network"), **facts) is None
+        assert kind.check_teacher(kind.Config(), **facts) is None

@@ -44,7 +44,7 @@ def draws(seed: int = 0, size: int = 6) -> Draws:
 
 def test_turns_and_product_are_trained_roles(build: Make, name: str) -> None:
     method, _ = build(name)
-    trained = {role for role, part in method.cast(method.config).items() if part.trained}
+    trained = {role for role, part in method.roles_for(method.config).items() if part.trained}
     assert {turn.role for turn in method.turns()} == trained
     assert method.product in trained
 
@@ -104,7 +104,7 @@ def test_samples_do_not_mix(build: Make, tiny_batch: Make, name: str) -> None:
         labels = batch.labels.requires_grad_()
         (slope,) = torch.autograd.grad(turn.whole(batch, draws()).value[2], labels, allow_unused=True)
         if turn.role == "discriminator":
-            assert slope is None  # it sees images alone; tests/networks/test_features.py
+            assert slope is None  # it sees images alone; tests/features/test_perceptual.py
             continue
         others = torch.arange(len(labels)) != 2
         assert (slope[2] != 0).all()
@@ -113,7 +113,7 @@ def test_samples_do_not_mix(build: Make, tiny_batch: Make, name: str) -> None:
 
 def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tiny_batch: Make, name: str) -> None:
     (method, networks), batch = build(name), tiny_batch()
-    roles, called = method.cast(method.config), set()
+    roles, called = method.roles_for(method.config), set()
 
     def watched(role: str) -> Callable[..., Tensor]:
         def F(x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, **asked):

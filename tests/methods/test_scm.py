@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, NoiseRange
-from edmdistill.methods.consistency import consistency_loss, continuous_target, finite_difference, tamed, warmup
+from edmdistill.methods.consistency import (
+    consistency_loss,
+    continuous_target,
+    finite_difference,
+    normalized_tangent,
+    warmup,
+)
 from edmdistill.methods.scm import SCD, SCT, SCDConfig, SCTConfig, since_start
 from edmdistill.trigflow import denoised, sigma_to_time
 
@@ -77,9 +83,9 @@ def test_the_gradient_is_that_of_the_inner_product() -> None:
 
 def test_taming() -> None:
     g = torch.stack([torch.full((1, 8, 8), 3.0), torch.full((1, 8, 8), -0.1), torch.zeros(1, 8, 8)])
-    torch.testing.assert_close(tamed(g, 0.1, "rms")[:, 0, 0, 0], torch.tensor([3 / 3.1, -0.5, 0]))
-    torch.testing.assert_close(tamed(g, 0.1, "norm")[:, 0, 0, 0], torch.tensor([3 / 24.1, -0.1 / 0.9, 0]))
-    torch.testing.assert_close(tamed(g, 0.1, "clip")[:, 0, 0, 0], torch.tensor([1, -0.1, 0]))
+    torch.testing.assert_close(normalized_tangent(g, 0.1, "rms")[:, 0, 0, 0], torch.tensor([3 / 3.1, -0.5, 0]))
+    torch.testing.assert_close(normalized_tangent(g, 0.1, "norm")[:, 0, 0, 0], torch.tensor([3 / 24.1, -0.1 / 0.9, 0]))
+    torch.testing.assert_close(normalized_tangent(g, 0.1, "clip")[:, 0, 0, 0], torch.tensor([1, -0.1, 0]))
 
 
 def test_warm_up() -> None:
@@ -108,7 +114,7 @@ def test_no_gradient_flows_but_through_f_and_u(method) -> None:
         cos, sin = over(x, t).cos(), over(x, t).sin()
         torch.testing.assert_close(over(x, dt), cos * sin)
         F, dF = network.tangent(x, t, None, dx, dt)
-        g = tamed(-cos * (cos * SIGMA_DATA * F - dx / sin) - (cos * sin * x + SIGMA_DATA * dF), 0.1, "rms")
+        g = normalized_tangent(-cos * (cos * SIGMA_DATA * F - dx / sin) - (cos * sin * x + SIGMA_DATA * dF), 0.1, "rms")
         expected = (-2 * (-level).exp() / 16 * g * torch.sin(x) * over(x, t)).sum()
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=0)
 

@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 import edmdistill
-from edmdistill.card import CITATIONS
 from edmdistill.checkpoints.store import read_config
-from edmdistill.hub import pack
 from edmdistill.methods import METHODS, MethodEntry
 from edmdistill.methods.base import Method
-from edmdistill.recipes import SHIPPED
+from edmdistill.publish.card import CITATIONS
+from edmdistill.publish.hub import pack
+from edmdistill.recipes.schema import SHIPPED
 
 ROOT = Path(__file__).parent.parent.parent
 FILE = '''

@@ -168,7 +168,7 @@ def test_scd_takes_the_sum(tiny_networks: Make, tiny_batch: Make, noise: NoiseRa
 
 def test_scd_without_it_has_no_auxiliary_score(tiny_networks: Make, noise: NoiseRange) -> None:
     assert [turn.role for turn in SCD(SCDConfig(), tiny_networks(SCD), noise).turns()] == ["generator"]
-    assert "auxiliary" not in SCD.cast(SCDConfig())
+    assert "auxiliary" not in SCD.roles_for(SCDConfig())
     with pytest.raises(msgspec.ValidationError, match="with intervals 4 it takes as many"):
         msgspec.convert({"vsd": 1.0, "intervals": 4}, SCDConfig)
 

@@ -9,8 +9,8 @@ import torch
 from conftest import random_flow
 from tolerance import assert_rounded, depth
 
-from edmdistill.networks.rebuild import add_guidance, add_logvar
-from edmdistill.training.engine import Engine, Machine, local
+from edmdistill.machine.engine import Engine, Machine, local
+from edmdistill.networks.surgery.rebuild import add_guidance, add_logvar
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         for engine.mesh in (None, mesh):
             flow = copy.deepcopy(alone)
             engine.place(flow)
-            player = engine.player(flow, trained=True)
+            player = engine.wrap(flow, trained=True)
             for _ in range(2):  # the second time, gradients are there
                 torch.manual_seed(1)
                 F, dF = player.tangent(*point, *along, w=w)

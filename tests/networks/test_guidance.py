@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from edmdistill.networks.flow import Denoiser, FlowNetwork
-from edmdistill.networks.rebuild import add_guidance, add_logvar
-from edmdistill.networks.two_time import add_second_time, drop_second_time
+from edmdistill.networks.surgery.rebuild import add_guidance, add_logvar
+from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 
 MakeFlow = Callable[..., FlowNetwork]
 TIMES = torch.tensor([0.05, 0.8, 1.5], dtype=torch.float64)

@@ -8,10 +8,10 @@ import torch
 from tolerance import assert_rounded, depth
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, load_checkpoint, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, load_checkpoint, save_checkpoint
 from edmdistill.networks.flow import Denoiser, FlowNetwork
-from edmdistill.networks.rebuild import add_logvar
-from edmdistill.networks.two_time import add_second_time, drop_second_time
+from edmdistill.networks.surgery.rebuild import add_logvar
+from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 
 MakeFlow = Callable[..., FlowNetwork]
 TIMES = torch.tensor([0.05, 0.8, 1.5], dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_it_is_saved_and_outlives_a_second_time(flow: FlowNetwork, tmp_path: Pat
     save_checkpoint(
         tmp_path / "a",
         headed,
-        CheckpointConfig(stage="teacher", provenance=Provenance(source="a test"), **facts(headed)),
+        CheckpointConfig(stage="teacher", provenance=Provenance(source="a test"), **describe(headed)),
     )
     for other in load_checkpoint(tmp_path / "a")[0].eval(), drop_second_time(add_second_time(headed)):
         pairs = zip(other(*point(flow), u_at=(TIMES,)), headed(*point(flow), u_at=(TIMES,)), strict=True)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import Denoiser, FlowNetwork
-from edmdistill.networks.two_time import add_second_time
+from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.schedules import edm_sigmas
 from edmdistill.trigflow import denoised, expand, sigma_to_time
 

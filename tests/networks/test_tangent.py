@@ -20,7 +20,7 @@ from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.networks.two_time import add_second_time
+from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.trigflow import diffuse, expand, velocity
 
 MakeFlow = Callable[..., FlowNetwork]

@@ -9,12 +9,12 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.networks.two_time import add_second_time, drop_second_time
+from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.heun import EDM2, edm_sampler
@@ -140,7 +140,7 @@ def generator() -> Generator:
         for name, parameter in flow.named_parameters():
             if "gain" in name:
                 parameter.fill_(0.5)
-    config = CheckpointConfig(stage="generator", method="ctm", provenance=Provenance(source="a test"), **facts(flow))
+    config = CheckpointConfig(stage="generator", method="ctm", provenance=Provenance(source="a test"), **describe(flow))
     return Generator(flow, config)
 
 

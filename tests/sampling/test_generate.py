@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, facts
+from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, describe
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS
-from edmdistill.networks.rebuild import add_guidance
+from edmdistill.networks.surgery.rebuild import add_guidance
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.generate import SOLVERS, default_nfe, drawn_classes, is_latent, sample
 from edmdistill.sampling.grid import to_uint8
@@ -52,7 +52,7 @@ def generator(guidance: tuple[float, float] | None = None, **options: int) -> Ge
         torch.nn.init.normal_(network.network.get_parameter("map_guidance.weight"), std=0.2)
     learnt = None if guidance is None else Guidance("classes", guidance)
     provenance = Provenance(source="a test")
-    config = CheckpointConfig(stage="generator", provenance=provenance, guidance=learnt, **facts(network))
+    config = CheckpointConfig(stage="generator", provenance=provenance, guidance=learnt, **describe(network))
     return Generator(network, config)
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.networks.two_time import add_second_time
+from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.trajectory import Towards, loss_gradient, paper_sigmas, reference_sampler
 
@@ -116,7 +116,7 @@ def network(two_time: bool = False) -> FlowNetwork:
 
 
 def generator(flow: FlowNetwork) -> Generator:
-    config = CheckpointConfig(stage="generator", provenance=Provenance(source="a test"), **facts(flow))
+    config = CheckpointConfig(stage="generator", provenance=Provenance(source="a test"), **describe(flow))
     return Generator(flow, config)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from shared_probes import share_probes
 
-from edmdistill.recipes import Recipe
-from edmdistill.training.engine import Machine
+from edmdistill.machine.engine import Machine
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import train
 from edmdistill.training.run import Run, prepare
 

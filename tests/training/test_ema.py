@@ -6,11 +6,11 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from edmdistill.checkpoints.ema import find_snapshots, reconstruct_checkpoint
+from edmdistill.checkpoints.posthoc_ema import find_snapshots, reconstruct_checkpoint
 from edmdistill.checkpoints.store import load_checkpoint, load_tensors
 from edmdistill.cli import main
 from edmdistill.errors import RecipeError
-from edmdistill.recipes import Recipe
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training import loop
 from edmdistill.training.ema import Ema, HalfLife, PowerFunction
 from edmdistill.training.loop import train

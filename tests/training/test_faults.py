@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.training import state
-from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train
 
 TEN_ROUNDS = {"images": 80, "snapshot_every": 24, "log_every": 16}

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from edmdistill.training.engine import Machine
+from edmdistill.training.plan import make_plan, measure
 from msgspec.structs import replace
 from tolerance import assert_rounded, depth
 
@@ -18,7 +20,7 @@ from edmdistill.checkpoints.store import (
     CheckpointConfig,
     Guidance,
     Provenance,
-    facts,
+    describe,
     load_checkpoint,
     save_checkpoint,
 )
@@ -28,10 +30,8 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes import Recipe
 from edmdistill.sampling.generate import sample
-from edmdistill.training.engine import Machine
 from edmdistill.training.loop import rounds, train
 from edmdistill.training.monitors import fingerprints
-from edmdistill.training.plan import make_plan, measure
 from edmdistill.training.run import prepare
 
 NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
@@ -48,7 +48,8 @@ def checkpoint(folder: Path, seed: int, label_dim: int = 10, resolution: int = 8
             if "gain" in name:
                 parameter.fill_(0.5)
     flow = FlowNetwork(network, EDM(sigma_data=sigma_data))
-    save_checkpoint(folder, flow, CheckpointConfig(stage="teacher", provenance=Provenance(source="it"), **facts(flow)))
+    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="it"), **describe(flow))
+    save_checkpoint(folder, flow, config)
     return folder
 
 

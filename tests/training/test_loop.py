@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from script_files import Gap, Maps, script
 
 from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.methods.base import Loss
-from edmdistill.recipes import Recipe, Training
-from edmdistill.training.engine import Machine
+from edmdistill.recipes.schema import Recipe, Training
 from edmdistill.training.loop import learning_rate, requests, rounds, train
 from edmdistill.training.monitors import Diverged, fingerprints
 from edmdistill.training.run import prepare
@@ -27,7 +27,7 @@ def test_three_rounds_move_the_players_and_nobody_else(method, start):
     measured = list(rounds(run))
     after = fingerprints(run.roles | {"ema": run.ema.network})
     trained = {role for role, part in METHODS[method].load().roles.items() if part.trained}
-    followers = {role for role, part in METHODS[method].load().roles.items() if part.follows}
+    followers = {role for role, part in METHODS[method].load().roles.items() if part.ema_of}
     assert {role for role in before if before[role] != after[role]} == trained | followers | {"ema"}
     assert len(measured) == 3
     assert run.images == 24

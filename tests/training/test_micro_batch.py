@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
-from edmdistill.training.engine import Machine
 from edmdistill.training.loop import rounds
 from edmdistill.training.micro_batch import fewest_pieces, fits, settle_micro_batch
 

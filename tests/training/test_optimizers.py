@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from edmdistill.errors import TrainingError
-from edmdistill.recipes import Training
-from edmdistill.training.engine import Machine
+from edmdistill.machine.engine import Machine
+from edmdistill.recipes.schema import Training
 from edmdistill.training.loop import train
 from edmdistill.training.optimizers import LossScale, load_states, make_optimizer, plain_states, set_rate
 

@@ -5,12 +5,12 @@ import torch
 from tolerance import assert_rounded, depth
 
 from edmdistill.errors import DatasetError, TrainingError
+from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.recipes import Recipe
-from edmdistill.training.engine import Machine
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import train
 from edmdistill.training.run import prepare, set_dropout
 

@@ -18,15 +18,15 @@ import pytest
 import torch
 from PIL import Image
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, facts, save_checkpoint
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
 from edmdistill.data import datasets
 from edmdistill.data.datasets import Dataset, indices, open_dataset
 from edmdistill.data.latents import Statistics, draw_latents, visit_noise
 from edmdistill.errors import DatasetError, TrainingError
+from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.training.engine import Machine
 from edmdistill.training.loop import train
 from edmdistill.training.run import prepare
 from edmdistill.training.stream import AHEAD, Stream
@@ -201,7 +201,9 @@ def test_latents_are_for_latent_teachers(recipe, teacher, latents: Dataset, tmp_
     torch.manual_seed(0)
     flow = FlowNetwork(UNet(8, 4, 3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[]), EDM())
     encoder = {"kind": "StabilityVAEEncoder", "scale": STATISTICS.scale, "bias": STATISTICS.bias}
-    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="a test"), encoder=encoder, **facts(flow))
+    config = CheckpointConfig(
+        stage="teacher", provenance=Provenance(source="a test"), encoder=encoder, **describe(flow)
+    )
     save_checkpoint(tmp_path / "latent", flow, config)
 
     def start(data: str, teacher: Path):

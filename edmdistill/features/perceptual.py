@@ -1,0 +1,176 @@
+"""What a GAN's discriminator looks through, and what says how far two images are apart: networks that are not learnt.
+
+Source: Sauer et al. 2021 (Projected GANs), section 3.2, for the mixing; Kim et al. 2024 (CTM), appendix D.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as f
+from torch import Tensor, nn
+
+from edmdistill.errors import TrainingError
+from edmdistill.features.script import ScriptFile
+
+LEVELS = 4
+"""Feature maps that a network gives, the finest first."""
+SEEN = 224
+"""Pixels of an edge at which files look at images, as ImageNet's classifiers do."""
+
+
+def as_rgb(x: Tensor, what: str) -> Tensor:
+    """Gray images as RGB.  [B,1 or 3,H,W] -> [B,3,H,W]
+
+    Raises: TrainingError: they are neither, as a VAE's latents.
+    """
+    if x.shape[1] not in (1, 3):
+        raise TrainingError(
+            f"{what} looks at gray or RGB images, not at {x.shape[1]}-channel ones: leave it out of the recipe"
+        )
+    return x.expand(-1, 3, -1, -1)
+
+
+def resized(x: Tensor, size: int = SEEN) -> Tensor:
+    """Bilinear.  [B,C,H,W] -> [B,C,size,size]"""
+    return f.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+
+
+class Perception(ScriptFile):
+    """A learnt distance, such as LPIPS: a TorchScript file (a, b) -> [B] or [B,1,1,1], of RGB images in [0, 1].
+
+    Images below 256 pixels are enlarged to 224 before.
+    """
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """How far a and b are apart.  images [B,C,H,W] -> [B]"""
+
+        def seen(x: Tensor) -> Tensor:
+            x = (as_rgb(x, self.path) + 1) / 2
+            return resized(x) if x.shape[-1] < 256 else x
+
+        distance = self.run(seen(a), seen(b))
+        if not isinstance(distance, Tensor) or distance.numel() != len(a):
+            raise TrainingError(f"{self.path} gives no distance for each of {len(a)} pairs of images, [B] or [B,1,1,1]")
+        return distance.reshape(len(a))
+
+
+class ScriptFeatures(ScriptFile):
+    """A TorchScript file: RGB images [B,3,224,224] in [-1, 1] -> a list of LEVELS feature maps, the finest first."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = self.run(resized(as_rgb(x, self.path)))
+        if not isinstance(maps, list | tuple) or len(maps) != LEVELS:
+            given = f"{len(maps)} feature maps" if isinstance(maps, list | tuple) else "no list of feature maps"
+            raise TrainingError(f"{self.path} gives {given}, but {LEVELS} are needed, finest first")
+        return list(maps)
+
+
+class RandomFeatures(nn.Module):
+    """A pyramid of random convolutions, where no pretrained network is at hand: the same for any images.
+
+    Args:
+        channels: of the finest map; each level has twice as many as the one before.
+    """
+
+    def __init__(self, img_channels: int, channels: int = 16) -> None:
+        super().__init__()
+        widths = [img_channels, *(channels << level for level in range(LEVELS))]
+        self.levels = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise(widths))
+        for layer in self.levels:
+            assert isinstance(layer, nn.Conv2d)
+            nn.init.kaiming_normal_(layer.weight, 0.2)
+            nn.init.normal_(layer.bias, std=0.3)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = []
+        for level, layer in enumerate(self.levels):
+            if level and x.shape[-1] > 1:
+                x = f.avg_pool2d(x, 2)
+            x = f.leaky_relu(layer(x), 0.2)
+            maps.append(x)
+        return maps
+
+
+class Mixed(nn.Module):
+    """Feature maps through random 1x1 and 3x3 convolutions, across channels and from coarse to fine, never learnt.
+
+    A discriminator that saw the features themselves would look at a few of them alone.
+
+    Args:
+        networks: images -> LEVELS maps each.
+        like: an image by which their channels are found.  [1,C,H,W]
+        channels: of every map that comes out.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], like: Tensor, channels: int) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks).eval()
+        with torch.no_grad():
+            widths = [[part.shape[1] for part in network(like)] for network in networks]
+        self.across = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(width, channels, 1, bias=False) for width in own) for own in widths
+        )
+        self.scales = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in own) for own in widths
+        )
+        for layer in (*self.across.modules(), *self.scales.modules()):
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """All maps of all networks.  [B,C,H,W] -> LEVELS [B,channels,h,w] for each network"""
+        mixed: list[Tensor] = []
+        for network, across, scales in zip(self.networks, self.across, self.scales, strict=True):
+            coarser: Tensor | None = None
+            levels = []
+            for part, channel, scale in reversed(list(zip(network(x), across, scales, strict=True))):  # type: ignore[call-overload]
+                own = channel(part)
+                if coarser is not None:
+                    up = f.interpolate(coarser, size=own.shape[-2:], mode="bilinear", align_corners=False)
+                    own = (own + up) * 0.5**0.5
+                coarser = scale(own)
+                levels.append(coarser)
+            mixed += reversed(levels)
+        return mixed
+
+
+class Heads(nn.Module):
+    """A discriminator: of each feature map, a small network that says at every place how real it looks.
+
+    There is no normalisation over the batch: what is said of an image hangs on that image alone.
+    """
+
+    def __init__(self, count: int, channels: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1),
+                nn.GroupNorm(1, channels),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(channels, 1, 1),
+            )
+            for _ in range(count)
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """maps: as Mixed gives them.  -> [B, all places of all maps], above 0 for real"""
+        return torch.cat([head(part).flatten(1) for head, part in zip(self.heads, maps, strict=True)], 1)
+
+
+def make_features(files: Sequence[str], like: Tensor, channels: int, seed: int) -> Mixed:
+    """Those of the files, or the random ones where there is none, mixed as the seed says."""
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        networks: list[nn.Module] = [ScriptFeatures(file) for file in files]
+        networks = networks or [RandomFeatures(like.shape[1])]
+        return Mixed(networks, like, channels)
+
+
+def make_heads(networks: int, channels: int, seed: int) -> Heads:
+    """For the features of so many networks."""
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        return Heads(networks * LEVELS, channels)

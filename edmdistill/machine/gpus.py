@@ -1,0 +1,78 @@
+"""GPUs, by their data sheets: memory, and how fast they multiply."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+LAUNCH = 10e-6
+"""Seconds that torch takes at least for a call, whatever it computes: 5 to 20 us by the processor, in eager mode."""
+
+
+class GPU(NamedTuple):
+    """memory: bytes.  half: bf16 and fp16, single: TF32, dense on tensor cores; operations a second.  launch: seconds a
+    call of torch.
+
+    fp32 networks compute in TF32 there: it is what torch's convolutions take unless they are told otherwise.
+    """
+
+    memory: float
+    half: float
+    single: float
+    launch: float = LAUNCH
+
+
+def this_machine() -> GPU:
+    """Returns the first GPU of this machine, or its CPU, as measured in a moment by matrix products and small calls."""
+    import torch
+
+    from edmdistill.machine.doctor import host_memory
+
+    gpu = torch.cuda.is_available()
+    device, size = ("cuda", 4096) if gpu else ("cpu", 512)
+
+    def seconds(act: Callable[[], object], times: int) -> float:
+        act()
+        best = math.inf
+        for _ in range(3):
+            begin = time.perf_counter()
+            for _ in range(times):
+                act()
+            if gpu:
+                torch.cuda.synchronize()
+            best = min(best, (time.perf_counter() - begin) / times)
+        return best
+
+    def rate(dtype: torch.dtype) -> float:
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        return float(2 * size**3 / seconds(lambda: matrix @ matrix, 4))
+
+    small = torch.ones(1, device=device)
+    memory = torch.cuda.get_device_properties(0).total_memory if gpu else host_memory()[0]
+    launch = seconds(lambda: small + small, 1000)
+    return GPU(memory, rate(torch.bfloat16), rate(torch.float32), max(launch, LAUNCH))
+
+
+def gpu_of(name: str, memory: float) -> str | None:
+    """The card that CUDA calls `name`, with so many bytes; None: another one."""
+    flat = name.lower().replace(" ", "")
+    for card, own in GPUS.items():
+        word = card.removesuffix("-40").removesuffix("-80").replace("-", "")
+        if word in flat and abs(memory / own.memory - 1) < 0.12:
+            return card
+    return None
+
+
+# Source: NVIDIA's data sheets and architecture papers; SXM where there are several, without sparsity, sums in fp32.
+GPUS = {
+    "rtx4090": GPU(24e9, 165.2e12, 82.6e12),
+    "a100-40": GPU(40e9, 312e12, 156e12),
+    "l40s": GPU(48e9, 362e12, 183e12),
+    "rtx6000-ada": GPU(48e9, 364.2e12, 182.1e12),
+    "a100-80": GPU(80e9, 312e12, 156e12),
+    "h100": GPU(80e9, 989.4e12, 494.7e12),
+    "h200": GPU(141e9, 989.4e12, 494.7e12),
+    "b200": GPU(180e9, 2250e12, 1100e12),
+}

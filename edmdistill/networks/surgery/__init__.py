@@ -1,0 +1,1 @@
+"""Changes to a network that keep its function, or say by how much they change it."""

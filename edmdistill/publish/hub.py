@@ -1,0 +1,344 @@
+"""Publishing to the Hub: only what is needed to draw, in one commit, and not done before it has come back the same.
+
+What the Hub has is not sent again, so a push that was interrupted goes on when it is repeated.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    ModelInfo,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is, by name
+from msgspec.structs import replace
+from torch import Tensor
+
+from edmdistill import __version__
+from edmdistill.atomic import sha256_file, temporary_folder
+from edmdistill.checkpoints.convert import load_model
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.licences import check_licence
+from edmdistill.checkpoints.run_state import PROGRESS
+from edmdistill.checkpoints.source import REPOSITORY, hub_calls
+from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, CheckpointConfig, checkpoint_in, read_config
+from edmdistill.errors import CheckpointError, HubError, printable, without_secrets
+from edmdistill.evaluation.protocol import Result
+from edmdistill.evaluation.results import results_of, with_results
+from edmdistill.export.parity import TOLERANCE, difference_of
+from edmdistill.networks.flow import Denoiser
+from edmdistill.publish.card import card, is_own, usual_nfe
+from edmdistill.report.summary import read_run
+from edmdistill.sampling.generate import is_latent, require_finite, sample
+from edmdistill.sampling.grid import image_grid, to_uint8
+from edmdistill.training.run_dir import RECIPE
+
+GRID = "samples.png"
+SIGNATURE = re.compile(rb"(?m)^edmdistill_card: ([0-9a-f]{64})\nedmdistill_model: ([0-9a-f]{64})\n")
+"""Lines of a card's header: sha256 of the card without them, and of the weights that were put there with it."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".onnx", ".pt2", ".h5", ".msgpack", ".gguf", ".npz")
+SHOWN, COLUMNS = 24, 8
+"""Samples in the grid."""
+COMPARED = 0, 1
+"""Seeds whose samples must come back the same."""
+STRICTNESS = {
+    "cc0-1.0": 0,
+    "mit": 1,
+    "bsd-3-clause": 1,
+    "apache-2.0": 2,
+    "cc-by-4.0": 3,
+    "cc-by-sa-4.0": 4,
+    "cc-by-nc-4.0": 5,
+    "cc-by-nc-sa-4.0": 6,
+}
+"""Licences from loose to strict. Of the share-alike ones, and of any other, nothing but the same will do."""
+
+
+class Package(NamedTuple):
+    """What is to be published.
+
+    Attributes:
+        files: by their names on the Hub: where they are, or what they hold.
+        samples: of the seeds COMPARED.
+    """
+
+    repository: str
+    config: CheckpointConfig
+    files: dict[str, Path | bytes]
+    samples: Tensor
+
+    @property
+    def card(self) -> bytes:
+        """The text of README.md."""
+        text = self.files[CARD]
+        assert isinstance(text, bytes)
+        return text
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in self.files.items()}
+
+
+class Published(NamedTuple):
+    """Where it is: the revision, whether the Hub had all of it before, and whether a card there was kept."""
+
+    url: str
+    revision: str
+    unchanged: bool
+    kept_card: bool = False
+
+
+def pack(source: str | Path, repository: str, licence: str | None = None) -> Package:
+    """Puts together what is published of a checkpoint or of a run; nothing is sent.
+
+    Args:
+        source: a checkpoint folder of ours, or a run directory.
+        repository: OWNER/NAME.
+        licence: of the weights, where the checkpoint knows none, or a stricter one.
+    Raises: HubError: no name for a repository, a licence that will not do, or optimiser states.
+        CheckpointError: no checkpoint, a damaged one, or a licence that the Hub does not take.
+    """
+    path = Path(source).expanduser()
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise HubError(f"{repository} is no name for a repository: {error}") from error
+    if not REPOSITORY.fullmatch(repository):
+        raise HubError(f"{repository} is no name for a repository of yours: write OWNER/NAME")
+    if (path / PROGRESS).is_file():
+        raise HubError(f"{path} is a training state, with its optimisers, and those are not published: give the run")
+    if not path.is_dir():
+        raise HubError(f"{path} is no folder: give a checkpoint of ours, or a run directory")
+    folder = checkpoint_in(path)
+    run = read_run(path) if (path / RECIPE).is_file() else None
+    config = read_config(folder)
+    origin = config.provenance
+    terms = settle_licence(origin.licence, licence)
+    config = replace(config, provenance=replace(origin, licence=terms, source=without_secrets(origin.source)))
+    results = _results(config, path, repository)
+    config = with_results(config, [result for result in results if is_own(result, config)])
+
+    model = load_model(folder)
+    files: dict[str, Path | bytes] = {MODEL: folder / MODEL}
+    grid = None
+    if isinstance(model, Generator) and not is_latent(model):
+        nfe = usual_nfe(config)
+        files[GRID] = _grid(model, nfe)
+        grid = GRID, f"Seeds 0 to {SHOWN - 1}, in {nfe} {'evaluation' if nfe == 1 else 'evaluations'}."
+    files[CONFIG] = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
+    text = card(config, repository, run=run, results=results, grid=grid)
+    files[CARD] = _signed(text, sha256_file(folder / MODEL)).encode()
+    return Package(repository, config, files, _compared(model))
+
+
+def settle_licence(theirs: str | None, asked: str | None) -> str:
+    """The licence to publish under.
+
+    Args:
+        theirs: that of the weights, or of those that they come from.
+        asked: what the user wants.
+    Raises: HubError: neither is known, or what is asked for is looser.
+    """
+    theirs, asked = (None if licence is None else check_licence(licence) for licence in (theirs, asked))
+    if theirs is None and asked is None:
+        raise HubError("the checkpoint does not say its licence: say --licence, as the Hub writes it")
+    if theirs is None or asked is None or asked == theirs:
+        return asked or theirs or ""
+    free = theirs in STRICTNESS and "-sa" not in theirs
+    if not free or STRICTNESS.get(asked, -1) < STRICTNESS[theirs]:
+        raise HubError(
+            f"the weights are under {theirs}, or come from such, and {asked} allows more or other things: "
+            "leave --licence out"
+        )
+    return asked
+
+
+def push(
+    package: Package,
+    *,
+    private: bool = False,
+    branch: str | None = None,
+    message: str | None = None,
+    replace_model: bool = False,
+    overwrite_card: bool = False,
+    note: Callable[[str], object] = lambda stage: None,
+) -> Published:
+    """Publishes, then downloads what is published and compares its bytes, and the samples of two seeds up to rounding.
+
+    Args:
+        private: make the repository private, or make sure that it is.
+        branch: made if it is not there; default: main.
+        message: of the commit.
+        replace_model: put this model in the place of another one that is there.
+        overwrite_card: put this card in the place of one that was written or changed by hand.
+        note: hears what is being done.
+    Raises: HubError: the Hub refuses, cannot be reached, gives back something else, or holds another model.
+    """
+    repository, api = package.repository, HfApi(library_name="edmdistill", library_version=__version__)
+    if get_token() is None:
+        raise HubError("nobody is logged in on this machine: log in by `hf auth login`, or set HF_TOKEN")
+    with hub_calls(f"{repository} is not published"):
+        note("asking the Hub")
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        try:
+            before = api.model_info(repository, revision=branch, files_metadata=True)
+        except RevisionNotFoundError:
+            before = api.model_info(repository, files_metadata=True)  # of which the branch is going to be made
+        if private and not before.private:
+            raise HubError(f"{repository} exists and is public: make it private in its settings, or name another")
+        there = _there(repository, before)
+        if not replace_model and (other := _other_model(there, package.config)):
+            raise HubError(
+                f"{repository} holds {other}: name another repository, or put this in its place by --replace"
+            )
+        kept_card = not overwrite_card and there.card not in (None, package.card) and _signature(there.card) is None
+        if branch is not None:
+            api.create_branch(repository, branch=branch, exist_ok=True)
+        note("sending")
+        commit = api.create_commit(
+            repository,
+            [
+                CommitOperationAdd(name, file)
+                for name, file in package.files.items()
+                if not (kept_card and name == CARD)
+            ],
+            commit_message=message or f"A {package.config.stage} by edmdistill {__version__}",
+            revision=branch,
+            parent_commit=before.sha,
+        )
+    note("comparing")
+    _require_same(package, commit.oid)
+    return Published(f"{api.endpoint}/{repository}/tree/{commit.oid}", commit.oid, commit.oid == before.sha, kept_card)
+
+
+class There(NamedTuple):
+    """What a repository holds.
+
+    Attributes:
+        names: of its files.
+        config: where its config.json has been downloaded to; None: it has none.
+        card: the text of its README.md.
+        model_sha256: of model.safetensors, where the Hub tells it.
+    """
+
+    names: list[str]
+    config: Path | None
+    card: bytes | None
+    model_sha256: str | None
+
+
+def _there(repository: str, info: ModelInfo) -> There:
+    """Looks at a repository, without its weights."""
+    names = [file.rfilename for file in info.siblings or ()]
+
+    def download(name: str) -> Path | None:
+        return Path(hf_hub_download(repository, name, revision=info.sha)) if name in names else None
+
+    card = download(CARD)
+    model = next((file.lfs for file in info.siblings or () if file.rfilename == MODEL), None)
+    return There(names, download(CONFIG), card.read_bytes() if card else None, model.sha256 if model else None)
+
+
+def _other_model(there: There, config: CheckpointConfig) -> str | None:
+    """What a repository holds that is not this model or an earlier state of it; None: nothing."""
+    if foreign := [name for name in there.names if name != MODEL and name.endswith(WEIGHTS)]:
+        return f"the weights of another program, {foreign[0]}"
+    if there.config is None:
+        return "weights that edmdistill did not put there" if MODEL in there.names else None
+    try:
+        own = read_config(there.config.parent)
+    except CheckpointError:
+        return f"another program's model, with a {CONFIG} of its own"
+    if _identity(own) != _identity(config):
+        return f"another model, {_named(own)}, where this is {_named(config)}"
+    signed = _signature(there.card)  # of a card changed by hand, it may be that of earlier weights
+    if signed and there.model_sha256 not in (None, signed):
+        return f"a {MODEL} that edmdistill did not put there"
+    return None
+
+
+def _identity(config: CheckpointConfig) -> tuple[object, ...]:
+    """What stays the same while a model is trained on, measured or averaged anew."""
+    origin = config.provenance
+    return config.stage, config.method, config.recipe_hash, origin.sha256, origin.parent, origin.guide
+
+
+def _named(config: CheckpointConfig) -> str:
+    origin = config.provenance
+    by = f" by {config.method}, recipe {config.recipe_hash or '-':.12}," if config.method else ""
+    return printable(f"a {config.stage}{by} from {origin.source} ({origin.sha256 or origin.parent or '-':.12})")
+
+
+def _signed(card: str, model_sha256: str) -> str:
+    """Returns a card whose header tells whether it, or the weights beside it, have been changed since."""
+    digest = hashlib.sha256(card.encode()).hexdigest()
+    return card.replace("\n---\n", f"\nedmdistill_card: {digest}\nedmdistill_model: {model_sha256}\n---\n", 1)
+
+
+def _signature(card: bytes | None) -> str | None:
+    """Returns sha256 of the weights that a card was put there with; None: the card is not as edmdistill wrote it."""
+    text = (card or b"").replace(b"\r\n", b"\n")
+    found = SIGNATURE.search(text)
+    same = found and hashlib.sha256(SIGNATURE.sub(b"", text, count=1)).hexdigest() == found[1].decode()
+    return found[2].decode() if found and same else None
+
+
+def _require_same(package: Package, revision: str) -> None:
+    """Raises: HubError: what the Hub gives back does not draw what was sent."""
+    where = f"{package.repository}@{revision:.8}"
+    with temporary_folder() as fresh:
+        with hub_calls(f"{where} is published, but cannot be had back"):
+            snapshot_download(
+                package.repository, revision=revision, local_dir=fresh, allow_patterns=list(package.files)
+            )
+        sent = {name: file for name, file in package.files.items() if name != CARD}  # a card of theirs may have stayed
+        whole = all(_holds(Path(fresh) / name, file) for name, file in sent.items())
+        same = whole and difference_of(_compared(load_model(fresh)), package.samples) <= TOLERANCE
+    if not same:
+        raise HubError(
+            f"{where} is published, but draws otherwise than here: do not use it, and give the same command again"
+        )
+
+
+def _holds(path: Path, content: Path | bytes) -> bool:
+    """Whether a file has the bytes of another, or those given."""
+    return path.read_bytes() == content if isinstance(content, bytes) else filecmp.cmp(path, content, shallow=False)
+
+
+def _compared(model: Generator | Denoiser) -> Tensor:
+    nfe = usual_nfe(model.config) if isinstance(model, Generator) else 3
+    return require_finite(sample(model, nfe, seeds=COMPARED), COMPARED)
+
+
+def _grid(model: Generator, nfe: int) -> bytes:
+    """A picture of the first seeds, their classes in turn."""
+    classes = model.flow.label_dim
+    labels = [seed % classes for seed in range(SHOWN)] if classes else None
+    images = require_finite(sample(model, nfe, seeds=range(SHOWN), labels=labels), range(SHOWN))
+    image_grid(to_uint8(images), COLUMNS).save(data := io.BytesIO(), "png")
+    return data.getvalue()
+
+
+def _results(config: CheckpointConfig, path: Path, repository: str) -> list[Result]:
+    """What was measured of a checkpoint and of its teacher.  Where they lay on this machine is nobody's business."""
+    measured = results_of(path)
+    own = [_at(result, repository) for result in measured if is_own(result, config)]
+    return own + [_at(result, None) for result in measured if result.provenance.get("method") is None]
+
+
+def _at(result: Result, source: str | None) -> Result:
+    return replace(result, provenance=result.provenance | {"source": source})

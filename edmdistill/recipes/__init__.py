@@ -1,0 +1,1 @@
+"""What a run computes: the schema of recipes, and the library of those that ship."""

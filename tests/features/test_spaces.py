@@ -1,0 +1,87 @@
+"""Feature spaces: one interface for all, and what the shipped classifier of digits is worth."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edmdistill.checkpoints.store import load_tensors
+from edmdistill.data.datasets import open_dataset
+from edmdistill.errors import DatasetError
+from edmdistill.evaluation.frechet import frechet_distance, statistics
+from edmdistill.features.spaces import DIGITS_WEIGHTS, FEATURES, Digits, Pixels
+
+TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_interface(name: str) -> None:
+    space = FEATURES[name]()
+    images = TEST.images(range(20))
+    features = space(images)
+    assert space.name == name
+    assert (features.dtype, len(features), features.ndim) == (torch.float32, 20, 2)
+    assert features.shape[1] == (space.dim or images[0].numel())
+    assert not features.requires_grad
+    torch.testing.assert_close(torch.cat([space(images[:7]), space(images[7:])]), features, rtol=0, atol=1e-5)
+
+
+def test_pixels_are_the_pixels() -> None:
+    images = torch.tensor([0, 255]).to(torch.uint8).reshape(1, 2, 1, 1)
+    assert Pixels()(images).tolist() == [[-1.0, 1.0]]
+
+
+def test_the_classifier_knows_digits_that_it_has_not_seen() -> None:
+    digits = Digits()
+    guesses = digits.classify(TEST.images(range(len(TEST))))
+    assert torch.allclose(guesses.sum(1), torch.ones(len(TEST)))
+    accuracy = (guesses.argmax(1) == TEST.labels(range(len(TEST)))).float().mean()
+    assert accuracy >= 0.98
+
+
+def test_the_distance_tells_digits_from_others() -> None:
+    """More noise is farther; the digits that were not trained on are near."""
+    digits = Digits()
+    real = TRAIN.images(range(len(TRAIN)))
+    rng = torch.Generator().manual_seed(0)
+    reference = statistics(digits(real))
+
+    def distance(images: torch.Tensor) -> float:
+        return frechet_distance(statistics(digits(images)), reference)
+
+    def noisy(std: float) -> torch.Tensor:
+        return (real + std * torch.randn(real.shape, generator=rng)).clamp(0, 255).to(torch.uint8)
+
+    noise = torch.randint(256, (5000, 1, 8, 8), generator=rng).to(torch.uint8)
+    assert distance(TEST.images(range(len(TEST)))) < 12
+    assert distance(noisy(8)) < 2 < distance(noisy(16)) < 10 < distance(noisy(32)) < 40 < distance(noisy(64))
+    assert distance(noise) > 500
+
+
+def made(path: Path) -> dict[str, Any]:
+    """How a file of features was made."""
+    return json.loads(load_tensors(path)[1]["made"])
+
+
+def test_the_file_says_how_it_was_made_and_is_small() -> None:
+    assert made(DIGITS_WEIGHTS)["by"] == "python -m edmdistill.assets.make_features"  # where the script was then
+    assert made(DIGITS_WEIGHTS)["held_out_accuracy"] >= 0.98
+    assert DIGITS_WEIGHTS.stat().st_size < 300_000
+    assert Digits().sha256 == "cd2ee813e28bf5422c392ed30589e24e65b3448812303b5ac4d31659c1ac8316"
+
+
+def test_digits_refuse_other_images() -> None:
+    with pytest.raises(DatasetError, match="takes 1x8x8 images, not 3x32x32; choose the protocol pixels"):
+        Digits()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.slow
+def test_the_maker_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit on the CPU and torch that made the file; elsewhere training rounds otherwise, to the same accuracy."""
+    import make_features
+
+    monkeypatch.setattr("sys.argv", ["make_features", str(tmp_path / "made.safetensors")])
+    make_features.main()
+    assert made(tmp_path / "made.safetensors")["held_out_accuracy"] >= 0.97

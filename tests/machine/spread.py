@@ -1,0 +1,79 @@
+"""Trains every method in several ways, in as many processes as there are together.
+
+spread.py TEACHER OUT.json ROUNDS ROWS[s] ...
+
+Each way is the rows of a micro-batch, with an s if the networks are sharded.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+from shared_probes import share_probes
+from torch.nn.utils import get_total_norm
+
+from edmdistill.machine.engine import Engine, Machine
+from edmdistill.methods import METHODS
+from edmdistill.recipes.schema import Recipe
+from edmdistill.training.loop import rounds
+from edmdistill.training.run import prepare
+
+NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
+
+
+CASES = {name: {"name": name} for name in METHODS}
+for name in "scd", "sct":
+    CASES[name]["allow_edm_time"] = True
+CASES["ctm"] |= {"N": 4, "max_steps": 2, "gan_channels": 8}
+# Two passes of the generator before one backward pass, each at weights of guidance that belong to rows.
+CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
+
+
+def recipe(case: str, rounds: int) -> Recipe:
+    tables = {
+        "method": CASES[case],
+        "training": {"images": rounds * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8, "dropout": 0.2},
+        "ema": {"half_life_images": 50, "sigma_rel": [0.1]},
+    }
+    if case == "diffusion":
+        tables["network"] = {"kind": "edm2", "arguments": NETWORK}
+    return Recipe.from_json(json.dumps(tables).encode())
+
+
+def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[str, float]]:
+    """What every round measured, and the norm of each average after the last."""
+    source = None if case == "diffusion" else teacher
+    run = prepare(recipe(case, count), data="digits", teacher=source, machine=machine, force_guidance=True)
+    found = list(rounds(run))
+    for role in run.optimizers.keys() if not machine.shard else ():
+        weights = torch.cat([parameter.detach().flatten() for parameter in run.roles[role].parameters()])
+        found[-1][f"apart/{role}"] = float((run.engine.total(weights) / run.engine.world - weights).abs().max())
+    for average in run.averages:
+        whole = run.engine.full_state(average.network.network).values()
+        found[-1][f"average/{average.profile.name}"] = float(get_total_norm(whole))
+    return found
+
+
+def measured(teacher: str | Path, count: str, *ways: str) -> dict[str, list[dict[str, float]]]:
+    """Of every case in every way."""
+    return {
+        f"{case} {way}": losses(case, Path(teacher), int(count), Machine("cpu", int(way.removesuffix("s")), "s" in way))
+        for case, way in itertools.product(CASES, ways)
+    }
+
+
+def main(teacher: str, out: str, count: str, *ways: str) -> None:
+    engine = Engine(Machine(device="cpu"))
+    found = measured(teacher, count, *ways)
+    if engine.is_main:
+        Path(out).write_text(json.dumps(found))
+    engine.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
+    share_probes()
+    main(*sys.argv[1:])

@@ -1,0 +1,60 @@
+"""What a run says of where it is computed."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import torch
+
+from edmdistill import __version__
+from edmdistill.machine.environment import most_memory, revision
+from edmdistill.training.loop import train
+
+
+def test_every_session_says_where_and_from_when_and_what_it_took(start, tmp_path: Path):
+    train(start("sid"), tmp_path / "run", on_round=lambda images, measures: signal.raise_signal(signal.SIGINT))
+    train(start("sid"), tmp_path / "run")
+    train(start("sid"), tmp_path / "run")  # is finished, and does nothing
+    sessions = [json.loads(line) for line in (tmp_path / "run" / "sessions.jsonl").read_text().splitlines()]
+    assert [session["images"] for session in sessions] == [0, 8]
+    for session in sessions:
+        assert (session["edmdistill"], session["torch"]) == (__version__, torch.__version__)
+        assert session["processes"] == 1
+        assert session["device"]
+        assert session["device_memory"] > 2**28
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    taken = [line["memory"] for line in lines]
+    assert all(0 <= bytes_ < 2**40 for bytes_ in taken)
+
+
+def test_the_most_memory_never_falls_and_sees_what_was_freed():
+    device = torch.device("cpu")
+    before = most_memory(device)
+    there = torch.ones(before // 4 + 10_000_000)  # as much as there ever was, on top of what there is
+    after = most_memory(device)
+    assert after > before
+    del there
+    assert most_memory(device) > after - 2**20  # the system counts to a few pages
+
+
+def git(folder: Path, *words: str) -> None:
+    name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_revision_is_the_packages_own(tmp_path: Path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "another project's")
+    elsewhere = revision(package)  # what installed this very package, if that was a repository
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "ours")
+    own = revision(package)
+    assert own is not None
+    assert len(own) == 40
+    assert own != elsewhere
+    (package / "__init__.py").write_text("changed")
+    assert revision(package) == f"{own}-dirty"

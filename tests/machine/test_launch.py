@@ -1,0 +1,411 @@
+"""The processes of a run, with small ones in their place: what becomes of them, and what is said and handed back."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from edmdistill.errors import TrainingError
+from edmdistill.machine import launch
+
+STEP = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_STEP_ID": "3",
+    "SLURM_NTASKS": "7",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_NODELIST": "login",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+}
+# A process that marks its start, and saves where it is interrupted, as a run does; a second signal ends it at once.
+SAVES = textwrap.dedent("""
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        Path(f"{rank}.asked").write_text(str(number))
+        time.sleep(0.1)
+        Path(f"{rank}.saved").touch()
+        sys.exit(130)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    Path(f"{rank}.up").touch()
+    time.sleep(60)
+""")
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """start(code, processes): launches `python -c code`, which knows its rank; gives exit code and sentences."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_", "RANK", "WORLD"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "TICK", 0.01)
+    monkeypatch.setattr(launch, "ECHO", 0.05)
+    monkeypatch.setattr(launch, "SETTLE", 0.1)
+    monkeypatch.setattr(launch, "GRACE", 0.6)
+
+    def start(code: str, processes: int = 2) -> tuple[int, list[str]]:
+        head = "import os, signal, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
+        monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", head + textwrap.dedent(code)])
+        sentences: list[str] = []
+        return launch.launch(["train"], processes, device="cpu", note=sentences.append), sentences
+
+    return start
+
+
+def when(*names: str, send: list[int]) -> None:
+    """Sends signals to this process once the files are there, a moment apart."""
+
+    def wait() -> None:
+        while not all(Path(name).exists() for name in names):
+            time.sleep(0.01)
+        for number in send:
+            os.kill(os.getpid(), number)
+            time.sleep(0.15)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def dead(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_every_process_knows_its_place_and_speaks_for_itself(start, capfd, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    code = """
+        names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR ACCELERATE_USE_CPU OMP_NUM_THREADS"
+        Path(f"{rank}.env").write_text(" ".join(os.environ[name] for name in names.split()))
+        Path(f"{rank}.port").write_text(os.environ["MASTER_PORT"])
+        os.write(1, f"out {rank}\\n".encode())  # in one piece
+        os.write(2, f"err {rank}\\n".encode())
+    """
+    assert start(code, 3) == (0, [])
+    threads = max(1, len(os.sched_getaffinity(0)) // 3)
+    for rank in range(3):
+        assert Path(f"{rank}.env").read_text() == f"{rank} {rank} 3 3 127.0.0.1 1 {threads}"
+    assert len({Path(f"{rank}.port").read_text() for rank in range(3)}) == 1
+    captured = capfd.readouterr()
+    assert sorted(captured.out.splitlines()) == ["out 0", "out 1", "out 2"]
+    assert sorted(captured.err.splitlines()) == ["err 0", "err 1", "err 2"]
+
+
+def test_threads_that_the_user_set_stay(start, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert start("assert os.environ['OMP_NUM_THREADS'] == '7'") == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "part"),
+    [
+        ("rank and sys.exit(1); time.sleep(60)", 1, "failed, as its traceback says"),
+        ("rank and sys.exit(7); time.sleep(60)", 1, "ended with exit code 7"),
+        (
+            "rank and os.kill(os.getpid(), signal.SIGBUS); time.sleep(60)",
+            2,
+            "was killed by SIGBUS, as happens when /dev",
+        ),
+        ("rank and os.kill(os.getpid(), 40); time.sleep(60)", 2, "was killed by signal 40"),
+        ("rank and sys.exit(2); time.sleep(60)", 2, None),
+    ],
+)
+def test_one_end_is_the_end_of_all(start, code: str, exit_code: int, part: str | None):
+    begin = time.monotonic()
+    found, sentences = start(code)
+    assert found == exit_code
+    assert time.monotonic() - begin < 20
+    if part is None:  # the process has told it
+        assert sentences == []
+    else:
+        (sentence,) = sentences
+        assert sentence.startswith(f"The process of rank 1, of 2 processes, {part}")
+        assert sentence.endswith("; the others were ended too; the same command goes on from the last state.")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "exit_code", "part"),
+    [
+        ("sys.exit(130)", "sys.exit(130)", 130, None),
+        ("sys.exit(0)", "sys.exit(130)", 130, None),
+        ("sys.exit(2)", "sys.exit(2)", 2, None),
+        # Who loses a peer fails too, sooner perhaps, but is not to blame.
+        ("sys.exit(1)", "os.kill(os.getpid(), signal.SIGKILL)", 2, "rank 1, of 2 processes, was killed by SIGKILL, as"),
+        ("sys.exit(2)", "sys.exit(1)", 1, "rank 1, of 2 processes, failed"),
+        ("sys.exit(1)", "os.abort()", 1, "rank 0, of 2 processes, failed"),
+        ("os.abort()", "sys.exit(1)", 2, "rank 0, of 2 processes, was killed by SIGABRT"),
+    ],
+)
+def test_who_is_to_blame(start, monkeypatch, first: str, second: str, exit_code: int, part: str | None):
+    monkeypatch.setattr(launch, "SETTLE", 10)
+    code = f"""
+        if rank == 0:
+            Path("0.up").touch()
+            {first}
+        while not Path("0.up").exists(): time.sleep(.01)
+        time.sleep(.1)
+        {second}
+    """
+    found, sentences = start(code)
+    assert found == exit_code
+    assert len(sentences) == (part is not None)
+    assert part is None or part in sentences[0]
+
+
+def test_the_others_are_asked_before_they_are_killed(start):
+    code = """
+        if rank == 2:
+            while not (Path("0.up").exists() and Path("1.up").exists()): time.sleep(.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            Path("1.up").touch()
+            time.sleep(60)
+    """
+    exit_code, sentences = start(textwrap.dedent(code) + SAVES, 3)
+    assert exit_code == 2
+    assert len(sentences) == 1
+    assert Path("0.saved").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_passed_on_once_and_waited_for(start, number: int):
+    before = signal.getsignal(number)
+    when("0.up", "1.up", send=[number])
+    assert start(SAVES) == (130, [])
+    expected = signal.SIGTERM if number == signal.SIGHUP else number
+    for rank in range(2):
+        assert Path(f"{rank}.asked").read_text() == str(int(expected))
+        assert Path(f"{rank}.saved").exists()
+    assert signal.getsignal(number) == before
+
+
+def test_nohup_is_respected(start):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        when("0.up", "1.up", send=[signal.SIGHUP])
+        assert start("Path(f'{rank}.up').touch(); time.sleep(.3)") == (0, [])
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_that_had_finished_when_it_was_interrupted_is_finished(start):
+    when("0.up", "1.up", send=[signal.SIGINT])
+    code = SAVES.replace("130", "0")
+    assert start(code) == (0, [])
+
+
+def test_a_second_signal_stops_at_once(start):
+    when("0.up", "1.up", send=[signal.SIGINT, signal.SIGINT])
+    assert start(SAVES.replace("0.1", "30")) == (130, [])
+    assert not list(Path().glob("*.saved"))
+
+
+def test_a_signal_sent_to_process_and_group_is_one(start, monkeypatch):
+    monkeypatch.setattr(launch, "ECHO", 60)
+    when("0.up", "1.up", send=[signal.SIGTERM, signal.SIGTERM])
+    assert start(SAVES.replace("0.1", "0.4")) == (130, [])
+    assert Path("0.saved").exists()
+    assert Path("1.saved").exists()
+
+
+def test_after_a_second_signal_who_does_not_stop_is_killed(start):
+    when("0.up", "1.up", send=[signal.SIGTERM, signal.SIGTERM])
+    code = SAVES.replace("signal.SIG_DFL", "signal.SIG_IGN").replace("0.1", "30 if rank else 0.01")
+    exit_code, sentences = start(code)
+    assert exit_code == 130
+    assert sentences == [
+        "Some processes did not stop in 0.6 seconds and were killed; the same command goes on from the last state."
+    ]
+    assert Path("0.saved").exists()
+
+
+def test_a_fault_while_saving_is_told(start):
+    when("0.up", "1.up", send=[signal.SIGINT])
+    exit_code, sentences = start(SAVES.replace("130", "1 if rank else 130"))
+    assert exit_code == 1
+    assert "rank 1, of 2 processes, failed" in sentences[0]
+
+
+def test_data_workers_are_not_asked_but_are_killed(start):
+    """A worker that heard of SIGTERM would end before its process has saved; one that outlives it is an orphan."""
+    code = """
+        import subprocess
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        Path(f"{rank}.worker").write_text(str(worker.pid))
+        Path(f"{rank}.up").touch()
+        if rank == 0:
+            while not Path("1.up").exists(): time.sleep(.01)
+            os._exit(1)
+        def stop(number, frame):
+            time.sleep(.1)
+            Path("1.alive").write_text(str(worker.poll()))
+            time.sleep(60)
+        signal.signal(signal.SIGTERM, stop)
+        time.sleep(60)
+    """
+    try:
+        assert start(code)[0] == 1
+        assert Path("1.alive").read_text() == "None"
+        worker = int(Path("1.worker").read_text())
+        wait_until(lambda: dead(worker))
+    finally:
+        os.kill(int(Path("0.worker").read_text()), signal.SIGKILL)
+
+
+def wait_until(condition, seconds: float = 5) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["while they run", "before they are bound"])
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_no_process_outlives_a_killed_launcher(tmp_path: Path, late: bool):
+    child = f"""if True:
+        import os, time
+        from pathlib import Path
+        from edmdistill.machine.launch import world_from_environment
+        Path(os.environ["RANK"] + ".pid.tmp").write_text(str(os.getpid()))
+        Path(os.environ["RANK"] + ".pid.tmp").rename(os.environ["RANK"] + ".pid")
+        while {late} and os.getppid() == int(os.environ["EDMDISTILL_LAUNCHER"]): time.sleep(.01)
+        world_from_environment()
+        assert "EDMDISTILL_LAUNCHER" not in os.environ
+        Path(os.environ["RANK"] + ".bound").touch()
+        time.sleep(60)
+    """
+    script = f"""if True:
+        import sys
+        from edmdistill.machine import launch
+        launch._command = lambda _: [sys.executable, "-c", {child!r}]
+        launch.launch([], 2, device="cpu", note=print)
+    """
+    files = [tmp_path / f"{rank}.{'pid' if late else 'bound'}" for rank in range(2)]
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path) as launcher:
+        wait_until(lambda: all(file.exists() for file in files), 20)
+        launcher.kill()
+    pids = [int((tmp_path / f"{rank}.pid").read_text()) for rank in range(2)]
+    wait_until(lambda: all(dead(pid) for pid in pids))
+    assert not (late and list(tmp_path.glob("*.bound")))
+
+
+def test_the_command_is_this_programme():
+    assert launch._command(["--version"])[-3:] == ["-m", "edmdistill", "--version"]
+    found = subprocess.run(launch._command(["--version"]), capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("edmdistill ")
+
+
+def test_the_working_directory_holds_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "edmdistill.py").write_text("raise SystemExit('a stranger')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    subprocess.run(launch._command(["--version"]), check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left"),
+    [
+        ("train sid t --processes 2 --data digits", "train sid t --data digits"),
+        ("train sid t --processes=2 --data digits", "train sid t --data digits"),
+        ("--processes 2 --set a.b=2", "--set a.b=2"),
+        ("train sid", "train sid"),
+        ("", ""),
+    ],
+)
+def test_without_processes(arguments: str, left: str):
+    assert launch.without_processes(arguments.split()) == left.split()
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "0"}, STEP], ids=["torchrun", "srun"])
+def test_no_launcher_within_a_launcher(start, monkeypatch, environment: dict[str, str]):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=r"leave --processes out$"):
+        start("Path('began').touch()")
+    assert not Path("began").exists()
+
+
+def test_more_processes_than_devices(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(TrainingError, match="wants a CUDA device for each, and there are 1: give --processes 1"):
+        launch.launch([], 2, device=None, note=print)
+
+
+@pytest.mark.parametrize(("count", "variable"), [(0, True), (2, False), (3, False)])
+def test_where_there_is_no_device_the_processes_run_on_the_cpu(start, monkeypatch, count: int, variable: bool):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", code])
+    code = f"import os; assert ('ACCELERATE_USE_CPU' in os.environ) == {variable}"
+    assert launch.launch([], 2, device=None, note=print) == 0
+
+
+def test_on_the_cpu_devices_do_not_count(start, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert start("assert os.environ['ACCELERATE_USE_CPU'] == '1'") == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07", "LOCAL_WORLD_SIZE": "3"}),
+        ({"SLURM_STEP_NODELIST": ""}, {"MASTER_ADDR": "login"}),
+        ({"SLURM_STEP_NODELIST": "a1,b[2-3]"}, {"MASTER_ADDR": "a1"}),
+        ({"SLURM_STEP_NODELIST": "rack[1-2]n[003,7]-ib,a"}, {"MASTER_ADDR": "rack1n003-ib"}),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),3", "SLURM_NODEID": "2"}, {"LOCAL_WORLD_SIZE": "3"}),
+        ({"MASTER_ADDR": "mine", "MASTER_PORT": "1234"}, {"MASTER_ADDR": "mine", "MASTER_PORT": "1234"}),
+    ],
+)
+def test_slurm(change: dict[str, str], expected: dict[str, str]):
+    environ = STEP | change
+    launch.world_from_environment(environ)
+    assert expected.items() <= environ.items()
+    assert 15000 <= int(environ["MASTER_PORT"]) < 30000 or "MASTER_PORT" in change
+
+
+def test_slurm_gives_all_of_a_step_one_port_and_steps_their_own():
+    ports = set()
+    for step in ("3", "3", "4"):
+        environ = STEP | {"SLURM_STEP_ID": step, "SLURM_PROCID": "0"}
+        launch.world_from_environment(environ)
+        ports.add(environ["MASTER_PORT"])
+    assert len(ports) == 2
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_NODELIST": "gpu[1-4]"},  # a batch script: one process
+        STEP | {"SLURM_STEP_NUM_TASKS": "1"},
+        STEP | {"RANK": "0", "WORLD_SIZE": "1"},  # torchrun in an srun
+        {"ACCELERATE_MIXED_PRECISION": "no"},  # accelerate launch --cpu --num_processes 1
+        {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "RANK": "0"},  # --multi_gpu
+        {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "OMPI_COMM_WORLD_SIZE": "2"},  # by mpirun
+    ],
+)
+def test_nothing_else_is_mapped(environ: dict[str, str]):
+    before = dict(environ)
+    launch.world_from_environment(environ)
+    assert environ == before
+
+
+def test_accelerate_launch_on_a_cpu_is_refused(tmp_path: Path):
+    """Asked of accelerate itself: what it sets is not documented."""
+    code = "from edmdistill.machine.launch import world_from_environment; world_from_environment()"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--quiet"]
+    (tmp_path / "script.py").write_text(code)
+    environ = {name: value for name, value in os.environ.items() if name != "RANK"}
+    found = subprocess.run([*command, str(tmp_path / "script.py")], capture_output=True, text=True, env=environ)
+    assert "TrainingError: accelerate launch starts one process" in found.stderr

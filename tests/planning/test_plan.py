@@ -1,0 +1,192 @@
+"""The plan against what a run of several networks really takes, and against published sizes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
+from edmdistill.machine.engine import Machine
+from edmdistill.machine.gpus import GPUS, gpu_of
+from edmdistill.networks import NETWORKS, new_network
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
+from edmdistill.networks.sizes import SIZES
+from edmdistill.planning.plan import FREE, _envelope, _highest, forward_flops, make_plan, measure
+from edmdistill.recipes.schema import Recipe, load_recipe
+from edmdistill.training.loop import rounds
+from edmdistill.training.run import prepare
+
+SHAPE = {"img_resolution": 8, "label_dim": 10}
+SONG = SHAPE | {"in_channels": 1, "out_channels": 1, "num_blocks": 1, "channel_mult": [1, 2], "attn_resolutions": [4]}
+SMALL = {
+    "ddpmpp": ("song", SONG | {"model_channels": 32}),
+    "adm": ("adm", SONG | {"model_channels": 32, "channel_mult": [1, 4]}),
+    "edm2": (
+        "edm2",
+        SHAPE
+        | {"img_channels": 1, "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1}
+        | {"attn_resolutions": [4], "channels_per_head": 32},
+    ),
+}
+
+
+def network(kind: str, arguments: dict[str, object]) -> FlowNetwork:
+    torch.manual_seed(0)
+    return FlowNetwork(NETWORKS[kind](**arguments), EDM())
+
+
+def cosim(batch: int) -> Recipe:
+    return load_recipe(
+        "cosim/digits", "cosim", [f"training.batch={batch}", f"training.images={3 * batch}", "training.dropout=0.1"]
+    )
+
+
+def measured(recipe: Recipe, teacher: Path, machine: Machine) -> int:
+    """The peak of a round, after the first: what was there before it, and what the profiler sees come and go."""
+    run = prepare(recipe, data="digits", teacher=teacher, machine=machine)
+    steps = rounds(run)
+    next(steps)
+    adam = [state for optimizer in run.optimizers.values() for state in optimizer.state.values()]
+    networks = [*run.roles.values(), *(average.network for average in run.averages)]
+    there: list[Tensor] = [value for state in adam for value in state.values()]
+    there += [tensor for flow in networks for tensor in flow.state_dict().values()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        next(steps)
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak + sum(tensor.numel() * tensor.element_size() for tensor in there)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "micro_batch", "checkpointing"),
+    [
+        ("ddpmpp", 32, 32, False),
+        ("adm", 4, 4, False),
+        ("adm", 8, 2, False),
+        ("edm2", 32, 32, False),
+        ("edm2", 64, 64, True),
+    ],
+)
+def test_within_a_tenth_of_what_a_round_takes(
+    name: str, batch: int, micro_batch: int, checkpointing: bool, tmp_path: Path
+) -> None:
+    flow, recipe = network(*SMALL[name]), cosim(batch)
+    provenance = Provenance(source="a test")
+    save_checkpoint(
+        tmp_path / "teacher", flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow))
+    )
+    machine = Machine("cpu", micro_batch, checkpointing=checkpointing)
+    plan = make_plan(measure(recipe, flow, machine), machine)
+    real = measured(recipe, tmp_path / "teacher", machine)
+    assert plan.peak(micro_batch, accumulates=micro_batch < batch) == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "forward"),
+    [
+        ("ddpmpp-cifar10", 55.7, 42.3),
+        ("adm-imagenet64", 295.9, 219.3),
+        ("edm2-img512-s", 280, 201.7),
+        ("edm2-img512-m", 498, 357.5),
+        ("edm2-img512-l", 777, 558.9),
+        ("edm2-img512-xxl", 1523, 1093.7),
+    ],
+)
+def test_published_sizes(name: str, parameters: float, forward: float) -> None:
+    """Millions of parameters and GFLOP of a forward pass, to 0.3%; a multiplication and an addition are two."""
+    kind, shape, arguments = SIZES[name]
+    with torch.device("meta"):
+        flow = FlowNetwork(new_network(kind, *shape, **arguments), EDM())
+    assert sum(p.numel() for p in flow.parameters()) / 1e6 == pytest.approx(parameters, rel=3e-3)
+    assert forward_flops(flow) / 1e9 == pytest.approx(forward, rel=3e-3)
+
+
+def test_where_things_are_kept() -> None:
+    """CoSIM: three networks and an average, two of them trained."""
+    flow = network(*SMALL["edm2"])
+    one = sum(4 * p.numel() for p in flow.parameters())
+    found = measure(cosim(8), flow)
+    plain, sharded, copied = make_plan(found), make_plan(found, Machine(shard=True), 4), make_plan(found, processes=2)
+    assert sum(plain.weights.values()) == pytest.approx(3 * one, rel=0.02)
+    assert (plain.averages, plain.optimizer) == (pytest.approx(one, rel=0.02), pytest.approx(4 * one, rel=0.02))
+    for name in ("averages", "optimizer"):
+        assert getattr(sharded, name) == getattr(plain, name) // 4
+    assert sharded.gradients == {role: size // 4 for role, size in plain.gradients.items()}
+    assert sharded.gathered < one
+    # DDP's buckets hold the gradients of both roles; those of several passes wait beside them.
+    assert copied.buckets == sum(plain.gradients.values())
+    assert copied.peak(3) == plain.peak(3) + copied.buckets
+    assert 0.9 * one < copied.peak(3) - copied.peak(3, accumulates=False) < 1.1 * one
+    machine = Machine(offload=("ema", "teacher", "optimizer"))
+    spare = make_plan(measure(cosim(8), flow, machine), machine)
+    assert (spare.averages, spare.optimizer, spare.weights["teacher"]) == (0, 0, 0)
+    room = plain.peak(7) / (1 - FREE)
+    assert plain.largest_micro_batch(room + 1, 64) == 7
+    assert plain.largest_micro_batch(room + 1, 5) == 5
+    assert plain.largest_micro_batch(plain.peak(1), 64) == 0
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "edm2"])
+def test_a_teacher_in_the_hosts_memory(name: str) -> None:
+    """What autograd holds for the way back through it stays until then: the weights themselves. Blocks that are
+    computed again bring theirs again, one by one."""
+    kind, arguments = SMALL[name]
+    flow = network(kind, arguments | {"channel_mult": [1], "attn_resolutions": []})
+    one = sum(4 * p.numel() for p in flow.parameters())
+
+    def saved(checkpointing: bool) -> int:
+        whole = Machine(checkpointing=checkpointing)
+        lent = whole._replace(offload=("teacher",))
+        peaks = (make_plan(measure(cosim(8), flow, machine), machine).peak(3) for machine in (whole, lent))
+        return next(peaks) - next(peaks)
+
+    assert saved(checkpointing=False) == pytest.approx(0, abs=0.3 * one)
+    assert 0.5 * one < saved(checkpointing=True) < 1.01 * one
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=30), st.integers(0, 100))
+def test_the_envelope_is_the_highest_line_everywhere(lines: list[tuple[int, int]], images: int) -> None:
+    envelope = _envelope(lines)
+    assert _highest(envelope, images) == max(fixed + images * each for fixed, each in lines)
+    assert len(envelope) <= len(set(lines))
+
+
+@pytest.mark.slow
+def test_recipes_of_the_papers_fit_what_they_were_trained_on() -> None:
+    """CoSIM's on 8 cards of 48 GB, 32 images a pass."""
+    recipe, machine = load_recipe("cosim/imagenet512-l", "cosim"), Machine(checkpointing=True)
+    kind, shape, arguments = SIZES["edm2-img512-l"]
+    with torch.device("meta"):
+        flow = FlowNetwork(new_network(kind, *shape, **arguments), EDM())
+    plan = make_plan(measure(recipe, flow, machine), machine, processes=8)
+    assert plan.largest_micro_batch(GPUS["l40s"].memory, 256) >= 32
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "card"),
+    [
+        ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA RTX 6000 Ada Generation", 47.5, "rtx6000-ada"),
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100"),
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA GH200 480GB", 94.5, None),
+        ("NVIDIA B200", 178.4, "b200"),
+        ("Intel(R) Xeon(R) Processor", 23.5, None),
+    ],
+)
+def test_a_card_is_known_by_its_name_and_memory(name: str, gib: float, card: str | None):
+    assert gpu_of(name, gib * 2**30) == card

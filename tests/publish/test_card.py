@@ -1,0 +1,170 @@
+"""The card: what it says is what the checkpoint and its run say, and the Hub's own reader reads it."""
+
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from huggingface_hub import ModelCard
+from msgspec.structs import replace
+
+from edmdistill.checkpoints.source import repository_of
+from edmdistill.checkpoints.store import CheckpointConfig, Sampling, read_config
+from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler
+from edmdistill.methods import METHODS
+from edmdistill.publish.card import CITATIONS, card, is_own
+from edmdistill.recipes.schema import load_recipe
+from edmdistill.report.summary import read_run
+
+GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
+CONFIG = read_config(GENERATOR)
+
+
+def result(fd: float, nfe: int, config: CheckpointConfig | None = None, **said: object) -> Result:
+    """A measurement of a generator, or of a teacher if there is no configuration."""
+    protocol = replace(PROTOCOLS["digits"], reference=Reference(source="digits", n=1500, sha256="9" * 64))
+    origin = {name: getattr(config, name) for name in ("method", "recipe_hash", "images_seen")} if config else {}
+    return Result(
+        metrics={"fd_digits": fd},
+        protocol=protocol,
+        protocol_sha256=protocol.sha256(),
+        sampler=Sampler(solver="gamma" if config else "heun", nfe=nfe),
+        provenance=origin | said,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with the generator of format-1.0 in it, trained by a file of its author's."""
+    path = tmp_path / "run"
+    shutil.copytree(GENERATOR, path / "generator")
+    recipe = load_recipe("cosim/digits-quickstart", "cosim", ["training.seed=3"])
+    (path / "recipe.resolved.json").write_bytes(recipe.to_json())
+    (path / "recipe.toml").write_text(f"# Trained by --recipe {tmp_path}/mine.toml\n#   --set training.seed=3\n")
+    data = {"name": "digits", "images": 1500, "resolution": 4, "channels": 1, "classes": 3}
+    (path / "run.json").write_bytes(msgspec.json.encode({"data": data}))
+    return path
+
+
+def test_the_header_is_what_the_hub_reads():
+    source = "hf://karras/edm/edm.pkl@v1"
+    config = replace(CONFIG, provenance=replace(CONFIG.provenance, source=source))
+    results = [result(4.5, 2, config), result(1.5, 35), result(9.0, 2, replace(config, images_seen=7))]
+    data = ModelCard(card(config, "me/digits", results=results)).data
+    assert (data.license, data.library_name) == ("cc-by-nc-sa-4.0", "edmdistill")
+    assert (data.pipeline_tag, data.base_model) == ("unconditional-image-generation", "karras/edm")
+    assert data.tags == ["diffusion", "distillation", "generator", "cosim"]
+    (only,) = data.eval_results  # of the teacher, and of the generator at another time, nothing
+    assert (only.metric_type, only.metric_value, only.dataset_type) == ("fd_digits", 4.5, "digits")
+    assert only.metric_args == {"nfe": 2, "protocol": "digits", "protocol_sha256": results[0].protocol_sha256}
+
+
+def test_of_several_gammas_the_best_is_shown_and_named():
+    def at(gamma: float, fd: float, nfe: int = 2) -> Result:
+        return replace(result(fd, nfe, CONFIG), sampler=Sampler(solver="gamma", nfe=nfe, gamma=gamma))
+
+    text = card(
+        CONFIG, "me/digits", results=[at(0.0, 6.0), at(0.5, 4.0), at(1.0, 5.0), at(0.0, 8.0, 1), at(1.0, 8.0, 1)]
+    )
+    assert [line for line in text.splitlines() if line.startswith("| generator")] == [
+        "| generator | 1 | 8.000 |  |",
+        "| generator | 2 | 4.000 | gamma 0.5 |",
+    ]
+    shown = ModelCard(text).data.eval_results
+    found = [(one.metric_value, one.metric_args["nfe"], one.metric_args.get("gamma")) for one in shown]
+    assert sorted(found) == [(4.0, 2, 0.5), (8.0, 1, None)]  # in one step no gamma plays
+
+
+def test_without_a_teacher_none_is_spoken_of():
+    known = CONFIG.provenance
+    nothing = replace(known, parent=None)  # what a generator without a teacher began from
+    for method, origin, taught in (("sct", known, False), ("scd", known, True), ("ctm", nothing, False)):
+        text = card(replace(CONFIG, method=method, provenance=origin), "me/digits")
+        assert ("the teacher's faults" in text) is ("- Teacher: " in text) is taught
+        assert ("distillation" in ModelCard(text).data.tags) is taught
+
+
+def test_the_page_says_what_the_run_says(run: Path):
+    config = replace(CONFIG, images_seen=1_000, images_total=80_000)
+    text = card(config, "me/digits", run=read_run(run), results=[result(4.5, 2, config), result(1.5, 35)])
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == [
+        *("Use", "Quality", "Schedule", "How it was made", "Limits", "Licence", "Citation")
+    ]
+    for said in (
+        "edmdistill sample me/digits --nfe 2",
+        'load_generator("me/digits")',
+        "| teacher | 35 | 1.500 |",
+        "| generator | 2 | 4.500 | 3.00 x |",
+        "Protocol digits, sha256",
+        "| 2 | 80 2.515 |",
+        "gamma = 1",
+        f"edm.pkl, sha256 `{'0' * 64}`",
+        "Recipe: mine.toml --set training.seed=3, hash `abab",
+        "edmdistill train cosim TEACHER --data digits --recipe mine.toml --set training.seed=3 --run-dir RUN",
+        '"seed": 3,',
+        "This generator is unfinished: 1,000 of 80,000 images seen.",
+        "They are not for commercial use. What is made from them goes under the same licence.",
+        "Continuous Semi-Implicit Models",
+        "Analyzing and Improving the Training Dynamics",
+    ):
+        assert said in text, said
+    assert str(run.parent) not in text
+
+
+def test_a_checkpoint_alone_says_less_and_nothing_wrong():
+    text = card(replace(CONFIG, sampling=Sampling()), "me/digits")
+    assert "It was not measured." in text
+    assert "All numbers of evaluations take EDM's curve" in text
+    assert "unfinished" not in text
+    assert "RUN" not in text
+    assert "model-index" not in text
+
+
+def test_a_teacher_has_a_card_too():
+    config = replace(CONFIG, stage="teacher", method=None, recipe_hash=None, images_seen=None, ema=None)
+    text = card(config, "me/teacher")
+    assert 'load_denoiser("me/teacher")' in text
+    assert "A diffusion model of 4x4 images, of 3 classes" in text
+    assert "## Schedule" not in text
+    assert "None" not in text
+
+
+def test_latents_are_said_to_be_latents():
+    text = card(replace(CONFIG, encoder={"kind": "StabilityVAEEncoder"}), "me/latents")
+    assert "--out latents.npz" in text
+    assert "the VAE that turns them into images is not part of it" in text
+
+
+def test_whose_result_it_is():
+    assert is_own(result(1, 2, CONFIG), CONFIG)
+    assert not is_own(result(1, 2), CONFIG)
+    assert not is_own(result(1, 2, CONFIG, recipe_hash="cd" * 32), CONFIG)
+    assert not is_own(replace(result(1, 2, CONFIG), sampler=None), CONFIG)
+
+
+def test_every_method_is_cited():
+    entries = re.findall(r"^@\w+\{(\w+),$", CITATIONS.read_text(), re.MULTILINE)
+    assert len(entries) == len(set(entries))
+    assert {key for method in METHODS.values() for key in method.citations} <= set(entries)
+    for method in METHODS:
+        text = card(replace(CONFIG, method=method), "me/digits")
+        cited = text.partition("```bibtex\n")[2].partition("```")[0]
+        assert re.findall(r"\{(\w+),\n", cited) == [*METHODS[method].citations, "karras2024edm2"]
+        assert cited.count("{") == cited.count("}")
+
+
+@pytest.mark.parametrize(
+    ("source", "repository"),
+    [
+        ("hf://me/teachers/sub/edm.pkl@v1", "me/teachers"),
+        ("hf://me/teacher@v1", "me/teacher"),
+        ("me/teacher", "me/teacher"),
+        ("me/teacher@refs/pr/1", "me/teacher"),
+        ("https://host/me/teacher", None),
+        ("edm.pkl", None),
+        ("a network trained by diffusion on digits", None),
+    ],
+)
+def test_the_repository_of_a_source(source: str, repository: str | None):
+    assert repository_of(source) == repository
