@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from edmdistill.training.engine import Machine
-from edmdistill.training.plan import make_plan, measure
 from msgspec.structs import replace
 from tolerance import assert_rounded, depth
 
@@ -25,9 +23,11 @@ from edmdistill.checkpoints.store import (
     save_checkpoint,
 )
 from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
+from edmdistill.planning.plan import make_plan, measure
 from edmdistill.recipes import Recipe
 from edmdistill.sampling.generate import sample
 from edmdistill.training.loop import rounds, train
