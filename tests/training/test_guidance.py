@@ -28,7 +28,7 @@ from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.planning.plan import make_plan, measure
-from edmdistill.recipes import Recipe
+from edmdistill.recipes.schema import Recipe
 from edmdistill.sampling.generate import sample
 from edmdistill.training.loop import rounds, train
 from edmdistill.training.monitors import fingerprints
