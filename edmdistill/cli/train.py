@@ -89,9 +89,9 @@ def command(
     Ctrl-C saves the run; the same command goes on with it, on another number of processes too. torchrun, accelerate
     launch and srun start it on several machines.
     """
-    from edmdistill.machine.launch import launch, without_processes, world_from_environment
+    from edmdistill.machine.launch import init_from_environment, launch, without_processes
 
-    world_from_environment()
+    init_from_environment()
     if processes is not None and processes > 1:
         sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, note=say))
 
@@ -137,7 +137,11 @@ def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tupl
             f"{role} ({part['parameters']:,} parameters{'' if part['trained'] else ', frozen'})"
             for role, part in plan["roles"].items()
         )
-        where = plan["device"] if run.engine.world == 1 else f"{run.engine.world} processes, {run.engine.device.type}"
+        where = (
+            plan["device"]
+            if run.engine.world_size == 1
+            else f"{run.engine.world_size} processes, {run.engine.device.type}"
+        )
         tell(f"Training {what} in {run_dir}, on {where}: {roles}.")
         for role, part in plan["roles"].items():
             if part["unused"]:

@@ -76,7 +76,7 @@ class Engine:
 
     Attributes:
         device: of this process.
-        rank, world: number of this process, and how many there are.
+        rank, world_size: number of this process, and how many there are.
     """
 
     def __init__(self, machine: Machine = Machine()) -> None:
@@ -91,19 +91,19 @@ class Engine:
             )
         self.accelerator = Accelerator(cpu=alone.type == "cpu", kwargs_handlers=[ddp])
         self.rank: int = self.accelerator.process_index
-        self.world: int = self.accelerator.num_processes
-        if self.world > 1 and ":" in (machine.device or ""):
+        self.world_size: int = self.accelerator.num_processes
+        if self.world_size > 1 and ":" in (machine.device or ""):
             raise TrainingError(
-                f"--device {machine.device} is one device, but each of {self.world} processes has its own"
+                f"--device {machine.device} is one device, but each of {self.world_size} processes has its own"
             )
-        self.device = self.accelerator.device if self.world > 1 else alone
+        self.device = self.accelerator.device if self.world_size > 1 else alone
         self.mesh: DeviceMesh | None = None
         if machine.shard:
-            if self.world == 1:
+            if self.world_size == 1:
                 raise TrainingError("--shard shares a run out over processes, but there is one: add --processes N")
             if machine.offload:
                 raise TrainingError("--offload is for networks that are whole: leave it out, or --shard")
-            self.mesh = init_device_mesh(self.device.type, (self.world,))
+            self.mesh = init_device_mesh(self.device.type, (self.world_size,))
 
     @property
     def is_main(self) -> bool:
@@ -119,28 +119,28 @@ class Engine:
 
     # Rows of a batch.
 
-    def rows(self, batch: int) -> list[slice]:
+    def micro_batches(self, batch: int) -> list[slice]:
         """This process's micro-batches: as many on every process, each of `micro_batch` rows at most.
 
         Raises: TrainingError: some would be empty.
         """
-        first, last = (batch * n // self.world for n in (self.rank, self.rank + 1))
-        largest = -(-batch // self.world)
+        first, last = (batch * n // self.world_size for n in (self.rank, self.rank + 1))
+        largest = -(-batch // self.world_size)
         size = self.machine.micro_batch or largest
         assert size != "auto", "settled before the first round"
         pieces = -(-largest // size)
-        if batch // self.world < pieces:
+        if batch // self.world_size < pieces:
             raise TrainingError(
-                f"a batch of {batch} has not {pieces} rows for each of {self.world} processes: take fewer processes, "
+                f"a batch of {batch} has not {pieces} rows for each of {self.world_size} processes: take fewer processes, "
                 "or a larger --micro-batch"
             )
         cuts = [first + (last - first) * piece // pieces for piece in range(pieces + 1)]
         return [slice(a, b) for a, b in pairwise(cuts)]
 
-    def require_micro_batches(self, batch: int) -> None:
+    def check_micro_batches(self, batch: int) -> None:
         """Raises: TrainingError: a batch cannot be cut into micro-batches as asked."""
         if self.machine.micro_batch != "auto":
-            self.rows(batch)
+            self.micro_batches(batch)
         elif self.device.type != "cuda":
             raise TrainingError(
                 "--micro-batch auto tries what a GPU holds, but this run is on a CPU: give a number of images"
@@ -170,7 +170,7 @@ class Engine:
 
     def wrap(self, network: nn.Module, trained: bool) -> RoleModule:
         """What a method calls for a network that is in its place. A trained one has only its used weights unfrozen."""
-        if not trained or self.world == 1 or self.mesh is not None:
+        if not trained or self.world_size == 1 or self.mesh is not None:
             return RoleModule(network, network)
         # Buffers are constants: sent before every forward pass, they would only be in autograd's way.
         buffers = [name for name, _ in network.named_buffers()]
@@ -178,12 +178,12 @@ class Engine:
         return RoleModule(network, self.accelerator.prepare_model(network, device_placement=False))
 
     @contextmanager
-    def accumulate(self, player: RoleModule, last: bool) -> Iterator[None]:
+    def accumulate(self, module: RoleModule, last: bool) -> Iterator[None]:
         """Within it, a forward and a backward pass of a micro-batch; DDP sends gradients after the last one alone.
 
         FSDP2 sends them after each: what it would keep otherwise is a whole gradient on every process.
         """
-        quiet = self.accelerator.no_sync(player.wrapper) if self.world > 1 and not last else nullcontext()
+        quiet = self.accelerator.no_sync(module.wrapper) if self.world_size > 1 and not last else nullcontext()
         with quiet if self.mesh is None else nullcontext():
             yield
 
@@ -193,7 +193,7 @@ class Engine:
             return
         for parameter in network.parameters():
             if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
-                parameter.grad.copy_(self.total(parameter.grad) / self.world)
+                parameter.grad.copy_(self.all_reduce(parameter.grad) / self.world_size)
 
     def gradient_norm(self, network: nn.Module) -> Tensor:
         """The norm of a network's whole gradient, the same on every process.  0-dim"""
@@ -201,8 +201,8 @@ class Engine:
         whole = get_total_norm([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
         if self.mesh is None:
             return whole
-        parts = get_total_norm([local(gradient) for gradient in gradients if isinstance(gradient, DTensor)])
-        return (whole**2 + self.total(parts**2)).sqrt()
+        parts = get_total_norm([local_shard(gradient) for gradient in gradients if isinstance(gradient, DTensor)])
+        return (whole**2 + self.all_reduce(parts**2)).sqrt()
 
     def full_state(self, network: nn.Module) -> dict[str, Tensor]:
         """A network's weights and buffers, whole and in the host's memory; empty but on the main process."""
@@ -219,19 +219,19 @@ class Engine:
 
     # Processes.
 
-    def total(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over processes."""
-        if self.world == 1:
+        if self.world_size == 1:
             return tensor
         tensor = tensor.clone()
         dist.all_reduce(tensor)
         return tensor
 
-    def any(self, said: bool) -> bool:
+    def any_process(self, said: bool) -> bool:
         """Whether any process says so; all call it together."""
-        return said if self.world == 1 else bool(self.total(torch.tensor(float(said), device=self.device)))
+        return said if self.world_size == 1 else bool(self.all_reduce(torch.tensor(float(said), device=self.device)))
 
-    def main_only(self, act: Callable[[], T]) -> T | None:
+    def on_main(self, act: Callable[[], T]) -> T | None:
         """Lets the main process act and the others wait.  Returns: what it gives; None on the others.
 
         Raises: on the main process, what `act` raises; PeerFailed on the others then.
@@ -243,31 +243,31 @@ class Engine:
                 given = act()
             except BaseException as raised:  # the others wait, whatever it is
                 error = raised
-        failed = self.any(error is not None)
+        failed = self.any_process(error is not None)
         if error is not None:
             raise error
         if failed:
             raise PeerFailed("the main process could not go on")
         return given
 
-    def lost_a_process(self, error: RuntimeError) -> bool:
+    def is_peer_loss(self, error: RuntimeError) -> bool:
         """Whether an error is how a process hears that another one has ended."""
-        return self.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        return self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
-    def from_main(self, number: int) -> int:
+    def broadcast(self, number: int) -> int:
         """The main process's number, on every process."""
-        if self.world == 1:
+        if self.world_size == 1:
             return number
-        return int(self.total(torch.tensor(int(number) if self.is_main else 0, device=self.device)))
+        return int(self.all_reduce(torch.tensor(int(number) if self.is_main else 0, device=self.device)))
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's part of a tensor: all of it, unless it is sharded.  Shares memory."""
     part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return part
 
 
-def like(whole: Tensor, target: Tensor) -> Tensor:
+def shard_like(whole: Tensor, target: Tensor) -> Tensor:
     """A whole tensor in the place and the shards of `target`, if it has its shape."""
     if isinstance(target, DTensor) and whole.shape == target.shape:
         # No process sends: each has the whole.
@@ -275,13 +275,15 @@ def like(whole: Tensor, target: Tensor) -> Tensor:
     return whole
 
 
-def load_whole(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_full_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Puts whole tensors into a network that may be sharded.  Raises: RuntimeError: names or shapes differ."""
     own = network.state_dict()
-    network.load_state_dict({name: like(tensor, own.get(name, tensor)) for name, tensor in tensors.items()})
+    network.load_state_dict({name: shard_like(tensor, own.get(name, tensor)) for name, tensor in tensors.items()})
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiplies every gradient by a number.  In place."""
     if factor != 1:
-        torch._foreach_mul_([local(parameter.grad) for parameter in parameters if parameter.grad is not None], factor)
+        torch._foreach_mul_(
+            [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None], factor
+        )

@@ -64,7 +64,7 @@ def environment(engine: Engine) -> Environment:
         "system": platform.platform(terse=True),
         "device": name,
         "device_memory": memory,
-        "processes": engine.world,
+        "processes": engine.world_size,
         "micro_batch": None if machine.micro_batch == "auto" else machine.micro_batch,
         "shard": machine.shard,
         "offload": list(machine.offload),
@@ -102,7 +102,7 @@ def _processor() -> str:
     return (names or [platform.processor() or platform.machine()])[0]
 
 
-def most_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes that this process has held at most: on a GPU its tensors; on the host all that it is."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -55,7 +55,7 @@ def this_machine() -> GPU:
     return GPU(memory, rate(torch.bfloat16), rate(torch.float32), max(launch, LAUNCH))
 
 
-def gpu_of(name: str, memory: float) -> str | None:
+def find_gpu(name: str, memory: float) -> str | None:
     """The card that CUDA calls `name`, with so many bytes; None: another one."""
     flat = name.lower().replace(" ", "")
     for card, own in GPUS.items():

@@ -107,7 +107,7 @@ def without_processes(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def world_from_environment(environ: MutableMapping[str, str] = os.environ) -> None:
+def init_from_environment(environ: MutableMapping[str, str] = os.environ) -> None:
     """Readies a process that may be one of several for torch.distributed.  To be called before anything slow.
 
     The tasks of an srun get RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from Slurm's

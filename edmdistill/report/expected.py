@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints.store import CheckpointConfig, build_flow
 from edmdistill.machine.engine import Machine
-from edmdistill.machine.gpus import GPUS, gpu_of
+from edmdistill.machine.gpus import GPUS, find_gpu
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure
 from edmdistill.report.summary import Summary
@@ -37,7 +37,7 @@ def expected(run: Summary) -> Expected:
         notes.append("The guide is taken to be as large as the teacher, for the run does not keep its shape.")
     turns = plan.peaks(rows, rows < share)
     longest = max(turns, key=turns.__getitem__)
-    card = gpu_of(session.get("device", ""), session.get("device_memory", 0))
+    card = find_gpu(session.get("device", ""), session.get("device_memory", 0))
     images = run.metrics[-1]["images"] if run.metrics else 0
     speed = images / run.metrics[-1]["seconds"] if run.metrics else None
     taken = max((line["memory"] for line in run.metrics if "memory" in line), default=None)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from edmdistill.checkpoints.posthoc_ema import power_function_beta, sigma_rel_to_gamma
-from edmdistill.machine.engine import local
+from edmdistill.machine.engine import local_shard
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes import schema as recipes
 
@@ -90,8 +90,8 @@ class Ema:
 @torch.no_grad()
 def follow(average: nn.Module, network: nn.Module, beta: float) -> None:
     """average <- beta average + (1 - beta) weights, shard by shard; buffers are copied."""
-    old = [local(parameter) for parameter in average.parameters()]
-    new = [local(parameter).to(mine.device) for parameter, mine in zip(network.parameters(), old, strict=True)]
+    old = [local_shard(parameter) for parameter in average.parameters()]
+    new = [local_shard(parameter).to(mine.device) for parameter, mine in zip(network.parameters(), old, strict=True)]
     torch._foreach_lerp_(old, new, 1 - beta)
     for mine, buffer in zip(average.buffers(), network.buffers(), strict=True):
         mine.copy_(buffer)

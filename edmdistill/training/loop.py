@@ -33,7 +33,7 @@ from edmdistill.data.datasets import indices
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError, DatasetError, PeerFailed, TrainingError
 from edmdistill.machine.engine import scale_gradients
-from edmdistill.machine.environment import environment, most_memory
+from edmdistill.machine.environment import environment, peak_memory
 from edmdistill.methods.base import Batch, Loss, Preview, Turn
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import Training
@@ -90,7 +90,7 @@ def train(
     training, engine = run.recipe.training, run.engine
     with ExitStack() as stack:
         opened = open_run(run_dir, run.recipe.to_json(), run.identity, recipe_text)
-        folder = engine.main_only(lambda: stack.enter_context(opened)) or RunDir(run_dir)
+        folder = engine.on_main(lambda: stack.enter_context(opened)) or RunDir(run_dir)
         stop = stack.enter_context(stop_on_signal(note if engine.is_main else lambda sentence: None))
         on_start()
         resumed = _resume(run, folder, note)
@@ -100,9 +100,9 @@ def train(
             note(f"{'Finished already' if finished else 'Going on'} after {run.images:,} images.")
         if run.images == 0 or _is_snapshot(run):
             _draw(run, folder)
-        engine.main_only(lambda: folder.forget_after(run.images, note))
+        engine.on_main(lambda: folder.forget_after(run.images, note))
         names = engine.machine.log_with
-        track = engine.main_only(
+        track = engine.on_main(
             lambda: stack.enter_context(trackers(names, run_dir, msgspec.to_builtins(run.recipe), run.images))
         )
         size = settle_micro_batch(run)
@@ -111,15 +111,15 @@ def train(
         try:
             if run.images < training.images:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
-                engine.main_only(lambda: folder.begin({"images": run.images, "began": now} | environment(engine)))
+                engine.on_main(lambda: folder.begin({"images": run.images, "began": now} | environment(engine)))
             for measures in rounds(run):
                 window.add(measures)
                 on_round(run.images, measures)
                 last = run.images >= training.images
                 if last or due(training.log_every, run):
                     line = window.line(run.images, training.batch)
-                    line["memory"] = max(most_memory(engine.device) - run.memory_before, 0)
-                    engine.main_only(partial(folder.log, line))
+                    line["memory"] = max(peak_memory(engine.device) - run.memory_before, 0)
+                    engine.on_main(partial(folder.log, line))
                     if track is not None:
                         track(line)
                     for alarm in health.judge(line):
@@ -127,7 +127,7 @@ def train(
                             note(alarm.sentence)
                         if alarm.kind in stop_on:
                             raise Diverged(alarm.sentence)
-                stopping = engine.any(stop.is_set())
+                stopping = engine.any_process(stop.is_set())
                 snapshot = _is_snapshot(run)
                 every = run.recipe.ema.snapshot_every
                 if every is not None and (last or due(every, run)):
@@ -161,7 +161,7 @@ def train(
                 "--checkpoint-activations, --offload or --shard, and the same command goes on from the last state"
             ) from error
         except RuntimeError as error:
-            if not engine.lost_a_process(error):
+            if not engine.is_peer_loss(error):
                 raise
             raise PeerFailed("another process of the run has ended") from error
     return Outcome(run.images >= training.images, run.images)
@@ -193,14 +193,14 @@ def requests(run: Run, turns: Sequence[Turn]) -> Iterator[tuple[int, int]]:
     for images in range(run.images, training.images, training.batch):
         for index, turn in enumerate(turns):
             start = images * len(turns) + index * training.batch
-            for rows in run.engine.rows(training.batch) if images >= turn.begins else ():
+            for rows in run.engine.micro_batches(training.batch) if images >= turn.begins else ():
                 yield start + rows.start, start + rows.stop
 
 
 def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Measures:
     """One optimiser step of one role: turn `index` of a round, on the next batches."""
     training, engine = run.recipe.training, run.engine
-    network, optimizer, player = run.roles[turn.role], run.optimizers[turn.role], run.role_modules[turn.role]
+    network, optimizer, module = run.roles[turn.role], run.optimizers[turn.role], run.role_modules[turn.role]
     set_trainable(run, turn.role)
     # One after the other: while the first still waits for a step that does not overflow, the next may have no gradient.
     before = fingerprints(run.roles, engine.total) if run.unproven[:1] == [turn.role] else None
@@ -208,7 +208,7 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     # The gradient of the mean loss over the batch's rows on all processes, in micro-batches.
     scale = run.scales.get(turn.role)
     factor = 1.0 if scale is None else scale.scale
-    tally, losses, sources, micro_batches = Tally(), [], [], engine.rows(training.batch)
+    tally, losses, sources, micro_batches = Tally(), [], [], engine.micro_batches(training.batch)
     entropy = [training.seed, run.images // training.batch, index]
 
     def drawn(rows: slice) -> Draws:
@@ -221,9 +221,9 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     for rows in micro_batches:
         batch, preview = next(seen)
         draws = drawn(rows)
-        with engine.accumulate(player, last=rows is micro_batches[-1]):
+        with engine.accumulate(module, last=rows is micro_batches[-1]):
             loss = turn.loss(batch, draws) if preview is None else turn.loss(batch, draws, preview)
-            share = len(draws) * engine.world / training.batch
+            share = len(draws) * engine.world_size / training.batch
             (loss.value.mean() * (share * factor)).backward()  # type: ignore[no-untyped-call]
         tally.add_loss(turn.role, loss, batch, run.ema.network.sigma_data)
         losses.append((rows, loss))
@@ -267,7 +267,7 @@ def previewed(
 ) -> Iterator[tuple[Batch, Preview | None]]:
     """A turn's next batches, each with its preview if the turn takes one, its means those of the whole batch."""
     engine, size = run.engine, run.recipe.training.batch
-    micro_batches = engine.rows(size)
+    micro_batches = engine.micro_batches(size)
     if turn.preview is None:
         for _ in micro_batches:
             yield next(batches)._replace(images=run.images), None
@@ -281,7 +281,7 @@ def previewed(
         share = (rows.stop - rows.start) / size
         means = {name: means.get(name, 0) + share * mean for name, mean in preview.means.items()}
         pairs.append((batch, preview))
-    means = {name: engine.total(mean) for name, mean in means.items()}
+    means = {name: engine.all_reduce(mean) for name, mean in means.items()}
     for batch, preview in pairs:
         yield batch, preview._replace(means=means)
 
@@ -291,7 +291,7 @@ def _whole(losses: list[tuple[slice, Loss]], run: Run) -> Loss:
     value, t = (torch.zeros(run.recipe.training.batch, dtype=torch.float64, device=run.engine.device) for _ in range(2))
     for rows, loss in losses:
         value[rows], t[rows] = loss.value.detach().double(), loss.t.double()
-    return Loss(run.engine.total(value), run.engine.total(t))
+    return Loss(run.engine.all_reduce(value), run.engine.all_reduce(t))
 
 
 def _first_bad_image(run: Run, index: int, sources: list[tuple[slice, Tensor]]) -> str:
@@ -300,7 +300,7 @@ def _first_bad_image(run: Run, index: int, sources: list[tuple[slice, Tensor]]) 
     bad = torch.zeros(training.batch, dtype=torch.float64, device=run.engine.device)
     for rows, x0 in sources:
         bad[rows] = (~x0.isfinite().flatten(1).all(1)).double()
-    found = run.engine.total(bad).nonzero().flatten().tolist()
+    found = run.engine.all_reduce(bad).nonzero().flatten().tolist()
     if not found:
         return ""
     position = run.images * turns + index * training.batch + found[0]
@@ -310,8 +310,8 @@ def _first_bad_image(run: Run, index: int, sources: list[tuple[slice, Tensor]]) 
 
 def _resume(run: Run, folder: RunDir, note: Callable[[str], object]) -> Progress | None:
     """Puts back the newest whole state.  Returns: what else it knows; None where there is no state."""
-    newest = run.engine.main_only(lambda: newest_whole(folder.state, note))
-    images = run.engine.from_main(-1 if newest is None else int(newest.name))
+    newest = run.engine.on_main(lambda: newest_whole(folder.state, note))
+    images = run.engine.broadcast(-1 if newest is None else int(newest.name))
     if images < 0:
         return None
     path = state_path(folder.state, images)
@@ -342,13 +342,13 @@ def _save(run: Run, folder: RunDir, window: Window, health: Health) -> None:
         publish(run, folder.generator, weights)
         save_state(folder.state, State(progress, tensors), training.keep, training.keep_every)
 
-    run.engine.main_only(write)
+    run.engine.on_main(write)
 
 
 def _draw(run: Run, folder: RunDir) -> None:
     """Draws the pictures of a snapshot that are not there: a process may be killed between saving and drawing."""
     for picture, place in ((draw, folder.samples), (compare, folder.x0)):
-        if not run.engine.from_main(picture_path(place, run.images).exists()):
+        if not run.engine.broadcast(picture_path(place, run.images).exists()):
             picture(run, place)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from edmdistill.draws import Draws
 from edmdistill.errors import TrainingError
-from edmdistill.machine.engine import local
+from edmdistill.machine.engine import local_shard
 from edmdistill.methods.base import Batch
 from edmdistill.training.probe import LATE
 from edmdistill.training.run import Run, set_trainable
@@ -27,9 +27,9 @@ def settle_micro_batch(run: Run) -> int | None:
     engine, machine = run.engine, run.engine.machine
     if machine.micro_batch != "auto":
         return None
-    engine.require_micro_batches(run.recipe.training.batch)
-    share = -(-run.recipe.training.batch // engine.world)
-    pieces = fewest_pieces(lambda pieces: not engine.any(not fits(run, -(-share // pieces))), share)
+    engine.check_micro_batches(run.recipe.training.batch)
+    share = -(-run.recipe.training.batch // engine.world_size)
+    pieces = fewest_pieces(lambda pieces: not engine.any_process(not fits(run, -(-share // pieces))), share)
     if pieces is None:
         raise TrainingError(
             "not even one image fits into the GPU's memory: add --checkpoint-activations, --offload or --shard"
@@ -81,7 +81,7 @@ def _to_come(run: Run) -> torch.Tensor:
     size = 0.0
     for role, optimizer in run.optimizers.items():
         if not optimizer.state and "optimizer" not in run.engine.machine.offload:
-            size += sum(8 * local(parameter).numel() for parameter in run.learnt[role].values())
+            size += sum(8 * local_shard(parameter).numel() for parameter in run.learnt[role].values())
     if run.engine.device.type == "cuda":
         size += RESERVE * torch.cuda.get_device_properties(run.engine.device).total_memory
     return torch.empty(int(size), dtype=torch.uint8, device=run.engine.device)

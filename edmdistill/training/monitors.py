@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edmdistill.checkpoints.run_state import HealthProgress
 from edmdistill.errors import TrainingError
-from edmdistill.machine.engine import local
+from edmdistill.machine.engine import local_shard
 from edmdistill.methods.base import Loss
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.trigflow import time_to_sigma
@@ -78,7 +78,7 @@ def require_finite(
 
 def _first_bad(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
     for name, tensor in tensors:
-        if tensor is not None and not tensor.is_meta and not local(tensor).isfinite().all():
+        if tensor is not None and not tensor.is_meta and not local_shard(tensor).isfinite().all():
             return f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
     return None
 
@@ -189,7 +189,7 @@ def fingerprints(
     found = {}
     for role, network in networks.items():
         # A network in the host's memory shows its weights on the meta device, and cannot be trained.
-        own = [local(p.detach()).view(bits[p.dtype]).sum() for p in network.parameters() if not p.is_meta]
+        own = [local_shard(p.detach()).view(bits[p.dtype]).sum() for p in network.parameters() if not p.is_meta]
         found[role] = int(total(torch.stack(own).sum())) if own else 0
     return found
 

@@ -33,8 +33,8 @@ from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import spread, statistics_of
 from edmdistill.errors import CheckpointError, RecipeError, TrainingError, without_secrets
 from edmdistill.machine.doctor import host_memory
-from edmdistill.machine.engine import Engine, Machine, RoleModule, like, load_whole
-from edmdistill.machine.environment import most_memory
+from edmdistill.machine.engine import Engine, Machine, RoleModule, load_full_state, shard_like
+from edmdistill.machine.environment import peak_memory
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import NETWORKS, base
 from edmdistill.networks.flow import FlowNetwork
@@ -127,7 +127,7 @@ class Run:
                 for role, network in self.roles.items()
             },
             "device": str(self.engine.device),
-            "processes": self.engine.world,
+            "processes": self.engine.world_size,
             "micro_batch": self.engine.machine.micro_batch,
             **self.identity,
         }
@@ -172,7 +172,7 @@ class Run:
         """Puts back what `state` gave."""
         self.images = images
         for average in self.averages:
-            load_whole(average.network, groups[f"ema-{average.profile.name}"])
+            load_full_state(average.network, groups[f"ema-{average.profile.name}"])
         for role in self.kept:
             learnt = self.learnt.get(role, {})
             index = {name: i for i, name in enumerate(learnt)}
@@ -183,8 +183,8 @@ class Run:
                 if kind == "weights":
                     weights[parameter] = tensor
                 else:
-                    state.setdefault(index[parameter], {})[kind] = like(tensor, learnt[parameter])
-            load_whole(self.roles[role], weights)
+                    state.setdefault(index[parameter], {})[kind] = shard_like(tensor, learnt[parameter])
+            load_full_state(self.roles[role], weights)
             if role in self.optimizers:
                 load_states(self.optimizers[role], state)
 
@@ -213,7 +213,7 @@ def prepare(
         CheckpointError, DatasetError, RecipeError: from what is opened.
     """
     method_class = recipe.method_class
-    memory_before = most_memory(torch.device("cpu"))
+    memory_before = peak_memory(torch.device("cpu"))
     require_trackers(machine.log_with)
     if machine.shard and recipe.training.optimizer == "adam8bit":
         raise TrainingError("the states of adam8bit are not shared out: take --shard or adam8bit")
@@ -263,7 +263,7 @@ def prepare(
     averages = [Ema(product, profile) for profile in profiles(recipe.ema)]
 
     engine = Engine(machine)
-    engine.require_micro_batches(recipe.training.batch)
+    engine.check_micro_batches(recipe.training.batch)
     for role, network in roles.items():
         if isinstance(network, FlowNetwork) and recipe.roles[role].frozen and "teacher" in machine.offload:
             engine.offload(network)

@@ -72,12 +72,12 @@ def compare(run: Run, folder: Path) -> None:
         t = sigma_to_time(sigma, network.sigma_data).to(x0.device)
         x_t = diffuse(x0, z, t)
         rows.append((f"data at sigma {sigma:g}", x_t))
-        for role, player in own.items():
-            if isinstance(player, FlowNetwork):
+        for role, module in own.items():
+            if isinstance(module, FlowNetwork):
                 second = torch.zeros_like(last) if role == run.method.product else last
-                w = torch.tensor(run.recipe.guidance[0]) if player.guided else None
-                F = player.eval()(x_t, t, labels, second if player.two_time else None, w=w)
-                rows.append((role, denoised(x_t, F, t, player.sigma_data)))
+                w = torch.tensor(run.recipe.guidance[0]) if module.guided else None
+                F = module.eval()(x_t, t, labels, second if module.two_time else None, w=w)
+                rows.append((role, denoised(x_t, F, t, module.sigma_data)))
     if run.engine.is_main:
         with atomic_write(picture_path(folder, run.images)) as new:
             named_rows([(name, to_uint8(images)) for name, images in rows]).save(new, "png")
@@ -100,4 +100,4 @@ def keep_averages(run: Run, folder: Path) -> None:
         if isinstance(average.profile, PowerFunction):
             network, profile = average.network.network, Profile(run.images, average.profile.sigma_rel)
             weights, constants = run.engine.full_state(network), {name for name, _ in network.named_buffers()}
-            run.engine.main_only(partial(save_snapshot, folder, profile, weights, constants))
+            run.engine.on_main(partial(save_snapshot, folder, profile, weights, constants))

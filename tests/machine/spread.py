@@ -49,7 +49,9 @@ def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[
     found = list(rounds(run))
     for role in run.optimizers.keys() if not machine.shard else ():
         weights = torch.cat([parameter.detach().flatten() for parameter in run.roles[role].parameters()])
-        found[-1][f"apart/{role}"] = float((run.engine.total(weights) / run.engine.world - weights).abs().max())
+        found[-1][f"apart/{role}"] = float(
+            (run.engine.all_reduce(weights) / run.engine.world_size - weights).abs().max()
+        )
     for average in run.averages:
         whole = run.engine.full_state(average.network.network).values()
         found[-1][f"average/{average.profile.name}"] = float(get_total_norm(whole))

@@ -81,13 +81,13 @@ def test_every_row_belongs_to_one_micro_batch_of_one_process(batch: int, world: 
     engine = Engine(Machine(device="cpu", micro_batch=size))
     shares = []
     for engine.rank in range(world):
-        engine.world = world
+        engine.world_size = world
         pieces = math.ceil(math.ceil(batch / world) / (size or batch))
         if batch // world < pieces:
             with pytest.raises(TrainingError, match="rows for each of"):
-                engine.rows(batch)
+                engine.micro_batches(batch)
             return
-        shares.append(engine.rows(batch))
+        shares.append(engine.micro_batches(batch))
     assert len({len(share) for share in shares}) == 1
     rows = [row for share in shares for piece in share for row in range(piece.start, piece.stop)]
     assert rows == list(range(batch))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from edmdistill import __version__
-from edmdistill.machine.environment import most_memory, revision
+from edmdistill.machine.environment import peak_memory, revision
 from edmdistill.training.loop import train
 
 
@@ -30,12 +30,12 @@ def test_every_session_says_where_and_from_when_and_what_it_took(start, tmp_path
 
 def test_the_most_memory_never_falls_and_sees_what_was_freed():
     device = torch.device("cpu")
-    before = most_memory(device)
+    before = peak_memory(device)
     there = torch.ones(before // 4 + 10_000_000)  # as much as there ever was, on top of what there is
-    after = most_memory(device)
+    after = peak_memory(device)
     assert after > before
     del there
-    assert most_memory(device) > after - 2**20  # the system counts to a few pages
+    assert peak_memory(device) > after - 2**20  # the system counts to a few pages
 
 
 def git(folder: Path, *words: str) -> None:

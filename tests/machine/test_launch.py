@@ -276,11 +276,11 @@ def test_no_process_outlives_a_killed_launcher(tmp_path: Path, late: bool):
     child = f"""if True:
         import os, time
         from pathlib import Path
-        from edmdistill.machine.launch import world_from_environment
+        from edmdistill.machine.launch import init_from_environment
         Path(os.environ["RANK"] + ".pid.tmp").write_text(str(os.getpid()))
         Path(os.environ["RANK"] + ".pid.tmp").rename(os.environ["RANK"] + ".pid")
         while {late} and os.getppid() == int(os.environ["EDMDISTILL_LAUNCHER"]): time.sleep(.01)
-        world_from_environment()
+        init_from_environment()
         assert "EDMDISTILL_LAUNCHER" not in os.environ
         Path(os.environ["RANK"] + ".bound").touch()
         time.sleep(60)
@@ -369,7 +369,7 @@ def test_on_the_cpu_devices_do_not_count(start, monkeypatch):
 )
 def test_slurm(change: dict[str, str], expected: dict[str, str]):
     environ = STEP | change
-    launch.world_from_environment(environ)
+    launch.init_from_environment(environ)
     assert expected.items() <= environ.items()
     assert 15000 <= int(environ["MASTER_PORT"]) < 30000 or "MASTER_PORT" in change
 
@@ -378,7 +378,7 @@ def test_slurm_gives_all_of_a_step_one_port_and_steps_their_own():
     ports = set()
     for step in ("3", "3", "4"):
         environ = STEP | {"SLURM_STEP_ID": step, "SLURM_PROCID": "0"}
-        launch.world_from_environment(environ)
+        launch.init_from_environment(environ)
         ports.add(environ["MASTER_PORT"])
     assert len(ports) == 2
 
@@ -397,13 +397,13 @@ def test_slurm_gives_all_of_a_step_one_port_and_steps_their_own():
 )
 def test_nothing_else_is_mapped(environ: dict[str, str]):
     before = dict(environ)
-    launch.world_from_environment(environ)
+    launch.init_from_environment(environ)
     assert environ == before
 
 
 def test_accelerate_launch_on_a_cpu_is_refused(tmp_path: Path):
     """Asked of accelerate itself: what it sets is not documented."""
-    code = "from edmdistill.machine.launch import world_from_environment; world_from_environment()"
+    code = "from edmdistill.machine.launch import init_from_environment; init_from_environment()"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--quiet"]
     (tmp_path / "script.py").write_text(code)
     environ = {name: value for name, value in os.environ.items() if name != "RANK"}

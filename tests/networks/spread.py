@@ -9,7 +9,7 @@ import torch
 from conftest import random_flow
 from tolerance import assert_rounded, depth
 
-from edmdistill.machine.engine import Engine, Machine, local
+from edmdistill.machine.engine import Engine, Machine, local_shard
 from edmdistill.networks.surgery.rebuild import add_guidance, add_logvar
 
 
@@ -29,20 +29,20 @@ def main() -> None:
         for engine.mesh in (None, mesh):
             flow = copy.deepcopy(alone)
             engine.place(flow)
-            player = engine.wrap(flow, trained=True)
+            module = engine.wrap(flow, trained=True)
             for _ in range(2):  # the second time, gradients are there
                 torch.manual_seed(1)
-                F, dF = player.tangent(*point, *along, w=w)
+                F, dF = module.tangent(*point, *along, w=w)
                 for found, own in zip((F, dF), expected, strict=True):
                     assert_rounded(found, own, depth(alone))  # a shard's weights lie within a buffer
-                learnt, u = player(*point, u_at=(t,), w=w)
+                learnt, u = module(*point, u_at=(t,), w=w)
                 assert_rounded(learnt, F, depth(alone))
-                again = player(*point)  # a turn may ask twice
+                again = module(*point)  # a turn may ask twice
                 ((learnt - F - dF).square().sum() + u.sum() + again.sum()).backward()
             engine.finish_gradients(flow)
             assert engine.gradient_norm(flow) > 0, case
             for layer in flow.network.logvar_linear, flow.network.map_guidance:
-                assert engine.total(local(layer.weight.grad).abs().sum()) > 0, case
+                assert engine.all_reduce(local_shard(layer.weight.grad).abs().sum()) > 0, case
     engine.close()
 
 

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
 from edmdistill.machine.engine import Machine
-from edmdistill.machine.gpus import GPUS, gpu_of
+from edmdistill.machine.gpus import GPUS, find_gpu
 from edmdistill.networks import NETWORKS, new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -189,4 +189,4 @@ def test_recipes_of_the_papers_fit_what_they_were_trained_on() -> None:
     ],
 )
 def test_a_card_is_known_by_its_name_and_memory(name: str, gib: float, card: str | None):
-    assert gpu_of(name, gib * 2**30) == card
+    assert find_gpu(name, gib * 2**30) == card
