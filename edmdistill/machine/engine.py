@@ -131,8 +131,8 @@ class Engine:
         pieces = -(-largest // size)
         if batch // self.world_size < pieces:
             raise TrainingError(
-                f"a batch of {batch} has not {pieces} rows for each of {self.world_size} processes: take fewer processes, "
-                "or a larger --micro-batch"
+                f"a batch of {batch} images cannot be split into {pieces} micro-batches on each of {self.world_size} "
+                "processes: use fewer processes or a larger --micro-batch"
             )
         cuts = [first + (last - first) * piece // pieces for piece in range(pieces + 1)]
         return [slice(a, b) for a, b in pairwise(cuts)]
