@@ -203,7 +203,7 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
     network, optimizer, module = run.roles[turn.role], run.optimizers[turn.role], run.role_modules[turn.role]
     set_trainable(run, turn.role)
     # One after the other: while the first still waits for a step that does not overflow, the next may have no gradient.
-    before = fingerprints(run.roles, engine.total) if run.unproven[:1] == [turn.role] else None
+    before = fingerprints(run.roles, engine.all_reduce) if run.unproven[:1] == [turn.role] else None
 
     # The gradient of the mean loss over the batch's rows on all processes, in micro-batches.
     scale = run.scales.get(turn.role)
@@ -232,7 +232,7 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
         network.draws = None
     engine.finish_gradients(network)
     tally.add(f"grad_norm/{turn.role}", engine.gradient_norm(network) / factor, 1)
-    measures = tally.means(engine.total)  # the device is waited for here and nowhere else
+    measures = tally.means(engine.all_reduce)  # the device is waited for here and nowhere else
 
     # The step, unless half precision overflowed.
     norm = measures[f"grad_norm/{turn.role}"]
@@ -248,7 +248,7 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
         set_rate(optimizer, rate)
         optimizer.step()
         if before is not None:
-            require_moved(turn.role, before, fingerprints(run.roles, engine.total))
+            require_moved(turn.role, before, fingerprints(run.roles, engine.all_reduce))
             run.unproven.remove(turn.role)
         if isinstance(network, FlowNetwork):
             network.network.after_step()
@@ -331,7 +331,7 @@ def _resume(run: Run, folder: RunDir, note: Callable[[str], object]) -> Progress
 def _save(run: Run, folder: RunDir, window: Window, health: Health) -> None:
     """A state to go on from, and the average as a checkpoint ready for use."""
     training = run.recipe.training
-    require_finite(run.roles, run.images, run.engine.any)
+    require_finite(run.roles, run.images, run.engine.any_process)
     scales = {role: scale.state() for role, scale in run.scales.items()}
     progress = Progress(
         images=run.images, window=window.progress(), scales=scales, health=health.begin_window(), sha256={}

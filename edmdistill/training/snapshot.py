@@ -95,7 +95,7 @@ def keep_averages(run: Run, folder: Path) -> None:
     All processes call it together.
     Raises: Diverged: a weight is NaN or infinite.  CheckpointError: the disk refuses.
     """
-    require_finite(run.roles, run.images, run.engine.any)
+    require_finite(run.roles, run.images, run.engine.any_process)
     for average in run.averages:
         if isinstance(average.profile, PowerFunction):
             network, profile = average.network.network, Profile(run.images, average.profile.sigma_rel)
