@@ -30,7 +30,8 @@ import torch
 import edmdistill
 from edmdistill.atomic import atomic_write
 from edmdistill.machine.engine import Machine
-from edmdistill.recipes.schema import Recipe, load_recipe
+from edmdistill.recipes.library import load_recipe
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
 from edmdistill.training.run import prepare
 

@@ -17,7 +17,7 @@ from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenan
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
-from edmdistill.recipes.schema import find_recipe, load_recipe
+from edmdistill.recipes.library import find_recipe, load_recipe
 from edmdistill.report.page import report
 from edmdistill.report.summary import read_run
 
@@ -273,7 +273,7 @@ def test_the_recipe_says_who_says_what(bare: Path):
 
 
 def recipe_text(name: str) -> str:
-    return find_recipe(name)[0].read_text()
+    return find_recipe(name).text
 
 
 def test_a_teacher_in_training_has_a_page_too(bare: Path):

@@ -69,7 +69,7 @@ def command(
     from edmdistill.machine.engine import Machine
     from edmdistill.networks.sizes import SIZES
     from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure
-    from edmdistill.recipes.schema import load_recipe
+    from edmdistill.recipes.library import load_recipe
 
     resolved = load_recipe(recipe, method, sets)
     flow = _flow(resolved, teacher, network, data)
@@ -178,7 +178,7 @@ def _text(document: dict[str, Any], recipe: "Recipe", processes: int, rows: int)
     training, peak = recipe.training, document["peak"]
     lesser = {role: size for role, size in peak["turns"].items() if size < peak["micro_batch"]}
     lines = [
-        f"{recipe.method['name']} in {training.precision} on {processes} GPU{'s' if processes > 1 else ''}: {roles}.",
+        f"{recipe.method_name} in {training.precision} on {processes} GPU{'s' if processes > 1 else ''}: {roles}.",
         f"{document['flops_per_image'] / 1e9:,.4g} GFLOP an image, {document['forward_flops'] / 1e9:,.4g} of them in a "
         "forward pass.",
         "",

@@ -29,7 +29,7 @@ def list_(method: str | None, as_json: bool) -> None:
     Of a recipe with sizes, a name has one of them, and may have a variant after it: cosim/imagenet512-s.
     """
     from edmdistill.methods import METHODS
-    from edmdistill.recipes.schema import recipe_files, recipe_header
+    from edmdistill.recipes.library import recipe_files, recipe_header
 
     files = recipe_files(method)
     if as_json:
@@ -55,14 +55,11 @@ def list_(method: str | None, as_json: bool) -> None:
 @sets_option
 def show(name: str, resolved: bool, method: str | None, sets: tuple[str, ...]) -> None:
     """Print the recipe NAME: the file as its author wrote it, or all that a run will read."""
-    from edmdistill.recipes.schema import find_recipe, load_recipe
+    from edmdistill.recipes.library import find_recipe, load_recipe
 
     if (method or sets) and not resolved:
         raise click.UsageError("--method and --set change what a run will read, so they go with --resolved.")
-    if resolved:
-        text = load_recipe(name, method, sets).to_json().decode()
-    else:
-        text = find_recipe(name)[0].read_text(encoding="utf-8")
+    text = load_recipe(name, method, sets).to_json().decode() if resolved else find_recipe(name).text
     click.echo(text, nl=False)
 
 
@@ -71,7 +68,7 @@ def show(name: str, resolved: bool, method: str | None, sets: tuple[str, ...]) -
 @click.argument("file", type=OutputPath())
 def copy(name: str, file: Path) -> None:
     """Copy the recipe NAME, with its variants, to FILE.toml, to be changed and given to `train --recipe`."""
-    from edmdistill.recipes.schema import copy_recipe
+    from edmdistill.recipes.library import copy_recipe
 
     own = copy_recipe(name, file)
     click.echo(f"{file} is written; `--recipe {own}` trains by it.")
@@ -83,11 +80,11 @@ def copy(name: str, file: Path) -> None:
 @sets_option
 def validate(name: str, method: str | None, sets: tuple[str, ...]) -> None:
     """Check all of the recipe NAME, as `train` does before it starts."""
-    from edmdistill.recipes.schema import load_recipe
+    from edmdistill.recipes.library import load_recipe
 
     recipe = load_recipe(name, method, sets)
     training = recipe.training
     click.echo(
-        f"{name} is valid: {recipe.method['name']}, {training.images:,} images in batches of {training.batch:,}, "
+        f"{name} is valid: {recipe.method_name}, {training.images:,} images in batches of {training.batch:,}, "
         f"hash {recipe.hash:.12}."
     )

@@ -96,14 +96,14 @@ def command(
         sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, note=say))
 
     from edmdistill.machine.engine import Machine
-    from edmdistill.recipes.schema import find_recipe, load_recipe
+    from edmdistill.recipes.library import find_recipe
     from edmdistill.training.run import prepare
 
     machine = Machine(device, _micro_batch(micro_batch), shard, offload, checkpoint_activations, workers, log_with)
     with _one_voice():
-        resolved = load_recipe(recipe, method, sets)
+        source = find_recipe(recipe)
         run = prepare(
-            resolved,
+            source.resolve(method, sets),
             data=data,
             teacher=teacher,
             guide=guide,
@@ -112,7 +112,7 @@ def command(
             init=init,
         )
     try:
-        text = _as_given(recipe, sets, find_recipe(recipe)[0])
+        text = source.text_with_command(sets)
         _train(run, f"{method} on {data} by recipe {recipe}", run_dir, text, stop_on, dry_run)
     finally:
         run.engine.close()
@@ -197,9 +197,3 @@ def _micro_batch(text: str | None) -> int | Literal["auto"] | None:
     if not text.isdecimal() or int(text) < 1:
         raise TrainingError(f"--micro-batch {text} is no number of images: give one, or auto")
     return int(text)
-
-
-def _as_given(name: str, sets: tuple[str, ...], file: Path) -> str:
-    """The recipe's own text, headed by how it was asked for."""
-    asked = "".join(f"\n#   --set {override}" for override in sets)
-    return f"# Trained by --recipe {name}{asked}\n\n{file.read_text(encoding='utf-8')}"

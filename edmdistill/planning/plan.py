@@ -158,7 +158,7 @@ def measure(
     method = recipe.method_class
     roles = build_roles(recipe, flow, guide)
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
-    probe = Probe(method, recipe.method_config, roles, noise)
+    probe = Probe(method, recipe.method, roles, noise)
     lent = "teacher" in machine.offload
     for role, network in probe.networks.items():
         if not isinstance(network, FlowNetwork):

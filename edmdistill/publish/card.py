@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 from huggingface_hub import EvalResult, ModelCardData
 
 from edmdistill import __version__
@@ -182,8 +181,8 @@ def _made(config: CheckpointConfig, run: Summary | None) -> str:
     facts["Recipe"] = f"{markdown(shlex.join(recipe))}, {facts['Recipe']}"
     facts["Data"] = markdown(f"{data['name']}, {data['images']:,} images, {data['resolution']}x{data['resolution']}")
     teacher = [] if run.recipe.network else ["TEACHER"]
-    words = ["edmdistill", "train", run.recipe.method["name"], *teacher, "--data", data["name"], "--recipe", *recipe]
-    whole = msgspec.json.format(msgspec.json.encode(run.recipe), indent=2).decode()
+    words = ["edmdistill", "train", run.recipe.method_name, *teacher, "--data", data["name"], "--recipe", *recipe]
+    whole = run.recipe.to_json().decode().strip()
     return (
         f"{_list(f'{name}: {fact}' for name, fact in facts.items() if fact)}\n\n"
         f"{code_block(f'{shlex.join(words)} --run-dir RUN', 'sh')}\n\n"

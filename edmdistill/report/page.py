@@ -16,14 +16,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import msgspec
 from PIL import Image
 
 from edmdistill.checkpoints.documents import escape
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
 from edmdistill.methods import METHODS
-from edmdistill.recipes.schema import origins
+from edmdistill.recipes.library import origins
 from edmdistill.report.curves import Axis, Point, alone, doublings, save_plot, svg_curves
 from edmdistill.report.expected import expected
 from edmdistill.report.summary import Summary
@@ -71,8 +70,8 @@ def report(run: Summary, measured: Sequence[Table], swept: Sequence[Table] = ())
         "To go on": f"<p>To draw, to measure, and to train again or go on:</p>{_shell(*commands.values())}",
     }
     return Template(PAGE.read_text("utf-8")).substitute(
-        title=escape(f"A {own.product} by {run.recipe.method['name']}, from {origin}"),
-        lead=escape(f"{METHODS[run.recipe.method['name']].summary} Trained on {run.data['name']}, {seen}."),
+        title=escape(f"A {own.product} by {run.recipe.method_name}, from {origin}"),
+        lead=escape(f"{METHODS[run.recipe.method_name].summary} Trained on {run.data['name']}, {seen}."),
         claims="".join(f'<p class="claim">{escape(table.claim)}</p>' for table in measured if table.claim),
         facts="".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in _facts(run).items()),
         sections="".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in sections.items() if body),
@@ -287,7 +286,7 @@ def _recipe(run: Summary) -> str:
     for key, own in found.items():
         (who, value), *others = reversed(own.items())
         rows.append([key, _value(value), who, ",\n".join(f"{_value(other)} ({it})" for it, other in others)])
-    whole = msgspec.json.format(msgspec.json.encode(run.recipe), indent=2).decode()
+    whole = run.recipe.to_json().decode().strip()
     return (
         f"{_note('What is not the default, and who says so.')}{_table(rows, ' values')}"
         f"<details><summary>The file</summary>{_code(run.text)}</details>"
@@ -316,7 +315,7 @@ def _commands(run: Summary) -> dict[str, str]:
         "eval": ["eval", path, "--nfe", steps, *measure, "--out", str(out / "generator.json")],
         "sweep": ["sweep", path, "--nfe", steps, "--gamma", "0,.5,1", *measure, "--out", str(out / "sweep.json")],
         "teacher": ["eval", "TEACHER", *measure, "--out", str(out / "teacher.json")],
-        "train": ["train", run.recipe.method["name"], *given, "--run-dir", path],
+        "train": ["train", run.recipe.method_name, *given, "--run-dir", path],
     }
     if run.recipe.method_class.product == "teacher":  # which has no gamma
         del commands["sweep"]

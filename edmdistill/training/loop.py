@@ -23,7 +23,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -102,9 +101,7 @@ def train(
             _draw(run, folder)
         engine.on_main(lambda: folder.forget_after(run.images, note))
         names = engine.machine.log_with
-        track = engine.on_main(
-            lambda: stack.enter_context(trackers(names, run_dir, msgspec.to_builtins(run.recipe), run.images))
-        )
+        track = engine.on_main(lambda: stack.enter_context(trackers(names, run_dir, run.recipe.tables(), run.images)))
         size = settle_micro_batch(run)
         if size is not None and engine.is_main:
             note(f"Micro-batches of {size} images fit.")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
@@ -115,7 +114,7 @@ class Run:
         """What would be trained, as plain values."""
         return {
             "schema_version": 1,
-            "recipe": msgspec.to_builtins(self.recipe),
+            "recipe": self.recipe.tables(),
             "recipe_hash": self.recipe.hash,
             "roles": {
                 role: {
@@ -226,13 +225,13 @@ def prepare(
         flow, config = drop_second_time(begin.flow), begin.config
     elif recipe.network is not None:
         torch.manual_seed(recipe.training.seed)
-        flow, config = _make(recipe.network, dataset, recipe.method["name"])
+        flow, config = _make(recipe.network, dataset, recipe.method_name)
     else:
-        name = recipe.method["name"]
+        name = recipe.method_name
         raise TrainingError(f"{name} starts from a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     require_fit(dataset, flow, config)
     check_teacher = method_class.check_teacher(
-        recipe.method_config,
+        recipe.method,
         positional_time=flow.network.positional_time,
         label_dim=flow.label_dim,
         label_dropout=None if force_guidance else flow.label_dropout,
@@ -257,7 +256,7 @@ def prepare(
     warning = generator_warning(config.noise_dependence, teacher)
     notes += () if warning is None else (warning,)
     trained = [role for role, part in recipe.roles.items() if part.trained]
-    unused = Probe(method_class, recipe.method_config, roles, noise).unused()
+    unused = Probe(method_class, recipe.method, roles, noise).unused()
     product = roles[method_class.product]
     assert isinstance(product, FlowNetwork)
     averages = [Ema(product, profile) for profile in profiles(recipe.ema)]
@@ -289,7 +288,7 @@ def prepare(
         config=replace(
             config,
             stage="teacher" if method_class.product == "teacher" else "generator",
-            method=recipe.method["name"],
+            method=recipe.method_name,
             recipe_hash=recipe.hash,
             guidance=guidance,
             label_names=config.label_names or _names(dataset, flow.label_dim),
@@ -298,7 +297,7 @@ def prepare(
             noise_dependence=None,
             results=(),
         ),
-        method=method_class(recipe.method_config, role_modules, noise),
+        method=method_class(recipe.method, role_modules, noise),
         roles=roles,
         role_modules=role_modules,
         learnt=learnt,
@@ -382,11 +381,11 @@ def require_guide(recipe: Recipe, guide: object) -> None:
 
     Raises: TrainingError: it is missing, or would do nothing.
     """
-    name, wanted = recipe.method["name"], any(part.source == "guide" for part in recipe.roles.values())
+    name, wanted = recipe.method_name, any(part.source == "guide" for part in recipe.roles.values())
     if wanted and guide is None:
         raise TrainingError(f"{name} guides its teacher by another network here: name its checkpoint, --guide SOURCE")
     if guide is not None and not wanted:
-        hint = ", or say --set method.guide=network" if "guide" in recipe.method else ""
+        hint = ", or say --set method.guide=network" if hasattr(recipe.method, "guide") else ""
         raise TrainingError(f"--guide would do nothing: by this recipe of {name} no network guides; leave it out{hint}")
 
 
@@ -451,7 +450,7 @@ def read_init(source: str | Path, recipe: Recipe) -> Init:
     Raises: TrainingError: it is no generator, or not one that the method's generator can start as.
         CheckpointError: it cannot be read.
     """
-    name, product = recipe.method["name"], recipe.method_class.product
+    name, product = recipe.method_name, recipe.method_class.product
     if product == "teacher":
         raise TrainingError(f"{name} trains a teacher, which starts as TEACHER: leave --init out")
     path = resolve(source)
@@ -470,7 +469,7 @@ def read_init(source: str | Path, recipe: Recipe) -> Init:
             f"method.guidance={list(config.guidance.range) if config.guidance else []}, or leave --init out"
         )
     check_teacher = recipe.method_class.check_teacher(
-        recipe.method_config,
+        recipe.method,
         positional_time=flow.network.positional_time,
         label_dim=flow.label_dim,
         label_dropout=None,

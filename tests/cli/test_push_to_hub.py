@@ -13,7 +13,7 @@ from edmdistill.cli import main
 from edmdistill.evaluation.protocol import PROTOCOLS, Sampler, results_json
 from edmdistill.evaluation.protocol import Result as Measurement
 from edmdistill.publish.hub import GRID
-from edmdistill.recipes.schema import load_recipe
+from edmdistill.recipes.library import load_recipe
 
 NAME = "me/digits"
 # The client streams a file in a way that httpx would rather have otherwise.

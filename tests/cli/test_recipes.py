@@ -9,7 +9,8 @@ from click.testing import CliRunner, Result
 
 from edmdistill.cli import main
 from edmdistill.methods import METHODS
-from edmdistill.recipes.schema import SHIPPED, Recipe, load_recipe, recipe_files, recipe_names
+from edmdistill.recipes.library import SHIPPED, load_recipe, recipe_files, recipe_names
+from edmdistill.recipes.schema import Recipe
 
 
 def recipes(*words: object) -> Result:

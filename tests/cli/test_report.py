@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 from edmdistill.cli import main
 from edmdistill.evaluation.protocol import PROTOCOLS, Sampler, results_json
 from edmdistill.evaluation.protocol import Result as Measurement
-from edmdistill.recipes.schema import load_recipe
+from edmdistill.recipes.library import load_recipe
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edmdistill.cli import main
 from edmdistill.errors import RecipeError, did_you_mean
-from edmdistill.recipes.schema import find_recipe, recipe_names
+from edmdistill.recipes.library import find_recipe, recipe_names
 
 SHOW = ("recipes", "show")
 

@@ -19,7 +19,7 @@ from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.recipes.schema import load_recipe
+from edmdistill.recipes.library import load_recipe
 from edmdistill.training.run import prepare
 
 SIGMA, STD = 80.0, 0.5

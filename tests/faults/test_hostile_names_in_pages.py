@@ -19,7 +19,7 @@ from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.errors import printable
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table
-from edmdistill.recipes.schema import load_recipe
+from edmdistill.recipes.library import load_recipe
 from edmdistill.report import page
 from edmdistill.report.curves import alone, doublings, svg_curves
 from edmdistill.report.expected import Expected

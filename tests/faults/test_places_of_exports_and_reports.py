@@ -15,7 +15,7 @@ from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError
 from edmdistill.export import folder as exports
 from edmdistill.export.parity import compare
-from edmdistill.recipes.schema import load_recipe
+from edmdistill.recipes.library import load_recipe
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from edmdistill.checkpoints.source import SHIPPED as SHIPPED_CHECKPOINTS
 from edmdistill.checkpoints.source import name_of, resolve
 from edmdistill.cli import main
-from edmdistill.recipes.schema import RecipeFile, find_recipe, load_recipe, recipe_files, recipe_header
+from edmdistill.recipes.library import RecipeFile, find_recipe, load_recipe, recipe_files, recipe_header
 
 FILES = recipe_files()
 ROOT = Path(__file__).parent.parent.parent
@@ -34,15 +34,15 @@ def test_a_copy_validates_and_computes_the_same(file: RecipeFile, tmp_path: Path
 
 @pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
 def test_the_method_of_a_file_is_its_folders(file: RecipeFile) -> None:
-    assert load_recipe(file.names[0]).method["name"] == file.path.parent.name
+    assert load_recipe(file.names[0]).method_name == file.path.parent.name
 
 
 def test_a_folder_does_not_name_a_method(tmp_path: Path) -> None:
     """The file alone counts: in a folder that happens to be called sid, it is still CoSIM's."""
     (tmp_path / "sid").mkdir()
-    shipped, _ = find_recipe("cosim/digits")
+    shipped = find_recipe("cosim/digits").path
     (tmp_path / "sid" / "a.toml").write_bytes(shipped.read_bytes())
-    assert load_recipe(str(tmp_path / "sid" / "a.toml")).method["name"] == "cosim"
+    assert load_recipe(str(tmp_path / "sid" / "a.toml")).method_name == "cosim"
 
 
 def commands(header: str) -> list[list[str]]:

@@ -9,7 +9,7 @@ from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
 from edmdistill.evaluation.results import results_of
-from edmdistill.recipes.schema import load_recipe
+from edmdistill.recipes.library import load_recipe
 
 
 @pytest.fixture

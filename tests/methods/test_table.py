@@ -16,7 +16,7 @@ from edmdistill.methods import METHODS, MethodEntry
 from edmdistill.methods.base import Method
 from edmdistill.publish.card import CITATIONS
 from edmdistill.publish.hub import pack
-from edmdistill.recipes.schema import SHIPPED
+from edmdistill.recipes.library import SHIPPED
 
 ROOT = Path(__file__).parent.parent.parent
 FILE = '''

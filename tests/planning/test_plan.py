@@ -17,7 +17,8 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.sizes import SIZES
 from edmdistill.planning.plan import FREE, _envelope, _highest, forward_flops, make_plan, measure
-from edmdistill.recipes.schema import Recipe, load_recipe
+from edmdistill.recipes.library import load_recipe
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
 from edmdistill.training.run import prepare
 

@@ -14,7 +14,7 @@ from edmdistill.checkpoints.store import CheckpointConfig, Sampling, read_config
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler
 from edmdistill.methods import METHODS
 from edmdistill.publish.card import CITATIONS, card, is_own
-from edmdistill.recipes.schema import load_recipe
+from edmdistill.recipes.library import load_recipe
 from edmdistill.report.summary import read_run
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"

@@ -1,0 +1,315 @@
+"""The library of recipes: names, variants and overrides, and a sentence on every mistake that says what to do."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from edmdistill.errors import RecipeError
+from edmdistill.recipes.library import SHIPPED, find_recipe, load_recipe, origins, recipe_names
+from edmdistill.recipes.schema import Ema, Training
+
+MINIMAL = """
+[training]
+images = 1000
+batch = 10
+lr = 1e-3
+log_every = 10
+snapshot_every = 100
+[ema]
+half_life_images = 50
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str, name: str = "mine.toml") -> str:
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_every_file_and_variant_has_a_name():
+    names = set(recipe_names())
+    for path in SHIPPED.rglob("*.toml"):
+        base = path.relative_to(SHIPPED).with_suffix("").as_posix()
+        tables = tomllib.loads(path.read_text())
+        for variant in tables.get("variants", {}):
+            assert any(name.startswith(base) and name.endswith(f"-{variant}") for name in names)
+        assert (base in names) != bool(tables.get("sizes"))
+    assert {"cosim/imagenet512-s", "cosim/digits", "cosim/digits-quickstart", "scd/imagenet512-m-multistep4"} <= names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_says_how_it_is_run_and_what_was_measured(name: str):
+    path = find_recipe(name).path
+    header = path.read_text().split("\n[")[0]
+    method = path.parent.name
+    assert f"edmdistill train {method} " in header
+    assert f"--recipe {path.relative_to(SHIPPED).with_suffix('').as_posix()}" in header
+    assert "Measured here" in header
+
+
+def test_table_5_of_the_cosim_paper():
+    columns = ("cifar10", "imagenet64", "imagenet512-s", "imagenet512-m", "imagenet512-l")
+    recipes = [load_recipe(f"cosim/{column}") for column in columns]
+    training = [recipe.training for recipe in recipes]
+    assert [t.batch for t in training] == [2048] * 5
+    assert [t.lr for t in training] == [1e-5, 4e-6, 2e-5, 2e-5, 1e-4]
+    assert [t.betas for t in training] == [(0, 0.999)] + [(0, 0.99)] * 4
+    assert [t.eps for t in training] == [1e-8] + [1e-12] * 4
+    assert [t.images for t in training] == [200_000_000] * 4 + [20_000_000]
+    assert [t.dropout for t in training] == [0, 0.1, 0, 0.1, 0.1]
+    assert [recipe.method.R for recipe in recipes] == [4, 8, 8, 4, 4]
+    assert [recipe.ema.half_life_images for recipe in recipes] == [500_000] + [2_000_000] * 4
+    assert {(recipe.method.alpha, recipe.method.coef) for recipe in recipes} == {(1.2, 1.0)}
+
+
+def test_tables_3_and_4_of_the_scm_paper():
+    teachers64, teachers512 = [1048, 1486, 761, 540], [1048, 1048, 696, 598, 376]
+    tables = {  # P_mean and P_std, thousands of steps, t_ref, dropout; lists are over the sizes s, m, l, xl, xxl
+        "scd/imagenet64": ((-1.0, 1.6), [400] * 4, 35_000, [0.0] * 4),
+        "sct/imagenet64": ((-1.0, 1.6), [400] * 4, 35_000, [0.45] * 4),
+        "scd/imagenet512": ((-0.8, 1.6), [200] * 5, 70_000, [0.0] + [0.1] * 4),
+        "sct/imagenet512": ((-0.8, 1.6), [100] * 5, 70_000, [0.25] + [0.35] * 4),
+        "diffusion/imagenet64": ((-0.8, 1.6), teachers64, 35_000, [0.0] + [0.1] * 3),
+        "diffusion/imagenet512": ((-0.4, 1.0), teachers512, 70_000, [0.0] + [0.1] * 4),
+    }
+    for name, (law, steps, t_ref, dropout) in tables.items():
+        recipes = [load_recipe(f"{name}-{size}") for size in ("s", "m", "l", "xl", "xxl")[: len(steps)]]
+        training = [recipe.training for recipe in recipes]
+        of_teachers = name.startswith("diffusion")
+        rates = [1e-2, 9e-3, 8e-3, 7e-3, 6.5e-3][: len(steps)]
+        assert [t.lr for t in training] == pytest.approx([rate * (1 if of_teachers else 0.01) for rate in rates])
+        assert [t.images for t in training] == [thousands * 1000 * 2048 for thousands in steps]
+        assert [t.dropout for t in training] == dropout
+        assert {(t.batch, t.betas, t.eps, t.decay_images) for t in training} == {
+            (2048, (0.9, 0.99), 1e-11, t_ref * 2048)
+        }
+        assert {(recipe.method.P_mean, recipe.method.P_std) for recipe in recipes} == {law}
+        if not of_teachers:
+            assert {recipe.ema.sigma_rel for recipe in recipes} == {(0.05,)}
+            assert {recipe.method.warmup_images for recipe in recipes} == {10_000 * 2048}
+            assert {t.dropout_max_resolution for t in training if t.dropout} <= {16}
+
+
+def test_the_hash_names_the_computation_not_the_file(write):
+    shipped = load_recipe("cosim/digits-quickstart")
+    copy = write(find_recipe("cosim/digits").text, "copy.toml").removesuffix(".toml")
+    assert load_recipe(f"{copy}-quickstart.toml", method="cosim").hash == shipped.hash
+    assert load_recipe("cosim/digits").hash != shipped.hash
+    assert load_recipe("cosim/digits-quickstart", sets=["training.seed=1"]).hash != shipped.hash
+
+
+def test_a_file_without_a_method_is_for_the_method_that_runs_it(write):
+    mine = write(MINIMAL)
+    assert load_recipe(mine, method="sid").method_name == "sid"
+    with pytest.raises(RecipeError, match=r"method.name = None; choose one of diffusion, cosim, sid"):
+        load_recipe(mine)
+
+
+def test_the_longest_file_name_wins(write):
+    write(MINIMAL + "[variants.b-c.training]\nseed = 1\n", "a.toml")
+    longer = write(MINIMAL + "[variants.c.training]\nseed = 2\n", "a-b.toml")
+    assert load_recipe(longer.replace("a-b", "a-b-c"), method="sid").training.seed == 2
+    Path(longer).unlink()
+    assert load_recipe(longer.replace("a-b", "a-b-c"), method="sid").training.seed == 1
+
+
+def test_variants_join_and_the_later_one_wins(write):
+    both = "[variants.m.training]\nlr = 2.0\nseed = 2\n[variants.vsd.training]\nseed = 3\n"
+    mine = write(MINIMAL + both).removesuffix(".toml")
+
+    def read(variants: str) -> tuple[float, int]:
+        training = load_recipe(f"{mine}-{variants}.toml", method="sid").training
+        return training.lr, training.seed
+
+    assert [read(v) for v in ("m", "vsd", "m-vsd", "vsd-m")] == [(2, 2), (1e-3, 3), (2, 3), (2, 2)]
+    with pytest.raises(RecipeError, match="has no variant 'vsb'; did you mean 'vsd'"):
+        read("m-vsb")
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("training.lr=2e-4", lambda r: r.training.lr == 2e-4),
+        ("training.images = 2_000", lambda r: r.training.images == 2000),
+        ("training.precision=bf16", lambda r: r.training.precision == "bf16"),
+        ('training.precision="bf16"', lambda r: r.training.precision == "bf16"),
+        ("training.lr_by_role.auxiliary=1", lambda r: r.training.lr_by_role == {"auxiliary": 1.0}),
+        ("training.betas=[0.5, 0.9]", lambda r: r.training.betas == (0.5, 0.9)),
+        ("sampling.sigmas.2=[80, 2.5]", lambda r: r.sampling.sigmas["2"] == (80.0, 2.5)),
+        ("method.R=8", lambda r: r.method.R == 8),
+    ],
+)
+def test_set(override: str, read):
+    assert read(load_recipe("cosim/digits", sets=[override]))
+
+
+@pytest.mark.parametrize("path", ["lpips.pt", "nets/lpips.pt", "./lpips.pt", "../lpips.pt", "/nets/lpips.pt"])
+def test_a_path_needs_no_quotes(path: str):
+    sets = ["method.distance=lpips", f"method.lpips={path}"]
+    assert load_recipe("ctm/digits", sets=sets).method.lpips == path
+
+
+def test_the_last_set_wins():
+    assert load_recipe("cosim/digits", sets=["training.seed=1", "training.seed=2"]).training.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.lr", "write table.key=value"),
+        ("lr=1", "write table.key=value"),
+        ("training..lr=1", "write table.key=value"),
+        ("training.precision=b f", "quote a string"),
+        ("training.lr=1\nother=2", "one value only"),
+        ("training.lrr=1", "no key training.lrr; did you mean 'lr'?"),
+        ("method.coeff=1", "no key method.coeff; did you mean 'coef'?"),
+        ("trainig.lr=1", "no table [trainig]; did you mean 'training'?"),
+        ("method.name=cosin", "method.name = 'cosin'; did you mean 'cosim'?"),
+        ("training.lr=0", "training.lr = 0: expected `float` > 0.0"),
+        ("training.lr=fast", "training.lr = 'fast': expected `float`, got `str`"),
+        ("training.batch=0", "training.batch = 0: expected `int` >= 1"),
+        ("training.batch=1.5", "training.batch = 1.5: expected `int`, got `float`"),
+        ("training.images=20", "images = 20 is less than one batch of 32"),
+        ("training.dropout=1.0", "training.dropout = 1.0: expected `float` < 1.0"),
+        ("training.dropout_max_resolution=16", "give dropout too"),
+        ("training.betas=[0.9]", "training.betas = [0.9]: expected `array` of length 2"),
+        ("training.lr_decay=inverse_sqrt", "decay_images go together"),
+        ("training.decay_images=5", "decay_images go together"),
+        ("training.lr_by_role.critic=1", "no trained role 'critic'; choose one of generator, auxiliary"),
+        ("training.lr_by_role.teacher=1", "no trained role 'teacher'"),
+        ("training.precision=fp8", "training.precision = 'fp8': invalid enum value"),
+        ("training=1e-3", "write table.key=value"),
+        ("ema.half_life_images.x=1", "ema.half_life_images = {'x': 1}: expected `int | null`, got `object`"),
+        ("sampling.gamma=2", "sampling.gamma = 2: expected `float` <= 1.0"),
+        ("sampling.sigmas.2=[80.0]", "lists 1 noise levels"),
+        ("sampling.sigmas.2=[2.5, 80]", "must not rise"),
+        ("sampling.sigmas.1=[-1]", "expected `float` > 0.0"),
+        ("method.alpha=-1", "method.alpha = -1: expected `float` > 0.0"),
+        ("network.kind=edm2", "cosim takes its network from the teacher: remove the table [network]"),
+    ],
+)
+def test_mistakes_get_one_sentence(override: str, sentence: str):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("cosim/digits", sets=[override])
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[training\n", "cannot be read as TOML"),
+        ("training = 5\n" + MINIMAL.replace("[training]", "[data]"), "training = 5 must be a table"),
+        (MINIMAL.replace("lr = 1e-3\n", ""), "[training]: object missing required field `lr`"),
+        (MINIMAL.split("[ema]")[0], "[ema]: no average is asked for: give half_life_images or sigma_rel"),
+        (MINIMAL + "[method]\nname = 'cosim'\n", "is a recipe for cosim, not for sid"),
+        ("method = 'sid'\n" + MINIMAL, "method = 'sid' must be a table"),
+        ("variants = 1\n" + MINIMAL, "variants = 1 must be a table"),
+    ],
+)
+def test_broken_files_get_one_sentence(write, text: str, sentence: str):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(text), method="sid")
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("cosim/digit", "did you mean 'cosim/digits'?"),
+        ("cosim/digits-quick", "has no variant 'quick'; did you mean 'quickstart'?"),
+        ("cosim/imagenet512", "needs a size: one of cosim/imagenet512-s, cosim/imagenet512-m, cosim/imagenet512-l"),
+        ("scd/imagenet512-multistep4", "needs a size: one of scd/imagenet512-s-multistep4, scd/imagenet512-m-"),
+        ("nowhere/recipe.toml", "there is no file nowhere/recipe.toml"),
+    ],
+)
+def test_wrong_names_get_one_sentence(name: str, sentence: str):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(name)
+    assert sentence in str(error.value)
+
+
+def test_the_recipe_of_another_method_is_refused():
+    with pytest.raises(RecipeError, match="cosim/digits is a recipe for cosim, not for sid"):
+        load_recipe("cosim/digits", method="sid")
+
+
+def test_a_method_without_a_teacher_needs_a_network(write):
+    with pytest.raises(RecipeError, match=r"diffusion has no teacher: add the table \[network\]"):
+        load_recipe(write(MINIMAL), method="diffusion")
+    network = load_recipe("diffusion/digits").network
+    assert network is not None
+    assert network.kind == "edm2"
+
+
+def test_defaults_are_equal_however_they_are_said(write):
+    said = MINIMAL.replace("half_life_images = 50", "half_life_images = 50\nrampup_ratio = 0.05")
+    assert load_recipe(write(said), method="sid") == load_recipe(write(MINIMAL, "other.toml"), method="sid")
+    assert Ema(half_life_images=50).rampup_ratio == 0.05
+    assert Training.__struct_fields__[:4] == ("images", "batch", "optimizer", "lr")
+
+
+def test_names_are_listed_without_torch():
+    code = "import sys, edmdistill.recipes.library as r; r.recipe_names(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_wheel_carries_the_recipes_and_what_ships_with_the_package(tmp_path: Path):
+    root = Path(__file__).parent.parent.parent
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)]
+    subprocess.run(build, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    names = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import edmdistill.recipes.library as r; print(r.SHIPPED, *r.recipe_names(), sep='\\n')",
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert names == [str(tmp_path / "installed/edmdistill/recipes_data"), *recipe_names()]
+    package = root / "edmdistill"
+    shipped = {path.relative_to(root) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert {path for path in shipped if not (tmp_path / "installed" / path).is_file()} == set()
+
+
+def test_where_every_value_comes_from():
+    name, sets = "scd/imagenet512-m-vsd", ["training.lr=1e-5", "sampling.sigmas.1=[80.0]", "training.keep=2"]
+    recipe, text = load_recipe(name, None, sets), find_recipe(name).text
+    found = origins(recipe, text, name, sets)
+    stated, resolved = json.loads(json.dumps(found)), json.loads(recipe.to_json())
+    for key, said in stated.items():
+        table, _, field = key.partition(".")
+        assert [*said.values()][-1] == resolved[table][field]
+        assert "later" not in said
+        assert any(value != said.get("default", "none") for value in said.values())
+    assert {"variant m", "variant vsd"} <= {who for said in stated.values() for who in said}
+    assert stated["training.lr"]["--set"] == 1e-5
+    assert stated["sampling.sigmas"]["default"] == {}
+    assert "training.keep" not in stated  # the default, said once more
+    assert "method.name" not in stated
+    changed = replace(recipe, training=replace(recipe.training, log_every=7))
+    assert origins(changed, text, name, sets)["training.log_every"]["later"] == 7
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_its_defaults_with_what_is_said_of_it(name: str):
+    recipe = load_recipe(name)
+    found = origins(recipe, find_recipe(name).text, name, [])
+    assert found
+    assert not any("later" in said for said in found.values())
