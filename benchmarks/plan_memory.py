@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork

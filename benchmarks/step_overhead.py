@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.draws import Draws
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import edmdistill
-from edmdistill.checkpoints.convert import read_source
+from edmdistill.checkpoints.official import load_official
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    flows = {"digits": read_source(Path(edmdistill.__file__).parent / "assets/digits-teacher.pkl")[0]}
+    flows = {"digits": load_official(Path(edmdistill.__file__).parent / "assets/digits-teacher.pkl")[0]}
     flows |= {name: random_network(*how) for name, how in NETWORKS.items()}
     columns, errors = [], []
     for name, flow in flows.items():

@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edmdistill.checkpoints.convert import convert, load_denoiser, load_generator
+    from edmdistill.checkpoints.convert import convert
     from edmdistill.checkpoints.generator import Generator
+    from edmdistill.checkpoints.load import load_denoiser, load_generator
     from edmdistill.errors import EdmDistillError
     from edmdistill.evaluation.protocol import evaluate
     from edmdistill.networks.flow import Denoiser
@@ -22,8 +23,8 @@ _HOMES = {
     "Generator": "edmdistill.checkpoints.generator",
     "convert": "edmdistill.checkpoints.convert",
     "evaluate": "edmdistill.evaluation.protocol",
-    "load_denoiser": "edmdistill.checkpoints.convert",
-    "load_generator": "edmdistill.checkpoints.convert",
+    "load_denoiser": "edmdistill.checkpoints.load",
+    "load_generator": "edmdistill.checkpoints.load",
     "sample": "edmdistill.sampling.generate",
 }
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from edmdistill.checkpoints.convert import OURS
-from edmdistill.checkpoints.store import CheckpointConfig, load_checkpoint
+from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.checkpoints.official import OURS
+from edmdistill.checkpoints.store import load_checkpoint
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.surgery.two_time import drop_second_time
 

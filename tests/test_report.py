@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance
+from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table

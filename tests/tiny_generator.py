@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, Sampling, describe, save_checkpoint
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, Sampling, describe
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM

@@ -12,7 +12,8 @@ import pytest
 import torch
 from shared_probes import share_probes
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edmdistill.checkpoints.store import CheckpointConfig
+from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import sigma_to_time

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,32 +13,35 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.download import downloaded
 from edmdistill.checkpoints.known import label_names_of
-from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
+from edmdistill.checkpoints.layout import CONFIG, MODEL, checkpoint_in
+from edmdistill.checkpoints.nvidia import OfficialCheckpoint
 from edmdistill.checkpoints.others import of_folder, refuse_by_name
-from edmdistill.checkpoints.source import downloaded
+from edmdistill.checkpoints.source import Source, open_source
 from edmdistill.errors import CheckpointError
 
 
-def inspect(path: Path) -> dict[str, object]:
-    """What is in a checkpoint folder, a run or a file that convert reads, as JSON has it.
+def inspect(source: str | Path | Source) -> dict[str, object]:
+    """Returns what is in a checkpoint folder, a run or a file that convert reads, as JSON has it.
 
     `tensors`: dtype and shape by name.
 
-    Raises: CheckpointError: neither, or damaged.
+    Raises: CheckpointError: it is neither, or damaged.  HubError: the Hub refuses.
     """
-    if path.is_dir():
-        made = path / "generator"
-        return _ours(made if (made / "config.json").is_file() else path)
-    return _openai(path) if zipfile.is_zipfile(path) else _official(read_official(path))
+    source = open_source(source)
+    if source.path.is_dir():
+        return _ours(checkpoint_in(source.path))
+    return _openai(source) if source.is_archive else _official(source.official)
 
 
-def _openai(path: Path) -> dict[str, object]:
+def _openai(source: Source) -> dict[str, object]:
     """As convert reads it: this imports torch, for shapes alone."""
     import torch
 
     from edmdistill.checkpoints.openai import PRECONDITIONING, described, stored_weights
 
+    path = source.path
     refuse_by_name(path)
     with downloaded(path):
         stored = stored_weights(path)
@@ -49,7 +50,7 @@ def _openai(path: Path) -> dict[str, object]:
     return {
         "file": str(path),
         "format": "weights of OpenAI's ADM for EDM, as edm_imagenet64_ema.pt",
-        "sha256": sha256_file(path),
+        "sha256": source.sha256,
         "preconditioning": PRECONDITIONING,
         "network": {"kind": "adm", **arguments},
         "parameters": sum(tensor.numel for tensor in stored.values()),
@@ -96,13 +97,12 @@ def _flat(description: Mapping[str, Any] | None) -> dict[str, object] | None:
 
 
 def _ours(folder: Path) -> dict[str, object]:
-    config, model = folder / "config.json", folder / "model.safetensors"
+    config, model = folder / CONFIG, folder / MODEL
     try:
         fields = json.loads(config.read_bytes())
         if not isinstance(fields, dict):
             raise ValueError("it holds no table")
-        with model.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_file(model)
         with safe_open(model, framework="numpy") as header:
             parts = {name: header.get_slice(name) for name in sorted(header.keys())}
             tensors = {name: [_dtype(part.get_dtype()), part.get_shape()] for name, part in parts.items()}

@@ -20,8 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edmdistill.checkpoints.download import downloaded
 from edmdistill.checkpoints.others import TEACHER, of_entries, of_safetensors, of_tensors, refuse_by_name
-from edmdistill.checkpoints.source import downloaded
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import (
     LEGACY_MAGIC,

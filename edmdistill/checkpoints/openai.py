@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from edmdistill.archives import Archive
+from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, describe
+from edmdistill.checkpoints.download import downloaded
 from edmdistill.checkpoints.known import class_names
 from edmdistill.checkpoints.others import NVIDIA_64, of_entries, of_tensors, refuse_by_name
-from edmdistill.checkpoints.source import downloaded
-from edmdistill.checkpoints.store import CheckpointConfig, NetworkSpec, Provenance, build_flow, describe, fill
+from edmdistill.checkpoints.store import build_flow, fill
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.pickles import StoredTensor, Unreadable

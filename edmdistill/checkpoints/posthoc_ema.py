@@ -20,16 +20,14 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edmdistill.checkpoints.convert import build_official
+from edmdistill.checkpoints.config import CheckpointConfig, describe, read_config
 from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.official import build_official
 from edmdistill.checkpoints.source import name_of
 from edmdistill.checkpoints.store import (
-    CheckpointConfig,
     build_flow,
-    describe,
     fill,
     load_tensors,
-    read_config,
     refuse_occupied,
     save_checkpoint,
     save_tensors,

@@ -14,10 +14,9 @@ import msgspec
 from torch import Tensor
 
 from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.layout import PROGRESS, is_state, saved_states
 from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import CheckpointError
-
-PROGRESS = "progress.json"
 
 
 class WindowProgress(msgspec.Struct, frozen=True):
@@ -68,11 +67,6 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     sha256: dict[str, str]
 
 
-def saved_states(folder: Path) -> list[Path]:
-    """Returns the directories of the saved states, the oldest first.  folder: RUN/state"""
-    return sorted(path for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
-
-
 def read_progress(state: Path) -> Progress:
     """Returns the progress of a state.  Raises: ValueError: it is damaged.  OSError: it cannot be read."""
     try:
@@ -104,7 +98,7 @@ def newest_readable(folder: Path, note: Callable[[str], object]) -> Path:
         note: gets a sentence about every state that is passed over.
     Raises: CheckpointError: there is none.
     """
-    states = [folder] if (folder / PROGRESS).is_file() else saved_states(folder / "state")
+    states = [folder] if is_state(folder) else saved_states(folder / "state")
     for path in reversed(states):
         try:
             require_whole(path)

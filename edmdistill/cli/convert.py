@@ -1,6 +1,5 @@
 """`edmdistill convert`."""
 
-import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -42,13 +41,12 @@ def command(
     """
     import msgspec
 
-    from edmdistill.checkpoints.nvidia import read_official
-    from edmdistill.checkpoints.source import resolve
+    from edmdistill.checkpoints.source import open_source
     from edmdistill.errors import printable, without_secrets
 
-    path = resolve(source)
-    if not path.is_dir() and not zipfile.is_zipfile(path):
-        read_official(path)  # a bad file is refused in less time than it takes to import torch
+    checkpoint = open_source(source)
+    if checkpoint.path.is_file() and not checkpoint.is_archive:
+        _ = checkpoint.official  # read before torch is imported: a bad file is refused at once
     from edmdistill.checkpoints.convert import convert, table
     from edmdistill.checkpoints.function import describe_dependence, generator_warning
     from edmdistill.progress import progress_bar
@@ -60,7 +58,7 @@ def command(
             bar.update()
 
         done = convert(
-            source,
+            checkpoint,
             out,
             time_embedding=time_embedding,
             double_norm=double_norm,

@@ -164,7 +164,7 @@ def tasks_of(
 
     from functools import partial
 
-    from edmdistill.checkpoints.convert import load_model
+    from edmdistill.checkpoints.load import load_model
     from edmdistill.evaluation.images import found, is_images
     from edmdistill.evaluation.protocol import evaluate, find_protocol, open_reference
     from edmdistill.sampling.load import pick_device
@@ -265,7 +265,7 @@ def _likelihood(
 ) -> "tuple[int, dict[str, Callable[..., Result]]]":
     from functools import partial
 
-    from edmdistill.checkpoints.convert import load_model
+    from edmdistill.checkpoints.load import load_model
     from edmdistill.data.datasets import open_dataset
     from edmdistill.evaluation.images import is_images
     from edmdistill.evaluation.likelihood import evaluate_likelihood

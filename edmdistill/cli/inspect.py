@@ -16,24 +16,24 @@ def command(source: str, as_json: bool, tensors: bool, classes: bool, check: boo
     is shown; a URL or a Hub id is downloaded first.
     """
     from edmdistill.checkpoints.inspect import inspect, to_json, to_text
-    from edmdistill.checkpoints.source import resolve
+    from edmdistill.checkpoints.source import open_source
     from edmdistill.errors import CheckpointError, printable
 
-    path = resolve(source)
-    summary = inspect(path)
+    checkpoint = open_source(source)
+    summary = inspect(checkpoint)
     if classes:
         names = summary.get("label_names")
         if not isinstance(names, list) or not names:
             dim = summary.get("label_dim")
             known = f"names none of its {dim} classes: they are chosen by number" if dim else "knows no classes"
-            raise CheckpointError(f"{path} {known}")
+            raise CheckpointError(f"{checkpoint.path} {known}")
         click.echo("\n".join(f"{number:>4} {printable(str(name))}" for number, name in enumerate(names)))
         return
     if check:
-        from edmdistill.checkpoints.convert import load_flow
         from edmdistill.checkpoints.function import describe_dependence, noise_dependence
+        from edmdistill.checkpoints.load import load_flow
 
-        value = noise_dependence(load_flow(path)[0])
+        value = noise_dependence(load_flow(checkpoint)[0])
         summary = {"noise_dependence": value, "function": describe_dependence(value)} | summary
         summary["noise_dependence"] = value
     if not tensors:

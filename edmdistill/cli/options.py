@@ -158,7 +158,7 @@ class SamplerOptions:
             flow: the network that is sampled.
             device, dtype: of the guide.
         """
-        from edmdistill.checkpoints.convert import load_denoiser
+        from edmdistill.checkpoints.load import load_denoiser
         from edmdistill.sampling.times import parse_times
 
         levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
@@ -225,10 +225,10 @@ def interruptible(kept: Callable[[], str]) -> Iterator[None]:
 
 def say_unfinished(source: str) -> None:
     """Says so where a checkpoint or run that is about to be used was not trained to its end."""
-    from edmdistill.checkpoints.store import unfinished
-    from edmdistill.sampling.load import config_of
+    from edmdistill.checkpoints.config import unfinished
+    from edmdistill.checkpoints.load import find_config
 
-    config = config_of(source)
+    config = find_config(source)
     if config is not None and (sentence := unfinished(config)):
         say(sentence)
 

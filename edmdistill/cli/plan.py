@@ -65,7 +65,7 @@ def command(
     """
     from msgspec.structs import replace
 
-    from edmdistill.checkpoints.convert import outline
+    from edmdistill.checkpoints.load import outline
     from edmdistill.machine.engine import Machine
     from edmdistill.networks.sizes import SIZES
     from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure
@@ -135,7 +135,7 @@ def command(
 
 def _flow(recipe: "Recipe", teacher: str | None, network: str | None, data: str | None) -> "FlowNetwork":
     """The network on the meta device."""
-    from edmdistill.checkpoints.convert import outline
+    from edmdistill.checkpoints.load import outline
     from edmdistill.data.datasets import open_dataset
     from edmdistill.networks.sizes import SIZES
     from edmdistill.training.run import sketch

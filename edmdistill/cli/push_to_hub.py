@@ -35,7 +35,7 @@ def command(
     samples compared. The same command goes on with a push that was interrupted. Another model's repository is refused,
     and a card that was changed by hand stays, unless told otherwise.
     """
-    from edmdistill.checkpoints.store import CARD
+    from edmdistill.checkpoints.layout import CARD
     from edmdistill.publish.hub import pack, push
 
     say_unfinished(str(source))

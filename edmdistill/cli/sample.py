@@ -107,7 +107,7 @@ def command(
     import msgspec
     import torch
 
-    from edmdistill.checkpoints.convert import load_denoiser, load_model
+    from edmdistill.checkpoints.load import load_denoiser, load_model, weights_digest
     from edmdistill.errors import NotFiniteError
     from edmdistill.evaluation.protocol import sampler_of
     from edmdistill.features.classifiers import load_classifier
@@ -117,7 +117,7 @@ def command(
     from edmdistill.sampling.generate import describe_not_finite, drawn_classes, is_latent, sample
     from edmdistill.sampling.heun import Churn
     from edmdistill.sampling.labels import find_classes
-    from edmdistill.sampling.load import class_names, digest_of, pick_device, weights_digest
+    from edmdistill.sampling.load import class_names, digest_of, pick_device
     from edmdistill.sampling.rejection import candidates, sample_best
     from edmdistill.sampling.seeds import format_seeds, parse_seeds
     from edmdistill.sampling.trajectory import Towards

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CONFIG
+from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.data.contents import IMAGE_SUFFIXES
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.decode import Header, decode_array, read_header

@@ -14,7 +14,8 @@ import msgspec
 from msgspec.structs import replace
 
 from edmdistill.atomic import atomic_write
-from edmdistill.checkpoints.store import CONFIG, CheckpointConfig, checkpoint_in, read_config, write_config
+from edmdistill.checkpoints.config import CheckpointConfig, read_config, write_config
+from edmdistill.checkpoints.layout import CONFIG, checkpoint_in
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import Result, results_json
 from edmdistill.evaluation.tables import read_results

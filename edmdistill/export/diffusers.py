@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, describe, save_tensors
+from edmdistill.checkpoints.config import CheckpointConfig, describe
+from edmdistill.checkpoints.store import save_tensors
 from edmdistill.data.latents import statistics_of
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.bundle import bundle

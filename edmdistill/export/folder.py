@@ -12,11 +12,11 @@ from msgspec.structs import replace
 
 from edmdistill import __version__
 from edmdistill.atomic import atomic_write
-from edmdistill.checkpoints.convert import load_flow
+from edmdistill.checkpoints.config import CheckpointConfig, unfinished
 from edmdistill.checkpoints.documents import front_matter, markdown
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.licences import licence_fields
-from edmdistill.checkpoints.store import CheckpointConfig, unfinished
+from edmdistill.checkpoints.load import load_flow
 from edmdistill.errors import CheckpointError, without_secrets
 from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
 from edmdistill.export.parity import SEEDS, Parity, table

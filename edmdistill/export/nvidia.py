@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from edmdistill.checkpoints.convert import NETWORK_CLASSES, OURS, build_official
+from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint
-from edmdistill.checkpoints.store import CheckpointConfig, load_tensors, save_tensors
+from edmdistill.checkpoints.official import NETWORK_CLASSES, OURS, build_official
+from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.data.latents import statistics_of
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.one_step import MORE_STEPS, OneStep

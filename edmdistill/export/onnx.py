@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig
+from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.one_step import MORE_STEPS, OneStep, example, inputs
 from edmdistill.export.parity import Parity, compare, sampler

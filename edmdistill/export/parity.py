@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.generate import require_finite, sample

@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from edmdistill import __version__
-from edmdistill.checkpoints.convert import load_generator
+from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, save_checkpoint
+from edmdistill.checkpoints.load import load_generator
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.data.latents import statistics_of
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.parity import SEEDS, Parity, compare

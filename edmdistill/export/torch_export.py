@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from edmdistill.checkpoints.store import CheckpointConfig
+from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.export.one_step import MORE_STEPS, OneStep, example, inputs
 from edmdistill.export.parity import Parity, compare, sampler
 from edmdistill.networks.flow import FlowNetwork

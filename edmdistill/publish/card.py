@@ -13,10 +13,10 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from edmdistill import __version__
+from edmdistill.checkpoints.config import CheckpointConfig, unfinished
 from edmdistill.checkpoints.documents import code, code_block, front_matter, markdown
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.source import repository_of
-from edmdistill.checkpoints.store import CheckpointConfig, unfinished
 from edmdistill.evaluation.protocol import Result
 from edmdistill.evaluation.tables import Subject, best_gammas, tables
 from edmdistill.methods import METHODS

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from edmdistill import __version__
 from edmdistill.atomic import sha256_file, temporary_folder
-from edmdistill.checkpoints.convert import load_model
+from edmdistill.checkpoints.config import CheckpointConfig, read_config
 from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.hub_client import REPOSITORY, hub_calls
+from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, checkpoint_in
 from edmdistill.checkpoints.licences import check_licence
-from edmdistill.checkpoints.run_state import PROGRESS
-from edmdistill.checkpoints.source import REPOSITORY, hub_calls
-from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, CheckpointConfig, checkpoint_in, read_config
+from edmdistill.checkpoints.load import load_model
 from edmdistill.errors import CheckpointError, HubError, printable, without_secrets
 from edmdistill.evaluation.protocol import Result
 from edmdistill.evaluation.results import results_of, with_results

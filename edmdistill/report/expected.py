@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from edmdistill.checkpoints.store import CheckpointConfig, build_flow
+from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.checkpoints.store import build_flow
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPUS, find_gpu
 from edmdistill.networks.flow import FlowNetwork

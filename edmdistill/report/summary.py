@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from edmdistill.checkpoints.store import CONFIG, CheckpointConfig, read_config
+from edmdistill.checkpoints.config import CheckpointConfig, read_config
+from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.tables import Subject
 from edmdistill.jsonl import read_lines

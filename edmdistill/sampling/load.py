@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
 import torch
 
 from edmdistill.atomic import sha256_file
-from edmdistill.checkpoints.convert import Weights
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.source import resolve
-from edmdistill.checkpoints.store import CONFIG, MODEL, CheckpointConfig, checkpoint_in, read_config
 from edmdistill.errors import EdmDistillError, without_secrets
 from edmdistill.networks.flow import Denoiser
 
@@ -20,24 +16,6 @@ from edmdistill.networks.flow import Denoiser
 def class_names(model: Generator | Denoiser) -> tuple[str, ...] | None:
     """Returns the names of a model's classes, if the checkpoint that it was loaded from holds any."""
     return model.config.label_names if isinstance(model, Generator) else model.label_names
-
-
-def config_of(source: str | Path) -> CheckpointConfig | None:
-    """Returns the configuration of a checkpoint of ours or of a run's, or None for anything else."""
-    folder = checkpoint_in(resolve(source))
-    return read_config(folder) if (folder / CONFIG).is_file() else None
-
-
-def weights_digest(source: str | Path, model: Generator | Denoiser, weights: Weights = "ema") -> str:
-    """Returns the sha256 of the file of weights that a model was loaded from; of its tensors, where it is a state."""
-    path = resolve(source)
-    file = checkpoint_in(path) / MODEL if path.is_dir() else path
-    if weights == "ema" and file.is_file():
-        return sha256_file(file)
-    digest = hashlib.sha256()
-    for name, tensor in model.flow.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def digest_of(source: str | Path) -> str:

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.run_state import Progress, saved_states
+from edmdistill.checkpoints.layout import saved_states
+from edmdistill.checkpoints.run_state import Progress
 from edmdistill.data.datasets import indices
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError, DatasetError, PeerFailed, TrainingError

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from edmdistill.checkpoints.load import read_teacher
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import draw_latents, statistics_of
 from edmdistill.draws import Draws
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.training.run import read_teacher, require_fit
+from edmdistill.training.run import require_fit
 from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 
 LEVELS = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0)

@@ -11,23 +11,20 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from edmdistill.atomic import sha256_file
-from edmdistill.checkpoints.convert import load_flow, read_source
-from edmdistill.checkpoints.function import generator_warning
-from edmdistill.checkpoints.run_state import PROGRESS, newest_readable, raw_weights
-from edmdistill.checkpoints.source import resolve
-from edmdistill.checkpoints.store import (
-    MODEL,
+from edmdistill.checkpoints.config import (
     CheckpointConfig,
     Guidance,
     NetworkSpec,
     Provenance,
     Sampling,
-    build_flow,
-    checkpoint_in,
     describe,
-    load_checkpoint,
 )
+from edmdistill.checkpoints.function import generator_warning
+from edmdistill.checkpoints.layout import is_state
+from edmdistill.checkpoints.load import load_flow, read_teacher
+from edmdistill.checkpoints.run_state import newest_readable, raw_weights
+from edmdistill.checkpoints.source import open_source
+from edmdistill.checkpoints.store import build_flow
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import spread, statistics_of
 from edmdistill.errors import CheckpointError, RecipeError, TrainingError, without_secrets
@@ -323,27 +320,6 @@ def set_trainable(run: Run, role: str) -> None:
                 parameter.requires_grad_(other == role)
 
 
-def read_teacher(source: str | Path) -> tuple[FlowNetwork, CheckpointConfig]:
-    """Returns a teacher and its configuration, as the parent of what comes from it.
-
-    Args:
-        source: a checkpoint, ours or official; a run directory, whose average is taken; or one of its states,
-            RUN/state/IMAGES, whose raw weights are.
-    Raises: TrainingError: it is a generator.  CheckpointError: it cannot be read.
-    """
-    path = resolve(source)
-    if (path / PROGRESS).is_file():
-        (flow, config), file = load_flow(path), path / "teacher.safetensors"
-    elif path.is_dir():
-        folder = checkpoint_in(path)
-        (flow, config), file = load_checkpoint(folder), folder / MODEL
-    else:
-        (flow, config), file = read_source(path), path
-    if config.stage != "teacher":
-        raise TrainingError(f"{source} is a {config.stage}, made by {config.method}: give its teacher")
-    return flow, replace(config, provenance=replace(config.provenance, parent=sha256_file(file)))
-
-
 def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
     """Returns the network that a recipe describes, for these data, on the meta device.
 
@@ -453,8 +429,9 @@ def read_init(source: str | Path, recipe: Recipe) -> Init:
     name, product = recipe.method_name, recipe.method_class.product
     if product == "teacher":
         raise TrainingError(f"{name} trains a teacher, which starts as TEACHER: leave --init out")
-    path = resolve(source)
-    flow, config = load_flow(path)
+    given = open_source(source)
+    path = given.path
+    flow, config = load_flow(given)
     if config.stage != "generator":
         raise TrainingError(f"{source} is a {config.stage}, not a generator: give it as TEACHER, and leave --init out")
     part, state = recipe.roles[product], None
@@ -476,12 +453,11 @@ def read_init(source: str | Path, recipe: Recipe) -> Init:
     )
     if check_teacher is not None:
         raise TrainingError(f"--init {source}: {check_teacher}")
-    if (path / PROGRESS).is_file() or (path / "state").is_dir():
+    if is_state(path) or (path / "state").is_dir():
         state = newest_readable(path, lambda sentence: None)
     known = state is not None and (state / "auxiliary.safetensors").is_file()
     auxiliary = raw_weights(state, "auxiliary") if state is not None and known else {}
-    file = path / f"{product}.safetensors" if (path / PROGRESS).is_file() else checkpoint_in(path) / MODEL
-    return Init(without_secrets(str(source)), flow, config, sha256_file(file), auxiliary)
+    return Init(without_secrets(str(source)), flow, config, given.sha256, auxiliary)
 
 
 def require_alike(init: Init, flow: FlowNetwork, config: CheckpointConfig) -> None:

@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.atomic import atomic_write, sha256_file
-from edmdistill.checkpoints.run_state import PROGRESS, Progress, read_progress, require_whole, saved_states
+from edmdistill.checkpoints.layout import PROGRESS, saved_states
+from edmdistill.checkpoints.run_state import Progress, read_progress, require_whole
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.errors import CheckpointError, TrainingError
 

@@ -10,18 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edmdistill.checkpoints import convert as module
-from edmdistill.checkpoints.convert import (
-    Conversion,
-    build_official,
-    convert,
-    load_denoiser,
-    load_generator,
-    load_model,
-    outline,
-)
+from edmdistill.checkpoints.convert import ConversionReport, convert
 from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
+from edmdistill.checkpoints.load import load_denoiser, load_generator, load_model, outline
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, load_checkpoint, load_tensors, save_checkpoint
+from edmdistill.checkpoints.official import build_official
+from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser
@@ -42,12 +37,14 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
-def converted(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+def converted(
+    request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ConversionReport:
     """Every golden network, converted."""
     return convert(golden / request.param, tmp_path_factory.mktemp("convert") / "out")
 
 
-def test_parity(converted: Conversion) -> None:
+def test_parity(converted: ConversionReport) -> None:
     assert max(row.float64 for row in converted.parity) < 1e-12
     assert max(row.float32 for row in converted.parity) < 2e-5
     sigmas = [row.sigma for row in converted.parity]
@@ -56,7 +53,7 @@ def test_parity(converted: Conversion) -> None:
     assert (sigmas[0], sigmas[-1]) == (pytest.approx(config.sigma_max), pytest.approx(config.sigma_min))
 
 
-def test_official_results_after_reloading(converted: Conversion, golden: Path) -> None:
+def test_official_results_after_reloading(converted: ConversionReport, golden: Path) -> None:
     name = converted.config.provenance.source
     cases = load_file(golden / (name.split(".pkl")[0] + ".safetensors"))
     denoiser = load_denoiser(converted.path)
@@ -71,7 +68,7 @@ def test_official_results_after_reloading(converted: Conversion, golden: Path) -
             assert error(denoiser.logvar(sigma), cases[f"{case}.logvar"]) < 2e-5
 
 
-def test_what_is_written(converted: Conversion, golden: Path) -> None:
+def test_what_is_written(converted: ConversionReport, golden: Path) -> None:
     source = converted.config.provenance.source
     official = read_official(golden / source)
     config = load_checkpoint(converted.path)[1]
@@ -192,7 +189,7 @@ def test_models_to_use(golden: Path, tmp_path: Path) -> None:
     teacher = load_denoiser(source)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not teacher.training
-    with pytest.raises(CheckpointError, match="is a teacher, and a generator is wanted"):
+    with pytest.raises(CheckpointError, match="is a teacher, not a generator"):
         load_generator(source)
 
     flow, config = load_checkpoint(convert(source, tmp_path / "teacher").path)
@@ -202,7 +199,7 @@ def test_models_to_use(golden: Path, tmp_path: Path) -> None:
     for place in (run, run.parent):  # the checkpoint, and the run that left it
         assert isinstance(load_model(place), Generator)
         assert load_generator(place).config.method == "cosim"
-    with pytest.raises(CheckpointError, match="is a generator, and a teacher is wanted"):
+    with pytest.raises(CheckpointError, match="is a generator, not a teacher"):
         load_denoiser(run)
     with pytest.raises(CheckpointError, match="is a folder"):
         convert(run, tmp_path / "again")

@@ -2,8 +2,8 @@
 
 import torch
 
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, Sampling, describe
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, Sampling, describe
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM

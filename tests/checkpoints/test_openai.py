@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as f
 from torch import Tensor
 
+from edmdistill.checkpoints.config import NetworkSpec
 from edmdistill.checkpoints.openai import PRECONDITIONING, RESOLUTIONS, Unknown, adm_of, read_openai
-from edmdistill.checkpoints.store import NetworkSpec, build_flow, fill
+from edmdistill.checkpoints.store import build_flow, fill
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from golden_set import NETWORKS
 
-from edmdistill.checkpoints.convert import convert, load_model, outline
+from edmdistill.checkpoints.convert import convert
+from edmdistill.checkpoints.load import load_model, outline
 
 
 @pytest.mark.parametrize("name", NETWORKS)

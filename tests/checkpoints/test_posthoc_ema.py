@@ -17,8 +17,8 @@ from tolerance import assert_rounded
 from torch import Tensor
 
 from edmdistill.checkpoints import posthoc_ema as module
-from edmdistill.checkpoints.convert import build_official
 from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.official import build_official
 from edmdistill.checkpoints.posthoc_ema import (
     LONGEST,
     Profile,

@@ -12,20 +12,10 @@ from tolerance import assert_rounded, depth
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints import store
-from edmdistill.checkpoints.convert import load_generator
-from edmdistill.checkpoints.store import (
-    CARD,
-    CONFIG,
-    MODEL,
-    CheckpointConfig,
-    Provenance,
-    Sampling,
-    describe,
-    load_checkpoint,
-    load_tensors,
-    save_checkpoint,
-    save_tensors,
-)
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, Sampling, describe
+from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
+from edmdistill.checkpoints.load import load_generator
+from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork

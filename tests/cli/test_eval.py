@@ -9,15 +9,9 @@ import torch
 from click.testing import CliRunner, Result
 from msgspec.structs import replace
 
-from edmdistill.checkpoints.convert import load_denoiser
-from edmdistill.checkpoints.store import (
-    CheckpointConfig,
-    Provenance,
-    describe,
-    load_checkpoint,
-    read_config,
-    save_checkpoint,
-)
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe, read_config
+from edmdistill.checkpoints.load import load_denoiser
+from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.cli.eval import command
 from edmdistill.data.datasets import open_dataset

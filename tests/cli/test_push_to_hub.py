@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 from hub_server import Hub
 
-from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, read_config
+from edmdistill.checkpoints.config import read_config
+from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.cli import main
 from edmdistill.evaluation.protocol import PROTOCOLS, Sampler, results_json
 from edmdistill.evaluation.protocol import Result as Measurement

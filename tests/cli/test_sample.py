@@ -9,8 +9,15 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from edmdistill.checkpoints.convert import load_generator, load_model
-from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, Sampling, describe, save_checkpoint
+from edmdistill.checkpoints.config import (
+    CheckpointConfig,
+    Guidance,
+    Provenance,
+    Sampling,
+    describe,
+)
+from edmdistill.checkpoints.load import load_generator, load_model
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.cli import main
 from edmdistill.cli.options import MAX_GUIDANCE, MAX_NFE, PROTOCOLS, SOLVERS
 from edmdistill.evaluation import protocol

@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 from msgspec.structs import replace
 from PIL import Image
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.cli import main
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edmdistill.checkpoints.convert import build_official
 from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.official import build_official
 from edmdistill.data.latents import Statistics, draw_latents, spread, statistics_of, visit_noise
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe
 from edmdistill.data.datasets import Dataset, indices, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood, log_likelihood, network_noise

@@ -14,8 +14,8 @@ from msgspec.structs import replace
 from PIL import Image
 from torch import Tensor
 
+from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance, describe
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, describe
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.frechet import frechet_distance, statistics

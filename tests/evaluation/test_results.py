@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from edmdistill.checkpoints.store import CONFIG, read_config, write_config
+from edmdistill.checkpoints.config import read_config, write_config
+from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import CheckpointError, EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS, Protocol, Result, Sampler
 from edmdistill.evaluation.results import place_to_save_in, results_of, save_results, saved_results, with_results

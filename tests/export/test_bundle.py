@@ -9,7 +9,7 @@ import torch
 from golden_set import NETWORKS
 from tolerance import assert_rounded, depth
 
-from edmdistill.checkpoints.convert import load_flow
+from edmdistill.checkpoints.load import load_flow
 from edmdistill.export.bundle import bundle
 from edmdistill.export.diffusers import FILES
 

@@ -18,10 +18,18 @@ from golden_set import NETWORKS
 from PIL import Image
 from tolerance import assert_rounded, depth, rounding
 
-from edmdistill.checkpoints.convert import build_official, load_flow, load_generator
+from edmdistill.checkpoints.config import (
+    CheckpointConfig,
+    Guidance,
+    Provenance,
+    Sampling,
+    describe,
+)
 from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.load import load_flow, load_generator
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, Sampling, describe, save_checkpoint
+from edmdistill.checkpoints.official import build_official
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.cli import main
 from edmdistill.cli.export import TARGETS as CHOICES
 from edmdistill.errors import EdmDistillError

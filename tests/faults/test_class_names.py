@@ -9,17 +9,12 @@ from click.testing import CliRunner
 from make_teacher import to_pickle
 from msgspec.structs import replace
 
-from edmdistill.checkpoints.convert import convert, load_model
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe, read_config
+from edmdistill.checkpoints.convert import convert
 from edmdistill.checkpoints.known import KNOWN_FILES, class_names, names_of
+from edmdistill.checkpoints.load import load_model
 from edmdistill.checkpoints.source import SHIPPED
-from edmdistill.checkpoints.store import (
-    CheckpointConfig,
-    Provenance,
-    describe,
-    load_checkpoint,
-    read_config,
-    save_checkpoint,
-)
+from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.edm2 import UNet

@@ -7,8 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from edmdistill.checkpoints.convert import read_source
 from edmdistill.checkpoints.inspect import to_text
+from edmdistill.checkpoints.official import load_official
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, EdmDistillError, TrainingError, printable
 
@@ -36,7 +36,7 @@ def test_weights(content: dict[str, object], tmp_path: Path) -> None:
     torch.save({str(key).replace("\ud800", ""): value for key, value in content.items()}, tmp_path / "x.pt")
     (tmp_path / "x.pt").rename(tmp_path / name)
     with pytest.raises(CheckpointError) as caught:
-        read_source(tmp_path / name)
+        load_official(tmp_path / name)
     assert str(caught.value).isprintable()
 
 

@@ -13,9 +13,10 @@ import pytest
 from hub_server import Hub, Repository
 from huggingface_hub import constants
 
-from edmdistill.checkpoints import source
+from edmdistill.checkpoints import download
+from edmdistill.checkpoints.download import _file_name
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.source import _file_name, resolve
+from edmdistill.checkpoints.source import resolve
 from edmdistill.errors import CheckpointError, HubError
 
 CONTENT = b"weights" * 1000
@@ -46,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(source, "SILENCE", 0.3)
+    monkeypatch.setattr(download, "SILENCE", 0.3)
     with Server(("127.0.0.1", 0), Handler) as server:
         server.headers, server.closing = [], threading.Event()
         server.handle_error = lambda request, address: None  # type: ignore[method-assign]  # clients that hang up

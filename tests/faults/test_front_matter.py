@@ -12,9 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from edmdistill.checkpoints.convert import load_flow
+from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.documents import front_matter
-from edmdistill.checkpoints.store import CheckpointConfig, _card
+from edmdistill.checkpoints.load import load_flow
+from edmdistill.checkpoints.store import _card
 from edmdistill.errors import printable
 from edmdistill.export.folder import TARGETS
 from edmdistill.export.folder import _card as export_card

@@ -10,10 +10,13 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.checkpoints import convert as module
-from edmdistill.checkpoints.convert import convert, load_flow
+from edmdistill.checkpoints.config import unfinished
+from edmdistill.checkpoints.convert import convert
 from edmdistill.checkpoints.function import GENERATOR, describe_dependence, generator_warning, noise_dependence
+from edmdistill.checkpoints.layout import CONFIG
+from edmdistill.checkpoints.load import load_flow
 from edmdistill.checkpoints.source import SHIPPED
-from edmdistill.checkpoints.store import CONFIG, load_checkpoint, save_checkpoint, unfinished
+from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.cli import main
 from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network

@@ -7,8 +7,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from edmdistill.checkpoints.convert import load_denoiser
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
+from edmdistill.checkpoints.load import load_denoiser
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError
 from edmdistill.methods.base import Method

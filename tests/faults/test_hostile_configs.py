@@ -15,20 +15,18 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from edmdistill.checkpoints import store
-from edmdistill.checkpoints.store import (
-    CONFIG,
+from edmdistill.checkpoints.config import (
     CONFIG_BYTES,
-    MODEL,
     CheckpointConfig,
     Guidance,
+    NetworkSpec,
     Provenance,
     Sampling,
     describe,
-    fill,
-    load_checkpoint,
     read_config,
-    save_checkpoint,
 )
+from edmdistill.checkpoints.layout import CONFIG, MODEL
+from edmdistill.checkpoints.store import fill, load_checkpoint, meta_network, save_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import Denoiser, FlowNetwork
@@ -130,7 +128,7 @@ def built_once() -> Iterator[None]:
     built: dict[str, FlowNetwork] = {}
     build = store.build_flow
 
-    def cached(spec: store.NetworkSpec, numbers: Any, where: str, label_dropout: float | None = None) -> FlowNetwork:
+    def cached(spec: NetworkSpec, numbers: Any, where: str, label_dropout: float | None = None) -> FlowNetwork:
         key = json.dumps([spec.kind, spec.arguments, numbers, label_dropout])
         if key not in built:
             built[key] = build(spec, numbers, where, label_dropout)
@@ -155,7 +153,7 @@ def test_it_loads_and_works_or_is_refused_in_a_sentence(folder: Path, drawn: tup
     refusal, flow = "", None
     try:
         config = read_config(folder)
-        flow = describe(config, folder)
+        flow = meta_network(config, folder)
         fill(flow.network, tensors, MODEL)
     except CheckpointError as error:
         refusal = str(error)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from PIL import Image
 
+from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.documents import _lines, code, code_block, escape, markdown
-from edmdistill.checkpoints.store import CheckpointConfig
 from edmdistill.errors import printable
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import Table

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from edmdistill.checkpoints.convert import convert
-from edmdistill.checkpoints.store import CARD
+from edmdistill.checkpoints.layout import CARD
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints import openai
-from edmdistill.checkpoints.convert import read_source
 from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.official import load_official
 from edmdistill.checkpoints.openai import Unknown, adm_of, read_openai
 from edmdistill.errors import CheckpointError
 
@@ -67,7 +67,7 @@ def test_names(name: str, why: str, tmp_path: Path, golden: Path) -> None:
     path = tmp_path / name
     path.write_bytes(good.read_bytes())
     with pytest.raises(CheckpointError, match=rf"is by its name .*{why}.*: give "):
-        read_source(path)
+        load_official(path)
 
 
 @pytest.mark.parametrize("name", ["network-snapshot-000512.pkl", "network-snapshot-0002048-0.050.pkl", "cd.pkl"])
@@ -92,10 +92,10 @@ def test_tensors_of_others(names: list[str], why: str, tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save(tensors, path)
     with pytest.raises(CheckpointError, match=rf"{why}.*: give "):
-        read_source(path)
+        load_official(path)
     torch.save({"model": tensors, "epoch": 3}, path)
     with pytest.raises(CheckpointError, match=rf"{why}.*: give "):
-        read_source(path)
+        load_official(path)
 
 
 def test_a_pickle_of_a_generator(tmp_path: Path, golden: Path) -> None:
@@ -116,4 +116,4 @@ def test_a_pickle_of_a_generator(tmp_path: Path, golden: Path) -> None:
 def test_folders(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({}))
     with pytest.raises(CheckpointError, match=r"is a folder of diffusers'.*: give"):
-        read_source(tmp_path)
+        load_official(tmp_path)

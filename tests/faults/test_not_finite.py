@@ -6,9 +6,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from edmdistill.checkpoints.convert import build_official, convert, load_model
+from edmdistill.checkpoints.convert import convert
+from edmdistill.checkpoints.layout import MODEL
+from edmdistill.checkpoints.load import load_model
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.store import MODEL, load_checkpoint, load_tensors, require_finite, save_tensors
+from edmdistill.checkpoints.official import build_official
+from edmdistill.checkpoints.store import load_checkpoint, load_tensors, require_finite, save_tensors
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError
 

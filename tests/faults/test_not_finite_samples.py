@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner, Result
 from tiny_generator import tiny_generator
 
-from edmdistill.checkpoints.convert import load_model
 from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.load import load_model
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError, NotFiniteError
 from edmdistill.evaluation.protocol import evaluate

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from edmdistill.checkpoints.convert import load_flow
+from edmdistill.checkpoints.load import load_flow
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError
 from edmdistill.export import folder as exports

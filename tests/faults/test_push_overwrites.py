@@ -9,7 +9,9 @@ from click.testing import CliRunner
 from hub_server import Hub
 from msgspec.structs import replace
 
-from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, load_tensors, read_config, save_tensors, write_config
+from edmdistill.checkpoints.config import read_config, write_config
+from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
+from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, HubError
 from edmdistill.publish import hub

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edmdistill.checkpoints.convert import load_flow
+from edmdistill.checkpoints.load import load_flow
 from edmdistill.errors import CheckpointError
 from edmdistill.training.loop import train
 from edmdistill.training.run import Run

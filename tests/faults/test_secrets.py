@@ -71,7 +71,7 @@ def test_no_failed_download_tells(address: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_convert_does_not_tell(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edmdistill.checkpoints.source._download", lambda url: golden / "edm2-rgb-cond.pkl")
+    monkeypatch.setattr("edmdistill.checkpoints.source.download", lambda url: golden / "edm2-rgb-cond.pkl")
     address = f"https://user:{SECRET}@host/a/edm2.pkl?token={SECRET}"
     for _ in range(2):  # written, and there already
         done = CliRunner().invoke(main, ["convert", address, str(tmp_path / "out")])

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edmdistill.checkpoints.run_state import HealthProgress, Progress, WindowProgress, read_progress, saved_states
+from edmdistill.checkpoints.layout import saved_states
+from edmdistill.checkpoints.run_state import HealthProgress, Progress, WindowProgress, read_progress
 from edmdistill.data.datasets import indices
 from edmdistill.errors import TrainingError
 from edmdistill.training import monitors

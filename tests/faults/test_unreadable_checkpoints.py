@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner
 from golden_set import GOLDEN
 
-from edmdistill.checkpoints.convert import read_source
 from edmdistill.checkpoints.inspect import inspect
 from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.official import load_official
 from edmdistill.checkpoints.source import resolve
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError
@@ -29,7 +29,7 @@ CASES = Path(__file__).parent.parent / "cases"
     ],
 )
 def test_cases(name: str, why: str) -> None:
-    for read in (read_source, inspect):
+    for read in (load_official, inspect):
         with pytest.raises(CheckpointError, match=rf"^[^\n]*{why}[^\n]*\.$"):
             read(CASES / name)
 
@@ -39,10 +39,10 @@ def test_a_training_state_names_what_lies_beside_it(tmp_path: Path) -> None:
     torch.save({"net": {"a": torch.ones(1)}, "optimizer_state": {"state": {0: torch.ones(1)}}}, path)
     (tmp_path / "network-snapshot-0002048-0.100.pkl").touch()
     with pytest.raises(CheckpointError, match=r"give the network-snapshot beside it, network-snapshot-0002048-0\.100"):
-        read_source(path)
+        load_official(path)
     other = path.rename(tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="is a training state"):
-        read_source(other)
+        load_official(other)
 
 
 def test_diffusers_weights(tmp_path: Path) -> None:
@@ -50,11 +50,11 @@ def test_diffusers_weights(tmp_path: Path) -> None:
 
     save_file({"down_blocks.0.x": torch.ones(1)}, tmp_path / "unet.safetensors")
     with pytest.raises(CheckpointError, match="diffusers' names"):
-        read_source(tmp_path / "unet.safetensors")
+        load_official(tmp_path / "unet.safetensors")
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=f"is a part of a checkpoint: give its folder, {tmp_path}"):
-        read_source(tmp_path / "model.safetensors")
+        load_official(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -63,7 +63,7 @@ def test_a_cut_zip_is_cut(tmp_path: Path, share: float) -> None:
     path = tmp_path / "edm_imagenet64_ema.pt"
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(CheckpointError, match="zip archive that is cut short or damaged: download it again"):
-        read_source(path)
+        load_official(path)
 
 
 def test_odd_archives(tmp_path: Path) -> None:
@@ -72,18 +72,18 @@ def test_odd_archives(tmp_path: Path) -> None:
         with zipfile.ZipFile(path, "w", method) as archive:
             archive.writestr("x/data.pkl", b"ignored" * 10)
         with pytest.raises(CheckpointError, match=why):
-            read_source(path)
+            load_official(path)
     encrypted = bytearray(path.read_bytes())
     for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         encrypted[encrypted.index(mark) + offset] |= 1
     path.write_bytes(encrypted)
     with pytest.raises(CheckpointError, match="encrypted"):
-        read_source(path)
+        load_official(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "")
         archive.writestr("b/c.txt", "")
     with pytest.raises(CheckpointError, match="not one that torch"):
-        read_source(path)
+        load_official(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

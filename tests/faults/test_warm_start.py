@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edmdistill.checkpoints.convert import load_flow
+from edmdistill.checkpoints.load import load_flow
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import Recipe

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import edmdistill
-from edmdistill.checkpoints.store import read_config
+from edmdistill.checkpoints.config import read_config
 from edmdistill.methods import METHODS, MethodEntry
 from edmdistill.methods.base import Method
 from edmdistill.publish.card import CITATIONS

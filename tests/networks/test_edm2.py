@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edmdistill.checkpoints.convert import build_official
 from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.official import build_official
 from edmdistill.networks.edm2 import MPConv
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 

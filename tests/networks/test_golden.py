@@ -9,8 +9,8 @@ from golden_set import NETWORKS
 from safetensors.torch import load_file
 from torch import Tensor
 
-from edmdistill.checkpoints.convert import build_official
 from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.official import build_official
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 
 TOLERANCE = 2e-5

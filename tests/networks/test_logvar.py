@@ -8,7 +8,8 @@ import torch
 from tolerance import assert_rounded, depth
 from torch import Tensor
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, load_checkpoint, save_checkpoint
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
+from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.rebuild import add_logvar
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time

@@ -13,8 +13,8 @@ from tolerance import assert_rounded, depth, rounding
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edmdistill.checkpoints.convert import build_official
 from edmdistill.checkpoints.nvidia import read_official
+from edmdistill.checkpoints.official import build_official
 from edmdistill.errors import TrainingError
 from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Network

@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import ModelCard
 from msgspec.structs import replace
 
+from edmdistill.checkpoints.config import CheckpointConfig, Sampling, read_config
 from edmdistill.checkpoints.source import repository_of
-from edmdistill.checkpoints.store import CheckpointConfig, Sampling, read_config
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler
 from edmdistill.methods import METHODS
 from edmdistill.publish.card import CITATIONS, card, is_own

@@ -15,8 +15,10 @@ from hub_server import READER, Hub
 from msgspec.structs import replace
 
 from edmdistill import load_generator, sample
-from edmdistill.checkpoints import source
-from edmdistill.checkpoints.store import CARD, CONFIG, MODEL, load_tensors, read_config, save_tensors, write_config
+from edmdistill.checkpoints import hub_client
+from edmdistill.checkpoints.config import read_config, write_config
+from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
+from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.errors import CheckpointError, EdmDistillError, HubError
 from edmdistill.publish.hub import GRID, STRICTNESS, Published, pack, push, settle_licence
 
@@ -142,7 +144,7 @@ def test_a_connection_that_breaks_is_tried_again(server: Hub, folder: Path) -> N
 def test_what_goes_wrong_is_one_sentence(
     server: Hub, folder: Path, call: str, fault: int | str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "PATIENCE", 0.2)
+    monkeypatch.setattr(hub_client, "PATIENCE", 0.2)
     server.faults[call] = fault, 10
     with pytest.raises(HubError) as caught:
         publish(folder)

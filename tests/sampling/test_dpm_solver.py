@@ -9,7 +9,7 @@ import torch
 from golden_set import NETWORKS
 from torch import Tensor
 
-from edmdistill.checkpoints.convert import load_denoiser
+from edmdistill.checkpoints.load import load_denoiser
 from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
 from edmdistill.sampling.heun import EDM, EDM2, edm_sampler, noise_levels
 from edmdistill.trigflow import ddim_step, denoised, sigma_to_time

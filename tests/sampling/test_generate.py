@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance, describe
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.store import CheckpointConfig, Guidance, Provenance, describe
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import Denoiser, FlowNetwork

@@ -13,7 +13,7 @@ from golden_set import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor
 
-from edmdistill.checkpoints.convert import load_denoiser
+from edmdistill.checkpoints.load import load_denoiser
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8

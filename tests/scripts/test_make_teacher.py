@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from make_teacher import to_pickle
 
-from edmdistill.checkpoints.convert import build_official
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe
+from edmdistill.checkpoints.official import build_official
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM

@@ -12,16 +12,10 @@ import torch
 from msgspec.structs import replace
 from tolerance import assert_rounded, depth
 
-from edmdistill.checkpoints.convert import load_generator
-from edmdistill.checkpoints.store import (
-    MODEL,
-    CheckpointConfig,
-    Guidance,
-    Provenance,
-    describe,
-    load_checkpoint,
-    save_checkpoint,
-)
+from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance, describe
+from edmdistill.checkpoints.layout import MODEL
+from edmdistill.checkpoints.load import load_generator
+from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network

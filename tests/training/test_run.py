@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerance import assert_rounded, depth
 
-from edmdistill.errors import DatasetError, TrainingError
+from edmdistill.errors import CheckpointError, DatasetError, TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.networks import new_network
@@ -60,7 +60,7 @@ def test_a_method_that_distils_asks_for_its_teacher(recipe):
 
 def test_a_generator_is_no_teacher(start, recipe, tmp_path):
     train(start("sid"), tmp_path / "run")
-    with pytest.raises(TrainingError, match="is a generator, made by sid"):
+    with pytest.raises(CheckpointError, match="is a generator, made by sid"):
         prepare(recipe("cosim"), data="digits", teacher=tmp_path / "run")
 
 

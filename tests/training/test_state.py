@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edmdistill.checkpoints.run_state import Progress, WindowProgress, saved_states
+from edmdistill.checkpoints.layout import saved_states
+from edmdistill.checkpoints.run_state import Progress, WindowProgress
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.training import state
 from edmdistill.training.state import State, kept, newest_whole, read_state, save_state

@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from edmdistill.checkpoints.store import CheckpointConfig, Provenance, describe, save_checkpoint
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.data import datasets
 from edmdistill.data.datasets import Dataset, indices, open_dataset
 from edmdistill.data.latents import Statistics, draw_latents, visit_noise

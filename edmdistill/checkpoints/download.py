@@ -1,0 +1,169 @@
+"""Downloads by http(s), kept in a cache: whole or not at all, whatever the server does."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import os
+import queue
+import re
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from edmdistill.atomic import atomic_write
+from edmdistill.errors import CheckpointError, public_address
+from edmdistill.progress import progress_bar
+
+SILENCE = 60.0
+"""Seconds after which a server that sends nothing is given up."""
+SLOWEST = 1024
+"""Bytes per second; a server that sends less over SILENCE is given up."""
+
+
+def _cache() -> Path:
+    """The folder of downloads: $EDMDISTILL_CACHE, else edmdistill in the user's cache folder."""
+    own = os.environ.get("EDMDISTILL_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edmdistill"
+
+
+def download(url: str) -> Path:
+    """The file at an http(s) URL, kept for the next time.  A download that breaks leaves nothing."""
+    # A folder for each URL keeps the file's own name, which says what it is (and .pkl or .pt).
+    target = _cache() / hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()[:16] / _file_name(url)
+    if target.exists():
+        return target
+    with atomic_write(target) as new:
+        redirects = _Redirects()
+        try:
+            with _open(url, redirects) as response, new.open("wb") as file:
+                if response.headers.get_content_type() == "text/html":
+                    raise ValueError("it is a web page, not a file")
+                digest = _save(response, file, target.name)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason: object = getattr(error, "reason", None) or error
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+                reason = f"the server says {error.code} {error.reason}"
+            elif isinstance(reason, TimeoutError):
+                reason = f"the server is silent for {SILENCE:g} s; try again later"
+            elif isinstance(error, http.client.InvalidURL | UnicodeError):
+                reason = "this is no address"  # the error repeats it, with what may be secret
+            raise CheckpointError(f"{public_address(url)} cannot be downloaded: {reason}.") from None
+        if redirects.sha256 not in (None, digest):
+            raise CheckpointError(
+                f"{public_address(url)} came with the sha256 {digest}, but the Hub has {redirects.sha256}: "
+                "download it again."
+            )
+    return target
+
+
+def _file_name(url: str) -> str:
+    """The last name in a URL's path, as any file system takes it."""
+    last = PurePosixPath(unquote(re.split("[?#;]", url)[0].rstrip("/"))).name
+    name = re.sub(r"[^\w.+=-]", "_", last, flags=re.ASCII).strip(".")[-100:] or "download"
+    return f"_{name}" if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name) else name  # of Windows
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """EmaOf to http and https alone, and notes what the Hub says of a large file before it sends on to it."""
+
+    sha256: str | None = None
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not newurl.lower().startswith(("http://", "https://")):
+            fp.close()
+            raise urllib.error.URLError("the server sends on to an address that is not http or https")
+        linked = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-ETag") or "")
+        self.sha256 = linked[1] if linked else self.sha256
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _open(url: str, redirects: _Redirects) -> Any:
+    """The response to a GET, which begins within SILENCE."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, fragment="")))
+    if at:  # not to be sent to wherever the server sends on to
+        token = base64.b64encode(unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    opener = urllib.request.build_opener(redirects)
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    given_up = threading.Event()
+
+    def answer() -> None:
+        try:
+            response = opener.open(request, timeout=SILENCE)
+        except BaseException as error:  # raised again below
+            response = error
+        if given_up.is_set():
+            getattr(response, "close", lambda: None)()
+        else:
+            answers.put(response)
+
+    # A server may send its headers a letter at a time, and each letter begins the socket's own patience anew.
+    threading.Thread(target=answer, daemon=True).start()
+    try:
+        response = answers.get(timeout=2 * SILENCE)
+    except queue.Empty:
+        given_up.set()
+        raise TimeoutError from None
+    if isinstance(response, BaseException):
+        raise response
+    return response
+
+
+def _save(response: Any, file: BinaryIO, name: str) -> str:
+    """Writes a response's body, and returns its sha256.
+
+    Raises: OSError, ValueError: it is cut short, too slow, or larger than the disk.
+    """
+    said = response.headers.get("Content-Length") or ""
+    size = int(said) if re.fullmatch(r"\d{1,18}", said) else None
+    free = shutil.disk_usage(Path(file.name).parent).free
+    if size is not None and size > free:
+        raise OSError(f"it has {size:,} bytes, and the disk of the cache has {free:,} free; set EDMDISTILL_CACHE")
+    digest = hashlib.sha256()
+    count, since = 0, time.monotonic()
+    with progress_bar(total=size, desc=name, unit="B", unit_scale=True) as bar:
+        while chunk := response.read1(1 << 20):
+            file.write(chunk)
+            digest.update(chunk)
+            bar.update(len(chunk))
+            count += len(chunk)
+            now = time.monotonic()
+            if now - since > SILENCE:
+                if count < SLOWEST * (now - since):
+                    raise OSError(f"the server sends less than {SLOWEST:,} bytes/s; try again later")
+                count, since = 0, now
+    if size is not None and file.tell() != size:
+        raise OSError(f"it ended after {file.tell()} of {size} bytes")
+    return digest.hexdigest()
+
+
+@contextmanager
+def downloaded(path: Path) -> Iterator[None]:
+    """Reads what may be a download: if it cannot be read, it is removed, so that it is downloaded again.
+
+    Raises: CheckpointError: from the block, with what became of the file.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        from huggingface_hub import constants
+
+        place = path.absolute()
+        if any(Path(folder).absolute() in place.parents for folder in (_cache(), constants.HF_HUB_CACHE)):
+            blob = path.resolve()
+            path.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+            raise CheckpointError(f"{str(error).rstrip('.')}; it is removed from the cache.") from error
+        raise

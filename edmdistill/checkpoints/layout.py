@@ -1,0 +1,26 @@
+"""Where things lie in a checkpoint, a run directory and a saved state: names of files and folders, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
+"""The files of a checkpoint."""
+PROGRESS = "progress.json"
+"""The file that makes a folder a saved state."""
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """Returns the checkpoint's folder: of a run directory its generator/, of anything else the folder itself."""
+    generator = folder / "generator"
+    return generator if (generator / CONFIG).is_file() else folder
+
+
+def is_state(folder: Path) -> bool:
+    """Returns whether a folder is a saved state of a run, RUN/state/IMAGES."""
+    return (folder / PROGRESS).is_file()
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """Returns the directories of the saved states, the oldest first.  folder: RUN/state"""
+    return sorted(path for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []

@@ -1,0 +1,150 @@
+"""Networks from whatever a user names: a checkpoint, a run directory, one of its states, or an official file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import torch
+from msgspec.structs import replace
+
+from edmdistill.checkpoints.config import CheckpointConfig, read_config
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.layout import CONFIG, checkpoint_in, is_state
+from edmdistill.checkpoints.official import load_official, outline_official
+from edmdistill.checkpoints.run_state import newest_readable, raw_weights
+from edmdistill.checkpoints.source import Source, open_source
+from edmdistill.checkpoints.store import build_flow, fill, load_checkpoint, meta_network
+from edmdistill.errors import CheckpointError
+from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.surgery.two_time import drop_second_time
+from edmdistill.progress import write
+
+Weights = Literal["ema", "raw"]
+
+
+def load_model(
+    source: str | Path | Source,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: Weights = "ema",
+) -> Denoiser | Generator:
+    """Returns a network to use: a generator if the checkpoint holds one, else a denoiser.  It is not for training.
+
+    Args:
+        source: a checkpoint of ours (folder or Hub id), a run directory, a run's state RUN/state/IMAGES, an official
+            pickle or OpenAI's .pt.
+        weights: of a run directory, the average that the run publishes, or the raw weights of its newest state; a
+            state has raw ones alone.
+        dtype: of the network's arithmetic: float16 and bfloat16 inside it only, float64 throughout; default float32.
+    Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
+    """
+    flow, config = load_flow(source, weights)
+    if dtype == torch.float64:
+        flow.double()
+    elif dtype is not None:
+        flow.compute_dtype = dtype
+    flow = flow.to(device).requires_grad_(False)
+    flow.network.fold()
+    if config.stage == "generator":
+        return Generator(flow, config).eval()
+    teacher = Denoiser(flow)
+    teacher.label_names = config.label_names
+    return teacher.eval()
+
+
+def load_denoiser(
+    source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Denoiser:
+    """Returns a teacher in EDM's view; see `load_model`.  Raises: CheckpointError: it is a generator or unreadable."""
+    model = load_model(source, device, dtype)
+    if not isinstance(model, Denoiser):
+        raise CheckpointError(f"{source} is a generator, not a teacher: give the teacher that it was distilled from.")
+    return model
+
+
+def load_generator(
+    source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Generator:
+    """Returns a few-step generator; see `load_model`.  Raises: CheckpointError: it is a teacher or unreadable."""
+    model = load_model(source, device, dtype)
+    if not isinstance(model, Generator):
+        raise CheckpointError(f"{source} is a teacher, not a generator: distil it with `edmdistill train`.")
+    return model
+
+
+def read_teacher(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointConfig]:
+    """Returns a teacher and its configuration, as the parent of what comes from it.
+
+    Args:
+        source: as load_model's.
+    Raises: CheckpointError: it is a generator, or cannot be read.  HubError: the Hub refuses.
+    """
+    source = open_source(source)
+    flow, config = _read(source, "ema")
+    if config.stage != "teacher":
+        raise CheckpointError(f"{source} is a {config.stage}, made by {config.method}: give its teacher")
+    return flow, replace(config, provenance=replace(config.provenance, parent=source.sha256))
+
+
+def load_flow(source: str | Path | Source, weights: Weights = "ema") -> tuple[FlowNetwork, CheckpointConfig]:
+    """Returns the network of a checkpoint as it stands there, in float32 on the CPU, and its configuration.
+
+    Teachers and auxiliary scores lose their second time; a generator has it only if its jumps read it.
+
+    Args:
+        source, weights: as load_model's.
+    Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
+    """
+    flow, config = _read(open_source(source), weights)
+    as_it_is = config.stage == "generator" or not flow.two_time
+    return flow if as_it_is else drop_second_time(flow), config
+
+
+def _read(source: Source, weights: Weights) -> tuple[FlowNetwork, CheckpointConfig]:
+    if weights == "raw" or is_state(source.path):
+        return _read_raw(source.path)
+    return load_checkpoint(checkpoint_in(source.path)) if source.path.is_dir() else load_official(source)
+
+
+def _read_raw(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
+    """Returns the network in training of a run's newest whole state, or of the state that is given."""
+    state = newest_readable(path, write)
+    folder = state.parent.parent / "generator"
+    config = read_config(folder)
+    flow = build_flow(config.network, config.preconditioning, str(folder))
+    role = "teacher" if config.stage == "teacher" else "generator"
+    fill(flow.network, raw_weights(state, role), str(state))
+    return flow, replace(config, images_seen=int(state.name), ema=None, results=())
+
+
+def outline(source: str | Path | Source) -> FlowNetwork:
+    """Returns the network of a checkpoint on the meta device: its shapes without its numbers, which are not read.
+
+    Args:
+        source: as load_model's.
+    Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
+    """
+    source = open_source(source)
+    if source.path.is_dir():
+        folder = checkpoint_in(source.path)
+        return meta_network(read_config(folder), folder)
+    return load_official(source)[0].to("meta") if source.is_archive else outline_official(source.official)
+
+
+def find_config(source: str | Path | Source) -> CheckpointConfig | None:
+    """Returns the configuration of a checkpoint of ours or of a run's, or None for anything else."""
+    folder = checkpoint_in(open_source(source).path)
+    return read_config(folder) if (folder / CONFIG).is_file() else None
+
+
+def weights_digest(source: str | Path | Source, model: Generator | Denoiser, weights: Weights = "ema") -> str:
+    """Returns the sha256 of the file of weights that a model was loaded from; of its tensors, where it is a state."""
+    source = open_source(source)
+    if weights == "ema" and not is_state(source.path):
+        return source.sha256
+    digest = hashlib.sha256()
+    for name, tensor in model.flow.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,148 @@
+"""The networks of official files as ours: which classes and arguments of NVIDIA's and OpenAI's are which of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, describe
+from edmdistill.checkpoints.known import KNOWN_FILES, label_names_of
+from edmdistill.checkpoints.nvidia import OfficialCheckpoint
+from edmdistill.checkpoints.openai import read_openai
+from edmdistill.checkpoints.others import of_folder
+from edmdistill.checkpoints.source import Source, open_source
+from edmdistill.checkpoints.store import build_flow, fill
+from edmdistill.errors import CheckpointError
+from edmdistill.networks import NETWORKS
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.magnitude import GAINS
+from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS
+
+PRECONDITIONING_CLASSES = {
+    "EDMPrecond": "edm",
+    "VPPrecond": "vp",
+    "VEPrecond": "ve",
+    "iDDPMPrecond": "iddpm",
+    "Precond": "edm",
+}
+NETWORK_CLASSES = {"SongUNet": ("song", "model."), "DhariwalUNet": ("adm", "model."), "UNet": ("edm2", "unet.")}
+"""Our kind, and the prefix of its tensors in the official state."""
+OURS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads"}
+"""Constructor arguments that no official class has; only EDM2's have logvar_channels."""
+WITHOUT_EFFECT = {"use_fp16", "model_type"}
+"""Official arguments about how the network is run or named, not what it computes."""
+
+
+def outline_official(official: OfficialCheckpoint) -> FlowNetwork:
+    """Returns the network of an official pickle on the meta device.
+
+    Raises: CheckpointError: arguments that are unknown or make no network.
+    """
+    kind, _ = NETWORK_CLASSES[official.network_class]
+    return build_flow(NetworkSpec(kind, _arguments(official, kind)), _preconditioning(official), str(official.path))
+
+
+def build_official(
+    official: OfficialCheckpoint, *, upcast: bool = False, tensors: Mapping[str, Tensor] | None = None
+) -> tuple[FlowNetwork, CheckpointConfig]:
+    """Returns the network in an official pickle, in float32, and its configuration.
+
+    Arguments, names and shapes are compared with our network before it is given any memory.
+
+    Args:
+        upcast: EDM2 stores float16, and the official code rounds gain / sqrt(fan_in) to it. False keeps that rounding
+            and so the official images; True is the network upcast first, which moves them by up to 7e-4.
+        tensors: in the place of its own, by the official names.
+    Raises: CheckpointError: arguments that are unknown or make no network, or tensors that do not fit it.
+    """
+    where, (_, prefix) = str(official.path), NETWORK_CLASSES[official.network_class]
+    flow = outline_official(official)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in (tensors or official.tensors).items()}
+    if isinstance(flow.preconditioning, IDDPM):  # its noise levels are stored, but follow from its numbers
+        levels = tensors.pop("u", torch.empty(0))
+        if levels.shape != flow.preconditioning.levels.shape or not levels.allclose(flow.preconditioning.levels):
+            raise CheckpointError(f"{where} holds other noise levels than its arguments make: it is damaged.")
+    fill(flow.network, tensors, where)
+    if not upcast:
+        _round_gains(flow.network)
+    names, file = label_names_of(official), KNOWN_FILES.get(official.sha256)
+    config = CheckpointConfig(
+        stage="teacher",
+        encoder=_encoder(official),
+        label_names=None if names is None else tuple(names),
+        provenance=Provenance(
+            source=official.path.name, sha256=official.sha256, licence=file.licence if file else "cc-by-nc-sa-4.0"
+        ),
+        **describe(flow),
+    )
+    return flow.float(), config
+
+
+def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
+    """Our network's constructor arguments. Its defaults are the official ones."""
+    ours = OURS if kind == "edm2" else OURS | {"logvar_channels"}
+    known = inspect.signature(NETWORKS[kind]).parameters.keys() - ours
+    arguments = official.network_arguments | {
+        name: value for name, value in official.arguments.items() if name in known & {"logvar_channels"}
+    }
+    outer = {"img_channels"} | {field.name for field in fields(PRECONDITIONINGS[_preconditioning(official)["kind"]])}
+    unknown = (arguments.keys() - known) | (official.arguments.keys() - known - outer - WITHOUT_EFFECT)
+    if unknown:
+        raise CheckpointError(
+            f"{official.path} was made with the argument {min(unknown)}, which {official.network_class} does not know: "
+            "it is damaged, or written by other code than NVIDIA's."
+        )
+    return arguments
+
+
+def _preconditioning(official: OfficialCheckpoint) -> dict[str, Any]:
+    """Kind and numbers. Our defaults are the official ones, but for EDM's range, which is unlimited there."""
+    kind = PRECONDITIONING_CLASSES[official.preconditioning_class]
+    numbers = {}
+    for name in official.arguments.keys() & {field.name for field in fields(PRECONDITIONINGS[kind])}:
+        # The object's attribute, where it has one, is what the official code computes with.
+        value = official.attributes.get(name, official.arguments[name])
+        if not (name in ("sigma_min", "sigma_max") and value in (0, math.inf)):
+            numbers[name] = value
+    return {"kind": kind, **numbers}
+
+
+def _encoder(official: OfficialCheckpoint) -> dict[str, Any]:
+    """What images are to the network."""
+    if official.encoder is None or official.encoder["class_name"] == "StandardRGBEncoder":
+        return {"kind": "pixels"}
+    own = {"class_name", "arguments", "batch_size"}
+    statistics = {name: value for name, value in official.encoder.items() if name not in own}
+    return {"kind": official.encoder["class_name"], **statistics}
+
+
+@torch.no_grad()
+def _round_gains(network: nn.Module) -> None:
+    """Rounds gain / sqrt(fan_in) to the gain's own precision, as the official EDM2 code does where that is float16."""
+    for layer in network.modules():
+        for name, scaled in GAINS.items():
+            gain = getattr(layer, name, None)
+            if gain is not None and gain.dtype != torch.float32:
+                root = math.sqrt(getattr(layer, scaled).weight[0].numel())
+                setattr(layer, name, nn.Parameter((gain / root).float() * root))
+
+
+def load_official(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointConfig]:
+    """Returns the network in a file of NVIDIA's or OpenAI's, in float32, with one time, and its configuration.
+
+    Raises: CheckpointError: it is neither.
+    """
+    source = open_source(source)
+    if source.path.is_dir():
+        raise CheckpointError(f"{source.path} {of_folder(source.path)}.")
+    if source.is_archive:
+        return read_openai(source.path, source.sha256)
+    return build_official(dataclasses.replace(source.official))  # a copy: its tensors are freed with it
