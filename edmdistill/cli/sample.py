@@ -109,18 +109,19 @@ def command(
 
     from edmdistill.checkpoints.load import load_denoiser, load_model, weights_digest
     from edmdistill.errors import NotFiniteError
-    from edmdistill.evaluation.protocol import sampler_of
     from edmdistill.features.classifiers import load_classifier
     from edmdistill.progress import progress_bar
+    from edmdistill.sampling.build import build_sampler
     from edmdistill.sampling.feature_nets import load_feature_net
     from edmdistill.sampling.files import GRID_MOST, Samples, check_output, read_image
-    from edmdistill.sampling.generate import describe_not_finite, drawn_classes, is_latent, sample
+    from edmdistill.sampling.generate import describe_not_finite, drawn_classes, generate_images, is_latent
     from edmdistill.sampling.heun import Churn
     from edmdistill.sampling.labels import find_classes
     from edmdistill.sampling.load import class_names, digest_of, pick_device
     from edmdistill.sampling.rejection import candidates, sample_best
     from edmdistill.sampling.seeds import format_seeds, parse_seeds
-    from edmdistill.sampling.trajectory import Towards
+    from edmdistill.sampling.spec import SamplerSpec
+    from edmdistill.sampling.trajectory import ReferenceGuidance
 
     numbers = parse_seeds(seeds)
     where, precision = pick_device(device), getattr(torch, dtype) if dtype else None
@@ -136,32 +137,33 @@ def command(
     turns = torch.tensor([named[i % len(named)] for i in range(len(numbers))]) if named else None
     classes = drawn_classes(model, numbers) if turns is None else turns
     judge = None if classifier is None else load_classifier(classifier, flow.label_dim, where)
-    towards: Towards | None = None
+    pull: ReferenceGuidance | None = None
     if reference is not None and feature_net is not None:
         size = flow.img_channels, flow.img_resolution
-        towards = Towards(
-            reference=read_image(reference, *size),
+        pull = ReferenceGuidance(
+            image=read_image(reference, *size),
             features=load_feature_net(feature_net, *size, where),
             score=None if score is None else load_denoiser(score, where, precision),
             weight=1.0 if reference_weight is None else reference_weight,
             correctors=10 if correctors is None else correctors,
         )
-    noise, how = Churn(churn, churn_min, churn_max, churn_noise), sampler.arguments(flow, where, precision)
-    draw = partial(sample, model, nfe, gamma=gamma, churn=noise, towards=towards, batch=batch, **how)
+    noise = Churn(churn, churn_min, churn_max, churn_noise)
+    spec = SamplerSpec(nfe=nfe, gamma=gamma, churn=noise, reference=pull, **sampler.arguments(flow, where, precision))
+    draw = partial(generate_images, model, spec, batch=batch)
     request: dict[str, Any] = {
         "weights": weights_digest(source, model, sampler.weights),
         "seeds": format_seeds(numbers),
         "classes": named or "drawn",
-        "sampler": msgspec.to_builtins(sampler_of(model, nfe, gamma, how["times"], how["guidance"], how["solver"])),
-        "guide": sampler.guide and weights_digest(sampler.guide, how["guide"]),
+        "sampler": msgspec.to_builtins(build_sampler(model, spec).record),
+        "guide": sampler.guide and spec.guide and weights_digest(sampler.guide, spec.guide),
         "churn": None if noise == Churn() else str(noise),
         "reject": ratio,
         "classifier": classifier and digest_of(classifier),
         "reference": reference and digest_of(str(reference)),
         "feature net": feature_net and digest_of(feature_net.removeprefix("mask:")),
         "pull": None
-        if towards is None
-        else [towards.weight, towards.correctors, towards.score and weights_digest(str(score), towards.score)],
+        if pull is None
+        else [pull.weight, pull.correctors, pull.score and weights_digest(str(score), pull.score)],
         "dtype": dtype,
     }
     samples = Samples(

@@ -24,7 +24,6 @@ from edmdistill.evaluation.protocol import (
     Protocol,
     Reference,
     Result,
-    Sampler,
     batches,
     pixels_digest,
     provenance,
@@ -33,6 +32,7 @@ from edmdistill.evaluation.rk45 import rk45
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import IDDPM
 from edmdistill.sampling.seeds import SeededNoise
+from edmdistill.sampling.spec import SamplerRecord
 from edmdistill.trigflow import cos_sin, sigma_to_time
 
 LIKELIHOOD = Protocol(
@@ -206,7 +206,7 @@ def evaluate_likelihood(
         metrics={name + suffix: float(values[name]) for name in LIKELIHOOD.metrics if name in values},
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
-        sampler=Sampler(solver="rk45", nfe=round(float(torch.cat(evaluations).double().mean()))),
+        sampler=SamplerRecord(solver="rk45", nfe=round(float(torch.cat(evaluations).double().mean()))),
         provenance=provenance(model, source, device),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,9 +27,10 @@ from edmdistill.evaluation.frechet import RunningStatistics, Statistics, frechet
 from edmdistill.evaluation.images import Images, Scheme, drawn, found
 from edmdistill.features.spaces import FEATURES, Classifier
 from edmdistill.networks.flow import Denoiser
-from edmdistill.sampling.generate import default_nfe, guidance_of, require_finite, sample
+from edmdistill.sampling.build import build_sampler
+from edmdistill.sampling.generate import generate_images, require_finite
 from edmdistill.sampling.seeds import format_seeds
-from edmdistill.trigflow import time_to_sigma
+from edmdistill.sampling.spec import SamplerRecord, SamplerSpec
 
 SCHEMA_VERSION = 1
 
@@ -102,19 +103,6 @@ PROTOCOLS = {
 }
 
 
-class Sampler(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the images were drawn."""
-
-    solver: str
-    """gamma for a generator, one of SOLVERS for a teacher; rk45 for a likelihood."""
-    nfe: int
-    """For a likelihood, the mean over the images, rounded."""
-    gamma: float | None = None
-    sigmas: tuple[float, ...] | None = None
-    """A generator's noise levels; a teacher's follow from nfe."""
-    guidance: float = 1.0
-
-
 class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Metrics, and all that it takes to judge or repeat them.
 
@@ -125,7 +113,7 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     metrics: dict[str, float]
     protocol: Protocol
     protocol_sha256: str
-    sampler: Sampler | None
+    sampler: SamplerRecord | None
     """None: the images were there already."""
     provenance: dict[str, Any]
 
@@ -207,25 +195,23 @@ def evaluate(
     standard = find_protocol(protocol)
     data = open_reference(reference, standard)
     if isinstance(model_or_images, Generator | Denoiser):
-        own = partial(
-            sample,
-            model_or_images,
-            nfe,
+        spec = SamplerSpec(
+            nfe=nfe,
             gamma=gamma,
             times=times,
             guidance=guidance,
             guide=guide,
             force_guidance=force_guidance,
             solver=solver,
-            batch=batch,
         )
+        record = build_sampler(model_or_images, spec).record
 
         def draw(seeds: Sequence[int], labels: Tensor | None) -> Tensor:
-            return require_finite(own(seeds=seeds, labels=labels), seeds)
+            return require_finite(generate_images(model_or_images, spec, seeds, labels, batch=batch), seeds)
 
         images = drawn(model_or_images, range(standard.n) if seeds is None else seeds, draw)
     elif (nfe, gamma, times, guidance, guide, solver, seeds, force_guidance or None) == (None,) * 8:
-        given = model_or_images
+        given, record = model_or_images, None
         images = given if isinstance(given, Images) else found(given, data.label_dim)
     else:
         raise EdmDistillError(
@@ -270,7 +256,7 @@ def evaluate(
         metrics={name + suffix: values[name] for name in standard.metrics if name in values},
         protocol=done,
         protocol_sha256=done.sha256(),
-        sampler=sampler_of(model_or_images, nfe, gamma, times, guidance, solver),
+        sampler=record,
         provenance=provenance(model_or_images, source, device),
     )
 
@@ -330,29 +316,6 @@ def pixels_digest(data: Dataset, count: int) -> hashlib._Hash:
 def batches(count: int, batch: int) -> Iterator[range]:
     """range(count) in pieces of at most `batch`."""
     return (range(at, min(at + batch, count)) for at in range(0, count, batch))
-
-
-def sampler_of(
-    drawer: object,
-    nfe: int | None = None,
-    gamma: float | None = None,
-    times: Sequence[float] | Tensor | None = None,
-    guidance: float | None = None,
-    solver: str | None = None,
-) -> Sampler | None:
-    """Returns what `sample` does with these arguments, its defaults filled in; None for images that are not drawn."""
-    if isinstance(drawer, Generator) and solver is not None and drawer.flow.two_time:
-        drawer = Denoiser(drawer.flow)
-    if isinstance(drawer, Denoiser):
-        solver = solver or "heun"
-        return Sampler(solver=solver, nfe=nfe or default_nfe(drawer, solver), guidance=guidance_of(drawer, guidance))
-    if isinstance(drawer, Generator):
-        times = drawer.schedule(nfe or 2) if times is None else torch.as_tensor(times)
-        sigmas = time_to_sigma(times, drawer.flow.sigma_data).tolist()
-        gamma = drawer.config.sampling.gamma if gamma is None else gamma
-        weight = guidance_of(drawer, guidance)
-        return Sampler(solver="gamma", nfe=len(sigmas), gamma=gamma, sigmas=tuple(sigmas), guidance=weight)
-    return None
 
 
 def provenance(images: object, source: str | None, device: torch.device | str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints.documents import markdown
 from edmdistill.errors import EdmDistillError
-from edmdistill.evaluation.protocol import Protocol, Result, Sampler
+from edmdistill.evaluation.protocol import Protocol, Result
+from edmdistill.sampling.spec import SamplerRecord
 
 
 class Subject(NamedTuple):
@@ -197,12 +198,12 @@ def _gamma(result: Result) -> float:
     return -1.0 if result.sampler is None or result.sampler.gamma is None else result.sampler.gamma
 
 
-def _setting(sampler: Sampler | None) -> str:
+def _setting(sampler: SamplerRecord | None) -> str:
     assert sampler is not None
     return sampler.solver if sampler.gamma is None else f"gamma {sampler.gamma:g}"
 
 
-def _how(sampler: Sampler | None) -> str:
+def _how(sampler: SamplerRecord | None) -> str:
     if sampler is None:
         return "-"
     words = [_setting(sampler)] if sampler.gamma is None or sampler.nfe > 1 else []  # in one step no gamma plays

@@ -26,21 +26,21 @@ def paper_sigmas(sigma_min: float, sigma_max: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Towards:
-    """Where to, and by what. The loss is L(x, y) = |features(cos(t) x) - features(cos(t) y)|^2 / (2 sigma_data^2).
+class ReferenceGuidance:
+    """Pulls samples towards an image by L(x, y) = |features(cos(t) x) - features(cos(t) y)|^2 / (2 sigma_data^2).
 
     Attributes:
-        reference: image in [-1, 1].  [C,H,W]
+        image: the reference, in [-1, 1].  [C,H,W]
         features: differentiable, of images of TrigFlow's scale, which is about [-1, 1] at every noise level; a row's
-            are a row's alone.  [B,C,H,W] -> [B,...]
-        weight: c of the loss.
-        correctors: M steps at each noise level but the last, which is 0.
-        step: of a corrector, in units of the noise level: zeta = (step sigma)^2.
-        score: a denoiser of the same images, for a generator that knows no score.
-    Raises: EdmDistillError: a value out of range, or a reference that is not finite.
+            depend on that row alone.  [B,C,H,W] -> [B,...]
+        weight: c, of the loss.
+        correctors: M, the number of Langevin steps at each noise level above 0.
+        step: size of a corrector's step, in units of the noise level: zeta = (step sigma)^2.
+        score: a denoiser of the same images, for a generator that has not learnt the score.
+    Raises: EdmDistillError: a value out of range, or an image that is not finite.
     """
 
-    reference: Tensor
+    image: Tensor
     features: Callable[[Tensor], Tensor]
     weight: float = 1.0
     correctors: int = 10
@@ -51,9 +51,9 @@ class Towards:
         for name, most in (("weight", MAX_WEIGHT), ("correctors", MAX_CORRECTORS), ("step", 10.0)):
             value = getattr(self, name)
             if not 0 <= value <= most:
-                raise EdmDistillError(f"{name}, on the way to a reference, lies in [0, {most:g}], but it is {value:g}")
-        if not bool(self.reference.isfinite().all()):
-            raise EdmDistillError("the reference holds NaN or infinity: give another picture")
+                raise EdmDistillError(f"the {name} of a reference must be in [0, {most:g}], but it is {value:g}")
+        if not bool(self.image.isfinite().all()):
+            raise EdmDistillError("the reference image holds NaN or infinity: use another image")
 
 
 def reference_sampler(
@@ -62,7 +62,7 @@ def reference_sampler(
     noise: Tensor,
     labels: Tensor | None = None,
     *,
-    towards: Towards,
+    reference: ReferenceGuidance,
     sigmas: Tensor,
     sigma_data: float,
     gamma: float = 0.0,
@@ -88,25 +88,25 @@ def reference_sampler(
     Source: Kim et al. 2024 (CTM), algorithm 3.  Differs: no corrector at noise 0; zeta, which the paper leaves open, is
         Song et al.'s rule with r = 0.16, 2 (r |e'| / |score|)^2 twice, at the score of noise alone.
     """
-    reference = towards.reference.to(noise)
-    x = reference + sigmas[0].to(noise) * noise
+    image = reference.image.to(noise)
+    x = image + sigmas[0].to(noise) * noise
     for sigma, after in pairwise([*sigmas, torch.zeros_like(sigmas[0])]):
         s = math.sqrt(1 - gamma**2) * after
         x = jump(x, sigma, s, labels)
         if after == 0:
             break
-        for _ in range(towards.correctors):
-            aim = reference + float(s) * randn_like(x)
+        for _ in range(reference.correctors):
+            aim = image + float(s) * randn_like(x)
             score = (denoiser(x, s, labels).to(x.dtype) - x) / float(s) ** 2
-            pull = loss_gradient(towards.features, x, aim, float(s), sigma_data)
-            zeta = (towards.step * float(s)) ** 2
-            x = x + zeta / 2 * (score - towards.weight * pull) + math.sqrt(zeta) * randn_like(x)
+            pull = loss_gradient(reference.features, x, aim, float(s), sigma_data)
+            zeta = (reference.step * float(s)) ** 2
+            x = x + zeta / 2 * (score - reference.weight * pull) + math.sqrt(zeta) * randn_like(x)
         x = x + gamma * float(after) * randn_like(x)
     return x
 
 
 def loss_gradient(features: Callable[[Tensor], Tensor], x: Tensor, aim: Tensor, sigma: float, sd: float) -> Tensor:
-    """The gradient in x of the loss of Towards.  [B,C,H,W]"""
+    """The gradient in x of the loss of ReferenceGuidance.  [B,C,H,W]"""
     cos = sd / math.hypot(sd, sigma)
     with torch.enable_grad():
         x = x.detach().requires_grad_()

@@ -11,10 +11,11 @@ from hub_server import Hub
 from edmdistill.checkpoints.config import read_config
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.cli import main
-from edmdistill.evaluation.protocol import PROTOCOLS, Sampler, results_json
+from edmdistill.evaluation.protocol import PROTOCOLS, results_json
 from edmdistill.evaluation.protocol import Result as Measurement
 from edmdistill.publish.hub import GRID
 from edmdistill.recipes.library import load_recipe
+from edmdistill.sampling.spec import SamplerRecord
 
 NAME = "me/digits"
 # The client streams a file in a way that httpx would rather have otherwise.
@@ -44,7 +45,7 @@ def run(tmp_path: Path) -> Path:
             metrics={"fd_digits": fd},
             protocol=protocol,
             protocol_sha256=protocol.sha256(),
-            sampler=Sampler(solver="gamma" if method else "heun", nfe=len(name) + 1),
+            sampler=SamplerRecord(solver="gamma" if method else "heun", nfe=len(name) + 1),
             provenance={"source": str(tmp_path), "method": method, "images_seen": images}
             | {"recipe_hash": config.recipe_hash if method else None},
         )

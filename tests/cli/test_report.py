@@ -7,9 +7,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edmdistill.cli import main
-from edmdistill.evaluation.protocol import PROTOCOLS, Sampler, results_json
+from edmdistill.evaluation.protocol import PROTOCOLS, results_json
 from edmdistill.evaluation.protocol import Result as Measurement
 from edmdistill.recipes.library import load_recipe
+from edmdistill.sampling.spec import SamplerRecord
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def measurement(fd: float, nfe: int = 35) -> str:
         metrics={"fd_digits": fd},
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
-        sampler=Sampler(solver="heun", nfe=nfe),
+        sampler=SamplerRecord(solver="heun", nfe=nfe),
         provenance={},
     )
     return results_json([result])

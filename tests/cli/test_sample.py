@@ -24,7 +24,7 @@ from edmdistill.evaluation import protocol
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS
-from edmdistill.sampling import generate
+from edmdistill.sampling import spec
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.heun import Churn
@@ -153,9 +153,9 @@ def test_options_reach_the_sampler(runs: dict[str, Path], tmp_path: Path, case: 
 
 
 def test_the_choices_and_limits_are_the_librarys() -> None:
-    assert tuple(generate.SOLVERS) == SOLVERS
+    assert tuple(spec.SOLVERS) == SOLVERS
     assert tuple(protocol.PROTOCOLS) == PROTOCOLS
-    assert (generate.MAX_NFE, generate.MAX_GUIDANCE) == (MAX_NFE, MAX_GUIDANCE)
+    assert (spec.MAX_NFE, spec.MAX_GUIDANCE) == (MAX_NFE, MAX_GUIDANCE)
 
 
 def test_a_guide_and_a_precision(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -259,8 +259,8 @@ def test_mistakes_about_files(runs: dict[str, Path], tmp_path: Path, words: list
         ("generator", ["--t", "800"], "0.002 to 80"),
         ("generator", ["--t", "1.6rad"], "(0, pi/2]"),
         ("generator", ["--gamma", "1.5"], "1.5 is not in the range 0<=x<=1"),
-        ("generator", ["--guidance", "2"], "knows guidance 1, which is none"),
-        ("guided", ["--guidance", "2.5"], "knows guidance 1 to 2"),
+        ("generator", ["--guidance", "2"], "supports guidance 1 (none) only"),
+        ("guided", ["--guidance", "2.5"], "supports guidance 1 to 2"),
         ("teacher", ["--nfe", "4"], "3 or 5"),
         ("teacher", ["--gamma", "0.5"], "for generators"),
         ("teacher", ["--guidance", "2", "--guide", "nowhere.pkl"], "nowhere.pkl does not exist"),

@@ -11,22 +11,23 @@ from msgspec.structs import replace
 from edmdistill.checkpoints.config import read_config, write_config
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import CheckpointError, EdmDistillError
-from edmdistill.evaluation.protocol import PROTOCOLS, Protocol, Result, Sampler
+from edmdistill.evaluation.protocol import PROTOCOLS, Protocol, Result
 from edmdistill.evaluation.results import place_to_save_in, results_of, save_results, saved_results, with_results
+from edmdistill.sampling.spec import SamplerRecord
 
 GENERATOR = Path(__file__).parents[1] / "checkpoints" / "format-1.0"
 EMPTY = replace(read_config(GENERATOR), results=())
 OTHER = replace(PROTOCOLS["digits"], seeds="5000-9999")
 
 
-def measured(protocol: Protocol, sampler: Sampler | None, fd: float) -> Result:
+def measured(protocol: Protocol, sampler: SamplerRecord | None, fd: float) -> Result:
     return Result(
         metrics={"fd_digits": fd}, protocol=protocol, protocol_sha256=protocol.sha256(), sampler=sampler, provenance={}
     )
 
 
 samplers = st.builds(
-    Sampler,
+    SamplerRecord,
     solver=st.just("gamma"),
     nfe=st.integers(1, 2),
     gamma=st.sampled_from([0.0, 1.0]),
@@ -52,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_checkpoint_on_the_disk_keeps_them(folder: Path):
     before = read_config(folder)
-    one, two = measured(OTHER, None, 1.5), measured(OTHER, Sampler(solver="heun", nfe=35), 2.5)
+    one, two = measured(OTHER, None, 1.5), measured(OTHER, SamplerRecord(solver="heun", nfe=35), 2.5)
     save_results(folder, [one])
     save_results(folder, [two])
     after = read_config(folder)

@@ -6,8 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from edmdistill.errors import EdmDistillError
-from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler, results_json
+from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, results_json
 from edmdistill.evaluation.tables import Subject, best_gammas, read_results, sweeps, tables
+from edmdistill.sampling.spec import SamplerRecord
 
 OURS = Subject("ab" * 32, 1000)
 DONE = replace(PROTOCOLS["digits"], reference=Reference(source="digits", n=1500, sha256="cd"))
@@ -18,7 +19,7 @@ def teacher(nfe: int, fd: float, protocol=DONE, **more: float) -> Result:
         metrics={"fd_digits": fd, **more},
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
-        sampler=Sampler(solver="heun", nfe=nfe),
+        sampler=SamplerRecord(solver="heun", nfe=nfe),
         provenance={"source": "teacher"},
     )
 
@@ -26,7 +27,7 @@ def teacher(nfe: int, fd: float, protocol=DONE, **more: float) -> Result:
 def generator(nfe: int, fd: float, images: int = 1000, **more: float) -> Result:
     return replace(
         teacher(nfe, fd, **more),
-        sampler=Sampler(solver="gamma", nfe=nfe, gamma=1.0, sigmas=(80.0, 2.5)[:nfe]),
+        sampler=SamplerRecord(solver="gamma", nfe=nfe, gamma=1.0, sigmas=(80.0, 2.5)[:nfe]),
         provenance={"method": "cosim", "recipe_hash": OURS.recipe_hash, "images_seen": images},
     )
 

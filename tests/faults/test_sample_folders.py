@@ -36,9 +36,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """Ctrl-C after so many batches; gives the list of the seeds that are drawn from now on."""
 
     def arrange(after: int) -> list[int]:
-        whole, drawn, left = generate.sample, [], [after]
+        whole, drawn, left = generate.generate_images, [], [after]
 
-        def sample(*args: Any, **options: Any) -> Any:
+        def generate_images(*args: Any, **options: Any) -> Any:
             if left[0] == 0:
                 left[0] = -1
                 raise KeyboardInterrupt
@@ -46,7 +46,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
             drawn.extend(options["seeds"])
             return whole(*args, **options)
 
-        monkeypatch.setattr(generate, "sample", sample)
+        monkeypatch.setattr(generate, "generate_images", generate_images)
         return drawn
 
     return arrange
@@ -86,7 +86,7 @@ def test_a_finished_request_does_nothing(source: Path, tmp_path: Path, monkeypat
         words = ["--seeds", "0-3", "--out", tmp_path / name]
         assert run(source, *words).exit_code == 0
         with monkeypatch.context() as patch:
-            patch.setattr(generate, "sample", pytest.fail)
+            patch.setattr(generate, "generate_images", pytest.fail)
             again = run(source, *words)
         assert again.exit_code == 0
         assert "holds these 4 images already" in again.stderr

@@ -11,11 +11,12 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints.config import CheckpointConfig, Sampling, read_config
 from edmdistill.checkpoints.source import repository_of
-from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, Sampler
+from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result
 from edmdistill.methods import METHODS
 from edmdistill.publish.card import CITATIONS, card, is_own
 from edmdistill.recipes.library import load_recipe
 from edmdistill.report.summary import read_run
+from edmdistill.sampling.spec import SamplerRecord
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
 CONFIG = read_config(GENERATOR)
@@ -29,7 +30,7 @@ def result(fd: float, nfe: int, config: CheckpointConfig | None = None, **said: 
         metrics={"fd_digits": fd},
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
-        sampler=Sampler(solver="gamma" if config else "heun", nfe=nfe),
+        sampler=SamplerRecord(solver="gamma" if config else "heun", nfe=nfe),
         provenance=origin | said,
     )
 
@@ -62,7 +63,7 @@ def test_the_header_is_what_the_hub_reads():
 
 def test_of_several_gammas_the_best_is_shown_and_named():
     def at(gamma: float, fd: float, nfe: int = 2) -> Result:
-        return replace(result(fd, nfe, CONFIG), sampler=Sampler(solver="gamma", nfe=nfe, gamma=gamma))
+        return replace(result(fd, nfe, CONFIG), sampler=SamplerRecord(solver="gamma", nfe=nfe, gamma=gamma))
 
     text = card(
         CONFIG, "me/digits", results=[at(0.0, 6.0), at(0.5, 4.0), at(1.0, 5.0), at(0.0, 8.0, 1), at(1.0, 8.0, 1)]

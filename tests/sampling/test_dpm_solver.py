@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.load import load_denoiser
 from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
-from edmdistill.sampling.heun import EDM, EDM2, edm_sampler, noise_levels
+from edmdistill.sampling.heun import EDM, EDM2, edm_sampler
 from edmdistill.trigflow import ddim_step, denoised, sigma_to_time
 
 SIGMA_DATA = 0.5
@@ -55,7 +55,7 @@ def test_order(sampler: Callable[..., Tensor], order: int, calls: int) -> None:
 
     def error(num_steps: int) -> float:
         denoiser = Toy(gaussian)
-        sampler(denoiser, NOISE, num_steps=num_steps, sigma_min=0.5, sigma_max=4.0)
+        sampler(denoiser, NOISE, sigmas=EDM.sigmas(denoiser, num_steps, 0.5, 4.0))
         assert len(denoiser.seen) == calls * num_steps - (calls - 1)
         exact = NOISE * 4.0 * ((SIGMA_DATA**2 + 0.25) / (SIGMA_DATA**2 + 16)) ** 0.5
         return float((denoiser.seen[-1] - exact).abs().max())
@@ -71,9 +71,10 @@ def test_heun_is_dpm_solver_2s_with_its_point_at_the_end(golden: Path, name: str
     shape = 1, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution
     noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     labels = torch.eye(denoiser.label_dim)[:1] if denoiser.label_dim else None
+    sigmas = EDM.sigmas(denoiser, 4)
     with torch.no_grad():
-        heun = edm_sampler(denoiser, noise, labels, num_steps=4)
-        ours = dpm_solver_2s(denoiser, noise, labels, num_steps=4, midpoint=1.0)
+        heun = edm_sampler(denoiser, noise, labels, sigmas=sigmas)
+        ours = dpm_solver_2s(denoiser, noise, labels, sigmas=sigmas, midpoint=1.0)
     torch.testing.assert_close(ours, heun, rtol=0, atol=1e-10 * float(heun.abs().max()))
 
 
@@ -115,8 +116,9 @@ def trig_dpm_pp(x: Tensor, s: Tensor, t: Tensor, last: tuple[Tensor, Tensor] | N
 def test_trigflow_forms(sampler: Callable[..., Tensor], step: Callable[..., Tensor]) -> None:
     """Step by step on the circle, by the paper's formulas, as far as sigma_min."""
     denoiser = Toy(curved)
-    sampler(denoiser, NOISE, num_steps=8, sigma_min=0.05, sigma_max=20.0)
-    times = sigma_to_time(noise_levels(denoiser, EDM, 8, 0.05, 20.0, 7.0)[:-1], SIGMA_DATA)
+    sigmas = EDM.sigmas(denoiser, 8, 0.05, 20.0)
+    sampler(denoiser, NOISE, sigmas=sigmas)
+    times = sigma_to_time(sigmas[:-1], SIGMA_DATA)
     x, last = times[0].cos() * 20.0 * NOISE, None
     for s, t in pairwise(times):
         x, last = step(x, s, t, last), (x, s)
@@ -124,14 +126,14 @@ def test_trigflow_forms(sampler: Callable[..., Tensor], step: Callable[..., Tens
 
 
 @pytest.mark.parametrize("sampler", [ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m])
-def test_the_styles_are_heuns(sampler: Callable[..., Tensor]) -> None:
+def test_the_official_samplers_are_followed(sampler: Callable[..., Tensor]) -> None:
     class Narrow(Toy):
         sigma_min, sigma_max = 0.02, 10.0
 
-    for style in (EDM, EDM2):
+    for official in (EDM, EDM2):
         denoiser = Narrow(gaussian)
-        x = sampler(denoiser, NOISE, style=style, num_steps=5)
-        assert x.dtype == style.dtype
+        x = sampler(denoiser, NOISE, sigmas=official.sigmas(denoiser, 5))
+        assert x.dtype == official.dtype
         assert float(denoiser.seen[0].abs().max()) == pytest.approx(
-            float(NOISE.abs().max()) * (10 if style is EDM else 80)
+            float(NOISE.abs().max()) * (10 if official is EDM else 80)
         )

@@ -166,7 +166,8 @@ def test_the_score_is_read_at_equal_times(generator: Generator) -> None:
     torch.testing.assert_close(Denoiser(generator.flow)(x, sigma), expected.float(), rtol=1e-4, atol=1e-5)
     noise = SeededNoise([3]).normal((1, 8, 8))
     with torch.no_grad():
-        own = edm_sampler(Denoiser(generator.flow), noise, style=EDM2, num_steps=4).clamp(-1, 1)
+        denoiser = Denoiser(generator.flow)
+        own = edm_sampler(denoiser, noise, sigmas=EDM2.sigmas(denoiser, 4)).clamp(-1, 1)
     assert torch.equal(sample(generator, 7, seeds=[3], solver="heun"), own)
     one = Generator(drop_second_time(generator.flow), generator.config)
     with pytest.raises(EdmDistillError, match="for teachers and CTM's generators"):

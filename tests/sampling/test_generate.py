@@ -11,11 +11,13 @@ from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS
 from edmdistill.networks.surgery.rebuild import add_guidance
+from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.gamma import gamma_sampler
-from edmdistill.sampling.generate import SOLVERS, default_nfe, drawn_classes, is_latent, sample
+from edmdistill.sampling.generate import drawn_classes, is_latent, sample
 from edmdistill.sampling.grid import to_uint8
-from edmdistill.sampling.heun import Churn, edm_sampler
+from edmdistill.sampling.heun import EDM, Churn, edm_sampler
 from edmdistill.sampling.seeds import SeededNoise
+from edmdistill.sampling.spec import SOLVERS, SamplerSpec
 from edmdistill.trigflow import denoised
 
 SEEDS = [3, 1, 4, 159, 26]
@@ -116,7 +118,7 @@ def test_a_teacher_goes_through_heun() -> None:
     model = teacher("song", label_dim=0)
     noise = SeededNoise([7]).normal((1, 8, 8))
     with torch.no_grad():
-        x0 = edm_sampler(model, noise, num_steps=18)
+        x0 = edm_sampler(model, noise, sigmas=EDM.sigmas(model, 18))
     assert torch.equal(sample(model, seeds=[7]), x0.clamp(-1, 1).float())
     calls: list[Tensor] = []
     teacher_of_edm2 = teacher(label_dim=0)
@@ -132,7 +134,7 @@ def test_a_solver_makes_as_many_calls_as_it_is_given(solver: str) -> None:
     for nfe in (5, None):
         calls.clear()
         sample(model, nfe, seeds=[0], solver=solver)
-        assert len(calls) == (nfe or default_nfe(model, solver))
+        assert len(calls) == build_sampler(model, SamplerSpec(nfe=nfe, solver=solver)).record.nfe
     assert len(calls) == {"ddim": 18, "dpm-solver++2m": 18}.get(solver, 35)
 
 
@@ -190,16 +192,16 @@ def test_the_model_is_left_as_it_was_and_progress_is_told() -> None:
     ("make", "options", "message"),
     [
         (generator, {"guide": teacher()}, "for teachers"),
-        (generator, {"guidance": 2.0}, "knows guidance 1, which is none, but 2 was asked for"),
-        (lambda: generator((1.5, 1.5)), {"guidance": 1.0}, "knows guidance 1.5 alone, but 1 was asked for"),
-        (lambda: generator((1.0, 2.0)), {"guidance": 2.1}, "knows guidance 1 to 2, but 2.1 was asked for"),
+        (generator, {"guidance": 2.0}, r"supports guidance 1 \(none\) only, but 2 was requested"),
+        (lambda: generator((1.5, 1.5)), {"guidance": 1.0}, "supports guidance 1.5 only, but 1 was requested"),
+        (lambda: generator((1.0, 2.0)), {"guidance": 2.1}, "supports guidance 1 to 2, but 2.1 was requested"),
         (generator, {"churn": Churn(1)}, "for teachers"),
         (generator, {"solver": "heun"}, "for teachers"),
         (teacher, {"solver": "ddim", "churn": Churn(1)}, "churn is part of Heun's method, and ddim has none"),
         (teacher, {"solver": "dpm-solver-2s", "nfe": 4}, "an odd number of network evaluations"),
         (teacher, {"solver": "euler"}, "there is no solver 'euler'; choose one of heun, ddim"),
         (generator, {"gamma": 1.1}, r"\[0, 1\]"),
-        (generator, {"nfe": 0}, "between 1 and 10,000"),
+        (generator, {"nfe": 0}, "1 to 10,000"),
         (generator, {"times": [1.0, 1.1]}, "fall"),
         (generator, {"times": [1.0], "nfe": 2}, "drop one"),
         (generator, {"labels": 10}, "0 to 9"),

@@ -75,7 +75,8 @@ def test_edm(golden: Path, tmp_path: Path, name: str, key: str) -> None:
     noise = tensors.get(f"{key}.noise")
     churn, steps = churn_of(case), case["num_steps"]
     with torch.no_grad():
-        x = edm_sampler(denoiser, latents, labels, style=EDM, num_steps=steps, churn=churn, randn_like=recorded(noise))
+        grid = EDM.sigmas(denoiser, steps)
+        x = edm_sampler(denoiser, latents, labels, sigmas=grid, churn=churn, randn_like=recorded(noise))
     assert_samples_close(x, tensors[f"{key}.x"])
     torch.testing.assert_close(torch.stack(sigmas), tensors[f"{key}.net_sigmas"], rtol=2e-6, atol=0)
     assert_bytes_close(x, tensors[f"{key}.images_u8"])
@@ -95,9 +96,9 @@ def test_edm2(golden: Path, tmp_path: Path, name: str, key: str) -> None:
             main if weight == 1 else GuidedDenoiser(main, weight, guide),
             tensors["noise"],
             tensors["labels"],
-            style=replace(EDM2, dtype=getattr(torch, case.get("dtype", "float32"))),
-            num_steps=steps,
+            sigmas=replace(EDM2, dtype=getattr(torch, case.get("dtype", "float32"))).sigmas(main, steps),
             churn=churn,
+            always_draws=False,
             randn_like=recorded(tensors.get(f"{key}.noise")),
         )
     assert_samples_close(x, tensors[f"{key}.x"])

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from edmdistill.errors import EdmDistillError
-from edmdistill.sampling.heun import EDM, EDM2, Churn, Style, edm_sampler, steps_of_nfe
+from edmdistill.sampling.heun import EDM, EDM2, Churn, OfficialSampler, edm_sampler
 
 SIGMA_DATA = 0.5
 
@@ -59,7 +58,9 @@ def test_edm_golden(golden: Path, name: str) -> None:
     tensors = load_file(golden / "toy-samplers-edm.safetensors")
     denoiser = Toy(toy)
     noise = tensors.get(f"{name}.noise", torch.zeros(18, *tensors["latents"].shape))
-    x = edm_sampler(denoiser, tensors["latents"], churn=churn_of(case), randn_like=recorded(noise))
+    x = edm_sampler(
+        denoiser, tensors["latents"], sigmas=EDM.sigmas(denoiser), churn=churn_of(case), randn_like=recorded(noise)
+    )
     torch.testing.assert_close(x, tensors[f"{name}.x"], rtol=0, atol=1e-9)
     torch.testing.assert_close(torch.stack(denoiser.sigmas), tensors[f"{name}.net_sigmas"], rtol=1e-12, atol=0)
     assert len(denoiser.sigmas) == case["net_calls"]
@@ -79,9 +80,9 @@ def test_edm2_golden(golden: Path, name: str) -> None:
     x = edm_sampler(
         denoiser,
         tensors["latents"],
-        style=replace(EDM2, dtype=dtype),
-        num_steps=case["num_steps"],
+        sigmas=replace(EDM2, dtype=dtype).sigmas(denoiser, case["num_steps"]),
         churn=churn_of(case),
+        always_draws=False,
         randn_like=recorded(noise),
     )
     atol = 1e-9 if dtype == torch.float64 else 1e-5 * float(tensors[f"{name}.x"].abs().max())
@@ -101,7 +102,7 @@ def test_heun_is_of_second_order() -> None:
         # The last call, at sigma_min, is Euler's jump to 0 from where the solution was: what it saw is compared.
         seen: list[Tensor] = []
         denoiser = Toy(lambda x, sigma: (seen.append(x), gaussian(x, sigma))[1])
-        edm_sampler(denoiser, noise, num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max)
+        edm_sampler(denoiser, noise, sigmas=EDM.sigmas(denoiser, num_steps, sigma_min, sigma_max))
         exact = noise * sigma_max * ((SIGMA_DATA**2 + sigma_min**2) / (SIGMA_DATA**2 + sigma_max**2)) ** 0.5
         return float((seen[-1] - exact).abs().max())
 
@@ -111,7 +112,8 @@ def test_heun_is_of_second_order() -> None:
 
 def test_one_step_is_the_denoiser() -> None:
     noise = torch.randn(2, 1, 4, 4)
-    x = edm_sampler(Toy(gaussian), noise, num_steps=1)
+    denoiser = Toy(gaussian)
+    x = edm_sampler(denoiser, noise, sigmas=EDM.sigmas(denoiser, 1))
     torch.testing.assert_close(x, gaussian(80.0 * noise.double(), torch.tensor(80.0)))
 
 
@@ -123,17 +125,17 @@ def test_levels_fit_the_network() -> None:
             return (sigma * 64).round() / 64
 
     noise = torch.randn(1, 1, 2, 2)
-    for style in (EDM, EDM2):
+    for official in (EDM, EDM2):
         denoiser = Narrow(gaussian)
-        edm_sampler(denoiser, noise, style=style, num_steps=8, churn=Churn(4))
+        edm_sampler(denoiser, noise, sigmas=official.sigmas(denoiser, 8), churn=Churn(4))
         sigmas = torch.stack(denoiser.sigmas)
-        fits = bool((sigmas <= 10 * 2**0.5).all() and torch.equal(sigmas, denoiser.round_sigma(sigmas)))
-        assert fits == (style is EDM)
+        assert torch.equal(sigmas, denoiser.round_sigma(sigmas))
+        assert bool((sigmas <= 10 * 2**0.5).all()) == official.clamps == (official is EDM)
 
 
 @pytest.mark.parametrize(("churn", "count"), [(Churn(), 0), (Churn(40, 0.05, 50), 9)])
-@pytest.mark.parametrize("style", [EDM, EDM2])
-def test_when_noise_is_drawn(style: Style, churn: Churn, count: int) -> None:
+@pytest.mark.parametrize("official", [EDM, EDM2])
+def test_when_noise_is_drawn(official: OfficialSampler, churn: Churn, count: int) -> None:
     drawn: list[Tensor] = []
 
     def randn_like(x: Tensor) -> Tensor:
@@ -141,12 +143,13 @@ def test_when_noise_is_drawn(style: Style, churn: Churn, count: int) -> None:
         return torch.zeros_like(x)
 
     noise = torch.randn(1, 1, 2, 2)
-    edm_sampler(Toy(gaussian), noise, style=style, num_steps=12, churn=churn, randn_like=randn_like)
-    assert len(drawn) == (12 if style is EDM else count)
-
-
-def test_nfe() -> None:
-    assert [steps_of_nfe(nfe) for nfe in (1, 3, 35, 63)] == [1, 2, 18, 32]
-    for nfe in (-1, 0, 2, 34):
-        with pytest.raises(EdmDistillError, match="ask for"):
-            steps_of_nfe(nfe)
+    denoiser = Toy(gaussian)
+    edm_sampler(
+        denoiser,
+        noise,
+        sigmas=official.sigmas(denoiser, 12),
+        churn=churn,
+        always_draws=official.always_draws,
+        randn_like=randn_like,
+    )
+    assert len(drawn) == (12 if official is EDM else count)

@@ -15,7 +15,7 @@ from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.sampling.generate import sample
-from edmdistill.sampling.trajectory import Towards, loss_gradient, paper_sigmas, reference_sampler
+from edmdistill.sampling.trajectory import ReferenceGuidance, loss_gradient, paper_sigmas, reference_sampler
 
 SD, MEAN, STD = 0.5, 0.3, 0.2
 SIGMAS = torch.tensor([8.0, 4.0], dtype=torch.float64)
@@ -35,9 +35,9 @@ def denoiser(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def run(noise: Tensor, *, gamma: float = 0.6, randn_like=torch.randn_like, sigmas: Tensor = SIGMAS, **more) -> Tensor:
-    towards = Towards(reference=REFERENCE, features=lambda x: x, **more)
+    reference = ReferenceGuidance(image=REFERENCE, features=lambda x: x, **more)
     return reference_sampler(
-        jump, denoiser, noise, towards=towards, sigmas=sigmas, sigma_data=SD, gamma=gamma, randn_like=randn_like
+        jump, denoiser, noise, reference=reference, sigmas=sigmas, sigma_data=SD, gamma=gamma, randn_like=randn_like
     )
 
 
@@ -86,7 +86,7 @@ def test_a_stronger_pull_ends_nearer_and_none_keeps_the_law() -> None:
 
 
 def test_the_defaults_are_the_papers() -> None:
-    defaults = {name: field.default for name, field in inspect.signature(Towards).parameters.items()}
+    defaults = {name: field.default for name, field in inspect.signature(ReferenceGuidance).parameters.items()}
     assert (defaults["weight"], defaults["correctors"]) == (1.0, 10)
     assert paper_sigmas(0.002, 80.0).tolist() == pytest.approx([8.596, 3.880], rel=1e-3)  # N = 2
 
@@ -120,9 +120,9 @@ def generator(flow: FlowNetwork) -> Generator:
     return Generator(flow, config)
 
 
-def towards(**more) -> Towards:
-    reference = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
-    return Towards(reference=reference, features=lambda x: x, correctors=3, **more)
+def pulled_to(**more) -> ReferenceGuidance:
+    image = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
+    return ReferenceGuidance(image=image, features=lambda x: x, correctors=3, **more)
 
 
 @pytest.mark.parametrize("kind", ["teacher", "generator", "two times"])
@@ -130,23 +130,23 @@ def test_every_kind_of_network_goes_the_same_way(kind: str) -> None:
     """A network that starts as the teacher gives the teacher's images, which no batch changes."""
     teacher = Denoiser(network())
     options = {"seeds": [3, 4, 5], "labels": 1, "gamma": 0.3}
-    expected = sample(teacher, towards=towards(), **options)
+    expected = sample(teacher, reference=pulled_to(), **options)
     model = {"teacher": teacher, "generator": generator(network()), "two times": generator(network(True))}[kind]
-    found = sample(model, towards=towards(score=teacher if kind == "generator" else None), batch=2, **options)
+    found = sample(model, reference=pulled_to(score=teacher if kind == "generator" else None), batch=2, **options)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_black_reference_and_one_jump_are_plain_sampling() -> None:
     options = {"seeds": [7, 8], "times": [1.56]}
-    nowhere = Towards(reference=torch.zeros(1, 8, 8), features=lambda x: x)
-    found = sample(Denoiser(network()), towards=nowhere, **options)
+    nowhere = ReferenceGuidance(image=torch.zeros(1, 8, 8), features=lambda x: x)
+    found = sample(Denoiser(network()), reference=nowhere, **options)
     torch.testing.assert_close(found, sample(generator(network()), **options), rtol=1e-6, atol=1e-6)
 
 
 def test_the_features_are_asked_twice_a_corrector() -> None:
     seen: list[Tensor] = []
-    pulled = Towards(reference=torch.zeros(1, 8, 8), features=lambda x: (seen.append(x), x)[1])
-    sample(Denoiser(network()), seeds=[7], towards=pulled)
+    pulled = ReferenceGuidance(image=torch.zeros(1, 8, 8), features=lambda x: (seen.append(x), x)[1])
+    sample(Denoiser(network()), seeds=[7], reference=pulled)
     assert len(seen) == 2 * 10
 
 
@@ -154,15 +154,15 @@ def test_the_features_are_asked_twice_a_corrector() -> None:
     ("model", "options", "message"),
     [
         (lambda: generator(network()), {}, "name its teacher as score"),
-        (lambda: Denoiser(network()), {"gamma": 1.0}, r"gamma lies in \[0, 1\)"),
-        (lambda: Denoiser(network()), {"nfe": 3}, "play no part"),
+        (lambda: Denoiser(network()), {"gamma": 1.0}, r"gamma must be in \[0, 1\)"),
+        (lambda: Denoiser(network()), {"nfe": 3}, "have no effect"),
         (
             lambda: Denoiser(network()),
-            {"towards": Towards(reference=torch.zeros(3, 8, 8), features=abs)},
+            {"reference": ReferenceGuidance(image=torch.zeros(3, 8, 8), features=abs)},
             "the reference is",
         ),
     ],
 )
 def test_mistakes(model, options: dict, message: str) -> None:
     with pytest.raises(EdmDistillError, match=message):
-        sample(model(), seeds=[0], **{"towards": towards(), **options})
+        sample(model(), seeds=[0], **{"reference": pulled_to(), **options})

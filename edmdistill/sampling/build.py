@@ -1,0 +1,143 @@
+"""From a network and a spec to the sampler that draws from it, and the record of what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.errors import EdmDistillError
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.flow import Denoiser
+from edmdistill.sampling.gamma import gamma_sampler
+from edmdistill.sampling.guidance import GuidedDenoiser
+from edmdistill.sampling.heun import EDM, EDM2, Churn, OfficialSampler
+from edmdistill.sampling.spec import MAX_GUIDANCE, SOLVERS, SamplerRecord, SamplerSpec
+from edmdistill.sampling.trajectory import ReferenceGuidance, paper_sigmas, reference_sampler
+from edmdistill.trigflow import cos_sin, sigma_to_time, time_to_sigma
+
+DEFAULT_NFE = 2
+"""Of a generator."""
+
+
+class Sampler(NamedTuple):
+    """A sampler of one network.
+
+    Attributes:
+        draw: (noise [B,C,H,W], labels or None, randn_like=...) -> x0 [B,C,H,W].
+        record: what it does.
+    """
+
+    draw: Callable[..., Tensor]
+    record: SamplerRecord
+
+
+def build_sampler(model: Generator | Denoiser, spec: SamplerSpec) -> Sampler:
+    """Returns the sampler of a network that a spec describes, with the network's defaults filled in.
+
+    A generator that has learnt the score, as CTM's have, is sampled as a teacher if a solver is named.
+    Raises: EdmDistillError: an option that does not fit the network.
+    """
+    if isinstance(model, Generator) and spec.solver is not None and model.flow.two_time:
+        model = Denoiser(model.flow)
+    if isinstance(model, Generator) and spec.force_guidance:
+        raise EdmDistillError("force_guidance is for teachers, and this is a generator: leave it out")
+    if spec.reference is not None:
+        return _reference_sampler(model, spec, spec.reference)
+    return _gamma_sampler(model, spec) if isinstance(model, Generator) else _teacher_sampler(model, spec)
+
+
+def _gamma_sampler(model: Generator, spec: SamplerSpec) -> Sampler:
+    if (spec.guide, spec.solver, spec.churn) != (None, None, Churn()):
+        raise EdmDistillError(
+            "guide, solver and churn are for teachers and CTM's generators, and this is another one: leave them out"
+        )
+    flow, weight = model.flow, _guidance_weight(model, spec.guidance)
+    gamma = model.config.sampling.gamma if spec.gamma is None else spec.gamma
+    times = model.schedule(spec.nfe or DEFAULT_NFE)
+    if spec.times is not None:
+        times = torch.as_tensor(spec.times, dtype=torch.float64)
+    jump = partial(model.jump, w=torch.tensor(weight)) if flow.guided else model.jump
+    sigmas = tuple(time_to_sigma(times, flow.sigma_data).tolist())
+    return Sampler(
+        partial(gamma_sampler, jump, times=times, sigma_data=flow.sigma_data, gamma=gamma),
+        SamplerRecord(solver="gamma", nfe=len(sigmas), gamma=gamma, sigmas=sigmas, guidance=weight),
+    )
+
+
+def _teacher_sampler(model: Denoiser, spec: SamplerSpec) -> Sampler:
+    if spec.gamma is not None or spec.times is not None:
+        raise EdmDistillError("gamma and times are for generators, and this is a teacher: use nfe, guidance and churn")
+    name, weight = spec.solver or "heun", _guidance_weight(model, spec.guidance)
+    if spec.guide is not None and weight == 1:
+        raise EdmDistillError("a guide has no effect at guidance 1: give another weight, or leave the guide out")
+    denoiser = model if weight == 1 else GuidedDenoiser(model, weight, spec.guide, force=spec.force_guidance)
+    official, solver = official_sampler(model), SOLVERS[name]
+    nfe = spec.nfe or solver.nfe(official.num_steps)
+    draw = partial(solver.sampler, denoiser, sigmas=official.sigmas(denoiser, solver.num_steps(nfe)))
+    record = SamplerRecord(solver=name, nfe=nfe, guidance=weight)
+    if name == "heun":
+        return Sampler(partial(draw, churn=spec.churn, always_draws=official.always_draws), record)
+    return Sampler(lambda noise, labels, randn_like: draw(noise, labels), record)
+
+
+def _reference_sampler(model: Generator | Denoiser, spec: SamplerSpec, reference: ReferenceGuidance) -> Sampler:
+    if isinstance(model, Denoiser) and spec.guidance is not None:
+        raise EdmDistillError("a teacher's guidance has no effect with a reference: leave it out")
+    flow, weight, gamma = model.flow, _guidance_weight(model, spec.guidance), spec.gamma or 0.0
+    if reference.score is None and isinstance(model, Generator) and not flow.two_time:
+        raise EdmDistillError(
+            "a reference needs the score, which this generator has not learnt: name its teacher as score"
+        )
+    size = flow.img_channels, flow.img_resolution, flow.img_resolution
+    if tuple(reference.image.shape) != size:
+        raise EdmDistillError(
+            f"the reference is {list(reference.image.shape)}, but the network's images are {list(size)}: resize it"
+        )
+    sigmas = paper_sigmas(flow.sigma_min, flow.sigma_max)
+    if spec.times is not None:
+        sigmas = time_to_sigma(torch.as_tensor(spec.times, dtype=torch.float64), flow.sigma_data)
+    w = torch.tensor(weight) if flow.guided else None
+
+    def jump(x: Tensor, sigma: Tensor, sigma_next: Tensor, labels: Tensor | None) -> Tensor:
+        t, s = sigma_to_time(sigma, flow.sigma_data), sigma_to_time(sigma_next, flow.sigma_data)
+        return flow.jump(cos_sin(t, x)[0] * x, t, s, labels, w) / cos_sin(s, x)[0]
+
+    denoiser, levels = reference.score or Denoiser(flow), tuple(sigmas.tolist())
+    draw = partial(reference_sampler, jump, denoiser, reference=reference, sigmas=sigmas, sigma_data=flow.sigma_data)
+    nfe = len(levels) + reference.correctors * (len(levels) - 1)
+    return Sampler(
+        partial(draw, gamma=gamma),
+        SamplerRecord(solver="reference", nfe=nfe, gamma=gamma, sigmas=levels, guidance=weight),
+    )
+
+
+def _guidance_weight(model: Generator | Denoiser, requested: float | None) -> float:
+    """Returns the weight of guidance to sample a network with.
+
+    Raises: EdmDistillError: the network does not support the requested one.
+    """
+    if isinstance(model, Denoiser):
+        weight = 1.0 if requested is None else requested
+        if not 0 <= weight <= MAX_GUIDANCE:
+            raise EdmDistillError(
+                f"the guidance weight must be in [0, {MAX_GUIDANCE:g}], where 1 is none, but it is {weight:g}"
+            )
+        return weight
+    low, high = model.guidance
+    weight = low if requested is None else requested
+    if not low <= weight <= high:
+        supported = f"{low:g} to {high:g}" if low < high else "1 (none) only" if high == 1 else f"{low:g} only"
+        raise EdmDistillError(
+            f"this generator supports guidance {supported}, but {weight:g} was requested: use a supported one, or none"
+        )
+    return weight
+
+
+def official_sampler(teacher: Denoiser) -> OfficialSampler:
+    """Returns the settings of the official sampler of a teacher's family."""
+    return EDM2 if isinstance(teacher.flow.network, UNet) else EDM

@@ -1,0 +1,121 @@
+"""How images are drawn from a network: one record, built by commands and taken by sampling, evaluation and exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from msgspec import Struct
+from torch import Tensor
+
+from edmdistill.errors import EdmDistillError
+from edmdistill.networks.flow import Denoiser
+from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
+from edmdistill.sampling.heun import Churn, edm_sampler
+from edmdistill.sampling.times import check_times
+from edmdistill.sampling.trajectory import ReferenceGuidance
+
+MAX_NFE = 10_000
+"""More evaluations than any schedule has a use for; a mistyped number would fill the memory with noise levels."""
+MAX_GUIDANCE = 1000.0
+
+
+class Solver(NamedTuple):
+    """A solver of a teacher's ODE, and the calls of the denoiser in each of its steps but the last, which takes one."""
+
+    sampler: Callable[..., Tensor]
+    calls_per_step: int
+
+    def nfe(self, num_steps: int) -> int:
+        """Returns the network evaluations of so many steps."""
+        return self.calls_per_step * (num_steps - 1) + 1
+
+    def num_steps(self, nfe: int) -> int:
+        """Returns the number of steps that take so many network evaluations.
+
+        Raises: EdmDistillError: no number of steps does.
+        """
+        if self.calls_per_step == 2 and nfe % 2 == 0:
+            raise EdmDistillError(
+                f"this solver takes an odd number of network evaluations, 2n - 1 for n steps, but nfe is {nfe}: use "
+                f"{nfe - 1} or {nfe + 1}"
+            )
+        return (nfe - 1) // self.calls_per_step + 1
+
+
+SOLVERS = {
+    "heun": Solver(edm_sampler, 2),
+    "ddim": Solver(ddim_sampler, 1),
+    "dpm-solver-2s": Solver(dpm_solver_2s, 2),
+    "dpm-solver++2m": Solver(dpm_solver_pp_2m, 1),
+}
+"""How teachers are sampled, by the names that users type."""
+
+
+class SamplerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How images were drawn, with all defaults filled in, as results store it."""
+
+    solver: str
+    """gamma for a generator, one of SOLVERS for a teacher, reference with a reference; rk45 for a likelihood."""
+    nfe: int
+    """For a likelihood, the mean over the images, rounded."""
+    gamma: float | None = None
+    sigmas: tuple[float, ...] | None = None
+    """A generator's noise levels; a teacher's follow from nfe."""
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSpec:
+    """How to draw images from a network; None stands for the network's own default.
+
+    Attributes:
+        nfe: network evaluations for an image; default: 2 for a generator, 35 for a teacher, 63 for one of EDM2. Odd for
+            a solver that takes two evaluations a step; guidance, which calls a second network, does not count.
+        gamma: share of fresh noise between a generator's steps, in [0, 1]; see gamma_sampler.
+        times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
+        guidance: weight of a teacher's guidance, see GuidedDenoiser, or one in the range that a generator was trained
+            for. 1 = none, 0 = the guide alone, at most 1000; default: 1, or the lower end of a generator's range.
+        guide: the network to guide away from; default: the teacher without labels, if it was trained for that.
+        force_guidance: let a teacher guide itself that was never trained without labels.
+        solver: a key of SOLVERS, for a teacher or a generator of CTM; default for a teacher: heun.
+        churn: fresh noise in Heun's method; see Churn.
+        reference: an image that every sample starts from and is pulled towards, by teacher or generator, at `times` and
+            with a gamma below 1; default: paper_sigmas and 0; see reference_sampler.
+    Raises: EdmDistillError: a value out of range, or two options that exclude each other.
+    """
+
+    nfe: int | None = None
+    gamma: float | None = None
+    times: Sequence[float] | Tensor | None = None
+    guidance: float | None = None
+    guide: Denoiser | None = None
+    force_guidance: bool = False
+    solver: str | None = None
+    churn: Churn = Churn()
+    reference: ReferenceGuidance | None = None
+
+    def __post_init__(self) -> None:
+        if self.nfe is not None and not 1 <= self.nfe <= MAX_NFE:
+            raise EdmDistillError(f"the number of network evaluations must be 1 to {MAX_NFE:,}, but it is {self.nfe:,}")
+        if self.gamma is not None and not 0 <= self.gamma <= 1:
+            raise EdmDistillError(f"gamma, the share of fresh noise, must be in [0, 1], but it is {self.gamma:g}")
+        if self.times is not None:
+            object.__setattr__(self, "times", tuple(check_times(self.times, self.nfe).tolist()))
+        if self.solver is not None and self.solver not in SOLVERS:
+            raise EdmDistillError(f"there is no solver {self.solver!r}; choose one of {', '.join(SOLVERS)}")
+        if self.solver not in (None, "heun") and self.churn != Churn():
+            raise EdmDistillError(
+                f"churn is part of Heun's method, and {self.solver} has none: leave out one of the two"
+            )
+        if self.force_guidance and (self.guide is not None or self.guidance in (None, 1)):
+            raise EdmDistillError(
+                "force_guidance lets a teacher guide itself at a guidance other than 1, which is not requested here: "
+                "leave it out"
+            )
+        if self.reference is not None:
+            if (self.nfe, self.guide, self.solver, self.churn) != (None, None, None, Churn()):
+                raise EdmDistillError("nfe, guide, solver and churn have no effect with a reference: leave them out")
+            if self.gamma == 1:
+                raise EdmDistillError("with a reference, gamma must be in [0, 1), but it is 1")
