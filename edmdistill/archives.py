@@ -15,11 +15,11 @@ from pathlib import Path
 from edmdistill.pickles import (
     STORAGE_TYPES,
     Budget,
-    Call,
-    Machine,
+    StandIn,
     Storage,
     StorageType,
     StoredTensor,
+    Unpickler,
     Unreadable,
     empty_dict,
     rebuild_tensor,
@@ -114,7 +114,7 @@ class Archive:
             raise TypeError
 
         known = {**STORAGE_TYPES, **_TENSORS, **names}
-        return Machine(self.read(name), known, resolve, self.budget, (str, int)).run()
+        return Unpickler(self.read(name), known, resolve, self.budget, (str, int)).run()
 
 
 def _rebuild(storage: object, offset: int, shape: object, *rest: object) -> StoredTensor | None:
@@ -125,7 +125,7 @@ def _rebuild(storage: object, offset: int, shape: object, *rest: object) -> Stor
 
 
 _TENSORS: dict[tuple[str, str], object] = {
-    ("collections", "OrderedDict"): Call(empty_dict),
-    ("torch._utils", "_rebuild_tensor_v2"): Call(_rebuild),
-    ("torch._utils", "_rebuild_parameter"): Call(lambda tensor, *_: tensor),
+    ("collections", "OrderedDict"): StandIn(empty_dict),
+    ("torch._utils", "_rebuild_tensor_v2"): StandIn(_rebuild),
+    ("torch._utils", "_rebuild_parameter"): StandIn(lambda tensor, *_: tensor),
 }

@@ -43,7 +43,7 @@ def read_lines(
     return [value for value, _ in _lines(path, type_, keys, note)]
 
 
-def keep_lines(
+def truncate_lines(
     path: Path,
     type_: type[T],
     wanted: Callable[[T], bool],

@@ -76,7 +76,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Call:
+class StandIn:
     """A function that a pickle may call."""
 
     function: Callable[..., object]
@@ -89,7 +89,7 @@ class Stateful(ABC):
     def set_state(self, state: object) -> None: ...
 
 
-class Machine:
+class Unpickler:
     """Runs the pickles in a file, one after another.
 
     Args:
@@ -224,7 +224,7 @@ class Machine:
                     stack.append(self.find(module, name))
                 case pickle.REDUCE | pickle.NEWOBJ:
                     arguments, callee = stack.pop(), stack.pop()
-                    if not isinstance(callee, Call) or not isinstance(arguments, tuple):
+                    if not isinstance(callee, StandIn) or not isinstance(arguments, tuple):
                         raise TypeError
                     stack.append(callee.function(*arguments))
                 case pickle.BUILD:
@@ -401,7 +401,7 @@ def read_storage(blob: object, budget: Budget | None = None) -> Storage:
             case _:
                 raise TypeError
 
-    machine = Machine(blob, STORAGE_TYPES, resolve, budget)
+    machine = Unpickler(blob, STORAGE_TYPES, resolve, budget)
     magic, version, system = machine.run(), machine.run(), machine.run()
     if magic != LEGACY_MAGIC or version != 1001:
         raise Unreadable("holds a tensor in an unknown format: get the file from NVIDIA again")

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from edmdistill.checkpoints.config import CheckpointConfig
-from edmdistill.checkpoints.official import OURS
+from edmdistill.checkpoints.official import OUR_ARGUMENTS
 from edmdistill.checkpoints.store import load_checkpoint
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.surgery.two_time import drop_second_time
@@ -107,7 +107,7 @@ def official(module: nn.Module | None, kwargs: dict[str, Any], skip: tuple[str, 
 
 def to_pickle(network: UNet, config: CheckpointConfig) -> bytes:
     """The network as the bytes of an official EDM2 pickle: EasyDict(encoder, dataset_kwargs, loss_fn, ema)."""
-    arguments = {k: v for k, v in network.arguments.items() if k not in OURS | {"logvar_channels"}}
+    arguments = {k: v for k, v in network.arguments.items() if k not in OUR_ARGUMENTS | {"logvar_channels"}}
     head = ("logvar_fourier", "logvar_linear")
     unet = official(network, arguments, skip=(*head, "second_time"))
     parts = {"unet": unet, **{name: official(network.get_submodule(name), {}) for name in head}}

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from edmdistill.pickles import (
     MAX_STEPS,
     Array,
-    Call,
     Dtype,
-    Machine,
+    StandIn,
     Storage,
+    Unpickler,
     Unreadable,
     read_scalar,
     read_storage,
@@ -25,11 +25,11 @@ from edmdistill.pickles import (
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 CALLS: list[tuple[object, ...]] = []
-NAMES = {("a", "f"): Call(lambda *arguments: CALLS.append(arguments)), ("a", "marker"): None}
+NAMES = {("a", "f"): StandIn(lambda *arguments: CALLS.append(arguments)), ("a", "marker"): None}
 
 
 def run(program: bytes) -> object:
-    return Machine(memoryview(program), NAMES).run()
+    return Unpickler(memoryview(program), NAMES).run()
 
 
 def blob(storage: torch.TypedStorage | torch.UntypedStorage, **options: object) -> memoryview:

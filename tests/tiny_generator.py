@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from edmdistill.checkpoints.config import CheckpointConfig, Provenance, Sampling, describe
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, SamplingDefaults, describe
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
@@ -25,7 +25,7 @@ def tiny_generator(
     config = CheckpointConfig(
         stage=stage,
         provenance=Provenance(source="a test"),
-        sampling=Sampling({"1": (80.0,)}),
+        sampling=SamplingDefaults({"1": (80.0,)}),
         **describe(flow),
         **facts_,
     )

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import force_setattr, replace
 
 from edmdistill.atomic import atomic_write
-from edmdistill.checkpoints.known import class_names
+from edmdistill.checkpoints.class_names import class_names
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
@@ -55,7 +55,7 @@ class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True):
     arguments: dict[str, Any]
 
 
-class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
     """How a generator wants to be sampled, unless it is told otherwise.
 
     Attributes:
@@ -144,7 +144,7 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     label_dropout: Share | None = None
     """Share of the teacher's training in which it was given no class; None: as its network's arguments say."""
     noise_dependence: Annotated[float, Meta(ge=0, le=1e9)] | None = None
-    """How far D at sigma_max depends on the noise; see checkpoints/function.py.  None: not measured."""
+    """How far D at sigma_max depends on the noise; see checkpoints/noise_dependence.py.  None: not measured."""
     two_time: bool
     guidance: Guidance | None = None
     method: Text | None = None
@@ -153,7 +153,7 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     images_total: Images | None = None
     """How many the recipe asks for; a generator that has seen fewer is unfinished."""
     ema: dict[str, Any] | None = None
-    sampling: Sampling = Sampling()
+    sampling: SamplingDefaults = SamplingDefaults()
     encoder: dict[str, Any] = msgspec.field(default_factory=lambda: {"kind": "pixels"})
     """What images are to the network: pixels in [-1, 1], or a VAE's latents with their statistics."""
     provenance: Provenance

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.config import CheckpointConfig, describe, read_config
-from edmdistill.checkpoints.function import noise_dependence
 from edmdistill.checkpoints.layout import CARD, CONFIG
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import read_teacher
+from edmdistill.checkpoints.noise_dependence import noise_dependence
 from edmdistill.checkpoints.official import load_official
-from edmdistill.checkpoints.source import Source, name_of, open_source
+from edmdistill.checkpoints.source import Source, open_source, source_name
 from edmdistill.checkpoints.store import load_checkpoint, refuse_occupied, write_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser, FlowNetwork
@@ -102,7 +102,7 @@ def convert(
         flow, provenance = drop_second_time(flow), config.provenance
     else:
         flow, config = load_official(source)
-        provenance = replace(config.provenance, source=name_of(source))
+        provenance = replace(config.provenance, source=source_name(source))
     adaptation = _adaptation(time_embedding, double_norm, flow.network.arguments)
     adapted = with_positional_time(flow) if adaptation.get("positional_time") else flow
     adapted = with_double_norm(adapted) if adaptation.get("double_norm") else adapted

@@ -26,6 +26,11 @@ class Generator(nn.Module):
         self.config = config
 
     @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The names of its classes, if its checkpoint holds any."""
+        return self.config.label_names
+
+    @property
     def guidance(self) -> tuple[float, float]:
         """The least and the greatest weight of guidance that it knows; (1, 1): none."""
         return self.config.guidance.range if self.config.guidance is not None else (1.0, 1.0)

@@ -13,12 +13,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.class_names import official_class_names
 from edmdistill.checkpoints.download import downloaded
-from edmdistill.checkpoints.known import label_names_of
 from edmdistill.checkpoints.layout import CONFIG, MODEL, checkpoint_in
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint
-from edmdistill.checkpoints.others import of_folder, refuse_by_name
 from edmdistill.checkpoints.source import Source, open_source
+from edmdistill.checkpoints.unsupported import describe_folder, refuse_by_name
 from edmdistill.errors import CheckpointError
 
 
@@ -39,14 +39,14 @@ def _openai(source: Source) -> dict[str, object]:
     """As convert reads it: this imports torch, for shapes alone."""
     import torch
 
-    from edmdistill.checkpoints.openai import PRECONDITIONING, described, stored_weights
+    from edmdistill.checkpoints.openai import PRECONDITIONING, read_arguments, read_weights
 
     path = source.path
     refuse_by_name(path)
     with downloaded(path):
-        stored = stored_weights(path)
+        stored = read_weights(path)
         shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
-        arguments, _ = described(path, shapes)
+        arguments, _ = read_arguments(path, shapes)
     return {
         "file": str(path),
         "format": "weights of OpenAI's ADM for EDM, as edm_imagenet64_ema.pt",
@@ -68,7 +68,7 @@ def _official(checkpoint: OfficialCheckpoint) -> dict[str, object]:
         "sha256": checkpoint.sha256,
         "class": checkpoint.preconditioning_class,
         **{name: attributes.pop(name, None) for name in ("img_resolution", "img_channels", "label_dim", "use_fp16")},
-        "label_names": label_names_of(checkpoint),
+        "label_names": official_class_names(checkpoint),
         "preconditioning": attributes,
         "network": {"class": checkpoint.network_class, **own},
         "arguments": arguments,
@@ -108,7 +108,7 @@ def _ours(folder: Path) -> dict[str, object]:
             tensors = {name: [_dtype(part.get_dtype()), part.get_shape()] for name, part in parts.items()}
     except FileNotFoundError as error:
         missing = f"it holds no {Path(error.filename).name}"
-        raise CheckpointError(f"{folder} {of_folder(folder)} ({missing}).") from error
+        raise CheckpointError(f"{folder} {describe_folder(folder)} ({missing}).") from error
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): convert or copy it again.") from error
     head = {"file": str(folder), "format": "edmdistill checkpoint", "sha256": digest}

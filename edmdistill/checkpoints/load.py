@@ -13,9 +13,9 @@ from edmdistill.checkpoints.config import CheckpointConfig, read_config
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.layout import CONFIG, checkpoint_in, is_state
 from edmdistill.checkpoints.official import load_official, outline_official
-from edmdistill.checkpoints.run_state import newest_readable, raw_weights
+from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import Source, open_source
-from edmdistill.checkpoints.store import build_flow, fill, load_checkpoint, meta_network
+from edmdistill.checkpoints.store import build_flow, build_meta, fill, load_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
@@ -110,7 +110,7 @@ def _read(source: Source, weights: Weights) -> tuple[FlowNetwork, CheckpointConf
 
 def _read_raw(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns the network in training of a run's newest whole state, or of the state that is given."""
-    state = newest_readable(path, write)
+    state = newest_whole_state(path, write)
     folder = state.parent.parent / "generator"
     config = read_config(folder)
     flow = build_flow(config.network, config.preconditioning, str(folder))
@@ -129,7 +129,7 @@ def outline(source: str | Path | Source) -> FlowNetwork:
     source = open_source(source)
     if source.path.is_dir():
         folder = checkpoint_in(source.path)
-        return meta_network(read_config(folder), folder)
+        return build_meta(read_config(folder), folder)
     return load_official(source)[0].to("meta") if source.is_archive else outline_official(source.official)
 
 

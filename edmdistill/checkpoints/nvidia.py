@@ -21,17 +21,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edmdistill.checkpoints.download import downloaded
-from edmdistill.checkpoints.others import TEACHER, of_entries, of_safetensors, of_tensors, refuse_by_name
+from edmdistill.checkpoints.unsupported import (
+    TEACHER,
+    describe_entries,
+    describe_safetensors,
+    describe_tensors,
+    refuse_by_name,
+)
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import (
     LEGACY_MAGIC,
     Array,
     Budget,
-    Call,
     Dtype,
-    Machine,
+    StandIn,
     Stateful,
     StoredTensor,
+    Unpickler,
     Unreadable,
     empty_dict,
     read_scalar,
@@ -180,7 +186,7 @@ def _unpacked(data: memoryview, path: Path) -> memoryview:
         if path.name == "model.safetensors" and beside.is_file():
             raise Unreadable(f"is a part of a checkpoint: give its folder, {path.parent}")
         header = bytes(data[8 : 8 + min(int.from_bytes(data[:8], "little"), 2**24)])
-        raise Unreadable(other) if (other := of_safetensors(header)) else _only_weights("a safetensors file")
+        raise Unreadable(other) if (other := describe_safetensors(header)) else _only_weights("a safetensors file")
     return data
 
 
@@ -225,35 +231,35 @@ def _persistent(meta: object) -> _Object:
     raise TypeError
 
 
-_DICT, _ARRAY, _SCALAR = Call(empty_dict), Call(lambda *_: Array()), Call(read_scalar)
+_DICT, _ARRAY, _SCALAR = StandIn(empty_dict), StandIn(lambda *_: Array()), StandIn(read_scalar)
 _NAMES: dict[tuple[str, str], object] = {
     ("collections", "OrderedDict"): _DICT,
     ("dnnlib.util", "EasyDict"): _DICT,
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): Call(_persistent),
-    ("torch.nn.modules.container", "ModuleDict"): Call(lambda: _Object("ModuleDict")),
-    ("torch._utils", "_rebuild_parameter"): Call(lambda tensor, *_: tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): Call(rebuild_tensor),
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): StandIn(_persistent),
+    ("torch.nn.modules.container", "ModuleDict"): StandIn(lambda: _Object("ModuleDict")),
+    ("torch._utils", "_rebuild_parameter"): StandIn(lambda tensor, *_: tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): StandIn(rebuild_tensor),
     ("numpy.core.multiarray", "_reconstruct"): _ARRAY,
     ("numpy._core.multiarray", "_reconstruct"): _ARRAY,
     ("numpy.core.multiarray", "scalar"): _SCALAR,
     ("numpy._core.multiarray", "scalar"): _SCALAR,
     ("numpy", "ndarray"): None,  # only ever an argument of _reconstruct
-    ("numpy", "dtype"): Call(Dtype),
+    ("numpy", "dtype"): StandIn(Dtype),
 }
 
 
 def _entries(data: memoryview, budget: Budget) -> dict[str, object]:
     """The dict in the pickle, with something under `ema`."""
-    storages = {("torch.storage", "_load_from_bytes"): Call(partial(read_storage, budget=budget))}
-    root = Machine(data, _NAMES | storages, budget=budget).run()
+    storages = {("torch.storage", "_load_from_bytes"): StandIn(partial(read_storage, budget=budget))}
+    root = Unpickler(data, _NAMES | storages, budget=budget).run()
     if type(root) is int and root == LEGACY_MAGIC:
         raise _only_weights("a file of torch.save")
     if not isinstance(root, dict):
         raise Unreadable(f"holds {_kind(root)} where a dict with a network under 'ema' is expected: {_WANTED}")
     if root and all(isinstance(value, StoredTensor) for value in root.values()):
-        raise Unreadable(other) if (other := of_tensors(root)) else _only_weights("a pickled dict of tensors")
+        raise Unreadable(other) if (other := describe_tensors(root)) else _only_weights("a pickled dict of tensors")
     if "ema" not in root:
-        if other := of_entries(root):
+        if other := describe_entries(root):
             raise Unreadable(other)
         if one := next((name for name in root if re.fullmatch(r"(?i)g|g_ema|generator.*", name)), None):
             raise Unreadable(f"holds a generator under {one[:60]!r} and no teacher: {TEACHER}")

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edmdistill.checkpoints.class_names import KNOWN_FILES, official_class_names
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, describe
-from edmdistill.checkpoints.known import KNOWN_FILES, label_names_of
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint
 from edmdistill.checkpoints.openai import read_openai
-from edmdistill.checkpoints.others import of_folder
 from edmdistill.checkpoints.source import Source, open_source
 from edmdistill.checkpoints.store import build_flow, fill
+from edmdistill.checkpoints.unsupported import describe_folder
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
@@ -35,9 +35,9 @@ PRECONDITIONING_CLASSES = {
 }
 NETWORK_CLASSES = {"SongUNet": ("song", "model."), "DhariwalUNet": ("adm", "model."), "UNet": ("edm2", "unet.")}
 """Our kind, and the prefix of its tensors in the official state."""
-OURS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads"}
+OUR_ARGUMENTS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads"}
 """Constructor arguments that no official class has; only EDM2's have logvar_channels."""
-WITHOUT_EFFECT = {"use_fp16", "model_type"}
+IGNORED_ARGUMENTS = {"use_fp16", "model_type"}
 """Official arguments about how the network is run or named, not what it computes."""
 
 
@@ -73,7 +73,7 @@ def build_official(
     fill(flow.network, tensors, where)
     if not upcast:
         _round_gains(flow.network)
-    names, file = label_names_of(official), KNOWN_FILES.get(official.sha256)
+    names, file = official_class_names(official), KNOWN_FILES.get(official.sha256)
     config = CheckpointConfig(
         stage="teacher",
         encoder=_encoder(official),
@@ -88,13 +88,13 @@ def build_official(
 
 def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
     """Our network's constructor arguments. Its defaults are the official ones."""
-    ours = OURS if kind == "edm2" else OURS | {"logvar_channels"}
+    ours = OUR_ARGUMENTS if kind == "edm2" else OUR_ARGUMENTS | {"logvar_channels"}
     known = inspect.signature(NETWORKS[kind]).parameters.keys() - ours
     arguments = official.network_arguments | {
         name: value for name, value in official.arguments.items() if name in known & {"logvar_channels"}
     }
     outer = {"img_channels"} | {field.name for field in fields(PRECONDITIONINGS[_preconditioning(official)["kind"]])}
-    unknown = (arguments.keys() - known) | (official.arguments.keys() - known - outer - WITHOUT_EFFECT)
+    unknown = (arguments.keys() - known) | (official.arguments.keys() - known - outer - IGNORED_ARGUMENTS)
     if unknown:
         raise CheckpointError(
             f"{official.path} was made with the argument {min(unknown)}, which {official.network_class} does not know: "
@@ -142,7 +142,7 @@ def load_official(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointC
     """
     source = open_source(source)
     if source.path.is_dir():
-        raise CheckpointError(f"{source.path} {of_folder(source.path)}.")
+        raise CheckpointError(f"{source.path} {describe_folder(source.path)}.")
     if source.is_archive:
         return read_openai(source.path, source.sha256)
     return build_official(dataclasses.replace(source.official))  # a copy: its tensors are freed with it

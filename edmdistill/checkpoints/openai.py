@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from edmdistill.archives import Archive
+from edmdistill.checkpoints.class_names import class_names
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, describe
 from edmdistill.checkpoints.download import downloaded
-from edmdistill.checkpoints.known import class_names
-from edmdistill.checkpoints.others import NVIDIA_64, of_entries, of_tensors, refuse_by_name
 from edmdistill.checkpoints.store import build_flow, fill
+from edmdistill.checkpoints.unsupported import NVIDIA_64, describe_entries, describe_tensors, refuse_by_name
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.pickles import StoredTensor, Unreadable
@@ -47,7 +47,7 @@ RESIDUAL = {
 ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
 
 
-class Unknown(Exception):
+class UnknownNetwork(Exception):
     """Why the weights are not such a network: the part of a sentence that follows the file's name."""
 
 
@@ -61,7 +61,9 @@ def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]
     """
     refuse_by_name(path)
     with downloaded(path):
-        arguments, tensors = described(path, {name: tensor.tensor() for name, tensor in stored_weights(path).items()})
+        arguments, tensors = read_arguments(
+            path, {name: tensor.tensor() for name, tensor in read_weights(path).items()}
+        )
     flow = build_flow(NetworkSpec("adm", arguments), PRECONDITIONING, str(path))
     fill(flow.network, tensors, str(path))
     provenance = Provenance(source=path.name, sha256=sha256, licence="mit")
@@ -69,18 +71,18 @@ def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]
     return flow, CheckpointConfig(stage="teacher", label_names=names, provenance=provenance, **describe(flow))
 
 
-def described(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adm_of.  Raises: CheckpointError: they are of another network."""
+def read_arguments(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """to_adm.  Raises: CheckpointError: they are of another network."""
     try:
-        return adm_of(weights)
+        return to_adm(weights)
     except Exception as error:  # the weights are a stranger's: whatever they break, they are what is wrong
-        other = of_tensors(weights)
-        reason = error if isinstance(error, Unknown) else f"holds other weights than an ADM network ({error!r})"
+        other = describe_tensors(weights)
+        reason = error if isinstance(error, UnknownNetwork) else f"holds other weights than an ADM network ({error!r})"
         said = other or (str(reason) if ": give" in str(reason) else f"{reason}: {KIND}")
         raise CheckpointError(f"{path} {said}.") from error
 
 
-def stored_weights(path: Path) -> dict[str, StoredTensor]:
+def read_weights(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file of torch.save, in which nothing is run.  What DistributedDataParallel names is unwrapped.
 
     Raises: CheckpointError: it is no state dict, or damaged.
@@ -93,7 +95,7 @@ def stored_weights(path: Path) -> dict[str, StoredTensor]:
         tensors = {str(name).removeprefix("module."): value for name, value in weights.items()}
         wrong = next((name for name, value in tensors.items() if not isinstance(value, StoredTensor)), None)
         if wrong is not None or len(tensors) < len(weights):
-            other = of_entries(weights)
+            other = describe_entries(weights)
             raise Unreadable(other or f"holds other weights than an ADM network (no tensor as {wrong!r:.60}): {KIND}")
         archive.budget.take(sum(tensor.nbytes for tensor in tensors.values()))
     except OSError as error:
@@ -103,13 +105,13 @@ def stored_weights(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def adm_of(weights: Mapping[str, Tensor], resolution: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_adm(weights: Mapping[str, Tensor], resolution: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """DhariwalUNet's constructor arguments and tensors.
 
     Args:
         weights: by OpenAI's names.
         resolution: the image size; None = by RESOLUTIONS.
-    Raises: Unknown: they are of another network; KeyError, ValueError ...: of one that is nothing like it.
+    Raises: UnknownNetwork: they are of another network; KeyError, ValueError ...: of one that is nothing like it.
     """
     _require_denoiser(weights["input_blocks.0.0.weight"].shape[1], weights["out.2.weight"].shape[0])
     left = dict(weights)
@@ -123,12 +125,12 @@ def adm_of(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
     channel_mult = [weights[name].shape[0] // model_channels for name in last]
     affine = weights["middle_block.0.emb_layers.1.weight"].shape[0]
     if affine != 2 * channel_mult[-1] * model_channels:
-        raise Unknown("adds its time embedding where ADM scales and shifts by it (use_scale_shift_norm=False)")
+        raise UnknownNetwork("adds its time embedding where ADM scales and shifts by it (use_scale_shift_norm=False)")
     if model_channels * min(channel_mult) < 128:
-        raise Unknown(f"has {model_channels} channels in 32 groups, but ADM has groups of at least 4 channels")
+        raise UnknownNetwork(f"has {model_channels} channels in 32 groups, but ADM has groups of at least 4 channels")
     resolution = resolution or RESOLUTIONS.get(tuple(channel_mult))
     if resolution is None:
-        raise Unknown(f"has channel multipliers {channel_mult}, for which the image size is not known")
+        raise UnknownNetwork(f"has channel multipliers {channel_mult}, for which the image size is not known")
 
     tensors = {}
     attn_resolutions = set()
@@ -161,7 +163,7 @@ def adm_of(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
                 for conv in ("conv0", "skip"):  # the box filter, which they do not store
                     tensors[f"{block}.{conv}.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
     if left:
-        raise Unknown(f"holds {min(left)}, for which ADM has no place")
+        raise UnknownNetwork(f"holds {min(left)}, for which ADM has no place")
     arguments = {
         "img_resolution": resolution,
         "in_channels": tensors[f"{first}.weight"].shape[1],
@@ -178,17 +180,17 @@ def adm_of(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
 def _require_denoiser(channels_in: int, channels_out: int) -> None:
     """Lets pass what takes an image and gives one: gray or RGB, as OpenAI's latents have no statistics.
 
-    Raises: Unknown: it is of guided-diffusion, or an upsampler.
+    Raises: UnknownNetwork: it is of guided-diffusion, or an upsampler.
     """
     if channels_in == 6:
-        raise Unknown(f"is an upsampler, which reads a small image too (6 channels in): give {NVIDIA_64}")
+        raise UnknownNetwork(f"is an upsampler, which reads a small image too (6 channels in): give {NVIDIA_64}")
     if channels_out == 2 * channels_in:
-        raise Unknown(
+        raise UnknownNetwork(
             f"is a network of guided-diffusion, which learns variances too ({channels_out} channels out) on other "
             f"noise levels than EDM's: give {NVIDIA_64}"
         )
     if channels_in != channels_out or channels_in not in (1, 3):
-        raise Unknown(
+        raise UnknownNetwork(
             f"takes {channels_in} channels and gives {channels_out}, where a denoiser takes and gives the 1 or 3 of an "
             "image: give edm_imagenet64_ema.pt or its like"
         )

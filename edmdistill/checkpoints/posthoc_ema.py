@@ -23,7 +23,7 @@ from torch import Tensor
 from edmdistill.checkpoints.config import CheckpointConfig, describe, read_config
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
-from edmdistill.checkpoints.source import name_of
+from edmdistill.checkpoints.source import source_name
 from edmdistill.checkpoints.store import (
     build_flow,
     fill,
@@ -36,9 +36,9 @@ from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.two_time import add_second_time
 
-LONGEST = 12**-0.5
+MAX_SIGMA_REL = 12**-0.5
 """sigma_rel of a plain mean over all time, gamma = 0."""
-WORST = 0.5
+MAX_MISFIT = 0.5
 """The largest misfit of an average that is worth its name."""
 
 
@@ -62,7 +62,7 @@ def gamma_to_sigma_rel(gamma: float) -> float:
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
-    """The inverse of gamma_to_sigma_rel: the largest root of a cubic.  sigma_rel in (0, LONGEST]
+    """The inverse of gamma_to_sigma_rel: the largest root of a cubic.  sigma_rel in (0, MAX_SIGMA_REL]
 
     Source: EDM2, eq. 126 and algorithm 2.
     """
@@ -252,12 +252,12 @@ def _up_to(images: int, files: Mapping[Profile, Path], source: Path) -> dict[Pro
 
 def _require_reach(stored: Sequence[Profile], wanted: Profile, source: Path) -> float:
     """The misfit of a length that can be had."""
-    if not 0 < wanted.sigma_rel < LONGEST:
-        raise CheckpointError(f"sigma_rel is {wanted.sigma_rel:g}, but lies between 0 and {LONGEST:.4f}")
+    if not 0 < wanted.sigma_rel < MAX_SIGMA_REL:
+        raise CheckpointError(f"sigma_rel is {wanted.sigma_rel:g}, but lies between 0 and {MAX_SIGMA_REL:.4f}")
     misfit = float(misfits(stored, [wanted])[0])
-    if misfit > WORST:
-        lengths = np.arange(1, int(1000 * LONGEST) + 1) / 1000
-        within = lengths[misfits(stored, [Profile(wanted.images, float(length)) for length in lengths]) <= WORST]
+    if misfit > MAX_MISFIT:
+        lengths = np.arange(1, int(1000 * MAX_SIGMA_REL) + 1) / 1000
+        within = lengths[misfits(stored, [Profile(wanted.images, float(length)) for length in lengths]) <= MAX_MISFIT]
         nearest = within[np.abs(within - wanted.sigma_rel).argmin()]
         raise CheckpointError(
             f"the {len(stored)} averages in {source} do not reach sigma_rel {wanted.sigma_rel:g}, which they miss by "
@@ -294,5 +294,5 @@ def _make_teacher(
     stored = {name: tensor.to(one.tensors[name].dtype) for name, tensor in sums.items()}
     flow, config = build_official(one, tensors=stored)
     flow = add_second_time(flow)
-    provenance = replace(config.provenance, source=f"snapshots in {name_of(source)}", sha256=None)
+    provenance = replace(config.provenance, source=f"snapshots in {source_name(source)}", sha256=None)
     return flow, replace(config, provenance=provenance, **describe(flow))

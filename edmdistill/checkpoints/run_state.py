@@ -90,7 +90,7 @@ def require_whole(state: Path) -> Progress:
     return progress
 
 
-def newest_readable(folder: Path, note: Callable[[str], object]) -> Path:
+def newest_whole_state(folder: Path, note: Callable[[str], object]) -> Path:
     """Returns the newest whole state of a run, and changes nothing.
 
     Args:

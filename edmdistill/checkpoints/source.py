@@ -17,7 +17,7 @@ from edmdistill.checkpoints.download import download
 from edmdistill.checkpoints.hub_client import REPOSITORY, download_from_hub
 from edmdistill.checkpoints.layout import CONFIG, MODEL, checkpoint_in, is_state
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
-from edmdistill.errors import CheckpointError, public_address
+from edmdistill.errors import CheckpointError, public_address, without_secrets
 
 SHIPPED = {"digits": Path(__file__).parent.parent / "assets" / "digits-teacher.pkl"}
 """Checkpoints that come with the package, by a word; a file or folder of that name comes before."""
@@ -113,7 +113,7 @@ def _scheme(text: str) -> str:
     return scheme[0].lower() if scheme else ""
 
 
-def name_of(source: str | Path | Source) -> str:
+def source_name(source: str | Path | Source) -> str:
     """Returns the name in provenance: scheme, host and path of a URL, a Hub id, or the last name in a path."""
     text = str(source)
     if _scheme(text):
@@ -122,6 +122,12 @@ def name_of(source: str | Path | Source) -> str:
     if not path.exists() and text in SHIPPED:
         return SHIPPED[text].name
     return path.resolve().name if path.exists() else text
+
+
+def file_digest(source: str | Path) -> str:
+    """Returns the sha256 of a file, or `source` itself, without secrets, where it names no file."""
+    path = Path(source)
+    return sha256_file(path) if path.is_file() else without_secrets(str(source))
 
 
 def repository_of(source: str) -> str | None:

@@ -200,12 +200,12 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> t
     """
     folder = resolve(source)
     config = read_config(folder)
-    flow = meta_network(config, folder)
+    flow = build_meta(config, folder)
     fill(flow.network, load_tensors(folder / MODEL, device)[0], str(folder / MODEL))
     return flow, config
 
 
-def meta_network(config: CheckpointConfig, folder: Path) -> FlowNetwork:
+def build_meta(config: CheckpointConfig, folder: Path) -> FlowNetwork:
     """Returns the network of a configuration on the meta device: it has no numbers and takes no memory.
 
     Args:

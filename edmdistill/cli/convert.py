@@ -48,7 +48,7 @@ def command(
     if checkpoint.path.is_file() and not checkpoint.is_archive:
         _ = checkpoint.official  # read before torch is imported: a bad file is refused at once
     from edmdistill.checkpoints.convert import convert, table
-    from edmdistill.checkpoints.function import describe_dependence, generator_warning
+    from edmdistill.checkpoints.noise_dependence import describe_dependence, generator_warning
     from edmdistill.progress import progress_bar
 
     with progress_bar(desc="converting", unit="step") as bar:

@@ -165,9 +165,10 @@ def tasks_of(
     from functools import partial
 
     from edmdistill.checkpoints.load import load_model
+    from edmdistill.checkpoints.source import open_source
     from edmdistill.evaluation.images import found, is_images
     from edmdistill.evaluation.protocol import evaluate, find_protocol, open_reference
-    from edmdistill.sampling.load import pick_device
+    from edmdistill.machine.devices import pick_device
     from edmdistill.sampling.seeds import parse_seeds
 
     numbers = range(count) if count else parse_seeds(seeds) if seeds else None
@@ -181,8 +182,9 @@ def tasks_of(
         for sentence in images.notes:
             say(sentence)
         return images.count, {source: partial(own, images, data)}
-    model = load_model(source, where, weights=sampler.weights)
-    say_unfinished(source)
+    checkpoint = open_source(source)
+    model = load_model(checkpoint, where, weights=sampler.weights)
+    say_unfinished(checkpoint)
     drawn = partial(own, model, data, **sampler.arguments(model.flow, where))
     tasks: dict[str, Callable[..., Result]] = {}
     for gamma in gammas:
@@ -266,15 +268,17 @@ def _likelihood(
     from functools import partial
 
     from edmdistill.checkpoints.load import load_model
+    from edmdistill.checkpoints.source import open_source
     from edmdistill.data.datasets import open_dataset
     from edmdistill.evaluation.images import is_images
     from edmdistill.evaluation.likelihood import evaluate_likelihood
-    from edmdistill.sampling.load import pick_device
+    from edmdistill.machine.devices import pick_device
 
     if is_images(source):
         raise click.UsageError(f"images have no likelihood of their own, and {source} is images: name a network.")
     data = open_dataset(ref, split=split or ("test" if ref == "digits" else "train"))
     own: dict[str, Any] = {"count": count, "probes": probes, "tolerance": tolerance, "batch": batch, "source": source}
-    model = load_model(source, pick_device(device))
-    say_unfinished(source)
+    checkpoint = open_source(source)
+    model = load_model(checkpoint, pick_device(device))
+    say_unfinished(checkpoint)
     return min(count or len(data), len(data)) * probes, {"nll": partial(evaluate_likelihood, model, data, **own)}

@@ -30,8 +30,8 @@ def command(source: str, as_json: bool, tensors: bool, classes: bool, check: boo
         click.echo("\n".join(f"{number:>4} {printable(str(name))}" for number, name in enumerate(names)))
         return
     if check:
-        from edmdistill.checkpoints.function import describe_dependence, noise_dependence
         from edmdistill.checkpoints.load import load_flow
+        from edmdistill.checkpoints.noise_dependence import describe_dependence, noise_dependence
 
         value = noise_dependence(load_flow(checkpoint)[0])
         summary = {"noise_dependence": value, "function": describe_dependence(value)} | summary

@@ -33,7 +33,7 @@ def command(
     import math
 
     from edmdistill.errors import NotFiniteError
-    from edmdistill.sampling.load import pick_device
+    from edmdistill.machine.devices import pick_device
     from edmdistill.training.noise_levels import losses_by_noise, verdict
 
     sources = [teacher, original] if original else [teacher]

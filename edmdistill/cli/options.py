@@ -19,6 +19,7 @@ from edmdistill.errors import did_you_mean
 if TYPE_CHECKING:
     import torch
 
+    from edmdistill.checkpoints.source import Source
     from edmdistill.networks.flow import FlowNetwork
 
 MAX_NFE, MAX_BATCH = 10_000, 65_536
@@ -223,7 +224,7 @@ def interruptible(kept: Callable[[], str]) -> Iterator[None]:
         sys.exit(130)
 
 
-def say_unfinished(source: str) -> None:
+def say_unfinished(source: str | Source) -> None:
     """Says so where a checkpoint or run that is about to be used was not trained to its end."""
     from edmdistill.checkpoints.config import unfinished
     from edmdistill.checkpoints.load import find_config

@@ -108,8 +108,10 @@ def command(
     import torch
 
     from edmdistill.checkpoints.load import load_denoiser, load_model, weights_digest
+    from edmdistill.checkpoints.source import file_digest, open_source
     from edmdistill.errors import NotFiniteError
     from edmdistill.features.classifiers import load_classifier
+    from edmdistill.machine.devices import pick_device
     from edmdistill.progress import progress_bar
     from edmdistill.sampling.build import build_sampler
     from edmdistill.sampling.feature_nets import load_feature_net
@@ -117,7 +119,6 @@ def command(
     from edmdistill.sampling.generate import describe_not_finite, drawn_classes, generate_images, is_latent
     from edmdistill.sampling.heun import Churn
     from edmdistill.sampling.labels import find_classes
-    from edmdistill.sampling.load import class_names, digest_of, pick_device
     from edmdistill.sampling.rejection import candidates, sample_best
     from edmdistill.sampling.seeds import format_seeds, parse_seeds
     from edmdistill.sampling.spec import SamplerSpec
@@ -125,14 +126,15 @@ def command(
 
     numbers = parse_seeds(seeds)
     where, precision = pick_device(device), getattr(torch, dtype) if dtype else None
-    model = load_model(source, where, precision, sampler.weights)
-    say_unfinished(source)
+    checkpoint = open_source(source)
+    model = load_model(checkpoint, where, precision, sampler.weights)
+    say_unfinished(checkpoint)
     flow, latent = model.flow, is_latent(model)
     check_output(out, latent=latent)
     if out.suffix.lower() == ".png" and len(numbers) > GRID_MOST:
         say(f"A grid shows the first {GRID_MOST:,} images, so only these of the {len(numbers):,} are drawn.")
         numbers = numbers[:GRID_MOST]
-    names = class_names(model)
+    names = model.label_names
     named = find_classes(words, flow.label_dim, names)
     turns = torch.tensor([named[i % len(named)] for i in range(len(numbers))]) if named else None
     classes = drawn_classes(model, numbers) if turns is None else turns
@@ -151,16 +153,16 @@ def command(
     spec = SamplerSpec(nfe=nfe, gamma=gamma, churn=noise, reference=pull, **sampler.arguments(flow, where, precision))
     draw = partial(generate_images, model, spec, batch=batch)
     request: dict[str, Any] = {
-        "weights": weights_digest(source, model, sampler.weights),
+        "weights": weights_digest(checkpoint, model, sampler.weights),
         "seeds": format_seeds(numbers),
         "classes": named or "drawn",
         "sampler": msgspec.to_builtins(build_sampler(model, spec).record),
         "guide": sampler.guide and spec.guide and weights_digest(sampler.guide, spec.guide),
         "churn": None if noise == Churn() else str(noise),
         "reject": ratio,
-        "classifier": classifier and digest_of(classifier),
-        "reference": reference and digest_of(str(reference)),
-        "feature net": feature_net and digest_of(feature_net.removeprefix("mask:")),
+        "classifier": classifier and file_digest(classifier),
+        "reference": reference and file_digest(str(reference)),
+        "feature net": feature_net and file_digest(feature_net.removeprefix("mask:")),
         "pull": None
         if pull is None
         else [pull.weight, pull.correctors, pull.score and weights_digest(str(score), pull.score)],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint
-from edmdistill.checkpoints.official import NETWORK_CLASSES, OURS, build_official
+from edmdistill.checkpoints.official import NETWORK_CLASSES, OUR_ARGUMENTS, build_official
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.data.latents import statistics_of
 from edmdistill.errors import EdmDistillError
@@ -42,7 +42,7 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
     """
     pre = flow.preconditioning
     kind = str(config.preconditioning["kind"])
-    arguments = {name: value for name, value in flow.network.arguments.items() if name not in OURS}
+    arguments = {name: value for name, value in flow.network.arguments.items() if name not in OUR_ARGUMENTS}
     unknown = "double_norm", "guided", "positional_time", "two_time"
     if strange := [name for name in unknown if flow.network.arguments.get(name)]:
         raise EdmDistillError(f"NVIDIA's classes know no {strange[0]}, which this network has: export it --to another")

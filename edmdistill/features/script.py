@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from edmdistill.archives import Archive
 from edmdistill.errors import CheckpointError
-from edmdistill.pickles import Call, Stateful, Unreadable
+from edmdistill.pickles import StandIn, Stateful, Unreadable
 
 _CONTROL = """
 abs CallFunction CallMethod Constant CreateObject data device DictConstruct dtype Enter EnumName EnumValue Exit
@@ -103,9 +103,11 @@ class _Object(Stateful):
     def set_state(self, state: object) -> None: ...
 
 
-_PICKLED = {("torch.jit._pickle", f"build_{kind}list"): Call(list) for kind in ("int", "double", "bool", "tensor")} | {
-    ("torch.jit._pickle", "restore_type_tag"): Call(lambda value, *_: value),
-    ("torch", "device"): Call(lambda *_: None),
+_PICKLED = {
+    ("torch.jit._pickle", f"build_{kind}list"): StandIn(list) for kind in ("int", "double", "bool", "tensor")
+} | {
+    ("torch.jit._pickle", "restore_type_tag"): StandIn(lambda value, *_: value),
+    ("torch", "device"): StandIn(lambda *_: None),
 }
 
 
@@ -183,7 +185,7 @@ def _checked(archive: Archive) -> io.BytesIO:
     names: dict[tuple[str, str], object] = dict(_PICKLED)
     for name, source in files.items():
         module = archive.members[name].filename.partition("/code/")[2].removesuffix(".py").replace("/", ".")
-        names |= {(module, found): Call(_Object) for found in _classes(source)}
+        names |= {(module, found): StandIn(_Object) for found in _classes(source)}
     facts = archive.members.keys() & {"version", ".data/version", "byteorder"}
     copied = files | {name: bytes(archive.read(name)) for name in facts}
     for name, folder in (("data.pkl", "data"), ("constants.pkl", "constants")):

@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from edmdistill.errors import PeerFailed, TrainingError
+from edmdistill.machine.devices import pick_device
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.sampling.load import pick_device
 
 T = TypeVar("T")
 

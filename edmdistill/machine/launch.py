@@ -175,7 +175,7 @@ def _all_on_cpu(device: str | None, processes: int) -> bool:
     """Whether the processes train on the CPU.  Raises: as `launch`."""
     import torch
 
-    from edmdistill.sampling.load import named_device
+    from edmdistill.machine.devices import named_device
 
     chosen = named_device(device)
     if chosen.index is not None:

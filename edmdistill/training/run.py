@@ -16,13 +16,13 @@ from edmdistill.checkpoints.config import (
     Guidance,
     NetworkSpec,
     Provenance,
-    Sampling,
+    SamplingDefaults,
     describe,
 )
-from edmdistill.checkpoints.function import generator_warning
 from edmdistill.checkpoints.layout import is_state
 from edmdistill.checkpoints.load import load_flow, read_teacher
-from edmdistill.checkpoints.run_state import newest_readable, raw_weights
+from edmdistill.checkpoints.noise_dependence import generator_warning
+from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import open_source
 from edmdistill.checkpoints.store import build_flow
 from edmdistill.data.datasets import Dataset, open_dataset
@@ -289,7 +289,7 @@ def prepare(
             recipe_hash=recipe.hash,
             guidance=guidance,
             label_names=config.label_names or _names(dataset, flow.label_dim),
-            sampling=Sampling(recipe.sampling.sigmas, recipe.sampling.gamma),
+            sampling=SamplingDefaults(recipe.sampling.sigmas, recipe.sampling.gamma),
             images_total=recipe.training.images,
             noise_dependence=None,
             results=(),
@@ -454,7 +454,7 @@ def read_init(source: str | Path, recipe: Recipe) -> Init:
     if check_teacher is not None:
         raise TrainingError(f"--init {source}: {check_teacher}")
     if is_state(path) or (path / "state").is_dir():
-        state = newest_readable(path, lambda sentence: None)
+        state = newest_whole_state(path, lambda sentence: None)
     known = state is not None and (state / "auxiliary.safetensors").is_file()
     auxiliary = raw_weights(state, "auxiliary") if state is not None and known else {}
     return Init(without_secrets(str(source)), flow, config, given.sha256, auxiliary)

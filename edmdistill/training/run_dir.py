@@ -18,7 +18,7 @@ from typing import IO, Any, TypedDict
 
 from edmdistill.atomic import atomic_write, remove_leftovers
 from edmdistill.errors import CheckpointError, TrainingError
-from edmdistill.jsonl import append_line, keep_lines
+from edmdistill.jsonl import append_line, truncate_lines
 
 RECIPE, RUN, SESSIONS, METRICS = "recipe.resolved.json", "run.json", "sessions.jsonl", "metrics.jsonl"
 Measured = dict[str, int | float]
@@ -83,7 +83,7 @@ class RunDir:
         for file in self.ema.glob(f"{'[0-9]' * 12}-0.???.safetensors"):
             if int(file.name.partition("-")[0]) > images:
                 file.unlink()
-        keep_lines(self._metrics, Measured, lambda line: line["images"] <= images, ["images"], note)
+        truncate_lines(self._metrics, Measured, lambda line: line["images"] <= images, ["images"], note)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import torch
 
-from edmdistill.checkpoints.config import CheckpointConfig, Provenance, Sampling, describe
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, SamplingDefaults, describe
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
@@ -16,7 +16,7 @@ def make() -> Generator:
     network = UNet(4, 2, 3, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
     torch.nn.init.constant_(network.out_gain, 0.5)
     flow = FlowNetwork(network, EDM()).eval().requires_grad_(False)
-    levels = Sampling({"2": (80.0, 1.5)})
+    levels = SamplingDefaults({"2": (80.0, 1.5)})
     return Generator(
         flow,
         CheckpointConfig(stage="generator", sampling=levels, provenance=Provenance(source="a test"), **describe(flow)),

@@ -10,7 +10,7 @@ import torch.nn.functional as f
 from torch import Tensor
 
 from edmdistill.checkpoints.config import NetworkSpec
-from edmdistill.checkpoints.openai import PRECONDITIONING, RESOLUTIONS, Unknown, adm_of, read_openai
+from edmdistill.checkpoints.openai import PRECONDITIONING, RESOLUTIONS, UnknownNetwork, read_openai, to_adm
 from edmdistill.checkpoints.store import build_flow, fill
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser
@@ -172,7 +172,7 @@ def openai_denoiser(w: Weights, num_blocks: int) -> Callable[[Tensor, Tensor, Te
 )
 def test_same_function(mults: tuple[int, ...], num_blocks: int, attending: tuple[int, ...], classes: int) -> None:
     weights = weights_of(mults, num_blocks, attending, classes)
-    arguments, tensors = adm_of(weights, resolution=4)
+    arguments, tensors = to_adm(weights, resolution=4)
     assert arguments["label_dim"] == classes
     assert arguments["attn_resolutions"] == [4 >> level for level in attending]
     flow = build_flow(NetworkSpec("adm", arguments), PRECONDITIONING, "weights")
@@ -189,7 +189,7 @@ def test_same_function(mults: tuple[int, ...], num_blocks: int, attending: tuple
 
 
 def test_the_published_network() -> None:
-    arguments, tensors = adm_of(weights_of((1, 2, 3, 4), 3, (1, 2, 3), classes=1000, ch=192, device="meta"))
+    arguments, tensors = to_adm(weights_of((1, 2, 3, 4), 3, (1, 2, 3), classes=1000, ch=192, device="meta"))
     assert arguments == {
         "img_resolution": 64,
         "in_channels": 3,
@@ -219,16 +219,16 @@ def test_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
     weights = weights_of(device="meta")
-    with pytest.raises(Unknown, match="image size is not known"):
-        adm_of(weights)
-    with pytest.raises(Unknown, match="in 32 groups"):
-        adm_of(weights_of(ch=64, device="meta"), resolution=4)
+    with pytest.raises(UnknownNetwork, match="image size is not known"):
+        to_adm(weights)
+    with pytest.raises(UnknownNetwork, match="in 32 groups"):
+        to_adm(weights_of(ch=64, device="meta"), resolution=4)
     extra = weights | {"time_embed_s.0.weight": torch.zeros(1)}  # CTM's students have a second time
-    with pytest.raises(Unknown, match=r"holds time_embed_s\.0\.weight"):
-        adm_of(extra, resolution=4)
+    with pytest.raises(UnknownNetwork, match=r"holds time_embed_s\.0\.weight"):
+        to_adm(extra, resolution=4)
     added = {name: w[: len(w) // 2] if "emb_layers" in name else w for name, w in weights.items()}
-    with pytest.raises(Unknown, match="use_scale_shift_norm"):
-        adm_of(added, resolution=4)
+    with pytest.raises(UnknownNetwork, match="use_scale_shift_norm"):
+        to_adm(added, resolution=4)
     path = tmp_path / "edm.pt"
     for nothing in ({"weight": torch.zeros(1)}, {1: torch.zeros(1)}, {"time_embed.0.weight": torch.zeros(0, 0)}):
         torch.save(nothing, path)

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from edmdistill.checkpoints.source import name_of, resolve
+from edmdistill.checkpoints.source import resolve, source_name
 from edmdistill.errors import CheckpointError, HubError
 
 CONTENT = bytes(range(256)) * 9000
@@ -71,12 +71,12 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_provenance_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert name_of(tmp_path / "edm.pkl").endswith("edm.pkl")
+    assert source_name(tmp_path / "edm.pkl").endswith("edm.pkl")
     (tmp_path / "edm.pkl").touch()
-    assert name_of(tmp_path / "edm.pkl") == "edm.pkl"
-    assert name_of(".") == tmp_path.name
+    assert source_name(tmp_path / "edm.pkl") == "edm.pkl"
+    assert source_name(".") == tmp_path.name
     for whole in ("https://host/a/edm.pkl", "hf://owner/name/edm.pkl@v1", "owner/name"):
-        assert name_of(whole) == whole
+        assert source_name(whole) == whole
 
 
 def test_a_url_is_downloaded_once(server: Server, tmp_path: Path) -> None:

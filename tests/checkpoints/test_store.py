@@ -12,7 +12,7 @@ from tolerance import assert_rounded, depth
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints import store
-from edmdistill.checkpoints.config import CheckpointConfig, Provenance, Sampling, describe
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, SamplingDefaults, describe
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.checkpoints.load import load_generator
 from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_checkpoint, save_tensors
@@ -54,7 +54,9 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("kind", CASES)
 def test_round_trip(kind: str, tmp_path: Path) -> None:
     flow, config = make(kind)
-    config = replace(config, label_names=("a", "b", "c"), sampling=Sampling({"2": (80.0, 2.5)}), results=({"fd": 1.0},))
+    config = replace(
+        config, label_names=("a", "b", "c"), sampling=SamplingDefaults({"2": (80.0, 2.5)}), results=({"fd": 1.0},)
+    )
     save_checkpoint(tmp_path / "c", flow, config)
     assert names(tmp_path) == ["c"]
     assert names(tmp_path / "c") == [CARD, CONFIG, MODEL]

@@ -13,7 +13,7 @@ from edmdistill.checkpoints.config import (
     CheckpointConfig,
     Guidance,
     Provenance,
-    Sampling,
+    SamplingDefaults,
     describe,
 )
 from edmdistill.checkpoints.load import load_generator, load_model
@@ -63,7 +63,7 @@ def checkpoint(
     config = CheckpointConfig(
         stage=stage,
         label_names=NAMES if label_dim else None,
-        sampling=Sampling({"1": (80.0,), "2": (80.0, 3.0)}),
+        sampling=SamplingDefaults({"1": (80.0,), "2": (80.0, 3.0)}),
         guidance=None if guidance is None else Guidance("network", guidance),
         provenance=Provenance(source="a test"),
         **describe(flow),

@@ -22,7 +22,7 @@ from edmdistill.checkpoints.config import (
     CheckpointConfig,
     Guidance,
     Provenance,
-    Sampling,
+    SamplingDefaults,
     describe,
 )
 from edmdistill.checkpoints.generator import Generator
@@ -76,7 +76,7 @@ def runs(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = tuple(f"class {i}, number {i}" for i in range(flow.label_dim))
         config = CheckpointConfig(
             stage="generator",
-            sampling=Sampling({"2": (80.0, 3.0)}, gamma=0.7),
+            sampling=SamplingDefaults({"2": (80.0, 3.0)}, gamma=0.7),
             label_names=names,
             guidance=Guidance("classes", (1.0, 3.0)) if flow.guided else None,
             encoder=load_flow(golden / LATENT)[1].encoder if name == "latents" else {"kind": "pixels"},

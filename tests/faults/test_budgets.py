@@ -13,7 +13,7 @@ from edmdistill.archives import Archive
 from edmdistill.checkpoints.nvidia import _Object, _tensors, read_official
 from edmdistill.checkpoints.openai import read_openai
 from edmdistill.errors import CheckpointError
-from edmdistill.pickles import MAX_STEPS, SLACK, Budget, Machine, Storage, StoredTensor, Unreadable
+from edmdistill.pickles import MAX_STEPS, SLACK, Budget, Storage, StoredTensor, Unpickler, Unreadable
 
 CASES = Path(__file__).parent.parent / "cases"
 
@@ -39,9 +39,9 @@ def test_cases(name: str, why: str, tmp_path: Path) -> None:
 
 def test_nested_pickles_share_the_steps() -> None:
     budget, program = Budget(100), memoryview(b"\x80\x02" * (MAX_STEPS // 2) + b"N.")
-    Machine(program, {}, budget=budget).run()
+    Unpickler(program, {}, budget=budget).run()
     with pytest.raises(Unreadable, match=f"more than {MAX_STEPS:,} steps"):
-        Machine(program, {}, budget=budget).run()
+        Unpickler(program, {}, budget=budget).run()
 
 
 def test_honest_files_have_room() -> None:

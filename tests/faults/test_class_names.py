@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from make_teacher import to_pickle
 from msgspec.structs import replace
 
+from edmdistill.checkpoints.class_names import KNOWN_FILES, class_names, dataset_class_names
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe, read_config
 from edmdistill.checkpoints.convert import convert
-from edmdistill.checkpoints.known import KNOWN_FILES, class_names, names_of
 from edmdistill.checkpoints.load import load_model
 from edmdistill.checkpoints.source import SHIPPED
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
@@ -46,7 +46,7 @@ def test_imagenet_is_recognised(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["edm-cifar10-32x32-cond-vp.pkl", "datasets/cifar10-32x32.zip", "CIFAR-10"])
 def test_cifar10_is_recognised(name: str) -> None:
-    assert class_names(10, name) == names_of("cifar10")
+    assert class_names(10, name) == dataset_class_names("cifar10")
     assert class_names(1000, name) is None
 
 
@@ -67,10 +67,10 @@ def test_other_data_get_no_names(label_dim: int, name: object) -> None:
 
 def test_each_name_finds_its_class() -> None:
     for data_set, label_dim in (("imagenet", 1000), ("cifar10", 10)):
-        names = names_of(data_set)
+        names = dataset_class_names(data_set)
         for i in range(0, label_dim, 1 if label_dim == 10 else 37):
             assert find_class(names[i], label_dim, names) == i
-    names = names_of("imagenet")
+    names = dataset_class_names("imagenet")
     assert find_class("Tabby", 1000, names) == 281
     assert find_class("maillot", 1000, names) == 638  # the whole name of one, a synonym of another
 
@@ -99,18 +99,22 @@ def test_readmes_command(pickle: Path, tmp_path: Path) -> None:
 
 def test_names_travel(pickle: Path, tmp_path: Path) -> None:
     done = convert(pickle, tmp_path / "teacher")
-    assert done.config.label_names == names_of("imagenet")
+    assert done.config.label_names == dataset_class_names("imagenet")
     flow, config = load_checkpoint(tmp_path / "teacher")
     save_checkpoint(tmp_path / "generator", flow, replace(config, stage="generator", method="cosim"))
-    assert read_config(tmp_path / "generator").label_names == names_of("imagenet")
-    assert load_model(pickle).label_names == load_model(tmp_path / "teacher").label_names == names_of("imagenet")
+    assert read_config(tmp_path / "generator").label_names == dataset_class_names("imagenet")
+    assert (
+        load_model(pickle).label_names
+        == load_model(tmp_path / "teacher").label_names
+        == dataset_class_names("imagenet")
+    )
 
 
 def test_a_checkpoint_of_version_1_0_has_them_too(pickle: Path, tmp_path: Path) -> None:
     flow, config = load_checkpoint(convert(pickle, tmp_path / "teacher").path)
     old = replace(config, label_names=None, provenance=Provenance(source="edm2-img512-s-2147483-0.025.pkl"))
     save_checkpoint(tmp_path / "old", flow, old)
-    assert read_config(tmp_path / "old").label_names == names_of("imagenet")
+    assert read_config(tmp_path / "old").label_names == dataset_class_names("imagenet")
 
 
 def test_the_shipped_teacher_is_known_by_its_digest(tmp_path: Path) -> None:

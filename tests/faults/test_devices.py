@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError
+from edmdistill.machine.devices import named_device, pick_device
 from edmdistill.machine.engine import Engine, Machine
-from edmdistill.sampling.load import named_device, pick_device
 
 COMMANDS = {
     "train": ["train", "diffusion", "--data", "digits", "--recipe", "diffusion/digits", "--run-dir", "run"],
@@ -35,7 +35,7 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert pick_device(None) == pick_device("cpu") == torch.device("cpu")
     for name in "cuda", "cuda:0":
-        with pytest.raises(EdmDistillError, match=f"{name} cannot be used, for torch finds no CUDA device here"):
+        with pytest.raises(EdmDistillError, match=f"{name} cannot be used because torch finds no CUDA device here"):
             pick_device(name)
 
 

@@ -12,9 +12,14 @@ from torch import Tensor
 from edmdistill.checkpoints import convert as module
 from edmdistill.checkpoints.config import unfinished
 from edmdistill.checkpoints.convert import convert
-from edmdistill.checkpoints.function import GENERATOR, describe_dependence, generator_warning, noise_dependence
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.checkpoints.load import load_flow
+from edmdistill.checkpoints.noise_dependence import (
+    GENERATOR_RANGE,
+    describe_dependence,
+    generator_warning,
+    noise_dependence,
+)
 from edmdistill.checkpoints.source import SHIPPED
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.cli import main
@@ -51,7 +56,7 @@ def test_a_denoiser_and_a_generator_of_gaussian_data(label_dim: int) -> None:
     denoiser = noise_dependence(acting(0.0, label_dim))
     assert denoiser == pytest.approx(STD / SIGMA, rel=0.05)
     assert noise_dependence(acting(1.0, label_dim)) == pytest.approx(1 + STD / SIGMA, rel=0.05)
-    assert denoiser < GENERATOR[0] < 1 < GENERATOR[1]
+    assert denoiser < GENERATOR_RANGE[0] < 1 < GENERATOR_RANGE[1]
 
 
 def test_the_words() -> None:

@@ -21,12 +21,12 @@ from edmdistill.checkpoints.config import (
     Guidance,
     NetworkSpec,
     Provenance,
-    Sampling,
+    SamplingDefaults,
     describe,
     read_config,
 )
 from edmdistill.checkpoints.layout import CONFIG, MODEL
-from edmdistill.checkpoints.store import fill, load_checkpoint, meta_network, save_checkpoint
+from edmdistill.checkpoints.store import build_meta, fill, load_checkpoint, save_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import Denoiser, FlowNetwork
@@ -61,7 +61,7 @@ def make(kind: str) -> tuple[FlowNetwork, CheckpointConfig]:
         images_seen=5,
         images_total=10,
         ema={"half_life_images": 500.0, "rampup_ratio": 0.05},
-        sampling=Sampling({"1": (80.0,), "2": (80.0, 2.5)}, 0.5),
+        sampling=SamplingDefaults({"1": (80.0,), "2": (80.0, 2.5)}, 0.5),
         encoder=latents if channels == 4 else {"kind": "pixels"},
         provenance=Provenance(source="edm.pkl", sha256="0" * 64, licence="mit", parent="1" * 64),
         results=({"metrics": {"fd": 1.0}},),
@@ -153,7 +153,7 @@ def test_it_loads_and_works_or_is_refused_in_a_sentence(folder: Path, drawn: tup
     refusal, flow = "", None
     try:
         config = read_config(folder)
-        flow = meta_network(config, folder)
+        flow = build_meta(config, folder)
         fill(flow.network, tensors, MODEL)
     except CheckpointError as error:
         refusal = str(error)

@@ -11,7 +11,7 @@ from torch import Tensor
 from edmdistill.checkpoints import openai
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import load_official
-from edmdistill.checkpoints.openai import Unknown, adm_of, read_openai
+from edmdistill.checkpoints.openai import UnknownNetwork, read_openai, to_adm
 from edmdistill.errors import CheckpointError
 
 CASES = Path(__file__).parent.parent / "cases"
@@ -39,8 +39,8 @@ def adm(channels_in: int, channels_out: int) -> dict[str, Tensor]:
     ],
 )
 def test_channels(channels_in: int, channels_out: int, why: str, tmp_path: Path) -> None:
-    with pytest.raises(Unknown, match=why):
-        adm_of(adm(channels_in, channels_out))
+    with pytest.raises(UnknownNetwork, match=why):
+        to_adm(adm(channels_in, channels_out))
     path = tmp_path / "model050000.pt"
     torch.save(adm(channels_in, channels_out), path)
     with pytest.raises(CheckpointError, match=rf"^[^\n]*{why}[^\n]*\.$"):

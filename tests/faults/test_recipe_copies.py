@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from edmdistill.checkpoints.source import SHIPPED as SHIPPED_CHECKPOINTS
-from edmdistill.checkpoints.source import name_of, resolve
+from edmdistill.checkpoints.source import resolve, source_name
 from edmdistill.cli import main
 from edmdistill.recipes.library import RecipeFile, find_recipe, load_recipe, recipe_files, recipe_header
 
@@ -67,7 +67,7 @@ def test_the_teacher_of_the_package_has_a_word(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     assert resolve("digits") == SHIPPED_CHECKPOINTS["digits"]
     assert resolve("digits").is_file()
-    assert name_of("digits") == "digits-teacher.pkl"
+    assert source_name("digits") == "digits-teacher.pkl"
     Path("digits").mkdir()  # what is here comes first
     assert resolve("digits") == Path("digits")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edmdistill.checkpoints.source import name_of, resolve
+from edmdistill.checkpoints.source import resolve, source_name
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, EdmDistillError, HubError, public_address, without_secrets
 from edmdistill.evaluation.protocol import provenance
@@ -30,7 +30,7 @@ ADDRESSES = {
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_scheme_host_and_path_stay(address: str) -> None:
-    assert public_address(address) == name_of(address) == ADDRESSES[address]
+    assert public_address(address) == source_name(address) == ADDRESSES[address]
     assert without_secrets(f"see {address} now") == f"see {ADDRESSES[address]} now"
     assert public_address(public_address(address)) == public_address(address)
 

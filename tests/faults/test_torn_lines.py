@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edmdistill.checkpoints.run_state import Progress, WindowProgress
 from edmdistill.errors import EdmDistillError, TrainingError
-from edmdistill.jsonl import append_line, keep_lines, read_lines
+from edmdistill.jsonl import append_line, read_lines, truncate_lines
 from edmdistill.report.summary import read_run
 from edmdistill.training.loop import train
 from edmdistill.training.run import Run
@@ -40,7 +40,7 @@ def test_a_bad_line_is_passed_over_and_said(bad: bytes, tmp_path: Path):
     log.write_bytes(b'{"images": 8}\n' + bad + b'\n{"images": 16}\n' + bad + b'\n{"images": 24}\n')
     assert [line["images"] for line in read_lines(log, Numbers, ["images"], said.append)] == [8, 16, 24]
     assert said == [f"{log}: line {number} is damaged and is passed over." for number in (2, 4)]
-    keep_lines(log, Numbers, lambda line: line["images"] <= 16, ["images"], said.append)
+    truncate_lines(log, Numbers, lambda line: line["images"] <= 16, ["images"], said.append)
     assert log.read_bytes() == b'{"images": 8}\n' + bad + b'\n{"images": 16}\n'
 
 

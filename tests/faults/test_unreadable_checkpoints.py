@@ -106,7 +106,7 @@ def test_inspect_reads_what_convert_reads(tmp_path: Path, monkeypatch: pytest.Mo
     from edmdistill.checkpoints import openai
 
     tensors = {"a.weight": torch.ones(2, 3)}
-    monkeypatch.setattr(openai, "adm_of", lambda weights: ({"img_resolution": 64}, {}))
+    monkeypatch.setattr(openai, "to_adm", lambda weights: ({"img_resolution": 64}, {}))
     path = tmp_path / "edm_imagenet64_ema.pt"
     torch.save(tensors, path)
     summary = inspect(path)

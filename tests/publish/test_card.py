@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from msgspec.structs import replace
 
-from edmdistill.checkpoints.config import CheckpointConfig, Sampling, read_config
+from edmdistill.checkpoints.config import CheckpointConfig, SamplingDefaults, read_config
 from edmdistill.checkpoints.source import repository_of
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result
 from edmdistill.methods import METHODS
@@ -114,7 +114,7 @@ def test_the_page_says_what_the_run_says(run: Path):
 
 
 def test_a_checkpoint_alone_says_less_and_nothing_wrong():
-    text = card(replace(CONFIG, sampling=Sampling()), "me/digits")
+    text = card(replace(CONFIG, sampling=SamplingDefaults()), "me/digits")
     assert "It was not measured." in text
     assert "All numbers of evaluations take EDM's curve" in text
     assert "unfinished" not in text

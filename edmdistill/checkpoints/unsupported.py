@@ -40,11 +40,11 @@ _TENSORS = (
 
 def refuse_by_name(path: Path) -> None:
     """Raises: CheckpointError: the file is by its name no teacher."""
-    if other := of_name(path):
+    if other := describe_name(path):
         raise CheckpointError(f"{path} {other}.")
 
 
-def of_name(path: Path) -> str | None:
+def describe_name(path: Path) -> str | None:
     """Returns what a file is by its name, and what to give: the part of a sentence that follows the file's name."""
     if path.name.startswith("training-state-"):
         number = path.stem.rpartition("-")[2]
@@ -56,13 +56,13 @@ def of_name(path: Path) -> str | None:
     return next((said for pattern, said in _NAMES if re.fullmatch(pattern, path.name)), None)
 
 
-def of_tensors(names: Iterable[object]) -> str | None:
+def describe_tensors(names: Iterable[object]) -> str | None:
     """Returns what a state dict is by the names of its tensors; None for one that is not known."""
     words = [str(name).removeprefix("module.") for name in names]
     return next((said for pattern, said in _TENSORS if any(re.match(pattern, word) for word in words)), None)
 
 
-def of_entries(entries: Mapping[Any, object]) -> str | None:
+def describe_entries(entries: Mapping[Any, object]) -> str | None:
     """Returns what a dict that is no state dict holds beside or above its weights."""
     names = [str(name)[:60] for name in entries]
     if any(re.match(r"(g_|fake_score_)?optimizer", name) for name in names):
@@ -70,23 +70,23 @@ def of_entries(entries: Mapping[Any, object]) -> str | None:
     for name, inner in zip(names, entries.values(), strict=True):
         if isinstance(inner, dict) and any(isinstance(value, StoredTensor) for value in inner.values()):
             listed = ", ".join(map(repr, names[:8]))
-            return of_tensors(inner) or (
+            return describe_tensors(inner) or (
                 f"is a checkpoint of another program ({listed}), with its weights under {name!r}: write these alone to "
                 "a file by torch.save, if they are of an ADM network of OpenAI's"
             )
     return None
 
 
-def of_safetensors(header: bytes) -> str | None:
+def describe_safetensors(header: bytes) -> str | None:
     """Returns what a safetensors file is, by its header."""
     try:
         names = json.loads(header)
     except (ValueError, RecursionError):
         return None
-    return of_tensors(names) if isinstance(names, dict) else None
+    return describe_tensors(names) if isinstance(names, dict) else None
 
 
-def of_folder(folder: Path) -> str:
+def describe_folder(folder: Path) -> str:
     """Returns what a folder is that holds no checkpoint of ours, and what to give."""
     names = {entry.name for entry in folder.iterdir()}
     if {"config.json", "model.safetensors"} <= names and not names & {"model_index.json"}:

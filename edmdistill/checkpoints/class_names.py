@@ -34,7 +34,7 @@ KNOWN_FILES = {
 
 
 @cache
-def names_of(data_set: str) -> tuple[str, ...]:
+def dataset_class_names(data_set: str) -> tuple[str, ...]:
     """Returns the names of a data set's classes in their order; data_set is a key of DATA_SETS."""
     lines = (ASSETS / f"classes-{data_set}.txt").read_text(encoding="utf-8").splitlines()
     return tuple(line for line in lines if not line.startswith("#"))
@@ -50,11 +50,11 @@ def class_names(label_dim: int, *paths: object) -> tuple[str, ...] | None:
     ends = ["/".join(PurePosixPath(path.replace("\\", "/")).parts[-2:]) for path in paths if isinstance(path, str)]
     for data_set, (count, pattern) in DATA_SETS.items():
         if count == label_dim and any(map(pattern.search, ends)):
-            return names_of(data_set)
+            return dataset_class_names(data_set)
     return None
 
 
-def label_names_of(official: OfficialCheckpoint) -> list[str] | None:
+def official_class_names(official: OfficialCheckpoint) -> list[str] | None:
     """Returns the names of the classes of NVIDIA's network, by its digest, its file's name or the data set it says."""
     if official.sha256 in KNOWN_FILES:
         return list(KNOWN_FILES[official.sha256].label_names)

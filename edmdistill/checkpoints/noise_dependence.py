@@ -24,7 +24,7 @@ from edmdistill.errors import printable, without_secrets
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 
 CLASSES, NOISES = 4, 4
-GENERATOR = 0.4, 2.0
+GENERATOR_RANGE = 0.4, 2.0
 """From where to where noise_dependence is a generator's: less is a denoiser's; more is neither's, as of a network that
 was never trained."""
 
@@ -50,7 +50,7 @@ def noise_dependence(flow: FlowNetwork) -> float:
 
 def describe_dependence(value: float) -> str:
     """Returns a sentence on a network whose noise_dependence this is."""
-    low, high = GENERATOR
+    low, high = GENERATOR_RANGE
     kind = "as a denoiser's" if value < low else "as a generator's" if value < high else "as no trained network's"
     return f"At sigma_max its images vary with the noise by {value:.3g} sigma_data, {kind}."
 
@@ -62,11 +62,11 @@ def generator_warning(value: float | None, source: object) -> str | None:
         value: its noise_dependence; None: not measured.
         source: what the user calls it.
     """
-    if value is None or not GENERATOR[0] <= value < GENERATOR[1]:
+    if value is None or not GENERATOR_RANGE[0] <= value < GENERATOR_RANGE[1]:
         return None
-    name = printable(without_secrets(str(source)))
+    name, limit = printable(without_secrets(str(source))), GENERATOR_RANGE[0]
     return (
         f"Warning: {name} behaves as a generator, not as a teacher: at sigma_max its images vary with the noise by "
-        f"{value:.2g} sigma_data, and a denoiser's by less than {GENERATOR[0]:g}; what is distilled from it is wrong "
+        f"{value:.2g} sigma_data, and a denoiser's by less than {limit:g}; what is distilled from it is wrong "
         "unless it is a denoiser all the same."
     )

@@ -1,27 +1,12 @@
-"""What a command line asks before it samples: on which device, and what the classes are called."""
+"""Devices by the name that a command line gives."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 
-from edmdistill.atomic import sha256_file
-from edmdistill.checkpoints.generator import Generator
-from edmdistill.errors import EdmDistillError, without_secrets
-from edmdistill.networks.flow import Denoiser
-
-
-def class_names(model: Generator | Denoiser) -> tuple[str, ...] | None:
-    """Returns the names of a model's classes, if the checkpoint that it was loaded from holds any."""
-    return model.config.label_names if isinstance(model, Generator) else model.label_names
-
-
-def digest_of(source: str | Path) -> str:
-    """The sha256 of a file, or the word itself where it names no file."""
-    path = Path(source)
-    return sha256_file(path) if path.is_file() else without_secrets(str(source))
+from edmdistill.errors import EdmDistillError
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -53,10 +38,10 @@ def named_device(name: str | None) -> torch.device:
         return torch.device("cpu")
     if not count:
         raise EdmDistillError(
-            f"{name} cannot be used, for torch finds no CUDA device here: give --device cpu, or see why by "
+            f"{name} cannot be used because torch finds no CUDA device here: give --device cpu, or see why by "
             "`edmdistill doctor`"
         )
     if known[1] is not None and int(known[1]) >= count:
-        there = "one GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
-        raise EdmDistillError(f"there is no {name}: this machine has {there}")
+        gpus = "one GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
+        raise EdmDistillError(f"there is no {name}: this machine has {gpus}")
     return torch.device(name)
