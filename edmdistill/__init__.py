@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from edmdistill.checkpoints.generator import Generator
     from edmdistill.checkpoints.load import load_denoiser, load_generator
     from edmdistill.errors import EdmDistillError
-    from edmdistill.evaluation.protocol import evaluate
+    from edmdistill.evaluation.evaluate import evaluate
     from edmdistill.networks.flow import Denoiser
     from edmdistill.sampling.generate import sample
 
@@ -22,7 +22,7 @@ _HOMES = {
     "EdmDistillError": "edmdistill.errors",
     "Generator": "edmdistill.checkpoints.generator",
     "convert": "edmdistill.checkpoints.convert",
-    "evaluate": "edmdistill.evaluation.protocol",
+    "evaluate": "edmdistill.evaluation.evaluate",
     "load_denoiser": "edmdistill.checkpoints.load",
     "load_generator": "edmdistill.checkpoints.load",
     "sample": "edmdistill.sampling.generate",

@@ -24,7 +24,7 @@ from edmdistill.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from edmdistill.evaluation.protocol import Result
+    from edmdistill.evaluation.results import Result
 
 OF_NETWORKS = "nfe", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "weights", "count", "seeds"
 OF_IMAGES = (
@@ -122,8 +122,7 @@ def command(
         raise click.UsageError("--metrics nll measures the likelihood of images: name them by --ref.")
 
     from edmdistill.evaluation.images import is_images
-    from edmdistill.evaluation.protocol import results_json, results_table
-    from edmdistill.evaluation.results import place_to_save_in
+    from edmdistill.evaluation.results import place_to_save_in, results_json, results_table
     from edmdistill.sampling.files import unfinished_samples
 
     if is_images(source) and not metrics:
@@ -166,19 +165,20 @@ def tasks_of(
 
     from edmdistill.checkpoints.load import load_model
     from edmdistill.checkpoints.source import open_source
-    from edmdistill.evaluation.images import found, is_images
-    from edmdistill.evaluation.protocol import evaluate, find_protocol, open_reference
+    from edmdistill.evaluation.evaluate import evaluate
+    from edmdistill.evaluation.images import is_images, open_images
+    from edmdistill.evaluation.protocol import get_protocol, open_reference
     from edmdistill.machine.devices import pick_device
     from edmdistill.sampling.seeds import parse_seeds
 
     numbers = range(count) if count else parse_seeds(seeds) if seeds else None
-    standard, where = find_protocol(protocol), pick_device(device)
+    standard, where = get_protocol(protocol), pick_device(device)
     data = open_reference(ref, standard)
     own = partial(evaluate, protocol=protocol, seeds=numbers, batch=batch, device=where, source=source)
     for sentence in data.notes:
         say(sentence)
     if is_images(source):
-        images = found(source, data.label_dim)
+        images = open_images(source, data.label_dim)
         for sentence in images.notes:
             say(sentence)
         return images.count, {source: partial(own, images, data)}

@@ -28,8 +28,8 @@ def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
     The page is one file that needs no network. The table is printed as well.
     """
     from edmdistill.atomic import atomic_write
-    from edmdistill.evaluation.results import results_of
-    from edmdistill.evaluation.tables import best_gammas, read_results, sweeps, tables
+    from edmdistill.evaluation.results import read_results, results_of
+    from edmdistill.evaluation.tables import best_gammas, sweeps, tables
     from edmdistill.report.page import report
     from edmdistill.report.summary import read_run
 

@@ -20,7 +20,7 @@ from edmdistill.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from edmdistill.evaluation.protocol import Result
+    from edmdistill.evaluation.results import Result
 
 PLOTS = ".svg", ".html", ".png", ".pdf"
 
@@ -87,8 +87,7 @@ def command(
     """
     from edmdistill.atomic import atomic_write
     from edmdistill.evaluation.images import is_images
-    from edmdistill.evaluation.protocol import results_json
-    from edmdistill.evaluation.results import place_to_save_in
+    from edmdistill.evaluation.results import place_to_save_in, results_json
     from edmdistill.evaluation.tables import sweep_table
     from edmdistill.report.page import draw
 

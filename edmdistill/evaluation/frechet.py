@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Statistics(NamedTuple):
+class GaussianStatistics(NamedTuple):
     """Mean [d] and unbiased (n - 1) covariance [d,d] of n features, float64."""
 
     mean: Tensor
@@ -38,23 +38,23 @@ class RunningStatistics:
         self._sum = self._sum + centred.sum(0)
         self._outer = self._outer + centred.T @ centred
 
-    def finish(self) -> Statistics:
+    def finish(self) -> GaussianStatistics:
         """The statistics of all features so far.  Raises ValueError for fewer than two."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least two features, got {self.n}")
         mean = self._sum / self.n
         covariance = (self._outer - self.n * mean.outer(mean)) / (self.n - 1)
-        return Statistics((mean + self._shift).cpu(), covariance.cpu(), self.n)
+        return GaussianStatistics((mean + self._shift).cpu(), covariance.cpu(), self.n)
 
 
-def statistics(features: Tensor) -> Statistics:
+def statistics(features: Tensor) -> GaussianStatistics:
     """Mean and unbiased covariance of features [N,d], N >= 2."""
     running = RunningStatistics()
     running.update(features)
     return running.finish()
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
+def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     """The squared Frechet (Wasserstein-2) distance of two Gaussians.
 
     |m_a - m_b|^2 + tr(A + B - 2 sqrt(AB)),  tr sqrt(AB) = sum sqrt(eigvalsh(A^1/2 B A^1/2))

@@ -22,12 +22,13 @@ from edmdistill.data.decode import Header, decode_array, read_header
 from edmdistill.data.files import ZipFiles, refusing
 from edmdistill.errors import DatasetError, printable
 from edmdistill.networks.flow import Denoiser
+from edmdistill.sampling.generate import require_finite
 from edmdistill.sampling.grid import to_uint8
 
 ARRAYS = (".npz", ".npy")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
 
-Scheme = Literal["balanced", "given", "none", "unknown"]
+LabelSource = Literal["balanced", "given", "none", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Images:
         read: gives the images of a range.  uint8 [B,C,H,W]
         classes: int64 [N], or None.
         seeds: of each image, or None where they are unknown.
-        scheme: where the classes come from. balanced: class = seed modulo the number of classes; given: any others;
-            none: the network is unconditional; unknown: nothing is known of them.
-        notes: sentences on what of the source was left out.
+        label_source: how the classes were chosen. balanced: class = seed modulo the number of classes; given: in any
+            other way; none: the network is unconditional; unknown: the source has no classes.
+        notes: sentences on what was left out of the source.
     """
 
     count: int
@@ -50,7 +51,7 @@ class Images:
     read: Callable[[range], Tensor]
     classes: Tensor | None
     seeds: Sequence[int] | None
-    scheme: Scheme
+    label_source: LabelSource
     notes: tuple[str, ...] = ()
 
 
@@ -62,7 +63,7 @@ def is_images(source: str | Path) -> bool:
     return path.suffix.lower() in (*ARRAYS, *ARCHIVES, *IMAGE_SUFFIXES)
 
 
-def drawn(model: Generator | Denoiser, seeds: Sequence[int], draw: Callable[..., Tensor]) -> Images:
+def sampled_images(model: Generator | Denoiser, seeds: Sequence[int], draw: Callable[..., Tensor]) -> Images:
     """Images that a network draws as they are read, their classes balanced.
 
     Args:
@@ -73,13 +74,14 @@ def drawn(model: Generator | Denoiser, seeds: Sequence[int], draw: Callable[...,
 
     def read(rows: range) -> Tensor:
         labels = None if classes is None else classes[rows.start : rows.stop]
-        return to_uint8(draw(seeds=seeds[rows.start : rows.stop], labels=labels))
+        some = seeds[rows.start : rows.stop]
+        return to_uint8(require_finite(draw(seeds=some, labels=labels), some))
 
     size = (flow.img_channels, flow.img_resolution, flow.img_resolution)
     return Images(len(seeds), size, read, classes, seeds, "none" if classes is None else "balanced")
 
 
-def found(source: Tensor | str | Path, label_dim: int) -> Images:
+def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
     """Images that are there already.
 
     Args:
@@ -102,18 +104,18 @@ def found(source: Tensor | str | Path, label_dim: int) -> Images:
     if path.suffix.lower() in ARRAYS and not path.is_dir():
         rows, classes, seeds = _open_npz(path) if path.suffix.lower() == ".npz" else (_open_npy(path), None, None)
         count, height, width, channels = rows.header.shape
-        return Images(count, (channels, height, width), rows, classes, seeds, _scheme(classes, seeds, label_dim))
+        return Images(count, (channels, height, width), rows, classes, seeds, _label_source(classes, seeds, label_dim))
     data = open_dataset(source, lossless=True)
     names = [PurePosixPath(file).stem for file in data.files]
     seeds = [int(name) for name in names] if all(name.isdecimal() for name in names) else None
     classes = data.labels(range(len(data)))
     size = (data.img_channels, data.img_resolution, data.img_resolution)
     return Images(
-        len(data), size, data.images, classes, seeds, _scheme(classes, seeds, label_dim), tuple(data.source_notes)
+        len(data), size, data.images, classes, seeds, _label_source(classes, seeds, label_dim), tuple(data.source_notes)
     )
 
 
-def _scheme(classes: Tensor | None, seeds: Sequence[int] | None, label_dim: int) -> Scheme:
+def _label_source(classes: Tensor | None, seeds: Sequence[int] | None, label_dim: int) -> LabelSource:
     if classes is None:
         return "unknown"
     balanced = seeds is not None and label_dim and torch.equal(classes, torch.tensor(seeds) % label_dim)

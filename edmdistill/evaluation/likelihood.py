@@ -19,15 +19,9 @@ from torch import Tensor
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, indices
 from edmdistill.errors import DatasetError, EdmDistillError
-from edmdistill.evaluation.protocol import (
-    Likelihood,
-    Protocol,
-    Reference,
-    Result,
-    batches,
-    pixels_digest,
-    provenance,
-)
+from edmdistill.evaluation.evaluate import batches, provenance
+from edmdistill.evaluation.protocol import Likelihood, Protocol, Reference, pixels_digest
+from edmdistill.evaluation.results import Result
 from edmdistill.evaluation.rk45 import rk45
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import IDDPM

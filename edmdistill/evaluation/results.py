@@ -1,7 +1,7 @@
-"""Results that stay with what they were measured of: in a run's eval/, and in the config.json of a checkpoint.
+"""Results: metrics that carry with them how they were made; and where they are kept, with what was measured.
 
-Those of a run lie in RUN/eval, a file each, where they outlive the checkpoint that goes on training. Those of the
-checkpoint as it is now are in its config.json as well, and travel with the weights.
+A run keeps them in RUN/eval, a file each, where they outlive the checkpoint that training replaces. Those of the
+checkpoint as it is now are in its config.json too, and are published with the weights.
 """
 
 from __future__ import annotations
@@ -9,19 +9,88 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
-from msgspec.structs import replace
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.config import CheckpointConfig, read_config, write_config
 from edmdistill.checkpoints.layout import CONFIG, checkpoint_in
 from edmdistill.errors import EdmDistillError
-from edmdistill.evaluation.protocol import Result, results_json
-from edmdistill.evaluation.tables import read_results
+from edmdistill.evaluation.protocol import Protocol
+from edmdistill.sampling.spec import SamplerRecord
 
+SCHEMA_VERSION = 1
 EVAL, RECIPE = "eval", "recipe.toml"
 """A run's folder of results, and the file by which a run directory is known."""
+
+
+class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Metrics, and all that it takes to judge or repeat them.
+
+    Where the number of images is not the protocol's standard, the name of a metric says so: fd_digits@1000.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    metrics: dict[str, float]
+    protocol: Protocol
+    protocol_sha256: str
+    sampler: SamplerRecord | None
+    """None: the images were there already."""
+    provenance: dict[str, Any]
+
+    def to_json(self) -> str:
+        """The result as a JSON document."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+
+
+def results_json(results: Sequence[Result]) -> str:
+    """Results as one JSON document."""
+    document = msgspec.json.encode({"schema_version": SCHEMA_VERSION, "results": results})
+    return msgspec.json.format(document, indent=2).decode()
+
+
+def results_table(results: Sequence[Result]) -> str:
+    """Results of one protocol as lines of text."""
+    protocol = results[0].protocol
+    reference = protocol.reference
+    assert reference is not None
+    where = f"{reference.source} ({reference.split}, {reference.n})"
+    against = f"{protocol.n} images against {where}" if protocol.features else f"bits per dimension of {where}"
+    names = ("NFE", *results[0].metrics)
+    rows = [names]
+    for result in results:
+        nfe = str(result.sampler.nfe) if result.sampler else "-"
+        rows.append((nfe, *(f"{value:.4g}" for value in result.metrics.values())))
+    lines = [
+        "".join(f"{cell:>{max(18, len(name) + 2)}}" for cell, name in zip(row, names, strict=True)) for row in rows
+    ]
+    return "\n".join([f"protocol {protocol.name}: {against}", *lines])
+
+
+def require_comparable(a: Result, b: Result) -> None:
+    """Raises EdmDistillError, naming what differs, unless two results were measured by one protocol."""
+    ours, theirs = asdict(a.protocol), asdict(b.protocol)
+    differences = [f"{key} ({ours[key]} and {theirs[key]})" for key in ours if ours[key] != theirs[key]]
+    if differences:
+        raise EdmDistillError(
+            f"these results cannot be compared: they differ in {', '.join(differences)}; measure both by one protocol"
+        )
+
+
+def read_results(files: Iterable[Path]) -> list[Result]:
+    """What `edmdistill eval --out` wrote.  Raises: EdmDistillError: something else."""
+    results: list[Result] = []
+    for file in files:
+        try:
+            document = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+            results += msgspec.convert(document["results"], list[Result])
+        except (OSError, KeyError, msgspec.MsgspecError) as error:
+            what = f"{file} holds no results ({error})"
+            raise EdmDistillError(f"{what}: give, or leave there, only what edmdistill eval --out wrote") from error
+    return results
 
 
 def saved_results(config: CheckpointConfig) -> list[Result]:

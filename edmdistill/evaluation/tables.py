@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import msgspec
 from msgspec.structs import replace
 
 from edmdistill.checkpoints.documents import markdown
-from edmdistill.errors import EdmDistillError
-from edmdistill.evaluation.protocol import Protocol, Result
+from edmdistill.evaluation.protocol import Protocol
+from edmdistill.evaluation.results import Result
 from edmdistill.sampling.spec import SamplerRecord
 
 
@@ -66,19 +64,6 @@ class Table(NamedTuple):
             f"against {real}. NFE counts the evaluations of the network for an image. FD is the Frechet distance of "
             "features: the lower, the better."
         )
-
-
-def read_results(files: Iterable[Path]) -> list[Result]:
-    """What `edmdistill eval --out` wrote.  Raises: EdmDistillError: something else."""
-    results: list[Result] = []
-    for file in files:
-        try:
-            document = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-            results += msgspec.convert(document["results"], list[Result])
-        except (OSError, KeyError, msgspec.MsgspecError) as error:
-            what = f"{file} holds no results ({error})"
-            raise EdmDistillError(f"{what}: give, or leave there, only what edmdistill eval --out wrote") from error
-    return results
 
 
 def tables(results: Sequence[Result], generator: Subject) -> list[Table]:

@@ -17,7 +17,7 @@ from edmdistill.checkpoints.config import CheckpointConfig, unfinished
 from edmdistill.checkpoints.documents import code, code_block, front_matter, markdown
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.source import repository_of
-from edmdistill.evaluation.protocol import Result
+from edmdistill.evaluation.results import Result
 from edmdistill.evaluation.tables import Subject, best_gammas, tables
 from edmdistill.methods import METHODS
 from edmdistill.report.summary import Summary

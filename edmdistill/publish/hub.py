@@ -36,8 +36,7 @@ from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, checkpo
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import load_model
 from edmdistill.errors import CheckpointError, HubError, printable, without_secrets
-from edmdistill.evaluation.protocol import Result
-from edmdistill.evaluation.results import results_of, with_results
+from edmdistill.evaluation.results import Result, results_of, with_results
 from edmdistill.export.parity import TOLERANCE, difference_of
 from edmdistill.networks.flow import Denoiser
 from edmdistill.publish.card import card, is_own, usual_nfe

@@ -11,8 +11,9 @@ from hub_server import Hub
 from edmdistill.checkpoints.config import read_config
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.cli import main
-from edmdistill.evaluation.protocol import PROTOCOLS, results_json
-from edmdistill.evaluation.protocol import Result as Measurement
+from edmdistill.evaluation.protocol import PROTOCOLS
+from edmdistill.evaluation.results import Result as Measurement
+from edmdistill.evaluation.results import results_json
 from edmdistill.publish.hub import GRID
 from edmdistill.recipes.library import load_recipe
 from edmdistill.sampling.spec import SamplerRecord

@@ -7,8 +7,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edmdistill.cli import main
-from edmdistill.evaluation.protocol import PROTOCOLS, results_json
-from edmdistill.evaluation.protocol import Result as Measurement
+from edmdistill.evaluation.protocol import PROTOCOLS
+from edmdistill.evaluation.results import Result as Measurement
+from edmdistill.evaluation.results import results_json
 from edmdistill.recipes.library import load_recipe
 from edmdistill.sampling.spec import SamplerRecord
 

@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edmdistill.evaluation.frechet import RunningStatistics, Statistics, frechet_distance, statistics
+from edmdistill.evaluation.frechet import GaussianStatistics, RunningStatistics, frechet_distance, statistics
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def gaussian(d: int, seed: int, rank: int | None = None) -> Statistics:
+def gaussian(d: int, seed: int, rank: int | None = None) -> GaussianStatistics:
     factor = normal(d, rank or d, seed=seed)
-    return Statistics(normal(d, seed=seed + 100), factor @ factor.T, 1000)
+    return GaussianStatistics(normal(d, seed=seed + 100), factor @ factor.T, 1000)
 
 
 @given(seed=st.integers(0, 1000), d=st.integers(1, 8))
@@ -27,7 +27,9 @@ def test_closed_form_where_covariances_commute(seed: int, d: int) -> None:
     a, b = normal(2, d, seed=seed + 1).square()
     mean_a, mean_b = normal(2, d, seed=seed + 2)
     expected = (mean_a - mean_b).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
-    found = frechet_distance(Statistics(mean_a, basis * a @ basis.T, 9), Statistics(mean_b, basis * b @ basis.T, 9))
+    found = frechet_distance(
+        GaussianStatistics(mean_a, basis * a @ basis.T, 9), GaussianStatistics(mean_b, basis * b @ basis.T, 9)
+    )
     assert found == pytest.approx(float(expected), rel=1e-9, abs=1e-12)
 
 
@@ -43,15 +45,15 @@ def test_exact_without_full_rank() -> None:
     """Gaussians on a plane of a larger space are as far apart as on the plane."""
     a, b = gaussian(3, 1), gaussian(3, 2)
     plane = torch.linalg.qr(normal(40, 3, seed=3))[0]
-    lifted = [Statistics(plane @ g.mean, plane @ g.covariance @ plane.T, g.n) for g in (a, b)]
+    lifted = [GaussianStatistics(plane @ g.mean, plane @ g.covariance @ plane.T, g.n) for g in (a, b)]
     assert frechet_distance(*lifted) == pytest.approx(frechet_distance(a, b), rel=1e-10)
 
 
 def test_exact_for_orthogonal_planes() -> None:
     """sqrt(AB) = 0, so the covariances add up: the case in which a matrix square root invents imaginary parts."""
     zero = torch.zeros(4, dtype=torch.float64)
-    a = Statistics(zero, torch.diag(torch.tensor([1.0, 2, 0, 0], dtype=torch.float64)), 9)
-    b = Statistics(zero, torch.diag(torch.tensor([0.0, 0, 3, 4], dtype=torch.float64)), 9)
+    a = GaussianStatistics(zero, torch.diag(torch.tensor([1.0, 2, 0, 0], dtype=torch.float64)), 9)
+    b = GaussianStatistics(zero, torch.diag(torch.tensor([0.0, 0, 3, 4], dtype=torch.float64)), 9)
     assert frechet_distance(a, b) == 10.0
 
 

@@ -15,8 +15,8 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, indices, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood, log_likelihood, network_noise
-from edmdistill.evaluation.protocol import results_json, results_table
-from edmdistill.evaluation.tables import Subject, read_results, tables
+from edmdistill.evaluation.results import read_results, results_json, results_table
+from edmdistill.evaluation.tables import Subject, tables
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM, IDDPM, VE, VP

@@ -11,8 +11,15 @@ from msgspec.structs import replace
 from edmdistill.checkpoints.config import read_config, write_config
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import CheckpointError, EdmDistillError
-from edmdistill.evaluation.protocol import PROTOCOLS, Protocol, Result
-from edmdistill.evaluation.results import place_to_save_in, results_of, save_results, saved_results, with_results
+from edmdistill.evaluation.protocol import PROTOCOLS, Protocol
+from edmdistill.evaluation.results import (
+    Result,
+    place_to_save_in,
+    results_of,
+    save_results,
+    saved_results,
+    with_results,
+)
 from edmdistill.sampling.spec import SamplerRecord
 
 GENERATOR = Path(__file__).parents[1] / "checkpoints" / "format-1.0"

@@ -6,8 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from edmdistill.errors import EdmDistillError
-from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result, results_json
-from edmdistill.evaluation.tables import Subject, best_gammas, read_results, sweeps, tables
+from edmdistill.evaluation.protocol import PROTOCOLS, Reference
+from edmdistill.evaluation.results import Result, read_results, results_json
+from edmdistill.evaluation.tables import Subject, best_gammas, sweeps, tables
 from edmdistill.sampling.spec import SamplerRecord
 
 OURS = Subject("ab" * 32, 1000)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError
-from edmdistill.evaluation.images import found
+from edmdistill.evaluation.images import open_images
 
 MEMORY = 2**24
 """Bytes that a refusal may take at most, the smallest of the bombs below being of 2^27."""
@@ -103,7 +103,7 @@ def test_other_members_of_zeros(zeros: Path, tmp_path: Path) -> None:
     (tmp_path / "set.zip").write_bytes(raw.replace(b"9.png", b"9.npy").replace(b"0.png", b"0.txt"))
     refused(tmp_path / "set.zip", r"9\.npy takes 200,000,000 bytes")
     (tmp_path / "x.npz").write_bytes(raw.replace(b"9.png", b"a.npy"))
-    refused(tmp_path / "x.npz", "holds .*, but images or arr_0 were expected", lambda path: found(path, 0))
+    refused(tmp_path / "x.npz", "holds .*, but images or arr_0 were expected", lambda path: open_images(path, 0))
 
 
 @pytest.mark.parametrize("form", ["zip", "folder"])
@@ -115,7 +115,7 @@ def test_an_image_of_13000_pixels(form: str, tmp_path: Path) -> None:
         path.mkdir()
         (path / "0.png").write_bytes(png(13000, 13000))
     refused(path, r"0\.png is 13000x13000, and at most 4096 a side are read; resize it")
-    refused(path, r"0\.png is 13000x13000", lambda path: found(path, 0))
+    refused(path, r"0\.png is 13000x13000", lambda path: open_images(path, 0))
 
 
 def test_an_image_of_more_than_pillow_opens(tmp_path: Path) -> None:
@@ -142,16 +142,16 @@ def test_arrays_that_claim_too_much(what: str, tmp_path: Path) -> None:
     data = npy(header)
     refused(write(tmp_path / "set.zip", ("0.npy", data)), message)
     for name, member in (("x.npz", "images.npy"), ("y.npz", "arr_0.npy")):
-        refused(write(tmp_path / name, (member, data)), message, lambda path: found(path, 0))
+        refused(write(tmp_path / name, (member, data)), message, lambda path: open_images(path, 0))
     (tmp_path / "x.npy").write_bytes(data)
-    refused(tmp_path / "x.npy", message, lambda path: found(path, 0))
+    refused(tmp_path / "x.npy", message, lambda path: open_images(path, 0))
 
 
 def test_an_npz_whose_directory_claims_what_its_header_claims(tmp_path: Path) -> None:
     """Nothing is allocated by claims: the images are read a batch at a time, and the first is not there."""
     data = npy("{'descr': '|u1', 'fortran_order': False, 'shape': (64000, 256, 256, 1)}", bytes(1000))
     path = changed(write(tmp_path / "x.npz", ("images.npy", data)), size=128 + 64000 * 2**16)
-    images = found(path, 0)
+    images = open_images(path, 0)
     assert images.count == 64000
     refused(path, "images cannot be read to its end", lambda path: images.read(range(16)))
 
@@ -166,7 +166,7 @@ def test_images_are_read_in_batches(tmp_path: Path) -> None:
         for _ in range(8):
             file.write(bytes(2**24))
     tracemalloc.start()
-    images = found(tmp_path / "x.npz", 0)
+    images = open_images(tmp_path / "x.npz", 0)
     for start in range(0, 2048, 64):
         assert images.read(range(start, start + 64)).shape == (64, 1, 256, 256)
     assert tracemalloc.get_traced_memory()[1] < 2**25

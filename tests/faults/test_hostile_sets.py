@@ -16,7 +16,7 @@ from PIL import Image
 
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import EdmDistillError
-from edmdistill.evaluation.images import found
+from edmdistill.evaluation.images import open_images
 
 
 def png() -> bytes:
@@ -168,7 +168,7 @@ def test_arrays(folder: Path, data: bytes) -> None:
         assert bool(latents.tensors([0])[0].isfinite().all())
     (folder / "x.npy").write_bytes(data)
     for path in (folder / "x.npy", write(folder / "x.npz", {"images.npy": data})):
-        images = one_sentence(lambda path=path: found(path, 10))
+        images = one_sentence(lambda path=path: open_images(path, 10))
         if images is not None:
             assert one_sentence(lambda images=images: images.read(range(images.count))).shape == (
                 images.count,
@@ -192,7 +192,7 @@ COLUMN = st.one_of(
 )
 def test_columns(folder: Path, columns: dict[str, np.ndarray]) -> None:
     np.savez(folder / "x.npz", **columns)
-    images = one_sentence(lambda: found(folder / "x.npz", 10))
+    images = one_sentence(lambda: open_images(folder / "x.npz", 10))
     if images is not None:
         assert images.classes is None or (images.classes >= 0).all()
         assert one_sentence(lambda: images.read(range(2))).shape == (2, 3, 4, 4)

@@ -13,7 +13,7 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.load import load_model
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError, NotFiniteError
-from edmdistill.evaluation.protocol import evaluate
+from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.export import parity
 from edmdistill.sampling.generate import not_finite, require_finite, sample
 from edmdistill.sampling.heun import Churn

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from edmdistill.checkpoints.source import resolve, source_name
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, EdmDistillError, HubError, public_address, without_secrets
-from edmdistill.evaluation.protocol import provenance
+from edmdistill.evaluation.evaluate import provenance
 
 SECRET = "s3cr3t"
 ADDRESSES = {

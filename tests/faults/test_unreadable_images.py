@@ -17,8 +17,8 @@ from PIL import Image
 from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError
-from edmdistill.evaluation.images import Images, found, is_images
-from edmdistill.evaluation.protocol import evaluate
+from edmdistill.evaluation.evaluate import evaluate
+from edmdistill.evaluation.images import Images, is_images, open_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
 FRAMES = [Image.fromarray(image) for image in PIXELS]
@@ -202,12 +202,12 @@ def test_images_in_arrays_are_the_images(tmp_path: Path) -> None:
     (tmp_path / "adm.NPZ.npz").rename(tmp_path / "adm.NPZ")
     for source, classes in sources.items():
         assert is_images(source)
-        images = found(source, 3)
+        images = open_images(source, 3)
         assert (images.count, images.size) == (3, (3, 8, 8))
         assert np.array_equal(pixels(images).numpy(), own.transpose(0, 3, 1, 2))
         assert np.array_equal(images.read(range(1, 2)).numpy(), own[1:2].transpose(0, 3, 1, 2))
         assert (None if images.classes is None else images.classes.tolist()) == classes
-    assert found(tmp_path / "ours.npz", 3).scheme == "balanced"
+    assert open_images(tmp_path / "ours.npz", 3).label_source == "balanced"
 
 
 UINT8 = np.zeros((2, 8, 8, 3), np.uint8)
@@ -233,7 +233,7 @@ def test_arrays_that_are_no_images(what: str, tmp_path: Path) -> None:
     arrays, message = ARRAYS[what]
     path = save(tmp_path / "x.npz", **arrays)
     with pytest.raises(DatasetError, match=message):
-        found(path, 10)
+        open_images(path, 10)
 
 
 @pytest.mark.parametrize("kind", ["npz", "npy"])
@@ -244,14 +244,14 @@ def test_arrays_that_were_cut(kind: str, tmp_path: Path) -> None:
     with pytest.raises(
         DatasetError, match="is not a whole zip" if kind == "npz" else "claims 384 bytes, and 172 are there"
     ):
-        found(path, 10)
+        open_images(path, 10)
 
 
 def test_a_lossy_image_is_not_measured_whatever_it_is_called(one: Callable[[bytes], Path]) -> None:
     jpeg = one(encoded(RGB, "JPEG"))
     assert len(open_dataset(jpeg)) == 1
     with pytest.raises(DatasetError, match=r"0\.png is a JPEG, .* changes every metric; measure PNGs"):
-        found(jpeg, 0)
+        open_images(jpeg, 0)
 
 
 def test_eval_of_images(tmp_path: Path) -> None:
@@ -281,5 +281,5 @@ def test_eval_of_images(tmp_path: Path) -> None:
 def test_images_read_before_are_measured_like_their_file(tmp_path: Path) -> None:
     path = save(tmp_path / "x.npz", images=PIXELS)
     reference = write(tmp_path / "ref.zip", {f"{i}.png": encoded(image, "PNG") for i, image in enumerate(FRAMES)})
-    direct, before = (evaluate(source, reference, protocol="pixels") for source in (path, found(path, 0)))
+    direct, before = (evaluate(source, reference, protocol="pixels") for source in (path, open_images(path, 0)))
     assert direct.metrics == before.metrics

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints.config import CheckpointConfig, SamplingDefaults, read_config
 from edmdistill.checkpoints.source import repository_of
-from edmdistill.evaluation.protocol import PROTOCOLS, Reference, Result
+from edmdistill.evaluation.protocol import PROTOCOLS, Reference
+from edmdistill.evaluation.results import Result
 from edmdistill.methods import METHODS
 from edmdistill.publish.card import CITATIONS, card, is_own
 from edmdistill.recipes.library import load_recipe

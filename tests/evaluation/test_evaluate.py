@@ -18,15 +18,10 @@ from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.frechet import frechet_distance, statistics
-from edmdistill.evaluation.protocol import (
-    PROTOCOLS,
-    Result,
-    evaluate,
-    require_comparable,
-    results_json,
-    results_table,
-)
+from edmdistill.evaluation.protocol import PROTOCOLS
+from edmdistill.evaluation.results import Result, require_comparable, results_json, results_table
 from edmdistill.features.spaces import Digits
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
@@ -265,7 +260,7 @@ def test_what_does_not_fit_is_refused(bad: Bad) -> None:
 
 
 def test_sampling_options_are_for_networks() -> None:
-    with pytest.raises(EdmDistillError, match="say how a network draws, but these images exist"):
+    with pytest.raises(EdmDistillError, match="say how a network is sampled, but these images exist"):
         evaluate(held_out(), protocol="digits", nfe=2)
 
 
