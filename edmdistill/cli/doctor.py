@@ -13,14 +13,14 @@ def command(as_json: bool) -> None:
 
     A line each: ok, warn or fail, what was found, and the fix. The exit code is 2 if something failed.
     """
-    from edmdistill.machine.doctor import examine
+    from edmdistill.machine.doctor import diagnose
 
     findings = []
-    for finding in examine():
+    for finding in diagnose():
         findings.append(finding)
         if not as_json:
             fix = f"; {finding.fix}" if finding.fix else ""
-            click.echo(f"{finding.level:<4}  {finding.check:<18}  {finding.found}{fix}")
+            click.echo(f"{finding.level:<4}  {finding.check:<18}  {finding.detail}{fix}")
     failed = sum(finding.level == "fail" for finding in findings)
     if as_json:
         checks = [finding._asdict() for finding in findings]

@@ -10,7 +10,7 @@ import click
 from edmdistill.cli.options import FiniteFloat, Name
 from edmdistill.cli.train import OFFLOADS, Words
 from edmdistill.errors import RecipeError
-from edmdistill.machine.gpus import GPUS, this_machine
+from edmdistill.machine.gpus import GPUS, measure_this_machine
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ PRECISIONS = ("fp32", "bf16")
 @click.option("--shard", is_flag=True, help="As train's.")
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="As train's.")
 @click.option("--checkpoint-activations", is_flag=True, help="As train's.")
-@click.option("--card", "names", type=click.Choice(list(GPUS)), multiple=True, help="For this GPU; may be repeated.")
+@click.option("--gpu", "names", type=click.Choice(list(GPUS)), multiple=True, help="For this GPU; may be repeated.")
 @click.option(
     "--utilisation", type=FiniteFloat(0, 1, min_open=True), default=0.35, show_default=True, help="Of a GPU's peak."
 )
@@ -79,7 +79,7 @@ def command(
     rows = min(micro_batch or share, share)
     accumulates = rows < share
     machine = Machine(shard=shard and processes > 1, offload=offload, checkpointing=checkpoint_activations)
-    chosen = {name: GPUS[name] for name in names} if names else {**GPUS, HERE: this_machine()}
+    chosen = {name: GPUS[name] for name in names} if names else {**GPUS, HERE: measure_this_machine()}
 
     def show(stage: str) -> None:
         if sys.stderr.isatty():
@@ -101,13 +101,13 @@ def command(
         f"the {longest}'s gradients": gradients,
         f"the {longest}'s turn with {rows:,} image{'s' if rows > 1 else ''}": activations,
     }
-    cards = []
-    for name, card in chosen.items():
+    gpus = []
+    for name, gpu in chosen.items():
         half = training.precision != "fp32"
-        speed = images_per_second(plan, card, half, utilisation, processes, training.batch, rows)
-        largest = plan.largest_micro_batch(card.memory, share)
+        speed = images_per_second(plan, gpu, half, utilisation, processes, training.batch, rows)
+        largest = plan.largest_micro_batch(gpu.memory, share)
         days = training.images / speed / 86400
-        cards.append({"card": name, "largest_micro_batch": largest, "images_per_second": speed, "days": days})
+        gpus.append({"gpu": name, "largest_micro_batch": largest, "images_per_second": speed, "days": days})
     others = []
     for precision, checkpointing in product(PRECISIONS, (False, True)) if all_ else ():
         changed = replace(resolved, training=replace(training, precision=precision))
@@ -115,7 +115,7 @@ def command(
         measured = measure(changed, flow, machine._replace(checkpointing=checkpointing), guide=its_guide)
         for sharded in (False, True) if processes > 1 else (False,):
             other = make_plan(measured, machine._replace(shard=sharded), processes)
-            fits = {name: other.largest_micro_batch(card.memory, share) for name, card in chosen.items()}
+            fits = {name: other.largest_micro_batch(gpu.memory, share) for name, gpu in chosen.items()}
             how = {"precision": precision, "checkpointing": checkpointing, "shard": sharded}
             others.append(how | peaks(other) | {"largest_micro_batch": fits})
     show("")
@@ -127,7 +127,7 @@ def command(
         "flops_per_image": plan.flops,
         "forward_flops": plan.forward_flops,
         "utilisation": utilisation,
-        "cards": cards,
+        "gpus": gpus,
         "others": others,
     }
     click.echo(json.dumps(document, indent=2) if as_json else _text(document, resolved, processes, rows))
@@ -190,10 +190,10 @@ def _text(document: dict[str, Any], recipe: "Recipe", processes: int, rows: int)
         f"GPU          largest micro-batch    images/s   days for {training.images:,} images, at "
         f"{document['utilisation']:.0%} of its peak",
     ]
-    for card in document["cards"]:
-        largest = card["largest_micro_batch"]
-        speed = f"{card['images_per_second']:10,.4g}   {card['days']:.2g}" if largest else "         -   -"
-        lines.append(f"{card['card']:<12} {largest or 'does not fit':>19}  {speed}")
+    for gpu in document["gpus"]:
+        largest = gpu["largest_micro_batch"]
+        speed = f"{gpu['images_per_second']:10,.4g}   {gpu['days']:.2g}" if largest else "         -   -"
+        lines.append(f"{gpu['gpu']:<12} {largest or 'does not fit':>19}  {speed}")
     if document["others"]:
         names = list(document["others"][0]["largest_micro_batch"])
         lines += ["", "GB in micro-batches of one, and the largest micro-batch by GPU:", ""]

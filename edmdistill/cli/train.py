@@ -93,7 +93,7 @@ def command(
 
     init_from_environment()
     if processes is not None and processes > 1:
-        sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, note=say))
+        sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, on_message=say))
 
     from edmdistill.machine.engine import Machine
     from edmdistill.recipes.library import find_recipe

@@ -1,6 +1,6 @@
-"""What a machine has and what it lacks, a line a thing, each with its fix.
+"""Checks of the machine and the installation, each with a line of result and a fix.
 
-What may crash or poison a process when it is imported, is imported in another one.
+Packages that could crash this process, or change it, are imported in another process.
 """
 
 from __future__ import annotations
@@ -20,25 +20,32 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import edmdistill
-from edmdistill.machine.launch import cores
+from edmdistill.machine.host import cores, host_memory
 
 GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """A line: what was looked at, how it stands, what was found, and what to do about it."""
+    """One line of the doctor's report.
+
+    Attributes:
+        check: what was checked.
+        level: ok, warn or fail.
+        detail: what was found.
+        fix: what to do about it, unless it is ok.
+    """
 
     check: str
     level: Literal["ok", "warn", "fail"]
-    found: str
+    detail: str
     fix: str = ""
 
 
 Check = Callable[[], Iterator[Finding]]
 
 
-def examine() -> Iterator[Finding]:
-    """Everything, in the order of CHECKS, as it is known; what needs torch, only if torch is sound."""
+def diagnose() -> Iterator[Finding]:
+    """Yields the findings of all checks, in the order of CHECKS; TORCH_CHECKS are skipped if torch is broken."""
     sound = True
     for name, check in {**CHECKS, **TORCH_CHECKS}.items():
         if name in TORCH_CHECKS and not sound:
@@ -47,12 +54,12 @@ def examine() -> Iterator[Finding]:
             for finding in check():
                 sound = sound and (finding.check, finding.level) != ("torch", "fail")
                 yield finding
-        except Exception as error:  # one broken thing must not hide the others
-            found = f"could not be looked at: {type(error).__name__}: {_first_line(error)}"
-            yield Finding(name, "fail", found, "see whether the lines above explain it, and report it if not")
+        except Exception as error:  # one broken check must not hide the others
+            detail = f"could not be checked: {type(error).__name__}: {_first_line(error)}"
+            yield Finding(name, "fail", detail, "report this, unless the lines above explain it")
 
 
-# The Python side.
+# Python.
 
 
 def check_python() -> Iterator[Finding]:
@@ -61,15 +68,17 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_requirements() -> Iterator[Finding]:
-    """The versions installed against those that this package asks for."""
+    """Compares the installed versions with those that this package requires."""
     from packaging.requirements import Requirement
 
     try:
-        asked = metadata.requires("edmdistill") or []
+        required = metadata.requires("edmdistill") or []
     except metadata.PackageNotFoundError:
-        yield Finding("requirements", "fail", "edmdistill itself is not installed", "pip install -e . in its folder")
+        yield Finding(
+            "requirements", "fail", "edmdistill itself is not installed", "run pip install -e . in its folder"
+        )
         return
-    for requirement in map(Requirement, asked):
+    for requirement in map(Requirement, required):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         name, bounds = requirement.name, str(requirement.specifier)
@@ -85,25 +94,25 @@ def check_requirements() -> Iterator[Finding]:
 
 def check_torch() -> Iterator[Finding]:
     if _version("torch") is None:
-        return  # which has been told
+        return  # check_requirements reports it
     error = _import_error("torch")
     if error is not None:
-        fix = "reinstall it by the selector on pytorch.org, for this system and driver"
+        fix = "reinstall it with the command that pytorch.org gives for this system and driver"
         yield Finding("torch", "fail", f"cannot be imported: {error}", fix)
         return
     import torch
 
     cuda = torch.version.cuda
-    yield Finding("torch build", "ok", f"for CUDA {cuda}" if cuda else "for the CPU alone")
+    yield Finding("torch build", "ok", f"for CUDA {cuda}" if cuda else "CPU only")
 
 
 def check_namesakes() -> Iterator[Finding]:
-    """PyPI has packages by the names of NVIDIA's modules, which official code takes for them."""
-    found = [name for name in ("dnnlib", "torch_utils") if _version(name) is not None]
-    if found:
-        names = " and ".join(found)
-        fix = f"pip uninstall {' '.join(found)}; official pickles are read here without them"
-        yield Finding("namesakes", "warn", f"PyPI's {names}, which is not NVIDIA's", fix)
+    """Finds PyPI packages with the names of NVIDIA's modules, which official code would import in their place."""
+    installed = [name for name in ("dnnlib", "torch_utils") if _version(name) is not None]
+    if installed:
+        detail = f"{' and '.join(installed)} from PyPI, unrelated to NVIDIA's modules of that name"
+        fix = f"pip uninstall {' '.join(installed)}; edmdistill reads official pickles without them"
+        yield Finding("namesakes", "warn", detail, fix)
     else:
         yield Finding("namesakes", "ok", "no dnnlib or torch_utils from PyPI")
 
@@ -113,65 +122,66 @@ def check_namesakes() -> Iterator[Finding]:
 
 def check_memory() -> Iterator[Finding]:
     total, free = host_memory()
-    found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, {cores()} cores"
+    detail = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, {cores()} cores"
     if free < 4 * GIB:
-        yield Finding("memory", "warn", found, "end other processes, or train with a smaller --micro-batch")
+        yield Finding("memory", "warn", detail, "stop other processes, or train with a smaller --micro-batch")
     else:
-        yield Finding("memory", "ok", found)
+        yield Finding("memory", "ok", detail)
 
 
 def check_disk() -> Iterator[Finding]:
-    """Room for a run here, and for downloads; a state of CoSIM on EDM2-S takes 6 GB and more."""
+    """Checks the space for a run in this folder, and for downloads; a state of CoSIM on EDM2-S takes over 6 GB."""
     for name, folder in (("disk", Path.cwd()), ("hub cache", _hub_cache())):
         place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
         free = shutil.disk_usage(place).free / GIB
-        found = f"{free:.1f} GiB free for {folder}"
-        fix = "make room, or put --run-dir elsewhere" if name == "disk" else "make room, or set HF_HOME elsewhere"
-        yield Finding(name, *(("ok", found) if free > 20 else ("fail" if free < 1 else "warn", found, fix)))
+        detail = f"{free:.1f} GiB free for {folder}"
+        other = "use a --run-dir on another disk" if name == "disk" else "set HF_HOME to a folder on another disk"
+        fix = f"free some space, or {other}"
+        yield Finding(name, *(("ok", detail) if free > 20 else ("fail" if free < 1 else "warn", detail, fix)))
 
 
 def check_locks() -> Iterator[Finding]:
-    """A run directory keeps a second process out by flock, which some network file systems lack."""
+    """Checks flock, which protects a run directory from a second process and which some network file systems lack."""
     other = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    fix = "put --run-dir on a local disk, or one with locks, or never train twice in the same one"
+    fix = "use a --run-dir on a local disk, or never train twice in the same one"
     try:
         with tempfile.NamedTemporaryFile(dir=".", prefix=".edmdistill-doctor-") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             second = subprocess.run([sys.executable, "-c", other, file.name], capture_output=True, check=False)
     except PermissionError:
-        yield Finding("locks", "warn", f"{Path.cwd()} cannot be written to", "give a --run-dir elsewhere")
+        yield Finding("locks", "warn", f"{Path.cwd()} is not writable", "use a --run-dir elsewhere")
     except OSError as error:
         yield Finding("locks", "fail", f"files in {Path.cwd()} cannot be locked: {error.strerror}", fix)
     else:
         if second.returncode == 0:
-            yield Finding("locks", "fail", f"a lock in {Path.cwd()} keeps nobody out", fix)
+            yield Finding("locks", "fail", f"locks in {Path.cwd()} have no effect", fix)
         else:
             yield Finding("locks", "ok", f"files in {Path.cwd()} can be locked")
 
 
 def check_shared_memory() -> Iterator[Finding]:
-    """Data workers hand over their batches in /dev/shm."""
+    """Checks the size of /dev/shm, through which data workers pass their batches."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         yield Finding("shared memory", "ok", "no /dev/shm on this system")
         return
     size = shutil.disk_usage(folder)
-    found = f"{size.free / GIB:.2f} of {size.total / GIB:.2f} GiB free in {folder}"
+    detail = f"{size.free / GIB:.2f} of {size.total / GIB:.2f} GiB free in {folder}"
     if size.free < GIB:
-        yield Finding("shared memory", "warn", found, "docker run --shm-size=8g, or train with --workers 0")
+        yield Finding("shared memory", "warn", detail, "use docker run --shm-size=8g, or train with --workers 0")
     else:
-        yield Finding("shared memory", "ok", found)
+        yield Finding("shared memory", "ok", detail)
 
 
-# What needs torch.
+# torch.
 
 
 def check_image_packages() -> Iterator[Finding]:
-    """torchvision and timm, which no command here needs, but whose wreck diffusers and transformers trip over."""
+    """Checks torchvision and timm: no command needs them, but broken ones break diffusers and transformers."""
     for name in ("torchvision", "timm"):
         version = _version(name)
         if version is None:
-            yield Finding(name, "ok", "not installed, and not needed")
+            yield Finding(name, "ok", "not installed (not needed)")
             continue
         error = _import_error(name)
         if error is None:
@@ -180,8 +190,8 @@ def check_image_packages() -> Iterator[Finding]:
             yield Finding(
                 name,
                 "fail",
-                f"{version} does not fit torch {_version('torch')}, which breaks diffusers and transformers: {error}",
-                f"pip uninstall {name}, or install the {name} that belongs to this torch from the same index",
+                f"{version} does not match torch {_version('torch')}, which breaks diffusers and transformers: {error}",
+                f"pip uninstall {name}, or install the {name} version for this torch from the same index",
             )
 
 
@@ -192,31 +202,31 @@ def check_devices() -> Iterator[Finding]:
         if not Path("/proc/driver/nvidia/version").exists() and shutil.which("nvidia-smi") is None:
             yield Finding("devices", "ok", "no CUDA device: everything runs on the CPU, slowly")
         elif torch.version.cuda is None:
-            fix = "install a torch with CUDA, by the selector on pytorch.org"
-            yield Finding("devices", "warn", "an NVIDIA driver is here, but torch is built for the CPU alone", fix)
+            fix = "install a CUDA build of torch with the command that pytorch.org gives"
+            yield Finding("devices", "warn", "there is an NVIDIA driver, but torch is a CPU-only build", fix)
         else:
-            found = f"an NVIDIA driver is here, but torch, built for CUDA {torch.version.cuda}, sees no device"
-            fix = "see CUDA_VISIBLE_DEVICES and nvidia-smi; an old driver wants a torch built for an older CUDA"
-            yield Finding("devices", "fail", found, fix)
+            detail = f"there is an NVIDIA driver, but torch, built for CUDA {torch.version.cuda}, sees no GPU"
+            fix = "check CUDA_VISIBLE_DEVICES and nvidia-smi; an old driver needs a torch built for an older CUDA"
+            yield Finding("devices", "fail", detail, fix)
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
-        found = (
+        detail = (
             f"{torch.cuda.get_device_name(index)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, "
             f"compute capability {major}.{minor}, {'with' if major >= 8 else 'without'} bf16"
         )
         try:
             torch.ones(1, device=f"cuda:{index}").sum().item()
         except RuntimeError as error:
-            fix = "install a torch that is built for this device, by the selector on pytorch.org"
-            yield Finding(f"cuda:{index}", "fail", f"{found}: {_first_line(error)}", fix)
+            fix = "install a torch that is built for this GPU with the command that pytorch.org gives"
+            yield Finding(f"cuda:{index}", "fail", f"{detail}: {_first_line(error)}", fix)
         else:
-            yield Finding(f"cuda:{index}", "ok", found)
+            yield Finding(f"cuda:{index}", "ok", detail)
 
 
 def check_tangents() -> Iterator[Finding]:
-    """The forward derivative of every kind of network, which sCM trains by, against finite differences."""
+    """Compares every network's forward derivative, which sCM trains with, with finite differences."""
     import torch
 
     from edmdistill.kernels.dual import Dual
@@ -230,7 +240,7 @@ def check_tangents() -> Iterator[Finding]:
 
     errors = {}
     for kind in NETWORKS:
-        # With attention at every resolution that there is; weights of this size leave no part without effect.
+        # Attention at every resolution, and weights large enough for every layer to matter.
         arguments = {"model_channels": 64, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [4]}
         network = new_network(kind, 4, 1, 0, **arguments).to(device, torch.float64).eval().requires_grad_(False)
         for parameter in network.parameters():
@@ -241,25 +251,29 @@ def check_tangents() -> Iterator[Finding]:
         truth = (ahead - behind) / (2 * step)
         errors[kind] = ((tangent - truth).norm() / truth.norm()).item()
     worst = max(errors, key=lambda kind: errors[kind])
-    found = f"of {', '.join(errors)} on {device}: off by {errors[worst]:.0e} at most"
+    detail = f"{', '.join(errors)} on {device}: relative error at most {errors[worst]:.0e}"
     if errors[worst] < 1e-6:
-        yield Finding("forward derivative", "ok", found)
+        yield Finding("forward derivative", "ok", detail)
     else:
-        yield Finding("forward derivative", "fail", f"{found}, in {worst}", "try another version of torch")
+        yield Finding("forward derivative", "fail", f"{detail}, in {worst}", "try another version of torch")
 
 
 def check_distributed() -> Iterator[Finding]:
-    """A group of one process for each backend that training uses here."""
+    """Makes a process group of one process with each backend that training uses here."""
     import torch
     import torch.distributed as dist
 
     if not dist.is_available():
-        yield Finding("distributed", "warn", "this torch cannot train in several processes", "install another build")
+        yield Finding(
+            "distributed", "warn", "this torch cannot train in several processes", "install another build of torch"
+        )
         return
     backends = {"gloo": "cpu"} | ({"nccl": "cuda"} if torch.cuda.is_available() else {})
     for backend, device in backends.items():
         if not dist.is_backend_available(backend):
-            yield Finding(backend, "warn", "this torch has none", "install another build to train in several processes")
+            yield Finding(
+                backend, "warn", "not in this torch", "install another build of torch to train in several processes"
+            )
             continue
         try:
             minute, store = datetime.timedelta(minutes=1), dist.HashStore()  # type: ignore[attr-defined]
@@ -271,19 +285,19 @@ def check_distributed() -> Iterator[Finding]:
             finally:
                 dist.destroy_process_group()
         except RuntimeError as error:
-            fix = f"set {backend.upper()}_SOCKET_IFNAME to a network interface that works, lo for one machine"
-            yield Finding(backend, "fail", f"no group of processes: {_first_line(error)}", fix)
+            fix = f"set {backend.upper()}_SOCKET_IFNAME to a working network interface, such as lo for one machine"
+            yield Finding(backend, "fail", f"cannot make a process group: {_first_line(error)}", fix)
         else:
             nccl: Any = torch.cuda.nccl
             version = ".".join(map(str, nccl.version())) + ", " if backend == "nccl" else ""
-            yield Finding(backend, "ok", f"{version}a group of one process works")
+            yield Finding(backend, "ok", f"{version}a process group of one process works")
 
 
-# Means.
+# Helpers.
 
 
 def _version(name: str) -> str | None:
-    """Of an installed distribution."""
+    """Returns the version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -291,11 +305,11 @@ def _version(name: str) -> str | None:
 
 
 def _import_error(module: str) -> str | None:
-    """What goes wrong when another process imports it; None: nothing."""
+    """Returns the error of importing a module in another process; None: it imports."""
     command = [sys.executable, "-P", "-c", f"import {module}"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode < 0:
-        return f"it dies of {signal.Signals(-done.returncode).name}"
+        return f"killed by {signal.Signals(-done.returncode).name}"
     if done.returncode > 0:
         return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     return None
@@ -305,29 +319,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def host_memory() -> tuple[int, int]:
-    """Bytes in all and bytes free, within the bounds of the control group."""
-    total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = _read("/proc/meminfo").splitlines()
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
-    if limit.strip().isdigit() and used.strip().isdigit():
-        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
-    return total, free
-
-
-def _read(path: str) -> str:
-    """A file of the system, empty where there is none."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
 def _hub_cache() -> Path:
-    """Where the Hub's client keeps what it downloads."""
+    """Returns the folder of huggingface_hub's downloads."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 

@@ -1,10 +1,10 @@
 """How a run is spread over processes and devices.
 
-Accelerate makes the process group, finds the device and wraps networks for DDP. Where it does not reach, in FSDP2 for
-several networks, torch's own `fully_shard` is called.
+Accelerate makes the process group, picks the device and wraps networks for DDP. FSDP2 of several networks, which it
+does not support, calls torch's `fully_shard`.
 
-Nothing here changes what a run computes beyond rounding: every process takes its rows of the recipe's batch, and the
-gradient is the whole batch's. A round's random numbers belong to rows (`Draws`), so they need no care.
+Nothing here changes what a run computes beyond rounding: each process takes its rows of the recipe's batch, and
+gradients are those of the whole batch. Random numbers belong to rows (`Draws`), so they do not depend on the process.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ T = TypeVar("T")
 
 
 class Machine(NamedTuple):
-    """How a run uses the hardware; none of it is in the recipe, and a run may go on under another.
+    """How a run uses the hardware. None of it is in the recipe, and a run can be resumed with other values.
 
     Attributes:
-        device: cpu, cuda, cuda:1 ...; None: cuda where there is one.
-        micro_batch: most rows of one forward pass; "auto": the most that fit; None: all of a process's share.
-        shard: weights, gradients, optimiser states and averages are shared out over the processes (FSDP2).
-        offload: what waits in the host's memory: ema, teacher, optimizer.
-        checkpointing: activations inside blocks are computed again for the backward pass.
-        workers: processes that read data beside each training process.
-        log_with: trackers by accelerate's names.
+        device: cpu, cuda, cuda:1 ...; None: cuda if available.
+        micro_batch: most rows of one forward pass; "auto": as many as fit; None: the process's whole share.
+        shard: weights, gradients, optimiser states and averages are sharded over the processes (FSDP2).
+        offload: what is kept in host memory: ema, teacher, optimizer.
+        checkpointing: activations inside blocks are recomputed in the backward pass.
+        workers: data-loading processes for each training process.
+        log_with: trackers, by Accelerate's names.
     """
 
     device: str | None = None
@@ -57,7 +57,7 @@ class Machine(NamedTuple):
 
 
 class RoleModule:
-    """A role's network as a method calls it: through DDP's wrapper while it learns, bare in all else."""
+    """A role's network as methods call it: through DDP's wrapper when gradients are needed, directly otherwise."""
 
     def __init__(self, network: nn.Module, wrapper: nn.Module) -> None:
         self.network = network
@@ -75,59 +75,62 @@ class Engine:
     """The processes of a run, seen from one of them.
 
     Attributes:
-        device: of this process.
-        rank, world_size: number of this process, and how many there are.
+        device: this process's.
+        rank, world_size: the index of this process, and the number of processes.
+        mesh: the processes that networks are sharded over; None without sharding.
     """
 
     def __init__(self, machine: Machine = Machine()) -> None:
         self.machine = machine
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-        alone = pick_device(machine.device)
-        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if alone.type == "cuda" and place >= count:
+        device = pick_device(machine.device)
+        local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if device.type == "cuda" and local_rank >= count:
             raise TrainingError(
-                f"this is process {place + 1} on a machine that has {count} GPU{'s' if count > 1 else ''}: start as "
-                "many as there are GPUs, or add --device cpu"
+                f"process {local_rank + 1} of this machine has no GPU, for there {'is' if count == 1 else 'are'} only "
+                f"{count}: start no more processes than GPUs, or add --device cpu"
             )
-        self.accelerator = Accelerator(cpu=alone.type == "cpu", kwargs_handlers=[ddp])
+        self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[ddp])
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         if self.world_size > 1 and ":" in (machine.device or ""):
             raise TrainingError(
-                f"--device {machine.device} is one device, but each of {self.world_size} processes has its own"
+                f"--device {machine.device} is a single GPU, but each of {self.world_size} processes uses its own: use "
+                "--device cuda"
             )
-        self.device = self.accelerator.device if self.world_size > 1 else alone
+        self.device = self.accelerator.device if self.world_size > 1 else device
         self.mesh: DeviceMesh | None = None
         if machine.shard:
             if self.world_size == 1:
-                raise TrainingError("--shard shares a run out over processes, but there is one: add --processes N")
+                raise TrainingError("--shard needs several processes, but this run has one: add --processes N")
             if machine.offload:
-                raise TrainingError("--offload is for networks that are whole: leave it out, or --shard")
+                raise TrainingError("--offload does not work with --shard: leave out one of them")
             self.mesh = init_device_mesh(self.device.type, (self.world_size,))
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this is the process that writes files and messages."""
         return self.rank == 0
 
     def close(self) -> None:
-        """Leaves the process group; without it, processes can hang at their end."""
+        """Destroys the process group, without which processes can hang when they exit."""
         if dist.is_initialized():
-            # Gloo's thread lets go of the last work in Python: given no turn before the end, it hangs or aborts there.
+            # Gloo's thread frees its last work in Python; without a moment to do so, it hangs or aborts at exit.
             time.sleep(0.1)
             dist.destroy_process_group()
 
     # Rows of a batch.
 
     def micro_batches(self, batch: int) -> list[slice]:
-        """This process's micro-batches: as many on every process, each of `micro_batch` rows at most.
+        """Returns the rows of this process's micro-batches: equally many on every process, of at most `micro_batch`
+        rows.
 
         Raises: TrainingError: some would be empty.
         """
         first, last = (batch * n // self.world_size for n in (self.rank, self.rank + 1))
         largest = -(-batch // self.world_size)
         size = self.machine.micro_batch or largest
-        assert size != "auto", "settled before the first round"
+        assert size != "auto", "resolved before the first round"
         pieces = -(-largest // size)
         if batch // self.world_size < pieces:
             raise TrainingError(
@@ -138,21 +141,19 @@ class Engine:
         return [slice(a, b) for a, b in pairwise(cuts)]
 
     def check_micro_batches(self, batch: int) -> None:
-        """Raises: TrainingError: a batch cannot be cut into micro-batches as asked."""
+        """Raises: TrainingError: a batch cannot be split into the micro-batches that were asked for."""
         if self.machine.micro_batch != "auto":
             self.micro_batches(batch)
         elif self.device.type != "cuda":
-            raise TrainingError(
-                "--micro-batch auto tries what a GPU holds, but this run is on a CPU: give a number of images"
-            )
+            raise TrainingError("--micro-batch auto needs a GPU, but this run is on the CPU: use a number of images")
 
     # Networks.
 
     def place(self, network: nn.Module) -> None:
-        """Brings a network to the device, or this process's shard of it.
+        """Moves a network, or this process's shard of it, to the device.
 
-        Parameters without dimensions are kept whole on every process: `fully_shard` takes none. So are networks of
-        another kind than the teacher's, which are small.
+        0-dimensional parameters are replicated, because `fully_shard` does not take them; so are networks that are not
+        FlowNetworks, because they are small.
         """
         network.to(self.device)
         if self.mesh is not None and isinstance(network, FlowNetwork):
@@ -161,34 +162,35 @@ class Engine:
                 fully_shard(module, mesh=self.mesh, reshard_after_forward=True, ignored_params=scalars)
 
     def offload(self, network: FlowNetwork) -> None:
-        """Keeps a frozen network's weights in the host's memory; each layer has its own on the device while it works.
+        """Keeps a frozen network's weights in host memory; each layer's are on the device only while it computes.
 
-        Where gradients flow through to the input, autograd holds on to them until the backward pass, but for
-        checkpointed blocks: only with these is the memory small.
+        Where gradients flow through to the input, autograd keeps the weights until the backward pass, except in
+        checkpointed blocks: without checkpointing, nothing is saved there.
         """
         cpu_offload(network.network, execution_device=self.device, offload_buffers=True)
 
     def wrap(self, network: nn.Module, trained: bool) -> RoleModule:
-        """What a method calls for a network that is in its place. A trained one has only its used weights unfrozen."""
+        """Returns the module that methods call, for a network on its device; only used weights of a trained one are
+        unfrozen."""
         if not trained or self.world_size == 1 or self.mesh is not None:
             return RoleModule(network, network)
-        # Buffers are constants: sent before every forward pass, they would only be in autograd's way.
+        # Buffers are constants: broadcasting them before every forward pass would only get in autograd's way.
         buffers = [name for name, _ in network.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)  # type: ignore[no-untyped-call]
         return RoleModule(network, self.accelerator.prepare_model(network, device_placement=False))
 
     @contextmanager
     def accumulate(self, module: RoleModule, last: bool) -> Iterator[None]:
-        """Within it, a forward and a backward pass of a micro-batch; DDP sends gradients after the last one alone.
+        """A context for the passes of a micro-batch: DDP reduces gradients only after the last one.
 
-        FSDP2 sends them after each: what it would keep otherwise is a whole gradient on every process.
+        FSDP2 reduces them after each: otherwise every process would keep an unsharded gradient.
         """
-        quiet = self.accelerator.no_sync(module.wrapper) if self.world_size > 1 and not last else nullcontext()
-        with quiet if self.mesh is None else nullcontext():
+        no_sync = self.accelerator.no_sync(module.wrapper) if self.world_size > 1 and not last else nullcontext()
+        with no_sync if self.mesh is None else nullcontext():
             yield
 
     def finish_gradients(self, network: nn.Module) -> None:
-        """After the last micro-batch: what `fully_shard` left alone is averaged too."""
+        """Averages the gradients that `fully_shard` leaves alone.  To be called after the last micro-batch."""
         if self.mesh is None:
             return
         for parameter in network.parameters():
@@ -196,7 +198,7 @@ class Engine:
                 parameter.grad.copy_(self.all_reduce(parameter.grad) / self.world_size)
 
     def gradient_norm(self, network: nn.Module) -> Tensor:
-        """The norm of a network's whole gradient, the same on every process.  0-dim"""
+        """Returns the norm of a network's gradient over all processes, the same on each.  0-dim"""
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         whole = get_total_norm([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
         if self.mesh is None:
@@ -205,11 +207,11 @@ class Engine:
         return (whole**2 + self.all_reduce(parts**2)).sqrt()
 
     def full_state(self, network: nn.Module) -> dict[str, Tensor]:
-        """A network's weights and buffers, whole and in the host's memory; empty but on the main process."""
+        """Returns a network's unsharded weights and buffers in host memory; empty except on the main process."""
         return self.gather(network.state_dict())
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors whole and in the host's memory; empty but on the main process. All processes call it together."""
+        """Returns unsharded tensors in host memory; empty except on the main process.  A collective call."""
         whole = {}
         for name, tensor in tensors.items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -220,65 +222,65 @@ class Engine:
     # Processes.
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over processes."""
+        """Returns the sum of a tensor over all processes."""
         if self.world_size == 1:
             return tensor
         tensor = tensor.clone()
         dist.all_reduce(tensor)
         return tensor
 
-    def any_process(self, said: bool) -> bool:
-        """Whether any process says so; all call it together."""
-        return said if self.world_size == 1 else bool(self.all_reduce(torch.tensor(float(said), device=self.device)))
+    def any_process(self, flag: bool) -> bool:
+        """Returns whether the flag is set on any process.  A collective call."""
+        return flag if self.world_size == 1 else bool(self.all_reduce(torch.tensor(float(flag), device=self.device)))
 
     def on_main(self, act: Callable[[], T]) -> T | None:
-        """Lets the main process act and the others wait.  Returns: what it gives; None on the others.
+        """Calls `act` on the main process while the others wait.  Returns: its result; None on the others.
 
-        Raises: on the main process, what `act` raises; PeerFailed on the others then.
+        Raises: what `act` raises, on the main process; then PeerFailed on the others.
         """
-        given: T | None = None
+        result: T | None = None
         error: BaseException | None = None
         if self.is_main:
             try:
-                given = act()
-            except BaseException as raised:  # the others wait, whatever it is
+                result = act()
+            except BaseException as raised:  # whatever it is, the others are waiting
                 error = raised
         failed = self.any_process(error is not None)
         if error is not None:
             raise error
         if failed:
-            raise PeerFailed("the main process could not go on")
-        return given
+            raise PeerFailed("the main process failed")
+        return result
 
     def is_peer_loss(self, error: RuntimeError) -> bool:
-        """Whether an error is how a process hears that another one has ended."""
+        """Returns whether an error means that another process has died."""
         return self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
     def broadcast(self, number: int) -> int:
-        """The main process's number, on every process."""
+        """Returns the main process's number on every process."""
         if self.world_size == 1:
             return number
         return int(self.all_reduce(torch.tensor(int(number) if self.is_main else 0, device=self.device)))
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor: all of it, unless it is sharded.  Shares memory."""
-    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part
+    """Returns this process's shard of a tensor, or the tensor itself if it is not sharded.  Shares memory."""
+    shard: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return shard
 
 
 def shard_like(whole: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor in the place and the shards of `target`, if it has its shape."""
+    """Returns a tensor on the device and with the sharding of `target`, if they have one shape."""
     if isinstance(target, DTensor) and whole.shape == target.shape:
-        # No process sends: each has the whole.
+        # src_data_rank: every process has the whole tensor, so none has to send it.
         return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     return whole
 
 
 def load_full_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts whole tensors into a network that may be sharded.  Raises: RuntimeError: names or shapes differ."""
-    own = network.state_dict()
-    network.load_state_dict({name: shard_like(tensor, own.get(name, tensor)) for name, tensor in tensors.items()})
+    """Loads unsharded tensors into a network that may be sharded.  Raises: RuntimeError: names or shapes differ."""
+    target = network.state_dict()
+    network.load_state_dict({name: shard_like(tensor, target.get(name, tensor)) for name, tensor in tensors.items()})
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:

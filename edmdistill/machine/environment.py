@@ -1,12 +1,10 @@
-"""Where a run computes: versions, device and revision, for its sessions.jsonl; and the memory that it has taken."""
+"""What a run is computed with: versions, device and git revision, as sessions.jsonl records them; peak memory."""
 
 from __future__ import annotations
 
 import json
 import platform
-import resource
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TypedDict
@@ -14,15 +12,14 @@ from typing import TypedDict
 import torch
 
 import edmdistill
-from edmdistill.machine.doctor import host_memory
 from edmdistill.machine.engine import Engine
-from edmdistill.machine.launch import cores
+from edmdistill.machine.host import cores, host_memory, peak_host_memory, processor
 
 
 class Environment(TypedDict):
-    """What a run computes with; nothing of it changes what is computed beyond rounding.
+    """What a run is computed with, none of which changes the result beyond rounding.
 
-    device and device_memory (bytes) are the GPU's or the host's, of the main process.
+    device and device_memory (bytes) describe the main process's GPU, or the host.
     """
 
     edmdistill: str
@@ -41,20 +38,20 @@ class Environment(TypedDict):
 
 
 class Session(Environment):
-    """A line of sessions.jsonl: where a run was computed from `images` on."""
+    """A line of sessions.jsonl: the environment from `images` images on."""
 
     images: int
     began: str
 
 
 def environment(engine: Engine) -> Environment:
-    """Returns what this run computes with."""
+    """Returns the environment of this process."""
     machine, device = engine.machine, engine.device
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
     else:
-        name, memory = f"{_processor()}, {cores()} {'core' if cores() == 1 else 'cores'}", host_memory()[0]
+        name, memory = f"{processor()}, {cores()} {'core' if cores() == 1 else 'cores'}", host_memory()[0]
     return {
         "edmdistill": edmdistill.__version__,
         "revision": revision(),
@@ -73,9 +70,9 @@ def environment(engine: Engine) -> Environment:
 
 
 def revision(package: Path = Path(edmdistill.__file__).parent) -> str | None:
-    """The commit that the package is of, with -dirty if it was changed since; None where it is of no known one."""
+    """Returns the git commit of the package, ending in -dirty if files have changed since; None if it is unknown."""
     try:
-        _git(package, "ls-files", "--error-unmatch", "__init__.py")  # some other project's repository may be around it
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")  # the enclosing repository may be another project's
         return _git(package, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
     except (OSError, subprocess.SubprocessError):
         pass
@@ -92,22 +89,6 @@ def _git(folder: Path, *words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
-def _processor() -> str:
-    """The CPU's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0]
-
-
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: on a GPU its tensors; on the host all that it is."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):  # no Linux: and there the parent's memory does not count
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Returns the most memory, in bytes, that this process has held: its tensors on a GPU, or all of it on the host."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_memory()

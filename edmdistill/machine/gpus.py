@@ -1,4 +1,4 @@
-"""GPUs, by their data sheets: memory, and how fast they multiply."""
+"""GPUs by their data sheets: memory, and peak speed of matrix products."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 LAUNCH = 10e-6
-"""Seconds that torch takes at least for a call, whatever it computes: 5 to 20 us by the processor, in eager mode."""
+"""Least seconds of one call of torch in eager mode, whatever it computes: 5 to 20 us, depending on the processor."""
 
 
 class GPU(NamedTuple):
-    """memory: bytes.  half: bf16 and fp16, single: TF32, dense on tensor cores; operations a second.  launch: seconds a
-    call of torch.
+    """What bounds the size and the speed of a run on a GPU.
 
-    fp32 networks compute in TF32 there: it is what torch's convolutions take unless they are told otherwise.
+    Attributes:
+        memory: bytes.
+        half: peak FLOP/s on dense tensor cores in bf16 and fp16.
+        single: the same in TF32, in which torch's convolutions compute fp32 networks by default.
+        launch: seconds of one call of torch.
     """
 
     memory: float
@@ -24,11 +27,11 @@ class GPU(NamedTuple):
     launch: float = LAUNCH
 
 
-def this_machine() -> GPU:
-    """Returns the first GPU of this machine, or its CPU, as measured in a moment by matrix products and small calls."""
+def measure_this_machine() -> GPU:
+    """Returns the speed of this machine's first GPU, or of its CPU, measured by matrix products and small calls."""
     import torch
 
-    from edmdistill.machine.doctor import host_memory
+    from edmdistill.machine.host import host_memory
 
     gpu = torch.cuda.is_available()
     device, size = ("cuda", 4096) if gpu else ("cpu", 512)
@@ -56,16 +59,16 @@ def this_machine() -> GPU:
 
 
 def find_gpu(name: str, memory: float) -> str | None:
-    """The card that CUDA calls `name`, with so many bytes; None: another one."""
+    """Returns the key in GPUS of the device that CUDA calls `name`, with `memory` bytes; None: it is not listed."""
     flat = name.lower().replace(" ", "")
-    for card, own in GPUS.items():
-        word = card.removesuffix("-40").removesuffix("-80").replace("-", "")
-        if word in flat and abs(memory / own.memory - 1) < 0.12:
-            return card
+    for key, gpu in GPUS.items():
+        word = key.removesuffix("-40").removesuffix("-80").replace("-", "")
+        if word in flat and abs(memory / gpu.memory - 1) < 0.12:
+            return key
     return None
 
 
-# Source: NVIDIA's data sheets and architecture papers; SXM where there are several, without sparsity, sums in fp32.
+# Source: NVIDIA's data sheets and architecture papers; SXM variants, no sparsity, fp32 accumulation.
 GPUS = {
     "rtx4090": GPU(24e9, 165.2e12, 82.6e12),
     "a100-40": GPU(40e9, 312e12, 156e12),

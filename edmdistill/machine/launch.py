@@ -1,7 +1,7 @@
 """The processes of one run: started here on one machine, or by torchrun, accelerate or Slurm on several.
 
-torch's own start_processes is not used: it ends every process as soon as one has ended badly, also those that are
-saving, puts each into a session of its own, and warns by log lines where one sentence is wanted.
+torch's start_processes is not used: as soon as one process fails, it kills the others, even while they save; it puts
+each into its own session; and it logs warnings where one sentence is wanted.
 """
 
 from __future__ import annotations
@@ -20,86 +20,82 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import FrameType
 
 from edmdistill.errors import TrainingError
+from edmdistill.machine.host import cores
 
 LAUNCHER = "EDMDISTILL_LAUNCHER"
-"""Tells a process that `launch` started who did."""
+"""Holds the process id of `launch` in the processes that it started."""
 
 TICK = 0.05
 ECHO = 0.5
-"""Seconds in which a signal is one with the last: `timeout` and process managers send it to a process and its group."""
+"""Seconds in which a repeated signal counts as one: `timeout` and process managers signal a process and its group."""
 SETTLE = 1.0
-"""Seconds that the other processes have to end by themselves, and to tell more, when one has ended badly."""
+"""Seconds that the other processes have to exit by themselves, with their own messages, after one has failed."""
 GRACE = 5.0
-"""Seconds from the last request to end until SIGKILL."""
+"""Seconds from the last request to stop until SIGKILL."""
 
-PASSED_ON: dict[int, int] = {
+FORWARDED_SIGNALS: dict[int, int] = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
 }
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
-RESUME = "the same command goes on from the last state"
+RESUME = "run the same command again to resume from the last state"
 HINTS: dict[int, str] = {
-    signal.SIGKILL: ", as the system does when memory runs out (a smaller --micro-batch or fewer --workers need less)",
-    signal.SIGBUS: ", as happens when /dev/shm is full (fewer --workers need less)",
+    signal.SIGKILL: ", probably because memory ran out (use a smaller --micro-batch or fewer --workers)",
+    signal.SIGBUS: ", probably because /dev/shm is full (use fewer --workers)",
 }
 PR_SET_PDEATHSIG = 1
 
 
-def launch(arguments: Sequence[str], processes: int, *, device: str | None, note: Callable[[str], object]) -> int:
-    """Runs `edmdistill ARGUMENTS` in several processes of this machine, and waits for all of them.
+def launch(arguments: Sequence[str], processes: int, *, device: str | None, on_message: Callable[[str], object]) -> int:
+    """Runs `edmdistill ARGUMENTS` in several processes on this machine, and waits for all of them.
 
-    SIGINT and SIGTERM are passed on and waited for; a second one, for GRACE seconds only. If one process dies, the
-    others are ended, and one sentence says which it was. Call it from the main thread.
+    SIGINT and SIGTERM are forwarded and waited for; after a second one, for GRACE seconds only. If one process dies,
+    the others are stopped, and one sentence says which it was. To be called from the main thread.
 
     Args:
-        arguments: of the command line, without --processes.
-        device: of all processes, cpu or cuda; None: cuda where there is one.
-        note: hears the sentence.
-    Returns: the exit code: 0; 130: interrupted and saved; 2: a user's error, which the process itself has told, or a
-        killed process; 1: a fault, whose traceback the process has printed.
+        arguments: the command line's, without --processes.
+        device: the device of all processes, cpu or cuda; None: cuda if available.
+        on_message: called with that sentence.
+    Returns: the exit code. 0: done. 130: interrupted and saved. 2: a user error, which the process itself has printed,
+        or a killed process. 1: a bug, whose traceback the process has printed.
     Raises: TrainingError: another launcher has started this process, or there are too few devices.
-        EdmDistillError: no such device is here.
+        EdmDistillError: the device does not exist.
     """
     if "RANK" in os.environ or _slurm_tasks(os.environ) > 1:
         raise TrainingError(
-            "--processes starts the processes of a run, but torchrun, accelerate or srun has started several already: "
+            "--processes starts the processes of a run, but torchrun, accelerate or srun has already started them: "
             "leave --processes out"
         )
     cpu = _all_on_cpu(device, processes)
     children: list[subprocess.Popen[bytes]] = []
-    asked: list[tuple[float, int]] = []
+    requests: list[tuple[float, int]] = []
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not asked or now > asked[-1][0] + ECHO:
-            asked.append((now, number))
+        if not requests or now > requests[-1][0] + ECHO:
+            requests.append((now, number))
 
-    usual = {
-        number: signal.signal(number, ask)
-        for number in PASSED_ON
+    previous = {
+        number: signal.signal(number, handle)
+        for number in FORWARDED_SIGNALS
         if signal.getsignal(number) != signal.SIG_IGN  # nohup
     }
     try:
-        # In a group of its own a process hears of Ctrl-C from here alone, and once, for a second signal would stop it
-        # before it has saved; and `kill` of this process is as good as the terminal's Ctrl-C.
-        for own in _environments(processes, cpu):
-            child = subprocess.Popen(_command(arguments), env=own, stdin=subprocess.DEVNULL, process_group=0)
+        # In its own group, a process gets Ctrl-C only from here and only once: a second signal would stop it before it
+        # has saved. And `kill` of this process has the effect of the terminal's Ctrl-C.
+        for environ in _environments(processes, cpu):
+            child = subprocess.Popen(_command(arguments), env=environ, stdin=subprocess.DEVNULL, process_group=0)
             children.append(child)
-        return _watch(children, asked, note)
+        return _watch(children, requests, on_message)
     finally:
         _kill(children)
-        for number, handler in usual.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def without_processes(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command line without `--processes N` or `--processes=N`."""
+    """Returns command-line arguments without `--processes N` or `--processes=N`."""
     return [
         argument
         for before, argument in zip(["", *arguments], arguments, strict=False)
@@ -108,43 +104,44 @@ def without_processes(arguments: Sequence[str]) -> list[str]:
 
 
 def init_from_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Readies a process that may be one of several for torch.distributed.  To be called before anything slow.
+    """Prepares a process that may be one of several for torch.distributed.  To be called before anything slow.
 
-    The tasks of an srun get RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from Slurm's
-    variables; the processes that `launch` started are bound to it, and do not outlive it.
+    In an srun's tasks, sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from Slurm's
+    variables. Processes that `launch` started die with it.
 
-    Raises: TrainingError: started by accelerate in a way that leaves every process alone.
+    Raises: TrainingError: `accelerate launch` was called in a way that starts one process only.
     """
     launcher = environ.pop(LAUNCHER, None)
     if launcher is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(launcher):  # it died before
+        if os.getppid() != int(launcher):  # it has died already
             os.kill(os.getpid(), signal.SIGKILL)
     if "RANK" in environ:
         return
-    # accelerate's launcher without --multi_gpu says where the first process is, but starts one alone, without a rank.
+    # Without --multi_gpu, accelerate's launcher sets the address of the first process but starts only one, without a
+    # rank.
     by_mpi = any(name.endswith(("PMI_SIZE", "COMM_WORLD_SIZE")) for name in environ)
     if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_ADDR" in environ and not by_mpi:
         raise TrainingError(
-            "accelerate launch starts one process, whatever --num_processes says, with --cpu or without --multi_gpu: "
-            "give edmdistill train --processes N, or use torchrun"
+            "accelerate launch starts only one process with --cpu or without --multi_gpu, whatever --num_processes "
+            "says: use edmdistill train --processes N, or torchrun"
         )
     if _slurm_tasks(environ) > 1:
         environ.update(_slurm_world(environ))
 
 
 def _slurm_tasks(environ: Mapping[str, str]) -> int:
-    """How many processes an srun has started with this one.
+    """Returns the number of processes that srun started, this one included; 1 outside srun.
 
-    A batch script and an salloc's shell have SLURM_NTASKS and SLURM_PROCID too, but are one process: only srun counts.
+    SLURM_NTASKS and SLURM_PROCID are set in batch scripts and salloc's shells too, which are single processes.
     """
     return int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
 def _slurm_world(environ: Mapping[str, str]) -> dict[str, str]:
-    """What torch.distributed wants to know, from an srun's variables."""
+    """Returns torch.distributed's environment variables, from those of an srun."""
     nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_NODELIST"]
-    # Any two steps that share a machine have, most likely, two ports, below those that the system hands out.
+    # Steps that share a machine most likely get different ports, below the range that the system assigns from.
     step = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '0')}"
     world = {
         "RANK": environ["SLURM_PROCID"],
@@ -161,18 +158,18 @@ def _slurm_world(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _first_host(nodes: str) -> str:
-    """The first name of a Slurm node list: "gpu[07-09,12],login" -> "gpu07"."""
+    """Returns the first name in a Slurm node list: "gpu[07-09,12],login" -> "gpu07"."""
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0]
 
 
 def _tasks_per_node(counts: str) -> list[int]:
-    """Slurm's run lengths, spelt out: "4(x2),3" -> [4, 4, 3]."""
+    """Expands Slurm's run lengths: "4(x2),3" -> [4, 4, 3]."""
     pairs = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in counts.split(",")]
     return [int(pair[1]) for pair in pairs if pair for _ in range(int(pair[2] or 1))]
 
 
 def _all_on_cpu(device: str | None, processes: int) -> bool:
-    """Whether the processes train on the CPU.  Raises: as `launch`."""
+    """Returns whether the processes train on the CPU.  Raises: as `launch`."""
     import torch
 
     from edmdistill.machine.devices import named_device
@@ -180,19 +177,20 @@ def _all_on_cpu(device: str | None, processes: int) -> bool:
     chosen = named_device(device)
     if chosen.index is not None:
         raise TrainingError(
-            f"--device {device} is one device, but each of {processes} processes has its own: give --device cuda"
+            f"--device {device} is a single GPU, but each of {processes} processes uses its own: use --device cuda"
         )
     count = torch.cuda.device_count()
     if chosen.type == "cuda" and count < processes:
+        fewer = f"--processes {count}" + (" or fewer" if count > 1 else "")
         raise TrainingError(
-            f"--processes {processes} wants a CUDA device for each, and there are {count}: "
-            f"give --processes {count} or fewer, or --device cpu"
+            f"--processes {processes} needs one GPU for each process, but this machine has {count}: use {fewer}, or "
+            "--device cpu"
         )
     return chosen.type == "cpu"
 
 
 def _environments(processes: int, cpu: bool) -> list[dict[str, str]]:
-    """The environment of each process."""
+    """Returns the environment variables of each process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -215,26 +213,28 @@ def _environments(processes: int, cpu: bool) -> list[dict[str, str]]:
 
 
 def _command(arguments: Sequence[str]) -> list[str]:
-    # -P: what lies in the working directory is no module for us, if it was none for the process that asks.
+    # -P: files in the working directory are not modules, unless they were modules for this process.
     path = [] if os.getcwd() in sys.path or "" in sys.path else ["-P"]
     return [sys.executable, *path, "-m", "edmdistill", *arguments]
 
 
 def _watch(
-    children: Sequence[subprocess.Popen[bytes]], asked: Sequence[tuple[float, int]], note: Callable[[str], object]
+    children: Sequence[subprocess.Popen[bytes]],
+    requests: Sequence[tuple[float, int]],
+    on_message: Callable[[str], object],
 ) -> int:
-    """Waits for all, passing on the signals that come in.  Returns: the exit code."""
-    ended: dict[int, int] = {}  # exit code by rank, in the order of their ends; below 0: minus the signal
-    failures: dict[int, int] = {}  # those of them that ended badly, and not at our request
-    passed, ending, killed = 0, False, False
-    end_at, kill_at = math.inf, math.inf
+    """Waits for all processes, and forwards the signals that arrive.  Returns: the exit code."""
+    ended: dict[int, int] = {}  # exit code by rank, in the order in which they ended; below 0: minus the signal
+    failures: dict[int, int] = {}  # those that failed, not at our request
+    forwarded, stopping, killed = 0, False, False
+    stop_at, kill_at = math.inf, math.inf
     while len(ended) < len(children):
         time.sleep(TICK)
         now = time.monotonic()
-        for _, number in asked[passed:]:
-            passed += 1
-            _send(children, PASSED_ON[number])
-            if passed == 2:
+        for _, number in requests[forwarded:]:
+            forwarded += 1
+            _send(children, FORWARDED_SIGNALS[number])
+            if forwarded == 2:
                 kill_at = now + GRACE
 
         for rank, child in enumerate(children):
@@ -242,13 +242,13 @@ def _watch(
             if rank in ended or code is None:
                 continue
             ended[rank] = code
-            stopped = code in (0, 130) or (passed and code in INTERRUPTED)
-            if not (stopped or ending or killed):
+            expected = code in (0, 130) or (forwarded and code in INTERRUPTED)
+            if not (expected or stopping or killed):
                 failures[rank] = code
-                end_at = min(end_at, now + SETTLE)
+                stop_at = min(stop_at, now + SETTLE)
 
-        if now >= end_at and not ending:
-            ending, kill_at = True, now + GRACE
+        if now >= stop_at and not stopping:
+            stopping, kill_at = True, now + GRACE
             _send(children, signal.SIGTERM)
         if now >= kill_at and not killed:
             killed = True
@@ -257,40 +257,41 @@ def _watch(
     if failures:
         rank, code = min(failures.items(), key=lambda failure: _suspicion(failure[1]))
         if code != 2:
-            note(_sentence(rank, len(children), code))
+            on_message(_describe_failure(rank, len(children), code))
         return 2 if code == 2 or code < 0 else 1
     if killed:
-        note(f"Some processes did not stop in {GRACE:g} seconds and were killed; {RESUME}.")
+        on_message(f"Some processes did not stop within {GRACE:g} seconds and were killed; {RESUME}.")
     return 0 if set(ended.values()) == {0} else 130
 
 
 def _suspicion(code: int) -> int:
-    """How late an exit code stands among those to blame: who loses a peer fails too, but is rarely killed.
+    """Returns a rank of exit codes, lowest for the likeliest cause: a process that lost a peer fails too, but is rarely
+    killed.
 
-    Of equals, the first to end is to blame. SIGABRT is how NCCL takes the loss of a peer.
+    Among equals the first to end is the cause. SIGABRT is how NCCL reacts to the loss of a peer.
     """
     if code < 0 and code != -signal.SIGABRT:
         return 0
     return 2 if code == 2 else 1
 
 
-def _sentence(rank: int, processes: int, code: int) -> str:
+def _describe_failure(rank: int, processes: int, code: int) -> str:
     if code < 0:
         name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
         what = f"was killed by {name}{HINTS.get(-code, '')}"
     else:
-        what = "failed, as its traceback says" if code == 1 else f"ended with exit code {code}"
-    return f"The process of rank {rank}, of {processes} processes, {what}; the others were ended too; {RESUME}."
+        what = "failed (its traceback is above)" if code == 1 else f"exited with code {code}"
+    return f"The process of rank {rank} (of {processes}) {what}; the others were stopped; {RESUME}."
 
 
 def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    """A signal for each process that runs, and not for its data workers."""
+    """Sends a signal to each running process, but not to its data workers."""
     for child in children:
         child.send_signal(number)
 
 
 def _kill(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """SIGKILL for each process that runs, and for its data workers."""
+    """Kills each running process and its data workers."""
     for child in children:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)

@@ -33,7 +33,7 @@ from edmdistill.training.probe import ROWS, Probe
 from edmdistill.training.run import build_roles, require_guide
 
 FREE = 0.05
-"""Share of a card's memory that is left for CUDA itself and for fragments."""
+"""Share of a GPU's memory that is left for CUDA itself and for fragments."""
 
 ATEN = torch.ops.aten
 FLASH = ATEN._scaled_dot_product_flash_attention_for_cpu
@@ -222,7 +222,7 @@ def make_plan(measured: Measured, machine: Machine = Machine(), processes: int =
 def images_per_second(
     plan: Plan, gpu: GPU, half: bool, utilisation: float, processes: int, batch: int, micro_batch: int
 ) -> float:
-    """Returns the speed at a share `utilisation` of what the cards can multiply, or, of small networks, at that of the
+    """Returns the speed at a share `utilisation` of what the GPUs can multiply, or, of small networks, at that of the
     calls of torch.
 
     Args:

@@ -38,18 +38,18 @@ def expected(run: Summary) -> Expected:
         notes.append("The guide is taken to be as large as the teacher, for the run does not keep its shape.")
     turns = plan.peaks(rows, rows < share)
     longest = max(turns, key=turns.__getitem__)
-    card = find_gpu(session.get("device", ""), session.get("device_memory", 0))
+    gpu = find_gpu(session.get("device", ""), session.get("device_memory", 0))
     images = run.metrics[-1]["images"] if run.metrics else 0
     speed = images / run.metrics[-1]["seconds"] if run.metrics else None
     taken = max((line["memory"] for line in run.metrics if "memory" in line), default=None)
     own = None
-    if card is not None:
+    if gpu is not None:
         half = training.precision != "fp32"
-        own = images_per_second(plan, GPUS[card], half, UTILISATION, processes, training.batch, rows)
-        notes.append(f"The plan takes {UTILISATION:.0%} of what a {card} can multiply.")
+        own = images_per_second(plan, GPUS[gpu], half, UTILISATION, processes, training.batch, rows)
+        notes.append(f"The plan takes {UTILISATION:.0%} of what a {gpu} can multiply.")
     elif session:
         notes.append("How fast this machine can multiply is not known, so that the plan has no time.")
-    if taken is not None and card is None and session.get("cuda") is None:
+    if taken is not None and gpu is None and session.get("cuda") is None:
         notes.append(
             "On the host, memory is all by which the process has grown since before anything was loaded, code of "
             "libraries among it; the plan counts tensors alone."

@@ -28,9 +28,9 @@ from edmdistill.checkpoints.store import build_flow
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import spread, statistics_of
 from edmdistill.errors import CheckpointError, RecipeError, TrainingError, without_secrets
-from edmdistill.machine.doctor import host_memory
 from edmdistill.machine.engine import Engine, Machine, RoleModule, load_full_state, shard_like
 from edmdistill.machine.environment import peak_memory
+from edmdistill.machine.host import host_memory
 from edmdistill.methods.base import Method, NoiseRange, Role
 from edmdistill.networks import NETWORKS, base
 from edmdistill.networks.flow import FlowNetwork

@@ -17,7 +17,7 @@ def plan(*words: str) -> Result:
 
 
 def test_text() -> None:
-    result = plan("cosim/digits", TEACHER, "--processes", "2", "--card", "l40s")
+    result = plan("cosim/digits", TEACHER, "--processes", "2", "--gpu", "l40s")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("cosim in fp32 on 2 GPUs: teacher 0.2M, generator 0.2M, auxiliary 0.2M.")
     assert "teacher's weights" in result.stdout
@@ -40,7 +40,7 @@ def test_a_tiny_network_is_as_fast_as_its_calls_and_as_large_as_it_is() -> None:
 def test_a_recipe_without_a_method(tmp_path: Path) -> None:
     training = "images = 8\nbatch = 8\nlr = 1e-3\nlog_every = 8\nsnapshot_every = 8\n"
     (tmp_path / "mine.toml").write_text(f"[training]\n{training}[ema]\nhalf_life_images = 8\n")
-    result = plan(str(tmp_path / "mine.toml"), TEACHER, "--method", "sid", "--card", "h100")
+    result = plan(str(tmp_path / "mine.toml"), TEACHER, "--method", "sid", "--gpu", "h100")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("sid in fp32")
 
@@ -60,7 +60,7 @@ GUIDED = ["--set", "method.guidance=[1,2]", "--set", "method.guide=network"]
 
 
 def test_a_guide() -> None:
-    result = plan("scd/digits", TEACHER, *GUIDED, "--guide", TEACHER, "--micro-batch", "1", "--card", "h100")
+    result = plan("scd/digits", TEACHER, *GUIDED, "--guide", TEACHER, "--micro-batch", "1", "--gpu", "h100")
     assert result.exit_code == 0, result.output
     assert "guide's weights" in result.stdout
 

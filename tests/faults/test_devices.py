@@ -51,7 +51,9 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("edmdistill.machine.engine.pick_device", named_device)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(EdmDistillError, match="process 2 on a machine that has 1 GPU: start as many"):
+    with pytest.raises(
+        EdmDistillError, match="process 2 of this machine has no GPU, for there is only 1: start no more processes"
+    ):
         Engine(Machine("cuda"))
 
 

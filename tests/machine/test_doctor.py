@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from edmdistill.kernels.dual import RULES, Dual
-from edmdistill.machine import doctor
+from edmdistill.machine import doctor, host
 from edmdistill.machine.doctor import Finding
+from edmdistill.machine.host import host_memory
 
 DISK = types.SimpleNamespace
 
@@ -40,16 +41,16 @@ def only(check: doctor.Check) -> Finding:
 def test_this_machine_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Every check runs here; none may fail but for want of room."""
     monkeypatch.chdir(tmp_path)
-    findings = list(doctor.examine())
+    findings = list(doctor.diagnose())
     names = [finding.check for finding in findings]
     assert {"python", "edmdistill", "numpy", "torch", "locks", "forward derivative", "gloo"} <= set(names)
     assert len(names) == len(set(names))
     room = {"memory", "disk", "hub cache", "shared memory"}
     assert [finding for finding in findings if finding.level == "fail" and finding.check not in room] == []
     for finding in findings:
-        assert finding.found
+        assert finding.detail
         assert bool(finding.fix) == (finding.level != "ok")
-        assert "\n" not in finding.found + finding.fix
+        assert "\n" not in finding.detail + finding.fix
     assert not list(tmp_path.iterdir())
 
 
@@ -66,7 +67,7 @@ def test_requirements(package):
         "pre": "ok",
         "absent-for-a-test": "fail",
     }
-    assert found["old"].found == "1.9.0+local, but >=2.6 is needed"
+    assert found["old"].detail == "1.9.0+local, but >=2.6 is needed"
     assert found["absent-for-a-test"].fix == "pip install 'absent-for-a-test>=1.5'"
 
 
@@ -74,7 +75,7 @@ def test_requirements(package):
     ("code", "reason"),
     [
         ("raise RuntimeError('operator torchvision::nms does not exist')", "RuntimeError: operator torchvision::nms"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "it dies of SIGSEGV"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
         ("raise SystemExit(3)", "exit code 3"),
     ],
 )
@@ -83,8 +84,8 @@ def test_a_package_that_does_not_fit_torch(package, name: str, code: str, reason
     package(name, "0.1", code)
     found = {finding.check: finding for finding in doctor.check_image_packages()}
     assert found[name].level == "fail"
-    assert f"0.1 does not fit torch {torch.__version__}" in found[name].found
-    assert reason in found[name].found
+    assert f"0.1 does not match torch {torch.__version__}" in found[name].detail
+    assert reason in found[name].detail
     assert f"pip uninstall {name}" in found[name].fix
 
 
@@ -98,17 +99,17 @@ def test_namesakes(package, name: str, level: str):
     package(name, "0.1")
     finding = only(doctor.check_namesakes)
     assert finding.level == level
-    assert (name in finding.found) == (level == "warn")
+    assert (name in finding.detail) == (level == "warn")
 
 
 def test_without_torch_nothing_asks_for_it(package, monkeypatch: pytest.MonkeyPatch):
     package("torch", "2.13.0", "raise ImportError('libcudart.so.13: cannot open shared object file')")
     checks = {name: doctor.CHECKS[name] for name in ("python", "torch")}
     monkeypatch.setattr(doctor, "CHECKS", checks)
-    *_, last = doctor.examine()
+    *_, last = doctor.diagnose()
     assert last.check == "torch"
     assert last.level == "fail"
-    assert last.found == "cannot be imported: ImportError: libcudart.so.13: cannot open shared object file"
+    assert last.detail == "cannot be imported: ImportError: libcudart.so.13: cannot open shared object file"
 
 
 def test_a_check_that_breaks_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch):
@@ -118,10 +119,10 @@ def test_a_check_that_breaks_does_not_hide_the_others(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(doctor, "CHECKS", {"broken": broken, "python": doctor.check_python})
     monkeypatch.setattr(doctor, "TORCH_CHECKS", {})
-    findings = list(doctor.examine())
+    findings = list(doctor.diagnose())
     assert [finding.check for finding in findings] == ["a", "broken", "python", "edmdistill"]
     assert findings[1].level == "fail"
-    assert findings[1].found == "could not be looked at: ZeroDivisionError: one"
+    assert findings[1].detail == "could not be checked: ZeroDivisionError: one"
 
 
 @pytest.mark.parametrize(("free", "level"), [(0.5, "fail"), (5, "warn"), (50, "ok")])
@@ -163,25 +164,25 @@ def test_memory_within_a_control_group(monkeypatch: pytest.MonkeyPatch, free: in
         "/sys/fs/cgroup/memory.max": f"{10 * doctor.GIB}\n",
         "/sys/fs/cgroup/memory.current": f"{(10 - free) * doctor.GIB}\n",
     }
-    monkeypatch.setattr(doctor, "_read", files.__getitem__)
+    monkeypatch.setattr(host, "read_system_file", files.__getitem__)
     finding = only(doctor.check_memory)
     assert finding.level == level
-    assert finding.found.startswith(f"{free:.1f} of 10.0 GiB free, ")
+    assert finding.detail.startswith(f"{free:.1f} of 10.0 GiB free, ")
     files |= {"/sys/fs/cgroup/memory.max": "max\n"}
-    assert doctor.host_memory()[1] == 32 * doctor.GIB
+    assert host_memory()[1] == 32 * doctor.GIB
 
 
 def test_locks_that_keep_nobody_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     assert only(doctor.check_locks).level == "ok"
     monkeypatch.setattr(doctor.fcntl, "flock", lambda file, operation: None)
-    assert only(doctor.check_locks).found == f"a lock in {tmp_path} keeps nobody out"
+    assert only(doctor.check_locks).detail == f"locks in {tmp_path} have no effect"
 
     def refused(file: object, operation: int) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(doctor.fcntl, "flock", refused)
-    assert only(doctor.check_locks).found == f"files in {tmp_path} cannot be locked: No locks available"
+    assert only(doctor.check_locks).detail == f"files in {tmp_path} cannot be locked: No locks available"
     assert not list(tmp_path.iterdir())
 
 
@@ -198,8 +199,8 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, free: float, level: str)
     [
         (False, None, "ok", "no CUDA device"),
         (False, "13.0", "ok", "no CUDA device"),
-        (True, None, "warn", "built for the CPU alone"),
-        (True, "13.0", "fail", "sees no device"),
+        (True, None, "warn", "CPU-only build"),
+        (True, "13.0", "fail", "sees no GPU"),
     ],
 )
 def test_no_device(monkeypatch: pytest.MonkeyPatch, driver: bool, cuda: str | None, level: str, part: str):
@@ -209,7 +210,7 @@ def test_no_device(monkeypatch: pytest.MonkeyPatch, driver: bool, cuda: str | No
     monkeypatch.setattr(Path, "exists", lambda path: False)
     finding = only(doctor.check_devices)
     assert finding.level == level
-    assert part in finding.found
+    assert part in finding.detail
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch):
@@ -230,7 +231,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch):
     first, second = doctor.check_devices()
     assert first == ("cuda:0", "ok", "H, 10.0 of 24.0 GiB free, compute capability 9.0, with bf16", "")
     assert second[:2] == ("cuda:1", "fail")
-    assert second.found.endswith("capability 3.7, without bf16: no kernel image is available")
+    assert second.detail.endswith("capability 3.7, without bf16: no kernel image is available")
 
 
 @pytest.mark.gpu
@@ -249,7 +250,7 @@ def test_a_wrong_derivative_is_seen(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(RULES, "linear", wrong)
     finding = only(doctor.check_tangents)
     assert finding.level == "fail"
-    assert re.search(r"off by \de-0\d at most, in \w", finding.found)
+    assert re.search(r"at most \de-0\d, in \w", finding.detail)
 
 
 def test_no_group_of_processes(monkeypatch: pytest.MonkeyPatch):
@@ -260,5 +261,5 @@ def test_no_group_of_processes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", refused)
     finding = only(doctor.check_distributed)
     assert finding.level == "fail"
-    assert finding.found == "no group of processes: [enforce fail] unable to resolve hostname"
+    assert finding.detail == "cannot make a process group: [enforce fail] unable to resolve hostname"
     assert "GLOO_SOCKET_IFNAME" in finding.fix

@@ -56,7 +56,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         head = "import os, signal, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
         monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", head + textwrap.dedent(code)])
         sentences: list[str] = []
-        return launch.launch(["train"], processes, device="cpu", note=sentences.append), sentences
+        return launch.launch(["train"], processes, device="cpu", on_message=sentences.append), sentences
 
     return start
 
@@ -128,8 +128,8 @@ def test_one_end_is_the_end_of_all(start, code: str, exit_code: int, part: str |
         assert sentences == []
     else:
         (sentence,) = sentences
-        assert sentence.startswith(f"The process of rank 1, of 2 processes, {part}")
-        assert sentence.endswith("; the others were ended too; the same command goes on from the last state.")
+        assert sentence.startswith(f"The process of rank 1 (of 2) {part}")
+        assert sentence.endswith("; the others were stopped; run the same command again to resume from the last state.")
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_one_end_is_the_end_of_all(start, code: str, exit_code: int, part: str |
         ("sys.exit(0)", "sys.exit(130)", 130, None),
         ("sys.exit(2)", "sys.exit(2)", 2, None),
         # Who loses a peer fails too, sooner perhaps, but is not to blame.
-        ("sys.exit(1)", "os.kill(os.getpid(), signal.SIGKILL)", 2, "rank 1, of 2 processes, was killed by SIGKILL, as"),
-        ("sys.exit(2)", "sys.exit(1)", 1, "rank 1, of 2 processes, failed"),
-        ("sys.exit(1)", "os.abort()", 1, "rank 0, of 2 processes, failed"),
-        ("os.abort()", "sys.exit(1)", 2, "rank 0, of 2 processes, was killed by SIGABRT"),
+        ("sys.exit(1)", "os.kill(os.getpid(), signal.SIGKILL)", 2, "rank 1 (of 2) was killed by SIGKILL, probably"),
+        ("sys.exit(2)", "sys.exit(1)", 1, "rank 1 (of 2) failed"),
+        ("sys.exit(1)", "os.abort()", 1, "rank 0 (of 2) failed"),
+        ("os.abort()", "sys.exit(1)", 2, "rank 0 (of 2) was killed by SIGABRT"),
     ],
 )
 def test_who_is_to_blame(start, monkeypatch, first: str, second: str, exit_code: int, part: str | None):
@@ -225,7 +225,8 @@ def test_after_a_second_signal_who_does_not_stop_is_killed(start):
     exit_code, sentences = start(code)
     assert exit_code == 130
     assert sentences == [
-        "Some processes did not stop in 0.6 seconds and were killed; the same command goes on from the last state."
+        "Some processes did not stop within 0.6 seconds and were killed; run the same command again to resume from the "
+        "last state."
     ]
     assert Path("0.saved").exists()
 
@@ -234,7 +235,7 @@ def test_a_fault_while_saving_is_told(start):
     when("0.up", "1.up", send=[signal.SIGINT])
     exit_code, sentences = start(SAVES.replace("130", "1 if rank else 130"))
     assert exit_code == 1
-    assert "rank 1, of 2 processes, failed" in sentences[0]
+    assert "rank 1 (of 2) failed" in sentences[0]
 
 
 def test_data_workers_are_not_asked_but_are_killed(start):
@@ -289,7 +290,7 @@ def test_no_process_outlives_a_killed_launcher(tmp_path: Path, late: bool):
         import sys
         from edmdistill.machine import launch
         launch._command = lambda _: [sys.executable, "-c", {child!r}]
-        launch.launch([], 2, device="cpu", note=print)
+        launch.launch([], 2, device="cpu", on_message=print)
     """
     files = [tmp_path / f"{rank}.{'pid' if late else 'bound'}" for rank in range(2)]
     with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path) as launcher:
@@ -338,8 +339,8 @@ def test_no_launcher_within_a_launcher(start, monkeypatch, environment: dict[str
 
 def test_more_processes_than_devices(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(TrainingError, match="wants a CUDA device for each, and there are 1: give --processes 1"):
-        launch.launch([], 2, device=None, note=print)
+    with pytest.raises(TrainingError, match="this machine has 1: use --processes 1, or --device cpu"):
+        launch.launch([], 2, device=None, on_message=print)
 
 
 @pytest.mark.parametrize(("count", "variable"), [(0, True), (2, False), (3, False)])
@@ -348,7 +349,7 @@ def test_where_there_is_no_device_the_processes_run_on_the_cpu(start, monkeypatc
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", code])
     code = f"import os; assert ('ACCELERATE_USE_CPU' in os.environ) == {variable}"
-    assert launch.launch([], 2, device=None, note=print) == 0
+    assert launch.launch([], 2, device=None, on_message=print) == 0
 
 
 def test_on_the_cpu_devices_do_not_count(start, monkeypatch):

@@ -165,7 +165,7 @@ def test_the_envelope_is_the_highest_line_everywhere(lines: list[tuple[int, int]
 
 @pytest.mark.slow
 def test_recipes_of_the_papers_fit_what_they_were_trained_on() -> None:
-    """CoSIM's on 8 cards of 48 GB, 32 images a pass."""
+    """CoSIM's on 8 GPUs of 48 GB, 32 images a pass."""
     recipe, machine = load_recipe("cosim/imagenet512-l", "cosim"), Machine(checkpointing=True)
     kind, shape, arguments = SIZES["edm2-img512-l"]
     with torch.device("meta"):
@@ -175,7 +175,7 @@ def test_recipes_of_the_papers_fit_what_they_were_trained_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gib", "card"),
+    ("name", "gib", "gpu"),
     [
         ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
@@ -190,5 +190,5 @@ def test_recipes_of_the_papers_fit_what_they_were_trained_on() -> None:
         ("Intel(R) Xeon(R) Processor", 23.5, None),
     ],
 )
-def test_a_card_is_known_by_its_name_and_memory(name: str, gib: float, card: str | None):
-    assert find_gpu(name, gib * 2**30) == card
+def test_a_gpu_is_known_by_its_name_and_memory(name: str, gib: float, gpu: str | None):
+    assert find_gpu(name, gib * 2**30) == gpu

@@ -1,0 +1,50 @@
+"""The host that a process runs on: cores, memory, processor."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+
+def cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_memory() -> tuple[int, int]:
+    """Returns total and free memory in bytes, within the limits of the control group."""
+    total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for line in read_system_file("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = (read_system_file(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    if limit.isdigit() and used.isdigit():
+        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
+    return total, free
+
+
+def peak_host_memory() -> int:
+    """Returns the most memory, in bytes, that this process has held so far."""
+    for line in read_system_file("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    # Elsewhere than on Linux, where ru_maxrss would count the parent's memory too.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def processor() -> str:
+    """Returns the CPU's model name, or its architecture where the system does not name it."""
+    lines = read_system_file("/proc/cpuinfo").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
+
+
+def read_system_file(path: str) -> str:
+    """Returns the text of a file under /proc or /sys, empty where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
