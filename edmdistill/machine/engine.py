@@ -87,8 +87,8 @@ class Engine:
         local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if device.type == "cuda" and local_rank >= count:
             raise TrainingError(
-                f"process {local_rank + 1} of this machine has no GPU, for there {'is' if count == 1 else 'are'} only "
-                f"{count}: start no more processes than GPUs, or add --device cpu"
+                f"this machine has {count} GPU{'' if count == 1 else 's'}, too few for process {local_rank + 1}: "
+                "start no more processes than GPUs, or add --device cpu"
             )
         self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[ddp])
         self.rank: int = self.accelerator.process_index
