@@ -409,4 +409,4 @@ def test_accelerate_launch_on_a_cpu_is_refused(tmp_path: Path):
     (tmp_path / "script.py").write_text(code)
     environ = {name: value for name, value in os.environ.items() if name != "RANK"}
     found = subprocess.run([*command, str(tmp_path / "script.py")], capture_output=True, text=True, env=environ)
-    assert "TrainingError: accelerate launch starts one process" in found.stderr
+    assert "TrainingError: accelerate launch starts only one process" in found.stderr
