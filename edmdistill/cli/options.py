@@ -141,7 +141,27 @@ GAMMA = FiniteFloat(0, 1)
 BATCH = click.IntRange(1, MAX_BATCH)
 
 
-@dataclass(frozen=True)
+def option_group(
+    argument: str, make: Callable[..., object], *options: Callable[[Callable[..., None]], Callable[..., None]]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Returns a decorator that adds options to a command, which gets their values as one argument: make(**values)."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def wrapped(**values: Any) -> None:
+            grouped = make(**{name: values.pop(name) for name in names})
+            command(**{argument: grouped}, **values)
+
+        others = len(getattr(command, "__click_params__", ()))
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        names = [parameter.name for parameter in wrapped.__click_params__[others:]]  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplerOptions:
     """What `sampler_options` adds to a command, as it was typed."""
 
@@ -153,10 +173,10 @@ class SamplerOptions:
     weights: Literal["ema", "raw"]
 
     def arguments(self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """The keyword arguments of `edmdistill.sample` and `evaluate` that they stand for; a guide is loaded.
+        """Returns the fields of the SamplerSpec that they stand for; a guide is loaded.
 
         Args:
-            flow: the network that is sampled.
+            flow: the network to sample.
             device, dtype: of the guide.
         """
         from edmdistill.checkpoints.load import load_denoiser
@@ -172,46 +192,36 @@ class SamplerOptions:
         }
 
 
-def sampler_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options that decide how a network is sampled; the command gets them as one `sampler`."""
-    options = (
-        click.option(
-            "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
-        ),
-        click.option(
-            "--guidance",
-            type=FiniteFloat(0, MAX_GUIDANCE),
-            metavar="W",
-            help="Weight of the guidance: 1 = none, 0 = the guide alone.  [default: 1, or the least it knows]",
-        ),
-        click.option(
-            "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
-        ),
-        click.option(
-            "--force-guidance",
-            is_flag=True,
-            help="Let a teacher guide itself that was never trained without its classes.",
-        ),
-        click.option("--solver", type=Name(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]"),
-        click.option(
-            "--weights",
-            type=click.Choice(["ema", "raw"]),
-            default="ema",
-            show_default=True,
-            help="Of a run: the average that it publishes, or those in training, of its newest state.",
-        ),
-    )
-
-    @wraps(command)
-    def wrapped(**given: Any) -> None:
-        own = SamplerOptions(
-            *(given.pop(name) for name in ("times", "guidance", "guide", "force_guidance", "solver", "weights"))
-        )
-        command(sampler=own, **given)
-
-    for option in reversed(options):
-        wrapped = option(wrapped)
-    return wrapped
+sampler_options = option_group(
+    "sampler",
+    SamplerOptions,
+    click.option(
+        "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
+    ),
+    click.option(
+        "--guidance",
+        type=FiniteFloat(0, MAX_GUIDANCE),
+        metavar="W",
+        help="Guidance weight: 1 = none, 0 = the guide alone.  [default: 1, or the lower end of a generator's range]",
+    ),
+    click.option(
+        "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
+    ),
+    click.option(
+        "--force-guidance",
+        is_flag=True,
+        help="Let a teacher guide itself that was never trained without its classes.",
+    ),
+    click.option("--solver", type=Name(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]"),
+    click.option(
+        "--weights",
+        type=click.Choice(["ema", "raw"]),
+        default="ema",
+        show_default=True,
+        help="Weights of a run: the average that it publishes, or the raw weights of its newest state.",
+    ),
+)
+"""Adds the options that say how to sample a network; the command gets them as one `sampler`, SamplerOptions."""
 
 
 @contextmanager

@@ -45,3 +45,8 @@ def named_device(name: str | None) -> torch.device:
         gpus = "one GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
         raise EdmDistillError(f"there is no {name}: this machine has {gpus}")
     return torch.device(name)
+
+
+def named_dtype(name: str | None) -> torch.dtype | None:
+    """Returns torch's dtype of that name, such as float16; None for None."""
+    return None if name is None else getattr(torch, name)

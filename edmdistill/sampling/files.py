@@ -24,8 +24,8 @@ from torch import Tensor
 
 from edmdistill import __version__
 from edmdistill.atomic import atomic_write, remove_leftovers
-from edmdistill.errors import CheckpointError, EdmDistillError
-from edmdistill.sampling.generate import not_finite
+from edmdistill.errors import CheckpointError, EdmDistillError, NotFiniteError
+from edmdistill.sampling.generate import describe_not_finite, not_finite
 from edmdistill.sampling.grid import image_grid, to_image, to_uint8
 
 FILES = ".npz", ".png"
@@ -134,8 +134,10 @@ class Samples:
         self.missing = [] if self.finished else [position for position in range(count) if position not in skip]
 
     @property
-    def kept(self) -> str:
-        """What is there of them, in words."""
+    def progress(self) -> str:
+        """Says how many are kept."""
+        if self.seeds is None:
+            return "nothing was written, because rejection chooses after all images are drawn"
         if not self._drawn:
             return f"nothing of {self.out} was drawn yet"
         return f"{len(self._drawn):,} of {self.count:,} images are kept in {self.folder}; the same command goes on"
@@ -159,6 +161,8 @@ class Samples:
         if seeds is None:
             assert self.seeds is not None
             seeds = [self.seeds[position] for position in positions]
+        else:
+            self.seeds = seeds
         broken = not_finite(images)
         good = (~broken).nonzero().flatten().tolist()
         if len(good) < len(images):
@@ -191,6 +195,12 @@ class Samples:
             self._write_labels(positions)
             self._note(complete=True)
         self.finished = True
+
+    def require_finite(self) -> None:
+        """Raises NotFiniteError, which names their seeds, if samples are not finite."""
+        if self.broken:
+            seeds = [(self.seeds or range(self.count))[position] for position in self.broken]
+            raise NotFiniteError(f"{self.out}: {describe_not_finite(seeds, self.count)}; the others are written")
 
     def _open(self, overwrite: bool) -> bool:
         """Finds out what is there, and whether it is all.  Nothing is changed unless it makes way."""

@@ -18,7 +18,7 @@ from edmdistill.errors import CheckpointError
 from edmdistill.features.classifiers import load_classifier
 from edmdistill.features.perceptual import Perception, ScriptFeatures
 from edmdistill.features.script import CONTROL, OPERATORS, Script, load_script
-from edmdistill.sampling.feature_nets import load_feature_net
+from edmdistill.sampling.reference import load_feature_net
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of the format
 

@@ -1,0 +1,87 @@
+"""References and their features from files: what samples are pulled towards, and how they are compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edmdistill.checkpoints.load import load_denoiser, weights_digest
+from edmdistill.features.script import Script
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.sampling.files import read_image
+from edmdistill.checkpoints.source import file_digest
+from edmdistill.sampling.trajectory import ReferenceGuidance
+
+LUMA = 0.299, 0.587, 0.114
+MASK = "mask:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceFiles:
+    """The files that a ReferenceGuidance is loaded from.
+
+    Attributes:
+        image: a picture of the network's size.
+        feature_net: see `load_feature_net`.
+        weight, correctors: see ReferenceGuidance.
+        score: the source of a denoiser; see `load_denoiser`.
+    """
+
+    image: Path
+    feature_net: str
+    weight: float = 1.0
+    correctors: int = 10
+    score: str | None = None
+
+    def load(self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None) -> ReferenceGuidance:
+        """Returns the reference for a network.
+
+        Raises: EdmDistillError: a picture does not fit.  CheckpointError: a file cannot be read.
+        """
+        size = flow.img_channels, flow.img_resolution
+        return ReferenceGuidance(
+            image=read_image(self.image, *size),
+            features=load_feature_net(self.feature_net, *size, device),
+            weight=self.weight,
+            correctors=self.correctors,
+            score=None if self.score is None else load_denoiser(self.score, device, dtype),
+        )
+
+    def request(self, guidance: ReferenceGuidance) -> dict[str, Any]:
+        """Returns what identifies the reference that was loaded, in a request for samples."""
+        score = guidance.score and weights_digest(str(self.score), guidance.score)
+        return {
+            "reference": file_digest(self.image),
+            "feature net": file_digest(self.feature_net.removeprefix(MASK)),
+            "pull": [self.weight, self.correctors, score],
+        }
+
+
+def gray(x: Tensor) -> Tensor:
+    """Returns the luma, which colourisation keeps.  [B,1 or 3,H,W] -> [B,1,H,W]"""
+    return x if x.shape[1] == 1 else (x * x.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+
+
+def load_feature_net(
+    name: str, channels: int, resolution: int, device: torch.device | str = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """Returns features of images of about [-1, 1]: float32 [B,C,H,W] -> [B,...].
+
+    Args:
+        name: identity: all pixels, for strokes; gray: luma, for colourisation; mask:FILE: the pixels where a picture is
+            white, for inpainting; or a TorchScript file, whose rows depend on their own image alone.
+    Raises: EdmDistillError: the picture does not fit.  CheckpointError: the file cannot be read.
+    """
+    if name == "identity":
+        return lambda x: x
+    if name == "gray":
+        return gray
+    if name.startswith(MASK):
+        mask = (read_image(Path(name.removeprefix(MASK)), 1, resolution) > 0).to(device)
+        return lambda x: x * mask
+    return Script(name, device)
