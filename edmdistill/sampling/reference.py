@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.load import load_denoiser, weights_digest
+from edmdistill.checkpoints.source import file_digest
 from edmdistill.features.script import Script
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.files import read_image
-from edmdistill.checkpoints.source import file_digest
 from edmdistill.sampling.trajectory import ReferenceGuidance
 
 LUMA = 0.299, 0.587, 0.114

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from edmdistill.checkpoints.source import file_digest
 from edmdistill.errors import EdmDistillError
 from edmdistill.features.classifiers import load_classifier
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.grid import to_uint8
-from edmdistill.checkpoints.source import file_digest
 from edmdistill.sampling.seeds import MAX_SEED, MAX_SEEDS
 
 

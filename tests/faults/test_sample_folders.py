@@ -18,7 +18,7 @@ from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
-from edmdistill.sampling import generate
+from edmdistill.sampling import job
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """Ctrl-C after so many batches; gives the list of the seeds that are drawn from now on."""
 
     def arrange(after: int) -> list[int]:
-        whole, drawn, left = generate.generate_images, [], [after]
+        whole, drawn, left = job.generate_images, [], [after]
 
         def generate_images(*args: Any, **options: Any) -> Any:
             if left[0] == 0:
@@ -46,7 +46,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
             drawn.extend(options["seeds"])
             return whole(*args, **options)
 
-        monkeypatch.setattr(generate, "generate_images", generate_images)
+        monkeypatch.setattr(job, "generate_images", generate_images)
         return drawn
 
     return arrange
@@ -86,10 +86,10 @@ def test_a_finished_request_does_nothing(source: Path, tmp_path: Path, monkeypat
         words = ["--seeds", "0-3", "--out", tmp_path / name]
         assert run(source, *words).exit_code == 0
         with monkeypatch.context() as patch:
-            patch.setattr(generate, "generate_images", pytest.fail)
+            patch.setattr(job, "generate_images", pytest.fail)
             again = run(source, *words)
         assert again.exit_code == 0
-        assert "holds these 4 images already" in again.stderr
+        assert "already holds these 4 images" in again.stderr
     assert {entry.name for entry in tmp_path.iterdir()} == {"out", "out.npz", "out.PNG"}
 
 

@@ -74,7 +74,7 @@ def test_how_many_are_drawn() -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "ratio", "message"),
-    [([0], 1.0, "lies in"), ([0], -0.1, "lies in"), ([MAX_SEED], 0.5, "seeds end at")],
+    [([0], 1.0, "must be in"), ([0], -0.1, "must be in"), ([MAX_SEED], 0.5, "seeds end at")],
 )
 def test_what_cannot_be_drawn(seeds: list[int], ratio: float, message: str) -> None:
     with pytest.raises(EdmDistillError, match=message):
