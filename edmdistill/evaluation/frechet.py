@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import linalg
 from torch import Tensor
 
 
@@ -39,7 +42,7 @@ class RunningStatistics:
         self._outer = self._outer + centred.T @ centred
 
     def finish(self) -> GaussianStatistics:
-        """The statistics of all features so far.  Raises ValueError for fewer than two."""
+        """Returns the statistics of all features so far.  Raises ValueError for fewer than two."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least two features, got {self.n}")
         mean = self._sum / self.n
@@ -48,35 +51,36 @@ class RunningStatistics:
 
 
 def statistics(features: Tensor) -> GaussianStatistics:
-    """Mean and unbiased covariance of features [N,d], N >= 2."""
+    """Returns the mean and unbiased covariance of features [N,d], N >= 2."""
     running = RunningStatistics()
     running.update(features)
     return running.finish()
 
 
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
-    """The squared Frechet (Wasserstein-2) distance of two Gaussians.
+    """Returns the squared Frechet (Wasserstein-2) distance between two Gaussians.
 
     |m_a - m_b|^2 + tr(A + B - 2 sqrt(AB)),  tr sqrt(AB) = sum sqrt(eigvalsh(A^1/2 B A^1/2))
 
     Returns: a float >= 0, up to rounding.
     Source: Dowson & Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), section 3.
-    Differs: symmetric eigenvalues replace the square root of the nonsymmetric AB, so that it is never complex, and
-        exact where a covariance has not full rank.
+    Differs: symmetric eigenvalues replace the square root of the nonsymmetric AB, so the result is never complex, and
+        is exact for covariances without full rank.
     """
-    root = _matrix_sqrt(a.covariance)
-    cross = _eigenvalues(root @ b.covariance @ root)[0].sqrt().sum()
+    A, B = a.covariance.numpy(), b.covariance.numpy()
+    values, vectors = linalg.eigh(_symmetric(A))
+    root = (vectors * np.sqrt(_without_rounding(values))) @ vectors.T
+    cross = np.sqrt(_without_rounding(linalg.eigvalsh(_symmetric(root @ B @ root)))).sum()
     mean = (a.mean - b.mean).square().sum()
-    return float(mean + a.covariance.trace() + b.covariance.trace() - 2 * cross)
+    return float(mean + A.trace() + B.trace() - 2 * cross)
 
 
-def _matrix_sqrt(covariance: Tensor) -> Tensor:
-    values, vectors = _eigenvalues(covariance)
-    return (vectors * values.sqrt()) @ vectors.T
+def _symmetric(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (matrix + matrix.T) / 2
 
 
-def _eigenvalues(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
-    # Eigenvalues below the rounding of the largest are zeros of a matrix without full rank; their roots would count.
-    floor = len(values) * torch.finfo(values.dtype).eps * values.max().clamp(min=0)
-    return torch.where(values > floor, values, 0), vectors
+def _without_rounding(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns eigenvalues >= 0. Those below the rounding of the largest are zeros, of which the roots would count."""
+    floor = len(values) * np.finfo(values.dtype).eps * max(values.max(), 0)
+    kept: NDArray[np.float64] = np.where(values > floor, values, 0)
+    return kept
