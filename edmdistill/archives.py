@@ -12,18 +12,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from edmdistill.pickles import (
-    STORAGE_TYPES,
-    Budget,
-    StandIn,
-    Storage,
-    StorageType,
-    StoredTensor,
-    Unpickler,
-    Unreadable,
-    empty_dict,
-    rebuild_tensor,
-)
+from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable, empty_dict
+from edmdistill.stored_tensors import STORAGE_TYPES, Storage, StorageType, StoredTensor, rebuild_tensor
 
 MAX_MEMBERS = 2**16
 MAX_PACKED = 2**25

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edmdistill"
 LAYERS = (
     ("errors", "progress", "pickles", "assets"),
-    ("atomic", "jsonl", "archives"),
+    ("atomic", "jsonl", "stored_tensors"),
+    ("archives",),
     ("trigflow",),
     ("draws",),
     ("schedules",),

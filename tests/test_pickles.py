@@ -9,18 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edmdistill.pickles import (
-    MAX_STEPS,
-    Array,
-    Dtype,
-    StandIn,
-    Storage,
-    Unpickler,
-    Unreadable,
-    read_scalar,
-    read_storage,
-    rebuild_tensor,
-)
+from edmdistill.pickles import MAX_STEPS, StandIn, Unpickler, Unreadable
+from edmdistill.stored_tensors import Array, Dtype, Storage, read_scalar, read_storage, rebuild_tensor
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -29,17 +29,12 @@ from edmdistill.checkpoints.unsupported import (
     refuse_by_name,
 )
 from edmdistill.errors import CheckpointError
-from edmdistill.pickles import (
+from edmdistill.pickles import Budget, StandIn, Stateful, Unpickler, Unreadable, empty_dict
+from edmdistill.stored_tensors import (
     LEGACY_MAGIC,
     Array,
-    Budget,
     Dtype,
-    StandIn,
-    Stateful,
     StoredTensor,
-    Unpickler,
-    Unreadable,
-    empty_dict,
     read_scalar,
     read_storage,
     rebuild_tensor,

@@ -25,7 +25,8 @@ from edmdistill.checkpoints.store import build_flow, fill
 from edmdistill.checkpoints.unsupported import NVIDIA_64, describe_entries, describe_tensors, refuse_by_name
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.pickles import StoredTensor, Unreadable
+from edmdistill.pickles import Unreadable
+from edmdistill.stored_tensors import StoredTensor
 
 HEAD_CHANNELS = 64
 RESOLUTIONS = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256}

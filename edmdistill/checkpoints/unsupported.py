@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edmdistill.errors import CheckpointError
-from edmdistill.pickles import StoredTensor
+from edmdistill.stored_tensors import StoredTensor
 
 NVIDIA_64 = "NVIDIA's own pickle of that network, edm-imagenet-64x64-cond-adm.pkl"
 TEACHER = "give the network that it was distilled from"

@@ -13,7 +13,8 @@ from edmdistill.archives import Archive
 from edmdistill.checkpoints.nvidia import _Object, _tensors, read_official
 from edmdistill.checkpoints.openai import read_openai
 from edmdistill.errors import CheckpointError
-from edmdistill.pickles import MAX_STEPS, SLACK, Budget, Storage, StoredTensor, Unpickler, Unreadable
+from edmdistill.pickles import MAX_STEPS, SLACK, Budget, Unpickler, Unreadable
+from edmdistill.stored_tensors import Storage, StoredTensor
 
 CASES = Path(__file__).parent.parent / "cases"
 

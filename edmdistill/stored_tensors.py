@@ -1,0 +1,179 @@
+"""NumPy's and PyTorch's numbers in a pickle: stand-ins for their classes, which leave the numbers in the file.
+
+A tensor is copied when it is asked for; torch is imported no sooner.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from edmdistill.pickles import Budget, Stateful, Unpickler, Unreadable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Dtype(Stateful):
+    """Stands for numpy.dtype, of numbers only."""
+
+    def __init__(self, code: str, *_: object):
+        if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"):
+            raise TypeError
+        self.code = code
+
+    def set_state(self, state: object) -> None:
+        match state:
+            case (int(), "<" | "|", *_):
+                return
+        raise TypeError
+
+
+class Array(Stateful):
+    """Stands for numpy.ndarray; the numbers are a view of the file."""
+
+    numbers: npt.NDArray[np.generic] = np.zeros(0)
+
+    def set_state(self, state: object) -> None:
+        match state:
+            case (1, tuple() as shape, Dtype() as dtype, False, memoryview() as data):
+                self.numbers = np.frombuffer(data, dtype.code).reshape(shape)
+            case _:
+                raise TypeError
+
+
+def read_scalar(dtype: object, data: object) -> object:
+    """Stands for numpy.core.multiarray.scalar."""
+    if not isinstance(dtype, Dtype) or not isinstance(data, memoryview):
+        raise TypeError
+    return np.frombuffer(data, dtype.code).item()
+
+
+@dataclass(frozen=True)
+class StorageType:
+    """Stands for torch.FloatStorage and the like."""
+
+    dtype: str
+    itemsize: int
+
+
+STORAGE_TYPES = {
+    ("torch", f"{name}Storage"): StorageType(dtype, itemsize)
+    for name, dtype, itemsize in (
+        ("Float", "float32", 4),
+        ("Half", "float16", 2),
+        ("BFloat16", "bfloat16", 2),
+        ("Double", "float64", 8),
+        ("Long", "int64", 8),
+        ("Int", "int32", 4),
+        ("Short", "int16", 2),
+        ("Char", "int8", 1),
+        ("Byte", "uint8", 1),
+        ("Bool", "bool", 1),
+    )
+}
+_SIZES = {kind.dtype: kind.itemsize for kind in STORAGE_TYPES.values()}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # how a file of torch.save began before torch 1.6
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """The numbers of one or several tensors, still in the file."""
+
+    dtype: str
+    numel: int
+    data: memoryview
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor's shape and place; the numbers are read when asked for, and torch is imported no sooner."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.storage.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        return _SIZES[self.dtype]
+
+    def tensor(self) -> Tensor:
+        """A copy of the tensor's own numbers, contiguous: what else is in the storage takes no memory."""
+        import torch
+
+        size = self.itemsize  # NumPy has no bfloat16: the copy is made of integers of the same size
+        numbers = np.frombuffer(self.storage.data, f"<i{size}")[self.offset :]
+        own = np.lib.stride_tricks.as_strided(
+            numbers, self.shape, [size * step for step in self.stride], writeable=False
+        )
+        return torch.from_numpy(own.copy()).view(getattr(torch, self.dtype))
+
+
+def read_storage(blob: object, budget: Budget | None = None) -> Storage:
+    """The storage in what torch.storage._load_from_bytes is called with.
+
+    Such a blob is a file of torch.save before torch 1.6: five pickles (a magic number, the format's version, facts
+    about the machine, the storage as a persistent id, the list of storages), the count of numbers, the numbers.
+    """
+    if not isinstance(blob, memoryview):
+        raise TypeError
+    budget = budget or Budget(len(blob))
+    budget.take(len(blob))
+    declared: list[tuple[StorageType, int]] = []
+
+    def resolve(identifier: object) -> None:
+        match identifier:
+            case ("storage", StorageType() as kind, str(), str(), int() as numel, None):
+                declared.append((kind, numel))
+            case _:
+                raise TypeError
+
+    machine = Unpickler(blob, STORAGE_TYPES, resolve, budget)
+    magic, version, system = machine.run(), machine.run(), machine.run()
+    if magic != LEGACY_MAGIC or version != 1001:
+        raise Unreadable("holds a tensor in an unknown format: get the file from NVIDIA again")
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise Unreadable("was written on a big-endian machine, which is not supported: get the file from NVIDIA")
+    machine.run()
+    machine.run()
+    ((kind, numel),) = declared
+    header, data = machine.unsigned(8), blob[machine.position :]
+    if header != numel or len(data) != numel * kind.itemsize:
+        raise Unreadable(
+            f"declares {numel:,} {kind.dtype} numbers where it holds {len(data):,} bytes: it is damaged or forged"
+        )
+    return Storage(kind.dtype, numel, data)
+
+
+def rebuild_tensor(storage: object, offset: int, shape: object, stride: object, *_: object) -> StoredTensor:
+    """Stands for torch._utils._rebuild_tensor_v2; refuses what is empty, reaches outside its storage or repeats it."""
+    if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
+        raise TypeError
+    numbers = (offset, *shape, *stride)
+    if len(shape) != len(stride) or len(shape) > 8 or not all(type(n) is int and abs(n) < 2**63 for n in numbers):
+        raise TypeError
+    tensor = StoredTensor(storage, offset, shape, stride)
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if min(numbers) < 0 or not 0 < tensor.numel <= storage.numel or last >= storage.numel:
+        raise Unreadable(
+            f"holds a tensor of shape {shape}, stride {stride} and offset {offset} in a storage of "
+            f"{storage.numel:,} numbers: it is damaged or forged"
+        )
+    return tensor
