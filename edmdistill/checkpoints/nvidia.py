@@ -1,9 +1,6 @@
 """Reads the network pickles of NVIDIA's EDM and EDM2 without executing them.
 
-Such a file is a pickled dict with the network under `ema`. Each of its objects carries the source text of its class,
-which the official loader executes; here the text is ignored, and the class name, the constructor's arguments and the
-tensors are taken from the object's recorded state.
-Source: torch_utils/persistence.py, training/networks.py and training/networks_edm2.py of the official repositories.
+Such a file is a pickled dict with the network under `ema`.
 """
 
 from __future__ import annotations
@@ -21,6 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edmdistill.checkpoints.download import downloaded
+from edmdistill.checkpoints.persistence import (
+    NETWORK_PARAMETERS,
+    PRECONDITIONING_PARAMETERS,
+    STAND_INS,
+    VAE_PARAMETERS,
+    PersistentObject,
+    attributes,
+    constructor_arguments,
+    state_dict,
+    type_name,
+)
 from edmdistill.checkpoints.unsupported import (
     TEACHER,
     describe_entries,
@@ -29,57 +37,12 @@ from edmdistill.checkpoints.unsupported import (
     refuse_by_name,
 )
 from edmdistill.errors import CheckpointError
-from edmdistill.pickles import Budget, StandIn, Stateful, Unpickler, Unreadable, empty_dict
-from edmdistill.stored_tensors import (
-    LEGACY_MAGIC,
-    Array,
-    Dtype,
-    StoredTensor,
-    read_scalar,
-    read_storage,
-    rebuild_tensor,
-)
+from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable
+from edmdistill.stored_tensors import LEGACY_MAGIC, StoredTensor, read_storage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The constructors' parameters in order, as arguments may be positional.
-_EDM = ("img_resolution", "img_channels", "label_dim", "use_fp16")
-_PRECONDITIONINGS = {
-    "VPPrecond": (*_EDM, "beta_d", "beta_min", "M", "epsilon_t", "model_type"),
-    "VEPrecond": (*_EDM, "sigma_min", "sigma_max", "model_type"),
-    "iDDPMPrecond": (*_EDM, "C_1", "C_2", "M", "model_type"),
-    "EDMPrecond": (*_EDM, "sigma_min", "sigma_max", "sigma_data", "model_type"),
-    "Precond": (*_EDM, "sigma_data", "logvar_channels"),
-}
-_ADM = (
-    *("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim", "model_channels", "channel_mult"),
-    *("channel_mult_emb", "num_blocks", "attn_resolutions", "dropout", "label_dropout"),
-)
-_NETWORKS = {
-    "SongUNet": (*_ADM, "embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter"),
-    "DhariwalUNet": _ADM,
-    "UNet": (
-        *("img_resolution", "img_channels", "label_dim", "model_channels", "channel_mult", "channel_mult_noise"),
-        *("channel_mult_emb", "num_blocks", "attn_resolutions", "label_balance", "concat_balance"),
-    ),
-}
-_VAE = {  # StabilityVAEEncoder's parameters in order, with their defaults
-    "vae_name": "stabilityai/sd-vae-ft-mse",
-    "raw_mean": [5.81, 3.25, 0.12, -2.15],
-    "raw_std": [4.17, 4.62, 3.71, 3.28],
-    "final_mean": 0,
-    "final_std": 0.5,
-    "batch_size": 8,
-}
-_PARAMETERS = _PRECONDITIONINGS | _NETWORKS | {"StabilityVAEEncoder": tuple(_VAE)}
-_MODULES = {
-    *(*_PRECONDITIONINGS, *_NETWORKS, "ModuleDict", "Linear", "Conv2d", "GroupNorm", "UNetBlock"),
-    *("PositionalEmbedding", "FourierEmbedding", "MPFourier", "MPConv", "Block"),
-}
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-_DAMAGED = "it is damaged or was not written by NVIDIA's code"
 _WANTED = "give a network pickle of EDM or EDM2, not a training state or a part of one"
 
 
@@ -192,65 +155,14 @@ def _only_weights(found: str) -> Unreadable:
     )
 
 
-class _Object(Stateful):
-    """Stands for an object of an official class."""
-
-    def __init__(self, class_name: str, state: object = None):
-        self.class_name = class_name
-        self.set_state(state or {})
-
-    def set_state(self, state: object) -> None:
-        if not isinstance(state, dict):
-            raise TypeError
-        self.state: dict[str, object] = state
-
-    def members(self, kind: str, budget: Budget) -> dict[str, object]:
-        """_parameters, _buffers or _modules, without those that are None."""
-        members = self.state.get(kind)
-        budget.step(len(members) if isinstance(members, dict) else 1)
-        if not isinstance(members, dict) or not all(re.fullmatch(r"\w+", name, re.ASCII) for name in members):
-            raise Unreadable(f"has no proper {kind} in its {self.class_name[:60]!r}: {_DAMAGED}")
-        return {name: member for name, member in members.items() if member is not None}
-
-
-def _persistent(meta: object) -> _Object:
-    """Stands for torch_utils.persistence._reconstruct_persistent_obj."""
-    match meta:
-        case {"type": "class", "version": 6, "class_name": str() as name, "state": dict() | None as state}:
-            return _Object(name, state)
-        case {"type": str() as kind, "version": int() as version}:
-            raise Unreadable(
-                f"holds an object of type {kind[:40]!r} in persistence version {version}, where all official files "
-                "have type 'class' and version 6: get the file from NVIDIA"
-            )
-    raise TypeError
-
-
-_DICT, _ARRAY, _SCALAR = StandIn(empty_dict), StandIn(lambda *_: Array()), StandIn(read_scalar)
-_NAMES: dict[tuple[str, str], object] = {
-    ("collections", "OrderedDict"): _DICT,
-    ("dnnlib.util", "EasyDict"): _DICT,
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): StandIn(_persistent),
-    ("torch.nn.modules.container", "ModuleDict"): StandIn(lambda: _Object("ModuleDict")),
-    ("torch._utils", "_rebuild_parameter"): StandIn(lambda tensor, *_: tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): StandIn(rebuild_tensor),
-    ("numpy.core.multiarray", "_reconstruct"): _ARRAY,
-    ("numpy._core.multiarray", "_reconstruct"): _ARRAY,
-    ("numpy.core.multiarray", "scalar"): _SCALAR,
-    ("numpy._core.multiarray", "scalar"): _SCALAR,
-    ("numpy", "ndarray"): None,  # only ever an argument of _reconstruct
-    ("numpy", "dtype"): StandIn(Dtype),
-}
-
-
 def _entries(data: memoryview, budget: Budget) -> dict[str, object]:
     """The dict in the pickle, with something under `ema`."""
     storages = {("torch.storage", "_load_from_bytes"): StandIn(partial(read_storage, budget=budget))}
-    root = Unpickler(data, _NAMES | storages, budget=budget).run()
+    root = Unpickler(data, STAND_INS | storages, budget=budget).run()
     if type(root) is int and root == LEGACY_MAGIC:
         raise _only_weights("a file of torch.save")
     if not isinstance(root, dict):
-        raise Unreadable(f"holds {_kind(root)} where a dict with a network under 'ema' is expected: {_WANTED}")
+        raise Unreadable(f"holds {type_name(root)} where a dict with a network under 'ema' is expected: {_WANTED}")
     if root and all(isinstance(value, StoredTensor) for value in root.values()):
         raise Unreadable(other) if (other := describe_tensors(root)) else _only_weights("a pickled dict of tensors")
     if "ema" not in root:
@@ -262,35 +174,33 @@ def _entries(data: memoryview, budget: Budget) -> dict[str, object]:
     return root
 
 
-def _kind(value: object) -> str:
-    return repr(value.class_name[:60]) if isinstance(value, _Object) else f"a value of type {type(value).__name__}"
-
-
 def _names(names: Iterable[str]) -> str:
     return ", ".join(repr(name[:60]) for name in islice(names, 8))
 
 
 def _checkpoint(path: Path, digest: str, entries: dict[str, object], budget: Budget) -> OfficialCheckpoint:
     ema = entries["ema"]
-    if isinstance(ema, _Object) and "generator" in ema.class_name.lower():
-        raise Unreadable(f"holds {_kind(ema)} under 'ema', a one-step generator and not a teacher: {TEACHER}")
-    if not isinstance(ema, _Object) or ema.class_name not in _PRECONDITIONINGS:
-        raise Unreadable(f"holds {_kind(ema)} under 'ema', not a network ({_names(_PRECONDITIONINGS)}): {_WANTED}")
-    inner = ema.members("_modules", budget).get("unet" if ema.class_name == "Precond" else "model")
-    if not isinstance(inner, _Object) or inner.class_name not in _NETWORKS:
+    if isinstance(ema, PersistentObject) and "generator" in ema.class_name.lower():
+        raise Unreadable(f"holds {type_name(ema)} under 'ema', a one-step generator and not a teacher: {TEACHER}")
+    if not isinstance(ema, PersistentObject) or ema.class_name not in PRECONDITIONING_PARAMETERS:
         raise Unreadable(
-            f"holds {_kind(inner)} in its {ema.class_name}, not a network ({_names(_NETWORKS)}): {_WANTED}"
+            f"holds {type_name(ema)} under 'ema', not a network ({_names(PRECONDITIONING_PARAMETERS)}): {_WANTED}"
         )
-    tensors = list(_tensors(ema, set(), budget))
-    dataset = _plain(entries.get("dataset_kwargs"))
+    inner = ema.members("_modules", budget).get("unet" if ema.class_name == "Precond" else "model")
+    if not isinstance(inner, PersistentObject) or inner.class_name not in NETWORK_PARAMETERS:
+        raise Unreadable(
+            f"holds {type_name(inner)} in its {ema.class_name}, not a network ({_names(NETWORK_PARAMETERS)}): {_WANTED}"
+        )
+    tensors = list(state_dict(ema, set(), budget))
+    dataset = to_plain(entries.get("dataset_kwargs"))
     return OfficialCheckpoint(
         path=path,
         sha256=digest,
         preconditioning_class=ema.class_name,
         network_class=inner.class_name,
-        arguments=_arguments(ema),
-        network_arguments=_arguments(inner),
-        attributes=_attributes(ema),
+        arguments=constructor_arguments(ema),
+        network_arguments=constructor_arguments(inner),
+        attributes=attributes(ema),
         stored={name: tensor for name, tensor, _ in tensors},
         buffers=frozenset(name for name, _, is_buffer in tensors if is_buffer),
         encoder=_encoder(entries.get("encoder")),
@@ -300,77 +210,24 @@ def _checkpoint(path: Path, digest: str, entries: dict[str, object], budget: Bud
     )
 
 
-def _tensors(
-    module: _Object, seen: set[int], budget: Budget, prefix: str = ""
-) -> Iterator[tuple[str, StoredTensor, bool]]:
-    """The state dict in the official order: name, tensor, whether it is a buffer."""
-    if module.class_name not in _MODULES:
-        raise Unreadable(f"holds {_kind(module)} as {prefix[:-1]}, a layer that no official network has: {_DAMAGED}")
-    if id(module) in seen or prefix.count(".") > 8:
-        raise Unreadable(f"nests its layers as no official network does: {_DAMAGED}")
-    seen.add(id(module))
-    transient = module.state.get("_non_persistent_buffers_set")
-    for kind in ("_parameters", "_buffers"):
-        for name, tensor in module.members(kind, budget).items():
-            if kind == "_buffers" and isinstance(transient, set) and name in transient:
-                continue
-            if not isinstance(tensor, StoredTensor) or tensor.dtype not in _FLOATS:
-                found = tensor.dtype if isinstance(tensor, StoredTensor) else _kind(tensor)
-                raise Unreadable(f"holds {found} as {prefix}{name}, not floating-point numbers: {_DAMAGED}")
-            budget.take(tensor.nbytes)
-            yield prefix + name, tensor, kind == "_buffers"
-    for name, child in module.members("_modules", budget).items():
-        if not isinstance(child, _Object):
-            raise Unreadable(f"holds {_kind(child)} as {prefix}{name}, not a layer: {_DAMAGED}")
-        yield from _tensors(child, seen, budget, f"{prefix}{name}.")
-
-
-def _arguments(item: _Object) -> dict[str, object]:
-    """What the object's constructor was called with, by name."""
-    positional, named = _plain(item.state.get("_init_args")), _plain(item.state.get("_init_kwargs"))
-    names = _PARAMETERS.get(item.class_name, ())
-    if not isinstance(positional, list) or not isinstance(named, dict) or len(positional) > len(names):
-        raise Unreadable(f"does not record how its {_kind(item)} was made: {_DAMAGED}")
-    return dict(zip(names, positional, strict=False)) | named
-
-
-def _attributes(item: _Object) -> dict[str, object]:
-    """The object's own numbers and words."""
-    return {
-        name: value
-        for name, value in item.state.items()
-        if not name.startswith("_") and name != "training" and isinstance(value, str | int | float | None)
-    }
-
-
 def _description(item: object) -> dict[str, object] | None:
-    return {"class_name": item.class_name, "arguments": _arguments(item)} if isinstance(item, _Object) else None
+    return (
+        {"class_name": item.class_name, "arguments": constructor_arguments(item)}
+        if isinstance(item, PersistentObject)
+        else None
+    )
 
 
 def _encoder(item: object) -> dict[str, object] | None:
     description = _description(item)
-    if description and isinstance(item, _Object) and item.class_name == "StabilityVAEEncoder":
+    if description and isinstance(item, PersistentObject) and item.class_name == "StabilityVAEEncoder":
         # Scale and bias are what is used; mean and std say the same as people know it.
-        description |= _VAE | _arguments(item) | {name: _plain(item.state.get(name)) for name in ("scale", "bias")}
+        description |= (
+            VAE_PARAMETERS
+            | constructor_arguments(item)
+            | {name: to_plain(item.state.get(name)) for name in ("scale", "bias")}
+        )
     return description
-
-
-def _plain(value: object, budget: Iterator[int] | None = None, depth: int = 0) -> object:
-    """Numbers and words, and lists and dicts of them, as JSON has them."""
-    # A pickle can share one list among many and so spell out more than memory holds.
-    budget = budget or iter(range(10_000))
-    if next(budget, None) is None or depth > 8:
-        raise Unreadable(f"holds arguments larger than any network's: {_DAMAGED}")
-    match value:
-        case None | str() | int() | float():
-            return value
-        case list() | tuple():
-            return [_plain(item, budget, depth + 1) for item in value]
-        case dict():
-            return {key: _plain(item, budget, depth + 1) for key, item in value.items()}
-        case Array() if value.numbers.size < 100:
-            return value.numbers.tolist()
-    raise Unreadable(f"holds {_kind(value)} among its arguments: {_DAMAGED}")
 
 
 def _notes(checkpoint: OfficialCheckpoint, entries: Mapping[str, object]) -> Iterator[str]:

@@ -52,11 +52,11 @@ class UnknownNetwork(Exception):
     """Why the weights are not such a network: the part of a sentence that follows the file's name."""
 
 
-KIND = "of OpenAI's .pt files, edm_imagenet64_ema.pt and others of its kind can be read"
+READABLE = "of OpenAI's .pt files, edm_imagenet64_ema.pt and others of its kind can be read"
 
 
 def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]:
-    """The network in a `.pt` file of OpenAI's, and its configuration.
+    """Returns the network in a `.pt` file of OpenAI's, and its configuration.
 
     Raises: CheckpointError: the file holds anything but such weights.
     """
@@ -73,18 +73,18 @@ def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]
 
 
 def read_arguments(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """to_adm.  Raises: CheckpointError: they are of another network."""
+    """Returns what `to_adm` does.  Raises: CheckpointError: the weights are of another network."""
     try:
         return to_adm(weights)
     except Exception as error:  # the weights are a stranger's: whatever they break, they are what is wrong
         other = describe_tensors(weights)
         reason = error if isinstance(error, UnknownNetwork) else f"holds other weights than an ADM network ({error!r})"
-        said = other or (str(reason) if ": give" in str(reason) else f"{reason}: {KIND}")
+        said = other or (str(reason) if ": give" in str(reason) else f"{reason}: {READABLE}")
         raise CheckpointError(f"{path} {said}.") from error
 
 
 def read_weights(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file of torch.save, in which nothing is run.  What DistributedDataParallel names is unwrapped.
+    """Returns the tensors of a file of torch.save, of which nothing is run, without DistributedDataParallel's prefix.
 
     Raises: CheckpointError: it is no state dict, or damaged.
     """
@@ -97,7 +97,9 @@ def read_weights(path: Path) -> dict[str, StoredTensor]:
         wrong = next((name for name, value in tensors.items() if not isinstance(value, StoredTensor)), None)
         if wrong is not None or len(tensors) < len(weights):
             other = describe_entries(weights)
-            raise Unreadable(other or f"holds other weights than an ADM network (no tensor as {wrong!r:.60}): {KIND}")
+            raise Unreadable(
+                other or f"holds other weights than an ADM network (no tensor as {wrong!r:.60}): {READABLE}"
+            )
         archive.budget.take(sum(tensor.nbytes for tensor in tensors.values()))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -107,7 +109,7 @@ def read_weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def to_adm(weights: Mapping[str, Tensor], resolution: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """DhariwalUNet's constructor arguments and tensors.
+    """Returns DhariwalUNet's constructor arguments and tensors.
 
     Args:
         weights: by OpenAI's names.
@@ -115,25 +117,12 @@ def to_adm(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
     Raises: UnknownNetwork: they are of another network; KeyError, ValueError ...: of one that is nothing like it.
     """
     _require_denoiser(weights["input_blocks.0.0.weight"].shape[1], weights["out.2.weight"].shape[0])
-    left = dict(weights)
-    model_channels = weights["time_embed.0.weight"].shape[1]
-    sequences = len({name.split(".")[1] for name in weights if name.startswith("output_blocks.")})
-    # A level of the decoder ends on a second residual block, which doubles the resolution.
-    ups = [f"output_blocks.{j}.{k}.in_layers.2.weight" for j in range(sequences) for k in (1, 2)]
-    levels = 1 + sum(name in weights for name in ups)
-    num_blocks = sequences // levels - 1
-    last = [f"input_blocks.{(level + 1) * (num_blocks + 1) - 1}.0.out_layers.3.weight" for level in range(levels)]
-    channel_mult = [weights[name].shape[0] // model_channels for name in last]
-    affine = weights["middle_block.0.emb_layers.1.weight"].shape[0]
-    if affine != 2 * channel_mult[-1] * model_channels:
-        raise UnknownNetwork("adds its time embedding where ADM scales and shifts by it (use_scale_shift_norm=False)")
-    if model_channels * min(channel_mult) < 128:
-        raise UnknownNetwork(f"has {model_channels} channels in 32 groups, but ADM has groups of at least 4 channels")
+    model_channels, num_blocks, channel_mult = _architecture(weights)
     resolution = resolution or RESOLUTIONS.get(tuple(channel_mult))
     if resolution is None:
         raise UnknownNetwork(f"has channel multipliers {channel_mult}, for which the image size is not known")
 
-    tensors = {}
+    left, tensors = dict(weights), {}
     attn_resolutions = set()
 
     def move(theirs: str, ours: str) -> None:
@@ -146,7 +135,7 @@ def to_adm(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
         move(theirs, ours)
     if "label_emb.weight" in left:
         tensors["map_label.weight"] = left.pop("label_emb.weight").float().t().contiguous()
-    for sequence, res, blocks in _sequences(levels, num_blocks, resolution):
+    for sequence, res, blocks in _sequences(len(channel_mult), num_blocks, resolution):
         for layer in count():
             at = f"{sequence}.{layer}"
             if f"{at}.qkv.weight" in left:
@@ -178,8 +167,29 @@ def to_adm(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
     return arguments, tensors
 
 
+def _architecture(weights: Mapping[str, Tensor]) -> tuple[int, int, list[int]]:
+    """Returns model_channels, num_blocks and channel_mult.
+
+    Raises: UnknownNetwork: it is no ADM network; KeyError, ValueError ...: it is nothing like one.
+    """
+    model_channels = weights["time_embed.0.weight"].shape[1]
+    sequences = len({name.split(".")[1] for name in weights if name.startswith("output_blocks.")})
+    # A level of the decoder ends on a second residual block, which doubles the resolution.
+    ups = [f"output_blocks.{j}.{k}.in_layers.2.weight" for j in range(sequences) for k in (1, 2)]
+    levels = 1 + sum(name in weights for name in ups)
+    num_blocks = sequences // levels - 1
+    last = [f"input_blocks.{(level + 1) * (num_blocks + 1) - 1}.0.out_layers.3.weight" for level in range(levels)]
+    channel_mult = [weights[name].shape[0] // model_channels for name in last]
+    affine = weights["middle_block.0.emb_layers.1.weight"].shape[0]
+    if affine != 2 * channel_mult[-1] * model_channels:
+        raise UnknownNetwork("adds its time embedding where ADM scales and shifts by it (use_scale_shift_norm=False)")
+    if model_channels * min(channel_mult) < 128:
+        raise UnknownNetwork(f"has {model_channels} channels in 32 groups, but ADM has groups of at least 4 channels")
+    return model_channels, num_blocks, channel_mult
+
+
 def _require_denoiser(channels_in: int, channels_out: int) -> None:
-    """Lets pass what takes an image and gives one: gray or RGB, as OpenAI's latents have no statistics.
+    """Requires a network from images to images: gray or RGB, because OpenAI's latents have no statistics.
 
     Raises: UnknownNetwork: it is of guided-diffusion, or an upsampler.
     """
@@ -198,7 +208,7 @@ def _require_denoiser(channels_in: int, channels_out: int) -> None:
 
 
 def _sequences(levels: int, num_blocks: int, resolution: int) -> Iterator[tuple[str, int, list[str]]]:
-    """Their sequences of layers, the resolution of each, and our blocks that its residual layers are, in order."""
+    """Yields each sequence of OpenAI's layers, its resolution, and our blocks for its residual layers, in order."""
     at = count(1)
     for level in range(levels):
         res = resolution >> level
@@ -216,7 +226,7 @@ def _sequences(levels: int, num_blocks: int, resolution: int) -> Iterator[tuple[
 
 
 def _interleave(rows: Tensor) -> Tensor:
-    """Rows [3, heads, C/heads] of qkv as [heads, C/heads, 3].  [3C,...]"""
+    """Returns rows [3, heads, C/heads] of qkv as [heads, C/heads, 3].  [3C,...]"""
     inner = rows.shape[1:]
     split = rows.reshape(3, -1, HEAD_CHANNELS, *inner)
     return split.permute(1, 2, 0, *range(3, split.ndim)).reshape(-1, *inner)

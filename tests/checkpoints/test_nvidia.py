@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from edmdistill.checkpoints import nvidia
+from edmdistill.checkpoints import persistence
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.errors import CheckpointError
 
@@ -72,7 +72,7 @@ def test_positional_order(golden: Path) -> None:
         facts = json.loads((golden / f"{name.partition('.pkl')[0]}.json").read_text())
         for part in ("ema", "inner", "encoder"):
             item = facts.get(part, {})
-            table = nvidia._PARAMETERS.get(item.get("class_name"), ())
+            table = persistence.CONSTRUCTOR_PARAMETERS.get(item.get("class_name"), ())
             assert [key for key in item.get("full_kwargs", ()) if key in table] == list(table)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from edmdistill.archives import Archive
-from edmdistill.checkpoints.nvidia import _Object, _tensors, read_official
+from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.openai import read_openai
+from edmdistill.checkpoints.persistence import PersistentObject, state_dict
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import MAX_STEPS, SLACK, Budget, Unpickler, Unreadable
 from edmdistill.stored_tensors import Storage, StoredTensor
@@ -82,10 +83,10 @@ def test_shared_tables_are_not_walked_for_ever() -> None:
     """Modules that share one table are many steps in few bytes."""
     shared: dict[str, object] = dict.fromkeys(map(str, range(2000)))
     none: dict[str, object] = {"_buffers": {}, "_modules": {}}
-    modules = {f"m{number}": _Object("Linear", {"_parameters": shared} | none) for number in range(600)}
-    root = _Object("ModuleDict", {"_parameters": {}, "_buffers": {}, "_modules": modules})
+    modules = {f"m{number}": PersistentObject("Linear", {"_parameters": shared} | none) for number in range(600)}
+    root = PersistentObject("ModuleDict", {"_parameters": {}, "_buffers": {}, "_modules": modules})
     with pytest.raises(Unreadable, match="steps"):
-        list(_tensors(root, set(), Budget(0)))
+        list(state_dict(root, set(), Budget(0)))
 
 
 def test_archives_have_one_budget(tmp_path: Path) -> None:
