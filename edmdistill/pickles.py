@@ -2,10 +2,10 @@
 
 A pickle is a program for a stack machine. `Unpickler` is such a machine for the instructions that PyTorch and the
 official EDM and EDM2 code write, and for no others; the functions it may call are stand-ins of ours, looked up by their
-exact (module, name). Python's own unpickler can be restricted in what it calls but not in what it allocates (a memo index of
-2^31, a hash of a deep tuple that overflows the C stack), so a file could still take the memory or the process. Here
-every instruction costs some 200 bytes at most, one budget limits their number over a file and all that is nested in it,
-and large values are views of the file.
+exact (module, name). Python's own unpickler can be restricted in what it calls but not in what it allocates (a memo
+index of 2^31, a hash of a deep tuple that overflows the C stack), so a file could still take the memory or the process.
+Here every instruction costs some 200 bytes at most, one budget limits their number over a file and all that is nested
+in it, and large values are views of the file.
 """
 
 from __future__ import annotations

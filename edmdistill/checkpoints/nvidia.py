@@ -27,6 +27,7 @@ from edmdistill.checkpoints.persistence import (
     attributes,
     constructor_arguments,
     state_dict,
+    to_plain,
     type_name,
 )
 from edmdistill.checkpoints.unsupported import (
