@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from edmdistill.methods import METHODS
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edmdistill"
 LAYERS = (
@@ -46,6 +48,7 @@ EXTRAS = "quickstart", "lowbit", "plot", "diffusers", "onnx"
 ELSEWHERE = {"gradio"}
 """What only an exported folder imports, in an environment of its own."""
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+METHOD_MODULES = {entry.path.partition(":")[0] for entry in METHODS.values()}
 SOURCES = {path.relative_to(ROOT).with_suffix("").parts: path.read_text() for path in PACKAGE.rglob("*.py")}
 
 
@@ -59,12 +62,6 @@ def imports(module: tuple[str, ...], source: str) -> Iterator[tuple[str, ...]]:
             base = module[: len(module) - node.level] if node.level else ()
             stem = base + tuple((node.module or "").split(".") if node.module else ())
             yield from ((*stem, alias.name) for alias in node.names)
-
-
-def is_method(source: str) -> bool:
-    """Whether the file defines a subclass of Method."""
-    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
-    return any(isinstance(base, ast.Name) and base.id == "Method" for node in classes for base in node.bases)
 
 
 def violations(module: tuple[str, ...], source: str) -> list[str]:
@@ -81,10 +78,12 @@ def violations(module: tuple[str, ...], source: str) -> list[str]:
             continue  # the package itself: __version__, and the public names, which are imported on first use
         if other != part and DEPTH[other] >= DEPTH[part]:
             found.append(f"{'.'.join(module)} imports upwards: {'.'.join(target)}")
-        elif part == other == "methods" and module[-1] != "__init__" and target[2:3] != module[2:3]:
-            sibling = SOURCES.get((*target[:3],), "")
-            if is_method(sibling):
-                found.append(f"{'.'.join(module)} imports another method: {'.'.join(target)}")
+        elif (
+            part == "methods"
+            and module[-1] != "__init__"
+            and ".".join(target[:3]) in METHOD_MODULES - {".".join(module)}
+        ):
+            found.append(f"{'.'.join(module)} imports another method: {'.'.join(target)}")
     return found
 
 

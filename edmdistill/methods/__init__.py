@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from edmdistill.methods.base import Method
@@ -22,10 +22,10 @@ class MethodEntry(NamedTuple):
     summary: str
     citations: tuple[str, ...] = ()
 
-    def load(self) -> type[Method]:
+    def load(self) -> type[Method[Any]]:
         """Returns the class."""
         module, _, name = self.path.partition(":")
-        method: type[Method] = getattr(import_module(module), name)
+        method: type[Method[Any]] = getattr(import_module(module), name)
         return method
 
 

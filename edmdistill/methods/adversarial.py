@@ -1,93 +1,140 @@
-"""The losses of a GAN, for each sample, and the augmentation that real and generated images go through.
+"""Adversarial training: GAN losses, the augmentation of what a discriminator sees, and its roles.
 
-logits [B,n] are above 0 for what looks real; losses [B] are means over n.
+Logits [B,n] are positive for images that look real; losses [B] are means over n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as f
-from torch import Tensor
+from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.features.perceptual import make_features, make_heads
+from edmdistill.methods.base import Role
+from edmdistill.networks.flow import FlowNetwork
 
 
-class GAN(NamedTuple):
-    """discriminator: (logits of data, logits of generated images) -> loss; generator: logits of its images -> loss."""
+class GANLoss(NamedTuple):
+    """discriminator: (real logits, fake logits) -> loss; generator: fake logits -> loss."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor], Tensor]
 
 
-HINGE = GAN(
+HINGE = GANLoss(
     discriminator=lambda real, fake: (1 - real).relu().mean(1) + (1 + fake).relu().mean(1),
     generator=lambda fake: -fake.mean(1),
 )
-"""Source: Lim & Ye 2017, as StyleGAN-XL and CTM's code have it."""
+"""Source: Lim & Ye 2017, as in StyleGAN-XL and CTM's code."""
 
-LOG = GAN(
+LOG = GANLoss(
     discriminator=lambda real, fake: f.softplus(-real).mean(1) + f.softplus(fake).mean(1),
     generator=lambda fake: -f.softplus(fake).mean(1),
 )
 """-log d(x) - log(1 - d(g)) and log(1 - d(g)), d the sigmoid of the logits.  Source: CTM, section 3.3."""
 
-GANS = {"hinge": HINGE, "log": LOG}
+GAN_LOSSES = {"hinge": HINGE, "log": LOG}
 
-Change = Literal["color", "translation", "cutout"]
+Augmentation = Literal["color", "translation", "cutout"]
 
 
-def augment(x: Tensor, draws: Draws, changes: Sequence[Change]) -> Tensor:
-    """x with each of these changes, drawn for each image; gradients go through.  [B,C,H,W], data in [-1, 1]
+def augment(x: Tensor, draws: Draws, augmentations: Sequence[Augmentation]) -> Tensor:
+    """Returns x after these augmentations, drawn for each image; differentiable.  [B,C,H,W], data in [-1, 1]
 
     Source: Zhao et al. 2020 (DiffAugment), section 3.2.
     """
-    for change in changes:
-        x = CHANGES[change](x, draws)
+    for augmentation in augmentations:
+        x = AUGMENTATIONS[augmentation](x, draws)
     return x
 
 
 def color(x: Tensor, draws: Draws) -> Tensor:
-    """Brightness by up to .5, saturation by 0 to 2 times, contrast by .5 to 1.5 times."""
+    """Changes brightness by up to .5, saturation by a factor of 0 to 2 and contrast by a factor of .5 to 1.5."""
     brightness, saturation, contrast = draws.uniform(3).to(x)[:, :, None, None, None].unbind(1)
     x = x + brightness - 0.5
     gray = x.mean(1, keepdim=True)
     x = gray + 2 * saturation * (x - gray)
-    level = x.mean((1, 2, 3), keepdim=True)
-    return level + (contrast + 0.5) * (x - level)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (contrast + 0.5) * (x - mean)
 
 
 def translation(x: Tensor, draws: Draws) -> Tensor:
-    """By up to an eighth of the image each way; what comes in is 0."""
-    for dim, share in zip((2, 3), draws.uniform(2).unbind(1), strict=True):
+    """Shifts by up to an eighth of the image in each direction, filling with 0."""
+    for dim, u in zip((2, 3), draws.uniform(2).unbind(1), strict=True):
         size = x.shape[dim]
-        most = round(size / 8)
-        shift = (share * (2 * most + 1)).floor() - most
-        at = torch.arange(size, device=x.device) + shift[:, None]
-        inside = ((at >= 0) & (at < size)).to(x.dtype)
+        max_shift = round(size / 8)
+        shift = (u * (2 * max_shift + 1)).floor() - max_shift
+        source = torch.arange(size, device=x.device) + shift[:, None]
+        inside = ((source >= 0) & (source < size)).to(x.dtype)
         shape = (-1, 1, size, 1) if dim == 2 else (-1, 1, 1, size)
-        index = at.clamp(0, size - 1).long().reshape(shape).expand_as(x)
+        index = source.clamp(0, size - 1).long().reshape(shape).expand_as(x)
         x = x.gather(dim, index) * inside.reshape(shape)
     return x
 
 
 def cutout(x: Tensor, draws: Draws) -> Tensor:
-    """A square of half the image's edge around any pixel becomes 0."""
+    """Sets a square of half the image's size, around a random pixel, to 0."""
     outside = torch.zeros_like(x[:, :1], dtype=torch.bool)
-    for dim, share in zip((2, 3), draws.uniform(2).unbind(1), strict=True):
+    for dim, u in zip((2, 3), draws.uniform(2).unbind(1), strict=True):
         size = x.shape[dim]
         side = size // 2
-        first = (share * (size + 1 - side % 2)).floor() - side // 2
-        at = torch.arange(size, device=x.device) - first[:, None]
+        first = (u * (size + 1 - side % 2)).floor() - side // 2
+        offset = torch.arange(size, device=x.device) - first[:, None]
         shape = (-1, 1, size, 1) if dim == 2 else (-1, 1, 1, size)
-        outside = outside | ((at < 0) | (at >= side)).reshape(shape)
+        outside = outside | ((offset < 0) | (offset >= side)).reshape(shape)
     return x * outside.to(x.dtype)
 
 
-CHANGES: dict[Change, Callable[[Tensor, Draws], Tensor]] = {
+AUGMENTATIONS: dict[Augmentation, Callable[[Tensor, Draws], Tensor]] = {
     "color": color,
     "translation": translation,
     "cutout": cutout,
 }
+
+
+def gan_roles(files: Sequence[str], channels: int) -> dict[str, Role]:
+    """Returns the roles of a projected discriminator: frozen features, and heads that are trained on them.
+
+    Args:
+        files: TorchScript feature networks; none: random features.
+        channels: of the mixed feature maps.
+    """
+
+    def features(flow: FlowNetwork, seed: int) -> nn.Module:
+        like = torch.zeros(1, flow.img_channels, flow.img_resolution, flow.img_resolution)
+        return make_features(files, like, channels, seed)
+
+    def heads(flow: FlowNetwork, seed: int) -> nn.Module:
+        return make_heads(max(1, len(files)), channels, seed)
+
+    return {"features": Role(trained=False, make=features), "discriminator": Role(trained=True, make=heads)}
+
+
+class Adversary:
+    """The roles of `gan_roles` with a loss: images are augmented, embedded, and judged.
+
+    Args:
+        networks: by role.
+        loss: a key of GAN_LOSSES.
+    """
+
+    def __init__(self, networks: Mapping[str, Any], loss: str, augmentations: Sequence[Augmentation]) -> None:
+        self.features, self.discriminator = networks["features"], networks["discriminator"]
+        self.loss, self.augmentations = GAN_LOSSES[loss], augmentations
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the discriminator's loss [B] and its signals; real and fake [B,C,H,W] get no gradient."""
+        with torch.no_grad():
+            maps = self.features(torch.cat([augment(x, draws, self.augmentations) for x in (real, fake)]))
+        # In one pass: a discriminator that is wrapped for several processes is called once a turn.
+        real_logits, fake_logits = self.discriminator(maps).chunk(2)
+        signals = {"logits_real": real_logits.detach().mean(), "logits_fake": fake_logits.detach().mean()}
+        return self.loss.discriminator(real_logits, fake_logits), signals
+
+    def generator_loss(self, fake: Tensor, draws: Draws) -> Tensor:
+        """Returns the generator's loss, differentiable in fake [B,C,H,W].  [B]"""
+        return self.loss.generator(self.discriminator(self.features(augment(fake, draws, self.augmentations))))

@@ -1,8 +1,7 @@
-"""What a method is: roles, and turns that each train one of them.
+"""The interface of a method: roles, and turns that each train one of them.
 
-A method gets tensors and networks in their TrigFlow reading, F(x_t, t, labels[, second time]), and gives back losses.
-It knows no optimiser, device, file or process: `training` runs the turns, in order, for ever, and freezes every role
-but the turn's own while it does.
+A method is given tensors and networks as TrigFlow's F(x_t, t, labels[, second time]), and returns losses. It knows no
+optimiser, device, file or process: `training` cycles through the turns and freezes every role but the turn's own.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, overload
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, overload
 
 import msgspec
 from torch import Tensor, nn
@@ -19,9 +18,11 @@ from edmdistill.draws import Draws
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.last_layer import LastLayer
 
+ConfigT = TypeVar("ConfigT")
+
 
 class FlowFunction(Protocol):
-    """A network as a method knows it; FlowNetwork describes both calls."""
+    """A network as a method calls it; FlowNetwork documents both forms."""
 
     @overload
     def __call__(
@@ -34,7 +35,7 @@ class FlowFunction(Protocol):
         *,
         w: Tensor | None = None,
     ) -> Tensor:
-        """F.  x_t, F [B,C,H,W]; t, second [B]; labels [B,label_dim]; w [B], for a role that is guided"""
+        """Returns F.  x_t, F [B,C,H,W]; t, second [B]; labels [B,label_dim]; w [B], for a guided role."""
 
     @overload
     def __call__(
@@ -48,28 +49,28 @@ class FlowFunction(Protocol):
         u_at: tuple[Tensor, ...],
         w: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """F, and for each of n times [B] the log variance u [B] of a loss then, for a role with n logvars or more."""
+        """Returns F and, for each of n times [B], the log variance u [B] at that time; the role needs n logvars."""
 
     def tangent(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /, *, w: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """F and its derivative along (dx, dt), without gradient and with the dropout of the next call."""
+        """Returns F and its derivative along (dx, dt), without gradient and with the dropout of the next call."""
 
 
 class WatchedFunction(FlowFunction, Protocol):
-    """A network whose last layer a method looks at."""
+    """A network whose last layer can be observed."""
 
     def watch(self) -> AbstractContextManager[LastLayer]:
-        """Within it, the last layer remembers its calls; see LastLayer."""
+        """Records the last layer's calls while the context is open; see LastLayer."""
 
 
 class Batch(NamedTuple):
     """Training data.
 
     Attributes:
-        x0: float32 in the teacher's space.  [B,C,H,W]
+        x0: images or latents as the teacher takes them, float32.  [B,C,H,W]
         labels: float32, or None.  [B,label_dim]
-        images: seen before this batch's round.
+        images: images seen before this batch's round.
     """
 
     x0: Tensor
@@ -78,7 +79,7 @@ class Batch(NamedTuple):
 
 
 class NoiseRange(NamedTuple):
-    """The noise levels that the teacher knows: standard deviation of its data, smallest and largest sigma."""
+    """The teacher's noise levels: standard deviation of its data, smallest and largest sigma it was trained for."""
 
     sigma_data: float
     sigma_min: float
@@ -86,7 +87,7 @@ class NoiseRange(NamedTuple):
 
 
 class EmaOf(NamedTuple):
-    """Whose moving average a role is: after each of its steps the weights become decay old + (1 - decay) new."""
+    """The role that another is the moving average of: each step sets its weights to decay old + (1 - decay) new."""
 
     role: str
     decay: float
@@ -96,13 +97,13 @@ class Role(NamedTuple):
     """A network's part in a method.
 
     Attributes:
-        trained: it has turns.
-        two_time: it reads a second time.
-        logvars: how many heads for u(t) it has.
-        guided: it reads the weight of guidance.
-        source: whose network it starts as: the teacher's, or that of the guide, another network of the same data.
-        ema_of: the role whose moving average it is; None: its weights are its own.
-        make: makes a network of another kind, from the teacher and a seed; None: the network is the source's copy.
+        trained: has turns.
+        two_time: takes a second time.
+        logvars: number of log-variance heads u(t).
+        guided: takes the guidance weight.
+        source: the network it is initialized from: the teacher, or the guide, another network of the same data.
+        ema_of: the role it is the moving average of, or None.
+        make: (teacher, seed) -> a network of another kind; None: a copy of the source.
     """
 
     trained: bool
@@ -115,18 +116,18 @@ class Role(NamedTuple):
 
     @property
     def frozen(self) -> bool:
-        """Whether it stays the teacher, or the guide, for good."""
+        """Returns whether it remains a copy of the teacher or the guide throughout."""
         return not self.trained and self.ema_of is None and self.make is None
 
 
 class Loss(NamedTuple):
-    """What a turn's network is to lower, and what monitors look at.
+    """A turn's loss, and what the monitors read.
 
     Attributes:
-        value: each sample's loss, summed over pixels.  [B]
-        t: the time at which each sample was taken.  [B]
+        value: loss of each sample.  [B]
+        t: time of each sample.  [B]
         signals: means over the samples, 0-dim and detached.
-        generated: the images that the generator made in this turn, detached.  [B,C,H,W]
+        generated: images that the generator produced in this turn, detached.  [B,C,H,W]
     """
 
     value: Tensor
@@ -136,15 +137,15 @@ class Loss(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """What a turn sees of a micro-batch before any of it is learnt from.
+    """Statistics of a micro-batch, computed for the whole batch before the first loss.
 
     Attributes:
-        means: over the micro-batch's rows; when the loss gets them, over those of the whole batch.
-        kept: what the loss of the same rows goes on with.
+        means: means over the micro-batch; the loss is given those over the whole batch.
+        cached: results that the loss of the same micro-batch reuses.
     """
 
     means: dict[str, Tensor]
-    kept: Any = None
+    cached: Any = None
 
 
 class Turn(NamedTuple):
@@ -152,8 +153,8 @@ class Turn(NamedTuple):
 
     Attributes:
         loss: (batch, draws) -> Loss; with a preview, (batch, draws, preview).
-        preview: (batch, draws) -> Preview, of every micro-batch before the first loss.
-        begins: the images that have been seen before the first of these turns is taken.
+        preview: (batch, draws) -> Preview, called for every micro-batch before the first loss.
+        begins: images seen before the first of these turns.
     """
 
     role: str
@@ -162,54 +163,54 @@ class Turn(NamedTuple):
     begins: int = 0
 
     def whole(self, batch: Batch, draws: Draws) -> Loss:
-        """The loss of a batch that is not cut."""
+        """Returns the loss of a batch that is not split into micro-batches."""
         return self.loss(batch, draws) if self.preview is None else self.loss(batch, draws, self.preview(batch, draws))
 
 
-class Method(ABC):
+class Method(ABC, Generic[ConfigT]):
     """A distillation algorithm.
 
     Class attributes:
         Config: a frozen msgspec.Struct; its fields are the [method] table of a recipe.
-        roles: the networks it plays with by default, by name; `roles_for` says which under other options.
-        product: the role whose average is what a run is for.
+        roles: the networks of the default options, by name; `roles_for` gives those of others.
+        product: the role whose average is the run's result.
     """
 
     Config: ClassVar[type[msgspec.Struct]]
     roles: ClassVar[dict[str, Role]]
     product: ClassVar[str] = "generator"
 
-    @abstractmethod
-    def __init__(self, config: msgspec.Struct, networks: Mapping[str, Any], noise: NoiseRange) -> None:
-        """networks: of every role, a FlowFunction, or what its `make` makes."""
+    def __init__(self, config: ConfigT, networks: Mapping[str, Any], noise: NoiseRange) -> None:
+        """networks: of every role, a FlowFunction or what its `make` returns."""
+        self.config, self.networks, self.noise = config, networks, noise
 
     @abstractmethod
     def turns(self) -> tuple[Turn, ...]:
-        """One round: the turns in the order in which they are taken."""
+        """Returns one round: the turns in order."""
 
     @classmethod
-    def roles_for(cls, config: msgspec.Struct) -> dict[str, Role]:
-        """The roles that play under these options; those of the default ones, unless a method says otherwise."""
+    def roles_for(cls, config: ConfigT) -> dict[str, Role]:
+        """Returns the roles under these options."""
         return cls.roles
 
     @classmethod
     def check_teacher(
-        cls, config: msgspec.Struct, *, positional_time: bool, label_dim: int, label_dropout: float | None
+        cls, config: ConfigT, *, positional_time: bool, label_dim: int, label_dropout: float | None
     ) -> str | None:
-        """Why a teacher will not do, in a sentence with the fix; None: it will.
+        """Returns why a teacher is unsuitable, as a sentence with the fix, or None.
 
         Args:
-            positional_time: whether it reads t itself, by a positional embedding.
-            label_dim: the number of its classes.
-            label_dropout: the share of its training in which it was given none, in [0, 1]; None: whatever it was.
+            positional_time: its input is t, through a positional embedding.
+            label_dim: number of its classes.
+            label_dropout: share of its training without labels, in [0, 1]; None: unknown.
         """
         return None
 
     @classmethod
-    def guidance(cls, config: msgspec.Struct) -> tuple[float, float]:
-        """The least and the greatest weight of guidance that the product knows; (1, 1): none."""
+    def guidance(cls, config: ConfigT) -> tuple[float, float]:
+        """Returns the range of guidance weights that the product takes; (1, 1): none."""
         return 1.0, 1.0
 
     def notes(self) -> tuple[str, ...]:
-        """Sentences worth reading before a run: what follows from the options, what is known to be risky."""
+        """Returns sentences to print before a run: consequences of the options, known risks."""
         return ()

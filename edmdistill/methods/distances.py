@@ -1,6 +1,6 @@
-"""How far two images are apart, for each sample.  a, b [B,C,H,W] -> [B]
+"""Distances between images, one for each sample.  a, b [B,C,H,W] -> [B]
 
-They are means over the pixels, so that they mean the same at any size.
+They are means over pixels, so their scale does not depend on the resolution.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def l2(a: Tensor, b: Tensor) -> Tensor:
-    """The mean square."""
+    """Returns the mean squared difference."""
     return (a - b).square().flatten(1).mean(1)
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.00054) -> Tensor:
-    """sqrt(mean square + c^2) - c: the root mean square, smooth at 0.
+    """Returns sqrt(mean squared difference + c^2) - c: the root mean square, but smooth at 0.
 
     Source: Song & Dhariwal 2023 (iCT), eq. 8, where c = .00054 sqrt(D).  Differs: divided by sqrt(D).
     """

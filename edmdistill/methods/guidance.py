@@ -1,10 +1,10 @@
-"""A guided teacher, for methods that distil one: at one weight, or at all weights of a range at once.
+"""A guided teacher for distillation, at one guidance weight or at all weights of a range.
 
     F_w = F_guide + w (F - F_guide)
 
-F_guide is the teacher without classes (classifier-free guidance), or another, weaker network of the same data
-(autoguidance); w = 1 is the teacher itself. Of a range, every sample has a weight of its own, which the generator
-reads: whoever draws from it chooses.
+F_guide is the teacher without labels (classifier-free guidance) or a weaker network of the same data (autoguidance);
+w = 1 is the teacher itself. With a range, each sample has its own w, an input of the generator, so that w can be chosen
+at sampling.
 
 Source: Ho & Salimans 2022; Karras et al. 2024 (autoguidance), eq. 3; for w as an input, Meng et al. 2023 and Lu & Song
 2025 (sCM), appendix G.2.
@@ -13,29 +13,29 @@ Source: Ho & Salimans 2022; Karras et al. 2024 (autoguidance), eq. 3; for w as a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import FlowFunction, Role
+from edmdistill.methods.base import FlowFunction, Method, NoiseRange, Role
 from edmdistill.networks.label_dropout import guidance_problem
 from edmdistill.trigflow import expand
 
-Weight = Annotated[float, Meta(ge=1)]
-Range = Annotated[
-    tuple[Weight, Weight],
-    Meta(description="least and greatest weight of the teacher's guidance; one weight is built in, [1, 1] is none"),
+GuidanceWeight = Annotated[float, Meta(ge=1)]
+GuidanceRange = Annotated[
+    tuple[GuidanceWeight, GuidanceWeight],
+    Meta(description="range of the teacher's guidance weight; equal ends fix the weight, [1, 1] is no guidance"),
 ]
-Guide = Annotated[
+GuideKind = Annotated[
     Literal["classes", "network"],
-    Meta(description="what guides: the teacher without its classes, or the network that --guide names"),
+    Meta(description="what guides: the teacher without labels, or the network given by --guide"),
 ]
 
 
-class Guided(Protocol):
-    """The options of a method whose teacher may be guided."""
+class GuidanceConfig(Protocol):
+    """The options of a method whose teacher can be guided."""
 
     @property
     def guidance(self) -> tuple[float, float]: ...
@@ -43,53 +43,52 @@ class Guided(Protocol):
     def guide(self) -> str: ...
 
 
-def require_range(own: Guided) -> None:
-    """Raises: ValueError: the weights fall, or a network is to guide with none."""
-    low, high = own.guidance
+GuidanceConfigT = TypeVar("GuidanceConfigT", bound=GuidanceConfig)
+
+
+def check_range(config: GuidanceConfig) -> None:
+    """Raises: ValueError: the range decreases, or a guide network is given without guidance."""
+    low, high = config.guidance
     if low > high:
-        raise ValueError(f"guidance = [{low:g}, {high:g}] falls: give the least weight first")
-    if own.guide == "network" and high == 1:
-        raise ValueError('guide = "network" does nothing at weight 1: give a range, as in guidance = [1.0, 2.0]')
+        raise ValueError(f"guidance = [{low:g}, {high:g}] decreases: give the lower weight first")
+    if config.guide == "network" and high == 1:
+        raise ValueError('guide = "network" has no effect at weight 1: give a range, as in guidance = [1.0, 2.0]')
 
 
-def guided_roles(roles: Mapping[str, Role], own: Guided) -> dict[str, Role]:
-    """The roles: those that are trained read a weight where there are several; a guide, where a network guides."""
-    low, high = own.guidance
-    guide = {"guide": Role(trained=False, source="guide")} if own.guide == "network" else {}
-    return {name: part._replace(guided=part.trained and low < high) for name, part in roles.items()} | guide
+def guided_roles(roles: Mapping[str, Role], config: GuidanceConfig) -> dict[str, Role]:
+    """Returns the roles, with w as an input of those trained if there is a range, and with the guide network if any."""
+    low, high = config.guidance
+    guide = {"guide": Role(trained=False, source="guide")} if config.guide == "network" else {}
+    return {name: role._replace(guided=role.trained and low < high) for name, role in roles.items()} | guide
 
 
-def check_guidance(own: Guided, label_dim: int, label_dropout: float | None) -> str | None:
-    """Returns why a teacher with so many classes cannot be guided so; None where it can.
-
-    Args:
-        label_dropout: share of its training in which it was given no class, in [0, 1]; None: whatever it was.
-    """
-    if own.guidance[1] == 1 or own.guide != "classes":
+def check_guidance(config: GuidanceConfig, label_dim: int, label_dropout: float | None) -> str | None:
+    """Returns why a teacher cannot be guided as these options ask, or None; arguments as of Method.check_teacher."""
+    if config.guidance[1] == 1 or config.guide != "classes":
         return None
-    advice = "say --set method.guide=network and name a weaker network by --guide, or --set method.guidance=[1,1]"
+    advice = "use --set method.guide=network with a weaker network as --guide, or --set method.guidance=[1,1]"
     if label_dim:
         advice += ", or --force-guidance"
     return guidance_problem(label_dim, 1.0 if label_dropout is None else label_dropout, advice)
 
 
 class GuidedTeacher:
-    """The teacher as the generator is to be: F_w.
+    """The teacher with guidance, F_w.
 
     Args:
-        networks: the teacher, and the guide if a network guides.
+        networks: the teacher, and the guide network if there is one.
     """
 
-    def __init__(self, networks: Mapping[str, FlowFunction], own: Guided) -> None:
+    def __init__(self, networks: Mapping[str, FlowFunction], config: GuidanceConfig) -> None:
         self.teacher, self.guide = networks["teacher"], networks.get("guide")
-        self.low, self.high = own.guidance
+        self.low, self.high = config.guidance
 
     def weights(self, draws: Draws) -> Tensor | None:
-        """Of each sample one, uniform in the range; None where there is but one.  [B] float64"""
+        """Draws w for each sample, uniformly from the range; None if the weight is fixed.  [B] float64"""
         return None if self.low == self.high else self.low + (self.high - self.low) * draws.uniform()
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None, w: Tensor | None = None) -> Tensor:
-        """F_w.  w: as from `weights`  [B]; all else as a FlowFunction's."""
+        """Returns F_w.  w: from `weights`  [B]; the rest as for a FlowFunction."""
         F = self.teacher(x_t, t, labels)
         if self.high == 1:
             return F
@@ -97,8 +96,30 @@ class GuidedTeacher:
         return F_guide + (self.low if w is None else expand(w, F).to(F)) * (F - F_guide)
 
 
-class AtWeight:
-    """A network that reads w, with w filled in: what calls it need not know."""
+class GuidedMethod(Method[GuidanceConfigT]):
+    """A method that distils a guided teacher."""
+
+    def __init__(self, config: GuidanceConfigT, networks: Mapping[str, Any], noise: NoiseRange) -> None:
+        super().__init__(config, networks, noise)
+        self.teacher = GuidedTeacher(networks, config)
+
+    @classmethod
+    def roles_for(cls, config: GuidanceConfigT) -> dict[str, Role]:
+        return guided_roles(cls.roles, config)
+
+    @classmethod
+    def check_teacher(
+        cls, config: GuidanceConfigT, *, positional_time: bool, label_dim: int, label_dropout: float | None
+    ) -> str | None:
+        return check_guidance(config, label_dim, label_dropout)
+
+    @classmethod
+    def guidance(cls, config: GuidanceConfigT) -> tuple[float, float]:
+        return config.guidance
+
+
+class FixedGuidance:
+    """A network with its input w filled in, for callers that do not know of guidance."""
 
     def __init__(self, network: FlowFunction, w: Tensor) -> None:
         self.network, self.w = network, w
@@ -110,6 +131,6 @@ class AtWeight:
         return self.network.tangent(*args, w=self.w, **keywords)
 
 
-def at_weight(network: FlowFunction, w: Tensor | None) -> FlowFunction:
-    """The network at these weights; None: as it is.  w [B]"""
-    return network if w is None else AtWeight(network, w)
+def with_guidance(network: FlowFunction, w: Tensor | None) -> FlowFunction:
+    """Returns the network at these guidance weights [B]; None: the network itself."""
+    return network if w is None else FixedGuidance(network, w)

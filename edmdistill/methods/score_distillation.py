@@ -1,8 +1,9 @@
-"""The two losses of adaptive variational score distillation (aVSD), which vsd and scd share.
+"""Score distillation: a generator learns from the gap between the teacher and an auxiliary score that tracks it.
 
-A generated image g is diffused again, x_t = cos(t) g + sin(t) z. There the teacher's sigma_d F* is the velocity of the
-data, and sigma_d F_phi that of generated images, which the auxiliary score learns. The gap between them says where g
-is to go, for the laws of x_t, q_t of the generator and p_t of the data, come nearer by it:
+`ScoreDistillation` is the frame of CoSIM, SiD and aVSD. The two losses below are those of adaptive variational score
+distillation (aVSD), used by vsd and scd. A generated image g is diffused to x_t = cos(t) g + sin(t) z, where
+sigma_d F* is the velocity of the data and sigma_d F_phi that of generated images. Their gap is the gradient of a
+divergence between q_t and p_t, the distributions of x_t for the generator and for the data:
 
     d KL(q_t || p_t) / d theta = E[ cos(t)^2 / (sigma_d sin(t)) (F* - F_phi) . d g / d theta ]
 
@@ -11,37 +12,71 @@ Source: Wang et al. 2023 (VSD); Yin et al. 2024 (DMD); Lu & Song 2025 (sCM), app
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Annotated, TypeVar
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Turn
+from edmdistill.methods.noising import initial_noise, noised
 from edmdistill.methods.weighting import adaptive
-from edmdistill.trigflow import cos_sin, denoised, diffuse, sigma_to_time, velocity
+from edmdistill.trigflow import denoised, diffuse
+
+ConfigT = TypeVar("ConfigT")
+
+ScoreMean = Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sigma) where the two scores are compared")]
+ScoreStd = Annotated[
+    float, Meta(gt=0, le=20, description="standard deviation of ln(sigma) where the two scores are compared")
+]
+AuxiliaryMean = Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sigma) in the auxiliary score's turn")]
+AuxiliaryStd = Annotated[
+    float, Meta(gt=0, le=20, description="standard deviation of ln(sigma) in the auxiliary score's turn")
+]
 
 
-def auxiliary_loss(
+class ScoreDistillation(Method[ConfigT]):
+    """A method that alternates between an auxiliary score, which tracks the generator, and the generator."""
+
+    def __init__(self, config: ConfigT, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
+        super().__init__(config, networks, noise)
+        self.teacher, self.generator, self.auxiliary = (
+            networks[role] for role in ("teacher", "generator", "auxiliary")
+        )
+
+    def turns(self) -> tuple[Turn, ...]:
+        return Turn("auxiliary", self.auxiliary_loss), Turn("generator", self.generator_loss)
+
+    @abstractmethod
+    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss: ...
+
+    @abstractmethod
+    def generator_loss(self, batch: Batch, draws: Draws) -> Loss: ...
+
+
+def vsd_auxiliary_loss(
     auxiliary: FlowFunction, generator: FlowFunction, batch: Batch, t: Tensor, draws: Draws, noise: NoiseRange
 ) -> Loss:
-    """e^-u / D |F_phi(x_t, t) - v / sigma_d|^2 + u: diffusion training on generated images.
+    """Returns e^-u / D |F_phi(x_t, t) - v / sigma_d|^2 + u: diffusion training on generated images.
 
     Args:
-        t: of x_t.  [B]
-    Source: sCM, L_Diff(phi), appendix C.2; the weight, which is left open there, is appendix D's.
+        t: time of x_t.  [B]
+    Source: sCM, L_Diff(phi), appendix C.2, which leaves the weighting open; this one is appendix D's.
     """
     sigma_data = noise.sigma_data
-    x, start = pure_noise(batch, draws, noise)
+    x, start = initial_noise(batch.x0, noise.sigma_max, draws, sigma_data)
     with torch.no_grad():
         g = denoised(x, generator(x, start, batch.labels), start, sigma_data)
-    z = draws.normal_like(g, sigma_data)
-    F, u = auxiliary(diffuse(g, z, t), t, batch.labels, u_at=(t,))
-    error = F - velocity(g, z, t) / sigma_data
+    x_t, v = noised(g, t, draws, sigma_data)
+    F, u = auxiliary(x_t, t, batch.labels, u_at=(t,))
+    error = F - v / sigma_data
     return Loss(adaptive(error, u), t, {"velocity_error": error.detach().square().mean()})
 
 
-def generator_loss(
+def vsd_generator_loss(
     generator: FlowFunction,
     teacher: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     auxiliary: FlowFunction,
@@ -49,35 +84,23 @@ def generator_loss(
     t: Tensor,
     draws: Draws,
     noise: NoiseRange,
-    heads: int = 1,
+    logvars: int = 1,
 ) -> Loss:
-    """e^-u / D |g - g^- + F* - F_phi|^2 + u: its gradient in g is 2 e^-u / D (F* - F_phi).
+    """Returns e^-u / D |g - g^- + F* - F_phi|^2 + u, whose gradient in g is 2 e^-u / D (F* - F_phi).
 
     Args:
-        t: of x_t.  [B]
-        heads: how many the generator has for u; the last is this loss's.
-    Source: sCM, L_VSD(theta, psi), appendix C.2: the weight over t that KL would have is e^-u in its place.
-    Differs: nothing. But g has the unit of images and F has none: as the first difference is 0, that bears on the
-        gradient's length alone. In the generator's F it is sigma_d times what it were if all had the same unit, which
-        counts beside another loss.
+        t: time of x_t.  [B]
+        logvars: number of the generator's log-variance heads; the last one is this loss's.
+    Source: sCM, L_VSD(theta, psi), appendix C.2; e^-u replaces KL's weighting over t.
+    Differs: nothing in the value. But g is in units of the data and F has unit variance, so the gradient is sigma_d
+        times what it would be in equal units, which matters when another loss is added.
     """
     sigma_data = noise.sigma_data
-    x, start = pure_noise(batch, draws, noise)
-    F, *_, u = generator(x, start, batch.labels, u_at=(t,) * heads)
+    x, start = initial_noise(batch.x0, noise.sigma_max, draws, sigma_data)
+    F, *_, u = generator(x, start, batch.labels, u_at=(t,) * logvars)
     g = denoised(x, F, start, sigma_data)
     with torch.no_grad():
         x_t = diffuse(g, draws.normal_like(g, sigma_data), t)
         gap = teacher(x_t, t, batch.labels) - auxiliary(x_t, t, batch.labels)
     value = adaptive(g - g.detach() + gap, u)
     return Loss(value, t, {"score_gap": gap.square().mean().sqrt()}, g.detach())
-
-
-def pure_noise(batch: Batch, draws: Draws, noise: NoiseRange) -> tuple[Tensor, Tensor]:
-    """(x_t, t) from which a generator makes images in one step, one for each label.  [B,C,H,W], [B]
-
-    Of the data only the shape is used.
-    Source: sCM, table 4, t_max = arctan(sigma_max / sigma_d).  Differs: appendix C.2 starts at pi/2, which no network
-        knows; x_t there and here are the same but for a share of 2e-5.
-    """
-    t = sigma_to_time(noise.sigma_max, noise.sigma_data).expand(len(batch.x0))
-    return cos_sin(t, batch.x0)[1] * draws.normal_like(batch.x0, noise.sigma_data), t

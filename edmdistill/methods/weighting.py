@@ -1,17 +1,38 @@
-"""The weight of a loss over times, learnt beside the network."""
+"""Weights of losses: over noise levels, learned with the network, and between the terms of a sum."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 
 def adaptive(error: Tensor, u: Tensor) -> Tensor:
-    """e^-u / D |error|^2 + u: least where u is the logarithm of error's mean square, so that all times weigh the same.
+    """Returns e^-u / D |error|^2 + u, the loss with learned log variance u.  [B]
+
+    It is minimal where u is the log of error's mean square, so every noise level then contributes equally.
 
     Args:
-        error: what is to be small.  [B,C,H,W]
-        u: of the network's head, at the time of each error.  [B]
-    Returns: each sample's loss.  [B]
+        error: residual of the loss.  [B,C,H,W]
+        u: output of the network's log-variance head at each sample's time.  [B]
     Source: Karras et al. 2024 (EDM2), eq. 22; Lu & Song 2025 (sCM), appendix D with w = -u.
     """
     return (-u).exp() * error.square().flatten(1).mean(1) + u
+
+
+def gradient_balance(gradients: Mapping[str, Tensor], name: str, reference: str = "ctm") -> Tensor:
+    """Returns lambda = |gradient of the reference loss| / (|gradient of the named loss| + 1e-4); 1 for the reference.
+
+    lambda is clamped to [0, 1e4], for the loss "gan" to [.01, 10].
+
+    Args:
+        gradients: gradient of each loss in the last layer's weight, by name.  [numel] each
+    Returns: 0-dim.
+    Source: Kim et al. 2024 (CTM), section 3.3; the bounds are the official code's.
+    """
+    norm, reference_norm = gradients[name].norm(), gradients[reference].norm()
+    if name == reference:
+        return torch.ones_like(norm)
+    weight: Tensor = (reference_norm / (norm + 1e-4)).clamp(0, 1e4)
+    return weight.clamp(0.01, 10) if name == "gan" else weight

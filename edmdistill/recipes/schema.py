@@ -163,7 +163,7 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
     network: Network | None = None
 
     @cached_property
-    def method_class(self) -> type[Method]:
+    def method_class(self) -> type[Method[Any]]:
         return METHODS[self.method_name].load()
 
     @cached_property

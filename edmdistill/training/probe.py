@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import torch
@@ -28,7 +29,7 @@ class Probe:
 
     def __init__(
         self,
-        method: type[Method],
+        method: type[Method[Any]],
         config: msgspec.Struct,
         networks: Mapping[str, nn.Module],
         noise: NoiseRange,

@@ -66,7 +66,7 @@ class Run:
 
     recipe: Recipe
     config: CheckpointConfig
-    method: Method
+    method: Method[Any]
     roles: dict[str, nn.Module]
     role_modules: dict[str, RoleModule]
     learnt: dict[str, dict[str, nn.Parameter]]

@@ -10,7 +10,7 @@ from torch import Tensor
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.draws import Draws
 from edmdistill.machine.engine import Machine
-from edmdistill.methods.consistency import finite_difference
+from edmdistill.methods.tangents import finite_difference
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM

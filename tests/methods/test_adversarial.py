@@ -6,26 +6,28 @@ import pytest
 import torch
 
 from edmdistill.draws import Draws
-from edmdistill.methods.adversarial import CHANGES, GANS, augment
+from edmdistill.methods.adversarial import AUGMENTATIONS, GAN_LOSSES, augment
 from edmdistill.methods.distances import DISTANCES
 
 
 def test_losses_by_hand() -> None:
     real, fake = torch.tensor([[2.0, 0.0]]), torch.tensor([[-3.0, 1.0]])
-    assert GANS["hinge"].discriminator(real, fake) == pytest.approx((0 + 1) / 2 + (0 + 2) / 2)
-    assert GANS["hinge"].generator(fake) == pytest.approx(1.0)
+    assert GAN_LOSSES["hinge"].discriminator(real, fake) == pytest.approx((0 + 1) / 2 + (0 + 2) / 2)
+    assert GAN_LOSSES["hinge"].generator(fake) == pytest.approx(1.0)
     d = [1 / (1 + math.exp(-x)) for x in (2.0, 0.0, -3.0, 1.0)]
-    told = -(math.log(d[0]) + math.log(d[1])) / 2 - (math.log(1 - d[2]) + math.log(1 - d[3])) / 2
-    assert float(GANS["log"].discriminator(real, fake)) == pytest.approx(told, rel=1e-6)
-    assert float(GANS["log"].generator(fake)) == pytest.approx((math.log(1 - d[2]) + math.log(1 - d[3])) / 2, rel=1e-6)
+    expected = -(math.log(d[0]) + math.log(d[1])) / 2 - (math.log(1 - d[2]) + math.log(1 - d[3])) / 2
+    assert float(GAN_LOSSES["log"].discriminator(real, fake)) == pytest.approx(expected, rel=1e-6)
+    assert float(GAN_LOSSES["log"].generator(fake)) == pytest.approx(
+        (math.log(1 - d[2]) + math.log(1 - d[3])) / 2, rel=1e-6
+    )
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_every_image_is_changed_by_its_own_draws(change: str) -> None:
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_every_image_is_augmented_by_its_own_draws(augmentation: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(200, 3, 16, 16, dtype=torch.float64, requires_grad=True)
-    out = augment(x, Draws(0, 200), [change])
-    part = augment(x[64:80], Draws(0, 200, slice(64, 80)), [change])
+    out = augment(x, Draws(0, 200), [augmentation])
+    part = augment(x[64:80], Draws(0, 200, slice(64, 80)), [augmentation])
     torch.testing.assert_close(out[64:80], part)
     (slope,) = torch.autograd.grad(out[3].sum(), x)
     assert (slope[3] != 0).any()

@@ -11,8 +11,9 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.methods import ctm
 from edmdistill.methods.base import Batch, NoiseRange
-from edmdistill.methods.ctm import CTM, CTMConfig, balance
+from edmdistill.methods.ctm import CTM, CTMConfig
 from edmdistill.methods.solver import follow_flow, heun_step
+from edmdistill.methods.weighting import gradient_balance
 from edmdistill.networks.surgery.last_layer import watched
 from edmdistill.schedules import ctm_indices, edm_sigmas
 from edmdistill.trigflow import cos_sin, sigma_to_time
@@ -129,15 +130,15 @@ def gradient(noise: NoiseRange) -> float:
 def test_the_gradient_flows_through_the_average(noise: NoiseRange, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under no_grad there, as one port had it, the loss has no gradient at all."""
     assert gradient(noise) > 1e-5
-    monkeypatch.setattr(CTM, "transport", torch.no_grad()(CTM.transport))
+    monkeypatch.setattr(CTM, "jump_to_end", torch.no_grad()(CTM.jump_to_end))
     bent = Bent()
     assert not method(noise, bent).generator_loss(data(8), Draws(0, 8)).value.requires_grad
 
 
 def test_the_target_has_no_gradient(noise: NoiseRange, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = []
-    aim = CTM.aim
-    monkeypatch.setattr(CTM, "aim", lambda *arguments: targets.append(aim(*arguments)) or targets[-1])
+    x_target = CTM.x_target
+    monkeypatch.setattr(CTM, "x_target", lambda *arguments: targets.append(x_target(*arguments)) or targets[-1])
     method(noise, Bent(), inner="live").generator_loss(data(8), Draws(0, 8))
     assert not targets[0].requires_grad
 
@@ -156,7 +157,7 @@ def test_the_denoising_loss_teaches_the_denoiser(noise: NoiseRange) -> None:
     batch = data(4000)
 
     def score(F: Callable[..., Tensor], **options: object) -> Tensor:
-        return method(noise, F, **options).score_loss(batch, Draws(0, 4000))
+        return method(noise, F, **options).denoising_loss(batch, Draws(0, 4000))
 
     best = score(true_generator).mean()
     for factor in (0.9, 1.1):
@@ -175,7 +176,7 @@ def test_indices(sampling: str, matching: str, most: int) -> None:
     size, shares = 2000, []
     for seed in range(20):
         t, s, u, steps = ctm_indices(
-            Draws(seed, size), 18, most=most, sampling=sampling, matching=matching, one_step_share=0.1
+            Draws(seed, size), 18, max_steps=most, sampling=sampling, matching=matching, one_step_share=0.1
         )
         assert ((t >= 0) & (t < u) & (u <= s) & (s <= 17)).all()
         assert ((u - t) <= steps).all()
@@ -193,8 +194,8 @@ def test_indices(sampling: str, matching: str, most: int) -> None:
 def test_ks_law_and_that_it_is_common_to_the_batch() -> None:
     counts = torch.zeros(18, dtype=torch.float64)
     for seed in range(3000):
-        whole = ctm_indices(Draws(seed, 4), 18, most=17)[3]
-        part = ctm_indices(Draws(seed, 4, slice(2, 4)), 18, most=17)[3]
+        whole = ctm_indices(Draws(seed, 4), 18, max_steps=17)[3]
+        part = ctm_indices(Draws(seed, 4, slice(2, 4)), 18, max_steps=17)[3]
         assert whole == part
         counts[whole] += 1
     k = torch.arange(18, dtype=torch.float64)
@@ -206,16 +207,18 @@ def test_balanced_losses_have_equal_gradients_in_the_last_layer(
 ) -> None:
     networks = tiny_networks(CTM)
     own, last = CTM(CTMConfig(), networks, noise), networks["generator"].out.weight
-    look = own.gradients(tiny_batch(), Draws(0, 6))
-    for name, loss in own.parts(tiny_batch(), Draws(0, 6)).losses.items():
+    preview = own.last_layer_gradients(tiny_batch(), Draws(0, 6))
+    for name, loss in own.terms(tiny_batch(), Draws(0, 6)).losses.items():
         (expected,) = torch.autograd.grad(loss.mean(), last, retain_graph=True)
-        torch.testing.assert_close(look.means[name], expected.flatten(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(preview.means[name], expected.flatten(), rtol=1e-9, atol=1e-12)
         if name != "ctm":
-            ratio = look.means["ctm"].norm() / (expected.norm() + 1e-4)
-            assert balance(look.means, name) == pytest.approx(float(ratio.clamp(0.01 if name == "gan" else 0, 10)))
+            ratio = preview.means["ctm"].norm() / (expected.norm() + 1e-4)
+            assert gradient_balance(preview.means, name) == pytest.approx(
+                float(ratio.clamp(0.01 if name == "gan" else 0, 10))
+            )
     huge, none = {"ctm": torch.ones(2) * 1e9, "gan": torch.ones(2)}, {"ctm": torch.ones(2), "dsm": torch.zeros(2)}
-    assert balance(huge, "gan") == 10
-    assert balance(none, "dsm") == 1e4
+    assert gradient_balance(huge, "gan") == 10
+    assert gradient_balance(none, "dsm") == 1e4
 
 
 def test_before_its_time_the_gan_is_off(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:

@@ -55,7 +55,7 @@ def test_the_best_f_of_gaussian_data_has_no_gradient(
     x0, z = cubature(2, 3)
     x0 = (mean + x0.flatten(1) @ torch.linalg.cholesky(covariance).T).reshape(x0.shape)
     levels = torch.full((len(x0),), sigma, dtype=torch.float64)
-    monkeypatch.setattr(diffusion, "lognormal_sigmas", lambda *_, **__: levels)
+    monkeypatch.setattr(diffusion, "lognormal_times", lambda *_, **__: (levels / SD).atan())
     method = Diffusion(DiffusionConfig(), {"teacher": F}, noise)
     value = method.velocity_loss(Batch(x0, None), scripted(z)).value.mean()
     for slope in torch.autograd.grad(value, [W, b]):

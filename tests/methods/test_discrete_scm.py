@@ -6,7 +6,7 @@ from methods_toys import SIGMA_DATA, TIMES, Toy, images, over, spread, teacher
 from tolerance import assert_rounded
 
 from edmdistill.methods.consistency import continuous_target, discrete_target
-from edmdistill.schedules import edm_curve, lognormal_shares
+from edmdistill.schedules import discrete_lognormal, edm_curve
 from edmdistill.trigflow import ddim_step, denoised
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
@@ -41,7 +41,7 @@ def test_it_is_the_difference_of_the_two_ends() -> None:
 def test_shares_of_the_levels() -> None:
     """Fine levels have the mean and the spread of the law that is split."""
     sigmas = edm_curve(torch.linspace(0.001, 1, 2000), 0.002, 80.0)
-    shares = lognormal_shares(sigmas, P_mean=-0.9, P_std=1.1)
+    shares = discrete_lognormal(sigmas, P_mean=-0.9, P_std=1.1)
     mean = float((shares * sigmas.log()).sum())
     assert float(shares.sum()) == pytest.approx(1)
     assert mean == pytest.approx(-0.9, abs=0.02)

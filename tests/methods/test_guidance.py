@@ -251,10 +251,10 @@ def test_a_recipe_holds_the_range(tables: Callable[..., bytes]) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"guidance": [2, 1]}, r"guidance = \[2, 1\] falls: give the least weight first"),
+        ({"guidance": [2, 1]}, r"guidance = \[2, 1\] decreases: give the lower weight first"),
         ({"guidance": [0.5, 1]}, "method.guidance = .*expected `float` >= 1.0"),
         ({"guidance": 1.5}, "method.guidance = 1.5: expected `array`, got `float`"),
-        ({"guide": "network"}, 'guide = "network" does nothing at weight 1: give a range'),
+        ({"guide": "network"}, 'guide = "network" has no effect at weight 1: give a range'),
         ({"guide": "teacher"}, "method.guide = 'teacher': invalid enum value"),
     ],
 )
@@ -269,7 +269,7 @@ def test_a_teacher_without_classes_is_guided_by_a_network_alone() -> None:
         facts = {"positional_time": True, "label_dim": 0, "label_dropout": 0.1}
         said = kind.check_teacher(kind.Config(guidance=RANGE), **facts)
         assert said is not None
-        assert "this network has none: say --set method.guide=network" in said
+        assert "this network has none: use --set method.guide=network" in said
         assert kind.check_teacher(kind.Config(guidance=RANGE), **facts | {"label_dim": 3}) is None
         assert kind.check_teacher(kind.Config(guidance=RANGE, guide="network"), **facts) is None
         assert kind.check_teacher(kind.Config(), **facts) is None

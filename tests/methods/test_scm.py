@@ -10,14 +10,9 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, NoiseRange
-from edmdistill.methods.consistency import (
-    consistency_loss,
-    continuous_target,
-    finite_difference,
-    normalized_tangent,
-    warmup,
-)
-from edmdistill.methods.scm import SCD, SCT, SCDConfig, SCTConfig, since_start
+from edmdistill.methods.consistency import consistency_loss, continuous_target, time_in_interval
+from edmdistill.methods.scm import SCD, SCT, SCDConfig, SCTConfig
+from edmdistill.methods.tangents import finite_difference, normalized_tangent, tangent_warmup
 from edmdistill.trigflow import denoised, sigma_to_time
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
@@ -27,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWar
 
 @pytest.mark.parametrize("intervals", [1, 2, 8])
 def test_the_true_function_has_no_tangent(intervals: int) -> None:
-    x, d = images(), since_start(TIMES, intervals)
+    x, d = images(), time_in_interval(TIMES, intervals)
     starts = TIMES - d
     network = Toy(lambda x, t: truth(x, t, t - starts))
     _, g = continuous_target(network, x, TIMES, None, SIGMA_DATA * teacher(x, TIMES), d=d, r=1.0, sigma_data=SIGMA_DATA)
@@ -36,7 +31,7 @@ def test_the_true_function_has_no_tangent(intervals: int) -> None:
 
 def test_the_rearranged_target_is_the_plain_one() -> None:
     """cos(d) df/dt with the whole trajectory's derivative, where that still has digits."""
-    x, t, d = images(), TIMES, since_start(TIMES, 2)
+    x, t, d = images(), TIMES, time_in_interval(TIMES, 2)
     network = Toy(lambda x, t: torch.sin(3 * x) * over(x, t).cos() + 0.2 * over(x, t))
     dx = torch.cos(2 * x)
     F, dF = network.tangent(x, t, None, dx, torch.ones_like(t))
@@ -59,10 +54,10 @@ def test_a_finite_difference_is_the_tangent_but_for_h_squared() -> None:
 
 
 def test_intervals() -> None:
-    assert since_start(TIMES, 1).equal(TIMES)
+    assert time_in_interval(TIMES, 1).equal(TIMES)
     length = math.pi / 6
     t = torch.tensor([0.0, 0.5 * length, length, 2.25 * length, math.pi / 2], dtype=torch.float64)
-    torch.testing.assert_close(since_start(t, 3), length * torch.tensor([0.0, 0.5, 0.0, 0.25, 1.0]).double())
+    torch.testing.assert_close(time_in_interval(t, 3), length * torch.tensor([0.0, 0.5, 0.0, 0.25, 1.0]).double())
 
 
 # The loss.
@@ -89,8 +84,8 @@ def test_taming() -> None:
 
 
 def test_warm_up() -> None:
-    assert [warmup(images, 1000) for images in (0, 250, 1000, 5000)] == [0, 0.25, 1, 1]
-    assert warmup(0, 0) == 1
+    assert [tangent_warmup(images, 1000) for images in (0, 250, 1000, 5000)] == [0, 0.25, 1, 1]
+    assert tangent_warmup(0, 0) == 1
 
 
 @pytest.mark.parametrize("method", [SCD, SCT])

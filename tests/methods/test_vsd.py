@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.scm import SCD, SCDConfig
-from edmdistill.methods.score_distillation import auxiliary_loss, generator_loss
+from edmdistill.methods.score_distillation import vsd_auxiliary_loss, vsd_generator_loss
 from edmdistill.methods.vsd import VSD
 from edmdistill.trigflow import cos_sin
 
@@ -79,7 +79,7 @@ def test_the_generator_s_gradient_is_that_of_the_divergence(
 
     divergence = torch.distributions.kl_divergence(diffused(affine.law()), diffused(DATA))
     z, other = cubature(2, D)  # the mean over these points is the expectation: all is quadratic
-    loss = generator_loss(affine, teacher, auxiliary, *batch_and_times(z, t), scripted(z, other), noise)
+    loss = vsd_generator_loss(affine, teacher, auxiliary, *batch_and_times(z, t), scripted(z, other), noise)
     slopes = torch.autograd.grad(loss.value.mean(), list(affine.parameters()))
     factor = 2 / D * SD * sin / cos**2
     for slope, expected in zip(slopes, torch.autograd.grad(divergence, list(affine.parameters())), strict=True):
@@ -94,7 +94,7 @@ def test_the_auxiliary_score_is_best_where_it_is_the_generator_s(
     b = torch.zeros(D, dtype=torch.float64, requires_grad=True)
     u = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     auxiliary = with_u(lambda x, t: best(x, t) + (x.flatten(1) @ W + b).reshape(x.shape), u)
-    loss = auxiliary_loss(auxiliary, affine, *batch_and_times(z[0], 0.9), scripted(*z), noise)
+    loss = vsd_auxiliary_loss(auxiliary, affine, *batch_and_times(z[0], 0.9), scripted(*z), noise)
     *slopes, rise = torch.autograd.grad(loss.value.mean(), [W, b, u])
     assert max(slope.abs().max() for slope in slopes) < 1e-12
     # What is left is the variance of v / sigma_d given x_t; e^u is that of one pixel where u is best.
@@ -115,7 +115,7 @@ def test_u_is_best_at_the_log_of_the_mean_square(tiny_networks: Make, tiny_batch
         assert len(u_at) == 3
         return networks["generator"](x, start, labels), start, start, u
 
-    loss = generator_loss(generator, networks["teacher"], networks["auxiliary"], batch, t, draws, noise, heads=3)
+    loss = vsd_generator_loss(generator, networks["teacher"], networks["auxiliary"], batch, t, draws, noise, logvars=3)
     squares = loss.value.detach()  # at u = 0
     torch.testing.assert_close(loss.signals["score_gap"], squares.mean().sqrt())
     torch.testing.assert_close(torch.autograd.grad(loss.value.sum(), u)[0], 1 - squares)
@@ -161,7 +161,7 @@ def test_scd_takes_the_sum(tiny_networks: Make, tiny_batch: Make, noise: NoiseRa
     alone = SCD(SCDConfig(guidance=(1.5, 1.5)), played, noise).generator_loss(batch, draws)
     t = (SD**-1 * (0.4 + 2.0 * draws.normal()).exp()).atan()
     generator, auxiliary = networks["generator"], networks["auxiliary"]
-    other = generator_loss(generator, guided, auxiliary, batch, t, draws, noise, heads=2)
+    other = vsd_generator_loss(generator, guided, auxiliary, batch, t, draws, noise, logvars=2)
     torch.testing.assert_close(both.value, alone.value + 0.7 * other.value)
     assert both.signals == alone.signals | other.signals
 
@@ -169,7 +169,7 @@ def test_scd_takes_the_sum(tiny_networks: Make, tiny_batch: Make, noise: NoiseRa
 def test_scd_without_it_has_no_auxiliary_score(tiny_networks: Make, noise: NoiseRange) -> None:
     assert [turn.role for turn in SCD(SCDConfig(), tiny_networks(SCD), noise).turns()] == ["generator"]
     assert "auxiliary" not in SCD.roles_for(SCDConfig())
-    with pytest.raises(msgspec.ValidationError, match="with intervals 4 it takes as many"):
+    with pytest.raises(msgspec.ValidationError, match="intervals = 4 needs as many steps"):
         msgspec.convert({"vsd": 1.0, "intervals": 4}, SCDConfig)
 
 

@@ -181,7 +181,7 @@ def test_a_guide_works_on_the_teachers_latents(recipe, teacher, guide, tmp_path)
 
 def test_a_teacher_without_classes_cannot_be_guided_by_them(recipe, tmp_path):
     unlabelled = checkpoint(tmp_path / "unlabelled", 1, label_dim=0)
-    with pytest.raises(TrainingError, match=r"this network has none: say --set method\.guide=network"):
+    with pytest.raises(TrainingError, match=r"this network has none: use --set method\.guide=network"):
         prepare(guided(recipe, **RANGE), data="digits", teacher=unlabelled, machine=CPU)
 
 
