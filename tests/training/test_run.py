@@ -99,7 +99,7 @@ def test_the_plan_is_plain(start):
 def test_a_teacher_that_makes_the_tangent_unstable_is_refused(recipe, teacher):
     tables = json.loads(recipe("scd").to_json())
     del tables["method"]["allow_edm_time"]
-    with pytest.raises(TrainingError, match="convert it with --time-embedding positional, and train that by"):
+    with pytest.raises(TrainingError, match="convert the teacher with --time-embedding positional and fine-tune it"):
         prepare(Recipe.from_json(json.dumps(tables).encode()), data="digits", teacher=teacher, machine=Machine("cpu"))
 
 
