@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edmdistill.data.files import Files, Member, refusing, require_readable
+from edmdistill.data.files import Files, Member, as_dataset_error, require_readable
 from edmdistill.errors import DatasetError, printable
 
 IMAGE_SUFFIXES = (".png", ".bmp", ".webp", ".jpg", ".jpeg", ".jpe", ".jfif")
@@ -58,7 +58,7 @@ class Contents:
         left_out = {file: reason for file, reason in self.left_out.items() if reason not in OURS.values()}
         if left_out:
             count = len(left_out)
-            notes.append(f"{name}: left out {count:,} file{'s' if count > 1 else ''}: {summary(left_out)}.")
+            notes.append(f"{name}: left out {count:,} file{'s' if count > 1 else ''}: {summarize(left_out)}.")
         if self.absent:
             count = len(self.absent)
             notes.append(
@@ -101,7 +101,7 @@ def read_contents(files: Files) -> Contents:
             f"{path} holds {count} not read, the first {printable(others[0])}; convert to PNG, or move elsewhere"
         )
     if not images:
-        instead = f" (left out: {summary(left_out)})" if left_out else ""
+        instead = f" (left out: {summarize(left_out)})" if left_out else ""
         raise DatasetError(
             f"{path} holds no images{instead}; expected files that end in {', '.join((*IMAGE_SUFFIXES, LATENT_SUFFIX))}"
         )
@@ -123,7 +123,7 @@ def read_contents(files: Files) -> Contents:
     return Contents(images, left_out, bool(latents), labels, names, absent)
 
 
-def summary(left_out: dict[str, str]) -> str:
+def summarize(left_out: dict[str, str]) -> str:
     """hidden (.a/b.png), not an image (notes.txt and 2 more)"""
     by_reason: dict[str, list[str]] = {}
     for name, reason in left_out.items():
@@ -188,7 +188,7 @@ def _read_labels(
     """The classes of the images, the classes' names, and the labelled files that are not there."""
     where = f"{files.path}: {printable(described.name)}"
     form = '{"labels": [[file, class], ...]}'
-    with refusing(lambda why: f"{where} is not {form} ({why}); mend or remove it"):
+    with as_dataset_error(lambda why: f"{where} is not {form} ({why}); mend or remove it"):
         document = json.loads(files.read(described.name), object_pairs_hook=_object)
         if not isinstance(document, dict) or "labels" not in document:
             raise ValueError("it has no labels")

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from edmdistill.data.contents import read_contents
 from edmdistill.data.decode import decode_array, decode_image
-from edmdistill.data.files import WHAT, Files, Member, open_files, refusing
+from edmdistill.data.files import EXPECTED, Files, Member, as_dataset_error, open_files
 from edmdistill.errors import DatasetError, printable
 
 IN_MEMORY_BYTES = 2**28  # smaller sets are decoded when they are opened, so that every error comes at once
@@ -153,7 +153,7 @@ class Dataset:
                 self.note(f"{self.name}: class {i} is {ours!r} there, and {theirs!r} to the network.")
                 break
 
-    def require_zero(self) -> None:
+    def require_labels_from_zero(self) -> None:
         """Raises DatasetError if the labels are 1 to K: a network made for them would draw class 0 and never see it."""
         if self._from_one():
             raise DatasetError(
@@ -260,7 +260,7 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
     if str(source) == "digits":
         return _open_digits(split, xflip)
     if not str(source).strip():  # as a path it would be the working directory
-        raise DatasetError(f"the data set's name is empty; {WHAT}")
+        raise DatasetError(f"the data set's name is empty; {EXPECTED}")
     path = Path(source)
     if split not in ("train", "all"):
         raise DatasetError(f"{path} has no split {split!r}: a zip or folder is one training set; use 'train'")
@@ -335,7 +335,7 @@ class _Reader:
         name = self.images[i].name
         where = f"{self.files.path}: {printable(name)}"
         kind = "array" if self.latent else "image"
-        with refusing(lambda why: f"{where} is not a readable {kind} ({why}); replace or remove it"):
+        with as_dataset_error(lambda why: f"{where} is not a readable {kind} ({why}); replace or remove it"):
             data = self.files.read(name)
         if not self.latent:
             return decode_image(data, where, lossless=self.lossless)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from edmdistill.data.files import refusing
+from edmdistill.data.files import as_dataset_error
 from edmdistill.errors import DatasetError
 
 RESOLUTION = 4096
@@ -56,7 +56,9 @@ def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of sizes and of EXIF data that are dealt with here
-        with refusing(lambda why: f"{where} is not a readable image ({_found(data, why)}); replace or remove it"):
+        with as_dataset_error(
+            lambda why: f"{where} is not a readable image ({_found(data, why)}); replace or remove it"
+        ):
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         with image:
             width, height = image.size
@@ -74,7 +76,7 @@ def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[
             if deep or image.mode not in ("L", "RGB"):
                 kind = MODES["I"] if deep else MODES.get(image.mode, "other channels")
                 raise DatasetError(f"{where} has mode {image.mode} ({kind}); convert it to 8-bit grayscale (L) or RGB")
-            with refusing(lambda why: f"{where} is not a readable image ({why}); replace or remove it"):
+            with as_dataset_error(lambda why: f"{where} is not a readable image ({why}); replace or remove it"):
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
                 pixels = np.asarray(ImageOps.exif_transpose(image) if turned else image)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -112,7 +114,7 @@ def read_header(file: IO[bytes], size: int, where: str) -> Header:
     Raises: DatasetError: there is no header, it claims more than the file holds, or Python objects, or the values are
         not in C order.
     """
-    with refusing(lambda why: f"{where} is not a readable array ({why}); replace or remove it"):
+    with as_dataset_error(lambda why: f"{where} is not a readable array ({why}); replace or remove it"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of headers that Python 2 wrote
             version = np.lib.format.read_magic(file)
@@ -136,5 +138,5 @@ def read_header(file: IO[bytes], size: int, where: str) -> Header:
 def decode_array(data: bytes, where: str) -> NDArray[Any]:
     """Returns the array of an .npy that is in memory.  Raises: DatasetError: as `read_header`."""
     header = read_header(io.BytesIO(data), len(data), where)
-    with refusing(lambda why: f"{where} is not a readable array ({why}); replace or remove it"):
+    with as_dataset_error(lambda why: f"{where} is not a readable array ({why}); replace or remove it"):
         return np.frombuffer(data, header.dtype, math.prod(header.shape), header.start).reshape(header.shape)

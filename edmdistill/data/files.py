@@ -18,7 +18,7 @@ MEMBER_BYTES = 2**27
 """The most that one file of a set may take: more than the largest image, or the labels of a million images."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Python can bound what these decompress to; bzip2 and LZMA expand a few bytes to gigabytes before it looks."""
-WHAT = "give a zip, a folder, or the word digits"
+EXPECTED = "give a zip, a folder, or the word digits"
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -77,7 +77,7 @@ class Files(Protocol):
 
 
 @contextmanager
-def refusing(sentence: Callable[[str], str]) -> Iterator[None]:
+def as_dataset_error(sentence: Callable[[str], str]) -> Iterator[None]:
     """Raises DatasetError with a sentence in place of whatever a decoder of foreign bytes raises.
 
     Args:
@@ -101,12 +101,15 @@ class ZipFiles:
     @cached_property
     def archive(self) -> zipfile.ZipFile:
         """Raises: DatasetError: it is not a whole zip."""
-        with refusing(lambda why: f"{self.path} cannot be read ({why}); {WHAT}"), self.path.open("rb") as file:
+        with (
+            as_dataset_error(lambda why: f"{self.path} cannot be read ({why}); {EXPECTED}"),
+            self.path.open("rb") as file,
+        ):
             head = file.read(512)
             size = file.seek(0, os.SEEK_END)
         if not head.startswith(b"PK"):
             raise DatasetError(f"{self.path} is {_other_kind(head)}")
-        with refusing(
+        with as_dataset_error(
             lambda why: (
                 f"{self.path} is not a whole zip ({why}): it was cut off at {size:,} bytes or damaged; copy it again"
             )
@@ -157,7 +160,7 @@ class FolderFiles:
         while todo:
             folder = todo.pop()
             where = printable(str(self.path / folder))
-            with refusing(f"{where} cannot be listed ({{}}); change its permissions".format):
+            with as_dataset_error(f"{where} cannot be listed ({{}}); change its permissions".format):
                 status = os.stat(self.path / folder)
                 entries = sorted(os.scandir(self.path / folder), key=lambda entry: entry.name)
             first = seen.setdefault((status.st_dev, status.st_ino), folder)
@@ -201,14 +204,14 @@ def open_files(path: Path) -> Files:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
-        raise DatasetError(f"{path} does not exist; {WHAT}") from error
+        raise DatasetError(f"{path} does not exist; {EXPECTED}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DatasetError(f"{printable(str(path))} cannot be opened ({reason}); {WHAT}") from error
+        raise DatasetError(f"{printable(str(path))} cannot be opened ({reason}); {EXPECTED}") from error
     if stat.S_ISDIR(mode):
         return FolderFiles(path)
     if not stat.S_ISREG(mode):
-        raise DatasetError(f"{path} is {_kind(mode)}; {WHAT}")
+        raise DatasetError(f"{path} is {_kind(mode)}; {EXPECTED}")
     if path.suffix.lower() == ".npz":
         raise DatasetError(
             f"{path} is an .npz of arrays, of images or statistics, and not a data set; give the images themselves, as "
@@ -255,5 +258,5 @@ def _other_kind(head: bytes) -> str:
         return "a tar archive; unpack it and give the folder"
     for magic, kind in _FORMATS.items():
         if head.startswith(magic):
-            return f"{kind}; {WHAT}"
-    return f"{'not a zip' if head else 'an empty file'}; {WHAT}"
+            return f"{kind}; {EXPECTED}"
+    return f"{'not a zip' if head else 'an empty file'}; {EXPECTED}"

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from msgspec import Struct
 
-from edmdistill.data.contents import read_contents, summary
+from edmdistill.data.contents import read_contents, summarize
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.files import open_files
 
@@ -134,7 +134,7 @@ def to_text(data: DataSummary) -> str:
         ("std", f"{_numbers(data.std)}  (all channels {data.std_all:.4g})"),
         ("classes", f"{len(data.classes):,}" if data.classes else "none"),
         ("missing", _some([_title(entry) for entry in missing]) if missing else "none"),
-        ("left out", f"{len(data.left_out):,}: {summary(data.left_out)}" if data.left_out else "nothing"),
+        ("left out", f"{len(data.left_out):,}: {summarize(data.left_out)}" if data.left_out else "nothing"),
         ("fingerprint", data.fingerprint),
     ]
     if not data.classes:

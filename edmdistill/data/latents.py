@@ -21,7 +21,7 @@ VISIT = 2**32 - 1
 """Stands where a training turn's draws have the number of the turn, so that no turn draws the same noise."""
 
 
-class Statistics(Struct, frozen=True):
+class LatentScaling(Struct, frozen=True):
     """What gives a VAE's latents the mean and standard deviation that the teacher knows: x0 = latents scale + bias.
 
     Attributes:
@@ -32,7 +32,7 @@ class Statistics(Struct, frozen=True):
     bias: tuple[float, ...]
 
 
-def statistics_of(encoder: Mapping[str, Any]) -> Statistics | None:
+def latent_scaling(encoder: Mapping[str, Any]) -> LatentScaling | None:
     """Those of a checkpoint's encoder, or None where the network works on pixels.
 
     Raises: CheckpointError: the encoder is neither pixels nor a VAE with its statistics.
@@ -40,7 +40,7 @@ def statistics_of(encoder: Mapping[str, Any]) -> Statistics | None:
     if encoder["kind"] == "pixels":
         return None
     try:
-        return msgspec.convert(encoder, Statistics)
+        return msgspec.convert(encoder, LatentScaling)
     except msgspec.ValidationError as error:
         raise CheckpointError(
             f"the checkpoint's encoder {encoder['kind']!r} does not say how latents are scaled ({error}): convert the "
@@ -48,7 +48,7 @@ def statistics_of(encoder: Mapping[str, Any]) -> Statistics | None:
         ) from error
 
 
-def draw_latents(moments: Tensor, eps: Tensor, statistics: Statistics) -> Tensor:
+def draw_latents(moments: Tensor, eps: Tensor, statistics: LatentScaling) -> Tensor:
     """x0 = (mean + std eps) scale + bias.
 
     Args:
@@ -62,7 +62,7 @@ def draw_latents(moments: Tensor, eps: Tensor, statistics: Statistics) -> Tensor
     return (mean + std * eps) * scale + bias
 
 
-def spread(moments: Tensor, statistics: Statistics) -> float:
+def latent_std(moments: Tensor, statistics: LatentScaling) -> float:
     """Returns the standard deviation of x0 as it would be drawn, all channels together.
 
     Args:
@@ -74,7 +74,7 @@ def spread(moments: Tensor, statistics: Statistics) -> float:
     return float(variance.sqrt())
 
 
-def visit_noise(seed: int, start: int, stop: int, *shape: int) -> Tensor:
+def latent_noise(seed: int, start: int, stop: int, *shape: int) -> Tensor:
     """The eps of the visits at the positions [start, stop) of the stream that `seed` shuffles.
 
     Each depends on (seed, position) alone.

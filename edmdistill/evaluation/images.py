@@ -19,7 +19,7 @@ from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.data.contents import IMAGE_SUFFIXES
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.decode import Header, decode_array, read_header
-from edmdistill.data.files import ZipFiles, refusing
+from edmdistill.data.files import ZipFiles, as_dataset_error
 from edmdistill.errors import DatasetError, printable
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.generate import require_finite
@@ -140,7 +140,7 @@ class _Rows:
         shape = self.header.shape
         size = math.prod(shape[1:])
         start = self.header.start + rows.start * size
-        with refusing(lambda why: f"{self._where} cannot be read to its end ({why}); make it again"):
+        with as_dataset_error(lambda why: f"{self._where} cannot be read to its end ({why}); make it again"):
             if self._file is None or self._file.closed:
                 self._file = self._open()
             if self._file.tell() != start:
@@ -161,7 +161,7 @@ class _Rows:
 
 def _open_npy(path: Path) -> _Rows:
     with (
-        refusing(lambda why: f"{path} cannot be read ({why}); give images as uint8 [N,H,W,C]"),
+        as_dataset_error(lambda why: f"{path} cannot be read ({why}); give images as uint8 [N,H,W,C]"),
         path.open("rb") as file,
     ):
         header = read_header(file, path.stat().st_size, str(path))
@@ -180,7 +180,7 @@ def _open_npz(path: Path) -> tuple[_Rows, Tensor | None, list[int] | None]:
     if name not in names:
         raise DatasetError(_no_images(path, names))
     stored, where = f"{name}.npy", f"{path}: {name}"
-    with refusing(lambda why: f"{where} cannot be read ({why}); write it again"):
+    with as_dataset_error(lambda why: f"{where} cannot be read ({why}); write it again"):
         file, size = files.stream(stored)
         with file:
             header = read_header(file, size, where)
@@ -189,7 +189,7 @@ def _open_npz(path: Path) -> tuple[_Rows, Tensor | None, list[int] | None]:
     def column(key: str) -> NDArray[np.int64] | None:
         if key not in names:
             return None
-        with refusing(lambda why: f"{path}: {key} cannot be read ({why}); write it again"):
+        with as_dataset_error(lambda why: f"{path}: {key} cannot be read ({why}); write it again"):
             values: NDArray[Any] = decode_array(files.read(f"{key}.npy"), f"{path}: {key}")
         if values.shape != header.shape[:1] or values.dtype.kind not in "iu" or values.max() >= 2**63:
             raise DatasetError(

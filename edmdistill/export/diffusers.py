@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.config import CheckpointConfig, describe
 from edmdistill.checkpoints.store import save_tensors
-from edmdistill.data.latents import statistics_of
+from edmdistill.data.latents import latent_scaling
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.bundle import bundle
 from edmdistill.export.one_step import OneStep
@@ -45,7 +45,7 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     """Raises: EdmDistillError: a teacher, which gamma-sampling is not for."""
     if config.stage != "generator":
         raise EdmDistillError("a pipeline samples a generator, and this is a teacher: export it --to another")
-    latent = statistics_of(config.encoder) is not None
+    latent = latent_scaling(config.encoder) is not None
     classes = ", class_labels=0" if flow.label_dim else ""
     return f"""\
     import torch
@@ -75,7 +75,7 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
         (folder / part).mkdir()
     for file, module in FILES.items():
         (folder / file).write_text(bundle(module), encoding="utf-8")
-    known, latents = describe(flow), statistics_of(config.encoder)
+    known, latents = describe(flow), latent_scaling(config.encoder)
     names = config.label_names
     index = {
         "_class_name": ["pipeline", "GammaPipeline"],

@@ -15,7 +15,7 @@ from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint
 from edmdistill.checkpoints.official import NETWORK_CLASSES, OUR_ARGUMENTS, build_official
 from edmdistill.checkpoints.store import load_tensors, save_tensors
-from edmdistill.data.latents import statistics_of
+from edmdistill.data.latents import latent_scaling
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.one_step import MORE_STEPS, OneStep
 from edmdistill.export.parity import Parity, compare, sampler
@@ -108,7 +108,7 @@ def read(folder: Path) -> FlowNetwork:
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     latent = {name: config.encoder[name] for name in ("vae_name", "raw_mean", "raw_std") if name in config.encoder}
     encoder, entry = "", ""
-    if statistics_of(config.encoder) is not None:
+    if latent_scaling(config.encoder) is not None:
         arguments = "".join(f", {name}={value!r}" for name, value in latent.items())
         encoder = f"""\
     encoder = dnnlib.util.construct_class_by_name(class_name="training.encoders.StabilityVAEEncoder"{arguments})

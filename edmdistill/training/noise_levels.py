@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.load import read_teacher
 from edmdistill.data.datasets import Dataset, open_dataset
-from edmdistill.data.latents import draw_latents, statistics_of
+from edmdistill.data.latents import draw_latents, latent_scaling
 from edmdistill.draws import Draws
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.training.run import require_fit
@@ -55,7 +55,7 @@ def losses_by_noise(
 def _losses(source: str | Path, dataset: Dataset, images: int, batch: int, device: torch.device) -> list[float]:
     flow, config = read_teacher(source)
     require_fit(dataset, flow, config)
-    statistics = statistics_of(config.encoder)
+    statistics = latent_scaling(config.encoder)
     flow = flow.to(device).eval()
     flow.network.fold()
     sums = torch.zeros(len(LEVELS), dtype=torch.float64, device=device)

@@ -26,7 +26,7 @@ from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import open_source
 from edmdistill.checkpoints.store import build_flow
 from edmdistill.data.datasets import Dataset, open_dataset
-from edmdistill.data.latents import spread, statistics_of
+from edmdistill.data.latents import latent_scaling, latent_std
 from edmdistill.errors import CheckpointError, RecipeError, TrainingError, without_secrets
 from edmdistill.machine.engine import Engine, Machine, RoleModule, load_full_state, shard_like
 from edmdistill.machine.environment import peak_memory
@@ -134,7 +134,7 @@ class Run:
             self.dataset,
             seed=self.recipe.training.seed,
             labels=bool(self.ema.network.label_dim),
-            statistics=statistics_of(self.config.encoder),
+            statistics=latent_scaling(self.config.encoder),
             workers=self.engine.machine.workers,
             device=self.engine.device,
         )
@@ -242,7 +242,7 @@ def prepare(
         guidance = Guidance("classes" if guide is None else "network", recipe.guidance)
     if guide is not None:
         other, its = read_teacher(guide)
-        if statistics_of(its.encoder) != statistics_of(config.encoder):
+        if latent_scaling(its.encoder) != latent_scaling(config.encoder):
             raise TrainingError(f"the guide {guide} works on other latents than the teacher: choose one of its kind")
         config = replace(config, provenance=replace(config.provenance, guide=its.provenance.parent))
     if begin is not None:
@@ -344,7 +344,7 @@ def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
 
 def _make(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """A network that fits the data, with fresh weights, and its configuration."""
-    dataset.require_zero()
+    dataset.require_labels_from_zero()
     drawn = sketch(table, dataset)
     make: Callable[..., base.Network] = NETWORKS[table.kind]
     flow = FlowNetwork(make(**drawn.network.arguments), drawn.preconditioning)
@@ -468,7 +468,7 @@ def require_alike(init: Init, flow: FlowNetwork, config: CheckpointConfig) -> No
             raise TrainingError(
                 f"{init.source} has {what} {own}, but the teacher has {wanted}: give a generator of the same data"
             )
-    if statistics_of(init.config.encoder) != statistics_of(config.encoder):
+    if latent_scaling(init.config.encoder) != latent_scaling(config.encoder):
         raise TrainingError(f"{init.source} works on other latents than the teacher: give a generator of the same data")
 
 
@@ -518,16 +518,16 @@ def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -
         return f"{what} of {size}x{size} with {channels} channel{plural} and {classes or 'no'} classes"
 
     has = dataset.latent, dataset.img_resolution, dataset.img_channels
-    needs = statistics_of(config.encoder) is not None, flow.img_resolution, flow.img_channels
+    needs = latent_scaling(config.encoder) is not None, flow.img_resolution, flow.img_channels
     if has != needs:
         raise TrainingError(
             f"the data {dataset.name} are {words(*has, dataset.label_dim)}, but the network takes "
             f"{words(*needs, flow.label_dim)}: give those"
         )
     dataset.use_classes(flow.label_dim, config.label_names)
-    statistics = statistics_of(config.encoder)
+    statistics = latent_scaling(config.encoder)
     if statistics is not None:
-        found = spread(dataset.tensors(range(0, len(dataset), max(1, len(dataset) // 64)))[0], statistics)
+        found = latent_std(dataset.tensors(range(0, len(dataset), max(1, len(dataset) // 64)))[0], statistics)
         if not 1 / 3 < found / flow.sigma_data < 3:
             dataset.note(
                 f"{dataset.name}: latents have a standard deviation of {found:.3g} by the teacher's scale, which was "

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.data.datasets import Dataset, indices
-from edmdistill.data.latents import Statistics, draw_latents, visit_noise
+from edmdistill.data.latents import LatentScaling, draw_latents, latent_noise
 from edmdistill.errors import TrainingError
 from edmdistill.methods.base import Batch
 
@@ -42,14 +42,14 @@ class Reader:
     dataset: Dataset
     seed: int
     labels: bool
-    statistics: Statistics | None
+    statistics: LatentScaling | None
 
     def __call__(self, start: int, stop: int) -> Batch:
         """The samples at the positions [start, stop), in the host's memory."""
         x0, labels = self.dataset.tensors(indices(self.seed, start, stop - start, len(self.dataset)))
         if self.statistics is not None:
             size = self.dataset.img_resolution
-            eps = visit_noise(self.seed, start, stop, self.dataset.img_channels, size, size)
+            eps = latent_noise(self.seed, start, stop, self.dataset.img_channels, size, size)
             x0 = draw_latents(x0, eps, self.statistics)
         return Batch(x0, labels if self.labels else None)
 
@@ -71,7 +71,7 @@ class Stream:
         *,
         seed: int,
         labels: bool,
-        statistics: Statistics | None = None,
+        statistics: LatentScaling | None = None,
         workers: int,
         device: torch.device,
     ) -> None:

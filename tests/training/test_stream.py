@@ -22,7 +22,7 @@ from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.data import datasets
 from edmdistill.data.datasets import Dataset, indices, open_dataset
-from edmdistill.data.latents import Statistics, draw_latents, visit_noise
+from edmdistill.data.latents import LatentScaling, draw_latents, latent_noise
 from edmdistill.errors import DatasetError, TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
@@ -33,7 +33,7 @@ from edmdistill.training.run import prepare
 from edmdistill.training.stream import AHEAD, Stream
 
 COUNT = 9
-STATISTICS = Statistics(scale=(0.5, 2.0, 1.0, 0.25), bias=(0.1, 0.0, -0.1, 1.0))
+STATISTICS = LatentScaling(scale=(0.5, 2.0, 1.0, 0.25), bias=(0.1, 0.0, -0.1, 1.0))
 
 
 def write_set(path: Path, suffix: str) -> Path:
@@ -92,7 +92,7 @@ def test_no_visit_of_latents_is_like_another(latents: Dataset) -> None:
     x0 = stream(latents).read(0, 3 * COUNT).x0
     assert len(x0.flatten(1).unique(dim=0)) == 3 * COUNT
     moments = latents.tensors(indices(5, 11, 2, COUNT))[0]
-    assert torch.equal(x0[11:13], draw_latents(moments, visit_noise(5, 11, 13, 4, 8, 8), STATISTICS))
+    assert torch.equal(x0[11:13], draw_latents(moments, latent_noise(5, 11, 13, 4, 8, 8), STATISTICS))
 
 
 def test_requests_are_taken_as_they_are_needed(images: Dataset) -> None:
