@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edmdistill.networks.base import Network
+from edmdistill.networks.base import Conditioning, Network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import Preconditioning
 
@@ -60,7 +60,8 @@ class OneStep(nn.Module):
             classes = torch.arange(self.network.label_dim, device=labels.device)
             vectors = (labels[:, None] == classes).to(x.dtype)
         dtype = next(self.network.parameters()).dtype
-        raw = self.network((c_in * x).to(dtype), c_noise.flatten(), vectors, second, w=w)
+        condition = Conditioning(c_noise.flatten(), vectors, second, guidance_weight=w)
+        raw = self.network((c_in * x).to(dtype), condition)
         assert isinstance(raw, Tensor)
         return c_skip * x + c_out * raw[:, : self.network.img_channels].to(x.dtype)
 

@@ -231,6 +231,7 @@ def check_tangents() -> Iterator[Finding]:
 
     from edmdistill.kernels.dual import Dual
     from edmdistill.networks import NETWORKS, new_network
+    from edmdistill.networks.base import Conditioning
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -246,8 +247,9 @@ def check_tangents() -> Iterator[Finding]:
         for parameter in network.parameters():
             parameter.copy_(0.1 * normal(*parameter.shape) + (parameter.ndim < 2))
         x, c_noise, dx, dc = normal(1, 1, 4, 4), normal(1), normal(1, 1, 4, 4), normal(1)
-        tangent, step = network(Dual(x, dx), Dual(c_noise, dc)).tangent, 1e-6
-        ahead, behind = (network(x + sign * step * dx, c_noise + sign * step * dc) for sign in (1, -1))
+        moving: Any = Dual(c_noise, dc)
+        tangent, step = network(Dual(x, dx), Conditioning(moving)).tangent, 1e-6
+        ahead, behind = (network(x + sign * step * dx, Conditioning(c_noise + sign * step * dc)) for sign in (1, -1))
         truth = (ahead - behind) / (2 * step)
         errors[kind] = ((tangent - truth).norm() / truth.norm()).item()
     worst = max(errors, key=lambda kind: errors[kind])

@@ -5,8 +5,6 @@ Source: Dhariwal & Nichol 2021, section 3; Karras et al. 2022 (EDM), table 7.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -24,13 +22,12 @@ from edmdistill.networks.arguments import (
     Resolutions,
     Share,
 )
-from edmdistill.networks.base import Network
-from edmdistill.networks.embeddings import GuidanceEmbedding, PositionalEmbedding, TimeEmbedding
-from edmdistill.networks.surgery.two_time import SecondTime
-from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
+from edmdistill.networks.base import Conditioning
+from edmdistill.networks.embeddings import PositionalEmbedding, TimeEmbedding
+from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linear, UNetBlock
 
 
-class DhariwalUNet(Network):
+class DhariwalUNet(EDMUNet):
     """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last six.
 
     Attention has a head for every 64 channels; a layer of fewer than 64 channels has none, even where it is asked for.
@@ -109,9 +106,7 @@ class DhariwalUNet(Network):
         self.out_conv = Conv2d(cout, out_channels, 3)
 
         self.initialize()
-        self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
-        self.map_guidance = GuidanceEmbedding(emb_channels) if guided else None
-        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
+        self.add_optional_layers()
         self.number_blocks()
 
     def initialize(self) -> None:
@@ -123,48 +118,12 @@ class DhariwalUNet(Network):
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
 
-    def embed_time(self, parts: Any, c_noise: Tensor, other: Tensor | float = 0.0) -> Tensor:
-        """The time, and what else is known before the first layer.  [B] -> [B,emb_channels]
-
-        parts: the network itself, or the copies in SecondTime.
-        """
-        emb: Tensor = parts.map_layer1(silu(parts.map_layer0(parts.map_noise(c_noise) + other)))
-        return emb
-
-    def embed(
-        self,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        c_noise_t: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        w: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor:
-        other: Tensor | float = 0.0
-        if self.map_augment is not None and augment_labels is not None:
-            other = self.map_augment(augment_labels.to(c_noise.dtype))
-        emb = self.embed_time(self, c_noise, other)
-        if self.second_time is not None and c_noise_t is not None:
-            emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
-        if self.map_guidance is not None and w is not None:
-            emb = emb + self.map_guidance(w)
+    def finish_embedding(self, emb: Tensor, condition: Conditioning) -> Tensor:
         if self.map_label is not None:
-            emb = emb + self.map_label(self.label_vectors(labels, emb, self.label_dropout, dropout_keys))
+            emb = emb + self.map_label(self.drop_labels(condition, emb))
         return silu(emb)
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        c_noise_t: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        c_logvar: tuple[Tensor, ...] = (),
-        w: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
-        emb = self.embed(c_noise, labels, c_noise_t, augment_labels, w, dropout_keys)
-
+    def backbone(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
         # Encoder.
         skips = []
         for name, layer in self.enc.items():
@@ -175,4 +134,4 @@ class DhariwalUNet(Network):
         for name, layer in self.dec.items():
             x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb, dropout_keys)
         out: Tensor = self.out_conv(self.out_norm(x))
-        return (out, *self.logvars(c_logvar)) if c_logvar else out
+        return out

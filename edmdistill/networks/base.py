@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -13,8 +13,30 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from edmdistill.draws import uniform, words
 from edmdistill.kernels.magnitude import normalize
 from edmdistill.networks.arguments import check_arguments
-from edmdistill.networks.embeddings import GuidanceEmbedding
+from edmdistill.networks.embeddings import GuidanceEmbedding, SecondTime
 from edmdistill.networks.magnitude import GAINS, MPConv, MPFourier
+
+
+class Conditioning(NamedTuple):
+    """What a network reads beside x.
+
+    Attributes:
+        c_noise: the scaled noise level of x, float32 or float64.  [B]
+        labels: class vectors; None = all zeros = unconditional.  [B,label_dim]
+        c_noise_second: the second time's noise level, for a two_time network; None = not given.  [B]
+        augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
+        c_logvar: the noise levels at which the first n heads for log variances are evaluated.  n of [B]
+        guidance_weight: for a guided network; None = not given.  [B] or [1]
+        dropout_keys: from Draws.dropout, for training; None = no dropout.  [B] int64
+    """
+
+    c_noise: Tensor
+    labels: Tensor | None = None
+    c_noise_second: Tensor | None = None
+    augment_labels: Tensor | None = None
+    c_logvar: tuple[Tensor, ...] = ()
+    guidance_weight: Tensor | None = None
+    dropout_keys: Tensor | None = None
 
 
 class Residual(nn.Module):
@@ -49,21 +71,26 @@ class Network(nn.Module, ABC):
         arguments: the constructor's, by name, as plain JSON values: the same network is type(self)(**arguments).
         img_resolution, img_channels: the images, [B, img_channels, img_resolution, img_resolution].
         label_dim: number of classes; 0 = unconditional.
+        label_dropout: share of labels that training sets to zero.
         two_time: whether a second time is read.
         positional_time: whether the features of c_noise are a TimeEmbedding, for which c_noise is t.
-        time_features: the name of the layer that makes them.
-        guided: whether the weight of guidance is read.
-        emb_channels: of what `embed` gives.
+        guided: whether a guidance weight is read.
+        time_layers: names of the layers from c_noise to the last linear map of its embedding; the first makes features.
+        emb_channels: channels of the embedding.
+        out_conv: the layer that returns F.
     """
 
     img_resolution: int
     img_channels: int
     label_dim: int
+    label_dropout: float = 0.0
     two_time: bool
     positional_time: bool
-    time_features: ClassVar[str] = "map_noise"
     guided: bool
+    time_layers: ClassVar[tuple[str, ...]] = ("map_noise", "map_layer0", "map_layer1")
     emb_channels: int
+    out_conv: nn.Module
+    second_time: SecondTime | None
     map_guidance: GuidanceEmbedding | None
     logvar_fourier: MPFourier | None
     logvar_linear: nn.Module | None
@@ -88,6 +115,8 @@ class Network(nn.Module, ABC):
         self.two_time = arguments["two_time"]
         self.positional_time = arguments["positional_time"]
         self.guided = arguments["guided"]
+        self.second_time = None
+        self.map_guidance = None
 
     def blocks(self) -> list[Residual]:
         """The residual blocks: the pieces in which a network is sharded and its activations computed again."""
@@ -101,8 +130,7 @@ class Network(nn.Module, ABC):
     @property
     def last_layer(self) -> nn.Module:
         """The one that gives F."""
-        layer: nn.Module = self.out_conv  # type: ignore[assignment]
-        return layer
+        return self.out_conv
 
     def checkpoint_blocks(self) -> None:
         """From now on, activations inside blocks are not kept for the backward pass but computed again in it.
@@ -119,55 +147,62 @@ class Network(nn.Module, ABC):
         for block in self.blocks():
             block.forward = partial(recomputed, block.forward)
 
-    @abstractmethod
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        c_noise_t: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        c_logvar: tuple[Tensor, ...] = (),
-        w: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
-        """The raw output F, or F, u_1, ..., u_n.
+    def forward(self, x: Tensor, condition: Conditioning) -> Tensor | tuple[Tensor, ...]:
+        """Returns the raw output F [B,C,H,W], or F, u_1, ..., u_n where the condition asks for n log variances.
+
+        These come from the same call as F, so that wrappers see one forward pass.
 
         Args:
             x: scaled images; their dtype is the compute dtype.  [B,C,H,W]
-            c_noise: the scaled noise level of x, float32 or float64.  [B]
-            labels: class vectors; None = all zeros = unconditional.  [B,label_dim]
-            c_noise_t: the second time's noise level, for a two_time network; None = not asked.  [B]
-            augment_labels: EDM's augmentation vector; None = no augmentation.  [B,augment_dim]
-            c_logvar: what `logvars` is asked, in the same pass, so that wrappers see it.  n of [B]
-            w: the weight of guidance, for a guided network; None = not asked.  [B] or [1]
-            dropout_keys: from Draws.dropout, for training; None = no dropout.  [B] int64
         """
+        F = self.backbone(x, self.embed(condition), condition.dropout_keys)
+        return (F, *self.logvars(condition.c_logvar)) if condition.c_logvar else F
 
     @abstractmethod
-    def embed(
-        self,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        c_noise_t: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        w: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor:
-        """What the residual blocks know of time, class, augmentation and guidance.  As in forward -> [B,E]"""
+    def backbone(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """Returns F, given the embedding.  x [B,C,H,W], emb [B or 1,emb_channels], dropout_keys [B] -> [B,C,H,W]"""
 
-    def label_vectors(
-        self, labels: Tensor | None, like: Tensor, dropout: float = 0.0, dropout_keys: Tensor | None = None
-    ) -> Tensor:
-        """Returns labels in the dtype of `like`, None as zeros, a share `dropout` set to zero if there are keys.
+    def embed(self, condition: Conditioning) -> Tensor:
+        """Returns the embedding of times, labels, augmentation and guidance weight.  -> [B or 1,emb_channels]"""
+        emb = self.embed_time(self, condition.c_noise, self.early_embedding(condition))
+        if self.second_time is not None and condition.c_noise_second is not None:
+            emb = emb + self.second_time.gain * self.embed_time(self.second_time, condition.c_noise_second)
+        if self.map_guidance is not None and condition.guidance_weight is not None:
+            emb = emb + self.map_guidance(condition.guidance_weight)
+        return self.finish_embedding(emb, condition)
 
-        Returns: [B or 1,label_dim]
+    @abstractmethod
+    def embed_time(self, layers: Any, c_noise: Tensor, early: Tensor | float = 0.0) -> Tensor:
+        """Returns the embedding of a time, before the last nonlinearity.  [B] -> [B,emb_channels]
+
+        Args:
+            layers: the network itself, or its SecondTime: whose `time_layers` are used.
+            early: is added to the features of c_noise.  [B or 1,features]
         """
+
+    def early_embedding(self, condition: Conditioning) -> Tensor | float:
+        """Returns what is added to the features of the first time.  -> [B or 1,features], or 0"""
+        return 0.0
+
+    @abstractmethod
+    def finish_embedding(self, emb: Tensor, condition: Conditioning) -> Tensor:
+        """Adds the labels, unless they are in the early embedding, and applies the last nonlinearity."""
+
+    def drop_labels(self, condition: Conditioning, like: Tensor) -> Tensor:
+        """Returns the label vectors after label dropout, in the dtype of `like`; None as zeros.  [B or 1,label_dim]"""
+        labels, keys = condition.labels, condition.dropout_keys
         if labels is None:
             return like.new_zeros(1, self.label_dim)
-        if dropout_keys is not None and dropout:
-            labels = labels * (uniform(words(dropout_keys, 1)) >= dropout)
+        if keys is not None and self.label_dropout:
+            labels = labels * (uniform(words(keys, 1)) >= self.label_dropout)
         return labels.to(like.dtype)
+
+    def add_optional_layers(self) -> None:
+        """Makes the layers of a second time, a guidance weight and log variances, where the arguments ask for them."""
+        self.second_time = SecondTime(self, *self.time_layers) if self.two_time else None
+        self.map_guidance = GuidanceEmbedding(self.emb_channels) if self.guided else None
+        channels, heads = self.arguments["logvar_channels"], self.arguments["logvar_heads"]
+        self.logvar_fourier, self.logvar_linear = self.logvar_head(channels, heads)
 
     def logvar_head(self, channels: int, heads: int) -> tuple[MPFourier | None, nn.Module | None]:
         """New layers for `logvars`, under EDM2's names for them: logvar_fourier, logvar_linear.  channels 0 = none"""

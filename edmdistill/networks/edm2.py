@@ -34,10 +34,9 @@ from edmdistill.networks.arguments import (
     Share,
     Taps,
 )
-from edmdistill.networks.base import Network, Residual
-from edmdistill.networks.embeddings import GuidanceEmbedding, TimeEmbedding
+from edmdistill.networks.base import Conditioning, Network, Residual
+from edmdistill.networks.embeddings import TimeEmbedding
 from edmdistill.networks.magnitude import MPConv, MPFourier
-from edmdistill.networks.surgery.two_time import SecondTime
 
 
 class Block(Residual):
@@ -128,7 +127,7 @@ class UNet(Network):
     is part of the checkpoint (`logvars`).
     """
 
-    time_features = "emb_fourier"
+    time_layers = "emb_fourier", "emb_noise"
 
     def __init__(
         self,
@@ -186,9 +185,7 @@ class UNet(Network):
         self.emb_fourier = (TimeEmbedding if positional_time else MPFourier)(noise_channels)
         self.emb_noise = MPConv(noise_channels, emb_channels)
         self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
-        self.second_time = SecondTime(self, "emb_fourier", "emb_noise") if two_time else None
-        self.map_guidance = GuidanceEmbedding(emb_channels) if guided else None
-        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
+        self.add_optional_layers()
 
         # Encoder.  The image has one more channel, of ones: there are no biases.
         self.enc = nn.ModuleDict()
@@ -223,43 +220,17 @@ class UNet(Network):
         self.out_conv = MPConv(cout, img_channels, 3)
         self.number_blocks()
 
-    def embed_time(self, parts: Any, c_noise: Tensor) -> Tensor:
-        """The time embedding by the network's own parts, or by their copies in SecondTime.  [B] -> [B,emb_channels]"""
-        emb: Tensor = parts.emb_noise(parts.emb_fourier(c_noise))
+    def embed_time(self, layers: Any, c_noise: Tensor, early: Tensor | float = 0.0) -> Tensor:
+        emb: Tensor = layers.emb_noise(layers.emb_fourier(c_noise))
         return emb
 
-    def embed(
-        self,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        c_noise_t: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        w: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor:
-        emb = self.embed_time(self, c_noise)
-        if self.second_time is not None and c_noise_t is not None:
-            emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
-        if self.map_guidance is not None and w is not None:
-            emb = emb + self.map_guidance(w)
+    def finish_embedding(self, emb: Tensor, condition: Conditioning) -> Tensor:
         if self.emb_label is not None:
-            labels = self.label_vectors(labels, emb)
+            labels = self.drop_labels(condition, emb)
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
         return mp_silu(emb)
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        c_noise_t: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        c_logvar: tuple[Tensor, ...] = (),
-        w: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
-        emb = self.embed(c_noise, labels, c_noise_t, w=w)
-
+    def backbone(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
         # Encoder.
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips = []
@@ -273,7 +244,7 @@ class UNet(Network):
                 x = mp_cat(x, skips.pop(), self.concat_balance)
             x = layer(x, emb, dropout_keys)
         out: Tensor = self.out_conv(x, self.out_gain)
-        return (out, *self.logvars(c_logvar)) if c_logvar else out
+        return out
 
     def logvar_linear_map(self, channels: int, heads: int) -> nn.Module:
         """The official one: of unit variance from the start."""

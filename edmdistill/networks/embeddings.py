@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -99,3 +100,13 @@ class GuidanceEmbedding(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         return linear(self.positional(self.FREQUENCY * w), self.weight)
+
+
+class SecondTime(nn.Module):
+    """Copies of the layers that embed the time, under the network's own names for them, and the gain."""
+
+    def __init__(self, network: nn.Module, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, copy.deepcopy(network.get_submodule(name)))
+        self.gain = nn.Parameter(torch.zeros([]))

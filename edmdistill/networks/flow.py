@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.kernels.dual import Dual
-from edmdistill.networks.base import Network
+from edmdistill.networks.base import Conditioning, Network
 from edmdistill.networks.preconditioning import Preconditioning
 from edmdistill.networks.surgery.last_layer import LastLayer, watched
 from edmdistill.trigflow import ddim_step, expand
@@ -81,29 +81,31 @@ class FlowNetwork(nn.Module):
         wide = next(self.network.parameters()).dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
-    def raw(
+    def conditioning(
         self,
         x: Tensor,
         c_noise: Tensor,
         labels: Tensor | None,
-        c_noise_t: Tensor | None = None,
+        c_noise_second: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """The network's own output, without channels that nobody reads (iDDPM's variances), and what u is asked."""
+    ) -> Conditioning:
+        """Returns what the network reads beside x, in its dtypes.  Noise levels of any shape, labels as in forward"""
         if w is None and self.guided:
             w = torch.ones(1, device=x.device)
-        out = self.network(
-            x.to(self.compute_dtype or self.dtype),
+        return Conditioning(
             c_noise.flatten().to(self.dtype),
             class_vectors(labels, self.label_dim),
-            None if c_noise_t is None else c_noise_t.flatten().to(self.dtype),
-            None,  # augmentation is for training from images alone
-            tuple(c.flatten().to(self.dtype) for c in c_logvar),
-            None if w is None else w.flatten().to(x.device, self.dtype),
-            self.dropout_keys(x) if self.training else None,
+            None if c_noise_second is None else c_noise_second.flatten().to(self.dtype),
+            c_logvar=tuple(c.flatten().to(self.dtype) for c in c_logvar),
+            guidance_weight=None if w is None else w.flatten().to(x.device, self.dtype),
+            dropout_keys=self.dropout_keys(x) if self.training else None,
         )
-        F, *u = out if c_logvar else (out,)
+
+    def raw(self, x: Tensor, condition: Conditioning) -> tuple[Tensor, ...]:
+        """Returns the network's output, without channels that nobody reads (iDDPM's variances), and log variances."""
+        out = self.network(x.to(self.compute_dtype or self.dtype), condition)
+        F, *u = out if condition.c_logvar else (out,)
         return F[:, : self.img_channels].to(self.dtype), *u
 
     def dropout_keys(self, x: Tensor) -> Tensor:
@@ -153,11 +155,12 @@ class FlowNetwork(nn.Module):
         x_t = x_t.to(self.dtype)
         t = self.clamp(t, x_t)
         a, b, c, c_noise = self.preconditioning.trigflow(t)
-        c_noise_t = None
+        c_noise_second = None
         if second is not None:
-            c_noise_t = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
+            c_noise_second = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
         c_logvar = tuple(c_of_logvar(self.sigma_data * self.clamp(time, x_t).tan()) for time in u_at)
-        raw, *u = self.raw((c * x_t).to(self.dtype), c_noise, labels, c_noise_t, c_logvar, w)
+        condition = self.conditioning(x_t, c_noise, labels, c_noise_second, c_logvar, w)
+        raw, *u = self.raw((c * x_t).to(self.dtype), condition)
         F = (a * x_t + b * raw).to(self.dtype)
         return (F, *u) if u_at else F
 
@@ -246,8 +249,8 @@ class Denoiser(nn.Module):
         x = x.to(self.flow.dtype)
         sigma = sigma.to(x.device, x.dtype).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.flow.preconditioning.coefficients(sigma)
-        second = c_noise if self.flow.two_time else None
-        return c_skip * x + c_out * self.flow.raw(c_in * x, c_noise, labels, second)[0]
+        condition = self.flow.conditioning(x, c_noise, labels, c_noise if self.flow.two_time else None)
+        return c_skip * x + c_out * self.flow.raw(c_in * x, condition)[0]
 
     def logvar(self, sigma: Tensor) -> Tensor:
         """u(sigma), the log variance of the denoising loss.  sigma [] or [B] -> [B,1,1,1]

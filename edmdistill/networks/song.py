@@ -6,7 +6,7 @@ Source: Song et al. 2021 (score SDE), appendix H; Karras et al. 2022 (EDM), tabl
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,12 @@ from edmdistill.networks.arguments import (
     Share,
     Taps,
 )
-from edmdistill.networks.base import Network
-from edmdistill.networks.embeddings import FourierEmbedding, GuidanceEmbedding, PositionalEmbedding, TimeEmbedding
-from edmdistill.networks.surgery.two_time import SecondTime
-from edmdistill.networks.unet_block import Conv2d, GroupNormSiLU, Linear, UNetBlock
+from edmdistill.networks.base import Conditioning
+from edmdistill.networks.embeddings import FourierEmbedding, PositionalEmbedding, TimeEmbedding
+from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linear, UNetBlock
 
 
-class SongUNet(Network):
+class SongUNet(EDMUNet):
     """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last five.
 
     DDPM++ embeds the time by positions, has standard encoder and decoder, box filter [1, 1], channel_mult_noise 1;
@@ -93,7 +92,6 @@ class SongUNet(Network):
             )
 
         # Embedding.
-        self.map_noise: nn.Module
         if positional_time:
             self.map_noise = TimeEmbedding(noise_channels)
         elif embedding_type == "positional":
@@ -148,9 +146,7 @@ class SongUNet(Network):
                 self.dec[f"{res}x{res}_aux_conv"] = Conv2d(cout, out_channels, 3)
 
         self.initialize()
-        self.second_time = SecondTime(self, "map_noise", "map_layer0", "map_layer1") if two_time else None
-        self.map_guidance = GuidanceEmbedding(emb_channels) if guided else None
-        self.logvar_fourier, self.logvar_linear = self.logvar_head(logvar_channels, logvar_heads)
+        self.add_optional_layers()
         self.number_blocks()
 
     def initialize(self) -> None:
@@ -166,50 +162,17 @@ class SongUNet(Network):
     def last_layer(self) -> nn.Module:
         return list(self.dec.values())[-1]
 
-    def embed_time(self, parts: Any, c_noise: Tensor, other: Tensor | float = 0.0) -> Tensor:
-        """The time, and what else is known before the first layer.  [B] -> [B,emb_channels]
+    def early_embedding(self, condition: Conditioning) -> Tensor | float:
+        augmentation = super().early_embedding(condition)
+        if self.map_label is None:
+            return augmentation
+        labels: Tensor = self.map_label(self.drop_labels(condition, condition.c_noise) * math.sqrt(self.label_dim))
+        return labels + augmentation
 
-        parts: the network itself, or the copies in SecondTime.
-        """
-        emb: Tensor = parts.map_layer1(silu(parts.map_layer0(parts.map_noise(c_noise) + other)))
-        return emb
-
-    def embed(
-        self,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        c_noise_t: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        w: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor:
-        # Labels join the first time alone.
-        other: Tensor | float = 0.0
-        if self.map_label is not None:
-            labels = self.label_vectors(labels, c_noise, self.label_dropout, dropout_keys)
-            other = self.map_label(labels * math.sqrt(self.label_dim))
-        if self.map_augment is not None and augment_labels is not None:
-            other = other + self.map_augment(augment_labels.to(c_noise.dtype))
-        emb = self.embed_time(self, c_noise, other)
-        if self.second_time is not None and c_noise_t is not None:
-            emb = emb + self.second_time.gain * self.embed_time(self.second_time, c_noise_t)
-        if self.map_guidance is not None and w is not None:
-            emb = emb + self.map_guidance(w)
+    def finish_embedding(self, emb: Tensor, condition: Conditioning) -> Tensor:
         return silu(emb)
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        labels: Tensor | None = None,
-        c_noise_t: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        c_logvar: tuple[Tensor, ...] = (),
-        w: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
-        emb = self.embed(c_noise, labels, c_noise_t, augment_labels, w, dropout_keys)
-
+    def backbone(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
         # Encoder.
         skips: list[Tensor] = []
         aux = x
@@ -236,4 +199,4 @@ class SongUNet(Network):
             else:
                 x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb, dropout_keys)
         assert out is not None
-        return (out, *self.logvars(c_logvar)) if c_logvar else out
+        return out

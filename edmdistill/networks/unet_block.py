@@ -6,10 +6,11 @@ Parameter and buffer names are the official ones. Weights start as torch's own l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, silu
 
 from edmdistill.kernels.dropout import dropout
 from edmdistill.kernels.ops import (
@@ -25,7 +26,7 @@ from edmdistill.kernels.ops import (
     split_heads,
     upsample,
 )
-from edmdistill.networks.base import Residual
+from edmdistill.networks.base import Conditioning, Network, Residual
 
 
 class Linear(nn.Linear):
@@ -163,3 +164,26 @@ class UNetBlock(Residual):
             y = self_attention(split_heads(self.qkv(self.norm2(x)), self.num_heads))
             x = (self.proj(y.reshape(x.shape)) + x) * self.skip_scale
         return x
+
+
+class EDMUNet(Network):
+    """What DDPM++, NCSN++ and ADM share beside their blocks: how time and augmentation are embedded.
+
+    Attributes:
+        map_noise: c_noise -> features.
+        map_layer0, map_layer1: features -> embedding.
+        map_augment: augmentation labels -> features; None for a network without them.
+    """
+
+    map_noise: nn.Module
+    map_augment: Linear | None
+
+    def embed_time(self, layers: Any, c_noise: Tensor, early: Tensor | float = 0.0) -> Tensor:
+        emb: Tensor = layers.map_layer1(silu(layers.map_layer0(layers.map_noise(c_noise) + early)))
+        return emb
+
+    def early_embedding(self, condition: Conditioning) -> Tensor | float:
+        if self.map_augment is None or condition.augment_labels is None:
+            return 0.0
+        features: Tensor = self.map_augment(condition.augment_labels.to(condition.c_noise.dtype))
+        return features

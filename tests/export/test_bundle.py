@@ -12,6 +12,7 @@ from tolerance import assert_rounded, depth
 from edmdistill.checkpoints.load import load_flow
 from edmdistill.export.bundle import bundle
 from edmdistill.export.diffusers import FILES
+from edmdistill.networks.base import Conditioning
 
 
 def imported(text: str) -> set[str]:
@@ -41,8 +42,9 @@ def test_a_bundled_network_is_the_network(golden: Path, copy: ModuleType, name: 
     network = copy.NETWORKS[config.network.kind](**flow.network.arguments).eval()
     assert type(network).__module__ != type(flow.network).__module__
     network.load_state_dict(flow.network.state_dict())
-    x, c_noise = torch.randn(2, flow.img_channels, flow.img_resolution, flow.img_resolution), torch.tensor([0.3, -0.2])
-    assert_rounded(network(x, c_noise), flow.network.eval()(x, c_noise), depth(network))  # its weights lie elsewhere
+    x = torch.randn(2, flow.img_channels, flow.img_resolution, flow.img_resolution)
+    condition = Conditioning(torch.tensor([0.3, -0.2]))
+    assert_rounded(network(x, condition), flow.network.eval()(x, condition), depth(network))  # other memory addresses
 
 
 def test_two_definitions_of_one_name_are_refused():

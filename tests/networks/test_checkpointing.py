@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.networks.adm import DhariwalUNet
-from edmdistill.networks.base import Network
+from edmdistill.networks.base import Conditioning, Network
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.song import SongUNet
 
@@ -42,7 +42,8 @@ def gradients(network: Network, frozen: bool) -> tuple[list[Tensor | None], int]
 
     network.train().requires_grad_(not frozen)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = network(x, torch.linspace(-1, 1, 4), torch.eye(3)[[0, 1, 2, 0]], dropout_keys=torch.arange(4))
+        labels = torch.eye(3)[[0, 1, 2, 0]]
+        out = network(x, Conditioning(torch.linspace(-1, 1, 4), labels, dropout_keys=torch.arange(4)))
     out.square().sum().backward()
     found = [x.grad, *(parameter.grad for parameter in network.parameters())]
     network.zero_grad(set_to_none=True)

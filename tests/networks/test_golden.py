@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
+from edmdistill.networks.base import Conditioning
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 
 TOLERANCE = 2e-5
@@ -57,10 +58,10 @@ def test_denoiser(network: Golden) -> None:
 @torch.no_grad()
 def test_raw_network(network: Golden) -> None:
     for case in network.cases:
-        x, c_noise, labels = case["x_in"], case["c_noise"], case.get("labels")
-        assert error(network.flow.network(x, c_noise, labels), case["F_x"]) <= TOLERANCE
+        x, condition = case["x_in"], Conditioning(case["c_noise"], case.get("labels"))
+        assert error(network.flow.network(x, condition), case["F_x"]) <= TOLERANCE
         if "F_x_half" in case:
-            found = network.flow.network(x.half(), c_noise, labels)
+            found = network.flow.network(x.half(), condition)
             assert found.dtype == torch.float16
             assert error(found, case["F_x_half"]) <= 1e-2
 
@@ -71,7 +72,8 @@ def test_augment_labels(network: Golden) -> None:
         sigma = case["sigma"].float().reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = network.flow.preconditioning.coefficients(sigma)
         x, augment = case["x"].float(), case["augment_labels"]
-        raw = network.flow.network(c_in * x, c_noise.flatten(), case.get("labels"), None, augment)
+        condition = Conditioning(c_noise.flatten(), case.get("labels"), augment_labels=augment)
+        raw = network.flow.network(c_in * x, condition)
         assert error(c_skip * x + c_out * raw, case["D_x_aug"]) <= TOLERANCE
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edmdistill.networks import new_network
+from edmdistill.networks.base import Conditioning
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.schedules import edm_sigmas
@@ -107,7 +108,8 @@ def test_every_parameter_learns(flow: FlowNetwork) -> None:
     network = flow.network
     augment = torch.randn(3, 9) if getattr(network, "map_augment", None) is not None else None
     labels = torch.eye(5)[:3] if flow.label_dim else None
-    network(images(flow), torch.tensor([-1.0, 0.0, 1.0]), labels, None, augment).square().sum().backward()
+    condition = Conditioning(torch.tensor([-1.0, 0.0, 1.0]), labels, augment_labels=augment)
+    network(images(flow), condition).square().sum().backward()
     for name, parameter in network.named_parameters():
         if "logvar" not in name:  # a head of its own
             assert parameter.grad is not None, name
@@ -169,9 +171,10 @@ def test_label_dropout_is_for_training(make_flow: MakeFlow, case: str) -> None:
 def test_augment_labels(make_flow: MakeFlow) -> None:
     network = make_flow("ddpmpp").network
     x, c_noise = torch.randn(3, 3, 8, 8), torch.zeros(3)
-    plain = network(x, c_noise)
-    torch.testing.assert_close(network(x, c_noise, None, None, torch.zeros(3, 9)), plain)
-    assert error(network(x, c_noise, None, None, torch.ones(3, 9)), plain) > 1e-3
+    cases = None, torch.zeros(3, 9), torch.ones(3, 9)
+    plain, none, some = (network(x, Conditioning(c_noise, augment_labels=labels)) for labels in cases)
+    torch.testing.assert_close(none, plain)
+    assert error(some, plain) > 1e-3
 
 
 def test_the_arguments_make_the_network_again(flow: FlowNetwork) -> None:

@@ -17,7 +17,7 @@ from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
 from edmdistill.errors import TrainingError
 from edmdistill.kernels.dual import Dual
-from edmdistill.networks.base import Network
+from edmdistill.networks.base import Conditioning, Network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.two_time import add_second_time
@@ -86,16 +86,19 @@ def test_golden_networks(golden: Path, name: str) -> None:
     x, dx, labels = normal(network), normal(network, 2), classes(network)
     c_noise = torch.tensor([20.0, 400.0, 900.0] if name.startswith(("vp", "iddpm")) else [-0.9, 0.1, 0.8])
     dc = SPEED.float()
+
+    def F(x: Tensor, c_noise: Tensor) -> Tensor:
+        out: Tensor = network(x, Conditioning(c_noise, labels))
+        return out
+
     with sdpa_kernel(SDPBackend.MATH):  # as func.jvp takes it
-        out = network(Dual(x, dx), Dual(c_noise, dc), labels)
-        assert torch.equal(out.value, network(x, c_noise, labels))
-    assert error(out.tangent, jvp(lambda x, c: network(x, c, labels), (x, c_noise), (dx, dc))) <= rounding(
-        x.dtype, depth(network)
-    )
+        out = network(Dual(x, dx), Conditioning(Dual(c_noise, dc), labels))
+        assert torch.equal(out.value, F(x, c_noise))
+    assert error(out.tangent, jvp(F, (x, c_noise), (dx, dc))) <= rounding(x.dtype, depth(network))
     network.double()
     x, dx, c_noise, dc = x.double(), dx.double(), c_noise.double(), dc.double()
-    out = network(Dual(x, dx), Dual(c_noise, dc), labels)
-    assert error(out.tangent, slope(lambda h: network(x + h * dx, c_noise + h * dc, labels))) <= 1e-8
+    out = network(Dual(x, dx), Conditioning(Dual(c_noise, dc), labels))
+    assert error(out.tangent, slope(lambda h: F(x + h * dx, c_noise + h * dc))) <= 1e-8
 
 
 @torch.no_grad()
@@ -126,10 +129,13 @@ class Gaussian(Network):
         shape = img_channels, img_resolution, img_resolution
         self.mean, self.std = (nn.Parameter(torch.rand(shape, generator=generator).double()) for _ in range(2))
 
-    def embed(self, c_noise: Any, *_: object) -> Any:
+    def embed_time(self, layers: Any, c_noise: Any, early: Any = 0.0) -> Any:
         return c_noise
 
-    def forward(self, x: Any, c_noise: Any, *_: object) -> Any:
+    def finish_embedding(self, emb: Any, condition: Conditioning) -> Any:
+        return emb
+
+    def backbone(self, x: Any, c_noise: Any, dropout_keys: None) -> Any:
         tan = (4 * c_noise).exp()[:, None, None, None] / 0.5
         cos = 1 / (tan**2 + 1).sqrt()
         sin = cos * tan

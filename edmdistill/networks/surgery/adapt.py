@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.errors import CheckpointError
-from edmdistill.networks.base import Residual
+from edmdistill.networks.base import Conditioning, Residual
 from edmdistill.networks.embeddings import TimeEmbedding
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -63,9 +63,9 @@ def with_positional_time(flow: FlowNetwork) -> FlowNetwork:
     if flow.two_time:
         raise CheckpointError("this teacher reads two times: adapt the one that it was made from")
     sigma = training_sigmas(flow, 4096)
-    old = copy.deepcopy(network.get_submodule(network.time_features)).to("cpu", torch.float64)
+    old = copy.deepcopy(network.get_submodule(network.time_layers[0])).to("cpu", torch.float64)
     W = fit(TimeEmbedding(1).features(sigma_to_time(sigma, flow.sigma_data)), old(edm.c_noise(sigma)))
-    new = {f"{network.time_features}.mix.weight": W}
+    new = {f"{network.time_layers[0]}.mix.weight": W}
     return rebuild(flow, new, replace(edm, c_noise_kind="time"), positional_time=True)
 
 
@@ -88,7 +88,8 @@ def with_double_norm(flow: FlowNetwork) -> FlowNetwork:
     rows = torch.arange(len(sigma)) % (flow.label_dim + 1)  # every class in its turn, and none
     labels = torch.eye(flow.label_dim + 1)[rows, :-1] if flow.label_dim else None
     like = next(network.parameters())
-    emb = network.embed(flow.preconditioning.c_noise(sigma).to(like), None if labels is None else labels.to(like))
+    c_noise = flow.preconditioning.c_noise(sigma).to(like)
+    emb = network.embed(Conditioning(c_noise, None if labels is None else labels.to(like)))
     new = {
         f"{name}.mod_gain": torch.stack([part.square().mean(1).sqrt().mean() for part in block.modulations(emb)])
         for name, block in network.named_modules()

@@ -11,23 +11,10 @@ keeps the teacher's function at step 0.
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import nn
 
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.rebuild import rebuild
-
-
-class SecondTime(nn.Module):
-    """Copies of the layers that embed the time, under the network's own names for them, and the gain."""
-
-    def __init__(self, network: nn.Module, *names: str) -> None:
-        super().__init__()
-        for name in names:
-            self.add_module(name, copy.deepcopy(network.get_submodule(name)))
-        self.gain = nn.Parameter(torch.zeros([]))
 
 
 def add_second_time(flow: FlowNetwork) -> FlowNetwork:

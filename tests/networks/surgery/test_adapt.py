@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edmdistill.errors import CheckpointError
 from edmdistill.machine.engine import Engine, Machine
-from edmdistill.networks.base import Residual
+from edmdistill.networks.base import Conditioning, Residual
 from edmdistill.networks.embeddings import TimeEmbedding
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.adapt import fit, training_sigmas, with_double_norm, with_positional_time
@@ -44,7 +44,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 def slopes(flow: FlowNetwork, t: Tensor, h: float = 1e-7) -> Tensor:
     """sin(t) |d embedding / dt|, which continuous-time training reads.  Source: sCM, eq. 7."""
-    ahead, behind = (flow.network.embed(flow.preconditioning.trigflow(t + d)[-1]) for d in (h, -h))
+    ahead, behind = (flow.network.embed(Conditioning(flow.preconditioning.trigflow(t + d)[-1])) for d in (h, -h))
     return t.sin() * ((ahead - behind) / (2 * h)).norm(dim=1)
 
 
@@ -74,7 +74,7 @@ def test_c_noise_is_t_and_nothing_but_the_features_is_new(old: FlowNetwork) -> N
     assert torch.equal(new.preconditioning.trigflow(TIMES)[-1], TIMES)
     torch.testing.assert_close(new.preconditioning.c_noise(0.5 * TIMES.tan()), TIMES)
     state, before = new.network.state_dict(), old.network.state_dict()
-    assert {name for name in state if name not in before} == {f"{old.network.time_features}.mix.weight"}
+    assert {name for name in state if name not in before} == {f"{old.network.time_layers[0]}.mix.weight"}
     assert all(torch.equal(state[name], before[name]) for name in state if name in before)
 
 
@@ -108,10 +108,10 @@ def test_the_tangent_is_the_finite_difference(adapted: FlowNetwork) -> None:
 
 
 @torch.no_grad()
-def test_it_can_be_lent(adapted: FlowNetwork) -> None:
+def test_it_can_be_offloaded(adapted: FlowNetwork) -> None:
     """As `--offload teacher` does it."""
     expected = adapted(*point(adapted))
-    Engine(Machine("cpu")).lend(adapted)
+    Engine(Machine("cpu")).offload(adapted)
     assert torch.equal(adapted(*point(adapted)), expected)
 
 
@@ -139,7 +139,7 @@ def test_modulations_have_one_size_at_all_times(make_flow: MakeFlow, case: str) 
     new = with_double_norm(flow)
     sigma = training_sigmas(flow, 1024)
     labels = torch.eye(6, dtype=torch.float64)[torch.arange(1024) % 6, :-1]
-    emb = flow.network.embed(flow.preconditioning.c_noise(sigma), labels)
+    emb = flow.network.embed(Conditioning(flow.preconditioning.c_noise(sigma), labels))
     blocks = [[m for m in f.network.modules() if isinstance(m, Residual)] for f in (flow, new)]
     for before, after in zip(*blocks, strict=True):
         for was, now in zip(before.modulations(emb), after.normalized_modulations(emb), strict=True):
