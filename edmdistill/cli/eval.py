@@ -122,14 +122,14 @@ def command(
         raise click.UsageError("--metrics nll measures the likelihood of images: name them by --ref.")
 
     from edmdistill.evaluation.images import is_images
-    from edmdistill.evaluation.results import place_to_save_in, results_json, results_table
+    from edmdistill.evaluation.results import find_results_folder, results_json, results_table
     from edmdistill.sampling.files import unfinished_samples
 
     if is_images(source) and not metrics:
         _refuse(context, OF_NETWORKS, f"says how a network draws, but {source} holds images, which exist")
         if sentence := unfinished_samples(Path(source)):
             say(sentence)
-    place = place_to_save_in(source) if save else None
+    place = find_results_folder(source) if save else None
     total, tasks = (
         _likelihood(source, str(ref), split, count, probes, tolerance, batch, device)
         if protocol is None

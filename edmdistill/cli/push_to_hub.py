@@ -36,10 +36,10 @@ def command(
     and a card that was changed by hand stays, unless told otherwise.
     """
     from edmdistill.checkpoints.layout import CARD
-    from edmdistill.publish.hub import pack, push
+    from edmdistill.publish.hub import build_package, push
 
     say_unfinished(str(source))
-    package = pack(source, repository, licence)
+    package = build_package(source, repository, licence)
     sizes = "".join(f"  {name:<18} {size:>14,} bytes\n" for name, size in package.sizes.items())
     say(f"{repository}, under {package.config.provenance.licence}:\n{sizes}".rstrip())
     if dry_run:
@@ -57,7 +57,7 @@ def command(
         message=message,
         replace_model=replace_model,
         overwrite_card=overwrite_card,
-        note=show,
+        on_message=show,
     )
     if done.kept_card:
         say(f"The {CARD} there was written or changed by hand, and stays: --overwrite-card replaces it.")

@@ -28,15 +28,16 @@ def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
     The page is one file that needs no network. The table is printed as well.
     """
     from edmdistill.atomic import atomic_write
-    from edmdistill.evaluation.results import read_results, results_of
-    from edmdistill.evaluation.tables import best_gammas, sweeps, tables
+    from edmdistill.evaluation.results import load_results, read_results
+    from edmdistill.evaluation.tables import best_gamma_results, result_tables, sweep_tables
     from edmdistill.report.page import report
     from edmdistill.report.summary import read_run
 
     out = out or run / "report.html"
     summary = read_run(run)
-    found = read_results(results) if results else results_of(run)
-    measured, swept = tables(best_gammas(found), summary.generator), sweeps(found, summary.generator)
+    saved = read_results(results) if results else load_results(run)
+    measured = result_tables(best_gamma_results(saved), summary.generator)
+    swept = sweep_tables(saved, summary.generator)
     with atomic_write(out) as new:
         new.write_text(report(summary, measured, swept), encoding="utf-8")
     for table in [*measured, *swept]:

@@ -87,13 +87,13 @@ def command(
     """
     from edmdistill.atomic import atomic_write
     from edmdistill.evaluation.images import is_images
-    from edmdistill.evaluation.results import place_to_save_in, results_json
+    from edmdistill.evaluation.results import find_results_folder, results_json
     from edmdistill.evaluation.tables import sweep_table
     from edmdistill.report.page import draw
 
     if is_images(source):
         raise click.UsageError(f"a sweep draws by a network, and {source} is images: measure them with eval.")
-    place = place_to_save_in(source) if save else None
+    place = find_results_folder(source) if save else None
 
     def show(results: "Sequence[Result]") -> None:
         document, table = results_json(results), sweep_table(results)

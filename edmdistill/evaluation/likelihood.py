@@ -46,7 +46,7 @@ TOLERANCE = 1e-5
 HALF = 127.5
 """A pixel's values are 1 / HALF apart in [-1, 1]."""
 
-Noise = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+NoisePrediction = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(x [b,C,H,W], sigma [b], direction [b,C,H,W], which rows these are [b]) -> the noise n = (x - D(x; sigma)) / sigma,
 and its derivative along the direction, [b,C,H,W] each"""
 
@@ -59,7 +59,14 @@ class LogLikelihood(NamedTuple):
 
 
 def log_likelihood(
-    noise: Noise, x: Tensor, probe: Tensor, *, sigma_min: float, sigma_max: float, tolerance: float, rho: float = 7.0
+    noise: NoisePrediction,
+    x: Tensor,
+    probe: Tensor,
+    *,
+    sigma_min: float,
+    sigma_max: float,
+    tolerance: float,
+    rho: float = 7.0,
 ) -> LogLikelihood:
     """ln p(x) of points at sigma_min, of which each is solved in steps of its own.
 
@@ -89,7 +96,7 @@ def log_likelihood(
     return LogLikelihood(prior + integral, evaluations)
 
 
-def network_noise(flow: FlowNetwork, labels: Tensor | None) -> Noise:
+def predict_noise(flow: FlowNetwork, labels: Tensor | None) -> NoisePrediction:
     """The noise that a network sees, and its derivative, without the cancellation of going through D.
 
         n = sin(t) cos(t) x / sigma_data + cos(t) F(cos(t) x, t),    sigma = sigma_data tan(t)
@@ -170,7 +177,7 @@ def evaluate_likelihood(
             labels = data.tensors(chosen)[1] if flow.label_dim else None
             rng = SeededNoise(chosen)
             x = ((pixels + rng.uniform(pixels.shape[1:]) - 0.5) / HALF - 1).to(device)
-            noise = network_noise(flow, None if labels is None else labels.to(device))
+            noise = predict_noise(flow, None if labels is None else labels.to(device))
             own = []
             for _ in range(probes):
                 probe = rng.signs(pixels.shape[1:]).to(device)

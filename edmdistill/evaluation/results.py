@@ -93,7 +93,7 @@ def read_results(files: Iterable[Path]) -> list[Result]:
     return results
 
 
-def saved_results(config: CheckpointConfig) -> list[Result]:
+def results_in_config(config: CheckpointConfig) -> list[Result]:
     """The results in a configuration.  Raises: EdmDistillError: they are not what we write."""
     try:
         return msgspec.convert(config.results, list[Result])
@@ -101,23 +101,23 @@ def saved_results(config: CheckpointConfig) -> list[Result]:
         raise EdmDistillError(f"the results in this checkpoint are not ours ({error}): measure it again") from error
 
 
-def with_results(config: CheckpointConfig, results: Sequence[Result]) -> CheckpointConfig:
+def add_results(config: CheckpointConfig, results: Sequence[Result]) -> CheckpointConfig:
     """A configuration with these results too; one of the same protocol and sampler as another takes its place."""
-    latest = {(r.protocol_sha256, r.sampler): r for r in (*saved_results(config), *results)}
+    latest = {(r.protocol_sha256, r.sampler): r for r in (*results_in_config(config), *results)}
     return replace(config, results=tuple(map(msgspec.to_builtins, latest.values())))
 
 
-def results_of(path: Path) -> list[Result]:
+def load_results(path: Path) -> list[Result]:
     """Returns all results of a checkpoint folder, or of a run and its checkpoint: what reports and cards show.
 
     Raises: EdmDistillError: a file in a run's eval/, or the checkpoint, holds something else.
     """
     folder = checkpoint_in(path)
-    own = saved_results(read_config(folder)) if (folder / CONFIG).is_file() else []
-    return latest([*own, *read_results(sorted((path / EVAL).glob("*.json")))])
+    own = results_in_config(read_config(folder)) if (folder / CONFIG).is_file() else []
+    return latest_results([*own, *read_results(sorted((path / EVAL).glob("*.json")))])
 
 
-def latest(results: Iterable[Result]) -> list[Result]:
+def latest_results(results: Iterable[Result]) -> list[Result]:
     """Of the results of the same weights by the same protocol and sampler, the last."""
     return list({_key(result): result for result in results}.values())
 
@@ -128,7 +128,7 @@ def _key(result: Result) -> tuple[object, ...]:
     return result.protocol_sha256, result.sampler, weights
 
 
-def place_to_save_in(source: str | Path) -> Path:
+def find_results_folder(source: str | Path) -> Path:
     """Returns the run directory or checkpoint folder, on this disk, that keeps the results of a source.
 
     Raises: EdmDistillError: it is something else.  CheckpointError: it is damaged, or no checkpoint.
@@ -148,7 +148,7 @@ def save_results(place: Path, results: Sequence[Result]) -> None:
     Raises: CheckpointError: the disk refuses.
     """
     folder = checkpoint_in(place)
-    write_config(folder, with_results(read_config(folder), results))
+    write_config(folder, add_results(read_config(folder), results))
     if not (place / RECIPE).is_file():
         return
     for result in results:

@@ -15,14 +15,14 @@ from edmdistill.evaluation.results import Result
 from edmdistill.sampling.spec import SamplerRecord
 
 
-class Subject(NamedTuple):
+class GeneratorId(NamedTuple):
     """Which generator the tables are about: others are called by their recipe and images."""
 
     recipe_hash: str
     images_seen: int
 
 
-class Table(NamedTuple):
+class ResultTable(NamedTuple):
     """The results of one protocol.
 
     Attributes:
@@ -66,16 +66,17 @@ class Table(NamedTuple):
         )
 
 
-def tables(results: Sequence[Result], generator: Subject) -> list[Table]:
+def result_tables(results: Sequence[Result], generator: GeneratorId) -> list[ResultTable]:
     """A table for each protocol, teachers first."""
     hashes = dict.fromkeys(result.protocol_sha256 for result in results)
     return [_table([result for result in results if result.protocol_sha256 == own], generator) for own in hashes]
 
 
-def sweeps(results: Sequence[Result], generator: Subject) -> list[Table]:
+def sweep_tables(results: Sequence[Result], generator: GeneratorId) -> list[ResultTable]:
     """A sweep's table for each protocol by which this generator was measured at more than one gamma."""
-    own = [result for result in results if result.sampler and _who(result, generator) == "generator"]
-    own.sort(key=lambda result: (_nfe(result), _gamma(result), -_first(result)))  # of one setting the lowest counts
+    own = [result for result in results if result.sampler and _name_of(result, generator) == "generator"]
+    # Of one setting, the lowest counts.
+    own.sort(key=lambda result: (_nfe(result), _gamma(result), -_first_metric(result)))
     found = {}
     for protocol in dict.fromkeys(result.protocol_sha256 for result in own):
         its = [result for result in own if result.protocol_sha256 == protocol]
@@ -84,7 +85,7 @@ def sweeps(results: Sequence[Result], generator: Subject) -> list[Table]:
     return list(found.values())
 
 
-def best_gammas(results: Sequence[Result]) -> list[Result]:
+def best_gamma_results(results: Sequence[Result]) -> list[Result]:
     """Without those that another gamma makes better in as many evaluations, or no worse before them."""
 
     def setting(result: Result) -> tuple[object, ...]:
@@ -94,11 +95,11 @@ def best_gammas(results: Sequence[Result]) -> list[Result]:
 
     best: dict[tuple[object, ...], Result] = {}
     for result in results:
-        best[setting(result)] = min(best.get(setting(result), result), result, key=_first)
+        best[setting(result)] = min(best.get(setting(result), result), result, key=_first_metric)
     return [r for r in results if r.sampler is None or r.sampler.gamma is None or r is best[setting(r)]]
 
 
-def sweep_table(results: Sequence[Result]) -> Table:
+def sweep_table(results: Sequence[Result]) -> ResultTable:
     """Results of one protocol and one network, a row for each metric and gamma, a column for each NFE.
 
     Its curves are those of the first metric, by gamma; a teacher's, by its solver.
@@ -120,11 +121,11 @@ def sweep_table(results: Sequence[Result]) -> Table:
         setting: [(nfe, measured[setting, nfe][main]) for nfe in sorted(steps) if (setting, nfe) in measured]
         for setting in settings
     }
-    return Table(results[0].protocol, rows, claim, curves, _heading(main))
+    return ResultTable(results[0].protocol, rows, claim, curves, _heading(main))
 
 
-def _table(results: Sequence[Result], generator: Subject) -> Table:
-    rows = [(_who(result, generator), _nfe(result), result) for result in results]
+def _table(results: Sequence[Result], generator: GeneratorId) -> ResultTable:
+    rows = [(_name_of(result, generator), _nfe(result), result) for result in results]
     rows.sort(key=lambda row: (row[0] != "teacher", row[:2]))
     metrics = list(dict.fromkeys(metric for result in results for metric in result.metrics))
     main = metrics[0]
@@ -149,7 +150,7 @@ def _table(results: Sequence[Result], generator: Subject) -> Table:
     curves = {who: list(own.items()) for who, own in reversed(best.items()) if 0 not in own}
     if results[0].protocol.features is None:
         curves = {}  # a likelihood's evaluations are what its solver took, and nobody's choice
-    return Table(results[0].protocol, body, claim, curves, _heading(main))
+    return ResultTable(results[0].protocol, body, claim, curves, _heading(main))
 
 
 def _lowest(values: Mapping[int, float]) -> tuple[float, int]:
@@ -157,7 +158,7 @@ def _lowest(values: Mapping[int, float]) -> tuple[float, int]:
     return min((value, nfe) for nfe, value in values.items())
 
 
-def _who(result: Result, generator: Subject) -> str:
+def _name_of(result: Result, generator: GeneratorId) -> str:
     """What was measured, by its provenance."""
     origin = result.provenance
     if result.sampler is None:
@@ -173,7 +174,7 @@ def _nfe(result: Result) -> int:
     return result.sampler.nfe if result.sampler else 0
 
 
-def _first(result: Result) -> float:
+def _first_metric(result: Result) -> float:
     """The first metric."""
     return next(iter(result.metrics.values()))
 

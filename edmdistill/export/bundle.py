@@ -19,7 +19,7 @@ RANGE = "Meta"
 """What annotations have ranges by, which are left out too."""
 
 
-class Source:
+class ModuleSource:
     """The top level of a module of ours.
 
     Attributes:
@@ -97,8 +97,8 @@ def _is_string(node: ast.stmt) -> bool:
 
 
 @cache
-def _source(module: str) -> Source:
-    return Source(module)
+def _module_source(module: str) -> ModuleSource:
+    return ModuleSource(module)
 
 
 def bundle(module: str, licence: str = "Apache-2.0") -> str:
@@ -111,7 +111,7 @@ def bundle(module: str, licence: str = "Apache-2.0") -> str:
     seen: set[tuple[str, str]] = set()
 
     def visit(home: str, name: str, annotates: bool = False) -> None:
-        source = _source(home)
+        source = _module_source(home)
         if name in source.ours:
             visit(*source.ours[name], annotates)
         elif annotates and RANGE in (source.others.get(name) or source.definitions.get(name, ("",))[0]):
@@ -126,7 +126,7 @@ def bundle(module: str, licence: str = "Apache-2.0") -> str:
                 visit(home, *used)
             definitions[home, name] = text
 
-    root = _source(module)
+    root = _module_source(module)
     for name in root.definitions:
         visit(module, name)
     names = [name for _, name in definitions]

@@ -31,7 +31,7 @@ FILES = {
 VAE = "    vae = AutoencoderKL.from_pretrained({})\n"
 
 
-def require() -> None:
+def check_installed() -> None:
     """Raises: EdmDistillError: diffusers is missing."""
     try:
         import diffusers  # noqa: F401

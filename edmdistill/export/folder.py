@@ -39,7 +39,7 @@ class Target(NamedTuple):
     """
 
     header: dict[str, str]
-    require: Callable[[], None]
+    check_installed: Callable[[], None]
     readme: Callable[[FlowNetwork, CheckpointConfig], str]
     write: Callable[[Path, FlowNetwork, CheckpointConfig], tuple[Parity, ...]]
 
@@ -49,8 +49,8 @@ def _model(library: str) -> dict[str, str]:
 
 
 TARGETS = {
-    "diffusers": Target(_model("diffusers"), diffusers.require, diffusers.readme, diffusers.write),
-    "onnx": Target(_model("onnx"), onnx.require, onnx.readme, onnx.write),
+    "diffusers": Target(_model("diffusers"), diffusers.check_installed, diffusers.readme, diffusers.write),
+    "onnx": Target(_model("onnx"), onnx.check_installed, onnx.readme, onnx.write),
     "torch-export": Target(_model("pytorch"), lambda: None, torch_export.readme, torch_export.write),
     "nvidia": Target(_model("pytorch"), lambda: None, nvidia.readme, nvidia.write),
     "space": Target(space.HEADER, lambda: None, space.readme, space.write),
@@ -70,7 +70,7 @@ def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = Fa
         or the images came out others.
     """
     target, out = TARGETS[to], Path(out)
-    target.require()
+    target.check_installed()
     if out.suffix.lower() in FILES and not out.is_dir():
         raise CheckpointError(f"{out} has a file's name, and an export is a folder: name it {out.with_suffix('')}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

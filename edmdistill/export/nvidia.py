@@ -18,7 +18,7 @@ from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.data.latents import latent_scaling
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.one_step import MORE_STEPS, OneStep
-from edmdistill.export.parity import Parity, compare, sampler
+from edmdistill.export.parity import Parity, compare, step_sampler
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM, IDDPM
 from edmdistill.networks.surgery.rebuild import add_logvar
@@ -144,4 +144,4 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     (folder / NETWORK).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
     there = read(folder).requires_grad_(False)
     step = OneStep(there.network, there.preconditioning).eval()
-    return compare(flow, config, sampler(flow, config, step))
+    return compare(flow, config, step_sampler(flow, config, step))

@@ -66,7 +66,7 @@ class OneStep(nn.Module):
         return c_skip * x + c_out * raw[:, : self.network.img_channels].to(x.dtype)
 
 
-def example(flow: FlowNetwork) -> dict[str, Tensor]:
+def example_inputs(flow: FlowNetwork) -> dict[str, Tensor]:
     """Arguments of OneStep for two images; labels, w and sigma_next where the network reads them."""
     arguments = {
         "x": torch.zeros(2, flow.img_channels, flow.img_resolution, flow.img_resolution),
@@ -81,7 +81,7 @@ def example(flow: FlowNetwork) -> dict[str, Tensor]:
     return arguments
 
 
-def inputs(flow: FlowNetwork) -> str:
+def describe_inputs(flow: FlowNetwork) -> str:
     """What the arguments are, in Markdown."""
     size = f"[B,{flow.img_channels},{flow.img_resolution},{flow.img_resolution}]"
     words = {
@@ -92,7 +92,7 @@ def inputs(flow: FlowNetwork) -> str:
         "sigma_next": "noise levels below sigma that the step leads to; 0 = to the images. float32 [B]",
         "x0": f"the images, nominally in [-1, 1]; latents as the network has them. float32 {size}",
     }
-    return "\n".join(f"- `{name}`: {words[name]}" for name in (*example(flow), "x0"))
+    return "\n".join(f"- `{name}`: {words[name]}" for name in (*example_inputs(flow), "x0"))
 
 
 MORE_STEPS = """\

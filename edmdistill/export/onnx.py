@@ -13,9 +13,9 @@ from torch import Tensor
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.errors import EdmDistillError
-from edmdistill.export.one_step import MORE_STEPS, OneStep, example, inputs
-from edmdistill.export.parity import Parity, compare, sampler
-from edmdistill.export.torch_export import program
+from edmdistill.export.one_step import MORE_STEPS, OneStep, describe_inputs, example_inputs
+from edmdistill.export.parity import Parity, compare, step_sampler
+from edmdistill.export.torch_export import export_program
 from edmdistill.networks.flow import FlowNetwork
 
 FILE = "model.onnx"
@@ -37,7 +37,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def require() -> None:
+def check_installed() -> None:
     """Raises: EdmDistillError: a package is missing."""
     try:
         with _quiet():
@@ -51,7 +51,7 @@ def require() -> None:
 
 
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
-    feed = ", ".join(f'"{name}": {name}' for name in example(flow))
+    feed = ", ".join(f'"{name}": {name}' for name in example_inputs(flow))
     return f"""\
 `model.onnx` is one network evaluation, for any number of images. With ONNX Runtime and numpy arrays:
 
@@ -59,7 +59,7 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     session = onnxruntime.InferenceSession("model.onnx")
     (x0,) = session.run(None, {{{feed}}})
 
-{inputs(flow)}
+{describe_inputs(flow)}
 
 {MORE_STEPS}"""
 
@@ -69,10 +69,10 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     import onnxruntime
 
     step = OneStep(flow.network, flow.preconditioning).eval()
-    names = list(example(flow))
+    names = list(example_inputs(flow))
     with _quiet():
         done = torch.onnx.export(
-            program(step, flow),
+            export_program(step, flow),
             dynamo=True,
             verbose=False,
             input_names=names,
@@ -86,4 +86,4 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     def call(**arguments: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in arguments.items()})[0])
 
-    return compare(flow, config, sampler(flow, config, call))
+    return compare(flow, config, step_sampler(flow, config, call))

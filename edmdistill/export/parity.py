@@ -20,7 +20,7 @@ Step = Callable[..., Tensor]
 
 NFE = 1, 2
 SEEDS = range(3)
-TOLERANCE = 1e-3
+IMAGE_TOLERANCE = 1e-3
 """Of an image, relative. Even the same code and weights round differently where the weights lie elsewhere in memory, or
 by other vector units: 1e-6 is usual. A network that predicts noise, as VP's, has 1e-4 at its largest noise levels, for
 its image is what float32 leaves of x - sigma n."""
@@ -33,7 +33,7 @@ class Parity(NamedTuple):
     difference: float
 
 
-class Exported(Generator):
+class ExportedGenerator(Generator):
     """A generator whose evaluations another program makes."""
 
     def __init__(self, flow: FlowNetwork, config: CheckpointConfig, step: Step) -> None:
@@ -59,26 +59,26 @@ def difference_of(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def sampler(flow: FlowNetwork, config: CheckpointConfig, step: Step) -> Callable[[int], Tensor]:
+def step_sampler(flow: FlowNetwork, config: CheckpointConfig, step: Step) -> Callable[[int], Tensor]:
     """nfe -> the images that `step` makes of SEEDS, in batches of two and of one.  [3,C,H,W]"""
-    model = Exported(flow, config, step).eval()
+    model = ExportedGenerator(flow, config, step).eval()
     return lambda nfe: sample(model, nfe, seeds=SEEDS, batch=2)
 
 
 def compare(flow: FlowNetwork, config: CheckpointConfig, images: Callable[[int], Tensor]) -> tuple[Parity, ...]:
     """Those images against ours, which the same network makes on the circle.
 
-    Raises: EdmDistillError: they differ by more than TOLERANCE.
+    Raises: EdmDistillError: they differ by more than IMAGE_TOLERANCE.
     """
     ours = Generator(flow, config).eval()
     rows = []
     for nfe in NFE:
         expected = require_finite(sample(ours, nfe, seeds=SEEDS), SEEDS)
         difference = difference_of(images(nfe), expected)
-        if not difference <= TOLERANCE:
+        if not difference <= IMAGE_TOLERANCE:
             raise EdmDistillError(
                 f"nothing was exported: its images by {nfe} evaluations differ from ours by {difference:.1e} of the "
-                f"largest pixel, more than {TOLERANCE:g}; please report this"
+                f"largest pixel, more than {IMAGE_TOLERANCE:g}; please report this"
             )
         rows.append(Parity(nfe, difference))
     return tuple(rows)

@@ -11,16 +11,16 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from edmdistill.checkpoints.config import CheckpointConfig
-from edmdistill.export.one_step import MORE_STEPS, OneStep, example, inputs
-from edmdistill.export.parity import Parity, compare, sampler
+from edmdistill.export.one_step import MORE_STEPS, OneStep, describe_inputs, example_inputs
+from edmdistill.export.parity import Parity, compare, step_sampler
 from edmdistill.networks.flow import FlowNetwork
 
 FILE = "model.pt2"
 
 
-def program(step: nn.Module, flow: FlowNetwork) -> ExportedProgram:
+def export_program(step: nn.Module, flow: FlowNetwork) -> ExportedProgram:
     """OneStep as a graph, for any number of images."""
-    arguments = example(flow)
+    arguments = example_inputs(flow)
     batch = Dim("batch")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about itself
@@ -33,9 +33,9 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
 
     import torch
     step = torch.export.load("model.pt2").module()
-    x0 = step({", ".join(f"{name}={name}" for name in example(flow))})
+    x0 = step({", ".join(f"{name}={name}" for name in example_inputs(flow))})
 
-{inputs(flow)}
+{describe_inputs(flow)}
 
 {MORE_STEPS}
 On a GPU: `torch.export.passes.move_to_device_pass(torch.export.load("model.pt2"), "cuda").module()`.
@@ -48,7 +48,7 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         # In memory first: on a disk that is full, torch's own writer ends the process.
-        torch.export.save(program(step, flow), data := io.BytesIO())
+        torch.export.save(export_program(step, flow), data := io.BytesIO())
         (folder / FILE).write_bytes(data.getbuffer())
         module = torch.export.load(folder / FILE).module()
-    return compare(flow, config, sampler(flow, config, module))
+    return compare(flow, config, step_sampler(flow, config, module))

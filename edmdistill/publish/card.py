@@ -18,9 +18,9 @@ from edmdistill.checkpoints.documents import code, code_block, front_matter, mar
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.source import repository_of
 from edmdistill.evaluation.results import Result
-from edmdistill.evaluation.tables import Subject, best_gammas, tables
+from edmdistill.evaluation.tables import GeneratorId, best_gamma_results, result_tables
 from edmdistill.methods import METHODS
-from edmdistill.report.summary import Summary
+from edmdistill.report.summary import RunSummary
 
 TASK = "unconditional-image-generation"
 CITATIONS = Path(__file__).parent.parent / "assets" / "citations.bib"
@@ -30,7 +30,7 @@ def card(
     config: CheckpointConfig,
     repository: str,
     *,
-    run: Summary | None = None,
+    run: RunSummary | None = None,
     results: Sequence[Result] = (),
     grid: tuple[str, str] | None = None,
 ) -> str:
@@ -42,7 +42,7 @@ def card(
         results: of it and of its teacher; where they differ in gamma alone, the best is shown.
         grid: a picture's file name there, and what is on it.
     """
-    results = best_gammas(results)
+    results = best_gamma_results(results)
     sections = {
         "Use": _use(config, repository),
         "Quality": _quality(config, results),
@@ -58,7 +58,7 @@ def card(
     return f"{_header(config, repository, results)}\n{title}\n\n{picture}{body}\n"
 
 
-def is_own(result: Result, config: CheckpointConfig) -> bool:
+def was_measured_on(result: Result, config: CheckpointConfig) -> bool:
     """Whether a result was measured on this checkpoint, by what it says of where it comes from."""
     said = result.provenance
     same = (said.get("recipe_hash"), said.get("images_seen")) == (config.recipe_hash, config.images_seen)
@@ -67,7 +67,7 @@ def is_own(result: Result, config: CheckpointConfig) -> bool:
 
 def _header(config: CheckpointConfig, repository: str, results: Sequence[Result]) -> str:
     """The Hub's metadata."""
-    evaluated = [point for result in results if is_own(result, config) for point in _evaluated(result)]
+    evaluated = [point for result in results if was_measured_on(result, config) for point in _evaluated(result)]
     data = ModelCardData(
         **licence_fields(config.provenance.licence),  # type: ignore[arg-type]  # of names that it takes as well
         library_name="edmdistill",
@@ -121,7 +121,7 @@ def _what(config: CheckpointConfig) -> str:
 
 def _use(config: CheckpointConfig, repository: str) -> str:
     latent, generator = config.encoder["kind"] != "pixels", config.stage == "generator"
-    nfe = usual_nfe(config) if generator else 35
+    nfe = default_nfe(config) if generator else 35
     out = "latents.npz" if latent else "images"
     load = "load_generator" if generator else "load_denoiser"
     own = " Each seed draws its own class, unless `--class` or `labels` name one." if config.label_dim else ""
@@ -138,8 +138,8 @@ def _use(config: CheckpointConfig, repository: str) -> str:
 
 
 def _quality(config: CheckpointConfig, results: Sequence[Result]) -> str:
-    own = Subject(config.recipe_hash or "", config.images_seen or 0)
-    measured = tables([result for result in results if result.sampler], own)
+    own = GeneratorId(config.recipe_hash or "", config.images_seen or 0)
+    measured = result_tables([result for result in results if result.sampler], own)
     if not measured:
         return "It was not measured."
     return "\n\n".join(
@@ -160,7 +160,7 @@ def _schedule(config: CheckpointConfig) -> str:
     )
 
 
-def _made(config: CheckpointConfig, run: Summary | None) -> str:
+def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
     origin = config.provenance
     facts: dict[str, str | None] = {
         "Teacher" if _taught(config) else "Source": markdown(origin.source)
@@ -176,7 +176,7 @@ def _made(config: CheckpointConfig, run: Summary | None) -> str:
     if run is None:
         return _list(f"{name}: {fact}" for name, fact in facts.items() if fact)
     data = run.data
-    _, name, *sets = run.asked
+    _, name, *sets = run.train_arguments
     recipe = [Path(name).name if name.endswith(".toml") else name, *sets]  # where it lies is nobody's business
     facts["Recipe"] = f"{markdown(shlex.join(recipe))}, {facts['Recipe']}"
     facts["Data"] = markdown(f"{data['name']}, {data['images']:,} images, {data['resolution']}x{data['resolution']}")
@@ -190,7 +190,7 @@ def _made(config: CheckpointConfig, run: Summary | None) -> str:
     )
 
 
-def _limits(config: CheckpointConfig, run: Summary | None, results: Sequence[Result]) -> list[str]:
+def _limits(config: CheckpointConfig, run: RunSummary | None, results: Sequence[Result]) -> list[str]:
     """What it cannot do, as far as its own files tell."""
     generator = config.stage == "generator"
     limits = ["It draws what its training data show, with their gaps and their biases, and knows no text."]
@@ -206,7 +206,7 @@ def _limits(config: CheckpointConfig, run: Summary | None, results: Sequence[Res
         limits.append("It draws latents; the VAE that turns them into images is not part of it.")
     if sentence := unfinished(config):
         limits.append(sentence)
-    if any(is_own(result, config) for result in results):
+    if any(was_measured_on(result, config) for result in results):
         limits.append(
             "Its quality is known under the protocols above alone; figures of other protocols do not compare."
         )
@@ -240,7 +240,7 @@ def _citations(config: CheckpointConfig) -> str:
     return "\n\n".join(entries[key] for key in (*(method.citations if method else ()), network))
 
 
-def usual_nfe(config: CheckpointConfig) -> int:
+def default_nfe(config: CheckpointConfig) -> int:
     """How many evaluations to show a generator with: 2, or the fewest that it has a schedule for."""
     own = [int(nfe) for nfe in config.sampling.sigmas]
     return 2 if 2 in own or not own else min(own)

@@ -36,10 +36,10 @@ from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, checkpo
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import load_model
 from edmdistill.errors import CheckpointError, HubError, printable, without_secrets
-from edmdistill.evaluation.results import Result, results_of, with_results
-from edmdistill.export.parity import TOLERANCE, difference_of
+from edmdistill.evaluation.results import Result, add_results, load_results
+from edmdistill.export.parity import IMAGE_TOLERANCE, difference_of
 from edmdistill.networks.flow import Denoiser
-from edmdistill.publish.card import card, is_own, usual_nfe
+from edmdistill.publish.card import card, default_nfe, was_measured_on
 from edmdistill.report.summary import read_run
 from edmdistill.sampling.generate import is_latent, require_finite, sample
 from edmdistill.sampling.grid import image_grid, to_uint8
@@ -49,9 +49,9 @@ GRID = "samples.png"
 SIGNATURE = re.compile(rb"(?m)^edmdistill_card: ([0-9a-f]{64})\nedmdistill_model: ([0-9a-f]{64})\n")
 """Lines of a card's header: sha256 of the card without them, and of the weights that were put there with it."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".onnx", ".pt2", ".h5", ".msgpack", ".gguf", ".npz")
-SHOWN, COLUMNS = 24, 8
+GRID_SIZE, GRID_COLUMNS = 24, 8
 """Samples in the grid."""
-COMPARED = 0, 1
+COMPARISON_SEEDS = 0, 1
 """Seeds whose samples must come back the same."""
 STRICTNESS = {
     "cc0-1.0": 0,
@@ -71,7 +71,7 @@ class Package(NamedTuple):
 
     Attributes:
         files: by their names on the Hub: where they are, or what they hold.
-        samples: of the seeds COMPARED.
+        samples: of COMPARISON_SEEDS.
     """
 
     repository: str
@@ -101,7 +101,7 @@ class Published(NamedTuple):
     kept_card: bool = False
 
 
-def pack(source: str | Path, repository: str, licence: str | None = None) -> Package:
+def build_package(source: str | Path, repository: str, licence: str | None = None) -> Package:
     """Puts together what is published of a checkpoint or of a run; nothing is sent.
 
     Args:
@@ -126,44 +126,44 @@ def pack(source: str | Path, repository: str, licence: str | None = None) -> Pac
     run = read_run(path) if (path / RECIPE).is_file() else None
     config = read_config(folder)
     origin = config.provenance
-    terms = settle_licence(origin.licence, licence)
+    terms = choose_licence(origin.licence, licence)
     config = replace(config, provenance=replace(origin, licence=terms, source=without_secrets(origin.source)))
-    results = _results(config, path, repository)
-    config = with_results(config, [result for result in results if is_own(result, config)])
+    results = _publishable_results(config, path, repository)
+    config = add_results(config, [result for result in results if was_measured_on(result, config)])
 
     model = load_model(folder)
     files: dict[str, Path | bytes] = {MODEL: folder / MODEL}
     grid = None
     if isinstance(model, Generator) and not is_latent(model):
-        nfe = usual_nfe(config)
+        nfe = default_nfe(config)
         files[GRID] = _grid(model, nfe)
-        grid = GRID, f"Seeds 0 to {SHOWN - 1}, in {nfe} {'evaluation' if nfe == 1 else 'evaluations'}."
+        grid = GRID, f"Seeds 0 to {GRID_SIZE - 1}, in {nfe} {'evaluation' if nfe == 1 else 'evaluations'}."
     files[CONFIG] = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
     text = card(config, repository, run=run, results=results, grid=grid)
     files[CARD] = _signed(text, sha256_file(folder / MODEL)).encode()
-    return Package(repository, config, files, _compared(model))
+    return Package(repository, config, files, _comparison_samples(model))
 
 
-def settle_licence(theirs: str | None, asked: str | None) -> str:
+def choose_licence(theirs: str | None, requested: str | None) -> str:
     """The licence to publish under.
 
     Args:
         theirs: that of the weights, or of those that they come from.
-        asked: what the user wants.
-    Raises: HubError: neither is known, or what is asked for is looser.
+        requested: what the user wants.
+    Raises: HubError: neither is known, or what is requested for is looser.
     """
-    theirs, asked = (None if licence is None else check_licence(licence) for licence in (theirs, asked))
-    if theirs is None and asked is None:
+    theirs, requested = (None if licence is None else check_licence(licence) for licence in (theirs, requested))
+    if theirs is None and requested is None:
         raise HubError("the checkpoint does not say its licence: say --licence, as the Hub writes it")
-    if theirs is None or asked is None or asked == theirs:
-        return asked or theirs or ""
+    if theirs is None or requested is None or requested == theirs:
+        return requested or theirs or ""
     free = theirs in STRICTNESS and "-sa" not in theirs
-    if not free or STRICTNESS.get(asked, -1) < STRICTNESS[theirs]:
+    if not free or STRICTNESS.get(requested, -1) < STRICTNESS[theirs]:
         raise HubError(
-            f"the weights are under {theirs}, or come from such, and {asked} allows more or other things: "
+            f"the weights are under {theirs}, or come from such, and {requested} allows more or other things: "
             "leave --licence out"
         )
-    return asked
+    return requested
 
 
 def push(
@@ -174,7 +174,7 @@ def push(
     message: str | None = None,
     replace_model: bool = False,
     overwrite_card: bool = False,
-    note: Callable[[str], object] = lambda stage: None,
+    on_message: Callable[[str], object] = lambda stage: None,
 ) -> Published:
     """Publishes, then downloads what is published and compares its bytes, and the samples of two seeds up to rounding.
 
@@ -191,7 +191,7 @@ def push(
     if get_token() is None:
         raise HubError("nobody is logged in on this machine: log in by `hf auth login`, or set HF_TOKEN")
     with hub_calls(f"{repository} is not published"):
-        note("asking the Hub")
+        on_message("asking the Hub")
         api.create_repo(repository, private=private or None, exist_ok=True)
         try:
             before = api.model_info(repository, revision=branch, files_metadata=True)
@@ -199,15 +199,17 @@ def push(
             before = api.model_info(repository, files_metadata=True)  # of which the branch is going to be made
         if private and not before.private:
             raise HubError(f"{repository} exists and is public: make it private in its settings, or name another")
-        there = _there(repository, before)
-        if not replace_model and (other := _other_model(there, package.config)):
+        contents = _read_repository(repository, before)
+        if not replace_model and (other := _other_model(contents, package.config)):
             raise HubError(
                 f"{repository} holds {other}: name another repository, or put this in its place by --replace"
             )
-        kept_card = not overwrite_card and there.card not in (None, package.card) and _signature(there.card) is None
+        kept_card = (
+            not overwrite_card and contents.card not in (None, package.card) and _signature(contents.card) is None
+        )
         if branch is not None:
             api.create_branch(repository, branch=branch, exist_ok=True)
-        note("sending")
+        on_message("sending")
         commit = api.create_commit(
             repository,
             [
@@ -219,12 +221,12 @@ def push(
             revision=branch,
             parent_commit=before.sha,
         )
-    note("comparing")
-    _require_same(package, commit.oid)
+    on_message("comparing")
+    _verify_download(package, commit.oid)
     return Published(f"{api.endpoint}/{repository}/tree/{commit.oid}", commit.oid, commit.oid == before.sha, kept_card)
 
 
-class There(NamedTuple):
+class RepositoryContents(NamedTuple):
     """What a repository holds.
 
     Attributes:
@@ -240,7 +242,7 @@ class There(NamedTuple):
     model_sha256: str | None
 
 
-def _there(repository: str, info: ModelInfo) -> There:
+def _read_repository(repository: str, info: ModelInfo) -> RepositoryContents:
     """Looks at a repository, without its weights."""
     names = [file.rfilename for file in info.siblings or ()]
 
@@ -249,23 +251,25 @@ def _there(repository: str, info: ModelInfo) -> There:
 
     card = download(CARD)
     model = next((file.lfs for file in info.siblings or () if file.rfilename == MODEL), None)
-    return There(names, download(CONFIG), card.read_bytes() if card else None, model.sha256 if model else None)
+    return RepositoryContents(
+        names, download(CONFIG), card.read_bytes() if card else None, model.sha256 if model else None
+    )
 
 
-def _other_model(there: There, config: CheckpointConfig) -> str | None:
+def _other_model(contents: RepositoryContents, config: CheckpointConfig) -> str | None:
     """What a repository holds that is not this model or an earlier state of it; None: nothing."""
-    if foreign := [name for name in there.names if name != MODEL and name.endswith(WEIGHTS)]:
+    if foreign := [name for name in contents.names if name != MODEL and name.endswith(WEIGHTS)]:
         return f"the weights of another program, {foreign[0]}"
-    if there.config is None:
-        return "weights that edmdistill did not put there" if MODEL in there.names else None
+    if contents.config is None:
+        return "weights that edmdistill did not put there" if MODEL in contents.names else None
     try:
-        own = read_config(there.config.parent)
+        own = read_config(contents.config.parent)
     except CheckpointError:
         return f"another program's model, with a {CONFIG} of its own"
     if _identity(own) != _identity(config):
-        return f"another model, {_named(own)}, where this is {_named(config)}"
-    signed = _signature(there.card)  # of a card changed by hand, it may be that of earlier weights
-    if signed and there.model_sha256 not in (None, signed):
+        return f"another model, {_describe(own)}, where this is {_describe(config)}"
+    signed = _signature(contents.card)  # of a card changed by hand, it may be that of earlier weights
+    if signed and contents.model_sha256 not in (None, signed):
         return f"a {MODEL} that edmdistill did not put there"
     return None
 
@@ -276,7 +280,7 @@ def _identity(config: CheckpointConfig) -> tuple[object, ...]:
     return config.stage, config.method, config.recipe_hash, origin.sha256, origin.parent, origin.guide
 
 
-def _named(config: CheckpointConfig) -> str:
+def _describe(config: CheckpointConfig) -> str:
     origin = config.provenance
     by = f" by {config.method}, recipe {config.recipe_hash or '-':.12}," if config.method else ""
     return printable(f"a {config.stage}{by} from {origin.source} ({origin.sha256 or origin.parent or '-':.12})")
@@ -296,7 +300,7 @@ def _signature(card: bytes | None) -> str | None:
     return found[2].decode() if found and same else None
 
 
-def _require_same(package: Package, revision: str) -> None:
+def _verify_download(package: Package, revision: str) -> None:
     """Raises: HubError: what the Hub gives back does not draw what was sent."""
     where = f"{package.repository}@{revision:.8}"
     with temporary_folder() as fresh:
@@ -305,39 +309,39 @@ def _require_same(package: Package, revision: str) -> None:
                 package.repository, revision=revision, local_dir=fresh, allow_patterns=list(package.files)
             )
         sent = {name: file for name, file in package.files.items() if name != CARD}  # a card of theirs may have stayed
-        whole = all(_holds(Path(fresh) / name, file) for name, file in sent.items())
-        same = whole and difference_of(_compared(load_model(fresh)), package.samples) <= TOLERANCE
+        whole = all(_has_bytes(Path(fresh) / name, file) for name, file in sent.items())
+        same = whole and difference_of(_comparison_samples(load_model(fresh)), package.samples) <= IMAGE_TOLERANCE
     if not same:
         raise HubError(
             f"{where} is published, but draws otherwise than here: do not use it, and give the same command again"
         )
 
 
-def _holds(path: Path, content: Path | bytes) -> bool:
+def _has_bytes(path: Path, content: Path | bytes) -> bool:
     """Whether a file has the bytes of another, or those given."""
     return path.read_bytes() == content if isinstance(content, bytes) else filecmp.cmp(path, content, shallow=False)
 
 
-def _compared(model: Generator | Denoiser) -> Tensor:
-    nfe = usual_nfe(model.config) if isinstance(model, Generator) else 3
-    return require_finite(sample(model, nfe, seeds=COMPARED), COMPARED)
+def _comparison_samples(model: Generator | Denoiser) -> Tensor:
+    nfe = default_nfe(model.config) if isinstance(model, Generator) else 3
+    return require_finite(sample(model, nfe, seeds=COMPARISON_SEEDS), COMPARISON_SEEDS)
 
 
 def _grid(model: Generator, nfe: int) -> bytes:
     """A picture of the first seeds, their classes in turn."""
     classes = model.flow.label_dim
-    labels = [seed % classes for seed in range(SHOWN)] if classes else None
-    images = require_finite(sample(model, nfe, seeds=range(SHOWN), labels=labels), range(SHOWN))
-    image_grid(to_uint8(images), COLUMNS).save(data := io.BytesIO(), "png")
+    labels = [seed % classes for seed in range(GRID_SIZE)] if classes else None
+    images = require_finite(sample(model, nfe, seeds=range(GRID_SIZE), labels=labels), range(GRID_SIZE))
+    image_grid(to_uint8(images), GRID_COLUMNS).save(data := io.BytesIO(), "png")
     return data.getvalue()
 
 
-def _results(config: CheckpointConfig, path: Path, repository: str) -> list[Result]:
+def _publishable_results(config: CheckpointConfig, path: Path, repository: str) -> list[Result]:
     """What was measured of a checkpoint and of its teacher.  Where they lay on this machine is nobody's business."""
-    measured = results_of(path)
-    own = [_at(result, repository) for result in measured if is_own(result, config)]
-    return own + [_at(result, None) for result in measured if result.provenance.get("method") is None]
+    measured = load_results(path)
+    own = [_with_source(result, repository) for result in measured if was_measured_on(result, config)]
+    return own + [_with_source(result, None) for result in measured if result.provenance.get("method") is None]
 
 
-def _at(result: Result, source: str | None) -> Result:
+def _with_source(result: Result, source: str | None) -> Result:
     return replace(result, provenance=result.provenance | {"source": source})

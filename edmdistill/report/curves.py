@@ -36,7 +36,7 @@ def axis(values: Sequence[float], log: bool = False) -> Axis:
     low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
     log = low > 0 and (log or 10 * middle < high)
     if log:
-        if len(few := _one_two_five(low, high)) <= TICKS:
+        if len(few := _ticks_one_two_five(low, high)) <= TICKS:
             return Axis(few, log)
         low, high = math.log10(low), math.log10(high)
     if low == high:
@@ -50,7 +50,7 @@ def axis(values: Sequence[float], log: bool = False) -> Axis:
     return Axis([10.0**tick for tick in ticks] if log else ticks, log)
 
 
-def _one_two_five(low: float, high: float) -> list[float]:
+def _ticks_one_two_five(low: float, high: float) -> list[float]:
     """Two or more of 1, 2, 5, 10 ... around positive numbers."""
     each = (digit * 10.0**power for power in count(math.floor(math.log10(low))) for digit in (1, 2, 5))
     ticks = [next(each)]
@@ -60,13 +60,13 @@ def _one_two_five(low: float, high: float) -> list[float]:
     return ticks
 
 
-def doublings(series: Mapping[str, Sequence[Point]]) -> Axis:
+def powers_of_two(series: Mapping[str, Sequence[Point]]) -> Axis:
     """The axis for numbers of evaluations: 1, 2, 4 ... beyond the greatest."""
     most = max((x for points in series.values() for x, _ in points), default=2)
     return Axis([2.0**i for i in range(math.ceil(math.log2(max(most, 2))) + 1)], log=True)
 
 
-def coarse(points: Sequence[Point], most: int = 80) -> list[tuple[float, float, float, float]]:
+def downsample(points: Sequence[Point], most: int = 80) -> list[tuple[float, float, float, float]]:
     """Few enough points to draw: x, and the lowest, mean and highest y of neighbours, so that spikes stay."""
     size = -(-len(points) // most)
     groups = (list(zip(*points[i : i + size], strict=True)) for i in range(0, len(points), size))
@@ -100,7 +100,7 @@ def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, lo
         f'<text x="{column(tick)}" y="{bottom + 18}" text-anchor="middle">{_short(tick)}</text>' for tick in x.ticks
     ]
     for index, points in enumerate(series.values()):
-        line = coarse(points)
+        line = downsample(points)
         mean = [f"{column(at)},{row(value)}" for at, _, value, _ in line]
         band = [f"{column(at)},{row(low)}" for at, low, _, _ in line]
         band += [f"{column(at)},{row(high)}" for at, _, _, high in reversed(line)]
@@ -113,7 +113,7 @@ def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, lo
     return f'<svg viewBox="0 0 360 192" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
-def alone(svg: str, style: str) -> str:
+def standalone_svg(svg: str, style: str) -> str:
     """A chart of svg_curves as a file of its own, on paper with a margin, in the style of a page."""
     body = svg.partition(">")[2]
     style += " svg { max-width: none; font-family: system-ui, sans-serif }"
@@ -121,7 +121,7 @@ def alone(svg: str, style: str) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}"><style>{style}</style>{paper}{body}'
 
 
-def save_plot(file: Path, title: str, series: Mapping[str, Sequence[Point]], x: Axis, kind: str) -> None:
+def save_matplotlib(file: Path, title: str, series: Mapping[str, Sequence[Point]], x: Axis, kind: str) -> None:
     """Draws the curves of svg_curves, logarithmic where that is, by matplotlib.
 
     Args:

@@ -20,12 +20,12 @@ from PIL import Image
 
 from edmdistill.checkpoints.documents import escape
 from edmdistill.evaluation.protocol import PROTOCOLS
-from edmdistill.evaluation.tables import Table
+from edmdistill.evaluation.tables import ResultTable
 from edmdistill.methods import METHODS
 from edmdistill.recipes.library import origins
-from edmdistill.report.curves import Axis, Point, alone, doublings, save_plot, svg_curves
-from edmdistill.report.expected import expected
-from edmdistill.report.summary import Summary
+from edmdistill.report.curves import Axis, Point, powers_of_two, save_matplotlib, standalone_svg, svg_curves
+from edmdistill.report.plan_comparison import compare_with_plan
+from edmdistill.report.summary import RunSummary
 from edmdistill.training.metrics import BINS
 
 PAGE = Path(__file__).parent.parent / "assets" / "report.html"
@@ -46,7 +46,7 @@ CURVES = {
 """Titles of what metrics.jsonl holds, in the order of the page; what else it holds comes last, by its own name."""
 
 
-def report(run: Summary, measured: Sequence[Table], swept: Sequence[Table] = ()) -> str:
+def report(run: RunSummary, measured: Sequence[ResultTable], swept: Sequence[ResultTable] = ()) -> str:
     """The page.
 
     Args:
@@ -78,7 +78,7 @@ def report(run: Summary, measured: Sequence[Table], swept: Sequence[Table] = ())
     )
 
 
-def draw(table: Table, source: str, file: Path, kind: str) -> None:
+def draw(table: ResultTable, source: str, file: Path, kind: str) -> None:
     """Draws a table's curves, the first metric by NFE.
 
     Args:
@@ -88,12 +88,12 @@ def draw(table: Table, source: str, file: Path, kind: str) -> None:
     """
     title = f"{table.metric} by NFE"
     if kind in (".png", ".pdf"):
-        save_plot(file, title, table.curves, doublings(table.curves), kind)
+        save_matplotlib(file, title, table.curves, powers_of_two(table.curves), kind)
         return
     page = PAGE.read_text("utf-8")
     if kind == ".svg":
         style = page.partition("<style>")[2].partition("</style>")[0]
-        text = alone(_chart_by_nfe(table), style)
+        text = standalone_svg(_chart_by_nfe(table), style)
     else:
         text = Template(page).substitute(
             title=escape(f"{source}: {title}"),
@@ -105,10 +105,10 @@ def draw(table: Table, source: str, file: Path, kind: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _facts(run: Summary) -> dict[str, str]:
+def _facts(run: RunSummary) -> dict[str, str]:
     size, classes = run.data["resolution"], run.data["classes"]
     facts = {
-        "Recipe": f"{run.asked[1]}, hash {run.recipe.hash:.12}",
+        "Recipe": f"{run.train_arguments[1]}, hash {run.recipe.hash:.12}",
         "Data": f"{run.data['name']}: {run.data['images']:,} images, {size}x{size}, {classes or 'no'} classes",
     }
     if run.config:
@@ -124,12 +124,12 @@ def _facts(run: Summary) -> dict[str, str]:
     return facts
 
 
-def _measured(table: Table) -> str:
+def _measured(table: ResultTable) -> str:
     chart = _chart_by_nfe(table) if table.curves else ""
     return f'<div class="measured"><div>{_table(table.rows)}{_note(table.caption)}</div>{chart}</div>'
 
 
-def _swept(tables: Sequence[Table], commands: Mapping[str, str]) -> str:
+def _swept(tables: Sequence[ResultTable], commands: Mapping[str, str]) -> str:
     if "sweep" not in commands:
         return ""
     body = "".join(f"<p>{escape(table.claim)}</p>{_measured(table)}" for table in tables)
@@ -143,11 +143,11 @@ def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
     return f'<div class="scroll{kind}"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
-def _chart_by_nfe(table: Table) -> str:
-    return svg_curves(f"{table.metric} by NFE", table.curves, doublings(table.curves), log=True)
+def _chart_by_nfe(table: ResultTable) -> str:
+    return svg_curves(f"{table.metric} by NFE", table.curves, powers_of_two(table.curves), log=True)
 
 
-def _samples(run: Summary) -> str:
+def _samples(run: RunSummary) -> str:
     """Grids of the run from the first to the last, and what was drawn into a folder of it afterwards."""
     files = _numbered(run.path / "samples")
     steps = "".join(f"<span>{nfe}</span>" for nfe in run.recipe.sampling.nfe)
@@ -228,10 +228,10 @@ def _chart(measure: str) -> tuple[str, str]:
     return measure, ""
 
 
-def _expected(run: Summary) -> str:
+def _expected(run: RunSummary) -> str:
     if run.config is None:
         return "<p>There is no checkpoint yet, from which the plan takes the network's shape.</p>"
-    found = expected(run)
+    found = compare_with_plan(run)
     return _table(found.rows, " values") + "".join(map(_note, found.notes))
 
 
@@ -278,9 +278,9 @@ def _options(session: Mapping[str, Any]) -> str:
     return " ".join(words) or "none"
 
 
-def _recipe(run: Summary) -> str:
+def _recipe(run: RunSummary) -> str:
     """What differs from the defaults, by who says so, and all of it."""
-    _, name, *sets = run.asked
+    _, name, *sets = run.train_arguments
     found = origins(run.recipe, run.text, name, sets[1::2])
     rows = [["", "value", "by", "in place of"]]
     for key, own in found.items():
@@ -301,14 +301,14 @@ def _value(value: object) -> str:
     return json.dumps(value)
 
 
-def _commands(run: Summary) -> dict[str, str]:
+def _commands(run: RunSummary) -> dict[str, str]:
     """To draw, to measure, also the teacher, and to train again or go on, by what they are for."""
     path, nfe, data, out = str(run.path), run.recipe.sampling.nfe, run.data["name"], run.path / "eval"
     steps = ",".join(map(str, nfe))
     fits = [name for name, protocol in PROTOCOLS.items() if protocol.reference and protocol.reference.source == data]
     measure = ["--protocol", fits[0]] if fits else ["--protocol", "pixels", "--ref", "DATA"]
     given = [] if run.recipe.network else ["TEACHER"]
-    given += ["--data", data if fits else "DATA", *run.asked]
+    given += ["--data", data if fits else "DATA", *run.train_arguments]
     usual = str(2 if 2 in nfe else nfe[0])
     commands = {
         "sample": ["sample", path, "--nfe", usual, "--seeds", "0-63", "--out", str(run.path / "images")],

@@ -12,18 +12,18 @@ import msgspec
 from edmdistill.checkpoints.config import CheckpointConfig, read_config
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import EdmDistillError
-from edmdistill.evaluation.tables import Subject
+from edmdistill.evaluation.tables import GeneratorId
 from edmdistill.jsonl import read_lines
 from edmdistill.machine.environment import Session
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.run_dir import METRICS, RECIPE, RUN, SESSIONS, DataFacts, Measured, RunFacts
 
 
-class Summary(NamedTuple):
+class RunSummary(NamedTuple):
     """What a run directory says of its run.
 
     Attributes:
-        asked: the recipe and the overrides as arguments of `train`.
+        train_arguments: the recipe and the overrides as arguments of `train`.
         data: of run.json.
         config: of the checkpoint that the run has left, if it has.
         metrics: the lines of metrics.jsonl.
@@ -32,7 +32,7 @@ class Summary(NamedTuple):
 
     path: Path
     recipe: Recipe
-    asked: list[str]
+    train_arguments: list[str]
     data: DataFacts
     config: CheckpointConfig | None
     metrics: list[Measured]
@@ -49,20 +49,20 @@ class Summary(NamedTuple):
         return (self.config.images_seen if self.config else None) or 0
 
     @property
-    def generator(self) -> Subject:
-        return Subject(self.recipe.hash, self.images)
+    def generator(self) -> GeneratorId:
+        return GeneratorId(self.recipe.hash, self.images)
 
 
-def read_run(path: Path) -> Summary:
+def read_run(path: Path) -> RunSummary:
     """The run in a directory; it may be under way.  Raises: EdmDistillError: no run directory, or a damaged one."""
     if not (path / RECIPE).is_file():
         raise EdmDistillError(f"{path} is no run directory, for it has no {RECIPE}: give the --run-dir of a training")
     generator = path / "generator"
     try:
-        return Summary(
+        return RunSummary(
             path,
             Recipe.from_json((path / RECIPE).read_bytes()),
-            _asked(path / "recipe.toml"),
+            _train_arguments(path / "recipe.toml"),
             msgspec.json.decode((path / RUN).read_bytes(), type=RunFacts)["data"],
             read_config(generator) if (generator / CONFIG).exists() else None,
             read_lines(path / METRICS, Measured, ["images", "seconds"]),
@@ -72,7 +72,7 @@ def read_run(path: Path) -> Summary:
         raise EdmDistillError(f"{path} is a damaged run directory ({error}): train again in another") from error
 
 
-def _asked(file: Path) -> list[str]:
+def _train_arguments(file: Path) -> list[str]:
     """What `train` notes above the recipe's own text; without such a note, the file itself is the recipe."""
     head, mark = "# Trained by --recipe ", "#   --set "
     text = file.read_text("utf-8")

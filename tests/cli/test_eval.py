@@ -16,7 +16,7 @@ from edmdistill.cli import main
 from edmdistill.cli.eval import command
 from edmdistill.data.datasets import open_dataset
 from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood
-from edmdistill.evaluation.results import saved_results
+from edmdistill.evaluation.results import results_in_config
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -60,7 +60,7 @@ def test_save_keeps_results_with_the_weights(checkpoint: Path, images: Path) -> 
     for count, nfe in ((20, "1,2"), (20, "2"), (21, "1")):
         assert run(checkpoint, *arguments, count, "--nfe", nfe).exit_code == 0
     config = read_config(checkpoint)
-    kept = [(result.sampler.nfe, *result.metrics) for result in saved_results(config)]
+    kept = [(result.sampler.nfe, *result.metrics) for result in results_in_config(config)]
     assert kept == [(nfe, f"fd_digits@{n}", f"class_accuracy@{n}") for nfe, n in ((1, 20), (2, 20), (1, 21))]
     assert load_checkpoint(checkpoint)[1] == config
     refused = run(images, "--protocol", "digits", "--save")

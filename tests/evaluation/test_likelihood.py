@@ -14,9 +14,9 @@ from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, indices, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
-from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood, log_likelihood, network_noise
+from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood, log_likelihood, predict_noise
 from edmdistill.evaluation.results import read_results, results_json, results_table
-from edmdistill.evaluation.tables import Subject, tables
+from edmdistill.evaluation.tables import GeneratorId, result_tables
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM, IDDPM, VE, VP
@@ -101,7 +101,7 @@ def test_the_noise_is_the_denoisers_and_moves_as_it_does(preconditioning) -> Non
     def through_D(x: Tensor) -> Tensor:
         return (x - model(x, sigma, labels[rows])) / sigma[:, None, None, None]
 
-    n, change = network_noise(model.flow, labels)(x, sigma, direction, rows)
+    n, change = predict_noise(model.flow, labels)(x, sigma, direction, rows)
     step = 1e-5 * direction
     torch.testing.assert_close(n, through_D(x), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(change, (through_D(x + step) - through_D(x - step)) / 2e-5, rtol=1e-6, atol=1e-6)
@@ -116,7 +116,7 @@ def two_time(**more) -> FlowNetwork:
 def test_a_network_of_two_times_is_asked_at_the_diagonal() -> None:
     net = two_time()
     x, sigma = normal(2, 1, 8, 8), torch.tensor([0.4, 3.0], dtype=torch.float64)
-    n, _ = network_noise(net, None)(x, sigma, x.sign(), torch.arange(2))
+    n, _ = predict_noise(net, None)(x, sigma, x.sign(), torch.arange(2))
     t = sigma_to_time(sigma, 0.5)
     cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
     torch.testing.assert_close(n, sin * cos * x / 0.5 + cos * net(cos * x, t, None, t), rtol=1e-9, atol=1e-9)
@@ -190,7 +190,7 @@ def test_the_result_says_how_and_stands_in_tables(tmp_path: Path) -> None:
     (read,) = read_results([tmp_path / "nll.json"])
     assert read.protocol == protocol
     assert read.protocol.sha256() == result.protocol_sha256
-    (table,) = tables([read], Subject("", 0))
+    (table,) = result_tables([read], GeneratorId("", 0))
     assert table.rows[1][0] == "teacher"
     assert table.rows[1][-1].startswith("rk45")
     assert "bits per dimension of digits (test, 3 images)" in table.caption

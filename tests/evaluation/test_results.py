@@ -14,11 +14,11 @@ from edmdistill.errors import CheckpointError, EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS, Protocol
 from edmdistill.evaluation.results import (
     Result,
-    place_to_save_in,
-    results_of,
+    add_results,
+    find_results_folder,
+    load_results,
+    results_in_config,
     save_results,
-    saved_results,
-    with_results,
 )
 from edmdistill.sampling.spec import SamplerRecord
 
@@ -47,9 +47,9 @@ results = st.builds(measured, st.sampled_from([PROTOCOLS["digits"], OTHER]), st.
 def test_of_each_protocol_and_sampler_the_latest_stays(rounds: list[list[Result]]):
     config = EMPTY
     for found in rounds:
-        config = with_results(config, found)
+        config = add_results(config, found)
     latest = {(one.protocol_sha256, one.sampler): one for found in rounds for one in found}
-    assert saved_results(config) == list(latest.values())
+    assert results_in_config(config) == list(latest.values())
     assert replace(config, results=()) == EMPTY
 
 
@@ -64,17 +64,17 @@ def test_a_checkpoint_on_the_disk_keeps_them(folder: Path):
     save_results(folder, [one])
     save_results(folder, [two])
     after = read_config(folder)
-    assert saved_results(after)[-2:] == [one, two]
+    assert results_in_config(after)[-2:] == [one, two]
     assert replace(after, results=before.results, format_version=before.format_version) == before
 
 
 def test_a_place_is_a_checkpoint_or_a_run(folder: Path):
-    assert (place_to_save_in(folder), place_to_save_in(str(folder.parent))) == (folder, folder.parent)
+    assert (find_results_folder(folder), find_results_folder(str(folder.parent))) == (folder, folder.parent)
     with pytest.raises(EdmDistillError, match=r"--save is for .* and me/generator is neither: use --out"):
-        place_to_save_in("me/generator")
+        find_results_folder("me/generator")
     (folder / CONFIG).write_text("{")
     with pytest.raises(CheckpointError):
-        place_to_save_in(folder)
+        find_results_folder(folder)
 
 
 def test_a_runs_results_outlive_its_checkpoint(folder: Path):
@@ -87,12 +87,12 @@ def test_a_runs_results_outlive_its_checkpoint(folder: Path):
     save_results(run, [one])
     save_results(run, [two])
     save_results(run, [two])
-    assert {*map(repr, results_of(run))} == {*map(repr, [*saved_results(before), one, two])}
+    assert {*map(repr, load_results(run))} == {*map(repr, [*results_in_config(before), one, two])}
     assert len(list((run / "eval").iterdir())) == 2
     write_config(folder, before)  # as the run does when it goes on
-    assert [result in results_of(run) for result in (one, two)] == [True, True]
+    assert [result in load_results(run) for result in (one, two)] == [True, True]
 
 
 def test_results_of_somebody_else_are_refused():
     with pytest.raises(EdmDistillError, match=r"are not ours .*: measure it again"):
-        saved_results(replace(EMPTY, results=({"fid": 2.0},)))
+        results_in_config(replace(EMPTY, results=({"fid": 2.0},)))

@@ -8,10 +8,10 @@ from msgspec.structs import replace
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference
 from edmdistill.evaluation.results import Result, read_results, results_json
-from edmdistill.evaluation.tables import Subject, best_gammas, sweeps, tables
+from edmdistill.evaluation.tables import GeneratorId, best_gamma_results, result_tables, sweep_tables
 from edmdistill.sampling.spec import SamplerRecord
 
-OURS = Subject("ab" * 32, 1000)
+OURS = GeneratorId("ab" * 32, 1000)
 DONE = replace(PROTOCOLS["digits"], reference=Reference(source="digits", n=1500, sha256="cd"))
 
 
@@ -34,7 +34,7 @@ def generator(nfe: int, fd: float, images: int = 1000, **more: float) -> Result:
 
 
 def test_teacher_and_generator_by_nfe():
-    (table,) = tables([generator(2, 6.0, class_accuracy=0.98), teacher(35, 4.0), teacher(3, 551.0)], OURS)
+    (table,) = result_tables([generator(2, 6.0, class_accuracy=0.98), teacher(35, 4.0), teacher(3, 551.0)], OURS)
     assert table.rows == [
         ["", "NFE", "digits-FD", "class accuracy", "to teacher's best", "drawn by"],
         ["teacher", "3", "551.0", "-", "137.75 x", "heun"],
@@ -49,7 +49,7 @@ def test_teacher_and_generator_by_nfe():
 
 def test_protocols_are_never_mixed():
     other = replace(DONE, seeds="5000-9999")
-    first, second = tables([teacher(35, 4.0), generator(2, 6.0), teacher(35, 1.0, other)], OURS)
+    first, second = result_tables([teacher(35, 4.0), generator(2, 6.0), teacher(35, 1.0, other)], OURS)
     assert (first.protocol, second.protocol) == (DONE, other)
     assert [row[0] for row in first.rows[1:]] == ["teacher", "generator"]
     assert [row[0] for row in second.rows[1:]] == ["teacher"]
@@ -58,13 +58,13 @@ def test_protocols_are_never_mixed():
 
 
 def test_another_generator_is_called_by_its_recipe_and_images():
-    (table,) = tables([generator(1, 7.0, images=500), generator(1, 6.0)], OURS)
+    (table,) = result_tables([generator(1, 7.0, images=500), generator(1, 6.0)], OURS)
     assert [row[0] for row in table.rows[1:]] == ["generator", "generator of 500 images, recipe abababab"]
     assert table.rows[0] == ["", "NFE", "digits-FD", "drawn by"]  # nothing to compare with
 
 
 def test_a_curve_has_the_best_at_each_nfe():
-    (table,) = tables([generator(2, 7.0), generator(2, 6.0)], OURS)
+    (table,) = result_tables([generator(2, 7.0), generator(2, 6.0)], OURS)
     assert table.curves == {"generator": [(2, 6.0)]}
     assert len(table.rows) == 3
 
@@ -76,22 +76,22 @@ def at_gamma(gamma: float, nfe: int, fd: float, images: int = 1000) -> Result:
 
 def test_a_sweep_is_of_one_generator_at_several_gammas():
     own = [at_gamma(1.0, 1, 9.0), at_gamma(1.0, 2, 6.0), at_gamma(0.0, 2, 7.0), at_gamma(0.0, 2, 5.0)]
-    (table,) = sweeps([*own, teacher(35, 4.0), at_gamma(0.5, 2, 1.0, images=7)], OURS)
+    (table,) = sweep_tables([*own, teacher(35, 4.0), at_gamma(0.5, 2, 1.0, images=7)], OURS)
     assert table.rows == [
         ["NFE", "1", "2", "lowest in"],
         ["digits-FD, gamma 1", "9.000", "6.000", "2"],
         ["digits-FD, gamma 0", "-", "5.000", "2"],
     ]
     assert table.curves == {"gamma 0": [(2, 5.0)], "gamma 1": [(1, 9.0), (2, 6.0)]}
-    assert sweeps([at_gamma(1.0, 1, 9.0), at_gamma(1.0, 2, 6.0)], OURS) == []
+    assert sweep_tables([at_gamma(1.0, 1, 9.0), at_gamma(1.0, 2, 6.0)], OURS) == []
 
 
 def test_of_one_step_no_gamma_is_told_for_none_plays():
-    (table,) = sweeps([at_gamma(1.0, 1, 5.0), at_gamma(0.0, 1, 5.0), at_gamma(0.0, 2, 6.0)], OURS)
+    (table,) = sweep_tables([at_gamma(1.0, 1, 5.0), at_gamma(0.0, 1, 5.0), at_gamma(0.0, 2, 6.0)], OURS)
     assert table.claim == "digits-FD is lowest in 1 evaluation: 5.000."
     weighed = at_gamma(0.0, 1, 5.0)
     weighed = replace(weighed, sampler=replace(weighed.sampler, guidance=1.5))
-    (table,) = tables([weighed, at_gamma(0.0, 2, 6.0)], OURS)
+    (table,) = result_tables([weighed, at_gamma(0.0, 2, 6.0)], OURS)
     assert [row[-1] for row in table.rows[1:]] == ["guidance 1.5, sigma 80", "gamma 0, sigma 80 2.5"]
 
 
@@ -100,17 +100,17 @@ def test_of_several_gammas_the_best_stays():
     same = at_gamma(0.5, 2, 5.0)
     weighed = replace(worse, sampler=replace(worse.sampler, guidance=2.0))
     rest = [teacher(35, 4.0), teacher(35, 5.0), at_gamma(1.0, 1, 8.0), weighed]
-    assert best_gammas([worse, better, same, other, *rest]) == [better, other, *rest]
+    assert best_gamma_results([worse, better, same, other, *rest]) == [better, other, *rest]
 
 
 def test_images_have_no_nfe():
-    (table,) = tables([replace(teacher(1, 9.0), sampler=None), teacher(3, 4.5)], OURS)
+    (table,) = result_tables([replace(teacher(1, 9.0), sampler=None), teacher(3, 4.5)], OURS)
     assert table.rows[-1] == ["images", "-", "9.000", "2.00 x", "-"]
     assert list(table.curves) == ["teacher"]
 
 
 def test_the_text_is_aligned_and_ends_with_the_claim():
-    lines = tables([generator(2, 6.0), teacher(35, 4.0)], OURS)[0].to_text().splitlines()
+    lines = result_tables([generator(2, 6.0), teacher(35, 4.0)], OURS)[0].to_text().splitlines()
     assert lines[0] == "Protocol digits, 5000 images."
     assert lines[2:4] == [
         "teacher     35      4.000             1.00 x  heun",

@@ -390,7 +390,7 @@ def test_a_package_that_is_missing_is_named(
 
 
 def test_nothing_is_left_of_an_export_that_is_not_the_same(golden: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(parity, "TOLERANCE", -1.0)
+    monkeypatch.setattr(parity, "IMAGE_TOLERANCE", -1.0)
     with pytest.raises(EdmDistillError, match="nothing was exported: its images by 1 evaluations differ"):
         export(golden / RGB, "nvidia", tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -18,12 +18,12 @@ from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.documents import _lines, code, code_block, escape, markdown
 from edmdistill.errors import printable
 from edmdistill.evaluation.protocol import PROTOCOLS
-from edmdistill.evaluation.tables import Table
+from edmdistill.evaluation.tables import ResultTable
 from edmdistill.recipes.library import load_recipe
 from edmdistill.report import page
-from edmdistill.report.curves import alone, doublings, svg_curves
-from edmdistill.report.expected import Expected
-from edmdistill.report.summary import Summary
+from edmdistill.report.curves import powers_of_two, standalone_svg, svg_curves
+from edmdistill.report.plan_comparison import Comparison
+from edmdistill.report.summary import RunSummary
 
 CONFIG = msgspec.json.decode(
     (Path(__file__).parent.parent / "checkpoints" / "format-1.0" / "config.json").read_bytes(), type=CheckpointConfig
@@ -51,9 +51,9 @@ class Outline(HTMLParser):
         self.text += data
 
 
-def table(name: str) -> Table:
+def table(name: str) -> ResultTable:
     rows = [["", "NFE", name], [name, "35", "1.5"]]
-    return Table(PROTOCOLS["digits"], rows, name, {name: [(1, 9.0), (4, 5.0)]}, name)
+    return ResultTable(PROTOCOLS["digits"], rows, name, {name: [(1, 9.0), (4, 5.0)]}, name)
 
 
 def written(name: str, folder: Path) -> str:
@@ -62,10 +62,10 @@ def written(name: str, folder: Path) -> str:
     session = dict.fromkeys(("edmdistill", "revision", "python", "torch", "cuda", "system", "device"), name)
     session |= {"images": 0, "began": name, "device_memory": 1, "processes": 1, "micro_batch": 1, "shard": True}
     session |= {"offload": [name], "checkpointing": False}
-    run = Summary(
+    run = RunSummary(
         path=folder,
         recipe=RECIPE,
-        asked=["--recipe", "cosim/digits-quickstart"],
+        train_arguments=["--recipe", "cosim/digits-quickstart"],
         data={"name": name, "images": 10, "resolution": 8, "classes": 3},
         config=replace(CONFIG, provenance=origin),
         metrics=[{"images": 10, "seconds": 1.0, name + "/a": 1.0, "loss/" + name: 2.0}] * 2,
@@ -80,7 +80,7 @@ def written(name: str, folder: Path) -> str:
 @example(HOSTILE)
 def test_a_report_has_the_same_tags_whatever_the_names(name: str) -> None:
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as one, TemporaryDirectory() as other:
-        patch.setattr(page, "expected", lambda run: Expected([["", name], [name, name]], [name]))
+        patch.setattr(page, "expected", lambda run: Comparison([["", name], [name, name]], [name]))
         patch.setattr(page, "BINS", ())  # a name may be that of a noise level
         text, plain = written(name, Path(one)), Outline(written("x", Path(other)))
     text.encode()
@@ -99,7 +99,7 @@ def test_names_of_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "samples" / "my own.png")  # not of the training
     (tmp_path / "samples" / "000000064.png").write_bytes(b"\x89PNG torn")
-    run = Summary(tmp_path, RECIPE, ["--recipe", "x"], {}, None, [], [])
+    run = RunSummary(tmp_path, RECIPE, ["--recipe", "x"], {}, None, [], [])
     text = page._samples(run)
     assert "drawn into &lt;b onclick=&#x27;x&#x27;&gt;" in text
     assert "This picture cannot be read." in text
@@ -110,7 +110,7 @@ def test_names_of_files_and_folders(tmp_path: Path) -> None:
 @example(HOSTILE)
 def test_a_chart_is_xml_of_its_own_tags(name: str) -> None:
     series = {name: [(1, 2.0), (2, 3.0)]}
-    chart = alone(svg_curves(name, series, doublings(series)), "")
+    chart = standalone_svg(svg_curves(name, series, powers_of_two(series)), "")
     root = ElementTree.fromstring(chart.encode())
     tags = {element.tag.rpartition("}")[2] for element in root.iter()}
     assert tags <= {"svg", "style", "rect", "text", "tspan", "path", "g", "polygon", "polyline", "circle"}

@@ -9,7 +9,7 @@ from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
 from edmdistill.evaluation import protocol
-from edmdistill.evaluation.results import results_of
+from edmdistill.evaluation.results import load_results
 from edmdistill.training import noise_levels
 
 
@@ -45,7 +45,7 @@ def test_what_is_measured_is_shown_written_and_kept(
     assert result.exit_code == 130
     line = "Interrupted: 2 of 3 measurements are done and saved; what was under way is lost.\n"
     assert result.stderr.endswith(line)
-    assert len(results_of(source)) == 2
+    assert len(load_results(source)) == 2
     assert out.read_text().count('"metrics": {') == 2
     assert result.stdout
 

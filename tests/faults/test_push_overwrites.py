@@ -15,7 +15,7 @@ from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, HubError
 from edmdistill.publish import hub
-from edmdistill.publish.hub import Published, pack, push
+from edmdistill.publish.hub import Published, build_package, push
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
 NAME = "me/cosim-digits"
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A generator; its samples are not what is tested here, and are not drawn."""
     monkeypatch.setattr(hub, "_grid", lambda model, nfe: b"")
-    monkeypatch.setattr(hub, "_require_same", lambda package, revision: None)
+    monkeypatch.setattr(hub, "_verify_download", lambda package, revision: None)
     shutil.copytree(GENERATOR, tmp_path / "generator")
     return tmp_path / "generator"
 
 
 def publish(folder: Path, **options: object) -> Published:
-    return push(pack(folder, NAME), **options)  # type: ignore[arg-type]
+    return push(build_package(folder, NAME), **options)  # type: ignore[arg-type]
 
 
 def head(server: Hub, branch: str = "main") -> dict[str, bytes]:
@@ -61,7 +61,7 @@ def test_a_card_changed_by_hand_stays_and_the_weights_go_on(server: Hub, folder:
     assert head(server)[CARD] == by_hand
     assert head(server)[MODEL] == (folder / MODEL).read_bytes()
     assert not publish(folder, overwrite_card=True).kept_card
-    assert head(server)[CARD] == pack(folder, NAME).card
+    assert head(server)[CARD] == build_package(folder, NAME).card
 
 
 @pytest.mark.parametrize("text", [b"# Mine\n", b"", b"---\nlicense: mit\n---\n", b"\xff\xfe"])
@@ -80,7 +80,7 @@ def test_a_card_that_was_not_changed_is_renewed(server: Hub, folder: Path) -> No
     before = head(server)[CARD]
     train_on(folder)
     assert not publish(folder).kept_card
-    assert head(server)[CARD] == pack(folder, NAME).card != before
+    assert head(server)[CARD] == build_package(folder, NAME).card != before
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_another_runs_repository_is_refused(
     if "parent" in change:
         change = {"provenance": replace(config.provenance, **change)}
     write_config(folder, replace(config, **change))
-    push(pack(folder, NAME))
+    push(build_package(folder, NAME))
     before = head(server)
     write_config(folder, config)
     with pytest.raises(HubError, match=rf"^{NAME} holds {sentence}.* by --replace$"):
@@ -146,11 +146,11 @@ def test_weights_that_somebody_put_in_our_place_are_not_lost(server: Hub, folder
 @pytest.mark.parametrize("licence", ["mit\nx: y", "no such licence!", ""])
 def test_no_repository_is_made_for_a_licence_that_the_hub_refuses(server: Hub, folder: Path, licence: str) -> None:
     with pytest.raises(CheckpointError, match=r"^the licence .* is neither an identifier of the Hub"):
-        pack(folder, NAME, licence)
+        build_package(folder, NAME, licence)
     origin = read_config(folder)
     write_config(folder, replace(origin, provenance=replace(origin.provenance, licence=licence)))
     with pytest.raises(CheckpointError, match=r"neither an identifier of the Hub|control characters"):
-        pack(folder, NAME)
+        build_package(folder, NAME)
     assert server.repositories == {}
 
 

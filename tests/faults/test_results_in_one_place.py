@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
-from edmdistill.evaluation.results import results_of
+from edmdistill.evaluation.results import load_results
 from edmdistill.recipes.library import load_recipe
 
 
@@ -31,7 +31,7 @@ def test_report_sees_what_eval_and_sweep_save(run: Path) -> None:
     for command, nfe in (("eval", "1"), ("sweep", "2")):
         words = ["--protocol", "digits", "--nfe", nfe, "--n", 4, "--device", "cpu", "--save"]
         assert call(command, run, *words).exit_code == 0
-    assert len(results_of(run)) == 2
+    assert len(load_results(run)) == 2
     assert call("report", run).exit_code == 0
     page = (run / "report.html").read_text()
     assert "digits-FD@4" in page
@@ -42,7 +42,7 @@ def test_results_saved_with_the_checkpoint_alone_are_seen_too(run: Path) -> None
     words = ["--protocol", "digits", "--nfe", "1", "--n", 4, "--device", "cpu", "--save"]
     assert call("eval", run / "generator", *words).exit_code == 0
     assert not (run / "eval").exists()
-    assert len(results_of(run)) == len(results_of(run / "generator")) == 1
+    assert len(load_results(run)) == len(load_results(run / "generator")) == 1
 
 
 def test_the_protocols_are_named() -> None:

@@ -14,7 +14,7 @@ from edmdistill.checkpoints.source import repository_of
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference
 from edmdistill.evaluation.results import Result
 from edmdistill.methods import METHODS
-from edmdistill.publish.card import CITATIONS, card, is_own
+from edmdistill.publish.card import CITATIONS, card, was_measured_on
 from edmdistill.recipes.library import load_recipe
 from edmdistill.report.summary import read_run
 from edmdistill.sampling.spec import SamplerRecord
@@ -139,10 +139,10 @@ def test_latents_are_said_to_be_latents():
 
 
 def test_whose_result_it_is():
-    assert is_own(result(1, 2, CONFIG), CONFIG)
-    assert not is_own(result(1, 2), CONFIG)
-    assert not is_own(result(1, 2, CONFIG, recipe_hash="cd" * 32), CONFIG)
-    assert not is_own(replace(result(1, 2, CONFIG), sampler=None), CONFIG)
+    assert was_measured_on(result(1, 2, CONFIG), CONFIG)
+    assert not was_measured_on(result(1, 2), CONFIG)
+    assert not was_measured_on(result(1, 2, CONFIG, recipe_hash="cd" * 32), CONFIG)
+    assert not was_measured_on(replace(result(1, 2, CONFIG), sampler=None), CONFIG)
 
 
 def test_every_method_is_cited():

@@ -20,7 +20,7 @@ from edmdistill.checkpoints.config import read_config, write_config
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.errors import CheckpointError, EdmDistillError, HubError
-from edmdistill.publish.hub import GRID, STRICTNESS, Published, pack, push, settle_licence
+from edmdistill.publish.hub import GRID, STRICTNESS, Published, build_package, choose_licence, push
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
 NAME = "me/cosim-digits"
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def publish(folder: Path, **options: object) -> Published:
-    return push(pack(folder, NAME), **options)  # type: ignore[arg-type]
+    return push(build_package(folder, NAME), **options)  # type: ignore[arg-type]
 
 
 def change(folder: Path) -> None:
@@ -60,9 +60,9 @@ def test_only_what_is_needed_is_published_and_it_draws_the_same(server: Hub, fol
     assert done.url == f"{server.url}/{NAME}/tree/{done.revision}"
     assert not done.unchanged
     assert server.sent() == len(files[MODEL])
-    here, there = load_generator(folder), load_generator(NAME)
-    assert there.config == here.config
-    assert torch.equal(sample(there, 2, seeds=range(4)), sample(here, 2, seeds=range(4)))
+    here, contents = load_generator(folder), load_generator(NAME)
+    assert contents.config == here.config
+    assert torch.equal(sample(contents, 2, seeds=range(4)), sample(here, 2, seeds=range(4)))
 
 
 def test_a_fresh_process_with_no_network_but_the_hub_draws_the_same(server: Hub, folder: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_nobody_elses_commit_is_written_over(server: Hub, folder: Path) -> None:
             server.repositories[NAME].commit("main", {MODEL: b"somebody else's"})
 
     with pytest.raises(HubError, match=r"somebody else has changed it in the meantime; give the same command again"):
-        publish(folder, note=meanwhile)
+        publish(folder, on_message=meanwhile)
     assert head(server)[MODEL] == b"somebody else's"
 
 
@@ -227,7 +227,7 @@ def test_what_is_not_there(server: Hub) -> None:
 
 
 def test_what_comes_back_otherwise_is_said(server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = pack(folder, NAME)
+    package = build_package(folder, NAME)
     with pytest.raises(HubError, match=r"is published, but draws otherwise than here: do not use it"):
         push(package._replace(samples=package.samples + 0.01))
     push(package._replace(samples=package.samples + 1e-7))  # rounding, of another processor
@@ -250,21 +250,21 @@ def test_states_and_other_things_are_not_published(folder: Path, tmp_path: Path)
     state.mkdir(parents=True)
     (state / "progress.json").write_text("{}")
     with pytest.raises(HubError, match="is a training state, with its optimisers, and those are not published"):
-        pack(state, NAME)
+        build_package(state, NAME)
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        pack(tmp_path / "run", NAME)
+        build_package(tmp_path / "run", NAME)
     with pytest.raises(HubError, match="is no folder"):
-        pack(tmp_path / "nothing", NAME)
+        build_package(tmp_path / "nothing", NAME)
     tensors, _ = load_tensors(folder / MODEL)
     save_tensors(folder / MODEL, tensors | {"exp_avg.out_gain": tensors["out_gain"]})
     with pytest.raises(CheckpointError, match=r"holds exp_avg\.out_gain, for which its network has no place"):
-        pack(folder, NAME)
+        build_package(folder, NAME)
 
 
 @pytest.mark.parametrize("name", ["digits", "me/a b", "me/a--b", "me/a.git", "-/-", "a/b/c", "../x", f"me/{'x' * 99}"])
 def test_a_name_that_the_hub_does_not_take(folder: Path, name: str) -> None:
     with pytest.raises(HubError, match="is no name for a repository"):
-        pack(folder, name)
+        build_package(folder, name)
 
 
 @pytest.mark.parametrize(
@@ -290,9 +290,9 @@ def test_a_name_that_the_hub_does_not_take(folder: Path, name: str) -> None:
 def test_licences(theirs: str | None, asked: str | None, published: str | None) -> None:
     if published is None:
         with pytest.raises(HubError, match=r"allows more or other things|say --licence"):
-            settle_licence(theirs, asked)
+            choose_licence(theirs, asked)
     else:
-        assert settle_licence(theirs, asked) == published
+        assert choose_licence(theirs, asked) == published
 
 
 def test_no_licence_is_looser_than_itself() -> None:
@@ -305,7 +305,7 @@ def test_no_licence_is_looser_than_itself() -> None:
 
 def _allowed(theirs: str, asked: str) -> bool:
     try:
-        return settle_licence(theirs, asked) == asked
+        return choose_licence(theirs, asked) == asked
     except EdmDistillError:
         return False
 
@@ -314,8 +314,8 @@ def test_the_licence_is_carried_into_all_that_is_published(server: Hub, folder: 
     config = read_config(folder)
     write_config(folder, replace(config, provenance=replace(config.provenance, licence=None)))
     with pytest.raises(HubError, match="does not say its licence: say --licence"):
-        pack(folder, NAME)
-    push(pack(folder, NAME, "mit"))
+        build_package(folder, NAME)
+    push(build_package(folder, NAME, "mit"))
     files = head(server)
     assert json.loads(files[CONFIG])["provenance"]["licence"] == "mit"
     assert "\nlicense: mit\n" in files[CARD].decode()

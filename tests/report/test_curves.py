@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edmdistill.report.curves import TICKS, Axis, alone, axis, coarse, doublings, svg_curves
+from edmdistill.report.curves import TICKS, Axis, axis, downsample, powers_of_two, standalone_svg, svg_curves
 
 numbers = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-9)
 
@@ -45,7 +45,7 @@ def test_axes_are_straight_or_logarithmic():
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=1), st.integers(1, 20))
 def test_few_points_stand_for_many_and_spikes_stay(points: list[tuple[float, float]], most: int):
-    line = coarse(points, most)
+    line = downsample(points, most)
     assert len(line) <= most
     assert line[-1][0] == points[-1][0]
     assert min(low for _, low, _, _ in line) == min(y for _, y in points)
@@ -66,29 +66,29 @@ def coordinates(svg: str) -> list[tuple[float, float]]:
 
 @given(st.dictionaries(st.text(), st.lists(st.tuples(st.floats(1, 64), numbers), min_size=1), min_size=1))
 def test_curves_stay_in_their_frame(series: dict[str, list[tuple[float, float]]]):
-    svg = svg_curves("any", series, doublings(series))
+    svg = svg_curves("any", series, powers_of_two(series))
     assert all(42 <= x <= 346 and 28 <= y <= 168 for x, y in coordinates(svg))
 
 
 def test_a_chart_names_its_curves_and_marks_their_few_points():
-    chart = ElementTree.fromstring(svg_curves("c < d", SERIES, doublings(SERIES)))
+    chart = ElementTree.fromstring(svg_curves("c < d", SERIES, powers_of_two(SERIES)))
     assert [name.text for name in chart.iter("tspan")] == ["a < b", "two"]
     assert [len(curve.findall("circle")) for curve in chart.iter("g")] == [2, 1]
     long = {"": [(float(x), 1.0) for x in range(1, 65)]}
-    assert "circle" not in svg_curves("long", long, doublings(long))
-    assert "circle" in svg_curves("one round", {"": [(64, 1.0)]}, doublings(long))  # a line of one point is none
+    assert "circle" not in svg_curves("long", long, powers_of_two(long))
+    assert "circle" in svg_curves("one round", {"": [(64, 1.0)]}, powers_of_two(long))  # a line of one point is none
 
 
 def test_numbers_of_evaluations_lie_on_powers_of_two():
-    assert doublings(SERIES).ticks == [1, 2, 4, 8]
-    assert doublings({"": [(9, 0.0)]}).ticks[-1] == 16
-    assert doublings({"": [(1, 0.0)]}).ticks == [1, 2]
-    assert doublings({}).ticks == [1, 2]
+    assert powers_of_two(SERIES).ticks == [1, 2, 4, 8]
+    assert powers_of_two({"": [(9, 0.0)]}).ticks[-1] == 16
+    assert powers_of_two({"": [(1, 0.0)]}).ticks == [1, 2]
+    assert powers_of_two({}).ticks == [1, 2]
 
 
 def test_a_chart_alone_is_a_file_of_its_own():
     style = ":root { --paper: #fff } div > svg { color: red }"
-    page = ElementTree.fromstring(alone(svg_curves("c", SERIES, doublings(SERIES)), style))
+    page = ElementTree.fromstring(standalone_svg(svg_curves("c", SERIES, powers_of_two(SERIES)), style))
     space = "{http://www.w3.org/2000/svg}"
     assert page.tag == f"{space}svg"
     assert style in page.find(f"{space}style").text

@@ -16,7 +16,7 @@ from PIL import Image
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
-from edmdistill.evaluation.tables import Table
+from edmdistill.evaluation.tables import ResultTable
 from edmdistill.recipes.library import find_recipe, load_recipe
 from edmdistill.report.page import report
 from edmdistill.report.summary import read_run
@@ -119,9 +119,9 @@ def full(bare: Path) -> Path:
     return bare
 
 
-def table(name: str, claim: str = "", cell: str = "1.5") -> Table:
+def table(name: str, claim: str = "", cell: str = "1.5") -> ResultTable:
     rows = [["", "NFE", "digits-FD"], ["teacher", "35", cell]]
-    return Table(
+    return ResultTable(
         PROTOCOLS[name],
         rows,
         claim,
@@ -226,7 +226,7 @@ def test_the_commands_are_those_of_the_run(bare: Path):
 
 def test_the_recipe_of_a_library_call_is_the_file_in_the_run(bare: Path):
     (bare / "recipe.toml").write_text("[training]\n")
-    assert read_run(bare).asked == ["--recipe", str(bare / "recipe.toml")]
+    assert read_run(bare).train_arguments == ["--recipe", str(bare / "recipe.toml")]
 
 
 def cells(page: str, section: str) -> dict[str, list[str]]:

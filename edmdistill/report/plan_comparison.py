@@ -12,20 +12,20 @@ from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPUS, find_gpu
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure
-from edmdistill.report.summary import Summary
+from edmdistill.report.summary import RunSummary
 
 UTILISATION = 0.35
 """Of a GPU's peak, as the command `plan` takes it."""
 
 
-class Expected(NamedTuple):
+class Comparison(NamedTuple):
     """A table of text, of which the first row is the head, and what there is to know about it."""
 
     rows: list[list[str]]
     notes: list[str]
 
 
-def expected(run: Summary) -> Expected:
+def compare_with_plan(run: RunSummary) -> Comparison:
     """Memory, operations and time of a run with a checkpoint, on the machine of its last session."""
     assert run.config is not None
     session: dict[str, Any] = {**run.sessions[-1]} if run.sessions else {}
@@ -66,10 +66,10 @@ def expected(run: Summary) -> Expected:
         ["Images a second", _number(own), _number(speed)],
         ["Time for all images", _time(own and training.images / own), _time(speed and training.images / speed)],
     ]
-    return Expected(table, notes)
+    return Comparison(table, notes)
 
 
-def _plan(run: Summary, config: CheckpointConfig, session: dict[str, Any], processes: int) -> tuple[Plan, bool]:
+def _plan(run: RunSummary, config: CheckpointConfig, session: dict[str, Any], processes: int) -> tuple[Plan, bool]:
     """The plan, and whether a guide plays in it."""
     spec = config.network
     arguments = {name: value for name, value in spec.arguments.items() if name != "guided"}  # the teacher is not
