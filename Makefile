@@ -27,7 +27,7 @@ $(RUN)/cosim/eval/generator.json: $(RUN)/cosim/generator/config.json
 # A file's tests go to one of two workers, which makes what they share once; the large files are not the last.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 ROUNDED := $(patsubst %,tests/networks/test_%.py,edm2 golden guidance logvar tangent) tests/networks/surgery/test_two_time.py \
-	tests/test_trigflow.py \
+	tests/test_trigflow.py tests/sampling/test_golden.py \
 	tests/checkpoints/test_store.py tests/export/test_bundle.py tests/export/test_export.py \
 	-k "not slow and not compiled and not traced and not processes and not onnx and not torch_export and not pipeline"
 
