@@ -1,4 +1,4 @@
-"""What the data set or the digest of a checkpoint tells that its file does not say: names of classes, the licence."""
+"""Names of classes and licences that a checkpoint does not state, from its data set or its digest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DATA_SETS = {
 
 
 class KnownFile(NamedTuple):
-    """A file that is known by its sha256."""
+    """What is known about a file with a certain sha256."""
 
     licence: str
     label_names: tuple[str, ...]
@@ -30,7 +30,7 @@ class KnownFile(NamedTuple):
 KNOWN_FILES = {
     "bd62abab978a2933528cac6ca577e0e6e412c8305a9aec8828d91c84d1d922d5": KnownFile("apache-2.0", tuple("0123456789")),
 }
-"""The teacher of digits in assets, which was trained here."""
+"""By sha256: the digits teacher in assets."""
 
 
 @cache
@@ -45,7 +45,7 @@ def class_names(label_dim: int, *paths: object) -> tuple[str, ...] | None:
 
     Args:
         label_dim: number of classes.
-        paths: of the data set, or names of files that are called after it; anything but a text is passed over.
+        paths: of the data set, or names of files named after it; anything but a string is ignored.
     """
     ends = ["/".join(PurePosixPath(path.replace("\\", "/")).parts[-2:]) for path in paths if isinstance(path, str)]
     for data_set, (count, pattern) in DATA_SETS.items():
@@ -55,12 +55,12 @@ def class_names(label_dim: int, *paths: object) -> tuple[str, ...] | None:
 
 
 def official_class_names(official: OfficialCheckpoint) -> list[str] | None:
-    """Returns the names of the classes of NVIDIA's network, by its digest, its file's name or the data set it says."""
+    """Returns the class names of an official network, by its digest, its file name or the data set that it records."""
     if official.sha256 in KNOWN_FILES:
         return list(KNOWN_FILES[official.sha256].label_names)
     data = [(official.dataset or {}).get(name) for name in ("path", "name")]
     count = official.arguments.get("label_dim")
-    # One that was renamed and names no data set: NVIDIA's of 1,000 classes are all ImageNet's.
+    # The file was renamed and records no data set: all of NVIDIA's with 1,000 classes are ImageNet's.
     guess = "imagenet" if count == 1000 and not any(data) else None
     names = class_names(count if isinstance(count, int) else 0, official.path.name, *data, guess)
     return None if names is None else list(names)

@@ -25,12 +25,12 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, Sigma
 
 FORMAT_VERSION = "1.1"
-"""Of config.json: MAJOR.MINOR. What a file lacks has its default, so every older minor reads as it did. A newer minor
-only adds fields that an older program may pass over, and it does; a newer major it would misread, and refuses.
+"""MAJOR.MINOR of config.json. A field that a file lacks has its default, so older minors read as before. A newer minor
+only adds fields that can be ignored, and they are; a newer major would be misread, and is refused.
 
 1.1: label_dropout, noise_dependence, images_total."""
 CONFIG_BYTES = 16 * 2**20
-"""No configuration is longer; ImageNet's class names take 30,000."""
+"""Largest config.json that is read; ImageNet's class names take 30,000 bytes."""
 
 C_NOISE = {
     "edm": "{c_noise_scale:g} ln(sigma)",
@@ -38,28 +38,28 @@ C_NOISE = {
     "ve": "ln(sigma/2)",
     "iddpm": "{M} - 1 - index(sigma)",
 }
-"""What the network reads as its noise level, in words."""
+"""The noise level as the network reads it, by preconditioning."""
 
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-"""Characters that would speak to a terminal rather than be read on it."""
+"""Control characters, which a terminal would act on."""
 Text = Annotated[str, Meta(max_length=4096)]
 Images = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Weight = Annotated[float, Meta(ge=1, le=1e6)]
 
 
 class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """Which network, and its constructor's arguments."""
+    """A network's class, and its constructor's arguments."""
 
     kind: str
     arguments: dict[str, Any]
 
 
 class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
-    """How a generator wants to be sampled, unless it is told otherwise.
+    """How a generator is sampled by default.
 
     Attributes:
-        sigmas: noise levels, falling, by their number: {"2": [80.0, 2.515]}; for others, EDM's curve.
+        sigmas: decreasing noise levels by their number, {"2": [80.0, 2.515]}; for other numbers, EDM's curve.
         gamma: share of fresh noise between the steps, in [0, 1].
     """
 
@@ -76,11 +76,11 @@ class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Guidance(Struct, frozen=True, forbid_unknown_fields=True):
-    """The guidance that a generator has learnt of its teacher.
+    """The guidance that a generator has learnt from its teacher.
 
     Attributes:
         kind: classes: away from the teacher without them; network: away from another network.
-        range: of the weights that it can be told; of one weight, that is built in.
+        range: of the weights that it accepts; both ends are equal where one weight is built in.
     """
 
     kind: Literal["classes", "network"]
@@ -92,7 +92,7 @@ class Guidance(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def words(self) -> str:
-        """What it is, and what --guidance takes."""
+        """The kind of guidance, and the weights that --guidance takes."""
         low, high = self.range
         by = "its classes" if self.kind == "classes" else "another network"
         return f"by {by}" + (f": --guidance takes {low:g} to {high:g}" if low < high else f" at weight {low:g}")
@@ -104,7 +104,7 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     source: Text
     """URL, Hub id or file name of what was converted; for a generator, of its teacher."""
     sha256: Text | None = None
-    """Of that file."""
+    """Digest of that file."""
     licence: Text | None = None
     parent: Text | None = None
     """sha256 of the checkpoint whose weights these were initialised with."""
@@ -114,12 +114,12 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """sha256 of the generator that the run began with."""
 
     def __post_init__(self) -> None:
-        # A file's name may hold what no configuration may.
+        # A file's name may hold control characters, which a configuration may not.
         force_setattr(self, "source", CONTROL.sub("\ufffd", self.source))
 
 
 class Latents(Struct, frozen=True):
-    """What `encoder` says of the latents of a VAE: x0 = latents scale + bias, by channel. Other keys may follow."""
+    """`encoder` of a latent network: x0 = latents * scale + bias, by channel. Other keys may follow."""
 
     kind: Text
     scale: tuple[Annotated[float, Meta(gt=0, le=1e6)], ...]
@@ -133,7 +133,7 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stage: Literal["teacher", "generator", "auxiliary"]
     network: NetworkSpec
     preconditioning: dict[str, Any]
-    """`kind`, and its numbers."""
+    """`kind`, and its parameters."""
     parameterization: Literal["trigflow"] = "trigflow"
     c_noise: Text
     sigma_data: Sigma
@@ -142,7 +142,7 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     label_dim: Images
     label_names: tuple[Text, ...] | None = None
     label_dropout: Share | None = None
-    """Share of the teacher's training in which it was given no class; None: as its network's arguments say."""
+    """Share of training images without a class; None: as the network's arguments say."""
     noise_dependence: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """How far D at sigma_max depends on the noise; see checkpoints/noise_dependence.py.  None: not measured."""
     two_time: bool
@@ -151,16 +151,16 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     recipe_hash: Text | None = None
     images_seen: Images | None = None
     images_total: Images | None = None
-    """How many the recipe asks for; a generator that has seen fewer is unfinished."""
+    """Images that the recipe asks for; a generator that has seen fewer is unfinished."""
     ema: dict[str, Any] | None = None
     sampling: SamplingDefaults = SamplingDefaults()
     encoder: dict[str, Any] = msgspec.field(default_factory=lambda: {"kind": "pixels"})
-    """What images are to the network: pixels in [-1, 1], or a VAE's latents with their statistics."""
+    """The network's images: pixels in [-1, 1], or a VAE's latents with their statistics."""
     provenance: Provenance
     results: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises: ValueError: fields that contradict one another."""
+        """Raises: ValueError: fields contradict one another."""
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min is {self.sigma_min:g}, which is not below sigma_max, {self.sigma_max:g}")
         if self.label_names is not None and len(self.label_names) != self.label_dim:
@@ -168,7 +168,7 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 def unfinished(config: CheckpointConfig) -> str | None:
-    """Returns a sentence if a checkpoint is of a run that has not come to its end; else None."""
+    """Returns a sentence if a checkpoint comes from a run that has not finished; else None."""
     seen, total = config.images_seen, config.images_total
     if seen is None or total is None or seen >= total:
         return None
@@ -176,9 +176,9 @@ def unfinished(config: CheckpointConfig) -> str | None:
 
 
 def describe(flow: FlowNetwork) -> dict[str, Any]:
-    """The fields of CheckpointConfig that the network itself knows."""
+    """Returns the fields of CheckpointConfig that the network determines."""
     network, preconditioning = flow.network, flow.preconditioning
-    # By isinstance, for a sharded network is of a class of its own.
+    # By isinstance, because a sharded network has a class of its own.
     network_kind = next(kind for kind, class_ in NETWORKS.items() if isinstance(network, class_))
     kind = next(kind for kind, class_ in PRECONDITIONINGS.items() if isinstance(preconditioning, class_))
     numbers = asdict(preconditioning)
@@ -196,19 +196,19 @@ def describe(flow: FlowNetwork) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> CheckpointConfig:
-    """The configuration of a checkpoint of ours.
+    """Returns the configuration of a checkpoint of ours.
 
-    Raises: CheckpointError: there is none, it is of another major version, or it says what we do not know.
+    Raises: CheckpointError: there is none, it has another major version, or it is invalid.
     """
     path = folder / CONFIG
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > CONFIG_BYTES):
-            raise ValueError(f"it is no file of at most {CONFIG_BYTES >> 20} MiB")
+            raise ValueError(f"it is not a file of at most {CONFIG_BYTES >> 20} MiB")
         fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         _refuse_control_characters(fields)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder} is not a checkpoint, for it has no {CONFIG}: give a converted teacher or a finished run."
+            f"{folder} is not a checkpoint because it has no {CONFIG}: give a converted teacher or a finished run."
         ) from error
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error}).") from error
@@ -233,7 +233,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 
 
 def _refuse_control_characters(fields: Any) -> None:
-    """Raises: ValueError: a text anywhere in these fields holds one."""
+    """Raises: ValueError: a string anywhere in these fields holds one."""
     left = [fields]
     while left:
         match left.pop():

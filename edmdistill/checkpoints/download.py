@@ -24,20 +24,23 @@ from edmdistill.errors import CheckpointError, public_address
 from edmdistill.progress import progress_bar
 
 SILENCE = 60.0
-"""Seconds after which a server that sends nothing is given up."""
+"""Seconds without data after which a server is given up."""
 SLOWEST = 1024
-"""Bytes per second; a server that sends less over SILENCE is given up."""
+"""Bytes per second; a server that is slower over SILENCE seconds is given up."""
 
 
 def _cache() -> Path:
-    """The folder of downloads: $EDMDISTILL_CACHE, else edmdistill in the user's cache folder."""
-    own = os.environ.get("EDMDISTILL_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edmdistill"
+    """Returns the folder of downloads: $EDMDISTILL_CACHE, else edmdistill in the user's cache folder."""
+    folder = os.environ.get("EDMDISTILL_CACHE")
+    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edmdistill"
 
 
 def download(url: str) -> Path:
-    """The file at an http(s) URL, kept for the next time.  A download that breaks leaves nothing."""
-    # A folder for each URL keeps the file's own name, which says what it is (and .pkl or .pt).
+    """Returns the file at an http(s) URL, from the cache if it is there.  A failed download leaves nothing.
+
+    Raises: CheckpointError: it cannot be downloaded.
+    """
+    # Each URL has its own folder, so that the file keeps its name, which says what it is.
     target = _cache() / hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()[:16] / _file_name(url)
     if target.exists():
         return target
@@ -56,7 +59,7 @@ def download(url: str) -> Path:
             elif isinstance(reason, TimeoutError):
                 reason = f"the server is silent for {SILENCE:g} s; try again later"
             elif isinstance(error, http.client.InvalidURL | UnicodeError):
-                reason = "this is no address"  # the error repeats it, with what may be secret
+                reason = "this is not a valid address"  # the error repeats it, and it may hold secrets
             raise CheckpointError(f"{public_address(url)} cannot be downloaded: {reason}.") from None
         if redirects.sha256 not in (None, digest):
             raise CheckpointError(
@@ -67,32 +70,37 @@ def download(url: str) -> Path:
 
 
 def _file_name(url: str) -> str:
-    """The last name in a URL's path, as any file system takes it."""
+    """Returns the last name in a URL's path, made valid for every file system."""
     last = PurePosixPath(unquote(re.split("[?#;]", url)[0].rstrip("/"))).name
     name = re.sub(r"[^\w.+=-]", "_", last, flags=re.ASCII).strip(".")[-100:] or "download"
-    return f"_{name}" if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name) else name  # of Windows
+    return (
+        f"_{name}" if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name) else name
+    )  # reserved on Windows
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """EmaOf to http and https alone, and notes what the Hub says of a large file before it sends on to it."""
+    """Follows redirects to http and https only, and keeps the sha256 that the Hub states with a redirect."""
 
     sha256: str | None = None
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if not newurl.lower().startswith(("http://", "https://")):
             fp.close()
-            raise urllib.error.URLError("the server sends on to an address that is not http or https")
+            raise urllib.error.URLError("the server redirects to an address that is not http or https")
         linked = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-ETag") or "")
         self.sha256 = linked[1] if linked else self.sha256
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _open(url: str, redirects: _Redirects) -> Any:
-    """The response to a GET, which begins within SILENCE."""
+    """Returns the response to a GET request.
+
+    Raises: TimeoutError: it does not begin in time; OSError, HTTPException ...: it fails.
+    """
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     request = urllib.request.Request(urlunsplit(parts._replace(netloc=host, fragment="")))
-    if at:  # not to be sent to wherever the server sends on to
+    if at:  # not to be sent to wherever the server redirects
         token = base64.b64encode(unquote(user).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {token}")
     opener = urllib.request.build_opener(redirects)
@@ -109,7 +117,7 @@ def _open(url: str, redirects: _Redirects) -> Any:
         else:
             answers.put(response)
 
-    # A server may send its headers a letter at a time, and each letter begins the socket's own patience anew.
+    # A server may send its headers a byte at a time, and every byte restarts the socket's own timeout.
     threading.Thread(target=answer, daemon=True).start()
     try:
         response = answers.get(timeout=2 * SILENCE)
@@ -124,10 +132,10 @@ def _open(url: str, redirects: _Redirects) -> Any:
 def _save(response: Any, file: BinaryIO, name: str) -> str:
     """Writes a response's body, and returns its sha256.
 
-    Raises: OSError, ValueError: it is cut short, too slow, or larger than the disk.
+    Raises: OSError, ValueError: it is truncated, too slow, or larger than the disk.
     """
-    said = response.headers.get("Content-Length") or ""
-    size = int(said) if re.fullmatch(r"\d{1,18}", said) else None
+    length = response.headers.get("Content-Length") or ""
+    size = int(length) if re.fullmatch(r"\d{1,18}", length) else None
     free = shutil.disk_usage(Path(file.name).parent).free
     if size is not None and size > free:
         raise OSError(f"it has {size:,} bytes, and the disk of the cache has {free:,} free; set EDMDISTILL_CACHE")
@@ -151,17 +159,17 @@ def _save(response: Any, file: BinaryIO, name: str) -> str:
 
 @contextmanager
 def downloaded(path: Path) -> Iterator[None]:
-    """Reads what may be a download: if it cannot be read, it is removed, so that it is downloaded again.
+    """Wraps the reading of a file: one from a cache that cannot be read is removed, so that it is downloaded again.
 
-    Raises: CheckpointError: from the block, with what became of the file.
+    Raises: CheckpointError: that of the block, which then says that the file was removed.
     """
     try:
         yield
     except CheckpointError as error:
         from huggingface_hub import constants
 
-        place = path.absolute()
-        if any(Path(folder).absolute() in place.parents for folder in (_cache(), constants.HF_HUB_CACHE)):
+        parents = path.absolute().parents
+        if any(Path(folder).absolute() in parents for folder in (_cache(), constants.HF_HUB_CACHE)):
             blob = path.resolve()
             path.unlink(missing_ok=True)
             blob.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face Hub by its client, whose refusals become one sentence each."""
+"""Downloads from the Hugging Face Hub by its client, whose errors become one sentence each."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from edmdistill.errors import CheckpointError, HubError
 from edmdistill.progress import bar_class
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-"""owner/name, as the Hub writes it."""
+"""owner/name of a repository on the Hub."""
 PATIENCE = 120.0
-"""Seconds of silence after which the Hub counts as out of reach."""
+"""Seconds without an answer after which the Hub counts as unreachable."""
 REASONS = {
-    401: "the Hub does not know you; log in by `hf auth login`, or set HF_TOKEN to a valid token",
-    403: "your token does not allow it; take one with the right to, from https://huggingface.co/settings/tokens",
-    404: "there is no such repository, or it is private and you may not see it; look at the name, and log in",
-    409: "something else is going on there; try again in a minute",
-    412: "somebody else has changed it in the meantime; give the same command again",
-    413: "the Hub takes nothing of that size",
-    429: "the Hub has had too many requests from you; wait a while",
+    401: "you are not logged in to the Hub; log in with `hf auth login`, or set HF_TOKEN to a valid token",
+    403: "your token does not allow it; create one with the right permissions at https://huggingface.co/settings/tokens",
+    404: "there is no such repository, or it is private; check the name, and log in",
+    409: "another change is in progress there; try again in a minute",
+    412: "someone else has changed it in the meantime; run the same command again",
+    413: "the Hub does not accept files of that size",
+    429: "you have sent too many requests to the Hub; wait a while",
 }
-"""What the Hub's refusals mean to a user."""
+"""What the Hub's status codes mean to a user."""
 
 
 def download_from_hub(text: str) -> Path:
-    """A file (owner/name/file@revision) or a checkpoint of ours (owner/name@revision) from the Hugging Face Hub."""
+    """Returns a file (owner/name/file@revision) or a checkpoint of ours (owner/name@revision) of the Hub.
+
+    Raises: CheckpointError: the text names no repository.  HubError: the Hub refuses.
+    """
     from huggingface_hub import hf_hub_download, snapshot_download
 
     text = re.sub(r"^[^/]*@|[?#].*", "", text)  # a user or a token: the client has its own
@@ -41,7 +44,7 @@ def download_from_hub(text: str) -> Path:
     repository = f"{owner}/{name}"
     if not REPOSITORY.fullmatch(repository):
         raise CheckpointError(f"hf://{text} names no repository of the Hub: write hf://owner/name/file@revision.")
-    with hub_calls(f"{text} cannot be had from the Hub"):
+    with hub_calls(f"{text} cannot be downloaded from the Hub"):
         begun, bar = time.time(), bar_class()
         if file:
             path = Path(hf_hub_download(repository, file, revision=revision or None, tqdm_class=bar))
@@ -56,9 +59,9 @@ def download_from_hub(text: str) -> Path:
 
 
 def _require_whole(path: Path, begun: float) -> None:
-    """Compares a file that the Hub's client has just written with its sha256, by which its cache names large files.
+    """Checks a file that the Hub's client has just written against its sha256, which is its name in the cache.
 
-    Raises: OSError: it is another; it is removed.
+    Raises: OSError: they differ; the file is removed.
     """
     blob = path.resolve()
     if not re.fullmatch("[0-9a-f]{64}", blob.name) or blob.stat().st_mtime < begun - 1:
@@ -72,22 +75,22 @@ def _require_whole(path: Path, begun: float) -> None:
 
 @contextmanager
 def hub_calls(what: str) -> Iterator[None]:
-    """Calls of the Hub's client: they do not wait for ever, and what they raise becomes one sentence.
+    """Wraps calls of the Hub's client: they time out, and what they raise becomes one sentence.
 
     Args:
-        what: how the sentence begins.
-    Raises: HubError.
+        what: the beginning of the sentence.
+    Raises: HubError: a call fails.
     """
     from huggingface_hub import get_session
     from huggingface_hub.errors import EntryNotFoundError
 
-    def impatient(request: Any) -> None:
+    def limit_time(request: Any) -> None:
         limits = request.extensions["timeout"]
         request.extensions["timeout"] = {part: limit or PATIENCE for part, limit in limits.items()}
 
     session = get_session()
     before = session.event_hooks
-    session.event_hooks = before | {"request": [*before["request"], impatient]}  # the client's own default is for ever
+    session.event_hooks = before | {"request": [*before["request"], limit_time]}  # the client's own default is no limit
     try:
         yield
     except (_http_error(), EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
@@ -97,7 +100,7 @@ def hub_calls(what: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Why a call of the Hub's client failed, and what to do."""
+    """Returns why a call of the Hub's client failed, and what to do."""
     from huggingface_hub import errors
 
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -108,24 +111,24 @@ def _reason(error: BaseException) -> str:
         case errors.LocalEntryNotFoundError():
             return f"{_reason(cause)}, and there is no copy of it here" if cause else first
         case errors.RevisionNotFoundError():
-            return "it has no such revision; name a branch, a tag or a commit of it"
+            return "it has no such revision; give a branch, a tag or a commit of it"
         case errors.GatedRepoError():
-            return "its owners want to be asked first; ask them on its page"
+            return "access to it is gated; request it on its page"
         case errors.HfHubHTTPError():
-            status, said = error.response.status_code, (error.server_message or "").strip().splitlines()
+            status, answer = error.response.status_code, (error.server_message or "").strip().splitlines()
             reason = REASONS.get(status, first)
             if status >= 500:
-                reason = f"the Hub has a fault of its own ({status}); give the same command again later"
-            return f"{reason} (the Hub says: {said[0].rstrip('.')})" if said else reason
-        case RuntimeError() if cause is not None:  # of the thread that sends a file
+                reason = f"the Hub has an internal error ({status}); run the same command again later"
+            return f"{reason} (the Hub says: {answer[0].rstrip('.')})" if answer else reason
+        case RuntimeError() if cause is not None:  # from the thread that uploads a file
             return _reason(cause)
     if isinstance(error, _http_error()):
-        return f"the Hub cannot be reached ({first}); look at the network, and give the same command again"
+        return f"the Hub cannot be reached ({first}); check the network, and run the same command again"
     return " ".join(lines).rstrip(".")
 
 
 def _http_error() -> type[Exception]:
-    """The base of what the Hub's client raises by itself: httpx's or httpx2's, by its version."""
+    """Returns the base class of the client's own errors: httpx's or httpx2's, by its version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return cast(type[Exception], HfHubHTTPError.__bases__[0])

@@ -30,33 +30,33 @@ from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS, make_pr
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all.  Tensors that share memory become two.
+    """Writes a safetensors file, whole or not at all.  Tensors that share memory are written separately.
 
     Raises: CheckpointError: the disk refuses.
     """
     seen: set[int] = set()
-    own = {}
+    separate = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if memory in seen else tensor
+        separate[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     with atomic_write(path) as new:
         try:
-            # An empty mapping beside no tensors would make a file that safetensors itself cannot read.
-            save_file(own, new, dict(metadata) if metadata else None)
+            # With an empty mapping and no tensors, safetensors writes a file that it cannot read.
+            save_file(separate, new, dict(metadata) if metadata else None)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
+    """Returns the tensors and the metadata of a safetensors file.
 
     Raises: CheckpointError: no such file, or it is damaged.
     """
     try:
         if path.exists() and not path.is_file():
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         with safe_open(path, framework="pt", device=str(device)) as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
@@ -65,7 +65,7 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
 
 def require_finite(tensor: Tensor, name: str, where: str) -> None:
     """Raises: CheckpointError: a tensor of a checkpoint holds NaN or infinity."""
-    # A sum shows them in one pass and without memory; but one of large numbers may be infinite by itself.
+    # A sum finds them in one pass and without memory, but large finite numbers may overflow it.
     if not tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32).isfinite():
         finite = tensor.isfinite()
         if not finite.all():
@@ -76,12 +76,12 @@ def require_finite(tensor: Tensor, name: str, where: str) -> None:
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Puts tensors into a module on the meta device, after checking every name, shape and dtype.
+    """Loads tensors into a module on the meta device, after checking every name, shape and dtype.
 
-    Raises: CheckpointError: one is missing, left over, of another shape, not of floating point, or not finite.
+    Raises: CheckpointError: one is missing, unexpected, of another shape, not floating-point, or not finite.
     """
     expected = module.state_dict()
-    advice = "it is damaged, or its configuration is of another network"
+    advice = "it is damaged, or its configuration describes another network"
     for wrong, what in (
         (expected.keys() - tensors.keys(), "lacks {}, which its network needs"),
         (tensors.keys() - expected.keys(), "holds {}, for which its network has no place"),
@@ -107,64 +107,64 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
 def build_flow(
     spec: NetworkSpec, preconditioning: Mapping[str, Any], where: str, label_dropout: float | None = None
 ) -> FlowNetwork:
-    """The network that a configuration describes, on the meta device: however large it is, it takes no memory.
+    """Returns the network that a configuration describes, on the meta device: it takes no memory, however large it is.
 
     Args:
         where: what errors call the checkpoint.
         label_dropout: see FlowNetwork.
-    Raises: CheckpointError: an unknown kind, or arguments that make no network, or none that denoises.
+    Raises: CheckpointError: the kind is unknown, the arguments make no network, or it is no denoiser.
     """
     numbers = dict(preconditioning)
     kind = numbers.pop("kind", None)
     for word, table in ((spec.kind, NETWORKS), (kind, PRECONDITIONINGS)):
         if not isinstance(word, str) or word not in table:
-            raise CheckpointError(f"{where} is of the kind {word!r:.80}, but this version knows {', '.join(table)}.")
+            raise CheckpointError(f"{where} is of the kind {word!r:.80}, but this version supports {', '.join(table)}.")
     try:
         with torch.device("meta"):
             network = NETWORKS[spec.kind](**spec.arguments)
-    except Exception as error:  # the arguments are a stranger's: whatever they break, they are what is wrong
+    except Exception as error:  # the arguments are untrusted: whatever breaks, they are the cause
         raise CheckpointError(f"{where} has arguments that make no {spec.kind} network: {error!s:.300}.") from error
     try:
         flow = FlowNetwork(network, make_preconditioning(str(kind), numbers), label_dropout=label_dropout)
     except Exception as error:
         raise CheckpointError(f"{where} has numbers that make no {kind} preconditioning: {error!s:.300}.") from error
-    # iDDPM's networks give the variance as well, which nobody reads.
-    wanted = flow.img_channels * (2 if isinstance(flow.preconditioning, IDDPM) else 1)
-    found = network.arguments.get("out_channels", wanted)
-    if found != wanted:
+    # iDDPM's networks also predict the variance, which is not used.
+    expected = flow.img_channels * (2 if isinstance(flow.preconditioning, IDDPM) else 1)
+    channels = network.arguments.get("out_channels", expected)
+    if channels != expected:
         raise CheckpointError(
-            f"{where} is of a network that makes {found} channels of {flow.img_channels}, where {kind} takes {wanted}: "
-            "it is no denoiser of such images."
+            f"{where} has a network that makes {channels} channels from {flow.img_channels}, where {kind} needs "
+            f"{expected}: it is no denoiser of such images."
         )
     if network.positional_time != flow.preconditioning.reads_time:
         reads = "t" if network.positional_time else "ln(sigma)"
         raise CheckpointError(
-            f"{where} contradicts itself: its network reads {reads}, its preconditioning is for another."
+            f"{where} contradicts itself: its network reads {reads}, but its preconditioning does not give that."
         )
     return flow
 
 
 def refuse_occupied(folder: Path, overwrite: bool) -> None:
-    """Lets a checkpoint be written at `folder`: there is nothing, or one of ours that is to be overwritten.
+    """Requires that a checkpoint can be written at `folder`: it is empty, or a checkpoint of ours to overwrite.
 
-    Raises: CheckpointError: there is something else.
+    Raises: CheckpointError: something else is there.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {CONFIG, MODEL, CARD}:
         raise CheckpointError(f"{folder} exists and holds other things than a checkpoint: choose another place.")
-    there = read_config(folder)  # what is not ours is not replaced
+    existing = read_config(folder)  # what is not ours is not replaced
     if not overwrite:
         raise CheckpointError(
-            f"{folder} holds a checkpoint already, a {there.stage} from {there.provenance.source}: "
-            "choose another place, or say --overwrite."
+            f"{folder} holds a checkpoint already, a {existing.stage} from {existing.provenance.source}: "
+            "choose another place, or give --overwrite."
         )
 
 
 def write_checkpoint(
     folder: Path, flow: FlowNetwork, config: CheckpointConfig, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes the three files into a folder, which is made."""
+    """Writes the three files of a checkpoint into a folder, which is created."""
     config = replace(config, **describe(flow))
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / MODEL, flow.network.state_dict() if tensors is None else tensors, {"format": "pt"})
@@ -183,10 +183,10 @@ def save_checkpoint(
     """Writes a checkpoint, whole or not at all.
 
     Args:
-        config: what the network knows of itself (`facts`) is put right in it.
+        config: its fields that the network determines (see `describe`) are replaced.
         overwrite: replace a checkpoint of ours that is there.
-        tensors: of flow.network, where flow holds only a part of each.
-    Raises: CheckpointError: something is in the way, or the disk refuses.
+        tensors: of flow.network, where flow holds only shards.
+    Raises: CheckpointError: the folder is occupied, or the disk refuses.
     """
     refuse_occupied(folder, overwrite)
     with atomic_write(folder) as new:
@@ -194,9 +194,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> tuple[FlowNetwork, CheckpointConfig]:
-    """A checkpoint of ours: a folder, or a repository of the Hub.
+    """Returns the network and the configuration of a checkpoint of ours, a folder or a repository of the Hub.
 
-    Raises: CheckpointError: it is not there, not ours, or damaged.  HubError: the Hub refuses.
+    Raises: CheckpointError: it does not exist, is not ours, or is damaged.  HubError: the Hub refuses.
     """
     folder = resolve(source)
     config = read_config(folder)
@@ -206,17 +206,19 @@ def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> t
 
 
 def build_meta(config: CheckpointConfig, folder: Path) -> FlowNetwork:
-    """Returns the network of a configuration on the meta device: it has no numbers and takes no memory.
+    """Returns the network of a configuration on the meta device, after comparing the two.
 
     Args:
-        folder: of the checkpoint, for errors.
-    Raises: CheckpointError: it makes no network, or contradicts itself.
+        folder: the checkpoint, for errors.
+    Raises: CheckpointError: it describes no network, or contradicts itself.
     """
     flow = build_flow(config.network, config.preconditioning, str(folder), config.label_dropout)
     for name in ("sigma_data", "sigma_min", "sigma_max", "label_dim", "two_time"):
-        said, fact = getattr(config, name), getattr(flow, name)
-        if said != fact:
-            raise CheckpointError(f"{folder / CONFIG} contradicts itself: {name} is {said}, its network has {fact}.")
+        stated, actual = getattr(config, name), getattr(flow, name)
+        if stated != actual:
+            raise CheckpointError(
+                f"{folder / CONFIG} contradicts itself: {name} is {stated}, its network has {actual}."
+            )
     if flow.guided != (config.guidance is not None and config.guidance.range[0] < config.guidance.range[1]):
         reads = "reads a weight of guidance" if flow.guided else "reads no weight of guidance"
         raise CheckpointError(f"{folder / CONFIG} contradicts itself: its network {reads}, guidance says otherwise.")
@@ -231,15 +233,15 @@ def build_meta(config: CheckpointConfig, folder: Path) -> FlowNetwork:
 
 
 def _card(config: CheckpointConfig) -> str:
-    """The README until the checkpoint is published, with the Hub's header: what it is, whence, and its use."""
-    what = {"teacher": "a diffusion model", "generator": "a few-step generator", "auxiliary": "an auxiliary score"}
+    """Returns the README.md of a checkpoint that is not published yet, with the Hub's header."""
+    kinds = {"teacher": "a diffusion model", "generator": "a few-step generator", "auxiliary": "an auxiliary score"}
     provenance = config.provenance
     licence = provenance.licence or "other"
     digest = f" (sha256 {code(provenance.sha256)})" if provenance.sha256 else ""
     guidance = f"Its teacher was guided {config.guidance.words}.\n" if config.guidance else ""
     fields = {"library_name": "edmdistill", "pipeline_tag": "unconditional-image-generation"}
     return f"""{front_matter(fields | licence_fields(provenance.licence))}
-This is {what[config.stage]} in edmdistill's TrigFlow format, from {markdown(provenance.source)}{digest}.
+This is {kinds[config.stage]} in edmdistill's TrigFlow format, from {markdown(provenance.source)}{digest}.
 Its weights are under this licence: {markdown(licence)}.
 {guidance}
     edmdistill sample PATH_OR_HUB_ID --seeds 0-15 --out images/

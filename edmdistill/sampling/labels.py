@@ -8,9 +8,9 @@ from difflib import get_close_matches
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from edmdistill.errors import EdmDistillError
+from edmdistill.networks.flow import class_vectors
 
 
 def label_vectors(labels: int | Sequence[int] | Tensor, label_dim: int, count: int) -> Tensor:
@@ -25,7 +25,7 @@ def label_vectors(labels: int | Sequence[int] | Tensor, label_dim: int, count: i
         raise EdmDistillError("classes were given, but this network is unconditional: leave them out")
     labels = torch.as_tensor(labels)
     if labels.shape == (count, label_dim):
-        return labels.to(torch.float32)
+        return class_vectors(labels, label_dim).to(torch.float32)
     if labels.is_floating_point() or labels.shape not in ((), (1,), (count,)):
         raise EdmDistillError(
             f"labels of shape {list(labels.shape)} do not fit {count} samples: "
@@ -36,7 +36,7 @@ def label_vectors(labels: int | Sequence[int] | Tensor, label_dim: int, count: i
         raise EdmDistillError(
             f"class {int(outside.flatten()[0])} does not exist: this network's classes run from 0 to {label_dim - 1}"
         )
-    return one_hot(labels.long().expand(count), label_dim).to(torch.float32)
+    return class_vectors(labels.expand(count), label_dim)
 
 
 def find_classes(words: Sequence[str], label_dim: int, names: Sequence[str] | None) -> list[int]:

@@ -104,7 +104,7 @@ def test_pushed_again_nothing_is_sent_again(server: Hub, folder: Path) -> None:
 @pytest.mark.parametrize("fault", [500, "break"])
 def test_a_push_that_was_interrupted_goes_on(server: Hub, folder: Path, fault: int | str) -> None:
     server.faults["POST .*/commit/"] = fault, 1
-    with pytest.raises(HubError, match=r"^me/cosim-digits is not published: the Hub .*give the same command again"):
+    with pytest.raises(HubError, match=r"^me/cosim-digits is not published: the Hub .*run the same command again"):
         publish(folder)
     assert head(server).keys() == {".gitattributes"}  # nothing is published by halves
     sent = server.sent()
@@ -117,7 +117,7 @@ def test_nobody_elses_commit_is_written_over(server: Hub, folder: Path) -> None:
         if stage == "sending":
             server.repositories[NAME].commit("main", {MODEL: b"somebody else's"})
 
-    with pytest.raises(HubError, match=r"somebody else has changed it in the meantime; give the same command again"):
+    with pytest.raises(HubError, match=r"someone else has changed it in the meantime; run the same command again"):
         publish(folder, on_message=meanwhile)
     assert head(server)[MODEL] == b"somebody else's"
 
@@ -130,15 +130,15 @@ def test_a_connection_that_breaks_is_tried_again(server: Hub, folder: Path) -> N
 @pytest.mark.parametrize(
     ("call", "fault", "sentence"),
     [
-        ("POST /api/repos/create", 401, "the Hub does not know you; log in by `hf auth login`, or set HF_TOKEN"),
-        ("POST /api/repos/create", 403, "your token does not allow it; take one with the right to"),
-        ("POST .*/commit/", 409, "something else is going on there; try again in a minute"),
-        ("POST .*/commit/", 412, "somebody else has changed it in the meantime"),
-        ("PUT /objects", 413, "the Hub takes nothing of that size"),
-        ("POST .*/preupload/", 500, r"the Hub has a fault of its own \(500\)"),
+        ("POST /api/repos/create", 401, "you are not logged in to the Hub; log in with `hf auth login`"),
+        ("POST /api/repos/create", 403, "your token does not allow it; create one with the right permissions"),
+        ("POST .*/commit/", 409, "another change is in progress there; try again in a minute"),
+        ("POST .*/commit/", 412, "someone else has changed it in the meantime"),
+        ("PUT /objects", 413, "the Hub does not accept files of that size"),
+        ("POST .*/preupload/", 500, r"the Hub has an internal error \(500\)"),
         ("POST .*/commit/", "silence", r"the Hub cannot be reached \(.*timed out"),
         ("GET /api/models/me/[^/]*$", "silence", r"the Hub cannot be reached \(.*timed out"),
-        ("POST /api/validate-yaml", 429, "the Hub has had too many requests from you"),
+        ("POST /api/validate-yaml", 429, "you have sent too many requests to the Hub"),
     ],
 )
 def test_what_goes_wrong_is_one_sentence(
@@ -155,7 +155,7 @@ def test_what_goes_wrong_is_one_sentence(
 def test_who_may_not_write(server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for token, sentence in (
         (READER, "your token does not allow it; .* the Hub says: you may not write here"),
-        ("hf_old", "the Hub does not know you; log in by"),
+        ("hf_old", "you are not logged in to the Hub; log in with"),
         ("", "nobody is logged in on this machine: log in by `hf auth login`, or set HF_TOKEN"),
     ):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -166,7 +166,7 @@ def test_who_may_not_write(server: Hub, folder: Path, monkeypatch: pytest.Monkey
 
 def test_nobody_answers(server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match=r"cannot be reached \(\[Errno \d+\] Connection refused\); look at the network"):
+    with pytest.raises(HubError, match=r"cannot be reached \(\[Errno \d+\] Connection refused\); check the network"):
         publish(folder)
 
 
@@ -197,7 +197,7 @@ def test_branches_and_revisions(server: Hub, folder: Path) -> None:
         for name in ("", "@main", f"@{first.revision}", f"@{second.revision}", "@try/2")
     }
     assert [round(gain - gains[""], 3) for gain in gains.values()] == [0, 0, 0, 0.1, 0.1]
-    with pytest.raises(HubError, match=r"^me/cosim-digits@v9 cannot be had from the Hub: it has no such revision"):
+    with pytest.raises(HubError, match=r"^me/cosim-digits@v9 cannot be downloaded from the Hub: it has no such rev"):
         load_generator(f"{NAME}@v9")
 
 
@@ -210,11 +210,11 @@ def test_what_was_downloaded_needs_no_network(
     def the_copy_is_used(reason: str) -> None:
         for name in (NAME, f"{NAME}@{done.revision}"):
             assert torch.equal(sample(load_generator(name), 2, seeds=[0]), expected)
-        with pytest.raises(HubError, match=rf"^me/other cannot be had .*{reason}.*, and there is no copy of it"):
+        with pytest.raises(HubError, match=rf"^me/other cannot be downloaded .*{reason}.*, and there is no copy of it"):
             load_generator("me/other")
 
     server.faults[""] = 503, 1000
-    the_copy_is_used(r"the Hub has a fault of its own \(503\)")
+    the_copy_is_used(r"the Hub has an internal error \(503\)")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     the_copy_is_used("the Hub cannot be reached")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -222,7 +222,7 @@ def test_what_was_downloaded_needs_no_network(
 
 
 def test_what_is_not_there(server: Hub) -> None:
-    with pytest.raises(HubError, match=r"^me/nothing cannot be had from the Hub: there is no such repository"):
+    with pytest.raises(HubError, match=r"^me/nothing cannot be downloaded from the Hub: there is no such repository"):
         load_generator("me/nothing")
 
 
