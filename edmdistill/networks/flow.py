@@ -16,13 +16,11 @@ from edmdistill.networks.surgery.last_layer import LastLayer, watched
 from edmdistill.trigflow import ddim_step, expand
 
 
-def class_vectors(labels: Tensor | None, label_dim: int) -> Tensor | None:
-    """Class numbers [B] or vectors [B,label_dim] as float vectors [B,label_dim]; None stays None.
+def class_vectors(labels: Tensor, label_dim: int) -> Tensor:
+    """Returns class numbers [B] or vectors [B,label_dim] as float vectors [B,label_dim].
 
     Raises: ValueError: a class number that is not in [0, label_dim).
     """
-    if labels is None or label_dim == 0:
-        return None
     if labels.is_floating_point():
         return labels.reshape(-1, label_dim)
     if labels.ndim <= 1:
@@ -95,7 +93,7 @@ class FlowNetwork(nn.Module):
             w = torch.ones(1, device=x.device)
         return Conditioning(
             c_noise.flatten().to(self.dtype),
-            class_vectors(labels, self.label_dim),
+            None if labels is None or not self.label_dim else class_vectors(labels, self.label_dim),
             None if c_noise_second is None else c_noise_second.flatten().to(self.dtype),
             c_logvar=tuple(c.flatten().to(self.dtype) for c in c_logvar),
             guidance_weight=None if w is None else w.flatten().to(x.device, self.dtype),
