@@ -1,41 +1,56 @@
-"""Tangents: a network that is called on Duals gives F and its derivative along a direction, in one pass.
+"""Tangents: a network called on Duals returns F and its derivative along a direction, in one pass.
 
-A Dual (value, tangent) goes wherever a tensor goes: torch's functions find their rules here. So what is written for
-tensors, down to a whole network and its way from time to noise condition, is read a second time without a word in it
-changed. Constants (weights, labels, dropout masks) stay tensors: a layer takes two convolutions, where func.jvp, which
-cannot know that the weight is one, takes three.
+A Dual (value, tangent) may stand wherever a tensor does: torch's functions dispatch to the rules registered by
+`tangent_of`. The same code, a whole network and the path from time to noise condition included, so computes tangents
+unchanged. Constants (weights, labels, dropout masks) stay tensors: a layer takes two convolutions, where func.jvp,
+which cannot know that the weight is constant, takes three.
 
-The value is computed by the very calls that a tensor goes through, so it is what the network gives without tangents.
-What has no rule raises; nothing here drops a tangent.
+The value is computed by the same calls as for a tensor, so it equals the network's output without tangents. A function
+without a rule raises; no tangent is ever dropped.
+
+Here are the rules of shapes and arithmetic; an operation with a file of its own has its rule there.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as f
 from torch import Tensor
 from torch.autograd import forward_ad
 
 Function = Callable[..., Any]
 
+RULES: dict[str, Function] = {}
+"""Tangent rules by the name that a function of torch and the method of Tensor share; filled by `tangent_of`."""
+
+
+def tangent_of(*functions: Function) -> Callable[[Function], Function]:
+    """Returns a decorator that registers rule(function, *args, **kwargs) as the tangent rule of these functions."""
+
+    def register(rule: Function) -> Function:
+        RULES.update({function.__name__: rule for function in functions})
+        return rule
+
+    return register
+
 
 class Dual:
-    """A tensor and its derivative along a direction, of one shape and dtype.
+    """A tensor and its derivative along a direction, of the same shape and dtype.
 
-    For tangents that are taken without gradient: what a backward pass through one gives is not promised.
+    For use without gradients: the result of a backward pass through a Dual is not defined.
 
-    Raises: ValueError: shapes differ; or torch's own forward derivative is at work, and one of the two would be lost.
+    Raises: ValueError: the shapes differ, or torch's own forward-mode differentiation is active.
     """
 
     def __init__(self, value: Tensor, tangent: Tensor) -> None:
         if value.shape != tangent.shape:
             raise ValueError(f"a value {list(value.shape)} cannot have a tangent {list(tangent.shape)}")
         if forward_ad._current_level >= 0:
-            raise ValueError("a Dual cannot be differentiated by func.jvp or forward_ad: use the one or the other")
+            raise ValueError("a Dual cannot be differentiated by func.jvp or forward_ad: use one or the other")
         self.value = value
         self.tangent = tangent
 
@@ -45,13 +60,13 @@ class Dual:
     ) -> Any:
         rule = RULES.get(function.__name__)
         if rule is None:
-            raise NotImplementedError(f"{function.__name__} has no rule for tangents: write one in kernels/dual.py")
+            raise NotImplementedError(f"{function.__name__} has no rule for tangents: write one in kernels/")
         return rule(function, *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
-        """A tensor's method that has a rule."""
+        """Returns the Tensor method of that name, if it has a rule."""
         if name not in RULES:
-            raise AttributeError(f"{name} has no rule for tangents: write one in kernels/dual.py")
+            raise AttributeError(f"{name} has no rule for tangents: write one in kernels/")
         return partial(RULES[name], getattr(Tensor, name), self)
 
     @property
@@ -71,7 +86,7 @@ class Dual:
         return self.value.device
 
     def __getitem__(self, index: Any) -> Any:
-        return linear(Tensor.__getitem__, self, index)
+        return linear_rule(Tensor.__getitem__, self, index)
 
     def __neg__(self) -> Any:
         return self.neg()
@@ -99,54 +114,62 @@ class Dual:
 
 
 def value(x: Any) -> Any:
-    """Of a Dual, its value; of a constant, the constant."""
+    """Returns the value of a Dual; a constant as it is."""
     return x.value if isinstance(x, Dual) else x
 
 
 def tangent(x: Any) -> Any:
-    """Of a Dual, its tangent; of a constant, zeros."""
+    """Returns the tangent of a Dual; zeros for a constant."""
     return x.tangent if isinstance(x, Dual) else torch.zeros_like(x) if isinstance(x, Tensor) else 0.0
 
 
-# Rules.  The function, then what it was called with.
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# Rules: the function, then its arguments.
+
+
+@tangent_of(Tensor.new_zeros, torch.ones_like)
 def constant(function: Function, x: Dual, *args: Any, **kwargs: Any) -> Any:
-    """What looks at shape, dtype and device alone."""
+    """Of functions that read shape, dtype and device alone."""
     return function(x.value, *args, **kwargs)
 
 
-def linear(function: Function, x: Dual, *args: Any, **kwargs: Any) -> Any:
-    """f(x), f(dx); where f gives several tensors, as many Duals."""
-    y, dy = (function(part, *args, **kwargs) for part in (x.value, x.tangent))
+@tangent_of(Tensor.reshape, Tensor.flatten, Tensor.transpose, Tensor.contiguous)
+@tangent_of(Tensor.unbind, Tensor.chunk, Tensor.to, Tensor.neg)
+def linear_rule(function: Function, x: Dual, *args: Any, **kwargs: Any) -> Any:
+    """f(x), f(dx); as many Duals as f returns tensors."""
+    y, dy = (function(tensor, *args, **kwargs) for tensor in (x.value, x.tangent))
     return Dual(y, dy) if isinstance(y, Tensor) else tuple(map(Dual, y, dy))
 
 
-def affine(function: Function, x: Dual, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Dual:
+def affine_rule(
+    function: Function, x: Dual, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Dual:
     """W x + b, W dx."""
     return Dual(function(x.value, weight, bias, *args, **kwargs), function(x.tangent, weight, None, *args, **kwargs))
 
 
-def pad(function: Function, x: Dual, width: list[int], **kwargs: Any) -> Dual:
-    """Whatever the value is padded with, the tangent is with zeros."""
-    return Dual(function(x.value, width, **kwargs), function(x.tangent, width, **kwargs | {"value": None}))
-
-
-def sum_like(function: Function, a: Any, b: Any, *args: Any) -> Dual:
+@tangent_of(torch.add, torch.sub, torch.lerp)
+def jointly_linear(function: Function, a: Any, b: Any, *args: Any) -> Dual:
     """f(a, b), f(da, db), linear in both at once."""
     return Dual(function(value(a), value(b), *args), function(tangent(a), tangent(b), *args))
 
 
+@tangent_of(torch.cat)
 def cat(function: Function, tensors: Sequence[Any], dim: int = 0) -> Dual:
     return Dual(function([value(x) for x in tensors], dim), function([tangent(x) for x in tensors], dim))
 
 
+@tangent_of(torch.mul)
 def mul(function: Function, a: Any, b: Any) -> Dual:
     if isinstance(a, Dual) and isinstance(b, Dual):
         return Dual(function(a.value, b.value), a.tangent * b.value + a.value * b.tangent)
     return Dual(function(value(a), value(b)), a.tangent * b if isinstance(a, Dual) else a * b.tangent)
 
 
+@tangent_of(torch.div)
 def div(function: Function, a: Any, b: Any) -> Dual:
     """a / b, (da - (a / b) db) / b."""
     if not isinstance(b, Dual):
@@ -155,85 +178,35 @@ def div(function: Function, a: Any, b: Any) -> Dual:
     return Dual(y, (tangent(a) - y * b.tangent) / b.value)
 
 
-def pointwise(slope: Callable[[Tensor, Tensor], Tensor]) -> Function:
-    """The rule of y = f(x) with slope(x, y) = f'(x)."""
-
-    def rule(function: Function, x: Dual) -> Dual:
-        y = function(x.value)
-        return Dual(y, slope(x.value, y) * x.tangent)
-
-    return rule
-
-
+@tangent_of(torch.pow)
 def power(function: Function, x: Dual, exponent: float) -> Dual:
     return Dual(function(x.value, exponent), exponent * x.value ** (exponent - 1) * x.tangent)
 
 
+@tangent_of(torch.clamp)
 def clamp(function: Function, x: Dual, low: float, high: float) -> Dual:
     return Dual(function(x.value, low, high), x.tangent * ((x.value >= low) & (x.value <= high)))
 
 
+@tangent_of(f.silu)
 def silu(function: Function, x: Dual, inplace: bool = False) -> Dual:
     """A diagonal Jacobian is its own transpose, so torch's backward kernel is the forward derivative."""
     return Dual(function(x.value), torch.ops.aten.silu_backward(x.tangent, x.value))
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def pointwise(function: Function, slope: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Registers the rule of y = f(x) with slope(x, y) = f'(x)."""
+
+    @tangent_of(function)
+    def rule(function: Function, x: Dual) -> Dual:
+        y = function(x.value)
+        return Dual(y, slope(x.value, y) * x.tangent)
 
 
-def group_norm(function: Function, x: Dual, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Dual:
-    """y = n w + b, n = (x - mean) / std;  dy = w (dx - mean(dx) - n mean(n dx)) / std, in float32 or better."""
-    (B, C), size = x.shape[:2], x.shape[2:].numel()
-    wide, dwide = (part.to(at_least_float32(x.dtype)) for part in (x.value, x.tangent))
-    variance, mean = torch.var_mean(wide.reshape(B, groups, -1), -1, correction=0)
-    rstd = (variance + eps).rsqrt()
-    mask = [True, False, False]
-    dn = torch.ops.aten.native_group_norm_backward(dwide, wide, mean, rstd, None, B, C, size, groups, mask)[0]
-    return Dual(function(x.value, groups, weight, bias, eps), dn.to(x.dtype) * weight[:, None, None])
-
-
-def vector_norm(function: Function, x: Dual, *, dim: Any, keepdim: bool, dtype: torch.dtype) -> Dual:
-    """|x|, <x, dx> / |x|; at 0, which has no derivative, 0."""
-    norm = function(x.value, dim=dim, keepdim=keepdim, dtype=dtype)
-    inner = (x.value.to(dtype) * x.tangent.to(dtype)).sum(dim, keepdim)
-    return Dual(norm, inner / norm.clamp(min=torch.finfo(dtype).tiny))
-
-
-def attention(function: Function, q: Dual, k: Dual, v: Dual) -> Dual:
-    """y = P v, P = softmax(S), S = q k^T / sqrt(D);  dy = P (dS - sum(P dS)) v + P dv, P and dS in float32 or better.
-
-    Source: sCM, appendix F.  Differs: the sum over keys is taken from dS before it meets v, not from y after.
-    """
-    wide, scale = at_least_float32(q.dtype), 1 / math.sqrt(q.shape[-1])
-    qs, dqs = q.value * scale, q.tangent * scale
-    P = (qs @ k.value.mT).softmax(-1, dtype=wide)
-    dS = torch.cat([dqs, qs], -1) @ torch.cat([k.value, k.tangent], -1).mT
-    dP = torch.ops.aten._softmax_backward_data(dS.to(wide), P, -1, wide)
-    return Dual(function(q.value, k.value, v.value), dP.to(v.dtype) @ v.value + P.to(v.dtype) @ v.tangent)
-
-
-RULES: dict[str, Function] = {
-    **dict.fromkeys(("new_zeros", "ones_like"), constant),
-    **dict.fromkeys(("reshape", "flatten", "transpose", "contiguous", "unbind", "chunk", "to", "neg"), linear),
-    **dict.fromkeys(("avg_pool2d", "interpolate", "masked_fill"), linear),
-    **dict.fromkeys(("linear", "conv2d", "conv_transpose2d"), affine),
-    **dict.fromkeys(("add", "sub", "lerp"), sum_like),
-    "pad": pad,
-    "cat": cat,
-    "mul": mul,
-    "div": div,
-    "pow": power,
-    "reciprocal": pointwise(lambda x, y: -y * y),
-    "sqrt": pointwise(lambda x, y: 0.5 / y),
-    "exp": pointwise(lambda x, y: y),
-    "log": pointwise(lambda x, y: 1 / x),
-    "sin": pointwise(lambda x, y: x.cos()),
-    "cos": pointwise(lambda x, y: -x.sin()),
-    "tan": pointwise(lambda x, y: 1 + y * y),
-    "clamp": clamp,
-    "silu": silu,
-    "group_norm": group_norm,
-    "linalg_vector_norm": vector_norm,
-    "scaled_dot_product_attention": attention,
-}
+pointwise(torch.reciprocal, lambda x, y: -y * y)
+pointwise(torch.sqrt, lambda x, y: 0.5 / y)
+pointwise(torch.exp, lambda x, y: y)
+pointwise(torch.log, lambda x, y: 1 / x)
+pointwise(torch.sin, lambda x, y: x.cos())
+pointwise(torch.cos, lambda x, y: -x.sin())
+pointwise(torch.tan, lambda x, y: 1 + y * y)

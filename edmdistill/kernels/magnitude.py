@@ -1,33 +1,41 @@
-"""The magnitude-preserving operations of EDM2: each keeps unit variance in, unit variance out.
+"""The magnitude-preserving operations of EDM2: inputs of unit variance give outputs of unit variance.
 
-Source: Karras et al. 2024 (EDM2), appendix B; the equation stands at each function.
+Source: Karras et al. 2024 (EDM2), appendix B; each docstring names the equation.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as f
 from torch import Tensor
 
-from edmdistill.kernels.ops import conv2d, linear
+from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent_of
+from edmdistill.kernels.linear import conv2d, linear
 
 
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """x / (1e-4 + rms of x over dim), statistics in float32.  Source: eq. 47 (weights), eq. 30 (pixel norm)."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=at_least_float32(x.dtype))
     dims = (dim,) if isinstance(dim, int) else dim
     # Counted over the reduced axes, not from numel(): a batch size that export leaves open stays open.
     size = math.prod([x.shape[d] for d in dims])
     return x / (norm / math.sqrt(size) + 1e-4).to(x.dtype)
 
 
+@tangent_of(torch.linalg.vector_norm)
+def vector_norm_rule(function: Function, x: Dual, *, dim: Any, keepdim: bool, dtype: torch.dtype) -> Dual:
+    """|x|, <x, dx> / |x|; at 0, which has no derivative, 0."""
+    norm = function(x.value, dim=dim, keepdim=keepdim, dtype=dtype)
+    inner = (x.value.to(dtype) * x.tangent.to(dtype)).sum(dim, keepdim)
+    return Dual(norm, inner / norm.clamp(min=torch.finfo(dtype).tiny))
+
+
 def normalize_weight(weight: Tensor) -> Tensor:
     """Each output unit of a weight [M,...], in float32 or better, at unit rms.  Source: eq. 47, 66."""
-    wide = weight if weight.dtype == torch.float64 else weight.float()
-    return normalize(wide, tuple(range(1, weight.ndim)))
+    return normalize(weight.to(at_least_float32(weight.dtype)), tuple(range(1, weight.ndim)))
 
 
 def mp_conv(x: Tensor, unit_weight: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -55,6 +63,6 @@ def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 def mp_fourier(c: Tensor, freqs: Tensor, phases: Tensor) -> Tensor:
     """sqrt(2) cos(freqs c + phases), in float32 or better.  c [B], freqs and phases [N] -> [B,N]  Source: eq. 75."""
-    wide = torch.float64 if c.dtype == torch.float64 else torch.float32
+    wide = at_least_float32(c.dtype)
     angle = c.to(wide)[:, None] * freqs.to(wide) + phases.to(wide)
     return angle.cos() * math.sqrt(2)

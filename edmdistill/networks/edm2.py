@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edmdistill.kernels.attention import require_heads, self_attention, split_heads
 from edmdistill.kernels.dropout import dropout
 from edmdistill.kernels.magnitude import mp_cat, mp_silu, mp_sum, normalize
-from edmdistill.kernels.ops import downsample, is_box, require_heads, self_attention, separable, split_heads, upsample
+from edmdistill.kernels.resampling import downsample, is_box, separable, upsample
 from edmdistill.networks.arguments import (
     Blocks,
     Channels,

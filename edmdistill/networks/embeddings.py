@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from edmdistill.kernels.ops import linear
+from edmdistill.kernels.linear import linear
 
 
 class PositionalEmbedding(nn.Module):

@@ -12,20 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
+from edmdistill.kernels.attention import require_heads, self_attention, split_heads
 from edmdistill.kernels.dropout import dropout
-from edmdistill.kernels.ops import (
-    conv2d,
-    downsample,
-    group_norm,
-    group_norm_silu,
-    is_box,
-    linear,
-    require_heads,
-    self_attention,
-    separable,
-    split_heads,
-    upsample,
-)
+from edmdistill.kernels.group_norm import group_norm, group_norm_silu
+from edmdistill.kernels.linear import conv2d, linear
+from edmdistill.kernels.resampling import downsample, is_box, separable, upsample
 from edmdistill.networks.base import Conditioning, Network, Residual
 
 

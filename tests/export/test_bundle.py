@@ -47,6 +47,9 @@ def test_a_bundled_network_is_the_network(golden: Path, copy: ModuleType, name: 
     assert_rounded(network(x, condition), flow.network.eval()(x, condition), depth(network))  # other memory addresses
 
 
-def test_two_definitions_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="two of the name"):
-        bundle("edmdistill.networks.flow")  # its Duals have a rule for `linear`, beside kernels.ops.linear
+def test_two_definitions_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = "from edmdistill.kernels.linear import linear as other\n\ndef linear(x):\n    return other(x, x)\n"
+    (tmp_path / "twice.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="twice is bundled with two of the name linear"):
+        bundle("twice")

@@ -1,0 +1,49 @@
+"""Attention, and self-attention among the pixels of an image.  Results have the dtype of the input."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as f
+from torch import Tensor
+
+from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent_of
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, the softmax in float32.  q [B,heads,L,D], k and v [B,heads,Lk,D] -> [B,heads,L,D]"""
+    return f.scaled_dot_product_attention(q, k, v)
+
+
+@tangent_of(f.scaled_dot_product_attention)
+def attention_rule(function: Function, q: Dual, k: Dual, v: Dual) -> Dual:
+    """y = P v, P = softmax(S), S = q k^T / sqrt(D);  dy = P (dS - sum(P dS)) v + P dv, P and dS in float32 or better.
+
+    Source: sCM, appendix F.  Differs: the sum over keys is subtracted before the product with v.
+    """
+    wide, scale = at_least_float32(q.dtype), 1 / math.sqrt(q.shape[-1])
+    qs, dqs = q.value * scale, q.tangent * scale
+    P = (qs @ k.value.mT).softmax(-1, dtype=wide)
+    dS = torch.cat([dqs, qs], -1) @ torch.cat([k.value, k.tangent], -1).mT
+    dP = torch.ops.aten._softmax_backward_data(dS.to(wide), P, -1, wide)
+    return Dual(function(q.value, k.value, v.value), dP.to(v.dtype) @ v.value + P.to(v.dtype) @ v.tangent)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Splits a convolution's output into queries, keys and values of heads: [B,3C,H,W] -> [B,heads,C/heads,3,H*W]"""
+    return x.reshape(x.shape[0], heads, -1, 3, x.shape[2] * x.shape[3])
+
+
+def require_heads(channels: int, heads: int) -> None:
+    """Requires that channels can be split among heads.  0 heads = no attention.  Raises: ValueError: they cannot."""
+    if heads and channels % heads:
+        raise ValueError(f"{channels} channels cannot be split among {heads} heads of attention")
+
+
+def self_attention(qkv: Tensor) -> Tensor:
+    """Attention among pixels, separately in each head.  qkv [B,heads,C/heads,3,H*W] -> [B,heads,C/heads,H*W]"""
+    # Contiguous: only then has torch fused kernels; else it makes the matrix of all pairs of pixels.
+    q, k, v = (tensor.contiguous() for tensor in qkv.transpose(2, 4).unbind(3))
+    # Contiguous: of one head, the transpose is an image in channels-last order, whose group norm func.jvp refuses.
+    return attention(q, k, v).transpose(2, 3).contiguous()

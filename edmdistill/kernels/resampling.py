@@ -1,0 +1,55 @@
+"""Halving and doubling of resolution.  Images are [B,C,H,W]; results have the dtype of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as f
+from torch import Tensor
+
+from edmdistill.kernels.dual import Dual, Function, affine_rule, linear_rule, tangent_of
+
+tangent_of(f.avg_pool2d, f.interpolate)(linear_rule)
+tangent_of(f.conv_transpose2d)(affine_rule)
+
+
+@tangent_of(f.pad)
+def pad_rule(function: Function, x: Dual, width: list[int], **kwargs: Any) -> Dual:
+    """Whatever the value is padded with, its tangent is padded with zeros."""
+    return Dual(function(x.value, width, **kwargs), function(x.tangent, width, **kwargs | {"value": None}))
+
+
+def is_box(taps: Sequence[float]) -> bool:
+    """Returns whether the filter is the mean of two neighbours, which needs no convolution."""
+    return len(taps) == 2 and taps[0] == taps[1]
+
+
+def separable(taps: Sequence[float]) -> Tensor:
+    """Returns the low-pass filter taps x taps, of sum 1.  An even number k of taps -> [1,1,k,k] float32"""
+    kernel = torch.tensor(taps, dtype=torch.float32)
+    return (kernel.outer(kernel) / kernel.sum() ** 2)[None, None]
+
+
+def downsample(x: Tensor, kernel: Tensor | None = None, border: bool = True) -> Tensor:
+    """Halves the resolution.  [B,C,H,W] -> [B,C,H/2,W/2]
+
+    Args:
+        kernel: low-pass filter of even size; None = the mean of 2 x 2 pixels.  [1,1,k,k]
+        border: whether x is padded by zeros; if not, it must have k/2 - 1 more pixels on each side.
+    """
+    if kernel is None:
+        return f.avg_pool2d(x, 2)
+    padding = (kernel.shape[-1] - 1) // 2 if border else 0
+    kernel = kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+    return f.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
+
+
+def upsample(x: Tensor, kernel: Tensor | None = None) -> Tensor:
+    """Doubles the resolution.  kernel as for downsample; None = each pixel four times.  [B,C,H,W] -> [B,C,2H,2W]"""
+    if kernel is None:
+        return f.interpolate(x, scale_factor=2, mode="nearest")
+    padding = (kernel.shape[-1] - 1) // 2
+    kernel = 4 * kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+    return f.conv_transpose2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)

@@ -1,0 +1,37 @@
+"""Attention against its definition."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from edmdistill.kernels.attention import attention, self_attention, split_heads
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, 8, 6, 6, dtype=torch.float64)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def test_attention() -> None:
+    q, k, v = random(2, 3, 7, 4), random(2, 3, 9, 4), random(2, 3, 9, 4)
+    expected = (q @ k.transpose(2, 3) / math.sqrt(4)).softmax(-1) @ v
+    torch.testing.assert_close(attention(q, k, v), expected)
+
+
+def test_self_attention_reads_heads_then_channels_then_qkv(x: Tensor) -> None:
+    B, C, heads = 2, 8, 2
+    qkv = random(B, 3 * C, 3, 3)
+    found = self_attention(split_heads(qkv, heads)).reshape(B, C, 3, 3)
+    layout = qkv.reshape(B, heads, C // heads, 3, 9)
+    for head in range(heads):
+        q, k, v = (layout[:, head, :, i] for i in range(3))  # [B, C/heads, 9]
+        weights = (q.transpose(1, 2) @ k / math.sqrt(C // heads)).softmax(-1)
+        expected = (v @ weights.transpose(1, 2)).reshape(B, C // heads, 3, 3)
+        torch.testing.assert_close(found[:, head * 4 : head * 4 + 4], expected)
