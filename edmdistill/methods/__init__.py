@@ -45,17 +45,17 @@ METHODS: dict[str, MethodEntry] = {
         ("zhou2024sid",),
     ),
     "scd": MethodEntry(
-        "edmdistill.methods.scm:SCD",
+        "edmdistill.methods.scd:SCD",
         "sCD: continuous-time consistency models, distilled from a teacher.",
         ("lu2025scm",),
     ),
     "sct": MethodEntry(
-        "edmdistill.methods.scm:SCT",
+        "edmdistill.methods.sct:SCT",
         "sCT: continuous-time consistency models, trained on data alone.",
         ("lu2025scm",),
     ),
     "dscd": MethodEntry(
-        "edmdistill.methods.discrete_scm:DSCD",
+        "edmdistill.methods.dscd:DSCD",
         "dsCD: discrete-time consistency distillation with sCM's objective, over N intervals of EDM's noise levels.",
         ("lu2025scm",),
     ),

@@ -1,4 +1,4 @@
-"""Consistency training in TrigFlow, shared by sCT, sCD and dsCD: targets and loss of sCM.
+"""Consistency training in TrigFlow, shared by sCT, sCD and dsCD: the options, the tangent and the loss of sCM.
 
 A consistency function maps a point of a trajectory to its point at time s (s = 0: the data),
 
@@ -15,18 +15,17 @@ Source: Lu & Song 2025 (sCM), eq. 6 and 8, algorithm 1, where s = 0 and d = t; H
 
 from __future__ import annotations
 
-import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 
-from edmdistill.methods.base import FlowFunction, Loss
-from edmdistill.methods.tangents import TANGENTS, TangentNormalization
+from edmdistill.methods.base import Loss
 from edmdistill.methods.weighting import adaptive
-from edmdistill.trigflow import cos_sin, ddim_step
+
+TangentNormalization = Literal["rms", "norm", "clip"]
 
 
 class ConsistencyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,77 +40,23 @@ class ConsistencyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     c: Annotated[float, Meta(ge=0, description="constant added to the tangent's norm before dividing by it")] = 0.1
 
 
-def continuous_target(
-    network: FlowFunction,
-    x_t: Tensor,
-    t: Tensor,
-    labels: Tensor | None,
-    dx: Tensor,
-    *,
-    d: Tensor,
-    r: float,
-    sigma_data: float,
-    tangent: str = "exact",
-) -> tuple[Tensor, Tensor]:
-    """Returns F^- and g, both without gradient.  [B,C,H,W] each
-
-    The derivative is taken along cos(d) sin(d) (dx_t/dt, 1), since dF/dt itself is unbounded.
+def normalized_tangent(g: Tensor, c: float, normalization: TangentNormalization) -> Tensor:
+    """Returns g / (|g| + c) for each sample, or g clamped to [-1, 1].  [B,C,H,W]
 
     Args:
-        dx: dx_t/dt of the teacher or of the data.  [B,C,H,W]
-        d: t - s, in [0, pi/2].  [B]
-        r: see `tangent_warmup`.
-        tangent: a key of TANGENTS.
-    Source: sCM, section 5.1, "JVP rearrangement".
+        normalization: "rms": |g| is the root mean square; "norm": the Euclidean norm, as in the paper; "clip".
+    Source: sCM, section 4.2.  Differs: the default is the root mean square, for which c = 0.1 means the same at any
+        resolution. With the norm, it is 1% of an average pixel's g at 64 values an image, but 0.08% at 16384.
     """
-    cos, sin = cos_sin(d, x_t)
-    F, dF = TANGENTS[tangent](network, x_t, t, labels, cos * sin * dx, d.cos() * d.sin())
-    return F, -(cos**2) * (sigma_data * F - dx) - r * (cos * sin * x_t + sigma_data * dF)
+    if normalization == "clip":
+        return g.clamp(-1, 1)
+    size: Tensor = torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
+    return g / (size * (g[0].numel() ** -0.5 if normalization == "rms" else 1.0) + c)
 
 
-def discrete_target(
-    network: FlowFunction,
-    x_t: Tensor,
-    t: Tensor,
-    t_before: Tensor,
-    labels: Tensor | None,
-    dx: Tensor,
-    *,
-    r: float,
-    sigma_data: float,
-) -> tuple[Tensor, Tensor]:
-    """Returns F^- and g = cos(t) Delta, both without gradient; Delta is a difference quotient in place of df/dt.
-
-    Delta = -cos(t') (sigma_d F - dx/dt)
-            - r sin(t') (x_t + sigma_d (cos(t - t') F - F') / sin(t - t')),    F' = F(x_t', t')
-
-    Args:
-        t_before: t' < t, the end of the teacher's DDIM step.  [B]
-        dx: dx_t/dt of the teacher.  [B,C,H,W]
-        r: see `tangent_warmup`.
-    Source: sCM, eq. 37 and 39, algorithm 2.
-    """
-
-    def F(x: Tensor, time: Tensor) -> Tensor:
-        with torch.no_grad():  # so that both share the dropout of the next pass
-            return network(x, time, labels)
-
-    F_minus = F(x_t, t)
-    F_before = F(ddim_step(x_t, dx / sigma_data, t, t_before, sigma_data), t_before)
-    (cos, _), (cos_before, sin_before) = cos_sin(t, x_t), cos_sin(t_before, x_t)
-    cos_step, sin_step = cos_sin(t - t_before, x_t)
-    slope = (cos_step * F_minus - F_before) / sin_step
-    Delta = -cos_before * (sigma_data * F_minus - dx) - r * sin_before * (x_t + sigma_data * slope)
-    return F_minus, cos * Delta
-
-
-def time_in_interval(t: Tensor, intervals: int) -> Tensor:
-    """Returns d = t - s, where s is the start of t's interval when [0, pi/2] is divided into M equal ones.  [B]
-
-    Source: sCM, appendix G; Heek et al. 2024 (multistep consistency models).
-    """
-    length = math.pi / 2 / intervals
-    return t - (t / length).floor().clamp(max=intervals - 1) * length
+def tangent_warmup(images: int, warmup_images: int) -> float:
+    """Returns r, which rises linearly from 0 to 1 over the first images.  Source: sCM, section 4.2; 10,000 steps."""
+    return 1.0 if images >= warmup_images else images / warmup_images
 
 
 def consistency_loss(F: Tensor, F_minus: Tensor, g: Tensor, u: Tensor, t: Tensor) -> Loss:

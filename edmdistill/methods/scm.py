@@ -1,4 +1,4 @@
-"""sCM: continuous-time consistency models, distilled from a teacher (sCD) or trained on data alone (sCT).
+"""sCM: continuous-time consistency models, the algorithm of sCD (from a teacher) and sCT (from data alone).
 
 Lu & Song 2025 (ICLR), algorithm 1.
 
@@ -10,33 +10,26 @@ Lu & Song 2025 (ICLR), algorithm 1.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 from msgspec import Meta
-from torch import Tensor, no_grad
+from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Role, Turn
-from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, continuous_target, time_in_interval
-from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range, guided_roles, with_guidance
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Turn
+from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, normalized_tangent, tangent_warmup
+from edmdistill.methods.guidance import with_guidance
 from edmdistill.methods.noising import noised
-from edmdistill.methods.score_distillation import (
-    AuxiliaryMean,
-    AuxiliaryStd,
-    ScoreMean,
-    ScoreStd,
-    vsd_auxiliary_loss,
-    vsd_generator_loss,
-)
-from edmdistill.methods.tangents import normalized_tangent, tangent_warmup
+from edmdistill.methods.tangents import TANGENTS
 from edmdistill.schedules import lognormal_times
-from edmdistill.trigflow import denoised
+from edmdistill.trigflow import cos_sin, denoised
 
 
-class SCTConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=True):
+class SCMConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=True):
     tangent: Annotated[
         Literal["exact", "finite-difference"], Meta(description="how the tangent is computed; exact is more accurate")
     ] = "exact"
@@ -46,29 +39,11 @@ class SCTConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=True):
     allow_edm_time: Annotated[bool, Meta(description="allow a teacher whose time input is ln(sigma), not t")] = False
 
 
-class SCDConfig(SCTConfig, frozen=True, forbid_unknown_fields=True):
-    guidance: GuidanceRange = (1.0, 1.0)
-    guide: GuideKind = "classes"
-    vsd: Annotated[float, Meta(ge=0, description="weight of variational score distillation's loss; 0 = none")] = 0.0
-    vsd_P_mean: ScoreMean = 0.4
-    vsd_P_std: ScoreStd = 2.0
-    aux_P_mean: AuxiliaryMean = -0.8
-    aux_P_std: AuxiliaryStd = 1.6
-
-    def __post_init__(self) -> None:
-        check_range(self)
-        if self.vsd and self.intervals > 1:
-            raise ValueError(
-                f"vsd distils a single step from noise to data, but intervals = {self.intervals} needs as many steps: "
-                "leave one of them at its default"
-            )
+ConfigT = TypeVar("ConfigT", bound=SCMConfig)
 
 
-ConfigT = TypeVar("ConfigT", bound=SCTConfig)
-
-
-class ContinuousConsistency(Method[ConfigT]):
-    """sCM with a trajectory that is left open."""
+class SCM(Method[ConfigT]):
+    """sCM along a trajectory that sCT and sCD define."""
 
     def __init__(self, config: ConfigT, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
@@ -99,7 +74,7 @@ class ContinuousConsistency(Method[ConfigT]):
         x_t, v = noised(batch.x0, t, draws, sigma_data)
         w = self.guidance_weights(draws)
         generator = with_guidance(self.generator, w)
-        with no_grad():
+        with torch.no_grad():
             F_minus, g = continuous_target(
                 generator,
                 x_t,
@@ -125,55 +100,38 @@ class ContinuousConsistency(Method[ConfigT]):
         """Returns dx_t/dt along the trajectory; v is that of the data and its noise.  [B,C,H,W]"""
 
 
-class SCT(ContinuousConsistency[SCTConfig]):
-    """Without a teacher: the velocity is that of the data and its noise."""
+def continuous_target(
+    network: FlowFunction,
+    x_t: Tensor,
+    t: Tensor,
+    labels: Tensor | None,
+    dx: Tensor,
+    *,
+    d: Tensor,
+    r: float,
+    sigma_data: float,
+    tangent: str = "exact",
+) -> tuple[Tensor, Tensor]:
+    """Returns F^- and g, both without gradient.  [B,C,H,W] each
 
-    Config = SCTConfig
-    roles = {"generator": Role(trained=True, logvars=1)}
+    The derivative is taken along cos(d) sin(d) (dx_t/dt, 1), since dF/dt itself is unbounded.
 
-    def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None, v: Tensor, w: Tensor | None) -> Tensor:
-        return v
+    Args:
+        dx: dx_t/dt of the teacher or of the data.  [B,C,H,W]
+        d: t - s, in [0, pi/2].  [B]
+        r: see `tangent_warmup`.
+        tangent: a key of TANGENTS.
+    Source: sCM, section 5.1, "JVP rearrangement".
+    """
+    cos, sin = cos_sin(d, x_t)
+    F, dF = TANGENTS[tangent](network, x_t, t, labels, cos * sin * dx, d.cos() * d.sin())
+    return F, -(cos**2) * (sigma_data * F - dx) - r * (cos * sin * x_t + sigma_data * dF)
 
 
-class SCD(ContinuousConsistency[SCDConfig], GuidedMethod[SCDConfig]):
-    """With a teacher, whose velocity is used; optionally with score distillation of one step (sCD + VSD)."""
+def time_in_interval(t: Tensor, intervals: int) -> Tensor:
+    """Returns d = t - s, where s is the start of t's interval when [0, pi/2] is divided into M equal ones.  [B]
 
-    Config = SCDConfig
-    roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvars=1)}
-
-    @classmethod
-    def roles_for(cls, config: SCDConfig) -> dict[str, Role]:
-        # The two losses differ in size at the same t: each has its own log-variance head.
-        vsd_roles = {"generator": Role(trained=True, logvars=2), "auxiliary": Role(trained=True, logvars=1)}
-        return guided_roles(cls.roles | vsd_roles if config.vsd else cls.roles, config)
-
-    def turns(self) -> tuple[Turn, ...]:
-        auxiliary = (Turn("auxiliary", self.auxiliary_loss),) if self.config.vsd else ()
-        return *auxiliary, *super().turns()
-
-    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Returns L_Diff(phi).  Source: appendix C.2."""
-        config, noise = self.config, self.noise
-        t = lognormal_times(draws, noise.sigma_data, P_mean=config.aux_P_mean, P_std=config.aux_P_std)
-        w = self.guidance_weights(draws)
-        auxiliary, generator = (with_guidance(self.networks[role], w) for role in ("auxiliary", "generator"))
-        return vsd_auxiliary_loss(auxiliary, generator, batch, t, draws, noise)
-
-    def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Returns L_CM(theta) + vsd L_VSD(theta, psi).  Source: section 5.2; appendix C.2."""
-        config, noise, loss = self.config, self.noise, super().generator_loss(batch, draws)
-        if not config.vsd:
-            return loss
-        t = lognormal_times(draws, noise.sigma_data, P_mean=config.vsd_P_mean, P_std=config.vsd_P_std)
-        w = self.guidance_weights(draws)
-        auxiliary, generator = (with_guidance(self.networks[role], w) for role in ("auxiliary", "generator"))
-        teacher = partial(self.teacher, w=w)
-        vsd = vsd_generator_loss(generator, teacher, auxiliary, batch, t, draws, noise, logvars=2)
-        return loss._replace(value=loss.value + config.vsd * vsd.value, signals=loss.signals | vsd.signals)
-
-    def guidance_weights(self, draws: Draws) -> Tensor | None:
-        return self.teacher.weights(draws)
-
-    def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None, v: Tensor, w: Tensor | None) -> Tensor:
-        """Returns sigma_d F*(x_t, t), guided."""
-        return self.noise.sigma_data * self.teacher(x_t, t, labels, w=w)
+    Source: sCM, appendix G; Heek et al. 2024 (multistep consistency models).
+    """
+    length = math.pi / 2 / intervals
+    return t - (t / length).floor().clamp(max=intervals - 1) * length

@@ -13,8 +13,8 @@ from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError
 from edmdistill.methods.base import Method
-from edmdistill.methods.discrete_scm import DSCD
-from edmdistill.methods.scm import SCD
+from edmdistill.methods.dscd import DSCD
+from edmdistill.methods.scd import SCD
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM

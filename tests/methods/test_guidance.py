@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from edmdistill.draws import Draws
 from edmdistill.errors import RecipeError
 from edmdistill.methods.base import Batch, Method, NoiseRange, Role
-from edmdistill.methods.discrete_scm import DSCD
+from edmdistill.methods.dscd import DSCD
 from edmdistill.methods.guidance import GuidedTeacher
-from edmdistill.methods.scm import SCD, SCDConfig
+from edmdistill.methods.scd import SCD, SCDConfig
 from edmdistill.recipes.schema import Recipe
 from edmdistill.trigflow import ddim_step, denoised
 

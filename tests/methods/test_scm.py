@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, NoiseRange
-from edmdistill.methods.consistency import consistency_loss, continuous_target, time_in_interval
-from edmdistill.methods.scm import SCD, SCT, SCDConfig, SCTConfig
-from edmdistill.methods.tangents import finite_difference, normalized_tangent, tangent_warmup
+from edmdistill.methods.consistency import consistency_loss, normalized_tangent, tangent_warmup
+from edmdistill.methods.scd import SCD, SCDConfig
+from edmdistill.methods.scm import continuous_target, time_in_interval
+from edmdistill.methods.sct import SCT, SCTConfig
+from edmdistill.methods.tangents import finite_difference
 from edmdistill.trigflow import denoised, sigma_to_time
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, NoiseRange
-from edmdistill.methods.scm import SCD, SCDConfig
+from edmdistill.methods.scd import SCD, SCDConfig
 from edmdistill.methods.score_distillation import vsd_auxiliary_loss, vsd_generator_loss
 from edmdistill.methods.vsd import VSD
 from edmdistill.trigflow import cos_sin

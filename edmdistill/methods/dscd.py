@@ -11,14 +11,14 @@ from typing import Annotated
 
 import torch
 from msgspec import Meta
+from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange, Role, Turn
-from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, discrete_target
+from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, normalized_tangent, tangent_warmup
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range, with_guidance
-from edmdistill.methods.tangents import normalized_tangent, tangent_warmup
 from edmdistill.schedules import discrete_lognormal, edm_curve
-from edmdistill.trigflow import denoised, diffuse, sigma_to_time
+from edmdistill.trigflow import cos_sin, ddim_step, denoised, diffuse, sigma_to_time
 
 
 class DSCDConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=True):
@@ -64,3 +64,39 @@ class DSCD(GuidedMethod[DSCDConfig]):
         F, u = generator(x_t, t, batch.labels, u_at=(t,))
         loss = consistency_loss(F, F_minus, g, u, t)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
+
+
+def discrete_target(
+    network: FlowFunction,
+    x_t: Tensor,
+    t: Tensor,
+    t_before: Tensor,
+    labels: Tensor | None,
+    dx: Tensor,
+    *,
+    r: float,
+    sigma_data: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns F^- and g = cos(t) Delta, both without gradient; Delta is a difference quotient in place of df/dt.
+
+    Delta = -cos(t') (sigma_d F - dx/dt)
+            - r sin(t') (x_t + sigma_d (cos(t - t') F - F') / sin(t - t')),    F' = F(x_t', t')
+
+    Args:
+        t_before: t' < t, the end of the teacher's DDIM step.  [B]
+        dx: dx_t/dt of the teacher.  [B,C,H,W]
+        r: see `tangent_warmup`.
+    Source: sCM, eq. 37 and 39, algorithm 2.
+    """
+
+    def F(x: Tensor, time: Tensor) -> Tensor:
+        with torch.no_grad():  # so that both share the dropout of the next pass
+            return network(x, time, labels)
+
+    F_minus = F(x_t, t)
+    F_before = F(ddim_step(x_t, dx / sigma_data, t, t_before, sigma_data), t_before)
+    (cos, _), (cos_before, sin_before) = cos_sin(t, x_t), cos_sin(t_before, x_t)
+    cos_step, sin_step = cos_sin(t - t_before, x_t)
+    slope = (cos_step * F_minus - F_before) / sin_step
+    Delta = -cos_before * (sigma_data * F_minus - dx) - r * sin_before * (x_t + sigma_data * slope)
+    return F_minus, cos * Delta

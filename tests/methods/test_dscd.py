@@ -5,7 +5,8 @@ import torch
 from methods_toys import SIGMA_DATA, TIMES, Toy, images, over, spread, teacher
 from tolerance import assert_rounded
 
-from edmdistill.methods.consistency import continuous_target, discrete_target
+from edmdistill.methods.dscd import discrete_target
+from edmdistill.methods.scm import continuous_target
 from edmdistill.schedules import discrete_lognormal, edm_curve
 from edmdistill.trigflow import ddim_step, denoised
 

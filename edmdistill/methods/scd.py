@@ -1,0 +1,87 @@
+"""sCD: continuous-time consistency models, distilled from a teacher.
+
+Lu & Song 2025 (ICLR), algorithm 1, whose trajectory is the teacher's; optionally with variational score distillation
+of a single step, L_CM(theta) + vsd L_VSD(theta, psi) (sCD + VSD, section 5.2).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+from msgspec import Meta
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, Loss, Role, Turn
+from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range, guided_roles, with_guidance
+from edmdistill.methods.scm import SCM, SCMConfig
+from edmdistill.methods.score_distillation import (
+    AuxiliaryMean,
+    AuxiliaryStd,
+    ScoreMean,
+    ScoreStd,
+    vsd_auxiliary_loss,
+    vsd_generator_loss,
+)
+from edmdistill.schedules import lognormal_times
+
+
+class SCDConfig(SCMConfig, frozen=True, forbid_unknown_fields=True):
+    guidance: GuidanceRange = (1.0, 1.0)
+    guide: GuideKind = "classes"
+    vsd: Annotated[float, Meta(ge=0, description="weight of variational score distillation's loss; 0 = none")] = 0.0
+    vsd_P_mean: ScoreMean = 0.4
+    vsd_P_std: ScoreStd = 2.0
+    aux_P_mean: AuxiliaryMean = -0.8
+    aux_P_std: AuxiliaryStd = 1.6
+
+    def __post_init__(self) -> None:
+        check_range(self)
+        if self.vsd and self.intervals > 1:
+            raise ValueError(
+                f"vsd distils a single step from noise to data, but intervals = {self.intervals} needs as many steps: "
+                "leave one of them at its default"
+            )
+
+
+class SCD(SCM[SCDConfig], GuidedMethod[SCDConfig]):
+    Config = SCDConfig
+    roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvars=1)}
+
+    @classmethod
+    def roles_for(cls, config: SCDConfig) -> dict[str, Role]:
+        # The two losses differ in size at the same t: each has its own log-variance head.
+        vsd_roles = {"generator": Role(trained=True, logvars=2), "auxiliary": Role(trained=True, logvars=1)}
+        return guided_roles(cls.roles | vsd_roles if config.vsd else cls.roles, config)
+
+    def turns(self) -> tuple[Turn, ...]:
+        auxiliary = (Turn("auxiliary", self.auxiliary_loss),) if self.config.vsd else ()
+        return *auxiliary, *super().turns()
+
+    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Returns L_Diff(phi).  Source: appendix C.2."""
+        config, noise = self.config, self.noise
+        t = lognormal_times(draws, noise.sigma_data, P_mean=config.aux_P_mean, P_std=config.aux_P_std)
+        w = self.guidance_weights(draws)
+        auxiliary, generator = (with_guidance(self.networks[role], w) for role in ("auxiliary", "generator"))
+        return vsd_auxiliary_loss(auxiliary, generator, batch, t, draws, noise)
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Returns L_CM(theta) + vsd L_VSD(theta, psi).  Source: section 5.2; appendix C.2."""
+        config, noise, loss = self.config, self.noise, super().generator_loss(batch, draws)
+        if not config.vsd:
+            return loss
+        t = lognormal_times(draws, noise.sigma_data, P_mean=config.vsd_P_mean, P_std=config.vsd_P_std)
+        w = self.guidance_weights(draws)
+        auxiliary, generator = (with_guidance(self.networks[role], w) for role in ("auxiliary", "generator"))
+        teacher = partial(self.teacher, w=w)
+        vsd = vsd_generator_loss(generator, teacher, auxiliary, batch, t, draws, noise, logvars=2)
+        return loss._replace(value=loss.value + config.vsd * vsd.value, signals=loss.signals | vsd.signals)
+
+    def guidance_weights(self, draws: Draws) -> Tensor | None:
+        return self.teacher.weights(draws)
+
+    def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None, v: Tensor, w: Tensor | None) -> Tensor:
+        """Returns sigma_d F*(x_t, t), guided."""
+        return self.noise.sigma_data * self.teacher(x_t, t, labels, w=w)
