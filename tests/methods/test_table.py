@@ -15,7 +15,7 @@ from edmdistill.checkpoints.config import read_config
 from edmdistill.methods import METHODS, MethodEntry
 from edmdistill.methods.base import Method
 from edmdistill.publish.card import CITATIONS
-from edmdistill.publish.hub import pack
+from edmdistill.publish.hub import build_package
 from edmdistill.recipes.library import SHIPPED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -86,7 +86,7 @@ def test_a_toy_method_is_trained_and_published_by_its_line(toy: Path) -> None:
     assert read_config(where / "generator").method == "toy"
     run("report", where)
     assert "Toy: a method of a test." in (where / "report.html").read_text()
-    card = pack(where, "me/toy", "mit").files["README.md"]
+    card = build_package(where, "me/toy", "mit").files["README.md"]
     assert isinstance(card, bytes)
     assert b"Score Identity Distillation" in card
 
