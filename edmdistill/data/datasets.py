@@ -1,7 +1,7 @@
 """Data sets: scikit-learn's digits, and zips or folders in EDM's layout, of images or of a VAE's latents.
 
 A data set is an indexed collection of images of one shape, with or without integer classes. The order in which training
-visits it is no state of the data set but a pure function, `indices`: a run resumes from its position.
+visits it is a pure function, `indices`, not a state of the data set: a run resumes from its position.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from edmdistill.data.decode import decode_array, decode_image
 from edmdistill.data.files import EXPECTED, Files, Member, as_dataset_error, open_files
 from edmdistill.errors import DatasetError, printable
 
-IN_MEMORY_BYTES = 2**28  # smaller sets are decoded when they are opened, so that every error comes at once
+IN_MEMORY_BYTES = 2**28  # smaller sets are decoded when opened, so that every error appears at once
 DIGITS, DIGITS_TRAIN, DIGITS_SPLIT_SEED = 1797, 1500, 0
 HASHED_BYTES, HASHED_FILES = 2**28, 2**14
-"""Of a folder, how much is read for its fingerprint; a zip's directory has a CRC of every file."""
+"""How much of a folder is read for its fingerprint; a zip's directory has a CRC of every file."""
 
 Stored = NDArray[np.uint8 | np.float32]
 
@@ -38,24 +38,24 @@ class Dataset:
     """Images of one shape, with or without classes. It can be pickled, for worker processes.
 
     Args:
-        name: the source, as errors and results call it.
+        name: the source, for errors and results.
         split: the part of the source that this is.
-        files: what errors call each image; their number is the length.
-        read: gives image i as it is stored: pixels, uint8 [C,H,W]; or its latents' mean, then standard deviation,
-            float32 [2C,H,W].
+        files: the name of each image, for errors.  [N]
+        read: returns image i as stored: pixels, uint8 [C,H,W]; or the mean and then the standard deviation of its
+            latents, float32 [2C,H,W].
         labels: the class of each image, int64 [N], or None.
         label_names: the name of each class, where known.
-        xflip: every image is there twice: N + i is i mirrored.
-        content: gives the sha256 of the images, in hex; default: of all that `read` gives.
-        notes: sentences on what of the source is not in the set.
+        xflip: every image occurs twice: N + i is i mirrored.
+        content: returns the sha256 of the images, in hex; default: of all that `read` returns.
+        notes: sentences on what was left out of the source.
     Attributes:
         latent: whether it holds latents.
         img_channels, img_resolution, label_dim: C, H = W and the number of classes, as a network needs them.
         label_names: the name of each class, or None.
-        source_notes: those of `notes` that are not on classes without images.
+        source_notes: `notes` without the one on classes without images.
     Raises:
-        DatasetError: an image cannot be read, is not square, or differs in shape from the first; or latents are to
-            be mirrored.
+        DatasetError: an image cannot be read, is not square, or differs in shape from the first; or xflip of
+            latents.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Dataset:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the user: which files were left out, and which classes have no images."""
+        """Sentences for the user on files that were left out and classes that have no images."""
         missing = self.missing_classes
         if not missing:
             return list(self.source_notes)
@@ -105,7 +105,7 @@ class Dataset:
             f"{self.name}: {len(missing):,} of the {self.label_dim:,} classes {'have' if len(missing) > 1 else 'has'} "
             f"no image, the first {missing[0]}"
         )
-        first = " (the labels begin at 1, and classes are counted from 0)" if self._from_one() else ""
+        first = " (the labels begin at 1, and classes are counted from 0)" if self._labels_start_at_one() else ""
         return [*self.source_notes, f"{sentence}{first}."]
 
     def note(self, sentence: str) -> None:
@@ -115,7 +115,7 @@ class Dataset:
 
     @property
     def class_counts(self) -> list[int]:
-        """How many images each class has, mirrored ones not counted; empty for a set without classes."""
+        """The number of images of each class, without mirrored ones; empty for a set without classes."""
         if self._labels is None:
             return []
         counts: list[int] = np.bincount(self._labels[: len(self.files)], minlength=self.label_dim).tolist()
@@ -126,23 +126,23 @@ class Dataset:
         """The classes without images."""
         return [label for label, count in enumerate(self.class_counts) if count == 0]
 
-    def _from_one(self) -> bool:
-        """Whether the classes are 1 to K, as of someone who counts from 1."""
+    def _labels_start_at_one(self) -> bool:
+        """Returns whether the labels are 1 to K."""
         used = np.flatnonzero(self.class_counts)
         return self.label_names is None and bool(len(used)) and used[0] == 1 and len(used) == used[-1]
 
     def use_classes(self, label_dim: int, label_names: Sequence[str] | None = None) -> None:
-        """Takes the classes as those of a network: its label vectors are as long, and `notes` says which are missing.
+        """Sets the classes to those of a network: `label_dim` becomes its own, and `notes` says which have no images.
 
         Args:
-            label_dim: the network's number of classes; 0: it reads none, and nothing changes.
-            label_names: its names of them, where known.
-        Raises: DatasetError: the set has no classes, or some that the network does not know.
+            label_dim: the network's number of classes; 0: it is unconditional, and nothing changes.
+            label_names: its names of the classes, where known.
+        Raises: DatasetError: the set has no classes, or more than the network.
         """
         if not label_dim:
             return
         if self._labels is None or self.label_dim > label_dim:
-            first = "; its labels begin at 1: subtract 1 from each" if self._from_one() else ""
+            first = "; its labels begin at 1: subtract 1 from each" if self._labels_start_at_one() else ""
             raise DatasetError(
                 f"{self.name} has {self.label_dim or 'no'} classes, but the network has {label_dim}, 0 to "
                 f"{label_dim - 1}{first or ': name data with its classes'}"
@@ -154,8 +154,8 @@ class Dataset:
                 break
 
     def require_labels_from_zero(self) -> None:
-        """Raises DatasetError if the labels are 1 to K: a network made for them would draw class 0 and never see it."""
-        if self._from_one():
+        """Raises DatasetError if the labels are 1 to K: a network made for them would never be trained on class 0."""
+        if self._labels_start_at_one():
             raise DatasetError(
                 f"{self.name} has labels from 1 to {self.label_dim - 1}, but classes are counted from 0: subtract 1 "
                 "from each label in dataset.json"
@@ -163,10 +163,10 @@ class Dataset:
 
     @cached_property
     def content_sha256(self) -> str:
-        """Hex digest of the images in their order, whatever the source and its files are called.
+        """Hex digest of the images in their order, independent of the names of the source and its files.
 
-        It is made of the sizes and CRCs of their files: of all those in a zip. In a folder of more than HASHED_BYTES or
-        HASHED_FILES, only every k-th file is read, k as small as these allow, and the others count by name and size.
+        It covers the sizes and CRCs of the files: of all files in a zip. In a folder of more than HASHED_BYTES or
+        HASHED_FILES, only every k-th file is read, k as small as possible, and the others count by name and size.
         """
         if self._content is not None:
             return self._content()
@@ -184,37 +184,37 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of images and classes: the same data have the same under every name."""
+        """Hex digest of images and classes, independent of all names."""
         return hashlib.sha256(f"{self.content_sha256} {self.labels_sha256}".encode()).hexdigest()
 
     def image(self, i: int) -> Tensor:
-        """Image i as it is stored.  uint8 [C,H,W]"""
+        """Returns image i as stored.  uint8 [C,H,W]"""
         return self.images([i])[0]
 
     def images(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """These images as they are stored.  uint8 [B,C,H,W]
+        """Returns images as stored.  uint8 [B,C,H,W]
 
         Raises: DatasetError: they are latents.
         """
         if self.latent:
-            raise DatasetError(f"{self.name} holds latents, but pixels are wanted; give the images they were made from")
+            raise DatasetError(f"{self.name} holds latents, but pixels are needed; give the images they were made from")
         return self._stored(indices)
 
     def labels(self, indices: Sequence[int] | Tensor) -> Tensor | None:
-        """The classes of these images, or None for a set without classes.  int64 [B]"""
+        """Returns the classes of images, or None for a set without classes.  int64 [B]"""
         return None if self._labels is None else torch.from_numpy(self._labels[np.asarray(indices)])
 
     def label(self, i: int) -> int:
-        """The class of image i.  Raises DatasetError for a set without classes."""
+        """Returns the class of image i.  Raises: DatasetError: the set has no classes."""
         if self._labels is None:
             raise DatasetError(f"{self.name} has no labels; add a dataset.json with a class for every image")
         return int(self._labels[i])
 
     def tensors(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
-        """These images and classes as numbers to compute with.
+        """Returns images and classes as float32.
 
-        Returns: pixels [B,C,H,W] in [-1, 1], v / 127.5 - 1, or the moments of latents [B,2C,H,W] as they are; one-hot
-            labels [B,label_dim], or None; all float32.
+        Returns: pixels [B,C,H,W] in [-1, 1], v / 127.5 - 1, or the moments of latents [B,2C,H,W] as stored; one-hot
+            labels [B,label_dim], or None.
         """
         stored, classes = self._stored(indices), self.labels(indices)
         numbers = stored if self.latent else stored.to(torch.float32) / 127.5 - 1
@@ -237,30 +237,31 @@ class Dataset:
             first = self._read(0)
             raise DatasetError(
                 f"{self.name}: {self.files[i]} is {_size(image)}, but {self.files[0]} is {_size(first)}; "
-                "bring all images to one size and number of channels"
+                "all images must have one size and number of channels: resize or convert them"
             )
         return image
 
 
 def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = False, lossless: bool = False) -> Dataset:
-    """Opens the word `digits`, or a zip or folder in EDM's layout.
+    """Opens a zip or folder in EDM's layout, or scikit-learn's digits.
 
-    A zip or folder holds images, or latents as EDM2's dataset_tool.py writes them (.npy), in subfolders or not, and may
-    hold a dataset.json, {"labels": [["sub/name.png", class], ...], "label_names": [name, ...]}; it is a training set as
-    a whole. The digits are scikit-learn's, 8x8, one channel, 0..16 scaled to 0..255: `train` is a fixed random 1500 of
-    the 1797, `test` the other 297.
+    A zip or folder holds images, or latents as EDM2's dataset_tool.py writes them (.npy), in any subfolders, and may
+    hold a dataset.json, {"labels": [["sub/name.png", class], ...], "label_names": [name, ...]}; all of it is a training
+    set. The digits are 8x8, one channel, 0..16 scaled to 0..255: `train` is a fixed random 1500 of the 1797, `test` the
+    other 297.
 
     Args:
+        source: a path, or the word digits.
         split: train | test | all.
         xflip: see `Dataset`.
-        lossless: refuse images of formats that lose something.
+        lossless: refuse images of lossy formats.
     Raises:
         DatasetError: no such source or split; no images, or a broken one; dataset.json broken or incomplete.
     """
     if str(source) == "digits":
         return _open_digits(split, xflip)
     if not str(source).strip():  # as a path it would be the working directory
-        raise DatasetError(f"the data set's name is empty; {EXPECTED}")
+        raise DatasetError(f"the name of the data set is empty; {EXPECTED}")
     path = Path(source)
     if split not in ("train", "all"):
         raise DatasetError(f"{path} has no split {split!r}: a zip or folder is one training set; use 'train'")
@@ -282,9 +283,9 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
 
 
 def indices(seed: int, position: int, batch: int, length: int) -> Tensor:
-    """The indices at [position, position + batch) of an endless stream of shuffled epochs.
+    """Returns the indices at [position, position + batch) of an endless stream of shuffled epochs.
 
-    Epoch e is a permutation that (seed, e) alone decides, so the stream is the same in batches of any size.
+    Epoch e is a permutation that depends on (seed, e) alone, so the stream is the same in batches of any size.
 
     Args:
         position: the number of samples drawn before these.
@@ -324,7 +325,7 @@ def _open_digits(split: str, xflip: bool) -> Dataset:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Gives image i of a zip or a folder, as it is stored."""
+    """Reads image i of a zip or a folder, as stored."""
 
     files: Files
     images: Sequence[Member]
@@ -343,8 +344,8 @@ class _Reader:
 
 
 def _moments(moments: NDArray[Any], where: str, i: int) -> NDArray[np.float32]:
-    """Latents as they should be: the mean, then the standard deviation."""
-    found = f"{moments.dtype} {list(moments.shape)}"
+    """Returns the moments of latents, mean and then standard deviation, once they are checked."""
+    actual = f"{moments.dtype} {list(moments.shape)}"
     if moments.dtype == np.float32 and moments.ndim == 3 and moments.size and len(moments) % 2 == 0:
         if not np.isfinite(moments).all():
             channel = int(np.argwhere(~np.isfinite(moments))[0][0])
@@ -357,18 +358,18 @@ def _moments(moments: NDArray[Any], where: str, i: int) -> NDArray[np.float32]:
             return moments
         if deviations.max() == 0:
             raise DatasetError(
-                f"{where} has a standard deviation of 0 everywhere, as of latents that were drawn and scaled already; "
+                f"{where} has a standard deviation of 0 everywhere, so these latents were drawn and scaled already; "
                 "give the encoder's means and standard deviations, as EDM2's dataset_tool.py writes them"
             )
-        found += f" with a standard deviation of {deviations.min():g}"
+        actual += f" with a standard deviation of {deviations.min():g}"
     raise DatasetError(
-        f"{where} is {found}, but latents are float32 [2C,H,W], means and then standard deviations; encode the images "
+        f"{where} is {actual}, but latents are float32 [2C,H,W], means and then standard deviations; encode the images "
         "as EDM2's dataset_tool.py does"
     )
 
 
 def _content_sha256(files: Files, images: Sequence[Member]) -> str:
-    """See Dataset.content_sha256."""
+    """Returns Dataset.content_sha256 of files."""
     total = sum(member.size for member in images)
     stride = max(1, math.ceil(total / HASHED_BYTES), math.ceil(len(images) / HASHED_FILES))
     digest = hashlib.sha256()

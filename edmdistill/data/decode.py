@@ -1,4 +1,4 @@
-"""Images and arrays from foreign bytes: what a header claims is checked before anything is made of the rest."""
+"""Decodes images and arrays from untrusted bytes: what a header claims is checked before the rest is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESOLUTION = 4096
 FORMATS = ("PNG", "BMP", "WEBP", "JPEG")
 """Pillow's names."""
 LOSSY = ("JPEG", "MPO", "WEBP")
-"""An MPO is a JPEG with a preview behind it, as phones write them."""
+"""An MPO is a JPEG followed by a preview, as phones write them."""
 MODES = {
     "1": "black and white, one bit a pixel",
     "P": "colours from a palette",
@@ -31,7 +31,7 @@ MODES = {
     "I;16": "more than 8 bits a channel",
     "F": "floating-point values",
 }
-_NO_IMAGE = {
+_OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer, fetched by `git lfs pull`",
     b"<": "a web page or an SVG",
     b"GIF8": "a GIF",
@@ -44,20 +44,20 @@ _NO_IMAGE = {
 
 
 def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[np.uint8]:
-    """Returns an image as it is seen: upright, if its EXIF data say that the camera was turned.
+    """Returns an image, turned upright as its EXIF data say.
 
-    Differs: EDM's dataset_tool.py ignores EXIF data, so that a photo lies on its side there.
+    Differs: EDM's dataset_tool.py ignores EXIF data, so that a photo may lie on its side there.
     Args:
-        where: the set and the name, for errors.
-        lossless: refuse formats that do not keep every value.
+        where: the set and the name of the file, for errors.
+        lossless: refuse lossy formats.
     Returns: uint8 [C,H,W], C 1 or 3.
-    Raises: DatasetError: it is no PNG, BMP, WebP or JPEG, broken, animated, larger than RESOLUTION, or has another
-        mode than 8-bit grayscale or RGB.
+    Raises: DatasetError: it is not a PNG, BMP, WebP or JPEG, is broken, animated or larger than RESOLUTION, or its mode
+        is not 8-bit grayscale or RGB.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of sizes and of EXIF data that are dealt with here
+        warnings.simplefilter("ignore")  # Pillow warns of sizes and EXIF data that are handled here
         with as_dataset_error(
-            lambda why: f"{where} is not a readable image ({_found(data, why)}); replace or remove it"
+            lambda why: f"{where} is not a readable image ({_describe(data, why)}); replace or remove it"
         ):
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         with image:
@@ -69,10 +69,9 @@ def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[
                 raise DatasetError(f"{where} is an animation of {frames} frames; keep one frame as a PNG")
             if lossless and image.format in LOSSY:
                 raise DatasetError(
-                    f"{where} is a {image.format}, which may have been compressed with loss, and that changes every "
-                    "metric; measure PNGs"
+                    f"{where} is a {image.format}, and lossy compression changes every metric; measure PNGs"
                 )
-            deep = image.format == "PNG" and data[24:25] == b"\x10"  # Pillow cuts RGB of 16 bits to 8 without a word
+            deep = image.format == "PNG" and data[24:25] == b"\x10"  # Pillow silently cuts RGB of 16 bits to 8
             if deep or image.mode not in ("L", "RGB"):
                 kind = MODES["I"] if deep else MODES.get(image.mode, "other channels")
                 raise DatasetError(f"{where} has mode {image.mode} ({kind}); convert it to 8-bit grayscale (L) or RGB")
@@ -82,11 +81,11 @@ def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _found(data: bytes, why: str) -> str:
-    """What the bytes are instead of an image, where that is known; else why Pillow does not read them."""
+def _describe(data: bytes, why: str) -> str:
+    """Returns what the bytes are instead of an image, where known; else why Pillow does not read them."""
     if data[4:8] == b"ftyp":
         return "a HEIC or AVIF"
-    for magic, kind in _NO_IMAGE.items():
+    for magic, kind in _OTHER_FORMATS.items():
         if data.startswith(magic):
             return kind
     if not data:
@@ -95,7 +94,7 @@ def _found(data: bytes, why: str) -> str:
 
 
 class Header(NamedTuple):
-    """What an .npy claims to hold; its values begin at the byte `start`."""
+    """What an .npy claims to hold; its values start at the byte `start`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -106,21 +105,21 @@ class Header(NamedTuple):
 
 
 def read_header(file: IO[bytes], size: int, where: str) -> Header:
-    """Returns the header of an .npy and leaves the file where its values begin.
+    """Returns the header of an .npy and leaves the file where its values start.
 
     Args:
-        size: bytes of the whole file.
-        where: the set and the name, for errors.
-    Raises: DatasetError: there is no header, it claims more than the file holds, or Python objects, or the values are
+        size: of the whole file, in bytes.
+        where: the set and the name of the file, for errors.
+    Raises: DatasetError: there is no header, it claims Python objects or more than the file holds, or the values are
         not in C order.
     """
     with as_dataset_error(lambda why: f"{where} is not a readable array ({why}); replace or remove it"):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+            warnings.simplefilter("ignore")  # about headers that Python 2 wrote
             version = np.lib.format.read_magic(file)
             read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(version[0])
             if read is None:
-                raise ValueError(f"version {version[0]}.{version[1]} of the format, as only records have it")
+                raise ValueError(f"version {version[0]}.{version[1]} of the format, which only structured arrays need")
             shape, fortran, dtype = read(file)
         if dtype.hasobject:
             raise ValueError("Object arrays cannot be read: they are pickles")
@@ -129,14 +128,14 @@ def read_header(file: IO[bytes], size: int, where: str) -> Header:
         start = file.tell()
         claimed = math.prod(shape) * dtype.itemsize
         if claimed > size - start:
-            raise ValueError(f"its header claims {claimed:,} bytes, and {size - start:,} are there")
+            raise ValueError(f"its header claims {claimed:,} bytes, but there are {size - start:,}")
         if fortran and sum(length > 1 for length in shape) > 1:
             raise ValueError("its values are in Fortran order: save numpy.ascontiguousarray of it")
     return Header(shape, dtype, start)
 
 
 def decode_array(data: bytes, where: str) -> NDArray[Any]:
-    """Returns the array of an .npy that is in memory.  Raises: DatasetError: as `read_header`."""
+    """Returns the array of an .npy in memory.  Raises: DatasetError: see `read_header`."""
     header = read_header(io.BytesIO(data), len(data), where)
     with as_dataset_error(lambda why: f"{where} is not a readable array ({why}); replace or remove it"):
         return np.frombuffer(data, header.dtype, math.prod(header.shape), header.start).reshape(header.shape)

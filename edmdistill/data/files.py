@@ -1,9 +1,10 @@
-"""The files of a data set: the members of a zip or a folder, what is wrong with them, and their bytes up to a limit."""
+"""The files of a data set: the members of a zip or a folder, whether they can be read, and their bytes."""
 
 from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import IO, NamedTuple, Protocol
 from edmdistill.errors import DatasetError, EdmDistillError, printable
 
 MEMBER_BYTES = 2**27
-"""The most that one file of a set may take: more than the largest image, or the labels of a million images."""
+"""The largest file of a set that is read: more than the largest image, or the labels of a million images."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Python can bound what these decompress to; bzip2 and LZMA expand a few bytes to gigabytes before it looks."""
 EXPECTED = "give a zip, a folder, or the word digits"
@@ -56,7 +57,7 @@ class Member(NamedTuple):
     Attributes:
         name: its path inside the set, as stored.
         size: bytes, uncompressed.
-        crc: CRC-32 of its bytes, or None where only reading them tells.
+        crc: CRC-32 of its bytes, or None if unknown before they are read.
         problem: why it cannot be read, as the end of a sentence that begins with its name, or None.
     """
 
@@ -76,24 +77,34 @@ class Files(Protocol):
     def read(self, name: str) -> bytes: ...
 
 
+def canonical_name(name: str) -> str:
+    """Returns a member's name as names are compared: composed accents, slashes, no leading dot or slash."""
+    if not name.isascii():
+        name = unicodedata.normalize("NFC", name)
+    name = name.replace("\\", "/")
+    if name.startswith(("/", ".")) or "//" in name or "/./" in name:
+        name = "/".join(part for part in name.split("/") if part not in ("", "."))
+    return name
+
+
 @contextmanager
 def as_dataset_error(sentence: Callable[[str], str]) -> Iterator[None]:
-    """Raises DatasetError with a sentence in place of whatever a decoder of foreign bytes raises.
+    """Raises DatasetError in place of anything that a decoder of untrusted bytes raises.
 
     Args:
-        sentence: gets the reason, one printable line.
+        sentence: from the reason, one printable line, to the error's message.
     """
     try:
         yield
     except EdmDistillError:
         raise
-    except Exception as error:  # decoders raise nearly every type there is on bytes that were made to confuse them
+    except Exception as error:  # decoders raise nearly any type on malicious bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DatasetError(sentence(printable(reason[:200]))) from error
 
 
 class ZipFiles:
-    """The members of a zip; every process opens the file for itself, because a shared one has one position."""
+    """The members of a zip; every process opens its own handle, because a shared one has a single position."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -129,15 +140,15 @@ class ZipFiles:
         info = self.archive.getinfo(name)
         _require(self.path, Member(name, info.file_size, None, _zip_problem(info) or _too_large(info.file_size)))
         with self.archive.open(info) as file:
-            # A read of a given length bounds what is decompressed, whatever the directory declares.
+            # A read of a given length limits what is decompressed, whatever the directory declares.
             data = file.read(info.file_size)
             if len(data) < info.file_size:
                 raise EOFError(f"it ends after {len(data):,} of {info.file_size:,} bytes")
-            file.read(1)  # at the end the CRC is checked
+            file.read(1)  # the CRC is checked at the end
             return data
 
     def stream(self, name: str) -> tuple[IO[bytes], int]:
-        """A member of any size to be read bit by bit, and its size in bytes.  Raises: DatasetError: it cannot be."""
+        """Opens a member of any size as a stream, and returns its size in bytes.  Raises: DatasetError: unreadable."""
         info = self.archive.getinfo(name)
         _require(self.path, Member(name, info.file_size, None, _zip_problem(info)))
         return self.archive.open(info), info.file_size
@@ -147,14 +158,14 @@ class ZipFiles:
 
 
 class FolderFiles:
-    """The files of a folder and of its subfolders, links followed, none twice."""
+    """The files of a folder and its subfolders; links are followed, and no folder is read twice."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def members(self) -> list[Member]:
         """Raises: DatasetError: a subfolder cannot be listed, or a link leads back to a folder of this set."""
-        found: list[Member] = []
+        members: list[Member] = []
         seen: dict[tuple[int, int], str] = {}
         todo = [""]
         while todo:
@@ -171,15 +182,15 @@ class FolderFiles:
                 )
             for entry in entries:
                 name = f"{folder}/{entry.name}" if folder else entry.name
-                member, is_folder = self._look(name)
+                member, is_folder = self._stat(name)
                 if is_folder:
                     todo.append(name)
                 else:
-                    found.append(member)
-        return found
+                    members.append(member)
+        return members
 
-    def _look(self, name: str) -> tuple[Member, bool]:
-        """What a name stands for, links followed, and whether it is a folder."""
+    def _stat(self, name: str) -> tuple[Member, bool]:
+        """Returns the file of a name, links followed, and whether it is a folder."""
         try:
             status = os.stat(self.path / name)
         except OSError as error:
@@ -190,7 +201,7 @@ class FolderFiles:
         return Member(name, status.st_size, None, _too_large(status.st_size)), False
 
     def read(self, name: str) -> bytes:
-        member = self._look(name)[0]
+        member = self._stat(name)[0]
         _require(self.path, member)
         with (self.path / name).open("rb") as file:
             return file.read(member.size)
@@ -214,16 +225,15 @@ def open_files(path: Path) -> Files:
         raise DatasetError(f"{path} is {_kind(mode)}; {EXPECTED}")
     if path.suffix.lower() == ".npz":
         raise DatasetError(
-            f"{path} is an .npz of arrays, of images or statistics, and not a data set; give the images themselves, as "
-            "a zip or a folder"
+            f"{path} is an .npz, of images or statistics, not a data set; give the images, as a zip or a folder"
         )
     files = ZipFiles(path)
-    files.archive  # noqa: B018  # opened now, so that an error comes first
+    files.archive  # noqa: B018  # opened now, so that an error appears at once
     return files
 
 
 def require_readable(path: Path, members: list[Member]) -> None:
-    """Raises: DatasetError: one of them cannot be read, by what the directory says."""
+    """Raises DatasetError if a member cannot be read, as far as the directory says."""
     for member in members:
         _require(path, member)
 
@@ -243,14 +253,14 @@ def _too_large(size: int) -> str | None:
 
 def _zip_problem(info: zipfile.ZipInfo) -> str | None:
     if info.flag_bits & 1:
-        return "is encrypted, and passwords are not asked for"
+        return "is encrypted, and encrypted files are not read"
     if info.compress_type not in METHODS:
         return f"is compressed by method {info.compress_type}, and only stored and deflated files are read"
     return None
 
 
 def _other_kind(head: bytes) -> str:
-    """What a file is that is no zip, by its first bytes, and what to do."""
+    """Returns what a file that is no zip is, by its first bytes, and what to do."""
     for magic, kind in _ARCHIVES.items():
         if head.startswith(magic):
             return f"{kind}; unpack it and give the folder"

@@ -1,4 +1,4 @@
-"""What a data set holds, in numbers and in words: for `data inspect`."""
+"""Describes a data set in numbers and words, for `data inspect`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from edmdistill.data.files import open_files
 
 SCHEMA_VERSION = 1
 SHOWN = 12
-"""Lines of a list before the rest is only counted."""
+"""Number of entries of a list that are shown before the rest is counted."""
 
 
 class ClassCount(Struct, frozen=True, kw_only=True):
-    """A class and how many images it has."""
+    """A class and its number of images."""
 
     label: int
     name: str | None
@@ -28,16 +28,16 @@ class ClassCount(Struct, frozen=True, kw_only=True):
 
 
 class DataSummary(Struct, frozen=True, kw_only=True):
-    """What is in a data set.
+    """The contents of a data set.
 
     Attributes:
-        images: their number.
+        images: the number of images.
         latent: whether they are latents of a VAE.
         resolution, channels: H = W and C.
-        mean, std: of each channel: of pixels in [-1, 1]; or of the latents as they would be drawn, mean + std eps,
-            before the teacher's scale. [C]
-        std_all: of all channels about their one mean, to be compared with a network's sigma_data.
-        left_out: the reason for each file that is no part of the set, by name.
+        mean, std: of each channel: of pixels in [-1, 1], or of latents as drawn, mean + std eps, before the teacher's
+            scale.  [C]
+        std_all: of all channels about their common mean, to compare with a network's sigma_data.
+        left_out: the reason why each file that is no part of the set was left out, by name.
         fingerprint: Dataset.fingerprint.
     """
 
@@ -64,12 +64,12 @@ def inspect_data(
     batch: int = 256,
     on_progress: Callable[[int], object] | None = None,
 ) -> DataSummary:
-    """Reads all of a data set, and returns what it holds.
+    """Reads all of a data set, and returns its summary.
 
     Args:
-        source, split: what `open_dataset` takes.
+        source, split: see `open_dataset`.
         on_progress: called with the number of images that have just been read.
-    Raises: DatasetError: from `open_dataset`, or an image that cannot be read.
+    Raises: DatasetError: see `open_dataset`; or an image cannot be read.
     """
     data = open_dataset(source, split=split)
     mean, std, std_all = _moments(data, batch, on_progress)
@@ -98,7 +98,7 @@ def inspect_data(
 def _moments(
     data: Dataset, batch: int, on_progress: Callable[[int], object] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...], float]:
-    """Mean and standard deviation by channel [C], and of all channels together, of what a network is trained on."""
+    """Returns mean and standard deviation by channel [C], and the standard deviation of all channels together."""
     total = torch.zeros(data.img_channels, dtype=torch.float64)
     squares = torch.zeros_like(total)
     for start in range(0, len(data), batch):
@@ -116,12 +116,12 @@ def _moments(
 
 
 def to_json(summary: DataSummary) -> str:
-    """The summary as a JSON document."""
+    """Returns the summary as a JSON document."""
     return msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
 
 
 def to_text(data: DataSummary) -> str:
-    """The summary as lines for people."""
+    """Returns the summary as lines of text."""
     shape = f"{data.resolution}x{data.resolution}, {data.channels} channel{'s' if data.channels > 1 else ''}"
     kind = "latents, means and standard deviations (float32)" if data.latent else _mode(data.channels)
     measured = "latents, before the teacher's scale" if data.latent else "pixels in [-1, 1]"
@@ -133,7 +133,7 @@ def to_text(data: DataSummary) -> str:
         ("mean", f"{_numbers(data.mean)}  ({measured})"),
         ("std", f"{_numbers(data.std)}  (all channels {data.std_all:.4g})"),
         ("classes", f"{len(data.classes):,}" if data.classes else "none"),
-        ("missing", _some([_title(entry) for entry in missing]) if missing else "none"),
+        ("missing", _shorten([_title(entry) for entry in missing]) if missing else "none"),
         ("left out", f"{len(data.left_out):,}: {summarize(data.left_out)}" if data.left_out else "nothing"),
         ("fingerprint", data.fingerprint),
     ]
@@ -144,7 +144,7 @@ def to_text(data: DataSummary) -> str:
         lines += ["", f"{'class':<40} {'images':>10}"]
         lines += [f"{_title(entry):<40} {entry.images:>10,}" for entry in data.classes[: 10 * SHOWN]]
         rest = len(data.classes) - 10 * SHOWN
-        lines += [f"... and {rest:,} classes more; --json lists all"] if rest > 0 else []
+        lines += [f"... and {rest:,} more classes; --json lists all"] if rest > 0 else []
     notes = [note for note in data.notes if "left out" not in note]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
@@ -161,6 +161,6 @@ def _numbers(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
     rest = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")

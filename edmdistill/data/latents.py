@@ -1,7 +1,7 @@
-"""Latents: what EDM2's data sets hold for a VAE, and how a teacher's x0 comes of it.
+"""Latents of a VAE, as EDM2's data sets store them, and the teacher's x0 drawn from them.
 
-For each image such a set holds what the VAE's encoder gives: the mean and the standard deviation of its latents, which
-are drawn anew whenever the image is visited.
+For each image such a set holds the output of the VAE's encoder, the mean and the standard deviation of its latents;
+they are drawn anew at each visit of the image.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError
 
 VISIT = 2**32 - 1
-"""Stands where a training turn's draws have the number of the turn, so that no turn draws the same noise."""
+"""In place of the number of a training turn, so that no turn draws the same noise."""
 
 
 class LatentScaling(Struct, frozen=True):
-    """What gives a VAE's latents the mean and standard deviation that the teacher knows: x0 = latents scale + bias.
+    """Scales a VAE's latents to the mean and standard deviation that a teacher expects: x0 = latents scale + bias.
 
     Attributes:
-        scale, bias: by channel.  [C]
+        scale, bias: of each channel.  [C]
     """
 
     scale: tuple[float, ...]
@@ -33,9 +33,9 @@ class LatentScaling(Struct, frozen=True):
 
 
 def latent_scaling(encoder: Mapping[str, Any]) -> LatentScaling | None:
-    """Those of a checkpoint's encoder, or None where the network works on pixels.
+    """Returns the scaling of a checkpoint's encoder, or None for a network that works on pixels.
 
-    Raises: CheckpointError: the encoder is neither pixels nor a VAE with its statistics.
+    Raises: CheckpointError: the encoder is neither pixels nor a VAE with scale and bias.
     """
     if encoder["kind"] == "pixels":
         return None
@@ -48,8 +48,8 @@ def latent_scaling(encoder: Mapping[str, Any]) -> LatentScaling | None:
         ) from error
 
 
-def draw_latents(moments: Tensor, eps: Tensor, statistics: LatentScaling) -> Tensor:
-    """x0 = (mean + std eps) scale + bias.
+def draw_latents(moments: Tensor, eps: Tensor, scaling: LatentScaling) -> Tensor:
+    """Draws x0 = (mean + std eps) scale + bias.
 
     Args:
         moments: mean, then std, of each image's latents.  [B,2C,H,W]
@@ -58,24 +58,24 @@ def draw_latents(moments: Tensor, eps: Tensor, statistics: LatentScaling) -> Ten
     Source: EDM2, training/encoders.py, StabilityVAEEncoder.encode_latents.
     """
     mean, std = moments.chunk(2, dim=1)
-    scale, bias = (moments.new_tensor(values)[:, None, None] for values in (statistics.scale, statistics.bias))
+    scale, bias = (moments.new_tensor(values)[:, None, None] for values in (scaling.scale, scaling.bias))
     return (mean + std * eps) * scale + bias
 
 
-def latent_std(moments: Tensor, statistics: LatentScaling) -> float:
-    """Returns the standard deviation of x0 as it would be drawn, all channels together.
+def latent_std(moments: Tensor, scaling: LatentScaling) -> float:
+    """Returns the standard deviation of x0 as drawn, of all channels together.
 
     Args:
-        moments: as for `draw_latents`.  [B,2C,H,W]
+        moments: see `draw_latents`.  [B,2C,H,W]
     """
     mean, std = moments.double().chunk(2, dim=1)
-    scale, bias = (mean.new_tensor(values)[:, None, None] for values in (statistics.scale, statistics.bias))
+    scale, bias = (mean.new_tensor(values)[:, None, None] for values in (scaling.scale, scaling.bias))
     variance = (mean * scale + bias).var(correction=0) + (std * scale).square().mean()
     return float(variance.sqrt())
 
 
 def latent_noise(seed: int, start: int, stop: int, *shape: int) -> Tensor:
-    """The eps of the visits at the positions [start, stop) of the stream that `seed` shuffles.
+    """Draws the eps of the visits at positions [start, stop) of the stream that `seed` shuffles.
 
     Each depends on (seed, position) alone.
     Returns: unit normal.  [stop - start,*shape] float32

@@ -166,7 +166,7 @@ def test_latents(write: Write, tmp_path: Path) -> None:
     assert np.array_equal(moments.numpy(), MOMENTS[[4, 0]])
     assert labels is not None
     assert labels.tolist() == torch.eye(5)[[4, 0]].tolist()
-    with pytest.raises(DatasetError, match="holds latents, but pixels are wanted"):
+    with pytest.raises(DatasetError, match="holds latents, but pixels are needed"):
         data.image(0)
     with pytest.raises(DatasetError, match=r"holds latents.*mirrored.*leave data\.xflip out"):
         open_dataset(source, xflip=True)

@@ -143,7 +143,7 @@ def test_latents_that_were_scaled_already_are_refused(tmp_path: Path) -> None:
     np.save(out, moments)
     path = write(tmp_path / "set.zip", {"0.npy": out.getvalue()})
     with pytest.raises(
-        DatasetError, match="standard deviation of 0 everywhere, as of latents that were drawn and scaled"
+        DatasetError, match="standard deviation of 0 everywhere, so these latents were drawn and scaled"
     ):
         open_dataset(path)
 
@@ -166,7 +166,7 @@ def test_sources_of_other_kinds_are_named(tmp_path: Path) -> None:
         "x.pkl": (b"\x80\x04" + bytes(50), "is a pickle; give a zip, a folder"),
         "x.npz": (
             good,
-            "is an .npz of arrays, of images or statistics, and not a data set; give the images themselves",
+            "is an .npz, of images or statistics, not a data set; give the images",
         ),
         "set.tar": (None, "is a tar archive; unpack it and give the folder"),
         "set.tar.gz": (None, "is a gzip file; unpack it and give the folder"),
@@ -242,7 +242,7 @@ def test_arrays_that_were_cut(kind: str, tmp_path: Path) -> None:
     np.savez(path, images=UINT8) if kind == "npz" else np.save(path, UINT8)
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(
-        DatasetError, match="is not a whole zip" if kind == "npz" else "claims 384 bytes, and 172 are there"
+        DatasetError, match="is not a whole zip" if kind == "npz" else "claims 384 bytes, but there are 172"
     ):
         open_images(path, 10)
 
