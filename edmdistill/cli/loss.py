@@ -1,4 +1,4 @@
-"""edmdistill loss."""
+"""`edmdistill loss`: the diffusion loss by noise level."""
 
 import click
 
@@ -9,10 +9,10 @@ from edmdistill.cli.options import BATCH, interruptible
 @click.argument("teacher")
 @click.argument("original", required=False)
 @click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits.")
-@click.option("--split", default="train", show_default=True, help="Of the digits: train, test or all.")
-@click.option("--images", type=click.IntRange(min=1), default=1000, show_default=True, help="How many of the data.")
+@click.option("--split", default="train", show_default=True, help="train, test or all of the digits.")
+@click.option("--images", type=click.IntRange(min=1), default=1000, show_default=True, help="Number of images.")
 @click.option("--batch", type=BATCH, default=250, show_default=True, help="Images at a time.")
-@click.option("--device", help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     teacher: str,
@@ -24,10 +24,10 @@ def command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Measure the diffusion loss of TEACHER by noise level, beside that of ORIGINAL.
+    """Measure the diffusion loss of TEACHER by noise level, and compare it with that of ORIGINAL.
 
-    So it is seen whether a teacher that `convert --time-embedding positional` changed, and that was trained on, is as
-    good as it was. Both are checkpoints of ours, runs or official files.
+    This shows whether a teacher that was changed by `convert --time-embedding positional`, and trained further, is as
+    good as before. Both are checkpoints, run directories or official files.
     """
     import json
     import math
@@ -37,13 +37,13 @@ def command(
     from edmdistill.training.noise_levels import losses_by_noise, verdict
 
     sources = [teacher, original] if original else [teacher]
-    with interruptible(lambda: "nothing is measured yet, and what was under way is lost."):
+    with interruptible(lambda: "nothing is measured yet."):
         rows = losses_by_noise(sources, data, split=split, images=images, batch=batch, device=pick_device(device))
     for source, losses in zip(sources, zip(*(row.losses for row in rows), strict=True), strict=True):
         bad = [f"{row.sigma:g}" for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
         if bad:
             raise NotFiniteError(
-                f"the loss of {source} is not finite at sigma {', '.join(bad)}: look at it with edmdistill inspect"
+                f"the loss of {source} is not finite at sigma {', '.join(bad)}: check it with edmdistill inspect"
             )
     if as_json:
         document = {"schema_version": 1, "sources": sources, "losses": [row._asdict() for row in rows]}

@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
-from edmdistill.evaluation import protocol
+from edmdistill.evaluation import measurements
 from edmdistill.evaluation.results import load_results
 from edmdistill.training import noise_levels
 
@@ -19,7 +19,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    whole, calls = protocol.evaluate, []
+    whole, calls = measurements.evaluate, []
 
     def evaluate(*args: Any, **options: Any) -> Any:
         if len(calls) == count:
@@ -27,7 +27,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         calls.append(1)
         return whole(*args, **options)
 
-    monkeypatch.setattr(protocol, "evaluate", evaluate)
+    monkeypatch.setattr(measurements, "evaluate", evaluate)
 
 
 def run(command: str, *words: object) -> Result:
@@ -43,7 +43,7 @@ def test_what_is_measured_is_shown_written_and_kept(
     words = [source, "--protocol", "digits", "--n", 4, "--nfe", "1,2,3", "--save", "--out", out]
     result = run(command, *words)
     assert result.exit_code == 130
-    line = "Interrupted: 2 of 3 measurements are done and saved; what was under way is lost.\n"
+    line = "Interrupted: 2 of 3 measurements are done and saved; the measurement in progress is lost.\n"
     assert result.stderr.endswith(line)
     assert len(load_results(source)) == 2
     assert out.read_text().count('"metrics": {') == 2
@@ -55,7 +55,7 @@ def test_nothing_is_measured_yet(source: Path, tmp_path: Path, monkeypatch: pyte
     stop_after(monkeypatch, 0)
     result = run(command, source, "--protocol", "digits", "--nfe", "1", "--out", tmp_path / "a.json")
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "Interrupted: nothing is measured yet; what was under way is lost.\n"
+    assert result.stderr == "Interrupted: nothing is measured yet; the measurement in progress is lost.\n"
     assert not (tmp_path / "a.json").exists()
 
 
@@ -66,4 +66,4 @@ def test_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_levels, "losses_by_noise", stop)
     result = run("loss", "teacher", "--data", "digits")
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "Interrupted: nothing is measured yet, and what was under way is lost.\n"
+    assert result.stderr == "Interrupted: nothing is measured yet.\n"
