@@ -33,7 +33,7 @@ from edmdistill.machine.engine import Machine
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
-from edmdistill.training.run import prepare
+from edmdistill.training.prepare import prepare
 
 SHIPPED = Path(edmdistill.__file__).parent / "assets/digits-teacher.pkl"
 ADAPT = "diffusion/digits-adapt"

@@ -17,7 +17,7 @@ from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.magnitude import GAINS
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.training.run import PRECISION
+from edmdistill.training.roles import PRECISION
 
 SMALL = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 2, "attn_resolutions": []}
 NETWORKS = {"EDM2-S, 64x64": (64, 1000, {}), "small, 8x8": (8, 10, SMALL)}

@@ -25,7 +25,8 @@ from edmdistill.networks.sizes import SIZES
 from edmdistill.planning.plan import make_plan, measure
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
-from edmdistill.training.run import Run, prepare
+from edmdistill.training.prepare import prepare
+from edmdistill.training.run import Run
 
 ENCODER = {"kind": "StabilityVAEEncoder", "scale": [0.12] * 4, "bias": [0.0] * 4}
 
@@ -54,7 +55,7 @@ def peak_of(run: Run) -> float:
         return float(torch.cuda.max_memory_allocated())
     adam = [state for optimizer in run.optimizers.values() for state in optimizer.state.values()]
     there = [value for state in adam for value in state.values()]
-    for network in (*run.roles.values(), *(average.network for average in run.averages)):
+    for network in (*run.networks.values(), *(average.network for average in run.averages)):
         there += list(network.state_dict().values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         next(steps)

@@ -28,7 +28,8 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
-from edmdistill.training.run import Run, prepare, set_trainable
+from edmdistill.training.prepare import prepare
+from edmdistill.training.run import Run
 
 
 def make_teacher(folder: Path, width: int) -> Path:
@@ -56,10 +57,10 @@ def make_data(file: Path, images: int = 16) -> Path:
 def bare(run: Run, batches: list) -> None:
     """The networks of a round alone."""
     for index, turn in enumerate(run.method.turns()):
-        set_trainable(run, turn.role)
+        run.set_trainable(turn.role)
         draws = Draws([0, 0, index], run.recipe.training.batch, device=run.engine.device)
         turn.loss(batches[index], draws).value.mean().backward()
-        run.roles[turn.role].zero_grad(set_to_none=True)
+        run.networks[turn.role].zero_grad(set_to_none=True)
 
 
 def clock(run: Run) -> float:
@@ -84,7 +85,7 @@ def measured(recipe: Recipe, teacher: Path, data: Path, device: str | None, roun
         networks.append(middle - start)
         whole.append(clock(run) - middle)
         print(f"batch {batch}: networks {networks[-1]:.2f} s, round {whole[-1]:.2f} s", flush=True)
-    parameters = sum(p.numel() for p in run.roles["teacher"].parameters())
+    parameters = sum(p.numel() for p in run.networks["teacher"].parameters())
     return min(networks), min(whole), parameters
 
 

@@ -19,7 +19,7 @@ from edmdistill.checkpoints.official import load_official
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.training.run import PRECISION
+from edmdistill.training.roles import PRECISION
 from edmdistill.trigflow import diffuse, expand, velocity
 
 NETWORKS = {

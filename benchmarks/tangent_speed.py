@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.training.run import PRECISION
+from edmdistill.training.roles import PRECISION
 
 NETWORKS = {
     "EDM2": ("edm2", {"model_channels": 128, "channel_mult": [1, 2], "num_blocks": 2}),

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from edmdistill.training import run
+from edmdistill.training import prepare
 from edmdistill.training.probe import Probe
 
 KNOWN: dict[object, dict[str, set[str]]] = {}
@@ -31,4 +31,4 @@ class SharedProbe:
 
 def share_probes() -> None:
     """From here on, in this process."""
-    run.Probe = SharedProbe
+    prepare.Probe = SharedProbe

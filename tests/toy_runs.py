@@ -19,8 +19,9 @@ from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes.schema import Recipe
-from edmdistill.training.loop import train
-from edmdistill.training.run import Run, prepare
+from edmdistill.training.prepare import prepare
+from edmdistill.training.run import Run
+from edmdistill.training.session import train
 
 NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
 TABLES = {
@@ -87,7 +88,7 @@ def whole(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -
     @cache
     def make(method: str, **training: object) -> tuple[Run, Path]:
         run, run_dir = start(method, **training), tmp_path_factory.mktemp("whole") / "run"
-        assert train(run, run_dir, note=lambda sentence: None).finished
+        assert train(run, run_dir, on_message=lambda sentence: None).finished
         return run, run_dir
 
     return make

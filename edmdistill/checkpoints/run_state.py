@@ -19,8 +19,8 @@ from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import CheckpointError
 
 
-class WindowProgress(msgspec.Struct, frozen=True):
-    """The means that have begun, over the rounds since the last line of metrics.jsonl; see metrics.Window."""
+class IntervalProgress(msgspec.Struct, frozen=True):
+    """Sums over the rounds since the last line of metrics.jsonl; see metrics.IntervalMeans."""
 
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -30,19 +30,19 @@ class WindowProgress(msgspec.Struct, frozen=True):
 
 
 class HealthProgress(msgspec.Struct, frozen=True):
-    """What monitors.Health knows.
+    """What monitors.Health resumes from.
 
     Attributes:
-        ill: for how many lines in a row each kind of illness has been seen.
-        norms: the gradient norms of the healthy lines so far, by their names.
-        well: images seen up to the newest line in which nothing looked ill.
-        found: kinds of illness in the lines since the state before, or in the last line before that.
+        streaks: for how many lines in a row each symptom has been seen.
+        norms: the gradient norms of the healthy lines so far, by name.
+        last_healthy: images seen at the newest line without symptoms.
+        symptoms: those in the lines since the state before, or in the last line before that.
     """
 
-    ill: dict[str, int] = {}
+    streaks: dict[str, int] = {}
     norms: dict[str, list[float]] = {}
-    well: int = 0
-    found: list[str] = []
+    last_healthy: int = 0
+    symptoms: list[str] = []
 
 
 class Scale(msgspec.Struct, frozen=True):
@@ -61,7 +61,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     images: int
-    window: WindowProgress
+    window: IntervalProgress
     scales: dict[str, Scale] = {}
     health: HealthProgress = HealthProgress()
     sha256: dict[str, str]

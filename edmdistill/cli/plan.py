@@ -138,7 +138,7 @@ def _flow(recipe: "Recipe", teacher: str | None, network: str | None, data: str 
     from edmdistill.checkpoints.load import outline
     from edmdistill.data.datasets import open_dataset
     from edmdistill.networks.sizes import SIZES
-    from edmdistill.training.run import sketch
+    from edmdistill.training.sources import sketch
 
     if teacher is not None:
         return outline(teacher)

@@ -97,7 +97,7 @@ def command(
 
     from edmdistill.machine.engine import Machine
     from edmdistill.recipes.library import find_recipe
-    from edmdistill.training.run import prepare
+    from edmdistill.training.prepare import prepare
 
     machine = Machine(device, _micro_batch(micro_batch), shard, offload, checkpoint_activations, workers, log_with)
     with _one_voice():
@@ -121,10 +121,10 @@ def command(
 def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tuple[str, ...], dry_run: bool) -> None:
     """Trains, and tells the user what goes on; only the main process speaks."""
     from edmdistill.progress import progress_bar
-    from edmdistill.training.loop import train
     from edmdistill.training.run_dir import check_run
+    from edmdistill.training.session import train
 
-    plan, training, sampling = run.plan(), run.recipe.training, run.recipe.sampling
+    plan, training, sampling = run.describe(), run.recipe.training, run.recipe.sampling
     tell = say if run.engine.is_main else lambda sentence: None
     if dry_run:
         if run.engine.is_main:
@@ -170,7 +170,7 @@ def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tupl
             stop_on=stop_on,
             on_start=describe,
             on_round=on_round,
-            note=tell,
+            on_message=tell,
         )
     if not outcome.finished:
         tell(f"Interrupted after {outcome.images:,} images and saved; the same command goes on from there.")

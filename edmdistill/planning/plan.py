@@ -28,9 +28,10 @@ from edmdistill.machine.gpus import GPU
 from edmdistill.methods.base import NoiseRange, Turn
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import Recipe
+from edmdistill.training.checks import require_guide
 from edmdistill.training.ema import profiles
 from edmdistill.training.probe import ROWS, Probe
-from edmdistill.training.run import build_roles, require_guide
+from edmdistill.training.roles import build_roles
 
 FREE = 0.05
 """Share of a GPU's memory that is left for CUDA itself and for fragments."""

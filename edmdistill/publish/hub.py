@@ -43,7 +43,7 @@ from edmdistill.publish.card import card, default_nfe, was_measured_on
 from edmdistill.report.summary import read_run
 from edmdistill.sampling.generate import is_latent, require_finite, sample
 from edmdistill.sampling.grid import image_grid, to_uint8
-from edmdistill.training.run_dir import RECIPE
+from edmdistill.training.identity import RECIPE
 
 GRID = "samples.png"
 SIGNATURE = re.compile(rb"(?m)^edmdistill_card: ([0-9a-f]{64})\nedmdistill_model: ([0-9a-f]{64})\n")

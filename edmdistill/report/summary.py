@@ -16,7 +16,8 @@ from edmdistill.evaluation.tables import GeneratorId
 from edmdistill.jsonl import read_lines
 from edmdistill.machine.environment import Session
 from edmdistill.recipes.schema import Recipe
-from edmdistill.training.run_dir import METRICS, RECIPE, RUN, SESSIONS, DataFacts, Measured, RunFacts
+from edmdistill.training.identity import RECIPE, RUN
+from edmdistill.training.run_dir import METRICS, SESSIONS, DataFacts, MetricsLine, RunFacts
 
 
 class RunSummary(NamedTuple):
@@ -35,7 +36,7 @@ class RunSummary(NamedTuple):
     train_arguments: list[str]
     data: DataFacts
     config: CheckpointConfig | None
-    metrics: list[Measured]
+    metrics: list[MetricsLine]
     sessions: list[Session]
 
     @property
@@ -65,7 +66,7 @@ def read_run(path: Path) -> RunSummary:
             _train_arguments(path / "recipe.toml"),
             msgspec.json.decode((path / RUN).read_bytes(), type=RunFacts)["data"],
             read_config(generator) if (generator / CONFIG).exists() else None,
-            read_lines(path / METRICS, Measured, ["images", "seconds"]),
+            read_lines(path / METRICS, MetricsLine, ["images", "seconds"]),
             read_lines(path / SESSIONS, Session),
         )
     except (OSError, ValueError, RecursionError) as error:

@@ -18,11 +18,11 @@ from edmdistill.recipes import schema as recipes
 
 
 class HalfLife(NamedTuple):
-    """A step counts half after `half_life_images` images: beta = 0.5^(batch / half_life).
+    """A step's weight halves every `half_life_images` images: beta = 0.5^(batch / half_life).
 
     Attributes:
-        rampup_ratio: at the start the half-life is this share of the images seen, so that the initial weights are
-            forgotten soon; None: the full half-life from the start.
+        rampup_ratio: the half-life is at most this share of the images seen, so that the initial weights are forgotten
+            soon; None: the full half-life from the start.
     Source: EDM, training_loop.py, "Update EMA".
     """
 
@@ -34,19 +34,19 @@ class HalfLife(NamedTuple):
         return "half-life"
 
     def beta(self, images: int, batch: int) -> float:
-        """The share of the old average.  images: seen before this step."""
+        """Returns the weight of the old average.  images: seen before this step."""
         half_life = float(self.half_life_images)
         if self.rampup_ratio is not None:
             half_life = min(half_life, images * self.rampup_ratio)
         return float(0.5 ** (batch / max(half_life, 1e-8)))
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint says of its average."""
+        """Returns the description that goes into a checkpoint."""
         return self._asdict()
 
 
 class PowerFunction(NamedTuple):
-    """A step counts in proportion to a power of its time; see checkpoints/ema.py.  Source: EDM2, section 3."""
+    """A step's weight is proportional to a power of its time; see posthoc_ema.py.  Source: EDM2, section 3."""
 
     sigma_rel: float
 
@@ -55,16 +55,16 @@ class PowerFunction(NamedTuple):
         return f"sigma-rel-{self.sigma_rel:.3f}"
 
     def beta(self, images: int, batch: int) -> float:
-        """The share of the old average.  images: seen before this step."""
+        """Returns the weight of the old average.  images: seen before this step."""
         return power_function_beta(images, batch, sigma_rel_to_gamma(self.sigma_rel))
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint says of its average."""
+        """Returns the description that goes into a checkpoint."""
         return self._asdict()
 
 
 def profiles(table: recipes.Ema) -> list[HalfLife | PowerFunction]:
-    """Those that a recipe asks for; the first is what sampling uses."""
+    """Returns the profiles of a recipe's averages. Sampling uses the first."""
     half_lives = [] if table.half_life_images is None else [HalfLife(table.half_life_images, table.rampup_ratio)]
     return [*half_lives, *map(PowerFunction, table.sigma_rel)]
 
@@ -73,9 +73,9 @@ class Ema:
     """An average over all steps so far.
 
     Attributes:
-        network: the average, a network in eval mode. It may be in the host's memory while what it follows is on a GPU.
+        network: the average, in eval mode. It may be in the host's memory while the averaged network is on a GPU.
     Args:
-        network: what is averaged; copied.
+        network: the network to average; copied.
     """
 
     def __init__(self, network: FlowNetwork, profile: HalfLife | PowerFunction) -> None:
@@ -83,15 +83,17 @@ class Ema:
         self.profile = profile
 
     def update(self, network: nn.Module, images: int, batch: int) -> None:
-        """Takes a step of `batch` images into the average; `images` were seen before it."""
-        follow(self.network, network, self.profile.beta(images, batch))
+        """Updates the average after a step of `batch` images; `images` were seen before it."""
+        update_average(self.network, network, self.profile.beta(images, batch))
 
 
 @torch.no_grad()
-def follow(average: nn.Module, network: nn.Module, beta: float) -> None:
+def update_average(average: nn.Module, network: nn.Module, beta: float) -> None:
     """average <- beta average + (1 - beta) weights, shard by shard; buffers are copied."""
     old = [local_shard(parameter) for parameter in average.parameters()]
-    new = [local_shard(parameter).to(mine.device) for parameter, mine in zip(network.parameters(), old, strict=True)]
+    new = [
+        local_shard(parameter).to(target.device) for parameter, target in zip(network.parameters(), old, strict=True)
+    ]
     torch._foreach_lerp_(old, new, 1 - beta)
-    for mine, buffer in zip(average.buffers(), network.buffers(), strict=True):
-        mine.copy_(buffer)
+    for target, buffer in zip(average.buffers(), network.buffers(), strict=True):
+        target.copy_(buffer)

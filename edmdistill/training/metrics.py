@@ -1,9 +1,9 @@
-"""What a run measures: means over the rows of a batch, whatever the processes, and the lines of metrics.jsonl.
+"""The measures of a run: means over the rows of a batch on all processes, and the lines of metrics.jsonl.
 
 Names: loss/ROLE, loss/ROLE/sigma<EDGE by noise level, grad_norm/ROLE, lr/ROLE; generated/mean/CHANNEL and
 generated/std/CHANNEL of the images that the generator made, data/... of the data beside them; diversity, the variance
-of the generated images over the batch, as a share of the data's; memory, the most bytes so far that the main process
-has taken for the run: its tensors on a GPU, else all by which the process has grown; and each method's own signals.
+of the generated images over the batch, as a share of the data's; memory, the peak so far in bytes on the main process:
+its tensors on a GPU, else the growth of the process; and each method's own signals.
 """
 
 from __future__ import annotations
@@ -15,46 +15,46 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.run_state import WindowProgress
+from edmdistill.checkpoints.run_state import IntervalProgress
 from edmdistill.methods.base import Batch, Loss
 from edmdistill.trigflow import sigma_to_time
 
 Measures = dict[str, float]
 
 EDGES = (0.05, 0.2, 0.8, 3.0, 12.0)
-"""Between the noise levels whose losses are told apart."""
+"""Noise levels between the bins of losses."""
 BINS = [*(f"sigma<{edge:g}" for edge in EDGES), f"sigma>={EDGES[-1]:g}"]
 
 
-class Tally:
-    """Sums and counts over rows, of micro-batches and then of processes; their quotients are means.
+class RowMeans:
+    """Means over rows: sums and counts, added up over micro-batches and then over processes.
 
-    Everything stays on the device until `means`, which waits for it once.
+    Everything stays on the device until `means`, which waits for the device once.
     """
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._sums: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def add(self, names: str | Sequence[str], total: Tensor, count: Tensor | float) -> None:
-        """Adds sums over rows to what is there under these names.
+        """Adds sums over rows to those of these names.
 
         Args:
-            total, count: of each name, or one for all.  [] or [names]
+            total, count: by name.  [names], or [] for a single name; a count may be the same for all.
         """
         key = (names,) if isinstance(names, str) else tuple(names)
         total = total.detach().to(torch.float64).reshape(-1)
         counts = torch.as_tensor(count, dtype=torch.float64, device=total.device).reshape(-1).expand(len(key))
-        if key in self._parts:
-            before, rows = self._parts[key]
-            total, counts = before + total, rows + counts
-        self._parts[key] = total, counts
+        if key in self._sums:
+            old_total, old_counts = self._sums[key]
+            total, counts = old_total + total, old_counts + counts
+        self._sums[key] = total, counts
 
     def add_loss(self, role: str, loss: Loss, batch: Batch, sigma_data: float) -> None:
-        """Adds what there is to say of a micro-batch's loss."""
+        """Adds the measures of a micro-batch's loss."""
         value, rows = loss.value.detach().double(), len(loss.value)
         self.add(f"loss/{role}", value.sum(), rows)
-        where = torch.bucketize(loss.t.detach().double(), _edges(sigma_data, value.device), right=True)
-        sums = value.new_zeros(2, len(BINS)).index_add_(1, where, torch.stack([value, torch.ones_like(value)]))
+        bins = torch.bucketize(loss.t.detach().double(), _edges(sigma_data, value.device), right=True)
+        sums = value.new_zeros(2, len(BINS)).index_add_(1, bins, torch.stack([value, torch.ones_like(value)]))
         self.add([f"loss/{role}/{name}" for name in BINS], sums[0], sums[1])
         for name, signal in loss.signals.items():
             self.add(name, signal.double() * rows, rows)
@@ -73,14 +73,14 @@ class Tally:
             self.add("diversity", spread[0] / spread[1].clamp(min=1e-12) * both.shape[1], both.shape[1])
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Measures:
-        """The means; of names without rows there is none.
+        """Returns the mean of every name that has rows.
 
         Args:
-            reduce: sums a tensor over processes; each of them has added the same names in the same order.
+            reduce: sums a tensor over processes, all of which have added the same names in the same order.
         """
-        totals, counts = (torch.cat(parts) for parts in zip(*self._parts.values(), strict=True))
+        totals, counts = (torch.cat(parts) for parts in zip(*self._sums.values(), strict=True))
         total, count = reduce(torch.stack([totals, counts])).tolist()
-        names = [name for key in self._parts for name in key]
+        names = [name for key in self._sums for name in key]
         means = {name: a / b for name, a, b in zip(names, total, count, strict=True) if b}
         for name in [name for name in means if "/square/" in name]:
             mean = means[name.replace("square", "mean")]
@@ -93,15 +93,15 @@ def _edges(sigma_data: float, device: torch.device) -> Tensor:
     return sigma_to_time(torch.tensor(EDGES, dtype=torch.float64), sigma_data).to(device)
 
 
-class Window:
-    """Means over the rounds since the last line, of each name over those in which it occurred.
+class IntervalMeans:
+    """Means over the rounds since the last line of metrics.jsonl; of each name, over the rounds in which it occurs.
 
     Args:
-        past: what `progress` gave, to go on from there; the time between two processes does not count.
+        past: what `progress` returned, to resume from; the time in between does not count.
     """
 
-    def __init__(self, past: WindowProgress | None = None) -> None:
-        past = past or WindowProgress()
+    def __init__(self, past: IntervalProgress | None = None) -> None:
+        past = past or IntervalProgress()
         self.sums, self.counts = dict(past.sums), dict(past.counts)
         self.rounds = past.rounds
         self.seconds = past.seconds
@@ -118,7 +118,7 @@ class Window:
         self.rounds += 1
 
     def line(self, images: int, batch: int) -> dict[str, float]:
-        """images, step, seconds (since the run began), images_per_second, and every mean; a new window begins."""
+        """Returns images, step, seconds since the run began, images_per_second and all means; starts a new interval."""
         self.before += self.seconds
         speed = self.rounds * batch / self.seconds
         line = {"images": images, "step": images // batch, "seconds": self.before, "images_per_second": speed}
@@ -126,6 +126,6 @@ class Window:
         self.sums, self.counts, self.rounds, self.seconds = {}, {}, 0, 0.0
         return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in line.items()}
 
-    def progress(self) -> WindowProgress:
-        """Returns what a window goes on from."""
-        return WindowProgress(self.sums, self.counts, self.rounds, self.seconds, self.before)
+    def progress(self) -> IntervalProgress:
+        """Returns what `IntervalMeans` resumes from."""
+        return IntervalProgress(self.sums, self.counts, self.rounds, self.seconds, self.before)

@@ -1,4 +1,4 @@
-"""`--micro-batch auto`: the most images of one forward and backward pass that the GPU holds, found by trying."""
+"""`--micro-batch auto`: the largest micro-batch that fits into the GPU's memory, found by trial."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import local_shard
 from edmdistill.methods.base import Batch
 from edmdistill.training.probe import LATE
-from edmdistill.training.run import Run, set_trainable
+from edmdistill.training.run import Run
 
-RESERVE = 0.05
-"""Share of the GPU's memory that stays free, for fragments and for what other libraries take."""
+HEADROOM = 0.05
+"""Share of the GPU's memory that stays free, for CUDA itself, other libraries and fragmentation."""
 
 
 def settle_micro_batch(run: Run) -> int | None:
-    """Puts a number in the place of "auto".  Returns: that number, or None where one was given.
+    """Replaces "auto" by a number.  Returns: that number; None: the user gave one.
 
-    All processes call it together. Sharded networks talk in every pass, so there all GPUs have to be alike: if one ran
-    out of memory before the others, they would wait for it.
+    All processes call it together. Sharded networks communicate in every pass, so all GPUs must be alike there: if one
+    ran out of memory before the others, they would wait for it.
     Raises: TrainingError: there is no GPU, or not even one image fits.
     """
     engine, machine = run.engine, run.engine.machine
@@ -29,18 +29,18 @@ def settle_micro_batch(run: Run) -> int | None:
         return None
     engine.check_micro_batches(run.recipe.training.batch)
     share = -(-run.recipe.training.batch // engine.world_size)
-    pieces = fewest_pieces(lambda pieces: not engine.any_process(not fits(run, -(-share // pieces))), share)
-    if pieces is None:
+    count = fewest_micro_batches(lambda count: not engine.any_process(not fits(run, -(-share // count))), share)
+    if count is None:
         raise TrainingError(
             "not even one image fits into the GPU's memory: add --checkpoint-activations, --offload or --shard"
         )
-    size = -(-share // pieces)
+    size = -(-share // count)
     engine.machine = machine._replace(micro_batch=size)
     return size
 
 
-def fewest_pieces(fit: Callable[[int], bool], most: int) -> int | None:
-    """The least number of pieces, `most` at most, that `fit`; more pieces fit where fewer do. None: none does."""
+def fewest_micro_batches(fit: Callable[[int], bool], most: int) -> int | None:
+    """Returns the smallest number of micro-batches in 1..most that `fit`; where fewer fit, more do. None: none fits."""
     high = 1
     while not fit(high):
         if high == most:
@@ -54,21 +54,21 @@ def fewest_pieces(fit: Callable[[int], bool], most: int) -> int | None:
 
 
 def fits(run: Run, size: int) -> bool:
-    """Whether every turn's gradient can be taken on `size` images, beside what the optimisers will hold."""
+    """Returns whether every turn's gradient on `size` images fits beside the states that optimisers will have."""
     engine, network = run.engine, run.ema.network
     shape = size, network.img_channels, network.img_resolution, network.img_resolution
     try:
-        reserve = _to_come(run)  # noqa: F841  held while the turns are tried
+        reserved = _reserve_memory(run)  # noqa: F841  held while the turns are tried
         for turn in run.method.turns():
-            set_trainable(run, turn.role)
+            run.set_trainable(turn.role)
             labels = torch.zeros(size, network.label_dim, device=engine.device) if network.label_dim else None
             batch = Batch(torch.zeros(shape, device=engine.device), labels, LATE)
             with engine.accumulate(run.role_modules[turn.role], last=False):
                 turn.whole(batch, Draws(0, size, device=engine.device)).value.sum().backward()  # type: ignore[no-untyped-call]
-            run.roles[turn.role].zero_grad(set_to_none=True)
+            run.networks[turn.role].zero_grad(set_to_none=True)
     except torch.OutOfMemoryError:
         for role in run.optimizers:
-            run.roles[role].zero_grad(set_to_none=True)
+            run.networks[role].zero_grad(set_to_none=True)
         return False
     finally:
         if engine.device.type == "cuda":
@@ -76,12 +76,12 @@ def fits(run: Run, size: int) -> bool:
     return True
 
 
-def _to_come(run: Run) -> torch.Tensor:
-    """Memory as large as what is not there yet: two numbers a parameter for each optimiser, and the reserve."""
+def _reserve_memory(run: Run) -> torch.Tensor:
+    """Allocates what the optimisers have not allocated yet, two numbers a parameter, and the headroom."""
     size = 0.0
     for role, optimizer in run.optimizers.items():
         if not optimizer.state and "optimizer" not in run.engine.machine.offload:
-            size += sum(8 * local_shard(parameter).numel() for parameter in run.learnt[role].values())
+            size += sum(8 * local_shard(parameter).numel() for parameter in run.trainable[role].values())
     if run.engine.device.type == "cuda":
-        size += RESERVE * torch.cuda.get_device_properties(run.engine.device).total_memory
+        size += HEADROOM * torch.cuda.get_device_properties(run.engine.device).total_memory
     return torch.empty(int(size), dtype=torch.uint8, device=run.engine.device)

@@ -1,4 +1,4 @@
-"""What says that a run is ill, and where."""
+"""Signs that a run goes wrong: numbers that are not finite, unhealthy metrics, networks that must not move."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from edmdistill.trigflow import time_to_sigma
 
 
 class Diverged(TrainingError):
-    """A loss, a gradient or a weight is no longer a number, or an alarm ends the run.
+    """A loss, a gradient or a weight is no longer finite, or an alarm ends the run.
 
     Attributes:
-        advice: what to do about it, where the training itself is not to blame.
+        advice: what to do, if training itself is not the cause.
     """
 
     def __init__(self, sentence: str, advice: str | None = None) -> None:
@@ -30,17 +30,17 @@ class Diverged(TrainingError):
         self.advice = advice
 
 
-def diverged(
+def find_divergence(
     turn: str, loss: Loss, networks: Mapping[str, nn.Module], images: int, frozen: Collection[str] = (), data: str = ""
 ) -> Diverged:
-    """Returns the error that says where a turn went wrong, and what is to blame, after its backward pass.
+    """Returns the error that says where a turn went wrong, and why, after its backward pass.
 
     Args:
-        turn: the role that is trained.
+        turn: the trained role.
         loss: of that turn.
         networks: all roles.
-        frozen: the roles that are as they were loaded.
-        data: the first image that holds a number that is not finite; "": there is none.
+        frozen: the roles that are still as they were loaded.
+        data: the first image that is not finite; "": there is none.
     """
     whose = f"the {turn}'s turn after {images} images gave no finite number"
     if data:
@@ -52,7 +52,7 @@ def diverged(
         what = f"the loss of {int(bad.sum())} of {len(bad)} samples, at sigma {sigma.min():.3g} to {sigma.max():.3g}"
     else:
         what = "the gradient, though not the loss"
-    # What is loaded and never trained comes first: it was not finite before any other weight was not.
+    # Frozen roles first: they were not finite before training began.
     for role in sorted(networks, key=lambda role: role not in frozen):
         where = _first_bad((f"{role}.{name}", p) for name, p in networks[role].named_parameters())
         if where is not None:
@@ -62,17 +62,15 @@ def diverged(
     return Diverged(f"{whose}: {what}, first in the gradient of {_first_bad(gradients)}")
 
 
-def require_finite(
-    networks: Mapping[str, nn.Module], images: int, anywhere: Callable[[bool], bool] = lambda said: said
-) -> None:
-    """Before a state is saved: it is one to go back to.
+def require_finite(networks: Mapping[str, nn.Module], images: int, any_process: Callable[[bool], bool] = bool) -> None:
+    """Checks the weights before a state is saved, because a run may have to go back to it.
 
     Args:
-        anywhere: whether any process says so, each of which may hold a shard.
+        any_process: whether a flag is true on any process, each of which may hold a shard.
     Raises: Diverged: a weight is NaN or infinite.
     """
     where = _first_bad((f"{role}.{name}", p) for role, net in networks.items() for name, p in net.named_parameters())
-    if anywhere(where is not None):
+    if any_process(where is not None):
         raise Diverged(f"after {images} images the weights {where or 'of another process'} are not finite")
 
 
@@ -84,19 +82,19 @@ def _first_bad(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
 
 
 class Alarm(NamedTuple):
-    """A run that looks ill: what kind of illness, one sentence, and whether it is news."""
+    """A symptom that persists: its kind, one sentence, and whether it is new."""
 
     kind: str
     sentence: str
     begins: bool = True
 
 
-# Seen on digits, by CoSIM and SiD. Healthy runs: diversity .56 at the start to .95, std ratio .90 to 1.00, mean off by
-# .06 of the data's std, gradient norms that fall. A learning rate twelve times too high: std ratio 7, mean off by 11 in
-# the first line, well again in the second. alpha 2.5 with coef .5, which eq. 38 forbids: std ratio 50, mean off by 100,
-# gradient norms 500 times as high, for good.
+# Measured on digits, with CoSIM and SiD. Healthy runs: diversity .56 at the start to .95, std ratio .90 to 1.00, mean
+# off by .06 of the data's std, falling gradient norms. A learning rate twelve times too high: std ratio 7, mean off by
+# 11 in the first line, healthy in the second. alpha 2.5 with coef .5, which eq. 38 forbids: std ratio 50, mean off by
+# 100, gradient norms 500 times as high, permanently.
 PATIENCE = 2
-"""Lines in a row that have to look ill."""
+"""Number of lines in a row with the same symptom before an alarm."""
 LEAST_DIVERSITY = 0.25
 STD_RATIOS = 0.5, 2.0
 MEAN_OFF = 0.5  # standard deviations of the data
@@ -105,43 +103,43 @@ NORMS = 1000
 
 
 class Health:
-    """Looks at every line of the metrics, and raises an alarm where it looks ill for PATIENCE lines in a row.
+    """Checks every line of the metrics, and raises an alarm after PATIENCE lines in a row with the same symptom.
 
-    It goes by the names that a method's measures have: what is not measured is not judged.
+    It goes by the names of the measures: what is not measured is not checked.
 
     Args:
-        past: what `begin_window` gave, to go on from there.
+        progress: what `begin_interval` returned, to resume from.
     """
 
-    def __init__(self, past: HealthProgress | None = None) -> None:
-        past = past or HealthProgress()
-        self._ill = dict(past.ill)
-        self._norms = {name: deque(norms, NORMS) for name, norms in past.norms.items()}
-        self._found = set(past.ill)  # since the last state, or, if no line has come since then, in the last line
-        self._judged = False
-        self.well = past.well
+    def __init__(self, progress: HealthProgress | None = None) -> None:
+        progress = progress or HealthProgress()
+        self.last_healthy = progress.last_healthy
+        self._streaks = dict(progress.streaks)
+        self._norms = {name: deque(norms, NORMS) for name, norms in progress.norms.items()}
+        self._seen = set(progress.streaks)  # since the last state, or, without a line since then, in the last line
+        self._has_line = False  # since the last state
 
-    def judge(self, line: Mapping[str, float]) -> list[Alarm]:
-        """Returns the alarms that begin with this line, and those that last."""
-        found = dict(self._signs(line))
-        self._ill = {kind: self._ill.get(kind, 0) + 1 for kind in found}
-        self._found = (self._found if self._judged else set()) | found.keys()
-        self._judged = True
-        if not found:
-            self.well = int(line["images"])
+    def check(self, line: Mapping[str, float]) -> list[Alarm]:
+        """Returns the alarms that begin with this line, and those that persist."""
+        symptoms = dict(self._symptoms(line))
+        self._streaks = {kind: self._streaks.get(kind, 0) + 1 for kind in symptoms}
+        self._seen = (self._seen if self._has_line else set()) | symptoms.keys()
+        self._has_line = True
+        if not symptoms:
+            self.last_healthy = int(line["images"])
         return [
-            Alarm(kind, f"After {line['images']:,.0f} images {what}.", self._ill[kind] == PATIENCE)
-            for kind, what in found.items()
-            if self._ill[kind] >= PATIENCE
+            Alarm(kind, f"After {line['images']:,.0f} images {symptom}.", self._streaks[kind] == PATIENCE)
+            for kind, symptom in symptoms.items()
+            if self._streaks[kind] >= PATIENCE
         ]
 
-    def begin_window(self) -> HealthProgress:
-        """Returns what goes into a state; what is found from here on belongs to the next one."""
-        found, self._found, self._judged = sorted(self._found), set(self._ill), False
+    def begin_interval(self) -> HealthProgress:
+        """Returns what goes into a state; symptoms from here on belong to the next state."""
+        seen, self._seen, self._has_line = sorted(self._seen), set(self._streaks), False
         norms = {name: list(values) for name, values in self._norms.items()}
-        return HealthProgress(self._ill, norms, self.well, found)
+        return HealthProgress(self._streaks, norms, self.last_healthy, seen)
 
-    def _signs(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    def _symptoms(self, line: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         diversity = line.get("diversity", 1.0)
         if diversity < LEAST_DIVERSITY:
             yield (
@@ -178,20 +176,20 @@ class Health:
 
 
 def fingerprints(
-    networks: Mapping[str, nn.Module], total: Callable[[Tensor], Tensor] = lambda own: own
+    networks: Mapping[str, nn.Module], all_reduce: Callable[[Tensor], Tensor] = lambda local: local
 ) -> dict[str, int]:
-    """A number for each network that changes with any bit of its weights: the sum of their bits as integers.
+    """Returns a checksum of each network's weights, which changes with any single bit: their sum as integers.
 
     Args:
-        total: the sum over processes, each of which may hold a shard.
+        all_reduce: the sum over processes, each of which may hold a shard.
     """
     bits = {torch.float32: torch.int32, torch.float64: torch.int64}
-    found = {}
+    checksums = {}
     for role, network in networks.items():
-        # A network in the host's memory shows its weights on the meta device, and cannot be trained.
-        own = [local_shard(p.detach()).view(bits[p.dtype]).sum() for p in network.parameters() if not p.is_meta]
-        found[role] = int(total(torch.stack(own).sum())) if own else 0
-    return found
+        # The weights of an offloaded network are on the meta device, and are not trained.
+        sums = [local_shard(p.detach()).view(bits[p.dtype]).sum() for p in network.parameters() if not p.is_meta]
+        checksums[role] = int(all_reduce(torch.stack(sums).sum())) if sums else 0
+    return checksums
 
 
 def require_moved(turn: str, before: Mapping[str, int], after: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""The diffusion loss of teachers by noise level, side by side: whether one that was changed is as good as it was."""
+"""The diffusion loss of teachers by noise level, to tell whether a modified teacher is as good as the original."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import draw_latents, latent_scaling
 from edmdistill.draws import Draws
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.training.run import require_fit
+from edmdistill.training.checks import require_fit
 from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 
-LEVELS = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0)
-"""Of noise, sigma. Below them F is nearly the noise itself; above, nearly the mean of the data."""
-ENOUGH = 0.02
-"""Share by which a loss may be above the original's."""
+SIGMAS = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0)
+"""Noise levels. Below them F is nearly the noise itself; above, nearly the mean of the data."""
+TOLERATED = 0.02
+"""Share by which a loss may exceed the original's."""
 
 
 class Row(NamedTuple):
-    """|F - v / sigma_data|^2 by pixel and channel, of each teacher, at one noise level."""
+    """Mean of |F - v / sigma_data|^2 over pixels and channels, of each teacher, at one noise level."""
 
     sigma: float
     losses: tuple[float, ...]
@@ -40,46 +40,46 @@ def losses_by_noise(
     batch: int = 250,
     device: torch.device | str = "cpu",
 ) -> list[Row]:
-    """Every teacher's loss at every one of LEVELS, on the same images and the same noise.
+    """Returns every teacher's loss at each of SIGMAS, on the same images and noise.
 
     Args:
         sources: teachers, as `train` takes them.
-        images: how many of the data, from the first.
+        images: number of images, from the first.
     Raises: CheckpointError, DatasetError: from what is opened.  TrainingError: a generator, or data that do not fit.
     """
     dataset = open_dataset(data, split=split)
     columns = [_losses(source, dataset, min(images, len(dataset)), batch, torch.device(device)) for source in sources]
-    return [Row(sigma, losses) for sigma, losses in zip(LEVELS, zip(*columns, strict=True), strict=True)]
+    return [Row(sigma, losses) for sigma, losses in zip(SIGMAS, zip(*columns, strict=True), strict=True)]
 
 
 def _losses(source: str | Path, dataset: Dataset, images: int, batch: int, device: torch.device) -> list[float]:
     flow, config = read_teacher(source)
     require_fit(dataset, flow, config)
-    statistics = latent_scaling(config.encoder)
+    scaling = latent_scaling(config.encoder)
     flow = flow.to(device).eval()
     flow.network.fold()
-    sums = torch.zeros(len(LEVELS), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=device)
     for start in range(0, images, batch):
         draws = Draws([0, start], min(batch, images - start))
         x0, labels = dataset.tensors(range(start, start + len(draws)))
-        if statistics is not None:
-            x0 = draw_latents(x0, draws.normal_like(x0.chunk(2, dim=1)[0]), statistics)
+        if scaling is not None:
+            x0 = draw_latents(x0, draws.normal_like(x0.chunk(2, dim=1)[0]), scaling)
         z = draws.normal_like(x0, flow.sigma_data)
         x0, z, labels = x0.to(device), z.to(device), None if labels is None else labels.to(device)
-        sums += torch.stack([_loss(flow, x0, z, sigma, labels) for sigma in LEVELS])
+        sums += torch.stack([_loss(flow, x0, z, sigma, labels) for sigma in SIGMAS])
     return [float(total) for total in sums / images]
 
 
 def _loss(flow: FlowNetwork, x0: Tensor, z: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
-    """The sum over images of the mean over pixels.  []"""
+    """Returns the sum over images of the mean over pixels.  []"""
     t = sigma_to_time(sigma, flow.sigma_data).to(x0.device).expand(len(x0))
     error: Tensor = flow(diffuse(x0, z, t), t, labels) - velocity(x0, z, t) / flow.sigma_data
     return error.double().square().flatten(1).mean(1).sum()
 
 
 def verdict(rows: list[Row]) -> str:
-    """A sentence on whether the first teacher is as good as the second."""
+    """Returns a sentence on whether the first teacher is as good as the second."""
     excess, sigma = max((row.losses[0] / row.losses[1] - 1, row.sigma) for row in rows)
-    if excess <= ENOUGH:
-        return f"The first is as good as the second: at no noise level is its loss more than {ENOUGH:.0%} above."
+    if excess <= TOLERATED:
+        return f"The first is as good as the second: at no noise level is its loss more than {TOLERATED:.0%} above."
     return f"The first is not yet as good as the second: at sigma {sigma:g} its loss is {excess:.1%} above. Train on."

@@ -1,4 +1,4 @@
-"""The optimisers, in the device's memory or the host's, and the loss scale that fp16 needs."""
+"""Optimisers, in the device's memory or the host's, learning rates, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ from edmdistill.recipes.schema import Training
 def make_optimizer(
     parameters: Iterable[nn.Parameter], training: Training, offload: bool = False
 ) -> torch.optim.Optimizer:
-    """A role's optimiser, by its recipe.
+    """Returns a role's optimiser.
 
     Args:
-        offload: its states, and the steps it takes, are in the host's memory.
-    Raises: TrainingError: only Adam's states can be there; or torchao is not installed.
+        offload: keeps its states, and takes its steps, in the host's memory.
+    Raises: TrainingError: offload is for Adam alone; or torchao is not installed.
     """
-    own: list[nn.Parameter] = list(parameters)
     options: dict[str, Any] = {"lr": training.lr, "betas": training.betas, "eps": training.eps}
     if training.optimizer == "adam":
-        return (OffloadedAdam if offload else torch.optim.Adam)(own, **options, fused=True)
+        return (OffloadedAdam if offload else torch.optim.Adam)(list(parameters), **options, fused=True)
     if offload:
         raise TrainingError(f"--offload optimizer is for adam, but the recipe has {training.optimizer}: leave out one")
     if training.optimizer == "radam":
-        return torch.optim.RAdam(own, **options)
+        return torch.optim.RAdam(list(parameters), **options)
     try:
         from torchao.optim import Adam8bit
     except ImportError as error:
         raise TrainingError("adam8bit is torchao's: pip install 'edmdistill[lowbit]'") from error
-    made: torch.optim.Optimizer = Adam8bit(own, **options)
+    made: torch.optim.Optimizer = Adam8bit(list(parameters), **options)
     return made
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the next step."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of the next step."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -50,36 +49,36 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def plain_states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """The states of each parameter by its index, as tensors that a file can hold.
+    """Returns the states of each parameter by its index, as tensors that a file can hold.
 
-    A tensor that is made of others, as those of 8 bits are, is taken apart: exp_avg.codes, exp_avg.scale ...
+    A tensor subclass that is made of others, as in 8 bits, is taken apart: exp_avg:codes, exp_avg:scale ...
     """
-    found: dict[int, dict[str, Tensor]] = {}
+    states: dict[int, dict[str, Tensor]] = {}
     for index, state in optimizer.state_dict()["state"].items():
-        found[index] = {}
+        states[index] = {}
         for key, value in state.items():
-            parts = [] if isinstance(value, DTensor) else getattr(value, "tensor_attrs", [])
-            found[index] |= {f"{key}:{part}": getattr(value, part) for part in parts} or {key: value}
-    return found
+            inner = [] if isinstance(value, DTensor) else getattr(value, "tensor_attrs", [])
+            states[index] |= {f"{key}:{name}": getattr(value, name) for name in inner} or {key: value}
+    return states
 
 
 def load_states(optimizer: torch.optim.Optimizer, states: dict[int, dict[str, Tensor]]) -> None:
-    """Puts back what `plain_states` gave."""
+    """Loads what `plain_states` returned."""
     whole: dict[int, dict[str, Any]] = {}
     for index, state in states.items():
         whole[index] = {key: value for key, value in state.items() if ":" not in key}
         for key in {key.partition(":")[0] for key in state.keys() - whole[index].keys()}:
             from torchao.optim.subclass_8bit import OptimState8bit
 
-            parts = (state[f"{key}:{part}"] for part in OptimState8bit.tensor_attrs)
-            whole[index][key] = OptimState8bit(*parts, signed=key == "exp_avg")
+            inner = (state[f"{key}:{name}"] for name in OptimState8bit.tensor_attrs)
+            whole[index][key] = OptimState8bit(*inner, signed=key == "exp_avg")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": whole})
 
 
 class OffloadedAdam(torch.optim.Optimizer):
     """Adam on copies of the weights in the host's memory; the device holds weights and gradients alone.
 
-    Its states are Adam's own, by the same numbers.
+    The states are those of Adam itself.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], **options: Any) -> None:
@@ -99,15 +98,15 @@ class OffloadedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
-        own = [parameter for group in self.param_groups for parameter in group["params"]]
-        for parameter, copy in zip(own, self._copies, strict=True):
-            # The weights come along: forced weight normalisation has changed them since the last step.
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter, copy in zip(parameters, self._copies, strict=True):
+            # The weights too: forced weight normalisation has changed them since the last step.
             copy.copy_(parameter)
             copy.grad = None if parameter.grad is None else self._host(parameter.grad)
-        for group, adams in zip(self.param_groups, self._adam.param_groups, strict=True):
-            adams["lr"] = group["lr"]
+        for group, inner in zip(self.param_groups, self._adam.param_groups, strict=True):
+            inner["lr"] = group["lr"]
         self._adam.step()
-        for parameter, copy in zip(own, self._copies, strict=True):
+        for parameter, copy in zip(parameters, self._copies, strict=True):
             parameter.copy_(copy)
             copy.grad = None
 
@@ -119,10 +118,26 @@ class OffloadedAdam(torch.optim.Optimizer):
         self.state = self._adam.state
 
 
-class LossScale:
-    """The factor by which a loss is multiplied so that its gradients do not vanish in fp16.
+def learning_rate(training: Training, role: str, images: int) -> float:
+    """Returns the learning rate of a step before which `images` were seen.
 
-    It is halved when a gradient is not finite, whose step is then left out, and doubled after `patience` good ones.
+    Source: EDM, training_loop.py, for the ramp-up; EDM2, eq. 67, for inverse_sqrt.
+    Differs: the ramp-up counts the step's own batch too, so that the first step moves something.
+    """
+    rate = training.lr_by_role.get(role, training.lr)
+    if training.lr_rampup_images:
+        rate *= min(1.0, (images + training.batch) / training.lr_rampup_images)
+    if training.lr_decay == "linear":
+        rate *= min(1.0, (training.images - images) / (training.images * training.decay_share))
+    if training.decay_images is not None:
+        rate /= max(1.0, images / training.decay_images) ** 0.5
+    return rate
+
+
+class LossScale:
+    """The factor by which a loss is multiplied so that its gradients do not underflow in fp16.
+
+    It is halved when a gradient is not finite, whose step is skipped, and doubled after `patience` finite ones.
     Source: Micikevicius et al. 2018, section 3.2; the numbers are torch.amp.GradScaler's.
     """
 
@@ -133,11 +148,11 @@ class LossScale:
 
     @property
     def can_shrink(self) -> bool:
-        """Whether a smaller scale may help; at 1, what is not finite is so without it."""
+        """Whether a smaller scale may help; at 1, the scale is not the cause."""
         return self.scale > 1
 
     def update(self, finite: bool) -> None:
-        """Hears whether the gradient of a step was finite."""
+        """Adjusts the scale after a step whose gradient was finite, or was not."""
         self.good = self.good + 1 if finite else 0
         if not finite:
             self.scale /= 2
@@ -146,7 +161,7 @@ class LossScale:
         assert math.isfinite(self.scale)
 
     def state(self) -> Scale:
-        """Returns what a scale goes on from."""
+        """Returns what `restore` takes."""
         return Scale(self.scale, self.good)
 
     def restore(self, state: Scale) -> None:

@@ -1,4 +1,4 @@
-"""A method's turns on the meta device: shapes without numbers, so that no network is too large."""
+"""A method's turns on the meta device, where tensors have shapes and no numbers, so that no network is too large."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Turn
 from edmdistill.networks.flow import FlowNetwork
 
 ROWS = 2
-"""Images with which it is seen what a loss reaches."""
+"""Images of the pass that shows which parameters a loss reaches."""
 LATE = 2**62
-"""Images seen: so many that all which begins during a run has begun."""
+"""Images seen, so many that everything that starts during a run has started."""
 
 
 class Probe:
     """A method over copies of its networks on the meta device.
 
     Args:
-        networks: of every role; only their shapes are copied.
+        networks: by role; only their shapes are copied.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Probe:
         self.turns: tuple[Turn, ...] = method(config, self.networks, noise).turns()
 
     def set_trainable(self, role: str) -> nn.Module:
-        """Readies the networks for a turn of this role, whose network is given back."""
-        for other, network in self.networks.items():
-            network.train(other == role).requires_grad_(other == role)
+        """Puts the network of `role` in training mode, and freezes all others.  Returns: that network."""
+        for name, network in self.networks.items():
+            network.train(name == role).requires_grad_(name == role)
         return self.networks[role]
 
     def loss(self, turn: Turn, rows: int) -> Loss:
-        """The turn's loss on so many images."""
+        """Returns the turn's loss on so many images."""
         network = self.product
         assert isinstance(network, FlowNetwork)
         shape = rows, network.img_channels, network.img_resolution, network.img_resolution
@@ -53,12 +53,12 @@ class Probe:
         return turn.whole(Batch(torch.empty(shape, device="meta"), labels, LATE), Draws(0, rows, device="meta"))
 
     def unused(self) -> dict[str, set[str]]:
-        """Of each trained role, the parameters that none of its turns' losses reaches."""
-        found: dict[str, set[str]] = {}
+        """Returns the parameters of each trained role that no loss of its turns reaches."""
+        unused: dict[str, set[str]] = {}
         for turn in self.turns:
             network = self.set_trainable(turn.role)
             self.loss(turn, ROWS).value.sum().backward()  # type: ignore[no-untyped-call]
             idle = {name for name, parameter in network.named_parameters() if parameter.grad is None}
-            found[turn.role] = found.get(turn.role, idle) & idle
+            unused[turn.role] = unused.get(turn.role, idle) & idle
             network.zero_grad(set_to_none=True)
-        return found
+        return unused

@@ -1,6 +1,6 @@
-"""Saving and finding states. A state is whole or it is not there; `checkpoints.run_state` says what is in it.
+"""Saving and finding states, which are written whole or not at all; see `checkpoints.run_state`.
 
-Nothing random is in it: random numbers are a function of seed, round, turn and row.
+A state holds no random state: random numbers are a function of seed, round, turn and row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edmdistill.errors import CheckpointError, TrainingError
 
 
 class State(NamedTuple):
-    """progress: its sha256 are filled in when it is saved; tensors: groups of tensors by name, each a file."""
+    """progress: its sha256 are filled in on saving; tensors: groups of tensors by name, each a file."""
 
     progress: Progress
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -33,8 +33,8 @@ def save_state(folder: Path, state: State, keep: int, keep_every: int | None = N
     """Writes a state and removes those that need not be kept.  Returns: its directory.
 
     Args:
-        keep, keep_every: see `kept`; the newest healthy state stays too.
-    Raises: CheckpointError: the disk refuses; the states before are as they were.
+        keep, keep_every: see `states_to_keep`; the newest healthy state is kept too.
+    Raises: CheckpointError: the disk refuses; older states are unchanged.
     """
     target = state_path(folder, state.progress.images)
     with atomic_write(target) as new:
@@ -46,46 +46,45 @@ def save_state(folder: Path, state: State, keep: int, keep_every: int | None = N
         progress = msgspec.to_builtins(replace(state.progress, sha256=sums))
         (new / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
     states = saved_states(folder)
-    stay = kept([int(path.name) for path in states], keep, keep_every)
-    healthy = newest_healthy(folder, state.progress.health.well)
+    keep_images = states_to_keep([int(path.name) for path in states], keep, keep_every)
+    healthy = newest_healthy(folder, state.progress.health.last_healthy)
     for path in states:
-        if int(path.name) not in stay and path != healthy:
+        if int(path.name) not in keep_images and path != healthy:
             shutil.rmtree(path)
     return target
 
 
-def newest_healthy(folder: Path, well: int) -> Path | None:
-    """Returns the newest state that was saved in good health, None where there is none.
+def newest_healthy(folder: Path, last_healthy: int) -> Path | None:
+    """Returns the newest state that was saved without symptoms; None: there is none.
 
     Args:
-        well: images up to the newest line of metrics.jsonl in which nothing looked ill.
+        last_healthy: images seen at the newest line of metrics.jsonl without symptoms.
     """
     for path in reversed(saved_states(folder)):
         try:
-            if int(path.name) <= well and not read_progress(path).health.found:
+            if int(path.name) <= last_healthy and not read_progress(path).health.symptoms:
                 return path
-        except (OSError, ValueError):  # `newest_whole` says so when it comes to that
+        except (OSError, ValueError):  # `newest_whole` reports it when the run resumes
             continue
     return None
 
 
-def kept(images: Sequence[int], keep: int, keep_every: int | None) -> set[int]:
-    """Which of the states stay: the last `keep`, and of every `keep_every` images the first after them."""
-    stay = set(sorted(images)[-keep:])
+def states_to_keep(images: Sequence[int], keep: int, keep_every: int | None) -> set[int]:
+    """Returns the states to keep: the last `keep`, and the first after every `keep_every` images."""
+    chosen = set(sorted(images)[-keep:])
     if keep_every is not None:
         first: dict[int, int] = {}
         for number in sorted(images):
             first.setdefault(number // keep_every, number)
-        stay |= {number for period, number in first.items() if period > 0}
-    return stay
+        chosen |= {number for period, number in first.items() if period > 0}
+    return chosen
 
 
-def newest_whole(folder: Path, note: Callable[[str], object]) -> Path | None:
-    """Returns the directory of the newest whole state, None where none was ever saved.
+def newest_whole(folder: Path, on_message: Callable[[str], object]) -> Path | None:
+    """Returns the directory of the newest whole state; None: no state was ever saved.
 
     Args:
-        note: gets a sentence about every state that is not whole, is passed over, and is called NAME.broken from then
-            on.
+        on_message: gets a sentence about every state that is not whole. It is skipped, and renamed to NAME.broken.
     Raises: TrainingError: there are states, and none is whole.
     """
     states = saved_states(folder)
@@ -94,7 +93,7 @@ def newest_whole(folder: Path, note: Callable[[str], object]) -> Path | None:
             require_whole(path)
             return path
         except (OSError, ValueError) as error:
-            note(f"The state {path} is not whole ({error}); the run goes back to the one before it.")
+            on_message(f"The state {path} is not whole ({error}); the run goes back to the one before it.")
             shutil.rmtree(path.with_suffix(".broken"), ignore_errors=True)
             path.rename(path.with_suffix(".broken"))
     if states:

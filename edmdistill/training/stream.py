@@ -1,11 +1,11 @@
 """The training data of a run: batches at positions in an endless stream of shuffled epochs.
 
-What is at a position hangs on (seed, position) alone. So a request is only a pair of positions, any process can answer
-it, and with any number of workers the batches are the same, to the bit: their numbers are moved, or come of single
+The sample at a position depends on (seed, position) alone. So a request is only a pair of positions, any process can
+answer it, and batches are bit-identical with any number of workers: their numbers are copied, or result from single
 additions and products, which every processor rounds alike.
 
-The workers are a standard pool's, and not a torch DataLoader's: an error in one comes out as itself, instead of as a
-traceback in the words of another, and its death is seen at once, whoever started it.
+The workers are a standard pool's, and not a torch DataLoader's: an error in one is raised as itself, instead of as a
+traceback inside another error, and its death is noticed at once, whoever started it.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from edmdistill.errors import TrainingError
 from edmdistill.methods.base import Batch
 
 AHEAD = 2
-"""Requests on their way for each worker, beside the batch in use."""
+"""Requests in flight for each worker, besides the batch in use."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Answers requests, in whichever process it is; the arguments are Stream's."""
+    """Answers requests, in any process; the arguments are those of Stream."""
 
     dataset: Dataset
     seed: int
     labels: bool
-    statistics: LatentScaling | None
+    scaling: LatentScaling | None
 
     def __call__(self, start: int, stop: int) -> Batch:
-        """The samples at the positions [start, stop), in the host's memory."""
+        """Returns the samples at the positions [start, stop), in the host's memory."""
         x0, labels = self.dataset.tensors(indices(self.seed, start, stop - start, len(self.dataset)))
-        if self.statistics is not None:
+        if self.scaling is not None:
             size = self.dataset.img_resolution
             eps = latent_noise(self.seed, start, stop, self.dataset.img_channels, size, size)
-            x0 = draw_latents(x0, eps, self.statistics)
+            x0 = draw_latents(x0, eps, self.scaling)
         return Batch(x0, labels if self.labels else None)
 
 
 class Stream:
-    """Reads a data set in the order that the seed decides, from any position. Workers live within its `with`.
+    """Reads a data set in the order that the seed determines, from any position. Workers live within its `with`.
 
     Args:
-        labels: whether classes come along.
-        statistics: of the network's VAE, for a data set of latents.
-        workers: processes that read ahead; 0: none. A script that asks for some guards its main part by
+        labels: whether batches have labels.
+        scaling: of the network's VAE, for a data set of latents.
+        workers: processes that read ahead; 0: none. A script that asks for some must guard its main part by
             `if __name__ == "__main__"`, as always with multiprocessing.
-        device: where batches are wanted.
+        device: of the batches.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Stream:
         *,
         seed: int,
         labels: bool,
-        statistics: LatentScaling | None = None,
+        scaling: LatentScaling | None = None,
         workers: int,
         device: torch.device,
     ) -> None:
-        self.reader = Reader(dataset, seed, labels, statistics)
+        self.reader = Reader(dataset, seed, labels, scaling)
         self.workers = workers
         self.device = device
         self._pool: ProcessPoolExecutor | None = None
@@ -92,14 +92,14 @@ class Stream:
         self._open.close()
 
     def read(self, start: int, stop: int) -> Batch:
-        """The samples at the positions [start, stop).
+        """Returns the samples at the positions [start, stop).
 
         Raises: DatasetError: one of them cannot be read.
         """
         return self._place(self.reader(start, stop))
 
-    def follow(self, requests: Iterable[tuple[int, int]]) -> Iterator[Batch]:
-        """The samples of every request, in order. Requests are taken as there are workers to answer them.
+    def batches(self, requests: Iterable[tuple[int, int]]) -> Iterator[Batch]:
+        """Yields the samples of every request, in order. Requests are consumed as workers become free.
 
         Raises: DatasetError: a sample cannot be read.  TrainingError: a worker has ended.
         """
@@ -132,14 +132,14 @@ class Stream:
 
 @contextmanager
 def _workers(count: int, reader: Reader) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes that know the reader, and that end at once when it is left or this process dies."""
+    """Yields a pool of processes that hold the reader, and end at once when the pool is closed or this process dies."""
     # A fork of this process would copy locks that its other threads (CUDA's, the process group's) hold at that moment,
-    # and hang on them. A fork of a server that only imports this module has nothing of theirs, and costs no import.
+    # and hang. A fork of a server that only imports this module has none of them, and needs no import.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     # Ctrl-C reaches the whole group. Signals that are blocked here are blocked in the server, and so in its forks, from
     # their first moment: this process alone decides what an interrupted run still does.
-    resource_tracker.ensure_running()  # the server wants it, and starting it unblocks them
+    resource_tracker.ensure_running()  # the server needs it, and starting it unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         forkserver.ensure_running()

@@ -1,4 +1,4 @@
-"""Where the lines of metrics.jsonl go as well: TensorBoard and Weights & Biases, by accelerate's trackers."""
+"""TensorBoard and Weights & Biases, which get the lines of metrics.jsonl through accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTALL = {"tensorboard": "pip install 'edmdistill[tb]'", "wandb": "pip install 
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Raises: TrainingError: one of them is not known or not installed."""
+    """Raises: TrainingError: a tracker is unknown or not installed."""
     for name in names:
         if name not in INSTALL:
             raise TrainingError(f"there is no tracker {name!r}: choose of {', '.join(INSTALL)}")
@@ -33,10 +33,10 @@ def trackers(
     """Opens trackers, on the main process.
 
     Args:
-        names: tensorboard, into RUN/tensorboard; wandb, a run of the project edmdistill that is gone on with.
-        recipe: what is trained, plain values.
-        images: seen so far; what TensorBoard has of later ones is dropped, as metrics.jsonl drops it.
-    Yields: what takes a line of metrics.
+        names: tensorboard, into RUN/tensorboard; wandb, into a run of the project edmdistill, which is resumed.
+        recipe: the resolved recipe, as plain values.
+        images: seen so far; later points are dropped from TensorBoard, as from metrics.jsonl.
+    Yields: a function that takes a line of metrics.
     Raises: TrainingError: a tracker cannot be opened.
     """
     folder = str(run_dir.resolve())
@@ -60,8 +60,10 @@ def trackers(
             tracker = LOGGER_TYPE_TO_CLASS[name](*positional, **named)
             try:
                 tracker.start()
-            except Exception as error:  # the trackers' own errors have no common kind
-                raise TrainingError(f"--log-with {name} cannot be opened: {error}; mend it or leave it out") from error
+            except Exception as error:  # the trackers' errors have no common class
+                raise TrainingError(
+                    f"--log-with {name} cannot be opened: {error}; fix that, or leave it out"
+                ) from error
             opened.append(tracker)
 
         def log(line: Mapping[str, float]) -> None:

@@ -14,8 +14,9 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training import monitors
-from edmdistill.training.loop import train
-from edmdistill.training.run import Run, prepare
+from edmdistill.training.prepare import prepare
+from edmdistill.training.run import Run
+from edmdistill.training.session import train
 
 
 def test_an_image_that_cannot_be_read(
@@ -38,12 +39,12 @@ def test_an_image_that_cannot_be_read(
     run, broken = begin(), folder / f"{int(datasets.indices(0, 20, 1, 40)):02d}.png"
     sound = broken.read_bytes()
     with pytest.raises(TrainingError) as error:
-        train(run, tmp_path / "run", on_round=lambda images, measures: broken.write_bytes(sound[:40]), note=str)
+        train(run, tmp_path / "run", on_round=lambda images, measures: broken.write_bytes(sound[:40]), on_message=str)
     assert f"{broken.name} is not a readable image" in str(error.value)
     assert "if it has changed since the run began, put it back, and the same command goes on" in str(error.value)
     broken.write_bytes(sound)
     heard: list[str] = []
-    assert train(begin(), tmp_path / "run", note=heard.append).finished
+    assert train(begin(), tmp_path / "run", on_message=heard.append).finished
     assert heard[0] == "Going on after 8 images."
 
 
@@ -56,29 +57,34 @@ def test_back_to_the_last_good_state(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    def judge(self: monitors.Health, line: dict[str, float]) -> list[monitors.Alarm]:
+    def check(self: monitors.Health, line: dict[str, float]) -> list[monitors.Alarm]:
         if line["images"] < 24:
-            self.well = int(line["images"])
+            self.last_healthy = int(line["images"])
             return []
-        self._found = {"collapse"}
+        self._seen = {"collapse"}
         return [monitors.Alarm("collapse", "It is ill.")]
 
-    monkeypatch.setattr(monitors.Health, "judge", judge)
+    monkeypatch.setattr(monitors.Health, "check", check)
     with pytest.raises(TrainingError) as error:
-        train(start(method, images=80, log_every=8, snapshot_every=8), tmp_path / "run", stop_on={"collapse"}, note=str)
+        train(
+            start(method, images=80, log_every=8, snapshot_every=8),
+            tmp_path / "run",
+            stop_on={"collapse"},
+            on_message=str,
+        )
     state = tmp_path / "run/state/000000000016"
     how = f"by --init {state}" if method == "cosim" else f"as TEACHER, {state}"
     assert str(error.value).endswith(f"in another --run-dir, from its weights {how}, or from the start")
     source, init = (teacher, state) if method == "cosim" else (state, None)
     run = prepare(recipe(method, lr=1e-3), data="digits", teacher=source, machine=Machine("cpu"), init=init)
     monkeypatch.undo()
-    assert train(run, tmp_path / "again", note=str).finished
+    assert train(run, tmp_path / "again", on_message=str).finished
 
 
 def test_files_have_the_mode_that_the_umask_gives(start: Callable[..., Run], tmp_path: Path):
     before = os.umask(0o027)
     try:
-        train(start("sid", images=8, snapshot_every=8), tmp_path / "run", note=str)
+        train(start("sid", images=8, snapshot_every=8), tmp_path / "run", on_message=str)
     finally:
         os.umask(before)
     for file in tmp_path.rglob("*"):

@@ -28,7 +28,7 @@ from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes.library import load_recipe
-from edmdistill.training.run import prepare
+from edmdistill.training.prepare import prepare
 
 SIGMA, STD = 80.0, 0.5
 

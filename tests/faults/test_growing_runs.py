@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from edmdistill.errors import TrainingError
-from edmdistill.training.loop import train
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import open_run
+from edmdistill.training.session import train
 
 CASES = [
     ({}, 40, None),
     ({"lr_decay": "inverse_sqrt", "decay_images": 16}, 40, None),
     ({}, 16, "training.images: 24 there, 16 now; it may only grow"),
-    ({"lr_decay": "linear"}, 40, 'it may not grow, for training.lr_decay = "linear" depends on it'),
+    ({"lr_decay": "linear"}, 40, 'it may not grow, because training.lr_decay = "linear" depends on it'),
 ]
 
 
@@ -39,11 +39,11 @@ def test_what_the_total_may_become(options, images, sentence, recipe, tmp_path: 
 
 def test_a_run_that_grew_is_the_longer_run(start: Callable[..., Run], tmp_path: Path):
     whole = start("sid", images=40)
-    train(whole, tmp_path / "whole", note=str)
+    train(whole, tmp_path / "whole", on_message=str)
     heard: list[str] = []
-    assert train(start("sid", images=20), tmp_path / "grown", note=str) == (True, 24)  # the last batch is whole
+    assert train(start("sid", images=20), tmp_path / "grown", on_message=str) == (True, 24)  # the last batch is whole
     grown = start("sid", images=40)
-    assert train(grown, tmp_path / "grown", note=heard.append) == (True, 40)
+    assert train(grown, tmp_path / "grown", on_message=heard.append) == (True, 40)
     assert heard == ["Going on after 24 images."]
     for group, tensors in whole.state().items():
         for name, tensor in grown.state()[group].items():

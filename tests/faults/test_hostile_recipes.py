@@ -15,7 +15,7 @@ from edmdistill.errors import RecipeError
 from edmdistill.methods import METHODS
 from edmdistill.recipes.library import SHIPPED, load_recipe
 from edmdistill.recipes.schema import Network, Recipe
-from edmdistill.training.run import sketch
+from edmdistill.training.sources import sketch
 
 NUMBERS = [0, -1, 1, 1.5, 1e-320, 1e308, 2**31, 2**63, 10**30, 10**400, math.inf, -math.inf, math.nan]
 WORDS = ["", "none", "adam", "\x00", "a" * 5000, "../../etc/passwd", "\N{BELL}", "nan", "{", "[[", "'"]

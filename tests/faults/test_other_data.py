@@ -20,8 +20,9 @@ from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes.schema import Recipe
-from edmdistill.training.loop import train
-from edmdistill.training.run import prepare, require_fit
+from edmdistill.training.checks import require_fit
+from edmdistill.training.prepare import prepare
+from edmdistill.training.session import train
 
 NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from edmdistill.training import loop
-from edmdistill.training.loop import train
+from edmdistill.training import session
 from edmdistill.training.run import Run
+from edmdistill.training.session import train
 
 OPTIONS = {"images": 32, "snapshot_every": 16, "log_every": 16}
 
@@ -19,13 +19,15 @@ def pictures(run_dir: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def expected(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
-    train(start("sid", **OPTIONS), folder / "run", note=str)
+    train(start("sid", **OPTIONS), folder / "run", on_message=str)
     found = pictures(folder / "run")
     assert len(found) == 6
     return found
 
 
-@pytest.mark.parametrize(("which", "images"), [("draw", 0), ("compare", 16), ("draw", 32)])
+@pytest.mark.parametrize(
+    ("which", "images"), [("save_sample_grid", 0), ("save_role_grid", 16), ("save_sample_grid", 32)]
+)
 def test_they_are_drawn_by_the_next_one(
     which: str,
     images: int,
@@ -34,16 +36,16 @@ def test_they_are_drawn_by_the_next_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    usual = getattr(loop, which)
+    usual = getattr(session, which)
 
-    def killed(run: Run, folder: Path) -> None:
+    def killed(run: Run, folder: Path, tell: Callable[[str], object]) -> None:
         if run.images == images:
             raise KeyboardInterrupt
-        usual(run, folder)
+        usual(run, folder, tell)
 
-    monkeypatch.setattr(loop, which, killed)
+    monkeypatch.setattr(session, which, killed)
     with pytest.raises(KeyboardInterrupt):
-        train(start("sid", **OPTIONS), tmp_path / "run", note=str)
+        train(start("sid", **OPTIONS), tmp_path / "run", on_message=str)
     monkeypatch.undo()
-    assert train(start("sid", **OPTIONS), tmp_path / "run", note=str).finished
+    assert train(start("sid", **OPTIONS), tmp_path / "run", on_message=str).finished
     assert pictures(tmp_path / "run") == expected

@@ -8,15 +8,15 @@ import torch
 
 from edmdistill.checkpoints.load import load_flow
 from edmdistill.errors import CheckpointError
-from edmdistill.training.loop import train
 from edmdistill.training.run import Run
+from edmdistill.training.session import train
 
 
 @pytest.mark.parametrize("method", ["sid", "ctm", "diffusion"])
 def test_they_are_those_in_training(method: str, start: Callable[..., Run], tmp_path: Path):
     run = start(method, images=16, snapshot_every=8)
-    train(run, tmp_path / "run", note=str)
-    expected = run.roles[run.method.product].state_dict()
+    train(run, tmp_path / "run", on_message=str)
+    expected = run.networks[run.method.product].state_dict()
     states = sorted((tmp_path / "run/state").iterdir())
     for source, weights in ((tmp_path / "run", "raw"), (states[-1], "ema"), (states[-1], "raw")):
         flow, config = load_flow(source, weights)
@@ -29,7 +29,7 @@ def test_they_are_those_in_training(method: str, start: Callable[..., Run], tmp_
 
 
 def test_a_damaged_state_gives_way(start: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    train(start("sid", images=16, snapshot_every=8), tmp_path / "run", note=str)
+    train(start("sid", images=16, snapshot_every=8), tmp_path / "run", on_message=str)
     before = sorted(path.name for path in (tmp_path / "run/state").iterdir())
     (tmp_path / "run/state/000000000016/generator.safetensors").write_bytes(b"cut")
     assert load_flow(tmp_path / "run", "raw")[1].images_seen == 8

@@ -17,7 +17,7 @@ from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.song import SongUNet
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
-from edmdistill.training.run import prepare
+from edmdistill.training.prepare import prepare
 
 SMALL = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 

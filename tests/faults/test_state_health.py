@@ -10,20 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edmdistill.checkpoints.layout import saved_states
-from edmdistill.checkpoints.run_state import HealthProgress, Progress, WindowProgress, read_progress
+from edmdistill.checkpoints.run_state import HealthProgress, IntervalProgress, Progress, read_progress
 from edmdistill.data.datasets import indices
 from edmdistill.errors import TrainingError
 from edmdistill.training import monitors
-from edmdistill.training.loop import train
 from edmdistill.training.monitors import Health
 from edmdistill.training.run import Run
+from edmdistill.training.session import train
 from edmdistill.training.state import State, newest_healthy, save_state
 
 WELL, ILL = {"diversity": 0.8}, {"diversity": 0.1}
 
 
 def save(folder: Path, images: int, health: HealthProgress, keep: int) -> None:
-    progress = Progress(images=images, window=WindowProgress(), health=health, sha256={})
+    progress = Progress(images=images, window=IntervalProgress(), health=health, sha256={})
     save_state(folder, State(progress, {"generator": {"a": torch.zeros(1)}}), keep)
 
 
@@ -36,10 +36,10 @@ def test_the_newest_healthy_state_stays(
     folder, health, good = tmp_path_factory.mktemp("state"), Health(), 0
     for number, bad in enumerate(ill, 1):
         for line in range(lines):
-            health.judge((ILL if bad and line == 0 else WELL) | {"images": number * 8 - lines + 1 + line})
-        save(folder, number * 8, health.begin_window(), keep)
+            health.check((ILL if bad and line == 0 else WELL) | {"images": number * 8 - lines + 1 + line})
+        save(folder, number * 8, health.begin_interval(), keep)
         good = good if bad else number * 8
-        healthy = newest_healthy(folder, health.well)
+        healthy = newest_healthy(folder, health.last_healthy)
         assert (0 if healthy is None else int(healthy.name)) == good
         newest = {8 * own for own in range(max(number - keep, 0) + 1, number + 1)}
         assert {int(path.name) for path in saved_states(folder)} == newest | ({good} if good else set())
@@ -48,17 +48,17 @@ def test_the_newest_healthy_state_stays(
 def test_a_state_between_two_lines_waits_for_the_second(tmp_path: Path):
     """A line judges the rounds since the one before it, and so the states among them."""
     health = Health()
-    health.judge(WELL | {"images": 16})
+    health.check(WELL | {"images": 16})
     for images in (16, 24):
-        save(tmp_path, images, health.begin_window(), 9)
-    health.judge(ILL | {"images": 32})
-    healthy = newest_healthy(tmp_path, health.well)
+        save(tmp_path, images, health.begin_interval(), 9)
+    health.check(ILL | {"images": 32})
+    healthy = newest_healthy(tmp_path, health.last_healthy)
     assert healthy is not None
     assert healthy.name == "000000000016"
-    save(tmp_path, 40, health.begin_window(), 9)
-    health.judge(WELL | {"images": 48})
-    save(tmp_path, 48, health.begin_window(), 9)
-    found = [read_progress(path).health.found for path in saved_states(tmp_path)]
+    save(tmp_path, 40, health.begin_interval(), 9)
+    health.check(WELL | {"images": 48})
+    save(tmp_path, 48, health.begin_interval(), 9)
+    found = [read_progress(path).health.symptoms for path in saved_states(tmp_path)]
     assert found == [[], [], ["collapse"], []]
 
 
@@ -72,10 +72,10 @@ def test_patience_outlives_a_resume(cut: int):
         for number, (line, norm) in enumerate(zip(lines, norms, strict=True))
     ]
     whole, first = Health(), Health()
-    expected = [whole.judge(line) for line in measured]
-    found = [first.judge(line) for line in measured[:cut]]
-    second = Health(first.begin_window())
-    found += [second.judge(line) for line in measured[cut:]]
+    expected = [whole.check(line) for line in measured]
+    found = [first.check(line) for line in measured[:cut]]
+    second = Health(first.begin_interval())
+    found += [second.check(line) for line in measured[cut:]]
     assert found == expected
     assert [{alarm.kind for alarm in alarms if alarm.begins} for alarms in found] == [
         *[set(), set(), {"collapse"}, set(), set(), set()],
@@ -97,7 +97,7 @@ def test_a_run_that_falls_ill_names_the_state_before(
             monkeypatch.setattr(monitors, "LEAST_DIVERSITY", math.inf if images >= begins else -1.0)
 
         with pytest.raises(TrainingError, match=r"the last good state is .*000000000024; try .* by --init .*24, or"):
-            train(start("cosim", **options), tmp_path / "run", stop_on={"collapse"}, on_round=on_round, note=str)
+            train(start("cosim", **options), tmp_path / "run", stop_on={"collapse"}, on_round=on_round, on_message=str)
         assert [path.name for path in saved_states(tmp_path / "run/state")] == ["000000000024", "000000000032"]
 
 
@@ -106,7 +106,7 @@ def test_broken_weights_of_the_teacher_are_the_teachers(start: Callable[..., Run
 
     def poison(images: int, measures: object) -> None:
         with torch.no_grad():
-            run.roles["teacher"].network.out_conv.weight.fill_(math.nan)
+            run.networks["teacher"].network.out_conv.weight.fill_(math.nan)
 
     with pytest.raises(TrainingError) as error:
         train(run, tmp_path / "run", on_round=poison)
@@ -125,7 +125,7 @@ def test_broken_data_are_the_datas(start: Callable[..., Run], tmp_path: Path):
 
     run.dataset.tensors = poisoned
     with pytest.raises(TrainingError) as error:
-        train(run, tmp_path / "run", note=str)
+        train(run, tmp_path / "run", on_message=str)
     assert str(error.value).endswith(
         f"gave no finite number: the data hold NaN or infinity, first {run.dataset.files[broken]} of digits; "
         "give sound data and a new --run-dir"

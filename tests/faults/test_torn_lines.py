@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edmdistill.checkpoints.run_state import Progress, WindowProgress
+from edmdistill.checkpoints.run_state import IntervalProgress, Progress
 from edmdistill.errors import EdmDistillError, TrainingError
 from edmdistill.jsonl import append_line, read_lines, truncate_lines
 from edmdistill.report.summary import read_run
-from edmdistill.training.loop import train
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import open_run
+from edmdistill.training.session import train
 from edmdistill.training.state import State, newest_whole, save_state
 
 Numbers = dict[str, int | float]
@@ -53,7 +53,7 @@ def test_infinity_is_a_number(tmp_path: Path):
 @pytest.fixture(scope="module")
 def finished(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train(start("sid", images=32, snapshot_every=16, log_every=8), folder, note=lambda sentence: None)
+    train(start("sid", images=32, snapshot_every=16, log_every=8), folder, on_message=lambda sentence: None)
     return folder
 
 
@@ -67,7 +67,9 @@ def test_a_run_goes_on_and_is_reported(
     try:
         before = read_run(finished)
         assert f"{log}: line 2 is damaged and is passed over." in capsys.readouterr().err
-        assert train(start("sid", images=32, snapshot_every=16, log_every=8), finished, note=lambda said: None).finished
+        assert train(
+            start("sid", images=32, snapshot_every=16, log_every=8), finished, on_message=lambda said: None
+        ).finished
         after = read_run(finished)
         assert (before.metrics, before.sessions) == (after.metrics, after.sessions)
         assert [line["images"] for line in after.metrics] == [8, 16, 24, 32]
@@ -110,7 +112,7 @@ PROGRESS: list[Callable[[dict[str, object]], object]] = [
     lambda own: own | {"images": 8},
     lambda own: {key: value for key, value in own.items() if key != "window"},
     lambda own: own | {"scales": [1]},
-    lambda own: own | {"health": {"ill": 3}},
+    lambda own: own | {"health": {"streaks": 3}},
 ]
 
 
@@ -118,7 +120,7 @@ PROGRESS: list[Callable[[dict[str, object]], object]] = [
 def test_a_states_progress_that_is_none(change: Callable[[dict[str, object]], object], tmp_path: Path):
     """The state before it is taken, whatever the newest one's progress.json holds."""
     for images in (16, 32):
-        progress = Progress(images=images, window=WindowProgress(), sha256={})
+        progress = Progress(images=images, window=IntervalProgress(), sha256={})
         save_state(tmp_path, State(progress, {"generator": {"a": torch.zeros(1)}}), keep=2)
     file = tmp_path / "000000000032" / "progress.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))

@@ -18,7 +18,7 @@ from edmdistill.machine.engine import Engine, Machine
 from edmdistill.methods import METHODS
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
-from edmdistill.training.run import prepare
+from edmdistill.training.prepare import prepare
 
 NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
 
@@ -48,7 +48,7 @@ def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[
     run = prepare(recipe(case, count), data="digits", teacher=source, machine=machine, force_guidance=True)
     found = list(rounds(run))
     for role in run.optimizers.keys() if not machine.shard else ():
-        weights = torch.cat([parameter.detach().flatten() for parameter in run.roles[role].parameters()])
+        weights = torch.cat([parameter.detach().flatten() for parameter in run.networks[role].parameters()])
         found[-1][f"apart/{role}"] = float(
             (run.engine.all_reduce(weights) / run.engine.world_size - weights).abs().max()
         )

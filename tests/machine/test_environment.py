@@ -9,7 +9,7 @@ import torch
 
 from edmdistill import __version__
 from edmdistill.machine.environment import peak_memory, revision
-from edmdistill.training.loop import train
+from edmdistill.training.session import train
 
 
 def test_every_session_says_where_and_from_when_and_what_it_took(start, tmp_path: Path):

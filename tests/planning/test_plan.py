@@ -21,7 +21,7 @@ from edmdistill.planning.plan import FREE, _envelope, _highest, forward_flops, m
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
-from edmdistill.training.run import prepare
+from edmdistill.training.prepare import prepare
 
 SHAPE = {"img_resolution": 8, "label_dim": 10}
 SONG = SHAPE | {"in_channels": 1, "out_channels": 1, "num_blocks": 1, "channel_mult": [1, 2], "attn_resolutions": [4]}
@@ -54,7 +54,7 @@ def measured(recipe: Recipe, teacher: Path, machine: Machine) -> int:
     steps = rounds(run)
     next(steps)
     adam = [state for optimizer in run.optimizers.values() for state in optimizer.state.values()]
-    networks = [*run.roles.values(), *(average.network for average in run.averages)]
+    networks = [*run.networks.values(), *(average.network for average in run.averages)]
     there: list[Tensor] = [value for state in adam for value in state.values()]
     there += [tensor for flow in networks for tensor in flow.state_dict().values()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

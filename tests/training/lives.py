@@ -17,8 +17,9 @@ from shared_probes import share_probes
 
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import Recipe
-from edmdistill.training.loop import train
-from edmdistill.training.run import Run, prepare
+from edmdistill.training.prepare import prepare
+from edmdistill.training.run import Run
+from edmdistill.training.session import train
 
 
 def die_at(end: int | str, run_dir: str) -> None:
@@ -39,7 +40,7 @@ def die_at(end: int | str, run_dir: str) -> None:
 
 def live(run: Run, run_dir: str, end: int | str) -> None:
     die_at(end, run_dir)
-    train(run, Path(run_dir), note=lambda sentence: None)
+    train(run, Path(run_dir), on_message=lambda sentence: None)
 
 
 def lives(recipe: str, teacher: str | None, run_dir: str, at: list[int | str]) -> list[str]:

@@ -11,9 +11,9 @@ from edmdistill.checkpoints.store import load_checkpoint, load_tensors
 from edmdistill.cli import main
 from edmdistill.errors import RecipeError
 from edmdistill.recipes.schema import Recipe
-from edmdistill.training import loop
+from edmdistill.training import session
 from edmdistill.training.ema import Ema, HalfLife, PowerFunction
-from edmdistill.training.loop import train
+from edmdistill.training.session import train
 
 
 def test_closed_form():
@@ -77,7 +77,7 @@ def test_the_official_traces(golden):
         ({"sigma_rel": [0.05, 0.05]}, "must be different numbers of three decimals at most"),
         ({"sigma_rel": [0.0512]}, "must be different numbers of three decimals at most"),
         ({"sigma_rel": [0.3]}, "expected `float` < 0.288"),
-        ({"sigma_rel": [0.05], "snapshot_every": 8}, "give two or more of sigma_rel"),
+        ({"sigma_rel": [0.05], "snapshot_every": 8}, "give two or more sigma_rel"),
     ],
 )
 def test_recipes_ask_for_what_there_is(recipe, table, sentence):
@@ -127,7 +127,7 @@ def test_what_a_run_keeps(kept):
 @pytest.mark.parametrize("stage", ["between states", "after a state"])
 def test_killed_and_resumed_it_keeps_the_same(stage, kept, begin, tmp_path, monkeypatch):
     """Killed with averages beyond the last state, and between the state and whatever would come after it."""
-    save = loop.save_state
+    save = session.save_state
 
     def die_after(folder, state, *numbers):
         save(folder, state, *numbers)
@@ -138,13 +138,13 @@ def test_killed_and_resumed_it_keeps_the_same(stage, kept, begin, tmp_path, monk
         if images == 120:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_state", die_after)
+    monkeypatch.setattr(session, "save_state", die_after)
     broken = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
         train(begin(), broken, on_round=die_at)
     assert max(averages(broken)).startswith("000000000112" if stage == "between states" else "000000000080")
     monkeypatch.undo()
-    assert train(begin(), broken, note=lambda sentence: None).finished
+    assert train(begin(), broken, on_message=lambda sentence: None).finished
     assert averages(broken) == averages(kept[1])
 
 

@@ -17,7 +17,7 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.training import state
-from edmdistill.training.loop import train
+from edmdistill.training.session import train
 
 TEN_ROUNDS = {"images": 80, "snapshot_every": 24, "log_every": 16}
 """States fall within the windows of metrics.jsonl, and windows within the states."""
@@ -83,7 +83,7 @@ def test_killed_between_two_states(method, start, whole, recipe, live, tmp_path)
     assert live(recipe(method, **TEN_ROUNDS), run_dir, "000000000048") == ["killed"]
     assert [path.name for path in (run_dir / "state").iterdir()] == ["000000000024"]
     heard: list[str] = []
-    assert train(start(method, **TEN_ROUNDS), run_dir, note=heard.append).finished
+    assert train(start(method, **TEN_ROUNDS), run_dir, on_message=heard.append).finished
     assert heard[0] == "Going on after 24 images."
     assert what_it_left(run_dir) == expected
 
@@ -113,7 +113,9 @@ def test_a_nan_in_the_data(start, whole, tmp_path):
     run.dataset.tensors = poisoned
     with pytest.raises(TrainingError, match=r"the data hold NaN or infinity, first digit \d+ of digits; give sound"):
         train(run, tmp_path / "run")
-    assert train(start("cosim", images=64, snapshot_every=16), tmp_path / "run", note=lambda sentence: None).finished
+    assert train(
+        start("cosim", images=64, snapshot_every=16), tmp_path / "run", on_message=lambda sentence: None
+    ).finished
     assert what_it_left(tmp_path / "run") == expected
 
 
@@ -134,7 +136,9 @@ def test_a_full_disk(start, whole, tmp_path, monkeypatch):
     assert "000000000048 cannot be written: No space left on device, with " in str(error.value)
     assert f"make room, and the same command goes on from {tmp_path / 'run/state/000000000032'}" in str(error.value)
     monkeypatch.undo()
-    assert train(start("sid", images=64, snapshot_every=16), tmp_path / "run", note=lambda sentence: None).finished
+    assert train(
+        start("sid", images=64, snapshot_every=16), tmp_path / "run", on_message=lambda sentence: None
+    ).finished
     assert what_it_left(tmp_path / "run") == expected
 
 
@@ -148,7 +152,7 @@ def test_a_truncated_state(file, start, whole, tmp_path):
     os.truncate(newest, newest.stat().st_size // 2)
     heard: list[str] = []
     resumed = start("sid", images=64, snapshot_every=16)
-    assert train(resumed, tmp_path / "run", note=heard.append).finished
+    assert train(resumed, tmp_path / "run", on_message=heard.append).finished
     assert heard[0].startswith(f"The state {newest.parent} is not whole")
     assert heard[1] == "Going on after 32 images."
     shutil.rmtree(newest.parent.with_suffix(".broken"))
@@ -170,7 +174,7 @@ def test_a_gpu_that_is_too_small(start, tmp_path):
     )
     heard: list[str] = []
     smaller = start("sid", Machine("cpu", micro_batch=4, checkpointing=True), images=64, snapshot_every=16)
-    assert train(smaller, tmp_path / "run", note=heard.append).finished
+    assert train(smaller, tmp_path / "run", on_message=heard.append).finished
     assert heard[0] == "Going on after 32 images."
 
 

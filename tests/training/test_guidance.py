@@ -24,9 +24,10 @@ from edmdistill.networks.preconditioning import EDM
 from edmdistill.planning.plan import make_plan, measure
 from edmdistill.recipes.schema import Recipe
 from edmdistill.sampling.generate import sample
-from edmdistill.training.loop import rounds, train
+from edmdistill.training.loop import rounds
 from edmdistill.training.monitors import fingerprints
-from edmdistill.training.run import prepare
+from edmdistill.training.prepare import prepare
+from edmdistill.training.session import train
 
 NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
 RANGE = {"guidance": [1.0, 2.0]}
@@ -68,15 +69,15 @@ def test_three_rounds_by_another_network(recipe, teacher, guide, method, offload
     made = guided(recipe, method, **BY_NETWORK)
     run = prepare(made, data="digits", teacher=teacher, guide=guide, machine=CPU._replace(offload=offload))
     assert run.unused("generator") == []
-    assert list(run.plan()["roles"]) == ["teacher", "generator", "guide"]
+    assert list(run.describe()["roles"]) == ["teacher", "generator", "guide"]
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 1.2]), torch.eye(10)[:2]
     own = load_checkpoint(guide)[0]
-    assert_rounded(run.roles["guide"](x, t, labels), own(x, t, labels), depth(own))
-    before = fingerprints(run.roles)
+    assert_rounded(run.networks["guide"](x, t, labels), own(x, t, labels), depth(own))
+    before = fingerprints(run.networks)
     list(rounds(run))
-    after = fingerprints(run.roles)
+    after = fingerprints(run.networks)
     assert {role for role in before if before[role] != after[role]} == {"generator"}
-    assert run.roles["generator"].network.map_guidance.weight.abs().max() > 1e-3
+    assert run.networks["generator"].network.map_guidance.weight.abs().max() > 1e-3
 
 
 def test_the_guide_counts(recipe, teacher, guide):

@@ -12,9 +12,11 @@ from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.methods.base import Loss
 from edmdistill.recipes.schema import Recipe, Training
-from edmdistill.training.loop import learning_rate, requests, rounds, train
+from edmdistill.training.loop import requests, rounds
 from edmdistill.training.monitors import Diverged, fingerprints
-from edmdistill.training.run import prepare
+from edmdistill.training.optimizers import learning_rate
+from edmdistill.training.prepare import prepare
+from edmdistill.training.session import train
 
 ALL_METHODS = sorted(METHODS)
 OFFLOADS = "ema", "teacher", "optimizer"
@@ -23,9 +25,9 @@ OFFLOADS = "ema", "teacher", "optimizer"
 @pytest.mark.parametrize("method", ALL_METHODS)
 def test_three_rounds_move_the_players_and_nobody_else(method, start):
     run = start(method)
-    before = fingerprints(run.roles | {"ema": run.ema.network})
+    before = fingerprints(run.networks | {"ema": run.ema.network})
     measured = list(rounds(run))
-    after = fingerprints(run.roles | {"ema": run.ema.network})
+    after = fingerprints(run.networks | {"ema": run.ema.network})
     trained = {role for role, part in METHODS[method].load().roles.items() if part.trained}
     followers = {role for role, part in METHODS[method].load().roles.items() if part.ema_of}
     assert {role for role in before if before[role] != after[role]} == trained | followers | {"ema"}
@@ -80,7 +82,7 @@ def test_the_average_is_what_is_published(start, tmp_path):
     saved = load_file(tmp_path / "run/generator/model.safetensors")
     averages = run.ema.network.network.state_dict()
     assert all(torch.equal(saved[name], averages[name]) for name in saved)
-    weights = run.roles["generator"].network.state_dict()
+    weights = run.networks["generator"].network.state_dict()
     assert any(not torch.equal(saved[name], weights[name]) for name in saved)
 
 
@@ -125,7 +127,7 @@ def test_a_nan_in_the_weights_is_told_from_one_in_the_gradient(start):
     steps = rounds(run)
     next(steps)
     with torch.no_grad():
-        run.roles["teacher"].network.out_conv.weight.fill_(math.inf)
+        run.networks["teacher"].network.out_conv.weight.fill_(math.inf)
     with pytest.raises(Diverged, match=r"weights teacher\.network\.out_conv\.weight \(float32\)"):
         next(steps)
 
@@ -141,7 +143,7 @@ def test_gradient_clipping_bounds_the_step(start):
     for clip in None, 1e-3:
         run = start("diffusion", eps=1.0, grad_clip=clip, images=8)
         next(rounds(run))
-        steps.append(abs(float(run.roles["teacher"].network.out_gain.detach())))  # from 0
+        steps.append(abs(float(run.networks["teacher"].network.out_gain.detach())))  # from 0
     assert 0 < steps[1] <= 1e-2 * 1e-3 < steps[0]
 
 
@@ -166,7 +168,7 @@ def test_half_precision_trains_with_float32_weights(precision, start):
         scale.scale = 2.0**8  # no step overflows
     measured = list(rounds(run))
     assert all(math.isfinite(value) for measures in measured for value in measures.values())
-    assert {p.dtype for network in run.roles.values() for p in network.parameters()} == {torch.float32}
+    assert {p.dtype for network in run.networks.values() for p in network.parameters()} == {torch.float32}
     wide = list(rounds(start("cosim")))
     assert measured != wide
     assert [m["loss/auxiliary"] for m in measured] == pytest.approx([m["loss/auxiliary"] for m in wide], rel=0.05)
@@ -177,10 +179,10 @@ def test_a_step_that_overflows_is_left_out_and_the_loss_scale_falls(start, tmp_p
     run = start("sid", precision="fp16", images=48)
     for scale in run.scales.values():
         scale.scale = 2.0**40
-    before = fingerprints(run.roles)
+    before = fingerprints(run.networks)
     steps = rounds(run)
     measures = next(steps)
-    assert fingerprints(run.roles) == before
+    assert fingerprints(run.networks) == before
     assert measures["loss_scale/generator"] == 2.0**39
     assert math.isinf(measures["grad_norm/generator"]) or math.isnan(measures["grad_norm/generator"])
     assert train(run, tmp_path / "run").finished

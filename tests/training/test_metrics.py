@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edmdistill.methods.base import Batch, Loss
-from edmdistill.training.metrics import BINS, EDGES, Tally, Window
+from edmdistill.training.metrics import BINS, EDGES, IntervalMeans, RowMeans
 
 
 def losses(rows: int, seed: int = 0) -> tuple[Loss, Batch]:
@@ -19,7 +19,7 @@ def losses(rows: int, seed: int = 0) -> tuple[Loss, Batch]:
 
 
 def tallied(*parts: tuple[Loss, Batch]) -> dict[str, float]:
-    tally = Tally()
+    tally = RowMeans()
     for loss, batch in parts:
         tally.add_loss("generator", loss, batch, 0.5)
     return tally.means()
@@ -69,7 +69,7 @@ def test_one_image_for_all_has_no_diversity() -> None:
 
 def test_processes_are_summed_and_empty_bins_left_out() -> None:
     loss = Loss(torch.ones(4), torch.full((4,), 0.5))
-    tally = Tally()
+    tally = RowMeans()
     tally.add_loss("teacher", loss, Batch(torch.zeros(4, 1, 2, 2), None), 0.5)
     seen = []
 
@@ -82,7 +82,7 @@ def test_processes_are_summed_and_empty_bins_left_out() -> None:
 
 
 def test_means_over_the_rounds_since_the_last_line() -> None:
-    window = Window()
+    window = IntervalMeans()
     for value in 1.0, 3.0:
         window.add({"loss/generator": value})
     window.add({"loss/generator": 5.0, "rare": 7.0})
@@ -96,11 +96,11 @@ def test_means_over_the_rounds_since_the_last_line() -> None:
 
 
 def test_a_window_goes_on_from_its_progress() -> None:
-    whole, first = Window(), Window()
+    whole, first = IntervalMeans(), IntervalMeans()
     for window in whole, first:
         window.add({"a": 0.1})
         window.add({"a": 0.2, "b": 1.0})
-    second = Window(first.progress())
+    second = IntervalMeans(first.progress())
     for window in whole, second:
         window.add({"a": 0.7})
     one, two = whole.line(3, 1), second.line(3, 1)

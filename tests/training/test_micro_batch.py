@@ -7,11 +7,11 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.training.loop import rounds
-from edmdistill.training.micro_batch import fewest_pieces, fits, settle_micro_batch
+from edmdistill.training.micro_batch import fewest_micro_batches, fits, settle_micro_batch
 
 
 @given(most=st.integers(1, 5000), least=st.integers(1, 6000))
-def test_the_fewest_pieces_are_found_in_few_trials(most: int, least: int) -> None:
+def test_the_fewest_micro_batches_are_found_in_few_trials(most: int, least: int) -> None:
     tried = []
 
     def fit(pieces: int) -> bool:
@@ -19,7 +19,7 @@ def test_the_fewest_pieces_are_found_in_few_trials(most: int, least: int) -> Non
         assert 1 <= pieces <= most
         return pieces >= least
 
-    assert fewest_pieces(fit, most) == (least if least <= most else None)
+    assert fewest_micro_batches(fit, most) == (least if least <= most else None)
     assert len(tried) <= 2 * most.bit_length() + 1
 
 

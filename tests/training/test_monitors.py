@@ -4,8 +4,8 @@ from torch import nn
 
 from edmdistill.errors import TrainingError
 from edmdistill.training import monitors
-from edmdistill.training.loop import train
 from edmdistill.training.monitors import Diverged, Health, fingerprints, require_finite, require_moved
+from edmdistill.training.session import train
 
 
 def test_a_fingerprint_sees_a_single_bit():
@@ -56,20 +56,20 @@ def line(images: int, *, diversity: float = 0.8, mean: float = 0.0, std: float =
 )
 def test_an_illness_that_lasts_is_told_once_an_episode(ill, kind, sentence):
     health = Health()
-    assert [alarm for images in range(6) for alarm in health.judge(line(images))] == []
-    assert health.judge(line(1000, **ill)) == []  # one line may be chance
-    (alarm,) = health.judge(line(2000, **ill))
+    assert [alarm for images in range(6) for alarm in health.check(line(images))] == []
+    assert health.check(line(1000, **ill)) == []  # one line may be chance
+    (alarm,) = health.check(line(2000, **ill))
     assert alarm.kind == kind
     assert alarm.sentence.startswith("After 2,000 images ")
     assert sentence in alarm.sentence
-    assert [alarm.begins for alarm in health.judge(line(3000, **ill))] == [False]
-    assert health.judge(line(4000)) == []
-    assert [bool(health.judge(line(images, **ill))) for images in (5000, 6000)] == [False, True]
+    assert [alarm.begins for alarm in health.check(line(3000, **ill))] == [False]
+    assert health.check(line(4000)) == []
+    assert [bool(health.check(line(images, **ill))) for images in (5000, 6000)] == [False, True]
 
 
 def test_what_a_method_does_not_measure_is_not_judged():
     health = Health()
-    assert [alarm for images in range(9) for alarm in health.judge({"images": images, "loss/teacher": 1e9})] == []
+    assert [alarm for images in range(9) for alarm in health.check({"images": images, "loss/teacher": 1e9})] == []
 
 
 def test_an_alarm_that_was_asked_for_ends_the_run(start, tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_an_alarm_that_was_asked_for_ends_the_run(start, tmp_path, monkeypatch):
         TrainingError,
         match=r"collapses; .* help; no state before it was healthy, though .* is finite",
     ):
-        train(run, tmp_path / "run", stop_on={"collapse"}, note=heard.append)
+        train(run, tmp_path / "run", stop_on={"collapse"}, on_message=heard.append)
     told = start("cosim", images=48, log_every=16, snapshot_every=240)
-    assert train(told, tmp_path / "told", note=heard.append).finished
+    assert train(told, tmp_path / "told", on_message=heard.append).finished
     assert len([sentence for sentence in heard if "collapses" in sentence]) == 2

@@ -6,12 +6,12 @@ import torch
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import CheckpointError, DatasetError
-from edmdistill.training.noise_levels import LEVELS, Row, losses_by_noise, verdict
+from edmdistill.training.noise_levels import SIGMAS, Row, losses_by_noise, verdict
 
 
 def test_a_teacher_is_as_good_as_itself(teacher):
     rows = losses_by_noise([teacher, teacher], "digits", images=30, batch=7)
-    assert [row.sigma for row in rows] == list(LEVELS)
+    assert [row.sigma for row in rows] == list(SIGMAS)
     assert all(row.losses[0] == row.losses[1] > 0 for row in rows)
     assert "is as good as the second" in verdict(rows)
 

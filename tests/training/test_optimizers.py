@@ -8,8 +8,8 @@ from torch import nn
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import Training
-from edmdistill.training.loop import train
-from edmdistill.training.optimizers import LossScale, load_states, make_optimizer, plain_states, set_rate
+from edmdistill.training.optimizers import LossScale, load_states, make_optimizer, plain_states, set_learning_rate
+from edmdistill.training.session import train
 
 
 def training(**values):
@@ -94,7 +94,7 @@ def test_eight_bit_states_go_into_a_file_and_back():
     def step(index, number):
         torch.manual_seed(number)
         networks[index](torch.randn(4, 128)).square().sum().backward()
-        set_rate(optimizers[index], 1e-2 / (1 + number))
+        set_learning_rate(optimizers[index], 1e-2 / (1 + number))
         optimizers[index].step()
         optimizers[index].zero_grad()
 
@@ -115,7 +115,7 @@ def test_eight_bit_states_go_into_a_file_and_back():
     ("optimizer", "machine", "sentence"),
     [
         ("radam", Machine("cpu", offload=("optimizer",)), "--offload optimizer is for adam, but the recipe has radam"),
-        ("adam8bit", Machine("cpu", shard=True), "the states of adam8bit are not shared out"),
+        ("adam8bit", Machine("cpu", shard=True), "the states of adam8bit cannot be sharded"),
     ],
 )
 def test_what_does_not_go_together(start, optimizer, machine, sentence):
@@ -125,9 +125,9 @@ def test_what_does_not_go_together(start, optimizer, machine, sentence):
 
 def test_radam_trains_and_resumes(start, tmp_path):
     run = start("sid", optimizer="radam", images=48, snapshot_every=24)
-    assert train(run, tmp_path / "run", note=lambda sentence: None).finished
+    assert train(run, tmp_path / "run", on_message=lambda sentence: None).finished
     shutil.rmtree(tmp_path / "run/state/000000000048")
     resumed = start("sid", optimizer="radam", images=48, snapshot_every=24)
-    assert train(resumed, tmp_path / "run", note=lambda sentence: None).finished
+    assert train(resumed, tmp_path / "run", on_message=lambda sentence: None).finished
     for name, tensor in run.state()["generator"].items():
         assert torch.equal(resumed.state()["generator"][name], tensor)

@@ -11,8 +11,9 @@ from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes.schema import Recipe
-from edmdistill.training.loop import train
-from edmdistill.training.run import prepare, set_dropout
+from edmdistill.training.prepare import prepare
+from edmdistill.training.roles import set_dropout
+from edmdistill.training.session import train
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -21,7 +22,7 @@ def test_every_role_starts_as_the_teacher(method, start):
     torch.manual_seed(0)
     x_t, t = torch.randn(4, 1, 8, 8), torch.rand(4)
     labels = torch.eye(10)[:4]
-    flows = {role: network for role, network in run.roles.items() if METHODS[method].load().roles[role].make is None}
+    flows = {role: network for role, network in run.networks.items() if METHODS[method].load().roles[role].make is None}
     outputs = [network(x_t, t, labels) for network in (*flows.values(), run.ema.network)]
     for output in outputs:  # the teacher's weights lie where the file has them, the others are copies
         assert_rounded(output, outputs[-1], depth(run.ema.network))
@@ -32,7 +33,7 @@ def test_every_role_starts_as_the_teacher(method, start):
 
 def test_no_memory_is_shared_between_roles(start):
     run = start("cosim")
-    networks = [*run.roles.values(), run.ema.network]
+    networks = [*run.networks.values(), run.ema.network]
     addresses = [p.data_ptr() for network in networks for p in network.parameters()]
     assert len(set(addresses)) == len(addresses)
 
@@ -84,7 +85,7 @@ def test_data_must_fit_the_network(recipe, tmp_path):
 
 
 def test_the_plan_is_plain(start):
-    plan = json.loads(json.dumps(start("cosim").plan()))
+    plan = json.loads(json.dumps(start("cosim").describe()))
     assert plan["schema_version"] == 1
     assert {role: part["trained"] for role, part in plan["roles"].items()} == {
         "teacher": False,
@@ -113,7 +114,7 @@ def test_a_role_with_logvar_has_a_head_which_learns_where_it_is_asked(recipe, we
     tables["method"]["weighting"] = weighting
     made = Recipe.from_json(json.dumps(tables).encode())
     runs = [prepare(made, data="digits", machine=Machine("cpu")) for _ in range(2)]
-    heads = [run.roles["teacher"].network.get_buffer("logvar_fourier.freqs") for run in runs]
+    heads = [run.networks["teacher"].network.get_buffer("logvar_fourier.freqs") for run in runs]
     assert torch.equal(*heads)
     idle = {name for name in runs[0].unused("teacher") if "logvar" in name}
     assert len(idle) == (2 if weighting == "none" else 0)

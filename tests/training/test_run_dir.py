@@ -124,11 +124,11 @@ def test_metrics_are_cut_to_the_position_of_the_state(tmp_path):
             folder.log({"images": images})
         with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
             file.write('{"images": 3')
-        folder.forget_after(24, print)
+        folder.truncate_after(24, print)
         assert (tmp_path / "a" / "metrics.jsonl").read_text().count("\n") == 3
-        folder.forget_after(20, print)
+        folder.truncate_after(20, print)
         assert (tmp_path / "a" / "metrics.jsonl").read_text() == '{"images": 8}\n{"images": 16}\n'
-        folder.forget_after(0, print)
+        folder.truncate_after(0, print)
         assert (tmp_path / "a" / "metrics.jsonl").read_text() == ""
 
 
@@ -137,6 +137,6 @@ def test_averages_are_cut_to_the_position_of_the_state(tmp_path):
         for name in ("000000000016-0.050.safetensors", "000000000024-0.050.safetensors", "mine-0.050.safetensors"):
             (folder.ema / name).touch()
         (folder.ema / "0.050").mkdir()
-        folder.forget_after(16, print)
+        folder.truncate_after(16, print)
         left = {path.name for path in folder.ema.iterdir()}
         assert left == {"000000000016-0.050.safetensors", "mine-0.050.safetensors", "0.050"}

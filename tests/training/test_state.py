@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edmdistill.checkpoints.layout import saved_states
-from edmdistill.checkpoints.run_state import Progress, WindowProgress
+from edmdistill.checkpoints.run_state import IntervalProgress, Progress
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.training import state
-from edmdistill.training.state import State, kept, newest_whole, read_state, save_state
+from edmdistill.training.state import State, newest_whole, read_state, save_state, states_to_keep
 
 
 def load_state(folder, note):
@@ -20,7 +20,7 @@ def make(images):
         "generator": {"weights.a": torch.full((3,), float(images)), "step.a": torch.tensor(1.0)},
         "ema": {"a": torch.zeros(2, 2)},
     }
-    return State(Progress(images=images, window=WindowProgress(seconds=0.1), sha256={}), tensors)
+    return State(Progress(images=images, window=IntervalProgress(seconds=0.1), sha256={}), tensors)
 
 
 def test_round_trip_and_keep(tmp_path):
@@ -31,7 +31,7 @@ def test_round_trip_and_keep(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000016", "000001000000"]
     loaded = load_state(tmp_path, pytest.fail)
     assert loaded.progress.images == 1000000
-    assert loaded.progress.window == WindowProgress(seconds=0.1)
+    assert loaded.progress.window == IntervalProgress(seconds=0.1)
     assert torch.equal(loaded.tensors["generator"]["weights.a"], torch.full((3,), 1e6))
     assert loaded.tensors["ema"]["a"].shape == (2, 2)
 
@@ -79,7 +79,7 @@ def test_what_is_kept(images, keep, every):
     """State by state as a run saves them: the last ones, and the first after every multiple, which once kept stays."""
     there, marks = set(), set()
     for number in sorted(images):
-        there = kept([*there, number], keep, every)
+        there = states_to_keep([*there, number], keep, every)
         if every is not None and number // every not in {mark // every for mark in marks} | {0}:
             marks.add(number)
         assert there == set([n for n in sorted(images) if n <= number][-keep:]) | marks

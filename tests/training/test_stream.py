@@ -28,8 +28,8 @@ from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.training.loop import train
-from edmdistill.training.run import prepare
+from edmdistill.training.prepare import prepare
+from edmdistill.training.session import train
 from edmdistill.training.stream import AHEAD, Stream
 
 COUNT = 9
@@ -68,7 +68,7 @@ def latents(tmp_path: Path) -> Dataset:
 
 def stream(data: Dataset, workers: int = 0, device: str = "cpu") -> Stream:
     statistics = STATISTICS if data.latent else None
-    return Stream(data, seed=5, labels=True, statistics=statistics, workers=workers, device=torch.device(device))
+    return Stream(data, seed=5, labels=True, scaling=statistics, workers=workers, device=torch.device(device))
 
 
 def endless() -> Iterator[tuple[int, int]]:
@@ -83,7 +83,7 @@ def test_whoever_reads_reads_the_same(which: str, request: pytest.FixtureRequest
     uneven = [(0, 1), (1, 3), (3, 10), (10, 35), (35, 36), (36, 60), (60, 80)]
     with stream(data, workers=2) as two:
         for reader, first in itertools.product([stream(data), two], [0, 4]):
-            parts = list(reader.follow(iter(uneven[first:])))
+            parts = list(reader.batches(iter(uneven[first:])))
             assert torch.equal(torch.cat([part.x0 for part in parts]), whole.x0[uneven[first][0] :])
             assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels[uneven[first][0] :])
 
@@ -98,7 +98,7 @@ def test_no_visit_of_latents_is_like_another(latents: Dataset) -> None:
 def test_requests_are_taken_as_they_are_needed(images: Dataset) -> None:
     taken = []
     with stream(images, workers=2) as two:
-        batches = two.follow(request for request in endless() if taken.append(request) is None)
+        batches = two.batches(request for request in endless() if taken.append(request) is None)
         for count in range(1, 10):
             next(batches)
             assert len(taken) <= count + 2 * AHEAD
@@ -116,12 +116,12 @@ def test_a_corrupt_member_is_one_sentence(workers: int, tmp_path: Path) -> None:
         stream(open_dataset(path), workers=workers) as broken,
         pytest.raises(DatasetError, match=r"^\S+images\.zip: 7\.png is not a readable image \(Bad CRC-32 .*remove it$"),
     ):
-        list(broken.follow([(0, COUNT)]))
+        list(broken.batches([(0, COUNT)]))
 
 
 def test_a_killed_worker_is_one_sentence(images: Dataset) -> None:
     with stream(images, workers=1) as one:
-        batches = one.follow(endless())
+        batches = one.batches(endless())
         next(batches)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         with pytest.raises(TrainingError, match=r"^a data worker ended, .*--workers 0, .*goes on from the last state$"):
@@ -131,7 +131,7 @@ def test_a_killed_worker_is_one_sentence(images: Dataset) -> None:
 
 def test_workers_leave_signals_to_the_main_process(images: Dataset) -> None:
     with stream(images, workers=2) as two:
-        batches = two.follow(endless())
+        batches = two.batches(endless())
         next(batches)
         workers = multiprocessing.active_children()
         for worker, number in itertools.product(workers, [signal.SIGINT, signal.SIGTERM]):
@@ -148,7 +148,7 @@ def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
         from edmdistill.data.datasets import open_dataset
         from edmdistill.training.stream import Stream
         with Stream(open_dataset("digits"), seed=0, labels=True, workers=2, device=torch.device("cpu")) as stream:
-            list(stream.follow([(0, 8)] * 9))
+            list(stream.batches([(0, 8)] * 9))
             print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
             time.sleep(60)
     """
@@ -226,6 +226,6 @@ def test_latents_are_for_latent_teachers(recipe, teacher, latents: Dataset, tmp_
 def test_batches_arrive_on_the_gpu_as_they_were(workers: int, latents: Dataset) -> None:
     requests = [(start, start + 8) for start in range(0, 800, 8)]
     with stream(latents, workers, "cuda") as there:
-        for batch, request in zip(there.follow(requests), requests, strict=True):
+        for batch, request in zip(there.batches(requests), requests, strict=True):
             assert batch.x0.is_cuda
             assert torch.equal(batch.x0.cpu(), stream(latents).read(*request).x0)

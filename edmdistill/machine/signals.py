@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM as a request to stop, instead of an exception in the middle of a step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ECHO = 0.5
+"""Seconds within which a second signal is an echo of the first: some services signal a process and its launcher."""
+
+
+@contextmanager
+def stop_on_signal(on_message: Callable[[str], object]) -> Iterator[threading.Event]:
+    """Yields an event that the first SIGINT or SIGTERM sets. A second one has its usual effect.
+
+    Args:
+        on_message: gets the sentence for the user.
+    """
+    stop = threading.Event()
+    first: float | None = None
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if first is None:
+            first = now
+            stop.set()
+            on_message("Stopping after this round; once more stops at once.")
+        elif now - first > ECHO:
+            signal.signal(number, usual[signal.Signals(number)])
+            signal.raise_signal(number)
+
+    usual = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

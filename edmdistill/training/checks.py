@@ -1,0 +1,79 @@
+"""Checks that teacher, guide, warm start and data fit one another, before anything is trained."""
+
+from __future__ import annotations
+
+from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.data.datasets import Dataset
+from edmdistill.data.latents import latent_scaling, latent_std
+from edmdistill.errors import TrainingError
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.recipes.schema import Recipe
+from edmdistill.training.sources import Init
+
+
+def require_guide(recipe: Recipe, guide: object) -> None:
+    """Raises: TrainingError: the recipe needs a guide and there is none, or a guide would do nothing."""
+    name, has_guide = recipe.method_name, any(role.source == "guide" for role in recipe.roles.values())
+    if has_guide and guide is None:
+        raise TrainingError(f"{name} guides its teacher by another network here: name its checkpoint, --guide SOURCE")
+    if guide is not None and not has_guide:
+        hint = ", or say --set method.guide=network" if hasattr(recipe.method, "guide") else ""
+        raise TrainingError(f"--guide would do nothing: by this recipe of {name} no network guides; leave it out{hint}")
+
+
+def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> None:
+    """Raises: TrainingError: the method cannot distil this teacher, for the method's own reason."""
+    problem = recipe.method_class.check_teacher(
+        recipe.method,
+        positional_time=flow.network.positional_time,
+        label_dim=flow.label_dim,
+        label_dropout=None if force_guidance else flow.label_dropout,
+    )
+    if problem is not None:
+        raise TrainingError(problem)
+
+
+def require_same_latents(what: str, config: CheckpointConfig, teacher: CheckpointConfig, advice: str) -> None:
+    """Raises: TrainingError: a network works on the latents of another VAE than the teacher."""
+    if latent_scaling(config.encoder) != latent_scaling(teacher.encoder):
+        raise TrainingError(f"{what} works on other latents than the teacher: {advice}")
+
+
+def require_alike(init: Init, flow: FlowNetwork, config: CheckpointConfig) -> None:
+    """Raises: TrainingError: a generator works on other images than the teacher."""
+    for attribute in ("img_resolution", "img_channels", "label_dim", "sigma_data"):
+        of_init, of_teacher = getattr(init.flow, attribute), getattr(flow, attribute)
+        if of_init != of_teacher:
+            raise TrainingError(
+                f"{init.source} has {attribute} {of_init}, but the teacher has {of_teacher}: give a generator of the "
+                "same data"
+            )
+    require_same_latents(init.source, init.config, config, "give a generator of the same data")
+
+
+def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -> None:
+    """Checks that the network takes the data, and orders their classes as in the network.
+
+    Raises: TrainingError: the shapes differ.  DatasetError: the data have no classes, or others than the network.
+    """
+
+    def words(latent: bool, size: int, channels: int, classes: int) -> str:
+        kind, plural = "latents" if latent else "images", "s" if channels > 1 else ""
+        return f"{kind} of {size}x{size} with {channels} channel{plural} and {classes or 'no'} classes"
+
+    scaling = latent_scaling(config.encoder)
+    has = dataset.latent, dataset.img_resolution, dataset.img_channels
+    needs = scaling is not None, flow.img_resolution, flow.img_channels
+    if has != needs:
+        raise TrainingError(
+            f"the data {dataset.name} are {words(*has, dataset.label_dim)}, but the network takes "
+            f"{words(*needs, flow.label_dim)}: give those"
+        )
+    dataset.use_classes(flow.label_dim, config.label_names)
+    if scaling is not None:
+        std = latent_std(dataset.tensors(range(0, len(dataset), max(1, len(dataset) // 64)))[0], scaling)
+        if not 1 / 3 < std / flow.sigma_data < 3:
+            dataset.note(
+                f"{dataset.name}: latents have a standard deviation of {std:.3g} by the teacher's scale, which was "
+                f"trained on {flow.sigma_data:g}: they were scaled already, or are of another VAE."
+            )

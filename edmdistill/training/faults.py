@@ -1,0 +1,103 @@
+"""Errors in the middle of training as sentences for the user: what happened, and how the run goes on."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from edmdistill.checkpoints.layout import saved_states
+from edmdistill.errors import CheckpointError, DatasetError, PeerFailed, TrainingError
+from edmdistill.training.monitors import Diverged, Health
+from edmdistill.training.run import Run
+from edmdistill.training.run_dir import RunDir
+from edmdistill.training.state import newest_healthy
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+class Context(NamedTuple):
+    """Where an error happened."""
+
+    run: Run
+    folder: RunDir
+    health: Health
+
+
+@contextmanager
+def explain_errors(run: Run, folder: RunDir, health: Health) -> Iterator[None]:
+    """Within it, the errors of FAULTS are raised as TrainingError, or PeerFailed, with a sentence for the user."""
+    try:
+        yield
+    except Exception as error:
+        explain = next(explain for kind, explain in FAULTS if isinstance(error, kind))
+        explained = explain(error, Context(run, folder, health))
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _diverged(error: Diverged, context: Context) -> TrainingError:
+    run, states = context.run, saved_states(context.folder.state)
+    healthy = newest_healthy(context.folder.state, context.health.last_healthy)
+    other = "try a lower training.lr in another --run-dir"
+    if error.advice is not None:
+        advice = error.advice
+    elif healthy is not None:
+        how = f"as TEACHER, {healthy}" if run.method.product == "teacher" else f"by --init {healthy}"
+        advice = f"the last good state is {healthy}; {other}, from its weights {how}, or from the start"
+    elif states:
+        advice = f"no state before it was healthy, though {states[-1]} is finite; {other}"
+    else:
+        advice = f"no state was saved before it; {other}"
+    # All processes see the same measures, so each of them comes here: the main one speaks.
+    return (TrainingError if run.engine.is_main else PeerFailed)(f"{_sentence(error)}; {advice}")
+
+
+def _data_changed(error: DatasetError, context: Context) -> TrainingError:
+    return TrainingError(
+        f"{_sentence(error)}; if it has changed since the run began, put it back, and the same command goes on; a set "
+        "with another in its place, or without it, needs another --run-dir"
+    )
+
+
+def _disk_full(error: CheckpointError | OSError, context: Context) -> TrainingError | None:
+    if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+        return None
+    newest = max(saved_states(context.folder.state), default=None)
+    resumes = f"goes on from {newest}" if newest else "begins anew"
+    free = shutil.disk_usage(context.folder.path).free
+    return TrainingError(
+        f"{_sentence(error)}, with {free / 1e6:.1f} MB free there: make room, and the same command {resumes}"
+    )
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, context: Context) -> TrainingError:
+    return TrainingError(
+        f"the GPU's memory is too small for this run ({str(error).partition('.')[0]}): add --micro-batch auto, "
+        "--checkpoint-activations, --offload or --shard, and the same command goes on from the last state"
+    )
+
+
+def _peer_lost(error: RuntimeError, context: Context) -> TrainingError | None:
+    return PeerFailed("another process of the run has ended") if context.run.engine.is_peer_loss(error) else None
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).rstrip(".")
+
+
+FAULTS: tuple[tuple[type[Exception], Callable[[Any, Context], TrainingError | None]], ...] = (
+    (Diverged, _diverged),
+    (DatasetError, _data_changed),
+    (CheckpointError, _disk_full),
+    (OSError, _disk_full),
+    (torch.OutOfMemoryError, _out_of_memory),
+    (RuntimeError, _peer_lost),
+    (Exception, lambda error, context: None),
+)
+"""What to say of an error, by its class; the first that fits. None: it is raised as it is."""

@@ -1,0 +1,72 @@
+"""What makes two runs the same: the keys of recipe.resolved.json and run.json that must not change on resumption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from edmdistill.errors import TrainingError
+
+RECIPE, RUN = "recipe.resolved.json", "run.json"
+MUTABLE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapshot_every")} | {
+    "ema.snapshot_every",
+    "data.name",
+}
+"""Keys that may change when a run resumes, because nothing that is computed depends on them."""
+TOTAL = "training.images"
+"""May grow, unless a schedule depends on it."""
+
+
+def require_same(path: Path, files: Mapping[str, bytes]) -> bool:
+    """Returns whether a mutable key has changed.  Raises: TrainingError: another has."""
+    before, now = ({name: _read_keys(path / name, text.get(name)) for name in (RECIPE, RUN)} for text in ({}, files))
+    mutable = MUTABLE
+    if now[RECIPE].get("training.lr_decay") != "linear":
+        old, new = (facts[RECIPE].get(TOTAL) for facts in (before, now))
+        mutable = mutable | ({TOTAL} if isinstance(old, int) and isinstance(new, int) and new >= old else set())
+    changed = [line for name in (RECIPE, RUN) for line in _differences(before[name], now[name], mutable)]
+    if changed:
+        raise TrainingError(
+            f"{path} is the directory of another run; give another --run-dir, or the same recipe, teacher and data:",
+            *changed,
+        )
+    return before[RECIPE] != now[RECIPE]
+
+
+def _read_keys(file: Path, text: bytes | None = None) -> dict[str, Any]:
+    """Returns a JSON object of a run directory, keys joined by dots.  text: in place of the file's."""
+    try:
+        facts = json.loads(file.read_bytes() if text is None else text)
+    except (OSError, ValueError, RecursionError) as error:
+        facts = error
+    if not isinstance(facts, dict):
+        raise TrainingError(
+            f"{file} is damaged, so that nothing says which run this is: put it back from a copy, or give another "
+            f"--run-dir; {file.parent / 'generator'}, if it is there, can still be used"
+        )
+    return _flatten(facts)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], mutable: Collection[str]) -> list[str]:
+    """Returns a line for every key whose values differ and that is not mutable."""
+    why = {
+        TOTAL: "; it may only grow"
+        if new.get("training.lr_decay") != "linear"
+        else '; it may not grow, because training.lr_decay = "linear" depends on it'
+    }
+    return [
+        f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now{why.get(key, '')}"
+        for key in sorted((old.keys() | new.keys()).difference(mutable))
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]
+
+
+def _flatten(value: object, prefix: str = "") -> dict[str, Any]:
+    """Returns nested tables as one, keys joined by dots."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v for key, inner in value.items() for k, v in _flatten(inner, f"{prefix}.{key}" if prefix else key).items()
+    }

@@ -1,0 +1,191 @@
+"""From a recipe to a run in memory: reads the sources, checks them, builds the roles, and assembles the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from msgspec.structs import replace
+from torch import nn
+
+from edmdistill.checkpoints.config import CheckpointConfig, Guidance, SamplingDefaults
+from edmdistill.checkpoints.load import read_teacher
+from edmdistill.checkpoints.noise_dependence import generator_warning
+from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import Engine, Machine
+from edmdistill.machine.environment import peak_memory
+from edmdistill.methods.base import NoiseRange
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.surgery.two_time import drop_second_time
+from edmdistill.recipes.schema import Recipe
+from edmdistill.training.checks import (
+    require_alike,
+    require_fit,
+    require_guide,
+    require_same_latents,
+    require_teacher,
+)
+from edmdistill.training.ema import Ema, profiles
+from edmdistill.training.optimizers import LossScale, make_optimizer
+from edmdistill.training.probe import Probe
+from edmdistill.training.roles import build_roles, place_networks
+from edmdistill.training.run import Run
+from edmdistill.training.sources import Init, make_network, read_init
+from edmdistill.training.trackers import require_trackers
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    data: str | Path,
+    teacher: str | Path | None = None,
+    guide: str | Path | None = None,
+    machine: Machine = Machine(),
+    force_guidance: bool = False,
+    init: str | Path | None = None,
+) -> Run:
+    """Returns a run as it is before its first step. All its processes call this together.
+
+    Args:
+        data: as for `open_dataset`.
+        teacher: a checkpoint, ours or official. A method that makes its own network may start from one.
+        guide: a checkpoint too, for a recipe whose teacher is guided by another network.
+        machine: how the run uses the hardware.
+        force_guidance: allows a teacher to be guided by its own classes though it was never trained without them.
+        init: a generator for a warm start; see `read_init`.
+    Raises: TrainingError: a teacher or guide is missing, is a generator, or does not fit the data.
+        CheckpointError, DatasetError, RecipeError: from what is opened.
+    """
+    memory_before = peak_memory(torch.device("cpu"))
+    require_trackers(machine.log_with)
+    if machine.shard and recipe.training.optimizer == "adam8bit":
+        raise TrainingError("the states of adam8bit cannot be sharded: leave out --shard, or choose another optimizer")
+    require_guide(recipe, guide)
+    sources = read_sources(recipe, data, teacher, guide, init)
+    check_sources(recipe, sources, guide, force_guidance)
+    networks = build_roles(recipe, sources.flow, sources.guide and sources.guide[0], sources.init and sources.init.flow)
+    notes = [] if sources.init is None else [sources.init.load_auxiliary(networks)]
+    if (warning := generator_warning(sources.config.noise_dependence, teacher)) is not None:
+        notes.append(warning)
+    run = assemble(recipe, sources, networks, machine)
+    run.notes = tuple(notes)
+    run.memory_before = memory_before if run.engine.device.type == "cpu" else 0
+    return run
+
+
+class Sources(NamedTuple):
+    """What a run is made from.
+
+    Attributes:
+        flow, config: the teacher; of a method that makes its own network, that network.
+        guide: the network that guides the teacher, and its configuration, if there is one.
+        init: a generator for a warm start.
+    """
+
+    dataset: Dataset
+    flow: FlowNetwork
+    config: CheckpointConfig
+    guide: tuple[FlowNetwork, CheckpointConfig] | None
+    init: Init | None
+
+
+def read_sources(
+    recipe: Recipe,
+    data: str | Path,
+    teacher: str | Path | None,
+    guide: str | Path | None,
+    init: str | Path | None,
+) -> Sources:
+    """Opens the data and reads the networks; the arguments are those of `prepare`."""
+    dataset = open_dataset(data, split=recipe.data.split, xflip=recipe.data.xflip)
+    name, warm_start = recipe.method_name, None if init is None else read_init(init, recipe)
+    if teacher is not None:
+        flow, config = read_teacher(teacher)
+    elif warm_start is not None and not any(role.frozen for role in recipe.roles.values()):
+        flow, config = drop_second_time(warm_start.flow), warm_start.config
+    elif recipe.network is not None:
+        torch.manual_seed(recipe.training.seed)
+        flow, config = make_network(recipe.network, dataset, name)
+    else:
+        raise TrainingError(f"{name} starts from a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
+    return Sources(dataset, flow, config, None if guide is None else read_teacher(guide), warm_start)
+
+
+def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, force_guidance: bool) -> None:
+    """Raises: TrainingError: the method cannot distil the teacher, or data, guide or warm start do not fit it."""
+    require_fit(sources.dataset, sources.flow, sources.config)
+    require_teacher(recipe, sources.flow, force_guidance)
+    if sources.guide is not None:
+        require_same_latents(f"the guide {guide}", sources.guide[1], sources.config, "choose one of its kind")
+    if sources.init is not None:
+        require_alike(sources.init, sources.flow, sources.config)
+
+
+def assemble(recipe: Recipe, sources: Sources, networks: dict[str, nn.Module], machine: Machine) -> Run:
+    """Returns the run: networks on their devices, with averages and optimisers."""
+    method_class, flow = recipe.method_class, sources.flow
+    noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
+    trained = [name for name, role in recipe.roles.items() if role.trained]
+    unused = Probe(method_class, recipe.method, networks, noise).unused()
+    product = networks[method_class.product]
+    assert isinstance(product, FlowNetwork)
+    averages = [Ema(product, profile) for profile in profiles(recipe.ema)]
+
+    engine = Engine(machine)
+    engine.check_micro_batches(recipe.training.batch)
+    place_networks(engine, recipe, networks)
+    for average in averages:
+        if "ema" not in machine.offload:
+            engine.place(average.network)
+    trainable = {
+        role: {name: p for name, p in networks[role].named_parameters() if name not in unused[role]} for role in trained
+    }
+    for parameters in trainable.values():
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+    role_modules = {role: engine.wrap(network, role in trained) for role, network in networks.items()}
+    for network in networks.values():
+        network.requires_grad_(False)
+    return Run(
+        recipe=recipe,
+        config=product_config(recipe, sources),
+        method=method_class(recipe.method, role_modules, noise),
+        networks=networks,
+        role_modules=role_modules,
+        trainable=trainable,
+        optimizers={
+            role: make_optimizer(parameters.values(), recipe.training, "optimizer" in machine.offload)
+            for role, parameters in trainable.items()
+        },
+        scales={role: LossScale() for role in trained} if recipe.training.precision == "fp16" else {},
+        averages=averages,
+        dataset=sources.dataset,
+        engine=engine,
+    )
+
+
+def product_config(recipe: Recipe, sources: Sources) -> CheckpointConfig:
+    """Returns the configuration of the product's checkpoint, without images seen, average and results."""
+    config, provenance = sources.config, sources.config.provenance
+    if sources.guide is not None:
+        provenance = replace(provenance, guide=sources.guide[1].provenance.parent)
+    if sources.init is not None:
+        provenance = replace(provenance, init=sources.init.sha256)
+    guided_by: Literal["classes", "network"] = "classes" if sources.guide is None else "network"
+    names = sources.dataset.label_names or ()
+    has_names = sources.flow.label_dim and len(names) == sources.flow.label_dim
+    return replace(
+        config,
+        provenance=provenance,
+        stage="teacher" if recipe.method_class.product == "teacher" else "generator",
+        method=recipe.method_name,
+        recipe_hash=recipe.hash,
+        guidance=Guidance(guided_by, recipe.guidance) if recipe.guidance != (1, 1) else None,
+        label_names=config.label_names or (tuple(names) if has_names else None),
+        sampling=SamplingDefaults(recipe.sampling.sigmas, recipe.sampling.gamma),
+        images_total=recipe.training.images,
+        noise_dependence=None,
+        results=(),
+    )

@@ -1,0 +1,84 @@
+"""The networks of a method's roles, made from the networks that a run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import Engine
+from edmdistill.methods.base import Role
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.surgery.rebuild import add_guidance, add_logvar
+from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
+from edmdistill.recipes.schema import Recipe
+
+PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_roles(
+    recipe: Recipe, teacher: FlowNetwork, guide: FlowNetwork | None = None, init: FlowNetwork | None = None
+) -> dict[str, nn.Module]:
+    """Returns the networks of all roles, frozen and in eval mode.
+
+    Args:
+        init: initialises the product and the averages that follow it; None: the teacher does.
+    Raises: TrainingError: a guide for other data than the teacher's.
+    """
+    for attribute in ("img_resolution", "img_channels", "sigma_data", "label_dim") if guide is not None else ():
+        of_teacher, of_guide = getattr(teacher, attribute), getattr(guide, attribute)
+        if of_teacher != of_guide and (attribute, of_guide) != ("label_dim", 0):
+            raise TrainingError(
+                f"the guide's {attribute} is {of_guide}, but the teacher's is {of_teacher}: choose a guide of the same "
+                "data"
+            )
+    sources = {"teacher": teacher, "guide": guide or teacher}
+    product = recipe.method_class.product
+    networks = {}
+    for name, role in recipe.roles.items():
+        is_product = product in (name, role.ema_of.role if role.ema_of is not None else None)
+        networks[name] = build_role(role, init if init is not None and is_product else sources[role.source], recipe)
+    return networks
+
+
+def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
+    """Returns a role's network: a copy of `flow` with the inputs and heads that the role needs, or one made for it."""
+    if role.make is not None:
+        return role.make(flow, recipe.training.seed).to(flow.dtype).requires_grad_(False).eval()
+    network = add_second_time(flow) if role.two_time else drop_second_time(flow)
+    if role.logvars:
+        network = add_logvar(network, recipe.training.seed, role.logvars)
+    if role.guided:
+        network = add_guidance(network)
+    network.compute_dtype = PRECISION[recipe.training.precision]
+    network.requires_grad_(False).eval()
+    if role.frozen:
+        network.network.fold()
+    elif recipe.training.dropout is not None:
+        set_dropout(network, recipe.training.dropout, recipe.training.dropout_max_resolution)
+    return network
+
+
+def set_dropout(network: FlowNetwork, dropout: float, max_resolution: int | None) -> None:
+    """Sets the dropout of blocks up to max_resolution pixels a side, None: of all. Other blocks get none.
+
+    Source: sCM, appendix G.2.
+    """
+    for name, block in network.named_modules():
+        if hasattr(block, "dropout"):
+            resolution = int(name.rpartition(".")[2].partition("x")[0])  # official names: enc.16x16_block0
+            block.dropout = dropout if max_resolution is None or resolution <= max_resolution else 0.0
+
+
+def place_networks(engine: Engine, recipe: Recipe, networks: Mapping[str, nn.Module]) -> None:
+    """Moves every network to the device, or offloads it, and turns on activation checkpointing if asked."""
+    for name, network in networks.items():
+        if isinstance(network, FlowNetwork) and recipe.roles[name].frozen and "teacher" in engine.machine.offload:
+            engine.offload(network)
+        else:
+            engine.place(network)
+        # After `offload`: a block that is computed again needs its weights again.
+        if engine.machine.checkpointing and isinstance(network, FlowNetwork):
+            network.network.checkpoint_blocks()

@@ -1,0 +1,197 @@
+"""A training session: opens the run directory, resumes, trains, and logs and saves at the recipe's intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from edmdistill.checkpoints.run_state import Progress
+from edmdistill.errors import TrainingError
+from edmdistill.machine.environment import environment, peak_memory
+from edmdistill.machine.signals import stop_on_signal
+from edmdistill.training.faults import explain_errors
+from edmdistill.training.loop import rounds
+from edmdistill.training.metrics import IntervalMeans, Measures
+from edmdistill.training.micro_batch import settle_micro_batch
+from edmdistill.training.monitors import Diverged, Health, require_finite
+from edmdistill.training.run import Run
+from edmdistill.training.run_dir import RunDir, open_run
+from edmdistill.training.snapshot import grid_path, save_ema_snapshots, save_generator, save_role_grid, save_sample_grid
+from edmdistill.training.state import State, newest_whole, read_state, save_state, state_path
+from edmdistill.training.trackers import trackers
+
+
+class Outcome(NamedTuple):
+    """How `train` ended: at the recipe's end, or interrupted after `images`."""
+
+    finished: bool
+    images: int
+
+
+def train(
+    run: Run,
+    run_dir: Path,
+    *,
+    recipe_text: str = "",
+    stop_on: Collection[str] = (),
+    on_start: Callable[[], object] = lambda: None,
+    on_round: Callable[[int, Measures], object] = lambda images, measures: None,
+    on_message: Callable[[str], object] = print,
+) -> Outcome:
+    """Trains to the recipe's end, from the run directory's last state if it has one.
+
+    After SIGINT or SIGTERM, finishes the current round, saves a state and returns; the same call resumes there.
+
+    Args:
+        run: from `prepare`; its networks are trained in place.
+        run_dir: made if it does not exist; see `run_dir`.
+        recipe_text: the recipe as its author wrote it, kept in the directory.
+        stop_on: kinds of alarm that end the run; see `monitors`.
+        on_start: called once the directory is locked for this run.
+        on_round: called after every round with images seen and its measures.
+        on_message: gets sentences for the user, on the main process alone.
+    Raises: TrainingError: the directory belongs to another run or process, or training went wrong.  PeerFailed: the
+        same on the other processes.
+    """
+    engine = run.engine
+    tell = on_message if engine.is_main else lambda sentence: None
+    with ExitStack() as stack:
+        opened = open_run(run_dir, run.recipe.to_json(), run.identity, recipe_text)
+        folder = engine.on_main(lambda: stack.enter_context(opened)) or RunDir(run_dir)
+        stop = stack.enter_context(stop_on_signal(tell))
+        on_start()
+        progress = resume(run, folder, tell)
+        if progress is not None:
+            tell(f"{'Finished already' if run.finished else 'Going on'} after {run.images:,} images.")
+        if run.images == 0 or is_snapshot(run):
+            save_grids(run, folder, tell)
+        engine.on_main(lambda: folder.truncate_after(run.images, tell))
+        names = engine.machine.log_with
+        track = engine.on_main(lambda: stack.enter_context(trackers(names, run_dir, run.recipe.tables(), run.images)))
+        size = settle_micro_batch(run)
+        if size is not None:
+            tell(f"Micro-batches of {size} images fit.")
+        means, health = IntervalMeans(), Health()
+        if progress is not None:
+            means, health = IntervalMeans(progress.window), Health(progress.health)
+        session = Session(run, folder, means, health, track, stop_on, tell)
+        with explain_errors(run, folder, health):
+            if not run.finished:
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                engine.on_main(lambda: folder.log_session({"images": run.images, "began": now} | environment(engine)))
+            for measures in rounds(run):
+                means.add(measures)
+                on_round(run.images, measures)
+                session.log()
+                stopping = engine.any_process(stop.is_set())
+                session.save(stopping)
+                if stopping:
+                    break
+    return Outcome(run.finished, run.images)
+
+
+@dataclass
+class Session:
+    """What happens between two rounds of a run in its directory.
+
+    Attributes:
+        track: takes lines of metrics, for TensorBoard and others; None: nothing does.
+        stop_on, tell: as `stop_on` and `on_message` of `train`.
+    """
+
+    run: Run
+    folder: RunDir
+    means: IntervalMeans
+    health: Health
+    track: Callable[[Mapping[str, float]], None] | None
+    stop_on: Collection[str]
+    tell: Callable[[str], object]
+
+    def log(self) -> None:
+        """Writes a line of metrics if one is due, and checks the run's health by it.
+
+        Raises: Diverged: an alarm of `stop_on`.
+        """
+        run, training = self.run, self.run.recipe.training
+        if not (run.finished or run.due(training.log_every)):
+            return
+        line = self.means.line(run.images, training.batch)
+        line["memory"] = max(peak_memory(run.engine.device) - run.memory_before, 0)
+        run.engine.on_main(partial(self.folder.log, line))
+        if self.track is not None:
+            self.track(line)
+        for alarm in self.health.check(line):
+            if alarm.begins:
+                self.tell(alarm.sentence)
+            if alarm.kind in self.stop_on:
+                raise Diverged(alarm.sentence)
+
+    def save(self, stopping: bool) -> None:
+        """Saves what is due: snapshots of averages, a state with the generator, and grids.
+
+        Args:
+            stopping: the run is interrupted here, which needs a state.
+        Raises: Diverged: a weight is not finite.  CheckpointError, OSError: the disk refuses.
+        """
+        run, every = self.run, self.run.recipe.ema.snapshot_every
+        if every is not None and (run.finished or run.due(every)):
+            save_ema_snapshots(run, self.folder.ema)  # first, so that a saved state has all averages up to it
+        if is_snapshot(run) or stopping:
+            self._save_state()
+        if is_snapshot(run):
+            save_grids(run, self.folder, self.tell)
+
+    def _save_state(self) -> None:
+        run, training = self.run, self.run.recipe.training
+        require_finite(run.networks, run.images, run.engine.any_process)
+        progress = Progress(
+            images=run.images,
+            window=self.means.progress(),
+            scales={role: scale.state() for role, scale in run.scales.items()},
+            health=self.health.begin_interval(),
+            sha256={},
+        )
+        state, weights = State(progress, run.state()), run.engine.full_state(run.ema.network.network)
+
+        def write() -> None:
+            save_generator(run, self.folder.generator, weights)
+            save_state(self.folder.state, state, training.keep, training.keep_every)
+
+        run.engine.on_main(write)
+
+
+def resume(run: Run, folder: RunDir, tell: Callable[[str], object]) -> Progress | None:
+    """Restores the newest whole state.  Returns: its progress; None if there is no state."""
+    newest = run.engine.on_main(lambda: newest_whole(folder.state, tell))
+    images = run.engine.broadcast(-1 if newest is None else int(newest.name))
+    if images < 0:
+        return None
+    path = state_path(folder.state, images)
+    state = read_state(path)
+    try:
+        run.restore(state.tensors, images)
+        for role, scale in run.scales.items():
+            scale.restore(state.progress.scales[role])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"the state {path} is not of this run, though the recipe and run.json say so: put {folder.path} back from "
+            "a copy, or give another --run-dir"
+        ) from error
+    return state.progress
+
+
+def is_snapshot(run: Run) -> bool:
+    """Returns whether a state and grids are due."""
+    return run.finished or run.due(run.recipe.training.snapshot_every)
+
+
+def save_grids(run: Run, folder: RunDir, tell: Callable[[str], object]) -> None:
+    """Draws a snapshot's grids that do not exist yet: a process may be killed between saving and drawing."""
+    for save_grid, place in ((save_sample_grid, folder.samples), (save_role_grid, folder.x0)):
+        if not run.engine.broadcast(grid_path(place, run.images).exists()):
+            save_grid(run, place, tell)

@@ -1,0 +1,130 @@
+"""Networks that a run starts from in place of a teacher: one made for the data, or a generator for a warm start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, describe
+from edmdistill.checkpoints.layout import is_state
+from edmdistill.checkpoints.load import load_flow
+from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
+from edmdistill.checkpoints.source import open_source
+from edmdistill.checkpoints.store import build_flow
+from edmdistill.data.datasets import Dataset
+from edmdistill.errors import CheckpointError, RecipeError, TrainingError, without_secrets
+from edmdistill.machine.host import host_memory
+from edmdistill.networks import NETWORKS, base
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.recipes.schema import Network, Recipe
+
+
+def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
+    """Returns the network that a recipe describes, for these data, on the meta device.
+
+    Raises: RecipeError: its arguments make no network, or one that does not fit into the host's memory.
+    """
+    names = ("img_channels",) if table.kind == "edm2" else ("in_channels", "out_channels")
+    shape = {"img_resolution": dataset.img_resolution, "label_dim": dataset.label_dim}
+    spec = NetworkSpec(table.kind, shape | dict.fromkeys(names, dataset.img_channels) | table.arguments)
+    reads = "time" if table.arguments.get("positional_time") else "log_sigma"
+    try:
+        flow = build_flow(spec, {"kind": "edm", "sigma_data": table.sigma_data, "c_noise_kind": reads}, "[network]")
+    except CheckpointError as error:
+        raise RecipeError(f"[network.arguments] make no {table.kind} network: {error}") from error
+    parameters, memory = sum(p.numel() for p in flow.parameters()), host_memory()[0]
+    if 4 * parameters > memory:
+        raise RecipeError(
+            f"[network.arguments] make a network of {parameters:,} parameters, more than the {memory / 1e9:.0f} GB of "
+            "this machine hold: make it smaller"
+        )
+    return flow
+
+
+def make_network(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
+    """Returns a network that fits the data, with random weights, and its configuration."""
+    dataset.require_labels_from_zero()
+    shapes = sketch(table, dataset)
+    make: Callable[..., base.Network] = NETWORKS[table.kind]
+    flow = FlowNetwork(make(**shapes.network.arguments), shapes.preconditioning)
+    provenance = Provenance(source=f"a network trained by {method} on {Path(dataset.name).name}")
+    return flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow))
+
+
+class Init(NamedTuple):
+    """A generator for a warm start.
+
+    Attributes:
+        source: as the user named it.
+        auxiliary: weights of the auxiliary score that was trained with it; empty if there are none.
+    """
+
+    source: str
+    flow: FlowNetwork
+    config: CheckpointConfig
+    sha256: str
+    auxiliary: dict[str, Tensor]
+
+    def load_auxiliary(self, networks: Mapping[str, nn.Module]) -> str:
+        """Loads the auxiliary score into its role, if it fits.  Returns: a sentence on how the run starts."""
+        seen = f" after {self.config.images_seen:,} images" if self.config.images_seen is not None else ""
+        sentence = f"The generator starts as {self.source}, of {self.config.method}{seen}"
+        auxiliary = networks.get("auxiliary")
+        if not isinstance(auxiliary, FlowNetwork):
+            return f"{sentence}."
+        shapes = {name: tensor.shape for name, tensor in auxiliary.network.state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in self.auxiliary.items()}:
+            return f"{sentence}; the auxiliary score starts as the teacher."
+        auxiliary.network.load_state_dict(self.auxiliary)
+        return f"{sentence}, and the auxiliary score as the one that was trained with it."
+
+
+def read_init(source: str | Path, recipe: Recipe) -> Init:
+    """Returns a generator for a recipe to start from.
+
+    Args:
+        source: a checkpoint; a run directory, for its average; or one of its states, for the raw weights. The last two
+            have the auxiliary score too.
+    Raises: TrainingError: it is no generator, or not one that the method can start from.
+        CheckpointError: it cannot be read.
+    """
+    name, product = recipe.method_name, recipe.method_class.product
+    if product == "teacher":
+        raise TrainingError(f"{name} trains a teacher, which starts as TEACHER: leave --init out")
+    given = open_source(source)
+    path = given.path
+    flow, config = load_flow(given)
+    if config.stage != "generator":
+        raise TrainingError(f"{source} is a {config.stage}, not a generator: give it as TEACHER, and leave --init out")
+    _check_init(source, flow, config, recipe)
+    has_states = is_state(path) or (path / "state").is_dir()
+    state = newest_whole_state(path, lambda sentence: None) if has_states else None
+    has_auxiliary = state is not None and (state / "auxiliary.safetensors").is_file()
+    auxiliary = raw_weights(state, "auxiliary") if state is not None and has_auxiliary else {}
+    return Init(without_secrets(str(source)), flow, config, given.sha256, auxiliary)
+
+
+def _check_init(source: str | Path, flow: FlowNetwork, config: CheckpointConfig, recipe: Recipe) -> None:
+    """Raises: TrainingError: the recipe's generator cannot start as this one."""
+    role = recipe.roles[recipe.method_class.product]
+    if flow.two_time and not role.two_time:
+        raise TrainingError(
+            f"{source} is a generator of {config.method}, which reads two times, but that of {recipe.method_name} "
+            "reads one: give a generator of another method, or leave --init out"
+        )
+    if flow.guided and not role.guided:
+        raise TrainingError(
+            f"{source} reads a weight of guidance, but the generator of this recipe does not: give --set "
+            f"method.guidance={list(config.guidance.range) if config.guidance else []}, or leave --init out"
+        )
+    problem = recipe.method_class.check_teacher(
+        recipe.method,
+        positional_time=flow.network.positional_time,
+        label_dim=flow.label_dim,
+        label_dropout=None,
+    )
+    if problem is not None:
+        raise TrainingError(f"--init {source}: {problem}")
