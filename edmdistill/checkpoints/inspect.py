@@ -1,4 +1,4 @@
-"""What is in a checkpoint, ours or an official one, read from names and headers: no weights, no network, no torch."""
+"""Describes a checkpoint, ours or an official one, by its names and headers, without weights, a network or torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def inspect(source: str | Path | Source) -> dict[str, object]:
 
 
 def _openai(source: Source) -> dict[str, object]:
-    """As convert reads it: this imports torch, for shapes alone."""
+    """Describes OpenAI's weights as convert reads them.  This imports torch, for shapes only."""
     import torch
 
     from edmdistill.checkpoints.openai import PRECONDITIONING, read_arguments, read_weights
@@ -61,7 +61,7 @@ def _openai(source: Source) -> dict[str, object]:
 
 def _official(checkpoint: OfficialCheckpoint) -> dict[str, object]:
     stored, arguments, attributes = checkpoint.stored, checkpoint.arguments, dict(checkpoint.attributes)
-    own = {name: value for name, value in checkpoint.network_arguments.items() if name not in arguments}
+    network = {name: value for name, value in checkpoint.network_arguments.items() if name not in arguments}
     return {
         "file": str(checkpoint.path),
         "format": "official network pickle of " + ("EDM2" if checkpoint.network_class == "UNet" else "EDM"),
@@ -70,7 +70,7 @@ def _official(checkpoint: OfficialCheckpoint) -> dict[str, object]:
         **{name: attributes.pop(name, None) for name in ("img_resolution", "img_channels", "label_dim", "use_fp16")},
         "label_names": official_class_names(checkpoint),
         "preconditioning": attributes,
-        "network": {"class": checkpoint.network_class, **own},
+        "network": {"class": checkpoint.network_class, **network},
         "arguments": arguments,
         "parameters": sum(tensor.numel for name, tensor in stored.items() if name not in checkpoint.buffers),
         "buffers": sum(stored[name].numel for name in checkpoint.buffers),
@@ -89,11 +89,11 @@ def _dtype(name: str) -> str:
 
 
 def _flat(description: Mapping[str, Any] | None) -> dict[str, object] | None:
-    """An object's class, arguments and facts in one table."""
+    """Returns an object's class, arguments and other fields in one table."""
     if description is None:
         return None
-    facts = dict(description)
-    return {"class": facts.pop("class_name"), **facts.pop("arguments"), **facts}
+    fields = dict(description)
+    return {"class": fields.pop("class_name"), **fields.pop("arguments"), **fields}
 
 
 def _ours(folder: Path) -> dict[str, object]:
@@ -101,11 +101,11 @@ def _ours(folder: Path) -> dict[str, object]:
     try:
         fields = json.loads(config.read_bytes())
         if not isinstance(fields, dict):
-            raise ValueError("it holds no table")
+            raise ValueError("config.json is not an object")
         digest = sha256_file(model)
         with safe_open(model, framework="numpy") as header:
-            parts = {name: header.get_slice(name) for name in sorted(header.keys())}
-            tensors = {name: [_dtype(part.get_dtype()), part.get_shape()] for name, part in parts.items()}
+            slices = {name: header.get_slice(name) for name in sorted(header.keys())}
+            tensors = {name: [_dtype(slice_.get_dtype()), slice_.get_shape()] for name, slice_ in slices.items()}
     except FileNotFoundError as error:
         missing = f"it holds no {Path(error.filename).name}"
         raise CheckpointError(f"{folder} {describe_folder(folder)} ({missing}).") from error
@@ -113,7 +113,7 @@ def _ours(folder: Path) -> dict[str, object]:
         raise CheckpointError(f"{folder} cannot be read ({error}): convert or copy it again.") from error
     head = {"file": str(folder), "format": "edmdistill checkpoint", "sha256": digest}
     return {
-        **(head | fields | head),  # first in order, and not for config.json to say
+        **(head | fields | head),  # first in order, and not to be overridden by config.json
         "parameters": sum(math.prod(shape) for _, shape in tensors.values()),
         "dtypes": dict(Counter(dtype for dtype, _ in tensors.values())),
         "tensors": tensors,
@@ -121,7 +121,7 @@ def _ours(folder: Path) -> dict[str, object]:
 
 
 def to_json(summary: Mapping[str, object]) -> str:
-    """One JSON document; what JSON has no number for (inf, nan) becomes a word."""
+    """Returns one JSON document; inf and nan, which JSON lacks, become strings."""
 
     def finite(value: object) -> object:
         match value:
@@ -137,7 +137,7 @@ def to_json(summary: Mapping[str, object]) -> str:
 
 
 def to_text(summary: Mapping[str, object]) -> str:
-    """One paragraph a field; fields that say nothing are left out."""
+    """Returns a paragraph for each field; empty fields are left out."""
     lines = []
     for name, value in summary.items():
         if value is None or name == "tensors":
@@ -163,15 +163,15 @@ def to_text(summary: Mapping[str, object]) -> str:
 
 
 def _results(results: list[object]) -> list[str]:
-    """Results as a table, a line for each metric; what a file says of them may be of any type."""
+    """Returns results as a table, a line for each metric; values in a file may have any type."""
 
-    def part(value: object, name: str) -> object:
+    def get(value: object, name: str) -> object:
         return value.get(name) if isinstance(value, dict) else None
 
     rows = [("results", "NFE", "gamma", "guidance", "metric", "value")]
     for result in results:
-        sampler, metrics = part(result, "sampler"), part(result, "metrics")
-        facts = [part(part(result, "protocol"), "name"), *(part(sampler, key) for key in ("nfe", "gamma", "guidance"))]
+        sampler, metrics = get(result, "sampler"), get(result, "metrics")
+        facts = [get(get(result, "protocol"), "name"), *(get(sampler, key) for key in ("nfe", "gamma", "guidance"))]
         words = ["-" if fact is None else _word(fact) for fact in facts]
         for metric, value in (metrics if isinstance(metrics, dict) else {}).items():
             rows.append((*words, _word(metric), _word(value)))  # type: ignore[arg-type]  # a word for each column
@@ -180,7 +180,7 @@ def _results(results: list[object]) -> list[str]:
 
 
 def _word(value: object) -> str:
-    """A value on one line, escaped as in JSON, so that no file talks to the terminal."""
+    """Returns a value on one line, escaped as in JSON, so that a file cannot control the terminal."""
     match value:
         case bool() | None:
             return json.dumps(value)

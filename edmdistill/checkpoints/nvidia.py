@@ -49,18 +49,18 @@ _WANTED = "give a network pickle of EDM or EDM2, not a training state or a part 
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """What an official pickle says, checked as a file.  Whether the tensors fit the network is not seen here.
+    """The content of an official pickle, checked as a file.  Whether the tensors fit the network is not checked here.
 
     Attributes:
-        sha256: of the file as it lies there.
+        sha256: of the file.
         preconditioning_class, network_class: the official names, for instance EDMPrecond and SongUNet.
         arguments, network_arguments: what the constructors were called with, by name, defaults not filled in.
-        attributes: the preconditioning's own numbers as stored: sigma_min, sigma_data, ...
+        attributes: the preconditioning's attributes as stored: sigma_min, sigma_data, ...
         stored: the parameters and buffers by their official state-dict names, in that order.
-        buffers: those of them that are buffers.
+        buffers: the names of the buffers among them.
         encoder, loss, augment: class_name and arguments; for a VAE encoder also its statistics.
         dataset: the data set's arguments.
-        notes: what is unusual, one phrase each.
+        notes: phrases on what is unusual.
     """
 
     path: Path
@@ -80,7 +80,7 @@ class OfficialCheckpoint:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors themselves, dtype as stored."""
+        """The tensors, in the dtypes in which they are stored."""
         return {name: stored.tensor() for name, stored in self.stored.items()}
 
 
@@ -115,17 +115,17 @@ def _content(path: Path) -> memoryview:
     with path.open("rb") as file:
         if not path.stat().st_size:
             raise Unreadable("is empty: download it again")
-        # Mapped, so that a file of several GB is in memory once, as tensors, and not twice.
+        # Mapped, so that a file of several GB is not in memory a second time beside its tensors.
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _unpacked(data: memoryview, path: Path) -> memoryview:
-    """The pickle in the file."""
+    """Returns the pickle in the file, decompressed.  Raises: Unreadable: the file is of another kind."""
     head = bytes(data[:64])
     if head.startswith(b"\x1f\x8b"):
         stream = zlib.decompressobj(wbits=31)
         try:
-            # Weights hardly compress: what grows without measure is no checkpoint.
+            # Weights hardly compress: what grows more is no checkpoint.
             unpacked = stream.decompress(data, max(2**26, 8 * len(data)))
         except zlib.error as error:
             raise Unreadable("is a damaged gzip file: download it again") from error
@@ -157,7 +157,7 @@ def _only_weights(found: str) -> Unreadable:
 
 
 def _entries(data: memoryview, budget: Budget) -> dict[str, object]:
-    """The dict in the pickle, with something under `ema`."""
+    """Returns the dict in the pickle, with something under `ema`."""
     storages = {("torch.storage", "_load_from_bytes"): StandIn(partial(read_storage, budget=budget))}
     root = Unpickler(data, STAND_INS | storages, budget=budget).run()
     if type(root) is int and root == LEGACY_MAGIC:
@@ -222,7 +222,7 @@ def _description(item: object) -> dict[str, object] | None:
 def _encoder(item: object) -> dict[str, object] | None:
     description = _description(item)
     if description and isinstance(item, PersistentObject) and item.class_name == "StabilityVAEEncoder":
-        # Scale and bias are what is used; mean and std say the same as people know it.
+        # Scale and bias are what is used; mean and std say the same in the usual terms.
         description |= (
             VAE_PARAMETERS
             | constructor_arguments(item)
@@ -232,7 +232,7 @@ def _encoder(item: object) -> dict[str, object] | None:
 
 
 def _notes(checkpoint: OfficialCheckpoint, entries: Mapping[str, object]) -> Iterator[str]:
-    """What is unusual."""
+    """Yields phrases on what is unusual."""
     if extra := entries.keys() - {"ema", "loss_fn", "augment_pipe", "dataset_kwargs", "encoder"}:
         yield f"entries that official files do not have: {_names(sorted(extra))}"
     if len(entries) == 1:

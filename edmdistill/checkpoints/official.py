@@ -1,4 +1,4 @@
-"""The networks of official files as ours: which classes and arguments of NVIDIA's and OpenAI's are which of ours."""
+"""Networks in official files as ours: how NVIDIA's classes and arguments, and OpenAI's weights, map to ours."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ PRECONDITIONING_CLASSES = {
     "Precond": "edm",
 }
 NETWORK_CLASSES = {"SongUNet": ("song", "model."), "DhariwalUNet": ("adm", "model."), "UNet": ("edm2", "unet.")}
-"""Our kind, and the prefix of its tensors in the official state."""
+"""Our network's kind, and the prefix of its tensors in the official state dict."""
 OUR_ARGUMENTS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads"}
-"""Constructor arguments that no official class has; only EDM2's have logvar_channels."""
+"""Constructor arguments that no official class has; of the official ones only EDM2's has logvar_channels."""
 IGNORED_ARGUMENTS = {"use_fp16", "model_type"}
-"""Official arguments about how the network is run or named, not what it computes."""
+"""Official arguments that do not change what the network computes."""
 
 
 def outline_official(official: OfficialCheckpoint) -> FlowNetwork:
     """Returns the network of an official pickle on the meta device.
 
-    Raises: CheckpointError: arguments that are unknown or make no network.
+    Raises: CheckpointError: arguments are unknown or make no network.
     """
     kind, _ = NETWORK_CLASSES[official.network_class]
     return build_flow(NetworkSpec(kind, _arguments(official, kind)), _preconditioning(official), str(official.path))
@@ -55,21 +55,21 @@ def build_official(
 ) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns the network in an official pickle, in float32, and its configuration.
 
-    Arguments, names and shapes are compared with our network before it is given any memory.
+    Arguments, names and shapes are compared with our network before any memory is allocated.
 
     Args:
         upcast: EDM2 stores float16, and the official code rounds gain / sqrt(fan_in) to it. False keeps that rounding
             and so the official images; True is the network upcast first, which moves them by up to 7e-4.
-        tensors: in the place of its own, by the official names.
-    Raises: CheckpointError: arguments that are unknown or make no network, or tensors that do not fit it.
+        tensors: to use in place of its own, by their official names.
+    Raises: CheckpointError: arguments are unknown or make no network, or tensors do not fit it.
     """
     where, (_, prefix) = str(official.path), NETWORK_CLASSES[official.network_class]
     flow = outline_official(official)
     tensors = {name.removeprefix(prefix): tensor for name, tensor in (tensors or official.tensors).items()}
-    if isinstance(flow.preconditioning, IDDPM):  # its noise levels are stored, but follow from its numbers
+    if isinstance(flow.preconditioning, IDDPM):  # its noise levels are stored, but follow from its arguments
         levels = tensors.pop("u", torch.empty(0))
         if levels.shape != flow.preconditioning.levels.shape or not levels.allclose(flow.preconditioning.levels):
-            raise CheckpointError(f"{where} holds other noise levels than its arguments make: it is damaged.")
+            raise CheckpointError(f"{where} holds other noise levels than its arguments give: it is damaged.")
     fill(flow.network, tensors, where)
     if not upcast:
         _round_gains(flow.network)
@@ -87,7 +87,7 @@ def build_official(
 
 
 def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
-    """Our network's constructor arguments. Its defaults are the official ones."""
+    """Returns our network's constructor arguments.  Its defaults are the official ones."""
     ours = OUR_ARGUMENTS if kind == "edm2" else OUR_ARGUMENTS | {"logvar_channels"}
     known = inspect.signature(NETWORKS[kind]).parameters.keys() - ours
     arguments = official.network_arguments | {
@@ -97,18 +97,18 @@ def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
     unknown = (arguments.keys() - known) | (official.arguments.keys() - known - outer - IGNORED_ARGUMENTS)
     if unknown:
         raise CheckpointError(
-            f"{official.path} was made with the argument {min(unknown)}, which {official.network_class} does not know: "
-            "it is damaged, or written by other code than NVIDIA's."
+            f"{official.path} was made with the argument {min(unknown)}, which {official.network_class} does not "
+            "have: it is damaged, or was not written by NVIDIA's code."
         )
     return arguments
 
 
 def _preconditioning(official: OfficialCheckpoint) -> dict[str, Any]:
-    """Kind and numbers. Our defaults are the official ones, but for EDM's range, which is unlimited there."""
+    """Returns kind and arguments.  Our defaults are the official ones, except EDM's range, which is unlimited there."""
     kind = PRECONDITIONING_CLASSES[official.preconditioning_class]
     numbers = {}
     for name in official.arguments.keys() & {field.name for field in fields(PRECONDITIONINGS[kind])}:
-        # The object's attribute, where it has one, is what the official code computes with.
+        # The official code computes with the object's attribute, where it has one.
         value = official.attributes.get(name, official.arguments[name])
         if not (name in ("sigma_min", "sigma_max") and value in (0, math.inf)):
             numbers[name] = value
@@ -116,11 +116,11 @@ def _preconditioning(official: OfficialCheckpoint) -> dict[str, Any]:
 
 
 def _encoder(official: OfficialCheckpoint) -> dict[str, Any]:
-    """What images are to the network."""
+    """Returns `encoder` of our configuration."""
     if official.encoder is None or official.encoder["class_name"] == "StandardRGBEncoder":
         return {"kind": "pixels"}
-    own = {"class_name", "arguments", "batch_size"}
-    statistics = {name: value for name, value in official.encoder.items() if name not in own}
+    other = {"class_name", "arguments", "batch_size"}
+    statistics = {name: value for name, value in official.encoder.items() if name not in other}
     return {"kind": official.encoder["class_name"], **statistics}
 
 
@@ -145,4 +145,4 @@ def load_official(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointC
         raise CheckpointError(f"{source.path} {describe_folder(source.path)}.")
     if source.is_archive:
         return read_openai(source.path, source.sha256)
-    return build_official(dataclasses.replace(source.official))  # a copy: its tensors are freed with it
+    return build_official(dataclasses.replace(source.official))  # a copy, whose tensors are freed with it

@@ -1,7 +1,7 @@
-"""Averages of weights by a power function of time, and others that are put together from them after training.
+"""Power-function averages of weights, and the reconstruction of others from them after training.
 
-The average after `images` of length `sigma_rel` weighs the weights of time t in proportion to t^gamma; sigma_rel is the
-standard deviation of that profile, as a share of its length. Two averages at a few moments are enough for any other.
+The average of length `sigma_rel` after `images` weights what was learnt at time t by t^gamma; sigma_rel is the standard
+deviation of that profile, relative to its length. Two averages saved at several times are enough for any other.
 Source: Karras et al. 2024 (EDM2), section 3 and appendix C.
 """
 
@@ -39,11 +39,11 @@ from edmdistill.networks.surgery.two_time import add_second_time
 MAX_SIGMA_REL = 12**-0.5
 """sigma_rel of a plain mean over all time, gamma = 0."""
 MAX_MISFIT = 0.5
-"""The largest misfit of an average that is worth its name."""
+"""Largest misfit of a reconstruction that is accepted."""
 
 
 class Profile(NamedTuple):
-    """A power-function average: of which length, and after how many images."""
+    """A power-function average: its length, and the number of images after which it was taken."""
 
     images: int
     sigma_rel: float
@@ -54,7 +54,7 @@ class Profile(NamedTuple):
 
 
 def gamma_to_sigma_rel(gamma: float) -> float:
-    """(gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^(-1/2), the standard deviation of t^gamma on [0, 1].
+    """Returns the standard deviation of t^gamma on [0, 1]: (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^(-1/2).
 
     Source: EDM2, eq. 123.
     """
@@ -62,7 +62,7 @@ def gamma_to_sigma_rel(gamma: float) -> float:
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:
-    """The inverse of gamma_to_sigma_rel: the largest root of a cubic.  sigma_rel in (0, MAX_SIGMA_REL]
+    """Returns the inverse of gamma_to_sigma_rel: the largest root of a cubic.  sigma_rel in (0, MAX_SIGMA_REL]
 
     Source: EDM2, eq. 126 and algorithm 2.
     """
@@ -71,7 +71,7 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
 
 
 def power_function_beta(images: int, batch: int, gamma: float) -> float:
-    """The share of the old average in a step of `batch` images, before which `images` were seen.
+    """Returns the weight of the old average in a step of `batch` images after `images` were seen.
 
     Source: EDM2, eq. 127.
     """
@@ -79,7 +79,10 @@ def power_function_beta(images: int, batch: int, gamma: float) -> float:
 
 
 def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> NDArray[np.float64]:
-    """The integrals of the products of the profiles' densities over time.  [len(a),len(b)]  Source: EDM2, eq. 151."""
+    """Returns the integrals over time of the products of the profiles' densities.  [len(a),len(b)]
+
+    Source: EDM2, eq. 151.
+    """
     t_a, t_b = (np.array([profile.images for profile in ps], np.float64) for ps in (a, b))
     g_a, g_b = (np.array([profile.gamma for profile in ps], np.float64) for ps in (a, b))
     t_a, g_a = t_a[:, None], g_a[:, None]
@@ -90,28 +93,27 @@ def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> NDArray[np.flo
     return product
 
 
-def coefficients(stored: Sequence[Profile], wanted: Sequence[Profile]) -> NDArray[np.float64]:
-    """The shares of stored averages in those that come nearest to the wanted ones.  [len(stored),len(wanted)]
+def coefficients(stored: Sequence[Profile], targets: Sequence[Profile]) -> NDArray[np.float64]:
+    """Returns the weights of stored averages in the best approximations of targets.  [len(stored),len(targets)]
 
-    Those of each sum to 1.
+    The weights of each target sum to 1.
     Source: EDM2, algorithm 3.
     """
-    shares = np.linalg.solve(inner_products(stored, stored), inner_products(stored, wanted))
-    normalised: NDArray[np.float64] = shares / shares.sum(axis=0)
-    return normalised
+    weights = np.linalg.solve(inner_products(stored, stored), inner_products(stored, targets))
+    normalized: NDArray[np.float64] = weights / weights.sum(axis=0)
+    return normalized
 
 
-def misfits(stored: Sequence[Profile], wanted: Sequence[Profile]) -> NDArray[np.float64]:
-    """How far the profiles that `coefficients` makes are from the wanted ones, as a share of these.  [len(wanted)]
+def misfits(stored: Sequence[Profile], targets: Sequence[Profile]) -> NDArray[np.float64]:
+    """Returns the relative errors of the approximations that `coefficients` gives.  [len(targets)]
 
-    |made - wanted| / |wanted|, the norm being that of which `inner_products` are the products: 0 is the wanted average
-    itself, 1 is as far from it as nothing at all.
+    |approximation - target| / |target| in the norm of `inner_products`: 0 is the target itself; 1 is as far as zero.
     """
-    shares = coefficients(stored, wanted)
-    squares = np.array([inner_products([profile], [profile]).item() for profile in wanted])
-    mixed = (shares * inner_products(stored, wanted)).sum(axis=0)
-    made = (shares * (inner_products(stored, stored) @ shares)).sum(axis=0)
-    errors: NDArray[np.float64] = np.sqrt(np.maximum(squares - 2 * mixed + made, 0) / squares)
+    weights = coefficients(stored, targets)
+    squares = np.array([inner_products([profile], [profile]).item() for profile in targets])
+    mixed = (weights * inner_products(stored, targets)).sum(axis=0)
+    approximations = (weights * (inner_products(stored, stored) @ weights)).sum(axis=0)
+    errors: NDArray[np.float64] = np.sqrt(np.maximum(squares - 2 * mixed + approximations, 0) / squares)
     return errors
 
 
@@ -119,33 +121,33 @@ Load = Callable[[], Mapping[str, Tensor]]
 
 
 def reconstruct(
-    stored: Mapping[Profile, Load], wanted: Profile, on_progress: Callable[[int], object] = lambda count: None
+    stored: Mapping[Profile, Load], target: Profile, on_progress: Callable[[int], object] = lambda count: None
 ) -> dict[str, Tensor]:
-    """The wanted average, from stored ones that are loaded one at a time.
+    """Returns an average, reconstructed from stored ones that are loaded one at a time.
 
-    Tensors are summed in float32, by images and length; what is the same in all, as buffers are, stays exactly so.
+    Tensors are summed in float32, by images and length; what is equal in all, as buffers are, is kept exactly.
 
     Args:
         on_progress: called with the number of averages that have just been read.
-    Raises: CheckpointError: they are of different networks.
+    Raises: CheckpointError: they belong to different networks.
     """
     profiles = sorted(stored)
     sums: dict[str, Tensor] = {}
     first: Mapping[str, Tensor] = {}
     constant: set[str] = set()
-    for profile, share in zip(profiles, coefficients(profiles, [wanted])[:, 0], strict=True):
+    for profile, weight in zip(profiles, coefficients(profiles, [target])[:, 0], strict=True):
         tensors = stored[profile]()
         if not first:
             first, constant = tensors, set(tensors)
         if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in first.items()}:
             raise CheckpointError(
-                f"the averages are not of one network: that of sigma_rel {profile.sigma_rel:g} after "
+                f"the averages belong to different networks: that of sigma_rel {profile.sigma_rel:g} after "
                 f"{profile.images:,} images has other tensors than the one before it: give those of one training"
             )
         constant = {name for name in constant if torch.equal(tensors[name], first[name])}
         for name, tensor in tensors.items():
-            part = tensor.float() * float(share)
-            sums[name] = sums[name] + part if name in sums else part
+            weighted = tensor.float() * float(weight)
+            sums[name] = sums[name] + weighted if name in sums else weighted
         on_progress(1)
     return {name: tensor.float() if name in constant else sums[name] for name, tensor in first.items()}
 
@@ -154,7 +156,7 @@ def reconstruct(
 
 
 def snapshot_path(folder: Path, profile: Profile) -> Path:
-    """Where a run keeps an average: folder/000000262144-0.050.safetensors."""
+    """Returns the file of a run's average: folder/000000262144-0.050.safetensors."""
     return folder / f"{profile.images:012d}-{profile.sigma_rel:.3f}.safetensors"
 
 
@@ -162,42 +164,42 @@ def save_snapshot(folder: Path, profile: Profile, weights: Mapping[str, Tensor],
     """Writes an average, in float16 as the official code does.
 
     Args:
-        constants: the names of what is no average, the buffers; they are written as they are.
+        constants: names of tensors that are not averaged, the buffers; they are written unchanged.
     Raises: CheckpointError: the disk refuses.
     """
     half = {name: tensor if name in constants else tensor.half() for name, tensor in weights.items()}
-    # One entry: of several, safetensors writes the order as it comes, and the same average would not be the same file.
+    # One entry: safetensors writes several in any order, and the same average would not give the same file.
     save_tensors(snapshot_path(folder, profile), half, {"average": json.dumps(profile._asdict())})
 
 
 def find_snapshots(source: Path) -> dict[Profile, Path]:
-    """The averages that a run or the official trainer has left, RUN/ema/IMAGES-SIGMA.safetensors or ...-KIMG-SIGMA.pkl.
+    """Returns the averages of a run or the official trainer, RUN/ema/IMAGES-SIGMA.safetensors or ...-KIMG-SIGMA.pkl.
 
-    The official trainer's first ones, before any image, are left out: they are no averages.
-    Raises: CheckpointError: fewer than two, which cannot be put together, or of several trainings.
+    The official trainer's first ones, before any image, are left out because they are no averages.
+    Raises: CheckpointError: there are fewer than two, or those of several trainings.
     """
-    found, trainings = {}, set()
+    snapshots, trainings = {}, set()
     for path in sorted(source.glob("ema/*.safetensors")) or sorted([*source.glob("*.pkl"), *source.glob("*.pkl.gz")]):
         name = re.fullmatch(r"(.*?)-?(\d+)-(0\.\d+)\.(safetensors|pkl|pkl\.gz)", path.name)
         if name is None or int(name[2]) == 0:
             continue
         images = int(name[2]) if name[4] == "safetensors" else kimg_to_images(int(name[2]))
-        found[Profile(images, float(name[3]))] = path
+        snapshots[Profile(images, float(name[3]))] = path
         trainings.add(name[1])
     if len(trainings) > 1:
         raise CheckpointError(
             f"{source} holds averages of several trainings, {', '.join(sorted(trainings))}: give a folder for one"
         )
-    if len(found) < 2:
+    if len(snapshots) < 2:
         raise CheckpointError(
-            f"{source} holds {len(found)} averages, and it takes two or more: give a run of a recipe with "
+            f"{source} holds {len(snapshots)} averages, but two or more are needed: give a run of a recipe with "
             "ema.snapshot_every, or a folder of the official trainer's network-snapshot-KIMG-SIGMA.pkl"
         )
-    return found
+    return snapshots
 
 
 def kimg_to_images(kimg: int) -> int:
-    """The images behind the thousands in an official file's name: the next multiple of 1024."""
+    """Returns the number of images that an official file name gives in thousands: the next multiple of 1024."""
     return -(-kimg * 1000 // 1024) * 1024
 
 
@@ -210,39 +212,39 @@ def reconstruct_checkpoint(
     overwrite: bool = False,
     on_start: Callable[[int], Callable[[int], object]] = lambda count: lambda done: None,
 ) -> CheckpointConfig:
-    """Puts an average together and writes it as a checkpoint.
+    """Reconstructs an average and writes it as a checkpoint.
 
     Args:
         source: a run directory, or a folder of official snapshots.
-        images: after how many, of those after which averages were kept; default: the latest.
-        on_start: is told how many averages will be read, and gives what hears of them.
-    Raises: CheckpointError: too few averages, or of different networks; or a length or a moment that they do not reach.
+        images: after how many, a number after which averages were saved; default: the latest.
+        on_start: called with the number of averages that will be read; returns `on_progress` for `reconstruct`.
+    Raises: CheckpointError: there are too few averages, of different networks, or far from this length or time.
     """
     files = find_snapshots(source)
-    wanted = Profile(max(profile.images for profile in files) if images is None else images, sigma_rel)
-    files = _up_to(wanted.images, files, source)
-    misfit = _require_reach(list(files), wanted, source)
+    target = Profile(max(profile.images for profile in files) if images is None else images, sigma_rel)
+    files = _up_to(target.images, files, source)
+    misfit = _require_reach(list(files), target, source)
     refuse_occupied(out, overwrite)
-    together = partial(reconstruct, wanted=wanted, on_progress=on_start(len(files)))
+    average = partial(reconstruct, target=target, on_progress=on_start(len(files)))
     official = next(iter(files.values())).suffix != ".safetensors"
-    flow, config = (_make_teacher if official else _make_own)(source, files, together)
+    flow, config = (_official_network if official else _run_network)(source, files, average)
     names = [files[profile].name for profile in sorted(files)]
-    made = {"sigma_rel": sigma_rel, "images": wanted.images, "misfit": misfit, "from": names}
-    config = replace(config, ema=made, results=())
+    ema = {"sigma_rel": sigma_rel, "images": target.images, "misfit": misfit, "from": names}
+    config = replace(config, ema=ema, results=())
     if config.images_seen is not None:
-        config = replace(config, images_seen=wanted.images)
+        config = replace(config, images_seen=target.images)
     save_checkpoint(out, flow, config, overwrite=overwrite)
     return config
 
 
 def _up_to(images: int, files: Mapping[Profile, Path], source: Path) -> dict[Profile, Path]:
-    """Those until then.  Later ones know nothing of what is wanted, and of a moment between two, neither do."""
-    moments = sorted({profile.images for profile in files})
-    if images not in moments:
-        near = min(moments, key=lambda moment: abs(moment - images))
+    """Returns the averages up to a time at which some were saved.  Later ones do not help."""
+    times = sorted({profile.images for profile in files})
+    if images not in times:
+        near = min(times, key=lambda time: abs(time - images))
         raise CheckpointError(
             f"{source} holds no averages after {images:,} images: the nearest are after {near:,}, "
-            f"the last after {moments[-1]:,}"
+            f"the last after {times[-1]:,}"
         )
     until = {profile: path for profile, path in files.items() if profile.images <= images}
     if len(until) < 2:
@@ -250,49 +252,49 @@ def _up_to(images: int, files: Mapping[Profile, Path], source: Path) -> dict[Pro
     return until
 
 
-def _require_reach(stored: Sequence[Profile], wanted: Profile, source: Path) -> float:
-    """The misfit of a length that can be had."""
-    if not 0 < wanted.sigma_rel < MAX_SIGMA_REL:
-        raise CheckpointError(f"sigma_rel is {wanted.sigma_rel:g}, but lies between 0 and {MAX_SIGMA_REL:.4f}")
-    misfit = float(misfits(stored, [wanted])[0])
+def _require_reach(stored: Sequence[Profile], target: Profile, source: Path) -> float:
+    """Returns the misfit of an average, which must be at most MAX_MISFIT."""
+    if not 0 < target.sigma_rel < MAX_SIGMA_REL:
+        raise CheckpointError(f"sigma_rel is {target.sigma_rel:g}, but lies between 0 and {MAX_SIGMA_REL:.4f}")
+    misfit = float(misfits(stored, [target])[0])
     if misfit > MAX_MISFIT:
         lengths = np.arange(1, int(1000 * MAX_SIGMA_REL) + 1) / 1000
-        within = lengths[misfits(stored, [Profile(wanted.images, float(length)) for length in lengths]) <= MAX_MISFIT]
-        nearest = within[np.abs(within - wanted.sigma_rel).argmin()]
+        within = lengths[misfits(stored, [Profile(target.images, float(length)) for length in lengths]) <= MAX_MISFIT]
+        nearest = within[np.abs(within - target.sigma_rel).argmin()]
         raise CheckpointError(
-            f"the {len(stored)} averages in {source} do not reach sigma_rel {wanted.sigma_rel:g}, which they miss by "
-            f"{misfit:.0%}: the nearest that they do is {nearest:.3f}, and more averages reach further"
+            f"the {len(stored)} averages in {source} do not reach sigma_rel {target.sigma_rel:g}, which they miss by "
+            f"{misfit:.0%}: ask for {nearest:.3f}, the nearest that they reach, or save more averages"
         )
     return misfit
 
 
-Together = Callable[[Mapping[Profile, Load]], Mapping[str, Tensor]]
+Average = Callable[[Mapping[Profile, Load]], Mapping[str, Tensor]]
 
 
-def _make_own(source: Path, files: Mapping[Profile, Path], together: Together) -> tuple[FlowNetwork, CheckpointConfig]:
-    """The network of a run, as in RUN/generator."""
+def _run_network(source: Path, files: Mapping[Profile, Path], average: Average) -> tuple[FlowNetwork, CheckpointConfig]:
+    """Returns the network of a run, as in RUN/generator."""
     config = read_config(source / "generator")
     flow = build_flow(config.network, config.preconditioning, str(source))
 
     def load(path: Path) -> Mapping[str, Tensor]:
         return load_tensors(path)[0]
 
-    fill(flow.network, together({profile: partial(load, path) for profile, path in files.items()}), str(source / "ema"))
+    fill(flow.network, average({profile: partial(load, path) for profile, path in files.items()}), str(source / "ema"))
     return flow, config
 
 
-def _make_teacher(
-    source: Path, files: Mapping[Profile, Path], together: Together
+def _official_network(
+    source: Path, files: Mapping[Profile, Path], average: Average
 ) -> tuple[FlowNetwork, CheckpointConfig]:
-    """The network of official snapshots, as `convert` makes it of the official reconstruction's file."""
-    one = read_official(next(iter(files.values())))
+    """Returns the network of official snapshots, as `convert` makes it from the official reconstruction's file."""
+    first = read_official(next(iter(files.values())))
 
     def load(path: Path) -> Mapping[str, Tensor]:
         return read_official(path).tensors
 
-    sums = together({profile: partial(load, path) for profile, path in files.items()})
-    stored = {name: tensor.to(one.tensors[name].dtype) for name, tensor in sums.items()}
-    flow, config = build_official(one, tensors=stored)
+    sums = average({profile: partial(load, path) for profile, path in files.items()})
+    stored = {name: tensor.to(getattr(torch, first.stored[name].dtype)) for name, tensor in sums.items()}
+    flow, config = build_official(first, tensors=stored)
     flow = add_second_time(flow)
     provenance = replace(config.provenance, source=f"snapshots in {source_name(source)}", sha256=None)
     return flow, replace(config, provenance=provenance, **describe(flow))

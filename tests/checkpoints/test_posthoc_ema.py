@@ -226,7 +226,7 @@ def test_the_first_official_snapshots_are_no_averages(snapshots: Path, tmp_path:
     [
         (0.3, None, "sigma_rel is 0.3, but lies between 0 and 0.2887"),
         (0.0, None, "sigma_rel is 0, but lies between"),
-        (0.28, None, "do not reach sigma_rel 0.28, which they miss by 96%: the nearest that they do is 0.206"),
+        (0.28, None, "do not reach sigma_rel 0.28, which they miss by 96%: ask for 0.206"),
         (0.1, 300_000, "holds no averages after 300,000 images: .* the last after 262,144"),
         (0.1, 140_000, "holds no averages after 140,000 images: the nearest are after 131,072"),
     ],
@@ -245,12 +245,12 @@ def test_what_was_found_does_not_do(snapshots: Path, golden: Path, tmp_path: Pat
 
     folder = tmp_path / "in"
     folder.mkdir()
-    refused(r"holds 0 averages, and it takes two or more: .* ema\.snapshot_every")
+    refused(r"holds 0 averages, but two or more are needed: .* ema\.snapshot_every")
     for name in ("network-snapshot-0000131-0.050.pkl", "network-snapshot-0000262-0.050.pkl"):
         shutil.copy(snapshots / "phema-in" / name, folder)
     refused("holds 1 averages up to 131,072 images", 131_072)
     shutil.copy(golden / "edm2-rgb-cond.pkl", folder / "network-snapshot-0000262-0.100.pkl")
-    refused("not of one network: that of sigma_rel 0.1 after 262,144 images has other tensors")
+    refused("belong to different networks: that of sigma_rel 0.1 after 262,144 images has other tensors")
     shutil.copy(snapshots / "phema-0000262-0.075.pkl", folder)
     refused("holds averages of several trainings, network-snapshot, phema")
 
