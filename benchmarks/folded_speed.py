@@ -15,7 +15,7 @@ from tangent_speed import seconds
 
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
-from edmdistill.networks.magnitude import GAINS
+from edmdistill.networks.magnitude import GAIN_LAYERS
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.training.roles import PRECISION
 
@@ -36,7 +36,7 @@ def main() -> None:
         torch.manual_seed(0)
         network = UNet(size, 3, classes, **arguments)
         for parameter, value in network.named_parameters():
-            if parameter.rpartition(".")[2] in GAINS:
+            if parameter.rpartition(".")[2] in GAIN_LAYERS:
                 value.fill_(0.5)
         plain = FlowNetwork(network, EDM(), PRECISION[options.precision]).to(options.device).eval()
         folded = copy.deepcopy(plain)

@@ -21,7 +21,7 @@ from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.networks.sizes import SIZES
+from edmdistill.networks.published import PUBLISHED
 from edmdistill.planning.plan import make_plan, measure
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
@@ -86,7 +86,7 @@ def main() -> None:
     machine = Machine(checkpointing=options.checkpoint_activations)
     print("network             plan GB  measured GB   ratio")
     for name in options.networks:
-        kind, (resolution, channels, classes), arguments = SIZES[name]
+        kind, (resolution, channels, classes), arguments = PUBLISHED[name]
         if thin:
             arguments = arguments | {"model_channels": max(32, arguments.get("model_channels", 128) // 4)}
         torch.manual_seed(0)

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from edmdistill.features.perceptual import LEVELS
+from edmdistill.features.perceptual import NUM_MAPS
 
 
 class Maps(nn.Module):
     """Feature maps, as ScriptFeatures wants them."""
 
-    def __init__(self, count: int = LEVELS) -> None:
+    def __init__(self, count: int = NUM_MAPS) -> None:
         super().__init__()
         self.layer = nn.Conv2d(3, 5, 3, padding=1)
         self.count = count
@@ -23,7 +23,7 @@ class Maps(nn.Module):
 
 
 class Gap(nn.Module):
-    """A distance of no parameters, as Perception wants it."""
+    """A distance of no parameters, as PerceptualDistance wants it."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return (a - b).square().mean((1, 2, 3), keepdim=True)

@@ -20,7 +20,7 @@ from edmdistill.checkpoints.class_names import class_names
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
-from edmdistill.networks.arguments import Share, typed
+from edmdistill.networks.arguments import Fraction, validated
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, Sigma
 
@@ -64,7 +64,7 @@ class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     sigmas: dict[str, tuple[Sigma, ...]] = {}
-    gamma: Share = 1.0
+    gamma: Fraction = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
@@ -141,8 +141,8 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     sigma_max: Sigma
     label_dim: Images
     label_names: tuple[Text, ...] | None = None
-    label_dropout: Share | None = None
-    """Share of training images without a class; None: as the network's arguments say."""
+    label_dropout: Fraction | None = None
+    """Fraction of training images without a class; None: as the network's arguments say."""
     noise_dependence: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """How far D at sigma_max depends on the noise; see checkpoints/noise_dependence.py.  None: not measured."""
     two_time: bool
@@ -222,9 +222,9 @@ def read_config(folder: Path) -> CheckpointConfig:
     if int(own[1]) > int(minor):
         fields = {name: value for name, value in fields.items() if name in CheckpointConfig.__struct_fields__}
     try:
-        config: CheckpointConfig = typed(fields, CheckpointConfig)
+        config: CheckpointConfig = validated(fields, CheckpointConfig)
         if config.encoder != {"kind": "pixels"}:
-            typed(config.encoder, Latents)
+            validated(config.encoder, Latents)
         # Checkpoints of version 1.0 from official files lack the names.
         names = config.label_names or class_names(config.label_dim, config.provenance.source)
         return replace(config, label_names=names)

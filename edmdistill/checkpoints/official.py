@@ -23,7 +23,7 @@ from edmdistill.checkpoints.unsupported import describe_folder
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.magnitude import GAINS
+from edmdistill.networks.magnitude import GAIN_LAYERS
 from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS
 
 PRECONDITIONING_CLASSES = {
@@ -128,7 +128,7 @@ def _encoder(official: OfficialCheckpoint) -> dict[str, Any]:
 def _round_gains(network: nn.Module) -> None:
     """Rounds gain / sqrt(fan_in) to the gain's own precision, as the official EDM2 code does where that is float16."""
     for layer in network.modules():
-        for name, scaled in GAINS.items():
+        for name, scaled in GAIN_LAYERS.items():
             gain = getattr(layer, name, None)
             if gain is not None and gain.dtype != torch.float32:
                 root = math.sqrt(getattr(layer, scaled).weight[0].numel())

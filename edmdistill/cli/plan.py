@@ -67,13 +67,13 @@ def command(
 
     from edmdistill.checkpoints.load import outline
     from edmdistill.machine.engine import Machine
-    from edmdistill.networks.sizes import SIZES
+    from edmdistill.networks.published import PUBLISHED
     from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure
     from edmdistill.recipes.library import load_recipe
 
     resolved = load_recipe(recipe, method, sets)
     flow = _flow(resolved, teacher, network, data)
-    its_guide = None if guide is None else _published(guide) if guide in SIZES else outline(guide)
+    its_guide = None if guide is None else _published(guide) if guide in PUBLISHED else outline(guide)
     training = resolved.training
     share = -(-training.batch // processes)
     rows = min(micro_batch or share, share)
@@ -137,13 +137,15 @@ def _flow(recipe: "Recipe", teacher: str | None, network: str | None, data: str 
     """The network on the meta device."""
     from edmdistill.checkpoints.load import outline
     from edmdistill.data.datasets import open_dataset
-    from edmdistill.networks.sizes import SIZES
+    from edmdistill.networks.published import PUBLISHED
     from edmdistill.training.sources import sketch
 
     if teacher is not None:
         return outline(teacher)
-    if network is not None and network not in SIZES:
-        raise RecipeError(f"there is no network {network!r}: give one of {', '.join(sorted(SIZES))}, or a checkpoint")
+    if network is not None and network not in PUBLISHED:
+        raise RecipeError(
+            f"there is no network {network!r}: give one of {', '.join(sorted(PUBLISHED))}, or a checkpoint"
+        )
     if network is not None:
         return _published(network)
     if recipe.network is None:
@@ -154,15 +156,15 @@ def _flow(recipe: "Recipe", teacher: str | None, network: str | None, data: str 
 
 
 def _published(name: str) -> "FlowNetwork":
-    """A network of SIZES on the meta device."""
+    """A network of PUBLISHED on the meta device."""
     import torch
 
     from edmdistill.networks import new_network
     from edmdistill.networks.flow import FlowNetwork
     from edmdistill.networks.preconditioning import EDM
-    from edmdistill.networks.sizes import SIZES
+    from edmdistill.networks.published import PUBLISHED
 
-    kind, shape, arguments = SIZES[name]
+    kind, shape, arguments = PUBLISHED[name]
     with torch.device("meta"):
         return FlowNetwork(new_network(kind, *shape, **arguments), EDM())
 

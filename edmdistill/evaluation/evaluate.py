@@ -20,7 +20,7 @@ from edmdistill.evaluation.images import Images, open_images, sampled_images
 from edmdistill.evaluation.metrics import Batch, Metric, find_metric
 from edmdistill.evaluation.protocol import Protocol, Reference, get_protocol, open_reference, pixels_digest
 from edmdistill.evaluation.results import Result
-from edmdistill.features.spaces import FEATURES, Classifier
+from edmdistill.features.spaces import FEATURE_SPACES, Classifier
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.generate import generate_images
@@ -90,7 +90,7 @@ def evaluate(
         images = given if isinstance(given, Images) else open_images(given, data.label_dim)
     _require_fit(images, data, standard)
     assert standard.features is not None
-    space = FEATURES[standard.features](device)
+    space = FEATURE_SPACES[standard.features](device)
     classified = images.classes is not None and isinstance(space, Classifier)
     metrics, reference_sha256 = _make_metrics(data, standard.metrics, standard.features, classified, device, batch)
     for rows in batches(images.count, batch):
@@ -146,7 +146,7 @@ def _collect_reference(
     data: Dataset, metrics: tuple[str, ...], features: str, device: str, batch: int
 ) -> tuple[dict[str, Any], str]:
     """Returns what each metric compares with, and the sha256 of the images; cached for the measurements that follow."""
-    space, digest = FEATURES[features](device), pixels_digest(data, len(data))
+    space, digest = FEATURE_SPACES[features](device), pixels_digest(data, len(data))
     accumulators = {name: find_metric(name, features).reference() for name in metrics}
     for rows in batches(len(data), batch):
         pixels = data.images(rows)

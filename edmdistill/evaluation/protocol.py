@@ -50,7 +50,7 @@ class Protocol(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     metrics: tuple[str, ...]
     """See metrics.find_metric."""
     features: str | None
-    """The feature space, a key of FEATURES."""
+    """The feature space, a key of FEATURE_SPACES."""
     features_sha256: str | None = None
     """Of its weights."""
     reference: Reference | None = None

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from edmdistill.errors import TrainingError
 from edmdistill.features.script import ScriptFile
 
-LEVELS = 4
+NUM_MAPS = 4
 """Feature maps that a network gives, the finest first."""
-SEEN = 224
+INPUT_SIZE = 224
 """Pixels of an edge at which files look at images, as ImageNet's classifiers do."""
 
 
-def as_rgb(x: Tensor, what: str) -> Tensor:
+def to_rgb(x: Tensor, what: str) -> Tensor:
     """Gray images as RGB.  [B,1 or 3,H,W] -> [B,3,H,W]
 
     Raises: TrainingError: they are neither, as a VAE's latents.
@@ -33,12 +33,12 @@ def as_rgb(x: Tensor, what: str) -> Tensor:
     return x.expand(-1, 3, -1, -1)
 
 
-def resized(x: Tensor, size: int = SEEN) -> Tensor:
+def resize(x: Tensor, size: int = INPUT_SIZE) -> Tensor:
     """Bilinear.  [B,C,H,W] -> [B,C,size,size]"""
     return f.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
 
-class Perception(ScriptFile):
+class PerceptualDistance(ScriptFile):
     """A learnt distance, such as LPIPS: a TorchScript file (a, b) -> [B] or [B,1,1,1], of RGB images in [0, 1].
 
     Images below 256 pixels are enlarged to 224 before.
@@ -48,8 +48,8 @@ class Perception(ScriptFile):
         """How far a and b are apart.  images [B,C,H,W] -> [B]"""
 
         def seen(x: Tensor) -> Tensor:
-            x = (as_rgb(x, self.path) + 1) / 2
-            return resized(x) if x.shape[-1] < 256 else x
+            x = (to_rgb(x, self.path) + 1) / 2
+            return resize(x) if x.shape[-1] < 256 else x
 
         distance = self.run(seen(a), seen(b))
         if not isinstance(distance, Tensor) or distance.numel() != len(a):
@@ -58,13 +58,13 @@ class Perception(ScriptFile):
 
 
 class ScriptFeatures(ScriptFile):
-    """A TorchScript file: RGB images [B,3,224,224] in [-1, 1] -> a list of LEVELS feature maps, the finest first."""
+    """A TorchScript file: RGB images [B,3,224,224] in [-1, 1] -> a list of NUM_MAPS feature maps, the finest first."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.run(resized(as_rgb(x, self.path)))
-        if not isinstance(maps, list | tuple) or len(maps) != LEVELS:
+        maps = self.run(resize(to_rgb(x, self.path)))
+        if not isinstance(maps, list | tuple) or len(maps) != NUM_MAPS:
             given = f"{len(maps)} feature maps" if isinstance(maps, list | tuple) else "no list of feature maps"
-            raise TrainingError(f"{self.path} gives {given}, but {LEVELS} are needed, finest first")
+            raise TrainingError(f"{self.path} gives {given}, but {NUM_MAPS} are needed, finest first")
         return list(maps)
 
 
@@ -77,7 +77,7 @@ class RandomFeatures(nn.Module):
 
     def __init__(self, img_channels: int, channels: int = 16) -> None:
         super().__init__()
-        widths = [img_channels, *(channels << level for level in range(LEVELS))]
+        widths = [img_channels, *(channels << level for level in range(NUM_MAPS))]
         self.levels = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise(widths))
         for layer in self.levels:
             assert isinstance(layer, nn.Conv2d)
@@ -94,13 +94,13 @@ class RandomFeatures(nn.Module):
         return maps
 
 
-class Mixed(nn.Module):
+class ProjectedFeatures(nn.Module):
     """Feature maps through random 1x1 and 3x3 convolutions, across channels and from coarse to fine, never learnt.
 
     A discriminator that saw the features themselves would look at a few of them alone.
 
     Args:
-        networks: images -> LEVELS maps each.
+        networks: images -> NUM_MAPS maps each.
         like: an image by which their channels are found.  [1,C,H,W]
         channels: of every map that comes out.
     """
@@ -121,7 +121,7 @@ class Mixed(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """All maps of all networks.  [B,C,H,W] -> LEVELS [B,channels,h,w] for each network"""
+        """All maps of all networks.  [B,C,H,W] -> NUM_MAPS [B,channels,h,w] for each network"""
         mixed: list[Tensor] = []
         for network, across, scales in zip(self.networks, self.across, self.scales, strict=True):
             coarser: Tensor | None = None
@@ -137,7 +137,7 @@ class Mixed(nn.Module):
         return mixed
 
 
-class Heads(nn.Module):
+class MultiScaleDiscriminator(nn.Module):
     """A discriminator: of each feature map, a small network that says at every place how real it looks.
 
     There is no normalisation over the batch: what is said of an image hangs on that image alone.
@@ -156,21 +156,21 @@ class Heads(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """maps: as Mixed gives them.  -> [B, all places of all maps], above 0 for real"""
+        """maps: as ProjectedFeatures gives them.  -> [B, all places of all maps], above 0 for real"""
         return torch.cat([head(part).flatten(1) for head, part in zip(self.heads, maps, strict=True)], 1)
 
 
-def make_features(files: Sequence[str], like: Tensor, channels: int, seed: int) -> Mixed:
+def make_features(files: Sequence[str], like: Tensor, channels: int, seed: int) -> ProjectedFeatures:
     """Those of the files, or the random ones where there is none, mixed as the seed says."""
     with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(seed)
         networks: list[nn.Module] = [ScriptFeatures(file) for file in files]
         networks = networks or [RandomFeatures(like.shape[1])]
-        return Mixed(networks, like, channels)
+        return ProjectedFeatures(networks, like, channels)
 
 
-def make_heads(networks: int, channels: int, seed: int) -> Heads:
+def make_discriminator(networks: int, channels: int, seed: int) -> MultiScaleDiscriminator:
     """For the features of so many networks."""
     with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return Heads(networks * LEVELS, channels)
+        return MultiScaleDiscriminator(networks * NUM_MAPS, channels)

@@ -1,6 +1,6 @@
 """Feature spaces in which images are compared: uint8 images in, one float32 vector each out.
 
-Every space is a class with the interface FeatureSpace, and FEATURES lists them.
+Every space is a class with the interface FeatureSpace, and FEATURE_SPACES lists them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class FeatureSpace(Protocol):
     """What an evaluation asks of a feature space.
 
     Attributes:
-        name: as in FEATURES, and in the names of metrics.
+        name: as in FEATURE_SPACES, and in the names of metrics.
         dim: the number of features d, or None where the size of the images decides.
         sha256: of the file of weights, or None for a space without weights.
     """
@@ -126,4 +126,4 @@ class Digits:
         return images.to(self._device, torch.float64) / 127.5 - 1
 
 
-FEATURES: dict[str, type[FeatureSpace]] = {"pixels": Pixels, "digits": Digits}
+FEATURE_SPACES: dict[str, type[FeatureSpace]] = {"pixels": Pixels, "digits": Digits}

@@ -13,7 +13,7 @@ import torch.nn.functional as f
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
-from edmdistill.features.perceptual import make_features, make_heads
+from edmdistill.features.perceptual import make_discriminator, make_features
 from edmdistill.methods.base import Role
 from edmdistill.networks.flow import FlowNetwork
 
@@ -109,7 +109,7 @@ def gan_roles(files: Sequence[str], channels: int) -> dict[str, Role]:
         return make_features(files, like, channels, seed)
 
     def heads(flow: FlowNetwork, seed: int) -> nn.Module:
-        return make_heads(max(1, len(files)), channels, seed)
+        return make_discriminator(max(1, len(files)), channels, seed)
 
     return {"features": Role(trained=False, make=features), "discriminator": Role(trained=True, make=heads)}
 

@@ -21,7 +21,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.features.perceptual import Perception
+from edmdistill.features.perceptual import PerceptualDistance
 from edmdistill.methods.adversarial import Adversary, Augmentation, gan_roles
 from edmdistill.methods.base import (
     Batch,
@@ -61,7 +61,7 @@ class CTMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     distance: Annotated[
         Literal["pseudo-huber", "l2", "lpips"], Meta(description="distance between x_est and x_target")
     ] = "pseudo-huber"
-    lpips: Annotated[str, Meta(description="TorchScript file of the distance lpips; see Perception")] = ""
+    lpips: Annotated[str, Meta(description="TorchScript file of the distance lpips; see PerceptualDistance")] = ""
     dsm: Annotated[float, Meta(ge=0, description="weight of the denoising loss; 0 = none")] = 1.0
     dsm_weight: Annotated[
         Literal["edm", "none"], Meta(description="weighting of noise levels in the denoising loss; none = 1 for x0")
@@ -93,7 +93,7 @@ def ctm_roles(config: CTMConfig) -> dict[str, Role]:
     roles["generator"] = Role(trained=True, two_time=True)
     roles["target"] = Role(trained=False, two_time=True, ema_of=EmaOf("generator", config.mu))
     if config.lpips:
-        roles["perception"] = Role(trained=False, make=lambda flow, seed: Perception(config.lpips))
+        roles["perception"] = Role(trained=False, make=lambda flow, seed: PerceptualDistance(config.lpips))
     return roles | (gan_roles(config.features, config.gan_channels) if config.gan else {})
 
 

@@ -15,12 +15,12 @@ from edmdistill.networks.arguments import (
     Classes,
     Count,
     Dropout,
+    Fraction,
     ImageChannels,
     Multipliers,
     OptionalChannels,
     Resolution,
     Resolutions,
-    Share,
 )
 from edmdistill.networks.base import Conditioning
 from edmdistill.networks.embeddings import PositionalEmbedding, TimeEmbedding
@@ -34,7 +34,7 @@ class DhariwalUNet(EDMUNet):
 
     Args:
         label_dropout: share of labels that training sets to zero.
-        double_norm: whether the blocks normalise their modulations; see Residual.
+        double_norm: whether the blocks normalise their modulations; see ResidualBlock.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class DhariwalUNet(EDMUNet):
         num_blocks: Blocks = 3,
         attn_resolutions: Resolutions = (32, 16, 8),
         dropout: Dropout = 0.10,
-        label_dropout: Share = 0.0,
+        label_dropout: Fraction = 0.0,
         two_time: bool = False,
         logvar_channels: OptionalChannels = 0,
         logvar_heads: Count = 1,

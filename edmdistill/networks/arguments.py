@@ -27,11 +27,11 @@ Multipliers = Annotated[Sequence[Count], Meta(min_length=1, max_length=12)]
 Resolutions = Annotated[Sequence[Resolution], Meta(max_length=32)]
 Taps = Annotated[Sequence[Annotated[float, Meta(ge=-1e6, le=1e6)]], Meta(min_length=2, max_length=16)]
 Dropout = Annotated[float, Meta(ge=0, lt=1)]
-Share = Annotated[float, Meta(ge=0, le=1)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
 Limit = Annotated[float, Meta(gt=0, le=1e9)]
 
 
-def typed(values: Mapping[str, Any], type_: Any) -> Any:
+def validated(values: Mapping[str, Any], type_: Any) -> Any:
     """Returns a table as an object of `type_`.
 
     Raises: ValueError: a value of another type or out of its range, a key that is unknown or missing; it says which.
@@ -68,7 +68,7 @@ def check_arguments(class_: type, arguments: Mapping[str, Any]) -> None:
 
     Raises: ValueError: one that they do not allow, or a combination that makes no U-Net.
     """
-    own = typed(arguments, _signature(class_))
+    own = validated(arguments, _signature(class_))
     levels = len(getattr(own, "channel_mult", (1,)))
     if own.img_resolution % 2 ** (levels - 1):
         raise ValueError(

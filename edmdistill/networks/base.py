@@ -14,7 +14,7 @@ from edmdistill.draws import uniform, words
 from edmdistill.kernels.magnitude import normalize
 from edmdistill.networks.arguments import check_arguments
 from edmdistill.networks.embeddings import GuidanceEmbedding, SecondTime
-from edmdistill.networks.magnitude import GAINS, MPConv, MPFourier
+from edmdistill.networks.magnitude import GAIN_LAYERS, MPConv, MPFourier
 
 
 class Conditioning(NamedTuple):
@@ -39,7 +39,7 @@ class Conditioning(NamedTuple):
     dropout_keys: Tensor | None = None
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """A residual block of any of the U-Nets.
 
     Attributes:
@@ -118,9 +118,9 @@ class Network(nn.Module, ABC):
         self.second_time = None
         self.map_guidance = None
 
-    def blocks(self) -> list[Residual]:
+    def blocks(self) -> list[ResidualBlock]:
         """The residual blocks: the pieces in which a network is sharded and its activations computed again."""
-        return [module for module in self.modules() if isinstance(module, Residual)]
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
     def number_blocks(self) -> None:
         """Numbers the blocks; called at the end of the constructor."""
@@ -243,7 +243,7 @@ class Network(nn.Module, ABC):
     def fold(self) -> None:
         """Makes EDM2's layers plain, normalisation and gains in their weights; it cannot be trained after that."""
         for module in self.modules():
-            for gain, scaled in GAINS.items():
+            for gain, scaled in GAIN_LAYERS.items():
                 if isinstance(layer := getattr(module, scaled, None), MPConv):
                     layer.fold_(getattr(module, gain))
         for layer in self.modules():

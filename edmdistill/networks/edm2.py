@@ -26,21 +26,21 @@ from edmdistill.networks.arguments import (
     Classes,
     Count,
     Dropout,
+    Fraction,
     ImageChannels,
     Limit,
     Multipliers,
     OptionalChannels,
     Resolution,
     Resolutions,
-    Share,
     Taps,
 )
-from edmdistill.networks.base import Conditioning, Network, Residual
+from edmdistill.networks.base import Conditioning, Network, ResidualBlock
 from edmdistill.networks.embeddings import TimeEmbedding
 from edmdistill.networks.magnitude import MPConv, MPFourier
 
 
-class Block(Residual):
+class Block(ResidualBlock):
     """Encoder or decoder block with optional resampling and self-attention.  Source: EDM2, figure 21."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Block(Residual):
             x = x if self.conv_skip is None else self.conv_skip(x)
             x = normalize(x, 1)
 
-        # Residual branch.
+        # ResidualBlock branch.
         y = self.conv_res0(mp_silu(x))
         (scale,) = self.modulations(emb) if self.mod_gain is None else self.normalized_modulations(emb)
         y = mp_silu(y * scale[:, :, None, None].to(y.dtype))
@@ -122,7 +122,7 @@ class UNet(Network):
     """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  Arguments as in the official class, but the last five.
 
     Args:
-        double_norm: whether the blocks normalise their modulations; see Residual.
+        double_norm: whether the blocks normalise their modulations; see ResidualBlock.
 
     Differs: `logvar_channels` belongs to the official preconditioner; here the network holds that head too, since it
     is part of the checkpoint (`logvars`).
@@ -141,13 +141,13 @@ class UNet(Network):
         channel_mult_emb: Count | None = None,
         num_blocks: Blocks = 3,
         attn_resolutions: Resolutions = (16, 8),
-        label_balance: Share = 0.5,
-        concat_balance: Share = 0.5,
+        label_balance: Fraction = 0.5,
+        concat_balance: Fraction = 0.5,
         resample_filter: Taps = (1, 1),
         channels_per_head: Channels = 64,
         dropout: Dropout = 0.0,
-        res_balance: Share = 0.3,
-        attn_balance: Share = 0.3,
+        res_balance: Fraction = 0.3,
+        attn_balance: Fraction = 0.3,
         clip_act: Limit | None = 256.0,
         logvar_channels: OptionalChannels = 128,
         logvar_heads: Count = 1,

@@ -32,7 +32,7 @@ def class_vectors(labels: Tensor, label_dim: int) -> Tensor:
     return labels.reshape(-1, label_dim).float()
 
 
-def c_of_logvar(sigma: Tensor) -> Tensor:
+def logvar_c_noise(sigma: Tensor) -> Tensor:
     """ln(sigma)/4, what u reads: EDM2's condition, and also where the network's own is another.  sigma any shape"""
     return sigma.log() / 4
 
@@ -156,7 +156,7 @@ class FlowNetwork(nn.Module):
         c_noise_second = None
         if second is not None:
             c_noise_second = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
-        c_logvar = tuple(c_of_logvar(self.sigma_data * self.clamp(time, x_t).tan()) for time in u_at)
+        c_logvar = tuple(logvar_c_noise(self.sigma_data * self.clamp(time, x_t).tan()) for time in u_at)
         condition = self.conditioning(x_t, c_noise, labels, c_noise_second, c_logvar, w)
         raw, *u = self.raw((c * x_t).to(self.dtype), condition)
         F = (a * x_t + b * raw).to(self.dtype)
@@ -255,7 +255,7 @@ class Denoiser(nn.Module):
 
         Source: EDM2, eq. 21.
         """
-        return self.flow.network.logvars((c_of_logvar(sigma.to(self.flow.dtype).flatten()),))[0].reshape(-1, 1, 1, 1)
+        return self.flow.network.logvars((logvar_c_noise(sigma.to(self.flow.dtype).flatten()),))[0].reshape(-1, 1, 1, 1)
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest noise level that the network knows, in sigma's shape and dtype."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edmdistill.kernels.linear import conv2d, linear
 from edmdistill.kernels.magnitude import mp_conv, mp_fourier, normalize_weight
 
-GAINS = {"emb_gain": "emb_linear", "out_gain": "out_conv"}
+GAIN_LAYERS = {"emb_gain": "emb_linear", "out_gain": "out_conv"}
 """EDM2's gains, and the layer that each of them scales."""
 
 

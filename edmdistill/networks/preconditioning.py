@@ -22,7 +22,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.errors import TrainingError
-from edmdistill.networks.arguments import typed
+from edmdistill.networks.arguments import validated
 
 Sigma = Annotated[float, Meta(ge=1e-9, le=1e9)]
 Coefficients = tuple[Tensor | float, Tensor | float, Tensor | float, Tensor]
@@ -256,5 +256,5 @@ def make_preconditioning(kind: str, numbers: Mapping[str, object]) -> Preconditi
     class_ = PRECONDITIONINGS[kind]
     for name in numbers.keys() - {field.name for field in fields(class_)}:
         raise ValueError(f"{name[:100]}: the preconditioning {kind} has no such number")
-    made: Preconditioning = typed(numbers, class_)
+    made: Preconditioning = validated(numbers, class_)
     return made

@@ -18,12 +18,12 @@ from edmdistill.networks.arguments import (
     Classes,
     Count,
     Dropout,
+    Fraction,
     ImageChannels,
     Multipliers,
     OptionalChannels,
     Resolution,
     Resolutions,
-    Share,
     Taps,
 )
 from edmdistill.networks.base import Conditioning
@@ -58,7 +58,7 @@ class SongUNet(EDMUNet):
         num_blocks: Blocks = 4,
         attn_resolutions: Resolutions = (16,),
         dropout: Dropout = 0.10,
-        label_dropout: Share = 0.0,
+        label_dropout: Fraction = 0.0,
         embedding_type: Literal["positional", "fourier"] = "positional",
         channel_mult_noise: Count = 1,
         encoder_type: Literal["standard", "skip", "residual"] = "standard",

@@ -17,7 +17,7 @@ from edmdistill.kernels.dropout import dropout
 from edmdistill.kernels.group_norm import group_norm, group_norm_silu
 from edmdistill.kernels.linear import conv2d, linear
 from edmdistill.kernels.resampling import downsample, is_box, separable, upsample
-from edmdistill.networks.base import Conditioning, Network, Residual
+from edmdistill.networks.base import Conditioning, Network, ResidualBlock
 
 
 class Linear(nn.Linear):
@@ -88,7 +88,7 @@ class GroupNormSiLU(GroupNorm):
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, scale, shift)
 
 
-class UNetBlock(Residual):
+class UNetBlock(ResidualBlock):
     """Two convolutions beside a skip connection, conditioned by the embedding, then optional self-attention.
 
     Args:
@@ -96,7 +96,7 @@ class UNetBlock(Residual):
         skip_scale: what each sum of branches is multiplied with.
         resample_proj: whether a skip connection that resamples has a convolution where the channels do not ask for one.
         adaptive_scale: whether the embedding scales and shifts after the second norm (ADM), or is added before it.
-        double_norm: whether scale and shift are normalised; see Residual.
+        double_norm: whether scale and shift are normalised; see ResidualBlock.
     """
 
     def __init__(

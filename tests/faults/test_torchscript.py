@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edmdistill.archives import MAX_PACKED
 from edmdistill.errors import CheckpointError
 from edmdistill.features.classifiers import load_classifier
-from edmdistill.features.perceptual import Perception, ScriptFeatures
+from edmdistill.features.perceptual import PerceptualDistance, ScriptFeatures
 from edmdistill.features.script import CONTROL, OPERATORS, Script, load_script
 from edmdistill.sampling.reference import load_feature_net
 
@@ -197,7 +197,7 @@ def test_operators_are_found_wherever_they_hide(tmp_path: Path, network: type, m
     [
         lambda path: load_classifier(path, 4),
         lambda path: load_feature_net(path, 3, 8),
-        lambda path: Perception(path),
+        lambda path: PerceptualDistance(path),
         lambda path: ScriptFeatures(path),
     ],
 )

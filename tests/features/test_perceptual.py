@@ -9,17 +9,24 @@ from script_files import Gap, Maps, script
 from torch import Tensor, nn
 
 from edmdistill.errors import CheckpointError, TrainingError
-from edmdistill.features.perceptual import LEVELS, Heads, Perception, ScriptFeatures, make_features, make_heads
+from edmdistill.features.perceptual import (
+    NUM_MAPS,
+    MultiScaleDiscriminator,
+    PerceptualDistance,
+    ScriptFeatures,
+    make_discriminator,
+    make_features,
+)
 
 
 @pytest.mark.parametrize("size", [8, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_the_random_pyramid_takes_any_images(size: int, channels: int) -> None:
     like = torch.zeros(1, channels, size, size)
-    features, heads = make_features((), like, 16, seed=0), make_heads(1, 16, seed=0)
+    features, heads = make_features((), like, 16, seed=0), make_discriminator(1, 16, seed=0)
     x = torch.randn(3, channels, size, size, requires_grad=True)
     maps = features(x)
-    assert [part.shape[1:] for part in maps] == [(16, size >> level, size >> level) for level in range(LEVELS)]
+    assert [part.shape[1:] for part in maps] == [(16, size >> level, size >> level) for level in range(NUM_MAPS)]
     logits = heads(maps)
     (slope,) = torch.autograd.grad(logits[1].sum(), x)
     assert (slope[1] != 0).any()
@@ -35,7 +42,7 @@ def test_the_seed_decides_all_weights_and_draws_nothing_else() -> None:
     assert torch.equal(drawn, torch.rand(1))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
-    assert torch.equal(make_heads(1, 8, 3).heads[0][0].weight, make_heads(1, 8, 3).heads[0][0].weight)
+    assert torch.equal(make_discriminator(1, 8, 3).heads[0][0].weight, make_discriminator(1, 8, 3).heads[0][0].weight)
 
 
 def test_features_have_about_the_same_size_at_all_levels() -> None:
@@ -49,9 +56,9 @@ def test_files(tmp_path: Path) -> None:
     path = script(Maps(), tmp_path / "maps.pt", torch.zeros(1, 3, 224, 224))
     features = make_features((path,), torch.zeros(1, 1, 8, 8), 6, seed=0).requires_grad_(False).eval()
     maps = features(torch.randn(2, 1, 8, 8))
-    assert [part.shape for part in maps] == [(2, 6, 8 >> level, 8 >> level) for level in range(LEVELS)]
-    assert isinstance(Heads(LEVELS, 6)(maps), Tensor)
-    far = Perception(script(Gap(), tmp_path / "gap.pt", *torch.zeros(2, 1, 3, 8, 8)))
+    assert [part.shape for part in maps] == [(2, 6, 8 >> level, 8 >> level) for level in range(NUM_MAPS)]
+    assert isinstance(MultiScaleDiscriminator(NUM_MAPS, 6)(maps), Tensor)
+    far = PerceptualDistance(script(Gap(), tmp_path / "gap.pt", *torch.zeros(2, 1, 3, 8, 8)))
     a, b = torch.rand(2, 4, 1, 16, 16)
     smooth = [nn.functional.interpolate(x, (224, 224), mode="bilinear") for x in (a, b)]
     torch.testing.assert_close(far(a, b), (smooth[0] - smooth[1]).square().mean((1, 2, 3)) / 4)
@@ -66,10 +73,10 @@ def test_errors_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "no.pt").write_text("no")
     for path in (tmp_path / "no.pt", tmp_path / "nowhere.pt"):
         with pytest.raises(CheckpointError, match="cannot be read as TorchScript"):
-            Perception(str(path))
+            PerceptualDistance(str(path))
     path = script(Maps(2), tmp_path / "two.pt", torch.zeros(1, 3, 224, 224))
     with pytest.raises(TrainingError, match="gives 2 feature maps, but 4 are needed"):
         ScriptFeatures(path)(torch.zeros(1, 3, 8, 8))
-    far = Perception(script(Gap(), tmp_path / "gap.pt", *torch.zeros(2, 1, 3, 8, 8)))
+    far = PerceptualDistance(script(Gap(), tmp_path / "gap.pt", *torch.zeros(2, 1, 3, 8, 8)))
     with pytest.raises(TrainingError, match="not at 4-channel ones"):
         far(*torch.zeros(2, 1, 4, 8, 8))

@@ -11,14 +11,14 @@ from edmdistill.checkpoints.store import load_tensors
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError
 from edmdistill.evaluation.frechet import frechet_distance, statistics
-from edmdistill.features.spaces import DIGITS_WEIGHTS, FEATURES, Digits, Pixels
+from edmdistill.features.spaces import DIGITS_WEIGHTS, FEATURE_SPACES, Digits, Pixels
 
 TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", FEATURE_SPACES)
 def test_interface(name: str) -> None:
-    space = FEATURES[name]()
+    space = FEATURE_SPACES[name]()
     images = TEST.images(range(20))
     features = space(images)
     assert space.name == name

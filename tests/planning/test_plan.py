@@ -16,7 +16,7 @@ from edmdistill.machine.gpus import GPUS, find_gpu
 from edmdistill.networks import NETWORKS, new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
-from edmdistill.networks.sizes import SIZES
+from edmdistill.networks.published import PUBLISHED
 from edmdistill.planning.plan import FREE, _envelope, _highest, forward_flops, make_plan, measure
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
@@ -106,7 +106,7 @@ def test_within_a_tenth_of_what_a_round_takes(
 )
 def test_published_sizes(name: str, parameters: float, forward: float) -> None:
     """Millions of parameters and GFLOP of a forward pass, to 0.3%; a multiplication and an addition are two."""
-    kind, shape, arguments = SIZES[name]
+    kind, shape, arguments = PUBLISHED[name]
     with torch.device("meta"):
         flow = FlowNetwork(new_network(kind, *shape, **arguments), EDM())
     assert sum(p.numel() for p in flow.parameters()) / 1e6 == pytest.approx(parameters, rel=3e-3)
@@ -167,7 +167,7 @@ def test_the_envelope_is_the_highest_line_everywhere(lines: list[tuple[int, int]
 def test_recipes_of_the_papers_fit_what_they_were_trained_on() -> None:
     """CoSIM's on 8 GPUs of 48 GB, 32 images a pass."""
     recipe, machine = load_recipe("cosim/imagenet512-l", "cosim"), Machine(checkpointing=True)
-    kind, shape, arguments = SIZES["edm2-img512-l"]
+    kind, shape, arguments = PUBLISHED["edm2-img512-l"]
     with torch.device("meta"):
         flow = FlowNetwork(new_network(kind, *shape, **arguments), EDM())
     plan = make_plan(measure(recipe, flow, machine), machine, processes=8)

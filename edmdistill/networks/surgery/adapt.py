@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.errors import CheckpointError
-from edmdistill.networks.base import Conditioning, Residual
+from edmdistill.networks.base import Conditioning, ResidualBlock
 from edmdistill.networks.embeddings import TimeEmbedding
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -93,7 +93,7 @@ def with_double_norm(flow: FlowNetwork) -> FlowNetwork:
     new = {
         f"{name}.mod_gain": torch.stack([part.square().mean(1).sqrt().mean() for part in block.modulations(emb)])
         for name, block in network.named_modules()
-        if isinstance(block, Residual)
+        if isinstance(block, ResidualBlock)
     }
     network.train(was_training)
     return rebuild(flow, new, double_norm=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """Of a layer: what it was given and what it gave, and its tensors then, which a shard has only for that time."""
 
     arguments: tuple[Tensor, ...]
@@ -27,7 +27,7 @@ class LastLayer:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self.calls: list[Call] = []
+        self.calls: list[LayerCall] = []
 
     def gradient(self, loss: Tensor) -> Tensor:
         """d loss / d weight, for a 0-dim loss of what the layer gave; the graph of the loss stays.  [numel]"""
@@ -50,7 +50,7 @@ def watched(layer: nn.Module) -> Iterator[LastLayer]:
     def remember(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         tensors = {name: tensor.detach().clone() for name, tensor in state.items()}
-        own.calls.append(Call(tuple(argument.detach() for argument in arguments), out, tensors))
+        own.calls.append(LayerCall(tuple(argument.detach() for argument in arguments), out, tensors))
 
     handle = layer.register_forward_hook(remember)
     try:

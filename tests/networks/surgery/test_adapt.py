@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edmdistill.errors import CheckpointError
 from edmdistill.machine.engine import Engine, Machine
-from edmdistill.networks.base import Conditioning, Residual
+from edmdistill.networks.base import Conditioning, ResidualBlock
 from edmdistill.networks.embeddings import TimeEmbedding
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.adapt import fit, training_sigmas, with_double_norm, with_positional_time
@@ -140,7 +140,7 @@ def test_modulations_have_one_size_at_all_times(make_flow: MakeFlow, case: str) 
     sigma = training_sigmas(flow, 1024)
     labels = torch.eye(6, dtype=torch.float64)[torch.arange(1024) % 6, :-1]
     emb = flow.network.embed(Conditioning(flow.preconditioning.c_noise(sigma), labels))
-    blocks = [[m for m in f.network.modules() if isinstance(m, Residual)] for f in (flow, new)]
+    blocks = [[m for m in f.network.modules() if isinstance(m, ResidualBlock)] for f in (flow, new)]
     for before, after in zip(*blocks, strict=True):
         for was, now in zip(before.modulations(emb), after.normalized_modulations(emb), strict=True):
             rms = now.square().mean(1).sqrt()

@@ -18,7 +18,7 @@ NCSNPP = DDPMPP | {
     "resample_filter": [1, 3, 3, 1],
 }
 
-SIZES: dict[str, tuple[str, Shape, dict[str, Any]]] = {
+PUBLISHED: dict[str, tuple[str, Shape, dict[str, Any]]] = {
     "ddpmpp-cifar10": ("song", (32, 3, 0), DDPMPP),
     "ddpmpp-cifar10-cond": ("song", (32, 3, 10), DDPMPP),
     "ncsnpp-cifar10": ("song", (32, 3, 0), NCSNPP),
@@ -26,5 +26,5 @@ SIZES: dict[str, tuple[str, Shape, dict[str, Any]]] = {
     "adm-imagenet64": ("adm", (64, 3, 1000), {}),
 }
 for size, channels in EDM2_CHANNELS.items():
-    SIZES[f"edm2-img512-{size}"] = "edm2", (64, 4, 1000), {"model_channels": channels}
-    SIZES[f"edm2-img64-{size}"] = "edm2", (64, 3, 1000), {"model_channels": channels}
+    PUBLISHED[f"edm2-img512-{size}"] = "edm2", (64, 4, 1000), {"model_channels": channels}
+    PUBLISHED[f"edm2-img64-{size}"] = "edm2", (64, 3, 1000), {"model_channels": channels}
