@@ -1,7 +1,7 @@
 """Reads the zip archives of torch.save and torch.jit.save without running anything in them.
 
 Such an archive holds, in one top folder, pickles and the tensors' numbers, a member for each storage. torch's own
-reader trusts them: a tensor may reach outside its storage, and a storage may be longer than its member.
+reader trusts them: a tensor could reach outside its storage, and a storage could be longer than its member.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from edmdistill.stored_tensors import STORAGE_TYPES, Storage, StorageType, Store
 
 MAX_MEMBERS = 2**16
 MAX_PACKED = 2**25
-"""Bytes of all members that are compressed, unpacked: torch compresses source text alone."""
+"""Largest size of all compressed members, unpacked: torch compresses only source text."""
 
 
 class Archive:
-    """The members of an archive by their names below its top folder.
+    """A zip archive of torch, whose members go by their names below its top folder.
 
-    Raises: Unreadable: it is damaged, encrypted, or not as torch writes it.  OSError: the file cannot be read.
+    Raises: Unreadable: it is damaged, encrypted, or not written by torch.  OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            # Mapped, so that a file of several GB is in memory once, as tensors, and not twice.
+            # Mapped, so that a file of several GB is not in memory a second time beside its tensors.
             self.data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         self.budget = Budget(len(self.data))
         try:
@@ -52,7 +52,7 @@ class Archive:
                 f"is a zip archive that unfolds to {packed:,} bytes, but torch does not compress weights: give the "
                 "file as torch.save wrote it"
             )
-        # torch looks names up in any case.
+        # torch looks names up case-insensitively.
         self.members = {member.filename.partition("/")[2].lower(): member for member in members}
         tops = {member.filename.partition("/")[0] for member in members}
         if len(tops) != 1 or len(self.members) != len(members):
@@ -62,9 +62,9 @@ class Archive:
             )
 
     def read(self, name: str) -> memoryview:
-        """The bytes of a member; of a stored one, a view of the file.
+        """Returns the bytes of a member, as a view of the file unless it is compressed.
 
-        Raises: Unreadable: there is none, or it is damaged.
+        Raises: Unreadable: there is no such member, or it is damaged.
         """
         member = self.members.get(name.lower())
         if member is None:
@@ -72,7 +72,7 @@ class Archive:
         if member.compress_type != zipfile.ZIP_STORED:
             try:
                 return memoryview(self.zip.read(member))
-            except Exception as error:  # zipfile lets through what zlib and its own parsing raise
+            except Exception as error:  # zipfile passes on what zlib and its own parsing raise
                 raise Unreadable(f"holds {name} damaged: download it again") from error
         try:
             header = struct.unpack_from("<4s22xHH", self.data, member.header_offset)
@@ -84,11 +84,13 @@ class Archive:
         return self.data[start : start + member.file_size]
 
     def load(self, name: str, folder: str, names: Mapping[tuple[str, str], object]) -> object:
-        """The value of a pickle whose storages lie in `folder`; its tensors are StoredTensors, or None where empty.
+        """Returns the value of a pickle; its tensors are StoredTensors, or None where they are empty.
 
         Args:
-            names: what the pickle may ask for beside tensors.
-        Raises: Unreadable.
+            name: of the member that is the pickle.
+            folder: of the members that are its storages.
+            names: stand-ins for what the pickle may ask for beside tensors; see Unpickler.
+        Raises: Unreadable: it is damaged, or asks for something else.
         """
 
         def resolve(identifier: object) -> Storage:
@@ -108,7 +110,7 @@ class Archive:
 
 
 def _rebuild(storage: object, offset: int, shape: object, *rest: object) -> StoredTensor | None:
-    """rebuild_tensor, but a tensor without numbers is nothing."""
+    """Returns what rebuild_tensor does, but None for an empty tensor."""
     if isinstance(shape, tuple) and 0 in shape:
         return None
     return rebuild_tensor(storage, offset, shape, *rest)

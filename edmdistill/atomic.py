@@ -1,7 +1,7 @@
-"""Atomic writes: a file or folder is written in a scratch folder beside its place, and takes that place in one step.
+"""Atomic writes: a file or folder is written in a scratch folder beside its destination, and moved there in one step.
 
-A process may be killed at any moment: the place then holds what it held before or what was written, whole. The scratch
-folder that is left is locked by a living writer alone, so whoever writes to the same place next removes it.
+A process may be killed at any time: the destination then holds either the old content or the new, whole. Only a living
+writer holds the lock of its scratch folder, so the next writer to the same destination removes one that was left over.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from edmdistill.errors import CheckpointError
 
 SCRATCH = re.compile(r"\.(.+)\.[0-9a-f]{8}\.new")
 REPLACED = ".old"
-"""Ends the name that a replaced folder has in the scratch folder, where the system cannot exchange two folders."""
+"""Suffix of a replaced folder in the scratch folder, where the system cannot exchange two folders."""
 
 
 @contextmanager
 def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yields a path of the same name; what the block writes there, a file or folder, takes the place of `path`.
+    """Yields a path of the same name; the file or folder that the block writes there replaces `path`.
 
-    A block that fails leaves `path` as it was, and nothing beside it. A symbolic link is followed, and stays. Files get
-    the mode that the umask gives, whatever the library that writes them.
+    If the block fails, `path` stays as it was, and nothing is left beside it. A symbolic link is followed, and stays.
+    Files get the mode that the umask gives, whichever library writes them.
 
     Args:
-        replace: whether what is at `path`, other than an empty folder, may be replaced.
+        replace: whether anything at `path` but an empty folder may be replaced.
     Raises:
         CheckpointError: the disk refuses, or `path` is a device or a pipe.
-        FileExistsError: something is at `path` that may not be replaced.
+        FileExistsError: something at `path` may not be replaced.
     """
     if path.is_symlink():
         path = Path(os.path.realpath(path))
@@ -51,7 +51,9 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
             new = scratch / path.name
             try:
                 yield new
-            except CheckpointError as error:  # of a file inside, whose place is not in the scratch folder
+            except (
+                CheckpointError
+            ) as error:  # about a file inside, which is not to be named by its path in the scratch folder
                 if str(new) in str(error):
                     raise type(error)(str(error).replace(str(new), str(path))) from error
                 raise
@@ -62,7 +64,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 _sync(entry)
             if not replace and path.exists() and not _is_empty_folder(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-            _take_place(new, path)
+            _move(new, path)
             _sync(path.parent)
     except FileExistsError as error:
         if not replace and error.filename == str(path):
@@ -73,23 +75,23 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Removes the scratch folders of writers that were killed; a folder that one of them had set aside comes back.
+    """Removes the scratch folders of writers that were killed; a folder that one of them was replacing is put back.
 
     Args:
-        name: of the file or folder that they were writing; None: of any in the folder.
+        name: of the file or folder that they were writing; None: any in the folder.
     """
     for scratch in folder.iterdir():
         match = SCRATCH.fullmatch(scratch.name)
         if match is None or (name is not None and match[1] != _short(name)):
             continue
-        with suppress(OSError):  # a living writer's, or another's who removes it
+        with suppress(OSError):  # it belongs to a living writer, or another process removes it
             descriptor = os.open(scratch, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for replaced in scratch.glob(f"*{REPLACED}"):
-                    place = folder / replaced.name.removesuffix(REPLACED)
-                    if not place.exists():
-                        replaced.rename(place)
+                    path = folder / replaced.name.removesuffix(REPLACED)
+                    if not path.exists():
+                        replaced.rename(path)
                 shutil.rmtree(scratch, ignore_errors=True)
             finally:
                 os.close(descriptor)
@@ -98,9 +100,9 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Yields a folder among the system's temporary files; those of killed processes are removed first."""
-    place = Path(tempfile.gettempdir()) / "edmdistill"
-    remove_leftovers(place.parent, place.name)
-    with _scratch(place) as folder:
+    path = Path(tempfile.gettempdir()) / "edmdistill"
+    remove_leftovers(path.parent, path.name)
+    with _scratch(path) as folder:
         folder.chmod(0o700)
         yield folder
 
@@ -122,9 +124,9 @@ def _scratch(path: Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), scratch.stat()):
                 break
-        except (BlockingIOError, FileNotFoundError):  # taken for a leftover before it was locked
+        except (BlockingIOError, FileNotFoundError):  # it was taken for a leftover before it was locked
             pass
-        except OSError:  # a file system without locks, where nobody removes what he cannot lock
+        except OSError:  # a file system without locks, where leftovers are never removed
             break
         os.close(descriptor)
     try:
@@ -135,7 +137,7 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 
 def _short(name: str) -> str:
-    """Returns the name, or a digest of one that leaves no room for what a scratch folder's name adds."""
+    """Returns the name, or its digest if it is too long for the name of a scratch folder."""
     return name if len(name.encode()) <= 200 else hashlib.sha256(name.encode()).hexdigest()
 
 
@@ -143,9 +145,9 @@ def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _take_place(new: Path, path: Path) -> None:
-    """Puts `new` at `path`; what was there stays in the scratch folder."""
-    if not path.is_dir() or _is_empty_folder(path):  # what a rename replaces
+def _move(new: Path, path: Path) -> None:
+    """Moves `new` to `path`; what was there stays in the scratch folder."""
+    if not path.is_dir() or _is_empty_folder(path):  # a rename replaces these
         new.replace(path)
     elif not _exchange(new, path):
         replaced = new.with_name(path.name + REPLACED)
@@ -171,7 +173,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the disk has it: a rename that outlives a power cut must not outlive its content."""
+    """Waits until a file or folder is on the disk: after a power cut, no rename may survive without its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

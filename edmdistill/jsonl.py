@@ -1,6 +1,6 @@
-"""Logs of JSON objects, one a line, that survive a process killed while it writes.
+"""Logs of JSON objects, one per line, that survive a process killed while it writes.
 
-A line counts once its newline is written: a torn last line is dropped by every reader, and cut off by the next append.
+A line counts once its newline is written: readers ignore a torn last line, and the next append cuts it off.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T", bound=Mapping[str, Any])
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Appends a JSON object to a log, which is made if it is not there.  Raises: OSError: the disk refuses."""
+    """Appends a JSON object to a log, which is created if it does not exist.  Raises: OSError: the disk refuses."""
     with path.open("a+b") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))
@@ -30,52 +30,55 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_lines(
-    path: Path, type_: type[T], keys: Collection[str] = (), note: Callable[[str], object] = write
+    path: Path, type_: type[T], keys: Collection[str] = (), on_message: Callable[[str], object] = write
 ) -> list[T]:
-    """Returns the lines of a log, none where there is no log.
+    """Returns the lines of a log, none if it does not exist.
 
     Args:
-        type_: of a line, as msgspec knows it; infinity and NaN are numbers.
-        keys: that a line must have, where its type does not say so.
-        note: gets a sentence about every line that is damaged and passed over.
+        type_: of a line, for msgspec; infinity and NaN are numbers.
+        keys: that a line must have, beyond what its type requires.
+        on_message: called with a sentence about every damaged line, which is skipped.
     Raises: OSError: the file cannot be read.
     """
-    return [value for value, _ in _lines(path, type_, keys, note)]
+    return [value for value, _ in _lines(path, type_, keys, on_message)]
 
 
 def truncate_lines(
     path: Path,
     type_: type[T],
-    wanted: Callable[[T], bool],
+    keep: Callable[[T], bool],
     keys: Collection[str] = (),
-    note: Callable[[str], object] = write,
+    on_message: Callable[[str], object] = write,
 ) -> None:
-    """Cuts a log off before its first line that is not wanted.
+    """Truncates a log before its first line that is not to be kept.
 
     Args:
-        type_, keys, note: as for `read_lines`; damaged lines at the new end go too.
+        keep: returns whether a line is kept.
+        type_, keys, on_message: as for `read_lines`; damaged lines at the new end are removed too.
     Raises: OSError: the disk refuses.
     """
-    kept = 0
-    for value, end in _lines(path, type_, keys, note):
-        if not wanted(value):
+    size = 0
+    for value, end in _lines(path, type_, keys, on_message):
+        if not keep(value):
             break
-        kept = end
-    if path.exists() and path.stat().st_size > kept:
-        os.truncate(path, kept)
+        size = end
+    if path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)
 
 
-def _lines(path: Path, type_: type[T], keys: Collection[str], note: Callable[[str], object]) -> Iterator[tuple[T, int]]:
-    """Yields every sound line and the position of its end."""
+def _lines(
+    path: Path, type_: type[T], keys: Collection[str], on_message: Callable[[str], object]
+) -> Iterator[tuple[T, int]]:
+    """Yields every valid line and the position of its end."""
     end = 0
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    for number, line in enumerate(whole, 1):
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
         end += len(line) + 1
         try:
             value = msgspec.convert(json.loads(line), type_)
             for key in keys:
                 value[key]
         except (ValueError, KeyError, RecursionError, msgspec.ValidationError):
-            note(f"{path}: line {number} is damaged and is passed over.")
+            on_message(f"{path}: line {number} is damaged and is skipped.")
             continue
         yield value, end

@@ -17,24 +17,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 MAX_STEPS = 2**19
-"""Steps in reading a file: pickle instructions, nested pickles included, and entries that are looked at. An official
-file has up to some 600 tensors and takes about 200 for each."""
+"""Steps in reading a file: pickle instructions, also of nested pickles, and entries that are visited. An official file
+has up to about 600 tensors and takes about 200 steps for each."""
 SLACK = 2**20
-"""Bytes that any file may take, however small."""
+"""Bytes that reading any file may take, however small it is."""
 
-# What a nonsensical program stumbles over.
+# What an invalid program raises.
 _MALFORMED = (IndexError, KeyError, OverflowError, TypeError, ValueError, struct.error)
 
 
 class Unreadable(Exception):
-    """Why a file cannot be read: the part of a sentence that follows the file's name."""
+    """The reason why a file cannot be read: the part of a sentence that follows the file's name."""
 
 
 class Budget:
-    """What reading a file may still cost, with everything that is nested in it.
+    """The steps and bytes that reading a file, with everything nested in it, may still take.
 
     Args:
-        size: bytes of the file. A file that shares nothing is read twice at most: as it is, and as nested pickles.
+        size: bytes of the file. A file that shares nothing is read at most twice: as it is, and as nested pickles.
     """
 
     def __init__(self, size: int) -> None:
@@ -42,13 +42,13 @@ class Budget:
         self.bytes = self.limit
 
     def step(self, count: int = 1) -> None:
-        """Raises: Unreadable: that many steps are not left."""
+        """Raises: Unreadable: fewer steps are left."""
         self.steps -= count
         if self.steps < 0:
             raise Unreadable(f"takes more than {MAX_STEPS:,} steps to read, which no official file does")
 
     def take(self, size: int) -> None:
-        """Raises: Unreadable: that many bytes are not left."""
+        """Raises: Unreadable: fewer bytes are left."""
         self.bytes -= size
         if self.bytes < 0:
             raise Unreadable(
@@ -58,13 +58,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class StandIn:
-    """A function that a pickle may call."""
+    """A function of ours that a pickle calls in place of the one that it names."""
 
     function: Callable[..., object]
 
 
 class Stateful(ABC):
-    """What a pickle may create first and give its state later."""
+    """A stand-in for an object that a pickle creates first and gives its state later."""
 
     @abstractmethod
     def set_state(self, state: object) -> None: ...
@@ -75,10 +75,10 @@ class Unpickler:
 
     Args:
         data: the bytes.  Blobs in the result are views of it.
-        names: what each (module, name) stands for; all others are refused.
-        resolve: makes an object of a persistent id.
-        budget: of the file that the bytes are a part of; default: they are all of it.
-        keys: the types that keys of a dict may have, of str and int.
+        names: the stand-in for each (module, name); all others are refused.
+        resolve: returns the object of a persistent id.
+        budget: of the file that holds the bytes; default: they are the whole file.
+        keys: the types that keys of a dict may have: str, int.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Unpickler:
     def run(self) -> object:
         """Returns the value of the next pickle.
 
-        Raises: Unreadable: it is damaged, or asks for what it may not.
+        Raises: Unreadable: it is damaged, or asks for something that is refused.
         """
         self.stack, self.marks, self.memo = [], [], {}
         try:
@@ -264,5 +264,5 @@ _ACTIONS: dict[bytes, Callable[[Unpickler], object]] = {
 
 
 def empty_dict() -> dict[str, object]:
-    """Stands for dict and its kin, which would take pairs with any keys."""
+    """Stand-in for dict and its like, which would accept pairs with any keys."""
     return {}

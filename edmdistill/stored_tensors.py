@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Dtype(Stateful):
-    """Stands for numpy.dtype, of numbers only."""
+    """Stand-in for numpy.dtype, for numbers only."""
 
     def __init__(self, code: str, *_: object):
         if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"):
@@ -34,7 +34,7 @@ class Dtype(Stateful):
 
 
 class Array(Stateful):
-    """Stands for numpy.ndarray; the numbers are a view of the file."""
+    """Stand-in for numpy.ndarray; the numbers are a view of the file."""
 
     numbers: npt.NDArray[np.generic] = np.zeros(0)
 
@@ -47,7 +47,7 @@ class Array(Stateful):
 
 
 def read_scalar(dtype: object, data: object) -> object:
-    """Stands for numpy.core.multiarray.scalar."""
+    """Stand-in for numpy.core.multiarray.scalar."""
     if not isinstance(dtype, Dtype) or not isinstance(data, memoryview):
         raise TypeError
     return np.frombuffer(data, dtype.code).item()
@@ -55,7 +55,7 @@ def read_scalar(dtype: object, data: object) -> object:
 
 @dataclass(frozen=True)
 class StorageType:
-    """Stands for torch.FloatStorage and the like."""
+    """Stand-in for torch.FloatStorage and the like."""
 
     dtype: str
     itemsize: int
@@ -77,12 +77,12 @@ STORAGE_TYPES = {
     )
 }
 _SIZES = {kind.dtype: kind.itemsize for kind in STORAGE_TYPES.values()}
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # how a file of torch.save began before torch 1.6
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save before torch 1.6
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """The numbers of one or several tensors, still in the file."""
+    """The numbers of one or more tensors, still in the file."""
 
     dtype: str
     numel: int
@@ -91,7 +91,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor's shape and place; the numbers are read when asked for, and torch is imported no sooner."""
+    """A tensor's shape and its place in a storage; `tensor` reads the numbers."""
 
     storage: Storage
     offset: int
@@ -115,19 +115,19 @@ class StoredTensor:
         return _SIZES[self.dtype]
 
     def tensor(self) -> Tensor:
-        """A copy of the tensor's own numbers, contiguous: what else is in the storage takes no memory."""
+        """Returns a contiguous copy of the tensor: the rest of the storage takes no memory."""
         import torch
 
         size = self.itemsize  # NumPy has no bfloat16: the copy is made of integers of the same size
         numbers = np.frombuffer(self.storage.data, f"<i{size}")[self.offset :]
-        own = np.lib.stride_tricks.as_strided(
+        view = np.lib.stride_tricks.as_strided(
             numbers, self.shape, [size * step for step in self.stride], writeable=False
         )
-        return torch.from_numpy(own.copy()).view(getattr(torch, self.dtype))
+        return torch.from_numpy(view.copy()).view(getattr(torch, self.dtype))
 
 
 def read_storage(blob: object, budget: Budget | None = None) -> Storage:
-    """The storage in what torch.storage._load_from_bytes is called with.
+    """Returns the storage in the argument of torch.storage._load_from_bytes.
 
     Such a blob is a file of torch.save before torch 1.6: five pickles (a magic number, the format's version, facts
     about the machine, the storage as a persistent id, the list of storages), the count of numbers, the numbers.
@@ -163,7 +163,10 @@ def read_storage(blob: object, budget: Budget | None = None) -> Storage:
 
 
 def rebuild_tensor(storage: object, offset: int, shape: object, stride: object, *_: object) -> StoredTensor:
-    """Stands for torch._utils._rebuild_tensor_v2; refuses what is empty, reaches outside its storage or repeats it."""
+    """Stand-in for torch._utils._rebuild_tensor_v2.
+
+    Raises: Unreadable: the tensor is empty, reaches outside its storage or repeats it.
+    """
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise TypeError
     numbers = (offset, *shape, *stride)

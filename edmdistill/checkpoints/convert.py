@@ -1,7 +1,7 @@
-"""From others' checkpoints to ours: an official pickle, or OpenAI's weights, as a network on the TrigFlow circle.
+"""Converts official checkpoints, NVIDIA's pickles or OpenAI's weights, to networks on the TrigFlow circle.
 
-A conversion claims to keep the function. `convert` proves it on what it has written, before it leaves it there. Where
-it is asked to change the network (`networks.surgery.adapt`), it says by how much the function has changed.
+A conversion must keep the function: `convert` compares what it has written with its source, and fails if they differ.
+Where it is asked to change the network (`networks.surgery.adapt`), it reports how much the function has changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from edmdistill.schedules import edm_sigmas
 from edmdistill.trigflow import denoised, sigma_to_time
 
 PARITY_TOLERANCE = 1e-10
-"""Largest relative difference in float64 that a conversion may make; 1e-12 is usual."""
+"""Largest relative difference that a conversion may make in float64; 1e-12 is usual."""
 
 
 class ParityRow(NamedTuple):
@@ -70,29 +70,29 @@ def convert(
     licence: str | None = None,
     on_progress: Callable[[str], object] = lambda stage: None,
 ) -> ConversionReport:
-    """Turns an official checkpoint into one of ours, with a second time, and proves that it is the same function.
+    """Converts an official checkpoint to one of ours, with a second time, and proves that it is the same function.
 
-    What is compared is the checkpoint as written and read again, on the circle, and the source in EDM's view. Where the
-    same source has been converted to `out` before, nothing is done.
+    The written checkpoint, read again, is compared on the circle with the source in EDM's view. If the same source has
+    been converted to `out` before, nothing is done.
 
     Args:
         source: a path, a URL or a file of the Hub; see `resolve`.
         out: the folder to write, whole or not at all.
         time_embedding: positional: the network is to read t, for continuous-time consistency models. That is another
-            function, to be trained by `edmdistill train diffusion`; a teacher of ours may be the source then.
+            function, to be trained by `edmdistill train diffusion`; the source may then be a teacher of ours.
         double_norm: adaptive double normalisation, with a positional time embedding; None: where the network has an
             adaptive norm.
-        overwrite: replace a checkpoint that is there.
-        licence: of the weights, see check_licence; default: what NVIDIA's or OpenAI's own are under.
-        on_progress: called with what is being done.
+        overwrite: replace an existing checkpoint.
+        licence: of the weights, see check_licence; default: that of NVIDIA's or OpenAI's weights.
+        on_progress: called with a phrase at every step.
     Raises: CheckpointError: the source cannot be read or adapted, `out` is occupied, or the result differs.
     """
     if double_norm and time_embedding is None:
-        raise CheckpointError("--double-norm goes with --time-embedding positional: give both, or neither")
+        raise CheckpointError("--double-norm needs --time-embedding positional: give both, or neither")
     licence = None if licence is None else check_licence(licence)
     source, out = open_source(source), Path(out)
     if source.path.is_dir() and out.resolve().is_relative_to(source.path.resolve()):
-        raise CheckpointError(f"{out} is in the folder that is converted, {source.path}: choose a place outside it.")
+        raise CheckpointError(f"{out} is inside the folder that is converted, {source.path}: choose another place.")
     if not overwrite and (config := _converted_before(source, out, time_embedding, double_norm)) is not None:
         return ConversionReport(out, config, ())
     refuse_occupied(out, overwrite)
@@ -119,7 +119,7 @@ def convert(
         write_checkpoint(folder, two_time, config)
         del two_time, adapted
         expected = {dtype: _denoised(flow, dtype, on_progress) for dtype in (torch.float32, torch.float64)}
-        del flow  # before the other network is there
+        del flow  # before the other network is loaded
         parity = _compare(folder, expected, on_progress)
         worst = max(parity, key=lambda row: row.float64)
         if not worst.float64 <= (math.inf if time_embedding else PARITY_TOLERANCE):
@@ -178,7 +178,7 @@ def _denoised(flow: FlowNetwork, dtype: torch.dtype, on_progress: Callable[[str]
     for index, sigma in enumerate(_sigmas(flow)):
         on_progress(f"comparing at sigma {sigma:.4g} in {str(dtype).removeprefix('torch.')}")
         labels = None
-        if flow.label_dim and index % 2 == 0:  # every other image has no class
+        if flow.label_dim and index % 2 == 0:  # every second image has no class
             labels = torch.tensor([index % flow.label_dim])
         x0, n = torch.randn(shape, generator=rng, dtype=torch.float64)
         x = flow.sigma_data * x0 + sigma * n

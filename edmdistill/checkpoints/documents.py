@@ -1,6 +1,6 @@
-"""Text from outside in documents of ours: Markdown with front matter, and HTML. Names stay text, whatever they hold.
+"""Untrusted text in Markdown with front matter, and in HTML: it stays text, whatever it holds.
 
-No document tells a secret that a URL in it holds.
+Secrets in URLs are removed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from edmdistill.errors import printable, without_secrets
 
 _SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
-"""What is markup in the middle of a line of Markdown; an underscore within a word is none."""
+"""Markup within a line of Markdown; an underscore within a word is none."""
 
 
 def front_matter(fields: Mapping[str, object]) -> str:
-    """Returns the Hub's header of a README.md as YAML between its marks; fields that are None are left out."""
+    """Returns the front matter of a README.md for the Hub; fields that are None are left out."""
     from huggingface_hub.repocard_data import CardData
 
     return f"---\n{CardData(**_clean(fields)).to_yaml()}\n---\n"  # type: ignore[arg-type]  # fields of any names
@@ -31,12 +31,12 @@ def _clean(value: object) -> object:
 
 
 def markdown(text: str) -> str:
-    """Returns Markdown that shows a text, in a line, a list or a cell of a table."""
+    """Returns Markdown that shows a text in a line, a list item or a table cell."""
     return _SPECIAL.sub(r"\\\g<0>", html.escape(_public(text), quote=False))
 
 
 def code(text: str) -> str:
-    """Returns a text as code within a line of Markdown."""
+    """Returns inline code in Markdown."""
     text = _public(text)
     fence = _fence(text, 1)
     padding = " " if text.startswith("`") or text.endswith("`") else ""
@@ -44,7 +44,7 @@ def code(text: str) -> str:
 
 
 def code_block(text: str, language: str = "") -> str:
-    """Returns a block of code in Markdown, within more backticks than the text has in a row."""
+    """Returns a code block in Markdown, between more backticks than the text has in a row."""
     text = _lines(text)
     fence = _fence(text, 3)
     return f"{fence}{language}\n{text}\n{fence}"

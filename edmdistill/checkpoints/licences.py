@@ -22,13 +22,13 @@ HUB_LICENCES = frozenset(
 )
 """Source: https://huggingface.co/docs/hub/repositories-licenses"""
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,94}[a-z0-9])?")
-"""A licence that the Hub has no identifier for goes by a name of these characters, in its field `license_name`."""
+"""The form of `license_name`, the Hub's field for a licence without an identifier."""
 
 
 def check_licence(text: str) -> str:
-    """Returns a licence as the Hub writes it, in lower case: one of HUB_LICENCES, or a name of the user's own.
+    """Returns a licence as the Hub writes it, in lower case: one of HUB_LICENCES, or a custom name.
 
-    Raises: CheckpointError: the Hub would take it neither as an identifier nor as a name.
+    Raises: CheckpointError: the Hub would accept it neither as an identifier nor as a name.
     """
     licence = text.strip().lower()
     if licence in HUB_LICENCES or NAME.fullmatch(licence):
@@ -42,7 +42,7 @@ def check_licence(text: str) -> str:
 
 
 def licence_fields(licence: str | None) -> dict[str, str]:
-    """Returns the fields of a card's front matter that state a licence; what cannot be one is stated as `other`."""
+    """Returns the fields of a card's front matter that state a licence; an invalid name becomes `other`."""
     try:
         known = check_licence(licence or OTHER)
     except CheckpointError:

@@ -30,14 +30,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     weights: Weights = "ema",
 ) -> Denoiser | Generator:
-    """Returns a network to use: a generator if the checkpoint holds one, else a denoiser.  It is not for training.
+    """Returns a network for sampling, not for training: a generator if the checkpoint holds one, else a denoiser.
 
     Args:
         source: a checkpoint of ours (folder or Hub id), a run directory, a run's state RUN/state/IMAGES, an official
             pickle or OpenAI's .pt.
-        weights: of a run directory, the average that the run publishes, or the raw weights of its newest state; a
-            state has raw ones alone.
-        dtype: of the network's arithmetic: float16 and bfloat16 inside it only, float64 throughout; default float32.
+        weights: of a run directory: ema, the average that the run publishes, or raw, the weights in its newest state;
+            a state has only raw ones.
+        dtype: of the arithmetic: float16 and bfloat16 inside the network only, float64 throughout; default: float32.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
     flow, config = load_flow(source, weights)
@@ -75,7 +75,7 @@ def load_generator(
 
 
 def read_teacher(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointConfig]:
-    """Returns a teacher and its configuration, as the parent of what comes from it.
+    """Returns a teacher and its configuration, whose provenance names the teacher as parent.
 
     Args:
         source: as load_model's.
@@ -89,17 +89,17 @@ def read_teacher(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointCo
 
 
 def load_flow(source: str | Path | Source, weights: Weights = "ema") -> tuple[FlowNetwork, CheckpointConfig]:
-    """Returns the network of a checkpoint as it stands there, in float32 on the CPU, and its configuration.
+    """Returns the network of a checkpoint, in float32 on the CPU, and its configuration.
 
-    Teachers and auxiliary scores lose their second time; a generator has it only if its jumps read it.
+    The second time of teachers and auxiliary scores is dropped; a generator has one only if its jumps read it.
 
     Args:
         source, weights: as load_model's.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
     flow, config = _read(open_source(source), weights)
-    as_it_is = config.stage == "generator" or not flow.two_time
-    return flow if as_it_is else drop_second_time(flow), config
+    drop = config.stage != "generator" and flow.two_time
+    return drop_second_time(flow) if drop else flow, config
 
 
 def _read(source: Source, weights: Weights) -> tuple[FlowNetwork, CheckpointConfig]:
@@ -109,7 +109,7 @@ def _read(source: Source, weights: Weights) -> tuple[FlowNetwork, CheckpointConf
 
 
 def _read_raw(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
-    """Returns the network in training of a run's newest whole state, or of the state that is given."""
+    """Returns the network being trained, from a run's newest whole state or from the given state."""
     state = newest_whole_state(path, write)
     folder = state.parent.parent / "generator"
     config = read_config(folder)
@@ -120,7 +120,7 @@ def _read_raw(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
 
 
 def outline(source: str | Path | Source) -> FlowNetwork:
-    """Returns the network of a checkpoint on the meta device: its shapes without its numbers, which are not read.
+    """Returns the network of a checkpoint on the meta device: its shapes, without reading its weights.
 
     Args:
         source: as load_model's.
@@ -134,13 +134,13 @@ def outline(source: str | Path | Source) -> FlowNetwork:
 
 
 def find_config(source: str | Path | Source) -> CheckpointConfig | None:
-    """Returns the configuration of a checkpoint of ours or of a run's, or None for anything else."""
+    """Returns the configuration of a checkpoint of ours or of a run directory; None for anything else."""
     folder = checkpoint_in(open_source(source).path)
     return read_config(folder) if (folder / CONFIG).is_file() else None
 
 
 def weights_digest(source: str | Path | Source, model: Generator | Denoiser, weights: Weights = "ema") -> str:
-    """Returns the sha256 of the file of weights that a model was loaded from; of its tensors, where it is a state."""
+    """Returns the sha256 of the file from which a model was loaded; for raw weights, of its tensors."""
     source = open_source(source)
     if weights == "ema" and not is_state(source.path):
         return source.sha256

@@ -1,17 +1,16 @@
-"""Is a network a denoiser or a generator? The file of the one loads as the other, and its arguments look the same.
+"""Whether a network is a denoiser or a generator: their files look the same, and each loads as the other.
 
 At sigma_max the data are lost in the noise: a denoiser's D(x; sigma_max) is nearly the mean of its data, whatever the
-noise, and a generator's is another image for each. `noise_dependence` is how much D varies with the noise there, in
-units of sigma_data:
+noise, and a generator's is a different image for each noise. `noise_dependence` is how much D varies with the noise
+there, in units of sigma_data:
 
     sqrt(mean over pixels and classes of Var_n D(sigma_max n; sigma_max, class)) / sigma_data
 
-Of a denoiser of Gaussian data with the covariance's eigenvalues l_i it is sqrt(mean l_i^2 / (l_i + sigma_max^2)) /
-sigma_data: 0.1 to 0.2 for natural images of 64x64 pixels and sigma_max 80, more where there are more pixels, as the few
-largest eigenvalues, of brightness and colour, grow with them. The teacher of digits, which has hardly seen sigma_max in
-its training, has 0.29. Of a generator it is the standard deviation of a
-pixel among the images of a class over sigma_data: 0.8 for digits, of which a generator that has seen 3% of its images
-reaches 0.48, and nearer 1 where classes are more diverse.
+For a denoiser of Gaussian data whose covariance has eigenvalues l_i it is sqrt(mean l_i^2 / (l_i + sigma_max^2)) /
+sigma_data: 0.1 to 0.2 for natural images of 64x64 pixels and sigma_max 80, and more for larger images, because the few
+largest eigenvalues, those of brightness and colour, grow with them. The digits teacher, which has hardly seen sigma_max
+in training, has 0.29. For a generator it is the standard deviation of a pixel among the images of a class, over
+sigma_data: 0.8 for digits (0.48 after 3% of the training), and closer to 1 where classes are more diverse.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from edmdistill.networks.flow import Denoiser, FlowNetwork
 
 CLASSES, NOISES = 4, 4
 GENERATOR_RANGE = 0.4, 2.0
-"""From where to where noise_dependence is a generator's: less is a denoiser's; more is neither's, as of a network that
-was never trained."""
+"""noise_dependence of generators: below it is a denoiser's; above it is neither's, as that of an untrained network."""
 
 
 @torch.no_grad()
@@ -42,16 +40,20 @@ def noise_dependence(flow: FlowNetwork) -> float:
     variances = []
     for label in classes or [None]:
         labels = None if label is None else torch.tensor([label], device=like.device)
-        images = torch.cat([denoiser(sigma * n, sigma, labels) for n in noises])  # one by one: a large network fits
+        images = torch.cat(
+            [denoiser(sigma * n, sigma, labels) for n in noises]
+        )  # one at a time, so that a large network fits
         variances.append(float(images.double().var(0).mean()))
     flow.train(training)
     return math.sqrt(sum(variances) / len(variances)) / flow.sigma_data
 
 
 def describe_dependence(value: float) -> str:
-    """Returns a sentence on a network whose noise_dependence this is."""
+    """Returns a sentence on a network with this noise_dependence."""
     low, high = GENERATOR_RANGE
-    kind = "as a denoiser's" if value < low else "as a generator's" if value < high else "as no trained network's"
+    kind = (
+        "like a denoiser's" if value < low else "like a generator's" if value < high else "unlike a trained network's"
+    )
     return f"At sigma_max its images vary with the noise by {value:.3g} sigma_data, {kind}."
 
 
@@ -60,13 +62,13 @@ def generator_warning(value: float | None, source: object) -> str | None:
 
     Args:
         value: its noise_dependence; None: not measured.
-        source: what the user calls it.
+        source: as the user named it.
     """
     if value is None or not GENERATOR_RANGE[0] <= value < GENERATOR_RANGE[1]:
         return None
     name, limit = printable(without_secrets(str(source))), GENERATOR_RANGE[0]
     return (
-        f"Warning: {name} behaves as a generator, not as a teacher: at sigma_max its images vary with the noise by "
-        f"{value:.2g} sigma_data, and a denoiser's by less than {limit:g}; what is distilled from it is wrong "
-        "unless it is a denoiser all the same."
+        f"Warning: {name} behaves like a generator, not like a teacher: at sigma_max its images vary with the noise by "
+        f"{value:.2g} sigma_data, and a denoiser's by less than {limit:g}; what is distilled from it "
+        "will be wrong unless it is a denoiser after all."
     )

@@ -1,6 +1,6 @@
 """Reads the ADM networks of OpenAI's Consistency Models: the ImageNet 64x64 teacher, edm_imagenet64_ema.pt.
 
-The file holds weights only, saved by torch.save: what the network is has to be read from their names and shapes. It is
+The file holds weights only, saved by torch.save: the architecture is inferred from their names and shapes. It is
 NVIDIA's DhariwalUNet under other names, with three differences: the noise condition is 1000 times as large, the class
 embedding is stored transposed, and the rows of qkv are laid out [3, heads, C/heads], not [heads, C/heads, 3].
 
@@ -30,10 +30,10 @@ from edmdistill.stored_tensors import StoredTensor
 
 HEAD_CHANNELS = 64
 RESOLUTIONS = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256}
-"""Image size by channel multipliers: the weights do not say it, but OpenAI's code chooses one by the other."""
+"""Image size by channel multipliers: the weights do not show it, but OpenAI's code derives one from the other."""
 
 PRECONDITIONING = {"kind": "edm", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "c_noise_scale": 250.0}
-"""EDM's, but that the network reads c_noise = 1000 ln(sigma) / 4."""
+"""EDM's, except that the network reads c_noise = 1000 ln(sigma) / 4."""
 
 # Their names on the left, DhariwalUNet's on the right.
 TOP = {"time_embed.0": "map_layer0", "time_embed.2": "map_layer1", "out.0": "out_norm", "out.2": "out_conv"}
@@ -49,7 +49,7 @@ ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
 
 
 class UnknownNetwork(Exception):
-    """Why the weights are not such a network: the part of a sentence that follows the file's name."""
+    """The reason why weights are not of such a network: the part of a sentence that follows the file's name."""
 
 
 READABLE = "of OpenAI's .pt files, edm_imagenet64_ema.pt and others of its kind can be read"
@@ -58,7 +58,7 @@ READABLE = "of OpenAI's .pt files, edm_imagenet64_ema.pt and others of its kind 
 def read_openai(path: Path, sha256: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns the network in a `.pt` file of OpenAI's, and its configuration.
 
-    Raises: CheckpointError: the file holds anything but such weights.
+    Raises: CheckpointError: the file holds anything else.
     """
     refuse_by_name(path)
     with downloaded(path):
@@ -76,7 +76,7 @@ def read_arguments(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str,
     """Returns what `to_adm` does.  Raises: CheckpointError: the weights are of another network."""
     try:
         return to_adm(weights)
-    except Exception as error:  # the weights are a stranger's: whatever they break, they are what is wrong
+    except Exception as error:  # the weights are untrusted: whatever breaks, they are the cause
         other = describe_tensors(weights)
         reason = error if isinstance(error, UnknownNetwork) else f"holds other weights than an ADM network ({error!r})"
         said = other or (str(reason) if ": give" in str(reason) else f"{reason}: {READABLE}")
@@ -114,7 +114,7 @@ def to_adm(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
     Args:
         weights: by OpenAI's names.
         resolution: the image size; None = by RESOLUTIONS.
-    Raises: UnknownNetwork: they are of another network; KeyError, ValueError ...: of one that is nothing like it.
+    Raises: UnknownNetwork: they belong to another network; KeyError, ValueError ...: to a very different one.
     """
     _require_denoiser(weights["input_blocks.0.0.weight"].shape[1], weights["out.2.weight"].shape[0])
     model_channels, num_blocks, channel_mult = _architecture(weights)
@@ -170,7 +170,7 @@ def to_adm(weights: Mapping[str, Tensor], resolution: int | None = None) -> tupl
 def _architecture(weights: Mapping[str, Tensor]) -> tuple[int, int, list[int]]:
     """Returns model_channels, num_blocks and channel_mult.
 
-    Raises: UnknownNetwork: it is no ADM network; KeyError, ValueError ...: it is nothing like one.
+    Raises: UnknownNetwork: it is no ADM network; KeyError, ValueError ...: it is very different.
     """
     model_channels = weights["time_embed.0.weight"].shape[1]
     sequences = len({name.split(".")[1] for name in weights if name.startswith("output_blocks.")})
@@ -191,7 +191,7 @@ def _architecture(weights: Mapping[str, Tensor]) -> tuple[int, int, list[int]]:
 def _require_denoiser(channels_in: int, channels_out: int) -> None:
     """Requires a network from images to images: gray or RGB, because OpenAI's latents have no statistics.
 
-    Raises: UnknownNetwork: it is of guided-diffusion, or an upsampler.
+    Raises: UnknownNetwork: it belongs to guided-diffusion, or is an upsampler.
     """
     if channels_in == 6:
         raise UnknownNetwork(f"is an upsampler, which reads a small image too (6 channels in): give {NVIDIA_64}")

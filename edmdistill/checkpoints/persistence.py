@@ -55,7 +55,7 @@ DAMAGED = "it is damaged or was not written by NVIDIA's code"
 
 
 class PersistentObject(Stateful):
-    """Stands for an object of an official class."""
+    """Stand-in for an object of an official class."""
 
     def __init__(self, class_name: str, state: object = None):
         self.class_name = class_name
@@ -76,7 +76,7 @@ class PersistentObject(Stateful):
 
 
 def _persistent(meta: object) -> PersistentObject:
-    """Stands for torch_utils.persistence._reconstruct_persistent_obj."""
+    """Stand-in for torch_utils.persistence._reconstruct_persistent_obj."""
     match meta:
         case {"type": "class", "version": 6, "class_name": str() as name, "state": dict() | None as state}:
             return PersistentObject(name, state)
@@ -159,7 +159,7 @@ def attributes(item: PersistentObject) -> dict[str, object]:
 
 def to_plain(value: object, budget: Iterator[int] | None = None, depth: int = 0) -> object:
     """Returns numbers and strings, and lists and dicts of them, as JSON has them."""
-    # A pickle can share one list among many and so spell out more than memory holds.
+    # A pickle can share one list many times, and so expand to more than fits in memory.
     budget = budget or iter(range(10_000))
     if next(budget, None) is None or depth > 8:
         raise Unreadable(f"holds arguments larger than any network's: {DAMAGED}")

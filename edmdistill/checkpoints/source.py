@@ -1,6 +1,6 @@
-"""Where a checkpoint comes from: a path, a URL, a file on the Hub or a repository of the Hub, all turned into a path.
+"""What a user names as a checkpoint: a path, a URL, a file or a repository of the Hub, all resolved to a local path.
 
-The network is used for what the user names as being there, and for nothing else.
+Only what the user names by a URL or a Hub id is downloaded.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.errors import CheckpointError, public_address, without_secrets
 
 SHIPPED = {"digits": Path(__file__).parent.parent / "assets" / "digits-teacher.pkl"}
-"""Checkpoints that come with the package, by a word; a file or folder of that name comes before."""
+"""Checkpoints that come with the package, by name; a file or folder of that name takes precedence."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that a user names: found once, and what is read or hashed of it is kept here.
+    """A checkpoint that a user names, resolved once; what is read or hashed of it is kept here.
 
     Attributes:
         text: as the user named it.
@@ -40,12 +40,12 @@ class Source:
 
     @cached_property
     def is_archive(self) -> bool:
-        """Whether the file is an archive of torch.save, as OpenAI's are and NVIDIA's never."""
+        """Whether the file is an archive of torch.save, as OpenAI's files are and NVIDIA's never are."""
         return zipfile.is_zipfile(self.path)
 
     @cached_property
     def official(self) -> OfficialCheckpoint:
-        """The content of NVIDIA's pickle.  Raises: CheckpointError: it is none, or damaged."""
+        """The content of NVIDIA's pickle.  Raises: CheckpointError: it is another file, or damaged."""
         return read_official(self.path)
 
     @cached_property
@@ -61,7 +61,7 @@ class Source:
 
 
 def open_source(source: str | Path | Source) -> Source:
-    """Returns what a user names, downloaded first where it is not here; see `resolve`.
+    """Returns the checkpoint that a user names, downloaded first if need be; see `resolve`.
 
     Raises: CheckpointError: no such path or URL.  HubError: the Hub has no such thing, or cannot be reached.
     """
@@ -69,12 +69,12 @@ def open_source(source: str | Path | Source) -> Source:
 
 
 def resolve(source: str | Path) -> Path:
-    """Returns the local file or folder that `source` names, downloaded first where it is not here.
+    """Returns the local file or folder that `source` names, downloaded first if need be.
 
     Args:
         source: a path; http(s)://...; hf://owner/name/file@revision (a file of the Hub); owner/name or
             owner/name@revision, with hf:// or without (a checkpoint of ours on the Hub); digits, the teacher that comes
-            with the package. A path that exists comes before these; a revision is a branch, a tag or a commit.
+            with the package. An existing path takes precedence; a revision is a branch, a tag or a commit.
     Raises: CheckpointError: no such path or URL.  HubError: the Hub has no such thing, or cannot be reached.
     """
     text = str(source)

@@ -1,4 +1,4 @@
-"""Files that are not teachers: what they are by name and content, and what to give in their place.
+"""Files that are no teachers: what they are, by name and content, and what to give instead.
 
 Facts: github.com/openai/guided-diffusion (names of files), openai/consistency_models (cm/train_util.py), NVlabs/edm
 (training/training_loop.py), mingyuanzhou/SiD (training/sid_training_loop.py), tianweiy/DMD2 (main/edm), sony/ctm.
@@ -25,7 +25,7 @@ _NAMES = (
     (r"network-snapshot-\d+\.\d{6}-\d{6,}\.pkl(\.gz)?",
      f"is by its name a one-step generator of SiD and not a teacher: {TEACHER}"),
 )  # fmt: skip
-"""Patterns of whole names of files, and the part of a sentence that follows."""
+"""Patterns of file names, and the part of a sentence that follows the name."""
 _TENSORS = (
     (r"time_embed_s\.", f"holds a generator of CTM, which is no teacher: {TEACHER}"),
     (r"(model\.|unet\.)?((enc|dec)\.\d+x\d+_|map_(noise|layer0|label)\.|emb_(noise|fourier|label)\.)",
@@ -35,17 +35,17 @@ _TENSORS = (
      "holds a network by diffusers' names, which cannot be read: give the pickle of NVIDIA's or the .pt of OpenAI's "
      "that it was made from"),
 )  # fmt: skip
-"""Patterns of how a tensor's name begins, and the part of a sentence that follows."""
+"""Patterns of how a tensor's name begins, and the part of a sentence that follows the file's name."""
 
 
 def refuse_by_name(path: Path) -> None:
-    """Raises: CheckpointError: the file is by its name no teacher."""
+    """Raises: CheckpointError: the file's name is that of a file that is no teacher."""
     if other := describe_name(path):
         raise CheckpointError(f"{path} {other}.")
 
 
 def describe_name(path: Path) -> str | None:
-    """Returns what a file is by its name, and what to give: the part of a sentence that follows the file's name."""
+    """Returns what a file is by its name, and what to give: the part of a sentence that follows the name."""
     if path.name.startswith("training-state-"):
         number = path.stem.rpartition("-")[2]
         beside = sorted(path.parent.glob(f"network-snapshot-*{number}*.pkl")) or sorted(
@@ -57,13 +57,13 @@ def describe_name(path: Path) -> str | None:
 
 
 def describe_tensors(names: Iterable[object]) -> str | None:
-    """Returns what a state dict is by the names of its tensors; None for one that is not known."""
-    words = [str(name).removeprefix("module.") for name in names]
-    return next((said for pattern, said in _TENSORS if any(re.match(pattern, word) for word in words)), None)
+    """Returns what a state dict is by the names of its tensors; None if they are not known."""
+    tensors = [str(name).removeprefix("module.") for name in names]
+    return next((said for pattern, said in _TENSORS if any(re.match(pattern, name) for name in tensors)), None)
 
 
 def describe_entries(entries: Mapping[Any, object]) -> str | None:
-    """Returns what a dict that is no state dict holds beside or above its weights."""
+    """Returns what a dict that is no state dict is, by its keys and what is under them; None if they are not known."""
     names = [str(name)[:60] for name in entries]
     if any(re.match(r"(g_|fake_score_)?optimizer", name) for name in names):
         return "is a training state, not a network: give the network-snapshot beside it (network-snapshot-*.pkl)"
@@ -87,7 +87,7 @@ def describe_safetensors(header: bytes) -> str | None:
 
 
 def describe_folder(folder: Path) -> str:
-    """Returns what a folder is that holds no checkpoint of ours, and what to give."""
+    """Returns what a folder without a checkpoint to convert is, and what to give."""
     names = {entry.name for entry in folder.iterdir()}
     if {"config.json", "model.safetensors"} <= names and not names & {"model_index.json"}:
         return "is a folder, a checkpoint that needs no conversion: give the file to convert"

@@ -60,7 +60,7 @@ def test_a_denoiser_and_a_generator_of_gaussian_data(label_dim: int) -> None:
 
 
 def test_the_words() -> None:
-    for value, kind in ((0.01, "denoiser"), (0.8, "generator"), (170.0, "no trained network")):
+    for value, kind in ((0.01, "denoiser"), (0.8, "generator"), (170.0, "unlike a trained network")):
         assert kind in describe_dependence(value)
         assert (generator_warning(value, "teacher.pkl") is not None) == (kind == "generator")
     assert generator_warning(None, "teacher.pkl") is None
@@ -83,7 +83,7 @@ def test_convert_measures_prints_and_stores_it(golden: Path, tmp_path: Path, mon
         (tmp_path / "out").rename(tmp_path / f"gone-{value}")
         assert result.exit_code == 0, result.output
         assert describe_dependence(value) in result.stdout
-        assert ("behaves as a generator" in result.stderr) == warned
+        assert ("behaves like a generator" in result.stderr) == warned
 
 
 def test_a_checkpoint_says_it_for_whoever_takes_it_as_a_teacher(golden: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_train_warns_and_hands_down_no_measure_of_the_teacher(tmp_path: Path) ->
     for value, warned in ((0.9, True), (0.1, False)):
         save_checkpoint(tmp_path / "c", flow, replace(config, noise_dependence=value), overwrite=True)
         run = prepare(recipe, data="digits", teacher=tmp_path / "c", machine=Machine("cpu"))
-        assert any("behaves as a generator" in note for note in run.notes) == warned
+        assert any("behaves like a generator" in note for note in run.notes) == warned
         assert run.config.noise_dependence is None
         assert run.config.images_total == 64
 

@@ -29,9 +29,9 @@ def test_a_torn_line_never_was(tmp_path_factory: pytest.TempPathFactory, values:
         append_line(log, {"images": value})
     with log.open("ab") as file:
         file.write(torn)
-    assert [line["images"] for line in read_lines(log, Numbers, note=pytest.fail)] == values
+    assert [line["images"] for line in read_lines(log, Numbers, on_message=pytest.fail)] == values
     append_line(log, {"images": more})
-    assert [line["images"] for line in read_lines(log, Numbers, note=pytest.fail)] == [*values, more]
+    assert [line["images"] for line in read_lines(log, Numbers, on_message=pytest.fail)] == [*values, more]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
@@ -39,7 +39,7 @@ def test_a_bad_line_is_passed_over_and_said(bad: bytes, tmp_path: Path):
     log, said = tmp_path / "a.jsonl", []
     log.write_bytes(b'{"images": 8}\n' + bad + b'\n{"images": 16}\n' + bad + b'\n{"images": 24}\n')
     assert [line["images"] for line in read_lines(log, Numbers, ["images"], said.append)] == [8, 16, 24]
-    assert said == [f"{log}: line {number} is damaged and is passed over." for number in (2, 4)]
+    assert said == [f"{log}: line {number} is damaged and is skipped." for number in (2, 4)]
     truncate_lines(log, Numbers, lambda line: line["images"] <= 16, ["images"], said.append)
     assert log.read_bytes() == b'{"images": 8}\n' + bad + b'\n{"images": 16}\n'
 
@@ -47,7 +47,7 @@ def test_a_bad_line_is_passed_over_and_said(bad: bytes, tmp_path: Path):
 def test_infinity_is_a_number(tmp_path: Path):
     """A gradient's norm is infinite where half precision overflows."""
     append_line(tmp_path / "a.jsonl", {"images": 8, "grad_norm/generator": float("inf")})
-    assert read_lines(tmp_path / "a.jsonl", Numbers, note=pytest.fail)[0]["grad_norm/generator"] == float("inf")
+    assert read_lines(tmp_path / "a.jsonl", Numbers, on_message=pytest.fail)[0]["grad_norm/generator"] == float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_run_goes_on_and_is_reported(
     log.write_bytes(sound.replace(b"\n", b"\nnot JSON\n", 1) + b'{"images": 3')
     try:
         before = read_run(finished)
-        assert f"{log}: line 2 is damaged and is passed over." in capsys.readouterr().err
+        assert f"{log}: line 2 is damaged and is skipped." in capsys.readouterr().err
         assert train(
             start("sid", images=32, snapshot_every=16, log_every=8), finished, on_message=lambda said: None
         ).finished
