@@ -1,15 +1,15 @@
-"""Random numbers that belong to the rows of a batch: the same on every device, and however the rows are shared out.
+"""Random numbers tied to the rows of a batch: the same on every device and for every split of the batch.
 
-Nothing here has a state that moves: every row has a stream of 2^64 words of 64 bits, SplitMix's, whose words are
-computed from their positions alone. Word i of the stream with key k is
+The generator is counter-based: each row has a SplitMix stream of 2^64 words of 64 bits, and a word depends on its
+position alone. Word i of the stream with key k is
 
     mix(k + (i + 1) gamma),    mix: twice z = (z ^ (z >> 32)) c, and once more z ^ (z >> 32)
 
-Each use of a stream (a call of Draws, a layer's dropout) has a piece of it to itself, 2^40 words long.
+Each use of a stream (a call of Draws, a layer's dropout) has its own piece of 2^40 words.
 
-Words and uniform numbers are integer arithmetic: equal bit for bit on all devices. Normal numbers are computed from
-them in float64, where two libraries' log, sin and cos may differ in the last bits: in float32 about one number in 10^8
-then differs, by one ulp.
+Words and uniform numbers are computed in integers and agree bit for bit on all devices. Normal numbers are computed
+from them in float64, where log, sin and cos of two libraries may differ in the last bits; in float32 about one number
+in 10^8 then differs by one ulp.
 
 Source: Steele, Lea & Flood 2014 (SplitMix), figure 16; Steele & Vigna 2021 (LXM), figure 2, for the mixer, lea64.
 """
@@ -26,15 +26,15 @@ from torch import Tensor
 GAMMA = 0x9E3779B97F4A7C15
 MULTIPLIER = 0xDABA0B6EB09322E3
 PIECE = 2**40
-"""Words that one use of a stream has to itself."""
+"""Words reserved for one use of a stream."""
 CALLS = 2**23
-"""Pieces for the calls of Draws; those behind them are for dropout."""
+"""Pieces reserved for the calls of Draws; later ones are for dropout."""
 LAYERS = 2**12
-"""Pieces for the layers of one forward pass."""
+"""Pieces reserved for the layers of one forward pass."""
 
 
 def words(keys: Tensor, n: int, piece: int = 0) -> Tensor:
-    """Returns the first n words of a piece of every key's stream.  [rows] int64 -> [rows,n] int64"""
+    """Returns the first n words of a piece of each key's stream.  [rows] int64 -> [rows,n] int64"""
     steps = torch.arange(n, device=keys.device) * _signed(GAMMA) + _signed((piece * PIECE + 1) * GAMMA)
     z = keys[:, None] + steps
     low, high = _halves(z)  # views: low ^= high is z ^= z >> 32
@@ -46,7 +46,7 @@ def words(keys: Tensor, n: int, piece: int = 0) -> Tensor:
 
 
 def _signed(n: int) -> int:
-    """Returns the int64 whose bits are those of n modulo 2^64; torch multiplies and adds with the same modulus."""
+    """Returns the int64 with the bits of n modulo 2^64, the modulus of torch's int64 arithmetic."""
     return (n + 2**63) % 2**64 - 2**63
 
 
@@ -56,14 +56,14 @@ def _halves(words: Tensor) -> tuple[Tensor, ...]:
 
 
 def uniform(words: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Returns numbers in [0, 1) with as many random bits as the dtype holds, one a word."""
+    """Returns one number in [0, 1) per word, with as many random bits as the dtype holds."""
     bits = 53 if dtype == torch.float64 else 24
     numbers: Tensor = ((words >> (64 - bits)) + 2 ** (bits - 1)).to(dtype)
     return numbers * 2.0**-bits
 
 
 def normal(words: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Returns numbers of mean 0 and variance 1, two a word, by Box and Muller's method.  [rows,n] -> [rows,2n]"""
+    """Returns two standard normal numbers per word, by the Box-Muller method.  [rows,n] -> [rows,2n]"""
     low, high = _halves(words)
     radius = (low.double() * 2.0**-32 + (0.5 + 2.0**-33)).log_().mul_(-2).sqrt_()  # of a number in (0, 1)
     angle = high.double() * (2 * math.pi * 2.0**-32)
@@ -71,15 +71,15 @@ def normal(words: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 class Draws:
-    """Random numbers for some rows of a batch: the same numbers however processes and micro-batches share the rows.
+    """Random numbers for rows of a batch, the same for every split into processes and micro-batches.
 
-    What a row gets depends on the entropy, its place in the batch, and the order of the calls.
+    A row's numbers depend on the entropy, its index in the batch, and the order of the calls.
 
     Args:
-        entropy: what names the batch: seed, round, turn ...
-        batch: rows of the whole batch.
-        rows: those wanted.
-        device: of the numbers; "meta" gives shapes without numbers.
+        entropy: identifies the batch: seed, round, turn ...
+        batch: number of rows in the whole batch.
+        rows: the rows to draw for.
+        device: of the numbers; "meta" gives shapes only.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Draws:
         return len(self._keys)
 
     def common(self) -> float:
-        """Returns a number in [0, 1), the same for every row of the batch; on the meta device .5, what is usual."""
+        """Draws one number from [0, 1) for the whole batch; on the meta device returns .5, a typical value."""
         return 0.5 if self.device.type == "meta" else float(self._common.random())
 
     def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -109,7 +109,7 @@ class Draws:
         return uniform(self._words(math.prod(shape)), dtype).reshape(len(self), *shape)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Draws from the normal distribution of mean 0 and variance 1.  [rows,*shape]"""
+        """Draws from the standard normal distribution.  [rows,*shape]"""
         n = math.prod(shape)
         return normal(self._words(-(-n // 2)), dtype)[:, :n].reshape(len(self), *shape)
 
@@ -118,9 +118,9 @@ class Draws:
         return self.normal(*x.shape[1:], dtype=x.dtype) * std
 
     def dropout(self, advance: bool = True) -> Tensor:
-        """Returns the keys of the rows' dropout in a forward pass, for kernels.dropout.  [rows] int64
+        """Returns the rows' dropout keys for a forward pass, for kernels.dropout.  [rows] int64
 
-        advance: whether the next pass has other keys.
+        advance: give the next pass other keys.
         """
         first = CALLS + self._passes * LAYERS
         self._passes += advance

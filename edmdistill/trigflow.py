@@ -1,10 +1,10 @@
-"""The TrigFlow circle: noise level <-> time, and the moves that one makes on it.
+"""TrigFlow: noise level <-> time, and steps along the circle of data and noise.
 
     x_t = cos(t) x0 + sin(t) z,    z ~ N(0, sigma_data^2 I),    t in [0, pi/2]
 
-EDM's x_sigma = x0 + sigma n is the same point, scaled: x_t = cos(t) x_sigma with sigma = sigma_data tan(t).
-Images are [B,C,H,W]; times are [] or [B] and are broadcast here and nowhere else. A time is computed in float64
-and multiplies an image in the image's dtype.
+EDM's x_sigma = x0 + sigma n is the same point up to scale: x_t = cos(t) x_sigma with sigma = sigma_data tan(t).
+Images are [B,C,H,W]; times are [] or [B] and are broadcast only here. Functions of time are computed in float64 and
+cast to the image's dtype.
 
 Source: Lu & Song 2025 (sCM), section 3 and appendix B.
 """
@@ -16,50 +16,56 @@ from torch import Tensor
 
 
 def sigma_to_time(sigma: Tensor | float, sigma_data: float) -> Tensor:
-    """t = arctan(sigma / sigma_data), float64, in [0, pi/2].  sigma in [0, inf], any shape.  Source: sCM, section 3."""
+    """Returns t = arctan(sigma / sigma_data), float64, in [0, pi/2].
+
+    sigma: in [0, inf], any shape.  Source: sCM, section 3.
+    """
     return torch.atan(torch.as_tensor(sigma, dtype=torch.float64) / sigma_data)
 
 
 def time_to_sigma(t: Tensor | float, sigma_data: float) -> Tensor:
-    """sigma = sigma_data tan(t), float64, in [0, inf).  t in [0, pi/2), any shape.  Source: sCM, section 3."""
+    """Returns sigma = sigma_data tan(t), float64, in [0, inf).
+
+    t: in [0, pi/2), any shape.  Source: sCM, section 3.
+    """
     return torch.tan(torch.as_tensor(t, dtype=torch.float64)) * sigma_data
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
-    """t [] or [B], as a float64 tensor that broadcasts over x [B,...]."""
+    """Returns t [] or [B] as a float64 tensor that broadcasts over x [B,...]."""
     return t.to(x.device, torch.float64).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def cos_sin(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """cos(t) and sin(t), formed in float64, broadcast over x and in x's dtype."""
+    """Returns cos(t) and sin(t), computed in float64, in x's dtype and broadcastable over x."""
     wide = expand(t, x)
     return wide.cos().to(x.dtype), wide.sin().to(x.dtype)
 
 
 def diffuse(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """x_t = cos(t) x0 + sin(t) z.  x0, z, x_t [B,C,H,W]; z has standard deviation sigma_data."""
+    """Returns x_t = cos(t) x0 + sin(t) z.  x0, z, x_t [B,C,H,W]; z has standard deviation sigma_data."""
     cos, sin = cos_sin(t, x0)
     return cos * x0 + sin * z
 
 
 def velocity(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """dx_t/dt = cos(t) z - sin(t) x0, what sigma_data F learns.  [B,C,H,W]"""
+    """Returns dx_t/dt = cos(t) z - sin(t) x0, the target of sigma_data F.  [B,C,H,W]"""
     cos, sin = cos_sin(t, x0)
     return cos * z - sin * x0
 
 
 def denoised(x_t: Tensor, F: Tensor, t: Tensor, sigma_data: float) -> Tensor:
-    """x0 = cos(t) x_t - sin(t) sigma_data F: the denoiser and the consistency function.  Source: sCM, eq. 5."""
+    """Returns x0 = cos(t) x_t - sin(t) sigma_data F: the denoiser and the consistency function.  Source: sCM, eq. 5."""
     cos, sin = cos_sin(t, x_t)
     return cos * x_t - sin * (sigma_data * F)
 
 
 def implied_noise(x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """z = (x_t - cos(t) x0) / sin(t): the noise in x_t if its data is x0, of std sigma_data.  t in (0, pi/2]."""
+    """Returns z = (x_t - cos(t) x0) / sin(t), the noise of std sigma_data in x_t given its data x0.  t in (0, pi/2]."""
     cos, sin = cos_sin(t, x_t)
     return (x_t - cos * x0) / sin
 
 
 def ddim_step(x_t: Tensor, F: Tensor, t: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """x_s = cos(t-s) x_t - sin(t-s) sigma_data F, one deterministic step from t to s.  Source: sCM, section 3."""
+    """Returns x_s = cos(t-s) x_t - sin(t-s) sigma_data F, a deterministic step from t to s.  Source: sCM, section 3."""
     return denoised(x_t, F, t - s, sigma_data)

@@ -1,4 +1,4 @@
-"""The table of methods: all that the rest of the package has to know of one before it runs."""
+"""The table of methods: everything the package knows about a method without importing it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 class MethodEntry(NamedTuple):
-    """A line of METHODS.
+    """An entry of METHODS.
 
     Attributes:
-        path: `module:Class`; the module is imported on first use, for it imports torch.
+        path: `module:Class`; the module is imported on first use, because it imports torch.
         summary: one sentence, for `--help`, reports and cards.
-        citations: keys in assets/citations.bib, beside that of the network.
+        citations: keys in assets/citations.bib, in addition to the network's.
     """
 
     path: str
@@ -23,7 +23,7 @@ class MethodEntry(NamedTuple):
     citations: tuple[str, ...] = ()
 
     def load(self) -> type[Method[Any]]:
-        """Returns the class."""
+        """Returns the method's class."""
         module, _, name = self.path.partition(":")
         method: type[Method[Any]] = getattr(import_module(module), name)
         return method
@@ -32,16 +32,16 @@ class MethodEntry(NamedTuple):
 METHODS: dict[str, MethodEntry] = {
     "diffusion": MethodEntry(
         "edmdistill.methods.diffusion:Diffusion",
-        "Diffusion training in TrigFlow: how a teacher is made.",
+        "Diffusion training in TrigFlow: how a teacher is trained.",
     ),
     "cosim": MethodEntry(
         "edmdistill.methods.cosim:CoSIM",
-        "CoSIM: continuous semi-implicit models, a generator of any number of steps.",
+        "CoSIM: continuous semi-implicit models, a generator for any number of steps.",
         ("yu2025cosim",),
     ),
     "sid": MethodEntry(
         "edmdistill.methods.sid:SiD",
-        "SiD: score identity distillation, a generator of one step, from the teacher alone.",
+        "SiD: score identity distillation, a one-step generator trained from the teacher alone.",
         ("zhou2024sid",),
     ),
     "scd": MethodEntry(
@@ -61,7 +61,7 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "vsd": MethodEntry(
         "edmdistill.methods.vsd:VSD",
-        "aVSD: adaptive variational score distillation, a generator of one step, from the teacher alone.",
+        "aVSD: adaptive variational score distillation, a one-step generator trained from the teacher alone.",
         ("wang2023vsd", "lu2025scm"),
     ),
     "ctm": MethodEntry(
@@ -70,4 +70,4 @@ METHODS: dict[str, MethodEntry] = {
         ("kim2024ctm",),
     ),
 }
-"""By the names that the command line and recipes use."""
+"""By the name used on the command line and in recipes."""

@@ -6,10 +6,11 @@ Logits [B,n] are positive for images that look real; losses [B] are means over n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as f
+from msgspec import Meta
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
@@ -40,6 +41,7 @@ LOG = GANLoss(
 GAN_LOSSES = {"hinge": HINGE, "log": LOG}
 
 Augmentation = Literal["color", "translation", "cutout"]
+Augmentations = Annotated[tuple[Augmentation, ...], Meta(description="augmentations of the discriminator's input")]
 
 
 def augment(x: Tensor, draws: Draws, augmentations: Sequence[Augmentation]) -> Tensor:

@@ -1,4 +1,4 @@
-"""CoSIM: continuous semi-implicit models, a generator of any number of steps.
+"""CoSIM: continuous semi-implicit models, a generator for any number of steps.
 
 Yu et al. 2025 (ICML), algorithm 2.
 

@@ -22,65 +22,43 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.features.perceptual import PerceptualDistance
-from edmdistill.methods.adversarial import Adversary, Augmentation, gan_roles
-from edmdistill.methods.base import (
-    Batch,
-    EmaOf,
-    FlowFunction,
-    Loss,
-    Method,
-    NoiseRange,
-    Preview,
-    Role,
-    Turn,
-    WatchedFunction,
-)
+from edmdistill.methods.adversarial import Adversary, Augmentations, gan_roles
+from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Loss, Method, NoiseRange, Preview, Role, Turn
 from edmdistill.methods.distances import DISTANCES, l2
 from edmdistill.methods.noising import noised
 from edmdistill.methods.solver import follow_flow
-from edmdistill.methods.weighting import gradient_balance
+from edmdistill.methods.weighting import balanced_sum
 from edmdistill.schedules import ctm_indices, ctm_score_sigmas, edm_sigmas
 from edmdistill.trigflow import ddim_step, diffuse, sigma_to_time
+
+Sampling = Literal["official", "paper"]
+Matching = Literal["soft", "local", "global"]
+Inner = Literal["average", "live"]
+Distance = Literal["pseudo-huber", "l2", "lpips"]
+DSMWeight = Literal["edm", "none"]
+Balance = Literal["adaptive", "fixed"]
 
 
 class CTMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     N: Annotated[int, Meta(ge=2, le=100_000, description="noise levels on EDM's curve")] = 18
     max_steps: Annotated[int, Meta(ge=1, le=100_000, description="largest number of the solver's Heun steps")] = 17
-    sampling: Annotated[
-        Literal["official", "paper"], Meta(description="distribution of t, s and u: the official code's or the paper's")
-    ] = "official"
-    matching: Annotated[
-        Literal["soft", "local", "global"], Meta(description="the solver goes part of the way to s, one step, or all")
-    ] = "soft"
+    sampling: Annotated[Sampling, Meta(description="distribution of t, s, u: official code's or paper's")] = "official"
+    matching: Annotated[Matching, Meta(description="the solver goes part of the way to s, one step, or all")] = "soft"
     one_step_share: Annotated[float, Meta(ge=0, le=1, description="share of jumps from sigma_max to sigma_min")] = 0.1
     teacher: Annotated[bool, Meta(description="false: the solver follows the target network's own score")] = True
     mu: Annotated[float, Meta(ge=0, lt=1, description="EMA decay of the target network, per step")] = 0.999
-    inner: Annotated[
-        Literal["average", "live"], Meta(description="network of the jump from u to s: the target or the generator")
-    ] = "average"
-    distance: Annotated[
-        Literal["pseudo-huber", "l2", "lpips"], Meta(description="distance between x_est and x_target")
-    ] = "pseudo-huber"
+    inner: Annotated[Inner, Meta(description="network of the jump from u to s: target or generator")] = "average"
+    distance: Annotated[Distance, Meta(description="distance between x_est and x_target")] = "pseudo-huber"
     lpips: Annotated[str, Meta(description="TorchScript file of the distance lpips; see PerceptualDistance")] = ""
     dsm: Annotated[float, Meta(ge=0, description="weight of the denoising loss; 0 = none")] = 1.0
-    dsm_weight: Annotated[
-        Literal["edm", "none"], Meta(description="weighting of noise levels in the denoising loss; none = 1 for x0")
-    ] = "edm"
+    dsm_weight: Annotated[DSMWeight, Meta(description="weighting of the denoising loss over noise levels")] = "edm"
     gan: Annotated[float, Meta(ge=0, description="weight of the adversarial loss; 0 = none")] = 1.0
     gan_loss: Annotated[Literal["hinge", "log"], Meta(description="the official code's or the paper's")] = "hinge"
     gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the adversarial loss starts")] = 0
     gan_channels: Annotated[int, Meta(ge=1, le=100_000, description="channels of the mixed feature maps")] = 64
-    features: Annotated[
-        tuple[str, ...], Meta(description="TorchScript feature networks, see ScriptFeatures; none = random features")
-    ] = ()
-    augment: Annotated[tuple[Augmentation, ...], Meta(description="augmentations of the discriminator's input")] = (
-        "color",
-        "translation",
-        "cutout",
-    )
-    balance: Annotated[
-        Literal["adaptive", "fixed"], Meta(description="adaptive: losses of equal gradients in the last layer")
-    ] = "adaptive"
+    features: Annotated[tuple[str, ...], Meta(description="TorchScript feature networks; none = random features")] = ()
+    augment: Augmentations = ("color", "translation", "cutout")
+    balance: Annotated[Balance, Meta(description="adaptive: equal gradients in the last layer")] = "adaptive"
 
     def __post_init__(self) -> None:
         if (self.distance == "lpips") != bool(self.lpips):
@@ -98,13 +76,15 @@ def ctm_roles(config: CTMConfig) -> dict[str, Role]:
 
 
 class Jump(NamedTuple):
-    """A draw of algorithm 4, lines 2-5: grid indices of t, s, u, the number of solver steps to u, and x_t."""
+    """A draw of algorithm 4, lines 2-5: times t, s, u [B]; x_t; the solver's grid indices of t and u, and its steps."""
 
     t: Tensor
     s: Tensor
     u: Tensor
-    steps: int
     x_t: Tensor
+    start: Tensor
+    stop: Tensor
+    steps: int
 
 
 class Terms(NamedTuple):
@@ -122,8 +102,7 @@ class CTM(Method[CTMConfig]):
 
     def __init__(self, config: CTMConfig, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
-        self.generator: WatchedFunction = networks["generator"]
-        self.target: FlowFunction = networks["target"]
+        self.generator, self.target = networks["generator"], networks["target"]
         self.distance = networks["perception"] if config.lpips else DISTANCES[config.distance]
         self.adversary = Adversary(networks, config.gan_loss, config.augment) if config.gan else None
         sigma_data, sigma_min, sigma_max = noise
@@ -147,7 +126,7 @@ class CTM(Method[CTMConfig]):
             jump = self.draw_jump(batch, draws)
             fake = self.x_est(jump, batch.labels)
         value, signals = self.adversary.discriminator_loss(batch.x0, fake, draws)
-        return Loss(value, self.time(jump.t), signals)
+        return Loss(value, jump.t, signals)
 
     def last_layer_gradients(self, batch: Batch, draws: Draws) -> Preview:
         """Returns the gradient of each term in the generator's last layer.  Source: section 3.3."""
@@ -159,13 +138,7 @@ class CTM(Method[CTMConfig]):
         """Algorithm 4, line 7."""
         terms = self.terms(batch, draws, None if preview is None else preview.cached)
         weights = {"ctm": 1.0, "dsm": self.config.dsm, "gan": self.config.gan}
-        value = torch.zeros_like(terms.losses["ctm"])
-        signals: dict[str, Tensor] = {}
-        for name, loss in terms.losses.items():
-            balance = torch.ones_like(value[0]) if preview is None else gradient_balance(preview.means, name)
-            weight = weights[name] * balance
-            value = value + weight * loss
-            signals |= {name: loss.detach().mean()} | ({} if name == "ctm" else {f"lambda_{name}": weight})
+        value, signals = balanced_sum(terms.losses, weights, None if preview is None else preview.means)
         return Loss(value, terms.t, signals, terms.x_est.detach())
 
     def terms(self, batch: Batch, draws: Draws, x_target: Tensor | None = None) -> Terms:
@@ -179,12 +152,12 @@ class CTM(Method[CTMConfig]):
             losses["dsm"] = self.denoising_loss(batch, draws)
         if self.adversary is not None and batch.images >= self.config.gan_warmup_images:
             losses["gan"] = self.adversary.generator_loss(x_est, draws)
-        return Terms(losses, self.time(jump.t), x_est, x_target)
+        return Terms(losses, jump.t, x_est, x_target)
 
     def draw_jump(self, batch: Batch, draws: Draws) -> Jump:
         """Algorithm 4, lines 2-5."""
-        config = self.config
-        t, s, u, steps = ctm_indices(
+        config, times = self.config, self.times.to(batch.x0.device)
+        start, end, stop, steps = ctm_indices(
             draws,
             config.N,
             max_steps=config.max_steps,
@@ -192,8 +165,8 @@ class CTM(Method[CTMConfig]):
             matching=config.matching,
             one_step_share=config.one_step_share,
         )
-        x_t = diffuse(batch.x0, draws.normal_like(batch.x0, self.noise.sigma_data), self.time(t))
-        return Jump(t, s, u, steps, x_t)
+        x_t = diffuse(batch.x0, draws.normal_like(batch.x0, self.noise.sigma_data), times[start])
+        return Jump(times[start], times[end], times[stop], x_t, start, stop, steps)
 
     @torch.no_grad()
     def x_target(self, jump: Jump, labels: Tensor | None) -> Tensor:
@@ -203,21 +176,24 @@ class CTM(Method[CTMConfig]):
             return self.networks["teacher"](x, t, labels) if self.config.teacher else self.target(x, t, labels, t)
 
         times = self.times.to(jump.x_t.device)
-        x_u = follow_flow(flow, jump.x_t, times, jump.t, jump.u, jump.steps, self.noise.sigma_data)
+        x_u = follow_flow(flow, jump.x_t, times, jump.start, jump.stop, jump.steps, self.noise.sigma_data)
         inner = self.target if self.config.inner == "average" else self.generator
-        return self.jump_to_end(self.jump(inner, x_u, self.time(jump.u), self.time(jump.s), labels), jump.s, labels)
+        return self.jump_to_end(self.jump(inner, x_u, jump.u, jump.s, labels), jump.s, labels)
 
     def x_est(self, jump: Jump, labels: Tensor | None) -> Tensor:
         """Returns x_est: by the generator to s, by the target network to the end."""
-        x_s = self.jump(self.generator, jump.x_t, self.time(jump.t), self.time(jump.s), labels)
-        return self.jump_to_end(x_s, jump.s, labels)
+        return self.jump_to_end(self.jump(self.generator, jump.x_t, jump.t, jump.s, labels), jump.s, labels)
 
     def jump_to_end(self, x_s: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """Returns G_sg(x_s, s, end): the weights of G_sg are frozen, but the gradient flows through to x_s.
 
         Differs: the paper's end is 0; that of the official code, sigma_min, is used here.
         """
-        return self.jump(self.target, x_s, self.time(s), self.time(torch.full_like(s, self.config.N - 1)), labels)
+        return self.jump(self.target, x_s, s, self.times[-1].to(s).expand_as(s), labels)
+
+    def jump(self, network: FlowFunction, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns G(x_t, t, s)."""
+        return ddim_step(x_t, network(x_t, t, labels, s), t, s, self.noise.sigma_data)
 
     def denoising_loss(self, batch: Batch, draws: Draws) -> Tensor:
         """Returns |D(x_t', t') - x0|^2 with EDM's weight, which makes it |F - v / sigma_d|^2.  [B]
@@ -230,11 +206,3 @@ class CTM(Method[CTMConfig]):
         x_t, v = noised(batch.x0, t, draws, sigma_data)
         square = l2(self.generator(x_t, t, batch.labels, t), v / sigma_data)
         return square if self.config.dsm_weight == "edm" else square * (sigma_data * t.sin()).to(square) ** 2
-
-    def time(self, index: Tensor) -> Tensor:
-        """Returns the times of grid points."""
-        return self.times.to(index.device)[index]
-
-    def jump(self, network: FlowFunction, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns G(x_t, t, s)."""
-        return ddim_step(x_t, network(x_t, t, labels, s), t, s, self.noise.sigma_data)

@@ -1,4 +1,4 @@
-"""SiD: score identity distillation, a generator of one step, from the teacher alone.
+"""SiD: score identity distillation, a one-step generator trained from the teacher alone.
 
 Zhou et al. 2024 (ICML), algorithm 1: CoSIM's losses with one starting level and an auxiliary score of one time.
 

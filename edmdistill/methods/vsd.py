@@ -1,4 +1,4 @@
-"""aVSD: adaptive variational score distillation, a generator of one step, from the teacher alone.
+"""aVSD: adaptive variational score distillation, a one-step generator trained from the teacher alone.
 
 Lu & Song 2025 (ICLR), appendix C, after Wang et al. 2023 (VSD) and Yin et al. 2024 (DMD).
 

@@ -21,7 +21,28 @@ def adaptive(error: Tensor, u: Tensor) -> Tensor:
     return (-u).exp() * error.square().flatten(1).mean(1) + u
 
 
-def gradient_balance(gradients: Mapping[str, Tensor], name: str, reference: str = "ctm") -> Tensor:
+def balanced_sum(
+    losses: Mapping[str, Tensor], weights: Mapping[str, float], gradients: Mapping[str, Tensor] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the weighted sum of losses [B], and as signals each loss's mean and, but for the first, its weight.
+
+    Args:
+        losses: by name, the reference first.  [B] each
+        weights: by name.
+        gradients: multiply the weights by `gradient_balance`; None: the weights as they are.
+    """
+    reference = next(iter(losses))
+    value = torch.zeros_like(losses[reference])
+    signals: dict[str, Tensor] = {}
+    for name, loss in losses.items():
+        one = torch.ones_like(value[0])
+        weight = weights[name] * (one if gradients is None else gradient_balance(gradients, name, reference))
+        value = value + weight * loss
+        signals |= {name: loss.detach().mean()} | ({} if name == reference else {f"lambda_{name}": weight})
+    return value, signals
+
+
+def gradient_balance(gradients: Mapping[str, Tensor], name: str, reference: str) -> Tensor:
     """Returns lambda = |gradient of the reference loss| / (|gradient of the named loss| + 1e-4); 1 for the reference.
 
     lambda is clamped to [0, 1e4], for the loss "gan" to [.01, 10].

@@ -213,12 +213,12 @@ def test_balanced_losses_have_equal_gradients_in_the_last_layer(
         torch.testing.assert_close(preview.means[name], expected.flatten(), rtol=1e-9, atol=1e-12)
         if name != "ctm":
             ratio = preview.means["ctm"].norm() / (expected.norm() + 1e-4)
-            assert gradient_balance(preview.means, name) == pytest.approx(
+            assert gradient_balance(preview.means, name, "ctm") == pytest.approx(
                 float(ratio.clamp(0.01 if name == "gan" else 0, 10))
             )
     huge, none = {"ctm": torch.ones(2) * 1e9, "gan": torch.ones(2)}, {"ctm": torch.ones(2), "dsm": torch.zeros(2)}
-    assert gradient_balance(huge, "gan") == 10
-    assert gradient_balance(none, "dsm") == 1e4
+    assert gradient_balance(huge, "gan", "ctm") == 10
+    assert gradient_balance(none, "dsm", "ctm") == 1e4
 
 
 def test_before_its_time_the_gan_is_off(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
