@@ -37,7 +37,7 @@ from edmdistill.export import parity
 from edmdistill.export.folder import TARGETS, export
 from edmdistill.export.nvidia import official, read
 from edmdistill.export.one_step import OneStep
-from edmdistill.export.parity import compare, sampler
+from edmdistill.export.parity import compare, step_sampler
 from edmdistill.export.space import GRADIO
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import Denoiser, FlowNetwork
@@ -174,7 +174,7 @@ def test_onnx(runs: Path, tmp_path: Path, name: str):
 def test_another_step_makes_other_images(runs: Path, wrong: Callable[..., torch.Tensor], nfe: int):
     flow, config = load_flow(runs / "jumps")
     step = OneStep(flow.network, flow.preconditioning).eval()
-    assert max(row.difference for row in compare(flow, config, sampler(flow, config, step))) < 1e-5
+    assert max(row.difference for row in compare(flow, config, step_sampler(flow, config, step))) < 1e-5
     with pytest.raises(EdmDistillError, match=f"its images by {nfe} evaluations differ"):
         compare(flow, config, sampler(flow, config, lambda **told: wrong(step, told)))
 
