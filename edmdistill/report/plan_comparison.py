@@ -1,4 +1,4 @@
-"""What `plan` says of a run, beside what the run has measured."""
+"""The plan of a run, beside what the run measured."""
 
 from __future__ import annotations
 
@@ -15,62 +15,70 @@ from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure
 from edmdistill.report.summary import RunSummary
 
 UTILISATION = 0.35
-"""Of a GPU's peak, as the command `plan` takes it."""
+"""Share of a GPU's peak, the default of the command `plan`."""
 
 
 class Comparison(NamedTuple):
-    """A table of text, of which the first row is the head, and what there is to know about it."""
+    """A table of text, whose first row is the head, and notes about it."""
 
     rows: list[list[str]]
     notes: list[str]
 
 
 def compare_with_plan(run: RunSummary) -> Comparison:
-    """Memory, operations and time of a run with a checkpoint, on the machine of its last session."""
+    """Compares memory, operations and time of a run that has a checkpoint, on the machine of its last session."""
     assert run.config is not None
     session: dict[str, Any] = {**run.sessions[-1]} if run.sessions else {}
-    notes = [] if session else ["This run kept no record of its machine: the plan is for one process, undivided."]
+    notes = [] if session else ["This run has no record of its machine: the plan is for one process, unsharded."]
     training, processes = run.recipe.training, session.get("processes", 1)
     share = -(-training.batch // processes)
     rows = min(session.get("micro_batch") or share, share)
     plan, guided = _plan(run, run.config, session, processes)
     if guided:
-        notes.append("The guide is taken to be as large as the teacher, for the run does not keep its shape.")
+        notes.append("The guide is assumed to be as large as the teacher, because the run does not record its shape.")
     turns = plan.peaks(rows, rows < share)
     longest = max(turns, key=turns.__getitem__)
     gpu = find_gpu(session.get("device", ""), session.get("device_memory", 0))
     images = run.metrics[-1]["images"] if run.metrics else 0
     speed = images / run.metrics[-1]["seconds"] if run.metrics else None
-    taken = max((line["memory"] for line in run.metrics if "memory" in line), default=None)
-    own = None
+    used_memory = max((line["memory"] for line in run.metrics if "memory" in line), default=None)
+    planned = None
     if gpu is not None:
         half = training.precision != "fp32"
-        own = images_per_second(plan, GPUS[gpu], half, UTILISATION, processes, training.batch, rows)
-        notes.append(f"The plan takes {UTILISATION:.0%} of what a {gpu} can multiply.")
+        planned = images_per_second(plan, GPUS[gpu], half, UTILISATION, processes, training.batch, rows)
+        notes.append(f"The plan assumes {UTILISATION:.0%} of the peak throughput of a {gpu}.")
     elif session:
-        notes.append("How fast this machine can multiply is not known, so that the plan has no time.")
-    if taken is not None and gpu is None and session.get("cuda") is None:
+        notes.append("The peak throughput of this machine is unknown, so the plan has no times.")
+    if used_memory is not None and gpu is None and session.get("cuda") is None:
         notes.append(
-            "On the host, memory is all by which the process has grown since before anything was loaded, code of "
-            "libraries among it; the plan counts tensors alone."
+            "On the CPU, memory is the growth of the whole process, including the code of libraries; the plan counts "
+            "tensors only."
         )
     table = [
         ["", "plan", "run"],
-        ["Memory at most", _bytes(turns[longest]), _bytes(taken)],
+        ["Peak memory", _bytes(turns[longest]), _bytes(used_memory)],
         ["  weights", _bytes(sum(plan.weights.values())), ""],
         ["  averages", _bytes(plan.averages), ""],
         ["  optimisers", _bytes(plan.optimizer), ""],
         [f"  the {longest}'s turn, {rows:,} images", _bytes(sum(plan.turn(longest, rows, rows < share))), ""],
-        ["Operations an image", _operations(plan.flops), ""],
-        ["Operations a second", _operations(own and own * plan.flops), _operations(speed and speed * plan.flops)],
-        ["Images a second", _number(own), _number(speed)],
-        ["Time for all images", _time(own and training.images / own), _time(speed and training.images / speed)],
+        ["Operations per image", _operations(plan.flops), ""],
+        [
+            "Operations per second",
+            _operations(planned and planned * plan.flops),
+            _operations(speed and speed * plan.flops),
+        ],
+        ["Images per second", _number(planned), _number(speed)],
+        [
+            "Time for all images",
+            _time(planned and training.images / planned),
+            _time(speed and training.images / speed),
+        ],
     ]
     return Comparison(table, notes)
 
 
 def _plan(run: RunSummary, config: CheckpointConfig, session: dict[str, Any], processes: int) -> tuple[Plan, bool]:
-    """The plan, and whether a guide plays in it."""
+    """Returns the plan, and whether it includes a guide."""
     spec = config.network
     arguments = {name: value for name, value in spec.arguments.items() if name != "guided"}  # the teacher is not
     flow: FlowNetwork = build_flow(replace(spec, arguments=arguments), config.preconditioning, str(run.path))

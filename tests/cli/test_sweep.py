@@ -46,7 +46,7 @@ def test_its_numbers_are_evals(checkpoints: dict[str, str], tmp_path: Path) -> N
     assert document["results"] == [result for part in apart for result in json.loads(part.stdout)["results"]]
 
     head, *lines, claim = swept.stdout.splitlines()[1:]
-    assert head.split() == ["NFE", "3", "1", "lowest", "in"]
+    assert head.split() == ["NFE", "3", "1", "best", "NFE"]
     assert [line.partition("  ")[0] for line in lines] == [
         f"{metric}, gamma {gamma}" for metric in ("digits-FD@24", "class accuracy@24") for gamma in ("0", "0.5")
     ]
@@ -55,7 +55,7 @@ def test_its_numbers_are_evals(checkpoints: dict[str, str], tmp_path: Path) -> N
     assert [value for row in shown for value in row] == pytest.approx(fd, rel=1e-3)
     assert fd[1] == fd[3] != fd[0] != fd[2]  # in one evaluation gamma plays no part
     best = min(range(4), key=lambda i: fd[i])
-    assert f"lowest in {(3, 1)[best % 2]} evaluation" in claim
+    assert f"lowest with {(3, 1)[best % 2]} evaluation" in claim
 
 
 def test_json_and_a_teacher(checkpoints: dict[str, str]) -> None:

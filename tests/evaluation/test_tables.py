@@ -36,13 +36,13 @@ def generator(nfe: int, fd: float, images: int = 1000, **more: float) -> Result:
 def test_teacher_and_generator_by_nfe():
     (table,) = result_tables([generator(2, 6.0, class_accuracy=0.98), teacher(35, 4.0), teacher(3, 551.0)], OURS)
     assert table.rows == [
-        ["", "NFE", "digits-FD", "class accuracy", "to teacher's best", "drawn by"],
+        ["", "NFE", "digits-FD", "class accuracy", "vs teacher's best", "sampler"],
         ["teacher", "3", "551.0", "-", "137.75 x", "heun"],
         ["teacher", "35", "4.000", "-", "1.00 x", "heun"],
         ["generator", "2", "6.000", "0.9800", "1.50 x", "gamma 1, sigma 80 2.5"],
     ]
     assert table.claim == (
-        "In 2 evaluations the generator's digits-FD is 6.000: 1.50 times the teacher's best, which is 4.000 in 35."
+        "With 2 evaluations the generator reaches digits-FD 6.000, 1.50 times the teacher's best of 4.000 with 35."
     )
     assert table.curves == {"generator": [(2, 6.0)], "teacher": [(3, 551.0), (35, 4.0)]}
 
@@ -53,14 +53,14 @@ def test_protocols_are_never_mixed():
     assert (first.protocol, second.protocol) == (DONE, other)
     assert [row[0] for row in first.rows[1:]] == ["teacher", "generator"]
     assert [row[0] for row in second.rows[1:]] == ["teacher"]
-    assert "4.000 in 35" in first.claim
+    assert "4.000 with 35" in first.claim
     assert second.claim == ""
 
 
 def test_another_generator_is_called_by_its_recipe_and_images():
     (table,) = result_tables([generator(1, 7.0, images=500), generator(1, 6.0)], OURS)
-    assert [row[0] for row in table.rows[1:]] == ["generator", "generator of 500 images, recipe abababab"]
-    assert table.rows[0] == ["", "NFE", "digits-FD", "drawn by"]  # nothing to compare with
+    assert [row[0] for row in table.rows[1:]] == ["generator", "generator at 500 images, recipe abababab"]
+    assert table.rows[0] == ["", "NFE", "digits-FD", "sampler"]  # nothing to compare with
 
 
 def test_a_curve_has_the_best_at_each_nfe():
@@ -78,7 +78,7 @@ def test_a_sweep_is_of_one_generator_at_several_gammas():
     own = [at_gamma(1.0, 1, 9.0), at_gamma(1.0, 2, 6.0), at_gamma(0.0, 2, 7.0), at_gamma(0.0, 2, 5.0)]
     (table,) = sweep_tables([*own, teacher(35, 4.0), at_gamma(0.5, 2, 1.0, images=7)], OURS)
     assert table.rows == [
-        ["NFE", "1", "2", "lowest in"],
+        ["NFE", "1", "2", "best NFE"],
         ["digits-FD, gamma 1", "9.000", "6.000", "2"],
         ["digits-FD, gamma 0", "-", "5.000", "2"],
     ]
@@ -88,7 +88,7 @@ def test_a_sweep_is_of_one_generator_at_several_gammas():
 
 def test_of_one_step_no_gamma_is_told_for_none_plays():
     (table,) = sweep_tables([at_gamma(1.0, 1, 5.0), at_gamma(0.0, 1, 5.0), at_gamma(0.0, 2, 6.0)], OURS)
-    assert table.claim == "digits-FD is lowest in 1 evaluation: 5.000."
+    assert table.claim == "digits-FD is lowest with 1 evaluation: 5.000."
     weighed = at_gamma(0.0, 1, 5.0)
     weighed = replace(weighed, sampler=replace(weighed.sampler, guidance=1.5))
     (table,) = result_tables([weighed, at_gamma(0.0, 2, 6.0)], OURS)
@@ -116,7 +116,7 @@ def test_the_text_is_aligned_and_ends_with_the_claim():
         "teacher     35      4.000             1.00 x  heun",
         "generator    2      6.000             1.50 x  gamma 1, sigma 80 2.5",
     ]
-    assert lines[-1].startswith("In 2 evaluations")
+    assert lines[-1].startswith("With 2 evaluations")
 
 
 def test_results_are_read_back(tmp_path: Path):

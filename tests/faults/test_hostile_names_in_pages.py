@@ -20,7 +20,7 @@ from edmdistill.errors import printable
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import ResultTable
 from edmdistill.recipes.library import load_recipe
-from edmdistill.report import page
+from edmdistill.report import page, sections
 from edmdistill.report.curves import powers_of_two, standalone_svg, svg_curves
 from edmdistill.report.plan_comparison import Comparison
 from edmdistill.report.summary import RunSummary
@@ -80,8 +80,8 @@ def written(name: str, folder: Path) -> str:
 @example(HOSTILE)
 def test_a_report_has_the_same_tags_whatever_the_names(name: str) -> None:
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as one, TemporaryDirectory() as other:
-        patch.setattr(page, "expected", lambda run: Comparison([["", name], [name, name]], [name]))
-        patch.setattr(page, "BINS", ())  # a name may be that of a noise level
+        patch.setattr(sections, "compare_with_plan", lambda run: Comparison([["", name], [name, name]], [name]))
+        patch.setattr(sections, "BINS", ())  # a name may be that of a noise level
         text, plain = written(name, Path(one)), Outline(written("x", Path(other)))
     text.encode()
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e]", text)
@@ -100,8 +100,8 @@ def test_names_of_files_and_folders(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "samples" / "my own.png")  # not of the training
     (tmp_path / "samples" / "000000064.png").write_bytes(b"\x89PNG torn")
     run = RunSummary(tmp_path, RECIPE, ["--recipe", "x"], {}, None, [], [])
-    text = page._samples(run)
-    assert "drawn into &lt;b onclick=&#x27;x&#x27;&gt;" in text
+    text = sections.samples(run)
+    assert "sampled into &lt;b onclick=&#x27;x&#x27;&gt;" in text
     assert "This picture cannot be read." in text
     assert "my own" not in text
 

@@ -142,7 +142,7 @@ def test_the_page_is_whole_and_needs_nothing_else(full: Path):
     assert re.findall("<h2>(.*?)</h2>", page) == [
         "Quality by number of evaluations",
         "Quality by number of evaluations and gamma",
-        *("Samples", "Training", "Plan and run", "Environment", "Recipe", "To go on"),
+        *("Samples", "Training", "Plan and run", "Environment", "Recipe", "Commands"),
     ]
     assert "It is best without noise." in page
     assert "@media print" in page
@@ -159,7 +159,7 @@ def test_the_page_is_whole_and_needs_nothing_else(full: Path):
     assert "if a &lt; b &amp; c: &lt;script&gt;" in page
     for said in ("It is good.", "cosim/digits-quickstart, hash", "1,000 images seen.", "cc-by-nc-sa-4.0"):
         assert said in page
-    assert "not finished" not in page
+    assert "unfinished" not in page
     for section in re.findall(r"<section>(.*?)</section>", page, re.DOTALL):
         if "<table" in section:
             assert len(re.findall('<div class="scroll( values)?"><table>', section)) == section.count("<table")
@@ -171,7 +171,7 @@ def test_grids_are_from_the_first_to_the_last_and_what_was_drawn(full: Path):
     page = report(read_run(full), [])
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     shown = ["0", "50", "110", "160", "220", "1,000"]
-    assert captions == [*(f"after {images} images" for images in shown), "drawn into images"]
+    assert captions == [*(f"after {images} images" for images in shown), "sampled into images"]
     assert pictures(page) == [(338, 270)] * 6 + [(1200, 40)]
     assert '<div class="steps"><span>1</span><span>2</span><span>4</span><span>8</span></div>' in page
 
@@ -191,8 +191,8 @@ def test_what_is_missing_is_said(bare: Path):
     page = report(read_run(bare), [])
     Outline(page)
     for sentence in (
-        *("Nothing is measured yet.", "Nothing is drawn yet.", "Nothing is logged yet.", "not finished"),
-        *("There is no checkpoint yet", "kept no record of where it was computed"),
+        *("Nothing is measured yet.", "Nothing is sampled yet.", "Nothing is logged yet.", "unfinished"),
+        *("There is no checkpoint yet", "no record of its environment"),
     ):
         assert sentence in page
 
@@ -205,7 +205,7 @@ def test_a_line_just_being_written_is_left_out(full: Path):
 
 def test_the_commands_are_those_of_the_run(bare: Path):
     page = report(read_run(bare), [])
-    lines = re.findall("<code>(.*?)</code>", page.partition("<h2>To go on</h2>")[2])
+    lines = re.findall("<code>(.*?)</code>", page.partition("<h2>Commands</h2>")[2])
     sample, evaluate, sweep, teacher, train = (shlex.split(unescape(line))[1:] for line in lines)
     run = str(bare)
     assert sample == ["sample", run, "--nfe", "2", "--seeds", "0-63", "--out", f"{run}/images"]
@@ -239,23 +239,23 @@ def cells(page: str, section: str) -> dict[str, list[str]]:
 def test_the_plan_stands_beside_what_was_measured(full: Path):
     page = report(read_run(full), [])
     rows = cells(page, "Plan and run")
-    assert rows["Memory at most"][1] == "250.0 MB"
-    assert rows["Images a second"][1] == "100"  # 1000 images in 10 seconds
+    assert rows["Peak memory"][1] == "250.0 MB"
+    assert rows["Images per second"][1] == "100"  # 1000 images in 10 seconds
     assert rows["Time for all images"][1] == "10 seconds"
-    size, unit = rows["Memory at most"][0].split()
+    size, unit = rows["Peak memory"][0].split()
     parts = [cell[0] for name, cell in rows.items() if name.startswith("  ")]
     assert {part.split()[1] for part in parts} | {unit} == {"MB"}
     assert float(size) == pytest.approx(sum(float(part.split()[0]) for part in parts), abs=0.3)
     (turn,) = (name for name in rows if "turn" in name)
     assert turn.endswith("8 images")  # of the last session
-    assert "35% of what a h100" in page
+    assert "35% of the peak throughput of a h100" in page
 
 
 def test_an_environment_is_told_once(full: Path):
     rows = cells(report(read_run(full), []), "Environment")
-    assert rows[""] == ["from the beginning", "after 800 images"]
-    assert rows["Gone on with"] == ["once after 500 images", "never"]
-    assert rows["Revision"] == ["a" * 40, "not known"]
+    assert rows[""] == ["from the start", "after 800 images"]
+    assert rows["Resumed"] == ["once after 500 images", "never"]
+    assert rows["Revision"] == ["a" * 40, "unknown"]
     assert rows["Options"] == ["none", "--micro-batch 8"]
 
 
@@ -265,7 +265,7 @@ def test_the_recipe_says_who_says_what(bare: Path):
         f"# Trained by --recipe cosim/digits-quickstart\n#   --set training.images=1000\n\n{text}"
     )
     rows = cells(report(read_run(bare), []), "Recipe")
-    assert rows[""] == ["value", "by", "in place of"]
+    assert rows[""] == ["value", "set by", "instead of"]
     assert rows["training.images"] == ["1000", "--set", "80000 (variant quickstart),\n640000 (file)"]
     assert rows["training.decay_share"] == ["0.5", "variant quickstart", "0.8 (file),\n0.5 (default)"]
     assert rows["sampling.sigmas"][0].splitlines()[0] == "2: [80.0, 5.0]"

@@ -1,0 +1,227 @@
+"""The sections of a report: each returns HTML, or a sentence on what the run lacks."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from edmdistill.checkpoints.documents import escape
+from edmdistill.evaluation.protocol import PROTOCOLS
+from edmdistill.evaluation.tables import ResultTable
+from edmdistill.recipes.library import origins
+from edmdistill.report import html
+from edmdistill.report.curves import Axis, Point, powers_of_two, svg_curves
+from edmdistill.report.plan_comparison import compare_with_plan
+from edmdistill.report.summary import RunSummary
+from edmdistill.training.metrics import BINS
+
+MAX_GRIDS = 6
+"""Of training, the first and the last among them."""
+CURVES = {
+    "loss": "loss",
+    "score_gap": "score gap",
+    "cos_gap_error": "cosine of gap and error",
+    "grad_norm": "gradient norm",
+    "diversity": "diversity",
+    "mean": "mean",
+    "deviation": "standard deviation",
+    "images_per_second": "images per second",
+    "lr": "learning rate",
+}
+"""Titles of the keys in metrics.jsonl, in the order of the page; other keys come last, under their own names."""
+
+
+def quality(table: ResultTable) -> str:
+    """Returns a table of results, beside its curves."""
+    chart = chart_by_nfe(table) if table.curves else ""
+    return f'<div class="measured"><div>{html.table(table.rows)}{html.note(table.caption)}</div>{chart}</div>'
+
+
+def sweep(tables: Sequence[ResultTable], commands: Mapping[str, str]) -> str:
+    """Returns the tables by gamma; "" for a teacher, which has none."""
+    if "sweep" not in commands:
+        return ""
+    body = "".join(f"<p>{escape(table.claim)}</p>{quality(table)}" for table in tables)
+    return body or f"<p>Nothing is measured yet. To measure:</p>{html.shell(commands['sweep'])}"
+
+
+def chart_by_nfe(table: ResultTable) -> str:
+    return svg_curves(f"{table.metric} by NFE", table.curves, powers_of_two(table.curves), log=True)
+
+
+def samples(run: RunSummary) -> str:
+    """Returns grids from training, from the first to the last, and those sampled into folders of the run since."""
+    files = _training_grids(run.path / "samples")
+    steps = "".join(f"<span>{nfe}</span>" for nfe in run.recipe.sampling.nfe)
+    figures = [
+        (f"after {int(files[i].stem):,} images", f'<div class="steps">{steps}</div>{html.picture(files[i])}')
+        for i in sorted({(len(files) - 1) * part // (MAX_GRIDS - 1) for part in range(MAX_GRIDS)})
+        if files
+    ]
+    seen = _training_grids(run.path / "x0")[-1:]
+    figures += [(f"x0 after {int(file.stem):,} images", html.picture(file)) for file in seen]
+    figures += [
+        (f"sampled into {file.parent.name}", html.picture(file)) for file in sorted(run.path.glob("*/grid.png"))
+    ]
+    if not figures:
+        return "<p>Nothing is sampled yet.</p>"
+    body = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{content}</figure>" for name, content in figures)
+    note = "The seeds are the same throughout training; the number of network evaluations is to the left of each row."
+    note += " x0: noisy data, and each role's denoised prediction of them." if seen else ""
+    return f'{html.note(note)}<div class="figures">{body}</div>'
+
+
+def _training_grids(folder: Path) -> list[Path]:
+    """Returns the pictures of training, in order of images seen."""
+    return sorted(file for file in folder.glob("*.png") if file.stem.isdecimal())
+
+
+def training(metrics: Sequence[Mapping[str, float]]) -> str:
+    """Returns the curves of metrics.jsonl."""
+    if not metrics:
+        return "<p>Nothing is logged yet.</p>"
+    total, order = metrics[-1]["images"], list(CURVES)
+    charts: dict[str, dict[str, list[Point]]] = {}
+    for line in metrics:
+        for key in line.keys() - {"images", "step", "seconds", "memory"}:
+            if math.isfinite(line[key]):
+                chart, curve = _chart_and_curve(key)
+                charts.setdefault(chart, {}).setdefault(curve, []).append((line["images"], line[key]))
+
+    def place(chart: str) -> tuple[int, str]:
+        kind = chart.partition("/")[0]
+        return order.index(kind) if kind in order else len(order), chart
+
+    def rank(curve: str) -> int:
+        return BINS.index(f"sigma{curve}") if f"sigma{curve}" in BINS else -len(curve)
+
+    def draw(chart: str) -> str:
+        kind, *about = chart.split("/")
+        curves = {name: charts[chart][name] for name in sorted(charts[chart], key=rank)}
+        return svg_curves(
+            ", ".join([CURVES.get(kind, kind.replace("_", " ")), *about]), curves, Axis([0, total / 2, total])
+        )
+
+    note = "By images seen."
+    if "score_gap" in charts:
+        note += (
+            " The generator's loss need not fall and is little informative; the score gap, the distance between the"
+            " auxiliary score and the teacher's, is a better guide."
+        )
+    return f'{html.note(note)}<div class="figures">{"".join(map(draw, sorted(charts, key=place)))}</div>'
+
+
+def _chart_and_curve(measure: str) -> tuple[str, str]:
+    """Returns the chart that a key belongs to, and its curve there."""
+    kind, *about = measure.split("/")
+    if kind in ("generated", "data"):
+        what, channel = about
+        return f"{'mean' if what == 'mean' else 'deviation'}/channel {channel}", kind
+    if about and about[-1] in BINS:
+        return "/".join([kind, *about[:-1], "sigma"]), about[-1].removeprefix("sigma")
+    return measure, ""
+
+
+def plan(run: RunSummary) -> str:
+    """Returns the plan of the run, beside what it measured."""
+    if run.config is None:
+        return "<p>There is no checkpoint yet, and the plan needs the network's shape.</p>"
+    comparison = compare_with_plan(run)
+    return html.table(comparison.rows, " values") + "".join(map(html.note, comparison.notes))
+
+
+def environment(sessions: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a column for each environment: a run may be resumed in another."""
+    if not sessions:
+        return "<p>This run has no record of its environment.</p>"
+    columns = [list(same) for _, same in groupby(sessions, _machine)]
+    shown: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "Began": lambda session: session["began"].replace("T", " ").replace("+00:00", " UTC"),
+        "Device": lambda session: session["device"],
+        "Device memory": lambda session: f"{session['device_memory'] / 2**30:.1f} GiB",
+        "Processes": lambda session: str(session["processes"]),
+        "Options": _options,
+        "edmdistill": lambda session: session["edmdistill"],
+        "Revision": lambda session: session["revision"] or "unknown",
+        "Python": lambda session: session["python"],
+        "torch": lambda session: session["torch"] + (f", CUDA {session['cuda']}" if session["cuda"] else ""),
+        "System": lambda session: session["system"],
+    }
+    head = [
+        "",
+        *(f"after {session['images']:,} images" if session["images"] else "from the start" for session, *_ in columns),
+    ]
+    rows = [[name, *(show(session) for session, *_ in columns)] for name, show in shown.items()]
+    rows.insert(1, ["Resumed", *(_resumes([session["images"] for session in later]) for _, *later in columns)])
+    return html.table([head, *rows], " values")
+
+
+def _machine(session: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a session that others may share."""
+    return {name: value for name, value in session.items() if name not in ("images", "began")}
+
+
+def _resumes(images: Sequence[int]) -> str:
+    """Returns how often a run was resumed.  Args: images: seen before each time."""
+    often = "once" if len(images) == 1 else f"{len(images)} times, the last time"
+    return f"{often} after {images[-1]:,} images" if images else "never"
+
+
+def _options(session: Mapping[str, Any]) -> str:
+    """Returns how the run uses its machine, as options of `train`."""
+    words = [f"--micro-batch {session['micro_batch']}"] if session["micro_batch"] else []
+    words += ["--shard"] if session["shard"] else []
+    words += [f"--offload {','.join(session['offload'])}"] if session["offload"] else []
+    words += ["--checkpoint-activations"] if session["checkpointing"] else []
+    return " ".join(words) or "none"
+
+
+def recipe(run: RunSummary) -> str:
+    """Returns the values that differ from the defaults, where each is set, and the whole recipe."""
+    _, name, *sets = run.train_arguments
+    values = origins(run.recipe, run.text, name, sets[1::2])
+    rows = [["", "value", "set by", "instead of"]]
+    for key, layers in values.items():
+        (layer, value), *others = reversed(layers.items())
+        rows.append([key, _value(value), layer, ",\n".join(f"{_value(other)} ({name})" for name, other in others)])
+    whole = run.recipe.to_json().decode().strip()
+    return (
+        f"{html.note('Values that differ from the defaults, and where they are set.')}{html.table(rows, ' values')}"
+        f"<details><summary>The file</summary>{html.code(run.text)}</details>"
+        f"<details><summary>Every value, including defaults</summary>{html.code(whole)}</details>"
+    )
+
+
+def _value(value: object) -> str:
+    """Returns a value as JSON, with a line for each entry of a table."""
+    if isinstance(value, dict) and value:
+        return "\n".join(f"{key}: {json.dumps(inner)}" for key, inner in value.items())
+    return json.dumps(value)
+
+
+def commands(run: RunSummary) -> dict[str, str]:
+    """Returns the commands that sample, measure (the teacher too), and repeat or resume the training, by name."""
+    path, nfe, data, out = str(run.path), run.recipe.sampling.nfe, run.data["name"], run.path / "eval"
+    steps = ",".join(map(str, nfe))
+    fits = [name for name, protocol in PROTOCOLS.items() if protocol.reference and protocol.reference.source == data]
+    measure = ["--protocol", fits[0]] if fits else ["--protocol", "pixels", "--ref", "DATA"]
+    given = [] if run.recipe.network else ["TEACHER"]
+    given += ["--data", data if fits else "DATA", *run.train_arguments]
+    usual = str(2 if 2 in nfe else nfe[0])
+    commands = {
+        "sample": ["sample", path, "--nfe", usual, "--seeds", "0-63", "--out", str(run.path / "images")],
+        "eval": ["eval", path, "--nfe", steps, *measure, "--out", str(out / "generator.json")],
+        "sweep": ["sweep", path, "--nfe", steps, "--gamma", "0,.5,1", *measure, "--out", str(out / "sweep.json")],
+        "teacher": ["eval", "TEACHER", *measure, "--out", str(out / "teacher.json")],
+        "train": ["train", run.recipe.method_name, *given, "--run-dir", path],
+    }
+    if run.recipe.method_class.product == "teacher":  # a teacher has no gamma
+        del commands["sweep"]
+    if run.recipe.network:  # there is no teacher
+        del commands["teacher"]
+    return {name: shlex.join(["edmdistill", *words]) for name, words in commands.items()}
