@@ -44,7 +44,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
         path = Path(os.path.realpath(path))
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise CheckpointError(f"{path} is a device or a pipe, not a file or folder: choose another place.")
+            raise CheckpointError(f"{path} is a device or a pipe, not a file or folder: choose another path.")
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
         with _scratch(path) as scratch:

@@ -208,7 +208,7 @@ def read_config(folder: Path) -> CheckpointConfig:
         _refuse_control_characters(fields)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder} is not a checkpoint because it has no {CONFIG}: give a converted teacher or a finished run."
+            f"{folder} is not a checkpoint because it has no {CONFIG}: use a converted teacher or a finished run."
         ) from error
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error}).") from error
@@ -216,8 +216,8 @@ def read_config(folder: Path) -> CheckpointConfig:
     own = re.fullmatch(rf"{major}\.([0-9]{{1,9}})", version) if isinstance(version, str) else None
     if own is None:
         raise CheckpointError(
-            f"{path} has format_version {version!r:.40} where this version of edmdistill reads {major}.x: it is not "
-            "one of our checkpoints, or a newer edmdistill wrote it."
+            f"{path} has format_version {version!r:.40}, but this edmdistill reads {major}.x: it is not "
+            "an edmdistill checkpoint, or a newer version wrote it."
         )
     if int(own[1]) > int(minor):
         fields = {name: value for name, value in fields.items() if name in CheckpointConfig.__struct_fields__}

@@ -124,7 +124,7 @@ def convert(
         worst = max(parity, key=lambda row: row.float64)
         if not worst.float64 <= (math.inf if time_embedding else PARITY_TOLERANCE):
             raise CheckpointError(
-                f"{source.path} was not converted: at sigma {worst.sigma:g} the result differs from it by "
+                f"{source.path} was not converted: at sigma {worst.sigma:g} the converted network differs by "
                 f"{worst.float64:.1e} in float64, more than {PARITY_TOLERANCE:g}; please report this."
             )
         with (folder / CARD).open("a", encoding="utf-8") as card:

@@ -43,7 +43,7 @@ def download_from_hub(text: str) -> Path:
     name, _, file = rest.partition("/")
     repository = f"{owner}/{name}"
     if not REPOSITORY.fullmatch(repository):
-        raise CheckpointError(f"hf://{text} names no repository of the Hub: write hf://owner/name/file@revision.")
+        raise CheckpointError(f"hf://{text} is not a repository of the Hub: write hf://owner/name/file@revision.")
     with hub_calls(f"{text} cannot be downloaded from the Hub"):
         begun, bar = time.time(), bar_class()
         if file:

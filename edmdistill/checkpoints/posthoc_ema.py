@@ -188,7 +188,7 @@ def find_snapshots(source: Path) -> dict[Profile, Path]:
         trainings.add(name[1])
     if len(trainings) > 1:
         raise CheckpointError(
-            f"{source} holds averages of several trainings, {', '.join(sorted(trainings))}: give a folder for one"
+            f"{source} contains averages of several trainings, {', '.join(sorted(trainings))}: use one folder for each"
         )
     if len(snapshots) < 2:
         raise CheckpointError(

@@ -105,7 +105,7 @@ def newest_whole_state(folder: Path, note: Callable[[str], object]) -> Path:
             return path
         except (OSError, ValueError) as error:
             note(f"The state {path} is not whole ({error}); the one before it is taken.")
-    raise CheckpointError(f"{folder} has no whole state, which holds raw weights: give a run directory that has one.")
+    raise CheckpointError(f"{folder} has no intact state to read raw weights from: use a run directory that has one.")
 
 
 def raw_weights(state: Path, role: str) -> dict[str, Tensor]:

@@ -84,7 +84,7 @@ def resolve(source: str | Path) -> Path:
     if scheme == "hf":
         return download_from_hub(text[len("hf://") :])
     if scheme:
-        raise CheckpointError(f"{public_address(text)} cannot be downloaded: give an address of http, https or hf.")
+        raise CheckpointError(f"{public_address(text)} cannot be downloaded: use an http, https or hf address.")
     try:
         path = Path(source).expanduser()
         exists, parts = path.exists(), [path, path / CONFIG, path / MODEL]
@@ -93,7 +93,7 @@ def resolve(source: str | Path) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{text[:200]} cannot be a path: {reason}.") from error
     if exists and not regular:
-        raise CheckpointError(f"{path} is or holds a pipe or a device: write what it holds to a file, and give that.")
+        raise CheckpointError(f"{path} is or contains a pipe or a device: write its contents to a file, and use that.")
     if exists:
         return path
     if text in SHIPPED:

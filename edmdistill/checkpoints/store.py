@@ -71,7 +71,7 @@ def require_finite(tensor: Tensor, name: str, where: str) -> None:
         if not finite.all():
             raise CheckpointError(
                 f"{where} holds NaN or infinity in {name}, at {int((~finite).sum()):,} of {finite.numel():,} numbers: "
-                "the network is broken; take an earlier snapshot, or download the file again."
+                "the network is broken; use an earlier snapshot, or download the file again."
             )
 
 
@@ -152,12 +152,12 @@ def refuse_occupied(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {CONFIG, MODEL, CARD}:
-        raise CheckpointError(f"{folder} exists and holds other things than a checkpoint: choose another place.")
+        raise CheckpointError(f"{folder} exists and is not a checkpoint: choose another path.")
     existing = read_config(folder)  # what is not ours is not replaced
     if not overwrite:
         raise CheckpointError(
             f"{folder} holds a checkpoint already, a {existing.stage} from {existing.provenance.source}: "
-            "choose another place, or give --overwrite."
+            "choose another path, or add --overwrite."
         )
 
 

@@ -151,7 +151,7 @@ def _refuse(context: click.Context, names: tuple[str, ...], why: str) -> None:
 
 def _plan_likelihood(source: str, options: MeasurementOptions, likelihood: LikelihoodOptions) -> Measurements:
     if options.ref is None:
-        raise click.UsageError("--metrics nll measures the likelihood of images: name them by --ref.")
+        raise click.UsageError("--metrics nll measures the likelihood of images: name them with --ref.")
 
     from edmdistill.checkpoints.load import load_model
     from edmdistill.checkpoints.source import open_source
@@ -161,7 +161,7 @@ def _plan_likelihood(source: str, options: MeasurementOptions, likelihood: Likel
     from edmdistill.machine.devices import pick_device
 
     if is_images(source):
-        raise click.UsageError(f"images have no likelihood of their own, and {source} is images: name a network.")
+        raise click.UsageError(f"likelihoods are for networks, but {source} is images: name a network.")
     data = open_dataset(options.ref, split=likelihood.split or ("test" if options.ref == "digits" else "train"))
     checkpoint = open_source(source)
     model = load_model(checkpoint, pick_device(options.device))

@@ -25,7 +25,7 @@ def command(source: str, as_json: bool, tensors: bool, classes: bool, check: boo
         names = summary.get("label_names")
         if not isinstance(names, list) or not names:
             dim = summary.get("label_dim")
-            known = f"names none of its {dim} classes: they are chosen by number" if dim else "knows no classes"
+            known = f"has no names for its {dim} classes: choose them by number" if dim else "has no classes"
             raise CheckpointError(f"{checkpoint.path} {known}")
         click.echo("\n".join(f"{number:>4} {printable(str(name))}" for number, name in enumerate(names)))
         return

@@ -63,7 +63,7 @@ def plan_measurements(
 ) -> Measurements:
     """Loads a source and its reference, and returns the measurements of it."""
     if options.count and options.seeds:
-        raise click.UsageError("--n N means the seeds 0 to N - 1, so it does not go with --seeds.")
+        raise click.UsageError("--n N means the seeds 0 to N - 1, so it cannot be combined with --seeds.")
 
     from edmdistill.checkpoints.load import load_model
     from edmdistill.checkpoints.source import open_source

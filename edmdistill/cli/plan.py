@@ -151,7 +151,7 @@ def _flow(recipe: "Recipe", teacher: str | None, network: str | None, data: str 
     if recipe.network is None:
         raise RecipeError("the plan needs the teacher's shape: name a checkpoint, or --network edm2-img512-s")
     if data is None:
-        raise RecipeError("this recipe makes its network for the data: name them by --data")
+        raise RecipeError("this recipe makes its network for the data: name it with --data")
     return sketch(recipe.network, open_dataset(data, split=recipe.data.split))
 
 

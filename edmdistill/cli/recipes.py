@@ -58,7 +58,7 @@ def show(name: str, resolved: bool, method: str | None, sets: tuple[str, ...]) -
     from edmdistill.recipes.library import find_recipe, load_recipe
 
     if (method or sets) and not resolved:
-        raise click.UsageError("--method and --set change what a run will read, so they go with --resolved.")
+        raise click.UsageError("--method and --set need --resolved.")
     text = load_recipe(name, method, sets).to_json().decode() if resolved else find_recipe(name).text
     click.echo(text, nl=False)
 

@@ -195,5 +195,5 @@ def _micro_batch(text: str | None) -> int | Literal["auto"] | None:
     if text == "auto":
         return "auto"
     if not text.isdecimal() or int(text) < 1:
-        raise TrainingError(f"--micro-batch {text} is no number of images: give one, or auto")
+        raise TrainingError(f"--micro-batch {text} is not a number of images: use a number, or auto")
     return int(text)

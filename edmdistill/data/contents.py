@@ -80,7 +80,9 @@ def read_contents(files: Files) -> Contents:
     latent = _require_one_kind(path, images)
     if len(documents) > 1:
         first, second = (printable(member.name) for member in documents[:2])
-        raise DatasetError(f"{path} holds two descriptions, {first} and {second}; give one data set of the two")
+        raise DatasetError(
+            f"{path} holds two label files, {first} and {second}; keep one, or split the data set in two"
+        )
     by_name = _by_canonical_name(path, images)
     require_readable(path, [*images, *documents])
     ignored = {canonical_name(name) for name in left_out}
@@ -112,9 +114,10 @@ def _sort_files(files: Files) -> tuple[list[Member], list[Member], dict[str, str
         else:
             left_out[member.name] = "not an image"
     if unread:
-        count = f"{len(unread):,} images of kinds that are" if len(unread) > 1 else "an image of a kind that is"
+        count = f"{len(unread):,} images in formats that are" if len(unread) > 1 else "an image in a format that is"
         raise DatasetError(
-            f"{files.path} holds {count} not read, the first {printable(unread[0])}; convert to PNG, or move elsewhere"
+            f"{files.path} holds {count} not supported, the first {printable(unread[0])}; convert them to PNG, or move "
+            "them elsewhere"
         )
     return images, documents, left_out
 
@@ -166,6 +169,7 @@ def _by_canonical_name(path: Path, images: Sequence[Member]) -> dict[str, Member
             raise DatasetError(
                 f"{path} holds {printable(member.name)} twice, of {other.size:,} and {member.size:,} bytes; keep one"
                 if other.name == member.name
-                else f"{path} holds {names[0]} and {names[1]}, which are one name; rename or remove one"
+                else f"{path} holds {names[0]} and {names[1]}, which differ only in case or Unicode form; rename or "
+                "remove one"
             )
     return by_name

@@ -85,8 +85,8 @@ class Dataset:
             raise DatasetError(f"{name}: {files[0]} is {_size(first)}, but images must be square; crop them first")
         if self.latent and xflip:
             raise DatasetError(
-                f"{name} holds latents, and a VAE's latents of a mirrored image are not the mirrored latents: leave "
-                "data.xflip out, or encode mirrored images beside the others"
+                f"{name} holds latents, and mirrored latents are not the VAE's latents of the mirrored image: leave "
+                "data.xflip out, or encode the mirrored images too"
             )
         self._memory: Stored | None = None
         if len(files) * first.nbytes <= IN_MEMORY_BYTES:
@@ -359,7 +359,7 @@ def _moments(moments: NDArray[Any], where: str, i: int) -> NDArray[np.float32]:
         if deviations.max() == 0:
             raise DatasetError(
                 f"{where} has a standard deviation of 0 everywhere, so these latents were drawn and scaled already; "
-                "give the encoder's means and standard deviations, as EDM2's dataset_tool.py writes them"
+                "store the encoder's means and standard deviations, as EDM2's dataset_tool.py writes them"
             )
         actual += f" with a standard deviation of {deviations.min():g}"
     raise DatasetError(

@@ -63,14 +63,12 @@ def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[
         with image:
             width, height = image.size
             if max(width, height) > RESOLUTION:
-                raise DatasetError(f"{where} is {width}x{height}, and at most {RESOLUTION} a side are read; resize it")
+                raise DatasetError(f"{where} is {width}x{height}, larger than {RESOLUTION} pixels a side; resize it")
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             if frames > 1:
                 raise DatasetError(f"{where} is an animation of {frames} frames; keep one frame as a PNG")
             if lossless and image.format in LOSSY:
-                raise DatasetError(
-                    f"{where} is a {image.format}, and lossy compression changes every metric; measure PNGs"
-                )
+                raise DatasetError(f"{where} is a {image.format}, and lossy compression changes every metric; use PNGs")
             deep = image.format == "PNG" and data[24:25] == b"\x10"  # Pillow silently cuts RGB of 16 bits to 8
             if deep or image.mode not in ("L", "RGB"):
                 kind = MODES["I"] if deep else MODES.get(image.mode, "other channels")

@@ -177,8 +177,8 @@ class FolderFiles:
             first = seen.setdefault((status.st_dev, status.st_ino), folder)
             if first != folder:
                 raise DatasetError(
-                    f"{self.path}: {printable(first or '.')} and {printable(folder)} are one folder by a link, so its "
-                    "images would count twice; remove the link"
+                    f"{self.path}: {printable(first or '.')} and {printable(folder)} are the same folder through a "
+                    "link, so its images would count twice; remove the link"
                 )
             for entry in entries:
                 name = f"{folder}/{entry.name}" if folder else entry.name

@@ -74,7 +74,7 @@ def _parse(files: Files, document: Member, where: str) -> tuple[list[tuple[Any, 
     if names is not None and not (
         isinstance(names, list) and names and all(isinstance(n, str) and n.strip() and n.isprintable() for n in names)
     ):
-        raise DatasetError(f"{where}: label_names is no list of printable names; list one for each class, from 0")
+        raise DatasetError(f"{where}: label_names must be a list of printable names, one for each class")
     return None if labels is None else entries, names
 
 
@@ -100,8 +100,8 @@ def _match(
         keys = [key for key in dict.fromkeys((inside, name)) if key in images]
         if len(keys) == 2:
             raise DatasetError(
-                f"{where} labels {printable(file)}, which may be {printable(keys[0])} or {printable(keys[1])}; name it "
-                "from the set's top folder"
+                f"{where} labels {printable(file)}, which may be {printable(keys[0])} or {printable(keys[1])}; write "
+                "its path from the top folder of the data set"
             )
         if not keys:
             if inside not in left_out:

@@ -82,7 +82,7 @@ def evaluate(
         images = sampled_images(model_or_images, range(standard.n) if seeds is None else seeds, draw)
     elif options != SamplerSpec() or seeds is not None:
         raise EdmDistillError(
-            "nfe, gamma, times, guidance, solver and seeds say how a network is sampled, but these images exist; leave "
+            "nfe, gamma, times, guidance, solver and seeds are for sampling a network, but these are images; leave "
             "them out"
         )
     else:
@@ -125,10 +125,12 @@ def _require_fit(images: Images, data: Dataset, standard: Protocol) -> None:
     if images.size != size:
         raise DatasetError(
             f"the images are {'x'.join(map(str, images.size))}, but those of the reference {data.name} are "
-            f"{'x'.join(map(str, size))}, and nothing is resized; choose a reference of their size"
+            f"{'x'.join(map(str, size))}, and nothing is resized; choose a reference of that size"
         )
     if images.count < 2:
-        raise DatasetError(f"a covariance needs two images, but there is {images.count}; the standard is {standard.n}")
+        raise DatasetError(
+            f"a covariance needs at least two images, but there is only {images.count}; the protocol uses {standard.n}"
+        )
 
 
 def _make_metrics(
@@ -166,7 +168,7 @@ def require_finite_metrics(metrics: Mapping[str, float]) -> Mapping[str, float]:
     """Returns metrics if all are finite.  Raises NotFiniteError, naming the one that is not."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise NotFiniteError(f"{name} is {value}: the network or the features overflow, so nothing was measured")
+            raise NotFiniteError(f"{name} is {value}: the network or the features overflow, and nothing was measured")
     return metrics
 
 

@@ -217,18 +217,18 @@ def _check(model: Generator | Denoiser, data: Dataset) -> None:
     flow = model.flow
     if isinstance(model, Generator) and not flow.two_time:
         raise EdmDistillError(
-            "this generator jumps to the data alone and knows no slope of an ODE, so it gives no likelihood: measure "
+            "this generator only jumps to the data and has no ODE, so it has no likelihood: measure "
             "its teacher, or a generator of two times"
         )
     if isinstance(flow.preconditioning, IDDPM):
         raise EdmDistillError(
-            "an iDDPM network knows single noise levels and none between, so its ODE cannot be solved in free steps: "
+            "an iDDPM network has discrete noise levels, so its ODE cannot be solved with adaptive steps: "
             "measure a network with EDM, VP or VE preconditioning"
         )
     size, ours = (flow.img_channels, flow.img_resolution), (data.img_channels, data.img_resolution)
     if size != ours:
         raise DatasetError(
             f"the images of {data.name} are {ours[0]}x{ours[1]}x{ours[1]} (channels, height, width), but the network's "
-            f"are {size[0]}x{size[1]}x{size[1]}: name the data that it was trained on"
+            f"are {size[0]}x{size[1]}x{size[1]}: use the data that it was trained on"
         )
     data.use_classes(flow.label_dim)

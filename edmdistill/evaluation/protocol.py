@@ -100,7 +100,7 @@ def open_reference(reference: Dataset | str | Path | None, standard: Protocol) -
     fixed = standard.reference
     if reference is None:
         if fixed is None:
-            raise DatasetError(f"the protocol {standard.name} has no reference of its own; name a data set")
+            raise DatasetError(f"the protocol {standard.name} has no reference data set; name one with --ref")
         return open_dataset(fixed.source, split=fixed.split)
     data = reference if isinstance(reference, Dataset) else open_dataset(reference)
     if fixed is not None and (data.name, data.split) != (fixed.source, fixed.split):

@@ -76,7 +76,8 @@ def require_comparable(a: Result, b: Result) -> None:
     differences = [f"{key} ({ours[key]} and {theirs[key]})" for key in ours if ours[key] != theirs[key]]
     if differences:
         raise EdmDistillError(
-            f"these results cannot be compared: they differ in {', '.join(differences)}; measure both by one protocol"
+            f"these results cannot be compared: they differ in {', '.join(differences)}; measure both with the same "
+            "protocol"
         )
 
 
@@ -89,7 +90,9 @@ def read_results(files: Iterable[Path]) -> list[Result]:
             results += msgspec.convert(document["results"], list[Result])
         except (OSError, KeyError, msgspec.MsgspecError) as error:
             what = f"{file} holds no results ({error})"
-            raise EdmDistillError(f"{what}: give, or leave there, only what edmdistill eval --out wrote") from error
+            raise EdmDistillError(
+                f"{what}: pass, or keep there, only files that edmdistill eval --out wrote"
+            ) from error
     return results
 
 
@@ -98,7 +101,7 @@ def results_in_config(config: CheckpointConfig) -> list[Result]:
     try:
         return msgspec.convert(config.results, list[Result])
     except msgspec.ValidationError as error:
-        raise EdmDistillError(f"the results in this checkpoint are not ours ({error}): measure it again") from error
+        raise EdmDistillError(f"the results in this checkpoint cannot be read ({error}): measure it again") from error
 
 
 def add_results(config: CheckpointConfig, results: Sequence[Result]) -> CheckpointConfig:
@@ -135,7 +138,7 @@ def find_results_folder(source: str | Path) -> Path:
     """
     path = Path(source).expanduser()
     if not path.is_dir():
-        raise EdmDistillError(f"--save is for a checkpoint folder or a run, and {source} is neither: use --out")
+        raise EdmDistillError(f"--save is for a checkpoint folder or a run, but {source} is neither: use --out")
     read_config(checkpoint_in(path))
     return path
 

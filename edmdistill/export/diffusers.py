@@ -44,7 +44,7 @@ def check_installed() -> None:
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     """Raises: EdmDistillError: a teacher, which gamma-sampling is not for."""
     if config.stage != "generator":
-        raise EdmDistillError("a pipeline samples a generator, and this is a teacher: export it --to another")
+        raise EdmDistillError("a pipeline samples a generator, but this is a teacher: choose another --to")
     latent = latent_scaling(config.encoder) is not None
     classes = ", class_labels=0" if flow.label_dim else ""
     return f"""\

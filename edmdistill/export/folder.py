@@ -72,12 +72,12 @@ def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = Fa
     target, out = TARGETS[to], Path(out)
     target.check_installed()
     if out.suffix.lower() in FILES and not out.is_dir():
-        raise CheckpointError(f"{out} has a file's name, and an export is a folder: name it {out.with_suffix('')}")
+        raise CheckpointError(f"{out} looks like a file, but an export is a folder: use {out.with_suffix('')}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / MANIFEST).is_file():
-            raise CheckpointError(f"{out} exists and is no export: choose another place.")
+            raise CheckpointError(f"{out} exists and is not an export: choose another path.")
         if not overwrite:
-            raise CheckpointError(f"{out} holds an export already: choose another place, or say --overwrite.")
+            raise CheckpointError(f"{out} holds an export already: choose another path, or add --overwrite.")
     flow, config = load_flow(source)
     origin = config.provenance
     config = replace(config, provenance=replace(origin, source=without_secrets(origin.source)))

@@ -45,11 +45,11 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
     arguments = {name: value for name, value in flow.network.arguments.items() if name not in OUR_ARGUMENTS}
     unknown = "double_norm", "guided", "positional_time", "two_time"
     if strange := [name for name in unknown if flow.network.arguments.get(name)]:
-        raise EdmDistillError(f"NVIDIA's classes know no {strange[0]}, which this network has: export it --to another")
+        raise EdmDistillError(f"NVIDIA's classes have no {strange[0]}, which this network has: choose another --to")
     if isinstance(pre, EDM) and (pre.c_noise_scale != EDM.c_noise_scale or pre.reads_time):
         raise EdmDistillError(
             f"NVIDIA's classes read ln(sigma)/4 as the noise level, but this network reads {config.c_noise}: "
-            "export it --to another"
+            "choose another --to"
         )
     if config.network.kind == "edm2":
         flow = add_logvar(flow, 0)  # their class always has the head, and one
@@ -61,7 +61,7 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
     name, numbers = CLASSES[kind]
     channels = arguments.pop("in_channels")
     if arguments.pop("out_channels") != channels * (1 + isinstance(pre, IDDPM)):
-        raise EdmDistillError(f"NVIDIA's {name} knows no network with other channels out: export it --to another")
+        raise EdmDistillError(f"NVIDIA's {name} has no networks with other output channels: choose another --to")
     arguments.pop("logvar_channels")
     network = next(name for name, (ours, _) in NETWORK_CLASSES.items() if ours == config.network.kind)
     arguments = {

@@ -77,8 +77,8 @@ def compare(flow: FlowNetwork, config: CheckpointConfig, images: Callable[[int],
         difference = difference_of(images(nfe), expected)
         if not difference <= IMAGE_TOLERANCE:
             raise EdmDistillError(
-                f"nothing was exported: its images by {nfe} evaluations differ from ours by {difference:.1e} of the "
-                f"largest pixel, more than {IMAGE_TOLERANCE:g}; please report this"
+                f"nothing was exported: with {nfe} network evaluations, its images differ from ours by "
+                f"{difference:.1e} of the largest pixel, more than {IMAGE_TOLERANCE:g}; please report this"
             )
         rows.append(Parity(nfe, difference))
     return tuple(rows)

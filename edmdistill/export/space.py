@@ -34,7 +34,7 @@ gradio=={GRADIO}
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     """Raises: EdmDistillError: a teacher, which has no few steps, or latents, which are no images."""
     if config.stage != "generator":
-        raise EdmDistillError("a Space shows a generator, and this is a teacher: export it --to another")
+        raise EdmDistillError("a Space shows a generator, but this is a teacher: choose another --to")
     if latent_scaling(config.encoder) is not None:
         raise EdmDistillError(
             "a Space shows images, and this generator draws the latents of a VAE: export it --to diffusers, whose "

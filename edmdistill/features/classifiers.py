@@ -41,7 +41,9 @@ def load_classifier(source: str, label_dim: int, device: torch.device | str = "c
     def log_probability(images: Tensor) -> Tensor:
         out = logits(images)
         if not isinstance(out, Tensor):
-            raise EdmDistillError(f"the classifier {source} gives no tensor of logits [N,{label_dim}]")
+            raise EdmDistillError(
+                f"the classifier {source} must return a tensor of logits [N,{label_dim}]: check the file"
+            )
         if out.shape != (len(images), label_dim):
             raise EdmDistillError(
                 f"the classifier {source} gives {list(out.shape)} for {len(images)} images of {label_dim} classes, but "

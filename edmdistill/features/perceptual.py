@@ -28,7 +28,7 @@ def to_rgb(x: Tensor, what: str) -> Tensor:
     """
     if x.shape[1] not in (1, 3):
         raise TrainingError(
-            f"{what} looks at gray or RGB images, not at {x.shape[1]}-channel ones: leave it out of the recipe"
+            f"{what} takes grayscale or RGB images, not {x.shape[1]} channels: remove it from the recipe"
         )
     return x.expand(-1, 3, -1, -1)
 
@@ -53,7 +53,10 @@ class PerceptualDistance(ScriptFile):
 
         distance = self.run(seen(a), seen(b))
         if not isinstance(distance, Tensor) or distance.numel() != len(a):
-            raise TrainingError(f"{self.path} gives no distance for each of {len(a)} pairs of images, [B] or [B,1,1,1]")
+            raise TrainingError(
+                f"{self.path} must return a distance for each of {len(a)} pairs of images, as [B] or [B,1,1,1]: check "
+                "the file"
+            )
         return distance.reshape(len(a))
 
 

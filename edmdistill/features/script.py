@@ -138,7 +138,7 @@ class ScriptFile(nn.Module):
             said = [line.strip() for line in str(error).splitlines() if line.strip()]
             shapes = " and ".join(str(list(x.shape)) for x in inputs)
             raise CheckpointError(
-                f"{self.path} fails on images of shape {shapes} ({said[-1] if said else type(error).__name__}): give a "
+                f"{self.path} fails on images of shape {shapes} ({said[-1] if said else type(error).__name__}): use a "
                 "script that takes such images"
             ) from error
 
@@ -167,7 +167,7 @@ def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Modu
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path} cannot be read as TorchScript ({reason}): write it by torch.jit.save."
+            f"{path} cannot be read as TorchScript ({reason}): write it with torch.jit.save."
         ) from error
     for parameter in network.parameters():  # a script has no requires_grad_ of its own
         parameter.requires_grad_(False)
@@ -215,7 +215,7 @@ def _classes(source: bytes) -> Iterator[str]:
             warnings.simplefilter("ignore")  # of escapes that Python does not know
             tree = ast.parse(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise Unreadable("holds code as torch does not write it: write it by torch.jit.save") from error
+        raise Unreadable("holds code as torch does not write it: write it with torch.jit.save") from error
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             arguments = node.args
@@ -269,7 +269,7 @@ def _load(file: io.BytesIO, device: torch.device | str) -> nn.Module:
         except Exception as error:  # torch raises what it likes for code that is none
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Unreadable(
-                f"holds code that torch does not understand ({first}): write it by torch.jit.save"
+                f"holds code that torch does not understand ({first}): write it with torch.jit.save"
             ) from error
         for function in unit.get_functions():
             blocks: list[Any] = [function.graph]

@@ -19,7 +19,7 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(1, device=device)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise EdmDistillError(f"{device} cannot be used here ({reason}): give another --device") from error
+        raise EdmDistillError(f"{device} cannot be used here ({reason}): choose another --device") from error
     return device
 
 
@@ -30,7 +30,7 @@ def named_device(name: str | None) -> torch.device:
     """
     known = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", "cpu" if name is None else name)
     if known is None:
-        raise EdmDistillError(f"there is no device {name!r} here: give cpu, cuda, or cuda:N for GPU N, from 0")
+        raise EdmDistillError(f"there is no device {name!r}: use cpu, cuda, or cuda:N for GPU N, from 0")
     count = torch.cuda.device_count()
     if name is None:
         name = "cuda" if count else "cpu"

@@ -62,7 +62,7 @@ class CTMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if (self.distance == "lpips") != bool(self.lpips):
-            raise ValueError('distance = "lpips" and lpips = FILE go together: give both or neither')
+            raise ValueError('distance = "lpips" and lpips = FILE go together: set both or neither')
 
 
 def ctm_roles(config: CTMConfig) -> dict[str, Role]:

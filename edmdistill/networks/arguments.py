@@ -72,9 +72,9 @@ def check_arguments(class_: type, arguments: Mapping[str, Any]) -> None:
     levels = len(getattr(own, "channel_mult", (1,)))
     if own.img_resolution % 2 ** (levels - 1):
         raise ValueError(
-            f"img_resolution is {own.img_resolution}, which cannot be halved {levels - 1} times, as {levels} levels of "
-            "channel_mult ask for"
+            f"img_resolution is {own.img_resolution}, which cannot be halved {levels - 1} times, as the {levels} "
+            "levels of channel_mult require"
         )
     taps = getattr(own, "resample_filter", (1, 1))
     if len(taps) % 2 or not abs(sum(taps)) > 1e-6:
-        raise ValueError(f"resample_filter is {list(taps)}, where an even number of taps that do not cancel is needed")
+        raise ValueError(f"resample_filter is {list(taps)}, but must be an even number of taps with a nonzero sum")

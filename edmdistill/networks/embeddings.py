@@ -22,7 +22,7 @@ class PositionalEmbedding(nn.Module):
     def __init__(self, channels: int, endpoint: bool = False, sin_first: bool = False) -> None:
         super().__init__()
         if channels % 2 or channels < 4:
-            raise ValueError(f"the time embedding has {channels} channels, where an even number from 4 on is needed")
+            raise ValueError(f"the time embedding has {channels} channels, but must have an even number of at least 4")
         self.channels = channels
         self.endpoint = endpoint
         self.sin_first = sin_first
@@ -43,7 +43,7 @@ class FourierEmbedding(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         if channels % 2:
-            raise ValueError(f"the time embedding has {channels} channels, where an even number is needed")
+            raise ValueError(f"the time embedding has {channels} channels, but must have an even number")
         self.register_buffer("freqs", torch.randn(channels // 2) * 16)
 
     def forward(self, c_noise: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def class_vectors(labels: Tensor, label_dim: int) -> Tensor:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= label_dim:
             wrong = low if low < 0 else high
-            raise ValueError(f"the network knows classes 0 to {label_dim - 1}, but a label is {wrong}")
+            raise ValueError(f"the network has classes 0 to {label_dim - 1}, but a label is {wrong}")
         return nn.functional.one_hot(labels.long().reshape(-1), label_dim).float()
     return labels.reshape(-1, label_dim).float()
 
@@ -147,9 +147,9 @@ class FlowNetwork(nn.Module):
             NotImplementedError: the network has fewer heads for u.
         """
         if second is not None and not self.two_time:
-            raise ValueError("the network reads one time, but two were given: give it a second with add_second_time")
+            raise ValueError("the network takes one time, but two were given: add a second with add_second_time")
         if w is not None and not self.guided:
-            raise ValueError("the network reads no weight of guidance, but one was given: add it with add_guidance")
+            raise ValueError("the network takes no guidance weight, but one was given: add it with add_guidance")
         x_t = x_t.to(self.dtype)
         t = self.clamp(t, x_t)
         a, b, c, c_noise = self.preconditioning.trigflow(t)

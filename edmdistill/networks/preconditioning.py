@@ -94,7 +94,7 @@ class EDM(Preconditioning):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.c_noise_kind not in ("log_sigma", "time"):
-            raise ValueError(f"c_noise is log_sigma or time, but {self.c_noise_kind!r} was asked for")
+            raise ValueError(f"c_noise must be log_sigma or time, not {self.c_noise_kind!r}")
 
     @property
     def reads_time(self) -> bool:
@@ -186,7 +186,7 @@ MOST_LEVELS = 10_000
 def _iddpm_levels(C_1: float, C_2: float, M: int) -> Tensor:
     """The M + 1 noise levels u_0 > ... > u_M = 0, float32 as in the official state.  Source: EDM, table 1."""
     if not 0 < M <= MOST_LEVELS:
-        raise ValueError(f"iDDPM has 1 to {MOST_LEVELS} noise levels, but {M} were asked for")
+        raise ValueError(f"M, the number of iDDPM's noise levels, must be 1 to {MOST_LEVELS}, not {M}")
 
     def alpha_bar(j: int) -> Tensor:
         return (0.5 * math.pi * torch.tensor(j, device="cpu") / M / (C_2 + 1)).sin() ** 2
@@ -229,8 +229,8 @@ class IDDPM(NoisePrediction):
         """
         if not isinstance(sigma, Tensor):  # a Dual
             raise TrainingError(
-                f"an iDDPM network knows {self.M} noise levels and none between, so it has no derivative in time: "
-                "take a teacher with EDM, VP or VE preconditioning"
+                f"an iDDPM network has {self.M} discrete noise levels, so it has no derivative in time: "
+                "use a teacher with EDM, VP or VE preconditioning"
             )
         levels = self.levels.to(sigma.device, sigma.dtype)
         return (sigma[..., None] - levels).abs().argmin(-1)
@@ -255,6 +255,6 @@ def make_preconditioning(kind: str, numbers: Mapping[str, object]) -> Preconditi
     """
     class_ = PRECONDITIONINGS[kind]
     for name in numbers.keys() - {field.name for field in fields(class_)}:
-        raise ValueError(f"{name[:100]}: the preconditioning {kind} has no such number")
+        raise ValueError(f"{name[:100]}: the preconditioning {kind} has no such argument")
     made: Preconditioning = validated(numbers, class_)
     return made

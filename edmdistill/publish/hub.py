@@ -115,13 +115,13 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise HubError(f"{repository} is no name for a repository: {error}") from error
+        raise HubError(f"{repository} is not a repository name: {error}") from error
     if not REPOSITORY.fullmatch(repository):
-        raise HubError(f"{repository} is no name for a repository of yours: write OWNER/NAME")
+        raise HubError(f"{repository} is not a repository name: write OWNER/NAME")
     if (path / PROGRESS).is_file():
-        raise HubError(f"{path} is a training state, with its optimisers, and those are not published: give the run")
+        raise HubError(f"{path} is a training state, which is not published: use its run directory")
     if not path.is_dir():
-        raise HubError(f"{path} is no folder: give a checkpoint of ours, or a run directory")
+        raise HubError(f"{path} is not a folder: use a checkpoint folder or a run directory")
     folder = checkpoint_in(path)
     run = read_run(path) if (path / RECIPE).is_file() else None
     config = read_config(folder)
@@ -154,7 +154,7 @@ def choose_licence(theirs: str | None, requested: str | None) -> str:
     """
     theirs, requested = (None if licence is None else check_licence(licence) for licence in (theirs, requested))
     if theirs is None and requested is None:
-        raise HubError("the checkpoint does not say its licence: say --licence, as the Hub writes it")
+        raise HubError("the checkpoint has no licence: add --licence with the Hub's identifier")
     if theirs is None or requested is None or requested == theirs:
         return requested or theirs or ""
     free = theirs in STRICTNESS and "-sa" not in theirs
@@ -189,7 +189,7 @@ def push(
     """
     repository, api = package.repository, HfApi(library_name="edmdistill", library_version=__version__)
     if get_token() is None:
-        raise HubError("nobody is logged in on this machine: log in by `hf auth login`, or set HF_TOKEN")
+        raise HubError("you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
     with hub_calls(f"{repository} is not published"):
         on_message("asking the Hub")
         api.create_repo(repository, private=private or None, exist_ok=True)
@@ -198,12 +198,10 @@ def push(
         except RevisionNotFoundError:
             before = api.model_info(repository, files_metadata=True)  # of which the branch is going to be made
         if private and not before.private:
-            raise HubError(f"{repository} exists and is public: make it private in its settings, or name another")
+            raise HubError(f"{repository} exists and is public: make it private in its settings, or choose another")
         contents = _read_repository(repository, before)
         if not replace_model and (other := _other_model(contents, package.config)):
-            raise HubError(
-                f"{repository} holds {other}: name another repository, or put this in its place by --replace"
-            )
+            raise HubError(f"{repository} holds {other}: choose another repository, or add --replace to replace it")
         kept_card = (
             not overwrite_card and contents.card not in (None, package.card) and _signature(contents.card) is None
         )
@@ -313,7 +311,7 @@ def _verify_download(package: Package, revision: str) -> None:
         same = whole and difference_of(_comparison_samples(load_model(fresh)), package.samples) <= IMAGE_TOLERANCE
     if not same:
         raise HubError(
-            f"{where} is published, but draws otherwise than here: do not use it, and give the same command again"
+            f"{where} was published, but draws other images than here: do not use it, and run the same command again"
         )
 
 

@@ -92,9 +92,9 @@ def copy_recipe(name: str, to: Path) -> str:
     """
     source = find_recipe(name)
     if to.suffix != ".toml":
-        raise RecipeError(f"{to} must end in .toml, which tells a file of yours from a recipe's name")
+        raise RecipeError(f"{to} must end in .toml, which distinguishes a file from a recipe's name")
     if to.exists():
-        raise RecipeError(f"{to} exists: choose another name")
+        raise RecipeError(f"{to} already exists: choose another name")
     with atomic_write(to) as new:
         new.write_bytes(source.path.read_bytes())
     return str(to if source.variant is None else to.with_name(f"{to.stem}-{source.variant}.toml"))
@@ -277,7 +277,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError:
         parsed = {"value": text.strip()}
         if not re.fullmatch(r"([A-Za-z_]|\.{0,2}/)[\w./-]*", text.strip()):
-            raise RecipeError(f"--set {override}: {text!r} is no TOML value; quote a string") from None
+            raise RecipeError(f"--set {override}: {text!r} is not a TOML value; put strings in quotes") from None
     if list(parsed) != ["value"]:
         raise RecipeError(f"--set {override}: one value only")
     value = parsed["value"]

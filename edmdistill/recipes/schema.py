@@ -75,9 +75,9 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if (self.lr_decay == "inverse_sqrt") != (self.decay_images is not None):
-            raise ValueError('lr_decay = "inverse_sqrt" and decay_images go together: give both or neither')
+            raise ValueError('lr_decay = "inverse_sqrt" and decay_images go together: set both or neither')
         if self.dropout is None and self.dropout_max_resolution is not None:
-            raise ValueError("dropout_max_resolution says where the recipe's dropout is: give dropout too")
+            raise ValueError("dropout_max_resolution limits dropout: set dropout too")
         if self.images < self.batch:
             raise ValueError(f"images = {self.images} is less than one batch of {self.batch}")
 
@@ -95,11 +95,13 @@ class Ema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.half_life_images is None and not self.sigma_rel:
-            raise ValueError("no average is asked for: give half_life_images or sigma_rel")
+            raise ValueError("there is no average: set half_life_images or sigma_rel")
         if len({round(length, 3) for length in self.sigma_rel} & set(self.sigma_rel)) < len(self.sigma_rel):
-            raise ValueError(f"sigma_rel = {list(self.sigma_rel)} must be different numbers of three decimals at most")
+            raise ValueError(
+                f"sigma_rel = {list(self.sigma_rel)} must be different numbers with at most three decimals"
+            )
         if self.snapshot_every is not None and len(self.sigma_rel) < 2:
-            raise ValueError("snapshot_every is for post-hoc EMA, which needs two averages: give two or more sigma_rel")
+            raise ValueError("snapshot_every is for post-hoc EMA, which needs two averages: set two or more sigma_rel")
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -115,9 +117,9 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         for nfe, sigmas in self.sigmas.items():
             if nfe != str(len(sigmas)):
-                raise ValueError(f'sigmas."{nfe}" lists {len(sigmas)} noise levels: give one for each step')
+                raise ValueError(f'sigmas."{nfe}" has {len(sigmas)} noise levels: write one for each step')
             if list(sigmas) != sorted(sigmas, reverse=True):
-                raise ValueError(f'sigmas."{nfe}" = {list(sigmas)} must not rise: sampling goes from noise to data')
+                raise ValueError(f'sigmas."{nfe}" = {list(sigmas)} must decrease: sampling goes from noise to data')
 
 
 class Data(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

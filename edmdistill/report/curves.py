@@ -133,7 +133,7 @@ def save_matplotlib(file: Path, title: str, series: Mapping[str, Sequence[Point]
         from matplotlib.ticker import NullLocator
     except ImportError as error:
         raise EdmDistillError(
-            f"a {kind} is drawn by matplotlib, which is not installed: pip install 'edmdistill[plot]', or name an "
+            f"a {kind} needs matplotlib, which is not installed: pip install 'edmdistill[plot]', or write an "
             ".svg or .html"
         ) from error
     figure = Figure(figsize=(6, 4), layout="constrained")

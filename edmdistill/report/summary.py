@@ -57,7 +57,9 @@ class RunSummary(NamedTuple):
 def read_run(path: Path) -> RunSummary:
     """The run in a directory; it may be under way.  Raises: EdmDistillError: no run directory, or a damaged one."""
     if not (path / RECIPE).is_file():
-        raise EdmDistillError(f"{path} is no run directory, for it has no {RECIPE}: give the --run-dir of a training")
+        raise EdmDistillError(
+            f"{path} is not a run directory, because it has no {RECIPE}: use the --run-dir of edmdistill train"
+        )
     generator = path / "generator"
     try:
         return RunSummary(
@@ -70,7 +72,9 @@ def read_run(path: Path) -> RunSummary:
             read_lines(path / SESSIONS, Session),
         )
     except (OSError, ValueError, RecursionError) as error:
-        raise EdmDistillError(f"{path} is a damaged run directory ({error}): train again in another") from error
+        raise EdmDistillError(
+            f"{path} is a damaged run directory ({error}): train again in another --run-dir"
+        ) from error
 
 
 def _train_arguments(file: Path) -> list[str]:

@@ -71,7 +71,7 @@ def _gamma_sampler(model: Generator, spec: SamplerSpec) -> Sampler:
 
 def _teacher_sampler(model: Denoiser, spec: SamplerSpec) -> Sampler:
     if spec.gamma is not None or spec.times is not None:
-        raise EdmDistillError("gamma and times are for generators, and this is a teacher: use nfe, guidance and churn")
+        raise EdmDistillError("gamma and times are for generators, but this is a teacher: use nfe, guidance and churn")
     name, weight = spec.solver or "heun", _guidance_weight(model, spec.guidance)
     if spec.guide is not None and weight == 1:
         raise EdmDistillError("a guide has no effect at guidance 1: give another weight, or leave the guide out")

@@ -48,17 +48,17 @@ def check_output(out: Path, *, latent: bool) -> None:
     suffix = out.suffix.lower()
     if latent and suffix != ".npz":
         raise EdmDistillError(
-            f"{out}: this network makes latents of a VAE, which are no pictures before they are decoded; "
-            "write them to a file that ends in .npz"
+            f"{out}: this network makes VAE latents, which are not pictures until they are decoded; "
+            "use a file name that ends in .npz"
         )
     if FORMAT.fullmatch(suffix) and suffix not in FILES and not out.is_dir():
         raise EdmDistillError(
-            f"{out}: {out.suffix} is not written; name a file that ends in .npz or .png (a grid), or a folder without "
-            "such an ending"
+            f"{out}: {out.suffix} is not supported; use a file name that ends in .npz or .png (a grid), or a folder "
+            "without a suffix"
         )
     if out.exists() and out.is_dir() == (suffix in FILES):
         found, wanted = ("folder", "file") if out.is_dir() else ("file", "folder")
-        raise EdmDistillError(f"{out} is a {found} already, and a {wanted} was to be written: choose another name")
+        raise EdmDistillError(f"{out} is a {found}, but a {wanted} is to be written: choose another name")
 
 
 def read_image(path: Path, channels: int, resolution: int) -> Tensor:
@@ -210,7 +210,7 @@ class Samples:
                 remove_leftovers(self.out.parent, self.out.name)
                 return True
             if not overwrite:
-                raise EdmDistillError(f"{self.out} exists already: choose another name, or say --overwrite")
+                raise EdmDistillError(f"{self.out} already exists: choose another name, or add --overwrite")
         there = read_request(self.folder)
         if there is None:
             if self.kind:
@@ -224,7 +224,7 @@ class Samples:
             if not overwrite:
                 differs = _difference(there["request"], self.request)
                 raise EdmDistillError(
-                    f"{self.folder} holds other samples ({differs}): choose another place, or say --overwrite"
+                    f"{self.folder} holds other samples ({differs}): choose another path, or add --overwrite"
                 )
             self._clear()
             return False

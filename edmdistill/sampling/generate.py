@@ -92,7 +92,7 @@ def generate_images(
         raise EdmDistillError(f"a batch must hold at least 1 image, but it is {batch}")
     sampler = build_sampler(model, spec)
     if not len(seeds):
-        raise EdmDistillError("there is nothing to sample: give at least one seed")
+        raise EdmDistillError("there is nothing to sample: pass at least one seed")
     vectors = None if labels is None else label_vectors(labels, model.flow.label_dim, len(seeds))
     device = next(model.flow.parameters()).device
     score = None if spec.reference is None else spec.reference.score

@@ -43,7 +43,8 @@ class GuidedDenoiser:
             ours, theirs = getattr(main, what), getattr(self.guide, what)
             if ours != theirs and (what, theirs) != ("label_dim", 0):
                 raise EdmDistillError(
-                    f"the guide's {what} is {theirs}, but the main network's is {ours}: choose a guide of the same data"
+                    f"the guide's {what} is {theirs}, but the main network's is {ours}: choose a guide for the same "
+                    "data"
                 )
         self.drops_labels = guide is None or not guide.label_dim
         self.sigma_min, self.sigma_max, self.round_sigma = main.sigma_min, main.sigma_max, main.round_sigma

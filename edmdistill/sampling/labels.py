@@ -66,7 +66,7 @@ def find_class(word: str, label_dim: int, names: Sequence[str] | None) -> int:
     Raises: EdmDistillError: no such class, or several of that name.
     """
     if not label_dim:
-        raise EdmDistillError(f"class {word!r} was asked for, but this network is unconditional: leave the class out")
+        raise EdmDistillError(f"class {word!r} was requested, but this network is unconditional: leave the class out")
     asked, names = _words(word), names or ()
     synonyms = [[_words(part) for part in name.split(",")] for name in names]
     whole = [number for number, name in enumerate(names) if _words(name) == asked]
@@ -86,10 +86,10 @@ def find_class(word: str, label_dim: int, names: Sequence[str] | None) -> int:
         return found[0]
     if found:
         candidates = ", ".join(f"{number} ({names[number]})" for number in found[:8]) + (", ..." if found[8:] else "")
-        raise EdmDistillError(f"{word!r} means {len(found)} classes, {candidates}: give the number of one")
+        raise EdmDistillError(f"{word!r} means {len(found)} classes, {candidates}: use the number of one")
     if not names:
         raise EdmDistillError(
-            f"this checkpoint has no class names to look {word!r} up in: give a number from 0 to {label_dim - 1}"
+            f"this checkpoint has no class names, so {word!r} cannot be found: use a number from 0 to {label_dim - 1}"
         )
     near = get_close_matches(asked, [part for parts in synonyms for part in parts], n=3)
     hint = f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?"

@@ -72,8 +72,8 @@ def candidates(seeds: Sequence[int], classes: Sequence[int] | Tensor, ratio: flo
     total = sum(math.ceil(round(n / (1 - ratio), 9)) for _, n in counts)
     if total > MAX_SEEDS:
         raise EdmDistillError(
-            f"to reject {ratio:g} of the images, {total:,} would be drawn, more than the {MAX_SEEDS:,} of one command: "
-            "reject fewer, or draw fewer images"
+            f"to reject {ratio:g} of the images, {total:,} would have to be drawn, more than the limit of "
+            f"{MAX_SEEDS:,}: reject fewer, or draw fewer images"
         )
     more = [number for number, n in counts for _ in range(math.ceil(round(n / (1 - ratio), 9)) - n)]
     first = max(seeds) + 1

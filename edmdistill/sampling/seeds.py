@@ -66,20 +66,17 @@ def parse_seeds(text: str) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise EdmDistillError(
-                f"--seeds {text}: {part.strip()!r} is no seed and no rising range; write them as in 0-63,100"
+                f"--seeds {text}: {part.strip()!r} is neither a seed nor an increasing range; write seeds as in "
+                "0-63,100"
             )
         if last > MAX_SEED:
             raise EdmDistillError(f"--seeds {text}: {last} is too large; seeds run from 0 to {MAX_SEED}")
         if len(seeds) + last - first >= MAX_SEEDS:
-            raise EdmDistillError(
-                f"--seeds {text}: more than {MAX_SEEDS:,} seeds are named; give them to several commands, in parts"
-            )
+            raise EdmDistillError(f"--seeds {text}: more than {MAX_SEEDS:,} seeds; split them over several commands")
         seeds.extend(range(first, last + 1))
     if len(set(seeds)) < len(seeds):
         twice = Counter(seeds).most_common(1)[0][0]
-        raise EdmDistillError(
-            f"--seeds {text}: seed {twice} is given twice; every seed makes one picture, so name it once"
-        )
+        raise EdmDistillError(f"--seeds {text}: seed {twice} appears twice; list each seed once")
     return seeds
 
 

@@ -23,12 +23,12 @@ def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: fl
             value = float(part.removesuffix("rad"))
         except ValueError:
             raise EdmDistillError(
-                f"--t {text}: {part!r} is no time; write noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad"
+                f"--t {text}: {part!r} is not a time; write noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad"
             ) from None
         if not part.endswith("rad"):
             if not sigma_min <= value <= sigma_max:
                 raise EdmDistillError(
-                    f"--t {text}: noise level {part} is out of range; this network knows {sigma_min:g} to {sigma_max:g}"
+                    f"--t {text}: noise level {part} is out of range; this network takes {sigma_min:g} to {sigma_max:g}"
                 )
             value = float(sigma_to_time(value, sigma_data))
         times.append(value)
@@ -47,9 +47,9 @@ def check_times(times: Tensor | Sequence[float], nfe: int | None = None) -> Tens
     if not bool(((times > 0) & (times <= math.pi / 2)).all()):
         raise EdmDistillError(f"sampling times are radians in (0, pi/2], but these are {shown}")
     if bool((times.diff() > 0).any()):
-        raise EdmDistillError(f"sampling times must fall from noise to data, but these rise: {shown} (radians)")
+        raise EdmDistillError(f"sampling times must decrease from noise to data, but these increase: {shown} (radians)")
     if nfe is not None and nfe != len(times):
         raise EdmDistillError(
-            f"{len(times)} sampling times were given for {nfe} network evaluations: drop one of the two"
+            f"{len(times)} sampling times were given for {nfe} network evaluations: leave out one of the two"
         )
     return times

@@ -15,10 +15,10 @@ def require_guide(recipe: Recipe, guide: object) -> None:
     """Raises: TrainingError: the recipe needs a guide and there is none, or a guide would do nothing."""
     name, has_guide = recipe.method_name, any(role.source == "guide" for role in recipe.roles.values())
     if has_guide and guide is None:
-        raise TrainingError(f"{name} guides its teacher by another network here: name its checkpoint, --guide SOURCE")
+        raise TrainingError(f"{name} uses another network as guide in this recipe: name it with --guide SOURCE")
     if guide is not None and not has_guide:
-        hint = ", or say --set method.guide=network" if hasattr(recipe.method, "guide") else ""
-        raise TrainingError(f"--guide would do nothing: by this recipe of {name} no network guides; leave it out{hint}")
+        hint = ", or add --set method.guide=network" if hasattr(recipe.method, "guide") else ""
+        raise TrainingError(f"--guide has no effect: this recipe of {name} uses no guide; leave it out{hint}")
 
 
 def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> None:

@@ -78,8 +78,8 @@ def _disk_full(error: CheckpointError | OSError, context: Context) -> TrainingEr
 
 def _out_of_memory(error: torch.OutOfMemoryError, context: Context) -> TrainingError:
     return TrainingError(
-        f"the GPU's memory is too small for this run ({str(error).partition('.')[0]}): add --micro-batch auto, "
-        "--checkpoint-activations, --offload or --shard, and the same command goes on from the last state"
+        f"this run does not fit in GPU memory ({str(error).partition('.')[0]}): add --micro-batch auto, "
+        "--checkpoint-activations, --offload or --shard to the same command, which resumes from the last state"
     )
 
 

@@ -29,7 +29,7 @@ def require_same(path: Path, files: Mapping[str, bytes]) -> bool:
     changed = [line for name in (RECIPE, RUN) for line in _differences(before[name], now[name], mutable)]
     if changed:
         raise TrainingError(
-            f"{path} is the directory of another run; give another --run-dir, or the same recipe, teacher and data:",
+            f"{path} belongs to another run; use another --run-dir, or the same recipe, teacher and data:",
             *changed,
         )
     return before[RECIPE] != now[RECIPE]
@@ -43,7 +43,7 @@ def _read_keys(file: Path, text: bytes | None = None) -> dict[str, Any]:
         facts = error
     if not isinstance(facts, dict):
         raise TrainingError(
-            f"{file} is damaged, so that nothing says which run this is: put it back from a copy, or give another "
+            f"{file} is damaged, so this run cannot be identified: restore it from a backup, or use another "
             f"--run-dir; {file.parent / 'generator'}, if it is there, can still be used"
         )
     return _flatten(facts)

@@ -31,9 +31,7 @@ def settle_micro_batch(run: Run) -> int | None:
     share = -(-run.recipe.training.batch // engine.world_size)
     count = fewest_micro_batches(lambda count: not engine.any_process(not fits(run, -(-share // count))), share)
     if count is None:
-        raise TrainingError(
-            "not even one image fits into the GPU's memory: add --checkpoint-activations, --offload or --shard"
-        )
+        raise TrainingError("not even one image fits in GPU memory: add --checkpoint-activations, --offload or --shard")
     size = -(-share // count)
     engine.machine = machine._replace(micro_batch=size)
     return size

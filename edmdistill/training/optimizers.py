@@ -28,13 +28,17 @@ def make_optimizer(
     if training.optimizer == "adam":
         return (OffloadedAdam if offload else torch.optim.Adam)(list(parameters), **options, fused=True)
     if offload:
-        raise TrainingError(f"--offload optimizer is for adam, but the recipe has {training.optimizer}: leave out one")
+        raise TrainingError(
+            f"--offload optimizer is for adam, but the recipe uses {training.optimizer}: leave out one of them"
+        )
     if training.optimizer == "radam":
         return torch.optim.RAdam(list(parameters), **options)
     try:
         from torchao.optim import Adam8bit
     except ImportError as error:
-        raise TrainingError("adam8bit is torchao's: pip install 'edmdistill[lowbit]'") from error
+        raise TrainingError(
+            "adam8bit needs torchao, which is not installed: pip install 'edmdistill[lowbit]'"
+        ) from error
     made: torch.optim.Optimizer = Adam8bit(list(parameters), **options)
     return made
 

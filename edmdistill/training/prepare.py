@@ -109,7 +109,7 @@ def read_sources(
         torch.manual_seed(recipe.training.seed)
         flow, config = make_network(recipe.network, dataset, name)
     else:
-        raise TrainingError(f"{name} starts from a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
+        raise TrainingError(f"{name} needs a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     return Sources(dataset, flow, config, None if guide is None else read_teacher(guide), warm_start)
 
 

@@ -128,7 +128,7 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
         if path.is_dir():
             return False
         reason = getattr(error if isinstance(error, OSError) else error.__cause__, "strerror", None) or error
-        raise TrainingError(f"{path} cannot be made: {reason}; give another --run-dir") from error
+        raise TrainingError(f"{path} cannot be created: {reason}; use another --run-dir") from error
 
 
 def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
@@ -139,10 +139,10 @@ def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
             with TemporaryDirectory(prefix=".edmdistill-", dir=parent):  # the only way to know that it is allowed
                 pass
         except OSError as error:
-            raise TrainingError(f"{path} cannot be made: {error.strerror}; give another --run-dir") from error
+            raise TrainingError(f"{path} cannot be created: {error.strerror}; use another --run-dir") from error
         return
     if not path.is_dir():
-        raise TrainingError(f"{path} cannot be made: a file is there; give another --run-dir")
+        raise TrainingError(f"{path} cannot be created because a file of that name exists; use another --run-dir")
     _require_run(path)
     if (path / ".lock").exists():
         with (path / ".lock").open("r+") as lock:
@@ -152,7 +152,7 @@ def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
 
 def _require_run(path: Path) -> None:
     if not (path / RECIPE).is_file():
-        raise TrainingError(f"{path} exists and is no run directory: give another --run-dir")
+        raise TrainingError(f"{path} exists and is not a run directory: use another --run-dir")
 
 
 def _lock(path: Path, lock: IO[str]) -> None:
@@ -162,4 +162,4 @@ def _lock(path: Path, lock: IO[str]) -> None:
     except BlockingIOError:
         lock.seek(0)
         pid = lock.read().strip() or "unknown"
-        raise TrainingError(f"{path} is in use by process {pid}: wait for it, or give another --run-dir") from None
+        raise TrainingError(f"{path} is in use by process {pid}: wait for it, or use another --run-dir") from None

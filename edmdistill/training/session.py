@@ -179,8 +179,8 @@ def resume(run: Run, folder: RunDir, tell: Callable[[str], object]) -> Progress 
             scale.restore(state.progress.scales[role])
     except (KeyError, RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"the state {path} is not of this run, though the recipe and run.json say so: put {folder.path} back from "
-            "a copy, or give another --run-dir"
+            f"the state {path} is from another run, although the recipe and run.json match: restore {folder.path} from "
+            "a backup, or use another --run-dir"
         ) from error
     return state.progress
 

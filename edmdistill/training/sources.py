@@ -38,8 +38,8 @@ def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
     parameters, memory = sum(p.numel() for p in flow.parameters()), host_memory()[0]
     if 4 * parameters > memory:
         raise RecipeError(
-            f"[network.arguments] make a network of {parameters:,} parameters, more than the {memory / 1e9:.0f} GB of "
-            "this machine hold: make it smaller"
+            f"[network.arguments] make a network of {parameters:,} parameters, too large for the {memory / 1e9:.0f} GB "
+            "of this machine: make it smaller"
         )
     return flow
 
@@ -93,12 +93,12 @@ def read_init(source: str | Path, recipe: Recipe) -> Init:
     """
     name, product = recipe.method_name, recipe.method_class.product
     if product == "teacher":
-        raise TrainingError(f"{name} trains a teacher, which starts as TEACHER: leave --init out")
+        raise TrainingError(f"{name} trains a teacher and starts from TEACHER: leave --init out")
     given = open_source(source)
     path = given.path
     flow, config = load_flow(given)
     if config.stage != "generator":
-        raise TrainingError(f"{source} is a {config.stage}, not a generator: give it as TEACHER, and leave --init out")
+        raise TrainingError(f"{source} is a {config.stage}, not a generator: pass it as TEACHER, and leave --init out")
     _check_init(source, flow, config, recipe)
     has_states = is_state(path) or (path / "state").is_dir()
     state = newest_whole_state(path, lambda sentence: None) if has_states else None
@@ -117,7 +117,7 @@ def _check_init(source: str | Path, flow: FlowNetwork, config: CheckpointConfig,
         )
     if flow.guided and not role.guided:
         raise TrainingError(
-            f"{source} reads a weight of guidance, but the generator of this recipe does not: give --set "
+            f"{source} reads a guidance weight, but this recipe's generator does not: add --set "
             f"method.guidance={list(config.guidance.range) if config.guidance else []}, or leave --init out"
         )
     problem = recipe.method_class.check_teacher(

@@ -97,7 +97,7 @@ def newest_whole(folder: Path, on_message: Callable[[str], object]) -> Path | No
             shutil.rmtree(path.with_suffix(".broken"), ignore_errors=True)
             path.rename(path.with_suffix(".broken"))
     if states:
-        raise TrainingError(f"none of the states in {folder} is whole: start again in another --run-dir")
+        raise TrainingError(f"no state in {folder} is intact: start again in another --run-dir")
     return None
 
 
@@ -107,7 +107,7 @@ def read_state(path: Path) -> State:
         progress = read_progress(path)
         return State(progress, {name: load_tensors(path / f"{name}.safetensors")[0] for name in progress.sha256})
     except (CheckpointError, OSError, ValueError) as error:
-        raise TrainingError(f"the state {path} cannot be read: {error}; give the same command again") from error
+        raise TrainingError(f"the state {path} cannot be read: {error}; run the same command again") from error
 
 
 def state_path(folder: Path, images: int) -> Path:

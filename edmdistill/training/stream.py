@@ -117,8 +117,8 @@ class Stream:
                 yield self._place(answers.popleft().result())
         except BrokenProcessPool as error:
             raise TrainingError(
-                "a data worker ended, as it does when memory or /dev/shm is full: give fewer --workers, or "
-                "--workers 0, and the same command goes on from the last state"
+                "a data worker died, probably because memory or /dev/shm is full: use fewer --workers, or "
+                "--workers 0 with the same command, which resumes from the last state"
             ) from error
 
     def _place(self, batch: Batch) -> Batch:

@@ -21,7 +21,7 @@ def require_trackers(names: Sequence[str]) -> None:
     """Raises: TrainingError: a tracker is unknown or not installed."""
     for name in names:
         if name not in INSTALL:
-            raise TrainingError(f"there is no tracker {name!r}: choose of {', '.join(INSTALL)}")
+            raise TrainingError(f"there is no tracker {name!r}: choose from {', '.join(INSTALL)}")
         if find_spec(name) is None:
             raise TrainingError(f"--log-with {name} needs a package that is not installed: {INSTALL[name]}")
 

@@ -145,7 +145,7 @@ def test_rerunning(golden: Path, bad: Path, tmp_path: Path) -> None:
         convert(other, out)
     assert convert(other, out, overwrite=True).config.provenance.source == "bad-modulesrc-exec.pkl"
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match="other things than a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint: choose another path"):
         convert(tiny, tmp_path / "file", overwrite=True)
 
 

@@ -252,7 +252,7 @@ def test_what_was_found_does_not_do(snapshots: Path, golden: Path, tmp_path: Pat
     shutil.copy(golden / "edm2-rgb-cond.pkl", folder / "network-snapshot-0000262-0.100.pkl")
     refused("belong to different networks: that of sigma_rel 0.1 after 262,144 images has other tensors")
     shutil.copy(snapshots / "phema-0000262-0.075.pkl", folder)
-    refused("holds averages of several trainings, network-snapshot, phema")
+    refused("contains averages of several trainings, network-snapshot, phema")
 
 
 def test_what_stands_at_out_is_looked_at_first(
@@ -260,5 +260,5 @@ def test_what_stands_at_out_is_looked_at_first(
 ) -> None:
     (tmp_path / "photo.png").write_bytes(b"a")
     monkeypatch.setattr(module, "read_official", None)
-    with pytest.raises(CheckpointError, match="holds other things than a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         reconstruct_checkpoint(snapshots / "phema-in", tmp_path, 0.075)

@@ -140,7 +140,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("owner/name", "config.json", "model.safetensors", "README.md", None),
         ("owner/name", "config.json", "model.safetensors", "README.md", "v1"),
     ]
-    with pytest.raises(CheckpointError, match="names no repository"):
+    with pytest.raises(CheckpointError, match="is not a repository"):
         resolve("hf://owner")
 
 

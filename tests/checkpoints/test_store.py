@@ -122,13 +122,13 @@ def test_overwrite(folder: Path) -> None:
     save_checkpoint(folder, flow, replace(config, stage="auxiliary"), overwrite=True)
     assert load_checkpoint(folder)[1].stage == "auxiliary"
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="other things than a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint: choose another path"):
         save_checkpoint(folder, flow, config, overwrite=True)
 
 
 def test_another_library_s_model_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text('{"architectures": ["GPT2"]}')
-    with pytest.raises(CheckpointError, match="not one of our checkpoints"):
+    with pytest.raises(CheckpointError, match="not an edmdistill checkpoint"):
         save_checkpoint(tmp_path, *make(), overwrite=True)
 
 
@@ -141,7 +141,7 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format_version": "2.0"}, "has format_version '2.0' where this version of edmdistill reads 1.x"),
+        ({"format_version": "2.0"}, "has format_version '2.0', but this edmdistill reads 1.x"),
         ({"format_version": "1.x"}, "has format_version '1.x'"),
         ({"format_version": None}, "has format_version None"),
         ({"colour": "red"}, "unknown field `colour`"),
@@ -157,7 +157,7 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
             "num_blocks: expected `int` <= 64",
         ),
         ({"preconditioning": {"kind": "iddpm", "M": 10**12}}, "M: expected `int` <= 10000"),
-        ({"preconditioning": {"kind": "edm", "rho": 1}}, "rho: the preconditioning edm has no such number"),
+        ({"preconditioning": {"kind": "edm", "rho": 1}}, "rho: the preconditioning edm has no such argument"),
     ],
     ids=str,
 )

@@ -65,7 +65,7 @@ def test_save_keeps_results_with_the_weights(checkpoint: Path, images: Path) -> 
     assert load_checkpoint(checkpoint)[1] == config
     refused = run(images, "--protocol", "digits", "--save")
     assert refused.exit_code == 2
-    assert "is for a checkpoint folder or a run, and" in refused.stderr
+    assert "is for a checkpoint folder or a run, but" in refused.stderr
 
 
 def test_json_is_one_document_on_stdout_and_in_the_file(checkpoint: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_likelihood_is_bound_to_data_probes_and_tolerance(teacher: Path, tmp_p
     [
         (["--protocol", "digits", "--ref", "digits"], "--protocol does not go with --metrics nll"),
         (["--nfe", "2", "--ref", "digits"], "--nfe does not go with --metrics nll"),
-        ([], "name them by --ref"),
+        ([], "name them with --ref"),
         (["--ref", "digits", "--split", "held-out"], "'held-out'"),
     ],
 )

@@ -75,10 +75,10 @@ def test_a_network_for_the_data() -> None:
     ("words", "sentence"),
     [
         (["cosim/digits"], "the plan needs the teacher's shape: name a checkpoint, or --network edm2-img512-s"),
-        (["cosim/digits", "--network", "edm3"], "there is no network 'edm3': give one of adm-imagenet64, "),
-        (["scd/digits", TEACHER, *GUIDED], "scd guides its teacher by another network here"),
+        (["cosim/digits", "--network", "edm3"], "there is no network 'edm3': choose one of adm-imagenet64, "),
+        (["scd/digits", TEACHER, *GUIDED], "scd uses another network as guide in this recipe"),
         (["scd/digits", TEACHER, *GUIDED, "--guide", "edm2-img512-xs"], "the guide's img_resolution is 64, but the"),
-        (["diffusion/digits"], "this recipe makes its network for the data: name them by --data"),
+        (["diffusion/digits"], "this recipe makes its network for the data: name it with --data"),
         (["cosim/nothing", TEACHER], "there is no recipe 'cosim/nothing'"),
         (["cosim/digits", "nowhere.pkl"], "nowhere.pkl"),
     ],

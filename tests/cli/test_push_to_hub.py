@@ -97,10 +97,10 @@ def test_what_is_refused_is_one_sentence(server: Hub, run: Path) -> None:
     for words, sentence in (
         (
             (run, NAME, "--licence", "apache-2.0"),
-            "the weights are under cc-by-nc-sa-4.0, or come from such, and apache",
+            "the weights are under cc-by-nc-sa-4.0, or derived from such weights, and apache",
         ),
         ((run / "state" / "000000001000", NAME), "is not a checkpoint"),
-        ((run, "digits"), "digits is no name for a repository of yours: write OWNER/NAME"),
+        ((run, "digits"), "digits is not a repository name: write OWNER/NAME"),
     ):
         result = push(*words)
         assert result.exit_code == 2

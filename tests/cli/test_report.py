@@ -84,7 +84,8 @@ def test_no_run_is_the_users_error(tmp_path: Path):
     result = report(tmp_path)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"Error: {tmp_path} is no run directory, for it has no recipe.resolved.json: give the --run-dir of a training\n"
+        f"Error: {tmp_path} is not a run directory, because it has no recipe.resolved.json: use the --run-dir of "
+        "edmdistill train\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -251,11 +251,11 @@ def test_mistakes_about_files(runs: dict[str, Path], tmp_path: Path, words: list
 @pytest.mark.parametrize(
     ("kind", "words", "message"),
     [
-        ("generator", ["--seeds", "3-1"], "'3-1' is no seed"),
+        ("generator", ["--seeds", "3-1"], "'3-1' is neither a seed"),
         ("generator", ["--class", "tree forg"], "did you mean 'tree frog'"),
         ("generator", ["--class", "3"], "run from 0 to 2"),
         ("plain", ["--class", "1"], "unconditional"),
-        ("generator", ["--t", "2.5,80"], "fall"),
+        ("generator", ["--t", "2.5,80"], "must decrease"),
         ("generator", ["--t", "800"], "0.002 to 80"),
         ("generator", ["--t", "1.6rad"], "(0, pi/2]"),
         ("generator", ["--gamma", "1.5"], "1.5 is not in the range 0<=x<=1"),

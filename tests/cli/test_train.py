@@ -60,7 +60,7 @@ def test_a_missing_teacher_is_one_sentence(tmp_path):
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
-    assert "cosim starts from a teacher" in result.stderr
+    assert "cosim needs a teacher" in result.stderr
 
 
 def test_a_guide_is_asked_for_and_a_wrong_one_refused(tmp_path):
@@ -70,8 +70,8 @@ def test_a_guide_is_asked_for_and_a_wrong_one_refused(tmp_path):
     recipe = f'[method]\nguidance = [1.0, 2.0]\nguide = "network"\n[training]\n{training}[ema]\nhalf_life_images = 8\n'
     (tmp_path / "dscd.toml").write_text(recipe)
     for more, sentence in (
-        ([], "dscd guides its teacher by another network here: name its checkpoint, --guide SOURCE"),
-        (["--guide", "x", "--set", "method.guide=classes"], "leave it out, or say --set method.guide=network"),
+        ([], "dscd uses another network as guide in this recipe: name it with --guide SOURCE"),
+        (["--guide", "x", "--set", "method.guide=classes"], "leave it out, or add --set method.guide=network"),
     ):
         result = CliRunner().invoke(main, [*words, *more])
         assert result.exit_code == 2

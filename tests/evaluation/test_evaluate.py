@@ -209,7 +209,7 @@ def test_json_says_it_all() -> None:
 def test_only_equal_protocols_compare() -> None:
     few, more = evaluate(held_out()[:99], protocol="digits"), evaluate(held_out(), protocol="digits")
     assert few.protocol_sha256 != more.protocol_sha256
-    with pytest.raises(EdmDistillError, match=r"they differ in n \(99 and 297\); measure both by one protocol"):
+    with pytest.raises(EdmDistillError, match=r"they differ in n \(99 and 297\); measure both with the same protocol"):
         require_comparable(few, more)
     require_comparable(few, replace(few, metrics={}))
 
@@ -243,9 +243,9 @@ BAD = [
     Bad(
         torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "the images are 3x8x8, but those of the reference digits are 1x8x8"
     ),
-    Bad(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "a covariance needs two images, but there is 1"),
+    Bad(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "a covariance needs at least two images, but there is only 1"),
     Bad(held_out(), "there is no protocol 'fid'; choose one of digits, pixels", protocol="fid"),
-    Bad(held_out(), "the protocol pixels has no reference of its own; name a data set", protocol="pixels"),
+    Bad(held_out(), "the protocol pixels has no reference data set; name one with --ref", protocol="pixels"),
     Bad(held_out(), r"against digits \(train\), but the reference is digits \(test\)", reference=TEST),
     Bad("nowhere", "nowhere does not exist"),
     Bad("nowhere.npz", r"nowhere\.npz cannot be read \(.*No such file"),
@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_refused(bad: Bad) -> None:
 
 
 def test_sampling_options_are_for_networks() -> None:
-    with pytest.raises(EdmDistillError, match="say how a network is sampled, but these images exist"):
+    with pytest.raises(EdmDistillError, match="are for sampling a network, but these are images"):
         evaluate(held_out(), protocol="digits", nfe=2)
 
 

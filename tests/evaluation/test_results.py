@@ -70,7 +70,7 @@ def test_a_checkpoint_on_the_disk_keeps_them(folder: Path):
 
 def test_a_place_is_a_checkpoint_or_a_run(folder: Path):
     assert (find_results_folder(folder), find_results_folder(str(folder.parent))) == (folder, folder.parent)
-    with pytest.raises(EdmDistillError, match=r"--save is for .* and me/generator is neither: use --out"):
+    with pytest.raises(EdmDistillError, match=r"--save is for .* but me/generator is neither: use --out"):
         find_results_folder("me/generator")
     (folder / CONFIG).write_text("{")
     with pytest.raises(CheckpointError):
@@ -94,5 +94,5 @@ def test_a_runs_results_outlive_its_checkpoint(folder: Path):
 
 
 def test_results_of_somebody_else_are_refused():
-    with pytest.raises(EdmDistillError, match=r"are not ours .*: measure it again"):
+    with pytest.raises(EdmDistillError, match=r"cannot be read .*: measure it again"):
         results_in_config(replace(EMPTY, results=({"fid": 2.0},)))

@@ -41,7 +41,7 @@ def test_an_image_that_cannot_be_read(
     with pytest.raises(TrainingError) as error:
         train(run, tmp_path / "run", on_round=lambda images, measures: broken.write_bytes(sound[:40]), on_message=str)
     assert f"{broken.name} is not a readable image" in str(error.value)
-    assert "if it has changed since the run began, put it back, and the same command goes on" in str(error.value)
+    assert "if it has changed since the run began, restore it and run the same command again" in str(error.value)
     broken.write_bytes(sound)
     heard: list[str] = []
     assert train(begin(), tmp_path / "run", on_message=heard.append).finished

@@ -114,13 +114,13 @@ def test_an_image_of_13000_pixels(form: str, tmp_path: Path) -> None:
         path = tmp_path / "set"
         path.mkdir()
         (path / "0.png").write_bytes(png(13000, 13000))
-    refused(path, r"0\.png is 13000x13000, and at most 4096 a side are read; resize it")
+    refused(path, r"0\.png is 13000x13000, larger than 4096 pixels a side; resize it")
     refused(path, r"0\.png is 13000x13000", lambda path: open_images(path, 0))
 
 
 def test_an_image_of_more_than_pillow_opens(tmp_path: Path) -> None:
     refused(write(tmp_path / "set.zip", ("0.png", png(2**31 - 1, 2**31 - 1, 0))), r"0\.png is not a readable image \(")
-    refused(write(tmp_path / "b.zip", ("0.png", good()), ("1.png", png(4097, 1))), r"1\.png is 4097x1, and at most")
+    refused(write(tmp_path / "b.zip", ("0.png", good()), ("1.png", png(4097, 1))), r"1\.png is 4097x1, larger than")
 
 
 CLAIMS = {
@@ -176,7 +176,7 @@ def test_images_are_read_in_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"flags": 1}, r"1\.png is encrypted, and passwords are not asked for; replace or remove it"),
+        ({"flags": 1}, r"1\.png is encrypted, and encrypted files are not read; replace or remove it"),
         ({"method": 9}, r"1\.png is compressed by method 9, and only stored and deflated files are read"),
         ({"method": 12}, r"1\.png is compressed by method 12"),
         ({"method": 14}, r"1\.png is compressed by method 14"),
@@ -228,10 +228,16 @@ def test_links(tmp_path: Path) -> None:
     (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
     assert open_dataset(tmp_path / "set").files == ["link/1.png"]
     (tmp_path / "set" / "again").symlink_to("link")
-    refused(tmp_path / "set", r"link and again are one folder by a link|again and link are one folder by a link")
+    refused(
+        tmp_path / "set",
+        r"link and again are the same folder through a link|again and link are the same folder through a link",
+    )
     (tmp_path / "set" / "again").unlink()
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "set")
-    refused(tmp_path / "set", r"\. and link/loop are one folder by a link, so its images would count twice; remove")
+    refused(
+        tmp_path / "set",
+        r"\. and link/loop are the same folder through a link, so its images would count twice; remove",
+    )
     (tmp_path / "round.zip").symlink_to("round.zip")
     refused(tmp_path / "round.zip", r"round\.zip cannot be opened \(Too many levels of symbolic links\)")
 
@@ -244,7 +250,9 @@ def test_names_that_no_system_takes(name: str, message: str) -> None:
 
 
 def test_an_empty_name_is_not_the_working_directory() -> None:
-    with pytest.raises(DatasetError, match="the data set's name is empty; give a zip, a folder, or the word digits"):
+    with pytest.raises(
+        DatasetError, match="the name of the data set is empty; give a zip, a folder, or the word digits"
+    ):
         open_dataset("")
 
 

@@ -27,7 +27,7 @@ NOT_HERE = ["foo", "cuda:", "cuda:-1", "cuda:x", "mps", "meta", "CPU", "", "xla:
 
 @pytest.mark.parametrize("name", NOT_HERE)
 def test_what_is_no_device(name: str):
-    with pytest.raises(EdmDistillError, match=r"there is no device .* give cpu, cuda, or cuda:N"):
+    with pytest.raises(EdmDistillError, match=r"there is no device .* use cpu, cuda, or cuda:N"):
         pick_device(name)
 
 

@@ -70,9 +70,9 @@ HOSTILE = [
     ("out", "sentence"),
     [
         *HOSTILE,
-        ("{here}/file.txt", "exists and is no export"),
-        ("{here}/model.onnx", "has a file's name, and an export is a folder"),
-        ("{here}/G.PT2", "has a file's name, and an export is a folder"),
+        ("{here}/file.txt", "exists and is not an export"),
+        ("{here}/model.onnx", "looks like a file, but an export is a folder"),
+        ("{here}/G.PT2", "looks like a file, but an export is a folder"),
         ("/dev/null", "is a device or a pipe"),
     ],
 )

@@ -102,7 +102,7 @@ def test_another_runs_repository_is_refused(
     push(build_package(folder, NAME))
     before = head(server)
     write_config(folder, config)
-    with pytest.raises(HubError, match=rf"^{NAME} holds {sentence}.* by --replace$"):
+    with pytest.raises(HubError, match=rf"^{NAME} holds {sentence}.* to replace it$"):
         publish(folder)
     assert head(server) == before
     publish(folder, replace_model=True)

@@ -35,10 +35,10 @@ def test_a_damaged_state_gives_way(start: Callable[..., Run], tmp_path: Path, ca
     assert load_flow(tmp_path / "run", "raw")[1].images_seen == 8
     assert "000000000016 is not whole" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "run/state").iterdir()) == before
-    with pytest.raises(CheckpointError, match="has no whole state, which holds raw weights"):
+    with pytest.raises(CheckpointError, match="has no intact state to read raw weights from"):
         load_flow(tmp_path / "run/state/000000000016")
 
 
 def test_a_checkpoint_has_none(teacher: Path):
-    with pytest.raises(CheckpointError, match="has no whole state"):
+    with pytest.raises(CheckpointError, match="has no intact state"):
         load_flow(teacher, "raw")

@@ -55,15 +55,15 @@ def in_use(place: Path) -> None:
 NO_FOLDER = "is not a folder you may write to"
 HOLDERS: list[subprocess.Popen[bytes]] = []
 PLACES: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
-    "photos": (photos, [], "photos exists and is no run directory"),
-    "file": (file, [], "file cannot be made"),
+    "photos": (photos, [], "photos exists and is not a run directory"),
+    "file": (file, [], "file cannot be created"),
     "below a file": (
         lambda place: file(place.parent / "f"),
         ["--run-dir", "f/run"],
         NO_FOLDER,
     ),
     "a pipe": (lambda place: os.mkfifo(place), [], "is a device or a pipe"),
-    "another run": (another_run, ["--set", "training.lr=0.5"], "is the directory of another run"),
+    "another run": (another_run, ["--set", "training.lr=0.5"], "belongs to another run"),
     "in use": (in_use, [], "is in use by process"),
     "rows": (lambda place: None, ["--micro-batch", "auto"], "this run is on a CPU: give a number of images"),
     "a tracker": (lambda place: None, ["--log-with", "wandb"], "--log-with wandb needs a package"),
@@ -72,8 +72,8 @@ PLACES: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "NUL": (lambda place: None, ["--run-dir", "a\0b"], "NUL"),
     "long": (lambda place: None, ["--run-dir", "a" * 300], "longer than"),
     "nobody": (lambda place: None, ["--run-dir", "~nobody-at-all/x"], "does not exist on this machine"),
-    "the folder itself": (lambda place: file(place.parent / "f"), ["--run-dir", "."], "is no run directory"),
-    "/proc": (lambda place: None, ["--run-dir", "/proc/run"], "/proc/run cannot be made"),
+    "the folder itself": (lambda place: file(place.parent / "f"), ["--run-dir", "."], "is not a run directory"),
+    "/proc": (lambda place: None, ["--run-dir", "/proc/run"], "/proc/run cannot be created"),
     "a device": (lambda place: None, ["--run-dir", "/dev/null/run"], NO_FOLDER),
 }
 

@@ -101,7 +101,7 @@ def test_a_grid_is_left_out_beside_samples_and_only_there(opened, form: str) -> 
 @pytest.mark.parametrize("suffix", [".tif", ".TIFF", ".gif", ".ppm", ".heic", ".avif"])
 def test_images_of_other_kinds_are_refused(opened, suffix: str, form: str) -> None:
     with pytest.raises(
-        DatasetError, match=rf"holds an image of a kind that is not read, the first 0\{suffix}; convert"
+        DatasetError, match=rf"holds an image in a format that is not supported, the first 0\{suffix}; convert"
     ):
         opened([*TWO, (f"0{suffix}", b"x")], form)
 
@@ -145,7 +145,7 @@ LABELS = [["a/0.png", 0], ["b/1.png", 1]]
 AMBIGUOUS = {
     "a member twice": ([*TWO, *images("a/0.png")], "holds a/0.png twice, of .* bytes; keep one"),
     "a member by two names": (
-        [*TWO, *images("a/./0.png")], r"holds 'a/\./0\.png' and 'a/0\.png', which are one name"
+        [*TWO, *images("a/./0.png")], r"holds 'a/\./0\.png' and 'a/0\.png', which differ only in case"
     ),
     "a label twice": (
         [*TWO, described([*LABELS, ["a/0.png", 1]])], r"labels a/0\.png twice, with 0 and 1; keep one"
@@ -153,13 +153,13 @@ AMBIGUOUS = {
     "a label by two names": (
         [*TWO, described([*LABELS, ["a\\0.png", 1]])], r"twice, as 'a/0\.png' and 'a\\\\0\.png', with 0 and 1"
     ),
-    "two descriptions": (
+    "two label files": (
         [*TWO, described(LABELS), described(LABELS, "a/dataset.json")],
-        r"holds two descriptions, a/dataset\.json and dataset\.json",
+        r"holds two label files, a/dataset\.json and dataset\.json",
     ),
     "two descriptions of two sets": (
         [*TWO, described([["0.png", 0]], "a/dataset.json"), described([["1.png", 0]], "b/dataset.json")],
-        r"holds two descriptions, a/dataset\.json and b/dataset\.json",
+        r"holds two label files, a/dataset\.json and b/dataset\.json",
     ),
     "two images for a name": (
         [*images("a/0.png", "a/a/0.png"), described([["a/0.png", 0]], "a/dataset.json")],
@@ -208,9 +208,9 @@ def test_classes_have_names(opened) -> None:
     assert data.tensors([1])[1].tolist() == [[0, 1, 0]]
     for names, message in [
         (["cat"], "as 1, but label_names has 1 names"),
-        ([], "label_names is no list of printable names"),
-        (["cat", "\x1b[2J"], "label_names is no list of printable names"),
-        ({"0": "cat"}, "label_names is no list of printable names"),
+        ([], "label_names must be a list of printable names"),
+        (["cat", "\x1b[2J"], "label_names must be a list of printable names"),
+        ({"0": "cat"}, "label_names must be a list of printable names"),
     ]:
         with pytest.raises(DatasetError, match=message):
             opened([*TWO, described(LABELS, label_names=names)])

@@ -336,7 +336,7 @@ def test_other_files(tmp_path: Path) -> None:
 
 def test_a_script_that_fails_is_one_sentence(tmp_path: Path) -> None:
     path = script(Maps(), tmp_path / "maps.pt", torch.zeros(1, 3, 224, 224))
-    with pytest.raises(CheckpointError, match=r"fails on images of shape \[1, 4, 8, 8\] \([^\n]+\): give a script"):
+    with pytest.raises(CheckpointError, match=r"fails on images of shape \[1, 4, 8, 8\] \([^\n]+\): use a script"):
         Script(path)(torch.zeros(1, 4, 8, 8))
     identity = save(Plain(), tmp_path / "plain.pt")
     assert torch.equal(Script(identity)(torch.ones(1)), torch.tensor([4.0]))

@@ -89,7 +89,7 @@ def test_what_a_run_is_cannot_be_read(name: str, content: bytes, finished: Path)
     try:
         recipe, identity = sound["recipe.resolved.json"], json.loads(sound["run.json"])
         with (
-            pytest.raises(TrainingError, match=rf"{name} is damaged, .* put it back from a copy, or give another"),
+            pytest.raises(TrainingError, match=rf"{name} is damaged, .* restore it from a backup, or use another"),
             open_run(finished, recipe, identity, ""),
         ):
             pass

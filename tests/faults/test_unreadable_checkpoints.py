@@ -123,7 +123,7 @@ def test_classes(tmp_path: Path) -> None:
     assert inspect(tmp_path / "run")["file"] == str(teacher)
     done = CliRunner().invoke(main, ["inspect", "--classes", str(GOLDEN / "edm2-rgb-uncond.pkl.gz")])
     assert done.exit_code == 2
-    assert "knows no classes" in done.output
+    assert "has no classes" in done.output
 
 
 def test_random_changes_end_in_one_sentence(tmp_path: Path) -> None:

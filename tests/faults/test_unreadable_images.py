@@ -250,7 +250,7 @@ def test_arrays_that_were_cut(kind: str, tmp_path: Path) -> None:
 def test_a_lossy_image_is_not_measured_whatever_it_is_called(one: Callable[[bytes], Path]) -> None:
     jpeg = one(encoded(RGB, "JPEG"))
     assert len(open_dataset(jpeg)) == 1
-    with pytest.raises(DatasetError, match=r"0\.png is a JPEG, .* changes every metric; measure PNGs"):
+    with pytest.raises(DatasetError, match=r"0\.png is a JPEG, .* changes every metric; use PNGs"):
         open_images(jpeg, 0)
 
 

@@ -85,11 +85,11 @@ def test_a_states_raw_weights(first: Path, begin: Callable[..., Run]):
 def test_what_it_cannot_begin_with(
     first: Path, teacher: Path, begin: Callable[..., Run], start: Callable[..., Run], tmp_path: Path
 ):
-    with pytest.raises(TrainingError, match="is a teacher, not a generator: give it as TEACHER"):
+    with pytest.raises(TrainingError, match="is a teacher, not a generator: pass it as TEACHER"):
         begin("sid", teacher)
-    with pytest.raises(TrainingError, match="diffusion trains a teacher, which starts as TEACHER: leave --init out"):
+    with pytest.raises(TrainingError, match="diffusion trains a teacher and starts from TEACHER: leave --init out"):
         begin("diffusion", first, None)
     train(start("ctm", images=8), tmp_path / "ctm", on_message=str)
-    with pytest.raises(TrainingError, match="of ctm, which reads two times, but that of sid reads one"):
+    with pytest.raises(TrainingError, match="of ctm, which reads two times, but sid's generator reads one"):
         begin("sid", tmp_path / "ctm")
     assert same(begin("ctm", tmp_path / "ctm").networks["generator"], load_flow(tmp_path / "ctm")[0].state_dict())

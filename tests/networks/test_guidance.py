@@ -84,8 +84,8 @@ def test_it_outlives_a_second_time_and_a_head(flow: FlowNetwork) -> None:
 
 def test_a_network_that_reads_no_weight_takes_none(make_flow: MakeFlow) -> None:
     flow = make_flow("edm2")
-    with pytest.raises(ValueError, match="reads no weight of guidance, but one was given"):
+    with pytest.raises(ValueError, match="takes no guidance weight, but one was given"):
         flow(*point(flow), w=W)
     x, t, labels = point(flow)
-    with pytest.raises(ValueError, match="reads no weight of guidance, but one was given"):
+    with pytest.raises(ValueError, match="takes no guidance weight, but one was given"):
         flow.tangent(x, t, labels, x, t, w=W)

@@ -188,7 +188,7 @@ def test_no_tangent_beyond_the_times_that_the_network_knows(make_flow: MakeFlow)
 def test_iddpm_has_a_tangent_in_space_alone(make_flow: MakeFlow) -> None:
     flow = make_flow("adm-iddpm", torch.float64)
     x, dx = normal(flow), normal(flow, 2)
-    with pytest.raises(TrainingError, match=r"1000 noise levels .* take a teacher with EDM"):
+    with pytest.raises(TrainingError, match=r"1000 discrete noise levels.* use a teacher with EDM"):
         flow.tangent(x, TIMES, None, dx, SPEED)
     assert error(flow(Dual(x, dx), TIMES).tangent, slope(lambda h: flow(x + h * dx, TIMES))) <= 1e-8
 

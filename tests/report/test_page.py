@@ -287,7 +287,7 @@ def test_a_teacher_in_training_has_a_page_too(bare: Path):
 
 
 def test_no_run_directory(tmp_path: Path):
-    with pytest.raises(EdmDistillError, match=r"is no run directory, for it has no recipe\.resolved\.json"):
+    with pytest.raises(EdmDistillError, match=r"is not a run directory, because it has no recipe\.resolved\.json"):
         read_run(tmp_path)
 
 

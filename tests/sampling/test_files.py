@@ -108,11 +108,11 @@ def test_in_whatever_parts_it_is_drawn_the_whole_is_the_same(
     [
         ("a.png", True, "latents"),
         ("folder", True, "latents"),
-        ("a.jpg", False, ".jpg is not written"),
-        ("S.pt", False, "name a file that ends in .npz or .png"),
-        ("S.PT", False, "name a file that ends in .npz or .png"),
-        ("taken", False, "is a file already"),
-        ("held.npz", False, "is a folder already"),
+        ("a.jpg", False, ".jpg is not supported"),
+        ("S.pt", False, "use a file name that ends in .npz or .png"),
+        ("S.PT", False, "use a file name that ends in .npz or .png"),
+        ("taken", False, "is a file, but"),
+        ("held.npz", False, "is a folder, but"),
     ],
 )
 def test_check_output(tmp_path: Path, name: str, latent: bool, message: str) -> None:

@@ -56,7 +56,7 @@ def test_find_class(word: str, number: int) -> None:
     [
         ("tree forg", NAMES, "did you mean 'tree frog'"),
         ("zebra crossing", NAMES, "classes run from 0 to 4"),
-        ("crane", NAMES, r"means 2 classes, 2 \(crane\), 3 \(crane\): give the number"),
+        ("crane", NAMES, r"means 2 classes, 2 \(crane\), 3 \(crane\): use the number"),
         ("5", NAMES, "class 5 does not exist"),
         ("frog", None, "no class names"),
     ],

@@ -36,7 +36,7 @@ def test_check_times() -> None:
 @pytest.mark.parametrize(
     ("times", "message"),
     [
-        ([1.1, 1.2], "fall"),
+        ([1.1, 1.2], "must decrease"),
         ([1.6], r"\(0, pi/2\]"),
         ([1.1, 0.0], r"\(0, pi/2\]"),
         ([math.nan], r"\(0, pi/2\]"),

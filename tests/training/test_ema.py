@@ -73,9 +73,9 @@ def test_the_official_traces(golden):
 @pytest.mark.parametrize(
     ("table", "sentence"),
     [
-        ({}, "no average is asked for: give half_life_images or sigma_rel"),
-        ({"sigma_rel": [0.05, 0.05]}, "must be different numbers of three decimals at most"),
-        ({"sigma_rel": [0.0512]}, "must be different numbers of three decimals at most"),
+        ({}, "there is no average: set half_life_images or sigma_rel"),
+        ({"sigma_rel": [0.05, 0.05]}, "must be different numbers with at most three decimals"),
+        ({"sigma_rel": [0.0512]}, "must be different numbers with at most three decimals"),
         ({"sigma_rel": [0.3]}, "expected `float` < 0.288"),
         ({"sigma_rel": [0.05], "snapshot_every": 8}, "give two or more sigma_rel"),
     ],

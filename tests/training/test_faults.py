@@ -134,7 +134,9 @@ def test_a_full_disk(start, whole, tmp_path, monkeypatch):
     with pytest.raises(TrainingError) as error:
         train(start("sid", images=64, snapshot_every=16), tmp_path / "run")
     assert "000000000048 cannot be written: No space left on device, with " in str(error.value)
-    assert f"make room, and the same command goes on from {tmp_path / 'run/state/000000000032'}" in str(error.value)
+    assert f"free some space, and run the same command to resume from {tmp_path / 'run/state/000000000032'}" in str(
+        error.value
+    )
     monkeypatch.undo()
     assert train(
         start("sid", images=64, snapshot_every=16), tmp_path / "run", on_message=lambda sentence: None
@@ -169,9 +171,7 @@ def test_a_gpu_that_is_too_small(start, tmp_path):
 
     with pytest.raises(TrainingError) as error:
         train(run, tmp_path / "run", on_round=too_large)
-    assert str(error.value).startswith(
-        "the GPU's memory is too small for this run (CUDA out of memory): add --micro-batch"
-    )
+    assert str(error.value).startswith("this run does not fit in GPU memory (CUDA out of memory): add --micro-batch")
     heard: list[str] = []
     smaller = start("sid", Machine("cpu", micro_batch=4, checkpointing=True), images=64, snapshot_every=16)
     assert train(smaller, tmp_path / "run", on_message=heard.append).finished

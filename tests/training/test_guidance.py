@@ -140,10 +140,10 @@ def test_the_generator_knows_its_guidance(recipe, teacher, guide, tmp_path):
             "scd",
             BY_NETWORK,
             False,
-            "scd guides its teacher by another network here: name its checkpoint, --guide",
+            "scd uses another network as guide in this recipe: name it with --guide",
         ),
-        ("scd", RANGE, True, "--guide would do nothing: .* leave it out, or say --set method.guide=network"),
-        ("sid", {}, True, "--guide would do nothing: .* of sid no network guides; leave it out$"),
+        ("scd", RANGE, True, "--guide has no effect: .* leave it out, or add --set method.guide=network"),
+        ("sid", {}, True, "--guide has no effect: .* of sid uses no guide; leave it out$"),
     ],
 )
 def test_a_guide_is_given_exactly_where_one_plays(recipe, teacher, guide, method, options, asks, sentence):
@@ -157,7 +157,7 @@ def test_a_guide_is_given_exactly_where_one_plays(recipe, teacher, guide, method
 @pytest.mark.parametrize(
     ("facts", "sentence"),
     [
-        ({"label_dim": 3}, "the guide's label_dim is 3, but the teacher's is 10: choose a guide of the same data"),
+        ({"label_dim": 3}, "the guide's label_dim is 3, but the teacher's is 10: choose a guide for the same data"),
         ({"resolution": 16}, "the guide's img_resolution is 16, but the teacher's is 8"),
         ({"sigma_data": 1.0}, r"the guide's sigma_data is 1.0, but the teacher's is 0.5"),
         ({"label_dim": 0}, None),
@@ -176,7 +176,7 @@ def test_a_guide_works_on_the_teachers_latents(recipe, teacher, guide, tmp_path)
     flow, config = load_checkpoint(guide)
     made, encoder = guided(recipe, **BY_NETWORK), {"kind": "StabilityVAEEncoder", "scale": [1.0], "bias": [0.0]}
     save_checkpoint(tmp_path / "latent", flow, replace(config, encoder=encoder))
-    with pytest.raises(TrainingError, match="works on other latents than the teacher"):
+    with pytest.raises(TrainingError, match="uses other latents than the teacher"):
         prepare(made, data="digits", teacher=teacher, guide=tmp_path / "latent", machine=CPU)
 
 

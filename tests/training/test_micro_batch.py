@@ -43,5 +43,5 @@ def test_auto_needs_a_gpu(start):
     run = start("sid")
     assert settle_micro_batch(run) is None
     run.engine.machine = Machine(device="cpu", micro_batch="auto")
-    with pytest.raises(TrainingError, match="on a CPU: give a number"):
+    with pytest.raises(TrainingError, match="on the CPU: use a number"):
         settle_micro_batch(run)

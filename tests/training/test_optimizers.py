@@ -114,7 +114,7 @@ def test_eight_bit_states_go_into_a_file_and_back():
 @pytest.mark.parametrize(
     ("optimizer", "machine", "sentence"),
     [
-        ("radam", Machine("cpu", offload=("optimizer",)), "--offload optimizer is for adam, but the recipe has radam"),
+        ("radam", Machine("cpu", offload=("optimizer",)), "--offload optimizer is for adam, but the recipe uses radam"),
         ("adam8bit", Machine("cpu", shard=True), "the states of adam8bit cannot be sharded"),
     ],
 )

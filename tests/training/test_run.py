@@ -55,7 +55,7 @@ def test_dropout_can_stay_where_features_are_small(kind):
 
 
 def test_a_method_that_distils_asks_for_its_teacher(recipe):
-    with pytest.raises(TrainingError, match="cosim starts from a teacher: name its checkpoint"):
+    with pytest.raises(TrainingError, match="cosim needs a teacher: name its checkpoint"):
         prepare(recipe("cosim"), data="digits")
 
 

@@ -82,11 +82,11 @@ def test_what_a_killed_process_left_is_swept_up(tmp_path):
 def test_other_places_are_left_alone(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"a")
-    with pytest.raises(TrainingError, match="photos exists and is no run directory"), opened(tmp_path / "photos"):
+    with pytest.raises(TrainingError, match="photos exists and is not a run directory"), opened(tmp_path / "photos"):
         pass
     (tmp_path / "file").write_bytes(b"a")
     for path in (tmp_path / "file", tmp_path / "file" / "a"):
-        with pytest.raises(TrainingError, match="cannot be made"), opened(path):
+        with pytest.raises(TrainingError, match="cannot be created"), opened(path):
             pass
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "file", "photos"]
 

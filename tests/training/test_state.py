@@ -88,7 +88,7 @@ def test_what_is_kept(images, keep, every):
 def test_no_whole_state_is_an_error_and_no_fresh_start(tmp_path):
     save_state(tmp_path, make(8), keep=2)
     (tmp_path / "000000000008" / "ema.safetensors").unlink()
-    with pytest.raises(TrainingError, match="none of the states"):
+    with pytest.raises(TrainingError, match="no state in"):
         load_state(tmp_path, lambda sentence: None)
 
 

@@ -124,7 +124,7 @@ def test_a_killed_worker_is_one_sentence(images: Dataset) -> None:
         batches = one.batches(endless())
         next(batches)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        with pytest.raises(TrainingError, match=r"^a data worker ended, .*--workers 0, .*goes on from the last state$"):
+        with pytest.raises(TrainingError, match=r"^a data worker died, .*--workers 0 .*resumes from the last state$"):
             list(batches)
     assert not multiprocessing.active_children()
 

@@ -75,7 +75,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         counts = [len(x) for x in (class_labels, generator) if isinstance(x, Sequence) and not isinstance(x, str)]
         counts += [] if batch_size is None else [batch_size]
         if len(set(counts)) > 1:
-            raise ValueError(f"class_labels, generator and batch_size speak of {counts} images: make them one number")
+            raise ValueError(f"class_labels, generator and batch_size have lengths {counts}: make them equal")
         if self.config.latent_scale and self.vae is None and output_type != "latent":
             raise ValueError(
                 "this network makes the latents of a VAE: load the pipeline with vae=AutoencoderKL.from_pretrained("
@@ -129,11 +129,11 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         known = self.config.guidance_range
         if known is None:
             if scale is not None:
-                raise ValueError("guidance_scale was given, but this network reads none: leave it out")
+                raise ValueError("guidance_scale was given, but this network takes none: leave it out")
             return None
         scale = known[0] if scale is None else scale
         if not known[0] <= scale <= known[1]:
-            raise ValueError(f"guidance_scale lies in [{known[0]:g}, {known[1]:g}], but it is {scale:g}")
+            raise ValueError(f"guidance_scale must be in [{known[0]:g}, {known[1]:g}], not {scale:g}")
         return torch.full((count,), scale, device=device)
 
     def _decode(self, x0: Tensor) -> Tensor:
@@ -155,4 +155,4 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         if kind == "np":
             array: np.ndarray = unit.permute(0, 2, 3, 1).cpu().numpy()
             return array
-        raise ValueError(f"output_type is pil, np, pt or latent, but {kind!r} was asked for")
+        raise ValueError(f"output_type must be pil, np, pt or latent, not {kind!r}")

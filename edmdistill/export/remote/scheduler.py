@@ -56,13 +56,13 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         low, high = self.config.sigma_min, self.config.sigma_max
         if sigmas is None:
             if num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps is {num_inference_steps}, and at least 1 is needed")
+                raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
             own = self.config.sigmas.get(str(num_inference_steps))
             sigmas = own or generator_sigmas(num_inference_steps, low, high).tolist()
         levels = list(sigmas)
         known = all(low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6) for sigma in levels)
         if not levels or not known or levels != sorted(levels, reverse=True):
-            raise ValueError(f"sigmas must fall and lie from {low:g} to {high:g}, but they are {levels}")
+            raise ValueError(f"sigmas must decrease and be between {low:g} and {high:g}, but they are {levels}")
         self.levels = torch.tensor([*levels, 0.0], dtype=torch.float32, device=device)
         self.timesteps = self.levels[:-1]
         self.init_noise_sigma = levels[0]
@@ -76,7 +76,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """s, where this step leads before its fresh noise; 0 in the last.  gamma: as in step.  [] float32"""
         gamma = self.config.gamma if gamma is None else gamma
         if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma is the share of fresh noise and lies in [0, 1], but it is {gamma}")
+            raise ValueError(f"gamma, the share of fresh noise, must be in [0, 1], not {gamma}")
         s: Tensor = math.sqrt(1 - gamma**2) * self.levels[self.step_index + 1]
         return s
 

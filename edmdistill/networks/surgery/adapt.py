@@ -56,12 +56,12 @@ def with_positional_time(flow: FlowNetwork) -> FlowNetwork:
     if not isinstance(edm, EDM):
         raise CheckpointError(
             f"a positional time embedding needs EDM's preconditioning, but this teacher has {type(edm).__name__}'s, "
-            "whose F has no bound at the ends of the circle: take an EDM or EDM2 teacher"
+            "whose F is unbounded at the ends of the circle: use an EDM or EDM2 teacher"
         )
     if edm.reads_time:
-        raise CheckpointError("this teacher reads t already: train it as it is, by edmdistill train diffusion")
+        raise CheckpointError("this teacher already reads t: train it as it is, with edmdistill train diffusion")
     if flow.two_time:
-        raise CheckpointError("this teacher reads two times: adapt the one that it was made from")
+        raise CheckpointError("this teacher reads two times: adapt the teacher that it was made from")
     sigma = training_sigmas(flow, 4096)
     old = copy.deepcopy(network.get_submodule(network.time_layers[0])).to("cpu", torch.float64)
     W = fit(TimeEmbedding(1).features(sigma_to_time(sigma, flow.sigma_data)), old(edm.c_noise(sigma)))
@@ -78,10 +78,10 @@ def with_double_norm(flow: FlowNetwork) -> FlowNetwork:
     network = flow.network
     if "double_norm" not in network.arguments:
         raise CheckpointError(
-            f"{type(network).__name__} has no adaptive norm that could be doubled: leave out --double-norm"
+            f"{type(network).__name__} has no adaptive normalization to double: leave out --double-norm"
         )
     if network.arguments["double_norm"]:
-        raise CheckpointError("this teacher has the adaptive double normalisation already: leave out --double-norm")
+        raise CheckpointError("this teacher already has adaptive double normalization: leave out --double-norm")
     was_training = network.training
     network.eval()
     sigma = training_sigmas(flow, 1024)

@@ -157,7 +157,7 @@ def test_what_cannot_be_adapted(make_flow: MakeFlow) -> None:
         with_positional_time(adapted)
     with pytest.raises(CheckpointError, match="reads two times"):
         with_positional_time(add_second_time(make_flow("adm")))
-    with pytest.raises(CheckpointError, match="double normalisation already"):
+    with pytest.raises(CheckpointError, match="already has adaptive double normalization"):
         with_double_norm(with_double_norm(adapted))
     with pytest.raises(CheckpointError, match="SongUNet has no adaptive norm"):
         with_double_norm(make_flow("ddpmpp"))

@@ -87,5 +87,5 @@ def test_tangent_along_the_second_time(wide: FlowNetwork) -> None:
 def test_a_network_of_one_time_takes_no_second(make_flow: Callable[..., FlowNetwork]) -> None:
     flow = make_flow("edm2")
     x, labels = point(flow)
-    with pytest.raises(ValueError, match="reads one time, but two were given"):
+    with pytest.raises(ValueError, match="takes one time, but two were given"):
         flow(x, S, labels, T)
