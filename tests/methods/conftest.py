@@ -1,4 +1,4 @@
-"""Worlds in which the methods' losses are known: tiny networks, Gaussian data, and CoSIM's mutants."""
+"""Settings in which the methods' losses are known: tiny networks, Gaussian data, and CoSIM's mutants."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def noise() -> NoiseRange:
 
 @pytest.fixture
 def tiny_networks() -> Callable[..., dict[str, nn.Module]]:
-    """(method, seed, dtype, options) -> a random network for each role that plays."""
+    """(method, seed, dtype, options) -> a random network for each role."""
 
     def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, nn.Module]:
         flow = SimpleNamespace(img_channels=SHAPE[0], img_resolution=SHAPE[1])
@@ -90,7 +90,7 @@ def tiny_batch() -> Callable[..., Batch]:
 
 
 class Scripted:
-    """Draws whose normal numbers are given beforehand, in the order in which they are asked for."""
+    """Draws whose normal numbers are given beforehand, in the order of the calls."""
 
     def __init__(self, *normals: Tensor) -> None:
         self.normals = list(normals)

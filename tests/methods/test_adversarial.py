@@ -27,8 +27,8 @@ def test_every_image_is_augmented_by_its_own_draws(augmentation: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(200, 3, 16, 16, dtype=torch.float64, requires_grad=True)
     out = augment(x, Draws(0, 200), [augmentation])
-    part = augment(x[64:80], Draws(0, 200, slice(64, 80)), [augmentation])
-    torch.testing.assert_close(out[64:80], part)
+    alone = augment(x[64:80], Draws(0, 200, slice(64, 80)), [augmentation])
+    torch.testing.assert_close(out[64:80], alone)
     (slope,) = torch.autograd.grad(out[3].sum(), x)
     assert (slope[3] != 0).any()
     assert (slope[:3] == 0).all()
@@ -39,15 +39,15 @@ def test_every_image_is_augmented_by_its_own_draws(augmentation: str) -> None:
 def test_translation_moves_and_cutout_covers() -> None:
     x = torch.arange(1.0, 257.0).reshape(1, 1, 16, 16).expand(500, 1, 16, 16)
     moved = augment(x, Draws(0, 500), ["translation"])
-    found = set()
+    shifts = set()
     for dy in range(-2, 3):
         for dx in range(-2, 3):
-            there = torch.zeros(16, 16)
+            shifted = torch.zeros(16, 16)
             rows, columns = slice(max(0, -dy), 16 - max(0, dy)), slice(max(0, -dx), 16 - max(0, dx))
-            there[rows, columns] = x[0, 0].roll((-dy, -dx), (0, 1))[rows, columns]
-            if (moved == there).all((1, 2, 3)).any():
-                found.add((dy, dx))
-    assert len(found) == 25
+            shifted[rows, columns] = x[0, 0].roll((-dy, -dx), (0, 1))[rows, columns]
+            if (moved == shifted).all((1, 2, 3)).any():
+                shifts.add((dy, dx))
+    assert len(shifts) == 25
     covered = (augment(x, Draws(0, 500), ["cutout"]) == 0).flatten(1).sum(1)
     assert covered.max() == 64
     assert covered.min() == 16

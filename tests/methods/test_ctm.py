@@ -64,12 +64,12 @@ def test_the_jump_is_that_of_edms_notation(noise: NoiseRange) -> None:
     sigma_t = torch.tensor([0.003, 0.02, 0.3, 0.5, 3.0, 40.0, 80.0], dtype=torch.float64)
     sigma_s = sigma_t * torch.tensor([1.0, 0.1, 0.9, 0.5, 0.01, 0.2, 0.0], dtype=torch.float64)
     t, s = sigma_to_time(sigma_t, SD), sigma_to_time(sigma_s, SD)
-    own = method(noise).jump(lambda *_: F, x, t, s, None)
+    found = method(noise).jump(lambda *_: F, x, t, s, None)
     sigma, ratio = sigma_t.reshape(-1, 1, 1, 1), (sigma_s / sigma_t).reshape(-1, 1, 1, 1)
     x_edm = x / cos_sin(t, x)[0]
     g = SD**2 / (sigma**2 + SD**2) * x_edm - sigma * SD / (sigma**2 + SD**2).sqrt() * F
     G = ratio * x_edm + (1 - ratio) * g
-    torch.testing.assert_close(own, cos_sin(s, x)[0] * G, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found, cos_sin(s, x)[0] * G, rtol=1e-12, atol=1e-13)
 
 
 def test_a_true_generator_has_no_gap_to_a_true_teacher(noise: NoiseRange, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +106,8 @@ def test_heun_is_edms() -> None:
     d = slope(x, sigma)
     expected = x + (after - sigma) * (d + slope(x + (after - sigma) * d, after)) / 2
     t, s = sigma_to_time(sigma, SD), sigma_to_time(after, SD)
-    own = heun_step(teacher, t.cos() * x, t, s, SD) / s.cos()
-    torch.testing.assert_close(own, expected, rtol=1e-12, atol=0)
+    found = heun_step(teacher, t.cos() * x, t, s, SD) / s.cos()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 class Bent(torch.nn.Module):
@@ -127,7 +127,7 @@ def gradient(noise: NoiseRange) -> float:
     return 0.0 if bent.off.weight.grad is None else float(bent.off.weight.grad.abs())
 
 
-def test_the_gradient_flows_through_the_average(noise: NoiseRange, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_flows_through_the_target_network(noise: NoiseRange, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under no_grad there, as one port had it, the loss has no gradient at all."""
     assert gradient(noise) > 1e-5
     monkeypatch.setattr(CTM, "jump_to_end", torch.no_grad()(CTM.jump_to_end))
@@ -143,13 +143,13 @@ def test_the_target_has_no_gradient(noise: NoiseRange, monkeypatch: pytest.Monke
     assert not targets[0].requires_grad
 
 
-def test_without_a_teacher_the_average_leads(noise: NoiseRange) -> None:
+def test_without_a_teacher_the_solver_follows_the_target_network(noise: NoiseRange) -> None:
     """g_sg(x, t, t) of the true generator is the teacher, so nothing changes."""
     assert "teacher" not in CTM.roles_for(CTMConfig(teacher=False))
-    own = method(noise).generator_loss(data(16), Draws(0, 16))
+    distilled = method(noise).generator_loss(data(16), Draws(0, 16))
     networks = {"generator": true_generator, "target": true_generator}
     free = CTM(CTMConfig(teacher=False, **ALONE), networks, noise).generator_loss(data(16), Draws(0, 16))
-    torch.testing.assert_close(free.value, own.value, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(free.value, distilled.value, rtol=1e-9, atol=1e-12)
 
 
 def test_the_denoising_loss_teaches_the_denoiser(noise: NoiseRange) -> None:
@@ -191,13 +191,13 @@ def test_indices(sampling: str, matching: str, most: int) -> None:
     assert 0.09 < torch.stack(shares).mean() < (0.2 if most == 5 else 0.6)  # a k of 17 is the whole way for all
 
 
-def test_ks_law_and_that_it_is_common_to_the_batch() -> None:
+def test_k_is_shared_by_the_batch_and_has_probability_proportional_to_it() -> None:
     counts = torch.zeros(18, dtype=torch.float64)
     for seed in range(3000):
-        whole = ctm_indices(Draws(seed, 4), 18, max_steps=17)[3]
-        part = ctm_indices(Draws(seed, 4, slice(2, 4)), 18, max_steps=17)[3]
-        assert whole == part
-        counts[whole] += 1
+        whole_batch = ctm_indices(Draws(seed, 4), 18, max_steps=17)[3]
+        half_batch = ctm_indices(Draws(seed, 4, slice(2, 4)), 18, max_steps=17)[3]
+        assert whole_batch == half_batch
+        counts[whole_batch] += 1
     k = torch.arange(18, dtype=torch.float64)
     torch.testing.assert_close(counts / 3000, k / k.sum(), rtol=0, atol=0.02)
 
@@ -206,9 +206,9 @@ def test_balanced_losses_have_equal_gradients_in_the_last_layer(
     tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
 ) -> None:
     networks = tiny_networks(CTM)
-    own, last = CTM(CTMConfig(), networks, noise), networks["generator"].out.weight
-    preview = own.last_layer_gradients(tiny_batch(), Draws(0, 6))
-    for name, loss in own.terms(tiny_batch(), Draws(0, 6)).losses.items():
+    ctm_method, last = CTM(CTMConfig(), networks, noise), networks["generator"].out.weight
+    preview = ctm_method.last_layer_gradients(tiny_batch(), Draws(0, 6))
+    for name, loss in ctm_method.terms(tiny_batch(), Draws(0, 6)).losses.items():
         (expected,) = torch.autograd.grad(loss.mean(), last, retain_graph=True)
         torch.testing.assert_close(preview.means[name], expected.flatten(), rtol=1e-9, atol=1e-12)
         if name != "ctm":
@@ -221,16 +221,16 @@ def test_balanced_losses_have_equal_gradients_in_the_last_layer(
     assert gradient_balance(none, "dsm", "ctm") == 1e4
 
 
-def test_before_its_time_the_gan_is_off(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
+def test_the_gan_is_off_during_its_warmup(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
     config = CTMConfig(gan_warmup_images=100)
-    own = CTM(config, tiny_networks(CTM, gan_warmup_images=100), noise)
-    assert [turn.begins for turn in own.turns()] == [100, 0]
-    for images, there in ((99, False), (100, True)):
+    ctm_method = CTM(config, tiny_networks(CTM, gan_warmup_images=100), noise)
+    assert [turn.begins for turn in ctm_method.turns()] == [100, 0]
+    for images, expected in ((99, False), (100, True)):
         batch = tiny_batch()._replace(images=images)
-        assert ("gan" in own.turns()[1].whole(batch, Draws(0, 6)).signals) == there
+        assert ("gan" in ctm_method.turns()[1].whole(batch, Draws(0, 6)).signals) == expected
 
 
-def test_a_way_to_the_average_and_roles_by_option() -> None:
+def test_roles_by_option() -> None:
     assert set(CTM.roles_for(CTMConfig(gan=0.0, mu=0.5))) == {"teacher", "generator", "target"}
     assert CTM.roles_for(CTMConfig(mu=0.5))["target"].ema_of == ("generator", 0.5)
     with pytest.raises(ValueError, match="lpips = FILE go together"):
@@ -238,7 +238,7 @@ def test_a_way_to_the_average_and_roles_by_option() -> None:
 
 
 def test_the_last_layers_gradient_is_autograds() -> None:
-    """Of two calls, of a loss that hangs on one of them, and of none; the layer's own gradient stays empty."""
+    """For losses that depend on two calls or on one of them; the layer's own gradient stays empty."""
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(3, 2, 3, dtype=torch.float64)
     x = torch.randn(2, 4, 3, 6, 6, dtype=torch.float64)

@@ -39,12 +39,12 @@ def test_it_is_the_difference_of_the_two_ends() -> None:
     torch.testing.assert_close(-g, -expected, rtol=1e-10, atol=1e-13)
 
 
-def test_shares_of_the_levels() -> None:
-    """Fine levels have the mean and the spread of the law that is split."""
+def test_probabilities_of_the_levels() -> None:
+    """With many levels, mean and standard deviation are those of the distribution."""
     sigmas = edm_curve(torch.linspace(0.001, 1, 2000), 0.002, 80.0)
-    shares = discrete_lognormal(sigmas, P_mean=-0.9, P_std=1.1)
-    mean = float((shares * sigmas.log()).sum())
-    assert float(shares.sum()) == pytest.approx(1)
+    probabilities = discrete_lognormal(sigmas, P_mean=-0.9, P_std=1.1)
+    mean = float((probabilities * sigmas.log()).sum())
+    assert float(probabilities.sum()) == pytest.approx(1)
     assert mean == pytest.approx(-0.9, abs=0.02)
-    assert float((shares * (sigmas.log() - mean) ** 2).sum()) ** 0.5 == pytest.approx(1.1, rel=0.02)
+    assert float((probabilities * (sigmas.log() - mean) ** 2).sum()) ** 0.5 == pytest.approx(1.1, rel=0.02)
     assert spread(torch.tensor(0.0)) == 0.3

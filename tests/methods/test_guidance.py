@@ -1,4 +1,4 @@
-"""A guided teacher: its velocity in closed form, the weights that the generator is told, and what it learns by them."""
+"""A guided teacher: its velocity in closed form, the weights given to the generator, and what it learns."""
 
 import json
 from collections.abc import Callable
@@ -54,35 +54,35 @@ def expected(x: Tensor, t: Tensor, w: Tensor | float) -> Tensor:
 
 @pytest.mark.parametrize("guide", ["classes", "network"])
 def test_the_velocity_is_the_guided_one(guide: str) -> None:
-    """At one weight, at each sample's own, and with as many passes of the teacher as there must be."""
+    """At one weight and at one for each sample, with no more passes of the teacher than needed."""
     x, labels, w = images(), torch.ones(5, 1), torch.tensor([1.0, 1.2, 1.5, 2.0, 3.0]).double()
-    for asked, weights in ((None, 2.5), (w, w)):
-        own = SCDConfig(guidance=(2.5, 2.5) if asked is None else RANGE, guide=guide)
+    for w_input, weights in ((None, 2.5), (w, w)):
+        config = SCDConfig(guidance=(2.5, 2.5) if w_input is None else RANGE, guide=guide)
         roles = networks(None, guide=guide)
-        found = GuidedTeacher(roles, own)(x, TIMES, labels, asked)
-        torch.testing.assert_close(found, expected(x, TIMES, weights), rtol=1e-12, atol=1e-14)
+        guided = GuidedTeacher(roles, config)(x, TIMES, labels, w_input)
+        torch.testing.assert_close(guided, expected(x, TIMES, weights), rtol=1e-12, atol=1e-14)
         assert sum(network.calls for network in roles.values() if network) == 2
     roles = networks(None)
     assert torch.equal(GuidedTeacher(roles, SCDConfig())(x, TIMES, labels), over(x, slope(TIMES, STD)) * x)
     assert roles["teacher"].calls == 1
 
 
-class Told(Toy):
-    """A generator that reads w, and keeps what it was called with."""
+class Recorder(Toy):
+    """A guided generator that records its calls."""
 
     def __init__(self) -> None:
         super().__init__(lambda x, t: torch.sin(x) * over(x, t))
-        self.told: list[Tensor | None] = []
-        self.asked: list[tuple[Any, ...]] = []
+        self.weights: list[Tensor | None] = []
+        self.calls: list[tuple[Any, ...]] = []
 
-    def forward(self, *args: Any, w: Tensor | None = None, **asked: Any) -> Any:
-        self.told.append(w)
-        self.asked.append(args)
-        return super().forward(*args, **asked)
+    def forward(self, *args: Any, w: Tensor | None = None, **options: Any) -> Any:
+        self.weights.append(w)
+        self.calls.append(args)
+        return super().forward(*args, **options)
 
     def tangent(self, *args: Any, w: Tensor | None = None) -> Any:
-        self.told.append(w)
-        self.asked.append(args)
+        self.weights.append(w)
+        self.calls.append(args)
         return super().tangent(*args)
 
 
@@ -94,68 +94,68 @@ def loss(kind: type[Method], generator: nn.Module, size: int = 5, **options: Any
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
 @pytest.mark.parametrize("guide", ["classes", "network"])
-def test_scd_is_told_the_weights_of_its_velocity(guide: str) -> None:
-    generator = Told()
+def test_scd_gets_the_weights_of_its_velocity(guide: str) -> None:
+    generator = Recorder()
     loss(SCD, generator, guidance=RANGE, guide=guide)
-    (w, again), (x, t, _, dx, dt) = generator.told, generator.asked[0]
+    (w, again), (x, t, _, dx, dt) = generator.weights, generator.calls[0]
     assert w is again
     torch.testing.assert_close(dx, over(x, dt) * SIGMA_DATA * expected(x, t, w), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("guide", ["classes", "network"])
 def test_dscd_steps_along_the_guided_velocity(guide: str) -> None:
-    generator = Told()
+    generator = Recorder()
     loss(DSCD, generator, guidance=RANGE, guide=guide)
-    w = generator.told[0]
-    assert [told is w for told in generator.told] == [True] * 3
-    (x, t, _), (x_before, t_before, _) = generator.asked[:2]
+    w = generator.weights[0]
+    assert [seen is w for seen in generator.weights] == [True] * 3
+    (x, t, _), (x_before, t_before, _) = generator.calls[:2]
     step = ddim_step(x, expected(x, t, w), t, t_before, SIGMA_DATA)
     torch.testing.assert_close(x_before, step, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
-def test_weights_are_uniform_in_the_range_and_none_are_told_where_there_is_one() -> None:
-    generator = Told()
+def test_weights_are_uniform_in_the_range_and_not_given_where_fixed() -> None:
+    generator = Recorder()
     loss(SCD, generator, size=4000, guidance=RANGE)
-    w = generator.told[0]
+    w = generator.weights[0]
     assert w.shape == (4000,)
     quarters = torch.histc((w - 1) / 2, 4, 0, 1) / 4000
     torch.testing.assert_close(quarters, torch.full((4,), 0.25).double(), rtol=0, atol=0.03)
     for one in (1.0, 2.5):
-        generator = Told()
+        generator = Recorder()
         loss(SCD, generator, guidance=(one, one))
-        assert generator.told == [None, None]
+        assert generator.weights == [None, None]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
 def test_beside_vsd_the_auxiliary_score_follows_the_generator_at_its_weight() -> None:
-    """And the three that speak of x_t in the generator's turn do so of one weight."""
-    own, roles = SCDConfig(guidance=RANGE, vsd=1.0), {"generator": Told(), "auxiliary": Told()}
-    assert {role: part.guided for role, part in SCD.roles_for(own).items()} == {
+    """And the three networks that see x_t in the generator's turn get the same weight."""
+    config, roles = SCDConfig(guidance=RANGE, vsd=1.0), {"generator": Recorder(), "auxiliary": Recorder()}
+    assert {name: role.guided for name, role in SCD.roles_for(config).items()} == {
         "teacher": False,
         "generator": True,
         "auxiliary": True,
     }
     networks = {"teacher": Gaussian(STD), **roles}
-    told = []
+    teacher_calls = []
 
     class Watched(GuidedTeacher):
-        def __call__(self, *args: Any, **asked: Any) -> Tensor:
-            told.append((args[0], asked["w"]))
-            return super().__call__(*args, **asked)
+        def __call__(self, *args: Any, **options: Any) -> Tensor:
+            teacher_calls.append((args[0], options["w"]))
+            return super().__call__(*args, **options)
 
-    method = SCD(own, networks, NOISE)
-    method.teacher = Watched(networks, own)
+    method = SCD(config, networks, NOISE)
+    method.teacher = Watched(networks, config)
     batch = Batch(images(), torch.ones(5, 1))
     for turn in method.turns():
         for network in roles.values():
-            network.told.clear()
+            network.weights.clear()
         turn.loss(batch, Draws(0, 5))
-        assert roles["generator"].told[-1] is roles["auxiliary"].told[-1]
-        assert roles["generator"].told[-1].shape == (5,)
-    x_t, w = told[-1]
-    assert x_t is roles["auxiliary"].asked[-1][0]
-    assert w is roles["auxiliary"].told[-1]
+        assert roles["generator"].weights[-1] is roles["auxiliary"].weights[-1]
+        assert roles["generator"].weights[-1].shape == (5,)
+    x_t, w = teacher_calls[-1]
+    assert x_t is roles["auxiliary"].calls[-1][0]
+    assert w is roles["auxiliary"].weights[-1]
 
 
 # Learning.
@@ -236,7 +236,7 @@ def test_one_generator_learns_the_trajectories_of_all_weights(kind: type[Method]
 # Options.
 
 
-def test_who_plays() -> None:
+def test_roles_by_option() -> None:
     for kind in (SCD, DSCD):
         plain = kind.Config()
         assert (kind.roles_for(plain), kind.guidance(plain)) == (kind.roles, (1.0, 1.0))
@@ -273,7 +273,7 @@ def test_a_recipe_holds_the_range(tables: Callable[..., bytes]) -> None:
         ({"guide": "teacher"}, "method.guide = 'teacher': invalid enum value"),
     ],
 )
-def test_what_makes_no_sense_is_told(tables: Callable[..., bytes], options: dict[str, Any], sentence: str) -> None:
+def test_invalid_options_are_refused(tables: Callable[..., bytes], options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence) as caught:
         Recipe.from_json(tables(**options))
     assert "\n" not in str(caught.value)
@@ -282,9 +282,9 @@ def test_what_makes_no_sense_is_told(tables: Callable[..., bytes], options: dict
 def test_a_teacher_without_classes_is_guided_by_a_network_alone() -> None:
     for kind in (SCD, DSCD):
         facts = {"positional_time": True, "label_dim": 0, "label_dropout": 0.1}
-        said = kind.check_teacher(kind.Config(guidance=RANGE), **facts)
-        assert said is not None
-        assert "this network has none: use --set method.guide=network" in said
+        reason = kind.check_teacher(kind.Config(guidance=RANGE), **facts)
+        assert reason is not None
+        assert "this network has none: use --set method.guide=network" in reason
         assert kind.check_teacher(kind.Config(guidance=RANGE), **facts | {"label_dim": 3}) is None
         assert kind.check_teacher(kind.Config(guidance=RANGE, guide="network"), **facts) is None
         assert kind.check_teacher(kind.Config(), **facts) is None

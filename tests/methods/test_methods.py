@@ -1,4 +1,4 @@
-"""What every method keeps to, so that the training loop need know none by name."""
+"""Properties that hold for every method, on which the training loop relies."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "scd, vsd and guided": GUIDED | {"vsd": 0.7},
     "dscd, guided": GUIDED,
 }
-"""Every method as it is, and where an option brings in another role."""
+"""Every method with its defaults, and with options that add roles."""
 pytestmark = [
     pytest.mark.parametrize("name", OPTIONS),
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's own, on use of jvp
@@ -44,12 +44,12 @@ def draws(seed: int = 0, size: int = 6) -> Draws:
 
 def test_turns_and_product_are_trained_roles(build: Make, name: str) -> None:
     method, _ = build(name)
-    trained = {role for role, part in method.roles_for(method.config).items() if part.trained}
+    trained = {name for name, role in method.roles_for(method.config).items() if role.trained}
     assert {turn.role for turn in method.turns()} == trained
     assert method.product in trained
 
 
-def test_options_are_a_frozen_struct_that_knows_its_fields(name: str) -> None:
+def test_options_are_a_frozen_struct_that_rejects_unknown_fields(name: str) -> None:
     Config, options = METHODS[name.split(",")[0]].load().Config, OPTIONS[name]
     assert msgspec.convert(options, Config) == Config(**options)
     assert hash(Config(**options)) == hash(Config(**options))
@@ -78,15 +78,15 @@ def test_a_turn_reaches_every_weight_of_its_role_and_no_other(build: Make, tiny_
         for role, network in networks.items():
             network.requires_grad_(role == turn.role).zero_grad()
         turn.whole(tiny_batch(), draws()).value.mean().backward()
-        for part, parameter in networks[turn.role].named_parameters():
-            if name == "diffusion" and part.startswith("head"):
+        for key, parameter in networks[turn.role].named_parameters():
+            if name == "diffusion" and key.startswith("head"):
                 continue  # only adaptive weighting reads it
             assert parameter.grad.isfinite().all()
             # The hinge of a fresh discriminator leaves a bias where it is: data and generated images pull alike.
             assert (parameter.grad != 0).all() or turn.role == "discriminator"
 
 
-def test_losses_hang_on_the_draws_alone(build: Make, tiny_batch: Make, name: str) -> None:
+def test_losses_depend_on_the_draws_alone(build: Make, tiny_batch: Make, name: str) -> None:
     method, _ = build(name)
     for turn in method.turns():
         torch.manual_seed(1)
@@ -97,7 +97,7 @@ def test_losses_hang_on_the_draws_alone(build: Make, tiny_batch: Make, name: str
 
 
 def test_samples_do_not_mix(build: Make, tiny_batch: Make, name: str) -> None:
-    """A sample's loss has a gradient in its own label alone, so a batch may be cut in pieces."""
+    """A sample's loss has a gradient in its own label alone, so a batch can be split into micro-batches."""
     method, _ = build(name)
     for turn in method.turns():
         batch = tiny_batch()
@@ -116,18 +116,18 @@ def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tin
     roles, called = method.roles_for(method.config), set()
 
     def watched(role: str) -> Callable[..., Tensor]:
-        def F(x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, **asked):
+        def F(x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, **options):
             called.add(role)
             assert labels is batch.labels
             assert t.shape == (len(batch.x0),)
             assert (second is not None) == roles[role].two_time
             assert second is None or ((second <= t) if name == "ctm" else (second >= t)).all()
-            return networks[role](x_t, t, labels, second, **asked)
+            return networks[role](x_t, t, labels, second, **options)
 
         F.tangent, F.watch = networks[role].tangent, networks[role].watch
         return F
 
-    flows = {role for role, part in roles.items() if part.make is None}
+    flows = {name for name, role in roles.items() if role.make is None}
     method = type(method)(method.config, networks | {role: watched(role) for role in flows}, method.noise)
     for turn in method.turns():
         turn.whole(batch, draws())

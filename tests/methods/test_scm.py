@@ -1,4 +1,4 @@
-"""sCM: closed forms for Gaussian data, the gradient of its loss, and a small network that learns the true function."""
+"""sCM: closed forms for Gaussian data, the gradient of its loss, and a small network that learns the exact function."""
 
 import math
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWar
 
 
 @pytest.mark.parametrize("intervals", [1, 2, 8])
-def test_the_true_function_has_no_tangent(intervals: int) -> None:
+def test_the_exact_function_has_no_tangent(intervals: int) -> None:
     x, d = images(), time_in_interval(TIMES, intervals)
     starts = TIMES - d
     network = Toy(lambda x, t: truth(x, t, t - starts))
@@ -45,7 +45,7 @@ def test_the_rearranged_target_is_the_plain_one() -> None:
         assert_rounded(F_minus, F, 10)  # func.jvp's value may be by other kernels
 
 
-def test_a_finite_difference_is_the_tangent_but_for_h_squared() -> None:
+def test_a_finite_difference_is_the_tangent_up_to_h_squared() -> None:
     x, t = images(), TIMES
     network = Toy(lambda x, t: torch.sin(3 * x) * over(x, t).cos())
     dx, dt = torch.cos(2 * x), torch.linspace(0.1, 1, 5, dtype=torch.float64)
@@ -78,20 +78,20 @@ def test_the_gradient_is_that_of_the_inner_product() -> None:
     torch.testing.assert_close(u.grad, 1 - (-u.detach()).exp() * mean, rtol=1e-12, atol=1e-14)
 
 
-def test_taming() -> None:
+def test_normalized_tangent() -> None:
     g = torch.stack([torch.full((1, 8, 8), 3.0), torch.full((1, 8, 8), -0.1), torch.zeros(1, 8, 8)])
     torch.testing.assert_close(normalized_tangent(g, 0.1, "rms")[:, 0, 0, 0], torch.tensor([3 / 3.1, -0.5, 0]))
     torch.testing.assert_close(normalized_tangent(g, 0.1, "norm")[:, 0, 0, 0], torch.tensor([3 / 24.1, -0.1 / 0.9, 0]))
     torch.testing.assert_close(normalized_tangent(g, 0.1, "clip")[:, 0, 0, 0], torch.tensor([1, -0.1, 0]))
 
 
-def test_warm_up() -> None:
+def test_tangent_warmup() -> None:
     assert [tangent_warmup(images, 1000) for images in (0, 250, 1000, 5000)] == [0, 0.25, 1, 1]
     assert tangent_warmup(0, 0) == 1
 
 
 @pytest.mark.parametrize("method", [SCD, SCT])
-def test_no_gradient_flows_but_through_f_and_u(method) -> None:
+def test_gradients_flow_through_f_and_u_only(method) -> None:
     """With F^- and g as numbers, the gradient is the one by hand."""
     weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     level = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
@@ -103,8 +103,8 @@ def test_no_gradient_flows_but_through_f_and_u(method) -> None:
             return super().tangent(*args)
 
     network = Watched(lambda x, t: weight * torch.sin(x) * over(x, t), level)
-    own = make(method, network)
-    loss = own.generator_loss(Batch(images(), None), Draws(0, 5))
+    scm = make(method, network)
+    loss = scm.generator_loss(Batch(images(), None), Draws(0, 5))
     (gradient,) = torch.autograd.grad(loss.value.sum(), [weight], retain_graph=True)
     x, t, _, dx, dt = seen[0]
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_no_gradient_flows_but_through_f_and_u(method) -> None:
 
 
 class Linear(nn.Module):
-    """F = a(t) x, a(t) a sum of waves: it can come near the true function.  Its tangent is written out."""
+    """F = a(t) x, a(t) a sum of waves, which can approximate the exact function.  Its tangent is explicit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,15 +144,15 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("method", [SCD, SCT])
-def test_learns_the_true_function(method) -> None:
-    """From the analytic teacher, or from data alone: where one step and two lead, against where the trajectory does."""
+def test_learns_the_exact_function(method) -> None:
+    """From the analytic teacher or from data alone, compared in one and two steps with the exact trajectory."""
     network = Linear()
-    own = make(method, network, P_mean=-0.8, P_std=1.6)
+    scm = make(method, network, P_mean=-0.8, P_std=1.6)
     optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
     for step in range(1000):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 1000)
         draws = Draws([0, step], 64)
-        own.generator_loss(Batch(STD * draws.normal(1, 4, 4), None), draws).value.mean().backward()
+        scm.generator_loss(Batch(STD * draws.normal(1, 4, 4), None), draws).value.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -26,13 +26,13 @@ DATA = torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64), 0.2 * EYE + 0.05
 
 
 class Affine(nn.Module):
-    """A generator that makes M z + b of the noise z, and u = 0 of every head; its weights are M and b."""
+    """A generator that makes M z + b of the noise z, and u = 0 in every head; its weights are M and b."""
 
     def __init__(self, M: Tensor, b: Tensor) -> None:
         super().__init__()
         self.M, self.b = nn.Parameter(M), nn.Parameter(b)
 
-    def law(self) -> tuple[Tensor, Tensor]:
+    def distribution(self) -> tuple[Tensor, Tensor]:
         return self.b, SD**2 * self.M @ self.M.T
 
     def forward(self, x: Tensor, t: Tensor, labels: None = None, *, u_at: tuple[Tensor, ...] = ()) -> Any:
@@ -50,7 +50,7 @@ def affine() -> Affine:
 
 
 def with_u(F: Callable[..., Tensor], u: Tensor | float = 0.0) -> Callable[..., Any]:
-    """A network that is a function, whose heads say u."""
+    """A network that is a function, whose heads return u."""
 
     def network(x: Tensor, t: Tensor, labels: None = None, *, u_at: tuple[Tensor, ...] = ()) -> Any:
         return (F(x, t), *(torch.zeros_like(at) + u for at in u_at)) if u_at else F(x, t)
@@ -71,13 +71,13 @@ def test_the_generator_s_gradient_is_that_of_the_divergence(
 ) -> None:
     """2 e^-u / D sigma_d sin(t) / cos(t)^2 times that of KL(q_t || p_t), where F_phi is the generator's own."""
     cos, sin = math.cos(t), math.sin(t)
-    teacher, auxiliary = gaussian_flow(*DATA), gaussian_flow(*(part.detach() for part in affine.law()))
+    teacher, auxiliary = gaussian_flow(*DATA), gaussian_flow(*(part.detach() for part in affine.distribution()))
 
-    def diffused(law: tuple[Tensor, Tensor]) -> torch.distributions.MultivariateNormal:
-        covariance = cos**2 * law[1] + sin**2 * SD**2 * EYE
-        return torch.distributions.MultivariateNormal(cos * law[0], covariance)
+    def diffused(gaussian: tuple[Tensor, Tensor]) -> torch.distributions.MultivariateNormal:
+        covariance = cos**2 * gaussian[1] + sin**2 * SD**2 * EYE
+        return torch.distributions.MultivariateNormal(cos * gaussian[0], covariance)
 
-    divergence = torch.distributions.kl_divergence(diffused(affine.law()), diffused(DATA))
+    divergence = torch.distributions.kl_divergence(diffused(affine.distribution()), diffused(DATA))
     z, other = cubature(2, D)  # the mean over these points is the expectation: all is quadratic
     loss = vsd_generator_loss(affine, teacher, auxiliary, *batch_and_times(z, t), scripted(z, other), noise)
     slopes = torch.autograd.grad(loss.value.mean(), list(affine.parameters()))
@@ -89,7 +89,7 @@ def test_the_generator_s_gradient_is_that_of_the_divergence(
 def test_the_auxiliary_score_is_best_where_it_is_the_generator_s(
     affine: Affine, gaussian_flow: Make, cubature: Make, scripted: Make, noise: NoiseRange
 ) -> None:
-    best, z = gaussian_flow(*(part.detach() for part in affine.law())), cubature(2, D)
+    best, z = gaussian_flow(*(part.detach() for part in affine.distribution())), cubature(2, D)
     W = torch.zeros(D, D, dtype=torch.float64, requires_grad=True)
     b = torch.zeros(D, dtype=torch.float64, requires_grad=True)
     u = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -98,14 +98,14 @@ def test_the_auxiliary_score_is_best_where_it_is_the_generator_s(
     *slopes, rise = torch.autograd.grad(loss.value.mean(), [W, b, u])
     assert max(slope.abs().max() for slope in slopes) < 1e-12
     # What is left is the variance of v / sigma_d given x_t; e^u is that of one pixel where u is best.
-    V = math.cos(0.9) ** 2 * affine.law()[1] + math.sin(0.9) ** 2 * SD**2 * EYE
-    left = torch.trace(affine.law()[1] @ torch.linalg.inv(V)) / D
+    V = math.cos(0.9) ** 2 * affine.distribution()[1] + math.sin(0.9) ** 2 * SD**2 * EYE
+    left = torch.trace(affine.distribution()[1] @ torch.linalg.inv(V)) / D
     torch.testing.assert_close(loss.signals["velocity_error"], left.detach())
     torch.testing.assert_close(rise, 1 - (-u).exp() * left)
 
 
 def test_u_is_best_at_the_log_of_the_mean_square(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
-    """And of several heads it is the last that is asked, at the time of x_t."""
+    """And of several heads the last is used, at the time of x_t."""
     networks, batch, draws = tiny_networks(SCD, vsd=1.0), tiny_batch(), Draws(0, 6)
     t = torch.linspace(0.1, 1.5, 6, dtype=torch.float64)
     u = torch.zeros(6, dtype=torch.float64, requires_grad=True)
@@ -135,10 +135,10 @@ def test_gradients_flow_to_the_turn_s_own_network_alone(
 
 def test_the_times_are_those_of_the_options(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
     config = VSD.Config()
-    laws = {"auxiliary": (config.aux_P_mean, config.aux_P_std), "generator": (config.vsd_P_mean, config.vsd_P_std)}
+    expected = {"auxiliary": (config.aux_P_mean, config.aux_P_std), "generator": (config.vsd_P_mean, config.vsd_P_std)}
     for turn in VSD(config, tiny_networks(VSD), noise).turns():
         ln = (SD * turn.loss(tiny_batch(4000), Draws(0, 4000)).t.tan()).log()
-        mean, std = laws[turn.role]
+        mean, std = expected[turn.role]
         assert float(ln.mean()) == pytest.approx(mean, abs=4 * std / 4000**0.5)
         assert float(ln.std()) == pytest.approx(std, rel=0.05)
 
@@ -156,9 +156,9 @@ def test_scd_takes_the_sum(tiny_networks: Make, tiny_batch: Make, noise: NoiseRa
     def guided(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         return teacher(x, t, None) + 1.5 * (teacher(x, t, labels) - teacher(x, t, None))
 
-    played = {**networks, "teacher": teacher}
-    both = SCD(SCDConfig(vsd=0.7, guidance=(1.5, 1.5)), played, noise).generator_loss(batch, Draws(0, 6))
-    alone = SCD(SCDConfig(guidance=(1.5, 1.5)), played, noise).generator_loss(batch, draws)
+    guided_networks = {**networks, "teacher": teacher}
+    both = SCD(SCDConfig(vsd=0.7, guidance=(1.5, 1.5)), guided_networks, noise).generator_loss(batch, Draws(0, 6))
+    alone = SCD(SCDConfig(guidance=(1.5, 1.5)), guided_networks, noise).generator_loss(batch, draws)
     t = (SD**-1 * (0.4 + 2.0 * draws.normal()).exp()).atan()
     generator, auxiliary = networks["generator"], networks["auxiliary"]
     other = vsd_generator_loss(generator, guided, auxiliary, batch, t, draws, noise, logvars=2)
@@ -188,9 +188,9 @@ class Score(nn.Module):
         return with_u(self.flow(self.mean, self.L @ self.L.T))(x, t, u_at=u_at)
 
 
-def test_learns_the_law_of_the_data(affine: Affine, gaussian_flow: Make, noise: NoiseRange) -> None:
+def test_learns_the_distribution_of_the_data(affine: Affine, gaussian_flow: Make, noise: NoiseRange) -> None:
     """The mean and the covariance, each from its own start."""
-    auxiliary = Score(gaussian_flow, *(part.detach().clone() for part in affine.law()))
+    auxiliary = Score(gaussian_flow, *(part.detach().clone() for part in affine.distribution()))
     networks = {"teacher": gaussian_flow(*DATA), "generator": affine, "auxiliary": auxiliary}
     optimizers = {
         role: torch.optim.Adam(networks[role].parameters(), betas=(0.0, 0.99)) for role in ("generator", "auxiliary")
@@ -204,6 +204,6 @@ def test_learns_the_law_of_the_data(affine: Affine, gaussian_flow: Make, noise: 
             batch = Batch(torch.zeros(128, D, 1, 1, dtype=torch.float64), None)
             turn.loss(batch, Draws([step, turn.role == "generator"], 128)).value.mean().backward()
             optimizer.step()
-    for found in affine.law(), (auxiliary.mean, auxiliary.L @ auxiliary.L.T):
-        for part, expected in zip(found, DATA, strict=True):
+    for learned in affine.distribution(), (auxiliary.mean, auxiliary.L @ auxiliary.L.T):
+        for part, expected in zip(learned, DATA, strict=True):
             torch.testing.assert_close(part.detach(), expected, rtol=0, atol=0.03)
