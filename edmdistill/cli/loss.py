@@ -33,8 +33,8 @@ def command(
     import math
 
     from edmdistill.errors import NotFiniteError
+    from edmdistill.evaluation.noise_levels import losses_by_noise, verdict
     from edmdistill.machine.devices import pick_device
-    from edmdistill.training.noise_levels import losses_by_noise, verdict
 
     sources = [teacher, original] if original else [teacher]
     with interruptible(lambda: "nothing is measured yet."):

@@ -13,6 +13,7 @@ from edmdistill.checkpoints.config import CheckpointConfig, Guidance, SamplingDe
 from edmdistill.checkpoints.load import read_teacher
 from edmdistill.checkpoints.noise_dependence import generator_warning
 from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.data.fit import require_fit
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.environment import peak_memory
@@ -22,7 +23,6 @@ from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import (
     require_alike,
-    require_fit,
     require_guide,
     require_same_latents,
     require_teacher,

@@ -8,9 +8,8 @@ from click.testing import CliRunner, Result
 from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
-from edmdistill.evaluation import measurements
+from edmdistill.evaluation import measurements, noise_levels
 from edmdistill.evaluation.results import load_results
-from edmdistill.training import noise_levels
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from PIL import Image
 from edmdistill.cli import main
 from edmdistill.data import datasets
 from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.data.fit import require_fit
 from edmdistill.errors import DatasetError, TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes.schema import Recipe
-from edmdistill.training.checks import require_fit
 from edmdistill.training.prepare import prepare
 from edmdistill.training.session import train
 

@@ -78,7 +78,7 @@ def test_data_must_fit_the_network(recipe, tmp_path):
     tables = json.loads(recipe("diffusion").to_json())
     tables["network"]["arguments"] |= {"img_resolution": 16, "label_dim": 3}
     has = "digits are images of 8x8 with 1 channel and 10 classes, but the network takes images of 16x16 with 1 channel"
-    with pytest.raises(TrainingError, match=has):
+    with pytest.raises(DatasetError, match=has):
         prepare(Recipe.from_json(json.dumps(tables).encode()), data="digits")
     with pytest.raises(DatasetError):
         prepare(recipe("diffusion"), data=tmp_path / "nothing")

@@ -213,11 +213,9 @@ def test_latents_are_for_latent_teachers(recipe, teacher, latents: Dataset, tmp_
     run = start(latents.name, tmp_path / "latent")
     assert torch.equal(run.stream().read(3, 20).x0, stream(latents).read(3, 20).x0)
     images = r"are images of 8x8 with 1 channel and 10 classes, but the network takes latents of 8x8 with 4 channels"
-    with pytest.raises(TrainingError, match=images):
+    with pytest.raises(DatasetError, match=images):
         start("digits", tmp_path / "latent")
-    with pytest.raises(
-        TrainingError, match=r"are latents of 8x8 with 4 channels .* takes images of 8x8 with 1 channel"
-    ):
+    with pytest.raises(DatasetError, match=r"are latents of 8x8 with 4 channels .* takes images of 8x8 with 1 channel"):
         start(latents.name, teacher)
 
 

@@ -6,7 +6,7 @@ import torch
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import CheckpointError, DatasetError
-from edmdistill.training.noise_levels import SIGMAS, Row, losses_by_noise, verdict
+from edmdistill.evaluation.noise_levels import SIGMAS, Row, losses_by_noise, verdict
 
 
 def test_a_teacher_is_as_good_as_itself(teacher):

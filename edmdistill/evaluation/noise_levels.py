@@ -11,10 +11,10 @@ from torch import Tensor
 
 from edmdistill.checkpoints.load import read_teacher
 from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.data.fit import require_fit
 from edmdistill.data.latents import draw_latents, latent_scaling
 from edmdistill.draws import Draws
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.training.checks import require_fit
 from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 
 SIGMAS = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0)
@@ -45,7 +45,7 @@ def losses_by_noise(
     Args:
         sources: teachers, as `train` takes them.
         images: number of images, from the first.
-    Raises: CheckpointError, DatasetError: from what is opened.  TrainingError: a generator, or data that do not fit.
+    Raises: CheckpointError, DatasetError: a source cannot be opened or is a generator, or the data do not fit.
     """
     dataset = open_dataset(data, split=split)
     columns = [_losses(source, dataset, min(images, len(dataset)), batch, torch.device(device)) for source in sources]

@@ -1,0 +1,37 @@
+"""Whether a data set fits a network."""
+
+from __future__ import annotations
+
+from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.data.datasets import Dataset
+from edmdistill.data.latents import latent_scaling, latent_std
+from edmdistill.errors import DatasetError
+from edmdistill.networks.flow import FlowNetwork
+
+
+def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -> None:
+    """Checks that the network takes the data, and orders their classes as in the network.
+
+    Raises: DatasetError: the shapes differ, or the data have no classes, or others than the network.
+    """
+
+    def words(latent: bool, size: int, channels: int, classes: int) -> str:
+        kind, plural = "latents" if latent else "images", "s" if channels > 1 else ""
+        return f"{kind} of {size}x{size} with {channels} channel{plural} and {classes or 'no'} classes"
+
+    scaling = latent_scaling(config.encoder)
+    has = dataset.latent, dataset.img_resolution, dataset.img_channels
+    needs = scaling is not None, flow.img_resolution, flow.img_channels
+    if has != needs:
+        raise DatasetError(
+            f"the data {dataset.name} are {words(*has, dataset.label_dim)}, but the network takes "
+            f"{words(*needs, flow.label_dim)}: give those"
+        )
+    dataset.use_classes(flow.label_dim, config.label_names)
+    if scaling is not None:
+        std = latent_std(dataset.tensors(range(0, len(dataset), max(1, len(dataset) // 64)))[0], scaling)
+        if not 1 / 3 < std / flow.sigma_data < 3:
+            dataset.note(
+                f"{dataset.name}: latents have a standard deviation of {std:.3g} by the teacher's scale, which was "
+                f"trained on {flow.sigma_data:g}: they were scaled already, or are of another VAE."
+            )

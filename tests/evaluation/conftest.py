@@ -1,0 +1,1 @@
+from toy_runs import teacher  # noqa: F401
