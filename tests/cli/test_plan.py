@@ -46,7 +46,7 @@ def test_a_recipe_without_a_method(tmp_path: Path) -> None:
 
 
 def test_every_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edmdistill.cli.plan.PRECISIONS", ("bf16",))
+    monkeypatch.setattr("edmdistill.planning.document.PRECISIONS", ("bf16",))
     document = json.loads(plan("sid/digits", TEACHER, "--processes", "2", "--all", "--json").stdout)
     assert document["schema_version"] == 1
     assert document["parameters"]["generator"] == 233_282

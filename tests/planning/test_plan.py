@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -17,10 +15,11 @@ from edmdistill.networks import NETWORKS, new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.published import PUBLISHED
-from edmdistill.planning.plan import FREE, _envelope, _highest, forward_flops, make_plan, measure
+from edmdistill.planning.plan import forward_flops, make_plan, measure
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
+from edmdistill.training.micro_batch import HEADROOM
 from edmdistill.training.prepare import prepare
 
 SHAPE = {"img_resolution": 8, "label_dim": 10}
@@ -132,7 +131,7 @@ def test_where_things_are_kept() -> None:
     machine = Machine(offload=("ema", "teacher", "optimizer"))
     spare = make_plan(measure(cosim(8), flow, machine), machine)
     assert (spare.averages, spare.optimizer, spare.weights["teacher"]) == (0, 0, 0)
-    room = plain.peak(7) / (1 - FREE)
+    room = plain.peak(7) / (1 - HEADROOM)
     assert plain.largest_micro_batch(room + 1, 64) == 7
     assert plain.largest_micro_batch(room + 1, 5) == 5
     assert plain.largest_micro_batch(plain.peak(1), 64) == 0
@@ -154,13 +153,6 @@ def test_a_teacher_in_the_hosts_memory(name: str) -> None:
 
     assert saved(checkpointing=False) == pytest.approx(0, abs=0.3 * one)
     assert 0.5 * one < saved(checkpointing=True) < 1.01 * one
-
-
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=30), st.integers(0, 100))
-def test_the_envelope_is_the_highest_line_everywhere(lines: list[tuple[int, int]], images: int) -> None:
-    envelope = _envelope(lines)
-    assert _highest(envelope, images) == max(fixed + images * each for fixed, each in lines)
-    assert len(envelope) <= len(set(lines))
 
 
 @pytest.mark.slow

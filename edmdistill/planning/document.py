@@ -1,0 +1,159 @@
+"""The plan of a run as a document, for JSON, and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import product
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
+
+from edmdistill.machine.engine import Machine
+from edmdistill.machine.gpus import GPU
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.planning.plan import Plan, cut_batch, images_per_second, make_plan, measure
+from edmdistill.recipes.schema import Recipe
+
+PRECISIONS = ("fp32", "bf16")
+"""Those that differ: fp16 takes what bf16 takes."""
+
+
+class Subject(NamedTuple):
+    """What is planned.
+
+    Attributes:
+        flow: the teacher, or the network that the recipe makes; on the meta device.
+        guide: the network that guides the teacher, if the recipe needs one.
+        processes: number of GPUs.
+        micro_batch: as asked; None: a process's share of the batch.
+        gpus: by name.
+        utilisation: share of a GPU's peak, in (0, 1].
+    """
+
+    recipe: Recipe
+    flow: FlowNetwork
+    guide: FlowNetwork | None
+    machine: Machine
+    processes: int
+    micro_batch: int | None
+    gpus: Mapping[str, GPU]
+    utilisation: float
+
+    @property
+    def rows(self) -> int:
+        """Images of one micro-batch."""
+        return cut_batch(self.recipe.training.batch, self.processes, self.micro_batch)[1]
+
+
+def plan_document(subject: Subject, on_progress: Callable[[str], object], alternatives: bool) -> dict[str, Any]:
+    """Returns memory, operations and time of a run, as plain values.
+
+    Args:
+        on_progress: gets what is being measured.
+        alternatives: plans every precision, with and without sharding and checkpointing, too.
+    """
+    training, rows = subject.recipe.training, subject.rows
+    share, _ = cut_batch(training.batch, subject.processes, None)
+    measurement = measure(subject.recipe, subject.flow, subject.machine, on_progress, guide=subject.guide)
+    plan = make_plan(measurement, subject.machine, subject.processes)
+    turns = plan.peaks(rows, rows < share)
+    gpus = []
+    for name, gpu in subject.gpus.items():
+        half = training.precision != "fp32"
+        speed = images_per_second(plan, gpu, half, subject.utilisation, subject.processes, training.batch, rows)
+        largest = plan.largest_micro_batch(gpu.memory, share)
+        days = training.images / speed / 86400
+        gpus.append({"gpu": name, "largest_micro_batch": largest, "images_per_second": speed, "days": days})
+    return {
+        "schema_version": 1,
+        "parameters": plan.parameters,
+        "bytes": _bytes_by_purpose(plan, turns, rows, rows < share),
+        "peak": _peaks(plan, rows, share) | {"turns": turns},
+        "flops_per_image": plan.flops,
+        "forward_flops": plan.forward_flops,
+        "utilisation": subject.utilisation,
+        "gpus": gpus,
+        "others": _alternatives(subject, on_progress) if alternatives else [],
+    }
+
+
+def _alternatives(subject: Subject, on_progress: Callable[[str], object]) -> list[dict[str, Any]]:
+    recipe, processes, rows = subject.recipe, subject.processes, subject.rows
+    share, _ = cut_batch(recipe.training.batch, processes, None)
+    plans = []
+    for precision, checkpointing in product(PRECISIONS, (False, True)):
+        on_progress(f"{precision}{', checkpointing' if checkpointing else ''}")
+        changed = replace(recipe, training=replace(recipe.training, precision=precision))
+        machine = subject.machine._replace(checkpointing=checkpointing)
+        measurement = measure(changed, subject.flow, machine, guide=subject.guide)
+        for shard in (False, True) if processes > 1 else (False,):
+            plan = make_plan(measurement, machine._replace(shard=shard), processes)
+            fits = {name: plan.largest_micro_batch(gpu.memory, share) for name, gpu in subject.gpus.items()}
+            options = {"precision": precision, "checkpointing": checkpointing, "shard": shard}
+            plans.append(options | _peaks(plan, rows, share) | {"largest_micro_batch": fits})
+    return plans
+
+
+def _peaks(plan: Plan, rows: int, share: int) -> dict[str, Any]:
+    return {"one_image": plan.peak(1), "micro_batch": plan.peak(rows, rows < share)}
+
+
+def _bytes_by_purpose(plan: Plan, turns: Mapping[str, int], rows: int, accumulates: bool) -> dict[str, int]:
+    """Returns what adds up to the peak."""
+    largest = max(turns, key=turns.__getitem__)
+    gradients, activations = plan.turn(largest, rows, accumulates)
+    return {f"{role}'s weights": size for role, size in plan.weights.items()} | {
+        "averages": plan.averages,
+        "optimisers": plan.optimizer,
+        "DDP's buckets of gradients": plan.buckets,
+        "gathered at one time": plan.gathered,
+        f"the {largest}'s gradients": gradients,
+        f"the {largest}'s turn with {rows:,} image{'s' if rows > 1 else ''}": activations,
+    }
+
+
+def plan_text(document: Mapping[str, Any], subject: Subject) -> str:
+    """Returns a plan's document as text."""
+    roles = ", ".join(f"{role} {count / 1e6:,.1f}M" for role, count in document["parameters"].items())
+    training, peak, processes = subject.recipe.training, document["peak"], subject.processes
+    smaller = {role: size for role, size in peak["turns"].items() if size < peak["micro_batch"]}
+    lines = [
+        f"{subject.recipe.method_name} in {training.precision} on {processes} GPU{'s' if processes > 1 else ''}: "
+        f"{roles}.",
+        f"{document['flops_per_image'] / 1e9:,.4g} GFLOP an image, {document['forward_flops'] / 1e9:,.4g} of them in a "
+        "forward pass.",
+        "",
+        *(f"{_size(size)}  {name}" for name, size in document["bytes"].items() if size),
+        f"{_size(peak['micro_batch'])}  at most on each GPU, in micro-batches of {subject.rows:,}",
+        *(f"{_size(size)}  in the {role}'s turn" for role, size in smaller.items()),
+        f"{_size(peak['one_image'])}  in micro-batches of one image",
+        "",
+        f"GPU          largest micro-batch    images/s   days for {training.images:,} images, at "
+        f"{document['utilisation']:.0%} of its peak",
+    ]
+    for gpu in document["gpus"]:
+        largest = gpu["largest_micro_batch"]
+        speed = f"{gpu['images_per_second']:10,.4g}   {gpu['days']:.2g}" if largest else "         -   -"
+        lines.append(f"{gpu['gpu']:<12} {largest or 'does not fit':>19}  {speed}")
+    return "\n".join([*lines, *_alternatives_text(document["others"])])
+
+
+def _alternatives_text(others: list[dict[str, Any]]) -> list[str]:
+    if not others:
+        return []
+    names = list(others[0]["largest_micro_batch"])
+    lines = ["", "GB in micro-batches of one, and the largest micro-batch by GPU:", ""]
+    lines.append(f"{'':34}{'GB':>8}" + "".join(f"{name:>12}" for name in names))
+    for other in others:
+        options = "bf16, fp16" if other["precision"] == "bf16" else other["precision"]
+        options += ", checkpointing" if other["checkpointing"] else ""
+        options += ", sharded" if other["shard"] else ""
+        fits = "".join(f"{count or '-':>12}" for count in other["largest_micro_batch"].values())
+        lines.append(f"{options:<34}{other['one_image'] / 1e9:8.2g}{fits}")
+    return lines
+
+
+def _size(size: float) -> str:
+    """Returns a number of bytes, 13 characters wide."""
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit / 10), (1e3, "kB"))
+    return f"{size / unit:10.2f} {name}"

@@ -1,0 +1,84 @@
+"""Counts bytes and operations of what torch computes on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+ATEN = torch.ops.aten
+FLASH = ATEN._scaled_dot_product_flash_attention_for_cpu
+"""Of the fused kernels, the one that returns only what autograd needs."""
+FLOPS = flop_registry | {
+    FLASH: flop_registry[ATEN._scaled_dot_product_flash_attention],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the bytes of live tensors that are made within it, and counts operations.
+
+    Attributes:
+        live: bytes after each call of torch.
+        allocations: the call, by number, that allocated a storage, and its bytes.
+        flops: of matrix products, convolutions and attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: list[int] = []
+        self.allocations: dict[int, tuple[int, int]] = {}
+        self.flops = 0.0
+        self._now = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.allocations.keys() | inputs:
+                    self.allocations[storage._cdata] = len(self.live), storage.nbytes()
+                    self._now += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage._cdata)
+        self.live.append(self._now)
+        return out
+
+    def _free(self, storage: int) -> None:
+        self._now -= self.allocations.pop(storage)[1]
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Within it, attention is computed as by a fused kernel, without the matrix of all pairs.
+
+    A mode of torch functions would not reach what a checkpointed block recomputes in the backward pass.
+    """
+    original = functional.scaled_dot_product_attention
+
+    def scaled_dot_product_attention(q: Any, k: Any, v: Any) -> Any:
+        if has_torch_function((q, k, v)):  # with tangents: by their rule, as torch's own
+            return handle_torch_function(scaled_dot_product_attention, (q, k, v), q, k, v)
+        return FLASH(q, k, v)[0]
+
+    functional.scaled_dot_product_attention = scaled_dot_product_attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
