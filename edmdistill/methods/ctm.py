@@ -23,7 +23,18 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.features.perceptual import PerceptualDistance
 from edmdistill.methods.adversarial import Adversary, Augmentations, gan_roles
-from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Loss, Method, NoiseRange, Preview, Role, Turn
+from edmdistill.methods.base import (
+    Batch,
+    EmaOf,
+    FlowFunction,
+    Loss,
+    Method,
+    NoiseRange,
+    Preview,
+    Role,
+    Turn,
+    WatchedFunction,
+)
 from edmdistill.methods.distances import DISTANCES, l2
 from edmdistill.methods.noising import noised
 from edmdistill.methods.solver import follow_flow
@@ -102,7 +113,8 @@ class CTM(Method[CTMConfig]):
 
     def __init__(self, config: CTMConfig, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
-        self.generator, self.target = networks["generator"], networks["target"]
+        self.generator: WatchedFunction = networks["generator"]
+        self.target: FlowFunction = networks["target"]
         self.distance = networks["perception"] if config.lpips else DISTANCES[config.distance]
         self.adversary = Adversary(networks, config.gan_loss, config.augment) if config.gan else None
         sigma_data, sigma_min, sigma_max = noise

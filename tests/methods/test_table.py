@@ -1,4 +1,4 @@
-"""A new method is one file, one line of METHODS and one recipe: nothing else lists methods."""
+"""A new method is a file, an entry of METHODS, a recipe and a row in the docs: nothing else lists methods."""
 
 import re
 import sys
