@@ -21,9 +21,9 @@ def word(key: int, i: int) -> int:
 
 @given(keys=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4), piece=st.integers(0, 2**24 - 1))
 def test_words_are_those_of_splitmix_with_lea64(keys: list[int], piece: int) -> None:
-    found = words(torch.tensor(keys), 3, piece)
+    drawn = words(torch.tensor(keys), 3, piece)
     expected = [[word(key, piece * PIECE + i) for i in range(3)] for key in keys]
-    assert [[number % 2**64 for number in row] for row in found.tolist()] == expected
+    assert [[number % 2**64 for number in row] for row in drawn.tolist()] == expected
 
 
 def test_known_answers() -> None:
@@ -51,17 +51,17 @@ def test_a_row_gets_the_same_numbers_in_every_part_of_the_batch(batch: int, data
     start = data.draw(st.integers(0, batch - 1))
     stop = data.draw(st.integers(start + 1, batch))
     part = everything(Draws(ENTROPY, batch, slice(start, stop)))
-    for mine, whole in zip(part, everything(Draws(ENTROPY, 200)), strict=True):
-        torch.testing.assert_close(mine, whole[start:stop], rtol=1e-6, atol=0)
+    for alone, whole in zip(part, everything(Draws(ENTROPY, 200)), strict=True):
+        torch.testing.assert_close(alone, whole[start:stop], rtol=1e-6, atol=0)
 
 
-def test_every_row_call_and_batch_has_numbers_of_its_own() -> None:
+def test_rows_calls_and_batches_have_different_numbers() -> None:
     batches = [Draws(entropy, 128) for entropy in ([0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0])]
     numbers = torch.cat([draws.normal() for draws in batches] + [draws.normal() for draws in batches])
     assert len(numbers.unique()) == len(numbers)
 
 
-def test_calls_and_passes_have_pieces_of_their_own() -> None:
+def test_calls_and_passes_have_separate_pieces() -> None:
     """The key of a pass is the row's, moved on by whole pieces."""
     draws = Draws(ENTROPY, 3)
     row = draws._keys
@@ -107,30 +107,30 @@ def test_normal_numbers() -> None:
         assert abs((a**2 * b**2).mean() - 1) * math.sqrt(a.numel() / 8) < 5
 
 
-def test_normal_numbers_hardly_depend_on_who_computes_them() -> None:
-    """numpy's log, sin and cos in the place of torch's: in float32, one number in 10^5 may differ, by one ulp."""
+def test_normal_numbers_hardly_depend_on_the_library() -> None:
+    """With numpy's log, sin and cos instead of torch's: in float32, one number in 10^5 may differ, by one ulp."""
     w = words(torch.arange(100), 5000)
     low, high = (half.numpy().astype(np.float64) for half in w.view(torch.int32).unflatten(-1, (-1, 2)).unbind(-1))
     radius, angle = np.sqrt(-2 * np.log((low + 2**31 + 0.5) / 2**32)), high / 2**32 * 2 * np.pi
     expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).astype(np.float32)
-    found = normal(w, torch.float32).numpy()
-    apart = found != expected
-    assert apart.mean() < 1e-5
-    np.testing.assert_array_max_ulp(found[apart], expected[apart], 1)
+    drawn = normal(w, torch.float32).numpy()
+    differs = drawn != expected
+    assert differs.mean() < 1e-5
+    np.testing.assert_array_max_ulp(drawn[differs], expected[differs], 1)
     assert np.isfinite(normal(torch.tensor([[-(2**63), 2**63 - 1, 0, -1, 2**31 - 1, -(2**31)]])).numpy()).all()
 
 
 @pytest.mark.gpu
 def test_a_gpu_draws_the_same_numbers() -> None:
-    here, there = (Draws(ENTROPY, 64, slice(8, 40), device) for device in ("cpu", "cuda"))
-    assert torch.equal(here.uniform(3, 64, 64), there.uniform(3, 64, 64).cpu())
-    assert torch.equal(here.dropout(), there.dropout().cpu())
-    a, b = (draws.normal(3, 256, 256, dtype=torch.float32).cpu().numpy() for draws in (here, there))
+    cpu, gpu = (Draws(ENTROPY, 64, slice(8, 40), device) for device in ("cpu", "cuda"))
+    assert torch.equal(cpu.uniform(3, 64, 64), gpu.uniform(3, 64, 64).cpu())
+    assert torch.equal(cpu.dropout(), gpu.dropout().cpu())
+    a, b = (draws.normal(3, 256, 256, dtype=torch.float32).cpu().numpy() for draws in (cpu, gpu))
     assert (a != b).mean() < 1e-6
     np.testing.assert_array_max_ulp(a, b, 1)
 
 
-def test_the_meta_device_has_shapes_without_numbers() -> None:
+def test_the_meta_device_has_shapes_only() -> None:
     draws = Draws(0, 100, slice(10, 30), "meta")
     assert draws.uniform().shape == (20,)
     assert draws.normal(3).shape == (20, 3)

@@ -56,11 +56,11 @@ def test_how_often_t_is_sigma_max(R: int, share: float, probability: float) -> N
     _, t = draw(n, R=R, share_to_max=share)
     exact = share + (1 - share) * sum(1 / (2 * k) for k in range(1, R + 1)) / R
     assert exact == pytest.approx(probability, abs=6e-4)
-    found = (t > MAX * (1 - 1e-9)).double().mean()
-    assert abs(found - exact) <= 4 * math.sqrt(exact * (1 - exact) / n)
+    frequency = (t > MAX * (1 - 1e-9)).double().mean()
+    assert abs(frequency - exact) <= 4 * math.sqrt(exact * (1 - exact) / n)
 
 
-def test_s_ends_where_it_is_told() -> None:
+def test_s_ends_at_r_s_max() -> None:
     s, _ = draw(10_000, r_s_max=0.8)
     end = edm_curve(torch.tensor(0.8), MIN, MAX)
     assert 0.9 * end <= s.max() <= end

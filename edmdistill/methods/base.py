@@ -116,7 +116,7 @@ class Role(NamedTuple):
 
     @property
     def frozen(self) -> bool:
-        """Whether it remains a copy of the teacher or the guide throughout."""
+        """Returns whether it remains a copy of the teacher or the guide throughout."""
         return not self.trained and self.ema_of is None and self.make is None
 
 

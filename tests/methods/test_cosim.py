@@ -1,6 +1,6 @@
 """CoSIM's turns, in float64, against closed forms, eq. 15 as the paper writes it, and finite differences.
 
-A mutant is CoSIM with one mistake (conftest.py). Each has to fail a check that CoSIM passes.
+A mutant is CoSIM with one mistake (conftest.py). Each must fail a check that CoSIM passes.
 """
 
 import functools
@@ -58,14 +58,14 @@ class Linear(nn.Module):
 class GaussianWorld(NamedTuple):
     """Everything at one (s, t): x0 ~ N(mean, covariance), g = x_t's affine image, so q(x_s; s, t) is Gaussian too.
 
-    own: (mean, covariance) of g as they follow from the generator's parameters.  fisher: E_q |S* - score of q|^2.
+    generated: (mean, covariance) of g as they follow from the generator's parameters.  fisher: E_q |S* - score of q|^2.
     batch, draws: points whose mean over (x0, z_t, z_s) is the expectation of every quadratic of them.
     """
 
     sigma_s: float
     teacher: Callable[..., Tensor]
     generator: Linear
-    own: Callable[[], tuple[Tensor, Tensor]]
+    generated: Callable[[], tuple[Tensor, Tensor]]
     fisher: Callable[[], Tensor]
     batch: Batch
     draws: Callable[[], Any]
@@ -84,7 +84,7 @@ def world(
     generator = Linear(0.2 * W, b[0])
     eye = torch.eye(DIM, dtype=torch.float64)
 
-    def own() -> tuple[Tensor, Tensor]:
+    def generated() -> tuple[Tensor, Tensor]:
         # g = cos x_t - sin sigma_data (x_t W + b), in EDM's numbers.
         length = math.hypot(sigma_t, SD)
         cos, sin = SD / length, sigma_t / length
@@ -93,7 +93,7 @@ def world(
         return M @ (cos * mean) - sin * SD * generator.b, M @ V @ M.T
 
     def fisher() -> Tensor:
-        m, Gamma = own()
+        m, Gamma = generated()
         cov_q, cov_p = Gamma + sigma_s**2 * eye, covariance + sigma_s**2 * eye
         P, Q = torch.linalg.inv(cov_p), torch.linalg.inv(cov_q)
         return torch.trace((Q - P) @ cov_q @ (Q - P)) + (P @ (m - mean)).square().sum()
@@ -106,7 +106,7 @@ def world(
 
     monkeypatch.setattr(cosim, "cosim_sigmas", fixed_sigmas)
     draws = functools.partial(scripted, z_t, z_s)
-    return GaussianWorld(sigma_s, gaussian_flow(mean, covariance), generator, own, fisher, Batch(x0, None), draws)
+    return GaussianWorld(sigma_s, gaussian_flow(mean, covariance), generator, generated, fisher, Batch(x0, None), draws)
 
 
 def optimal_auxiliary(world: GaussianWorld, beta: float, gaussian_flow: Make) -> Linear:
@@ -114,7 +114,7 @@ def optimal_auxiliary(world: GaussianWorld, beta: float, gaussian_flow: Make) ->
 
     A score is affine in F, with the same coefficients for both, so the same shares hold for F.
     """
-    own = gaussian_flow(*(part.detach() for part in world.own()))
+    own = gaussian_flow(*(part.detach() for part in world.generated()))
     s = torch.tensor([math.atan(world.sigma_s / SD)], dtype=torch.float64)
     points = torch.cat([torch.zeros(1, DIM), torch.eye(DIM)]).to(torch.float64).reshape(-1, DIM, 1, 1)
     s = s.expand(len(points))
@@ -395,7 +395,7 @@ def test_options_are_checked(options: dict[str, Any]) -> None:
         msgspec.convert(options, CoSIMConfig)
 
 
-def test_coef_below_a_half_has_to_be_forced() -> None:
+def test_coef_below_a_half_needs_force() -> None:
     with pytest.raises(ValueError, match=r"coef 0\.4 is below \.5.*force = true"):
         CoSIMConfig(coef=0.4)
     assert CoSIMConfig(coef=0.4, force=True).beta == pytest.approx(1.25)

@@ -75,7 +75,7 @@ class Network(nn.Module):
 
 
 def fitted(seed: int, width: int, steps: int = 400) -> Network:
-    """What distillation starts from: the teacher as a network."""
+    """Returns the teacher as a network, from which distillation starts."""
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -95,7 +95,7 @@ def fitted(seed: int, width: int, steps: int = 400) -> Network:
 
 
 def distilled(kind: type[Method], seed: int, steps: int, width: int) -> Network:
-    """The average of the generator after `steps` rounds of the method with its default options."""
+    """Returns the generator's average after `steps` rounds of the method with its default options."""
     generator, rng = fitted(seed, width), torch.Generator().manual_seed(seed)
     networks = {"generator": generator, "auxiliary": Network(width, kind.roles["auxiliary"].two_time)}
     networks["auxiliary"].load_state_dict(generator.state_dict(), strict=False)
@@ -114,7 +114,7 @@ def distilled(kind: type[Method], seed: int, steps: int, width: int) -> Network:
             optimizer.zero_grad()
             turn.loss(Batch(data(BATCH, rng), None), Draws([seed, step, index], BATCH)).value.mean().backward()
             optimizer.step()
-        # The half-life is a twentieth of the steps so far, as in EDM's ramp-up: the start is soon forgotten.
+        # The half-life is a twentieth of the steps so far, as in EDM's ramp-up, so that the start is soon forgotten.
         weights = [parameter.detach() for parameter in generator.parameters()]
         torch._foreach_lerp_(list(average.parameters()), weights, 1 - 0.5 ** (20 / (step + 1)))
     return average
@@ -154,8 +154,8 @@ def energy_distance(a: Tensor, b: Tensor, block: int = 2000) -> float:
 def distances(network: Network, sigmas: Tensor, seed: int) -> tuple[float, float]:
     """Of 20,000 samples to as many of the data: SW2 and ED."""
     rng = torch.Generator().manual_seed(100 + seed)
-    found, real = samples(network, sigmas, rng), data(20000, rng)
-    return sliced_wasserstein(found, real), energy_distance(found, real)
+    generated, real = samples(network, sigmas, rng), data(20000, rng)
+    return sliced_wasserstein(generated, real), energy_distance(generated, real)
 
 
 def cosim_distances(kind: type[CoSIM], seed: int = 0) -> list[tuple[float, float]]:
@@ -164,17 +164,17 @@ def cosim_distances(kind: type[CoSIM], seed: int = 0) -> list[tuple[float, float
     return [distances(network, generator_sigmas(nfe, *NOISE[1:]), seed) for nfe in (1, 2, 4)]
 
 
-def passes(found: list[tuple[float, float]]) -> bool:
+def passes(results: list[tuple[float, float]]) -> bool:
     limits = [(0.06, 6), (0.085, 10), (0.09, 13)]
-    return all(a < b for pair, limit in zip(found, limits, strict=True) for a, b in zip(pair, limit, strict=True))
+    return all(a < b for pair, limit in zip(results, limits, strict=True) for a, b in zip(pair, limit, strict=True))
 
 
-def test_cosim_comes_near_the_data_in_any_number_of_steps() -> None:
-    found = cosim_distances(CoSIM)
-    assert passes(found), found
+def test_cosim_matches_the_data_in_any_number_of_steps() -> None:
+    results = cosim_distances(CoSIM)
+    assert passes(results), results
 
 
-def test_sid_comes_near_the_data_in_one_step() -> None:
+def test_sid_matches_the_data_in_one_step() -> None:
     sw2, ed = distances(distilled(SiD, 0, steps=1300, width=96), torch.tensor([SiD.Config().sigma_init]), 0)
     assert sw2 < 0.035
     assert ed < 4
@@ -182,7 +182,7 @@ def test_sid_comes_near_the_data_in_one_step() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["psi detached", "teacher detached", "psi without t", "r flipped"])
-def test_mutant_stays_away(mutant: Callable[[str], type[CoSIM]], name: str) -> None:
-    """With alpha's sign turned, or with both scores detached, a run comes near too: test_cosim.py catches these."""
-    found = cosim_distances(mutant(name))
-    assert not passes(found), found
+def test_mutant_does_not_match_the_data(mutant: Callable[[str], type[CoSIM]], name: str) -> None:
+    """With alpha's sign flipped, or with both scores detached, a run still passes: test_cosim.py catches these."""
+    results = cosim_distances(mutant(name))
+    assert not passes(results), results
