@@ -1,4 +1,4 @@
-"""Networks, under the names that checkpoints know them by."""
+"""Networks, by the names that checkpoints have for them."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ NETWORKS: dict[str, type[Network]] = {"song": SongUNet, "adm": DhariwalUNet, "ed
 
 
 def new_network(kind: str, img_resolution: int, img_channels: int, label_dim: int, **arguments: object) -> Network:
-    """A network with fresh weights for such images; EDM's own classes name the channels twice.
+    """Returns a network with fresh weights for such images; EDM's own classes take the channels twice.
 
-    Raises: TypeError, ValueError: arguments that make no network.
+    Raises: TypeError, ValueError: invalid arguments.
     """
     channels = {"img_channels": img_channels}
     if kind != "edm2":

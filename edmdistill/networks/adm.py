@@ -28,12 +28,12 @@ from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linea
 
 
 class DhariwalUNet(EDMUNet):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last six.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  All but the last six arguments are the official class's.
 
-    Attention has a head for every 64 channels; a layer of fewer than 64 channels has none, even where it is asked for.
+    Attention has one head for every 64 channels; layers of fewer than 64 channels have none at any resolution.
 
     Args:
-        label_dropout: share of labels that training sets to zero.
+        label_dropout: fraction of labels that training sets to zero.
         double_norm: whether the blocks normalise their modulations; see ResidualBlock.
     """
 
@@ -110,7 +110,7 @@ class DhariwalUNet(EDMUNet):
         self.number_blocks()
 
     def initialize(self) -> None:
-        """As torch does it, but what closes a branch starts at nothing and the labels with unit variance."""
+        """Initialises as torch does, but the last layer of a branch by zeros and the labels' with unit variance."""
         for name, layer in self.named_modules():
             if name.endswith(("conv1", "proj", "out_conv", "map_augment")):
                 for parameter in layer.parameters():

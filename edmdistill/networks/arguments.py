@@ -1,7 +1,7 @@
-"""The types and ranges of constructor arguments, and their check before anything is built.
+"""Types and ranges of constructor arguments, checked before anything is built.
 
-A constructor's own annotations are what its arguments are checked by, so that what a file, a recipe or a program asks
-for is refused in one place, and before the first layer.
+Arguments are checked against the constructor's own annotations: so those of a file, a recipe or a program are refused
+in one place, before the first layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
-# The limits are far beyond any network that was ever trained; they keep the arithmetic of shapes within 64 bits.
+# The limits are far beyond any trained network; they keep the arithmetic of shapes within 64 bits.
 Resolution = Annotated[int, Meta(ge=1, le=16384)]
 Count = Annotated[int, Meta(ge=1, le=64)]
 Blocks = Annotated[int, Meta(ge=0, le=64)]
@@ -34,7 +34,7 @@ Limit = Annotated[float, Meta(gt=0, le=1e9)]
 def validated(values: Mapping[str, Any], type_: Any) -> Any:
     """Returns a table as an object of `type_`.
 
-    Raises: ValueError: a value of another type or out of its range, a key that is unknown or missing; it says which.
+    Raises: ValueError: a value of the wrong type or out of range, an unknown or missing key; the message names it.
     """
     try:
         return msgspec.convert(values, type_)
@@ -53,7 +53,7 @@ def validated(values: Mapping[str, Any], type_: Any) -> Any:
 
 @cache
 def _signature(class_: type) -> type[Struct]:
-    """A constructor's parameters as a type that a table of arguments converts to."""
+    """Returns a struct type with the fields of a constructor's parameters."""
     constructor: Any = class_.__dict__.get("__init__") or class_.__mro__[1].__dict__["__init__"]
     hints = get_type_hints(constructor, include_extras=True)
     fields: list[Any] = []
@@ -64,17 +64,17 @@ def _signature(class_: type) -> type[Struct]:
 
 
 def check_arguments(class_: type, arguments: Mapping[str, Any]) -> None:
-    """Lets arguments through that the annotations of a network's constructor allow.
+    """Checks arguments against the annotations of a network's constructor.
 
-    Raises: ValueError: one that they do not allow, or a combination that makes no U-Net.
+    Raises: ValueError: an argument that they do not allow, or a combination that makes no U-Net.
     """
-    own = validated(arguments, _signature(class_))
-    levels = len(getattr(own, "channel_mult", (1,)))
-    if own.img_resolution % 2 ** (levels - 1):
+    checked = validated(arguments, _signature(class_))
+    levels = len(getattr(checked, "channel_mult", (1,)))
+    if checked.img_resolution % 2 ** (levels - 1):
         raise ValueError(
-            f"img_resolution is {own.img_resolution}, which cannot be halved {levels - 1} times, as the {levels} "
+            f"img_resolution is {checked.img_resolution}, which cannot be halved {levels - 1} times, as the {levels} "
             "levels of channel_mult require"
         )
-    taps = getattr(own, "resample_filter", (1, 1))
+    taps = getattr(checked, "resample_filter", (1, 1))
     if len(taps) % 2 or not abs(sum(taps)) > 1e-6:
         raise ValueError(f"resample_filter is {list(taps)}, but must be an even number of taps with a nonzero sum")

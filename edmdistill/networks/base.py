@@ -1,4 +1,4 @@
-"""What every network here is: x, c_noise and labels in, raw output of unit variance out."""
+"""The interface of all networks: x and its conditioning in, raw output of unit variance out."""
 
 from __future__ import annotations
 
@@ -40,38 +40,38 @@ class Conditioning(NamedTuple):
 
 
 class ResidualBlock(nn.Module):
-    """A residual block of any of the U-Nets.
+    """A residual block of a U-Net.
 
     Attributes:
-        layer: its number in the network, from 1, by which its dropout differs from the other blocks'.
-        mod_gain: where the modulations are normalised, the rms of each after it; else None.  [modulations]
+        layer: its number in the network, from 1; every block has its own dropout masks.
+        mod_gain: rms of each modulation after normalisation; None = not normalised.  [modulations]
     """
 
     layer: int
     mod_gain: nn.Parameter | None
 
     def modulations(self, emb: Tensor) -> tuple[Tensor, ...]:
-        """What the embedding multiplies the channels with, and then what it adds, if it does.  [B,E] -> [B,C] each"""
+        """Returns scale and, if the block has one, shift of the channels.  [B,emb_channels] -> [B,C] each"""
         raise NotImplementedError(f"{type(self).__name__} is not modulated")
 
     def normalized_modulations(self, emb: Tensor) -> tuple[Tensor, ...]:
-        """The modulations, each at the rms that mod_gain says at any time: y = norm(x) g0 pnorm(s) + g1 pnorm(b).
+        """Returns the modulations, each at rms mod_gain at all times: y = norm(x) g0 pnorm(s) + g1 pnorm(b).
 
-        Source: sCM, section 4.1, adaptive double normalization.  Differs: the gains, which are learnt; the paper's are
-        1, and would take a pretrained network far from what it was.
+        Source: sCM, section 4.1, adaptive double normalization.  Differs: the gains are learnt; the paper's are 1,
+        which would change a pretrained network too much.
         """
         assert self.mod_gain is not None
-        return tuple(normalize(part, 1) * gain for part, gain in zip(self.modulations(emb), self.mod_gain, strict=True))
+        return tuple(normalize(x, 1) * gain for x, gain in zip(self.modulations(emb), self.mod_gain, strict=True))
 
 
 class Network(nn.Module, ABC):
     """A denoising network without its preconditioning.
 
     Attributes:
-        arguments: the constructor's, by name, as plain JSON values: the same network is type(self)(**arguments).
+        arguments: the constructor's, by name, as JSON values; type(self)(**arguments) makes the same network.
         img_resolution, img_channels: the images, [B, img_channels, img_resolution, img_resolution].
         label_dim: number of classes; 0 = unconditional.
-        label_dropout: share of labels that training sets to zero.
+        label_dropout: fraction of labels that training sets to zero.
         two_time: whether a second time is read.
         positional_time: whether the features of c_noise are a TimeEmbedding, for which c_noise is t.
         guided: whether a guidance weight is read.
@@ -99,7 +99,7 @@ class Network(nn.Module, ABC):
         """Checks and keeps the arguments.
 
         Args:
-            arguments: locals(), asked for in the first line of the constructor.
+            arguments: locals(), taken in the first line of the constructor.
         Raises: ValueError: see check_arguments.
         """
         super().__init__()
@@ -119,27 +119,27 @@ class Network(nn.Module, ABC):
         self.map_guidance = None
 
     def blocks(self) -> list[ResidualBlock]:
-        """The residual blocks: the pieces in which a network is sharded and its activations computed again."""
+        """Returns the residual blocks: the units of sharding and activation checkpointing."""
         return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
     def number_blocks(self) -> None:
-        """Numbers the blocks; called at the end of the constructor."""
+        """Numbers the blocks; to be called at the end of the constructor."""
         for number, block in enumerate(self.blocks(), 1):
             block.layer = number
 
     @property
     def last_layer(self) -> nn.Module:
-        """The one that gives F."""
+        """The layer that returns F."""
         return self.out_conv
 
     def checkpoint_blocks(self) -> None:
-        """From now on, activations inside blocks are not kept for the backward pass but computed again in it.
+        """Turns on activation checkpointing: activations inside blocks are recomputed in the backward pass.
 
-        Numbers, parameters and their names stay as they are; a backward pass takes a forward pass more.
+        Results, parameters and their names do not change; a backward pass costs one more forward pass.
         """
 
         def recomputed(forward: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-            # To the very end, not only as far as is needed: what brings a block's weights takes them away there.
+            # To the end of the block, where offloading and sharding release its weights.
             with set_checkpoint_early_stop(False):
                 out: Tensor = checkpoint(forward, *args, use_reentrant=False)
             return out
@@ -198,29 +198,30 @@ class Network(nn.Module, ABC):
         return labels.to(like.dtype)
 
     def add_optional_layers(self) -> None:
-        """Makes the layers of a second time, a guidance weight and log variances, where the arguments ask for them."""
+        """Makes the layers of a second time, a guidance weight and log variances, if the arguments enable them."""
         self.second_time = SecondTime(self, *self.time_layers) if self.two_time else None
         self.map_guidance = GuidanceEmbedding(self.emb_channels) if self.guided else None
         channels, heads = self.arguments["logvar_channels"], self.arguments["logvar_heads"]
         self.logvar_fourier, self.logvar_linear = self.logvar_head(channels, heads)
 
     def logvar_head(self, channels: int, heads: int) -> tuple[MPFourier | None, nn.Module | None]:
-        """New layers for `logvars`, under EDM2's names for them: logvar_fourier, logvar_linear.  channels 0 = none"""
+        """Returns new layers for `logvars`, EDM2's logvar_fourier and logvar_linear; None each for 0 channels."""
         return (MPFourier(channels), self.logvar_linear_map(channels, heads)) if channels else (None, None)
 
     def logvar_linear_map(self, channels: int, heads: int) -> nn.Module:
-        """From Fourier features to the u of each head.  It starts at 0, where e^-u L + u is the plain loss L."""
+        """Returns the map from Fourier features to u of each head, zero at first: there e^-u L + u is the loss L."""
         linear = nn.Linear(channels, heads)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
         return linear
 
     def logvars(self, c: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """u of the first n heads: log variances of losses at noise levels, learnt beside F.  c = ln(sigma)/4
+        """Returns u of the first n heads, log variances of losses at noise levels.  n of [B] -> n of [B]
 
-        c: for each head its own.  n of [B] -> n of [B]
-        Source: EDM2, eq. 21, where there is one.
-        Raises: NotImplementedError: the network has no such head, or fewer.
+        Args:
+            c: ln(sigma)/4, one tensor for each head.
+        Source: EDM2, eq. 21, which has one head.
+        Raises: NotImplementedError: the network has fewer heads.
         """
         if self.logvar_fourier is None or self.logvar_linear is None:
             raise NotImplementedError(f"{type(self).__name__} has no head for the log variance of the loss")
@@ -232,7 +233,7 @@ class Network(nn.Module, ABC):
         return tuple(self.logvar_linear(self.logvar_fourier(level))[:, head] for head, level in enumerate(c))
 
     def after_step(self) -> None:
-        """After an optimiser step: EDM2's weights back to unit rms, so that the effective learning rate stays.
+        """Normalises EDM2's weights after an optimiser step, which keeps the effective learning rate constant.
 
         Source: EDM2, eq. 66.
         """
@@ -241,7 +242,7 @@ class Network(nn.Module, ABC):
                 layer.normalize_()
 
     def fold(self) -> None:
-        """Makes EDM2's layers plain, normalisation and gains in their weights; it cannot be trained after that."""
+        """Folds normalisation and gains into EDM2's weights, for inference; the network can no longer be trained."""
         for module in self.modules():
             for gain, scaled in GAIN_LAYERS.items():
                 if isinstance(layer := getattr(module, scaled, None), MPConv):

@@ -1,8 +1,8 @@
 """EDM2's U-Net: magnitude-preserving layers, weights of unit rms, no biases, no group norm.
 
-Parameter names are the official ones. Weights are normalised in every forward, as the function asks for; what
-official training does beside it, writing the normalised weights back, is `after_step` here: inside forward it breaks
-JVP, DDP, compile and checkpointing.
+Parameter names are the official ones. Weights are normalised in every forward pass. Official training also writes the
+normalised weights back there; here `after_step` does, because inside forward it breaks JVP, DDP, compile and
+checkpointing.
 
 Source: Karras et al. 2024 (EDM2), figure 21, config G.
 """
@@ -109,23 +109,23 @@ class Block(ResidualBlock):
         return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
 
     def low_pass(self, x: Tensor) -> Tensor | None:
-        """The resampling filter; the official state has no buffer for it, and all published networks use the box."""
+        """Returns the resampling filter, which the official state does not hold; None = the box filter."""
         return None if is_box(self.resample_filter) else separable(self.resample_filter).to(x.device)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Self-attention over pixels; q, k, v at unit rms, laid out [heads, C/heads, 3] in the channels."""
+        """Returns self-attention over pixels, with q, k, v at unit rms; channels are [heads, C/heads, 3]."""
         qkv = split_heads(self.attn_qkv(x), self.num_heads)
         return self_attention(normalize(qkv, 2)).reshape(x.shape)
 
 
 class UNet(Network):
-    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  Arguments as in the official class, but the last five.
+    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  All but the last five arguments are the official class's.
 
     Args:
         double_norm: whether the blocks normalise their modulations; see ResidualBlock.
 
-    Differs: `logvar_channels` belongs to the official preconditioner; here the network holds that head too, since it
-    is part of the checkpoint (`logvars`).
+    Differs: `logvar_channels` is an argument of the official preconditioner; here the network has that head too
+    (`logvars`).
     """
 
     time_layers = "emb_fourier", "emb_noise"
@@ -188,7 +188,7 @@ class UNet(Network):
         self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
         self.add_optional_layers()
 
-        # Encoder.  The image has one more channel, of ones: there are no biases.
+        # Encoder.  A channel of ones beside the image replaces biases.
         self.enc = nn.ModuleDict()
         cout = widths[0]
         skips = [cout]
@@ -248,5 +248,5 @@ class UNet(Network):
         return out
 
     def logvar_linear_map(self, channels: int, heads: int) -> nn.Module:
-        """The official one: of unit variance from the start."""
+        """Returns the official map, of unit variance from the start."""
         return MPConv(channels, heads)

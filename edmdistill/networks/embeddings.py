@@ -1,4 +1,4 @@
-"""Sines and cosines of the noise condition, for DDPM++, NCSN++ and ADM; and of the time itself, for all."""
+"""Embeddings of noise levels, times and guidance weights by sines and cosines."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class PositionalEmbedding(nn.Module):
     """Frequencies from 1 down to 1/10000 in geometric steps.  c_noise [B] -> [B,channels]
 
     Args:
-        endpoint: whether 1/10000 itself is reached: DDPM++ reaches it, ADM stops one step before.
-        sin_first: sines before cosines, as in DDPM++; ADM puts the cosines first.
+        endpoint: whether 1/10000 is included: it is in DDPM++; ADM stops one step before.
+        sin_first: whether sines come before cosines, as in DDPM++; in ADM the cosines come first.
     """
 
     def __init__(self, channels: int, endpoint: bool = False, sin_first: bool = False) -> None:
@@ -54,11 +54,11 @@ class FourierEmbedding(nn.Module):
 class TimeEmbedding(nn.Module):
     """Slow sines and cosines of t, mixed by a linear map.  c_noise = t [B] -> [B,channels]
 
-    It stands where the network's own features of c_noise are, so that all that follows stays as it is.
+    It replaces the network's features of c_noise; the layers after them do not change.
 
-    Source: sCM, section 4.1.  Differs: frequencies from 4 down, where the paper's positional embedding begins at about
-    1, and the map, by which the features of a pretrained network can be imitated (`networks.adapt`). At a frequency of
-    1 the digits' teacher loses up to 2.8 times its loss at sigma .8 by that, at 4 not more than 3 % at any noise level.
+    Source: sCM, section 4.1.  Differs: frequencies from 4 down, where the paper's positional embedding starts at about
+    1; and the map, which can be fitted to the features of a pretrained network (`networks.surgery.adapt`). On the
+    digits' teacher, the fit at frequency 1 multiplies the loss at sigma .8 by 2.8; at 4 it adds at most 3 % anywhere.
     """
 
     FEATURES = 64
@@ -71,27 +71,27 @@ class TimeEmbedding(nn.Module):
         nn.init.normal_(self.mix.weight, std=math.sqrt(2 / self.FEATURES))  # unit variance out
 
     def features(self, t: Tensor) -> Tensor:
-        """What is mixed.  [B] -> [B,FEATURES]"""
+        """Returns the sines and cosines before the map.  [B] -> [B,FEATURES]"""
         features: Tensor = self.positional(self.FREQUENCY * t)
         return features
 
     def forward(self, t: Tensor) -> Tensor:
-        # Called as a layer: of a network that is lent, only what is called has its weights here.
+        # Called as a layer: an offloaded network brings the weights of the layers that are called.
         mixed: Tensor = self.mix(self.features(t))
         return mixed
 
 
 class GuidanceEmbedding(nn.Module):
-    """Sines and cosines of the weight of guidance, and a linear map of them.  w [B] -> [B,channels]
+    """Sines and cosines of the guidance weight, mixed by a linear map.  w [B] -> [B,channels]
 
-    The map starts at 0: a network to which this is added stays as it is, for any w, and its gradient is not 0.
+    The map starts at 0: adding it to a network changes no output, for any w, but its gradient is not 0.
 
-    Source: sCM, appendix G.2.  Differs: the start; the paper does not say how it starts.
+    Source: sCM, appendix G.2, which does not give the initialisation.
     """
 
     FEATURES = 64
     FREQUENCY = 4.0
-    """Of the fastest: w = 1 and w = 2 are 4 radians apart."""
+    """The highest frequency: w = 1 and w = 2 are 4 radians apart."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class GuidanceEmbedding(nn.Module):
 
 
 class SecondTime(nn.Module):
-    """Copies of the layers that embed the time, under the network's own names for them, and the gain."""
+    """Copies of the layers that embed the time, under the same names, and a gain that starts at 0."""
 
     def __init__(self, network: nn.Module, *names: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One network, two readings: the flow on the TrigFlow circle, and EDM's denoiser."""
+"""One network, two views: the flow on the TrigFlow circle, and EDM's denoiser."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def class_vectors(labels: Tensor, label_dim: int) -> Tensor:
 
 
 def logvar_c_noise(sigma: Tensor) -> Tensor:
-    """ln(sigma)/4, what u reads: EDM2's condition, and also where the network's own is another.  sigma any shape"""
+    """Returns ln(sigma)/4, the input of log variances; EDM2's, whatever the network's c_noise.  sigma any shape"""
     return sigma.log() / 4
 
 
 class FlowNetwork(nn.Module):
-    """The network on the TrigFlow circle: what methods train and what checkpoints hold.
+    """A network on the TrigFlow circle: what methods train and checkpoints hold.
 
     Attributes:
         network, preconditioning: what is wrapped.
         compute_dtype: dtype of the activations inside the network; None = the dtype of the result.
-        draws: of the rows at hand, from which training draws its dropout; None = from torch's global generator.
+        draws: random numbers of the current rows, for dropout in training; None = torch's global generator.
         sigma_data, sigma_min, sigma_max: of the preconditioning.
         img_resolution, img_channels, label_dim, two_time, guided: of the network.
-        label_dropout: share of training in which the network was given no class, in [0, 1]; default: its constructor's
-            argument of that name, 0 for EDM2, which has none.
+        label_dropout: fraction of training in which the network was given no class, in [0, 1]; default: the network's
+            argument, 0 for EDM2, which has none.
     """
 
     def __init__(
@@ -70,12 +70,11 @@ class FlowNetwork(nn.Module):
         self.label_dim = network.label_dim
         self.two_time = network.two_time
         self.guided = network.guided
-        own: float = network.arguments.get("label_dropout", 0.0)
-        self.label_dropout = own if label_dropout is None else label_dropout
+        self.label_dropout: float = network.label_dropout if label_dropout is None else label_dropout
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of inputs, times and results outside the network: float32, or float64 if the parameters are."""
+        """The dtype of inputs, times and results: float32, or float64 if the parameters are."""
         wide = next(self.network.parameters()).dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
@@ -101,24 +100,24 @@ class FlowNetwork(nn.Module):
         )
 
     def raw(self, x: Tensor, condition: Conditioning) -> tuple[Tensor, ...]:
-        """Returns the network's output, without channels that nobody reads (iDDPM's variances), and log variances."""
+        """Returns the network's output, without unused channels (iDDPM's variances), and log variances."""
         out = self.network(x.to(self.compute_dtype or self.dtype), condition)
         F, *u = out if condition.c_logvar else (out,)
         return F[:, : self.img_channels].to(self.dtype), *u
 
     def dropout_keys(self, x: Tensor) -> Tensor:
-        """Returns the keys of a pass's dropout; a pass without gradient has those of the next pass with it.  [B]"""
+        """Returns the dropout keys of a pass; one without gradient has those of the next pass with gradient.  [B]"""
         if self.draws is not None:
             return self.draws.dropout(advance=torch.is_grad_enabled())
         with torch.random.fork_rng([], enabled=not torch.is_grad_enabled()):
             return torch.randint(2**62, x.shape[:1]).to(x.device)
 
     def watch(self) -> AbstractContextManager[LastLayer]:
-        """Within it, the last layer remembers its calls."""
+        """Records the last layer's calls while the context is open."""
         return watched(self.network.last_layer)
 
     def clamp(self, t: Tensor, x: Tensor) -> Tensor:
-        """t, broadcast over x, cut to the times of sigma_min and sigma_max: at 0 and pi/2, c_noise is infinite."""
+        """Returns t, broadcast over x, within the times of sigma_min and sigma_max: c_noise is infinite at the ends."""
         low = math.atan(self.sigma_min / self.sigma_data)
         high = math.atan(self.sigma_max / self.sigma_data)
         return expand(t, x).clamp(low, high)
@@ -133,18 +132,18 @@ class FlowNetwork(nn.Module):
         u_at: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """F, with dx_t/dt = sigma_data F; with u_at, F, u_1, ..., u_n, each the log variance of a loss at its times.
+        """Returns F, with dx_t/dt = sigma_data F; with u_at, F, u_1, ..., u_n, each the log variance of a loss.
 
         Args:
             x_t: points on the circle.  [B,C,H,W]
             t: their times in [0, pi/2].  [] or [B]
             labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
-            second: the second time, in [0, pi/2], for a two_time network; None = not asked.  [] or [B]
-            u_at: the times, in [0, pi/2], at which the first n heads are asked.  n of [] or [B]
-            w: the weight of guidance, for a guided network; None = 1, no guidance.  [] or [B]
+            second: the second time, in [0, pi/2], for a two_time network; None = not given.  [] or [B]
+            u_at: the times, in [0, pi/2], at which the first n log variances are evaluated.  n of [] or [B]
+            w: the guidance weight, for a guided network; None = 1, no guidance.  [] or [B]
         Returns: F [B,C,H,W], or F and n of [B], [1] for one time; float32, float64 if the parameters are
-        Raises: ValueError: a second time for a network of one, w for one that reads none, or a label out of range.
-            NotImplementedError: the network has fewer heads for u.
+        Raises: ValueError: a second time or w for a network without, or a label out of range.
+            NotImplementedError: the network has fewer heads for log variances.
         """
         if second is not None and not self.two_time:
             raise ValueError("the network takes one time, but two were given: add a second with add_second_time")
@@ -163,9 +162,9 @@ class FlowNetwork(nn.Module):
         return (F, *u) if u_at else F
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        """x_s = cos(t-s) x_t - sin(t-s) sigma_data F: by a network of two times, F(x_t, t, s), where the trajectory is.
+        """Returns x_s = cos(t-s) x_t - sin(t-s) sigma_data F, by F(x_t, t, s), or F(x_t, t) for a network of one time.
 
-        By one of a single time, where its data and the noise that they imply lie at s.
+        With two times this is the trajectory's point at s; with one, the DDIM step to s.
 
         Args:
             x_t, t, labels, w: as in forward.
@@ -189,24 +188,24 @@ class FlowNetwork(nn.Module):
         *,
         w: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """F, and its derivative along (dx, dt), without gradient.
+        """Returns F and its derivative along (dx, dt), without gradient.
 
-        Where the network is in training, its dropout is that of the next pass with gradient: in eager mode F is then
-        what that pass gives, by the same kernels on the same numbers.
+        In training mode, the dropout is that of the next pass with gradient: in eager mode, F then equals the result
+        of that pass, computed by the same kernels on the same numbers.
 
-        Along a trajectory, dx = dx_t/dt and dt = 1 give dF/dt, which grows without bound towards t = 0 and pi/2. With
-        r = cos(t) sin(t), dx = r dx_t/dt and dt = r give r dF/dt, and c_noise = ln(sigma)/4 the tangent 1/4 at any t.
+        Along a trajectory, dx = dx_t/dt and dt = 1 give dF/dt, which is unbounded towards t = 0 and pi/2. With
+        r = cos(t) sin(t), dx = r dx_t/dt and dt = r give r dF/dt, and c_noise = ln(sigma)/4 has tangent 1/4 at any t.
 
         Args:
-            x_t, t, labels, second, w: as in forward; w stands still.
+            x_t, t, labels, second, w: as in forward; w is constant.
             dx: of the shape of x_t.
             dt: of the shape of t.
-            dsecond: of the shape of second; None = the second time stands still.
+            dsecond: of the shape of second; None = the second time is constant.
         Returns: F and its tangent.  [B,C,H,W] float32, float64 if the parameters are
-        Raises: ValueError: as in forward; shapes differ; torch's own forward derivative is at work.
+        Raises: ValueError: as in forward; shapes differ; torch's own forward-mode differentiation is active.
             TrainingError: an iDDPM network, which has no derivative in time.
-        Source: sCM, section 5.1.  Differs: the paper's tangent of t, r sigma_data, makes it sigma_data r dF/dt; and its
-            network reads x_t / sigma_data, where ours divides by itself.
+        Source: sCM, section 5.1.  Differs: the paper's tangent of t is r sigma_data, which gives sigma_data r dF/dt;
+            its network reads x_t / sigma_data, where ours divides inside.
         """
         moved = second if second is None or dsecond is None else Dual(second, dsecond)
         F = self(Dual(x_t, dx), Dual(t, dt), labels, moved, w=w)
@@ -216,10 +215,10 @@ class FlowNetwork(nn.Module):
 class Denoiser(nn.Module):
     """EDM's view of the same network, by the official arithmetic: x0 from x = x0 + sigma n.
 
-    A network of two times is asked with both the same: CTM's g(x, t, t).
+    A network of two times is given the same time twice: CTM's g(x, t, t).
 
     Attributes: those of the FlowNetwork, and
-        label_names: of its classes, where its checkpoint says them.
+        label_names: of its classes, if the checkpoint has them.
     """
 
     label_names: tuple[str, ...] | None = None
@@ -236,7 +235,7 @@ class Denoiser(nn.Module):
         self.label_dropout = flow.label_dropout
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """D(x; sigma), the expected image.
+        """Returns D(x; sigma), the expected image.
 
         Args:
             x: images with noise of standard deviation sigma, any float dtype.  [B,C,H,W]
@@ -251,12 +250,12 @@ class Denoiser(nn.Module):
         return c_skip * x + c_out * self.flow.raw(c_in * x, condition)[0]
 
     def logvar(self, sigma: Tensor) -> Tensor:
-        """u(sigma), the log variance of the denoising loss.  sigma [] or [B] -> [B,1,1,1]
+        """Returns u(sigma), the log variance of the denoising loss.  sigma [] or [B] -> [B,1,1,1]
 
         Source: EDM2, eq. 21.
         """
         return self.flow.network.logvars((logvar_c_noise(sigma.to(self.flow.dtype).flatten()),))[0].reshape(-1, 1, 1, 1)
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest noise level that the network knows, in sigma's shape and dtype."""
+        """Returns the nearest noise level that the network supports, in sigma's shape and dtype."""
         return self.flow.preconditioning.round_sigma(sigma)

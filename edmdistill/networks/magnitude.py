@@ -1,4 +1,4 @@
-"""EDM2's layers: weights that are normalised in every forward pass, and random Fourier features.
+"""EDM2's layers: convolutions with weights normalised in every forward pass, and random Fourier features.
 
 Parameter and buffer names are the official ones.
 """
@@ -14,7 +14,7 @@ from edmdistill.kernels.linear import conv2d, linear
 from edmdistill.kernels.magnitude import mp_conv, mp_fourier, normalize_weight
 
 GAIN_LAYERS = {"emb_gain": "emb_linear", "out_gain": "out_conv"}
-"""EDM2's gains, and the layer that each of them scales."""
+"""EDM2's gains, and the layer that each scales."""
 
 
 class MPConv(nn.Module):
@@ -37,9 +37,9 @@ class MPConv(nn.Module):
 
     @torch.no_grad()
     def fold_(self, gain: Tensor | float = 1.0) -> None:
-        """From now on a plain convolution or linear map, by the weight that it was with this gain.
+        """Folds normalisation and gain into the weight, and makes the layer a plain convolution or linear map.
 
-        The weight's numbers stay, and the output but for rounding; a gain passed later has no effect.
+        The output does not change but for rounding; a gain passed later has no effect.
         """
         if not self.folded:
             self.normalize_()

@@ -1,7 +1,7 @@
-"""What stands between a raw network and its two readings: the coefficients, by the family that it was trained in.
+"""Preconditioning: the coefficients between a raw network and its two views, by the family of the teacher.
 
 EDM's view is D(x; sigma) = c_skip x + c_out F_raw(c_in x, c_noise); TrigFlow's is F(x_t, t), x_t = cos(t) x and
-D = cos(t) x_t - sin(t) sigma_data F. Solved for F, without the cancellation of going through D:
+D = cos(t) x_t - sin(t) sigma_data F. Solved for F, which avoids the cancellation of a detour through D:
 
     F = a x_t + b F_raw(c x_t, c_noise)
 
@@ -30,11 +30,11 @@ Coefficients = tuple[Tensor | float, Tensor | float, Tensor | float, Tensor]
 
 @dataclass(frozen=True)
 class Preconditioning(ABC):
-    """How a network's output becomes a denoised image. Plain numbers, so that a configuration can hold them.
+    """How a network's output becomes a denoised image; plain numbers, so that a configuration can hold them.
 
     Attributes:
         sigma_data: standard deviation of the data.
-        sigma_min, sigma_max: the noise levels of training and sampling, finite and cut to `supported`.
+        sigma_min, sigma_max: the noise levels of training and sampling, finite and clamped to `supported`.
     """
 
     sigma_data: Sigma = 0.5
@@ -42,40 +42,40 @@ class Preconditioning(ABC):
     sigma_max: Sigma = 80.0
 
     def __post_init__(self) -> None:
-        """Raises: ValueError: noise levels that make no range."""
+        """Raises: ValueError: the noise levels are no range."""
         low, high = self.supported
         object.__setattr__(self, "sigma_min", max(self.sigma_min, low))
         object.__setattr__(self, "sigma_max", min(self.sigma_max, high))
         if not (0 < self.sigma_data < math.inf and 0 < self.sigma_min < self.sigma_max < math.inf):
             raise ValueError(
                 f"sigma_data is {self.sigma_data:g}, sigma_min {self.sigma_min:g}, sigma_max {self.sigma_max:g}, where "
-                "all are to be positive and finite, and sigma_min below sigma_max"
+                "all must be positive and finite, and sigma_min below sigma_max"
             )
 
     @property
     def supported(self) -> tuple[float, float]:
-        """The least and the greatest noise level that the official network takes."""
+        """The lowest and the highest noise level that the official network supports."""
         return 0.0, math.inf
 
     @property
     def reads_time(self) -> bool:
-        """Whether c_noise is t itself."""
+        """Whether c_noise is the time t."""
         return False
 
     @abstractmethod
     def c_noise(self, sigma: Tensor) -> Tensor:
-        """The network's noise condition.  sigma any shape; dtype of sigma"""
+        """Returns the network's noise condition, in sigma's dtype.  sigma any shape"""
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """c_skip, c_out, c_in and c_noise in sigma's dtype, by the official arithmetic.  sigma any shape"""
+        """Returns c_skip, c_out, c_in and c_noise in sigma's dtype, by the official arithmetic.  sigma any shape"""
 
     @abstractmethod
     def trigflow(self, t: Tensor) -> Coefficients:
-        """a, b, c and c_noise of F = a x_t + b F_raw(c x_t, c_noise).  t in (0, pi/2), float64, any shape"""
+        """Returns a, b, c and c_noise of F = a x_t + b F_raw(c x_t, c_noise).  t in (0, pi/2), float64, any shape"""
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest noise level that the network knows; most know all."""
+        """Returns the nearest noise level that the network supports; most support all."""
         return sigma
 
 
@@ -84,7 +84,7 @@ class EDM(Preconditioning):
     """EDM and EDM2: unit variance in and out, so that F = -F_raw(x_t / sigma_data).  Source: EDM, table 1.
 
     Attributes:
-        c_noise_scale: c_noise / ln(sigma).  1/4; OpenAI's networks of the same kind have 1000 times that.
+        c_noise_scale: c_noise / ln(sigma): 1/4, in OpenAI's networks of the same kind 250.
         c_noise_kind: log_sigma, or time: then c_noise is t = arctan(sigma / sigma_data).  Source: sCM, section 4.1.
     """
 
@@ -114,13 +114,13 @@ class EDM(Preconditioning):
 
 
 class NoisePrediction(Preconditioning):
-    """D = x + sign sigma F_raw(c_in x): the network names the noise, up to its sign."""
+    """D = x + sign sigma F_raw(c_in x): the network predicts the noise, up to its sign."""
 
     sign: float
 
     @abstractmethod
     def c_in(self, sigma: Tensor) -> Tensor:
-        """The scale of the network's input.  sigma any shape"""
+        """Returns the scale of the network's input.  sigma any shape"""
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         return 1.0, self.sign * sigma, self.c_in(sigma), self.c_noise(sigma)
@@ -138,7 +138,7 @@ class VP(NoisePrediction):
     Attributes:
         beta_d, beta_min: extent and initial slope of the noise schedule.
         M: number of DDPM time steps.
-        epsilon_t: least t of training.
+        epsilon_t: lowest t of training.
     """
 
     beta_d: Annotated[float, Meta(gt=0, le=1e3)] = 19.9
@@ -179,14 +179,14 @@ class VE(NoisePrediction):
         return torch.ones_like(sigma)
 
 
-MOST_LEVELS = 10_000
+MAX_LEVELS = 10_000
 
 
 @cache
 def _iddpm_levels(C_1: float, C_2: float, M: int) -> Tensor:
-    """The M + 1 noise levels u_0 > ... > u_M = 0, float32 as in the official state.  Source: EDM, table 1."""
-    if not 0 < M <= MOST_LEVELS:
-        raise ValueError(f"M, the number of iDDPM's noise levels, must be 1 to {MOST_LEVELS}, not {M}")
+    """Returns the M + 1 noise levels u_0 > ... > u_M = 0, float32 as in the official state.  Source: EDM, table 1."""
+    if not 0 < M <= MAX_LEVELS:
+        raise ValueError(f"M, the number of iDDPM's noise levels, must be 1 to {MAX_LEVELS}, not {M}")
 
     def alpha_bar(j: int) -> Tensor:
         return (0.5 * math.pi * torch.tensor(j, device="cpu") / M / (C_2 + 1)).sin() ** 2
@@ -199,16 +199,16 @@ def _iddpm_levels(C_1: float, C_2: float, M: int) -> Tensor:
 
 @dataclass(frozen=True)
 class IDDPM(NoisePrediction):
-    """Improved DDPM: M discrete noise levels, the nearest one conditions the network.  Source: EDM, table 1.
+    """Improved DDPM: M discrete noise levels; the network is conditioned on the nearest.  Source: EDM, table 1.
 
     Attributes:
-        C_1, C_2: what keeps the schedule's ends finite.
+        C_1, C_2: keep the ends of the schedule finite.
         M: number of noise levels.
     """
 
     C_1: Annotated[float, Meta(gt=0, lt=1)] = 0.001
     C_2: Annotated[float, Meta(gt=0, le=1)] = 0.008
-    M: Annotated[int, Meta(ge=2, le=MOST_LEVELS)] = 1000
+    M: Annotated[int, Meta(ge=2, le=MAX_LEVELS)] = 1000
 
     sign = -1.0
 
@@ -222,10 +222,10 @@ class IDDPM(NoisePrediction):
         return float(self.levels[self.M - 1]), float(self.levels[0])
 
     def index(self, sigma: Tensor) -> Tensor:
-        """Number of the nearest noise level.  int64, shape of sigma
+        """Returns the index of the nearest noise level.  int64, shape of sigma
 
-        Raises: TrainingError: sigma has a tangent. The number climbs in steps: its derivative, 0 between them, would
-            say that the network does not feel the time.
+        Raises: TrainingError: sigma has a tangent. The index is a step function, whose derivative of 0 would claim that
+            the network does not depend on time.
         """
         if not isinstance(sigma, Tensor):  # a Dual
             raise TrainingError(
@@ -251,7 +251,7 @@ PRECONDITIONINGS: dict[str, type[Preconditioning]] = {"edm": EDM, "vp": VP, "ve"
 def make_preconditioning(kind: str, numbers: Mapping[str, object]) -> Preconditioning:
     """Returns the preconditioning of that kind, a key of PRECONDITIONINGS.
 
-    Raises: ValueError: a number that it does not know, of another type, or out of its range.
+    Raises: ValueError: an unknown number, or one of the wrong type or out of range.
     """
     class_ = PRECONDITIONINGS[kind]
     for name in numbers.keys() - {field.name for field in fields(class_)}:

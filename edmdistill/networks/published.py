@@ -1,4 +1,4 @@
-"""The published networks by name: kind, (resolution, channels, classes) of the images, and arguments.
+"""The published networks by name: kind, image (resolution, channels, classes), and arguments.
 
 Source: the official training scripts of EDM and EDM2.
 """

@@ -32,17 +32,16 @@ from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linea
 
 
 class SongUNet(EDMUNet):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  Arguments as in the official class, but the last five.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  All but the last five arguments are the official class's.
 
-    DDPM++ embeds the time by positions, has standard encoder and decoder, box filter [1, 1], channel_mult_noise 1;
-    NCSN++ by Fourier features, a residual encoder, filter [1, 3, 3, 1], channel_mult_noise 2.
+    DDPM++ has positional embeddings, a standard encoder and decoder, filter [1, 1] and channel_mult_noise 1; NCSN++
+    has Fourier embeddings, a residual encoder, filter [1, 3, 3, 1] and channel_mult_noise 2.
 
     Args:
         embedding_type: positional or fourier.
-        encoder_type: standard; or beside it, the downsampled image is added (skip), or the downsampled features are
-            (residual), at every level.
-        decoder_type: standard; or skip: every level adds an image of its own to the upsampled one.
-        label_dropout: share of labels that training sets to zero.
+        encoder_type: standard; skip adds the downsampled image at every level, residual the downsampled features.
+        decoder_type: standard; skip: every level adds its image to the upsampled one.
+        label_dropout: fraction of labels that training sets to zero.
     """
 
     def __init__(
@@ -150,7 +149,7 @@ class SongUNet(EDMUNet):
         self.number_blocks()
 
     def initialize(self) -> None:
-        """Xavier's uniform weights and no biases; what closes a residual branch starts at nearly nothing."""
+        """Initialises weights as Xavier's uniform, biases as 0; residual branches end in weights of nearly 0."""
         for name, layer in self.named_modules():
             if isinstance(layer, (Linear, Conv2d)) and layer.weight is not None:
                 closes = name.endswith(("conv1", "proj", "aux_conv"))

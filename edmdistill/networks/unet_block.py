@@ -1,6 +1,6 @@
 """The layers and the residual block that DDPM++, NCSN++ and ADM share.
 
-Parameter and buffer names are the official ones. Weights start as torch's own layers do, which is ADM's choice too.
+Parameter and buffer names are the official ones. Weights are initialised as torch's layers are, like ADM's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Conv2d(nn.Module):
     Args:
         resample: keep, down (half the resolution) or up (twice).
         resample_filter: taps of the separable low-pass filter, an even number.
-        fused: convolve first, beyond the border as far as the filter then looks; for down only.
+        fused: convolve first, with a margin as wide as the filter needs; for down only.
     """
 
     resample_filter: Tensor | None
@@ -72,7 +72,7 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm of 32 groups, of fewer where a group would have less than 4 channels.  [B,C,H,W]"""
+    """Group norm with 32 groups, fewer if a group would have less than 4 channels.  [B,C,H,W]"""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__(min(32, channels // 4), channels, eps)
@@ -93,8 +93,8 @@ class UNetBlock(ResidualBlock):
 
     Args:
         num_heads: 0 = no attention.
-        skip_scale: what each sum of branches is multiplied with.
-        resample_proj: whether a skip connection that resamples has a convolution where the channels do not ask for one.
+        skip_scale: factor of each sum of branches.
+        resample_proj: whether a skip connection that resamples has a convolution even if the channels do not change.
         adaptive_scale: whether the embedding scales and shifts after the second norm (ADM), or is added before it.
         double_norm: whether scale and shift are normalised; see ResidualBlock.
     """

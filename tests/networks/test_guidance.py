@@ -1,4 +1,4 @@
-"""The weight of guidance as an input: nothing changes when it is added, and all of it can be learnt."""
+"""The guidance weight as an input: adding it changes nothing, and all of it can be learnt."""
 
 from collections.abc import Callable
 

@@ -1,1 +1,1 @@
-"""Changes to a network that keep its function, or say by how much they change it."""
+"""Changes to the layers of a pretrained network. All but those of `adapt` keep its function."""

@@ -1,8 +1,8 @@
-"""Pretrained networks made ready for continuous-time consistency models: none of this keeps the function.
+"""Prepares pretrained networks for continuous-time consistency models; this changes the function.
 
-Where c_noise = ln(sigma)/4, dF/dt has no bound at the ends of the circle, and wide Fourier features make it large
-everywhere. Here the features of c_noise become slow sines and cosines of t, fitted to what they replace, and the
-modulations keep their size over time. What is lost, training gives back.
+With c_noise = ln(sigma)/4, dF/dt is unbounded at the ends of the circle, and wide Fourier features make it large
+everywhere. Here the features of c_noise become slow sines and cosines of t, fitted to the old features, and the
+modulations keep their size over time. Training recovers what the fit loses.
 
 Source: Lu & Song 2025 (sCM), section 4.1.  Differs: the paper trains its teachers with all this from the start.
 """
@@ -24,21 +24,21 @@ from edmdistill.networks.surgery.rebuild import rebuild
 from edmdistill.trigflow import sigma_to_time
 
 P_MEAN, P_STD = -1.0, 1.6
-"""Of ln(sigma), where an imitation is to be good: where sCM trains.  Source: sCM, appendix G.2, ImageNet-64."""
+"""Mean and standard deviation of ln(sigma), where the fit must be good.  Source: sCM, appendix G.2, ImageNet-64."""
 RIDGE = 1e-4
-"""Penalty on the weights of the fit, for unit mean squares of features. Less brings nearer to the old features, but by
-weights of hundreds, and with them slopes, at the ends of the circle."""
+"""Penalty on the weights of the fit, for features of unit mean square. A lower one fits better, but by weights of
+hundreds, and so with steep slopes at the ends of the circle."""
 
 
 def training_sigmas(flow: FlowNetwork, n: int) -> Tensor:
-    """Noise levels that stand for training's, equally likely: quantiles of N(P_MEAN, P_STD^2).  [n] float64, rising"""
+    """Returns noise levels at the quantiles of training's distribution, ln(sigma) ~ N(P_MEAN, P_STD^2).  [n] float64"""
     quantiles = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     ln: Tensor = P_MEAN + P_STD * torch.special.ndtri(quantiles)
     return ln.exp().clamp(flow.sigma_min, flow.sigma_max)
 
 
 def fit(features: Tensor, target: Tensor, ridge: float = RIDGE) -> Tensor:
-    """W of the least mean |W f - y|^2 + ridge |W|^2, in float64.  features [N,K], target [N,M] -> [M,K]"""
+    """Returns W that minimises mean |W f - y|^2 + ridge |W|^2, in float64.  features [N,K], target [N,M] -> [M,K]"""
     f, y = features.double(), target.double()
     penalty = ridge * torch.eye(f.shape[1], dtype=torch.float64, device=f.device)
     W: Tensor = torch.linalg.solve(f.T @ f / len(f) + penalty, f.T @ y / len(f)).T
@@ -47,10 +47,10 @@ def fit(features: Tensor, target: Tensor, ridge: float = RIDGE) -> Tensor:
 
 @torch.no_grad()
 def with_positional_time(flow: FlowNetwork) -> FlowNetwork:
-    """A copy that reads t by a TimeEmbedding, fitted to the features that it had of its noise condition.
+    """Returns a copy that reads t by a TimeEmbedding, fitted to its features of c_noise.
 
-    What follows the features is linear in them, so what enters the first nonlinearity is fitted too.
-    Raises: CheckpointError: another preconditioning than EDM's, a network that reads t already, or one of two times.
+    The layers up to the first nonlinearity are linear in the features, so its input is fitted too.
+    Raises: CheckpointError: the preconditioning is not EDM's, or the network reads t already, or two times.
     """
     network, edm = flow.network, flow.preconditioning
     if not isinstance(edm, EDM):
@@ -71,9 +71,10 @@ def with_positional_time(flow: FlowNetwork) -> FlowNetwork:
 
 @torch.no_grad()
 def with_double_norm(flow: FlowNetwork) -> FlowNetwork:
-    """A copy whose blocks normalise their modulations, to the rms that these have on the average over training.
+    """Returns a copy whose blocks normalise their modulations to their average rms in training.
 
-    Raises: CheckpointError: its blocks have none (DDPM++ and NCSN++ add the embedding before the norm), or do already.
+    Raises: CheckpointError: the blocks have no modulations (DDPM++ and NCSN++ add the embedding before the norm), or
+        normalise them already.
     """
     network = flow.network
     if "double_norm" not in network.arguments:
@@ -85,13 +86,13 @@ def with_double_norm(flow: FlowNetwork) -> FlowNetwork:
     was_training = network.training
     network.eval()
     sigma = training_sigmas(flow, 1024)
-    rows = torch.arange(len(sigma)) % (flow.label_dim + 1)  # every class in its turn, and none
+    rows = torch.arange(len(sigma)) % (flow.label_dim + 1)  # every class in turn, and none
     labels = torch.eye(flow.label_dim + 1)[rows, :-1] if flow.label_dim else None
     like = next(network.parameters())
     c_noise = flow.preconditioning.c_noise(sigma).to(like)
     emb = network.embed(Conditioning(c_noise, None if labels is None else labels.to(like)))
     new = {
-        f"{name}.mod_gain": torch.stack([part.square().mean(1).sqrt().mean() for part in block.modulations(emb)])
+        f"{name}.mod_gain": torch.stack([x.square().mean(1).sqrt().mean() for x in block.modulations(emb)])
         for name, block in network.named_modules()
         if isinstance(block, ResidualBlock)
     }

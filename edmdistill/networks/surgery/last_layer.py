@@ -1,7 +1,7 @@
-"""The gradients of several losses in the weights of a network's last layer, by which a method balances them.
+"""Gradients of several losses with respect to the last layer's weight, by which a method balances them.
 
-They are computed from what goes into the layer and what comes out of it: the network's own gradients stay as they are,
-and where its weights are wrapped or sharded, nobody notices.
+They are computed from the layer's inputs and outputs, so the network's own gradients do not change, and its weights may
+be wrapped or sharded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class LayerCall(NamedTuple):
-    """Of a layer: what it was given and what it gave, and its tensors then, which a shard has only for that time."""
+    """Arguments and result of a layer, and its tensors, which a sharded layer has only during the call."""
 
     arguments: tuple[Tensor, ...]
     out: Tensor
@@ -23,14 +23,14 @@ class LayerCall(NamedTuple):
 
 
 class LastLayer:
-    """A layer with a weight, and its calls while it is watched."""
+    """A layer with a weight, and the calls recorded while it is watched."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.calls: list[LayerCall] = []
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """d loss / d weight, for a 0-dim loss of what the layer gave; the graph of the loss stays.  [numel]"""
+        """Returns d loss / d weight of a scalar loss of the layer's results; keeps the graph of the loss.  [numel]"""
         slopes = torch.autograd.grad(loss, [call.out for call in self.calls], retain_graph=True, allow_unused=True)
         gradient = torch.zeros_like(self.calls[0].tensors["weight"])
         for call, slope in zip(self.calls, slopes, strict=True):
@@ -44,16 +44,16 @@ class LastLayer:
 
 @contextmanager
 def watched(layer: nn.Module) -> Iterator[LastLayer]:
-    """Within it, the layer remembers its calls."""
-    own = LastLayer(layer)
+    """Records the calls of the layer while the context is open."""
+    last = LastLayer(layer)
 
-    def remember(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
+    def record(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         tensors = {name: tensor.detach().clone() for name, tensor in state.items()}
-        own.calls.append(LayerCall(tuple(argument.detach() for argument in arguments), out, tensors))
+        last.calls.append(LayerCall(tuple(argument.detach() for argument in arguments), out, tensors))
 
-    handle = layer.register_forward_hook(remember)
+    handle = layer.register_forward_hook(record)
     try:
-        yield own
+        yield last
     finally:
         handle.remove()

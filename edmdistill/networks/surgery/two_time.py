@@ -1,12 +1,12 @@
-"""A second time for a network that knows one: the time embedding, duplicated behind a gain that starts at 0.
+"""Gives a network of one time a second: a copy of the time embedding behind a gain that starts at 0.
 
-The network with the copy computes what the network without it does, whatever the second time: what is added is 0. The
-gain's own gradient is not, so it still learns. CoSIM's auxiliary score reads (x_s; s, t), CTM's generator (x_t; t, s).
-What is copied is the path from c_noise to the last linear map of the time embedding; the copy's output is added
-there, before the last nonlinearity. Labels, also where they enter that path early (DDPM++), go with the first time.
+At first the embedding of the second time is multiplied by 0, so the network's function does not change; the gain's
+gradient is not 0, so it learns. CoSIM's auxiliary score reads (x_s; s, t), CTM's generator (x_t; t, s). The layers from
+c_noise to the last linear map of the embedding are copied, and the result is added before the last nonlinearity. Labels
+belong to the first time, also where they join these layers early (DDPM++).
 
-Source: CoSIM, section 4.  Differs: the paper sums both embeddings outright and leaves the start to them; the gain
-keeps the teacher's function at step 0.
+Source: CoSIM, section 4.  Differs: the paper adds both embeddings without a gain, which would change the teacher's
+function at step 0.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from edmdistill.networks.surgery.rebuild import rebuild
 
 
 def add_second_time(flow: FlowNetwork) -> FlowNetwork:
-    """Returns a copy of the network that also reads a second time; zeros are all that this adds to it."""
+    """Returns a copy of the network that also reads a second time, whose gain is 0 at first."""
     new = {f"second_time.{name}": tensor for name, tensor in flow.network.state_dict().items()}
     return rebuild(flow, new | {"second_time.gain": torch.zeros([])}, two_time=True)
 
 
 def drop_second_time(flow: FlowNetwork) -> FlowNetwork:
-    """A copy of the network that reads the first time alone."""
+    """Returns a copy of the network that reads only the first time."""
     return rebuild(flow, {}, two_time=False)
