@@ -213,13 +213,13 @@ def read_config(folder: Path) -> CheckpointConfig:
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error}).") from error
     version, (major, minor) = fields.get("format_version"), FORMAT_VERSION.split(".")
-    own = re.fullmatch(rf"{major}\.([0-9]{{1,9}})", version) if isinstance(version, str) else None
-    if own is None:
+    supported = re.fullmatch(rf"{major}\.([0-9]{{1,9}})", version) if isinstance(version, str) else None
+    if supported is None:
         raise CheckpointError(
             f"{path} has format_version {version!r:.40}, but this edmdistill reads {major}.x: it is not "
             "an edmdistill checkpoint, or a newer version wrote it."
         )
-    if int(own[1]) > int(minor):
+    if int(supported[1]) > int(minor):
         fields = {name: value for name, value in fields.items() if name in CheckpointConfig.__struct_fields__}
     try:
         config: CheckpointConfig = validated(fields, CheckpointConfig)

@@ -149,9 +149,9 @@ def _unpacked(data: memoryview, path: Path) -> memoryview:
     return data
 
 
-def _only_weights(found: str) -> Unreadable:
+def _only_weights(kind: str) -> Unreadable:
     return Unreadable(
-        f"is {found}, which holds weights (a state dict) without the network's class and arguments: give the network "
+        f"is {kind}, which holds weights (a state dict) without the network's class and arguments: give the network "
         "pickle that the official code writes, for instance edm2-img512-s-2147483-0.025.pkl"
     )
 

@@ -79,8 +79,8 @@ def read_arguments(path: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str,
     except Exception as error:  # the weights are untrusted: whatever breaks, they are the cause
         other = describe_tensors(weights)
         reason = error if isinstance(error, UnknownNetwork) else f"holds other weights than an ADM network ({error!r})"
-        said = other or (str(reason) if ": give" in str(reason) else f"{reason}: {READABLE}")
-        raise CheckpointError(f"{path} {said}.") from error
+        sentence = other or (str(reason) if ": give" in str(reason) else f"{reason}: {READABLE}")
+        raise CheckpointError(f"{path} {sentence}.") from error
 
 
 def read_weights(path: Path) -> dict[str, StoredTensor]:

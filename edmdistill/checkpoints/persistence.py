@@ -129,8 +129,8 @@ def state_dict(
             if kind == "_buffers" and isinstance(transient, set) and name in transient:
                 continue
             if not isinstance(tensor, StoredTensor) or tensor.dtype not in _FLOATS:
-                found = tensor.dtype if isinstance(tensor, StoredTensor) else type_name(tensor)
-                raise Unreadable(f"holds {found} as {prefix}{name}, not floating-point numbers: {DAMAGED}")
+                dtype = tensor.dtype if isinstance(tensor, StoredTensor) else type_name(tensor)
+                raise Unreadable(f"holds {dtype} as {prefix}{name}, not floating-point numbers: {DAMAGED}")
             budget.take(tensor.nbytes)
             yield prefix + name, tensor, kind == "_buffers"
     for name, child in module.members("_modules", budget).items():

@@ -1,7 +1,7 @@
-"""Saved states of a run, as far as they are read: all that it goes on from, the raw weights of its networks among it.
+"""Reading a run's saved states: what it resumes from, with the raw weights of its networks.
 
 A state is a directory named by images seen, RUN/state/000000012800/, with NAME.safetensors for every group of tensors
-and progress.json, which has the sha256 of each of them.
+and progress.json, which has the sha256 of each.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class HealthProgress(msgspec.Struct, frozen=True):
 
 
 class Scale(msgspec.Struct, frozen=True):
-    """Of a role's loss; see optimizers.LossScale."""
+    """The scale of a role's loss; see optimizers.LossScale."""
 
     scale: float
     good: int
@@ -56,8 +56,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """progress.json.
 
     Attributes:
-        images: seen before it.
-        sha256: of every file of tensors, by its group's name.
+        images: seen so far.
+        sha256: of each safetensors file, by its stem.
     """
 
     images: int
@@ -79,9 +79,9 @@ def read_progress(state: Path) -> Progress:
 
 
 def require_whole(state: Path) -> Progress:
-    """Returns the progress of a state whose every file is what was written.
+    """Returns the progress of a state, after comparing every file with its sha256.
 
-    Raises: ValueError: one is not.  OSError: one cannot be read.
+    Raises: ValueError: one differs.  OSError: one cannot be read.
     """
     progress = read_progress(state)
     for name, expected in progress.sha256.items():
@@ -90,12 +90,12 @@ def require_whole(state: Path) -> Progress:
     return progress
 
 
-def newest_whole_state(folder: Path, note: Callable[[str], object]) -> Path:
+def newest_whole_state(folder: Path, on_message: Callable[[str], object]) -> Path:
     """Returns the newest whole state of a run, and changes nothing.
 
     Args:
         folder: a run directory, or one of its states.
-        note: gets a sentence about every state that is passed over.
+        on_message: called with a sentence about every state that is skipped.
     Raises: CheckpointError: there is none.
     """
     states = [folder] if is_state(folder) else saved_states(folder / "state")
@@ -104,12 +104,12 @@ def newest_whole_state(folder: Path, note: Callable[[str], object]) -> Path:
             require_whole(path)
             return path
         except (OSError, ValueError) as error:
-            note(f"The state {path} is not whole ({error}); the one before it is taken.")
+            on_message(f"The state {path} is not whole ({error}); the one before it is taken.")
     raise CheckpointError(f"{folder} has no intact state to read raw weights from: use a run directory that has one.")
 
 
 def raw_weights(state: Path, role: str) -> dict[str, Tensor]:
-    """Returns the weights of a role as they were trained, by their names in FlowNetwork's network.
+    """Returns the weights of a role that are being trained, by their names in FlowNetwork's network.
 
     Raises: CheckpointError: the state has no such role, or has changed.
     """

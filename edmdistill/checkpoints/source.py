@@ -87,8 +87,8 @@ def resolve(source: str | Path) -> Path:
         raise CheckpointError(f"{public_address(text)} cannot be downloaded: use an http, https or hf address.")
     try:
         path = Path(source).expanduser()
-        exists, parts = path.exists(), [path, path / CONFIG, path / MODEL]
-        regular = not any(part.exists() and not (part.is_file() or part.is_dir()) for part in parts)
+        exists, files = path.exists(), [path, path / CONFIG, path / MODEL]
+        regular = not any(file.exists() and not (file.is_file() or file.is_dir()) for file in files)
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{text[:200]} cannot be a path: {reason}.") from error

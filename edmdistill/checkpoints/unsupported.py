@@ -53,13 +53,13 @@ def describe_name(path: Path) -> str | None:
         )
         give = beside[-1].name if beside else f"network-snapshot-{number}.pkl"
         return f"is a training state, not a network: give the network-snapshot beside it, {give}"
-    return next((said for pattern, said in _NAMES if re.fullmatch(pattern, path.name)), None)
+    return next((phrase for pattern, phrase in _NAMES if re.fullmatch(pattern, path.name)), None)
 
 
 def describe_tensors(names: Iterable[object]) -> str | None:
     """Returns what a state dict is by the names of its tensors; None if they are not known."""
     tensors = [str(name).removeprefix("module.") for name in names]
-    return next((said for pattern, said in _TENSORS if any(re.match(pattern, name) for name in tensors)), None)
+    return next((phrase for pattern, phrase in _TENSORS if any(re.match(pattern, name) for name in tensors)), None)
 
 
 def describe_entries(entries: Mapping[Any, object]) -> str | None:

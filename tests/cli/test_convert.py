@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from golden_set import BAD
 
+from edmdistill.checkpoints import source
 from edmdistill.cli import main
 
 SOUND = "bad-modulesrc-exec.pkl"  # a network like another, with a source text that must not run
@@ -34,6 +35,20 @@ def test_json(golden: Path, tmp_path: Path) -> None:
     assert document["schema_version"] == 1
     assert document["config"]["provenance"]["licence"] == "mit"
     assert [sorted(row) for row in document["parity"]] == [["float32", "float64", "sigma"]] * 8
+
+
+def test_the_source_is_found_and_read_once(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("resolve", "read_official", "sha256_file"):
+        function = getattr(source, name)
+        monkeypatch.setattr(
+            source, name, lambda path, name=name, function=function: calls.append(name) or function(path)
+        )
+    for _ in range(2):  # the second time, nothing is done
+        calls.clear()
+        command = ["convert", str(golden / "edm-tiny-cond.pkl"), str(tmp_path / "out")]
+        assert CliRunner().invoke(main, command).exit_code == 0
+        assert calls == ["resolve", "read_official"]  # which hashes what it reads
 
 
 def test_a_missing_file_has_a_neighbour(golden: Path, tmp_path: Path) -> None:
