@@ -172,7 +172,7 @@ def command(
     from edmdistill.checkpoints.source import open_source
     from edmdistill.machine.devices import pick_device
     from edmdistill.progress import progress_bar
-    from edmdistill.sampling.files import GRID_MOST, Samples, check_output
+    from edmdistill.sampling.files import MAX_GRID, Samples, check_output
     from edmdistill.sampling.generate import is_latent
     from edmdistill.sampling.job import SampleJob
     from edmdistill.sampling.labels import find_classes
@@ -185,9 +185,9 @@ def command(
     say_unfinished(checkpoint)
     flow, latent = model.flow, is_latent(model)
     check_output(out, latent=latent)
-    if out.suffix.lower() == ".png" and len(numbers) > GRID_MOST:
-        say(f"A grid shows the first {GRID_MOST:,} images, so only these of the {len(numbers):,} are drawn.")
-        numbers = numbers[:GRID_MOST]
+    if out.suffix.lower() == ".png" and len(numbers) > MAX_GRID:
+        say(f"A grid shows the first {MAX_GRID:,} images, so only these of the {len(numbers):,} are drawn.")
+        numbers = numbers[:MAX_GRID]
     cycle = find_classes(words, flow.label_dim, model.label_names)
     reject = None if rejection is None else rejection.load(flow, where)
     pull = None if reference is None else reference.load(flow, where, precision)

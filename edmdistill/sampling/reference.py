@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from edmdistill.checkpoints.load import load_denoiser, weights_digest
 from edmdistill.checkpoints.source import file_digest
+from edmdistill.errors import EdmDistillError
 from edmdistill.features.script import Script
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.sampling.files import read_image
 from edmdistill.sampling.trajectory import ReferenceGuidance
 
 LUMA = 0.299, 0.587, 0.114
@@ -60,6 +62,24 @@ class ReferenceFiles:
             "feature net": file_digest(self.feature_net.removeprefix(MASK)),
             "pull": [self.weight, self.correctors, score],
         }
+
+
+def read_image(path: Path, channels: int, resolution: int) -> Tensor:
+    """Returns a picture of a given size, in grayscale or RGB.  [C,H,W] float32 in [-1, 1]
+
+    Raises: EdmDistillError: it is not a picture, or of another size.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise EdmDistillError(f"{path} cannot be read as a picture ({error}): use a PNG") from error
+    if pixels.shape[:2] != (resolution, resolution):
+        raise EdmDistillError(
+            f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, but the network's images are {resolution}x{resolution}: "
+            "resize it first"
+        )
+    return torch.from_numpy(pixels.reshape(resolution, resolution, channels)).permute(2, 0, 1) / 127.5 - 1
 
 
 def gray(x: Tensor) -> Tensor:

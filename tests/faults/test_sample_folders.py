@@ -103,7 +103,7 @@ def test_ctrl_c_keeps_what_is_done(
     assert stopped.exit_code == 130
     assert stopped.stderr.count("Interrupted: ") == 1
     assert "8 of 10 images are kept in" in stopped.stderr
-    assert "the same command goes on" in stopped.stderr
+    assert "the same command continues" in stopped.stderr
     assert run(source, *words, "--out", out).exit_code == 0
     assert drawn == [*range(10)]
     whole = tmp_path / f"whole{out.suffix}"
