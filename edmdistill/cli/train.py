@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -100,7 +100,7 @@ def command(
     from edmdistill.training.prepare import prepare
 
     machine = Machine(device, _micro_batch(micro_batch), shard, offload, checkpoint_activations, workers, log_with)
-    with _one_voice():
+    with _errors_once():
         source = find_recipe(recipe)
         run = prepare(
             source.resolve(method, sets),
@@ -119,70 +119,71 @@ def command(
 
 
 def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tuple[str, ...], dry_run: bool) -> None:
-    """Trains, and tells the user what goes on; only the main process speaks."""
-    from edmdistill.progress import progress_bar
+    """Trains, with a progress bar and sentences on stderr, from the main process alone."""
     from edmdistill.training.run_dir import check_run
     from edmdistill.training.session import train
 
-    plan, training, sampling = run.describe(), run.recipe.training, run.recipe.sampling
     tell = say if run.engine.is_main else lambda sentence: None
     if dry_run:
         if run.engine.is_main:
             check_run(run_dir, run.recipe.to_json(), run.identity)
-            click.echo(json.dumps(plan, indent=2))
+            click.echo(json.dumps(run.describe(), indent=2))
         return
-
-    def describe() -> None:
-        roles = ", ".join(
-            f"{role} ({part['parameters']:,} parameters{'' if part['trained'] else ', frozen'})"
-            for role, part in plan["roles"].items()
-        )
-        where = (
-            plan["device"]
-            if run.engine.world_size == 1
-            else f"{run.engine.world_size} processes, {run.engine.device.type}"
-        )
-        tell(f"Training {what} in {run_dir}, on {where}: {roles}.")
-        for role, part in plan["roles"].items():
-            if part["unused"]:
-                tell(f"No part of the {role}'s loss, and so not trained: {', '.join(part['unused'])}.")
-        for sentence in (*run.notes, *run.dataset.notes, *run.method.notes()):
-            tell(sentence)
-
-    bar = None
     with ExitStack() as stack:
-
-        def show(images: int, measures: dict[str, float]) -> None:
-            nonlocal bar
-            if bar is None:  # at the first round, for a resumed run's first images are not this process's speed
-                start = images - training.batch
-                bar = progress_bar(training.images, unit="img", unit_scale=True, initial=start)
-                stack.enter_context(bar)
-            losses = {role: measures[f"loss/{role}"] for role in run.optimizers if f"loss/{role}" in measures}
-            bar.set_postfix(losses | {name: v for name, v in measures.items() if "/" not in name}, refresh=False)
-            bar.update(min(images, training.images) - bar.n)
-
-        on_round = show if run.engine.is_main else lambda images, measures: None
         outcome = train(
             run,
             run_dir,
             recipe_text=recipe_text,
             stop_on=stop_on,
-            on_start=describe,
-            on_round=on_round,
+            on_start=lambda: [tell(sentence) for sentence in _introduction(run, what, run_dir)],
+            on_round=_progress(run, stack) if run.engine.is_main else lambda images, measures: None,
             on_message=tell,
         )
     if not outcome.finished:
         tell(f"Interrupted after {outcome.images:,} images and saved; the same command goes on from there.")
         sys.exit(130)
-    nfe = 2 if 2 in sampling.nfe else sampling.nfe[0]
+    steps = run.recipe.sampling.nfe
+    nfe = 2 if 2 in steps else steps[0]
     tell(f"The {run.method.product} of {outcome.images:,} images is in {run_dir / 'generator'}. To draw from it:")
     tell(f"  edmdistill sample {run_dir} --nfe {nfe} --seeds 0-63 --out {run_dir / 'images'}")
 
 
+def _introduction(run: "Run", what: str, run_dir: Path) -> Iterator[str]:
+    """Yields sentences on what is trained, and where."""
+    facts, world_size = run.describe(), run.engine.world_size
+    roles = ", ".join(
+        f"{name} ({role['parameters']:,} parameters{'' if role['trained'] else ', frozen'})"
+        for name, role in facts["roles"].items()
+    )
+    where = facts["device"] if world_size == 1 else f"{world_size} processes, {run.engine.device.type}"
+    yield f"Training {what} in {run_dir}, on {where}: {roles}."
+    for name, role in facts["roles"].items():
+        if role["unused"]:
+            yield f"No part of the {name}'s loss, and so not trained: {', '.join(role['unused'])}."
+    yield from (*run.notes, *run.dataset.notes, *run.method.notes())
+
+
+def _progress(run: "Run", stack: ExitStack) -> Callable[[int, dict[str, float]], None]:
+    """Returns what shows a round in a progress bar, which the stack closes."""
+    from edmdistill.progress import progress_bar
+
+    total, bar = run.recipe.training.images, None
+
+    def show(images: int, measures: dict[str, float]) -> None:
+        nonlocal bar
+        if bar is None:  # at the first round, because a resumed run's first images are not this process's speed
+            start = images - run.recipe.training.batch
+            bar = stack.enter_context(progress_bar(total, unit="img", unit_scale=True, initial=start))
+        losses = {role: measures[f"loss/{role}"] for role in run.optimizers if f"loss/{role}" in measures}
+        bar.set_postfix(losses | {name: value for name, value in measures.items() if "/" not in name}, refresh=False)
+        bar.update(min(images, total) - bar.n)
+
+    return show
+
+
 @contextmanager
-def _one_voice() -> Iterator[None]:
-    """What every process of a run finds wrong alike, the main one says alone."""
+def _errors_once() -> Iterator[None]:
+    """Lets the main process alone report an error that every process of a run meets."""
     try:
         yield
     except EdmDistillError as error:

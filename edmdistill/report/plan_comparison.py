@@ -86,7 +86,7 @@ def _plan(run: RunSummary, config: CheckpointConfig, session: dict[str, Any], pr
         offload=tuple(session.get("offload", ())),
         checkpointing=session.get("checkpointing", False),
     )
-    guided = any(part.source == "guide" for part in run.recipe.roles.values())
+    guided = any(role.source == "guide" for role in run.recipe.roles.values())
     measured = measure(run.recipe, flow, machine, guide=flow if guided else None)
     return make_plan(measured, machine, processes), guided
 

@@ -147,9 +147,7 @@ class Health:
                 f"the generated images vary {diversity:.2f} times as much as the data: the generator collapses; "
                 "a lower training.lr or a higher share of small jumps can help",
             )
-        for name in line:
-            if not name.startswith("generated/mean/"):
-                continue
+        for name in filter(lambda name: name.startswith("generated/mean/"), line):
             channel = name.rpartition("/")[2]
             mean, std = (line[f"generated/{kind}/{channel}"] for kind in ("mean", "std"))
             data_mean, data_std = (line[f"data/{kind}/{channel}"] for kind in ("mean", "std"))
@@ -160,9 +158,7 @@ class Health:
                     f"channel {channel} of the generated images has {ratio:.2g} times the data's standard deviation "
                     f"and a mean {off:.2g} of these off: the generator runs away; try a lower training.lr or alpha",
                 )
-        for name in line:
-            if not name.startswith("grad_norm/"):
-                continue
+        for name in filter(lambda name: name.startswith("grad_norm/"), line):
             norms = self._norms.setdefault(name, deque(maxlen=NORMS))
             usual = median(norms) if len(norms) >= 5 else line[name]
             if line[name] > GRADIENT_GROWTH * usual:
