@@ -1,4 +1,4 @@
-"""Classifiers by which images are chosen: the digits' own, or a file of the user's."""
+"""Classifiers for rejection sampling: the digits' own, or a file of the user's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edmdistill.features.spaces import Digits
 
 
 def load_classifier(source: str, label_dim: int, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
-    """ln p(class given image) of uint8 [N,C,H,W], [N,label_dim] float64.
+    """Returns a function from images, uint8 [N,C,H,W], to ln p(class | image), float64 [N,label_dim].
 
     Args:
         source: the word digits; a .safetensors of other weights for that classifier; or a TorchScript file that takes

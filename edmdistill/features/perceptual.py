@@ -1,4 +1,4 @@
-"""What a GAN's discriminator looks through, and what says how far two images are apart: networks that are not learnt.
+"""Frozen feature networks for GAN discriminators, the discriminator, and perceptual distances.
 
 Source: Sauer et al. 2021 (Projected GANs), section 3.2, for the mixing; Kim et al. 2024 (CTM), appendix D.1.
 """
@@ -16,15 +16,15 @@ from edmdistill.errors import TrainingError
 from edmdistill.features.script import ScriptFile
 
 NUM_MAPS = 4
-"""Feature maps that a network gives, the finest first."""
+"""Number of feature maps that a network returns, the finest first."""
 INPUT_SIZE = 224
-"""Pixels of an edge at which files look at images, as ImageNet's classifiers do."""
+"""Resolution at which TorchScript files get images, as ImageNet classifiers do."""
 
 
 def to_rgb(x: Tensor, what: str) -> Tensor:
-    """Gray images as RGB.  [B,1 or 3,H,W] -> [B,3,H,W]
+    """Returns gray or RGB images as RGB.  [B,1 or 3,H,W] -> [B,3,H,W]
 
-    Raises: TrainingError: they are neither, as a VAE's latents.
+    Raises: TrainingError: they are neither, such as a VAE's latents.
     """
     if x.shape[1] not in (1, 3):
         raise TrainingError(
@@ -34,24 +34,24 @@ def to_rgb(x: Tensor, what: str) -> Tensor:
 
 
 def resize(x: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """Bilinear.  [B,C,H,W] -> [B,C,size,size]"""
+    """Resizes bilinearly.  [B,C,H,W] -> [B,C,size,size]"""
     return f.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
 
 class PerceptualDistance(ScriptFile):
     """A learnt distance, such as LPIPS: a TorchScript file (a, b) -> [B] or [B,1,1,1], of RGB images in [0, 1].
 
-    Images below 256 pixels are enlarged to 224 before.
+    Images below 256 pixels are resized to 224 first.
     """
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """How far a and b are apart.  images [B,C,H,W] -> [B]"""
+        """Returns the distance between a and b.  [B,C,H,W] in [-1, 1] -> [B]"""
 
-        def seen(x: Tensor) -> Tensor:
+        def prepared(x: Tensor) -> Tensor:
             x = (to_rgb(x, self.path) + 1) / 2
             return resize(x) if x.shape[-1] < 256 else x
 
-        distance = self.run(seen(a), seen(b))
+        distance = self.run(prepared(a), prepared(b))
         if not isinstance(distance, Tensor) or distance.numel() != len(a):
             raise TrainingError(
                 f"{self.path} must return a distance for each of {len(a)} pairs of images, as [B] or [B,1,1,1]: check "
@@ -72,7 +72,7 @@ class ScriptFeatures(ScriptFile):
 
 
 class RandomFeatures(nn.Module):
-    """A pyramid of random convolutions, where no pretrained network is at hand: the same for any images.
+    """A pyramid of random convolutions, for use without a pretrained network.
 
     Args:
         channels: of the finest map; each level has twice as many as the one before.
@@ -98,52 +98,52 @@ class RandomFeatures(nn.Module):
 
 
 class ProjectedFeatures(nn.Module):
-    """Feature maps through random 1x1 and 3x3 convolutions, across channels and from coarse to fine, never learnt.
+    """Feature maps mixed by frozen random 1x1 and 3x3 convolutions, across channels and from coarse to fine.
 
-    A discriminator that saw the features themselves would look at a few of them alone.
+    A discriminator of the features themselves would use only a few of them.
 
     Args:
         networks: images -> NUM_MAPS maps each.
-        like: an image by which their channels are found.  [1,C,H,W]
-        channels: of every map that comes out.
+        like: an example image, from which the numbers of channels follow.  [1,C,H,W]
+        channels: of every map that is returned.
     """
 
     def __init__(self, networks: Sequence[nn.Module], like: Tensor, channels: int) -> None:
         super().__init__()
         self.networks = nn.ModuleList(networks).eval()
         with torch.no_grad():
-            widths = [[part.shape[1] for part in network(like)] for network in networks]
+            widths = [[features.shape[1] for features in network(like)] for network in networks]
         self.across = nn.ModuleList(
-            nn.ModuleList(nn.Conv2d(width, channels, 1, bias=False) for width in own) for own in widths
+            nn.ModuleList(nn.Conv2d(width, channels, 1, bias=False) for width in levels) for levels in widths
         )
         self.scales = nn.ModuleList(
-            nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in own) for own in widths
+            nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in levels) for levels in widths
         )
         for layer in (*self.across.modules(), *self.scales.modules()):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """All maps of all networks.  [B,C,H,W] -> NUM_MAPS [B,channels,h,w] for each network"""
+        """Returns all maps of all networks.  [B,C,H,W] -> NUM_MAPS [B,channels,h,w] for each network"""
         mixed: list[Tensor] = []
         for network, across, scales in zip(self.networks, self.across, self.scales, strict=True):
             coarser: Tensor | None = None
             levels = []
-            for part, channel, scale in reversed(list(zip(network(x), across, scales, strict=True))):  # type: ignore[call-overload]
-                own = channel(part)
+            for features, channel, scale in reversed(list(zip(network(x), across, scales, strict=True))):  # type: ignore[call-overload]
+                y = channel(features)
                 if coarser is not None:
-                    up = f.interpolate(coarser, size=own.shape[-2:], mode="bilinear", align_corners=False)
-                    own = (own + up) * 0.5**0.5
-                coarser = scale(own)
+                    up = f.interpolate(coarser, size=y.shape[-2:], mode="bilinear", align_corners=False)
+                    y = (y + up) * 0.5**0.5
+                coarser = scale(y)
                 levels.append(coarser)
             mixed += reversed(levels)
         return mixed
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """A discriminator: of each feature map, a small network that says at every place how real it looks.
+    """A discriminator with a head for each feature map, which returns a logit at every pixel of the map.
 
-    There is no normalisation over the batch: what is said of an image hangs on that image alone.
+    There is no batch normalisation: the logits of an image depend on that image alone.
     """
 
     def __init__(self, count: int, channels: int) -> None:
@@ -159,12 +159,12 @@ class MultiScaleDiscriminator(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """maps: as ProjectedFeatures gives them.  -> [B, all places of all maps], above 0 for real"""
-        return torch.cat([head(part).flatten(1) for head, part in zip(self.heads, maps, strict=True)], 1)
+        """Returns logits, above 0 for real.  maps of ProjectedFeatures -> [B, pixels of all maps]"""
+        return torch.cat([head(features).flatten(1) for head, features in zip(self.heads, maps, strict=True)], 1)
 
 
 def make_features(files: Sequence[str], like: Tensor, channels: int, seed: int) -> ProjectedFeatures:
-    """Those of the files, or the random ones where there is none, mixed as the seed says."""
+    """Returns projected features of the files, or of random networks if there are none; the seed draws all weights."""
     with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(seed)
         networks: list[nn.Module] = [ScriptFeatures(file) for file in files]
@@ -173,7 +173,7 @@ def make_features(files: Sequence[str], like: Tensor, channels: int, seed: int) 
 
 
 def make_discriminator(networks: int, channels: int, seed: int) -> MultiScaleDiscriminator:
-    """For the features of so many networks."""
+    """Returns a discriminator of the projected features of so many networks."""
     with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(seed)
         return MultiScaleDiscriminator(networks * NUM_MAPS, channels)

@@ -1,9 +1,9 @@
-"""Reads TorchScript files: networks of others that come with their own code.
+"""Reads TorchScript files: third-party networks that contain their own code.
 
-TorchScript has operators that write files, and code that runs while a file is loaded: the default values of arguments,
-constants of classes, `__setstate__`. So a file is read as data first, and refused for any class of C++ and for any
-such value that is no literal; torch then loads a copy of what was read, and every operator of every function in it is
-compared with a list before one of them runs. What is left is arithmetic, which may still take time and memory.
+TorchScript has operators that write files, and code that runs while a file is loaded: default values of arguments,
+constants of classes, `__setstate__`. So a file is first read as data, and refused if it has a C++ class or such a value
+that is no literal. Then torch loads a copy of the data read, and every operator of every function is checked against
+an allowlist before any of them runs. What remains is arithmetic, which may still take time and memory.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ is_grad_enabled is_scripting item items join keys len list lower mathremainder m
 replace reverse ScalarImplicit set_grad_enabled setdefault Size sorted startswith str strip update upper values warn
 """
 CONTROL = frozenset(_CONTROL.split())
-"""Operators of `prim` that a script may use: control flow, attributes, lists and tuples, facts about a tensor."""
+"""Allowed operators of `prim`: control flow, attributes, lists and tuples, properties of tensors."""
 OPERATORS = frozenset(" ".join((_TENSORS, _SHAPES, _ARITHMETIC, _LAYERS, _VALUES)).split())
-"""Operators of `aten` that a script may use, in place (a trailing underscore) too: arithmetic and shapes, no files."""
+"""Allowed operators of `aten`, also in place (with a trailing underscore): arithmetic and shapes, no files."""
 
 
 class _Object(Stateful):
-    """Stands for an object of a class in the archive, whose attributes are looked at and not kept."""
+    """Stands for an object of a class in the archive, whose attributes are checked but not kept."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -112,9 +112,9 @@ _PICKLED = {
 
 
 class ScriptFile(nn.Module):
-    """Holds the network of a TorchScript file, in evaluation mode, not to be trained.
+    """Holds the frozen network of a TorchScript file, in evaluation mode.
 
-    Raises: CheckpointError: it cannot be read, or uses what a network need not.
+    Raises: CheckpointError: it cannot be read, or uses a forbidden class or operator.
     """
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
@@ -122,14 +122,14 @@ class ScriptFile(nn.Module):
         self.path, self.script = str(path), load_script(path, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # torch moves no script to the meta device, where a run is tried first; it can only be loaded there.
+        # torch cannot move a script to the meta device, on which runs are previewed, but can load it there.
         if not fn(torch.empty(0)).is_meta:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
         self.script = load_script(self.path, "meta")
         return self
 
     def run(self, *inputs: Tensor) -> Any:
-        """Returns what the script makes of its inputs.  Raises: CheckpointError: it fails."""
+        """Returns the outputs of the script.  Raises: CheckpointError: it fails."""
         try:
             return self.script(*inputs)
         except torch.OutOfMemoryError:
@@ -144,16 +144,16 @@ class ScriptFile(nn.Module):
 
 
 class Script(ScriptFile):
-    """A TorchScript file that is called as it is."""
+    """A TorchScript file, called without preparation of its inputs."""
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.run(*inputs)
 
 
 def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The network of a TorchScript file, in evaluation mode, not to be trained; nothing in it has run.
+    """Returns the frozen network of a TorchScript file, in evaluation mode, without running any of its code.
 
-    Raises: CheckpointError: it cannot be read, or uses what a network need not.
+    Raises: CheckpointError: it cannot be read, or uses a forbidden class or operator.
     """
     path = Path(path)
     try:
@@ -175,9 +175,9 @@ def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Modu
 
 
 def _checked(archive: Archive) -> io.BytesIO:
-    """A copy of the archive, of nothing but members that were looked at.
+    """Returns a copy of the archive with only those members that were checked.
 
-    Raises: Unreadable: one of them would run code when loaded, or holds what is no data.
+    Raises: Unreadable: a member would run code when loaded, or is not data.
     """
     files = {name: bytes(archive.read(name)) for name in archive.members if re.fullmatch(r"code/.*\.py", name)}
     if not files or not {"data.pkl", "constants.pkl"} <= archive.members.keys():
@@ -196,19 +196,19 @@ def _checked(archive: Archive) -> io.BytesIO:
     with zipfile.ZipFile(new, "w") as out:
         for name in (*copied, *storages):
             # Classes are found by their file's name, in the case in which it is written.
-            own = archive.members[name].filename.partition("/")[2]
-            out.writestr(f"script/{own}", copied.get(name) or archive.read(name))
+            inner = archive.members[name].filename.partition("/")[2]
+            out.writestr(f"script/{inner}", copied.get(name) or archive.read(name))
     return new
 
 
 def _classes(source: bytes) -> Iterator[str]:
-    """The names of the classes in a file of an archive's code.
+    """Yields the names of the classes in a code file of the archive.
 
-    Raises: Unreadable: the file would run something when loaded.
+    Raises: Unreadable: the file would run code when loaded.
     """
     try:
         text = source.decode("ascii")
-        # What Python and torch might read in two ways: nothing that torch writes has it.
+        # Syntax that Python and torch might parse differently; torch never writes it.
         if re.search(r"[^\n -~\0]|[#\"']|\\\n|[\w\0]\0", _STRING.sub("\0", text)):
             raise ValueError
         with warnings.catch_warnings():
@@ -247,7 +247,7 @@ _STRING = re.compile(r"\"(?:[^\"\\\n]|\\[^\n])*\"|'(?:[^'\\\n]|\\[^\n])*'")
 
 
 def _is_literal(value: ast.AST) -> bool:
-    """Whether it is made of numbers, words, inf and nan alone."""
+    """Returns whether a value consists of constants, inf and nan alone."""
     allowed = ast.Constant | ast.List | ast.Tuple | ast.Dict | ast.UnaryOp | ast.USub | ast.Load
     return all(
         isinstance(node, allowed) or (isinstance(node, ast.Name) and node.id in ("inf", "nan", "infj", "nanj"))
@@ -256,17 +256,17 @@ def _is_literal(value: ast.AST) -> bool:
 
 
 def _load(file: io.BytesIO, device: torch.device | str) -> nn.Module:
-    """The network of an archive, all of whose functions were looked at.
+    """Returns the network of an archive, after a check of all its functions.
 
-    Raises: Unreadable: one has an operator that is not allowed.
+    Raises: Unreadable: one uses an operator that is not allowed.
     """
     core: Any = torch._C
-    unit = core.CompilationUnit()  # torch.jit.load keeps it to itself, and only it knows all functions
-    with warnings.catch_warnings():  # torch deprecates the format, in which such networks are still handed round
+    unit = core.CompilationUnit()  # torch.jit.load does not return it, but only it has all functions
+    with warnings.catch_warnings():  # torch deprecates the format, but such networks are still published in it
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             module = core.import_ir_module_from_buffer(unit, file.getvalue(), torch.device(device), {}, False)
-        except Exception as error:  # torch raises what it likes for code that is none
+        except Exception as error:  # torch raises many types for invalid code
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Unreadable(
                 f"holds code that torch does not understand ({first}): write it with torch.jit.save"

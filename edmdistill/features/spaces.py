@@ -1,6 +1,6 @@
-"""Feature spaces in which images are compared: uint8 images in, one float32 vector each out.
+"""Feature spaces in which images are compared: uint8 images in, a float32 vector for each out.
 
-Every space is a class with the interface FeatureSpace, and FEATURE_SPACES lists them.
+Each is a class with the interface FeatureSpace; FEATURE_SPACES lists them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ DIGITS_WEIGHTS = Path(__file__).parents[1] / "assets" / "digits-features.safeten
 
 
 class FeatureSpace(Protocol):
-    """What an evaluation asks of a feature space.
+    """The interface of feature spaces.
 
     Attributes:
-        name: as in FEATURE_SPACES, and in the names of metrics.
-        dim: the number of features d, or None where the size of the images decides.
-        sha256: of the file of weights, or None for a space without weights.
+        name: its key in FEATURE_SPACES, which is part of the names of metrics.
+        dim: the number of features d; None = it depends on the size of the images.
+        sha256: of the weights file; None = no weights.
     """
 
     name: str
@@ -35,16 +35,16 @@ class FeatureSpace(Protocol):
     def __init__(self, device: torch.device | str = "cpu") -> None: ...
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [N,C,H,W] -> float32 [N,d], on the device of the space.
+        """Returns the features.  uint8 [N,C,H,W] -> float32 [N,d], on the device of the space
 
-        Raises: DatasetError: the space does not take images of this size.
+        Raises: DatasetError: the space does not support images of this size.
         """
         ...
 
 
 @runtime_checkable
 class Classifier(Protocol):
-    """A feature space that also knows classes."""
+    """A feature space that also classifies."""
 
     def classify(self, images: Tensor) -> Tensor:
         """uint8 [N,C,H,W] -> probabilities, float32 [N,classes]."""
@@ -52,7 +52,7 @@ class Classifier(Protocol):
 
 
 class Pixels:
-    """The images themselves, v / 127.5 - 1: takes any size, but is a check rather than a judge of quality."""
+    """The pixels themselves, v / 127.5 - 1, at any size: a check, not a measure of perceived quality."""
 
     name = "pixels"
     dim: int | None = None
@@ -88,10 +88,10 @@ class DigitsNet(nn.Module):
 
 
 class Digits:
-    """The features of a classifier of 8x8 digits: that in the package's assets, made by scripts/make_features.py.
+    """Features of a classifier of 8x8 digits; its weights in assets/ are made by scripts/make_features.py.
 
     Args:
-        weights: of another classifier of the same layers.
+        weights: file with other weights of the same layers.
     """
 
     name = "digits"
@@ -104,7 +104,7 @@ class Digits:
         self._device = device
         self._net = DigitsNet()
         fill(self._net, tensors, str(weights))
-        # In float64 every device and batch size agrees to the last digit that counts.
+        # In float64, devices and batch sizes agree to all significant digits.
         self._net.to(device, torch.float64).requires_grad_(False)
 
     def __call__(self, images: Tensor) -> Tensor:
