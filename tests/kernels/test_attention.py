@@ -2,17 +2,10 @@
 
 import math
 
-import pytest
 import torch
 from torch import Tensor
 
 from edmdistill.kernels.attention import attention, self_attention, split_heads
-
-
-@pytest.fixture
-def x() -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(2, 8, 6, 6, dtype=torch.float64)
 
 
 def random(*shape: int) -> Tensor:

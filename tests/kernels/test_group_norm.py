@@ -1,17 +1,10 @@
 """Group normalisation against its definition."""
 
-import pytest
 import torch
 import torch.nn.functional as f
 from torch import Tensor
 
 from edmdistill.kernels.group_norm import group_norm, group_norm_silu
-
-
-@pytest.fixture
-def x() -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(2, 8, 6, 6, dtype=torch.float64)
 
 
 def random(*shape: int) -> Tensor:

@@ -10,12 +10,6 @@ from edmdistill.kernels.resampling import downsample, is_box, separable, upsampl
 BOX, NCSN = (1, 1), (1, 3, 3, 1)
 
 
-@pytest.fixture
-def x() -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(2, 8, 6, 6, dtype=torch.float64)
-
-
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
