@@ -15,20 +15,20 @@ from edmdistill.methods import METHODS
 
 COMMANDS = {
     "inspect": "Show what is in a checkpoint, ours or an official pickle, without running it.",
-    "convert": "Turn an official checkpoint into ours, and print how exactly the function was kept.",
+    "convert": "Convert an official checkpoint to ours, and print the conversion error.",
     "train": f"Train a network by a method: {', '.join(METHODS)}.",
-    "ema": "Put an average of the weights of another length together, after training.",
-    "sample": "Draw images from a teacher or a generator.",
-    "eval": "Measure a checkpoint or a folder of images against a data set.",
-    "sweep": "Measure a network over numbers of steps and gammas: a table, JSON, a plot.",
+    "ema": "Reconstruct a moving average of another length after training (post-hoc EMA).",
+    "sample": "Sample images from a teacher or a generator.",
+    "eval": "Evaluate a checkpoint or a folder of images against a data set.",
+    "sweep": "Evaluate a grid of step counts and gammas: a table, JSON, a plot.",
     "loss": "Compare the diffusion loss of two teachers by noise level.",
-    "data": "Preview into a data set: images, files left out, classes, means and deviations.",
+    "data": "Inspect a data set: images, files left out, classes, mean and standard deviation.",
     "recipes": "List, show, copy and check the recipes.",
-    "plan": "Say what a run will need: memory, operations and days, by GPU.",
+    "plan": "Estimate a run's memory, FLOPs and days on each GPU.",
     "export": "Write a checkpoint for another program: diffusers, onnx, torch-export, nvidia, space.",
     "push-to-hub": "Publish a checkpoint or a run on the Hugging Face Hub.",
     "report": "Write a one-page HTML report of a run.",
-    "doctor": "Preview at versions, devices and disk, and say what to mend.",
+    "doctor": "Check versions, devices and disk, and say how to fix problems.",
 }
 
 
@@ -42,7 +42,7 @@ REFUSALS = {
     getattr(errno, name)
     for name in ("EACCES", "EDQUOT", "EFBIG", "EIO", "ELOOP", "EMFILE", "ENAMETOOLONG", "ENOSPC", "EPERM", "EROFS")
 }
-"""What a system says of a user's files and disk; other OSErrors are faults of ours and keep their traceback."""
+"""OSErrors caused by the user's files and disk; all others are bugs and keep their traceback."""
 VERBOSE = "edmdistill.verbose"
 
 
@@ -65,17 +65,17 @@ EVERYWHERE = (
         is_flag=True,
         expose_value=False,
         callback=_be_quiet,
-        help="Print results and errors alone: no progress, no remarks.",
+        help="Print only results and errors.",
     ),
     click.Option(
         ["-v", "--verbose"],
         is_flag=True,
         expose_value=False,
         callback=_be_verbose,
-        help="With an error, print where in the code it was raised.",
+        help="Print the traceback of an error.",
     ),
 )
-"""Options of every command, before its name or after it."""
+"""Options of every command, accepted before or after its name."""
 
 
 class LazyGroup(click.Group):
@@ -131,7 +131,7 @@ class LazyGroup(click.Group):
 
 
 def _require_working_directory() -> None:
-    """Raises: EdmDistillError: the working directory was removed, so that no relative path means anything."""
+    """Raises: EdmDistillError: the working directory was removed, so relative paths cannot be resolved."""
     try:
         os.getcwd()
     except FileNotFoundError as error:

@@ -14,14 +14,14 @@ from edmdistill.cli.options import OutputPath, say
 @click.option(
     "--time-embedding",
     type=click.Choice(["positional"]),
-    help="Let the network read t, as continuous-time consistency models need it. It has to be trained on after that.",
+    help="Make the network read t, as continuous-time consistency models need; it must be trained further afterwards.",
 )
 @click.option(
     "--double-norm/--no-double-norm",
     default=None,
-    help="With it, normalise what the time multiplies and adds.  [default: where the network does so]",
+    help="With it, use adaptive double normalization.  [default: if the network supports it]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is at OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @click.option("--licence", help="Licence of the weights, as the Hub writes it.  [default: their publisher's]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
@@ -33,7 +33,7 @@ def command(
     licence: str | None,
     as_json: bool,
 ) -> None:
-    """Turn an official checkpoint into ours, and print how exactly the function was kept.
+    """Convert an official checkpoint to ours, and print the conversion error by noise level.
 
     SOURCE is a file, an http(s) URL or a file on the Hub (hf://OWNER/NAME/FILE): a network pickle of NVIDIA's EDM or
     EDM2, whose code is not executed, or OpenAI's edm_imagenet64_ema.pt. OUT becomes a folder with config.json,

@@ -1,4 +1,4 @@
-"""`edmdistill data`: what concerns data sets. One file a command, imported when called."""
+"""`edmdistill data`: commands for data sets, each in its own file, imported when called."""
 
 import importlib
 
@@ -23,4 +23,4 @@ class DataGroup(click.Group):
 
 @click.group("data", cls=DataGroup)
 def command() -> None:
-    """Preview into data sets: zips and folders in EDM's layout, of images or latents."""
+    """Inspect data sets: zips and folders of images or latents, in EDM's layout."""

@@ -5,12 +5,12 @@ import click
 
 @click.command("inspect")
 @click.argument("source", metavar="SET")
-@click.option("--split", default="train", show_default=True, help="Of the digits: train, test or all.")
+@click.option("--split", default="train", show_default=True, help="Split of the digits: train, test or all.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(source: str, split: str, as_json: bool) -> None:
-    """Show what is in a data set, and what is left out.
+    """Show the contents of a data set, and which files are left out.
 
-    SET is a zip, a folder, or the word digits. All of it is read, so that a broken image is found too.
+    SET is a zip, a folder, or the word digits. Every image is read, so broken ones are found.
     """
     from edmdistill.data.inspect import inspect_data, to_json, to_text
     from edmdistill.progress import progress_bar

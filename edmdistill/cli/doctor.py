@@ -9,9 +9,9 @@ import click
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(as_json: bool) -> None:
-    """Preview at versions, devices and this folder's disk, and say what to mend.
+    """Check versions, devices and this folder's disk, and say how to fix problems.
 
-    A line each: ok, warn or fail, what was found, and the fix. The exit code is 2 if something failed.
+    Each line says ok, warn or fail, what was found, and the fix. The exit code is 2 if a check failed.
     """
     from edmdistill.machine.doctor import diagnose
 

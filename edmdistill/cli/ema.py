@@ -14,18 +14,18 @@ from edmdistill.cli.options import FiniteFloat, OutputPath
     "--sigma-rel",
     type=FiniteFloat(0.001, 12**-0.5),
     required=True,
-    help="Length of the average, as a share of the training: 0.05.",
+    help="Relative length of the average (EDM2), such as 0.05.",
 )
 @click.option(
-    "--images", type=click.IntRange(min=1), help="The average after so many images.  [default: the last there is]"
+    "--images", type=click.IntRange(min=1), help="Images seen at the end of the average.  [default: the last snapshot]"
 )
 @click.option("--out", type=OutputPath(), required=True, help="The checkpoint to write.")
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is at OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 def command(source: Path, sigma_rel: float, images: int | None, out: Path, overwrite: bool) -> None:
-    """Put an average of the weights of another length together, after training.
+    """Reconstruct a moving average of another length after training (post-hoc EMA).
 
-    SOURCE is a run whose recipe has ema.snapshot_every, or a folder of the official trainer's
-    network-snapshot-KIMG-SIGMA.pkl.
+    SOURCE is a run whose recipe has ema.snapshot_every, or a folder with the official trainer's
+    network-snapshot-KIMG-SIGMA.pkl files.
     """
     from edmdistill.checkpoints.posthoc_ema import reconstruct_checkpoint
     from edmdistill.progress import progress_bar

@@ -11,24 +11,23 @@ TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
 
 @click.command("export")
 @click.argument("source")
-@click.option("--to", type=click.Choice(TARGETS), required=True, help="The program that is to use it.")
+@click.option("--to", type=click.Choice(TARGETS), required=True, help="Format of the export.")
 @click.option("--out", type=OutputPath(), required=True, metavar="DIR", help="The folder to write.")
-@click.option("--overwrite", is_flag=True, help="Replace an export that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing export.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(source: str, to: str, out: Path, overwrite: bool, as_json: bool) -> None:
-    """Write SOURCE for another program, and print how exactly that makes the same images.
+    """Export SOURCE for another program, and print how closely it reproduces the images.
 
-    SOURCE is a generator, a run, or a teacher (which diffusers does not take). DIR gets a README.md with the lines that
-    use it, and:
+    SOURCE is a generator, a run, or (except for diffusers) a teacher. DIR gets a README.md with usage, and:
 
     \b
-    diffusers     a pipeline with gamma-sampling, which loads with trust_remote_code and needs edmdistill no more
-    onnx          model.onnx: one network evaluation, any number of images
+    diffusers     a pipeline with gamma-sampling, loaded with trust_remote_code, independent of edmdistill
+    onnx          model.onnx: one network evaluation, any batch size
     torch-export  model.pt2: the same, for torch alone
     nvidia        model.safetensors with the official names, and network.json with the arguments of their class
-    space         app.py and requirements.txt: a demo in the browser by gradio, for a Space of the Hugging Face Hub
+    space         app.py and requirements.txt: a gradio demo, for a Space on the Hugging Face Hub
 
-    EDM2's weight normalisation and gains are folded into plain convolutions, but for nvidia and space.
+    EDM2's weight normalisation and gains are folded into plain convolutions, except for nvidia and space.
     """
     import json
 

@@ -7,13 +7,13 @@ import click
 @click.argument("source", metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--tensors", is_flag=True, help="List every tensor, its dtype and its shape.")
-@click.option("--classes", is_flag=True, help="Print the classes alone, a number and a name each.")
-@click.option("--check", is_flag=True, help="Load the network, and measure whether it is a denoiser or a generator.")
+@click.option("--classes", is_flag=True, help="Print only the classes, with number and name.")
+@click.option("--check", is_flag=True, help="Load the network, and test whether it is a denoiser or a generator.")
 def command(source: str, as_json: bool, tensors: bool, classes: bool, check: bool) -> None:
-    """Show what is in FILE, without running it.
+    """Show the contents of FILE, without running it.
 
-    FILE is an official EDM or EDM2 pickle, OpenAI's .pt, a checkpoint folder of ours or a run, of which the generator
-    is shown; a URL or a Hub id is downloaded first.
+    FILE is an official EDM or EDM2 pickle, OpenAI's .pt, a checkpoint folder, or a run, whose generator is shown; a URL
+    or a Hub id is downloaded first.
     """
     from edmdistill.checkpoints.inspect import inspect, to_json, to_text
     from edmdistill.checkpoints.source import open_source

@@ -11,7 +11,7 @@ from edmdistill.cli.options import BATCH, interruptible
 @click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits.")
 @click.option("--split", default="train", show_default=True, help="train, test or all of the digits.")
 @click.option("--images", type=click.IntRange(min=1), default=1000, show_default=True, help="Number of images.")
-@click.option("--batch", type=BATCH, default=250, show_default=True, help="Images at a time.")
+@click.option("--batch", type=BATCH, default=250, show_default=True, help="Images per batch.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(

@@ -11,13 +11,16 @@ from edmdistill.cli.options import say, say_unfinished
 @click.command("push-to-hub")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="OWNER/NAME")
-@click.option("--private", is_flag=True, help="For nobody else to see.")
-@click.option("--branch", metavar="NAME", help="Where to; made if it is not there.  [default: main]")
-@click.option("--message", metavar="TEXT", help="Of the commit.")
-@click.option("--licence", help="Where the checkpoint knows none, or a stricter one; as the Hub writes it.")
-@click.option("--replace", "replace_model", is_flag=True, help="Put it in the place of another model that is there.")
-@click.option("--overwrite-card", is_flag=True, help="Replace a README.md that was written or changed by hand.")
-@click.option("--dry-run", is_flag=True, help="Print what would be published, with the card, and send nothing.")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--branch", metavar="NAME", help="Branch to push to, created if missing.  [default: main]")
+@click.option("--message", metavar="TEXT", help="Commit message.")
+@click.option(
+    "--licence",
+    help="Licence of the weights, if the checkpoint has none or a stricter one is wanted; the Hub's identifier.",
+)
+@click.option("--replace", "replace_model", is_flag=True, help="Replace another model in the repository.")
+@click.option("--overwrite-card", is_flag=True, help="Replace a README.md that was edited by hand.")
+@click.option("--dry-run", is_flag=True, help="Print what would be published, including the card, and upload nothing.")
 def command(
     source: Path,
     repository: str,
@@ -31,9 +34,9 @@ def command(
 ) -> None:
     """Publish SOURCE, a checkpoint or a run directory, on the Hugging Face Hub.
 
-    Weights, config.json, the card and a picture go there; states stay here. Then they are downloaded again and two
-    samples compared. The same command goes on with a push that was interrupted. Another model's repository is refused,
-    and a card that was changed by hand stays, unless told otherwise.
+    Uploads the weights, config.json, the card and a picture, but no training state; then downloads them and compares
+    two samples. Run it again to resume an interrupted push. By default, it refuses a repository with another model, and
+    keeps a card that was edited by hand.
     """
     from edmdistill.checkpoints.layout import CARD
     from edmdistill.publish.hub import build_package, push
@@ -60,7 +63,7 @@ def command(
         on_message=show,
     )
     if done.kept_card:
-        say(f"The {CARD} there was written or changed by hand, and stays: --overwrite-card replaces it.")
+        say(f"The {CARD} there was edited by hand and is kept: --overwrite-card replaces it.")
     had = "was there already" if done.unchanged else "is published"
     click.echo(f"{done.url} {had}; downloaded again, it has the same bytes and draws the same. To draw from it:")
     click.echo(f"  edmdistill sample {repository}{f'@{branch}' if branch else ''} --seeds 0-63 --out images")

@@ -1,4 +1,4 @@
-"""`edmdistill recipes`: what ships with the package, to look at, to copy and to check."""
+"""`edmdistill recipes`: list, show, copy and check recipes."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ sets_option = click.option(
 
 @click.group("recipes")
 def command() -> None:
-    """List, show, copy and check recipes, the TOML files that decide what a run computes.
+    """List, show, copy and check recipes, the TOML files that define what a run computes.
 
     NAME is METHOD/DATASET, METHOD/DATASET-VARIANT, or the path of a .toml file.
     """
@@ -22,11 +22,11 @@ def command() -> None:
 
 @command.command("list")
 @click.argument("method", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with the whole headers.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, including the headers.")
 def list_(method: str | None, as_json: bool) -> None:
     """List the recipes that ship with the package, all or those of METHOD, and what each is for.
 
-    Of a recipe with sizes, a name has one of them, and may have a variant after it: cosim/imagenet512-s.
+    The name of a recipe with sizes ends in one of them, as in cosim/imagenet512-s, and may end in a variant after it.
     """
     from edmdistill.methods import METHODS
     from edmdistill.recipes.library import recipe_files, recipe_header
@@ -50,11 +50,11 @@ def list_(method: str | None, as_json: bool) -> None:
 
 @command.command()
 @click.argument("name")
-@click.option("--resolved", is_flag=True, help="As JSON, with the variant laid over it and every default filled in.")
-@click.option("--method", metavar="METHOD", help="Of a file that does not say it.")
+@click.option("--resolved", is_flag=True, help="Print JSON, with the variant applied and every default filled in.")
+@click.option("--method", metavar="METHOD", help="Method, for a file that names none.")
 @sets_option
 def show(name: str, resolved: bool, method: str | None, sets: tuple[str, ...]) -> None:
-    """Print the recipe NAME: the file as its author wrote it, or all that a run will read."""
+    """Print the recipe NAME: the file as it is, or all values that a run would use."""
     from edmdistill.recipes.library import find_recipe, load_recipe
 
     if (method or sets) and not resolved:
@@ -67,19 +67,19 @@ def show(name: str, resolved: bool, method: str | None, sets: tuple[str, ...]) -
 @click.argument("name")
 @click.argument("file", type=OutputPath())
 def copy(name: str, file: Path) -> None:
-    """Copy the recipe NAME, with its variants, to FILE.toml, to be changed and given to `train --recipe`."""
+    """Copy the recipe NAME, with its variants, to FILE.toml, to edit and use with `train --recipe`."""
     from edmdistill.recipes.library import copy_recipe
 
-    own = copy_recipe(name, file)
-    click.echo(f"{file} is written; `--recipe {own}` trains by it.")
+    written = copy_recipe(name, file)
+    click.echo(f"{file} is written; `--recipe {written}` trains with it.")
 
 
 @command.command()
 @click.argument("name")
-@click.option("--method", metavar="METHOD", help="Of a file that does not say it.")
+@click.option("--method", metavar="METHOD", help="Method, for a file that names none.")
 @sets_option
 def validate(name: str, method: str | None, sets: tuple[str, ...]) -> None:
-    """Check all of the recipe NAME, as `train` does before it starts."""
+    """Check the recipe NAME, as `train` does before it starts."""
     from edmdistill.recipes.library import load_recipe
 
     recipe = load_recipe(name, method, sets)

@@ -14,13 +14,13 @@ from edmdistill.cli.options import OutputPath
     multiple=True,
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     metavar="FILE.json",
-    help="Results that `eval --out` wrote; may be repeated.  [default: all of RUN/eval and of its checkpoint]",
+    help="Results written by `eval --out`; may be repeated.  [default: all in RUN/eval and in its checkpoint]",
 )
 @click.option(
     "--out",
     type=OutputPath(".html", ".htm"),
     metavar="FILE.html",
-    help="Where to.  [default: RUN/report.html]",
+    help="File to write.  [default: RUN/report.html]",
 )
 def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
     """Write the report of the run directory RUN: teacher and generator by number of steps, samples, curves, recipe.

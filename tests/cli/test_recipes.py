@@ -43,7 +43,7 @@ def test_show_is_the_file_or_all_that_a_run_reads():
 def test_a_copy_trains_the_same(tmp_path: Path):
     result = recipes("copy", "cosim/imagenet512-s", tmp_path / "to" / "mine.toml")
     assert result.stdout == (
-        f"{tmp_path}/to/mine.toml is written; `--recipe {tmp_path}/to/mine-s.toml` trains by it.\n"
+        f"{tmp_path}/to/mine.toml is written; `--recipe {tmp_path}/to/mine-s.toml` trains with it.\n"
     )
     assert load_recipe(f"{tmp_path}/to/mine-s.toml", "cosim").hash == load_recipe("cosim/imagenet512-s").hash
     valid = recipes("validate", tmp_path / "to" / "mine-s.toml", "--method", "cosim").stdout

@@ -159,7 +159,7 @@ def test_the_command_says_that_the_card_stays(server: Hub, folder: Path) -> None
     edit(server, CARD, b"# By hand\n")
     result = CliRunner().invoke(main, ["push-to-hub", str(folder), NAME])
     assert result.exit_code == 0, result.output
-    assert f"The {CARD} there was written or changed by hand, and stays: --overwrite-card replaces it." in result.stderr
+    assert f"The {CARD} there was edited by hand and is kept: --overwrite-card replaces it." in result.stderr
     result = CliRunner().invoke(main, ["push-to-hub", str(folder), NAME, "--overwrite-card"])
     assert result.exit_code == 0, result.output
     assert not re.search("by hand", head(server)[CARD].decode())

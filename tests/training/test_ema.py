@@ -77,7 +77,7 @@ def test_the_official_traces(golden):
         ({"sigma_rel": [0.05, 0.05]}, "must be different numbers with at most three decimals"),
         ({"sigma_rel": [0.0512]}, "must be different numbers with at most three decimals"),
         ({"sigma_rel": [0.3]}, "expected `float` < 0.288"),
-        ({"sigma_rel": [0.05], "snapshot_every": 8}, "give two or more sigma_rel"),
+        ({"sigma_rel": [0.05], "snapshot_every": 8}, "set two or more sigma_rel"),
     ],
 )
 def test_recipes_ask_for_what_there_is(recipe, table, sentence):
