@@ -112,8 +112,8 @@ def _check_init(source: str | Path, flow: FlowNetwork, config: CheckpointConfig,
     role = recipe.roles[recipe.method_class.product]
     if flow.two_time and not role.two_time:
         raise TrainingError(
-            f"{source} is a generator of {config.method}, which reads two times, but that of {recipe.method_name} "
-            "reads one: give a generator of another method, or leave --init out"
+            f"{source} is a generator of {config.method}, which reads two times, but {recipe.method_name}'s "
+            "generator reads one: give a generator of another method, or leave --init out"
         )
     if flow.guided and not role.guided:
         raise TrainingError(
