@@ -64,12 +64,12 @@ def command(
     device.
     """
     from edmdistill.machine.engine import Machine
-    from edmdistill.planning.document import Subject, plan_document, plan_text
+    from edmdistill.planning.document import PlanRequest, plan_document, plan_text
     from edmdistill.planning.outlines import outline_guide, outline_teacher
     from edmdistill.recipes.library import load_recipe
 
     resolved = load_recipe(recipe, method, sets)
-    subject = Subject(
+    request = PlanRequest(
         resolved,
         outline_teacher(resolved, teacher, network, data),
         outline_guide(guide),
@@ -79,9 +79,9 @@ def command(
         {name: GPUS[name] for name in names} if names else {**GPUS, "this machine": measure_this_machine()},
         utilisation,
     )
-    document = plan_document(subject, _show, all_)
+    document = plan_document(request, _show, all_)
     _show("")
-    click.echo(json.dumps(document, indent=2) if as_json else plan_text(document, subject))
+    click.echo(json.dumps(document, indent=2) if as_json else plan_text(document, request))
 
 
 def _show(stage: str) -> None:

@@ -11,14 +11,14 @@ from msgspec.structs import replace
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPU
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.planning.plan import Plan, cut_batch, images_per_second, make_plan, measure
+from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure, split_batch
 from edmdistill.recipes.schema import Recipe
 
 PRECISIONS = ("fp32", "bf16")
 """Those that differ: fp16 takes what bf16 takes."""
 
 
-class Subject(NamedTuple):
+class PlanRequest(NamedTuple):
     """What is planned.
 
     Attributes:
@@ -42,25 +42,25 @@ class Subject(NamedTuple):
     @property
     def rows(self) -> int:
         """Images of one micro-batch."""
-        return cut_batch(self.recipe.training.batch, self.processes, self.micro_batch)[1]
+        return split_batch(self.recipe.training.batch, self.processes, self.micro_batch)[1]
 
 
-def plan_document(subject: Subject, on_progress: Callable[[str], object], alternatives: bool) -> dict[str, Any]:
+def plan_document(request: PlanRequest, on_progress: Callable[[str], object], alternatives: bool) -> dict[str, Any]:
     """Returns memory, operations and time of a run, as plain values.
 
     Args:
         on_progress: gets what is being measured.
         alternatives: plans every precision, with and without sharding and checkpointing, too.
     """
-    training, rows = subject.recipe.training, subject.rows
-    share, _ = cut_batch(training.batch, subject.processes, None)
-    measurement = measure(subject.recipe, subject.flow, subject.machine, on_progress, guide=subject.guide)
-    plan = make_plan(measurement, subject.machine, subject.processes)
+    training, rows = request.recipe.training, request.rows
+    share, _ = split_batch(training.batch, request.processes, None)
+    measurement = measure(request.recipe, request.flow, request.machine, on_progress, guide=request.guide)
+    plan = make_plan(measurement, request.machine, request.processes)
     turns = plan.peaks(rows, rows < share)
     gpus = []
-    for name, gpu in subject.gpus.items():
+    for name, gpu in request.gpus.items():
         half = training.precision != "fp32"
-        speed = images_per_second(plan, gpu, half, subject.utilisation, subject.processes, training.batch, rows)
+        speed = images_per_second(plan, gpu, half, request.utilisation, request.processes, training.batch, rows)
         largest = plan.largest_micro_batch(gpu.memory, share)
         days = training.images / speed / 86400
         gpus.append({"gpu": name, "largest_micro_batch": largest, "images_per_second": speed, "days": days})
@@ -71,24 +71,24 @@ def plan_document(subject: Subject, on_progress: Callable[[str], object], altern
         "peak": _peaks(plan, rows, share) | {"turns": turns},
         "flops_per_image": plan.flops,
         "forward_flops": plan.forward_flops,
-        "utilisation": subject.utilisation,
+        "utilisation": request.utilisation,
         "gpus": gpus,
-        "others": _alternatives(subject, on_progress) if alternatives else [],
+        "others": _alternatives(request, on_progress) if alternatives else [],
     }
 
 
-def _alternatives(subject: Subject, on_progress: Callable[[str], object]) -> list[dict[str, Any]]:
-    recipe, processes, rows = subject.recipe, subject.processes, subject.rows
-    share, _ = cut_batch(recipe.training.batch, processes, None)
+def _alternatives(request: PlanRequest, on_progress: Callable[[str], object]) -> list[dict[str, Any]]:
+    recipe, processes, rows = request.recipe, request.processes, request.rows
+    share, _ = split_batch(recipe.training.batch, processes, None)
     plans = []
     for precision, checkpointing in product(PRECISIONS, (False, True)):
         on_progress(f"{precision}{', checkpointing' if checkpointing else ''}")
         changed = replace(recipe, training=replace(recipe.training, precision=precision))
-        machine = subject.machine._replace(checkpointing=checkpointing)
-        measurement = measure(changed, subject.flow, machine, guide=subject.guide)
+        machine = request.machine._replace(checkpointing=checkpointing)
+        measurement = measure(changed, request.flow, machine, guide=request.guide)
         for shard in (False, True) if processes > 1 else (False,):
             plan = make_plan(measurement, machine._replace(shard=shard), processes)
-            fits = {name: plan.largest_micro_batch(gpu.memory, share) for name, gpu in subject.gpus.items()}
+            fits = {name: plan.largest_micro_batch(gpu.memory, share) for name, gpu in request.gpus.items()}
             options = {"precision": precision, "checkpointing": checkpointing, "shard": shard}
             plans.append(options | _peaks(plan, rows, share) | {"largest_micro_batch": fits})
     return plans
@@ -112,19 +112,19 @@ def _bytes_by_purpose(plan: Plan, turns: Mapping[str, int], rows: int, accumulat
     }
 
 
-def plan_text(document: Mapping[str, Any], subject: Subject) -> str:
+def plan_text(document: Mapping[str, Any], request: PlanRequest) -> str:
     """Returns a plan's document as text."""
     roles = ", ".join(f"{role} {count / 1e6:,.1f}M" for role, count in document["parameters"].items())
-    training, peak, processes = subject.recipe.training, document["peak"], subject.processes
+    training, peak, processes = request.recipe.training, document["peak"], request.processes
     smaller = {role: size for role, size in peak["turns"].items() if size < peak["micro_batch"]}
     lines = [
-        f"{subject.recipe.method_name} in {training.precision} on {processes} GPU{'s' if processes > 1 else ''}: "
+        f"{request.recipe.method_name} in {training.precision} on {processes} GPU{'s' if processes > 1 else ''}: "
         f"{roles}.",
         f"{document['flops_per_image'] / 1e9:,.4g} GFLOP an image, {document['forward_flops'] / 1e9:,.4g} of them in a "
         "forward pass.",
         "",
         *(f"{_size(size)}  {name}" for name, size in document["bytes"].items() if size),
-        f"{_size(peak['micro_batch'])}  at most on each GPU, in micro-batches of {subject.rows:,}",
+        f"{_size(peak['micro_batch'])}  at most on each GPU, in micro-batches of {request.rows:,}",
         *(f"{_size(size)}  in the {role}'s turn" for role, size in smaller.items()),
         f"{_size(peak['one_image'])}  in micro-batches of one image",
         "",

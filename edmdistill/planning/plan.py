@@ -203,7 +203,7 @@ def make_plan(measured: Measurement, machine: Machine = Machine(), processes: in
     )
 
 
-def cut_batch(batch: int, processes: int, micro_batch: int | None) -> tuple[int, int]:
+def split_batch(batch: int, processes: int, micro_batch: int | None) -> tuple[int, int]:
     """Returns the largest share of a process, and the images of its micro-batches; None: the whole share."""
     share = -(-batch // processes)
     return share, min(micro_batch or share, share)
