@@ -1,4 +1,4 @@
-"""From images in [-1, 1] to bytes, and from many images to one."""
+"""Converts images in [-1, 1] to uint8 and to pictures, and arranges them in grids."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-GAP = 2  # pixels between two images, before none and after none
+GAP = 2  # pixels between two images
 PAPER = 255
-SMALLEST = 32  # images below this size are enlarged in a grid until they reach it
-TEXT, MARGIN = 12, 8  # size of letters and space around them, in pixels
+SMALLEST = 32  # smaller images are enlarged in a grid to this size
+TEXT, MARGIN = 12, 8  # font size and the space around text, in pixels
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """clip(127.5 x + 128, 0, 255), cut to uint8.  Any shape, nominally in [-1, 1].  Source: EDM, generate.py."""
+    """Returns clip(127.5 x + 128, 0, 255) as uint8.  Any shape, nominally in [-1, 1].  Source: EDM, generate.py."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """One picture, grayscale or RGB.  uint8 [C,H,W], C = 1 or 3"""
+    """Returns a picture, grayscale or RGB, of uint8 [C,H,W], C = 1 or 3"""
     array = pixels.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
@@ -34,13 +34,13 @@ def image_grid(
     labels: Sequence[int] | None = None,
     scale: int | None = None,
 ) -> Image.Image:
-    """All images side by side on white.
+    """Returns all images side by side on white.
 
     Args:
         images: uint8 [N,C,H,W], C = 1 or 3.
-        columns: pictures in a row; default: as square as it goes, or what the largest class needs.
-        labels: class of each image; then every class begins a row of its own, in rising order.  [N]
-        scale: how many pixels a pixel becomes; default: 1, or what brings small images to 32.
+        columns: images in a row; default: a nearly square grid, or the size of the largest class.
+        labels: class of each image; every class then starts a new row, in ascending order.  [N]
+        scale: enlargement factor; default: 1, or enough to bring small images to 32 pixels.
     """
     N, C, H, W = images.shape
     members = (
@@ -60,7 +60,7 @@ def image_grid(
 
 
 def named_rows(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """Rows of images, each with its name at the left.  rows: uint8 [N,C,H,W] each, of one N, C, H and W."""
+    """Returns rows of images, each with its name on the left.  rows: uint8 [N,C,H,W] each, of one N, C, H and W."""
     grid = image_grid(torch.cat([images for _, images in rows]), columns=len(rows[0][1]))
     font = ImageFont.load_default(TEXT)
     left = max(math.ceil(font.getlength(name)) for name, _ in rows) + 2 * MARGIN

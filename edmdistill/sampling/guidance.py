@@ -1,4 +1,4 @@
-"""Guidance: a second denoiser says what to move away from."""
+"""Guidance: extrapolates a denoiser away from a second one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from edmdistill.networks.label_dropout import guidance_problem
 
 
 def require_guidance(main: Denoiser, guide: Denoiser | None, force: bool) -> None:
-    """Lets a network be guided by another one, or by itself without classes if it was trained without them.
+    """Checks that a network can be guided: by another one, or by itself without classes if it was trained so.
 
     Args:
         force: let a network guide itself that was never trained without classes.
-    Raises: EdmDistillError: it has no classes, or `force` is needed.
+    Raises: EdmDistillError: the network has no classes, or `force` is needed.
     """
     if guide is not None:
         return

@@ -1,4 +1,4 @@
-"""Classes: by number, by name, as vectors."""
+"""Finds classes by number or name, and turns them into label vectors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from edmdistill.networks.flow import class_vectors
 
 
 def label_vectors(labels: int | Sequence[int] | Tensor, label_dim: int, count: int) -> Tensor:
-    """The label vectors of `count` samples.  float32 [count,label_dim]
+    """Returns the label vectors of `count` samples.  float32 [count,label_dim]
 
     Args:
         labels: one class for all, a class a sample [count], or the vectors themselves [count,label_dim].
-        label_dim: number of classes; 0 = the network has none.
+        label_dim: number of classes; 0 = an unconditional network.
     Raises: EdmDistillError: an unconditional network, a class out of range, or another number of labels.
     """
     if not label_dim:
@@ -45,7 +45,7 @@ def find_classes(words: Sequence[str], label_dim: int, names: Sequence[str] | No
     A comma is part of many names, so only numbers can be listed.
     Raises: EdmDistillError: no such class, or several of that name.
     """
-    found: list[int] = []
+    classes: list[int] = []
     for word in words:
         if re.fullmatch(r"\s*[0-9]+(-[0-9]+)?(\s*,\s*[0-9]+(-[0-9]+)?)*\s*", word) and not word.strip().isdecimal():
             for part in word.split(","):
@@ -53,10 +53,10 @@ def find_classes(words: Sequence[str], label_dim: int, names: Sequence[str] | No
                 low, high = (find_class(number, label_dim, None) for number in (first, last or first))
                 if low > high:
                     raise EdmDistillError(f"the classes {part.strip()} run backwards: write the lower number first")
-                found += range(low, high + 1)
+                classes += range(low, high + 1)
         else:
-            found.append(find_class(word, label_dim, names))
-    return found
+            classes.append(find_class(word, label_dim, names))
+    return classes
 
 
 def find_class(word: str, label_dim: int, names: Sequence[str] | None) -> int:
@@ -67,37 +67,39 @@ def find_class(word: str, label_dim: int, names: Sequence[str] | None) -> int:
     """
     if not label_dim:
         raise EdmDistillError(f"class {word!r} was requested, but this network is unconditional: leave the class out")
-    asked, names = _words(word), names or ()
-    synonyms = [[_words(part) for part in name.split(",")] for name in names]
-    whole = [number for number, name in enumerate(names) if _words(name) == asked]
-    among = [number for number, parts in enumerate(synonyms) if asked in parts]
-    begins = [
-        number for number, parts in enumerate(synonyms) if any(f"{part} ".startswith(f"{asked} ") for part in parts)
+    name, names = _normalize(word), names or ()
+    synonyms = [[_normalize(part) for part in entry.split(",")] for entry in names]
+    exact = [number for number, entry in enumerate(names) if _normalize(entry) == name]
+    among = [number for number, parts in enumerate(synonyms) if name in parts]
+    prefixed = [
+        number for number, parts in enumerate(synonyms) if any(f"{part} ".startswith(f"{name} ") for part in parts)
     ]
-    if asked.isdecimal() and not whole and not among:
-        found = [int(asked)] if len(asked) < 10 else []
-        if not found or found[0] >= label_dim:
+    if name.isdecimal() and not exact and not among:
+        matches = [int(name)] if len(name) < 10 else []
+        if not matches or matches[0] >= label_dim:
             raise EdmDistillError(
-                f"class {asked[:30]} does not exist: this network's classes run from 0 to {label_dim - 1}"
+                f"class {name[:30]} does not exist: this network's classes run from 0 to {label_dim - 1}"
             )
     else:
-        found = whole or among or (begins if asked else [])
-    if len(found) == 1:
-        return found[0]
-    if found:
-        candidates = ", ".join(f"{number} ({names[number]})" for number in found[:8]) + (", ..." if found[8:] else "")
-        raise EdmDistillError(f"{word!r} means {len(found)} classes, {candidates}: use the number of one")
+        matches = exact or among or (prefixed if name else [])
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        candidates = ", ".join(f"{number} ({names[number]})" for number in matches[:8]) + (
+            ", ..." if matches[8:] else ""
+        )
+        raise EdmDistillError(f"{word!r} means {len(matches)} classes, {candidates}: use the number of one")
     if not names:
         raise EdmDistillError(
             f"this checkpoint has no class names, so {word!r} cannot be found: use a number from 0 to {label_dim - 1}"
         )
-    near = get_close_matches(asked, [part for parts in synonyms for part in parts], n=3)
+    near = get_close_matches(name, [part for parts in synonyms for part in parts], n=3)
     hint = f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?"
     raise EdmDistillError(
         f"there is no class {word!r}" + (f": {hint}" if near else f"; classes run from 0 to {label_dim - 1}")
     )
 
 
-def _words(name: str) -> str:
-    """A name in lower case, with single spaces."""
+def _normalize(name: str) -> str:
+    """Returns a name in lower case, with single spaces."""
     return " ".join(name.lower().split())

@@ -1,4 +1,4 @@
-"""Seeds belong to samples: every image has a random stream of its own, whatever the batch, rank or order."""
+"""Per-sample seeds: every image has its own random stream, whatever the batch, rank or order."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from edmdistill.errors import EdmDistillError
 
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 2_000_000
-"""Of one list: 40 times what an FID takes; all 2^32 would fill the memory."""
+"""The longest list of seeds: 40 times what an FID takes; all 2^32 would fill the memory."""
 
 
 class SeededNoise:
-    """One random stream a sample; each draw gives one value or picture of every stream.
+    """One random stream a sample; each draw returns one value or image of every stream.
 
     Args:
         seeds: taken modulo 2^32, as the official scripts do.
-        device: where the streams live. CPU streams give the same pictures on every machine; a CUDA stream differs
+        device: of the streams. CPU streams give the same images on every machine; a CUDA stream differs
             from a CPU stream of the same seed.
-    Source: the official generate.py and generate_images.py, whose streams these equal number for number if the draws
-        come in the same order: latents, then classes, then the sampler's noise.
+    Source: the official generate.py and generate_images.py, whose streams these match number for number if the
+        draws come in the same order: latents, then classes, then the sampler's noise.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -32,33 +32,33 @@ class SeededNoise:
         self.streams = [torch.Generator(self.device).manual_seed(int(seed) % 2**32) for seed in seeds]
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Unit normal numbers.  [B,*shape]"""
+        """Draws unit normal noise.  [B,*shape]"""
         draws = [torch.randn(*shape, generator=rng, device=self.device, dtype=dtype) for rng in self.streams]
         return torch.stack(draws)
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
-        """Uniform numbers in [0, 1).  float32 [B,*shape]"""
+        """Draws uniform numbers in [0, 1).  float32 [B,*shape]"""
         return torch.stack([torch.rand(*shape, generator=rng, device=self.device) for rng in self.streams])
 
     def signs(self, shape: Sequence[int]) -> Tensor:
-        """-1 or 1, each as likely.  float32 [B,*shape]"""
+        """Draws -1 or 1 with equal probability.  float32 [B,*shape]"""
         bits = [torch.randint(2, tuple(shape), generator=rng, device=self.device) for rng in self.streams]
         return torch.stack(bits) * 2.0 - 1
 
     def integers(self, high: int) -> Tensor:
-        """Uniform integers in [0, high).  int64 [B]"""
+        """Draws uniform integers in [0, high).  int64 [B]"""
         return torch.stack([torch.randint(high, [], generator=rng, device=self.device) for rng in self.streams])
 
     def like(self, x: Tensor) -> Tensor:
-        """Unit normal numbers of the shape, dtype and device of x [B,...]."""
+        """Draws unit normal noise of the shape, dtype and device of x [B,...]."""
         return self.normal(x.shape[1:], x.dtype).to(x.device)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds that a list of numbers and ranges names, in its order: `0-2,100` is [0, 1, 2, 100].
+    """Returns the seeds of a list of numbers and ranges, in its order: `0-2,100` is [0, 1, 2, 100].
 
-    Raises: EdmDistillError: a part that is no number or rising range, a seed above 2^32 - 1, a seed given twice, or
-        more than 2,000,000 seeds.
+    Raises: EdmDistillError: a part is neither a number nor an increasing range, a seed is above 2^32 - 1 or listed
+        twice, or there are more than 2,000,000.
     """
     seeds: list[int] = []
     for part in text.split(","):

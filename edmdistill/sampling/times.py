@@ -1,4 +1,4 @@
-"""Sampling times as users write them, and what is asked of them."""
+"""Parses and checks sampling times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edmdistill.trigflow import sigma_to_time
 
 
 def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: float) -> Tensor:
-    """Reads `80,2.5` (noise levels) or `1.56rad,1.1rad` (times in radians), mixed as one likes.  float64 [nfe], radians
+    """Reads `80,2.5` (noise levels) or `1.56rad,1.1rad` (times in radians), or both.  float64 [nfe], radians
 
     Raises: EdmDistillError: a part that is no number, or a noise level outside [sigma_min, sigma_max].
     """
@@ -36,9 +36,9 @@ def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: fl
 
 
 def check_times(times: Tensor | Sequence[float], nfe: int | None = None) -> Tensor:
-    """The times of a gamma-sampler: radians in (0, pi/2], falling, repeats allowed.  float64 [nfe]
+    """Returns the times of a gamma-sampler once checked: radians in (0, pi/2], falling, may repeat.  float64 [nfe]
 
-    Raises: EdmDistillError: they are not, or their number is not nfe.
+    Raises: EdmDistillError: they are not such times, or their number is not nfe.
     """
     times = torch.as_tensor(times, dtype=torch.float64)
     shown = ", ".join(f"{t:.4g}" for t in times.flatten().tolist())

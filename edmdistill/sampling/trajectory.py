@@ -1,4 +1,4 @@
-"""Trajectories that a loss pulls towards a reference image: strokes made real, holes filled, gray images coloured."""
+"""Sampling guided by a loss to a reference image: strokes to photos, inpainting, colourisation."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MAX_WEIGHT, MAX_CORRECTORS = 1e6, 10_000
 
 
 def paper_sigmas(sigma_min: float, sigma_max: float) -> Tensor:
-    """The noise levels of the paper's figure 6: .35 and .45 of EDM's curve from sigma_max, 8.6 and 3.9.  [2] float64
+    """Returns the noise levels of the paper's figure 6: .35 and .45 of EDM's curve, 8.6 and 3.9.  [2] float64
 
-    Source: CTM, appendix C.5.  Differs: t0 and t1 stand the other way round there, which would rise.
+    Source: CTM, appendix C.5.  Differs: t0 and t1 are the other way round there, which would increase.
     """
     return edm_curve(torch.tensor([0.65, 0.55]), sigma_min, sigma_max)
 
@@ -75,14 +75,14 @@ def reference_sampler(
         x   += zeta/2 (score(x, s) - c grad L(x, x_ref + s e)) + sqrt(zeta) e',    M times
         x   += gamma sigma_n+1 e
 
-    In the scale of the loss, features that are the image itself weigh as much as a score of noise alone.
+    The loss is scaled so that features equal to the image weigh as much as a score of noise alone.
 
     Args:
         jump: (x, sigma [], s [], labels) -> x at s, in EDM's scale.
         denoiser: (x, sigma [], labels) -> x0; the score is (x0 - x) / sigma^2.
         noise: unit normal.  [B,C,H,W]
         sigmas: noise levels, falling, above 0; the last jump leads to 0.  [N]
-        gamma: share of fresh noise, in [0, 1): at 1 the corrector would stand at noise 0, where no score is known.
+        gamma: share of fresh noise, in [0, 1): at 1 the corrector would act at noise 0, where there is no score.
         randn_like: unit normal noise of the shape of its argument.
     Returns: x0 [B,C,H,W].
     Source: Kim et al. 2024 (CTM), algorithm 3.  Differs: no corrector at noise 0; zeta, which the paper leaves open, is
@@ -106,7 +106,7 @@ def reference_sampler(
 
 
 def loss_gradient(features: Callable[[Tensor], Tensor], x: Tensor, aim: Tensor, sigma: float, sd: float) -> Tensor:
-    """The gradient in x of the loss of ReferenceGuidance.  [B,C,H,W]"""
+    """Returns the gradient in x of the loss of ReferenceGuidance.  [B,C,H,W]"""
     cos = sd / math.hypot(sd, sigma)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
