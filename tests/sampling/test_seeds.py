@@ -47,7 +47,7 @@ def test_parse_seeds_reads_what_was_written(parts: list[tuple[int, int]]) -> Non
     if len(set(expected)) == len(expected):
         assert parse_seeds(text) == expected
     else:
-        with pytest.raises(EdmDistillError, match="given twice"):
+        with pytest.raises(EdmDistillError, match="appears twice"):
             parse_seeds(text)
 
 
