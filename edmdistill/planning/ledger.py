@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from edmdistill.training.meta import CachedShapes, returns_aliases
 
 ATEN = torch.ops.aten
 FLASH = ATEN._scaled_dot_product_flash_attention_for_cpu
@@ -26,7 +27,7 @@ FLOPS = flop_registry | {
 }
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Ledger(CachedShapes):  # type: ignore[no-untyped-call]
     """Follows the bytes of live tensors that are made within it, and counts operations.
 
     Attributes:
@@ -36,7 +37,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.live: list[int] = []
         self.allocations: dict[int, tuple[int, int]] = {}
         self.flops = 0.0
@@ -46,22 +47,25 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if func.overloadpacket in FLOPS:
             self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
-        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self.allocations.keys() | inputs:
-                    self.allocations[storage._cdata] = len(self.live), storage.nbytes()
-                    self._now += storage.nbytes()
-                    weakref.finalize(storage, self._free, storage._cdata)
+        inputs = {storage._cdata for storage in _storages((args, kwargs))} if returns_aliases(func) else set()
+        for storage in _storages(out):
+            if storage._cdata not in self.allocations and storage._cdata not in inputs:
+                self.allocations[storage._cdata] = len(self.live), storage.nbytes()
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata)
         self.live.append(self._now)
         return out
 
     def _free(self, storage: int) -> None:
         self._now -= self.allocations.pop(storage)[1]
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    leaves = (values,) if isinstance(values, Tensor) else tree_leaves(values)
+    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Turn
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.training.meta import CachedShapes
 
 ROWS = 2
 """Images of the pass that shows which parameters a loss reaches."""
@@ -57,7 +58,8 @@ class Probe:
         unused: dict[str, set[str]] = {}
         for turn in self.turns:
             network = self.set_trainable(turn.role)
-            self.loss(turn, ROWS).value.sum().backward()  # type: ignore[no-untyped-call]
+            with CachedShapes():
+                self.loss(turn, ROWS).value.sum().backward()  # type: ignore[no-untyped-call]
             idle = {name for name, parameter in network.named_parameters() if parameter.grad is None}
             unused[turn.role] = unused.get(turn.role, idle) & idle
             network.zero_grad(set_to_none=True)

@@ -65,7 +65,7 @@ PLACES: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "a pipe": (lambda place: os.mkfifo(place), [], "is a device or a pipe"),
     "another run": (another_run, ["--set", "training.lr=0.5"], "belongs to another run"),
     "in use": (in_use, [], "is in use by process"),
-    "rows": (lambda place: None, ["--micro-batch", "auto"], "this run is on a CPU: give a number of images"),
+    "rows": (lambda place: None, ["--micro-batch", "auto"], "this run is on the CPU: use a number of images"),
     "a tracker": (lambda place: None, ["--log-with", "wandb"], "--log-with wandb needs a package"),
     "root": (lambda place: None, ["--run-dir", "/"], "is the root folder"),
     "nothing": (lambda place: None, ["--run-dir", ""], "the path is empty"),
