@@ -245,7 +245,9 @@ def test_on_the_meta_device(make_flow: MakeFlow) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["ddpmpp", "adm", "edm2"])
+@pytest.mark.parametrize(
+    "case", ["edm2", pytest.param("adm", marks=pytest.mark.slow), pytest.param("ddpmpp", marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_traced_in_one_graph_with_two_convolutions_a_layer(make_flow: MakeFlow, case: str) -> None:
