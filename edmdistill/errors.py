@@ -1,7 +1,7 @@
-"""The errors that a user can cause: one sentence with what, where, what was found and what to do.
+"""The errors that a user can cause: one sentence with what happened, where, and what to do.
 
-The command line prints them without a traceback and exits with 2. Everything else is a fault of ours and
-keeps its traceback.
+The command line prints them without a traceback and exits with 2. Everything else is a bug and keeps its
+traceback.
 """
 
 import re
@@ -10,9 +10,9 @@ from difflib import get_close_matches
 
 
 def printable(text: str) -> str:
-    """Returns text on one line that says nothing to a terminal: control, format and undecodable characters escaped.
+    """Returns text on one line, safe to print: control, format and undecodable characters are escaped.
 
-    All that comes from a file, a server or a user and is printed goes through here.
+    Everything printed that comes from a file, a server or a user goes through here.
     """
     if text.isprintable():
         return text
@@ -20,16 +20,16 @@ def printable(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Returns text whose URLs keep scheme, host and path only, without tokens of the Hub.
+    """Returns text with URLs reduced to scheme, host and path, and without Hub tokens.
 
-    A user, a password, a query and a fragment may be secret; in what is kept, printed or published, they are not.
+    User, password, query and fragment may be secret, and must not be stored, printed or published.
     """
     text = re.sub(r"\bhf_\w{8,}", "hf_***", text)
     return re.sub(r"(?i)\b[a-z][a-z0-9+.-]*://[^\s'\"<>]*", lambda match: public_address(match[0]), text)
 
 
 def public_address(url: str) -> str:
-    """Returns a URL's scheme, host and path alone.  Of hf://, a revision stays too."""
+    """Returns only the scheme, host and path of a URL, and the revision of an hf:// address."""
     scheme, slashes, rest = url.partition("://")
     host, slash, path = re.split(r"(?i)[?#]|%3f|%23", rest, maxsplit=1)[0].partition("/")
     host = host.rpartition("@")[2]
@@ -39,16 +39,16 @@ def public_address(url: str) -> str:
 
 
 class EdmDistillError(Exception):
-    """Base of every error that the user, not the program, can mend: a sentence, and lines below it if need be.
+    """Base of all errors that the user can fix: a sentence, and more lines if needed.
 
-    What it says is printable and holds no secrets, whoever chose the names in it.
+    Its text is printable and contains no secrets, whatever names are in it.
     """
 
     def __str__(self) -> str:
         return "\n".join(printable(without_secrets(str(line))) for line in self.args)
 
     exit_code = 2
-    """Of a command that ends with it."""
+    """The exit code of a command that ends with this error."""
 
 
 class CheckpointError(EdmDistillError):
@@ -56,9 +56,9 @@ class CheckpointError(EdmDistillError):
 
 
 class RecipeError(EdmDistillError):
-    """A recipe, or an override of it, says something that cannot be computed.
+    """A recipe or an override is invalid.
 
-    Whatever it says is quoted, but cut where it is long.
+    Long values are shortened.
     """
 
     def __init__(self, sentence: str) -> None:
@@ -70,29 +70,29 @@ class DatasetError(EdmDistillError):
 
 
 class TrainingError(EdmDistillError):
-    """A run cannot start, go on or be resumed."""
+    """A run cannot start, continue or resume."""
 
 
 class PeerFailed(TrainingError):
-    """Another process of the run cannot go on, and says why: this one ends without a word."""
+    """Another process of the run has failed and reports it: this one ends silently."""
 
 
 class NotFiniteError(EdmDistillError):
-    """Samples or metrics hold NaN or infinity: the command did its work, and the result is not usable."""
+    """Samples or metrics contain NaN or infinity: the command ran, but its result is not usable."""
 
     exit_code = 1
 
 
 class HubError(EdmDistillError):
-    """The Hugging Face Hub refused, or could not be reached."""
+    """The Hugging Face Hub refused a request, or cannot be reached."""
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 10, more: str = "") -> str:
-    """Returns the end of a sentence on a name that is not known: the name that was probably meant, or what there is.
+    """Returns the end of a sentence on an unknown name: the name that was probably meant, or the choices.
 
     Args:
-        most: how many names are listed at most.
-        more: what lists the others, a command.
+        most: the largest number of names to list.
+        more: the command that lists the others.
     """
     names = list(known)
     if near := get_close_matches(word[:100], names, n=1):
