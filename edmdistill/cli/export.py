@@ -1,4 +1,4 @@
-"""edmdistill export."""
+"""`edmdistill export`: a checkpoint for another program."""
 
 from pathlib import Path
 
@@ -40,5 +40,5 @@ def command(source: str, to: str, out: Path, overwrite: bool, as_json: bool) -> 
         document = {"schema_version": 1, "path": str(out), "to": to, "parity": [row._asdict() for row in parity]}
         click.echo(json.dumps(document, indent=2))
         return
-    click.echo(f"Largest relative difference of its images to ours:\n\n{table(parity)}\n")
+    click.echo(f"Largest relative difference from our images:\n\n{table(parity)}\n")
     click.echo(f"{out} is written: see {out / 'README.md'}.")

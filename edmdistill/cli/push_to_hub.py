@@ -64,6 +64,6 @@ def command(
     )
     if done.kept_card:
         say(f"The {CARD} there was edited by hand and is kept: --overwrite-card replaces it.")
-    had = "was there already" if done.unchanged else "is published"
-    click.echo(f"{done.url} {had}; downloaded again, it has the same bytes and draws the same. To draw from it:")
+    status = "was already published" if done.unchanged else "is published"
+    click.echo(f"{done.url} {status}; a fresh download has the same bytes and samples. To sample from it:")
     click.echo(f"  edmdistill sample {repository}{f'@{branch}' if branch else ''} --seeds 0-63 --out images")

@@ -1,4 +1,4 @@
-"""`edmdistill report`: a run on one page of HTML."""
+"""`edmdistill report`: a run as one HTML page."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from edmdistill.cli.options import OutputPath
 def command(run: Path, results: tuple[Path, ...], out: Path | None) -> None:
     """Write the report of the run directory RUN: teacher and generator by number of steps, samples, curves, recipe.
 
-    The page is one file that needs no network. The table is printed as well.
+    The page is one file that needs no network. The tables are printed too.
     """
     from edmdistill.atomic import atomic_write
     from edmdistill.evaluation.results import load_results, read_results

@@ -1,6 +1,6 @@
-"""The card: a checkpoint's page on the Hub, all of it from the checkpoint and the run that made it.
+"""The model card: a checkpoint's page on the Hub, written from the checkpoint and the run that made it.
 
-The note that every checkpoint on a disk carries is store.py's; this takes its place when the checkpoint is published.
+It replaces the short README.md that every checkpoint on disk has.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def card(
     results: Sequence[Result] = (),
     grid: tuple[str, str] | None = None,
 ) -> str:
-    """The text of README.md: the Hub's header, then what a stranger has to know.
+    """Returns the text of README.md: the Hub's metadata, then the sections.
 
     Args:
-        repository: OWNER/NAME, where the checkpoint is going to be.
+        repository: OWNER/NAME, where the checkpoint is published.
         run: the run that made it.
-        results: of it and of its teacher; where they differ in gamma alone, the best is shown.
-        grid: a picture's file name there, and what is on it.
+        results: of it and of its teacher; of those that differ only in gamma, the best is shown.
+        grid: the file name of a picture, and its caption.
     """
     results = best_gamma_results(results)
     sections = {
@@ -59,20 +59,20 @@ def card(
 
 
 def was_measured_on(result: Result, config: CheckpointConfig) -> bool:
-    """Whether a result was measured on this checkpoint, by what it says of where it comes from."""
-    said = result.provenance
-    same = (said.get("recipe_hash"), said.get("images_seen")) == (config.recipe_hash, config.images_seen)
-    return result.sampler is not None and said.get("method") is not None and same
+    """Returns whether a result was measured on this checkpoint, by its provenance."""
+    origin = result.provenance
+    same = (origin.get("recipe_hash"), origin.get("images_seen")) == (config.recipe_hash, config.images_seen)
+    return result.sampler is not None and origin.get("method") is not None and same
 
 
 def _header(config: CheckpointConfig, repository: str, results: Sequence[Result]) -> str:
-    """The Hub's metadata."""
+    """Returns the Hub's metadata."""
     evaluated = [point for result in results if was_measured_on(result, config) for point in _evaluated(result)]
     data = ModelCardData(
-        **licence_fields(config.provenance.licence),  # type: ignore[arg-type]  # of names that it takes as well
+        **licence_fields(config.provenance.licence),  # type: ignore[arg-type]  # names it accepts too
         library_name="edmdistill",
         pipeline_tag=TASK,
-        tags=["diffusion", *["distillation"] * _taught(config), config.stage, *filter(None, [config.method])],
+        tags=["diffusion", *["distillation"] * _has_teacher(config), config.stage, *filter(None, [config.method])],
         base_model=repository_of(config.provenance.source),
         model_name=repository.partition("/")[2] if evaluated else None,
         eval_results=evaluated or None,
@@ -81,23 +81,23 @@ def _header(config: CheckpointConfig, repository: str, results: Sequence[Result]
 
 
 def _evaluated(result: Result) -> list[EvalResult]:
-    """A result as the Hub's model-index has it, a point for each metric."""
-    own, sampler = result.protocol, result.sampler
+    """Returns a result as entries of the Hub's model-index, one for each metric."""
+    protocol, sampler = result.protocol, result.sampler
     assert sampler is not None
-    assert own.reference is not None
+    assert protocol.reference is not None
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type=own.reference.source,
-            dataset_name=own.reference.source,
-            dataset_split=own.reference.split,
+            dataset_type=protocol.reference.source,
+            dataset_name=protocol.reference.source,
+            dataset_split=protocol.reference.split,
             metric_type=metric,
             metric_value=value,
             metric_name=f"{metric}, {sampler.nfe} NFE",
             metric_args={"nfe": sampler.nfe}
             | ({"gamma": sampler.gamma} if sampler.gamma is not None and sampler.nfe > 1 else {})
             | ({"guidance": sampler.guidance} if sampler.guidance != 1 else {})
-            | {"protocol": own.name, "protocol_sha256": result.protocol_sha256},
+            | {"protocol": protocol.name, "protocol_sha256": result.protocol_sha256},
         )
         for metric, value in result.metrics.items()
     ]
@@ -107,16 +107,16 @@ def _evaluated(result: Result) -> list[EvalResult]:
 
 
 def _what(config: CheckpointConfig) -> str:
-    """What this is, in a sentence."""
+    """Says what this is in a sentence."""
     size, classes = config.network.arguments["img_resolution"], config.label_dim
     kind = "images" if config.encoder["kind"] == "pixels" else "latents of a VAE"
-    draws = f"{size}x{size} {kind}, {f'of {classes} classes' if classes else 'without classes'}"
+    content = f"{size}x{size} {kind}, {f'of {classes} classes' if classes else 'without classes'}"
     if config.stage != "generator":
-        return f"A diffusion model of {draws}, in edmdistill's TrigFlow format."
+        return f"A diffusion model of {content}, in edmdistill's TrigFlow format."
     method = METHODS.get(config.method or "")
     how = f" {method.summary}" if method else ""
     origin = markdown(f"made by {config.method} from {config.provenance.source}")
-    return f"A few-step generator of {draws}, {origin}.{how}"
+    return f"A few-step generator of {content}, {origin}.{how}"
 
 
 def _use(config: CheckpointConfig, repository: str) -> str:
@@ -124,7 +124,7 @@ def _use(config: CheckpointConfig, repository: str) -> str:
     nfe = default_nfe(config) if generator else 35
     out = "latents.npz" if latent else "images"
     load = "load_generator" if generator else "load_denoiser"
-    own = " Each seed draws its own class, unless `--class` or `labels` name one." if config.label_dim else ""
+    classes = " The seed also chooses the class, unless `--class` or `labels` name one." if config.label_dim else ""
     shell = f"pip install edmdistill\nedmdistill sample {repository} --nfe {nfe} --seeds 0-63 --out {out}"
     python = (
         f'import edmdistill\n\nmodel = edmdistill.{load}("{repository}")\n'
@@ -132,16 +132,16 @@ def _use(config: CheckpointConfig, repository: str) -> str:
     )
     return (
         f"{code_block(shell, 'sh')}\n\n{code_block(python, 'python')}\n\n"
-        f"Made by edmdistill {__version__}; an older one may not read it. "
-        f"`{repository}@REVISION` is another branch, a tag or a commit. What was downloaded once needs no network.{own}"
+        f"Made with edmdistill {__version__}; older versions may not read it. "
+        f"`{repository}@REVISION` names a branch, tag or commit. Only the first use needs the network.{classes}"
     )
 
 
 def _quality(config: CheckpointConfig, results: Sequence[Result]) -> str:
-    own = GeneratorId(config.recipe_hash or "", config.images_seen or 0)
-    measured = result_tables([result for result in results if result.sampler], own)
+    generator = GeneratorId(config.recipe_hash or "", config.images_seen or 0)
+    measured = result_tables([result for result in results if result.sampler], generator)
     if not measured:
-        return "It was not measured."
+        return "Not measured."
     return "\n\n".join(
         "\n\n".join(filter(None, (t.to_markdown(), markdown(t.caption), markdown(t.claim)))) for t in measured
     )
@@ -150,34 +150,35 @@ def _quality(config: CheckpointConfig, results: Sequence[Result]) -> str:
 def _schedule(config: CheckpointConfig) -> str:
     if config.stage != "generator":
         return ""
-    own = config.sampling
-    rows = [f"| {nfe} | {' '.join(f'{sigma:g}' for sigma in own.sigmas[nfe])} |" for nfe in sorted(own.sigmas, key=int)]
+    sampling = config.sampling
+    schedules = sorted(sampling.sigmas.items(), key=lambda item: int(item[0]))
+    rows = [f"| {nfe} | {' '.join(f'{sigma:g}' for sigma in sigmas)} |" for nfe, sigmas in schedules]
     table = "\n".join(["| NFE | noise levels sigma |", "|---|---|", *rows]) + "\n\n" if rows else ""
     return (
-        f"{table}{'Other numbers' if rows else 'All numbers'} of evaluations take EDM's curve from sigma "
-        f"{config.sigma_max:g} to {config.sigma_min:g}. Between two evaluations the share of fresh noise is gamma = "
-        f"{own.gamma:g}, unless `--gamma` says otherwise."
+        f"{table}{'Other' if rows else 'All'} numbers of evaluations use EDM's schedule from sigma "
+        f"{config.sigma_max:g} to {config.sigma_min:g}. Between two evaluations, the share of fresh noise is gamma = "
+        f"{sampling.gamma:g} by default; `--gamma` changes it."
     )
 
 
 def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
     origin = config.provenance
     facts: dict[str, str | None] = {
-        "Teacher" if _taught(config) else "Source": markdown(origin.source)
+        "Teacher" if _has_teacher(config) else "Source": markdown(origin.source)
         + (f", sha256 {code(origin.sha256)}" if origin.sha256 else ""),
-        "Started from": f"the checkpoint of sha256 {code(origin.parent)}" if origin.parent else None,
+        "Initialized from": f"the checkpoint with sha256 {code(origin.parent)}" if origin.parent else None,
         "Network": markdown(f"{config.network.kind}, preconditioned as {config.preconditioning['kind']}"),
         "Method": markdown(config.method or ""),
         "Guidance of the teacher": config.guidance.words if config.guidance else None,
         "Recipe": f"hash {code(config.recipe_hash)}" if config.recipe_hash else None,
         "Images seen": f"{config.images_seen:,}" if config.images_seen is not None else None,
-        "Average of the weights": markdown(_words(config.ema)),
+        "Weight average (EMA)": markdown(_words(config.ema)),
     }
     if run is None:
         return _list(f"{name}: {fact}" for name, fact in facts.items() if fact)
     data = run.data
     _, name, *sets = run.train_arguments
-    recipe = [Path(name).name if name.endswith(".toml") else name, *sets]  # where it lies is nobody's business
+    recipe = [Path(name).name if name.endswith(".toml") else name, *sets]  # its folder is private
     facts["Recipe"] = f"{markdown(shlex.join(recipe))}, {facts['Recipe']}"
     facts["Data"] = markdown(f"{data['name']}, {data['images']:,} images, {data['resolution']}x{data['resolution']}")
     teacher = [] if run.recipe.network else ["TEACHER"]
@@ -191,48 +192,48 @@ def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
 
 
 def _limits(config: CheckpointConfig, run: RunSummary | None, results: Sequence[Result]) -> list[str]:
-    """What it cannot do, as far as its own files tell."""
+    """Returns the limits that its own files show."""
     generator = config.stage == "generator"
-    limits = ["It draws what its training data show, with their gaps and their biases, and knows no text."]
+    limits = ["It reproduces its training data, with their gaps and biases, and does not take text prompts."]
     if generator:
-        if _taught(config):
-            limits.append("It was made to be like its teacher, and has the teacher's faults as well as its own.")
-        named = ", ".join(sorted(config.sampling.sigmas, key=int))
-        if named:
+        if _has_teacher(config):
+            limits.append("It imitates its teacher, so it has the teacher's faults in addition to its own.")
+        schedules = ", ".join(sorted(config.sampling.sigmas, key=int))
+        if schedules:
             limits.append(
-                f"Beyond one evaluation, its schedules are for {named}; other numbers work, and may draw worse."
+                f"It has schedules for {schedules} evaluations; other numbers work too, but quality may be lower."
             )
     if config.encoder["kind"] != "pixels":
-        limits.append("It draws latents; the VAE that turns them into images is not part of it.")
+        limits.append("It generates latents; the VAE that decodes them into images is not included.")
     if sentence := unfinished(config):
         limits.append(sentence)
     if any(was_measured_on(result, config) for result in results):
         limits.append(
-            "Its quality is known under the protocols above alone; figures of other protocols do not compare."
+            "Its quality was measured only by the protocols above; results of other protocols do not compare."
         )
     return limits
 
 
-def _taught(config: CheckpointConfig) -> bool:
-    """Whether it is a generator that had a teacher."""
+def _has_teacher(config: CheckpointConfig) -> bool:
+    """Returns whether it is a generator that had a teacher."""
     method = METHODS.get(config.method or "")
-    if config.stage != "generator" or config.provenance.parent is None:  # CTM has none if it began from nothing
+    if config.stage != "generator" or config.provenance.parent is None:  # CTM has none when trained from scratch
         return False
     return method is None or "teacher" in method.load().roles
 
 
 def _licence(config: CheckpointConfig) -> str:
-    licence = config.provenance.licence or "a licence that is not known"
+    licence = config.provenance.licence or "an unknown licence"
     parts = [f"The weights are under {markdown(licence)}."]
     if "-nc" in licence:
-        parts.append("They are not for commercial use.")
+        parts.append("Commercial use is not permitted.")
     if "-sa" in licence:
-        parts.append("What is made from them goes under the same licence.")
+        parts.append("Derivatives must use the same licence.")
     return " ".join(parts)
 
 
 def _citations(config: CheckpointConfig) -> str:
-    """BibTeX of the method's papers and the network's."""
+    """Returns BibTeX of the papers of the method and the network."""
     text = CITATIONS.read_text(encoding="utf-8")
     entries = {re.split("[{,]", entry)[1]: entry.strip() for entry in text.split("\n\n")}
     network = "karras2024edm2" if config.network.kind == "edm2" else "karras2022edm"
@@ -241,9 +242,9 @@ def _citations(config: CheckpointConfig) -> str:
 
 
 def default_nfe(config: CheckpointConfig) -> int:
-    """How many evaluations to show a generator with: 2, or the fewest that it has a schedule for."""
-    own = [int(nfe) for nfe in config.sampling.sigmas]
-    return 2 if 2 in own or not own else min(own)
+    """Returns the number of evaluations for a generator's examples: 2, or the fewest that it has a schedule for."""
+    scheduled = [int(nfe) for nfe in config.sampling.sigmas]
+    return 2 if 2 in scheduled or not scheduled else min(scheduled)
 
 
 def _words(facts: Mapping[str, object] | None) -> str:

@@ -1,6 +1,6 @@
-"""Publishing to the Hub: only what is needed to draw, in one commit, and not done before it has come back the same.
+"""Publishing to the Hub: the files that sampling needs, in one commit, verified by downloading them again.
 
-What the Hub has is not sent again, so a push that was interrupted goes on when it is repeated.
+Files that the Hub has are not sent again, so repeating an interrupted push resumes it.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from edmdistill.training.identity import RECIPE
 
 GRID = "samples.png"
 SIGNATURE = re.compile(rb"(?m)^edmdistill_card: ([0-9a-f]{64})\nedmdistill_model: ([0-9a-f]{64})\n")
-"""Lines of a card's header: sha256 of the card without them, and of the weights that were put there with it."""
+"""Lines of a card's header: sha256 of the card without them, and of the weights published with it."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".onnx", ".pt2", ".h5", ".msgpack", ".gguf", ".npz")
 GRID_SIZE, GRID_COLUMNS = 24, 8
 """Samples in the grid."""
 COMPARISON_SEEDS = 0, 1
-"""Seeds whose samples must come back the same."""
+"""Seeds whose samples are compared after the download."""
 STRICTNESS = {
     "cc0-1.0": 0,
     "mit": 1,
@@ -63,14 +63,14 @@ STRICTNESS = {
     "cc-by-nc-4.0": 5,
     "cc-by-nc-sa-4.0": 6,
 }
-"""Licences from loose to strict. Of the share-alike ones, and of any other, nothing but the same will do."""
+"""Licences from permissive to strict. Share-alike licences, and those not listed, cannot be replaced."""
 
 
 class Package(NamedTuple):
-    """What is to be published.
+    """The files to publish.
 
     Attributes:
-        files: by their names on the Hub: where they are, or what they hold.
+        files: their paths or contents, by their names on the Hub.
         samples: of COMPARISON_SEEDS.
     """
 
@@ -93,7 +93,7 @@ class Package(NamedTuple):
 
 
 class Published(NamedTuple):
-    """Where it is: the revision, whether the Hub had all of it before, and whether a card there was kept."""
+    """The published revision, whether the Hub already had all of it, and whether the card there was kept."""
 
     url: str
     revision: str
@@ -102,14 +102,14 @@ class Published(NamedTuple):
 
 
 def build_package(source: str | Path, repository: str, licence: str | None = None) -> Package:
-    """Puts together what is published of a checkpoint or of a run; nothing is sent.
+    """Collects the files to publish from a checkpoint or a run; nothing is sent.
 
     Args:
-        source: a checkpoint folder of ours, or a run directory.
+        source: a checkpoint folder, or a run directory.
         repository: OWNER/NAME.
-        licence: of the weights, where the checkpoint knows none, or a stricter one.
-    Raises: HubError: no name for a repository, a licence that will not do, or optimiser states.
-        CheckpointError: no checkpoint, a damaged one, or a licence that the Hub does not take.
+        licence: of the weights, if the checkpoint has none, or a stricter one.
+    Raises: HubError: an invalid repository name or licence, or optimiser states.
+        CheckpointError: no checkpoint, a damaged one, or a licence that the Hub does not accept.
     """
     path = Path(source).expanduser()
     try:
@@ -145,12 +145,12 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
 
 
 def choose_licence(theirs: str | None, requested: str | None) -> str:
-    """The licence to publish under.
+    """Returns the licence to publish under.
 
     Args:
-        theirs: that of the weights, or of those that they come from.
-        requested: what the user wants.
-    Raises: HubError: neither is known, or what is requested for is looser.
+        theirs: of the weights, or of those they derive from.
+        requested: by the user.
+    Raises: HubError: neither is known, or the requested one is more permissive.
     """
     theirs, requested = (None if licence is None else check_licence(licence) for licence in (theirs, requested))
     if theirs is None and requested is None:
@@ -160,7 +160,7 @@ def choose_licence(theirs: str | None, requested: str | None) -> str:
     free = theirs in STRICTNESS and "-sa" not in theirs
     if not free or STRICTNESS.get(requested, -1) < STRICTNESS[theirs]:
         raise HubError(
-            f"the weights are under {theirs}, or come from such, and {requested} allows more or other things: "
+            f"the weights are under {theirs}, or derived from such weights, and {requested} is not as strict: "
             "leave --licence out"
         )
     return requested
@@ -176,16 +176,16 @@ def push(
     overwrite_card: bool = False,
     on_message: Callable[[str], object] = lambda stage: None,
 ) -> Published:
-    """Publishes, then downloads what is published and compares its bytes, and the samples of two seeds up to rounding.
+    """Publishes a package, downloads it again, and compares its bytes, and the samples of two seeds up to rounding.
 
     Args:
-        private: make the repository private, or make sure that it is.
-        branch: made if it is not there; default: main.
+        private: create the repository as private, or require that it is.
+        branch: created if it does not exist; default: main.
         message: of the commit.
-        replace_model: put this model in the place of another one that is there.
-        overwrite_card: put this card in the place of one that was written or changed by hand.
-        note: hears what is being done.
-    Raises: HubError: the Hub refuses, cannot be reached, gives back something else, or holds another model.
+        replace_model: replace another model in the repository.
+        overwrite_card: replace a card that was written or edited by hand.
+        on_message: called with the name of each stage.
+    Raises: HubError: the Hub refuses or cannot be reached, the download differs, or the repository has another model.
     """
     repository, api = package.repository, HfApi(library_name="edmdistill", library_version=__version__)
     if get_token() is None:
@@ -196,7 +196,7 @@ def push(
         try:
             before = api.model_info(repository, revision=branch, files_metadata=True)
         except RevisionNotFoundError:
-            before = api.model_info(repository, files_metadata=True)  # of which the branch is going to be made
+            before = api.model_info(repository, files_metadata=True)  # the branch will start from it
         if private and not before.private:
             raise HubError(f"{repository} exists and is public: make it private in its settings, or choose another")
         contents = _read_repository(repository, before)
@@ -225,13 +225,13 @@ def push(
 
 
 class RepositoryContents(NamedTuple):
-    """What a repository holds.
+    """The contents of a repository.
 
     Attributes:
         names: of its files.
-        config: where its config.json has been downloaded to; None: it has none.
+        config: the downloaded config.json; None: it has none.
         card: the text of its README.md.
-        model_sha256: of model.safetensors, where the Hub tells it.
+        model_sha256: of model.safetensors, if the Hub reports it.
     """
 
     names: list[str]
@@ -241,7 +241,7 @@ class RepositoryContents(NamedTuple):
 
 
 def _read_repository(repository: str, info: ModelInfo) -> RepositoryContents:
-    """Looks at a repository, without its weights."""
+    """Reads a repository, without its weights."""
     names = [file.rfilename for file in info.siblings or ()]
 
     def download(name: str) -> Path | None:
@@ -255,25 +255,25 @@ def _read_repository(repository: str, info: ModelInfo) -> RepositoryContents:
 
 
 def _other_model(contents: RepositoryContents, config: CheckpointConfig) -> str | None:
-    """What a repository holds that is not this model or an earlier state of it; None: nothing."""
+    """Describes another model in the repository; None: it has this model, an earlier state of it, or none."""
     if foreign := [name for name in contents.names if name != MODEL and name.endswith(WEIGHTS)]:
         return f"the weights of another program, {foreign[0]}"
     if contents.config is None:
         return "weights that edmdistill did not put there" if MODEL in contents.names else None
     try:
-        own = read_config(contents.config.parent)
+        published = read_config(contents.config.parent)
     except CheckpointError:
         return f"another program's model, with a {CONFIG} of its own"
-    if _identity(own) != _identity(config):
-        return f"another model, {_describe(own)}, where this is {_describe(config)}"
-    signed = _signature(contents.card)  # of a card changed by hand, it may be that of earlier weights
+    if _identity(published) != _identity(config):
+        return f"another model, {_describe(published)}, where this is {_describe(config)}"
+    signed = _signature(contents.card)  # None for a card edited by hand
     if signed and contents.model_sha256 not in (None, signed):
         return f"a {MODEL} that edmdistill did not put there"
     return None
 
 
 def _identity(config: CheckpointConfig) -> tuple[object, ...]:
-    """What stays the same while a model is trained on, measured or averaged anew."""
+    """Returns the fields that further training, measuring and averaging do not change."""
     origin = config.provenance
     return config.stage, config.method, config.recipe_hash, origin.sha256, origin.parent, origin.guide
 
@@ -285,13 +285,13 @@ def _describe(config: CheckpointConfig) -> str:
 
 
 def _signed(card: str, model_sha256: str) -> str:
-    """Returns a card whose header tells whether it, or the weights beside it, have been changed since."""
+    """Returns the card with a header that shows later changes of it, or of the weights beside it."""
     digest = hashlib.sha256(card.encode()).hexdigest()
     return card.replace("\n---\n", f"\nedmdistill_card: {digest}\nedmdistill_model: {model_sha256}\n---\n", 1)
 
 
 def _signature(card: bytes | None) -> str | None:
-    """Returns sha256 of the weights that a card was put there with; None: the card is not as edmdistill wrote it."""
+    """Returns sha256 of the weights that a card was published with; None: the card was edited or is not ours."""
     text = (card or b"").replace(b"\r\n", b"\n")
     found = SIGNATURE.search(text)
     same = found and hashlib.sha256(SIGNATURE.sub(b"", text, count=1)).hexdigest() == found[1].decode()
@@ -299,14 +299,14 @@ def _signature(card: bytes | None) -> str | None:
 
 
 def _verify_download(package: Package, revision: str) -> None:
-    """Raises: HubError: what the Hub gives back does not draw what was sent."""
+    """Downloads a revision.  Raises: HubError: its files, or the samples from it, differ from those sent."""
     where = f"{package.repository}@{revision:.8}"
     with temporary_folder() as fresh:
-        with hub_calls(f"{where} is published, but cannot be had back"):
+        with hub_calls(f"{where} is published, but cannot be downloaded to check it"):
             snapshot_download(
                 package.repository, revision=revision, local_dir=fresh, allow_patterns=list(package.files)
             )
-        sent = {name: file for name, file in package.files.items() if name != CARD}  # a card of theirs may have stayed
+        sent = {name: file for name, file in package.files.items() if name != CARD}  # the card there may have been kept
         whole = all(_has_bytes(Path(fresh) / name, file) for name, file in sent.items())
         same = whole and difference_of(_comparison_samples(load_model(fresh)), package.samples) <= IMAGE_TOLERANCE
     if not same:
@@ -316,7 +316,7 @@ def _verify_download(package: Package, revision: str) -> None:
 
 
 def _has_bytes(path: Path, content: Path | bytes) -> bool:
-    """Whether a file has the bytes of another, or those given."""
+    """Returns whether a file has these bytes, or those of another file."""
     return path.read_bytes() == content if isinstance(content, bytes) else filecmp.cmp(path, content, shallow=False)
 
 
@@ -326,7 +326,7 @@ def _comparison_samples(model: Generator | Denoiser) -> Tensor:
 
 
 def _grid(model: Generator, nfe: int) -> bytes:
-    """A picture of the first seeds, their classes in turn."""
+    """Returns a picture of the first seeds, with class = seed modulo the number of classes."""
     classes = model.flow.label_dim
     labels = [seed % classes for seed in range(GRID_SIZE)] if classes else None
     images = require_finite(sample(model, nfe, seeds=range(GRID_SIZE), labels=labels), range(GRID_SIZE))
@@ -335,7 +335,7 @@ def _grid(model: Generator, nfe: int) -> bytes:
 
 
 def _publishable_results(config: CheckpointConfig, path: Path, repository: str) -> list[Result]:
-    """What was measured of a checkpoint and of its teacher.  Where they lay on this machine is nobody's business."""
+    """Returns the results of a checkpoint and of its teacher, without paths of this machine."""
     measured = load_results(path)
     own = [_with_source(result, repository) for result in measured if was_measured_on(result, config)]
     return own + [_with_source(result, None) for result in measured if result.provenance.get("method") is None]

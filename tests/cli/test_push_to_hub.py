@@ -62,8 +62,8 @@ def test_a_run_is_published(server: Hub, run: Path, tmp_path: Path) -> None:
     files = repository.commits[revision]
     assert files.keys() == {MODEL, CONFIG, CARD, GRID, ".gitattributes"}
     assert result.stdout == (
-        f"{server.url}/{NAME}/tree/{revision} is published; downloaded again, it has the same bytes and draws the "
-        f"same. To draw from it:\n  edmdistill sample {NAME} --seeds 0-63 --out images\n"
+        f"{server.url}/{NAME}/tree/{revision} is published; a fresh download has the same bytes and samples. "
+        f"To sample from it:\n  edmdistill sample {NAME} --seeds 0-63 --out images\n"
     )
     assert [(r["metrics"], r["provenance"]["source"]) for r in json.loads(files[CONFIG])["results"]] == [
         ({"fd_digits": 4.25}, NAME)
@@ -73,7 +73,7 @@ def test_a_run_is_published(server: Hub, run: Path, tmp_path: Path) -> None:
     assert "1.750" in card
     assert "8.500" not in card
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
-    assert f"{NAME}/tree/{revision} was there already; " in push(run, NAME).stdout
+    assert f"{NAME}/tree/{revision} was already published; " in push(run, NAME).stdout
 
 
 def test_sample_draws_from_it(server: Hub, run: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_the_page_says_what_the_run_says(run: Path):
         "edmdistill train cosim TEACHER --data digits --recipe mine.toml --set training.seed=3 --run-dir RUN",
         '"seed": 3,',
         "This generator is unfinished: 1,000 of 80,000 images seen.",
-        "They are not for commercial use. What is made from them goes under the same licence.",
+        "Commercial use is not permitted. Derivatives must use the same licence.",
         "Continuous Semi-Implicit Models",
         "Analyzing and Improving the Training Dynamics",
     ):
@@ -116,8 +116,8 @@ def test_the_page_says_what_the_run_says(run: Path):
 
 def test_a_checkpoint_alone_says_less_and_nothing_wrong():
     text = card(replace(CONFIG, sampling=SamplingDefaults()), "me/digits")
-    assert "It was not measured." in text
-    assert "All numbers of evaluations take EDM's curve" in text
+    assert "Not measured." in text
+    assert "All numbers of evaluations use EDM's schedule" in text
     assert "unfinished" not in text
     assert "RUN" not in text
     assert "model-index" not in text
@@ -135,7 +135,7 @@ def test_a_teacher_has_a_card_too():
 def test_latents_are_said_to_be_latents():
     text = card(replace(CONFIG, encoder={"kind": "StabilityVAEEncoder"}), "me/latents")
     assert "--out latents.npz" in text
-    assert "the VAE that turns them into images is not part of it" in text
+    assert "the VAE that decodes them into images is not included" in text
 
 
 def test_whose_result_it_is():
