@@ -203,7 +203,7 @@ def test_the_model_is_left_as_it_was_and_progress_is_told() -> None:
         (generator, {"gamma": 1.1}, r"\[0, 1\]"),
         (generator, {"nfe": 0}, "1 to 10,000"),
         (generator, {"times": [1.0, 1.1]}, "must decrease"),
-        (generator, {"times": [1.0], "nfe": 2}, "drop one"),
+        (generator, {"times": [1.0], "nfe": 2}, "leave out one of the two"),
         (generator, {"labels": 10}, "0 to 9"),
         (lambda: generator(label_dim=0), {"labels": 1}, "unconditional"),
         (generator, {"seeds": []}, "at least one seed"),
