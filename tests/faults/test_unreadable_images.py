@@ -275,7 +275,7 @@ def test_eval_of_images(tmp_path: Path) -> None:
     for options in (["--n", "2"], ["--seeds", "0-1"], ["--nfe", "2"], ["--guidance", "2"], ["--t", "80"]):
         code, table, said = run(*options)
         assert (code, table) == (2, "")
-        assert f"{options[0]} says how a network draws, but {folder} holds images" in said
+        assert f"{options[0]} says how a network is sampled, but {folder} holds images" in said
 
 
 def test_images_read_before_are_measured_like_their_file(tmp_path: Path) -> None:
