@@ -60,7 +60,7 @@ def _diverged(error: Diverged, context: Context) -> TrainingError:
 
 def _data_changed(error: DatasetError, context: Context) -> TrainingError:
     return TrainingError(
-        f"{_sentence(error)}; if it has changed since the run began, put it back, and the same command goes on; a set "
+        f"{_sentence(error)}; if it has changed since the run began, restore it and run the same command again; a set "
         "with another in its place, or without it, needs another --run-dir"
     )
 
