@@ -69,10 +69,10 @@ def _disk_full(error: CheckpointError | OSError, context: Context) -> TrainingEr
     if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
         return None
     newest = max(saved_states(context.folder.state), default=None)
-    resumes = f"goes on from {newest}" if newest else "begins anew"
+    retry = f"to resume from {newest}" if newest else "again, which starts from the beginning"
     free = shutil.disk_usage(context.folder.path).free
     return TrainingError(
-        f"{_sentence(error)}, with {free / 1e6:.1f} MB free there: make room, and the same command {resumes}"
+        f"{_sentence(error)}, with {free / 1e6:.1f} MB free there: free some space, and run the same command {retry}"
     )
 
 
