@@ -208,7 +208,7 @@ def few() -> Dataset:
 @pytest.mark.parametrize(
     ("model", "data", "error", "message"),
     [
-        (lambda: generator(flow()), lambda: DIGITS, EdmDistillError, "jumps to the data alone"),
+        (lambda: generator(flow()), lambda: DIGITS, EdmDistillError, "only jumps to the data"),
         (lambda: Denoiser(flow(IDDPM)), lambda: DIGITS, EdmDistillError, "discrete noise levels"),
         (lambda: Denoiser(flow()), colours, DatasetError, "are 3x8x8"),
         (lambda: Denoiser(flow()), few, DatasetError, "no classes, but the network has 10"),
