@@ -35,7 +35,7 @@ def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> 
 def require_same_latents(what: str, config: CheckpointConfig, teacher: CheckpointConfig, advice: str) -> None:
     """Raises: TrainingError: a network works on the latents of another VAE than the teacher."""
     if latent_scaling(config.encoder) != latent_scaling(teacher.encoder):
-        raise TrainingError(f"{what} works on other latents than the teacher: {advice}")
+        raise TrainingError(f"{what} uses other latents than the teacher: {advice}")
 
 
 def require_alike(init: Init, flow: FlowNetwork, config: CheckpointConfig) -> None:
@@ -47,4 +47,4 @@ def require_alike(init: Init, flow: FlowNetwork, config: CheckpointConfig) -> No
                 f"{init.source} has {attribute} {of_init}, but the teacher has {of_teacher}: give a generator of the "
                 "same data"
             )
-    require_same_latents(init.source, init.config, config, "give a generator of the same data")
+    require_same_latents(init.source, init.config, config, "use a generator for the same data")

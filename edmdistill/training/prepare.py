@@ -118,7 +118,7 @@ def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, fo
     require_fit(sources.dataset, sources.flow, sources.config)
     require_teacher(recipe, sources.flow, force_guidance)
     if sources.guide is not None:
-        require_same_latents(f"the guide {guide}", sources.guide[1], sources.config, "choose one of its kind")
+        require_same_latents(f"the guide {guide}", sources.guide[1], sources.config, "choose a guide for the same data")
     if sources.init is not None:
         require_alike(sources.init, sources.flow, sources.config)
 

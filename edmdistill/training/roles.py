@@ -31,8 +31,8 @@ def build_roles(
         of_teacher, of_guide = getattr(teacher, attribute), getattr(guide, attribute)
         if of_teacher != of_guide and (attribute, of_guide) != ("label_dim", 0):
             raise TrainingError(
-                f"the guide's {attribute} is {of_guide}, but the teacher's is {of_teacher}: choose a guide of the same "
-                "data"
+                f"the guide's {attribute} is {of_guide}, but the teacher's is {of_teacher}: choose a guide for the "
+                "same data"
             )
     sources = {"teacher": teacher, "guide": guide or teacher}
     product = recipe.method_class.product

@@ -56,7 +56,7 @@ def test_n_of_images_is_answered_by_its_own_name(run: Path, tmp_path: Path) -> N
     assert call("sample", run, "--nfe", 1, "--seeds", "0-3", "--device", "cpu", "--out", tmp_path / "a").exit_code == 0
     result = call("eval", tmp_path / "a", "--protocol", "digits", "--n", "2")
     assert result.exit_code == 2
-    assert "--n says how a network draws" in result.stderr
+    assert "--n says how a network is sampled" in result.stderr
 
 
 def test_sweep_takes_the_options_of_eval(run: Path) -> None:
