@@ -239,7 +239,7 @@ def test_a_pipeline_of_latents_decodes_by_a_vae(pipelines: dict, runs: Path):
     pipe = pipelines["latents"]
     with pytest.raises(ValueError, match=r"load the pipeline with vae=AutoencoderKL"):
         pipe(generator=streams(0))
-    with pytest.raises(ValueError, match="reads none"):
+    with pytest.raises(ValueError, match="takes none"):
         pipe(generator=streams(0), output_type="latent", guidance_scale=2.0)
     latents = pipe(generator=streams(0), output_type="latent").images
     torch.manual_seed(0)
