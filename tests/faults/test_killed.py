@@ -211,5 +211,6 @@ def test_a_hundred_kills(name: str, place: World) -> None:
     kill(place, name, KILLS[name], random.Random(name))
 
 
+@pytest.mark.slow  # tests/test_atomic.py kills a write at each of its system calls
 def test_five_kills(place: World) -> None:
     kill(place, "convert", 5, random.Random(1))

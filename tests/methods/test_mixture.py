@@ -174,6 +174,7 @@ def test_cosim_matches_the_data_in_any_number_of_steps() -> None:
     assert passes(results), results
 
 
+@pytest.mark.slow  # CoSIM's run is the quick one of the two
 def test_sid_matches_the_data_in_one_step() -> None:
     sw2, ed = distances(distilled(SiD, 0, steps=1300, width=96), torch.tensor([SiD.Config().sigma_init]), 0)
     assert sw2 < 0.035

@@ -285,5 +285,6 @@ def test_compiled(make_flow: MakeFlow) -> None:
         assert error(found, eager) <= 1e-6
 
 
+@pytest.mark.slow  # sCD's turns, which take tangents, are spread in tests/machine/test_engine.py
 def test_on_two_processes() -> None:
     run_by_two(Path(__file__).with_name("spread.py"))
