@@ -8,8 +8,8 @@ position alone. Word i of the stream with key k is
 Each use of a stream (a call of Draws, a layer's dropout) has its own piece of 2^40 words.
 
 Words and uniform numbers are computed in integers and agree bit for bit on all devices. Normal numbers are computed
-from them in float64, where log, sin and cos of two libraries may differ in the last bits; in float32 about one number
-in 10^8 then differs by one ulp.
+from them in float64, where log, sin and cos of two libraries may differ in the last bits. In float32 that is one ulp
+of rare numbers: by estimate one in 10^8, by test fewer than one in 10^5.
 
 Source: Steele, Lea & Flood 2014 (SplitMix), figure 16; Steele & Vigna 2021 (LXM), figure 2, for the mixer, lea64.
 """

@@ -25,9 +25,9 @@ def rk45(field: Field, state: Tensor, start: float, end: float, *, rtol: float, 
     A row's steps depend on that row alone, so its result does not depend on the batch if the field does not. Rows that
     have reached the end are not evaluated again.
 
-    scipy's solve_ivp, called for one row after another, takes 8.5 times as long (likelihoods of 32 digits on one CPU
-    core), because the network then sees one image at a time. Called for the batch as one state, it takes 0.75 of the
-    time, but the result of an image then depends on the others.
+    scipy's solve_ivp, called for one row after another, takes 5.1 times as long (likelihoods of 32 digits on one CPU
+    core, one run of benchmarks/row_wise_ode.py), because the network then sees one image at a time. Called for the
+    batch as one state, it takes 0.49 of the time, but the result of an image then depends on the others.
 
     Args:
         state: y at the start.  [B,n] float64
