@@ -72,6 +72,7 @@ def plan_measurements(
     from edmdistill.evaluation.protocol import get_protocol, open_reference
     from edmdistill.machine.devices import pick_device
     from edmdistill.sampling.seeds import parse_seeds
+    from edmdistill.sampling.spec import SamplerSpec
 
     seeds = range(options.count) if options.count else parse_seeds(options.seeds) if options.seeds else None
     standard, device = get_protocol(protocol), pick_device(options.device)
@@ -86,17 +87,10 @@ def plan_measurements(
     checkpoint = open_source(source)
     model = load_model(checkpoint, device, weights=sampler.weights)
     say_unfinished(checkpoint)
+    fields = sampler.arguments(model.flow, device)
+    samplers = [SamplerSpec(nfe=nfe, gamma=gamma, **fields) for gamma in gammas for nfe in nfes]
     return measure_network(
-        model,
-        data,
-        standard,
-        nfes=nfes,
-        gammas=gammas,
-        seeds=seeds,
-        batch=options.batch,
-        device=device,
-        source=source,
-        **sampler.arguments(model.flow, device),
+        model, data, standard, samplers=samplers, seeds=seeds, batch=options.batch, device=device, source=source
     )
 
 

@@ -33,13 +33,7 @@ def evaluate(
     reference: Dataset | str | Path | None = None,
     *,
     protocol: str,
-    nfe: int | None = None,
-    gamma: float | None = None,
-    times: Sequence[float] | Tensor | None = None,
-    guidance: float | None = None,
-    guide: Denoiser | None = None,
-    force_guidance: bool = False,
-    solver: str | None = None,
+    sampler: SamplerSpec = SamplerSpec(),
     seeds: Sequence[int] | None = None,
     batch: int = 256,
     device: torch.device | str = "cpu",
@@ -53,7 +47,7 @@ def evaluate(
             an .npz, an .npy, or uint8 [N,C,H,W].
         reference: a data set, or a source for open_dataset; default: the protocol's own.
         protocol: a key of PROTOCOLS.
-        nfe, gamma, times, guidance, guide, force_guidance, solver: how a network is sampled, see `sample`.
+        sampler: how a network is sampled; default: the network's own.
         seeds: of the samples; default: the protocol's. Image i has the class seeds[i] modulo label_dim.
         batch: images at a time.
         device: where features are computed.
@@ -66,25 +60,13 @@ def evaluate(
     """
     standard = get_protocol(protocol)
     data = open_reference(reference, standard)
-    options = SamplerSpec(
-        nfe=nfe,
-        gamma=gamma,
-        times=times,
-        guidance=guidance,
-        guide=guide,
-        force_guidance=force_guidance,
-        solver=solver,
-    )
-    sampler = None
+    record = None
     if isinstance(model_or_images, Generator | Denoiser):
-        sampler = build_sampler(model_or_images, options).record
-        draw = partial(generate_images, model_or_images, options, batch=batch)
+        record = build_sampler(model_or_images, sampler).record
+        draw = partial(generate_images, model_or_images, sampler, batch=batch)
         images = sampled_images(model_or_images, range(standard.n) if seeds is None else seeds, draw)
-    elif options != SamplerSpec() or seeds is not None:
-        raise EdmDistillError(
-            "nfe, gamma, times, guidance, solver and seeds are for sampling a network, but these are images; leave "
-            "them out"
-        )
+    elif sampler != SamplerSpec() or seeds is not None:
+        raise EdmDistillError("sampler and seeds are for sampling a network, but these are images; leave them out")
     else:
         given = model_or_images
         images = given if isinstance(given, Images) else open_images(given, data.label_dim)
@@ -114,7 +96,7 @@ def evaluate(
         metrics={name + suffix: value for name, value in values.items()},
         protocol=done,
         protocol_sha256=done.sha256(),
-        sampler=sampler,
+        sampler=record,
         provenance=provenance(model_or_images, source, device),
     )
 

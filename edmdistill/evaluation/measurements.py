@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from edmdistill.evaluation.likelihood import evaluate_likelihood
 from edmdistill.evaluation.protocol import Protocol
 from edmdistill.evaluation.results import Result, save_results
 from edmdistill.networks.flow import Denoiser
+from edmdistill.sampling.spec import SamplerSpec
 
 
 class Measurements(NamedTuple):
@@ -49,19 +50,15 @@ def measure_network(
     data: Dataset,
     protocol: Protocol,
     *,
-    nfes: Sequence[int | None],
-    gammas: Sequence[float | None],
+    samplers: Iterable[SamplerSpec],
     seeds: Sequence[int] | None,
     **options: Any,
 ) -> Measurements:
-    """Returns a measurement for each gamma and number of evaluations.  options: the others of `evaluate`."""
+    """Returns a measurement for each sampler.  options: the others of `evaluate`."""
     tasks = {}
-    for gamma in gammas:
-        for nfe in nfes:
-            name = f"{nfe or 'default'} NFE" + ("" if gamma is None else f", gamma {gamma:g}")
-            tasks[name] = partial(
-                evaluate, model, data, protocol=protocol.name, nfe=nfe, gamma=gamma, seeds=seeds, **options
-            )
+    for sampler in samplers:
+        name = f"{sampler.nfe or 'default'} NFE" + ("" if sampler.gamma is None else f", gamma {sampler.gamma:g}")
+        tasks[name] = partial(evaluate, model, data, protocol=protocol.name, sampler=sampler, seeds=seeds, **options)
     return Measurements(tasks, len(tasks) * (protocol.n if seeds is None else len(seeds)))
 
 

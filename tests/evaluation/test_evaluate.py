@@ -29,6 +29,7 @@ from edmdistill.networks.preconditioning import EDM
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.seeds import format_seeds, parse_seeds
+from edmdistill.sampling.spec import SamplerSpec
 
 TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
 
@@ -63,7 +64,13 @@ def test_a_generator_is_measured_as_it_samples() -> None:
     model = generator()
     done: list[int] = []
     result = evaluate(
-        model, protocol="digits", nfe=2, seeds=range(30), batch=16, on_progress=done.append, source="here"
+        model,
+        protocol="digits",
+        sampler=SamplerSpec(nfe=2),
+        seeds=range(30),
+        batch=16,
+        on_progress=done.append,
+        source="here",
     )
     pixels = to_uint8(sample(model, 2, seeds=range(30), labels=torch.arange(30) % 10))
     digits = Digits()
@@ -85,7 +92,13 @@ def test_a_generator_is_measured_as_it_samples() -> None:
 
 def test_a_teacher_is_measured_by_heun() -> None:
     model = Denoiser(flow())
-    result = evaluate(model, "digits", protocol="digits", nfe=3, guidance=1.5, force_guidance=True, seeds=[7, 8, 9, 20])
+    result = evaluate(
+        model,
+        "digits",
+        protocol="digits",
+        sampler=SamplerSpec(nfe=3, guidance=1.5, force_guidance=True),
+        seeds=[7, 8, 9, 20],
+    )
     assert result.sampler is not None
     assert (result.sampler.solver, result.sampler.nfe, result.sampler.guidance) == ("heun", 3, 1.5)
     assert result.protocol.seeds == "7-9,20"
@@ -102,7 +115,7 @@ def test_a_generators_guidance_is_recorded() -> None:
 
 def test_own_times_are_recorded() -> None:
     times = torch.tensor([1.5, 1.0, 0.5])
-    result = evaluate(generator(), protocol="digits", times=times, gamma=0.5, seeds=range(4))
+    result = evaluate(generator(), protocol="digits", sampler=SamplerSpec(times=times, gamma=0.5), seeds=range(4))
     assert result.sampler is not None
     assert result.sampler.nfe == 3
     assert result.sampler.gamma == 0.5
@@ -110,14 +123,16 @@ def test_own_times_are_recorded() -> None:
 
 
 def test_an_unconditional_network_has_no_class_accuracy() -> None:
-    result = evaluate(generator(label_dim=0), protocol="digits", nfe=1, seeds=range(4))
+    result = evaluate(generator(label_dim=0), protocol="digits", sampler=SamplerSpec(nfe=1), seeds=range(4))
     assert result.protocol.labels == "none"
     assert set(result.metrics) == {"fd_digits@4"}
 
 
 def test_the_batch_does_not_matter() -> None:
     model = generator()
-    small, large = (evaluate(model, protocol="digits", nfe=1, seeds=range(20), batch=b) for b in (3, 20))
+    small, large = (
+        evaluate(model, protocol="digits", sampler=SamplerSpec(nfe=1), seeds=range(20), batch=b) for b in (3, 20)
+    )
     assert small.metrics["fd_digits@20"] == pytest.approx(large.metrics["fd_digits@20"], rel=1e-4)
     require_comparable(small, large)
 
@@ -161,7 +176,7 @@ def test_samples_measured_from_a_file_compare_with_those_measured_directly(tmp_p
     model, seeds = generator(), np.arange(20)
     images = to_uint8(sample(model, 1, seeds=seeds, labels=seeds % 10))
     saved = evaluate(write_npz(tmp_path, images, seeds=seeds, labels=seeds % 10), protocol="digits")
-    direct = evaluate(model, protocol="digits", nfe=1, seeds=range(20))
+    direct = evaluate(model, protocol="digits", sampler=SamplerSpec(nfe=1), seeds=range(20))
     require_comparable(saved, direct)
     assert saved.metrics == pytest.approx(direct.metrics, rel=1e-5)
 
@@ -220,7 +235,7 @@ def test_the_standard_number_of_images_needs_no_suffix(monkeypatch: pytest.Monke
 
 
 def test_table() -> None:
-    result = evaluate(generator(), protocol="digits", nfe=1, seeds=range(4))
+    result = evaluate(generator(), protocol="digits", sampler=SamplerSpec(nfe=1), seeds=range(4))
     title, head, row = results_table([result]).splitlines()
     assert title == "protocol digits: 4 images against digits (train, 1500)"
     assert head.split() == ["NFE", "fd_digits@4", "class_accuracy@4"]
@@ -261,12 +276,12 @@ def test_what_does_not_fit_is_refused(bad: Bad) -> None:
 
 def test_sampling_options_are_for_networks() -> None:
     with pytest.raises(EdmDistillError, match="are for sampling a network, but these are images"):
-        evaluate(held_out(), protocol="digits", nfe=2)
+        evaluate(held_out(), protocol="digits", sampler=SamplerSpec(nfe=2))
 
 
 def test_a_network_of_other_images_is_refused_before_it_draws() -> None:
     with pytest.raises(DatasetError, match="the images are 3x8x8"):
-        evaluate(generator(channels=3), protocol="digits", nfe=1, on_progress=pytest.fail)
+        evaluate(generator(channels=3), protocol="digits", sampler=SamplerSpec(nfe=1), on_progress=pytest.fail)
 
 
 @pytest.mark.parametrize(

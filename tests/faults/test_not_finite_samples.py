@@ -17,6 +17,7 @@ from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.export import parity
 from edmdistill.sampling.generate import not_finite, require_finite, sample
 from edmdistill.sampling.heun import Churn
+from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.sampling.trajectory import ReferenceGuidance
 
 
@@ -150,7 +151,7 @@ def test_no_metric_of_them(tmp_path: Path) -> None:
         assert "2 NFE: 4 of 4 images are not finite" in result.stderr
         assert not out.exists()
     with pytest.raises(NotFiniteError):
-        evaluate(load_model(source), protocol="digits", nfe=2, seeds=range(3))
+        evaluate(load_model(source), protocol="digits", sampler=SamplerSpec(nfe=2), seeds=range(3))
 
 
 def test_no_export_of_them(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
