@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from edmdistill.checkpoints.source import Source
     from edmdistill.networks.flow import FlowNetwork
+    from edmdistill.sampling.spec import SamplerSpec
 
 MAX_NFE, MAX_BATCH = 10_000, 65_536
 MAX_GUIDANCE = 1000.0
@@ -190,6 +191,20 @@ class SamplerOptions:
             "force_guidance": self.force_guidance,
             "solver": self.solver,
         }
+
+    def spec(
+        self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None, **others: Any
+    ) -> SamplerSpec:
+        """Returns the spec that they stand for; a guide is loaded.
+
+        Args:
+            flow: the network to sample.
+            device, dtype: of the guide.
+            others: fields of the spec that have other options.
+        """
+        from edmdistill.sampling.spec import SamplerSpec
+
+        return SamplerSpec(**self.arguments(flow, device, dtype), **others)
 
 
 sampler_options = option_group(

@@ -172,45 +172,32 @@ def command(
     from edmdistill.checkpoints.source import open_source
     from edmdistill.machine.devices import pick_device
     from edmdistill.progress import progress_bar
-    from edmdistill.sampling.files import MAX_GRID, Samples, check_output
+    from edmdistill.sampling.files import check_output, shown_count
     from edmdistill.sampling.generate import is_latent
     from edmdistill.sampling.job import SampleJob
     from edmdistill.sampling.labels import find_classes
     from edmdistill.sampling.seeds import parse_seeds
-    from edmdistill.sampling.spec import SamplerSpec
 
     numbers, where, precision = parse_seeds(seeds), pick_device(device), getattr(torch, dtype) if dtype else None
     checkpoint = open_source(source)
     model = load_model(checkpoint, where, precision, sampler.weights)
     say_unfinished(checkpoint)
-    flow, latent = model.flow, is_latent(model)
-    check_output(out, latent=latent)
-    if out.suffix.lower() == ".png" and len(numbers) > MAX_GRID:
-        say(f"A grid shows the first {MAX_GRID:,} images, so only these of the {len(numbers):,} are drawn.")
-        numbers = numbers[:MAX_GRID]
-    cycle = find_classes(words, flow.label_dim, model.label_names)
-    reject = None if rejection is None else rejection.load(flow, where)
-    pull = None if reference is None else reference.load(flow, where, precision)
-    loaded = sampler.arguments(flow, where, precision)
-    spec = SamplerSpec(nfe=nfe, gamma=gamma, churn=churn, reference=pull, **loaded)
-    job = SampleJob(model=model, spec=spec, seeds=numbers, cycle=cycle, rejection=reject, batch=batch)
-    samples = Samples(
-        out,
-        job.request(checkpoint, weights=sampler.weights, guide=sampler.guide, reference=reference, dtype=dtype),
-        len(numbers),
-        numbers if rejection is None else None,
-        job.classes,
-        latent=latent,
-        label_names=model.label_names,
-        source=source,
-        overwrite=overwrite,
-    )
-    noun = "latents of a VAE, undecoded" if latent else "images"
+    check_output(out, latent=is_latent(model))
+    shown = shown_count(out, len(numbers))
+    if shown < len(numbers):
+        say(f"A grid shows the first {shown:,} images, so only these of the {len(numbers):,} are drawn.")
+    cycle = find_classes(words, model.flow.label_dim, model.label_names)
+    reject = None if rejection is None else rejection.load(model.flow, where)
+    pull = None if reference is None else reference.load(model.flow, where, precision)
+    spec = sampler.spec(model.flow, where, precision, nfe=nfe, gamma=gamma, churn=churn, reference=pull)
+    job = SampleJob(model=model, spec=spec, seeds=numbers[:shown], cycle=cycle, rejection=reject, batch=batch)
+    request = job.request(checkpoint, weights=sampler.weights, guide=sampler.guide, reference=reference, dtype=dtype)
+    samples = job.open_samples(out, request, source=source, overwrite=overwrite)
     if samples.finished:
-        say(f"{out} already holds these {len(numbers)} {noun}.")
+        say(f"{out} already holds these {samples.description}.")
     else:
         with interruptible(lambda: samples.progress), progress_bar(job.total) as bar:
-            bar.update(len(numbers) - len(samples.missing))
+            bar.update(samples.count - len(samples.missing))
             job.draw_into(samples, bar.update)
     samples.require_finite()
-    say(f"{out}: {len(numbers)} {noun}")
+    say(f"{out}: {samples.description}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from edmdistill.checkpoints.source import Source
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.files import Samples
-from edmdistill.sampling.generate import drawn_classes, generate_images
+from edmdistill.sampling.generate import drawn_classes, generate_images, is_latent
 from edmdistill.sampling.heun import Churn
 from edmdistill.sampling.reference import ReferenceFiles
 from edmdistill.sampling.rejection import Rejection, candidates, sample_best
@@ -87,6 +88,20 @@ class SampleJob:
             "dtype": dtype,
         }
         return {name: value for name, value in document.items() if value is not None}
+
+    def open_samples(self, out: Path, request: Mapping[str, Any], *, source: str, overwrite: bool) -> Samples:
+        """Returns the output of this job, with what earlier commands have drawn of it.  Args: see Samples."""
+        return Samples(
+            out,
+            request,
+            len(self.seeds),
+            None if self.rejection else self.seeds,
+            self.classes,
+            latent=is_latent(self.model),
+            label_names=self.model.label_names,
+            source=source,
+            overwrite=overwrite,
+        )
 
     def draw_into(self, samples: Samples, on_progress: Callable[[int], object] | None = None) -> None:
         """Draws what is missing from the samples of this job, and finishes them.

@@ -1,0 +1,139 @@
+"""Samples as one file, an .npz or a grid: their parts are in a hidden folder beside it until it is complete."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from edmdistill.atomic import atomic_write, remove_leftovers
+from edmdistill.errors import EdmDistillError
+from edmdistill.sampling.output import DIGEST_KEY, Output, SampleInfo
+
+NO_CLASS = -1
+"""The class of an unconditional sample in an .npz."""
+
+
+class SingleFile(Output):
+    """A file that is written at the end, and holds the digest of its request."""
+
+    def __init__(self, out: Path, info: SampleInfo) -> None:
+        super().__init__(out, out.parent / f".{out.name}.parts", info)
+
+    def is_complete(self, overwrite: bool) -> bool:
+        if not self.out.exists():
+            return False
+        if self._read_digest() == self.info.digest:
+            self.close()  # left by a kill just after the file was complete
+            remove_leftovers(self.out.parent, self.out.name)
+            return True
+        if not overwrite:
+            raise EdmDistillError(f"{self.out} already exists: choose another name, or add --overwrite")
+        return False
+
+    def claim(self) -> None:
+        self.close()  # killed before its request was written, or after
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def recover(self, seeds: Sequence[int] | None) -> None:
+        for part in self._parts():
+            try:
+                with np.load(part, allow_pickle=False) as file:
+                    self.drawn |= dict(zip(file["positions"].tolist(), file["seeds"].tolist(), strict=True))
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+                part.unlink()  # torn by a power failure: its samples are drawn again
+
+    def start(self, seeds: Sequence[int] | None) -> None:
+        pass
+
+    def put(self, seeds: Mapping[int, int], values: Tensor) -> None:
+        with atomic_write(self.folder / f"{min(seeds):08d}.npz") as new, new.open("wb") as file:
+            np.savez(file, values=values.numpy(), positions=np.array([*seeds]), seeds=np.array([*seeds.values()]))
+        self.drawn |= seeds
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def read(self, positions: Sequence[int]) -> Tensor:
+        pixels: list[Any] = []
+        for values in self.values():
+            pixels.extend(values)
+            if len(pixels) >= len(positions):
+                break
+        return torch.from_numpy(np.stack(pixels[: len(positions)]))
+
+    def values(self) -> Iterator[Any]:
+        """Yields the stored samples in order.  [B,C,H,W] each"""
+        for part in self._parts():
+            with np.load(part, allow_pickle=False) as file:
+                yield file["values"]
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.npz"))
+
+    @abstractmethod
+    def _read_digest(self) -> str | None:
+        """Returns the digest of the request that the file was written for."""
+
+
+class GridFile(SingleFile):
+    """A .png of the first samples."""
+
+    def finish(self) -> None:
+        self.write_grid(self.out)
+
+    def _read_digest(self) -> str | None:
+        try:
+            with Image.open(self.out) as image:
+                return str(image.info.get(DIGEST_KEY))
+        except (OSError, SyntaxError, ValueError):
+            return None
+
+
+class NpzFile(SingleFile):
+    """An .npz: images uint8 [N,H,W,C] (or latents float32 [N,C,H,W]), seeds and labels int64 [N], -1 = no class."""
+
+    def finish(self) -> None:
+        positions, classes, latent = sorted(self.drawn), self.info.classes, self.info.latent
+        columns = {
+            "seeds": [self.drawn[position] for position in positions],
+            "labels": [NO_CLASS if classes is None else classes[position] for position in positions],
+        }
+        name, shape = ("latents" if latent else "images"), (0,)
+        with atomic_write(self.out) as new, zipfile.ZipFile(new, "w") as archive:
+            archive.comment = self.info.digest.encode()
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                for stored in self.values():
+                    values = stored if latent else stored.transpose(0, 2, 3, 1)
+                    if shape == (0,):
+                        shape = (len(positions), *values.shape[1:])
+                        _write_npy_header(member, values.dtype, shape)
+                    member.write(np.ascontiguousarray(values).data)
+                if shape == (0,):
+                    _write_npy_header(member, np.dtype(np.float32 if latent else np.uint8), (0, 0, 0, 0))
+            for column, numbers in columns.items():
+                with archive.open(f"{column}.npy", "w") as member:
+                    np.lib.format.write_array(member, np.array(numbers, np.int64), allow_pickle=False)
+
+    def _read_digest(self) -> str | None:
+        try:
+            with zipfile.ZipFile(self.out) as archive:
+                return archive.comment.decode("ascii", "replace")
+        except (OSError, ValueError, zipfile.BadZipFile):
+            return None
+
+
+def _write_npy_header(file: Any, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Writes the header of an .npy whose values follow in parts."""
+    describe = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(file, {"descr": describe, "fortran_order": False, "shape": shape})
