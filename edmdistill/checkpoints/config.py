@@ -17,6 +17,7 @@ from msgspec.structs import force_setattr, replace
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.class_names import class_names
+from edmdistill.checkpoints.encoder import PIXELS, LatentEncoder
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
@@ -118,14 +119,6 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         force_setattr(self, "source", CONTROL.sub("\ufffd", self.source))
 
 
-class Latents(Struct, frozen=True):
-    """`encoder` of a latent network: x0 = latents * scale + bias, by channel. Other keys may follow."""
-
-    kind: Text
-    scale: tuple[Annotated[float, Meta(gt=0, le=1e6)], ...]
-    bias: tuple[Annotated[float, Meta(ge=-1e6, le=1e6)], ...]
-
-
 class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """config.json."""
 
@@ -154,7 +147,7 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Images that the recipe asks for; a generator that has seen fewer is unfinished."""
     ema: dict[str, Any] | None = None
     sampling: SamplingDefaults = SamplingDefaults()
-    encoder: dict[str, Any] = msgspec.field(default_factory=lambda: {"kind": "pixels"})
+    encoder: dict[str, Any] = msgspec.field(default_factory=lambda: dict(PIXELS))
     """The network's images: pixels in [-1, 1], or a VAE's latents with their statistics."""
     provenance: Provenance
     results: tuple[dict[str, Any], ...] = ()
@@ -223,8 +216,8 @@ def read_config(folder: Path) -> CheckpointConfig:
         fields = {name: value for name, value in fields.items() if name in CheckpointConfig.__struct_fields__}
     try:
         config: CheckpointConfig = validated(fields, CheckpointConfig)
-        if config.encoder != {"kind": "pixels"}:
-            validated(config.encoder, Latents)
+        if config.encoder != PIXELS:
+            validated(config.encoder, LatentEncoder)
         # Checkpoints of version 1.0 from official files lack the names.
         names = config.label_names or class_names(config.label_dim, config.provenance.source)
         return replace(config, label_names=names)

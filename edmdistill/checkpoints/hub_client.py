@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -30,9 +30,20 @@ REASONS = {
 """What the Hub's status codes mean to a user."""
 
 
-def download_from_hub(text: str) -> Path:
-    """Returns a file (owner/name/file@revision) or a checkpoint of ours (owner/name@revision) of the Hub.
+def cached_from_hub(text: str, files: Sequence[str]) -> Path | None:
+    """Returns the folder of these files of a repository, owner/name@revision, if the cache has all of them."""
+    from huggingface_hub import try_to_load_from_cache
 
+    repository, _, revision = text.partition("@")
+    paths = [try_to_load_from_cache(repository, file, revision=revision or None) for file in files]
+    return Path(paths[0]).parent if all(isinstance(path, str) for path in paths) else None  # type: ignore[arg-type]
+
+
+def download_from_hub(text: str, files: Sequence[str] = (CONFIG, MODEL, CARD)) -> Path:
+    """Returns a file (owner/name/file@revision) or the folder of a repository (owner/name@revision) of the Hub.
+
+    Args:
+        files: of a repository; by default, a checkpoint of ours.
     Raises: CheckpointError: the text names no repository.  HubError: the Hub refuses.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -50,8 +61,7 @@ def download_from_hub(text: str) -> Path:
             path = Path(hf_hub_download(repository, file, revision=revision or None, tqdm_class=bar))
             _require_whole(path, begun)
             return path
-        files = [CONFIG, MODEL, CARD]
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=files, tqdm_class=bar)
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=list(files), tqdm_class=bar)
         path = Path(folder)
         for name in files:
             _require_whole(path / name, begun)

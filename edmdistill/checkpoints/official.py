@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edmdistill.checkpoints.class_names import KNOWN_FILES, official_class_names
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, describe
+from edmdistill.checkpoints.encoder import PIXELS
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint
 from edmdistill.checkpoints.openai import read_openai
 from edmdistill.checkpoints.source import Source, open_source
@@ -118,7 +119,7 @@ def _preconditioning(official: OfficialCheckpoint) -> dict[str, Any]:
 def _encoder(official: OfficialCheckpoint) -> dict[str, Any]:
     """Returns `encoder` of our configuration."""
     if official.encoder is None or official.encoder["class_name"] == "StandardRGBEncoder":
-        return {"kind": "pixels"}
+        return dict(PIXELS)
     other = {"class_name", "arguments", "batch_size"}
     statistics = {name: value for name, value in official.encoder.items() if name not in other}
     return {"kind": official.encoder["class_name"], **statistics}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.data.datasets import Dataset
-from edmdistill.data.latents import latent_scaling, latent_std
+from edmdistill.data.latents import latent_std
 from edmdistill.errors import DatasetError
 from edmdistill.networks.flow import FlowNetwork
 
@@ -19,7 +20,7 @@ def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -
         kind, plural = "latents" if latent else "images", "s" if channels > 1 else ""
         return f"{kind} of {size}x{size} with {channels} channel{plural} and {classes or 'no'} classes"
 
-    scaling = latent_scaling(config.encoder)
+    scaling = latent_encoder(config.encoder)
     has = dataset.latent, dataset.img_resolution, dataset.img_channels
     needs = scaling is not None, flow.img_resolution, flow.img_channels
     if has != needs:

@@ -6,49 +6,17 @@ they are drawn anew at each visit of the image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import msgspec
 import torch
-from msgspec import Struct
 from torch import Tensor
 
+from edmdistill.checkpoints.encoder import LatentEncoder
 from edmdistill.draws import Draws
-from edmdistill.errors import CheckpointError
 
 VISIT = 2**32 - 1
 """In place of the number of a training turn, so that no turn draws the same noise."""
 
 
-class LatentScaling(Struct, frozen=True):
-    """Scales a VAE's latents to the mean and standard deviation that a teacher expects: x0 = latents scale + bias.
-
-    Attributes:
-        scale, bias: of each channel.  [C]
-    """
-
-    scale: tuple[float, ...]
-    bias: tuple[float, ...]
-
-
-def latent_scaling(encoder: Mapping[str, Any]) -> LatentScaling | None:
-    """Returns the scaling of a checkpoint's encoder, or None for a network that works on pixels.
-
-    Raises: CheckpointError: the encoder is neither pixels nor a VAE with scale and bias.
-    """
-    if encoder["kind"] == "pixels":
-        return None
-    try:
-        return msgspec.convert(encoder, LatentScaling)
-    except msgspec.ValidationError as error:
-        raise CheckpointError(
-            f"the checkpoint's encoder {encoder['kind']!r} does not say how latents are scaled ({error}): convert the "
-            "official file again"
-        ) from error
-
-
-def draw_latents(moments: Tensor, eps: Tensor, scaling: LatentScaling) -> Tensor:
+def draw_latents(moments: Tensor, eps: Tensor, scaling: LatentEncoder) -> Tensor:
     """Draws x0 = (mean + std eps) scale + bias.
 
     Args:
@@ -62,7 +30,7 @@ def draw_latents(moments: Tensor, eps: Tensor, scaling: LatentScaling) -> Tensor
     return (mean + std * eps) * scale + bias
 
 
-def latent_std(moments: Tensor, scaling: LatentScaling) -> float:
+def latent_std(moments: Tensor, scaling: LatentEncoder) -> float:
     """Returns the standard deviation of x0 as drawn, of all channels together.
 
     Args:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.load import read_teacher
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.fit import require_fit
-from edmdistill.data.latents import draw_latents, latent_scaling
+from edmdistill.data.latents import draw_latents
 from edmdistill.draws import Draws
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.trigflow import diffuse, sigma_to_time, velocity
@@ -55,7 +56,7 @@ def losses_by_noise(
 def _losses(source: str | Path, dataset: Dataset, images: int, batch: int, device: torch.device) -> list[float]:
     flow, config = read_teacher(source)
     require_fit(dataset, flow, config)
-    scaling = latent_scaling(config.encoder)
+    scaling = latent_encoder(config.encoder)
     flow = flow.to(device).eval()
     flow.network.fold()
     sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=device)

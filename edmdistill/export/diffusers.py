@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.config import CheckpointConfig, describe
+from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.store import save_tensors
-from edmdistill.data.latents import latent_scaling
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.bundle import bundle
 from edmdistill.export.one_step import OneStep
@@ -45,7 +45,7 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     """Raises: EdmDistillError: a teacher, which gamma-sampling is not for."""
     if config.stage != "generator":
         raise EdmDistillError("a pipeline samples a generator, but this is a teacher: choose another --to")
-    latent = latent_scaling(config.encoder) is not None
+    latent = latent_encoder(config.encoder) is not None
     classes = ", class_labels=0" if flow.label_dim else ""
     return f"""\
     import torch
@@ -75,7 +75,7 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
         (folder / part).mkdir()
     for file, module in FILES.items():
         (folder / file).write_text(bundle(module), encoding="utf-8")
-    known, latents = describe(flow), latent_scaling(config.encoder)
+    known, latents = describe(flow), latent_encoder(config.encoder)
     names = config.label_names
     index = {
         "_class_name": ["pipeline", "GammaPipeline"],

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint
 from edmdistill.checkpoints.official import NETWORK_CLASSES, OUR_ARGUMENTS, build_official
 from edmdistill.checkpoints.store import load_tensors, save_tensors
-from edmdistill.data.latents import latent_scaling
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.one_step import MORE_STEPS, OneStep
 from edmdistill.export.parity import Parity, compare, step_sampler
@@ -108,7 +108,7 @@ def read(folder: Path) -> FlowNetwork:
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     latent = {name: config.encoder[name] for name in ("vae_name", "raw_mean", "raw_std") if name in config.encoder}
     encoder, entry = "", ""
-    if latent_scaling(config.encoder) is not None:
+    if latent_encoder(config.encoder) is not None:
         arguments = "".join(f", {name}={value!r}" for name, value in latent.items())
         encoder = f"""\
     encoder = dnnlib.util.construct_class_by_name(class_name="training.encoders.StabilityVAEEncoder"{arguments})

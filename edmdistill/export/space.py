@@ -11,10 +11,10 @@ from torch import Tensor
 
 from edmdistill import __version__
 from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.load import load_generator
 from edmdistill.checkpoints.store import save_checkpoint
-from edmdistill.data.latents import latent_scaling
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.parity import SEEDS, Parity, compare
 from edmdistill.networks.flow import FlowNetwork
@@ -35,7 +35,7 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     """Raises: EdmDistillError: a teacher, which has no few steps, or latents, which are no images."""
     if config.stage != "generator":
         raise EdmDistillError("a Space shows a generator, but this is a teacher: choose another --to")
-    if latent_scaling(config.encoder) is not None:
+    if latent_encoder(config.encoder) is not None:
         raise EdmDistillError(
             "a Space shows images, and this generator draws the latents of a VAE: export it --to diffusers, whose "
             "pipeline takes one"

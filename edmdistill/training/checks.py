@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edmdistill.checkpoints.config import CheckpointConfig
-from edmdistill.data.latents import latent_scaling
+from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.errors import TrainingError
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import Recipe
@@ -34,7 +34,7 @@ def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> 
 
 def require_same_latents(what: str, config: CheckpointConfig, teacher: CheckpointConfig, advice: str) -> None:
     """Raises: TrainingError: a network works on the latents of another VAE than the teacher."""
-    if latent_scaling(config.encoder) != latent_scaling(teacher.encoder):
+    if latent_encoder(config.encoder) != latent_encoder(teacher.encoder):
         raise TrainingError(f"{what} uses other latents than the teacher: {advice}")
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.data.datasets import Dataset
-from edmdistill.data.latents import latent_scaling
 from edmdistill.machine.engine import Engine, RoleModule, load_full_state, shard_like
 from edmdistill.methods.base import Method
 from edmdistill.recipes.schema import Recipe
@@ -114,7 +114,7 @@ class Run:
             self.dataset,
             seed=self.recipe.training.seed,
             labels=bool(self.ema.network.label_dim),
-            scaling=latent_scaling(self.config.encoder),
+            scaling=latent_encoder(self.config.encoder),
             workers=self.engine.machine.workers,
             device=self.engine.device,
         )

@@ -26,8 +26,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from edmdistill.checkpoints.encoder import LatentEncoder
 from edmdistill.data.datasets import Dataset, indices
-from edmdistill.data.latents import LatentScaling, draw_latents, latent_noise
+from edmdistill.data.latents import draw_latents, latent_noise
 from edmdistill.errors import TrainingError
 from edmdistill.methods.base import Batch
 
@@ -42,7 +43,7 @@ class Reader:
     dataset: Dataset
     seed: int
     labels: bool
-    scaling: LatentScaling | None
+    scaling: LatentEncoder | None
 
     def __call__(self, start: int, stop: int) -> Batch:
         """Returns the samples at the positions [start, stop), in the host's memory."""
@@ -71,7 +72,7 @@ class Stream:
         *,
         seed: int,
         labels: bool,
-        scaling: LatentScaling | None = None,
+        scaling: LatentEncoder | None = None,
         workers: int,
         device: torch.device,
     ) -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
-from edmdistill.data.latents import LatentScaling, draw_latents, latent_noise, latent_scaling, latent_std
+from edmdistill.data.latents import draw_latents, latent_noise, latent_std
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError
 
@@ -17,7 +18,7 @@ def test_the_official_encoder(golden: Path) -> None:
     """A converted teacher's statistics give the official latents, from the same moments and noise."""
     case = load_file(golden / "encoders-edm2.safetensors")
     config = build_official(read_official(golden / "edm2-latent-cond.pkl"))[1]
-    statistics = latent_scaling(config.encoder)
+    statistics = latent_encoder(config.encoder)
     assert statistics is not None
     x0 = draw_latents(case["vae.raw_mean_std"], case["vae.noise"], statistics)
     assert x0.dtype == torch.float32
@@ -25,9 +26,9 @@ def test_the_official_encoder(golden: Path) -> None:
 
 
 def test_what_is_no_vae() -> None:
-    assert latent_scaling({"kind": "pixels"}) is None
+    assert latent_encoder({"kind": "pixels"}) is None
     with pytest.raises(CheckpointError, match=r"encoder 'NewEncoder' does not say how latents are scaled .*`scale`"):
-        latent_scaling({"kind": "NewEncoder", "bias": [0.0]})
+        latent_encoder({"kind": "NewEncoder", "bias": [0.0]})
 
 
 def test_a_visit_has_its_own_noise() -> None:
@@ -44,7 +45,7 @@ def test_a_visit_has_its_own_noise() -> None:
 
 def test_draws_have_the_moments_that_are_stored() -> None:
     moments = torch.tensor([3.0, -1.0, 2.0, 0.0]).reshape(1, 4, 1, 1).expand(4000, 4, 1, 1)
-    x0 = draw_latents(moments, latent_noise(0, 0, 4000, 2, 1, 1), LatentScaling(scale=(0.5, 2.0), bias=(1.0, -1.0)))
+    x0 = draw_latents(moments, latent_noise(0, 0, 4000, 2, 1, 1), LatentEncoder(scale=(0.5, 2.0), bias=(1.0, -1.0)))
     assert x0.mean(0).flatten().tolist() == pytest.approx([2.5, -3], abs=0.05)
     assert x0.std(0).flatten().tolist() == pytest.approx([1, 0], abs=0.05)
 
@@ -52,6 +53,6 @@ def test_draws_have_the_moments_that_are_stored() -> None:
 def test_the_spread_is_that_of_what_is_drawn() -> None:
     torch.manual_seed(0)
     moments = torch.cat([2 * torch.randn(300, 2, 4, 4) + 1, 3 * torch.rand(300, 2, 4, 4)], dim=1)
-    statistics = LatentScaling(scale=(0.5, 2.0), bias=(1.0, -1.0))
+    statistics = LatentEncoder(scale=(0.5, 2.0), bias=(1.0, -1.0))
     x0 = draw_latents(moments, latent_noise(0, 0, 300, 2, 4, 4), statistics)
     assert latent_std(moments, statistics) == pytest.approx(float(x0.std()), rel=0.03)

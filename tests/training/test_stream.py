@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
+from edmdistill.checkpoints.encoder import LatentEncoder
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.data import datasets
 from edmdistill.data.datasets import Dataset, indices, open_dataset
-from edmdistill.data.latents import LatentScaling, draw_latents, latent_noise
+from edmdistill.data.latents import draw_latents, latent_noise
 from edmdistill.errors import DatasetError, TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
@@ -33,7 +34,7 @@ from edmdistill.training.session import train
 from edmdistill.training.stream import AHEAD, Stream
 
 COUNT = 9
-STATISTICS = LatentScaling(scale=(0.5, 2.0, 1.0, 0.25), bias=(0.1, 0.0, -0.1, 1.0))
+STATISTICS = LatentEncoder(scale=(0.5, 2.0, 1.0, 0.25), bias=(0.1, 0.0, -0.1, 1.0))
 
 
 def write_set(path: Path, suffix: str) -> Path:

@@ -1,0 +1,249 @@
+"""VAEs between images and latents: diffusers' AutoencoderKL, from a folder or from the Hub.
+
+The weights are safetensors, checked by name and shape before a network is made of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import torch
+from msgspec import Meta, Struct
+from torch import Tensor
+
+from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.encoder import STABLE_DIFFUSION, Range, Statistics
+from edmdistill.checkpoints.hub_client import REPOSITORY, cached_from_hub, download_from_hub
+from edmdistill.checkpoints.store import fill, load_tensors
+from edmdistill.errors import CheckpointError
+
+FILES = CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+SUBFOLDER = "vae"
+"""Of a diffusers pipeline, which may be named in place of its VAE."""
+CONFIG_BYTES = 2**20
+BATCH = 8
+"""Images at a time, as in EDM2's code; halved where memory runs out."""
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Of the attention's layers in files that old versions of diffusers wrote, sd-vae-ft-mse among them."""
+
+Channels = Annotated[int, Meta(ge=1, le=65536)]
+Level = Annotated[str, Meta(max_length=100)]
+Levels = Annotated[tuple[Level, ...], Meta(min_length=1, max_length=8)]
+
+
+class Architecture(Struct, frozen=True, kw_only=True):
+    """What the config.json of an AutoencoderKL must say, in bounds; other keys are ignored."""
+
+    class_name: str = msgspec.field(name="_class_name")
+    in_channels: Channels = 3
+    out_channels: Channels = 3
+    latent_channels: Channels = 4
+    down_block_types: Levels = ("DownEncoderBlock2D",)
+    up_block_types: Levels = ("UpDecoderBlock2D",)
+    block_out_channels: Annotated[tuple[Channels, ...], Meta(min_length=1, max_length=8)] = (64,)
+    layers_per_block: Annotated[int, Meta(ge=1, le=16)] = 1
+    act_fn: Level = "silu"
+    norm_num_groups: Channels = 32
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    scaling_factor: Annotated[float, Meta(gt=0)] = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+
+@dataclass
+class Vae:
+    """A VAE, frozen and in evaluation mode.
+
+    Attributes:
+        name: as a record has it: a repository of the Hub, or the folder's own name.
+        folder: of its config.json and its weights.
+        batch: images at a time.
+    """
+
+    name: str
+    folder: Path
+    architecture: Architecture
+    model: Any
+    batch: int = BATCH
+
+    @property
+    def channels(self) -> int:
+        """The channels C of its latents."""
+        return self.architecture.latent_channels
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent stands for, in each direction."""
+        return 1 << (len(self.architecture.block_out_channels) - 1)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of its weights."""
+        return sha256_file(self.folder / WEIGHTS)
+
+    def statistics(self, range: Range) -> Statistics:
+        """Returns the declared statistics of its latents: EDM2's and sCM's for Stable Diffusion's, else its own."""
+        own, channels = self.architecture, self.channels
+        if own.block_out_channels == (128, 256, 512, 512) and channels == 4:
+            return STABLE_DIFFUSION[range]
+        mean, std = (own.shift_factor or 0.0,) * channels, (1 / own.scaling_factor,) * channels
+        return Statistics(own.latents_mean or mean, own.latents_std or std)
+
+    def encode(self, images: Tensor, range: Range) -> Tensor:
+        """Returns the mean, then the standard deviation, of images' latents.
+
+        Args:
+            images: uint8 [B,3,H,W], on any device; H and W are multiples of `factor`.
+        Returns: [B,2C,H/factor,W/factor] float32, on the VAE's device.
+        Source: EDM2, training/encoders.py, whose pixels are in [0, 1]; sCM, appendix G, where they are in [-1, 1].
+        """
+
+        def moments(batch: Tensor) -> Tensor:
+            pixels = batch.to(self.model.device).float()
+            pixels = pixels / 255 if range == "edm2" else pixels / 127.5 - 1
+            latents = self.model.encode(pixels.to(self.model.dtype)).latent_dist
+            return torch.cat([latents.mean, latents.std], dim=1).float()
+
+        return self._in_batches(moments, images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns the images of latents as the VAE has them, nominally in its range.
+
+        Args:
+            latents: [B,C,h,w], on any device.
+        Returns: [B,3,H,W] float32, on the VAE's device.
+        """
+
+        def pixels(batch: Tensor) -> Tensor:
+            decoded: Tensor = self.model.decode(batch.to(self.model.device, self.model.dtype)).sample
+            return decoded.float()
+
+        return self._in_batches(pixels, latents)
+
+    @torch.no_grad()
+    def _in_batches(self, run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """Returns run(rows), a batch at a time.  Raises: CheckpointError: not even one image fits in memory."""
+        while True:
+            try:
+                return torch.cat([run(rows[at : at + self.batch]) for at in range(0, len(rows), self.batch)])
+            except torch.OutOfMemoryError as error:
+                if self.batch == 1:
+                    size = "x".join(map(str, rows.shape[-2:]))
+                    raise CheckpointError(
+                        f"{self.name} does not fit in the GPU's memory with one image of {size}: free some of it, or "
+                        "choose another --device"
+                    ) from error
+            torch.cuda.empty_cache()
+            self.batch = max(1, self.batch // 2)
+
+
+def cached_vae(name: str) -> Path | None:
+    """Returns the folder of a VAE, owner/name of the Hub, if it is in the Hub's cache."""
+    return cached_from_hub(name, FILES) if REPOSITORY.fullmatch(name.partition("@")[0]) else None
+
+
+def find_vae(name: str, *, download: bool = False) -> Path | None:
+    """Returns the folder of a VAE; None if it is not on this machine.
+
+    Args:
+        name: a folder, a pipeline's folder, or owner/name of the Hub.
+        download: get it from the Hub if it is not in the cache.
+    Raises: HubError: the Hub refuses.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path if (path / CONFIG).is_file() or not (path / SUBFOLDER).is_dir() else path / SUBFOLDER
+    if path.exists() or not REPOSITORY.fullmatch(name.partition("@")[0]):
+        return None
+    return cached_vae(name) or (download_from_hub(name, FILES) if download else None)
+
+
+def read_vae(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, download: bool = False
+) -> Vae:
+    """Returns a VAE that encodes and decodes.
+
+    Args:
+        name, download: see `find_vae`.
+        dtype: of its weights and its arithmetic.
+    Raises: CheckpointError: diffusers is not installed, or the VAE is not here, is no AutoencoderKL, or is damaged.
+        HubError: the Hub refuses.
+    """
+    AutoencoderKL = _autoencoder()
+    folder = find_vae(name, download=download)
+    if folder is None:
+        raise CheckpointError(
+            f"there is no VAE {name}: give a folder with {CONFIG} and {WEIGHTS}, or owner/name of the Hub"
+        )
+    architecture = _read_architecture(folder)
+    arguments = msgspec.structs.asdict(architecture)
+    del arguments["class_name"]
+    try:
+        with torch.device("meta"):
+            model = AutoencoderKL(**arguments)
+    except Exception as error:  # the arguments are untrusted: whatever breaks, they are the cause
+        raise CheckpointError(f"{folder / CONFIG} has arguments that make no VAE: {error!s:.300}") from error
+    old = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(OLD_NAMES)})(?=\.)")
+    tensors = {
+        old.sub(lambda match: match[1] + OLD_NAMES[match[2]], key): tensor
+        for key, tensor in _read_weights(folder, device).items()
+    }
+    fill(model, tensors, str(folder / WEIGHTS))
+    where = Path(name).expanduser()
+    return Vae(
+        where.resolve().name if where.is_dir() else name,
+        folder,
+        architecture,
+        model.to(device, dtype).eval().requires_grad_(False),
+    )
+
+
+def _read_weights(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not os.path.lexists(path):
+        pickled = path.with_suffix(".bin")
+        found = f"it has {pickled.name}, a pickle, which is not read" if pickled.exists() else "it has none"
+        raise CheckpointError(f"{folder} has no {WEIGHTS} ({found}): save the VAE with diffusers as safetensors")
+    return load_tensors(path, device)[0]
+
+
+def _autoencoder() -> Any:
+    """Returns diffusers' class.  Raises: CheckpointError: diffusers is not installed."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise CheckpointError(
+            f"a VAE needs {error.name or 'diffusers'}, which is not installed: pip install 'edmdistill[latent]'"
+        ) from error
+    return AutoencoderKL
+
+
+def _read_architecture(folder: Path) -> Architecture:
+    """Raises: CheckpointError: the folder's config.json is missing, or is not that of an AutoencoderKL."""
+    path = folder / CONFIG
+    try:
+        if not path.is_file() or path.stat().st_size > CONFIG_BYTES:
+            raise ValueError(f"it is not a file of at most {CONFIG_BYTES >> 20} MiB")
+        config = msgspec.json.decode(path.read_bytes(), type=Architecture)
+        if config.class_name != "AutoencoderKL":
+            raise ValueError(f"it describes {config.class_name[:60]!r}, not an AutoencoderKL")
+        if config.in_channels != 3 or config.out_channels != 3:
+            raise ValueError(f"its images have {config.in_channels} channels and not 3")
+        if not len(config.block_out_channels) == len(config.down_block_types) == len(config.up_block_types):
+            raise ValueError("block_out_channels, down_block_types and up_block_types differ in length")
+        for statistics in (config.latents_mean, config.latents_std):
+            if statistics is not None and len(statistics) != config.latent_channels:
+                raise ValueError(f"latents_mean or latents_std is not of {config.latent_channels} channels")
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{folder} is not a VAE of diffusers: {CONFIG} cannot be used ({error})") from error
+    return config

@@ -1,0 +1,172 @@
+"""VAEs: the official moments, what is read from which place, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edmdistill.checkpoints import vae as module
+from edmdistill.checkpoints.encoder import STABLE_DIFFUSION
+from edmdistill.checkpoints.vae import CONFIG, WEIGHTS, Vae, find_vae, read_vae
+from edmdistill.errors import CheckpointError, HubError
+
+
+@pytest.fixture(scope="module")
+def case(golden: Path) -> dict[str, torch.Tensor]:
+    return load_file(golden / "evaluation/latents/expected.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, golden: Path) -> Path:
+    return shutil.copytree(golden / "evaluation/latents/tiny-vae", tmp_path / "vae")
+
+
+def change(folder: Path, **keys: object) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | keys))
+
+
+def test_the_official_moments(folder: Path, case: dict[str, torch.Tensor]) -> None:
+    vae = read_vae(str(folder))
+    assert (vae.name, vae.channels, vae.factor) == ("vae", 4, 8)
+    moments = vae.encode(case["pixels_u8"], "edm2")
+    assert moments.dtype == torch.float32
+    torch.testing.assert_close(moments, case["mean_std"], rtol=0, atol=1e-5)
+    vae.batch = 2  # three images in two batches
+    torch.testing.assert_close(vae.encode(case["pixels_u8"], "edm2"), moments, rtol=0, atol=1e-5)
+    assert vae.statistics("edm2").std == pytest.approx([1 / 0.18215] * 4)
+
+
+def test_the_two_ranges_see_the_same_picture_in_other_units(folder: Path, case: dict[str, torch.Tensor]) -> None:
+    vae = read_vae(str(folder))
+    pixels = vae.model.encode(case["pixels_u8"] / 127.5 - 1).latent_dist
+    torch.testing.assert_close(vae.encode(case["pixels_u8"], "scm")[:, :4], pixels.mean, rtol=0, atol=1e-5)
+    assert not torch.allclose(vae.encode(case["pixels_u8"], "scm"), case["mean_std"], atol=0.1)
+
+
+def test_bfloat16_is_close_and_stored_as_float32(folder: Path, case: dict[str, torch.Tensor]) -> None:
+    moments = read_vae(str(folder), dtype=torch.bfloat16).encode(case["pixels_u8"], "edm2")
+    assert moments.dtype == torch.float32
+    torch.testing.assert_close(moments, case["mean_std"], rtol=0, atol=0.1)
+    assert not torch.equal(moments, case["mean_std"])
+
+
+def test_attention_by_its_old_names(folder: Path, case: dict[str, torch.Tensor]) -> None:
+    """As in sd-vae-ft-mse's file."""
+    new = {new: old for old, new in module.OLD_NAMES.items()}
+    tensors = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        head, dot, tail = name.partition(".attentions.0.")
+        layer = tail.rpartition(".")[0]
+        tensors[f"{head}{dot}{tail.replace(layer, new.get(layer, layer))}"] = tensor
+    assert "encoder.mid_block.attentions.0.query.weight" in tensors
+    save_file(tensors, folder / WEIGHTS)
+    torch.testing.assert_close(
+        read_vae(str(folder)).encode(case["pixels_u8"], "edm2"), case["mean_std"], rtol=0, atol=1e-5
+    )
+
+
+def test_memory_that_runs_out_halves_the_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, sizes = read_vae(str(folder)), []
+
+    def room_for_two(latents: torch.Tensor) -> object:
+        sizes.append(len(latents))
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError
+        return type("Decoded", (), {"sample": latents[:, :3]})
+
+    monkeypatch.setattr(vae.model, "decode", room_for_two)
+    latents = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 4, 2, 2)
+    assert torch.equal(vae.decode(latents), latents[:, :3])
+    assert sizes == [5, 4, 2, 2, 1]
+
+    def no_room(latents: torch.Tensor) -> object:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(vae.model, "decode", no_room)
+    with pytest.raises(CheckpointError, match="does not fit in the GPU's memory with one image of 2x2"):
+        vae.decode(latents)
+
+
+def test_declared_statistics_are_those_of_the_architecture(folder: Path) -> None:
+    vae = read_vae(str(folder))
+    change(folder, latents_mean=[1, 2, 3, 4], latents_std=[5, 6, 7, 8])
+    assert read_vae(str(folder)).statistics("scm") == ((1, 2, 3, 4), (5, 6, 7, 8))
+    change(folder, block_out_channels=[128, 256, 512, 512])
+    stable = Vae("", folder, module._read_architecture(folder), vae.model)
+    assert [stable.statistics(name) for name in ("edm2", "scm")] == list(STABLE_DIFFUSION.values())
+
+
+def test_places(folder: Path, tmp_path: Path) -> None:
+    assert find_vae(str(folder)) == folder
+    assert find_vae(str(tmp_path)) == folder  # a pipeline's folder holds its VAE in vae/
+    assert find_vae(str(tmp_path / "nothing")) is None
+    assert find_vae(str(folder / CONFIG)) is None
+
+
+def lacks_weights(folder: Path) -> None:
+    (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".bin"))
+
+
+def lacks_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors.pop("quant_conv.bias")
+    save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / CONFIG).write_text("{"), "config.json cannot be used"),
+        (lambda folder: change(folder, _class_name="UNet"), "it describes 'UNet', not an AutoencoderKL"),
+        (lambda folder: change(folder, in_channels=4), "its images have 4 channels and not 3"),
+        (lambda folder: change(folder, layers_per_block=10**9), "layers_per_block"),
+        (lambda folder: change(folder, block_out_channels=[10**12]), "block_out_channels"),
+        (lambda folder: change(folder, block_out_channels=[8]), "differ in length"),
+        (lambda folder: change(folder, latent_channels=5), r"holds \S+ in shape"),
+        (lambda folder: change(folder, block_out_channels=[8, 8, 16, 65536]), "lacks decoder"),
+        (lambda folder: change(folder, down_block_types=["NoBlock"] * 4), "arguments that make no VAE"),
+        (lacks_weights, "has diffusion_pytorch_model.bin, a pickle, which is not read"),
+        (lacks_a_tensor, "lacks quant_conv.bias"),
+    ],
+)
+def test_what_is_refused(folder: Path, break_it: Callable[[Path], None], message: str) -> None:
+    break_it(folder)
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_vae(str(folder))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_none_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no VAE .*nothing"):
+        read_vae(str(tmp_path / "nothing"))
+    with pytest.raises(CheckpointError, match="is not a VAE of diffusers"):
+        read_vae(str(tmp_path))
+
+
+def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'edmdistill\[latent\]'"):
+        read_vae("a/b")
+
+
+def test_the_hub_once_and_then_its_cache(server, folder: Path, case: dict[str, torch.Tensor]) -> None:
+    from hub_server import Repository
+
+    server.repositories["me/vae"] = repository = Repository(private=False)
+    files = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    repository.commit("main", files | {"diffusion_pytorch_model.bin": b"a pickle"})
+    assert find_vae("me/vae") is None
+    vae = read_vae("me/vae", download=True)
+    assert vae.name == "me/vae"
+    torch.testing.assert_close(vae.encode(case["pixels_u8"], "edm2"), case["mean_std"], rtol=0, atol=1e-5)
+    assert not any("bin" in call.path for call in server.calls)
+    before = len(server.calls)
+    assert read_vae("me/vae").sha256 == vae.sha256
+    assert len(server.calls) == before
+    with pytest.raises(HubError, match="you/vae cannot be downloaded from the Hub"):
+        read_vae("you/vae", download=True)
