@@ -16,8 +16,9 @@ from edmdistill import __version__
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import DatasetError, EdmDistillError, NotFiniteError, without_secrets
+from edmdistill.evaluation.base import Accumulator, Measured, Metric
 from edmdistill.evaluation.images import Images, open_images, sampled_images
-from edmdistill.evaluation.metrics import Batch, Metric, find_metric
+from edmdistill.evaluation.metrics import find_metric, metric_label
 from edmdistill.evaluation.protocol import Protocol, Reference, get_protocol, open_reference, pixels_digest
 from edmdistill.evaluation.results import Result
 from edmdistill.features.spaces import FEATURE_SPACES, Classifier
@@ -77,7 +78,9 @@ def evaluate(
     metrics, reference_sha256 = _make_metrics(data, standard.metrics, standard.features, classified, device, batch)
     for rows in batches(images.count, batch):
         labels = None if images.classes is None else images.classes[rows.start : rows.stop]
-        measured = Batch(space, images.read(rows), labels)
+        pixels = images.read(rows)
+        logits = space.classify(pixels).log() if isinstance(space, Classifier) else None
+        measured = Measured(space(pixels), logits, labels)
         for metric in metrics.values():
             metric.update(measured)
         if on_progress is not None:
@@ -91,9 +94,8 @@ def evaluate(
         seeds=None if images.seeds is None else format_seeds(images.seeds),
         labels=images.label_source,
     )
-    suffix = "" if images.count == standard.n else f"@{images.count}"
     return Result(
-        metrics={name + suffix: value for name, value in values.items()},
+        metrics={metric_label(name, space, images.count, standard.n): value for name, value in values.items()},
         protocol=done,
         protocol_sha256=done.sha256(),
         sampler=record,
@@ -120,25 +122,26 @@ def _make_metrics(
 ) -> tuple[dict[str, Metric], str]:
     """Returns the metrics by name, without those that need labels unless `classified`, and the reference's sha256."""
     collected, digest = _collect_reference(data, names, features, str(device), batch)
-    types = {name: find_metric(name, features) for name in names}
-    metrics = {name: kind(collected[name]) for name, kind in types.items() if classified or not kind.needs_labels}
+    found = [find_metric(name, features) for name in names]
+    kinds = [each for each in found if classified or not each.metric.needs]
+    metrics = {each.name: each.metric(collected[each.metric.reference]) for each in kinds}
     return metrics, digest
 
 
 @lru_cache(maxsize=4)
 def _collect_reference(
     data: Dataset, metrics: tuple[str, ...], features: str, device: str, batch: int
-) -> tuple[dict[str, Any], str]:
+) -> tuple[dict[type[Accumulator], Any], str]:
     """Returns what each metric compares with, and the sha256 of the images; cached for the measurements that follow."""
     space, digest = FEATURE_SPACES[features](device), pixels_digest(data, len(data))
-    accumulators = {name: find_metric(name, features).reference() for name in metrics}
+    accumulators = {kind: kind() for kind in {find_metric(name, features).metric.reference for name in metrics}}
     for rows in batches(len(data), batch):
         pixels = data.images(rows)
         digest.update(pixels.numpy().tobytes())
         vectors = space(pixels)
         for accumulator in accumulators.values():
             accumulator.update(vectors)
-    return {name: accumulator.finish() for name, accumulator in accumulators.items()}, digest.hexdigest()
+    return {kind: accumulator.finish() for kind, accumulator in accumulators.items()}, digest.hexdigest()
 
 
 def batches(count: int, batch: int) -> Iterator[range]:

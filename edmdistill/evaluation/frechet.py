@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import linalg
 from torch import Tensor
+
+from edmdistill.evaluation.base import Accumulator, Measured
 
 
 class GaussianStatistics(NamedTuple):
@@ -60,27 +62,41 @@ def statistics(features: Tensor) -> GaussianStatistics:
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     """Returns the squared Frechet (Wasserstein-2) distance between two Gaussians.
 
-    |m_a - m_b|^2 + tr(A + B - 2 sqrt(AB)),  tr sqrt(AB) = sum sqrt(eigvalsh(A^1/2 B A^1/2))
+    |m_a - m_b|^2 + tr(A + B - 2 sqrt(AB)),  tr sqrt(AB) = sum svdvals(L^T K) for any A = L L^T, B = K K^T
 
     Returns: a float >= 0, up to rounding.
     Source: Dowson & Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), section 3.
-    Differs: symmetric eigenvalues replace the square root of the nonsymmetric AB, so the result is never complex, and
-        is exact for covariances without full rank.
+    Differs: singular values replace the square root of the nonsymmetric AB, so the result is never complex, has no
+        square roots of rounding errors, and is exact for covariances without full rank.
     """
     A, B = a.covariance.numpy(), b.covariance.numpy()
-    values, vectors = linalg.eigh(_symmetric(A))
-    root = (vectors * np.sqrt(_without_rounding(values))) @ vectors.T
-    cross = np.sqrt(_without_rounding(linalg.eigvalsh(_symmetric(root @ B @ root)))).sum()
+    cross = linalg.svdvals(factor(A).T @ factor(B)).sum()
     mean = (a.mean - b.mean).square().sum()
     return float(mean + A.trace() + B.trace() - 2 * cross)
 
 
-def _symmetric(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (matrix + matrix.T) / 2
+def factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns L [d,r] with covariance = L L^T, where r is the rank: Cholesky's factorization with pivots.
+
+    What is left of a matrix that is not positive semidefinite is dropped.
+    """
+    packed, pivots, rank, _ = linalg.lapack.dpstrf(covariance, lower=1)
+    lower = np.empty((len(covariance), rank))
+    lower[pivots - 1] = np.tril(packed)[:, :rank]
+    return lower
 
 
-def _without_rounding(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns eigenvalues >= 0. Those below the rounding of the largest are zeros, of which the roots would count."""
-    floor = len(values) * np.finfo(values.dtype).eps * max(values.max(), 0)
-    kept: NDArray[np.float64] = np.where(values > floor, values, 0)
-    return kept
+class FrechetDistance:
+    """The Frechet distance of Gaussians fitted to the features of both sets, as a metric."""
+
+    reference: ClassVar[type[Accumulator]] = RunningStatistics
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, reference: GaussianStatistics) -> None:
+        self._reference, self._statistics = reference, RunningStatistics()
+
+    def update(self, batch: Measured) -> None:
+        self._statistics.update(batch.features)
+
+    def finish(self) -> float:
+        return frechet_distance(self._statistics.finish(), self._reference)

@@ -1,133 +1,106 @@
-"""Metrics of images: each reads a measurement batch by batch, and then gives its value.
+"""The table of metrics. Each is a class that reads a measurement batch by batch, and then gives its value.
 
-METRICS lists them. A metric of features is named after its feature space too: fd_digits.
+A metric that may be measured in any feature space is named after the space too: fd_dinov2, precision_inception. One
+that belongs to a single space has a name of its own, which then stands for both: the Frechet distance in Inception's
+features is fid.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, NamedTuple
 
-from torch import Tensor
-
-from edmdistill.errors import EdmDistillError
-from edmdistill.evaluation.frechet import GaussianStatistics, RunningStatistics, frechet_distance
-from edmdistill.features.spaces import Classifier, FeatureSpace
-
-
-class Batch:
-    """Some of the images that are measured; what no metric reads of them is not computed.
-
-    Args:
-        pixels: uint8 [B,C,H,W]
-        labels: the classes that they were sampled with, int64 [B] on the CPU; None where they are unknown.
-    """
-
-    def __init__(self, space: FeatureSpace, pixels: Tensor, labels: Tensor | None = None) -> None:
-        self._space, self._pixels = space, pixels
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self._pixels)
-
-    @cached_property
-    def features(self) -> Tensor:
-        """float32 [B,d]"""
-        return self._space(self._pixels)
-
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """The classifier's, float32 [B,classes]."""
-        assert isinstance(self._space, Classifier)
-        return self._space.classify(self._pixels)
-
-
-class Accumulator(Protocol):
-    """Collects what a metric compares with."""
-
-    def update(self, features: Tensor) -> None:
-        """Adds features of real images.  [N,d]"""
-        ...
-
-    def finish(self) -> Any:
-        """Returns what was collected."""
-        ...
-
-
-class Nothing:
-    """The accumulator of a metric that compares with nothing."""
-
-    def update(self, features: Tensor) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class Metric(Protocol):
-    """A metric of one measurement.
-
-    Attributes:
-        reference: collects, from the features of the real images, what the metric compares with.
-        needs_labels: whether it takes a space that classifies, and images whose classes are known.
-    """
-
-    reference: ClassVar[type[Accumulator]]
-    needs_labels: ClassVar[bool]
-
-    def __init__(self, reference: Any) -> None:
-        """Args: reference: the result of its accumulator."""
-
-    def update(self, batch: Batch) -> None:
-        """Adds images."""
-        ...
-
-    def finish(self) -> float:
-        """Returns the metric of all images so far."""
-        ...
-
-
-class FrechetDistance:
-    """The squared Frechet distance of Gaussians fitted to the features of both sets; see evaluation.frechet."""
-
-    reference: ClassVar[type[Accumulator]] = RunningStatistics
-    needs_labels: ClassVar = False
-
-    def __init__(self, reference: GaussianStatistics) -> None:
-        self._reference, self._statistics = reference, RunningStatistics()
-
-    def update(self, batch: Batch) -> None:
-        self._statistics.update(batch.features)
-
-    def finish(self) -> float:
-        return frechet_distance(self._statistics.finish(), self._reference)
+from edmdistill.errors import EdmDistillError, did_you_mean
+from edmdistill.evaluation.base import Accumulator, Measured, Metric, Nothing
+from edmdistill.evaluation.frechet import FrechetDistance
+from edmdistill.features.spaces import FEATURE_SPACES, FeatureSpace
 
 
 class ClassAccuracy:
     """The share of images that the classifier assigns to the class they were sampled with."""
 
     reference: ClassVar[type[Accumulator]] = Nothing
-    needs_labels: ClassVar = True
+    needs: ClassVar = frozenset({"logits", "labels"})
 
     def __init__(self, reference: None = None) -> None:
         self._correct = self._count = 0
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Measured) -> None:
+        assert batch.logits is not None
         assert batch.labels is not None
-        self._correct += int((batch.probabilities.argmax(1).cpu() == batch.labels).sum())
-        self._count += len(batch)
+        self._correct += int((batch.logits.argmax(1).cpu() == batch.labels).sum())
+        self._count += len(batch.labels)
 
     def finish(self) -> float:
         return self._correct / self._count
 
 
-METRICS: dict[str, type[Metric]] = {"fd": FrechetDistance, "class_accuracy": ClassAccuracy}
+class MetricKind(NamedTuple):
+    """A line of METRICS.
 
-
-def find_metric(name: str, features: str) -> type[Metric]:
-    """Returns the metric of that name in a feature space, such as fd_digits in digits.
-
-    Raises EdmDistillError if there is none.
+    Attributes:
+        metric: its class.
+        features: the feature space that it belongs to; None: any, by default the protocol's own.
     """
-    kind = name.removesuffix(f"_{features}")
-    if kind not in METRICS:
-        raise EdmDistillError(f"there is no metric {name!r}; choose one of {', '.join(METRICS)}")
-    return METRICS[kind]
+
+    metric: type[Metric]
+    features: str | None = None
+
+
+METRICS: dict[str, MetricKind] = {
+    "fid": MetricKind(FrechetDistance, "inception"),
+    "fd": MetricKind(FrechetDistance),
+    "class_accuracy": MetricKind(ClassAccuracy, "digits"),
+}
+
+
+class FoundMetric(NamedTuple):
+    """A metric in a feature space.
+
+    Attributes:
+        name: the one by which results know it, whichever was asked for: fid for fd_inception.
+        metric: its class.
+        features: the name of the space.
+    """
+
+    name: str
+    metric: type[Metric]
+    features: str
+
+
+def find_metric(name: str, features: str) -> FoundMetric:
+    """Returns the metric of a name: a key of METRICS, or one with the name of a feature space after it, as fd_dinov2.
+
+    Args:
+        features: the protocol's own space, in which a metric of any space is measured unless its name says another.
+    Raises: EdmDistillError: there is none.
+    """
+    if name in METRICS:
+        metric, home = METRICS[name]
+        space = home or features
+    else:
+        names = {f"{kind}_{space}": (kind, space) for kind in METRICS for space in FEATURE_SPACES if _is_free(kind)}
+        if name not in names:
+            raise EdmDistillError(f"there is no metric {name!r}; {did_you_mean(name, [*METRICS, *names], most=20)}")
+        name, space = names[name]
+        metric = METRICS[name].metric
+    own = next((own for own, kind in METRICS.items() if kind == (metric, space)), f"{name}_{space}")
+    return FoundMetric(own, metric, space)
+
+
+def _is_free(kind: str) -> bool:
+    return METRICS[kind].features is None
+
+
+def metric_label(name: str, space: FeatureSpace, n: int, standard_n: int) -> str:
+    """Returns the name of a metric in results, which is the bare one only for the standard measurement.
+
+    Other weights than the official ones are named by the first eight digits of their sha256, and another number of
+    images by that number: fid, fid@5000, fid[1a2b3c4d], fid[1a2b3c4d]@5000.
+
+    Args:
+        name: a FoundMetric's.
+        space: in which it was measured.
+        n, standard_n: the number of images, and the one that the protocol asks for.
+    """
+    weights = "" if space.official else f"[{(space.sha256 or '')[:8]}]"
+    return f"{name}{weights}" + ("" if n == standard_n else f"@{n}")

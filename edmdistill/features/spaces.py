@@ -26,11 +26,13 @@ class FeatureSpace(Protocol):
         name: its key in FEATURE_SPACES, which is part of the names of metrics.
         dim: the number of features d; None = it depends on the size of the images.
         sha256: of the weights file; None = no weights.
+        official: whether the weights are those that the space is known by.
     """
 
     name: str
     dim: int | None
     sha256: str | None
+    official: bool
 
     def __init__(self, device: torch.device | str = "cpu") -> None: ...
 
@@ -57,6 +59,7 @@ class Pixels:
     name = "pixels"
     dim: int | None = None
     sha256: str | None = None
+    official = True
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = device
@@ -101,6 +104,7 @@ class Digits:
     def __init__(self, device: torch.device | str = "cpu", weights: Path = DIGITS_WEIGHTS) -> None:
         tensors = load_tensors(weights)[0]
         self.sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+        self.official = weights == DIGITS_WEIGHTS
         self._device = device
         self._net = DigitsNet()
         fill(self._net, tensors, str(weights))

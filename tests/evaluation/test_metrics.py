@@ -1,5 +1,6 @@
 """The table of metrics: a metric is one class and one line, and evaluate asks it for no more than it needs."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -9,12 +10,11 @@ from torch import Tensor
 
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.base import Accumulator, Measured
 from edmdistill.evaluation.evaluate import evaluate
-from edmdistill.evaluation.metrics import METRICS, Accumulator, Batch, ClassAccuracy, find_metric
+from edmdistill.evaluation.metrics import METRICS, ClassAccuracy, MetricKind, find_metric, metric_label
 from edmdistill.evaluation.protocol import PROTOCOLS
-from edmdistill.features.spaces import Digits, Pixels
-
-TEST = open_dataset("digits", split="test")
+from edmdistill.features.spaces import DIGITS_WEIGHTS, Digits, Pixels
 
 
 class Mean:
@@ -35,12 +35,12 @@ class MeanDifference:
     """How far the means of all features are apart."""
 
     reference: ClassVar[type[Accumulator]] = Mean
-    needs_labels: ClassVar = False
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, reference: float) -> None:
         self.theirs, self.ours = reference, Mean()
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Measured) -> None:
         self.ours.update(batch.features)
 
     def finish(self) -> float:
@@ -48,7 +48,7 @@ class MeanDifference:
 
 
 def test_a_new_metric_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METRICS, "mean", MeanDifference)
+    monkeypatch.setitem(METRICS, "mean", MetricKind(MeanDifference))
     standard = PROTOCOLS["pixels"]
     monkeypatch.setitem(PROTOCOLS, "pixels", replace(standard, metrics=("mean_pixels", "fd_pixels")))
     data = open_dataset("digits")
@@ -59,30 +59,38 @@ def test_a_new_metric_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
-def test_every_protocol_finds_its_metrics(protocol: Any) -> None:
-    assert all(find_metric(name, protocol.features) in METRICS.values() for name in protocol.metrics)
+def test_every_protocol_finds_its_metrics_in_its_own_features(protocol: Any) -> None:
+    found = [find_metric(name, protocol.features) for name in protocol.metrics]
+    assert [(each.name, each.features) for each in found] == [(name, protocol.features) for name in protocol.metrics]
 
 
-@pytest.mark.parametrize("name", ["fid", "fd_inception", "fd_"])
+def test_a_name_says_the_feature_space() -> None:
+    assert find_metric("fd", "digits") == find_metric("fd_digits", "pixels")
+    assert find_metric("fd_digits", "pixels").features == "digits"
+    assert find_metric("fid", "digits") == find_metric("fd", "inception")
+    assert find_metric("fd", "inception").name == "fid"
+
+
+@pytest.mark.parametrize("name", ["fad", "fd_", "fid_digits", "class_accuracy_pixels", "_digits", ""])
 def test_a_metric_that_does_not_exist_is_refused(name: str) -> None:
-    with pytest.raises(EdmDistillError, match=f"there is no metric '{name}'; choose one of fd, class_accuracy"):
+    with pytest.raises(EdmDistillError, match=f"there is no metric '{name}'; (did you mean|choose one of fid, fd, )"):
         find_metric(name, "digits")
 
 
+def test_only_the_standard_measurement_has_the_bare_name(tmp_path: Path) -> None:
+    copy = tmp_path / "weights.safetensors"
+    copy.write_bytes(DIGITS_WEIGHTS.read_bytes())
+    other = Digits(weights=copy)
+    assert other.sha256 is not None
+    weights = f"[{other.sha256[:8]}]"
+    labels = [metric_label("fd_digits", space, n, 5000) for space in (Digits(), other) for n in (5000, 100)]
+    assert labels == ["fd_digits", "fd_digits@100", f"fd_digits{weights}", f"fd_digits{weights}@100"]
+
+
 def test_accuracy_is_the_share_over_all_batches() -> None:
-    pixels = TEST.images(range(100))
-    space, metric = Digits(), ClassAccuracy()
-    right = space.classify(pixels).argmax(1)
-    for rows in (range(30), range(30, 100)):
-        metric.update(Batch(space, pixels[rows.start : rows.stop], right[rows.start : rows.stop] + (rows.start == 0)))
+    logits, metric = torch.eye(10).repeat(10, 1), ClassAccuracy()
+    labels = logits.argmax(1)
+    labels[:30] += 1
+    for rows in (slice(30), slice(30, 100)):
+        metric.update(Measured(torch.zeros(0), logits[rows], labels[rows]))
     assert metric.finish() == 0.7
-
-
-def test_what_no_metric_reads_is_not_computed() -> None:
-    def space(pixels: Tensor) -> Tensor:
-        raise AssertionError("features were computed")
-
-    batch = Batch(space, torch.zeros(4, 1, 8, 8, dtype=torch.uint8))  # type: ignore[arg-type]
-    assert len(batch) == 4
-    with pytest.raises(AssertionError, match="features were computed"):
-        batch.features  # noqa: B018

@@ -1,0 +1,82 @@
+"""The interface of metrics: what they read of the images that are measured, and what they collect of the real ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Some of the images that are measured, in one feature space.
+
+    Attributes:
+        features: float32 [B,d]
+        logits: of the space's classifier, float32 [B,K]; None where no metric needs them or the space has none.
+        labels: the classes that the images were sampled with, int64 [B]; None where they are unknown.
+    """
+
+    features: Tensor
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+
+
+class Accumulator(Protocol):
+    """Collects what a metric compares with."""
+
+    def update(self, features: Tensor) -> None:
+        """Adds features of real images.  [B,d]"""
+        ...
+
+    def finish(self) -> Any:
+        """Returns what was collected."""
+        ...
+
+
+class Nothing:
+    """The accumulator of a metric that compares with nothing."""
+
+    def update(self, features: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Features:
+    """Keeps all features as they are: 4 N d bytes, 410 MB for 50,000 of Inception's."""
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+
+    def update(self, features: Tensor) -> None:
+        self._batches.append(features.to("cpu", torch.float32))
+
+    def finish(self) -> Tensor:
+        """Returns the features in the order in which they came.  float32 [N,d]"""
+        self._batches = [torch.cat(self._batches)]
+        return self._batches[0]
+
+
+class Metric(Protocol):
+    """A metric of one measurement. Its value does not depend on how the images are split into batches.
+
+    Attributes:
+        reference: collects, from the features of the real images, what the metric compares with.
+        needs: what it reads of Measured beside features: any of logits, labels.
+    """
+
+    reference: ClassVar[type[Accumulator]]
+    needs: ClassVar[frozenset[str]]
+
+    def __init__(self, reference: Any) -> None:
+        """Args: reference: the result of its accumulator."""
+
+    def update(self, batch: Measured) -> None:
+        """Adds images; those of all calls are in the order of their seeds."""
+        ...
+
+    def finish(self) -> float:
+        """Returns the metric of all images so far."""
+        ...
