@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from edmdistill.checkpoints.load import load_denoiser, load_generator
     from edmdistill.errors import EdmDistillError
     from edmdistill.evaluation.evaluate import evaluate
+    from edmdistill.features.spaces import load_features
     from edmdistill.networks.flow import Denoiser
     from edmdistill.sampling.generate import sample
 
@@ -24,6 +25,7 @@ _HOMES = {
     "convert": "edmdistill.checkpoints.convert",
     "evaluate": "edmdistill.evaluation.evaluate",
     "load_denoiser": "edmdistill.checkpoints.load",
+    "load_features": "edmdistill.features.spaces",
     "load_generator": "edmdistill.checkpoints.load",
     "sample": "edmdistill.sampling.generate",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "convert",
     "evaluate",
     "load_denoiser",
+    "load_features",
     "load_generator",
     "sample",
 ]

@@ -1,6 +1,6 @@
-"""Reads the zip archives of torch.save and torch.jit.save without running anything in them.
+"""Reads the files of torch.save and torch.jit.save without running anything in them.
 
-Such an archive holds, in one top folder, pickles and the tensors' numbers, a member for each storage. torch's own
+The zip archives hold, in one top folder, pickles and the tensors' numbers, a member for each storage. torch's own
 reader trusts them: a tensor could reach outside its storage, and a storage could be longer than its member.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable, empty_dict
-from edmdistill.stored_tensors import STORAGE_TYPES, Storage, StorageType, StoredTensor, rebuild_tensor
+from edmdistill.stored_tensors import LEGACY_MAGIC, STORAGE_TYPES, Storage, StorageType, StoredTensor, rebuild_tensor
 
 MAX_MEMBERS = 2**16
 MAX_PACKED = 2**25
@@ -121,3 +121,41 @@ _TENSORS: dict[tuple[str, str], object] = {
     ("torch._utils", "_rebuild_tensor_v2"): StandIn(_rebuild),
     ("torch._utils", "_rebuild_parameter"): StandIn(lambda tensor, *_: tensor),
 }
+
+
+def load_legacy(data: memoryview, names: Mapping[tuple[str, str], object]) -> object:
+    """Returns the value in a file of torch.save before torch 1.6; its tensors are StoredTensors.
+
+    Such a file is five pickles (a magic number, the format's version, facts about the machine, the value, the keys of
+    its storages), and then each storage as the count of its numbers and the numbers.
+
+    Args:
+        names: stand-ins for what the value may ask for beside tensors; see Unpickler.
+    Raises: Unreadable: it is damaged, or asks for something else.
+    """
+    storages: dict[str, Storage] = {}
+
+    def resolve(identifier: object) -> Storage:
+        match identifier:
+            case ("storage", StorageType() as kind, str() as key, str(), int() as numel, None) if numel >= 0:
+                return storages.setdefault(key, Storage(kind.dtype, numel, memoryview(b"")))
+        raise TypeError
+
+    machine = Unpickler(data, {**STORAGE_TYPES, **_TENSORS, **names}, resolve, keys=(str, int))
+    magic, version, system = machine.run(), machine.run(), machine.run()
+    if magic != LEGACY_MAGIC or version != 1001 or not isinstance(system, dict) or not system.get("little_endian"):
+        raise Unreadable("is not a file of torch.save on a little-endian machine: write it by torch.save again")
+    start = machine.position
+    machine.run()  # declares the storages, whose numbers come after it
+    end, keys = machine.position, machine.run()
+    if not isinstance(keys, list) or {*map(str, keys)} != storages.keys() or len(keys) != len(storages):
+        raise Unreadable("declares other storages than it holds: it is damaged or forged")
+    for key in keys:
+        storage, numel = storages[key], machine.unsigned(8)
+        if numel != storage.numel:
+            raise Unreadable(f"declares {storage.numel:,} numbers where it holds {numel:,}: it is damaged or forged")
+        storages[key] = Storage(storage.dtype, numel, machine.take(numel * storage.itemsize))
+    machine.position = start
+    value = machine.run()
+    assert machine.position == end
+    return value

@@ -88,6 +88,10 @@ class Storage:
     numel: int
     data: memoryview
 
+    @property
+    def itemsize(self) -> int:
+        return _SIZES[self.dtype]
+
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
@@ -112,7 +116,7 @@ class StoredTensor:
 
     @property
     def itemsize(self) -> int:
-        return _SIZES[self.dtype]
+        return self.storage.itemsize
 
     def tensor(self) -> Tensor:
         """Returns a contiguous copy of the tensor: the rest of the storage takes no memory."""

@@ -16,6 +16,7 @@ NAMES = [
     "convert",
     "evaluate",
     "load_denoiser",
+    "load_features",
     "load_generator",
     "sample",
 ]

@@ -35,13 +35,18 @@ def _cache() -> Path:
     return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edmdistill"
 
 
+def cached(url: str) -> Path:
+    """Returns the path in the cache that `download` gives the file at a URL, whether it is there or not."""
+    # Each URL has its own folder, so that the file keeps its name, which says what it is.
+    return _cache() / hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()[:16] / _file_name(url)
+
+
 def download(url: str) -> Path:
     """Returns the file at an http(s) URL, from the cache if it is there.  A failed download leaves nothing.
 
     Raises: CheckpointError: it cannot be downloaded.
     """
-    # Each URL has its own folder, so that the file keeps its name, which says what it is.
-    target = _cache() / hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()[:16] / _file_name(url)
+    target = cached(url)
     if target.exists():
         return target
     with atomic_write(target) as new:

@@ -21,7 +21,8 @@ from edmdistill.evaluation.images import Images, open_images, sampled_images
 from edmdistill.evaluation.metrics import find_metric, metric_label
 from edmdistill.evaluation.protocol import Protocol, Reference, get_protocol, open_reference, pixels_digest
 from edmdistill.evaluation.results import Result
-from edmdistill.features.spaces import FEATURE_SPACES, Classifier
+from edmdistill.features.base import Classifier
+from edmdistill.features.spaces import FEATURE_SPACES
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.generate import generate_images

@@ -12,7 +12,8 @@ from typing import ClassVar, NamedTuple
 from edmdistill.errors import EdmDistillError, did_you_mean
 from edmdistill.evaluation.base import Accumulator, Measured, Metric, Nothing
 from edmdistill.evaluation.frechet import FrechetDistance
-from edmdistill.features.spaces import FEATURE_SPACES, FeatureSpace
+from edmdistill.features.base import FeatureSpace
+from edmdistill.features.spaces import FEATURE_SPACES
 
 
 class ClassAccuracy:

@@ -1,71 +1,38 @@
 """Feature spaces in which images are compared: uint8 images in, a float32 vector for each out.
 
-Each is a class with the interface FeatureSpace; FEATURE_SPACES lists them.
+FEATURE_SPACES lists them; `load_features` makes one.
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.store import fill, load_tensors
-from edmdistill.errors import DatasetError
+from edmdistill.errors import DatasetError, EdmDistillError, did_you_mean
+from edmdistill.features.base import FeatureSpace
+from edmdistill.features.dinov2 import DinoV2, DinoV2Dgm
+from edmdistill.features.inception import Inception, InceptionPytorchFid
 
 DIGITS_WEIGHTS = Path(__file__).parents[1] / "assets" / "digits-features.safetensors"
 
 
-class FeatureSpace(Protocol):
-    """The interface of feature spaces.
-
-    Attributes:
-        name: its key in FEATURE_SPACES, which is part of the names of metrics.
-        dim: the number of features d; None = it depends on the size of the images.
-        sha256: of the weights file; None = no weights.
-        official: whether the weights are those that the space is known by.
-    """
-
-    name: str
-    dim: int | None
-    sha256: str | None
-    official: bool
-
-    def __init__(self, device: torch.device | str = "cpu") -> None: ...
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Returns the features.  uint8 [N,C,H,W] -> float32 [N,d], on the device of the space
-
-        Raises: DatasetError: the space does not support images of this size.
-        """
-        ...
-
-
-@runtime_checkable
-class Classifier(Protocol):
-    """A feature space that also classifies."""
-
-    def classify(self, images: Tensor) -> Tensor:
-        """uint8 [N,C,H,W] -> probabilities, float32 [N,classes]."""
-        ...
-
-
-class Pixels:
+class Pixels(FeatureSpace):
     """The pixels themselves, v / 127.5 - 1, at any size: a check, not a measure of perceived quality."""
 
     name = "pixels"
-    dim: int | None = None
-    sha256: str | None = None
-    official = True
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", weights: Path | None = None) -> None:
+        if weights is not None:
+            raise EdmDistillError("the feature space pixels has no weights: leave them out")
         self._device = device
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return (images.to(self._device, torch.float32) / 127.5 - 1).flatten(1)
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, None]:
+        return (images.to(self._device, torch.float32) / 127.5 - 1).flatten(1), None
 
 
 class DigitsNet(nn.Module):
@@ -90,38 +57,32 @@ class DigitsNet(nn.Module):
         return logits
 
 
-class Digits:
-    """Features of a classifier of 8x8 digits; its weights in assets/ are made by scripts/make_features.py.
-
-    Args:
-        weights: file with other weights of the same layers.
-    """
+class Digits(FeatureSpace):
+    """Features of a classifier of 8x8 digits; its weights in assets/ are made by scripts/make_features.py."""
 
     name = "digits"
     dim: int | None = 64
-    sha256: str | None
+    num_classes: int | None = 10
 
-    def __init__(self, device: torch.device | str = "cpu", weights: Path = DIGITS_WEIGHTS) -> None:
-        tensors = load_tensors(weights)[0]
-        self.sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-        self.official = weights == DIGITS_WEIGHTS
+    def __init__(self, device: torch.device | str = "cpu", weights: Path | None = None) -> None:
+        path = weights or DIGITS_WEIGHTS
+        tensors = load_tensors(path)[0]
+        self.sha256 = sha256_file(path)
+        self.official = self.sha256 == sha256_file(DIGITS_WEIGHTS)
         self._device = device
         self._net = DigitsNet()
-        fill(self._net, tensors, str(weights))
+        fill(self._net, tensors, str(path))
         # In float64, devices and batch sizes agree to all significant digits.
         self._net.to(device, torch.float64).requires_grad_(False)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return self._net.features(self._input(images)).float()
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B,1,8,8] -> float32 [B,64], float64 [B,10]"""
+        features = self._net.features(self._input(images))
+        return features.float(), self._net.head(features)
 
     def classify(self, images: Tensor) -> Tensor:
-        """uint8 [N,1,8,8] -> probabilities of the ten digits, float32 [N,10]."""
+        """uint8 [B,1,8,8] -> probabilities of the ten digits, float32 [B,10]"""
         return functional.softmax(self.logits(images), 1).float()
-
-    def logits(self, images: Tensor) -> Tensor:
-        """uint8 [N,1,8,8] -> float64 [N,10]"""
-        logits: Tensor = self._net(self._input(images))
-        return logits
 
     def _input(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (1, 8, 8):
@@ -130,4 +91,24 @@ class Digits:
         return images.to(self._device, torch.float64) / 127.5 - 1
 
 
-FEATURE_SPACES: dict[str, type[FeatureSpace]] = {"pixels": Pixels, "digits": Digits}
+FEATURE_SPACES: dict[str, type[FeatureSpace]] = {
+    space.name: space for space in (Pixels, Digits, Inception, InceptionPytorchFid, DinoV2, DinoV2Dgm)
+}
+"""By the name used in protocols and on the command line."""
+
+
+def load_features(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> FeatureSpace:
+    """Returns a feature space, which is called with uint8 [B,C,H,W] and returns float32 [B,d].
+
+    Args:
+        name: a key of FEATURE_SPACES: inception, inception-pytorch-fid, dinov2, dinov2-dgm, digits, pixels.
+        weights: the file of its weights, or a folder of transformers; None = the official ones, which
+            `edmdistill fetch` downloads.
+        device: where features are computed.
+    Raises:
+        EdmDistillError: there is no such space.
+        CheckpointError: the weights are not there, are damaged, or are another network's.
+    """
+    if name not in FEATURE_SPACES:
+        raise EdmDistillError(f"there is no feature space {name!r}; {did_you_mean(name, FEATURE_SPACES)}")
+    return FEATURE_SPACES[name](device, None if weights is None else Path(weights))

@@ -7,18 +7,27 @@ from typing import Any
 import pytest
 import torch
 
-from edmdistill.checkpoints.store import load_tensors
+from edmdistill import load_features
+from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.data.datasets import open_dataset
-from edmdistill.errors import DatasetError
+from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.frechet import frechet_distance, statistics
 from edmdistill.features.spaces import DIGITS_WEIGHTS, FEATURE_SPACES, Digits, Pixels
 
 TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
 
 
-@pytest.mark.parametrize("name", FEATURE_SPACES)
+def test_the_spaces_are_these():
+    assert list(FEATURE_SPACES) == ["pixels", "digits", "inception", "inception-pytorch-fid", "dinov2", "dinov2-dgm"]
+    assert all(space.name == name for name, space in FEATURE_SPACES.items())
+    with pytest.raises(EdmDistillError, match="there is no feature space 'inceptoin'; did you mean 'inception'"):
+        load_features("inceptoin")
+
+
+@pytest.mark.parametrize("name", ["pixels", "digits"])
 def test_interface(name: str) -> None:
-    space = FEATURE_SPACES[name]()
+    space = load_features(name)
+    assert space.official
     images = TEST.images(range(20))
     features = space(images)
     assert space.name == name
@@ -70,6 +79,22 @@ def test_the_file_says_how_it_was_made_and_is_small() -> None:
     assert made(DIGITS_WEIGHTS)["held_out_accuracy"] >= 0.98
     assert DIGITS_WEIGHTS.stat().st_size < 300_000
     assert Digits().sha256 == "cd2ee813e28bf5422c392ed30589e24e65b3448812303b5ac4d31659c1ac8316"
+
+
+def test_other_weights_of_the_digits_are_not_official(tmp_path: Path) -> None:
+    tensors = load_tensors(DIGITS_WEIGHTS)[0]
+    save_tensors(tmp_path / "other.safetensors", tensors)  # the same numbers, but another file
+    space = load_features("digits", tmp_path / "other.safetensors")
+    assert not space.official
+    images = TEST.images(range(3))
+    features, logits = space.features_and_logits(images)
+    assert torch.equal(features, Digits()(images))
+    assert torch.equal(logits, Digits().logits(images))
+
+
+def test_pixels_have_no_weights() -> None:
+    with pytest.raises(EdmDistillError, match="pixels has no weights"):
+        load_features("pixels", DIGITS_WEIGHTS)
 
 
 def test_digits_refuse_other_images() -> None:

@@ -1,0 +1,59 @@
+"""DINOv2 against what facebookresearch/dinov2 computes on the same tiny weights, under both input rules."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from feature_files import EVALUATION, TINY_DINOV2, save_pth, sizes
+from safetensors.torch import load_file
+
+from edmdistill import load_features
+from edmdistill.errors import CheckpointError, EdmDistillError
+
+GOLDEN = load_file(EVALUATION / "dinov2" / "expected.safetensors")
+TENSORS = torch.load(TINY_DINOV2, weights_only=True)
+
+
+@pytest.mark.parametrize("size", sizes(GOLDEN))
+@pytest.mark.parametrize(("name", "case"), [("dinov2", "torch"), ("dinov2-dgm", "pil")])
+def test_both_rules_give_the_official_features(name: str, case: str, size: str):
+    space = load_features(name, TINY_DINOV2)
+    images, expected = GOLDEN[f"u8.{size}"], GOLDEN[f"{case}.{size}"]
+    features, logits = space.features_and_logits(images)
+    assert logits is None
+    assert (space.dim, space.official, features.dtype) == (48, False, torch.float32)
+    assert float((features - expected).abs().max() / expected.abs().max()) < 1e-5
+    torch.testing.assert_close(space(images[:1]), features[:1], rtol=0, atol=1e-5)
+
+
+def test_the_rules_differ():
+    images = GOLDEN["u8.32"]
+    one, other = (load_features(name, TINY_DINOV2)(images) for name in ("dinov2", "dinov2-dgm"))
+    assert (one - other).abs().max() > 1e-5
+
+
+def test_it_does_not_classify():
+    with pytest.raises(EdmDistillError, match="dinov2 does not classify"):
+        load_features("dinov2", TINY_DINOV2).logits(GOLDEN["u8.32"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"cls_token": None}, "lacks cls_token"),
+        ({"patch_embed.proj.weight": None}, "does not hold the weights of a DINOv2"),
+        ({"pos_embed": torch.ones(1, 7, 48)}, "holds pos_embed in shape"),
+        ({"register_tokens": torch.ones(1, 4, 48)}, "holds register_tokens, for which its network has no place"),
+        ({"norm.bias": torch.full((48,), torch.nan)}, "holds NaN or infinity in norm.bias"),
+        ({"blocks.999999.norm1.bias": torch.ones(48)}, "does not hold the weights of a DINOv2"),
+        ({"blocks.x.norm1.bias": torch.ones(48)}, "does not hold the weights of a DINOv2"),
+        ({"patch_embed.proj.weight": torch.ones(48, 3, 15, 15)}, "does not hold the weights of a DINOv2"),
+    ],
+)
+def test_other_weights_are_refused_in_one_sentence(
+    change: dict[str, torch.Tensor | None], sentence: str, tmp_path: Path
+):
+    tensors = {name: tensor for name, tensor in (TENSORS | change).items() if tensor is not None}
+    with pytest.raises(CheckpointError, match=sentence) as refused:
+        load_features("dinov2", save_pth(tmp_path / "w.pth", tensors))
+    assert "\n" not in str(refused.value)

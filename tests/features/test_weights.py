@@ -1,0 +1,92 @@
+"""Files of weights: every format in which people have them gives the same tensors, and hostile ones a sentence."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from feature_files import TINY_DINOV2, save_pth
+from safetensors.torch import save_file
+
+from edmdistill.errors import CheckpointError
+from edmdistill.features.weights import read_weights
+
+TENSORS = torch.load(TINY_DINOV2, weights_only=True)
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    return read_weights(path, "dinov2", "dinov2").tensors
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_every_format_gives_the_same_tensors(kind: str, tmp_path: Path):
+    path = tmp_path / "weights"
+    tensors = TENSORS | {"count": torch.tensor(7), "shared": TENSORS["norm.bias"]}
+    if kind == "safetensors":
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    else:
+        save_pth(path, tensors, legacy=kind == "legacy")
+    found = read(path)
+    assert found.keys() == tensors.keys() - {"mask_token"}
+    assert all(torch.equal(found[name], tensors[name]) for name in found)
+
+
+def legacy(tmp_path: Path) -> bytes:
+    return save_pth(tmp_path / "legacy.pth", {"a": torch.ones(50), "b": torch.zeros(3)}, legacy=True).read_bytes()
+
+
+@pytest.mark.parametrize("length", [0, 1, 20, 200, -1])
+def test_truncated_files_are_refused(length: int, tmp_path: Path):
+    (tmp_path / "cut.pth").write_bytes(legacy(tmp_path)[:length])
+    with pytest.raises(CheckpointError, match=r"cut\.pth"):
+        read(tmp_path / "cut.pth")
+
+
+def test_a_storage_that_claims_more_than_it_has_is_refused(tmp_path: Path):
+    whole = legacy(tmp_path)
+    count = (50).to_bytes(8, "little") + torch.ones(1).numpy().tobytes()
+    assert whole.count(count) == 1
+    (tmp_path / "forged.pth").write_bytes(whole.replace(count, (2**40).to_bytes(8, "little") + count[8:]))
+    with pytest.raises(CheckpointError, match="declares 50 numbers where it holds 1,099,511,627,776"):
+        read(tmp_path / "forged.pth")
+
+
+class Hostile:
+    def __reduce__(self) -> object:
+        return (Path.touch, (Path("PWNED"),))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickles_that_run_code_are_refused(legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    path = save_pth(tmp_path / "hostile.pth", {"a": torch.ones(2), "b": Hostile()}, legacy=legacy)  # type: ignore[dict-item]
+    with pytest.raises(CheckpointError, match="nothing was executed"):
+        read(path)
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("value", [[torch.ones(2)], {}, {"epoch": 3}, {"state_dict": {"a": torch.ones(2)}}])
+def test_other_than_a_state_dict_is_refused(value: object, tmp_path: Path):
+    torch.save(value, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="a state dict"):
+        read(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>no</html>", b"\x80\x04", pickle.dumps({"a": 1}), b"PK\x03\x04 cut"])
+def test_what_is_no_file_of_weights_is_refused(content: bytes, tmp_path: Path):
+    (tmp_path / "other").write_bytes(content)
+    with pytest.raises(CheckpointError, match="other"):
+        read(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read(tmp_path)
+
+
+def test_the_number_of_heads_is_read_where_it_is_stated(tmp_path: Path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors", {"num_heads": "3"})
+    assert read_weights(tmp_path / "model.safetensors", "dinov2", "dinov2").num_heads == 3
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    assert read_weights(tmp_path, "dinov2", "dinov2").num_heads == 4
+    (tmp_path / "config.json").write_text('{"num_attention_heads": -1}')
+    with pytest.raises(CheckpointError, match="-1 attention heads"):
+        read_weights(tmp_path, "dinov2", "dinov2")
