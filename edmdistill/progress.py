@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -30,6 +32,18 @@ def progress_bar(total: float | None = None, desc: str | None = None, unit: str 
     """
     bar = tqdm if sys.stderr.isatty() else _Lines
     return bar(total=total, desc=desc, unit=unit, **({"delay": DELAY, "disable": _quiet} | options))
+
+
+@contextmanager
+def stage_bar(desc: str) -> Iterator[Callable[[str], object]]:
+    """Yields a function that is called with the name of every stage of some work, and shows it."""
+    with progress_bar(desc=desc, unit="step") as bar:
+
+        def show(stage: str) -> None:
+            bar.set_postfix_str(stage, refresh=False)
+            bar.update()
+
+        yield show
 
 
 def bar_class() -> type[tqdm[Any]]:

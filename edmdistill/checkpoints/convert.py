@@ -7,9 +7,9 @@ Where it is asked to change the network (`networks.surgery.adapt`), it reports h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from msgspec.structs import replace
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.config import CheckpointConfig, describe, read_config
+from edmdistill.checkpoints.conversion_report import ConversionReport, ParityRow, table
 from edmdistill.checkpoints.layout import CARD, CONFIG
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import read_teacher
@@ -33,22 +34,6 @@ from edmdistill.trigflow import denoised, sigma_to_time
 
 PARITY_TOLERANCE = 1e-10
 """Largest relative difference that a conversion may make in float64; 1e-12 is usual."""
-
-
-class ParityRow(NamedTuple):
-    """The largest difference between a checkpoint and its source at a noise level, relative to the largest pixel."""
-
-    sigma: float
-    float32: float
-    float64: float
-
-
-class ConversionReport(NamedTuple):
-    """The checkpoint that `convert` wrote; no parity if it was there already."""
-
-    path: Path
-    config: CheckpointConfig
-    parity: tuple[ParityRow, ...]
 
 
 def _adaptation(time_embedding: str | None, double_norm: bool | None, arguments: Mapping[str, Any]) -> dict[str, bool]:
@@ -156,12 +141,6 @@ def _compare(
     results = {dtype: _denoised(written, dtype, on_progress) for dtype in expected}
     errors = [[_relative(a, b) for a, b in zip(results[d], expected[d], strict=True)] for d in expected]
     return tuple(map(ParityRow, _sigmas(written).tolist(), *errors))
-
-
-def table(parity: Sequence[ParityRow]) -> str:
-    """Returns the parity as text, a line for each noise level, indented as Markdown's code."""
-    lines = [f"    {row.sigma:>10.4g} {row.float32:>10.1e} {row.float64:>10.1e}" for row in parity]
-    return "\n".join([f"    {'sigma':>10} {'float32':>10} {'float64':>10}", *lines])
 
 
 def _sigmas(flow: FlowNetwork) -> Tensor:

@@ -47,48 +47,24 @@ def command(
     checkpoint = open_source(source)
     if checkpoint.path.is_file() and not checkpoint.is_archive:
         _ = checkpoint.official  # read before torch is imported: a bad file is refused at once
-    from edmdistill.checkpoints.convert import convert, table
-    from edmdistill.checkpoints.noise_dependence import describe_dependence, generator_warning
-    from edmdistill.progress import progress_bar
+    from edmdistill.checkpoints.convert import convert
+    from edmdistill.checkpoints.noise_dependence import generator_warning
+    from edmdistill.progress import stage_bar
 
-    with progress_bar(desc="converting", unit="step") as bar:
-
-        def show(stage: str) -> None:
-            bar.set_postfix_str(stage, refresh=False)
-            bar.update()
-
-        done = convert(
+    with stage_bar("converting") as on_progress:
+        report = convert(
             checkpoint,
             out,
             time_embedding=time_embedding,
             double_norm=double_norm,
             overwrite=overwrite,
             licence=licence,
-            on_progress=show,
+            on_progress=on_progress,
         )
-    warning = generator_warning(done.config.noise_dependence, source)
+    warning = generator_warning(report.config.noise_dependence, source)
     if warning is not None:
         say(warning)
     if as_json:
-        parity = [row._asdict() for row in done.parity]
-        document = {"schema_version": 1, "path": str(done.path), "config": done.config, "parity": parity}
-        click.echo(msgspec.json.format(msgspec.json.encode(document)).decode())
-        return
-    said = printable(without_secrets(source))
-    if not done.parity:
-        click.echo(f"{done.path} holds the conversion of {said} already: nothing was done.")
-        return
-    config, size = done.config, done.config.network.arguments["img_resolution"]
-    click.echo(
-        f"{printable(config.provenance.source)}: {config.network.kind}, {size}x{size} pixels, "
-        f"{config.label_dim} classes, preconditioned as {config.preconditioning['kind']}."
-    )
-    click.echo(f"Largest relative difference of its denoised images after the conversion:\n\n{table(done.parity)}\n")
-    value = config.noise_dependence
-    if value is not None:
-        click.echo(describe_dependence(value))
-    click.echo(f"{done.path} is written: under {config.provenance.licence}, a TrigFlow teacher with two times.")
-    if time_embedding:
-        click.echo("It is another function than its source. To train it on, and to see whether it is as good again:")
-        click.echo(f"  edmdistill train diffusion {done.path} --data DATA --recipe RECIPE --run-dir RUN")
-        click.echo(f"  edmdistill loss RUN {said} --data DATA")
+        click.echo(msgspec.json.format(msgspec.json.encode(report.document())).decode())
+    else:
+        click.echo(report.describe(printable(without_secrets(source))))

@@ -30,29 +30,17 @@ def command(
     good as before. Both are checkpoints, run directories or official files.
     """
     import json
-    import math
 
-    from edmdistill.errors import NotFiniteError
-    from edmdistill.evaluation.noise_levels import losses_by_noise, verdict
+    from edmdistill.evaluation.noise_levels import losses_by_noise, table, verdict
     from edmdistill.machine.devices import pick_device
 
     sources = [teacher, original] if original else [teacher]
     with interruptible(lambda: "nothing is measured yet."):
         rows = losses_by_noise(sources, data, split=split, images=images, batch=batch, device=pick_device(device))
-    for source, losses in zip(sources, zip(*(row.losses for row in rows), strict=True), strict=True):
-        bad = [f"{row.sigma:g}" for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
-        if bad:
-            raise NotFiniteError(
-                f"the loss of {source} is not finite at sigma {', '.join(bad)}: check it with edmdistill inspect"
-            )
     if as_json:
         document = {"schema_version": 1, "sources": sources, "losses": [row._asdict() for row in rows]}
         click.echo(json.dumps(document, indent=2))
         return
-    names = ("teacher", "original", "ratio") if original else ("teacher",)
-    click.echo(f"{'sigma':>8} " + " ".join(f"{name:>10}" for name in names))
-    for row in rows:
-        ratio = [row.losses[0] / row.losses[1]] if original else []
-        click.echo(f"{row.sigma:8g} " + " ".join(f"{value:10.4f}" for value in (*row.losses, *ratio)))
+    click.echo(table(rows))
     if original:
         click.echo(verdict(rows))

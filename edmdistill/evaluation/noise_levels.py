@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.fit import require_fit
 from edmdistill.data.latents import draw_latents
 from edmdistill.draws import Draws
+from edmdistill.errors import NotFiniteError
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 
@@ -46,10 +48,17 @@ def losses_by_noise(
     Args:
         sources: teachers, as `train` takes them.
         images: number of images, from the first.
-    Raises: CheckpointError, DatasetError: a source cannot be opened or is a generator, or the data do not fit.
+    Raises:
+        CheckpointError, DatasetError: a source cannot be opened or is a generator, or the data do not fit.
+        NotFiniteError: a loss is NaN or infinite.
     """
     dataset = open_dataset(data, split=split)
     columns = [_losses(source, dataset, min(images, len(dataset)), batch, torch.device(device)) for source in sources]
+    for source, losses in zip(sources, columns, strict=True):
+        if bad := [f"{sigma:g}" for sigma, loss in zip(SIGMAS, losses, strict=True) if not math.isfinite(loss)]:
+            raise NotFiniteError(
+                f"the loss of {source} is not finite at sigma {', '.join(bad)}: check it with edmdistill inspect"
+            )
     return [Row(sigma, losses) for sigma, losses in zip(SIGMAS, zip(*columns, strict=True), strict=True)]
 
 
@@ -76,6 +85,16 @@ def _loss(flow: FlowNetwork, x0: Tensor, z: Tensor, sigma: float, labels: Tensor
     t = sigma_to_time(sigma, flow.sigma_data).to(x0.device).expand(len(x0))
     error: Tensor = flow(diffuse(x0, z, t), t, labels) - velocity(x0, z, t) / flow.sigma_data
     return error.double().square().flatten(1).mean(1).sum()
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the losses of one or two teachers as text, a line for each noise level."""
+    lines = []
+    for sigma, losses in rows:
+        ratio = [losses[0] / losses[1]] if len(losses) == 2 else []
+        lines.append(f"{sigma:8g} " + " ".join(f"{value:10.4f}" for value in (*losses, *ratio)))
+    names = ("teacher", "original", "ratio")[: 1 if len(rows[0].losses) == 1 else 3]
+    return "\n".join([f"{'sigma':>8} " + " ".join(f"{name:>10}" for name in names), *lines])
 
 
 def verdict(rows: list[Row]) -> str:

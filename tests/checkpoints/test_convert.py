@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edmdistill.checkpoints import convert as module
-from edmdistill.checkpoints.convert import ConversionReport, convert
+from edmdistill.checkpoints.conversion_report import ConversionReport
+from edmdistill.checkpoints.convert import convert
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.checkpoints.load import load_denoiser, load_generator, load_model, outline

@@ -23,7 +23,9 @@ def test_text(golden: Path, tmp_path: Path) -> None:
     assert "iddpm-adm-uncond.pkl.gz: adm, 16x16 pixels, 0 classes, preconditioned as iddpm." in result.stdout
     assert "sigma    float32    float64" in result.stdout
     assert "cc-by-nc-sa-4.0" in result.stdout
-    assert result.stderr == ""
+    assert [
+        line for line in result.stderr.splitlines() if not line.startswith("converting: ")
+    ] == []  # of a slow machine
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0
     assert "already: nothing was done" in result.stdout

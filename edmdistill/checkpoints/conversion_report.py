@@ -1,0 +1,61 @@
+"""What a conversion reports: the checkpoint, and by how much it differs from its source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.checkpoints.noise_dependence import describe_dependence
+from edmdistill.errors import printable
+
+
+class ParityRow(NamedTuple):
+    """The largest difference between a checkpoint and its source at a noise level, relative to the largest pixel."""
+
+    sigma: float
+    float32: float
+    float64: float
+
+
+class ConversionReport(NamedTuple):
+    """The checkpoint that `convert` wrote; no parity if it was there already."""
+
+    path: Path
+    config: CheckpointConfig
+    parity: tuple[ParityRow, ...]
+
+    def document(self) -> dict[str, Any]:
+        """Returns the report as msgspec encodes it to JSON."""
+        parity = [row._asdict() for row in self.parity]
+        return {"schema_version": 1, "path": str(self.path), "config": self.config, "parity": parity}
+
+    def describe(self, source: str) -> str:
+        """Returns the report as text.  source: as the user named it, printable and without secrets."""
+        if not self.parity:
+            return f"{self.path} holds the conversion of {source} already: nothing was done."
+        config = self.config
+        network, licence, origin = config.network, config.provenance.licence, printable(config.provenance.source)
+        size = network.arguments["img_resolution"]
+        lines = [
+            f"{origin}: {network.kind}, {size}x{size} pixels, {config.label_dim} classes, "
+            f"preconditioned as {config.preconditioning['kind']}.",
+            f"Largest relative difference of its denoised images after the conversion:\n\n{table(self.parity)}\n",
+        ]
+        if config.noise_dependence is not None:
+            lines.append(describe_dependence(config.noise_dependence))
+        lines.append(f"{self.path} is written: under {licence}, a TrigFlow teacher with two times.")
+        if network.arguments.get("positional_time"):
+            lines += [
+                "It is another function than its source. To train it on, and to see whether it is as good again:",
+                f"  edmdistill train diffusion {self.path} --data DATA --recipe RECIPE --run-dir RUN",
+                f"  edmdistill loss RUN {source} --data DATA",
+            ]
+        return "\n".join(lines)
+
+
+def table(parity: Sequence[ParityRow]) -> str:
+    """Returns the parity as text, a line for each noise level, indented as Markdown's code."""
+    lines = [f"    {row.sigma:>10.4g} {row.float32:>10.1e} {row.float64:>10.1e}" for row in parity]
+    return "\n".join([f"    {'sigma':>10} {'float32':>10} {'float64':>10}", *lines])
