@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from edmdistill.cli import main
 from edmdistill.machine import doctor
-from edmdistill.machine.doctor import Finding
+from edmdistill.machine.checks.finding import Finding
 
 WELL = [Finding("python", "ok", "3.12"), Finding("disk", "warn", "2 GiB free", "make room")]
 ILL = [*WELL, Finding("torch", "fail", "not installed", "pip install torch")]

@@ -1,0 +1,74 @@
+"""Checks of memory, disks and locks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from edmdistill.machine.checks.finding import GIB, Finding
+from edmdistill.machine.host import cores, host_memory
+
+
+def check_memory() -> Iterator[Finding]:
+    total, free = host_memory()
+    detail = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, {cores()} cores"
+    if free < 4 * GIB:
+        yield Finding("memory", "warn", detail, "stop other processes, or train with a smaller --micro-batch")
+    else:
+        yield Finding("memory", "ok", detail)
+
+
+def check_disk() -> Iterator[Finding]:
+    """Checks the space for a run in this folder, and for downloads; a state of CoSIM on EDM2-S takes over 6 GB."""
+    for name, folder in (("disk", Path.cwd()), ("hub cache", _hub_cache())):
+        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        free = shutil.disk_usage(place).free / GIB
+        detail = f"{free:.1f} GiB free for {folder}"
+        other = "use a --run-dir on another disk" if name == "disk" else "set HF_HOME to a folder on another disk"
+        fix = f"free some space, or {other}"
+        yield Finding(name, *(("ok", detail) if free > 20 else ("fail" if free < 1 else "warn", detail, fix)))
+
+
+def check_locks() -> Iterator[Finding]:
+    """Checks flock, which protects a run directory from a second process and which some network file systems lack."""
+    other = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    fix = "use a --run-dir on a local disk, or never train twice in the same one"
+    try:
+        with tempfile.NamedTemporaryFile(dir=".", prefix=".edmdistill-doctor-") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            second = subprocess.run([sys.executable, "-c", other, file.name], capture_output=True, check=False)
+    except PermissionError:
+        yield Finding("locks", "warn", f"{Path.cwd()} is not writable", "use a --run-dir elsewhere")
+    except OSError as error:
+        yield Finding("locks", "fail", f"files in {Path.cwd()} cannot be locked: {error.strerror}", fix)
+    else:
+        if second.returncode == 0:
+            yield Finding("locks", "fail", f"locks in {Path.cwd()} have no effect", fix)
+        else:
+            yield Finding("locks", "ok", f"files in {Path.cwd()} can be locked")
+
+
+def check_shared_memory() -> Iterator[Finding]:
+    """Checks the size of /dev/shm, through which data workers pass their batches."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        yield Finding("shared memory", "ok", "no /dev/shm on this system")
+        return
+    size = shutil.disk_usage(folder)
+    detail = f"{size.free / GIB:.2f} of {size.total / GIB:.2f} GiB free in {folder}"
+    if size.free < GIB:
+        yield Finding("shared memory", "warn", detail, "use docker run --shm-size=8g, or train with --workers 0")
+    else:
+        yield Finding("shared memory", "ok", detail)
+
+
+def _hub_cache() -> Path:
+    """Returns the folder of huggingface_hub's downloads."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()

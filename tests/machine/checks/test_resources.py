@@ -1,0 +1,84 @@
+"""Disks, memory and locks that are not enough."""
+
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+from machine_findings import only_finding
+
+from edmdistill.machine import host
+from edmdistill.machine.checks import resources
+from edmdistill.machine.checks.finding import GIB
+from edmdistill.machine.host import host_memory
+
+DISK = types.SimpleNamespace
+
+
+@pytest.mark.parametrize(("free", "level"), [(0.5, "fail"), (5, "warn"), (50, "ok")])
+def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, level: str):
+    asked = []
+
+    def usage(path: Path) -> DISK:
+        asked.append(path)
+        return DISK(total=100 * GIB, free=free * GIB)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "not" / "yet" / "made"))
+    monkeypatch.chdir(tmp_path)
+    assert [finding.level for finding in resources.check_disk()] == [level, level]
+    assert asked == [tmp_path, tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({"HF_HUB_CACHE": "/a"}, "/a"),
+        ({"HF_HOME": "/b", "XDG_CACHE_HOME": "/c"}, "/b/hub"),
+        ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"),
+        ({"HOME": "/home/x"}, "/home/x/.cache/huggingface/hub"),
+    ],
+)
+def test_the_hubs_cache(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], folder: str):
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert resources._hub_cache() == Path(folder)
+
+
+@pytest.mark.parametrize(("free", "level"), [(2, "warn"), (8, "ok")])
+def test_memory_within_a_control_group(monkeypatch: pytest.MonkeyPatch, free: int, level: str):
+    files = {
+        "/proc/meminfo": f"MemTotal: {64 * 2**20} kB\nMemAvailable: {32 * 2**20} kB\n",
+        "/sys/fs/cgroup/memory.max": f"{10 * GIB}\n",
+        "/sys/fs/cgroup/memory.current": f"{(10 - free) * GIB}\n",
+    }
+    monkeypatch.setattr(host, "read_system_file", files.__getitem__)
+    finding = only_finding(resources.check_memory)
+    assert finding.level == level
+    assert finding.detail.startswith(f"{free:.1f} of 10.0 GiB free, ")
+    files |= {"/sys/fs/cgroup/memory.max": "max\n"}
+    assert host_memory()[1] == 32 * GIB
+
+
+def test_locks_that_keep_nobody_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    assert only_finding(resources.check_locks).level == "ok"
+    monkeypatch.setattr(resources.fcntl, "flock", lambda file, operation: None)
+    assert only_finding(resources.check_locks).detail == f"locks in {tmp_path} have no effect"
+
+    def refused(file: object, operation: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(resources.fcntl, "flock", refused)
+    assert only_finding(resources.check_locks).detail == f"files in {tmp_path} cannot be locked: No locks available"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("free", "level"), [(1 / 16, "warn"), (8, "ok")])
+def test_shared_memory(monkeypatch: pytest.MonkeyPatch, free: float, level: str):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DISK(total=free * GIB, free=free * GIB))
+    finding = only_finding(resources.check_shared_memory)
+    assert finding.level == level
+    assert ("--shm-size" in finding.fix) == (level == "warn")
