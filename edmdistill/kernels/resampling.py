@@ -28,8 +28,8 @@ def is_box(taps: Sequence[float]) -> bool:
 
 def separable(taps: Sequence[float]) -> Tensor:
     """Returns the low-pass filter taps x taps, of sum 1.  An even number k of taps -> [1,1,k,k] float32"""
-    kernel = torch.tensor(taps, dtype=torch.float32)
-    return (kernel.outer(kernel) / kernel.sum() ** 2)[None, None]
+    total = sum(taps) ** 2
+    return torch.tensor([[[[row * column / total for column in taps] for row in taps]]], dtype=torch.float32)
 
 
 def downsample(x: Tensor, kernel: Tensor | None = None, border: bool = True) -> Tensor:

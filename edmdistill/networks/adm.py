@@ -24,6 +24,7 @@ from edmdistill.networks.arguments import (
 )
 from edmdistill.networks.base import Conditioning
 from edmdistill.networks.embeddings import PositionalEmbedding, TimeEmbedding
+from edmdistill.networks.initial import normal
 from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linear, UNetBlock
 
 
@@ -116,7 +117,7 @@ class DhariwalUNet(EDMUNet):
                 for parameter in layer.parameters():
                     nn.init.zeros_(parameter)
         if self.map_label is not None:
-            nn.init.normal_(self.map_label.weight)
+            self.map_label.weight = nn.Parameter(normal(*self.map_label.weight.shape))
 
     def finish_embedding(self, emb: Tensor, condition: Conditioning) -> Tensor:
         if self.map_label is not None:

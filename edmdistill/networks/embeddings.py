@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.kernels.linear import linear
+from edmdistill.networks.initial import normal
 
 
 class PositionalEmbedding(nn.Module):
@@ -44,7 +45,7 @@ class FourierEmbedding(nn.Module):
         super().__init__()
         if channels % 2:
             raise ValueError(f"the time embedding has {channels} channels, but must have an even number")
-        self.register_buffer("freqs", torch.randn(channels // 2) * 16)
+        self.register_buffer("freqs", normal(channels // 2, std=16))
 
     def forward(self, c_noise: Tensor) -> Tensor:
         angle = c_noise[:, None] * (2 * math.pi * self.freqs).to(c_noise.dtype)
@@ -68,7 +69,8 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.positional = PositionalEmbedding(self.FEATURES)
         self.mix = nn.Linear(self.FEATURES, channels, bias=False)
-        nn.init.normal_(self.mix.weight, std=math.sqrt(2 / self.FEATURES))  # unit variance out
+        unit_out = math.sqrt(2 / self.FEATURES)
+        self.mix.weight = nn.Parameter(normal(channels, self.FEATURES, std=unit_out))
 
     def features(self, t: Tensor) -> Tensor:
         """Returns the sines and cosines before the map.  [B] -> [B,FEATURES]"""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edmdistill.kernels.linear import conv2d, linear
 from edmdistill.kernels.magnitude import mp_conv, mp_fourier, normalize_weight
+from edmdistill.networks.initial import normal
 
 GAIN_LAYERS = {"emb_gain": "emb_linear", "out_gain": "out_conv"}
 """EDM2's gains, and the layer that each scales."""
@@ -23,7 +24,7 @@ class MPConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: int | None = None) -> None:
         super().__init__()
         size = () if kernel is None else (kernel, kernel)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *size))
+        self.weight = nn.Parameter(normal(out_channels, in_channels, *size))
         self.folded = False
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -56,8 +57,8 @@ class MPFourier(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+        self.register_buffer("freqs", normal(channels, std=2 * math.pi))
+        self.register_buffer("phases", torch.empty(channels).uniform_().mul_(2 * math.pi))
 
     def forward(self, c_noise: Tensor) -> Tensor:
         return mp_fourier(c_noise, self.freqs, self.phases)
