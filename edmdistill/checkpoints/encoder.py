@@ -43,9 +43,9 @@ class LatentEncoder(Struct, frozen=True):
         vae_sha256: of the VAE's weights, where they are known.
     """
 
+    kind: Name
     scale: Scales
     bias: Biases
-    kind: Name = "StabilityVAEEncoder"
     range: Range = "edm2"
     vae_name: Name | None = None
     vae_sha256: Name | None = None

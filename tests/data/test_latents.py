@@ -45,7 +45,11 @@ def test_a_visit_has_its_own_noise() -> None:
 
 def test_draws_have_the_moments_that_are_stored() -> None:
     moments = torch.tensor([3.0, -1.0, 2.0, 0.0]).reshape(1, 4, 1, 1).expand(4000, 4, 1, 1)
-    x0 = draw_latents(moments, latent_noise(0, 0, 4000, 2, 1, 1), LatentEncoder(scale=(0.5, 2.0), bias=(1.0, -1.0)))
+    x0 = draw_latents(
+        moments,
+        latent_noise(0, 0, 4000, 2, 1, 1),
+        LatentEncoder("StabilityVAEEncoder", scale=(0.5, 2.0), bias=(1.0, -1.0)),
+    )
     assert x0.mean(0).flatten().tolist() == pytest.approx([2.5, -3], abs=0.05)
     assert x0.std(0).flatten().tolist() == pytest.approx([1, 0], abs=0.05)
 
@@ -53,6 +57,6 @@ def test_draws_have_the_moments_that_are_stored() -> None:
 def test_the_spread_is_that_of_what_is_drawn() -> None:
     torch.manual_seed(0)
     moments = torch.cat([2 * torch.randn(300, 2, 4, 4) + 1, 3 * torch.rand(300, 2, 4, 4)], dim=1)
-    statistics = LatentEncoder(scale=(0.5, 2.0), bias=(1.0, -1.0))
+    statistics = LatentEncoder("StabilityVAEEncoder", scale=(0.5, 2.0), bias=(1.0, -1.0))
     x0 = draw_latents(moments, latent_noise(0, 0, 300, 2, 4, 4), statistics)
     assert latent_std(moments, statistics) == pytest.approx(float(x0.std()), rel=0.03)

@@ -220,7 +220,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"sigma_min": 90.0}, "sigma_min is 90, which is not below sigma_max, 80"),
     ({"encoder": {"kind": "StabilityVAEEncoder", "scale": [0.2], "bias": [0.1]}}, "a scale for 1 channels"),
     ({"encoder": {"kind": "StabilityVAEEncoder"}}, "missing required field `scale`"),
-    ({"encoder": {}}, "missing required field `kind`"),
+    ({"encoder": {"scale": [0.2], "bias": [0.1]}}, "missing required field `kind`"),
     ({"label_dropout": 2}, "label_dropout: expected `float` <= 1.0"),
     ({"provenance": {"source": 3}}, "provenance.source: expected `str`"),
     ({"method": "co\u001b[31msim"}, "control characters"),

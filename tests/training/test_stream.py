@@ -34,7 +34,7 @@ from edmdistill.training.session import train
 from edmdistill.training.stream import AHEAD, Stream
 
 COUNT = 9
-STATISTICS = LatentEncoder(scale=(0.5, 2.0, 1.0, 0.25), bias=(0.1, 0.0, -0.1, 1.0))
+STATISTICS = LatentEncoder("StabilityVAEEncoder", scale=(0.5, 2.0, 1.0, 0.25), bias=(0.1, 0.0, -0.1, 1.0))
 
 
 def write_set(path: Path, suffix: str) -> Path:
