@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -42,21 +41,6 @@ class Nothing:
     def update(self, features: Tensor) -> None: ...
 
     def finish(self) -> None: ...
-
-
-class Features:
-    """Keeps all features as they are: 4 N d bytes, 410 MB for 50,000 of Inception's."""
-
-    def __init__(self) -> None:
-        self._batches: list[Tensor] = []
-
-    def update(self, features: Tensor) -> None:
-        self._batches.append(features.to("cpu", torch.float32))
-
-    def finish(self) -> Tensor:
-        """Returns the features in the order in which they came.  float32 [N,d]"""
-        self._batches = [torch.cat(self._batches)]
-        return self._batches[0]
 
 
 class Metric(Protocol):

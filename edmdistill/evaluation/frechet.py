@@ -34,14 +34,16 @@ class RunningStatistics:
     def update(self, features: Tensor) -> None:
         """Adds features.  [N,d]"""
         features = features.to(torch.float64)
+        if not len(features):
+            return
         if self.n == 0:
             self._shift = features.mean(0)
             self._sum = torch.zeros_like(self._shift)
             self._outer = torch.zeros_like(self._shift).outer(self._shift)
         centred = features - self._shift
         self.n += len(features)
-        self._sum = self._sum + centred.sum(0)
-        self._outer = self._outer + centred.T @ centred
+        self._sum += centred.sum(0)
+        self._outer += gram(centred)
 
     def finish(self) -> GaussianStatistics:
         """Returns the statistics of all features so far.  Raises ValueError for fewer than two."""
@@ -50,6 +52,11 @@ class RunningStatistics:
         mean = self._sum / self.n
         covariance = (self._outer - self.n * mean.outer(mean)) / (self.n - 1)
         return GaussianStatistics((mean + self._shift).cpu(), covariance.cpu(), self.n)
+
+
+def gram(x: Tensor) -> Tensor:
+    """Returns x^T x.  On a CPU by NumPy, which knows that half of it is the other half."""
+    return torch.from_numpy(x.numpy().T @ x.numpy()) if x.device.type == "cpu" else x.T @ x
 
 
 def statistics(features: Tensor) -> GaussianStatistics:
@@ -62,15 +69,18 @@ def statistics(features: Tensor) -> GaussianStatistics:
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     """Returns the squared Frechet (Wasserstein-2) distance between two Gaussians.
 
-    |m_a - m_b|^2 + tr(A + B - 2 sqrt(AB)),  tr sqrt(AB) = sum svdvals(L^T K) for any A = L L^T, B = K K^T
+    |m_a - m_b|^2 + tr(A + B - 2 sqrt(AB)),  tr sqrt(AB) = sum of the singular values of M = L^T K, A = L L^T, B = K K^T
 
     Returns: a float >= 0, up to rounding.
     Source: Dowson & Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), section 3.
-    Differs: singular values replace the square root of the nonsymmetric AB, so the result is never complex, has no
-        square roots of rounding errors, and is exact for covariances without full rank.
+    Differs: singular values replace the square root of the nonsymmetric AB, so the result is never complex, and exact
+        for covariances without full rank. They are the roots of the eigenvalues of M M^T, for which LAPACK takes a
+        third of the time.
     """
     A, B = a.covariance.numpy(), b.covariance.numpy()
-    cross = linalg.svdvals(factor(A).T @ factor(B)).sum()
+    M = factor(A).T @ factor(B)
+    gram = M @ M.T if len(M) <= len(M.T) else M.T @ M
+    cross = np.sqrt(linalg.eigvalsh(gram).clip(0)).sum() if gram.size else 0.0
     mean = (a.mean - b.mean).square().sum()
     return float(mean + A.trace() + B.trace() - 2 * cross)
 

@@ -1,8 +1,8 @@
 """The table of metrics. Each is a class that reads a measurement batch by batch, and then gives its value.
 
 A metric that may be measured in any feature space is named after the space too: fd_dinov2, precision_inception. One
-that belongs to a single space has a name of its own, which then stands for both: the Frechet distance in Inception's
-features is fid.
+that belongs to a single space has a name of its own, which then stands for both: the Frechet and the kernel distance in
+Inception's features are fid and kid.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import ClassVar, NamedTuple
 from edmdistill.errors import EdmDistillError, did_you_mean
 from edmdistill.evaluation.base import Accumulator, Measured, Metric, Nothing
 from edmdistill.evaluation.frechet import FrechetDistance
+from edmdistill.evaluation.inception_score import InceptionScore
+from edmdistill.evaluation.kernel_distance import KernelDistance
+from edmdistill.evaluation.manifold import Coverage, Density, Precision, Recall
 from edmdistill.features.base import FeatureSpace
 from edmdistill.features.spaces import FEATURE_SPACES
 
@@ -50,6 +53,13 @@ class MetricKind(NamedTuple):
 METRICS: dict[str, MetricKind] = {
     "fid": MetricKind(FrechetDistance, "inception"),
     "fd": MetricKind(FrechetDistance),
+    "kid": MetricKind(KernelDistance, "inception"),
+    "kd": MetricKind(KernelDistance),
+    "is": MetricKind(InceptionScore, "inception"),
+    "precision": MetricKind(Precision),
+    "recall": MetricKind(Recall),
+    "density": MetricKind(Density),
+    "coverage": MetricKind(Coverage),
     "class_accuracy": MetricKind(ClassAccuracy, "digits"),
 }
 
