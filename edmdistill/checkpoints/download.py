@@ -29,7 +29,7 @@ SLOWEST = 1024
 """Bytes per second; a server that is slower over SILENCE seconds is given up."""
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """Returns the folder of downloads: $EDMDISTILL_CACHE, else edmdistill in the user's cache folder."""
     folder = os.environ.get("EDMDISTILL_CACHE")
     return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edmdistill"
@@ -38,7 +38,7 @@ def _cache() -> Path:
 def cached(url: str) -> Path:
     """Returns the path in the cache that `download` gives the file at a URL, whether it is there or not."""
     # Each URL has its own folder, so that the file keeps its name, which says what it is.
-    return _cache() / hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()[:16] / _file_name(url)
+    return cache_folder() / hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()[:16] / _file_name(url)
 
 
 def download(url: str) -> Path:
@@ -174,7 +174,7 @@ def downloaded(path: Path) -> Iterator[None]:
         from huggingface_hub import constants
 
         parents = path.absolute().parents
-        if any(Path(folder).absolute() in parents for folder in (_cache(), constants.HF_HUB_CACHE)):
+        if any(Path(folder).absolute() in parents for folder in (cache_folder(), constants.HF_HUB_CACHE)):
             blob = path.resolve()
             path.unlink(missing_ok=True)
             blob.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ Source: torch_utils/persistence.py, training/networks.py and training/networks_e
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from edmdistill.pickles import Budget, StandIn, Stateful, Unreadable, empty_dict
 from edmdistill.stored_tensors import Array, Dtype, StoredTensor, read_scalar, rebuild_tensor
@@ -115,10 +115,18 @@ def type_name(value: object) -> str:
 
 
 def state_dict(
-    module: PersistentObject, seen: set[int], budget: Budget, prefix: str = ""
+    module: PersistentObject,
+    seen: set[int],
+    budget: Budget,
+    prefix: str = "",
+    known: Container[str] = frozenset(_MODULES),
 ) -> Iterator[tuple[str, StoredTensor, bool]]:
-    """Yields a module's state dict in the official order: name, tensor, whether it is a buffer."""
-    if module.class_name not in _MODULES:
+    """Yields a module's state dict in the official order: name, tensor, whether it is a buffer.
+
+    Args:
+        known: the names of the classes that a layer may have.
+    """
+    if module.class_name not in known:
         raise Unreadable(f"holds {type_name(module)} as {prefix[:-1]}, a layer that no official network has: {DAMAGED}")
     if id(module) in seen or prefix.count(".") > 8:
         raise Unreadable(f"nests its layers as no official network does: {DAMAGED}")
@@ -136,7 +144,7 @@ def state_dict(
     for name, child in module.members("_modules", budget).items():
         if not isinstance(child, PersistentObject):
             raise Unreadable(f"holds {type_name(child)} as {prefix}{name}, not a layer: {DAMAGED}")
-        yield from state_dict(child, seen, budget, f"{prefix}{name}.")
+        yield from state_dict(child, seen, budget, f"{prefix}{name}.", known)
 
 
 def constructor_arguments(item: PersistentObject) -> dict[str, object]:

@@ -6,6 +6,8 @@ Frechet distance in its features.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -142,8 +144,10 @@ def build(weights: Weights) -> VisionTransformer:
 
     Raises: CheckpointError: these are no weights of DINOv2 without registers.
     """
-    tensors = weights.tensors
     try:
+        if weights.script:
+            raise ValueError
+        tensors = to_our_names(weights.tensors)
         width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
         hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
         positions = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
@@ -151,7 +155,7 @@ def build(weights: Weights) -> VisionTransformer:
         heads = weights.num_heads or width // (64 if width % 64 == 0 else 16)
         if SIZE % patch or width % heads or depth > len(tensors):
             raise ValueError
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise CheckpointError(
             f"{weights.path} does not hold the weights of a DINOv2 vision transformer: give "
             "dinov2_vitl14_pretrain.pth, which `edmdistill fetch dinov2` downloads."
@@ -160,6 +164,35 @@ def build(weights: Weights) -> VisionTransformer:
         network = VisionTransformer(width, depth, heads, hidden, patch, positions)
     fill(network, tensors, str(weights.path))
     return network
+
+
+TRANSFORMERS = {
+    r"(dinov2\.)?embeddings\.cls_token": "cls_token",
+    r"(dinov2\.)?embeddings\.position_embeddings": "pos_embed",
+    r"(dinov2\.)?embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"(dinov2\.)?encoder\.layer\.": "blocks.",
+    r"(dinov2\.)?layernorm\.": "norm.",
+    r"(blocks\.\d+)\.attention\.(?:attention\.query|q_proj)\.": r"\1.attn.q.",
+    r"(blocks\.\d+)\.attention\.(?:attention\.key|k_proj)\.": r"\1.attn.k.",
+    r"(blocks\.\d+)\.attention\.(?:attention\.value|v_proj)\.": r"\1.attn.v.",
+    r"(blocks\.\d+)\.attention\.(?:output\.dense|o_proj)\.": r"\1.attn.proj.",
+    r"(blocks\.\d+)\.layer_scale([12])\.lambda1": r"\1.ls\2.gamma",
+}
+"""The beginnings of names in transformers' Dinov2Model, of version 4 and 5, and ours; replaced one after another."""
+
+
+def to_our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns DINOv2's tensors by our names, those of facebookresearch/dinov2, whichever of the two they have."""
+    found = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in TRANSFORMERS.items():
+            name = re.sub(f"^{theirs}", ours, name)
+        found[name] = tensor
+    for query in [name for name in found if re.search(r"\.attn\.q\.", name)]:
+        parts = [query.replace(".q.", part) for part in (".q.", ".k.", ".v.")]
+        if all(part in found for part in parts):
+            found[query.replace(".q.", ".qkv.")] = torch.cat([found.pop(part) for part in parts])
+    return found
 
 
 class DinoV2(FeatureSpace):

@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as f
 from torch import Tensor, nn
 
-from edmdistill.checkpoints.store import fill
+from edmdistill.checkpoints.store import fill, save_tensors
+from edmdistill.errors import CheckpointError
 from edmdistill.features.base import FeatureSpace, exact_float32, to_rgb
-from edmdistill.features.weights import read_weights
+from edmdistill.features.inception_names import to_our_names
+from edmdistill.features.script import load_script
+from edmdistill.features.weights import converted, read_weights
 
+EXPECTED = "give inception-2015-12-05.pt, which `edmdistill fetch inception` downloads"
 SIZE = 299
 """Height and width of the images that the network takes."""
 
@@ -235,16 +239,41 @@ class Inception(FeatureSpace):
         given = read_weights(weights, "inception", self.name)
         with torch.device("meta"):
             network = InceptionV3()
-        fill(network, given.tensors, str(given.path))
+        fill(network, to_our_names(given.tensors, network), str(given.path))
         self.sha256, self.official = given.sha256, given.official
         self._device = device
         self._net = network.to(device, torch.float32).eval().requires_grad_(False)
+        if given.script:
+            self._prove(given.path)
+            save_tensors(converted(given.sha256), self._net.state_dict(), {"source_sha256": given.sha256})
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = to_rgb(images, self.name).to(self._device)
         with exact_float32():
             features = self._net(self.prepare(x))
             return features, f.linear(features, self._net.fc.weight)
+
+    def _prove(self, path: Path) -> None:
+        """Compares features of random images with those of the TorchScript file that the weights come from.
+
+        Raises: CheckpointError: they differ by more than 1e-4 of the largest, or the script cannot be run.
+        """
+        images = torch.randint(256, (2, 3, 40, 56), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        script = load_script(path)
+        with exact_float32():
+            try:
+                theirs = script(images, return_features=True)
+                ours = self._net(Inception.prepare(self, images.to(self._device))).cpu()
+                difference = float((ours - theirs).abs().max() / theirs.abs().max())
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{path} does not compute features of images as NVIDIA's Inception does: {EXPECTED}."
+                ) from error
+        if not difference < 1e-4:
+            raise CheckpointError(
+                f"{path} computes features that differ from Inception's with its weights by {difference:.1e} of the "
+                f"largest: {EXPECTED}."
+            )
 
     def prepare(self, images: Tensor) -> Tensor:
         """Returns what the network takes.  uint8 [B,3,H,W] -> float32 [B,3,299,299]"""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from edmdistill.archives import Archive
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import StandIn, Stateful, Unreadable
+from edmdistill.stored_tensors import StoredTensor
 
 _CONTROL = """
 abs CallFunction CallMethod Constant CreateObject data device DictConstruct dtype Enter EnumName EnumValue Exit
@@ -96,11 +97,13 @@ OPERATORS = frozenset(" ".join((_TENSORS, _SHAPES, _ARITHMETIC, _LAYERS, _VALUES
 
 
 class _Object(Stateful):
-    """Stands for an object of a class in the archive, whose attributes are checked but not kept."""
+    """Stands for an object of a class in the archive."""
 
-    def __init__(self, *_: object) -> None: ...
+    def __init__(self, *_: object) -> None:
+        self.attributes: dict[str, object] = {}
 
-    def set_state(self, state: object) -> None: ...
+    def set_state(self, state: object) -> None:
+        self.attributes = state if isinstance(state, dict) else {}
 
 
 _PICKLED = {
@@ -174,10 +177,36 @@ def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Modu
     return network.eval()
 
 
-def _checked(archive: Archive) -> io.BytesIO:
-    """Returns a copy of the archive with only those members that were checked.
+def is_script(archive: Archive) -> bool:
+    """Returns whether torch.jit.save wrote the archive, and not torch.save."""
+    return "constants.pkl" in archive.members
 
-    Raises: Unreadable: a member would run code when loaded, or is not data.
+
+def script_tensors(archive: Archive) -> dict[str, StoredTensor]:
+    """Returns a network's parameters and buffers by their names in its state dict, without loading its code.
+
+    Raises: Unreadable: the archive is damaged, or no TorchScript.
+    """
+    _, names = _code(archive)
+    tensors: dict[str, StoredTensor] = {}
+    waiting, seen = [("", archive.load("data.pkl", "data", names))], set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, StoredTensor):
+            archive.budget.take(value.nbytes)
+            tensors[name] = value
+        elif isinstance(value, _Object) and id(value) not in seen:
+            seen.add(id(value))
+            archive.budget.step(len(value.attributes))
+            start = f"{name}." if name else ""
+            waiting += [(f"{start}{key}", inner) for key, inner in value.attributes.items()]
+    return tensors
+
+
+def _code(archive: Archive) -> tuple[dict[str, bytes], dict[tuple[str, str], object]]:
+    """Returns the code files of an archive, and the stand-ins for what its pickles may ask for.
+
+    Raises: Unreadable: it has none, or code that would run when loaded.
     """
     files = {name: bytes(archive.read(name)) for name in archive.members if re.fullmatch(r"code/.*\.py", name)}
     if not files or not {"data.pkl", "constants.pkl"} <= archive.members.keys():
@@ -186,6 +215,15 @@ def _checked(archive: Archive) -> io.BytesIO:
     for name, source in files.items():
         module = archive.members[name].filename.partition("/code/")[2].removesuffix(".py").replace("/", ".")
         names |= {(module, found): StandIn(_Object) for found in _classes(source)}
+    return files, names
+
+
+def _checked(archive: Archive) -> io.BytesIO:
+    """Returns a copy of the archive with only those members that were checked.
+
+    Raises: Unreadable: a member would run code when loaded, or is not data.
+    """
+    files, names = _code(archive)
     facts = archive.members.keys() & {"version", ".data/version", "byteorder"}
     copied = files | {name: bytes(archive.read(name)) for name in facts}
     for name, folder in (("data.pkl", "data"), ("constants.pkl", "constants")):

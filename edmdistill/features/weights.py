@@ -6,17 +6,21 @@ import json
 import mmap
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from edmdistill.archives import Archive, load_legacy
 from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.download import cache_folder, downloaded
 from edmdistill.checkpoints.official_files import official_files
+from edmdistill.checkpoints.persistence import STAND_INS, PersistentObject, state_dict, type_name
 from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import CheckpointError
-from edmdistill.pickles import Unreadable
-from edmdistill.stored_tensors import StoredTensor
+from edmdistill.features.script import is_script, script_tensors
+from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable
+from edmdistill.stored_tensors import LEGACY_MAGIC, StoredTensor, read_storage
 
 NOT_WEIGHTS = ("num_batches_tracked", "mask_token")
 """The ends of names of tensors that do not change what a network computes."""
@@ -32,6 +36,7 @@ class Weights:
         sha256: of the file.
         official: whether it is one of the official files.
         num_heads: of attention, where the file says it.
+        script: whether the file is TorchScript, which holds the network's code too.
     """
 
     path: Path
@@ -39,48 +44,68 @@ class Weights:
     sha256: str
     official: bool
     num_heads: int | None = None
+    script: bool = False
 
 
 def read_weights(path: str | Path | None, kind: str, space: str) -> Weights:
     """Returns the weights in a file.
 
     Args:
-        path: a .safetensors file, a file of torch.save, or a folder of transformers; None = the official file of
-            that kind in the cache.
+        path: a .safetensors file, a file of torch.save or torch.jit.save, NVIDIA's pickle of a module, or a folder of
+            transformers; None = the official file of that kind in the cache.
         kind: of the official files.
         space: the name of the feature space, for errors.
     Raises: CheckpointError: there is no such file, or it is damaged or no file of weights.
     """
-    if path is None:
-        path = next((found for file in official_files(kind) if (found := file.cached)), None)
-        if path is None:
-            raise CheckpointError(
-                f"the feature space {space} needs its weights, which are not here: run `edmdistill fetch {kind}`, or "
-                f"give a file by --weights {space}=FILE."
-            )
-    path = Path(path).expanduser()
+    path = _find(path, kind, space)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist: give the file of the weights of {space}.")
-    heads = None
+    heads, script = None, False
     try:
+        digest = sha256_file(file)
         with file.open("rb") as opened:
             head = opened.read(16)
-        if head[8:10] == b'{"':
+        if (stored := converted(digest)).exists():
+            with downloaded(stored):
+                tensors = load_tensors(stored)[0]
+        elif head[8:10] == b'{"':
             tensors, metadata = load_tensors(file)
             heads = _number(metadata.get("num_heads"))
         else:
-            tensors = {name: stored.tensor() for name, stored in _stored(file).items()}
+            found, script = _stored(file)
+            tensors = {name: tensor.tensor() for name, tensor in found.items()}
         if path.is_dir():
             heads = _number(json.loads((path / "config.json").read_text()).get("num_attention_heads"))
     except Unreadable as error:
         raise CheckpointError(f"{file} {error}.") from error
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    digest = sha256_file(file)
     official = digest in {one.sha256 for one in official_files(kind)}
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(NOT_WEIGHTS)}
-    return Weights(path, kept, digest, official, heads)
+    return Weights(path, kept, digest, official, heads, script)
+
+
+def _find(path: str | Path | None, kind: str, space: str) -> Path:
+    """Returns the file of weights that is named, or the official one in the cache.
+
+    Raises: CheckpointError: none is named, and the cache has none.
+    """
+    found = path or next((cached for file in official_files(kind) if (cached := file.cached)), None)
+    if found is None:
+        raise CheckpointError(
+            f"the feature space {space} needs its weights, which are not here: run `edmdistill fetch {kind}`, or give "
+            f"a file by --weights {space}=FILE."
+        )
+    return Path(found).expanduser()
+
+
+def converted(sha256: str) -> Path:
+    """Returns the place in the cache of the weights of a TorchScript file as safetensors, by the file's digest.
+
+    They are stored once the network of those weights has been compared with the script.
+    """
+    return cache_folder() / "features" / f"{sha256}.safetensors"
 
 
 def _number(text: object) -> int | None:
@@ -93,22 +118,62 @@ def _number(text: object) -> int | None:
     return number
 
 
-def _stored(path: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors in a file of torch.save, by name.
+def _stored(path: Path) -> tuple[dict[str, StoredTensor], bool]:
+    """Returns the tensors in a file of torch.save, torch.jit.save or NVIDIA's, and whether it is TorchScript.
 
     Raises: Unreadable: it is damaged, or holds something else.  OSError: it cannot be read.
     """
     if zipfile.is_zipfile(path):
         archive = Archive(path)
-        value = archive.load("data.pkl", "data", {})
-    else:
-        with path.open("rb") as file:
-            value = load_legacy(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), {})
+        if is_script(archive):
+            return script_tensors(archive), True
+        return _state_dict(archive.load("data.pkl", "data", {}), len(archive.data)), False
+    if not path.stat().st_size:
+        raise Unreadable("is empty: download it again")
+    with path.open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if LEGACY_MAGIC.to_bytes(10, "little") in bytes(data[:16]):
+        return _state_dict(load_legacy(data, {}), len(data)), False
+    return _module_tensors(data), False
+
+
+def _state_dict(value: object, size: int) -> dict[str, StoredTensor]:
+    """Returns the tensors of a state dict.  Raises: Unreadable: the value is none, or larger than its file."""
     if not isinstance(value, dict) or not value:
         raise Unreadable("holds no plain dict of tensors: give a file of weights (a state dict)")
     wrong = next((name for name, tensor in value.items() if not isinstance(tensor, StoredTensor)), None)
     if wrong is not None:
         raise Unreadable(f"holds no tensor as {str(wrong)[:60]!r}: give a file of weights (a state dict)")
-    if sum(tensor.nbytes for tensor in value.values()) > 2 * path.stat().st_size:
+    if sum(tensor.nbytes for tensor in value.values()) > 2 * size:
         raise Unreadable("holds the same numbers many times: it is damaged or forged")
     return {str(name): tensor for name, tensor in value.items()}
+
+
+LAYERS = {
+    "container": ("Sequential",),
+    "linear": ("Linear",),
+    "pooling": ("AvgPool2d", "MaxPool2d"),
+}
+"""torch's own layers in NVIDIA's pickle of Inception, by the module of torch.nn."""
+CLASSES = {
+    *("InceptionV3", "Conv2dLayer", "InceptionA", "InceptionB", "InceptionC", "InceptionD", "InceptionE"),
+    *(name for names in LAYERS.values() for name in names),
+}
+
+
+def _module_tensors(data: memoryview) -> dict[str, StoredTensor]:
+    """Returns the tensors of a module that NVIDIA's torch_utils.persistence pickled, by their names in its state dict.
+
+    Raises: Unreadable: it is damaged, or holds something else.
+    """
+    budget = Budget(len(data))
+    layers = {
+        (f"torch.nn.modules.{module}", name): StandIn(partial(PersistentObject, name))
+        for module, names in LAYERS.items()
+        for name in names
+    }
+    storages = {("torch.storage", "_load_from_bytes"): StandIn(partial(read_storage, budget=budget))}
+    root = Unpickler(data, STAND_INS | storages | layers, budget=budget).run()
+    if not isinstance(root, PersistentObject):
+        raise Unreadable(f"holds {type_name(root)}, not a network: give a file of weights (a state dict)")
+    return {name: tensor for name, tensor, _ in state_dict(root, set(), budget, known=CLASSES)}

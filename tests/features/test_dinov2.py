@@ -1,13 +1,15 @@
 """DINOv2 against what facebookresearch/dinov2 computes on the same tiny weights, under both input rules."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from feature_files import EVALUATION, TINY_DINOV2, save_pth, sizes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from edmdistill import load_features
+from edmdistill.atomic import sha256_file
 from edmdistill.errors import CheckpointError, EdmDistillError
 
 GOLDEN = load_file(EVALUATION / "dinov2" / "expected.safetensors")
@@ -30,6 +32,46 @@ def test_the_rules_differ():
     images = GOLDEN["u8.32"]
     one, other = (load_features(name, TINY_DINOV2)(images) for name in ("dinov2", "dinov2-dgm"))
     assert (one - other).abs().max() > 1e-5
+
+
+LAYER = {
+    "attn.proj": "attention.output.dense",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+}
+OUTSIDE = {
+    "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+
+
+def transformers_tensors() -> dict[str, torch.Tensor]:
+    """Returns the weights by the names of transformers' Dinov2Model."""
+    found = {}
+    for name, tensor in TENSORS.items():
+        if name.startswith("blocks."):
+            theirs = name.replace("blocks.", "encoder.layer.")
+            for ours, their_part in LAYER.items():
+                theirs = theirs.replace(ours, their_part)
+            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+            split = {theirs.replace("attn.qkv", f"attention.attention.{part}"): rows for part, rows in parts}
+            found |= split if ".attn.qkv." in name else {theirs: tensor}
+        else:
+            start = next(start for start in OUTSIDE if name.startswith(start))
+            found[OUTSIDE[start] + name.removeprefix(start)] = tensor
+    return found
+
+
+def test_a_folder_of_transformers_gives_the_same_features(tmp_path: Path):
+    save_file({name: tensor.clone() for name, tensor in transformers_tensors().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2", "num_attention_heads": 3}))
+    space = load_features("dinov2", tmp_path)
+    assert space.sha256 == sha256_file(tmp_path / "model.safetensors")
+    images = GOLDEN["u8.32"]
+    torch.testing.assert_close(space(images), load_features("dinov2", TINY_DINOV2)(images), rtol=0, atol=1e-6)
 
 
 def test_it_does_not_classify():

@@ -5,20 +5,27 @@ from pathlib import Path
 import pytest
 import torch
 from feature_files import EVALUATION, inception_weights, save_pth, sizes
+from nvidia_inception import nvidia_inception, save_pickle, save_script
 from safetensors.torch import load_file
 
 from edmdistill import load_features
 from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import CheckpointError, DatasetError
 from edmdistill.features.base import FeatureSpace
-from edmdistill.features.inception import resize_like_tensorflow
+from edmdistill.features.inception import Inception, resize_like_tensorflow
 
 GOLDEN = load_file(EVALUATION / "inception" / "expected.safetensors")
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pth(tmp_path_factory.mktemp("inception") / "pt_inception.pth", inception_weights())
+def tensors() -> dict[str, torch.Tensor]:
+    return inception_weights()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, torch.Tensor]) -> Path:
+    return save_pth(tmp_path_factory.mktemp("inception") / "pt_inception.pth", tensors)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +56,47 @@ def test_other_weights_are_recorded_as_such(inception: FeatureSpace, weights: Pa
     assert not inception.official
 
 
-def test_gray_is_repeated_and_an_image_does_not_depend_on_its_batch(inception: FeatureSpace):
+def test_an_image_depends_on_nothing_else_and_gray_is_repeated(inception: FeatureSpace):
     images = GOLDEN["u8.32"][:, :1]
-    both = inception(images)
-    assert relative(inception(images[:1].expand(-1, 3, -1, -1)), both[:1]) < 1e-6
+    batch = inception(images)
+    assert relative(inception(images[:1].expand(-1, 3, -1, -1)), batch[:1]) < 1e-6
+
+
+def test_torchscript_is_read_as_data_and_proves_itself_once(
+    tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "cache"))
+    network = nvidia_inception(tensors)
+    path = save_script(network, tmp_path / "inception-2015-12-05.pt")
+    space = load_features("inception", path)
+    images = GOLDEN["u8.32"][:1]
+    with torch.no_grad():
+        assert relative(space.logits(images).softmax(1), network(images, no_output_bias=True)) < 1e-5
+    stored = tmp_path / "cache" / "features" / f"{space.sha256}.safetensors"
+    assert load_tensors(stored)[1] == {"source_sha256": space.sha256}
+    monkeypatch.setattr("edmdistill.features.inception.load_script", None)  # not run again
+    assert load_features("inception", path).sha256 == space.sha256 == sha256_file(path)
+
+
+@pytest.mark.slow
+def test_torchscript_of_another_network_is_not_stored(
+    tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "cache"))
+    network = nvidia_inception(tensors)
+    network.layers.mixed_10.tower_2_pool = torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+    with pytest.raises(CheckpointError, match=r"differ from Inception's with its weights by [1-9]\.\de-0[0-3] of"):
+        load_features("inception", save_script(network, tmp_path / "other.pt"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_nvidias_pickle_is_read_as_data(
+    tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = save_pickle(nvidia_inception(tensors), tmp_path / "inception-2015-12-05.pkl", monkeypatch)
+    found = Inception(weights=path)._net.state_dict()
+    assert all(torch.equal(found[name], tensors[name]) for name in found if not name.endswith("bn.weight"))
+    assert all(bool((found[name] == 1).all()) for name in found if name.endswith("bn.weight"))
 
 
 def test_tensorflows_resizing_reads_pixel_i_at_i_times_the_ratio():
