@@ -187,7 +187,7 @@ def save_script(network: nn.Module, path: Path) -> Path:
 
 
 def save_pickle(network: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Writes the network as torch_utils.persistence does, each object as its class's name and a dict; returns its path."""
+    """Writes the network as torch_utils.persistence does: for each object, its class's name and a dict."""
 
     def _reconstruct_persistent_obj() -> None: ...
 
