@@ -144,6 +144,11 @@ def weights_digest(source: str | Path | Source, model: Generator | Denoiser, wei
     source = open_source(source)
     if weights == "ema" and not is_state(source.path):
         return source.sha256
+    return tensors_digest(model)
+
+
+def tensors_digest(model: Generator | Denoiser) -> str:
+    """Returns the sha256 of the names and values of a model's weights."""
     digest = hashlib.sha256()
     for name, tensor in model.flow.state_dict().items():
         digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())

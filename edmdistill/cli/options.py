@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_NFE, MAX_BATCH = 10_000, 65_536
 MAX_GUIDANCE = 1000.0
-PROTOCOLS = "digits", "pixels"
+PROTOCOLS = "digits", "pixels", "edm", "edm2", "cosim"
 SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
 """The keys of the library's tables, which are not imported for `--help`; a test compares them."""
 

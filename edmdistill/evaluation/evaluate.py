@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill import __version__
+from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.load import tensors_digest
 from edmdistill.data.datasets import Dataset
-from edmdistill.errors import DatasetError, EdmDistillError, NotFiniteError, without_secrets
-from edmdistill.evaluation.base import Accumulator, Measured, Metric
+from edmdistill.errors import DatasetError, EdmDistillError, without_secrets
 from edmdistill.evaluation.images import Images, open_images, sampled_images
-from edmdistill.evaluation.metrics import find_metric, metric_label
-from edmdistill.evaluation.protocol import Protocol, Reference, get_protocol, open_reference, pixels_digest
-from edmdistill.evaluation.results import Result
-from edmdistill.features.base import Classifier
-from edmdistill.features.spaces import FEATURE_SPACES
+from edmdistill.evaluation.metrics import FoundMetric, find_metric, metric_label
+from edmdistill.evaluation.panel import Panel, collect_reference
+from edmdistill.evaluation.protocol import Protocol, get_protocol, open_reference
+from edmdistill.evaluation.results import Result, read_results, results_json
+from edmdistill.evaluation.shards import ONE_PROCESS, RESULT, Processes, Work, remove_shards
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.build import build_sampler
-from edmdistill.sampling.generate import generate_images
+from edmdistill.sampling.decode import Decoder, LatentDecoder
+from edmdistill.sampling.generate import in_eval_mode, is_latent
+from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.seeds import format_seeds
-from edmdistill.sampling.spec import SamplerSpec
+from edmdistill.sampling.spec import SamplerRecord, SamplerSpec
 
 
 def evaluate(
@@ -36,13 +39,19 @@ def evaluate(
     *,
     protocol: str,
     sampler: SamplerSpec = SamplerSpec(),
+    metrics: Sequence[str] | None = None,
+    weights: Mapping[str, str | Path] = {},
     seeds: Sequence[int] | None = None,
+    repeat: int = 1,
+    decode: Decoder = to_uint8,
     batch: int = 256,
     device: torch.device | str = "cpu",
     source: str | None = None,
-    on_progress: Callable[[int], object] | None = None,
+    work: Work | None = None,
+    processes: Processes = ONE_PROCESS,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> Result:
-    """Measures the samples of a network, or images that exist already, against a data set.
+    """Measures the samples of a network, or images that exist already, against real images.
 
     Args:
         model_or_images: a network, sampled on its own device; or Images, or a source for open_images: a folder, a zip,
@@ -50,61 +59,180 @@ def evaluate(
         reference: a data set, or a source for open_dataset; default: the protocol's own.
         protocol: a key of PROTOCOLS.
         sampler: how a network is sampled; default: the network's own.
-        seeds: of the samples; default: the protocol's. Image i has the class seeds[i] modulo label_dim.
-        batch: images at a time.
+        metrics: see find_metric; default: the protocol's.
+        weights: files of feature spaces, by name; default: the official ones, see load_features.
+        seeds: of the samples; default: the protocol's.
+        repeat: measure so many times as many images, of consecutive seeds, and return means over these times.
+        decode: of open_decoder, for a network that makes latents.
+        batch: images at a time; the same in all processes.
         device: where features are computed.
         source: where the images come from, for the record.
+        work: where an evaluation is kept, so that it goes on after it was stopped; None: it begins anew.
+        processes: that share the evaluation; for several, `work` must be given.
         on_progress: called with the number of images that have just been measured.
+    Returns: the result, in all processes. Without `metrics`, those of the protocol that need classes are left out
+        where the classes are unknown.
     Raises:
-        EdmDistillError: no such protocol, or an option that does not fit the network or the images.
+        EdmDistillError: no such protocol or metric, or an option that does not fit the network or the images.
         DatasetError: images or reference cannot be read, or do not fit each other or the protocol.
+        CheckpointError: the weights of a feature space are not here, or the disk refuses.
         NotFiniteError: a sample, or a metric, is NaN or infinite; then nothing is measured.
     """
     standard = get_protocol(protocol)
     data = open_reference(reference, standard)
-    record = None
+    wanted = [find_metric(name, str(standard.features)) for name in metrics or standard.metrics]
     if isinstance(model_or_images, Generator | Denoiser):
-        record = build_sampler(model_or_images, sampler).record
-        draw = partial(generate_images, model_or_images, sampler, batch=batch)
-        images = sampled_images(model_or_images, range(standard.n) if seeds is None else seeds, draw)
-    elif sampler != SamplerSpec() or seeds is not None:
-        raise EdmDistillError("sampler and seeds are for sampling a network, but these are images; leave them out")
+        classes = any("labels" in one.metric.needs for one in wanted)
+        chosen = _choose_seeds(seeds, repeat, standard)
+        subject = _samples(model_or_images, sampler, chosen, decode, standard, batch, with_classes=classes)
+    elif sampler != SamplerSpec() or seeds is not None or repeat > 1:
+        raise EdmDistillError(
+            "sampler, seeds and repeat are for sampling a network, but these are images; leave them out"
+        )
     else:
         given = model_or_images
-        images = given if isinstance(given, Images) else open_images(given, data.label_dim)
-    _require_fit(images, data, standard)
-    assert standard.features is not None
-    space = FEATURE_SPACES[standard.features](device)
-    classified = images.classes is not None and isinstance(space, Classifier)
-    metrics, reference_sha256 = _make_metrics(data, standard.metrics, standard.features, classified, device, batch)
-    for rows in batches(images.count, batch):
-        labels = None if images.classes is None else images.classes[rows.start : rows.stop]
-        pixels = images.read(rows)
-        logits = space.classify(pixels).log() if isinstance(space, Classifier) else None
-        measured = Measured(space(pixels), logits, labels)
-        for metric in metrics.values():
-            metric.update(measured)
-        if on_progress is not None:
-            on_progress(len(rows))
-    values = require_finite_metrics({name: metric.finish() for name, metric in metrics.items()})
+        subject = _Subject(given if isinstance(given, Images) else open_images(given, data.label_dim))
+    images = subject.images
+    _require_fit(images, data, standard, repeat)
+    found = _measurable(wanted, images, required=metrics is not None)
+    files = tuple(sorted((name, str(file)) for name, file in weights.items()))
+    panel = Panel(found, files, str(device), batch, work, processes)
     done = replace(
         standard,
-        features_sha256=space.sha256,
-        reference=Reference(source=Path(data.name).name, split=data.split, n=len(data), sha256=reference_sha256),
-        n=images.count,
+        metrics=tuple(one.name for one in found),
+        weights={name: space.sha256 for name, space in panel.spaces.items()},
+        n=images.count // repeat,
         seeds=None if images.seeds is None else format_seeds(images.seeds),
+        repeat=repeat,
         labels=images.label_source,
+        decoder=decode.vae.sha256 if isinstance(decode, LatentDecoder) else None,
     )
-    return Result(
-        metrics={metric_label(name, space, images.count, standard.n): value for name, value in values.items()},
-        protocol=done,
-        protocol_sha256=done.sha256(),
-        sampler=record,
-        provenance=provenance(model_or_images, source, device),
-    )
+    task = _Task(subject, data, panel, done, standard.n, provenance(model_or_images, source, device))
+    return task.run(on_progress) if work is None else task.resume(work, on_progress)
 
 
-def _require_fit(images: Images, data: Dataset, standard: Protocol) -> None:
+class _Subject(NamedTuple):
+    """What is measured: images, and how a network draws them."""
+
+    images: Images
+    model: Generator | Denoiser | None = None
+    sampler: SamplerSpec = SamplerSpec()
+    record: SamplerRecord | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what decides the images, beside seeds and labels.  Raises: EdmDistillError: it is not known."""
+        if self.model is None:
+            if self.images.identity is None:
+                raise EdmDistillError("images in memory cannot be known again by another process: leave out work")
+            return {"images": self.images.identity()}
+        guide = self.sampler.guide
+        return {
+            "model": tensors_digest(self.model),
+            "guide": None if guide is None else tensors_digest(guide),
+            "sampler": self.record,
+        }
+
+
+class _Task(NamedTuple):
+    """An evaluation that has been checked.  standard_n: the number of images that the protocol asks for."""
+
+    subject: _Subject
+    data: Dataset
+    panel: Panel
+    protocol: Protocol
+    standard_n: int
+    origin: dict[str, Any]
+
+    def resume(self, work: Work, on_progress: Callable[[int], object]) -> Result:
+        """Returns the result of what is kept and of what was missing."""
+        identity = self.subject.identity() | {"reference": self.data.content_sha256, "origin": self.origin}
+        processes = self.panel.processes
+        folder = work.folder(msgspec.to_builtins(identity | {"protocol": self.protocol}), processes)
+        file = folder / RESULT
+        if not file.exists():
+            result = self.run(on_progress, folder)
+            if processes.rank == 0:
+                with atomic_write(file) as new:
+                    new.write_text(results_json([result]), encoding="utf-8")
+                remove_shards(folder)
+            processes.any_process(False)
+        else:
+            on_progress(self.subject.images.count)
+        return read_results([file])[0]
+
+    def run(self, on_progress: Callable[[int], object], folder: Path | None = None) -> Result:
+        """Returns the result; on other processes than the main one, without metrics.
+
+        Args:
+            folder: where features are kept.
+        """
+        panel, images, count = self.panel, self.subject.images, self.protocol.n
+        repetitions = []
+        with in_eval_mode(self.subject.model, self.subject.sampler.guide):
+            collected = collect_reference(self.data, panel)
+            for at in range(0, images.count, count):
+                kept = None if folder is None else folder / str(at)
+                repetitions.append(panel.values(images.part(range(at, at + count)), collected, kept, on_progress))
+        spaces = panel.spaces
+        labels = {
+            one.name: metric_label(one.name, spaces[one.features], count, self.standard_n) for one in panel.metrics
+        }
+        named = [{labels[name]: value for name, value in values.items()} for values in repetitions]
+        protocol = replace(self.protocol, reference=collected.reference)
+        return Result(
+            metrics={name: fmean(values[name] for values in named) for name in named[0]},
+            repetitions=tuple(named) if len(named) > 1 else (),
+            protocol=protocol,
+            protocol_sha256=protocol.sha256(),
+            sampler=self.subject.record,
+            provenance=self.origin,
+        )
+
+
+def _choose_seeds(seeds: Sequence[int] | None, repeat: int, standard: Protocol) -> Sequence[int]:
+    """Returns the seeds of all repetitions.  Raises EdmDistillError unless they follow one another."""
+    chosen = range(standard.n) if seeds is None else seeds
+    if repeat == 1:
+        return chosen
+    if list(chosen) != list(range(chosen[0], chosen[0] + len(chosen))):
+        raise EdmDistillError(f"seeds {format_seeds(chosen)[:80]} cannot be repeated: consecutive ones can")
+    return range(chosen[0], chosen[0] + repeat * len(chosen))
+
+
+def _samples(
+    model: Generator | Denoiser,
+    sampler: SamplerSpec,
+    seeds: Sequence[int],
+    decode: Decoder,
+    standard: Protocol,
+    batch: int,
+    *,
+    with_classes: bool,
+) -> _Subject:
+    """Returns the images of a network.  Raises: EdmDistillError: they are latents, or an option does not fit."""
+    record = build_sampler(model, sampler).record
+    if is_latent(model) and decode is to_uint8:
+        raise EdmDistillError("this network makes latents, which are not pictures: give decode, of open_decoder")
+    images = sampled_images(
+        model, sampler, seeds, decode, labels=standard.labels, with_classes=with_classes, batch=batch
+    )
+    return _Subject(images, model, sampler, record)
+
+
+def _measurable(wanted: Sequence[FoundMetric], images: Images, *, required: bool) -> tuple[FoundMetric, ...]:
+    """Returns the metrics that can be measured: those that need classes take known ones.
+
+    Args:
+        required: whether they were asked for by name.
+    Raises: EdmDistillError: one that was asked for needs classes.
+    """
+    found = tuple(one for one in wanted if images.classes is not None or "labels" not in one.metric.needs)
+    if (missing := [one.name for one in wanted if one not in found]) and (required or not found):
+        raise EdmDistillError(f"{missing[0]} needs images whose classes are known: leave it out")
+    return found
+
+
+def _require_fit(images: Images, data: Dataset, standard: Protocol, repeat: int) -> None:
     """Raises DatasetError unless the images have the size of the reference, and are two or more."""
     size = (data.img_channels, data.img_resolution, data.img_resolution)
     if images.size != size:
@@ -112,54 +240,15 @@ def _require_fit(images: Images, data: Dataset, standard: Protocol) -> None:
             f"the images are {'x'.join(map(str, images.size))}, but those of the reference {data.name} are "
             f"{'x'.join(map(str, size))}, and nothing is resized; choose a reference of that size"
         )
-    if images.count < 2:
+    if images.count < 2 * repeat:
         raise DatasetError(
-            f"a covariance needs at least two images, but there is only {images.count}; the protocol uses {standard.n}"
+            f"a covariance needs at least two images, but there is only {images.count // repeat}; the protocol uses "
+            f"{standard.n}"
         )
 
 
-def _make_metrics(
-    data: Dataset, names: tuple[str, ...], features: str, classified: bool, device: torch.device | str, batch: int
-) -> tuple[dict[str, Metric], str]:
-    """Returns the metrics by name, without those that need labels unless `classified`, and the reference's sha256."""
-    collected, digest = _collect_reference(data, names, features, str(device), batch)
-    found = [find_metric(name, features) for name in names]
-    kinds = [each for each in found if classified or not each.metric.needs]
-    metrics = {each.name: each.metric(collected[each.metric.reference]) for each in kinds}
-    return metrics, digest
-
-
-@lru_cache(maxsize=4)
-def _collect_reference(
-    data: Dataset, metrics: tuple[str, ...], features: str, device: str, batch: int
-) -> tuple[dict[type[Accumulator], Any], str]:
-    """Returns what each metric compares with, and the sha256 of the images; cached for the measurements that follow."""
-    space, digest = FEATURE_SPACES[features](device), pixels_digest(data, len(data))
-    accumulators = {kind: kind() for kind in {find_metric(name, features).metric.reference for name in metrics}}
-    for rows in batches(len(data), batch):
-        pixels = data.images(rows)
-        digest.update(pixels.numpy().tobytes())
-        vectors = space(pixels)
-        for accumulator in accumulators.values():
-            accumulator.update(vectors)
-    return {kind: accumulator.finish() for kind, accumulator in accumulators.items()}, digest.hexdigest()
-
-
-def batches(count: int, batch: int) -> Iterator[range]:
-    """Yields range(count) in pieces of at most `batch`."""
-    return (range(at, min(at + batch, count)) for at in range(0, count, batch))
-
-
-def require_finite_metrics(metrics: Mapping[str, float]) -> Mapping[str, float]:
-    """Returns metrics if all are finite.  Raises NotFiniteError, naming the one that is not."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise NotFiniteError(f"{name} is {value}: the network or the features overflow, and nothing was measured")
-    return metrics
-
-
 def provenance(model_or_images: object, source: str | None, device: torch.device | str) -> dict[str, Any]:
-    """Returns the record of what was measured, and with which versions."""
+    """Returns the record of what was measured, and with which versions, as JSON."""
     versions = {"edmdistill": __version__, "torch": str(torch.__version__), "device": str(device)}
     if isinstance(model_or_images, str | Path):
         source = source or str(model_or_images)
@@ -167,4 +256,5 @@ def provenance(model_or_images: object, source: str | None, device: torch.device
     if isinstance(model_or_images, Generator):
         config = model_or_images.config
         origin |= {name: getattr(config, name) for name in ("method", "recipe_hash", "images_seen", "provenance")}
-    return origin | versions
+    document: dict[str, Any] = msgspec.to_builtins(origin | versions)
+    return document

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
@@ -22,13 +22,15 @@ from edmdistill.data.decode import Header, decode_array, read_header
 from edmdistill.data.files import ZipFiles, as_dataset_error
 from edmdistill.errors import DatasetError, printable
 from edmdistill.networks.flow import Denoiser
-from edmdistill.sampling.generate import require_finite
-from edmdistill.sampling.grid import to_uint8
+from edmdistill.sampling.decode import Decoder
+from edmdistill.sampling.generate import drawn_classes, generate_images, is_latent, require_finite
+from edmdistill.sampling.seeds import SeededNoise
+from edmdistill.sampling.spec import SamplerSpec
 
 ARRAYS = (".npz", ".npy")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
 
-LabelSource = Literal["balanced", "given", "none", "unknown"]
+LabelSource = Literal["balanced", "drawn", "given", "none", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,12 @@ class Images:
         read: gives the images of a range.  uint8 [B,C,H,W]
         classes: int64 [N], or None.
         seeds: of each image, or None where they are unknown.
-        label_source: how the classes were chosen. balanced: class = seed modulo the number of classes; given: in any
-            other way; none: the network is unconditional; unknown: the source has no classes.
+        label_source: how the classes were chosen. balanced: class = seed modulo the number of classes; drawn: from each
+            seed's stream, after its noise, as EDM's and EDM2's scripts do; given: in any other way; none: the network
+            is unconditional; unknown: the source has no classes.
         notes: sentences on what was left out of the source.
+        readers: the number of threads that may call `read` at a time; 0: the main thread alone; None: any.
+        identity: returns what stands for the images of a source, as long as nobody changes them; None: unknown.
     """
 
     count: int
@@ -53,6 +58,19 @@ class Images:
     seeds: Sequence[int] | None
     label_source: LabelSource
     notes: tuple[str, ...] = ()
+    readers: int | None = None
+    identity: Callable[[], str] | None = None
+
+    def part(self, rows: range) -> Images:
+        """Returns some of the images, consecutive ones."""
+        where = slice(rows.start, rows.stop)
+        return replace(
+            self,
+            count=len(rows),
+            read=lambda piece: self.read(range(rows.start + piece.start, rows.start + piece.stop)),
+            classes=None if self.classes is None else self.classes[where],
+            seeds=None if self.seeds is None else self.seeds[where],
+        )
 
 
 def is_images(source: str | Path) -> bool:
@@ -63,22 +81,39 @@ def is_images(source: str | Path) -> bool:
     return path.suffix.lower() in (*ARRAYS, *ARCHIVES, *IMAGE_SUFFIXES)
 
 
-def sampled_images(model: Generator | Denoiser, seeds: Sequence[int], draw: Callable[..., Tensor]) -> Images:
-    """Images that a network draws as they are read, their classes balanced.
+def sampled_images(
+    model: Generator | Denoiser,
+    spec: SamplerSpec,
+    seeds: Sequence[int],
+    decode: Decoder,
+    *,
+    labels: LabelSource,
+    with_classes: bool,
+    batch: int,
+) -> Images:
+    """Images that a network draws as they are read.
 
     Args:
-        draw: (seeds=..., labels=...) -> images [B,C,H,W] in [-1, 1].
+        model: in eval mode.
+        decode: from what the network makes to pictures.
+        labels: balanced or drawn: how a conditional network gets its classes.
+        with_classes: they are to be known, also where each is drawn with its image.
+        batch: images at a time.
     """
     flow = model.flow
-    classes = torch.tensor(seeds) % flow.label_dim if flow.label_dim else None
+    balanced = torch.tensor(seeds) % flow.label_dim if flow.label_dim and labels == "balanced" else None
+    classes = drawn_classes(model, seeds) if labels == "drawn" and with_classes else balanced
 
     def read(rows: range) -> Tensor:
-        labels = None if classes is None else classes[rows.start : rows.stop]
-        some = seeds[rows.start : rows.stop]
-        return to_uint8(require_finite(draw(seeds=some, labels=labels), some))
+        some, given = seeds[rows.start : rows.stop], balanced
+        own = None if given is None else given[rows.start : rows.stop]
+        return decode(require_finite(generate_images(model, spec, some, own, batch=batch), some))
 
-    size = (flow.img_channels, flow.img_resolution, flow.img_resolution)
-    return Images(len(seeds), size, read, classes, seeds, "none" if classes is None else "balanced")
+    size: tuple[int, ...] = (flow.img_channels, flow.img_resolution, flow.img_resolution)
+    if is_latent(model):
+        size = tuple(decode(torch.zeros(1, *size)).shape[1:])
+    readers = 0 if next(flow.parameters()).device.type == "cuda" else None
+    return Images(len(seeds), size, read, classes, seeds, labels if flow.label_dim else "none", readers=readers)
 
 
 def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
@@ -89,7 +124,7 @@ def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
             with arr_0 and arr_1 in their places, as ADM's code writes it; an .npy of images; or a folder or zip of
             lossless images, with a dataset.json for their classes. Files that are named by numbers are taken to be
             named by seeds, as sample names them.
-        label_dim: the number of classes that a balanced choice is over.
+        label_dim: the number of classes that are chosen from; 0: as many as there are.
     Raises: DatasetError: the images cannot be read, or are JPEGs or latents.
     """
     if isinstance(source, Tensor):
@@ -104,22 +139,54 @@ def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
     if path.suffix.lower() in ARRAYS and not path.is_dir():
         rows, classes, seeds = _open_npz(path) if path.suffix.lower() == ".npz" else (_open_npy(path), None, None)
         count, height, width, channels = rows.header.shape
-        return Images(count, (channels, height, width), rows, classes, seeds, _label_source(classes, seeds, label_dim))
+        size, status = (channels, height, width), path.stat()
+        return Images(
+            count,
+            size,
+            rows,
+            classes,
+            seeds,
+            _label_source(classes, seeds, label_dim, size),
+            readers=1,
+            identity=lambda: f"{path.resolve()} {status.st_size} {status.st_mtime_ns}",
+        )
     data = open_dataset(source, lossless=True)
     names = [PurePosixPath(file).stem for file in data.files]
     seeds = [int(name) for name in names] if all(name.isdecimal() for name in names) else None
     classes = data.labels(range(len(data)))
     size = (data.img_channels, data.img_resolution, data.img_resolution)
     return Images(
-        len(data), size, data.images, classes, seeds, _label_source(classes, seeds, label_dim), tuple(data.source_notes)
+        len(data),
+        size,
+        data.images,
+        classes,
+        seeds,
+        _label_source(classes, seeds, label_dim, size),
+        tuple(data.source_notes),
+        identity=lambda: data.fingerprint,
     )
 
 
-def _label_source(classes: Tensor | None, seeds: Sequence[int] | None, label_dim: int) -> LabelSource:
+def _label_source(
+    classes: Tensor | None, seeds: Sequence[int] | None, label_dim: int, size: Sequence[int]
+) -> LabelSource:
     if classes is None:
         return "unknown"
-    balanced = seeds is not None and label_dim and torch.equal(classes, torch.tensor(seeds) % label_dim)
-    return "balanced" if balanced else "given"
+    if seeds is None:
+        return "given"
+    label_dim = label_dim or int(classes.max()) + 1
+    if torch.equal(classes, torch.tensor(seeds) % label_dim):
+        return "balanced"
+    pieces = (slice(at, at + 256) for at in range(0, len(seeds), 256))
+    drawn = all(torch.equal(_drawn(seeds[piece], label_dim, size), classes[piece]) for piece in pieces)
+    return "drawn" if drawn else "given"
+
+
+def _drawn(seeds: Sequence[int], label_dim: int, size: Sequence[int]) -> Tensor:
+    """Returns the classes that a network of pixels draws for seeds, see `drawn_classes`.  int64 [B]"""
+    noise = SeededNoise(seeds)
+    noise.normal(size)
+    return noise.integers(label_dim)
 
 
 class _Rows:

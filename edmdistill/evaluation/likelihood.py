@@ -19,10 +19,12 @@ from torch import Tensor
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, indices
 from edmdistill.errors import DatasetError, EdmDistillError
-from edmdistill.evaluation.evaluate import batches, provenance
-from edmdistill.evaluation.protocol import Likelihood, Protocol, Reference, pixels_digest
+from edmdistill.evaluation.evaluate import provenance
+from edmdistill.evaluation.pipeline import image_digests, pixels_sha256
+from edmdistill.evaluation.protocol import Likelihood, Protocol, Reference
 from edmdistill.evaluation.results import Result
 from edmdistill.evaluation.rk45 import rk45
+from edmdistill.evaluation.shards import batches
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import IDDPM
 from edmdistill.sampling.seeds import SeededNoise
@@ -167,13 +169,13 @@ def evaluate_likelihood(
         log_likelihood, sigma_min=known.sigma_min, sigma_max=known.sigma_max, tolerance=tolerance, rho=known.rho
     )
     device, training = next(flow.parameters()).device, model.training
-    digest, bits, evaluations = pixels_digest(data, len(order)), [], []
+    digests, bits, evaluations = [], [], []
     try:
         model.eval()
-        for rows in batches(len(order), batch):
+        for rows in batches(range(len(order)), batch):
             chosen = order[rows.start : rows.stop]
             pixels = data.images(chosen)
-            digest.update(pixels.numpy().tobytes())
+            digests.append(image_digests(pixels))
             labels = data.tensors(chosen)[1] if flow.label_dim else None
             rng = SeededNoise(chosen)
             x = ((pixels + rng.uniform(pixels.shape[1:]) - 0.5) / HALF - 1).to(device)
@@ -196,9 +198,11 @@ def evaluate_likelihood(
     if probes > 1:
         values["nll_probe_std"] = table.mean(1).std()
     suffix = "" if len(order) == len(data) else f"@{len(order)}"
+    size = (data.img_channels, data.img_resolution, data.img_resolution)
+    pixels_hash = pixels_sha256(size, torch.cat(digests))
     protocol = replace(
         LIKELIHOOD,
-        reference=Reference(source=Path(data.name).name, split=data.split, n=len(order), sha256=digest.hexdigest()),
+        reference=Reference(source=Path(data.name).name, split=data.split, n=len(order), sha256=pixels_hash),
         n=len(order),
         labels="given" if flow.label_dim else "none",
         likelihood=known,

@@ -50,18 +50,22 @@ class Protocol(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     metrics: tuple[str, ...]
     """See metrics.find_metric."""
     features: str | None
-    """The feature space, a key of FEATURE_SPACES."""
-    features_sha256: str | None = None
-    """Of its weights."""
+    """The feature space of metrics that name none; a key of FEATURE_SPACES."""
+    weights: dict[str, str | None] = {}
+    """The feature spaces that were used, and the sha256 of their weights."""
     reference: Reference | None = None
     """In a standard, None allows any."""
-    n: int = 5000
-    seeds: str | None = "0-4999"
+    n: int = 50_000
+    seeds: str | None = "0-49999"
     """None: unknown, or nothing is sampled."""
-    labels: LabelSource = "balanced"
+    repeat: int = 1
+    """The metrics are means over so many times n images, of consecutive seeds."""
+    labels: LabelSource = "drawn"
     """See Images.label_source."""
     uint8: str | None = "clip(127.5 x + 128, 0, 255), cut"
-    resize: Literal["none"] = "none"
+    """How a network's pixels are rounded; latents are decoded."""
+    decoder: str | None = None
+    """The sha256 of the VAE that decoded latents."""
     covariance: Literal["unbiased"] | None = "unbiased"
     """Divided by n - 1, as numpy.cov does."""
     likelihood: Likelihood | UnsetType = UNSET
@@ -73,14 +77,46 @@ class Protocol(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 PROTOCOLS = {
-    "digits": Protocol(
-        name="digits",
-        metrics=("fd_digits", "class_accuracy"),
-        features="digits",
-        reference=Reference(source="digits"),
-    ),
-    "pixels": Protocol(name="pixels", metrics=("fd_pixels",), features="pixels"),
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            name="digits",
+            metrics=("fd_digits", "class_accuracy"),
+            features="digits",
+            reference=Reference(source="digits"),
+            n=5000,
+            seeds="0-4999",
+            labels="balanced",
+        ),
+        Protocol(name="pixels", metrics=("fd_pixels",), features="pixels", n=5000, seeds="0-4999", labels="balanced"),
+        Protocol(name="edm", metrics=("fid",), features="inception"),
+        Protocol(name="edm2", metrics=("fid", "fd_dinov2"), features="inception"),
+        Protocol(name="cosim", metrics=("fid", "fd_dinov2"), features="inception"),
+    )
 }
+"""The standards by name.
+
+| protocol | metrics | reference | as in |
+|---|---|---|---|
+| edm | FID | the training set, or EDM's .npz of it | NVlabs/edm, generate.py and fid.py |
+| edm2 | FID, FD-DINOv2 | the training set, or EDM2's .pkl of it | NVlabs/edm2, calculate_metrics.py |
+| cosim | FID, FD-DINOv2 | the training set | CoSIM, section 5 |
+
+All of them measure 50,000 images of seeds 0-49999; the class of an image is drawn from its seed's stream, after the
+noise. Guidance is part of the sampler, and in the results. Features are those of `inception` (NVIDIA's translation of
+FID's network, and TensorFlow's resizing) and `dinov2` (torch's antialiased bicubic resizing), for gray images too.
+
+Differs: EDM and EDM2 draw noise and classes on the GPU, from streams that give other numbers than ours, which are the
+    same on all devices. EDM publishes the minimum of three measurements, of seeds 0-49999, 50000-99999 and
+    100000-149999. ADM uses TensorFlow and half-precision distances, and draws from one stream.
+"""
+
+REFERENCES = {
+    "edm": "the training set, or EDM's statistics of it (.npz)",
+    "edm2": "the training set, or EDM2's statistics of it (.pkl)",
+    "cosim": "the training set",
+}
+"""What a protocol's publications measure against, for errors."""
 
 
 def get_protocol(name: str) -> Protocol:
@@ -100,7 +136,8 @@ def open_reference(reference: Dataset | str | Path | None, standard: Protocol) -
     fixed = standard.reference
     if reference is None:
         if fixed is None:
-            raise DatasetError(f"the protocol {standard.name} has no reference data set; name one with --ref")
+            usual = REFERENCES.get(standard.name, "a data set")
+            raise DatasetError(f"the protocol {standard.name} measures against {usual}: name it with --ref")
         return open_dataset(fixed.source, split=fixed.split)
     data = reference if isinstance(reference, Dataset) else open_dataset(reference)
     if fixed is not None and (data.name, data.split) != (fixed.source, fixed.split):
@@ -109,8 +146,3 @@ def open_reference(reference: Dataset | str | Path | None, standard: Protocol) -
             f"{data.name} ({data.split}); leave it out, or choose another protocol"
         )
     return data
-
-
-def pixels_digest(data: Dataset, count: int) -> hashlib._Hash:
-    """Returns the hash for Reference.sha256, before the pixels of `count` images are fed to it."""
-    return hashlib.sha256(f"{count}x{data.img_channels}x{data.img_resolution}:".encode())

@@ -22,7 +22,7 @@ from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import Protocol
 from edmdistill.sampling.spec import SamplerRecord
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EVAL, RECIPE = "eval", "recipe.toml"
 """A run's folder of results, and the file by which a run directory is known."""
 
@@ -35,6 +35,8 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     schema_version: int = SCHEMA_VERSION
     metrics: dict[str, float]
+    repetitions: tuple[dict[str, float], ...] = ()
+    """The metrics of each repetition, of which `metrics` are the means; empty if there is one."""
     protocol: Protocol
     protocol_sha256: str
     sampler: SamplerRecord | None

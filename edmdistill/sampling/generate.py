@@ -97,7 +97,7 @@ def generate_images(
     device = next(model.flow.parameters()).device
     score = None if spec.reference is None else spec.reference.score
     images = []
-    with _in_eval_mode(model, spec.guide, score):
+    with in_eval_mode(model, spec.guide, score):
         for at in range(0, len(seeds), batch):
             rng = SeededNoise(seeds[at : at + batch])
             noise, drawn = _first_draws(model, rng)
@@ -110,7 +110,7 @@ def generate_images(
 
 
 @contextmanager
-def _in_eval_mode(*networks: nn.Module | None) -> Iterator[None]:
+def in_eval_mode(*networks: nn.Module | None) -> Iterator[None]:
     """Sets networks to eval mode, and those that were in training mode back to it."""
     training = [network for network in networks if network is not None and network.training]
     try:

@@ -87,7 +87,7 @@ def test_a_generator_is_measured_as_it_samples() -> None:
     assert result.protocol.labels == "balanced"
     assert result.provenance["source"] == "here"
     assert result.provenance["method"] == "cosim"
-    assert result.provenance["provenance"].source == "teacher.pkl"
+    assert result.provenance["provenance"]["source"] == "teacher.pkl"
 
 
 def test_a_teacher_is_measured_by_heun() -> None:
@@ -193,7 +193,7 @@ def test_pixels_take_any_reference(tmp_path: Path) -> None:
     reference = result.protocol.reference
     assert reference is not None
     assert (reference.source, reference.split, reference.n) == ("images", "train", 20)
-    assert result.protocol.features_sha256 is None
+    assert result.protocol.weights == {"pixels": None}
 
 
 def test_the_reference_is_known_by_its_content(tmp_path: Path) -> None:
@@ -212,13 +212,13 @@ def test_the_reference_is_known_by_its_content(tmp_path: Path) -> None:
 def test_json_says_it_all() -> None:
     result = evaluate(held_out(), protocol="digits")
     document = json.loads(result.to_json())
-    assert document["schema_version"] == 1
-    assert document["protocol"]["features_sha256"] == Digits().sha256
+    assert document["schema_version"] == 2
+    assert document["protocol"]["weights"] == {"digits": Digits().sha256}
     assert document["protocol"]["reference"]["n"] == 1500
     assert len(document["protocol"]["reference"]["sha256"]) == len(document["protocol_sha256"]) == 64
     assert document["protocol"]["covariance"] == "unbiased"
     assert msgspec.json.decode(result.to_json(), type=Result) == result
-    assert json.loads(results_json([result])) == {"schema_version": 1, "results": [document]}
+    assert json.loads(results_json([result])) == {"schema_version": 2, "results": [document]}
 
 
 def test_only_equal_protocols_compare() -> None:
@@ -259,8 +259,8 @@ BAD = [
         torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "the images are 3x8x8, but those of the reference digits are 1x8x8"
     ),
     Bad(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "a covariance needs at least two images, but there is only 1"),
-    Bad(held_out(), "there is no protocol 'fid'; choose one of digits, pixels", protocol="fid"),
-    Bad(held_out(), "the protocol pixels has no reference data set; name one with --ref", protocol="pixels"),
+    Bad(held_out(), "there is no protocol 'fid'; choose one of digits, pixels, edm", protocol="fid"),
+    Bad(held_out(), "the protocol pixels measures against a data set: name it with --ref", protocol="pixels"),
     Bad(held_out(), r"against digits \(train\), but the reference is digits \(test\)", reference=TEST),
     Bad("nowhere", "nowhere does not exist"),
     Bad("nowhere.npz", r"nowhere\.npz cannot be read \(.*No such file"),

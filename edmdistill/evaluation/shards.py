@@ -1,0 +1,232 @@
+"""What is measured of images, made once and kept in files: a stopped evaluation goes on, and processes share one.
+
+A batch is measured whole, by one process. Metrics get the batches in order, whoever measured them and whenever, so that
+their values depend on neither.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from edmdistill.atomic import atomic_write
+from edmdistill.checkpoints.store import load_tensors, save_tensors
+from edmdistill.errors import CheckpointError, EdmDistillError
+
+SHARD_IMAGES, SHARD_SECONDS = 4096, 30.0
+"""A file is written after so many images or seconds: no more is lost when a process is killed."""
+SHARD = re.compile(r"(\d{9})-(\d{9})\.safetensors")
+LOCK, REQUEST, RESULT = "lock", "request.json", "result.json"
+
+MeasuredBatch = tuple[range, dict[str, Tensor]]
+"""Consecutive images, and arrays with a row for each."""
+
+
+class Processes(Protocol):
+    """The processes that share an evaluation, seen from one of them; see machine.engine.Engine."""
+
+    rank: int
+    world_size: int
+
+    def any_process(self, flag: bool) -> bool:
+        """Returns whether the flag is set on any process, after all have called it."""
+        ...
+
+
+class OneProcess:
+    """An evaluation by this process alone."""
+
+    rank, world_size = 0, 1
+
+    def any_process(self, flag: bool) -> bool:
+        return flag
+
+
+ONE_PROCESS = OneProcess()
+
+
+class Work:
+    """The folders in which evaluations are kept until their results are written.
+
+    Args:
+        root: holds a folder for each evaluation; processes on several machines must share it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._locks: dict[Path, int | None] = {}
+
+    def folder(self, identity: Mapping[str, Any], processes: Processes) -> Path:
+        """Returns the folder of an evaluation, which this command has to itself until `remove`.
+
+        Args:
+            identity: all that decides what is measured, as JSON.
+        Raises: EdmDistillError: another command makes this evaluation now.  CheckpointError: the disk refuses.
+        """
+        document = json.dumps(identity, indent=2, sort_keys=True)
+        folder = self.root / hashlib.sha256(document.encode()).hexdigest()[:32]
+        if folder in self._locks:
+            return folder
+        if processes.rank == 0:
+            if not (folder / REQUEST).exists():
+                with atomic_write(folder / REQUEST) as new:
+                    new.write_text(document + "\n", encoding="utf-8")
+            self._locks[folder] = _lock(folder)
+        processes.any_process(False)  # the others go on when the folder is there
+        self._locks.setdefault(folder, None)
+        return folder
+
+    def remove(self) -> None:
+        """Removes the folders that were asked for: their results are written."""
+        for folder, lock in self._locks.items():
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the folders to other commands."""
+        for lock in self._locks.values():
+            if lock is not None:
+                os.close(lock)
+        self._locks.clear()
+
+
+def remove_shards(folder: Path) -> None:
+    """Removes what is measured from the folder of an evaluation."""
+    for inner in folder.iterdir():
+        if inner.is_dir():
+            shutil.rmtree(inner, ignore_errors=True)
+
+
+def batches(rows: range, batch: int) -> Iterator[range]:
+    """Yields consecutive rows in pieces that end at the multiples of `batch`."""
+    cuts = sorted({rows.start, *range(rows.start - rows.start % batch + batch, rows.stop, batch), rows.stop})
+    return (range(first, last) for first, last in pairwise(cuts))
+
+
+def measure_all(
+    count: int,
+    batch: int,
+    measure: Callable[[Iterable[range]], Iterable[MeasuredBatch]],
+    *,
+    folder: Path | None = None,
+    processes: Processes = ONE_PROCESS,
+    on_progress: Callable[[int], object] = lambda count: None,
+) -> Iterator[MeasuredBatch]:
+    """Yields what is measured of all images, batch by batch, in order; on the first process alone.
+
+    Args:
+        count: the number of images.
+        batch: images at a time; the same in all processes.
+        measure: measures the images of batches, in their order.
+        folder: of Work, where it is kept, and taken from if it is there; None: nowhere, for one process.
+        on_progress: called with the number of images that have just been measured, or were there already.
+    Raises: CheckpointError: the disk refuses.  EdmDistillError: what others have measured is not to be seen here.
+    """
+    if folder is None:
+        assert processes.world_size == 1, "several processes share a folder"
+        for rows, arrays in measure(batches(range(count), batch)):
+            on_progress(len(rows))
+            yield rows, arrays
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = _stored(folder)
+    processes.any_process(False)  # nobody writes before all have seen the same files
+    missing = [piece for rows in _gaps(stored, count) for piece in batches(rows, batch)]
+    rank, world_size = processes.rank, processes.world_size
+    share = missing[len(missing) * rank // world_size : len(missing) * (rank + 1) // world_size]
+    on_progress(count - sum(map(len, missing)))
+    _keep(measure(share), folder, on_progress)
+    processes.any_process(False)
+    if rank == 0:
+        on_progress(sum(map(len, missing)) - sum(map(len, share)))
+        yield from _read(folder, count, batch)
+
+
+def _lock(folder: Path) -> int:
+    """Returns a descriptor that holds the lock of a folder."""
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise EdmDistillError(f"another command makes this evaluation now, in {folder}: wait for it") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def _stored(folder: Path) -> list[range]:
+    """Returns the rows of each file in a folder, sorted."""
+    found = (SHARD.fullmatch(file.name) for file in folder.iterdir())
+    return sorted((range(int(match[1]), int(match[2])) for match in found if match), key=lambda rows: rows.start)
+
+
+def _gaps(stored: Sequence[range], count: int) -> Iterator[range]:
+    """Yields the rows below `count` that are not stored."""
+    at = 0
+    for rows in (*stored, range(count, count)):
+        if rows.start > at:
+            yield range(at, rows.start)
+        at = max(at, rows.stop)
+
+
+def _keep(measured: Iterable[MeasuredBatch], folder: Path, on_progress: Callable[[int], object]) -> None:
+    """Writes what is measured into files, the last of them also if measuring fails or is stopped."""
+    pending: list[MeasuredBatch] = []
+    written = time.monotonic()
+    try:
+        for rows, arrays in measured:
+            if pending and pending[-1][0].stop != rows.start:
+                _write(pending, folder)
+            pending.append((rows, arrays))
+            on_progress(len(rows))
+            if rows.stop - pending[0][0].start >= SHARD_IMAGES or time.monotonic() - written >= SHARD_SECONDS:
+                _write(pending, folder)
+                written = time.monotonic()
+    finally:
+        _write(pending, folder)
+
+
+def _write(pending: list[MeasuredBatch], folder: Path) -> None:
+    """Writes consecutive batches into one file, and empties the list."""
+    if not pending:
+        return
+    arrays = {name: torch.cat([batch[name] for _, batch in pending]) for name in pending[0][1]}
+    save_tensors(folder / f"{pending[0][0].start:09d}-{pending[-1][0].stop:09d}.safetensors", arrays)
+    pending.clear()
+
+
+def _read(folder: Path, count: int, batch: int) -> Iterator[MeasuredBatch]:
+    """Yields what is stored, in batches, in order."""
+    stored = _stored(folder)
+    for rows in _gaps(stored, count):
+        raise EdmDistillError(
+            f"images {rows.start} to {rows.stop - 1} were measured by another process but are not in {folder}: give "
+            "all processes one folder on a shared disk by --work"
+        )
+    at = 0
+    for rows in stored:
+        file = folder / f"{rows.start:09d}-{rows.stop:09d}.safetensors"
+        try:
+            arrays = load_tensors(file)[0]
+        except CheckpointError as error:
+            raise EdmDistillError(f"{error} Remove it and give the same command again.") from error
+        for piece in batches(range(max(at, rows.start), rows.stop), batch):
+            yield (
+                piece,
+                {name: array[piece.start - rows.start : piece.stop - rows.start] for name, array in arrays.items()},
+            )
+        at = max(at, rows.stop)

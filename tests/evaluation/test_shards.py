@@ -1,0 +1,117 @@
+"""Shards: what is measured is measured once, by any process, and comes back in order and in the same batches."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import Rank, in_ranks
+
+from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation import shards
+from edmdistill.evaluation.shards import ONE_PROCESS, MeasuredBatch, Work, batches, measure_all
+
+COUNT, BATCH = 50, 7
+
+
+class Measure:
+    """Measures image i as the number i, and remembers which; fails at the batch that would make more than `most`."""
+
+    def __init__(self, most: int = COUNT) -> None:
+        self.seen: list[int] = []
+        self.most = most
+
+    def __call__(self, rows: Iterable[range]) -> Iterator[MeasuredBatch]:
+        for piece in rows:
+            if len(self.seen) + len(piece) > self.most:
+                raise KeyboardInterrupt
+            self.seen += piece
+            yield piece, {"x": torch.arange(piece.start, piece.stop)}
+
+
+def whole() -> list[tuple[range, list[int]]]:
+    return [(rows, list(rows)) for rows in batches(range(COUNT), BATCH)]
+
+
+def read(measured: Iterator[MeasuredBatch]) -> list[tuple[range, list[int]]]:
+    return [(rows, arrays["x"].tolist()) for rows, arrays in measured]
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 12))
+def test_batches_are_all_rows_in_order_cut_at_multiples(start: int, length: int, batch: int) -> None:
+    pieces = list(batches(range(start, start + length), batch))
+    assert [row for piece in pieces for row in piece] == list(range(start, start + length))
+    assert all(piece.stop % batch == 0 for piece in pieces[:-1])
+    assert all(0 < len(piece) <= batch for piece in pieces)
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    assert read(measure_all(COUNT, BATCH, Measure())) == whole()
+
+
+@pytest.mark.parametrize("most", [0, 7, 20, 49])
+@pytest.mark.parametrize("per_file", [1, 14, 4096])
+def test_what_was_measured_before_a_stop_is_not_measured_again(
+    most: int, per_file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_IMAGES", per_file)
+    first, second = Measure(most), Measure()
+    with pytest.raises(KeyboardInterrupt):
+        read(measure_all(COUNT, BATCH, first, folder=tmp_path))
+    done: list[int] = []
+    assert read(measure_all(COUNT, BATCH, second, folder=tmp_path, on_progress=done.append)) == whole()
+    assert sorted(first.seen + second.seen) == list(range(COUNT))
+    assert sum(done) == COUNT
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 20])
+def test_processes_share_the_batches(world_size: int, tmp_path: Path) -> None:
+    def act(rank: Rank) -> tuple[list[int], list[tuple[range, list[int]]]]:
+        measure = Measure()
+        return measure.seen, read(measure_all(COUNT, BATCH, measure, folder=tmp_path, processes=rank))
+
+    seen, got = zip(*in_ranks(world_size, act), strict=True)
+    assert [row for share in seen for row in share] == list(range(COUNT))
+    assert max(map(len, seen)) <= COUNT // world_size + BATCH
+    assert got == (whole(), *[[]] * (world_size - 1))
+
+
+def test_another_batch_goes_on_too(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        read(measure_all(COUNT, 9, Measure(30), folder=tmp_path))
+    rest = Measure()
+    rows = [row for _, values in read(measure_all(COUNT, BATCH, rest, folder=tmp_path)) for row in values]
+    assert rows == list(range(COUNT))
+    assert rest.seen == list(range(27, COUNT))
+
+
+def test_rows_on_another_machines_disk_are_missed(tmp_path: Path) -> None:
+    def act(rank: Rank) -> None:
+        read(measure_all(COUNT, BATCH, Measure(), folder=tmp_path / str(rank.rank), processes=rank))
+
+    with pytest.raises(EdmDistillError, match=r"images 28 to 49 were measured by another process .* --work"):
+        in_ranks(2, act)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    read(measure_all(COUNT, BATCH, Measure(), folder=tmp_path))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(EdmDistillError, match=rf"{file.name}.*Remove it and give the same command again"):
+        read(measure_all(COUNT, BATCH, Measure(), folder=tmp_path))
+
+
+def test_a_folder_belongs_to_one_command_and_one_evaluation(tmp_path: Path) -> None:
+    ours, theirs = Work(tmp_path), Work(tmp_path)
+    folder = ours.folder({"seeds": "0-9"}, ONE_PROCESS)
+    assert ours.folder({"seeds": "0-9"}, ONE_PROCESS) == folder
+    with pytest.raises(EdmDistillError, match="another command makes this evaluation now"):
+        theirs.folder({"seeds": "0-9"}, ONE_PROCESS)
+    assert theirs.folder({"seeds": "0-8"}, ONE_PROCESS) != folder
+    ours.remove()
+    assert not folder.exists()
+    assert theirs.folder({"seeds": "0-9"}, ONE_PROCESS) == folder
+    theirs.remove()
+    assert not list(tmp_path.iterdir())
