@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": "Sample images from a teacher or a generator.",
     "eval": "Evaluate a checkpoint or a folder of images against a data set.",
     "sweep": "Evaluate a grid of step counts and gammas: a table, JSON, a plot.",
+    "diagnose": "Measure single jumps of a generator by noise level, and say where it is weak.",
     "loss": "Compare the diffusion loss of two teachers by noise level.",
     "data": "Inspect a data set: images, files left out, classes, mean and standard deviation.",
     "recipes": "List, show, copy and check the recipes.",

@@ -56,8 +56,32 @@ def generator_loss(
     sin = cos_sin(s, v)[1].flatten()
     size = e.detach().abs().flatten(1).mean(1) if weight == "sid" else sigma_data
     value = sin**2 / (sin * size).clamp(min=1e-5) * (u * (e - alpha * u)).flatten(1).sum(1)
-    with torch.no_grad():
-        # The loss oscillates around 0 and says nothing about progress; the gap's size and direction do.
-        cosine = torch.cosine_similarity(u.flatten(1), e.flatten(1)).mean()
-        signals = {"score_gap": u.square().mean().sqrt(), "cos_gap_error": cosine}
-    return Loss(value, s, signals)
+    return Loss(value, s, _signals(u, e))
+
+
+def kl_generator_loss(
+    F_aux: Tensor, F_teacher: Tensor, v: Tensor, s: Tensor, *, sigma_data: float, power: float
+) -> Loss:
+    """Returns sin(s)^(power - 1) u . v / mean |e|, whose gradient in g is -sin(s)^power u / mean |e|.
+
+    That is the gradient of KL(q(x_s; s, t) || p(x_s; s)) under a weight over s; D* and D_psi have none, so an error of
+    the auxiliary score reaches the generator once, and not through the derivatives of two networks as well.
+
+    Args:
+        F_aux, F_teacher: at x_s, without gradient.  [B,C,H,W]
+        v: at x_s, as a function of the generated image.  [B,C,H,W]
+        s: time of x_s.  [B]
+        power: 0 is DMD's weight, under which all s count alike; higher ones calm small s.
+    Source: Yin et al. 2024 (DMD), eq. 7 and 8.
+    """
+    u, e = sigma_data * (F_aux - F_teacher), (v - sigma_data * F_teacher).detach()
+    sin = cos_sin(s, v)[1].flatten()
+    size = (sin * e.abs().flatten(1).mean(1)).clamp(min=1e-5)
+    return Loss(sin**power / size * (u * v).flatten(1).sum(1), s, _signals(u, e))
+
+
+@torch.no_grad()
+def _signals(u: Tensor, e: Tensor) -> dict[str, Tensor]:
+    """Returns the gap's size and direction: the loss oscillates around 0 and says nothing about progress; they do."""
+    cosine = torch.cosine_similarity(u.flatten(1), e.flatten(1)).mean()
+    return {"score_gap": u.square().mean().sqrt(), "cos_gap_error": cosine}

@@ -1,1 +1,1 @@
-from toy_runs import teacher  # noqa: F401
+from toy_runs import recipe, start, teacher, whole  # noqa: F401

@@ -1,0 +1,60 @@
+"""`edmdistill diagnose`: where a generator is weak, and why."""
+
+import click
+
+from edmdistill.cli.options import BATCH, PROTOCOLS, Name, interruptible
+
+
+@click.command("diagnose")
+@click.argument("source")
+@click.option("--protocol", type=Name(PROTOCOLS), required=True, help="Gives the features that images are compared in.")
+@click.option("--teacher", metavar="TEACHER", help="What it was distilled from, to compare with.")
+@click.option("--ref", metavar="DATA", help="Real images: a zip, a folder, or digits.  [default: the protocol's own]")
+@click.option("--n", "count", type=click.IntRange(2), default=3000, show_default=True, help="Jumps from each level.")
+@click.option("--batch", type=BATCH, default=250, show_default=True, help="Images per batch.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    source: str,
+    protocol: str,
+    teacher: str | None,
+    ref: str | None,
+    count: int,
+    batch: int,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Measure single jumps of the generator SOURCE from real images with noise, and say at which levels it is weak.
+
+    SOURCE is a generator or a run directory. With --teacher its denoiser stands beside; if SOURCE is a run whose method
+    has an auxiliary score, the gap between the two scores is measured too, by the levels s and t of jumps.
+    """
+    import json
+
+    from edmdistill.evaluation.diagnosis import diagnose, sentences
+    from edmdistill.machine.devices import pick_device
+
+    with interruptible(lambda: "nothing is measured yet."):
+        found = diagnose(
+            source,
+            protocol=protocol,
+            teacher=teacher,
+            reference=ref,
+            count=count,
+            device=pick_device(device),
+            batch=batch,
+        )
+    if as_json:
+        tables = {name: [row._asdict() for row in rows] for name, rows in found._asdict().items()}
+        click.echo(
+            json.dumps({"schema_version": 1, "source": source, **tables, "sentences": sentences(found)}, indent=2)
+        )
+        return
+    click.echo(f"{'sigma':>8} {'generator':>10} {'teacher':>10}" if teacher else f"{'sigma':>8} {'generator':>10}")
+    for jump in found.jumps:
+        beside = "" if jump.teacher is None else f" {jump.teacher:10.3g}"
+        click.echo(f"{jump.sigma:8g} {jump.generator:10.3g}{beside}")
+    for gap in found.gaps:
+        click.echo(f"s {gap.sigma_s:g}, t {gap.sigma_t:g}: gap {gap.gap:.3g}, sensitivity {gap.sensitivity:.2g}")
+    for sentence in sentences(found):
+        click.echo(sentence)

@@ -1,0 +1,253 @@
+"""Where a generator is weak: single jumps from real images by noise level, and what its auxiliary score makes of them.
+
+A generator is sampled in a chain of jumps, so a bad image does not say which jump was bad. Here each starts from real
+images with noise, x_t = cos(t) x0 + sin(t) z, whatever came before it in a chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from edmdistill.checkpoints.load import load_flow, read_teacher
+from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
+from edmdistill.checkpoints.source import open_source
+from edmdistill.data.datasets import Dataset
+from edmdistill.data.fit import require_fit
+from edmdistill.draws import Draws
+from edmdistill.errors import CheckpointError
+from edmdistill.evaluation.evaluate import batches
+from edmdistill.evaluation.frechet import RunningStatistics, frechet_distance
+from edmdistill.evaluation.protocol import get_protocol, open_reference
+from edmdistill.features.spaces import FEATURE_SPACES, FeatureSpace
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
+from edmdistill.progress import write
+from edmdistill.sampling.grid import to_uint8
+from edmdistill.trigflow import denoised, diffuse, sigma_to_time
+
+JUMP_SIGMAS = (80.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.17, 0.08)
+"""Noise levels of the jumps: sparse at the top, where a jump is nearly one from noise, and dense in the middle."""
+GAP_SIGMAS = (0.03, 0.1, 0.3, 1.0)
+"""Noise levels s at which the two scores are compared, of jumps from the levels t above them."""
+COUNT = 3000
+"""Number of jumps from each level: the first images of the data, again with other noise if they are fewer."""
+WEAKER = 1.25
+"""A jump is called weak if its distance is so many times that of the teacher's denoiser."""
+DEAF = 0.15
+"""An auxiliary score is said to ignore t if its gap changes by less than this share between t and t_max."""
+
+
+class Jump(NamedTuple):
+    """Frechet distance to the data of one jump from real x_t, by the generator and by the teacher's denoiser."""
+
+    sigma: float
+    generator: float
+    teacher: float | None = None
+
+
+class Gap(NamedTuple):
+    """The score gap u = sigma_d (F_psi - F*) at s of jumps from t.
+
+    Attributes:
+        gap: its root mean square.
+        sensitivity: |u(t) - u(t_max)| / |u(t)|, what the auxiliary score makes of its second time at the same x_s.
+    """
+
+    sigma_s: float
+    sigma_t: float
+    gap: float
+    sensitivity: float
+
+
+class Diagnosis(NamedTuple):
+    jumps: list[Jump]
+    gaps: list[Gap]
+
+
+def diagnose(
+    source: str | Path,
+    *,
+    protocol: str,
+    teacher: str | Path | None = None,
+    reference: str | Path | None = None,
+    count: int = COUNT,
+    device: torch.device | str = "cpu",
+    batch: int = 250,
+) -> Diagnosis:
+    """Returns how good single jumps of a generator are, and, of a run with an auxiliary score, its gaps.
+
+    Args:
+        source: a generator, or a run directory.
+        teacher: what it was distilled from; None: it is not compared, and there are no gaps.
+        protocol, reference: give features and data, as in `evaluate`.
+        count: number of jumps from each level; a tenth as many for the gaps.
+    Raises: CheckpointError: it is no generator, or cannot be read.  DatasetError: the data do not fit.
+    """
+    standard = get_protocol(protocol)
+    data = open_reference(reference, standard)
+    assert standard.features is not None
+    flow, config = load_flow(source)
+    if config.stage != "generator":
+        raise CheckpointError(f"{source} is a teacher, not a generator: give a run, or its generator")
+    networks = [flow] if teacher is None else [flow, read_teacher(teacher)[0]]
+    auxiliary = None if teacher is None else _read_auxiliary(open_source(source).path, networks[1])
+    for network in networks if auxiliary is None else [*networks, auxiliary]:
+        require_fit(data, network, config)
+        network.to(device).eval().network.fold()
+    space = FEATURE_SPACES[standard.features](device)
+    columns = [jump_distances(network, data, space, count=count, batch=batch) for network in networks]
+    jumps = [Jump(sigma, *distances) for sigma, *distances in zip(JUMP_SIGMAS, *columns, strict=True)]
+    gaps = (
+        []
+        if auxiliary is None
+        else score_gaps(flow, networks[1], auxiliary, data, count=max(count // 10, 1), batch=batch)
+    )
+    return Diagnosis(jumps, gaps)
+
+
+@torch.no_grad()
+def jump_distances(
+    flow: FlowNetwork,
+    data: Dataset,
+    space: FeatureSpace,
+    sigmas: Sequence[float] = JUMP_SIGMAS,
+    *,
+    count: int = COUNT,
+    batch: int = 250,
+) -> list[float]:
+    """Returns the Frechet distance between the data and one jump to it from each noise level.
+
+    Args:
+        flow: a generator or a denoiser; of two times, its jumps end at 0.
+        count: number of jumps; more than there are images: again from the first, with other noise.
+    """
+    real, found = RunningStatistics(), [RunningStatistics() for _ in sigmas]
+    for rows in batches(len(data), batch):
+        real.update(space(data.images(rows)))
+    for x0, labels, draws in _images(flow, data, count, batch):
+        z = draws.normal_like(x0, flow.sigma_data)
+        for sigma, running in zip(sigmas, found, strict=True):
+            t = sigma_to_time(sigma, flow.sigma_data).to(x0.device)
+            running.update(space(to_uint8(flow.jump(diffuse(x0, z, t), t, torch.zeros_like(t), labels))))
+    reference = real.finish()
+    return [frechet_distance(running.finish(), reference) for running in found]
+
+
+@torch.no_grad()
+def score_gaps(
+    generator: FlowNetwork,
+    teacher: FlowNetwork,
+    auxiliary: FlowNetwork,
+    data: Dataset,
+    *,
+    sigmas_s: Sequence[float] = GAP_SIGMAS,
+    sigmas_t: Sequence[float] = JUMP_SIGMAS,
+    count: int = COUNT // 10,
+    batch: int = 250,
+) -> list[Gap]:
+    """Returns the gap between the two scores of a generator by (s, t), s < t, on the data with fixed noise.
+
+    Args:
+        auxiliary: reads (x_s; s, t), or x_s and s alone: then its sensitivity is 0.
+    """
+    pairs = [(s, t) for s in sigmas_s for t in sigmas_t if s < t]
+    sums = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    sigma_data, last = generator.sigma_data, sigma_to_time(generator.sigma_max, generator.sigma_data)
+    for x0, labels, draws in _images(generator, data, count, batch):
+        z, z_s = draws.normal_like(x0, sigma_data), draws.normal_like(x0, sigma_data)
+
+        def gap(x_s: Tensor, s: Tensor, t: Tensor, labels: Tensor | None = labels) -> Tensor:
+            second = t if auxiliary.two_time else None
+            difference: Tensor = auxiliary(x_s, s, labels, second) - teacher(x_s, s, labels)
+            return sigma_data * difference
+
+        for row, pair in zip(sums, pairs, strict=True):
+            s, t = (sigma_to_time(sigma, sigma_data).to(x0.device) for sigma in pair)
+            x_t = diffuse(x0, z, t)
+            x_s = diffuse(denoised(x_t, generator(x_t, t, labels), t, sigma_data), z_s, s)
+            u = gap(x_s, s, t)
+            row += torch.stack([v.double().square().mean((1, 2, 3)).sum() for v in (u, u - gap(x_s, s, last))]).cpu()
+    rms = (sums / count).sqrt().tolist()
+    return [Gap(*pair, size, change / max(size, 1e-12)) for pair, (size, change) in zip(pairs, rms, strict=True)]
+
+
+def _images(flow: FlowNetwork, data: Dataset, count: int, batch: int) -> Iterator[tuple[Tensor, Tensor | None, Draws]]:
+    """Yields `count` images and labels on the network's device, with random numbers that depend on their place."""
+    device = next(flow.parameters()).device
+    for rows in batches(count, batch):
+        x0, labels = data.tensors([row % len(data) for row in rows])
+        draws = Draws([0, rows.start], len(x0), device=device)
+        yield x0.to(device), None if labels is None else labels.to(device), draws
+
+
+def _read_auxiliary(folder: Path, teacher: FlowNetwork) -> FlowNetwork | None:
+    """Returns the auxiliary score in a run's newest state; None: there is no state, or no such role.
+
+    Raises: CheckpointError: the run has another teacher.
+    """
+    if not (folder / "state").is_dir():
+        return None
+    state = newest_whole_state(folder, write)
+    if not (state / "auxiliary.safetensors").is_file():
+        return None
+    weights = {name: w for name, w in raw_weights(state, "auxiliary").items() if not name.startswith("logvar_")}
+    two_time = any(name.startswith("second_time.") for name in weights)
+    auxiliary = (add_second_time if two_time else drop_second_time)(teacher)
+    shapes = {name: w.shape for name, w in auxiliary.network.state_dict().items() if not name.startswith("logvar_")}
+    if shapes != {name: w.shape for name, w in weights.items()}:
+        raise CheckpointError(f"{folder} was distilled from another teacher than the one given: name its own")
+    auxiliary.network.load_state_dict(weights, strict=False)
+    return auxiliary
+
+
+def sentences(diagnosis: Diagnosis) -> list[str]:
+    """Returns where the generator is weak, and what its auxiliary score says of it."""
+    return [*_on_jumps(diagnosis.jumps), *_on_gaps(diagnosis.gaps)]
+
+
+def _on_jumps(jumps: Sequence[Jump]) -> list[str]:
+    best, worst = (pick(jumps, key=lambda jump: jump.generator) for pick in (min, max))
+    said = [
+        f"A jump is best from sigma {best.sigma:g}, with a distance of {best.generator:.3g}, and worst from sigma "
+        f"{worst.sigma:g}, with {worst.generator:.3g}."
+    ]
+    rising = [below.sigma for above, below in pairwise(jumps) if below.generator > above.generator]
+    if rising:
+        said.append(
+            f"At sigma {_listed(rising)} a shorter jump is worse than the longer one before it: as the last of several "
+            "steps these levels make the images worse."
+        )
+    weak = [jump.sigma for jump in jumps if jump.teacher is not None and jump.generator > WEAKER * jump.teacher]
+    if weak:
+        said.append(
+            f"At sigma {_listed(weak)} a jump is worse than the teacher's denoiser, from which the generator started: "
+            "training has done harm there, and a lower learning rate or a smaller weight of short jumps helps."
+        )
+    return said
+
+
+def _on_gaps(gaps: Sequence[Gap]) -> list[str]:
+    compared = [gap for gap in gaps if gap.sigma_t < max(gap.sigma_t for gap in gaps)]
+    if not compared:
+        return []
+    widest = max(gaps, key=lambda gap: gap.gap)
+    said = [
+        f"The scores differ most at sigma {widest.sigma_s:g} of jumps from {widest.sigma_t:g}, by {widest.gap:.3g}."
+    ]
+    least = min(compared, key=lambda gap: gap.sensitivity)
+    if least.sensitivity < DEAF:
+        said.append(
+            f"The auxiliary score hardly tells jumps from sigma {least.sigma_t:g} from the longest ones: at sigma "
+            f"{least.sigma_s:g} its gap differs by {least.sensitivity:.0%} of its size."
+        )
+    return said
+
+
+def _listed(sigmas: Sequence[float]) -> str:
+    return ", ".join(f"{sigma:g}" for sigma in sigmas)
