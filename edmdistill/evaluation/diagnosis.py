@@ -21,10 +21,11 @@ from edmdistill.data.datasets import Dataset
 from edmdistill.data.fit import require_fit
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError
-from edmdistill.evaluation.evaluate import batches
 from edmdistill.evaluation.frechet import RunningStatistics, frechet_distance
 from edmdistill.evaluation.protocol import get_protocol, open_reference
-from edmdistill.features.spaces import FEATURE_SPACES, FeatureSpace
+from edmdistill.evaluation.shards import batches
+from edmdistill.features.base import FeatureSpace
+from edmdistill.features.spaces import load_features
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 from edmdistill.progress import write
@@ -100,7 +101,7 @@ def diagnose(
     for network in networks if auxiliary is None else [*networks, auxiliary]:
         require_fit(data, network, config)
         network.to(device).eval().network.fold()
-    space = FEATURE_SPACES[standard.features](device)
+    space = load_features(standard.features, device=device)
     columns = [jump_distances(network, data, space, count=count, batch=batch) for network in networks]
     jumps = [Jump(sigma, *distances) for sigma, *distances in zip(JUMP_SIGMAS, *columns, strict=True)]
     gaps = (
@@ -128,7 +129,7 @@ def jump_distances(
         count: number of jumps; more than there are images: again from the first, with other noise.
     """
     real, found = RunningStatistics(), [RunningStatistics() for _ in sigmas]
-    for rows in batches(len(data), batch):
+    for rows in batches(range(len(data)), batch):
         real.update(space(data.images(rows)))
     for x0, labels, draws in _images(flow, data, count, batch):
         z = draws.normal_like(x0, flow.sigma_data)
@@ -180,7 +181,7 @@ def score_gaps(
 def _images(flow: FlowNetwork, data: Dataset, count: int, batch: int) -> Iterator[tuple[Tensor, Tensor | None, Draws]]:
     """Yields `count` images and labels on the network's device, with random numbers that depend on their place."""
     device = next(flow.parameters()).device
-    for rows in batches(count, batch):
+    for rows in batches(range(count), batch):
         x0, labels = data.tensors([row % len(data) for row in rows])
         draws = Draws([0, rows.start], len(x0), device=device)
         yield x0.to(device), None if labels is None else labels.to(device), draws
