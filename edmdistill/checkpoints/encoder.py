@@ -51,6 +51,37 @@ class LatentEncoder(Struct, frozen=True):
     vae_sha256: Name | None = None
 
 
+class Encoding(Struct, frozen=True, kw_only=True):
+    """How a data set of latents was made: `encoder` of its dataset.json. Other keys may follow.
+
+    Attributes:
+        vae_name, vae_sha256, range: see LatentEncoder.
+        raw_mean, raw_std: of the latents, by channel.  [C]
+    """
+
+    vae_name: Name
+    vae_sha256: Name | None = None
+    range: Range
+    raw_mean: Biases
+    raw_std: Scales
+
+    def encoder(self, sigma_data: float) -> dict[str, Any]:
+        """Returns `encoder` of a network that is trained on these latents, scaled to that standard deviation."""
+        scale = [sigma_data / std for std in self.raw_std]
+        bias = [-mean * factor for mean, factor in zip(self.raw_mean, scale, strict=True)]
+        target = {"final_mean": 0, "final_std": sigma_data, "scale": scale, "bias": bias}
+        return {"kind": "StabilityVAEEncoder", **msgspec.to_builtins(self), **target}
+
+
+UNRECORDED = Encoding(
+    vae_name=str(VAE_PARAMETERS["vae_name"]),
+    range="edm2",
+    raw_mean=tuple(STABLE_DIFFUSION["edm2"].mean),
+    raw_std=tuple(STABLE_DIFFUSION["edm2"].std),
+)
+"""Of a data set that says nothing, as EDM2's dataset_tool.py makes them."""
+
+
 def latent_encoder(encoder: Mapping[str, Any]) -> LatentEncoder | None:
     """Returns the `encoder` of a network that works on latents, or None for one that works on pixels.
 

@@ -195,7 +195,7 @@ def read_vae(
         raise CheckpointError(f"{folder / CONFIG} has arguments that make no VAE: {error!s:.300}") from error
     old = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(OLD_NAMES)})(?=\.)")
     tensors = {
-        old.sub(lambda match: match[1] + OLD_NAMES[match[2]], key): tensor
+        old.sub(lambda match: match[1] + OLD_NAMES[match[2]], key): tensor.to(dtype)
         for key, tensor in _read_weights(folder, device).items()
     }
     fill(model, tensors, str(folder / WEIGHTS))
@@ -204,7 +204,7 @@ def read_vae(
         where.resolve().name if where.is_dir() else name,
         folder,
         architecture,
-        model.to(device, dtype).eval().requires_grad_(False),
+        model.eval().requires_grad_(False),
     )
 
 

@@ -4,7 +4,7 @@ import importlib
 
 import click
 
-COMMANDS = ("inspect",)
+COMMANDS = ("encode", "inspect")
 
 
 class DataGroup(click.Group):
@@ -23,4 +23,4 @@ class DataGroup(click.Group):
 
 @click.group("data", cls=DataGroup)
 def command() -> None:
-    """Inspect data sets: zips and folders of images or latents, in EDM's layout."""
+    """Encode and inspect data sets: zips and folders of images or latents, in EDM's layout."""

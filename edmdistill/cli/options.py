@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.errors import did_you_mean
+from edmdistill.errors import EdmDistillError, PeerFailed, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -247,6 +247,15 @@ def interruptible(kept: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo(f"Interrupted: {kept()}", err=True)
         sys.exit(130)
+
+
+@contextmanager
+def errors_once() -> Iterator[None]:
+    """Lets the main process alone report an error that every process of a command meets."""
+    try:
+        yield
+    except EdmDistillError as error:
+        raise (error if int(os.environ.get("RANK", 0)) == 0 else PeerFailed("the main process says why")) from error
 
 
 def say_unfinished(source: str | Source) -> None:

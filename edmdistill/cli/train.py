@@ -1,17 +1,16 @@
 """edmdistill train: a teacher from data, or a generator from a teacher."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edmdistill.cli.options import Name, OutputPath, say
-from edmdistill.errors import EdmDistillError, PeerFailed, TrainingError
+from edmdistill.cli.options import Name, OutputPath, errors_once, say
+from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def command(
     from edmdistill.training.prepare import prepare
 
     machine = Machine(device, _micro_batch(micro_batch), shard, offload, checkpoint_activations, workers, log_with)
-    with _errors_once():
+    with errors_once():
         source = find_recipe(recipe)
         run = prepare(
             source.resolve(method, sets),
@@ -179,15 +178,6 @@ def _progress(run: "Run", stack: ExitStack) -> Callable[[int, dict[str, float]],
         bar.update(min(images, total) - bar.n)
 
     return show
-
-
-@contextmanager
-def _errors_once() -> Iterator[None]:
-    """Lets the main process alone report an error that every process of a run meets."""
-    try:
-        yield
-    except EdmDistillError as error:
-        raise (error if int(os.environ.get("RANK", 0)) == 0 else PeerFailed("the main process says why")) from error
 
 
 def _micro_batch(text: str | None) -> int | Literal["auto"] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edmdistill.checkpoints.encoder import Encoding
 from edmdistill.data.files import Files, Member, canonical_name, require_readable
 from edmdistill.data.labels import Labels, read_labels
 from edmdistill.errors import DatasetError, printable
@@ -39,6 +40,7 @@ class Contents:
         labels: the class of each image, int64 [N], or None.
         label_names: the name of each class, or None.
         absent: files in dataset.json that are not there.
+        encoding: how latents were made, as far as dataset.json says.
     """
 
     images: Sequence[Member]
@@ -47,6 +49,7 @@ class Contents:
     labels: NDArray[np.int64] | None
     label_names: list[str] | None
     absent: Sequence[str] = ()
+    encoding: Encoding | None = None
 
     def notes(self, name: str) -> list[str]:
         """Returns sentences on what was left out of the set of this name."""
@@ -87,7 +90,7 @@ def read_contents(files: Files) -> Contents:
     require_readable(path, [*images, *documents])
     ignored = {canonical_name(name) for name in left_out}
     labels = read_labels(files, documents[0], by_name, ignored) if documents else Labels()
-    return Contents(images, left_out, latent, labels.classes, labels.names, labels.absent)
+    return Contents(images, left_out, latent, labels.classes, labels.names, labels.absent, labels.encoding)
 
 
 def _sort_files(files: Files) -> tuple[list[Member], list[Member], dict[str, str]]:

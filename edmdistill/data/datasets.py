@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from edmdistill.checkpoints.encoder import UNRECORDED, Encoding
 from edmdistill.data.contents import read_contents
 from edmdistill.data.decode import decode_array, decode_image
 from edmdistill.data.files import EXPECTED, Files, Member, as_dataset_error, open_files
@@ -48,8 +49,10 @@ class Dataset:
         xflip: every image occurs twice: N + i is i mirrored.
         content: returns the sha256 of the images, in hex; default: of all that `read` returns.
         notes: sentences on what was left out of the source.
+        encoding: how latents were made; default: as by EDM2's tool, if they have the channels of its VAE.
     Attributes:
         latent: whether it holds latents.
+        encoding: how they were made; None for images, or where it is unknown.
         img_channels, img_resolution, label_dim: C, H = W and the number of classes, as a network needs them.
         label_names: the name of each class, or None.
         source_notes: `notes` without the one on classes without images.
@@ -70,6 +73,7 @@ class Dataset:
         xflip: bool = False,
         content: Callable[[], str] | None = None,
         notes: Sequence[str] = (),
+        encoding: Encoding | None = None,
     ) -> None:
         self.name, self.split, self.xflip = name, split, xflip
         self.label_dim = 0 if labels is None else max(int(labels.max()) + 1, len(label_names or ()))
@@ -81,6 +85,14 @@ class Dataset:
         self.latent = first.dtype != np.uint8
         self._shape = first.shape
         self.img_channels, self.img_resolution = len(first) // 2 if self.latent else len(first), first.shape[2]
+        self.encoding = (encoding or UNRECORDED) if self.latent else None
+        if self.encoding is not None and len(self.encoding.raw_mean) != self.img_channels:
+            if encoding is not None:
+                raise DatasetError(
+                    f"{name} holds latents of {self.img_channels} channels, but its dataset.json has the statistics of "
+                    f"{len(encoding.raw_mean)}; encode the images again"
+                )
+            self.encoding = None
         if first.shape[1] != first.shape[2]:
             raise DatasetError(f"{name}: {files[0]} is {_size(first)}, but images must be square; crop them first")
         if self.latent and xflip:
@@ -279,6 +291,7 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
         xflip=xflip,
         content=partial(_content_sha256, files, contents.images),
         notes=contents.notes(str(path)),
+        encoding=contents.encoding,
     )
 
 

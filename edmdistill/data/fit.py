@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edmdistill.checkpoints.config import CheckpointConfig
-from edmdistill.checkpoints.encoder import latent_encoder
+from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.data.datasets import Dataset
 from edmdistill.data.latents import latent_std
 from edmdistill.errors import DatasetError
@@ -30,9 +30,30 @@ def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -
         )
     dataset.use_classes(flow.label_dim, config.label_names)
     if scaling is not None:
+        _require_same_vae(dataset, scaling)
         std = latent_std(dataset.tensors(range(0, len(dataset), max(1, len(dataset) // 64)))[0], scaling)
         if not 1 / 3 < std / flow.sigma_data < 3:
             dataset.note(
                 f"{dataset.name}: latents have a standard deviation of {std:.3g} by the teacher's scale, which was "
                 f"trained on {flow.sigma_data:g}: they were scaled already, or are of another VAE."
             )
+
+
+def _require_same_vae(dataset: Dataset, encoder: LatentEncoder) -> None:
+    """Raises: DatasetError: the latents were made from pixels in another range, or by another VAE."""
+    encoding = dataset.encoding
+    if encoding is None:
+        return
+    if encoding.range != encoder.range:
+        pixels = {"edm2": "[0, 1]", "scm": "[-1, 1]"}
+        raise DatasetError(
+            f"{dataset.name} holds latents of pixels in {pixels[encoding.range]} (--range {encoding.range}), but the "
+            f"network takes those of pixels in {pixels[encoder.range]}: encode the images again with --range "
+            f"{encoder.range}"
+        )
+    digests = encoding.vae_sha256, encoder.vae_sha256
+    if None not in digests and len(set(digests)) > 1:
+        raise DatasetError(
+            f"{dataset.name} holds latents of the VAE {encoding.vae_name} (sha256 {str(digests[0])[:12]}), but the "
+            f"network takes those of {encoder.vae_name} ({str(digests[1])[:12]}): encode the images again with that one"
+        )

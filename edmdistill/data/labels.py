@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edmdistill.checkpoints.encoder import Encoding
 from edmdistill.data.files import Files, Member, as_dataset_error, canonical_name
 from edmdistill.errors import DatasetError, printable
 
@@ -26,11 +28,13 @@ class Labels(NamedTuple):
         classes: of each image, int64 [N], or None.
         names: of each class, or None.
         absent: labelled files that are not there.
+        encoding: how latents were made, or None.
     """
 
     classes: NDArray[np.int64] | None = None
     names: list[str] | None = None
     absent: Sequence[str] = ()
+    encoding: Encoding | None = None
 
 
 def read_labels(files: Files, document: Member, images: Mapping[str, Member], left_out: Set[str]) -> Labels:
@@ -45,9 +49,9 @@ def read_labels(files: Files, document: Member, images: Mapping[str, Member], le
     Raises: DatasetError: it is broken, incomplete or ambiguous.
     """
     where = f"{files.path}: {printable(document.name)}"
-    entries, names = _parse(files, document, where)
+    entries, names, encoding = _parse(files, document, where)
     if entries is None:
-        return Labels(names=names)
+        return Labels(names=names, encoding=encoding)
     folder = posixpath.dirname(canonical_name(document.name))
     labels, absent = _match(entries, folder, images, left_out, where)
     unlabelled = [member.name for key, member in images.items() if key not in labels]
@@ -59,11 +63,13 @@ def read_labels(files: Files, document: Member, images: Mapping[str, Member], le
         )
     for file, label in labels.values():
         _require_class(label, names, f"{where} labels {printable(file)} as {_short(label)}")
-    return Labels(np.array([labels[key][1] for key in images], dtype=np.int64), names, absent)
+    return Labels(np.array([labels[key][1] for key in images], dtype=np.int64), names, absent, encoding)
 
 
-def _parse(files: Files, document: Member, where: str) -> tuple[list[tuple[Any, Any]] | None, list[str] | None]:
-    """Returns the pairs of a file and its label, or None, and the names of the classes."""
+def _parse(
+    files: Files, document: Member, where: str
+) -> tuple[list[tuple[Any, Any]] | None, list[str] | None, Encoding | None]:
+    """Returns the pairs of a file and its label, or None, the names of the classes, and how latents were made."""
     with as_dataset_error(lambda why: f"{where} is not {FORM} ({why}); fix or remove it"):
         content = json.loads(files.read(document.name), object_pairs_hook=_object)
         if not isinstance(content, dict) or "labels" not in content:
@@ -75,7 +81,11 @@ def _parse(files: Files, document: Member, where: str) -> tuple[list[tuple[Any, 
         isinstance(names, list) and names and all(isinstance(n, str) and n.strip() and n.isprintable() for n in names)
     ):
         raise DatasetError(f"{where}: label_names must be a list of printable names, one for each class")
-    return None if labels is None else entries, names
+    with as_dataset_error(
+        lambda why: f"{where}: encoder does not say how latents were made ({why}); encode them again"
+    ):
+        encoding = None if content.get("encoder") is None else msgspec.convert(content["encoder"], Encoding)
+    return None if labels is None else entries, names, encoding
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.encoder import LatentEncoder
+from edmdistill.checkpoints.encoder import LatentEncoder, Statistics
 from edmdistill.draws import Draws
 
 VISIT = 2**32 - 1
@@ -40,6 +40,17 @@ def latent_std(moments: Tensor, scaling: LatentEncoder) -> float:
     scale, bias = (mean.new_tensor(values)[:, None, None] for values in (scaling.scale, scaling.bias))
     variance = (mean * scale + bias).var(correction=0) + (std * scale).square().mean()
     return float(variance.sqrt())
+
+
+def channel_statistics(moments: Tensor) -> Statistics:
+    """Returns mean and standard deviation of latents as drawn, mean + std eps, by channel.
+
+    Args:
+        moments: see `draw_latents`.  [B,2C,H,W]
+    """
+    mean, std = moments.double().chunk(2, dim=1)
+    variance = mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
+    return Statistics(mean.mean((0, 2, 3)).tolist(), variance.sqrt().tolist())
 
 
 def latent_noise(seed: int, start: int, stop: int, *shape: int) -> Tensor:

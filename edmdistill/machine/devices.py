@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import torch
@@ -21,6 +22,17 @@ def pick_device(name: str | None) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise EdmDistillError(f"{device} cannot be used here ({reason}): choose another --device") from error
     return device
+
+
+def process_device(name: str | None) -> torch.device:
+    """Returns the device of this process: of several on one machine, each has its own GPU.
+
+    Args: as `pick_device`.
+    Raises: EdmDistillError: as `pick_device`; or there are fewer GPUs than processes.
+    """
+    rank = os.environ.get("LOCAL_RANK")
+    one_each = rank is not None and named_device(name) == torch.device("cuda")
+    return pick_device(f"cuda:{rank}" if one_each else name)
 
 
 def named_device(name: str | None) -> torch.device:

@@ -130,6 +130,11 @@ def init_from_environment(environ: MutableMapping[str, str] = os.environ) -> Non
         environ.update(_slurm_world(environ))
 
 
+def process_rank(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Returns the rank of this process and the number of processes; to be called after `init_from_environment`."""
+    return int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+
+
 def _slurm_tasks(environ: Mapping[str, str]) -> int:
     """Returns the number of processes that srun started, this one included; 1 outside srun.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edmdistill.checkpoints.config import CheckpointConfig
-from edmdistill.checkpoints.encoder import latent_encoder
+from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.errors import TrainingError
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import Recipe
@@ -34,7 +34,11 @@ def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> 
 
 def require_same_latents(what: str, config: CheckpointConfig, teacher: CheckpointConfig, advice: str) -> None:
     """Raises: TrainingError: a network works on the latents of another VAE than the teacher."""
-    if latent_encoder(config.encoder) != latent_encoder(teacher.encoder):
+
+    def scaling(encoder: LatentEncoder | None) -> object:
+        return None if encoder is None else (encoder.scale, encoder.bias, encoder.range)
+
+    if scaling(latent_encoder(config.encoder)) != scaling(latent_encoder(teacher.encoder)):
         raise TrainingError(f"{what} uses other latents than the teacher: {advice}")
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, describe
+from edmdistill.checkpoints.encoder import PIXELS
 from edmdistill.checkpoints.layout import is_state
 from edmdistill.checkpoints.load import load_flow
 from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
@@ -47,11 +48,17 @@ def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
 def make_network(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns a network that fits the data, with random weights, and its configuration."""
     dataset.require_labels_from_zero()
+    if dataset.latent and dataset.encoding is None:
+        raise TrainingError(
+            f"{dataset.name} does not say which VAE made its latents, and a network made for them must know it: encode "
+            "the images by `edmdistill data encode`"
+        )
     shapes = sketch(table, dataset)
     make: Callable[..., base.Network] = NETWORKS[table.kind]
     flow = FlowNetwork(make(**shapes.network.arguments), shapes.preconditioning)
     provenance = Provenance(source=f"a network trained by {method} on {Path(dataset.name).name}")
-    return flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow))
+    encoder = PIXELS if dataset.encoding is None else dataset.encoding.encoder(flow.sigma_data)
+    return flow, CheckpointConfig(stage="teacher", provenance=provenance, encoder=dict(encoder), **describe(flow))
 
 
 class Init(NamedTuple):

@@ -1,0 +1,82 @@
+"""`edmdistill data encode`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from edmdistill.cli.options import OutputPath, errors_once, interruptible, say
+
+
+@click.command("encode")
+@click.argument("images", metavar="IMAGES")
+@click.argument("out", type=OutputPath(".zip"), metavar="OUT.zip")
+@click.option("--vae", required=True, metavar="DIR|ID", help="Folder or Hub id of diffusers' AutoencoderKL.")
+@click.option(
+    "--range",
+    "pixels",
+    type=click.Choice(["edm2", "scm"]),
+    default="edm2",
+    show_default=True,
+    help="Of the pixels that the VAE sees: [0, 1], as EDM2's teachers expect, or sCM's [-1, 1].",
+)
+@click.option("--xflip", is_flag=True, help="Encode every image mirrored, too.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the VAE.")
+@click.option("--batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images at a time, at most.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
+@click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one for each GPU.")
+def command(
+    images: str,
+    out: Path,
+    vae: str,
+    pixels: Literal["edm2", "scm"],
+    xflip: bool,
+    dtype: str,
+    batch: int,
+    device: str | None,
+    processes: int | None,
+) -> None:
+    """Encode IMAGES, a zip or a folder, into a VAE's latents, in the layout of EDM2's data sets.
+
+    OUT.zip holds the mean and the standard deviation of each image's latents, and dataset.json with the classes, the
+    VAE, the range and what was measured. After Ctrl-C or a kill, the same command goes on, on another number of
+    processes too.
+    """
+    from edmdistill.machine.launch import init_from_environment, launch, process_rank, without_processes
+
+    init_from_environment()
+    if processes is not None and processes > 1:
+        sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, on_message=say))
+
+    import torch
+
+    from edmdistill.checkpoints.vae import read_vae
+    from edmdistill.data.datasets import open_dataset
+    from edmdistill.data.encode import EncodeJob, compare_statistics
+    from edmdistill.machine.devices import process_device
+    from edmdistill.progress import DELAY, progress_bar
+
+    rank, world = process_rank()
+    with errors_once():
+        where, precision = process_device(device), torch.float32 if dtype == "fp32" else torch.bfloat16
+        data = open_dataset(images, xflip=xflip)
+        encoder = read_vae(vae, where, precision, download=True)
+        encoder.batch = batch
+        job = EncodeJob(data, encoder, pixels, out, rank, world)
+    tell = say if rank == 0 else lambda sentence: None
+    for note in data.notes:
+        tell(note)
+    if job.zip.finished:
+        tell(f"{out} already holds these {len(data):,} latents.")
+        return
+    kept = f"what is encoded is kept in {job.zip.folder}; the same command goes on"
+    with interruptible(lambda: kept), progress_bar(len(data), delay=float("inf") if rank else DELAY) as bar:
+        job.encode(lambda written: bar.update(written - bar.n))
+        measured = job.finish()
+    if measured is not None:
+        for line in compare_statistics(measured, encoder.statistics(pixels), len(data)):
+            say(line)
+        say(f"{out}: {len(data):,} latents of {'x'.join(map(str, job.zip.shape[1:]))}")
