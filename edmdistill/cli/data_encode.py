@@ -79,4 +79,5 @@ def command(
     if measured is not None:
         for line in compare_statistics(measured, encoder.statistics(pixels), len(data)):
             say(line)
-        say(f"{out}: {len(data):,} latents of {'x'.join(map(str, job.zip.shape[1:]))}")
+        size = job.zip.shape[-1]
+        say(f"{out}: {len(data):,} latents of {size}x{size} with {encoder.channels} channels")

@@ -33,7 +33,7 @@ def test_encode(golden: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "Latents of the first 6 images, by channel: mean" in result.stderr
     assert "These differ much" in result.stderr
-    assert "a.zip: 6 latents of 8x2x2" in result.stderr
+    assert "a.zip: 6 latents of 2x2 with 4 channels" in result.stderr
     assert open_dataset(tmp_path / "a.zip").class_counts == [4, 2]
     assert "already holds these 6 latents" in CliRunner().invoke(main, arguments).stderr
     refused = CliRunner().invoke(main, [*arguments, "--range", "scm"])
