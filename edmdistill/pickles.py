@@ -117,7 +117,7 @@ class Unpickler:
             if module.split(".")[0] in ("dnnlib", "torch_utils", "training"):
                 hint = "do not install dnnlib or torch_utils from PyPI, which are not NVIDIA's and are not needed"
             raise Unreadable(
-                f"asks for {f'{module}.{name}'[:80]!r}, which no file of an EDM network does "
+                f"asks for {f'{module}.{name}'[:80]!r}, which no file of EDM or EDM2 does "
                 f"(nothing was executed): {hint}"
             )
         return self.names[module, name]
@@ -140,7 +140,7 @@ class Unpickler:
                     _ACTIONS[opcode](self)
         except _MALFORMED as error:
             raise Unreadable(
-                f"is damaged or not a network pickle (byte {self.position:,}): download it again"
+                f"is damaged or not a pickle of EDM or EDM2 (byte {self.position:,}): download it again"
             ) from error
 
     # Instructions.
@@ -229,6 +229,7 @@ _VALUES: dict[bytes, Callable[[Unpickler], object]] = {
     pickle.SHORT_BINBYTES: _blob(1),
     pickle.BINBYTES: _blob(4),
     pickle.BINBYTES8: _blob(8),
+    pickle.BYTEARRAY8: _blob(8),
     pickle.EMPTY_TUPLE: lambda m: (),
     pickle.TUPLE1: lambda m: tuple(m.pop(1)),
     pickle.TUPLE2: lambda m: tuple(m.pop(2)),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edmdistill.pickles import Budget, Stateful, Unpickler, Unreadable
+from edmdistill.pickles import Budget, StandIn, Stateful, Unpickler, Unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,27 @@ def read_scalar(dtype: object, data: object) -> object:
     if not isinstance(dtype, Dtype) or not isinstance(data, memoryview):
         raise TypeError
     return np.frombuffer(data, dtype.code).item()
+
+
+def read_buffer(data: object, dtype: object, shape: object, order: object) -> Array:
+    """Stand-in for numpy.core.numeric._frombuffer, by which protocol 5 writes an array."""
+    if not isinstance(dtype, Dtype) or order != "C":
+        raise TypeError
+    array = Array()
+    array.set_state((1, shape, dtype, False, data))
+    return array
+
+
+NUMPY: dict[tuple[str, str], object] = {
+    (f"numpy.{core}.{module}", name): StandIn(function)
+    for core in ("core", "_core")
+    for module, name, function in (
+        ("multiarray", "_reconstruct", lambda *_: Array()),
+        ("multiarray", "scalar", read_scalar),
+        ("numeric", "_frombuffer", read_buffer),
+    )
+} | {("numpy", "ndarray"): None, ("numpy", "dtype"): StandIn(Dtype)}
+"""The stand-ins for NumPy's names; ndarray is only ever an argument of _reconstruct."""
 
 
 @dataclass(frozen=True)

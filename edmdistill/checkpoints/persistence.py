@@ -11,7 +11,7 @@ import re
 from collections.abc import Container, Iterator
 
 from edmdistill.pickles import Budget, StandIn, Stateful, Unreadable, empty_dict
-from edmdistill.stored_tensors import Array, Dtype, StoredTensor, read_scalar, rebuild_tensor
+from edmdistill.stored_tensors import NUMPY, Array, StoredTensor, rebuild_tensor
 
 # The constructors' parameters in order, as arguments may be positional.
 _EDM = ("img_resolution", "img_channels", "label_dim", "use_fp16")
@@ -88,7 +88,7 @@ def _persistent(meta: object) -> PersistentObject:
     raise TypeError
 
 
-_DICT, _ARRAY, _SCALAR = StandIn(empty_dict), StandIn(lambda *_: Array()), StandIn(read_scalar)
+_DICT = StandIn(empty_dict)
 STAND_INS: dict[tuple[str, str], object] = {
     ("collections", "OrderedDict"): _DICT,
     ("dnnlib.util", "EasyDict"): _DICT,
@@ -96,12 +96,7 @@ STAND_INS: dict[tuple[str, str], object] = {
     ("torch.nn.modules.container", "ModuleDict"): StandIn(lambda: PersistentObject("ModuleDict")),
     ("torch._utils", "_rebuild_parameter"): StandIn(lambda tensor, *_: tensor),
     ("torch._utils", "_rebuild_tensor_v2"): StandIn(rebuild_tensor),
-    ("numpy.core.multiarray", "_reconstruct"): _ARRAY,
-    ("numpy._core.multiarray", "_reconstruct"): _ARRAY,
-    ("numpy.core.multiarray", "scalar"): _SCALAR,
-    ("numpy._core.multiarray", "scalar"): _SCALAR,
-    ("numpy", "ndarray"): None,  # only ever an argument of _reconstruct
-    ("numpy", "dtype"): StandIn(Dtype),
+    **NUMPY,
 }
 
 

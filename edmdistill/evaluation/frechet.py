@@ -14,11 +14,11 @@ from edmdistill.evaluation.base import Accumulator, Measured
 
 
 class GaussianStatistics(NamedTuple):
-    """Mean [d] and unbiased (n - 1) covariance [d,d] of n features, float64."""
+    """Mean [d] and unbiased (n - 1) covariance [d,d] of n features, float64; n is None where it is not known."""
 
     mean: Tensor
     covariance: Tensor
-    n: int
+    n: int | None
 
 
 class RunningStatistics:
