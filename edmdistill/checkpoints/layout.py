@@ -6,6 +6,8 @@ from pathlib import Path
 
 CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
 """The files of a checkpoint."""
+VAE_FILES = "config.json", "diffusion_pytorch_model.safetensors"
+"""The files of a VAE of diffusers."""
 PROGRESS = "progress.json"
 """The file that makes a folder a saved state."""
 

@@ -1,6 +1,6 @@
-"""What a user names as a checkpoint: a path, a URL, a file or a repository of the Hub, all resolved to a local path.
+"""What a user names as a checkpoint: a path, a URL, an official file, a repository of the Hub, all resolved to a path.
 
-Only what the user names by a URL or a Hub id is downloaded.
+Only what the user names by a URL, a Hub id or the name of an official file is downloaded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from edmdistill.checkpoints.download import download
 from edmdistill.checkpoints.hub_client import REPOSITORY, download_from_hub
 from edmdistill.checkpoints.layout import CONFIG, MODEL, checkpoint_in, is_state
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
+from edmdistill.checkpoints.official_files import fetch, official_files
 from edmdistill.errors import CheckpointError, public_address, without_secrets
 
 SHIPPED = {"digits": Path(__file__).parent.parent / "assets" / "digits-teacher.pkl"}
@@ -74,7 +75,8 @@ def resolve(source: str | Path) -> Path:
     Args:
         source: a path; http(s)://...; hf://owner/name/file@revision (a file of the Hub); owner/name or
             owner/name@revision, with hf:// or without (a checkpoint of ours on the Hub); digits, the teacher that comes
-            with the package. An existing path takes precedence; a revision is a branch, a tag or a commit.
+            with the package; the name of an official file, as in `edmdistill fetch list`. An existing path takes
+            precedence; a revision is a branch, a tag or a commit.
     Raises: CheckpointError: no such path or URL.  HubError: the Hub has no such thing, or cannot be reached.
     """
     text = str(source)
@@ -98,12 +100,16 @@ def resolve(source: str | Path) -> Path:
         return path
     if text in SHIPPED:
         return SHIPPED[text]
+    if text in official_files():
+        return official_files()[text].cached or fetch(official_files()[text]).path
     # `teachers/edm2-s` with a folder `teachers` is a typing error, not a repository.
     if isinstance(source, str) and REPOSITORY.fullmatch(text.partition("@")[0]) and not path.parent.is_dir():
         return download_from_hub(text)
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, names, n=1)
     hint = f"did you mean {path.parent / near[0]}?" if near else "give a path, a URL or a Hub repository owner/name."
+    if not near and (official := get_close_matches(text, official_files(), n=1, cutoff=0.8)):
+        hint = f"did you mean the official file {official[0]}?"
     raise CheckpointError(f"{path} does not exist: {hint}")
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.encoder import STABLE_DIFFUSION, Range, Statistics
 from edmdistill.checkpoints.hub_client import REPOSITORY, cached_from_hub, download_from_hub
+from edmdistill.checkpoints.layout import VAE_FILES
 from edmdistill.checkpoints.store import fill, load_tensors
 from edmdistill.errors import CheckpointError
 
-FILES = CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG, WEIGHTS = VAE_FILES
 SUBFOLDER = "vae"
 """Of a diffusers pipeline, which may be named in place of its VAE."""
 CONFIG_BYTES = 2**20
@@ -149,7 +150,7 @@ class Vae:
 
 def cached_vae(name: str) -> Path | None:
     """Returns the folder of a VAE, owner/name of the Hub, if it is in the Hub's cache."""
-    return cached_from_hub(name, FILES) if REPOSITORY.fullmatch(name.partition("@")[0]) else None
+    return cached_from_hub(name, VAE_FILES) if REPOSITORY.fullmatch(name.partition("@")[0]) else None
 
 
 def find_vae(name: str, *, download: bool = False) -> Path | None:
@@ -165,7 +166,7 @@ def find_vae(name: str, *, download: bool = False) -> Path | None:
         return path if (path / CONFIG).is_file() or not (path / SUBFOLDER).is_dir() else path / SUBFOLDER
     if path.exists() or not REPOSITORY.fullmatch(name.partition("@")[0]):
         return None
-    return cached_vae(name) or (download_from_hub(name, FILES) if download else None)
+    return cached_vae(name) or (download_from_hub(name, VAE_FILES) if download else None)
 
 
 def read_vae(

@@ -24,6 +24,7 @@ COMMANDS = {
     "diagnose": "Measure single jumps of a generator by noise level, and say where it is weak.",
     "loss": "Compare the diffusion loss of two teachers by noise level.",
     "data": "Inspect a data set: images, files left out, classes, mean and standard deviation.",
+    "fetch": "Download official files: teachers, references, Inception, DINOv2, the VAE.",
     "recipes": "List, show, copy and check the recipes.",
     "plan": "Estimate a run's memory, FLOPs and days on each GPU.",
     "export": "Write a checkpoint for another program: diffusers, onnx, torch-export, nvidia, space.",

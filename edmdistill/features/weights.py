@@ -14,7 +14,7 @@ from torch import Tensor
 from edmdistill.archives import Archive, load_legacy
 from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.download import cache_folder, downloaded
-from edmdistill.checkpoints.official_files import official_files
+from edmdistill.checkpoints.official_files import files_of
 from edmdistill.checkpoints.persistence import STAND_INS, PersistentObject, state_dict, type_name
 from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import CheckpointError
@@ -81,7 +81,7 @@ def read_weights(path: str | Path | None, kind: str, space: str) -> Weights:
         raise CheckpointError(f"{file} {error}.") from error
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    official = digest in {one.sha256 for one in official_files(kind)}
+    official = digest in {one.sha256 for one in files_of(kind)}
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(NOT_WEIGHTS)}
     return Weights(path, kept, digest, official, heads, script)
 
@@ -91,10 +91,12 @@ def _find(path: str | Path | None, kind: str, space: str) -> Path:
 
     Raises: CheckpointError: none is named, and the cache has none.
     """
-    found = path or next((cached for file in official_files(kind) if (cached := file.cached)), None)
+    files = sorted(files_of(kind), key=lambda file: file.name != space)
+    name = files[0].name
+    found = path or next((cached for file in files if (cached := file.cached)), None)
     if found is None:
         raise CheckpointError(
-            f"the feature space {space} needs its weights, which are not here: run `edmdistill fetch {kind}`, or give "
+            f"the feature space {space} needs its weights, which are not here: run `edmdistill fetch {name}`, or give "
             f"a file by --weights {space}=FILE."
         )
     return Path(found).expanduser()
