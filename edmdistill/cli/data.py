@@ -4,7 +4,7 @@ import importlib
 
 import click
 
-COMMANDS = ("encode", "inspect")
+COMMANDS = ("encode", "inspect", "stats")
 
 
 class DataGroup(click.Group):

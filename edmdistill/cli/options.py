@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAX_NFE, MAX_BATCH = 10_000, 65_536
 MAX_GUIDANCE = 1000.0
 PROTOCOLS = "digits", "pixels", "edm", "edm2", "cosim"
+FEATURES = "inception", "dinov2", "inception-pytorch-fid", "dinov2-dgm", "digits", "pixels"
 SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
 """The keys of the library's tables, which are not imported for `--help`; a test compares them."""
 
@@ -86,6 +87,38 @@ class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic in newer
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers such as {self.example}.", param, ctx)
         return [self.item.convert(part, param, ctx) for part in parts]
+
+
+class NameList(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+    """Some of a set of names, with commas between them, each once."""
+
+    name = "list"
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.item = Name(choices)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        if isinstance(value, list):
+            return value
+        names = [self.item.convert(part.strip(), param, ctx) for part in str(value).split(",")]
+        return list(dict.fromkeys(names))
+
+
+class NamedFile(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+    """A file or folder for one of a set of names, as in inception=FILE; the command gets (name, path)."""
+
+    name = "file"
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.item = Name(choices)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, path = str(value).partition("=")
+        if not (equals and path):
+            self.fail(f"{value!r} does not have the form NAME=FILE.", param, ctx)
+        return self.item.convert(name, param, ctx), Path(path).expanduser()
 
 
 class OutputPath(click.Path):

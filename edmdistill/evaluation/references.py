@@ -50,7 +50,9 @@ class About(Struct, frozen=True, kw_only=True):
     weights: dict[str, str | None]
     """The sha256 of the weights of each feature space; its name says the input rule."""
     source: str
-    """The name of the set."""
+    """The file name of the set."""
+    split: str
+    """The part of it that was measured."""
     sha256: str
     """Of the images' pixels, as in Reference."""
     fingerprint: str

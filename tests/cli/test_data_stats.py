@@ -1,0 +1,47 @@
+"""`edmdistill data stats`."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edmdistill.cli import main
+from edmdistill.cli.options import FEATURES
+from edmdistill.evaluation.references import open_statistics
+from edmdistill.features.spaces import DIGITS_WEIGHTS, FEATURE_SPACES
+
+
+def test_stats_of_digits(tmp_path: Path) -> None:
+    out = tmp_path / "stats.npz"
+    arguments = ["data", "stats", "digits", str(out), "--split", "test", "--keep-features", "20", "--device", "cpu"]
+    arguments += ["--features", "digits, pixels,digits", "--weights", f"digits={DIGITS_WEIGHTS}"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == f"{out}: 297 images in digits, pixels\n"
+    found = open_statistics(out)
+    assert list(found.spaces) == ["digits", "pixels"]
+    assert all(space.features is not None and len(space.features) == 20 for space in found.spaces.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--features", "digit"], "'digit' is not known; did you mean 'digits'?"),
+        (["--features", ""], "'' is not known"),
+        (["--weights", "digits"], "'digits' does not have the form NAME=FILE"),
+        (["--weights", "digits="], "'digits=' does not have the form NAME=FILE"),
+        (["--weights", "vgg=a.pt"], "'vgg' is not known"),
+        (["--features", "digits", "--weights", "pixels=a.pt"], "--weights pixels=... is of a feature space that"),
+        (["--features", "pixels", "--weights", "pixels=a.pt"], "the feature space pixels has no weights"),
+        (["--features", "digits", "--weights", "digits=no.safetensors"], "no.safetensors"),
+        (["--features", "digits", "--split", "none"], "the digits have no split 'none'"),
+    ],
+)
+def test_mistakes(tmp_path: Path, options: list[str], why: str) -> None:
+    out = tmp_path / "stats.npz"
+    result = CliRunner().invoke(main, ["data", "stats", "digits", str(out), "--device", "cpu", *options])
+    assert (result.exit_code, why in result.stderr, out.exists()) == (2, True, False), result.stderr
+
+
+def test_the_names_are_those_of_the_library() -> None:
+    assert set(FEATURES) == set(FEATURE_SPACES)

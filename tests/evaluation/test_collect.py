@@ -1,0 +1,89 @@
+"""Statistics of a data set, and that measuring against them is measuring against the set."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edmdistill.data.datasets import open_dataset
+from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.evaluation.collect import collect_statistics, write_statistics
+from edmdistill.evaluation.feature_set import Features
+from edmdistill.evaluation.frechet import RunningStatistics
+from edmdistill.evaluation.references import open_statistics
+from edmdistill.features.base import FeatureSpace
+from edmdistill.features.spaces import DIGITS_WEIGHTS, Digits, Pixels
+
+SPACES: dict[str, FeatureSpace] = {"digits": Digits(), "pixels": Pixels()}
+TEST = open_dataset("digits", split="test")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stats") / "stats.npz"
+    write_statistics(path, *collect_statistics(TEST, SPACES, keep=50, batch=100))
+    return path
+
+
+def test_what_is_read_is_what_was_collected(file: Path) -> None:
+    found = open_statistics(file)
+    assert (found.layout, found.n, list(found.spaces)) == ("edmdistill", len(TEST), ["digits", "pixels"])
+    assert found.about is not None
+    assert (found.about.source, found.about.split) == ("digits", "test")
+    assert found.about.fingerprint == TEST.fingerprint
+    for space in SPACES.values():
+        features = space(TEST.images(range(len(TEST))))
+        gaussian = found.collected(space, RunningStatistics)
+        np.testing.assert_allclose(gaussian.mean, features.double().mean(0), atol=1e-6)
+        np.testing.assert_allclose(gaussian.covariance, np.cov(features.double(), rowvar=False), atol=1e-6)
+        assert gaussian.n == len(TEST)
+
+
+def test_kept_features_are_of_the_same_images_in_all_spaces(file: Path) -> None:
+    found = open_statistics(file)
+    pixels = found.collected(SPACES["pixels"], Features).values
+    assert len(pixels) == 50
+    everything = SPACES["pixels"](TEST.images(range(len(TEST))))
+    rows = [int((everything == row).all(1).nonzero()[0]) for row in pixels]
+    assert rows == sorted(set(rows))
+    digits = SPACES["digits"](TEST.images(rows))
+    torch.testing.assert_close(found.collected(SPACES["digits"], Features).values, digits)
+
+
+def test_any_batch_and_any_number_kept(file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.npz"
+    write_statistics(path, *collect_statistics(TEST, SPACES, keep=10**6, batch=7))
+    first, second = open_statistics(file), open_statistics(path)
+    assert first.about == second.about
+    for name, space in SPACES.items():
+        a, b = first.spaces[name].gaussian, second.spaces[name].gaussian
+        np.testing.assert_allclose(a.covariance, b.covariance, rtol=1e-9, atol=1e-6)
+        assert len(second.collected(space, Features)) == len(TEST)
+
+
+def test_other_weights_are_refused(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "digits.safetensors"
+    other.write_bytes(DIGITS_WEIGHTS.read_bytes())
+    space = Digits(weights=other)
+    assert open_statistics(file).collected(space, RunningStatistics).n == len(TEST)
+    space.sha256 = "0" * 64
+    with pytest.raises(
+        EdmDistillError, match=r"was made with other weights of digits \(.{8}\) than these \(00000000\)"
+    ):
+        open_statistics(file).collected(space, RunningStatistics)
+
+
+def test_the_file_holds_no_pickle(file: Path) -> None:
+    with np.load(file, allow_pickle=False) as arrays:
+        assert sorted(arrays) == sorted(
+            ["about", *(f"{kind}_{name}" for kind in ("mu", "sigma", "features") for name in SPACES)]
+        )
+
+
+def test_one_image_is_too_few(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    with pytest.raises(DatasetError, match="has 1 image, and a covariance needs two: give more"):
+        collect_statistics(open_dataset(tmp_path), SPACES)
