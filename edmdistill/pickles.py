@@ -230,6 +230,8 @@ _VALUES: dict[bytes, Callable[[Unpickler], object]] = {
     pickle.BINBYTES: _blob(4),
     pickle.BINBYTES8: _blob(8),
     pickle.BYTEARRAY8: _blob(8),
+    pickle.BINSTRING: _blob(4),
+    pickle.SHORT_BINSTRING: lambda m: str(m.take(m.unsigned(1)), "latin-1"),  # Python 2's, as numpy reads them
     pickle.EMPTY_TUPLE: lambda m: (),
     pickle.TUPLE1: lambda m: tuple(m.pop(1)),
     pickle.TUPLE2: lambda m: tuple(m.pop(2)),

@@ -43,7 +43,7 @@ HOMES = {
     "onnxruntime": {"export"},
     "onnxscript": {"export"},
 }
-EXTRAS = "quickstart", "lowbit", "plot", "diffusers", "onnx"
+EXTRAS = "quickstart", "lowbit", "plot", "parquet", "diffusers", "onnx"
 """Optional packages that are imported here; what the others hold is used by torch or by name alone."""
 ELSEWHERE = {"gradio"}
 """What only an exported folder imports, in an environment of its own."""

@@ -36,7 +36,17 @@ KNOWN_FILES = {
 @cache
 def dataset_class_names(data_set: str) -> tuple[str, ...]:
     """Returns the names of a data set's classes in their order; data_set is a key of DATA_SETS."""
-    lines = (ASSETS / f"classes-{data_set}.txt").read_text(encoding="utf-8").splitlines()
+    return _lines(f"classes-{data_set}.txt")
+
+
+@cache
+def imagenet_synsets() -> dict[str, str]:
+    """Returns the names of ImageNet's classes in their order by synset, as its folders are called: n01440764."""
+    return dict(zip(_lines("synsets-imagenet.txt"), dataset_class_names("imagenet"), strict=True))
+
+
+def _lines(asset: str) -> tuple[str, ...]:
+    lines = (ASSETS / asset).read_text(encoding="utf-8").splitlines()
     return tuple(line for line in lines if not line.startswith("#"))
 
 

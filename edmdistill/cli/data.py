@@ -4,7 +4,7 @@ import importlib
 
 import click
 
-COMMANDS = ("encode", "inspect", "stats")
+COMMANDS = ("encode", "inspect", "prepare", "stats")
 
 
 class DataGroup(click.Group):
@@ -23,4 +23,4 @@ class DataGroup(click.Group):
 
 @click.group("data", cls=DataGroup)
 def command() -> None:
-    """Encode and inspect data sets: zips and folders of images or latents, in EDM's layout."""
+    """Prepare, encode and inspect data sets: zips and folders of images or latents, in EDM's layout."""

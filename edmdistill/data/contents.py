@@ -74,7 +74,7 @@ def read_contents(files: Files) -> Contents:
         dataset.json broken, incomplete or ambiguous; see `read_labels`.
     """
     path = files.path
-    images, documents, left_out = _sort_files(files)
+    images, documents, left_out = sort_files(files, (*IMAGE_SUFFIXES, LATENT_SUFFIX), UNREAD_SUFFIXES)
     if not images:
         instead = f" (left out: {summarize(left_out)})" if left_out else ""
         raise DatasetError(
@@ -86,16 +86,20 @@ def read_contents(files: Files) -> Contents:
         raise DatasetError(
             f"{path} holds two label files, {first} and {second}; keep one, or split the data set in two"
         )
-    by_name = _by_canonical_name(path, images)
+    by_name = by_canonical_name(path, images)
     require_readable(path, [*images, *documents])
     ignored = {canonical_name(name) for name in left_out}
     labels = read_labels(files, documents[0], by_name, ignored) if documents else Labels()
     return Contents(images, left_out, latent, labels.classes, labels.names, labels.absent, labels.encoding)
 
 
-def _sort_files(files: Files) -> tuple[list[Member], list[Member], dict[str, str]]:
-    """Returns the images, the dataset.json files, and the reason why each other file is left out.
+def sort_files(
+    files: Files, suffixes: tuple[str, ...], refused: tuple[str, ...]
+) -> tuple[list[Member], list[Member], dict[str, str]]:
+    """Returns the images by name, the dataset.json files, and the reason why each other file is left out.
 
+    Args:
+        suffixes, refused: of images that are read, and of those that are not.
     Raises: DatasetError: an image of a kind that is not read.
     """
     members = sorted(files.members(), key=lambda member: member.name)
@@ -110,9 +114,9 @@ def _sort_files(files: Files) -> tuple[list[Member], list[Member], dict[str, str
             documents.append(member)
         elif base in SAMPLE_FILES and folder in sampled:
             left_out[member.name] = SAMPLE_FILES[base]
-        elif base.lower().endswith((*IMAGE_SUFFIXES, LATENT_SUFFIX)):
+        elif base.lower().endswith(suffixes):
             images.append(member)
-        elif base.lower().endswith(UNREAD_SUFFIXES):
+        elif base.lower().endswith(refused):
             unread.append(member.name)
         else:
             left_out[member.name] = "not an image"
@@ -162,7 +166,7 @@ def _junk(key: str) -> str | None:
     return None if JUNK.isdisjoint(parts) else "system file"
 
 
-def _by_canonical_name(path: Path, images: Sequence[Member]) -> dict[str, Member]:
+def by_canonical_name(path: Path, images: Sequence[Member]) -> dict[str, Member]:
     """Returns images by canonical name, in their order.  Raises: DatasetError: two have the same."""
     by_name: dict[str, Member] = {}
     for member in images:

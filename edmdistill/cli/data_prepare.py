@@ -1,0 +1,59 @@
+"""`edmdistill data prepare`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edmdistill.cli.options import Name, OutputPath, interruptible, say
+
+TRANSFORMS = "none", "center-crop", "center-crop-wide", "center-crop-dhariwal"
+LABELS = "auto", "folders", "none"
+SPLITS = "train", "test", "validation"
+"""The keys of the library's tables, which are not imported for `--help`; a test compares them."""
+
+
+class Resolution(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+    """A number of pixels, or WIDTHxHEIGHT."""
+
+    name = "resolution"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        width, _, height = str(value).replace(",", "x").partition("x")
+        if not all(part.isascii() and part.isdecimal() and int(part[:6]) > 0 for part in (width, height or width)):
+            self.fail(f"{value!r} is no size; give a number such as 64, or WIDTHxHEIGHT.", param, ctx)
+        return int(width), int(height or width)
+
+
+@click.command("prepare")
+@click.argument("source", type=click.Path())
+@click.argument("out", metavar="OUT.zip", type=OutputPath(".zip"))
+@click.option("--resolution", type=Resolution(), metavar="N", help="Height and width.  [default: as the pictures are]")
+@click.option(
+    "--transform", type=Name(TRANSFORMS), default="none", show_default=True, help="Crop, as dataset_tool.py's."
+)
+@click.option("--max-images", type=click.IntRange(1), metavar="N", help="Read only the first N pictures.")
+@click.option("--labels", type=Name(LABELS), default="auto", show_default=True, help="Where classes come from.")
+@click.option("--split", type=Name(SPLITS), default="train", show_default=True, help="Of CIFAR-10 and parquet files.")
+@click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Threads.  [default: one a core]")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.zip, or one that was begun with other options.")
+def command(source: str, out: Path, **options: Any) -> None:
+    """Make a data set of pictures, the same as EDM2's dataset_tool.py makes.
+
+    SOURCE is a folder, zip or tar of pictures, ImageNet's tar, CIFAR-10's archive, MNIST's train-images-idx3-ubyte.gz,
+    or a Hub data set's parquet files. After an interruption, the same command goes on where it stopped.
+    """
+    from edmdistill.data.prepare import prepare_data, to_text
+    from edmdistill.progress import progress_bar
+
+    with interruptible(lambda: "the same command goes on from here."), progress_bar(unit="image") as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.initial = bar.initial or done
+            bar.update(done - bar.n)
+
+        found = prepare_data(source, out, on_progress=show, **options)
+    for note in found.notes:
+        say(note)
+    click.echo(to_text(found))

@@ -1,0 +1,284 @@
+"""Makes a data set in EDM's layout of any pictures: byte for byte the pixels, names and classes of the official tool.
+
+Pictures are decoded, resized and packed by several threads, and written in their order. Until the zip is complete it is
+in a hidden folder beside its destination, with a record of how far it is; the same call goes on there after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import PIL
+from msgspec import Struct
+from PIL import Image, features
+
+from edmdistill import __version__
+from edmdistill.data.contents import LABELS
+from edmdistill.data.edm_zip import EdmZip, encode_png, image_index, image_name
+from edmdistill.data.files import as_dataset_error
+from edmdistill.data.pictures import Pictures, decode_picture
+from edmdistill.data.prepare_state import PrepareState, open_state
+from edmdistill.data.sources import open_pictures
+from edmdistill.data.transforms import Size, Transform, find_transform, scale
+from edmdistill.errors import DatasetError, printable
+
+CHUNK = 8
+"""Pictures that a thread takes at a time."""
+AHEAD = 4
+"""Chunks for each thread that are begun before the oldest is written."""
+SAVED = 5.0
+"""Seconds between two records of the progress."""
+
+
+class PreparedSummary(Struct, frozen=True, kw_only=True):
+    """What was prepared.
+
+    Attributes:
+        path: of the zip.
+        classes: their number; 0 without classes.
+        record: `prepared` of dataset.json; see docs/data.md.
+        notes: sentences on what the user may not expect.
+    """
+
+    path: str
+    classes: int
+    record: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+class _Packed(NamedTuple):
+    """A picture's PNG, None where the transform leaves it out; its width, height and mode; its file's CRC-32; and its
+    changes."""
+
+    png: bytes | None
+    shape: tuple[int, int, str]
+    crc: int
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is made of which pictures."""
+
+    source: Path
+    pictures: Pictures
+    transform: Transform
+    size: Size | None
+    total: int
+
+    def pack(self, start: int) -> list[_Packed]:
+        """Returns a chunk of pictures, packed."""
+        return [self._pack(i) for i in range(start, min(start + CHUNK, self.total))]
+
+    def _pack(self, i: int) -> _Packed:
+        where = f"{self.source}: {printable(self.pictures.names[i])}"
+        with as_dataset_error(lambda why: f"{where} cannot be read ({why}); replace or remove it"):
+            stored = self.pictures.read(i)
+        image, changes = decode_picture(stored, where) if isinstance(stored, bytes) else (stored, ())
+        if self.transform.apply is not scale:
+            image = image.convert("RGB") if image.mode != "RGB" else image
+        with as_dataset_error(lambda why: f"{where} cannot be resized ({why}); replace or remove it"):
+            packed = image if self.size is None else self.transform.apply(image, self.size)
+        crc = zlib.crc32(stored if isinstance(stored, bytes) else stored.tobytes())
+        if packed is None:
+            return _Packed(None, (0, 0, ""), crc, ())
+        return _Packed(encode_png(packed), (*packed.size, packed.mode), crc, changes)
+
+
+def prepare_data(
+    source: str | Path,
+    out: str | Path,
+    *,
+    resolution: int | Size | None = None,
+    transform: str | None = None,
+    max_images: int | None = None,
+    labels: str = "auto",
+    split: str = "train",
+    workers: int | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], object] | None = None,
+    on_bytes: Callable[[int], object] | None = None,
+) -> PreparedSummary:
+    """Makes the zip `out` of the pictures of a source, or goes on where the same call stopped.
+
+    The zip is the same for any number of workers, and however often the call was killed.
+
+    Args:
+        source: a folder, zip or tar of pictures, ImageNet's tar of tars, the archive of CIFAR-10 or MNIST, or parquet
+            files of the Hub; see `open_pictures`.
+        resolution: height and width of the images, or (width, height) of a wide picture in its square; None: as they
+            are, which must be all the same.
+        transform: a key of TRANSFORMS; None: `none`.
+        max_images: the number of pictures to read, from the first.
+        labels, split: see `open_pictures`.
+        workers: threads; None: the cores of this process.
+        overwrite: replace `out`, or an unfinished zip that was begun otherwise.
+        on_progress: called with the number of pictures that are done, and the number of all.
+        on_bytes: see `open_pictures`.
+    Raises: DatasetError: `out` is there, the source or a picture cannot be read, or images differ in size.
+    Source: NVlabs/edm2 and NVlabs/edm, dataset_tool.py.
+    Differs: files that operating systems hide are left out, not read; a source of which only some pictures have
+        classes is refused, not prepared without any.
+    """
+    source, out = Path(source), Path(out)
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    chosen = find_transform(transform, size)
+    if out.exists() and not overwrite:
+        raise DatasetError(f"{out} exists; choose another name, or replace it with --overwrite")
+    settings = {
+        "source": str(source.absolute()),
+        "resolution": None if size is None else list(size),
+        "transform": transform or "none",
+        "labels": labels,
+        "split": split,
+        "max_images": max_images,
+        "pillow": PIL.__version__,
+        "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
+    }
+    with open_state(out, settings, overwrite=overwrite) as state:
+        pictures = open_pictures(source, state.folder, labels=labels, split=split, on_bytes=on_bytes)
+        total = min(len(pictures.names), max_images or len(pictures.names))
+        state.require_same_source(pictures.names[:total], pictures.sizes)
+        job = _Job(source, pictures, chosen, size, total)
+        with EdmZip(state.images, state.progress.bytes) as archive:
+            _write_images(archive, state, job, workers or len(os.sched_getaffinity(0)), on_progress)
+            if not archive.names:
+                raise DatasetError(
+                    f"{source}: {transform} leaves out all of the {total:,} pictures; choose another one"
+                )
+            record = _record(archive, state, job, settings)
+            archive.add(LABELS, _document(archive.names, pictures, record))
+            archive.finish()
+        state.publish()
+    classes = 0 if pictures.labels is None else max(len(pictures.label_names or ()), int(pictures.labels.max()) + 1)
+    return PreparedSummary(path=str(out), classes=classes, record=record, notes=tuple(pictures.notes))
+
+
+def _write_images(
+    archive: EdmZip,
+    state: PrepareState,
+    job: _Job,
+    workers: int,
+    on_progress: Callable[[int, int], object] | None,
+) -> None:
+    """Writes the images of all pictures that are not done yet; what is done is kept whatever happens.
+
+    Raises: DatasetError: a picture cannot be read, or differs in size from the first.
+    """
+    report = on_progress or (lambda done, total: None)
+    report(state.progress.done, job.total)
+    saved = time.monotonic()
+    try:
+        for chunk in _packed(job, state.progress.done, workers):
+            for packed in chunk:
+                _write_image(archive, state, job, packed)
+            report(state.progress.done, job.total)
+            if time.monotonic() - saved > SAVED:
+                state.save(archive.sync())
+                saved = time.monotonic()
+    except BaseException:
+        with suppress(OSError):
+            state.save(archive.sync())
+        raise
+    state.save(archive.sync())
+
+
+def _packed(job: _Job, start: int, workers: int) -> Iterator[list[_Packed]]:
+    """Yields the chunks of pictures from `start` on, in their order, while threads pack the next ones."""
+    Image.init()
+    starts = iter(range(start, job.total, CHUNK))
+    waiting: deque[Future[list[_Packed]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of sizes and metadata that are handled here
+        try:
+            for at in starts:
+                waiting.append(pool.submit(job.pack, at))
+                if len(waiting) >= AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _write_image(archive: EdmZip, state: PrepareState, job: _Job, packed: _Packed) -> None:
+    i, progress = state.progress.done, state.progress
+    name = job.pictures.names[i]
+    if packed.png is not None:
+        width, height, mode = packed.shape
+        if progress.shape is None and (width != height or width & (width - 1)):
+            raise DatasetError(
+                f"{job.source}: {printable(name)} is {width}x{height}, and images of a data set are squares, of a "
+                "power of two; give --resolution, as in --resolution 64 --transform center-crop"
+            )
+        progress.shape = progress.shape or packed.shape
+        if packed.shape != progress.shape:
+            raise DatasetError(
+                f"{job.source}: {printable(name)} is {width}x{height} ({mode}), but the pictures before it are "
+                f"{progress.shape[0]}x{progress.shape[1]} ({progress.shape[2]}); give --resolution, as in "
+                "--resolution 64 --transform center-crop"
+            )
+        archive.add(image_name(i), packed.png)
+    state.add(name, job.pictures.sizes[i], packed.crc, packed.changes)
+
+
+def _record(archive: EdmZip, state: PrepareState, job: _Job, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns what dataset.json says of how the set was made."""
+    progress, pictures = state.progress, job.pictures
+    assert progress.shape is not None
+    return {
+        "by": f"edmdistill {__version__}",
+        "source": job.source.absolute().name,
+        "source_kind": pictures.kind,
+        "source_sha256": progress.source_sha256,
+        "pictures": job.total,
+        "images": len(archive.names),
+        "skipped": job.total - len(archive.names),
+        "left_out": dict(Counter(pictures.left_out.values())),
+        "changes": dict(sorted(progress.changes.items())),
+        "size": list(progress.shape[:2]),
+        "channels": Image.getmodebands(progress.shape[2]),
+        "crop": job.transform.crop,
+        "filter": "none" if job.size is None else job.transform.filter,
+        **{key: settings[key] for key in ("transform", "resolution", "max_images", "labels", "pillow", "jpeg")},
+    }
+
+
+def _document(names: list[str], pictures: Pictures, record: dict[str, Any]) -> bytes:
+    """Returns dataset.json: `labels` as the official tools have it, and what they do not read."""
+    content: dict[str, Any] = {"labels": None, "prepared": record}
+    if pictures.labels is not None:
+        content["labels"] = [[name, int(pictures.labels[image_index(name)])] for name in names]
+        if pictures.label_names is not None:
+            content["label_names"] = list(pictures.label_names)
+    return json.dumps(content).encode()
+
+
+def to_text(summary: PreparedSummary) -> str:
+    """Returns the summary as lines of text."""
+    record = summary.record
+    width, height = record["size"]
+    rows = [
+        ("data set", summary.path),
+        ("source", f"{record['source']} ({record['source_kind']}), {record['pictures']:,} pictures read"),
+        ("images", f"{record['images']:,} of {width}x{height}, {'RGB' if record['channels'] == 3 else 'grayscale'}"),
+        ("crop", f"{record['transform']}: {record['crop']}; filter {record['filter']}"),
+        ("classes", f"{summary.classes:,}" if summary.classes else "none"),
+    ]
+    if record["skipped"]:
+        rows.append(("skipped", f"{record['skipped']:,}, too small or too high for {record['transform']}"))
+    rows += [("changed", f"{count:,}: {change}") for change, count in record["changes"].items()]
+    rows += [("left out", f"{count:,}: {reason}") for reason, count in record["left_out"].items()]
+    return "\n".join(f"{name:<12} {value}" for name, value in rows)

@@ -1,0 +1,164 @@
+"""The progress of a zip that is being prepared, in a hidden folder beside it: where it goes on after a kill."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct, field
+
+from edmdistill.errors import DatasetError
+
+RECORD, IMAGES = "record.json", "images"
+
+
+class Progress(Struct):
+    """What is done.
+
+    Attributes:
+        settings: all that decides the images but the source's content, as JSON.
+        done: pictures of the source that are read.
+        bytes: of their images.
+        names_sha256, source_sha256: of the names and sizes of those pictures; and of the CRC-32s of their bytes too.
+        shape: width, height and mode of every image, or None before the first.
+        changes: what the pictures had that their images do not, and how many of them.
+    """
+
+    settings: dict[str, Any]
+    done: int = 0
+    bytes: int = 0
+    names_sha256: str = ""
+    source_sha256: str = ""
+    shape: tuple[int, int, str] | None = None
+    changes: dict[str, int] = field(default_factory=dict)
+
+
+class PrepareState:
+    """The progress of one zip, and where its parts are."""
+
+    def __init__(self, out: Path, folder: Path, progress: Progress, overwrite: bool) -> None:
+        self.out, self.folder, self.progress, self.overwrite = out, folder, progress, overwrite
+        self.images = folder / IMAGES
+
+    def require_same_source(self, names: Sequence[str], sizes: Sequence[int]) -> None:
+        """Checks that the pictures that are done are still the first of the source; begins anew with `overwrite`.
+
+        Raises: DatasetError: they are not.
+        """
+        digest = ""
+        for name, size in zip(names[: self.progress.done], sizes, strict=False):
+            digest = chained(digest, f"{size} {name}")
+        if digest == self.progress.names_sha256 and self.progress.done <= len(names):
+            return
+        if not self.overwrite:
+            raise DatasetError(
+                f"the pictures have changed since {self.out} was begun: {self.progress.done:,} of them were done; "
+                "begin anew with --overwrite"
+            )
+        self.progress = Progress(self.progress.settings)
+
+    def add(self, name: str, size: int, crc: int, changes: Sequence[str]) -> None:
+        """Counts a picture as done."""
+        progress = self.progress
+        progress.names_sha256 = chained(progress.names_sha256, f"{size} {name}")
+        progress.source_sha256 = chained(progress.source_sha256, f"{size} {name} {crc:08x}")
+        for change in changes:
+            progress.changes[change] = progress.changes.get(change, 0) + 1
+        progress.done += 1
+
+    def save(self, size: int) -> None:
+        """Stores the progress, once so many bytes of images are on the disk.  Raises: OSError."""
+        self.progress.bytes = size
+        _store(self.folder, self.progress)
+
+    def publish(self) -> None:
+        """Moves the finished zip to its place."""
+        self.images.replace(self.out)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def open_state(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[PrepareState]:
+    """Yields the progress of `out`, which no other process changes in the meantime.
+
+    Where no image is written when the block fails, nothing is left.
+
+    Raises: DatasetError: another process prepares it; or it was begun with other settings, and not `overwrite`; or the
+        disk refuses.
+    """
+    folder = out.with_name(f".{out.name}.parts")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(descriptor, out)
+            progress = _read(folder, out, dict(settings), overwrite)
+            state = PrepareState(out, folder, progress, overwrite)
+            try:
+                yield state
+            except BaseException:
+                if not state.progress.bytes:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DatasetError(f"{out} cannot be written: {error.strerror or error}; what is done is kept") from error
+
+
+def chained(digest: str, line: str) -> str:
+    """Returns the sha256, in hex, of a digest and a line: a digest of all lines so far that can be stored."""
+    return hashlib.sha256(f"{digest}\n{line}".encode(errors="surrogateescape")).hexdigest()
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DatasetError(
+            f"{out} is being prepared by another process; wait for it, or choose another name"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def _read(folder: Path, out: Path, settings: dict[str, Any], overwrite: bool) -> Progress:
+    progress = None
+    try:
+        progress = msgspec.json.decode((folder / RECORD).read_bytes(), type=Progress)
+    except FileNotFoundError:
+        pass
+    except msgspec.DecodeError as error:
+        if not overwrite:
+            raise DatasetError(f"{folder / RECORD} is damaged ({error}); begin {out} anew with --overwrite") from error
+    if progress is not None and progress.settings == settings and (folder / IMAGES).is_file():
+        return progress
+    if progress is not None and progress.done and progress.settings != settings:
+        others = sorted(key for key in settings if progress.settings.get(key) != settings[key])
+        was, now = (", ".join(f"{key} {each.get(key)}" for key in others) for each in (progress.settings, settings))
+        if not overwrite:
+            raise DatasetError(
+                f"{out} was begun with {was}, not {now}, and {progress.done:,} pictures are done: give the same "
+                "command to go on, or begin anew with --overwrite"
+            )
+    for entry in folder.iterdir():
+        entry.unlink()
+    _store(folder, new := Progress(settings))
+    return new
+
+
+def _store(folder: Path, progress: Progress) -> None:
+    new = folder / f"{RECORD}.new"
+    with new.open("wb") as file:
+        file.write(json.dumps(msgspec.to_builtins(progress)).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(folder / RECORD)

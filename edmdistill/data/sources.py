@@ -1,0 +1,145 @@
+"""The sources of pictures that `data prepare` reads, each as one table: names in their order, classes, and bytes."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edmdistill.checkpoints.class_names import imagenet_synsets
+from edmdistill.data import cifar10, mnist, parquet
+from edmdistill.data.contents import LABELS, by_canonical_name, sort_files, summarize
+from edmdistill.data.files import Files, FolderFiles, ZipFiles, canonical_name, open_files, require_readable
+from edmdistill.data.labels import Labels, read_labels
+from edmdistill.data.pictures import REFUSED, SUFFIXES, Pictures
+from edmdistill.data.tar_files import TarFiles, decompress, is_compressed, is_tar
+from edmdistill.errors import DatasetError, did_you_mean, printable
+
+EXPECTED = (
+    "give a folder, a zip or a tar of pictures, CIFAR-10's archive, MNIST's train-images-idx3-ubyte.gz, or a .parquet"
+)
+LABEL_RULES = {
+    "auto": "dataset.json, or else the top folders of a folder or tar, as the official tool does",
+    "folders": "the top folders",
+    "none": "no classes",
+}
+"""Where classes come from."""
+TOP = "(no folder)"
+"""The name of the class of the files that are in no folder."""
+_CHUNK = re.compile(r"\d{5}")
+
+
+def open_pictures(
+    path: Path,
+    scratch: Path,
+    *,
+    labels: str = "auto",
+    split: str = "train",
+    on_bytes: Callable[[int], object] | None = None,
+) -> Pictures:
+    """Returns the pictures of a source of any kind.
+
+    Args:
+        scratch: a folder where a compressed tar is unpacked to a plain one, if it is not there from before.
+        labels: a key of LABEL_RULES.
+        split: train | test | validation, of CIFAR-10's archive and of a data set in parquet files.
+        on_bytes: see `decompress`.
+    Raises: DatasetError: there is no such source, it is of another kind, damaged, or its classes are not clear.
+    """
+    if labels not in LABEL_RULES:
+        raise DatasetError(f"the rule for labels {labels!r} is not known; {did_you_mean(labels, LABEL_RULES)}")
+    if not path.exists():
+        raise DatasetError(f"{path} does not exist; {EXPECTED}")
+    found = _open(path, scratch, labels, split, on_bytes)
+    if split != "train" and split not in found.kind:
+        raise DatasetError(f"{path} is one set, without splits; leave --split {split} out, or give another source")
+    if not found.names:
+        instead = f" (left out: {summarize(dict(found.left_out))})" if found.left_out else ""
+        raise DatasetError(f"{path} holds no pictures{instead}; {EXPECTED}")
+    return found
+
+
+def _open(path: Path, scratch: Path, labels: str, split: str, on_bytes: Callable[[int], object] | None) -> Pictures:
+    if path.is_dir():
+        files: Files = FolderFiles(path)
+    elif mnist.is_images(path):
+        return mnist.open_mnist(path, labels)
+    elif parquet.is_parquet(path):
+        return parquet.open_parquet([path], path, labels, split)
+    elif path.is_file() and is_tar(path):
+        content = path
+        if is_compressed(path):
+            content = scratch / "source.tar"
+            if not content.exists():
+                decompress(path, content, on_bytes)
+        files = TarFiles(path, content)
+    elif path.is_file() and not _starts_as_zip(path):
+        raise DatasetError(f"{path} is none of the sources that are read; {EXPECTED}")
+    else:
+        files = open_files(path)
+    names = [member.name for member in files.members()]
+    if cifar10.batches(names, split):
+        return cifar10.open_cifar10(files, names, labels, split)
+    if path.is_dir() and (parts := parquet.find_parts(path, names)):
+        return parquet.open_parquet(parts, path, labels, split)
+    return open_picture_files(files, labels)
+
+
+def _starts_as_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def open_picture_files(files: Files, rule: str) -> Pictures:
+    """Returns the pictures of a folder, a zip or a tar, with classes by a rule of LABEL_RULES."""
+    images, documents, left_out = sort_files(files, SUFFIXES, REFUSED)
+    left_out |= getattr(files, "left_out", {})
+    by_name = by_canonical_name(files.path, images)
+    document = next((member for member in documents if member.name == LABELS), None)
+    require_readable(files.path, [*images, *([document] if document else [])])
+    names = [member.name for member in images]
+    found, notes = Labels(), []
+    if rule == "auto" and document is not None:
+        found = read_labels(files, document, by_name, {canonical_name(name) for name in left_out})
+        if found.absent:
+            first = printable(found.absent[0])
+            notes.append(f"{LABELS} labels {len(found.absent):,} files that are not there, the first {first}")
+    if rule == "folders" or (rule == "auto" and found.classes is None):
+        found, more = _classes_of_folders(names, rule, isinstance(files, ZipFiles))
+        notes += more
+    # One handle of a zip counts its readers without a lock.
+    lock = threading.Lock()
+
+    def read(i: int) -> bytes:
+        if not isinstance(files, ZipFiles):
+            return files.read(names[i])
+        with lock:
+            return files.read(names[i])
+
+    kind = {FolderFiles: "folder", ZipFiles: "zip", TarFiles: "tar"}[type(files)]
+    sizes = [member.size for member in images]
+    return Pictures(kind, names, sizes, read, found.classes, found.names, left_out, notes)
+
+
+def _classes_of_folders(names: Sequence[str], rule: str, is_zip: bool) -> tuple[Labels, list[str]]:
+    """Returns the top folders as classes, in the order of their names, and notes on them.
+
+    Without `folders`, one folder is no class, and a zip has none, as in the official tool.
+    """
+    tops = [name.partition("/")[0] if "/" in name else "" for name in names]
+    classes = {top: label for label, top in enumerate(sorted(set(tops)))}
+    numbered = all(_CHUNK.fullmatch(top) for top in classes)
+    if rule == "auto" and (is_zip or len(classes) < 2):
+        note = f"a zip without {LABELS} has no classes; --labels folders makes its {len(classes):,} top folders classes"
+        return Labels(), [note] if len(classes) > 1 and not numbered else []
+    synsets = imagenet_synsets()
+    titles = [printable(synsets.get(top, top)).strip() or TOP for top in classes]
+    notes = []
+    if numbered:
+        notes.append(f"the folders {titles[0]}, ... are classes here, but they may only be numbered; --labels none")
+    if len(classes) > 1 and "" in classes:
+        notes.append(f"{tops.count(''):,} pictures are in no folder: they are class 0")
+    return Labels(np.array([classes[top] for top in tops], np.int64), titles), notes

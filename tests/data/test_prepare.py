@@ -1,0 +1,257 @@
+"""`data prepare`: the pixels, names and classes of the official tool, whatever the source, and however often killed."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from picture_files import digest, encoded, read_document, read_images, saved, write_folder, write_zip
+from PIL import Image
+
+from edmdistill.data import prepare
+from edmdistill.data.datasets import open_dataset
+from edmdistill.data.edm_zip import encode_png
+from edmdistill.data.pictures import ANIMATED, CMYK, DEEP, GRAYSCALE, PALETTE, TRANSPARENCY, TURNED
+from edmdistill.data.prepare import prepare_data, to_text
+from edmdistill.errors import DatasetError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
+CASES = json.loads((GOLDEN / "expected.json").read_text())["cases"]
+PICTURES = {f"{'ab'[i % 2]}/{i:02}.png": encoded(i, 12 + i, 9 + i % 5) for i in range(20)}
+HALF = {"resolution": 8, "transform": "center-crop"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_official_goldens(case: str, tmp_path: Path) -> None:
+    transform, _, size = case.rpartition("-")
+    out = tmp_path / "out.zip"
+    prepare_data(
+        GOLDEN / "source", out, resolution=int(size), transform=None if transform == "none" else transform, workers=2
+    )
+    assert {name: digest(pixels) for name, pixels in read_images(out).items()} == CASES[case]["pixels_sha256"]
+    document = read_document(out)
+    assert document["labels"] == CASES[case]["labels"]
+    assert document["label_names"] == ["tench, Tinca tinca", "crane", "daisy"]
+    data = open_dataset(out)
+    assert (data.label_dim, data.label_names, data.notes) == (3, document["label_names"], [])
+
+
+CHANGED = {
+    "gray": (encoded(0, 8, 8, "L"), GRAYSCALE),
+    "gray and alpha": (encoded(0, 8, 8, "LA"), TRANSPARENCY),
+    "alpha": (encoded(0, 8, 8, "RGBA"), TRANSPARENCY),
+    "palette": (saved(Image.new("P", (8, 8), 3)), PALETTE),
+    "deep": (saved(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 300)), DEEP),
+    "print": (encoded(0, 8, 8, "CMYK", "jpeg"), CMYK),
+    "turned": (
+        encoded(0, 8, 8, "RGB", "jpeg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
+        TURNED,
+    ),
+    "animated": (
+        saved(Image.new("L", (8, 8), 3), "gif", save_all=True, append_images=[Image.new("L", (8, 8), 200)]),
+        ANIMATED,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_the_official_tool_changes_silently_is_counted(what: str, tmp_path: Path) -> None:
+    data, change = CHANGED[what]
+    source = write_folder(tmp_path / "set", {"a.png": data, "b.png": encoded(1, 8, 8)})
+    summary = prepare_data(source, tmp_path / "out.zip")
+    assert summary.record["changes"][change] == 1
+    assert f"1: {change}" in to_text(summary)
+    first, second = read_images(tmp_path / "out.zip").values()
+    for pixels, name in ((first, "a.png"), (second, "b.png")):
+        with Image.open(source / name) as image:
+            assert np.array_equal(pixels, np.asarray(image.convert("RGB")))
+
+
+def test_the_zip_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "set", PICTURES)
+    for workers in (1, 3):
+        prepare_data(source, tmp_path / f"{workers}.zip", workers=workers, **HALF)
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "3.zip").read_bytes()
+
+
+def test_a_kill_at_any_picture_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record is as old as it may be: what was written after it is cut off and made again."""
+    source = write_folder(tmp_path / "set", PICTURES)
+    prepare_data(source, tmp_path / "whole.zip", **HALF)
+    monkeypatch.setattr(prepare, "SAVED", 0.0)
+    monkeypatch.setattr(prepare, "CHUNK", 3)
+    calls: list[int] = []
+
+    def stop(done: int, _: int) -> None:
+        calls.append(done)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+
+    for _ in range(len(PICTURES)):
+        calls.clear()
+        try:
+            prepare_data(source, tmp_path / "out.zip", on_progress=stop, **HALF)
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "out.zip").exists()
+            with (tmp_path / ".out.zip.parts" / "images").open("ab") as images:
+                images.write(b"torn")
+    assert calls == [20]
+    assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set", "whole.zip"]
+
+
+def test_a_broken_picture_is_named_and_once_it_is_replaced_the_rest_follows(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "set", PICTURES | {"b/99.png": encoded(0, 30, 30)[:200]})
+    with pytest.raises(DatasetError, match=r"set: b/99\.png is not a readable picture \(.*\); replace or remove it"):
+        prepare_data(source, tmp_path / "out.zip", workers=1, **HALF)
+    (source / "b" / "99.png").write_bytes(encoded(0, 30, 30))
+    done: list[int] = []
+    prepare_data(source, tmp_path / "out.zip", on_progress=lambda now, _: done.append(now), **HALF)
+    assert done[0] == 16
+    assert len(open_dataset(tmp_path / "out.zip")) == 21
+
+
+def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(done: int, _: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data(source, out, on_progress=stop, **HALF)
+
+
+@pytest.mark.parametrize("what", ["size", "pictures"])
+def test_what_was_begun_otherwise_is_kept_unless_it_is_to_be_replaced(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
+    interrupted(source, out, monkeypatch)
+    other = HALF | {"resolution": 4} if what == "size" else HALF
+    message = r"was begun with resolution \[8, 8\], not resolution \[4, 4\], and 8 pictures are done"
+    if what == "pictures":
+        (source / "a" / "00.png").write_bytes(encoded(5, 30, 30))
+        message = "the pictures have changed since .* was begun: 8 of them were done"
+    parts = {path.name: path.read_bytes() for path in (tmp_path / ".out.zip.parts").iterdir()}
+    with pytest.raises(DatasetError, match=message):
+        prepare_data(source, out, **other)
+    assert parts == {path.name: path.read_bytes() for path in (tmp_path / ".out.zip.parts").iterdir()}
+    prepare_data(source, out, overwrite=True, **other)
+    prepare_data(source, tmp_path / "new.zip", **other)
+    assert out.read_bytes() == (tmp_path / "new.zip").read_bytes()
+
+
+def test_an_existing_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
+    out.write_text("precious")
+    with pytest.raises(DatasetError, match=r"out\.zip exists; .* --overwrite"):
+        prepare_data(source, out, **HALF)
+    assert out.read_text() == "precious"
+    prepare_data(source, out, overwrite=True, **HALF)
+    assert len(open_dataset(out)) == 20
+
+
+def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
+    source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
+
+    def again(done: int, _: int) -> None:
+        if not done:
+            with pytest.raises(DatasetError, match="is being prepared by another process"):
+                prepare_data(source, out, **HALF)
+
+    prepare_data(source, out, on_progress=again, **HALF)
+    assert len(open_dataset(out)) == 20
+
+
+def test_the_first_pictures_keep_the_classes_of_all(tmp_path: Path) -> None:
+    prepare_data(write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip", max_images=3, **HALF)
+    document = read_document(tmp_path / "out.zip")
+    assert document["labels"] == [[f"00000/img0000000{i}.png", 0] for i in range(3)]
+    assert document["label_names"] == ["a", "b"]
+    assert (document["prepared"]["pictures"], document["prepared"]["max_images"]) == (3, 3)
+
+
+def test_the_record_says_how_the_set_was_made(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "set", PICTURES | {"a/notes.txt": b"x"})
+    record = prepare_data(source, tmp_path / "out.zip", **HALF).record
+    assert record == read_document(tmp_path / "out.zip")["prepared"]
+    assert (record["source"], record["source_kind"], record["left_out"]) == ("set", "folder", {"not an image": 1})
+    assert (record["crop"], record["filter"]) == ("the largest square in the middle", "lanczos")
+    assert (record["size"], record["channels"], record["images"], record["skipped"]) == ([8, 8], 3, 20, 0)
+    copy = write_folder(tmp_path / "copy", PICTURES)
+    assert prepare_data(copy, tmp_path / "b.zip", **HALF).record["source_sha256"] == record["source_sha256"]
+    (copy / "b" / "01.png").write_bytes(PICTURES["b/01.png"] + b"\0")
+    assert prepare_data(copy, tmp_path / "c.zip", **HALF).record["source_sha256"] != record["source_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "options", "message"),
+    [
+        ({"a.png": encoded(0, 8, 4)}, {}, r"a\.png is 8x4, and images of a data set are squares.*--resolution"),
+        ({"a.png": encoded(0, 6, 6)}, {}, r"a\.png is 6x6, and images of a data set are squares, of a power of two"),
+        (
+            {"a.png": encoded(0, 8, 8), "b.png": encoded(0, 4, 4)},
+            {},
+            r"b\.png is 4x4 \(RGB\), but the pictures before it are 8x8 \(RGB\); give --resolution",
+        ),
+        (
+            {"a.png": encoded(0, 4, 8)},
+            {"resolution": 8, "transform": "center-crop-wide"},
+            "center-crop-wide leaves out all of the 1 pictures",
+        ),
+        ({"a.png": b""}, {}, r"a\.png is not a readable picture \(an empty file\)"),
+        ({"a.png": b"%!PS-Adobe"}, {}, r"a\.png is not a readable picture \(none of PNG, JPEG"),
+        ({"a.eps": b"%!PS-Adobe"}, {}, r"an image in a format that is not supported, the first a\.eps"),
+        ({"a.txt": b"x"}, {}, r"holds no pictures \(left out: not an image \(a\.txt\)\)"),
+        (
+            {"a.png": encoded(0, 8, 8).replace(b"\0\0\0\x08\0\0\0\x08", b"\0\0\xff\xff\0\0\xff\xff")},
+            {},
+            "not a readable",
+        ),
+    ],
+)
+def test_pictures_that_make_no_set(
+    pictures: dict[str, bytes], options: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    source = write_folder(tmp_path / "set", pictures)
+    with pytest.raises(DatasetError, match=message) as caught:
+        prepare_data(source, tmp_path / "out.zip", **options)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".out.zip.parts"] == ["set"]
+
+
+def test_a_png_is_read_back_as_it_was_and_is_not_compressed(tmp_path: Path) -> None:
+    for mode in ("L", "RGB"):
+        image = Image.open(io.BytesIO(encoded(3, 33, 7, mode)))
+        data = encode_png(image)
+        (tmp_path / "b.png").write_bytes(data)
+        with Image.open(tmp_path / "b.png") as back:
+            assert (back.mode, back.size, back.tobytes()) == (mode, image.size, image.tobytes())
+        assert len(data) > 33 * 7 * len(mode)
+
+
+def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare.EdmZip, "finish", full)
+        with pytest.raises(DatasetError, match=r"out\.zip cannot be written: No space left on device"):
+            prepare_data(source, out, **HALF)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"] or not out.exists()
+    prepare_data(source, out, **HALF)
+    assert len(open_dataset(out)) == 20
+
+
+def test_zips_of_a_set_are_prepared_like_its_folder(tmp_path: Path) -> None:
+    described = {"dataset.json": json.dumps({"labels": [[name, i % 3] for i, name in enumerate(PICTURES)]}).encode()}
+    for source in (
+        write_folder(tmp_path / "set", PICTURES | described),
+        write_zip(tmp_path / "set.zip", PICTURES | described),
+    ):
+        prepare_data(source, tmp_path / "out.zip", overwrite=True, **HALF)
+        labels = [label for _, label in read_document(tmp_path / "out.zip")["labels"]]
+        assert labels == [list(PICTURES).index(name) % 3 for name in sorted(PICTURES)]

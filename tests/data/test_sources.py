@@ -1,0 +1,305 @@
+"""The sources of `data prepare`: archives are read without running or unpacking anything; order and classes."""
+
+import importlib.util
+import io
+import json
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from picture_files import (
+    cifar10,
+    encoded,
+    read_document,
+    read_images,
+    tar_bytes,
+    write_folder,
+    write_mnist,
+    write_zip,
+)
+from PIL import Image
+
+from edmdistill.data import tar_files
+from edmdistill.data.prepare import prepare_data
+from edmdistill.errors import DatasetError
+
+PICTURES = {f"{folder}/{i}.png": encoded(i, 8, 8) for i, folder in enumerate(("n02012849", "n01440764", "n02012849"))}
+SORTED = sorted(PICTURES)
+NAMES = ["tench, Tinca tinca", "crane"]
+
+
+def prepared(source: Path, **options: object) -> tuple[list[np.ndarray], list[int] | None, list[str] | None]:
+    """The images, classes and names of the classes of what is made of a source."""
+    out = source.parent / "out.zip"
+    prepare_data(source, out, overwrite=True, **options)
+    document = read_document(out)
+    labels = document["labels"]
+    if labels is not None:
+        assert [name for name, _ in labels] == list(read_images(out))
+    return list(read_images(out).values()), labels and [label for _, label in labels], document.get("label_names")
+
+
+def assert_pictures(source: Path, classes: list[int] | None = [0, 1, 1], **options: object) -> None:  # noqa: B006
+    images, found, names = prepared(source, **options)
+    for image, name in zip(images, SORTED, strict=True):
+        assert np.array_equal(image, np.asarray(Image.open(io.BytesIO(PICTURES[name]))))
+    assert (found, names) == (classes, NAMES if classes else None)
+
+
+def test_folders_are_classes_named_by_their_synsets(tmp_path: Path) -> None:
+    assert_pictures(write_folder(tmp_path / "set", PICTURES))
+    assert_pictures(write_folder(tmp_path / "set", PICTURES), None, labels="none")
+
+
+def test_a_zip_has_no_classes_without_a_document_unless_they_are_asked_for(tmp_path: Path) -> None:
+    """As in the official tool."""
+    source = write_zip(tmp_path / "set.zip", PICTURES)
+    assert_pictures(source, None)
+    assert "--labels folders" in prepare_data(source, tmp_path / "out.zip", overwrite=True).notes[0]
+    assert_pictures(source, labels="folders")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_is_a_folder(mode: str, tmp_path: Path) -> None:
+    source = tmp_path / "set.tar"
+    source.write_bytes(tar_bytes({f"./{name}": data for name, data in PICTURES.items()}, mode))
+    assert_pictures(source)
+
+
+def test_tars_in_a_tar_are_its_folders(tmp_path: Path) -> None:
+    """As in ImageNet's ILSVRC2012_img_train.tar."""
+    folders = sorted({name.partition("/")[0] for name in PICTURES}, reverse=True)
+    inner = {
+        f"{folder}.tar": tar_bytes({n.partition("/")[2]: d for n, d in PICTURES.items() if n.startswith(folder)})
+        for folder in folders
+    }
+    (tmp_path / "set.tar").write_bytes(tar_bytes(inner))
+    assert_pictures(tmp_path / "set.tar")
+
+
+def test_files_in_no_folder_are_a_class_of_their_own(tmp_path: Path) -> None:
+    """As in the official tool."""
+    source = write_folder(tmp_path / "set", {"z.png": encoded(0, 8, 8), "a/y.png": encoded(1, 8, 8)})
+    assert prepared(source)[1:] == ([1, 0], ["(no folder)", "a"])
+    assert "1 pictures are in no folder" in prepare_data(source, tmp_path / "out.zip", overwrite=True).notes[0]
+    assert prepared(write_folder(tmp_path / "flat", {"z.png": encoded(0, 8, 8)}))[1] is None
+
+
+def test_numbered_folders_may_be_no_classes(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "set", {f"0000{i}/img.png": encoded(i, 8, 8) for i in range(2)})
+    assert prepared(source)[1] == [0, 1]
+    assert "may only be numbered; --labels none" in prepare_data(source, tmp_path / "out.zip", overwrite=True).notes[0]
+
+
+def test_what_only_some_pictures_have_is_no_class(tmp_path: Path) -> None:
+    document = {"dataset.json": json.dumps({"labels": [[SORTED[0], 0]]}).encode()}
+    source = write_folder(tmp_path / "set", PICTURES | document)
+    with pytest.raises(DatasetError, match="has no label for 2 of 3 images"):
+        prepared(source)
+    assert_pictures(source, None, labels="none")
+
+
+def test_the_names_of_a_document_are_kept(tmp_path: Path) -> None:
+    document = {"labels": [[name, i] for i, name in enumerate(SORTED)], "label_names": ["x", "y", "z", "none"]}
+    source = write_zip(tmp_path / "set.zip", PICTURES | {"dataset.json": json.dumps(document).encode()})
+    assert prepared(source)[1:] == ([0, 1, 2], document["label_names"])
+
+
+@pytest.mark.parametrize(
+    "protocol", [0, 2, 3, 4, 5], ids=lambda protocol: f"protocol {protocol}" if protocol else "py2"
+)
+def test_cifar10s_pickles_are_read_as_data(protocol: int, tmp_path: Path) -> None:
+    members, images, labels = cifar10(4, protocol)
+    source = tmp_path / "cifar-10-python.tar.gz"
+    source.write_bytes(tar_bytes(members, "w:gz"))
+    found, classes, names = prepared(source)
+    assert np.array_equal(found, images)
+    assert classes == labels
+    assert names is not None
+    assert (names[0], len(names)) == ("airplane", 10)
+    assert len(prepared(source, split="test")[0]) == 4
+
+
+def test_cifar10_in_a_folder_and_as_binary(tmp_path: Path) -> None:
+    members, images, labels = cifar10(2, 4)
+    assert np.array_equal(prepared(write_folder(tmp_path / "set", members))[0], images)
+    rows = images.transpose(0, 3, 1, 2).reshape(5, 2, 3072)
+    binary = {
+        f"cifar-10-batches-bin/data_batch_{i + 1}.bin": b"".join(
+            bytes([label]) + row.tobytes() for label, row in zip(labels[2 * i : 2 * i + 2], rows[i], strict=True)
+        )
+        for i in range(5)
+    }
+    (tmp_path / "bin.tar").write_bytes(tar_bytes(binary))
+    found, classes, _ = prepared(tmp_path / "bin.tar")
+    assert np.array_equal(found, images)
+    assert classes == labels
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (b"cos\nsystem\n(S'touch PWNED'\ntR.", r"data_batch_3 asks for 'os\.system'.*nothing was executed"),
+        (b"\x80\x04}.", "data_batch_3 does not hold data and labels; download CIFAR-10 again"),
+        (b"", "data_batch_3 ends too early"),
+    ],
+)
+def test_a_batch_that_is_none(batch: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    members = cifar10(2, 4)[0] | {"cifar-10-batches-py/data_batch_3": batch}
+    (tmp_path / "set.tar").write_bytes(tar_bytes(members))
+    with pytest.raises(DatasetError, match=message) as caught:
+        prepared(tmp_path / "set.tar")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""])
+def test_mnist_is_padded_and_stays_gray(suffix: str, tmp_path: Path) -> None:
+    """As in EDM's tool."""
+    rng = np.random.default_rng(0)
+    digits, classes = rng.integers(0, 256, (5, 28, 28), dtype=np.uint8), rng.integers(0, 10, 5, dtype=np.uint8)
+    source = write_mnist(tmp_path / "mnist", digits, classes, suffix)
+    images, labels, names = prepared(source)
+    assert np.array_equal(images, np.pad(digits, [(0, 0), (2, 2), (2, 2)]))
+    assert (labels, names) == (classes.tolist(), list("0123456789"))
+    colored, _, _ = prepared(source, resolution=32, transform="center-crop")
+    assert np.array_equal(colored, np.repeat(np.asarray(images)[..., None], 3, axis=3))
+
+
+def test_broken_mnist(tmp_path: Path) -> None:
+    digits = np.zeros((5, 28, 28), np.uint8)
+    source = write_mnist(tmp_path / "mnist", digits, np.zeros(4, np.uint8))
+    with pytest.raises(DatasetError, match=r"labels 4 images, but .* holds 5"):
+        prepared(source)
+    source.write_bytes(source.read_bytes()[:-20])
+    with pytest.raises(DatasetError, match="is not a whole file of MNIST's format"):
+        prepared(source)
+    raw = tmp_path / "mnist" / "train-images-idx3-ubyte"
+    raw.write_bytes(struct.pack(">4I", 0x803, 2**31, 28, 28))
+    with pytest.raises(DatasetError, match=r"it begins with 0x803 and \[2147483648, 28, 28\]"):
+        prepared(raw)
+
+
+def write_parquet(path: Path, rows: dict[str, bytes], labels: list[int] | None, names: list[str] | None) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns: dict[str, object] = {"image": [{"bytes": data, "path": name} for name, data in rows.items()]}
+    features: dict[str, object] = {"image": {"_type": "Image"}}
+    if labels is not None:
+        columns["label"] = labels
+        features["label"] = {"names": names, "_type": "ClassLabel"}
+    described = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table(columns).replace_schema_metadata(described if names else None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+
+
+arrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
+
+
+@arrow
+@pytest.mark.parametrize("named", [True, False])
+def test_parquet(named: bool, tmp_path: Path) -> None:
+    rows = {name: PICTURES[name] for name in SORTED}
+    write_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", rows, [0, 1, 1], NAMES if named else None)
+    write_parquet(tmp_path / "set" / "data" / "test-00000-of-00001.parquet", {"t": encoded(9, 8, 8)}, [1], NAMES)
+    images, labels, names = prepared(tmp_path / "set")
+    assert [image.tobytes() for image in images] == [
+        np.asarray(Image.open(io.BytesIO(data))).tobytes() for data in rows.values()
+    ]
+    assert (labels, names) == ([0, 1, 1], NAMES if named else None)
+    assert len(prepared(tmp_path / "set", split="test")[0]) == 1
+    assert prepared(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", labels="none")[1] is None
+    with pytest.raises(DatasetError, match="has no split 'validation'; choose one of test, train"):
+        prepared(tmp_path / "set", split="validation")
+
+
+@arrow
+def test_broken_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, {"a": encoded(0, 8, 8)}, None, None)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DatasetError, match=r"a\.parquet cannot be read"):
+        prepared(path)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DatasetError, match=r"pip install 'edmdistill\[parquet\]'"):
+        prepared(tmp_path / "a.parquet")
+
+
+def test_what_is_no_file_in_a_tar_is_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "set.tar"
+    with tarfile.open(source, "w") as archive:
+        for name, kind in (("a.png", tarfile.FIFOTYPE), ("b.png", tarfile.SYMTYPE), ("c.png", tarfile.LNKTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "/etc/passwd"
+            archive.addfile(entry)
+        for name in ("../../d.png", "/e.png", "\udcff.png"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(encoded(0, 8, 8))
+            archive.addfile(entry, io.BytesIO(encoded(0, 8, 8)))
+    left_out = prepare_data(source, tmp_path / "out.zip").record["left_out"]
+    assert left_out == {"a named pipe": 1, "a link": 2}
+    assert len(read_images(tmp_path / "out.zip")) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set.tar"]
+
+
+def corrupted(data: bytes, name: bytes) -> bytes:
+    at = data.index(name)
+    return data[: at + 150] + b"\xff" + data[at + 151 :]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (tar_bytes(PICTURES)[:1200], "is not a whole tar"),
+        (tar_bytes(PICTURES)[: -2 * 512 - 8192], "is not a whole tar"),
+        (corrupted(tar_bytes(PICTURES), b"n01440764/1.png"), "is not a whole tar .*no end mark"),
+        (tar_bytes({"a.tar": tar_bytes(PICTURES)[:600], "b.png": encoded(0, 8, 8)}), "is not a whole tar"),
+        (tar_bytes(PICTURES, "w:gz")[:-400], "is damaged"),
+        (tar_bytes({"readme": b"x"}), r"holds no pictures \(left out: not an image \(readme\)\)"),
+        (b"hello", "is none of the sources that are read; give a folder, a zip or a tar"),
+    ],
+)
+def test_broken_archives(data: bytes, message: str, tmp_path: Path) -> None:
+    source = tmp_path / "set.tar"
+    source.write_bytes(data)
+    with pytest.raises(DatasetError, match=message) as caught:
+        prepared(source)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["set.tar"]
+
+
+def test_a_tar_with_a_name_twice(tmp_path: Path) -> None:
+    source = tmp_path / "set.tar"
+    with tarfile.open(source, "w") as archive:
+        for _ in range(2):
+            archive.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(DatasetError, match=r"holds a\.png twice"):
+        prepared(source)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "set.tar.gz"
+    source.write_bytes(tar_bytes({"a.png": bytes(2**22)}, "w:gz"))
+    monkeypatch.setattr(tar_files, "_BLOCK", 2**16)
+    with pytest.raises(DatasetError, match="unfolds to more than 200 times its size"):
+        prepared(source)
+
+
+def test_options_that_a_source_does_not_have(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "set", PICTURES)
+    with pytest.raises(DatasetError, match="is one set, without splits; leave --split test out"):
+        prepared(source, split="test")
+    with pytest.raises(DatasetError, match="did you mean 'folders'"):
+        prepared(source, labels="folder")
+    (tmp_path / "cifar.tar").write_bytes(tar_bytes(cifar10(1, 4)[0]))
+    with pytest.raises(DatasetError, match="leave --labels out"):
+        prepared(tmp_path / "cifar.tar", labels="folders")

@@ -1,0 +1,90 @@
+"""Crops and sizes: by hand on small pictures, and the fast halving against Pillow's own."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from edmdistill.data import transforms
+from edmdistill.data.transforms import (
+    BOX,
+    center_crop,
+    center_crop_dhariwal,
+    center_crop_wide,
+    find_transform,
+    halve,
+    scale,
+)
+from edmdistill.errors import DatasetError
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    channels = (3,) if mode == "RGB" else ()
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, *channels), dtype=np.uint8))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 300), st.integers(2, 300), st.sampled_from(("RGB", "L")))
+def test_halving_is_pillows_box_filter(width: int, height: int, mode: str) -> None:
+    image = noise(width, height, mode)
+    assert halve(image).tobytes() == image.resize((width // 2, height // 2), BOX).tobytes()
+
+
+def test_another_pillow_that_reduces_otherwise_is_not_used_to_halve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "_halve_fast", lambda image: image.resize((image.width // 2, image.height // 2), 0))
+    transforms._reduces_alike.cache_clear()
+    try:
+        image = noise(64, 32)
+        assert halve(image).tobytes() == image.resize((32, 16), BOX).tobytes()
+    finally:
+        transforms._reduces_alike.cache_clear()
+
+
+@pytest.mark.parametrize(("width", "height", "corner"), [(8, 5, (1, 0)), (4, 9, (0, 2)), (4, 4, (0, 0))])
+def test_the_center_of_a_picture_is_kept_where_nothing_is_resized(
+    width: int, height: int, corner: tuple[int, int]
+) -> None:
+    side, (left, top) = min(width, height), corner
+    pixels = np.asarray(noise(width, height))[top : top + side, left : left + side]
+    assert np.array_equal(np.asarray(center_crop(noise(width, height), (side, side))), pixels)
+    assert np.array_equal(np.asarray(center_crop_dhariwal(noise(width, height), (side, side))), pixels)
+
+
+def test_a_picture_of_the_size_is_not_touched() -> None:
+    assert scale(noise(8, 8), (8, 8)).tobytes() == noise(8, 8).tobytes()
+    assert scale(noise(8, 4), (8, 8)).size == (8, 8)
+
+
+def test_a_wide_picture_gets_black_bars() -> None:
+    square = np.asarray(center_crop_wide(noise(8, 4), (8, 4)))
+    assert square.shape == (8, 8, 3)
+    assert not square[:2].any()
+    assert not square[6:].any()
+    assert np.array_equal(square[2:6], np.asarray(noise(8, 4)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(7, 8), (8, 3)])
+def test_what_is_too_small_for_a_wide_picture_is_left_out(width: int, height: int) -> None:
+    assert center_crop_wide(noise(width, height), (8, 4)) is None
+
+
+def test_a_ribbon_does_not_take_the_memory() -> None:
+    with pytest.raises(ValueError, match="1x60000 would become 64x3,840,000"):
+        center_crop_dhariwal(Image.new("RGB", (1, 60000)), (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("center-crob", (64, 64), "did you mean 'center-crop'"),
+        ("center-crop", None, "needs a size"),
+        ("center-crop", (64, 32), "not square"),
+        ("center-crop-wide", (32, 64), "higher than wide"),
+        (None, (60, 60), "no power of two|not a power of two"),
+        (None, (8192, 8192), "up to 4096"),
+    ],
+)
+def test_sizes_that_do_not_suit(name: str | None, size: tuple[int, int] | None, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        find_transform(name, size)
