@@ -1,6 +1,9 @@
 """What every test may ask for."""
 
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +23,16 @@ settings.load_profile("edmdistill")
 for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
+
+# Of a test's own; nothing is left in the user's cache.
+os.environ["EDMDISTILL_CACHE"] = tempfile.mkdtemp(prefix="edmdistill-tests-")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache() -> Iterator[None]:
+    """Removes the cache of the tests."""
+    yield
+    shutil.rmtree(os.environ["EDMDISTILL_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +32,11 @@ class Generator(nn.Module):
     def label_names(self) -> tuple[str, ...] | None:
         """The names of its classes, if its checkpoint holds any."""
         return self.config.label_names
+
+    @property
+    def encoder(self) -> Mapping[str, Any]:
+        """What the network's images are, see checkpoints.encoder."""
+        return self.config.encoder
 
     @property
     def guidance(self) -> tuple[float, float]:

@@ -50,7 +50,7 @@ def load_model(
     if config.stage == "generator":
         return Generator(flow, config).eval()
     teacher = Denoiser(flow)
-    teacher.label_names = config.label_names
+    teacher.label_names, teacher.encoder = config.label_names, config.encoder
     return teacher.eval()
 
 

@@ -15,30 +15,39 @@ from edmdistill.cli.measurements import (
     measure,
     measurement_options,
     plan_measurements,
+    shared,
     write_text,
 )
 from edmdistill.cli.options import (
     GAMMA,
     NFE,
+    ONE_SAMPLER,
     PROTOCOLS,
     FiniteFloat,
     Name,
     NumberList,
     OutputPath,
     SamplerOptions,
+    churn_options,
     option_group,
-    sampler_options,
     say,
     say_unfinished,
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from edmdistill.evaluation.measurements import Measurements
     from edmdistill.evaluation.results import Result
+    from edmdistill.networks.flow import FlowNetwork
+    from edmdistill.sampling.heun import Churn
+    from edmdistill.sampling.spec import SamplerSpec
 
-SAMPLING_ONLY = "nfes", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "weights", "seeds"
-NETWORK_ONLY = *SAMPLING_ONLY, "count"
-IMAGES_ONLY = *SAMPLING_ONLY, "protocol", "save"
+NLL = "nll"
+SAMPLING = "nfes", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "seeds", "repeat", "vae", "dtype"
+CHURN = "strength", "sigma_min", "sigma_max", "inflation"
+NETWORK_ONLY = *SAMPLING, *CHURN
+IMAGES_ONLY = *NETWORK_ONLY, "protocol", "weights", "save", "processes", "work"
 LIKELIHOOD_ONLY = "split", "probes", "tolerance"
 """Options that only networks take; that only a measurement of images takes, and only one of likelihood."""
 
@@ -77,9 +86,6 @@ likelihood_options = option_group(
 @click.argument("source")
 @click.option("--protocol", type=Name(PROTOCOLS), help="How to measure.")
 @click.option(
-    "--metrics", type=click.Choice(["nll"]), help="nll: bits per dimension of --ref, instead of a protocol's metrics."
-)
-@click.option(
     "--nfe",
     "nfes",
     metavar="LIST",
@@ -87,8 +93,12 @@ likelihood_options = option_group(
     help="Network evaluations, as in 1,2,4.  [default: generator 2, teacher 35 or 63]",
 )
 @click.option("--gamma", type=GAMMA, help="Generator: share of fresh noise, 0 to 1.  [default: the checkpoint's]")
-@sampler_options
-@measurement_options("Images: seeds 0 to N - 1; nll: N of --ref.  [default: the protocol's; nll: all]")
+@option_group("sampler", SamplerOptions, *ONE_SAMPLER)
+@churn_options
+@measurement_options(
+    "Network: seeds 0 to N - 1; images: the first N; nll: N of --ref.  [default: the protocol's; all]",
+    "As in fid,fd_dinov2; or nll: bits per dimension of --ref.  [default: the protocol's]",
+)
 @likelihood_options
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document.")
 @click.option("--out", type=OutputPath(".json"), metavar="FILE.json", help="Also write it here.")
@@ -97,10 +107,10 @@ def command(
     context: click.Context,
     source: str,
     protocol: str | None,
-    metrics: str | None,
     nfes: list[int] | None,
     gamma: float | None,
     sampler: SamplerOptions,
+    churn: Churn,
     options: MeasurementOptions,
     likelihood: LikelihoodOptions,
     as_json: bool,
@@ -109,28 +119,31 @@ def command(
     """Measure SOURCE against real images: a checkpoint, a run directory, an official pickle, or images in a folder, zip
     or .npz.
 
-    A network is sampled once for each of --nfe, image i with seed i and class i modulo the number of classes. With
-    --metrics nll nothing is sampled: the likelihood of --ref under the network is measured, in bits per dimension.
+    A network is sampled once for each of --nfe, image i with seed i, and each image is measured by all metrics. After
+    Ctrl-C or a kill the same command goes on, on another number of processes too. With --metrics nll nothing is
+    sampled: the likelihood of --ref under the network is measured, in bits per dimension.
     """
-    kind = "--metrics nll" if metrics else "a measurement of images"
-    _refuse(context, IMAGES_ONLY if metrics else LIKELIHOOD_ONLY, f"does not go with {kind}")
-    if not metrics and protocol is None:
+    nll = options.metrics == NLL
+    kind = f"--metrics {NLL}" if nll else "a measurement of images"
+    _refuse(context, IMAGES_ONLY if nll else LIKELIHOOD_ONLY, f"does not go with {kind}")
+    if not nll and protocol is None:
         raise click.UsageError(f"Missing option '--protocol'. Choose one of {', '.join(PROTOCOLS)}.")
 
     from edmdistill.evaluation.images import is_images
     from edmdistill.evaluation.results import find_results_folder, results_json, results_table
     from edmdistill.sampling.files import unfinished_samples
 
-    if is_images(source) and not metrics:
+    if is_images(source) and not nll:
         _refuse(context, NETWORK_ONLY, f"says how a network is sampled, but {source} holds images, which exist")
         if sentence := unfinished_samples(Path(source)):
             say(sentence)
     folder = find_results_folder(source) if options.save else None
-    measurements = (
-        _plan_likelihood(source, options, likelihood)
-        if protocol is None
-        else plan_measurements(source, protocol, options, sampler, nfes or [None], [gamma])
-    )
+
+    def specs(flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None) -> list[SamplerSpec]:
+        from edmdistill.sampling.spec import SamplerSpec
+
+        fields = sampler.arguments(flow, device, dtype) | {"gamma": gamma, "churn": churn}
+        return [SamplerSpec(nfe=nfe, **fields) for nfe in nfes or (None,)]
 
     def show(results: Sequence[Result]) -> None:
         document = results_json(results)
@@ -138,7 +151,13 @@ def command(
             write_text(out, document)
         click.echo(document if as_json else results_table(results))
 
-    measure(measurements, folder, show)
+    with shared(options) as processes:
+        measurements = (
+            _plan_likelihood(source, options, likelihood)
+            if protocol is None
+            else plan_measurements(source, protocol, options, specs, processes)
+        )
+        measure(measurements, folder, show)
 
 
 def _refuse(context: click.Context, names: tuple[str, ...], why: str) -> None:

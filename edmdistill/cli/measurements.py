@@ -1,67 +1,174 @@
-"""What eval and sweep share: their options, and how their results are saved and printed."""
+"""What eval and sweep share: their options and processes, and how their results are saved and printed."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import BATCH, SamplerOptions, option_group, say, say_unfinished
+from edmdistill.cli.options import BATCH, OutputPath, errors_once, option_group, say, say_unfinished
 
 if TYPE_CHECKING:
+    import torch
+
     from edmdistill.evaluation.measurements import Measurements
     from edmdistill.evaluation.results import Result
+    from edmdistill.evaluation.shards import Processes
+    from edmdistill.networks.flow import FlowNetwork
+    from edmdistill.sampling.spec import SamplerSpec
+
+    MakeSpecs = Callable[[FlowNetwork, torch.device, torch.dtype | None], Sequence[SamplerSpec]]
 
 
-@dataclass(frozen=True)
+class WeightsOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+    """`ema` or `raw`, of a run; or NAME=FILE, of a feature space."""
+
+    name = "weights"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name, equals, file = str(value).partition("=")
+        if value not in ("ema", "raw") and not (equals and name and file):
+            self.fail(f"{str(value)!r} is neither ema, raw nor NAME=FILE, as in inception=inception.pt.", param, ctx)
+        return str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasurementOptions:
     """The options of a measurement, as they were typed."""
 
     ref: str | None
+    metrics: str | None
     count: int | None
     seeds: str | None
+    repeat: int
+    weights: tuple[str, ...]
+    vae: str | None
     save: bool
     batch: int
+    dtype: str | None
     device: str | None
+    processes: int | None
+    work: Path | None
+
+    @property
+    def run_weights(self) -> Literal["ema", "raw"]:
+        """Which weights of a run are measured."""
+        return "raw" if "raw" in self.weights else "ema"
+
+    def of_every_source(self, device: torch.device, processes: Processes) -> dict[str, Any]:
+        """Returns the arguments of `evaluate` for networks and images alike."""
+        from edmdistill.checkpoints.download import cache_folder
+        from edmdistill.evaluation.shards import Work
+
+        pairs = (text.partition("=") for text in self.weights if "=" in text)
+        return {
+            "metrics": None if self.metrics is None else self.metrics.split(","),
+            "weights": {name: file for name, _, file in pairs},
+            "batch": self.batch,
+            "device": device,
+            "work": Work(self.work or cache_folder() / "evaluations"),
+            "processes": processes,
+        }
 
 
-def measurement_options(count_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def measurement_options(count_help: str, metrics_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds the options of a measurement; the command gets them as one `options`.
 
     Args:
-        count_help: of --n.
+        count_help, metrics_help: of --n and --metrics.
     """
     return option_group(
         "options",
         MeasurementOptions,
         click.option(
-            "--ref", metavar="DATA", help="Real images: a zip, a folder, or digits.  [default: the protocol's own]"
+            "--ref",
+            metavar="DATA",
+            help="Real images: a zip, a folder or digits; or statistics of them.  [default: the protocol's own]",
         ),
+        click.option("--metrics", metavar="LIST", help=metrics_help),
         click.option("--n", "count", type=click.IntRange(2, 2_000_000), help=count_help),
-        click.option("--seeds", metavar="LIST", help="Images: these seeds, as in 5000-9999."),
+        click.option("--seeds", metavar="LIST", help="Network: these seeds, as in 5000-9999."),
+        click.option(
+            "--repeat",
+            type=click.IntRange(1, 100),
+            default=1,
+            show_default=True,
+            help="Network: measure so many times, with the seeds that follow; gives mean, minimum and deviation.",
+        ),
+        click.option(
+            "--weights",
+            type=WeightsOf(),
+            multiple=True,
+            metavar="ema|raw|NAME=FILE",
+            help="Of a run: its average, or its newest raw weights. NAME=FILE: of a feature space, as in "
+            "inception=inception.pt; may be repeated.  [default: ema, and the official files]",
+        ),
+        click.option("--vae", metavar="DIR|ID", help="VAE of a latent network.  [default: the checkpoint's]"),
         click.option(
             "--save",
             is_flag=True,
             help="Also save it with the checkpoint or run, where report and push-to-hub find it.",
         ),
         click.option("--batch", type=BATCH, default=256, show_default=True, help="Images at a time."),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network."
+        ),
         click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
+        click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one a GPU."),
+        click.option(
+            "--work",
+            type=OutputPath(),
+            metavar="DIR",
+            help="Where what is measured is kept until the end, for the same command to go on with.  "
+            "[default: in the user's cache]",
+        ),
     )
 
 
+@contextmanager
+def shared(options: MeasurementOptions) -> Iterator[Processes]:
+    """Yields the processes that share a command, this one among them; with --processes, starts them and exits.
+
+    Of several, the main one alone prints; errors that all of them meet are printed once.
+    """
+    from edmdistill.evaluation.shards import ONE_PROCESS
+    from edmdistill.machine.launch import init_from_environment, launch, process_rank, without_processes
+
+    init_from_environment()
+    if options.processes is not None and options.processes > 1:
+        arguments = without_processes(sys.argv[1:])
+        sys.exit(launch(arguments, options.processes, device=options.device, on_message=say))
+    rank, world_size = process_rank()
+    if world_size == 1:
+        yield ONE_PROCESS
+        return
+
+    from edmdistill.machine.engine import Engine, Machine
+    from edmdistill.progress import set_quiet
+
+    if rank:
+        set_quiet(True)
+    with errors_once():
+        engine = Engine(Machine(options.device))
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
 def plan_measurements(
-    source: str,
-    protocol: str,
-    options: MeasurementOptions,
-    sampler: SamplerOptions,
-    nfes: Sequence[int | None],
-    gammas: Sequence[float | None],
+    source: str, protocol: str, options: MeasurementOptions, specs: MakeSpecs, processes: Processes
 ) -> Measurements:
-    """Loads a source and its reference, and returns the measurements of it."""
+    """Loads a source and its reference, and returns the measurements of it.
+
+    Args:
+        specs: returns the samplers of a network; takes the device and dtype of guides too.
+    """
     if options.count and options.seeds:
         raise click.UsageError("--n N means the seeds 0 to N - 1, so it cannot be combined with --seeds.")
 
@@ -70,28 +177,41 @@ def plan_measurements(
     from edmdistill.evaluation.images import is_images, open_images
     from edmdistill.evaluation.measurements import measure_images, measure_network
     from edmdistill.evaluation.protocol import get_protocol, open_reference
-    from edmdistill.machine.devices import pick_device
+    from edmdistill.machine.devices import named_dtype, process_device
+    from edmdistill.sampling.decode import open_decoder
     from edmdistill.sampling.seeds import parse_seeds
-    from edmdistill.sampling.spec import SamplerSpec
 
-    seeds = range(options.count) if options.count else parse_seeds(options.seeds) if options.seeds else None
-    standard, device = get_protocol(protocol), pick_device(options.device)
-    data = open_reference(options.ref, standard)
-    for sentence in data.notes:
-        say(sentence)
+    standard, dtype, device = get_protocol(protocol), named_dtype(options.dtype), process_device(options.device)
+    data, common = open_reference(options.ref, standard), options.of_every_source(device, processes)
+    _say_all(getattr(data, "notes", ()))
     if is_images(source):
-        images = open_images(source, data.label_dim)
-        for sentence in images.notes:
-            say(sentence)
-        return measure_images(images, data, standard, source, batch=options.batch, device=device)
+        if {"ema", "raw"} & {*options.weights}:
+            raise click.UsageError(f"--weights ema or raw is of a run, and {source} holds images: leave it out.")
+        images = open_images(source, getattr(data, "label_dim", 0))
+        _say_all(images.notes)
+        return measure_images(images, data, standard, source, count=options.count, **common)
+    seeds = range(options.count) if options.count else parse_seeds(options.seeds) if options.seeds else None
     checkpoint = open_source(source)
-    model = load_model(checkpoint, device, weights=sampler.weights)
+    model = load_model(checkpoint, device, dtype, options.run_weights)
     say_unfinished(checkpoint)
-    fields = sampler.arguments(model.flow, device)
-    samplers = [SamplerSpec(nfe=nfe, gamma=gamma, **fields) for gamma in gammas for nfe in nfes]
+    decode = open_decoder(model.encoder, options.vae, device)
+    _say_all(filter(None, [getattr(decode, "note", None)]))
     return measure_network(
-        model, data, standard, samplers=samplers, seeds=seeds, batch=options.batch, device=device, source=source
+        model,
+        data,
+        standard,
+        samplers=specs(model.flow, device, dtype),
+        seeds=seeds,
+        repeat=options.repeat,
+        decode=decode,
+        source=source,
+        **common,
     )
+
+
+def _say_all(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        say(sentence)
 
 
 def measure(measurements: Measurements, folder: Path | None, show: Callable[[Sequence[Result]], None]) -> None:
@@ -106,17 +226,25 @@ def measure(measurements: Measurements, folder: Path | None, show: Callable[[Seq
     from edmdistill.evaluation.measurements import run_measurements
     from edmdistill.progress import progress_bar
 
-    with progress_bar(measurements.images) as bar:
-        results, failures, interrupted = run_measurements(measurements, folder, bar.update)
-    if results:
-        show(results)
+    main, work = measurements.processes.rank == 0, measurements.work
+    try:
+        with progress_bar(measurements.images) as bar:
+            results, failures, interrupted = run_measurements(measurements, folder, bar.update)
+        if results and main:
+            show(results)
+        if work is not None and not interrupted:
+            work.remove()
+    finally:
+        if work is not None:
+            work.close()
     if interrupted:
         saved = " and saved" if folder is not None else ""
         count = f"{len(results)} of {len(measurements.tasks)} measurements are done{saved}"
-        click.echo(
-            f"Interrupted: {count if results else 'nothing is measured yet'}; the measurement in progress is lost.",
-            err=True,
-        )
+        rest = "the measurement in progress is lost"
+        if work is not None:
+            rest = f"the same command goes on with what is kept in {work.root}"
+        if main:
+            click.echo(f"Interrupted: {count if results else 'no measurement is done yet'}; {rest}.", err=True)
         sys.exit(130)
     if failures:
         raise NotFiniteError("; ".join(failures))

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
     from edmdistill.checkpoints.source import Source
     from edmdistill.networks.flow import FlowNetwork
+    from edmdistill.sampling.heun import Churn
     from edmdistill.sampling.spec import SamplerSpec
 
 MAX_NFE, MAX_BATCH = 10_000, 65_536
 MAX_GUIDANCE = 1000.0
-PROTOCOLS = "digits", "pixels", "edm", "edm2", "cosim"
+PROTOCOLS = "digits", "pixels", "edm", "edm2", "adm", "cosim"
 FEATURES = "inception", "dinov2", "inception-pytorch-fid", "dinov2-dgm", "digits", "pixels"
 SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
 """The keys of the library's tables, which are not imported for `--help`; a test compares them."""
@@ -204,7 +205,7 @@ class SamplerOptions:
     guide: str | None
     force_guidance: bool
     solver: str | None
-    weights: Literal["ema", "raw"]
+    weights: Literal["ema", "raw"] = "ema"
 
     def arguments(self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Returns the fields of the SamplerSpec that they stand for; a guide is loaded.
@@ -240,18 +241,52 @@ class SamplerOptions:
         return SamplerSpec(**self.arguments(flow, device, dtype), **others)
 
 
-sampler_options = option_group(
-    "sampler",
-    SamplerOptions,
-    click.option(
-        "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
-    ),
-    click.option(
-        "--guidance",
-        type=FiniteFloat(0, MAX_GUIDANCE),
-        metavar="W",
-        help="Guidance weight: 1 = none, 0 = the guide alone.  [default: 1, or the lower end of a generator's range]",
-    ),
+@dataclass(frozen=True, kw_only=True)
+class SamplerGrid:
+    """What `sampler_grid_options` adds to a command, as it was typed: each combination is a sampler."""
+
+    times: tuple[str, ...]
+    guidance: list[float] | None
+    guide: str | None
+    force_guidance: bool
+    solver: str | None
+
+    def specs(
+        self,
+        flow: FlowNetwork,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        nfes: Sequence[int | None],
+        gammas: Sequence[float | None],
+    ) -> list[SamplerSpec]:
+        """Returns the specs that they stand for, NFE running fastest; a guide is loaded, and is of no use at weight 1.
+
+        Args: as SamplerOptions.spec's.
+        """
+        from edmdistill.checkpoints.load import load_denoiser
+        from edmdistill.sampling.spec import SamplerSpec
+        from edmdistill.sampling.times import parse_times
+
+        levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
+        guide = None if self.guide is None else load_denoiser(self.guide, device, dtype)
+        guided: dict[str, Any] = {"guide": guide, "force_guidance": self.force_guidance}
+        return [
+            SamplerSpec(
+                nfe=nfe,
+                gamma=gamma,
+                times=None if times is None else parse_times(times, **levels),
+                guidance=weight,
+                solver=self.solver,
+                **(guided if weight not in (None, 1) else {}),
+            )
+            for times in self.times or (None,)
+            for weight in self.guidance or (None,)
+            for gamma in gammas
+            for nfe in nfes
+        ]
+
+
+TEACHER_OPTIONS = (
     click.option(
         "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
     ),
@@ -261,6 +296,37 @@ sampler_options = option_group(
         help="Let a teacher guide itself that was never trained without its classes.",
     ),
     click.option("--solver", type=Name(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]"),
+)
+ONE_SAMPLER = (
+    click.option(
+        "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
+    ),
+    click.option(
+        "--guidance",
+        type=FiniteFloat(0, MAX_GUIDANCE),
+        metavar="W",
+        help="Guidance weight: 1 = none, 0 = the guide alone.  [default: 1, or the lower end of a generator's range]",
+    ),
+    *TEACHER_OPTIONS,
+)
+sampler_grid_options = option_group(
+    "sampler",
+    SamplerGrid,
+    click.option(
+        "--t", "times", multiple=True, metavar="LIST", help="Generator: noise levels, as of sample; may be repeated."
+    ),
+    click.option(
+        "--guidance",
+        type=NumberList(FiniteFloat(0, MAX_GUIDANCE), "1,1.2,1.4"),
+        metavar="LIST",
+        help="Guidance weights, as in 1,1.2,1.4.  [default: 1, or the lower end of a generator's range]",
+    ),
+    *TEACHER_OPTIONS,
+)
+sampler_options = option_group(
+    "sampler",
+    SamplerOptions,
+    *ONE_SAMPLER,
     click.option(
         "--weights",
         type=click.Choice(["ema", "raw"]),
@@ -270,6 +336,35 @@ sampler_options = option_group(
     ),
 )
 """Adds the options that say how to sample a network; the command gets them as one `sampler`, SamplerOptions."""
+
+
+def _churn(**values: float) -> Churn:
+    from edmdistill.sampling.heun import Churn
+
+    return Churn(**values)
+
+
+churn_options = option_group(
+    "churn",
+    _churn,
+    click.option(
+        "--churn", "strength", type=FiniteFloat(0, 1e4), default=0.0, show_default=True, help="Teacher: S_churn."
+    ),
+    click.option(
+        "--churn-min", "sigma_min", type=FiniteFloat(0, 1e6), default=0.0, show_default=True, help="Teacher: S_min."
+    ),
+    click.option(
+        "--churn-max",
+        "sigma_max",
+        type=FiniteFloat(0, infinite=True),
+        default=float("inf"),
+        show_default=True,
+        help="Teacher: S_max.",
+    ),
+    click.option(
+        "--churn-noise", "inflation", type=FiniteFloat(0, 10), default=1.0, show_default=True, help="Teacher: S_noise."
+    ),
+)
 
 
 @contextmanager
@@ -288,7 +383,8 @@ def errors_once() -> Iterator[None]:
     try:
         yield
     except EdmDistillError as error:
-        raise (error if int(os.environ.get("RANK", 0)) == 0 else PeerFailed("the main process says why")) from error
+        own = int(os.environ.get("RANK", 0)) == 0 or hasattr(error, "__notes__")  # notes are on this process alone
+        raise (error if own else PeerFailed("the main process says why")) from error
 
 
 def say_unfinished(source: str | Source) -> None:

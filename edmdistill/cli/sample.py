@@ -14,6 +14,7 @@ from edmdistill.cli.options import (
     FiniteFloat,
     OutputPath,
     SamplerOptions,
+    churn_options,
     interruptible,
     option_group,
     sampler_options,
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from edmdistill.sampling.heun import Churn
     from edmdistill.sampling.reference import ReferenceFiles
     from edmdistill.sampling.rejection import RejectionFiles
-
-
-def _churn(**values: float) -> Churn:
-    from edmdistill.sampling.heun import Churn
-
-    return Churn(**values)
 
 
 def _rejection(ratio: float | None, classifier: str | None) -> RejectionFiles | None:
@@ -57,28 +52,6 @@ def _reference(reference: Path | None, feature_net: str | None, **others: Any) -
 
     return ReferenceFiles(image=reference, feature_net=feature_net, **given)
 
-
-churn_options = option_group(
-    "churn",
-    _churn,
-    click.option(
-        "--churn", "strength", type=FiniteFloat(0, 1e4), default=0.0, show_default=True, help="Teacher: S_churn."
-    ),
-    click.option(
-        "--churn-min", "sigma_min", type=FiniteFloat(0, 1e6), default=0.0, show_default=True, help="Teacher: S_min."
-    ),
-    click.option(
-        "--churn-max",
-        "sigma_max",
-        type=FiniteFloat(0, infinite=True),
-        default=float("inf"),
-        show_default=True,
-        help="Teacher: S_max.",
-    ),
-    click.option(
-        "--churn-noise", "inflation", type=FiniteFloat(0, 10), default=1.0, show_default=True, help="Teacher: S_noise."
-    ),
-)
 
 rejection_options = option_group(
     "rejection",

@@ -13,6 +13,7 @@ from edmdistill.cli.measurements import (
     measure,
     measurement_options,
     plan_measurements,
+    shared,
     write_text,
 )
 from edmdistill.cli.options import (
@@ -22,12 +23,16 @@ from edmdistill.cli.options import (
     Name,
     NumberList,
     OutputPath,
-    SamplerOptions,
-    sampler_options,
+    SamplerGrid,
+    sampler_grid_options,
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from edmdistill.evaluation.results import Result
+    from edmdistill.networks.flow import FlowNetwork
+    from edmdistill.sampling.spec import SamplerSpec
 
 PLOTS = ".svg", ".html", ".png", ".pdf"
 
@@ -38,10 +43,9 @@ PLOTS = ".svg", ".html", ".png", ".pdf"
 @click.option(
     "--nfe",
     "nfes",
-    required=True,
     metavar="LIST",
     type=NumberList(NFE, "1,2,4"),
-    help="Network evaluations, as in 1,2,4,8.",
+    help="Network evaluations, as in 1,2,4,8; with --t they follow from its levels.",
 )
 @click.option(
     "--gamma",
@@ -50,8 +54,8 @@ PLOTS = ".svg", ".html", ".png", ".pdf"
     type=NumberList(GAMMA, "0,.5,1"),
     help="Generator: shares of fresh noise, as in 0,.5,1.  [default: the checkpoint's]",
 )
-@sampler_options
-@measurement_options("Images: seeds 0 to N - 1.  [default: the protocol's]")
+@sampler_grid_options
+@measurement_options("Seeds 0 to N - 1.  [default: the protocol's]", "As in fid,fd_dinov2.  [default: the protocol's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document, as eval does.")
 @click.option(
     "--out",
@@ -63,23 +67,28 @@ PLOTS = ".svg", ".html", ".png", ".pdf"
     "--plot",
     type=OutputPath(*PLOTS),
     metavar="FILE.svg|.html|.png|.pdf",
-    help="Draw the first metric over NFE, a curve for each gamma; .png and .pdf take matplotlib.",
+    help="Draw the first metric over NFE, a curve for each setting; .png and .pdf take matplotlib.",
 )
 def command(
     source: str,
     protocol: str,
-    nfes: list[int],
+    nfes: list[int] | None,
     gammas: list[float] | None,
-    sampler: SamplerOptions,
+    sampler: SamplerGrid,
     options: MeasurementOptions,
     as_json: bool,
     out: Path | None,
     plot: Path | None,
 ) -> None:
-    """Measure SOURCE, a checkpoint, a run directory or an official pickle, at every number of evaluations and gamma.
+    """Measure SOURCE, a checkpoint, a run directory or an official pickle, at each combination of --nfe or --t, --gamma
+    and --guidance.
 
-    Each value equals that of `eval` with that --nfe and --gamma: the seeds are the same.
+    Each value equals that of `eval` with these options: the seeds are the same. After Ctrl-C or a kill, the same
+    command goes on.
     """
+    if bool(nfes) == bool(sampler.times):
+        raise click.UsageError("A sweep is over numbers of evaluations or schedules: give --nfe or --t.")
+
     from edmdistill.atomic import atomic_write
     from edmdistill.evaluation.images import is_images
     from edmdistill.evaluation.results import find_results_folder, results_json
@@ -101,4 +110,8 @@ def command(
                 draw(table, source, new, kind)
         click.echo(document if as_json else table.to_text())
 
-    measure(plan_measurements(source, protocol, options, sampler, nfes, gammas or [None]), folder, show)
+    def specs(flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None) -> list[SamplerSpec]:
+        return sampler.specs(flow, device, dtype, nfes or [None], gammas or [None])
+
+    with shared(options) as processes:
+        measure(plan_measurements(source, protocol, options, specs, processes), folder, show)

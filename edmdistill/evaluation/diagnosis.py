@@ -20,7 +20,7 @@ from edmdistill.checkpoints.source import open_source
 from edmdistill.data.datasets import Dataset
 from edmdistill.data.fit import require_fit
 from edmdistill.draws import Draws
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, DatasetError
 from edmdistill.evaluation.frechet import RunningStatistics, frechet_distance
 from edmdistill.evaluation.protocol import get_protocol, open_reference
 from edmdistill.evaluation.shards import batches
@@ -92,6 +92,8 @@ def diagnose(
     """
     standard = get_protocol(protocol)
     data = open_reference(reference, standard)
+    if not isinstance(data, Dataset):
+        raise DatasetError(f"{reference} holds statistics, and jumps start from images: name a data set with --ref")
     assert standard.features is not None
     flow, config = load_flow(source)
     if config.stage != "generator":

@@ -22,6 +22,7 @@ from edmdistill.evaluation.images import Images, open_images, sampled_images
 from edmdistill.evaluation.metrics import FoundMetric, find_metric, metric_label
 from edmdistill.evaluation.panel import Panel, collect_reference
 from edmdistill.evaluation.protocol import Protocol, get_protocol, open_reference
+from edmdistill.evaluation.references import Statistics
 from edmdistill.evaluation.results import Result, read_results, results_json
 from edmdistill.evaluation.shards import ONE_PROCESS, RESULT, Processes, Work, remove_shards
 from edmdistill.networks.flow import Denoiser
@@ -35,7 +36,7 @@ from edmdistill.sampling.spec import SamplerRecord, SamplerSpec
 
 def evaluate(
     model_or_images: Generator | Denoiser | Images | Tensor | str | Path,
-    reference: Dataset | str | Path | None = None,
+    reference: Dataset | Statistics | str | Path | None = None,
     *,
     protocol: str,
     sampler: SamplerSpec = SamplerSpec(),
@@ -56,7 +57,8 @@ def evaluate(
     Args:
         model_or_images: a network, sampled on its own device; or Images, or a source for open_images: a folder, a zip,
             an .npz, an .npy, or uint8 [N,C,H,W].
-        reference: a data set, or a source for open_dataset; default: the protocol's own.
+        reference: a data set, or a source for open_dataset; or statistics, or a file for open_statistics; default: the
+            protocol's own.
         protocol: a key of PROTOCOLS.
         sampler: how a network is sampled; default: the network's own.
         metrics: see find_metric; default: the protocol's.
@@ -90,8 +92,8 @@ def evaluate(
             "sampler, seeds and repeat are for sampling a network, but these are images; leave them out"
         )
     else:
-        given = model_or_images
-        subject = _Subject(given if isinstance(given, Images) else open_images(given, data.label_dim))
+        given, label_dim = model_or_images, getattr(data, "label_dim", 0)
+        subject = _Subject(given if isinstance(given, Images) else open_images(given, label_dim))
     images = subject.images
     _require_fit(images, data, standard, repeat)
     found = _measurable(wanted, images, required=metrics is not None)
@@ -137,7 +139,7 @@ class _Task(NamedTuple):
     """An evaluation that has been checked.  standard_n: the number of images that the protocol asks for."""
 
     subject: _Subject
-    data: Dataset
+    data: Dataset | Statistics
     panel: Panel
     protocol: Protocol
     standard_n: int
@@ -145,7 +147,9 @@ class _Task(NamedTuple):
 
     def resume(self, work: Work, on_progress: Callable[[int], object]) -> Result:
         """Returns the result of what is kept and of what was missing."""
-        identity = self.subject.identity() | {"reference": self.data.content_sha256, "origin": self.origin}
+        data = self.data
+        known = data.content_sha256 if isinstance(data, Dataset) else data.sha256
+        identity = self.subject.identity() | {"reference": known, "origin": self.origin}
         processes = self.panel.processes
         folder = work.folder(msgspec.to_builtins(identity | {"protocol": self.protocol}), processes)
         file = folder / RESULT
@@ -232,14 +236,15 @@ def _measurable(wanted: Sequence[FoundMetric], images: Images, *, required: bool
     return found
 
 
-def _require_fit(images: Images, data: Dataset, standard: Protocol, repeat: int) -> None:
-    """Raises DatasetError unless the images have the size of the reference, and are two or more."""
-    size = (data.img_channels, data.img_resolution, data.img_resolution)
-    if images.size != size:
-        raise DatasetError(
-            f"the images are {'x'.join(map(str, images.size))}, but those of the reference {data.name} are "
-            f"{'x'.join(map(str, size))}, and nothing is resized; choose a reference of that size"
-        )
+def _require_fit(images: Images, data: Dataset | Statistics, standard: Protocol, repeat: int) -> None:
+    """Raises DatasetError unless the images have the size of the reference's, if it is known, and are two or more."""
+    if isinstance(data, Dataset):
+        size = (data.img_channels, data.img_resolution, data.img_resolution)
+        if images.size != size:
+            raise DatasetError(
+                f"the images are {'x'.join(map(str, images.size))}, but those of the reference {data.name} are "
+                f"{'x'.join(map(str, size))}, and nothing is resized; choose a reference of that size"
+            )
     if images.count < 2 * repeat:
         raise DatasetError(
             f"a covariance needs at least two images, but there is only {images.count // repeat}; the protocol uses "

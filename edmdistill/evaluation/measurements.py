@@ -9,21 +9,32 @@ from typing import Any, NamedTuple
 
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset
-from edmdistill.errors import NotFiniteError
+from edmdistill.errors import DatasetError, NotFiniteError
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.images import Images
 from edmdistill.evaluation.likelihood import evaluate_likelihood
 from edmdistill.evaluation.protocol import Protocol
+from edmdistill.evaluation.references import Statistics
 from edmdistill.evaluation.results import Result, save_results
+from edmdistill.evaluation.shards import ONE_PROCESS, Processes, Work
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.spec import SamplerSpec
 
 
 class Measurements(NamedTuple):
-    """Measurements by name, each called with on_progress, and the number of images in all of them."""
+    """Measurements of one source.
+
+    Attributes:
+        tasks: by name, each called with on_progress.
+        images: their number in all of them.
+        work: where what is measured is kept, or None.
+        processes: that share them.
+    """
 
     tasks: Mapping[str, Callable[..., Result]]
     images: int
+    work: Work | None = None
+    processes: Processes = ONE_PROCESS
 
 
 class Outcome(NamedTuple):
@@ -39,27 +50,52 @@ class Outcome(NamedTuple):
     interrupted: bool
 
 
-def measure_images(images: Images, data: Dataset, protocol: Protocol, source: str, **options: Any) -> Measurements:
-    """Returns the measurement of images that exist.  options: of `evaluate`."""
-    task = partial(evaluate, images, data, protocol=protocol.name, source=source, **options)
-    return Measurements({source: task}, images.count)
+def measure_images(
+    images: Images, data: Dataset | Statistics, protocol: Protocol, source: str, *, count: int | None, **options: Any
+) -> Measurements:
+    """Returns the measurement of images that exist.
+
+    Args:
+        count: measure the first so many; None: all.
+        options: of `evaluate`.
+    Raises: DatasetError: there are fewer.
+    """
+    if count is not None and count > images.count:
+        raise DatasetError(
+            f"{source} has {images.count:,} images, fewer than --n {count:,}: give more, or leave it out"
+        )
+    some = images if count is None else images.part(range(count))
+    task = partial(evaluate, some, data, protocol=protocol.name, source=source, **options)
+    return _measurements({source: task}, some.count, options)
 
 
 def measure_network(
     model: Generator | Denoiser,
-    data: Dataset,
+    data: Dataset | Statistics,
     protocol: Protocol,
     *,
     samplers: Iterable[SamplerSpec],
     seeds: Sequence[int] | None,
+    repeat: int = 1,
     **options: Any,
 ) -> Measurements:
     """Returns a measurement for each sampler.  options: the others of `evaluate`."""
-    tasks = {}
-    for sampler in samplers:
-        name = f"{sampler.nfe or 'default'} NFE" + ("" if sampler.gamma is None else f", gamma {sampler.gamma:g}")
-        tasks[name] = partial(evaluate, model, data, protocol=protocol.name, sampler=sampler, seeds=seeds, **options)
-    return Measurements(tasks, len(tasks) * (protocol.n if seeds is None else len(seeds)))
+    common = {"protocol": protocol.name, "seeds": seeds, "repeat": repeat, **options}
+    tasks = {describe(sampler): partial(evaluate, model, data, sampler=sampler, **common) for sampler in samplers}
+    count = protocol.n if seeds is None else len(seeds)
+    return _measurements(tasks, len(tasks) * count * repeat, options)
+
+
+def _measurements(tasks: Mapping[str, Callable[..., Result]], images: int, options: Mapping[str, Any]) -> Measurements:
+    return Measurements(tasks, images, options.get("work"), options.get("processes", ONE_PROCESS))
+
+
+def describe(sampler: SamplerSpec) -> str:
+    """Returns what users call a sampler."""
+    words = [f"{sampler.nfe or 'default'} NFE"] if sampler.times is None else []
+    words += [] if sampler.times is None else [f"times {' '.join(f'{float(time):.4g}' for time in sampler.times)}"]
+    words += [f"{name} {value:g}" for name in ("gamma", "guidance") if (value := getattr(sampler, name)) is not None]
+    return ", ".join(words)
 
 
 def measure_likelihood(
@@ -78,7 +114,9 @@ def run_measurements(
     Args:
         folder: of results.find_results_folder, where each result is saved; None: nowhere.
         on_progress: called with the number of images that have just been measured.
+    Raises: NotFiniteError: of several processes, one has a sample that is not finite.
     """
+    main = measurements.processes.rank == 0
     results: list[Result] = []
     failures: list[str] = []
     try:
@@ -86,9 +124,11 @@ def run_measurements(
             try:
                 result = task(on_progress=on_progress)
             except NotFiniteError as error:
+                if measurements.processes.world_size > 1:
+                    raise  # the others wait for what this process cannot give
                 failures.append(f"{name}: {error}")
                 continue
-            if folder is not None:
+            if folder is not None and main:
                 save_results(folder, [result])
             results.append(result)
     except KeyboardInterrupt:

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import NotFiniteError
 from edmdistill.evaluation.base import Accumulator, Measured
-from edmdistill.evaluation.images import Images
+from edmdistill.evaluation.feature_set import Features
+from edmdistill.evaluation.images import Images, open_images
 from edmdistill.evaluation.metrics import FoundMetric
 from edmdistill.evaluation.pipeline import DIGEST, measure_images, pixels_sha256
-from edmdistill.evaluation.protocol import Reference
+from edmdistill.evaluation.protocol import Reference, describe_reference
+from edmdistill.evaluation.references import Statistics
 from edmdistill.evaluation.shards import ONE_PROCESS, MeasuredBatch, Processes, Work, measure_all
 from edmdistill.features.base import FeatureSpace
 from edmdistill.features.spaces import load_features
 from edmdistill.progress import progress_bar
 
+Key = tuple[str, type[Accumulator]]
+"""A feature space, and what is collected in it."""
+Keys = Set[Key]
+
 
 class Collected(NamedTuple):
     """What metrics compare with: by feature space and kind of accumulator, and the reference's record."""
 
-    by_space: Mapping[tuple[str, type[Accumulator]], Any]
+    by_space: Mapping[Key, Any]
     reference: Reference
 
 
@@ -98,27 +105,46 @@ class Panel:
 
 
 @lru_cache(maxsize=4)
-def collect_reference(data: Dataset, panel: Panel) -> Collected:
-    """Returns what the metrics of a panel compare with; cached for the measurements that follow."""
-    size = (data.img_channels, data.img_resolution, data.img_resolution)
-    images = Images(len(data), size, data.images, None, None, "unknown", identity=lambda: data.content_sha256)
-    spaces, folder = panel.spaces, None
-    if panel.work is not None:
-        weights = {name: space.sha256 for name, space in spaces.items()}
-        folder = panel.work.folder({"reference": data.content_sha256, "weights": weights}, panel.processes)
-    main = panel.processes.rank == 0
+def collect_reference(reference: Dataset | Statistics, panel: Panel) -> Collected:
+    """Returns what the metrics of a panel compare with; cached for the measurements that follow.
+
+    Raises: EdmDistillError: statistics that lack what a metric needs, or are of other weights.
+    """
     keys = {(one.features, one.metric.reference) for one in panel.metrics}
+    record = describe_reference(reference)
+    if isinstance(reference, Dataset):
+        size = (reference.img_channels, reference.img_resolution, reference.img_resolution)
+        images = Images(len(reference), size, reference.images, None, None, "unknown")
+        found, digest = _collect(images, keys, panel, reference.content_sha256)
+        return Collected(found, replace(record, sha256=digest))
+    # ADM's files hold statistics, of which FID is to be measured, and the images themselves.
+    pictured = {key for key in keys if reference.has_images and key[1] is Features}
+    spaces = panel.spaces
+    stated = {(name, kind): reference.collected(spaces[name], kind) for name, kind in keys - pictured}
+    if pictured:
+        stated |= _collect(open_images(reference.path, 0), pictured, panel, reference.sha256)[0]
+    return Collected(stated, record)
+
+
+def _collect(images: Images, keys: Keys, panel: Panel, identity: str) -> tuple[dict[Key, Any], str]:
+    """Returns what accumulators collect of real images, and the sha256 of their pixels; on other processes nothing."""
+    spaces = {name: space for name, space in panel.spaces.items() if name in {name for name, _ in keys}}
+    weights, main = {name: space.sha256 for name, space in spaces.items()}, panel.processes.rank == 0
+    folder = None
+    if panel.work is not None:
+        folder = panel.work.folder({"reference": identity, "weights": weights}, panel.processes)
     accumulators = {(name, kind): kind() for name, kind in keys}
     digests: list[Tensor] = []
     measure = partial(measure_images, images, spaces, device=panel.device, digests=True)
-    with progress_bar(len(data), desc="reference") as bar:
-        for _, arrays in panel._measure(len(data), measure, folder, bar.update if main else lambda count: None):
+    with progress_bar(images.count, desc="reference") as bar:
+        for _, arrays in panel._measure(images.count, measure, folder, bar.update if main else lambda count: None):
             digests.append(arrays[DIGEST])
             for (name, _), accumulator in accumulators.items():
                 accumulator.update(arrays[f"{name}/features"].to(panel.device))
-    found = {key: accumulator.finish() for key, accumulator in accumulators.items() if main}
-    digest = pixels_sha256(size, torch.cat(digests)) if main else None
-    return Collected(found, Reference(source=Path(data.name).name, split=data.split, n=len(data), sha256=digest))
+    if not main:
+        return {}, ""
+    found = {key: accumulator.finish() for key, accumulator in accumulators.items()}
+    return found, pixels_sha256(images.size, torch.cat(digests))
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.images import LabelSource
+from edmdistill.evaluation.references import Statistics, is_statistics, open_statistics
 
 
 class Reference(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -91,6 +92,11 @@ PROTOCOLS = {
         Protocol(name="pixels", metrics=("fd_pixels",), features="pixels", n=5000, seeds="0-4999", labels="balanced"),
         Protocol(name="edm", metrics=("fid",), features="inception"),
         Protocol(name="edm2", metrics=("fid", "fd_dinov2"), features="inception"),
+        Protocol(
+            name="adm",
+            metrics=("fid", "is", "precision_inception", "recall_inception"),
+            features="inception",
+        ),
         Protocol(name="cosim", metrics=("fid", "fd_dinov2"), features="inception"),
     )
 }
@@ -100,6 +106,7 @@ PROTOCOLS = {
 |---|---|---|---|
 | edm | FID | the training set, or EDM's .npz of it | NVlabs/edm, generate.py and fid.py |
 | edm2 | FID, FD-DINOv2 | the training set, or EDM2's .pkl of it | NVlabs/edm2, calculate_metrics.py |
+| adm | FID, IS, precision, recall | ADM's reference batch, .npz | openai/guided-diffusion, evaluator.py |
 | cosim | FID, FD-DINOv2 | the training set | CoSIM, section 5 |
 
 All of them measure 50,000 images of seeds 0-49999; the class of an image is drawn from its seed's stream, after the
@@ -114,6 +121,7 @@ Differs: EDM and EDM2 draw noise and classes on the GPU, from streams that give 
 REFERENCES = {
     "edm": "the training set, or EDM's statistics of it (.npz)",
     "edm2": "the training set, or EDM2's statistics of it (.pkl)",
+    "adm": "ADM's reference batch (.npz)",
     "cosim": "the training set",
 }
 """What a protocol's publications measure against, for errors."""
@@ -126,11 +134,11 @@ def get_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def open_reference(reference: Dataset | str | Path | None, standard: Protocol) -> Dataset:
-    """Returns the data set to measure against.
+def open_reference(reference: Dataset | Statistics | str | Path | None, standard: Protocol) -> Dataset | Statistics:
+    """Returns the real images to measure against, or the statistics of them.
 
     Args:
-        reference: a data set, or a source for open_dataset; None: the standard's own.
+        reference: a data set, or statistics; or a source for open_dataset or open_statistics; None: the standard's own.
     Raises: DatasetError: it cannot be opened, is not the one that the standard asks for, or none was named.
     """
     fixed = standard.reference
@@ -139,10 +147,22 @@ def open_reference(reference: Dataset | str | Path | None, standard: Protocol) -
             usual = REFERENCES.get(standard.name, "a data set")
             raise DatasetError(f"the protocol {standard.name} measures against {usual}: name it with --ref")
         return open_dataset(fixed.source, split=fixed.split)
-    data = reference if isinstance(reference, Dataset) else open_dataset(reference)
-    if fixed is not None and (data.name, data.split) != (fixed.source, fixed.split):
+    if isinstance(reference, str | Path):
+        reference = open_statistics(reference) if is_statistics(reference) else open_dataset(reference)
+    found = describe_reference(reference)
+    if fixed is not None and (found.source, found.split) != (fixed.source, fixed.split):
         raise DatasetError(
             f"the protocol {standard.name} measures against {fixed.source} ({fixed.split}), but the reference is "
-            f"{data.name} ({data.split}); leave it out, or choose another protocol"
+            f"{found.source} ({found.split}); leave it out, or choose another protocol"
         )
-    return data
+    return reference
+
+
+def describe_reference(reference: Dataset | Statistics) -> Reference:
+    """Returns the record of a reference; that of a data set without the sha256 of its pixels."""
+    if isinstance(reference, Dataset):
+        return Reference(source=Path(reference.name).name, split=reference.split, n=len(reference))
+    about = reference.about
+    return Reference(
+        source=reference.path.name if about is None else about.source, n=reference.n, sha256=reference.sha256
+    )

@@ -148,7 +148,11 @@ def measure_all(
     rank, world_size = processes.rank, processes.world_size
     share = missing[len(missing) * rank // world_size : len(missing) * (rank + 1) // world_size]
     on_progress(count - sum(map(len, missing)))
-    _keep(measure(share), folder, on_progress)
+    try:
+        _keep(measure(share), folder, on_progress)
+    except EdmDistillError as error:
+        error.add_note(f"in process {rank}, and not in the others")
+        raise
     processes.any_process(False)
     if rank == 0:
         on_progress(sum(map(len, missing)) - sum(map(len, share)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -219,9 +222,11 @@ class Denoiser(nn.Module):
 
     Attributes: those of the FlowNetwork, and
         label_names: of its classes, if the checkpoint has them.
+        encoder: of the checkpoint: what the network's images are, see checkpoints.encoder.
     """
 
     label_names: tuple[str, ...] | None = None
+    encoder: Mapping[str, Any] = MappingProxyType({"kind": "pixels"})
 
     def __init__(self, flow: FlowNetwork) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.checkpoints.generator import Generator
@@ -47,8 +48,11 @@ def build_sampler(model: Generator | Denoiser, spec: SamplerSpec) -> Sampler:
     if isinstance(model, Generator) and spec.force_guidance:
         raise EdmDistillError("force_guidance is for teachers, and this is a generator: leave it out")
     if spec.reference is not None:
-        return _reference_sampler(model, spec, spec.reference)
-    return _gamma_sampler(model, spec) if isinstance(model, Generator) else _teacher_sampler(model, spec)
+        sampler = _reference_sampler(model, spec, spec.reference)
+    else:
+        sampler = _gamma_sampler(model, spec) if isinstance(model, Generator) else _teacher_sampler(model, spec)
+    dtype = str(model.flow.compute_dtype or model.flow.dtype).removeprefix("torch.")
+    return sampler._replace(record=replace(sampler.record, dtype=dtype))
 
 
 def _gamma_sampler(model: Generator, spec: SamplerSpec) -> Sampler:
@@ -81,7 +85,11 @@ def _teacher_sampler(model: Denoiser, spec: SamplerSpec) -> Sampler:
     draw = partial(solver.sampler, denoiser, sigmas=official.sigmas(denoiser, solver.num_steps(nfe)))
     record = SamplerRecord(solver=name, nfe=nfe, guidance=weight)
     if name == "heun":
-        return Sampler(partial(draw, churn=spec.churn, always_draws=official.always_draws), record)
+        churn = spec.churn
+        if churn != Churn():  # infinity is not JSON
+            noise = (churn.strength, churn.sigma_min, min(churn.sigma_max, model.sigma_max), churn.inflation)
+            record = replace(record, churn=noise)
+        return Sampler(partial(draw, churn=churn, always_draws=official.always_draws), record)
     return Sampler(lambda noise, labels, randn_like: draw(noise, labels), record)
 
 

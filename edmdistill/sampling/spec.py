@@ -64,6 +64,10 @@ class SamplerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     sigmas: tuple[float, ...] | None = None
     """A generator's noise levels; a teacher's follow from nfe."""
     guidance: float = 1.0
+    churn: tuple[float, float, float, float] | None = None
+    """A teacher's S_churn, S_min, S_max and S_noise; None: it is sampled without fresh noise."""
+    dtype: str = "float32"
+    """Of the network's arithmetic."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,7 @@ def test_images_have_no_likelihood(images: Path) -> None:
         (["--protocol", "digits", "--nfe", "2"], "--nfe says how a network is sampled, but"),
         (["--protocol", "digits", "--t", "80"], "holds images, which exist: leave it out"),
         (["--protocol", "digits", "--nfe", "two"], "'two' is not a list of numbers such as 1,2,4"),
-        (["--protocol", "digits", "--n", "9", "--seeds", "1"], "--n says how a network is sampled"),
+        (["--protocol", "digits", "--n", "9", "--seeds", "1"], "--seeds says how a network is sampled"),
         (["--protocol", "digits", "--ref", "absent.zip"], "absent.zip does not exist"),
         ([], "Missing option '--protocol'. Choose one of digits, pixels, edm"),
         (["--protocol", "digits", "--probes", "2"], "--probes does not go with a measurement of images"),

@@ -109,7 +109,7 @@ def test_without_matplotlib(checkpoints: dict[str, str], tmp_path: Path, monkeyp
         (["--nfe", "1", "--gamma", "a"], "'a' is not a list of numbers"),
         (["--nfe", "1", "--gamma", "2"], "2.0 is not in the range 0<=x<=1"),
         (["--nfe", "1", "--plot", "a.jpg"], "must end in .svg or .html or .png or .pdf"),
-        (["--gamma", "1"], "Missing option '--nfe'"),
+        (["--gamma", "1"], "give --nfe or --t"),
     ],
 )
 def test_mistakes(checkpoints: dict[str, str], words: list[str], message: str) -> None:
