@@ -167,11 +167,11 @@ def build(weights: Weights) -> VisionTransformer:
 
 
 TRANSFORMERS = {
-    r"(dinov2\.)?embeddings\.cls_token": "cls_token",
-    r"(dinov2\.)?embeddings\.position_embeddings": "pos_embed",
-    r"(dinov2\.)?embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
-    r"(dinov2\.)?encoder\.layer\.": "blocks.",
-    r"(dinov2\.)?layernorm\.": "norm.",
+    r"embeddings\.cls_token": "cls_token",
+    r"embeddings\.position_embeddings": "pos_embed",
+    r"embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"encoder\.layer\.": "blocks.",
+    r"layernorm\.": "norm.",
     r"(blocks\.\d+)\.attention\.(?:attention\.query|q_proj)\.": r"\1.attn.q.",
     r"(blocks\.\d+)\.attention\.(?:attention\.key|k_proj)\.": r"\1.attn.k.",
     r"(blocks\.\d+)\.attention\.(?:attention\.value|v_proj)\.": r"\1.attn.v.",

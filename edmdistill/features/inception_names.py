@@ -30,20 +30,25 @@ LEAVES = {"conv.weight": "weight", "bn.bias": "beta", "bn.running_mean": "mean",
 """Of a layer.  NVIDIA's batch normalization does not scale: our bn.weight is 1."""
 
 
-def to_our_names(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+def to_our_names(tensors: Mapping[str, Tensor], network: nn.Module, in_order: bool = False) -> dict[str, Tensor]:
     """Returns the tensors of Inception by our names, whichever of the two they have.
 
     Args:
         network: ours.
+        in_order: where the names are others, whether tensors of our shapes in our order are taken to be ours. That is a
+            guess, to be proved by comparing features.
     """
     left, found = dict(tensors), {}
+    ours = network.state_dict()
+    if in_order and [tensor.shape for tensor in ours.values()] == [tensor.shape for tensor in tensors.values()]:
+        return dict(zip(ours, tensors.values(), strict=True))
     if "layers.conv.weight" in left:
-        for ours, theirs in nvidia_layers(network).items():
+        for layer, theirs in nvidia_layers(network).items():
             for leaf, their_leaf in LEAVES.items():
                 if f"{theirs}.{their_leaf}" in left:
-                    found[f"{ours}.{leaf}"] = left.pop(f"{theirs}.{their_leaf}")
-            if f"{ours}.bn.bias" in found:
-                found[f"{ours}.bn.weight"] = torch.ones_like(found[f"{ours}.bn.bias"])
+                    found[f"{layer}.{leaf}"] = left.pop(f"{theirs}.{their_leaf}")
+            if f"{layer}.bn.bias" in found:
+                found[f"{layer}.bn.weight"] = torch.ones_like(found[f"{layer}.bn.bias"])
         left = {f"fc{name.removeprefix('output')}" if name.startswith("output.") else name: left[name] for name in left}
     return found | left
 

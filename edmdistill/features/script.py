@@ -183,7 +183,7 @@ def is_script(archive: Archive) -> bool:
 
 
 def script_tensors(archive: Archive) -> dict[str, StoredTensor]:
-    """Returns a network's parameters and buffers by their names in its state dict, without loading its code.
+    """Returns a network's parameters and buffers as in its state dict, without loading its code.
 
     Raises: Unreadable: the archive is damaged, or no TorchScript.
     """
@@ -199,7 +199,7 @@ def script_tensors(archive: Archive) -> dict[str, StoredTensor]:
             seen.add(id(value))
             archive.budget.step(len(value.attributes))
             start = f"{name}." if name else ""
-            waiting += [(f"{start}{key}", inner) for key, inner in value.attributes.items()]
+            waiting += [(f"{start}{key}", inner) for key, inner in reversed(value.attributes.items())]
     return tensors
 
 

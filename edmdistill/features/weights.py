@@ -32,7 +32,7 @@ class Weights:
 
     Attributes:
         path: as it was given.
-        tensors: by the names in the file.
+        tensors: by the names in the file, without what they all begin with.
         sha256: of the file.
         official: whether it is one of the official files.
         num_heads: of attention, where the file says it.
@@ -83,7 +83,14 @@ def read_weights(path: str | Path | None, kind: str, space: str) -> Weights:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     official = digest in {one.sha256 for one in files_of(kind)}
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(NOT_WEIGHTS)}
-    return Weights(path, kept, digest, official, heads, script)
+    return Weights(path, _without_prefix(kept), digest, official, heads, script)
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors without the names of the modules that hold the whole network, such as model. or module."""
+    while len({name.partition(".")[0] for name in tensors}) == 1 and all("." in name for name in tensors):
+        tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _find(path: str | Path | None, kind: str, space: str) -> Path:

@@ -145,5 +145,7 @@ def test_a_source_may_be_an_official_name(server: Server, tmp_path: Path, monkey
     assert resolve(NAME) == path  # from the cache
     with pytest.raises(CheckpointError, match=f"did you mean the official file {re.escape(NAME)}"):
         resolve(f"{NAME}0")
+    with pytest.raises(CheckpointError, match=r"with its guide: give edm2-\S+0\.025, and --guide edm2-\S+ --gui"):
+        resolve("edm2-img512-s-guid-fid")
     (tmp_path / NAME).touch()
     assert resolve(NAME) == Path(NAME)  # a path comes first

@@ -7,13 +7,14 @@ import torch
 from feature_files import EVALUATION, inception_weights, save_pth, sizes
 from nvidia_inception import nvidia_inception, save_pickle, save_script
 from safetensors.torch import load_file
+from script_files import script
 
 from edmdistill import load_features
 from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import CheckpointError, DatasetError
-from edmdistill.features.base import FeatureSpace
-from edmdistill.features.inception import Inception, resize_like_tensorflow
+from edmdistill.features.base import FeatureSpace, to_rgb
+from edmdistill.features.inception import Inception, InceptionV3, resize_like_tensorflow
 
 GOLDEN = load_file(EVALUATION / "inception" / "expected.safetensors")
 
@@ -39,10 +40,14 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("size", sizes(GOLDEN))
 def test_nvidias_rule_gives_the_official_features_and_logits(inception: FeatureSpace, size: str):
-    features, logits = inception.features_and_logits(GOLDEN[f"u8.{size}"])
-    assert features.dtype == logits.dtype == torch.float32
-    assert relative(features, GOLDEN[f"nvidia.{size}"]) < 1e-5
-    assert relative(logits, GOLDEN[f"nvidia_logits.{size}"]) < 1e-5
+    """Image by image: an image depends on no other."""
+    for image, features, logits in zip(
+        GOLDEN[f"u8.{size}"], GOLDEN[f"nvidia.{size}"], GOLDEN[f"nvidia_logits.{size}"], strict=True
+    ):
+        found = inception.features_and_logits(image[None])
+        assert all(tensor.dtype == torch.float32 for tensor in found)
+        assert relative(found[0][0], features) < 1e-5
+        assert relative(found[1][0], logits) < 1e-5
 
 
 def test_pytorch_fids_rule_gives_its_features(weights: Path):
@@ -56,12 +61,14 @@ def test_other_weights_are_recorded_as_such(inception: FeatureSpace, weights: Pa
     assert not inception.official
 
 
-def test_an_image_depends_on_nothing_else_and_gray_is_repeated(inception: FeatureSpace):
-    images = GOLDEN["u8.32"][:, :1]
-    batch = inception(images)
-    assert relative(inception(images[:1].expand(-1, 3, -1, -1)), batch[:1]) < 1e-6
+def test_gray_is_repeated():
+    images = GOLDEN["u8.32"]
+    assert torch.equal(to_rgb(images, "inception"), images)
+    gray = to_rgb(images[:, :1], "inception")
+    assert all(torch.equal(gray[:, channel], images[:, 0]) for channel in range(3))
 
 
+@pytest.mark.slow
 def test_torchscript_is_read_as_data_and_proves_itself_once(
     tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -76,6 +83,32 @@ def test_torchscript_is_read_as_data_and_proves_itself_once(
     assert load_tensors(stored)[1] == {"source_sha256": space.sha256}
     monkeypatch.setattr("edmdistill.features.inception.load_script", None)  # not run again
     assert load_features("inception", path).sha256 == space.sha256 == sha256_file(path)
+
+
+class Numbered(torch.nn.Module):
+    """Our network behind NVIDIA's input rule, with numbers in place of names."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        network = InceptionV3()
+        network.load_state_dict(tensors)
+        *layers, last = network.eval().children()
+        for place in (3, 6):
+            layers.insert(place, torch.nn.MaxPool2d(3, 2))
+        self.layers, self.last = torch.nn.Sequential(*layers), last
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers((resize_like_tensorflow(images.float()) - 128) / 128).mean((2, 3))
+
+
+@pytest.mark.slow
+def test_torchscript_of_other_names_proves_its_order(
+    tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "cache"))
+    path = script(Numbered(tensors), tmp_path / "numbered.pt", torch.zeros(2, 3, 40, 56).byte())
+    found = Inception(weights=Path(path))._net.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 from feature_files import TINY_DINOV2, save_pth
 from safetensors.torch import save_file
+from script_files import script
 
 from edmdistill.errors import CheckpointError
 from edmdistill.features.weights import read_weights
@@ -30,6 +31,21 @@ def test_every_format_gives_the_same_tensors(kind: str, tmp_path: Path):
     found = read(path)
     assert found.keys() == tensors.keys() - {"mask_token"}
     assert all(torch.equal(found[name], tensors[name]) for name in found)
+
+
+def test_torchscript_gives_the_tensors_of_its_state_dict_in_order(tmp_path: Path):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Linear(5, 2)).eval()
+    path = script(network, tmp_path / "script.pt", torch.zeros(1, 3, 5, 5))
+    found = read_weights(path, "inception", "inception")
+    expected = {name: tensor for name, tensor in network.state_dict().items() if "num_batches" not in name}
+    assert found.script
+    assert list(found.tensors) == list(expected)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_all_names_begin_with_is_left_out(tmp_path: Path):
+    path = save_pth(tmp_path / "w.pth", {f"model.net.{name}": tensor for name, tensor in TENSORS.items()})
+    assert read(path).keys() == TENSORS.keys() - {"mask_token"}
 
 
 def legacy(tmp_path: Path) -> bytes:
