@@ -121,9 +121,7 @@ def _official(name: str) -> Path:
     file, *guide = find_official(name)
     if guide:
         weight = f"--guide {guide[0].name} --guidance {presets()[name].guidance:g}"
-        raise CheckpointError(
-            f"{name} is a network with its guide: give {file.name}, with {weight} where it is sampled."
-        )
+        raise CheckpointError(f"{name} is a network with its guide: give {file.name}, and {weight} to sample it.")
     return file.cached or fetch(file).path
 
 
