@@ -12,6 +12,9 @@ from torch import Tensor
 
 from edmdistill.evaluation.base import Accumulator, Measured
 
+BLOCK = 4096
+"""Rows whose products are added at a time."""
+
 
 class GaussianStatistics(NamedTuple):
     """Mean [d] and unbiased (n - 1) covariance [d,d] of n features, float64; n is None where it is not known."""
@@ -24,34 +27,44 @@ class GaussianStatistics(NamedTuple):
 class RunningStatistics:
     """Accumulates mean and covariance over batches of features, on the device of the features.
 
-    Sums are taken about the mean of the first batch, so that features far from the origin lose no digits.
+    Features are added BLOCK rows at a time, however they come in. Sums are taken about the mean of the first block, so
+    that features far from the origin lose no digits.
     """
 
     def __init__(self) -> None:
         self.n = 0
-        self._shift = self._sum = self._outer = torch.zeros(0, dtype=torch.float64)
+        self._waiting: list[Tensor] = []
+        self._shift: Tensor | None = None
+        self._sum = self._outer = torch.zeros((), dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
         """Adds features.  [N,d]"""
-        features = features.to(torch.float64)
-        if not len(features):
-            return
-        if self.n == 0:
-            self._shift = features.mean(0)
-            self._sum = torch.zeros_like(self._shift)
-            self._outer = torch.zeros_like(self._shift).outer(self._shift)
-        centred = features - self._shift
         self.n += len(features)
-        self._sum += centred.sum(0)
-        self._outer += gram(centred)
+        self._waiting.append(features)
+        if sum(map(len, self._waiting)) < BLOCK:
+            return
+        rows = torch.cat(self._waiting)
+        while len(rows) >= BLOCK:
+            block, rows = rows[:BLOCK].double(), rows[BLOCK:]
+            if self._shift is None:
+                self._shift = block.mean(0)
+            self._sum, self._outer = self._with(block - self._shift)
+        self._waiting = [rows]
 
     def finish(self) -> GaussianStatistics:
         """Returns the statistics of all features so far.  Raises ValueError for fewer than two."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least two features, got {self.n}")
-        mean = self._sum / self.n
-        covariance = (self._outer - self.n * mean.outer(mean)) / (self.n - 1)
-        return GaussianStatistics((mean + self._shift).cpu(), covariance.cpu(), self.n)
+        rest = torch.cat(self._waiting).double()
+        shift = rest.mean(0) if self._shift is None else self._shift
+        total, outer = self._with(rest - shift)
+        mean = total / self.n
+        covariance = (outer - self.n * mean.outer(mean)) / (self.n - 1)
+        return GaussianStatistics((mean + shift).cpu(), covariance.cpu(), self.n)
+
+    def _with(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the sums of x and of x x^T with those of more rows."""
+        return self._sum + centred.sum(0), self._outer + gram(centred)
 
 
 def gram(x: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kernel(products: Tensor, d: int) -> Tensor:
-    return (products / d + 1).pow(3)
+    """Returns the kernel of pairs from their scalar products, which it overwrites."""
+    kernel = products.div_(d).add_(1)
+    return kernel.square().mul_(kernel)
 
 
 class KernelDistance(FeaturesMetric):

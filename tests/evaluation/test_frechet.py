@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from edmdistill.evaluation import frechet
 from edmdistill.evaluation.frechet import GaussianStatistics, RunningStatistics, frechet_distance, statistics
 
 
@@ -49,6 +50,17 @@ def test_exact_without_full_rank() -> None:
     assert frechet_distance(*lifted) == pytest.approx(frechet_distance(a, b), rel=1e-10)
 
 
+def test_exact_for_planes_that_share_a_line() -> None:
+    """Where neither plane holds the other, only what they share crosses."""
+    basis = torch.linalg.qr(normal(40, 3, seed=3))[0]
+    zero = torch.zeros(40, dtype=torch.float64)
+    a, b = (
+        GaussianStatistics(zero, basis * torch.tensor(spread, dtype=torch.float64) @ basis.T, 9)
+        for spread in ([4.0, 3, 0], [9.0, 0, 5])
+    )
+    assert frechet_distance(a, b) == pytest.approx(4 + 3 + 9 + 5 - 2 * 6, abs=1e-7)
+
+
 def test_exact_for_orthogonal_planes() -> None:
     """sqrt(AB) = 0, so the covariances add up: the case in which a matrix square root invents imaginary parts."""
     zero = torch.zeros(4, dtype=torch.float64)
@@ -65,11 +77,14 @@ def test_symmetric_and_zero_to_itself(rank: int) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_statistics_are_numpys_in_any_batches(offset: float) -> None:
+def test_statistics_are_numpys_in_any_batches(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frechet, "BLOCK", 300)
     features = normal(1000, 5) * torch.arange(1, 6) + offset
     running = RunningStatistics()
-    for batch in features.split([1, 99, 400, 500]):
+    for batch in features.split([0, 1, 99, 400, 500]):
         running.update(batch)
+        if running.n > 1:
+            running.finish()
     found = running.finish()
     assert found.n == 1000
     np.testing.assert_allclose(found.mean, features.numpy().mean(0), rtol=1e-12, atol=1e-12)
