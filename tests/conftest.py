@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Hub"]:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         yield server
     close_session()
+
+
+def pytest_sessionfinish() -> None:
+    if "forks" in sys.modules:
+        sys.modules["forks"].stop()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

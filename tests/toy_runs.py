@@ -1,15 +1,13 @@
 """A tiny teacher, recipes that take milliseconds a round, and runs of theirs that several tests look at."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forked
 from shared_probes import share_probes
 
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
@@ -95,19 +93,14 @@ def whole(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def live(teacher: Path) -> Iterator[Callable[..., list[str]]]:
+def live(teacher: Path) -> Callable[..., list[str]]:
     """live(recipe, run_dir, *ends): how lives in that directory ended; see lives.py."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).parent / "training" / "lives.py")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes) as parent:
 
-        def lives(recipe: Recipe, run_dir: Path, *ends: int | str) -> list[str]:
-            words = recipe.to_json().decode(), None if recipe.network else str(teacher), str(run_dir), ends
-            print(json.dumps(words), file=parent.stdin)
-            said: list[str] = json.loads(parent.stdout.readline())
-            return said
+    def lives(recipe: Recipe, run_dir: Path, *ends: int | str) -> list[str]:
+        words = recipe.to_json().decode(), None if recipe.network else str(teacher), str(run_dir), ends
+        status, said = Forked(Path(__file__).parent / "training" / "lives.py", json.dumps(words)).finish()
+        assert status == 0, said
+        ended: list[str] = json.loads(said.splitlines()[-1])
+        return ended
 
-        yield lives
-        parent.stdin.close()
-        assert parent.wait(10) == 0
+    return lives

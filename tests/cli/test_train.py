@@ -1,12 +1,10 @@
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 from click.testing import CliRunner
+from forks import Forked
 
 from edmdistill.cli import main
 
@@ -81,18 +79,16 @@ def test_a_guide_is_asked_for_and_a_wrong_one_refused(tmp_path):
 
 
 def test_interrupted_it_saves_and_the_same_command_goes_on(tmp_path):
-    command = [sys.executable, "-m", "edmdistill", *arguments(tmp_path / "run", "--set", "training.images=400000")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for attempt, number in enumerate([signal.SIGINT, signal.SIGTERM]):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        process = Forked("-m", "edmdistill", *arguments(tmp_path / "run", "--set", "training.images=400000"))
         seen = saved = len(lines(tmp_path)) if attempt else 0
         while seen < saved + 3:
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, process.said()
             time.sleep(0.05)
             seen = len(lines(tmp_path))
         process.send_signal(number)
-        _, said = process.communicate(timeout=200)
-        assert process.returncode == 130, said
+        status, said = process.finish()
+        assert status == 130, said
         assert "the same command goes on from there" in said
         assert "Traceback" not in said
         assert ("Going on after" in said) == bool(attempt)

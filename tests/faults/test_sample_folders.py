@@ -1,11 +1,8 @@
 """Folders and files of samples: one request each, which goes on where it stopped."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from forks import Forked
 from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
@@ -135,12 +133,12 @@ def test_sigkill(source: Path, tmp_path: Path) -> None:
         "--out",
         str(out),
     ]
-    child = subprocess.Popen([sys.executable, "-m", "edmdistill", *words], stderr=subprocess.DEVNULL)
+    child = Forked("-m", "edmdistill", *words)
     deadline = time.monotonic() + 60
     while len(list(out.glob("0*.png"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    child.send_signal(signal.SIGKILL)
+    assert child.finish()[0] == -signal.SIGKILL
     kept = len(list(out.glob("0*.png")))
     assert kept >= 4
     (out / ".000099.png.0123abcd.new").write_text("half a picture")

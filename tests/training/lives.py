@@ -1,9 +1,8 @@
 """Runs that are killed: each life is a process that trains in a run directory until its end.
 
-It reads lines from stdin, [recipe, teacher or null, run directory, [end, ...]] in JSON, and for each line says how its
-lives ended, in a list: finished, killed, or an exit code. There is a life for each end. It is killed, by SIGKILL, at a
-touch of a file in its directory, an open, a rename, a removal ...: at so many of them, or at the first of a file with
-the text in its name. 0 lets it live.
+lives.py '[recipe, teacher or null, run directory, [end, ...]]' prints how its lives ended, as a list: finished, killed,
+or an exit code. There is a life for each end. It is killed, by SIGKILL, at a touch of a file in its directory, an open,
+a rename, a removal ...: at so many of them, or at the first of a file with the text in its name. 0 lets it live.
 """
 
 import json
@@ -48,7 +47,7 @@ def lives(recipe: str, teacher: str | None, run_dir: str, at: list[int | str]) -
     ends: list[str] = []
     run = prepare(Recipe.from_json(recipe.encode()), data="digits", teacher=teacher, machine=Machine(device="cpu"))
     for end in at:
-        child = os.fork()  # importing torch takes longer than the life
+        child = os.fork()
         if not child:
             live(run, run_dir, end)
             os._exit(0)
@@ -63,5 +62,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     share_probes()
-    for line in sys.stdin:
-        print(json.dumps(lives(*json.loads(line))), flush=True)
+    print(json.dumps(lives(*json.loads(sys.argv[1]))))

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import Forked
 from PIL import Image
 
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
@@ -154,10 +154,11 @@ def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
             time.sleep(60)
     """
     (tmp_path / "program.py").write_text(program)
-    run = subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with run:
-        workers = run.stdout.readline().split()
-        run.kill()
+    run, end = Forked(tmp_path / "program.py"), time.monotonic() + 60
+    while not (workers := run.said().split()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
     assert len(workers) == 2
     end = time.monotonic() + 20
     while not all(dead(int(worker)) for worker in workers):
