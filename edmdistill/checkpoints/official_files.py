@@ -145,6 +145,24 @@ def find_official(name: str) -> list[OfficialFile]:
     return [official_files()[name]]
 
 
+def is_official(name: str) -> bool:
+    """Returns whether an official file or a preset has this name."""
+    return name in official_files() or name in presets()
+
+
+def find_fetched(name: str) -> Path:
+    """Returns an official file in the cache, downloaded first if need be.
+
+    Raises: CheckpointError: there is no such file, it cannot be downloaded, or it is a network and its guide, which are
+        two. HubError: the Hub refuses.
+    """
+    file, *guide = find_official(name)
+    if guide:
+        options = f"--guide {guide[0].name} --guidance {presets()[name].guidance:g}"
+        raise CheckpointError(f"{name} is a network with its guide: give {file.name}, and {options} to sample it.")
+    return file.cached or fetch(file).path
+
+
 def fetch(file: OfficialFile) -> Fetched:
     """Returns a file from the cache, downloaded first if need be, after a check of its sha256.
 
@@ -153,16 +171,17 @@ def fetch(file: OfficialFile) -> Fetched:
     """
     new = file.cached is None
     if file.url.startswith(HUB):
-        folder = file.cached or download_from_hub(file.url.removeprefix(HUB), VAE_FILES)
-        return Fetched(file, folder, sha256_file(folder / VAE_FILES[1]), new)
-    path = download(file.url)
-    digest, record = sha256_file(path), path.with_name(f"{path.name}.sha256")
+        path = file.cached or download_from_hub(file.url.removeprefix(HUB), VAE_FILES)
+        weights = path / VAE_FILES[1]
+    else:
+        path = weights = download(file.url)
+    digest, record = sha256_file(weights), weights.with_name(f"{weights.name}.sha256")
     expected = file.sha256 or (record.read_text().strip() if record.is_file() else None)
     if expected not in (None, digest):
-        path.unlink()
+        weights.unlink()
         what = "the official file has" if file.sha256 else "it had when it was first downloaded"
         raise CheckpointError(
-            f"{path} has the sha256 {digest}, not the {expected} that {what}: it is removed; run "
+            f"{weights} has the sha256 {digest}, not the {expected} that {what}: it is removed; run "
             f"`edmdistill fetch {file.name}` again."
         )
     if expected is None:

@@ -17,7 +17,7 @@ from edmdistill.checkpoints.download import download
 from edmdistill.checkpoints.hub_client import REPOSITORY, download_from_hub
 from edmdistill.checkpoints.layout import CONFIG, MODEL, checkpoint_in, is_state
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
-from edmdistill.checkpoints.official_files import fetch, find_official, official_files, presets
+from edmdistill.checkpoints.official_files import find_fetched, is_official, official_files
 from edmdistill.errors import CheckpointError, public_address, without_secrets
 
 SHIPPED = {"digits": Path(__file__).parent.parent / "assets" / "digits-teacher.pkl"}
@@ -100,8 +100,8 @@ def resolve(source: str | Path) -> Path:
         return path
     if text in SHIPPED:
         return SHIPPED[text]
-    if text in presets() or text in official_files():
-        return _official(text)
+    if is_official(text):
+        return find_fetched(text)
     # `teachers/edm2-s` with a folder `teachers` is a typing error, not a repository.
     if isinstance(source, str) and REPOSITORY.fullmatch(text.partition("@")[0]) and not path.parent.is_dir():
         return download_from_hub(text)
@@ -111,18 +111,6 @@ def resolve(source: str | Path) -> Path:
     if not near and (official := get_close_matches(text, official_files(), n=1, cutoff=0.8)):
         hint = f"did you mean the official file {official[0]}?"
     raise CheckpointError(f"{path} does not exist: {hint}")
-
-
-def _official(name: str) -> Path:
-    """Returns the file of an official name, downloaded first if need be.
-
-    Raises: CheckpointError: it is a network and its guide, which are two checkpoints; or it cannot be downloaded.
-    """
-    file, *guide = find_official(name)
-    if guide:
-        weight = f"--guide {guide[0].name} --guidance {presets()[name].guidance:g}"
-        raise CheckpointError(f"{name} is a network with its guide: give {file.name}, and {weight} to sample it.")
-    return file.cached or fetch(file).path
 
 
 def _scheme(text: str) -> str:

@@ -7,7 +7,6 @@ import re
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.download import cached
 from edmdistill.checkpoints.official import load_official
 from edmdistill.checkpoints.official_files import (
     OfficialFile,
@@ -20,6 +19,7 @@ from edmdistill.checkpoints.official_files import (
 )
 from edmdistill.checkpoints.vae import read_vae
 from edmdistill.errors import CheckpointError
+from edmdistill.evaluation.references import open_statistics
 from edmdistill.features.spaces import load_features
 
 _PLACES = "each tensor by its name and shape"
@@ -82,7 +82,9 @@ def _check_vae(file: OfficialFile) -> list[str]:
 
 
 def _check_reference(file: OfficialFile) -> list[str]:
-    return [f"{file.name}: {fetch(file).path} is the file for `edmdistill eval SOURCE --ref`"]
+    found = open_statistics(fetch(file).path)
+    spaces = " and ".join(f"{len(one.gaussian.mean)} features of {name}" for name, one in found.spaces.items())
+    return [f"{file.name}: mean and covariance of {spaces}, all finite, symmetric and positive semidefinite"]
 
 
 _CHECKS = {
@@ -108,10 +110,7 @@ def _how_to_reproduce(name: str) -> list[str]:
         result = f"fid {published['fid']:g}, the smallest of three"
     else:
         return []
-    return [
-        f"{name}: NVIDIA states {result}; to measure it, run `edmdistill fetch {reference}`, then",
-        f"    {command} --ref {cached(official_files()[reference].url)}",
-    ]
+    return [f"{name}: NVIDIA states {result}; to measure it: {command} --ref {reference}"]
 
 
 def _reference_of(name: str) -> str | None:

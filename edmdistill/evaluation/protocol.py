@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from edmdistill.checkpoints.official_files import find_fetched, is_official
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.images import LabelSource
@@ -138,7 +139,8 @@ def open_reference(reference: Dataset | Statistics | str | Path | None, standard
     """Returns the real images to measure against, or the statistics of them.
 
     Args:
-        reference: a data set, or statistics; or a source for open_dataset or open_statistics; None: the standard's own.
+        reference: a data set, or statistics; or a source for open_dataset or open_statistics, or the name of an
+            official reference, as in `edmdistill fetch list`; None: the standard's own.
     Raises: DatasetError: it cannot be opened, is not the one that the standard asks for, or none was named.
     """
     fixed = standard.reference
@@ -148,6 +150,8 @@ def open_reference(reference: Dataset | Statistics | str | Path | None, standard
             raise DatasetError(f"the protocol {standard.name} measures against {usual}: name it with --ref")
         return open_dataset(fixed.source, split=fixed.split)
     if isinstance(reference, str | Path):
+        if is_official(str(reference)) and not Path(reference).exists():
+            reference = find_fetched(str(reference))
         reference = open_statistics(reference) if is_statistics(reference) else open_dataset(reference)
     found = describe_reference(reference)
     if fixed is not None and (found.source, found.split) != (fixed.source, fixed.split):

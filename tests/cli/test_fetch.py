@@ -13,6 +13,8 @@ from edmdistill.checkpoints import official_files as module
 from edmdistill.checkpoints.official_files import official_files
 from edmdistill.cli import main
 from edmdistill.evaluation.official import verify_official
+from edmdistill.evaluation.protocol import get_protocol, open_reference
+from edmdistill.evaluation.references import Statistics
 
 NAME = "edm2-img512-s-2147483-0.130"
 
@@ -21,7 +23,8 @@ NAME = "edm2-img512-s-2147483-0.130"
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the servers: the tiny goldens, copied into the cache by the address that is asked for."""
     monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "cache"))
-    content = {"dinov2": TINY_DINOV2, "edm2": GOLDEN / "edm2-rgb-cond.pkl"}
+    reference = GOLDEN / "evaluation" / "metrics" / "ref-real.pkl"
+    content = {"dinov2": TINY_DINOV2, "dataset-refs": reference, "edm2": GOLDEN / "edm2-rgb-cond.pkl"}
 
     def download(url: str) -> Path:
         path = module.cached(url)
@@ -67,7 +70,15 @@ def test_verify_reads_a_teacher_and_says_how_to_reproduce_its_result():
     out = fetch("--verify", "edm2-img512-s-fid")
     assert "80,680 parameters of edm2, all finite" in out
     assert "NVIDIA states fid 2.56" in out
-    assert f"edmdistill eval {NAME} --protocol edm2 --metrics fid --ref " in out
+    assert f"edmdistill eval {NAME} --protocol edm2 --metrics fid --ref ref-edm2-img512" in out
+    assert fetch("--verify", "edm2-img512-s-2147483-0.025").count("\n") == 2
+
+
+def test_a_reference_is_read_and_found_by_its_name():
+    assert "features of inception and " in fetch("--verify", "ref-edm2-img512")
+    reference = open_reference("ref-edm2-img512", get_protocol("edm2"))
+    assert isinstance(reference, Statistics)
+    assert reference.layout == "edm2"
 
 
 def test_verify_compares_the_features_of_two_files(monkeypatch: pytest.MonkeyPatch):
