@@ -27,6 +27,12 @@ def edm_curve(r: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -
     return base.pow(rho)
 
 
+def edm_index(sigma: float, sigma_min: float, sigma_max: float, rho: float = 7.0) -> float:
+    """Returns r with sigma(r) = sigma, the inverse of `edm_curve`; in [0, 1] within the range."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return float((sigma ** (1 / rho) - low) / (high - low))
+
+
 def edm_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """Returns the grid of EDM's samplers, sigma_max ... sigma_min, without the final 0.  [num_steps]
 
@@ -70,6 +76,30 @@ def cosim_sigmas(
     k = (draws.uniform() * R).floor() + 1
     gamma = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform() / k)
     r_t = (r_s + gamma).clamp(max=1)
+    return edm_curve(r_s, sigma_min, sigma_max, rho), edm_curve(r_t, sigma_min, sigma_max, rho)
+
+
+def start_first_sigmas(
+    draws: Draws,
+    *,
+    sigma_min: float,
+    sigma_max: float,
+    share_to_max: float = 0.5,
+    sigma_from: float = 0.0,
+    rho: float = 7.0,
+) -> tuple[Tensor, Tensor]:
+    """Draws where jumps start before where they are compared, as noise levels sigma_s <= sigma_t.  [B], [B]
+
+    r_t = 1 with probability share_to_max, else U[r(sigma_from), 1];  r_s = r_t (U[0, 1] + U[0, 1]) / 2
+
+    Args:
+        sigma_from: lowest level that a jump starts from, below sigma_max; 0 = sigma_min.
+    Differs: from `cosim_sigmas`, where s comes first, so that few jumps start in the middle; and the two uniform
+        numbers spare the ends of [0, t], where the two scores say little of a jump.
+    """
+    low = edm_index(sigma_from, sigma_min, sigma_max, rho) if sigma_from > sigma_min else 0.0
+    r_t = torch.where(draws.uniform() < share_to_max, 1.0, low + (1 - low) * draws.uniform())
+    r_s = r_t * (draws.uniform() + draws.uniform()) / 2
     return edm_curve(r_s, sigma_min, sigma_max, rho), edm_curve(r_t, sigma_min, sigma_max, rho)
 
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from edmdistill.draws import Draws
-from edmdistill.schedules import cosim_sigmas, edm_curve, edm_sigmas, generator_sigmas, lognormal_sigmas
+from edmdistill.schedules import (
+    cosim_sigmas,
+    edm_curve,
+    edm_index,
+    edm_sigmas,
+    generator_sigmas,
+    lognormal_sigmas,
+    start_first_sigmas,
+)
 
 MIN, MAX = 0.002, 80.0
 
@@ -80,3 +88,24 @@ def test_lognormal() -> None:
 
 def test_levels_are_a_function_of_the_draws() -> None:
     torch.testing.assert_close(draw(100), draw(100), rtol=0, atol=0)
+
+
+def test_edm_index_inverts_the_curve() -> None:
+    r = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert [edm_index(float(sigma), MIN, MAX) for sigma in edm_curve(r, MIN, MAX)] == pytest.approx(r.tolist())
+
+
+def test_start_first_sigmas() -> None:
+    """t: the share at sigma_max, and uniform on the curve above the lowest level; s/t on the curve has mean 1/2."""
+    n = 20000
+    s, t = start_first_sigmas(Draws(0, n), sigma_min=MIN, sigma_max=MAX, share_to_max=0.3, sigma_from=0.3)
+    r_s, r_t = (((level ** (1 / 7) - MIN ** (1 / 7)) / (MAX ** (1 / 7) - MIN ** (1 / 7))) for level in (s, t))
+    assert (r_s <= r_t).all()
+    top = t > MAX - 1e-9
+    assert float(top.double().mean()) == pytest.approx(0.3, abs=0.01)
+    low = edm_index(0.3, MIN, MAX)
+    assert float(r_t[~top].min()) == pytest.approx(low, abs=1e-3)
+    assert float(r_t[~top].mean()) == pytest.approx((1 + low) / 2, abs=0.01)
+    ratio = r_s / r_t
+    assert float(ratio.mean()) == pytest.approx(1 / 2, abs=0.01)
+    assert float(ratio.var()) == pytest.approx(1 / 24, abs=0.002), "of the mean of two uniform numbers"

@@ -11,7 +11,7 @@ Yu et al. 2025 (ICML), algorithm 2.
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -22,13 +22,17 @@ from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Role
 from edmdistill.methods.noising import noised
 from edmdistill.methods.score_distillation import ScoreDistillation
-from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss
-from edmdistill.schedules import cosim_sigmas
+from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss, kl_generator_loss
+from edmdistill.schedules import cosim_sigmas, start_first_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
 
 class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Differs: the paper requires lambda >= 0 in coef = alpha (1 + lambda), but trains alpha 1.2 with coef 1; its
+    """Options; the defaults are the paper's.
+
+    gradient = "kl", order = "t" and anchor_sigma are not in the paper: docs/cosim.md says what they are for.
+
+    Differs: the paper requires lambda >= 0 in coef = alpha (1 + lambda), but trains alpha 1.2 with coef 1; its
     eq. 12 defines another lambda, 2 coef - 1. The losses depend on alpha and coef only, so these are the options."""
 
     alpha: Alpha = 1.2
@@ -39,9 +43,21 @@ class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share_to_max: Annotated[float, Meta(ge=0, le=1, description="share of jumps that start at sigma_max")] = 0.5
     r_s_max: Annotated[float, Meta(gt=0, le=1, description="upper end of s, as r of EDM's curve; 1 = sigma_max")] = 1.0
     weight: Weight = "sid"
+    gradient: Annotated[
+        Literal["fisher", "kl"],
+        Meta(description="the generator's: fisher, through both scores; kl, their difference itself, as in DMD"),
+    ] = "fisher"
+    order: Annotated[
+        Literal["s", "t"], Meta(description="drawn first: s, or t with s uniform below it, whatever R and r_s_max")
+    ] = "s"
+    anchor_sigma: Annotated[
+        float, Meta(ge=0, description="jumps that start below this noise level learn the teacher's denoiser")
+    ] = 0.0
     force: Annotated[bool, Meta(description="allow coef below .5")] = False
 
     def __post_init__(self) -> None:
+        if self.anchor_sigma and self.order != "t":
+            raise ValueError('anchor_sigma divides the levels t, which order = "t" draws first: set both or neither')
         if self.coef < 0.5 and not self.force:
             raise ValueError(
                 f"coef {self.coef} is below .5: the auxiliary score would overshoot its data; force = true allows it"
@@ -54,10 +70,15 @@ class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Transition(NamedTuple):
-    """A draw of algorithm 2, lines 1-3.  s, t [B]; g, x_s, v [B,C,H,W], v the velocity of (g, z) at s."""
+    """A draw of algorithm 2, lines 1-3.  s, t [B]; x_t, F, g, x_s, v [B,C,H,W].
+
+    F is the generator's output at x_t and g its image; v is the velocity of (g, z) at s.
+    """
 
     s: Tensor
     t: Tensor
+    x_t: Tensor
+    F: Tensor
     g: Tensor
     x_s: Tensor
     v: Tensor
@@ -81,33 +102,46 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
 
     def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 2, even n: psi tracks the generator's score at x_s.  Source: eq. 15, second line."""
+        beta, sigma_data = self.config.beta, self.noise.sigma_data
         with torch.no_grad():
-            s, t, _, x_s, v = self.transition(batch, draws)
-            F_teacher = self.teacher(x_s, s, batch.labels)
-        F_aux = self.auxiliary(x_s, s, batch.labels, t)
-        return auxiliary_loss(F_aux, F_teacher, v, s, sigma_data=self.noise.sigma_data, beta=self.config.beta)
+            jump = self.transition(batch, draws, sigma_from=self.config.anchor_sigma)
+            F_teacher = self.teacher(jump.x_s, jump.s, batch.labels) if beta < 1 else 0.0
+        F_aux = self.auxiliary(jump.x_s, jump.s, batch.labels, jump.t)
+        return auxiliary_loss(F_aux, F_teacher, jump.v, jump.s, sigma_data=sigma_data, beta=beta)
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 2, odd n: phi closes the gap between the two scores.  Source: eq. 15, first line."""
         config, sigma_data = self.config, self.noise.sigma_data
-        s, t, g, x_s, v = self.transition(batch, draws)
-        F_teacher = self.teacher(x_s, s, batch.labels)
-        F_aux = self.auxiliary(x_s, s, batch.labels, t)
-        loss = generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, alpha=config.alpha, weight=config.weight)
+        s, t, x_t, F, g, x_s, v = self.transition(batch, draws)
+        short = t < sigma_to_time(config.anchor_sigma, sigma_data)
+        if config.anchor_sigma:  # one pass of the teacher serves both kinds of row
+            s, x_s = torch.where(short, t, s), torch.where(short[:, None, None, None], x_t, x_s)
+        with torch.set_grad_enabled(config.gradient == "fisher"):
+            F_teacher = self.teacher(x_s, s, batch.labels)
+            F_aux = self.auxiliary(x_s, s, batch.labels, t)
+        if config.gradient == "kl":
+            loss = kl_generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data)
+        else:
+            alpha, weight = config.alpha, config.weight
+            loss = generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, alpha=alpha, weight=weight)
+        if config.anchor_sigma:
+            anchor = (F - F_teacher.detach()).square().flatten(1).sum(1)
+            loss = loss._replace(value=torch.where(short, anchor, loss.value))
         return loss._replace(generated=g.detach())
 
-    def transition(self, batch: Batch, draws: Draws) -> Transition:
-        """Draws (s, t), x_t and x_s: algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s."""
+    def transition(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Transition:
+        """Draws (s, t), x_t and x_s: algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s.
+
+        sigma_from: lowest level t, where t comes first.
+        """
         config, (sigma_data, sigma_min, sigma_max) = self.config, self.noise
-        sigma_s, sigma_t = cosim_sigmas(
-            draws,
-            sigma_min=sigma_min,
-            sigma_max=sigma_max,
-            R=config.R,
-            share_to_max=config.share_to_max,
-            r_s_max=config.r_s_max,
-        )
+        levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "share_to_max": config.share_to_max}
+        if config.order == "t":
+            sigma_s, sigma_t = start_first_sigmas(draws, **levels, sigma_from=sigma_from)
+        else:
+            sigma_s, sigma_t = cosim_sigmas(draws, **levels, R=config.R, r_s_max=config.r_s_max)
         s, t = sigma_to_time(sigma_s, sigma_data), sigma_to_time(sigma_t, sigma_data)
         x_t = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), t)
-        g = denoised(x_t, self.generator(x_t, t, batch.labels), t, sigma_data)
-        return Transition(s, t, g, *noised(g, s, draws, sigma_data))
+        F = self.generator(x_t, t, batch.labels)
+        g = denoised(x_t, F, t, sigma_data)
+        return Transition(s, t, x_t, F, g, *noised(g, s, draws, sigma_data))

@@ -203,7 +203,7 @@ MUTANTS = {
     "weight attached": _attached_weight,
     "beta doubled": _losses("auxiliary_loss", lambda beta, **_: {"beta": 2 * beta}),
     "psi's target attached": _attached,
-    "psi without t": _auxiliary(lambda s, t: (s, torch.zeros_like(t))),
+    "psi without t": _auxiliary(lambda s, t: (s, s)),
     "psi's times swapped": _auxiliary(lambda s, t: (t, s)),
     "r flipped": _flipped,
 }

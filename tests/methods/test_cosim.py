@@ -320,6 +320,61 @@ def test_no_gradient_where_the_auxiliary_score_is_the_teachers(case: Make) -> No
     assert flat(gradients(value.sum(), it.networks["generator"])).abs().max() < 1e-12
 
 
+# --- The KL's gradient, t first, and the anchor. ---
+
+
+def test_the_kl_gradient_passes_no_score_network(case: Make) -> None:
+    """As Fisher's turn with both scores detached, alpha = 0 and another weight: its direction in g is D_psi - D*."""
+    it = case(gradient="kl")
+    sigma_s, sigma_t, n, eps = drawn(it.batch, SEED, it.config)
+    g = denoise(it.networks["generator"], it.batch.x0 + sigma_t * n, sigma_t, it.batch.labels)
+    x_s = (g + sigma_s * eps).detach()
+    D_teacher = denoise(it.networks["teacher"], x_s, sigma_s, it.batch.labels)
+    difference = D_teacher - denoise(it.networks["auxiliary"], x_s, sigma_s, it.batch.labels, sigma_t)
+    size = (D_teacher - g).abs().mean((1, 2, 3)) + difference.square().mean((1, 2, 3)).sqrt()
+    expected = -(difference / size.reshape(-1, 1, 1, 1)).detach() * g
+    generator = it.networks["generator"]
+    actual = flat(gradients(it.turn("generator").mean(), generator))
+    assert_near(actual, flat(gradients(expected.sum((1, 2, 3)).mean(), generator)), 1e-10)
+    for role in ("teacher", "auxiliary"):
+        reached = gradients(it.turn("generator").mean(), it.networks[role])
+        assert reached == [None] * len(reached), f"the generator's turn reaches the {role}"
+
+
+@pytest.mark.parametrize("gradient", ["fisher", "kl"])
+def test_short_jumps_learn_the_teachers_denoiser(case: Make, gradient: str) -> None:
+    """With an anchor above all levels, the generator's turn is regression on F*, and the auxiliary score is idle."""
+    it = case(gradient=gradient, order="t", share_to_max=0.0, anchor_sigma=79.9)
+    jump = CoSIM(it.config, it.networks, NoiseRange(SD, 0.002, 80.0)).transition(
+        it.batch, Draws(SEED, len(it.batch.x0))
+    )
+    teacher = it.networks["teacher"](jump.x_t, jump.t, it.batch.labels)
+    expected = (jump.F - teacher).square().sum((1, 2, 3))
+    assert_near(it.turn("generator"), expected, 1e-10)
+    generator = it.networks["generator"]
+    assert_near(*(flat(gradients(value.mean(), generator)) for value in (it.turn("generator"), expected)), 1e-10)
+
+
+def test_the_anchor_divides_the_levels(case: Make) -> None:
+    """Rows that start below it are regression, the others are as without it."""
+    free, anchored = (case(gradient="kl", order="t", anchor_sigma=anchor) for anchor in (0.0, 2.0))
+    jump = CoSIM(free.config, free.networks, NoiseRange(SD, 0.002, 80.0)).transition(
+        free.batch, Draws(SEED, len(free.batch.x0))
+    )
+    short = jump.t < math.atan(2.0 / SD)
+    assert 0 < short.sum() < len(short)
+    same = (free.turn("generator") - anchored.turn("generator")).abs() < 1e-12
+    assert (same == ~short).all()
+
+
+def test_no_jump_of_the_auxiliary_turn_starts_below_the_anchor(case: Make) -> None:
+    it = case(order="t", share_to_max=0.0, anchor_sigma=2.0)
+    method = CoSIM(it.config, it.networks, NoiseRange(SD, 0.002, 80.0))
+    levels = [method.transition(it.batch, Draws(seed, len(it.batch.x0)), sigma_from=2.0).t.min() for seed in range(20)]
+    assert min(levels) >= math.atan(2.0 / SD)
+    assert min(levels) < math.atan(4.0 / SD)
+
+
 # --- The mutants. ---
 
 CAUGHT_BY_GRADIENTS = [
@@ -384,6 +439,8 @@ def test_beta(coef: float) -> None:
         {"coef": 0.49},
         {"R": 0},
         {"share_to_max": 1.1},
+        {"anchor_sigma": 0.3},
+        {"anchor_sigma": -0.3, "order": "t"},
         {"r_s_max": 0},
         {"weight": "none"},
         {"lambda": 0.5},
