@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import BATCH, FEATURES, NamedFile, NameList, OutputPath, say
+from edmdistill.cli.measurements import SHARING, open_work, shared
+from edmdistill.cli.options import BATCH, FEATURES, NamedFile, NameList, OutputPath, interruptible, option_group, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharingOptions:
+    """The options of SHARING, as they were typed."""
+
+    device: str | None
+    processes: int | None
+    work: Path | None
 
 
 @click.command("stats")
@@ -36,7 +48,7 @@ from edmdistill.cli.options import BATCH, FEATURES, NamedFile, NameList, OutputP
 )
 @click.option("--split", default="train", show_default=True, help="Split of the digits: train, test or all.")
 @click.option("--batch", type=BATCH, default=256, show_default=True, help="Images at a time.")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
+@option_group("sharing", SharingOptions, *SHARING)
 def command(
     source: str,
     out: Path,
@@ -45,29 +57,41 @@ def command(
     keep: int | None,
     split: str,
     batch: int,
-    device: str | None,
+    sharing: SharingOptions,
 ) -> None:
     """Write the statistics of a data set, against which `eval --ref OUT.npz` measures.
 
-    SET is a zip, a folder, or the word digits. All its images are read once, for all feature spaces.
+    SET is a zip, a folder, or the word digits. All its images are read once, for all feature spaces. After Ctrl-C or a
+    kill the same command goes on, on another number of processes too.
     """
-    from edmdistill.data.datasets import open_dataset
-    from edmdistill.evaluation.collect import collect_statistics, write_statistics
-    from edmdistill.features.spaces import load_features
-    from edmdistill.machine.devices import pick_device
-    from edmdistill.progress import progress_bar
-
     files = dict(weights)
     if unused := files.keys() - features:
         raise click.UsageError(f"--weights {min(unused)}=... is of a feature space that --features does not name.")
-    where = pick_device(device)
-    spaces = {name: load_features(name, files.get(name), where) for name in features}
-    data = open_dataset(source, split=split)
-    for note in data.notes:
-        say(note)
-    with progress_bar(len(data)) as bar:
-        about, statistics = collect_statistics(
-            data, spaces, keep=keep or 0, batch=batch, device=where, on_progress=bar.update
-        )
-    write_statistics(out, about, statistics)
-    say(f"{out}: {about.n:,} images in {', '.join(spaces)}")
+
+    from edmdistill.data.datasets import open_dataset
+    from edmdistill.evaluation.collect import collect_statistics, write_statistics
+    from edmdistill.features.spaces import load_features
+    from edmdistill.machine.devices import process_device
+    from edmdistill.progress import progress_bar
+
+    with closing(open_work(sharing.work)) as work, shared(sharing.processes, sharing.device) as processes:
+        where, data = process_device(sharing.device), open_dataset(source, split=split)
+        spaces = {name: load_features(name, files.get(name), where) for name in features}
+        for note in data.notes:
+            say(note)
+        kept = f"what is measured is kept in {work.root}; the same command goes on"
+        with interruptible(lambda: kept), progress_bar(len(data)) as bar:
+            collected = collect_statistics(
+                data,
+                spaces,
+                keep=keep or 0,
+                batch=batch,
+                device=where,
+                work=work,
+                processes=processes,
+                on_progress=bar.update,
+            )
+        if collected is not None:
+            write_statistics(out, *collected)
+            work.remove()
+            say(f"{out}: {len(data):,} images in {', '.join(spaces)}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from edmdistill.evaluation.measurements import Measurements
     from edmdistill.evaluation.results import Result
-    from edmdistill.evaluation.shards import Processes
+    from edmdistill.evaluation.shards import Processes, Work
     from edmdistill.networks.flow import FlowNetwork
     from edmdistill.sampling.spec import SamplerSpec
 
@@ -35,6 +35,28 @@ class WeightsOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         if value not in ("ema", "raw") and not (equals and name and file):
             self.fail(f"{str(value)!r} is neither ema, raw nor NAME=FILE, as in inception=inception.pt.", param, ctx)
         return str(value)
+
+
+SHARING = (
+    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
+    click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one a GPU."),
+    click.option(
+        "--work",
+        type=OutputPath(),
+        metavar="DIR",
+        help="Where what is measured is kept until the end, for the same command to go on with.  "
+        "[default: in the user's cache]",
+    ),
+)
+"""The options of a command that several processes share, and that goes on after a stop."""
+
+
+def open_work(folder: Path | None) -> Work:
+    """Returns the work in the folder of --work, or in the user's cache."""
+    from edmdistill.checkpoints.download import cache_folder
+    from edmdistill.evaluation.shards import Work
+
+    return Work(folder or cache_folder() / "evaluations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +84,13 @@ class MeasurementOptions:
 
     def of_every_source(self, device: torch.device, processes: Processes) -> dict[str, Any]:
         """Returns the arguments of `evaluate` for networks and images alike."""
-        from edmdistill.checkpoints.download import cache_folder
-        from edmdistill.evaluation.shards import Work
-
         pairs = (text.partition("=") for text in self.weights if "=" in text)
         return {
             "metrics": None if self.metrics is None else self.metrics.split(","),
             "weights": {name: file for name, _, file in pairs},
             "batch": self.batch,
             "device": device,
-            "work": Work(self.work or cache_folder() / "evaluations"),
+            "work": open_work(self.work),
             "processes": processes,
         }
 
@@ -118,31 +137,25 @@ def measurement_options(count_help: str, metrics_help: str) -> Callable[[Callabl
         click.option(
             "--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network."
         ),
-        click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
-        click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one a GPU."),
-        click.option(
-            "--work",
-            type=OutputPath(),
-            metavar="DIR",
-            help="Where what is measured is kept until the end, for the same command to go on with.  "
-            "[default: in the user's cache]",
-        ),
+        *SHARING,
     )
 
 
 @contextmanager
-def shared(options: MeasurementOptions) -> Iterator[Processes]:
+def shared(count: int | None, device: str | None) -> Iterator[Processes]:
     """Yields the processes that share a command, this one among them; with --processes, starts them and exits.
 
     Of several, the main one alone prints; errors that all of them meet are printed once.
+
+    Args:
+        count, device: as typed with --processes and --device.
     """
     from edmdistill.evaluation.shards import ONE_PROCESS
     from edmdistill.machine.launch import init_from_environment, launch, process_rank, without_processes
 
     init_from_environment()
-    if options.processes is not None and options.processes > 1:
-        arguments = without_processes(sys.argv[1:])
-        sys.exit(launch(arguments, options.processes, device=options.device, on_message=say))
+    if count is not None and count > 1:
+        sys.exit(launch(without_processes(sys.argv[1:]), count, device=device, on_message=say))
     rank, world_size = process_rank()
     if world_size == 1:
         yield ONE_PROCESS
@@ -154,7 +167,7 @@ def shared(options: MeasurementOptions) -> Iterator[Processes]:
     if rank:
         set_quiet(True)
     with errors_once():
-        engine = Engine(Machine(options.device))
+        engine = Engine(Machine(device))
         try:
             yield engine
         finally:

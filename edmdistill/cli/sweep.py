@@ -113,5 +113,5 @@ def command(
     def specs(flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None) -> list[SamplerSpec]:
         return sampler.specs(flow, device, dtype, nfes or [None], gammas or [None])
 
-    with shared(options) as processes:
+    with shared(options.processes, options.device) as processes:
         measure(plan_measurements(source, protocol, options, specs, processes), folder, show)

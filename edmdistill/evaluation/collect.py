@@ -43,15 +43,15 @@ def collect_statistics(
     work: Work | None = None,
     processes: Processes = ONE_PROCESS,
     on_progress: Callable[[int], object] = lambda count: None,
-) -> tuple[About, dict[str, SpaceStatistics]]:
-    """Returns what is known of a data set, and its statistics in each feature space.
+) -> tuple[About, dict[str, SpaceStatistics]] | None:
+    """Returns what is known of a data set, and its statistics in each feature space; the first process alone has them.
 
     Args:
         keep: for so many images, or all if there are fewer, the features are kept, for metrics such as precision.
         batch: images at a time.
         device: of the spaces.
         work: where features are kept meanwhile, so that a stopped command goes on; None: nowhere, for one process.
-        processes: that share the work; the first one alone has the result.
+        processes: that share the work.
         on_progress: called with the number of images that have just been measured.
     Raises: DatasetError: there are fewer than two images, or they do not fit a space.
     """
@@ -74,6 +74,8 @@ def collect_statistics(
         for name in spaces:
             statistics[name].update(arrays[f"{name}/features"])
             features[name].update(arrays[f"{name}/features"][kept[rows.start : rows.stop]])
+    if processes.rank:
+        return None
     about = About(
         n=len(data),
         weights=weights,

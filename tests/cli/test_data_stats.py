@@ -14,10 +14,18 @@ from edmdistill.features.spaces import DIGITS_WEIGHTS, FEATURE_SPACES
 def test_stats_of_digits(tmp_path: Path) -> None:
     out = tmp_path / "stats.npz"
     arguments = ["data", "stats", "digits", str(out), "--split", "test", "--keep-features", "20", "--device", "cpu"]
-    arguments += ["--features", "digits, pixels,digits", "--weights", f"digits={DIGITS_WEIGHTS}"]
+    arguments += [
+        "--work",
+        str(tmp_path / "work"),
+        "--features",
+        "digits, pixels,digits",
+        "--weights",
+        f"digits={DIGITS_WEIGHTS}",
+    ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert result.stderr == f"{out}: 297 images in digits, pixels\n"
+    assert not list((tmp_path / "work").iterdir())
     found = open_statistics(out)
     assert list(found.spaces) == ["digits", "pixels"]
     assert all(space.features is not None and len(space.features) == 20 for space in found.spaces.values())

@@ -1,17 +1,22 @@
 """Statistics of a data set, and that measuring against them is measuring against the set."""
 
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ranks import Rank, in_ranks
 
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.collect import collect_statistics, write_statistics
+from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.frechet import RunningStatistics
-from edmdistill.evaluation.references import open_statistics
+from edmdistill.evaluation.references import About, SpaceStatistics, open_statistics
+from edmdistill.evaluation.shards import Work
 from edmdistill.features.base import FeatureSpace
 from edmdistill.features.spaces import DIGITS_WEIGHTS, Digits, Pixels
 
@@ -19,10 +24,16 @@ SPACES: dict[str, FeatureSpace] = {"digits": Digits(), "pixels": Pixels()}
 TEST = open_dataset("digits", split="test")
 
 
+def collect(**options: Any) -> tuple[About, dict[str, SpaceStatistics]]:
+    collected = collect_statistics(TEST, SPACES, **options)
+    assert collected is not None
+    return collected
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stats") / "stats.npz"
-    write_statistics(path, *collect_statistics(TEST, SPACES, keep=50, batch=100))
+    write_statistics(path, *collect(keep=50, batch=100))
     return path
 
 
@@ -53,13 +64,50 @@ def test_kept_features_are_of_the_same_images_in_all_spaces(file: Path) -> None:
 
 def test_any_batch_and_any_number_kept(file: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.npz"
-    write_statistics(path, *collect_statistics(TEST, SPACES, keep=10**6, batch=7))
+    write_statistics(path, *collect(keep=10**6, batch=7))
     first, second = open_statistics(file), open_statistics(path)
     assert first.about == second.about
     for name, space in SPACES.items():
         a, b = first.spaces[name].gaussian, second.spaces[name].gaussian
         np.testing.assert_allclose(a.covariance, b.covariance, rtol=1e-9, atol=1e-6)
         assert len(second.collected(space, Features)) == len(TEST)
+
+
+def test_two_processes_collect_what_one_does(tmp_path: Path) -> None:
+    def act(rank: Rank) -> Any:
+        return collect_statistics(TEST, SPACES, keep=9, batch=50, work=Work(tmp_path), processes=rank)
+
+    (about, spaces), nothing = in_ranks(2, act)
+    assert nothing is None
+    expected, alone = collect(keep=9, batch=50)
+    assert about == expected
+    for name in SPACES:
+        torch.testing.assert_close(spaces[name].gaussian.covariance, alone[name].gaussian.covariance)
+        torch.testing.assert_close(spaces[name].features.values, alone[name].features.values)
+
+
+def test_a_stopped_command_goes_on(tmp_path: Path) -> None:
+    def stop(count: int) -> None:
+        if count:
+            raise KeyboardInterrupt
+
+    with closing(Work(tmp_path)) as work, pytest.raises(KeyboardInterrupt):
+        collect(batch=100, work=work, on_progress=stop)
+    steps: list[int] = []
+    about, _ = collect(batch=100, work=Work(tmp_path), on_progress=steps.append)
+    assert (about.n, steps[0], sum(steps)) == (len(TEST), 100, len(TEST))  # a hundred are there already
+
+
+def test_measuring_against_statistics_is_measuring_against_the_set(tmp_path: Path) -> None:
+    images = open_dataset("digits").images(range(60))
+    metrics = ["fd_pixels", "precision_pixels", "recall_pixels", "density_pixels", "coverage_pixels", "kd_pixels"]
+    write_statistics(tmp_path / "stats.npz", *collect(keep=len(TEST)))
+    results = [
+        evaluate(images, reference, protocol="pixels", metrics=metrics) for reference in (TEST, tmp_path / "stats.npz")
+    ]
+    a, b = (result.metrics for result in results)
+    assert list(a) == [f"{name}@60" for name in metrics]
+    assert a == pytest.approx(b, rel=1e-9)
 
 
 def test_other_weights_are_refused(file: Path, tmp_path: Path) -> None:
