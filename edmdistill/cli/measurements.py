@@ -185,7 +185,7 @@ def plan_measurements(
     if options.count and options.seeds:
         raise click.UsageError("--n N means the seeds 0 to N - 1, so it cannot be combined with --seeds.")
 
-    from edmdistill.checkpoints.load import load_model
+    from edmdistill.checkpoints.load import load_model, weights_digest
     from edmdistill.checkpoints.source import open_source
     from edmdistill.evaluation.images import is_images, open_images
     from edmdistill.evaluation.measurements import measure_images, measure_network
@@ -218,6 +218,7 @@ def plan_measurements(
         repeat=options.repeat,
         decode=decode,
         source=source,
+        source_sha256=weights_digest(checkpoint, model, options.run_weights),
         **common,
     )
 

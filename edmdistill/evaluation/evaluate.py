@@ -48,6 +48,7 @@ def evaluate(
     batch: int = 256,
     device: torch.device | str = "cpu",
     source: str | None = None,
+    source_sha256: str | None = None,
     work: Work | None = None,
     processes: Processes = ONE_PROCESS,
     on_progress: Callable[[int], object] = lambda count: None,
@@ -68,7 +69,8 @@ def evaluate(
         decode: of open_decoder, for a network that makes latents.
         batch: images at a time; the same in all processes.
         device: where features are computed.
-        source: where the images come from, for the record.
+        source, source_sha256: where network or images come from, and the digest of its file, for the record; default:
+            the digest of a network's weights as they are in memory.
         work: where an evaluation is kept, so that it goes on after it was stopped; None: it begins anew.
         processes: that share the evaluation; for several, `work` must be given.
         on_progress: called with the number of images that have just been measured.
@@ -109,7 +111,10 @@ def evaluate(
         labels=images.label_source,
         decoder=decode.vae.sha256 if isinstance(decode, LatentDecoder) else None,
     )
-    task = _Task(subject, data, panel, done, standard.n, provenance(model_or_images, source, device))
+    origin = provenance(model_or_images, source, device, source_sha256)
+    if sampler.guide is not None:
+        origin["guide_sha256"] = tensors_digest(sampler.guide)
+    task = _Task(subject, data, panel, done, standard.n, origin)
     return task.run(on_progress) if work is None else task.resume(work, on_progress)
 
 
@@ -122,17 +127,12 @@ class _Subject(NamedTuple):
     record: SamplerRecord | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Returns what decides the images, beside seeds and labels.  Raises: EdmDistillError: it is not known."""
+        """Returns what decides the images beside the protocol.  Raises: EdmDistillError: it is not known."""
         if self.model is None:
             if self.images.identity is None:
                 raise EdmDistillError("images in memory cannot be known again by another process: leave out work")
             return {"images": self.images.identity()}
-        guide = self.sampler.guide
-        return {
-            "model": tensors_digest(self.model),
-            "guide": None if guide is None else tensors_digest(guide),
-            "sampler": self.record,
-        }
+        return {"sampler": self.record}
 
 
 class _Task(NamedTuple):
@@ -149,7 +149,7 @@ class _Task(NamedTuple):
         """Returns the result of what is kept and of what was missing."""
         data = self.data
         known = data.content_sha256 if isinstance(data, Dataset) else data.sha256
-        identity = self.subject.identity() | {"reference": known, "origin": self.origin}
+        identity = self.subject.identity() | {"reference": known, "origin": self.origin, "standard_n": self.standard_n}
         processes = self.panel.processes
         folder = work.folder(msgspec.to_builtins(identity | {"protocol": self.protocol}), processes)
         file = folder / RESULT
@@ -252,14 +252,20 @@ def _require_fit(images: Images, data: Dataset | Statistics, standard: Protocol,
         )
 
 
-def provenance(model_or_images: object, source: str | None, device: torch.device | str) -> dict[str, Any]:
+def provenance(
+    model_or_images: object, source: str | None, device: torch.device | str, source_sha256: str | None = None
+) -> dict[str, Any]:
     """Returns the record of what was measured, and with which versions, as JSON."""
-    versions = {"edmdistill": __version__, "torch": str(torch.__version__), "device": str(device)}
+    versions = {"edmdistill": __version__, "torch": str(torch.__version__), "device": torch.device(device).type}
     if isinstance(model_or_images, str | Path):
         source = source or str(model_or_images)
     origin: dict[str, Any] = {"source": source and without_secrets(source)}
     if isinstance(model_or_images, Generator):
         config = model_or_images.config
         origin |= {name: getattr(config, name) for name in ("method", "recipe_hash", "images_seen", "provenance")}
+    if source_sha256 is None and isinstance(model_or_images, Generator | Denoiser):
+        source_sha256 = tensors_digest(model_or_images)
+    if source_sha256 is not None:
+        origin["source_sha256"] = source_sha256
     document: dict[str, Any] = msgspec.to_builtins(origin | versions)
     return document

@@ -7,6 +7,7 @@ Inception's features are fid and kid.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, NamedTuple
 
 from edmdistill.errors import EdmDistillError, did_you_mean
@@ -62,6 +63,19 @@ METRICS: dict[str, MetricKind] = {
     "coverage": MetricKind(Coverage),
     "class_accuracy": MetricKind(ClassAccuracy, "digits"),
 }
+
+
+HIGHER_IS_BETTER = "is", "precision", "recall", "density", "coverage", "class_accuracy"
+
+
+def loss_of(name: str, value: float) -> float:
+    """Returns a number that is lower for a better value of a metric.
+
+    Args:
+        name: in results, such as fid@5000 or precision_dinov2.
+    """
+    kind = re.split(r"[\[@]", name)[0]
+    return -value if any(kind == one or kind.startswith(f"{one}_") for one in HIGHER_IS_BETTER) else value
 
 
 class FoundMetric(NamedTuple):

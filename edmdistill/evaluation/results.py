@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.config import CheckpointConfig, read_config, write_config
@@ -59,28 +60,32 @@ def results_table(results: Sequence[Result]) -> str:
     protocol = results[0].protocol
     reference = protocol.reference
     assert reference is not None
-    where = f"{reference.source} ({reference.split}, {reference.n})"
+    size = "" if reference.n is None else f", {reference.n}"
+    where = f"{reference.source} ({reference.split}{size})"
     against = f"{protocol.n} images against {where}" if protocol.features else f"bits per dimension of {where}"
     names = ("NFE", *results[0].metrics)
     rows = [names]
     for result in results:
         nfe = str(result.sampler.nfe) if result.sampler else "-"
-        rows.append((nfe, *(f"{value:.4g}" for value in result.metrics.values())))
+        rows += [(f"{nfe}{name}", *(f"{value:.4g}" for value in values)) for name, values in _rows_of(result).items()]
     lines = [
         "".join(f"{cell:>{max(18, len(name) + 2)}}" for cell, name in zip(row, names, strict=True)) for row in rows
     ]
+    if protocol.repeat > 1:
+        lines.append(
+            f"Means of {protocol.repeat} repetitions of {protocol.n} images, seeds {protocol.seeds}. EDM's papers give "
+            "the minimum of three."
+        )
     return "\n".join([f"protocol {protocol.name}: {against}", *lines])
 
 
-def require_comparable(a: Result, b: Result) -> None:
-    """Raises EdmDistillError, naming what differs, unless two results were measured by one protocol."""
-    ours, theirs = asdict(a.protocol), asdict(b.protocol)
-    differences = [f"{key} ({ours[key]} and {theirs[key]})" for key in ours if ours[key] != theirs[key]]
-    if differences:
-        raise EdmDistillError(
-            f"these results cannot be compared: they differ in {', '.join(differences)}; measure both with the same "
-            "protocol"
-        )
+def _rows_of(result: Result) -> dict[str, Sequence[float]]:
+    """Returns the metrics of a result; of several repetitions their means, minima and standard deviations."""
+    columns = [[one[name] for one in result.repetitions] for name in result.metrics]
+    rows: dict[str, Sequence[float]] = {"": list(result.metrics.values())}
+    if result.repetitions:
+        rows |= {" min": [min(column) for column in columns], " std": [stdev(column) for column in columns]}
+    return rows
 
 
 def read_results(files: Iterable[Path]) -> list[Result]:
@@ -129,7 +134,7 @@ def latest_results(results: Iterable[Result]) -> list[Result]:
 
 def _key(result: Result) -> tuple[object, ...]:
     origin = result.provenance
-    weights = tuple(origin.get(name) for name in ("method", "recipe_hash", "images_seen"))
+    weights = tuple(origin.get(name) for name in ("method", "recipe_hash", "images_seen", "source_sha256"))
     return result.protocol_sha256, result.sampler, weights
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from edmdistill.checkpoints.documents import markdown
+from edmdistill.evaluation.metrics import loss_of
 from edmdistill.evaluation.protocol import Protocol
 from edmdistill.evaluation.results import Result
 from edmdistill.sampling.spec import SamplerRecord
@@ -43,7 +45,9 @@ class ResultTable(NamedTuple):
         widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
         shapes = [f"{'<' if i in (0, len(widths) - 1) else '>'}{width}" for i, width in enumerate(widths)]
         lines = ["  ".join(map(format, row, shapes)).rstrip() for row in self.rows]
-        return "\n".join([f"Protocol {self.protocol.name}, {self.protocol.n} images.", *lines, self.claim]).rstrip()
+        times = f", means of {self.protocol.repeat} repetitions" if self.protocol.repeat > 1 else ""
+        head = f"Protocol {self.protocol.name}, {self.protocol.n} images{times}."
+        return "\n".join([head, *lines, self.claim]).rstrip()
 
     def to_markdown(self) -> str:
         """Returns the table in Markdown."""
@@ -56,15 +60,17 @@ class ResultTable(NamedTuple):
         protocol, sha256 = self.protocol, f"{self.protocol.sha256():.12}"
         reference = protocol.reference
         real = f"{reference.source} ({reference.split}, {reference.n} images)" if reference else "-"
+        times = f"means of {protocol.repeat} times " if protocol.repeat > 1 else ""
         if protocol.features is None:
             return (
                 f"Protocol {protocol.name}, sha256 {sha256}: bits per dimension of {real}, classes {protocol.labels}. "
                 "NFE is the mean number of network evaluations per image."
             )
         return (
-            f"Protocol {protocol.name}, sha256 {sha256}: {protocol.n} images, seeds {protocol.seeds or 'unknown'}, "
-            f"classes {protocol.labels}, against {real}. NFE is the number of network evaluations per image. FD is the "
-            "Frechet distance between features; lower is better."
+            f"Protocol {protocol.name}, sha256 {sha256}: {times}{protocol.n} images, seeds "
+            f"{protocol.seeds or 'unknown'}, "
+            f"classes {protocol.labels}, against {real}. NFE is the number of network evaluations per image. FD and "
+            "FID are Frechet distances between features; lower is better."
         )
 
 
@@ -75,14 +81,18 @@ def result_tables(results: Sequence[Result], generator: GeneratorId) -> list[Res
 
 
 def sweep_tables(results: Sequence[Result], generator: GeneratorId) -> list[ResultTable]:
-    """Returns a sweep_table for each protocol by which this generator was measured at more than one gamma."""
+    """Returns a sweep_table for each protocol by which this generator was measured at several gammas or guidances."""
     measured = [result for result in results if result.sampler and _name_of(result, generator) == "generator"]
-    # sweep_table keeps the last result of a setting, so the lowest comes last.
-    measured.sort(key=lambda result: (_nfe(result), _gamma(result), -_first_metric(result)))
+    # sweep_table keeps the last result of a setting, so the best comes last.
+    measured.sort(key=lambda result: (_nfe(result), _gamma(result), -_first_loss(result)))
     by_protocol: dict[str, list[Result]] = {}
     for result in measured:
         by_protocol.setdefault(result.protocol_sha256, []).append(result)
-    return [sweep_table(group) for group in by_protocol.values() if len(set(map(_gamma, group))) > 1]
+    return [
+        sweep_table(group)
+        for group in by_protocol.values()
+        if len({(_gamma(result), result.sampler.guidance) for result in group if result.sampler}) > 1
+    ]
 
 
 def best_gamma_results(results: Sequence[Result]) -> list[Result]:
@@ -95,28 +105,32 @@ def best_gamma_results(results: Sequence[Result]) -> list[Result]:
 
     best: dict[tuple[object, ...], Result] = {}
     for result in results:
-        best[setting(result)] = min(best.get(setting(result), result), result, key=_first_metric)
+        best[setting(result)] = min(best.get(setting(result), result), result, key=_first_loss)
     return [r for r in results if r.sampler is None or r.sampler.gamma is None or r is best[setting(r)]]
 
 
 def sweep_table(results: Sequence[Result]) -> ResultTable:
-    """Returns a table of one network by one protocol, with a row for each metric and gamma, a column for each NFE.
+    """Returns a table of one network by one protocol, with a row for each metric and setting, a column for each NFE.
 
-    The curves are of the first metric, by gamma, or by solver for a teacher.
+    A setting is a gamma, or a teacher's solver, and what varies of guidance and, at one NFE, noise levels. The curves
+    are of the first metric, by setting.
     """
     main = next(iter(results[0].metrics))
-    measured = {(_setting(result.sampler), _nfe(result)): result.metrics for result in results}
+    label = _settings_of([result.sampler for result in results if result.sampler])
+    measured = {(label(result.sampler), _nfe(result)): result.metrics for result in results}
     settings, steps = (list(dict.fromkeys(column)) for column in zip(*measured, strict=True))
     rows = [["NFE", *map(str, steps), "best NFE"]]
     for metric in results[0].metrics:
         for setting in settings:
             values = {nfe: measured[setting, nfe][metric] for nfe in steps if (setting, nfe) in measured}
-            best = str(_lowest(values)[1]) if metric == main else ""
-            cells = [_number(values[nfe]) if nfe in values else "-" for nfe in steps]
+            best = str(_best(values, main)[1]) if metric == main else ""
+            cells = [number(values[nfe]) if nfe in values else "-" for nfe in steps]
             rows.append([f"{_heading(metric)}, {setting}", *cells, best])
-    value, setting, nfe = min((metrics[main], *at) for at, metrics in measured.items())
-    where = f"{nfe} evaluations, {setting}" if nfe > 1 else "1 evaluation"  # where gamma has no effect
-    claim = f"{_heading(main)} is lowest with {where}: {_number(value)}."
+    setting, nfe = min(measured, key=lambda at: (loss_of(main, measured[at][main]), at))
+    plain = nfe == 1 and not setting.partition(", ")[2]  # where gamma has no effect
+    where = "1 evaluation" if plain else f"{nfe} evaluation{'s' if nfe > 1 else ''}, {setting}"
+    superlative = "lowest" if loss_of(main, 1) > 0 else "highest"
+    claim = f"{_heading(main)} is {superlative} with {where}: {number(measured[setting, nfe][main])}."
     curves = {
         setting: [(nfe, measured[setting, nfe][main]) for nfe in sorted(steps) if (setting, nfe) in measured]
         for setting in settings
@@ -133,20 +147,21 @@ def _table(results: Sequence[Result], generator: GeneratorId) -> ResultTable:
     best: dict[str, dict[int, float]] = {}
     for name, nfe, result in rows:
         curve = best.setdefault(name, {})
-        curve[nfe] = min(result.metrics[main], curve.get(nfe, math.inf))
-    goal, steps = _lowest(best.get("teacher", {0: math.nan}))
+        value = result.metrics[main]
+        curve[nfe] = min(value, curve.get(nfe, value), key=partial(loss_of, main))
+    goal, steps = _best(best.get("teacher", {0: math.nan}), main)
 
     body = [["", "NFE", *map(_heading, metrics), *(["vs teacher's best"] if steps else []), "sampler"]]
     for name, nfe, result in rows:
-        values = [_number(result.metrics[metric]) if metric in result.metrics else "-" for metric in metrics]
+        values = [number(result.metrics[metric]) if metric in result.metrics else "-" for metric in metrics]
         ratio = [f"{result.metrics[main] / goal:.2f} x"] if steps else []
-        body.append([name, str(nfe or "-"), *values, *ratio, _how(result.sampler)])
+        body.append([name, str(nfe or "-"), *values, *ratio, sampler_words(result.sampler)])
     claim = ""
     if steps and "generator" in best:
-        value, nfe = _lowest(best["generator"])
+        value, nfe = _best(best["generator"], main)
         claim = (
             f"With {nfe} {'evaluation' if nfe == 1 else 'evaluations'} the generator reaches {_heading(main)} "
-            f"{_number(value)}, {value / goal:.2f} times the teacher's best of {_number(goal)} with {steps}."
+            f"{number(value)}, {value / goal:.2f} times the teacher's best of {number(goal)} with {steps}."
         )
     curves = {name: list(curve.items()) for name, curve in reversed(best.items()) if 0 not in curve}
     if results[0].protocol.features is None:
@@ -154,9 +169,10 @@ def _table(results: Sequence[Result], generator: GeneratorId) -> ResultTable:
     return ResultTable(results[0].protocol, body, claim, curves, _heading(main))
 
 
-def _lowest(values: Mapping[int, float]) -> tuple[float, int]:
-    """Returns the lowest value and its NFE."""
-    return min((value, nfe) for nfe, value in values.items())
+def _best(values: Mapping[int, float], metric: str) -> tuple[float, int]:
+    """Returns the best value of a metric and its NFE."""
+    nfe = min(values, key=lambda nfe: (loss_of(metric, values[nfe]), nfe))
+    return values[nfe], nfe
 
 
 def _name_of(result: Result, generator: GeneratorId) -> str:
@@ -175,9 +191,9 @@ def _nfe(result: Result) -> int:
     return result.sampler.nfe if result.sampler else 0
 
 
-def _first_metric(result: Result) -> float:
-    """Returns the first metric."""
-    return next(iter(result.metrics.values()))
+def _first_loss(result: Result) -> float:
+    """Returns the first metric, as a number that is lower for a better one."""
+    return loss_of(*next(iter(result.metrics.items())))
 
 
 def _gamma(result: Result) -> float:
@@ -185,18 +201,42 @@ def _gamma(result: Result) -> float:
     return -1.0 if result.sampler is None or result.sampler.gamma is None else result.sampler.gamma
 
 
-def _setting(sampler: SamplerRecord | None) -> str:
-    assert sampler is not None
+def _setting(sampler: SamplerRecord) -> str:
     return sampler.solver if sampler.gamma is None else f"gamma {sampler.gamma:g}"
 
 
-def _how(sampler: SamplerRecord | None) -> str:
+def _settings_of(samplers: Sequence[SamplerRecord]) -> Callable[[SamplerRecord | None], str]:
+    """Returns what names each of some samplers of one network, beside its NFE, by what varies among them."""
+    guided = len({sampler.guidance for sampler in samplers}) > 1
+    schedules: dict[SamplerRecord, set[tuple[float, ...] | None]] = {}
+    for sampler in samplers:
+        schedules.setdefault(replace(sampler, sigmas=None), set()).add(sampler.sigmas)
+    scheduled = any(len(levels) > 1 for levels in schedules.values())
+
+    def label(sampler: SamplerRecord | None) -> str:
+        assert sampler is not None
+        words = [_setting(sampler)]
+        words += [f"guidance {sampler.guidance:g}"] if guided else []
+        words += [_levels(sampler)] if scheduled and sampler.sigmas else []
+        return ", ".join(words)
+
+    return label
+
+
+def sampler_words(sampler: SamplerRecord | None) -> str:
+    """Returns how images were drawn, in words."""
     if sampler is None:
         return "-"
     words = [_setting(sampler)] if sampler.gamma is None or sampler.nfe > 1 else []  # gamma has no effect in one step
     words += [f"guidance {sampler.guidance:g}"] if sampler.guidance != 1 else []
-    words += [f"sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas)}"] if sampler.sigmas else []
+    words += [_levels(sampler)] if sampler.sigmas else []
+    words += [f"churn {' '.join(f'{value:g}' for value in sampler.churn)}"] if sampler.churn else []
+    words += [sampler.dtype] if sampler.dtype != "float32" else []
     return ", ".join(words)
+
+
+def _levels(sampler: SamplerRecord) -> str:
+    return f"sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas or ())}"
 
 
 def _heading(metric: str) -> str:
@@ -204,5 +244,5 @@ def _heading(metric: str) -> str:
     return re.sub(r"^fd_([^@]+)", r"\1-FD", metric).replace("_", " ")
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:#.4g}".rstrip(".")

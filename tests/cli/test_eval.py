@@ -9,14 +9,16 @@ import torch
 from click.testing import CliRunner, Result
 from msgspec.structs import replace
 
+from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe, read_config
 from edmdistill.checkpoints.load import load_denoiser
-from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
+from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from edmdistill.cli import main
 from edmdistill.cli.eval import command
 from edmdistill.data.datasets import open_dataset
 from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood
 from edmdistill.evaluation.results import results_in_config
+from edmdistill.features.spaces import DIGITS_WEIGHTS
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -80,6 +82,47 @@ def test_json_is_one_document_on_stdout_and_in_the_file(checkpoint: Path, tmp_pa
     assert only["sampler"]["sigmas"] == pytest.approx([80, 2.5])
     assert only["protocol"]["seeds"] == "5-9,30"
     assert only["provenance"]["source"] == str(checkpoint.parent)
+
+
+def test_repetitions(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval.json"
+    words = ("--protocol", "digits", "--nfe", "1", "--n", 20, "--repeat", 3, "--metrics", "fd_digits")
+    result = run(checkpoint, *words, "--out", out)
+    assert result.exit_code == 0, result.output
+    *_, mean, low, spread, last = result.stdout.splitlines()
+    (only,) = json.loads(out.read_text())["results"]
+    values = [one["fd_digits@20"] for one in only["repetitions"]]
+    assert only["metrics"]["fd_digits@20"] == pytest.approx(sum(values) / 3)
+    assert [line.split()[-1] for line in (mean, low)] == [f"{value:.4g}" for value in (sum(values) / 3, min(values))]
+    assert spread.split()[1] == "std"
+    assert last.startswith("Means of 3 repetitions of 20 images, seeds 0-59. EDM's papers give the minimum of three.")
+
+
+def test_the_first_images(images: Path) -> None:
+    result = run(images, "--protocol", "digits", "--n", 100, "--json")
+    assert result.exit_code == 0, result.output
+    (only,) = json.loads(result.stdout)["results"]
+    assert list(only["metrics"]) == ["fd_digits@100", "class_accuracy@100"]
+    assert "has 297 images, fewer than --n 298" in run(images, "--protocol", "digits", "--n", 298).stderr
+
+
+def test_the_networks_dtype_is_recorded(checkpoint: Path) -> None:
+    words = ("--protocol", "digits", "--nfe", "1", "--n", 20, "--json")
+    both = (run(checkpoint, *words, *more) for more in (("--dtype", "float64"), ()))
+    results = [json.loads(one.stdout)["results"][0] for one in both]
+    assert [one["sampler"]["dtype"] for one in results] == ["float64", "float32"]
+    assert {one["provenance"]["source_sha256"] for one in results} == {sha256_file(checkpoint / "model.safetensors")}
+
+
+def test_other_weights_of_a_feature_space_are_named(images: Path, tmp_path: Path) -> None:
+    tensors, metadata = load_tensors(DIGITS_WEIGHTS)
+    save_tensors(tmp_path / "other.safetensors", tensors | {"head.bias": tensors["head.bias"] + 1}, metadata)
+    result = run(images, "--protocol", "digits", "--weights", f"digits={tmp_path / 'other.safetensors'}", "--json")
+    assert result.exit_code == 0, result.output
+    (only,) = json.loads(result.stdout)["results"]
+    sha256 = sha256_file(tmp_path / "other.safetensors")
+    assert only["protocol"]["weights"] == {"digits": sha256}
+    assert list(only["metrics"]) == [f"{name}[{sha256[:8]}]@297" for name in ("fd_digits", "class_accuracy")]
 
 
 def test_images(images: Path) -> None:

@@ -65,6 +65,36 @@ def test_json_and_a_teacher(checkpoints: dict[str, str]) -> None:
     assert "digits-FD@24, heun" in run("sweep", checkpoints["teacher"], "--nfe", "1,3").stdout
 
 
+def test_several_guidance_weights_of_a_teacher(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    words = ("--nfe", "3,1", "--guidance", "1,1.5", "--force-guidance", "--metrics", "fd_digits")
+    page = tmp_path / "guidance.html"
+    result = run("sweep", checkpoints["teacher"], *words, "--plot", str(page), "--json")
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)["results"]
+    assert [(one["sampler"]["guidance"], one["sampler"]["nfe"]) for one in results] == [
+        (1.0, 3),
+        (1.0, 1),
+        (1.5, 3),
+        (1.5, 1),
+    ]
+    alone = run("eval", checkpoints["teacher"], *words[:2], "--guidance", "1.5", *words[4:], "--json")
+    assert json.loads(alone.stdout)["results"] == results[2:]
+    text = page.read_text()
+    assert "digits-FD@24, heun, guidance 1.5" in text
+    assert text.count("<polyline") == 2
+
+
+def test_several_schedules(checkpoints: dict[str, str]) -> None:
+    words = ("--t", "80,2.5", "--t", "80,1", "--t", "80", "--metrics", "fd_digits")
+    result = run("sweep", checkpoints["generator"], *words)
+    assert result.exit_code == 0, result.output
+    head, *lines, claim = result.stdout.splitlines()[1:]
+    assert head.split() == ["NFE", "2", "1", "best", "NFE"]
+    names = [f"digits-FD@24, gamma 1, sigma {levels}" for levels in ("80 2.5", "80 1", "80")]
+    assert [line.partition("  ")[0] for line in lines] == names
+    assert "lowest with" in claim
+
+
 @pytest.fixture(scope="module")
 def plots(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("plots")
@@ -110,6 +140,9 @@ def test_without_matplotlib(checkpoints: dict[str, str], tmp_path: Path, monkeyp
         (["--nfe", "1", "--gamma", "2"], "2.0 is not in the range 0<=x<=1"),
         (["--nfe", "1", "--plot", "a.jpg"], "must end in .svg or .html or .png or .pdf"),
         (["--gamma", "1"], "give --nfe or --t"),
+        (["--nfe", "2", "--t", "80,2"], "give --nfe or --t"),
+        (["--nfe", "1", "--guidance", "1,strong"], "'1,strong' is not a list of numbers such as 1,1.2,1.4"),
+        (["--nfe", "1", "--weights", "inception"], "'inception' is neither ema, raw nor NAME=FILE"),
     ],
 )
 def test_mistakes(checkpoints: dict[str, str], words: list[str], message: str) -> None:

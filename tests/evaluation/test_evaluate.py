@@ -18,10 +18,11 @@ from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.evaluation.compare import require_comparable
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.frechet import frechet_distance, statistics
 from edmdistill.evaluation.protocol import PROTOCOLS
-from edmdistill.evaluation.results import Result, require_comparable, results_json, results_table
+from edmdistill.evaluation.results import Result, results_json, results_table
 from edmdistill.features.spaces import Digits
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork

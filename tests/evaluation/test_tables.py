@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference
 from edmdistill.evaluation.results import Result, read_results, results_json
-from edmdistill.evaluation.tables import GeneratorId, best_gamma_results, result_tables, sweep_tables
+from edmdistill.evaluation.tables import GeneratorId, best_gamma_results, result_tables, sweep_table, sweep_tables
 from edmdistill.sampling.spec import SamplerRecord
 
 OURS = GeneratorId("ab" * 32, 1000)
@@ -84,6 +84,13 @@ def test_a_sweep_is_of_one_generator_at_several_gammas():
     ]
     assert table.curves == {"gamma 0": [(2, 5.0)], "gamma 1": [(1, 9.0), (2, 6.0)]}
     assert sweep_tables([at_gamma(1.0, 1, 9.0), at_gamma(1.0, 2, 6.0)], OURS) == []
+
+
+def test_the_best_of_a_metric_may_be_the_highest():
+    precise = [replace(generator(nfe, 0), metrics={"precision_dinov2": value}) for nfe, value in ((1, 0.5), (2, 0.7))]
+    assert sweep_table(precise).claim == "precision dinov2 is highest with 2 evaluations, gamma 1: 0.7000."
+    worse = replace(precise[1], metrics={"precision_dinov2": 0.6}, sampler=replace(precise[1].sampler, gamma=0.0))
+    assert best_gamma_results([worse, precise[1]]) == [precise[1]]
 
 
 def test_of_one_step_no_gamma_is_told_for_none_plays():

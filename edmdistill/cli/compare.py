@@ -1,0 +1,30 @@
+"""`edmdistill compare`: results of several sources in one table."""
+
+from pathlib import Path
+
+import click
+
+from edmdistill.cli.measurements import write_text
+from edmdistill.cli.options import OutputPath
+
+
+@click.command("compare")
+@click.argument("sources", nargs=-1, required=True, metavar="FILE.json|RUN...")
+@click.option("--csv", "kind", flag_value=".csv", help="Print comma-separated values.")
+@click.option("--json", "kind", flag_value=".json", help="Print one JSON document: the whole results.")
+@click.option(
+    "--out", type=OutputPath(".md", ".csv", ".json"), metavar="FILE.md|.csv|.json", help="Also write it, by the ending."
+)
+def command(sources: tuple[str, ...], kind: str | None, out: Path | None) -> None:
+    """Put results side by side in a Markdown table: files that `eval --out` wrote, run directories, checkpoints.
+
+    Numbers that were not measured alike are refused, with what differs: the number of images, seeds, classes,
+    reference, weights of the feature network, rounding, decoder. Of images from elsewhere, what is not known is noted.
+    """
+    from edmdistill.evaluation.compare import compare, read_rows
+
+    table = compare(read_rows(sources))
+    texts = {".md": table.to_markdown, ".csv": table.to_csv, ".json": table.to_json}
+    if out is not None:
+        write_text(out, texts[out.suffix.lower()]().rstrip("\n"))
+    click.echo(texts[kind or ".md"]().rstrip("\n"))

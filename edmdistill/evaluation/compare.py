@@ -1,0 +1,177 @@
+"""Results of several sources in one table, if their numbers may stand side by side."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edmdistill.checkpoints.documents import markdown
+from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.metrics import find_metric
+from edmdistill.evaluation.protocol import Protocol
+from edmdistill.evaluation.results import Result, load_results, read_results
+from edmdistill.evaluation.tables import number, sampler_words
+
+CHOSEN = "balanced", "drawn", "given"
+"""Rules by which classes are chosen; beside them, a source may have none, or not say."""
+
+
+class Row(NamedTuple):
+    """A result, and what it is called."""
+
+    name: str
+    result: Result
+
+
+def read_rows(sources: Sequence[str | Path]) -> list[Row]:
+    """Returns the results in files that `eval --out` wrote, in run directories and in checkpoints.
+
+    Raises: EdmDistillError: a source holds no results, or something else.
+    """
+    rows: list[Row] = []
+    for source in map(Path, sources):
+        results = load_results(source) if source.is_dir() else read_results([source])
+        if not results:
+            raise EdmDistillError(f"{source} holds no results: measure it with edmdistill eval {source} --save")
+        rows += [Row(_name(result, source), result) for result in results]
+    return rows
+
+
+def _name(result: Result, source: Path) -> str:
+    origin = result.provenance
+    images = origin.get("images_seen")
+    return str(origin.get("source") or source) + ("" if images is None else f", {images:,} images seen")
+
+
+class Comparison(NamedTuple):
+    """Results side by side.
+
+    Attributes:
+        metrics: the names of the columns of numbers.
+        notes: sentences on what is not known of a number.
+    """
+
+    rows: Sequence[Row]
+    metrics: Sequence[str]
+    notes: Sequence[str]
+
+    def cells(self) -> list[list[str]]:
+        """Returns the table; the first row is the head."""
+        body = [
+            [
+                row.name,
+                str(row.result.sampler.nfe) if row.result.sampler else "-",
+                sampler_words(row.result.sampler),
+                *(_cell(row.result.metrics.get(metric)) for metric in self.metrics),
+            ]
+            for row in self.rows
+        ]
+        return [["source", "NFE", "sampler", *self.metrics], *body]
+
+    def to_markdown(self) -> str:
+        """Returns the table in Markdown, and the notes below it."""
+        head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in self.cells())
+        rule = "|---" * 3 + "|---:" * len(self.metrics) + "|"
+        return "\n".join([head, rule, *body, *(f"\n{note}" for note in self.notes)])
+
+    def to_csv(self) -> str:
+        """Returns the table as comma-separated values, the numbers in full."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for cells, row in zip(self.cells(), (None, *self.rows), strict=True):
+            values = [] if row is None else [row.result.metrics.get(metric, "") for metric in self.metrics]
+            writer.writerow([*cells[:3], *(self.metrics if row is None else values)])
+        return text.getvalue()
+
+    def to_json(self) -> str:
+        """Returns the table as JSON, each row with all that its numbers depend on."""
+        rows = [{"name": row.name, "result": row.result} for row in self.rows]
+        document = {"metrics": self.metrics, "rows": rows, "notes": self.notes}
+        return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+
+
+def compare(rows: Sequence[Row]) -> Comparison:
+    """Returns results side by side.
+
+    Raises: EdmDistillError: two of them have a metric that was not measured alike; says what differs.
+    """
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row.result.metrics))
+    notes = []
+    for metric in metrics:
+        having = [row for row in rows if metric in row.result.metrics]
+        for a, b in pairwise(having):
+            if found := differences(a.result.protocol, b.result.protocol, metric):
+                raise EdmDistillError(
+                    f"{metric} of {a.name} and {metric} of {b.name} cannot stand side by side: they differ in "
+                    f"{', '.join(found)}; measure both alike"
+                )
+        if len(having) > 1:
+            notes += [note for row in having if (note := _unknown(row, metric))]
+    return Comparison(rows, metrics, notes)
+
+
+def require_comparable(a: Result, b: Result) -> None:
+    """Raises EdmDistillError, naming what differs, unless all that two results share was measured alike."""
+    if found := differences(a.protocol, b.protocol):
+        raise EdmDistillError(
+            f"these results cannot be compared: they differ in {', '.join(found)}; measure both with the same protocol"
+        )
+
+
+def differences(a: Protocol, b: Protocol, metric: str | None = None) -> list[str]:
+    """Returns what differs between two protocols, of what moves a metric; None: any metric.
+
+    What one of them does not say, such as the seeds of images from elsewhere, is no difference.
+    """
+    ours, theirs = (_conditions(protocol, metric) for protocol in (a, b))
+    return [
+        f"{name} ({ours[name]} and {theirs[name]})"
+        for name in ours
+        if name in theirs and ours[name] != theirs[name] and None not in (ours[name], theirs[name])
+    ]
+
+
+def _conditions(protocol: Protocol, metric: str | None) -> dict[str, Any]:
+    """Returns what moves a metric, by name; None: not said, or without effect."""
+    reference = protocol.reference
+    conditions = {
+        "n": protocol.n,
+        "repetitions": protocol.repeat,
+        "seeds": protocol.seeds,
+        "classes": protocol.labels if protocol.labels in CHOSEN else None,
+        "reference": reference and (reference.sha256 or reference.source),
+        "rounding": protocol.uint8,
+        "decoder": protocol.decoder,
+        "covariance": protocol.covariance,
+        "likelihood": protocol.likelihood or None,
+    }
+    used = protocol.weights if metric is None else _weights_of(metric, protocol)
+    return conditions | {f"weights of {name}": sha256 for name, sha256 in used.items()}
+
+
+def _weights_of(metric: str, protocol: Protocol) -> Mapping[str, str | None]:
+    """Returns the weights of the feature space of a metric, as it is called in results; all if it is not known."""
+    name = re.split(r"[\[@]", metric)[0]
+    if protocol.features is None:
+        return {}
+    space = find_metric(name, protocol.features).features
+    return {space: protocol.weights.get(space)}
+
+
+def _unknown(row: Row, metric: str) -> str | None:
+    """Returns a sentence on what a result does not say of a metric."""
+    protocol = row.result.protocol
+    missing = [name for name, value in (("seeds", protocol.seeds),) if value is None and protocol.features is not None]
+    missing += ["classes"] if protocol.labels == "unknown" else []
+    return f"Of {row.name}, the {' and '.join(missing)} of {metric} are unknown." if missing else None
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else number(value)

@@ -1,0 +1,113 @@
+"""Results side by side: what was measured alike in one table, and a sentence on what was not."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from msgspec.structs import replace
+
+from edmdistill.cli import main
+from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.compare import Row, compare, differences, require_comparable
+from edmdistill.evaluation.protocol import PROTOCOLS, Reference
+from edmdistill.evaluation.results import Result, results_json
+from edmdistill.sampling.spec import SamplerRecord
+
+SPACES = {"inception": "1a" * 32, "dinov2": "2b" * 32}
+EDM2 = replace(PROTOCOLS["edm2"], weights=SPACES, reference=Reference(source="in512.zip", n=9, sha256="ef" * 32))
+VALUES = {"fid": 2.5, "fd_dinov2": 68.0}
+
+
+def result(values: dict[str, float] = VALUES, nfe: int = 2, source: str = "a", **changes: Any) -> Result:
+    protocol = replace(EDM2, metrics=tuple(values), **changes)
+    return Result(
+        metrics=values,
+        protocol=protocol,
+        protocol_sha256=protocol.sha256(),
+        sampler=SamplerRecord(solver="gamma", nfe=nfe, gamma=1.0),
+        provenance={"source": source},
+    )
+
+
+def test_one_table_of_what_was_measured_alike() -> None:
+    other = replace(result({"fid": 2.25}, source="b|c"), sampler=SamplerRecord(solver="heun", nfe=63, guidance=1.4))
+    table = compare([Row("a", result()), Row("b|c", other)])
+    assert table.to_markdown().splitlines() == [
+        "| source | NFE | sampler | fid | fd_dinov2 |",
+        "|---|---|---|---:|---:|",
+        "| a | 2 | gamma 1 | 2.500 | 68.00 |",
+        r"| b\|c | 63 | heun, guidance 1.4 | 2.250 | - |",
+    ]
+    rows = list(csv.reader(io.StringIO(table.to_csv())))
+    assert rows[2] == ["b|c", "63", "heun, guidance 1.4", "2.25", ""]
+    document = json.loads(table.to_json())
+    assert [row["result"]["metrics"] for row in document["rows"]] == [VALUES, {"fid": 2.25}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": "50000-99999"}, r"they differ in seeds \(0-49999 and 50000-99999\)"),
+        ({"n": 10_000}, r"n \(50000 and 10000\)"),
+        ({"labels": "balanced"}, r"classes \(drawn and balanced\)"),
+        ({"reference": Reference(source="in512.zip", n=9, sha256="00")}, r"reference \((ef)+ and 00\)"),
+        ({"weights": SPACES | {"inception": "00"}}, r"weights of inception \((1a)+ and 00\)"),
+        ({"repeat": 3}, r"repetitions \(1 and 3\)"),
+        ({"uint8": "round"}, r"rounding \(clip\(127\.5 x \+ 128, 0, 255\), cut and round\)"),
+    ],
+)
+def test_what_was_not_measured_alike_is_refused(changes: dict[str, Any], message: str) -> None:
+    rows = [Row("a", result()), Row("b", result(source="b", **changes))]
+    with pytest.raises(EdmDistillError, match=rf"fid of a and fid of b cannot stand side by side: .*{message}") as said:
+        compare(rows)
+    assert "\n" not in str(said.value)
+
+
+def test_other_weights_of_another_metrics_space_do_not_matter() -> None:
+    other = result({"fid": 1.0}, weights=SPACES | {"dinov2": "00"})
+    assert compare([Row("a", result()), Row("b", other)]).metrics == ["fid", "fd_dinov2"]
+    assert differences(EDM2, other.protocol, "fid") == []
+    with pytest.raises(EdmDistillError, match="weights of dinov2"):
+        require_comparable(result(), other)
+
+
+def test_metrics_of_other_names_are_other_columns() -> None:
+    few, other = result({"fid@5000": 9.0}, n=5000, seeds="0-4999"), result({"fid[00000000]": 8.0}, weights={})
+    table = compare([Row("a", result({"fid": 2.5})), Row("b", few), Row("c", other)])
+    assert [row[3:] for row in table.cells()[1:]] == [["2.500", "-", "-"], ["-", "9.000", "-"], ["-", "-", "8.000"]]
+
+
+def test_what_is_not_known_is_noted() -> None:
+    theirs = replace(result({"fid": 3.0}, seeds=None, labels="unknown"), sampler=None)
+    table = compare([Row("a", result({"fid": 2.5})), Row("them", theirs)])
+    assert table.notes == ["Of them, the seeds and classes of fid are unknown."]
+    assert table.to_markdown().endswith("|\n\nOf them, the seeds and classes of fid are unknown.")
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(main, ["compare", *map(str, words)])
+
+
+def test_the_command(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    for file, one in zip(files, (result(), result(nfe=4), result(seeds="1-50000")), strict=True):
+        file.write_text(results_json([one]))
+    out = tmp_path / "table.csv"
+    shown = run(*files[:2], "--out", out)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.splitlines()[3] == "| a | 4 | gamma 1 | 2.500 | 68.00 |"
+    assert out.read_text().splitlines()[2] == "a,4,gamma 1,2.5,68.0"
+    assert json.loads(run(files[0], "--json").stdout)["metrics"] == ["fid", "fd_dinov2"]
+    refused = run(*files)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "they differ in seeds (0-49999 and 1-50000)" in refused.stderr
+
+
+def test_a_source_without_results_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert "run holds no results: measure it with edmdistill eval" in run(tmp_path / "run").stderr
+    assert "absent.json holds no results" in run(tmp_path / "absent.json").stderr
