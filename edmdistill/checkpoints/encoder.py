@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
+from edmdistill.checkpoints.hub_client import REPOSITORY
 from edmdistill.checkpoints.persistence import VAE_PARAMETERS
 from edmdistill.errors import CheckpointError
 
@@ -80,6 +81,14 @@ UNRECORDED = Encoding(
     raw_std=tuple(STABLE_DIFFUSION["edm2"].std),
 )
 """Of a data set that says nothing, as EDM2's dataset_tool.py makes them."""
+
+
+def vae_words(encoder: Mapping[str, Any]) -> list[str]:
+    """Returns what a command line needs to decode a network's images: nothing, or --vae and the VAE's name."""
+    if encoder["kind"] == "pixels":
+        return []
+    name = str(encoder.get("vae_name"))
+    return ["--vae", name if REPOSITORY.fullmatch(name.partition("@")[0]) else "DIR"]
 
 
 def latent_encoder(encoder: Mapping[str, Any]) -> LatentEncoder | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, describe, read_config, write_config
 from edmdistill.checkpoints.documents import code, front_matter, markdown
+from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.source import resolve
@@ -239,10 +240,11 @@ def _card(config: CheckpointConfig) -> str:
     licence = provenance.licence or "other"
     digest = f" (sha256 {code(provenance.sha256)})" if provenance.sha256 else ""
     guidance = f"Its teacher was guided {config.guidance.words}.\n" if config.guidance else ""
+    vae = "".join(f" {word}" for word in vae_words(config.encoder))
     fields = {"library_name": "edmdistill", "pipeline_tag": "unconditional-image-generation"}
     return f"""{front_matter(fields | licence_fields(provenance.licence))}
 This is {kinds[config.stage]} in edmdistill's TrigFlow format, from {markdown(provenance.source)}{digest}.
 Its weights are under this licence: {markdown(licence)}.
 {guidance}
-    edmdistill sample PATH_OR_HUB_ID --seeds 0-15 --out images/
+    edmdistill sample PATH_OR_HUB_ID --seeds 0-15{vae} --out images/
 """

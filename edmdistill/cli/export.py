@@ -13,9 +13,10 @@ TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
 @click.argument("source")
 @click.option("--to", type=click.Choice(TARGETS), required=True, help="Format of the export.")
 @click.option("--out", type=OutputPath(), required=True, metavar="DIR", help="The folder to write.")
+@click.option("--vae", metavar="DIR|ID", help="diffusers, space: what decodes latents, to be held by the export.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing export.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(source: str, to: str, out: Path, overwrite: bool, as_json: bool) -> None:
+def command(source: str, to: str, out: Path, vae: str | None, overwrite: bool, as_json: bool) -> None:
     """Export SOURCE for another program, and print how closely it reproduces the images.
 
     SOURCE is a generator, a run, or (except for diffusers) a teacher. DIR gets a README.md with usage, and:
@@ -35,7 +36,7 @@ def command(source: str, to: str, out: Path, overwrite: bool, as_json: bool) -> 
     from edmdistill.export.parity import table
 
     say_unfinished(source)
-    parity = export(source, to, out, overwrite=overwrite)
+    parity = export(source, to, out, vae=vae, overwrite=overwrite)
     if as_json:
         document = {"schema_version": 1, "path": str(out), "to": to, "parity": [row._asdict() for row in parity]}
         click.echo(json.dumps(document, indent=2))

@@ -207,7 +207,7 @@ def plan_measurements(
     checkpoint = open_source(source)
     model = load_model(checkpoint, device, dtype, options.run_weights)
     say_unfinished(checkpoint)
-    decode = open_decoder(model.encoder, options.vae, device)
+    decode = open_decoder(model.encoder, options.vae, device, alternative="")
     _say_all(filter(None, [getattr(decode, "note", None)]))
     return measure_network(
         model,

@@ -19,8 +19,10 @@ from edmdistill.errors import EdmDistillError, PeerFailed, did_you_mean
 if TYPE_CHECKING:
     import torch
 
+    from edmdistill.checkpoints.generator import Generator
     from edmdistill.checkpoints.source import Source
-    from edmdistill.networks.flow import FlowNetwork
+    from edmdistill.networks.flow import Denoiser, FlowNetwork
+    from edmdistill.sampling.decode import Decoder
     from edmdistill.sampling.heun import Churn
     from edmdistill.sampling.spec import SamplerSpec
 
@@ -365,6 +367,46 @@ churn_options = option_group(
         "--churn-noise", "inflation", type=FiniteFloat(0, 10), default=1.0, show_default=True, help="Teacher: S_noise."
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """What `decoding_options` adds to a command, as it was typed."""
+
+    vae: str | None
+    latents: bool
+
+    def decoder(self, model: Generator | Denoiser) -> Decoder | None:
+        """Returns what turns the model's images into pictures; None where latents are kept.
+
+        Raises: CheckpointError: the VAE is not here, or does not fit.  EdmDistillError: options that do nothing.
+        """
+        from edmdistill.sampling.decode import LatentDecoder, model_decoder
+        from edmdistill.sampling.generate import is_latent
+
+        if self.latents and not is_latent(model):
+            raise EdmDistillError("--latents has no effect because the network works on pixels: leave it out")
+        decoder = None if self.latents else model_decoder(model, self.vae)
+        if isinstance(decoder, LatentDecoder) and decoder.note is not None:
+            say(decoder.note)
+        return decoder
+
+
+def _decoding(vae: str | None, latents: bool) -> DecodingOptions:
+    if latents and vae is not None:
+        raise click.UsageError("--latents keeps latents as they are, and --vae decodes them: leave one of them out.")
+    return DecodingOptions(vae=vae, latents=latents)
+
+
+decoding_options = option_group(
+    "decoding",
+    _decoding,
+    click.option(
+        "--vae", metavar="DIR|ID", help="Latents: the VAE that decodes them.  [default: the checkpoint's, if cached]"
+    ),
+    click.option("--latents", is_flag=True, help="Latents: keep them as they are, in an .npz."),
+)
+"""Adds the options on a VAE's latents; the command gets them as one `decoding`, DecodingOptions."""
 
 
 @contextmanager

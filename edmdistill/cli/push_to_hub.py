@@ -18,6 +18,7 @@ from edmdistill.cli.options import say, say_unfinished
     "--licence",
     help="Licence of the weights, if the checkpoint has none or a stricter one is wanted; the Hub's identifier.",
 )
+@click.option("--vae", metavar="DIR|ID", help="What decodes latents for the picture.  [default: the one in the cache]")
 @click.option("--replace", "replace_model", is_flag=True, help="Replace another model in the repository.")
 @click.option("--overwrite-card", is_flag=True, help="Replace a README.md that was edited by hand.")
 @click.option("--dry-run", is_flag=True, help="Print what would be published, including the card, and upload nothing.")
@@ -28,6 +29,7 @@ def command(
     branch: str | None,
     message: str | None,
     licence: str | None,
+    vae: str | None,
     replace_model: bool,
     overwrite_card: bool,
     dry_run: bool,
@@ -42,7 +44,7 @@ def command(
     from edmdistill.publish.hub import build_package, push
 
     say_unfinished(str(source))
-    package = build_package(source, repository, licence)
+    package = build_package(source, repository, licence, vae)
     sizes = "".join(f"  {name:<18} {size:>14,} bytes\n" for name, size in package.sizes.items())
     say(f"{repository}, under {package.config.provenance.licence}:\n{sizes}".rstrip())
     if dry_run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -11,10 +11,12 @@ from edmdistill.cli.options import (
     BATCH,
     GAMMA,
     NFE,
+    DecodingOptions,
     FiniteFloat,
     OutputPath,
     SamplerOptions,
     churn_options,
+    decoding_options,
     interruptible,
     option_group,
     sampler_options,
@@ -108,6 +110,14 @@ reference_options = option_group(
 @churn_options
 @rejection_options
 @reference_options
+@decoding_options
+@click.option(
+    "--layout",
+    type=click.Choice(["edmdistill", "adm"]),
+    default="edmdistill",
+    show_default=True,
+    help="Of an .npz: adm has arr_0 (and the classes as arr_1), for OpenAI's evaluator.",
+)
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Images at a time.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network.")
@@ -123,6 +133,8 @@ def command(
     churn: Churn,
     rejection: RejectionFiles | None,
     reference: ReferenceFiles | None,
+    decoding: DecodingOptions,
+    layout: Literal["edmdistill", "adm"],
     batch: int,
     device: str | None,
     dtype: str | None,
@@ -131,7 +143,7 @@ def command(
 
     A folder gets a PNG for each seed, a grid, and dataset.json with the classes; a .png is the grid alone; an .npz
     holds images (uint8, [N,H,W,C]), seeds and labels. An image depends on its seed and class only, not on the batch.
-    A network on VAE latents writes them to an .npz, undecoded.
+    Latents are decoded by the VAE that the checkpoint names, if it is in the Hub's cache, or by that of --vae.
 
     Images are kept as they are drawn: after Ctrl-C, the same command goes on. Images that are not finite are left out
     and named, and the exit code is 1.
@@ -146,7 +158,6 @@ def command(
     from edmdistill.machine.devices import pick_device
     from edmdistill.progress import progress_bar
     from edmdistill.sampling.files import check_output, shown_count
-    from edmdistill.sampling.generate import is_latent
     from edmdistill.sampling.job import SampleJob
     from edmdistill.sampling.labels import find_classes
     from edmdistill.sampling.seeds import parse_seeds
@@ -155,7 +166,7 @@ def command(
     checkpoint = open_source(source)
     model = load_model(checkpoint, where, precision, sampler.weights)
     say_unfinished(checkpoint)
-    check_output(out, latent=is_latent(model))
+    check_output(out, latent=decoding.latents, layout=layout)
     shown = shown_count(out, len(numbers))
     if shown < len(numbers):
         say(f"A grid shows the first {shown:,} images, so only these of the {len(numbers):,} are drawn.")
@@ -163,9 +174,12 @@ def command(
     reject = None if rejection is None else rejection.load(model.flow, where)
     pull = None if reference is None else reference.load(model.flow, where, precision)
     spec = sampler.spec(model.flow, where, precision, nfe=nfe, gamma=gamma, churn=churn, reference=pull)
-    job = SampleJob(model=model, spec=spec, seeds=numbers[:shown], cycle=cycle, rejection=reject, batch=batch)
+    decoder = decoding.decoder(model)
+    job = SampleJob(
+        model=model, spec=spec, seeds=numbers[:shown], cycle=cycle, rejection=reject, decoder=decoder, batch=batch
+    )
     request = job.request(checkpoint, weights=sampler.weights, guide=sampler.guide, reference=reference, dtype=dtype)
-    samples = job.open_samples(out, request, source=source, overwrite=overwrite)
+    samples = job.open_samples(out, request, source=source, overwrite=overwrite, layout=layout)
     if samples.finished:
         say(f"{out} already holds these {samples.description}.")
     else:

@@ -10,17 +10,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.config import CheckpointConfig, describe
 from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.store import save_tensors
+from edmdistill.checkpoints.vae import SUBFOLDER
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.bundle import bundle
 from edmdistill.export.one_step import OneStep
-from edmdistill.export.parity import SEEDS, Parity, compare
+from edmdistill.export.parity import NFE, SEEDS, Parity, compare
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.sampling.decode import Decoder, open_decoder
 
 FILES = {
     "pipeline.py": "edmdistill.export.remote.pipeline",
@@ -28,7 +31,6 @@ FILES = {
     "unet/edmdistill_network.py": "edmdistill.export.remote.network",
 }
 """Code, and the module that it is made of."""
-VAE = "    vae = AutoencoderKL.from_pretrained({})\n"
 
 
 def check_installed() -> None:
@@ -45,13 +47,11 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     """Raises: EdmDistillError: a teacher, which gamma-sampling is not for."""
     if config.stage != "generator":
         raise EdmDistillError("a pipeline samples a generator, but this is a teacher: choose another --to")
-    latent = latent_encoder(config.encoder) is not None
     classes = ", class_labels=0" if flow.label_dim else ""
     return f"""\
     import torch
-    from diffusers import {"AutoencoderKL, " if latent else ""}DiffusionPipeline
-{VAE.format(json.dumps(str(config.encoder.get("vae_name", "stabilityai/sd-vae-ft-mse")))) if latent else ""}\
-    pipe = DiffusionPipeline.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True{", vae=vae" if latent else ""})
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)
     generator = [torch.Generator().manual_seed(seed) for seed in range(16)]
     images = pipe(num_inference_steps=2, generator=generator{classes}).images
 
@@ -60,6 +60,18 @@ One generator an image gives the images of `edmdistill sample --seeds 0-15`. `si
 
 The remote code is plain torch, made of edmdistill's own source, and needs edmdistill no more: `pipeline.py`,
 `scheduler/gamma_scheduler.py` and `unet/edmdistill_network.py`, under Apache-2.0.
+"""
+
+
+def without_vae(config: CheckpointConfig) -> str:
+    """Returns how a VAE is given to a pipeline that holds none."""
+    name = json.dumps(str(config.encoder.get("vae_name", "stabilityai/sd-vae-ft-mse")))
+    return f"""
+The VAE that decodes the latents is not in this folder:
+
+    from diffusers import AutoencoderKL
+    vae = AutoencoderKL.from_pretrained({name})
+    pipe = DiffusionPipeline.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True, vae=vae)
 """
 
 
@@ -77,15 +89,16 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
         (folder / file).write_text(bundle(module), encoding="utf-8")
     known, latents = describe(flow), latent_encoder(config.encoder)
     names = config.label_names
-    index = {
+    index: dict[str, object] = {
         "_class_name": ["pipeline", "GammaPipeline"],
         "unet": ["edmdistill_network", "EdmdistillNetwork"],
         "scheduler": ["gamma_scheduler", "GammaScheduler"],
-        "vae": [None, None],
+        "vae": ["diffusers", "AutoencoderKL"] if (folder / SUBFOLDER).is_dir() else [None, None],
         "id2label": None if names is None else {str(i): name for i, name in enumerate(names)},
         "guidance_range": config.guidance.range if flow.guided and config.guidance else None,
         "latent_scale": None if latents is None else latents.scale,
         "latent_bias": None if latents is None else latents.bias,
+        "latent_range": None if latents is None else latents.range,
     }
     put("model_index.json", index)
     spec = known["network"]
@@ -104,7 +117,21 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
         found: Tensor = pipe(num_inference_steps=nfe, generator=generator, output_type="latent").images
         return found if latents is not None else found.clamp(-1, 1)
 
-    return compare(flow, config, images)
+    parity = compare(flow, config, images)
+    if pipe.vae is not None:
+        _require_pixels(pipe, open_decoder(config.encoder, str(folder / SUBFOLDER)), images(NFE[-1]))
+    return parity
+
+
+def _require_pixels(pipe: Any, decode: Decoder, latents: Tensor) -> None:
+    """Raises: EdmDistillError: the pipeline's pictures of these latents differ from ours by more than 1 of 255."""
+    ours, pictures = decode(latents), pipe.pictures(latents, "pil")
+    theirs = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    difference = int((theirs.int() - ours.int()).abs().max())
+    if difference > 1:
+        raise EdmDistillError(
+            f"nothing was exported: its decoded pictures differ from ours by {difference} of 255; please report this"
+        )
 
 
 def _loaded(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,15 +16,21 @@ from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.config import CheckpointConfig, unfinished
 from edmdistill.checkpoints.documents import front_matter, markdown
 from edmdistill.checkpoints.generator import Generator
+from edmdistill.checkpoints.layout import VAE_FILES
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.load import load_flow
-from edmdistill.errors import CheckpointError, without_secrets
+from edmdistill.checkpoints.vae import SUBFOLDER, Vae
+from edmdistill.errors import CheckpointError, EdmDistillError, without_secrets
 from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
 from edmdistill.export.parity import SEEDS, Parity, table
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.sampling.decode import LatentDecoder, open_decoder
 from edmdistill.trigflow import time_to_sigma
 
 MANIFEST = "export.json"
+HELD = """
+`vae` holds {name}, which decodes the latents; it has a licence of its own (sha256 {sha256}).
+"""
 FILES = {".json", ".onnx", ".pkl", ".pt", ".pt2", ".pth", ".py", ".safetensors", ".zip"}
 """Suffixes of files, which an export is not: it is a folder of them."""
 
@@ -35,13 +42,15 @@ class Target(NamedTuple):
         header: of README.md, what the Hub has to know beside the licence.
         require: raises where a package is missing.
         readme: how the folder is used.
-        write: writes all but README and manifest, and compares.
+        write: writes all but README and manifest, and compares; a VAE is in the folder `vae` already.
+        without_vae: how latents are decoded where the folder holds no VAE; None: the target does not decode.
     """
 
     header: dict[str, str]
     check_installed: Callable[[], None]
     readme: Callable[[FlowNetwork, CheckpointConfig], str]
     write: Callable[[Path, FlowNetwork, CheckpointConfig], tuple[Parity, ...]]
+    without_vae: Callable[[CheckpointConfig], str] | None = None
 
 
 def _model(library: str) -> dict[str, str]:
@@ -49,21 +58,27 @@ def _model(library: str) -> dict[str, str]:
 
 
 TARGETS = {
-    "diffusers": Target(_model("diffusers"), diffusers.check_installed, diffusers.readme, diffusers.write),
+    "diffusers": Target(
+        _model("diffusers"), diffusers.check_installed, diffusers.readme, diffusers.write, diffusers.without_vae
+    ),
     "onnx": Target(_model("onnx"), onnx.check_installed, onnx.readme, onnx.write),
     "torch-export": Target(_model("pytorch"), lambda: None, torch_export.readme, torch_export.write),
     "nvidia": Target(_model("pytorch"), lambda: None, nvidia.readme, nvidia.write),
-    "space": Target(space.HEADER, lambda: None, space.readme, space.write),
+    "space": Target(space.HEADER, lambda: None, space.readme, space.write, space.without_vae),
 }
 
 
-def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = False) -> tuple[Parity, ...]:
+def export(
+    source: str | Path, to: str, out: str | Path, *, vae: str | None = None, overwrite: bool = False
+) -> tuple[Parity, ...]:
     """Writes a checkpoint for another program, and samples what is written as that program would.
 
     Args:
         source: a checkpoint of ours (folder or Hub id), a run directory, an official pickle or OpenAI's .pt.
         to: one of TARGETS.
         out: the folder to write.
+        vae: what decodes latents, a folder or a Hub id, to be copied into the folder; None: the one that the checkpoint
+            names, if it is in the Hub's cache.
         overwrite: replace an export that is there.
     Returns: the largest differences to our images.
     Raises: EdmDistillError: a package is missing, the target has no place for such a network, something is in the way,
@@ -82,11 +97,19 @@ def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = Fa
     origin = config.provenance
     config = replace(config, provenance=replace(origin, source=without_secrets(origin.source)))
     flow.requires_grad_(False).eval()
-    readme = target.readme(flow, config)
+    readme, found = target.readme(flow, config), _find_vae(target, config, to, vae)
+    if found is not None:
+        readme += HELD.format(name=markdown(found.name), sha256=found.sha256)
+    elif config.encoder["kind"] != "pixels" and target.without_vae is not None:
+        readme += target.without_vae(config)
     generator = Generator(flow, config)
     levels = {str(nfe): time_to_sigma(generator.schedule(nfe), flow.sigma_data).tolist() for nfe in range(1, 9)}
     with atomic_write(out) as folder, torch.no_grad():
         folder.mkdir()
+        if found is not None:
+            (folder / SUBFOLDER).mkdir()
+            for file in VAE_FILES:
+                shutil.copyfile(found.folder / file, folder / SUBFOLDER / file)
         parity = target.write(folder, flow, config)
         document = {
             "schema_version": 1,
@@ -100,6 +123,24 @@ def export(source: str | Path, to: str, out: str | Path, *, overwrite: bool = Fa
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
         (folder / "README.md").write_text(_card(target, config, readme, parity), encoding="utf-8")
     return parity
+
+
+def _find_vae(target: Target, config: CheckpointConfig, to: str, name: str | None) -> Vae | None:
+    """Returns the VAE to put into the folder, if any.
+
+    Raises: CheckpointError: the named VAE cannot be used.  EdmDistillError: a VAE would have no effect.
+    """
+    if target.without_vae is None:
+        if name is not None:
+            raise EdmDistillError(f"--to {to} holds the network alone, so --vae {name} has no effect: leave it out")
+        return None
+    try:
+        decoder = open_decoder(config.encoder, name)
+    except CheckpointError:
+        if name is not None:
+            raise
+        return None
+    return decoder.vae if isinstance(decoder, LatentDecoder) else None
 
 
 def _card(target: Target, config: CheckpointConfig, readme: str, parity: tuple[Parity, ...]) -> str:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from edmdistill import __version__
 from edmdistill.checkpoints.config import CheckpointConfig
-from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.load import load_generator
 from edmdistill.checkpoints.store import save_checkpoint
@@ -26,20 +25,15 @@ HEADER = {"sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py", "title":
 APP = Path(__file__).parent / "remote" / "app.py"
 REQUIREMENTS = f"""\
 --extra-index-url https://download.pytorch.org/whl/cpu
-edmdistill=={__version__}
+edmdistill{{extra}}=={__version__}
 gradio=={GRADIO}
 """
 
 
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
-    """Raises: EdmDistillError: a teacher, which has no few steps, or latents, which are no images."""
+    """Raises: EdmDistillError: a teacher, which has no few steps."""
     if config.stage != "generator":
         raise EdmDistillError("a Space shows a generator, but this is a teacher: choose another --to")
-    if latent_encoder(config.encoder) is not None:
-        raise EdmDistillError(
-            "a Space shows images, and this generator draws the latents of a VAE: export it --to diffusers, whose "
-            "pipeline takes one"
-        )
     return """\
     pip install -r requirements.txt
     python app.py
@@ -55,11 +49,21 @@ the wheel's file name in its place in requirements.txt.
 """
 
 
+def without_vae(config: CheckpointConfig) -> str:
+    """Raises: EdmDistillError: always, because a Space shows pictures."""
+    name = config.encoder.get("vae_name", "that its latents were encoded by")
+    raise EdmDistillError(
+        f"a Space shows pictures, and the VAE {name} of this generator is not in the Hub's cache: name its folder or "
+        "its Hub id with --vae"
+    )
+
+
 def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Parity, ...]:
     """Writes generator/, app.py and requirements.txt, and loads the generator as the app does."""
     save_checkpoint(folder / "generator", flow, config)
     (folder / "app.py").write_text(APP.read_text(encoding="utf-8"), encoding="utf-8")
-    (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+    extra = "" if config.encoder["kind"] == "pixels" else "[latent]"
+    (folder / "requirements.txt").write_text(REQUIREMENTS.format(extra=extra), encoding="utf-8")
     there: Generator = load_generator(folder / "generator")
 
     def images(nfe: int) -> Tensor:

@@ -5,6 +5,7 @@ It replaces the short README.md that every checkpoint on disk has.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from edmdistill import __version__
 from edmdistill.checkpoints.config import CheckpointConfig, unfinished
 from edmdistill.checkpoints.documents import code, code_block, front_matter, markdown
+from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.source import repository_of
 from edmdistill.evaluation.results import Result
@@ -122,14 +124,19 @@ def _what(config: CheckpointConfig) -> str:
 def _use(config: CheckpointConfig, repository: str) -> str:
     latent, generator = config.encoder["kind"] != "pixels", config.stage == "generator"
     nfe = default_nfe(config) if generator else 35
-    out = "latents.npz" if latent else "images"
     load = "load_generator" if generator else "load_denoiser"
     classes = " The seed also chooses the class, unless `--class` or `labels` name one." if config.label_dim else ""
-    shell = f"pip install edmdistill\nedmdistill sample {repository} --nfe {nfe} --seeds 0-63 --out {out}"
+    vae = vae_words(config.encoder)
+    words = ["edmdistill", "sample", repository, "--nfe", str(nfe), "--seeds", "0-63", *vae, "--out", "images"]
+    package = "'edmdistill[latent]'" if latent else "edmdistill"
+    shell = f"pip install {package}\n{shlex.join(words)}"
     python = (
         f'import edmdistill\n\nmodel = edmdistill.{load}("{repository}")\n'
-        f"images = edmdistill.sample(model, nfe={nfe}, seeds=range(64))"
+        f"{'latents' if latent else 'images'} = edmdistill.sample(model, nfe={nfe}, seeds=range(64))"
     )
+    if latent:
+        python = f"from edmdistill.sampling.decode import model_decoder\n{python}\n"
+        python += f"images = model_decoder(model, {json.dumps(vae[1])})(latents)"
     return (
         f"{code_block(shell, 'sh')}\n\n{code_block(python, 'python')}\n\n"
         f"Made with edmdistill {__version__}; older versions may not read it. "
@@ -204,7 +211,8 @@ def _limits(config: CheckpointConfig, run: RunSummary | None, results: Sequence[
                 f"It has schedules for {schedules} evaluations; other numbers work too, but quality may be lower."
             )
     if config.encoder["kind"] != "pixels":
-        limits.append("It generates latents; the VAE that decodes them into images is not included.")
+        name = markdown(str(config.encoder.get("vae_name", "that they were encoded by")))
+        limits.append(f"It generates latents; the VAE that decodes them, {name}, is not included.")
     if sentence := unfinished(config):
         limits.append(sentence)
     if any(was_measured_on(result, config) for result in results):

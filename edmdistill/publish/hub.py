@@ -41,8 +41,9 @@ from edmdistill.export.parity import IMAGE_TOLERANCE, difference_of
 from edmdistill.networks.flow import Denoiser
 from edmdistill.publish.card import card, default_nfe, was_measured_on
 from edmdistill.report.summary import read_run
-from edmdistill.sampling.generate import is_latent, require_finite, sample
-from edmdistill.sampling.grid import image_grid, to_uint8
+from edmdistill.sampling.decode import Decoder, model_decoder
+from edmdistill.sampling.generate import require_finite, sample
+from edmdistill.sampling.grid import image_grid, thumbnails
 from edmdistill.training.identity import RECIPE
 
 GRID = "samples.png"
@@ -101,13 +102,14 @@ class Published(NamedTuple):
     kept_card: bool = False
 
 
-def build_package(source: str | Path, repository: str, licence: str | None = None) -> Package:
+def build_package(source: str | Path, repository: str, licence: str | None = None, vae: str | None = None) -> Package:
     """Collects the files to publish from a checkpoint or a run; nothing is sent.
 
     Args:
         source: a checkpoint folder, or a run directory.
         repository: OWNER/NAME.
         licence: of the weights, if the checkpoint has none, or a stricter one.
+        vae: what decodes a latent generator's picture; see `open_decoder`. There is none without it.
     Raises: HubError: an invalid repository name or licence, or optimiser states.
         CheckpointError: no checkpoint, a damaged one, or a licence that the Hub does not accept.
     """
@@ -134,9 +136,10 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
     model = load_model(folder)
     files: dict[str, Path | bytes] = {MODEL: folder / MODEL}
     grid = None
-    if isinstance(model, Generator) and not is_latent(model):
+    decoder = _decoder(model, vae)
+    if isinstance(model, Generator) and decoder is not None:
         nfe = default_nfe(config)
-        files[GRID] = _grid(model, nfe)
+        files[GRID] = _grid(model, nfe, decoder)
         grid = GRID, f"Seeds 0 to {GRID_SIZE - 1}, in {nfe} {'evaluation' if nfe == 1 else 'evaluations'}."
     files[CONFIG] = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
     text = card(config, repository, run=run, results=results, grid=grid)
@@ -325,12 +328,25 @@ def _comparison_samples(model: Generator | Denoiser) -> Tensor:
     return require_finite(sample(model, nfe, seeds=COMPARISON_SEEDS), COMPARISON_SEEDS)
 
 
-def _grid(model: Generator, nfe: int) -> bytes:
+def _decoder(model: Generator | Denoiser, vae: str | None) -> Decoder | None:
+    """Returns what turns the model's images into pictures; None for latents whose VAE is not on this machine.
+
+    Raises: CheckpointError: the named VAE cannot be used.  EdmDistillError: a VAE for a network that works on pixels.
+    """
+    try:
+        return model_decoder(model, vae)
+    except CheckpointError:
+        if vae is not None:
+            raise
+        return None
+
+
+def _grid(model: Generator, nfe: int, decoder: Decoder) -> bytes:
     """Returns a picture of the first seeds, with class = seed modulo the number of classes."""
     classes = model.flow.label_dim
     labels = [seed % classes for seed in range(GRID_SIZE)] if classes else None
     images = require_finite(sample(model, nfe, seeds=range(GRID_SIZE), labels=labels), range(GRID_SIZE))
-    image_grid(to_uint8(images), GRID_COLUMNS).save(data := io.BytesIO(), "png")
+    image_grid(thumbnails(decoder(images)), GRID_COLUMNS).save(data := io.BytesIO(), "png")
     return data.getvalue()
 
 

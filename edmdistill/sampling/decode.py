@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.vae import Vae, cached_vae, read_vae
 from edmdistill.errors import CheckpointError, EdmDistillError
+from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.grid import to_uint8
 
 Decoder = Callable[[Tensor], Tensor]
@@ -64,11 +66,32 @@ class LatentDecoder:
         return to_uint8(pixels).cpu()
 
 
+def model_decoder(
+    model: Generator | Denoiser, vae: str | None = None, device: torch.device | str | None = None
+) -> Decoder:
+    """Returns what turns a network's images into pictures.
+
+    Args:
+        vae: see `open_decoder`.
+        device: of the VAE; default: the network's.
+    Raises: CheckpointError, EdmDistillError: see `open_decoder`; or the images are neither pixels nor known latents.
+    """
+    channels = model.flow.img_channels
+    if model.encoder["kind"] == "pixels" and channels not in (1, 3):
+        raise CheckpointError(
+            f"this network makes images of {channels} channels, and its checkpoint does not say how to decode them: "
+            "keep them with --latents"
+        )
+    return open_decoder(model.encoder, vae, device or next(model.flow.parameters()).device)
+
+
 def open_decoder(
     encoder: Mapping[str, Any],
     vae: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    alternative: str = ", or keep the latents with --latents",
 ) -> Decoder:
     """Returns what turns a network's images into pictures.
 
@@ -77,6 +100,7 @@ def open_decoder(
         vae: folder or Hub id of the VAE, downloaded if need be; None: the one that the encoder names, if it is on this
             machine.
         device, dtype: of the VAE.
+        alternative: what a user may do without the VAE, as the end of a sentence.
     Raises: CheckpointError: the VAE is not here, does not fit, or cannot be read.
         EdmDistillError: a VAE for a network that works on pixels.
     """
@@ -90,7 +114,6 @@ def open_decoder(
         if vae is None or cached_vae(vae) is None:
             named = "its checkpoint names no VAE" if vae is None else f"the VAE {vae} is not in the Hub's cache"
             raise CheckpointError(
-                f"this network makes latents, and {named}: name the VAE's folder or its Hub id with --vae, or keep the "
-                "latents with --latents"
+                f"this network makes latents, and {named}: name the VAE's folder or its Hub id with --vae{alternative}"
             )
     return LatentDecoder(latents, read_vae(vae, device, dtype, download=True))

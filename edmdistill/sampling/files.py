@@ -19,9 +19,10 @@ from torch import Tensor
 from edmdistill import __version__
 from edmdistill.atomic import atomic_write, remove_leftovers
 from edmdistill.errors import CheckpointError, EdmDistillError, NotFiniteError
+from edmdistill.sampling.decode import Decoder
 from edmdistill.sampling.generate import describe_not_finite, not_finite
 from edmdistill.sampling.grid import to_uint8
-from edmdistill.sampling.output import MAX_GRID, SampleInfo
+from edmdistill.sampling.output import MAX_GRID, Layout, SampleInfo
 from edmdistill.sampling.png_folder import REQUEST, PngFolder
 from edmdistill.sampling.single_file import GridFile, NpzFile
 
@@ -31,17 +32,20 @@ FORMAT_SUFFIX = re.compile(r"\.(?!v[0-9]+$)[a-z][a-z0-9]*")
 """A suffix of a file format: samples.pt is meant to be a file, run.v2 and frogs-2.5 are not."""
 
 
-def check_output(out: Path, *, latent: bool) -> None:
+def check_output(out: Path, *, latent: bool = False, layout: Layout = "edmdistill") -> None:
     """Checks the output of a command before its work starts.
 
-    Raises: EdmDistillError: the format is not supported, latents cannot be pictures, or a file or folder is in the way.
+    Args:
+        latent: latents are kept.
+    Raises: EdmDistillError: the format is not supported, or does not hold what is asked for, or a file or folder is in
+        the way.
     """
     suffix = out.suffix.lower()
     if latent and suffix != ".npz":
-        raise EdmDistillError(
-            f"{out}: this network makes VAE latents, which are not pictures until they are decoded; "
-            "use a file name that ends in .npz"
-        )
+        raise EdmDistillError(f"{out}: --latents go into an .npz: use a file name that ends in .npz")
+    if layout == "adm" and (latent or suffix != ".npz"):
+        reason = "holds images, not latents: leave out --latents" if latent else "is that of an .npz: name one"
+        raise EdmDistillError(f"{out}: --layout adm {reason}, or leave out --layout")
     if FORMAT_SUFFIX.fullmatch(suffix) and suffix not in FILE_KINDS and not out.is_dir():
         raise EdmDistillError(
             f"{out}: {out.suffix} is not supported; use a file name that ends in .npz or .png (a grid), or a folder "
@@ -72,7 +76,8 @@ class Samples:
         count: the number N of samples.
         seeds: of each sample, or None if they are known only after all are drawn.  [N]
         classes: of each sample, or None.  [N]
-        latent: the samples are latents of a VAE.
+        decoder: from samples to pictures; None: they are latents of a VAE, and kept as they are.
+        layout: of an .npz.
         label_names: of all classes, for dataset.json.
         source: where the network comes from, for the record.
         overwrite: replace samples of another request.
@@ -91,15 +96,18 @@ class Samples:
         seeds: Sequence[int] | None,
         classes: Sequence[int] | None,
         *,
-        latent: bool = False,
+        decoder: Decoder | None = to_uint8,
+        layout: Layout = "edmdistill",
         label_names: Sequence[str] | None = None,
         source: str = "",
         overwrite: bool = False,
     ) -> None:
-        self.request = json.loads(json.dumps(request))  # as read back from the file: tuples are lists
+        own = {"latents": True} if decoder is None else {"layout": layout} if layout != "edmdistill" else {}
+        self.request = json.loads(json.dumps({**request, **own}))  # as read back from the file: tuples are lists
         digest = hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()
         kind = FILE_KINDS.get(out.suffix.lower(), PngFolder)
-        self.output = kind(out, SampleInfo(digest, classes, label_names, latent))
+        self.output = kind(out, SampleInfo(digest, classes, label_names, decoder is None, layout))
+        self.decoder = decoder
         self.count, self.seeds, self.source = count, seeds, source
         self.broken: list[int] = []
         self._started = False
@@ -149,7 +157,8 @@ class Samples:
             self.broken += [positions[i] for i in broken.nonzero().flatten().tolist()]
             self._write_record()
         if good:
-            values = images[~broken] if self.output.info.latent else to_uint8(images[~broken])
+            values = images[~broken]
+            values = values if self.decoder is None else self.decoder(values)
             self.output.put({positions[i]: seeds[i] for i in good}, values)
 
     def finish(self) -> None:

@@ -161,8 +161,8 @@ def describe_not_finite(seeds: Sequence[int], count: int) -> str:
 
 
 def is_latent(model: Generator | Denoiser) -> bool:
-    """Returns whether the network works on the latents of a VAE: its images are neither gray nor RGB."""
-    return model.flow.img_channels not in (1, 3)
+    """Returns whether the network works on the latents of a VAE: so it says, or its images are neither gray nor RGB."""
+    return model.encoder["kind"] != "pixels" or model.flow.img_channels not in (1, 3)
 
 
 def drawn_classes(model: Generator | Denoiser, seeds: Sequence[int]) -> Tensor | None:

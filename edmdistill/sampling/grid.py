@@ -9,16 +9,24 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional
 
 GAP = 2  # pixels between two images
 PAPER = 255
 SMALLEST = 32  # smaller images are enlarged in a grid to this size
+THUMBNAIL = 128  # pixels a side, in a grid that holds many
 TEXT, MARGIN = 12, 8  # font size and the space around text, in pixels
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """Returns clip(127.5 x + 128, 0, 255) as uint8.  Any shape, nominally in [-1, 1].  Source: EDM, generate.py."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def thumbnails(pixels: Tensor, side: int = THUMBNAIL) -> Tensor:
+    """Returns pictures reduced by a whole factor to at most `side` pixels a side.  uint8 [N,C,H,W]"""
+    factor = -(-pixels.shape[-1] // side)
+    return pixels if factor == 1 else functional.avg_pool2d(pixels.float(), factor).round().to(torch.uint8)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

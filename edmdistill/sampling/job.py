@@ -13,11 +13,15 @@ import msgspec
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.load import Weights, weights_digest
 from edmdistill.checkpoints.source import Source
+from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.build import build_sampler
+from edmdistill.sampling.decode import Decoder, LatentDecoder
 from edmdistill.sampling.files import Samples
-from edmdistill.sampling.generate import drawn_classes, generate_images, is_latent
+from edmdistill.sampling.generate import drawn_classes, generate_images
+from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.heun import Churn
+from edmdistill.sampling.output import Layout
 from edmdistill.sampling.reference import ReferenceFiles
 from edmdistill.sampling.rejection import Rejection, candidates, sample_best
 from edmdistill.sampling.seeds import format_seeds
@@ -33,7 +37,9 @@ class SampleJob:
         seeds: one for each image.  [N]
         cycle: classes that the images take turns in; () = drawn from the seeds.
         rejection: draw more images, and keep the best.
+        decoder: from what the model makes to pictures; None: keep a VAE's latents as they are.
         batch: images at a time.
+    Raises: EdmDistillError: rejection of latents.
     """
 
     model: Generator | Denoiser
@@ -41,7 +47,12 @@ class SampleJob:
     seeds: Sequence[int]
     cycle: Sequence[int] = ()
     rejection: Rejection | None = None
+    decoder: Decoder | None = to_uint8
     batch: int = 64
+
+    def __post_init__(self) -> None:
+        if self.rejection is not None and self.decoder is None:
+            raise EdmDistillError("a classifier rejects pictures, and --latents keeps latents: leave one of them out")
 
     @cached_property
     def classes(self) -> list[int] | None:
@@ -86,10 +97,13 @@ class SampleJob:
             "classifier": None if rejection is None else rejection.classifier_digest,
             **({} if reference is None or spec.reference is None else reference.request(spec.reference)),
             "dtype": dtype,
+            "vae": self.decoder.vae.sha256 if isinstance(self.decoder, LatentDecoder) else None,
         }
         return {name: value for name, value in document.items() if value is not None}
 
-    def open_samples(self, out: Path, request: Mapping[str, Any], *, source: str, overwrite: bool) -> Samples:
+    def open_samples(
+        self, out: Path, request: Mapping[str, Any], *, source: str, overwrite: bool, layout: Layout = "edmdistill"
+    ) -> Samples:
         """Returns the output of this job, with what earlier commands have drawn of it.  Args: see Samples."""
         return Samples(
             out,
@@ -97,10 +111,11 @@ class SampleJob:
             len(self.seeds),
             None if self.rejection else self.seeds,
             self.classes,
-            latent=is_latent(self.model),
+            decoder=self.decoder,
             label_names=self.model.label_names,
             source=source,
             overwrite=overwrite,
+            layout=layout,
         )
 
     def draw_into(self, samples: Samples, on_progress: Callable[[int], object] | None = None) -> None:
@@ -111,7 +126,13 @@ class SampleJob:
         draw = partial(generate_images, self.model, self.spec, batch=self.batch, on_progress=on_progress)
         if self.rejection is not None and self.classes is not None:
             images, seeds = sample_best(
-                draw, self.rejection.log_probability, self.seeds, self.classes, self.rejection.ratio, batch=self.batch
+                draw,
+                self.rejection.log_probability,
+                self.seeds,
+                self.classes,
+                self.rejection.ratio,
+                batch=self.batch,
+                decode=self.decoder or to_uint8,
             )
             samples.put(range(len(seeds)), images, seeds)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -18,6 +18,10 @@ MAX_GRID = 1024
 """Samples that a grid shows."""
 
 
+Layout = Literal["edmdistill", "adm"]
+"""Names of the arrays in an .npz: images, seeds and labels, or those that ADM's evaluator reads, arr_0 and arr_1."""
+
+
 class SampleInfo(NamedTuple):
     """What an output says of its samples.
 
@@ -26,12 +30,14 @@ class SampleInfo(NamedTuple):
         classes: of each sample, or None.  [N]
         label_names: of all classes, or None.
         latent: they are latents of a VAE.
+        layout: of an .npz.
     """
 
     digest: str
     classes: Sequence[int] | None = None
     label_names: Sequence[str] | None = None
     latent: bool = False
+    layout: Layout = "edmdistill"
 
 
 class Output(ABC):

@@ -93,6 +93,7 @@ def sample_best(
     ratio: float,
     *,
     batch: int = 64,
+    decode: Callable[[Tensor], Tensor] = to_uint8,
 ) -> tuple[Tensor, list[int]]:
     """Draws candidates and returns as many images of each class as requested, those most like their class.
 
@@ -100,6 +101,7 @@ def sample_best(
         draw: (seeds=..., labels=...) -> images [B,C,H,W] in [-1, 1].
         log_probability: of uint8 [B,C,H,W], ln p(class given image).  [B,label_dim]
         seeds, classes, ratio: see candidates.
+        decode: from what is drawn to pictures, uint8 [B,C,H,W].
         batch: images that are drawn and classified at a time; only those that may yet be kept stay in memory.
     Returns: images [N,C,H,W], image i of classes[i], within a class in the order of the candidates; and their seeds,
         from which they can be drawn again.
@@ -114,7 +116,7 @@ def sample_best(
         new = torch.arange(at, min(at + batch, len(pool.seeds)))
         labels = pool.classes[new]
         drawn = draw(seeds=pool.seeds[new].tolist(), labels=labels)
-        log_p = log_probability(to_uint8(drawn)).cpu().to(torch.float64)[torch.arange(len(new)), labels]
+        log_p = log_probability(decode(drawn)).cpu().to(torch.float64)[torch.arange(len(new)), labels]
         if bool(log_p.isnan().any()):
             raise EdmDistillError("the classifier returns NaN for a drawn image, so it cannot rank them: use another")
         rows, scores = torch.cat([rows, new]), torch.cat([scores, log_p])

@@ -101,20 +101,27 @@ class GridFile(SingleFile):
 
 
 class NpzFile(SingleFile):
-    """An .npz: images uint8 [N,H,W,C] (or latents float32 [N,C,H,W]), seeds and labels int64 [N], -1 = no class."""
+    """An .npz: images uint8 [N,H,W,C] (or latents float32 [N,C,H,W]), seeds and labels int64 [N], -1 = no class.
+
+    In ADM's layout: arr_0, images uint8 [N,H,W,3], and, of a network with classes, arr_1, labels int64 [N].
+    Source: guided-diffusion, scripts/image_sample.py and evaluations/evaluator.py.
+    """
 
     def finish(self) -> None:
         positions, classes, latent = sorted(self.drawn), self.info.classes, self.info.latent
-        columns = {
-            "seeds": [self.drawn[position] for position in positions],
-            "labels": [NO_CLASS if classes is None else classes[position] for position in positions],
-        }
-        name, shape = ("latents" if latent else "images"), (0,)
+        adm = self.info.layout == "adm"
+        labels = [NO_CLASS if classes is None else classes[position] for position in positions]
+        if adm:
+            columns = {} if classes is None else {"arr_1": labels}
+        else:
+            columns = {"seeds": [self.drawn[position] for position in positions], "labels": labels}
+        name, shape = ("arr_0" if adm else "latents" if latent else "images"), (0,)
         with atomic_write(self.out) as new, zipfile.ZipFile(new, "w") as archive:
             archive.comment = self.info.digest.encode()
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 for stored in self.values():
                     values = stored if latent else stored.transpose(0, 2, 3, 1)
+                    values = values.repeat(3, axis=3) if adm and values.shape[3] == 1 else values
                     if shape == (0,):
                         shape = (len(positions), *values.shape[1:])
                         _write_npy_header(member, values.dtype, shape)

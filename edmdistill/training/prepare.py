@@ -32,6 +32,7 @@ from edmdistill.training.optimizers import LossScale, make_optimizer
 from edmdistill.training.probe import Probe
 from edmdistill.training.roles import build_roles, place_networks
 from edmdistill.training.run import Run
+from edmdistill.training.snapshot import grid_decoder
 from edmdistill.training.sources import Init, make_network, read_init
 from edmdistill.training.trackers import require_trackers
 
@@ -45,6 +46,7 @@ def prepare(
     machine: Machine = Machine(),
     force_guidance: bool = False,
     init: str | Path | None = None,
+    vae: str | None = None,
 ) -> Run:
     """Returns a run as it is before its first step. All its processes call this together.
 
@@ -55,6 +57,7 @@ def prepare(
         machine: how the run uses the hardware.
         force_guidance: allows a teacher to be guided by its own classes though it was never trained without them.
         init: a generator for a warm start; see `read_init`.
+        vae: what decodes latents in grids; see `open_decoder`.
     Raises: TrainingError: a teacher or guide is missing, is a generator, or does not fit the data.
         CheckpointError, DatasetError, RecipeError: from what is opened.
     """
@@ -70,7 +73,9 @@ def prepare(
     if (warning := generator_warning(sources.config.noise_dependence, teacher)) is not None:
         notes.append(warning)
     run = assemble(recipe, sources, networks, machine)
-    run.notes = tuple(notes)
+    run.decoder, note = run.engine.on_main(lambda: grid_decoder(run.config.encoder, vae)) or (None, None)
+    run.has_grids = bool(run.engine.broadcast(run.decoder is not None))
+    run.notes = tuple(filter(None, [*notes, note]))
     run.memory_before = memory_before if run.engine.device.type == "cpu" else 0
     return run
 

@@ -16,6 +16,8 @@ from edmdistill.data.datasets import Dataset
 from edmdistill.machine.engine import Engine, RoleModule, load_full_state, shard_like
 from edmdistill.methods.base import Method
 from edmdistill.recipes.schema import Recipe
+from edmdistill.sampling.decode import Decoder
+from edmdistill.sampling.grid import to_uint8
 from edmdistill.training.ema import Ema
 from edmdistill.training.optimizers import LossScale, load_states, plain_states
 from edmdistill.training.stream import Stream
@@ -34,6 +36,8 @@ class Run:
         scales: loss scales of the trained roles, in fp16 alone.
         averages: of the product. Sampling uses the first.
         images: seen so far.
+        decoder: from the product's images to pictures, on the main process alone.
+        has_grids: whether grids are drawn: there is a decoder.
         memory_before: peak memory of the process before anything was loaded, in bytes; 0 on a GPU.
         notes: sentences on how the networks were initialised.
         unchecked: trained roles whose first step has not yet been checked to move that role alone, in turn order.
@@ -50,6 +54,8 @@ class Run:
     averages: list[Ema]
     dataset: Dataset
     engine: Engine
+    decoder: Decoder | None = to_uint8
+    has_grids: bool = True
     images: int = 0
     memory_before: int = 0
     notes: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from msgspec.structs import replace
@@ -14,9 +15,11 @@ from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.posthoc_ema import Profile, save_snapshot
 from edmdistill.checkpoints.store import save_checkpoint
+from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser, FlowNetwork
-from edmdistill.sampling.generate import is_latent, not_finite, sample
-from edmdistill.sampling.grid import image_grid, named_rows, to_uint8
+from edmdistill.sampling.decode import Decoder, LatentDecoder, open_decoder
+from edmdistill.sampling.generate import not_finite, sample
+from edmdistill.sampling.grid import image_grid, named_rows, thumbnails
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.training.ema import PowerFunction
 from edmdistill.training.monitors import require_finite
@@ -27,7 +30,21 @@ COLUMNS, ROWS = 10, 2
 """Images of a grid for each number of steps."""
 GRID_SIGMAS = 0.3, 2.5, 20.0
 """Noise levels at which the networks of a run are compared."""
-WHITE = 1.0
+WHITE = 255
+
+
+def grid_decoder(encoder: Mapping[str, Any], vae: str | None) -> tuple[Decoder | None, str | None]:
+    """Returns what turns a network's images into the pictures of grids, or a sentence on why there are none.
+
+    Args: as for `open_decoder`.
+    Raises: CheckpointError: the named VAE cannot be used.  EdmDistillError: a VAE for a network that works on pixels.
+    """
+    try:
+        return open_decoder(encoder, vae, alternative=""), None
+    except CheckpointError as error:
+        if vae is not None:
+            raise
+        return None, f"No grids are drawn: {str(error).rstrip('.')}."
 
 
 def grid_path(folder: Path, images: int) -> Path:
@@ -38,26 +55,28 @@ def grid_path(folder: Path, images: int) -> Path:
 def save_sample_grid(run: Run, folder: Path, tell: Callable[[str], object]) -> None:
     """Draws folder/IMAGES.png: samples of the average, two rows for each NFE of the recipe.
 
-    Seeds are always the same, and classes take turns. Latents are not drawn.
+    Seeds are always the same, and classes take turns. Nothing is drawn if latents cannot be decoded.
 
     Args:
         tell: gets a sentence if samples are not finite; they are left white.
     """
     network = run.ema.network
-    model = Denoiser(network) if run.config.stage == "teacher" else Generator(network, run.config)
-    if is_latent(model):
+    if not run.has_grids:
         return
+    model = Denoiser(network) if run.config.stage == "teacher" else Generator(network, run.config)
+    if isinstance(model, Denoiser):
+        model.encoder = run.config.encoder
     seeds = range(COLUMNS * ROWS)
     labels = [seed % network.label_dim for seed in seeds] if network.label_dim else None
     images = torch.cat([sample(model, nfe, seeds=seeds, labels=labels) for nfe in run.recipe.sampling.nfe])
     if not run.engine.is_main:
         return
-    path, broken = grid_path(folder, run.images), not_finite(images)
-    if broken.any():
-        images[broken] = WHITE
-        tell(f"{int(broken.sum())} of {len(images)} samples are not finite, and left white in {path}.")
+    path = grid_path(folder, run.images)
+    pixels, broken = _pictures(run, images)
+    if broken:
+        tell(f"{broken} of {len(images)} samples are not finite, and left white in {path}.")
     with atomic_write(path) as new:
-        image_grid(to_uint8(images), COLUMNS).save(new, "png")
+        image_grid(pixels, COLUMNS).save(new, "png")
 
 
 @torch.no_grad()
@@ -65,12 +84,13 @@ def save_role_grid(run: Run, folder: Path, tell: Callable[[str], object]) -> Non
     """Draws folder/IMAGES.png: each role's denoised images of the same noisy data, a row for each role and noise level.
 
     As the second time, the product gets 0, that of the data, and other roles get the largest. The guidance weight is
-    the smallest. The networks are those in training, because sample grids show the averages. Latents are not drawn.
+    the smallest. The networks are those in training, because sample grids show the averages. Nothing is drawn if
+    latents cannot be decoded.
 
     Args: as for `save_sample_grid`.
     """
     network = run.ema.network
-    if is_latent(Denoiser(network)):
+    if not run.has_grids:
         return
     x0, labels, _ = run.stream().read(0, COLUMNS)
     z = SeededNoise(range(COLUMNS)).normal(x0.shape[1:]).to(x0) * network.sigma_data
@@ -90,12 +110,38 @@ def save_role_grid(run: Run, folder: Path, tell: Callable[[str], object]) -> Non
     if not run.engine.is_main:
         return
     path = grid_path(folder, run.images)
+    pictures = []
     for role, images in rows:
-        if (broken := not_finite(images)).any():
-            images[broken] = WHITE
-            tell(f"{int(broken.sum())} of {len(images)} images in row {role} are not finite, and left white in {path}.")
+        pixels, broken = _pictures(run, images)
+        if broken:
+            tell(f"{broken} of {len(images)} images in row {role} are not finite, and left white in {path}.")
+        pictures.append((role, pixels))
     with atomic_write(path) as new:
-        named_rows([(name, to_uint8(images)) for name, images in rows]).save(new, "png")
+        named_rows(pictures).save(new, "png")
+
+
+def _pictures(run: Run, images: Tensor) -> tuple[Tensor, int]:
+    """Returns pictures of images, white where they are not finite, and how many are not.
+
+    A VAE is on the device only while it decodes, and large pictures are reduced.
+    Args:
+        images: [B,C,H,W]
+    Returns: uint8 [B,C,h,w] on the CPU
+    """
+    broken, decoder = not_finite(images), run.decoder
+    assert decoder is not None
+    finite = images.masked_fill(broken.to(images.device)[:, None, None, None], 0)
+    if not isinstance(decoder, LatentDecoder):
+        pixels = decoder(finite).cpu()
+    else:
+        decoder.vae.model.to(run.engine.device)
+        try:
+            pixels = decoder(finite)
+        finally:
+            decoder.vae.model.to("cpu")
+    pixels = thumbnails(pixels)
+    pixels[broken.cpu()] = WHITE
+    return pixels, int(broken.sum())
 
 
 def save_generator(run: Run, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from edmdistill.checkpoints.config import (
     SamplingDefaults,
     describe,
 )
+from edmdistill.checkpoints.encoder import PIXELS
 from edmdistill.checkpoints.load import load_generator, load_model
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.cli import main
@@ -25,11 +26,13 @@ from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS
 from edmdistill.sampling import spec
+from edmdistill.sampling.decode import open_decoder
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.heun import Churn
 
 NAMES = ("zero", "one", "tree frog")
+LATENTS = {"kind": "StabilityVAEEncoder", "vae_name": "nobody/vae", "scale": [0.5] * 4, "bias": [0.1] * 4}
 
 
 def run(*words: object) -> Result:
@@ -43,6 +46,7 @@ def checkpoint(
     channels: int = 1,
     stage: str = "generator",
     guidance: tuple[float, float] | None = None,
+    encoder: dict[str, object] = PIXELS,
 ) -> Path:
     torch.manual_seed(0)
     network = NETWORKS["edm2"](
@@ -66,6 +70,7 @@ def checkpoint(
         sampling=SamplingDefaults({"1": (80.0,), "2": (80.0, 3.0)}),
         guidance=None if guidance is None else Guidance("network", guidance),
         provenance=Provenance(source="a test"),
+        encoder=encoder,
         **describe(flow),
     )
     save_checkpoint(folder, flow, config)
@@ -82,7 +87,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "diffusion run": checkpoint(root / "diffusion" / "generator", stage="teacher").parent,
         "teacher": checkpoint(root / "teacher", stage="teacher"),
         "plain": checkpoint(root / "plain", label_dim=0, channels=3),
-        "latent": checkpoint(root / "latent", channels=4),
+        "latent": checkpoint(root / "latent", channels=4, encoder=LATENTS),
+        "unknown": checkpoint(root / "unknown", channels=4),
         "guided": checkpoint(root / "guided", guidance=(1.0, 2.0)),
     }
 
@@ -174,10 +180,31 @@ def test_an_official_pickle(golden: Path, tmp_path: Path) -> None:
 
 
 def test_latents(runs: dict[str, Path], tmp_path: Path) -> None:
-    result = run(runs["latent"], "--seeds", "0-2", "--out", tmp_path / "a.npz")
+    result = run(runs["latent"], "--seeds", "0-2", "--latents", "--out", tmp_path / "a.npz")
     assert "latents of a VAE, undecoded" in result.stderr
     with np.load(tmp_path / "a.npz") as file:
         assert file["latents"].shape == (3, 4, 8, 8)
+
+
+def test_latents_are_decoded(runs: dict[str, Path], golden: Path, tmp_path: Path) -> None:
+    vae = golden / "evaluation/latents/tiny-vae"
+    for out in ("frogs", "a.npz"):
+        result = run(runs["latent"], "--seeds", "0-2", "--vae", vae, "--out", tmp_path / out)
+        assert result.exit_code == 0, result.output
+    expected = open_decoder(LATENTS, str(vae))(sample(load_generator(runs["latent"]), 2, seeds=[0, 1, 2]))
+    assert expected.shape == (3, 3, 64, 64)
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.abs(file["images"].astype(int) - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
+    with Image.open(tmp_path / "frogs" / "000002.png") as image:
+        assert np.abs(np.asarray(image).astype(int) - expected[2].permute(1, 2, 0).numpy()).max() <= 1
+    other = run(runs["latent"], "--seeds", "0-2", "--latents", "--out", tmp_path / "a.npz")
+    assert "already exists" in other.stderr
+
+
+def test_the_layout_of_adm(runs: dict[str, Path], tmp_path: Path) -> None:
+    assert run(runs["run"], "--seeds", "0-2", "--out", tmp_path / "a.npz", "--layout", "adm").exit_code == 0
+    with np.load(tmp_path / "a.npz") as file:
+        assert {name: file[name].shape for name in file} == {"arr_0": (3, 8, 8, 3), "arr_1": (3,)}
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +292,14 @@ def test_mistakes_about_files(runs: dict[str, Path], tmp_path: Path, words: list
         ("teacher", ["--gamma", "0.5"], "for generators"),
         ("teacher", ["--guidance", "2", "--guide", "nowhere.pkl"], "nowhere.pkl does not exist"),
         ("generator", ["--device", "warp"], "there is no device 'warp'"),
-        ("latent", [], "latents"),
+        ("latent", [], "the VAE nobody/vae is not in the Hub's cache: name the VAE's folder or its Hub id with --vae"),
+        ("latent", ["--vae", "nowhere"], "there is no VAE nowhere"),
+        ("latent", ["--latents"], "--latents go into an .npz"),
+        ("latent", ["--latents", "--vae", "a"], "leave one of them out"),
+        ("unknown", [], "images of 4 channels, and its checkpoint does not say how to decode them"),
+        ("plain", ["--vae", "a"], "has no effect because the network works on pixels"),
+        ("plain", ["--latents"], "--latents go into an .npz"),
+        ("plain", ["--layout", "adm"], "leave out --layout"),
         ("plain", ["--reject", "0.5", "--classifier", "digits"], "this network has none"),
         ("missing", [], "does not exist"),
     ],

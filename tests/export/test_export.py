@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from golden_set import NETWORKS
+from msgspec.structs import replace
 from PIL import Image
 from tolerance import assert_rounded, depth, rounding
 
@@ -45,6 +46,7 @@ from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.adapt import with_positional_time
 from edmdistill.networks.surgery.rebuild import rebuild
 from edmdistill.networks.surgery.two_time import add_second_time
+from edmdistill.sampling.decode import model_decoder
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_image, to_uint8
 from edmdistill.trigflow import cos_sin, sigma_to_time
@@ -195,7 +197,14 @@ def monkeypatches() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def pipelines(runs: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatches: pytest.MonkeyPatch) -> dict:
+def vae(golden: Path) -> str:
+    return str(golden / "evaluation/latents/tiny-vae")
+
+
+@pytest.fixture(scope="module")
+def pipelines(
+    runs: Path, vae: str, tmp_path_factory: pytest.TempPathFactory, monkeypatches: pytest.MonkeyPatch
+) -> dict:
     diffusers = pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
     monkeypatches.setattr(
         "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
@@ -203,7 +212,7 @@ def pipelines(runs: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatche
     made = {}
     for name in ("pixels", "jumps", "latents"):
         folder = tmp_path_factory.mktemp("pipelines") / name
-        export(runs / name, "diffusers", folder)
+        export(runs / name, "diffusers", folder, vae=vae if name == "latents" else None)
         made[name] = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
         made[name].set_progress_bar_config(disable=True)
     return made
@@ -233,25 +242,39 @@ def test_a_pipeline_samples_as_we_do(pipelines: dict, runs: Path, name: str, w: 
     assert abs(found - expected).max() <= 1
 
 
-def test_a_pipeline_of_latents_decodes_by_a_vae(pipelines: dict, runs: Path):
-    from diffusers import AutoencoderKL
-
-    pipe = pipelines["latents"]
-    with pytest.raises(ValueError, match=r"load the pipeline with vae=AutoencoderKL"):
-        pipe(generator=streams(0))
+def test_a_pipeline_of_latents_holds_its_vae_and_decodes_as_we_do(pipelines: dict, runs: Path, vae: str):
+    pipe, ours = pipelines["latents"], Generator(*load_flow(runs / "latents"))
+    expected = model_decoder(ours, vae)(sample(ours, 2, seeds=[3])).permute(0, 2, 3, 1).numpy()
+    pictures = np.stack([np.asarray(picture) for picture in pipe(generator=streams(3)).images])
+    assert np.abs(pictures.astype(int) - expected).max() <= 1
+    unit = pipe(generator=streams(3), output_type="np").images
+    assert np.abs(np.floor(unit * 255) - expected).max() <= 1
     with pytest.raises(ValueError, match="takes none"):
         pipe(generator=streams(0), output_type="latent", guidance_scale=2.0)
-    latents = pipe(generator=streams(0), output_type="latent").images
-    torch.manual_seed(0)
-    vae = AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
-    pipe.register_modules(vae=vae.eval())
-    config = load_flow(runs / "latents")[1]
-    scale, bias = (torch.tensor(config.encoder[name])[:, None, None] for name in ("scale", "bias"))
-    with torch.no_grad():
-        expected = vae.decode((latents - bias) / scale).sample
-    torch.testing.assert_close(
-        pipe(generator=streams(0), output_type="pt").images, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5
-    )
+    held = pipe.vae
+    pipe.register_modules(vae=None)
+    with pytest.raises(ValueError, match=r"load the pipeline with vae=AutoencoderKL"):
+        pipe(generator=streams(0))
+    pipe.register_modules(vae=held)
+
+
+def test_a_pipeline_knows_the_range_of_scm(pipelines: dict, runs: Path, vae: str):
+    """In sCM's range, a VAE's pixels are rounded as those of other networks."""
+    pipe, ours = pipelines["latents"], Generator(*load_flow(runs / "latents"))
+    ours.config = replace(ours.config, encoder=ours.config.encoder | {"range": "scm"})
+    latents = sample(ours, 2, seeds=[0])
+    pipe.register_to_config(latent_range="scm")
+    found = np.asarray(pipe.pictures(latents)[0]).astype(int)
+    pipe.register_to_config(latent_range="edm2")
+    assert np.abs(found - model_decoder(ours, vae)(latents)[0].permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_a_vae_that_would_do_nothing_is_refused(runs: Path, vae: str, tmp_path: Path):
+    with pytest.raises(EdmDistillError, match=r"--to nvidia holds the network alone, so --vae .* has no effect"):
+        export(runs / "latents", "nvidia", tmp_path / "out", vae=vae)
+    with pytest.raises(EdmDistillError, match="has no effect because the network works on pixels"):
+        export(runs / "pixels", "diffusers", tmp_path / "out", vae=vae)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pipeline_outlives_the_next_one(pipelines: dict):
@@ -336,7 +359,23 @@ def test_a_space_has_both_times(runs: Path, tmp_path: Path):
     assert_space_draws_ours(runs / "jumps", tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "message"), [("latents", "the latents of a VAE"), (None, "this is a teacher")])
+def test_a_space_of_latents_holds_its_vae(runs: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    export(runs / "latents", "space", tmp_path / "space", vae=vae)
+    assert "edmdistill[latent]==" in (tmp_path / "space" / "requirements.txt").read_text()
+    assert "`vae` holds tiny-vae, which decodes the latents" in (tmp_path / "space" / "README.md").read_text()
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delenv("GENERATOR", raising=False)
+    page = SimpleNamespace(**runpy.run_path(str(tmp_path / "space" / "app.py")))
+    model = load_generator(page.SOURCE)
+    picture, said = page.draw(model, **page.settings(model) | {"seed": 3, "count": 1})
+    assert "--vae stabilityai/sd-vae-ft-mse" in said
+    expected = model_decoder(model, vae)(sample(model, 2, seeds=[3]))[0].permute(1, 2, 0).numpy()
+    scale = 640 // expected.shape[0]
+    difference = np.asarray(picture).astype(int) - expected.repeat(scale, 0).repeat(scale, 1)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(("name", "message"), [("latents", "a Space shows pictures, .* --vae"), (None, "is a teacher")])
 def test_a_space_is_for_generators_of_images(runs: Path, golden: Path, tmp_path: Path, name: str | None, message: str):
     with pytest.raises(EdmDistillError, match=message):
         export(runs / name if name else golden / RGB, "space", tmp_path / "out")

@@ -133,9 +133,13 @@ def test_a_teacher_has_a_card_too():
 
 
 def test_latents_are_said_to_be_latents():
-    text = card(replace(CONFIG, encoder={"kind": "StabilityVAEEncoder"}), "me/latents")
-    assert "--out latents.npz" in text
-    assert "the VAE that decodes them into images is not included" in text
+    encoder = {"kind": "StabilityVAEEncoder", "vae_name": "stabilityai/sd-vae-ft-mse"}
+    text = card(replace(CONFIG, encoder=encoder), "me/latents")
+    assert "pip install 'edmdistill[latent]'" in text
+    assert "--vae stabilityai/sd-vae-ft-mse --out images" in text
+    assert 'model_decoder(model, "stabilityai/sd-vae-ft-mse")(latents)' in text
+    assert "the VAE that decodes them, stabilityai/sd-vae-ft-mse, is not included" in text
+    assert "--vae DIR --out images" in card(replace(CONFIG, encoder=encoder | {"vae_name": "a folder"}), "me/latents")
 
 
 def test_whose_result_it_is():

@@ -1,5 +1,6 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.images import open_images
 from edmdistill.sampling.files import Samples, check_output
 from edmdistill.sampling.grid import to_uint8
 
@@ -24,7 +26,7 @@ def picture(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def write(out: Path, samples: torch.Tensor, seeds: list[int], classes: list[int] | None, **options: bool) -> Samples:
+def write(out: Path, samples: torch.Tensor, seeds: list[int], classes: list[int] | None, **options: Any) -> Samples:
     """All at once."""
     request = {"seeds": seeds, "sum": float(samples.nan_to_num().sum())}
     made = Samples(out, request, len(seeds), seeds, classes, **options)
@@ -51,10 +53,39 @@ def test_npz(tmp_path: Path, channels: int) -> None:
 
 
 def test_npz_of_latents(tmp_path: Path) -> None:
-    write(tmp_path / "a.npz", images(4), SEEDS, None, latent=True)
+    write(tmp_path / "a.npz", images(4), SEEDS, None, decoder=None)
     with np.load(tmp_path / "a.npz") as file:
         assert np.array_equal(file["latents"], images(4))
         assert file["labels"].tolist() == [-1, -1, -1]
+
+
+def test_latents_are_decoded_as_they_are_drawn(tmp_path: Path) -> None:
+    """Into pictures of another size, and without those that are not finite."""
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        assert latents.isfinite().all()
+        return to_uint8(latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+    latents = images(4)
+    latents[1] = float("nan")
+    made = write(tmp_path / "frogs", latents, SEEDS, None, decoder=decode)
+    assert made.broken == [1]
+    assert np.array_equal(picture(tmp_path / "frogs" / "000100.png"), decode(latents[2:])[0].permute(1, 2, 0))
+    assert picture(tmp_path / "frogs" / "grid.png").shape == (32, 2 * 34 - 2, 3)  # two of 16x16, enlarged twice
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(1, [4, 4, 2]), (3, None)])
+def test_the_layout_of_adm(tmp_path: Path, channels: int, classes: list[int] | None) -> None:
+    out = tmp_path / "a.npz"
+    write(out, images(channels), SEEDS, classes, layout="adm")
+    with np.load(out) as file:
+        assert set(file) == {"arr_0"} | ({"arr_1"} if classes else set())
+        assert np.array_equal(file["arr_0"], to_uint8(images(channels)).expand(3, 3, 8, 8).permute(0, 2, 3, 1))
+        assert not classes or file["arr_1"].tolist() == classes
+    read = open_images(out, 5)
+    assert torch.equal(read.read(range(3)), to_uint8(images(channels)).expand(3, 3, 8, 8))
+    with pytest.raises(EdmDistillError, match="already exists"):
+        write(out, images(channels), SEEDS, classes)  # in the other layout it is another file
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -120,6 +151,13 @@ def test_check_output(tmp_path: Path, name: str, latent: bool, message: str) -> 
     (tmp_path / "held.npz").mkdir()
     with pytest.raises(EdmDistillError, match=message):
         check_output(tmp_path / name, latent=latent)
+
+
+@pytest.mark.parametrize(("name", "latent"), [("a.png", False), ("frogs", False), ("a.npz", True)])
+def test_the_layout_of_adm_is_for_images_in_an_npz(tmp_path: Path, name: str, latent: bool) -> None:
+    with pytest.raises(EdmDistillError, match="leave out --layout"):
+        check_output(tmp_path / name, latent=latent, layout="adm")
+    check_output(tmp_path / "a.npz", layout="adm")
 
 
 @pytest.mark.parametrize("name", ["a.npz", "deep/er/a.PNG", "folder", "run.v2", "frogs-2.5"])

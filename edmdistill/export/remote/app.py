@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from PIL import Image
 
 import edmdistill
 from edmdistill.checkpoints.documents import code_block, markdown
+from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.errors import printable
-from edmdistill.sampling.grid import image_grid, to_uint8
+from edmdistill.sampling.decode import Decoder, model_decoder
+from edmdistill.sampling.generate import is_latent
+from edmdistill.sampling.grid import image_grid, thumbnails
 
 SOURCE = os.environ.get("GENERATOR") or str(Path(__file__).parent / "generator")
 SIDE = 640
@@ -50,6 +54,13 @@ def settings(generator: edmdistill.Generator) -> dict[str, Any]:
     }
 
 
+@cache
+def decoder(generator: edmdistill.Generator) -> Decoder:
+    """What turns the generator's images into pictures: for latents, by the VAE beside this file."""
+    vae = Path(__file__).parent / "vae"
+    return model_decoder(generator, str(vae) if vae.is_dir() and is_latent(generator) else None)
+
+
 def draw(
     generator: edmdistill.Generator, nfe: int, gamma: float, label: int, seed: int | None, count: int, guidance: float
 ) -> tuple[Image.Image, str]:
@@ -70,10 +81,13 @@ def draw(
         guidance=guidance,
     )
     seconds = time.perf_counter() - began
+    pixels = decoder(generator)(images)
     columns = next(n for n in range(1, len(seeds) + 1) if n * n >= len(seeds))
-    picture = image_grid(to_uint8(images), columns, scale=max(1, SIDE // columns // images.shape[-1]))
+    pixels = thumbnails(pixels, max(1, SIDE // columns))
+    picture = image_grid(pixels, columns, scale=max(1, SIDE // columns // pixels.shape[-1]))
     words = ["edmdistill", "sample", Path(SOURCE).name if Path(SOURCE).is_dir() else SOURCE, "--nfe", f"{nfe:g}"]
     words += ["--gamma", f"{gamma:g}", "--seeds", f"{first}-{seeds[-1]}" if len(seeds) > 1 else str(first)]
+    words += vae_words(generator.encoder)
     words += [] if label == OWN else ["--class", str(label)]
     words += ["--guidance", f"{guidance:g}"] if generator.guidance[0] < generator.guidance[1] else []
     line = shlex.join([*words, "--out", "images"])

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from edmdistill.sampling.grid import to_image, to_uint8
 
+VAE_BATCH = 8
+"""Latents that are decoded at a time."""
+
 
 class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Images by gamma-sampling. With a generator for each image, image i depends on generator i and its class alone.
@@ -19,10 +22,11 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
     Args:
         unet: EdmdistillNetwork.
         scheduler: GammaScheduler.
-        vae: what decodes latents, where the network makes those; it does not come with the pipeline.
+        vae: what decodes latents, where the network makes those.
         id2label: names of the classes by number; a name may be several, with commas.
         guidance_range: least and greatest weight of guidance that the network reads, if it reads one.
         latent_scale, latent_bias: latents are (x0 - bias) / scale, by channel; None for pixels.
+        latent_range: of the pixels that the VAE gives: edm2, [0, 1], or scm, [-1, 1]; None for pixels.
     """
 
     model_cpu_offload_seq = "unet->vae"
@@ -37,11 +41,16 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_range: Sequence[float] | None = None,
         latent_scale: Sequence[float] | None = None,
         latent_bias: Sequence[float] | None = None,
+        latent_range: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_to_config(
-            id2label=id2label, guidance_range=guidance_range, latent_scale=latent_scale, latent_bias=latent_bias
+            id2label=id2label,
+            guidance_range=guidance_range,
+            latent_scale=latent_scale,
+            latent_bias=latent_bias,
+            latent_range=latent_range,
         )
         names = {name.strip(): int(i) for i, words in (id2label or {}).items() for name in words.split(",")}
         self.labels = dict(sorted(names.items()))
@@ -95,7 +104,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
             x0 = self.unet(x, sigma.expand(len(x)), classes, w, sigma_next.expand(len(x)))
             x = self.scheduler.step(x0, sigma, x, gamma=gamma, generator=generator)
 
-        images = x if output_type == "latent" else self._output(self._decode(x), output_type)
+        images = x if output_type == "latent" else self.pictures(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
 
@@ -137,19 +146,27 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.full((count,), scale, device=device)
 
     def _decode(self, x0: Tensor) -> Tensor:
-        """x0 as pixels, nominally in [-1, 1].  [B,C,H,W]"""
+        """x0 as pixels, nominally in [-1, 1], or in the VAE's range.  [B,C,H,W]"""
         if self.vae is None:
             return x0
         scale, bias = (
             x0.new_tensor(values)[:, None, None] for values in (self.config.latent_scale, self.config.latent_bias)
         )
-        pixels: Tensor = self.vae.decode(((x0 - bias) / scale).to(self.vae.dtype)).sample
-        return pixels.float()
+        latents = ((x0 - bias) / scale).to(self.vae.dtype)
+        starts = range(0, len(latents), VAE_BATCH)
+        return torch.cat([self.vae.decode(latents[at : at + VAE_BATCH]).sample.float() for at in starts])
 
-    def _output(self, pixels: Tensor, kind: str) -> object:
+    @torch.no_grad()
+    def pictures(self, x0: Tensor, kind: str = "pil") -> object:
+        """What the network makes, as output_type has it.
+
+        Source: EDM2, training/encoders.py: pixels of a VAE in [0, 1] are multiplied by 255 and cut.
+        """
+        pixels = self._decode(x0)
+        unit = pixels.clamp(0, 1) if self.config.latent_range == "edm2" else (pixels / 2 + 0.5).clamp(0, 1)
         if kind == "pil":
-            return [to_image(image) for image in to_uint8(pixels)]
-        unit = (pixels / 2 + 0.5).clamp(0, 1)
+            cut = unit.mul(255).to(torch.uint8)
+            return [to_image(image) for image in (cut if self.config.latent_range == "edm2" else to_uint8(pixels))]
         if kind == "pt":
             return unit
         if kind == "np":
