@@ -210,4 +210,4 @@ def to_text() -> str:
     for name, preset in presets().items():
         guide = f", guided {preset.guidance:g} by {preset.guide}" if preset.guide else ""
         lines.append(f"  {name:<{width}}  {preset.metric} {preset.value:g}: {preset.net}{guide}")
-    return "\n".join(lines)
+    return "\n".join([*lines, _table()["snapshots"]])

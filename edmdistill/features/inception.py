@@ -50,7 +50,7 @@ class Conv(nn.Module):
         self.bn = FrozenBatchNorm(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return f.relu(self.bn(self.conv(x)))
+        return f.relu(self.bn(self.conv(x)), inplace=True)
 
 
 def halving(channels: int, out: int) -> Conv:
@@ -250,6 +250,8 @@ class Inception(FeatureSpace):
         self.sha256, self.official = given.sha256, given.official
         self._device = device
         self._net = network.to(device, torch.float32).eval().requires_grad_(False)
+        if torch.device(device).type == "cpu":
+            self._net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # takes a quarter less time
         if given.script:
             self._prove(given.path)
             save_tensors(converted(given.sha256), self._net.state_dict(), {"source_sha256": given.sha256})

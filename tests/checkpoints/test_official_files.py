@@ -71,6 +71,7 @@ def test_the_list_names_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path))
     words = set(to_text().split())
     assert words >= official_files().keys() | presets().keys()
+    assert ":http:raw-snapshots/edm2-img512-xs/" in words
     assert [file["name"] for file in documents()["files"]] == list(official_files())
 
 
