@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, NotFiniteError
 from edmdistill.evaluation.base import Accumulator, Measured
 from edmdistill.progress import progress_bar
 
@@ -59,8 +59,11 @@ class Features:
         self._batches.append(features.to("cpu", torch.float32))
 
     def finish(self) -> FeatureSet:
-        """Returns all features so far, in their order."""
-        return FeatureSet(torch.cat(self._batches))
+        """Returns all features so far, in their order.  Raises: NotFiniteError: some are NaN or infinite."""
+        values = torch.cat(self._batches)
+        if not values.isfinite().all():
+            raise NotFiniteError("features of images are NaN or infinite: the network or the feature space overflows")
+        return FeatureSet(values)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

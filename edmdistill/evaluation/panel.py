@@ -16,7 +16,7 @@ from torch import Tensor
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import NotFiniteError
 from edmdistill.evaluation.base import Accumulator, Measured
-from edmdistill.evaluation.feature_set import Features
+from edmdistill.evaluation.feature_set import Features, FeatureSet
 from edmdistill.evaluation.images import Images, open_images
 from edmdistill.evaluation.metrics import FoundMetric
 from edmdistill.evaluation.pipeline import DIGEST, measure_images, pixels_sha256
@@ -123,7 +123,8 @@ def collect_reference(reference: Dataset | Statistics, panel: Panel) -> Collecte
     stated = {(name, kind): reference.collected(spaces[name], kind) for name, kind in keys - pictured}
     if pictured:
         stated |= _collect(open_images(reference.path, 0), pictured, panel, reference.sha256)[0]
-    return Collected(stated, record)
+    kept = min((len(found) for found in stated.values() if isinstance(found, FeatureSet)), default=reference.n)
+    return Collected(stated, record if kept in (None, reference.n) else replace(record, kept=kept))
 
 
 def _collect(images: Images, keys: Keys, panel: Panel, identity: str) -> tuple[dict[Key, Any], str]:

@@ -23,6 +23,8 @@ class Reference(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     split: str = "train"
     n: int | None = None
     sha256: str | None = None
+    kept: int | UnsetType = UNSET
+    """The number of images whose features metrics such as precision compare with, where they are fewer than n."""
 
 
 class Likelihood(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -167,6 +169,6 @@ def describe_reference(reference: Dataset | Statistics) -> Reference:
     if isinstance(reference, Dataset):
         return Reference(source=Path(reference.name).name, split=reference.split, n=len(reference))
     about = reference.about
-    return Reference(
-        source=reference.path.name if about is None else about.source, n=reference.n, sha256=reference.sha256
-    )
+    if about is not None:
+        return Reference(source=about.source, split=about.split, n=about.n, sha256=about.sha256)
+    return Reference(source=reference.path.name, n=reference.n, sha256=reference.sha256)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from ranks import Rank, in_ranks
 
 from edmdistill.data.datasets import open_dataset
@@ -108,6 +109,14 @@ def test_measuring_against_statistics_is_measuring_against_the_set(tmp_path: Pat
     a, b = (result.metrics for result in results)
     assert list(a) == [f"{name}@60" for name in metrics]
     assert a == pytest.approx(b, rel=1e-9)
+    assert results[0].protocol == results[1].protocol
+
+
+def test_results_that_compare_with_fewer_images_say_so(file: Path) -> None:
+    images = open_dataset("digits").images(range(60))
+    fd, precision = (evaluate(images, file, protocol="pixels", metrics=[name]) for name in ("fd", "precision"))
+    assert fd.protocol.reference is not None
+    assert precision.protocol.reference == replace(fd.protocol.reference, kept=50)
 
 
 def test_other_weights_are_refused(file: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, NotFiniteError
 from edmdistill.evaluation import feature_set
 from edmdistill.evaluation.base import Measured
 from edmdistill.evaluation.feature_set import FeatureSet
@@ -97,6 +97,13 @@ def test_metrics_are_the_functions_in_any_batches(small_tiles: None) -> None:
                 metric.update(Measured(batch))
             found.append(metric.finish())
         assert found == [*precision_recall(real, generated), *density_coverage(real, generated)]
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    metric = Precision(FeatureSet(normal(30, 3)))
+    metric.update(Measured(torch.tensor([[0.0, torch.nan, 1.0]])))
+    with pytest.raises(NotFiniteError, match="features of images are NaN or infinite"):
+        metric.finish()
 
 
 def test_radii_of_the_real_images_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
