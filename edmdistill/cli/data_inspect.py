@@ -6,15 +6,17 @@ import click
 @click.command("inspect")
 @click.argument("source", metavar="SET")
 @click.option("--split", default="train", show_default=True, help="Split of the digits: train, test or all.")
+@click.option("--teacher", metavar="TEACHER", help="Compare classes, shape and statistics with what this one takes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(source: str, split: str, as_json: bool) -> None:
+def command(source: str, split: str, teacher: str | None, as_json: bool) -> None:
     """Show the contents of a data set, and which files are left out.
 
-    SET is a zip, a folder, or the word digits. Every image is read, so broken ones are found.
+    SET is a zip, a folder, or the word digits. Every image is read, so broken ones are found. The statistics of latents
+    are compared with those that the teacher, or else the set, declares.
     """
     from edmdistill.data.inspect import inspect_data, to_json, to_text
     from edmdistill.progress import progress_bar
 
     with progress_bar(unit="image") as bar:
-        found = inspect_data(source, split=split, on_progress=bar.update)
+        found = inspect_data(source, split=split, teacher=teacher, on_progress=bar.update)
     click.echo(to_json(found) if as_json else to_text(found))

@@ -14,7 +14,7 @@ from edmdistill.data.files import Files
 from edmdistill.data.pictures import Pictures
 from edmdistill.errors import DatasetError, printable
 from edmdistill.pickles import StandIn, Unpickler, Unreadable
-from edmdistill.stored_tensors import Array, Dtype, read_scalar
+from edmdistill.stored_tensors import NUMPY, Array
 
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 PIXELS, CLASSES = 3 * 32 * 32, 10
@@ -88,15 +88,6 @@ def _unpickle(data: bytes) -> Batch:
     raise Unreadable("does not hold data and labels")
 
 
-def _from_buffer(data: object, dtype: object, shape: object, order: object) -> Array:
-    """Stand-in for numpy's function that protocol 5 calls."""
-    array = Array()
-    if order != "C":
-        raise TypeError
-    array.set_state((1, shape, dtype, False, data))
-    return array
-
-
 def _encode(text: object, encoding: object) -> memoryview:
     """Stand-in for codecs.encode, which gives the bytes in Python 3's pickles of protocol 2."""
     if not isinstance(text, str) or encoding != "latin1":
@@ -104,17 +95,4 @@ def _encode(text: object, encoding: object) -> memoryview:
     return memoryview(text.encode("latin-1"))
 
 
-_NAMES: dict[tuple[str, str], object] = {
-    ("numpy", "ndarray"): None,
-    ("numpy", "dtype"): StandIn(Dtype),
-    ("_codecs", "encode"): StandIn(_encode),
-    **{
-        (f"numpy.{core}.{module}", name): StandIn(function)
-        for core in ("core", "_core")
-        for module, name, function in (
-            ("multiarray", "_reconstruct", lambda *_: Array()),
-            ("multiarray", "scalar", read_scalar),
-            ("numeric", "_frombuffer", _from_buffer),
-        )
-    },
-}
+_NAMES = NUMPY | {("_codecs", "encode"): StandIn(_encode)}

@@ -6,6 +6,7 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,7 @@ class Contents:
         label_names: the name of each class, or None.
         absent: files in dataset.json that are not there.
         encoding: how latents were made, as far as dataset.json says.
+        prepared: how `data prepare` made images, where it did.
     """
 
     images: Sequence[Member]
@@ -50,6 +52,7 @@ class Contents:
     label_names: list[str] | None
     absent: Sequence[str] = ()
     encoding: Encoding | None = None
+    prepared: dict[str, Any] | None = None
 
     def notes(self, name: str) -> list[str]:
         """Returns sentences on what was left out of the set of this name."""
@@ -90,7 +93,7 @@ def read_contents(files: Files) -> Contents:
     require_readable(path, [*images, *documents])
     ignored = {canonical_name(name) for name in left_out}
     labels = read_labels(files, documents[0], by_name, ignored) if documents else Labels()
-    return Contents(images, left_out, latent, labels.classes, labels.names, labels.absent, labels.encoding)
+    return Contents(images, left_out, latent, *labels)
 
 
 def sort_files(

@@ -10,9 +10,15 @@ import msgspec
 import torch
 from msgspec import Struct
 
+from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.checkpoints.encoder import UNRECORDED, Statistics, latent_encoder
+from edmdistill.checkpoints.load import read_teacher
 from edmdistill.data.contents import read_contents, summarize
 from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.data.encode import far_off
 from edmdistill.data.files import open_files
+from edmdistill.data.fit import require_fit
+from edmdistill.errors import DatasetError, printable
 
 SCHEMA_VERSION = 1
 SHOWN = 12
@@ -27,6 +33,21 @@ class ClassCount(Struct, frozen=True, kw_only=True):
     images: int
 
 
+class Declared(Struct, frozen=True, kw_only=True):
+    """Mean and standard deviation of latents as the teacher, or else the data set, declares them.
+
+    Attributes:
+        by: who declares them.
+        mean, std: of each channel, before the teacher's scale.  [C]
+        far_off: whether those that were measured differ much; see `far_off`.
+    """
+
+    by: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    far_off: bool
+
+
 class DataSummary(Struct, frozen=True, kw_only=True):
     """The contents of a data set.
 
@@ -37,7 +58,11 @@ class DataSummary(Struct, frozen=True, kw_only=True):
         mean, std: of each channel: of pixels in [-1, 1], or of latents as drawn, mean + std eps, before the teacher's
             scale.  [C]
         std_all: of all channels about their common mean, to compare with a network's sigma_data.
+        teacher: the network that they are compared with, or None.
+        misfit: why that one does not take them, or None.
+        declared: of latents, what they are compared with, by channel; None where nothing is declared for them.
         left_out: the reason why each file that is no part of the set was left out, by name.
+        prepared: how `data prepare` made the images, or None.
         fingerprint: Dataset.fingerprint.
     """
 
@@ -51,7 +76,11 @@ class DataSummary(Struct, frozen=True, kw_only=True):
     std: tuple[float, ...]
     std_all: float
     classes: tuple[ClassCount, ...]
+    teacher: str | None
+    misfit: str | None
+    declared: Declared | None
     left_out: dict[str, str]
+    prepared: dict[str, Any] | None
     notes: tuple[str, ...]
     fingerprint: str
     schema_version: int = SCHEMA_VERSION
@@ -61,6 +90,7 @@ def inspect_data(
     source: str | Path,
     *,
     split: str = "train",
+    teacher: str | Path | None = None,
     batch: int = 256,
     on_progress: Callable[[int], object] | None = None,
 ) -> DataSummary:
@@ -68,11 +98,14 @@ def inspect_data(
 
     Args:
         source, split: see `open_dataset`.
+        teacher: a network for which the data are meant, whose classes and statistics they are compared with.
         on_progress: called with the number of images that have just been read.
-    Raises: DatasetError: see `open_dataset`; or an image cannot be read.
+    Raises: DatasetError: see `open_dataset`; or an image cannot be read.  CheckpointError: the teacher cannot be read.
     """
     data = open_dataset(source, split=split)
+    config, misfit = (None, None) if teacher is None else _compare(data, teacher)
     mean, std, std_all = _moments(data, batch, on_progress)
+    contents = None if data.name == "digits" else read_contents(open_files(Path(source)))
     names = data.label_names or []
     classes = tuple(
         ClassCount(label=label, name=names[label] if label < len(names) else None, images=count)
@@ -89,10 +122,41 @@ def inspect_data(
         std=std,
         std_all=std_all,
         classes=classes,
-        left_out={} if data.name == "digits" else read_contents(open_files(Path(source))).left_out,
+        teacher=None if teacher is None else str(teacher),
+        misfit=misfit,
+        declared=_declared(data, config, Statistics(mean, std)),
+        left_out={} if contents is None else contents.left_out,
+        prepared=None if contents is None else contents.prepared,
         notes=tuple(data.notes),
         fingerprint=data.fingerprint,
     )
+
+
+def _compare(data: Dataset, teacher: str | Path) -> tuple[CheckpointConfig, str | None]:
+    """Returns the configuration of a teacher, and why it does not take the data, or None."""
+    flow, config = read_teacher(teacher)
+    try:
+        require_fit(data, flow, config)
+    except DatasetError as error:
+        return config, str(error)
+    return config, None
+
+
+def _declared(data: Dataset, config: CheckpointConfig | None, measured: Statistics) -> Declared | None:
+    """Returns what the teacher, or else the data set, declares of latents."""
+    encoder = None if config is None else latent_encoder(config.encoder)
+    if not data.latent:
+        return None
+    if config is not None and encoder is not None and len(encoder.scale) == data.img_channels:
+        std = tuple(config.sigma_data / scale for scale in encoder.scale)
+        mean = tuple(-bias / scale for bias, scale in zip(encoder.bias, encoder.scale, strict=True))
+        by = "the teacher"
+    elif data.encoding is not None:
+        mean, std = tuple(data.encoding.raw_mean), tuple(data.encoding.raw_std)
+        by = "EDM2, for a set that declares none" if data.encoding is UNRECORDED else "dataset.json"
+    else:
+        return None
+    return Declared(by=by, mean=mean, std=std, far_off=far_off(measured, Statistics(mean, std)))
 
 
 def _moments(
@@ -132,6 +196,9 @@ def to_text(data: DataSummary) -> str:
         ("size", f"{shape}, {kind}"),
         ("mean", f"{_numbers(data.mean)}  ({measured})"),
         ("std", f"{_numbers(data.std)}  (all channels {data.std_all:.4g})"),
+        *([] if data.teacher is None else [("teacher", data.misfit or f"{data.teacher} takes these data")]),
+        *_declared_rows(data.declared),
+        *_prepared_rows(data.prepared),
         ("classes", f"{len(data.classes):,}" if data.classes else "none"),
         ("missing", _shorten([_title(entry) for entry in missing]) if missing else "none"),
         ("left out", f"{len(data.left_out):,}: {summarize(data.left_out)}" if data.left_out else "nothing"),
@@ -147,6 +214,21 @@ def to_text(data: DataSummary) -> str:
         lines += [f"... and {rest:,} more classes; --json lists all"] if rest > 0 else []
     notes = [note for note in data.notes if "left out" not in note]
     return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _declared_rows(declared: Declared | None) -> list[tuple[str, str]]:
+    if declared is None:
+        return []
+    far = "; what was measured is far off: another VAE, range or scale" if declared.far_off else ""
+    numbers = f"mean {_numbers(declared.mean)}; std {_numbers(declared.std)}"
+    return [("declared", f"{numbers}  (by {declared.by}{far})")]
+
+
+def _prepared_rows(prepared: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if prepared is None:
+        return []
+    words = [f"{key} {prepared[key]}" for key in ("source", "transform", "filter") if key in prepared]
+    return [("prepared", printable(", ".join(words))[:200])]
 
 
 def _mode(channels: int) -> str:

@@ -29,12 +29,14 @@ class Labels(NamedTuple):
         names: of each class, or None.
         absent: labelled files that are not there.
         encoding: how latents were made, or None.
+        prepared: how `data prepare` made images, as it is written, or None.
     """
 
     classes: NDArray[np.int64] | None = None
     names: list[str] | None = None
     absent: Sequence[str] = ()
     encoding: Encoding | None = None
+    prepared: dict[str, Any] | None = None
 
 
 def read_labels(files: Files, document: Member, images: Mapping[str, Member], left_out: Set[str]) -> Labels:
@@ -49,9 +51,9 @@ def read_labels(files: Files, document: Member, images: Mapping[str, Member], le
     Raises: DatasetError: it is broken, incomplete or ambiguous.
     """
     where = f"{files.path}: {printable(document.name)}"
-    entries, names, encoding = _parse(files, document, where)
+    entries, found = _parse(files, document, where)
     if entries is None:
-        return Labels(names=names, encoding=encoding)
+        return found
     folder = posixpath.dirname(canonical_name(document.name))
     labels, absent = _match(entries, folder, images, left_out, where)
     unlabelled = [member.name for key, member in images.items() if key not in labels]
@@ -62,14 +64,12 @@ def read_labels(files: Files, document: Member, images: Mapping[str, Member], le
             f"{printable(unlabelled[0])}{example}; label all or none"
         )
     for file, label in labels.values():
-        _require_class(label, names, f"{where} labels {printable(file)} as {_short(label)}")
-    return Labels(np.array([labels[key][1] for key in images], dtype=np.int64), names, absent, encoding)
+        _require_class(label, found.names, f"{where} labels {printable(file)} as {_short(label)}")
+    return found._replace(classes=np.array([labels[key][1] for key in images], dtype=np.int64), absent=absent)
 
 
-def _parse(
-    files: Files, document: Member, where: str
-) -> tuple[list[tuple[Any, Any]] | None, list[str] | None, Encoding | None]:
-    """Returns the pairs of a file and its label, or None, the names of the classes, and how latents were made."""
+def _parse(files: Files, document: Member, where: str) -> tuple[list[tuple[Any, Any]] | None, Labels]:
+    """Returns the pairs of a file and its label, or None, and all that the file says beside them."""
     with as_dataset_error(lambda why: f"{where} is not {FORM} ({why}); fix or remove it"):
         content = json.loads(files.read(document.name), object_pairs_hook=_object)
         if not isinstance(content, dict) or "labels" not in content:
@@ -85,7 +85,9 @@ def _parse(
         lambda why: f"{where}: encoder does not say how latents were made ({why}); encode them again"
     ):
         encoding = None if content.get("encoder") is None else msgspec.convert(content["encoder"], Encoding)
-    return None if labels is None else entries, names, encoding
+    prepared = content.get("prepared")
+    found = Labels(names=names, encoding=encoding, prepared=prepared if isinstance(prepared, dict) else None)
+    return None if labels is None else entries, found
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
