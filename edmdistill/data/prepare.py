@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import PIL
 from msgspec import Struct
-from PIL import Image, features
+from PIL import Image, _imaging, features
 
 from edmdistill import __version__
 from edmdistill.data.contents import LABELS
@@ -200,8 +200,10 @@ def _packed(job: _Job, start: int, workers: int) -> Iterator[list[_Packed]]:
     starts = iter(range(start, job.total, CHUNK))
     waiting: deque[Future[list[_Packed]]] = deque()
     pool = ThreadPoolExecutor(workers)
+    blocks = _imaging.get_blocks_max()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of sizes and metadata that are handled here
+        _imaging.set_blocks_max(max(blocks, 4 * workers))  # memory that one picture leaves to the next
         try:
             for at in starts:
                 waiting.append(pool.submit(job.pack, at))
@@ -211,6 +213,7 @@ def _packed(job: _Job, start: int, workers: int) -> Iterator[list[_Packed]]:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+            _imaging.set_blocks_max(blocks)
 
 
 def _write_image(archive: EdmZip, state: PrepareState, job: _Job, packed: _Packed) -> None:
