@@ -164,6 +164,21 @@ def lognormal_times(draws: Draws, sigma_data: float, *, P_mean: float, P_std: fl
     return sigma_to_time(lognormal_sigmas(draws, P_mean=P_mean, P_std=P_std), sigma_data)
 
 
+def interval_times(
+    draws: Draws, t_max: float, *, P_mean: float, P_std: float, share_to_data: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Draws pairs t > s of a flow map, and returns t in (0, t_max] and the length d = t - s in (0, t].  [B] each
+
+    The length is a fraction of t_max: d = sigmoid(a) t_max with a ~ N(P_mean, P_std^2), and s ~ U[0, t_max - d]. A
+    share of the jumps leads to the data: they keep their t, and s is 0.
+    Source: Sabour et al. 2025 (Align Your Flow), section 4.  Differs: the interval is an angle on the circle, where the
+        paper's is a linear time; share_to_data is ours.
+    """
+    d = (draws.normal() * P_std + P_mean).sigmoid() * t_max
+    t = d + draws.uniform() * (t_max - d)
+    return t, torch.where(draws.uniform() < share_to_data, t, d)
+
+
 def discrete_lognormal(sigmas: Tensor, *, P_mean: float, P_std: float) -> Tensor:
     """Returns the probabilities of increasing noise levels when ln(sigma) ~ N(P_mean, P_std^2) is discretized.
 

@@ -69,5 +69,20 @@ METHODS: dict[str, MethodEntry] = {
         "CTM: consistency trajectory models, a generator that jumps from any time to any earlier one.",
         ("kim2024ctm",),
     ),
+    "fmd": MethodEntry(
+        "edmdistill.methods.fmd:FMD",
+        "FMD: flow-map distillation (Align Your Flow), a generator that jumps from any time to any earlier one.",
+        ("sabour2025ayf",),
+    ),
+    "mean-flow": MethodEntry(
+        "edmdistill.methods.mean_flow:MeanFlow",
+        "MeanFlow: flow maps, trained on data alone.",
+        ("geng2025meanflow",),
+    ),
+    "ect": MethodEntry(
+        "edmdistill.methods.ect:ECT",
+        "ECT: easy consistency tuning, discrete pairs of noise levels that close in, trained on data alone.",
+        ("geng2024ect",),
+    ),
 }
 """By the name used on the command line and in recipes."""

@@ -52,9 +52,38 @@ class FlowFunction(Protocol):
         """Returns F and, for each of n times [B], the log variance u [B] at that time; the role needs n logvars."""
 
     def tangent(
-        self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /, *, w: Tensor | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        dx: Tensor,
+        dt: Tensor,
+        /,
+        second: Tensor | None = None,
+        dsecond: Tensor | None = None,
+        *,
+        w: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns F and its derivative along (dx, dt), without gradient and with the dropout of the next call."""
+        """Returns F and its derivative along (dx, dt, dsecond), without gradient and with the next call's dropout."""
+
+
+class FixedInputs:
+    """A network with some of its inputs filled in, for callers that do not know of them."""
+
+    def __init__(self, network: Any, inputs: Mapping[str, Tensor]) -> None:
+        self.network, self.inputs = network, inputs
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self.network(*args, **self.inputs, **keywords)
+
+    def tangent(self, *args: Any, **keywords: Any) -> Any:
+        return self.network.tangent(*args, **self.inputs, **keywords)
+
+
+def with_inputs(network: FlowFunction, **inputs: Tensor | None) -> FlowFunction:
+    """Returns the network with these inputs filled in: w, a guidance weight, or second, a time; None: left open."""
+    fixed = {name: value for name, value in inputs.items() if value is not None}
+    return FixedInputs(network, fixed) if fixed else network
 
 
 class WatchedFunction(FlowFunction, Protocol):

@@ -14,9 +14,9 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange, Role, Turn
+from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange, Role, Turn, with_inputs
 from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, normalized_tangent, tangent_warmup
-from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range, with_guidance
+from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
 from edmdistill.schedules import discrete_lognormal, edm_curve
 from edmdistill.trigflow import cos_sin, ddim_step, denoised, diffuse, sigma_to_time
 
@@ -55,7 +55,7 @@ class DSCD(GuidedMethod[DSCDConfig]):
         t_before, t = times[level], times[level + 1]
         x_t = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), t)
         w = self.teacher.weights(draws)
-        generator = with_guidance(self.generator, w)
+        generator = with_inputs(self.generator, w=w)
         with torch.no_grad():
             dx = sigma_data * self.teacher(x_t, t, batch.labels, w)
             r = tangent_warmup(batch.images, config.warmup_images)

@@ -116,21 +116,3 @@ class GuidedMethod(Method[GuidanceConfigT]):
     @classmethod
     def guidance(cls, config: GuidanceConfigT) -> tuple[float, float]:
         return config.guidance
-
-
-class FixedGuidance:
-    """A network with its input w filled in, for callers that do not know of guidance."""
-
-    def __init__(self, network: FlowFunction, w: Tensor) -> None:
-        self.network, self.w = network, w
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return self.network(*args, w=self.w, **keywords)
-
-    def tangent(self, *args: Any, **keywords: Any) -> Any:
-        return self.network.tangent(*args, w=self.w, **keywords)
-
-
-def with_guidance(network: FlowFunction, w: Tensor | None) -> FlowFunction:
-    """Returns the network at these guidance weights [B]; None: the network itself."""
-    return network if w is None else FixedGuidance(network, w)

@@ -13,8 +13,8 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, Loss, Role, Turn
-from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range, guided_roles, with_guidance
+from edmdistill.methods.base import Batch, Loss, Role, Turn, with_inputs
+from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range, guided_roles
 from edmdistill.methods.scm import SCM, SCMConfig
 from edmdistill.methods.score_distillation import (
     AuxiliaryMean,
@@ -64,7 +64,7 @@ class SCD(SCM[SCDConfig], GuidedMethod[SCDConfig]):
         config, noise = self.config, self.noise
         t = lognormal_times(draws, noise.sigma_data, P_mean=config.aux_P_mean, P_std=config.aux_P_std)
         w = self.guidance_weights(draws)
-        auxiliary, generator = (with_guidance(self.networks[role], w) for role in ("auxiliary", "generator"))
+        auxiliary, generator = (with_inputs(self.networks[role], w=w) for role in ("auxiliary", "generator"))
         return vsd_auxiliary_loss(auxiliary, generator, batch, t, draws, noise)
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
@@ -74,7 +74,7 @@ class SCD(SCM[SCDConfig], GuidedMethod[SCDConfig]):
             return loss
         t = lognormal_times(draws, noise.sigma_data, P_mean=config.vsd_P_mean, P_std=config.vsd_P_std)
         w = self.guidance_weights(draws)
-        auxiliary, generator = (with_guidance(self.networks[role], w) for role in ("auxiliary", "generator"))
+        auxiliary, generator = (with_inputs(self.networks[role], w=w) for role in ("auxiliary", "generator"))
         teacher = partial(self.teacher, w=w)
         vsd = vsd_generator_loss(generator, teacher, auxiliary, batch, t, draws, noise, logvars=2)
         return loss._replace(value=loss.value + config.vsd * vsd.value, signals=loss.signals | vsd.signals)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import reduce
+from operator import add
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -20,38 +22,43 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Turn
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Turn, with_inputs
 from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, normalized_tangent, tangent_warmup
-from edmdistill.methods.guidance import with_guidance
 from edmdistill.methods.noising import noised
 from edmdistill.methods.tangents import TANGENTS
 from edmdistill.schedules import lognormal_times
 from edmdistill.trigflow import cos_sin, denoised
 
 
-class SCMConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=True):
+class ContinuousConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=True):
+    """Options of every method that learns by tangents."""
+
     tangent: Annotated[
         Literal["exact", "finite-difference"], Meta(description="how the tangent is computed; exact is more accurate")
     ] = "exact"
-    intervals: Annotated[
-        int, Meta(ge=1, le=100_000, description="M: consistency to the start of each of M intervals of t")
-    ] = 1
     allow_edm_time: Annotated[bool, Meta(description="allow a teacher whose time input is ln(sigma), not t")] = False
 
 
+class SCMConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
+    intervals: Annotated[
+        int, Meta(ge=1, le=100_000, description="M: consistency to the start of each of M intervals of t")
+    ] = 1
+
+
+ContinuousT = TypeVar("ContinuousT", bound=ContinuousConfig)
 ConfigT = TypeVar("ConfigT", bound=SCMConfig)
 
 
-class SCM(Method[ConfigT]):
-    """sCM along a trajectory that sCT and sCD define."""
+class ContinuousConsistency(Method[ContinuousT]):
+    """Algorithm 1, over pairs of times and along a trajectory that its methods define: sCM's, and flow maps'."""
 
-    def __init__(self, config: ConfigT, networks: Mapping[str, Any], noise: NoiseRange) -> None:
+    def __init__(self, config: ContinuousT, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
         self.generator = networks["generator"]
 
     @classmethod
     def check_teacher(
-        cls, config: ConfigT, *, positional_time: bool, label_dim: int, label_dropout: float | None
+        cls, config: ContinuousT, *, positional_time: bool, label_dim: int, label_dropout: float | None
     ) -> str | None:
         """Source: sCM, section 4.1: the derivative of EDM's time embedding makes training unstable."""
         if positional_time or config.allow_edm_time:
@@ -70,26 +77,44 @@ class SCM(Method[ConfigT]):
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 1.  Source: eq. 8."""
         config, sigma_data = self.config, self.noise.sigma_data
-        t = lognormal_times(draws, sigma_data, P_mean=config.P_mean, P_std=config.P_std)
+        t, d = self.draw_times(draws)
         x_t, v = noised(batch.x0, t, draws, sigma_data)
         w = self.guidance_weights(draws)
-        generator = with_guidance(self.generator, w)
+        generator = self.generator_to(t - d, w)
         with torch.no_grad():
-            F_minus, g = continuous_target(
-                generator,
-                x_t,
-                t,
-                batch.labels,
-                self.velocity(x_t, t, batch.labels, v, w),
-                d=time_in_interval(t, config.intervals),
-                r=tangent_warmup(batch.images, config.warmup_images),
-                sigma_data=sigma_data,
-                tangent=config.tangent,
-            )
+            F_minus, g = self.target(generator, x_t, t, d, v, batch, w)
             g = normalized_tangent(g, config.c, config.tangent_normalization)
-        F, u = generator(x_t, t, batch.labels, u_at=(t,))
-        loss = consistency_loss(F, F_minus, g, u, t)
+        F, *u = generator(x_t, t, batch.labels, u_at=self.weighted_at(t, d))
+        loss = consistency_loss(F, F_minus, g, reduce(add, u), t)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
+
+    def target(
+        self, generator: FlowFunction, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, batch: Batch, w: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns F^- and the tangent g along the trajectory, both without gradient.  [B,C,H,W] each"""
+        return continuous_target(
+            generator,
+            x_t,
+            t,
+            batch.labels,
+            self.velocity(x_t, t, batch.labels, v, w),
+            d=d,
+            r=tangent_warmup(batch.images, self.config.warmup_images),
+            sigma_data=self.noise.sigma_data,
+            tangent=self.config.tangent,
+        )
+
+    @abstractmethod
+    def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Draws t, and the length d = t - s of the jump from it to s.  [B] each"""
+
+    def generator_to(self, s: Tensor, w: Tensor | None) -> FlowFunction:
+        """Returns the generator at guidance weight w, for jumps to s, where it reads them.  [B] each"""
+        return with_inputs(self.generator, w=w)
+
+    def weighted_at(self, t: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        """Returns the times of the log variances whose sum is u.  [B] each"""
+        return (t,)
 
     def guidance_weights(self, draws: Draws) -> Tensor | None:
         """Draws the guidance weight of each sample; None if it is fixed.  [B]"""
@@ -98,6 +123,15 @@ class SCM(Method[ConfigT]):
     @abstractmethod
     def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None, v: Tensor, w: Tensor | None) -> Tensor:
         """Returns dx_t/dt along the trajectory; v is that of the data and its noise.  [B,C,H,W]"""
+
+
+class SCM(ContinuousConsistency[ConfigT]):
+    """sCM: jumps to the data, or to the start of each interval, along a trajectory that sCT and sCD define."""
+
+    def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        config = self.config
+        t = lognormal_times(draws, self.noise.sigma_data, P_mean=config.P_mean, P_std=config.P_std)
+        return t, time_in_interval(t, config.intervals)
 
 
 def continuous_target(

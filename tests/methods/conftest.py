@@ -51,9 +51,11 @@ class Tiny(nn.Module):
 
     @torch.no_grad()
     def tangent(
-        self, x_t: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor, *, w: Tensor | None = None
+        self, x_t: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor, second=None, dsecond=None, *, w=None
     ) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(lambda x, t: self(x, t, labels, w=w), (x_t, t), (dx, dt))
+        if dsecond is None:
+            return torch.func.jvp(lambda x, t: self(x, t, labels, second, w=w), (x_t, t), (dx, dt))
+        return torch.func.jvp(lambda x, t, s: self(x, t, labels, s, w=w), (x_t, t, second), (dx, dt, dsecond))
 
 
 @pytest.fixture

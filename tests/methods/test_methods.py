@@ -20,6 +20,8 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "scd, guided": GUIDED,
     "scd, vsd and guided": GUIDED | {"vsd": 0.7},
     "dscd, guided": GUIDED,
+    "fmd, guided": GUIDED,
+    "fmd, lagrangian": {"objective": "lagrangian"},
 }
 """Every method with its defaults, and with options that add roles."""
 pytestmark = [
@@ -121,7 +123,7 @@ def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tin
             assert labels is batch.labels
             assert t.shape == (len(batch.x0),)
             assert (second is not None) == roles[role].two_time
-            assert second is None or ((second <= t) if name == "ctm" else (second >= t)).all()
+            assert second is None or ((second >= t) if role == "auxiliary" else (second <= t)).all()
             return networks[role](x_t, t, labels, second, **options)
 
         F.tangent, F.watch = networks[role].tangent, networks[role].watch

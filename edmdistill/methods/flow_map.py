@@ -1,0 +1,91 @@
+"""Flow maps: generators that jump from any time t to any earlier s, learned by tangents.
+
+    f(x_t, t, s) = cos(d) x_t - sin(d) sigma_d F(x_t, t; s),    d = t - s
+
+The network reads both times: s = 0 is sCM's consistency function, and s -> t the velocity of diffusion training. The
+algorithm is sCM's, with s fixed while t and x_t move along the trajectory (the Eulerian condition df/dt = 0), or with t
+fixed while s moves (the Lagrangian condition df/ds = the velocity at f).
+
+Source: Sabour, Fidler & Kreis 2025 (Align Your Flow, AYF), section 3; Boffi, Albergo & Vanden-Eijnden 2025 (flow map
+matching). Derived here for TrigFlow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, ClassVar, TypeVar
+
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import FlowFunction, Role, with_inputs
+from edmdistill.methods.scm import ContinuousConfig, ContinuousConsistency
+from edmdistill.schedules import interval_times
+from edmdistill.trigflow import cos_sin, ddim_step
+
+
+class FlowMapConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
+    P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of the logit of a jump's length")] = -0.8
+    P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of the logit of a jump's length")] = 1.0
+    share_to_data: Annotated[float, Meta(ge=0, le=1, description="share of jumps that end at the data")] = 0.25
+
+
+FlowMapT = TypeVar("FlowMapT", bound=FlowMapConfig)
+GENERATOR = Role(trained=True, two_time=True, logvars=2)
+
+
+class FlowMap(ContinuousConsistency[FlowMapT]):
+    """A generator of two times, over intervals drawn from the whole range.
+
+    Differs: AYF weights the loss by one function u(t, s); here it is u_1(t) + u_2(s), of the network's heads of one
+    time.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {"generator": GENERATOR}
+
+    def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        config, noise = self.config, self.noise
+        t_max = math.atan(noise.sigma_max / noise.sigma_data)
+        return interval_times(
+            draws, t_max, P_mean=config.P_mean, P_std=config.P_std, share_to_data=config.share_to_data
+        )
+
+    def generator_to(self, s: Tensor, w: Tensor | None) -> FlowFunction:
+        return with_inputs(self.generator, second=s, w=w)
+
+    def weighted_at(self, t: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        return t, t - d
+
+
+def lagrangian_target(
+    network: FlowFunction,
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    labels: Tensor | None,
+    *,
+    sigma_data: float,
+    w: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns F^- and g = -cos(s) sin(s) (df/ds - v(f, s)), both without gradient.  [B,C,H,W] each
+
+        df/ds = sin(d) x_t + cos(d) sigma_d F - sin(d) sigma_d dF/ds
+
+    The factor keeps the derivative of c_noise = ln(sigma(s))/4 bounded, as in sCM's rearrangement.
+
+    Args:
+        network: takes the second time s.
+        velocity: (x_s, s) -> dx_s/ds of the trajectory.  [B,C,H,W]
+    Source: AYF, theorem 3.2 (AYF-LMD), where the target is an Euler step of the velocity from a slightly larger s.
+    """
+    cos, sin = cos_sin(t - s, x_t)
+    k = s.cos() * s.sin()
+    F, kdF = network.tangent(x_t, t, labels, torch.zeros_like(x_t), torch.zeros_like(t), s, k, w=w)
+    x_s = ddim_step(x_t, F, t, s, sigma_data)
+    k = k.to(x_t.device).reshape(-1, 1, 1, 1).to(x_t.dtype)
+    residual = k * (sin * x_t + cos * sigma_data * F - velocity(x_s, s)) - sin * sigma_data * kdF
+    return F, -residual

@@ -1,0 +1,59 @@
+"""FMD: flow-map distillation, a generator for any number of steps, with or without noise between them.
+
+Sabour, Fidler & Kreis 2025 (Align Your Flow), algorithm 1.
+
+    t, s ~ intervals of [0, t_max]          x_t = cos(t) x0 + sin(t) z
+    v = sigma_d F*(x_t, t)                  the teacher's velocity, guided if asked
+    eulerian:    g = cos(d) df/dt           along (v, 1), s fixed
+    lagrangian:  g = -k (df/ds - v(f, s))   along s, t fixed; the teacher is asked at the end of the jump
+    F <- F^- + g / (|g| + c)                regression with weight e^-u(t, s)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+from msgspec import Meta
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, FlowFunction, Role
+from edmdistill.methods.flow_map import GENERATOR, FlowMap, FlowMapConfig, lagrangian_target
+from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
+
+Objective = Literal["eulerian", "lagrangian"]
+
+
+class FMDConfig(FlowMapConfig, frozen=True, forbid_unknown_fields=True):
+    objective: Annotated[Objective, Meta(description="eulerian: t moves along the trajectory; lagrangian: s moves")] = (
+        "eulerian"
+    )
+    guidance: GuidanceRange = (1.0, 1.0)
+    guide: GuideKind = "classes"
+
+    def __post_init__(self) -> None:
+        check_range(self)
+
+
+class FMD(FlowMap[FMDConfig], GuidedMethod[FMDConfig]):
+    Config = FMDConfig
+    roles = {"teacher": Role(trained=False), "generator": GENERATOR}
+
+    def target(
+        self, generator: FlowFunction, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, batch: Batch, w: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns F^- and g.  Source: AYF, theorems 3.1 (Eulerian) and 3.2 (Lagrangian)."""
+        if self.config.objective == "eulerian":
+            return super().target(generator, x_t, t, d, v, batch, w)
+        velocity = partial(self.velocity, labels=batch.labels, v=v, w=w)
+        return lagrangian_target(
+            self.generator, velocity, x_t, t, t - d, batch.labels, sigma_data=self.noise.sigma_data, w=w
+        )
+
+    def guidance_weights(self, draws: Draws) -> Tensor | None:
+        return self.teacher.weights(draws)
+
+    def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None, v: Tensor, w: Tensor | None) -> Tensor:
+        """Returns sigma_d F*(x_t, t), guided."""
+        return self.noise.sigma_data * self.teacher(x_t, t, labels, w=w)

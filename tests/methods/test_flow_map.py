@@ -1,0 +1,226 @@
+"""Flow maps: closed forms for Gaussian data, the limits s = 0 and s -> t, and a small network that learns the map."""
+
+import math
+
+import pytest
+import torch
+from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over, spread, teacher, truth
+from torch import Tensor, nn
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, NoiseRange, with_inputs
+from edmdistill.methods.flow_map import lagrangian_target
+from edmdistill.methods.fmd import FMD, FMDConfig
+from edmdistill.methods.mean_flow import MeanFlow, MeanFlowConfig
+from edmdistill.methods.scd import SCD, SCDConfig
+from edmdistill.methods.scm import continuous_target
+from edmdistill.methods.sct import SCT, SCTConfig
+from edmdistill.schedules import interval_times
+from edmdistill.trigflow import ddim_step, diffuse, sigma_to_time, velocity
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
+NOISE = NoiseRange(SIGMA_DATA, 0.002, 80.0)
+SHARES = torch.tensor([0.0, 0.3, 0.9], dtype=torch.float64)
+
+
+class MapToy(nn.Module):
+    """A network of two times, from a function of x, t and s."""
+
+    def __init__(self, F) -> None:
+        super().__init__()
+        self.F = F
+
+    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, u_at=()):
+        F = self.F(x, t, second)
+        return (F, *map(torch.zeros_like, u_at)) if u_at else F
+
+    @torch.no_grad()
+    def tangent(self, x: Tensor, t: Tensor, labels, dx: Tensor, dt: Tensor, second=None, dsecond=None, *, w=None):
+        dsecond = torch.zeros_like(second) if dsecond is None else dsecond
+        return torch.func.jvp(self.F, (x, t, second), (dx, dt, dsecond))
+
+
+TRUTH = MapToy(lambda x, t, s: truth(x, t, t - s))
+
+
+def flow_velocity(x: Tensor, t: Tensor) -> Tensor:
+    return SIGMA_DATA * teacher(x, t)
+
+
+# Closed forms: both conditions hold for the true map, between any two times.
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_true_map_has_no_eulerian_residual(share: Tensor) -> None:
+    x, s = images(), share * TIMES
+    network = with_inputs(TRUTH, second=s)
+    dx = flow_velocity(x, TIMES)
+    _, g = continuous_target(network, x, TIMES, None, dx, d=TIMES - s, r=1.0, sigma_data=SIGMA_DATA)
+    assert float(g.abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_true_map_has_no_lagrangian_residual(share: Tensor) -> None:
+    _, g = lagrangian_target(TRUTH, flow_velocity, images(), TIMES, share * TIMES, None, sigma_data=SIGMA_DATA)
+    assert float(g.abs().max()) < 1e-10
+
+
+def test_the_lagrangian_target_is_the_plain_one() -> None:
+    """-cos(s) sin(s) (df/ds - v(f, s)), df/ds by finite differences of the jump."""
+    network = MapToy(lambda x, t, s: torch.sin(3 * x) * over(x, t).cos() + 0.2 * x * over(x, s).sin())
+    x, t, s, h = images(), TIMES, 0.6 * TIMES, 1e-5
+
+    def f(s: Tensor) -> Tensor:
+        return ddim_step(x, network(x, t, None, s), t, s, SIGMA_DATA)
+
+    slope = (f(s + h) - f(s - h)) / (2 * h)
+    expected = -over(x, s.cos() * s.sin()) * (slope - flow_velocity(f(s), s))
+    F, g = lagrangian_target(network, flow_velocity, x, t, s, None, sigma_data=SIGMA_DATA)
+    torch.testing.assert_close(g, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(F, network(x, t, None, s))
+
+
+# Limits.
+
+
+@pytest.mark.parametrize(("flow_map", "config", "consistency", "other"), [
+    (FMD, FMDConfig, SCD, SCDConfig), (MeanFlow, MeanFlowConfig, SCT, SCTConfig),
+])  # fmt: skip
+def test_jumps_to_the_data_are_scm(flow_map, config, consistency, other, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the same times, loss and gradient are those of sCD, and of sCT, bit for bit."""
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def F(x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
+        return weight * torch.sin(x) * over(x, t)
+
+    batch, results = Batch(images(), None), []
+    for method, options, network in ((flow_map, config, MapToy(F)), (consistency, other, Toy(F))):
+        made = method(options(), {"teacher": Toy(teacher), "generator": network}, NOISE)
+        monkeypatch.setattr(made, "draw_times", lambda draws: (TIMES, TIMES))
+        loss = made.generator_loss(batch, Draws(0, 5)).value
+        results.append((loss, *torch.autograd.grad(loss.sum(), [weight])))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.equal(theirs)
+
+
+@pytest.mark.parametrize("objective", ["eulerian", "lagrangian"])
+def test_short_jumps_are_diffusion_training(objective: str) -> None:
+    """As s -> t, g is the difference to the velocity: the direction of -|sigma_d F - v|^2."""
+    network = MapToy(lambda x, t, s: torch.sin(3 * x) * over(x, t).cos() + 0.2 * x * over(x, s))
+    x, s = images(), TIMES - 1e-7
+    error = SIGMA_DATA * network(x, TIMES, None, TIMES) - flow_velocity(x, TIMES)
+    if objective == "eulerian":
+        _, g = continuous_target(
+            with_inputs(network, second=s), x, TIMES, None, flow_velocity(x, TIMES),
+            d=TIMES - s, r=1.0, sigma_data=SIGMA_DATA,
+        )  # fmt: skip
+        expected = -error
+    else:
+        _, g = lagrangian_target(network, flow_velocity, x, TIMES, s, None, sigma_data=SIGMA_DATA)
+        expected = -over(x, TIMES.cos() * TIMES.sin()) * error
+    torch.testing.assert_close(g, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_data_velocity_is_the_teacher_s_in_expectation() -> None:
+    """MeanFlow's identity: averaged over data and noise given x_t, its tangent is the Eulerian one of the true flow."""
+    rows = 200_000
+    draws = Draws(3, rows)
+    t, s = torch.full((rows,), 0.9, dtype=torch.float64), torch.full((rows,), 0.3, dtype=torch.float64)
+    x0, z = STD * draws.normal(1, 1, 1), SIGMA_DATA * draws.normal(1, 1, 1)
+    x_t = diffuse(x0, z, t)
+    _, g = continuous_target(
+        with_inputs(TRUTH, second=s), x_t, t, None, velocity(x0, z, t), d=t - s, r=1.0, sigma_data=SIGMA_DATA
+    )
+    # Linear in x_t for Gaussian data, so uncorrelated with x_t is zero for every x_t.
+    slope, deviation = float((g * x_t).mean() / x_t.square().mean()), float(g.std() / x_t.std())
+    assert deviation > 0.1  # a single pair is far from it
+    assert abs(slope) < 5 * deviation / math.sqrt(rows)
+
+
+# Intervals.
+
+
+def test_interval_times() -> None:
+    t_max, rows = 1.5, 20_000
+    t, d = interval_times(Draws(0, rows), t_max, P_mean=-0.8, P_std=1.0, share_to_data=0.25)
+    assert (t > 0).all()
+    assert (t <= t_max).all()
+    assert (d > 0).all()
+    assert (d <= t).all()
+    to_data = d == t
+    assert float(to_data.double().mean()) == pytest.approx(0.25, abs=0.015)
+    logit = (d[~to_data] / t_max).logit()
+    assert float(logit.mean()) == pytest.approx(-0.8, abs=0.04)
+    assert float(logit.std()) == pytest.approx(1.0, abs=0.03)
+    place = ((t - d) / (t_max - d))[~to_data]  # uniform over what is left
+    assert float(place.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(place.std()) == pytest.approx(12**-0.5, abs=0.01)
+
+
+# Learning.
+
+
+class LinearMap(nn.Module):
+    """F = a(t, s) x, a a sum of products of waves in both times.  Its tangent is explicit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(5, 5, dtype=torch.float64))
+
+    @staticmethod
+    def waves(t: Tensor) -> tuple[Tensor, Tensor]:
+        """The waves and their slopes.  [B] -> [B,5]"""
+        n = torch.tensor([0.0, 2, 2, 4, 4], dtype=torch.float64)
+        phase, odd = n * t[:, None], torch.tensor([False, True, False, True, False])
+        return torch.where(odd, phase.sin(), phase.cos()), torch.where(odd, n * phase.cos(), -n * phase.sin())
+
+    def a(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.einsum("bi,ij,bj->b", left, self.weights, right)
+
+    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, u_at=()):
+        F = over(x, self.a(self.waves(t)[0], self.waves(second)[0])) * x
+        return (F, *map(torch.zeros_like, u_at)) if u_at else F
+
+    @torch.no_grad()
+    def tangent(self, x: Tensor, t: Tensor, labels, dx: Tensor, dt: Tensor, second=None, dsecond=None, *, w=None):
+        (left, left_slope), (right, right_slope) = self.waves(t), self.waves(second)
+        slope = self.a(left_slope, right) * dt
+        if dsecond is not None:
+            slope = slope + self.a(left, right_slope) * dsecond
+        a = over(x, self.a(left, right))
+        return a * x, a * dx + over(x, slope) * x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(FMD, {}), (FMD, {"objective": "lagrangian"}), (MeanFlow, {})],
+    ids=["eulerian", "lagrangian", "mean-flow"],
+)
+def test_learns_the_true_map(method, options: dict[str, str]) -> None:
+    """Jumps between any two times, and their composition, against the exact trajectory."""
+    network, steps = LinearMap(), 3000
+    config = method.Config(share_to_data=0.5, **options)
+    made = method(config, {"teacher": Toy(teacher), "generator": network}, NOISE)
+    optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-2 * (1 - step / steps)
+        draws = Draws([0, step], 64)
+        made.generator_loss(Batch(STD * draws.normal(1, 4, 4), None), draws).value.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def f(t: float, s: float) -> float:
+        """The factor by which x_t is taken to x_s."""
+        time, end = torch.tensor([t], dtype=torch.float64), torch.tensor([s], dtype=torch.float64)
+        one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        with torch.no_grad():
+            return ddim_step(one, network(one, time, None, end), time, end, SIGMA_DATA).item()
+
+    def exact(t: float, s: float) -> float:
+        return float(spread(torch.tensor(s)) / spread(torch.tensor(t)))
+
+    last = float(sigma_to_time(80.0, SIGMA_DATA))
+    for t, s in ((last, 0.0), (last, 1.1), (1.1, 0.5), (1.1, 0.0), (0.5, 0.0)):
+        assert f(t, s) == pytest.approx(exact(t, s), rel=0.1)
+    assert f(last, 1.1) * f(1.1, 0.0) == pytest.approx(f(last, 0.0), rel=0.1)
