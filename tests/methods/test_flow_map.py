@@ -1,10 +1,10 @@
-"""Flow maps: closed forms for Gaussian data, the limits s = 0 and s -> t, and a small network that learns the map."""
+"""Flow maps: closed forms for Gaussian data, and the limits s = 0 and s -> t."""
 
 import math
 
 import pytest
 import torch
-from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over, spread, teacher, truth
+from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over, teacher, truth
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
@@ -155,81 +155,3 @@ def test_interval_times() -> None:
     place = ((t - d) / (t_max - d))[~to_data]  # uniform over what is left
     assert float(place.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(place.std()) == pytest.approx(12**-0.5, abs=0.01)
-
-
-# Learning.
-
-
-class LinearMap(nn.Module):
-    """F = a(t, s) x, a a sum of products of waves in both times.  Its tangent is explicit.
-
-    The products are made orthonormal over the intervals of training, without which Adam takes far longer.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.zeros(25, dtype=torch.float64))
-        t, d = interval_times(Draws(9, 4000), 1.564, P_mean=-0.8, P_std=1.0, share_to_data=0.25)
-        products = self.products(self.waves(t)[0], self.waves(t - d)[0])
-        self.basis = torch.linalg.inv(torch.linalg.cholesky(products.T @ products / len(t)).T)
-
-    @staticmethod
-    def waves(t: Tensor) -> tuple[Tensor, Tensor]:
-        """The waves and their slopes.  [B] -> [B,5]"""
-        n = torch.tensor([0.0, 2, 2, 4, 4], dtype=torch.float64)
-        phase, odd = n * t[:, None], torch.tensor([False, True, False, True, False])
-        return torch.where(odd, phase.sin(), phase.cos()), torch.where(odd, n * phase.cos(), -n * phase.sin())
-
-    @staticmethod
-    def products(left: Tensor, right: Tensor) -> Tensor:
-        return (left[:, :, None] * right[:, None]).flatten(1)
-
-    def a(self, left: Tensor, right: Tensor) -> Tensor:
-        return self.products(left, right) @ (self.basis @ self.weights)
-
-    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, u_at=()):
-        F = over(x, self.a(self.waves(t)[0], self.waves(second)[0])) * x
-        return (F, *map(torch.zeros_like, u_at)) if u_at else F
-
-    @torch.no_grad()
-    def tangent(self, x: Tensor, t: Tensor, labels, dx: Tensor, dt: Tensor, second=None, dsecond=None, *, w=None):
-        (left, left_slope), (right, right_slope) = self.waves(t), self.waves(second)
-        slope = self.a(left_slope, right) * dt
-        if dsecond is not None:
-            slope = slope + self.a(left, right_slope) * dsecond
-        a = over(x, self.a(left, right))
-        return a * x, a * dx + over(x, slope) * x
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [(FMD, {}), (FMD, {"objective": "lagrangian"})],
-    ids=["eulerian", "lagrangian"],
-)
-def test_learns_the_true_map(method, options: dict[str, str]) -> None:
-    """Jumps between any two times, and their composition, against the exact trajectory."""
-    network, steps = LinearMap(), 2000
-    made = method(method.Config(**options), {"teacher": Toy(teacher), "generator": network}, NOISE)
-    optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-        draws = Draws([0, step], 64)
-        made.generator_loss(Batch(STD * draws.normal(1, 4, 4), None), draws).value.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def f(t: float, s: float) -> float:
-        """The factor by which x_t is taken to x_s."""
-        time, end = torch.tensor([t], dtype=torch.float64), torch.tensor([s], dtype=torch.float64)
-        one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-        with torch.no_grad():
-            return ddim_step(one, network(one, time, None, end), time, end, SIGMA_DATA).item()
-
-    def exact(t: float, s: float) -> float:
-        return float(spread(torch.tensor(s)) / spread(torch.tensor(t)))
-
-    last = 1.4  # of F = 0, jumps from there to the data are 70% short
-    for t, s in ((last, 0.0), (last, 1.1), (1.1, 0.5), (1.1, 0.0), (0.5, 0.0)):
-        assert f(t, s) == pytest.approx(exact(t, s), rel=0.12)
-    assert f(last, 1.1) * f(1.1, 0.0) == pytest.approx(f(last, 0.0), rel=0.12)
