@@ -128,6 +128,7 @@ class Role(NamedTuple):
     Attributes:
         trained: has turns.
         two_time: takes a second time.
+        second_gain: gain of the second time at first; 0 keeps the function of the source.
         logvars: number of log-variance heads u(t).
         guided: takes the guidance weight.
         source: the network it is initialized from: the teacher, or the guide, another network of the same data.
@@ -137,6 +138,7 @@ class Role(NamedTuple):
 
     trained: bool
     two_time: bool = False
+    second_gain: float = 0.0
     logvars: int = 0
     guided: bool = False
     source: Literal["teacher", "guide"] = "teacher"

@@ -50,6 +50,10 @@ class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     order: Annotated[
         Literal["s", "t"], Meta(description="drawn first: s, or t with s uniform below it, whatever R and r_s_max")
     ] = "s"
+    t_gain: Annotated[
+        float,
+        Meta(ge=0, le=10, description="weight of t in the auxiliary score at first; 0 keeps the teacher's function"),
+    ] = 0.0
     anchor_sigma: Annotated[
         float, Meta(ge=0, description="jumps that start below this noise level learn the teacher's denoiser")
     ] = 0.0
@@ -91,6 +95,10 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         "generator": Role(trained=True),
         "auxiliary": Role(trained=True, two_time=True),
     }
+
+    @classmethod
+    def roles_for(cls, config: CoSIMConfig) -> dict[str, Role]:
+        return cls.roles | {"auxiliary": cls.roles["auxiliary"]._replace(second_gain=config.t_gain)}
 
     def notes(self) -> tuple[str, ...]:
         """Returns eq. 38: at psi's optimum the generator's loss is (2 coef - alpha) / (4 coef^2) Fisher divergence."""

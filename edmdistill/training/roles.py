@@ -48,6 +48,8 @@ def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
     if role.make is not None:
         return role.make(flow, recipe.training.seed).to(flow.dtype).requires_grad_(False).eval()
     network = add_second_time(flow) if role.two_time else drop_second_time(flow)
+    if role.second_gain and network.network.second_time is not None:
+        nn.init.constant_(network.network.second_time.gain, role.second_gain)
     if role.logvars:
         network = add_logvar(network, recipe.training.seed, role.logvars)
     if role.guided:
