@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 import torch
 import torch.nn.functional as f
 from msgspec import Meta
@@ -41,7 +42,21 @@ LOG = GANLoss(
 GAN_LOSSES = {"hinge": HINGE, "log": LOG}
 
 Augmentation = Literal["color", "translation", "cutout"]
-Augmentations = Annotated[tuple[Augmentation, ...], Meta(description="augmentations of the discriminator's input")]
+
+
+class GANConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The options of a method with an adversarial loss."""
+
+    gan: Annotated[float, Meta(ge=0, description="weight of the adversarial loss; 0 = none")] = 1.0
+    gan_loss: Annotated[Literal["hinge", "log"], Meta(description="the official code's or the paper's")] = "hinge"
+    gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the adversarial loss starts")] = 0
+    gan_channels: Annotated[int, Meta(ge=1, le=100_000, description="channels of the mixed feature maps")] = 64
+    features: Annotated[tuple[str, ...], Meta(description="TorchScript feature networks; none = random features")] = ()
+    augment: Annotated[tuple[Augmentation, ...], Meta(description="augmentations of the discriminator's input")] = (
+        "color",
+        "translation",
+        "cutout",
+    )
 
 
 def augment(x: Tensor, draws: Draws, augmentations: Sequence[Augmentation]) -> Tensor:
@@ -98,13 +113,9 @@ AUGMENTATIONS: dict[Augmentation, Callable[[Tensor, Draws], Tensor]] = {
 }
 
 
-def gan_roles(files: Sequence[str], channels: int) -> dict[str, Role]:
-    """Returns the roles of a projected discriminator: frozen features, and heads that are trained on them.
-
-    Args:
-        files: TorchScript feature networks; none: random features.
-        channels: of the mixed feature maps.
-    """
+def gan_roles(config: GANConfig) -> dict[str, Role]:
+    """Returns the roles of a projected discriminator: frozen features, and heads that are trained on them."""
+    files, channels = config.features, config.gan_channels
 
     def features(flow: FlowNetwork, seed: int) -> nn.Module:
         like = torch.zeros(1, flow.img_channels, flow.img_resolution, flow.img_resolution)
@@ -121,12 +132,11 @@ class Adversary:
 
     Args:
         networks: by role.
-        loss: a key of GAN_LOSSES.
     """
 
-    def __init__(self, networks: Mapping[str, Any], loss: str, augmentations: Sequence[Augmentation]) -> None:
+    def __init__(self, networks: Mapping[str, Any], config: GANConfig) -> None:
         self.features, self.discriminator = networks["features"], networks["discriminator"]
-        self.loss, self.augmentations = GAN_LOSSES[loss], augmentations
+        self.loss, self.augmentations = GAN_LOSSES[config.gan_loss], config.augment
 
     def discriminator_loss(self, real: Tensor, fake: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the discriminator's loss [B] and its signals; real and fake [B,C,H,W] get no gradient."""

@@ -15,61 +15,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.features.perceptual import PerceptualDistance
-from edmdistill.methods.adversarial import Adversary, Augmentations, gan_roles
-from edmdistill.methods.base import (
-    Batch,
-    EmaOf,
-    FlowFunction,
-    Loss,
-    Method,
-    NoiseRange,
-    Preview,
-    Role,
-    Turn,
-    WatchedFunction,
-)
-from edmdistill.methods.distances import DISTANCES, l2
+from edmdistill.methods import base
+from edmdistill.methods.adversarial import Adversary, GANConfig, gan_roles
+from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Loss, Method, Preview, Role, Turn
+from edmdistill.methods.distances import DISTANCES, Distance, PerceptionFile, l2, perception_roles
+from edmdistill.methods.jumps import Jump, JumpDistribution, Matching, draw_jump
 from edmdistill.methods.noising import noised
 from edmdistill.methods.solver import follow_flow
-from edmdistill.methods.weighting import balanced_sum
-from edmdistill.schedules import ctm_indices, ctm_score_sigmas, edm_sigmas
-from edmdistill.trigflow import ddim_step, diffuse, sigma_to_time
+from edmdistill.methods.weighting import Balance, balanced_sum
+from edmdistill.schedules import ctm_score_sigmas, edm_sigmas
+from edmdistill.trigflow import ddim_step, sigma_to_time
 
-Sampling = Literal["official", "paper"]
-Matching = Literal["soft", "local", "global"]
 Inner = Literal["average", "live"]
-Distance = Literal["pseudo-huber", "l2", "lpips"]
 DSMWeight = Literal["edm", "none"]
-Balance = Literal["adaptive", "fixed"]
 
 
-class CTMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     N: Annotated[int, Meta(ge=2, le=100_000, description="noise levels on EDM's curve")] = 18
     max_steps: Annotated[int, Meta(ge=1, le=100_000, description="largest number of the solver's Heun steps")] = 17
-    sampling: Annotated[Sampling, Meta(description="distribution of t, s, u: official code's or paper's")] = "official"
-    matching: Annotated[Matching, Meta(description="the solver goes part of the way to s, one step, or all")] = "soft"
+    sampling: JumpDistribution = "official"
+    matching: Matching = "soft"
     one_step_share: Annotated[float, Meta(ge=0, le=1, description="share of jumps from sigma_max to sigma_min")] = 0.1
     teacher: Annotated[bool, Meta(description="false: the solver follows the target network's own score")] = True
     mu: Annotated[float, Meta(ge=0, lt=1, description="EMA decay of the target network, per step")] = 0.999
     inner: Annotated[Inner, Meta(description="network of the jump from u to s: target or generator")] = "average"
-    distance: Annotated[Distance, Meta(description="distance between x_est and x_target")] = "pseudo-huber"
-    lpips: Annotated[str, Meta(description="TorchScript file of the distance lpips; see PerceptualDistance")] = ""
+    distance: Distance = "pseudo-huber"
+    lpips: PerceptionFile = ""
     dsm: Annotated[float, Meta(ge=0, description="weight of the denoising loss; 0 = none")] = 1.0
     dsm_weight: Annotated[DSMWeight, Meta(description="weighting of the denoising loss over noise levels")] = "edm"
-    gan: Annotated[float, Meta(ge=0, description="weight of the adversarial loss; 0 = none")] = 1.0
-    gan_loss: Annotated[Literal["hinge", "log"], Meta(description="the official code's or the paper's")] = "hinge"
-    gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the adversarial loss starts")] = 0
-    gan_channels: Annotated[int, Meta(ge=1, le=100_000, description="channels of the mixed feature maps")] = 64
-    features: Annotated[tuple[str, ...], Meta(description="TorchScript feature networks; none = random features")] = ()
-    augment: Augmentations = ("color", "translation", "cutout")
-    balance: Annotated[Balance, Meta(description="adaptive: equal gradients in the last layer")] = "adaptive"
+    balance: Balance = "adaptive"
 
     def __post_init__(self) -> None:
         if (self.distance == "lpips") != bool(self.lpips):
@@ -81,21 +60,7 @@ def ctm_roles(config: CTMConfig) -> dict[str, Role]:
     roles = {"teacher": Role(trained=False)} if config.teacher else {}
     roles["generator"] = Role(trained=True, two_time=True)
     roles["target"] = Role(trained=False, two_time=True, ema_of=EmaOf("generator", config.mu))
-    if config.lpips:
-        roles["perception"] = Role(trained=False, make=lambda flow, seed: PerceptualDistance(config.lpips))
-    return roles | (gan_roles(config.features, config.gan_channels) if config.gan else {})
-
-
-class Jump(NamedTuple):
-    """A draw of algorithm 4, lines 2-5: times t, s, u [B]; x_t; the solver's grid indices of t and u, and its steps."""
-
-    t: Tensor
-    s: Tensor
-    u: Tensor
-    x_t: Tensor
-    start: Tensor
-    stop: Tensor
-    steps: int
+    return roles | perception_roles(config.lpips) | (gan_roles(config) if config.gan else {})
 
 
 class Terms(NamedTuple):
@@ -111,12 +76,12 @@ class CTM(Method[CTMConfig]):
     Config = CTMConfig
     roles = ctm_roles(CTMConfig())
 
-    def __init__(self, config: CTMConfig, networks: Mapping[str, Any], noise: NoiseRange) -> None:
+    def __init__(self, config: CTMConfig, networks: Mapping[str, Any], noise: base.NoiseRange) -> None:
         super().__init__(config, networks, noise)
-        self.generator: WatchedFunction = networks["generator"]
+        self.generator: base.WatchedFunction = networks["generator"]
         self.target: FlowFunction = networks["target"]
         self.distance = networks["perception"] if config.lpips else DISTANCES[config.distance]
-        self.adversary = Adversary(networks, config.gan_loss, config.augment) if config.gan else None
+        self.adversary = Adversary(networks, config) if config.gan else None
         sigma_data, sigma_min, sigma_max = noise
         self.times = sigma_to_time(edm_sigmas(config.N, sigma_min, sigma_max), sigma_data)
 
@@ -168,17 +133,17 @@ class CTM(Method[CTMConfig]):
 
     def draw_jump(self, batch: Batch, draws: Draws) -> Jump:
         """Algorithm 4, lines 2-5."""
-        config, times = self.config, self.times.to(batch.x0.device)
-        start, end, stop, steps = ctm_indices(
+        config = self.config
+        return draw_jump(
+            batch.x0,
+            self.times,
             draws,
-            config.N,
+            self.noise.sigma_data,
             max_steps=config.max_steps,
             sampling=config.sampling,
             matching=config.matching,
             one_step_share=config.one_step_share,
         )
-        x_t = diffuse(batch.x0, draws.normal_like(batch.x0, self.noise.sigma_data), times[start])
-        return Jump(times[start], times[end], times[stop], x_t, start, stop, steps)
 
     @torch.no_grad()
     def x_target(self, jump: Jump, labels: Tensor | None) -> Tensor:
@@ -189,8 +154,7 @@ class CTM(Method[CTMConfig]):
         def flow(x: Tensor, t: Tensor) -> Tensor:
             return teacher(x, t, labels) if self.config.teacher else teacher(x, t, labels, t)
 
-        times = self.times.to(jump.x_t.device)
-        x_u = follow_flow(flow, jump.x_t, times, jump.start, jump.stop, jump.steps, self.noise.sigma_data)
+        x_u = follow_flow(flow, jump.x_t, jump.times, jump.start, jump.stop, jump.steps, self.noise.sigma_data)
         inner = self.target if self.config.inner == "average" else self.generator
         return self.jump_to_end(self.jump(inner, x_u, jump.u, jump.s, labels), jump.s, labels)
 

@@ -5,7 +5,13 @@ They are means over pixels, so their scale does not depend on the resolution.
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from msgspec import Meta
 from torch import Tensor
+
+from edmdistill.features.perceptual import PerceptualDistance
+from edmdistill.methods.base import Role
 
 
 def l2(a: Tensor, b: Tensor) -> Tensor:
@@ -22,3 +28,12 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.00054) -> Tensor:
 
 
 DISTANCES = {"l2": l2, "pseudo-huber": pseudo_huber}
+Distance = Annotated[Literal["pseudo-huber", "l2", "lpips"], Meta(description="distance between x_est and x_target")]
+PerceptionFile = Annotated[str, Meta(description="TorchScript file of the distance lpips; see PerceptualDistance")]
+
+
+def perception_roles(lpips: str) -> dict[str, Role]:
+    """Returns the role of a perceptual distance; none for "".  lpips: its TorchScript file, see PerceptualDistance."""
+    if not lpips:
+        return {}
+    return {"perception": Role(trained=False, make=lambda flow, seed: PerceptualDistance(lpips))}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor
+
+Balance = Annotated[Literal["adaptive", "fixed"], Meta(description="adaptive: equal gradients in the last layer")]
 
 
 def adaptive(error: Tensor, u: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""Jumps between the times of a grid, and the part of them that a solver goes along the teacher's trajectory."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from msgspec import Meta
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.schedules import ctm_indices
+from edmdistill.trigflow import diffuse
+
+JumpDistribution = Annotated[
+    Literal["official", "paper"], Meta(description="distribution of t, s, u: official code's or paper's")
+]
+Matching = Annotated[
+    Literal["soft", "local", "global"], Meta(description="the solver goes part of the way to s, one step, or all")
+]
+
+
+class Jump(NamedTuple):
+    """A jump from x_t at t to s, and a time u between them.
+
+    Attributes:
+        t, s, u: s <= u < t.  [B]
+        x_t: data with noise.  [B,C,H,W]
+        times: the grid, decreasing.  [N]
+        start, stop: indices of t and u in the grid.  [B] int64
+        steps: the solver's, from t to u.
+    """
+
+    t: Tensor
+    s: Tensor
+    u: Tensor
+    x_t: Tensor
+    times: Tensor
+    start: Tensor
+    stop: Tensor
+    steps: int
+
+
+def draw_jump(x0: Tensor, times: Tensor, draws: Draws, sigma_data: float, **options: Any) -> Jump:
+    """Draws a jump for each image.  options: see `ctm_indices`.  Source: Kim et al. 2024 (CTM), algorithm 4, lines 2-5.
+
+    Args:
+        x0: images.  [B,C,H,W]
+        times: decreasing.  [N]
+    """
+    times = times.to(x0.device)
+    start, end, stop, steps = ctm_indices(draws, len(times), **options)
+    x_t = diffuse(x0, draws.normal_like(x0, sigma_data), times[start])
+    return Jump(times[start], times[end], times[stop], x_t, times, start, stop, steps)
