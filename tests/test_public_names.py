@@ -8,18 +8,9 @@ import pytest
 
 import edmdistill
 
-NAMES = [
-    "Denoiser",
-    "EdmDistillError",
-    "Generator",
-    "__version__",
-    "convert",
-    "evaluate",
-    "load_denoiser",
-    "load_features",
-    "load_generator",
-    "sample",
-]
+CLASSES = "Denoiser", "EdmDistillError", "Generator"
+FUNCTIONS = "convert", "evaluate", "load_denoiser", "load_features", "load_generator", "sample"
+NAMES = sorted([*CLASSES, *FUNCTIONS, "__version__"])
 
 
 def test_the_public_names_are_these():
@@ -32,6 +23,8 @@ def test_every_public_name_is_there_and_documented(name: str):
     value = getattr(edmdistill, name)
     assert value is getattr(importlib.import_module("edmdistill"), name)
     assert isinstance(value, str) or value.__doc__
+    assert isinstance(value, type) == (name in CLASSES)
+    assert callable(value) == (name != "__version__")
 
 
 def test_other_names_are_not():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from msgspec.structs import replace
@@ -21,6 +21,7 @@ from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.progress import write
 
+ModelT = TypeVar("ModelT", Denoiser, Generator)
 Weights = Literal["ema", "raw"]
 
 
@@ -58,19 +59,21 @@ def load_denoiser(
     source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Denoiser:
     """Returns a teacher in EDM's view; see `load_model`.  Raises: CheckpointError: it is a generator or unreadable."""
-    model = load_model(source, device, dtype)
-    if not isinstance(model, Denoiser):
-        raise CheckpointError(f"{source} is a generator, not a teacher: give the teacher that it was distilled from.")
-    return model
+    generator = f"{source} is a generator, not a teacher: give the teacher that it was distilled from."
+    return _require(Denoiser, load_model(source, device, dtype), generator)
 
 
 def load_generator(
     source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Generator:
     """Returns a few-step generator; see `load_model`.  Raises: CheckpointError: it is a teacher or unreadable."""
-    model = load_model(source, device, dtype)
-    if not isinstance(model, Generator):
-        raise CheckpointError(f"{source} is a teacher, not a generator: distil it with `edmdistill train`.")
+    teacher = f"{source} is a teacher, not a generator: distil it with `edmdistill train`."
+    return _require(Generator, load_model(source, device, dtype), teacher)
+
+
+def _require(kind: type[ModelT], model: Denoiser | Generator, refusal: str) -> ModelT:
+    if not isinstance(model, kind):
+        raise CheckpointError(refusal)
     return model
 
 

@@ -7,7 +7,7 @@ and progress.json, which has the sha256 of each.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -98,14 +98,31 @@ def newest_whole_state(folder: Path, on_message: Callable[[str], object]) -> Pat
         on_message: called with a sentence about every state that is skipped.
     Raises: CheckpointError: there is none.
     """
-    states = [folder] if is_state(folder) else saved_states(folder / "state")
-    for path in reversed(states):
+
+    def skip(state: Path, error: Exception) -> None:
+        on_message(f"The state {state} is not whole ({error}); the one before it is taken.")
+
+    newest = newest_whole([folder] if is_state(folder) else saved_states(folder / "state"), skip)
+    if newest is None:
+        raise CheckpointError(
+            f"{folder} has no intact state to read raw weights from: use a run directory that has one."
+        )
+    return newest
+
+
+def newest_whole(states: Sequence[Path], on_broken: Callable[[Path, Exception], None]) -> Path | None:
+    """Returns the last of some states, in ascending order, that is whole; None: none is.
+
+    Args:
+        on_broken: called with every state that is skipped, and the reason.
+    """
+    for state in reversed(states):
         try:
-            require_whole(path)
-            return path
+            require_whole(state)
+            return state
         except (OSError, ValueError) as error:
-            on_message(f"The state {path} is not whole ({error}); the one before it is taken.")
-    raise CheckpointError(f"{folder} has no intact state to read raw weights from: use a run directory that has one.")
+            on_broken(state, error)
+    return None
 
 
 def raw_weights(state: Path, role: str) -> dict[str, Tensor]:

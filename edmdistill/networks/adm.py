@@ -25,6 +25,7 @@ from edmdistill.networks.arguments import (
 from edmdistill.networks.base import Conditioning
 from edmdistill.networks.embeddings import PositionalEmbedding, TimeEmbedding
 from edmdistill.networks.initial import normal
+from edmdistill.networks.levels import Layer, Levels
 from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linear, UNetBlock
 
 
@@ -62,11 +63,19 @@ class DhariwalUNet(EDMUNet):
         super().__init__(locals(), in_channels)
         self.label_dropout = label_dropout
         self.emb_channels = emb_channels = model_channels * channel_mult_emb
-        widths = [model_channels * mult for mult in channel_mult]
+        levels = Levels(img_resolution, [model_channels * mult for mult in channel_mult], num_blocks, attn_resolutions)
 
-        def block(cin: int, cout: int, resample: str = "keep", attention: bool = False) -> UNetBlock:
-            heads = cout // 64 if attention else 0
-            return UNetBlock(cin, cout, emb_channels, heads, resample, dropout=dropout, double_norm=double_norm)
+        def block(layer: Layer) -> UNetBlock:
+            heads = layer.out_channels // 64 if layer.attention else 0
+            return UNetBlock(
+                layer.in_channels,
+                layer.out_channels,
+                emb_channels,
+                heads,
+                layer.resample,
+                dropout=dropout,
+                double_norm=double_norm,
+            )
 
         # Embedding.
         self.map_noise = (TimeEmbedding if positional_time else PositionalEmbedding)(model_channels)
@@ -76,33 +85,15 @@ class DhariwalUNet(EDMUNet):
         self.map_label = Linear(label_dim, emb_channels, bias=False) if label_dim else None
 
         # Encoder.
-        self.enc = nn.ModuleDict()
-        cout = widths[0]
-        skips = [cout]
-        for level, width in enumerate(widths):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, cout, 3)
-            else:
-                self.enc[f"{res}x{res}_down"] = block(cout, cout, "down")
-                skips.append(cout)
-            for index in range(num_blocks):
-                self.enc[f"{res}x{res}_block{index}"] = block(cout, width, attention=res in attn_resolutions)
-                cout = width
-                skips.append(cout)
+        encoder = [layer for layers in levels.encoder() for layer in layers]
+        self.enc = nn.ModuleDict({encoder[0].name: Conv2d(in_channels, encoder[0].out_channels, 3)})
+        for layer in encoder[1:]:
+            self.enc[layer.name] = block(layer)
 
         # Decoder.
-        self.dec = nn.ModuleDict()
-        for level, width in reversed(list(enumerate(widths))):
-            res = img_resolution >> level
-            if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(cout, cout, "up")
-            for index in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), width
-                self.dec[f"{res}x{res}_block{index}"] = block(cin, cout, attention=res in attn_resolutions)
+        decoder = [layer for layers in levels.decoder() for layer in layers]
+        self.dec = nn.ModuleDict({layer.name: block(layer) for layer in decoder})
+        cout = decoder[-1].out_channels
         self.out_norm = GroupNormSiLU(cout, eps=1e-5)
         self.out_conv = Conv2d(cout, out_channels, 3)
 

@@ -37,6 +37,7 @@ from edmdistill.networks.arguments import (
 )
 from edmdistill.networks.base import Conditioning, Network, ResidualBlock
 from edmdistill.networks.embeddings import TimeEmbedding
+from edmdistill.networks.levels import Layer, Levels
 from edmdistill.networks.magnitude import MPConv, MPFourier
 
 
@@ -164,14 +165,16 @@ class UNet(Network):
         emb_channels = model_channels * channel_mult_emb if channel_mult_emb is not None else max(widths)
         self.emb_channels = emb_channels
 
-        def block(cin: int, cout: int, flavor: str, resample: str = "keep", attention: bool = False) -> Block:
+        levels = Levels(img_resolution, widths, num_blocks, attn_resolutions)
+
+        def block(layer: Layer, flavor: str) -> Block:
             return Block(
-                cin,
-                cout,
+                layer.in_channels,
+                layer.out_channels,
                 emb_channels,
                 flavor,
-                resample,
-                attention,
+                layer.resample,
+                layer.attention,
                 resample_filter=resample_filter,
                 channels_per_head=channels_per_head,
                 dropout=dropout,
@@ -189,36 +192,15 @@ class UNet(Network):
         self.add_optional_layers()
 
         # Encoder.  A channel of ones beside the image replaces biases.
-        self.enc = nn.ModuleDict()
-        cout = widths[0]
-        skips = [cout]
-        for level, width in enumerate(widths):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = MPConv(img_channels + 1, cout, 3)
-            else:
-                self.enc[f"{res}x{res}_down"] = block(cout, cout, "enc", "down")
-                skips.append(cout)
-            for index in range(num_blocks):
-                attn = res in attn_resolutions
-                self.enc[f"{res}x{res}_block{index}"] = block(cout, width, "enc", attention=attn)
-                cout = width
-                skips.append(cout)
+        encoder = [layer for layers in levels.encoder() for layer in layers]
+        self.enc = nn.ModuleDict({encoder[0].name: MPConv(img_channels + 1, encoder[0].out_channels, 3)})
+        for layer in encoder[1:]:
+            self.enc[layer.name] = block(layer, "enc")
 
         # Decoder.
-        self.dec = nn.ModuleDict()
-        for level, width in reversed(list(enumerate(widths))):
-            res = img_resolution >> level
-            if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = block(cout, cout, "dec", attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(cout, cout, "dec")
-            else:
-                self.dec[f"{res}x{res}_up"] = block(cout, cout, "dec", "up")
-            for index in range(num_blocks + 1):
-                cin, attn = cout + skips.pop(), res in attn_resolutions
-                self.dec[f"{res}x{res}_block{index}"] = block(cin, width, "dec", attention=attn)
-                cout = width
-        self.out_conv = MPConv(cout, img_channels, 3)
+        decoder = [layer for layers in levels.decoder() for layer in layers]
+        self.dec = nn.ModuleDict({layer.name: block(layer, "dec") for layer in decoder})
+        self.out_conv = MPConv(decoder[-1].out_channels, img_channels, 3)
         self.number_blocks()
 
     def embed_time(self, layers: Any, c_noise: Tensor, early: Tensor | float = 0.0) -> Tensor:

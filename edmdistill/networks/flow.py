@@ -231,13 +231,9 @@ class Denoiser(nn.Module):
     def __init__(self, flow: FlowNetwork) -> None:
         super().__init__()
         self.flow = flow
-        self.sigma_data = flow.sigma_data
-        self.sigma_min = flow.sigma_min
-        self.sigma_max = flow.sigma_max
-        self.img_resolution = flow.img_resolution
-        self.img_channels = flow.img_channels
-        self.label_dim = flow.label_dim
-        self.label_dropout = flow.label_dropout
+        self.sigma_data, self.sigma_min, self.sigma_max = flow.sigma_data, flow.sigma_min, flow.sigma_max
+        self.img_resolution, self.img_channels = flow.img_resolution, flow.img_channels
+        self.label_dim, self.label_dropout = flow.label_dim, flow.label_dropout
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns D(x; sigma), the expected image.

@@ -28,6 +28,7 @@ from edmdistill.networks.arguments import (
 )
 from edmdistill.networks.base import Conditioning
 from edmdistill.networks.embeddings import FourierEmbedding, PositionalEmbedding, TimeEmbedding
+from edmdistill.networks.levels import Layer, Levels
 from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linear, UNetBlock
 
 
@@ -73,15 +74,15 @@ class SongUNet(EDMUNet):
         self.label_dropout = label_dropout
         self.emb_channels = emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
-        last_level = len(channel_mult) - 1
+        levels = Levels(img_resolution, [model_channels * mult for mult in channel_mult], num_blocks, attn_resolutions)
 
-        def block(cin: int, cout: int, resample: str = "keep", attention: bool = False) -> UNetBlock:
+        def block(layer: Layer) -> UNetBlock:
             return UNetBlock(
-                cin,
-                cout,
+                layer.in_channels,
+                layer.out_channels,
                 emb_channels,
-                num_heads=int(attention),
-                resample=resample,
+                num_heads=int(layer.attention),
+                resample=layer.resample,
                 resample_filter=resample_filter,
                 dropout=dropout,
                 skip_scale=math.sqrt(0.5),
@@ -104,45 +105,31 @@ class SongUNet(EDMUNet):
 
         # Encoder.
         self.enc = nn.ModuleDict()
-        cout = model_channels
         caux = in_channels
-        skips = [cout]
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, cout, 3)
-            else:
-                self.enc[f"{res}x{res}_down"] = block(cout, cout, "down")
-                skips.append(cout)
-                if encoder_type == "skip":
-                    self.enc[f"{res}x{res}_aux_down"] = Conv2d(caux, caux, 0, "down", resample_filter)
-                    self.enc[f"{res}x{res}_aux_skip"] = Conv2d(caux, cout, 1)
-                elif encoder_type == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(caux, cout, 3, "down", resample_filter, fused=True)
-                    caux = cout
-            for index in range(num_blocks):
-                cin, cout = cout, model_channels * mult
-                self.enc[f"{res}x{res}_block{index}"] = block(cin, cout, attention=res in attn_resolutions)
-                skips.append(cout)
+        for entrance, *blocks in levels.encoder():
+            cout, aux = entrance.out_channels, f"{entrance.resolution}x{entrance.resolution}_aux"
+            first = entrance.role == "conv"
+            self.enc[entrance.name] = Conv2d(in_channels, cout, 3) if first else block(entrance)
+            if encoder_type == "skip" and not first:
+                self.enc[f"{aux}_down"] = Conv2d(caux, caux, 0, "down", resample_filter)
+                self.enc[f"{aux}_skip"] = Conv2d(caux, cout, 1)
+            elif encoder_type == "residual" and not first:
+                self.enc[f"{aux}_residual"] = Conv2d(caux, cout, 3, "down", resample_filter, fused=True)
+                caux = cout
+            for layer in blocks:
+                self.enc[layer.name] = block(layer)
 
-        # Decoder.  It attends in a level's last block only.
+        # Decoder.
         self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == last_level:
-                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(cout, cout, "up")
-            for index in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), model_channels * mult
-                attn = index == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{index}"] = block(cin, cout, attention=attn)
-            if decoder_type == "skip" and level < last_level:
-                self.dec[f"{res}x{res}_aux_up"] = Conv2d(out_channels, out_channels, 0, "up", resample_filter)
-            if decoder_type == "skip" or level == 0:
-                self.dec[f"{res}x{res}_aux_norm"] = GroupNormSiLU(cout, eps=1e-6)
-                self.dec[f"{res}x{res}_aux_conv"] = Conv2d(cout, out_channels, 3)
+        for layers in levels.decoder(attend_last=True):
+            for layer in layers:
+                self.dec[layer.name] = block(layer)
+            cout, aux = layer.out_channels, f"{layer.resolution}x{layer.resolution}_aux"
+            if decoder_type == "skip" and layers[0].role == "up":
+                self.dec[f"{aux}_up"] = Conv2d(out_channels, out_channels, 0, "up", resample_filter)
+            if decoder_type == "skip" or layer.resolution == img_resolution:
+                self.dec[f"{aux}_norm"] = GroupNormSiLU(cout, eps=1e-6)
+                self.dec[f"{aux}_conv"] = Conv2d(cout, out_channels, 3)
 
         self.initialize()
         self.add_optional_layers()

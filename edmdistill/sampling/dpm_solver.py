@@ -15,13 +15,7 @@ from torch import Tensor
 from edmdistill.sampling.heun import ODEDenoiser
 
 
-def ddim_sampler(
-    denoiser: ODEDenoiser,
-    noise: Tensor,
-    labels: Tensor | None = None,
-    *,
-    sigmas: Tensor,
-) -> Tensor:
+def ddim_sampler(denoiser: ODEDenoiser, noise: Tensor, labels: Tensor | None = None, *, sigmas: Tensor) -> Tensor:
     """Holds the denoised image over a step: first order, one call of the denoiser a step.
 
     Args, Returns: as edm_sampler's.
@@ -36,12 +30,7 @@ def ddim_sampler(
 
 
 def dpm_solver_2s(
-    denoiser: ODEDenoiser,
-    noise: Tensor,
-    labels: Tensor | None = None,
-    *,
-    sigmas: Tensor,
-    midpoint: float = 0.5,
+    denoiser: ODEDenoiser, noise: Tensor, labels: Tensor | None = None, *, sigmas: Tensor, midpoint: float = 0.5
 ) -> Tensor:
     """Holds the predicted noise over a step, corrected by its value at a point inside: second order, single-step.
 
@@ -64,13 +53,7 @@ def dpm_solver_2s(
     return x
 
 
-def dpm_solver_pp_2m(
-    denoiser: ODEDenoiser,
-    noise: Tensor,
-    labels: Tensor | None = None,
-    *,
-    sigmas: Tensor,
-) -> Tensor:
+def dpm_solver_pp_2m(denoiser: ODEDenoiser, noise: Tensor, labels: Tensor | None = None, *, sigmas: Tensor) -> Tensor:
     """Extrapolates the denoised image from the step before: second order, multistep.
 
     One call of the denoiser a step; the first step and the last, to 0, are DDIM's.

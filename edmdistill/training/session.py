@@ -22,7 +22,7 @@ from edmdistill.training.monitors import Diverged, Health, require_finite
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import RunDir, open_run
 from edmdistill.training.snapshot import grid_path, save_ema_snapshots, save_generator, save_role_grid, save_sample_grid
-from edmdistill.training.state import State, newest_whole, read_state, save_state, state_path
+from edmdistill.training.state import State, read_state, resumable_state, save_state, state_path
 from edmdistill.training.trackers import trackers
 
 
@@ -167,7 +167,7 @@ class Session:
 
 def resume(run: Run, folder: RunDir, tell: Callable[[str], object]) -> Progress | None:
     """Restores the newest whole state.  Returns: its progress; None if there is no state."""
-    newest = run.engine.on_main(lambda: newest_whole(folder.state, tell))
+    newest = run.engine.on_main(lambda: resumable_state(folder.state, tell))
     images = run.engine.broadcast(-1 if newest is None else int(newest.name))
     if images < 0:
         return None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edmdistill.atomic import atomic_write, sha256_file
 from edmdistill.checkpoints.layout import PROGRESS, saved_states
-from edmdistill.checkpoints.run_state import Progress, read_progress, require_whole
+from edmdistill.checkpoints.run_state import Progress, newest_whole, read_progress
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.errors import CheckpointError, TrainingError
 
@@ -64,7 +64,7 @@ def newest_healthy(folder: Path, last_healthy: int) -> Path | None:
         try:
             if int(path.name) <= last_healthy and not read_progress(path).health.symptoms:
                 return path
-        except (OSError, ValueError):  # `newest_whole` reports it when the run resumes
+        except (OSError, ValueError):  # `resumable_state` reports it when the run resumes
             continue
     return None
 
@@ -80,7 +80,7 @@ def states_to_keep(images: Sequence[int], keep: int, keep_every: int | None) -> 
     return chosen
 
 
-def newest_whole(folder: Path, on_message: Callable[[str], object]) -> Path | None:
+def resumable_state(folder: Path, on_message: Callable[[str], object]) -> Path | None:
     """Returns the directory of the newest whole state; None: no state was ever saved.
 
     Args:
@@ -88,21 +88,20 @@ def newest_whole(folder: Path, on_message: Callable[[str], object]) -> Path | No
     Raises: TrainingError: there are states, and none is whole.
     """
     states = saved_states(folder)
-    for path in reversed(states):
-        try:
-            require_whole(path)
-            return path
-        except (OSError, ValueError) as error:
-            on_message(f"The state {path} is not whole ({error}); the run goes back to the one before it.")
-            shutil.rmtree(path.with_suffix(".broken"), ignore_errors=True)
-            path.rename(path.with_suffix(".broken"))
-    if states:
+
+    def set_aside(state: Path, error: Exception) -> None:
+        on_message(f"The state {state} is not whole ({error}); the run goes back to the one before it.")
+        shutil.rmtree(state.with_suffix(".broken"), ignore_errors=True)
+        state.rename(state.with_suffix(".broken"))
+
+    newest = newest_whole(states, set_aside)
+    if newest is None and states:
         raise TrainingError(f"no state in {folder} is intact: start again in another --run-dir")
-    return None
+    return newest
 
 
 def read_state(path: Path) -> State:
-    """Returns what `save_state` wrote.  Raises: TrainingError: it has changed since `newest_whole` named it."""
+    """Returns what `save_state` wrote.  Raises: TrainingError: it has changed since `resumable_state` named it."""
     try:
         progress = read_progress(path)
         return State(progress, {name: load_tensors(path / f"{name}.safetensors")[0] for name in progress.sha256})

@@ -1,28 +1,21 @@
 """`edmdistill report`: where it reads, where it writes, and what it says."""
 
-import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from run_folders import untrained_run
 
 from edmdistill.cli import main
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.results import Result as Measurement
 from edmdistill.evaluation.results import results_json
-from edmdistill.recipes.library import load_recipe
 from edmdistill.sampling.spec import SamplerRecord
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    path = tmp_path / "run"
-    path.mkdir()
-    (path / "recipe.resolved.json").write_bytes(load_recipe("cosim/digits-quickstart").to_json())
-    (path / "recipe.toml").write_text("# Trained by --recipe cosim/digits-quickstart\n")
-    data = {"name": "digits", "images": 1500, "resolution": 8, "channels": 1, "classes": 10}
-    (path / "run.json").write_text(json.dumps({"data": data}))
-    return path
+    return untrained_run(tmp_path / "run")
 
 
 def measurement(fd: float, nfe: int = 35) -> str:

@@ -1,6 +1,5 @@
 """Where exports and reports are written: a place that will not do is one sentence, and nothing is left half-written."""
 
-import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,26 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from run_folders import untrained_run
 
 from edmdistill.checkpoints.load import load_flow
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError
 from edmdistill.export import folder as exports
 from edmdistill.export.parity import compare
-from edmdistill.recipes.library import load_recipe
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    path = tmp_path / "run"
-    path.mkdir()
-    (path / "recipe.resolved.json").write_bytes(load_recipe("cosim/digits-quickstart").to_json())
-    (path / "recipe.toml").write_text("# Trained by --recipe cosim/digits-quickstart\n")
-    data = {"name": "digits", "images": 1500, "resolution": 8, "channels": 1, "classes": 10}
-    (path / "run.json").write_text(json.dumps({"data": data}))
-    return path
+    return untrained_run(tmp_path / "run")
 
 
 def export(out: object, *words: str, to: str = "nvidia") -> Result:

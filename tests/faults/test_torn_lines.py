@@ -16,7 +16,7 @@ from edmdistill.report.summary import read_run
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import open_run
 from edmdistill.training.session import train
-from edmdistill.training.state import State, newest_whole, save_state
+from edmdistill.training.state import State, resumable_state, save_state
 
 Numbers = dict[str, int | float]
 BAD = [b"", b"{", b"[]", b"null", b'"images"', b'{"loss": 1}', b'{"images": "8"}', b"\xff\xfe", b"{}\r", b"[" * 10**5]
@@ -125,7 +125,7 @@ def test_a_states_progress_that_is_none(change: Callable[[dict[str, object]], ob
     file = tmp_path / "000000000032" / "progress.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     heard: list[str] = []
-    newest = newest_whole(tmp_path, heard.append)
+    newest = resumable_state(tmp_path, heard.append)
     assert newest is not None
     assert newest.name == "000000000016"
     assert "000000000032 is not whole" in heard[0]

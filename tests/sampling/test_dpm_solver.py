@@ -8,40 +8,12 @@ import pytest
 import torch
 from golden_set import NETWORKS
 from torch import Tensor
+from toy_denoisers import SIGMA_DATA, ToyDenoiser, curved, gaussian
 
 from edmdistill.checkpoints.load import load_denoiser
 from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
 from edmdistill.sampling.heun import EDM, EDM2, edm_sampler
 from edmdistill.trigflow import ddim_step, denoised, sigma_to_time
-
-SIGMA_DATA = 0.5
-
-
-class Toy:
-    """A denoiser as a plain function, which notes what it was given."""
-
-    sigma_min, sigma_max = 0.0, float("inf")
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.function = function
-        self.seen: list[Tensor] = []
-
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        return sigma
-
-    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        self.seen.append(x)
-        return self.function(x, sigma)
-
-
-def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
-    """The denoiser of data N(0, SIGMA_DATA^2)."""
-    return x * SIGMA_DATA**2 / (SIGMA_DATA**2 + sigma**2)
-
-
-def curved(x: Tensor, sigma: Tensor) -> Tensor:
-    return gaussian(x, sigma) + 0.1 * torch.sin(3 * x)
-
 
 NOISE = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -54,11 +26,11 @@ def test_order(sampler: Callable[..., Tensor], order: int, calls: int) -> None:
     """Down to sigma_min the solution for Gaussian data is known; the last call sees what was reached there."""
 
     def error(num_steps: int) -> float:
-        denoiser = Toy(gaussian)
+        denoiser = ToyDenoiser(gaussian)
         sampler(denoiser, NOISE, sigmas=EDM.sigmas(denoiser, num_steps, 0.5, 4.0))
-        assert len(denoiser.seen) == calls * num_steps - (calls - 1)
+        assert len(denoiser.images) == calls * num_steps - (calls - 1)
         exact = NOISE * 4.0 * ((SIGMA_DATA**2 + 0.25) / (SIGMA_DATA**2 + 16)) ** 0.5
-        return float((denoiser.seen[-1] - exact).abs().max())
+        return float((denoiser.images[-1] - exact).abs().max())
 
     errors = [error(num_steps) for num_steps in (65, 129, 257)]
     for coarse, fine in pairwise(errors):
@@ -115,25 +87,25 @@ def trig_dpm_pp(x: Tensor, s: Tensor, t: Tensor, last: tuple[Tensor, Tensor] | N
 )
 def test_trigflow_forms(sampler: Callable[..., Tensor], step: Callable[..., Tensor]) -> None:
     """Step by step on the circle, by the paper's formulas, as far as sigma_min."""
-    denoiser = Toy(curved)
+    denoiser = ToyDenoiser(curved)
     sigmas = EDM.sigmas(denoiser, 8, 0.05, 20.0)
     sampler(denoiser, NOISE, sigmas=sigmas)
     times = sigma_to_time(sigmas[:-1], SIGMA_DATA)
     x, last = times[0].cos() * 20.0 * NOISE, None
     for s, t in pairwise(times):
         x, last = step(x, s, t, last), (x, s)
-    torch.testing.assert_close(x / times[-1].cos(), denoiser.seen[-1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(x / times[-1].cos(), denoiser.images[-1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("sampler", [ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m])
 def test_the_official_samplers_are_followed(sampler: Callable[..., Tensor]) -> None:
-    class Narrow(Toy):
+    class Narrow(ToyDenoiser):
         sigma_min, sigma_max = 0.02, 10.0
 
     for official in (EDM, EDM2):
         denoiser = Narrow(gaussian)
         x = sampler(denoiser, NOISE, sigmas=official.sigmas(denoiser, 5))
         assert x.dtype == official.dtype
-        assert float(denoiser.seen[0].abs().max()) == pytest.approx(
+        assert float(denoiser.images[0].abs().max()) == pytest.approx(
             float(NOISE.abs().max()) * (10 if official is EDM else 80)
         )

@@ -9,38 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from toy_denoisers import SIGMA_DATA, ToyDenoiser, curved, gaussian
 
 from edmdistill.sampling.heun import EDM, EDM2, Churn, OfficialSampler, edm_sampler
-
-SIGMA_DATA = 0.5
-
-
-class Toy:
-    """A denoiser as a plain function, which notes the noise levels that it was asked for."""
-
-    sigma_min, sigma_max = 0.0, float("inf")
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.function = function
-        self.sigmas: list[Tensor] = []
-
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        return sigma
-
-    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        assert sigma.shape == ()
-        self.sigmas.append(sigma)
-        return self.function(x, sigma)
-
-
-def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
-    """The denoiser of data N(0, SIGMA_DATA^2)."""
-    return x * SIGMA_DATA**2 / (SIGMA_DATA**2 + sigma**2)
-
-
-def toy(x: Tensor, sigma: Tensor) -> Tensor:
-    """The denoiser of the golden toy samplers."""
-    return gaussian(x, sigma) + 0.1 * torch.sin(3 * x)
 
 
 def recorded(noise: Tensor) -> Callable[[Tensor], Tensor]:
@@ -56,7 +27,7 @@ def churn_of(case: dict[str, float]) -> Churn:
 def test_edm_golden(golden: Path, name: str) -> None:
     case = json.loads((golden / "toy-samplers-edm.json").read_text())["cases"][name]
     tensors = load_file(golden / "toy-samplers-edm.safetensors")
-    denoiser = Toy(toy)
+    denoiser = ToyDenoiser(curved)
     noise = tensors.get(f"{name}.noise", torch.zeros(18, *tensors["latents"].shape))
     x = edm_sampler(
         denoiser, tensors["latents"], sigmas=EDM.sigmas(denoiser), churn=churn_of(case), randn_like=recorded(noise)
@@ -75,7 +46,7 @@ def test_edm2_golden(golden: Path, name: str) -> None:
     tensors = load_file(golden / "toy-samplers-edm2.safetensors")
     dtype = getattr(torch, case["dtype"])
     weight = case.get("guidance", 1.0)
-    denoiser = Toy(lambda x, sigma: (0.8 * toy(x, sigma) - 0.05).lerp(toy(x, sigma), weight))
+    denoiser = ToyDenoiser(lambda x, sigma: (0.8 * curved(x, sigma) - 0.05).lerp(curved(x, sigma), weight))
     noise = tensors.get(f"{name}.noise", torch.zeros(0))
     x = edm_sampler(
         denoiser,
@@ -101,7 +72,7 @@ def test_heun_is_of_second_order() -> None:
     def error(num_steps: int) -> float:
         # The last call, at sigma_min, is Euler's jump to 0 from where the solution was: what it saw is compared.
         seen: list[Tensor] = []
-        denoiser = Toy(lambda x, sigma: (seen.append(x), gaussian(x, sigma))[1])
+        denoiser = ToyDenoiser(lambda x, sigma: (seen.append(x), gaussian(x, sigma))[1])
         edm_sampler(denoiser, noise, sigmas=EDM.sigmas(denoiser, num_steps, sigma_min, sigma_max))
         exact = noise * sigma_max * ((SIGMA_DATA**2 + sigma_min**2) / (SIGMA_DATA**2 + sigma_max**2)) ** 0.5
         return float((seen[-1] - exact).abs().max())
@@ -112,13 +83,13 @@ def test_heun_is_of_second_order() -> None:
 
 def test_one_step_is_the_denoiser() -> None:
     noise = torch.randn(2, 1, 4, 4)
-    denoiser = Toy(gaussian)
+    denoiser = ToyDenoiser(gaussian)
     x = edm_sampler(denoiser, noise, sigmas=EDM.sigmas(denoiser, 1))
     torch.testing.assert_close(x, gaussian(80.0 * noise.double(), torch.tensor(80.0)))
 
 
 def test_levels_fit_the_network() -> None:
-    class Narrow(Toy):
+    class Narrow(ToyDenoiser):
         sigma_min, sigma_max = 0.02, 10.0
 
         def round_sigma(self, sigma: Tensor) -> Tensor:
@@ -143,7 +114,7 @@ def test_when_noise_is_drawn(official: OfficialSampler, churn: Churn, count: int
         return torch.zeros_like(x)
 
     noise = torch.randn(1, 1, 2, 2)
-    denoiser = Toy(gaussian)
+    denoiser = ToyDenoiser(gaussian)
     edm_sampler(
         denoiser,
         noise,

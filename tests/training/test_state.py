@@ -7,11 +7,11 @@ from edmdistill.checkpoints.layout import saved_states
 from edmdistill.checkpoints.run_state import IntervalProgress, Progress
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.training import state
-from edmdistill.training.state import State, newest_whole, read_state, save_state, states_to_keep
+from edmdistill.training.state import State, read_state, resumable_state, save_state, states_to_keep
 
 
 def load_state(folder, note):
-    newest = newest_whole(folder, note)
+    newest = resumable_state(folder, note)
     return None if newest is None else read_state(newest)
 
 
@@ -70,7 +70,7 @@ def test_no_bit_of_a_state_may_change(data, tmp_path_factory):
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(content)
     said = []
-    assert newest_whole(folder, said.append).name == "000000000008"
+    assert resumable_state(folder, said.append).name == "000000000008"
     assert file.name in said[0]
 
 
