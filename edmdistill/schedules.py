@@ -57,14 +57,7 @@ def generator_sigmas(nfe: int, sigma_min: float, sigma_max: float, rho: float = 
 
 
 def cosim_sigmas(
-    draws: Draws,
-    *,
-    sigma_min: float,
-    sigma_max: float,
-    R: int,
-    share_to_max: float = 0.5,
-    r_s_max: float = 1.0,
-    rho: float = 7.0,
+    draws: Draws, *, sigma_min: float, sigma_max: float, R: int, share_to_max: float = 0.5, r_s_max: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Draws from CoSIM's time schedule pi(s, t) = pi(s) pi(t | s), as noise levels sigma_s <= sigma_t.  [B], [B]
 
@@ -76,7 +69,7 @@ def cosim_sigmas(
     k = (draws.uniform() * R).floor() + 1
     gamma = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform() / k)
     r_t = (r_s + gamma).clamp(max=1)
-    return edm_curve(r_s, sigma_min, sigma_max, rho), edm_curve(r_t, sigma_min, sigma_max, rho)
+    return edm_curve(r_s, sigma_min, sigma_max), edm_curve(r_t, sigma_min, sigma_max)
 
 
 def start_first_sigmas(

@@ -21,7 +21,7 @@ from edmdistill.checkpoints.encoder import PIXELS, LatentEncoder
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
-from edmdistill.networks.arguments import Fraction, validated
+from edmdistill.networks.arguments import Arg, validated
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, Sigma
 
@@ -65,7 +65,7 @@ class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     sigmas: dict[str, tuple[Sigma, ...]] = {}
-    gamma: Fraction = 1.0
+    gamma: Arg.Fraction = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
@@ -134,7 +134,7 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     sigma_max: Sigma
     label_dim: Images
     label_names: tuple[Text, ...] | None = None
-    label_dropout: Fraction | None = None
+    label_dropout: Arg.Fraction | None = None
     """Fraction of training images without a class; None: as the network's arguments say."""
     noise_dependence: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """How far D at sigma_max depends on the noise; see checkpoints/noise_dependence.py.  None: not measured."""

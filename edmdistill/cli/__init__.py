@@ -5,7 +5,9 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 import click
 
@@ -62,51 +64,56 @@ def _be_verbose(ctx: click.Context, param: click.Parameter, verbose: bool) -> No
         ctx.meta[VERBOSE] = True
 
 
+def _switch(*names: str, callback: Callable[[click.Context, click.Parameter, bool], None], help: str) -> click.Option:
+    return click.Option(names, is_flag=True, expose_value=False, callback=callback, help=help)
+
+
 EVERYWHERE = (
-    click.Option(
-        ["-q", "--quiet"],
-        is_flag=True,
-        expose_value=False,
-        callback=_be_quiet,
-        help="Print only results and errors.",
-    ),
-    click.Option(
-        ["-v", "--verbose"],
-        is_flag=True,
-        expose_value=False,
-        callback=_be_verbose,
-        help="Print the traceback of an error.",
-    ),
+    _switch("-q", "--quiet", callback=_be_quiet, help="Print only results and errors."),
+    _switch("-v", "--verbose", callback=_be_verbose, help="Print the traceback of an error."),
 )
 """Options of every command, accepted before or after its name."""
 
 
 class LazyGroup(click.Group):
-    """A group whose command NAME is the object `command` of edmdistill.cli.NAME, imported when called."""
+    """A group whose commands are imported when called.
+
+    Args:
+        summaries: of the commands, by name.
+        prefix: the command NAME is the object `command` of edmdistill.cli.PREFIXNAME.
+    """
+
+    def __init__(self, *args: Any, summaries: Mapping[str, str], prefix: str = "", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.summaries, self.prefix = summaries, prefix
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self.summaries)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
+        if name not in self.summaries:
             return None
-        command = importlib.import_module(f"edmdistill.cli.{name.replace('-', '_')}").command
+        command = importlib.import_module(f"edmdistill.cli.{self.prefix}{name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         command.params += [option for option in EVERYWHERE if option not in command.params]
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list(self.summaries.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
-        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
-            near = get_close_matches(name[:100], COMMANDS, n=1)
+        if name not in self.summaries and not name.startswith("-") and not ctx.resilient_parsing:
+            near = get_close_matches(name[:100], self.summaries, n=1)
             ctx.fail(f"There is no command {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
         return super().resolve_command(ctx, args)
+
+
+class MainGroup(LazyGroup):
+    """The group of all commands, which turns errors into a sentence and an exit code."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -141,7 +148,12 @@ def _require_working_directory() -> None:
         raise EdmDistillError("the working directory no longer exists: change to another one") from error
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, params=list(EVERYWHERE))
+@click.group(
+    cls=MainGroup,
+    summaries=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    params=list(EVERYWHERE),
+)
 @click.version_option(__version__, "-V", "--version", prog_name="edmdistill", message="%(prog)s %(version)s")
 def main() -> None:
     """Turn pretrained EDM and EDM2 diffusion checkpoints into few-step generators."""

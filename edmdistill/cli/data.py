@@ -1,26 +1,17 @@
 """`edmdistill data`: commands for data sets, each in its own file, imported when called."""
 
-import importlib
-
 import click
 
-COMMANDS = ("encode", "inspect", "prepare", "stats")
+from edmdistill.cli import LazyGroup
+
+COMMANDS = {
+    "prepare": "Turn pictures into a data set in EDM's layout.",
+    "encode": "Encode images by a VAE: a data set of latents.",
+    "stats": "Measure the statistics of images that evaluations compare with.",
+    "inspect": "Show what a data set holds: images, files left out, classes, mean and standard deviation.",
+}
 
 
-class DataGroup(click.Group):
-    """A group whose command NAME is the object `command` of edmdistill.cli.data_NAME."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        command = importlib.import_module(f"edmdistill.cli.data_{name}").command
-        assert isinstance(command, click.Command)
-        return command
-
-
-@click.group("data", cls=DataGroup)
+@click.group("data", cls=LazyGroup, summaries=COMMANDS, prefix="data_")
 def command() -> None:
     """Prepare, encode and inspect data sets: zips and folders of images or latents, in EDM's layout."""

@@ -22,32 +22,20 @@ ConfigT = TypeVar("ConfigT")
 
 
 class FlowFunction(Protocol):
-    """A network as a method calls it; FlowNetwork documents both forms."""
+    """A network as a method calls it; FlowNetwork documents both forms.
+
+    Args:
+        conditions: labels [B,label_dim] or None; then the second time [B], for a role of two times.
+        w: weights of guidance, for a guided role.  [B]
+    """
+
+    @overload
+    def __call__(self, x_t: Tensor, t: Tensor, /, *conditions: Tensor | None, w: Tensor | None = None) -> Tensor:
+        """Returns F.  x_t, F [B,C,H,W]; t [B]"""
 
     @overload
     def __call__(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        labels: Tensor | None = None,
-        second: Tensor | None = None,
-        /,
-        *,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """Returns F.  x_t, F [B,C,H,W]; t, second [B]; labels [B,label_dim]; w [B], for a guided role."""
-
-    @overload
-    def __call__(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        labels: Tensor | None = None,
-        second: Tensor | None = None,
-        /,
-        *,
-        u_at: tuple[Tensor, ...],
-        w: Tensor | None = None,
+        self, x_t: Tensor, t: Tensor, /, *conditions: Tensor | None, u_at: tuple[Tensor, ...], w: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Returns F and, for each of n times [B], the log variance u [B] at that time; the role needs n logvars."""
 

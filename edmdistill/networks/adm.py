@@ -9,23 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from edmdistill.networks.arguments import (
-    Blocks,
-    Channels,
-    Classes,
-    Count,
-    Dropout,
-    Fraction,
-    ImageChannels,
-    Multipliers,
-    OptionalChannels,
-    Resolution,
-    Resolutions,
-)
+from edmdistill.networks.arguments import Arg
 from edmdistill.networks.base import Conditioning
 from edmdistill.networks.embeddings import PositionalEmbedding, TimeEmbedding
 from edmdistill.networks.initial import normal
-from edmdistill.networks.levels import Layer, Levels
+from edmdistill.networks.levels import Layer, UNetLevels
 from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linear, UNetBlock
 
 
@@ -41,21 +29,21 @@ class DhariwalUNet(EDMUNet):
 
     def __init__(
         self,
-        img_resolution: Resolution,
-        in_channels: ImageChannels,
-        out_channels: ImageChannels,
-        label_dim: Classes = 0,
-        augment_dim: OptionalChannels = 0,
-        model_channels: Channels = 192,
-        channel_mult: Multipliers = (1, 2, 3, 4),
-        channel_mult_emb: Count = 4,
-        num_blocks: Blocks = 3,
-        attn_resolutions: Resolutions = (32, 16, 8),
-        dropout: Dropout = 0.10,
-        label_dropout: Fraction = 0.0,
+        img_resolution: Arg.Resolution,
+        in_channels: Arg.ImageChannels,
+        out_channels: Arg.ImageChannels,
+        label_dim: Arg.Classes = 0,
+        augment_dim: Arg.OptionalChannels = 0,
+        model_channels: Arg.Channels = 192,
+        channel_mult: Arg.Multipliers = (1, 2, 3, 4),
+        channel_mult_emb: Arg.Count = 4,
+        num_blocks: Arg.Blocks = 3,
+        attn_resolutions: Arg.Resolutions = (32, 16, 8),
+        dropout: Arg.Dropout = 0.10,
+        label_dropout: Arg.Fraction = 0.0,
         two_time: bool = False,
-        logvar_channels: OptionalChannels = 0,
-        logvar_heads: Count = 1,
+        logvar_channels: Arg.OptionalChannels = 0,
+        logvar_heads: Arg.Count = 1,
         positional_time: bool = False,
         double_norm: bool = False,
         guided: bool = False,
@@ -63,7 +51,8 @@ class DhariwalUNet(EDMUNet):
         super().__init__(locals(), in_channels)
         self.label_dropout = label_dropout
         self.emb_channels = emb_channels = model_channels * channel_mult_emb
-        levels = Levels(img_resolution, [model_channels * mult for mult in channel_mult], num_blocks, attn_resolutions)
+        widths = [model_channels * mult for mult in channel_mult]
+        levels = UNetLevels(img_resolution, widths[0], widths, num_blocks, attn_resolutions)
 
         def block(layer: Layer) -> UNetBlock:
             heads = layer.out_channels // 64 if layer.attention else 0

@@ -14,21 +14,27 @@ from typing import Annotated, Any, get_args, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
-# The limits are far beyond any trained network; they keep the arithmetic of shapes within 64 bits.
-Resolution = Annotated[int, Meta(ge=1, le=16384)]
-Count = Annotated[int, Meta(ge=1, le=64)]
-Blocks = Annotated[int, Meta(ge=0, le=64)]
-Classes = Annotated[int, Meta(ge=0, le=2**24)]
-ImageChannels = Annotated[int, Meta(ge=1, le=1024)]
-Channels = Annotated[int, Meta(ge=1, le=2**24)]
-OptionalChannels = Annotated[int, Meta(ge=0, le=65536)]
-"""0 = the layer is left out."""
-Multipliers = Annotated[Sequence[Count], Meta(min_length=1, max_length=12)]
-Resolutions = Annotated[Sequence[Resolution], Meta(max_length=32)]
-Taps = Annotated[Sequence[Annotated[float, Meta(ge=-1e6, le=1e6)]], Meta(min_length=2, max_length=16)]
-Dropout = Annotated[float, Meta(ge=0, lt=1)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
-Limit = Annotated[float, Meta(gt=0, le=1e9)]
+
+class Arg:
+    """Types of arguments, by what they stand for.
+
+    The limits are far beyond any trained network; they keep the arithmetic of shapes within 64 bits.
+    """
+
+    Resolution = Annotated[int, Meta(ge=1, le=16384)]
+    Count = Annotated[int, Meta(ge=1, le=64)]
+    Blocks = Annotated[int, Meta(ge=0, le=64)]
+    Classes = Annotated[int, Meta(ge=0, le=2**24)]
+    ImageChannels = Annotated[int, Meta(ge=1, le=1024)]
+    Channels = Annotated[int, Meta(ge=1, le=2**24)]
+    OptionalChannels = Annotated[int, Meta(ge=0, le=65536)]
+    """0 = the layer is left out."""
+    Multipliers = Annotated[Sequence[Count], Meta(min_length=1, max_length=12)]
+    Resolutions = Annotated[Sequence[Resolution], Meta(max_length=32)]
+    Taps = Annotated[Sequence[Annotated[float, Meta(ge=-1e6, le=1e6)]], Meta(min_length=2, max_length=16)]
+    Dropout = Annotated[float, Meta(ge=0, lt=1)]
+    Fraction = Annotated[float, Meta(ge=0, le=1)]
+    Limit = Annotated[float, Meta(gt=0, le=1e9)]
 
 
 def validated(values: Mapping[str, Any], type_: Any) -> Any:

@@ -20,24 +20,10 @@ from edmdistill.kernels.attention import require_heads, self_attention, split_he
 from edmdistill.kernels.dropout import dropout
 from edmdistill.kernels.magnitude import mp_cat, mp_silu, mp_sum, normalize
 from edmdistill.kernels.resampling import downsample, is_box, separable, upsample
-from edmdistill.networks.arguments import (
-    Blocks,
-    Channels,
-    Classes,
-    Count,
-    Dropout,
-    Fraction,
-    ImageChannels,
-    Limit,
-    Multipliers,
-    OptionalChannels,
-    Resolution,
-    Resolutions,
-    Taps,
-)
+from edmdistill.networks.arguments import Arg
 from edmdistill.networks.base import Conditioning, Network, ResidualBlock
 from edmdistill.networks.embeddings import TimeEmbedding
-from edmdistill.networks.levels import Layer, Levels
+from edmdistill.networks.levels import Layer, UNetLevels
 from edmdistill.networks.magnitude import MPConv, MPFourier
 
 
@@ -119,6 +105,11 @@ class Block(ResidualBlock):
         return self_attention(normalize(qkv, 2)).reshape(x.shape)
 
 
+BALANCES = "res_balance", "attn_balance"
+BLOCK_OPTIONS = *BALANCES, "resample_filter", "channels_per_head", "dropout", "clip_act", "double_norm"
+"""Arguments of the network that are those of each block."""
+
+
 class UNet(Network):
     """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  All but the last five arguments are the official class's.
 
@@ -133,25 +124,25 @@ class UNet(Network):
 
     def __init__(
         self,
-        img_resolution: Resolution,
-        img_channels: ImageChannels,
-        label_dim: Classes,
-        model_channels: Channels = 192,
-        channel_mult: Multipliers = (1, 2, 3, 4),
-        channel_mult_noise: Count | None = None,
-        channel_mult_emb: Count | None = None,
-        num_blocks: Blocks = 3,
-        attn_resolutions: Resolutions = (16, 8),
-        label_balance: Fraction = 0.5,
-        concat_balance: Fraction = 0.5,
-        resample_filter: Taps = (1, 1),
-        channels_per_head: Channels = 64,
-        dropout: Dropout = 0.0,
-        res_balance: Fraction = 0.3,
-        attn_balance: Fraction = 0.3,
-        clip_act: Limit | None = 256.0,
-        logvar_channels: OptionalChannels = 128,
-        logvar_heads: Count = 1,
+        img_resolution: Arg.Resolution,
+        img_channels: Arg.ImageChannels,
+        label_dim: Arg.Classes,
+        model_channels: Arg.Channels = 192,
+        channel_mult: Arg.Multipliers = (1, 2, 3, 4),
+        channel_mult_noise: Arg.Count | None = None,
+        channel_mult_emb: Arg.Count | None = None,
+        num_blocks: Arg.Blocks = 3,
+        attn_resolutions: Arg.Resolutions = (16, 8),
+        label_balance: Arg.Fraction = 0.5,
+        concat_balance: Arg.Fraction = 0.5,
+        resample_filter: Arg.Taps = (1, 1),
+        channels_per_head: Arg.Channels = 64,
+        dropout: Arg.Dropout = 0.0,
+        res_balance: Arg.Fraction = 0.3,
+        attn_balance: Arg.Fraction = 0.3,
+        clip_act: Arg.Limit | None = 256.0,
+        logvar_channels: Arg.OptionalChannels = 128,
+        logvar_heads: Arg.Count = 1,
         two_time: bool = False,
         positional_time: bool = False,
         double_norm: bool = False,
@@ -165,24 +156,13 @@ class UNet(Network):
         emb_channels = model_channels * channel_mult_emb if channel_mult_emb is not None else max(widths)
         self.emb_channels = emb_channels
 
-        levels = Levels(img_resolution, widths, num_blocks, attn_resolutions)
+        levels = UNetLevels(img_resolution, widths[0], widths, num_blocks, attn_resolutions)
+
+        options = {name: self.arguments[name] for name in BLOCK_OPTIONS}
 
         def block(layer: Layer, flavor: str) -> Block:
-            return Block(
-                layer.in_channels,
-                layer.out_channels,
-                emb_channels,
-                flavor,
-                layer.resample,
-                layer.attention,
-                resample_filter=resample_filter,
-                channels_per_head=channels_per_head,
-                dropout=dropout,
-                res_balance=res_balance,
-                attn_balance=attn_balance,
-                clip_act=clip_act,
-                double_norm=double_norm,
-            )
+            shape = layer.in_channels, layer.out_channels, emb_channels
+            return Block(*shape, flavor, layer.resample, layer.attention, **options)
 
         # Embedding.
         self.out_gain = nn.Parameter(torch.zeros([]))

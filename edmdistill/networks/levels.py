@@ -30,24 +30,26 @@ class Layer(NamedTuple):
         return self.role if self.role in ("down", "up") else "keep"
 
 
-class Levels(NamedTuple):
+class UNetLevels(NamedTuple):
     """The plan of a U-Net.
 
     Attributes:
         img_resolution: of the first level; each level has half that of the one above.
+        channels: of the first convolution.
         widths: channels of each level.
         num_blocks: of each level of the encoder; the decoder has one more.
         attn_resolutions: resolutions whose blocks attend.
     """
 
     img_resolution: int
+    channels: int
     widths: Sequence[int]
     num_blocks: int
     attn_resolutions: Sequence[int]
 
     def encoder(self) -> Iterator[list[Layer]]:
         """Yields the layers of each level, from the image on: its entrance, then its blocks."""
-        channels = self.widths[0]
+        channels = self.channels
         for level, width in enumerate(self.widths):
             resolution = self.img_resolution >> level
             layers = [Layer(resolution, "down" if level else "conv", channels, channels)]

@@ -12,23 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from edmdistill.networks.arguments import (
-    Blocks,
-    Channels,
-    Classes,
-    Count,
-    Dropout,
-    Fraction,
-    ImageChannels,
-    Multipliers,
-    OptionalChannels,
-    Resolution,
-    Resolutions,
-    Taps,
-)
+from edmdistill.networks.arguments import Arg
 from edmdistill.networks.base import Conditioning
 from edmdistill.networks.embeddings import FourierEmbedding, PositionalEmbedding, TimeEmbedding
-from edmdistill.networks.levels import Layer, Levels
+from edmdistill.networks.levels import Layer, UNetLevels
 from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linear, UNetBlock
 
 
@@ -47,26 +34,26 @@ class SongUNet(EDMUNet):
 
     def __init__(
         self,
-        img_resolution: Resolution,
-        in_channels: ImageChannels,
-        out_channels: ImageChannels,
-        label_dim: Classes = 0,
-        augment_dim: OptionalChannels = 0,
-        model_channels: Channels = 128,
-        channel_mult: Multipliers = (1, 2, 2, 2),
-        channel_mult_emb: Count = 4,
-        num_blocks: Blocks = 4,
-        attn_resolutions: Resolutions = (16,),
-        dropout: Dropout = 0.10,
-        label_dropout: Fraction = 0.0,
+        img_resolution: Arg.Resolution,
+        in_channels: Arg.ImageChannels,
+        out_channels: Arg.ImageChannels,
+        label_dim: Arg.Classes = 0,
+        augment_dim: Arg.OptionalChannels = 0,
+        model_channels: Arg.Channels = 128,
+        channel_mult: Arg.Multipliers = (1, 2, 2, 2),
+        channel_mult_emb: Arg.Count = 4,
+        num_blocks: Arg.Blocks = 4,
+        attn_resolutions: Arg.Resolutions = (16,),
+        dropout: Arg.Dropout = 0.10,
+        label_dropout: Arg.Fraction = 0.0,
         embedding_type: Literal["positional", "fourier"] = "positional",
-        channel_mult_noise: Count = 1,
+        channel_mult_noise: Arg.Count = 1,
         encoder_type: Literal["standard", "skip", "residual"] = "standard",
         decoder_type: Literal["standard", "skip"] = "standard",
-        resample_filter: Taps = (1, 1),
+        resample_filter: Arg.Taps = (1, 1),
         two_time: bool = False,
-        logvar_channels: OptionalChannels = 0,
-        logvar_heads: Count = 1,
+        logvar_channels: Arg.OptionalChannels = 0,
+        logvar_heads: Arg.Count = 1,
         positional_time: bool = False,
         guided: bool = False,
     ) -> None:
@@ -74,7 +61,8 @@ class SongUNet(EDMUNet):
         self.label_dropout = label_dropout
         self.emb_channels = emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
-        levels = Levels(img_resolution, [model_channels * mult for mult in channel_mult], num_blocks, attn_resolutions)
+        widths = [model_channels * mult for mult in channel_mult]
+        levels = UNetLevels(img_resolution, model_channels, widths, num_blocks, attn_resolutions)
 
         def block(layer: Layer) -> UNetBlock:
             return UNetBlock(

@@ -48,17 +48,7 @@ def sample(
         nfe, gamma, times, guidance, guide, force_guidance, solver, churn, reference: see SamplerSpec.
     Returns, Raises: see `generate_images`.
     """
-    spec = SamplerSpec(
-        nfe=nfe,
-        gamma=gamma,
-        times=times,
-        guidance=guidance,
-        guide=guide,
-        force_guidance=force_guidance,
-        solver=solver,
-        churn=churn,
-        reference=reference,
-    )
+    spec = SamplerSpec.of_arguments(locals())
     return generate_images(model, spec, seeds, labels, batch=batch, on_progress=on_progress)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 from torch import Tensor
@@ -99,6 +99,11 @@ class SamplerSpec:
     solver: str | None = None
     churn: Churn = Churn()
     reference: ReferenceGuidance | None = None
+
+    @classmethod
+    def of_arguments(cls, arguments: Mapping[str, Any]) -> SamplerSpec:
+        """Returns the spec of a function's arguments, by name; those that are no fields of it are left out."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     def __post_init__(self) -> None:
         if self.nfe is not None and not 1 <= self.nfe <= MAX_NFE:

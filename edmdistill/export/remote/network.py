@@ -30,22 +30,14 @@ class EdmdistillNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
         numbers = {name: value for name, value in preconditioning.items() if name != "kind"}
         self.one_step = OneStep(NETWORKS[kind](**arguments), PRECONDITIONINGS[preconditioning["kind"]](**numbers))
 
-    def forward(
-        self,
-        sample: Tensor,
-        sigma: Tensor,
-        class_labels: Tensor | None = None,
-        w: Tensor | None = None,
-        sigma_next: Tensor | None = None,
-    ) -> Tensor:
-        """x0 of x0 + sigma n.
+    def forward(self, sample: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **options: Tensor) -> Tensor:
+        """Returns x0 of x0 + sigma n.
 
         Args:
             sample: x0 + sigma n.  [B,C,H,W] float32
             sigma: noise levels.  [B] float32
             class_labels: -1 = no class; None = no class for all.  [B] int64
-            w: weights of guidance, for a guided network.  [B] float32
-            sigma_next: where the scheduler will lead by this x0, for a network of two times; None = 0.  [B] float32
+            options: w and sigma_next, see OneStep.
         """
-        x0: Tensor = self.one_step(sample, sigma, class_labels, w, sigma_next)
+        x0: Tensor = self.one_step(sample, sigma, class_labels, **options)
         return x0

@@ -101,7 +101,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         x = self.scheduler.init_noise_sigma * noise
         for sigma in self.progress_bar(self.scheduler.timesteps):
             sigma_next = self.scheduler.sigma_next(gamma)
-            x0 = self.unet(x, sigma.expand(len(x)), classes, w, sigma_next.expand(len(x)))
+            x0 = self.unet(x, sigma.expand(len(x)), classes, w=w, sigma_next=sigma_next.expand(len(x)))
             x = self.scheduler.step(x0, sigma, x, gamma=gamma, generator=generator)
 
         images = x if output_type == "latent" else self.pictures(x, output_type)
