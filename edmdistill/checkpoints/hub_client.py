@@ -16,7 +16,7 @@ from edmdistill.progress import bar_class
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """owner/name of a repository on the Hub."""
-PATIENCE = 120.0
+TIMEOUT = 120.0
 """Seconds without an answer after which the Hub counts as unreachable."""
 REASONS = {
     401: "you are not logged in to the Hub; log in with `hf auth login`, or set HF_TOKEN to a valid token",
@@ -96,7 +96,7 @@ def hub_calls(what: str) -> Iterator[None]:
 
     def limit_time(request: Any) -> None:
         limits = request.extensions["timeout"]
-        request.extensions["timeout"] = {part: limit or PATIENCE for part, limit in limits.items()}
+        request.extensions["timeout"] = {part: limit or TIMEOUT for part, limit in limits.items()}
 
     session = get_session()
     before = session.event_hooks

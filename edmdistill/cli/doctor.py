@@ -13,10 +13,10 @@ def command(as_json: bool) -> None:
 
     Each line says ok, warn or fail, what was found, and the fix. The exit code is 2 if a check failed.
     """
-    from edmdistill.machine.doctor import diagnose
+    from edmdistill.machine.doctor import run_checks
 
     findings = []
-    for finding in diagnose():
+    for finding in run_checks():
         findings.append(finding)
         if not as_json:
             fix = f"; {finding.fix}" if finding.fix else ""

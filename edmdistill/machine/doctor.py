@@ -25,7 +25,7 @@ TORCH_CHECKS: dict[str, Check] = {
 }
 
 
-def diagnose() -> Iterator[Finding]:
+def run_checks() -> Iterator[Finding]:
     """Yields the findings of all checks, in the order of CHECKS; TORCH_CHECKS are skipped if torch is broken."""
     sound = True
     for name, check in {**CHECKS, **TORCH_CHECKS}.items():

@@ -33,7 +33,7 @@ LARGEST = 1e15
 """Largest number in a recipe. Images and seeds are exact up to here."""
 
 
-class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class TrainingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[training]: length, learning rates, and what is saved. Every amount and interval counts images seen."""
 
     images: TotalImages
@@ -82,7 +82,7 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(f"images = {self.images} is less than one batch of {self.batch}")
 
 
-class Ema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class EmaTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[ema]: the moving averages of the weights. Sampling uses the first of them."""
 
     half_life_images: PositiveCount | None = None
@@ -104,7 +104,7 @@ class Ema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError("snapshot_every is for post-hoc EMA, which needs two averages: set two or more sigma_rel")
 
 
-class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SamplingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[sampling]: how samples are drawn for the run's grids, and the defaults of its checkpoint."""
 
     nfe: tuple[PositiveCount, ...] = (1, 2, 4)
@@ -122,7 +122,7 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 raise ValueError(f'sigmas."{nfe}" = {list(sigmas)} must decrease: sampling goes from noise to data')
 
 
-class Data(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class DataTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[data]: the part of the data set that is used."""
 
     split: str = "train"
@@ -130,7 +130,7 @@ class Data(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Adds a mirrored copy of every image, as in EDM."""
 
 
-class Network(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class NetworkTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[network]: the network that a method without a frozen teacher makes, unless it starts from a checkpoint.
 
     The data give the image shape and the number of classes.
@@ -143,11 +143,11 @@ class Network(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 TABLES: dict[str, type[Struct]] = {
-    "training": Training,
-    "ema": Ema,
-    "sampling": Sampling,
-    "data": Data,
-    "network": Network,
+    "training": TrainingTable,
+    "ema": EmaTable,
+    "sampling": SamplingTable,
+    "data": DataTable,
+    "network": NetworkTable,
 }
 """The tables that are the same for every method."""
 
@@ -158,11 +158,11 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
     method_name: str
     method: Struct
     """The method's own Config."""
-    training: Training
-    ema: Ema
-    sampling: Sampling = Sampling()
-    data: Data = Data()
-    network: Network | None = None
+    training: TrainingTable
+    ema: EmaTable
+    sampling: SamplingTable = SamplingTable()
+    data: DataTable = DataTable()
+    network: NetworkTable | None = None
 
     @cached_property
     def method_class(self) -> type[Method[Any]]:
@@ -233,11 +233,11 @@ class _Document(Struct):
     """A resolved recipe as it is written. [method] is a dict, whose keys the hash sorts."""
 
     method: dict[str, Any]
-    training: Training
-    ema: Ema
-    sampling: Sampling
-    data: Data
-    network: Network | None
+    training: TrainingTable
+    ema: EmaTable
+    sampling: SamplingTable
+    data: DataTable
+    network: NetworkTable | None
 
 
 def table(tables: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.guidance import GuidedDenoiser
-from edmdistill.sampling.heun import EDM, EDM2, Churn, OfficialSampler
+from edmdistill.sampling.heun import EDM2_SAMPLER, EDM_SAMPLER, Churn, OfficialSampler
 from edmdistill.sampling.spec import MAX_GUIDANCE, SOLVERS, SamplerRecord, SamplerSpec
 from edmdistill.sampling.trajectory import ReferenceGuidance, paper_sigmas, reference_sampler
 from edmdistill.trigflow import cos_sin, sigma_to_time, time_to_sigma
@@ -148,4 +148,4 @@ def _guidance_weight(model: Generator | Denoiser, requested: float | None) -> fl
 
 def official_sampler(teacher: Denoiser) -> OfficialSampler:
     """Returns the settings of the official sampler of a teacher's family."""
-    return EDM2 if isinstance(teacher.flow.network, UNet) else EDM
+    return EDM2_SAMPLER if isinstance(teacher.flow.network, UNet) else EDM_SAMPLER

@@ -80,8 +80,8 @@ class OfficialSampler:
         return torch.cat([denoiser.round_sigma(grid), grid.new_zeros(1)])
 
 
-EDM = OfficialSampler(num_steps=18, dtype=torch.float64, clamps=True, always_draws=True)
-EDM2 = OfficialSampler(num_steps=32, dtype=torch.float32, clamps=False, always_draws=False)
+EDM_SAMPLER = OfficialSampler(num_steps=18, dtype=torch.float64, clamps=True, always_draws=True)
+EDM2_SAMPLER = OfficialSampler(num_steps=32, dtype=torch.float32, clamps=False, always_draws=False)
 
 
 def edm_sampler(

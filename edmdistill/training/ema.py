@@ -63,7 +63,7 @@ class PowerFunction(NamedTuple):
         return self._asdict()
 
 
-def profiles(table: recipes.Ema) -> list[HalfLife | PowerFunction]:
+def profiles(table: recipes.EmaTable) -> list[HalfLife | PowerFunction]:
     """Returns the profiles of a recipe's averages. Sampling uses the first."""
     half_lives = [] if table.half_life_images is None else [HalfLife(table.half_life_images, table.rampup_ratio)]
     return [*half_lives, *map(PowerFunction, table.sigma_rel)]

@@ -93,7 +93,7 @@ class Alarm(NamedTuple):
 # off by .06 of the data's std, falling gradient norms. A learning rate twelve times too high: std ratio 7, mean off by
 # 11 in the first line, healthy in the second. alpha 2.5 with coef .5, which eq. 38 forbids: std ratio 50, mean off by
 # 100, gradient norms 500 times as high, permanently.
-PATIENCE = 2
+ALARM_AFTER = 2
 """Number of lines in a row with the same symptom before an alarm."""
 LEAST_DIVERSITY = 0.25
 STD_RATIOS = 0.5, 2.0
@@ -103,7 +103,7 @@ NORMS = 1000
 
 
 class Health:
-    """Checks every line of the metrics, and raises an alarm after PATIENCE lines in a row with the same symptom.
+    """Checks every line of the metrics, and raises an alarm after ALARM_AFTER lines in a row with the same symptom.
 
     It goes by the names of the measures: what is not measured is not checked.
 
@@ -128,9 +128,9 @@ class Health:
         if not symptoms:
             self.last_healthy = int(line["images"])
         return [
-            Alarm(kind, f"After {line['images']:,.0f} images {symptom}.", self._streaks[kind] == PATIENCE)
+            Alarm(kind, f"After {line['images']:,.0f} images {symptom}.", self._streaks[kind] == ALARM_AFTER)
             for kind, symptom in symptoms.items()
-            if self._streaks[kind] >= PATIENCE
+            if self._streaks[kind] >= ALARM_AFTER
         ]
 
     def begin_interval(self) -> HealthProgress:

@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from edmdistill.checkpoints.run_state import Scale
 from edmdistill.errors import TrainingError
-from edmdistill.recipes.schema import Training
+from edmdistill.recipes.schema import TrainingTable
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], training: Training, offload: bool = False
+    parameters: Iterable[nn.Parameter], training: TrainingTable, offload: bool = False
 ) -> torch.optim.Optimizer:
     """Returns a role's optimiser.
 
@@ -122,7 +122,7 @@ class OffloadedAdam(torch.optim.Optimizer):
         self.state = self._adam.state
 
 
-def learning_rate(training: Training, role: str, images: int) -> float:
+def learning_rate(training: TrainingTable, role: str, images: int) -> float:
     """Returns the learning rate of a step before which `images` were seen.
 
     Source: EDM, training_loop.py, for the ramp-up; EDM2, eq. 67, for inverse_sqrt.

@@ -20,10 +20,10 @@ from edmdistill.errors import CheckpointError, RecipeError, TrainingError, witho
 from edmdistill.machine.host import host_memory
 from edmdistill.networks import NETWORKS, base
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.recipes.schema import Network, Recipe
+from edmdistill.recipes.schema import NetworkTable, Recipe
 
 
-def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
+def sketch(table: NetworkTable, dataset: Dataset) -> FlowNetwork:
     """Returns the network that a recipe describes, for these data, on the meta device.
 
     Raises: RecipeError: its arguments make no network, or one that does not fit into the host's memory.
@@ -45,7 +45,7 @@ def sketch(table: Network, dataset: Dataset) -> FlowNetwork:
     return flow
 
 
-def make_network(table: Network, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
+def make_network(table: NetworkTable, dataset: Dataset, method: str) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns a network that fits the data, with random weights, and its configuration."""
     dataset.require_labels_from_zero()
     if dataset.latent and dataset.encoding is None:

@@ -15,7 +15,7 @@ ILL = [*WELL, Finding("torch", "fail", "not installed", "pip install torch")]
 
 @pytest.mark.parametrize(("findings", "exit_code"), [(WELL, 0), (ILL, 2)])
 def test_lines_and_json(monkeypatch: pytest.MonkeyPatch, findings: list[Finding], exit_code: int):
-    monkeypatch.setattr(doctor, "diagnose", lambda: iter(findings))
+    monkeypatch.setattr(doctor, "run_checks", lambda: iter(findings))
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == exit_code
     lines = result.stdout.splitlines()
@@ -35,5 +35,5 @@ def test_each_line_comes_as_it_is_known(monkeypatch: pytest.MonkeyPatch):
         yield from WELL
         raise ZeroDivisionError
 
-    monkeypatch.setattr(doctor, "diagnose", breaks_off)
+    monkeypatch.setattr(doctor, "run_checks", breaks_off)
     assert len(CliRunner().invoke(main, ["doctor"]).stdout.splitlines()) == 2

@@ -14,7 +14,7 @@ from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import RecipeError
 from edmdistill.methods import METHODS
 from edmdistill.recipes.library import SHIPPED, load_recipe
-from edmdistill.recipes.schema import Network, Recipe
+from edmdistill.recipes.schema import NetworkTable, Recipe
 from edmdistill.training.sources import sketch
 
 NUMBERS = [0, -1, 1, 1.5, 1e-320, 1e308, 2**31, 2**63, 10**30, 10**400, math.inf, -math.inf, math.nan]
@@ -162,7 +162,7 @@ NETWORKS: list[dict[str, object]] = [
 
 @pytest.mark.parametrize("arguments", NETWORKS, ids=repr)
 def test_arguments_that_make_no_network(arguments: dict[str, object]):
-    table = Network(kind="edm2", arguments={"model_channels": 8, "channel_mult": [1], "num_blocks": 1} | arguments)
+    table = NetworkTable(kind="edm2", arguments={"model_channels": 8, "channel_mult": [1], "num_blocks": 1} | arguments)
     with pytest.raises(RecipeError) as error:
         sketch(table, open_dataset("digits"))
     assert str(error.value).startswith("[network.arguments] make ")

@@ -12,7 +12,7 @@ from edmdistill.machine.checks.finding import Finding
 def test_this_machine_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Every check runs here; none may fail but for want of room."""
     monkeypatch.chdir(tmp_path)
-    findings = list(doctor.diagnose())
+    findings = list(doctor.run_checks())
     names = [finding.check for finding in findings]
     assert {"python", "edmdistill", "numpy", "torch", "locks", "forward derivative", "gloo"} <= set(names)
     assert len(names) == len(set(names))
@@ -29,7 +29,7 @@ def test_without_torch_nothing_asks_for_it(package, monkeypatch: pytest.MonkeyPa
     package("torch", "2.13.0", "raise ImportError('libcudart.so.13: cannot open shared object file')")
     checks = {name: doctor.CHECKS[name] for name in ("python", "torch")}
     monkeypatch.setattr(doctor, "CHECKS", checks)
-    *_, last = doctor.diagnose()
+    *_, last = doctor.run_checks()
     assert last.check == "torch"
     assert last.level == "fail"
     assert last.detail == "cannot be imported: ImportError: libcudart.so.13: cannot open shared object file"
@@ -42,7 +42,7 @@ def test_a_check_that_breaks_does_not_hide_the_others(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(doctor, "CHECKS", {"broken": broken, "python": packages.check_python})
     monkeypatch.setattr(doctor, "TORCH_CHECKS", {})
-    findings = list(doctor.diagnose())
+    findings = list(doctor.run_checks())
     assert [finding.check for finding in findings] == ["a", "broken", "python", "edmdistill"]
     assert findings[1].level == "fail"
     assert findings[1].detail == "could not be checked: ZeroDivisionError: one"

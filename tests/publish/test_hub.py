@@ -145,7 +145,7 @@ def test_a_connection_that_breaks_is_tried_again(server: Hub, folder: Path) -> N
 def test_what_goes_wrong_is_one_sentence(
     server: Hub, folder: Path, call: str, fault: int | str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_client, "PATIENCE", 0.2)
+    monkeypatch.setattr(hub_client, "TIMEOUT", 0.2)
     server.faults[call] = fault, 10
     with pytest.raises(HubError) as caught:
         publish(folder)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from edmdistill.errors import RecipeError
 from edmdistill.recipes.library import SHIPPED, find_recipe, load_recipe, origins, recipe_names
-from edmdistill.recipes.schema import Ema, Training
+from edmdistill.recipes.schema import EmaTable, TrainingTable
 
 MINIMAL = """
 [training]
@@ -255,8 +255,8 @@ def test_a_method_without_a_teacher_needs_a_network(write):
 def test_defaults_are_equal_however_they_are_said(write):
     said = MINIMAL.replace("half_life_images = 50", "half_life_images = 50\nrampup_ratio = 0.05")
     assert load_recipe(write(said), method="sid") == load_recipe(write(MINIMAL, "other.toml"), method="sid")
-    assert Ema(half_life_images=50).rampup_ratio == 0.05
-    assert Training.__struct_fields__[:4] == ("images", "batch", "optimizer", "lr")
+    assert EmaTable(half_life_images=50).rampup_ratio == 0.05
+    assert TrainingTable.__struct_fields__[:4] == ("images", "batch", "optimizer", "lr")
 
 
 def test_names_are_listed_without_torch():

@@ -12,7 +12,7 @@ from toy_denoisers import SIGMA_DATA, ToyDenoiser, curved, gaussian
 
 from edmdistill.checkpoints.load import load_denoiser
 from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
-from edmdistill.sampling.heun import EDM, EDM2, edm_sampler
+from edmdistill.sampling.heun import EDM2_SAMPLER, EDM_SAMPLER, edm_sampler
 from edmdistill.trigflow import ddim_step, denoised, sigma_to_time
 
 NOISE = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -27,7 +27,7 @@ def test_order(sampler: Callable[..., Tensor], order: int, calls: int) -> None:
 
     def error(num_steps: int) -> float:
         denoiser = ToyDenoiser(gaussian)
-        sampler(denoiser, NOISE, sigmas=EDM.sigmas(denoiser, num_steps, 0.5, 4.0))
+        sampler(denoiser, NOISE, sigmas=EDM_SAMPLER.sigmas(denoiser, num_steps, 0.5, 4.0))
         assert len(denoiser.images) == calls * num_steps - (calls - 1)
         exact = NOISE * 4.0 * ((SIGMA_DATA**2 + 0.25) / (SIGMA_DATA**2 + 16)) ** 0.5
         return float((denoiser.images[-1] - exact).abs().max())
@@ -43,7 +43,7 @@ def test_heun_is_dpm_solver_2s_with_its_point_at_the_end(golden: Path, name: str
     shape = 1, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution
     noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     labels = torch.eye(denoiser.label_dim)[:1] if denoiser.label_dim else None
-    sigmas = EDM.sigmas(denoiser, 4)
+    sigmas = EDM_SAMPLER.sigmas(denoiser, 4)
     with torch.no_grad():
         heun = edm_sampler(denoiser, noise, labels, sigmas=sigmas)
         ours = dpm_solver_2s(denoiser, noise, labels, sigmas=sigmas, midpoint=1.0)
@@ -88,7 +88,7 @@ def trig_dpm_pp(x: Tensor, s: Tensor, t: Tensor, last: tuple[Tensor, Tensor] | N
 def test_trigflow_forms(sampler: Callable[..., Tensor], step: Callable[..., Tensor]) -> None:
     """Step by step on the circle, by the paper's formulas, as far as sigma_min."""
     denoiser = ToyDenoiser(curved)
-    sigmas = EDM.sigmas(denoiser, 8, 0.05, 20.0)
+    sigmas = EDM_SAMPLER.sigmas(denoiser, 8, 0.05, 20.0)
     sampler(denoiser, NOISE, sigmas=sigmas)
     times = sigma_to_time(sigmas[:-1], SIGMA_DATA)
     x, last = times[0].cos() * 20.0 * NOISE, None
@@ -102,10 +102,10 @@ def test_the_official_samplers_are_followed(sampler: Callable[..., Tensor]) -> N
     class Narrow(ToyDenoiser):
         sigma_min, sigma_max = 0.02, 10.0
 
-    for official in (EDM, EDM2):
+    for official in (EDM_SAMPLER, EDM2_SAMPLER):
         denoiser = Narrow(gaussian)
         x = sampler(denoiser, NOISE, sigmas=official.sigmas(denoiser, 5))
         assert x.dtype == official.dtype
         assert float(denoiser.images[0].abs().max()) == pytest.approx(
-            float(NOISE.abs().max()) * (10 if official is EDM else 80)
+            float(NOISE.abs().max()) * (10 if official is EDM_SAMPLER else 80)
         )

@@ -15,7 +15,7 @@ from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.generate import drawn_classes, is_latent, sample
 from edmdistill.sampling.grid import to_uint8
-from edmdistill.sampling.heun import EDM, Churn, edm_sampler
+from edmdistill.sampling.heun import EDM_SAMPLER, Churn, edm_sampler
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.sampling.spec import SOLVERS, SamplerSpec
 from edmdistill.trigflow import denoised
@@ -118,7 +118,7 @@ def test_a_teacher_goes_through_heun() -> None:
     model = teacher("song", label_dim=0)
     noise = SeededNoise([7]).normal((1, 8, 8))
     with torch.no_grad():
-        x0 = edm_sampler(model, noise, sigmas=EDM.sigmas(model, 18))
+        x0 = edm_sampler(model, noise, sigmas=EDM_SAMPLER.sigmas(model, 18))
     assert torch.equal(sample(model, seeds=[7]), x0.clamp(-1, 1).float())
     calls: list[Tensor] = []
     teacher_of_edm2 = teacher(label_dim=0)

@@ -19,7 +19,7 @@ from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.guidance import GuidedDenoiser
-from edmdistill.sampling.heun import EDM, EDM2, Churn, edm_sampler
+from edmdistill.sampling.heun import EDM2_SAMPLER, EDM_SAMPLER, Churn, edm_sampler
 from edmdistill.sampling.seeds import SeededNoise
 
 FACTS = {path.stem: json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*.json"))}
@@ -77,7 +77,7 @@ def test_edm(golden: Path, tmp_path: Path, name: str, key: str) -> None:
     noise = tensors.get(f"{key}.noise")
     churn, steps = churn_of(case), case["num_steps"]
     with torch.no_grad():
-        grid = EDM.sigmas(denoiser, steps)
+        grid = EDM_SAMPLER.sigmas(denoiser, steps)
         x = edm_sampler(denoiser, latents, labels, sigmas=grid, churn=churn, randn_like=recorded(noise))
     assert_samples_close(x, tensors[f"{key}.x"])
     torch.testing.assert_close(torch.stack(sigmas), tensors[f"{key}.net_sigmas"], rtol=2e-6, atol=0)
@@ -98,7 +98,7 @@ def test_edm2(golden: Path, tmp_path: Path, name: str, key: str) -> None:
             main if weight == 1 else GuidedDenoiser(main, weight, guide),
             tensors["noise"],
             tensors["labels"],
-            sigmas=replace(EDM2, dtype=getattr(torch, case.get("dtype", "float32"))).sigmas(main, steps),
+            sigmas=replace(EDM2_SAMPLER, dtype=getattr(torch, case.get("dtype", "float32"))).sigmas(main, steps),
             churn=churn,
             always_draws=False,
             randn_like=recorded(tensors.get(f"{key}.noise")),

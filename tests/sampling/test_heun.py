@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toy_denoisers import SIGMA_DATA, ToyDenoiser, curved, gaussian
 
-from edmdistill.sampling.heun import EDM, EDM2, Churn, OfficialSampler, edm_sampler
+from edmdistill.sampling.heun import EDM2_SAMPLER, EDM_SAMPLER, Churn, OfficialSampler, edm_sampler
 
 
 def recorded(noise: Tensor) -> Callable[[Tensor], Tensor]:
@@ -30,7 +30,11 @@ def test_edm_golden(golden: Path, name: str) -> None:
     denoiser = ToyDenoiser(curved)
     noise = tensors.get(f"{name}.noise", torch.zeros(18, *tensors["latents"].shape))
     x = edm_sampler(
-        denoiser, tensors["latents"], sigmas=EDM.sigmas(denoiser), churn=churn_of(case), randn_like=recorded(noise)
+        denoiser,
+        tensors["latents"],
+        sigmas=EDM_SAMPLER.sigmas(denoiser),
+        churn=churn_of(case),
+        randn_like=recorded(noise),
     )
     torch.testing.assert_close(x, tensors[f"{name}.x"], rtol=0, atol=1e-9)
     torch.testing.assert_close(torch.stack(denoiser.sigmas), tensors[f"{name}.net_sigmas"], rtol=1e-12, atol=0)
@@ -51,7 +55,7 @@ def test_edm2_golden(golden: Path, name: str) -> None:
     x = edm_sampler(
         denoiser,
         tensors["latents"],
-        sigmas=replace(EDM2, dtype=dtype).sigmas(denoiser, case["num_steps"]),
+        sigmas=replace(EDM2_SAMPLER, dtype=dtype).sigmas(denoiser, case["num_steps"]),
         churn=churn_of(case),
         always_draws=False,
         randn_like=recorded(noise),
@@ -73,7 +77,7 @@ def test_heun_is_of_second_order() -> None:
         # The last call, at sigma_min, is Euler's jump to 0 from where the solution was: what it saw is compared.
         seen: list[Tensor] = []
         denoiser = ToyDenoiser(lambda x, sigma: (seen.append(x), gaussian(x, sigma))[1])
-        edm_sampler(denoiser, noise, sigmas=EDM.sigmas(denoiser, num_steps, sigma_min, sigma_max))
+        edm_sampler(denoiser, noise, sigmas=EDM_SAMPLER.sigmas(denoiser, num_steps, sigma_min, sigma_max))
         exact = noise * sigma_max * ((SIGMA_DATA**2 + sigma_min**2) / (SIGMA_DATA**2 + sigma_max**2)) ** 0.5
         return float((seen[-1] - exact).abs().max())
 
@@ -84,7 +88,7 @@ def test_heun_is_of_second_order() -> None:
 def test_one_step_is_the_denoiser() -> None:
     noise = torch.randn(2, 1, 4, 4)
     denoiser = ToyDenoiser(gaussian)
-    x = edm_sampler(denoiser, noise, sigmas=EDM.sigmas(denoiser, 1))
+    x = edm_sampler(denoiser, noise, sigmas=EDM_SAMPLER.sigmas(denoiser, 1))
     torch.testing.assert_close(x, gaussian(80.0 * noise.double(), torch.tensor(80.0)))
 
 
@@ -96,16 +100,16 @@ def test_levels_fit_the_network() -> None:
             return (sigma * 64).round() / 64
 
     noise = torch.randn(1, 1, 2, 2)
-    for official in (EDM, EDM2):
+    for official in (EDM_SAMPLER, EDM2_SAMPLER):
         denoiser = Narrow(gaussian)
         edm_sampler(denoiser, noise, sigmas=official.sigmas(denoiser, 8), churn=Churn(4))
         sigmas = torch.stack(denoiser.sigmas)
         assert torch.equal(sigmas, denoiser.round_sigma(sigmas))
-        assert bool((sigmas <= 10 * 2**0.5).all()) == official.clamps == (official is EDM)
+        assert bool((sigmas <= 10 * 2**0.5).all()) == official.clamps == (official is EDM_SAMPLER)
 
 
 @pytest.mark.parametrize(("churn", "count"), [(Churn(), 0), (Churn(40, 0.05, 50), 9)])
-@pytest.mark.parametrize("official", [EDM, EDM2])
+@pytest.mark.parametrize("official", [EDM_SAMPLER, EDM2_SAMPLER])
 def test_when_noise_is_drawn(official: OfficialSampler, churn: Churn, count: int) -> None:
     drawn: list[Tensor] = []
 
@@ -123,4 +127,4 @@ def test_when_noise_is_drawn(official: OfficialSampler, churn: Churn, count: int
         always_draws=official.always_draws,
         randn_like=randn_like,
     )
-    assert len(drawn) == (12 if official is EDM else count)
+    assert len(drawn) == (12 if official is EDM_SAMPLER else count)

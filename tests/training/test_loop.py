@@ -11,7 +11,7 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.methods.base import Loss
-from edmdistill.recipes.schema import Recipe, Training
+from edmdistill.recipes.schema import Recipe, TrainingTable
 from edmdistill.training.loop import requests, rounds
 from edmdistill.training.monitors import Diverged, fingerprints
 from edmdistill.training.optimizers import learning_rate
@@ -149,7 +149,7 @@ def test_gradient_clipping_bounds_the_step(start):
 
 def test_learning_rates():
     def training(**values):
-        return Training(images=1000, batch=10, lr=2.0, log_every=1, snapshot_every=1, **values)
+        return TrainingTable(images=1000, batch=10, lr=2.0, log_every=1, snapshot_every=1, **values)
 
     assert learning_rate(training(), "generator", 990) == 2
     assert learning_rate(training(lr_by_role={"auxiliary": 3.0}), "auxiliary", 0) == 3

@@ -7,13 +7,13 @@ from torch import nn
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
-from edmdistill.recipes.schema import Training
+from edmdistill.recipes.schema import TrainingTable
 from edmdistill.training.optimizers import LossScale, load_states, make_optimizer, plain_states, set_learning_rate
 from edmdistill.training.session import train
 
 
 def training(**values):
-    return Training(images=100, batch=10, lr=1e-2, log_every=1, snapshot_every=1, **values)
+    return TrainingTable(images=100, batch=10, lr=1e-2, log_every=1, snapshot_every=1, **values)
 
 
 def pair():
