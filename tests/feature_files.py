@@ -8,7 +8,7 @@ import torch
 from golden_set import GOLDEN
 from torch import Tensor
 
-from edmdistill.features.inception import InceptionV3
+from edmdistill.features.inception_network import InceptionV3
 
 EVALUATION = GOLDEN / "evaluation"
 TINY_DINOV2 = EVALUATION / "dinov2" / "tiny-dinov2.pth"

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as f
 from torch import Tensor, nn
 
-from edmdistill.features.inception import InceptionV3 as OurInceptionV3
 from edmdistill.features.inception_names import LEAVES, nvidia_layers
+from edmdistill.features.inception_network import InceptionV3 as OurInceptionV3
 
 
 class Conv2dLayer(nn.Module):

@@ -23,6 +23,8 @@ from edmdistill.features.weights import Weights, read_weights
 
 SIZE = 224
 """Height and width of the images that the network takes."""
+MAX_DEPTH = 100
+"""Of blocks that are made: the largest official network has 40."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, of RGB in [0, 1]."""
 
@@ -153,7 +155,7 @@ def build(weights: Weights) -> VisionTransformer:
         positions = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
         depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
         heads = weights.num_heads or width // (64 if width % 64 == 0 else 16)
-        if SIZE % patch or width % heads or depth > len(tensors):
+        if SIZE % patch or width % heads or depth > MAX_DEPTH:
             raise ValueError
     except (KeyError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise CheckpointError(

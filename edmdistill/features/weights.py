@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -71,25 +72,26 @@ def read_weights(path: str | Path | None, kind: str, space: str) -> Weights:
                 tensors = load_tensors(stored)[0]
         elif head[8:10] == b'{"':
             tensors, metadata = load_tensors(file)
-            heads = _number(metadata.get("num_heads"))
+            heads = _count_heads(metadata.get("num_heads"))
         else:
             found, script = _stored(file)
             tensors = {name: tensor.tensor() for name, tensor in found.items()}
         if path.is_dir():
-            heads = _number(json.loads((path / "config.json").read_text()).get("num_attention_heads"))
+            heads = _count_heads(_read_config(path / "config.json").get("num_attention_heads"))
     except Unreadable as error:
-        raise CheckpointError(f"{file} {error}.") from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+        raise CheckpointError(f"{path} {error}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
     official = digest in {one.sha256 for one in files_of(kind)}
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(NOT_WEIGHTS)}
     return Weights(path, _without_prefix(kept), digest, official, heads, script)
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors without the names of the modules that hold the whole network, such as model. or module."""
-    while len({name.partition(".")[0] for name in tensors}) == 1 and all("." in name for name in tensors):
-        tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    """Returns tensors without the names of up to four modules that hold the whole network, such as model. or module."""
+    for _ in range(4):
+        if len({name.partition(".")[0] for name in tensors}) == 1 and all("." in name for name in tensors):
+            tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -117,14 +119,26 @@ def converted(sha256: str) -> Path:
     return cache_folder() / "features" / f"{sha256}.safetensors"
 
 
-def _number(text: object) -> int | None:
-    """Returns a positive count that a file states, None if it states none.  Raises: ValueError: it is none."""
-    if text is None:
+def _read_config(path: Path) -> dict[str, object]:
+    """Returns the config.json of a folder of transformers.  Raises: Unreadable: it is none.  OSError: there is none."""
+    with path.open("rb") as file:
+        text = file.read(2**20)
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise Unreadable("has a config.json that transformers did not write: save the model there again")
+    return config
+
+
+def _count_heads(stated: object) -> int | None:
+    """Returns the number of heads that a file states; None if it states none.  Raises: Unreadable: it is no number."""
+    if stated is None:
         return None
-    number = int(str(text))
-    if not 0 < number < 1000:
-        raise ValueError(f"it states {number} attention heads")
-    return number
+    if not re.fullmatch(r"[1-9]\d{0,2}", str(stated)):
+        raise Unreadable(f"states {str(stated)[:20]!r} attention heads: it is damaged")
+    return int(str(stated))
 
 
 def _stored(path: Path) -> tuple[dict[str, StoredTensor], bool]:

@@ -88,6 +88,8 @@ def test_it_does_not_classify():
         ({"register_tokens": torch.ones(1, 4, 48)}, "holds register_tokens, for which its network has no place"),
         ({"norm.bias": torch.full((48,), torch.nan)}, "holds NaN or infinity in norm.bias"),
         ({"blocks.999999.norm1.bias": torch.ones(48)}, "does not hold the weights of a DINOv2"),
+        ({"blocks.100.norm1.bias": torch.ones(48)}, "does not hold the weights of a DINOv2"),
+        ({"blocks.99.norm1.bias": torch.ones(48)}, "lacks blocks"),
         ({"blocks.x.norm1.bias": torch.ones(48)}, "does not hold the weights of a DINOv2"),
         ({"patch_embed.proj.weight": torch.ones(48, 3, 15, 15)}, "does not hold the weights of a DINOv2"),
     ],

@@ -14,7 +14,8 @@ from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import CheckpointError, DatasetError
 from edmdistill.features.base import FeatureSpace, to_rgb
-from edmdistill.features.inception import Inception, InceptionV3, resize_like_tensorflow
+from edmdistill.features.inception import Inception, resize_like_tensorflow
+from edmdistill.features.inception_network import InceptionV3
 
 GOLDEN = load_file(EVALUATION / "inception" / "expected.safetensors")
 

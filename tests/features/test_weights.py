@@ -10,6 +10,7 @@ from feature_files import TINY_DINOV2, save_pth
 from safetensors.torch import save_file
 from script_files import script
 
+from edmdistill import load_features
 from edmdistill.errors import CheckpointError
 from edmdistill.features.weights import read_weights
 
@@ -103,6 +104,29 @@ def test_the_number_of_heads_is_read_where_it_is_stated(tmp_path: Path):
     assert read_weights(tmp_path / "model.safetensors", "dinov2", "dinov2").num_heads == 3
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
     assert read_weights(tmp_path, "dinov2", "dinov2").num_heads == 4
-    (tmp_path / "config.json").write_text('{"num_attention_heads": -1}')
-    with pytest.raises(CheckpointError, match="-1 attention heads"):
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: No such file"):
         read_weights(tmp_path, "dinov2", "dinov2")
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ('{"num_attention_heads": -1}', "states '-1' attention heads"),
+        ('{"num_attention_heads": [3]}', r"states '\[3\]' attention heads"),
+        ("[1]", "has a config.json that transformers did not write"),
+        ("[" * 100_000, "has a config.json that transformers did not write"),
+        ("", "has a config.json that transformers did not write"),
+    ],
+)
+def test_a_wrong_config_is_refused(config: str, sentence: str, tmp_path: Path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=sentence):
+        read_weights(tmp_path, "dinov2", "dinov2")
+
+
+def test_a_long_name_takes_no_time(tmp_path: Path):
+    save_file({"a." * 200_000 + "b": torch.ones(1)}, tmp_path / "long.safetensors")
+    with pytest.raises(CheckpointError, match="long"):
+        load_features("dinov2", tmp_path / "long.safetensors")
