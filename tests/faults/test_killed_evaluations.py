@@ -1,0 +1,89 @@
+"""An evaluation that is killed, interrupted or shared goes on to the number of one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_generator import tiny_generator
+
+SCRIPT = """
+import sys
+from edmdistill.cli import main
+from edmdistill.evaluation import shards
+shards.SHARD_IMAGES = 32
+if __name__ == "__main__":
+    main(sys.argv[1:])
+"""
+COUNT = 1500
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_generator(tmp_path / "generator")
+
+
+def start(source: Path, out: Path, *more: object) -> subprocess.Popen[str]:
+    """Starts the evaluation; its files are small, so that every kill leaves some."""
+    script = out.parent / "evaluation.py"
+    script.write_text(SCRIPT)
+    words = ["eval", source, "--protocol", "digits", "--nfe", "2,4", "--n", COUNT, "--batch", 16, "--device", "cpu"]
+    words += ["--metrics", "fd_digits,class_accuracy,precision_digits", "--work", out.parent / "work", "--out", out]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, *map(str, words), *map(str, more)]
+    return subprocess.Popen(command, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
+
+
+def metrics(process: subprocess.Popen[str], out: Path) -> list[dict[str, float]]:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return [result["metrics"] for result in json.loads(out.read_text())["results"]]
+
+
+def files(work: Path) -> int:
+    return sum(1 for file in work.rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_random_moments(source: Path, tmp_path: Path) -> None:
+    whole = metrics(start(source, tmp_path / "whole.json"), tmp_path / "whole.json")
+    chance, work, kills = random.Random(0), tmp_path / "work", 0
+    assert not list(work.iterdir())
+    for _ in range(20):
+        process, before = start(source, tmp_path / "killed.json"), files(work)
+        while process.poll() is None and files(work) <= before:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:
+            break
+    assert kills >= 5
+    assert metrics(start(source, tmp_path / "killed.json"), tmp_path / "killed.json") == whole
+    assert not list(work.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_interrupted_on_two_processes_and_resumed_on_one(source: Path, tmp_path: Path) -> None:
+    whole = metrics(start(source, tmp_path / "whole.json"), tmp_path / "whole.json")
+    process = start(source, tmp_path / "two.json", "--processes", 2)
+    while process.poll() is None and files(tmp_path / "work") < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command goes on with what is kept in" in said
+    assert said.count("Interrupted") == 1
+    kept = files(tmp_path / "work")
+    assert kept >= 3
+    assert metrics(start(source, tmp_path / "two.json"), tmp_path / "two.json") == whole
+    again = start(source, tmp_path / "both.json", "--processes", 2)
+    assert metrics(again, tmp_path / "both.json") == whole
