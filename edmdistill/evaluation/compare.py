@@ -14,6 +14,7 @@ import msgspec
 
 from edmdistill.checkpoints.documents import markdown
 from edmdistill.errors import EdmDistillError
+from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.metrics import find_metric
 from edmdistill.evaluation.protocol import Protocol
 from edmdistill.evaluation.results import Result, load_results, read_results
@@ -152,17 +153,13 @@ def _conditions(protocol: Protocol, metric: str | None) -> dict[str, Any]:
         "covariance": protocol.covariance,
         "likelihood": protocol.likelihood or None,
     }
-    used = protocol.weights if metric is None else _weights_of(metric, protocol)
+    used: Mapping[str, str | None] = protocol.weights
+    if metric is not None and protocol.features is not None:
+        found = find_metric(re.split(r"[\[@]", metric)[0], protocol.features)
+        used = {found.features: protocol.weights.get(found.features)}
+        if reference is not None and found.metric.reference is Features:
+            conditions["real images"] = reference.kept or reference.n
     return conditions | {f"weights of {name}": sha256 for name, sha256 in used.items()}
-
-
-def _weights_of(metric: str, protocol: Protocol) -> Mapping[str, str | None]:
-    """Returns the weights of the feature space of a metric, as it is called in results; all if it is not known."""
-    name = re.split(r"[\[@]", metric)[0]
-    if protocol.features is None:
-        return {}
-    space = find_metric(name, protocol.features).features
-    return {space: protocol.weights.get(space)}
 
 
 def _unknown(row: Row, metric: str) -> str | None:

@@ -75,6 +75,16 @@ def test_other_weights_of_another_metrics_space_do_not_matter() -> None:
         require_comparable(result(), other)
 
 
+def test_precision_depends_on_the_real_images_that_were_kept() -> None:
+    kept = replace(EDM2.reference, kept=5)
+    rows = [
+        Row(name, result({"fid": 2.5, "precision_inception": 0.7}, reference=reference))
+        for name, reference in (("a", EDM2.reference), ("b", kept))
+    ]
+    with pytest.raises(EdmDistillError, match=r"precision_inception of a .* real images \(9 and 5\)"):
+        compare(rows)
+
+
 def test_metrics_of_other_names_are_other_columns() -> None:
     few, other = result({"fid@5000": 9.0}, n=5000, seeds="0-4999"), result({"fid[00000000]": 8.0}, weights={})
     table = compare([Row("a", result({"fid": 2.5})), Row("b", few), Row("c", other)])
