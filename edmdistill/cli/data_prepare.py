@@ -37,13 +37,14 @@ class Resolution(click.ParamType):  # type: ignore[type-arg]  # generic in newer
 @click.option("--split", type=Name(SPLITS), default="train", show_default=True, help="Of CIFAR-10 and parquet files.")
 @click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Threads.  [default: one a core]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.zip, or one that was begun with other options.")
-def command(source: str, out: Path, **options: Any) -> None:
+def command(source: str, out: Path, workers: int | None, **options: Any) -> None:
     """Make a data set of pictures, the same as EDM2's dataset_tool.py makes.
 
     SOURCE is a folder, zip or tar of pictures, ImageNet's tar, CIFAR-10's archive, MNIST's train-images-idx3-ubyte.gz,
     or a Hub data set's parquet files. After an interruption, the same command goes on where it stopped.
     """
     from edmdistill.data.prepare import prepare_data, to_text
+    from edmdistill.machine.host import cores
     from edmdistill.progress import progress_bar
 
     with interruptible(lambda: "the same command goes on from here."), progress_bar(unit="image") as bar:
@@ -53,7 +54,7 @@ def command(source: str, out: Path, **options: Any) -> None:
             bar.initial = bar.initial or done
             bar.update(done - bar.n)
 
-        found = prepare_data(source, out, on_progress=show, **options)
+        found = prepare_data(source, out, workers=workers or cores(), on_progress=show, **options)
     for note in found.notes:
         say(note)
     click.echo(to_text(found))

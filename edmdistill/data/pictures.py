@@ -32,13 +32,14 @@ LARGE = 2**24
 """Pixels of a picture from which on only one is decoded at a time."""
 
 GRAYSCALE, PALETTE, TRANSPARENCY = "grayscale, now RGB", "a palette, now RGB", "transparency, dropped without blending"
-DEEP, CMYK = "more than 8 bits a channel, now 8", "CMYK, now RGB without a color profile"
+DEEP, CLIPPED = "16 bits a channel, now 8", "gray of more than 8 bits, cut off at 255"
+CMYK = "CMYK, now RGB without a color profile"
 TURNED, ANIMATED = "an EXIF orientation, ignored", "several frames, the first kept"
 OTHER = "another color space, now RGB"
 _MODES = {
     **dict.fromkeys(("1", "L", "La", "LA"), GRAYSCALE),
     **dict.fromkeys(("P", "PA"), PALETTE),
-    **dict.fromkeys(("I", "F", "I;16", "I;16L", "I;16B", "I;16N"), DEEP),
+    **dict.fromkeys(("I", "F", "I;16", "I;16L", "I;16B", "I;16N"), CLIPPED),
     "CMYK": CMYK,
 }
 _large = threading.Lock()
@@ -100,7 +101,9 @@ def _decode(image: Image.Image, data: bytes) -> Decoded:
     mode = image.mode
     deep = image.format == "PNG" and data[24:25] == b"\x10"
     image.load()
-    changes = [] if mode in ("RGB", "RGBA") and not deep else [DEEP if deep else _MODES.get(mode, OTHER)]
+    changes = [DEEP] if deep else []
+    if mode not in ("RGB", "RGBA"):
+        changes = [_MODES.get(mode, OTHER)]
     if mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info:
         changes.append(TRANSPARENCY)
     # A TIFF was turned by Pillow, for the official tool too.

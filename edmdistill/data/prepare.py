@@ -9,34 +9,26 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
-import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL
 from msgspec import Struct
-from PIL import Image, _imaging, features
+from PIL import Image, features
 
 from edmdistill import __version__
 from edmdistill.data.contents import LABELS
-from edmdistill.data.edm_zip import EdmZip, encode_png, image_index, image_name
-from edmdistill.data.files import as_dataset_error
-from edmdistill.data.pictures import Pictures, decode_picture
+from edmdistill.data.edm_zip import EdmZip, image_index, image_name
+from edmdistill.data.packing import Packed, PackJob, packed_chunks
+from edmdistill.data.pictures import Pictures
 from edmdistill.data.prepare_state import PrepareState, open_state
 from edmdistill.data.sources import open_pictures
-from edmdistill.data.transforms import Size, Transform, find_transform, scale
+from edmdistill.data.transforms import Size, find_transform
 from edmdistill.errors import DatasetError, printable
 
-CHUNK = 8
-"""Pictures that a thread takes at a time."""
-AHEAD = 4
-"""Chunks for each thread that are begun before the oldest is written."""
 SAVED = 5.0
 """Seconds between two records of the progress."""
 
@@ -55,45 +47,6 @@ class PreparedSummary(Struct, frozen=True, kw_only=True):
     classes: int
     record: dict[str, Any]
     notes: tuple[str, ...]
-
-
-class _Packed(NamedTuple):
-    """A picture's PNG, None where the transform leaves it out; its width, height and mode; its file's CRC-32; and its
-    changes."""
-
-    png: bytes | None
-    shape: tuple[int, int, str]
-    crc: int
-    changes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is made of which pictures."""
-
-    source: Path
-    pictures: Pictures
-    transform: Transform
-    size: Size | None
-    total: int
-
-    def pack(self, start: int) -> list[_Packed]:
-        """Returns a chunk of pictures, packed."""
-        return [self._pack(i) for i in range(start, min(start + CHUNK, self.total))]
-
-    def _pack(self, i: int) -> _Packed:
-        where = f"{self.source}: {printable(self.pictures.names[i])}"
-        with as_dataset_error(lambda why: f"{where} cannot be read ({why}); replace or remove it"):
-            stored = self.pictures.read(i)
-        image, changes = decode_picture(stored, where) if isinstance(stored, bytes) else (stored, ())
-        if self.transform.apply is not scale:
-            image = image.convert("RGB") if image.mode != "RGB" else image
-        with as_dataset_error(lambda why: f"{where} cannot be resized ({why}); replace or remove it"):
-            packed = image if self.size is None else self.transform.apply(image, self.size)
-        crc = zlib.crc32(stored if isinstance(stored, bytes) else stored.tobytes())
-        if packed is None:
-            return _Packed(None, (0, 0, ""), crc, ())
-        return _Packed(encode_png(packed), (*packed.size, packed.mode), crc, changes)
 
 
 def prepare_data(
@@ -122,7 +75,7 @@ def prepare_data(
         transform: a key of TRANSFORMS; None: `none`.
         max_images: the number of pictures to read, from the first.
         labels, split: see `open_pictures`.
-        workers: threads; None: the cores of this process.
+        workers: threads; None: one for each core.
         overwrite: replace `out`, or an unfinished zip that was begun otherwise.
         on_progress: called with the number of pictures that are done, and the number of all.
         on_bytes: see `open_pictures`.
@@ -150,9 +103,9 @@ def prepare_data(
         pictures = open_pictures(source, state.folder, labels=labels, split=split, on_bytes=on_bytes)
         total = min(len(pictures.names), max_images or len(pictures.names))
         state.require_same_source(pictures.names[:total], pictures.sizes)
-        job = _Job(source, pictures, chosen, size, total)
+        job = PackJob(source, pictures, chosen, size, total)
         with EdmZip(state.images, state.progress.bytes) as archive:
-            _write_images(archive, state, job, workers or len(os.sched_getaffinity(0)), on_progress)
+            _write_images(archive, state, job, workers or os.cpu_count() or 1, on_progress)
             if not archive.names:
                 raise DatasetError(
                     f"{source}: {transform} leaves out all of the {total:,} pictures; choose another one"
@@ -168,7 +121,7 @@ def prepare_data(
 def _write_images(
     archive: EdmZip,
     state: PrepareState,
-    job: _Job,
+    job: PackJob,
     workers: int,
     on_progress: Callable[[int, int], object] | None,
 ) -> None:
@@ -180,13 +133,14 @@ def _write_images(
     report(state.progress.done, job.total)
     saved = time.monotonic()
     try:
-        for chunk in _packed(job, state.progress.done, workers):
-            for packed in chunk:
-                _write_image(archive, state, job, packed)
-            report(state.progress.done, job.total)
-            if time.monotonic() - saved > SAVED:
-                state.save(archive.sync())
-                saved = time.monotonic()
+        with closing(packed_chunks(job, state.progress.done, workers)) as chunks:
+            for chunk in chunks:
+                for packed in chunk:
+                    _write_image(archive, state, job, packed)
+                report(state.progress.done, job.total)
+                if time.monotonic() - saved > SAVED:
+                    state.save(archive.sync())
+                    saved = time.monotonic()
     except BaseException:
         with suppress(OSError):
             state.save(archive.sync())
@@ -194,29 +148,7 @@ def _write_images(
     state.save(archive.sync())
 
 
-def _packed(job: _Job, start: int, workers: int) -> Iterator[list[_Packed]]:
-    """Yields the chunks of pictures from `start` on, in their order, while threads pack the next ones."""
-    Image.init()
-    starts = iter(range(start, job.total, CHUNK))
-    waiting: deque[Future[list[_Packed]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    blocks = _imaging.get_blocks_max()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of sizes and metadata that are handled here
-        _imaging.set_blocks_max(max(blocks, 4 * workers))  # memory that one picture leaves to the next
-        try:
-            for at in starts:
-                waiting.append(pool.submit(job.pack, at))
-                if len(waiting) >= AHEAD * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            _imaging.set_blocks_max(blocks)
-
-
-def _write_image(archive: EdmZip, state: PrepareState, job: _Job, packed: _Packed) -> None:
+def _write_image(archive: EdmZip, state: PrepareState, job: PackJob, packed: Packed) -> None:
     i, progress = state.progress.done, state.progress
     name = job.pictures.names[i]
     if packed.png is not None:
@@ -237,7 +169,7 @@ def _write_image(archive: EdmZip, state: PrepareState, job: _Job, packed: _Packe
     state.add(name, job.pictures.sizes[i], packed.crc, packed.changes)
 
 
-def _record(archive: EdmZip, state: PrepareState, job: _Job, settings: dict[str, Any]) -> dict[str, Any]:
+def _record(archive: EdmZip, state: PrepareState, job: PackJob, settings: dict[str, Any]) -> dict[str, Any]:
     """Returns what dataset.json says of how the set was made."""
     progress, pictures = state.progress, job.pictures
     assert progress.shape is not None

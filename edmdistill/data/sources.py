@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -53,6 +54,8 @@ def open_pictures(
         raise DatasetError(f"the rule for labels {labels!r} is not known; {did_you_mean(labels, LABEL_RULES)}")
     if not path.exists():
         raise DatasetError(f"{path} does not exist; {EXPECTED}")
+    if not os.access(path, os.R_OK):
+        raise DatasetError(f"{path} may not be read by this user; change its permissions")
     found = _open(path, scratch, labels, split, on_bytes)
     if split != "train" and split not in found.kind:
         raise DatasetError(f"{path} is one set, without splits; leave --split {split} out, or give another source")

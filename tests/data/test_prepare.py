@@ -9,10 +9,10 @@ import pytest
 from picture_files import digest, encoded, read_document, read_images, saved, write_folder, write_zip
 from PIL import Image
 
-from edmdistill.data import prepare
+from edmdistill.data import packing, prepare
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.edm_zip import encode_png
-from edmdistill.data.pictures import ANIMATED, CMYK, DEEP, GRAYSCALE, PALETTE, TRANSPARENCY, TURNED
+from edmdistill.data.pictures import ANIMATED, CLIPPED, CMYK, GRAYSCALE, PALETTE, TRANSPARENCY, TURNED
 from edmdistill.data.prepare import prepare_data, to_text
 from edmdistill.errors import DatasetError
 
@@ -42,7 +42,7 @@ CHANGED = {
     "gray and alpha": (encoded(0, 8, 8, "LA"), TRANSPARENCY),
     "alpha": (encoded(0, 8, 8, "RGBA"), TRANSPARENCY),
     "palette": (saved(Image.new("P", (8, 8), 3)), PALETTE),
-    "deep": (saved(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 300)), DEEP),
+    "deep": (saved(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 300)), CLIPPED),
     "print": (encoded(0, 8, 8, "CMYK", "jpeg"), CMYK),
     "turned": (
         encoded(0, 8, 8, "RGB", "jpeg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
@@ -80,7 +80,7 @@ def test_a_kill_at_any_picture_changes_nothing(tmp_path: Path, monkeypatch: pyte
     source = write_folder(tmp_path / "set", PICTURES)
     prepare_data(source, tmp_path / "whole.zip", **HALF)
     monkeypatch.setattr(prepare, "SAVED", 0.0)
-    monkeypatch.setattr(prepare, "CHUNK", 3)
+    monkeypatch.setattr(packing, "CHUNK", 3)
     calls: list[int] = []
 
     def stop(done: int, _: int) -> None:

@@ -1,0 +1,89 @@
+"""Packs pictures: several threads decode, resize and encode them, and each comes out in its turn.
+
+Pillow does all three without Python's lock, so threads share the work without copying a picture to another process.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, _imaging
+
+from edmdistill.data.edm_zip import encode_png
+from edmdistill.data.files import as_dataset_error
+from edmdistill.data.pictures import Pictures, decode_picture
+from edmdistill.data.transforms import Size, Transform, scale
+from edmdistill.errors import printable
+
+CHUNK = 8
+"""Pictures that a thread takes at a time."""
+AHEAD = 3
+"""Chunks for each thread that are begun before the oldest is written."""
+
+
+class Packed(NamedTuple):
+    """A picture's PNG, None where the transform leaves it out; its width, height and mode; its file's CRC-32; and its
+    changes."""
+
+    png: bytes | None
+    shape: tuple[int, int, str]
+    crc: int
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """What is made of which pictures."""
+
+    source: Path
+    pictures: Pictures
+    transform: Transform
+    size: Size | None
+    total: int
+
+    def pack(self, start: int) -> list[Packed]:
+        """Returns a chunk of pictures, packed."""
+        return [self._pack(i) for i in range(start, min(start + CHUNK, self.total))]
+
+    def _pack(self, i: int) -> Packed:
+        where = f"{self.source}: {printable(self.pictures.names[i])}"
+        with as_dataset_error(lambda why: f"{where} cannot be read ({why}); replace or remove it"):
+            stored = self.pictures.read(i)
+        image, changes = decode_picture(stored, where) if isinstance(stored, bytes) else (stored, ())
+        if self.transform.apply is not scale:
+            image = image.convert("RGB") if image.mode != "RGB" else image
+        with as_dataset_error(lambda why: f"{where} cannot be resized ({why}); replace or remove it"):
+            packed = image if self.size is None else self.transform.apply(image, self.size)
+        crc = zlib.crc32(stored if isinstance(stored, bytes) else stored.tobytes())
+        if packed is None:
+            return Packed(None, (0, 0, ""), crc, ())
+        return Packed(encode_png(packed), (*packed.size, packed.mode), crc, changes)
+
+
+def packed_chunks(job: PackJob, start: int, workers: int) -> Generator[list[Packed], None, None]:
+    """Yields the chunks of pictures from `start` on, in their order, while threads pack the next ones."""
+    Image.init()
+    starts = iter(range(start, job.total, CHUNK))
+    waiting: deque[Future[list[Packed]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    blocks = _imaging.get_blocks_max()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of sizes and metadata that are handled here
+        _imaging.set_blocks_max(max(blocks, 4 * workers))  # memory that one picture leaves to the next
+        try:
+            for at in starts:
+                waiting.append(pool.submit(job.pack, at))
+                if len(waiting) >= AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            _imaging.set_blocks_max(blocks)
