@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -318,22 +318,27 @@ def _permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 
 
 def _open_digits(split: str, xflip: bool) -> Dataset:
+    values, classes = _digits()
+    order = _permutation(DIGITS_SPLIT_SEED, 0, DIGITS)
+    splits = {"train": order[:DIGITS_TRAIN], "test": order[DIGITS_TRAIN:], "all": order}
+    if split not in splits:
+        raise DatasetError(f"the digits have no split {split!r}; choose one of {', '.join(splits)}")
+    chosen = np.sort(splits[split])
+    files, names = [f"digit {i}" for i in chosen], [str(digit) for digit in range(10)]
+    return Dataset("digits", split, files, values[chosen].__getitem__, classes[chosen], names, xflip=xflip)
+
+
+@cache
+def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Returns the images of scikit-learn's digits and their classes.  [N,1,8,8], [N]"""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DatasetError(
             "the digits need scikit-learn, which is not installed: pip install 'edmdistill[quickstart]'"
         ) from error
-    order = _permutation(DIGITS_SPLIT_SEED, 0, DIGITS)
-    splits = {"train": order[:DIGITS_TRAIN], "test": order[DIGITS_TRAIN:], "all": order}
-    if split not in splits:
-        raise DatasetError(f"the digits have no split {split!r}; choose one of {', '.join(splits)}")
-    chosen = np.sort(splits[split])
     values, classes = load_digits(return_X_y=True)
-    images = np.round(values[chosen].reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
-    files, names = [f"digit {i}" for i in chosen], [str(digit) for digit in range(10)]
-    classes = classes[chosen].astype(np.int64)
-    return Dataset("digits", split, files, images.__getitem__, classes, names, xflip=xflip)
+    return np.round(values.reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8), classes.astype(np.int64)
 
 
 @dataclass(frozen=True)

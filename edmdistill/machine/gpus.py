@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 LAUNCH = 10e-6
@@ -27,6 +28,7 @@ class GPU(NamedTuple):
     launch: float = LAUNCH
 
 
+@cache
 def measure_this_machine() -> GPU:
     """Returns the speed of this machine's first GPU, or of its CPU, measured by matrix products and small calls."""
     import torch
@@ -34,7 +36,7 @@ def measure_this_machine() -> GPU:
     from edmdistill.machine.host import host_memory
 
     gpu = torch.cuda.is_available()
-    device, size = ("cuda", 4096) if gpu else ("cpu", 512)
+    device, size, times = ("cuda", 4096, 4) if gpu else ("cpu", 512, 1)
 
     def seconds(act: Callable[[], object], times: int) -> float:
         act()
@@ -50,7 +52,7 @@ def measure_this_machine() -> GPU:
 
     def rate(dtype: torch.dtype) -> float:
         matrix = torch.ones(size, size, device=device, dtype=dtype)
-        return float(2 * size**3 / seconds(lambda: matrix @ matrix, 4))
+        return float(2 * size**3 / seconds(lambda: matrix @ matrix, times))
 
     small = torch.ones(1, device=device)
     memory = torch.cuda.get_device_properties(0).total_memory if gpu else host_memory()[0]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from edmdistill.training.meta import CachedShapes, returns_aliases
@@ -50,7 +49,7 @@ class Ledger(CachedShapes):  # type: ignore[no-untyped-call]
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func.overloadpacket in FLOPS:
             self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
-        inputs = {storage._cdata for storage in _storages((args, kwargs))} if returns_aliases(func) else set()
+        inputs = {storage._cdata for storage in _storages((args, *kwargs.values()))} if returns_aliases(func) else set()
         for storage in _storages(out):
             if storage._cdata not in self.allocations and storage._cdata not in inputs:
                 self.allocations[storage._cdata] = len(self.live), storage.nbytes()
@@ -63,9 +62,11 @@ class Ledger(CachedShapes):  # type: ignore[no-untyped-call]
         self._now -= self.allocations.pop(storage)[1]
 
 
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    leaves = (values,) if isinstance(values, Tensor) else tree_leaves(values)
-    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
+def _storages(value: Any) -> list[torch.UntypedStorage]:
+    """Returns those of a tensor, or of the tensors in a tuple or list."""
+    if isinstance(value, Tensor):
+        return [value.untyped_storage()]
+    return [storage for part in value for storage in _storages(part)] if isinstance(value, (tuple, list)) else []
 
 
 @contextmanager

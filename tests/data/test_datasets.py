@@ -94,6 +94,7 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", absent)
+    datasets._digits.cache_clear()
     with pytest.raises(DatasetError, match=r"pip install 'edmdistill\[quickstart\]'"):
         open_dataset("digits")
 

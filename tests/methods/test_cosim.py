@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from edmdistill.draws import Draws
 from edmdistill.methods import cosim
@@ -259,30 +260,33 @@ def check_auxiliary_turn_alone(case: Case) -> None:
 
 
 @torch.no_grad()
-def differences(function: Callable[[], Tensor], network: nn.Module, step: float = 1e-3) -> Tensor:
-    """Central differences in every weight, of fourth order."""
-    slopes = []
-    for parameter in network.parameters():
-        for index in range(parameter.numel()):
-            entry, value = parameter.view(-1)[index : index + 1], parameter.view(-1)[index].item()
-            at = {}
-            for k in (-2, -1, 1, 2):
-                entry.fill_(value + k * step)
-                at[k] = function()
-            entry.fill_(value)
-            slopes.append((8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step))
+def differences(function: Callable[[], Tensor], network: nn.Module, directions: Tensor, step: float = 1e-3) -> Tensor:
+    """Central differences along directions in the space of all weights, of fourth order.  [N,weights] -> [N]"""
+    weights, slopes = parameters_to_vector(network.parameters()), []
+    for direction in directions:
+        at = {}
+        for k in (-2, -1, 1, 2):
+            vector_to_parameters(weights + k * step * direction, network.parameters())
+            at[k] = function()
+        slopes.append((8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step))
+    vector_to_parameters(weights, network.parameters())
     return torch.stack(slopes)
 
 
 def check_generator_differences(case: Case) -> None:
-    """Against differences of the turn's own value, with the weight that it had before the step."""
+    """Against differences of the turn's own value, with the weight that it had before the step.
+
+    Each direction takes part of every weight, so that an error in any of them shows.
+    """
 
     def w1() -> Tensor:
         return naive_losses(case.networks, case.batch, SEED, case.config)[2]
 
-    before = w1()
-    expected = differences(lambda: (case.turn("generator") * before / w1()).mean(), case.networks["generator"])
-    assert_near(flat(gradients(case.turn("generator").mean(), case.networks["generator"])), expected, 1e-9)
+    before, generator = w1(), case.networks["generator"]
+    found = flat(gradients(case.turn("generator").mean(), generator))
+    directions = torch.nn.functional.normalize(torch.randn(8, len(found), generator=rng(), dtype=found.dtype))
+    expected = differences(lambda: (case.turn("generator") * before / w1()).mean(), generator, directions)
+    assert_near(directions @ found, expected, 1e-9)
 
 
 GENERATOR_CHECKS = [check_generator_turn, check_generator_differences]

@@ -246,14 +246,20 @@ def test_on_the_meta_device(make_flow: MakeFlow) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "case", ["edm2", pytest.param("adm", marks=pytest.mark.slow), pytest.param("ddpmpp", marks=pytest.mark.slow)]
+    ("case", "arguments"),
+    [
+        pytest.param("edm2", {"channel_mult": [1], "attn_resolutions": [8]}, id="edm2 of one resolution"),
+        *(pytest.param(case, {}, id=case, marks=pytest.mark.slow) for case in ("edm2", "adm", "ddpmpp")),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_traced_in_one_graph_with_two_convolutions_a_layer(make_flow: MakeFlow, case: str) -> None:
-    flow = make_flow(case)
-    arguments = normal(flow), TIMES, classes(flow), normal(flow, 2), SPEED
-    expected = flow.tangent(*arguments)
+def test_traced_in_one_graph_with_two_convolutions_a_layer(
+    make_flow: MakeFlow, case: str, arguments: dict[str, Any]
+) -> None:
+    flow = make_flow(case, **arguments)
+    point = normal(flow), TIMES, classes(flow), normal(flow, 2), SPEED
+    expected = flow.tangent(*point)
     convolutions = []
 
     def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
@@ -262,8 +268,8 @@ def test_traced_in_one_graph_with_two_convolutions_a_layer(make_flow: MakeFlow, 
 
     torch.compiler.reset()
     flow.network.compile(backend=count, fullgraph=True)
-    flow(*arguments[:3])
-    found = flow.tangent(*arguments)
+    flow(*point[:3])
+    found = flow.tangent(*point)
     for traced, eager in zip(found, expected, strict=True):
         assert_rounded(traced, eager, depth(flow))
     plain, dual = convolutions
