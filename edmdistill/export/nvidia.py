@@ -108,7 +108,13 @@ def read(folder: Path) -> FlowNetwork:
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     latent = {name: config.encoder[name] for name in ("vae_name", "raw_mean", "raw_std") if name in config.encoder}
     encoder, entry = "", ""
-    if latent_encoder(config.encoder) is not None:
+    latents = latent_encoder(config.encoder)
+    if latents is not None and latents.range == "scm":
+        raise EdmDistillError(
+            "NVIDIA's encoder has pixels in [0, 1], and this network's VAE has them in [-1, 1] (--range scm), so their "
+            "scripts would decode its latents wrongly: choose another --to"
+        )
+    if latents is not None:
         arguments = "".join(f", {name}={value!r}" for name, value in latent.items())
         encoder = f"""\
     encoder = dnnlib.util.construct_class_by_name(class_name="training.encoders.StabilityVAEEncoder"{arguments})

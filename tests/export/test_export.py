@@ -416,6 +416,9 @@ def test_what_has_no_place_is_refused(golden: Path, runs: Path):
         official(scaled, config)
     with pytest.raises(EdmDistillError, match="no two_time"):
         official(*load_flow(runs / "jumps"))
+    flow, config = load_flow(runs / "latents")
+    with pytest.raises(EdmDistillError, match=r"this network's VAE has them in \[-1, 1\]"):
+        TARGETS["nvidia"].readme(flow, replace(config, encoder=config.encoder | {"range": "scm"}))
 
 
 @pytest.mark.parametrize(("to", "package"), [("diffusers", "diffusers"), ("onnx", "onnxscript")])

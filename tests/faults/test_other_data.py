@@ -4,7 +4,9 @@ import io
 import json
 import shutil
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +199,20 @@ def test_labels_that_begin_at_1(tmp_path: Path) -> None:
     assert "the labels begin at 1" in fitted(tmp_path, ones, 10).notes[0]
 
 
+def write_latents(path: Path, scale: float = 1, **encoder: object) -> Dataset:
+    rng = np.random.default_rng(0)
+    content = {}
+    for i in range(8):
+        out = io.BytesIO()
+        moments = np.concatenate([4 * rng.standard_normal((2, 8, 8)), np.full((2, 8, 8), 0.1)])
+        np.save(out, (scale * moments).astype(np.float32))
+        content[f"{i}.npy"] = out.getvalue()
+    if encoder:
+        statistics = {"raw_mean": [0.0] * 2, "raw_std": [4.0] * 2}
+        content["dataset.json"] = json.dumps({"labels": None, "encoder": statistics | encoder}).encode()
+    return open_dataset(write_zip(path, content))
+
+
 class LatentConfig:
     encoder = {"kind": "StabilityVAEEncoder", "scale": [0.5 / 4] * 2, "bias": [0.0] * 2}
     label_names = None
@@ -205,15 +221,30 @@ class LatentConfig:
 @pytest.mark.parametrize("scale", [1, 1 / 8])
 def test_latents_that_were_scaled_before_are_noted(scale: float, tmp_path: Path) -> None:
     """A VAE's latents, of deviation 4, fit the teacher's scale; those that were multiplied by it before do not."""
-    rng = np.random.default_rng(0)
-    content = {}
-    for i in range(8):
-        out = io.BytesIO()
-        moments = np.concatenate([4 * rng.standard_normal((2, 8, 8)), np.full((2, 8, 8), 0.1)])
-        np.save(out, (scale * moments).astype(np.float32))
-        content[f"{i}.npy"] = out.getvalue()
-    data = open_dataset(write_zip(tmp_path / "set.zip", content))
+    data = write_latents(tmp_path / "set.zip", scale)
     network = FlowNetwork(UNet(8, 2, 0, **NETWORK), EDM(sigma_data=0.5))
     for _ in range(2):
         require_fit(data, network, LatentConfig)  # type: ignore[arg-type]
     assert [": they were scaled already, or" in note for note in data.notes] == ([] if scale == 1 else [True])
+
+
+@pytest.mark.parametrize(
+    ("record", "teacher", "message"),
+    [
+        ({"range": "edm2"}, {}, None),
+        ({"range": "scm"}, {"range": "scm"}, None),
+        ({"range": "scm"}, {}, r"latents of pixels in \[-1, 1\] \(--range scm\), .* again with --range edm2"),
+        ({"range": "edm2"}, {"range": "scm"}, r"latents of pixels in \[0, 1\] .* again with --range scm"),
+        ({"range": "edm2", "vae_sha256": "a" * 64}, {"vae_sha256": "a" * 64, "vae_name": "b"}, None),
+        ({"range": "edm2", "vae_sha256": "a" * 64}, {"vae_sha256": "b" * 64, "vae_name": "b"}, "of the VAE a .* of b"),
+        ({"range": "edm2", "vae_sha256": "a" * 64}, {"vae_name": "b"}, None),  # official teachers have no digest
+    ],
+)
+def test_latents_of_another_kind_are_refused(
+    tmp_path: Path, record: dict[str, object], teacher: dict[str, object], message: str | None
+) -> None:
+    data = write_latents(tmp_path / "set.zip", vae_name="a", **record)
+    network = FlowNetwork(UNet(8, 2, 0, **NETWORK), EDM(sigma_data=0.5))
+    config = SimpleNamespace(encoder=LatentConfig.encoder | teacher, label_names=None)
+    with nullcontext() if message is None else pytest.raises(DatasetError, match=message):
+        require_fit(data, network, config)  # type: ignore[arg-type]

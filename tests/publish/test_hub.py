@@ -1,5 +1,6 @@
 """Publishing, against a stand-in of the Hub that the real client talks to."""
 
+import io
 import json
 import os
 import re
@@ -9,10 +10,13 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from hub_server import READER, Hub
 from msgspec.structs import replace
+from PIL import Image
+from tiny_generator import tiny_generator
 
 from edmdistill import load_generator, sample
 from edmdistill.checkpoints import hub_client
@@ -20,7 +24,9 @@ from edmdistill.checkpoints.config import read_config, write_config
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.errors import CheckpointError, EdmDistillError, HubError
+from edmdistill.publish import hub
 from edmdistill.publish.hub import GRID, STRICTNESS, Published, build_package, choose_licence, push
+from edmdistill.sampling.decode import open_decoder
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
 NAME = "me/cosim-digits"
@@ -100,6 +106,26 @@ def test_pushed_again_nothing_is_sent_again(server: Hub, folder: Path) -> None:
     write_config(folder, replace(read_config(folder), label_names=("x", "y", "z")))
     assert publish(folder).revision != first.revision  # the weights are the same, and stay
     assert server.sent() == 0
+
+
+def test_the_picture_of_a_latent_generator_is_decoded(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "GRID_SIZE", 2)
+    encoder = {"kind": "StabilityVAEEncoder", "vae_name": "nobody/vae", "scale": [0.5] * 4, "bias": [0.0] * 4}
+    folder = tiny_generator(tmp_path / "latents", channels=4, encoder=encoder)
+    vae = str(golden / "evaluation/latents/tiny-vae")
+    package = build_package(folder, NAME, "cc-by-nc-4.0", vae)
+    picture = package.files[GRID]
+    assert isinstance(picture, bytes)
+    with Image.open(io.BytesIO(picture)) as image:
+        found = np.asarray(image)[:, :64].astype(int)
+    pixels = open_decoder(encoder, vae)(sample(load_generator(folder), 1, seeds=[0], labels=[0]))[0]
+    assert np.abs(found - pixels.permute(1, 2, 0).numpy()).max() <= 1
+    assert "--vae nobody/vae --out images" in package.card.decode()
+    assert GRID not in build_package(folder, NAME, "cc-by-nc-4.0").files  # no VAE, no picture
+    with pytest.raises(CheckpointError, match="there is no VAE nowhere"):
+        build_package(folder, NAME, "cc-by-nc-4.0", "nowhere")
 
 
 @pytest.mark.parametrize("fault", [500, "break"])

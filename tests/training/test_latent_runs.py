@@ -1,0 +1,110 @@
+"""A run on a VAE's latents: the network knows their scale, and grids are decoded, where the VAE is at hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.encoder import latent_encoder
+from edmdistill.checkpoints.vae import WEIGHTS
+from edmdistill.errors import CheckpointError, EdmDistillError, TrainingError
+from edmdistill.machine.engine import Machine
+from edmdistill.recipes.schema import Recipe
+from edmdistill.sampling.decode import open_decoder
+from edmdistill.sampling.generate import sample
+from edmdistill.training import snapshot
+from edmdistill.training.prepare import prepare
+from edmdistill.training.run import Run
+
+CPU = Machine(device="cpu")
+
+
+@pytest.fixture
+def vae(golden: Path) -> Path:
+    return golden / "evaluation/latents/tiny-vae"
+
+
+def write_latents(folder: Path, channels: int = 4, **encoder: object) -> Path:
+    """Sixteen latents of 8x8, of standard deviation 2."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        moments = np.concatenate([2 * rng.standard_normal((channels, 8, 8)), np.full((channels, 8, 8), 0.1)])
+        np.save(folder / f"{i:02d}.npy", moments.astype(np.float32))
+    document = {"labels": [[f"{i:02d}.npy", i % 2] for i in range(16)]} | ({"encoder": encoder} if encoder else {})
+    (folder / "dataset.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.fixture
+def latents(tmp_path: Path, vae: Path) -> Path:
+    return write_latents(
+        tmp_path / "latents",
+        vae_name="tiny-vae",
+        vae_sha256=sha256_file(vae / WEIGHTS),
+        range="scm",
+        raw_mean=[0.0] * 4,
+        raw_std=[2.0] * 4,
+    )
+
+
+@pytest.fixture
+def begin(recipe: Callable[..., Recipe], latents: Path) -> Callable[..., Run]:
+    return lambda vae=None, data=latents: prepare(recipe("diffusion"), data=data, machine=CPU, vae=vae)
+
+
+def test_grids_are_decoded(
+    begin: Callable[..., Run], vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "COLUMNS", 2)
+    monkeypatch.setattr(snapshot, "GRID_SIGMAS", (2.5,))
+    run = begin(str(vae))
+    encoder = latent_encoder(run.config.encoder)
+    assert encoder is not None
+    assert (encoder.range, encoder.vae_name) == ("scm", "tiny-vae")
+    assert (encoder.scale, encoder.bias) == ((0.25,) * 4, (0.0,) * 4)
+    assert float(run.stream().read(0, 16)[0].std()) == pytest.approx(0.5, rel=0.1)
+    drawn: list[torch.Tensor] = []
+
+    def keep(*args: Any, **options: Any) -> torch.Tensor:
+        drawn.append(sample(*args, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(snapshot, "sample", keep)
+    snapshot.save_sample_grid(run, tmp_path / "samples", print)
+    snapshot.save_role_grid(run, tmp_path / "x0", print)
+    pictures = open_decoder(run.config.encoder, str(vae))(drawn[0])
+    with Image.open(tmp_path / "samples" / "000000000.png") as grid:
+        assert grid.size == (2 * 66 - 2, 2 * 66 - 2)
+        found = np.asarray(grid)[:64, 66:].astype(int)
+    assert np.abs(found - pictures[1].permute(1, 2, 0).numpy()).max() <= 1
+    assert (tmp_path / "x0" / "000000000.png").is_file()
+
+
+def test_without_the_vae_there_are_no_grids(
+    begin: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin()
+    assert run.notes == (
+        "No grids are drawn: this network makes latents, and the VAE tiny-vae is not in the Hub's cache: name the "
+        "VAE's folder or its Hub id with --vae.",
+    )
+    snapshot.save_sample_grid(run, tmp_path / "samples", print)
+    snapshot.save_role_grid(run, tmp_path / "samples", print)
+    assert not (tmp_path / "samples").exists()
+    with pytest.raises(CheckpointError, match="there is no VAE nowhere"):
+        begin("nowhere")
+    with pytest.raises(EdmDistillError, match="has no effect because the network works on pixels"):
+        begin("nowhere", "digits")
+
+
+def test_latents_of_an_unknown_vae_cannot_be_learnt(begin: Callable[..., Run], tmp_path: Path) -> None:
+    assert latent_encoder(begin(None, write_latents(tmp_path / "a")).config.encoder) is not None  # as EDM2's tool does
+    with pytest.raises(TrainingError, match="does not say which VAE made its latents"):
+        begin(None, write_latents(tmp_path / "b", channels=2))
