@@ -52,7 +52,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # [B,N,3,heads,D/heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out: Tensor = self.proj(f.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        # Spelled out: torch's own attention picks a kernel by device, of which some round more than float32 does.
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+        out: Tensor = self.proj((weights @ v).transpose(1, 2).flatten(2))
         return out
 
 
