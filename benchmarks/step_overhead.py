@@ -3,7 +3,7 @@
     python benchmarks/step_overhead.py [--batches 1 3] [--rounds 2] [--width 192]
 
 Networks: forward and backward passes of both turns, called bare. Engine: the same rounds as `edmdistill train` takes
-them, with data, random numbers, measures, the gradient's norm, Adam, forced weight normalisation and the average: most
+them, with data, random numbers, measures, the gradient's norm, Adam, forced weight normalization and the average: most
 of it goes by the parameters, not by the images. On a CPU it takes 16 GB and some minutes.
 """
 

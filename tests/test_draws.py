@@ -72,7 +72,7 @@ def test_calls_and_passes_have_separate_pieces() -> None:
 
 
 def test_words_are_random() -> None:
-    """Of 16 million lanes of 16 bits: frequencies; correlations of neighbours in streams, rows, calls and lanes."""
+    """Of 16 million lanes of 16 bits: frequencies; correlations of neighbors in streams, rows, calls and lanes."""
     w = torch.stack([words(Draws(ENTROPY, 1000).dropout(), 2000, call) for call in range(2)])
     lanes = w.view(torch.int16).unflatten(-1, (-1, 4)).double() / 2**15
     counts = np.bincount((w.view(torch.int16).numpy().ravel() >> 6) + 512, minlength=1024)

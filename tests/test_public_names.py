@@ -28,8 +28,8 @@ def test_every_public_name_is_there_and_documented(name: str):
 
 
 def test_other_names_are_not():
-    with pytest.raises(AttributeError, match="no attribute 'distil'"):
-        edmdistill.distil  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'distill'"):
+        edmdistill.distill  # noqa: B018
 
 
 def test_importing_the_package_imports_no_torch():

@@ -17,7 +17,7 @@ DATA_SETS = {
     ),
     "cifar10": (10, re.compile(r"cifar-?10(?!\d)", re.IGNORECASE)),
 }
-"""Number of classes, and how the data set is recognised by a path or file name; its classes are in assets."""
+"""Number of classes, and how the data set is recognized by a path or file name; its classes are in assets."""
 
 
 class KnownFile(NamedTuple):

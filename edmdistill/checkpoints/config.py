@@ -77,7 +77,7 @@ class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Guidance(Struct, frozen=True, forbid_unknown_fields=True):
-    """The guidance that a generator has learnt from its teacher.
+    """The guidance that a generator has learned from its teacher.
 
     Attributes:
         kind: classes: away from the teacher without them; network: away from another network.
@@ -108,7 +108,7 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Digest of that file."""
     licence: Text | None = None
     parent: Text | None = None
-    """sha256 of the checkpoint whose weights these were initialised with."""
+    """sha256 of the checkpoint whose weights these were initialized with."""
     guide: Text | None = None
     """sha256 of the network by which the teacher was guided."""
     init: str | None = None

@@ -65,7 +65,7 @@ def convert(
         out: the folder to write, whole or not at all.
         time_embedding: positional: the network is to read t, for continuous-time consistency models. That is another
             function, to be trained by `edmdistill train diffusion`; the source may then be a teacher of ours.
-        double_norm: adaptive double normalisation, with a positional time embedding; None: where the network has an
+        double_norm: adaptive double normalization, with a positional time embedding; None: where the network has an
             adaptive norm.
         overwrite: replace an existing checkpoint.
         licence: of the weights, see check_licence; default: that of NVIDIA's or OpenAI's weights.

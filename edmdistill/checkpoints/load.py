@@ -67,7 +67,7 @@ def load_generator(
     source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Generator:
     """Returns a few-step generator; see `load_model`.  Raises: CheckpointError: it is a teacher or unreadable."""
-    teacher = f"{source} is a teacher, not a generator: distil it with `edmdistill train`."
+    teacher = f"{source} is a teacher, not a generator: distill it with `edmdistill train`."
     return _require(Generator, load_model(source, device, dtype), teacher)
 
 

@@ -8,7 +8,7 @@ there, in units of sigma_data:
 
 For a denoiser of Gaussian data whose covariance has eigenvalues l_i it is sqrt(mean l_i^2 / (l_i + sigma_max^2)) /
 sigma_data: 0.1 to 0.2 for natural images of 64x64 pixels and sigma_max 80, and more for larger images, because the few
-largest eigenvalues, those of brightness and colour, grow with them. The digits teacher, which has hardly seen sigma_max
+largest eigenvalues, those of brightness and color, grow with them. The digits teacher, which has hardly seen sigma_max
 in training, has 0.29. For a generator it is the standard deviation of a pixel among the images of a class, over
 sigma_data: 0.8 for digits (0.48 after 3% of the training), and closer to 1 where classes are more diverse.
 """

@@ -28,7 +28,7 @@ def command(source: str, to: str, out: Path, vae: str | None, overwrite: bool, a
     nvidia        model.safetensors with the official names, and network.json with the arguments of their class
     space         app.py and requirements.txt: a gradio demo, for a Space on the Hugging Face Hub
 
-    EDM2's weight normalisation and gains are folded into plain convolutions, except for nvidia and space.
+    EDM2's weight normalization and gains are folded into plain convolutions, except for nvidia and space.
     """
     import json
 

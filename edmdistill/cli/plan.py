@@ -30,7 +30,7 @@ from edmdistill.methods import METHODS
     "--gpu", "names", type=click.Choice(list(GPUS)), multiple=True, help="Plan for this GPU; may be repeated."
 )
 @click.option(
-    "--utilisation",
+    "--utilization",
     type=FiniteFloat(0, 1, min_open=True),
     default=0.35,
     show_default=True,
@@ -54,7 +54,7 @@ def command(
     offload: tuple[str, ...],
     checkpoint_activations: bool,
     names: tuple[str, ...],
-    utilisation: float,
+    utilization: float,
     all_: bool,
     as_json: bool,
 ) -> None:
@@ -77,7 +77,7 @@ def command(
         processes,
         micro_batch,
         {name: GPUS[name] for name in names} if names else {**GPUS, "this machine": measure_this_machine()},
-        utilisation,
+        utilization,
     )
     document = plan_document(request, _show, all_)
     _show("")

@@ -76,12 +76,12 @@ reference_options = option_group(
         "--reference",
         type=click.Path(path_type=Path, dir_okay=False, exists=True),
         metavar="FILE.png",
-        help="Picture to start from and be pulled towards, by --feature-net.",
+        help="Picture to start from and be pulled toward, by --feature-net.",
     ),
     click.option(
         "--feature-net",
         metavar="FILE|identity|gray|mask:FILE.png",
-        help="For --reference: features to match: TorchScript, all pixels (strokes), luma (colourisation), or the "
+        help="For --reference: features to match: TorchScript, all pixels (strokes), luma (colorization), or the "
         "white of a mask (inpainting).",
     ),
     click.option(
@@ -93,7 +93,9 @@ reference_options = option_group(
         help="For --reference: Langevin steps at each noise level.  [default: 10]",
     ),
     click.option(
-        "--score", metavar="SOURCE", help="For --reference: the teacher, for a generator that has not learnt the score."
+        "--score",
+        metavar="SOURCE",
+        help="For --reference: the teacher, for a generator that has not learned the score.",
     ),
 )
 

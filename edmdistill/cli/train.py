@@ -56,7 +56,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 @click.option("--device", help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")
 @click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one for each GPU.")
 @click.option("--micro-batch", metavar="N|auto", help="Most images of one forward pass; auto: the most that fit.")
-@click.option("--shard", is_flag=True, help="Share networks, optimisers and averages out over the processes (FSDP2).")
+@click.option("--shard", is_flag=True, help="Share networks, optimizers and averages out over the processes (FSDP2).")
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="What waits in the host's memory.")
 @click.option("--checkpoint-activations", is_flag=True, help="Compute activations twice to hold fewer.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Data readers a process.")
@@ -85,7 +85,7 @@ def command(
     stop_on: tuple[str, ...],
     dry_run: bool,
 ) -> None:
-    """Train by METHOD; a method that distils takes TEACHER, a checkpoint of ours or an official one.
+    """Train by METHOD; a method that distills takes TEACHER, a checkpoint of ours or an official one.
 
     Ctrl-C saves the run; the same command goes on with it, on another number of processes too. torchrun, accelerate
     launch and srun start it on several machines.

@@ -22,11 +22,11 @@ LOSSY = ("JPEG", "MPO", "WEBP")
 """An MPO is a JPEG followed by a preview, as phones write them."""
 MODES = {
     "1": "black and white, one bit a pixel",
-    "P": "colours from a palette",
-    "PA": "colours from a palette",
+    "P": "colors from a palette",
+    "PA": "colors from a palette",
     "LA": "transparency",
     "RGBA": "transparency",
-    "CMYK": "colours for print",
+    "CMYK": "colors for print",
     "I": "more than 8 bits a channel",
     "I;16": "more than 8 bits a channel",
     "F": "floating-point values",

@@ -27,7 +27,7 @@ class Labels(NamedTuple):
     Attributes:
         classes: of each image, int64 [N], or None.
         names: of each class, or None.
-        absent: labelled files that are not there.
+        absent: labeled files that are not there.
         encoding: how latents were made, or None.
         prepared: how `data prepare` made images, as it is written, or None.
     """
@@ -56,12 +56,12 @@ def read_labels(files: Files, document: Member, images: Mapping[str, Member], le
         return found
     folder = posixpath.dirname(canonical_name(document.name))
     labels, absent = _match(entries, folder, images, left_out, where)
-    unlabelled = [member.name for key, member in images.items() if key not in labels]
-    if unlabelled:
+    unlabeled = [member.name for key, member in images.items() if key not in labels]
+    if unlabeled:
         example = f" (it labels {printable(absent[0])}, which is not there)" if absent else ""
         raise DatasetError(
-            f"{where} has no label for {len(unlabelled):,} of {len(images):,} images, the first "
-            f"{printable(unlabelled[0])}{example}; label all or none"
+            f"{where} has no label for {len(unlabeled):,} of {len(images):,} images, the first "
+            f"{printable(unlabeled[0])}{example}; label all or none"
         )
     for file, label in labels.values():
         _require_class(label, found.names, f"{where} labels {printable(file)} as {_short(label)}")

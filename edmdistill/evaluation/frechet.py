@@ -62,9 +62,9 @@ class RunningStatistics:
         covariance = (outer - self.n * mean.outer(mean)) / (self.n - 1)
         return GaussianStatistics((mean + shift).cpu(), covariance.cpu(), self.n)
 
-    def _with(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+    def _with(self, centered: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the sums of x and of x x^T with those of more rows."""
-        return self._sum + centred.sum(0), self._outer + gram(centred)
+        return self._sum + centered.sum(0), self._outer + gram(centered)
 
 
 def gram(x: Tensor) -> Tensor:

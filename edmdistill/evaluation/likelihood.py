@@ -154,7 +154,7 @@ def evaluate_likelihood(
         DatasetError: the images or classes do not fit the network.
     Source: see log_likelihood.  Differs: the papers' tolerance is 1e-3, for whole batches. CTM's code measures in
         training mode, mirrors images, ends at sigma 0.41, and has one step size for a batch; the uniform noise is
-        centred on the value that the network was trained on.
+        centered on the value that the network was trained on.
     """
     flow = model.flow
     _check(model, data)

@@ -88,7 +88,7 @@ def describe_inputs(flow: FlowNetwork) -> str:
         "x": f"x0 + sigma n, n unit normal noise; the first is sigma n alone. float32 {size}",
         "sigma": f"noise levels, from {flow.sigma_min:g} to {flow.sigma_max:g}. float32 [B]",
         "labels": f"class numbers, 0 to {flow.label_dim - 1}; -1 = no class. int64 [B]",
-        "w": "weights of the guidance that it has learnt, in the range that `export.json` has. float32 [B]",
+        "w": "weights of the guidance that it has learned, in the range that `export.json` has. float32 [B]",
         "sigma_next": "noise levels below sigma that the step leads to; 0 = to the images. float32 [B]",
         "x0": f"the images, nominally in [-1, 1]; latents as the network has them. float32 {size}",
     }

@@ -39,7 +39,7 @@ def resize(x: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 
 class PerceptualDistance(ScriptFile):
-    """A learnt distance, such as LPIPS: a TorchScript file (a, b) -> [B] or [B,1,1,1], of RGB images in [0, 1].
+    """A learned distance, such as LPIPS: a TorchScript file (a, b) -> [B] or [B,1,1,1], of RGB images in [0, 1].
 
     Images below 256 pixels are resized to 224 first.
     """
@@ -143,7 +143,7 @@ class ProjectedFeatures(nn.Module):
 class MultiScaleDiscriminator(nn.Module):
     """A discriminator with a head for each feature map, which returns a logit at every pixel of the map.
 
-    There is no batch normalisation: the logits of an image depend on that image alone.
+    There is no batch normalization: the logits of an image depend on that image alone.
     """
 
     def __init__(self, count: int, channels: int) -> None:

@@ -1,4 +1,4 @@
-"""Group normalisation, alone or with scale, shift and SiLU after it.  Results have the dtype of the input."""
+"""Group normalization, alone or with scale, shift and SiLU after it.  Results have the dtype of the input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent_of
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """Group normalisation, statistics in float32 or better.  weight, bias [C] -> [B,C,H,W]"""
+    """Group normalization, statistics in float32 or better.  weight, bias [C] -> [B,C,H,W]"""
     return f.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
 
 

@@ -22,7 +22,7 @@ def pad_rule(function: Function, x: Dual, width: list[int], **kwargs: Any) -> Du
 
 
 def is_box(taps: Sequence[float]) -> bool:
-    """Returns whether the filter is the mean of two neighbours, which needs no convolution."""
+    """Returns whether the filter is the mean of two neighbors, which needs no convolution."""
     return len(taps) == 2 and taps[0] == taps[1]
 
 

@@ -40,7 +40,7 @@ class Machine(NamedTuple):
     Attributes:
         device: cpu, cuda, cuda:1 ...; None: cuda if available.
         micro_batch: most rows of one forward pass; "auto": as many as fit; None: the process's whole share.
-        shard: weights, gradients, optimiser states and averages are sharded over the processes (FSDP2).
+        shard: weights, gradients, optimizer states and averages are sharded over the processes (FSDP2).
         offload: what is kept in host memory: ema, teacher, optimizer.
         checkpointing: activations inside blocks are recomputed in the backward pass.
         workers: data-loading processes for each training process.

@@ -1,7 +1,7 @@
 """The interface of a method: roles, and turns that each train one of them.
 
 A method is given tensors and networks as TrigFlow's F(x_t, t, labels[, second time]), and returns losses. It knows no
-optimiser, device, file or process: `training` cycles through the turns and freezes every role but the turn's own.
+optimizer, device, file or process: `training` cycles through the turns and freezes every role but the turn's own.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Preview(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One optimiser step of one role.
+    """One optimizer step of one role.
 
     Attributes:
         loss: (batch, draws) -> Loss; with a preview, (batch, draws, preview).

@@ -36,7 +36,7 @@ class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eq. 12 defines another lambda, 2 coef - 1. The losses depend on alpha and coef only, so these are the options."""
 
     alpha: Alpha = 1.2
-    coef: Annotated[float, Meta(gt=0, description="pull of the auxiliary score towards the teacher; .5 = none")] = 1.0
+    coef: Annotated[float, Meta(gt=0, description="pull of the auxiliary score toward the teacher; .5 = none")] = 1.0
     R: Annotated[
         int, Meta(ge=1, le=100_000, description="largest divisor of a jump; a higher R gives more small jumps")
     ] = 4

@@ -97,7 +97,7 @@ class GuidedTeacher:
 
 
 class GuidedMethod(Method[GuidanceConfigT]):
-    """A method that distils a guided teacher."""
+    """A method that distills a guided teacher."""
 
     def __init__(self, config: GuidanceConfigT, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)

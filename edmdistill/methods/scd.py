@@ -40,7 +40,7 @@ class SCDConfig(SCMConfig, frozen=True, forbid_unknown_fields=True):
         check_range(self)
         if self.vsd and self.intervals > 1:
             raise ValueError(
-                f"vsd distils a single step from noise to data, but intervals = {self.intervals} needs as many steps: "
+                f"vsd distills a single step from noise to data, but intervals = {self.intervals} needs as many steps: "
                 "leave one of them at its default"
             )
 

@@ -26,7 +26,7 @@ from edmdistill.trigflow import denoised, sigma_to_time
 
 class SiDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     alpha: Alpha = 1.2
-    coef: Annotated[float, Meta(ge=0.5, description="pull of the auxiliary score towards the teacher; .5 = none")] = 0.5
+    coef: Annotated[float, Meta(ge=0.5, description="pull of the auxiliary score toward the teacher; .5 = none")] = 0.5
     sigma_init: Annotated[float, Meta(gt=0, description="noise level at which the generator starts")] = 2.5
     P_mean: AuxiliaryMean = -1.2
     P_std: AuxiliaryStd = 1.2

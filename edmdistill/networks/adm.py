@@ -24,7 +24,7 @@ class DhariwalUNet(EDMUNet):
 
     Args:
         label_dropout: fraction of labels that training sets to zero.
-        double_norm: whether the blocks normalise their modulations; see ResidualBlock.
+        double_norm: whether the blocks normalize their modulations; see ResidualBlock.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class DhariwalUNet(EDMUNet):
         self.number_blocks()
 
     def initialize(self) -> None:
-        """Initialises as torch does, but the last layer of a branch by zeros and the labels' with unit variance."""
+        """Initializes as torch does, but the last layer of a branch by zeros and the labels' with unit variance."""
         for name, layer in self.named_modules():
             if name.endswith(("conv1", "proj", "out_conv", "map_augment")):
                 for parameter in layer.parameters():

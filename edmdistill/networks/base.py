@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
 
     Attributes:
         layer: its number in the network, from 1; every block has its own dropout masks.
-        mod_gain: rms of each modulation after normalisation; None = not normalised.  [modulations]
+        mod_gain: rms of each modulation after normalization; None = not normalized.  [modulations]
     """
 
     layer: int
@@ -57,7 +57,7 @@ class ResidualBlock(nn.Module):
     def normalized_modulations(self, emb: Tensor) -> tuple[Tensor, ...]:
         """Returns the modulations, each at rms mod_gain at all times: y = norm(x) g0 pnorm(s) + g1 pnorm(b).
 
-        Source: sCM, section 4.1, adaptive double normalization.  Differs: the gains are learnt; the paper's are 1,
+        Source: sCM, section 4.1, adaptive double normalization.  Differs: the gains are learned; the paper's are 1,
         which would change a pretrained network too much.
         """
         assert self.mod_gain is not None
@@ -233,7 +233,7 @@ class Network(nn.Module, ABC):
         return tuple(self.logvar_linear(self.logvar_fourier(level))[:, head] for head, level in enumerate(c))
 
     def after_step(self) -> None:
-        """Normalises EDM2's weights after an optimiser step, which keeps the effective learning rate constant.
+        """Normalizes EDM2's weights after an optimizer step, which keeps the effective learning rate constant.
 
         Source: EDM2, eq. 66.
         """
@@ -242,7 +242,7 @@ class Network(nn.Module, ABC):
                 layer.normalize_()
 
     def fold(self) -> None:
-        """Folds normalisation and gains into EDM2's weights, for inference; the network can no longer be trained."""
+        """Folds normalization and gains into EDM2's weights, for inference; the network can no longer be trained."""
         for module in self.modules():
             for gain, scaled in GAIN_LAYERS.items():
                 if isinstance(layer := getattr(module, scaled, None), MPConv):

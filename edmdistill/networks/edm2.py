@@ -1,7 +1,7 @@
 """EDM2's U-Net: magnitude-preserving layers, weights of unit rms, no biases, no group norm.
 
-Parameter names are the official ones. Weights are normalised in every forward pass. Official training also writes the
-normalised weights back there; here `after_step` does, because inside forward it breaks JVP, DDP, compile and
+Parameter names are the official ones. Weights are normalized in every forward pass. Official training also writes the
+normalized weights back there; here `after_step` does, because inside forward it breaks JVP, DDP, compile and
 checkpointing.
 
 Source: Karras et al. 2024 (EDM2), figure 21, config G.
@@ -114,7 +114,7 @@ class UNet(Network):
     """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  All but the last five arguments are the official class's.
 
     Args:
-        double_norm: whether the blocks normalise their modulations; see ResidualBlock.
+        double_norm: whether the blocks normalize their modulations; see ResidualBlock.
 
     Differs: `logvar_channels` is an argument of the official preconditioner; here the network has that head too
     (`logvars`).

@@ -88,7 +88,7 @@ class GuidanceEmbedding(nn.Module):
 
     The map starts at 0: adding it to a network changes no output, for any w, but its gradient is not 0.
 
-    Source: sCM, appendix G.2, which does not give the initialisation.
+    Source: sCM, appendix G.2, which does not give the initialization.
     """
 
     FEATURES = 64

@@ -196,7 +196,7 @@ class FlowNetwork(nn.Module):
         In training mode, the dropout is that of the next pass with gradient: in eager mode, F then equals the result
         of that pass, computed by the same kernels on the same numbers.
 
-        Along a trajectory, dx = dx_t/dt and dt = 1 give dF/dt, which is unbounded towards t = 0 and pi/2. With
+        Along a trajectory, dx = dx_t/dt and dt = 1 give dF/dt, which is unbounded toward t = 0 and pi/2. With
         r = cos(t) sin(t), dx = r dx_t/dt and dt = r give r dF/dt, and c_noise = ln(sigma)/4 has tangent 1/4 at any t.
 
         Args:

@@ -1,4 +1,4 @@
-"""EDM2's layers: convolutions with weights normalised in every forward pass, and random Fourier features.
+"""EDM2's layers: convolutions with weights normalized in every forward pass, and random Fourier features.
 
 Parameter and buffer names are the official ones.
 """
@@ -38,7 +38,7 @@ class MPConv(nn.Module):
 
     @torch.no_grad()
     def fold_(self, gain: Tensor | float = 1.0) -> None:
-        """Folds normalisation and gain into the weight, and makes the layer a plain convolution or linear map.
+        """Folds normalization and gain into the weight, and makes the layer a plain convolution or linear map.
 
         The output does not change but for rounding; a gain passed later has no effect.
         """

@@ -1,4 +1,4 @@
-"""DDPM++ and NCSN++, the U-Nets of score-based modelling, as EDM trains them.
+"""DDPM++ and NCSN++, the U-Nets of score-based modeling, as EDM trains them.
 
 Source: Song et al. 2021 (score SDE), appendix H; Karras et al. 2022 (EDM), table 7.
 """
@@ -124,7 +124,7 @@ class SongUNet(EDMUNet):
         self.number_blocks()
 
     def initialize(self) -> None:
-        """Initialises weights as Xavier's uniform, biases as 0; residual branches end in weights of nearly 0."""
+        """Initializes weights as Xavier's uniform, biases as 0; residual branches end in weights of nearly 0."""
         for name, layer in self.named_modules():
             if isinstance(layer, (Linear, Conv2d)) and layer.weight is not None:
                 closes = name.endswith(("conv1", "proj", "aux_conv"))

@@ -1,6 +1,6 @@
 """The layers and the residual block that DDPM++, NCSN++ and ADM share.
 
-Parameter and buffer names are the official ones. Weights are initialised as torch's layers are, like ADM's.
+Parameter and buffer names are the official ones. Weights are initialized as torch's layers are, like ADM's.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class UNetBlock(ResidualBlock):
         skip_scale: factor of each sum of branches.
         resample_proj: whether a skip connection that resamples has a convolution even if the channels do not change.
         adaptive_scale: whether the embedding scales and shifts after the second norm (ADM), or is added before it.
-        double_norm: whether scale and shift are normalised; see ResidualBlock.
+        double_norm: whether scale and shift are normalized; see ResidualBlock.
     """
 
     def __init__(

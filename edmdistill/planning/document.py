@@ -27,7 +27,7 @@ class PlanRequest(NamedTuple):
         processes: number of GPUs.
         micro_batch: as asked; None: a process's share of the batch.
         gpus: by name.
-        utilisation: share of a GPU's peak, in (0, 1].
+        utilization: share of a GPU's peak, in (0, 1].
     """
 
     recipe: Recipe
@@ -37,7 +37,7 @@ class PlanRequest(NamedTuple):
     processes: int
     micro_batch: int | None
     gpus: Mapping[str, GPU]
-    utilisation: float
+    utilization: float
 
     @property
     def rows(self) -> int:
@@ -60,7 +60,7 @@ def plan_document(request: PlanRequest, on_progress: Callable[[str], object], al
     gpus = []
     for name, gpu in request.gpus.items():
         half = training.precision != "fp32"
-        speed = images_per_second(plan, gpu, half, request.utilisation, request.processes, training.batch, rows)
+        speed = images_per_second(plan, gpu, half, request.utilization, request.processes, training.batch, rows)
         largest = plan.largest_micro_batch(gpu.memory, share)
         days = training.images / speed / 86400
         gpus.append({"gpu": name, "largest_micro_batch": largest, "images_per_second": speed, "days": days})
@@ -71,7 +71,7 @@ def plan_document(request: PlanRequest, on_progress: Callable[[str], object], al
         "peak": _peaks(plan, rows, share) | {"turns": turns},
         "flops_per_image": plan.flops,
         "forward_flops": plan.forward_flops,
-        "utilisation": request.utilisation,
+        "utilization": request.utilization,
         "gpus": gpus,
         "others": _alternatives(request, on_progress) if alternatives else [],
     }
@@ -104,7 +104,7 @@ def _bytes_by_purpose(plan: Plan, turns: Mapping[str, int], rows: int, accumulat
     gradients, activations = plan.turn(largest, rows, accumulates)
     return {f"{role}'s weights": size for role, size in plan.weights.items()} | {
         "averages": plan.averages,
-        "optimisers": plan.optimizer,
+        "optimizers": plan.optimizer,
         "DDP's buckets of gradients": plan.buckets,
         "gathered at one time": plan.gathered,
         f"the {largest}'s gradients": gradients,
@@ -129,7 +129,7 @@ def plan_text(document: Mapping[str, Any], request: PlanRequest) -> str:
         f"{_size(peak['one_image'])}  in micro-batches of one image",
         "",
         f"GPU          largest micro-batch    images/s   days for {training.images:,} images, at "
-        f"{document['utilisation']:.0%} of its peak",
+        f"{document['utilization']:.0%} of its peak",
     ]
     for gpu in document["gpus"]:
         largest = gpu["largest_micro_batch"]

@@ -210,15 +210,15 @@ def split_batch(batch: int, processes: int, micro_batch: int | None) -> tuple[in
 
 
 def images_per_second(
-    plan: Plan, gpu: GPU, half: bool, utilisation: float, processes: int, batch: int, micro_batch: int
+    plan: Plan, gpu: GPU, half: bool, utilization: float, processes: int, batch: int, micro_batch: int
 ) -> float:
-    """Returns the speed at a share `utilisation` of the GPUs' peak, or, for small networks, that of launching calls.
+    """Returns the speed at a share `utilization` of the GPUs' peak, or, for small networks, that of launching calls.
 
     Args:
         batch: of all processes.
         micro_batch: of one.
     """
-    multiplied = utilisation * (gpu.half if half else gpu.single) * processes / plan.flops
+    multiplied = utilization * (gpu.half if half else gpu.single) * processes / plan.flops
     count = -(-batch // (processes * micro_batch))
     return min(multiplied, batch / (count * plan.calls * gpu.launch))
 

@@ -110,7 +110,7 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
         repository: OWNER/NAME.
         licence: of the weights, if the checkpoint has none, or a stricter one.
         vae: what decodes a latent generator's picture; see `open_decoder`. There is none without it.
-    Raises: HubError: an invalid repository name or licence, or optimiser states.
+    Raises: HubError: an invalid repository name or licence, or optimizer states.
         CheckpointError: no checkpoint, a damaged one, or a licence that the Hub does not accept.
     """
     path = Path(source).expanduser()

@@ -43,7 +43,7 @@ class TrainingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     optimizer: Literal["adam", "radam", "adam8bit"] = "adam"
     """`adam8bit` keeps its states in 8 bits, with torchao."""
     lr: LearningRate
-    """The optimiser's learning rate, before the factors below."""
+    """The optimizer's learning rate, before the factors below."""
     lr_by_role: dict[str, LearningRate] = {}
     """Learning rates of single roles, in place of `lr`: auxiliary = 1e-3."""
     lr_rampup_images: Count = 0

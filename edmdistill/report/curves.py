@@ -1,4 +1,4 @@
-"""Curves: as SVG, in the colours of the page that they stand on, or by matplotlib in a file of its formats."""
+"""Curves: as SVG, in the colors of the page that they stand on, or by matplotlib in a file of its formats."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def powers_of_two(series: Mapping[str, Sequence[Point]]) -> Axis:
 
 
 def downsample(points: Sequence[Point], most: int = 80) -> list[tuple[float, float, float, float]]:
-    """Few enough points to draw: x, and the lowest, mean and highest y of neighbours, so that spikes stay."""
+    """Few enough points to draw: x, and the lowest, mean and highest y of neighbors, so that spikes stay."""
     size = -(-len(points) // most)
     groups = (list(zip(*points[i : i + size], strict=True)) for i in range(0, len(points), size))
     return [(xs[-1], min(ys), sum(ys) / len(ys), max(ys)) for xs, ys in groups]
 
 
 def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, log: bool = False) -> str:
-    """Curves over one pair of axes, as SVG in the colours of the page.
+    """Curves over one pair of axes, as SVG in the colors of the page.
 
     Args:
         series: by name, points of finite numbers; those of a curve of few are marked.

@@ -58,7 +58,7 @@ def compare_with_plan(run: RunSummary) -> Comparison:
         ["Peak memory", _bytes(turns[longest]), _bytes(used_memory)],
         ["  weights", _bytes(sum(plan.weights.values())), ""],
         ["  averages", _bytes(plan.averages), ""],
-        ["  optimisers", _bytes(plan.optimizer), ""],
+        ["  optimizers", _bytes(plan.optimizer), ""],
         [f"  the {longest}'s turn, {rows:,} images", _bytes(sum(plan.turn(longest, rows, rows < share))), ""],
         ["Operations per image", _operations(plan.flops), ""],
         [

@@ -40,7 +40,7 @@ class Sampler(NamedTuple):
 def build_sampler(model: Generator | Denoiser, spec: SamplerSpec) -> Sampler:
     """Returns the sampler of a network that a spec describes, with the network's defaults filled in.
 
-    A generator that has learnt the score, as CTM's have, is sampled as a teacher if a solver is named.
+    A generator that has learned the score, as CTM's have, is sampled as a teacher if a solver is named.
     Raises: EdmDistillError: an option that does not fit the network.
     """
     if isinstance(model, Generator) and spec.solver is not None and model.flow.two_time:
@@ -99,7 +99,7 @@ def _reference_sampler(model: Generator | Denoiser, spec: SamplerSpec, reference
     flow, weight, gamma = model.flow, _guidance_weight(model, spec.guidance), spec.gamma or 0.0
     if reference.score is None and isinstance(model, Generator) and not flow.two_time:
         raise EdmDistillError(
-            "a reference needs the score, which this generator has not learnt: name its teacher as score"
+            "a reference needs the score, which this generator has not learned: name its teacher as score"
         )
     size = flow.img_channels, flow.img_resolution, flow.img_resolution
     if tuple(reference.image.shape) != size:

@@ -41,7 +41,7 @@ def sample(
 ) -> Tensor:
     """Draws one image for each seed: from a generator by gamma-sampling, from a teacher by a solver of its ODE.
 
-    A generator that has learnt the score, as CTM's have, is sampled as a teacher if a solver is named.
+    A generator that has learned the score, as CTM's have, is sampled as a teacher if a solver is named.
 
     Args:
         model, seeds, labels, batch, on_progress: see `generate_images`.

@@ -1,4 +1,4 @@
-"""References and their features from files: what samples are pulled towards, and how they are compared with it."""
+"""References and their features from files: what samples are pulled toward, and how they are compared with it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def read_image(path: Path, channels: int, resolution: int) -> Tensor:
 
 
 def gray(x: Tensor) -> Tensor:
-    """Returns the luma, which colourisation keeps.  [B,1 or 3,H,W] -> [B,1,H,W]"""
+    """Returns the luma, which colorization keeps.  [B,1 or 3,H,W] -> [B,1,H,W]"""
     return x if x.shape[1] == 1 else (x * x.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
 
 
@@ -93,7 +93,7 @@ def load_feature_net(
     """Returns features of images of about [-1, 1]: float32 [B,C,H,W] -> [B,...].
 
     Args:
-        name: identity: all pixels, for strokes; gray: luma, for colourisation; mask:FILE: the pixels where a picture is
+        name: identity: all pixels, for strokes; gray: luma, for colorization; mask:FILE: the pixels where a picture is
             white, for inpainting; or a TorchScript file, whose rows depend on their own image alone.
     Raises: EdmDistillError: the picture does not fit.  CheckpointError: the file cannot be read.
     """

@@ -85,7 +85,7 @@ class SamplerSpec:
         force_guidance: let a teacher guide itself that was never trained without labels.
         solver: a key of SOLVERS, for a teacher or a generator of CTM; default for a teacher: heun.
         churn: fresh noise in Heun's method; see Churn.
-        reference: an image that every sample starts from and is pulled towards, by teacher or generator, at `times` and
+        reference: an image that every sample starts from and is pulled toward, by teacher or generator, at `times` and
             with a gamma below 1; default: paper_sigmas and 0; see reference_sampler.
     Raises: EdmDistillError: a value out of range, or two options that exclude each other.
     """

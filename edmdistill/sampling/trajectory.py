@@ -1,4 +1,4 @@
-"""Sampling guided by a loss to a reference image: strokes to photos, inpainting, colourisation."""
+"""Sampling guided by a loss to a reference image: strokes to photos, inpainting, colorization."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def paper_sigmas(sigma_min: float, sigma_max: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceGuidance:
-    """Pulls samples towards an image by L(x, y) = |features(cos(t) x) - features(cos(t) y)|^2 / (2 sigma_data^2).
+    """Pulls samples toward an image by L(x, y) = |features(cos(t) x) - features(cos(t) y)|^2 / (2 sigma_data^2).
 
     Attributes:
         image: the reference, in [-1, 1].  [C,H,W]
@@ -36,7 +36,7 @@ class ReferenceGuidance:
         weight: c, of the loss.
         correctors: M, the number of Langevin steps at each noise level above 0.
         step: size of a corrector's step, in units of the noise level: zeta = (step sigma)^2.
-        score: a denoiser of the same images, for a generator that has not learnt the score.
+        score: a denoiser of the same images, for a generator that has not learned the score.
     Raises: EdmDistillError: a value out of range, or an image that is not finite.
     """
 

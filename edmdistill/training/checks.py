@@ -21,7 +21,7 @@ def require_guide(recipe: Recipe, guide: object) -> None:
 
 
 def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> None:
-    """Raises: TrainingError: the method cannot distil this teacher, for the method's own reason."""
+    """Raises: TrainingError: the method cannot distill this teacher, for the method's own reason."""
     problem = recipe.method_class.check_teacher(
         recipe.method,
         positional_time=flow.network.positional_time,

@@ -1,6 +1,6 @@
 """The training loop: the turns of a method, round after round. It knows no method by name.
 
-A round takes each turn once: one optimiser step of one role, on a batch of its own, with every other role frozen. Then
+A round takes each turn once: one optimizer step of one role, on a batch of its own, with every other role frozen. Then
 the averages of the method's product are updated. What is random in a turn depends on (seed, round, turn, row) alone,
 and its data on their position in the stream of batches alone: a run that is resumed on the same machine makes the same
 calls, and so the same bits, as one never interrupted; and however many processes share a batch, it is the same batch.
@@ -60,7 +60,7 @@ def requests(run: Run, turns: Sequence[Turn]) -> Iterator[tuple[int, int]]:
 
 
 def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Measures:
-    """Takes one optimiser step of one role: turn `index` of a round, on the next batches.  Returns: its measures."""
+    """Takes one optimizer step of one role: turn `index` of a round, on the next batches.  Returns: its measures."""
     role, network, engine = turn.role, run.networks[turn.role], run.engine
     run.set_trainable(role)
     # One after the other: while the first still waits for a step that does not overflow, the next may have no gradient.

@@ -52,7 +52,7 @@ def fewest_micro_batches(fit: Callable[[int], bool], most: int) -> int | None:
 
 
 def fits(run: Run, size: int) -> bool:
-    """Returns whether every turn's gradient on `size` images fits beside the states that optimisers will have."""
+    """Returns whether every turn's gradient on `size` images fits beside the states that optimizers will have."""
     engine, network = run.engine, run.ema.network
     shape = size, network.img_channels, network.img_resolution, network.img_resolution
     try:
@@ -75,7 +75,7 @@ def fits(run: Run, size: int) -> bool:
 
 
 def _reserve_memory(run: Run) -> torch.Tensor:
-    """Allocates what the optimisers have not allocated yet, two numbers a parameter, and the headroom."""
+    """Allocates what the optimizers have not allocated yet, two numbers a parameter, and the headroom."""
     size = 0.0
     for role, optimizer in run.optimizers.items():
         if not optimizer.state and "optimizer" not in run.engine.machine.offload:

@@ -1,4 +1,4 @@
-"""Optimisers, in the device's memory or the host's, learning rates, and the loss scale of fp16."""
+"""Optimizers, in the device's memory or the host's, learning rates, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edmdistill.recipes.schema import TrainingTable
 def make_optimizer(
     parameters: Iterable[nn.Parameter], training: TrainingTable, offload: bool = False
 ) -> torch.optim.Optimizer:
-    """Returns a role's optimiser.
+    """Returns a role's optimizer.
 
     Args:
         offload: keeps its states, and takes its steps, in the host's memory.
@@ -104,7 +104,7 @@ class OffloadedAdam(torch.optim.Optimizer):
         assert closure is None
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for parameter, copy in zip(parameters, self._copies, strict=True):
-            # The weights too: forced weight normalisation has changed them since the last step.
+            # The weights too: forced weight normalization has changed them since the last step.
             copy.copy_(parameter)
             copy.grad = None if parameter.grad is None else self._host(parameter.grad)
         for group, inner in zip(self.param_groups, self._adam.param_groups, strict=True):

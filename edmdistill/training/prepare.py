@@ -119,7 +119,7 @@ def read_sources(
 
 
 def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, force_guidance: bool) -> None:
-    """Raises: TrainingError: the method cannot distil the teacher, or data, guide or warm start do not fit it."""
+    """Raises: TrainingError: the method cannot distill the teacher, or data, guide or warm start do not fit it."""
     require_fit(sources.dataset, sources.flow, sources.config)
     require_teacher(recipe, sources.flow, force_guidance)
     if sources.guide is not None:
@@ -129,7 +129,7 @@ def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, fo
 
 
 def assemble(recipe: Recipe, sources: Sources, networks: dict[str, nn.Module], machine: Machine) -> Run:
-    """Returns the run: networks on their devices, with averages and optimisers."""
+    """Returns the run: networks on their devices, with averages and optimizers."""
     method_class, flow = recipe.method_class, sources.flow
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
     trained = [name for name, role in recipe.roles.items() if role.trained]

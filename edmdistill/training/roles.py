@@ -24,7 +24,7 @@ def build_roles(
     """Returns the networks of all roles, frozen and in eval mode.
 
     Args:
-        init: initialises the product and the averages that follow it; None: the teacher does.
+        init: initializes the product and the averages that follow it; None: the teacher does.
     Raises: TrainingError: a guide for other data than the teacher's.
     """
     for attribute in ("img_resolution", "img_channels", "sigma_data", "label_dim") if guide is not None else ():

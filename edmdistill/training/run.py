@@ -1,4 +1,4 @@
-"""A run in memory: networks in their roles, optimisers, averages and data, and the state that it resumes from."""
+"""A run in memory: networks in their roles, optimizers, averages and data, and the state that it resumes from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Run:
 
     Attributes:
         config: of the product's checkpoint, without images seen, average and results.
-        networks: by role, on their devices. Those with an optimiser are trained.
+        networks: by role, on their devices. Those with an optimizer are trained.
         role_modules: what the method calls for each role.
         trainable: of each trained role, the parameters that its loss reaches, by name. All others are always frozen.
         optimizers: of the parameters in `trainable`, in that order.
@@ -39,7 +39,7 @@ class Run:
         decoder: from the product's images to pictures, on the main process alone.
         has_grids: whether grids are drawn: there is a decoder.
         memory_before: peak memory of the process before anything was loaded, in bytes; 0 on a GPU.
-        notes: sentences on how the networks were initialised.
+        notes: sentences on how the networks were initialized.
         unchecked: trained roles whose first step has not yet been checked to move that role alone, in turn order.
     """
 
@@ -144,7 +144,7 @@ class Run:
                     parameter.requires_grad_(name == role)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the weights of each role but frozen ones, optimiser states and averages, unsharded.
+        """Returns the weights of each role but frozen ones, optimizer states and averages, unsharded.
 
         All processes call it together. It is empty except on the main one.
         """

@@ -144,7 +144,7 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
         ({"format_version": "2.0"}, "has format_version '2.0', but this edmdistill reads 1.x"),
         ({"format_version": "1.x"}, "has format_version '1.x'"),
         ({"format_version": None}, "has format_version None"),
-        ({"colour": "red"}, "unknown field `colour`"),
+        ({"color": "red"}, "unknown field `color`"),
         ({"stage": "student"}, "stage: invalid enum value 'student', where teacher or generator or auxiliary"),
         ({"sampling": {"sigmas": {"2": [1.0, 2.0]}}}, "the schedule for 2 steps is"),
         ({"label_dim": 4}, "contradicts itself: label_dim is 4, its network has 3"),
@@ -181,7 +181,7 @@ def test_a_file_of_version_1_0_reads_as_it_did() -> None:
 
 def test_a_newer_minor_is_read_without_what_it_adds(folder: Path) -> None:
     config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | {"format_version": "1.7", "colour": "red"}))
+    (folder / CONFIG).write_text(json.dumps(config | {"format_version": "1.7", "color": "red"}))
     flow, read = load_checkpoint(folder)
     save_checkpoint(folder, flow, read, overwrite=True)
     assert json.loads((folder / CONFIG).read_text()) == config

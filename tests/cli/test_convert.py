@@ -53,7 +53,7 @@ def test_the_source_is_found_and_read_once(golden: Path, tmp_path: Path, monkeyp
         assert calls == ["resolve", "read_official"]  # which hashes what it reads
 
 
-def test_a_missing_file_has_a_neighbour(golden: Path, tmp_path: Path) -> None:
+def test_a_missing_file_has_a_neighbor(golden: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["convert", str(golden / "edm-tiny-con.pkl"), str(tmp_path / "out")])
     assert result.exit_code == 2
     assert "did you mean" in result.stderr

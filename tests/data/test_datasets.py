@@ -212,7 +212,7 @@ BAD: dict[str, tuple[Members, str]] = {
     ),
     "logarithms": ({"a.npy": npy(-MOMENTS[0])}, r"float32 \[4, 6, 6\] with a standard deviation of -0\.99"),
     "mixed latents": (LATENTS | {"z.npy": npy(MOMENTS[0, :, :4, :4])}, r"z\.npy is 4x4 with 4 channels, but .* is 6x6"),
-    "some unlabelled": (members(LABELS[1:]), r"no label for 1 of 5 images, the first 00000/img0\.png"),
+    "some unlabeled": (members(LABELS[1:]), r"no label for 1 of 5 images, the first 00000/img0\.png"),
     "not json": (members(**{"dataset.json": b"{"}), r"dataset\.json is not"),
     "no labels key": (members(**{"dataset.json": b"{}"}), r"dataset\.json is not .* \(it has no labels\)"),
     "strange labels": (members(7), r"dataset\.json is not"),

@@ -52,11 +52,11 @@ def test_exact_without_full_rank() -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(10, 10), (7, 25), (60, 12)])
 def test_exact_for_fewer_images_than_features(n: int, m: int) -> None:
-    """With centred features X and Y, tr sqrt(AB) is the sum of the singular values of X Y^T / sqrt((n - 1)(m - 1))."""
+    """With centered features X and Y, tr sqrt(AB) is the sum of the singular values of X Y^T / sqrt((n - 1)(m - 1))."""
     x, y = normal(n, 40), 2 * normal(m, 40, seed=1) + 1
-    centred = (x - x.mean(0)) @ (y - y.mean(0)).T / ((n - 1) * (m - 1)) ** 0.5
+    centered = (x - x.mean(0)) @ (y - y.mean(0)).T / ((n - 1) * (m - 1)) ** 0.5
     expected = (x.mean(0) - y.mean(0)).square().sum() + x.var(0).sum() + y.var(0).sum()
-    expected -= 2 * torch.linalg.svdvals(centred).sum()
+    expected -= 2 * torch.linalg.svdvals(centered).sum()
     assert frechet_distance(statistics(x), statistics(y)) == pytest.approx(float(expected), rel=1e-9)
 
 

@@ -197,8 +197,8 @@ def test_the_result_says_how_and_stands_in_tables(tmp_path: Path) -> None:
     assert not table.curves
 
 
-def colours() -> Dataset:
-    return Dataset("colours", "train", ["a"], lambda i: np.zeros((3, 8, 8), np.uint8), np.zeros(1, np.int64))
+def colors() -> Dataset:
+    return Dataset("colors", "train", ["a"], lambda i: np.zeros((3, 8, 8), np.uint8), np.zeros(1, np.int64))
 
 
 def few() -> Dataset:
@@ -210,7 +210,7 @@ def few() -> Dataset:
     [
         (lambda: generator(flow()), lambda: DIGITS, EdmDistillError, "only jumps to the data"),
         (lambda: Denoiser(flow(IDDPM)), lambda: DIGITS, EdmDistillError, "discrete noise levels"),
-        (lambda: Denoiser(flow()), colours, DatasetError, "are 3x8x8"),
+        (lambda: Denoiser(flow()), colors, DatasetError, "are 3x8x8"),
         (lambda: Denoiser(flow()), few, DatasetError, "no classes, but the network has 10"),
     ],
 )

@@ -35,7 +35,7 @@ OFFICIAL = [
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_imagenet_is_recognised(name: str) -> None:
+def test_imagenet_is_recognized(name: str) -> None:
     names = class_names(1000, name)
     assert names is not None
     assert (len(names), names[0], names[31], names[999]) == (
@@ -45,7 +45,7 @@ def test_imagenet_is_recognised(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["edm-cifar10-32x32-cond-vp.pkl", "datasets/cifar10-32x32.zip", "CIFAR-10"])
-def test_cifar10_is_recognised(name: str) -> None:
+def test_cifar10_is_recognized(name: str) -> None:
     assert class_names(10, name) == dataset_class_names("cifar10")
     assert class_names(1000, name) is None
 

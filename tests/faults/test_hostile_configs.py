@@ -108,7 +108,7 @@ def documents(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
             case "drop":
                 del parent[last]
             case "add" if isinstance(parent, dict):
-                parent[draw(st.sampled_from(["colour", "M", "kind", "two_time", "label_dropout", ""]))] = draw(NASTY)
+                parent[draw(st.sampled_from(["color", "M", "kind", "two_time", "label_dropout", ""]))] = draw(NASTY)
             case "double" if isinstance(parent, list):
                 parent.insert(0, parent[last])
             case "borrow":

@@ -11,7 +11,7 @@ from edmdistill.cli import main
 from edmdistill.errors import CheckpointError
 
 
-def test_its_case_is_normalised(golden: Path, tmp_path: Path) -> None:
+def test_its_case_is_normalized(golden: Path, tmp_path: Path) -> None:
     done = convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", licence=" Apache-2.0")
     assert done.config.provenance.licence == "apache-2.0"
     assert "license: apache-2.0" in (tmp_path / "out" / CARD).read_text()

@@ -47,14 +47,14 @@ def animated(form: str) -> bytes:
     return encoded(FRAMES[0], form, save_all=True, append_images=FRAMES[1:])
 
 
-def deep(colour: int) -> bytes:
-    """A PNG of 4x4 with 16 bits a channel; colour 0: gray, 2: RGB."""
+def deep(color: int) -> bytes:
+    """A PNG of 4x4 with 16 bits a channel; color 0: gray, 2: RGB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    rows = zlib.compress(bytes(4 * (1 + 4 * 2 * (3 if colour else 1))))
-    header = struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0)
+    rows = zlib.compress(bytes(4 * (1 + 4 * 2 * (3 if color else 1))))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
@@ -72,10 +72,10 @@ OTHERS = {
     "noise": (bytes(range(200)), r"is not a readable image \(none of PNG, BMP, WEBP, JPEG\)"),
     "cut": (encoded(RGB, "PNG")[:90], "is not a readable image"),
     "bits": (encoded(RGB.convert("1"), "PNG"), r"has mode 1 \(black and white, one bit a pixel\); convert it"),
-    "palette": (encoded(RGB.convert("P"), "PNG"), r"has mode P \(colours from a palette\); convert"),
+    "palette": (encoded(RGB.convert("P"), "PNG"), r"has mode P \(colors from a palette\); convert"),
     "alpha": (encoded(RGB.convert("RGBA"), "PNG"), r"has mode RGBA \(transparency\); convert"),
     "gray alpha": (encoded(RGB.convert("LA"), "PNG"), r"has mode LA \(transparency\)"),
-    "print": (encoded(RGB.convert("CMYK"), "JPEG"), r"has mode CMYK \(colours for print\)"),
+    "print": (encoded(RGB.convert("CMYK"), "JPEG"), r"has mode CMYK \(colors for print\)"),
     "16 bits": (deep(0), r"has mode I;16.* \(more than 8 bits a channel\)"),
     "16 bits RGB": (deep(2), r"has mode RGB \(more than 8 bits a channel\)"),
     "wide": (encoded(RGB.resize((8, 4)), "PNG"), r"0\.png is 8x4 with 3 channels, but images must be square; crop"),

@@ -1,4 +1,4 @@
-"""Group normalisation against its definition."""
+"""Group normalization against its definition."""
 
 import torch
 import torch.nn.functional as f

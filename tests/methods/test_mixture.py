@@ -166,7 +166,7 @@ def cosim_distances(kind: type[CoSIM], seed: int = 0, **options: object) -> list
 
 def passes(results: list[tuple[float, float]]) -> bool:
     limits = [(0.06, 6), (0.085, 10), (0.09, 13)]
-    assert all(math.isfinite(value) for pair in results for value in pair), "nothing was learnt, and nothing is shown"
+    assert all(math.isfinite(value) for pair in results for value in pair), "nothing was learned, and nothing is shown"
     return all(a < b for pair, limit in zip(results, limits, strict=True) for a, b in zip(pair, limit, strict=True))
 
 

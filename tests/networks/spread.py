@@ -35,10 +35,10 @@ def main() -> None:
                 F, dF = module.tangent(*point, *along, w=w)
                 for found, own in zip((F, dF), expected, strict=True):
                     assert_rounded(found, own, depth(alone))  # a shard's weights lie within a buffer
-                learnt, u = module(*point, u_at=(t,), w=w)
-                assert_rounded(learnt, F, depth(alone))
+                learned, u = module(*point, u_at=(t,), w=w)
+                assert_rounded(learned, F, depth(alone))
                 again = module(*point)  # a turn may ask twice
-                ((learnt - F - dF).square().sum() + u.sum() + again.sum()).backward()
+                ((learned - F - dF).square().sum() + u.sum() + again.sum()).backward()
             engine.finish_gradients(flow)
             assert engine.gradient_norm(flow) > 0, case
             for layer in flow.network.logvar_linear, flow.network.map_guidance:

@@ -1,4 +1,4 @@
-"""What EDM2 has alone: weights that are normalised, folded and rounded, and the head for the loss's log variance."""
+"""What EDM2 has alone: weights that are normalized, folded and rounded, and the head for the loss's log variance."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The guidance weight as an input: adding it changes nothing, and all of it can be learnt."""
+"""The guidance weight as an input: adding it changes nothing, and all of it can be learned."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def point(flow: FlowNetwork) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, TIMES, torch.eye(5)[:3] if flow.label_dim else None
 
 
-def learnt(flow: FlowNetwork) -> FlowNetwork:
+def learned(flow: FlowNetwork) -> FlowNetwork:
     """Guided, as after some steps."""
     guided = add_guidance(flow)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_it_learns_from_the_first_step(flow: FlowNetwork) -> None:
 
 @torch.no_grad()
 def test_each_image_has_its_weight_and_1_is_the_default(wide: FlowNetwork) -> None:
-    guided = learnt(wide)
+    guided = learned(wide)
     x, t, labels = point(wide)
     together = guided(x, t, labels, w=W)
     for i in range(3):
@@ -65,7 +65,7 @@ def test_each_image_has_its_weight_and_1_is_the_default(wide: FlowNetwork) -> No
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["ddpmpp", "adm", "edm2"])
 def test_the_tangent_is_taken_at_a_weight_that_stands_still(make_flow: MakeFlow, case: str) -> None:
-    flow = learnt(make_flow(case, torch.float64))
+    flow = learned(make_flow(case, torch.float64))
     x, t, labels = point(flow)
     dx, dt, h = torch.cos(3 * x), torch.tensor([1.0, -0.5, 0.2]).double(), 1e-5
     F, dF = flow.tangent(x, t, labels, dx, dt, w=W)
@@ -76,7 +76,7 @@ def test_the_tangent_is_taken_at_a_weight_that_stands_still(make_flow: MakeFlow,
 
 @torch.no_grad()
 def test_it_outlives_a_second_time_and_a_head(flow: FlowNetwork) -> None:
-    guided = learnt(flow)
+    guided = learned(flow)
     expected = guided(*point(flow), w=W)
     for other in drop_second_time(add_second_time(guided)), add_logvar(guided, seed=0), add_guidance(guided):
         assert torch.equal(other(*point(flow), w=W), expected)

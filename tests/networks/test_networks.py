@@ -189,8 +189,8 @@ def test_the_arguments_make_the_network_again(flow: FlowNetwork) -> None:
 
 
 def test_what_song_does_not_know(make_flow: MakeFlow) -> None:
-    with pytest.raises(ValueError, match="learnt', where positional or fourier is needed"):
-        make_flow("ddpmpp", embedding_type="learnt")
+    with pytest.raises(ValueError, match="learned', where positional or fourier is needed"):
+        make_flow("ddpmpp", embedding_type="learned")
 
 
 # The published networks; the numbers of parameters are those of the papers' tables.

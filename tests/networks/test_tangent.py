@@ -140,8 +140,8 @@ class Gaussian(Network):
         cos = 1 / (tan**2 + 1).sqrt()
         sin = cos * tan
         variance = cos**2 * self.std**2 + sin**2 * 0.25
-        centred = 0.5 * x - cos * self.mean
-        return (sin * self.mean + cos * sin * (self.std**2 - 0.25) / variance * centred) / 0.5
+        centered = 0.5 * x - cos * self.mean
+        return (sin * self.mean + cos * sin * (self.std**2 - 0.25) / variance * centered) / 0.5
 
 
 @torch.no_grad()

@@ -52,9 +52,9 @@ def generator(guidance: tuple[float, float] | None = None, **options: int) -> Ge
     if guidance is not None and guidance[0] < guidance[1]:
         network = add_guidance(network)
         torch.nn.init.normal_(network.network.get_parameter("map_guidance.weight"), std=0.2)
-    learnt = None if guidance is None else Guidance("classes", guidance)
+    learned = None if guidance is None else Guidance("classes", guidance)
     provenance = Provenance(source="a test")
-    config = CheckpointConfig(stage="generator", provenance=provenance, guidance=learnt, **describe(network))
+    config = CheckpointConfig(stage="generator", provenance=provenance, guidance=learned, **describe(network))
     return Generator(network, config)
 
 
@@ -150,9 +150,9 @@ def test_guidance() -> None:
     model, guide = teacher(), teacher(label_dim=0)
     plain = sample(model, 5, seeds=SEEDS)
     assert torch.equal(sample(model, 5, seeds=SEEDS, guidance=1.0), plain)
-    unlabelled = sample(model, 5, seeds=SEEDS, labels=torch.zeros(5, 10))
+    unlabeled = sample(model, 5, seeds=SEEDS, labels=torch.zeros(5, 10))
     unguided = sample(model, 5, seeds=SEEDS, guidance=0.0, force_guidance=True)
-    torch.testing.assert_close(unguided, unlabelled, rtol=0, atol=1e-4)
+    torch.testing.assert_close(unguided, unlabeled, rtol=0, atol=1e-4)
     away = sample(model, 5, seeds=SEEDS, guidance=0.0, guide=guide)
     torch.testing.assert_close(away, sample(guide, 5, seeds=SEEDS), rtol=0, atol=1e-4)
 

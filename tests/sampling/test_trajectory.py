@@ -1,4 +1,4 @@
-"""Trajectories towards a reference, against closed forms: data N(MEAN, STD^2), whose jump and score are linear."""
+"""Trajectories toward a reference, against closed forms: data N(MEAN, STD^2), whose jump and score are linear."""
 
 import inspect
 import math
@@ -42,7 +42,7 @@ def run(noise: Tensor, *, gamma: float = 0.6, randn_like=torch.randn_like, sigma
 
 
 def mean_of_result(weight: float, correctors: int, step: float, gamma: float) -> float:
-    """Of all, as no noise moves it: jump, contraction towards where score and pull cancel, jump."""
+    """Of all, as no noise moves it: jump, contraction toward where score and pull cancel, jump."""
     ref = -0.7
     low = math.sqrt(1 - gamma**2) * 4.0
     x = float(jump(torch.tensor(ref, dtype=torch.float64), SIGMAS[0], torch.tensor(low, dtype=torch.float64), None))

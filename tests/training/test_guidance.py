@@ -65,7 +65,7 @@ CPU = Machine("cpu")
 @pytest.mark.parametrize("method", ["scd", "dscd"])
 @pytest.mark.parametrize("offload", [(), ("teacher",)])
 def test_three_rounds_by_another_network(recipe, teacher, guide, method, offload):
-    """Every weight of the generator's own is learnt, those of w too; the guide plays, and stays as it is."""
+    """Every weight of the generator's own is learned, those of w too; the guide plays, and stays as it is."""
     made = guided(recipe, method, **BY_NETWORK)
     run = prepare(made, data="digits", teacher=teacher, guide=guide, machine=CPU._replace(offload=offload))
     assert run.unused("generator") == []
@@ -181,9 +181,9 @@ def test_a_guide_works_on_the_teachers_latents(recipe, teacher, guide, tmp_path)
 
 
 def test_a_teacher_without_classes_cannot_be_guided_by_them(recipe, tmp_path):
-    unlabelled = checkpoint(tmp_path / "unlabelled", 1, label_dim=0)
+    unlabeled = checkpoint(tmp_path / "unlabeled", 1, label_dim=0)
     with pytest.raises(TrainingError, match=r"this network has none: use --set method\.guide=network"):
-        prepare(guided(recipe, **RANGE), data="digits", teacher=unlabelled, machine=CPU)
+        prepare(guided(recipe, **RANGE), data="digits", teacher=unlabeled, machine=CPU)
 
 
 def test_the_plan_counts_the_guide(recipe, teacher, guide):

@@ -195,7 +195,7 @@ def test_a_step_that_overflows_is_left_out_and_the_loss_scale_falls(start, tmp_p
 
 
 def test_where_things_wait_changes_nothing(start):
-    """Teacher, average and optimiser in the host's memory, and activations computed twice: the same run, bitwise."""
+    """Teacher, average and optimizer in the host's memory, and activations computed twice: the same run, bitwise."""
     plain, spare = start("cosim"), start("cosim", machine=Machine("cpu", None, False, OFFLOADS, checkpointing=True))
     assert list(rounds(plain)) == list(rounds(spare))
     for group, tensors in plain.state().items():

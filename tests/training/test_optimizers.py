@@ -31,7 +31,7 @@ def step(network, optimizer, number):
         group["lr"] = 1e-2 / (1 + number)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():  # as forced weight normalisation does after a step
+    with torch.no_grad():  # as forced weight normalization does after a step
         network.weight.div_(network.weight.norm())
 
 

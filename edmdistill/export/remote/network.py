@@ -14,7 +14,7 @@ from edmdistill.networks.preconditioning import PRECONDITIONINGS
 
 
 class EdmdistillNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A denoiser in EDM's view; weights that were normalised while it learnt are plain ones here.
+    """A denoiser in EDM's view; weights that were normalized while it learned are plain ones here.
 
     Args:
         kind: song (DDPM++, NCSN++), adm or edm2.

@@ -75,7 +75,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps: network evaluations.
             sigmas: noise levels to evaluate at, falling, in the place of num_inference_steps.
             gamma: share of fresh noise between the steps, in [0, 1]; None = the scheduler's own.
-            guidance_scale: weight of the guidance that the network has learnt; None = the least that it knows.
+            guidance_scale: weight of the guidance that the network has learned; None = the least that it knows.
             generator: a list [torch.Generator().manual_seed(i) for i in seeds] gives the images that
                 `edmdistill sample --seeds` gives.
             output_type: pil, np ([B,H,W,C] in [0, 1]), pt ([B,C,H,W] in [0, 1]) or latent (what the network makes).

@@ -38,7 +38,7 @@ def training_sigmas(flow: FlowNetwork, n: int) -> Tensor:
 
 
 def fit(features: Tensor, target: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Returns W that minimises mean |W f - y|^2 + ridge |W|^2, in float64.  features [N,K], target [N,M] -> [M,K]"""
+    """Returns W that minimizes mean |W f - y|^2 + ridge |W|^2, in float64.  features [N,K], target [N,M] -> [M,K]"""
     f, y = features.double(), target.double()
     penalty = ridge * torch.eye(f.shape[1], dtype=torch.float64, device=f.device)
     W: Tensor = torch.linalg.solve(f.T @ f / len(f) + penalty, f.T @ y / len(f)).T
@@ -71,10 +71,10 @@ def with_positional_time(flow: FlowNetwork) -> FlowNetwork:
 
 @torch.no_grad()
 def with_double_norm(flow: FlowNetwork) -> FlowNetwork:
-    """Returns a copy whose blocks normalise their modulations to their average rms in training.
+    """Returns a copy whose blocks normalize their modulations to their average rms in training.
 
     Raises: CheckpointError: the blocks have no modulations (DDPM++ and NCSN++ add the embedding before the norm), or
-        normalise them already.
+        normalize them already.
     """
     network = flow.network
     if "double_norm" not in network.arguments:

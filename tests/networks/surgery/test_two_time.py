@@ -1,4 +1,4 @@
-"""The second time: nothing changes when it is added, and all of it can be learnt."""
+"""The second time: nothing changes when it is added, and all of it can be learned."""
 
 from collections.abc import Callable
 
