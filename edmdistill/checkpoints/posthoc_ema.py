@@ -1,7 +1,7 @@
 """Power-function averages of weights, and the reconstruction of others from them after training.
 
-The average of length `sigma_rel` after `images` weights what was learned at time t by t^gamma; sigma_rel is the standard
-deviation of that profile, relative to its length. Two averages saved at several times are enough for any other.
+The average of length `sigma_rel` after `images` weights what was learned at time t by t^gamma; sigma_rel is the
+standard deviation of that profile, relative to its length. Two averages, saved several times, suffice for any other.
 Source: Karras et al. 2024 (EDM2), section 3 and appendix C.
 """
 

@@ -95,7 +95,7 @@ reference_options = option_group(
     click.option(
         "--score",
         metavar="SOURCE",
-        help="For --reference: the teacher, for a generator that has not learned the score.",
+        help="For --reference: the teacher, for a generator that does not have the score.",
     ),
 )
 

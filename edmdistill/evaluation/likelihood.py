@@ -1,7 +1,7 @@
 """The likelihood of data under a diffusion network, in bits per dimension, by its probability-flow ODE.
 
-What is measured is the density of the ODE's own distribution: that of the prior at sigma_max, carried to sigma_min. It
-takes a network that knows the ODE's slope at every noise level: a teacher, or a generator of two times.
+The measured density is that of the ODE's distribution: the prior at sigma_max, transported to sigma_min. This requires
+the ODE's slope at every noise level, so the network must be a teacher or a generator of two times.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ LIKELIHOOD = Protocol(
     uint8=None,
     covariance=None,
 )
-"""The standard: all images of the data, of which the results say the rest."""
+"""The protocol: all images of the data set; results fill in the rest."""
 
 TOLERANCE = 1e-5
-"""Of the ODE, relative and absolute: images of Gaussian data err by less than 0.001 bits, each."""
+"""Of the ODE solver, relative and absolute: the error on Gaussian data is below 0.001 bits for each image."""
 
 HALF = 127.5
-"""A pixel's values are 1 / HALF apart in [-1, 1]."""
+"""The values of a pixel are 1 / HALF apart in [-1, 1]."""
 
 NoisePrediction = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(x [b,C,H,W], sigma [b], direction [b,C,H,W], which rows these are [b]) -> the noise n = (x - D(x; sigma)) / sigma,
@@ -54,7 +54,7 @@ and its derivative along the direction, [b,C,H,W] each"""
 
 
 class LogLikelihood(NamedTuple):
-    """Of each row: the natural logarithm of its density [B] float64, and the network's evaluations [B] int64."""
+    """The natural logarithm of each row's density [B] float64, and the network evaluations of each row [B] int64."""
 
     value: Tensor
     evaluations: Tensor
@@ -70,7 +70,7 @@ def log_likelihood(
     tolerance: float,
     rho: float = 7.0,
 ) -> LogLikelihood:
-    """ln p(x) of points at sigma_min, of which each is solved in steps of its own.
+    """Returns ln p(x) of points at sigma_min; the steps of the ODE solver adapt to each point.
 
         dx/dsigma = n(x, sigma),    ln p(x) = ln N(x(sigma_max); 0, sigma_max^2) + integral of div n dsigma
 
@@ -78,8 +78,8 @@ def log_likelihood(
 
     Args:
         x: points.  [B,C,H,W]
-        probe: signs, the same along the whole way.  [B,C,H,W]
-        tolerance: relative and absolute, of x and of the integral as one state.
+        probe: random signs, constant along the trajectory.  [B,C,H,W]
+        tolerance: relative and absolute, of x and the integral together.
     Source: Song et al. 2021, eq. 39 and 40; Kim et al. 2024 (CTM), appendix D.2, for the solver.
     """
     shape, signs = x.shape[1:], probe.to(torch.float64)
@@ -99,11 +99,11 @@ def log_likelihood(
 
 
 def predict_noise(flow: FlowNetwork, labels: Tensor | None) -> NoisePrediction:
-    """The noise that a network sees, and its derivative, without the cancellation of going through D.
+    """Returns the network's estimate of the noise, and its derivative, without the cancellation in x - D.
 
         n = sin(t) cos(t) x / sigma_data + cos(t) F(cos(t) x, t),    sigma = sigma_data tan(t)
 
-    A network of two times is asked for F(x, t, t), the slope of the ODE.
+    For a network of two times, F(x, t, t) is the slope of the ODE.
 
     Args:
         labels: of every row.  [B,label_dim] or None
@@ -133,24 +133,24 @@ def evaluate_likelihood(
     source: str | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> Result:
-    """Bits per dimension of images under a network; fewer are better.
+    """Returns the bits per dimension of images under a network; lower is better.
 
-    A value v becomes (v + u) / 127.5 - 1 with u ~ U[-1/2, 1/2), once for an image, and is solved once with each probe.
-    Image i draws u and its probes from the seed i, so nothing depends on the batch but the network's own rounding.
+    A value v becomes (v + u) / 127.5 - 1 with u ~ U[-1/2, 1/2), once for an image, and is solved once for each probe.
+    Image i draws u and its probes from seed i, so the batch size only affects the network's rounding.
 
     Args:
         model: a teacher, or a generator of two times; it is measured in evaluation mode.
         count: images, the first in the data set's order of seed 0; default: all.
         probes: random signs for the divergence, at least 1.
-        tolerance: see log_likelihood. On digits, 1e-3 errs by 0.01 bits, and 1e-4, for 1.5 times its work, by 0.0002.
-        source: what the network comes from, for the record.
+        tolerance: see log_likelihood. On digits, 1e-3 errs by 0.01 bits, and 1e-4, at 1.5 times the cost, by 0.0002.
+        source: where the network comes from, for the record.
         on_progress: called with the number of images that have just been measured with one probe.
     Returns: nll, the mean over images and probes; of two images or more nll_image_error, the standard error of that
         mean by the spread of the images; of two probes or more nll_probe_std, the standard deviation of the mean over
         images by one probe.
     Raises:
-        EdmDistillError: the generator jumps to the data alone; iDDPM's network, which knows no noise level between two;
-            or an ODE that cannot be solved.
+        EdmDistillError: the generator has no ODE; an iDDPM network, whose noise levels are discrete; or the ODE cannot
+            be solved.
         DatasetError: the images or classes do not fit the network.
     Source: see log_likelihood.  Differs: the papers' tolerance is 1e-3, for whole batches. CTM's code measures in
         training mode, mirrors images, ends at sigma 0.41, and has one step size for a batch; the uniform noise is
@@ -217,7 +217,7 @@ def evaluate_likelihood(
 
 
 def _check(model: Generator | Denoiser, data: Dataset) -> None:
-    """Counts the data's classes as the network does.  Raises EdmDistillError unless it knows the ODE of such data."""
+    """Makes the data use the network's classes.  Raises: EdmDistillError: the network has no ODE for such data."""
     flow = model.flow
     if isinstance(model, Generator) and not flow.two_time:
         raise EdmDistillError(

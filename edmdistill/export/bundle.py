@@ -1,7 +1,7 @@
-"""A module as one file that needs nothing of this package: its own definitions, and those that they use, and so on.
+"""Bundles a module into one file that does not need this package: its definitions, and all that they use.
 
-For programs that take code as single files. The text of a definition stays as it is, but for checks of what a user
-gives: an exported folder holds arguments that were checked, and needs no msgspec.
+For programs that load code from single files. The text of a definition stays as it is, except for checks of arguments:
+those in an exported folder have been checked, so it does not need msgspec.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 
 PACKAGE = __name__.partition(".")[0]
 CHECK = "check_arguments"
-"""The function whose calls are left out."""
+"""The function whose calls are dropped."""
 RANGE = "Meta"
-"""What annotations have ranges by, which are left out too."""
+"""What gives annotations their ranges, which are dropped too."""
 
 
 class ModuleSource:
-    """The top level of a module of ours.
+    """The top level of a module of this package.
 
     Attributes:
         docstring: the module's.
-        definitions: text and syntax of what is defined here, by name, in order.
-        ours: where a name comes from that is imported from the package, as (module, name).
-        others: the statement that imports a name from elsewhere.
+        definitions: text and syntax tree of each definition, by name, in order.
+        ours: the origin of each name that is imported from this package, as (module, name).
+        others: the statement that imports each other name.
     """
 
     def __init__(self, module: str) -> None:
@@ -102,9 +102,9 @@ def _module_source(module: str) -> ModuleSource:
 
 
 def bundle(module: str, licence: str = "Apache-2.0") -> str:
-    """The text of that file: imports, then definitions, each after what it uses.
+    """Returns the text of that file: imports, then definitions, each after what it uses.
 
-    Raises: ValueError: two definitions or imports of one name, which a single file cannot hold.
+    Raises: ValueError: two definitions or imports share a name, which a single file cannot hold.
     """
     imports: dict[str, str] = {}
     definitions: dict[tuple[str, str], str] = {}
@@ -133,7 +133,7 @@ def bundle(module: str, licence: str = "Apache-2.0") -> str:
     if twice := {name for name in names if names.count(name) > 1 or name in imports}:
         raise ValueError(f"{module} is bundled with two of the name {min(twice)}")
     head = (
-        f'"""{root.docstring}\n\nMade by edmdistill from its own source, so that this file needs nothing else of it. '
+        f'"""{root.docstring}\n\nBundled by edmdistill from its own source; this file does not need the package. '
         f'Licence: {licence}.\n"""'
     )
     statements = "\n".join(sorted(set(imports.values()), key=lambda text: (text.startswith("from"), text)))

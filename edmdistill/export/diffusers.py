@@ -1,7 +1,7 @@
-"""To diffusers: a pipeline folder that loads by DiffusionPipeline.from_pretrained, without this package.
+"""Exports to diffusers: a pipeline folder that DiffusionPipeline.from_pretrained loads, without this package.
 
-Its code is made of ours (`export.bundle`), not a traced graph: so it follows .to(device, dtype), offloading and
-torch.compile, and can be read.
+Its code is bundled from ours (`export.bundle`), not traced: it can be read, and supports .to(device, dtype), offloading
+and torch.compile.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FILES = {
     "scheduler/gamma_scheduler.py": "edmdistill.export.remote.scheduler",
     "unet/edmdistill_network.py": "edmdistill.export.remote.network",
 }
-"""Code, and the module that it is made of."""
+"""Files of code, and the modules that they are bundled from."""
 
 
 def check_installed() -> None:
@@ -44,7 +44,7 @@ def check_installed() -> None:
 
 
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
-    """Raises: EdmDistillError: a teacher, which gamma-sampling is not for."""
+    """Raises: EdmDistillError: it is a teacher, which gamma-sampling is not for."""
     if config.stage != "generator":
         raise EdmDistillError("a pipeline samples a generator, but this is a teacher: choose another --to")
     classes = ", class_labels=0" if flow.label_dim else ""
@@ -58,7 +58,7 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
 One generator an image gives the images of `edmdistill sample --seeds 0-15`. `sigmas=[80, 2.5]` names the noise levels,
 `gamma=0.5` the share of fresh noise between them; classes that are not named are drawn.
 
-The remote code is plain torch, made of edmdistill's own source, and needs edmdistill no more: `pipeline.py`,
+The remote code is plain torch, bundled from edmdistill's source, and does not need edmdistill: `pipeline.py`,
 `scheduler/gamma_scheduler.py` and `unet/edmdistill_network.py`, under Apache-2.0.
 """
 
@@ -135,7 +135,7 @@ def _require_pixels(pipe: Any, decode: Decoder, latents: Tensor) -> None:
 
 
 def _loaded(folder: Path) -> Any:
-    """The pipeline, as its users load it, but without a word."""
+    """Returns the pipeline, loaded as its users load it, but silently."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 

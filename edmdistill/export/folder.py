@@ -1,4 +1,4 @@
-"""A checkpoint as a folder for another program, whole or not at all, and the proof that it makes our images."""
+"""Exports a checkpoint as a folder for another program, whole or not at all, and proves that it draws our images."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ HELD = """
 `vae` holds {name}, which decodes the latents; it has a licence of its own (sha256 {sha256}).
 """
 FILES = {".json", ".onnx", ".pkl", ".pt", ".pt2", ".pth", ".py", ".safetensors", ".zip"}
-"""Suffixes of files, which an export is not: it is a folder of them."""
+"""Suffixes that a name of an export, which is a folder, may not have."""
 
 
 class Target(NamedTuple):
     """A program to export for.
 
     Attributes:
-        header: of README.md, what the Hub has to know beside the licence.
-        require: raises where a package is missing.
-        readme: how the folder is used.
-        write: writes all but README and manifest, and compares; a VAE is in the folder `vae` already.
-        without_vae: how latents are decoded where the folder holds no VAE; None: the target does not decode.
+        header: front matter of README.md for the Hub, beside the licence.
+        check_installed: raises if a package is missing.
+        readme: how to use the folder.
+        write: writes all but the README and the manifest, and compares images; the VAE, if any, is already in `vae`.
+        without_vae: how to decode latents if the folder holds no VAE; None: the target does not decode.
     """
 
     header: dict[str, str]
@@ -79,10 +79,10 @@ def export(
         out: the folder to write.
         vae: what decodes latents, a folder or a Hub id, to be copied into the folder; None: the one that the checkpoint
             names, if it is in the Hub's cache.
-        overwrite: replace an export that is there.
-    Returns: the largest differences to our images.
-    Raises: EdmDistillError: a package is missing, the target has no place for such a network, something is in the way,
-        or the images came out others.
+        overwrite: replace an existing export.
+    Returns: the largest differences from our images.
+    Raises: EdmDistillError: a package is missing, the target does not support the network, `out` is occupied, or the
+        images differ.
     """
     target, out = TARGETS[to], Path(out)
     target.check_installed()
@@ -150,7 +150,7 @@ A {config.stage} from {markdown(config.provenance.source)}, exported by edmdisti
 Its weights are under this licence: {markdown(licence)}.{f" {note}" if note else ""}
 
 {readme}
-Largest difference to edmdistill's own images of seeds 0 to {max(SEEDS)}, relative to the largest pixel, by the number
+Largest difference from edmdistill's own images of seeds 0 to {max(SEEDS)}, relative to the largest pixel, by the number
 of network evaluations:
 
 {table(parity)}

@@ -1,4 +1,4 @@
-"""To NVIDIA's scripts: the weights by their names, and the arguments of their class.  No code, no pickle.
+"""Exports to NVIDIA's scripts: the weights by the official names, and the arguments of the class; no code, no pickle.
 
 Source: training/networks.py and training/networks_edm2.py of the official repositories.
 """
@@ -30,15 +30,15 @@ CLASSES = {
     "ve": ("VEPrecond", ("sigma_min", "sigma_max")),
     "iddpm": ("iDDPMPrecond", ("C_1", "C_2", "M")),
 }
-"""The preconditioner of DDPM++, NCSN++ and ADM, and those of our numbers that it takes."""
+"""The preconditioning class of DDPM++, NCSN++ and ADM, and those of our parameters that it takes."""
 
 
 def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What their construct_class_by_name is called with, and the state dict of what it makes.
+    """Returns the arguments of NVIDIA's construct_class_by_name, and the state dict of the network that it makes.
 
     Args:
         flow: not folded.
-    Raises: EdmDistillError: their classes know no such network.
+    Raises: EdmDistillError: NVIDIA's classes cannot express the network.
     """
     pre = flow.preconditioning
     kind = str(config.preconditioning["kind"])
@@ -52,7 +52,7 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
             "choose another --to"
         )
     if config.network.kind == "edm2":
-        flow = add_logvar(flow, 0)  # their class always has the head, and one
+        flow = add_logvar(flow, 0)  # their class always has exactly one head
         arguments |= {"logvar_channels": flow.network.arguments["logvar_channels"], "sigma_data": pre.sigma_data}
         state = flow.network.state_dict()
         state["logvar_linear.weight"] = state["logvar_linear.weight"][:1]
@@ -77,7 +77,7 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
 
 
 def read(folder: Path) -> FlowNetwork:
-    """The network in such a folder, by our reader of official checkpoints, which tests hold against their code."""
+    """Returns the network in such a folder, by our reader of official checkpoints."""
     arguments = json.loads((folder / NETWORK).read_text(encoding="utf-8"))
     class_name = arguments.pop("class_name").rpartition(".")[2]
     numbers = {name for _, names in CLASSES.values() for name in names} | {"logvar_channels"}

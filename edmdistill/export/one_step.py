@@ -1,4 +1,4 @@
-"""What is exported: a network in EDM's view, with nothing about it but tensors."""
+"""What is exported: a network in EDM's view, whose inputs and outputs are tensors alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from edmdistill.networks.preconditioning import Preconditioning
 
 
 class OneStep(nn.Module):
-    """One network evaluation, from an image with noise to the image.
+    """One network evaluation, from a noisy image to the image.
 
-    More steps are the caller's, as MORE_STEPS says.
+    Further steps are left to the caller; MORE_STEPS describes them.
 
     Attributes:
         network, preconditioning: as in FlowNetwork, the network folded.
@@ -33,9 +33,9 @@ class OneStep(nn.Module):
         w: Tensor | None = None,
         sigma_next: Tensor | None = None,
     ) -> Tensor:
-        """D(x; sigma), by the official arithmetic; Denoiser's, without what depends on the values of a tensor.
+        """Returns D(x; sigma), by the official arithmetic: Denoiser's, without branches on the values of a tensor.
 
-        Of a network of two times it is CTM's g(x, sigma, sigma_next). Either kind jumps to
+        For a network of two times this is CTM's g(x, sigma, sigma_next). In either case, the jump is
 
             x_next = (sigma_next / sigma) x + (1 - sigma_next / sigma) x0
 
@@ -44,7 +44,7 @@ class OneStep(nn.Module):
             sigma: noise levels.  [B] float32
             labels: class numbers, -1 = no class; None = no class for all.  [B] int64
             w: weights of guidance, for a guided network.  [B] float32
-            sigma_next: where the jump leads, for a network of two times; cut to what that knows, so that 0 asks for
+            sigma_next: the target of the jump, for a network of two times; clamped to the network's range, so 0 means
                 sigma_min; None = 0, the image.  [B] float32
         Returns: x0.  [B,C,H,W] float32
         Source: Kim et al. 2024 (CTM), section 3, for the jump.
@@ -67,7 +67,7 @@ class OneStep(nn.Module):
 
 
 def example_inputs(flow: FlowNetwork) -> dict[str, Tensor]:
-    """Arguments of OneStep for two images; labels, w and sigma_next where the network reads them."""
+    """Returns arguments of OneStep for two images; labels, w and sigma_next where the network reads them."""
     arguments = {
         "x": torch.zeros(2, flow.img_channels, flow.img_resolution, flow.img_resolution),
         "sigma": torch.full((2,), flow.sigma_max),
@@ -82,22 +82,22 @@ def example_inputs(flow: FlowNetwork) -> dict[str, Tensor]:
 
 
 def describe_inputs(flow: FlowNetwork) -> str:
-    """What the arguments are, in Markdown."""
+    """Returns a description of the arguments, in Markdown."""
     size = f"[B,{flow.img_channels},{flow.img_resolution},{flow.img_resolution}]"
     words = {
         "x": f"x0 + sigma n, n unit normal noise; the first is sigma n alone. float32 {size}",
         "sigma": f"noise levels, from {flow.sigma_min:g} to {flow.sigma_max:g}. float32 [B]",
         "labels": f"class numbers, 0 to {flow.label_dim - 1}; -1 = no class. int64 [B]",
-        "w": "weights of the guidance that it has learned, in the range that `export.json` has. float32 [B]",
-        "sigma_next": "noise levels below sigma that the step leads to; 0 = to the images. float32 [B]",
-        "x0": f"the images, nominally in [-1, 1]; latents as the network has them. float32 {size}",
+        "w": "guidance weights, in the range that `export.json` gives. float32 [B]",
+        "sigma_next": "noise levels below sigma, the target of the step; 0 = the images. float32 [B]",
+        "x0": f"the images, nominally in [-1, 1]; latents in the network's scale. float32 {size}",
     }
     return "\n".join(f"- `{name}`: {words[name]}" for name in (*example_inputs(flow), "x0"))
 
 
 MORE_STEPS = """\
-More steps: `export.json` holds the noise levels for 1 to 8 of them, under `sigmas`. From each sigma to the one after,
-which is 0 at the end, with z fresh unit normal noise and gamma its share, 0 to 1 (`gamma` in that file is the usual):
+More steps: `export.json` holds the noise levels for 1 to 8 of them, under `sigmas`. From each sigma to the next,
+which is 0 at the end, with z fresh unit normal noise and gamma its share, 0 to 1 (`gamma` in that file is the default):
 
     sigma_next = (1 - gamma**2) ** 0.5 * after
     x = sigma_next / sigma * x + (1 - sigma_next / sigma) * x0 + gamma * after * z

@@ -1,4 +1,4 @@
-"""To ONNX: model.onnx, one network evaluation for any number of images."""
+"""Exports to ONNX: model.onnx, one network evaluation for any number of images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE = "model.onnx"
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporter says of itself and of torchvision."""
+    """Silences the warnings of torch's exporter about itself and torchvision."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -77,7 +77,7 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
             verbose=False,
             input_names=names,
             output_names=["x0"],
-            dynamic_shapes={name: {0: "batch"} for name in names},  # the program has forgotten what its Dim is called
+            dynamic_shapes={name: {0: "batch"} for name in names},  # the program does not keep the name of its Dim
         )
         assert done is not None
         done.save(folder / FILE)

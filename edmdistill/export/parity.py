@@ -1,4 +1,4 @@
-"""Whether what was exported makes our images: it is sampled as `edmdistill sample` samples, and compared."""
+"""Checks that an export draws our images: it is sampled as `edmdistill sample` does, and compared."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from edmdistill.sampling.generate import require_finite, sample
 from edmdistill.trigflow import cos_sin, diffuse, implied_noise, time_to_sigma
 
 Step = Callable[..., Tensor]
-"""OneStep's arguments, by name -> x0."""
+"""(OneStep's arguments, by name) -> x0."""
 
 NFE = 1, 2
 SEEDS = range(3)
 IMAGE_TOLERANCE = 1e-3
-"""Of an image, relative. Even the same code and weights round differently where the weights lie elsewhere in memory, or
-by other vector units: 1e-6 is usual. A network that predicts noise, as VP's, has 1e-4 at its largest noise levels, for
-its image is what float32 leaves of x - sigma n."""
+"""Largest relative difference of an image. Even the same code and weights round differently with other memory addresses
+or vector units: 1e-6 is usual. A network that predicts noise, such as VP's, reaches 1e-4 at its largest noise levels,
+because its image is what float32 leaves of x - sigma n."""
 
 
 class Parity(NamedTuple):
-    """The largest difference to our images by so many network evaluations, relative to the largest pixel."""
+    """The largest difference from our images with `nfe` network evaluations, relative to the largest pixel."""
 
     nfe: int
     difference: float
@@ -38,7 +38,7 @@ class ExportedGenerator(Generator):
 
     def __init__(self, flow: FlowNetwork, config: CheckpointConfig, step: Step) -> None:
         super().__init__(flow, config)
-        self.step = partial(step)  # not as a module of this one: an exported program knows no train() and eval()
+        self.step = partial(step)  # not as a submodule: an exported program has no train() and eval()
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         cos, _ = cos_sin(t, x_t)
@@ -60,13 +60,13 @@ def difference_of(found: Tensor, expected: Tensor) -> float:
 
 
 def step_sampler(flow: FlowNetwork, config: CheckpointConfig, step: Step) -> Callable[[int], Tensor]:
-    """nfe -> the images that `step` makes of SEEDS, in batches of two and of one.  [3,C,H,W]"""
+    """Returns nfe -> the images that `step` makes from SEEDS, in batches of two and one.  [3,C,H,W]"""
     model = ExportedGenerator(flow, config, step).eval()
     return lambda nfe: sample(model, nfe, seeds=SEEDS, batch=2)
 
 
 def compare(flow: FlowNetwork, config: CheckpointConfig, images: Callable[[int], Tensor]) -> tuple[Parity, ...]:
-    """Those images against ours, which the same network makes on the circle.
+    """Compares those images with ours, which the same network makes on the circle.
 
     Raises: EdmDistillError: they differ by more than IMAGE_TOLERANCE.
     """
@@ -85,6 +85,6 @@ def compare(flow: FlowNetwork, config: CheckpointConfig, images: Callable[[int],
 
 
 def table(parity: Sequence[Parity]) -> str:
-    """As text, a line for each number of evaluations, indented as Markdown's code."""
+    """Returns the parity as text, a line for each number of evaluations, indented as Markdown code."""
     lines = [f"    {row.nfe:>10} {row.difference:>10.1e}" for row in parity]
     return "\n".join([f"    {'nfe':>10} {'difference':>10}", *lines])

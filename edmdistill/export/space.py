@@ -1,6 +1,6 @@
-"""To a Space of the Hugging Face Hub: a page in the browser that draws what is asked for, by gradio.
+"""Exports to a Space of the Hugging Face Hub: a web page, by gradio, that draws images on request.
 
-gradio is no dependency of ours, not even an optional one: it keeps pillow below 13. The folder says what it needs.
+gradio is not even an optional dependency of ours, because it keeps pillow below 13. The folder lists what it needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.generate import sample
 
 GRADIO = "6.31.0"
-"""By which the page was tried."""
+"""The version that the page was tested with."""
 HEADER = {"sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py", "title": "A few-step generator"}
 APP = Path(__file__).parent / "remote" / "app.py"
 REQUIREMENTS = f"""\
@@ -31,7 +31,7 @@ gradio=={GRADIO}
 
 
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
-    """Raises: EdmDistillError: a teacher, which has no few steps."""
+    """Raises: EdmDistillError: it is a teacher, which needs many steps."""
     if config.stage != "generator":
         raise EdmDistillError("a Space shows a generator, but this is a teacher: choose another --to")
     return """\

@@ -1,4 +1,4 @@
-"""To torch.export: model.pt2, one network evaluation for any number of images."""
+"""Exports to torch.export: model.pt2, one network evaluation for any number of images."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FILE = "model.pt2"
 
 
 def export_program(step: nn.Module, flow: FlowNetwork) -> ExportedProgram:
-    """OneStep as a graph, for any number of images."""
+    """Returns OneStep as a graph, for any number of images."""
     arguments = example_inputs(flow)
     batch = Dim("batch")
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about itself
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own code
         return torch.export.export(step, (), arguments, dynamic_shapes={name: {0: batch} for name in arguments})
 
 
@@ -47,7 +47,7 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     step = OneStep(flow.network, flow.preconditioning).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        # In memory first: on a disk that is full, torch's own writer ends the process.
+        # In memory first: on a full disk, torch's writer ends the process.
         torch.export.save(export_program(step, flow), data := io.BytesIO())
         (folder / FILE).write_bytes(data.getbuffer())
         module = torch.export.load(folder / FILE).module()

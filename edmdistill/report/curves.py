@@ -1,4 +1,4 @@
-"""Curves: as SVG, in the colors of the page that they stand on, or by matplotlib in a file of its formats."""
+"""Draws curves: as SVG, in the colors of the page around them, or by matplotlib as a file."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from edmdistill.checkpoints.documents import escape
 from edmdistill.errors import EdmDistillError
 
 MARKED = 12
-"""The points of a curve of so many are marked."""
+"""Points are marked on curves of at most this many."""
 TICKS = 6
-"""Of a logarithmic axis at most, where they are 1, 2, 5, 10 ...: a longer one has powers of ten."""
+"""Largest number of ticks 1, 2, 5, 10 ... on a logarithmic axis; a longer axis has powers of ten."""
 
 Point = tuple[float, float]
 
 
 class Axis(NamedTuple):
-    """A straight or logarithmic axis: it goes from its first tick to its last."""
+    """A linear or logarithmic axis, from its first tick to its last."""
 
     ticks: list[float]
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Where a value lies, 0 to 1."""
+        """Returns the position of a value, 0 to 1."""
         low, high = self.ticks[0], self.ticks[-1]
         return math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
 
 
 def axis(values: Sequence[float], log: bool = False) -> Axis:
-    """Round numbers around the values; logarithmic, if all are positive, by `log` or a highest of 10 medians."""
+    """Returns an axis of round numbers around the values.
+
+    It is logarithmic if all are positive and `log` is set or the largest is above 10 medians.
+    """
     low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
     log = low > 0 and (log or 10 * middle < high)
     if log:
@@ -51,7 +54,7 @@ def axis(values: Sequence[float], log: bool = False) -> Axis:
 
 
 def _ticks_one_two_five(low: float, high: float) -> list[float]:
-    """Two or more of 1, 2, 5, 10 ... around positive numbers."""
+    """Returns two or more of 1, 2, 5, 10 ... around positive numbers."""
     each = (digit * 10.0**power for power in count(math.floor(math.log10(low))) for digit in (1, 2, 5))
     ticks = [next(each)]
     while len(ticks) < 2 or ticks[-1] < high:
@@ -61,23 +64,23 @@ def _ticks_one_two_five(low: float, high: float) -> list[float]:
 
 
 def powers_of_two(series: Mapping[str, Sequence[Point]]) -> Axis:
-    """The axis for numbers of evaluations: 1, 2, 4 ... beyond the greatest."""
+    """Returns an axis for numbers of evaluations: 1, 2, 4 ... up to the largest or beyond."""
     most = max((x for points in series.values() for x, _ in points), default=2)
     return Axis([2.0**i for i in range(math.ceil(math.log2(max(most, 2))) + 1)], log=True)
 
 
 def downsample(points: Sequence[Point], most: int = 80) -> list[tuple[float, float, float, float]]:
-    """Few enough points to draw: x, and the lowest, mean and highest y of neighbors, so that spikes stay."""
+    """Returns at most so many points: x, and the smallest, mean and largest y of neighbors, so that spikes stay."""
     size = -(-len(points) // most)
     groups = (list(zip(*points[i : i + size], strict=True)) for i in range(0, len(points), size))
     return [(xs[-1], min(ys), sum(ys) / len(ys), max(ys)) for xs, ys in groups]
 
 
 def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, log: bool = False) -> str:
-    """Curves over one pair of axes, as SVG in the colors of the page.
+    """Returns curves over one pair of axes, as SVG in the colors of the page.
 
     Args:
-        series: by name, points of finite numbers; those of a curve of few are marked.
+        series: points of finite numbers, by name; those of short curves are marked.
         log: see `axis`.
     """
     y = axis([value for points in series.values() for _, value in points], log)
@@ -114,7 +117,7 @@ def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, lo
 
 
 def standalone_svg(svg: str, style: str) -> str:
-    """A chart of svg_curves as a file of its own, on paper with a margin, in the style of a page."""
+    """Returns a chart of svg_curves as a file of its own, with a background and a margin, in the style of a page."""
     body = svg.partition(">")[2]
     style += " svg { max-width: none; font-family: system-ui, sans-serif }"
     box, paper = "-12 -8 384 212", '<rect x="-12" y="-8" width="384" height="212" fill="var(--paper)"/>'
@@ -122,7 +125,7 @@ def standalone_svg(svg: str, style: str) -> str:
 
 
 def save_matplotlib(file: Path, title: str, series: Mapping[str, Sequence[Point]], x: Axis, kind: str) -> None:
-    """Draws the curves of svg_curves, logarithmic where that is, by matplotlib.
+    """Draws the curves of svg_curves by matplotlib, logarithmic in the same cases.
 
     Args:
         kind: .png or .pdf.

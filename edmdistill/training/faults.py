@@ -1,4 +1,4 @@
-"""Errors in the middle of training as sentences for the user: what happened, and how the run goes on."""
+"""Turns errors during training into sentences for the user: what happened, and how to continue the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class Context(NamedTuple):
-    """Where an error happened."""
+    """The run in which an error happened."""
 
     run: Run
     folder: RunDir
@@ -30,7 +30,7 @@ class Context(NamedTuple):
 
 @contextmanager
 def explain_errors(run: Run, folder: RunDir, health: Health) -> Iterator[None]:
-    """Within it, the errors of FAULTS are raised as TrainingError, or PeerFailed, with a sentence for the user."""
+    """Raises the errors of FAULTS as TrainingError or PeerFailed, with a sentence for the user."""
     try:
         yield
     except Exception as error:
@@ -54,14 +54,14 @@ def _diverged(error: Diverged, context: Context) -> TrainingError:
         advice = f"no state before it was healthy, though {states[-1]} is finite; {other}"
     else:
         advice = f"no state was saved before it; {other}"
-    # All processes see the same measures, so each of them comes here: the main one speaks.
+    # All processes see the same measures, so all of them raise; only the main process reports it.
     return (TrainingError if run.engine.is_main else PeerFailed)(f"{_sentence(error)}; {advice}")
 
 
 def _data_changed(error: DatasetError, context: Context) -> TrainingError:
     return TrainingError(
-        f"{_sentence(error)}; if it has changed since the run began, restore it and run the same command again; a set "
-        "with another in its place, or without it, needs another --run-dir"
+        f"{_sentence(error)}; if it has changed since the run began, restore it and run the same command again; other "
+        "data need another --run-dir"
     )
 
 
@@ -100,4 +100,4 @@ FAULTS: tuple[tuple[type[Exception], Callable[[Any, Context], TrainingError | No
     (RuntimeError, _peer_lost),
     (Exception, lambda error, context: None),
 )
-"""What to say of an error, by its class; the first that fits. None: it is raised as it is."""
+"""What to say about an error, by its class; the first match counts. None: it is raised unchanged."""

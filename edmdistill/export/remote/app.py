@@ -25,23 +25,23 @@ from edmdistill.sampling.grid import image_grid, thumbnails
 
 SOURCE = os.environ.get("GENERATOR") or str(Path(__file__).parent / "generator")
 SIDE = 640
-"""Pixels of the picture, or a few less: every pixel of an image becomes a square of whole ones, and nothing blurs."""
+"""Largest side of the picture in pixels. Every pixel of an image becomes a square of whole pixels, without blur."""
 MOST = 8
-"""Evaluations to choose from, or as many as the generator has a schedule for."""
+"""Largest number of evaluations to choose from, unless the generator has schedules for more."""
 OWN = -1
-"""In a class's place: each seed draws its own."""
+"""In place of a class: each seed draws one."""
 STYLE = "#picture img { image-rendering: pixelated } #said code { white-space: pre-wrap; overflow-wrap: anywhere }"
 
 
 def classes(generator: edmdistill.Generator) -> list[tuple[str, int]]:
-    """What the class picker shows: names and numbers; of a generator without classes, nothing."""
+    """Returns the entries of the class picker, names and numbers; none for a generator without classes."""
     config = generator.config
     names = [printable(name) for name in config.label_names or map(str, range(config.label_dim))]
     return [("drawn by each seed", OWN), *((name, label) for label, name in enumerate(names))] if names else []
 
 
 def settings(generator: edmdistill.Generator) -> dict[str, Any]:
-    """What the page begins with, as arguments of `draw`."""
+    """Returns the initial settings of the page, as arguments of `draw`."""
     sampling = generator.config.sampling
     known = [int(nfe) for nfe in sampling.sigmas]
     return {
@@ -56,7 +56,7 @@ def settings(generator: edmdistill.Generator) -> dict[str, Any]:
 
 @cache
 def decoder(generator: edmdistill.Generator) -> Decoder:
-    """What turns the generator's images into pictures: for latents, by the VAE beside this file."""
+    """Returns what turns the generator's output into pixels: for latents, the VAE beside this file."""
     vae = Path(__file__).parent / "vae"
     return model_decoder(generator, str(vae) if vae.is_dir() and is_latent(generator) else None)
 
@@ -64,10 +64,10 @@ def decoder(generator: edmdistill.Generator) -> Decoder:
 def draw(
     generator: edmdistill.Generator, nfe: int, gamma: float, label: int, seed: int | None, count: int, guidance: float
 ) -> tuple[Image.Image, str]:
-    """A picture of the images of `count` seeds from `seed` on, and what to say of it.
+    """Returns a picture of the images of `count` seeds from `seed` on, and a text about it.
 
     Args:
-        seed: None: an empty field, as 0.
+        seed: None, an empty field, means 0.
     """
     first = int(seed or 0)
     seeds = range(first, first + int(count))
@@ -95,7 +95,7 @@ def draw(
 
 
 def page(generator: edmdistill.Generator) -> Any:
-    """The page, gradio's Blocks."""
+    """Returns the page, as gradio's Blocks."""
     import gradio as gr
 
     config, first, names = generator.config, settings(generator), classes(generator)

@@ -1,4 +1,4 @@
-"""A few-step generator as a pipeline of diffusers."""
+"""A few-step generator as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ VAE_BATCH = 8
 
 
 class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Images by gamma-sampling. With a generator for each image, image i depends on generator i and its class alone.
+    """Draws images by gamma-sampling; with a list of generators, image i depends on generator i and its class alone.
 
     Args:
         unet: EdmdistillNetwork.
         scheduler: GammaScheduler.
-        vae: what decodes latents, where the network makes those.
-        id2label: names of the classes by number; a name may be several, with commas.
-        guidance_range: least and greatest weight of guidance that the network reads, if it reads one.
+        vae: decodes latents, for a network that makes them.
+        id2label: names of the classes by number; several names of one class are separated by commas.
+        guidance_range: smallest and largest guidance weight, for a network that takes one.
         latent_scale, latent_bias: latents are (x0 - bias) / scale, by channel; None for pixels.
         latent_range: of the pixels that the VAE gives: edm2, [0, 1], or scm, [-1, 1]; None for pixels.
     """
@@ -68,18 +68,18 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[object]:
-        """As many images as there are generators or classes in a list, or as batch_size says; else one.
+        """Draws as many images as the lists of generators or classes have entries, or batch_size of them; else one.
 
         Args:
-            class_labels: number or name, for all or for each image; None = drawn.
+            class_labels: number or name, one for all images or one for each; None = drawn.
             num_inference_steps: network evaluations.
-            sigmas: noise levels to evaluate at, falling, in the place of num_inference_steps.
-            gamma: share of fresh noise between the steps, in [0, 1]; None = the scheduler's own.
-            guidance_scale: weight of the guidance that the network has learned; None = the least that it knows.
+            sigmas: noise levels to evaluate at, decreasing, in place of num_inference_steps.
+            gamma: share of fresh noise between the steps, in [0, 1]; None = the scheduler's.
+            guidance_scale: weight of the distilled guidance; None = the smallest that the network takes.
             generator: a list [torch.Generator().manual_seed(i) for i in seeds] gives the images that
                 `edmdistill sample --seeds` gives.
             output_type: pil, np ([B,H,W,C] in [0, 1]), pt ([B,C,H,W] in [0, 1]) or latent (what the network makes).
-        Raises: ValueError: counts that differ, a class or a weight that is not there, or latents without a vae.
+        Raises: ValueError: lengths differ, a class or weight does not exist, or there are latents but no vae.
         """
         counts = [len(x) for x in (class_labels, generator) if isinstance(x, Sequence) and not isinstance(x, str)]
         counts += [] if batch_size is None else [batch_size]
@@ -116,12 +116,12 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
     ) -> Tensor | None:
-        """The class numbers.  int64 [count]"""
+        """Returns the class numbers.  int64 [count]"""
         if not label_dim:
             if labels is not None:
                 raise ValueError("class_labels were given, but this network has no classes: leave them out")
             return None
-        # Drawn even where classes are named, so that the noise that comes after is the same.
+        # Drawn even if classes are given, so that the noise after them is the same.
         streams = generator if isinstance(generator, list) else [generator] * count
         drawn = [int(torch.randint(label_dim, [], generator=g, device=g.device if g else "cpu")) for g in streams]
         if labels is None:
@@ -134,7 +134,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.tensor(numbers, device=device)
 
     def _guidance(self, scale: float | None, count: int, device: torch.device) -> Tensor | None:
-        """The weights of guidance, where the network reads any.  [count]"""
+        """Returns the guidance weights, for a network that takes one.  [count]"""
         known = self.config.guidance_range
         if known is None:
             if scale is not None:
@@ -146,7 +146,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.full((count,), scale, device=device)
 
     def _decode(self, x0: Tensor) -> Tensor:
-        """x0 as pixels, nominally in [-1, 1], or in the VAE's range.  [B,C,H,W]"""
+        """Returns x0 as pixels, nominally in [-1, 1], or in the VAE's range.  [B,C,H,W]"""
         if self.vae is None:
             return x0
         scale, bias = (
@@ -158,7 +158,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @torch.no_grad()
     def pictures(self, x0: Tensor, kind: str = "pil") -> object:
-        """What the network makes, as output_type has it.
+        """Returns the network's output in an output_type.
 
         Source: EDM2, training/encoders.py: pixels of a VAE in [0, 1] are multiplied by 255 and cut.
         """

@@ -15,15 +15,15 @@ from edmdistill.schedules import generator_sigmas
 
 
 class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """Jumps below the next noise level and goes up to it by fresh noise z, once for each; at last, to the image.
+    """Jumps below each next noise level and returns to it by fresh noise z; the last jump leads to the image.
 
         x = x0 + s n + gamma sigma z,    n = (x - x0) / its noise level,    s = sqrt(1 - gamma^2) sigma
 
-    Its timesteps are noise levels, and the model predicts x0; one of two times is told s, as `sigma_next` says.
+    Timesteps are noise levels, and the model predicts x0; a model of two times also gets s, see `sigma_next`.
 
     Args:
-        sigmas: the noise levels to use by their number: {"2": [80.0, 2.515]}; for other numbers, EDM's curve.
-        sigma_min, sigma_max: the noise levels that the network knows.
+        sigmas: noise levels by number of steps, {"2": [80.0, 2.515]}; other numbers use EDM's curve.
+        sigma_min, sigma_max: the range of noise levels that the network was trained for.
         gamma: share of fresh noise, in [0, 1].
 
     Source: Yu et al. 2025 (CoSIM), algorithm 1; Kim et al. 2024 (CTM), algorithm 2, for gamma.
@@ -49,9 +49,9 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         device: torch.device | str | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        """Begins a new sampling, at so many noise levels or at those that are given, which fall.
+        """Starts a new trajectory, with so many noise levels or the given ones, which must decrease.
 
-        Raises: ValueError: no levels, levels that rise, or one that the network does not know.
+        Raises: ValueError: no levels, levels that increase, or one outside of the network's range.
         """
         low, high = self.config.sigma_min, self.config.sigma_max
         if sigmas is None:
@@ -69,11 +69,11 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.step_index = 0
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """sample: the network scales it by itself."""
+        """Returns the sample as it is: the network scales its input itself."""
         return sample
 
     def sigma_next(self, gamma: float | None = None) -> Tensor:
-        """s, where this step leads before its fresh noise; 0 in the last.  gamma: as in step.  [] float32"""
+        """Returns s, the noise level before this step's fresh noise; 0 in the last.  gamma: as in step.  [] float32"""
         gamma = self.config.gamma if gamma is None else gamma
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma, the share of fresh noise, must be in [0, 1], not {gamma}")
@@ -88,14 +88,14 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         gamma: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """From x at one noise level to x at the next; after the last, x0.
+        """Returns x at the next noise level; after the last, x0.
 
         Args:
             model_output: x0.  [B,C,H,W] float32
             timestep: the noise level of sample.
             sample: x.  [B,C,H,W] float32
-            gamma: share of fresh noise, in [0, 1]; None = the scheduler's own.
-            generator: of the fresh noise, one for all or one for each image.
+            gamma: share of fresh noise, in [0, 1]; None = the scheduler's.
+            generator: for the fresh noise, one for all images or one for each.
         """
         s = self.sigma_next(gamma)
         gamma = self.config.gamma if gamma is None else gamma
