@@ -1,5 +1,7 @@
 """The Frechet distance against closed forms, scipy's matrix square root, and its own symmetries."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -60,6 +62,15 @@ def test_exact_for_fewer_images_than_features(n: int, m: int) -> None:
     assert frechet_distance(statistics(x), statistics(y)) == pytest.approx(float(expected), rel=1e-9)
 
 
+def test_covariances_rounded_to_float32_without_full_rank() -> None:
+    """Noise of 1e-7 stands where zeros were: pivots of Cholesky's that are noise would blow up."""
+    a, b = statistics(normal(12, 40)), statistics(2 * normal(25, 40, seed=1))
+    rounded = [GaussianStatistics(g.mean, g.covariance.float().double(), g.n) for g in (a, b)]
+    assert frechet_distance(*rounded) == pytest.approx(frechet_distance(a, b), rel=1e-3)
+    L = torch.from_numpy(frechet.factor(rounded[0].covariance.numpy()))
+    torch.testing.assert_close(L @ L.T, a.covariance, rtol=0, atol=1e-6)
+
+
 def test_exact_for_planes_that_share_a_line() -> None:
     """Where neither plane holds the other, only what they share crosses."""
     basis = torch.linalg.qr(normal(40, 3, seed=3))[0]
@@ -100,6 +111,12 @@ def test_statistics_are_numpys_in_any_batches(offset: float, monkeypatch: pytest
     np.testing.assert_allclose(found.mean, features.numpy().mean(0), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(statistics(features).covariance, found.covariance, rtol=1e-9, atol=1e-9)
+
+
+def test_features_that_are_not_finite_give_nan() -> None:
+    features = normal(20, 3)
+    features[4, 1] = torch.nan
+    assert math.isnan(frechet_distance(statistics(features), statistics(normal(20, 3))))
 
 
 def test_one_image_has_no_covariance() -> None:

@@ -92,8 +92,9 @@ def test_pickles_of_every_protocol(tmp_path: Path, protocol: int) -> None:
     assert found.n == 5
 
 
-def test_float32_statistics_are_read(tmp_path: Path) -> None:
-    x = np.random.default_rng(0).standard_normal((50, 20)).astype(np.float32)
+@pytest.mark.parametrize("images", [50, 12])
+def test_float32_statistics_are_read(tmp_path: Path, images: int) -> None:
+    x = np.random.default_rng(0).standard_normal((images, 20)).astype(np.float32)
     np.savez(tmp_path / "ref.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False).astype(np.float32))
     assert open_statistics(tmp_path / "ref.npz").spaces["inception"].gaussian.covariance.dtype == torch.float64
 
