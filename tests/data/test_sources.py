@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import struct
 import tarfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from picture_files import (
 from PIL import Image
 
 from edmdistill.data import tar_files
+from edmdistill.data.datasets import open_dataset
 from edmdistill.data.prepare import prepare_data
 from edmdistill.errors import DatasetError
 
@@ -303,3 +305,12 @@ def test_options_that_a_source_does_not_have(tmp_path: Path) -> None:
     (tmp_path / "cifar.tar").write_bytes(tar_bytes(cifar10(1, 4)[0]))
     with pytest.raises(DatasetError, match="leave --labels out"):
         prepared(tmp_path / "cifar.tar", labels="folders")
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/set"
+    for name in (b"a\xff", b"line\nbreak"):
+        os.makedirs(folder + b"/" + name)
+        Path(os.fsdecode(folder + b"/" + name)).joinpath("x.png").write_bytes(encoded(0, 8, 8))
+    assert prepared(tmp_path / "set")[1:] == ([0, 1], [r"a\udcff", r"line\nbreak"])
+    assert open_dataset(tmp_path / "out.zip").label_dim == 2
