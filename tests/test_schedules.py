@@ -8,6 +8,7 @@ import torch
 from edmdistill.draws import Draws
 from edmdistill.schedules import (
     cosim_sigmas,
+    ctm_indices,
     edm_curve,
     edm_index,
     edm_sigmas,
@@ -109,3 +110,36 @@ def test_start_first_sigmas() -> None:
     ratio = r_s / r_t
     assert float(ratio.mean()) == pytest.approx(1 / 2, abs=0.01)
     assert float(ratio.var()) == pytest.approx(1 / 24, abs=0.002), "of the mean of two uniform numbers"
+
+
+@pytest.mark.parametrize("most", [5, 17])
+@pytest.mark.parametrize("sampling", ["official", "paper"])
+@pytest.mark.parametrize("matching", ["soft", "local", "global"])
+def test_indices(sampling: str, matching: str, most: int) -> None:
+    size, shares = 2000, []
+    for seed in range(20):
+        t, s, u, steps = ctm_indices(
+            Draws(seed, size), 18, max_steps=most, sampling=sampling, matching=matching, one_step_share=0.1
+        )
+        assert ((t >= 0) & (t < u) & (u <= s) & (s <= 17)).all()
+        assert ((u - t) <= steps).all()
+        assert steps <= most
+        if matching == "local":
+            assert (u == t + 1).all()
+        if matching == "global":
+            assert (u == torch.minimum(s, t + most)).all()
+        if matching == "soft" and sampling == "official":
+            assert (u == t + steps).all()
+        shares.append(((t == 0) & (s == 17)).double().mean())
+    assert 0.09 < torch.stack(shares).mean() < (0.2 if most == 5 else 0.6)  # a k of 17 is the whole way for all
+
+
+def test_k_is_shared_by_the_batch_and_has_probability_proportional_to_it() -> None:
+    counts = torch.zeros(18, dtype=torch.float64)
+    for seed in range(3000):
+        whole_batch = ctm_indices(Draws(seed, 4), 18, max_steps=17)[3]
+        half_batch = ctm_indices(Draws(seed, 4, slice(2, 4)), 18, max_steps=17)[3]
+        assert whole_batch == half_batch
+        counts[whole_batch] += 1
+    k = torch.arange(18, dtype=torch.float64)
+    torch.testing.assert_close(counts / 3000, k / k.sum(), rtol=0, atol=0.02)

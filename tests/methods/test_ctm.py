@@ -14,8 +14,7 @@ from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.ctm import CTM, CTMConfig
 from edmdistill.methods.solver import follow_flow, heun_step
 from edmdistill.methods.weighting import gradient_balance
-from edmdistill.networks.surgery.last_layer import watched
-from edmdistill.schedules import ctm_indices, edm_sigmas
+from edmdistill.schedules import edm_sigmas
 from edmdistill.trigflow import cos_sin, sigma_to_time
 
 Make = Callable[..., Any]
@@ -169,39 +168,6 @@ def test_the_denoising_loss_teaches_the_denoiser(noise: NoiseRange) -> None:
     torch.testing.assert_close(weighted, score(true_generator), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("most", [5, 17])
-@pytest.mark.parametrize("sampling", ["official", "paper"])
-@pytest.mark.parametrize("matching", ["soft", "local", "global"])
-def test_indices(sampling: str, matching: str, most: int) -> None:
-    size, shares = 2000, []
-    for seed in range(20):
-        t, s, u, steps = ctm_indices(
-            Draws(seed, size), 18, max_steps=most, sampling=sampling, matching=matching, one_step_share=0.1
-        )
-        assert ((t >= 0) & (t < u) & (u <= s) & (s <= 17)).all()
-        assert ((u - t) <= steps).all()
-        assert steps <= most
-        if matching == "local":
-            assert (u == t + 1).all()
-        if matching == "global":
-            assert (u == torch.minimum(s, t + most)).all()
-        if matching == "soft" and sampling == "official":
-            assert (u == t + steps).all()
-        shares.append(((t == 0) & (s == 17)).double().mean())
-    assert 0.09 < torch.stack(shares).mean() < (0.2 if most == 5 else 0.6)  # a k of 17 is the whole way for all
-
-
-def test_k_is_shared_by_the_batch_and_has_probability_proportional_to_it() -> None:
-    counts = torch.zeros(18, dtype=torch.float64)
-    for seed in range(3000):
-        whole_batch = ctm_indices(Draws(seed, 4), 18, max_steps=17)[3]
-        half_batch = ctm_indices(Draws(seed, 4, slice(2, 4)), 18, max_steps=17)[3]
-        assert whole_batch == half_batch
-        counts[whole_batch] += 1
-    k = torch.arange(18, dtype=torch.float64)
-    torch.testing.assert_close(counts / 3000, k / k.sum(), rtol=0, atol=0.02)
-
-
 def test_balanced_losses_have_equal_gradients_in_the_last_layer(
     tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
 ) -> None:
@@ -235,19 +201,3 @@ def test_roles_by_option() -> None:
     assert CTM.roles_for(CTMConfig(mu=0.5))["target"].ema_of == ("generator", 0.5)
     with pytest.raises(ValueError, match="lpips = FILE go together"):
         CTMConfig(distance="lpips")
-
-
-def test_the_last_layers_gradient_is_autograds() -> None:
-    """For losses that depend on two calls or on one of them; the layer's own gradient stays empty."""
-    torch.manual_seed(0)
-    layer = torch.nn.Conv2d(3, 2, 3, dtype=torch.float64)
-    x = torch.randn(2, 4, 3, 6, 6, dtype=torch.float64)
-    with watched(layer) as last:
-        one, two = layer(x[0]).tanh(), layer(x[1]).sin()
-        layer(x[1])
-    for loss in (one.square().sum() + two.sum(), two.sum()):
-        (expected,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
-        torch.testing.assert_close(last.gradient(loss), expected.flatten(), rtol=1e-12, atol=1e-12)
-    assert layer.weight.grad is None
-    layer(x[0])
-    assert len(last.calls) == 3

@@ -1,0 +1,21 @@
+"""What is read from the last layer."""
+
+import torch
+
+from edmdistill.networks.surgery.last_layer import watched
+
+
+def test_the_last_layers_gradient_is_autograds() -> None:
+    """For losses that depend on two calls or on one of them; the layer's own gradient stays empty."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 2, 3, dtype=torch.float64)
+    x = torch.randn(2, 4, 3, 6, 6, dtype=torch.float64)
+    with watched(layer) as last:
+        one, two = layer(x[0]).tanh(), layer(x[1]).sin()
+        layer(x[1])
+    for loss in (one.square().sum() + two.sum(), two.sum()):
+        (expected,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+        torch.testing.assert_close(last.gradient(loss), expected.flatten(), rtol=1e-12, atol=1e-12)
+    assert layer.weight.grad is None
+    layer(x[0])
+    assert len(last.calls) == 3
