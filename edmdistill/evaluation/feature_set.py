@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import combinations_with_replacement, product
 from typing import ClassVar
 
@@ -16,8 +17,8 @@ from edmdistill.progress import progress_bar
 
 TILE = 2048
 """Rows and columns of the distances that are in memory at a time, in float64: 34 MB."""
-TIE = 1e-9
-"""Squared distances that differ by less, relative to the radius, are equal: rounding decides no tie."""
+TIE = 1e-13
+"""Squared distances that differ by less, relative to the largest squared norm, are equal: rounding decides no tie."""
 
 
 class FeatureSet:
@@ -33,6 +34,11 @@ class FeatureSet:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @cached_property
+    def largest_square(self) -> float:
+        """The largest squared norm of a feature."""
+        return max(float(self.values[rows].double().square().sum(1).amax()) for rows in _tiles(len(self)))
 
     def squared_radii(self, k: int) -> Tensor:
         """Returns the squared distance of each feature to its k-th nearest other one, computed once.  float64 [N]
@@ -110,7 +116,8 @@ def count_inside(centers: FeatureSet, k: int, points: FeatureSet, *, border: boo
         border: whether a point on the border of a ball is in it.
     Returns: the number of balls that each point is in, int64 [M]; the number of points in each ball, int64 [N].
     """
-    bounds = centers.squared_radii(k)[:, None] * (1 + TIE if border else 1 - TIE)
+    tie = TIE * max(centers.largest_square, points.largest_square)
+    bounds = centers.squared_radii(k)[:, None] + (tie if border else -tie)
     balls, members = torch.zeros(len(points), dtype=torch.int64), torch.zeros(len(centers), dtype=torch.int64)
     for rows, columns in _shown(list(product(_tiles(len(centers)), _tiles(len(points))))):
         distances = squared_distances(centers.values[rows].double(), points.values[columns].double())

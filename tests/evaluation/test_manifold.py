@@ -58,6 +58,14 @@ def test_a_border_is_inside_for_precision_and_outside_for_density() -> None:
     assert density_coverage(real, generated, k=1) == (0.5, 0.5)
 
 
+def test_copies_have_balls_of_radius_zero() -> None:
+    """Which hold the copies themselves, on their border."""
+    real = normal(1, 50).expand(9, 50)
+    assert precision_recall(real, real[:5]) == (1.0, 1.0)
+    assert precision_recall(real, real[:5] + 1e-3) == (0.0, 0.0)
+    assert density_coverage(real, real[:5]) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_a_set_covers_itself_with_density_one(small_tiles: None, offset: float) -> None:
     """Each ball holds its center and k - 1 others, and the k-th lies on its border, whatever the rounding."""
