@@ -86,7 +86,7 @@ class MeasurementOptions:
         """Returns the arguments of `evaluate` for networks and images alike."""
         pairs = (text.partition("=") for text in self.weights if "=" in text)
         return {
-            "metrics": None if self.metrics is None else self.metrics.split(","),
+            "metrics": None if self.metrics is None else [name.strip() for name in self.metrics.split(",")],
             "weights": {name: file for name, _, file in pairs},
             "batch": self.batch,
             "device": device,

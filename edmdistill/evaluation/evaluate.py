@@ -17,9 +17,10 @@ from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.load import tensors_digest
 from edmdistill.data.datasets import Dataset
-from edmdistill.errors import DatasetError, EdmDistillError, without_secrets
+from edmdistill.errors import EdmDistillError, without_secrets
+from edmdistill.evaluation.checks import choose_seeds, measurable, require_fit, require_options
 from edmdistill.evaluation.images import Images, open_images, sampled_images
-from edmdistill.evaluation.metrics import FoundMetric, find_metric, metric_label
+from edmdistill.evaluation.metrics import find_metric, metric_label
 from edmdistill.evaluation.panel import Panel, collect_reference
 from edmdistill.evaluation.protocol import Protocol, get_protocol, open_reference
 from edmdistill.evaluation.references import Statistics
@@ -84,10 +85,12 @@ def evaluate(
     """
     standard = get_protocol(protocol)
     data = open_reference(reference, standard)
-    wanted = [find_metric(name, str(standard.features)) for name in metrics or standard.metrics]
+    named = metrics or standard.metrics
+    wanted = list(dict.fromkeys(find_metric(name, str(standard.features)) for name in named))
+    require_options(sampler, weights, wanted)
     if isinstance(model_or_images, Generator | Denoiser):
         classes = any("labels" in one.metric.needs for one in wanted)
-        chosen = _choose_seeds(seeds, repeat, standard)
+        chosen = choose_seeds(seeds, repeat, standard)
         subject = _samples(model_or_images, sampler, chosen, decode, standard, batch, with_classes=classes)
     elif sampler != SamplerSpec() or seeds is not None or repeat > 1:
         raise EdmDistillError(
@@ -97,8 +100,8 @@ def evaluate(
         given, label_dim = model_or_images, getattr(data, "label_dim", 0)
         subject = _Subject(given if isinstance(given, Images) else open_images(given, label_dim))
     images = subject.images
-    _require_fit(images, data, standard, repeat)
-    found = _measurable(wanted, images, required=metrics is not None)
+    require_fit(images, data, standard, repeat)
+    found = measurable(wanted, images, required=metrics is not None)
     files = tuple(sorted((name, str(file)) for name, file in weights.items()))
     panel = Panel(found, files, str(device), batch, work, processes)
     done = replace(
@@ -193,16 +196,6 @@ class _Task(NamedTuple):
         )
 
 
-def _choose_seeds(seeds: Sequence[int] | None, repeat: int, standard: Protocol) -> Sequence[int]:
-    """Returns the seeds of all repetitions.  Raises EdmDistillError unless they follow one another."""
-    chosen = range(standard.n) if seeds is None else seeds
-    if repeat == 1:
-        return chosen
-    if list(chosen) != list(range(chosen[0], chosen[0] + len(chosen))):
-        raise EdmDistillError(f"seeds {format_seeds(chosen)[:80]} cannot be repeated: consecutive ones can")
-    return range(chosen[0], chosen[0] + repeat * len(chosen))
-
-
 def _samples(
     model: Generator | Denoiser,
     sampler: SamplerSpec,
@@ -221,35 +214,6 @@ def _samples(
         model, sampler, seeds, decode, labels=standard.labels, with_classes=with_classes, batch=batch
     )
     return _Subject(images, model, sampler, record)
-
-
-def _measurable(wanted: Sequence[FoundMetric], images: Images, *, required: bool) -> tuple[FoundMetric, ...]:
-    """Returns the metrics that can be measured: those that need classes take known ones.
-
-    Args:
-        required: whether they were asked for by name.
-    Raises: EdmDistillError: one that was asked for needs classes.
-    """
-    found = tuple(one for one in wanted if images.classes is not None or "labels" not in one.metric.needs)
-    if (missing := [one.name for one in wanted if one not in found]) and (required or not found):
-        raise EdmDistillError(f"{missing[0]} needs images whose classes are known: leave it out")
-    return found
-
-
-def _require_fit(images: Images, data: Dataset | Statistics, standard: Protocol, repeat: int) -> None:
-    """Raises DatasetError unless the images have the size of the reference's, if it is known, and are two or more."""
-    if isinstance(data, Dataset):
-        size = (data.img_channels, data.img_resolution, data.img_resolution)
-        if images.size != size:
-            raise DatasetError(
-                f"the images are {'x'.join(map(str, images.size))}, but those of the reference {data.name} are "
-                f"{'x'.join(map(str, size))}, and nothing is resized; choose a reference of that size"
-            )
-    if images.count < 2 * repeat:
-        raise DatasetError(
-            f"a covariance needs at least two images, but there is only {images.count // repeat}; the protocol uses "
-            f"{standard.n}"
-        )
 
 
 def provenance(

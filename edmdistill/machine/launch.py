@@ -41,7 +41,8 @@ FORWARDED_SIGNALS: dict[int, int] = {
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 RESUME = "run the same command again to resume from the last state"
 HINTS: dict[int, str] = {
-    signal.SIGKILL: ", probably because memory ran out (use a smaller --micro-batch or fewer --workers)",
+    signal.SIGKILL: ", probably because memory ran out (use a smaller --micro-batch in training, a smaller --batch in "
+    "other commands, or fewer --workers)",
     signal.SIGBUS: ", probably because /dev/shm is full (use fewer --workers)",
 }
 PR_SET_PDEATHSIG = 1
@@ -124,7 +125,7 @@ def init_from_environment(environ: MutableMapping[str, str] = os.environ) -> Non
     if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_ADDR" in environ and not by_mpi:
         raise TrainingError(
             "accelerate launch starts only one process with --cpu or without --multi_gpu, whatever --num_processes "
-            "says: use edmdistill train --processes N, or torchrun"
+            "says: use --processes N, or torchrun"
         )
     if _slurm_tasks(environ) > 1:
         environ.update(_slurm_world(environ))

@@ -1,0 +1,66 @@
+"""What an evaluation refuses before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from edmdistill.data.datasets import Dataset
+from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.evaluation.images import Images
+from edmdistill.evaluation.metrics import FoundMetric
+from edmdistill.evaluation.protocol import Protocol
+from edmdistill.evaluation.references import Statistics
+from edmdistill.sampling.seeds import format_seeds
+from edmdistill.sampling.spec import SamplerSpec
+
+
+def choose_seeds(seeds: Sequence[int] | None, repeat: int, standard: Protocol) -> Sequence[int]:
+    """Returns the seeds of all repetitions.  Raises EdmDistillError unless they follow one another."""
+    chosen = range(standard.n) if seeds is None else seeds
+    if repeat == 1:
+        return chosen
+    if list(chosen) != list(range(chosen[0], chosen[0] + len(chosen))):
+        raise EdmDistillError(f"seeds {format_seeds(chosen)[:80]} cannot be repeated: consecutive ones can")
+    return range(chosen[0], chosen[0] + repeat * len(chosen))
+
+
+def require_options(sampler: SamplerSpec, weights: Mapping[str, object], wanted: Sequence[FoundMetric]) -> None:
+    """Raises EdmDistillError for a picture to start from, and for weights of a feature space that no metric reads."""
+    if sampler.reference is not None:
+        raise EdmDistillError("the samples that are measured start from noise: leave the sampler's reference out")
+    spaces = list(dict.fromkeys(one.features for one in wanted))
+    for name in weights:
+        if name not in spaces:
+            raise EdmDistillError(
+                f"weights of {name} were given, but the metrics are measured in {', '.join(spaces)}: leave them out, "
+                "or name one of these"
+            )
+
+
+def measurable(wanted: Sequence[FoundMetric], images: Images, *, required: bool) -> tuple[FoundMetric, ...]:
+    """Returns the metrics that can be measured: those that need classes take known ones.
+
+    Args:
+        required: whether they were asked for by name.
+    Raises: EdmDistillError: one that was asked for needs classes.
+    """
+    found = tuple(one for one in wanted if images.classes is not None or "labels" not in one.metric.needs)
+    if (missing := [one.name for one in wanted if one not in found]) and (required or not found):
+        raise EdmDistillError(f"{missing[0]} needs images whose classes are known: leave it out")
+    return found
+
+
+def require_fit(images: Images, data: Dataset | Statistics, standard: Protocol, repeat: int) -> None:
+    """Raises DatasetError unless the images have the size of the reference's, if it is known, and are two or more."""
+    if isinstance(data, Dataset):
+        size = (data.img_channels, data.img_resolution, data.img_resolution)
+        if images.size != size:
+            raise DatasetError(
+                f"the images are {'x'.join(map(str, images.size))}, but those of the reference {data.name} are "
+                f"{'x'.join(map(str, size))}, and nothing is resized; choose a reference of that size"
+            )
+    if images.count < 2 * repeat:
+        raise DatasetError(
+            f"a covariance needs at least two images, but there is only {images.count // repeat}; the protocol uses "
+            f"{standard.n}"
+        )
