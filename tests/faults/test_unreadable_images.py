@@ -272,7 +272,7 @@ def test_eval_of_images(tmp_path: Path) -> None:
     code, table, said = run()
     assert (code, "4 images against ref.zip" in table) == (0, True)
     assert "left out 1 file: hidden (.ipynb_checkpoints/000000-checkpoint.png)." in said
-    for options in (["--n", "2"], ["--seeds", "0-1"], ["--nfe", "2"], ["--guidance", "2"], ["--t", "80"]):
+    for options in (["--seeds", "0-1"], ["--nfe", "2"], ["--guidance", "2"], ["--t", "80"]):
         code, table, said = run(*options)
         assert (code, table) == (2, "")
         assert f"{options[0]} says how a network is sampled, but {folder} holds images" in said
