@@ -86,7 +86,7 @@ def command(
     Each value equals that of `eval` with these options: the seeds are the same. After Ctrl-C or a kill, the same
     command goes on.
     """
-    if bool(nfes) == bool(sampler.times):
+    if not nfes and not sampler.times:
         raise click.UsageError("A sweep is over numbers of evaluations or schedules: give --nfe or --t.")
 
     from edmdistill.atomic import atomic_write
