@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import torch
-from msgspec import Meta, Struct
 from torch import Tensor
 
 from edmdistill.atomic import sha256_file
@@ -23,42 +22,16 @@ from edmdistill.checkpoints.encoder import STABLE_DIFFUSION, Range, Statistics
 from edmdistill.checkpoints.hub_client import REPOSITORY, cached_from_hub, download_from_hub
 from edmdistill.checkpoints.layout import VAE_FILES
 from edmdistill.checkpoints.store import fill, load_tensors
+from edmdistill.checkpoints.vae_architecture import Architecture, read_architecture
 from edmdistill.errors import CheckpointError
 
 CONFIG, WEIGHTS = VAE_FILES
 SUBFOLDER = "vae"
 """Of a diffusers pipeline, which may be named in place of its VAE."""
-CONFIG_BYTES = 2**20
 BATCH = 8
 """Images at a time, as in EDM2's code; halved where memory runs out."""
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Of the attention's layers in files that old versions of diffusers wrote, sd-vae-ft-mse among them."""
-
-Channels = Annotated[int, Meta(ge=1, le=65536)]
-Level = Annotated[str, Meta(max_length=100)]
-Levels = Annotated[tuple[Level, ...], Meta(min_length=1, max_length=8)]
-
-
-class Architecture(Struct, frozen=True, kw_only=True):
-    """What the config.json of an AutoencoderKL must say, in bounds; other keys are ignored."""
-
-    class_name: str = msgspec.field(name="_class_name")
-    in_channels: Channels = 3
-    out_channels: Channels = 3
-    latent_channels: Channels = 4
-    down_block_types: Levels = ("DownEncoderBlock2D",)
-    up_block_types: Levels = ("UpDecoderBlock2D",)
-    block_out_channels: Annotated[tuple[Channels, ...], Meta(min_length=1, max_length=8)] = (64,)
-    layers_per_block: Annotated[int, Meta(ge=1, le=16)] = 1
-    act_fn: Level = "silu"
-    norm_num_groups: Channels = 32
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
-    scaling_factor: Annotated[float, Meta(gt=0)] = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -186,7 +159,7 @@ def read_vae(
         raise CheckpointError(
             f"there is no VAE {name}: give a folder with {CONFIG} and {WEIGHTS}, or owner/name of the Hub"
         )
-    architecture = _read_architecture(folder)
+    architecture = read_architecture(folder)
     arguments = msgspec.structs.asdict(architecture)
     del arguments["class_name"]
     try:
@@ -227,24 +200,3 @@ def _autoencoder() -> Any:
             f"a VAE needs {error.name or 'diffusers'}, which is not installed: pip install 'edmdistill[latent]'"
         ) from error
     return AutoencoderKL
-
-
-def _read_architecture(folder: Path) -> Architecture:
-    """Raises: CheckpointError: the folder's config.json is missing, or is not that of an AutoencoderKL."""
-    path = folder / CONFIG
-    try:
-        if not path.is_file() or path.stat().st_size > CONFIG_BYTES:
-            raise ValueError(f"it is not a file of at most {CONFIG_BYTES >> 20} MiB")
-        config = msgspec.json.decode(path.read_bytes(), type=Architecture)
-        if config.class_name != "AutoencoderKL":
-            raise ValueError(f"it describes {config.class_name[:60]!r}, not an AutoencoderKL")
-        if config.in_channels != 3 or config.out_channels != 3:
-            raise ValueError(f"its images have {config.in_channels} channels and not 3")
-        if not len(config.block_out_channels) == len(config.down_block_types) == len(config.up_block_types):
-            raise ValueError("block_out_channels, down_block_types and up_block_types differ in length")
-        for statistics in (config.latents_mean, config.latents_std):
-            if statistics is not None and len(statistics) != config.latent_channels:
-                raise ValueError(f"latents_mean or latents_std is not of {config.latent_channels} channels")
-    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise CheckpointError(f"{folder} is not a VAE of diffusers: {CONFIG} cannot be used ({error})") from error
-    return config

@@ -23,6 +23,7 @@ from edmdistill.cli.options import OutputPath, errors_once, interruptible, say
     show_default=True,
     help="Of the pixels that the VAE sees: [0, 1], as EDM2's teachers expect, or sCM's [-1, 1].",
 )
+@click.option("--overwrite", is_flag=True, help="Replace OUT.zip, or one that was begun with other options.")
 @click.option("--xflip", is_flag=True, help="Encode every image mirrored, too.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the VAE.")
 @click.option("--batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images at a time, at most.")
@@ -33,6 +34,7 @@ def command(
     out: Path,
     vae: str,
     pixels: Literal["edm2", "scm"],
+    overwrite: bool,
     xflip: bool,
     dtype: str,
     batch: int,
@@ -65,7 +67,7 @@ def command(
         data = open_dataset(images, xflip=xflip)
         encoder = read_vae(vae, where, precision, download=True)
         encoder.batch = batch
-        job = EncodeJob(data, encoder, pixels, out, rank, world)
+        job = EncodeJob(data, encoder, pixels, out, rank, world, overwrite=overwrite)
     tell = say if rank == 0 else lambda sentence: None
     for note in data.notes:
         tell(note)

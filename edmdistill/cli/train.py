@@ -122,6 +122,7 @@ def command(
 
 def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tuple[str, ...], dry_run: bool) -> None:
     """Trains, with a progress bar and sentences on stderr, from the main process alone."""
+    from edmdistill.checkpoints.encoder import vae_words
     from edmdistill.training.run_dir import check_run
     from edmdistill.training.session import train
 
@@ -147,7 +148,8 @@ def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tupl
     steps = run.recipe.sampling.nfe
     nfe = 2 if 2 in steps else steps[0]
     tell(f"The {run.method.product} of {outcome.images:,} images is in {run_dir / 'generator'}. To draw from it:")
-    tell(f"  edmdistill sample {run_dir} --nfe {nfe} --seeds 0-63 --out {run_dir / 'images'}")
+    decoding = "".join(f" {word}" for word in vae_words(run.config.encoder))
+    tell(f"  edmdistill sample {run_dir} --nfe {nfe} --seeds 0-63{decoding} --out {run_dir / 'images'}")
 
 
 def _introduction(run: "Run", what: str, run_dir: Path) -> Iterator[str]:

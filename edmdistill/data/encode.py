@@ -43,13 +43,22 @@ class EncodeJob:
         pixel_range: of the pixels that the VAE sees.
         out: the zip.
         rank, processes: this process, and how many write the zip.
+        overwrite: see LatentZip.
     Attributes:
         zip: what is written, and what is missing.
     Raises: DatasetError: the images do not fit the VAE, or the zip cannot be written.
     """
 
     def __init__(
-        self, images: Dataset, vae: Vae, pixel_range: Range, out: Path, rank: int = 0, processes: int = 1
+        self,
+        images: Dataset,
+        vae: Vae,
+        pixel_range: Range,
+        out: Path,
+        rank: int = 0,
+        processes: int = 1,
+        *,
+        overwrite: bool = False,
     ) -> None:
         size = images.img_resolution
         if images.latent:
@@ -69,7 +78,7 @@ class EncodeJob:
             "xflip": images.xflip,
         }
         latents = 2 * vae.channels, size // vae.factor, size // vae.factor
-        self.zip = LatentZip(out, request, len(images), latents, main=rank == 0)
+        self.zip = LatentZip(out, request, len(images), latents, main=rank == 0, overwrite=overwrite)
 
     def encode(self, on_progress: Callable[[int], object] | None = None) -> None:
         """Encodes this process's chunks that are not there yet.
@@ -100,7 +109,7 @@ class EncodeJob:
         Raises: DatasetError: the disk refuses.
         """
         with suppress(FileNotFoundError), self.zip.alone():
-            if self.zip.written == len(self.images) and not self.zip.out.exists():
+            if self.zip.written == len(self.images) and not self.zip.is_complete():
                 first = np.stack([self.zip.read(i) for i in range(min(MEASURED, len(self.images)))])
                 measured = channel_statistics(torch.from_numpy(first))
                 self.zip.finish(self._document(measured))
@@ -158,7 +167,7 @@ def compare_statistics(measured: Statistics, declared: Statistics, images: int) 
     ]
     if far_off(measured, declared):
         lines.append(
-            "These differ much: for a teacher with the declared statistics, check the VAE, --range and the images; a "
-            "network that is trained from scratch takes the measured ones."
+            "They differ much: if a teacher was trained with the declared ones, check the VAE, --range and the images; "
+            "a network trained from scratch is scaled by the measured ones."
         )
     return lines

@@ -46,13 +46,21 @@ class LatentZip:
         count: N.
         shape: of each image's moments, (2C, h, w).
         main: whether this is the main process, of which a zip has one at a time.
+        overwrite: replace another zip when this one is complete, and parts of another request now.
     Attributes:
         finished: whether the zip is there, whole.
     Raises: DatasetError: something else is at `out`, or beside it, or cannot be written.
     """
 
     def __init__(
-        self, out: Path, request: Mapping[str, Any], count: int, shape: Sequence[int], *, main: bool = True
+        self,
+        out: Path,
+        request: Mapping[str, Any],
+        count: int,
+        shape: Sequence[int],
+        *,
+        main: bool = True,
+        overwrite: bool = False,
     ) -> None:
         if not 0 < count <= MOST:
             raise DatasetError(f"{count:,} images are too many for one set of latents, which holds {MOST:,}: split it")
@@ -66,9 +74,19 @@ class LatentZip:
         self._size = len(self._header) + 4 * int(np.prod(self.shape))
         self._stride = len(self._info(0).FileHeader(zip64=False)) + self._size
         self._writer: int | None = None
-        self.finished = self._is_finished()
-        if not self.finished:
-            self._open(main)
+        self.finished = self.is_complete()
+        if self.finished:
+            shutil.rmtree(self.folder, ignore_errors=True)  # left by a kill just after the zip was complete
+            return
+        if out.exists() and not overwrite:
+            raise DatasetError(
+                f"{out} already exists and holds something else: choose another name, or add --overwrite"
+            )
+        self._open(main, overwrite)
+
+    def is_complete(self) -> bool:
+        """Returns whether the zip of this request is there."""
+        return self.out.exists() and read_request(self.out) == self.request
 
     @property
     def written(self) -> int:
@@ -145,16 +163,7 @@ class LatentZip:
         info.CRC, info.file_size, info.compress_size = crc, self._size, self._size
         return info
 
-    def _is_finished(self) -> bool:
-        """Returns whether the zip is there.  Raises: DatasetError: something else is."""
-        if not self.out.exists():
-            return False
-        if read_request(self.out) != self.request:
-            raise DatasetError(f"{self.out} already exists and holds something else: choose another name")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return True
-
-    def _open(self, main: bool) -> None:
+    def _open(self, main: bool, overwrite: bool) -> None:
         """Opens the parts, made if there are none."""
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -162,14 +171,17 @@ class LatentZip:
                 record = self.folder / REQUEST
                 if not record.exists():
                     self._require_room()
-                    with atomic_write(record) as new:
-                        new.write_text(json.dumps(self.request, indent=2) + "\n", encoding="utf-8")
+                    self._write_request()
                 stored = json.loads(record.read_bytes())
-                if stored != self.request:
+                if stored != self.request and overwrite:
+                    for part in (LATENTS, JOURNAL):
+                        (self.folder / part).unlink(missing_ok=True)
+                    self._write_request()
+                elif stored != self.request:
                     keys = [key for key in self.request if stored.get(key) != self.request[key]]
                     raise DatasetError(
                         f"{self.out} was begun with other {' and '.join(keys) or 'options'}: give the same, choose "
-                        f"another name, or remove {self.folder}"
+                        "another name, or add --overwrite"
                     )
                 if main:
                     self._claim()
@@ -181,6 +193,10 @@ class LatentZip:
                     with atomic_write(journal) as new, new.open("wb") as file:
                         os.posix_fallocate(file.fileno(), 0, 8 * self.count)  # so that a full disk is found here
                 self._journal = np.memmap(journal, np.uint64, "r+", shape=(self.count,))
+
+    def _write_request(self) -> None:
+        with atomic_write(self.folder / REQUEST) as new:
+            new.write_text(json.dumps(self.request, indent=2) + "\n", encoding="utf-8")
 
     def _claim(self) -> None:
         """Keeps the lock of the main process until this one ends.  Raises: DatasetError: another command has it."""

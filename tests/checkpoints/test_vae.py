@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from edmdistill.checkpoints import vae as module
 from edmdistill.checkpoints.encoder import STABLE_DIFFUSION
 from edmdistill.checkpoints.vae import CONFIG, WEIGHTS, Vae, find_vae, read_vae
+from edmdistill.checkpoints.vae_architecture import read_architecture
 from edmdistill.errors import CheckpointError, HubError
 
 
@@ -97,7 +98,7 @@ def test_declared_statistics_are_those_of_the_architecture(folder: Path) -> None
     change(folder, latents_mean=[1, 2, 3, 4], latents_std=[5, 6, 7, 8])
     assert read_vae(str(folder)).statistics("scm") == ((1, 2, 3, 4), (5, 6, 7, 8))
     change(folder, block_out_channels=[128, 256, 512, 512])
-    stable = Vae("", folder, module._read_architecture(folder), vae.model)
+    stable = Vae("", folder, read_architecture(folder), vae.model)
     assert [stable.statistics(name) for name in ("edm2", "scm")] == list(STABLE_DIFFUSION.values())
 
 

@@ -32,12 +32,12 @@ def test_encode(golden: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert "Latents of the first 6 images, by channel: mean" in result.stderr
-    assert "These differ much" in result.stderr
+    assert "They differ much" in result.stderr
     assert "a.zip: 6 latents of 2x2 with 4 channels" in result.stderr
     assert open_dataset(tmp_path / "a.zip").class_counts == [4, 2]
     assert "already holds these 6 latents" in CliRunner().invoke(main, arguments).stderr
     refused = CliRunner().invoke(main, [*arguments, "--range", "scm"])
-    assert (refused.exit_code, "already exists and holds something else" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "exists and holds something else" in refused.stderr) == (2, True)
     none = CliRunner().invoke(main, [*arguments[:4], "--vae", str(tmp_path / "nothing")])
     assert (none.exit_code, len(none.stderr.splitlines())) == (2, 1)
 
