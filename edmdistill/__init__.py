@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edmdistill.features.spaces import load_features
     from edmdistill.networks.flow import Denoiser
     from edmdistill.sampling.generate import sample
+    from edmdistill.sampling.spec import SamplerSpec
 
 __version__ = "0.1.0.dev0"
 
@@ -22,6 +23,7 @@ _HOMES = {
     "Denoiser": "edmdistill.networks.flow",
     "EdmDistillError": "edmdistill.errors",
     "Generator": "edmdistill.checkpoints.generator",
+    "SamplerSpec": "edmdistill.sampling.spec",
     "convert": "edmdistill.checkpoints.convert",
     "evaluate": "edmdistill.evaluation.evaluate",
     "load_denoiser": "edmdistill.checkpoints.load",
@@ -34,6 +36,7 @@ __all__ = [
     "Denoiser",
     "EdmDistillError",
     "Generator",
+    "SamplerSpec",
     "__version__",
     "convert",
     "evaluate",

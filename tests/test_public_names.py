@@ -8,7 +8,7 @@ import pytest
 
 import edmdistill
 
-CLASSES = "Denoiser", "EdmDistillError", "Generator"
+CLASSES = "Denoiser", "EdmDistillError", "Generator", "SamplerSpec"
 FUNCTIONS = "convert", "evaluate", "load_denoiser", "load_features", "load_generator", "sample"
 NAMES = sorted([*CLASSES, *FUNCTIONS, "__version__"])
 

@@ -28,8 +28,7 @@ TABLES = {
     "sampling": {"nfe": [1]},
 }
 OPTIONS = {
-    "scd": {"allow_edm_time": True},
-    "sct": {"allow_edm_time": True},
+    **{name: {"allow_edm_time": True} for name in ("fmd", "mean-flow", "scd", "sct")},
     "ctm": {"N": 4, "max_steps": 2, "gan_channels": 8},  # the teacher's steps are most of its time
 }
 """Of a method, beside its name."""

@@ -7,7 +7,7 @@ the ODE's slope at every noise level, so the network must be a teacher or a gene
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -168,38 +168,18 @@ def evaluate_likelihood(
     solve = partial(
         log_likelihood, sigma_min=known.sigma_min, sigma_max=known.sigma_max, tolerance=tolerance, rho=known.rho
     )
-    device, training = next(flow.parameters()).device, model.training
-    digests, bits, evaluations = [], [], []
+    training = model.training
     try:
         model.eval()
-        for rows in batches(range(len(order)), batch):
-            chosen = order[rows.start : rows.stop]
-            pixels = data.images(chosen)
-            digests.append(image_digests(pixels))
-            labels = data.tensors(chosen)[1] if flow.label_dim else None
-            rng = SeededNoise(chosen)
-            x = ((pixels + rng.uniform(pixels.shape[1:]) - 0.5) / HALF - 1).to(device)
-            noise = predict_noise(flow, None if labels is None else labels.to(device))
-            own = []
-            for _ in range(probes):
-                probe = rng.signs(pixels.shape[1:]).to(device)
-                value, calls = solve(noise, x, probe)
-                own.append(math.log2(HALF) - value.cpu() / (x[0].numel() * math.log(2)))
-                evaluations.append(calls.cpu())
-                if on_progress is not None:
-                    on_progress(len(rows))
-            bits.append(torch.stack(own))
+        bits, evaluations, pixels_hash = _measure(flow, data, order, solve, probes, batch, on_progress)
     finally:
         model.train(training)
-    table = torch.cat(bits, 1)  # [probes,N]
-    values = {"nll": table.mean()}
+    values = {"nll": bits.mean()}
     if len(order) > 1:
-        values["nll_image_error"] = table.mean(0).std() / math.sqrt(len(order))
+        values["nll_image_error"] = bits.mean(0).std() / math.sqrt(len(order))
     if probes > 1:
-        values["nll_probe_std"] = table.mean(1).std()
+        values["nll_probe_std"] = bits.mean(1).std()
     suffix = "" if len(order) == len(data) else f"@{len(order)}"
-    size = (data.img_channels, data.img_resolution, data.img_resolution)
-    pixels_hash = pixels_sha256(size, torch.cat(digests))
     protocol = replace(
         LIKELIHOOD,
         reference=Reference(source=Path(data.name).name, split=data.split, n=len(order), sha256=pixels_hash),
@@ -211,9 +191,40 @@ def evaluate_likelihood(
         metrics={name + suffix: float(values[name]) for name in LIKELIHOOD.metrics if name in values},
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
-        sampler=SamplerRecord(solver="rk45", nfe=round(float(torch.cat(evaluations).double().mean()))),
-        provenance=provenance(model, source, device),
+        sampler=SamplerRecord(solver="rk45", nfe=round(float(evaluations.double().mean()))),
+        provenance=provenance(model, source, next(flow.parameters()).device),
     )
+
+
+def _measure(
+    flow: FlowNetwork,
+    data: Dataset,
+    order: Sequence[int],
+    solve: Callable[..., LogLikelihood],
+    probes: int,
+    batch: int,
+    on_progress: Callable[[int], object] | None,
+) -> tuple[Tensor, Tensor, str]:
+    """Returns the bits per dimension [probes,N], the evaluations of each solution [n], and the pixels' sha256."""
+    device, digests, bits, evaluations = next(flow.parameters()).device, [], [], []
+    for rows in batches(range(len(order)), batch):
+        chosen = order[rows.start : rows.stop]
+        pixels = data.images(chosen)
+        digests.append(image_digests(pixels))
+        labels = data.tensors(chosen)[1] if flow.label_dim else None
+        rng = SeededNoise(chosen)
+        x = ((pixels + rng.uniform(pixels.shape[1:]) - 0.5) / HALF - 1).to(device)
+        noise = predict_noise(flow, None if labels is None else labels.to(device))
+        of_batch = []
+        for _ in range(probes):
+            value, calls = solve(noise, x, rng.signs(pixels.shape[1:]).to(device))
+            of_batch.append(math.log2(HALF) - value.cpu() / (x[0].numel() * math.log(2)))
+            evaluations.append(calls.cpu())
+            if on_progress is not None:
+                on_progress(len(rows))
+        bits.append(torch.stack(of_batch))
+    size = (data.img_channels, data.img_resolution, data.img_resolution)
+    return torch.cat(bits, 1), torch.cat(evaluations), pixels_sha256(size, torch.cat(digests))
 
 
 def _check(model: Generator | Denoiser, data: Dataset) -> None:

@@ -19,7 +19,7 @@ class Layer(NamedTuple):
     role: str
     in_channels: int
     out_channels: int
-    attention: bool = False
+    attention: bool
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class UNetLevels(NamedTuple):
         channels = self.channels
         for level, width in enumerate(self.widths):
             resolution = self.img_resolution >> level
-            layers = [Layer(resolution, "down" if level else "conv", channels, channels)]
+            layers = [Layer(resolution, "down" if level else "conv", channels, channels, False)]
             for index in range(self.num_blocks):
                 attention = resolution in self.attn_resolutions
                 layers.append(Layer(resolution, f"block{index}", channels, width, attention))
@@ -71,10 +71,10 @@ class UNetLevels(NamedTuple):
         channels, lowest = skips[-1], len(self.widths) - 1
         for level, width in reversed(list(enumerate(self.widths))):
             resolution = self.img_resolution >> level
-            layers = [Layer(resolution, "up", channels, channels)]
+            layers = [Layer(resolution, "up", channels, channels, False)]
             if level == lowest:
-                entrance = Layer(resolution, "in0", channels, channels, attention=True)
-                layers = [entrance, Layer(resolution, "in1", channels, channels)]
+                entrance = Layer(resolution, "in0", channels, channels, True)
+                layers = [entrance, Layer(resolution, "in1", channels, channels, False)]
             for index in range(self.num_blocks + 1):
                 attention = resolution in self.attn_resolutions and (index == self.num_blocks or not attend_last)
                 layers.append(Layer(resolution, f"block{index}", channels + skips.pop(), width, attention))
