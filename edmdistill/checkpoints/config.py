@@ -35,6 +35,7 @@ CONFIG_BYTES = 16 * 2**20
 
 C_NOISE = {
     "edm": "{c_noise_scale:g} ln(sigma)",
+    "consistency": "{c_noise_scale:g} ln(sigma)",
     "vp": "({M} - 1) t(sigma)",
     "ve": "ln(sigma/2)",
     "iddpm": "{M} - 1 - index(sigma)",

@@ -55,6 +55,26 @@ class ConversionReport(NamedTuple):
         return "\n".join(lines)
 
 
+class GeneratorReport(NamedTuple):
+    """The checkpoint of a published generator that `convert_generator` wrote."""
+
+    path: Path
+    config: CheckpointConfig
+
+    def document(self) -> dict[str, Any]:
+        """Returns the report as msgspec encodes it to JSON."""
+        return {"schema_version": 1, "path": str(self.path), "config": self.config}
+
+    def describe(self, source: str) -> str:
+        """Returns the report as text.  source: as the user named it, printable and without secrets."""
+        config, network = self.config, self.config.network
+        return (
+            f"{source}: {network.kind}, {network.arguments['img_resolution']}x{network.arguments['img_resolution']}, "
+            f"{config.label_dim} classes, a generator by {config.method} that starts at sigma {config.sigma_max:g}.\n"
+            f"{self.path} is written: under {config.provenance.licence}, for sample, eval and compare."
+        )
+
+
 def table(parity: Sequence[ParityRow]) -> str:
     """Returns the parity as text, a line for each noise level, indented as Markdown's code."""
     lines = [f"    {row.sigma:>10.4g} {row.float32:>10.1e} {row.float64:>10.1e}" for row in parity]

@@ -28,7 +28,7 @@ class Statistics(NamedTuple):
 
 
 STABLE_DIFFUSION: Mapping[Range, Statistics] = {
-    "edm2": Statistics(VAE_PARAMETERS["raw_mean"], VAE_PARAMETERS["raw_std"]),  # type: ignore[arg-type]  # a table of all kinds
+    "edm2": Statistics(VAE_PARAMETERS["raw_mean"], VAE_PARAMETERS["raw_std"]),
     "scm": Statistics((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),
 }
 """Of Stable Diffusion's VAE on ImageNet at 512x512.  Source: EDM2, training/encoders.py; sCM, appendix G."""

@@ -84,13 +84,16 @@ class OfficialCheckpoint:
         return {name: stored.tensor() for name, stored in self.stored.items()}
 
 
-def read_official(path: str | Path) -> OfficialCheckpoint:
+def read_official(path: str | Path, *, generator: bool = False) -> OfficialCheckpoint:
     """Reads an official EDM or EDM2 network pickle (.pkl, or gzip of one).  Needs no torch until tensors are asked for.
 
+    Args:
+        generator: a one-step generator is wanted, so a name that says so is no reason to refuse it.
     Raises: CheckpointError: the file cannot be read, is not such a pickle, or is damaged or forged.
     """
     path = Path(path)
-    refuse_by_name(path)
+    if not generator:
+        refuse_by_name(path)
     with downloaded(path):
         return _read(path)
 

@@ -29,6 +29,7 @@ from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS
 
 PRECONDITIONING_CLASSES = {
     "EDMPrecond": "edm",
+    "ECMPrecond": "consistency",
     "VPPrecond": "vp",
     "VEPrecond": "ve",
     "iDDPMPrecond": "iddpm",
@@ -146,4 +147,9 @@ def load_official(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointC
         raise CheckpointError(f"{source.path} {describe_folder(source.path)}.")
     if source.is_archive:
         return read_openai(source.path, source.sha256)
+    if PRECONDITIONING_CLASSES[source.official.preconditioning_class] == "consistency":
+        raise CheckpointError(
+            f"{source.path} is a consistency model of ECT, a few-step generator and not a teacher: to sample and "
+            "measure it, convert it with --generator ect"
+        )
     return build_official(dataclasses.replace(source.official))  # a copy, whose tensors are freed with it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator
+from typing import Any
 
 from edmdistill.pickles import Budget, StandIn, Stateful, Unreadable, empty_dict
 from edmdistill.stored_tensors import NUMPY, Array, StoredTensor, rebuild_tensor
@@ -20,6 +21,7 @@ PRECONDITIONING_PARAMETERS = {
     "VEPrecond": (*_EDM, "sigma_min", "sigma_max", "model_type"),
     "iDDPMPrecond": (*_EDM, "C_1", "C_2", "M", "model_type"),
     "EDMPrecond": (*_EDM, "sigma_min", "sigma_max", "sigma_data", "model_type"),
+    "ECMPrecond": (*_EDM, "sigma_min", "sigma_max", "sigma_data", "model_type"),
     "Precond": (*_EDM, "sigma_data", "logvar_channels"),
 }
 _ADM = (
@@ -34,7 +36,7 @@ NETWORK_PARAMETERS = {
         *("channel_mult_emb", "num_blocks", "attn_resolutions", "label_balance", "concat_balance"),
     ),
 }
-VAE_PARAMETERS = {  # StabilityVAEEncoder's parameters in order, with their defaults
+VAE_PARAMETERS: dict[str, Any] = {  # StabilityVAEEncoder's parameters in order, with their defaults
     "vae_name": "stabilityai/sd-vae-ft-mse",
     "raw_mean": [5.81, 3.25, 0.12, -2.15],
     "raw_std": [4.17, 4.62, 3.71, 3.28],

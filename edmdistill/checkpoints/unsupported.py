@@ -19,11 +19,12 @@ NVIDIA_64 = "NVIDIA's own pickle of that network, edm-imagenet-64x64-cond-adm.pk
 TEACHER = "give the network that it was distilled from"
 _NAMES = (
     (r"(cd|ct)_.+", f"is by its name a consistency model, a one-step generator and not a teacher: {TEACHER}, "
-                    "edm_imagenet64_ema.pt or its like"),
+                    "edm_imagenet64_ema.pt or its like, or convert it with --generator consistency-model to sample it"),
     (r"target_model\d+\.pt", f"is by its name a consistency model, a one-step generator and not a teacher: {TEACHER}"),
     (r"opt\d+\.pt", "is by its name the state of an optimizer: give the ema_*.pt beside it"),
     (r"network-snapshot-\d+\.\d{6}-\d{6,}\.pkl(\.gz)?",
-     f"is by its name a one-step generator of SiD and not a teacher: {TEACHER}"),
+     f"is by its name a one-step generator of SiD and not a teacher: {TEACHER}, or convert it with --generator sid to "
+     "sample it"),
 )  # fmt: skip
 """Patterns of file names, and the part of a sentence that follows the name."""
 _TENSORS = (

@@ -21,6 +21,11 @@ from edmdistill.cli.options import OutputPath, say
     default=None,
     help="With it, use adaptive double normalization.  [default: if the network supports it]",
 )
+@click.option(
+    "--generator",
+    type=click.Choice(["sid", "dmd2", "consistency-model", "ect"]),
+    help="SOURCE is a generator that was published for this method, to be sampled and measured.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 @click.option("--licence", help="Licence of the weights, as the Hub writes it.  [default: their publisher's]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -29,6 +34,7 @@ def command(
     out: Path,
     time_embedding: Literal["positional"] | None,
     double_norm: bool | None,
+    generator: str | None,
     overwrite: bool,
     licence: str | None,
     as_json: bool,
@@ -39,28 +45,40 @@ def command(
     EDM2, whose code is not executed, or OpenAI's edm_imagenet64_ema.pt. OUT becomes a folder with config.json,
     model.safetensors and README.md. Running it again does nothing. With --time-embedding, SOURCE may be such a folder.
     """
+    if generator is not None and (time_embedding is not None or double_norm is not None):
+        raise click.UsageError(
+            "--time-embedding and --double-norm are for teachers, not for --generator: leave them out."
+        )
+
     import msgspec
 
     from edmdistill.checkpoints.source import open_source
     from edmdistill.errors import printable, without_secrets
 
     checkpoint = open_source(source)
-    if checkpoint.path.is_file() and not checkpoint.is_archive:
+    if generator is None and checkpoint.path.is_file() and not checkpoint.is_archive:
         _ = checkpoint.official  # read before torch is imported: a bad file is refused at once
+    from edmdistill.checkpoints.conversion_report import ConversionReport, GeneratorReport
     from edmdistill.checkpoints.convert import convert
     from edmdistill.checkpoints.noise_dependence import generator_warning
+    from edmdistill.checkpoints.published_generators import convert_generator
     from edmdistill.progress import stage_bar
 
+    report: ConversionReport | GeneratorReport
     with stage_bar("converting") as on_progress:
-        report = convert(
-            checkpoint,
-            out,
-            time_embedding=time_embedding,
-            double_norm=double_norm,
-            overwrite=overwrite,
-            licence=licence,
-            on_progress=on_progress,
-        )
+        if generator is None:
+            report = convert(
+                checkpoint,
+                out,
+                time_embedding=time_embedding,
+                double_norm=double_norm,
+                overwrite=overwrite,
+                licence=licence,
+                on_progress=on_progress,
+            )
+        else:
+            on_progress("reading")
+            report = convert_generator(checkpoint, out, generator, overwrite=overwrite, licence=licence)
     warning = generator_warning(report.config.noise_dependence, source)
     if warning is not None:
         say(warning)

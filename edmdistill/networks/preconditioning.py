@@ -113,6 +113,31 @@ class EDM(Preconditioning):
         return 0.0, -1.0, 1 / self.sigma_data, t if self.reads_time else self.c_noise(self.sigma_data * t.tan())
 
 
+@dataclass(frozen=True)
+class ConsistencyBoundary(Preconditioning):
+    """EDM's with the identity at sigma_min in place of 0, as consistency models have it.
+
+    Attributes:
+        c_noise_scale: see EDM.
+    Source: Song et al. 2023 (consistency models), appendix C.
+    """
+
+    c_noise_scale: Annotated[float, Meta(gt=0, le=1e6)] = 0.25
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return self.c_noise_scale * sigma.log()
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        above, scale = sigma - self.sigma_min, (sigma**2 + self.sigma_data**2).sqrt()
+        c_skip = self.sigma_data**2 / (above**2 + self.sigma_data**2)
+        return c_skip, above * self.sigma_data / scale, 1 / scale, self.c_noise(sigma)
+
+    def trigflow(self, t: Tensor) -> Coefficients:
+        cos, sin = t.cos(), t.sin()
+        c_skip, c_out, c_in, c_noise = self.coefficients(self.sigma_data * t.tan())
+        return (cos - c_skip / cos) / (sin * self.sigma_data), -c_out / (sin * self.sigma_data), c_in / cos, c_noise
+
+
 class NoisePrediction(Preconditioning):
     """D = x + sign sigma F_raw(c_in x): the network predicts the noise, up to its sign."""
 
@@ -245,7 +270,13 @@ class IDDPM(NoisePrediction):
         return 1 / (sigma**2 + 1).sqrt()
 
 
-PRECONDITIONINGS: dict[str, type[Preconditioning]] = {"edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM}
+PRECONDITIONINGS: dict[str, type[Preconditioning]] = {
+    "edm": EDM,
+    "vp": VP,
+    "ve": VE,
+    "iddpm": IDDPM,
+    "consistency": ConsistencyBoundary,
+}
 
 
 def make_preconditioning(kind: str, numbers: Mapping[str, object]) -> Preconditioning:

@@ -10,10 +10,14 @@ import torch.nn.functional as f
 from torch import Tensor
 
 from edmdistill.checkpoints.config import NetworkSpec
+from edmdistill.checkpoints.load import load_generator
 from edmdistill.checkpoints.openai import PRECONDITIONING, RESOLUTIONS, UnknownNetwork, read_openai, to_adm
+from edmdistill.checkpoints.published_generators import convert_generator
 from edmdistill.checkpoints.store import build_flow, fill
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser
+from edmdistill.sampling.build import build_sampler
+from edmdistill.sampling.spec import SamplerSpec
 
 Weights = dict[str, Tensor]
 
@@ -246,3 +250,25 @@ def test_other_files_are_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
         read_openai(path, "")
+
+
+@torch.no_grad()
+def test_consistency_models_of_the_same_kind_have_their_boundary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their first step, from sigma 80, by cm/karras_diffusion.py: the network's output under other coefficients."""
+    monkeypatch.setitem(RESOLUTIONS, (1, 2), 8)
+    weights = weights_of()
+    torch.save(weights, tmp_path / "cd_imagenet64_lpips.pt")
+    with pytest.raises(CheckpointError, match="one-step generator and not a teacher"):
+        read_openai(tmp_path / "cd_imagenet64_lpips.pt", "")
+    convert_generator(tmp_path / "cd_imagenet64_lpips.pt", tmp_path / "cd", "consistency-model")
+    generator = load_generator(tmp_path / "cd")
+    assert generator.config.provenance.licence == "mit"
+    noise, labels, sigma = torch.randn(2, 3, 8, 8), torch.tensor([1, 7]), torch.tensor(80.0)
+    x = 80 * noise
+    teacher = openai_denoiser(weights, 1)(x, sigma.expand(2), labels)
+    F = (teacher - x * 0.25 / (6400 + 0.25)) / (40 / (6400 + 0.25) ** 0.5)
+    expected = x * 0.25 / ((80 - 0.002) ** 2 + 0.25) + (80 - 0.002) * 0.5 / (6400 + 0.25) ** 0.5 * F
+    sampler = build_sampler(generator, SamplerSpec(nfe=1))
+    torch.testing.assert_close(sampler.draw(noise, labels, randn_like=torch.randn_like), expected, rtol=1e-3, atol=1e-4)
