@@ -161,17 +161,17 @@ def shared(count: int | None, device: str | None) -> Iterator[Processes]:
         yield ONE_PROCESS
         return
 
-    from edmdistill.machine.engine import Engine, Machine
+    from edmdistill.machine.processes import ProcessGroup
     from edmdistill.progress import set_quiet
 
     if rank:
         set_quiet(True)
-    with errors_once():
-        engine = Engine(Machine(device))
-        try:
-            yield engine
-        finally:
-            engine.close()
+    group = ProcessGroup()
+    try:
+        with errors_once():
+            yield group
+    finally:
+        group.close()
 
 
 def plan_measurements(

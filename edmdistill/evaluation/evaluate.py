@@ -165,7 +165,9 @@ class _Task(NamedTuple):
             processes.any_process(False)
         else:
             on_progress(self.subject.images.count)
-        return read_results([file])[0]
+        result = read_results([file])[0]
+        processes.any_process(False)  # the main process may remove the file when all have read it
+        return result
 
     def run(self, on_progress: Callable[[int], object], folder: Path | None = None) -> Result:
         """Returns the result; on other processes than the main one, without metrics.

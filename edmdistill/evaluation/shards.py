@@ -229,8 +229,7 @@ def _read(folder: Path, count: int, batch: int) -> Iterator[MeasuredBatch]:
         except CheckpointError as error:
             raise EdmDistillError(f"{error} Remove it and give the same command again.") from error
         for piece in batches(range(max(at, rows.start), rows.stop), batch):
-            yield (
-                piece,
-                {name: array[piece.start - rows.start : piece.stop - rows.start] for name, array in arrays.items()},
-            )
+            part = slice(piece.start - rows.start, piece.stop - rows.start)
+            # In memory of its own: where a file has put numbers, sums may round otherwise.
+            yield piece, {name: array[part].clone() for name, array in arrays.items()}
         at = max(at, rows.stop)

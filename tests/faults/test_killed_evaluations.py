@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_generator import tiny_generator
 
+from edmdistill.machine.launch import LAUNCHER
+
 SCRIPT = """
 import sys
 from edmdistill.cli import main
@@ -87,3 +89,31 @@ def test_interrupted_on_two_processes_and_resumed_on_one(source: Path, tmp_path:
     assert metrics(start(source, tmp_path / "two.json"), tmp_path / "two.json") == whole
     again = start(source, tmp_path / "both.json", "--processes", 2)
     assert metrics(again, tmp_path / "both.json") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_of_two_processes_dies(source: Path, tmp_path: Path) -> None:
+    process = start(source, tmp_path / "two.json", "--processes", 2)
+    while process.poll() is None and files(tmp_path / "work") < 3:
+        time.sleep(0.01)
+    victim = next(
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if {f"{LAUNCHER}={process.pid}".encode(), b"RANK=1"} <= environment_of(folder)
+    )
+    os.kill(victim, signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert "The process of rank 1 (of 2) was killed by SIGKILL" in said
+    assert "a smaller --batch" in said
+    assert "Traceback" not in said
+    assert files(tmp_path / "work") >= 3
+
+
+def environment_of(process: Path) -> set[bytes]:
+    """Returns the environment of a process by its folder in /proc; empty if it is another user's, or has ended."""
+    try:
+        return {*(process / "environ").read_bytes().split(b"\0")}
+    except OSError:
+        return set()

@@ -1,0 +1,47 @@
+"""The processes of a command that share files, and wait for one another now and then."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from edmdistill.errors import PeerFailed
+from edmdistill.machine.launch import process_rank
+
+PATIENCE = timedelta(days=7)
+"""The main process may reduce for hours what all have measured; NCCL's ten minutes would end the others meanwhile."""
+
+
+class ProcessGroup:
+    """The processes of a command, seen from one of them, as evaluation.shards has them. They talk by gloo, on the CPU.
+
+    To be made after `init_from_environment`, in a world of several processes.
+
+    Attributes:
+        rank, world_size: the index of this process, and the number of processes.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = process_rank()
+        dist.init_process_group("gloo", rank=self.rank, world_size=self.world_size, timeout=PATIENCE)
+
+    def any_process(self, flag: bool) -> bool:
+        """Returns whether the flag is set on any process, after all have called it.
+
+        Raises: PeerFailed: another process has died.
+        """
+        value = torch.tensor(float(flag))
+        try:
+            dist.all_reduce(value)
+        except RuntimeError as error:
+            raise PeerFailed("another process has died") from error
+        return bool(value)
+
+    def close(self) -> None:
+        """Destroys the process group, without which processes can hang when they exit."""
+        # Gloo's thread frees its last work in Python; without a moment to do so, it hangs or aborts at exit.
+        time.sleep(0.1)
+        dist.destroy_process_group()
