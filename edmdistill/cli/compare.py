@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from edmdistill.cli.measurements import write_text
-from edmdistill.cli.options import OutputPath
+from edmdistill.cli.types import OutputPath
 
 
 @click.command("compare")

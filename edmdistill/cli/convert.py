@@ -5,7 +5,8 @@ from typing import Literal
 
 import click
 
-from edmdistill.cli.options import OutputPath, say
+from edmdistill.cli.options import say
+from edmdistill.cli.types import OutputPath
 
 
 @click.command()

@@ -8,7 +8,8 @@ from typing import Literal
 
 import click
 
-from edmdistill.cli.options import OutputPath, errors_once, interruptible, say
+from edmdistill.cli.options import errors_once, interruptible, say
+from edmdistill.cli.types import OutputPath
 
 
 @click.command("encode")

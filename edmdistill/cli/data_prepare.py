@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from edmdistill.cli.options import Name, OutputPath, interruptible, say
+from edmdistill.cli.options import interruptible, say
+from edmdistill.cli.types import Name, OutputPath
 
 TRANSFORMS = "none", "center-crop", "center-crop-wide", "center-crop-dhariwal"
 LABELS = "auto", "folders", "none"

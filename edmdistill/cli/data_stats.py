@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from edmdistill.cli.measurements import SHARING, open_work, shared
-from edmdistill.cli.options import BATCH, FEATURES, NamedFile, NameList, OutputPath, interruptible, option_group, say
+from edmdistill.cli.options import interruptible, option_group, say
+from edmdistill.cli.types import BATCH, FEATURES, NamedFile, NameList, OutputPath
 
 
 @dataclass(frozen=True, kw_only=True)

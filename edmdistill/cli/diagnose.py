@@ -2,7 +2,8 @@
 
 import click
 
-from edmdistill.cli.options import BATCH, PROTOCOLS, Name, interruptible
+from edmdistill.cli.options import interruptible
+from edmdistill.cli.types import BATCH, PROTOCOLS, Name
 
 
 @click.command("diagnose")

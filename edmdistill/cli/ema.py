@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import FiniteFloat, OutputPath
+from edmdistill.cli.types import FiniteFloat, OutputPath
 
 
 @click.command("ema")

@@ -18,21 +18,9 @@ from edmdistill.cli.measurements import (
     shared,
     write_text,
 )
-from edmdistill.cli.options import (
-    GAMMA,
-    NFE,
-    ONE_SAMPLER,
-    PROTOCOLS,
-    FiniteFloat,
-    Name,
-    NumberList,
-    OutputPath,
-    SamplerOptions,
-    churn_options,
-    option_group,
-    say,
-    say_unfinished,
-)
+from edmdistill.cli.options import option_group, say, say_unfinished
+from edmdistill.cli.sampling_options import ONE_SAMPLER, SamplerOptions, churn_options
+from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, FiniteFloat, Name, NumberList, OutputPath
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import OutputPath, say_unfinished
+from edmdistill.cli.options import say_unfinished
+from edmdistill.cli.types import OutputPath
 
 TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
 

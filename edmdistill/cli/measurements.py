@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import BATCH, OutputPath, errors_once, option_group, say, say_unfinished
+from edmdistill.cli.options import errors_once, option_group, say, say_unfinished
+from edmdistill.cli.types import BATCH, OutputPath
 
 if TYPE_CHECKING:
     import torch

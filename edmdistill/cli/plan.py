@@ -5,8 +5,8 @@ import sys
 
 import click
 
-from edmdistill.cli.options import FiniteFloat, Name
 from edmdistill.cli.train import OFFLOADS, Words
+from edmdistill.cli.types import FiniteFloat, Name
 from edmdistill.machine.gpus import GPUS, measure_this_machine
 from edmdistill.methods import METHODS
 

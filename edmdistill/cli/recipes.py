@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import OutputPath
+from edmdistill.cli.types import OutputPath
 
 sets_option = click.option(
     "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated."

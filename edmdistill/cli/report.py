@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import OutputPath
+from edmdistill.cli.types import OutputPath
 
 
 @click.command("report")

@@ -7,22 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import (
-    BATCH,
-    GAMMA,
-    NFE,
+from edmdistill.cli.options import interruptible, option_group, say, say_unfinished
+from edmdistill.cli.sampling_options import (
     DecodingOptions,
-    FiniteFloat,
-    OutputPath,
     SamplerOptions,
     churn_options,
     decoding_options,
-    interruptible,
-    option_group,
     sampler_options,
-    say,
-    say_unfinished,
 )
+from edmdistill.cli.types import BATCH, GAMMA, NFE, FiniteFloat, OutputPath
 
 if TYPE_CHECKING:
     from edmdistill.sampling.heun import Churn

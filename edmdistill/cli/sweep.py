@@ -16,16 +16,8 @@ from edmdistill.cli.measurements import (
     shared,
     write_text,
 )
-from edmdistill.cli.options import (
-    GAMMA,
-    NFE,
-    PROTOCOLS,
-    Name,
-    NumberList,
-    OutputPath,
-    SamplerGrid,
-    sampler_grid_options,
-)
+from edmdistill.cli.sampling_options import SamplerGrid, sampler_grid_options
+from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, Name, NumberList, OutputPath
 
 if TYPE_CHECKING:
     import torch

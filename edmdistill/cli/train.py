@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edmdistill.cli.options import Name, OutputPath, errors_once, say
+from edmdistill.cli.options import errors_once, say
+from edmdistill.cli.types import Name, OutputPath
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 

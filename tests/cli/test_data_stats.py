@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from edmdistill.cli import main
-from edmdistill.cli.options import FEATURES
+from edmdistill.cli.types import FEATURES
 from edmdistill.evaluation.references import open_statistics
 from edmdistill.features.spaces import DIGITS_WEIGHTS, FEATURE_SPACES
 

@@ -20,7 +20,7 @@ from edmdistill.checkpoints.encoder import PIXELS
 from edmdistill.checkpoints.load import load_generator, load_model
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.cli import main
-from edmdistill.cli.options import MAX_GUIDANCE, MAX_NFE, PROTOCOLS, SOLVERS
+from edmdistill.cli.types import MAX_GUIDANCE, MAX_NFE, PROTOCOLS, SOLVERS
 from edmdistill.evaluation import protocol
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from edmdistill.cli import REFUSALS, main
-from edmdistill.cli.options import OutputPath
+from edmdistill.cli.types import OutputPath
 
 
 @pytest.fixture

@@ -1,0 +1,233 @@
+"""The options that say how to sample a network, in groups that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from edmdistill.cli.options import option_group, say
+from edmdistill.cli.types import MAX_GUIDANCE, SOLVERS, FiniteFloat, Name, NumberList
+from edmdistill.errors import EdmDistillError
+
+if TYPE_CHECKING:
+    import torch
+
+    from edmdistill.checkpoints.generator import Generator
+    from edmdistill.networks.flow import Denoiser, FlowNetwork
+    from edmdistill.sampling.decode import Decoder
+    from edmdistill.sampling.heun import Churn
+    from edmdistill.sampling.spec import SamplerSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions:
+    """What `sampler_options` adds to a command, as it was typed."""
+
+    times: str | None
+    guidance: float | None
+    guide: str | None
+    force_guidance: bool
+    solver: str | None
+    weights: Literal["ema", "raw"] = "ema"
+
+    def arguments(self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Returns the fields of the SamplerSpec that they stand for; a guide is loaded.
+
+        Args:
+            flow: the network to sample.
+            device, dtype: of the guide.
+        """
+        from edmdistill.checkpoints.load import load_denoiser
+        from edmdistill.sampling.times import parse_times
+
+        levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
+        return {
+            "times": None if self.times is None else parse_times(self.times, **levels),
+            "guidance": self.guidance,
+            "guide": None if self.guide is None else load_denoiser(self.guide, device, dtype),
+            "force_guidance": self.force_guidance,
+            "solver": self.solver,
+        }
+
+    def spec(
+        self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None, **others: Any
+    ) -> SamplerSpec:
+        """Returns the spec that they stand for; a guide is loaded.
+
+        Args:
+            flow: the network to sample.
+            device, dtype: of the guide.
+            others: fields of the spec that have other options.
+        """
+        from edmdistill.sampling.spec import SamplerSpec
+
+        return SamplerSpec(**self.arguments(flow, device, dtype), **others)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerGrid:
+    """What `sampler_grid_options` adds to a command, as it was typed: each combination is a sampler."""
+
+    times: tuple[str, ...]
+    guidance: list[float] | None
+    guide: str | None
+    force_guidance: bool
+    solver: str | None
+
+    def specs(
+        self,
+        flow: FlowNetwork,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        nfes: Sequence[int | None],
+        gammas: Sequence[float | None],
+    ) -> list[SamplerSpec]:
+        """Returns the specs that they stand for, NFE running fastest; a guide is loaded, and is of no use at weight 1.
+
+        Args: as SamplerOptions.spec's.
+        """
+        from edmdistill.checkpoints.load import load_denoiser
+        from edmdistill.sampling.spec import SamplerSpec
+        from edmdistill.sampling.times import parse_times
+
+        levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
+        guide = None if self.guide is None else load_denoiser(self.guide, device, dtype)
+        guided: dict[str, Any] = {"guide": guide, "force_guidance": self.force_guidance}
+        return [
+            SamplerSpec(
+                nfe=nfe,
+                gamma=gamma,
+                times=None if times is None else parse_times(times, **levels),
+                guidance=weight,
+                solver=self.solver,
+                **(guided if weight not in (None, 1) else {}),
+            )
+            for times in self.times or (None,)
+            for weight in self.guidance or (None,)
+            for gamma in gammas
+            for nfe in nfes
+        ]
+
+
+TEACHER_OPTIONS = (
+    click.option(
+        "--guide", metavar="SOURCE", help="Teacher: network to guide away from.  [default: itself, without classes]"
+    ),
+    click.option(
+        "--force-guidance",
+        is_flag=True,
+        help="Let a teacher guide itself that was never trained without its classes.",
+    ),
+    click.option("--solver", type=Name(SOLVERS), help="Teacher, or CTM's generator.  [default: heun]"),
+)
+ONE_SAMPLER = (
+    click.option(
+        "--t", "times", metavar="LIST", help="Generator: noise levels as in 80,2.5 or radians as in 1.56rad,1.1rad."
+    ),
+    click.option(
+        "--guidance",
+        type=FiniteFloat(0, MAX_GUIDANCE),
+        metavar="W",
+        help="Guidance weight: 1 = none, 0 = the guide alone.  [default: 1, or the lower end of a generator's range]",
+    ),
+    *TEACHER_OPTIONS,
+)
+sampler_grid_options = option_group(
+    "sampler",
+    SamplerGrid,
+    click.option(
+        "--t", "times", multiple=True, metavar="LIST", help="Generator: noise levels, as of sample; may be repeated."
+    ),
+    click.option(
+        "--guidance",
+        type=NumberList(FiniteFloat(0, MAX_GUIDANCE), "1,1.2,1.4"),
+        metavar="LIST",
+        help="Guidance weights, as in 1,1.2,1.4.  [default: 1, or the lower end of a generator's range]",
+    ),
+    *TEACHER_OPTIONS,
+)
+sampler_options = option_group(
+    "sampler",
+    SamplerOptions,
+    *ONE_SAMPLER,
+    click.option(
+        "--weights",
+        type=click.Choice(["ema", "raw"]),
+        default="ema",
+        show_default=True,
+        help="Weights of a run: the average that it publishes, or the raw weights of its newest state.",
+    ),
+)
+"""Adds the options that say how to sample a network; the command gets them as one `sampler`, SamplerOptions."""
+
+
+def _churn(**values: float) -> Churn:
+    from edmdistill.sampling.heun import Churn
+
+    return Churn(**values)
+
+
+churn_options = option_group(
+    "churn",
+    _churn,
+    click.option(
+        "--churn", "strength", type=FiniteFloat(0, 1e4), default=0.0, show_default=True, help="Teacher: S_churn."
+    ),
+    click.option(
+        "--churn-min", "sigma_min", type=FiniteFloat(0, 1e6), default=0.0, show_default=True, help="Teacher: S_min."
+    ),
+    click.option(
+        "--churn-max",
+        "sigma_max",
+        type=FiniteFloat(0, infinite=True),
+        default=float("inf"),
+        show_default=True,
+        help="Teacher: S_max.",
+    ),
+    click.option(
+        "--churn-noise", "inflation", type=FiniteFloat(0, 10), default=1.0, show_default=True, help="Teacher: S_noise."
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """What `decoding_options` adds to a command, as it was typed."""
+
+    vae: str | None
+    latents: bool
+
+    def decoder(self, model: Generator | Denoiser) -> Decoder | None:
+        """Returns what turns the model's images into pictures; None where latents are kept.
+
+        Raises: CheckpointError: the VAE is not here, or does not fit.  EdmDistillError: options that do nothing.
+        """
+        from edmdistill.sampling.decode import LatentDecoder, model_decoder
+        from edmdistill.sampling.generate import is_latent
+
+        if self.latents and not is_latent(model):
+            raise EdmDistillError("--latents has no effect because the network works on pixels: leave it out")
+        decoder = None if self.latents else model_decoder(model, self.vae)
+        if isinstance(decoder, LatentDecoder) and decoder.note is not None:
+            say(decoder.note)
+        return decoder
+
+
+def _decoding(vae: str | None, latents: bool) -> DecodingOptions:
+    if latents and vae is not None:
+        raise click.UsageError("--latents keeps latents as they are, and --vae decodes them: leave one of them out.")
+    return DecodingOptions(vae=vae, latents=latents)
+
+
+decoding_options = option_group(
+    "decoding",
+    _decoding,
+    click.option(
+        "--vae", metavar="DIR|ID", help="Latents: the VAE that decodes them.  [default: the checkpoint's, if cached]"
+    ),
+    click.option("--latents", is_flag=True, help="Latents: keep them as they are, in an .npz."),
+)
+"""Adds the options on a VAE's latents; the command gets them as one `decoding`, DecodingOptions."""

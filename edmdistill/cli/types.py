@@ -1,0 +1,164 @@
+"""The types of options: each checks what was typed once, before any work begins."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edmdistill.errors import did_you_mean
+
+MAX_NFE, MAX_BATCH = 10_000, 65_536
+MAX_GUIDANCE = 1000.0
+PROTOCOLS = "digits", "pixels", "edm", "edm2", "adm", "cosim"
+FEATURES = "inception", "dinov2", "inception-pytorch-fid", "dinov2-dgm", "digits", "pixels"
+SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
+"""The keys of the library's tables, which are not imported for `--help`; a test compares them."""
+
+
+class FiniteFloat(click.FloatRange):
+    """A number in a range; click.FloatRange lets nan and infinity pass.
+
+    Args:
+        infinite: infinity is allowed, nan is not.
+    """
+
+    def __init__(
+        self,
+        min: float | None = None,
+        max: float | None = None,
+        min_open: bool = False,
+        max_open: bool = False,
+        *,
+        infinite: bool = False,
+    ) -> None:
+        super().__init__(min, max, min_open, max_open)
+        self.infinite = infinite
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))  # type: ignore[arg-type]  # click's stub asks for a float
+        if math.isnan(number) or (math.isinf(number) and not self.infinite):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+class Name(click.Choice[str]):
+    """One of some names; another one is answered by the nearest."""
+
+    def get_invalid_choice_message(self, value: object, ctx: click.Context | None) -> str:
+        return f"{str(value)!r} is not known; {did_you_mean(str(value), self.choices)}"
+
+
+class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+    """Numbers with commas between them, as in 1,2,4; each is checked by `item`.
+
+    Args:
+        item: the type of one number, such as click.IntRange or FiniteFloat.
+        example: shown where the text is no list.
+    """
+
+    name = "list"
+
+    def __init__(self, item: click.ParamType[Any], example: str) -> None:
+        self.item, self.example = item, example
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        try:
+            for part in parts:
+                float(part)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as {self.example}.", param, ctx)
+        return [self.item.convert(part, param, ctx) for part in parts]
+
+
+class NameList(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+    """Some of a set of names, with commas between them, each once."""
+
+    name = "list"
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.item = Name(choices)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        if isinstance(value, list):
+            return value
+        names = [self.item.convert(part.strip(), param, ctx) for part in str(value).split(",")]
+        return list(dict.fromkeys(names))
+
+
+class NamedFile(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+    """A file or folder for one of a set of names, as in inception=FILE; the command gets (name, path)."""
+
+    name = "file"
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.item = Name(choices)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, path = str(value).partition("=")
+        if not (equals and path):
+            self.fail(f"{value!r} does not have the form NAME=FILE.", param, ctx)
+        return self.item.convert(name, param, ctx), Path(path).expanduser()
+
+
+class OutputPath(click.Path):
+    """A file or folder to write. Refuses what can never be written, before any work begins.
+
+    That is "", a NUL, a name too long, the root folder, a device or pipe, a place where nothing may be written, and a
+    suffix other than those known.
+
+    Args:
+        suffixes: of the file, in lower case; none = any. Case is ignored.
+    """
+
+    NAME_BYTES, PATH_BYTES = 255, 4096
+
+    def __init__(self, *suffixes: str) -> None:
+        super().__init__(path_type=Path)
+        self.suffixes = suffixes
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        text = str(value)
+        if not text.strip():
+            self.fail("the path is empty; name a file or folder.", param, ctx)
+        if "\0" in text:
+            self.fail("the path holds a NUL character; leave it out.", param, ctx)
+        try:
+            path = Path(text).expanduser()
+            whole = path.absolute()
+        except RuntimeError:
+            self.fail(f"{text} names a user who does not exist on this machine; write the path in full.", param, ctx)
+        except FileNotFoundError:
+            self.fail("the working directory no longer exists; change to another one.", param, ctx)
+        if whole == Path(whole.anchor):
+            self.fail(f"{text} is the root folder; name a folder inside it.", param, ctx)
+        if max(len(os.fsencode(part)) for part in whole.parts) > self.NAME_BYTES or len(bytes(whole)) > self.PATH_BYTES:
+            self.fail(f"the name is longer than the {self.NAME_BYTES} bytes a file name may have.", param, ctx)
+        if self.suffixes and path.suffix.lower() not in self.suffixes:
+            self.fail(f"{text} must end in {' or '.join(self.suffixes)}: no other format is written here.", param, ctx)
+        try:
+            if whole.exists() and not whole.is_file() and not whole.is_dir():
+                self.fail(f"{text} is a device or a pipe; name a file or folder.", param, ctx)
+            if self.suffixes and whole.is_dir():
+                self.fail(f"{text} is a folder, and a file is to be written; choose another name.", param, ctx)
+            there = next(folder for folder in whole.parents if folder.exists())
+            writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        except OSError as error:
+            self.fail(f"{text} cannot be reached ({error.strerror}); choose another place.", param, ctx)
+        if not writable:
+            self.fail(f"{text} cannot be written, for {there} is not a folder you may write to.", param, ctx)
+        return path
+
+
+NFE = click.IntRange(1, MAX_NFE)
+GAMMA = FiniteFloat(0, 1)
+BATCH = click.IntRange(1, MAX_BATCH)
