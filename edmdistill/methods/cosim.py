@@ -47,6 +47,7 @@ class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Literal["fisher", "kl"],
         Meta(description="the generator's: fisher, through both scores; kl, their difference itself, as in DMD"),
     ] = "fisher"
+    s_power: Annotated[float, Meta(ge=0, le=4, description="power of sin(s) in the weight of the gradient kl")] = 1.0
     order: Annotated[
         Literal["s", "t"], Meta(description="drawn first: s, or t with s uniform below it, whatever R and r_s_max")
     ] = "s"
@@ -128,7 +129,7 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
             F_teacher = self.teacher(x_s, s, batch.labels)
             F_aux = self.auxiliary(x_s, s, batch.labels, t)
         if config.gradient == "kl":
-            loss = kl_generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data)
+            loss = kl_generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, power=config.s_power)
         else:
             alpha, weight = config.alpha, config.weight
             loss = generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, alpha=alpha, weight=weight)

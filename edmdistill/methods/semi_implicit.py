@@ -59,8 +59,10 @@ def generator_loss(
     return Loss(value, s, _signals(u, e))
 
 
-def kl_generator_loss(F_aux: Tensor, F_teacher: Tensor, v: Tensor, s: Tensor, *, sigma_data: float) -> Loss:
-    """Returns u . v / (sin(s) (mean |e| + rms u)), whose gradient in g is -u / (mean |e| + rms u).
+def kl_generator_loss(
+    F_aux: Tensor, F_teacher: Tensor, v: Tensor, s: Tensor, *, sigma_data: float, power: float
+) -> Loss:
+    """Returns sin(s)^(power - 1) u . v / size, whose gradient in g is -sin(s)^power u / size, size = mean |e| + rms u.
 
     That is the gradient of KL(q(x_s; s, t) || p(x_s; s)) under a weight over s; D* and D_psi have none, so an error of
     the auxiliary score reaches the generator once, and not through the derivatives of two networks as well.
@@ -69,13 +71,14 @@ def kl_generator_loss(F_aux: Tensor, F_teacher: Tensor, v: Tensor, s: Tensor, *,
         F_aux, F_teacher: at x_s, without gradient.  [B,C,H,W]
         v: at x_s, as a function of the generated image.  [B,C,H,W]
         s: time of x_s.  [B]
+        power: 0 is DMD's weight, 1 calms small s, where the gap is large and says little of an image's content.
     Source: Yin et al. 2024 (DMD), eq. 7 and 8.  Differs: rms u in the weight, so that samples at which the auxiliary
         score is far off do not outweigh the others.
     """
     u, e = sigma_data * (F_aux - F_teacher), (v - sigma_data * F_teacher).detach()
     size = e.abs().flatten(1).mean(1) + u.square().flatten(1).mean(1).sqrt()
     sin = cos_sin(s, v)[1].flatten()
-    return Loss((u * v).flatten(1).sum(1) / (sin * size).clamp(min=1e-5), s, _signals(u, e))
+    return Loss(sin ** (power - 1) * (u * v).flatten(1).sum(1) / size.clamp(min=1e-5), s, _signals(u, e))
 
 
 @torch.no_grad()

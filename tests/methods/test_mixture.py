@@ -170,7 +170,10 @@ def passes(results: list[tuple[float, float]]) -> bool:
     return all(a < b for pair, limit in zip(results, limits, strict=True) for a, b in zip(pair, limit, strict=True))
 
 
-SEVERAL_STEPS = {"gradient": "kl", "coef": 0.5, "order": "t", "share_to_max": 0.3, "anchor_sigma": 0.1}
+# DMD's weight, under which small s count and an auxiliary score that does not read t does harm.
+SEVERAL_STEPS = {
+    "gradient": "kl", "coef": 0.5, "order": "t", "share_to_max": 0.3, "anchor_sigma": 0.1, "s_power": 0.0
+}  # fmt: skip
 
 
 def helps(results: list[tuple[float, float]]) -> bool:

@@ -88,13 +88,14 @@ def test_the_weight_stays_finite_where_the_teacher_is_right(weight: str) -> None
     assert F_aux.grad.isfinite().all()
 
 
-def test_the_kl_gradient_is_dmds(draw: Draw) -> None:
-    """In g: (D_psi - D*) / (mean |D* - g| + rms(D* - D_psi)), DMD's eq. 7 and 8 with the bound on a sample."""
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_the_kl_gradient_is_dmds(draw: Draw, power: float) -> None:
+    """In g: sin^power (D_psi - D*) / (mean |D* - g| + rms(D* - D_psi)), DMD's eq. 7 and 8, bounded by sample."""
     v = draw["arguments"]["v"].requires_grad_()
-    loss = kl_generator_loss(**draw["arguments"] | {"v": v}, sigma_data=SD)
+    loss = kl_generator_loss(**draw["arguments"] | {"v": v}, sigma_data=SD, power=power)
     sigma = draw["sigma"].reshape(-1, 1, 1, 1)
     sin = sigma / (sigma**2 + SD**2).sqrt()
     gradient = -sin * torch.autograd.grad(loss.value.sum(), v)[0]  # v = cos z - sin g
     difference = (draw["score_teacher"] - draw["score_aux"]) * sigma**2  # D* - D_psi
     size = draw["error"] + difference.square().flatten(1).mean(1).sqrt()
-    close(gradient, -difference / size.reshape(-1, 1, 1, 1))
+    close(gradient, -(sin**power) * difference / size.reshape(-1, 1, 1, 1))
