@@ -13,7 +13,6 @@ import importlib
 import json
 import mmap
 import os
-import pkgutil
 import signal
 import struct
 import sys
@@ -21,18 +20,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import torch
+from forks import import_everything
 
-import edmdistill
 from edmdistill.cli import main
 
 TOUCHES = {f"os.{name}" for name in ("chmod", "link", "mkdir", "remove", "rename", "rmdir", "symlink", "truncate")}
-
-
-def import_everything() -> None:
-    for module in pkgutil.walk_packages(edmdistill.__path__, "edmdistill."):
-        if not module.name.startswith(("edmdistill.assets", "edmdistill.export.remote", "edmdistill.__main__")):
-            importlib.import_module(module.name)
 
 
 def live(argv: list[str], folder: str, said: str, limit: int | None, count: mmap.mmap) -> None:
@@ -77,7 +69,6 @@ def wait(child: int, seconds: float | None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     import_everything()
     folder = str(Path(sys.argv[1]).resolve())
     said = str(Path(folder).parent / "said.txt")
