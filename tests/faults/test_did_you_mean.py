@@ -31,7 +31,7 @@ SHOW = ("recipes", "show")
         ((*SHOW, "mien.toml"), "there is no file mien.toml; did you mean mine.toml?"),
         ((*SHOW, "nowhere/x.toml"), "`edmdistill recipes list` lists those that ship with the package"),
         ((*SHOW, "cosim/digits-nope"), "cosim/digits has no variant 'nope'; choose one of quickstart"),
-        ((*SHOW, "cosim/cifar10-nope"), "cosim/cifar10 has no variant 'nope'; it has none, so leave it out"),
+        ((*SHOW, "ctm/imagenet64-nope"), "ctm/imagenet64 has no variant 'nope'; it has none, so leave it out"),
         (("recipes", "list", "cosin"), "there are no recipes for 'cosin'; did you mean 'cosim'?"),
         (("train", "cosm", "--data", "digits"), "'cosm' is not known; did you mean 'cosim'?"),
         (("train", "xyz", "--data", "digits"), "'xyz' is not known; choose one of diffusion, cosim, sid"),

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A generator; its samples are not what is tested here, and are not drawn."""
-    monkeypatch.setattr(hub, "_grid", lambda model, nfe: b"")
+    monkeypatch.setattr(hub, "_grid", lambda model, nfe, decoder: b"")
     monkeypatch.setattr(hub, "_verify_download", lambda package, revision: None)
     shutil.copytree(GENERATOR, tmp_path / "generator")
     return tmp_path / "generator"
