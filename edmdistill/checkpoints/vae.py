@@ -90,17 +90,18 @@ class Vae:
 
         return self._in_batches(moments, images)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, finish: Callable[[Tensor], Tensor] = lambda pixels: pixels) -> Tensor:
         """Returns the images of latents as the VAE has them, nominally in its range.
 
         Args:
             latents: [B,C,h,w], on any device.
-        Returns: [B,3,H,W] float32, on the VAE's device.
+            finish: applied to each batch of images, such as the rounding to 8 bits.
+        Returns: what `finish` makes of [B,3,H,W] float32, on the VAE's device; by default, that itself.
         """
 
         def pixels(batch: Tensor) -> Tensor:
             decoded: Tensor = self.model.decode(batch.to(self.model.device, self.model.dtype)).sample
-            return decoded.float()
+            return finish(decoded.float())
 
         return self._in_batches(pixels, latents)
 

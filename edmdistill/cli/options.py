@@ -39,11 +39,12 @@ def option_group(
 
 @contextmanager
 def interruptible(kept: Callable[[], str]) -> Iterator[None]:
-    """At Ctrl-C, ends the command with 130 and one line on stderr: what is kept, and what is lost."""
+    """At Ctrl-C, ends the command with 130; the main process says in one line on stderr what is kept and what is lost."""
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"Interrupted: {kept()}", err=True)
+        if int(os.environ.get("RANK", 0)) == 0:
+            click.echo(f"Interrupted: {kept()}", err=True)
         sys.exit(130)
 
 

@@ -60,10 +60,10 @@ class LatentDecoder:
             size = x0.shape[-1] * self.vae.factor
             return torch.zeros(0, 3, size, size, dtype=torch.uint8)
         scale, bias = (x0.new_tensor(values)[:, None, None] for values in (self.encoder.scale, self.encoder.bias))
-        pixels = self.vae.decode((x0 - bias) / scale)
-        if self.encoder.range == "edm2":
-            return pixels.clamp(0, 1).mul(255).to("cpu", torch.uint8)
-        return to_uint8(pixels).cpu()
+        return self.vae.decode((x0 - bias) / scale, lambda pixels: self._rounded(pixels).cpu())
+
+    def _rounded(self, pixels: Tensor) -> Tensor:
+        return pixels.clamp(0, 1).mul(255).to(torch.uint8) if self.encoder.range == "edm2" else to_uint8(pixels)
 
 
 def model_decoder(
