@@ -39,7 +39,7 @@ def option_group(
 
 @contextmanager
 def interruptible(kept: Callable[[], str]) -> Iterator[None]:
-    """At Ctrl-C, ends the command with 130; the main process says in one line on stderr what is kept and what is lost."""
+    """At Ctrl-C, ends the command with 130; the main process says on stderr what is kept, and what is lost."""
     try:
         yield
     except KeyboardInterrupt:
