@@ -29,7 +29,7 @@ from edmdistill.data.sources import open_pictures
 from edmdistill.data.transforms import Size, find_transform
 from edmdistill.errors import DatasetError, printable
 
-SAVED = 5.0
+SAVED = 2.0
 """Seconds between two records of the progress."""
 
 
