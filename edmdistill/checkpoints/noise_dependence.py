@@ -1,4 +1,4 @@
-"""Whether a network is a denoiser or a generator: their files look the same, and each loads as the other.
+"""Tells denoisers from generators: their files look the same, and each loads as the other.
 
 At sigma_max the data are lost in the noise: a denoiser's D(x; sigma_max) is nearly the mean of its data, whatever the
 noise, and a generator's is a different image for each noise. `noise_dependence` is how much D varies with the noise

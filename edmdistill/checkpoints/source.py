@@ -41,7 +41,7 @@ class Source:
 
     @cached_property
     def is_archive(self) -> bool:
-        """Whether the file is an archive of torch.save, as OpenAI's files are and NVIDIA's never are."""
+        """Returns whether the file is an archive of torch.save, as OpenAI's files are and NVIDIA's never are."""
         return zipfile.is_zipfile(self.path)
 
     @cached_property

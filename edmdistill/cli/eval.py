@@ -18,9 +18,9 @@ from edmdistill.cli.measurements import (
     shared,
     write_text,
 )
-from edmdistill.cli.options import option_group, say, say_unfinished
+from edmdistill.cli.options import list_option, option_group, say, say_unfinished
 from edmdistill.cli.sampling_options import ONE_SAMPLER, SamplerOptions, churn_options
-from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, FiniteFloat, Name, NumberList, OutputPath
+from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, FiniteFloat, Name, OutputPath
 
 if TYPE_CHECKING:
     import torch
@@ -73,13 +73,7 @@ likelihood_options = option_group(
 @click.command("eval")
 @click.argument("source")
 @click.option("--protocol", type=Name(PROTOCOLS), help="How to measure.")
-@click.option(
-    "--nfe",
-    "nfes",
-    metavar="LIST",
-    type=NumberList(NFE, "1,2,4"),
-    help="Network evaluations, as in 1,2,4.  [default: generator 2, teacher 35 or 63]",
-)
+@list_option("--nfe", "nfes", NFE, "1,2,4", "Network evaluations.  [default: generator 2, teacher 35 or 63]")
 @click.option("--gamma", type=GAMMA, help="Generator: share of fresh noise, 0 to 1.  [default: the checkpoint's]")
 @option_group("sampler", SamplerOptions, *ONE_SAMPLER)
 @churn_options

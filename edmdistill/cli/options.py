@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edmdistill.cli.types import NumberList
 from edmdistill.errors import EdmDistillError, PeerFailed
 
 if TYPE_CHECKING:
     from edmdistill.checkpoints.source import Source
+
+
+def list_option(
+    flag: str, name: str, item: click.ParamType[Any], example: str, help: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Returns a decorator that adds an option for a list of numbers.
+
+    Args:
+        item, example: see NumberList; the help shows the example as the value.
+    """
+    return click.option(flag, name, metavar=example, type=NumberList(item, example), help=help)
 
 
 def option_group(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import option_group, say
-from edmdistill.cli.types import MAX_GUIDANCE, SOLVERS, FiniteFloat, Name, NumberList
+from edmdistill.cli.options import list_option, option_group, say
+from edmdistill.cli.types import MAX_GUIDANCE, SOLVERS, FiniteFloat, Name
 from edmdistill.errors import EdmDistillError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class SamplerGrid:
         nfes: Sequence[int | None],
         gammas: Sequence[float | None],
     ) -> list[SamplerSpec]:
-        """Returns the specs that they stand for, NFE running fastest; a guide is loaded, and is of no use at weight 1.
+        """Returns the specs that they stand for, NFE running fastest; a guide is loaded, and left out at weight 1.
 
         Args: as SamplerOptions.spec's.
         """
@@ -141,11 +141,12 @@ sampler_grid_options = option_group(
     click.option(
         "--t", "times", multiple=True, metavar="LIST", help="Generator: noise levels, as of sample; may be repeated."
     ),
-    click.option(
+    list_option(
         "--guidance",
-        type=NumberList(FiniteFloat(0, MAX_GUIDANCE), "1,1.2,1.4"),
-        metavar="LIST",
-        help="Guidance weights, as in 1,1.2,1.4.  [default: 1, or the lower end of a generator's range]",
+        "guidance",
+        FiniteFloat(0, MAX_GUIDANCE),
+        "1,1.2,1.4",
+        "Guidance weights.  [default: 1, or the lower end of a generator's range]",
     ),
     *TEACHER_OPTIONS,
 )

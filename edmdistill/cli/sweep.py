@@ -16,8 +16,9 @@ from edmdistill.cli.measurements import (
     shared,
     write_text,
 )
+from edmdistill.cli.options import list_option
 from edmdistill.cli.sampling_options import SamplerGrid, sampler_grid_options
-from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, Name, NumberList, OutputPath
+from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, Name, OutputPath
 
 if TYPE_CHECKING:
     import torch
@@ -32,20 +33,8 @@ PLOTS = ".svg", ".html", ".png", ".pdf"
 @click.command("sweep")
 @click.argument("source")
 @click.option("--protocol", type=Name(PROTOCOLS), required=True, help="How to measure.")
-@click.option(
-    "--nfe",
-    "nfes",
-    metavar="LIST",
-    type=NumberList(NFE, "1,2,4"),
-    help="Network evaluations, as in 1,2,4,8; with --t they follow from its levels.",
-)
-@click.option(
-    "--gamma",
-    "gammas",
-    metavar="LIST",
-    type=NumberList(GAMMA, "0,.5,1"),
-    help="Generator: shares of fresh noise, as in 0,.5,1.  [default: the checkpoint's]",
-)
+@list_option("--nfe", "nfes", NFE, "1,2,4", "Network evaluations; with --t they follow from its levels.")
+@list_option("--gamma", "gammas", GAMMA, "0,.5,1", "Generator: shares of fresh noise.  [default: the checkpoint's]")
 @sampler_grid_options
 @measurement_options("Seeds 0 to N - 1.  [default: the protocol's]", "As in fid,fd_dinov2.  [default: the protocol's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document, as eval does.")

@@ -109,7 +109,7 @@ class Engine:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and messages."""
+        """Returns whether this is the process that writes files and messages."""
         return self.rank == 0
 
     def close(self) -> None:

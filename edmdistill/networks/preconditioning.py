@@ -59,7 +59,7 @@ class Preconditioning(ABC):
 
     @property
     def reads_time(self) -> bool:
-        """Whether c_noise is the time t."""
+        """Returns whether c_noise is the time t."""
         return False
 
     @abstractmethod

@@ -158,7 +158,7 @@ class UNetBlock(ResidualBlock):
 
 
 class EDMUNet(Network):
-    """What DDPM++, NCSN++ and ADM share beside their blocks: how time and augmentation are embedded.
+    """The base of DDPM++, NCSN++ and ADM: how time and augmentation are embedded.
 
     Attributes:
         map_noise: c_noise -> features.

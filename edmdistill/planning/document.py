@@ -15,7 +15,7 @@ from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure
 from edmdistill.recipes.schema import Recipe
 
 PRECISIONS = ("fp32", "bf16")
-"""Those that differ: fp16 takes what bf16 takes."""
+"""The precisions that differ in a plan: fp16 takes as much as bf16."""
 
 
 class PlanRequest(NamedTuple):

@@ -17,7 +17,7 @@ from edmdistill.training.meta import CachedShapes, returns_aliases
 
 ATEN = torch.ops.aten
 FLASH = ATEN._scaled_dot_product_flash_attention_for_cpu
-"""Of the fused kernels, the one that returns only what autograd needs."""
+"""The fused kernel that returns only what autograd needs."""
 FLOPS = flop_registry | {
     FLASH: flop_registry[ATEN._scaled_dot_product_flash_attention],
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[

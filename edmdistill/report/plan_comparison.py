@@ -14,7 +14,7 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure, split_batch
 from edmdistill.report.summary import RunSummary
 
-UTILISATION = 0.35
+UTILIZATION = 0.35
 """Share of a GPU's peak, the default of the command `plan`."""
 
 
@@ -44,8 +44,8 @@ def compare_with_plan(run: RunSummary) -> Comparison:
     planned = None
     if gpu is not None:
         half = training.precision != "fp32"
-        planned = images_per_second(plan, GPUS[gpu], half, UTILISATION, processes, training.batch, rows)
-        notes.append(f"The plan assumes {UTILISATION:.0%} of the peak throughput of a {gpu}.")
+        planned = images_per_second(plan, GPUS[gpu], half, UTILIZATION, processes, training.batch, rows)
+        notes.append(f"The plan assumes {UTILIZATION:.0%} of the peak throughput of a {gpu}.")
     elif session:
         notes.append("The peak throughput of this machine is unknown, so the plan has no times.")
     if used_memory is not None and gpu is None and session.get("cuda") is None:

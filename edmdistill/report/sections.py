@@ -21,7 +21,7 @@ from edmdistill.report.summary import RunSummary
 from edmdistill.training.metrics import BINS
 
 MAX_GRIDS = 6
-"""Of training, the first and the last among them."""
+"""Number of a run's sample grids that are shown, the first and the last among them."""
 CURVES = {
     "loss": "loss",
     "score_gap": "score gap",

@@ -152,7 +152,7 @@ class LossScale:
 
     @property
     def can_shrink(self) -> bool:
-        """Whether a smaller scale may help; at 1, the scale is not the cause."""
+        """Returns whether a smaller scale may help; at 1, the scale is not the cause."""
         return self.scale > 1
 
     def update(self, finite: bool) -> None:

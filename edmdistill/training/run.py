@@ -71,12 +71,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the recipe's images are seen."""
+        """Returns whether all images of the recipe are seen."""
         return self.images >= self.recipe.training.images
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change, besides the recipe, between a run and its resumption."""
+        """Returns what, besides the recipe, must not change between a run and its resumption."""
         data, provenance = self.dataset, self.config.provenance
         return {
             "teacher_sha256": provenance.parent,
