@@ -95,7 +95,7 @@ def convert(
     config = replace(
         config,
         provenance=replace(provenance, licence=licence or provenance.licence),
-        noise_dependence=noise_dependence(adapted),
+        noise_dependence=noise_dependence(flow),  # of the source: what is adapted is still to be trained,
     )
     with atomic_write(out) as folder:
         on_progress("writing")

@@ -119,3 +119,11 @@ def test_an_unfinished_generator_says_so() -> None:
         *((80_000, 80_000, None), (80_032, 80_000, None), (896, None, None), (None, 80_000, None)),
     ):
         assert unfinished(replace(config, stage="generator", images_seen=seen, images_total=total)) == sentence
+
+
+def test_a_teacher_that_is_adapted_to_read_t_is_still_a_teacher(tmp_path: Path) -> None:
+    """Before its training goes on, its function is another one, which is no reason to warn."""
+    plain = convert(SHIPPED["digits"], tmp_path / "plain").config.noise_dependence
+    adapted = convert(SHIPPED["digits"], tmp_path / "adapted", time_embedding="positional").config.noise_dependence
+    assert adapted == plain
+    assert generator_warning(adapted, "digits") is None
