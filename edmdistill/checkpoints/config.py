@@ -19,17 +19,18 @@ from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.class_names import class_names
 from edmdistill.checkpoints.encoder import PIXELS, LatentEncoder
 from edmdistill.checkpoints.layout import CONFIG
+from edmdistill.checkpoints.tuning import Tuning
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.arguments import Arg, validated
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, Sigma
 
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 """MAJOR.MINOR of config.json. A field that a file lacks has its default, so older minors read as before. A newer minor
 only adds fields that can be ignored, and they are; a newer major would be misread, and is refused.
 
-1.1: label_dropout, noise_dependence, images_total."""
+1.1: label_dropout, noise_dependence, images_total. 1.2: tunings."""
 CONFIG_BYTES = 16 * 2**20
 """Largest config.json that is read; ImageNet's class names take 30,000 bytes."""
 
@@ -152,6 +153,8 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """The network's images: pixels in [-1, 1], or a VAE's latents with their statistics."""
     provenance: Provenance
     results: tuple[dict[str, Any], ...] = ()
+    tunings: dict[str, Tuning] = {}
+    """How schedules of `sampling` were chosen, by their number of steps."""
 
     def __post_init__(self) -> None:
         """Raises: ValueError: fields contradict one another."""

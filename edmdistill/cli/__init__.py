@@ -23,6 +23,7 @@ COMMANDS = {
     "sample": "Sample images from a teacher or a generator.",
     "eval": "Evaluate a checkpoint or a folder of images against a data set.",
     "sweep": "Evaluate a grid of step counts, gammas, guidance weights or schedules: a table, JSON, a plot.",
+    "tune-schedule": "Choose a generator's noise levels by a metric, and store them if they hold on other seeds.",
     "compare": "Put results side by side, or say why they may not stand there.",
     "diagnose": "Measure single jumps of a generator by noise level, and say where it is weak.",
     "loss": "Compare the diffusion loss of two teachers by noise level.",

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,31 +97,32 @@ class MeasurementOptions:
         }
 
 
-def measurement_options(count_help: str, metrics_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def measurement_options(
+    count_help: str = "", metrics_help: str = "", **fixed: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds the options of a measurement; the command gets them as one `options`.
 
     Args:
         count_help, metrics_help: of --n and --metrics.
+        fixed: the values of fields that the command has no options for.
     """
-    return option_group(
-        "options",
-        MeasurementOptions,
-        click.option(
+    options = {
+        "ref": click.option(
             "--ref",
             metavar="DATA",
             help="Real images: a zip, a folder or digits; or statistics of them.  [default: the protocol's own]",
         ),
-        click.option("--metrics", metavar="LIST", help=metrics_help),
-        click.option("--n", "count", type=click.IntRange(2, 2_000_000), help=count_help),
-        click.option("--seeds", metavar="LIST", help="Network: these seeds, as in 5000-9999."),
-        click.option(
+        "metrics": click.option("--metrics", metavar="LIST", help=metrics_help),
+        "count": click.option("--n", "count", type=click.IntRange(2, 2_000_000), help=count_help),
+        "seeds": click.option("--seeds", metavar="LIST", help="Network: these seeds, as in 5000-9999."),
+        "repeat": click.option(
             "--repeat",
             type=click.IntRange(1, 100),
             default=1,
             show_default=True,
             help="Network: measure so many times, with the seeds that follow; gives mean, minimum and deviation.",
         ),
-        click.option(
+        "weights": click.option(
             "--weights",
             type=WeightsOf(),
             multiple=True,
@@ -128,18 +130,19 @@ def measurement_options(count_help: str, metrics_help: str) -> Callable[[Callabl
             help="Of a run: its average, or its newest raw weights. NAME=FILE: of a feature space, as in "
             "inception=inception.pt; may be repeated.  [default: ema, and the official files]",
         ),
-        click.option("--vae", metavar="DIR|ID", help="VAE of a latent network.  [default: the checkpoint's]"),
-        click.option(
+        "vae": click.option("--vae", metavar="DIR|ID", help="VAE of a latent network.  [default: the checkpoint's]"),
+        "save": click.option(
             "--save",
             is_flag=True,
             help="Also save it with the checkpoint or run, where report and push-to-hub find it.",
         ),
-        click.option("--batch", type=BATCH, default=256, show_default=True, help="Images at a time."),
-        click.option(
+        "batch": click.option("--batch", type=BATCH, default=256, show_default=True, help="Images at a time."),
+        "dtype": click.option(
             "--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network."
         ),
-        *SHARING,
-    )
+    }
+    asked = (option for name, option in options.items() if name not in fixed)
+    return option_group("options", partial(MeasurementOptions, **fixed), *asked, *SHARING)
 
 
 @contextmanager

@@ -164,8 +164,21 @@ def _schedule(config: CheckpointConfig) -> str:
     return (
         f"{table}{'Other' if rows else 'All'} numbers of evaluations use EDM's schedule from sigma "
         f"{config.sigma_max:g} to {config.sigma_min:g}. Between two evaluations, the share of fresh noise is gamma = "
-        f"{sampling.gamma:g} by default; `--gamma` changes it."
+        f"{sampling.gamma:g} by default; `--gamma` changes it.{_tuned(config)}"
     )
+
+
+def _tuned(config: CheckpointConfig) -> str:
+    """Returns the measurements by which schedules were tuned, as a list."""
+    used = {nfe: one for nfe, one in config.tunings.items() if config.sampling.sigmas.get(nfe) == one.sigmas}
+    if not used:
+        return ""
+    lines = [
+        f"{nfe}: {markdown(f'{one.words}, protocol {one.protocol}')}; before, they were "
+        f"{' '.join(f'{sigma:.4g}' for sigma in one.before)}"
+        for nfe, one in sorted(used.items(), key=lambda item: int(item[0]))
+    ]
+    return f"\n\nNoise levels tuned by `tune-schedule`, by number of evaluations:\n\n{_list(lines)}"
 
 
 def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
