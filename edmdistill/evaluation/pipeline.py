@@ -77,6 +77,7 @@ def ahead(act: Callable[[T], U], items: Iterable[T], threads: int, cores: int) -
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),))
     waiting: deque[Future[U]] = deque()
     failure: BaseException | None = None
+    done = False
     source = iter(items)
     try:
         while failure is None:
@@ -92,8 +93,9 @@ def ahead(act: Callable[[T], U], items: Iterable[T], threads: int, cores: int) -
             yield waiting.popleft().result()
         if failure is not None:
             raise failure
+        done = True
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=done, cancel_futures=True)  # Ctrl-C is answered before a long batch ends
 
 
 def image_digests(images: Tensor) -> Tensor:
