@@ -40,6 +40,7 @@ def command(
     two samples. Run it again to resume an interrupted push. By default, it refuses a repository with another model, and
     keeps a card that was edited by hand.
     """
+    from edmdistill.checkpoints.encoder import vae_words
     from edmdistill.checkpoints.layout import CARD
     from edmdistill.publish.hub import build_package, push
 
@@ -68,4 +69,5 @@ def command(
         say(f"The {CARD} there was edited by hand and is kept: --overwrite-card replaces it.")
     status = "was already published" if done.unchanged else "is published"
     click.echo(f"{done.url} {status}; a fresh download has the same bytes and samples. To sample from it:")
-    click.echo(f"  edmdistill sample {repository}{f'@{branch}' if branch else ''} --seeds 0-63 --out images")
+    decoding = "".join(f" {word}" for word in vae_words(package.config.encoder))
+    click.echo(f"  edmdistill sample {repository}{f'@{branch}' if branch else ''} --seeds 0-63{decoding} --out images")

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from edmdistill.errors import DatasetError
 REQUEST, LATENTS, JOURNAL, LOCK, WRITER = "encode.json", "latents.zip", "journal", "lock", "writer"
 WHOLE = 1 << 32
 """Set beside the CRC of an image that is written."""
+PATIENCE = 3.0
+"""Seconds in which the processes of a command that was killed are gone."""
 MOST = 10**8
 """Images; their names have eight digits."""
 
@@ -110,7 +113,7 @@ class LatentZip:
                 data = self._header + values.tobytes()
                 crcs.append(zlib.crc32(data))
                 os.pwrite(self._file, self._info(i, crcs[-1]).FileHeader(zip64=False) + data, i * self._stride)
-            os.fdatasync(self._file)
+            os.fsync(self._file)
         self._journal[list(rows)] = np.array(crcs, np.uint64) | np.uint64(WHOLE)
 
     def read(self, i: int) -> NDArray[np.float32]:
@@ -191,7 +194,7 @@ class LatentZip:
                 journal = self.folder / JOURNAL
                 if not journal.exists():
                     with atomic_write(journal) as new, new.open("wb") as file:
-                        os.posix_fallocate(file.fileno(), 0, 8 * self.count)  # so that a full disk is found here
+                        file.write(bytes(8 * self.count))  # not a hole, so that a full disk is found here
                 self._journal = np.memmap(journal, np.uint64, "r+", shape=(self.count,))
 
     def _write_request(self) -> None:
@@ -201,11 +204,17 @@ class LatentZip:
     def _claim(self) -> None:
         """Keeps the lock of the main process until this one ends.  Raises: DatasetError: another command has it."""
         self._writer = os.open(self.folder / WRITER, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._writer)
-            raise DatasetError(f"another process is writing {self.out}: wait for it, or choose another name") from error
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    os.close(self._writer)
+                    raise DatasetError(
+                        f"another process is writing {self.out}: wait for it, or choose another name"
+                    ) from error
+            time.sleep(0.1)
 
     def _require_room(self) -> None:
         """Raises: DatasetError: the disk is too small."""

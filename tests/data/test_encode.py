@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from edmdistill.checkpoints.encoder import STABLE_DIFFUSION, Encoding, Statistics, latent_encoder
 from edmdistill.checkpoints.vae import Vae, read_vae
 from edmdistill.data import encode as module
+from edmdistill.data import latent_zip
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.encode import EncodeJob, compare_statistics, far_off
 from edmdistill.data.latents import channel_statistics, draw_latents
@@ -134,6 +135,7 @@ def test_several_processes_and_a_kill(
     with (second.zip.folder / "latents.zip").open("r+b") as file:  # torn, and so not in the journal
         file.seek(3 * second.zip._stride)
         file.write(b"torn" * 100)
+    monkeypatch.setattr(latent_zip, "PATIENCE", 0.0)
     with pytest.raises(DatasetError, match="another process is writing"):
         EncodeJob(open_dataset(images, xflip=True), vae, "edm2", out)
     first.zip.close()
