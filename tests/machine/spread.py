@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from shared_probes import share_probes
 from torch.nn.utils import get_total_norm
+from toy_runs import NETWORK, OPTIONS
 
 from edmdistill.machine.engine import Engine, Machine
 from edmdistill.methods import METHODS
@@ -20,13 +20,7 @@ from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
 from edmdistill.training.prepare import prepare
 
-NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 8}
-
-
-CASES = {name: {"name": name} for name in METHODS}
-for name in "scd", "sct":
-    CASES[name]["allow_edm_time"] = True
-CASES["ctm"] |= {"N": 4, "max_steps": 2, "gan_channels": 8}
+CASES = {name: {"name": name} | OPTIONS.get(name, {}) for name in METHODS}
 # Two passes of the generator before one backward pass, each at weights of guidance that belong to rows.
 CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
 
@@ -77,5 +71,4 @@ def main(teacher: str, out: str, count: str, *ways: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
-    share_probes()
     main(*sys.argv[1:])
