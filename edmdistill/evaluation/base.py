@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -64,3 +65,24 @@ class Metric(Protocol):
     def finish(self) -> float:
         """Returns the metric of all images so far."""
         ...
+
+
+class ComparingMetric(Metric):
+    """A metric that collects the same of both sets, by its accumulator `reference`, and compares the two."""
+
+    reference: ClassVar[type[Accumulator]]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, reference: Any) -> None:
+        self._real, self._generated = reference, type(self).reference()
+
+    def update(self, batch: Measured) -> None:
+        self._generated.update(batch.features)
+
+    def finish(self) -> float:
+        return self.compare(self._real, self._generated.finish())
+
+    @staticmethod
+    @abstractmethod
+    def compare(real: Any, generated: Any) -> float:
+        """Returns the metric of what was collected of the real and of the generated images."""

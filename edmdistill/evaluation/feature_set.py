@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import combinations_with_replacement, product
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from edmdistill.errors import EdmDistillError, NotFiniteError
-from edmdistill.evaluation.base import Accumulator, Measured
+from edmdistill.evaluation.base import ComparingMetric
 from edmdistill.progress import progress_bar
 
 TILE = 2048
@@ -127,22 +125,7 @@ def count_inside(centers: FeatureSet, k: int, points: FeatureSet, *, border: boo
     return balls, members
 
 
-class FeaturesMetric(ABC):
+class FeaturesMetric(ComparingMetric):
     """The base of metrics that compare the features of both sets, all of which it keeps."""
 
-    reference: ClassVar[type[Accumulator]] = Features
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __init__(self, reference: FeatureSet) -> None:
-        self._real, self._generated = reference, Features()
-
-    def update(self, batch: Measured) -> None:
-        self._generated.update(batch.features)
-
-    def finish(self) -> float:
-        return self.compare(self._real, self._generated.finish())
-
-    @staticmethod
-    @abstractmethod
-    def compare(real: FeatureSet, generated: FeatureSet) -> float:
-        """Returns the metric."""
+    reference = Features

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 from torch import Tensor
 
-from edmdistill.evaluation.base import Accumulator, Measured
+from edmdistill.evaluation.base import ComparingMetric
 
 BLOCK = 4096
 """Rows whose products are added at a time."""
@@ -117,17 +117,11 @@ def factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     return lower
 
 
-class FrechetDistance:
+class FrechetDistance(ComparingMetric):
     """The Frechet distance of Gaussians fitted to the features of both sets, as a metric."""
 
-    reference: ClassVar[type[Accumulator]] = RunningStatistics
-    needs: ClassVar[frozenset[str]] = frozenset()
+    reference = RunningStatistics
 
-    def __init__(self, reference: GaussianStatistics) -> None:
-        self._reference, self._statistics = reference, RunningStatistics()
-
-    def update(self, batch: Measured) -> None:
-        self._statistics.update(batch.features)
-
-    def finish(self) -> float:
-        return frechet_distance(self._statistics.finish(), self._reference)
+    @staticmethod
+    def compare(real: GaussianStatistics, generated: GaussianStatistics) -> float:
+        return frechet_distance(generated, real)

@@ -40,19 +40,12 @@ class FlowFunction(Protocol):
         """Returns F and, for each of n times [B], the log variance u [B] at that time; the role needs n logvars."""
 
     def tangent(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        labels: Tensor | None,
-        dx: Tensor,
-        dt: Tensor,
-        /,
-        second: Tensor | None = None,
-        dsecond: Tensor | None = None,
-        *,
-        w: Tensor | None = None,
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /, *more: Tensor, **inputs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Returns F and its derivative along (dx, dt, dsecond), without gradient and with the next call's dropout."""
+        """Returns F and its derivative along (dx, dt) and, as `second, dsecond` may follow, the second time's.
+
+        It has no gradient, and the dropout of the next call.  inputs: second, a constant one; w.
+        """
 
 
 class FixedInputs:

@@ -9,7 +9,6 @@ Geng et al. 2024 (Consistency Models Made Easy), algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
@@ -18,7 +17,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn
+from edmdistill.methods.base import Batch, Loss, Method, Role, Turn
 from edmdistill.schedules import lognormal_sigmas
 from edmdistill.trigflow import denoised, diffuse, expand, sigma_to_time
 
@@ -40,26 +39,22 @@ class ECT(Method[ECTConfig]):
     Config = ECTConfig
     roles = {"generator": Role(trained=True)}
 
-    def __init__(self, config: ECTConfig, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
-        super().__init__(config, networks, noise)
-        self.generator = networks["generator"]
-
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("generator", self.consistency_loss),)
 
     def consistency_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 1.  w(sigma) = 1 / sigma^2 + 1 / sigma_d^2."""
-        config, sigma_data = self.config, self.noise.sigma_data
+        config, generator, sigma_data = self.config, self.networks["generator"], self.noise.sigma_data
         sigma_t = lognormal_sigmas(draws, P_mean=config.P_mean, P_std=config.P_std)
         sigma_r = paired_sigma(sigma_t, 1 + batch.images // config.stage_images, config.q, config.k, config.b)
         z = draws.normal_like(batch.x0, sigma_data)
         t, r = sigma_to_time(sigma_t, sigma_data), sigma_to_time(sigma_r, sigma_data)
         with torch.no_grad():  # so that both share the dropout of the next pass
             x_r = diffuse(batch.x0, z, r)
-            target = denoised(x_r, self.generator(x_r, r, batch.labels), r, sigma_data)
+            target = denoised(x_r, generator(x_r, r, batch.labels), r, sigma_data)
             target = torch.where(expand(r, target) > 0, target, batch.x0)
         x_t = diffuse(batch.x0, z, t)
-        estimate = denoised(x_t, self.generator(x_t, t, batch.labels), t, sigma_data)
+        estimate = denoised(x_t, generator(x_t, t, batch.labels), t, sigma_data)
         distance = ((estimate - target).square().flatten(1).sum(1) + config.c**2).sqrt() - config.c
         weight = (sigma_t**-2 + sigma_data**-2).to(distance)
         return Loss(weight * distance, t, {"distance": distance.detach().mean()}, estimate.detach())

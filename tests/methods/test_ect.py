@@ -36,7 +36,7 @@ def test_loss_and_gradient_are_the_paper_s(images: int, c: float) -> None:
     def f(x: Tensor, sigma: Tensor) -> Tensor:
         sigma = sigma.reshape(-1, 1, 1, 1)
         scale = (sigma**2 + SIGMA_DATA**2).sqrt()
-        F = method.generator(x / scale * SIGMA_DATA, (sigma / SIGMA_DATA).atan())
+        F = method.networks["generator"](x / scale * SIGMA_DATA, (sigma / SIGMA_DATA).atan())
         return SIGMA_DATA**2 / scale**2 * x - SIGMA_DATA * sigma / scale * F
 
     with torch.no_grad():
