@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OFFLOADS = ("ema", "teacher", "optimizer")
 TRACKERS = ("tensorboard", "wandb")
-ALARMS = ("collapse", "saturation", "runaway", "nan")
+ALARMS = ("collapse", "saturation", "runaway", "quality", "nan")
 
 
 class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on

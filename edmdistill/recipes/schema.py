@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec.structs import replace
 
 from edmdistill.errors import RecipeError, did_you_mean
 from edmdistill.methods import METHODS
@@ -130,6 +131,21 @@ class DataTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Adds a mirrored copy of every image, as in EDM."""
 
 
+class EvaluationTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """[evaluation]: metrics of the average while it is trained, in metrics.jsonl. They change nothing that is trained.
+
+    The average that is best by the protocol's first metric, at the first number of steps, is kept in RUN/best.
+    """
+
+    protocol: str
+    """As of `edmdistill eval --protocol`; its metrics are measured against its own reference, or the run's data."""
+    every: PositiveCount
+    """Interval between measurements, a multiple of training.log_every."""
+    n: Annotated[int, Meta(ge=2, le=1_000_000)] = 1000
+    """Images of a measurement, of the seeds from 0."""
+    nfe: Annotated[tuple[PositiveCount, ...], Meta(min_length=1)] = (2,)
+
+
 class NetworkTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[network]: the network that a method without a frozen teacher makes, unless it starts from a checkpoint.
 
@@ -148,7 +164,9 @@ TABLES: dict[str, type[Struct]] = {
     "sampling": SamplingTable,
     "data": DataTable,
     "network": NetworkTable,
+    "evaluation": EvaluationTable,
 }
+OPTIONAL = "network", "evaluation"
 """The tables that are the same for every method."""
 
 
@@ -163,6 +181,7 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
     sampling: SamplingTable = SamplingTable()
     data: DataTable = DataTable()
     network: NetworkTable | None = None
+    evaluation: EvaluationTable | UnsetType = UNSET
 
     @cached_property
     def method_class(self) -> type[Method[Any]]:
@@ -181,7 +200,8 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
     @property
     def hash(self) -> str:
         """sha256 of the canonical JSON: equal for equal computations, whatever the file was called."""
-        return hashlib.sha256(msgspec.json.encode(self._document(), order="deterministic")).hexdigest()
+        document = replace(self._document(), evaluation=UNSET)
+        return hashlib.sha256(msgspec.json.encode(document, order="deterministic")).hexdigest()
 
     def tables(self) -> dict[str, Any]:
         """Returns the resolved recipe as plain values, as in recipe.resolved.json."""
@@ -192,7 +212,7 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
 
     def _document(self) -> _Document:
         method = {"name": self.method_name, **msgspec.to_builtins(self.method)}
-        return _Document(method, self.training, self.ema, self.sampling, self.data, self.network)
+        return _Document(method, self.training, self.ema, self.sampling, self.data, self.network, self.evaluation)
 
     @staticmethod
     def from_json(text: bytes) -> Recipe:
@@ -222,10 +242,15 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
         typed: dict[str, Any] = {
             name: _typed(table(tables, name, source), type_, source, name)
             for name, type_ in TABLES.items()
-            if name != "network" or tables.get("network") is not None
+            if name not in OPTIONAL or tables.get(name) is not None
         }
         recipe = Recipe(method_name=method_name, method=config, **typed)
         _check_roles(recipe, source)
+        evaluation, log_every = recipe.evaluation, recipe.training.log_every
+        if isinstance(evaluation, EvaluationTable) and evaluation.every % log_every:
+            raise RecipeError(
+                f"{source}: evaluation.every = {evaluation.every} must be a multiple of training.log_every, {log_every}"
+            )
         return recipe
 
 
@@ -238,6 +263,7 @@ class _Document(Struct):
     sampling: SamplingTable
     data: DataTable
     network: NetworkTable | None
+    evaluation: EvaluationTable | UnsetType = UNSET
 
 
 def table(tables: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The run directory: created whole or not at all, locked by one process, and never shared by two runs.
 
-It holds recipe.toml, recipe.resolved.json, run.json, sessions.jsonl, metrics.jsonl, state/, samples/, x0/, ema/ and
-generator/.
+It holds recipe.toml, recipe.resolved.json, run.json, sessions.jsonl, metrics.jsonl, state/, samples/, x0/, ema/,
+generator/ and, with [evaluation], best/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import IO, Any, TypedDict
 
 from edmdistill.atomic import atomic_write, remove_leftovers
 from edmdistill.errors import CheckpointError, TrainingError
-from edmdistill.jsonl import append_line, truncate_lines
+from edmdistill.jsonl import append_line, read_lines, truncate_lines
 from edmdistill.training.identity import RECIPE, RUN, require_same
 
 SESSIONS, METRICS = "sessions.jsonl", "metrics.jsonl"
@@ -52,6 +52,7 @@ class RunDir:
         self.x0 = path / "x0"
         self.ema = path / "ema"
         self.generator = path / "generator"
+        self.best = path / "best"
         self._metrics = path / METRICS
 
     def is_new(self) -> bool:
@@ -61,6 +62,11 @@ class RunDir:
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
         append_line(self._metrics, line)
+
+    def lowest(self, key: str, score: Callable[[float], float]) -> float | None:
+        """Returns the lowest score of a key's numbers in metrics.jsonl; None: there are none."""
+        lines = read_lines(self._metrics, MetricsLine, ["images"])
+        return min((score(line[key]) for line in lines if key in line), default=None)
 
     def log_session(self, session: Mapping[str, Any]) -> None:
         """Appends a line to sessions.jsonl: the environment that the run is computed in from here on."""

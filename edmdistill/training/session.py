@@ -16,6 +16,7 @@ from edmdistill.machine.environment import environment, peak_memory
 from edmdistill.machine.signals import stop_on_signal
 from edmdistill.training.faults import explain_errors
 from edmdistill.training.loop import rounds
+from edmdistill.training.measure import Evaluation, open_evaluation
 from edmdistill.training.metrics import IntervalMeans, Measures
 from edmdistill.training.micro_batch import settle_micro_batch
 from edmdistill.training.monitors import Diverged, Health, require_finite
@@ -79,7 +80,7 @@ def train(
         means, health = IntervalMeans(), Health()
         if progress is not None:
             means, health = IntervalMeans(progress.window), Health(progress.health)
-        session = Session(run, folder, means, health, track, stop_on, tell)
+        session = Session(run, folder, means, health, track, stop_on, tell, open_evaluation(run))
         with explain_errors(run, folder, health):
             if not run.finished:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -111,10 +112,12 @@ class Session:
     track: Callable[[Mapping[str, float]], None] | None
     stop_on: Collection[str]
     tell: Callable[[str], object]
+    evaluation: Evaluation | None = None
 
     def log(self) -> None:
         """Writes a line of metrics if one is due, and checks the run's health by it.
 
+        With [evaluation], it also measures the average where that is due; the numbers are in the same line.
         Raises: Diverged: an alarm of `stop_on`.
         """
         run, training = self.run, self.run.recipe.training
@@ -122,10 +125,15 @@ class Session:
             return
         line = self.means.line(run.images, training.batch)
         line["memory"] = max(peak_memory(run.engine.device) - run.memory_before, 0)
+        alarms = []
+        if self.evaluation is not None and self.evaluation.is_due(run):
+            found = self.evaluation.measure(run, self.tell)
+            alarms = self.evaluation.keep_best(run, self.folder, found, self.tell)
+            line |= found
         run.engine.on_main(partial(self.folder.log, line))
         if self.track is not None:
             self.track(line)
-        for alarm in self.health.check(line):
+        for alarm in (*self.health.check(line), *alarms):
             if alarm.begins:
                 self.tell(alarm.sentence)
             if alarm.kind in self.stop_on:

@@ -1,0 +1,118 @@
+"""Metrics over training: what [evaluation] asks for, in the lines of metrics.jsonl; the best average is kept.
+
+The average is sampled and measured as `edmdistill eval` does a checkpoint, with random streams of its own, so that
+nothing that is trained depends on it. Every process measures by itself, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from edmdistill.checkpoints.generator import Generator
+from edmdistill.data.datasets import Dataset
+from edmdistill.errors import NotFiniteError, TrainingError
+from edmdistill.evaluation.evaluate import evaluate
+from edmdistill.evaluation.metrics import loss_of
+from edmdistill.evaluation.protocol import get_protocol, open_reference
+from edmdistill.evaluation.references import Statistics
+from edmdistill.features.spaces import load_features
+from edmdistill.networks.flow import Denoiser
+from edmdistill.recipes.schema import EvaluationTable
+from edmdistill.sampling.spec import SamplerSpec
+from edmdistill.training.monitors import Alarm
+from edmdistill.training.run import Run
+from edmdistill.training.run_dir import RunDir
+from edmdistill.training.snapshot import save_generator
+
+WORSE = 2.0
+"""A distance above so many times the lowest one is an alarm."""
+
+
+@dataclass
+class Evaluation:
+    """The measurements of a run.
+
+    Attributes:
+        table: the recipe's.
+        reference: the real images.
+        lowest: the lowest score so far of the first metric at the first number of steps, on the main process; None: it
+            was not measured since the run began or resumed.
+    """
+
+    table: EvaluationTable
+    reference: Dataset | Statistics
+    lowest: float | None = None
+
+    def is_due(self, run: Run) -> bool:
+        """Returns whether the average is measured after this round."""
+        return run.finished or run.due(self.table.every)
+
+    def measure(self, run: Run, tell: Callable[[str], object]) -> dict[str, float]:
+        """Returns the metrics of the average, by `METRIC/NFE NFE`; none where a sample is not finite."""
+        network = run.ema.network
+        model = Denoiser(network) if run.config.stage == "teacher" else Generator(network, run.config)
+        found: dict[str, float] = {}
+        for nfe in self.table.nfe:
+            try:
+                result = evaluate(
+                    model,
+                    self.reference,
+                    protocol=self.table.protocol,
+                    sampler=SamplerSpec(nfe=nfe),
+                    seeds=range(self.table.n),
+                    device=run.engine.device,
+                    source_sha256="",  # shards have none
+                )
+            except NotFiniteError as error:
+                tell(f"Not measured after {run.images:,} images: {error}.")
+                continue
+            found |= {f"{name}/{nfe} NFE": value for name, value in result.metrics.items()}
+        return found
+
+    def keep_best(
+        self, run: Run, folder: RunDir, found: Mapping[str, float], tell: Callable[[str], object]
+    ) -> list[Alarm]:
+        """Saves the average in RUN/best if it is the best so far. All processes call it together.
+
+        Returns: an alarm of the kind `quality` if it is far worse than the best.
+        """
+        key, value = next(iter(found.items()), ("", 0.0))
+        name, _, nfe = key.partition("/")
+        if nfe != f"{self.table.nfe[0]} NFE":
+            return []
+        score, engine = loss_of(name, value), run.engine
+        if self.lowest is None and engine.is_main:
+            self.lowest = folder.lowest(key, partial(loss_of, name))
+        before = math.inf if self.lowest is None else self.lowest
+        if engine.broadcast(score < before):  # metrics.jsonl may be on the main process's disk alone
+            self.lowest = score
+            weights = engine.full_state(run.ema.network.network)
+            engine.on_main(partial(save_generator, run, folder.best, weights))
+            tell(f"After {run.images:,} images {key} is {value:.4g}, the best so far: kept in {folder.best}.")
+        elif engine.broadcast(0 < WORSE * before < score):
+            change = f"After {run.images:,} images {key} is {value:.4g}, and it was {before:.4g} at its best"
+            return [Alarm("quality", f"{change}: training makes it worse, and {folder.best} keeps the best average.")]
+        return []
+
+
+def open_evaluation(run: Run) -> Evaluation | None:
+    """Returns the measurements that a recipe asks for, before training begins; None: none.
+
+    Raises: TrainingError: the run makes latents.  EdmDistillError: no such protocol, reference or feature weights.
+    """
+    table = run.recipe.evaluation
+    if not isinstance(table, EvaluationTable):
+        return None
+    if run.config.encoder["kind"] != "pixels":
+        raise TrainingError(
+            "[evaluation] measures networks of pixels, and this one makes latents: remove the table, and measure "
+            "snapshots by `edmdistill eval RUN`"
+        )
+    standard = get_protocol(table.protocol)
+    reference = open_reference(None if standard.reference else run.dataset, standard)
+    if standard.features is not None:
+        load_features(standard.features, device=run.engine.device)
+    return Evaluation(table, reference)

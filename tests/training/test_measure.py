@@ -1,0 +1,109 @@
+"""Metrics over training: eval's own numbers, nothing trained depends on them, and the best average is kept."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from edmdistill.checkpoints.config import read_config
+from edmdistill.checkpoints.load import load_generator
+from edmdistill.checkpoints.store import load_tensors
+from edmdistill.errors import RecipeError, TrainingError
+from edmdistill.evaluation.evaluate import evaluate
+from edmdistill.recipes.schema import EvaluationTable, Recipe
+from edmdistill.report.sections import training
+from edmdistill.sampling.spec import SamplerSpec
+from edmdistill.training import measure
+from edmdistill.training.run import Run
+from edmdistill.training.session import train
+
+TABLE = EvaluationTable(protocol="digits", every=16, n=20, nfe=(1, 2))
+KEY = "fd_digits@20/1 NFE"
+
+
+def measured(start: Callable[..., Run], table: EvaluationTable = TABLE, **training: object) -> Run:
+    run = start("cosim", **training)
+    run.recipe = replace(run.recipe, evaluation=table)
+    return run
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run_dir(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measured") / "run"
+    assert train(measured(start), folder, on_message=lambda sentence: None).finished
+    return folder
+
+
+def test_the_numbers_are_evals(run_dir: Path) -> None:
+    *_, last = lines(run_dir)
+    for nfe in (1, 2):
+        result = evaluate(
+            load_generator(run_dir), protocol="digits", sampler=SamplerSpec(nfe=nfe), seeds=range(20), source="a run"
+        )
+        assert {name: last[f"{name}/{nfe} NFE"] for name in result.metrics} == pytest.approx(result.metrics, rel=1e-6)
+    assert [KEY in line for line in lines(run_dir)] == [True, True]
+
+
+def test_what_is_trained_is_the_same(run_dir: Path, whole: Callable[..., tuple[Run, Path]]) -> None:
+    _, plain = whole("cosim")
+    without, found = (load_tensors(folder / "generator" / "model.safetensors")[0] for folder in (plain, run_dir))
+    assert all(torch.equal(without[name], found[name]) for name in without)
+    other = ("seconds", "memory", "images_per_second")
+    for before, after in zip(lines(plain), lines(run_dir), strict=True):
+        assert {k: v for k, v in before.items() if k not in other} == {
+            k: v for k, v in after.items() if k not in other and "NFE" not in k
+        }
+    assert read_config(run_dir / "generator").recipe_hash == read_config(plain / "generator").recipe_hash
+
+
+def test_the_best_is_kept(run_dir: Path) -> None:
+    best = min(lines(run_dir), key=lambda line: line[KEY])
+    assert read_config(run_dir / "best").images_seen == best["images"]
+    result = evaluate(load_generator(run_dir / "best"), protocol="digits", sampler=SamplerSpec(nfe=1), seeds=range(20))
+    assert result.metrics["fd_digits@20"] == pytest.approx(best[KEY], rel=1e-6)
+
+
+def test_the_report_shows_the_curve(run_dir: Path) -> None:
+    assert "fd digits@20, 1 NFE" in training(lines(run_dir))
+
+
+def test_a_run_far_above_its_best_is_stopped(
+    start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([1.0, 1.9, 2.1])
+    monkeypatch.setattr(measure.Evaluation, "measure", lambda *args: {"fd_digits@20/1 NFE": next(values)})
+    run = measured(start, replace(TABLE, every=8), images=40, log_every=8)
+    with pytest.raises(TrainingError, match=r"fd_digits@20/1 NFE is 2.1, and it was 1 at its best"):
+        train(run, tmp_path / "run", stop_on=["quality"], on_message=lambda sentence: None)
+    assert read_config(tmp_path / "run" / "best").images_seen == 8
+    assert [line[KEY] for line in lines(tmp_path / "run")] == [1.0, 1.9, 2.1]
+
+
+def test_the_table_is_checked(recipe: Callable[..., Recipe]) -> None:
+    plain = recipe("cosim")
+    tables = plain.tables()
+    assert "evaluation" not in tables
+    table = {"protocol": "digits", "every": 32}
+    with_table = Recipe.from_tables(tables | {"evaluation": table}, "a test")
+    assert with_table.hash == plain.hash
+    assert Recipe.from_json(with_table.to_json()) == with_table
+    for wrong, why in (({"every": 24}, "must be a multiple of"), ({"nfe": []}, "length"), ({"more": 1}, "no key")):
+        with pytest.raises(RecipeError, match=why):
+            Recipe.from_tables(tables | {"evaluation": table | wrong}, "a test")
+
+
+def test_a_run_may_be_measured_from_now_on(
+    start: Callable[..., Run], whole: Callable[..., tuple[Run, Path]], tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(whole("cosim")[1], tmp_path / "run")
+    assert train(measured(start), run_dir, on_message=lambda sentence: None).finished
+    assert json.loads((run_dir / "recipe.resolved.json").read_text())["evaluation"]["n"] == 20
