@@ -1,10 +1,9 @@
 """The official samplers with the official networks, seed for seed: every golden file that holds samples."""
 
-import gzip
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,13 +31,10 @@ GUIDED = [
 TOLERANCE = 2e-5  # of the largest value; the golden set allows 1e-4
 
 
-def load(golden: Path, name: str, tmp_path: Path) -> Denoiser:
-    path = golden / name
-    if path.exists():
-        return load_denoiser(path)
-    plain = tmp_path / name
-    plain.write_bytes(gzip.decompress((golden / f"{name}.gz").read_bytes()))
-    return load_denoiser(plain)
+@cache
+def load(name: str) -> Denoiser:
+    path = GOLDEN / name
+    return load_denoiser(path if path.exists() else path.with_name(f"{name}.gz"))
 
 
 def churn_of(case: dict[str, Any]) -> Churn:
@@ -61,10 +57,10 @@ def assert_bytes_close(x: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("name", "key"), SAMPLED)
-def test_edm(golden: Path, tmp_path: Path, name: str, key: str) -> None:
-    facts, tensors = FACTS[name], load_file(golden / f"{name}.safetensors")
+def test_edm(name: str, key: str) -> None:
+    facts, tensors = FACTS[name], load_file(GOLDEN / f"{name}.safetensors")
     case = facts[key]
-    denoiser = load(golden, facts["pickle"], tmp_path)
+    denoiser = load(facts["pickle"])
     latents, labels = tensors[f"{key}.latents"], tensors.get(f"{key}.labels")
 
     rng = SeededNoise(case["seeds"])
@@ -73,25 +69,26 @@ def test_edm(golden: Path, tmp_path: Path, name: str, key: str) -> None:
     assert labels is None or torch.equal(rng.integers(denoiser.label_dim), labels.argmax(1))
 
     sigmas: list[Tensor] = []
-    denoiser.register_forward_pre_hook(lambda module, args: sigmas.append(args[1]))
+    hook = denoiser.register_forward_pre_hook(lambda module, args: sigmas.append(args[1]))
     noise = tensors.get(f"{key}.noise")
     churn, steps = churn_of(case), case["num_steps"]
     with torch.no_grad():
         grid = EDM_SAMPLER.sigmas(denoiser, steps)
         x = edm_sampler(denoiser, latents, labels, sigmas=grid, churn=churn, randn_like=recorded(noise))
+    hook.remove()
     assert_samples_close(x, tensors[f"{key}.x"])
     torch.testing.assert_close(torch.stack(sigmas), tensors[f"{key}.net_sigmas"], rtol=2e-6, atol=0)
     assert_bytes_close(x, tensors[f"{key}.images_u8"])
 
 
 @pytest.mark.parametrize(("name", "key"), GUIDED)
-def test_edm2(golden: Path, tmp_path: Path, name: str, key: str) -> None:
-    facts, tensors = FACTS[name], load_file(golden / f"{name}.safetensors")
+def test_edm2(name: str, key: str) -> None:
+    facts, tensors = FACTS[name], load_file(GOLDEN / f"{name}.safetensors")
     case = facts[key]
-    main, guide = load(golden, facts["net"], tmp_path), load(golden, facts["gnet"], tmp_path)
+    main, guide = load(facts["net"]), load(facts["gnet"])
     weight = case.get("guidance", 1)
     sigmas: list[Tensor] = []
-    main.register_forward_pre_hook(lambda module, args: sigmas.append(args[1]))
+    hook = main.register_forward_pre_hook(lambda module, args: sigmas.append(args[1]))
     steps, churn = case["num_steps"], churn_of(case)
     with torch.no_grad():
         x = edm_sampler(
@@ -103,6 +100,7 @@ def test_edm2(golden: Path, tmp_path: Path, name: str, key: str) -> None:
             always_draws=False,
             randn_like=recorded(tensors.get(f"{key}.noise")),
         )
+    hook.remove()
     assert_samples_close(x, tensors[f"{key}.x"])
     torch.testing.assert_close(torch.stack(sigmas), tensors[f"{key}.net_sigmas"], rtol=2e-6, atol=0)
     if f"{key}.images_u8" in tensors:
@@ -113,16 +111,16 @@ CHURNED = [case for case in SAMPLED + GUIDED if case[1] == "churn"]
 
 
 @pytest.mark.parametrize(("name", "key"), CHURNED)
-def test_by_seed_alone(golden: Path, tmp_path: Path, name: str, key: str) -> None:
+def test_by_seed_alone(name: str, key: str) -> None:
     """`sample` draws noise, classes and the churn's noise itself, and ends at the same picture."""
-    facts, tensors = FACTS[name], load_file(golden / f"{name}.safetensors")
+    facts, tensors = FACTS[name], load_file(GOLDEN / f"{name}.safetensors")
     case = facts[key]
     x = sample(
-        load(golden, facts.get("pickle") or facts["net"], tmp_path),
+        load(facts.get("pickle") or facts["net"]),
         2 * case["num_steps"] - 1,
         seeds=case.get("seeds") or facts["seeds"],
         guidance=case.get("guidance", 1.0),
-        guide=load(golden, facts["gnet"], tmp_path) if "gnet" in facts else None,
+        guide=load(facts["gnet"]) if "gnet" in facts else None,
         churn=churn_of(case),
     )
     expected = tensors[f"{key}.x"].float()
