@@ -45,7 +45,8 @@ class ConversionReport(NamedTuple):
         ]
         if config.noise_dependence is not None:
             lines.append(describe_dependence(config.noise_dependence))
-        lines.append(f"{self.path} is written: under {licence}, a TrigFlow teacher with two times.")
+        under = f"under {licence}" if licence else "under no known licence (--licence names one)"
+        lines.append(f"{self.path} is written: {under}, a TrigFlow teacher with two times.")
         if network.arguments.get("positional_time"):
             lines += [
                 "It is another function than its source. To train it on, and to see whether it is as good again:",

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edmdistill.checkpoints.layout import checkpoint_in
 from edmdistill.errors import CheckpointError
 from edmdistill.stored_tensors import StoredTensor
 
@@ -89,9 +90,9 @@ def describe_safetensors(header: bytes) -> str | None:
 
 def describe_folder(folder: Path) -> str:
     """Returns what a folder without a checkpoint to convert is, and what to give."""
-    names = {entry.name for entry in folder.iterdir()}
+    names = {entry.name for entry in checkpoint_in(folder).iterdir()}
     if {"config.json", "model.safetensors"} <= names and not names & {"model_index.json"}:
-        return "is a folder, a checkpoint that needs no conversion: give the file to convert"
+        return "is a folder, a checkpoint or a run that needs no conversion: train and sample take it as it is"
     if names & {"model_index.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "unet"}:
         return (
             "is a folder of diffusers', which cannot be read: give the pickle of NVIDIA's or the .pt of OpenAI's that "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edmdistill.checkpoints.documents import escape
+from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import ResultTable
 from edmdistill.recipes.library import origins
@@ -210,11 +211,14 @@ def commands(run: RunSummary) -> dict[str, str]:
     steps = ",".join(map(str, nfe))
     fits = [name for name, protocol in PROTOCOLS.items() if protocol.reference and protocol.reference.source == data]
     measure = ["--protocol", fits[0]] if fits else ["--protocol", "pixels", "--ref", "DATA"]
+    vae = vae_words(run.config.encoder) if run.config else []
+    if vae:  # what is measured are the decoded pictures
+        measure = ["--protocol", "edm2", "--ref", "IMAGES", *vae]
     given = [] if run.recipe.network else ["TEACHER"]
     given += ["--data", data if fits else "DATA", *run.train_arguments]
     usual = str(2 if 2 in nfe else nfe[0])
     commands = {
-        "sample": ["sample", path, "--nfe", usual, "--seeds", "0-63", "--out", str(run.path / "images")],
+        "sample": ["sample", path, "--nfe", usual, "--seeds", "0-63", *vae, "--out", str(run.path / "images")],
         "eval": ["eval", path, "--nfe", steps, *measure, "--out", str(out / "generator.json")],
         "sweep": ["sweep", path, "--nfe", steps, "--gamma", "0,.5,1", *measure, "--out", str(out / "sweep.json")],
         "teacher": ["eval", "TEACHER", *measure, "--out", str(out / "teacher.json")],

@@ -1,29 +1,37 @@
-"""A latent model from beginning to end, by commands: pictures, latents, training, pictures again, a number, a page."""
+"""From pictures to a report by commands alone: a tiny latent run, with a VAE and a DINOv2 of random weights."""
 
 import json
+import zipfile
 from pathlib import Path
 
-import numpy as np
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
+from feature_files import TINY_DINOV2
+from golden_set import GOLDEN
 from PIL import Image
 
 from edmdistill.checkpoints.config import read_config
 from edmdistill.cli import main
 
-RECIPE = """
-[method]
-name = "{method}"
+FILES = {
+    "source": GOLDEN / "prepare" / "source",
+    "vae": GOLDEN / "evaluation" / "latents" / "tiny-vae",
+    "dinov2.pth": TINY_DINOV2,
+}
+TRAINING = """
 [training]
 images = {images}
-batch = 16
+batch = 8
 lr = 1e-3
-log_every = 32
+log_every = 16
 snapshot_every = {images}
 [ema]
-half_life_images = 50
+half_life_images = 16
 [sampling]
-nfe = {nfe}
+nfe = [{nfe}]
+[method]
+name = "{method}"
 """
 NETWORK = """
 [network]
@@ -35,54 +43,80 @@ num_blocks = 1
 attn_resolutions = []
 channels_per_head = 8
 """
-CLASSES = "n01440764", "n02012849"
 
 
-def run(*words: object) -> Result:
-    result = CliRunner().invoke(main, [*map(str, words)])
-    assert result.exit_code == 0, result.output
+def command(line: str) -> Result:
+    """Runs a command, which must succeed."""
+    result = CliRunner().invoke(main, line.split())
+    assert result.exit_code == 0, f"{line}: {result.output}"
     return result
 
 
-def draw_pictures(folder: Path) -> None:
-    """Photographs, as it were: of any size, in folders named by ImageNet's synsets."""
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(CLASSES):
-        (folder / name).mkdir(parents=True)
-        for i in range(16):
-            x = np.linspace(0, 3 + label, 50 + i)[:, None, None] + rng.uniform(0, 6, (1, 40, 3))
-            Image.fromarray((127.5 + 127.5 * np.sin(x)).astype(np.uint8)).save(folder / name / f"{i}.png")
+def table(path: Path) -> list[dict[str, float]]:
+    return [result["metrics"] for result in json.loads(path.read_text())["results"]]
 
 
-@pytest.mark.slow
-def test_from_pictures_to_a_page(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def pictures(folder: Path) -> list[tuple[int, int]]:
+    """The sizes of the RGB pictures of a folder, apart from the grid."""
+    sizes = []
+    for path in sorted(folder.glob("0*.png")):
+        with Image.open(path) as image:
+            assert image.mode == "RGB"
+            sizes.append(image.size)
+    return sizes
+
+
+@pytest.mark.slow  # twelve commands, of which three train
+def test_from_pictures_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    vae = golden / "evaluation/latents/tiny-vae"
-    dinov2 = f"dinov2={golden / 'evaluation/dinov2/tiny-dinov2.pth'}"
-    draw_pictures(tmp_path / "pictures")
-    run("data", "prepare", "pictures", "images.zip", "--resolution", 32, "--transform", "center-crop-dhariwal")
-    run("data", "encode", "images.zip", "latents.zip", "--vae", vae, "--range", "scm")
-    run("data", "stats", "images.zip", "ref.npz", "--features", "dinov2", "--weights", dinov2)
-    Path("diffusion.toml").write_text(RECIPE.format(method="diffusion", images=160, nfe=[3]) + NETWORK)
-    Path("cosim.toml").write_text(RECIPE.format(method="cosim", images=64, nfe=[1, 2]))
-    data = "--data", "latents.zip", "--device", "cpu", "--vae", vae
-    run("train", "diffusion", *data, "--recipe", "diffusion.toml", "--run-dir", "teacher")
-    run("train", "cosim", "teacher", *data, "--recipe", "cosim.toml", "--run-dir", "generator")
-    encoder = read_config(Path("generator/generator")).encoder
-    assert (encoder["range"], encoder["vae_name"]) == ("scm", "tiny-vae")
+    for name, path in FILES.items():
+        Path(name).symlink_to(path)
+    Path("teacher.toml").write_text(TRAINING.format(method="diffusion", images=64, nfe=5) + NETWORK)
+    Path("cosim.toml").write_text(TRAINING.format(method="cosim", images=32, nfe=2))
 
-    decoding = "--vae", vae, "--device", "cpu"
-    run("sample", "generator", "--nfe", 2, "--seeds", "0-15", *decoding, "--out", "generator/frogs")
-    with Image.open("generator/frogs/000015.png") as picture:
-        assert picture.size == (32, 32)
-    measure = "--ref", "ref.npz", "--metrics", "fd_dinov2", "--n", 16, "--weights", dinov2, "--protocol", "edm2"
-    for source in ("teacher", "generator"):
-        nfe = 2 if source == "generator" else 3
-        run("eval", source, *measure, *decoding, "--nfe", nfe, "--batch", 16, "--save", "--out", f"{source}.json")
-    assert "fd_dinov2" in json.dumps(json.loads(Path("generator.json").read_text()))
-    table = run("compare", "teacher.json", "generator.json").stdout
-    assert table.count("\n|") >= 3
-    run("report", "generator", "--out", "page.html")
-    assert Path("page.html").read_text().count("data:image/png;base64") >= 4  # grids of training, x0, frogs
-    assert len(list(Path("generator/samples").iterdir())) == 2
+    command("data prepare source in64.zip --resolution 64 --transform center-crop")
+    command("data encode in64.zip latents.zip --xflip --device cpu --vae vae")
+    assert "22" in command("data inspect latents.zip").stdout
+    command("train diffusion --data latents.zip --recipe teacher.toml --run-dir teacher --device cpu --vae vae")
+    command("convert teacher adapted --time-embedding positional --licence mit")
+    command("train cosim adapted --data latents.zip --recipe cosim.toml --run-dir run --device cpu --vae vae")
+
+    # The encoder of the data is in every checkpoint, and what was learnt about classes and licence too.
+    configs = [read_config(Path(folder)) for folder in ("teacher/generator", "adapted", "run/generator")]
+    with zipfile.ZipFile("latents.zip") as archive:
+        recorded = json.loads(archive.read("dataset.json"))["encoder"]
+    for config in configs:
+        assert msgspec.to_builtins(config.encoder)["vae_sha256"] == recorded["vae_sha256"]
+        assert config.label_names == ("tench, Tinca tinca", "crane", "daisy")
+    assert [config.provenance.licence for config in configs] == [None, "mit", "mit"]
+
+    # Pictures: those of the command's own words, of the VAE's resolution, and as many as seeds.
+    command("sample run --nfe 2 --seeds 0-7 --device cpu --out run/images --vae vae")
+    assert pictures(Path("run/images")) == 8 * [(64, 64)]
+
+    weights = "--features dinov2 --weights dinov2=dinov2.pth"
+    command(f"data stats in64.zip in64.npz {weights} --device cpu")
+    measure = "--protocol edm2 --metrics fd_dinov2 --weights dinov2=dinov2.pth --n 8 --device cpu --vae vae"
+    command(f"eval run {measure} --ref in64.npz --nfe 1,2 --out run/eval/generator.json")
+    command(f"eval adapted {measure} --ref in64.zip --nfe 3 --out run/eval/teacher.json")
+    (metric,) = table(Path("run/eval/teacher.json"))[0]
+    assert metric.startswith("fd_dinov2[")
+    assert metric.endswith("]@8")  # neither the official weights nor the official number of images
+    values = [row[metric] for name in ("generator", "teacher") for row in table(Path(f"run/eval/{name}.json"))]
+
+    # The folder of pictures is the network's images: measured from there, the number is the same.
+    command(f"eval run/images {measure.partition(' --vae')[0]} --ref in64.zip --out folder.json")
+    assert table(Path("folder.json"))[0][metric] == pytest.approx(values[1], rel=1e-4)
+
+    compared = command("compare run/eval/generator.json run/eval/teacher.json --json").stdout
+    reported = command("report run").stdout
+    for value in values:
+        assert f"{value:.4g}" in reported
+        assert str(value) in compared
+
+    page = Path("run/report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 3  # grids of training, and the pictures sampled since
+    assert "edmdistill eval run --nfe 2 --protocol edm2 --ref IMAGES --vae DIR" in page
+    grids = pictures(Path("run/samples"))
+    assert len(grids) >= 2
+    assert min(map(min, grids)) >= 64  # decoded: latents are 8 pixels wide
