@@ -167,7 +167,7 @@ class CTM(Method[CTMConfig]):
 
         Differs: the paper's end is 0; that of the official code, sigma_min, is used here.
         """
-        return self.jump(self.target, x_s, s, self.times[-1].to(s).expand_as(s), labels)
+        return self.jump(self.target, x_s, s, torch.full_like(s, float(self.times[-1])), labels)
 
     def jump(self, network: FlowFunction, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """Returns G(x_t, t, s)."""

@@ -43,7 +43,9 @@ class RowMeans:
         """
         key = (names,) if isinstance(names, str) else tuple(names)
         total = total.detach().to(torch.float64).reshape(-1)
-        counts = torch.as_tensor(count, dtype=torch.float64, device=total.device).reshape(-1).expand(len(key))
+        # A number is filled in on the device: a tensor made of it here would be copied there, and waited for.
+        counts = count.to(total).reshape(-1) if isinstance(count, Tensor) else total.new_full((1,), count)
+        counts = counts.expand(len(key))
         if key in self._sums:
             old_total, old_counts = self._sums[key]
             total, counts = old_total + total, old_counts + counts
