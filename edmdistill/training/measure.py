@@ -7,9 +7,12 @@ nothing that is trained depends on it. Every process measures by itself, with th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+
+import torch
 
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset
@@ -57,15 +60,16 @@ class Evaluation:
         found: dict[str, float] = {}
         for nfe in self.table.nfe:
             try:
-                result = evaluate(
-                    model,
-                    self.reference,
-                    protocol=self.table.protocol,
-                    sampler=SamplerSpec(nfe=nfe),
-                    seeds=range(self.table.n),
-                    device=run.engine.device,
-                    source_sha256="",  # shards have none
-                )
+                with one_thread_draws(run.engine.world_size > 1):
+                    result = evaluate(
+                        model,
+                        self.reference,
+                        protocol=self.table.protocol,
+                        sampler=SamplerSpec(nfe=nfe),
+                        seeds=range(self.table.n),
+                        device=run.engine.device,
+                        source_sha256="",  # shards have none
+                    )
             except NotFiniteError as error:
                 tell(f"Not measured after {run.images:,} images: {error}.")
                 continue
@@ -96,6 +100,22 @@ class Evaluation:
             change = f"After {run.images:,} images {key} is {value:.4g}, and it was {before:.4g} at its best"
             return [Alarm("quality", f"{change}: training makes it worse, and {folder.best} keeps the best average.")]
         return []
+
+
+@contextmanager
+def one_thread_draws(alone: bool) -> Iterator[None]:
+    """Lets a CPU draw batches in one thread while the block runs: processes gather shards in the same order.
+
+    Args:
+        alone: whether that is needed.
+    """
+    threads = torch.get_num_threads()
+    if alone:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def open_evaluation(run: Run) -> Evaluation | None:
