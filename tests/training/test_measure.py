@@ -107,3 +107,16 @@ def test_a_run_may_be_measured_from_now_on(
     run_dir = shutil.copytree(whole("cosim")[1], tmp_path / "run")
     assert train(measured(start), run_dir, on_message=lambda sentence: None).finished
     assert json.loads((run_dir / "recipe.resolved.json").read_text())["evaluation"]["n"] == 20
+
+
+def test_shards_are_gathered_by_one_thread() -> None:
+    """On a CPU, the threads that draw are as many as torch's: two would gather shards in another order elsewhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for alone, threads in ((True, 1), (False, 2)):
+            with measure.one_thread_draws(alone):
+                assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
