@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from feature_files import TINY_DINOV2
 from golden_set import GOLDEN
+from picture_files import cifar10, tar_bytes
 from PIL import Image
 
 from edmdistill.checkpoints.config import read_config
@@ -120,3 +121,29 @@ def test_from_pictures_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     grids = pictures(Path("run/samples"))
     assert len(grids) >= 2
     assert min(map(min, grids)) >= 64  # decoded: latents are 8 pixels wide
+
+
+@pytest.mark.slow  # nine commands, of which one trains
+def test_from_an_archive_to_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of docs/cifar10.md: an official network without classes, and CIFAR-10's archive."""
+    monkeypatch.chdir(tmp_path)
+    Path("dinov2.pth").symlink_to(TINY_DINOV2)
+    Path("official.pkl.gz").symlink_to(GOLDEN / "vp-ddpmpp-uncond.pkl.gz")
+    Path("cifar-10-python.tar.gz").write_bytes(tar_bytes(cifar10(8, 2)[0], "w:gz"))
+    Path("cosim.toml").write_text(TRAINING.format(method="cosim", images=16, nfe=2))
+
+    command("data prepare cifar-10-python.tar.gz cifar10.zip --resolution 16")
+    command("convert official.pkl.gz teacher")
+    assert "takes these data" in command("data inspect cifar10.zip --teacher teacher").stdout
+    command("train cosim teacher --data cifar10.zip --recipe cosim.toml --run-dir run --device cpu")
+    command("sample run --nfe 2 --seeds 0-7 --device cpu --out pictures")
+    command("data stats cifar10.zip cifar10.npz --features dinov2 --weights dinov2=dinov2.pth --device cpu")
+    measure = "--protocol cosim --metrics fd_dinov2 --weights dinov2=dinov2.pth --n 8 --device cpu --ref cifar10.npz"
+    command(f"eval run {measure} --nfe 2,4 --out cosim.json --save")
+    command(f"eval teacher {measure} --nfe 3 --out edm.json")
+    compared = json.loads(command("compare cosim.json edm.json --json").stdout)
+    assert compared
+    reported = command("report run --results cosim.json --results edm.json").stdout
+    for row in (*table(Path("cosim.json")), *table(Path("edm.json"))):
+        (value,) = row.values()
+        assert f"{value:.4g}" in reported

@@ -1,0 +1,68 @@
+"""The commands in README.md and docs/ are commands: their options, recipes and official files exist."""
+
+import re
+import shlex
+from contextlib import suppress
+from pathlib import Path
+
+import click
+import pytest
+
+from edmdistill.checkpoints.official_files import is_official, presets
+from edmdistill.cli import main
+from edmdistill.recipes.library import load_recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands that stand on lines of their own, without `edmdistill`."""
+    lines = re.sub(r"\\\n\s*", "", page.read_text()).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in map(str.strip, lines) if line.startswith("edmdistill ")]
+
+
+def quoted(page: Path) -> list[list[str]]:
+    """The commands with options inside a sentence, which may leave out what is not its subject."""
+    found = re.findall(r"`edmdistill ([a-z-]+ [^`\n]*--[^`\n]*)`", page.read_text().replace("\n", " "))
+    return [shlex.split(words) for words in found if "TARGET" not in words]
+
+
+def parsed(words: list[str]) -> click.Context:
+    """A command line after its options and arguments were read, and before it does anything."""
+    command: click.Command | None = main
+    context = click.Context(main)
+    while isinstance(command, click.Group):
+        name, *words = words
+        command = command.get_command(context, name)
+    assert command is not None, f"there is no command {name}"
+    return command.make_context(name, words, context)
+
+
+def check(words: list[str]) -> None:
+    """Fails if a command line has other options, recipes or official files than there are."""
+    for word in words:
+        if word.endswith(".json"):  # of the commands before, some of which must exist
+            Path(word).touch()
+    parameters = parsed(words).params
+    if words[0] in ("train", "plan") and "/" in parameters["recipe"]:
+        assert load_recipe(parameters["recipe"], parameters.get("method"), parameters["sets"])
+    if words[0] == "fetch":
+        unknown = [name for name in parameters["names"] if not is_official(name) and name not in presets()]
+        assert unknown in ([], ["NAME"], ["list"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_commands_are_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in commands(page):
+        check(words)
+    for words in quoted(page):
+        with suppress(click.MissingParameter):
+            check(words)
+
+
+def test_the_walks_have_their_commands() -> None:
+    for name, last in (("imagenet.md", "edm2-s.json"), ("cifar10.md", "edm.json")):
+        (report,) = (words for words in commands(ROOT / "docs" / name) if words[0] == "report")
+        assert report[-1] == last
