@@ -5,7 +5,7 @@ from __future__ import annotations
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.data.datasets import Dataset
-from edmdistill.data.latents import latent_std
+from edmdistill.data.latents import channel_statistics
 from edmdistill.errors import DatasetError
 from edmdistill.networks.flow import FlowNetwork
 
@@ -31,12 +31,22 @@ def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -
     dataset.use_classes(flow.label_dim, config.label_names)
     if scaling is not None:
         _require_same_vae(dataset, scaling)
-        std = latent_std(dataset.tensors(range(0, len(dataset), max(1, len(dataset) // 64)))[0], scaling)
-        if not 1 / 3 < std / flow.sigma_data < 3:
+        _note_other_statistics(dataset, scaling, flow.sigma_data)
+
+
+def _note_other_statistics(dataset: Dataset, scaling: LatentEncoder, sigma_data: float) -> None:
+    """Notes where the latents' mean or standard deviation, by channel, is far from what the network was trained on."""
+    some = dataset.tensors(range(0, len(dataset), max(1, len(dataset) // 64)))[0]
+    found = channel_statistics(some)
+    for channel, (mean, std, scale, bias) in enumerate(zip(*found, scaling.scale, scaling.bias, strict=True)):
+        mean, std = mean * scale + bias, std * scale
+        if abs(mean) > 3 * sigma_data or not 1 / 3 < std / sigma_data < 3:
             dataset.note(
-                f"{dataset.name}: latents have a standard deviation of {std:.3g} by the teacher's scale, which was "
-                f"trained on {flow.sigma_data:g}: they were scaled already, or are of another VAE."
+                f"{dataset.name}: channel {channel} of the latents has mean {mean:.3g} and deviation {std:.3g} by the "
+                f"teacher's scale, which was trained on 0 and {sigma_data:g}: they were scaled already, or are of "
+                "another VAE."
             )
+            return
 
 
 def _require_same_vae(dataset: Dataset, encoder: LatentEncoder) -> None:

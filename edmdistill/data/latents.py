@@ -30,18 +30,6 @@ def draw_latents(moments: Tensor, eps: Tensor, scaling: LatentEncoder) -> Tensor
     return (mean + std * eps) * scale + bias
 
 
-def latent_std(moments: Tensor, scaling: LatentEncoder) -> float:
-    """Returns the standard deviation of x0 as drawn, of all channels together.
-
-    Args:
-        moments: see `draw_latents`.  [B,2C,H,W]
-    """
-    mean, std = moments.double().chunk(2, dim=1)
-    scale, bias = (mean.new_tensor(values)[:, None, None] for values in (scaling.scale, scaling.bias))
-    variance = (mean * scale + bias).var(correction=0) + (std * scale).square().mean()
-    return float(variance.sqrt())
-
-
 def channel_statistics(moments: Tensor) -> Statistics:
     """Returns mean and standard deviation of latents as drawn, mean + std eps, by channel.
 

@@ -199,12 +199,12 @@ def test_labels_that_begin_at_1(tmp_path: Path) -> None:
     assert "the labels begin at 1" in fitted(tmp_path, ones, 10).notes[0]
 
 
-def write_latents(path: Path, scale: float = 1, **encoder: object) -> Dataset:
+def write_latents(path: Path, scale: float = 1, shift: float = 0, **encoder: object) -> Dataset:
     rng = np.random.default_rng(0)
     content = {}
     for i in range(8):
         out = io.BytesIO()
-        moments = np.concatenate([4 * rng.standard_normal((2, 8, 8)), np.full((2, 8, 8), 0.1)])
+        moments = np.concatenate([4 * rng.standard_normal((2, 8, 8)) + shift, np.full((2, 8, 8), 0.1)])
         np.save(out, (scale * moments).astype(np.float32))
         content[f"{i}.npy"] = out.getvalue()
     if encoder:
@@ -226,6 +226,14 @@ def test_latents_that_were_scaled_before_are_noted(scale: float, tmp_path: Path)
     for _ in range(2):
         require_fit(data, network, LatentConfig)  # type: ignore[arg-type]
     assert [": they were scaled already, or" in note for note in data.notes] == ([] if scale == 1 else [True])
+
+
+def test_latents_of_another_vae_are_noted(tmp_path: Path) -> None:
+    """The deviation fits, and the mean does not: a wrong scale that a wrong mean would hide in a common deviation."""
+    data = write_latents(tmp_path / "set.zip", shift=20)
+    network = FlowNetwork(UNet(8, 2, 0, **NETWORK), EDM(sigma_data=0.5))
+    require_fit(data, network, LatentConfig)  # type: ignore[arg-type]
+    assert ["they were scaled already, or are of another VAE" in note for note in data.notes] == [True]
 
 
 @pytest.mark.parametrize(
