@@ -20,16 +20,16 @@ Scales = tuple[Annotated[float, Meta(gt=0, le=1e6)], ...]
 Biases = tuple[Annotated[float, Meta(ge=-1e6, le=1e6)], ...]
 
 
-class Statistics(NamedTuple):
+class ChannelStatistics(NamedTuple):
     """Mean and standard deviation of a VAE's latents, by channel.  [C] each"""
 
     mean: Sequence[float]
     std: Sequence[float]
 
 
-STABLE_DIFFUSION: Mapping[Range, Statistics] = {
-    "edm2": Statistics(VAE_PARAMETERS["raw_mean"], VAE_PARAMETERS["raw_std"]),
-    "scm": Statistics((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),
+STABLE_DIFFUSION: Mapping[Range, ChannelStatistics] = {
+    "edm2": ChannelStatistics(VAE_PARAMETERS["raw_mean"], VAE_PARAMETERS["raw_std"]),
+    "scm": ChannelStatistics((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),
 }
 """Of Stable Diffusion's VAE on ImageNet at 512x512.  Source: EDM2, training/encoders.py; sCM, appendix G."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.atomic import sha256_file
-from edmdistill.checkpoints.encoder import STABLE_DIFFUSION, Range, Statistics
+from edmdistill.checkpoints.encoder import STABLE_DIFFUSION, ChannelStatistics, Range
 from edmdistill.checkpoints.hub_client import REPOSITORY, cached_from_hub, download_from_hub
 from edmdistill.checkpoints.layout import VAE_FILES
 from edmdistill.checkpoints.store import fill, load_tensors
@@ -65,13 +65,13 @@ class Vae:
         """Digest of its weights."""
         return sha256_file(self.folder / WEIGHTS)
 
-    def statistics(self, range: Range) -> Statistics:
+    def statistics(self, range: Range) -> ChannelStatistics:
         """Returns the declared statistics of its latents: EDM2's and sCM's for Stable Diffusion's, else its own."""
         own, channels = self.architecture, self.channels
         if own.block_out_channels == (128, 256, 512, 512) and channels == 4:
             return STABLE_DIFFUSION[range]
         mean, std = (own.shift_factor or 0.0,) * channels, (1 / own.scaling_factor,) * channels
-        return Statistics(own.latents_mean or mean, own.latents_std or std)
+        return ChannelStatistics(own.latents_mean or mean, own.latents_std or std)
 
     def encode(self, images: Tensor, range: Range) -> Tensor:
         """Returns the mean, then the standard deviation, of images' latents.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edmdistill import __version__
-from edmdistill.checkpoints.encoder import Range, Statistics
+from edmdistill.checkpoints.encoder import ChannelStatistics, Range
 from edmdistill.checkpoints.vae import Vae
 from edmdistill.data.datasets import Dataset
 from edmdistill.data.latent_zip import LatentZip, member_name
@@ -102,7 +102,7 @@ class EncodeJob:
             if on_progress is not None:
                 on_progress(self.zip.written)
 
-    def finish(self) -> Statistics | None:
+    def finish(self) -> ChannelStatistics | None:
         """Completes the zip if all images are there, once for all processes.
 
         Returns: what was measured of the first images; None: another process still writes, or has finished it.
@@ -116,7 +116,7 @@ class EncodeJob:
                 return measured
         return None
 
-    def _document(self, measured: Statistics) -> dict[str, Any]:
+    def _document(self, measured: ChannelStatistics) -> dict[str, Any]:
         """Returns dataset.json."""
         images, declared = self.images, self.vae.statistics(self.range)
         classes = images.labels(range(len(images)))
@@ -146,7 +146,7 @@ class EncodeJob:
                 yield rows, pixels.result()
 
 
-def far_off(measured: Statistics, declared: Statistics) -> bool:
+def far_off(measured: ChannelStatistics, declared: ChannelStatistics) -> bool:
     """Returns whether the statistics of a channel differ so much that latents would be scaled wrongly."""
     return any(
         abs(mean - expected) > SHIFT * spread or not 1 / SPREAD < std / spread < SPREAD
@@ -154,7 +154,7 @@ def far_off(measured: Statistics, declared: Statistics) -> bool:
     )
 
 
-def compare_statistics(measured: Statistics, declared: Statistics, images: int) -> list[str]:
+def compare_statistics(measured: ChannelStatistics, declared: ChannelStatistics, images: int) -> list[str]:
     """Returns the lines that show both, and a warning where they differ much."""
 
     def numbers(values: Sequence[float]) -> str:

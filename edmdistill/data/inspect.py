@@ -11,7 +11,7 @@ import torch
 from msgspec import Struct
 
 from edmdistill.checkpoints.config import CheckpointConfig
-from edmdistill.checkpoints.encoder import UNRECORDED, Statistics, latent_encoder
+from edmdistill.checkpoints.encoder import UNRECORDED, ChannelStatistics, latent_encoder
 from edmdistill.checkpoints.load import read_teacher
 from edmdistill.data.contents import read_contents, summarize
 from edmdistill.data.datasets import Dataset, open_dataset
@@ -124,7 +124,7 @@ def inspect_data(
         classes=classes,
         teacher=None if teacher is None else str(teacher),
         misfit=misfit,
-        declared=_declared(data, config, Statistics(mean, std)),
+        declared=_declared(data, config, ChannelStatistics(mean, std)),
         left_out={} if contents is None else contents.left_out,
         prepared=None if contents is None else contents.prepared,
         notes=tuple(data.notes),
@@ -142,7 +142,7 @@ def _compare(data: Dataset, teacher: str | Path) -> tuple[CheckpointConfig, str 
     return config, None
 
 
-def _declared(data: Dataset, config: CheckpointConfig | None, measured: Statistics) -> Declared | None:
+def _declared(data: Dataset, config: CheckpointConfig | None, measured: ChannelStatistics) -> Declared | None:
     """Returns what the teacher, or else the data set, declares of latents."""
     encoder = None if config is None else latent_encoder(config.encoder)
     if not data.latent:
@@ -156,7 +156,7 @@ def _declared(data: Dataset, config: CheckpointConfig | None, measured: Statisti
         by = "EDM2, for a set that declares none" if data.encoding is UNRECORDED else "dataset.json"
     else:
         return None
-    return Declared(by=by, mean=mean, std=std, far_off=far_off(measured, Statistics(mean, std)))
+    return Declared(by=by, mean=mean, std=std, far_off=far_off(measured, ChannelStatistics(mean, std)))
 
 
 def _moments(

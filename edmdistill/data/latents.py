@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.encoder import LatentEncoder, Statistics
+from edmdistill.checkpoints.encoder import ChannelStatistics, LatentEncoder
 from edmdistill.draws import Draws
 
 VISIT = 2**32 - 1
@@ -30,7 +30,7 @@ def draw_latents(moments: Tensor, eps: Tensor, scaling: LatentEncoder) -> Tensor
     return (mean + std * eps) * scale + bias
 
 
-def channel_statistics(moments: Tensor) -> Statistics:
+def channel_statistics(moments: Tensor) -> ChannelStatistics:
     """Returns mean and standard deviation of latents as drawn, mean + std eps, by channel.
 
     Args:
@@ -38,7 +38,7 @@ def channel_statistics(moments: Tensor) -> Statistics:
     """
     mean, std = moments.double().chunk(2, dim=1)
     variance = mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
-    return Statistics(mean.mean((0, 2, 3)).tolist(), variance.sqrt().tolist())
+    return ChannelStatistics(mean.mean((0, 2, 3)).tolist(), variance.sqrt().tolist())
 
 
 def latent_noise(seed: int, start: int, stop: int, *shape: int) -> Tensor:

@@ -9,7 +9,7 @@ from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.images import Images
 from edmdistill.evaluation.metrics import FoundMetric
 from edmdistill.evaluation.protocol import Protocol
-from edmdistill.evaluation.references import Statistics
+from edmdistill.evaluation.references import ReferenceStatistics
 from edmdistill.sampling.seeds import format_seeds
 from edmdistill.sampling.spec import SamplerSpec
 
@@ -50,7 +50,7 @@ def measurable(wanted: Sequence[FoundMetric], images: Images, *, required: bool)
     return found
 
 
-def require_fit(images: Images, data: Dataset | Statistics, standard: Protocol, repeat: int) -> None:
+def require_fit(images: Images, data: Dataset | ReferenceStatistics, standard: Protocol, repeat: int) -> None:
     """Raises DatasetError unless the images have the size of the reference's, if it is known, and are two or more."""
     if isinstance(data, Dataset):
         size = (data.img_channels, data.img_resolution, data.img_resolution)

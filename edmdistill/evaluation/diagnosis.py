@@ -44,7 +44,7 @@ DEAF = 0.15
 """An auxiliary score is said to ignore t if its gap changes by less than this share between t and t_max."""
 
 
-class Jump(NamedTuple):
+class SingleJump(NamedTuple):
     """Frechet distance to the data of one jump from real x_t, by the generator and by the teacher's denoiser."""
 
     sigma: float
@@ -67,7 +67,7 @@ class Gap(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    jumps: list[Jump]
+    jumps: list[SingleJump]
     gaps: list[Gap]
 
 
@@ -105,7 +105,7 @@ def diagnose(
         network.to(device).eval().network.fold()
     space = load_features(standard.features, device=device)
     columns = [jump_distances(network, data, space, count=count, batch=batch) for network in networks]
-    jumps = [Jump(sigma, *distances) for sigma, *distances in zip(JUMP_SIGMAS, *columns, strict=True)]
+    jumps = [SingleJump(sigma, *distances) for sigma, *distances in zip(JUMP_SIGMAS, *columns, strict=True)]
     gaps = (
         []
         if auxiliary is None
@@ -214,7 +214,7 @@ def sentences(diagnosis: Diagnosis) -> list[str]:
     return [*_on_jumps(diagnosis.jumps), *_on_gaps(diagnosis.gaps)]
 
 
-def _on_jumps(jumps: Sequence[Jump]) -> list[str]:
+def _on_jumps(jumps: Sequence[SingleJump]) -> list[str]:
     best, worst = (pick(jumps, key=lambda jump: jump.generator) for pick in (min, max))
     said = [
         f"A jump is best from sigma {best.sigma:g}, with a distance of {best.generator:.3g}, and worst from sigma "

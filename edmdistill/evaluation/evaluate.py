@@ -23,7 +23,7 @@ from edmdistill.evaluation.images import Images, open_images, sampled_images
 from edmdistill.evaluation.metrics import find_metric, metric_label
 from edmdistill.evaluation.panel import Panel, collect_reference
 from edmdistill.evaluation.protocol import Protocol, get_protocol, open_reference
-from edmdistill.evaluation.references import Statistics
+from edmdistill.evaluation.references import ReferenceStatistics
 from edmdistill.evaluation.results import Result, read_results, results_json
 from edmdistill.evaluation.shards import ONE_PROCESS, RESULT, Processes, Work, remove_shards
 from edmdistill.networks.flow import Denoiser
@@ -37,7 +37,7 @@ from edmdistill.sampling.spec import SamplerRecord, SamplerSpec
 
 def evaluate(
     model_or_images: Generator | Denoiser | Images | Tensor | str | Path,
-    reference: Dataset | Statistics | str | Path | None = None,
+    reference: Dataset | ReferenceStatistics | str | Path | None = None,
     *,
     protocol: str,
     sampler: SamplerSpec = SamplerSpec(),
@@ -142,7 +142,7 @@ class _Task(NamedTuple):
     """An evaluation that has been checked.  standard_n: the number of images that the protocol asks for."""
 
     subject: _Subject
-    data: Dataset | Statistics
+    data: Dataset | ReferenceStatistics
     panel: Panel
     protocol: Protocol
     standard_n: int

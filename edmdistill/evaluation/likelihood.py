@@ -42,7 +42,7 @@ LIKELIHOOD = Protocol(
 )
 """The protocol: all images of the data set; results fill in the rest."""
 
-TOLERANCE = 1e-5
+SOLVER_TOLERANCE = 1e-5
 """Of the ODE solver, relative and absolute: the error on Gaussian data is below 0.001 bits for each image."""
 
 HALF = 127.5
@@ -128,7 +128,7 @@ def evaluate_likelihood(
     *,
     count: int | None = None,
     probes: int = 4,
-    tolerance: float = TOLERANCE,
+    tolerance: float = SOLVER_TOLERANCE,
     batch: int = 256,
     source: str | None = None,
     on_progress: Callable[[int], object] | None = None,

@@ -14,7 +14,7 @@ from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.images import Images
 from edmdistill.evaluation.likelihood import evaluate_likelihood
 from edmdistill.evaluation.protocol import Protocol
-from edmdistill.evaluation.references import Statistics
+from edmdistill.evaluation.references import ReferenceStatistics
 from edmdistill.evaluation.results import Result, save_results
 from edmdistill.evaluation.shards import ONE_PROCESS, Processes, Work
 from edmdistill.networks.flow import Denoiser
@@ -37,7 +37,7 @@ class Measurements(NamedTuple):
     processes: Processes = ONE_PROCESS
 
 
-class Outcome(NamedTuple):
+class MeasuredResults(NamedTuple):
     """What became of measurements.
 
     Attributes:
@@ -51,7 +51,13 @@ class Outcome(NamedTuple):
 
 
 def measure_images(
-    images: Images, data: Dataset | Statistics, protocol: Protocol, source: str, *, count: int | None, **options: Any
+    images: Images,
+    data: Dataset | ReferenceStatistics,
+    protocol: Protocol,
+    source: str,
+    *,
+    count: int | None,
+    **options: Any,
 ) -> Measurements:
     """Returns the measurement of images that exist.
 
@@ -71,7 +77,7 @@ def measure_images(
 
 def measure_network(
     model: Generator | Denoiser,
-    data: Dataset | Statistics,
+    data: Dataset | ReferenceStatistics,
     protocol: Protocol,
     *,
     samplers: Iterable[SamplerSpec],
@@ -108,7 +114,7 @@ def measure_likelihood(
 
 def run_measurements(
     measurements: Measurements, folder: Path | None = None, on_progress: Callable[[int], object] = lambda count: None
-) -> Outcome:
+) -> MeasuredResults:
     """Makes measurements one after another, until all are done or Ctrl-C.
 
     Args:
@@ -132,5 +138,5 @@ def run_measurements(
                 save_results(folder, [result])
             results.append(result)
     except KeyboardInterrupt:
-        return Outcome(results, failures, True)
-    return Outcome(results, failures, False)
+        return MeasuredResults(results, failures, True)
+    return MeasuredResults(results, failures, False)

@@ -21,7 +21,7 @@ from edmdistill.evaluation.images import Images, open_images
 from edmdistill.evaluation.metrics import FoundMetric
 from edmdistill.evaluation.pipeline import DIGEST, measure_images, pixels_sha256
 from edmdistill.evaluation.protocol import Reference, describe_reference
-from edmdistill.evaluation.references import Statistics
+from edmdistill.evaluation.references import ReferenceStatistics
 from edmdistill.evaluation.shards import ONE_PROCESS, MeasuredBatch, Processes, Work, measure_all
 from edmdistill.features.base import FeatureSpace
 from edmdistill.features.spaces import load_features
@@ -105,7 +105,7 @@ class Panel:
 
 
 @lru_cache(maxsize=4)
-def collect_reference(reference: Dataset | Statistics, panel: Panel) -> Collected:
+def collect_reference(reference: Dataset | ReferenceStatistics, panel: Panel) -> Collected:
     """Returns what the metrics of a panel compare with; cached for the measurements that follow.
 
     Raises: EdmDistillError: statistics that lack what a metric needs, or are of other weights.

@@ -13,7 +13,7 @@ from edmdistill.checkpoints.official_files import find_fetched, is_official
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.images import LabelSource
-from edmdistill.evaluation.references import Statistics, is_statistics, open_statistics
+from edmdistill.evaluation.references import ReferenceStatistics, is_statistics, open_statistics
 
 
 class Reference(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -137,7 +137,9 @@ def get_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def open_reference(reference: Dataset | Statistics | str | Path | None, standard: Protocol) -> Dataset | Statistics:
+def open_reference(
+    reference: Dataset | ReferenceStatistics | str | Path | None, standard: Protocol
+) -> Dataset | ReferenceStatistics:
     """Returns the real images to measure against, or the statistics of them.
 
     Args:
@@ -164,7 +166,7 @@ def open_reference(reference: Dataset | Statistics | str | Path | None, standard
     return reference
 
 
-def describe_reference(reference: Dataset | Statistics) -> Reference:
+def describe_reference(reference: Dataset | ReferenceStatistics) -> Reference:
     """Returns the record of a reference; that of a data set without the sha256 of its pixels."""
     if isinstance(reference, Dataset):
         return Reference(source=Path(reference.name).name, split=reference.split, n=len(reference))

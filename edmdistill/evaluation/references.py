@@ -37,7 +37,7 @@ from edmdistill.stored_tensors import NUMPY, Array
 
 MAX_DIM, MAX_FEATURES = 2**13, 2**31
 """The largest number of features that is read, and of features of all images: 540 MB of sigma, 8.6 GB of features."""
-TOLERANCE = 1e-5
+COVARIANCE_TOLERANCE = 1e-5
 """How far sigma may be from symmetric and positive semidefinite, relative to its largest entry: some are float32."""
 WANTED = "give EDM's or ADM's .npz, EDM2's .pkl, or what `edmdistill data stats` writes"
 
@@ -77,7 +77,7 @@ class SpaceStatistics:
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class ReferenceStatistics:
     """A reference file.
 
     Attributes:
@@ -137,7 +137,7 @@ def is_statistics(source: str | Path) -> bool:
     return suffix == ".pkl"
 
 
-def open_statistics(path: str | Path) -> Statistics:
+def open_statistics(path: str | Path) -> ReferenceStatistics:
     """Reads a reference file of any layout.
 
     Raises: DatasetError: it cannot be read, is damaged or hostile, or its numbers are no mean and covariance.
@@ -155,18 +155,18 @@ def open_statistics(path: str | Path) -> Statistics:
     raise DatasetError(f"{path} is {'neither an .npz nor a pickle' if head else 'an empty file'}; {WANTED}")
 
 
-def _read_npz(path: Path) -> Statistics:
+def _read_npz(path: Path) -> ReferenceStatistics:
     arrays = Npz(path)
     if "about" in arrays.names:
         about = _read_about(arrays)
         spaces = {name: _own_space(arrays, name, about) for name in about.weights}
-        return Statistics(path, "edmdistill", about.sha256, about.n, spaces, about)
+        return ReferenceStatistics(path, "edmdistill", about.sha256, about.n, spaces, about)
     if not {"mu", "sigma"} <= arrays.names:
         found = ", ".join(map(printable, sorted(arrays.names)[:5])) or "nothing"
         raise DatasetError(f"{path} holds {found}, but mu and sigma were expected; {WANTED}")
     spaces = {"inception": SpaceStatistics(_gaussian(str(path), *_moments(arrays)))}
     layout = "adm" if arrays.names & {"mu_s", "arr_0"} else "edm"
-    return Statistics(path, layout, sha256_file(path), None, spaces, has_images="arr_0" in arrays.names)
+    return ReferenceStatistics(path, layout, sha256_file(path), None, spaces, has_images="arr_0" in arrays.names)
 
 
 def _moments(arrays: Npz, suffix: str = "") -> tuple[NDArray[Any], NDArray[Any]]:
@@ -190,7 +190,7 @@ def _own_space(arrays: Npz, name: str, about: About) -> SpaceStatistics:
     return SpaceStatistics(gaussian, features, about.weights[name])
 
 
-def _read_pickle(path: Path) -> Statistics:
+def _read_pickle(path: Path) -> ReferenceStatistics:
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     try:
@@ -208,7 +208,7 @@ def _read_pickle(path: Path) -> Statistics:
                 spaces[name] = SpaceStatistics(_gaussian(f"{path}: {key}", mu.numbers, sigma.numbers, n))
     if not spaces:
         raise DatasetError(f"{path} has neither fid nor fd_dinov2 with mu and sigma; {WANTED}")
-    return Statistics(path, "edm2", sha256_file(path), n, spaces)
+    return ReferenceStatistics(path, "edm2", sha256_file(path), n, spaces)
 
 
 def _gaussian(where: str, mu: NDArray[Any], sigma: NDArray[Any], n: int | None = None) -> GaussianStatistics:
@@ -224,7 +224,7 @@ def _gaussian(where: str, mu: NDArray[Any], sigma: NDArray[Any], n: int | None =
     for name, values in (("mu", mean), ("sigma", covariance)):
         if not np.isfinite(values).all():
             raise DatasetError(f"{where}: {name} holds NaN or infinity; make the statistics again")
-    bound = TOLERANCE * np.abs(covariance).max()
+    bound = COVARIANCE_TOLERANCE * np.abs(covariance).max()
     if np.abs(covariance - covariance.T).max() > bound:
         raise DatasetError(f"{where}: sigma is not symmetric, so it is no covariance; make the statistics again")
     covariance = (covariance + covariance.T) / 2

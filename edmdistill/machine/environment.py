@@ -37,7 +37,7 @@ class Environment(TypedDict):
     checkpointing: bool
 
 
-class Session(Environment):
+class SessionRecord(Environment):
     """A line of sessions.jsonl: the environment from `images` images on."""
 
     images: int

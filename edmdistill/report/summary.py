@@ -14,7 +14,7 @@ from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.tables import GeneratorId
 from edmdistill.jsonl import read_lines
-from edmdistill.machine.environment import Session
+from edmdistill.machine.environment import SessionRecord
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.identity import RECIPE, RUN
 from edmdistill.training.run_dir import METRICS, SESSIONS, DataFacts, MetricsLine, RunFacts
@@ -37,7 +37,7 @@ class RunSummary(NamedTuple):
     data: DataFacts
     config: CheckpointConfig | None
     metrics: list[MetricsLine]
-    sessions: list[Session]
+    sessions: list[SessionRecord]
 
     @property
     def text(self) -> str:
@@ -69,7 +69,7 @@ def read_run(path: Path) -> RunSummary:
             msgspec.json.decode((path / RUN).read_bytes(), type=RunFacts)["data"],
             read_config(generator) if (generator / CONFIG).exists() else None,
             read_lines(path / METRICS, MetricsLine, ["images", "seconds"]),
-            read_lines(path / SESSIONS, Session),
+            read_lines(path / SESSIONS, SessionRecord),
         )
     except (OSError, ValueError, RecursionError) as error:
         raise EdmDistillError(

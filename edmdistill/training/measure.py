@@ -20,7 +20,7 @@ from edmdistill.errors import NotFiniteError, TrainingError
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.metrics import loss_of
 from edmdistill.evaluation.protocol import get_protocol, open_reference
-from edmdistill.evaluation.references import Statistics
+from edmdistill.evaluation.references import ReferenceStatistics
 from edmdistill.features.spaces import load_features
 from edmdistill.networks.flow import Denoiser
 from edmdistill.recipes.schema import EvaluationTable
@@ -46,7 +46,7 @@ class Evaluation:
     """
 
     table: EvaluationTable
-    reference: Dataset | Statistics
+    reference: Dataset | ReferenceStatistics
     lowest: float | None = None
 
     def is_due(self, run: Run) -> bool:

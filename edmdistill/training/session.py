@@ -22,7 +22,7 @@ from edmdistill.training.micro_batch import settle_micro_batch
 from edmdistill.training.monitors import Diverged, Health, require_finite
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import RunDir, open_run
-from edmdistill.training.snapshot import grid_path, save_ema_snapshots, save_generator, save_role_grid, save_sample_grid
+from edmdistill.training.snapshot import save_ema_snapshots, save_generator, save_grids
 from edmdistill.training.state import State, read_state, resumable_state, save_state, state_path
 from edmdistill.training.trackers import trackers
 
@@ -196,10 +196,3 @@ def resume(run: Run, folder: RunDir, tell: Callable[[str], object]) -> Progress 
 def is_snapshot(run: Run) -> bool:
     """Returns whether a state and grids are due."""
     return run.finished or run.due(run.recipe.training.snapshot_every)
-
-
-def save_grids(run: Run, folder: RunDir, tell: Callable[[str], object]) -> None:
-    """Draws a snapshot's grids that do not exist yet: a process may be killed between saving and drawing."""
-    for save_grid, place in ((save_sample_grid, folder.samples), (save_role_grid, folder.x0)):
-        if not run.engine.broadcast(grid_path(place, run.images).exists()):
-            save_grid(run, place, tell)

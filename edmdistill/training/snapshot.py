@@ -24,6 +24,7 @@ from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.training.ema import PowerFunction
 from edmdistill.training.monitors import require_finite
 from edmdistill.training.run import Run
+from edmdistill.training.run_dir import RunDir
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
 COLUMNS, ROWS = 10, 2
@@ -161,3 +162,10 @@ def save_ema_snapshots(run: Run, folder: Path) -> None:
             network, profile = average.network.network, Profile(run.images, average.profile.sigma_rel)
             weights, constants = run.engine.full_state(network), {name for name, _ in network.named_buffers()}
             run.engine.on_main(partial(save_snapshot, folder, profile, weights, constants))
+
+
+def save_grids(run: Run, folder: RunDir, tell: Callable[[str], object]) -> None:
+    """Draws a snapshot's grids that do not exist yet: a process may be killed between saving and drawing."""
+    for save_grid, place in ((save_sample_grid, folder.samples), (save_role_grid, folder.x0)):
+        if not run.engine.broadcast(grid_path(place, run.images).exists()):
+            save_grid(run, place, tell)

@@ -14,7 +14,7 @@ from edmdistill.checkpoints.official_files import official_files
 from edmdistill.cli import main
 from edmdistill.evaluation.official import verify_official
 from edmdistill.evaluation.protocol import get_protocol, open_reference
-from edmdistill.evaluation.references import Statistics
+from edmdistill.evaluation.references import ReferenceStatistics
 
 NAME = "edm2-img512-s-2147483-0.130"
 
@@ -77,7 +77,7 @@ def test_verify_reads_a_teacher_and_says_how_to_reproduce_its_result():
 def test_a_reference_is_read_and_found_by_its_name():
     assert "features of inception and " in fetch("--verify", "ref-edm2-img512")
     reference = open_reference("ref-edm2-img512", get_protocol("edm2"))
-    assert isinstance(reference, Statistics)
+    assert isinstance(reference, ReferenceStatistics)
     assert reference.layout == "edm2"
 
 

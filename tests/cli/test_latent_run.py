@@ -135,9 +135,12 @@ def test_from_an_archive_to_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     command("data prepare cifar-10-python.tar.gz cifar10.zip --resolution 16")
     command("convert official.pkl.gz teacher")
     assert "takes these data" in command("data inspect cifar10.zip --teacher teacher").stdout
-    command("train cosim teacher --data cifar10.zip --recipe cosim.toml --run-dir run --device cpu")
-    command("sample run --nfe 2 --seeds 0-7 --device cpu --out pictures")
-    command("data stats cifar10.zip cifar10.npz --features dinov2 --weights dinov2=dinov2.pth --device cpu")
+    for words in (
+        "train cosim teacher --data cifar10.zip --recipe cosim.toml --run-dir run",
+        "sample run --nfe 2 --seeds 0-7 --out pictures",
+        "data stats cifar10.zip cifar10.npz --features dinov2 --weights dinov2=dinov2.pth",
+    ):
+        command(f"{words} --device cpu")
     measure = "--protocol cosim --metrics fd_dinov2 --weights dinov2=dinov2.pth --n 8 --device cpu --ref cifar10.npz"
     command(f"eval run {measure} --nfe 2,4 --out cosim.json --save")
     command(f"eval teacher {measure} --nfe 3 --out edm.json")

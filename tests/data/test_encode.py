@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from edmdistill.checkpoints.encoder import STABLE_DIFFUSION, Encoding, Statistics, latent_encoder
+from edmdistill.checkpoints.encoder import STABLE_DIFFUSION, ChannelStatistics, Encoding, latent_encoder
 from edmdistill.checkpoints.vae import Vae, read_vae
 from edmdistill.data import encode as module
 from edmdistill.data import latent_zip
@@ -44,7 +44,7 @@ def images(tmp_path: Path, case: dict[str, torch.Tensor]) -> Path:
     return folder
 
 
-def encode(job: EncodeJob) -> Statistics | None:
+def encode(job: EncodeJob) -> ChannelStatistics | None:
     job.encode()
     return job.finish()
 
@@ -208,14 +208,14 @@ def test_latents_that_are_not_finite(images: Path, vae: Vae, tmp_path: Path, mon
 
 def test_statistics_that_are_far_off() -> None:
     declared = STABLE_DIFFUSION["edm2"]
-    near = Statistics(
+    near = ChannelStatistics(
         [mean + 0.3 * std for mean, std in zip(*declared, strict=True)], [1.2 * std for std in declared.std]
     )
     assert not far_off(near, declared)
     assert far_off(STABLE_DIFFUSION["scm"], declared)
-    assert far_off(Statistics(declared.mean, [*declared.std[:3], 1.0]), declared)
+    assert far_off(ChannelStatistics(declared.mean, [*declared.std[:3], 1.0]), declared)
     assert len(compare_statistics(near, declared, 5000)) == 2
-    lines = compare_statistics(Statistics([0] * 4, [1] * 4), declared, 5000)
+    lines = compare_statistics(ChannelStatistics([0] * 4, [1] * 4), declared, 5000)
     assert lines[0].startswith("Latents of the first 1,000 images, by channel: mean 0, 0, 0, 0; std 1, 1, 1, 1")
     assert lines[1] == "Declared for this VAE: mean 5.81, 3.25, 0.12, -2.15; std 4.17, 4.62, 3.71, 3.28."
     assert "They differ much" in lines[2]

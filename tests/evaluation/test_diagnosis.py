@@ -8,7 +8,7 @@ from tiny_generator import tiny_generator
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import CheckpointError
-from edmdistill.evaluation.diagnosis import Diagnosis, Gap, Jump, diagnose, jump_distances, score_gaps, sentences
+from edmdistill.evaluation.diagnosis import Diagnosis, Gap, SingleJump, diagnose, jump_distances, score_gaps, sentences
 from edmdistill.features.spaces import Pixels
 from edmdistill.networks.surgery.two_time import add_second_time
 
@@ -82,7 +82,7 @@ def test_a_teacher_is_no_generator(teacher):
 
 
 def test_the_sentences_name_the_levels():
-    jumps = [Jump(80, 9.0, 500.0), Jump(5, 3.0, 100.0), Jump(0.6, 12.0, 7.0)]
+    jumps = [SingleJump(80, 9.0, 500.0), SingleJump(5, 3.0, 100.0), SingleJump(0.6, 12.0, 7.0)]
     gaps = [Gap(0.1, 80, 0.3, 0.0), Gap(0.1, 0.6, 0.2, 0.02)]
     text = " ".join(sentences(Diagnosis(jumps, gaps)))
     assert "best from sigma 5" in text
@@ -90,5 +90,5 @@ def test_the_sentences_name_the_levels():
     assert "At sigma 0.6 a shorter jump is worse" in text
     assert "At sigma 0.6 a jump is worse than the teacher's denoiser" in text
     assert "hardly tells jumps from sigma 0.6" in text
-    healthy = sentences(Diagnosis([Jump(80, 9.0), Jump(5, 3.0)], []))
+    healthy = sentences(Diagnosis([SingleJump(80, 9.0), SingleJump(5, 3.0)], []))
     assert len(healthy) == 1
