@@ -16,7 +16,7 @@ from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_che
 from edmdistill.cli import main
 from edmdistill.cli.eval import command
 from edmdistill.data.datasets import open_dataset
-from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood
+from edmdistill.evaluation.likelihood import SOLVER_TOLERANCE, evaluate_likelihood
 from edmdistill.evaluation.results import results_in_config
 from edmdistill.features.spaces import DIGITS_WEIGHTS
 from edmdistill.networks.edm2 import UNet
@@ -142,7 +142,7 @@ def teacher(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_a_likelihood_is_as_exact_as_the_library_has_it() -> None:
-    assert [option.default for option in command.params if option.name == "tolerance"] == [TOLERANCE]
+    assert [option.default for option in command.params if option.name == "tolerance"] == [SOLVER_TOLERANCE]
 
 
 def test_a_likelihood_is_bound_to_data_probes_and_tolerance(teacher: Path, tmp_path: Path) -> None:

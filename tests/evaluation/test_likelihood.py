@@ -14,7 +14,7 @@ from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, indices, open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
-from edmdistill.evaluation.likelihood import TOLERANCE, evaluate_likelihood, log_likelihood, predict_noise
+from edmdistill.evaluation.likelihood import SOLVER_TOLERANCE, evaluate_likelihood, log_likelihood, predict_noise
 from edmdistill.evaluation.results import read_results, results_json, results_table
 from edmdistill.evaluation.tables import GeneratorId, result_tables
 from edmdistill.networks.edm2 import UNet
@@ -39,7 +39,7 @@ def normal(N: int, *shape: int) -> Tensor:
     return torch.randn(N, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("tolerance", "error"), [(1e-3, 6e-3), (TOLERANCE, 1e-3)])
+@pytest.mark.parametrize(("tolerance", "error"), [(1e-3, 6e-3), (SOLVER_TOLERANCE, 1e-3)])
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.5), (0.3, 0.1)])
 def test_gaussian_data(mean: float, std: float, tolerance: float, error: float) -> None:
     """Each image of N(mean, std^2), in bits; that the prior lacks the mean moves the mean by less than 2e-4."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edmdistill.training import session
+from edmdistill.training import snapshot
 from edmdistill.training.run import Run
 from edmdistill.training.session import train
 
@@ -36,14 +36,14 @@ def test_they_are_drawn_by_the_next_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    usual = getattr(session, which)
+    usual = getattr(snapshot, which)
 
     def killed(run: Run, folder: Path, tell: Callable[[str], object]) -> None:
         if run.images == images:
             raise KeyboardInterrupt
         usual(run, folder, tell)
 
-    monkeypatch.setattr(session, which, killed)
+    monkeypatch.setattr(snapshot, which, killed)
     with pytest.raises(KeyboardInterrupt):
         train(start("sid", **OPTIONS), tmp_path / "run", on_message=str)
     monkeypatch.undo()
