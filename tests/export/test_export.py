@@ -126,7 +126,7 @@ def test_one_step_of_two_times_is_the_jump(golden: Path, name: str):
     assert (found[1] - found[0]).abs().amax((1, 2, 3)).min() > 0.01
 
 
-@pytest.mark.parametrize(("name", "w"), [("pixels", 2.0), ("jumps", None)])
+@pytest.mark.parametrize(("name", "w"), [pytest.param("pixels", 2.0, marks=pytest.mark.slow), ("jumps", None)])
 def test_torch_export(runs: Path, tmp_path: Path, name: str, w: float | None):
     out = tmp_path / "out"
     found = export(runs / name, "torch-export", out)

@@ -402,6 +402,7 @@ def test_nothing_else_is_mapped(environ: dict[str, str]):
     assert environ == before
 
 
+@pytest.mark.slow  # two processes that import torch; what it sets is refused in the tests above
 def test_accelerate_launch_on_a_cpu_is_refused(tmp_path: Path):
     """Asked of accelerate itself: what it sets is not documented."""
     code = "from edmdistill.machine.launch import init_from_environment; init_from_environment()"

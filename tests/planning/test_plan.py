@@ -81,10 +81,10 @@ def measured(recipe: Recipe, teacher: Path, machine: Machine) -> int:
 @pytest.mark.parametrize(
     ("name", "batch", "micro_batch", "checkpointing"),
     [
-        ("ddpmpp", 32, 32, False),
+        pytest.param("ddpmpp", 32, 32, False, marks=pytest.mark.slow),
         ("adm", 4, 4, False),
         ("adm", 8, 2, False),
-        ("edm2", 32, 32, False),
+        pytest.param("edm2", 32, 32, False, marks=pytest.mark.slow),
         ("edm2", 64, 64, True),
     ],
 )
