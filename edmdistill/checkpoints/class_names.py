@@ -21,7 +21,7 @@ DATA_SETS = {
 
 
 class KnownFile(NamedTuple):
-    """What is known about a file with a certain sha256."""
+    """The facts about a file with a certain sha256."""
 
     licence: str
     label_names: tuple[str, ...]

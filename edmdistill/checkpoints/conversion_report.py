@@ -1,4 +1,4 @@
-"""What a conversion reports: the checkpoint, and by how much it differs from its source."""
+"""Reports of conversions: the checkpoint, and by how much it differs from its source."""
 
 from __future__ import annotations
 

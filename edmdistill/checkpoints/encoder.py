@@ -13,7 +13,7 @@ from edmdistill.checkpoints.persistence import VAE_PARAMETERS
 from edmdistill.errors import CheckpointError
 
 Range = Literal["edm2", "scm"]
-"""Of the pixels that a VAE encodes and decodes: EDM2's [0, 1], or sCM's [-1, 1], in which the VAE was trained."""
+"""Range of the pixels that a VAE encodes and decodes: EDM2's [0, 1], or sCM's [-1, 1], in which the VAE was trained."""
 PIXELS = {"kind": "pixels"}
 Name = Annotated[str, Meta(max_length=4096)]
 Scales = tuple[Annotated[float, Meta(gt=0, le=1e6)], ...]
@@ -31,7 +31,7 @@ STABLE_DIFFUSION: Mapping[Range, ChannelStatistics] = {
     "edm2": ChannelStatistics(VAE_PARAMETERS["raw_mean"], VAE_PARAMETERS["raw_std"]),
     "scm": ChannelStatistics((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),
 }
-"""Of Stable Diffusion's VAE on ImageNet at 512x512.  Source: EDM2, training/encoders.py; sCM, appendix G."""
+"""Statistics of Stable Diffusion's VAE on ImageNet at 512x512.  Source: EDM2, training/encoders.py; sCM, appendix G."""
 
 
 class LatentEncoder(Struct, frozen=True):
@@ -80,7 +80,7 @@ UNRECORDED = Encoding(
     raw_mean=tuple(STABLE_DIFFUSION["edm2"].mean),
     raw_std=tuple(STABLE_DIFFUSION["edm2"].std),
 )
-"""Of a data set that says nothing, as EDM2's dataset_tool.py makes them."""
+"""The encoding of a data set that says nothing, as EDM2's dataset_tool.py makes them."""
 
 
 def vae_words(encoder: Mapping[str, Any]) -> list[str]:

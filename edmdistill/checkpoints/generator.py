@@ -35,7 +35,7 @@ class Generator(nn.Module):
 
     @property
     def encoder(self) -> Mapping[str, Any]:
-        """What the network's images are, see checkpoints.encoder."""
+        """The kind of the network's images, see checkpoints.encoder."""
         return self.config.encoder
 
     @property

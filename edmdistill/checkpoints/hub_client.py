@@ -27,7 +27,7 @@ REASONS = {
     413: "the Hub does not accept files of that size",
     429: "you have sent too many requests to the Hub; wait a while",
 }
-"""What the Hub's status codes mean to a user."""
+"""The meaning of the Hub's status codes to a user."""
 
 
 def cached_from_hub(text: str, files: Sequence[str]) -> Path | None:

@@ -30,7 +30,7 @@ class IntervalProgress(msgspec.Struct, frozen=True):
 
 
 class HealthProgress(msgspec.Struct, frozen=True):
-    """What monitors.Health resumes from.
+    """The state that monitors.Health resumes from.
 
     Attributes:
         streaks: for how many lines in a row each symptom has been seen.

@@ -1,4 +1,4 @@
-"""What a user names as a checkpoint: a path, a URL, an official file, a repository of the Hub, all resolved to a path.
+"""Checkpoints as a user names them: a path, a URL, an official file, a repository of the Hub, all resolved to a path.
 
 Only what the user names by a URL, a Hub id or the name of an official file is downloaded.
 """

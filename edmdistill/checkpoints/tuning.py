@@ -31,9 +31,9 @@ class Tuning(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     search_seeds: Text
     held_out_seeds: Text
     schedules: Count
-    """That were measured in the search."""
+    """Schedules that were measured in the search."""
     images: Count
-    """That were drawn in all, for the search and the confirmation."""
+    """Images that were drawn in all, for the search and the confirmation."""
     values: tuple[Number, ...]
     before_values: tuple[Number, ...]
     """The metric of either on each set of held-out seeds; empty if nothing was better in the search."""
@@ -42,7 +42,7 @@ class Tuning(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     spread: Number
     """The larger standard deviation of the two."""
     source_sha256: Text | None
-    """Of the weights."""
+    """Digest of the weights."""
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.before_values) or len(self.values) == 1:

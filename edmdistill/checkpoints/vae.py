@@ -27,11 +27,11 @@ from edmdistill.errors import CheckpointError
 
 CONFIG, WEIGHTS = VAE_FILES
 SUBFOLDER = "vae"
-"""Of a diffusers pipeline, which may be named in place of its VAE."""
+"""Folder of the VAE in a diffusers pipeline, which may be named in place of it."""
 BATCH = 8
 """Images at a time, as in EDM2's code; halved where memory runs out."""
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Of the attention's layers in files that old versions of diffusers wrote, sd-vae-ft-mse among them."""
+"""Names of the attention's layers in files that old versions of diffusers wrote, sd-vae-ft-mse among them."""
 
 
 @dataclass

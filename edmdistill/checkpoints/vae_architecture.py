@@ -19,7 +19,7 @@ Levels = Annotated[tuple[Level, ...], Meta(min_length=1, max_length=8)]
 
 
 class Architecture(Struct, frozen=True, kw_only=True):
-    """What the config.json of an AutoencoderKL must say, in bounds; other keys are ignored."""
+    """The config.json of an AutoencoderKL, in bounds; other keys are ignored."""
 
     class_name: str = msgspec.field(name="_class_name")
     in_channels: Channels = 3

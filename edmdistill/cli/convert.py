@@ -1,7 +1,7 @@
 """`edmdistill convert`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -66,20 +66,14 @@ def command(
     from edmdistill.progress import stage_bar
 
     report: ConversionReport | GeneratorReport
+    shared: dict[str, Any] = {"overwrite": overwrite, "licence": licence}
     with stage_bar("converting") as on_progress:
         if generator is None:
-            report = convert(
-                checkpoint,
-                out,
-                time_embedding=time_embedding,
-                double_norm=double_norm,
-                overwrite=overwrite,
-                licence=licence,
-                on_progress=on_progress,
-            )
+            shared |= {"time_embedding": time_embedding, "double_norm": double_norm}
+            report = convert(checkpoint, out, on_progress=on_progress, **shared)
         else:
             on_progress("reading")
-            report = convert_generator(checkpoint, out, generator, overwrite=overwrite, licence=licence)
+            report = convert_generator(checkpoint, out, generator, **shared)
     warning = generator_warning(report.config.noise_dependence, source)
     if warning is not None:
         say(warning)

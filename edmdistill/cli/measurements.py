@@ -1,4 +1,4 @@
-"""What eval and sweep share: their options and processes, and how their results are saved and printed."""
+"""Parts that eval and sweep share: their options and processes, and how their results are saved and printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands share: groups of options, and how they report, stop and fail."""
+"""Parts that commands share: groups of options, and how they report, stop and fail."""
 
 from __future__ import annotations
 

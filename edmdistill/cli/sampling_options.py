@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerOptions:
-    """What `sampler_options` adds to a command, as it was typed."""
+    """The options of `sampler_options`, as they were typed."""
 
     times: str | None
     guidance: float | None
@@ -69,7 +69,7 @@ class SamplerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerGrid:
-    """What `sampler_grid_options` adds to a command, as it was typed: each combination is a sampler."""
+    """The options of `sampler_grid_options`, as they were typed: each combination is a sampler."""
 
     times: tuple[str, ...]
     guidance: list[float] | None
@@ -196,7 +196,7 @@ churn_options = option_group(
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """What `decoding_options` adds to a command, as it was typed."""
+    """The options of `decoding_options`, as they were typed."""
 
     vae: str | None
     latents: bool

@@ -25,9 +25,9 @@ UNREAD_SUFFIXES = (
 """Image formats that are not read: refused, so that no part of a set is lost silently."""
 LABELS = "dataset.json"
 SAMPLE_FILES = {"grid.png": "grid of samples", "samples.json": "record of samples"}
-"""What `edmdistill sample` writes beside its images: left out without a note."""
+"""Files that `edmdistill sample` writes beside its images: left out without a note."""
 JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "__pycache__"}
-"""What operating systems leave beside a user's files, in lower case."""
+"""Files that operating systems leave beside a user's files, in lower case."""
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _describe(data: bytes, why: str) -> str:
 
 
 class Header(NamedTuple):
-    """What an .npy claims to hold; its values start at the byte `start`."""
+    """The header of an .npy; its values start at the byte `start`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

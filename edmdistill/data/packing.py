@@ -40,7 +40,7 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class PackJob:
-    """What is made of which pictures."""
+    """The pictures, and what is made of them."""
 
     source: Path
     pictures: Pictures

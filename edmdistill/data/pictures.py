@@ -27,7 +27,7 @@ REFUSED = (
     *(".pcd", ".pcx", ".pdf", ".pfm", ".ps", ".psd", ".pxr", ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".vda", ".vst"),
     *(".wmf", ".xbm", ".xpm", ".jxl", ".heic", ".heif", ".exr", ".hdr", ".svg", ".dng"),
 )
-"""What the official tool takes for a picture beside those, or what is one: to leave it out would renumber the rest."""
+"""Suffixes that the official tool takes for pictures beside those: to leave these out would renumber the rest."""
 LARGE = 2**24
 """Pixels of a picture from which on only one is decoded at a time."""
 

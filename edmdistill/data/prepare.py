@@ -34,7 +34,7 @@ SAVED = 2.0
 
 
 class PreparedSummary(Struct, frozen=True, kw_only=True):
-    """What was prepared.
+    """The data set that was prepared.
 
     Attributes:
         path: of the zip.

@@ -21,7 +21,7 @@ RECORD, IMAGES = "record.json", "images"
 
 
 class Progress(Struct):
-    """What is done.
+    """The part that is done.
 
     Attributes:
         settings: all that decides the images but the source's content, as JSON.

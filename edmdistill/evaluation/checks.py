@@ -1,4 +1,4 @@
-"""What an evaluation refuses before any work is done."""
+"""Checks of an evaluation before any work is done."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def evaluate(
 
 
 class _Subject(NamedTuple):
-    """What is measured: images, and how a network draws them."""
+    """The images that are measured, and how a network draws them."""
 
     images: Images
     model: Generator | Denoiser | None = None

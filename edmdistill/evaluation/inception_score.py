@@ -48,7 +48,7 @@ class InceptionScore:
     def __init__(self, reference: None = None, split: int = SPLIT) -> None:
         self._size, self._count = split, 0
         self._sums: list[Tensor] = []
-        """Of each split: the number of images, and the sums of -p ln p and of p over them.  float64 [2 + K]"""
+        """The number of images of each split, and the sums of -p ln p and of p over them.  float64 [2 + K]"""
 
     def update(self, batch: Measured) -> None:
         assert batch.logits is not None

@@ -43,7 +43,7 @@ LIKELIHOOD = Protocol(
 """The protocol: all images of the data set; results fill in the rest."""
 
 SOLVER_TOLERANCE = 1e-5
-"""Of the ODE solver, relative and absolute: the error on Gaussian data is below 0.001 bits for each image."""
+"""Tolerance of the ODE solver, relative and absolute: the error on Gaussian data is below 0.001 bits for each image."""
 
 HALF = 127.5
 """The values of a pixel are 1 / HALF apart in [-1, 1]."""

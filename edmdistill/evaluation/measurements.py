@@ -38,7 +38,7 @@ class Measurements(NamedTuple):
 
 
 class MeasuredResults(NamedTuple):
-    """What became of measurements.
+    """The results of measurements.
 
     Attributes:
         failures: a sentence for each that had no finite result.

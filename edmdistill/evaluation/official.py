@@ -1,4 +1,4 @@
-"""What `edmdistill fetch --verify` checks of an official file, and the published result that it can reproduce."""
+"""Checks of `edmdistill fetch --verify`, and the published results that official files can reproduce."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from edmdistill.features.spaces import load_features
 
 _PLACES = "each tensor by its name and shape"
 AGREEMENT = 1e-4
-"""Of the features that two official files of one network give, relative to the largest."""
+"""Largest difference of the features that two official files of one network give, relative to the largest."""
 
 
 def verify_official(name: str) -> list[str]:

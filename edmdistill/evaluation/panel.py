@@ -33,7 +33,7 @@ Keys = Set[Key]
 
 
 class Collected(NamedTuple):
-    """What metrics compare with: by feature space and kind of accumulator, and the reference's record."""
+    """The reference as metrics compare with it, by feature space and kind of accumulator, and its record."""
 
     by_space: Mapping[Key, Any]
     reference: Reference

@@ -19,7 +19,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 DIGEST = "sha256"
 MOST_THREADS = 4
-"""That draw or read; each holds a batch."""
+"""Threads that draw or read; each holds a batch."""
 
 
 def measure_images(

@@ -32,7 +32,7 @@ class Likelihood(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     probes: int
     tolerance: float
-    """Of the solver, relative and absolute."""
+    """The solver's tolerance, relative and absolute."""
     sigma_min: float
     sigma_max: float
     rho: float = 7.0
@@ -127,7 +127,7 @@ REFERENCES = {
     "adm": "ADM's reference batch (.npz)",
     "cosim": "the training set",
 }
-"""What a protocol's publications measure against, for errors."""
+"""The references of a protocol's publications, for errors."""
 
 
 def get_protocol(name: str) -> Protocol:

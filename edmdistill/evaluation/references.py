@@ -43,7 +43,7 @@ WANTED = "give EDM's or ADM's .npz, EDM2's .pkl, or what `edmdistill data stats`
 
 
 class About(Struct, frozen=True, kw_only=True):
-    """What `data stats` records beside the numbers, as JSON in the array `about`."""
+    """The record of `data stats` beside the numbers, JSON in the array `about`."""
 
     n: int
     """The number of images."""
@@ -54,11 +54,11 @@ class About(Struct, frozen=True, kw_only=True):
     split: str
     """The part of it that was measured."""
     sha256: str
-    """Of the images' pixels, as in Reference."""
+    """Digest of the images' pixels, as in Reference."""
     fingerprint: str
-    """Of the set, see Dataset."""
+    """The set's fingerprint, see Dataset."""
     version: str
-    """Of edmdistill."""
+    """Version of edmdistill."""
 
 
 @dataclass(frozen=True)

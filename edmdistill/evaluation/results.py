@@ -89,7 +89,7 @@ def _rows_of(result: Result) -> dict[str, Sequence[float]]:
 
 
 def read_results(files: Iterable[Path]) -> list[Result]:
-    """What `edmdistill eval --out` wrote.  Raises: EdmDistillError: something else."""
+    """Returns the results that `edmdistill eval --out` wrote.  Raises: EdmDistillError: a file holds other things."""
     results: list[Result] = []
     for file in files:
         try:
@@ -128,7 +128,7 @@ def load_results(path: Path) -> list[Result]:
 
 
 def latest_results(results: Iterable[Result]) -> list[Result]:
-    """Of the results of the same weights by the same protocol and sampler, the last."""
+    """Returns the last result of the same weights by the same protocol and sampler, of each."""
     return list({_key(result): result for result in results}.values())
 
 

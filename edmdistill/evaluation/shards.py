@@ -1,4 +1,4 @@
-"""What is measured of images, made once and kept in files: a stopped evaluation goes on, and processes share one.
+"""Features of images, made once and kept in files: a stopped evaluation goes on, and processes share one.
 
 A batch is measured whole, by one process. Metrics get the batches in order, whoever measured them and whenever, so that
 their values depend on neither.

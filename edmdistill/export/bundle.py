@@ -16,7 +16,7 @@ PACKAGE = __name__.partition(".")[0]
 CHECK = "check_arguments"
 """The function whose calls are dropped."""
 RANGE = "Meta"
-"""What gives annotations their ranges, which are dropped too."""
+"""The name that gives annotations their ranges, which are dropped too."""
 
 
 class ModuleSource:

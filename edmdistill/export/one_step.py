@@ -1,4 +1,4 @@
-"""What is exported: a network in EDM's view, whose inputs and outputs are tensors alone."""
+"""The exported module: a network in EDM's view, whose inputs and outputs are tensors alone."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from edmdistill.checkpoints.store import fill
 from edmdistill.errors import CheckpointError
 from edmdistill.features.base import FeatureSpace, exact_float32, to_rgb
-from edmdistill.features.weights import Weights, read_weights
+from edmdistill.features.weights import FeatureWeights, read_weights
 
 SIZE = 224
 """Height and width of the images that the network takes."""
 MAX_DEPTH = 100
-"""Of blocks that are made: the largest official network has 40."""
+"""Most blocks that are made: the largest official network has 40."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, of RGB in [0, 1]."""
 
@@ -140,7 +140,7 @@ class VisionTransformer(nn.Module):
         return torch.cat((token, square.flatten(2).transpose(1, 2)), 1)
 
 
-def build(weights: Weights) -> VisionTransformer:
+def build(weights: FeatureWeights) -> VisionTransformer:
     """Returns the network whose sizes the weights have, on the CPU.
 
     Where the file does not state the number of heads, each has 64 channels, as in all official networks, or 16 where

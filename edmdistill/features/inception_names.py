@@ -27,7 +27,7 @@ PATHS = {
 }
 """By class of block: our name of a layer, or of a sequence of layers without their numbers, and NVIDIA's."""
 LEAVES = {"conv.weight": "weight", "bn.bias": "beta", "bn.running_mean": "mean", "bn.running_var": "var"}
-"""Of a layer.  NVIDIA's batch normalization does not scale: our bn.weight is 1."""
+"""The tensors of a layer.  NVIDIA's batch normalization does not scale: our bn.weight is 1."""
 
 
 def to_our_names(tensors: Mapping[str, Tensor], network: nn.Module, in_order: bool = False) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ NOT_WEIGHTS = ("num_batches_tracked", "mask_token")
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What a file or a folder of weights holds.
+class FeatureWeights:
+    """The content of a file or a folder of weights.
 
     Attributes:
         path: as it was given.
@@ -48,7 +48,7 @@ class Weights:
     script: bool = False
 
 
-def read_weights(path: str | Path | None, kind: str, space: str) -> Weights:
+def read_weights(path: str | Path | None, kind: str, space: str) -> FeatureWeights:
     """Returns the weights in a file.
 
     Args:
@@ -84,7 +84,7 @@ def read_weights(path: str | Path | None, kind: str, space: str) -> Weights:
         raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
     official = digest in {one.sha256 for one in files_of(kind)}
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(NOT_WEIGHTS)}
-    return Weights(path, _without_prefix(kept), digest, official, heads, script)
+    return FeatureWeights(path, _without_prefix(kept), digest, official, heads, script)
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

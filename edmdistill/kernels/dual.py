@@ -132,7 +132,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 @tangent_of(Tensor.new_zeros, torch.ones_like)
 def constant(function: Function, x: Dual, *args: Any, **kwargs: Any) -> Any:
-    """Of functions that read shape, dtype and device alone."""
+    """The rule of functions that read shape, dtype and device alone."""
     return function(x.value, *args, **kwargs)
 
 

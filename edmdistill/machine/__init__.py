@@ -1,1 +1,1 @@
-"""What a run stands on: devices, processes, their launch and their health."""
+"""The machine under a run: devices, processes, their launch and their health."""

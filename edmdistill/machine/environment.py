@@ -1,4 +1,4 @@
-"""What a run is computed with: versions, device and git revision, as sessions.jsonl records them; peak memory."""
+"""The environment of a run: versions, device and git revision, as sessions.jsonl records them; peak memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edmdistill.machine.host import cores, host_memory, peak_host_memory, proces
 
 
 class Environment(TypedDict):
-    """What a run is computed with, none of which changes the result beyond rounding.
+    """The environment of a run, none of which changes the result beyond rounding.
 
     device and device_memory (bytes) describe the main process's GPU, or the host.
     """

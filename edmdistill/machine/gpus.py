@@ -13,7 +13,7 @@ LAUNCH = 10e-6
 
 
 class GPU(NamedTuple):
-    """What bounds the size and the speed of a run on a GPU.
+    """The bounds of a run's size and speed on a GPU.
 
     Attributes:
         memory: bytes.

@@ -18,7 +18,7 @@ from edmdistill.networks.magnitude import GAIN_LAYERS, MPConv, MPFourier
 
 
 class Conditioning(NamedTuple):
-    """What a network reads beside x.
+    """The inputs of a network beside x.
 
     Attributes:
         c_noise: the scaled noise level of x, float32 or float64.  [B]

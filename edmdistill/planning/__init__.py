@@ -1,1 +1,1 @@
-"""What a run will need, before it begins: memory, operations, time."""
+"""Estimates of a run before it begins: memory, operations, time."""

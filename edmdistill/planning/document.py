@@ -19,7 +19,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 class PlanRequest(NamedTuple):
-    """What is planned.
+    """The plan of a run.
 
     Attributes:
         flow: the teacher, or the network that the recipe makes; on the meta device.

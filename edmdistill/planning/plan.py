@@ -1,4 +1,4 @@
-"""What a run will need, before anything is loaded: bytes by purpose, operations, and time.
+"""Estimates a run before anything is loaded: bytes by purpose, operations, and time.
 
 Every turn of the method is taken on the meta device, where tensors have shapes and no numbers. Live bytes are counted
 there, so that activations are what autograd keeps, not a formula. Two sizes of a micro-batch determine all others.
@@ -45,7 +45,7 @@ class Pass(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one process needs.
+    """The needs of one process.
 
     Attributes:
         parameters: numbers of parameters, by role.

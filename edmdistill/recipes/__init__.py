@@ -1,1 +1,1 @@
-"""What a run computes: the schema of recipes, and the library of those that ship."""
+"""Recipes, which decide what a run computes: the schema of recipes, and the library of those that ship."""

@@ -1,4 +1,4 @@
-"""What a run directory says of its run; it may be under way."""
+"""Reads what a run directory says of its run, which may be under way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edmdistill.training.run_dir import METRICS, SESSIONS, DataFacts, MetricsLin
 
 
 class RunSummary(NamedTuple):
-    """What a run directory says of its run.
+    """The content of a run directory.
 
     Attributes:
         train_arguments: the recipe and the overrides as arguments of `train`.
@@ -78,7 +78,7 @@ def read_run(path: Path) -> RunSummary:
 
 
 def _train_arguments(file: Path) -> list[str]:
-    """What `train` notes above the recipe's own text; without such a note, the file itself is the recipe."""
+    """Returns what `train` notes above the recipe's own text; without such a note, the file itself is the recipe."""
     head, mark = "# Trained by --recipe ", "#   --set "
     text = file.read_text("utf-8")
     tomllib.loads(text)  # the page says which of its values are whose

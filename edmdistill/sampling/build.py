@@ -22,7 +22,7 @@ from edmdistill.sampling.trajectory import ReferenceGuidance, paper_sigmas, refe
 from edmdistill.trigflow import cos_sin, sigma_to_time, time_to_sigma
 
 DEFAULT_NFE = 2
-"""Of a generator."""
+"""The default number of steps of a generator."""
 
 
 class Sampler(NamedTuple):

@@ -16,7 +16,7 @@ from edmdistill.schedules import edm_sigmas
 
 
 class ODEDenoiser(Protocol):
-    """What the solvers need of a teacher: a Denoiser has it, and so has a GuidedDenoiser."""
+    """The interface of a teacher for the solvers: a Denoiser has it, and so has a GuidedDenoiser."""
 
     @property
     def sigma_min(self) -> float: ...
@@ -51,7 +51,7 @@ class Churn:
 
 @dataclass(frozen=True)
 class OfficialSampler:
-    """What differs between the official samplers of EDM and of EDM2.
+    """The differences between the official samplers of EDM and of EDM2.
 
     Attributes:
         num_steps: default number of steps.

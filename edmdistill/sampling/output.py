@@ -1,4 +1,4 @@
-"""What the kinds of output share: samples are stored as they are drawn, by position, and completed at the end."""
+"""The base of all kinds of output: samples are stored as they are drawn, by position, and completed at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Layout = Literal["edmdistill", "adm"]
 
 
 class SampleInfo(NamedTuple):
-    """What an output says of its samples.
+    """The record of an output on its samples.
 
     Attributes:
         digest: of the request that they are drawn for.

@@ -27,9 +27,9 @@ Family = Literal["levels", "curve", "both"]
 SCALES = (1.0, *(2 ** (half / 2) for half in range(-6, 7) if half))
 """By which levels are scaled: 1/8 to 8 in steps of sqrt(2); 1 comes first, so that ties change nothing."""
 RHOS = (7.0, 2.0, 3.0, 5.0, 10.0, 15.0)
-"""Of EDM's curve; its own comes first."""
+"""Values of rho for EDM's curve; its own comes first."""
 FIRST_SEED = 10_000_000
-"""Of the search. No protocol measures these seeds: eval's numbers are of images that chose nothing."""
+"""First seed of the search. No protocol measures these seeds: eval's numbers are of images that chose nothing."""
 
 
 class BudgetSpent(Exception):

@@ -100,4 +100,4 @@ FAULTS: tuple[tuple[type[Exception], Callable[[Any, Context], TrainingError | No
     (RuntimeError, _peer_lost),
     (Exception, lambda error, context: None),
 )
-"""What to say about an error, by its class; the first match counts. None: it is raised unchanged."""
+"""The sentence on an error, by its class; the first match counts. None: it is raised unchanged."""

@@ -1,4 +1,4 @@
-"""What makes two runs the same: the keys of recipe.resolved.json and run.json that must not change on resumption."""
+"""The identity of a run: the keys of recipe.resolved.json and run.json that must not change on resumption."""
 
 from __future__ import annotations
 

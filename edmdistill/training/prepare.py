@@ -81,7 +81,7 @@ def prepare(
 
 
 class Sources(NamedTuple):
-    """What a run is made from.
+    """The sources of a run.
 
     Attributes:
         flow, config: the teacher; of a method that makes its own network, that network.

@@ -98,7 +98,7 @@ def train(
 
 @dataclass
 class Session:
-    """What happens between two rounds of a run in its directory.
+    """The work between two rounds of a run, in its directory.
 
     Attributes:
         track: takes lines of metrics, for TensorBoard and others; None: nothing does.

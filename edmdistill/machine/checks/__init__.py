@@ -1,1 +1,1 @@
-"""What the doctor checks, by subject."""
+"""The doctor's checks, by subject."""
