@@ -27,6 +27,7 @@ from picture_files import encoded, write_folder
 from safetensors.numpy import load as load_tensors
 
 LIVES = Path(__file__).with_name("lives.py")
+PROBE = re.compile(r"[a-z0-9_]{8}")
 SCRATCH = re.compile(r"(^|/)\.[^/]+\.([0-9a-f]{8}\.new|parts)|^tmp:")
 """What a killed command may leave for the next to remove."""
 REPLACED = re.compile(r"^new/generator/")
@@ -105,8 +106,9 @@ class World:
         for name, repository in self.hub.repositories.items():
             head = repository.commits[repository.branches["main"]]
             found |= {f"hub:{name}/{file}": parsed(file, data) for file, data in head.items()}
-        temporary = self.folder.parent / "tmp"
-        return found | {f"tmp:{path.name}": None for path in temporary.iterdir()}
+        # Python itself tries a temporary folder by a file of eight letters, which a kill at that moment leaves there.
+        temporary = [path for path in (self.folder.parent / "tmp").iterdir() if not PROBE.fullmatch(path.name)]
+        return found | {f"tmp:{path.name}": None for path in temporary}
 
 
 def content(name: str, path: Path) -> Any:
