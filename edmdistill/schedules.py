@@ -164,7 +164,7 @@ def interval_times(
 
     The length is a fraction of t_max: d = sigmoid(a) t_max with a ~ N(P_mean, P_std^2), and s ~ U[0, t_max - d]. A
     share of the jumps leads to the data: they keep their t, and s is 0.
-    Source: Sabour et al. 2025 (Align Your Flow), section 4.  Differs: the interval is an angle on the circle, where the
+    Source: Sabour et al. 2025 (Align Your Flow).  Differs: the interval is an angle on the circle, where the
         paper's is a linear time; share_to_data is ours.
     """
     d = (draws.normal() * P_std + P_mean).sigmoid() * t_max

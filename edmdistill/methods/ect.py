@@ -1,6 +1,6 @@
 """ECT: easy consistency tuning, by pairs of noise levels that close in; no teacher and no derivative.
 
-Geng et al. 2024 (Consistency Models Made Easy), algorithm 1.
+Geng et al. 2024 (Consistency Models Made Easy), as the official code (training/loss.py) computes it.
 
     sigma_t ~ lognormal,   sigma_r = sigma_t (1 - n(sigma_t) / q^stage),  n(sigma) = 1 + k / (1 + e^(b sigma))
     x_t = x0 + sigma_t eps,   x_r = x0 + sigma_r eps                      one noise for both
@@ -43,7 +43,7 @@ class ECT(Method[ECTConfig]):
         return (Turn("generator", self.consistency_loss),)
 
     def consistency_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Algorithm 1.  w(sigma) = 1 / sigma^2 + 1 / sigma_d^2."""
+        """Returns L.  w(sigma) = 1 / sigma^2 + 1 / sigma_d^2."""
         config, generator, sigma_data = self.config, self.networks["generator"], self.noise.sigma_data
         sigma_t = lognormal_sigmas(draws, P_mean=config.P_mean, P_std=config.P_std)
         sigma_r = paired_sigma(sigma_t, 1 + batch.images // config.stage_images, config.q, config.k, config.b)
@@ -65,6 +65,6 @@ def paired_sigma(sigma: Tensor, stage: int, q: float, k: float, b: float) -> Ten
 
     Args:
         stage: from 1; every stage divides the distance of a pair by q.
-    Source: ECT, section 3.2, the mapping function, as in the official code.  Differs: 1 / q^stage stays above CLOSEST.
+    Source: ECT's mapping function, as in the official code.  Differs: 1 / q^stage stays above CLOSEST.
     """
     return (sigma * (1 - (1 + k * torch.sigmoid(-b * sigma)) * max(q**-stage, CLOSEST))).clamp(min=0)

@@ -6,7 +6,7 @@ The network reads both times: s = 0 is sCM's consistency function, and s -> t th
 algorithm is sCM's, with s fixed while t and x_t move along the trajectory (the Eulerian condition df/dt = 0), or with t
 fixed while s moves (the Lagrangian condition df/ds = the velocity at f).
 
-Source: Sabour, Fidler & Kreis 2025 (Align Your Flow, AYF), section 3; Boffi, Albergo & Vanden-Eijnden 2025 (flow map
+Source: Sabour, Fidler & Kreis 2025 (Align Your Flow, AYF); Boffi, Albergo & Vanden-Eijnden 2025 (flow map
 matching). Derived here for TrigFlow.
 """
 
@@ -80,7 +80,7 @@ def lagrangian_target(
     Args:
         network: takes the second time s.
         velocity: (x_s, s) -> dx_s/ds of the trajectory.  [B,C,H,W]
-    Source: AYF, theorem 3.2 (AYF-LMD), where the target is an Euler step of the velocity from a slightly larger s.
+    Source: AYF's Lagrangian objective (LMD), derived here for TrigFlow.
     """
     cos, sin = cos_sin(t - s, x_t)
     k = s.cos() * s.sin()

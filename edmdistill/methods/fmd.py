@@ -1,6 +1,6 @@
 """FMD: flow-map distillation, a generator for any number of steps, with or without noise between them.
 
-Sabour, Fidler & Kreis 2025 (Align Your Flow), algorithm 1.
+After Sabour, Fidler & Kreis 2025 (Align Your Flow).
 
     t, s ~ intervals of [0, t_max]          x_t = cos(t) x0 + sin(t) z
     v = sigma_d F*(x_t, t)                  the teacher's velocity, guided if asked
@@ -43,7 +43,7 @@ class FMD(FlowMap[FMDConfig], GuidedMethod[FMDConfig]):
     def target(
         self, generator: FlowFunction, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, batch: Batch, w: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Returns F^- and g.  Source: AYF, theorems 3.1 (Eulerian) and 3.2 (Lagrangian)."""
+        """Returns F^- and g.  Source: AYF, its objectives EMD (eulerian) and LMD (lagrangian)."""
         if self.config.objective == "eulerian":
             return super().target(generator, x_t, t, d, v, batch, w)
         velocity = partial(self.velocity, labels=batch.labels, v=v, w=w)

@@ -1,6 +1,6 @@
 """MeanFlow: flow maps, trained on data alone.
 
-Geng et al. 2025 (MeanFlow), algorithm 1, as the Eulerian objective of flow maps whose velocity is that of the data and
+Geng et al. 2025 (MeanFlow), as the Eulerian objective of flow maps whose velocity is that of the data and
 its noise: in expectation over them, the average velocity over [s, t] obeys MeanFlow's identity.
 """
 
@@ -19,5 +19,5 @@ class MeanFlow(FlowMap[MeanFlowConfig]):
     Config = MeanFlowConfig
 
     def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None, v: Tensor, w: Tensor | None) -> Tensor:
-        """Returns cos(t) z - sin(t) x0.  Source: MeanFlow, eq. 8."""
+        """Returns cos(t) z - sin(t) x0.  It takes the place of MeanFlow's e - x."""
         return v
