@@ -153,8 +153,8 @@ def make_pictures(folder: Path, count: int) -> Path:
         frequency = np.fft.rfftfreq(width)[None] ** 2 + np.fft.fftfreq(height)[:, None] ** 2
         spectra = [rng.normal(size=(2, *frequency.shape)) for _ in range(4)]
         channels = []
-        for own in spectra[1:]:
-            real, imaginary = spectra[0] + 0.3 * own
+        for spectrum in spectra[1:]:
+            real, imaginary = spectra[0] + 0.3 * spectrum
             values = np.fft.irfft2((real + 1j * imaginary) / (frequency + 1e-5) ** 0.525, s=(height, width))
             channels.append(120 + 50 * (values - values.mean()) / values.std())
         path = folder / f"class{i % 5}" / f"{i:05d}.JPEG"

@@ -156,10 +156,10 @@ def trained(name: str, seed: int, teacher: Path, images: int, folder: Path, resu
     asked = "--protocol", "digits", "--nfe", ",".join(nfe), "--device", "cpu"
     cpu_seconds(log, "eval", run, *asked, "--out", evaluation)
     metrics = [result["metrics"] for result in json.loads(evaluation.read_text())["results"]]
-    found = {metric: dict(zip(nfe, (each[metric] for each in metrics), strict=True)) for metric in METRICS}
-    values = ", ".join(f"{value:.3g} in {n}" for n, value in found["fd_digits"].items())
+    scores = {metric: dict(zip(nfe, (each[metric] for each in metrics), strict=True)) for metric in METRICS}
+    values = ", ".join(f"{value:.3g} in {n}" for n, value in scores["fd_digits"].items())
     print(f"{name} {seed}: digits-FD {values}, after {seconds / 60:.2f} CPU-minutes", flush=True)
-    return results.add(f"{name} {seed}", made_by, images=images, cpu_seconds=seconds, **found)
+    return results.add(f"{name} {seed}", made_by, images=images, cpu_seconds=seconds, **scores)
 
 
 def cell(values: list[float], form: str) -> str:

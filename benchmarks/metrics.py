@@ -30,8 +30,8 @@ def batches(count: int, dim: int, seed: int) -> Iterator[Tensor]:
     mix = torch.randn(64, dim, generator=torch.Generator().manual_seed(0)) / 8
     for start in range(0, count, BATCH):
         shape = min(BATCH, count - start)
-        common, own = torch.randn(shape, 64, generator=generator), torch.randn(shape, dim, generator=generator)
-        yield (common @ mix + 0.5 * own + 0.01 * seed).relu()
+        common, private = torch.randn(shape, 64, generator=generator), torch.randn(shape, dim, generator=generator)
+        yield (common @ mix + 0.5 * private + 0.01 * seed).relu()
 
 
 class Clock:

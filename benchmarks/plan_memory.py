@@ -54,9 +54,9 @@ def peak_of(run: Run) -> float:
         next(steps)
         return float(torch.cuda.max_memory_allocated())
     adam = [state for optimizer in run.optimizers.values() for state in optimizer.state.values()]
-    there = [value for state in adam for value in state.values()]
+    moments = [value for state in adam for value in state.values()]
     for network in (*run.networks.values(), *(average.network for average in run.averages)):
-        there += list(network.state_dict().values())
+        moments += list(network.state_dict().values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         next(steps)
     assert profiler.profiler is not None
@@ -65,7 +65,7 @@ def peak_of(run: Run) -> float:
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return peak + sum(tensor.numel() * tensor.element_size() for tensor in there)
+    return peak + sum(tensor.numel() * tensor.element_size() for tensor in moments)
 
 
 def main() -> None:

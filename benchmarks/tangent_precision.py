@@ -63,9 +63,9 @@ def main() -> None:
         flow.to(options.device).eval().requires_grad_(False)
         truth = [tangent(copy.deepcopy(flow).double(), t, options.batch, options.device) for t in TIMES]
         for precision, flow.compute_dtype in PRECISION.items():
-            found = [tangent(flow, t, options.batch, options.device).double() for t in TIMES]
+            tangents = [tangent(flow, t, options.batch, options.device).double() for t in TIMES]
             columns.append(f"{name} {precision}")
-            errors.append([float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)])
+            errors.append([float((a - b).norm() / b.norm()) for a, b in zip(tangents, truth, strict=True)])
     print(f"| t | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for t, row in zip(TIMES, zip(*errors, strict=True), strict=True):
         print(f"| {t:.4f} | {' | '.join(f'{error:.1e}' for error in row)} |")

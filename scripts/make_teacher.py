@@ -68,10 +68,10 @@ class OfficialPickler(PurePickler):  # type: ignore[misc]  # it has no stubs
         return NotImplemented
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
-        found = EASY_DICT if obj is EasyDict else obj
-        if isinstance(found, Global):
-            self.save(found.module)
-            self.save(found.name)
+        target = EASY_DICT if obj is EasyDict else obj
+        if isinstance(target, Global):
+            self.save(target.module)
+            self.save(target.name)
             self.write(pickle.STACK_GLOBAL)
             self.memoize(obj)
         else:

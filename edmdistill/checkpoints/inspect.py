@@ -171,8 +171,8 @@ def _results(results: list[object]) -> list[str]:
     rows = [("results", "NFE", "gamma", "guidance", "metric", "value")]
     for result in results:
         sampler, metrics = get(result, "sampler"), get(result, "metrics")
-        facts = [get(get(result, "protocol"), "name"), *(get(sampler, key) for key in ("nfe", "gamma", "guidance"))]
-        words = ["-" if fact is None else _word(fact) for fact in facts]
+        fields = [get(get(result, "protocol"), "name"), *(get(sampler, key) for key in ("nfe", "gamma", "guidance"))]
+        words = ["-" if fact is None else _word(fact) for fact in fields]
         for metric, value in (metrics if isinstance(metrics, dict) else {}).items():
             rows.append((*words, _word(metric), _word(value)))  # type: ignore[arg-type]  # a word for each column
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -103,21 +103,21 @@ def official_files() -> dict[str, OfficialFile]:
     for group in _table()["group"]:
         stems = (group.get("prefix", "") + file.rpartition(".")[0] for file in group["files"])
         for name, file in zip(group.get("names") or stems, group["files"], strict=True):
-            facts = _table()["facts"].get(name, {})
+            shared = _table()["facts"].get(name, {})
             fields = {key: group[key] for key in ("kind", "about", "licence", "page")}
-            files[name] = OfficialFile(name=name, url=group["url"] + file, **fields, **facts)
+            files[name] = OfficialFile(name=name, url=group["url"] + file, **fields, **shared)
     return files
 
 
 @cache
 def presets() -> dict[str, Preset]:
     """Returns EDM2's presets by name."""
-    found = {}
+    by_name = {}
     for name, preset in _table()["presets"].items():
         metric = next(metric for metric in ("fid", "fd_dinov2") if metric in preset)
         networks = {key: preset[key] for key in ("net", "guide", "guidance") if key in preset}
-        found[name] = Preset(metric=metric, value=preset[metric], **networks)
-    return found
+        by_name[name] = Preset(metric=metric, value=preset[metric], **networks)
+    return by_name
 
 
 def published_result(name: str) -> dict[str, float]:

@@ -67,11 +67,11 @@ class Vae:
 
     def statistics(self, range: Range) -> ChannelStatistics:
         """Returns the declared statistics of its latents: EDM2's and sCM's for Stable Diffusion's, else its own."""
-        own, channels = self.architecture, self.channels
-        if own.block_out_channels == (128, 256, 512, 512) and channels == 4:
+        config, channels = self.architecture, self.channels
+        if config.block_out_channels == (128, 256, 512, 512) and channels == 4:
             return STABLE_DIFFUSION[range]
-        mean, std = (own.shift_factor or 0.0,) * channels, (1 / own.scaling_factor,) * channels
-        return ChannelStatistics(own.latents_mean or mean, own.latents_std or std)
+        mean, std = (config.shift_factor or 0.0,) * channels, (1 / config.scaling_factor,) * channels
+        return ChannelStatistics(config.latents_mean or mean, config.latents_std or std)
 
     def encode(self, images: Tensor, range: Range) -> Tensor:
         """Returns the mean, then the standard deviation, of images' latents.
@@ -187,8 +187,8 @@ def _read_weights(folder: Path, device: torch.device | str) -> dict[str, Tensor]
     path = folder / WEIGHTS
     if not os.path.lexists(path):
         pickled = path.with_suffix(".bin")
-        found = f"it has {pickled.name}, a pickle, which is not read" if pickled.exists() else "it has none"
-        raise CheckpointError(f"{folder} has no {WEIGHTS} ({found}): save the VAE with diffusers as safetensors")
+        instead = f"it has {pickled.name}, a pickle, which is not read" if pickled.exists() else "it has none"
+        raise CheckpointError(f"{folder} has no {WEIGHTS} ({instead}): save the VAE with diffusers as safetensors")
     return load_tensors(path, device)[0]
 
 

@@ -18,5 +18,5 @@ def command(source: str, split: str, teacher: str | None, as_json: bool) -> None
     from edmdistill.progress import progress_bar
 
     with progress_bar(unit="image") as bar:
-        found = inspect_data(source, split=split, teacher=teacher, on_progress=bar.update)
-    click.echo(to_json(found) if as_json else to_text(found))
+        contents = inspect_data(source, split=split, teacher=teacher, on_progress=bar.update)
+    click.echo(to_json(contents) if as_json else to_text(contents))

@@ -55,7 +55,7 @@ def command(source: str, out: Path, workers: int | None, **options: Any) -> None
             bar.initial = bar.initial or done
             bar.update(done - bar.n)
 
-        found = prepare_data(source, out, workers=workers or cores(), on_progress=show, **options)
-    for note in found.notes:
+        summary = prepare_data(source, out, workers=workers or cores(), on_progress=show, **options)
+    for note in summary.notes:
         say(note)
-    click.echo(to_text(found))
+    click.echo(to_text(summary))

@@ -36,7 +36,7 @@ def command(
     from edmdistill.machine.devices import pick_device
 
     with interruptible(lambda: "nothing is measured yet."):
-        found = diagnose(
+        diagnosis = diagnose(
             source,
             protocol=protocol,
             teacher=teacher,
@@ -46,16 +46,16 @@ def command(
             batch=batch,
         )
     if as_json:
-        tables = {name: [row._asdict() for row in rows] for name, rows in found._asdict().items()}
+        tables = {name: [row._asdict() for row in rows] for name, rows in diagnosis._asdict().items()}
         click.echo(
-            json.dumps({"schema_version": 1, "source": source, **tables, "sentences": sentences(found)}, indent=2)
+            json.dumps({"schema_version": 1, "source": source, **tables, "sentences": sentences(diagnosis)}, indent=2)
         )
         return
     click.echo(f"{'sigma':>8} {'generator':>10} {'teacher':>10}" if teacher else f"{'sigma':>8} {'generator':>10}")
-    for jump in found.jumps:
+    for jump in diagnosis.jumps:
         beside = "" if jump.teacher is None else f" {jump.teacher:10.3g}"
         click.echo(f"{jump.sigma:8g} {jump.generator:10.3g}{beside}")
-    for gap in found.gaps:
+    for gap in diagnosis.gaps:
         click.echo(f"s {gap.sigma_s:g}, t {gap.sigma_t:g}: gap {gap.gap:.3g}, sensitivity {gap.sensitivity:.2g}")
-    for sentence in sentences(found):
+    for sentence in sentences(diagnosis):
         click.echo(sentence)

@@ -24,15 +24,15 @@ def command(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
         return
     names = names[1:] if names[0] == "teacher" and len(names) > 1 else names
     files = {file.name: file for name in names for file in find_official(name)}
-    found = [fetch(file) for file in files.values()]
+    files_fetched = [fetch(file) for file in files.values()]
     checks: dict[str, list[str]] = {}
     if verify:
         from edmdistill.evaluation.official import verify_official
 
         checks = {name: verify_official(name) for name in names}
     if as_json:
-        fetched = [asdict(one) | {"path": str(one.path)} for one in found]
+        fetched = [asdict(one) | {"path": str(one.path)} for one in files_fetched]
         click.echo(json.dumps({"schema_version": 1, "fetched": fetched, "checks": checks}, indent=2))
         return
-    for line in [*map(str, found), *(line for lines in checks.values() for line in lines)]:
+    for line in [*map(str, files_fetched), *(line for lines in checks.values() for line in lines)]:
         click.echo(line)

@@ -66,8 +66,9 @@ def errors_once() -> Iterator[None]:
     try:
         yield
     except EdmDistillError as error:
-        own = int(os.environ.get("RANK", 0)) == 0 or hasattr(error, "__notes__")  # notes are on this process alone
-        raise (error if own else PeerFailed("the main process says why")) from error
+        # An error with notes is on this process alone.
+        is_reporter = int(os.environ.get("RANK", 0)) == 0 or hasattr(error, "__notes__")
+        raise (error if is_reporter else PeerFailed("the main process says why")) from error
 
 
 def say_unfinished(source: str | Source) -> None:

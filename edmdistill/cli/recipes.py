@@ -38,10 +38,10 @@ def list_(method: str | None, as_json: bool) -> None:
         return
     width = max(len(file.name) for file in files)
     for name in METHODS:
-        own = [file for file in files if file.path.parent.name == name]
-        if own:
+        of_method = [file for file in files if file.path.parent.name == name]
+        if of_method:
             click.echo(METHODS[name].summary)
-        for file in own:
+        for file in of_method:
             click.echo(f"  {file.name:<{width}}  {recipe_header(file.path).splitlines()[0]}")
             for title, words in (("sizes", file.sizes), ("variants", file.modes)):
                 if words:

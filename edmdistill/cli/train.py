@@ -155,14 +155,14 @@ def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tupl
 
 def _introduction(run: "Run", what: str, run_dir: Path) -> Iterator[str]:
     """Yields sentences on what is trained, and where."""
-    facts, world_size = run.describe(), run.engine.world_size
+    description, world_size = run.describe(), run.engine.world_size
     roles = ", ".join(
         f"{name} ({role['parameters']:,} parameters{'' if role['trained'] else ', frozen'})"
-        for name, role in facts["roles"].items()
+        for name, role in description["roles"].items()
     )
-    where = facts["device"] if world_size == 1 else f"{world_size} processes, {run.engine.device.type}"
+    where = description["device"] if world_size == 1 else f"{world_size} processes, {run.engine.device.type}"
     yield f"Training {what} in {run_dir}, on {where}: {roles}."
-    for name, role in facts["roles"].items():
+    for name, role in description["roles"].items():
         if role["unused"]:
             yield f"No part of the {name}'s loss, and so not trained: {', '.join(role['unused'])}."
     yield from (*run.notes, *run.dataset.notes, *run.method.notes())

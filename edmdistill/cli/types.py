@@ -150,12 +150,12 @@ class OutputPath(click.Path):
                 self.fail(f"{text} is a device or a pipe; name a file or folder.", param, ctx)
             if self.suffixes and whole.is_dir():
                 self.fail(f"{text} is a folder, and a file is to be written; choose another name.", param, ctx)
-            there = next(folder for folder in whole.parents if folder.exists())
-            writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+            nearest = next(folder for folder in whole.parents if folder.exists())
+            writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
         except OSError as error:
             self.fail(f"{text} cannot be reached ({error.strerror}); choose another place.", param, ctx)
         if not writable:
-            self.fail(f"{text} cannot be written, for {there} is not a folder you may write to.", param, ctx)
+            self.fail(f"{text} cannot be written, for {nearest} is not a folder you may write to.", param, ctx)
         return path
 
 

@@ -37,8 +37,8 @@ def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -
 def _note_other_statistics(dataset: Dataset, scaling: LatentEncoder, sigma_data: float) -> None:
     """Notes where the latents' mean or standard deviation, by channel, is far from what the network was trained on."""
     some = dataset.tensors(range(0, len(dataset), max(1, len(dataset) // 64)))[0]
-    found = channel_statistics(some)
-    for channel, (mean, std, scale, bias) in enumerate(zip(*found, scaling.scale, scaling.bias, strict=True)):
+    measured = channel_statistics(some)
+    for channel, (mean, std, scale, bias) in enumerate(zip(*measured, scaling.scale, scaling.bias, strict=True)):
         mean, std = mean * scale + bias, std * scale
         if abs(mean) > 3 * sigma_data or not 1 / 3 < std / sigma_data < 3:
             dataset.note(

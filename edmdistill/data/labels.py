@@ -51,9 +51,9 @@ def read_labels(files: Files, document: Member, images: Mapping[str, Member], le
     Raises: DatasetError: it is broken, incomplete or ambiguous.
     """
     where = f"{files.path}: {printable(document.name)}"
-    entries, found = _parse(files, document, where)
+    entries, labels_read = _parse(files, document, where)
     if entries is None:
-        return found
+        return labels_read
     folder = posixpath.dirname(canonical_name(document.name))
     labels, absent = _match(entries, folder, images, left_out, where)
     unlabeled = [member.name for key, member in images.items() if key not in labels]
@@ -64,8 +64,8 @@ def read_labels(files: Files, document: Member, images: Mapping[str, Member], le
             f"{printable(unlabeled[0])}{example}; label all or none"
         )
     for file, label in labels.values():
-        _require_class(label, found.names, f"{where} labels {printable(file)} as {_short(label)}")
-    return found._replace(classes=np.array([labels[key][1] for key in images], dtype=np.int64), absent=absent)
+        _require_class(label, labels_read.names, f"{where} labels {printable(file)} as {_short(label)}")
+    return labels_read._replace(classes=np.array([labels[key][1] for key in images], dtype=np.int64), absent=absent)
 
 
 def _parse(files: Files, document: Member, where: str) -> tuple[list[tuple[Any, Any]] | None, Labels]:
@@ -86,8 +86,8 @@ def _parse(files: Files, document: Member, where: str) -> tuple[list[tuple[Any, 
     ):
         encoding = None if content.get("encoder") is None else msgspec.convert(content["encoder"], Encoding)
     prepared = content.get("prepared")
-    found = Labels(names=names, encoding=encoding, prepared=prepared if isinstance(prepared, dict) else None)
-    return None if labels is None else entries, found
+    parsed = Labels(names=names, encoding=encoding, prepared=prepared if isinstance(prepared, dict) else None)
+    return None if labels is None else entries, parsed
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

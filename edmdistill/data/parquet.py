@@ -79,16 +79,16 @@ def _of_split(parts: Sequence[Path], path: Path, split: str) -> list[Path]:
     """Returns the files of a split, by a word of their names or folders; all, where none names one."""
     if split not in SPLITS:
         raise DatasetError(f"the split {split!r} is not known; {did_you_mean(split, SPLITS)}")
-    found: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for part in parts:
         words = re.split(r"[/\\.-]", str(part.relative_to(path)).lower())
         key = next((key for key, names in SPLITS.items() if set(names) & set(words)), "")
-        found.setdefault(key, []).append(part)
-    if found.keys() == {""}:
+        by_split.setdefault(key, []).append(part)
+    if by_split.keys() == {""}:
         return list(parts)
-    if split not in found:
-        raise DatasetError(f"{path} has no split {split!r}; choose one of {', '.join(filter(None, found))}")
-    return found[split]
+    if split not in by_split:
+        raise DatasetError(f"{path} has no split {split!r}; choose one of {', '.join(filter(None, by_split))}")
+    return by_split[split]
 
 
 def _columns(schema: Any, path: Path) -> tuple[str, str | None, list[str] | None]:

@@ -56,13 +56,13 @@ def open_pictures(
         raise DatasetError(f"{path} does not exist; {EXPECTED}")
     if not os.access(path, os.R_OK):
         raise DatasetError(f"{path} may not be read by this user; change its permissions")
-    found = _open(path, scratch, labels, split, on_bytes)
-    if split != "train" and split not in found.kind:
+    pictures = _open(path, scratch, labels, split, on_bytes)
+    if split != "train" and split not in pictures.kind:
         raise DatasetError(f"{path} is one set, without splits; leave --split {split} out, or give another source")
-    if not found.names:
-        instead = f" (left out: {summarize(dict(found.left_out))})" if found.left_out else ""
+    if not pictures.names:
+        instead = f" (left out: {summarize(dict(pictures.left_out))})" if pictures.left_out else ""
         raise DatasetError(f"{path} holds no pictures{instead}; {EXPECTED}")
-    return found
+    return pictures
 
 
 def _open(path: Path, scratch: Path, labels: str, split: str, on_bytes: Callable[[int], object] | None) -> Pictures:
@@ -104,14 +104,14 @@ def open_picture_files(files: Files, rule: str) -> Pictures:
     document = next((member for member in documents if member.name == LABELS), None)
     require_readable(files.path, [*images, *([document] if document else [])])
     names = [member.name for member in images]
-    found, notes = Labels(), []
+    labeled, notes = Labels(), []
     if rule == "auto" and document is not None:
-        found = read_labels(files, document, by_name, {canonical_name(name) for name in left_out})
-        if found.absent:
-            first = printable(found.absent[0])
-            notes.append(f"{LABELS} labels {len(found.absent):,} files that are not there, the first {first}")
-    if rule == "folders" or (rule == "auto" and found.classes is None):
-        found, more = _classes_of_folders(names, rule, isinstance(files, ZipFiles))
+        labeled = read_labels(files, document, by_name, {canonical_name(name) for name in left_out})
+        if labeled.absent:
+            first = printable(labeled.absent[0])
+            notes.append(f"{LABELS} labels {len(labeled.absent):,} files that are not there, the first {first}")
+    if rule == "folders" or (rule == "auto" and labeled.classes is None):
+        labeled, more = _classes_of_folders(names, rule, isinstance(files, ZipFiles))
         notes += more
     # One handle of a zip counts its readers without a lock.
     lock = threading.Lock()
@@ -124,7 +124,7 @@ def open_picture_files(files: Files, rule: str) -> Pictures:
 
     kind = {FolderFiles: "folder", ZipFiles: "zip", TarFiles: "tar"}[type(files)]
     sizes = [member.size for member in images]
-    return Pictures(kind, names, sizes, read, found.classes, found.names, left_out, notes)
+    return Pictures(kind, names, sizes, read, labeled.classes, labeled.names, left_out, notes)
 
 
 def _classes_of_folders(names: Sequence[str], rule: str, is_zip: bool) -> tuple[Labels, list[str]]:

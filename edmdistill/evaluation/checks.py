@@ -44,10 +44,10 @@ def measurable(wanted: Sequence[FoundMetric], images: Images, *, required: bool)
         required: whether they were asked for by name.
     Raises: EdmDistillError: one that was asked for needs classes.
     """
-    found = tuple(one for one in wanted if images.classes is not None or "labels" not in one.metric.needs)
-    if (missing := [one.name for one in wanted if one not in found]) and (required or not found):
+    measured = tuple(one for one in wanted if images.classes is not None or "labels" not in one.metric.needs)
+    if (missing := [one.name for one in wanted if one not in measured]) and (required or not measured):
         raise EdmDistillError(f"{missing[0]} needs images whose classes are known: leave it out")
-    return found
+    return measured
 
 
 def require_fit(images: Images, data: Dataset | ReferenceStatistics, standard: Protocol, repeat: int) -> None:

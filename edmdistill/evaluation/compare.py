@@ -108,10 +108,10 @@ def compare(rows: Sequence[Row]) -> Comparison:
     for metric in metrics:
         having = [row for row in rows if metric in row.result.metrics]
         for a, b in pairwise(having):
-            if found := differences(a.result.protocol, b.result.protocol, metric):
+            if reasons := differences(a.result.protocol, b.result.protocol, metric):
                 raise EdmDistillError(
                     f"{metric} of {a.name} and {metric} of {b.name} cannot stand side by side: they differ in "
-                    f"{', '.join(found)}; measure both alike"
+                    f"{', '.join(reasons)}; measure both alike"
                 )
         if len(having) > 1:
             notes += [note for row in having if (note := _unknown(row, metric))]
@@ -120,9 +120,9 @@ def compare(rows: Sequence[Row]) -> Comparison:
 
 def require_comparable(a: Result, b: Result) -> None:
     """Raises EdmDistillError, naming what differs, unless all that two results share was measured alike."""
-    if found := differences(a.protocol, b.protocol):
+    if which := differences(a.protocol, b.protocol):
         raise EdmDistillError(
-            f"these results cannot be compared: they differ in {', '.join(found)}; measure both with the same protocol"
+            f"these results cannot be compared: they differ in {', '.join(which)}; measure both with the same protocol"
         )
 
 
@@ -155,9 +155,9 @@ def _conditions(protocol: Protocol, metric: str | None) -> dict[str, Any]:
     }
     used: Mapping[str, str | None] = protocol.weights
     if metric is not None and protocol.features is not None:
-        found = find_metric(re.split(r"[\[@]", metric)[0], protocol.features)
-        used = {found.features: protocol.weights.get(found.features)}
-        if reference is not None and found.metric.reference is Features:
+        metric_found = find_metric(re.split(r"[\[@]", metric)[0], protocol.features)
+        used = {metric_found.features: protocol.weights.get(metric_found.features)}
+        if reference is not None and metric_found.metric.reference is Features:
             conditions["real images"] = reference.kept or reference.n
     return conditions | {f"weights of {name}": sha256 for name, sha256 in used.items()}
 

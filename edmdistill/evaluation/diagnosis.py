@@ -130,16 +130,16 @@ def jump_distances(
         flow: a generator or a denoiser; of two times, its jumps end at 0.
         count: number of jumps; more than there are images: again from the first, with other noise.
     """
-    real, found = RunningStatistics(), [RunningStatistics() for _ in sigmas]
+    real, generated = RunningStatistics(), [RunningStatistics() for _ in sigmas]
     for rows in batches(range(len(data)), batch):
         real.update(space(data.images(rows)))
     for x0, labels, draws in _images(flow, data, count, batch):
         z = draws.normal_like(x0, flow.sigma_data)
-        for sigma, running in zip(sigmas, found, strict=True):
+        for sigma, running in zip(sigmas, generated, strict=True):
             t = sigma_to_time(sigma, flow.sigma_data).to(x0.device)
             running.update(space(to_uint8(flow.jump(diffuse(x0, z, t), t, torch.zeros_like(t), labels))))
     reference = real.finish()
-    return [frechet_distance(running.finish(), reference) for running in found]
+    return [frechet_distance(running.finish(), reference) for running in generated]
 
 
 @torch.no_grad()
@@ -216,23 +216,23 @@ def sentences(diagnosis: Diagnosis) -> list[str]:
 
 def _on_jumps(jumps: Sequence[SingleJump]) -> list[str]:
     best, worst = (pick(jumps, key=lambda jump: jump.generator) for pick in (min, max))
-    said = [
+    lines = [
         f"A jump is best from sigma {best.sigma:g}, with a distance of {best.generator:.3g}, and worst from sigma "
         f"{worst.sigma:g}, with {worst.generator:.3g}."
     ]
     rising = [below.sigma for above, below in pairwise(jumps) if below.generator > above.generator]
     if rising:
-        said.append(
+        lines.append(
             f"At sigma {_listed(rising)} a shorter jump is worse than the longer one before it: as the last of several "
             "steps these levels make the images worse."
         )
     weak = [jump.sigma for jump in jumps if jump.teacher is not None and jump.generator > WEAKER * jump.teacher]
     if weak:
-        said.append(
+        lines.append(
             f"At sigma {_listed(weak)} a jump is worse than the teacher's denoiser, from which the generator started: "
             "training has done harm there, and a lower learning rate or a smaller weight of short jumps helps."
         )
-    return said
+    return lines
 
 
 def _on_gaps(gaps: Sequence[Gap]) -> list[str]:
@@ -240,16 +240,16 @@ def _on_gaps(gaps: Sequence[Gap]) -> list[str]:
     if not compared:
         return []
     widest = max(gaps, key=lambda gap: gap.gap)
-    said = [
+    lines = [
         f"The scores differ most at sigma {widest.sigma_s:g} of jumps from {widest.sigma_t:g}, by {widest.gap:.3g}."
     ]
     least = min(compared, key=lambda gap: gap.sensitivity)
     if least.sensitivity < DEAF:
-        said.append(
+        lines.append(
             f"The auxiliary score hardly tells jumps from sigma {least.sigma_t:g} from the longest ones: at sigma "
             f"{least.sigma_s:g} its gap differs by {least.sensitivity:.0%} of its size."
         )
-    return said
+    return lines
 
 
 def _listed(sigmas: Sequence[float]) -> str:

@@ -101,12 +101,12 @@ def evaluate(
         subject = _Subject(given if isinstance(given, Images) else open_images(given, label_dim))
     images = subject.images
     require_fit(images, data, standard, repeat)
-    found = measurable(wanted, images, required=metrics is not None)
+    measured = measurable(wanted, images, required=metrics is not None)
     files = tuple(sorted((name, str(file)) for name, file in weights.items()))
-    panel = Panel(found, files, str(device), batch, work, processes)
+    panel = Panel(measured, files, str(device), batch, work, processes)
     done = replace(
         standard,
-        metrics=tuple(one.name for one in found),
+        metrics=tuple(one.name for one in measured),
         weights={name: space.sha256 for name, space in panel.spaces.items()},
         n=images.count // repeat,
         seeds=None if images.seeds is None else format_seeds(images.seeds),

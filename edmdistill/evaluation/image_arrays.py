@@ -110,9 +110,9 @@ def _no_images(path: Path, names: Sequence[str]) -> str:
             f"{path} holds the statistics of a reference (mu and sigma) and no images; give images to be measured, and "
             "as --ref the images that these statistics are of"
         )
-    found = ", ".join(printable(name) for name in names[:5]) or "nothing"
+    members = ", ".join(printable(name) for name in names[:5]) or "nothing"
     hint = "; decode latents first" if "latents" in names else ""
-    return f"{path} holds {found}, but images or arr_0 were expected, uint8 [N,H,W,C]{hint}"
+    return f"{path} holds {members}, but images or arr_0 were expected, uint8 [N,H,W,C]{hint}"
 
 
 def _require_images(header: Header, where: str) -> None:

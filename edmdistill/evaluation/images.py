@@ -101,8 +101,8 @@ def sampled_images(
 
     def read(rows: range) -> Tensor:
         some, given = seeds[rows.start : rows.stop], balanced
-        own = None if given is None else given[rows.start : rows.stop]
-        return decode(require_finite(generate_images(model, spec, some, own, batch=batch), some))
+        row_labels = None if given is None else given[rows.start : rows.stop]
+        return decode(require_finite(generate_images(model, spec, some, row_labels, batch=batch), some))
 
     size: tuple[int, ...] = (flow.img_channels, flow.img_resolution, flow.img_resolution)
     if is_latent(model):

@@ -49,8 +49,8 @@ def _rows(subset: int, count: int, size: int) -> Tensor:
 def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
     """[n,d], [n,d] -> float64 []"""
     x, y, n = x.double(), y.double(), len(x)
-    own = [_kernel(gram(z.T), z.shape[1]) for z in (x, y)]
-    within = sum(kernel.sum() - kernel.trace() for kernel in own) / (n * (n - 1))
+    kernels = [_kernel(gram(z.T), z.shape[1]) for z in (x, y)]
+    within = sum(kernel.sum() - kernel.trace() for kernel in kernels) / (n * (n - 1))
     return within - 2 * _kernel(x @ y.T, x.shape[1]).mean()
 
 

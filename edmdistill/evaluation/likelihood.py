@@ -113,8 +113,8 @@ def predict_noise(flow: FlowNetwork, labels: Tensor | None) -> NoisePrediction:
         t = sigma_to_time(sigma, flow.sigma_data)
         cos, sin = cos_sin(t, x)
         x_t, dx_t = (cos * x).to(flow.dtype), (cos * direction).to(flow.dtype)
-        own = None if labels is None else labels[rows]
-        F, dF = flow.tangent(x_t, t, own, dx_t, torch.zeros_like(t), t if flow.two_time else None)
+        row_labels = None if labels is None else labels[rows]
+        F, dF = flow.tangent(x_t, t, row_labels, dx_t, torch.zeros_like(t), t if flow.two_time else None)
         turn = sin * cos / flow.sigma_data
         return turn * x + cos * F, turn * direction + cos * dF
 

@@ -108,8 +108,8 @@ def find_metric(name: str, features: str) -> FoundMetric:
             raise EdmDistillError(f"there is no metric {name!r}; {did_you_mean(name, [*METRICS, *names], most=20)}")
         name, space = names[name]
         metric = METRICS[name].metric
-    own = next((own for own, kind in METRICS.items() if kind == (metric, space)), f"{name}_{space}")
-    return FoundMetric(own, metric, space)
+    full_name = next((alias for alias, kind in METRICS.items() if kind == (metric, space)), f"{name}_{space}")
+    return FoundMetric(full_name, metric, space)
 
 
 def _is_free(kind: str) -> bool:

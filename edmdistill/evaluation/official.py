@@ -32,8 +32,8 @@ def verify_official(name: str) -> list[str]:
 
     Raises: CheckpointError: it does not hold what it should.
     """
-    found = [sentence for file in find_official(name) for sentence in _CHECKS[file.kind](file)]
-    return found + _how_to_reproduce(name)
+    checked = [sentence for file in find_official(name) for sentence in _CHECKS[file.kind](file)]
+    return checked + _how_to_reproduce(name)
 
 
 def _check_teacher(file: OfficialFile) -> list[str]:
@@ -50,9 +50,9 @@ def _check_features(file: OfficialFile) -> list[str]:
         raise CheckpointError(
             f"{path} gives features that are not finite: it is damaged; remove it and fetch it again."
         )
-    found = [f"{file.name}: {features.shape[1]} features of a picture, all finite; each tensor has its name and shape"]
+    lines = [f"{file.name}: {features.shape[1]} features of a picture, all finite; each tensor has its name and shape"]
     if path.suffix == ".pt":
-        found.append(f"{file.name}: our network gives the features of the script in the file, within {AGREEMENT:g}")
+        lines.append(f"{file.name}: our network gives the features of the script in the file, within {AGREEMENT:g}")
     for other in files_of(file.kind):
         if other != file and other.cached is not None:
             theirs = load_features(file.kind, other.cached)(_picture())
@@ -62,8 +62,8 @@ def _check_features(file: OfficialFile) -> list[str]:
                     f"{path} and {other.cached} hold the weights of one network, but their features differ by "
                     f"{difference:.1e} of the largest: remove both, and fetch them again."
                 )
-            found.append(f"{file.name}: its features agree with those of {other.name} within {difference:.1e}")
-    return found
+            lines.append(f"{file.name}: its features agree with those of {other.name} within {difference:.1e}")
+    return lines
 
 
 def _picture() -> Tensor:
@@ -82,8 +82,8 @@ def _check_vae(file: OfficialFile) -> list[str]:
 
 
 def _check_reference(file: OfficialFile) -> list[str]:
-    found = open_statistics(fetch(file).path)
-    spaces = " and ".join(f"{len(one.gaussian.mean)} features of {name}" for name, one in found.spaces.items())
+    statistics = open_statistics(fetch(file).path)
+    spaces = " and ".join(f"{len(one.gaussian.mean)} features of {name}" for name, one in statistics.spaces.items())
     return [f"{file.name}: mean and covariance of {spaces}, all finite, symmetric and positive semidefinite"]
 
 

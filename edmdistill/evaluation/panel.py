@@ -115,15 +115,17 @@ def collect_reference(reference: Dataset | ReferenceStatistics, panel: Panel) ->
     if isinstance(reference, Dataset):
         size = (reference.img_channels, reference.img_resolution, reference.img_resolution)
         images = Images(len(reference), size, reference.images, None, None, "unknown")
-        found, digest = _collect(images, keys, panel, reference.content_sha256)
-        return Collected(found, replace(record, sha256=digest))
+        collected, digest = _collect(images, keys, panel, reference.content_sha256)
+        return Collected(collected, replace(record, sha256=digest))
     # ADM's files hold statistics, of which FID is to be measured, and the images themselves.
     pictured = {key for key in keys if reference.has_images and key[1] is Features}
     spaces = panel.spaces
     stated = {(name, kind): reference.collected(spaces[name], kind) for name, kind in keys - pictured}
     if pictured:
         stated |= _collect(open_images(reference.path, 0), pictured, panel, reference.sha256)[0]
-    kept = min((len(found) for found in stated.values() if isinstance(found, FeatureSet)), default=reference.n)
+    kept = min(
+        (len(collected) for collected in stated.values() if isinstance(collected, FeatureSet)), default=reference.n
+    )
     return Collected(stated, record if kept in (None, reference.n) else replace(record, kept=kept))
 
 
@@ -144,8 +146,8 @@ def _collect(images: Images, keys: Keys, panel: Panel, identity: str) -> tuple[d
                 accumulator.update(arrays[f"{name}/features"].to(panel.device))
     if not main:
         return {}, ""
-    found = {key: accumulator.finish() for key, accumulator in accumulators.items()}
-    return found, pixels_sha256(images.size, torch.cat(digests))
+    finished = {key: accumulator.finish() for key, accumulator in accumulators.items()}
+    return finished, pixels_sha256(images.size, torch.cat(digests))
 
 
 @lru_cache(maxsize=4)

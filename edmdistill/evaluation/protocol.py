@@ -157,11 +157,11 @@ def open_reference(
         if is_official(str(reference)) and not Path(reference).exists():
             reference = find_fetched(str(reference))
         reference = open_statistics(reference) if is_statistics(reference) else open_dataset(reference)
-    found = describe_reference(reference)
-    if fixed is not None and (found.source, found.split) != (fixed.source, fixed.split):
+    described = describe_reference(reference)
+    if fixed is not None and (described.source, described.split) != (fixed.source, fixed.split):
         raise DatasetError(
             f"the protocol {standard.name} measures against {fixed.source} ({fixed.split}), but the reference is "
-            f"{found.source} ({found.split}); leave it out, or choose another protocol"
+            f"{described.source} ({described.split}); leave it out, or choose another protocol"
         )
     return reference
 

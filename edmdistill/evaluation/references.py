@@ -105,20 +105,20 @@ class ReferenceStatistics:
         """
         if kind is Nothing:
             return None
-        found = self.spaces.get(space.name)
-        if found is None:
+        statistics = self.spaces.get(space.name)
+        if statistics is None:
             listed = ", ".join(self.spaces)
             self._refuse(f"has no statistics of the feature space {space.name}, only of {listed}", space)
-        dim = len(found.gaussian.mean)
+        dim = len(statistics.gaussian.mean)
         if space.dim not in (None, dim):
             self._refuse(f"has statistics of {dim} features of {space.name}, but these weights have {space.dim}", space)
-        if self.about is not None and found.weights_sha256 != space.sha256:
-            theirs, ours = str(found.weights_sha256)[:8], str(space.sha256)[:8]
+        if self.about is not None and statistics.weights_sha256 != space.sha256:
+            theirs, ours = str(statistics.weights_sha256)[:8], str(space.sha256)[:8]
             self._refuse(f"was made with other weights of {space.name} ({theirs}) than these ({ours})", space)
         if kind is RunningStatistics:
-            return found.gaussian
-        if kind is Features and found.features is not None:
-            return found.features
+            return statistics.gaussian
+        if kind is Features and statistics.features is not None:
+            return statistics.features
         self._refuse("has no features of single images, which this metric needs", space, " --keep-features 10000")
 
     def _refuse(self, why: str, space: FeatureSpace, options: str = "") -> NoReturn:
@@ -162,8 +162,8 @@ def _read_npz(path: Path) -> ReferenceStatistics:
         spaces = {name: _own_space(arrays, name, about) for name in about.weights}
         return ReferenceStatistics(path, "edmdistill", about.sha256, about.n, spaces, about)
     if not {"mu", "sigma"} <= arrays.names:
-        found = ", ".join(map(printable, sorted(arrays.names)[:5])) or "nothing"
-        raise DatasetError(f"{path} holds {found}, but mu and sigma were expected; {WANTED}")
+        members = ", ".join(map(printable, sorted(arrays.names)[:5])) or "nothing"
+        raise DatasetError(f"{path} holds {members}, but mu and sigma were expected; {WANTED}")
     spaces = {"inception": SpaceStatistics(_gaussian(str(path), *_moments(arrays)))}
     layout = "adm" if arrays.names & {"mu_s", "arr_0"} else "edm"
     return ReferenceStatistics(path, layout, sha256_file(path), None, spaces, has_images="arr_0" in arrays.names)

@@ -123,8 +123,8 @@ def load_results(path: Path) -> list[Result]:
     Raises: EdmDistillError: a file in a run's eval/, or the checkpoint, holds something else.
     """
     folder = checkpoint_in(path)
-    own = results_in_config(read_config(folder)) if (folder / CONFIG).is_file() else []
-    return latest_results([*own, *read_results(sorted((path / EVAL).glob("*.json")))])
+    stored = results_in_config(read_config(folder)) if (folder / CONFIG).is_file() else []
+    return latest_results([*stored, *read_results(sorted((path / EVAL).glob("*.json")))])
 
 
 def latest_results(results: Iterable[Result]) -> list[Result]:

@@ -174,8 +174,8 @@ def _lock(folder: Path) -> int:
 
 def _stored(folder: Path) -> list[range]:
     """Returns the rows of each file in a folder, sorted."""
-    found = (SHARD.fullmatch(file.name) for file in folder.iterdir())
-    return sorted((range(int(match[1]), int(match[2])) for match in found if match), key=lambda rows: rows.start)
+    matches = (SHARD.fullmatch(file.name) for file in folder.iterdir())
+    return sorted((range(int(match[1]), int(match[2])) for match in matches if match), key=lambda rows: rows.start)
 
 
 def _gaps(stored: Sequence[range], count: int) -> Iterator[range]:

@@ -113,11 +113,11 @@ def find_measure(metric: str | None, protocol: str | None) -> tuple[str, str]:
     """
     if protocol is not None:
         return metric or get_protocol(protocol).metrics[0], protocol
-    found = next((name for name, standard in PROTOCOLS.items() if metric in standard.metrics), None)
-    if metric is None or found is None:
+    measuring = next((name for name, standard in PROTOCOLS.items() if metric in standard.metrics), None)
+    if metric is None or measuring is None:
         what = "neither a metric nor a protocol is named" if metric is None else f"no protocol measures {metric}"
         raise EdmDistillError(f"{what}: add --protocol, one of {', '.join(PROTOCOLS)}")
-    return metric, found
+    return metric, measuring
 
 
 def find_generator(source: str | Path) -> Path:

@@ -114,8 +114,8 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
 
     def images(nfe: int) -> Tensor:
         generator = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        found: Tensor = pipe(num_inference_steps=nfe, generator=generator, output_type="latent").images
-        return found if latents is not None else found.clamp(-1, 1)
+        drawn: Tensor = pipe(num_inference_steps=nfe, generator=generator, output_type="latent").images
+        return drawn if latents is not None else drawn.clamp(-1, 1)
 
     parity = compare(flow, config, images)
     if pipe.vae is not None:

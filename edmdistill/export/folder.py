@@ -97,19 +97,19 @@ def export(
     origin = config.provenance
     config = replace(config, provenance=replace(origin, source=without_secrets(origin.source)))
     flow.requires_grad_(False).eval()
-    readme, found = target.readme(flow, config), _find_vae(target, config, to, vae)
-    if found is not None:
-        readme += HELD.format(name=markdown(found.name), sha256=found.sha256)
+    readme, held_vae = target.readme(flow, config), _find_vae(target, config, to, vae)
+    if held_vae is not None:
+        readme += HELD.format(name=markdown(held_vae.name), sha256=held_vae.sha256)
     elif config.encoder["kind"] != "pixels" and target.without_vae is not None:
         readme += target.without_vae(config)
     generator = Generator(flow, config)
     levels = {str(nfe): time_to_sigma(generator.schedule(nfe), flow.sigma_data).tolist() for nfe in range(1, 9)}
     with atomic_write(out) as folder, torch.no_grad():
         folder.mkdir()
-        if found is not None:
+        if held_vae is not None:
             (folder / SUBFOLDER).mkdir()
             for file in VAE_FILES:
-                shutil.copyfile(found.folder / file, folder / SUBFOLDER / file)
+                shutil.copyfile(held_vae.folder / file, folder / SUBFOLDER / file)
         parity = target.write(folder, flow, config)
         document = {
             "schema_version": 1,

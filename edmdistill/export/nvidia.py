@@ -148,6 +148,6 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     arguments, tensors = official(flow, config)
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / NETWORK).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
-    there = read(folder).requires_grad_(False)
-    step = OneStep(there.network, there.preconditioning).eval()
+    reloaded = read(folder).requires_grad_(False)
+    step = OneStep(reloaded.network, reloaded.preconditioning).eval()
     return compare(flow, config, step_sampler(flow, config, step))

@@ -54,9 +54,9 @@ class ExportedGenerator(Generator):
         return diffuse(x0, implied_noise(x_t, x0, t), s)
 
 
-def difference_of(found: Tensor, expected: Tensor) -> float:
+def difference_of(actual: Tensor, expected: Tensor) -> float:
     """Returns the largest difference, relative to the largest pixel."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def step_sampler(flow: FlowNetwork, config: CheckpointConfig, step: Step) -> Callable[[int], Tensor]:

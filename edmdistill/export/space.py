@@ -64,9 +64,9 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     (folder / "app.py").write_text(APP.read_text(encoding="utf-8"), encoding="utf-8")
     extra = "" if config.encoder["kind"] == "pixels" else "[latent]"
     (folder / "requirements.txt").write_text(REQUIREMENTS.format(extra=extra), encoding="utf-8")
-    there: Generator = load_generator(folder / "generator")
+    reloaded: Generator = load_generator(folder / "generator")
 
     def images(nfe: int) -> Tensor:
-        return sample(there, nfe, seeds=SEEDS)
+        return sample(reloaded, nfe, seeds=SEEDS)
 
     return compare(flow, config, images)

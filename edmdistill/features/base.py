@@ -85,9 +85,9 @@ def to_rgb(images: Tensor, space: str) -> Tensor:
     Raises: DatasetError: they are neither, such as a VAE's latents, or not uint8.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
-        found = f"{str(images.dtype).removeprefix('torch.')} of shape {list(images.shape)}"
+        given = f"{str(images.dtype).removeprefix('torch.')} of shape {list(images.shape)}"
         raise DatasetError(
-            f"the feature space {space} takes gray or RGB images, uint8 [B,1 or 3,H,W], not {found}: decode latents "
+            f"the feature space {space} takes gray or RGB images, uint8 [B,1 or 3,H,W], not {given}: decode latents "
             "to images first"
         )
     return images.expand(-1, 3, -1, -1)

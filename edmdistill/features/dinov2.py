@@ -187,16 +187,16 @@ TRANSFORMERS = {
 
 def to_our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns DINOv2's tensors by our names, those of facebookresearch/dinov2, whichever of the two they have."""
-    found = {}
+    renamed = {}
     for name, tensor in tensors.items():
         for theirs, ours in TRANSFORMERS.items():
             name = re.sub(f"^{theirs}", ours, name)
-        found[name] = tensor
-    for query in [name for name in found if re.search(r"\.attn\.q\.", name)]:
+        renamed[name] = tensor
+    for query in [name for name in renamed if re.search(r"\.attn\.q\.", name)]:
         parts = [query.replace(".q.", part) for part in (".q.", ".k.", ".v.")]
-        if all(part in found for part in parts):
-            found[query.replace(".q.", ".qkv.")] = torch.cat([found.pop(part) for part in parts])
-    return found
+        if all(part in renamed for part in parts):
+            renamed[query.replace(".q.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
 
 
 class DinoV2(FeatureSpace):

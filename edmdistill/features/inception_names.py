@@ -38,7 +38,7 @@ def to_our_names(tensors: Mapping[str, Tensor], network: nn.Module, in_order: bo
         in_order: where the names are others, whether tensors of our shapes in our order are taken to be ours. That is a
             guess, to be proved by comparing features.
     """
-    left, found = dict(tensors), {}
+    left, renamed = dict(tensors), {}
     ours = network.state_dict()
     if in_order and [tensor.shape for tensor in ours.values()] == [tensor.shape for tensor in tensors.values()]:
         return dict(zip(ours, tensors.values(), strict=True))
@@ -46,11 +46,11 @@ def to_our_names(tensors: Mapping[str, Tensor], network: nn.Module, in_order: bo
         for layer, theirs in nvidia_layers(network).items():
             for leaf, their_leaf in LEAVES.items():
                 if f"{theirs}.{their_leaf}" in left:
-                    found[f"{layer}.{leaf}"] = left.pop(f"{theirs}.{their_leaf}")
-            if f"{layer}.bn.bias" in found:
-                found[f"{layer}.bn.weight"] = torch.ones_like(found[f"{layer}.bn.bias"])
+                    renamed[f"{layer}.{leaf}"] = left.pop(f"{theirs}.{their_leaf}")
+            if f"{layer}.bn.bias" in renamed:
+                renamed[f"{layer}.bn.weight"] = torch.ones_like(renamed[f"{layer}.bn.bias"])
         left = {f"fc{name.removeprefix('output')}" if name.startswith("output.") else name: left[name] for name in left}
-    return found | left
+    return renamed | left
 
 
 def nvidia_layers(network: nn.Module) -> dict[str, str]:

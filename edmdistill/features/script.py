@@ -138,10 +138,10 @@ class ScriptFile(nn.Module):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch's own, with the script's source in many lines
-            said = [line.strip() for line in str(error).splitlines() if line.strip()]
+            tail = [line.strip() for line in str(error).splitlines() if line.strip()]
             shapes = " and ".join(str(list(x.shape)) for x in inputs)
             raise CheckpointError(
-                f"{self.path} fails on images of shape {shapes} ({said[-1] if said else type(error).__name__}): use a "
+                f"{self.path} fails on images of shape {shapes} ({tail[-1] if tail else type(error).__name__}): use a "
                 "script that takes such images"
             ) from error
 
@@ -214,7 +214,7 @@ def _code(archive: Archive) -> tuple[dict[str, bytes], dict[tuple[str, str], obj
     names: dict[tuple[str, str], object] = dict(_PICKLED)
     for name, source in files.items():
         module = archive.members[name].filename.partition("/code/")[2].removesuffix(".py").replace("/", ".")
-        names |= {(module, found): StandIn(_Object) for found in _classes(source)}
+        names |= {(module, class_name): StandIn(_Object) for class_name in _classes(source)}
     return files, names
 
 
@@ -224,8 +224,8 @@ def _checked(archive: Archive) -> io.BytesIO:
     Raises: Unreadable: a member would run code when loaded, or is not data.
     """
     files, names = _code(archive)
-    facts = archive.members.keys() & {"version", ".data/version", "byteorder"}
-    copied = files | {name: bytes(archive.read(name)) for name in facts}
+    versions = archive.members.keys() & {"version", ".data/version", "byteorder"}
+    copied = files | {name: bytes(archive.read(name)) for name in versions}
     for name, folder in (("data.pkl", "data"), ("constants.pkl", "constants")):
         archive.load(name, folder, names)
         copied[name] = bytes(archive.read(name))

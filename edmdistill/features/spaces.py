@@ -86,8 +86,8 @@ class Digits(FeatureSpace):
 
     def _input(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (1, 8, 8):
-            found = "x".join(map(str, images.shape[1:]))
-            raise DatasetError(f"the feature space digits takes 1x8x8 images, not {found}; choose the protocol pixels")
+            size = "x".join(map(str, images.shape[1:]))
+            raise DatasetError(f"the feature space digits takes 1x8x8 images, not {size}; choose the protocol pixels")
         return images.to(self._device, torch.float64) / 127.5 - 1
 
 

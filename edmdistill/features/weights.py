@@ -74,8 +74,8 @@ def read_weights(path: str | Path | None, kind: str, space: str) -> FeatureWeigh
             tensors, metadata = load_tensors(file)
             heads = _count_heads(metadata.get("num_heads"))
         else:
-            found, script = _stored(file)
-            tensors = {name: tensor.tensor() for name, tensor in found.items()}
+            pickled, script = _stored(file)
+            tensors = {name: tensor.tensor() for name, tensor in pickled.items()}
         if path.is_dir():
             heads = _count_heads(_read_config(path / "config.json").get("num_attention_heads"))
     except Unreadable as error:
@@ -102,13 +102,13 @@ def _find(path: str | Path | None, kind: str, space: str) -> Path:
     """
     files = sorted(files_of(kind), key=lambda file: file.name != space)
     name = files[0].name
-    found = path or next((cached for file in files if (cached := file.cached)), None)
-    if found is None:
+    weights_file = path or next((cached for file in files if (cached := file.cached)), None)
+    if weights_file is None:
         raise CheckpointError(
             f"the feature space {space} needs its weights, which are not here: run `edmdistill fetch {name}`, or give "
             f"a file by --weights {space}=FILE."
         )
-    return Path(found).expanduser()
+    return Path(weights_file).expanduser()
 
 
 def converted(sha256: str) -> Path:

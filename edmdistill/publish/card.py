@@ -183,7 +183,7 @@ def _tuned(config: CheckpointConfig) -> str:
 
 def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
     origin = config.provenance
-    facts: dict[str, str | None] = {
+    rows: dict[str, str | None] = {
         "Teacher" if _has_teacher(config) else "Source": markdown(origin.source)
         + (f", sha256 {code(origin.sha256)}" if origin.sha256 else ""),
         "Initialized from": f"the checkpoint with sha256 {code(origin.parent)}" if origin.parent else None,
@@ -195,17 +195,17 @@ def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
         "Weight average (EMA)": markdown(_words(config.ema)),
     }
     if run is None:
-        return _list(f"{name}: {fact}" for name, fact in facts.items() if fact)
+        return _list(f"{name}: {fact}" for name, fact in rows.items() if fact)
     data = run.data
     _, name, *sets = run.train_arguments
     recipe = [Path(name).name if name.endswith(".toml") else name, *sets]  # its folder is private
-    facts["Recipe"] = f"{markdown(shlex.join(recipe))}, {facts['Recipe']}"
-    facts["Data"] = markdown(f"{data['name']}, {data['images']:,} images, {data['resolution']}x{data['resolution']}")
+    rows["Recipe"] = f"{markdown(shlex.join(recipe))}, {rows['Recipe']}"
+    rows["Data"] = markdown(f"{data['name']}, {data['images']:,} images, {data['resolution']}x{data['resolution']}")
     teacher = [] if run.recipe.network else ["TEACHER"]
     words = ["edmdistill", "train", run.recipe.method_name, *teacher, "--data", data["name"], "--recipe", *recipe]
     whole = run.recipe.to_json().decode().strip()
     return (
-        f"{_list(f'{name}: {fact}' for name, fact in facts.items() if fact)}\n\n"
+        f"{_list(f'{name}: {fact}' for name, fact in rows.items() if fact)}\n\n"
         f"{code_block(f'{shlex.join(words)} --run-dir RUN', 'sh')}\n\n"
         f"<details><summary>The recipe, with every default</summary>\n\n{code_block(whole, 'json')}\n\n</details>"
     )
@@ -268,8 +268,8 @@ def default_nfe(config: CheckpointConfig) -> int:
     return 2 if 2 in scheduled or not scheduled else min(scheduled)
 
 
-def _words(facts: Mapping[str, object] | None) -> str:
-    return ", ".join(f"{name} {value}" for name, value in (facts or {}).items())
+def _words(values: Mapping[str, object] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (values or {}).items())
 
 
 def _list(lines: Iterable[str]) -> str:

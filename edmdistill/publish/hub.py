@@ -296,9 +296,9 @@ def _signed(card: str, model_sha256: str) -> str:
 def _signature(card: bytes | None) -> str | None:
     """Returns sha256 of the weights that a card was published with; None: the card was edited or is not ours."""
     text = (card or b"").replace(b"\r\n", b"\n")
-    found = SIGNATURE.search(text)
-    same = found and hashlib.sha256(SIGNATURE.sub(b"", text, count=1)).hexdigest() == found[1].decode()
-    return found[2].decode() if found and same else None
+    match = SIGNATURE.search(text)
+    same = match and hashlib.sha256(SIGNATURE.sub(b"", text, count=1)).hexdigest() == match[1].decode()
+    return match[2].decode() if match and same else None
 
 
 def _verify_download(package: Package, revision: str) -> None:
@@ -353,8 +353,8 @@ def _grid(model: Generator, nfe: int, decoder: Decoder) -> bytes:
 def _publishable_results(config: CheckpointConfig, path: Path, repository: str) -> list[Result]:
     """Returns the results of a checkpoint and of its teacher, without paths of this machine."""
     measured = load_results(path)
-    own = [_with_source(result, repository) for result in measured if was_measured_on(result, config)]
-    return own + [_with_source(result, None) for result in measured if result.provenance.get("method") is None]
+    results = [_with_source(result, repository) for result in measured if was_measured_on(result, config)]
+    return results + [_with_source(result, None) for result in measured if result.provenance.get("method") is None]
 
 
 def _with_source(result: Result, source: str | None) -> Result:

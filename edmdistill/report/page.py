@@ -80,18 +80,18 @@ def draw(table: ResultTable, source: str, file: Path, kind: str) -> None:
 
 def _facts(run: RunSummary) -> dict[str, str]:
     size, classes = run.data["resolution"], run.data["classes"]
-    facts = {
+    rows = {
         "Recipe": f"{run.train_arguments[1]}, hash {run.recipe.hash:.12}",
         "Data": f"{run.data['name']}: {run.data['images']:,} images, {size}x{size}, {classes or 'no'} classes",
     }
     if run.config:
         origin = run.config.provenance
-        facts |= {
+        rows |= {
             "Source": origin.source + (f", sha256 {origin.sha256:.12}" if origin.sha256 else ""),
             "Licence": origin.licence or "unknown",
             "Network": f"{run.config.network.kind}, preconditioned as {run.config.preconditioning['kind']}",
         }
     if run.metrics:
         images, seconds = run.metrics[-1]["images"], run.metrics[-1]["seconds"]
-        facts["Time"] = f"{seconds / 60:.1f} minutes, {images / seconds:.3g} images per second"
-    return facts
+        rows["Time"] = f"{seconds / 60:.1f} minutes, {images / seconds:.3g} images per second"
+    return rows

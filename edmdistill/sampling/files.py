@@ -102,8 +102,8 @@ class Samples:
         source: str = "",
         overwrite: bool = False,
     ) -> None:
-        own = {"latents": True} if decoder is None else {"layout": layout} if layout != "edmdistill" else {}
-        self.request = json.loads(json.dumps({**request, **own}))  # as read back from the file: tuples are lists
+        options = {"latents": True} if decoder is None else {"layout": layout} if layout != "edmdistill" else {}
+        self.request = json.loads(json.dumps({**request, **options}))  # as read back from the file: tuples are lists
         digest = hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()
         kind = FILE_KINDS.get(out.suffix.lower(), PngFolder)
         self.output = kind(out, SampleInfo(digest, classes, label_names, decoder is None, layout))

@@ -26,7 +26,7 @@ def require_same(path: Path, files: Mapping[str, bytes]) -> bool:
     before, now = ({name: _read_keys(path / name, text.get(name)) for name in (RECIPE, RUN)} for text in ({}, files))
     mutable = MUTABLE
     if now[RECIPE].get("training.lr_decay") != "linear":
-        old, new = (facts[RECIPE].get(TOTAL) for facts in (before, now))
+        old, new = (values[RECIPE].get(TOTAL) for values in (before, now))
         mutable = mutable | ({TOTAL} if isinstance(old, int) and isinstance(new, int) and new >= old else set())
     changed = [line for name in (RECIPE, RUN) for line in _differences(before[name], now[name], mutable)]
     if changed:
@@ -40,15 +40,15 @@ def require_same(path: Path, files: Mapping[str, bytes]) -> bool:
 def _read_keys(file: Path, text: bytes | None = None) -> dict[str, Any]:
     """Returns a JSON object of a run directory, keys joined by dots.  text: in place of the file's."""
     try:
-        facts = json.loads(file.read_bytes() if text is None else text)
+        document = json.loads(file.read_bytes() if text is None else text)
     except (OSError, ValueError, RecursionError) as error:
-        facts = error
-    if not isinstance(facts, dict):
+        document = error
+    if not isinstance(document, dict):
         raise TrainingError(
             f"{file} is damaged, so this run cannot be identified: restore it from a backup, or use another "
             f"--run-dir; {file.parent / 'generator'}, if it is there, can still be used"
         )
-    return _flatten(facts)
+    return _flatten(document)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], mutable: Collection[str]) -> list[str]:

@@ -57,7 +57,7 @@ class Evaluation:
         """Returns the metrics of the average, by `METRIC/NFE NFE`; none where a sample is not finite."""
         network = run.ema.network
         model = Denoiser(network) if run.config.stage == "teacher" else Generator(network, run.config)
-        found: dict[str, float] = {}
+        measured: dict[str, float] = {}
         for nfe in self.table.nfe:
             try:
                 with one_thread_draws(run.engine.world_size > 1):
@@ -73,17 +73,17 @@ class Evaluation:
             except NotFiniteError as error:
                 tell(f"Not measured after {run.images:,} images: {error}.")
                 continue
-            found |= {f"{name}/{nfe} NFE": value for name, value in result.metrics.items()}
-        return found
+            measured |= {f"{name}/{nfe} NFE": value for name, value in result.metrics.items()}
+        return measured
 
     def keep_best(
-        self, run: Run, folder: RunDir, found: Mapping[str, float], tell: Callable[[str], object]
+        self, run: Run, folder: RunDir, measured: Mapping[str, float], tell: Callable[[str], object]
     ) -> list[Alarm]:
         """Saves the average in RUN/best if it is the best so far. All processes call it together.
 
         Returns: an alarm of the kind `quality` if it is far worse than the best.
         """
-        key, value = next(iter(found.items()), ("", 0.0))
+        key, value = next(iter(measured.items()), ("", 0.0))
         name, _, nfe = key.partition("/")
         if nfe != f"{self.table.nfe[0]} NFE":
             return []

@@ -127,9 +127,9 @@ class Session:
         line["memory"] = max(peak_memory(run.engine.device) - run.memory_before, 0)
         alarms = []
         if self.evaluation is not None and self.evaluation.is_due(run):
-            found = self.evaluation.measure(run, self.tell)
-            alarms = self.evaluation.keep_best(run, self.folder, found, self.tell)
-            line |= found
+            measured = self.evaluation.measure(run, self.tell)
+            alarms = self.evaluation.keep_best(run, self.folder, measured, self.tell)
+            line |= measured
         run.engine.on_main(partial(self.folder.log, line))
         if self.track is not None:
             self.track(line)

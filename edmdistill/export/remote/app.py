@@ -30,7 +30,7 @@ MOST = 8
 """Largest number of evaluations to choose from, unless the generator has schedules for more."""
 OWN = -1
 """In place of a class: each seed draws one."""
-STYLE = "#picture img { image-rendering: pixelated } #said code { white-space: pre-wrap; overflow-wrap: anywhere }"
+STYLE = "#picture img { image-rendering: pixelated } #status code { white-space: pre-wrap; overflow-wrap: anywhere }"
 
 
 def classes(generator: edmdistill.Generator) -> list[tuple[str, int]]:
@@ -126,10 +126,10 @@ def page(generator: edmdistill.Generator) -> Any:
                     buttons=["download"],
                     elem_id="picture",
                 )
-                said = gr.Markdown(elem_id="said")
+                status = gr.Markdown(elem_id="status")
         controls = [nfe, gamma, label, seed, count, guidance]
         changes = [blocks.load, *(control.change for control in controls)]
-        shown = [picture, said]
+        shown = [picture, status]
         gr.on(
             changes,
             lambda *values: draw(generator, *values),

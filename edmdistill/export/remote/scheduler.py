@@ -57,8 +57,8 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if sigmas is None:
             if num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
-            own = self.config.sigmas.get(str(num_inference_steps))
-            sigmas = own or generator_sigmas(num_inference_steps, low, high).tolist()
+            tuned = self.config.sigmas.get(str(num_inference_steps))
+            sigmas = tuned or generator_sigmas(num_inference_steps, low, high).tolist()
         levels = list(sigmas)
         known = all(low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6) for sigma in levels)
         if not levels or not known or levels != sorted(levels, reverse=True):
