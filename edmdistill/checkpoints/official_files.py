@@ -185,8 +185,8 @@ def fetch(file: OfficialFile) -> Fetched:
             f"`edmdistill fetch {file.name}` again."
         )
     if expected is None:
-        with atomic_write(record) as aside:
-            aside.write_text(f"{digest}\n")
+        with atomic_write(record) as unfinished:
+            unfinished.write_text(f"{digest}\n")
     return Fetched(file, path, digest, new)
 
 

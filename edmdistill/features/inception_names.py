@@ -35,7 +35,7 @@ def to_our_names(tensors: Mapping[str, Tensor], network: nn.Module, in_order: bo
 
     Args:
         network: ours.
-        in_order: where the names are others, whether tensors of our shapes in our order are taken to be ours. That is a
+        in_order: where the names differ, whether tensors of our shapes in our order are taken to be ours. That is a
             guess, to be proved by comparing features.
     """
     left, renamed = dict(tensors), {}
