@@ -32,6 +32,9 @@ gc.disable()
 # Of a test's own; nothing is left in the user's cache.
 os.environ["EDMDISTILL_CACHE"] = tempfile.mkdtemp(prefix="edmdistill-tests-")
 
+# Triton reads it when it is imported, which torch.compile does too.
+os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache() -> Iterator[None]:

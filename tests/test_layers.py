@@ -45,8 +45,8 @@ HOMES = {
 }
 EXTRAS = "quickstart", "lowbit", "plot", "parquet", "diffusers", "onnx"
 """Optional packages that are imported here; what the others hold is used by torch or by name alone."""
-ELSEWHERE = {"gradio"}
-"""What only an exported folder imports, in an environment of its own."""
+ELSEWHERE = {"gradio", "triton"}
+"""What only an exported folder imports, in an environment of its own; and what comes with torch for CUDA."""
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 METHOD_MODULES = {entry.path.partition(":")[0] for entry in METHODS.values()}
 SOURCES = {path.relative_to(ROOT).with_suffix("").parts: path.read_text() for path in PACKAGE.rglob("*.py")}

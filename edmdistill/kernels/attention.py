@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as f
 from torch import Tensor
 
+from edmdistill.kernels.backend import uses_triton
 from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent_of
 
 
@@ -22,6 +23,11 @@ def attention_rule(function: Function, q: Dual, k: Dual, v: Dual) -> Dual:
 
     Source: sCM, appendix F.  Differs: the sum over keys is subtracted before the product with v.
     """
+    if uses_triton(q.value):
+        from edmdistill.kernels import attention_triton  # it needs Triton
+
+        if attention_triton.supports(q.value):
+            return Dual(*attention_triton.attention_jvp(*(x.value for x in (q, k, v)), *(x.tangent for x in (q, k, v))))
     wide, scale = at_least_float32(q.dtype), 1 / math.sqrt(q.shape[-1])
     qs, dqs = q.value * scale, q.tangent * scale
     P = (qs @ k.value.mT).softmax(-1, dtype=wide)

@@ -5,7 +5,8 @@ A Dual (value, tangent) may stand wherever a tensor does: torch's functions disp
 unchanged. Constants (weights, labels, dropout masks) stay tensors: a layer takes two convolutions, where func.jvp,
 which cannot know that the weight is constant, takes three.
 
-The value is computed by the same calls as for a tensor, so it equals the network's output without tangents. A function
+The value is computed by the same calls as for a tensor, so it equals the network's output without tangents (but for the
+rounding of Triton's kernels, where they are selected: backend.py). A function
 without a rule raises; no tangent is ever dropped.
 
 Here are the rules of shapes and arithmetic; an operation with a file of its own has its rule there.

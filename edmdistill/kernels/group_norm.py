@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as f
 from torch import Tensor
 
-from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent_of
+from edmdistill.kernels.backend import uses_triton
+from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent, tangent_of, value
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -36,6 +39,14 @@ def group_norm_silu(
     shift: Tensor | None = None,
 ) -> Tensor:
     """silu(group_norm(x) (1 + scale) + shift).  scale and shift [B,C,1,1]; None = 0 -> [B,C,H,W]"""
+    if isinstance(x, Dual) and x.dtype != torch.float64 and uses_triton(x.value):
+        from edmdistill.kernels import group_norm_triton  # it needs Triton
+
+        modulation = (
+            None if scale is None or shift is None else (*map(value, (scale, shift)), *map(tangent, (scale, shift)))
+        )
+        pair = group_norm_triton.group_norm_silu(x.value, x.tangent, weight, bias, groups, eps, modulation)
+        return cast(Tensor, Dual(*pair))
     y = group_norm(x, weight, bias, groups, eps)
     if scale is not None and shift is not None:
         y = y * (scale + 1) + shift
