@@ -1,11 +1,11 @@
-"""Adversarial training: GAN losses, the augmentation of what a discriminator sees, and its roles.
+"""Adversarial training: the losses, the roles and the turns of a discriminator, for any method that makes images.
 
-Logits [B,n] are positive for images that look real; losses [B] are means over n.
+Logits [B,n] are positive for images that look real; losses [B].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -16,15 +16,25 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.features.perceptual import make_discriminator, make_features
-from edmdistill.methods.base import Role
+from edmdistill.methods.augmentation import Augmentation, augment
+from edmdistill.methods.base import Batch, Loss, Preview, Role, Turn, WatchedFunction
+from edmdistill.methods.weighting import Balance, balanced_sum
 from edmdistill.networks.flow import FlowNetwork
 
 
 class GANLoss(NamedTuple):
-    """discriminator: (real logits, fake logits) -> loss; generator: fake logits -> loss."""
+    """An adversarial loss.
+
+    Attributes:
+        discriminator: (real logits, fake logits) -> loss.
+        generator: fake logits -> loss; those minus the real ones, if `relative`.
+        penalty: default of `gan_penalty`.
+    """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor], Tensor]
+    relative: bool = False
+    penalty: float = 0.0
 
 
 HINGE = GANLoss(
@@ -39,16 +49,34 @@ LOG = GANLoss(
 )
 """-log d(x) - log(1 - d(g)) and log(1 - d(g)), d the sigmoid of the logits.  Source: CTM, section 3.3."""
 
-GAN_LOSSES = {"hinge": HINGE, "log": LOG}
+NON_SATURATING = LOG._replace(generator=lambda fake: f.softplus(-fake).mean(1))
+"""The same, with -log d(g).  Source: Goodfellow et al. 2014, section 3."""
 
-Augmentation = Literal["color", "translation", "cutout"]
+RELATIVISTIC = GANLoss(
+    discriminator=lambda real, fake: f.softplus((fake - real).mean(1)),
+    generator=lambda margin: f.softplus(-margin.mean(1)),
+    relative=True,
+    penalty=1.0,
+)
+"""-log sigmoid(D(x) - D(g)) and -log sigmoid(D(g) - D(x)) of pairs of images, D the mean logit.
+
+Source: Huang et al. 2024 (R3GAN), with R1 and R2; used by Sabour et al. 2025 (Align Your Flow) to fine-tune.
+"""
+
+GAN_LOSSES = {"hinge": HINGE, "log": LOG, "non-saturating": NON_SATURATING, "relativistic": RELATIVISTIC}
+
+GANWeight = Annotated[float, Meta(ge=0, description="weight of the adversarial loss; 0 = none")]
 
 
 class GANConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The options of a method with an adversarial loss."""
+    """The options of a method whose generator may have an adversarial loss."""
 
-    gan: Annotated[float, Meta(ge=0, description="weight of the adversarial loss; 0 = none")] = 1.0
-    gan_loss: Annotated[Literal["hinge", "log"], Meta(description="the official code's or the paper's")] = "hinge"
+    gan: GANWeight = 0.0
+    gan_loss: Annotated[
+        Literal["hinge", "log", "non-saturating", "relativistic"], Meta(description="form of the adversarial loss")
+    ] = "hinge"
+    gan_penalty: Annotated[float, Meta(ge=0)] | None = None
+    """Weight gamma of the discriminator's gradient penalty, gamma/2 (R1 + R2); default: 1 for relativistic, else 0."""
     gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the adversarial loss starts")] = 0
     gan_channels: Annotated[int, Meta(ge=1, le=100_000, description="channels of the mixed feature maps")] = 64
     features: Annotated[tuple[str, ...], Meta(description="TorchScript feature networks; none = random features")] = ()
@@ -57,64 +85,11 @@ class GANConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "translation",
         "cutout",
     )
-
-
-def augment(x: Tensor, draws: Draws, augmentations: Sequence[Augmentation]) -> Tensor:
-    """Returns x after these augmentations, drawn for each image; differentiable.  [B,C,H,W], data in [-1, 1]
-
-    Source: Zhao et al. 2020 (DiffAugment), section 3.2.
-    """
-    for augmentation in augmentations:
-        x = AUGMENTATIONS[augmentation](x, draws)
-    return x
-
-
-def color(x: Tensor, draws: Draws) -> Tensor:
-    """Changes brightness by up to .5, saturation by a factor of 0 to 2 and contrast by a factor of .5 to 1.5."""
-    brightness, saturation, contrast = draws.uniform(3).to(x)[:, :, None, None, None].unbind(1)
-    x = x + brightness - 0.5
-    gray = x.mean(1, keepdim=True)
-    x = gray + 2 * saturation * (x - gray)
-    mean = x.mean((1, 2, 3), keepdim=True)
-    return mean + (contrast + 0.5) * (x - mean)
-
-
-def translation(x: Tensor, draws: Draws) -> Tensor:
-    """Shifts by up to an eighth of the image in each direction, filling with 0."""
-    for dim, u in zip((2, 3), draws.uniform(2).unbind(1), strict=True):
-        size = x.shape[dim]
-        max_shift = round(size / 8)
-        shift = (u * (2 * max_shift + 1)).floor() - max_shift
-        source = torch.arange(size, device=x.device) + shift[:, None]
-        inside = ((source >= 0) & (source < size)).to(x.dtype)
-        shape = (-1, 1, size, 1) if dim == 2 else (-1, 1, 1, size)
-        index = source.clamp(0, size - 1).long().reshape(shape).expand_as(x)
-        x = x.gather(dim, index) * inside.reshape(shape)
-    return x
-
-
-def cutout(x: Tensor, draws: Draws) -> Tensor:
-    """Sets a square of half the image's size, around a random pixel, to 0."""
-    outside = torch.zeros_like(x[:, :1], dtype=torch.bool)
-    for dim, u in zip((2, 3), draws.uniform(2).unbind(1), strict=True):
-        size = x.shape[dim]
-        side = size // 2
-        first = (u * (size + 1 - side % 2)).floor() - side // 2
-        offset = torch.arange(size, device=x.device) - first[:, None]
-        shape = (-1, 1, size, 1) if dim == 2 else (-1, 1, 1, size)
-        outside = outside | ((offset < 0) | (offset >= side)).reshape(shape)
-    return x * outside.to(x.dtype)
-
-
-AUGMENTATIONS: dict[Augmentation, Callable[[Tensor, Draws], Tensor]] = {
-    "color": color,
-    "translation": translation,
-    "cutout": cutout,
-}
+    balance: Balance = "adaptive"
 
 
 def gan_roles(config: GANConfig) -> dict[str, Role]:
-    """Returns the roles of a projected discriminator: frozen features, and heads that are trained on them."""
+    """Returns the roles of a projected discriminator, frozen features and heads that are trained; none if gan = 0."""
     files, channels = config.features, config.gan_channels
 
     def features(flow: FlowNetwork, seed: int) -> nn.Module:
@@ -124,7 +99,8 @@ def gan_roles(config: GANConfig) -> dict[str, Role]:
     def heads(flow: FlowNetwork, seed: int) -> nn.Module:
         return make_discriminator(max(1, len(files)), channels, seed)
 
-    return {"features": Role(trained=False, make=features), "discriminator": Role(trained=True, make=heads)}
+    roles = {"features": Role(trained=False, make=features), "discriminator": Role(trained=True, make=heads)}
+    return roles if config.gan else {}
 
 
 class Adversary:
@@ -137,16 +113,132 @@ class Adversary:
     def __init__(self, networks: Mapping[str, Any], config: GANConfig) -> None:
         self.features, self.discriminator = networks["features"], networks["discriminator"]
         self.loss, self.augmentations = GAN_LOSSES[config.gan_loss], config.augment
+        self.penalty = self.loss.penalty if config.gan_penalty is None else config.gan_penalty
 
     def discriminator_loss(self, real: Tensor, fake: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the discriminator's loss [B] and its signals; real and fake [B,C,H,W] get no gradient."""
-        with torch.no_grad():
-            maps = self.features(torch.cat([augment(x, draws, self.augmentations) for x in (real, fake)]))
-        # In one pass: a discriminator that is wrapped for several processes is called once a turn.
-        real_logits, fake_logits = self.discriminator(maps).chunk(2)
-        signals = {"logits_real": real_logits.detach().mean(), "logits_fake": fake_logits.detach().mean()}
-        return self.loss.discriminator(real_logits, fake_logits), signals
+        """Returns the discriminator's loss [B] and its signals; real and fake [B,C,H,W] get no gradient.
 
-    def generator_loss(self, fake: Tensor, draws: Draws) -> Tensor:
-        """Returns the generator's loss, differentiable in fake [B,C,H,W].  [B]"""
-        return self.loss.generator(self.discriminator(self.features(augment(fake, draws, self.augmentations))))
+        The penalty is gamma/2 (|dD(x)/dx|^2 + |dD(g)/dg|^2), D the mean logit.  Source: R3GAN, eq. of R1 and R2.
+        """
+        images = [image.detach().requires_grad_(self.penalty > 0) for image in (real, fake)]
+        with torch.set_grad_enabled(self.penalty > 0):
+            maps = self.features(torch.cat([augment(image, draws, self.augmentations) for image in images]))
+        # In one pass: a discriminator that is wrapped for several processes is called once a turn.
+        logits = self.discriminator(maps)
+        real_logits, fake_logits = logits.chunk(2)
+        signals = {"logits_real": real_logits.detach().mean(), "logits_fake": fake_logits.detach().mean()}
+        value = self.loss.discriminator(real_logits, fake_logits)
+        if self.penalty:
+            slopes = torch.autograd.grad(logits.mean(1).sum(), images, create_graph=True)
+            squares = torch.stack([slope.square().flatten(1).sum(1) for slope in slopes]).sum(0)
+            value, signals = value + self.penalty / 2 * squares, signals | {"gan_slopes": squares.detach().mean()}
+        return value, signals
+
+    def generator_loss(self, real: Tensor, fake: Tensor, draws: Draws) -> Tensor:
+        """Returns the generator's loss, differentiable in fake; real is its pair.  [B,C,H,W] each -> [B]"""
+        images = [fake, real] if self.loss.relative else [fake]
+        maps = self.features(torch.cat([augment(image, draws, self.augmentations) for image in images]))
+        logits, *others = self.discriminator(maps).split(len(fake))
+        return self.loss.generator(logits - others[0] if others else logits)
+
+
+class Terms(NamedTuple):
+    """The terms of a generator's loss.
+
+    Attributes:
+        losses: by name, the reference first.  [B] each
+        t: time of each sample.  [B]
+        generated: images to be judged, with gradient; None: `fake` makes others.  [B,C,H,W]
+        signals: as of Loss.
+        cached: what the same terms need not compute again.
+    """
+
+    losses: dict[str, Tensor]
+    t: Tensor
+    generated: Tensor | None
+    signals: dict[str, Tensor] = {}
+    cached: Any = None
+
+
+class AdversarialTurns:
+    """The turns of a generator whose loss is a sum of terms, an adversarial one among them if gan > 0.
+
+    Args:
+        terms: (batch, draws, cached) -> Terms.
+        fake: (batch, draws) -> images of the generator, to be told from batch.x0, and their times.  [B,C,H,W], [B]
+        networks: by role.
+        weights: of the terms, by name; default: 1.
+    Source: Kim et al. 2024 (CTM), section 3.3 and algorithm 4, lines 7-8.
+    """
+
+    def __init__(
+        self,
+        terms: Callable[[Batch, Draws, Any], Terms],
+        fake: Callable[[Batch, Draws], tuple[Tensor, Tensor]],
+        networks: Mapping[str, Any],
+        config: GANConfig,
+        weights: Mapping[str, float] = {},
+    ) -> None:
+        self.method_terms, self.fake, self.config = terms, fake, config
+        self.generator: WatchedFunction = networks["generator"]
+        self.adversary = Adversary(networks, config) if config.gan else None
+        self.weights = {"gan": config.gan, **weights}
+
+    def turns(self) -> tuple[Turn, ...]:
+        preview = self.last_layer_gradients if self.config.balance == "adaptive" else None
+        generator = Turn("generator", self.generator_loss, preview)
+        if self.adversary is None:
+            return (generator,)
+        return Turn("discriminator", self.discriminator_loss, begins=self.config.gan_warmup_images), generator
+
+    def discriminator_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Returns the discriminator's loss: data against generated images."""
+        assert self.adversary is not None
+        with torch.no_grad():
+            fake, t = self.fake(batch, draws)
+        value, signals = self.adversary.discriminator_loss(batch.x0, fake, draws)
+        return Loss(value, t, signals)
+
+    def last_layer_gradients(self, batch: Batch, draws: Draws) -> Preview:
+        """Returns the gradient of each term in the generator's last layer."""
+        with self.generator.watch() as last:
+            terms = self.terms(batch, draws)
+        return Preview({name: last.gradient(loss.mean()) for name, loss in terms.losses.items()}, terms.cached)
+
+    def generator_loss(self, batch: Batch, draws: Draws, preview: Preview | None = None) -> Loss:
+        """Returns the weighted sum of the terms."""
+        terms = self.terms(batch, draws, None if preview is None else preview.cached)
+        value, signals = balanced_sum(terms.losses, self.weights, None if preview is None else preview.means)
+        generated = None if terms.generated is None else terms.generated.detach()
+        return Loss(value, terms.t, terms.signals | signals, generated)
+
+    def terms(self, batch: Batch, draws: Draws, cached: Any = None) -> Terms:
+        """Returns the terms, the adversarial one last."""
+        terms = self.method_terms(batch, draws, cached)
+        if self.adversary is None or batch.images < self.config.gan_warmup_images:
+            return terms
+        fake = self.fake(batch, draws)[0] if terms.generated is None else terms.generated
+        loss = self.adversary.generator_loss(batch.x0, fake, draws)
+        return terms._replace(losses=terms.losses | {"gan": loss}, generated=fake)
+
+
+def adversarial_turns(
+    loss: Callable[[Batch, Draws], Loss],
+    fake: Callable[[Batch, Draws], tuple[Tensor, Tensor]],
+    networks: Mapping[str, Any],
+    config: GANConfig,
+) -> tuple[Turn, ...]:
+    """Returns the turns of a generator with a single loss of its own, and of its discriminator if gan > 0.
+
+    Images that `loss` returns with gradient are judged; otherwise `fake` makes them. The arguments are those of
+    AdversarialTurns.
+    """
+    if not config.gan:
+        return (Turn("generator", loss),)
+
+    def terms(batch: Batch, draws: Draws, cached: Any) -> Terms:
+        value, t, signals, generated = loss(batch, draws)
+        judged = generated if generated is not None and generated.requires_grad else None
+        return Terms({"distillation": value}, t, judged, signals)
+
+    return AdversarialTurns(terms, fake, networks, config).turns()

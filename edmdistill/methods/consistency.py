@@ -17,18 +17,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.methods.adversarial import GANConfig
 from edmdistill.methods.base import Loss
 from edmdistill.methods.weighting import adaptive
 
 TangentNormalization = Literal["rms", "norm", "clip"]
 
 
-class ConsistencyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ConsistencyConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     """Options of every sCM method."""
 
     P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sigma)")] = -1.0

@@ -13,21 +13,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, NamedTuple
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, Loss, Role
+from edmdistill.methods.adversarial import GANConfig, adversarial_turns, gan_roles
+from edmdistill.methods.base import Batch, Loss, Role, Turn
 from edmdistill.methods.noising import noised
-from edmdistill.methods.score_distillation import ScoreDistillation
+from edmdistill.methods.score_distillation import AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss, kl_generator_loss
 from edmdistill.schedules import cosim_sigmas, start_first_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
 
-class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     """Options; the defaults are the paper's.
 
     gradient = "kl", order = "t" and anchor_sigma are not in the paper: docs/cosim.md says what they are for.
@@ -58,6 +58,7 @@ class CoSIMConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     anchor_sigma: Annotated[
         float, Meta(ge=0, description="jumps that start below this noise level learn the teacher's denoiser")
     ] = 0.0
+    auxiliary_turns: AuxiliaryTurns = 1
     force: Annotated[bool, Meta(description="allow coef below .5")] = False
 
     def __post_init__(self) -> None:
@@ -99,7 +100,16 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
 
     @classmethod
     def roles_for(cls, config: CoSIMConfig) -> dict[str, Role]:
-        return cls.roles | {"auxiliary": cls.roles["auxiliary"]._replace(second_gain=config.t_gain)}
+        auxiliary = cls.roles["auxiliary"]._replace(second_gain=config.t_gain)
+        return cls.roles | {"auxiliary": auxiliary} | gan_roles(config)
+
+    def generator_turns(self) -> tuple[Turn, ...]:
+        return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
+
+    def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Returns g and t."""
+        jump = self.transition(batch, draws)
+        return jump.g, jump.t
 
     def notes(self) -> tuple[str, ...]:
         """Returns eq. 38: at psi's optimum the generator's loss is (2 coef - alpha) / (4 coef^2) Fisher divergence."""
@@ -136,7 +146,7 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         if config.anchor_sigma:
             anchor = (F - F_teacher.detach()).square().flatten(1).sum(1)
             loss = loss._replace(value=torch.where(short, anchor, loss.value))
-        return loss._replace(generated=g.detach())
+        return loss._replace(generated=g)
 
     def transition(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Transition:
         """Draws (s, t), x_t and x_s: algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s.

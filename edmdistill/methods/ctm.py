@@ -13,7 +13,7 @@ Kim et al. 2024 (ICLR), algorithm 4.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from msgspec import Meta
@@ -21,13 +21,12 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods import base
-from edmdistill.methods.adversarial import Adversary, GANConfig, gan_roles
-from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Loss, Method, Preview, Role, Turn
+from edmdistill.methods.adversarial import AdversarialTurns, GANConfig, GANWeight, Terms, gan_roles
+from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Method, Role, Turn
 from edmdistill.methods.distances import DISTANCES, Distance, PerceptionFile, l2, perception_roles
 from edmdistill.methods.jumps import Jump, JumpDistribution, Matching, draw_jump
 from edmdistill.methods.noising import noised
 from edmdistill.methods.solver import follow_flow
-from edmdistill.methods.weighting import Balance, balanced_sum
 from edmdistill.schedules import ctm_score_sigmas, edm_sigmas
 from edmdistill.trigflow import ddim_step, sigma_to_time
 
@@ -48,7 +47,7 @@ class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     lpips: PerceptionFile = ""
     dsm: Annotated[float, Meta(ge=0, description="weight of the denoising loss; 0 = none")] = 1.0
     dsm_weight: Annotated[DSMWeight, Meta(description="weighting of the denoising loss over noise levels")] = "edm"
-    balance: Balance = "adaptive"
+    gan: GANWeight = 1.0
 
     def __post_init__(self) -> None:
         if (self.distance == "lpips") != bool(self.lpips):
@@ -60,16 +59,7 @@ def ctm_roles(config: CTMConfig) -> dict[str, Role]:
     roles = {"teacher": Role(trained=False)} if config.teacher else {}
     roles["generator"] = Role(trained=True, two_time=True)
     roles["target"] = Role(trained=False, two_time=True, ema_of=EmaOf("generator", config.mu))
-    return roles | perception_roles(config.lpips) | (gan_roles(config) if config.gan else {})
-
-
-class Terms(NamedTuple):
-    """The terms of the generator's loss by name, [B] each; the time of each sample [B]; and both ends [B,C,H,W]."""
-
-    losses: dict[str, Tensor]
-    t: Tensor
-    x_est: Tensor
-    x_target: Tensor
+    return roles | perception_roles(config.lpips) | gan_roles(config)
 
 
 class CTM(Method[CTMConfig]):
@@ -78,48 +68,19 @@ class CTM(Method[CTMConfig]):
 
     def __init__(self, config: CTMConfig, networks: Mapping[str, Any], noise: base.NoiseRange) -> None:
         super().__init__(config, networks, noise)
-        self.generator: base.WatchedFunction = networks["generator"]
-        self.target: FlowFunction = networks["target"]
+        self.generator, self.target = networks["generator"], networks["target"]
         self.distance = networks["perception"] if config.lpips else DISTANCES[config.distance]
-        self.adversary = Adversary(networks, config) if config.gan else None
-        sigma_data, sigma_min, sigma_max = noise
-        self.times = sigma_to_time(edm_sigmas(config.N, sigma_min, sigma_max), sigma_data)
+        self.times = sigma_to_time(edm_sigmas(config.N, noise.sigma_min, noise.sigma_max), noise.sigma_data)
 
     @classmethod
     def roles_for(cls, config: CTMConfig) -> dict[str, Role]:
         return ctm_roles(config)
 
     def turns(self) -> tuple[Turn, ...]:
-        preview = self.last_layer_gradients if self.config.balance == "adaptive" else None
-        generator = Turn("generator", self.generator_loss, preview)
-        if self.adversary is None:
-            return (generator,)
-        return Turn("discriminator", self.discriminator_loss, begins=self.config.gan_warmup_images), generator
-
-    def discriminator_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Algorithm 4, line 8: data against x_est."""
-        assert self.adversary is not None
-        with torch.no_grad():
-            jump = self.draw_jump(batch, draws)
-            fake = self.x_est(jump, batch.labels)
-        value, signals = self.adversary.discriminator_loss(batch.x0, fake, draws)
-        return Loss(value, jump.t, signals)
-
-    def last_layer_gradients(self, batch: Batch, draws: Draws) -> Preview:
-        """Returns the gradient of each term in the generator's last layer.  Source: section 3.3."""
-        with self.generator.watch() as last:
-            terms = self.terms(batch, draws)
-        return Preview({name: last.gradient(loss.mean()) for name, loss in terms.losses.items()}, terms.x_target)
-
-    def generator_loss(self, batch: Batch, draws: Draws, preview: Preview | None = None) -> Loss:
-        """Algorithm 4, line 7."""
-        terms = self.terms(batch, draws, None if preview is None else preview.cached)
-        weights = {"ctm": 1.0, "dsm": self.config.dsm, "gan": self.config.gan}
-        value, signals = balanced_sum(terms.losses, weights, None if preview is None else preview.means)
-        return Loss(value, terms.t, signals, terms.x_est.detach())
+        return AdversarialTurns(self.terms, self.fake, self.networks, self.config, {"dsm": self.config.dsm}).turns()
 
     def terms(self, batch: Batch, draws: Draws, x_target: Tensor | None = None) -> Terms:
-        """Returns the terms of the generator's loss.  x_target: where it is known already."""
+        """Returns the terms of the generator's loss: algorithm 4, line 7.  x_target: where it is known already."""
         jump = self.draw_jump(batch, draws)
         if x_target is None:
             x_target = self.x_target(jump, batch.labels)
@@ -127,23 +88,16 @@ class CTM(Method[CTMConfig]):
         losses = {"ctm": self.distance(x_est, x_target)}
         if self.config.dsm:
             losses["dsm"] = self.denoising_loss(batch, draws)
-        if self.adversary is not None and batch.images >= self.config.gan_warmup_images:
-            losses["gan"] = self.adversary.generator_loss(x_est, draws)
-        return Terms(losses, jump.t, x_est, x_target)
+        return Terms(losses, jump.t, x_est, cached=x_target)
+
+    def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Returns x_est, which the discriminator tells from data, and t: algorithm 4, line 8."""
+        jump = self.draw_jump(batch, draws)
+        return self.x_est(jump, batch.labels), jump.t
 
     def draw_jump(self, batch: Batch, draws: Draws) -> Jump:
         """Algorithm 4, lines 2-5."""
-        config = self.config
-        return draw_jump(
-            batch.x0,
-            self.times,
-            draws,
-            self.noise.sigma_data,
-            max_steps=config.max_steps,
-            sampling=config.sampling,
-            matching=config.matching,
-            one_step_share=config.one_step_share,
-        )
+        return draw_jump(batch.x0, self.times, draws, self.noise.sigma_data, self.config)
 
     @torch.no_grad()
     def x_target(self, jump: Jump, labels: Tensor | None) -> Tensor:

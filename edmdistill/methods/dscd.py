@@ -14,9 +14,11 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
+from edmdistill.methods.adversarial import adversarial_turns, gan_roles
 from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange, Role, Turn, with_inputs
 from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, normalized_tangent, tangent_warmup
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
+from edmdistill.methods.noising import one_step
 from edmdistill.schedules import discrete_lognormal, edm_curve
 from edmdistill.trigflow import cos_sin, ddim_step, denoised, diffuse, sigma_to_time
 
@@ -42,8 +44,17 @@ class DSCD(GuidedMethod[DSCDConfig]):
         self.times = torch.cat([torch.zeros(1, dtype=torch.float64), sigma_to_time(sigmas, sigma_data)])
         self.probabilities = discrete_lognormal(sigmas, P_mean=config.P_mean, P_std=config.P_std)
 
+    @classmethod
+    def roles_for(cls, config: DSCDConfig) -> dict[str, Role]:
+        return super().roles_for(config) | gan_roles(config)
+
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn("generator", self.generator_loss),)
+        return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
+
+    def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Returns images of one step from noise, and its start, for the adversarial loss."""
+        generator = with_inputs(self.generator, w=self.teacher.weights(draws))
+        return one_step(generator, batch, self.noise.sigma_max, draws, self.noise.sigma_data)
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 2."""

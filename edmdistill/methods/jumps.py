@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 from torch import Tensor
@@ -40,14 +40,34 @@ class Jump(NamedTuple):
     steps: int
 
 
-def draw_jump(x0: Tensor, times: Tensor, draws: Draws, sigma_data: float, **options: Any) -> Jump:
-    """Draws a jump for each image.  options: see `ctm_indices`.  Source: Kim et al. 2024 (CTM), algorithm 4, lines 2-5.
+class JumpConfig(Protocol):
+    """Options of `ctm_indices`."""
+
+    @property
+    def max_steps(self) -> int: ...
+    @property
+    def sampling(self) -> JumpDistribution: ...
+    @property
+    def matching(self) -> Matching: ...
+    @property
+    def one_step_share(self) -> float: ...
+
+
+def draw_jump(x0: Tensor, times: Tensor, draws: Draws, sigma_data: float, config: JumpConfig) -> Jump:
+    """Draws a jump for each image.  Source: Kim et al. 2024 (CTM), algorithm 4, lines 2-5.
 
     Args:
         x0: images.  [B,C,H,W]
         times: decreasing.  [N]
     """
     times = times.to(x0.device)
-    start, end, stop, steps = ctm_indices(draws, len(times), **options)
+    start, end, stop, steps = ctm_indices(
+        draws,
+        len(times),
+        max_steps=config.max_steps,
+        sampling=config.sampling,
+        matching=config.matching,
+        one_step_share=config.one_step_share,
+    )
     x_t = diffuse(x0, draws.normal_like(x0, sigma_data), times[start])
     return Jump(times[start], times[end], times[stop], x_t, times, start, stop, steps)

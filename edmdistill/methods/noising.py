@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.trigflow import cos_sin, diffuse, sigma_to_time, velocity
+from edmdistill.methods.base import Batch, FlowFunction
+from edmdistill.trigflow import cos_sin, denoised, diffuse, sigma_to_time, velocity
 
 
 def noised(x0: Tensor, t: Tensor, draws: Draws, sigma_data: float) -> tuple[Tensor, Tensor]:
@@ -35,3 +36,16 @@ def initial_noise(like: Tensor, sigma: float, draws: Draws, sigma_data: float) -
     """
     t = sigma_to_time(sigma, sigma_data).expand(len(like))
     return cos_sin(t, like)[1] * draws.normal_like(like, sigma_data), t
+
+
+def one_step(
+    generator: FlowFunction, batch: Batch, sigma: float, draws: Draws, sigma_data: float
+) -> tuple[Tensor, Tensor]:
+    """Returns an image that the generator makes from noise for each label of the batch, and its start.
+
+    Args:
+        sigma: noise level at which the generator starts.
+    Returns: images [B,C,H,W] and t [B].
+    """
+    x_t, t = initial_noise(batch.x0, sigma, draws, sigma_data)
+    return denoised(x_t, generator(x_t, t, batch.labels), t, sigma_data), t

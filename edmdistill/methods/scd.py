@@ -13,6 +13,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
+from edmdistill.methods.adversarial import gan_roles
 from edmdistill.methods.base import Batch, Loss, Role, Turn, with_inputs
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range, guided_roles
 from edmdistill.methods.scm import SCM, SCMConfig
@@ -37,6 +38,7 @@ class SCDConfig(SCMConfig, frozen=True, forbid_unknown_fields=True):
     aux_P_std: AuxiliaryStd = 1.6
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self)
         if self.vsd and self.intervals > 1:
             raise ValueError(
@@ -53,7 +55,8 @@ class SCD(SCM[SCDConfig], GuidedMethod[SCDConfig]):
     def roles_for(cls, config: SCDConfig) -> dict[str, Role]:
         # The two losses differ in size at the same t: each has its own log-variance head.
         vsd_roles = {"generator": Role(trained=True, logvars=2), "auxiliary": Role(trained=True, logvars=1)}
-        return guided_roles(cls.roles | vsd_roles if config.vsd else cls.roles, config)
+        roles = cls.roles | vsd_roles if config.vsd else cls.roles
+        return guided_roles(roles, config) | gan_roles(config)
 
     def turns(self) -> tuple[Turn, ...]:
         auxiliary = (Turn("auxiliary", self.auxiliary_loss),) if self.config.vsd else ()

@@ -22,9 +22,10 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Turn, with_inputs
+from edmdistill.methods.adversarial import adversarial_turns, gan_roles
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, with_inputs
 from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, normalized_tangent, tangent_warmup
-from edmdistill.methods.noising import noised
+from edmdistill.methods.noising import noised, one_step
 from edmdistill.methods.tangents import TANGENTS
 from edmdistill.schedules import lognormal_times
 from edmdistill.trigflow import cos_sin, denoised
@@ -44,6 +45,13 @@ class SCMConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
         int, Meta(ge=1, le=100_000, description="M: consistency to the start of each of M intervals of t")
     ] = 1
 
+    def __post_init__(self) -> None:
+        if self.gan and self.intervals > 1:
+            raise ValueError(
+                f"gan judges images of a single step, but intervals = {self.intervals} needs as many steps: leave one "
+                "of them at its default"
+            )
+
 
 ContinuousT = TypeVar("ContinuousT", bound=ContinuousConfig)
 ConfigT = TypeVar("ConfigT", bound=SCMConfig)
@@ -55,6 +63,10 @@ class ContinuousConsistency(Method[ContinuousT]):
     def __init__(self, config: ContinuousT, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
         self.generator = networks["generator"]
+
+    @classmethod
+    def roles_for(cls, config: ContinuousT) -> dict[str, Role]:
+        return super().roles_for(config) | gan_roles(config)
 
     @classmethod
     def check_teacher(
@@ -72,7 +84,12 @@ class ContinuousConsistency(Method[ContinuousT]):
         )
 
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn("generator", self.generator_loss),)
+        return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
+
+    def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Returns images of one step from noise, and its start, for the adversarial loss."""
+        w, to_data = self.guidance_weights(draws), torch.zeros(len(batch.x0), device=batch.x0.device)
+        return one_step(self.generator_to(to_data, w), batch, self.noise.sigma_max, draws, self.noise.sigma_data)
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 1.  Source: eq. 8."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Annotated, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import torch
 from msgspec import Meta
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Turn
-from edmdistill.methods.noising import initial_noise, noised
+from edmdistill.methods.noising import initial_noise, noised, one_step
 from edmdistill.methods.weighting import adaptive
 from edmdistill.trigflow import denoised, diffuse
 
-ConfigT = TypeVar("ConfigT")
-
+AuxiliaryTurns = Annotated[
+    int, Meta(ge=1, le=1000, description="turns of the auxiliary score for each of the generator's")
+]
 ScoreMean = Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sigma) where the two scores are compared")]
 ScoreStd = Annotated[
     float, Meta(gt=0, le=20, description="standard deviation of ln(sigma) where the two scores are compared")
@@ -36,6 +37,16 @@ AuxiliaryMean = Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sig
 AuxiliaryStd = Annotated[
     float, Meta(gt=0, le=20, description="standard deviation of ln(sigma) in the auxiliary score's turn")
 ]
+
+
+class ScoreConfig(Protocol):
+    """The options of every method of the kind."""
+
+    @property
+    def auxiliary_turns(self) -> int: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=ScoreConfig)
 
 
 class ScoreDistillation(Method[ConfigT]):
@@ -48,7 +59,12 @@ class ScoreDistillation(Method[ConfigT]):
         )
 
     def turns(self) -> tuple[Turn, ...]:
-        return Turn("auxiliary", self.auxiliary_loss), Turn("generator", self.generator_loss)
+        auxiliary = (Turn("auxiliary", self.auxiliary_loss),)
+        return *auxiliary * self.config.auxiliary_turns, *self.generator_turns()
+
+    def generator_turns(self) -> tuple[Turn, ...]:
+        """Returns the turns of the generator, and of its adversary if there is one."""
+        return (Turn("generator", self.generator_loss),)
 
     @abstractmethod
     def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss: ...
@@ -67,9 +83,8 @@ def vsd_auxiliary_loss(
     Source: sCM, L_Diff(phi), appendix C.2, which leaves the weighting open; this one is appendix D's.
     """
     sigma_data = noise.sigma_data
-    x, start = initial_noise(batch.x0, noise.sigma_max, draws, sigma_data)
     with torch.no_grad():
-        g = denoised(x, generator(x, start, batch.labels), start, sigma_data)
+        g, _ = one_step(generator, batch, noise.sigma_max, draws, sigma_data)
     x_t, v = noised(g, t, draws, sigma_data)
     F, u = auxiliary(x_t, t, batch.labels, u_at=(t,))
     error = F - v / sigma_data

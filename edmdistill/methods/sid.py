@@ -17,11 +17,11 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Role
-from edmdistill.methods.noising import initial_noise, noised
-from edmdistill.methods.score_distillation import AuxiliaryMean, AuxiliaryStd, ScoreDistillation
+from edmdistill.methods.noising import noised, one_step
+from edmdistill.methods.score_distillation import AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss
 from edmdistill.schedules import edm_curve, lognormal_times
-from edmdistill.trigflow import denoised, sigma_to_time
+from edmdistill.trigflow import sigma_to_time
 
 
 class SiDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,6 +34,7 @@ class SiDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         float, Meta(gt=0, le=1, description="upper end of s in the generator's turn, as r of EDM's curve")
     ] = 0.8
     weight: Weight = "sid"
+    auxiliary_turns: AuxiliaryTurns = 1
 
 
 class SiD(ScoreDistillation[SiDConfig]):
@@ -66,5 +67,4 @@ class SiD(ScoreDistillation[SiDConfig]):
 
     def generate(self, batch: Batch, draws: Draws) -> Tensor:
         """Returns one generated image for each label of the batch.  [B,C,H,W]"""
-        x_t, t = initial_noise(batch.x0, self.config.sigma_init, draws, self.noise.sigma_data)
-        return denoised(x_t, self.generator(x_t, t, batch.labels), t, self.noise.sigma_data)
+        return one_step(self.generator, batch, self.config.sigma_init, draws, self.noise.sigma_data)[0]

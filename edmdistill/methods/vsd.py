@@ -17,6 +17,7 @@ from edmdistill.methods.base import Batch, Loss, Role
 from edmdistill.methods.score_distillation import (
     AuxiliaryMean,
     AuxiliaryStd,
+    AuxiliaryTurns,
     ScoreDistillation,
     ScoreMean,
     ScoreStd,
@@ -33,6 +34,7 @@ class VSDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vsd_P_std: ScoreStd = 2.0
     aux_P_mean: AuxiliaryMean = -0.8
     aux_P_std: AuxiliaryStd = 1.6
+    auxiliary_turns: AuxiliaryTurns = 1
 
 
 class VSD(ScoreDistillation[VSDConfig]):

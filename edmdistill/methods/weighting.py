@@ -32,7 +32,7 @@ def balanced_sum(
 
     Args:
         losses: by name, the reference first.  [B] each
-        weights: by name.
+        weights: by name; default: 1.
         gradients: multiply the weights by `gradient_balance`; None: the weights as they are.
     """
     reference = next(iter(losses))
@@ -40,7 +40,7 @@ def balanced_sum(
     signals: dict[str, Tensor] = {}
     for name, loss in losses.items():
         one = torch.ones_like(value[0])
-        weight = weights[name] * (one if gradients is None else gradient_balance(gradients, name, reference))
+        weight = weights.get(name, 1.0) * (one if gradients is None else gradient_balance(gradients, name, reference))
         value = value + weight * loss
         signals |= {name: loss.detach().mean()} | ({} if name == reference else {f"lambda_{name}": weight})
     return value, signals

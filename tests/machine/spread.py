@@ -23,6 +23,8 @@ from edmdistill.training.prepare import prepare
 CASES = {name: {"name": name} | OPTIONS.get(name, {}) for name in METHODS}
 # Two passes of the generator before one backward pass, each at weights of guidance that belong to rows.
 CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
+# Images' own gradients in the discriminator's turn, several turns of a role, and gradients of the last layer.
+CASES["cosim, gan"] = CASES["cosim"] | {"gan": 1.0, "gan_loss": "relativistic", "gan_channels": 8, "auxiliary_turns": 2}
 
 
 def recipe(case: str, rounds: int) -> Recipe:

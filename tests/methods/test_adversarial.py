@@ -1,13 +1,20 @@
 """GAN losses, augmentations and distances."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from edmdistill.draws import Draws
-from edmdistill.methods.adversarial import AUGMENTATIONS, GAN_LOSSES, augment
+from edmdistill.methods import METHODS
+from edmdistill.methods.adversarial import GAN_LOSSES, Adversary, GANConfig
+from edmdistill.methods.augmentation import AUGMENTATIONS, augment
+from edmdistill.methods.base import NoiseRange
 from edmdistill.methods.distances import DISTANCES
+
+Make = Callable[..., Any]
 
 
 def test_losses_by_hand() -> None:
@@ -20,6 +27,72 @@ def test_losses_by_hand() -> None:
     assert float(GAN_LOSSES["log"].generator(fake)) == pytest.approx(
         (math.log(1 - d[2]) + math.log(1 - d[3])) / 2, rel=1e-6
     )
+
+    assert GAN_LOSSES["non-saturating"].discriminator is GAN_LOSSES["log"].discriminator
+    expected = -(math.log(d[2]) + math.log(d[3])) / 2
+    assert float(GAN_LOSSES["non-saturating"].generator(fake)) == pytest.approx(expected, rel=1e-6)
+
+
+def critic(images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Two logits of each image, of a slope that differs from image to image."""
+    return (images.flatten(1) @ weight).square() + images.flatten(1) @ weight.flip(1)
+
+
+def test_the_relativistic_loss_pairs_images_and_penalizes_both_slopes() -> None:
+    """Equal, with its gradients, to R3GAN's losses written per image, in float64."""
+    torch.manual_seed(0)
+    real, fake = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64)
+    weight = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    networks = {"features": torch.nn.Identity(), "discriminator": lambda maps: critic(maps, weight)}
+    for gamma in (None, 0.0, 0.3):
+        config = GANConfig(gan=1.0, gan_loss="relativistic", gan_penalty=gamma, augment=())
+        adversary, expected, generator = Adversary(networks, config), [], []
+        for x, g in zip(real, fake, strict=True):
+            x, g = x[None].requires_grad_(), g[None].requires_grad_()
+            D_x, D_g = critic(x, weight).mean(), critic(g, weight).mean()
+            (R1,), (R2,) = (torch.autograd.grad(D, of, create_graph=True) for D, of in ((D_x, x), (D_g, g)))
+            pair = (1 + (D_g - D_x).exp()).log()
+            expected.append(pair + (1.0 if gamma is None else gamma) / 2 * (R1.square().sum() + R2.square().sum()))
+            generator.append((1 + (D_x - D_g).exp()).log())
+        found, signals = adversary.discriminator_loss(real, fake, Draws(0, 5))
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-12)
+        slopes = [torch.autograd.grad(torch.stack(list(loss)).mean(), weight)[0] for loss in (found, expected)]
+        torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-12)
+        assert ("gan_slopes" in signals) == (gamma != 0)
+        attached = fake.clone().requires_grad_()
+        judged = adversary.generator_loss(real, attached, Draws(0, 5))
+        torch.testing.assert_close(judged, torch.stack(generator), rtol=1e-12, atol=1e-12)
+        assert torch.autograd.grad(judged[1], attached)[0].flatten(1).abs().sum(1).nonzero().tolist() == [[1]]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
+@pytest.mark.parametrize("name", ["scd", "cosim"])
+def test_the_adversarial_term_is_balanced_in_the_last_layer(
+    name: str, tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
+) -> None:
+    """A fine-tune's gradient there is g + gan |g| / (|g'| + 1e-4) g', g' the adversarial one; g alone in the warmup."""
+    kind, options = METHODS[name].load(), {"gan": 0.25, "gan_loss": "relativistic", "gan_warmup_images": 8}
+    networks, alone = tiny_networks(kind, **options), tiny_networks(kind)
+    turn = kind(kind.Config(**options), networks, noise).turns()[-1]
+    plain = kind(kind.Config(), alone, noise).turns()[-1]
+    last, batch = networks["generator"].out.weight, tiny_batch()
+    (g,) = torch.autograd.grad(plain.loss(batch, Draws(0, 6)).value.mean(), alone["generator"].out.weight)
+    warmup = turn.loss(batch, Draws(0, 6), turn.preview(batch, Draws(0, 6)))
+    (warmup,) = torch.autograd.grad(warmup.value.mean(), last)
+    torch.testing.assert_close(warmup, g, rtol=1e-10, atol=1e-12)
+    batch = batch._replace(images=8)
+    loss = turn.loss(batch, Draws(0, 6), turn.preview(batch, Draws(0, 6)))
+    (adversarial,) = torch.autograd.grad(turn.loss.__self__.terms(batch, Draws(0, 6)).losses["gan"].mean(), last)
+    weight = 0.25 * float((g.norm() / (adversarial.norm() + 1e-4)).clamp(0.01, 10))
+    assert float(loss.signals["lambda_gan"]) == pytest.approx(weight)
+    (found,) = torch.autograd.grad(loss.value.mean(), last)
+    torch.testing.assert_close(found, g + weight * adversarial, rtol=1e-9, atol=1e-12)
+    assert not loss.generated.requires_grad
+
+
+def test_a_discriminator_judges_single_steps() -> None:
+    with pytest.raises(ValueError, match="intervals = 2 needs as many steps"):
+        METHODS["scd"].load().Config(gan=1.0, intervals=2)
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)

@@ -74,7 +74,7 @@ def test_the_jump_is_that_of_edms_notation(noise: NoiseRange) -> None:
 def test_a_true_generator_has_no_gap_to_a_true_teacher(noise: NoiseRange, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctm, "follow_flow", lambda flow, x, times, i, j, steps, sd: true_jump(x, times[i], times[j]))
     for options in ({}, {"sampling": "paper"}, {"matching": "global"}, {"inner": "live"}):
-        loss = method(noise, distance="l2", **options).generator_loss(data(64), Draws(0, 64))
+        loss = method(noise, distance="l2", **options).turns()[-1].loss(data(64), Draws(0, 64))
         assert loss.value.max() < 1e-24
 
 
@@ -122,7 +122,7 @@ class Bent(torch.nn.Module):
 
 def gradient(noise: NoiseRange) -> float:
     bent = Bent()
-    method(noise, bent, distance="l2").generator_loss(data(64), Draws(0, 64)).value.mean().backward()
+    method(noise, bent, distance="l2").turns()[-1].loss(data(64), Draws(0, 64)).value.mean().backward()
     return 0.0 if bent.off.weight.grad is None else float(bent.off.weight.grad.abs())
 
 
@@ -131,23 +131,23 @@ def test_the_gradient_flows_through_the_target_network(noise: NoiseRange, monkey
     assert gradient(noise) > 1e-5
     monkeypatch.setattr(CTM, "jump_to_end", torch.no_grad()(CTM.jump_to_end))
     bent = Bent()
-    assert not method(noise, bent).generator_loss(data(8), Draws(0, 8)).value.requires_grad
+    assert not method(noise, bent).turns()[-1].loss(data(8), Draws(0, 8)).value.requires_grad
 
 
 def test_the_target_has_no_gradient(noise: NoiseRange, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = []
     x_target = CTM.x_target
     monkeypatch.setattr(CTM, "x_target", lambda *arguments: targets.append(x_target(*arguments)) or targets[-1])
-    method(noise, Bent(), inner="live").generator_loss(data(8), Draws(0, 8))
+    method(noise, Bent(), inner="live").turns()[-1].loss(data(8), Draws(0, 8))
     assert not targets[0].requires_grad
 
 
 def test_without_a_teacher_the_solver_follows_the_target_network(noise: NoiseRange) -> None:
     """g_sg(x, t, t) of the true generator is the teacher, so nothing changes."""
     assert "teacher" not in CTM.roles_for(CTMConfig(teacher=False))
-    distilled = method(noise).generator_loss(data(16), Draws(0, 16))
+    distilled = method(noise).turns()[-1].loss(data(16), Draws(0, 16))
     networks = {"generator": true_generator, "target": true_generator}
-    free = CTM(CTMConfig(teacher=False, **ALONE), networks, noise).generator_loss(data(16), Draws(0, 16))
+    free = CTM(CTMConfig(teacher=False, **ALONE), networks, noise).turns()[-1].loss(data(16), Draws(0, 16))
     torch.testing.assert_close(free.value, distilled.value, rtol=1e-9, atol=1e-12)
 
 
@@ -173,8 +173,10 @@ def test_balanced_losses_have_equal_gradients_in_the_last_layer(
 ) -> None:
     networks = tiny_networks(CTM)
     ctm_method, last = CTM(CTMConfig(), networks, noise), networks["generator"].out.weight
-    preview = ctm_method.last_layer_gradients(tiny_batch(), Draws(0, 6))
-    for name, loss in ctm_method.terms(tiny_batch(), Draws(0, 6)).losses.items():
+    turn = ctm_method.turns()[-1]
+    preview = turn.preview(tiny_batch(), Draws(0, 6))
+    assert set(preview.means) == {"ctm", "dsm", "gan"}
+    for name, loss in turn.loss.__self__.terms(tiny_batch(), Draws(0, 6)).losses.items():
         (expected,) = torch.autograd.grad(loss.mean(), last, retain_graph=True)
         torch.testing.assert_close(preview.means[name], expected.flatten(), rtol=1e-9, atol=1e-12)
         if name != "ctm":

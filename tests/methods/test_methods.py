@@ -21,6 +21,10 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "scd, vsd and guided": GUIDED | {"vsd": 0.7},
     "dscd, guided": GUIDED,
     "fmd, guided": GUIDED,
+    "fmd, gan": {"gan": 0.5, "gan_loss": "relativistic"},
+    "scd, vsd, guided and gan": GUIDED | {"vsd": 0.7, "gan": 0.5, "balance": "fixed"},
+    "dscd, gan": {"gan": 0.5, "gan_loss": "non-saturating"},
+    "cosim, gan": {"gan": 0.5, "gan_loss": "relativistic", "auxiliary_turns": 2},
     "fmd, lagrangian": {"objective": "lagrangian"},
 }
 """Every method with its defaults, and with options that add roles."""

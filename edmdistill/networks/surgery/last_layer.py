@@ -44,10 +44,12 @@ class LastLayer:
 
 @contextmanager
 def watched(layer: nn.Module) -> Iterator[LastLayer]:
-    """Records the calls of the layer while the context is open."""
+    """Records the calls of the layer that have a gradient while the context is open."""
     last = LastLayer(layer)
 
     def record(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         tensors = {name: tensor.detach().clone() for name, tensor in state.items()}
         last.calls.append(LayerCall(tuple(argument.detach() for argument in arguments), out, tensors))
