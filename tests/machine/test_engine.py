@@ -47,7 +47,7 @@ def losses(
 
 
 @pytest.mark.parametrize("way", [0, 1], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("case", [*sorted(METHODS), "scd, vsd"])
+@pytest.mark.parametrize("case", [*sorted(METHODS), "scd, vsd", "cosim, gan"])
 def test_two_processes_train_as_one_does(losses: tuple[Losses, Losses], case: str, way: int) -> None:
     """The losses of all turns over all rounds; one process takes the batch of 8 whole.
 
