@@ -37,7 +37,7 @@ PRECONDITIONING_CLASSES = {
 }
 NETWORK_CLASSES = {"SongUNet": ("song", "model."), "DhariwalUNet": ("adm", "model."), "UNet": ("edm2", "unet.")}
 """Our network's kind, and the prefix of its tensors in the official state dict."""
-OUR_ARGUMENTS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads"}
+OUR_ARGUMENTS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads", "split_times"}
 """Constructor arguments that no official class has; of the official ones only EDM2's has logvar_channels."""
 IGNORED_ARGUMENTS = {"use_fp16", "model_type"}
 """Official arguments that do not change what the network computes."""

@@ -3,7 +3,8 @@
 A file does not say by which method it was made, so the user names it; GENERATORS has the methods.
 
 Facts: mingyuanzhou/SiD (generate_onestep.py), tianweiy/DMD2 (demo/imagenet_example.py, main/edm/edm_network.py),
-openai/consistency_models (cm/karras_diffusion.py), locuslab/ect (training/networks.py, ct_eval.py).
+openai/consistency_models (cm/karras_diffusion.py), locuslab/ect (training/networks.py, ct_eval.py), sony/ctm
+(cm/unet.py, cm/karras_diffusion.py, cm/sample_util.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from msgspec.structs import replace
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from edmdistill.checkpoints.conversion_report import GeneratorReport
 from edmdistill.checkpoints.encoder import PIXELS, STABLE_DIFFUSION
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
-from edmdistill.checkpoints.openai import read_arguments, read_weights
+from edmdistill.checkpoints.openai import PRECONDITIONING, TOP, Adm, read_arguments, read_weights, to_adm
 from edmdistill.checkpoints.persistence import VAE_PARAMETERS
 from edmdistill.checkpoints.source import Source, open_source, source_name
 from edmdistill.checkpoints.store import build_flow, fill, save_checkpoint
@@ -41,12 +43,14 @@ class PublishedGenerator(NamedTuple):
         summary: what the file is.
         sigmas: the published noise levels of its steps, where they are not EDM's curve from sigma_max.
         sigma_max: the noise level that it starts from.
+        gamma: share of fresh noise between its steps.
     """
 
     read: Read
     summary: str
     sigmas: Mapping[str, tuple[float, ...]] = {}
     sigma_max: float = 80.0
+    gamma: float = SamplingDefaults().gamma
 
 
 def _read_pickle(source: Source) -> tuple[FlowNetwork, CheckpointConfig]:
@@ -66,6 +70,34 @@ def _read_consistency_model(source: Source) -> tuple[FlowNetwork, CheckpointConf
     preconditioning = {"kind": "consistency", "sigma_min": 0.002, "c_noise_scale": 250.0}
     flow = _filled(source.path, arguments, preconditioning, tensors)
     return flow, _config(source, flow, "mit")
+
+
+def _read_ctm(source: Source) -> tuple[FlowNetwork, CheckpointConfig]:
+    """CTM's ImageNet 64x64 weights: ADM, whose blocks have a linear map of their own for a second time."""
+    weights = {name: tensor.tensor() for name, tensor in read_weights(source.path).items()}
+    if not any(name.startswith("time_embed_s.") for name in weights):
+        raise CheckpointError(f"{source.path} reads no second time: give a CTM generator for ImageNet 64x64, ema_*.pt")
+    arguments, tensors = read_arguments(source.path, weights, two_time_adm)
+    flow = _filled(source.path, arguments, PRECONDITIONING, tensors)
+    return flow, _config(source, flow, "mit")
+
+
+def two_time_adm(weights: Mapping[str, Tensor]) -> Adm:
+    """Returns what `to_adm` does, of CTM's weights: each pair of maps of embeddings is one of both, side by side.
+
+    Raises: as `to_adm`.
+    """
+    merged, second = dict(weights), {"second_time.gain": torch.ones([])}
+    for name in [name for name in weights if "_s." in name]:
+        first, tensor = name.replace("_s.", "."), merged.pop(name).float()
+        layer, _, leaf = first.rpartition(".")
+        if layer in TOP:
+            second[f"second_time.{TOP[layer]}.{leaf}"] = tensor
+        else:
+            pair = merged[first].float(), tensor
+            merged[first] = torch.cat(pair, dim=1) if leaf == "weight" else pair[0] + pair[1]
+    arguments, tensors = to_adm(merged)
+    return arguments | {"two_time": True, "split_times": True}, tensors | second
 
 
 def _read_dmd2(source: Source) -> tuple[FlowNetwork, CheckpointConfig]:
@@ -131,6 +163,7 @@ GENERATORS: dict[str, PublishedGenerator] = {
     "consistency-model": PublishedGenerator(
         _read_consistency_model, "OpenAI's consistency models, cd_*.pt and ct_*.pt"
     ),
+    "ctm": PublishedGenerator(_read_ctm, "CTM's ImageNet 64x64 weights, ema_*.pt", gamma=0.0),
     "ect": PublishedGenerator(_read_pickle, "ECT's pickles", sigmas={"1": (80.0,), "2": (80.0, 0.821)}),
 }
 """By the name of --generator."""
@@ -149,7 +182,8 @@ def convert_generator(
         licence: of the weights; default: that of the network that they were distilled from.
     Raises: CheckpointError: the file holds something else, or `out` is occupied.
     Differs: consistency models return to a noise level by sqrt(sigma^2 - sigma_min^2) noise, where gamma-sampling uses
-        sigma; one step is the same.
+        sigma; one step is the same. CTM's last jump ends at sigma_min, with a share sigma_min / t of the noise left;
+        here, by the same evaluation of the network, it ends at 0.
     """
     entry, source = GENERATORS[method], open_source(source)
     if source.path.is_dir():
@@ -163,7 +197,7 @@ def convert_generator(
         stage="generator",
         method=method,
         provenance=provenance,
-        sampling=SamplingDefaults(sigmas=dict(entry.sigmas)),
+        sampling=SamplingDefaults(sigmas=dict(entry.sigmas), gamma=entry.gamma),
         noise_dependence=None,
         **describe(flow),
     )

@@ -24,7 +24,7 @@ from edmdistill.cli.types import OutputPath
 )
 @click.option(
     "--generator",
-    type=click.Choice(["sid", "dmd2", "consistency-model", "ect"]),
+    type=click.Choice(["sid", "dmd2", "consistency-model", "ctm", "ect"]),
     help="SOURCE is a generator that was published for this method, to be sampled and measured.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")

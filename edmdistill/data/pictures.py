@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from edmdistill.data.files import as_dataset_error
 from edmdistill.data.transforms import MAX_PIXELS
@@ -97,9 +97,10 @@ def decode_picture(data: bytes, where: str) -> Decoded:
             return _decode(image, data)
 
 
-def _decode(image: Image.Image, data: bytes) -> Decoded:
+def _decode(image: ImageFile.ImageFile, data: bytes) -> Decoded:
     mode = image.mode
     deep = image.format == "PNG" and data[24:25] == b"\x10"
+    image.decodermaxblock = max(len(data), image.decodermaxblock)  # all bytes at once, not in blocks of 64 KiB
     image.load()
     changes = [DEEP] if deep else []
     if mode not in ("RGB", "RGBA"):

@@ -65,9 +65,11 @@ def center_crop_dhariwal(image: Picture, size: Size) -> Picture:
             f"{image.width}x{image.height} would become {resized[0]:,}x{resized[1]:,} before it is cropped, and at "
             f"most {MAX_PIXELS:,} pixels are"
         )
-    image = image.resize(resized, BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    left, top = (resized[0] - side) // 2, (resized[1] - side) // 2
+    if left:  # resize() begins with the width here, and then needs the columns alone that are kept
+        image = image.resize((resized[0], image.height), BICUBIC).crop((left, 0, left + side, image.height))
+        return image.resize((side, side), BICUBIC)
+    return image.resize(resized, BICUBIC).crop((0, top, side, top + side))
 
 
 def halve(image: Picture) -> Picture:

@@ -18,13 +18,15 @@ from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linea
 
 
 class DhariwalUNet(EDMUNet):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  All but the last six arguments are the official class's.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  All but the last eight arguments are the official class's.
 
     Attention has one head for every 64 channels; layers of fewer than 64 channels have none at any resolution.
 
     Args:
         label_dropout: fraction of labels that training sets to zero.
         double_norm: whether the blocks normalize their modulations; see ResidualBlock.
+        split_times: whether the blocks map the embeddings of both times separately, not their sum: the sum of two maps
+            is one of both embeddings side by side.  Source: sony/ctm, cm/unet.py.
     """
 
     def __init__(
@@ -47,9 +49,13 @@ class DhariwalUNet(EDMUNet):
         positional_time: bool = False,
         double_norm: bool = False,
         guided: bool = False,
+        split_times: bool = False,
     ) -> None:
         super().__init__(locals(), in_channels)
+        if split_times and not two_time:
+            raise ValueError("split_times is for two times: set two_time too")
         self.label_dropout = label_dropout
+        self.split_times = split_times
         self.emb_channels = emb_channels = model_channels * channel_mult_emb
         widths = [model_channels * mult for mult in channel_mult]
         levels = UNetLevels(img_resolution, widths[0], widths, num_blocks, attn_resolutions)
@@ -59,7 +65,7 @@ class DhariwalUNet(EDMUNet):
             return UNetBlock(
                 layer.in_channels,
                 layer.out_channels,
-                emb_channels,
+                emb_channels * (2 if split_times else 1),
                 heads,
                 layer.resample,
                 dropout=dropout,
@@ -98,6 +104,15 @@ class DhariwalUNet(EDMUNet):
                     nn.init.zeros_(parameter)
         if self.map_label is not None:
             self.map_label.weight = nn.Parameter(normal(*self.map_label.weight.shape))
+
+    def embed(self, condition: Conditioning) -> Tensor:
+        if not self.split_times:
+            return super().embed(condition)
+        assert self.second_time is not None
+        second = condition.c_noise if condition.c_noise_second is None else condition.c_noise_second
+        emb_t = super().embed(condition._replace(c_noise_second=None))
+        emb_s = silu(self.second_time.gain * self.embed_time(self.second_time, second))
+        return torch.cat([emb_t + 0 * emb_s, emb_s + 0 * emb_t], dim=1)  # one may have a single row
 
     def finish_embedding(self, emb: Tensor, condition: Conditioning) -> Tensor:
         if self.map_label is not None:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as f
+from safetensors.torch import load_file
 from torch import Tensor
 
 from edmdistill.checkpoints.config import NetworkSpec
@@ -18,6 +20,7 @@ from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.spec import SamplerSpec
+from edmdistill.trigflow import sigma_to_time
 
 Weights = dict[str, Tensor]
 
@@ -29,8 +32,9 @@ def weights_of(
     classes: int = 10,
     ch: int = 128,
     device: str = "cpu",
+    two_time: bool = False,
 ) -> Weights:
-    """Random weights by OpenAI's names. `attending`: levels with attention."""
+    """Random weights by OpenAI's names, with two_time by CTM's. `attending`: levels with attention."""
     rng = torch.Generator().manual_seed(0) if device == "cpu" else None
     w: Weights = {}
 
@@ -49,6 +53,8 @@ def weights_of(
         norm(f"{name}.in_layers.0", cin)
         layer(f"{name}.in_layers.2", cout, cin, 3, 3)
         layer(f"{name}.emb_layers.1", 2 * cout, 4 * ch)
+        if two_time:
+            layer(f"{name}.emb_layers_s.1", 2 * cout, 4 * ch)
         norm(f"{name}.out_layers.0", cout)
         layer(f"{name}.out_layers.3", cout, cout, 3, 3)
         if cin != cout:
@@ -61,6 +67,9 @@ def weights_of(
 
     layer("time_embed.0", 4 * ch, ch)
     layer("time_embed.2", 4 * ch, 4 * ch)
+    if two_time:
+        layer("time_embed_s.0", 4 * ch, ch)
+        layer("time_embed_s.2", 4 * ch, 4 * ch)
     if classes:
         w["label_emb.weight"] = normal(classes, 4 * ch)
     layer("input_blocks.0.0", ch, 3, 3, 3)
@@ -272,3 +281,48 @@ def test_consistency_models_of_the_same_kind_have_their_boundary(
     expected = x * 0.25 / ((80 - 0.002) ** 2 + 0.25) + (80 - 0.002) * 0.5 / (6400 + 0.25) ** 0.5 * F
     sampler = build_sampler(generator, SamplerSpec(nfe=1))
     torch.testing.assert_close(sampler.draw(noise, labels, randn_like=torch.randn_like), expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_ctm_computes_what_its_authors_code_does(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jumps between single times, and their sampler `exact`, of which every step is a jump."""
+    monkeypatch.setitem(RESOLUTIONS, (1, 2), 8)
+    torch.save(weights_of(two_time=True), tmp_path / "ema_0.999_049000.pt")
+    with pytest.raises(CheckpointError, match="--generator ctm"):
+        read_openai(tmp_path / "ema_0.999_049000.pt", "")
+    config = convert_generator(tmp_path / "ema_0.999_049000.pt", tmp_path / "ctm", "ctm").config
+    assert (config.two_time, config.sampling.gamma, config.provenance.licence) == (True, 0.0, "mit")
+    generator, expected = load_generator(tmp_path / "ctm"), load_file(golden / "ctm.safetensors")
+    noise, labels = expected["noise"], expected["labels"]
+
+    def jump(x: Tensor, sigma: Tensor, after: Tensor) -> Tensor:
+        """The jump in EDM's scale, where x_t = cos(t) x."""
+        t, s = sigma_to_time(sigma, 0.5), sigma_to_time(after, 0.5)
+        x_s = generator.jump(t.cos().reshape(-1, 1, 1, 1) * x, t, s, labels)
+        return (x_s / s.cos().reshape(-1, 1, 1, 1)).float()
+
+    bound = {"rtol": 1e-4, "atol": 1e-4}
+    x = expected["t"].reshape(-1, 1, 1, 1) * noise
+    torch.testing.assert_close(jump(x, expected["t"], expected["s"]), expected["G"], **bound)
+    for nfe in (1, 3):
+        sampler = build_sampler(generator, SamplerSpec(nfe=nfe))
+        levels = torch.tensor([*sampler.record.sigmas, 0.002])
+        x = 80 * noise
+        for pair in pairwise(levels):
+            x = jump(x, *pair)
+        torch.testing.assert_close(x, expected[f"exact.{nfe}"], **bound)
+        drawn = sampler.draw(noise, labels, randn_like=torch.zeros_like)
+        left = 0.002 / float(levels[-2])  # the share of the last point that their last jump keeps
+        torch.testing.assert_close(drawn, x, rtol=0, atol=1.1 * left * float(levels[-2] * noise.abs().max() + 1))
+
+
+def test_weights_that_are_no_ctm_are_refused(tmp_path: Path) -> None:
+    torch.save(weights_of(), tmp_path / "one.pt")
+    with pytest.raises(CheckpointError, match="reads no second time"):
+        convert_generator(tmp_path / "one.pt", tmp_path / "out", "ctm")
+    weights = weights_of(two_time=True)
+    del weights["middle_block.0.emb_layers.1.weight"]
+    torch.save(weights, tmp_path / "two.pt")
+    with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
+        convert_generator(tmp_path / "two.pt", tmp_path / "out", "ctm")
+    assert not (tmp_path / "out").exists()
