@@ -2,14 +2,18 @@
 
     python benchmarks/digits_methods.py [--methods scd cosim ...] [--seeds 0 1 2] [--minutes 4] [--out DIR] [--jobs 1]
     python benchmarks/digits_methods.py --methods scd scd-unadapted --images 320000    # what adaptation is for
+    python benchmarks/digits_methods.py --table --plot docs/methods-digits.svg         # of what is in DIR
 
 Each method trains by its recipe, with as many images as the minutes hold: a short calibration in CPU-seconds finds how
 many, and what a run really took, with its start-up, stands beside. All have the same network and data. Not counted are
 the shipped teacher's own training, and the adaptation to read t, which the methods of sCM start from; its cost is
-printed. A method is measured in the steps that its recipe is for. On a busy machine a CPU-second holds fewer images:
-leave it alone while the methods are calibrated, one after the other.
+printed. A method whose recipe is for several steps is measured in 1, 2, 4 and 8, at the recipe's noise levels where it
+has some, on EDM's curve elsewhere. On a busy machine a CPU-second holds fewer images: leave it alone while the methods
+are calibrated, one after the other.
 
-What is finished in DIR is not done again, unless its recipe has changed; a run that was broken off starts anew.
+A training is a process of its own, whose peak memory is noted with the rest in DIR/NAME-SEED.json. What is finished is
+not done again, unless its recipe has changed; a run that was broken off starts anew. Several of these commands may
+share a DIR, as long as each has methods of its own.
 """
 
 import argparse
@@ -22,7 +26,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +40,7 @@ from edmdistill.training.prepare import prepare
 
 SHIPPED = Path(edmdistill.__file__).parent / "assets/digits-teacher.pkl"
 ADAPT = "diffusion/digits-adapt"
-NFE = (1, 2, 4)
+NFE = (1, 2, 4, 8)
 METRICS = {"fd_digits": ".3g", "class_accuracy": ".3f"}
 
 
@@ -60,32 +63,41 @@ CONTESTANTS = {
     "sct": Contestant("sct", "sct/digits", adapted=True),
     "dscd": Contestant("dscd", "dscd/digits", adapted=True),
     "ctm": Contestant("ctm", "ctm/digits", adapted=False),
+    "fmd": Contestant("fmd", "fmd/digits", adapted=True),
+    "fmd-lagrangian": Contestant("fmd", "fmd/digits-lagrangian", adapted=True),
+    "mean-flow": Contestant("mean-flow", "mean-flow/digits", adapted=True),
+    "ect": Contestant("ect", "ect/digits", adapted=False),
     "scd-unadapted": Contestant("scd", "scd/digits", adapted=False, sets=("method.allow_edm_time=true",)),
 }
 
 
-class Results:
-    """DIR/results.json: written whole after every entry, by one thread at a time."""
+class Entry(NamedTuple):
+    """A measurement in a JSON file of its own, made by certain recipes."""
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.lock = file, Lock()
-        self.entries: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    file: Path
+    made_by: str
 
-    def known(self, name: str, made_by: str) -> dict[str, Any] | None:
-        """The entry of that name, if it was made by these recipes."""
-        entry = self.entries.get(name)
-        return entry if entry is not None and entry["made_by"] == made_by else None
+    def known(self) -> dict[str, Any] | None:
+        """What is in the file, if it was made by these recipes."""
+        values: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        return values if values.get("made_by") == self.made_by else None
 
-    def add(self, name: str, made_by: str, **values: Any) -> dict[str, Any]:
-        with self.lock:
-            self.entries[name] = {"made_by": made_by, **values}
-            with atomic_write(self.file) as new:
-                new.write_text(json.dumps(self.entries, indent=2) + "\n")
-        return self.entries[name]
+    def add(self, **values: Any) -> dict[str, Any]:
+        values = {"made_by": self.made_by, "date": time.strftime("%Y-%m-%d"), **values}
+        with atomic_write(self.file) as new:
+            new.write_text(json.dumps(values, indent=2) + "\n")
+        return values
 
 
-def cpu_seconds(log: Path, *arguments: object) -> float:
-    """Runs `edmdistill ARGUMENTS` on one thread; what it says goes to a file.  Returns: its CPU time."""
+class Spent(NamedTuple):
+    """What a process took: CPU time, and the memory it had at most, in MiB."""
+
+    cpu_seconds: float
+    memory: float
+
+
+def spent_by(log: Path, *arguments: object) -> Spent:
+    """Runs `edmdistill ARGUMENTS` on one thread; what it says goes to a file."""
     words = list(map(str, arguments))
     with log.open("a") as file:
         command = [sys.executable, "-m", "edmdistill", *words]
@@ -94,7 +106,7 @@ def cpu_seconds(log: Path, *arguments: object) -> float:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"edmdistill {' '.join(words)} ended with {process.returncode}; {log} says why")
-    return usage.ru_utime + usage.ru_stime
+    return Spent(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def recipe_of(name: str, **training: int) -> tuple[Recipe, str, list[str]]:
@@ -106,60 +118,60 @@ def recipe_of(name: str, **training: int) -> tuple[Recipe, str, list[str]]:
     return resolved, " ".join(made_by), [word for override in sets for word in ("--set", override)]
 
 
-def adapted_teacher(folder: Path, results: Results) -> Path:
+def adapted_teacher(folder: Path) -> Path:
     """The shipped teacher, made to read t and trained on; made once."""
     recipe = load_recipe(ADAPT)
     run, converted, log = folder / "adapted", folder / "adapted-start", folder / "adapted.log"
-    entry = results.known("adapted", recipe.hash)
-    if entry is None:
+    entry = Entry(folder / "adapted.json", recipe.hash)
+    if (made := entry.known()) is None:
         print("adapted: convert --time-embedding positional, train diffusion", flush=True)
         for old in (run, converted):
             shutil.rmtree(old, ignore_errors=True)
-        cpu_seconds(log, "convert", SHIPPED, converted, "--time-embedding", "positional", "--licence", "apache-2.0")
+        spent_by(log, "convert", SHIPPED, converted, "--time-embedding", "positional", "--licence", "apache-2.0")
         options = "--data", "digits", "--recipe", ADAPT, "--run-dir", run, "--device", "cpu"
-        seconds = cpu_seconds(log, "train", "diffusion", converted, *options)
-        entry = results.add("adapted", recipe.hash, cpu_seconds=seconds, images=recipe.training.images)
-    print(f"adapted: {entry['images']:,} images, {entry['cpu_seconds']:.0f} CPU-seconds, not counted below", flush=True)
+        spent = spent_by(log, "train", "diffusion", converted, *options)
+        made = entry.add(cpu_seconds=spent.cpu_seconds, images=recipe.training.images)
+    print(f"adapted: {made['images']:,} images, {made['cpu_seconds']:.0f} CPU-seconds, not counted below", flush=True)
     return run
 
 
-def images_per_second(name: str, teacher: Path, results: Results, seconds: float = 10) -> float:
+def images_per_second(name: str, teacher: Path, folder: Path, seconds: float = 10) -> float:
     """Images that a method sees in a CPU-second, once its first round is over."""
     recipe, made_by, _ = recipe_of(name)
-    entry = results.known(f"{name} calibration", made_by)
-    if entry is None:
+    entry = Entry(folder / f"{name}-calibration.json", made_by)
+    if (made := entry.known()) is None:
         run = prepare(recipe, data="digits", teacher=teacher, machine=Machine(device="cpu"))
         steps = rounds(run)
         next(steps)
         first, start = run.images, time.process_time()
         while (spent := time.process_time() - start) < seconds:
             next(steps)
-        entry = results.add(f"{name} calibration", made_by, images_per_second=(run.images - first) / spent)
-    print(f"{name}: {entry['images_per_second']:.0f} images a CPU-second", flush=True)
-    return float(entry["images_per_second"])
+        made = entry.add(images_per_second=(run.images - first) / spent)
+    print(f"{name}: {made['images_per_second']:.0f} images a CPU-second", flush=True)
+    return float(made["images_per_second"])
 
 
-def trained(name: str, seed: int, teacher: Path, images: int, folder: Path, results: Results) -> dict[str, Any]:
+def trained(name: str, seed: int, teacher: Path, images: int, folder: Path) -> dict[str, Any]:
     """Trains a contestant and measures it, or knows it already."""
     method, recipe, *_ = CONTESTANTS[name]
     resolved, made_by, sets = recipe_of(name, images=images, seed=seed, snapshot_every=images)
-    entry = results.known(f"{name} {seed}", made_by)
-    if entry is not None:
-        return entry
+    entry = Entry(folder / f"{name}-{seed}.json", made_by)
+    if (made := entry.known()) is not None:
+        return made
     print(f"{name} {seed}: {images:,} images", flush=True)
     run = folder / f"{name}-{seed}"
     log, evaluation = run.with_suffix(".log"), run / "eval.json"
     shutil.rmtree(run, ignore_errors=True)
     options = "--data", "digits", "--recipe", recipe, "--run-dir", run, "--device", "cpu"
-    seconds = cpu_seconds(log, "train", method, teacher, *options, *sets)
-    nfe = [str(n) for n in NFE if n in resolved.sampling.nfe]
+    spent = spent_by(log, "train", method, teacher, *options, *sets)
+    nfe = [str(n) for n in (NFE if len(resolved.sampling.nfe) > 1 else resolved.sampling.nfe)]
     asked = "--protocol", "digits", "--nfe", ",".join(nfe), "--device", "cpu"
-    cpu_seconds(log, "eval", run, *asked, "--out", evaluation)
+    spent_by(log, "eval", run, *asked, "--out", evaluation)
     metrics = [result["metrics"] for result in json.loads(evaluation.read_text())["results"]]
     scores = {metric: dict(zip(nfe, (each[metric] for each in metrics), strict=True)) for metric in METRICS}
     values = ", ".join(f"{value:.3g} in {n}" for n, value in scores["fd_digits"].items())
-    print(f"{name} {seed}: digits-FD {values}, after {seconds / 60:.2f} CPU-minutes", flush=True)
-    return results.add(f"{name} {seed}", made_by, images=images, cpu_seconds=seconds, **scores)
+    print(f"{name} {seed}: digits-FD {values}, after {spent.cpu_seconds / 60:.2f} CPU-minutes", flush=True)
+    return entry.add(images=images, **spent._asdict(), **scores)
 
 
 def cell(values: list[float], form: str) -> str:
@@ -170,50 +182,70 @@ def cell(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}}{spread}"
 
 
-def row(name: str, rate: float, runs: list[dict[str, Any]]) -> str:
+def row(name: str, runs: list[dict[str, Any]]) -> str:
     """A contestant's line of the table."""
-    cells = [name, f"{runs[0]['images']:,}", f"{rate:.0f}", cell([run["cpu_seconds"] / 60 for run in runs], ".2f")]
+    minutes, memory = ([run[key] for run in runs] for key in ("cpu_seconds", "memory"))
+    cells = [name, f"{runs[0]['images']:,}", f"{sum(run['images'] for run in runs) / sum(minutes):.0f}"]
+    cells += [f"{max(memory):.0f}", cell([each / 60 for each in minutes], ".2f")]
     for metric, form in METRICS.items():
         cells += [cell([run[metric][str(n)] for run in runs if str(n) in run[metric]], form) for n in NFE]
     return f"| {' | '.join(cells)} |"
 
 
+def report(found: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
+    """Prints the table, and draws digits-FD by number of steps."""
+    scores = [f"{what}, {n}" for what in ("FD", "accuracy") for n in NFE]
+    head = ["", "images", "a CPU-second", "MiB", "CPU-minutes", *scores]
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for name, runs in found.items():
+        print(row(name, runs))
+    if plot is not None:
+        ...
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--methods", nargs="+", choices=CONTESTANTS, default=[name for name in CONTESTANTS if name != "scd-unadapted"]
-    )
+    usual = [name for name in CONTESTANTS if name != "scd-unadapted"]
+    parser.add_argument("--methods", nargs="+", choices=CONTESTANTS, default=usual)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=4, help="CPU-minutes of one training")
     parser.add_argument("--images", type=int, help="of one training, in the place of minutes")
     parser.add_argument("--out", type=Path, default=Path("runs/digits-methods"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="train nothing: the table of what --out holds")
+    parser.add_argument("--plot", type=Path, help="draw digits-FD by number of steps, an .svg")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    results = Results(options.out / "results.json")
+    if not options.table:
+        measure(options)
+    files = {name: [options.out / f"{name}-{seed}.json" for seed in options.seeds] for name in options.methods}
+    found = {name: [json.loads(file.read_text()) for file in each if file.exists()] for name, each in files.items()}
+    report({name: runs for name, runs in found.items() if runs}, options.plot)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Trains and measures what is not yet in DIR."""
     teachers = {False: SHIPPED}
     if any(CONTESTANTS[name].adapted for name in options.methods):
-        teachers[True] = adapted_teacher(options.out, results)
-    rates = {name: images_per_second(name, teachers[CONTESTANTS[name].adapted], results) for name in options.methods}
+        teachers[True] = adapted_teacher(options.out)
+    teacher_of = {name: teachers[CONTESTANTS[name].adapted] for name in options.methods}
+    rates = {name: images_per_second(name, teacher, options.out) for name, teacher in teacher_of.items()}
 
-    def run(name: str, seed: int) -> dict[str, Any]:
+    def run(name: str, seed: int) -> None:
         batch = recipe_of(name)[0].training.batch
         images = max(1, round((options.images or rates[name] * options.minutes * 60) / batch)) * batch
-        return trained(name, seed, teachers[CONTESTANTS[name].adapted], images, options.out, results)
+        trained(name, seed, teacher_of[name], images, options.out)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         # Seed by seed, so that a table of fewer seeds is there early.
-        tasks = {(name, seed): pool.submit(run, name, seed) for seed in options.seeds for name in options.methods}
+        tasks = [pool.submit(run, name, seed) for seed in options.seeds for name in options.methods]
         try:
-            runs = {key: task.result() for key, task in tasks.items()}
+            for task in tasks:
+                task.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    head = ["", "images", "a CPU-second", "CPU-minutes", *(f"{what}, {n}" for what in ("FD", "accuracy") for n in NFE)]
-    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for name in options.methods:
-        print(row(name, rates[name], [runs[name, seed] for seed in options.seeds]))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ Both are built on EDM's curve, r in [0, 1]:
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Literal
 
 import torch
+from scipy import special
 from torch import Tensor
 
 from edmdistill.draws import Draws
@@ -150,6 +152,30 @@ def ctm_score_sigmas(draws: Draws, sigma_min: float, sigma_max: float) -> Tensor
 def lognormal_sigmas(draws: Draws, *, P_mean: float, P_std: float) -> Tensor:
     """Draws ln(sigma) ~ N(P_mean, P_std^2) and returns sigma.  [B]  Source: EDM, table 1 ("noise distribution")."""
     return (draws.normal() * P_std + P_mean).exp()
+
+
+def student_sigmas(draws: Draws, *, P_mean: float, P_std: float, degrees: float, low: float, high: float) -> Tensor:
+    """Draws ln(sigma) = P_mean + P_std T, T of Student's t distribution, between two levels, and returns sigma.  [B]
+
+    Args:
+        degrees: of freedom; few make heavy tails.
+        low, high: noise levels.
+    Source: Lee et al. 2025 (TCM), log-Student-t.  Differs: quantiles are interpolated between 4,097 exact ones, within
+        1e-5 of ln(sigma), so that they can be drawn on every device.
+    """
+    quantiles = _student_quantiles(P_mean, P_std, degrees, low, high).to(draws.device)
+    place = draws.uniform() * (len(quantiles) - 1)
+    below = place.long()
+    return quantiles[below].lerp(quantiles[below + 1], place - below).exp()
+
+
+@cache
+def _student_quantiles(P_mean: float, P_std: float, degrees: float, low: float, high: float) -> Tensor:
+    """Returns ln(sigma) from low to high at 4,097 equal steps of probability.  float64"""
+    ends = (torch.tensor([low, high], dtype=torch.float64).log() - P_mean) / P_std
+    first, last = special.stdtr(degrees, ends.numpy())
+    T = torch.from_numpy(special.stdtrit(degrees, torch.linspace(first, last, 4097, dtype=torch.float64).numpy()))
+    return P_mean + P_std * T.clamp(*ends.tolist())
 
 
 def lognormal_times(draws: Draws, sigma_data: float, *, P_mean: float, P_std: float) -> Tensor:

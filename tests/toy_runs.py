@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forked
+from msgspec.structs import replace
 from shared_probes import share_probes
 
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.machine.engine import Machine
+from edmdistill.methods import METHODS
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -48,8 +50,21 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flow = FlowNetwork(network, EDM())
     folder = tmp_path_factory.mktemp("teacher") / "teacher"
     provenance = Provenance(source="a test", licence="cc-by-nc-sa-4.0")
-    save_checkpoint(folder, flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow)))
+    save_sources(folder, flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow)))
     return folder
+
+
+def save_sources(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> None:
+    """Saves a teacher, and beside it the same network as the first stage of a method that goes on from one."""
+    save_checkpoint(folder, flow, config)
+    save_checkpoint(folder.with_name("first-stage"), flow, replace(config, stage="generator", method="ect"))
+
+
+def source_of(method: str, teacher: Path | str) -> Path | None:
+    """Returns what a run of the method starts from."""
+    if method == "diffusion":
+        return None
+    return Path(teacher).with_name("first-stage") if METHODS[method].load().first_stages else Path(teacher)
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +87,7 @@ def start(recipe: Callable[..., Recipe], teacher: Path) -> Callable[..., Run]:
     """start(method, machine, **training): a run on the digits, before its first step."""
 
     def make(method: str, machine: Machine = Machine(device="cpu"), **training: object) -> Run:
-        source = None if method == "diffusion" else teacher
+        source = source_of(method, teacher)
         return prepare(recipe(method, **training), data="digits", teacher=source, machine=machine)
 
     return make
@@ -96,7 +111,8 @@ def live(teacher: Path) -> Callable[..., list[str]]:
     """live(recipe, run_dir, *ends): how lives in that directory ended; see lives.py."""
 
     def lives(recipe: Recipe, run_dir: Path, *ends: int | str) -> list[str]:
-        words = recipe.to_json().decode(), None if recipe.network else str(teacher), str(run_dir), ends
+        source = source_of(recipe.method_name, teacher)
+        words = recipe.to_json().decode(), source and str(source), str(run_dir), ends
         status, said = Forked(Path(__file__).parent / "training" / "lives.py", json.dumps(words)).finish()
         assert status == 0, said
         ended: list[str] = json.loads(said.splitlines()[-1])

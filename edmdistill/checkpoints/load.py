@@ -91,6 +91,29 @@ def read_teacher(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointCo
     return flow, replace(config, provenance=replace(config.provenance, parent=source.sha256))
 
 
+def read_first_stage(source: str | Path | Source, methods: tuple[str, ...]) -> tuple[FlowNetwork, CheckpointConfig]:
+    """Returns a generator that another training goes on from, and its configuration, as read_teacher does.
+
+    Args:
+        source: as load_model's.
+        methods: those by which it may have been trained.
+    Raises: CheckpointError: it is a teacher, by another method, guided, or unreadable.  HubError: the Hub refuses.
+    """
+    source = open_source(source)
+    flow, config = _read(source, "ema")
+    if config.stage != "generator" or config.method not in methods:
+        found = f"a generator of {config.method}" if config.stage == "generator" else f"a {config.stage}"
+        raise CheckpointError(
+            f"{source} is {found}, not a first stage: train one by {', '.join(methods[:-1])} or {methods[-1]}"
+        )
+    if flow.guided:
+        raise CheckpointError(
+            f"{source} reads a weight of guidance, which a second stage cannot: train it with "
+            "--set method.guidance=[1,1], or another single weight"
+        )
+    return flow, replace(config, provenance=replace(config.provenance, parent=source.sha256))
+
+
 def load_flow(source: str | Path | Source, weights: Weights = "ema") -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns the network of a checkpoint, in float32 on the CPU, and its configuration.
 

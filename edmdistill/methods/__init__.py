@@ -84,5 +84,10 @@ METHODS: dict[str, MethodEntry] = {
         "ECT: easy consistency tuning, discrete pairs of noise levels that close in, trained on data alone.",
         ("geng2024ect",),
     ),
+    "tcm": MethodEntry(
+        "edmdistill.methods.tcm:TCM",
+        "TCM: truncated consistency models, a second stage that trains a consistency model at high noise alone.",
+        ("lee2025tcm",),
+    ),
 }
 """By the name used on the command line and in recipes."""

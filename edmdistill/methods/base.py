@@ -115,6 +115,7 @@ class Role(NamedTuple):
         source: the network it is initialized from: the teacher, or the guide, another network of the same data.
         ema_of: the role it is the moving average of, or None.
         make: (teacher, seed) -> a network of another kind; None: a copy of the source.
+        sigma_min: the lowest noise level that it is for; None: the source's.
     """
 
     trained: bool
@@ -125,6 +126,7 @@ class Role(NamedTuple):
     source: Literal["teacher", "guide"] = "teacher"
     ema_of: EmaOf | None = None
     make: Callable[[FlowNetwork, int], nn.Module] | None = None
+    sigma_min: float | None = None
 
     @property
     def frozen(self) -> bool:
@@ -186,11 +188,13 @@ class Method(ABC, Generic[ConfigT]):
         Config: a frozen msgspec.Struct; its fields are the [method] table of a recipe.
         roles: the networks of the default options, by name; `roles_for` gives those of others.
         product: the role whose average is the run's result.
+        first_stages: methods whose generators are its teachers; none: a teacher is a diffusion model.
     """
 
     Config: ClassVar[type[msgspec.Struct]]
     roles: ClassVar[dict[str, Role]]
     product: ClassVar[str] = "generator"
+    first_stages: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ConfigT, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         """networks: of every role, a FlowFunction or what its `make` returns."""

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from torch import nn
 
 from edmdistill.checkpoints.config import CheckpointConfig, Guidance, SamplingDefaults
-from edmdistill.checkpoints.load import read_teacher
+from edmdistill.checkpoints.load import read_first_stage, read_teacher
 from edmdistill.checkpoints.noise_dependence import generator_warning
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.fit import require_fit
@@ -106,8 +106,9 @@ def read_sources(
     """Opens the data and reads the networks; the arguments are those of `prepare`."""
     dataset = open_dataset(data, split=recipe.data.split, xflip=recipe.data.xflip)
     name, warm_start = recipe.method_name, None if init is None else read_init(init, recipe)
+    stages = recipe.method_class.first_stages
     if teacher is not None:
-        flow, config = read_teacher(teacher)
+        flow, config = read_first_stage(teacher, stages) if stages else read_teacher(teacher)
     elif warm_start is not None and not any(role.frozen for role in recipe.roles.values()):
         flow, config = drop_second_time(warm_start.flow), warm_start.config
     elif recipe.network is not None:

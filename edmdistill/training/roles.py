@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -54,6 +55,8 @@ def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
         network = add_logvar(network, recipe.training.seed, role.logvars)
     if role.guided:
         network = add_guidance(network)
+    if role.sigma_min is not None:
+        network = raise_sigma_min(network, role.sigma_min, recipe)
     network.compute_dtype = PRECISION[recipe.training.precision]
     network.requires_grad_(False).eval()
     if role.frozen:
@@ -61,6 +64,17 @@ def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
     elif recipe.training.dropout is not None:
         set_dropout(network, recipe.training.dropout, recipe.training.dropout_max_resolution)
     return network
+
+
+def raise_sigma_min(flow: FlowNetwork, sigma_min: float, recipe: Recipe) -> FlowNetwork:
+    """Returns the network for noise levels from sigma_min on.  Raises: TrainingError: its range ends below."""
+    if sigma_min >= flow.sigma_max:
+        raise TrainingError(
+            f"{recipe.method_name} trains from noise level {sigma_min:g} on, but the teacher's end at "
+            f"{flow.sigma_max:g}: lower it"
+        )
+    preconditioning = replace(flow.preconditioning, sigma_min=sigma_min)
+    return FlowNetwork(flow.network, preconditioning, label_dropout=flow.label_dropout)
 
 
 def set_dropout(network: FlowNetwork, dropout: float, max_resolution: int | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils import get_total_norm
-from toy_runs import NETWORK, OPTIONS
+from toy_runs import NETWORK, OPTIONS, source_of
 
 from edmdistill.machine.engine import Engine, Machine
 from edmdistill.methods import METHODS
@@ -40,7 +40,7 @@ def recipe(case: str, rounds: int) -> Recipe:
 
 def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[str, float]]:
     """What every round measured, and the norm of each average after the last."""
-    source = None if case == "diffusion" else teacher
+    source = source_of(case.split(",")[0], teacher)
     run = prepare(recipe(case, count), data="digits", teacher=source, machine=machine, force_guidance=True)
     found = list(rounds(run))
     for role in run.optimizers.keys() if not machine.shard else ():

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_by_two
+from toy_runs import save_sources
 
-from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
+from edmdistill.checkpoints.store import load_checkpoint
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Engine, Machine, scale_gradients
 from edmdistill.methods import METHODS
@@ -35,7 +36,7 @@ def losses(
     """Of every round of every case, in one process and in two."""
     folder = tmp_path_factory.mktemp("losses")
     flow, config = load_checkpoint(teacher)
-    save_checkpoint(folder / "teacher", flow.double(), config)
+    save_sources(folder / "teacher", flow.double(), config)
     rounds, *shared = request.param
     torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
     try:

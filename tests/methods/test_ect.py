@@ -7,7 +7,8 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, NoiseRange
-from edmdistill.methods.ect import ECT, ECTConfig, paired_sigma
+from edmdistill.methods.ect import ECT, ECTConfig
+from edmdistill.methods.pairs import paired_sigma
 from edmdistill.schedules import lognormal_sigmas
 
 NOISE = NoiseRange(SIGMA_DATA, 0.002, 80.0)
@@ -51,12 +52,12 @@ def test_loss_and_gradient_are_the_paper_s(images: int, c: float) -> None:
 
 def test_pairs_close_in_and_begin_at_the_data() -> None:
     sigma = torch.logspace(-3, 2, 50, dtype=torch.float64)
-    stages = torch.stack([paired_sigma(sigma, stage, 2.0, 8.0, 1.0) for stage in (1, 2, 4, 8, 16)])
+    stages = torch.stack([paired_sigma(sigma, 2.0**-stage, 8.0, 1.0) for stage in (1, 2, 4, 8, 16)])
     assert (stages.diff(dim=0) >= 0).all()
     assert (stages < sigma).all()
     assert (stages[0, sigma < 0.1] == 0).all()  # diffusion training at first, where 5/2 > 1
     torch.testing.assert_close(stages[-1], sigma, rtol=1e-3, atol=0)
-    assert float(paired_sigma(sigma[-1:], 1, 2.0, 8.0, 1.0)) == pytest.approx(50.0, rel=1e-3)
+    assert float(paired_sigma(sigma[-1:], 0.5, 8.0, 1.0)) == pytest.approx(50.0, rel=1e-3)
 
 
 def test_a_late_stage_still_has_a_gradient() -> None:

@@ -2,11 +2,14 @@ import json
 
 import pytest
 import torch
+from msgspec.structs import replace
 from tolerance import assert_rounded, depth
 
+from edmdistill.checkpoints.load import load_flow
 from edmdistill.errors import CheckpointError, DatasetError, TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
+from edmdistill.methods.tcm import TCMConfig
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -20,7 +23,7 @@ from edmdistill.training.session import train
 def test_every_role_starts_as_the_teacher(method, start):
     run = start(method)
     torch.manual_seed(0)
-    x_t, t = torch.randn(4, 1, 8, 8), torch.rand(4)
+    x_t, t = torch.randn(4, 1, 8, 8), 1.2 + 0.3 * torch.rand(4)  # where all are for, TCM's generator too
     labels = torch.eye(10)[:4]
     flows = {role: network for role, network in run.networks.items() if METHODS[method].load().roles[role].make is None}
     outputs = [network(x_t, t, labels) for network in (*flows.values(), run.ema.network)]
@@ -63,6 +66,23 @@ def test_a_generator_is_no_teacher(start, recipe, tmp_path):
     train(start("sid"), tmp_path / "run")
     with pytest.raises(CheckpointError, match="is a generator, made by sid"):
         prepare(recipe("cosim"), data="digits", teacher=tmp_path / "run")
+
+
+def test_a_second_stage_goes_on_from_a_first(start, recipe, teacher, tmp_path):
+    run = start("tcm")
+    assert (run.config.stage, run.config.method) == ("generator", "tcm")
+    train(run, tmp_path / "run")
+    flow, config = load_flow(tmp_path / "run")
+    assert flow.sigma_min == config.sigma_min == 1.0
+    assert run.networks["teacher"].sigma_min == 0.002
+    for source, found in ((teacher, "a teacher"), (tmp_path / "run", "a generator of tcm")):
+        with pytest.raises(
+            CheckpointError, match=f"{source} is {found}, not a first stage: train one by ect, sct, scd or"
+        ):
+            prepare(recipe("tcm"), data="digits", teacher=source)
+    raised = replace(recipe("tcm"), method=TCMConfig(boundary=90.0))
+    with pytest.raises(TrainingError, match="tcm trains from noise level 90 on, but the teacher's end at 80: lower it"):
+        prepare(raised, data="digits", teacher=teacher.with_name("first-stage"))
 
 
 def test_a_run_directory_is_a_teacher_and_a_place_to_start_from(start, recipe, tmp_path):

@@ -1,0 +1,93 @@
+"""Discrete pairs of consistency training: a point at two noise levels, with one noise for both.
+
+    x_t = x0 + sigma_t eps,   x_r = x0 + sigma_r eps,   sigma_r = sigma_t (1 - n(sigma_t) gap)
+    d(f(x_t, t), f^-(x_r, r)),   f^-(x, 0) = x
+
+Here in TrigFlow. Source: Geng et al. 2024 (ECT), and the official code (training/loss.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
+
+import msgspec
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, FlowFunction
+from edmdistill.trigflow import denoised, diffuse, expand, sigma_to_time
+
+CLOSEST = 2.0**-20
+"""Smallest relative distance of a pair: closer, float32 sees one noise level, and the distance has no gradient."""
+Gap = Annotated[
+    float, Meta(ge=CLOSEST, lt=1, description="relative distance of a pair, before it is widened at low noise")
+]
+
+
+class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Options of every method that learns by pairs."""
+
+    P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of ln(sigma)")] = -1.1
+    P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of ln(sigma)")] = 2.0
+    k: Annotated[float, Meta(ge=0, le=1e6, description="how much wider pairs are at low noise")] = 8.0
+    b: Annotated[float, Meta(gt=0, le=1e6, description="how fast that ends as sigma rises")] = 1.0
+    c: Annotated[float, Meta(ge=0, le=1e6, description="constant of the pseudo-Huber distance; 0 = L2 norm")] = 0.0
+
+
+class Pair(NamedTuple):
+    """The distance of f(x_t, t) from f^-(x_r, r), with gradient.  [B]
+
+    Attributes:
+        t, r: times.  [B]
+        estimate: f(x_t, t), detached.  [B,C,H,W]
+    """
+
+    distance: Tensor
+    t: Tensor
+    r: Tensor
+    estimate: Tensor
+
+
+def compare_pair(
+    network: FlowFunction,
+    batch: Batch,
+    sigma_t: Tensor,
+    sigma_r: Tensor,
+    draws: Draws,
+    *,
+    sigma_data: float,
+    c: float,
+    target: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
+) -> Pair:
+    """Draws the noise of a pair and returns sqrt(|f(x_t, t) - f^-(x_r, r)|^2 + c^2) - c, summed over pixels.
+
+    Args:
+        sigma_t, sigma_r: noise levels, sigma_r < sigma_t.  [B]
+        target: (x_r, r, labels) -> F; None: the network itself.
+    """
+    z = draws.normal_like(batch.x0, sigma_data)
+    t, r = sigma_to_time(sigma_t, sigma_data), sigma_to_time(sigma_r, sigma_data)
+    with torch.no_grad():  # so that both share the dropout of the next pass
+        x_r = diffuse(batch.x0, z, r)
+        x0_r = denoised(x_r, (target or network)(x_r, r, batch.labels), r, sigma_data)
+        x0_r = torch.where(expand(r, x0_r) > 0, x0_r, batch.x0)
+    x_t = diffuse(batch.x0, z, t)
+    x0_t = denoised(x_t, network(x_t, t, batch.labels), t, sigma_data)
+    distance = ((x0_t - x0_r).square().flatten(1).sum(1) + c**2).sqrt() - c
+    return Pair(distance, t, r, x0_t.detach())
+
+
+def paired_sigma(sigma: Tensor, gap: float, k: float, b: float) -> Tensor:
+    """Returns sigma_r = max(0, sigma (1 - (1 + k / (1 + e^(b sigma))) gap)).  sigma, sigma_r [B]
+
+    Source: ECT's mapping function, as in the official code.
+    """
+    return (sigma * (1 - (1 + k * torch.sigmoid(-b * sigma)) * gap)).clamp(min=0)
+
+
+def inverse_c_out_squared(sigma: Tensor, sigma_data: float) -> Tensor:
+    """Returns 1 / sigma^2 + 1 / sigma_d^2 = 1 / c_out^2.  [B]  Source: EDM, table 1."""
+    return sigma**-2 + sigma_data**-2
