@@ -35,6 +35,12 @@ OPTIONS = {
 }
 """Of a method, beside its name."""
 
+ALL_METHODS = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("ect", "mean-flow", "tcm") else ())
+    for name in sorted(METHODS)
+]
+"""Slow are those whose networks and turns are like another's: sct's, fmd's, dscd's."""
+
 share_probes()
 
 

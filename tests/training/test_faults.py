@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_runs import ALL_METHODS
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
@@ -44,7 +45,7 @@ def what_it_left(run_dir: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ALL_METHODS)
 def test_resumed_is_never_interrupted(method, start, whole, tmp_path):
     """8 rounds = 5 + resume + 3, bit for bit on one machine, dropout and all."""
     (run, straight), broken = whole(method, **EIGHT_ROUNDS), tmp_path / "broken"

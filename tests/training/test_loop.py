@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from script_files import Gap, Maps, script
+from toy_runs import ALL_METHODS
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
@@ -18,7 +19,6 @@ from edmdistill.training.optimizers import learning_rate
 from edmdistill.training.prepare import prepare
 from edmdistill.training.session import train
 
-ALL_METHODS = sorted(METHODS)
 OFFLOADS = "ema", "teacher", "optimizer"
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 from tolerance import assert_rounded, depth
+from toy_runs import ALL_METHODS
 
 from edmdistill.checkpoints.load import load_flow
 from edmdistill.errors import CheckpointError, DatasetError, TrainingError
@@ -19,7 +20,7 @@ from edmdistill.training.roles import set_dropout
 from edmdistill.training.session import train
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ALL_METHODS)
 def test_every_role_starts_as_the_teacher(method, start):
     run = start(method)
     torch.manual_seed(0)
