@@ -35,6 +35,7 @@ from edmdistill.atomic import atomic_write
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
+from edmdistill.report.curves import Axis, axis
 from edmdistill.training.loop import rounds
 from edmdistill.training.prepare import prepare
 
@@ -45,12 +46,16 @@ METRICS = {"fd_digits": ".3g", "class_accuracy": ".3f"}
 
 
 class Contestant(NamedTuple):
-    """A method, its recipe, whether it starts from the teacher that reads t, and values laid over the recipe."""
+    """A method, its recipe, whether it starts from the teacher that reads t, and values laid over the recipe.
+
+    after: the contestant whose generator of the same seed it starts from; each has half of the minutes.
+    """
 
     method: str
     recipe: str
     adapted: bool
     sets: tuple[str, ...] = ()
+    after: str | None = None
 
 
 CONTESTANTS = {
@@ -67,6 +72,7 @@ CONTESTANTS = {
     "fmd-lagrangian": Contestant("fmd", "fmd/digits-lagrangian", adapted=True),
     "mean-flow": Contestant("mean-flow", "mean-flow/digits", adapted=True),
     "ect": Contestant("ect", "ect/digits", adapted=False),
+    "tcm": Contestant("tcm", "tcm/digits", adapted=False, after="ect"),
     "scd-unadapted": Contestant("scd", "scd/digits", adapted=False, sets=("method.allow_edm_time=true",)),
 }
 
@@ -151,15 +157,14 @@ def images_per_second(name: str, teacher: Path, folder: Path, seconds: float = 1
     return float(made["images_per_second"])
 
 
-def trained(name: str, seed: int, teacher: Path, images: int, folder: Path) -> dict[str, Any]:
-    """Trains a contestant and measures it, or knows it already."""
+def trained(name: str, seed: int, teacher: Path, images: int, run: Path, before: float = 0) -> dict[str, Any]:
+    """Trains a contestant in a folder and measures it, or knows it already.  before: CPU-seconds of its first stage"""
     method, recipe, *_ = CONTESTANTS[name]
     resolved, made_by, sets = recipe_of(name, images=images, seed=seed, snapshot_every=images)
-    entry = Entry(folder / f"{name}-{seed}.json", made_by)
+    entry = Entry(run.with_suffix(".json"), made_by)
     if (made := entry.known()) is not None:
         return made
-    print(f"{name} {seed}: {images:,} images", flush=True)
-    run = folder / f"{name}-{seed}"
+    print(f"{run.name}: {images:,} images", flush=True)
     log, evaluation = run.with_suffix(".log"), run / "eval.json"
     shutil.rmtree(run, ignore_errors=True)
     options = "--data", "digits", "--recipe", recipe, "--run-dir", run, "--device", "cpu"
@@ -170,7 +175,8 @@ def trained(name: str, seed: int, teacher: Path, images: int, folder: Path) -> d
     metrics = [result["metrics"] for result in json.loads(evaluation.read_text())["results"]]
     scores = {metric: dict(zip(nfe, (each[metric] for each in metrics), strict=True)) for metric in METRICS}
     values = ", ".join(f"{value:.3g} in {n}" for n, value in scores["fd_digits"].items())
-    print(f"{name} {seed}: digits-FD {values}, after {spent.cpu_seconds / 60:.2f} CPU-minutes", flush=True)
+    spent = spent._replace(cpu_seconds=before + spent.cpu_seconds)
+    print(f"{run.name}: digits-FD {values}, after {spent.cpu_seconds / 60:.2f} CPU-minutes", flush=True)
     return entry.add(images=images, **spent._asdict(), **scores)
 
 
@@ -192,6 +198,45 @@ def row(name: str, runs: list[dict[str, Any]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def chart(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Digits-FD by number of steps as SVG, a line a method: means, with a label beside the last point of each."""
+    lines = {
+        name: [(int(n), statistics.mean(run["fd_digits"][n] for run in runs)) for n in runs[0]["fd_digits"]]
+        for name, runs in found.items()
+    }
+    x, y = Axis([float(n) for n in NFE], log=True), axis([fd for line in lines.values() for _, fd in line], log=True)
+    place = {name: [(50 + 440 * x.at(n), 400 - 360 * y.at(fd)) for n, fd in line] for name, line in lines.items()}
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440">',
+        "<style>text { font: 13px system-ui, sans-serif } .line { fill: none; stroke-width: 2 }"
+        " .paper { fill: #fff } .ink { fill: #1b1f27 } .rule { stroke: #e1e4ea }"
+        " @media (prefers-color-scheme: dark)"
+        " { .paper { fill: #14161b } .ink { fill: #e7e9ee } .rule { stroke: #31353f } }</style>",
+        '<rect class="paper" width="640" height="440"/>',
+        '<text class="ink" x="50" y="20">digits-FD by number of steps, at equal CPU-minutes</text>',
+    ]
+    for tick in y.ticks:
+        at = 400 - 360 * y.at(tick)
+        parts.append(
+            f'<path class="rule" d="M50 {at:.1f}H490"/><text class="ink" x="14" y="{at + 4:.1f}">{tick:g}</text>'
+        )
+    parts += [f'<text class="ink" x="{46 + 440 * x.at(n):.1f}" y="424">{n}</text>' for n in NFE]
+    label = 0.0
+    for i, (name, points) in enumerate(sorted(place.items(), key=lambda item: item[1][-1][1])):
+        color = f"hsl({i * 137 % 360} 65% 48%)"
+        last_x, last_y = points[-1]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        parts.append(f'<polyline class="line" stroke="{color}" points="{path}"/>')
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{color}"/>' for a, b in points]
+        if len(points) == 1:
+            parts.append(f'<text x="{last_x + 7:.1f}" y="{last_y + 4:.1f}" fill="{color}">{name}</text>')
+            continue
+        label = max(last_y, label + 15)
+        parts.append(f'<path stroke="{color}" stroke-opacity=".4" d="M{last_x + 5:.1f} {last_y:.1f}L512 {label:.1f}"/>')
+        parts.append(f'<text x="516" y="{label + 4:.1f}" fill="{color}">{name}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
 def report(found: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
     """Prints the table, and draws digits-FD by number of steps."""
     scores = [f"{what}, {n}" for what in ("FD", "accuracy") for n in NFE]
@@ -200,7 +245,7 @@ def report(found: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
     for name, runs in found.items():
         print(row(name, runs))
     if plot is not None:
-        ...
+        plot.write_text(chart(found))
 
 
 def main() -> None:
@@ -226,16 +271,27 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Trains and measures what is not yet in DIR."""
-    teachers = {False: SHIPPED}
-    if any(CONTESTANTS[name].adapted for name in options.methods):
-        teachers[True] = adapted_teacher(options.out)
-    teacher_of = {name: teachers[CONTESTANTS[name].adapted] for name in options.methods}
-    rates = {name: images_per_second(name, teacher, options.out) for name, teacher in teacher_of.items()}
+    out, each = options.out, {name: CONTESTANTS[name] for name in options.methods}
+    firsts = {name: CONTESTANTS[contestant.after] for name, contestant in each.items() if contestant.after}
+    needs_adapted = any(contestant.adapted for contestant in (*each.values(), *firsts.values()))
+    teachers = {False: SHIPPED} | ({True: adapted_teacher(out)} if needs_adapted else {})
+
+    def images(name: str, teacher: Path, share: float) -> int:
+        batch = recipe_of(name)[0].training.batch
+        seconds = share * options.minutes * 60
+        wanted = share * options.images if options.images else images_per_second(name, teacher, out) * seconds
+        return max(1, round(wanted / batch)) * batch
+
+    lengths = {name: images(name, teachers[each[name].adapted], 1) for name in each if not each[name].after}
 
     def run(name: str, seed: int) -> None:
-        batch = recipe_of(name)[0].training.batch
-        images = max(1, round((options.images or rates[name] * options.minutes * 60) / batch)) * batch
-        trained(name, seed, teacher_of[name], images, options.out)
+        folder, teacher, first = out / f"{name}-{seed}", teachers[each[name].adapted], each[name].after
+        if first is None:
+            trained(name, seed, teacher, lengths[name], folder)
+            return
+        stage = out / f"{name}-{seed}-{first}"
+        made = trained(first, seed, teacher, images(first, teacher, 0.5), stage)
+        trained(name, seed, stage, images(name, stage, 0.5), folder, made["cpu_seconds"])
 
     with ThreadPoolExecutor(options.jobs) as pool:
         # Seed by seed, so that a table of fewer seeds is there early.
