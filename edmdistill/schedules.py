@@ -69,7 +69,8 @@ def cosim_sigmas(
     """
     r_s = draws.uniform() * r_s_max
     k = (draws.uniform() * R).floor() + 1
-    gamma = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform() / k)
+    to_max = draws.uniform() < share_to_max
+    gamma = (draws.uniform() / k).masked_fill(to_max, 1.0)
     r_t = (r_s + gamma).clamp(max=1)
     return edm_curve(r_s, sigma_min, sigma_max), edm_curve(r_t, sigma_min, sigma_max)
 
@@ -93,7 +94,8 @@ def start_first_sigmas(
         numbers spare the ends of [0, t], where the two scores say little of a jump.
     """
     low = edm_index(sigma_from, sigma_min, sigma_max, rho) if sigma_from > sigma_min else 0.0
-    r_t = torch.where(draws.uniform() < share_to_max, 1.0, low + (1 - low) * draws.uniform())
+    from_max = draws.uniform() < share_to_max
+    r_t = (low + (1 - low) * draws.uniform()).masked_fill(from_max, 1.0)
     r_s = r_t * (draws.uniform() + draws.uniform()) / 2
     return edm_curve(r_s, sigma_min, sigma_max, rho), edm_curve(r_t, sigma_min, sigma_max, rho)
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from edmdistill.transfer import is_gpu
+
 
 def sigma_to_time(sigma: Tensor | float, sigma_data: float) -> Tensor:
     """Returns t = arctan(sigma / sigma_data), float64, in [0, pi/2].
@@ -33,6 +35,8 @@ def time_to_sigma(t: Tensor | float, sigma_data: float) -> Tensor:
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
     """Returns t [] or [B] as a float64 tensor that broadcasts over x [B,...]."""
+    if not t.ndim and is_gpu(x.device) and t.device.type == "cpu":
+        t = torch.full((), float(t), dtype=torch.float64, device=x.device)  # a copy would be waited for
     return t.to(x.device, torch.float64).reshape(-1, *[1] * (x.ndim - 1))
 
 

@@ -16,6 +16,7 @@ LAYERS = (
     ("errors", "progress", "pickles", "assets"),
     ("atomic", "jsonl", "stored_tensors"),
     ("archives",),
+    ("transfer",),
     ("trigflow",),
     ("draws",),
     ("schedules",),

@@ -8,15 +8,20 @@ import re
 import torch
 
 from edmdistill.errors import EdmDistillError
+from edmdistill.transfer import is_gpu
 
 
 def pick_device(name: str | None) -> torch.device:
     """Returns the device of that name, after a first tensor on it; see `named_device`.
 
+    A GPU becomes the current one, for libraries that are not told which.
+
     Raises: EdmDistillError: no such device is here, or torch cannot use it.
     """
     device = named_device(name)
     try:
+        if is_gpu(device) and device.index is not None:
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
@@ -57,6 +62,17 @@ def named_device(name: str | None) -> torch.device:
         gpus = "one GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
         raise EdmDistillError(f"there is no {name}: this machine has {gpus}")
     return torch.device(name)
+
+
+OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED"
+"""Parts of the errors by which CUDA, cuBLAS (CUBLAS_STATUS_ALLOC_FAILED) and cuDNN say so, besides torch."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that the GPU has no memory left, whichever library found out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
 
 
 def named_dtype(name: str | None) -> torch.dtype | None:

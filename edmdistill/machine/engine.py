@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, cpu_offload
+from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -29,7 +29,9 @@ from torch.nn.utils import get_total_norm
 
 from edmdistill.errors import PeerFailed, TrainingError
 from edmdistill.machine.devices import pick_device
+from edmdistill.machine.offload import offload
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.transfer import is_gpu, to_host
 
 T = TypeVar("T")
 
@@ -85,7 +87,7 @@ class Engine:
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         device = pick_device(machine.device)
         local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if device.type == "cuda" and local_rank >= count:
+        if is_gpu(device) and local_rank >= count:
             raise TrainingError(
                 f"this machine has {count} GPU{'' if count == 1 else 's'}, too few for process {local_rank + 1}: "
                 "start no more processes than GPUs, or add --device cpu"
@@ -144,7 +146,7 @@ class Engine:
         """Raises: TrainingError: a batch cannot be split into the micro-batches that were asked for."""
         if self.machine.micro_batch != "auto":
             self.micro_batches(batch)
-        elif self.device.type != "cuda":
+        elif not is_gpu(self.device):
             raise TrainingError("--micro-batch auto needs a GPU, but this run is on the CPU: use a number of images")
 
     # Networks.
@@ -167,7 +169,7 @@ class Engine:
         Where gradients flow through to the input, autograd keeps the weights until the backward pass, except in
         checkpointed blocks: without checkpointing, nothing is saved there.
         """
-        cpu_offload(network.network, execution_device=self.device, offload_buffers=True)
+        offload(network.network, self.device)
 
     def wrap(self, network: nn.Module, trained: bool) -> RoleModule:
         """Returns the module that methods call, for a network on its device; only used weights of a trained one are
@@ -216,8 +218,8 @@ class Engine:
         for name, tensor in tensors.items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.is_main:
-                whole[name] = full.detach().cpu()
-        return whole
+                whole[name] = full.detach() if self.mesh is None else full.detach().cpu()  # one at a time on the GPU
+        return dict(zip(whole, to_host(list(whole.values())), strict=True))
 
     # Processes.
 

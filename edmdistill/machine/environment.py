@@ -14,6 +14,7 @@ import torch
 import edmdistill
 from edmdistill.machine.engine import Engine
 from edmdistill.machine.host import cores, host_memory, peak_host_memory, processor
+from edmdistill.transfer import is_gpu
 
 
 class Environment(TypedDict):
@@ -47,7 +48,7 @@ class SessionRecord(Environment):
 def environment(engine: Engine) -> Environment:
     """Returns the environment of this process."""
     machine, device = engine.machine, engine.device
-    if device.type == "cuda":
+    if is_gpu(device):
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
     else:
@@ -57,7 +58,7 @@ def environment(engine: Engine) -> Environment:
         "revision": revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if is_gpu(device) else None,
         "system": platform.platform(terse=True),
         "device": name,
         "device_memory": memory,
@@ -91,4 +92,4 @@ def _git(folder: Path, *words: str) -> str:
 
 def peak_memory(device: torch.device) -> int:
     """Returns the most memory, in bytes, that this process has held: its tensors on a GPU, or all of it on the host."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_memory()
+    return torch.cuda.max_memory_allocated(device) if is_gpu(device) else peak_host_memory()

@@ -28,6 +28,7 @@ from edmdistill.methods.jumps import Jump, JumpDistribution, Matching, draw_jump
 from edmdistill.methods.noising import noised
 from edmdistill.methods.solver import follow_flow
 from edmdistill.schedules import ctm_score_sigmas, edm_sigmas
+from edmdistill.transfer import Constant
 from edmdistill.trigflow import ddim_step, sigma_to_time
 
 Inner = Literal["average", "live"]
@@ -70,7 +71,8 @@ class CTM(Method[CTMConfig]):
         super().__init__(config, networks, noise)
         self.generator, self.target = networks["generator"], networks["target"]
         self.distance = networks["perception"] if config.lpips else DISTANCES[config.distance]
-        self.times = sigma_to_time(edm_sigmas(config.N, noise.sigma_min, noise.sigma_max), noise.sigma_data)
+        times = sigma_to_time(edm_sigmas(config.N, noise.sigma_min, noise.sigma_max), noise.sigma_data)
+        self.times, self.end = Constant(times), float(times[-1])
 
     @classmethod
     def roles_for(cls, config: CTMConfig) -> dict[str, Role]:
@@ -97,7 +99,8 @@ class CTM(Method[CTMConfig]):
 
     def draw_jump(self, batch: Batch, draws: Draws) -> Jump:
         """Algorithm 4, lines 2-5."""
-        return draw_jump(batch.x0, self.times, draws, self.noise.sigma_data, self.config)
+        times = self.times.on(batch.x0.device)
+        return draw_jump(batch.x0, times, draws, self.noise.sigma_data, self.config)
 
     @torch.no_grad()
     def x_target(self, jump: Jump, labels: Tensor | None) -> Tensor:
@@ -121,7 +124,7 @@ class CTM(Method[CTMConfig]):
 
         Differs: the paper's end is 0; that of the official code, sigma_min, is used here.
         """
-        return self.jump(self.target, x_s, s, torch.full_like(s, float(self.times[-1])), labels)
+        return self.jump(self.target, x_s, s, torch.full_like(s, self.end), labels)
 
     def jump(self, network: FlowFunction, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """Returns G(x_t, t, s)."""

@@ -20,6 +20,7 @@ from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, 
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
 from edmdistill.methods.noising import one_step
 from edmdistill.schedules import discrete_lognormal, edm_curve
+from edmdistill.transfer import Constant
 from edmdistill.trigflow import cos_sin, ddim_step, denoised, diffuse, sigma_to_time
 
 
@@ -41,8 +42,9 @@ class DSCD(GuidedMethod[DSCDConfig]):
         self.generator = networks["generator"]
         sigma_data, sigma_min, sigma_max = noise
         sigmas = edm_curve(torch.arange(1, config.intervals + 1) / config.intervals, sigma_min, sigma_max)
-        self.times = torch.cat([torch.zeros(1, dtype=torch.float64), sigma_to_time(sigmas, sigma_data)])
-        self.probabilities = discrete_lognormal(sigmas, P_mean=config.P_mean, P_std=config.P_std)
+        self.times = Constant(torch.cat([torch.zeros(1, dtype=torch.float64), sigma_to_time(sigmas, sigma_data)]))
+        probabilities = discrete_lognormal(sigmas, P_mean=config.P_mean, P_std=config.P_std)
+        self.cumulative = Constant(probabilities.cumsum(0))
 
     @classmethod
     def roles_for(cls, config: DSCDConfig) -> dict[str, Role]:
@@ -60,9 +62,9 @@ class DSCD(GuidedMethod[DSCDConfig]):
         """Algorithm 2."""
         config, sigma_data, device = self.config, self.noise.sigma_data, batch.x0.device
         # t is one of levels 1 ... N; t_0 = 0 is only the end of a step.
-        level = torch.searchsorted(self.probabilities.cumsum(0).to(device), draws.uniform())
+        level = torch.searchsorted(self.cumulative.on(device), draws.uniform())
         level = level.clamp(max=config.intervals - 1)
-        times = self.times.to(device)
+        times = self.times.on(device)
         t_before, t = times[level], times[level + 1]
         x_t = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), t)
         w = self.teacher.weights(draws)

@@ -58,9 +58,8 @@ def draw_jump(x0: Tensor, times: Tensor, draws: Draws, sigma_data: float, config
 
     Args:
         x0: images.  [B,C,H,W]
-        times: decreasing.  [N]
+        times: decreasing, on the same device.  [N]
     """
-    times = times.to(x0.device)
     start, end, stop, steps = ctm_indices(
         draws,
         len(times),

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from edmdistill.errors import TrainingError
 from edmdistill.networks.arguments import validated
+from edmdistill.transfer import Constant
 
 Sigma = Annotated[float, Meta(ge=1e-9, le=1e9)]
 Coefficients = tuple[Tensor | float, Tensor | float, Tensor | float, Tensor]
@@ -238,6 +239,10 @@ class IDDPM(NoisePrediction):
     sign = -1.0
 
     @cached_property
+    def _levels(self) -> Constant:
+        return Constant(self.levels)
+
+    @cached_property
     def levels(self) -> Tensor:
         """The official buffer `u`.  [M+1] float32, descending to 0"""
         return _iddpm_levels(self.C_1, self.C_2, self.M)
@@ -257,11 +262,11 @@ class IDDPM(NoisePrediction):
                 f"an iDDPM network has {self.M} discrete noise levels, so it has no derivative in time: "
                 "use a teacher with EDM, VP or VE preconditioning"
             )
-        levels = self.levels.to(sigma.device, sigma.dtype)
+        levels = self._levels.on(sigma.device, sigma.dtype)
         return (sigma[..., None] - levels).abs().argmin(-1)
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
-        return self.levels.to(sigma.device, sigma.dtype)[self.index(sigma)]
+        return self._levels.on(sigma.device, sigma.dtype).take(self.index(sigma))
 
     def c_noise(self, sigma: Tensor) -> Tensor:
         return (self.M - 1 - self.index(sigma)).to(sigma.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.flow import Denoiser
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.guidance import GuidedDenoiser
 from edmdistill.sampling.heun import EDM2_SAMPLER, EDM_SAMPLER, Churn, OfficialSampler
@@ -65,7 +65,7 @@ def _gamma_sampler(model: Generator, spec: SamplerSpec) -> Sampler:
     times = model.schedule(spec.nfe or DEFAULT_NFE)
     if spec.times is not None:
         times = torch.as_tensor(spec.times, dtype=torch.float64)
-    jump = partial(model.jump, w=torch.tensor(weight)) if flow.guided else model.jump
+    jump = partial(model.jump, w=_weight_tensor(flow, weight)) if flow.guided else model.jump
     sigmas = tuple(time_to_sigma(times, flow.sigma_data).tolist())
     return Sampler(
         partial(gamma_sampler, jump, times=times, sigma_data=flow.sigma_data, gamma=gamma),
@@ -109,7 +109,7 @@ def _reference_sampler(model: Generator | Denoiser, spec: SamplerSpec, reference
     sigmas = paper_sigmas(flow.sigma_min, flow.sigma_max)
     if spec.times is not None:
         sigmas = time_to_sigma(torch.as_tensor(spec.times, dtype=torch.float64), flow.sigma_data)
-    w = torch.tensor(weight) if flow.guided else None
+    w = _weight_tensor(flow, weight) if flow.guided else None
 
     def jump(x: Tensor, sigma: Tensor, sigma_next: Tensor, labels: Tensor | None) -> Tensor:
         t, s = sigma_to_time(sigma, flow.sigma_data), sigma_to_time(sigma_next, flow.sigma_data)
@@ -122,6 +122,11 @@ def _reference_sampler(model: Generator | Denoiser, spec: SamplerSpec, reference
         partial(draw, gamma=gamma),
         SamplerRecord(solver="reference", nfe=nfe, gamma=gamma, sigmas=levels, guidance=weight),
     )
+
+
+def _weight_tensor(flow: FlowNetwork, weight: float) -> Tensor:
+    """Returns the weight on the network's device.  []"""
+    return torch.full((), weight, device=next(flow.parameters()).device)
 
 
 def _guidance_weight(model: Generator | Denoiser, requested: float | None) -> float:

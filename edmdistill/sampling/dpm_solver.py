@@ -13,6 +13,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from edmdistill.sampling.heun import ODEDenoiser
+from edmdistill.transfer import to_device
 
 
 def ddim_sampler(denoiser: ODEDenoiser, noise: Tensor, labels: Tensor | None = None, *, sigmas: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def ddim_sampler(denoiser: ODEDenoiser, noise: Tensor, labels: Tensor | None = N
     Args, Returns: as edm_sampler's.
     Source: Song et al. 2021 (DDIM), eq. 12 with sigma 0; sCM, eq. 26.
     """
-    sigmas = sigmas.to(noise.device)
+    sigmas = to_device(sigmas, noise.device)
     x = noise.to(sigmas.dtype) * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoiser(x, sigma, labels).to(x.dtype)
@@ -40,11 +41,11 @@ def dpm_solver_2s(
         midpoint: position of that point in ln(sigma), in (0, 1]; 1, the end of the step, is Heun's method.
     Source: Lu et al. 2022 (DPM-Solver), algorithm 1; sCM, eq. 27.
     """
-    sigmas = sigmas.to(noise.device)
+    levels, sigmas = sigmas, to_device(sigmas, noise.device)
     x = noise.to(sigmas.dtype) * sigmas[0]
-    for sigma, sigma_next in pairwise(sigmas):
+    for (sigma, sigma_next), level_next in zip(pairwise(sigmas), levels[1:], strict=True):
         n = (x - denoiser(x, sigma, labels).to(x.dtype)) / sigma
-        if sigma_next > 0:
+        if level_next > 0:
             middle = denoiser.round_sigma(sigma ** (1 - midpoint) * sigma_next**midpoint)
             ahead = x + (middle - sigma) * n
             n_ahead = (ahead - denoiser(ahead, middle, labels).to(x.dtype)) / middle
@@ -61,13 +62,13 @@ def dpm_solver_pp_2m(denoiser: ODEDenoiser, noise: Tensor, labels: Tensor | None
     Args, Returns: as edm_sampler's.
     Source: Lu et al. 2022 (DPM-Solver++), algorithm 2; sCM, eq. 28.
     """
-    sigmas = sigmas.to(noise.device)
+    levels, sigmas = sigmas, to_device(sigmas, noise.device)
     x = noise.to(sigmas.dtype) * sigmas[0]
     previous: tuple[Tensor, Tensor] | None = None
-    for sigma, sigma_next in pairwise(sigmas):
+    for (sigma, sigma_next), level_next in zip(pairwise(sigmas), levels[1:], strict=True):
         x0 = denoiser(x, sigma, labels).to(x.dtype)
         ahead = x0
-        if previous is not None and sigma_next > 0:
+        if previous is not None and level_next > 0:
             sigma_previous, x0_previous = previous
             r = (sigma_previous / sigma).log() / (sigma / sigma_next).log()
             ahead = x0 + (x0 - x0_previous) / (2 * r)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from edmdistill.transfer import to_device
 from edmdistill.trigflow import cos_sin
 
 
@@ -47,6 +48,7 @@ def gamma_sampler(
     Source: Kim et al. 2024 (CTM), algorithm 2; CoSIM, algorithm 1 and eq. 18.  Differs: CTM's algorithm confuses x
         before and after the noise; here on the circle, where EDM's scale brings in h = cos(t') / cos(s).
     """
+    times = to_device(times, noise.device)
     x = cos_sin(times[0], noise)[1] * (sigma_data * noise)
     for t, after in pairwise(times):
         s = torch.atan2(math.sqrt(1 - gamma**2) * after.sin(), after.cos())

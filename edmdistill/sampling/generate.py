@@ -17,6 +17,7 @@ from edmdistill.sampling.labels import label_vectors
 from edmdistill.sampling.seeds import SeededNoise, format_seeds
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.sampling.trajectory import ReferenceGuidance
+from edmdistill.transfer import to_device
 
 CLASS_BATCH = 256
 """Number of seeds for which classes are drawn at a time."""
@@ -92,7 +93,8 @@ def generate_images(
             rng = SeededNoise(seeds[at : at + batch])
             noise, drawn = _first_draws(model, rng)
             rows = drawn if vectors is None else vectors[at : at + batch]
-            x0 = sampler.draw(noise.to(device), None if rows is None else rows.to(device), randn_like=rng.like)
+            given = None if rows is None else to_device(rows, device)
+            x0 = sampler.draw(to_device(noise, device), given, randn_like=rng.like)
             images.append(_to_images(x0, is_latent(model)))
             if on_progress is not None:
                 on_progress(len(noise))

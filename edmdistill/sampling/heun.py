@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edmdistill.errors import EdmDistillError
 from edmdistill.schedules import edm_sigmas
+from edmdistill.transfer import to_device
 
 
 class ODEDenoiser(Protocol):
@@ -57,7 +58,7 @@ class OfficialSampler:
         num_steps: default number of steps.
         dtype: of the noise levels, and of the state between two network calls.
         clamps: the noise levels are clamped to the network's range.
-        always_draws: each step takes noise from the seed's stream, even where churn adds none.
+        always_draws: with churn, each step takes noise from the seed's stream, even where churn adds none.
     """
 
     num_steps: int
@@ -100,19 +101,19 @@ def edm_sampler(
         denoiser: (x, sigma [], labels) -> x0.
         noise: unit normal.  [B,C,H,W]
         labels: passed to the denoiser.
-        sigmas: noise levels, falling, followed by 0; see OfficialSampler.sigmas.  [n + 1]
+        sigmas: noise levels, falling, followed by 0, on the CPU; see OfficialSampler.sigmas.  [n + 1]
         churn, always_draws: see Churn and OfficialSampler.
         randn_like: unit normal noise of the shape of its argument.
     Returns: x0 [B,C,H,W], in the dtype of sigmas.
     Source: Karras et al. 2022 (EDM), algorithm 2; its official form of 2022 and that of EDM2.
     Differs: noise levels are formed in float64 and then rounded to the sampler's dtype; one step is allowed.
     """
-    sigmas = sigmas.to(noise.device)
+    levels, sigmas = sigmas, to_device(sigmas, noise.device)  # the host decides by its own numbers, and waits for none
     x = noise.to(sigmas.dtype) * sigmas[0]
-    for sigma, sigma_next in pairwise(sigmas):
+    for (level, level_next), (sigma, sigma_next) in zip(pairwise(levels), pairwise(sigmas), strict=True):
         # Raise the noise level.
-        churned = churn.strength > 0 and churn.sigma_min <= sigma <= churn.sigma_max
-        if churned or always_draws:
+        churned = churn.strength > 0 and churn.sigma_min <= level <= churn.sigma_max
+        if churned or (always_draws and churn.strength > 0):
             share = min(churn.strength / (len(sigmas) - 1), math.sqrt(2) - 1) if churned else 0.0
             raised = denoiser.round_sigma(sigma + share * sigma)
             x = x + (raised**2 - sigma**2).sqrt() * churn.inflation * randn_like(x)
@@ -123,7 +124,7 @@ def edm_sampler(
         ahead = x + (sigma_next - sigma) * slope
 
         # Its correction with the slope at the other end.
-        if sigma_next > 0:
+        if level_next > 0:
             slope_ahead = (ahead - denoiser(ahead, sigma_next, labels).to(x.dtype)) / sigma_next
             ahead = x + (sigma_next - sigma) * (0.5 * slope + 0.5 * slope_ahead)
         x = ahead

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.errors import EdmDistillError
+from edmdistill.transfer import to_device
 
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 2_000_000
@@ -51,7 +52,7 @@ class SeededNoise:
 
     def like(self, x: Tensor) -> Tensor:
         """Draws unit normal noise of the shape, dtype and device of x [B,...]."""
-        return self.normal(x.shape[1:], x.dtype).to(x.device)
+        return to_device(self.normal(x.shape[1:], x.dtype), x.device)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -15,6 +15,7 @@ from edmdistill.checkpoints.posthoc_ema import power_function_beta, sigma_rel_to
 from edmdistill.machine.engine import local_shard
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes import schema as recipes
+from edmdistill.transfer import to_host
 
 
 class HalfLife(NamedTuple):
@@ -91,9 +92,10 @@ class Ema:
 def update_average(average: nn.Module, network: nn.Module, beta: float) -> None:
     """average <- beta average + (1 - beta) weights, shard by shard; buffers are copied."""
     old = [local_shard(parameter) for parameter in average.parameters()]
-    new = [
-        local_shard(parameter).to(target.device) for parameter, target in zip(network.parameters(), old, strict=True)
-    ]
-    torch._foreach_lerp_(old, new, 1 - beta)
-    for target, buffer in zip(average.buffers(), network.buffers(), strict=True):
+    new, kept = [local_shard(parameter) for parameter in network.parameters()], list(average.buffers())
+    moved = [*new, *network.buffers()]
+    if old and old[0].device.type == "cpu":
+        moved = to_host(moved)
+    torch._foreach_lerp_(old, moved[: len(old)], 1 - beta)
+    for target, buffer in zip(kept, moved[len(old) :], strict=True):
         target.copy_(buffer)

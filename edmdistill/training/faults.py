@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-
 from edmdistill.checkpoints.layout import saved_states
 from edmdistill.errors import CheckpointError, DatasetError, PeerFailed, TrainingError
+from edmdistill.machine.devices import is_out_of_memory
 from edmdistill.training.monitors import Diverged, Health
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import RunDir
@@ -76,14 +75,16 @@ def _disk_full(error: CheckpointError | OSError, context: Context) -> TrainingEr
     )
 
 
-def _out_of_memory(error: torch.OutOfMemoryError, context: Context) -> TrainingError:
+def _out_of_memory(error: RuntimeError, context: Context) -> TrainingError:
     return TrainingError(
         f"this run does not fit in GPU memory ({str(error).partition('.')[0]}): add --micro-batch auto, "
         "--checkpoint-activations, --offload or --shard to the same command, which resumes from the last state"
     )
 
 
-def _peer_lost(error: RuntimeError, context: Context) -> TrainingError | None:
+def _runtime(error: RuntimeError, context: Context) -> TrainingError | None:
+    if is_out_of_memory(error):
+        return _out_of_memory(error, context)
     return PeerFailed("another process of the run has ended") if context.run.engine.is_peer_loss(error) else None
 
 
@@ -96,8 +97,7 @@ FAULTS: tuple[tuple[type[Exception], Callable[[Any, Context], TrainingError | No
     (DatasetError, _data_changed),
     (CheckpointError, _disk_full),
     (OSError, _disk_full),
-    (torch.OutOfMemoryError, _out_of_memory),
-    (RuntimeError, _peer_lost),
+    (RuntimeError, _runtime),
     (Exception, lambda error, context: None),
 )
 """The sentence on an error, by its class; the first match counts. None: it is raised unchanged."""

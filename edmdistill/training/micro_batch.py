@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
 
 from edmdistill.draws import Draws
 from edmdistill.errors import TrainingError
+from edmdistill.machine.devices import is_out_of_memory
 from edmdistill.machine.engine import local_shard
 from edmdistill.methods.base import Batch
 from edmdistill.training.probe import LATE
 from edmdistill.training.run import Run
+from edmdistill.transfer import is_gpu
 
 HEADROOM = 0.05
 """Share of the GPU's memory that stays free, for CUDA itself, other libraries and fragmentation."""
@@ -53,25 +56,35 @@ def fewest_micro_batches(fit: Callable[[int], bool], most: int) -> int | None:
 
 def fits(run: Run, size: int) -> bool:
     """Returns whether every turn's gradient on `size` images fits beside the states that optimizers will have."""
+    fitted = True
+    try:
+        _try_turns(run, size)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fitted = False
+    # The error is gone by now, and with it the frames that held tensors: the next trial finds their memory free.
+    for role in run.optimizers:
+        run.networks[role].zero_grad(set_to_none=True)
+    if not fitted:
+        gc.collect()
+    if is_gpu(run.engine.device):
+        torch.cuda.empty_cache()
+    return fitted
+
+
+def _try_turns(run: Run, size: int) -> None:
+    """Computes every turn's gradient on `size` images.  Raises: RuntimeError: see `is_out_of_memory`."""
     engine, network = run.engine, run.ema.network
     shape = size, network.img_channels, network.img_resolution, network.img_resolution
-    try:
-        reserved = _reserve_memory(run)  # noqa: F841  held while the turns are tried
-        for turn in run.method.turns():
-            run.set_trainable(turn.role)
-            labels = torch.zeros(size, network.label_dim, device=engine.device) if network.label_dim else None
-            batch = Batch(torch.zeros(shape, device=engine.device), labels, LATE)
-            with engine.accumulate(run.role_modules[turn.role], last=False):
-                turn.whole(batch, Draws(0, size, device=engine.device)).value.sum().backward()  # type: ignore[no-untyped-call]
-            run.networks[turn.role].zero_grad(set_to_none=True)
-    except torch.OutOfMemoryError:
-        for role in run.optimizers:
-            run.networks[role].zero_grad(set_to_none=True)
-        return False
-    finally:
-        if engine.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return True
+    reserved = _reserve_memory(run)  # noqa: F841  held while the turns are tried
+    for turn in run.method.turns():
+        run.set_trainable(turn.role)
+        labels = torch.zeros(size, network.label_dim, device=engine.device) if network.label_dim else None
+        batch = Batch(torch.zeros(shape, device=engine.device), labels, LATE)
+        with engine.accumulate(run.role_modules[turn.role], last=False):
+            turn.whole(batch, Draws(0, size, device=engine.device)).value.sum().backward()  # type: ignore[no-untyped-call]
+        run.networks[turn.role].zero_grad(set_to_none=True)
 
 
 def _reserve_memory(run: Run) -> torch.Tensor:
@@ -80,6 +93,6 @@ def _reserve_memory(run: Run) -> torch.Tensor:
     for role, optimizer in run.optimizers.items():
         if not optimizer.state and "optimizer" not in run.engine.machine.offload:
             size += sum(8 * local_shard(parameter).numel() for parameter in run.trainable[role].values())
-    if run.engine.device.type == "cuda":
+    if is_gpu(run.engine.device):
         size += HEADROOM * torch.cuda.get_device_properties(run.engine.device).total_memory
     return torch.empty(int(size), dtype=torch.uint8, device=run.engine.device)

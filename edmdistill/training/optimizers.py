@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from edmdistill.checkpoints.run_state import Scale
 from edmdistill.errors import TrainingError
 from edmdistill.recipes.schema import TrainingTable
+from edmdistill.transfer import host_block, wait_for
 
 
 def make_optimizer(
@@ -82,37 +83,36 @@ def load_states(optimizer: torch.optim.Optimizer, states: dict[int, dict[str, Te
 class OffloadedAdam(torch.optim.Optimizer):
     """Adam on copies of the weights in the host's memory; the device holds weights and gradients alone.
 
-    The states are those of Adam itself.
+    Weights and gradients travel through pinned memory that stays, and the host waits once a step. The states are those
+    of Adam itself.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], **options: Any) -> None:
         super().__init__(parameters, options)
-        self._copies = [
-            nn.Parameter(self._host(parameter)) for group in self.param_groups for parameter in group["params"]
-        ]
+        self._parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._device = self._parameters[0].device
+        self._copies = [nn.Parameter(copy) for copy in host_block(self._parameters, self._device)]
+        self._gradients = host_block(self._parameters, self._device)
         self._adam = torch.optim.Adam(self._copies, **options)
         # The same objects, so that learning rates and states set here are set there.
         self.state = self._adam.state
 
-    @staticmethod
-    def _host(parameter: Tensor) -> Tensor:
-        copy = torch.empty_like(parameter, device="cpu", pin_memory=parameter.device.type == "cuda")
-        return copy.copy_(parameter.detach())
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for parameter, copy in zip(parameters, self._copies, strict=True):
+        moved = [index for index, parameter in enumerate(self._parameters) if parameter.grad is not None]
+        for index in moved:
             # The weights too: forced weight normalization has changed them since the last step.
-            copy.copy_(parameter)
-            copy.grad = None if parameter.grad is None else self._host(parameter.grad)
+            self._copies[index].copy_(self._parameters[index], non_blocking=True)
+            self._gradients[index].copy_(self._parameters[index].grad, non_blocking=True)
+            self._copies[index].grad = self._gradients[index]
+        wait_for(self._device)
         for group, inner in zip(self.param_groups, self._adam.param_groups, strict=True):
             inner["lr"] = group["lr"]
         self._adam.step()
-        for parameter, copy in zip(parameters, self._copies, strict=True):
-            parameter.copy_(copy)
-            copy.grad = None
+        for index in moved:
+            self._parameters[index].copy_(self._copies[index], non_blocking=True)
+            self._copies[index].grad = None
 
     def state_dict(self) -> dict[str, Any]:
         return self._adam.state_dict()

@@ -24,13 +24,13 @@ from threading import Thread
 from types import TracebackType
 
 import torch
-from torch import Tensor
 
 from edmdistill.checkpoints.encoder import LatentEncoder
 from edmdistill.data.datasets import Dataset, indices
 from edmdistill.data.latents import draw_latents, latent_noise
 from edmdistill.errors import TrainingError
 from edmdistill.methods.base import Batch
+from edmdistill.transfer import to_device
 
 AHEAD = 2
 """Requests in flight for each worker, besides the batch in use."""
@@ -123,12 +123,8 @@ class Stream:
             ) from error
 
     def _place(self, batch: Batch) -> Batch:
-        def place(tensor: Tensor) -> Tensor:
-            # From pinned memory the copy runs beside this process, which goes on to queue the computation.
-            pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
-            return pinned.to(self.device, non_blocking=True)
-
-        return Batch(place(batch.x0), None if batch.labels is None else place(batch.labels))
+        labels = None if batch.labels is None else to_device(batch.labels, self.device)
+        return Batch(to_device(batch.x0, self.device), labels)
 
 
 @contextmanager

@@ -1,0 +1,61 @@
+"""Frozen networks whose weights stay in the host's memory: each layer's are on the device only while it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edmdistill.transfer import host_block
+
+
+def offload(network: nn.Module, device: torch.device) -> None:
+    """Moves the weights and buffers of a network to the host, and lends every layer its own on the device.
+
+    The copies are queued beside the computation: the host does not wait for them. Between two calls, weights are on the
+    meta device. Where gradients flow through to the input, autograd keeps the weights on the device until the backward
+    pass.
+    """
+    modules = [module for module in network.modules() if _tensors(module)]
+    tensors = [tensor for module in modules for tensor in _tensors(module).values()]
+    kept = host_block(tensors, device)
+    for copy, tensor in zip(kept, tensors, strict=True):
+        copy.copy_(tensor.detach())
+    copies = iter(kept)
+    for module in modules:
+        own = {name: next(copies) for name in _tensors(module)}
+        module.forward = partial(_with_weights, module, module.forward, own, device)
+        _place(module, {name: copy.to("meta") for name, copy in own.items()})
+
+
+def _with_weights(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    own: dict[str, Tensor],
+    device: torch.device,
+    *args: Any,
+    **more: Any,
+) -> Any:
+    before = _tensors(module)
+    _place(module, {name: copy.to(device, non_blocking=True) for name, copy in own.items()})
+    try:
+        return forward(*args, **more)
+    finally:
+        _place(module, before)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns a module's own parameters and buffers, without those of its parts."""
+    own = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+def _place(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name in module._buffers:
+            module._buffers[name] = tensor
+        else:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)

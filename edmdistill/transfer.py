@@ -1,0 +1,92 @@
+"""Copies between the host's memory and a GPU's, of which the host waits for as few as possible.
+
+A copy from pinned memory runs beside the host, which goes on to queue the computation; any other holds it up until
+the GPU has done all that was queued before.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Returns whether the device computes beside the host, in memory of its own."""
+    return device.type not in ("cpu", "meta")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor on the device, without waiting for the copy."""
+    pinned = tensor.pin_memory() if is_gpu(device) and not is_gpu(tensor.device) else tensor
+    return pinned.to(device, non_blocking=True)
+
+
+STAGING = 256 * 2**20
+"""Bytes of pinned memory through which tensors come down at a time."""
+ALIGNMENT = 64
+"""Bytes or numbers, at multiples of which tensors of a block begin, where vector units like it."""
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns copies of a GPU's tensors in the host's memory, after a wait for every STAGING bytes.
+
+    Tensors that are in the host's memory are returned as they are.
+    """
+    host = list(tensors)
+    left = [index for index, tensor in enumerate(tensors) if is_gpu(tensor.device)]
+    while left:
+        ends = [*accumulate((-(-host[index].nbytes // ALIGNMENT) * ALIGNMENT for index in left), initial=0)]
+        count = max(1, bisect_right(ends, STAGING) - 1)
+        now, left, device = left[:count], left[count:], host[left[0]].device
+        buffer = torch.empty(ends[count], dtype=torch.uint8, pin_memory=True)
+        for index, start in zip(now, ends, strict=False):
+            piece = buffer[start : start + host[index].nbytes].view(host[index].dtype).view(host[index].shape)
+            host[index] = piece.copy_(host[index], non_blocking=True)
+        wait_for(device)
+        for index in now:
+            host[index] = host[index].clone()
+    return host
+
+
+def host_block(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Returns tensors of the same shapes in the host's memory, uninitialized, in one block for each dtype.
+
+    It is pinned if the device is a GPU, so that copies both ways run beside the host.
+    """
+    made = list(tensors)
+    for dtype in {tensor.dtype for tensor in tensors}:
+        some = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        sizes = [-(-tensors[index].numel() // ALIGNMENT) * ALIGNMENT for index in some]
+        block = torch.empty(sum(sizes), dtype=dtype, pin_memory=is_gpu(device))
+        for index, start in zip(some, accumulate(sizes, initial=0), strict=False):
+            made[index] = block[start : start + tensors[index].numel()].view(tensors[index].shape)
+    return made
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until a GPU has done all that was queued; a CPU has."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+
+
+class Constant:
+    """Numbers that stay the same, with a copy on every device that has asked for them: the first alone takes time.
+
+    Args:
+        values: in the host's memory.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._copies = {(values.device, values.dtype): values}
+        self._values = values
+
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the numbers on that device, in that dtype; None: their own."""
+        key = device, dtype or self._values.dtype
+        if key not in self._copies:
+            self._copies[key] = self._values.to(*key)
+        return self._copies[key]

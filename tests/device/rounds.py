@@ -1,0 +1,64 @@
+"""Training on the emulated device, beside the same on the CPU, in a process of its own.
+
+rounds.py '[[teacher, recipe, machine, rounds], ...]' prints what `compare` returns of each; the machine is a table of
+Machine's.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from emulated_device import DEVICE, emulated
+from shared_probes import share_probes
+
+from edmdistill.machine.engine import Machine
+from edmdistill.recipes.schema import Recipe
+from edmdistill.training.loop import rounds
+from edmdistill.training.prepare import prepare
+from edmdistill.training.run import Run
+
+
+def start(teacher: str | None, recipe: dict[str, Any], device: str, machine: dict[str, Any]) -> Run:
+    made = Recipe.from_json(json.dumps(recipe).encode())
+    machine = {name: tuple(value) if isinstance(value, list) else value for name, value in machine.items()}
+    return prepare(made, data="digits", teacher=teacher, machine=Machine(device=device, **machine))
+
+
+def weights(run: Run) -> torch.Tensor:
+    """Of all that is trained or follows, in the host's memory."""
+    return torch.cat([tensor.flatten().double() for group in run.state().values() for tensor in group.values()])
+
+
+def compare(teacher: str | None, recipe: dict[str, Any], machine: dict[str, Any], number: int) -> dict[str, Any]:
+    """Trains so many rounds on both devices, and one more on the emulated one, which is measured.
+
+    Returns: waits of that round, by cause and line; its kernels and bytes; turns of a round; and the relative distance
+        of all trained numbers after the other rounds from those on the CPU.
+    """
+    there = {"micro_batch": machine["micro_batch"]} if "micro_batch" in machine else {}
+    host = start(teacher, recipe, "cpu", there)
+    steps = rounds(host)
+    for _ in range(number):
+        next(steps)
+    expected = weights(host)
+    with emulated() as log:
+        run = start(teacher, recipe, DEVICE, machine)
+        steps = rounds(run)
+        for _ in range(number):
+            next(steps)
+        found = weights(run)
+        log.clear()
+        next(steps)
+        waits = {f"{cause} {line}": count for (cause, line), count in log.waits.items()}
+        kernels, copied, peak = sum(log.kernels.values()), dict(log.copied), log.peak
+        del run, steps
+    distance = float((found - expected).norm() / expected.norm())
+    turns = len(host.method.turns())
+    return {"waits": waits, "kernels": kernels, "copied": copied, "peak": peak, "distance": distance, "turns": turns}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    share_probes()
+    print(json.dumps([compare(*case) for case in json.loads(sys.argv[1])]))

@@ -1,0 +1,99 @@
+"""Every method on a device that behaves like CUDA: no mixed devices, the CPU's numbers, and one wait a turn."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forks import Forked
+
+from edmdistill.methods import METHODS
+
+SCRIPT = Path(__file__).parent / "rounds.py"
+MEASURES = "tolist training/metrics.py"
+"""Where a turn waits: for its measures, by which the run decides whether to step."""
+ROUNDED = 1e-4
+"""Relative distance of all trained numbers after rounds in float32: Adam divides small gradients by their own size."""
+
+
+@pytest.fixture
+def compare(teacher: Path, recipe: Any) -> Any:
+    """compare((method, training, machine), ...): what rounds.py measures of each."""
+
+    def run(*cases: tuple[str, dict[str, Any], dict[str, Any]], rounds: int = 1) -> list[dict[str, Any]]:
+        asked = [
+            (
+                None if method == "diffusion" else str(teacher),
+                json.loads(recipe(method, **training).to_json()),
+                machine,
+                rounds,
+            )
+            for method, training, machine in cases
+        ]
+        status, said = Forked(SCRIPT, json.dumps(asked)).finish()
+        assert status == 0, said
+        found: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
+        return found
+
+    return run
+
+
+def by_cause(found: dict[str, Any]) -> dict[str, int]:
+    """Waits by cause and file, without the line."""
+    counts: dict[str, int] = {}
+    for where, count in found["waits"].items():
+        file = where.rpartition(":")[0]
+        counts[file] = counts.get(file, 0) + count
+    return counts
+
+
+def test_a_turn_waits_once(compare: Any) -> None:
+    cases = [("cosim", {}, {}), ("scd", {}, {"micro_batch": 4}), ("dscd", {}, {})]
+    for found in compare(*cases):
+        assert by_cause(found) == {MEASURES: found["turns"]}
+        assert found["distance"] < ROUNDED
+        assert found["kernels"] > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_waits_once_a_turn(method: str, compare: Any) -> None:
+    plain, split = compare((method, {}, {}), (method, {}, {"micro_batch": 2}), rounds=2)
+    for found in (plain, split):
+        assert by_cause(found) == {MEASURES: found["turns"]}
+        assert found["distance"] < ROUNDED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", ["ctm", "scd", "sid"])
+def test_half_precision_waits_no_more(method: str, precision: str, compare: Any) -> None:
+    (found,) = compare((method, {"precision": precision}, {}), rounds=20 if precision == "fp16" else 2)
+    assert by_cause(found) == {MEASURES: found["turns"]}
+    assert found["distance"] < 0.05
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, int]]] = {
+    "checkpointing": ({}, {"checkpointing": True}, {}),
+    "workers": ({}, {"workers": 2}, {}),
+    "radam": ({"optimizer": "radam"}, {}, {}),
+    "clipping": ({"grad_clip": 1e-2}, {}, {}),
+    "average on the host": ({}, {"offload": ["ema"]}, {"synchronize transfer.py": 1}),
+    "optimizer on the host": ({}, {"offload": ["optimizer"]}, {"synchronize transfer.py": 2}),
+    "teacher on the host": ({}, {"offload": ["teacher"]}, {}),
+    "all on the host": (
+        {},
+        {"offload": ["ema", "optimizer", "teacher"], "checkpointing": True, "micro_batch": 4},
+        {"synchronize transfer.py": 3},
+    ),
+}
+"""Of training and of the machine, and the waits beside those of the measures."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_wait_as_often_as_they_say(name: str, compare: Any) -> None:
+    training, machine, waits = OPTIONS[name]
+    (found,) = compare(("cosim", training, machine), rounds=2)
+    assert by_cause(found) == {MEASURES: found["turns"]} | waits
+    assert found["distance"] < ROUNDED
