@@ -95,7 +95,8 @@ def import_everything() -> None:
     import edmdistill
 
     for module in pkgutil.walk_packages(edmdistill.__path__, "edmdistill."):
-        if not module.name.startswith(("edmdistill.assets", "edmdistill.export.remote", "edmdistill.__main__")):
+        elsewhere = module.name.startswith(("edmdistill.assets", "edmdistill.export.remote", "edmdistill.__main__"))
+        if not elsewhere and not module.name.endswith("_triton"):
             importlib.import_module(module.name)
     import torch
     from sklearn.datasets import load_digits
