@@ -6,7 +6,7 @@ images with noise, x_t = cos(t) x0 + sin(t) z, whatever came before it in a chai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +70,30 @@ class Diagnosis(NamedTuple):
     jumps: list[SingleJump]
     gaps: list[Gap]
 
+    def measures(self) -> dict[str, float]:
+        """Returns the numbers by name: jump/generator/SIGMA, jump/teacher/SIGMA, gap/S/T, gap_sensitivity/S/T."""
+        found = {f"jump/generator/{jump.sigma:g}": jump.generator for jump in self.jumps}
+        found |= {f"jump/teacher/{jump.sigma:g}": jump.teacher for jump in self.jumps if jump.teacher is not None}
+        for s, t, gap, sensitivity in self.gaps:
+            found |= {f"gap/{s:g}/{t:g}": gap, f"gap_sensitivity/{s:g}/{t:g}": sensitivity}
+        return found
+
+
+def read_measures(line: Mapping[str, float]) -> Diagnosis:
+    """Returns the diagnosis whose `measures` are in a line of metrics; empty if there are none."""
+    named = {name: name.split("/")[1:] for name in line if name.startswith(("jump/generator/", "gap/"))}
+    jumps = [
+        SingleJump(float(sigma), line[name], line.get(f"jump/teacher/{sigma}"))
+        for name, (first, sigma) in named.items()
+        if first == "generator"
+    ]
+    gaps = [
+        Gap(float(s), float(t), line[name], line[f"gap_sensitivity/{s}/{t}"])
+        for name, (s, t) in named.items()
+        if s != "generator"
+    ]
+    return Diagnosis(jumps, gaps)
+
 
 def diagnose(
     source: str | Path,
@@ -98,20 +122,44 @@ def diagnose(
     flow, config = load_flow(source)
     if config.stage != "generator":
         raise CheckpointError(f"{source} is a teacher, not a generator: give a run, or its generator")
-    networks = [flow] if teacher is None else [flow, read_teacher(teacher)[0]]
-    auxiliary = None if teacher is None else _read_auxiliary(open_source(source).path, networks[1])
-    for network in networks if auxiliary is None else [*networks, auxiliary]:
+    teacher_flow = None if teacher is None else read_teacher(teacher)[0]
+    auxiliary = None if teacher_flow is None else _read_auxiliary(open_source(source).path, teacher_flow)
+    for network in filter(None, (flow, teacher_flow, auxiliary)):
         require_fit(data, network, config)
         network.to(device).eval().network.fold()
     space = load_features(standard.features, device=device)
-    columns = [jump_distances(network, data, space, count=count, batch=batch) for network in networks]
-    jumps = [SingleJump(sigma, *distances) for sigma, *distances in zip(JUMP_SIGMAS, *columns, strict=True)]
-    gaps = (
-        []
-        if auxiliary is None
-        else score_gaps(flow, networks[1], auxiliary, data, count=max(count // 10, 1), batch=batch)
-    )
-    return Diagnosis(jumps, gaps)
+    return diagnose_networks(flow, teacher_flow, auxiliary, data, space, count=count, batch=batch)
+
+
+def diagnose_networks(
+    generator: FlowNetwork,
+    teacher: FlowNetwork | None,
+    auxiliary: FlowNetwork | None,
+    data: Dataset,
+    space: FeatureSpace,
+    *,
+    teacher_jumps: Sequence[float] | None = None,
+    count: int = COUNT,
+    batch: int = 250,
+) -> Diagnosis:
+    """Returns the diagnosis of networks in evaluation mode.
+
+    Args:
+        teacher, auxiliary: the two scores, between which gaps are measured; None: there is no such network.
+        teacher_jumps: the teacher's jump_distances, where they are known.
+        count: as for `diagnose`.
+    """
+
+    def distances(flow: FlowNetwork) -> list[float]:
+        return jump_distances(flow, data, space, count=count, batch=batch)
+
+    beside: Sequence[float | None] = [None] * len(JUMP_SIGMAS)
+    if teacher is not None:
+        beside = teacher_jumps or distances(teacher)
+    jumps = [SingleJump(*row) for row in zip(JUMP_SIGMAS, distances(generator), beside, strict=True)]
+    if teacher is None or auxiliary is None:
+        return Diagnosis(jumps, [])
+    return Diagnosis(jumps, score_gaps(generator, teacher, auxiliary, data, count=max(count // 10, 1), batch=batch))
 
 
 @torch.no_grad()

@@ -227,6 +227,10 @@ class Method(ABC, Generic[ConfigT]):
         """Returns the range of guidance weights that the product takes; (1, 1): none."""
         return 1.0, 1.0
 
+    def monitor(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Returns signals that need passes of their own, without gradients; a run asks for them in some log lines."""
+        return {}
+
     def notes(self) -> tuple[str, ...]:
         """Returns sentences to print before a run: consequences of the options, known risks."""
         return ()

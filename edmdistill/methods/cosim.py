@@ -148,6 +148,21 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
             loss = loss._replace(value=torch.where(short, anchor, loss.value))
         return loss._replace(generated=g)
 
+    @torch.no_grad()
+    def monitor(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Returns |u(t) - u(t_max)| / |u(t)|, u = sigma_d (F_psi - F*), over jumps that start below t_max.
+
+        It is what the auxiliary score makes of t at the same x_s: 0 where it ignores t.
+        """
+        jump = self.transition(batch, draws, sigma_from=self.config.anchor_sigma)
+        last = sigma_to_time(self.noise.sigma_max, self.noise.sigma_data).to(jump.t)
+        F_teacher = self.teacher(jump.x_s, jump.s, batch.labels)
+        F_aux = self.auxiliary(jump.x_s, jump.s, batch.labels, jump.t)
+        change = F_aux - self.auxiliary(jump.x_s, jump.s, batch.labels, last.expand_as(jump.t))
+        below = jump.t < last
+        size, moved = ((below * v.square().flatten(1).sum(1)).sum() for v in (F_aux - F_teacher, change))
+        return {"sensitivity/auxiliary": (moved / size.clamp(min=1e-12)).sqrt()}
+
     def transition(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Transition:
         """Draws (s, t), x_t and x_s: algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s.
 

@@ -144,6 +144,8 @@ class EvaluationTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     n: Annotated[int, Meta(ge=2, le=1_000_000)] = 1000
     """Images of a measurement, of the seeds from 0."""
     nfe: Annotated[tuple[PositiveCount, ...], Meta(min_length=1)] = (2,)
+    diagnose: bool = False
+    """Measures as `edmdistill diagnose` does, too, with n jumps from each level."""
 
 
 class NetworkTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

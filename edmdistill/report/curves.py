@@ -11,6 +11,8 @@ from typing import NamedTuple
 from edmdistill.checkpoints.documents import escape
 from edmdistill.errors import EdmDistillError
 
+DENSEST = 0.6
+"""Opacity of the largest cell of a map, on which its number can still be read."""
 MARKED = 12
 """Points are marked on curves of at most this many."""
 TICKS = 6
@@ -114,6 +116,30 @@ def svg_curves(title: str, series: Mapping[str, Sequence[Point]], x: Axis, *, lo
             f"{''.join(dots)}</g>"
         )
     return f'<svg viewBox="0 0 360 192" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+
+
+def svg_heat_map(title: str, values: Mapping[tuple[float, float], float]) -> str:
+    """Returns a map of positive numbers as SVG: columns by the first key, rows by the second, the largest at the top.
+
+    The larger a number, the denser is its cell, in which it stands.
+    """
+    columns, rows = sorted({x for x, _ in values}), sorted({y for _, y in values}, reverse=True)
+    left, right, top, bottom = 42, 346, 28, 168
+    width, height = (right - left) / len(columns), (bottom - top) / len(rows)
+    centers = {x: left + width * (i + 0.5) for i, x in enumerate(columns)}
+    middles = {y: top + height * (i + 0.5) for i, y in enumerate(rows)}
+    most = max(values.values()) or 1.0
+    cells = "".join(
+        f'<rect x="{centers[x] - width / 2:.1f}" y="{middles[y] - height / 2:.1f}" width="{width:.1f}" '
+        f'height="{height:.1f}" opacity="{DENSEST * value / most:.2f}"/>'
+        for (x, y), value in values.items()
+    )
+    texts = [(centers[x], middles[y], f"{value:.2g}") for (x, y), value in values.items()]
+    texts += [(center, bottom + 14, _short(x)) for x, center in centers.items()]
+    parts = [f'<text x="{x:.1f}" y="{y:.1f}" dy="4" text-anchor="middle">{text}</text>' for x, y, text in texts]
+    parts += [f'<text y="{middle:.1f}" dy="4">{_short(y)}</text>' for y, middle in middles.items()]
+    heading = f'<text class="title" y="14">{escape(title)}</text><g class="c0">{cells}</g>'
+    return f'<svg viewBox="0 0 360 192" role="img" aria-label="{escape(title)}">{heading}{"".join(parts)}</svg>'
 
 
 def standalone_svg(svg: str, style: str) -> str:

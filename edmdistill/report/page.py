@@ -36,6 +36,7 @@ def report(run: RunSummary, measured: Sequence[ResultTable], swept: Sequence[Res
         or f"<p>Nothing is measured yet. To measure:</p>{html.shell(commands['eval'])}",
         "Quality by number of evaluations and gamma": sections.sweep(swept, commands),
         "Samples": sections.samples(run),
+        "Single jumps": sections.single_jumps(run.metrics),
         "Training": sections.training(run.metrics),
         "Plan and run": sections.plan(run),
         "Environment": sections.environment(run.sessions),

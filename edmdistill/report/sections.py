@@ -12,21 +12,26 @@ from typing import Any
 
 from edmdistill.checkpoints.documents import escape
 from edmdistill.checkpoints.encoder import vae_words
+from edmdistill.evaluation.diagnosis import read_measures, sentences
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import ResultTable
 from edmdistill.recipes.library import origins
 from edmdistill.report import html
-from edmdistill.report.curves import Axis, Point, powers_of_two, svg_curves
+from edmdistill.report.curves import Axis, Point, powers_of_two, svg_curves, svg_heat_map
 from edmdistill.report.plan_comparison import compare_with_plan
 from edmdistill.report.summary import RunSummary
 from edmdistill.training.metrics import BINS
 
 MAX_GRIDS = 6
 """Number of a run's sample grids that are shown, the first and the last among them."""
+DIAGNOSED = "jump/", "gap/", "gap_sensitivity/"
+"""Keys of metrics.jsonl that `single_jumps` shows."""
 CURVES = {
     "loss": "loss",
     "score_gap": "score gap",
     "cos_gap_error": "cosine of gap and error",
+    "gain": "weight of the second time",
+    "sensitivity": "what t changes in the score gap, as a share",
     "grad_norm": "gradient norm",
     "diversity": "diversity",
     "mean": "mean",
@@ -82,6 +87,32 @@ def _training_grids(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*.png") if file.stem.isdecimal())
 
 
+def single_jumps(metrics: Sequence[Mapping[str, float]]) -> str:
+    """Returns the newest diagnosis in metrics.jsonl; "" if there is none."""
+    found = next((found for line in reversed(metrics) if (found := read_measures(line)).jumps), None)
+    if found is None:
+        return ""
+    curves: dict[str, list[Point]] = {"generator": [(jump.sigma, jump.generator) for jump in found.jumps]}
+    if beside := [(jump.sigma, jump.teacher) for jump in found.jumps if jump.teacher is not None]:
+        curves["the teacher's denoiser"] = beside
+    charts = [svg_curves("distance of one jump by sigma", curves, _around(curves["generator"]), log=True)]
+    if found.gaps:
+        gaps = {(gap.sigma_s, gap.sigma_t): gap for gap in found.gaps}
+        charts += [
+            svg_heat_map("score gap by s (across) and t", {pair: gap.gap for pair, gap in gaps.items()}),
+            svg_heat_map("what t changes in it, as a share", {pair: gap.sensitivity for pair, gap in gaps.items()}),
+        ]
+    note = html.note("Jumps from real images with noise, whatever precedes them in several steps. s and t are sigmas.")
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(found))
+    return f'{note}{said}<div class="figures">{"".join(charts)}</div>'
+
+
+def _around(points: Sequence[Point]) -> Axis:
+    """Returns a logarithmic axis of powers of ten around the points."""
+    low, high = (pick(at for at, _ in points) for pick in (min, max))
+    return Axis([10.0**i for i in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)], log=True)
+
+
 def training(metrics: Sequence[Mapping[str, float]]) -> str:
     """Returns the curves of metrics.jsonl."""
     if not metrics:
@@ -90,7 +121,7 @@ def training(metrics: Sequence[Mapping[str, float]]) -> str:
     charts: dict[str, dict[str, list[Point]]] = {}
     for line in metrics:
         for key in line.keys() - {"images", "step", "seconds", "memory"}:
-            if math.isfinite(line[key]):
+            if math.isfinite(line[key]) and not key.startswith(DIAGNOSED):
                 chart, curve = _chart_and_curve(key)
                 charts.setdefault(chart, {}).setdefault(curve, []).append((line["images"], line[key]))
 

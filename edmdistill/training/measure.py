@@ -17,12 +17,14 @@ import torch
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import NotFiniteError, TrainingError
+from edmdistill.evaluation.diagnosis import Diagnosis, diagnose_networks
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.metrics import loss_of
 from edmdistill.evaluation.protocol import get_protocol, open_reference
 from edmdistill.evaluation.references import ReferenceStatistics
+from edmdistill.features.base import FeatureSpace
 from edmdistill.features.spaces import load_features
-from edmdistill.networks.flow import Denoiser
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.recipes.schema import EvaluationTable
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.training.monitors import Alarm
@@ -41,20 +43,27 @@ class Evaluation:
     Attributes:
         table: the recipe's.
         reference: the real images.
+        space: where single jumps are compared, if the recipe asks to diagnose.
+        teacher_jumps: the distances of the teacher's single jumps, once they are known.
         lowest: the lowest score so far of the first metric at the first number of steps, on the main process; None: it
             was not measured since the run began or resumed.
     """
 
     table: EvaluationTable
     reference: Dataset | ReferenceStatistics
+    space: FeatureSpace | None = None
     lowest: float | None = None
+    teacher_jumps: list[float] | None = None
 
     def is_due(self, run: Run) -> bool:
         """Returns whether the average is measured after this round."""
         return run.finished or run.due(self.table.every)
 
     def measure(self, run: Run, tell: Callable[[str], object]) -> dict[str, float]:
-        """Returns the metrics of the average, by `METRIC/NFE NFE`; none where a sample is not finite."""
+        """Returns the metrics of the average, by `METRIC/NFE NFE`; none where a sample is not finite.
+
+        With `diagnose`, also those of Diagnosis.measures.
+        """
         network = run.ema.network
         model = Denoiser(network) if run.config.stage == "teacher" else Generator(network, run.config)
         measured: dict[str, float] = {}
@@ -74,7 +83,24 @@ class Evaluation:
                 tell(f"Not measured after {run.images:,} images: {error}.")
                 continue
             measured |= {f"{name}/{nfe} NFE": value for name, value in result.metrics.items()}
-        return measured
+        return measured if self.space is None else measured | self._diagnose(run, self.space).measures()
+
+    def _diagnose(self, run: Run, space: FeatureSpace) -> Diagnosis:
+        """Returns the diagnosis of the average, with the run's own teacher and auxiliary score where it has them."""
+        assert isinstance(self.reference, Dataset)
+        run.set_trainable(None)
+        teacher, auxiliary = (run.networks.get(role) for role in ("teacher", "auxiliary"))
+        diagnosis = diagnose_networks(
+            run.ema.network.eval(),
+            teacher if isinstance(teacher, FlowNetwork) else None,
+            auxiliary if isinstance(auxiliary, FlowNetwork) else None,
+            self.reference,
+            space,
+            teacher_jumps=self.teacher_jumps,
+            count=self.table.n,
+        )
+        self.teacher_jumps = [jump.teacher for jump in diagnosis.jumps if jump.teacher is not None]
+        return diagnosis
 
     def keep_best(
         self, run: Run, folder: RunDir, measured: Mapping[str, float], tell: Callable[[str], object]
@@ -133,6 +159,9 @@ def open_evaluation(run: Run) -> Evaluation | None:
         )
     standard = get_protocol(table.protocol)
     reference = open_reference(None if standard.reference else run.dataset, standard)
-    if standard.features is not None:
-        load_features(standard.features, device=run.engine.device)
-    return Evaluation(table, reference)
+    if table.diagnose and run.config.stage == "teacher":
+        raise TrainingError(
+            "evaluation.diagnose measures the jumps of a generator, and this run trains a teacher: leave it out"
+        )
+    space = None if standard.features is None else load_features(standard.features, device=run.engine.device)
+    return Evaluation(table, reference, space if table.diagnose else None)

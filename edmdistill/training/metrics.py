@@ -3,7 +3,7 @@
 Names: loss/ROLE, loss/ROLE/sigma<EDGE by noise level, grad_norm/ROLE, lr/ROLE; generated/mean/CHANNEL and
 generated/std/CHANNEL of the images that the generator made, data/... of the data beside them; diversity, the variance
 of the generated images over the batch, as a share of the data's; memory, the peak so far in bytes on the main process:
-its tensors on a GPU, else the growth of the process; and each method's own signals.
+its tensors on a GPU, else the growth of the process; each method's own signals; and those of `watch`.
 """
 
 from __future__ import annotations

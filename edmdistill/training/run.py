@@ -135,8 +135,8 @@ class Run:
             return []
         return [name for name, _ in self.networks[role].named_parameters() if name not in self.trainable[role]]
 
-    def set_trainable(self, role: str) -> None:
-        """Puts the network of `role` in training mode, and freezes all others."""
+    def set_trainable(self, role: str | None) -> None:
+        """Puts the network of `role` in training mode, and freezes all others; None: freezes all."""
         for name, network in self.networks.items():
             if network.training != (name == role):
                 network.train(name == role)

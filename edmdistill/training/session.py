@@ -25,6 +25,7 @@ from edmdistill.training.run_dir import RunDir, open_run
 from edmdistill.training.snapshot import save_ema_snapshots, save_generator, save_grids
 from edmdistill.training.state import State, read_state, resumable_state, save_state, state_path
 from edmdistill.training.trackers import trackers
+from edmdistill.training.watch import signals
 
 
 class Outcome(NamedTuple):
@@ -124,6 +125,7 @@ class Session:
         if not (run.finished or run.due(training.log_every)):
             return
         line = self.means.line(run.images, training.batch)
+        line |= signals(run)
         line["memory"] = max(peak_memory(run.engine.device) - run.memory_before, 0)
         alarms = []
         if self.evaluation is not None and self.evaluation.is_due(run):

@@ -97,6 +97,7 @@ def save_role_grid(run: Run, folder: Path, tell: Callable[[str], object]) -> Non
     z = SeededNoise(range(COLUMNS)).normal(x0.shape[1:]).to(x0) * network.sigma_data
     last = sigma_to_time(network.sigma_max, network.sigma_data).to(x0.device)
     networks = {name: run.networks[name] for name, role in run.recipe.roles.items() if role.ema_of is None}
+    run.set_trainable(None)
     rows = []
     for sigma in GRID_SIGMAS:
         t = sigma_to_time(sigma, network.sigma_data).to(x0.device)
@@ -106,7 +107,7 @@ def save_role_grid(run: Run, folder: Path, tell: Callable[[str], object]) -> Non
             if isinstance(module, FlowNetwork):
                 second = torch.zeros_like(last) if role == run.method.product else last
                 w = torch.tensor(run.recipe.guidance[0]) if module.guided else None
-                F = module.eval()(x_t, t, labels, second if module.two_time else None, w=w)
+                F = module(x_t, t, labels, second if module.two_time else None, w=w)
                 rows.append((role, denoised(x_t, F, t, module.sigma_data)))
     if not run.engine.is_main:
         return

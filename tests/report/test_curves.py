@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edmdistill.report.curves import TICKS, Axis, axis, downsample, powers_of_two, standalone_svg, svg_curves
+from edmdistill.report.curves import (
+    TICKS,
+    Axis,
+    axis,
+    downsample,
+    powers_of_two,
+    standalone_svg,
+    svg_curves,
+    svg_heat_map,
+)
 
 numbers = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-9)
 
@@ -52,6 +61,24 @@ def test_few_points_stand_for_many_and_spikes_stay(points: list[tuple[float, flo
     assert max(high for *_, high in line) == max(y for _, y in points)
     if len(points) <= most:
         assert [(x, y) for x, _, y, _ in line] == points
+
+
+def test_a_map_has_the_numbers_of_a_matrix_in_their_places():
+    svg = ElementTree.fromstring(svg_heat_map("gap", {(0.1, 80.0): 4.0, (0.1, 0.3): 1.0, (1.0, 80.0): 2.0}))
+    cells = [{name: float(value) for name, value in cell.items()} for cell in svg.iter("rect")]
+    assert [cell["opacity"] for cell in cells] == pytest.approx([0.6, 0.15, 0.3]), "in proportion"
+    assert [(cell["x"], cell["y"]) for cell in cells] == [(42, 28), (42, 98), (194, 28)], (
+        "s across, the largest t on top"
+    )
+    assert all((cell["width"], cell["height"]) == (152, 70) for cell in cells)
+    texts = {text.text: (float(text.get("x", 0)), float(text.get("y"))) for text in svg.iter("text")}
+    assert (texts["4"], texts["2"]) == ((118, 63), (270, 63))
+    assert texts["80"][1] == texts["4"][1]
+    assert texts["0.1"][0] == texts["4"][0]
+
+
+def test_a_map_of_zeros_is_empty():
+    assert 'opacity="0.00"' in svg_heat_map("none", {(1.0, 2.0): 0.0})
 
 
 SERIES = {"a < b": [(1, 1.0), (5, 2.0)], "two": [(8, -1.0)]}

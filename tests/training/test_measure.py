@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from edmdistill.checkpoints.config import read_config
 from edmdistill.checkpoints.load import load_generator
 from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import RecipeError, TrainingError
+from edmdistill.evaluation.diagnosis import diagnose, read_measures
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.recipes.schema import EvaluationTable, Recipe
-from edmdistill.report.sections import training
+from edmdistill.report.sections import DIAGNOSED, single_jumps, training
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.training import measure
 from edmdistill.training.run import Run
 from edmdistill.training.session import train
 
-TABLE = EvaluationTable(protocol="digits", every=16, n=20, nfe=(1, 2))
+TABLE = EvaluationTable(protocol="digits", every=16, n=20, nfe=(1, 2), diagnose=True)
 KEY = "fd_digits@20/1 NFE"
 
 
@@ -53,6 +55,27 @@ def test_the_numbers_are_evals(run_dir: Path) -> None:
     assert [KEY in line for line in lines(run_dir)] == [True, True]
 
 
+def test_the_diagnosis_is_that_of_the_command(run_dir: Path, teacher: Path) -> None:
+    """Between the averages: the states of both hold the auxiliary score in training."""
+    found = [read_measures(line) for line in lines(run_dir)]
+    asked = diagnose(run_dir, protocol="digits", teacher=teacher, count=20)
+    for one, other in zip(found[-1], asked, strict=True):
+        assert torch.tensor(one).tolist() == [pytest.approx(row, rel=1e-3) for row in torch.tensor(other).tolist()]
+    assert found[0].jumps != found[-1].jumps
+    assert [jump.teacher for jump in found[0].jumps] == [jump.teacher for jump in found[-1].jumps], "it is frozen"
+    page = single_jumps(lines(run_dir))
+    assert "the teacher's denoiser" in unescape(page)
+    assert page.count("<svg") == 3
+    assert single_jumps([{"images": 8.0}]) == ""
+
+
+def test_a_teacher_in_training_is_not_diagnosed(start: Callable[..., Run]) -> None:
+    run = start("diffusion")
+    run.recipe = replace(run.recipe, evaluation=TABLE)
+    with pytest.raises(TrainingError, match="this run trains a teacher: leave it out"):
+        measure.open_evaluation(run)
+
+
 def test_what_is_trained_is_the_same(run_dir: Path, whole: Callable[..., tuple[Run, Path]]) -> None:
     _, plain = whole("cosim")
     without, found = (load_tensors(folder / "generator" / "model.safetensors")[0] for folder in (plain, run_dir))
@@ -60,7 +83,7 @@ def test_what_is_trained_is_the_same(run_dir: Path, whole: Callable[..., tuple[R
     other = ("seconds", "memory", "images_per_second")
     for before, after in zip(lines(plain), lines(run_dir), strict=True):
         assert {k: v for k, v in before.items() if k not in other} == {
-            k: v for k, v in after.items() if k not in other and "NFE" not in k
+            k: v for k, v in after.items() if k not in other and "NFE" not in k and not k.startswith(DIAGNOSED)
         }
     assert read_config(run_dir / "generator").recipe_hash == read_config(plain / "generator").recipe_hash
 
