@@ -153,9 +153,10 @@ def affine_rule(
 
 
 @tangent_of(torch.add, torch.sub, torch.lerp)
-def jointly_linear(function: Function, a: Any, b: Any, *args: Any) -> Dual:
+def jointly_linear(function: Function, a: Any, b: Any, *args: Any, **kwargs: Any) -> Dual:
     """f(a, b), f(da, db), linear in both at once."""
-    return Dual(function(value(a), value(b), *args), function(tangent(a), tangent(b), *args))
+    y, dy = (function(part(a), part(b), *args, **kwargs) for part in (value, tangent))
+    return Dual(y, dy)
 
 
 @tangent_of(torch.cat)
@@ -184,9 +185,10 @@ def power(function: Function, x: Dual, exponent: float) -> Dual:
     return Dual(function(x.value, exponent), exponent * x.value ** (exponent - 1) * x.tangent)
 
 
-@tangent_of(torch.clamp)
-def clamp(function: Function, x: Dual, low: float, high: float) -> Dual:
-    return Dual(function(x.value, low, high), x.tangent * ((x.value >= low) & (x.value <= high)))
+@tangent_of(torch.clamp, f.hardtanh)
+def clamp(function: Function, x: Dual, min_val: float, max_val: float, inplace: bool = False) -> Dual:
+    inside = (x.value >= min_val) & (x.value <= max_val)
+    return Dual(function(x.value, min_val, max_val), x.tangent * inside)
 
 
 @tangent_of(f.silu)

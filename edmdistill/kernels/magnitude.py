@@ -6,10 +6,10 @@ Source: Karras et al. 2024 (EDM2), appendix B; each docstring names the equation
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as f
 from torch import Tensor
 
 from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent_of
@@ -33,32 +33,53 @@ def vector_norm_rule(function: Function, x: Dual, *, dim: Any, keepdim: bool, dt
     return Dual(norm, inner / norm.clamp(min=torch.finfo(dtype).tiny))
 
 
-def normalize_weight(weight: Tensor) -> Tensor:
-    """Each output unit of a weight [M,...], in float32 or better, at unit rms.  Source: eq. 47, 66."""
-    return normalize(weight.to(at_least_float32(weight.dtype)), tuple(range(1, weight.ndim)))
+SILU_RMS = 0.596
+"""rms of silu(x) for a normal x, by which EDM2 divides it.  Source: eq. 81."""
 
 
-def mp_conv(x: Tensor, unit_weight: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-    """Convolution [M,C,k,k] or linear map [M,N] with a weight of unit rms.  Source: eq. 47, with a gain."""
-    weight = unit_weight * (gain / math.sqrt(unit_weight[0].numel()))
+def mp_weight(weight: Tensor, gain: Tensor | float = 1.0, factor: float = 1.0) -> Tensor:
+    """Returns the weight that a layer computes with: factor gain w / |w| for each output w, in float32 or better.
+
+    Networks multiply by no constants: a layer's `factor` holds those of its input and output.
+
+    Args:
+        weight: [M,...]
+        gain: 0-dim, learned.
+    Source: eq. 47, 66, with a gain.
+    """
+    wide = weight.to(at_least_float32(weight.dtype))
+    fan_in = weight[0].numel()
+    return normalize(wide, tuple(range(1, weight.ndim))) * (gain * (factor / math.sqrt(fan_in)))
+
+
+@torch.no_grad()
+def normalize_weights_(weights: Sequence[Tensor]) -> None:
+    """Brings each output of every weight [M,...] to unit rms, in place.  Source: eq. 66."""
+    if weights:
+        norms = (torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True) for w in weights)
+        rms = [norm / math.sqrt(w[0].numel()) + 1e-4 for norm, w in zip(norms, weights, strict=True)]
+        torch._foreach_div_(list(weights), rms)
+
+
+def mp_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolution [M,C,k,k] or linear map [M,N], by what `mp_weight` returned."""
     return linear(x, weight) if weight.ndim == 2 else conv2d(x, weight)
 
 
-def mp_silu(x: Tensor) -> Tensor:
-    """silu(x) / 0.596.  Source: eq. 81."""
-    return f.silu(x) / 0.596
-
-
-def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """((1-t) a + t b) / sqrt((1-t)^2 + t^2).  Source: eq. 88."""
-    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+def mp_sum_factors(t: float) -> tuple[float, float]:
+    """Returns a and b of the sum a x + b y that weighs (1-t) : t and keeps unit variance.  Source: eq. 88."""
+    norm = math.hypot(1 - t, t)
+    return (1 - t) / norm, t / norm
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
     """Concatenates channels so that a and b weigh (1-t) : t whatever their number.  Source: eq. 103."""
-    size_a, size_b = a.shape[1], b.shape[1]
-    scale = math.sqrt((size_a + size_b) / ((1 - t) ** 2 + t**2))
-    return torch.cat([a * (scale / math.sqrt(size_a) * (1 - t)), b * (scale / math.sqrt(size_b) * t)], dim=1)
+    channels = a.shape[1] + b.shape[1]
+    parts = []
+    for x, factor in zip((a, b), mp_sum_factors(t), strict=True):
+        scale = factor * math.sqrt(channels / x.shape[1])
+        parts.append(x if scale == 1 else x * scale)
+    return torch.cat(parts, dim=1)
 
 
 def mp_fourier(c: Tensor, freqs: Tensor, phases: Tensor) -> Tensor:

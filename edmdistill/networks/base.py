@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from edmdistill.draws import uniform, words
-from edmdistill.kernels.magnitude import normalize
+from edmdistill.kernels.magnitude import normalize, normalize_weights_
 from edmdistill.networks.arguments import check_arguments
 from edmdistill.networks.embeddings import GuidanceEmbedding, SecondTime
-from edmdistill.networks.magnitude import GAIN_LAYERS, MPConv, MPFourier
+from edmdistill.networks.magnitude import MPConv, MPFourier, gained_layers
 
 
 class Conditioning(NamedTuple):
@@ -232,21 +232,20 @@ class Network(nn.Module, ABC):
             )
         return tuple(self.logvar_linear(self.logvar_fourier(level))[:, head] for head, level in enumerate(c))
 
+    @property
+    def normalizes_weights(self) -> bool:
+        """Returns whether it has EDM2's layers, and they are not folded."""
+        return any(isinstance(layer, MPConv) and not layer.folded for layer in self.modules())
+
     def after_step(self) -> None:
         """Normalizes EDM2's weights after an optimizer step, which keeps the effective learning rate constant.
 
         Source: EDM2, eq. 66.
         """
-        for layer in self.modules():
-            if isinstance(layer, MPConv):
-                layer.normalize_()
+        weights = [layer.weight for layer in self.modules() if isinstance(layer, MPConv)]
+        normalize_weights_(weights)
 
     def fold(self) -> None:
-        """Folds normalization and gains into EDM2's weights, for inference; the network can no longer be trained."""
-        for module in self.modules():
-            for gain, scaled in GAIN_LAYERS.items():
-                if isinstance(layer := getattr(module, scaled, None), MPConv):
-                    layer.fold_(getattr(module, gain))
-        for layer in self.modules():
-            if isinstance(layer, MPConv):
-                layer.fold_()
+        """Folds normalization, gains and constants into EDM2's weights, for inference; it can no longer be trained."""
+        for layer, gain in gained_layers(self):
+            layer.fold_(1.0 if gain is None else gain)

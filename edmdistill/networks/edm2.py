@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import hardtanh, silu
 
 from edmdistill.kernels.attention import require_heads, self_attention, split_heads
 from edmdistill.kernels.dropout import dropout
-from edmdistill.kernels.magnitude import mp_cat, mp_silu, mp_sum, normalize
+from edmdistill.kernels.magnitude import SILU_RMS, mp_cat, mp_sum_factors, normalize
 from edmdistill.kernels.resampling import downsample, is_box, separable, upsample
 from edmdistill.networks.arguments import Arg
 from edmdistill.networks.base import Conditioning, Network, ResidualBlock
@@ -54,18 +55,20 @@ class Block(ResidualBlock):
         self.num_heads = out_channels // channels_per_head if attention else 0
         require_heads(out_channels, self.num_heads)
         self.dropout = dropout
-        self.res_balance = res_balance
-        self.attn_balance = attn_balance
         self.clip_act = clip_act
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.mod_gain = nn.Parameter(torch.ones(1)) if double_norm else None
-        self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, 3)
-        self.emb_linear = MPConv(emb_channels, out_channels)
-        self.conv_res1 = MPConv(out_channels, out_channels, 3)
-        self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.skip_factor, factor = mp_sum_factors(res_balance)
+        self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, 3, 1 / SILU_RMS)
+        self.emb_linear = MPConv(emb_channels, out_channels, factor=1 / SILU_RMS)
+        self.conv_res1 = MPConv(out_channels, out_channels, 3, factor / SILU_RMS)
+        self.conv_skip = None
+        if in_channels != out_channels:
+            self.conv_skip = MPConv(in_channels, out_channels, 1, self.skip_factor if flavor == "dec" else 1.0)
         if self.num_heads:
+            self.attn_factor, factor = mp_sum_factors(attn_balance)
             self.attn_qkv = MPConv(out_channels, out_channels * 3, 1)
-            self.attn_proj = MPConv(out_channels, out_channels, 1)
+            self.attn_proj = MPConv(out_channels, out_channels, 1, factor)
 
     def modulations(self, emb: Tensor) -> tuple[Tensor, ...]:
         return (self.emb_linear(emb, self.emb_gain) + 1,)
@@ -81,19 +84,20 @@ class Block(ResidualBlock):
             x = normalize(x, 1)
 
         # ResidualBlock branch.
-        y = self.conv_res0(mp_silu(x))
+        y = self.conv_res0(silu(x))
         (scale,) = self.modulations(emb) if self.mod_gain is None else self.normalized_modulations(emb)
-        y = mp_silu(y * scale[:, :, None, None].to(y.dtype))
+        y = silu(y * scale[:, :, None, None].to(y.dtype))
         y = self.conv_res1(dropout(y, self.dropout, dropout_keys, self.layer))
 
         # Connect the branches.
         if self.flavor == "dec" and self.conv_skip is not None:
-            x = self.conv_skip(x)
-        x = mp_sum(x, y, self.res_balance)
+            x = y + self.conv_skip(x)
+        else:
+            x = torch.add(y, x, alpha=self.skip_factor)
 
         if self.num_heads:
-            x = mp_sum(x, self.attn_proj(self.attend(x)), self.attn_balance)
-        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
+            x = torch.add(self.attn_proj(self.attend(x)), x, alpha=self.attn_factor)
+        return x if self.clip_act is None else hardtanh(x, -self.clip_act, self.clip_act)
 
     def low_pass(self, x: Tensor) -> Tensor | None:
         """Returns the resampling filter, which the official state does not hold; None = the box filter."""
@@ -149,7 +153,6 @@ class UNet(Network):
         guided: bool = False,
     ) -> None:
         super().__init__(locals(), img_channels)
-        self.label_balance = label_balance
         self.concat_balance = concat_balance
         widths = [model_channels * mult for mult in channel_mult]
         noise_channels = model_channels * channel_mult_noise if channel_mult_noise is not None else widths[0]
@@ -168,7 +171,10 @@ class UNet(Network):
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = (TimeEmbedding if positional_time else MPFourier)(noise_channels)
         self.emb_noise = MPConv(noise_channels, emb_channels)
-        self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
+        self.emb_label = None
+        if label_dim:
+            self.time_factor, factor = mp_sum_factors(label_balance)
+            self.emb_label = MPConv(label_dim, emb_channels, factor=factor * math.sqrt(label_dim))
         self.add_optional_layers()
 
         # Encoder.  A channel of ones beside the image replaces biases.
@@ -190,8 +196,8 @@ class UNet(Network):
     def finish_embedding(self, emb: Tensor, condition: Conditioning) -> Tensor:
         if self.emb_label is not None:
             labels = self.drop_labels(condition, emb)
-            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
-        return mp_silu(emb)
+            emb = torch.add(self.emb_label(labels), emb, alpha=self.time_factor)
+        return silu(emb)
 
     def backbone(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
         # Encoder.

@@ -123,14 +123,15 @@ def accumulate_gradients(
         return draws
 
     means, micro_batches = RowMeans(), []
-    for rows, (batch, preview) in zip(slices, with_previews(run, turn, draws_of, batches), strict=True):
-        draws = draws_of(rows)
-        with engine.accumulate(module, last=rows is slices[-1]):
-            loss = turn.loss(batch, draws) if preview is None else turn.loss(batch, draws, preview)
-            share = len(draws) * engine.world_size / training.batch
-            (loss.value.mean() * (share * factor)).backward()  # type: ignore[no-untyped-call]
-        means.add_loss(turn.role, loss, batch, run.ema.network.sigma_data)
-        micro_batches.append(MicroBatch(rows, batch.x0, loss))
+    with run.shared_weights():
+        for rows, (batch, preview) in zip(slices, with_previews(run, turn, draws_of, batches), strict=True):
+            draws = draws_of(rows)
+            with engine.accumulate(module, last=rows is slices[-1]):
+                loss = turn.loss(batch, draws) if preview is None else turn.loss(batch, draws, preview)
+                share = len(draws) * engine.world_size / training.batch
+                (loss.value.mean() * (share * factor)).backward()  # type: ignore[no-untyped-call]
+            means.add_loss(turn.role, loss, batch, run.ema.network.sigma_data)
+            micro_batches.append(MicroBatch(rows, batch.x0, loss))
     if isinstance(network, FlowNetwork):
         network.draws = None
     engine.finish_gradients(network)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.data.datasets import Dataset
 from edmdistill.machine.engine import Engine, RoleModule, load_full_state, shard_like
 from edmdistill.methods.base import Method
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.magnitude import EffectiveWeights
 from edmdistill.recipes.schema import Recipe
 from edmdistill.sampling.decode import Decoder
 from edmdistill.sampling.grid import to_uint8
@@ -63,6 +67,21 @@ class Run:
 
     def __post_init__(self) -> None:
         self.unchecked = [turn.role for turn in sorted(self.method.turns(), key=lambda turn: turn.begins)]
+
+    @cached_property
+    def _effective_weights(self) -> list[EffectiveWeights]:
+        """Of the networks that have layers which normalize their weights, unless they are sharded."""
+        flows = [network for network in self.networks.values() if isinstance(network, FlowNetwork)]
+        normalized = [flow for flow in flows if self.engine.mesh is None and flow.network.normalizes_weights]
+        return [EffectiveWeights(flow.network, flow.compute_dtype) for flow in normalized]
+
+    @contextmanager
+    def shared_weights(self) -> Iterator[None]:
+        """A context in which the passes of all networks share weights that are normalized once."""
+        with ExitStack() as stack:
+            for weights in self._effective_weights:
+                stack.enter_context(weights.shared())
+            yield
 
     @property
     def ema(self) -> Ema:

@@ -47,6 +47,7 @@ CASES: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "cos": [lambda x: x.cos()],
     "tan": [lambda x: (x / 9).tan()],
     "clamp": [lambda x: x.clamp(-0.5, 0.7)],
+    "hardtanh": [lambda x: f.hardtanh(x, -0.5, 0.7)],
     "silu": [f.silu],
     "masked_fill": [lambda x: x.masked_fill(torch.arange(4) > 1, 0.0)],
     "group_norm": [lambda x: f.group_norm(x, 2, BIAS, BIAS, 1e-2)],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from edmdistill.kernels import magnitude
 
@@ -20,14 +21,16 @@ def rms(x: torch.Tensor) -> float:
 
 def test_operations_keep_the_magnitude(x: torch.Tensor) -> None:
     y = torch.randn(B, 24, SIZE, SIZE)
-    assert rms(magnitude.mp_silu(x)) == pytest.approx(1, abs=0.02)
-    assert rms(magnitude.mp_sum(x, torch.randn_like(x), 0.3)) == pytest.approx(1, abs=0.02)
+    assert rms(silu(x)) == pytest.approx(magnitude.SILU_RMS, rel=0.02)
+    a, b = magnitude.mp_sum_factors(0.3)
+    assert rms(a * x + b * torch.randn_like(x)) == pytest.approx(1, abs=0.02)
+    assert b / a == pytest.approx(3 / 7)
     assert rms(magnitude.normalize(x * 7, 1)) == pytest.approx(1, abs=1e-3)
     assert rms(magnitude.mp_cat(x, y, 0.5)) == pytest.approx(1, abs=0.02)
-    weight = magnitude.normalize_weight(torch.randn(32, C, 3, 3) * 5)
+    weight = magnitude.mp_weight(torch.randn(32, C, 3, 3) * 5, factor=3.0)
     inside = magnitude.mp_conv(x, weight)[..., 1:-1, 1:-1]  # zeros beyond the border lessen the rest
-    assert rms(inside) == pytest.approx(1, abs=0.05)
-    linear = magnitude.mp_conv(x.mean((2, 3)) * SIZE, magnitude.normalize_weight(torch.randn(2000, C)))
+    assert rms(inside) == pytest.approx(3, abs=0.15)
+    linear = magnitude.mp_conv(x.mean((2, 3)) * SIZE, magnitude.mp_weight(torch.randn(2000, C)))
     assert rms(linear) == pytest.approx(1, abs=0.1)
 
 
@@ -38,8 +41,11 @@ def test_concatenation_weighs_by_magnitude_not_by_channels(x: torch.Tensor) -> N
 
 
 def test_weights_have_unit_rms_in_each_output() -> None:
-    weight = magnitude.normalize_weight(torch.randn(5, 7, 3, 3) * 100)
-    torch.testing.assert_close(weight.square().mean((1, 2, 3)), torch.ones(5))
+    weights = [torch.randn(5, 7, 3, 3) * 100, torch.randn(4, 6) / 100]
+    magnitude.normalize_weights_(weights)
+    torch.testing.assert_close(weights[0].square().mean((1, 2, 3)), torch.ones(5))
+    torch.testing.assert_close(weights[1].square().mean(1), torch.ones(4), rtol=0.03, atol=0)  # 1e-4 beside .01
+    magnitude.normalize_weights_([])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

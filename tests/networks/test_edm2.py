@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tolerance import assert_rounded, depth
 
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
-from edmdistill.networks.edm2 import MPConv
 from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.magnitude import EffectiveWeights, MPConv
 
 MakeFlow = Callable[..., FlowNetwork]
 
@@ -57,6 +59,52 @@ def test_folding_keeps_the_function_to_the_bit(make_flow: MakeFlow) -> None:
             gain.fill_(math.nan)  # it is in the weights, and read no more
     flow.network.fold()
     assert torch.equal(flow(x, t), before)
+
+
+def gradients(flow: FlowNetwork, passes: int, shared: bool) -> dict[str, torch.Tensor | None]:
+    """Of a loss over several passes, which normalize the weights together or each for itself."""
+    flow.zero_grad()
+    torch.manual_seed(1)
+    with EffectiveWeights(flow.network).shared() if shared else nullcontext():
+        for _ in range(passes):
+            flow(torch.randn(2, 4, 8, 8), torch.tensor([0.7, 0.2])).square().mean().backward()
+    return {name: parameter.grad for name, parameter in flow.named_parameters()}
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_passes_that_share_weights_have_the_same_gradient(make_flow: MakeFlow, passes: int) -> None:
+    flow = make_flow("edm2", torch.float64).requires_grad_()
+    flow.network.enc["8x8_conv"].weight.requires_grad_(False)
+    alone, together = gradients(flow, passes, False), gradients(flow, passes, True)
+    assert [name for name, gradient in alone.items() if gradient is None] == [
+        name for name, gradient in together.items() if gradient is None
+    ]
+    assert {"network.logvar_linear.weight", "network.enc.8x8_conv.weight"} <= {
+        name for name, gradient in together.items() if gradient is None
+    }
+    torch.testing.assert_close(
+        {name: gradient for name, gradient in together.items() if gradient is not None},
+        {name: gradient for name, gradient in alone.items() if gradient is not None},
+    )
+
+
+@torch.no_grad()
+def test_shared_weights_end_with_their_context(make_flow: MakeFlow) -> None:
+    flow = make_flow("edm2")
+    last, gain = flow.network.out_conv, flow.network.out_gain
+    x, t, weights = torch.randn(2, 4, 8, 8), torch.tensor(0.7), EffectiveWeights(flow.network)
+    before = flow(x, t)
+    with weights.shared():
+        last.weight.neg_()
+        assert_rounded(flow(x, t), before, depth(flow))  # the weights as they were made
+        arguments = torch.randn(1, 8, 8, 8), gain
+        swapped = torch.func.functional_call(last, {"weight": -last.weight}, arguments)
+        assert_rounded(swapped, last(*arguments), depth(last))  # another weight is used
+    torch.testing.assert_close(flow(x, t), -before)
+    with suppress(ZeroDivisionError), weights.shared():
+        last.weight.neg_()
+        raise ZeroDivisionError
+    torch.testing.assert_close(flow(x, t), before)
 
 
 def test_logvar_is_edm2s(make_flow: MakeFlow) -> None:
