@@ -25,7 +25,8 @@ from edmdistill.methods.adversarial import GANConfig
 from edmdistill.methods.base import Loss
 from edmdistill.methods.weighting import adaptive
 
-TangentNormalization = Literal["rms", "norm", "clip"]
+TangentNormalization = Literal["rms", "norm", "clip", "raw"]
+Weighting = Literal["adaptive", "none"]
 
 
 class ConsistencyConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
@@ -38,18 +39,21 @@ class ConsistencyConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     ] = 0
     tangent_normalization: Annotated[TangentNormalization, Meta(description="how the tangent is normalized")] = "rms"
     c: Annotated[float, Meta(ge=0, description="constant added to the tangent's norm before dividing by it")] = 0.1
+    weighting: Annotated[Weighting, Meta(description="adaptive: a learned weight that balances the noise levels")] = (
+        "adaptive"
+    )
 
 
 def normalized_tangent(g: Tensor, c: float, normalization: TangentNormalization) -> Tensor:
-    """Returns g / (|g| + c) for each sample, or g clamped to [-1, 1].  [B,C,H,W]
+    """Returns g / (|g| + c) for each sample, g clamped to [-1, 1], or g itself.  [B,C,H,W]
 
     Args:
-        normalization: "rms": |g| is the root mean square; "norm": the Euclidean norm, as in the paper; "clip".
+        normalization: "rms": |g| is the root mean square; "norm": the Euclidean norm, as in the paper; "clip"; "raw".
     Source: sCM, section 4.2.  Differs: the default is the root mean square, for which c = 0.1 means the same at any
         resolution. With the norm, it is 1% of an average pixel's g at 64 values an image, but 0.08% at 16384.
     """
-    if normalization == "clip":
-        return g.clamp(-1, 1)
+    if normalization in ("clip", "raw"):
+        return g.clamp(-1, 1) if normalization == "clip" else g
     size: Tensor = torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
     return g / (size * (g[0].numel() ** -0.5 if normalization == "rms" else 1.0) + c)
 
@@ -59,15 +63,18 @@ def tangent_warmup(images: int, warmup_images: int) -> float:
     return 1.0 if images >= warmup_images else images / warmup_images
 
 
-def consistency_loss(F: Tensor, F_minus: Tensor, g: Tensor, u: Tensor, t: Tensor) -> Loss:
+def consistency_loss(
+    F: Tensor, F_minus: Tensor, g: Tensor, u: Tensor, t: Tensor, weighting: Weighting = "adaptive"
+) -> Loss:
     """Returns e^-u / D |F - F^- - g|^2 + u, whose gradient in F is that of -F . g; u(t) balances the times.
 
     Args:
         F, u: with gradient; u is the learned log variance.  [B,C,H,W] and [B]
         F_minus, g: without gradient.  [B,C,H,W]
         t: time of each sample, for the monitors.  [B]
+        weighting: "none": u is 0.
     Source: sCM, eq. 8, with w = -u; appendix D.
     """
     with torch.no_grad():
         signals = {"tangent_rms": g.square().mean().sqrt()}
-    return Loss(adaptive(F - F_minus - g, u), t, signals)
+    return Loss(adaptive(F - F_minus - g, u if weighting == "adaptive" else torch.zeros_like(u)), t, signals)

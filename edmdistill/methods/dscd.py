@@ -75,7 +75,7 @@ class DSCD(GuidedMethod[DSCDConfig]):
             F_minus, g = discrete_target(generator, x_t, t, t_before, batch.labels, dx, r=r, sigma_data=sigma_data)
             g = normalized_tangent(g, config.c, config.tangent_normalization)
         F, u = generator(x_t, t, batch.labels, u_at=(t,))
-        loss = consistency_loss(F, F_minus, g, u, t)
+        loss = consistency_loss(F, F_minus, g, u, t, config.weighting)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
 
 

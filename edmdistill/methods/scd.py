@@ -6,7 +6,6 @@ of a single step, L_CM(theta) + vsd L_VSD(theta, psi) (sCD + VSD, section 5.2).
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 from msgspec import Meta
@@ -14,18 +13,17 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import gan_roles
-from edmdistill.methods.base import Batch, Loss, Role, Turn, with_inputs
-from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range, guided_roles
+from edmdistill.methods.base import Batch, Loss, Role, Turn
+from edmdistill.methods.guidance import GuidanceRange, GuideKind, check_range, guided_roles
 from edmdistill.methods.scm import SCM, SCMConfig
 from edmdistill.methods.score_distillation import (
     AuxiliaryMean,
     AuxiliaryStd,
+    AuxiliaryTurns,
     ScoreMean,
     ScoreStd,
-    vsd_auxiliary_loss,
-    vsd_generator_loss,
+    VariationalMethod,
 )
-from edmdistill.schedules import lognormal_times
 
 
 class SCDConfig(SCMConfig, frozen=True, forbid_unknown_fields=True):
@@ -36,6 +34,7 @@ class SCDConfig(SCMConfig, frozen=True, forbid_unknown_fields=True):
     vsd_P_std: ScoreStd = 2.0
     aux_P_mean: AuxiliaryMean = -0.8
     aux_P_std: AuxiliaryStd = 1.6
+    auxiliary_turns: AuxiliaryTurns = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +46,7 @@ class SCDConfig(SCMConfig, frozen=True, forbid_unknown_fields=True):
             )
 
 
-class SCD(SCM[SCDConfig], GuidedMethod[SCDConfig]):
+class SCD(SCM[SCDConfig], VariationalMethod[SCDConfig]):
     Config = SCDConfig
     roles = {"teacher": Role(trained=False), "generator": Role(trained=True, logvars=1)}
 
@@ -60,27 +59,15 @@ class SCD(SCM[SCDConfig], GuidedMethod[SCDConfig]):
 
     def turns(self) -> tuple[Turn, ...]:
         auxiliary = (Turn("auxiliary", self.auxiliary_loss),) if self.config.vsd else ()
-        return *auxiliary, *super().turns()
-
-    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Returns L_Diff(phi).  Source: appendix C.2."""
-        config, noise = self.config, self.noise
-        t = lognormal_times(draws, noise.sigma_data, P_mean=config.aux_P_mean, P_std=config.aux_P_std)
-        w = self.guidance_weights(draws)
-        auxiliary, generator = (with_inputs(self.networks[role], w=w) for role in ("auxiliary", "generator"))
-        return vsd_auxiliary_loss(auxiliary, generator, batch, t, draws, noise)
+        return *auxiliary * self.config.auxiliary_turns, *super().turns()
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns L_CM(theta) + vsd L_VSD(theta, psi).  Source: section 5.2; appendix C.2."""
-        config, noise, loss = self.config, self.noise, super().generator_loss(batch, draws)
-        if not config.vsd:
+        loss = super().generator_loss(batch, draws)
+        if not self.config.vsd:
             return loss
-        t = lognormal_times(draws, noise.sigma_data, P_mean=config.vsd_P_mean, P_std=config.vsd_P_std)
-        w = self.guidance_weights(draws)
-        auxiliary, generator = (with_inputs(self.networks[role], w=w) for role in ("auxiliary", "generator"))
-        teacher = partial(self.teacher, w=w)
-        vsd = vsd_generator_loss(generator, teacher, auxiliary, batch, t, draws, noise, logvars=2)
-        return loss._replace(value=loss.value + config.vsd * vsd.value, signals=loss.signals | vsd.signals)
+        vsd = self.vsd_loss(batch, draws, logvars=2)
+        return loss._replace(value=loss.value + self.config.vsd * vsd.value, signals=loss.signals | vsd.signals)
 
     def guidance_weights(self, draws: Draws) -> Tensor | None:
         return self.teacher.weights(draws)

@@ -102,7 +102,7 @@ class ContinuousConsistency(Method[ContinuousT]):
             F_minus, g = self.target(generator, x_t, t, d, v, batch, w)
             g = normalized_tangent(g, config.c, config.tangent_normalization)
         F, *u = generator(x_t, t, batch.labels, u_at=self.weighted_at(t, d))
-        loss = consistency_loss(F, F_minus, g, reduce(add, u), t)
+        loss = consistency_loss(F, F_minus, g, reduce(add, u), t, config.weighting)
         return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
 
     def target(

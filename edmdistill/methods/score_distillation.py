@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Annotated, Protocol, TypeVar
+from functools import partial
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Turn
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Turn, with_inputs
+from edmdistill.methods.guidance import GuidanceConfig, GuidedMethod
 from edmdistill.methods.noising import initial_noise, noised, one_step
 from edmdistill.methods.weighting import adaptive
+from edmdistill.schedules import lognormal_times
 from edmdistill.trigflow import denoised, diffuse
 
 AuxiliaryTurns = Annotated[
@@ -52,6 +55,8 @@ ConfigT = TypeVar("ConfigT", bound=ScoreConfig)
 class ScoreDistillation(Method[ConfigT]):
     """A method that alternates between an auxiliary score, which tracks the generator, and the generator."""
 
+    teacher: Any  # guided, in aVSD
+
     def __init__(self, config: ConfigT, networks: Mapping[str, FlowFunction], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
         self.teacher, self.generator, self.auxiliary = (
@@ -71,6 +76,51 @@ class ScoreDistillation(Method[ConfigT]):
 
     @abstractmethod
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss: ...
+
+
+class VSDOptions(GuidanceConfig, Protocol):
+    """The options of every method with aVSD's losses."""
+
+    @property
+    def vsd_P_mean(self) -> float: ...
+
+    @property
+    def vsd_P_std(self) -> float: ...
+
+    @property
+    def aux_P_mean(self) -> float: ...
+
+    @property
+    def aux_P_std(self) -> float: ...
+
+
+VSDOptionsT = TypeVar("VSDOptionsT", bound=VSDOptions)
+
+
+class VariationalMethod(GuidedMethod[VSDOptionsT]):
+    """A method with aVSD's two losses, of a guided teacher: all of vsd, a part of scd."""
+
+    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Returns L_Diff(phi): diffusion training on the generator's images.  Source: sCM, appendix C.2."""
+        config, noise = self.config, self.noise
+        t = lognormal_times(draws, noise.sigma_data, P_mean=config.aux_P_mean, P_std=config.aux_P_std)
+        w = self.teacher.weights(draws)
+        auxiliary, generator = (with_inputs(self.networks[role], w=w) for role in ("auxiliary", "generator"))
+        return vsd_auxiliary_loss(auxiliary, generator, batch, t, draws, noise)
+
+    def vsd_loss(self, batch: Batch, draws: Draws, logvars: int = 1) -> Loss:
+        """Returns L_VSD(theta, psi): the generator follows the gap between the two scores.
+
+        Args:
+            logvars: see `vsd_generator_loss`.
+        """
+        config, noise = self.config, self.noise
+        t = lognormal_times(draws, noise.sigma_data, P_mean=config.vsd_P_mean, P_std=config.vsd_P_std)
+        w = self.teacher.weights(draws)
+        auxiliary, generator = (with_inputs(self.networks[role], w=w) for role in ("auxiliary", "generator"))
+        return vsd_generator_loss(
+            generator, partial(self.teacher, w=w), auxiliary, batch, t, draws, noise, logvars=logvars
+        )
 
 
 def vsd_auxiliary_loss(

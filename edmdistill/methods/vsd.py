@@ -14,6 +14,7 @@ import msgspec
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Role
+from edmdistill.methods.guidance import GuidanceRange, GuideKind, check_range
 from edmdistill.methods.score_distillation import (
     AuxiliaryMean,
     AuxiliaryStd,
@@ -21,10 +22,8 @@ from edmdistill.methods.score_distillation import (
     ScoreDistillation,
     ScoreMean,
     ScoreStd,
-    vsd_auxiliary_loss,
-    vsd_generator_loss,
+    VariationalMethod,
 )
-from edmdistill.schedules import lognormal_times
 
 
 class VSDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,9 +34,14 @@ class VSDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aux_P_mean: AuxiliaryMean = -0.8
     aux_P_std: AuxiliaryStd = 1.6
     auxiliary_turns: AuxiliaryTurns = 1
+    guidance: GuidanceRange = (1.0, 1.0)
+    guide: GuideKind = "classes"
+
+    def __post_init__(self) -> None:
+        check_range(self)
 
 
-class VSD(ScoreDistillation[VSDConfig]):
+class VSD(VariationalMethod[VSDConfig], ScoreDistillation[VSDConfig]):
     Config = VSDConfig
     roles = {
         "teacher": Role(trained=False),
@@ -45,14 +49,5 @@ class VSD(ScoreDistillation[VSDConfig]):
         "auxiliary": Role(trained=True, logvars=1),
     }
 
-    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Returns L_Diff(phi): diffusion training on the generator's images."""
-        config, noise = self.config, self.noise
-        t = lognormal_times(draws, noise.sigma_data, P_mean=config.aux_P_mean, P_std=config.aux_P_std)
-        return vsd_auxiliary_loss(self.auxiliary, self.generator, batch, t, draws, noise)
-
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Returns L_VSD(theta, psi): the generator follows the gap between the two scores."""
-        config, noise = self.config, self.noise
-        t = lognormal_times(draws, noise.sigma_data, P_mean=config.vsd_P_mean, P_std=config.vsd_P_std)
-        return vsd_generator_loss(self.generator, self.teacher, self.auxiliary, batch, t, draws, noise)
+        return self.vsd_loss(batch, draws)

@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "scd, guided": GUIDED,
     "scd, vsd and guided": GUIDED | {"vsd": 0.7},
     "dscd, guided": GUIDED,
+    "vsd, guided": GUIDED,
     "fmd, guided": GUIDED,
     "fmd, gan": {"gan": 0.5, "gan_loss": "relativistic"},
     "scd, vsd, guided and gan": GUIDED | {"vsd": 0.7, "gan": 0.5, "balance": "fixed"},

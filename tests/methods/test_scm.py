@@ -78,11 +78,20 @@ def test_the_gradient_is_that_of_the_inner_product() -> None:
     torch.testing.assert_close(u.grad, 1 - (-u.detach()).exp() * mean, rtol=1e-12, atol=1e-14)
 
 
+def test_without_adaptive_weighting_all_times_weigh_the_same() -> None:
+    F, g = torch.randn(5, 1, 4, 4, requires_grad=True), torch.randn(5, 1, 4, 4)
+    u = torch.linspace(-1, 1, 5, requires_grad=True)
+    loss = consistency_loss(F, F.detach(), g, u, TIMES, "none").value
+    torch.testing.assert_close(loss, g.square().flatten(1).mean(1))
+    assert torch.autograd.grad(loss.sum(), u, allow_unused=True) == (None,)
+
+
 def test_normalized_tangent() -> None:
     g = torch.stack([torch.full((1, 8, 8), 3.0), torch.full((1, 8, 8), -0.1), torch.zeros(1, 8, 8)])
     torch.testing.assert_close(normalized_tangent(g, 0.1, "rms")[:, 0, 0, 0], torch.tensor([3 / 3.1, -0.5, 0]))
     torch.testing.assert_close(normalized_tangent(g, 0.1, "norm")[:, 0, 0, 0], torch.tensor([3 / 24.1, -0.1 / 0.9, 0]))
     torch.testing.assert_close(normalized_tangent(g, 0.1, "clip")[:, 0, 0, 0], torch.tensor([1, -0.1, 0]))
+    assert normalized_tangent(g, 0.1, "raw").equal(g)
 
 
 def test_tangent_warmup() -> None:
