@@ -26,6 +26,7 @@ from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import require_guide
 from edmdistill.training.ema import profiles
 from edmdistill.training.micro_batch import HEADROOM
+from edmdistill.training.optimizers import state_bytes
 from edmdistill.training.probe import ROWS, Probe
 from edmdistill.training.roles import build_roles
 
@@ -178,7 +179,7 @@ def make_plan(measured: Measurement, machine: Machine = Machine(), processes: in
     method, networks, passes = measured.recipe.method_class, measured.networks, measured.passes
     sizes = {role: _bytes(network.state_dict().values()) for role, network in networks.items()}
     trained = {role: turn.trained for role, turn in passes.items()}
-    states = 2 if measured.recipe.training.optimizer == "adam8bit" else 8  # bytes a parameter
+    states = state_bytes(measured.recipe.training)
     averages = len(profiles(measured.recipe.ema)) * sizes[method.product]
     if measured.offloaded:
         sizes |= {name: 0 for name, role in measured.recipe.roles.items() if role.frozen}

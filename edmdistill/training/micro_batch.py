@@ -12,6 +12,7 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.devices import is_out_of_memory
 from edmdistill.machine.engine import local_shard
 from edmdistill.methods.base import Batch
+from edmdistill.training.optimizers import state_bytes
 from edmdistill.training.probe import LATE
 from edmdistill.training.run import Run
 from edmdistill.transfer import is_gpu
@@ -88,11 +89,11 @@ def _try_turns(run: Run, size: int) -> None:
 
 
 def _reserve_memory(run: Run) -> torch.Tensor:
-    """Allocates what the optimizers have not allocated yet, two numbers a parameter, and the headroom."""
-    size = 0.0
+    """Allocates what the optimizers have not allocated yet, and the headroom."""
+    size, each = 0.0, state_bytes(run.recipe.training)
     for role, optimizer in run.optimizers.items():
         if not optimizer.state and "optimizer" not in run.engine.machine.offload:
-            size += sum(8 * local_shard(parameter).numel() for parameter in run.trainable[role].values())
+            size += sum(each * local_shard(parameter).numel() for parameter in run.trainable[role].values())
     if is_gpu(run.engine.device):
         size += HEADROOM * torch.cuda.get_device_properties(run.engine.device).total_memory
     return torch.empty(int(size), dtype=torch.uint8, device=run.engine.device)

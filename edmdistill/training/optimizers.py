@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adam import adam
 
 from edmdistill.checkpoints.run_state import Scale
 from edmdistill.errors import TrainingError
@@ -27,7 +28,7 @@ def make_optimizer(
     """
     options: dict[str, Any] = {"lr": training.lr, "betas": training.betas, "eps": training.eps}
     if training.optimizer == "adam":
-        return (OffloadedAdam if offload else torch.optim.Adam)(list(parameters), **options, fused=True)
+        return OffloadedAdam(parameters, **options) if offload else make_adam(parameters, **options)
     if offload:
         raise TrainingError(
             f"--offload optimizer is for adam, but the recipe uses {training.optimizer}: leave out one of them"
@@ -42,6 +43,19 @@ def make_optimizer(
         ) from error
     made: torch.optim.Optimizer = Adam8bit(list(parameters), **options)
     return made
+
+
+def make_adam(parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Adam:
+    """Returns Adam in torch's fused kernel; at beta1 = 0, without the average of gradients, which is the gradient."""
+    kind = torch.optim.Adam if options["betas"][0] else MomentumFreeAdam
+    return kind(list(parameters), **options, fused=True)
+
+
+def state_bytes(training: TrainingTable) -> int:
+    """Returns the bytes that an optimizer keeps for each parameter."""
+    if training.optimizer == "adam8bit":
+        return 2
+    return 4 if training.optimizer == "adam" and training.betas[0] == 0 else 8
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -80,6 +94,48 @@ def load_states(optimizer: torch.optim.Optimizer, states: dict[int, dict[str, Te
     optimizer.load_state_dict({**optimizer.state_dict(), "state": whole})
 
 
+class MomentumFreeAdam(torch.optim.Adam):
+    """Adam at beta1 = 0, with half of its states and the same bits: the gradient itself serves as its average.
+
+    Its states are `step` and `exp_avg_sq`, and it loads those of torch's Adam.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in moved:
+                if not self.state[parameter]:
+                    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    self.state[parameter] = {"step": step, "exp_avg_sq": torch.zeros_like(parameter)}
+            gradients = [parameter.grad for parameter in moved]
+            states = [self.state[parameter] for parameter in moved]
+            adam(
+                moved,
+                gradients,
+                gradients,  # the kernel writes 0 average + 1 gradient here, which changes nothing
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=0.0,
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        states = {
+            index: {key: value for key, value in state.items() if key != "exp_avg"}
+            for index, state in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": states})
+
+
 class OffloadedAdam(torch.optim.Optimizer):
     """Adam on copies of the weights in the host's memory; the device holds weights and gradients alone.
 
@@ -93,7 +149,7 @@ class OffloadedAdam(torch.optim.Optimizer):
         self._device = self._parameters[0].device
         self._copies = [nn.Parameter(copy) for copy in host_block(self._parameters, self._device)]
         self._gradients = host_block(self._parameters, self._device)
-        self._adam = torch.optim.Adam(self._copies, **options)
+        self._adam = make_adam(self._copies, **options)
         # The same objects, so that learning rates and states set here are set there.
         self.state = self._adam.state
 

@@ -16,11 +16,11 @@ def training(**values):
     return TrainingTable(images=100, batch=10, lr=1e-2, log_every=1, snapshot_every=1, **values)
 
 
-def pair():
+def pair(**values):
     torch.manual_seed(0)
     networks = nn.Linear(5, 3), nn.Linear(5, 3)
     networks[1].load_state_dict(networks[0].state_dict())
-    optimizers = [make_optimizer(networks[i].parameters(), training(), offload=bool(i)) for i in range(2)]
+    optimizers = [make_optimizer(networks[i].parameters(), training(**values), offload=bool(i)) for i in range(2)]
     return networks, optimizers
 
 
@@ -35,8 +35,9 @@ def step(network, optimizer, number):
         network.weight.div_(network.weight.norm())
 
 
-def test_adam_in_the_hosts_memory_is_adam():
-    networks, optimizers = pair()
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_adam_in_the_hosts_memory_is_adam(beta1):
+    networks, optimizers = pair(betas=(beta1, 0.99))
     for number in range(5):
         for network, optimizer in zip(networks, optimizers, strict=True):
             step(network, optimizer, number)
@@ -59,6 +60,37 @@ def test_states_go_from_one_to_the_other(source):
     for network, optimizer in zip(networks, optimizers, strict=True):
         step(network, optimizer, 3)
     assert all(torch.equal(a, b) for a, b in zip(*(n.parameters() for n in networks), strict=True))
+
+
+def test_without_momentum_adam_has_the_same_bits_and_half_of_the_states():
+    """Of torch's own, from its states too."""
+    torch.manual_seed(0)
+    networks = [nn.Linear(37, 19) for _ in range(3)]
+    for network in networks[1:]:
+        network.load_state_dict(networks[0].state_dict())
+    table = training(betas=(0.0, 0.99))
+    reference = torch.optim.Adam(networks[0].parameters(), lr=1e-2, betas=(0.0, 0.99), fused=True)
+    ours, resumed = (make_optimizer(network.parameters(), table) for network in networks[1:])
+
+    def steps(numbers, *pairs):
+        for number in numbers:
+            for network, optimizer in pairs:
+                torch.manual_seed(number)
+                network(torch.randn(4, 37)).square().sum().backward()
+                set_learning_rate(optimizer, 1e-2 / (1 + number))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    steps(range(3), (networks[0], reference), (networks[1], ours))
+    assert [{*state} for state in ours.state.values()] == [{"step", "exp_avg_sq"}] * 2
+    load_states(resumed, copy.deepcopy(plain_states(reference)))
+    networks[2].load_state_dict(networks[0].state_dict())
+    steps(range(3, 6), (networks[0], reference), (networks[1], ours), (networks[2], resumed))
+    for parameter, *others in zip(*(network.parameters() for network in networks), strict=True):
+        assert all(torch.equal(parameter, other) for other in others)
+    for state, other in zip(plain_states(ours).values(), plain_states(resumed).values(), strict=True):
+        assert other.keys() == state.keys()
+        assert all(torch.equal(value, other[key]) for key, value in state.items())
 
 
 def test_parameters_without_a_gradient_stay():
