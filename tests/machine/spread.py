@@ -28,9 +28,11 @@ CASES["cosim, gan"] = CASES["cosim"] | {"gan": 1.0, "gan_loss": "relativistic", 
 
 
 def recipe(case: str, rounds: int) -> Recipe:
+    betas = [0.0 if case in ("cosim", "cosim, gan", "sid") else 0.9, 0.999]
     tables = {
         "method": CASES[case],
-        "training": {"images": rounds * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8, "dropout": 0.2},
+        "training": {"images": rounds * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8, "dropout": 0.2}
+        | {"betas": betas},
         "ema": {"half_life_images": 50, "sigma_rel": [0.1]},
     }
     if case == "diffusion":
