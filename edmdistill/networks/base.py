@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -249,3 +250,12 @@ class Network(nn.Module, ABC):
         """Folds normalization, gains and constants into EDM2's weights, for inference; it can no longer be trained."""
         for layer, gain in gained_layers(self):
             layer.fold_(1.0 if gain is None else gain)
+
+    def store_convolutions(self, dtype: torch.dtype) -> None:
+        """Keeps the weights of convolutions in the dtype of the activations, to which every pass would cast them.
+
+        For a frozen network: no bit of its results changes. The layers of times and labels stay as they are.
+        """
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.to(dtype)

@@ -61,6 +61,8 @@ def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
     network.requires_grad_(False).eval()
     if role.frozen:
         network.network.fold()
+        if network.compute_dtype is not None:
+            network.network.store_convolutions(network.compute_dtype)
     elif recipe.training.dropout is not None:
         set_dropout(network, recipe.training.dropout, recipe.training.dropout_max_resolution)
     return network

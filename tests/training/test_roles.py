@@ -1,8 +1,15 @@
 """The networks of a method's roles."""
 
+import copy
+
+import pytest
+import torch
 from toy_runs import TABLES
 
 from edmdistill.checkpoints.store import load_checkpoint
+from edmdistill.networks import NETWORKS
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.roles import build_roles
@@ -17,3 +24,38 @@ def test_the_auxiliary_score_reads_t_by_the_recipes_gain(teacher) -> None:
             networks = build_roles(recipe, source)
             assert networks["auxiliary"].network.second_time.gain == gain
             assert not networks["generator"].two_time
+
+
+SMALL = {"img_resolution": 8, "label_dim": 10, "model_channels": 16, "num_blocks": 1, "attn_resolutions": [8]}
+EDM_SMALL = SMALL | {"in_channels": 1, "out_channels": 1, "channel_mult": [1, 2]}
+KINDS = {
+    "song": EDM_SMALL,
+    "edm2": SMALL | {"img_channels": 1, "channel_mult": [1, 2], "channels_per_head": 8},
+}
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("song", "bf16"), ("edm2", "bf16")])
+def test_a_frozen_teacher_keeps_half_of_its_bytes_and_all_bits_of_its_results(kind, precision) -> None:
+    torch.manual_seed(0)
+    flow = FlowNetwork(NETWORKS[kind](**KINDS[kind]), EDM())
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tables = TABLES | {"method": {"name": "sid"}}
+    tables |= {"training": TABLES["training"] | {"precision": precision}}
+    teacher = build_roles(Recipe.from_tables(tables, "a test"), flow)["teacher"]
+    convolutions = [parameter for parameter in teacher.parameters() if parameter.ndim == 4]
+    assert {parameter.dtype for parameter in convolutions} == {teacher.compute_dtype}
+    assert sum(p.nbytes for p in teacher.parameters()) < 0.7 * sum(p.nbytes for p in flow.parameters())
+
+    wide = copy.deepcopy(flow).requires_grad_(False).eval()
+    wide.network.fold()
+    wide.compute_dtype = teacher.compute_dtype
+    x, t = torch.randn(3, 1, 8, 8, requires_grad=True), torch.tensor([0.2, 0.8, 1.5])
+    labels, dx = torch.eye(10)[:3], torch.randn(3, 1, 8, 8)
+    for of in (
+        lambda network: network(x, t, labels),
+        lambda network: torch.autograd.grad(network(x, t, labels).square().sum(), x)[0],
+        lambda network: network.tangent(x, t, labels, dx, torch.ones(3))[1],
+    ):
+        assert torch.equal(of(teacher), of(wide))
