@@ -179,11 +179,13 @@ def fingerprints(
     Args:
         all_reduce: the sum over processes, each of which may hold a shard.
     """
-    bits = {torch.float32: torch.int32, torch.float64: torch.int64}
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     checksums = {}
     for role, network in networks.items():
         # The weights of an offloaded network are on the meta device, and are not trained.
-        sums = [local_shard(p.detach()).view(bits[p.dtype]).sum() for p in network.parameters() if not p.is_meta]
+        sums = [
+            local_shard(p.detach()).view(bits[p.element_size()]).sum() for p in network.parameters() if not p.is_meta
+        ]
         checksums[role] = int(all_reduce(torch.stack(sums).sum())) if sums else 0
     return checksums
 
