@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edmdistill.kernels.backend import uses_triton
 from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent_of
 from edmdistill.kernels.linear import conv2d, linear
 
@@ -47,6 +48,10 @@ def mp_weight(weight: Tensor, gain: Tensor | float = 1.0, factor: float = 1.0) -
         gain: 0-dim, learned.
     Source: eq. 47, 66, with a gain.
     """
+    if weight.dtype == torch.float32 and uses_triton(weight):
+        from edmdistill.kernels import magnitude_triton  # it needs Triton
+
+        return magnitude_triton.mp_weight(weight, gain, factor)
     wide = weight.to(at_least_float32(weight.dtype))
     fan_in = weight[0].numel()
     return normalize(wide, tuple(range(1, weight.ndim))) * (gain * (factor / math.sqrt(fan_in)))

@@ -16,6 +16,7 @@ from edmdistill.kernels.attention import attention
 from edmdistill.kernels.backend import VARIABLE, kernels, selected
 from edmdistill.kernels.dual import Dual
 from edmdistill.kernels.group_norm import group_norm_silu
+from edmdistill.kernels.magnitude import mp_weight
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
@@ -104,6 +105,22 @@ def test_tangents_are_linear() -> None:
         assert not none.tangent.any()
 
 
+@pytest.mark.parametrize("shape", [(5, 6, 3, 3), (4, 10), (1, 1, 1, 1)])
+@pytest.mark.parametrize("gained", [True, False])
+def test_mp_weight_and_its_gradients(shape: tuple[int, ...], gained: bool) -> None:
+    weight, slope = random(*shape).requires_grad_(), random(*shape, 1)[..., 0]
+    gain = torch.tensor([0.7]).requires_grad_() if gained else 1.0
+    learned = [weight, gain] if isinstance(gain, Tensor) else [weight]
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        wide = [x.detach().to(dtype).requires_grad_() for x in learned]
+        y = mp_weight(*wide, factor=1.3)
+        return [y, *torch.autograd.grad(y, wide, slope.to(dtype))]
+
+    for found, expected in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_float64_and_tensors_without_a_tangent_stay_with_torch() -> None:
     x, weight, bias = random(2, 8, 3, 3), random(8), random(8)
     y = f.silu(f.group_norm(x, 4, weight, bias, 1e-5))
@@ -126,6 +143,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from edmdistill.kernels.attention_triton import STAGES, TILES, attention_kernel
 from edmdistill.kernels.group_norm_triton import group_norm_silu_kernel
+from edmdistill.kernels.magnitude_triton import mp_weight_backward_kernel, mp_weight_kernel
 
 def compile(kernel, gpu, types, **constants):
     names = kernel.arg_names
@@ -139,6 +157,9 @@ for gpu in (80, 90):
     images = dict.fromkeys(("X", "DX", "Y", "DY"), "*bf16")
     rows = dict.fromkeys(("W", "B", "SCALE", "SHIFT", "DSCALE", "DSHIFT"), "*fp32")
     compile(group_norm_silu_kernel, gpu, {**images, **rows, "eps": "fp32"}, MODULATED=True, LAST=True, BLOCK=2048)
+    weights = dict.fromkeys(("W", "GAIN", "Y", "NORM", "DY", "DW", "DGAIN"), "*fp32") | {"c": "fp32"}
+    for kernel in (mp_weight_kernel, mp_weight_backward_kernel):
+        compile(kernel, gpu, weights, BLOCK=2048)
     for dtype, size in (("*fp16", 2), ("*fp32", 4)):
         for padded, (rows, keys) in TILES[size].items():
             types = dict.fromkeys(("Q", "K", "V", "DQ", "DK", "DV", "Y", "DY"), dtype) | {"scale": "fp32"}
