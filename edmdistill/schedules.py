@@ -16,6 +16,7 @@ from scipy import special
 from torch import Tensor
 
 from edmdistill.draws import Draws
+from edmdistill.transfer import Constant
 from edmdistill.trigflow import sigma_to_time
 
 
@@ -165,19 +166,19 @@ def student_sigmas(draws: Draws, *, P_mean: float, P_std: float, degrees: float,
     Source: Lee et al. 2025 (TCM), log-Student-t.  Differs: quantiles are interpolated between 4,097 exact ones, within
         1e-5 of ln(sigma), so that they can be drawn on every device.
     """
-    quantiles = _student_quantiles(P_mean, P_std, degrees, low, high).to(draws.device)
+    quantiles = _student_quantiles(P_mean, P_std, degrees, low, high).on(draws.device)
     place = draws.uniform() * (len(quantiles) - 1)
     below = place.long()
     return quantiles[below].lerp(quantiles[below + 1], place - below).exp()
 
 
 @cache
-def _student_quantiles(P_mean: float, P_std: float, degrees: float, low: float, high: float) -> Tensor:
+def _student_quantiles(P_mean: float, P_std: float, degrees: float, low: float, high: float) -> Constant:
     """Returns ln(sigma) from low to high at 4,097 equal steps of probability.  float64"""
     ends = (torch.tensor([low, high], dtype=torch.float64).log() - P_mean) / P_std
     first, last = special.stdtr(degrees, ends.numpy())
     T = torch.from_numpy(special.stdtrit(degrees, torch.linspace(first, last, 4097, dtype=torch.float64).numpy()))
-    return P_mean + P_std * T.clamp(*ends.tolist())
+    return Constant(P_mean + P_std * T.clamp(*ends.tolist()))
 
 
 def lognormal_times(draws: Draws, sigma_data: float, *, P_mean: float, P_std: float) -> Tensor:

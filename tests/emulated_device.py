@@ -219,9 +219,10 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     args = mapped(lambda leaf: leaf.here if isinstance(leaf, OnDevice) else leaf, args)
     kwargs = {key: value.here if isinstance(value, OnDevice) else value for key, value in kwargs.items()}
-    lands_pinned = name == "_to_copy" and not stays and kwargs.pop("non_blocking", False)
-    kwargs.pop("non_blocking", None) if name == "_to_copy" else None
-    if device is not None:
+    lands_pinned = name == "_to_copy" and not stays and kwargs.get("non_blocking") and str(device) != "meta"
+    if name == "_to_copy":
+        kwargs.pop("non_blocking", None)
+    if is_emulated(device):
         kwargs["device"] = torch.device("cpu")
     out = func(*args, **kwargs)
     if lands_pinned:
@@ -253,6 +254,8 @@ def count_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], stays: 
     """Counts the bytes of a copy, and whether the host waits for it."""
     source = args[1] if name == "copy_" else args[0]
     stays = isinstance(args[0], OnDevice) if name == "copy_" else stays
+    if str(kwargs.get("device")) == "meta":
+        return
     quiet = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
     size = source.numel() * source.element_size()
     if isinstance(source, OnDevice) and not stays:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from edmdistill.draws import Draws
@@ -34,7 +35,7 @@ def initial_noise(like: Tensor, sigma: float, draws: Draws, sigma_data: float) -
     Differs: sCM's appendix C.2 starts at pi/2, outside the noise range of pretrained networks. The weight of z there
         and at sigma_max = 80 differs by 2e-5.
     """
-    t = sigma_to_time(sigma, sigma_data).expand(len(like))
+    t = like.new_full((len(like),), float(sigma_to_time(sigma, sigma_data)), dtype=torch.float64)
     return cos_sin(t, like)[1] * draws.normal_like(like, sigma_data), t
 
 

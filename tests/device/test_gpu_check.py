@@ -1,0 +1,71 @@
+"""benchmarks/gpu_check.py, as whoever has a GPU will run it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+WORKER = """
+import json, os, sys, time
+def say(**line): print(json.dumps(line), flush=True)
+for name in sys.argv[sys.argv.index("--parts") + 1:]:
+    say(part=name, begins=True)
+    say(part=name, found=1)
+    if name == "golden": os.abort()
+    if name == "methods": time.sleep(60)
+    say(part=name, ends=True, ok=name != "resume", seconds=0.0)
+"""
+"""A worker of which one part crashes, one takes too long, and one finds something wrong."""
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_list_names_every_part(gpu_check: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--list"])
+    gpu_check.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(gpu_check.PARTS)
+    assert all(len(line.split()) > 5 for line in lines)
+    assert sum(part.limit for part in gpu_check.PARTS.values()) <= 12 * 60  # each far above what it is expected to take
+
+
+def test_no_part_stops_the_next(gpu_check: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(gpu_check, "__file__", str(tmp_path / "worker.py"))
+    monkeypatch.setitem(gpu_check.PARTS, "methods", gpu_check.PARTS["methods"]._replace(limit=0.5))
+    written: list[dict[str, Any]] = []
+    names = ["environment", "golden", "methods", "resume", "options"]
+    assert not gpu_check.watch(names, "cuda", written.append)
+    ends = {line["part"]: line for line in written if line.get("ends")}
+    assert list(ends) == names
+    assert [ends[name]["ok"] for name in names] == [True, False, False, False, True]
+    assert (ends["golden"]["error"], ends["methods"]["error"]) == ("the process died", "it took too long")
+    assert gpu_check.watch(["environment", "options"], "cuda", written.append)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_runs_on_the_emulated_device(gpu_check: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, str(SCRIPT), "--device", "emulated", "--out", str(out)]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line for line in lines if not line.get("ok", True)] == [], found.stderr
+    assert found.returncode == 0, found.stderr
+    assert sum(line.get("ends", False) for line in lines) == len(gpu_check.PARTS)
