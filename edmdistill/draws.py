@@ -80,6 +80,8 @@ class Draws:
         batch: number of rows in the whole batch.
         rows: the rows to draw for.
         device: of the numbers; "meta" gives shapes only.
+    Attributes:
+        batch, rows: as given.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Draws:
         device: torch.device | str = "cpu",
     ) -> None:
         start, stop, _ = rows.indices(batch)
+        self.batch, self.rows = batch, slice(start, stop)
         seeds = np.random.SeedSequence(entropy)
         self.device = torch.device(device)
         root = _signed(int(seeds.generate_state(1, np.uint64)[0]) + start * GAMMA)
@@ -116,6 +119,15 @@ class Draws:
     def normal_like(self, x: Tensor, std: float = 1.0) -> Tensor:
         """Draws Gaussian noise with the shape and dtype of x [rows,...]."""
         return self.normal(*x.shape[1:], dtype=x.dtype) * std
+
+    def in_batch(self, values: Tensor) -> Tensor:
+        """Returns values of these rows in the place of theirs, [rows] -> [batch], times batch / rows; 0 elsewhere.
+
+        So the mean over all micro-batches, each with the weight of its rows, holds the values of the whole batch.
+        """
+        whole = values.new_zeros(self.batch)
+        whole[self.rows] = values * (self.batch / len(self))
+        return whole
 
     def dropout(self, advance: bool = True) -> Tensor:
         """Returns the rows' dropout keys for a forward pass, for kernels.dropout.  [rows] int64

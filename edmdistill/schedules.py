@@ -186,6 +186,14 @@ def lognormal_times(draws: Draws, sigma_data: float, *, P_mean: float, P_std: fl
     return sigma_to_time(lognormal_sigmas(draws, P_mean=P_mean, P_std=P_std), sigma_data)
 
 
+def curve_times(
+    draws: Draws, sigma_data: float, sigma_min: float, sigma_max: float, low: float = 0.0, high: float = 1.0
+) -> Tensor:
+    """Draws noise levels uniformly on EDM's curve, r ~ U[low, high], and returns t = arctan(sigma / sigma_d).  [B]"""
+    r = low + (high - low) * draws.uniform()
+    return sigma_to_time(edm_curve(r, sigma_min, sigma_max), sigma_data)
+
+
 def interval_times(
     draws: Draws, t_max: float, *, P_mean: float, P_std: float, share_to_data: float = 0.0
 ) -> tuple[Tensor, Tensor]:

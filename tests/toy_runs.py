@@ -31,6 +31,8 @@ TABLES = {
 }
 OPTIONS = {
     **{name: {"allow_edm_time": True} for name in ("fmd", "mean-flow", "scd", "sct")},
+    "dmd2": {"auxiliary_turns": 2},
+    "sida": {"gan_warmup_images": 8},
     "ctm": {"N": 4, "max_steps": 2, "gan_channels": 8},  # the teacher's steps are most of its time
 }
 """Of a method, beside its name."""

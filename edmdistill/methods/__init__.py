@@ -44,6 +44,16 @@ METHODS: dict[str, MethodEntry] = {
         "SiD: score identity distillation, a one-step generator trained from the teacher alone.",
         ("zhou2024sid",),
     ),
+    "sida": MethodEntry(
+        "edmdistill.methods.sida:SiDA",
+        "SiDA: SiD with an adversary in the encoder of the auxiliary score.",
+        ("zhou2025sida",),
+    ),
+    "dmd2": MethodEntry(
+        "edmdistill.methods.dmd2:DMD2",
+        "DMD2: distribution matching with an adversary, in one step or several; with f_divergence, f-distill.",
+        ("yin2024dmd2", "xu2025fdistill"),
+    ),
     "scd": MethodEntry(
         "edmdistill.methods.scd:SCD",
         "sCD: continuous-time consistency models, distilled from a teacher.",

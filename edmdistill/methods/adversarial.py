@@ -103,6 +103,11 @@ def gan_roles(config: GANConfig) -> dict[str, Role]:
     return roles if config.gan else {}
 
 
+def logit_means(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """Returns the means of both kinds of logits, for the monitors."""
+    return {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+
+
 class Adversary:
     """The roles of `gan_roles` with a loss: images are augmented, embedded, and judged.
 
@@ -126,8 +131,7 @@ class Adversary:
         # In one pass: a discriminator that is wrapped for several processes is called once a turn.
         logits = self.discriminator(maps)
         real_logits, fake_logits = logits.chunk(2)
-        signals = {"logits_real": real_logits.detach().mean(), "logits_fake": fake_logits.detach().mean()}
-        value = self.loss.discriminator(real_logits, fake_logits)
+        value, signals = self.loss.discriminator(real_logits, fake_logits), logit_means(real_logits, fake_logits)
         if self.penalty:
             slopes = torch.autograd.grad(logits.mean(1).sum(), images, create_graph=True)
             squares = torch.stack([slope.square().flatten(1).sum(1) for slope in slopes]).sum(0)

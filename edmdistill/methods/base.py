@@ -15,6 +15,7 @@ import msgspec
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.networks.bottleneck import HeadKind
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.last_layer import LastLayer
 
@@ -22,7 +23,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 class FlowFunction(Protocol):
-    """A network as a method calls it; FlowNetwork documents both forms.
+    """A network as a method calls it; FlowNetwork documents all forms.
 
     Args:
         conditions: labels [B,label_dim] or None; then the second time [B], for a role of two times.
@@ -38,6 +39,16 @@ class FlowFunction(Protocol):
         self, x_t: Tensor, t: Tensor, /, *conditions: Tensor | None, u_at: tuple[Tensor, ...], w: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Returns F and, for each of n times [B], the log variance u [B] at that time; the role needs n logvars."""
+
+    @overload
+    def __call__(
+        self, x_t: Tensor, t: Tensor, /, *conditions: Tensor | None, logits: Literal["also"]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns F and the logits of the role's head.  [B,n]"""
+
+    @overload
+    def __call__(self, x_t: Tensor, t: Tensor, /, *conditions: Tensor | None, logits: Literal["alone"]) -> Tensor:
+        """Returns the logits.  [B,n]"""
 
     def tangent(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /, *more: Tensor, **inputs: Any
@@ -114,6 +125,7 @@ class Role(NamedTuple):
         guided: takes the guidance weight.
         source: the network it is initialized from: the teacher, or the guide, another network of the same data.
         ema_of: the role it is the moving average of, or None.
+        head: kind of the discriminator of its bottleneck, a key of networks.bottleneck; None: it has none.
         make: (teacher, seed) -> a network of another kind; None: a copy of the source.
         sigma_min: the lowest noise level that it is for; None: the source's.
     """
@@ -125,6 +137,7 @@ class Role(NamedTuple):
     guided: bool = False
     source: Literal["teacher", "guide"] = "teacher"
     ema_of: EmaOf | None = None
+    head: HeadKind | None = None
     make: Callable[[FlowNetwork, int], nn.Module] | None = None
     sigma_min: float | None = None
 

@@ -22,7 +22,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Turn, with_inputs
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, with_inputs
 from edmdistill.methods.guidance import GuidanceConfig, GuidedMethod
 from edmdistill.methods.noising import initial_noise, noised, one_step
 from edmdistill.methods.weighting import adaptive
@@ -50,6 +50,10 @@ class ScoreConfig(Protocol):
 
 
 ConfigT = TypeVar("ConfigT", bound=ScoreConfig)
+
+
+SCORES = {"teacher": Role(trained=False), "generator": Role(trained=True), "auxiliary": Role(trained=True)}
+"""The roles of one time."""
 
 
 class ScoreDistillation(Method[ConfigT]):

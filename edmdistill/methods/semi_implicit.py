@@ -56,7 +56,7 @@ def generator_loss(
     sin = cos_sin(s, v)[1].flatten()
     size = e.detach().abs().flatten(1).mean(1) if weight == "sid" else sigma_data
     value = sin**2 / (sin * size).clamp(min=1e-5) * (u * (e - alpha * u)).flatten(1).sum(1)
-    return Loss(value, s, _signals(u, e))
+    return Loss(value, s, gap_signals(u, e))
 
 
 def kl_generator_loss(
@@ -78,11 +78,11 @@ def kl_generator_loss(
     u, e = sigma_data * (F_aux - F_teacher), (v - sigma_data * F_teacher).detach()
     size = e.abs().flatten(1).mean(1) + u.square().flatten(1).mean(1).sqrt()
     sin = cos_sin(s, v)[1].flatten()
-    return Loss(sin ** (power - 1) * (u * v).flatten(1).sum(1) / size.clamp(min=1e-5), s, _signals(u, e))
+    return Loss(sin ** (power - 1) * (u * v).flatten(1).sum(1) / size.clamp(min=1e-5), s, gap_signals(u, e))
 
 
 @torch.no_grad()
-def _signals(u: Tensor, e: Tensor) -> dict[str, Tensor]:
-    """Returns the gap's size and direction: the loss oscillates around 0 and says nothing about progress; they do."""
+def gap_signals(u: Tensor, e: Tensor) -> dict[str, Tensor]:
+    """Returns the gap's size and direction.  u, e: see above; the loss itself may oscillate around 0.  [B,C,H,W]"""
     cosine = torch.cosine_similarity(u.flatten(1), e.flatten(1)).mean()
     return {"score_gap": u.square().mean().sqrt(), "cos_gap_error": cosine}

@@ -16,12 +16,11 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, Loss, Role
+from edmdistill.methods.base import Batch, Loss
 from edmdistill.methods.noising import noised, one_step
-from edmdistill.methods.score_distillation import AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns, ScoreDistillation
+from edmdistill.methods.score_distillation import SCORES, AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss
-from edmdistill.schedules import edm_curve, lognormal_times
-from edmdistill.trigflow import sigma_to_time
+from edmdistill.schedules import curve_times, lognormal_times
 
 
 class SiDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,7 +38,7 @@ class SiDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class SiD(ScoreDistillation[SiDConfig]):
     Config = SiDConfig
-    roles = {"teacher": Role(trained=False), "generator": Role(trained=True), "auxiliary": Role(trained=True)}
+    roles = SCORES
 
     def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns denoising score matching on generated images.  Source: SiD, eq. 8 (coef .5).
@@ -56,8 +55,8 @@ class SiD(ScoreDistillation[SiDConfig]):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns the generator's score identity loss.  Source: SiD, eq. 23."""
-        config, (sigma_data, sigma_min, sigma_max) = self.config, self.noise
-        s = sigma_to_time(edm_curve(draws.uniform() * config.r_s_max, sigma_min, sigma_max), sigma_data)
+        config, sigma_data = self.config, self.noise.sigma_data
+        s = curve_times(draws, *self.noise, high=config.r_s_max)
         g = self.generate(batch, draws)
         x_s, v = noised(g, s, draws, sigma_data)
         F_teacher = self.teacher(x_s, s, batch.labels)

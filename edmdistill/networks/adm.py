@@ -81,6 +81,7 @@ class DhariwalUNet(EDMUNet):
 
         # Encoder.
         encoder = [layer for layers in levels.encoder() for layer in layers]
+        self.bottleneck = encoder[-1]
         self.enc = nn.ModuleDict({encoder[0].name: Conv2d(in_channels, encoder[0].out_channels, 3)})
         for layer in encoder[1:]:
             self.enc[layer.name] = block(layer)
@@ -119,14 +120,15 @@ class DhariwalUNet(EDMUNet):
             emb = emb + self.map_label(self.drop_labels(condition, emb))
         return silu(emb)
 
-    def backbone(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
-        # Encoder.
+    def encode(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> list[Tensor]:
         skips = []
         for name, layer in self.enc.items():
             x = layer(x) if name.endswith("conv") else layer(x, emb, dropout_keys)
             skips.append(x)
+        return skips
 
-        # Decoder.
+    def decode(self, skips: list[Tensor], emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        x = skips[-1]
         for name, layer in self.dec.items():
             x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb, dropout_keys)
         out: Tensor = self.out_conv(self.out_norm(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,11 @@ from edmdistill.draws import uniform, words
 from edmdistill.kernels.magnitude import normalize, normalize_weights_
 from edmdistill.networks.arguments import check_arguments
 from edmdistill.networks.embeddings import GuidanceEmbedding, SecondTime
+from edmdistill.networks.levels import Layer
 from edmdistill.networks.magnitude import MPConv, MPFourier, gained_layers
+
+Judgment = Literal["none", "also", "alone"]
+"""Whether a network returns the logits of its head: not at all, beside F, or without F, which spares the decoder."""
 
 
 class Conditioning(NamedTuple):
@@ -29,6 +33,7 @@ class Conditioning(NamedTuple):
         c_logvar: the noise levels at which the first n heads for log variances are evaluated.  n of [B]
         guidance_weight: for a guided network; None = not given.  [B] or [1]
         dropout_keys: from Draws.dropout, for training; None = no dropout.  [B] int64
+        logits: whether the head's are returned.
     """
 
     c_noise: Tensor
@@ -38,6 +43,7 @@ class Conditioning(NamedTuple):
     c_logvar: tuple[Tensor, ...] = ()
     guidance_weight: Tensor | None = None
     dropout_keys: Tensor | None = None
+    logits: Judgment = "none"
 
 
 class ResidualBlock(nn.Module):
@@ -78,7 +84,9 @@ class Network(nn.Module, ABC):
         guided: whether a guidance weight is read.
         time_layers: names of the layers from c_noise to the last linear map of its embedding; the first makes features.
         emb_channels: channels of the embedding.
+        bottleneck: the encoder's last layer.
         out_conv: the layer that returns F.
+        head: bottleneck -> logits, for a network that is a discriminator too; see networks.bottleneck.
     """
 
     img_resolution: int
@@ -90,7 +98,9 @@ class Network(nn.Module, ABC):
     guided: bool
     time_layers: ClassVar[tuple[str, ...]] = ("map_noise", "map_layer0", "map_layer1")
     emb_channels: int
+    bottleneck: Layer
     out_conv: nn.Module
+    head: nn.Module | None
     second_time: SecondTime | None
     map_guidance: GuidanceEmbedding | None
     logvar_fourier: MPFourier | None
@@ -118,6 +128,7 @@ class Network(nn.Module, ABC):
         self.guided = arguments["guided"]
         self.second_time = None
         self.map_guidance = None
+        self.head = None
 
     def blocks(self) -> list[ResidualBlock]:
         """Returns the residual blocks: the units of sharding and activation checkpointing."""
@@ -149,19 +160,36 @@ class Network(nn.Module, ABC):
             block.forward = partial(recomputed, block.forward)
 
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor | tuple[Tensor, ...]:
-        """Returns the raw output F [B,C,H,W], or F, u_1, ..., u_n where the condition asks for n log variances.
+        """Returns the raw output F [B,C,H,W], or a tuple of what the condition asks for: F, logits, u_1, ..., u_n.
 
         These come from the same call as F, so that wrappers see one forward pass.
 
         Args:
             x: scaled images; their dtype is the compute dtype.  [B,C,H,W]
         """
-        F = self.backbone(x, self.embed(condition), condition.dropout_keys)
-        return (F, *self.logvars(condition.c_logvar)) if condition.c_logvar else F
+        emb, more = self.embed(condition), list[Tensor]()
+        skips = self.encode(x, emb, condition.dropout_keys)
+        if condition.logits != "none":
+            assert self.head is not None
+            more.append(self.head(skips[-1].to(emb.dtype)))
+            if condition.logits == "alone":
+                return more[0]
+        F = self.decode(skips, emb, condition.dropout_keys)
+        if condition.c_logvar:
+            more += self.logvars(condition.c_logvar)
+        return (F, *more) if more else F
 
     @abstractmethod
-    def backbone(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
-        """Returns F, given the embedding.  x [B,C,H,W], emb [B or 1,emb_channels], dropout_keys [B] -> [B,C,H,W]"""
+    def encode(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> list[Tensor]:
+        """Returns the results of the encoder's layers, the bottleneck last.
+
+        Args:
+            x: [B,C,H,W];  emb: [B or 1,emb_channels];  dropout_keys: [B]
+        """
+
+    @abstractmethod
+    def decode(self, skips: list[Tensor], emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """Returns F [B,C,H,W], and takes the encoder's results from the list."""
 
     def embed(self, condition: Conditioning) -> Tensor:
         """Returns the embedding of times, labels, augmentation and guidance weight.  -> [B or 1,emb_channels]"""

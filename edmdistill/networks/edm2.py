@@ -179,6 +179,7 @@ class UNet(Network):
 
         # Encoder.  A channel of ones beside the image replaces biases.
         encoder = [layer for layers in levels.encoder() for layer in layers]
+        self.bottleneck = encoder[-1]
         self.enc = nn.ModuleDict({encoder[0].name: MPConv(img_channels + 1, encoder[0].out_channels, 3)})
         for layer in encoder[1:]:
             self.enc[layer.name] = block(layer, "enc")
@@ -199,15 +200,16 @@ class UNet(Network):
             emb = torch.add(self.emb_label(labels), emb, alpha=self.time_factor)
         return silu(emb)
 
-    def backbone(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
-        # Encoder.
+    def encode(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> list[Tensor]:
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips = []
         for name, layer in self.enc.items():
             x = layer(x) if name.endswith("conv") else layer(x, emb, dropout_keys)
             skips.append(x)
+        return skips
 
-        # Decoder.
+    def decode(self, skips: list[Tensor], emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        x = skips[-1]
         for name, layer in self.dec.items():
             if "block" in name:
                 x = mp_cat(x, skips.pop(), self.concat_balance)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.kernels.dual import Dual
-from edmdistill.networks.base import Conditioning, Network
+from edmdistill.networks.base import Conditioning, Judgment, Network
 from edmdistill.networks.preconditioning import Preconditioning
 from edmdistill.networks.surgery.last_layer import LastLayer, watched
 from edmdistill.trigflow import ddim_step, expand
@@ -89,6 +89,7 @@ class FlowNetwork(nn.Module):
         c_noise_second: Tensor | None = None,
         c_logvar: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
+        logits: Judgment = "none",
     ) -> Conditioning:
         """Returns what the network reads beside x, in its dtypes.  Noise levels of any shape, labels as in forward"""
         if w is None and self.guided:
@@ -100,13 +101,14 @@ class FlowNetwork(nn.Module):
             c_logvar=tuple(c.flatten().to(self.dtype) for c in c_logvar),
             guidance_weight=None if w is None else w.flatten().to(x.device, self.dtype),
             dropout_keys=self.dropout_keys(x) if self.training else None,
+            logits=logits,
         )
 
     def raw(self, x: Tensor, condition: Conditioning) -> tuple[Tensor, ...]:
-        """Returns the network's output, without unused channels (iDDPM's variances), and log variances."""
+        """Returns the network's output, without unused channels (iDDPM's variances), logits and log variances."""
         out = self.network(x.to(self.compute_dtype or self.dtype), condition)
-        F, *u = out if condition.c_logvar else (out,)
-        return F[:, : self.img_channels].to(self.dtype), *u
+        F, *more = out if isinstance(out, tuple) else (out,)
+        return F[:, : self.img_channels].to(self.dtype), *more
 
     def dropout_keys(self, x: Tensor) -> Tensor:
         """Returns the dropout keys of a pass; one without gradient has those of the next pass with gradient.  [B]"""
@@ -134,8 +136,11 @@ class FlowNetwork(nn.Module):
         *,
         u_at: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
+        logits: Judgment = "none",
     ) -> Tensor | tuple[Tensor, ...]:
         """Returns F, with dx_t/dt = sigma_data F; with u_at, F, u_1, ..., u_n, each the log variance of a loss.
+
+        A network with a head returns F and its logits, or those alone.
 
         Args:
             x_t: points on the circle.  [B,C,H,W]
@@ -144,6 +149,7 @@ class FlowNetwork(nn.Module):
             second: the second time, in [0, pi/2], for a two_time network; None = not given.  [] or [B]
             u_at: the times, in [0, pi/2], at which the first n log variances are evaluated.  n of [] or [B]
             w: the guidance weight, for a guided network; None = 1, no guidance.  [] or [B]
+            logits: whether the head's are returned.
         Returns: F [B,C,H,W], or F and n of [B], [1] for one time; float32, float64 if the parameters are
         Raises: ValueError: a second time or w for a network without, or a label out of range.
             NotImplementedError: the network has fewer heads for log variances.
@@ -159,10 +165,13 @@ class FlowNetwork(nn.Module):
         if second is not None:
             c_noise_second = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
         c_logvar = tuple(logvar_c_noise(self.sigma_data * self.clamp(time, x_t).tan()) for time in u_at)
-        condition = self.conditioning(x_t, c_noise, labels, c_noise_second, c_logvar, w)
-        raw, *u = self.raw((c * x_t).to(self.dtype), condition)
+        condition = self.conditioning(x_t, c_noise, labels, c_noise_second, c_logvar, w, logits)
+        if logits == "alone":
+            judged: Tensor = self.network((c * x_t).to(self.compute_dtype or self.dtype), condition)
+            return judged
+        raw, *more = self.raw((c * x_t).to(self.dtype), condition)
         F = (a * x_t + b * raw).to(self.dtype)
-        return (F, *u) if u_at else F
+        return (F, *more) if more else F
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """Returns x_s = cos(t-s) x_t - sin(t-s) sigma_data F, by F(x_t, t, s), or F(x_t, t) for a network of one time.

@@ -94,6 +94,7 @@ class SongUNet(EDMUNet):
         # Encoder.
         self.enc = nn.ModuleDict()
         caux = in_channels
+        self.bottleneck = list(levels.encoder())[-1][-1]
         for entrance, *blocks in levels.encoder():
             cout, aux = entrance.out_channels, f"{entrance.resolution}x{entrance.resolution}_aux"
             first = entrance.role == "conv"
@@ -146,8 +147,7 @@ class SongUNet(EDMUNet):
     def finish_embedding(self, emb: Tensor, condition: Conditioning) -> Tensor:
         return silu(emb)
 
-    def backbone(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
-        # Encoder.
+    def encode(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> list[Tensor]:
         skips: list[Tensor] = []
         aux = x
         for name, layer in self.enc.items():
@@ -160,8 +160,10 @@ class SongUNet(EDMUNet):
             else:
                 x = layer(x) if name.endswith("conv") else layer(x, emb, dropout_keys)
                 skips.append(x)
+        return skips
 
-        # Decoder.
+    def decode(self, skips: list[Tensor], emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        x = skips[-1]
         out: Tensor | None = None
         for name, layer in self.dec.items():
             if "aux_up" in name:

@@ -11,6 +11,7 @@ from torch import nn
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Engine
 from edmdistill.methods.base import Role
+from edmdistill.networks.bottleneck import add_head
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.rebuild import add_guidance, add_logvar
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
@@ -57,6 +58,8 @@ def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
         network = add_guidance(network)
     if role.sigma_min is not None:
         network = raise_sigma_min(network, role.sigma_min, recipe)
+    if role.head is not None:
+        add_head(network, role.head, recipe.training.seed)
     network.compute_dtype = PRECISION[recipe.training.precision]
     network.requires_grad_(False).eval()
     if role.frozen:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, describe
@@ -82,11 +83,17 @@ class Init(NamedTuple):
         auxiliary = networks.get("auxiliary")
         if not isinstance(auxiliary, FlowNetwork):
             return f"{sentence}."
-        shapes = {name: tensor.shape for name, tensor in auxiliary.network.state_dict().items()}
-        if shapes != {name: tensor.shape for name, tensor in self.auxiliary.items()}:
+        mine = auxiliary.network.state_dict()
+        if _shapes(mine) != _shapes(self.auxiliary):
             return f"{sentence}; the auxiliary score starts as the teacher."
-        auxiliary.network.load_state_dict(self.auxiliary)
+        fitting = {name: tensor for name, tensor in self.auxiliary.items() if name in mine}
+        auxiliary.network.load_state_dict(mine | fitting)
         return f"{sentence}, and the auxiliary score as the one that was trained with it."
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Returns the shapes of a score's tensors, without those of a head, which only an adversary has."""
+    return {name: tensor.shape for name, tensor in tensors.items() if not name.startswith("head.")}
 
 
 def read_init(source: str | Path, recipe: Recipe) -> Init:

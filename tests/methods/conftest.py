@@ -31,8 +31,11 @@ class Tiny(nn.Module):
         self.head = nn.Linear(2, role.logvars, dtype=dtype) if role.logvars else None
         self.hidden = nn.Linear(4 + 2 + LABELS + 2 * role.two_time + role.guided, 5, dtype=dtype)
         self.out = nn.Linear(5, 4, dtype=dtype)
+        self.judge = nn.Linear(5, 1, dtype=dtype) if role.head == "convolutions" else nn.Identity()
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, *, u_at=(), w=None):
+    def forward(
+        self, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, *, u_at=(), w=None, logits="none"
+    ):
         assert x_t.shape[1:] == SHAPE
         assert (second is not None) == self.two_time
         assert (w is not None) == self.guided
@@ -40,6 +43,9 @@ class Tiny(nn.Module):
         more += [w[:, None].to(x_t.dtype)] if w is not None else []
         hidden = self.hidden(torch.cat([x_t.flatten(1) / 0.5, self.read(t, x_t), labels, *more], 1)).tanh()
         F = self.out(hidden).reshape(x_t.shape)
+        if logits != "none":
+            judged = self.judge(hidden)
+            return (F, judged) if logits == "also" else judged
         return (F, *(self.head(self.read(at, x_t))[:, head] for head, at in enumerate(u_at))) if u_at else F
 
     @staticmethod

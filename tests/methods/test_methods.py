@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "dscd, guided": GUIDED,
     "vsd, guided": GUIDED,
     "fmd, guided": GUIDED,
+    "dmd2, f-distill": {"levels": (2.5,), "f_divergence": "jensen-shannon"},
     "fmd, gan": {"gan": 0.5, "gan_loss": "relativistic"},
     "scd, vsd, guided and gan": GUIDED | {"vsd": 0.7, "gan": 0.5, "balance": "fixed"},
     "dscd, gan": {"gan": 0.5, "gan_loss": "non-saturating"},

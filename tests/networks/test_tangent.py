@@ -135,7 +135,11 @@ class Gaussian(Network):
     def finish_embedding(self, emb: Any, condition: Conditioning) -> Any:
         return emb
 
-    def backbone(self, x: Any, c_noise: Any, dropout_keys: None) -> Any:
+    def encode(self, x: Any, c_noise: Any, dropout_keys: None) -> Any:
+        return [x]
+
+    def decode(self, skips: Any, c_noise: Any, dropout_keys: None) -> Any:
+        (x,) = skips
         tan = (4 * c_noise).exp()[:, None, None, None] / 0.5
         cos = 1 / (tan**2 + 1).sqrt()
         sin = cos * tan

@@ -1,0 +1,90 @@
+"""SiDA: SiD with an adversary in the encoder of the auxiliary score, a one-step generator.
+
+Zhou et al. 2025 (ICLR), as their code has it (sida_training/sida_loss.py).
+
+    g      = G_phi(sigma_init n, sigma_init)
+    x_s    = cos(s) g + sin(s) z,    x_s' = cos(s) x0 + sin(s) z
+    F_psi(x_s, s) -> v / sigma_d, and the mean channel d of its bottleneck, a logit a pixel, tells x_s' from x_s
+    g follows SiD's loss and -log sigmoid(d(x_s))
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import msgspec
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.methods.adversarial import NON_SATURATING, GANWeight, logit_means
+from edmdistill.methods.base import Batch, Loss, Role
+from edmdistill.methods.noising import noised, one_step
+from edmdistill.methods.score_distillation import SCORES, AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns, ScoreDistillation
+from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss
+from edmdistill.schedules import curve_times, lognormal_times
+from edmdistill.trigflow import cos_sin, diffuse, velocity
+
+
+class SiDAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Options; the defaults are those of the official code for EDM's teachers."""
+
+    alpha: Alpha = 1.0
+    sigma_init: Annotated[float, Meta(gt=0, description="noise level at which the generator starts")] = 2.5
+    P_mean: AuxiliaryMean = -1.2
+    P_std: AuxiliaryStd = 1.2
+    r_s_max: Annotated[
+        float, Meta(gt=0, le=1, description="upper end of s in the generator's turn, as r of EDM's curve")
+    ] = 0.8
+    weight: Weight = "sid"
+    gan: GANWeight = 1e-4
+    gan_auxiliary: Annotated[float, Meta(ge=0, description="weight of the logits' loss beside the score's")] = 1.0
+    gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the generator is judged")] = 200_000
+    auxiliary_turns: AuxiliaryTurns = 1
+
+
+class SiDA(ScoreDistillation[SiDAConfig]):
+    Config = SiDAConfig
+    roles = SCORES | {"auxiliary": Role(trained=True, head="mean")}
+
+    def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Returns denoising score matching on generated images, plus the loss of the logits.
+
+        Differs: the code weighs the latter by the batch mean of EDM's weight 1/sigma^2 + 1/sigma_d^2, whose expectation
+            is used here; all is times sigma_d^2, as in SiD; images are not augmented, nor gradients clipped.
+        """
+        config, sigma_data = self.config, self.noise.sigma_data
+        with torch.no_grad():
+            g = self.generate(batch, draws)
+        s = lognormal_times(draws, sigma_data, P_mean=config.P_mean, P_std=config.P_std)
+        z = draws.normal_like(g, sigma_data)
+        F_aux, fake = self.auxiliary(diffuse(g, z, s), s, batch.labels, logits="also")
+        real = self.auxiliary(diffuse(batch.x0, z, s), s, batch.labels, logits="alone")
+        loss = auxiliary_loss(F_aux, 0.0, velocity(g, z, s), s, sigma_data=sigma_data, beta=1.0)
+        mean_weight = math.exp(2 * config.P_std**2 - 2 * config.P_mean) + sigma_data**-2
+        judged = config.gan_auxiliary * sigma_data**2 * mean_weight / 2 * NON_SATURATING.discriminator(real, fake)
+        return loss._replace(value=loss.value + judged, signals=logit_means(real, fake))
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Returns SiD's loss, plus gan D / mean |D* - g| of each image times the loss of its logits.
+
+        Differs: the code multiplies the batch means of these two, and its first 100,000 images train psi alone.
+        """
+        config, sigma_data = self.config, self.noise.sigma_data
+        s = curve_times(draws, *self.noise, high=config.r_s_max)
+        g = self.generate(batch, draws)
+        x_s, v = noised(g, s, draws, sigma_data)
+        F_teacher = self.teacher(x_s, s, batch.labels)
+        F_aux, logits = self.auxiliary(x_s, s, batch.labels, logits="also")
+        loss = generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, alpha=config.alpha, weight=config.weight)
+        if config.gan and batch.images >= config.gan_warmup_images:
+            size = (cos_sin(s, v)[1] * (v - sigma_data * F_teacher)).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+            judged = NON_SATURATING.generator(logits.clamp(-10, 10))
+            loss = loss._replace(value=loss.value + config.gan * g[0].numel() / size * judged)
+        return loss._replace(generated=g.detach())
+
+    def generate(self, batch: Batch, draws: Draws) -> Tensor:
+        """Returns one generated image for each label of the batch.  [B,C,H,W]"""
+        return one_step(self.generator, batch, self.config.sigma_init, draws, self.noise.sigma_data)[0]

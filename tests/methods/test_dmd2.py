@@ -1,0 +1,176 @@
+"""DMD2 and f-distill against their official code's equations, written naively in EDM's notation, in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, NoiseRange
+from edmdistill.methods.divergence import WEIGHTS, density_ratio, divergence_weights
+from edmdistill.methods.dmd2 import DMD2, DMD2Config
+from edmdistill.trigflow import cos_sin, sigma_to_time
+
+Make = Callable[..., Any]
+SD = 0.5
+LEVELS = (2.5, 0.4)
+
+
+def denoiser(network: Any, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+    """D(x; sigma) of data x = x0 + sigma n."""
+    t = sigma_to_time(sigma, SD)
+    cos, sin = cos_sin(t, x)
+    return cos * (cos * x) - sin * SD * network(cos * x, t, labels)
+
+
+def logits(network: Any, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+    t = sigma_to_time(sigma, SD)
+    return network(cos_sin(t, x)[0] * x, t, labels, logits="alone")
+
+
+def curve(r: Tensor, low: float = 0.002, high: float = 80.0) -> Tensor:
+    return (low ** (1 / 7) + r * (high ** (1 / 7) - low ** (1 / 7))) ** 7
+
+
+class Naive:
+    """The official code's losses, from the same random numbers in the same order."""
+
+    def __init__(self, networks: dict[str, nn.Module], batch: Batch, draws: Draws, levels: tuple[float, ...]) -> None:
+        self.networks, self.batch, self.draws, self.levels = networks, batch, draws, levels
+
+    def noise(self) -> Tensor:
+        return self.draws.normal_like(self.batch.x0)
+
+    def generate(self) -> Tensor:
+        G, labels, size = self.networks["generator"], self.batch.labels, len(self.batch.x0)
+        x, sigma = 80.0 * self.noise(), 80.0
+        step = int(self.draws.common() * (len(self.levels) + 1))
+        for after in self.levels[:step]:
+            image = denoiser(G, x, torch.full((size,), sigma, dtype=torch.float64), labels).detach()
+            x, sigma = image + after * self.noise(), after
+        return denoiser(G, x, torch.full((size,), sigma, dtype=torch.float64), labels)
+
+    def noisy(self, image: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+        sigma = curve(low + (high - low) * self.draws.uniform())
+        return image + sigma.reshape(-1, 1, 1, 1) * self.noise(), sigma
+
+    def fake(self, gan: float) -> Tensor:
+        psi, labels = self.networks["auxiliary"], self.batch.labels
+        sigma = curve(self.draws.uniform())
+        image = self.generate().detach()
+        x = image + sigma.reshape(-1, 1, 1, 1) * self.noise()
+        weight = (sigma**-2 + SD**-2).reshape(-1, 1, 1, 1)
+        loss = (weight * (denoiser(psi, x, sigma, labels) - image).square()).mean()
+        if not gan:
+            return loss
+        fake = logits(psi, x, sigma, labels)
+        real = logits(psi, *self.noisy(self.batch.x0, 0, 1), labels)
+        return loss + gan * ((1 + fake.exp()).log() + (1 + (-real).exp()).log()).mean()
+
+    def generator(self, gan: float, h: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        psi, labels = self.networks["auxiliary"], self.batch.labels
+        image = self.generate()
+        x, sigma = self.noisy(image, 0.02, 0.98)
+        with torch.no_grad():
+            p_real = image - denoiser(self.networks["teacher"], x, sigma, labels)
+            p_fake = image - denoiser(psi, x, sigma, labels)
+            grad = (p_real - p_fake) / p_real.abs().mean((1, 2, 3), keepdim=True)
+            if gan:
+                grad = grad * h(logits(psi, x, sigma, labels), sigma).reshape(-1, 1, 1, 1)
+        loss = 0.5 * (image - (image - grad).detach()).square().mean()
+        return loss + gan * (1 + (-logits(psi, x, sigma, labels)).exp()).log().mean() if gan else loss
+
+
+def naive_h(weight: Callable[[Tensor], Tensor], sigma: Tensor, fake_logits: Tensor) -> Tensor:
+    r = [min(max(float(logit.mean().exp()), 0.1), 20.0) for logit in fake_logits]
+    bins = [min(int((float(s) - 0.002) / ((80 - 0.002) / 10)), 9) for s in sigma]
+    for bin in range(10):
+        rows = [row for row in range(len(r)) if bins[row] == bin]
+        mean = sum(r[row] for row in rows) / max(len(rows), 1)
+        for row in rows:
+            r[row] /= mean
+    h = weight(torch.tensor(r, dtype=torch.float64))
+    return h / h.mean()
+
+
+@pytest.mark.parametrize("levels", [(), LEVELS], ids=["one step", "three steps"])
+@pytest.mark.parametrize("divergence", ["reverse-kl", "jensen-shannon", "no gan"])
+def test_the_losses_are_the_official_codes(
+    divergence: str, levels: tuple[float, ...], tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
+) -> None:
+    gan = divergence != "no gan"
+    options: dict[str, Any] = {"levels": levels} | ({"f_divergence": divergence} if gan else {"gan": 0.0})
+    networks = tiny_networks(DMD2, **options)
+    method, batch = DMD2(DMD2Config(**options), networks, noise), tiny_batch(8)
+    auxiliary, generator = method.turns()[0], method.turns()[-1]
+    assert [turn.role for turn in method.turns()] == ["auxiliary"] * 5 + ["generator"]
+    weight = {"jensen-shannon": lambda r: r / (1 + r)}.get(divergence, torch.ones_like)
+    for seed in range(4):  # three steps are drawn in three of these seeds
+        naive = Naive(networks, batch, Draws(seed, 8), levels)
+        preview = generator.preview and generator.preview(batch, Draws(seed, 8))
+        more = () if preview is None else (preview,)
+        found = auxiliary.loss(batch, Draws(seed, 8)).value.mean()
+        compare(networks["auxiliary"], found, naive.fake(1e-2 if gan else 0.0))
+        naive.draws = Draws(seed, 8)
+        expected = naive.generator(3e-3 if gan else 0.0, lambda fake, sigma: naive_h(weight, sigma, fake))
+        compare(networks["generator"], generator.loss(batch, Draws(seed, 8), *more).value.mean(), expected)
+
+
+def compare(network: nn.Module, found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    slopes = [torch.autograd.grad(loss, list(network.parameters()), allow_unused=True) for loss in (found, expected)]
+    for one, other in zip(*slopes, strict=True):
+        assert (one is None) == (other is None)
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+def test_micro_batches_share_the_weights_of_the_whole_batch(
+    tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
+) -> None:
+    """As the loop sums previews: each mean with the weight of its rows."""
+    options = {"f_divergence": "forward-kl", "levels": LEVELS}
+    turn = DMD2(DMD2Config(**options), tiny_networks(DMD2, **options), noise).turns()[-1]
+    batch = tiny_batch(8)
+    parts = [slice(0, 3), slice(3, 8)]
+    pieces = [Batch(batch.x0[rows], batch.labels[rows]) for rows in parts]
+    previews = [turn.preview(piece, Draws(1, 8, rows)) for piece, rows in zip(pieces, parts, strict=True)]
+    means = {
+        name: sum(p.means[name] * len(b.x0) / 8 for p, b in zip(previews, pieces, strict=True))
+        for name in ("r", "sigma")
+    }
+    whole = turn.preview(batch, Draws(1, 8))
+    torch.testing.assert_close(means, whole.means, rtol=1e-12, atol=0)
+    split = [
+        turn.loss(piece, Draws(1, 8, rows), preview._replace(means=means)).value
+        for piece, rows, preview in zip(pieces, parts, previews, strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(split), turn.loss(batch, Draws(1, 8), whole).value, rtol=1e-10, atol=1e-14)
+
+
+def test_weights_by_hand() -> None:
+    """In one bin, ratios 1 and 3 are normalized to 1/2 and 3/2."""
+    r, sigma = torch.tensor([1.0, 3.0, 7.0], dtype=torch.float64), torch.tensor([0.1, 0.2, 40.0])
+    for name, expected in {
+        "reverse-kl": [1, 1, 1],
+        "forward-kl": [0.5, 1.5, 1],
+        "jensen-shannon": [1 / 3, 3 / 5, 1 / 2],
+        "softened-reverse-kl": [2 / 3, 2 / 5, 1 / 2],
+        "squared-hellinger": [0.5**0.5, 1.5**0.5, 1],
+        "jeffreys": [1.5, 2.5, 2],
+        "neyman": [2, 2 / 3, 1],
+    }.items():
+        h = torch.tensor(expected, dtype=torch.float64)
+        found = divergence_weights(name, r, sigma, 0.002, 80.0)
+        torch.testing.assert_close(found, h / h.mean(), rtol=1e-12, atol=0)
+    assert set(WEIGHTS) == {"reverse-kl", "forward-kl", "jensen-shannon"} | set(list(WEIGHTS)[3:])
+    assert density_ratio(torch.tensor([[0.0, 0.0], [9.0, 9.0], [-9.0, -9.0]])).tolist() == pytest.approx([1, 20, 0.1])
+
+
+def test_options_that_contradict() -> None:
+    with pytest.raises(ValueError, match="must decrease"):
+        DMD2Config(levels=(0.4, 2.5))
+    with pytest.raises(ValueError, match="set gan above 0"):
+        DMD2Config(gan=0.0, f_divergence="forward-kl")
+    assert DMD2.roles_for(DMD2Config(gan=0.0))["auxiliary"].head is None
