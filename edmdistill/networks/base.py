@@ -167,7 +167,8 @@ class Network(nn.Module, ABC):
         Args:
             x: scaled images; their dtype is the compute dtype.  [B,C,H,W]
         """
-        emb, more = self.embed(condition), list[Tensor]()
+        more: list[Tensor] = []
+        emb = self.embed(condition)
         skips = self.encode(x, emb, condition.dropout_keys)
         if condition.logits != "none":
             assert self.head is not None
