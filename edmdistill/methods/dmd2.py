@@ -23,11 +23,11 @@ from edmdistill.methods.adversarial import NON_SATURATING, GANWeight, logit_mean
 from edmdistill.methods.base import Batch, Loss, Preview, Role, Turn
 from edmdistill.methods.distances import l2
 from edmdistill.methods.divergence import Divergence, density_ratio, divergence_weights
-from edmdistill.methods.noising import initial_noise, noised
+from edmdistill.methods.noising import initial_noise, noised, time_of_rows
 from edmdistill.methods.score_distillation import SCORES, AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import gap_signals
 from edmdistill.schedules import curve_times
-from edmdistill.trigflow import denoised, sigma_to_time
+from edmdistill.trigflow import denoised
 
 Level = Annotated[float, Meta(gt=0)]
 
@@ -115,6 +115,6 @@ class DMD2(ScoreDistillation[DMD2Config]):
         for sigma in self.config.levels[: int(draws.common() * (1 + len(self.config.levels)))]:
             with torch.no_grad():
                 g = denoised(x_t, self.generator(x_t, t, batch.labels), t, sigma_data)
-                t = sigma_to_time(sigma, sigma_data).expand(len(g))
+                t = time_of_rows(g, sigma, sigma_data)
                 x_t, _ = noised(g, t, draws, sigma_data)
         return denoised(x_t, self.generator(x_t, t, batch.labels), t, sigma_data)

@@ -24,6 +24,11 @@ def noised(x0: Tensor, t: Tensor, draws: Draws, sigma_data: float) -> tuple[Tens
     return diffuse(x0, z, t), velocity(x0, z, t)
 
 
+def time_of_rows(like: Tensor, sigma: float, sigma_data: float) -> Tensor:
+    """Returns the time of a noise level for each row of a tensor, on its device.  like [B,...] -> [B] float64"""
+    return like.new_full((len(like),), float(sigma_to_time(sigma, sigma_data)), dtype=torch.float64)
+
+
 def initial_noise(like: Tensor, sigma: float, draws: Draws, sigma_data: float) -> tuple[Tensor, Tensor]:
     """Draws the input of one-step generation and returns it with its time: x_t = sin(t) z, no data in it.
 
@@ -35,7 +40,7 @@ def initial_noise(like: Tensor, sigma: float, draws: Draws, sigma_data: float) -
     Differs: sCM's appendix C.2 starts at pi/2, outside the noise range of pretrained networks. The weight of z there
         and at sigma_max = 80 differs by 2e-5.
     """
-    t = like.new_full((len(like),), float(sigma_to_time(sigma, sigma_data)), dtype=torch.float64)
+    t = time_of_rows(like, sigma, sigma_data)
     return cos_sin(t, like)[1] * draws.normal_like(like, sigma_data), t
 
 

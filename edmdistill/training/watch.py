@@ -30,7 +30,7 @@ def signals(run: Run) -> dict[str, float]:
     for role in run.optimizers:
         network = run.networks[role]
         if isinstance(network, FlowNetwork) and network.network.second_time is not None:
-            found[f"gain/{role}"] = float(_whole(network.network.second_time.gain))
+            found[f"gain/{role}"] = float(_whole(network.network.second_time.gain).detach())
     training, turns = run.recipe.training, len(run.method.turns())
     lines = math.ceil(ROUNDS * training.batch / training.log_every)
     if not run.finished and (run.images // training.log_every) % lines:
