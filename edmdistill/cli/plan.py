@@ -26,6 +26,7 @@ from edmdistill.methods import METHODS
 @click.option("--shard", is_flag=True, help="As for train.")
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="As for train.")
 @click.option("--checkpoint-activations", is_flag=True, help="As for train.")
+@click.option("--loss-pieces", type=click.IntRange(min=1), default=1, help="As for train.")
 @click.option(
     "--gpu", "names", type=click.Choice(list(GPUS)), multiple=True, help="Plan for this GPU; may be repeated."
 )
@@ -53,6 +54,7 @@ def command(
     shard: bool,
     offload: tuple[str, ...],
     checkpoint_activations: bool,
+    loss_pieces: int,
     names: tuple[str, ...],
     utilization: float,
     all_: bool,
@@ -67,13 +69,16 @@ def command(
     from edmdistill.planning.document import PlanRequest, plan_document, plan_text
     from edmdistill.planning.outlines import outline_guide, outline_teacher
     from edmdistill.recipes.library import load_recipe
+    from edmdistill.training.checks import require_pieces
 
     resolved = load_recipe(recipe, method, sets)
+    machine = Machine(None, None, shard and processes > 1, offload, checkpoint_activations, loss_pieces=loss_pieces)
+    require_pieces(resolved, machine)
     request = PlanRequest(
         resolved,
         outline_teacher(resolved, teacher, network, data),
         outline_guide(guide),
-        Machine(shard=shard and processes > 1, offload=offload, checkpointing=checkpoint_activations),
+        machine,
         processes,
         micro_batch,
         {name: GPUS[name] for name in names} if names else {**GPUS, "this machine": measure_this_machine()},

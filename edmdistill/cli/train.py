@@ -60,6 +60,12 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 @click.option("--shard", is_flag=True, help="Share networks, optimizers and averages out over the processes (FSDP2).")
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="What waits in the host's memory.")
 @click.option("--checkpoint-activations", is_flag=True, help="Compute activations twice to hold fewer.")
+@click.option(
+    "--loss-pieces",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Pieces in which the generator's loss goes through teacher and auxiliary score.",
+)
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Data readers a process.")
 @click.option("--log-with", type=Words(TRACKERS), default=(), help="Where metrics go as well.")
 @click.option("--stop-on", type=Words(ALARMS), default=(), help="Which alarms end the run; nan does in any case.")
@@ -81,6 +87,7 @@ def command(
     shard: bool,
     offload: tuple[str, ...],
     checkpoint_activations: bool,
+    loss_pieces: int,
     workers: int,
     log_with: tuple[str, ...],
     stop_on: tuple[str, ...],
@@ -101,7 +108,8 @@ def command(
     from edmdistill.recipes.library import find_recipe
     from edmdistill.training.prepare import prepare
 
-    machine = Machine(device, _micro_batch(micro_batch), shard, offload, checkpoint_activations, workers, log_with)
+    size = _micro_batch(micro_batch)
+    machine = Machine(device, size, shard, offload, checkpoint_activations, workers, log_with, loss_pieces)
     with errors_once():
         source = find_recipe(recipe)
         run = prepare(

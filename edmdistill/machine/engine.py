@@ -47,6 +47,7 @@ class Machine(NamedTuple):
         checkpointing: activations inside blocks are recomputed in the backward pass.
         workers: data-loading processes for each training process.
         log_with: trackers, by Accelerate's names.
+        loss_pieces: the generator's loss goes through teacher and auxiliary score in so many pieces.
     """
 
     device: str | None = None
@@ -56,6 +57,12 @@ class Machine(NamedTuple):
     checkpointing: bool = False
     workers: int = 0
     log_with: tuple[str, ...] = ()
+    loss_pieces: int = 1
+
+    @property
+    def shares_weights(self) -> bool:
+        """Returns whether EDM2's weights are normalized once a turn, and kept, or in every pass, which holds fewer."""
+        return not (self.shard or self.checkpointing)
 
 
 class RoleModule:

@@ -15,6 +15,7 @@ import msgspec
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.methods.pieces import Pieces
 from edmdistill.networks.bottleneck import HeadKind
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.last_layer import LastLayer
@@ -202,12 +203,16 @@ class Method(ABC, Generic[ConfigT]):
         roles: the networks of the default options, by name; `roles_for` gives those of others.
         product: the role whose average is the run's result.
         first_stages: methods whose generators are its teachers; none: a teacher is a diffusion model.
+        splits_loss: whether the generator's loss goes through `pieces`.
+        pieces: how it is computed.
     """
 
     Config: ClassVar[type[msgspec.Struct]]
     roles: ClassVar[dict[str, Role]]
     product: ClassVar[str] = "generator"
     first_stages: ClassVar[tuple[str, ...]] = ()
+    splits_loss: ClassVar[bool] = False
+    pieces: Pieces = Pieces()
 
     def __init__(self, config: ConfigT, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         """networks: of every role, a FlowFunction or what its `make` returns."""

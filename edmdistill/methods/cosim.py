@@ -92,6 +92,7 @@ class Transition(NamedTuple):
 
 class CoSIM(ScoreDistillation[CoSIMConfig]):
     Config = CoSIMConfig
+    splits_loss = True
     roles = {
         "teacher": Role(trained=False),
         "generator": Role(trained=True),
@@ -130,14 +131,20 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 2, odd n: phi closes the gap between the two scores.  Source: eq. 15, first line."""
-        config, sigma_data = self.config, self.noise.sigma_data
         s, t, x_t, F, g, x_s, v = self.transition(batch, draws)
+        return self.pieces(self.score_loss, s, t, x_t, F, x_s, v, batch.labels)._replace(generated=g)
+
+    def score_loss(
+        self, s: Tensor, t: Tensor, x_t: Tensor, F: Tensor, x_s: Tensor, v: Tensor, labels: Tensor | None
+    ) -> Loss:
+        """Returns the loss of a transition, through teacher and auxiliary score."""
+        config, sigma_data = self.config, self.noise.sigma_data
         short = t < sigma_to_time(config.anchor_sigma, sigma_data)
         if config.anchor_sigma:  # one pass of the teacher serves both kinds of row
             s, x_s = torch.where(short, t, s), torch.where(short[:, None, None, None], x_t, x_s)
         with torch.set_grad_enabled(config.gradient == "fisher"):
-            F_teacher = self.teacher(x_s, s, batch.labels)
-            F_aux = self.auxiliary(x_s, s, batch.labels, t)
+            F_teacher = self.teacher(x_s, s, labels)
+            F_aux = self.auxiliary(x_s, s, labels, t)
         if config.gradient == "kl":
             loss = kl_generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, power=config.s_power)
         else:
@@ -146,7 +153,7 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         if config.anchor_sigma:
             anchor = (F - F_teacher.detach()).square().flatten(1).sum(1)
             loss = loss._replace(value=torch.where(short, anchor, loss.value))
-        return loss._replace(generated=g)
+        return loss
 
     @torch.no_grad()
     def monitor(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ class SiDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SiD(ScoreDistillation[SiDConfig]):
     Config = SiDConfig
     roles = SCORES
+    splits_loss = True
 
     def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns denoising score matching on generated images.  Source: SiD, eq. 8 (coef .5).
@@ -55,14 +56,17 @@ class SiD(ScoreDistillation[SiDConfig]):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns the generator's score identity loss.  Source: SiD, eq. 23."""
-        config, sigma_data = self.config, self.noise.sigma_data
-        s = curve_times(draws, *self.noise, high=config.r_s_max)
+        sigma_data = self.noise.sigma_data
+        s = curve_times(draws, *self.noise, high=self.config.r_s_max)
         g = self.generate(batch, draws)
         x_s, v = noised(g, s, draws, sigma_data)
-        F_teacher = self.teacher(x_s, s, batch.labels)
-        F_aux = self.auxiliary(x_s, s, batch.labels)
-        loss = generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, alpha=config.alpha, weight=config.weight)
-        return loss._replace(generated=g.detach())
+        return self.pieces(self.score_loss, x_s, v, s, batch.labels)._replace(generated=g.detach())
+
+    def score_loss(self, x_s: Tensor, v: Tensor, s: Tensor, labels: Tensor | None) -> Loss:
+        """Returns the loss of generated images at x_s, through teacher and auxiliary score."""
+        config, sigma_data = self.config, self.noise.sigma_data
+        F_teacher, F_aux = self.teacher(x_s, s, labels), self.auxiliary(x_s, s, labels)
+        return generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, alpha=config.alpha, weight=config.weight)
 
     def generate(self, batch: Batch, draws: Draws) -> Tensor:
         """Returns one generated image for each label of the batch.  [B,C,H,W]"""

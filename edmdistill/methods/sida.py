@@ -11,6 +11,7 @@ Zhou et al. 2025 (ICLR), as their code has it (sida_training/sida_loss.py).
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -47,6 +48,7 @@ class SiDAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class SiDA(ScoreDistillation[SiDAConfig]):
     Config = SiDAConfig
+    splits_loss = True
     roles = SCORES | {"auxiliary": Role(trained=True, head="mean")}
 
     def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
@@ -72,18 +74,24 @@ class SiDA(ScoreDistillation[SiDAConfig]):
 
         Differs: the code multiplies the batch means of these two, and its first 100,000 images train psi alone.
         """
-        config, sigma_data = self.config, self.noise.sigma_data
+        config = self.config
         s = curve_times(draws, *self.noise, high=config.r_s_max)
         g = self.generate(batch, draws)
-        x_s, v = noised(g, s, draws, sigma_data)
-        F_teacher = self.teacher(x_s, s, batch.labels)
-        F_aux, logits = self.auxiliary(x_s, s, batch.labels, logits="also")
+        x_s, v = noised(g, s, draws, self.noise.sigma_data)
+        gan = config.gan if batch.images >= config.gan_warmup_images else 0.0
+        return self.pieces(partial(self.score_loss, gan), x_s, v, s, batch.labels)._replace(generated=g.detach())
+
+    def score_loss(self, gan: float, x_s: Tensor, v: Tensor, s: Tensor, labels: Tensor | None) -> Loss:
+        """Returns the loss of generated images at x_s, through teacher and auxiliary score."""
+        config, sigma_data = self.config, self.noise.sigma_data
+        F_teacher = self.teacher(x_s, s, labels)
+        F_aux, logits = self.auxiliary(x_s, s, labels, logits="also")
         loss = generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, alpha=config.alpha, weight=config.weight)
-        if config.gan and batch.images >= config.gan_warmup_images:
+        if gan:
             size = (cos_sin(s, v)[1] * (v - sigma_data * F_teacher)).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
             judged = NON_SATURATING.generator(logits.clamp(-10, 10))
-            loss = loss._replace(value=loss.value + config.gan * g[0].numel() / size * judged)
-        return loss._replace(generated=g.detach())
+            loss = loss._replace(value=loss.value + gan * v[0].numel() / size * judged)
+        return loss
 
     def generate(self, batch: Batch, draws: Draws) -> Tensor:
         """Returns one generated image for each label of the batch.  [B,C,H,W]"""

@@ -101,11 +101,12 @@ class EffectiveWeights:
             norm = torch.cat([torch.linalg.vector_norm(weight.flatten(1), dim=1) for weight in weights])
             inverse = 1 / (norm * self.root + 1e-4)
             gain = self.factor * torch.stack([norm.new_ones([]), *self.gains])[self.which]
-            effective = torch._foreach_mul(weights, self.by_layer(gain * inverse))
-        for layer, weight in zip(self.layers, effective, strict=True):
+            effective = list(torch._foreach_mul(weights, self.by_layer(gain * inverse)))
+        for index, (layer, weight) in enumerate(zip(self.layers, effective, strict=True)):
             constant = not layer.weight.requires_grad
             weight = weight.to(self.dtype) if constant and weight.ndim == 4 else weight.requires_grad_(not constant)
             layer.effective = weight, layer.weight
+            effective[index] = weight  # and the wide one goes
         try:
             yield
             slopes = [weight.grad for weight in effective]
@@ -122,12 +123,10 @@ class EffectiveWeights:
         known = [torch.zeros_like(w) if slope is None else slope for slope, w in zip(slopes, weights, strict=True)]
         inner = torch.cat([product.flatten(1).sum(1) for product in torch._foreach_mul(known, weights)])
         radial = -inner * gain * inverse.square() * self.root / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        of_weights = torch._foreach_mul(known, self.by_layer(gain * inverse))
-        torch._foreach_addcmul_(of_weights, weights, self.by_layer(radial))
+        torch._foreach_mul_(known, self.by_layer(gain * inverse))
+        torch._foreach_addcmul_(known, weights, self.by_layer(radial))
         of_gains = inner.new_zeros(len(self.gains) + 1).index_add_(0, self.which, inner * self.factor * inverse)
-        everything = zip(
-            [*weights, *self.gains], [*of_weights, *of_gains[1:].unbind()], [*slopes, *self.gains], strict=True
-        )
+        everything = zip([*weights, *self.gains], [*known, *of_gains[1:].unbind()], [*slopes, *self.gains], strict=True)
         reached = [(p, gradient) for p, gradient, slope in everything if p.requires_grad and slope is not None]
         # By autograd and not by hand: DDP waits for its hooks.
         torch.autograd.backward([parameter for parameter, _ in reached], [gradient for _, gradient in reached])

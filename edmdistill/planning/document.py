@@ -84,10 +84,9 @@ def _alternatives(request: PlanRequest, on_progress: Callable[[str], object]) ->
     for precision, checkpointing in product(PRECISIONS, (False, True)):
         on_progress(f"{precision}{', checkpointing' if checkpointing else ''}")
         changed = replace(recipe, training=replace(recipe.training, precision=precision))
-        machine = request.machine._replace(checkpointing=checkpointing)
-        measurement = measure(changed, request.flow, machine, guide=request.guide)
         for shard in (False, True) if processes > 1 else (False,):
-            plan = make_plan(measurement, machine._replace(shard=shard), processes)
+            machine = request.machine._replace(checkpointing=checkpointing, shard=shard)
+            plan = make_plan(measure(changed, request.flow, machine, guide=request.guide), machine, processes)
             fits = {name: plan.largest_micro_batch(gpu.memory, share) for name, gpu in request.gpus.items()}
             options = {"precision": precision, "checkpointing": checkpointing, "shard": shard}
             plans.append(options | _peaks(plan, rows, share) | {"largest_micro_batch": fits})

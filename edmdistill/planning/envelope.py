@@ -10,9 +10,10 @@ Lines = tuple[Line, ...]
 """Moments of a pass, with the bytes that are live then. The highest line is the peak."""
 
 
-def lines_through(low: list[int], high: list[int], images: int) -> Lines:
-    """Returns the lines from `low` bytes at so many images to `high` at one more, moment by moment; see `envelope`."""
-    return envelope((a - images * (b - a), b - a) for a, b in zip(low, high, strict=True))
+def lines_through(low: list[int], high: list[int], images: int, more: int = 1) -> Lines:
+    """Returns the lines from `low` bytes at so many images to `high` at `more`, moment by moment; see `envelope`."""
+    slopes = (-((a - b) // more) for a, b in zip(low, high, strict=True))  # rounded up
+    return envelope((a - images * slope, slope) for a, slope in zip(low, slopes, strict=True))
 
 
 def envelope(lines: Iterable[Line]) -> Lines:

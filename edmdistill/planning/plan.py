@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -19,7 +19,9 @@ from torch import nn
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPU
 from edmdistill.methods.base import NoiseRange, Turn
+from edmdistill.methods.pieces import Pieces
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.magnitude import EffectiveWeights
 from edmdistill.planning.envelope import Lines, highest, lines_through
 from edmdistill.planning.ledger import Ledger, fused_attention
 from edmdistill.recipes.schema import Recipe
@@ -28,7 +30,7 @@ from edmdistill.training.ema import profiles
 from edmdistill.training.micro_batch import HEADROOM
 from edmdistill.training.optimizers import state_bytes
 from edmdistill.training.probe import ROWS, Probe
-from edmdistill.training.roles import build_roles
+from edmdistill.training.roles import build_roles, effective_weights, shared_weights
 
 
 class Pass(NamedTuple):
@@ -130,7 +132,8 @@ def measure(
 
     Args:
         flow: the teacher, or the network that a method without one makes; on any device, because only shapes matter.
-        machine: only checkpointing and an offloaded teacher change a pass; `make_plan` handles the rest.
+        machine: checkpointing, sharding, the pieces of the loss and an offloaded teacher change a pass; `make_plan`
+            handles the rest.
         on_progress: gets the name of each turn.
         guide: as the teacher, for a recipe that needs one.
     Raises: TrainingError: the guide is missing, would do nothing, or is for other data.
@@ -149,18 +152,23 @@ def measure(
         if machine.checkpointing:
             network.network.checkpoint_blocks()
 
-    # Two images and three, for every turn: the live bytes of each moment grow linearly with the images.
+    pieces = machine.loss_pieces if method.splits_loss else 1
+    probe.method.pieces = Pieces(pieces)
+    effective = effective_weights(probe.networks) if machine.shares_weights else []
+
+    # Two images a piece and three, for every turn: the live bytes of each moment grow linearly with the images.
     passes, flops, calls = {}, 0.0, 0
+    rows = ROWS * pieces
     for turn in probe.turns:
         on_progress(f"the {turn.role}'s turn")
-        two, three = (_trace(probe, turn, rows) for rows in (ROWS, ROWS + 1))
+        few, more = (_trace(probe, turn, count, effective) for count in (rows, rows + pieces))
         passes[turn.role] = Pass(
-            two.trained,
-            lines_through(two.live, three.live, ROWS),
-            lines_through(two.activations, three.activations, ROWS),
+            few.trained,
+            lines_through(few.live, more.live, rows, pieces),
+            lines_through(few.activations, more.activations, rows, pieces),
         )
-        flops += two.flops / ROWS
-        calls += len(two.live)
+        flops += few.flops / rows
+        calls += len(few.live)
     return Measurement(recipe, probe.networks, passes, offloaded, flops, forward_flops(flow), calls)
 
 
@@ -238,10 +246,11 @@ class Trace(NamedTuple):
     flops: float
 
 
-def _trace(probe: Probe, turn: Turn, rows: int) -> Trace:
+def _trace(probe: Probe, turn: Turn, rows: int, effective: Sequence[EffectiveWeights]) -> Trace:
     network = probe.set_trainable(turn.role)
     with fused_attention(), Ledger() as ledger:
-        torch.autograd.backward(probe.loss(turn, rows).value.mean())
+        with shared_weights(effective):
+            torch.autograd.backward(probe.loss(turn, rows).value.mean())
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         allocated = [0] * len(ledger.live)
         for gradient in gradients:

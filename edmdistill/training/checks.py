@@ -5,6 +5,7 @@ from __future__ import annotations
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import Machine
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.sources import Init
@@ -18,6 +19,15 @@ def require_guide(recipe: Recipe, guide: object) -> None:
     if guide is not None and not has_guide:
         hint = ", or add --set method.guide=network" if hasattr(recipe.method, "guide") else ""
         raise TrainingError(f"--guide has no effect: this recipe of {name} uses no guide; leave it out{hint}")
+
+
+def require_pieces(recipe: Recipe, machine: Machine) -> None:
+    """Raises: TrainingError: the generator's loss is asked for in pieces, but the method has no such loss."""
+    if machine.loss_pieces > 1 and not recipe.method_class.splits_loss:
+        raise TrainingError(
+            f"--loss-pieces has no effect: {recipe.method_name} has no loss through frozen networks that it could split; "
+            "leave it out"
+        )
 
 
 def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> None:

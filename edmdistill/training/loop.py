@@ -21,6 +21,7 @@ from edmdistill.data.datasets import indices
 from edmdistill.draws import Draws
 from edmdistill.machine.engine import scale_gradients
 from edmdistill.methods.base import Batch, Loss, Preview, Turn
+from edmdistill.methods.pieces import Pieces
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.training.ema import update_average
 from edmdistill.training.metrics import Measures, RowMeans
@@ -115,6 +116,9 @@ def accumulate_gradients(
     training, engine = run.recipe.training, run.engine
     network, module = run.networks[turn.role], run.role_modules[turn.role]
     slices = engine.micro_batches(training.batch)
+    # As many pieces on every process, which may have a row more than another: sharded networks communicate in each.
+    fewest = training.batch // engine.world_size // len(slices)
+    run.method.pieces = Pieces(min(engine.machine.loss_pieces, fewest), factor * engine.world_size / training.batch)
 
     def draws_of(rows: slice) -> Draws:
         draws = Draws([training.seed, run.images // training.batch, index], training.batch, rows, device=engine.device)

@@ -12,6 +12,7 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.devices import is_out_of_memory
 from edmdistill.machine.engine import local_shard
 from edmdistill.methods.base import Batch
+from edmdistill.methods.pieces import Pieces
 from edmdistill.training.optimizers import state_bytes
 from edmdistill.training.probe import LATE
 from edmdistill.training.run import Run
@@ -79,11 +80,12 @@ def _try_turns(run: Run, size: int) -> None:
     engine, network = run.engine, run.ema.network
     shape = size, network.img_channels, network.img_resolution, network.img_resolution
     reserved = _reserve_memory(run)  # noqa: F841  held while the turns are tried
+    run.method.pieces = Pieces(min(engine.machine.loss_pieces, size))
     for turn in run.method.turns():
         run.set_trainable(turn.role)
         labels = torch.zeros(size, network.label_dim, device=engine.device) if network.label_dim else None
         batch = Batch(torch.zeros(shape, device=engine.device), labels, LATE)
-        with engine.accumulate(run.role_modules[turn.role], last=False):
+        with run.shared_weights(), engine.accumulate(run.role_modules[turn.role], last=False):
             turn.whole(batch, Draws(0, size, device=engine.device)).value.sum().backward()  # type: ignore[no-untyped-call]
         run.networks[turn.role].zero_grad(set_to_none=True)
 

@@ -24,6 +24,7 @@ from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import (
     require_alike,
     require_guide,
+    require_pieces,
     require_same_latents,
     require_teacher,
 )
@@ -66,6 +67,7 @@ def prepare(
     if machine.shard and recipe.training.optimizer == "adam8bit":
         raise TrainingError("the states of adam8bit cannot be sharded: leave out --shard, or choose another optimizer")
     require_guide(recipe, guide)
+    require_pieces(recipe, machine)
     sources = read_sources(recipe, data, teacher, guide, init)
     check_sources(recipe, sources, guide, force_guidance)
     networks = build_roles(recipe, sources.flow, sources.guide and sources.guide[0], sources.init and sources.init.flow)

@@ -37,7 +37,8 @@ class Probe:
     ) -> None:
         self.networks = {role: copy.deepcopy(network).to("meta") for role, network in networks.items()}
         self.product = self.networks[method.product]
-        self.turns: tuple[Turn, ...] = method(config, self.networks, noise).turns()
+        self.method = method(config, self.networks, noise)
+        self.turns: tuple[Turn, ...] = self.method.turns()
 
     def set_trainable(self, role: str) -> nn.Module:
         """Puts the network of `role` in training mode, and freezes all others.  Returns: that network."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from edmdistill.machine.engine import Engine
 from edmdistill.methods.base import Role
 from edmdistill.networks.bottleneck import add_head
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.magnitude import EffectiveWeights
 from edmdistill.networks.surgery.rebuild import add_guidance, add_logvar
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 from edmdistill.recipes.schema import Recipe
@@ -103,3 +105,18 @@ def place_networks(engine: Engine, recipe: Recipe, networks: Mapping[str, nn.Mod
         # After `offload`: a block that is computed again needs its weights again.
         if engine.machine.checkpointing and isinstance(network, FlowNetwork):
             network.network.checkpoint_blocks()
+
+
+def effective_weights(networks: Mapping[str, nn.Module]) -> list[EffectiveWeights]:
+    """Returns what makes the weights of those networks whose layers normalize theirs."""
+    flows = [network for network in networks.values() if isinstance(network, FlowNetwork)]
+    return [EffectiveWeights(flow.network, flow.compute_dtype) for flow in flows if flow.network.normalizes_weights]
+
+
+@contextmanager
+def shared_weights(all_weights: Iterable[EffectiveWeights]) -> Iterator[None]:
+    """A context in which the passes of the networks share weights that are normalized once."""
+    with ExitStack() as stack:
+        for weights in all_weights:
+            stack.enter_context(weights.shared())
+        yield

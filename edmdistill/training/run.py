@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,13 @@ from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.data.datasets import Dataset
 from edmdistill.machine.engine import Engine, RoleModule, load_full_state, shard_like
 from edmdistill.methods.base import Method
-from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.magnitude import EffectiveWeights
 from edmdistill.recipes.schema import Recipe
 from edmdistill.sampling.decode import Decoder
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.training.ema import Ema
 from edmdistill.training.optimizers import LossScale, load_states, plain_states
+from edmdistill.training.roles import effective_weights, shared_weights
 from edmdistill.training.stream import Stream
 
 
@@ -70,18 +70,11 @@ class Run:
 
     @cached_property
     def _effective_weights(self) -> list[EffectiveWeights]:
-        """Of the networks that have layers which normalize their weights, unless they are sharded."""
-        flows = [network for network in self.networks.values() if isinstance(network, FlowNetwork)]
-        normalized = [flow for flow in flows if self.engine.mesh is None and flow.network.normalizes_weights]
-        return [EffectiveWeights(flow.network, flow.compute_dtype) for flow in normalized]
+        return effective_weights(self.networks) if self.engine.machine.shares_weights else []
 
-    @contextmanager
-    def shared_weights(self) -> Iterator[None]:
+    def shared_weights(self) -> AbstractContextManager[object]:
         """A context in which the passes of all networks share weights that are normalized once."""
-        with ExitStack() as stack:
-            for weights in self._effective_weights:
-                stack.enter_context(weights.shared())
-            yield
+        return shared_weights(self._effective_weights)
 
     @property
     def ema(self) -> Ema:

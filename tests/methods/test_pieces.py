@@ -1,0 +1,86 @@
+"""A loss in pieces is the same loss, with the same gradient, and holds less."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_rounded
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, Loss, Method, NoiseRange
+from edmdistill.methods.cosim import CoSIM
+from edmdistill.methods.pieces import Pieces
+from edmdistill.methods.sid import SiD
+from edmdistill.methods.sida import SiDA
+
+ROWS = 7
+
+
+@pytest.mark.parametrize("count", [2, ROWS])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (CoSIM, {}),
+        (CoSIM, {"gradient": "kl"}),
+        (CoSIM, {"order": "t", "anchor_sigma": 1.0, "weight": "c_out"}),
+        (CoSIM, {"gan": 1.0, "gan_channels": 8, "balance": "adaptive"}),
+        (SiD, {}),
+        (SiDA, {}),
+    ],
+    ids=str,
+)
+def test_value_and_gradient_are_those_of_the_whole(
+    tiny_networks: Callable[..., Any],
+    tiny_batch: Callable[..., Batch],
+    noise: NoiseRange,
+    method: type[Method[Any]],
+    options: dict[str, Any],
+    count: int,
+) -> None:
+    networks, batch = tiny_networks(method, **options), tiny_batch(ROWS)
+    for role, network in networks.items():
+        network.requires_grad_(role == "generator")
+    made = method(method.Config(**options), networks, noise)
+    turn = made.turns()[-1]
+    found = []
+    for pieces in (Pieces(), Pieces(count, scale=3.0)):
+        made.pieces = pieces
+        loss = turn.whole(batch, Draws(3, ROWS))
+        loss.value.mul(torch.arange(1.0, ROWS + 1)).sum().backward()
+        gradients = [parameter.grad.clone() for parameter in networks["generator"].parameters()]
+        networks["generator"].zero_grad()
+        found.append((loss, gradients))
+    (whole, expected), (split, gradients) = found
+    assert split.signals.keys() == whole.signals.keys()
+    assert torch.equal(split.t, whole.t)
+    assert torch.equal(split.generated, whole.generated)
+    for a, b in zip([split.value, *gradients], [whole.value, *expected], strict=True):
+        assert b.abs().max() > 0
+        assert_rounded(a, b, 10_000)
+
+
+def test_gradients_in_half_precision_are_scaled_inside() -> None:
+    x = torch.ones(4, 3, requires_grad=True)
+
+    def loss(x: Tensor) -> Loss:
+        return Loss((x.half().float() * 1e-9).sum(1), x.detach()[:, 0], {"mean": x.detach().mean()})
+
+    Pieces(2)(loss, x).value.sum().backward()
+    assert not x.grad.any()
+    x.grad = None
+    found = Pieces(2, scale=2.0**20)(loss, x)
+    found.value.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1e-9), rtol=1e-3, atol=0)
+    assert found.signals["mean"] == 1
+
+
+def test_rows_without_a_gradient_and_a_gradient_that_overflows() -> None:
+    """The value stays finite, so that the step is skipped and the scale shrinks."""
+    x, y = torch.ones(4, 3, requires_grad=True), torch.ones(4, 3, requires_grad=True)
+    found = Pieces(3, scale=1e38)(lambda x, y: Loss((x * 1e5).sum(1), x[:, 0].detach()), x, y)
+    assert found.value.isfinite().all()
+    found.value.sum().backward()
+    assert x.grad.isinf().all()
+    assert not y.grad.any()
