@@ -25,8 +25,7 @@ def require_pieces(recipe: Recipe, machine: Machine) -> None:
     """Raises: TrainingError: the generator's loss is asked for in pieces, but the method has no such loss."""
     if machine.loss_pieces > 1 and not recipe.method_class.splits_loss:
         raise TrainingError(
-            f"--loss-pieces has no effect: {recipe.method_name} has no loss through frozen networks that it could split; "
-            "leave it out"
+            f"--loss-pieces has no effect: {recipe.method_name} has no loss that can be split; leave it out"
         )
 
 

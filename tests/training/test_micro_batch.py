@@ -39,6 +39,20 @@ def test_what_does_not_fit_leaves_the_run_as_it_was(start, monkeypatch):
     assert list(rounds(run)) == list(rounds(other))
 
 
+def test_a_loss_in_pieces_trains_as_the_whole_does(start):
+    """Also in micro-batches, of fewer rows than pieces."""
+    for micro_batch in (None, 2):
+        whole, split = (next(rounds(start("cosim", Machine("cpu", micro_batch, loss_pieces=n)))) for n in (1, 3))
+        assert split.keys() == whole.keys()
+        for name in ("loss/generator", "grad_norm/generator", "loss/auxiliary"):
+            assert split[name] == pytest.approx(whole[name], rel=1e-4)
+
+
+def test_only_a_loss_that_can_be_split_is_asked_for_pieces(start):
+    with pytest.raises(TrainingError, match="--loss-pieces has no effect: sct has no loss that can be split"):
+        start("sct", Machine("cpu", loss_pieces=2))
+
+
 def test_auto_needs_a_gpu(start):
     run = start("sid")
     assert settle_micro_batch(run) is None
