@@ -37,8 +37,13 @@ PRECONDITIONING_CLASSES = {
 }
 NETWORK_CLASSES = {"SongUNet": ("song", "model."), "DhariwalUNet": ("adm", "model."), "UNet": ("edm2", "unet.")}
 """Our network's kind, and the prefix of its tensors in the official state dict."""
-OUR_ARGUMENTS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads", "split_times"}
-"""Constructor arguments that no official class has; of the official ones only EDM2's has logvar_channels."""
+_OURS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads", "split_times"}
+OUR_ARGUMENTS = {
+    "edm2": _OURS | {"label_dropout"},
+    "song": _OURS | {"logvar_channels"},
+    "adm": _OURS | {"logvar_channels"},
+}
+"""Constructor arguments that the official class of a kind does not have."""
 IGNORED_ARGUMENTS = {"use_fp16", "model_type"}
 """Official arguments that do not change what the network computes."""
 
@@ -90,8 +95,7 @@ def build_official(
 
 def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
     """Returns our network's constructor arguments.  Its defaults are the official ones."""
-    ours = OUR_ARGUMENTS if kind == "edm2" else OUR_ARGUMENTS | {"logvar_channels"}
-    known = inspect.signature(NETWORKS[kind]).parameters.keys() - ours
+    known = inspect.signature(NETWORKS[kind]).parameters.keys() - OUR_ARGUMENTS[kind]
     arguments = official.network_arguments | {
         name: value for name, value in official.arguments.items() if name in known & {"logvar_channels"}
     }

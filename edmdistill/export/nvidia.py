@@ -42,7 +42,8 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
     """
     pre = flow.preconditioning
     kind = str(config.preconditioning["kind"])
-    arguments = {name: value for name, value in flow.network.arguments.items() if name not in OUR_ARGUMENTS}
+    ours = OUR_ARGUMENTS[config.network.kind]
+    arguments = {name: value for name, value in flow.network.arguments.items() if name not in ours}
     unknown = "double_norm", "guided", "positional_time", "two_time"
     if strange := [name for name in unknown if flow.network.arguments.get(name)]:
         raise EdmDistillError(f"NVIDIA's classes have no {strange[0]}, which this network has: choose another --to")
@@ -62,7 +63,6 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
     channels = arguments.pop("in_channels")
     if arguments.pop("out_channels") != channels * (1 + isinstance(pre, IDDPM)):
         raise EdmDistillError(f"NVIDIA's {name} has no networks with other output channels: choose another --to")
-    arguments.pop("logvar_channels")
     network = next(name for name, (ours, _) in NETWORK_CLASSES.items() if ours == config.network.kind)
     arguments = {
         "class_name": f"training.networks.{name}",

@@ -115,10 +115,11 @@ BLOCK_OPTIONS = *BALANCES, "resample_filter", "channels_per_head", "dropout", "c
 
 
 class UNet(Network):
-    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  All but the last five arguments are the official class's.
+    """EDM2's U-Net.  x [B,C,H,W] -> F [B,C,H,W].  All but the last six arguments are the official class's.
 
     Args:
         double_norm: whether the blocks normalize their modulations; see ResidualBlock.
+        label_dropout: fraction of labels that training sets to zero.  Source: sCM, appendix G.1.
 
     Differs: `logvar_channels` is an argument of the official preconditioner; here the network has that head too
     (`logvars`).
@@ -151,8 +152,10 @@ class UNet(Network):
         positional_time: bool = False,
         double_norm: bool = False,
         guided: bool = False,
+        label_dropout: Arg.Fraction = 0.0,
     ) -> None:
         super().__init__(locals(), img_channels)
+        self.label_dropout = label_dropout
         self.concat_balance = concat_balance
         widths = [model_channels * mult for mult in channel_mult]
         noise_channels = model_channels * channel_mult_noise if channel_mult_noise is not None else widths[0]

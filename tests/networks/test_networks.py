@@ -159,7 +159,7 @@ def test_labels(flow: FlowNetwork) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["ncsnpp-ve", "adm"])
+@pytest.mark.parametrize("case", ["ncsnpp-ve", "adm", "edm2"])
 def test_label_dropout_is_for_training(make_flow: MakeFlow, case: str) -> None:
     flow = make_flow(case, label_dropout=1.0, dropout=0.0)
     x, labels = images(flow), classes(flow)

@@ -200,8 +200,7 @@ def test_iddpm_has_a_tangent_in_space_alone(make_flow: MakeFlow) -> None:
 @pytest.mark.parametrize("case", ["ncsnpp-ve", "adm", "edm2"])
 def test_the_dropout_of_the_next_forward_pass(make_flow: MakeFlow, case: str) -> None:
     """Of features, and of labels where the network drops them."""
-    more = {} if case == "edm2" else {"label_dropout": 0.5}
-    flow = make_flow(case, torch.float64, dropout=0.4, **more).train()
+    flow = make_flow(case, torch.float64, dropout=0.4, label_dropout=0.5).train()
     x, dx, labels = normal(flow), normal(flow, 2), classes(flow)
     tangents = []
     for seed in 1, 2:
