@@ -72,6 +72,8 @@ CONTESTANTS = {
     "fmd-lagrangian": Contestant("fmd", "fmd/digits-lagrangian", adapted=True),
     "mean-flow": Contestant("mean-flow", "mean-flow/digits", adapted=True),
     "ect": Contestant("ect", "ect/digits", adapted=False),
+    "dmd2": Contestant("dmd2", "dmd2/digits", adapted=False),
+    "sida": Contestant("sida", "sida/digits", adapted=False),
     "tcm": Contestant("tcm", "tcm/digits", adapted=False, after="ect"),
     "scd-unadapted": Contestant("scd", "scd/digits", adapted=False, sets=("method.allow_edm_time=true",)),
 }

@@ -31,6 +31,9 @@ class FlowMapConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
     P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of the logit of a jump's length")] = -0.8
     P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of the logit of a jump's length")] = 1.0
     share_to_data: Annotated[float, Meta(ge=0, le=1, description="share of jumps that end at the data")] = 0.25
+    s_gain: Annotated[
+        float, Meta(ge=0, le=10, description="weight of s in the generator at first; 0 keeps the teacher's function")
+    ] = 0.0
 
 
 FlowMapT = TypeVar("FlowMapT", bound=FlowMapConfig)
@@ -45,6 +48,11 @@ class FlowMap(ContinuousConsistency[FlowMapT]):
     """
 
     roles: ClassVar[dict[str, Role]] = {"generator": GENERATOR}
+
+    @classmethod
+    def roles_for(cls, config: FlowMapT) -> dict[str, Role]:
+        roles = super().roles_for(config)
+        return roles | {"generator": roles["generator"]._replace(second_gain=config.s_gain)}
 
     def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor]:
         config, noise = self.config, self.noise

@@ -240,7 +240,7 @@ def _has_teacher(config: CheckpointConfig) -> bool:
     method = METHODS.get(config.method or "")
     if config.stage != "generator" or config.provenance.parent is None:  # CTM has none when trained from scratch
         return False
-    return method is None or "teacher" in method.load().roles
+    return method is None or ("teacher" in method.load().roles and not method.load().first_stages)
 
 
 def _licence(config: CheckpointConfig) -> str:

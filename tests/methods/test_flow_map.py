@@ -137,6 +137,11 @@ def test_the_data_velocity_is_the_teacher_s_in_expectation() -> None:
     assert abs(slope) < 5 * deviation / math.sqrt(rows)
 
 
+def test_the_second_time_can_count_from_the_start() -> None:
+    assert FMD.roles_for(FMDConfig(s_gain=0.5))["generator"].second_gain == 0.5
+    assert MeanFlow.roles_for(MeanFlowConfig())["generator"].second_gain == 0
+
+
 # Intervals.
 
 
