@@ -38,10 +38,10 @@ OPTIONS = {
 """Of a method, beside its name."""
 
 ALL_METHODS = [
-    pytest.param(name, marks=pytest.mark.slow if name in ("ect", "mean-flow", "tcm") else ())
+    pytest.param(name, marks=pytest.mark.slow if name in ("ect", "mean-flow", "sida", "tcm") else ())
     for name in sorted(METHODS)
 ]
-"""Slow are those whose networks and turns are like another's: sct's, fmd's, dscd's."""
+"""Slow are those whose networks and turns are like another's: sct's, fmd's, dscd's, dmd2's."""
 
 share_probes()
 

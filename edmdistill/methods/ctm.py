@@ -13,26 +13,22 @@ Kim et al. 2024 (ICLR), algorithm 4.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods import base
 from edmdistill.methods.adversarial import AdversarialTurns, GANConfig, GANWeight, Terms, gan_roles
-from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Method, Role, Turn
-from edmdistill.methods.distances import DISTANCES, Distance, PerceptionFile, l2, perception_roles
-from edmdistill.methods.jumps import Jump, JumpDistribution, Matching, draw_jump
-from edmdistill.methods.noising import noised
+from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Method, NoiseRange, Role, Turn
+from edmdistill.methods.denoising import DenoisingWeight, denoising_loss
+from edmdistill.methods.distances import DISTANCES, Distance, PerceptionFile, perception_roles
+from edmdistill.methods.jumps import Inner, Jump, JumpDistribution, Matching, draw_jump
 from edmdistill.methods.solver import follow_flow
-from edmdistill.schedules import ctm_score_sigmas, edm_sigmas
+from edmdistill.schedules import edm_sigmas
 from edmdistill.transfer import Constant
 from edmdistill.trigflow import ddim_step, sigma_to_time
-
-Inner = Literal["average", "live"]
-DSMWeight = Literal["edm", "none"]
 
 
 class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
@@ -43,11 +39,11 @@ class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     one_step_share: Annotated[float, Meta(ge=0, le=1, description="share of jumps from sigma_max to sigma_min")] = 0.1
     teacher: Annotated[bool, Meta(description="false: the solver follows the target network's own score")] = True
     mu: Annotated[float, Meta(ge=0, lt=1, description="EMA decay of the target network, per step")] = 0.999
-    inner: Annotated[Inner, Meta(description="network of the jump from u to s: target or generator")] = "average"
+    inner: Inner = "average"
     distance: Distance = "pseudo-huber"
     lpips: PerceptionFile = ""
     dsm: Annotated[float, Meta(ge=0, description="weight of the denoising loss; 0 = none")] = 1.0
-    dsm_weight: Annotated[DSMWeight, Meta(description="weighting of the denoising loss over noise levels")] = "edm"
+    dsm_weight: DenoisingWeight = "edm"
     gan: GANWeight = 1.0
 
     def __post_init__(self) -> None:
@@ -55,19 +51,10 @@ class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
             raise ValueError('distance = "lpips" and lpips = FILE go together: set both or neither')
 
 
-def ctm_roles(config: CTMConfig) -> dict[str, Role]:
-    """Returns the roles under these options."""
-    roles = {"teacher": Role(trained=False)} if config.teacher else {}
-    roles["generator"] = Role(trained=True, two_time=True)
-    roles["target"] = Role(trained=False, two_time=True, ema_of=EmaOf("generator", config.mu))
-    return roles | perception_roles(config.lpips) | gan_roles(config)
-
-
 class CTM(Method[CTMConfig]):
     Config = CTMConfig
-    roles = ctm_roles(CTMConfig())
 
-    def __init__(self, config: CTMConfig, networks: Mapping[str, Any], noise: base.NoiseRange) -> None:
+    def __init__(self, config: CTMConfig, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
         self.generator, self.target = networks["generator"], networks["target"]
         self.distance = networks["perception"] if config.lpips else DISTANCES[config.distance]
@@ -76,20 +63,22 @@ class CTM(Method[CTMConfig]):
 
     @classmethod
     def roles_for(cls, config: CTMConfig) -> dict[str, Role]:
-        return ctm_roles(config)
+        roles = {"teacher": Role(trained=False)} if config.teacher else {}
+        roles["generator"] = Role(trained=True, two_time=True)
+        roles["target"] = Role(trained=False, two_time=True, ema_of=EmaOf("generator", config.mu))
+        return roles | perception_roles(config.lpips) | gan_roles(config)
 
     def turns(self) -> tuple[Turn, ...]:
         return AdversarialTurns(self.terms, self.fake, self.networks, self.config, {"dsm": self.config.dsm}).turns()
 
     def terms(self, batch: Batch, draws: Draws, x_target: Tensor | None = None) -> Terms:
-        """Returns the terms of the generator's loss: algorithm 4, line 7.  x_target: where it is known already."""
+        """Algorithm 4, line 7.  x_target: where it is known already."""
         jump = self.draw_jump(batch, draws)
-        if x_target is None:
-            x_target = self.x_target(jump, batch.labels)
+        x_target = self.x_target(jump, batch.labels) if x_target is None else x_target
         x_est = self.x_est(jump, batch.labels)
         losses = {"ctm": self.distance(x_est, x_target)}
         if self.config.dsm:
-            losses["dsm"] = self.denoising_loss(batch, draws)
+            losses["dsm"] = denoising_loss(self.generator, batch, draws, self.noise, self.config.dsm_weight)
         return Terms(losses, jump.t, x_est, cached=x_target)
 
     def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -99,13 +88,11 @@ class CTM(Method[CTMConfig]):
 
     def draw_jump(self, batch: Batch, draws: Draws) -> Jump:
         """Algorithm 4, lines 2-5."""
-        times = self.times.on(batch.x0.device)
-        return draw_jump(batch.x0, times, draws, self.noise.sigma_data, self.config)
+        return draw_jump(batch.x0, self.times.on(batch.x0.device), draws, self.noise.sigma_data, self.config)
 
     @torch.no_grad()
     def x_target(self, jump: Jump, labels: Tensor | None) -> Tensor:
         """Returns x_target: by the solver to u, by the target network to s and to the end.  Source: eq. 3."""
-
         teacher: FlowFunction = self.networks.get("teacher", self.target)
 
         def flow(x: Tensor, t: Tensor) -> Tensor:
@@ -120,9 +107,9 @@ class CTM(Method[CTMConfig]):
         return self.jump_to_end(self.jump(self.generator, jump.x_t, jump.t, jump.s, labels), jump.s, labels)
 
     def jump_to_end(self, x_s: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns G_sg(x_s, s, end): the weights of G_sg are frozen, but the gradient flows through to x_s.
+        """Returns G_sg(x_s, s, end): its weights are frozen, but the gradient flows through to x_s.
 
-        Differs: the paper's end is 0; that of the official code, sigma_min, is used here.
+        Differs: the paper's end is 0; here it is the official code's, sigma_min.
         """
         return self.jump(self.target, x_s, s, torch.full_like(s, self.end), labels)
 
@@ -130,14 +117,5 @@ class CTM(Method[CTMConfig]):
         """Returns G(x_t, t, s)."""
         return ddim_step(x_t, network(x_t, t, labels, s), t, s, self.noise.sigma_data)
 
-    def denoising_loss(self, batch: Batch, draws: Draws) -> Tensor:
-        """Returns |D(x_t', t') - x0|^2 with EDM's weight, which makes it |F - v / sigma_d|^2.  [B]
 
-        G itself has no gradient at s = t, so this term is what trains small jumps.  Source: section 3.3.
-        Differs: the paper has no weight, as with dsm_weight = "none".
-        """
-        sigma_data, sigma_min, sigma_max = self.noise
-        t = sigma_to_time(ctm_score_sigmas(draws, sigma_min, sigma_max), sigma_data)
-        x_t, v = noised(batch.x0, t, draws, sigma_data)
-        square = l2(self.generator(x_t, t, batch.labels, t), v / sigma_data)
-        return square if self.config.dsm_weight == "edm" else square * (sigma_data * t.sin()).to(square) ** 2
+CTM.roles = CTM.roles_for(CTMConfig())

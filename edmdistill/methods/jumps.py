@@ -17,6 +17,7 @@ JumpDistribution = Annotated[
 Matching = Annotated[
     Literal["soft", "local", "global"], Meta(description="the solver goes part of the way to s, one step, or all")
 ]
+Inner = Annotated[Literal["average", "live"], Meta(description="network of the jump from u to s: target or generator")]
 
 
 class Jump(NamedTuple):

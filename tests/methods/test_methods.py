@@ -15,6 +15,7 @@ from edmdistill.methods.base import Method, NoiseRange
 
 Make = Callable[..., Any]
 GUIDED = {"guidance": (1.0, 3.0), "guide": "network"}
+GAN = {"gan": 0.5, "gan_loss": "relativistic", "gan_channels": 4}
 OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "scd, vsd": {"vsd": 0.7},
     "scd, guided": GUIDED,
@@ -23,15 +24,20 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "vsd, guided": GUIDED,
     "fmd, guided": GUIDED,
     "dmd2, f-distill": {"levels": (2.5,), "f_divergence": "jensen-shannon"},
-    "fmd, gan": {"gan": 0.5, "gan_loss": "relativistic"},
-    "scd, vsd, guided and gan": GUIDED | {"vsd": 0.7, "gan": 0.5, "balance": "fixed"},
-    "dscd, gan": {"gan": 0.5, "gan_loss": "non-saturating"},
-    "cosim, gan": {"gan": 0.5, "gan_loss": "relativistic", "auxiliary_turns": 2},
+    "ctm": {"gan_channels": 4},
+    "fmd, gan": GAN,
+    "scd, vsd, guided and gan": GUIDED | GAN | {"vsd": 0.7, "balance": "fixed"},
+    "dscd, gan": GAN | {"gan_loss": "non-saturating"},
+    "cosim, gan": GAN | {"auxiliary_turns": 2},
     "fmd, lagrangian": {"objective": "lagrangian"},
 }
 """Every method with its defaults, and with options that add roles."""
+ALIKE = {"sida", "dmd2, f-distill", "fmd, gan", "dscd, gan", "scd, vsd, guided and gan"}
+"""Those whose turns are like another's: dmd2's, and an adversary beside cosim."""
 pytestmark = [
-    pytest.mark.parametrize("name", OPTIONS),
+    pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in OPTIONS]
+    ),
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's own, on use of jvp
 ]
 
