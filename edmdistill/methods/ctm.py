@@ -93,10 +93,9 @@ class CTM(Method[CTMConfig]):
     @torch.no_grad()
     def x_target(self, jump: Jump, labels: Tensor | None) -> Tensor:
         """Returns x_target: by the solver to u, by the target network to s and to the end.  Source: eq. 3."""
-        teacher: FlowFunction = self.networks.get("teacher", self.target)
 
-        def flow(x: Tensor, t: Tensor) -> Tensor:
-            return teacher(x, t, labels) if self.config.teacher else teacher(x, t, labels, t)
+        def flow(x: Tensor, t: Tensor) -> Any:
+            return self.networks["teacher"](x, t, labels) if self.config.teacher else self.target(x, t, labels, t)
 
         x_u = follow_flow(flow, jump.x_t, jump.times, jump.start, jump.stop, jump.steps, self.noise.sigma_data)
         inner = self.target if self.config.inner == "average" else self.generator
