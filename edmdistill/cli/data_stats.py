@@ -48,7 +48,7 @@ class SharingOptions:
     help="Keep the features of N images too, for kid, precision, recall, density and coverage.",
 )
 @click.option("--split", default="train", show_default=True, help="Split of the digits: train, test or all.")
-@click.option("--batch", type=BATCH, default=256, show_default=True, help="Images at a time.")
+@click.option("--batch", type=BATCH, help="Most images at a time, where memory is short.  [default: 128, or 64 above 32x32]")
 @option_group("sharing", SharingOptions, *SHARING)
 def command(
     source: str,
@@ -57,7 +57,7 @@ def command(
     weights: tuple[tuple[str, Path], ...],
     keep: int | None,
     split: str,
-    batch: int,
+    batch: int | None,
     sharing: SharingOptions,
 ) -> None:
     """Write the statistics of a data set, against which `eval --ref OUT.npz` measures.

@@ -73,7 +73,7 @@ class MeasurementOptions:
     weights: tuple[str, ...]
     vae: str | None
     save: bool
-    batch: int
+    batch: int | None
     dtype: str | None
     device: str | None
     processes: int | None
@@ -136,7 +136,7 @@ def measurement_options(
             is_flag=True,
             help="Also save it with the checkpoint or run, where report and push-to-hub find it.",
         ),
-        "batch": click.option("--batch", type=BATCH, default=256, show_default=True, help="Images at a time."),
+        "batch": click.option("--batch", type=BATCH, help="Most images at a time, where memory is short.  [default: 128, or 64 above 32x32]"),
         "dtype": click.option(
             "--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network."
         ),

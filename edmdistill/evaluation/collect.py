@@ -26,7 +26,7 @@ from edmdistill.draws import Draws
 from edmdistill.errors import DatasetError
 from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.frechet import RunningStatistics
-from edmdistill.evaluation.images import Images
+from edmdistill.evaluation.images import Images, images_at_a_time
 from edmdistill.evaluation.pipeline import DIGEST, measure_images, pixels_sha256
 from edmdistill.evaluation.references import About, SpaceStatistics
 from edmdistill.evaluation.shards import ONE_PROCESS, Processes, Work, measure_all
@@ -38,7 +38,7 @@ def collect_statistics(
     spaces: Mapping[str, FeatureSpace],
     *,
     keep: int = 0,
-    batch: int = 256,
+    batch: int | None = None,
     device: torch.device | str = "cpu",
     work: Work | None = None,
     processes: Processes = ONE_PROCESS,
@@ -48,7 +48,7 @@ def collect_statistics(
 
     Args:
         keep: for so many images, or all if there are fewer, the features are kept, for metrics such as precision.
-        batch: images at a time.
+        batch: the most images at a time, where memory is short; see `images_at_a_time`.
         device: of the spaces.
         work: where features are kept meanwhile, so that a stopped command goes on; None: nowhere, for one process.
         processes: that share the work.
@@ -68,7 +68,12 @@ def collect_statistics(
     digests: list[Tensor] = []
     measure = partial(measure_images, images, spaces, device=device, digests=True)
     for rows, arrays in measure_all(
-        len(data), batch, measure, folder=folder, processes=processes, on_progress=on_progress
+        len(data),
+        images_at_a_time(data.img_resolution, batch),
+        measure,
+        folder=folder,
+        processes=processes,
+        on_progress=on_progress,
     ):
         digests.append(arrays[DIGEST])
         for name in spaces:

@@ -19,7 +19,7 @@ from edmdistill.checkpoints.load import tensors_digest
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import EdmDistillError, without_secrets
 from edmdistill.evaluation.checks import choose_seeds, measurable, require_fit, require_options
-from edmdistill.evaluation.images import Images, open_images, sampled_images
+from edmdistill.evaluation.images import Images, images_at_a_time, open_images, sampled_images
 from edmdistill.evaluation.metrics import find_metric, metric_label
 from edmdistill.evaluation.panel import Panel, collect_reference
 from edmdistill.evaluation.protocol import Protocol, get_protocol, open_reference
@@ -46,7 +46,7 @@ def evaluate(
     seeds: Sequence[int] | None = None,
     repeat: int = 1,
     decode: Decoder = to_uint8,
-    batch: int = 256,
+    batch: int | None = None,
     device: torch.device | str = "cpu",
     source: str | None = None,
     source_sha256: str | None = None,
@@ -68,7 +68,7 @@ def evaluate(
         seeds: of the samples; default: the protocol's.
         repeat: measure so many times as many images, of consecutive seeds, and return means over these times.
         decode: of open_decoder, for a network that makes latents.
-        batch: images at a time; the same in all processes.
+        batch: the most images at a time, where memory is short; see `images_at_a_time`.
         device: where features are computed.
         source, source_sha256: where network or images come from, and the digest of its file, for the record; default:
             the digest of a network's weights as they are in memory.
@@ -91,6 +91,7 @@ def evaluate(
     if isinstance(model_or_images, Generator | Denoiser):
         classes = any("labels" in one.metric.needs for one in wanted)
         chosen = choose_seeds(seeds, repeat, standard)
+        batch = images_at_a_time(model_or_images.flow.img_resolution, batch, drawn=True)
         subject = _samples(model_or_images, sampler, chosen, decode, standard, batch, with_classes=classes)
     elif sampler != SamplerSpec() or seeds is not None or repeat > 1:
         raise EdmDistillError(
@@ -99,6 +100,7 @@ def evaluate(
     else:
         given, label_dim = model_or_images, getattr(data, "label_dim", 0)
         subject = _Subject(given if isinstance(given, Images) else open_images(given, label_dim))
+        batch = images_at_a_time(subject.images.size[-1], batch)
     images = subject.images
     require_fit(images, data, standard, repeat)
     measured = measurable(wanted, images, required=metrics is not None)

@@ -68,6 +68,20 @@ class Images:
         )
 
 
+def images_at_a_time(side: int, most: int | None = None, *, drawn: bool = False) -> int:
+    """Returns the number of images that are drawn and measured at a time, which decides how networks round.
+
+    It follows from the images alone, so that numbers are the same on any number of processes, and whatever memory
+    there is, unless `most` is smaller.
+
+    Args:
+        side: of the images or latents, in pixels.
+        drawn: by a network.
+    """
+    fixed = 128 if side <= 32 else 64 if side <= 64 or not drawn else 16
+    return fixed if most is None else min(fixed, most)
+
+
 def is_images(source: str | Path) -> bool:
     """Whether a source is images and no network: arrays, an archive, or a folder that is no checkpoint and no run."""
     path = Path(source)

@@ -20,6 +20,7 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, indices
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.evaluate import provenance
+from edmdistill.evaluation.images import images_at_a_time
 from edmdistill.evaluation.pipeline import image_digests, pixels_sha256
 from edmdistill.evaluation.protocol import Likelihood, Protocol, Reference
 from edmdistill.evaluation.results import Result
@@ -129,20 +130,21 @@ def evaluate_likelihood(
     count: int | None = None,
     probes: int = 4,
     tolerance: float = SOLVER_TOLERANCE,
-    batch: int = 256,
+    batch: int | None = None,
     source: str | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> Result:
     """Returns the bits per dimension of images under a network; lower is better.
 
     A value v becomes (v + u) / 127.5 - 1 with u ~ U[-1/2, 1/2), once for an image, and is solved once for each probe.
-    Image i draws u and its probes from seed i, so the batch size only affects the network's rounding.
+    Image i draws u and its probes from seed i.
 
     Args:
         model: a teacher, or a generator of two times; it is measured in evaluation mode.
         count: images, the first in the data set's order of seed 0; default: all.
         probes: random signs for the divergence, at least 1.
         tolerance: see log_likelihood. On digits, 1e-3 errs by 0.01 bits, and 1e-4, at 1.5 times the cost, by 0.0002.
+        batch: the most images at a time, where memory is short; see `images_at_a_time`.
         source: where the network comes from, for the record.
         on_progress: called with the number of images that have just been measured with one probe.
     Returns: nll, the mean over images and probes; of two images or more nll_image_error, the standard error of that
@@ -168,7 +170,7 @@ def evaluate_likelihood(
     solve = partial(
         log_likelihood, sigma_min=known.sigma_min, sigma_max=known.sigma_max, tolerance=tolerance, rho=known.rho
     )
-    training = model.training
+    training, batch = model.training, images_at_a_time(flow.img_resolution, batch, drawn=True)
     try:
         model.eval()
         bits, evaluations, pixels_hash = _measure(flow, data, order, solve, probes, batch, on_progress)
