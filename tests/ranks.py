@@ -5,26 +5,32 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 T = TypeVar("T")
 
 
 class Rank:
     """A process of several; see evaluation.shards.Processes."""
 
-    def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, flags: list[bool]) -> None:
+    def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, values: list[Tensor]) -> None:
         self.rank, self.world_size = rank, world_size
-        self._barrier, self._flags = barrier, flags
+        self._barrier, self._values = barrier, values
 
     def any_process(self, flag: bool) -> bool:
-        self._flags[self.rank] = flag
+        return bool(self.all_reduce(torch.tensor(float(flag))))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        self._values[self.rank] = tensor
         self._barrier.wait(60)
-        found = any(self._flags)
+        total = torch.stack(self._values).sum(0, dtype=tensor.dtype)
         self._barrier.wait(60)
-        return found
+        return total
 
 
 def in_ranks(world_size: int, act: Callable[[Rank], T]) -> list[T]:
     """Returns what `act` returns in each of several processes."""
-    barrier, flags = threading.Barrier(world_size), [False] * world_size
+    barrier, values = threading.Barrier(world_size), [torch.zeros([])] * world_size
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(lambda rank: act(Rank(rank, world_size, barrier, flags)), range(world_size)))
+        return list(pool.map(lambda rank: act(Rank(rank, world_size, barrier, values)), range(world_size)))

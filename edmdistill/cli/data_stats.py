@@ -48,7 +48,9 @@ class SharingOptions:
     help="Keep the features of N images too, for kid, precision, recall, density and coverage.",
 )
 @click.option("--split", default="train", show_default=True, help="Split of the digits: train, test or all.")
-@click.option("--batch", type=BATCH, help="Most images at a time, where memory is short.  [default: 128, or 64 above 32x32]")
+@click.option(
+    "--batch", type=BATCH, help="Most images at a time, where memory is short.  [default: 128, or 64 above 32x32]"
+)
 @option_group("sharing", SharingOptions, *SHARING)
 def command(
     source: str,

@@ -136,7 +136,11 @@ def measurement_options(
             is_flag=True,
             help="Also save it with the checkpoint or run, where report and push-to-hub find it.",
         ),
-        "batch": click.option("--batch", type=BATCH, help="Most images at a time, where memory is short.  [default: 128, or 64 above 32x32]"),
+        "batch": click.option(
+            "--batch",
+            type=BATCH,
+            help="Most images at a time, where memory is short.  [default: 128, or 64 above 32x32]",
+        ),
         "dtype": click.option(
             "--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network."
         ),

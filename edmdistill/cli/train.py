@@ -51,7 +51,9 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 @click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits.")
 @click.option("--recipe", required=True, help="A recipe's name, as in cosim/digits, or a .toml file.")
 @click.option("--init", metavar="GENERATOR", help="Start from this generator: a checkpoint, a run or RUN/state/IMAGES.")
-@click.option("--vae", metavar="DIR|ID", help="What decodes latents in grids; default: the teacher's, if cached.")
+@click.option(
+    "--vae", metavar="DIR|ID", help="What decodes latents in grids and [evaluation]; default: the teacher's, if cached."
+)
 @click.option("--run-dir", required=True, type=OutputPath(), help="Where the run lives; made if new.")
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")

@@ -73,7 +73,7 @@ def evaluate(
         source, source_sha256: where network or images come from, and the digest of its file, for the record; default:
             the digest of a network's weights as they are in memory.
         work: where an evaluation is kept, so that it goes on after it was stopped; None: it begins anew.
-        processes: that share the evaluation; for several, `work` must be given.
+        processes: that share the evaluation.
         on_progress: called with the number of images that have just been measured.
     Returns: the result, in all processes. Without `metrics`, those of the protocol that need classes are left out
         where the classes are unknown.
@@ -172,7 +172,7 @@ class _Task(NamedTuple):
         return result
 
     def run(self, on_progress: Callable[[int], object], folder: Path | None = None) -> Result:
-        """Returns the result; on other processes than the main one, without metrics.
+        """Returns the result.
 
         Args:
             folder: where features are kept.

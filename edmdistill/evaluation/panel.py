@@ -73,7 +73,7 @@ class Panel:
         folder: Path | None,
         on_progress: Callable[[int], object],
     ) -> dict[str, float]:
-        """Returns the metrics of images by name; on the main process alone, on others nothing.
+        """Returns the metrics of images by name, on all processes.
 
         Args:
             folder: where their features are kept, or None.
@@ -92,7 +92,9 @@ class Panel:
                 features, scores = (arrays.get(f"{one.features}/{kind}") for kind in ("features", "logits"))
                 assert features is not None
                 metric.update(Measured(features.to(self.device), scores, labels))
-        return require_finite_metrics({one.name: metric.finish() for one, metric in metrics})
+        finished = [metric.finish() for _, metric in metrics] or [0.0] * len(self.metrics)
+        values = self.processes.all_reduce(torch.tensor(finished, dtype=torch.float64)).tolist()
+        return require_finite_metrics({one.name: value for one, value in zip(self.metrics, values, strict=True)})
 
     def _measure(
         self,

@@ -1,4 +1,4 @@
-"""Features of images, made once and kept in files: a stopped evaluation goes on, and processes share one.
+"""Features of images, made once: processes share them, and kept in files they let a stopped evaluation go on.
 
 A batch is measured whole, by one process. Metrics get the batches in order, whoever measured them and whenever, so that
 their values depend on neither.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.store import load_tensors, save_tensors
-from edmdistill.errors import CheckpointError, EdmDistillError
+from edmdistill.errors import CheckpointError, EdmDistillError, NotFiniteError
 
 SHARD_IMAGES, SHARD_SECONDS = 4096, 30.0
 """A file is written after so many images or seconds: no more is lost when a process is killed."""
@@ -44,6 +44,10 @@ class Processes(Protocol):
         """Returns whether the flag is set on any process, after all have called it."""
         ...
 
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of a tensor over all processes, after all have called it."""
+        ...
+
 
 class OneProcess:
     """An evaluation by this process alone."""
@@ -52,6 +56,9 @@ class OneProcess:
 
     def any_process(self, flag: bool) -> bool:
         return flag
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
 
 
 ONE_PROCESS = OneProcess()
@@ -131,15 +138,12 @@ def measure_all(
         count: the number of images.
         batch: images at a time; the same in all processes.
         measure: measures the images of batches, in their order.
-        folder: of Work, where it is kept, and taken from if it is there; None: nowhere, for one process.
+        folder: of Work, where it is kept, and taken from if it is there; None: nowhere.
         on_progress: called with the number of images that have just been measured, or were there already.
     Raises: CheckpointError: the disk refuses.  EdmDistillError: what others have measured is not to be seen here.
     """
     if folder is None:
-        assert processes.world_size == 1, "several processes share a folder"
-        for rows, arrays in measure(batches(range(count), batch)):
-            on_progress(len(rows))
-            yield rows, arrays
+        yield from _in_turns(list(batches(range(count), batch)), measure, processes, on_progress)
         return
     folder.mkdir(parents=True, exist_ok=True)
     stored = _stored(folder)
@@ -157,6 +161,48 @@ def measure_all(
     if rank == 0:
         on_progress(sum(map(len, missing)) - sum(map(len, share)))
         yield from _read(folder, count, batch)
+
+
+def _in_turns(
+    pieces: Sequence[range],
+    measure: Callable[[Iterable[range]], Iterable[MeasuredBatch]],
+    processes: Processes,
+    on_progress: Callable[[int], object],
+) -> Iterator[MeasuredBatch]:
+    """Yields what all processes measure, a batch of each in every turn; on the first process alone.
+
+    Every process takes part in every turn, which networks need whose weights are sharded over them.
+
+    Raises: NotFiniteError: on all processes, if one raises it.
+    """
+    rank, world_size = processes.rank, processes.world_size
+    turns = -(-len(pieces) // world_size)
+    share = [pieces[min(turn * world_size + rank, len(pieces) - 1)] for turn in range(turns)]
+    measured = iter(measure(share))
+    for turn in range(turns):
+        arrays: dict[str, Tensor] = {}
+        failure = None
+        try:
+            _, arrays = next(measured)
+        except NotFiniteError as error:
+            failure = error
+        if processes.any_process(failure is not None):
+            raise failure or NotFiniteError("samples of another process are not finite")
+        of_turn = pieces[turn * world_size : (turn + 1) * world_size]
+        on_progress(sum(map(len, of_turn)))
+        gathered = {name: _gather(array, len(of_turn[0]), processes) for name, array in arrays.items()}
+        if rank == 0:
+            for other, rows in enumerate(of_turn):
+                yield rows, {name: every[other, : len(rows)] for name, every in gathered.items()}
+
+
+def _gather(array: Tensor, rows: int, processes: Processes) -> Tensor:
+    """Returns the arrays of all processes, on the CPU, padded by zeros to so many rows.  [B,...] -> [n,rows,...]"""
+    if processes.world_size == 1:
+        return array[None]
+    every = array.new_zeros(processes.world_size, rows, *array.shape[1:])
+    every[processes.rank, : len(array)] = array
+    return processes.all_reduce(every).cpu()
 
 
 def _lock(folder: Path) -> int:

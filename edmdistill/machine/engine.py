@@ -231,10 +231,10 @@ class Engine:
     # Processes.
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Returns the sum of a tensor over all processes."""
+        """Returns the sum of a tensor over all processes, on this one's device."""
         if self.world_size == 1:
             return tensor
-        tensor = tensor.clone()
+        tensor = tensor.to(self.device, copy=True)
         dist.all_reduce(tensor)
         return tensor
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from edmdistill.errors import PeerFailed
 from edmdistill.machine.launch import process_rank
@@ -33,12 +34,19 @@ class ProcessGroup:
 
         Raises: PeerFailed: another process has died.
         """
-        value = torch.tensor(float(flag))
+        return bool(self.all_reduce(torch.tensor(float(flag))))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of a tensor on the CPU over all processes, after all have called it.
+
+        Raises: PeerFailed: another process has died.
+        """
+        total = tensor.clone()
         try:
-            dist.all_reduce(value)
+            dist.all_reduce(total)
         except RuntimeError as error:
             raise PeerFailed("another process has died") from error
-        return bool(value)
+        return total
 
     def close(self) -> None:
         """Destroys the process group, without which processes can hang when they exit."""

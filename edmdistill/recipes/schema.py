@@ -141,6 +141,8 @@ class EvaluationTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """As of `edmdistill eval --protocol`; its metrics are measured against its own reference, or the run's data."""
     every: PositiveCount
     """Interval between measurements, a multiple of training.log_every."""
+    ref: str = ""
+    """As of `edmdistill eval --ref`; latents need it."""
     n: Annotated[int, Meta(ge=2, le=1_000_000)] = 1000
     """Images of a measurement, of the seeds from 0."""
     nfe: Annotated[tuple[PositiveCount, ...], Meta(min_length=1)] = (2,)

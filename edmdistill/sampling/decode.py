@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +65,18 @@ class LatentDecoder:
 
     def _rounded(self, pixels: Tensor) -> Tensor:
         return pixels.clamp(0, 1).mul(255).to(torch.uint8) if self.encoder.range == "edm2" else to_uint8(pixels)
+
+
+@contextmanager
+def vae_on(device: torch.device | str, decoder: Decoder) -> Iterator[None]:
+    """Has the VAE of a decoder, if it has one, on a device while the block runs, and then in host memory."""
+    try:
+        if isinstance(decoder, LatentDecoder):
+            decoder.vae.model.to(device)
+        yield
+    finally:
+        if isinstance(decoder, LatentDecoder):
+            decoder.vae.model.to("cpu")
 
 
 def model_decoder(

@@ -1,7 +1,7 @@
 """Metrics over training: what [evaluation] asks for, in the lines of metrics.jsonl; the best average is kept.
 
 The average is sampled and measured as `edmdistill eval` does a checkpoint, with random streams of its own, so that
-nothing that is trained depends on it. Every process measures by itself, with the same numbers.
+nothing that is trained depends on it. The processes share the images, through their memory.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from edmdistill.features.base import FeatureSpace
 from edmdistill.features.spaces import load_features
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.recipes.schema import EvaluationTable
+from edmdistill.sampling.decode import Decoder, open_decoder, vae_on
+from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.training.monitors import Alarm
 from edmdistill.training.run import Run
@@ -45,6 +47,7 @@ class Evaluation:
         reference: the real images.
         space: where single jumps are compared, if the recipe asks to diagnose.
         teacher_jumps: the distances of the teacher's single jumps, once they are known.
+        decoder: from the product's images to pictures; a VAE is on the device only while it decodes.
         lowest: the lowest score so far of the first metric at the first number of steps, on the main process; None: it
             was not measured since the run began or resumed.
     """
@@ -52,6 +55,7 @@ class Evaluation:
     table: EvaluationTable
     reference: Dataset | ReferenceStatistics
     space: FeatureSpace | None = None
+    decoder: Decoder = to_uint8
     lowest: float | None = None
     teacher_jumps: list[float] | None = None
 
@@ -66,17 +70,21 @@ class Evaluation:
         """
         network = run.ema.network
         model = Denoiser(network) if run.config.stage == "teacher" else Generator(network, run.config)
+        if isinstance(model, Denoiser):
+            model.encoder = run.config.encoder
         measured: dict[str, float] = {}
         for nfe in self.table.nfe:
             try:
-                with one_thread_draws(run.engine.world_size > 1):
+                with one_thread_draws(run.engine.world_size > 1), vae_on(run.engine.device, self.decoder):
                     result = evaluate(
                         model,
                         self.reference,
                         protocol=self.table.protocol,
                         sampler=SamplerSpec(nfe=nfe),
                         seeds=range(self.table.n),
+                        decode=self.decoder,
                         device=run.engine.device,
+                        processes=run.engine,
                         source_sha256="",  # shards have none
                     )
             except NotFiniteError as error:
@@ -147,21 +155,28 @@ def one_thread_draws(alone: bool) -> Iterator[None]:
 def open_evaluation(run: Run) -> Evaluation | None:
     """Returns the measurements that a recipe asks for, before training begins; None: none.
 
-    Raises: TrainingError: the run makes latents.  EdmDistillError: no such protocol, reference or feature weights.
+    Raises: TrainingError: the run makes latents, and no pictures are named.  CheckpointError: the VAE is not here.
+        EdmDistillError: no such protocol, reference or feature weights.
     """
     table = run.recipe.evaluation
     if not isinstance(table, EvaluationTable):
         return None
-    if run.config.encoder["kind"] != "pixels":
-        raise TrainingError(
-            "[evaluation] measures networks of pixels, and this one makes latents: remove the table, and measure "
-            "snapshots by `edmdistill eval RUN`"
-        )
     standard = get_protocol(table.protocol)
-    reference = open_reference(None if standard.reference else run.dataset, standard)
     if table.diagnose and run.config.stage == "teacher":
         raise TrainingError(
             "evaluation.diagnose measures the jumps of a generator, and this run trains a teacher: leave it out"
         )
+    given = table.ref or (None if standard.reference else run.dataset)
+    if given is run.dataset and run.config.encoder["kind"] != "pixels":
+        raise TrainingError(
+            "[evaluation] compares pictures, and this run's data are latents: name pictures, or statistics of them, by "
+            "--set evaluation.ref=FILE, or remove the table and measure snapshots by `edmdistill eval RUN`"
+        )
+    reference = open_reference(given, standard)
+    if table.diagnose and (run.config.encoder["kind"] != "pixels" or not isinstance(reference, Dataset)):
+        raise TrainingError(
+            "evaluation.diagnose takes pixels of a data set, and not latents or statistics: leave it out"
+        )
     space = None if standard.features is None else load_features(standard.features, device=run.engine.device)
-    return Evaluation(table, reference, space if table.diagnose else None)
+    decoder = run.decoder or open_decoder(run.config.encoder, run.vae, alternative=", or remove [evaluation]")
+    return Evaluation(table, reference, space if table.diagnose else None, decoder)

@@ -58,7 +58,7 @@ def prepare(
         machine: how the run uses the hardware.
         force_guidance: allows a teacher to be guided by its own classes though it was never trained without them.
         init: a generator for a warm start; see `read_init`.
-        vae: what decodes latents in grids; see `open_decoder`.
+        vae: what decodes latents in grids and for [evaluation]; see `open_decoder`.
     Raises: TrainingError: a teacher or guide is missing, is a generator, or does not fit the data.
         CheckpointError, DatasetError, RecipeError: from what is opened.
     """
@@ -75,6 +75,7 @@ def prepare(
     if (warning := generator_warning(sources.config.noise_dependence, teacher)) is not None:
         notes.append(warning)
     run = assemble(recipe, sources, networks, machine)
+    run.vae = vae
     run.decoder, note = run.engine.on_main(lambda: grid_decoder(run.config.encoder, vae)) or (None, None)
     run.has_grids = bool(run.engine.broadcast(run.decoder is not None))
     run.notes = tuple(filter(None, [*notes, note]))

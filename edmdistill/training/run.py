@@ -41,6 +41,7 @@ class Run:
         averages: of the product. Sampling uses the first.
         images: seen so far.
         decoder: from the product's images to pictures, on the main process alone.
+        vae: folder or Hub id of the VAE that was asked for; None: the one that the product's encoder names.
         has_grids: whether grids are drawn: there is a decoder.
         memory_before: peak memory of the process before anything was loaded, in bytes; 0 on a GPU.
         notes: sentences on how the networks were initialized.
@@ -59,6 +60,7 @@ class Run:
     dataset: Dataset
     engine: Engine
     decoder: Decoder | None = to_uint8
+    vae: str | None = None
     has_grids: bool = True
     images: int = 0
     memory_before: int = 0

@@ -17,7 +17,7 @@ from edmdistill.checkpoints.posthoc_ema import Profile, save_snapshot
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser, FlowNetwork
-from edmdistill.sampling.decode import Decoder, LatentDecoder, open_decoder
+from edmdistill.sampling.decode import Decoder, open_decoder, vae_on
 from edmdistill.sampling.generate import not_finite, sample
 from edmdistill.sampling.grid import image_grid, named_rows, thumbnails
 from edmdistill.sampling.seeds import SeededNoise
@@ -133,15 +133,8 @@ def _pictures(run: Run, images: Tensor) -> tuple[Tensor, int]:
     broken, decoder = not_finite(images), run.decoder
     assert decoder is not None
     finite = images.masked_fill(broken.to(images.device)[:, None, None, None], 0)
-    if not isinstance(decoder, LatentDecoder):
-        pixels = decoder(finite).cpu()
-    else:
-        decoder.vae.model.to(run.engine.device)
-        try:
-            pixels = decoder(finite)
-        finally:
-            decoder.vae.model.to("cpu")
-    pixels = thumbnails(pixels)
+    with vae_on(run.engine.device, decoder):
+        pixels = thumbnails(decoder(finite).cpu())
     pixels[broken.cpu()] = WHITE
     return pixels, int(broken.sum())
 

@@ -94,3 +94,21 @@ def test_a_process_that_dies_costs_nothing_but_time(tmp_path: Path) -> None:
     assert "Going on after" in said
     assert losses(broken) == pytest.approx(losses(whole), abs=1e-4)
     assert (broken / LAST).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [(), ("--shard",)])
+def test_processes_share_what_evaluation_asks_for(tmp_path: Path, how: tuple[str, ...]) -> None:
+    """The metrics of one process, also of an average whose weights are shared out: 3 batches, of which one is short."""
+    table = ["evaluation.protocol=digits", "evaluation.every=800", "evaluation.n=300", "evaluation.nfe=[3]"]
+    sets = [word for override in ("training.images=800", *table) for word in ("--set", override)]
+    values = []
+    for run_dir, options in ((tmp_path / "one", ()), (tmp_path / "two", ("--processes", "2", *how))):
+        code, said = finish(start(run_dir, *sets, *options))
+        assert code == 0, said
+        (line,) = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        assert f"kept in {run_dir / 'best'}" in said
+        values.append({name: value for name, value in line.items() if "NFE" in name})
+    one, two = values
+    assert {name.partition("@")[0] for name in one} == {"fd_digits", "class_accuracy"}
+    assert two == pytest.approx(one, rel=1e-3)

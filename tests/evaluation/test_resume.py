@@ -95,6 +95,9 @@ def test_processes_give_the_number_of_one(model: Generator, whole: Result, tmp_p
         return measured(model, work=Work(tmp_path), processes=rank)
 
     assert in_ranks(world_size, act) == [whole] * world_size
+    in_memory = in_ranks(world_size, lambda rank: measured(model, processes=rank))
+    assert [result.metrics for result in in_memory] == [whole.metrics] * world_size
+    assert in_memory[0] == whole
 
 
 @pytest.mark.parametrize("batch", [1, 7, 100])

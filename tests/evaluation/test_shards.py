@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import Rank, in_ranks
 
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, NotFiniteError
 from edmdistill.evaluation import shards
 from edmdistill.evaluation.shards import ONE_PROCESS, MeasuredBatch, Work, batches, measure_all
 
@@ -64,6 +64,34 @@ def test_what_was_measured_before_a_stop_is_not_measured_again(
     assert read(measure_all(COUNT, BATCH, second, folder=tmp_path, on_progress=done.append)) == whole()
     assert sorted(first.seen + second.seen) == list(range(COUNT))
     assert sum(done) == COUNT
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 20])
+def test_processes_take_turns_in_memory(world_size: int) -> None:
+    def act(rank: Rank) -> tuple[int, list[tuple[range, list[int]]], int]:
+        measure, done = Measure(10**9), list[int]()
+        measured = read(measure_all(COUNT, BATCH, measure, processes=rank, on_progress=done.append))
+        return len(done), measured, sum(done)
+
+    turns, got, done = zip(*in_ranks(world_size, act), strict=True)
+    assert len(set(turns)) == 1  # all take part in every turn
+    assert got == (whole(), *[[]] * (world_size - 1))
+    assert set(done) == {COUNT}
+
+
+def test_a_sample_that_is_not_finite_ends_the_turns_of_all() -> None:
+    def act(rank: Rank) -> str:
+        def measure(rows: Iterable[range]) -> Iterator[MeasuredBatch]:
+            for piece in rows:
+                if 21 in piece:
+                    raise NotFiniteError("21 is not finite")
+                yield piece, {"x": torch.arange(piece.start, piece.stop)}
+
+        with pytest.raises(NotFiniteError) as caught:
+            read(measure_all(COUNT, BATCH, measure, processes=rank))
+        return str(caught.value)
+
+    assert in_ranks(2, act) == ["samples of another process are not finite", "21 is not finite"]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 20])

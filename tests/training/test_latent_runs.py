@@ -3,22 +3,27 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from PIL import Image
 
 from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.vae import WEIGHTS
+from edmdistill.data.datasets import Dataset
 from edmdistill.errors import CheckpointError, EdmDistillError, TrainingError
 from edmdistill.machine.engine import Machine
-from edmdistill.recipes.schema import Recipe
-from edmdistill.sampling.decode import open_decoder
-from edmdistill.sampling.generate import sample
-from edmdistill.training import snapshot
+from edmdistill.networks.flow import Denoiser
+from edmdistill.recipes.schema import EvaluationTable, Recipe
+from edmdistill.sampling.decode import Decoder, open_decoder
+from edmdistill.sampling.generate import is_latent, sample
+from edmdistill.training import measure, snapshot
+from edmdistill.training.measure import open_evaluation
 from edmdistill.training.prepare import prepare
 from edmdistill.training.run import Run
 
@@ -52,6 +57,38 @@ def latents(tmp_path: Path, vae: Path) -> Path:
         raw_mean=[0.0] * 4,
         raw_std=[2.0] * 4,
     )
+
+
+def test_snapshots_are_decoded_to_be_measured(
+    begin: Callable[..., Run], vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the VAE, against pictures; the metrics of so many pixels are not the subject, and are left out."""
+    run = begin(vae=str(vae))
+    table = EvaluationTable(protocol="pixels", every=16, n=4, nfe=(3,))
+    run.recipe = replace(run.recipe, evaluation=table)
+    with pytest.raises(TrainingError, match=r"data are latents: name pictures.* evaluation.ref"):
+        open_evaluation(run)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / "0.png")
+    run.recipe = replace(run.recipe, evaluation=replace(table, ref=str(tmp_path / "pictures")))
+    evaluation = open_evaluation(run)
+    assert evaluation is not None
+    images = []
+
+    def draw(
+        model: Denoiser, reference: Dataset, *, decode: Decoder, seeds: range, **options: object
+    ) -> SimpleNamespace:
+        assert is_latent(model)
+        assert (reference.img_resolution, options["processes"]) == (64, run.engine)
+        images.append(decode(sample(model, 3, seeds=seeds)))
+        return SimpleNamespace(metrics={"fd_pixels@4": 1.0})
+
+    monkeypatch.setattr(measure, "evaluate", draw)
+    assert evaluation.measure(run, pytest.fail) == {"fd_pixels@4/3 NFE": 1.0}
+    assert images[0].shape == (4, 3, 64, 64)
+    run.vae, run.decoder = None, None
+    with pytest.raises(CheckpointError, match=r"--vae, or remove \[evaluation\]"):
+        open_evaluation(run)
 
 
 @pytest.fixture
