@@ -99,7 +99,8 @@ def evaluate(
         )
     else:
         given, label_dim = model_or_images, getattr(data, "label_dim", 0)
-        subject = _Subject(given if isinstance(given, Images) else open_images(given, label_dim))
+        images = given if isinstance(given, Images) else open_images(given, label_dim)
+        subject = _Subject(images, record=images.sampler)
         batch = images_at_a_time(subject.images.size[-1], batch)
     images = subject.images
     require_fit(images, data, standard, repeat)
@@ -114,7 +115,7 @@ def evaluate(
         seeds=None if images.seeds is None else format_seeds(images.seeds),
         repeat=repeat,
         labels=images.label_source,
-        decoder=decode.vae.sha256 if isinstance(decode, LatentDecoder) else None,
+        decoder=decode.vae.sha256 if isinstance(decode, LatentDecoder) else images.decoder,
     )
     origin = provenance(model_or_images, source, device, source_sha256)
     if sampler.guide is not None:

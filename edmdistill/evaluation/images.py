@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -18,9 +19,10 @@ from edmdistill.errors import DatasetError
 from edmdistill.evaluation.image_arrays import open_npy, open_npz
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.decode import Decoder
+from edmdistill.sampling.files import read_request
 from edmdistill.sampling.generate import drawn_classes, generate_images, is_latent, require_finite
 from edmdistill.sampling.seeds import SeededNoise
-from edmdistill.sampling.spec import SamplerSpec
+from edmdistill.sampling.spec import SamplerRecord, SamplerSpec
 
 ARRAYS = (".npz", ".npy")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
@@ -43,6 +45,7 @@ class Images:
             is unconditional; unknown: the source has no classes.
         notes: sentences on what was left out of the source.
         readers: the number of threads that may call `read` at a time; 0: the main thread alone; None: any.
+        sampler, decoder: how a network drew them, and the sha256 of the VAE that decoded them, where that is recorded.
         identity: returns what stands for the images of a source, as long as nobody changes them; None: unknown.
     """
 
@@ -55,6 +58,8 @@ class Images:
     notes: tuple[str, ...] = ()
     readers: int | None = None
     identity: Callable[[], str] | None = None
+    sampler: SamplerRecord | None = None
+    decoder: str | None = None
 
     def part(self, rows: range) -> Images:
         """Returns some of the images, consecutive ones."""
@@ -164,16 +169,36 @@ def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
     seeds = [int(name) for name in names] if all(name.isdecimal() for name in names) else None
     classes = data.labels(range(len(data)))
     size = (data.img_channels, data.img_resolution, data.img_resolution)
+    request = _request(path, len(data))
+    vae = request.get("vae")
+    drawn = request.get("classes") == "drawn" and classes is not None
     return Images(
         len(data),
         size,
         data.images,
         classes,
         seeds,
-        _label_source(classes, seeds, label_dim, size),
+        "drawn" if drawn else _label_source(classes, seeds, label_dim, size),
         tuple(data.source_notes),
         identity=lambda: data.fingerprint,
+        sampler=_sampler(request),
+        decoder=vae if isinstance(vae, str) else None,
     )
+
+
+def _request(folder: Path, count: int) -> dict[str, Any]:
+    """Returns what `sample` drew a folder of so many images by; empty where it did not, or not these."""
+    record = read_request(folder)
+    whole = record is not None and record["complete"] and record.get("count") == count and not record["not_finite"]
+    return record["request"] if record is not None and whole else {}
+
+
+def _sampler(request: Mapping[str, Any]) -> SamplerRecord | None:
+    """Returns the sampler of a request, if it says all of how the images were drawn."""
+    try:
+        return None if "reject" in request else msgspec.convert(request.get("sampler"), SamplerRecord | None)
+    except msgspec.ValidationError:
+        return None
 
 
 def _label_source(

@@ -41,7 +41,7 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     protocol: Protocol
     protocol_sha256: str
     sampler: SamplerRecord | None
-    """None: the images were there already."""
+    """None: the images were there already, and not known to be drawn by `sample`."""
     provenance: dict[str, Any]
 
     def to_json(self) -> str:

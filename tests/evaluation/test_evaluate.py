@@ -18,18 +18,20 @@ from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
-from edmdistill.evaluation.compare import require_comparable
+from edmdistill.evaluation.compare import Row, compare, require_comparable
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.frechet import frechet_distance, statistics
-from edmdistill.evaluation.images import images_at_a_time
+from edmdistill.evaluation.images import images_at_a_time, open_images
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.results import Result, results_json, results_table
 from edmdistill.features.spaces import Digits
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
+from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
+from edmdistill.sampling.job import SampleJob
 from edmdistill.sampling.seeds import format_seeds, parse_seeds
 from edmdistill.sampling.spec import SamplerSpec
 
@@ -140,6 +142,35 @@ def test_more_memory_does_not_change_a_number() -> None:
     (a,), (b,) = ([one.metrics[name] for name in one.metrics if "fd" in name] for one in (fixed, small))
     assert a == pytest.approx(b, rel=1e-4)
     require_comparable(small, large)
+
+
+def test_a_network_stands_beside_its_own_samples(tmp_path: Path) -> None:
+    model, spec, count = generator(), SamplerSpec(nfe=2, gamma=0.5), 20
+    job = SampleJob(model=model, spec=spec, seeds=range(count), cycle=range(10))
+    request = {"classes": list(range(10)), "sampler": msgspec.to_builtins(build_sampler(model, spec).record)}
+    job.draw_into(job.open_samples(tmp_path / "samples", request, source="a", overwrite=False))
+    drawn = evaluate(model, protocol="digits", sampler=spec, seeds=range(count))
+    found = evaluate(tmp_path / "samples", protocol="digits")
+    assert found.metrics == pytest.approx(drawn.metrics, rel=1e-4)
+    assert found.sampler == drawn.sampler
+    table = compare([Row("network", drawn), Row("samples", found)])
+    assert not table.notes
+    assert [row[1] for row in table.cells()] == ["NFE", "2", "2"]
+
+
+def test_samples_say_how_they_were_drawn(tmp_path: Path) -> None:
+    """Of decoded latents, the classes cannot be drawn again without the network; others than all of them do not say."""
+    folder = write_folder(tmp_path, torch.zeros(3, 1, 8, 8, dtype=torch.uint8), [1, 0, 1])
+    record = {"request": {"classes": "drawn", "vae": "ab" * 32}, "count": 3, "complete": True, "not_finite": []}
+    for changes, expected in (
+        ({}, ("drawn", "ab" * 32)),
+        ({"count": 4}, ("given", None)),
+        ({"complete": False}, ("given", None)),
+        ({"request": {"classes": 1, "vae": 2, "sampler": 3}}, ("given", None)),
+    ):
+        (folder / "samples.json").write_text(json.dumps(record | changes))
+        images = open_images(folder, 5)
+        assert (images.label_source, images.decoder, images.sampler) == (*expected, None)
 
 
 def write_npz(path: Path, images: Tensor, **columns: object) -> Path:
