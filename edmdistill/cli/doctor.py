@@ -5,14 +5,23 @@ import sys
 
 import click
 
+from edmdistill.cli.options import say
+
 
 @click.command("doctor")
+@click.option("--remove-evaluations", is_flag=True, help="Remove what stopped evaluations have left in the cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(as_json: bool) -> None:
+def command(remove_evaluations: bool, as_json: bool) -> None:
     """Check versions, devices and this folder's disk, and say how to fix problems.
 
     Each line says ok, warn or fail, what was found, and the fix. The exit code is 2 if a check failed.
     """
+    if remove_evaluations:
+        from edmdistill.machine.checks import evaluations
+
+        for folder in evaluations.remove_evaluations():
+            say(f"Removed {folder}.")
+
     from edmdistill.machine.doctor import run_checks
 
     findings = []

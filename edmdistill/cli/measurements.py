@@ -55,10 +55,9 @@ SHARING = (
 
 def open_work(folder: Path | None) -> Work:
     """Returns the work in the folder of --work, or in the user's cache."""
-    from edmdistill.checkpoints.download import cache_folder
-    from edmdistill.evaluation.shards import Work
+    from edmdistill.evaluation.shards import Work, evaluations_folder
 
-    return Work(folder or cache_folder() / "evaluations")
+    return Work(folder or evaluations_folder())
 
 
 @dataclass(frozen=True, kw_only=True)

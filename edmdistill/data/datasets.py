@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
@@ -50,6 +50,7 @@ class Dataset:
         content: returns the sha256 of the images, in hex; default: of all that `read` returns.
         notes: sentences on what was left out of the source.
         encoding: how latents were made; default: as by EDM2's tool, if they have the channels of its VAE.
+        prepared: how `data prepare` made the images, or those of the latents; None: unknown.
     Attributes:
         latent: whether it holds latents.
         encoding: how they were made; None for images, or where it is unknown.
@@ -74,8 +75,9 @@ class Dataset:
         content: Callable[[], str] | None = None,
         notes: Sequence[str] = (),
         encoding: Encoding | None = None,
+        prepared: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name, self.split, self.xflip = name, split, xflip
+        self.name, self.split, self.xflip, self.prepared = name, split, xflip, prepared
         self.label_dim = 0 if labels is None else max(int(labels.max()) + 1, len(label_names or ()))
         self.label_names = None if label_names is None else list(label_names)
         self._content, self.source_notes = content, list(notes)
@@ -292,6 +294,7 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
         content=partial(_content_sha256, files, contents.images),
         notes=contents.notes(str(path)),
         encoding=contents.encoding,
+        prepared=contents.prepared,
     )
 
 

@@ -133,8 +133,9 @@ class EncodeJob:
             "edmdistill": __version__,
             "request": self.zip.request,
         }
-        names = {} if images.label_names is None else {"label_names": images.label_names}
-        return {"labels": labels, **names, "encoder": encoder}
+        others = {"label_names": images.label_names, "prepared": images.prepared}
+        known = {key: value for key, value in others.items() if value is not None}
+        return {"labels": labels, **known, "encoder": encoder}
 
     def _read_ahead(self, chunks: Iterator[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
         """Yields each chunk with its pixels, uint8 [B,C,H,W], the next ones being read meanwhile."""

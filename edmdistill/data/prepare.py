@@ -24,7 +24,7 @@ from edmdistill.data.contents import LABELS
 from edmdistill.data.edm_zip import EdmZip, image_index, image_name
 from edmdistill.data.packing import Packed, PackJob, packed_chunks
 from edmdistill.data.pictures import Pictures
-from edmdistill.data.prepare_state import PrepareState, open_state
+from edmdistill.data.prepare_state import PrepareState, open_state, remove_leftovers
 from edmdistill.data.sources import open_pictures
 from edmdistill.data.transforms import Size, find_transform
 from edmdistill.errors import DatasetError, printable
@@ -87,6 +87,7 @@ def prepare_data(
     source, out = Path(source), Path(out)
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     chosen = find_transform(transform, size)
+    remove_leftovers(out)
     if out.exists() and not overwrite:
         raise DatasetError(f"{out} exists; choose another name, or replace it with --overwrite")
     settings = {

@@ -85,6 +85,23 @@ class PrepareState:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def parts_folder(out: Path) -> Path:
+    """Returns the hidden folder of an unfinished zip."""
+    return out.with_name(f".{out.name}.parts")
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes the folder of a zip that is in its place already, where a kill came between: it holds no images."""
+    folder = parts_folder(out)
+    if folder.is_dir() and out.exists() and not (folder / IMAGES).exists():
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(descriptor, out)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
 @contextmanager
 def open_state(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[PrepareState]:
     """Yields the progress of `out`, which no other process changes in the meantime.
@@ -94,7 +111,7 @@ def open_state(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> It
     Raises: DatasetError: another process prepares it; or it was begun with other settings, and not `overwrite`; or the
         disk refuses.
     """
-    folder = out.with_name(f".{out.name}.parts")
+    folder = parts_folder(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)

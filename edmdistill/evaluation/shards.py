@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.atomic import atomic_write
+from edmdistill.checkpoints.download import cache_folder
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.errors import CheckpointError, EdmDistillError, NotFiniteError
 
@@ -64,6 +65,11 @@ class OneProcess:
 ONE_PROCESS = OneProcess()
 
 
+def evaluations_folder() -> Path:
+    """Returns where evaluations are kept by default, in the user's cache."""
+    return cache_folder() / "evaluations"
+
+
 class Work:
     """The folders in which evaluations are kept until their results are written.
 
@@ -94,6 +100,11 @@ class Work:
         processes.any_process(False)  # the others go on when the folder is there
         self._locks.setdefault(folder, None)
         return folder
+
+    def abandoned(self) -> list[Path]:
+        """Returns the folders of evaluations that no command makes now; the same command would go on with its own."""
+        folders = sorted(file.parent for file in self.root.glob(f"*/{REQUEST}"))
+        return [folder for folder in folders if not _in_use(folder)]
 
     def remove(self) -> None:
         """Removes the folders that were asked for: their results are written."""
@@ -216,6 +227,15 @@ def _lock(folder: Path) -> int:
     except OSError:  # a file system without locks
         pass
     return file
+
+
+def _in_use(folder: Path) -> bool:
+    """Returns whether a command has the lock of a folder."""
+    try:
+        os.close(_lock(folder))
+    except EdmDistillError:
+        return True
+    return False
 
 
 def _stored(folder: Path) -> list[range]:

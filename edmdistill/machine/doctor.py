@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edmdistill.machine.checks import devices, packages, resources
+from edmdistill.machine.checks import devices, evaluations, packages, resources
 from edmdistill.machine.checks.finding import Check, Finding, first_line
 
 CHECKS: dict[str, Check] = {
@@ -22,6 +22,7 @@ TORCH_CHECKS: dict[str, Check] = {
     "devices": devices.check_devices,
     "forward derivative": devices.check_tangents,
     "distributed": devices.check_distributed,
+    "evaluations": evaluations.check_evaluations,
 }
 
 

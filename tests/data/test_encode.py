@@ -39,7 +39,11 @@ def images(tmp_path: Path, case: dict[str, torch.Tensor]) -> Path:
     folder.mkdir()
     for i, pixels in enumerate(case["pixels_u8"]):
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
-    document = {"labels": [[f"{i}.png", 2 - i] for i in range(3)], "label_names": ["a", "b", "c"]}
+    document = {
+        "labels": [[f"{i}.png", 2 - i] for i in range(3)],
+        "label_names": ["a", "b", "c"],
+        "prepared": {"transform": "center-crop", "source": "pictures"},
+    }
     (folder / "dataset.json").write_text(json.dumps(document))
     return folder
 
@@ -70,6 +74,7 @@ def test_the_official_data_set(images: Path, vae: Vae, case: dict[str, torch.Ten
     data = open_dataset(out)
     assert (data.latent, data.img_channels, data.img_resolution, data.label_dim) == (True, 4, 8, 3)
     assert data.label_names == ["a", "b", "c"]
+    assert data.prepared == {"transform": "center-crop", "source": "pictures"}
     assert measured is not None
     assert [*measured.mean, *measured.std] == pytest.approx(torch.cat([
         torch.tensor(values) for values in channel_statistics(case["mean_std"])

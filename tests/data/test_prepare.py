@@ -9,7 +9,7 @@ import pytest
 from picture_files import digest, encoded, read_document, read_images, saved, write_folder, write_zip
 from PIL import Image
 
-from edmdistill.data import packing, prepare
+from edmdistill.data import packing, prepare, prepare_state
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.edm_zip import encode_png
 from edmdistill.data.pictures import ANIMATED, CLIPPED, CMYK, GRAYSCALE, PALETTE, TRANSPARENCY, TURNED
@@ -100,6 +100,18 @@ def test_a_kill_at_any_picture_changes_nothing(tmp_path: Path, monkeypatch: pyte
     assert calls == [20]
     assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set", "whole.zip"]
+
+
+def test_a_kill_after_the_last_step_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_state.shutil, "rmtree", lambda *args, **options: None)
+        prepare_data(source, out, **HALF)
+    assert (tmp_path / ".out.zip.parts").is_dir()
+    with pytest.raises(DatasetError, match=r"out.zip exists; choose another name"):
+        prepare_data(source, out, **HALF)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set"]
+    assert len(open_dataset(out)) == len(PICTURES)
 
 
 def test_a_broken_picture_is_named_and_once_it_is_replaced_the_rest_follows(tmp_path: Path) -> None:
