@@ -23,6 +23,7 @@ from edmdistill.sampling.files import read_request
 from edmdistill.sampling.generate import drawn_classes, generate_images, is_latent, require_finite
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.sampling.spec import SamplerRecord, SamplerSpec
+from edmdistill.transfer import is_gpu
 
 ARRAYS = (".npz", ".npy")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
@@ -126,7 +127,7 @@ def sampled_images(
     size: tuple[int, ...] = (flow.img_channels, flow.img_resolution, flow.img_resolution)
     if is_latent(model):
         size = tuple(decode(torch.zeros(1, *size)).shape[1:])
-    readers = 0 if next(flow.parameters()).device.type == "cuda" else None
+    readers = 0 if is_gpu(next(flow.parameters()).device) else None
     return Images(len(seeds), size, read, classes, seeds, labels if flow.label_dim else "none", readers=readers)
 
 

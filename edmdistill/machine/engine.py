@@ -13,13 +13,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,11 +30,16 @@ from torch.nn.utils import get_total_norm
 
 from edmdistill.errors import PeerFailed, TrainingError
 from edmdistill.machine.devices import pick_device
+from edmdistill.machine.host import cores
 from edmdistill.machine.offload import offload
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.transfer import is_gpu, to_host
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for the main one, which may be writing to a slow disk; by NCCL's default, 10 minutes."""
+MOST_WORKERS = 4
 
 
 class Machine(NamedTuple):
@@ -45,7 +51,7 @@ class Machine(NamedTuple):
         shard: weights, gradients, optimizer states and averages are sharded over the processes (FSDP2).
         offload: what is kept in host memory: ema, teacher, optimizer.
         checkpointing: activations inside blocks are recomputed in the backward pass.
-        workers: data-loading processes for each training process.
+        workers: data-loading processes for each training process; None: 0 on a CPU, up to MOST_WORKERS beside a GPU.
         log_with: trackers, by Accelerate's names.
         loss_pieces: the generator's loss goes through teacher and auxiliary score in so many pieces.
     """
@@ -55,7 +61,7 @@ class Machine(NamedTuple):
     shard: bool = False
     offload: tuple[str, ...] = ()
     checkpointing: bool = False
-    workers: int = 0
+    workers: int | None = 0
     log_with: tuple[str, ...] = ()
     loss_pieces: int = 1
 
@@ -99,7 +105,8 @@ class Engine:
                 f"this machine has {count} GPU{'' if count == 1 else 's'}, too few for process {local_rank + 1}: "
                 "start no more processes than GPUs, or add --device cpu"
             )
-        self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[ddp])
+        patient = InitProcessGroupKwargs(timeout=PATIENCE)
+        self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[ddp, patient])
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         if self.world_size > 1 and ":" in (machine.device or ""):
@@ -120,6 +127,14 @@ class Engine:
     def is_main(self) -> bool:
         """Returns whether this is the process that writes files and messages."""
         return self.rank == 0
+
+    @property
+    def workers(self) -> int:
+        """Returns the number of data-loading processes: what the machine says, or as many as there are cores for."""
+        if self.machine.workers is not None:
+            return self.machine.workers
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        return min(MOST_WORKERS, max(cores() // here - 1, 0)) if is_gpu(self.device) else 0
 
     def close(self) -> None:
         """Destroys the process group, without which processes can hang when they exit."""

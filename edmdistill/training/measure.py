@@ -32,7 +32,7 @@ from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.training.monitors import Alarm
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import RunDir
-from edmdistill.training.snapshot import save_generator
+from edmdistill.training.snapshot import generator_saver
 
 WORSE = 2.0
 """A distance above so many times the lowest one is an alarm."""
@@ -128,7 +128,7 @@ class Evaluation:
         if engine.broadcast(score < before):  # metrics.jsonl may be on the main process's disk alone
             self.lowest = score
             weights = engine.full_state(run.ema.network.network)
-            engine.on_main(partial(save_generator, run, folder.best, weights))
+            engine.on_main(generator_saver(run, folder.best, weights))
             tell(f"After {run.images:,} images {key} is {value:.4g}, the best so far: kept in {folder.best}.")
         elif engine.broadcast(0 < WORSE * before < score):
             change = f"After {run.images:,} images {key} is {value:.4g}, and it was {before:.4g} at its best"

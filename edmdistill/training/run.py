@@ -135,7 +135,7 @@ class Run:
             seed=self.recipe.training.seed,
             labels=bool(self.ema.network.label_dim),
             scaling=latent_encoder(self.config.encoder),
-            workers=self.engine.machine.workers,
+            workers=self.engine.workers,
             device=self.engine.device,
         )
 

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from edmdistill.checkpoints.run_state import Progress
-from edmdistill.errors import TrainingError
 from edmdistill.machine.environment import environment, peak_memory
 from edmdistill.machine.signals import stop_on_signal
+from edmdistill.training.background import Background
 from edmdistill.training.faults import explain_errors
 from edmdistill.training.loop import rounds
 from edmdistill.training.measure import Evaluation, open_evaluation
 from edmdistill.training.metrics import IntervalMeans, Measures
 from edmdistill.training.micro_batch import settle_micro_batch
 from edmdistill.training.monitors import Diverged, Health, require_finite
+from edmdistill.training.resume import resume
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import RunDir, open_run
-from edmdistill.training.snapshot import save_ema_snapshots, save_generator, save_grids
-from edmdistill.training.state import State, read_state, resumable_state, save_state, state_path
+from edmdistill.training.snapshot import generator_saver, save_ema_snapshots, save_grids
+from edmdistill.training.state import State, save_state
 from edmdistill.training.trackers import trackers
 from edmdistill.training.watch import signals
+from edmdistill.transfer import is_gpu
 
 
 class Outcome(NamedTuple):
@@ -82,7 +84,7 @@ def train(
         if progress is not None:
             means, health = IntervalMeans(progress.window), Health(progress.health)
         session = Session(run, folder, means, health, track, stop_on, tell, open_evaluation(run))
-        with explain_errors(run, folder, health):
+        with explain_errors(run, folder, health), closing(session.background):
             if not run.finished:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 engine.on_main(lambda: folder.log_session({"images": run.images, "began": now} | environment(engine)))
@@ -94,6 +96,7 @@ def train(
                 session.save(stopping)
                 if stopping:
                     break
+            engine.on_main(session.background.finish)
     return Outcome(run.finished, run.images)
 
 
@@ -114,6 +117,7 @@ class Session:
     stop_on: Collection[str]
     tell: Callable[[str], object]
     evaluation: Evaluation | None = None
+    background: Background = field(default_factory=Background)
 
     def log(self) -> None:
         """Writes a line of metrics if one is due, and checks the run's health by it.
@@ -168,31 +172,15 @@ class Session:
         )
         state, weights = State(progress, run.state()), run.engine.full_state(run.ema.network.network)
 
+        save_product = generator_saver(run, self.folder.generator, weights)
+
         def write() -> None:
-            save_generator(run, self.folder.generator, weights)
+            save_product()
             save_state(self.folder.state, state, training.keep, training.keep_every)
 
-        run.engine.on_main(write)
-
-
-def resume(run: Run, folder: RunDir, tell: Callable[[str], object]) -> Progress | None:
-    """Restores the newest whole state.  Returns: its progress; None if there is no state."""
-    newest = run.engine.on_main(lambda: resumable_state(folder.state, tell))
-    images = run.engine.broadcast(-1 if newest is None else int(newest.name))
-    if images < 0:
-        return None
-    path = state_path(folder.state, images)
-    state = read_state(path)
-    try:
-        run.restore(state.tensors, images)
-        for role, scale in run.scales.items():
-            scale.restore(state.progress.scales[role])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise TrainingError(
-            f"the state {path} is from another run, although the recipe and run.json match: restore {folder.path} from "
-            "a backup, or use another --run-dir"
-        ) from error
-    return state.progress
+        # What has come down from a GPU is a copy; on a CPU, the next step would change it.
+        beside = is_gpu(run.engine.device)
+        run.engine.on_main(partial(self.background.begin, write) if beside else write)
 
 
 def is_snapshot(run: Run) -> bool:

@@ -139,10 +139,13 @@ def _pictures(run: Run, images: Tensor) -> tuple[Tensor, int]:
     return pixels, int(broken.sum())
 
 
-def save_generator(run: Run, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Saves the average as a checkpoint ready for use, in place of the last.  weights: of the average, unsharded."""
+def generator_saver(run: Run, folder: Path, weights: Mapping[str, Tensor]) -> Callable[[], object]:
+    """Returns what saves the average of this moment as a checkpoint ready for use, in place of the last.
+
+    weights: of the average, unsharded.
+    """
     config = replace(run.config, images_seen=run.images, ema=run.ema.profile.describe())
-    save_checkpoint(folder, run.ema.network, config, overwrite=True, tensors=weights)
+    return partial(save_checkpoint, folder, run.ema.network, config, overwrite=True, tensors=weights)
 
 
 def save_ema_snapshots(run: Run, folder: Path) -> None:

@@ -24,7 +24,7 @@ def compare(teacher: Path, recipe: Any) -> Any:
         asked = [
             (
                 None if method == "diffusion" else str(teacher),
-                json.loads(recipe(method, **training).to_json()),
+                json.loads(recipe(method, images=8 * (rounds + 1), **training).to_json()),
                 machine,
                 rounds,
             )
@@ -68,7 +68,7 @@ def test_every_method_waits_once_a_turn(method: str, compare: Any) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method", ["ctm", "scd", "sid"])
 def test_half_precision_waits_no_more(method: str, precision: str, compare: Any) -> None:
-    (found,) = compare((method, {"precision": precision}, {}), rounds=20 if precision == "fp16" else 2)
+    (found,) = compare((method, {"precision": precision}, {}), rounds=8 if precision == "fp16" else 2)
     assert by_cause(found) == {MEASURES: found["turns"]}
     assert found["distance"] < 0.05
 
