@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
@@ -159,7 +160,7 @@ def measure(
     # Two images a piece and three, for every turn: the live bytes of each moment grow linearly with the images.
     passes, flops, calls = {}, 0.0, 0
     rows = ROWS * pieces
-    for turn in probe.turns:
+    for turn, times in Counter(probe.turns).items():
         on_progress(f"the {turn.role}'s turn")
         few, more = (_trace(probe, turn, count, effective) for count in (rows, rows + pieces))
         passes[turn.role] = Pass(
@@ -167,8 +168,8 @@ def measure(
             lines_through(few.live, more.live, rows, pieces),
             lines_through(few.activations, more.activations, rows, pieces),
         )
-        flops += few.flops / rows
-        calls += len(few.live)
+        flops += times * few.flops / rows
+        calls += times * len(few.live)
     return Measurement(recipe, probe.networks, passes, offloaded, flops, forward_flops(flow), calls)
 
 

@@ -81,7 +81,7 @@ def _try_turns(run: Run, size: int) -> None:
     shape = size, network.img_channels, network.img_resolution, network.img_resolution
     reserved = _reserve_memory(run)  # noqa: F841  held while the turns are tried
     run.method.pieces = Pieces(min(engine.machine.loss_pieces, size))
-    for turn in run.method.turns():
+    for turn in dict.fromkeys(run.method.turns()):
         run.set_trainable(turn.role)
         labels = torch.zeros(size, network.label_dim, device=engine.device) if network.label_dim else None
         batch = Batch(torch.zeros(shape, device=engine.device), labels, LATE)

@@ -57,7 +57,7 @@ class Probe:
     def unused(self) -> dict[str, set[str]]:
         """Returns the parameters of each trained role that no loss of its turns reaches."""
         unused: dict[str, set[str]] = {}
-        for turn in self.turns:
+        for turn in dict.fromkeys(self.turns):
             network = self.set_trainable(turn.role)
             with CachedShapes():
                 self.loss(turn, ROWS).value.sum().backward()  # type: ignore[no-untyped-call]

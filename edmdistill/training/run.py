@@ -68,7 +68,8 @@ class Run:
     unchecked: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.unchecked = [turn.role for turn in sorted(self.method.turns(), key=lambda turn: turn.begins)]
+        roles = [turn.role for turn in sorted(self.method.turns(), key=lambda turn: turn.begins)]
+        self.unchecked = list(dict.fromkeys(roles))
 
     @cached_property
     def _effective_weights(self) -> list[EffectiveWeights]:

@@ -35,6 +35,12 @@ def test_every_role_starts_as_the_teacher(method, start):
     assert run.optimizers.keys() == {role for role, part in METHODS[method].load().roles.items() if part.trained}
 
 
+def test_each_role_is_checked_once_however_many_turns_it_has(start):
+    run = start("dmd2")
+    assert [turn.role for turn in run.method.turns()] == ["auxiliary", "auxiliary", "generator"]
+    assert run.unchecked == ["auxiliary", "generator"]
+
+
 def test_no_memory_is_shared_between_roles(start):
     run = start("cosim")
     networks = [*run.networks.values(), run.ema.network]
