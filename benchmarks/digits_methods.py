@@ -118,9 +118,16 @@ def spent_by(log: Path, *arguments: object) -> Spent:
 
 
 def recipe_of(name: str, **training: int) -> tuple[Recipe, str, list[str]]:
-    """A contestant's recipe, the recipes that decide its results, and the overrides as words of a command."""
-    method, recipe, adapted, values = CONTESTANTS[name]
+    """A contestant's recipe, the recipes that decide its results, and the overrides as words of a command.
+
+    What [method] counts in images, as warm-ups and ECT's stages, keeps its share of a run of other length.
+    """
+    method, recipe, adapted, values, _ = CONTESTANTS[name]
     sets = [*values, *(f"training.{key}={value}" for key, value in training.items())]
+    whole = load_recipe(recipe, method, values)
+    share = training.get("images", whole.training.images) / whole.training.images
+    counts = {key: getattr(whole.method, key) for key in whole.method.__struct_fields__ if key.endswith("_images")}
+    sets += [f"method.{key}={max(1, round(share * images))}" for key, images in counts.items() if images]
     resolved = load_recipe(recipe, method, sets)
     made_by = [resolved.hash, load_recipe(ADAPT).hash] if adapted else [resolved.hash]
     return resolved, " ".join(made_by), [word for override in sets for word in ("--set", override)]
@@ -143,7 +150,7 @@ def adapted_teacher(folder: Path) -> Path:
     return run
 
 
-def images_per_second(name: str, teacher: Path, folder: Path, seconds: float = 10) -> float:
+def images_per_second(name: str, teacher: Path, folder: Path, seconds: float) -> float:
     """Images that a method sees in a CPU-second, once its first round is over."""
     recipe, made_by, _ = recipe_of(name)
     entry = Entry(folder / f"{name}-calibration.json", made_by)
@@ -280,8 +287,9 @@ def measure(options: argparse.Namespace) -> None:
 
     def images(name: str, teacher: Path, share: float) -> int:
         batch = recipe_of(name)[0].training.batch
-        seconds = share * options.minutes * 60
-        wanted = share * options.images if options.images else images_per_second(name, teacher, out) * seconds
+        seconds, wanted = share * options.minutes * 60, share * (options.images or 0)
+        if not wanted:
+            wanted = seconds * images_per_second(name, teacher, out, seconds / 24)
         return max(1, round(wanted / batch)) * batch
 
     lengths = {name: images(name, teachers[each[name].adapted], 1) for name in each if not each[name].after}
