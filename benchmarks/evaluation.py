@@ -21,7 +21,7 @@ from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.frechet import FrechetDistance, statistics
 from edmdistill.evaluation.metrics import ClassAccuracy
 from edmdistill.evaluation.shards import batches
-from edmdistill.features.spaces import Digits
+from edmdistill.features.spaces import load_features
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.generate import generate_images
 from edmdistill.sampling.grid import to_uint8
@@ -32,7 +32,7 @@ TEACHER = Path(__file__).parents[1] / "edmdistill" / "assets" / "digits-teacher.
 
 def plain_loop(model: Denoiser, data: Dataset, spec: SamplerSpec, images: int, batch: int, device: str) -> None:
     """Measures FD and class accuracy step by step."""
-    space = Digits(device)
+    space = load_features("digits", device=device)
     metrics = FrechetDistance(statistics(space(data.images(range(len(data)))))), ClassAccuracy()
     for rows in batches(range(images), batch):
         labels = torch.tensor(rows) % 10

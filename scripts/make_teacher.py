@@ -1,4 +1,4 @@
-"""Writes a trained EDM2-style checkpoint in the layout of NVIDIA's network pickles: how the digits teacher was made.
+"""Writes a trained EDM2-style checkpoint in the layout of NVIDIA's network pickles: how embedded teachers were made.
 
     edmdistill train diffusion --recipe diffusion/digits --data digits --run-dir runs/teacher
     python scripts/make_teacher.py runs/teacher/generator edmdistill/assets/digits-teacher.pkl
@@ -105,7 +105,7 @@ def official(module: nn.Module | None, kwargs: dict[str, Any], skip: tuple[str, 
     return Persistent(type(module).__name__, module_state(module, children), kwargs)
 
 
-def to_pickle(network: UNet, config: CheckpointConfig) -> bytes:
+def to_pickle(network: UNet, config: CheckpointConfig, data_set: str = "digits") -> bytes:
     """The network as the bytes of an official EDM2 pickle: EasyDict(encoder, dataset_kwargs, loss_fn, ema)."""
     arguments = {k: v for k, v in network.arguments.items() if k not in OUR_ARGUMENTS | {"logvar_channels"}}
     head = ("logvar_fourier", "logvar_linear")
@@ -118,7 +118,7 @@ def to_pickle(network: UNet, config: CheckpointConfig) -> bytes:
         {**module_state(empty, parts), "label_dim": network.label_dim, "sigma_data": config.sigma_data},
         {**precond, "use_fp16": True},
     )
-    data = EasyDict(class_name="training.dataset.ImageFolderDataset", path="digits", use_labels=True)
+    data = EasyDict(class_name="training.dataset.ImageFolderDataset", path=data_set, use_labels=True)
     top = EasyDict(encoder=Persistent("StandardRGBEncoder", {}, {}), dataset_kwargs=data, ema=ema)
     buffer = io.BytesIO()
     OfficialPickler(buffer, protocol=4).dump(top)
@@ -130,7 +130,7 @@ def main() -> None:
     flow, config = load_checkpoint(source)
     network = drop_second_time(flow).network
     assert isinstance(network, UNet), "only EDM2 networks have this layout"
-    Path(out).write_bytes(to_pickle(network, config))
+    Path(out).write_bytes(to_pickle(network, config, Path(out).stem.removesuffix("-teacher")))
 
 
 if __name__ == "__main__":

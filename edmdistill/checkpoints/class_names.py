@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint
+from edmdistill.embedded import ASSETS, EMBEDDED
 
-ASSETS = Path(__file__).parent.parent / "assets"
 DATA_SETS = {
     "imagenet": (
         1000,
@@ -27,10 +27,8 @@ class KnownFile(NamedTuple):
     label_names: tuple[str, ...]
 
 
-KNOWN_FILES = {
-    "bd62abab978a2933528cac6ca577e0e6e412c8305a9aec8828d91c84d1d922d5": KnownFile("apache-2.0", tuple("0123456789")),
-}
-"""By sha256: the digits teacher in assets."""
+KNOWN_FILES = {embedded.teacher_sha256: KnownFile("apache-2.0", embedded.label_names) for embedded in EMBEDDED.values()}
+"""By sha256: the teachers in assets."""
 
 
 @cache

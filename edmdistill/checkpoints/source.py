@@ -18,10 +18,8 @@ from edmdistill.checkpoints.hub_client import REPOSITORY, download_from_hub
 from edmdistill.checkpoints.layout import CONFIG, MODEL, checkpoint_in, is_state
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.checkpoints.official_files import find_fetched, is_official, official_files
+from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import CheckpointError, public_address, without_secrets
-
-SHIPPED = {"digits": Path(__file__).parent.parent / "assets" / "digits-teacher.pkl"}
-"""Checkpoints that come with the package, by name; a file or folder of that name takes precedence."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,9 @@ def resolve(source: str | Path) -> Path:
 
     Args:
         source: a path; http(s)://...; hf://owner/name/file@revision (a file of the Hub); owner/name or
-            owner/name@revision, with hf:// or without (a checkpoint of ours on the Hub); digits, the teacher that comes
-            with the package; the name of an official file, as in `edmdistill fetch list`. An existing path takes
-            precedence; a revision is a branch, a tag or a commit.
+            owner/name@revision, with hf:// or without (a checkpoint of ours on the Hub); a key of EMBEDDED, digits or
+            tiles, whose teachers come with the package; the name of an official file, as in `edmdistill fetch list`. An
+            existing path takes precedence; a revision is a branch, a tag or a commit.
     Raises: CheckpointError: no such path or URL.  HubError: the Hub has no such thing, or cannot be reached.
     """
     text = str(source)
@@ -98,8 +96,8 @@ def resolve(source: str | Path) -> Path:
         raise CheckpointError(f"{path} is or contains a pipe or a device: write its contents to a file, and use that.")
     if exists:
         return path
-    if text in SHIPPED:
-        return SHIPPED[text]
+    if text in EMBEDDED:
+        return EMBEDDED[text].teacher
     if is_official(text):
         return find_fetched(text)
     # `teachers/edm2-s` with a folder `teachers` is a typing error, not a repository.
@@ -125,8 +123,8 @@ def source_name(source: str | Path | Source) -> str:
     if _scheme(text):
         return public_address(text)
     path = Path(text).expanduser()
-    if not path.exists() and text in SHIPPED:
-        return SHIPPED[text].name
+    if not path.exists() and text in EMBEDDED:
+        return EMBEDDED[text].teacher.name
     return path.resolve().name if path.exists() else text
 
 

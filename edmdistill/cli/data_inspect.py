@@ -5,14 +5,14 @@ import click
 
 @click.command("inspect")
 @click.argument("source", metavar="SET")
-@click.option("--split", default="train", show_default=True, help="Split of the digits: train, test or all.")
+@click.option("--split", default="train", show_default=True, help="Split of digits or tiles: train, test or all.")
 @click.option("--teacher", metavar="TEACHER", help="Compare classes, shape and statistics with what this one takes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(source: str, split: str, teacher: str | None, as_json: bool) -> None:
     """Show the contents of a data set, and which files are left out.
 
-    SET is a zip, a folder, or the word digits. Every image is read, so broken ones are found. The statistics of latents
-    are compared with those that the teacher, or else the set, declares.
+    SET is a zip, a folder, or the word digits or tiles. Every image is read, so broken ones are found. The
+    statistics of latents are compared with those that the teacher, or else the set, declares.
     """
     from edmdistill.data.inspect import inspect_data, to_json, to_text
     from edmdistill.progress import progress_bar

@@ -47,7 +47,7 @@ class SharingOptions:
     metavar="N",
     help="Keep the features of N images too, for kid, precision, recall, density and coverage.",
 )
-@click.option("--split", default="train", show_default=True, help="Split of the digits: train, test or all.")
+@click.option("--split", default="train", show_default=True, help="Split of digits or tiles: train, test or all.")
 @click.option(
     "--batch", type=BATCH, help="Most images at a time, where memory is short.  [default: 128, or 64 above 32x32]"
 )
@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Write the statistics of a data set, against which `eval --ref OUT.npz` measures.
 
-    SET is a zip, a folder, or the word digits. All its images are read once, for all feature spaces. After Ctrl-C or a
-    kill the same command goes on, on another number of processes too.
+    SET is a zip, a folder, or the word digits or tiles. All its images are read once, for all feature spaces.
+    After Ctrl-C or a kill the same command goes on, on another number of processes too.
     """
     files = dict(weights)
     if unused := files.keys() - features:

@@ -52,7 +52,7 @@ class LikelihoodOptions:
 likelihood_options = option_group(
     "likelihood",
     LikelihoodOptions,
-    click.option("--split", metavar="NAME", help="nll: train, test or all of the digits.  [default: test]"),
+    click.option("--split", metavar="NAME", help="nll: train, test or all of digits or tiles.  [default: test]"),
     click.option(
         "--probes",
         type=click.IntRange(1, 10_000),
@@ -157,13 +157,14 @@ def _plan_likelihood(source: str, options: MeasurementOptions, likelihood: Likel
     from edmdistill.checkpoints.load import load_model
     from edmdistill.checkpoints.source import open_source
     from edmdistill.data.datasets import open_dataset
+    from edmdistill.embedded import EMBEDDED
     from edmdistill.evaluation.images import is_images
     from edmdistill.evaluation.measurements import measure_likelihood
     from edmdistill.machine.devices import pick_device
 
     if is_images(source):
         raise click.UsageError(f"likelihoods are for networks, but {source} is images: name a network.")
-    data = open_dataset(options.ref, split=likelihood.split or ("test" if options.ref == "digits" else "train"))
+    data = open_dataset(options.ref, split=likelihood.split or ("test" if options.ref in EMBEDDED else "train"))
     checkpoint = open_source(source)
     model = load_model(checkpoint, pick_device(options.device))
     say_unfinished(checkpoint)

@@ -58,7 +58,9 @@ rejection_options = option_group(
         help="Share of images to reject: the best of each class by --classifier are kept, as many as were requested.",
     ),
     click.option(
-        "--classifier", metavar="FILE|digits", help="For --reject: TorchScript, or .safetensors like that of digits."
+        "--classifier",
+        metavar="FILE|digits|tiles",
+        help="For --reject: TorchScript, or .safetensors like that of digits or tiles.",
     ),
 )
 

@@ -48,7 +48,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 @click.option(
     "--force-guidance", is_flag=True, help="Let a teacher guide itself that was never trained without its classes."
 )
-@click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits.")
+@click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits or tiles.")
 @click.option("--recipe", required=True, help="A recipe's name, as in cosim/digits, or a .toml file.")
 @click.option("--init", metavar="GENERATOR", help="Start from this generator: a checkpoint, a run or RUN/state/IMAGES.")
 @click.option(

@@ -14,8 +14,8 @@ from edmdistill.errors import did_you_mean
 
 MAX_NFE, MAX_BATCH = 10_000, 65_536
 MAX_GUIDANCE = 1000.0
-PROTOCOLS = "digits", "pixels", "edm", "edm2", "adm", "cosim"
-FEATURES = "inception", "dinov2", "inception-pytorch-fid", "dinov2-dgm", "digits", "pixels"
+PROTOCOLS = "digits", "tiles", "pixels", "edm", "edm2", "adm", "cosim"
+FEATURES = "inception", "dinov2", "inception-pytorch-fid", "dinov2-dgm", "digits", "tiles", "pixels"
 SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
 """The keys of the library's tables, which are not imported for `--help`; a test compares them."""
 

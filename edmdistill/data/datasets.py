@@ -1,4 +1,4 @@
-"""Data sets: scikit-learn's digits, and zips or folders in EDM's layout, of images or of a VAE's latents.
+"""Data sets: embedded ones, and zips or folders in EDM's layout, of images or of a VAE's latents.
 
 A data set is an indexed collection of images of one shape, with or without integer classes. The order in which training
 visits it is a pure function, `indices`, not a state of the data set: a run resumes from its position.
@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from edmdistill.checkpoints.encoder import UNRECORDED, Encoding
 from edmdistill.data.contents import read_contents
 from edmdistill.data.decode import decode_array, decode_image
 from edmdistill.data.files import EXPECTED, Files, Member, as_dataset_error, open_files
+from edmdistill.embedded import EMBEDDED, EmbeddedSet
 from edmdistill.errors import DatasetError, printable
 
 IN_MEMORY_BYTES = 2**28  # smaller sets are decoded when opened, so that every error appears at once
-DIGITS, DIGITS_TRAIN, DIGITS_SPLIT_SEED = 1797, 1500, 0
 HASHED_BYTES, HASHED_FILES = 2**28, 2**14
 """How much of a folder is read for its fingerprint; a zip's directory has a CRC of every file."""
 
@@ -257,23 +257,22 @@ class Dataset:
 
 
 def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = False, lossless: bool = False) -> Dataset:
-    """Opens a zip or folder in EDM's layout, or scikit-learn's digits.
+    """Opens a zip or folder in EDM's layout, or an embedded set.
 
     A zip or folder holds images, or latents as EDM2's dataset_tool.py writes them (.npy), in any subfolders, and may
     hold a dataset.json, {"labels": [["sub/name.png", class], ...], "label_names": [name, ...]}; all of it is a training
-    set. The digits are 8x8, one channel, 0..16 scaled to 0..255: `train` is a fixed random 1500 of the 1797, `test` the
-    other 297.
+    set. The embedded ones are described in `edmdistill.embedded`.
 
     Args:
-        source: a path, or the word digits.
+        source: a path, or a key of EMBEDDED: digits, tiles.
         split: train | test | all.
         xflip: see `Dataset`.
         lossless: refuse images of lossy formats.
     Raises:
         DatasetError: no such source or split; no images, or a broken one; dataset.json broken or incomplete.
     """
-    if str(source) == "digits":
-        return _open_digits(split, xflip)
+    if embedded := EMBEDDED.get(str(source)):
+        return _open_embedded(embedded, split, xflip)
     if not str(source).strip():  # as a path it would be the working directory
         raise DatasetError(f"the name of the data set is empty; {EXPECTED}")
     path = Path(source)
@@ -320,28 +319,16 @@ def _permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     return np.argsort(np.random.PCG64([seed, epoch]).random_raw(length), kind="stable")
 
 
-def _open_digits(split: str, xflip: bool) -> Dataset:
-    values, classes = _digits()
-    order = _permutation(DIGITS_SPLIT_SEED, 0, DIGITS)
-    splits = {"train": order[:DIGITS_TRAIN], "test": order[DIGITS_TRAIN:], "all": order}
+def _open_embedded(embedded: EmbeddedSet, split: str, xflip: bool) -> Dataset:
+    images, classes, splits = embedded.load()
     if split not in splits:
-        raise DatasetError(f"the digits have no split {split!r}; choose one of {', '.join(splits)}")
-    chosen = np.sort(splits[split])
-    files, names = [f"digit {i}" for i in chosen], [str(digit) for digit in range(10)]
-    return Dataset("digits", split, files, values[chosen].__getitem__, classes[chosen], names, xflip=xflip)
-
-
-@cache
-def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Returns the images of scikit-learn's digits and their classes.  [N,1,8,8], [N]"""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DatasetError(
-            "the digits need scikit-learn, which is not installed: pip install 'edmdistill[quickstart]'"
-        ) from error
-    values, classes = load_digits(return_X_y=True)
-    return np.round(values.reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8), classes.astype(np.int64)
+        raise DatasetError(f"the {embedded.name} have no split {split!r}; choose one of {', '.join(splits)}")
+    rows = splits[split]
+    files, names = [f"{embedded.item} {i}" for i in rows], list(embedded.label_names)
+    path = Path(embedded.name)
+    notes = [f"{path} is the embedded data set; what has that name here is ./{path}."] if path.exists() else []
+    read = images[rows].__getitem__
+    return Dataset(embedded.name, split, files, read, classes[rows], names, xflip=xflip, notes=notes)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
+from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import DatasetError, EdmDistillError, printable
 
 MEMBER_BYTES = 2**27
 """The largest file of a set that is read: more than the largest image, or the labels of a million images."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Python can bound what these decompress to; bzip2 and LZMA expand a few bytes to gigabytes before it looks."""
-EXPECTED = "give a zip, a folder, or the word digits"
+EXPECTED = f"give a zip, a folder, or the word {' or '.join(EMBEDDED)}"
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",

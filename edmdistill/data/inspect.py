@@ -18,6 +18,7 @@ from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.encode import far_off
 from edmdistill.data.files import open_files
 from edmdistill.data.fit import require_fit
+from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import DatasetError, printable
 
 SCHEMA_VERSION = 1
@@ -64,6 +65,7 @@ class DataSummary(Struct, frozen=True, kw_only=True):
         left_out: the reason why each file that is no part of the set was left out, by name.
         prepared: how `data prepare` made the images, or None.
         fingerprint: Dataset.fingerprint.
+        credit: of an embedded set, the origin, authors and licence of its images.
     """
 
     source: str
@@ -83,6 +85,7 @@ class DataSummary(Struct, frozen=True, kw_only=True):
     prepared: dict[str, Any] | None
     notes: tuple[str, ...]
     fingerprint: str
+    credit: str | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -105,7 +108,8 @@ def inspect_data(
     data = open_dataset(source, split=split)
     config, misfit = (None, None) if teacher is None else _compare(data, teacher)
     mean, std, std_all = _moments(data, batch, on_progress)
-    contents = None if data.name == "digits" else read_contents(open_files(Path(source)))
+    embedded = EMBEDDED.get(data.name)
+    contents = None if embedded else read_contents(open_files(Path(source)))
     names = data.label_names or []
     classes = tuple(
         ClassCount(label=label, name=names[label] if label < len(names) else None, images=count)
@@ -129,6 +133,7 @@ def inspect_data(
         prepared=None if contents is None else contents.prepared,
         notes=tuple(data.notes),
         fingerprint=data.fingerprint,
+        credit=embedded.credit if embedded else None,
     )
 
 
@@ -191,7 +196,8 @@ def to_text(data: DataSummary) -> str:
     measured = "latents, before the teacher's scale" if data.latent else "pixels in [-1, 1]"
     missing = [entry for entry in data.classes if not entry.images]
     rows: list[tuple[str, Any]] = [
-        ("data set", data.source if data.source != "digits" else f"digits ({data.split})"),
+        ("data set", f"{data.source} ({data.split})" if data.credit else data.source),
+        *([("credit", data.credit)] if data.credit else []),
         ("images", f"{data.images:,}"),
         ("size", f"{shape}, {kind}"),
         ("mean", f"{_numbers(data.mean)}  ({measured})"),

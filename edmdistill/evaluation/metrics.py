@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar, NamedTuple
 
+from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import EdmDistillError, did_you_mean
 from edmdistill.evaluation.base import Accumulator, Measured, Metric, Nothing
 from edmdistill.evaluation.frechet import FrechetDistance
@@ -44,24 +45,25 @@ class MetricKind(NamedTuple):
 
     Attributes:
         metric: its class.
-        features: the feature space that it belongs to; None: any, by default the protocol's own.
+        features: the feature spaces that it belongs to, where it is named without one; none: it is named after its
+            space, by default the protocol's own.
     """
 
     metric: type[Metric]
-    features: str | None = None
+    features: tuple[str, ...] = ()
 
 
 METRICS: dict[str, MetricKind] = {
-    "fid": MetricKind(FrechetDistance, "inception"),
+    "fid": MetricKind(FrechetDistance, ("inception",)),
     "fd": MetricKind(FrechetDistance),
-    "kid": MetricKind(KernelDistance, "inception"),
+    "kid": MetricKind(KernelDistance, ("inception",)),
     "kd": MetricKind(KernelDistance),
-    "is": MetricKind(InceptionScore, "inception"),
+    "is": MetricKind(InceptionScore, ("inception",)),
     "precision": MetricKind(Precision),
     "recall": MetricKind(Recall),
     "density": MetricKind(Density),
     "coverage": MetricKind(Coverage),
-    "class_accuracy": MetricKind(ClassAccuracy, "digits"),
+    "class_accuracy": MetricKind(ClassAccuracy, tuple(EMBEDDED)),
 }
 
 
@@ -100,20 +102,20 @@ def find_metric(name: str, features: str) -> FoundMetric:
     Raises: EdmDistillError: there is none.
     """
     if name in METRICS:
-        metric, home = METRICS[name]
-        space = home or features
+        metric, homes = METRICS[name]
+        space = features if features in homes or not homes else homes[0]
     else:
         names = {f"{kind}_{space}": (kind, space) for kind in METRICS for space in FEATURE_SPACES if _is_free(kind)}
         if name not in names:
             raise EdmDistillError(f"there is no metric {name!r}; {did_you_mean(name, [*METRICS, *names], most=20)}")
         name, space = names[name]
         metric = METRICS[name].metric
-    full_name = next((alias for alias, kind in METRICS.items() if kind == (metric, space)), f"{name}_{space}")
-    return FoundMetric(full_name, metric, space)
+    aliases = (alias for alias, kind in METRICS.items() if kind.metric is metric and space in kind.features)
+    return FoundMetric(next(aliases, f"{name}_{space}"), metric, space)
 
 
 def _is_free(kind: str) -> bool:
-    return METRICS[kind].features is None
+    return not METRICS[kind].features
 
 
 def metric_label(name: str, space: FeatureSpace, n: int, standard_n: int) -> str:

@@ -11,6 +11,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from edmdistill.checkpoints.official_files import find_fetched, is_official
 from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.images import LabelSource
 from edmdistill.evaluation.references import ReferenceStatistics, is_statistics, open_statistics
@@ -83,14 +84,17 @@ class Protocol(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol(
-            name="digits",
-            metrics=("fd_digits", "class_accuracy"),
-            features="digits",
-            reference=Reference(source="digits"),
-            n=5000,
-            seeds="0-4999",
-            labels="balanced",
+        *(
+            Protocol(
+                name=name,
+                metrics=(f"fd_{name}", "class_accuracy"),
+                features=name,
+                reference=Reference(source=name),
+                n=5000,
+                seeds="0-4999",
+                labels="balanced",
+            )
+            for name in EMBEDDED
         ),
         Protocol(name="pixels", metrics=("fd_pixels",), features="pixels", n=5000, seeds="0-4999", labels="balanced"),
         Protocol(name="edm", metrics=("fid",), features="inception"),

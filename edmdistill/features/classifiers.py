@@ -1,4 +1,4 @@
-"""Classifiers for rejection sampling: the digits' own, or a file of the user's."""
+"""Classifiers for rejection sampling: those of embedded sets, or a file of the user's."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import EdmDistillError
 from edmdistill.features.script import Script
-from edmdistill.features.spaces import Digits
+from edmdistill.features.spaces import embedded_space, load_features
 
 
 def load_classifier(source: str, label_dim: int, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
     """Returns a function from images, uint8 [N,C,H,W], to ln p(class | image), float64 [N,label_dim].
 
     Args:
-        source: the word digits; a .safetensors of other weights for that classifier; or a TorchScript file that takes
-            images [N,C,H,W] in [-1, 1] and gives logits [N,label_dim].
+        source: a key of EMBEDDED; a .safetensors of other weights for the classifier of one; or a TorchScript file that
+            takes images [N,C,H,W] in [-1, 1] and gives logits [N,label_dim].
         label_dim: the classes of the network whose images are judged.
     Raises: EdmDistillError: that has none; and, on the first images, the classifier has others.
         CheckpointError: the file cannot be read.
     """
     if not label_dim:
         raise EdmDistillError("rejection keeps the best of each class, but this network has none: leave it out")
-    if source == "digits":
-        logits = Digits(device).logits
+    if source in EMBEDDED:
+        logits = load_features(source, device=device).logits
     elif Path(source).suffix == ".safetensors":
-        logits = Digits(device, Path(source)).logits
+        logits = load_features(embedded_space(source), source, device).logits
     else:
         network = Script(source, device)
 

@@ -13,12 +13,11 @@ from torch.nn import functional
 
 from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.store import fill, load_tensors
+from edmdistill.embedded import EMBEDDED, EmbeddedSet
 from edmdistill.errors import DatasetError, EdmDistillError, did_you_mean
 from edmdistill.features.base import FeatureSpace
 from edmdistill.features.dinov2 import DinoV2, DinoV2Dgm
 from edmdistill.features.inception import Inception, InceptionPytorchFid
-
-DIGITS_WEIGHTS = Path(__file__).parents[1] / "assets" / "digits-features.safetensors"
 
 
 class Pixels(FeatureSpace):
@@ -35,65 +34,94 @@ class Pixels(FeatureSpace):
         return (images.to(self._device, torch.float32) / 127.5 - 1).flatten(1), None
 
 
-class DigitsNet(nn.Module):
-    """A small convolutional classifier of 8x8 digits, with 64 features before its last layer."""
+class SmallClassifier(nn.Module):
+    """A small convolutional classifier of images of an embedded set, with 64 features before its last layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int, resolution: int, classes: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 48, 3, padding=1, stride=2)
+        self.conv1 = nn.Conv2d(channels, 32, 3, padding=1)
+        halvings = range((resolution // 4).bit_length() - 1)
+        self.strided = [f"conv{2 + i}" for i in halvings]
+        for i, name in enumerate(self.strided):
+            self.add_module(name, nn.Conv2d(48 if i else 32, 48, 3, padding=1, stride=2))
         self.hidden = nn.Linear(48 * 4 * 4, 64)
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(64, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """[N,1,8,8] in [-1, 1] -> [N,64]"""
+        """[N,C,H,W] in [-1, 1] -> [N,64]"""
         x = functional.relu(self.conv1(x))
-        x = functional.relu(self.conv2(x))
+        for name in self.strided:
+            x = functional.relu(self.get_submodule(name)(x))
         return functional.relu(self.hidden(x.flatten(1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N,1,8,8] in [-1, 1] -> logits [N,10]"""
+        """[N,C,H,W] in [-1, 1] -> logits [N,K]"""
         logits: Tensor = self.head(self.features(x))
         return logits
 
 
-class Digits(FeatureSpace):
-    """Features of a classifier of 8x8 digits; its weights in assets/ are made by scripts/make_features.py."""
+def small_classifier(embedded: EmbeddedSet) -> SmallClassifier:
+    """Returns an untrained classifier of the classes of a set."""
+    channels, resolution, _ = embedded.shape
+    return SmallClassifier(channels, resolution, len(embedded.label_names))
 
-    name = "digits"
+
+def embedded_space(weights: str | Path) -> str:
+    """Returns the name of the embedded set whose classifier has weights of these shapes; where none has, the first.
+
+    Raises: CheckpointError: the file cannot be read.
+    """
+    shapes = {name: tensor.shape for name, tensor in load_tensors(Path(weights))[0].items()}
+
+    def fits(embedded: EmbeddedSet) -> bool:
+        return shapes == {name: tensor.shape for name, tensor in small_classifier(embedded).state_dict().items()}
+
+    return next((name for name, embedded in EMBEDDED.items() if fits(embedded)), next(iter(EMBEDDED)))
+
+
+class EmbeddedFeatures(FeatureSpace):
+    """Features of the classifier of an embedded set; its weights in assets/ are made by scripts/make_features.py."""
+
+    embedded: EmbeddedSet
     dim: int | None = 64
-    num_classes: int | None = 10
 
     def __init__(self, device: torch.device | str = "cpu", weights: Path | None = None) -> None:
-        path = weights or DIGITS_WEIGHTS
+        path = weights or self.embedded.features
         tensors = load_tensors(path)[0]
         self.sha256 = sha256_file(path)
-        self.official = self.sha256 == sha256_file(DIGITS_WEIGHTS)
+        self.official = self.sha256 == sha256_file(self.embedded.features)
         self._device = device
-        self._net = DigitsNet()
+        self._net = small_classifier(self.embedded)
         fill(self._net, tensors, str(path))
         # In float64, devices and batch sizes agree to all significant digits.
         self._net.to(device, torch.float64).requires_grad_(False)
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B,1,8,8] -> float32 [B,64], float64 [B,10]"""
+        """uint8 [B,C,H,W] -> float32 [B,64], float64 [B,K]"""
         features = self._net.features(self._input(images))
         return features.float(), self._net.head(features)
 
     def classify(self, images: Tensor) -> Tensor:
-        """uint8 [B,1,8,8] -> probabilities of the ten digits, float32 [B,10]"""
+        """uint8 [B,C,H,W] -> probabilities of the classes, float32 [B,K]"""
         return functional.softmax(self.logits(images), 1).float()
 
     def _input(self, images: Tensor) -> Tensor:
-        if images.shape[1:] != (1, 8, 8):
-            size = "x".join(map(str, images.shape[1:]))
-            raise DatasetError(f"the feature space digits takes 1x8x8 images, not {size}; choose the protocol pixels")
+        if images.shape[1:] != self.embedded.shape:
+            takes, size = ("x".join(map(str, shape)) for shape in (self.embedded.shape, images.shape[1:]))
+            raise DatasetError(
+                f"the feature space {self.name} takes {takes} images, not {size}; choose the protocol pixels"
+            )
         return images.to(self._device, torch.float64) / 127.5 - 1
 
 
-FEATURE_SPACES: dict[str, type[FeatureSpace]] = {
-    space.name: space for space in (Pixels, Digits, Inception, InceptionPytorchFid, DinoV2, DinoV2Dgm)
-}
+def _features_of(embedded: EmbeddedSet) -> type[EmbeddedFeatures]:
+    """Returns the feature space of an embedded set."""
+    own = {"embedded": embedded, "name": embedded.name, "num_classes": len(embedded.label_names)}
+    return type(f"{embedded.name.title()}Features", (EmbeddedFeatures,), own)
+
+
+_SPACES: tuple[type[FeatureSpace], ...] = (Pixels, Inception, InceptionPytorchFid, DinoV2, DinoV2Dgm)
+FEATURE_SPACES = {space.name: space for space in (*_SPACES, *map(_features_of, EMBEDDED.values()))}
 """By the name used in protocols and on the command line."""
 
 
@@ -101,7 +129,8 @@ def load_features(name: str, weights: str | Path | None = None, device: torch.de
     """Returns a feature space, which is called with uint8 [B,C,H,W] and returns float32 [B,d].
 
     Args:
-        name: a key of FEATURE_SPACES: inception, inception-pytorch-fid, dinov2, dinov2-dgm, digits, pixels.
+        name: a key of FEATURE_SPACES: inception, inception-pytorch-fid, dinov2, dinov2-dgm, digits, tiles,
+            pixels.
         weights: the file of its weights, or a folder of transformers; None = the official ones, which
             `edmdistill fetch` downloads.
         device: where features are computed.

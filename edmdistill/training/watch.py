@@ -26,21 +26,21 @@ def signals(run: Run) -> dict[str, float]:
 
     All processes call it together, and get the same numbers.
     """
-    found = {}
+    measures = {}
     for role in run.optimizers:
         network = run.networks[role]
         if isinstance(network, FlowNetwork) and network.network.second_time is not None:
-            found[f"gain/{role}"] = float(_whole(network.network.second_time.gain).detach())
+            measures[f"gain/{role}"] = float(_whole(network.network.second_time.gain).detach())
     training, turns = run.recipe.training, len(run.method.turns())
     lines = math.ceil(ROUNDS * training.batch / training.log_every)
     if not run.finished and (run.images // training.log_every) % lines:
-        return found
+        return measures
     run.set_trainable(None)
     rows = min(ROWS, training.batch)
     start = run.images * turns
     batch = run.stream().read(start, start + rows)._replace(images=run.images)
     draws = Draws([training.seed, run.images // training.batch, turns], rows, device=run.engine.device)
-    return found | {name: float(value) for name, value in run.method.monitor(batch, draws).items()}
+    return measures | {name: float(value) for name, value in run.method.monitor(batch, draws).items()}
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from click.testing import CliRunner
 
 from edmdistill.cli import main
 from edmdistill.cli.types import FEATURES
+from edmdistill.embedded import EMBEDDED
 from edmdistill.evaluation.references import open_statistics
-from edmdistill.features.spaces import DIGITS_WEIGHTS, FEATURE_SPACES
+from edmdistill.features.spaces import FEATURE_SPACES
 
 
 def test_stats_of_digits(tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_stats_of_digits(tmp_path: Path) -> None:
         "--features",
         "digits, pixels,digits",
         "--weights",
-        f"digits={DIGITS_WEIGHTS}",
+        f"digits={EMBEDDED['digits'].features}",
     ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output

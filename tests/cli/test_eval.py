@@ -16,9 +16,9 @@ from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_che
 from edmdistill.cli import main
 from edmdistill.cli.eval import command
 from edmdistill.data.datasets import open_dataset
+from edmdistill.embedded import EMBEDDED
 from edmdistill.evaluation.likelihood import SOLVER_TOLERANCE, evaluate_likelihood
 from edmdistill.evaluation.results import results_in_config
-from edmdistill.features.spaces import DIGITS_WEIGHTS
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -115,7 +115,7 @@ def test_the_networks_dtype_is_recorded(checkpoint: Path) -> None:
 
 
 def test_other_weights_of_a_feature_space_are_named(images: Path, tmp_path: Path) -> None:
-    tensors, metadata = load_tensors(DIGITS_WEIGHTS)
+    tensors, metadata = load_tensors(EMBEDDED["digits"].features)
     save_tensors(tmp_path / "other.safetensors", tensors | {"head.bias": tensors["head.bias"] + 1}, metadata)
     result = run(images, "--protocol", "digits", "--weights", f"digits={tmp_path / 'other.safetensors'}", "--json")
     assert result.exit_code == 0, result.output
@@ -200,7 +200,7 @@ def test_images_have_no_likelihood(images: Path) -> None:
             "measures against the training set, or EDM's statistics of it (.npz): name it with --ref",
         ),
         (["--protocol", "digits", "--ref", "absent.zip"], "absent.zip does not exist"),
-        ([], "Missing option '--protocol'. Choose one of digits, pixels, edm"),
+        ([], "Missing option '--protocol'. Choose one of digits, tiles, pixels, edm"),
         (["--protocol", "digits", "--probes", "2"], "--probes does not go with a measurement of images"),
     ],
 )

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from edmdistill import embedded
 from edmdistill.data import datasets
 from edmdistill.data.datasets import indices, open_dataset
 from edmdistill.errors import DatasetError
@@ -94,7 +95,7 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    datasets._digits.cache_clear()
+    embedded._digits.cache_clear()
     with pytest.raises(DatasetError, match=r"pip install 'edmdistill\[quickstart\]'"):
         open_dataset("digits")
 

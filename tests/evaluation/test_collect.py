@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from ranks import Rank, in_ranks
 
 from edmdistill.data.datasets import open_dataset
+from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.collect import collect_statistics, write_statistics
 from edmdistill.evaluation.evaluate import evaluate
@@ -19,9 +20,9 @@ from edmdistill.evaluation.frechet import RunningStatistics
 from edmdistill.evaluation.references import About, SpaceStatistics, open_statistics
 from edmdistill.evaluation.shards import Work
 from edmdistill.features.base import FeatureSpace
-from edmdistill.features.spaces import DIGITS_WEIGHTS, Digits, Pixels
+from edmdistill.features.spaces import Pixels, load_features
 
-SPACES: dict[str, FeatureSpace] = {"digits": Digits(), "pixels": Pixels()}
+SPACES: dict[str, FeatureSpace] = {"digits": load_features("digits"), "pixels": Pixels()}
 TEST = open_dataset("digits", split="test")
 
 
@@ -121,8 +122,8 @@ def test_results_that_compare_with_fewer_images_say_so(file: Path) -> None:
 
 def test_other_weights_are_refused(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "digits.safetensors"
-    other.write_bytes(DIGITS_WEIGHTS.read_bytes())
-    space = Digits(weights=other)
+    other.write_bytes(EMBEDDED["digits"].features.read_bytes())
+    space = load_features("digits", other)
     assert open_statistics(file).collected(space, RunningStatistics).n == len(TEST)
     space.sha256 = "0" * 64
     with pytest.raises(

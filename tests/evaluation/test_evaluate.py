@@ -24,7 +24,7 @@ from edmdistill.evaluation.frechet import frechet_distance, statistics
 from edmdistill.evaluation.images import images_at_a_time, open_images
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.results import Result, results_json, results_table
-from edmdistill.features.spaces import Digits
+from edmdistill.features.spaces import load_features
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -77,7 +77,7 @@ def test_a_generator_is_measured_as_it_samples() -> None:
         source="here",
     )
     pixels = to_uint8(sample(model, 2, seeds=range(30), labels=torch.arange(30) % 10))
-    digits = Digits()
+    digits = load_features("digits")
     reference = statistics(digits(TRAIN.images(range(1500))))
     expected = frechet_distance(statistics(digits(pixels)), reference)
     accuracy = (digits.classify(pixels).argmax(1) == torch.arange(30) % 10).float().mean().item()
@@ -196,7 +196,8 @@ def test_images_are_the_same_images_in_any_wrapping(tmp_path: Path) -> None:
     bare = evaluate(images, protocol="digits")
     npz = evaluate(write_npz(tmp_path, images, seeds=np.arange(297), labels=classes.numpy()), protocol="digits")
     folder = evaluate(write_folder(tmp_path, images, classes.tolist()), protocol="digits")
-    fd = frechet_distance(statistics(Digits()(images)), statistics(Digits()(TRAIN.images(range(1500)))))
+    space = load_features("digits")
+    fd = frechet_distance(statistics(space(images)), statistics(space(TRAIN.images(range(1500)))))
     for result in (bare, npz, folder):
         assert result.metrics["fd_digits@297"] == pytest.approx(fd, rel=1e-6)
         assert result.sampler is None
@@ -249,7 +250,7 @@ def test_json_says_it_all() -> None:
     result = evaluate(held_out(), protocol="digits")
     document = json.loads(result.to_json())
     assert document["schema_version"] == 2
-    assert document["protocol"]["weights"] == {"digits": Digits().sha256}
+    assert document["protocol"]["weights"] == {"digits": load_features("digits").sha256}
     assert document["protocol"]["reference"]["n"] == 1500
     assert len(document["protocol"]["reference"]["sha256"]) == len(document["protocol_sha256"]) == 64
     assert document["protocol"]["covariance"] == "unbiased"
@@ -295,7 +296,7 @@ BAD = [
         torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "the images are 3x8x8, but those of the reference digits are 1x8x8"
     ),
     Bad(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "a covariance needs at least two images, but there is only 1"),
-    Bad(held_out(), "there is no protocol 'fid'; choose one of digits, pixels, edm", protocol="fid"),
+    Bad(held_out(), "there is no protocol 'fid'; choose one of digits, tiles, pixels, edm", protocol="fid"),
     Bad(held_out(), "the protocol pixels measures against a data set: name it with --ref", protocol="pixels"),
     Bad(held_out(), r"against digits \(train\), but the reference is digits \(test\)", reference=TEST),
     Bad("nowhere", "nowhere does not exist"),

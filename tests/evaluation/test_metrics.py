@@ -10,12 +10,13 @@ from torch import Tensor
 
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.data.datasets import open_dataset
+from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.base import ComparingMetric, Measured
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.metrics import METRICS, ClassAccuracy, MetricKind, find_metric, metric_label
 from edmdistill.evaluation.protocol import PROTOCOLS
-from edmdistill.features.spaces import DIGITS_WEIGHTS, Digits, Pixels
+from edmdistill.features.spaces import Pixels, load_features
 
 
 class Mean:
@@ -73,11 +74,13 @@ def test_a_metric_that_does_not_exist_is_refused(name: str) -> None:
 
 def test_only_the_standard_measurement_has_the_bare_name(tmp_path: Path) -> None:
     copy = tmp_path / "weights.safetensors"
-    save_tensors(copy, load_tensors(DIGITS_WEIGHTS)[0])  # without the official file's metadata
-    other = Digits(weights=copy)
+    save_tensors(copy, load_tensors(EMBEDDED["digits"].features)[0])  # without the official file's metadata
+    other = load_features("digits", copy)
     assert other.sha256 is not None
     weights = f"[{other.sha256[:8]}]"
-    labels = [metric_label("fd_digits", space, n, 5000) for space in (Digits(), other) for n in (5000, 100)]
+    labels = [
+        metric_label("fd_digits", space, n, 5000) for space in (load_features("digits"), other) for n in (5000, 100)
+    ]
     assert labels == ["fd_digits", "fd_digits@100", f"fd_digits{weights}", f"fd_digits{weights}@100"]
 
 

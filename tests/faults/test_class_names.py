@@ -13,9 +13,9 @@ from edmdistill.checkpoints.class_names import KNOWN_FILES, class_names, dataset
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe, read_config
 from edmdistill.checkpoints.convert import convert
 from edmdistill.checkpoints.load import load_model
-from edmdistill.checkpoints.source import SHIPPED
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.cli import main
+from edmdistill.embedded import EMBEDDED
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_version_1_0_has_them_too(pickle: Path, tmp_path: Path) 
 
 def test_the_shipped_teacher_is_known_by_its_digest(tmp_path: Path) -> None:
     copy = tmp_path / "other-name.pkl"
-    copy.write_bytes(SHIPPED["digits"].read_bytes())
+    copy.write_bytes(EMBEDDED["digits"].teacher.read_bytes())
     config = convert(copy, tmp_path / "out").config
     assert config.provenance.sha256 in KNOWN_FILES
     assert config.provenance.licence == "apache-2.0"

@@ -20,9 +20,9 @@ from edmdistill.checkpoints.noise_dependence import (
     generator_warning,
     noise_dependence,
 )
-from edmdistill.checkpoints.source import SHIPPED
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.cli import main
+from edmdistill.embedded import EMBEDDED
 from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
@@ -67,8 +67,9 @@ def test_the_words() -> None:
     assert "teacher.pkl" in str(generator_warning(0.8, "teacher.pkl"))
 
 
-def test_the_teacher_of_digits_is_a_denoiser() -> None:
-    assert noise_dependence(load_flow(SHIPPED["digits"])[0]) < 0.4
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_teachers_are_denoisers(name: str) -> None:
+    assert noise_dependence(load_flow(EMBEDDED[name].teacher)[0]) < 0.4
 
 
 def test_convert_measures_prints_and_stores_it(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,7 @@ def test_inspect_measures_when_it_is_asked(golden: Path) -> None:
 
 
 def test_train_warns_and_hands_down_no_measure_of_the_teacher(tmp_path: Path) -> None:
-    flow, config = load_flow(SHIPPED["digits"])
+    flow, config = load_flow(EMBEDDED["digits"].teacher)
     recipe = load_recipe("cosim/digits-quickstart", "cosim", ["training.images=64"])
     for value, warned in ((0.9, True), (0.1, False)):
         save_checkpoint(tmp_path / "c", flow, replace(config, noise_dependence=value), overwrite=True)
@@ -113,7 +114,7 @@ def test_train_warns_and_hands_down_no_measure_of_the_teacher(tmp_path: Path) ->
 
 
 def test_an_unfinished_generator_says_so() -> None:
-    config = load_flow(SHIPPED["digits"])[1]
+    config = load_flow(EMBEDDED["digits"].teacher)[1]
     for seen, total, sentence in (
         (896, 80_000, "This generator is unfinished: 896 of 80,000 images seen."),
         *((80_000, 80_000, None), (80_032, 80_000, None), (896, None, None), (None, 80_000, None)),
@@ -123,7 +124,7 @@ def test_an_unfinished_generator_says_so() -> None:
 
 def test_a_teacher_that_is_adapted_to_read_t_is_still_a_teacher(tmp_path: Path) -> None:
     """Before its training goes on, its function is another one, which is no reason to warn."""
-    plain = convert(SHIPPED["digits"], tmp_path / "plain").config.noise_dependence
-    adapted = convert(SHIPPED["digits"], tmp_path / "adapted", time_embedding="positional").config.noise_dependence
+    plain = convert("digits", tmp_path / "plain").config.noise_dependence
+    adapted = convert("digits", tmp_path / "adapted", time_embedding="positional").config.noise_dependence
     assert adapted == plain
     assert generator_warning(adapted, "digits") is None

@@ -10,9 +10,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from edmdistill.checkpoints.source import SHIPPED as SHIPPED_CHECKPOINTS
 from edmdistill.checkpoints.source import resolve, source_name
 from edmdistill.cli import main
+from edmdistill.embedded import EMBEDDED
 from edmdistill.recipes.library import RecipeFile, find_recipe, load_recipe, recipe_files, recipe_header
 
 FILES = recipe_files()
@@ -65,7 +65,7 @@ def test_a_header_works_for_an_installed_package(file: RecipeFile) -> None:
 
 def test_the_teacher_of_the_package_has_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert resolve("digits") == SHIPPED_CHECKPOINTS["digits"]
+    assert resolve("digits") == EMBEDDED["digits"].teacher
     assert resolve("digits").is_file()
     assert source_name("digits") == "digits-teacher.pkl"
     Path("digits").mkdir()  # what is here comes first

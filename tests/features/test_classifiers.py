@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from edmdistill.data.datasets import open_dataset
+from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import CheckpointError, EdmDistillError
 from edmdistill.features.classifiers import load_classifier
-from edmdistill.features.spaces import DIGITS_WEIGHTS, Digits
+from edmdistill.features.spaces import load_features
 
 
 class Corners(nn.Module):
@@ -43,9 +44,9 @@ def test_the_digits_judge_by_name_and_by_file(tmp_path: Path):
     images, labels = data.images(range(50)), data.labels(range(50))
     found = load_classifier("digits", 10)(images)
     torch.testing.assert_close(found.exp().sum(1), torch.ones(50, dtype=torch.float64))
-    torch.testing.assert_close(found.exp().float(), Digits("cpu").classify(images))
+    torch.testing.assert_close(found.exp().float(), load_features("digits").classify(images))
     assert (found.argmax(1) == labels).double().mean() > 0.9
-    own = shutil.copy(DIGITS_WEIGHTS, tmp_path / "own.safetensors")
+    own = shutil.copy(EMBEDDED["digits"].features, tmp_path / "own.safetensors")
     assert torch.equal(load_classifier(str(own), 10)(images), found)
 
 

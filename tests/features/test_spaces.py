@@ -10,15 +10,16 @@ import torch
 from edmdistill import load_features
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.data.datasets import open_dataset
+from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.frechet import frechet_distance, statistics
-from edmdistill.features.spaces import DIGITS_WEIGHTS, FEATURE_SPACES, Digits, Pixels
+from edmdistill.features.spaces import FEATURE_SPACES, Pixels
 
 TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
 
 
 def test_the_spaces_are_these():
-    assert list(FEATURE_SPACES) == ["pixels", "digits", "inception", "inception-pytorch-fid", "dinov2", "dinov2-dgm"]
+    assert list(FEATURE_SPACES) == ["pixels", "inception", "inception-pytorch-fid", "dinov2", "dinov2-dgm", *EMBEDDED]
     assert all(space.name == name for name, space in FEATURE_SPACES.items())
     with pytest.raises(EdmDistillError, match="there is no feature space 'inceptoin'; did you mean 'inception'"):
         load_features("inceptoin")
@@ -43,7 +44,7 @@ def test_pixels_are_the_pixels() -> None:
 
 
 def test_the_classifier_knows_digits_that_it_has_not_seen() -> None:
-    digits = Digits()
+    digits = load_features("digits")
     guesses = digits.classify(TEST.images(range(len(TEST))))
     assert torch.allclose(guesses.sum(1), torch.ones(len(TEST)))
     accuracy = (guesses.argmax(1) == TEST.labels(range(len(TEST)))).float().mean()
@@ -52,7 +53,7 @@ def test_the_classifier_knows_digits_that_it_has_not_seen() -> None:
 
 def test_the_distance_tells_digits_from_others() -> None:
     """More noise is farther; the digits that were not trained on are near."""
-    digits = Digits()
+    digits = load_features("digits")
     real = TRAIN.images(range(len(TRAIN)))
     rng = torch.Generator().manual_seed(0)
     reference = statistics(digits(real))
@@ -75,31 +76,36 @@ def made(path: Path) -> dict[str, Any]:
 
 
 def test_the_file_says_how_it_was_made_and_is_small() -> None:
-    assert made(DIGITS_WEIGHTS)["by"] == "python -m edmdistill.assets.make_features"  # where the script was then
-    assert made(DIGITS_WEIGHTS)["held_out_accuracy"] >= 0.98
-    assert DIGITS_WEIGHTS.stat().st_size < 300_000
-    assert Digits().sha256 == "cd2ee813e28bf5422c392ed30589e24e65b3448812303b5ac4d31659c1ac8316"
+    digits, tiles = (EMBEDDED[name].features for name in ("digits", "tiles"))
+    assert made(digits)["by"] == "python -m edmdistill.assets.make_features"  # where the script was then
+    assert made(digits)["held_out_accuracy"] >= 0.98
+    assert made(tiles)["by"] == "python scripts/make_features.py tiles"
+    assert made(tiles)["held_out_accuracy"] >= 0.6
+    assert digits.stat().st_size < 300_000
+    assert tiles.stat().st_size < 400_000
+    assert load_features("tiles").sha256 == "946269c9ba6e12651186805adf83ccfe0edccdce58b5cc2e9f5c8a44e9c7a756"
+    assert load_features("digits").sha256 == "cd2ee813e28bf5422c392ed30589e24e65b3448812303b5ac4d31659c1ac8316"
 
 
 def test_other_weights_of_the_digits_are_not_official(tmp_path: Path) -> None:
-    tensors = load_tensors(DIGITS_WEIGHTS)[0]
+    tensors = load_tensors(EMBEDDED["digits"].features)[0]
     save_tensors(tmp_path / "other.safetensors", tensors)  # the same numbers, but another file
     space = load_features("digits", tmp_path / "other.safetensors")
     assert not space.official
     images = TEST.images(range(3))
     features, logits = space.features_and_logits(images)
-    assert torch.equal(features, Digits()(images))
-    assert torch.equal(logits, Digits().logits(images))
+    assert torch.equal(features, load_features("digits")(images))
+    assert torch.equal(logits, load_features("digits").logits(images))
 
 
 def test_pixels_have_no_weights() -> None:
     with pytest.raises(EdmDistillError, match="pixels has no weights"):
-        load_features("pixels", DIGITS_WEIGHTS)
+        load_features("pixels", EMBEDDED["digits"].features)
 
 
 def test_digits_refuse_other_images() -> None:
     with pytest.raises(DatasetError, match="takes 1x8x8 images, not 3x32x32; choose the protocol pixels"):
-        Digits()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+        load_features("digits")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
 
 
 @pytest.mark.slow
@@ -107,6 +113,6 @@ def test_the_maker_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Bit by bit on the CPU and torch that made the file; elsewhere training rounds otherwise, to the same accuracy."""
     import make_features
 
-    monkeypatch.setattr("sys.argv", ["make_features", str(tmp_path / "made.safetensors")])
+    monkeypatch.setattr("sys.argv", ["make_features", "digits", str(tmp_path / "made.safetensors")])
     make_features.main()
     assert made(tmp_path / "made.safetensors")["held_out_accuracy"] >= 0.97
