@@ -107,7 +107,7 @@ def official(module: nn.Module | None, kwargs: dict[str, Any], skip: tuple[str, 
 
 def to_pickle(network: UNet, config: CheckpointConfig, data_set: str = "digits") -> bytes:
     """The network as the bytes of an official EDM2 pickle: EasyDict(encoder, dataset_kwargs, loss_fn, ema)."""
-    arguments = {k: v for k, v in network.arguments.items() if k not in OUR_ARGUMENTS | {"logvar_channels"}}
+    arguments = {k: v for k, v in network.arguments.items() if k not in {*OUR_ARGUMENTS["edm2"], "logvar_channels"}}
     head = ("logvar_fourier", "logvar_linear")
     unet = official(network, arguments, skip=(*head, "second_time"))
     parts = {"unet": unet, **{name: official(network.get_submodule(name), {}) for name in head}}
