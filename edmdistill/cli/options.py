@@ -86,3 +86,9 @@ def say(sentence: str) -> None:
     from edmdistill.progress import write
 
     write(sentence)
+
+
+def show_stage(stage: str) -> None:
+    """Shows what is being measured, on a line of its own that the next one overwrites."""
+    if sys.stderr.isatty():
+        click.echo(f"\r{stage:60}\r", nl=False, err=True)

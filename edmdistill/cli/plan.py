@@ -1,12 +1,12 @@
 """edmdistill plan: what a run will need, before anything is loaded."""
 
 import json
-import sys
 
 import click
 
+from edmdistill.cli.options import show_stage
 from edmdistill.cli.train import OFFLOADS, Words
-from edmdistill.cli.types import FiniteFloat, Name
+from edmdistill.cli.types import FiniteFloat, Memory, Name
 from edmdistill.machine.gpus import GPUS, measure_this_machine
 from edmdistill.methods import METHODS
 
@@ -23,6 +23,7 @@ from edmdistill.methods import METHODS
 @click.option(
     "--micro-batch", type=click.IntRange(min=1), help="Images of one forward pass.  [default: the share of a process]"
 )
+@click.option("--fit", type=Memory(), help="As for train; auto: the one --gpu, or this machine's.")
 @click.option("--shard", is_flag=True, help="As for train.")
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="As for train.")
 @click.option("--checkpoint-activations", is_flag=True, help="As for train.")
@@ -51,6 +52,7 @@ def command(
     sets: tuple[str, ...],
     processes: int,
     micro_batch: int | None,
+    fit: float | str | None,
     shard: bool,
     offload: tuple[str, ...],
     checkpoint_activations: bool,
@@ -67,6 +69,7 @@ def command(
     """
     from edmdistill.machine.engine import Machine
     from edmdistill.planning.document import PlanRequest, plan_document, plan_text
+    from edmdistill.planning.fit import fit_request
     from edmdistill.planning.outlines import outline_guide, outline_teacher
     from edmdistill.recipes.library import load_recipe
     from edmdistill.training.checks import require_pieces
@@ -84,12 +87,9 @@ def command(
         {name: GPUS[name] for name in names} if names else {**GPUS, "this machine": measure_this_machine()},
         utilization,
     )
-    document = plan_document(request, _show, all_)
-    _show("")
+    if fit is not None:
+        request, sentence = fit_request(request, fit, show_stage)
+        click.echo(sentence, err=as_json)
+    document = plan_document(request, show_stage, all_)
+    show_stage("")
     click.echo(json.dumps(document, indent=2) if as_json else plan_text(document, request))
-
-
-def _show(stage: str) -> None:
-    """Shows what is being measured, on a line of its own that the next one overwrites."""
-    if sys.stderr.isatty():
-        click.echo(f"\r{stage:60}\r", nl=False, err=True)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edmdistill.cli.options import errors_once, say
-from edmdistill.cli.types import Name, OutputPath
+from edmdistill.cli.options import errors_once, say, show_stage
+from edmdistill.cli.types import Memory, Name, OutputPath
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
+    from edmdistill.machine.engine import Machine
+    from edmdistill.recipes.schema import Recipe
     from edmdistill.training.run import Run
 
 OFFLOADS = ("ema", "teacher", "optimizer")
@@ -59,6 +61,11 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 @click.option("--device", help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")
 @click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one for each GPU.")
 @click.option("--micro-batch", metavar="N|auto", help="Most images of one forward pass; auto: the most that fit.")
+@click.option(
+    "--fit",
+    type=Memory(),
+    help="Choose micro-batch and what follows by the plan: the fastest that fits; auto: this GPU.",
+)
 @click.option("--shard", is_flag=True, help="Share networks, optimizers and averages out over the processes (FSDP2).")
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="What waits in the host's memory.")
 @click.option("--checkpoint-activations", is_flag=True, help="Compute activations twice to hold fewer.")
@@ -88,6 +95,7 @@ def command(
     device: str | None,
     processes: int | None,
     micro_batch: str | None,
+    fit: float | str | None,
     shard: bool,
     offload: tuple[str, ...],
     checkpoint_activations: bool,
@@ -116,8 +124,10 @@ def command(
     machine = Machine(device, size, shard, offload, checkpoint_activations, workers, log_with, loss_pieces)
     with errors_once():
         source = find_recipe(recipe)
+        resolved = source.resolve(method, sets)
+        machine, notes = _fitted(fit, resolved, machine, data, teacher, guide)
         run = prepare(
-            source.resolve(method, sets),
+            resolved,
             data=data,
             teacher=teacher,
             guide=guide,
@@ -126,6 +136,7 @@ def command(
             init=init,
             vae=vae,
         )
+    run.notes = (*notes, *run.notes)
     try:
         text = source.text_with_command(sets)
         _train(run, f"{method} on {data} by recipe {recipe}", run_dir, text, stop_on, dry_run)
@@ -196,6 +207,22 @@ def _progress(run: "Run", stack: ExitStack) -> Callable[[int, dict[str, float]],
         bar.update(min(images, total) - bar.n)
 
     return show
+
+
+def _fitted(
+    memory: float | str | None, recipe: "Recipe", machine: "Machine", data: str, teacher: str | None, guide: str | None
+) -> tuple["Machine", tuple[str, ...]]:
+    """Returns how the hardware is used with --fit, and a sentence on it."""
+    if memory is None:
+        return machine, ()
+    from edmdistill.machine.launch import process_rank
+    from edmdistill.planning.fit import fit_run
+
+    rank, count = process_rank()
+    show = show_stage if rank == 0 else lambda stage: None
+    fitted = fit_run(recipe, machine, memory, show, data=data, teacher=teacher, guide=guide, processes=count)
+    show("")
+    return fitted.machine, (fitted.sentence,)
 
 
 def _micro_batch(text: str | None) -> int | Literal["auto"] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,22 @@ class FiniteFloat(click.FloatRange):
         if math.isnan(number) or (math.isinf(number) and not self.infinite):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class Memory(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+    """The word auto, or an amount of memory, in bytes."""
+
+    name = "memory"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "auto|48GB"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        amount = re.fullmatch(r"(\d{1,6}(?:\.\d+)?) ?(GB|GiB|MB|MiB)", str(value))
+        if value != "auto" and (amount is None or float(amount[1]) == 0):
+            self.fail(f"{value!r} is not an amount of memory: write auto, or as in 48GB or 44.5GiB.", param, ctx)
+        units = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20}
+        return "auto" if amount is None else float(amount[1]) * units[amount[2]]
 
 
 class Name(click.Choice[str]):

@@ -110,7 +110,11 @@ class Plan(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """A round on the meta device; the attributes are those of Plan, before the machine is known."""
+    """A round on the meta device; the attributes are those of Plan, before the machine is known.
+
+    Attributes:
+        lent: bytes of offloaded weights that go to the device in a round, with one micro-batch a turn.
+    """
 
     recipe: Recipe
     networks: dict[str, nn.Module]
@@ -119,6 +123,7 @@ class Measurement(NamedTuple):
     flops: float
     forward_flops: float
     calls: int
+    lent: int = 0
 
 
 def measure(
@@ -144,12 +149,12 @@ def measure(
     networks = build_roles(recipe, flow, guide)
     noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
     probe = Probe(method, recipe.method, networks, noise)
-    offloaded = "teacher" in machine.offload
+    offloaded, loads = "teacher" in machine.offload, list[int]()
     for role, network in probe.networks.items():
         if not isinstance(network, FlowNetwork):
             continue
         if offloaded and recipe.roles[role].frozen:
-            _offload(network)
+            _offload(network, loads)
         if machine.checkpointing:
             network.network.checkpoint_blocks()
 
@@ -158,7 +163,7 @@ def measure(
     effective = effective_weights(probe.networks) if machine.shares_weights else []
 
     # Two images a piece and three, for every turn: the live bytes of each moment grow linearly with the images.
-    passes, flops, calls = {}, 0.0, 0
+    passes, flops, calls, lent = {}, 0.0, 0, 0
     rows = ROWS * pieces
     for turn, times in Counter(probe.turns).items():
         on_progress(f"the {turn.role}'s turn")
@@ -170,7 +175,9 @@ def measure(
         )
         flops += times * few.flops / rows
         calls += times * len(few.live)
-    return Measurement(recipe, probe.networks, passes, offloaded, flops, forward_flops(flow), calls)
+        lent += times * sum(loads) // 2  # the turn was taken twice
+        loads.clear()
+    return Measurement(recipe, probe.networks, passes, offloaded, flops, forward_flops(flow), calls, lent)
 
 
 def forward_flops(flow: FlowNetwork) -> float:
@@ -262,20 +269,24 @@ def _trace(probe: Probe, turn: Turn, rows: int, effective: Sequence[EffectiveWei
     return Trace(_bytes(gradients), ledger.live, activations, ledger.flops)
 
 
-def _offload(network: FlowNetwork) -> None:
+def _offload(network: FlowNetwork, loads: list[int]) -> None:
     """Imitates Engine.offload: each layer has weights while it works, and autograd keeps those that it needs.
 
     They are loaded around `forward` itself, which a checkpointed block calls again.
+
+    Args:
+        loads: gets the bytes of each load.
     """
     for module in network.network.modules():
         parameters = dict(module.named_parameters(recurse=False))
         if parameters:
-            module.forward = partial(_with_weights, module, parameters, module.forward)
+            module.forward = partial(_with_weights, module, parameters, loads, module.forward)
 
 
 def _with_weights(
-    module: nn.Module, parameters: dict[str, nn.Parameter], forward: Callable[..., Any], *args: Any
+    module: nn.Module, parameters: dict[str, nn.Parameter], loads: list[int], forward: Callable[..., Any], *args: Any
 ) -> Any:
+    loads.append(_bytes(parameters.values()))
     loaded = {name: nn.Parameter(torch.empty_like(p), requires_grad=False) for name, p in parameters.items()}
     module._parameters |= loaded
     out = forward(*args)

@@ -79,6 +79,10 @@ def test_a_network_for_the_data() -> None:
         (["scd/digits", TEACHER, *GUIDED], "scd uses another network as guide in this recipe"),
         (["scd/digits", TEACHER, *GUIDED, "--guide", "edm2-img512-xs"], "the guide's img_resolution is 64, but the"),
         (["diffusion/digits"], "this recipe makes its network for the data: name it with --data"),
+        (
+            ["vsd/digits", TEACHER, "--loss-pieces", "2"],
+            "--loss-pieces has no effect: vsd has no loss that can be split",
+        ),
         (["cosim/nothing", TEACHER], "there is no recipe 'cosim/nothing'"),
         (["cosim/digits", "nowhere.pkl"], "nowhere.pkl"),
     ],

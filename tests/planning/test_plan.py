@@ -79,25 +79,26 @@ def measured(recipe: Recipe, teacher: Path, machine: Machine) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "micro_batch", "checkpointing"),
+    ("name", "batch", "micro_batch", "checkpointing", "pieces"),
     [
-        pytest.param("ddpmpp", 32, 32, False, marks=pytest.mark.slow),
-        ("adm", 4, 4, False),
-        ("adm", 8, 2, False),
-        pytest.param("edm2", 32, 32, False, marks=pytest.mark.slow),
-        ("edm2", 64, 64, True),
+        pytest.param("ddpmpp", 32, 32, False, 1, marks=pytest.mark.slow),
+        ("adm", 4, 4, False, 1),
+        ("adm", 8, 2, False, 2),
+        pytest.param("edm2", 32, 32, False, 1, marks=pytest.mark.slow),
+        pytest.param("edm2", 64, 64, False, 4, marks=pytest.mark.slow),
+        ("edm2", 64, 64, True, 1),
     ],
 )
 def test_within_a_tenth_of_what_a_round_takes(
-    name: str, batch: int, micro_batch: int, checkpointing: bool, tmp_path: Path
+    name: str, batch: int, micro_batch: int, checkpointing: bool, pieces: int, tmp_path: Path
 ) -> None:
     flow, recipe = network(*SMALL[name]), cosim(batch)
     provenance = Provenance(source="a test")
     save_checkpoint(
         tmp_path / "teacher", flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow))
     )
-    machine = Machine("cpu", micro_batch, checkpointing=checkpointing)
-    plan = make_plan(on_the_meta_device(name, Machine(checkpointing=checkpointing)), machine)
+    machine = Machine("cpu", micro_batch, checkpointing=checkpointing, loss_pieces=pieces)
+    plan = make_plan(on_the_meta_device(name, Machine(checkpointing=checkpointing, loss_pieces=pieces)), machine)
     real = measured(recipe, tmp_path / "teacher", machine)
     assert plan.peak(micro_batch, accumulates=micro_batch < batch) == pytest.approx(real, rel=0.1)
 

@@ -1,0 +1,231 @@
+"""`--fit`: the fastest way to use a GPU's memory for a run.
+
+Ways differ in the micro-batch, in what is recomputed, in the pieces of the generator's loss, and in what waits in the
+host's memory. None of them changes what is computed, beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import combinations, product
+from typing import NamedTuple
+
+import torch
+
+from edmdistill.errors import TrainingError
+from edmdistill.machine.devices import named_device
+from edmdistill.machine.engine import Machine
+from edmdistill.machine.gpus import GPU, measure_this_machine
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.planning.document import PlanRequest
+from edmdistill.planning.outlines import outline_guide, outline_teacher
+from edmdistill.planning.plan import Measurement, Plan, images_per_second, make_plan, measure, split_batch
+from edmdistill.recipes.schema import Recipe
+from edmdistill.training.ema import profiles
+from edmdistill.training.micro_batch import HEADROOM
+from edmdistill.transfer import is_gpu
+
+PIECES = 4
+"""Pieces of the generator's loss that are tried: more take launches, and save little."""
+UTILIZATION = 0.35
+"""Share of a GPU's peak speed that networks reach."""
+HOST_SPEED = 20e9
+"""Bytes a second between a GPU and pinned memory, over PCIe 4.0 x16 of 32e9; and those of a host's own memory."""
+EMA_TRAFFIC = 4
+"""Times that an average's bytes are moved in a round: weights down, then two numbers read and one written."""
+ADAM_TRAFFIC = 10
+"""The same of the bytes of weights that the host's Adam trains: weights and gradients down, weights up, 7 in a step."""
+
+
+class Fitted(NamedTuple):
+    """A way to use the memory.
+
+    Attributes:
+        machine: with a number as its micro-batch.
+        memory, peak: bytes that each GPU has, and that are taken.
+        seconds: of a round, estimated.
+    """
+
+    machine: Machine
+    memory: float
+    peak: int
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """Returns what was chosen, in words."""
+        return f"--fit chooses {options(self.machine)}, by plan {self.peak / 1e9:.3g} of {self.memory / 1e9:.4g} GB."
+
+
+def options(machine: Machine) -> str:
+    """Returns the options of the command line that ask for this use of a GPU."""
+    words = {
+        "--checkpoint-activations": machine.checkpointing,
+        f"--loss-pieces {machine.loss_pieces}": machine.loss_pieces > 1,
+        f"--offload {','.join(machine.offload)}": machine.offload,
+        f"--micro-batch {machine.micro_batch}": machine.micro_batch,
+    }
+    return " ".join(word for word, asked in words.items() if asked)
+
+
+def fit(
+    recipe: Recipe,
+    flow: FlowNetwork,
+    machine: Machine,
+    memory: float,
+    gpu: GPU,
+    *,
+    guide: FlowNetwork | None = None,
+    processes: int = 1,
+    spill: bool = True,
+    on_progress: Callable[[str], object] = lambda stage: None,
+) -> Fitted:
+    """Returns the fastest way that fits.
+
+    Args:
+        flow, guide: as for `measure`.
+        machine: what it asks for stays.
+        memory: bytes of one GPU.
+        gpu: gives the speed.
+        spill: whether the host has memory of its own to which the run may move things.
+        on_progress: gets what is being measured.
+    Raises: TrainingError: nothing fits.
+    """
+    if machine.micro_batch == "auto":
+        raise TrainingError("--fit chooses the micro-batch itself: leave out --micro-batch auto")
+    found, least, share = [], math.inf, split_batch(recipe.training.batch, processes, None)[0]
+    for way in ways(recipe, machine, spill):
+        on_progress(options(way))
+        measured = measure(recipe, flow, way, guide=guide)
+        for chosen in spilled(recipe, way, spill):
+            plan = make_plan(measured, chosen, processes)
+            least = min(least, plan.peak(1))
+            fitted = _fitted(measured, plan, chosen, memory, gpu, processes)
+            if fitted is not None and chosen == machine and fitted.machine.micro_batch == share:
+                return fitted  # nothing is faster than to do nothing
+            found += [] if fitted is None else [fitted]
+    if found:
+        return min(found, key=lambda fitted: fitted.seconds)
+    raise TrainingError(
+        f"not even one image fits in {memory / 1e9:.4g} GB: the leanest way takes {least / 1e9:.4g} GB; use a larger "
+        "GPU, or several with --processes and --shard"
+    )
+
+
+def ways(recipe: Recipe, machine: Machine, spill: bool) -> Iterator[Machine]:
+    """Yields the ways whose passes differ, that of `machine` first.
+
+    A teacher in the host's memory saves none without checkpointing: autograd holds its weights for the backward pass.
+    """
+    splits = recipe.method_class.splits_loss and machine.loss_pieces == 1
+    lent = spill and "teacher" not in machine.offload and any(role.frozen for role in recipe.roles.values())
+    for checkpointing, pieces in product(
+        (True,) if machine.checkpointing else (False, True), (1, PIECES) if splits else (machine.loss_pieces,)
+    ):
+        way = machine._replace(checkpointing=checkpointing, loss_pieces=pieces)
+        yield way
+        if lent and checkpointing:
+            yield way._replace(offload=(*way.offload, "teacher"))
+
+
+def spilled(recipe: Recipe, way: Machine, spill: bool) -> Iterator[Machine]:
+    """Yields the way, and those that keep averages or optimizers in the host's memory too."""
+    parts = {"ema": True, "optimizer": recipe.training.optimizer == "adam"}
+    movable = [part for part, can_move in parts.items() if spill and can_move and part not in way.offload]
+    for count in range(len(movable) + 1):
+        for more in combinations(movable, count):
+            yield way._replace(offload=(*way.offload, *more))
+
+
+def _fitted(
+    measured: Measurement, plan: Plan, machine: Machine, memory: float, gpu: GPU, processes: int
+) -> Fitted | None:
+    """Returns a way with the largest micro-batch that fits; None: not even one image does."""
+    training = measured.recipe.training
+    assert machine.micro_batch != "auto"
+    share, rows = split_batch(training.batch, processes, machine.micro_batch)
+    room = memory * (1 - HEADROOM)
+    if machine.micro_batch is None and plan.peak(share, accumulates=False) > room:
+        rows = plan.largest_micro_batch(memory, share)
+    count = -(-share // max(rows, 1))
+    rows = -(-share // count)
+    peak = plan.peak(rows, accumulates=count > 1)
+    if peak > room or count > training.batch // processes:
+        return None
+    half = training.precision != "fp32"
+    speed = images_per_second(plan, gpu, half, UTILIZATION, processes, training.batch, rows)
+    seconds = training.batch / speed + _traffic(measured, machine, count) / HOST_SPEED
+    return Fitted(machine._replace(micro_batch=rows), memory, peak, seconds)
+
+
+def _traffic(measured: Measurement, machine: Machine, micro_batches: int) -> float:
+    """Returns the bytes that a round moves because of what is in the host's memory."""
+    recipe, traffic = measured.recipe, measured.lent * micro_batches
+    if "ema" in machine.offload:
+        average = sum(tensor.nbytes for tensor in measured.networks[recipe.method_class.product].state_dict().values())
+        traffic += EMA_TRAFFIC * average * len(profiles(recipe.ema))
+    if "optimizer" in machine.offload:
+        traffic += ADAM_TRAFFIC * sum(turn.trained for turn in measured.passes.values())
+    return traffic
+
+
+def fit_run(
+    recipe: Recipe,
+    machine: Machine,
+    memory: float | str,
+    on_progress: Callable[[str], object] = lambda stage: None,
+    *,
+    data: str,
+    teacher: str | None,
+    guide: str | None,
+    processes: int,
+) -> Fitted:
+    """Returns the fastest way to train on this machine.
+
+    Args:
+        memory: bytes, or "auto": what the GPU has.
+        data, teacher, guide: as for `prepare`.
+    Raises: TrainingError: nothing fits; or there is no GPU, and no memory was named.
+    """
+    device = named_device(machine.device)
+    if isinstance(memory, str):
+        if not is_gpu(device):
+            raise TrainingError("--fit auto needs a GPU, but this run is on the CPU: name the memory, as in --fit 12GB")
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return fit(
+        recipe,
+        outline_teacher(recipe, teacher, None, data),
+        machine,
+        memory,
+        measure_this_machine(),
+        guide=outline_guide(guide),
+        processes=processes,
+        spill=is_gpu(device) and not machine.shard,
+        on_progress=on_progress,
+    )
+
+
+def fit_request(
+    request: PlanRequest, memory: float | str, on_progress: Callable[[str], object]
+) -> tuple[PlanRequest, str]:
+    """Returns the request for the fastest way that fits, and a sentence on it.
+
+    Args:
+        memory: bytes, or "auto": of the first GPU of the request.
+    """
+    gpu = next(iter(request.gpus.values()))
+    fitted = fit(
+        request.recipe,
+        request.flow,
+        request.machine._replace(micro_batch=request.micro_batch),
+        gpu.memory if isinstance(memory, str) else memory,
+        gpu,
+        guide=request.guide,
+        processes=request.processes,
+        spill=not request.machine.shard,
+        on_progress=on_progress,
+    )
+    size = fitted.machine.micro_batch
+    assert size != "auto"
+    return request._replace(machine=fitted.machine, micro_batch=size), fitted.sentence

@@ -1,0 +1,96 @@
+"""`--fit`: less memory leads to slower ways, and what is chosen takes what a plan of it says."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import Machine
+from edmdistill.machine.gpus import GPU
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
+from edmdistill.planning import fit as module
+from edmdistill.planning.fit import fit, fit_run, options
+from edmdistill.planning.plan import Measurement, make_plan, measure
+from edmdistill.recipes.library import load_recipe
+from edmdistill.training.micro_batch import HEADROOM
+
+RECIPE = load_recipe("sid/digits", "sid", ["training.batch=64"])
+GPU_AT_HAND = GPU(1e9, 1e13, 1e13, 1e-9)
+
+
+@cache
+def flow() -> FlowNetwork:
+    torch.manual_seed(0)
+    return FlowNetwork(UNet(8, 1, 10, 64, [1], num_blocks=1, attn_resolutions=[], channels_per_head=32), EDM())
+
+
+@cache
+def measured(checkpointing: bool, loss_pieces: int, teacher: bool, shard: bool) -> Measurement:
+    lent = ("teacher",) if teacher else ()
+    return measure(RECIPE, flow(), Machine(None, None, shard, lent, checkpointing, loss_pieces=loss_pieces))
+
+
+@pytest.fixture(autouse=True)
+def _once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of one recipe are measured once in each way."""
+
+    def remembered(recipe, flow, machine, *, guide):
+        return measured(machine.checkpointing, machine.loss_pieces, "teacher" in machine.offload, machine.shard)
+
+    monkeypatch.setattr(module, "measure", remembered)
+
+
+@pytest.mark.slow
+def test_less_memory_leads_to_slower_ways() -> None:
+    whole = make_plan(measured(False, 1, False, False)).peak(64, accumulates=False)
+    everything = fit(RECIPE, flow(), Machine(), 2 * whole, GPU_AT_HAND)
+    assert (options(everything.machine), everything.peak) == ("--micro-batch 64", whole)
+    chosen, seconds, memory = [], 0.0, whole / (1 - HEADROOM)
+    least = make_plan(measured(True, 4, True, False), Machine(offload=("ema", "teacher", "optimizer"))).peak(1)
+    with pytest.raises(TrainingError, match="not even one image fits in"):
+        fit(RECIPE, flow(), Machine(), 0.99 * least / (1 - HEADROOM), GPU_AT_HAND)
+    while memory * (1 - HEADROOM) >= least:
+        fitted = fit(RECIPE, flow(), Machine(), memory, GPU_AT_HAND)
+        machine = fitted.machine
+        assert fitted.seconds >= seconds
+        assert fitted.peak <= (1 - HEADROOM) * memory
+        lean = "teacher" in machine.offload
+        plan = make_plan(measured(machine.checkpointing, machine.loss_pieces, lean, False), machine)
+        assert fitted.peak == plan.peak(machine.micro_batch, accumulates=machine.micro_batch < 64)
+        chosen.append(options(machine))
+        seconds, memory = fitted.seconds, 0.8 * memory
+    assert chosen[0] == "--micro-batch 64"
+    assert "--checkpoint-activations" in chosen[-1]
+    assert {*machine.offload} == {"ema", "teacher", "optimizer"}
+    assert len(set(chosen)) > 4
+
+
+def test_what_the_user_asks_for_stays() -> None:
+    asked = Machine(micro_batch=16, checkpointing=True, loss_pieces=4, offload=("optimizer",))
+    machine = fit(RECIPE, flow(), asked, 1e9, GPU_AT_HAND).machine
+    assert machine == asked
+    sharded = fit(RECIPE, flow(), asked._replace(shard=True, offload=()), 1e9, GPU_AT_HAND, processes=4, spill=False)
+    sharded = sharded.machine
+    assert (sharded.shard, sharded.offload, sharded.micro_batch) == (True, (), 16)
+    with pytest.raises(TrainingError, match="leave out --micro-batch auto"):
+        fit(RECIPE, flow(), Machine(micro_batch="auto"), 1e9, GPU_AT_HAND)
+
+
+def test_on_a_cpu_the_memory_is_named_and_nothing_moves(monkeypatch) -> None:
+    def run(memory):
+        return fit_run(RECIPE, Machine("cpu"), memory, data="digits", teacher="teacher", guide=None, processes=1)
+
+    monkeypatch.setattr(module, "outline_teacher", lambda recipe, teacher, network, data: flow())
+
+    with pytest.raises(TrainingError, match="name the memory, as in --fit 12GB"):
+        run("auto")
+    least = make_plan(measured(True, 4, False, False)).peak(1) / (1 - HEADROOM)
+    fitted = run(1.05 * least)
+    assert fitted.machine.checkpointing
+    assert not fitted.machine.offload
+    assert fitted.sentence.startswith("--fit chooses --checkpoint-activations ")
+    with pytest.raises(TrainingError, match="not even one image fits"):
+        run(0.9 * least)
