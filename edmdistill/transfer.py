@@ -7,7 +7,7 @@ the GPU has done all that was queued before.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -31,24 +31,47 @@ ALIGNMENT = 64
 """Bytes or numbers, at multiples of which tensors of a block begin, where vector units like it."""
 
 
-def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns copies of a GPU's tensors in the host's memory, after a wait for every STAGING bytes.
+def staged(tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yields the number of a tensor, and it and those after it in the host's memory, until all were there.
 
-    Tensors that are in the host's memory are returned as they are.
+    A GPU's tensors come through pinned memory, STAGING bytes at a time: while the caller works on some, the next are on
+    their way. They are gone when it asks for more. Tensors that are in the host's memory are yielded as they are.
+
+    Args:
+        tensors: of one device.
     """
+    first, ready = 0, list[Tensor]()
+    start = 0
+    while start < len(tensors) or ready:
+        count, coming = _some(tensors[start:])
+        if ready:
+            yield first, ready
+        first, ready, start = start, coming, start + count
+        if any(is_gpu(tensor.device) for tensor in tensors[first:start]):
+            wait_for(tensors[first].device)
+
+
+def _some(tensors: Sequence[Tensor]) -> tuple[int, list[Tensor]]:
+    """Returns how many of the tensors fit into STAGING bytes, at least one, and these on their way to the host."""
+    if not tensors or not is_gpu(tensors[0].device):
+        return len(tensors), list(tensors)
+    ends = [*accumulate((-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors), initial=0)]
+    count = max(1, bisect_right(ends, STAGING) - 1)
+    buffer = torch.empty(ends[count], dtype=torch.uint8, pin_memory=True)
+    coming = []
+    for tensor, start in zip(tensors[:count], ends, strict=False):
+        piece = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        coming.append(piece.copy_(tensor, non_blocking=True))
+    return count, coming
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns copies of a GPU's tensors in the host's memory; those that are there are returned as they are."""
     host = list(tensors)
     left = [index for index, tensor in enumerate(tensors) if is_gpu(tensor.device)]
-    while left:
-        ends = [*accumulate((-(-host[index].nbytes // ALIGNMENT) * ALIGNMENT for index in left), initial=0)]
-        count = max(1, bisect_right(ends, STAGING) - 1)
-        now, left, device = left[:count], left[count:], host[left[0]].device
-        buffer = torch.empty(ends[count], dtype=torch.uint8, pin_memory=True)
-        for index, start in zip(now, ends, strict=False):
-            piece = buffer[start : start + host[index].nbytes].view(host[index].dtype).view(host[index].shape)
-            host[index] = piece.copy_(host[index], non_blocking=True)
-        wait_for(device)
-        for index in now:
-            host[index] = host[index].clone()
+    for first, some in staged([tensors[index] for index in left]):
+        for index, tensor in zip(left[first:], some, strict=False):
+            host[index] = tensor.clone()
     return host
 
 

@@ -15,7 +15,7 @@ from edmdistill.checkpoints.posthoc_ema import power_function_beta, sigma_rel_to
 from edmdistill.machine.engine import local_shard
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes import schema as recipes
-from edmdistill.transfer import to_host
+from edmdistill.transfer import staged
 
 
 class HalfLife(NamedTuple):
@@ -92,10 +92,11 @@ class Ema:
 def update_average(average: nn.Module, network: nn.Module, beta: float) -> None:
     """average <- beta average + (1 - beta) weights, shard by shard; buffers are copied."""
     old = [local_shard(parameter) for parameter in average.parameters()]
-    new, kept = [local_shard(parameter) for parameter in network.parameters()], list(average.buffers())
-    moved = [*new, *network.buffers()]
-    if old and old[0].device.type == "cpu":
-        moved = to_host(moved)
-    torch._foreach_lerp_(old, moved[: len(old)], 1 - beta)
-    for target, buffer in zip(kept, moved[len(old) :], strict=True):
-        target.copy_(buffer)
+    targets = [*old, *average.buffers()]
+    moved = [*map(local_shard, network.parameters()), *network.buffers()]
+    for first, some in staged(moved) if targets and targets[0].device.type == "cpu" else [(0, moved)]:
+        count = min(max(0, len(old) - first), len(some))  # of them are weights
+        if count:
+            torch._foreach_lerp_(targets[first : first + count], some[:count], 1 - beta)
+        for target, buffer in zip(targets[first + count :], some[count:], strict=False):
+            target.copy_(buffer)

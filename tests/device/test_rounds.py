@@ -75,6 +75,7 @@ def test_half_precision_waits_no_more(method: str, precision: str, compare: Any)
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, int]]] = {
     "checkpointing": ({}, {"checkpointing": True}, {}),
+    "a loss in pieces": ({}, {"loss_pieces": 3}, {}),
     "workers": ({}, {"workers": 2}, {}),
     "radam": ({"optimizer": "radam"}, {}, {}),
     "clipping": ({"grad_clip": 1e-2}, {}, {}),
