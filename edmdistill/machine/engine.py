@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from edmdistill.errors import PeerFailed, TrainingError
+from edmdistill.kernels.linear import lay_out_weights
 from edmdistill.machine.devices import pick_device
 from edmdistill.machine.host import cores
 from edmdistill.machine.offload import offload
@@ -180,6 +181,7 @@ class Engine:
         FlowNetworks, because they are small.
         """
         network.to(self.device)
+        lay_out_weights(network, plain=self.mesh is not None)  # fully_shard takes no other layout
         if self.mesh is not None and isinstance(network, FlowNetwork):
             scalars = {parameter for parameter in network.parameters() if parameter.ndim == 0}
             for module in (*network.network.blocks(), network.network):
@@ -294,11 +296,13 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def shard_like(whole: Tensor, target: Tensor) -> Tensor:
-    """Returns a tensor on the device and with the sharding of `target`, if they have one shape."""
-    if isinstance(target, DTensor) and whole.shape == target.shape:
+    """Returns a tensor with the sharding, or in the memory layout, of `target`, if they have one shape."""
+    if whole.shape != target.shape:
+        return whole
+    if isinstance(target, DTensor):
         # src_data_rank: every process has the whole tensor, so none has to send it.
         return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-    return whole
+    return torch.empty_like(target, dtype=whole.dtype, device=whole.device).copy_(whole)
 
 
 def load_full_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

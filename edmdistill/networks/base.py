@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from edmdistill.draws import uniform, words
+from edmdistill.kernels.linear import lay_out_weights
 from edmdistill.kernels.magnitude import normalize, normalize_weights_
 from edmdistill.networks.arguments import check_arguments
 from edmdistill.networks.embeddings import GuidanceEmbedding, SecondTime
@@ -279,6 +280,7 @@ class Network(nn.Module, ABC):
         """Folds normalization, gains and constants into EDM2's weights, for inference; it can no longer be trained."""
         for layer, gain in gained_layers(self):
             layer.fold_(1.0 if gain is None else gain)
+        lay_out_weights(self)
 
     def store_convolutions(self, dtype: torch.dtype) -> None:
         """Keeps the weights of convolutions in the dtype of the activations, to which every pass would cast them.

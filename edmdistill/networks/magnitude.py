@@ -98,7 +98,7 @@ class EffectiveWeights:
         """A context in which passes share weights.  Gradients reach the parameters if it ends without an error."""
         with torch.no_grad():
             weights = self.weights
-            norm = torch.cat([torch.linalg.vector_norm(weight.flatten(1), dim=1) for weight in weights])
+            norm = torch.cat([torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim))) for w in weights])
             inverse = 1 / (norm * self.root + 1e-4)
             gain = self.factor * torch.stack([norm.new_ones([]), *self.gains])[self.which]
             effective = list(torch._foreach_mul(weights, self.by_layer(gain * inverse)))
@@ -121,7 +121,9 @@ class EffectiveWeights:
         """Adds the parameters' gradients, given those of W = gain inverse w, inverse = 1 / (root |w| + 1e-4)."""
         weights = self.weights
         known = [torch.zeros_like(w) if slope is None else slope for slope, w in zip(slopes, weights, strict=True)]
-        inner = torch.cat([product.flatten(1).sum(1) for product in torch._foreach_mul(known, weights)])
+        inner = torch.cat(
+            [product.sum(tuple(range(1, product.ndim))) for product in torch._foreach_mul(known, weights)]
+        )
         radial = -inner * gain * inverse.square() * self.root / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         torch._foreach_mul_(known, self.by_layer(gain * inverse))
         torch._foreach_addcmul_(known, weights, self.by_layer(radial))

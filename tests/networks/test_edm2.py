@@ -48,17 +48,18 @@ def test_after_step_keeps_the_function(make_flow: MakeFlow) -> None:
 
 
 @torch.no_grad()
-def test_folding_keeps_the_function_to_the_bit(make_flow: MakeFlow) -> None:
+def test_folding_keeps_the_function(make_flow: MakeFlow) -> None:
     flow = make_flow("edm2")
     x, t = torch.randn(2, 4, 8, 8), torch.tensor(0.7)
     before = flow(x, t)
     flow.network.fold()
-    assert torch.equal(flow(x, t), before)
+    folded = flow(x, t)
+    assert_rounded(folded, before, depth(flow))
     for name, gain in flow.network.named_parameters():
         if name.endswith(("emb_gain", "out_gain")):
             gain.fill_(math.nan)  # it is in the weights, and read no more
     flow.network.fold()
-    assert torch.equal(flow(x, t), before)
+    assert torch.equal(flow(x, t), folded)
 
 
 def gradients(flow: FlowNetwork, passes: int, shared: bool) -> dict[str, torch.Tensor | None]:
