@@ -76,7 +76,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def host_block(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Returns tensors of the same shapes in the host's memory, uninitialized, in one block for each dtype.
+    """Returns tensors of the same shapes and layouts in the host's memory, uninitialized, in one block for each dtype.
 
     It is pinned if the device is a GPU, so that copies both ways run beside the host.
     """
@@ -86,7 +86,8 @@ def host_block(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         sizes = [-(-tensors[index].numel() // ALIGNMENT) * ALIGNMENT for index in some]
         block = torch.empty(sum(sizes), dtype=dtype, pin_memory=is_gpu(device))
         for index, start in zip(some, accumulate(sizes, initial=0), strict=False):
-            made[index] = block[start : start + tensors[index].numel()].view(tensors[index].shape)
+            like = torch.empty_like(tensors[index], device="meta")  # dense, as a part of the block is
+            made[index] = block.as_strided(like.shape, like.stride(), start)
     return made
 
 

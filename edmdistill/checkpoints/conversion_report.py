@@ -12,19 +12,23 @@ from edmdistill.errors import printable
 
 
 class ParityRow(NamedTuple):
-    """The largest difference between a checkpoint and its source at a noise level, relative to the largest pixel."""
+    """The largest difference between a checkpoint and its source at a noise level, relative to the largest pixel.
+
+    float64 is None where it was not measured.
+    """
 
     sigma: float
     float32: float
-    float64: float
+    float64: float | None
 
 
 class ConversionReport(NamedTuple):
-    """The checkpoint that `convert` wrote; no parity if it was there already."""
+    """The checkpoint that `convert` wrote, or that was there already; no parity where none was measured."""
 
     path: Path
     config: CheckpointConfig
     parity: tuple[ParityRow, ...]
+    written: bool = True
 
     def document(self) -> dict[str, Any]:
         """Returns the report as msgspec encodes it to JSON."""
@@ -33,7 +37,7 @@ class ConversionReport(NamedTuple):
 
     def describe(self, source: str) -> str:
         """Returns the report as text.  source: as the user named it, printable and without secrets."""
-        if not self.parity:
+        if not self.written:
             return f"{self.path} holds the conversion of {source} already: nothing was done."
         config = self.config
         network, licence, origin = config.network, config.provenance.licence, printable(config.provenance.source)
@@ -41,8 +45,10 @@ class ConversionReport(NamedTuple):
         lines = [
             f"{origin}: {network.kind}, {size}x{size} pixels, {config.label_dim} classes, "
             f"preconditioned as {config.preconditioning['kind']}.",
-            f"Largest relative difference of its denoised images after the conversion:\n\n{table(self.parity)}\n",
         ]
+        if self.parity:
+            what = "Largest relative difference of its denoised images after the conversion"
+            lines.append(f"{what}:\n\n{table(self.parity)}\n")
         if config.noise_dependence is not None:
             lines.append(describe_dependence(config.noise_dependence))
         under = f"under {licence}" if licence else "under no known licence (--licence names one)"
@@ -78,5 +84,8 @@ class GeneratorReport(NamedTuple):
 
 def table(parity: Sequence[ParityRow]) -> str:
     """Returns the parity as text, a line for each noise level, indented as Markdown's code."""
-    lines = [f"    {row.sigma:>10.4g} {row.float32:>10.1e} {row.float64:>10.1e}" for row in parity]
-    return "\n".join([f"    {'sigma':>10} {'float32':>10} {'float64':>10}", *lines])
+    columns = ["sigma", "float32"] + ["float64"] * (parity[0].float64 is not None)
+    lines = [
+        f"    {row.sigma:>10.4g}" + "".join(f" {error:>10.1e}" for error in row[1 : len(columns)]) for row in parity
+    ]
+    return "\n".join(["    " + " ".join(f"{name:>10}" for name in columns), *lines])

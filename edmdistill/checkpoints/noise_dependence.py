@@ -23,6 +23,8 @@ from edmdistill.errors import printable, without_secrets
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 
 CLASSES, NOISES = 4, 4
+LARGE = 2**12
+"""Numbers of an image from which one class and two noises do: its mean over pixels is as exact then."""
 GENERATOR_RANGE = 0.4, 2.0
 """noise_dependence of generators: below it is a denoiser's; above it is neither's, as that of an untrained network."""
 
@@ -35,8 +37,9 @@ def noise_dependence(flow: FlowNetwork) -> float:
     size = 1, flow.img_channels, flow.img_resolution, flow.img_resolution
     rng = torch.Generator().manual_seed(0)
     sigma = torch.tensor(flow.sigma_max, device=like.device)
-    noises = [torch.randn(size, generator=rng).to(like) for _ in range(NOISES)]
-    classes: list[int | None] = [i * flow.label_dim // CLASSES for i in range(min(CLASSES, flow.label_dim))]
+    count, different = (2, 1) if math.prod(size) >= LARGE else (NOISES, CLASSES)
+    noises = [torch.randn(size, generator=rng).to(like) for _ in range(count)]
+    classes: list[int | None] = [i * flow.label_dim // CLASSES for i in range(min(different, flow.label_dim))]
     variances = []
     for label in classes or [None]:
         labels = None if label is None else torch.tensor([label], device=like.device)

@@ -72,7 +72,9 @@ def build_official(
     """
     where, (_, prefix) = str(official.path), NETWORK_CLASSES[official.network_class]
     flow = outline_official(official)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in (tensors or official.tensors).items()}
+    if tensors is None:  # one by one, so that no second copy is in memory
+        tensors = {name: _widened(stored.tensor()) for name, stored in official.stored.items()}
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if isinstance(flow.preconditioning, IDDPM):  # its noise levels are stored, but follow from its arguments
         levels = tensors.pop("u", torch.empty(0))
         if levels.shape != flow.preconditioning.levels.shape or not levels.allclose(flow.preconditioning.levels):
@@ -91,6 +93,11 @@ def build_official(
         **describe(flow),
     )
     return flow.float(), config
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Returns a weight in float32; a gain stays as it is stored, see `_round_gains`."""
+    return tensor.float() if tensor.is_floating_point() and tensor.ndim else tensor
 
 
 def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:

@@ -169,6 +169,11 @@ def write_checkpoint(
     config = replace(config, **describe(flow))
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / MODEL, flow.network.state_dict() if tensors is None else tensors, {"format": "pt"})
+    describe_checkpoint(folder, config)
+
+
+def describe_checkpoint(folder: Path, config: CheckpointConfig) -> None:
+    """Writes the files of a checkpoint that describe it."""
     write_config(folder, config)
     (folder / CARD).write_text(_card(config), encoding="utf-8")
 

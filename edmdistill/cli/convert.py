@@ -28,6 +28,13 @@ from edmdistill.cli.types import OutputPath
     help="SOURCE is a generator that was published for this method, to be sampled and measured.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
+@click.option(
+    "--parity",
+    type=click.Choice(["full", "quick", "none"]),
+    default="quick",
+    show_default=True,
+    help="How to compare the result with its source: full is on images of its size, and in float64.",
+)
 @click.option("--licence", help="Licence of the weights, as the Hub writes it.  [default: their publisher's]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
@@ -37,6 +44,7 @@ def command(
     double_norm: bool | None,
     generator: str | None,
     overwrite: bool,
+    parity: Literal["full", "quick", "none"],
     licence: str | None,
     as_json: bool,
 ) -> None:
@@ -69,7 +77,7 @@ def command(
     shared: dict[str, Any] = {"overwrite": overwrite, "licence": licence}
     with stage_bar("converting") as on_progress:
         if generator is None:
-            shared |= {"time_embedding": time_embedding, "double_norm": double_norm}
+            shared |= {"time_embedding": time_embedding, "double_norm": double_norm, "parity": parity}
             report = convert(checkpoint, out, on_progress=on_progress, **shared)
         else:
             on_progress("reading")

@@ -131,16 +131,16 @@ def test_what_does_not_fit_is_refused(bad: Path, tmp_path: Path, name: str, sent
 
 def test_other_noise_levels_are_refused(golden: Path) -> None:
     official = read_official(golden / "iddpm-adm-uncond.pkl.gz")
-    official.tensors["u"] = official.tensors["u"] * 1.1
+    tensors = official.tensors | {"u": official.tensors["u"] * 1.1}
     with pytest.raises(CheckpointError, match="other noise levels"):
-        build_official(official)
+        build_official(official, tensors=tensors)
 
 
 def test_rerunning(golden: Path, bad: Path, tmp_path: Path) -> None:
     tiny, other, out = golden / "edm-tiny-cond.pkl", bad / "bad-modulesrc-exec.pkl", tmp_path / "out"
     first = convert(tiny, out)
     before = (out / CONFIG).stat().st_mtime_ns
-    assert convert(tiny, out) == (out, first.config, ())
+    assert convert(tiny, out) == (out, first.config, (), False)
     assert (out / CONFIG).stat().st_mtime_ns == before
     with pytest.raises(CheckpointError, match=r"holds a checkpoint already, a teacher from edm-tiny-cond\.pkl"):
         convert(other, out)
@@ -148,6 +148,34 @@ def test_rerunning(golden: Path, bad: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="is not a checkpoint: choose another path"):
         convert(tiny, tmp_path / "file", overwrite=True)
+
+
+@pytest.mark.parametrize(("parity", "sizes"), [("full", {8}), ("quick", {2}), ("none", set())])
+def test_the_comparison_is_as_asked(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: module.Parity, sizes: set[int]
+) -> None:
+    seen, real = set(), module.FlowNetwork.raw
+
+    def raw(flow: module.FlowNetwork, x: Tensor, *more: object) -> tuple[Tensor, ...]:
+        seen.add(x.shape[-1])
+        return real(flow, x, *more)
+
+    monkeypatch.setattr(module, "noise_dependence", lambda flow: 0.1)
+    monkeypatch.setattr(module.FlowNetwork, "raw", raw)
+    done = convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", parity=parity)
+    assert seen == sizes
+    assert len(done.parity) == (8 if sizes else 0)
+    assert ("relative difference" in done.describe("it")) == bool(sizes)
+    assert "is written" in done.describe("it")
+
+
+def test_a_large_network_is_compared_in_float32_alone(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SMALL", 0)
+    done = convert(golden / "edm-tiny-cond.pkl", tmp_path / "out")
+    assert {row.float64 for row in done.parity} == {None}
+    assert "float64" not in done.describe("it")
 
 
 def test_licence(golden: Path, tmp_path: Path) -> None:
@@ -159,8 +187,8 @@ def test_licence(golden: Path, tmp_path: Path) -> None:
 def test_an_inexact_conversion_is_refused(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = module.add_second_time
 
-    def spoiled(flow: module.FlowNetwork) -> module.FlowNetwork:
-        flow = real(flow)
+    def spoiled(flow: module.FlowNetwork, *, lend: bool) -> module.FlowNetwork:
+        flow = real(flow, lend=lend)
         assert flow.network.second_time is not None
         torch.nn.init.constant_(flow.network.second_time.gain, 1e-6)
         return flow
@@ -181,7 +209,12 @@ def test_an_interruption_leaves_nothing(golden: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", on_progress=interrupt)
-    assert stages == ["reading", "measuring how D depends on the noise", "writing", "comparing at sigma 80 in float32"]
+    assert stages == [
+        "reading",
+        "writing",
+        "measuring how D depends on the noise",
+        "comparing 2x2 pixels in float32",
+    ]
     assert not list(tmp_path.iterdir())
 
 

@@ -14,13 +14,19 @@ from edmdistill.networks.preconditioning import Preconditioning
 
 
 def rebuild(
-    flow: FlowNetwork, new: Mapping[str, Tensor], preconditioning: Preconditioning | None = None, **arguments: object
+    flow: FlowNetwork,
+    new: Mapping[str, Tensor],
+    preconditioning: Preconditioning | None = None,
+    *,
+    lend: bool = False,
+    **arguments: object,
 ) -> FlowNetwork:
     """Returns a copy of the network, with these arguments in place of its own.
 
     Args:
         new: tensors, by name, that it lacks or has in another shape; unused ones are ignored.
         preconditioning: None = unchanged.
+        lend: its weights are those of the network itself, and not copies.
     Raises: KeyError: a tensor is in neither.
     """
     old = flow.network
@@ -30,7 +36,10 @@ def rebuild(
     state, like = old.state_dict(), next(old.parameters())
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     same = {name: tensor for name, tensor in state.items() if tensor.shape == shapes.get(name)}
-    tensors = {name: same[name].clone() if name in same else new[name].to(like, copy=True) for name in shapes}
+    tensors = {
+        name: (same[name] if lend else same[name].clone()) if name in same else new[name].to(like, copy=True)
+        for name in shapes
+    }
     network.load_state_dict(tensors, assign=True)
     edm = preconditioning or flow.preconditioning
     return FlowNetwork(network, edm, flow.compute_dtype, flow.label_dropout).train(old.training)

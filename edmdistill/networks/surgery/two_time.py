@@ -17,10 +17,10 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.rebuild import rebuild
 
 
-def add_second_time(flow: FlowNetwork) -> FlowNetwork:
-    """Returns a copy of the network that also reads a second time, whose gain is 0 at first."""
+def add_second_time(flow: FlowNetwork, *, lend: bool = False) -> FlowNetwork:
+    """Returns a copy of the network that also reads a second time, whose gain is 0 at first.  lend: see `rebuild`."""
     new = {f"second_time.{name}": tensor for name, tensor in flow.network.state_dict().items()}
-    return rebuild(flow, new | {"second_time.gain": torch.zeros([])}, two_time=True)
+    return rebuild(flow, new | {"second_time.gain": torch.zeros([])}, lend=lend, two_time=True)
 
 
 def drop_second_time(flow: FlowNetwork) -> FlowNetwork:
