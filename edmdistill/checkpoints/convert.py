@@ -105,7 +105,7 @@ def convert(
         config = replace(config, provenance=provenance, **describe(two_time))
         write_checkpoint(folder, two_time, config)
         del two_time, adapted
-        flow.network.fold()
+        flow.network.fold(lay_out=False)
         on_progress("measuring how D depends on the noise")
         # Of the source: what is adapted is still to be trained.
         config = replace(config, noise_dependence=noise_dependence(flow))
@@ -158,7 +158,7 @@ def _compare(
 ) -> tuple[ParityRow, ...]:
     """Returns by how much the checkpoint in a folder differs from images of its source, by noise level and dtype."""
     written, _ = load_checkpoint(folder)
-    written.network.fold()
+    written.network.fold(lay_out=False)
     errors = [_relative(_denoised(written, dtype, parity, on_progress), images) for dtype, images in expected.items()]
     columns = errors if len(errors) == 2 else [*errors, [None] * len(errors[0])]
     return tuple(map(ParityRow, _sigmas(written).tolist(), *columns))

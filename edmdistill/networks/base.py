@@ -276,11 +276,15 @@ class Network(nn.Module, ABC):
         weights = [layer.weight for layer in self.modules() if isinstance(layer, MPConv)]
         normalize_weights_(weights)
 
-    def fold(self) -> None:
-        """Folds normalization, gains and constants into EDM2's weights, for inference; it can no longer be trained."""
+    def fold(self, lay_out: bool = True) -> None:
+        """Folds normalization, gains and constants into EDM2's weights, for inference; it can no longer be trained.
+
+        lay_out: lay out all weights for speed too, see `lay_out_weights`, by copies.
+        """
         for layer, gain in gained_layers(self):
             layer.fold_(1.0 if gain is None else gain)
-        lay_out_weights(self)
+        if lay_out:
+            lay_out_weights(self)
 
     def store_convolutions(self, dtype: torch.dtype) -> None:
         """Keeps the weights of convolutions in the dtype of the activations, to which every pass would cast them.
