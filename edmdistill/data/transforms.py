@@ -16,6 +16,8 @@ from edmdistill.errors import DatasetError, did_you_mean
 
 MAX_PIXELS = 2 * 89_478_485
 """The most pixels of a picture, before and while it is resized: where Pillow, and with it the official tool, stops."""
+BICUBIC_REACH = 6
+"""More pixels than lie between one that is resized to at least half its size and the farthest that it depends on."""
 BOX, BICUBIC, LANCZOS = Image.Resampling.BOX, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
 Picture = Image.Image
@@ -55,40 +57,71 @@ def center_crop_dhariwal(image: Picture, size: Size) -> Picture:
     Raises: ValueError: it is so narrow that it would take more than MAX_PIXELS on the way.
     Source: Dhariwal & Nichol 2021, guided_diffusion/image_datasets.py.
     """
-    side = size[0]
-    while min(image.size) >= 2 * side:
-        image = halve(image)
-    ratio = side / min(image.size)
-    resized = round(image.width * ratio), round(image.height * ratio)
+    side, halved, times = size[0], image.size, 0
+    while min(halved) >= 2 * side:
+        halved, times = (halved[0] // 2, halved[1] // 2), times + 1
+    ratio = side / min(halved)
+    resized = round(halved[0] * ratio), round(halved[1] * ratio)
     if resized[0] * resized[1] > MAX_PIXELS:
         raise ValueError(
             f"{image.width}x{image.height} would become {resized[0]:,}x{resized[1]:,} before it is cropped, and at "
             f"most {MAX_PIXELS:,} pixels are"
         )
     left, top = (resized[0] - side) // 2, (resized[1] - side) // 2
+    if times:
+        image = _halve_middle(image, halved, times, max(left, top) / max(resized))
     if left:  # resize() begins with the width here, and then needs the columns alone that are kept
-        image = image.resize((resized[0], image.height), BICUBIC).crop((left, 0, left + side, image.height))
+        image = image.resize((resized[0], halved[1]), BICUBIC).crop((left, 0, left + side, halved[1]))
         return image.resize((side, side), BICUBIC)
     return image.resize(resized, BICUBIC).crop((0, top, side, top + side))
 
 
-def halve(image: Picture) -> Picture:
-    """Returns the picture at half its width and height, rounded down, by Pillow's box filter.
+def _halve_middle(image: Picture, halved: Size, times: int, margin: float) -> Picture:
+    """Returns the picture halved so many times; black where what is left will be cropped off.
 
-    Of an even side, reduce() makes the same sums faster, where resize() begins with the width: Pillow 13 does not in
-    pictures more than twice as high as wide.
+    Args:
+        margin: the share of the longer side that is cropped off at either end.
     """
-    fast = 2 * image.height <= 3 * image.width and _reduces_alike()
-    return _halve_fast(image) if fast else image.resize((image.width // 2, image.height // 2), BOX)
+    longer = int(image.height > image.width)
+    spare = int(margin * halved[longer]) - BICUBIC_REACH
+    if spare <= 0 or image.size[longer] != halved[longer] << times or not _begins_with_width(image):
+        spare = 0  # all of it: pixels of an odd side depend on where they are in it
+    start = (0, spare << times) if longer else (spare << times, 0)
+    image = halve(image, (*start, image.width - start[0], image.height - start[1]))
+    for _ in range(times - 1):
+        image = halve(image)
+    if not spare:
+        return image
+    whole = Image.new(image.mode, halved)
+    whole.paste(image, (0, spare) if longer else (spare, 0))
+    return whole
 
 
-def _halve_fast(image: Picture) -> Picture:
-    size = image.width // 2, image.height // 2
-    if image.width % 2 == 0:
-        image = image.reduce((2, 1))
-        if image.height % 2 == 0:
-            return image.reduce((1, 2))
-    return image.resize(size, BOX)
+def halve(image: Picture, box: tuple[int, int, int, int] | None = None) -> Picture:
+    """Returns a picture, or what of it is in a box, at half its width and height, rounded down, by Pillow's box filter.
+
+    Of an even side, reduce() makes the same sums faster, where resize() begins with the width.
+    """
+    box = box or (0, 0, *image.size)
+    fast = _begins_with_width(image) and _reduces_alike()
+    return _halve_fast(image, box) if fast else image.resize(_half(box), BOX, box)
+
+
+def _begins_with_width(image: Picture) -> bool:
+    """Returns whether resize() certainly does: Pillow 13 does not in pictures more than twice as high as wide."""
+    return 2 * image.height <= 3 * image.width
+
+
+def _half(box: tuple[int, int, int, int]) -> Size:
+    return (box[2] - box[0]) // 2, (box[3] - box[1]) // 2
+
+
+def _halve_fast(image: Picture, box: tuple[int, int, int, int]) -> Picture:
+    size, even = _half(box), (box[2] - box[0]) % 2 == 0
+    if not even:
+        return image.resize(size, BOX, box)
+    image = image.reduce((2, 1), box)
+    return image.reduce((1, 2)) if image.height % 2 == 0 else image.resize(size, BOX)
 
 
 @cache
@@ -97,7 +130,7 @@ def _reduces_alike() -> bool:
     noise = random.Random(0).randbytes(3 * 64 * 96)
     images = [Image.frombytes("RGB", size, noise) for size in ((96, 64), (64, 96), (95, 64), (64, 95))]
     return all(
-        _halve_fast(image).tobytes() == image.resize((image.width // 2, image.height // 2), BOX).tobytes()
+        _halve_fast(image, (0, 0, *image.size)).tobytes() == image.resize(_half((0, 0, *image.size)), BOX).tobytes()
         for image in images
     )
 

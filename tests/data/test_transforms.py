@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from edmdistill.data import transforms
 from edmdistill.data.transforms import (
+    BICUBIC,
     BOX,
     center_crop,
     center_crop_dhariwal,
@@ -32,13 +33,36 @@ def test_halving_is_pillows_box_filter(width: int, height: int, mode: str) -> No
 
 
 def test_another_pillow_that_reduces_otherwise_is_not_used_to_halve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transforms, "_halve_fast", lambda image: image.resize((image.width // 2, image.height // 2), 0))
+    monkeypatch.setattr(
+        transforms, "_halve_fast", lambda image, box: image.resize((image.width // 2, image.height // 2), 0)
+    )
     transforms._reduces_alike.cache_clear()
     try:
         image = noise(64, 32)
         assert halve(image).tobytes() == image.resize((32, 16), BOX).tobytes()
     finally:
         transforms._reduces_alike.cache_clear()
+
+
+def official_dhariwal(image: Image.Image, side: int) -> Image.Image:
+    """Guided diffusion's arithmetic, step by step."""
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), BOX)
+    ratio = side / min(image.size)
+    image = image.resize((round(image.width * ratio), round(image.height * ratio)), BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(16, 150), st.integers(16, 150), st.sampled_from((1, 2, 4)), st.sampled_from((8, 16, 32)))
+@example(125, 93, 4, 16)
+@example(93, 125, 4, 16)
+def test_what_is_cropped_off_is_not_computed_and_changes_nothing(
+    width: int, height: int, factor: int, side: int
+) -> None:
+    image = noise(factor * width, factor * height)
+    assert center_crop_dhariwal(image, (side, side)).tobytes() == official_dhariwal(image, side).tobytes()
 
 
 @pytest.mark.parametrize(("width", "height", "corner"), [(8, 5, (1, 0)), (4, 9, (0, 2)), (4, 4, (0, 0))])
