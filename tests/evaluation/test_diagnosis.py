@@ -64,7 +64,7 @@ def test_the_generator_that_is_its_teacher_is_no_worse_than_it(teacher, tmp_path
     assert not any("teacher's denoiser" in sentence for sentence in sentences(found))
 
 
-@pytest.mark.parametrize("method", ["cosim", "vsd"])
+@pytest.mark.parametrize("method", ["cosim", "vsd", pytest.param("dmd2", marks=pytest.mark.slow)])
 def test_a_run_has_gaps_and_another_teacher_is_refused(method, whole, teacher, tmp_path):
     run, folder = whole(method)
     gaps = diagnose(folder, protocol="digits", teacher=teacher, count=70).gaps

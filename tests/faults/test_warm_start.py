@@ -62,7 +62,7 @@ def test_it_begins_where_the_other_ended(first: Path, begin: Callable[..., Run],
 
 def test_another_methods_generator_and_its_second_time(first: Path, begin: Callable[..., Run]):
     average, _ = load_flow(first)
-    for method in ("cosim", "ctm", "scd"):
+    for method in ("cosim", "ctm", "dmd2", "scd"):
         run = begin(method, first)
         product = run.networks["generator"]
         assert same(product, average.state_dict())
@@ -71,6 +71,10 @@ def test_another_methods_generator_and_its_second_time(first: Path, begin: Calla
             assert same(run.networks["target"], product.state_dict())
         if method == "cosim":  # its auxiliary score reads two times
             assert run.notes[0].endswith("; the auxiliary score starts as the teacher.")
+        if method == "dmd2":  # its head is new
+            assert run.notes[0].endswith("and the auxiliary score as the one that was trained with it.")
+            assert not same(run.networks["auxiliary"], run.networks["teacher"].state_dict())
+            assert run.networks["auxiliary"].network.head is not None
 
 
 def test_a_method_without_a_teacher_needs_none(first: Path, begin: Callable[..., Run]):
