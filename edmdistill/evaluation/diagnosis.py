@@ -247,7 +247,8 @@ def _read_auxiliary(folder: Path, teacher: FlowNetwork) -> FlowNetwork | None:
     state = newest_whole_state(folder, write)
     if not (state / "auxiliary.safetensors").is_file():
         return None
-    weights = {name: w for name, w in raw_weights(state, "auxiliary").items() if not name.startswith(("logvar_", "head."))}
+    optional = "logvar_", "head."
+    weights = {name: w for name, w in raw_weights(state, "auxiliary").items() if not name.startswith(optional)}
     two_time = any(name.startswith("second_time.") for name in weights)
     auxiliary = (add_second_time if two_time else drop_second_time)(teacher)
     shapes = {name: w.shape for name, w in auxiliary.network.state_dict().items() if not name.startswith("logvar_")}
