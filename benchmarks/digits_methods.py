@@ -61,8 +61,6 @@ class Contestant(NamedTuple):
 CONTESTANTS = {
     "cosim": Contestant("cosim", "cosim/digits-quickstart", adapted=False),
     "sid": Contestant("sid", "sid/digits", adapted=False),
-    "sida": Contestant("sida", "sida/digits", adapted=False),
-    "dmd2": Contestant("dmd2", "dmd2/digits", adapted=False),
     "vsd": Contestant("vsd", "vsd/digits", adapted=False),
     "scd": Contestant("scd", "scd/digits", adapted=True),
     "scd-multistep": Contestant("scd", "scd/digits-multistep", adapted=True),
