@@ -23,6 +23,7 @@ from edmdistill.methods.base import Batch, Loss, Role, Turn
 from edmdistill.methods.noising import noised
 from edmdistill.methods.score_distillation import AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss, kl_generator_loss
+from edmdistill.methods.trajectories import TrajectorySteps, trajectory_loss
 from edmdistill.schedules import cosim_sigmas, start_first_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
@@ -56,8 +57,9 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
         Meta(ge=0, le=10, description="weight of t in the auxiliary score at first; 0 keeps the teacher's function"),
     ] = 0.0
     anchor_sigma: Annotated[
-        float, Meta(ge=0, description="jumps that start below this noise level learn the teacher's denoiser")
+        float, Meta(ge=0, description="jumps from below this noise level learn the teacher's denoiser, or trajectories")
     ] = 0.0
+    trajectory_steps: TrajectorySteps = 0
     auxiliary_turns: AuxiliaryTurns = 1
     force: Annotated[bool, Meta(description="allow coef below .5")] = False
 
@@ -105,7 +107,8 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         return cls.roles | {"auxiliary": auxiliary} | gan_roles(config)
 
     def generator_turns(self) -> tuple[Turn, ...]:
-        return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
+        turns = adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
+        return turns + (Turn("generator", self.trajectory_loss),) * bool(self.config.trajectory_steps)
 
     def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Returns g and t."""
@@ -131,7 +134,8 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 2, odd n: phi closes the gap between the two scores.  Source: eq. 15, first line."""
-        s, t, x_t, F, g, x_s, v = self.transition(batch, draws)
+        lowest = self.config.anchor_sigma if self.config.trajectory_steps else 0.0
+        s, t, x_t, F, g, x_s, v = self.transition(batch, draws, sigma_from=lowest)
         return self.pieces(self.score_loss, s, t, x_t, F, x_s, v, batch.labels)._replace(generated=g)
 
     def score_loss(
@@ -169,6 +173,13 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         below = jump.t < last
         size, moved = ((below * v.square().flatten(1).sum(1)).sum() for v in (F_aux - F_teacher, change))
         return {"sensitivity/auxiliary": (moved / size.clamp(min=1e-12)).sqrt()}
+
+    def trajectory_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Returns the loss of jumps to the end of the teacher's trajectories.  Differs: not in the paper, but DMD's."""
+        steps, share = self.config.trajectory_steps, self.config.share_to_max
+        return trajectory_loss(
+            self.generator, self.teacher, batch, draws, self.noise, steps=steps, share_to_max=share
+        )
 
     def transition(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Transition:
         """Draws (s, t), x_t and x_s: algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s.

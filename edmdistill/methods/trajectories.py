@@ -1,0 +1,57 @@
+"""Regression on the teacher's trajectories: a jump from any of their points learns their end.
+
+A trajectory of K steps costs K evaluations of the teacher and teaches K jumps, from all of its levels to the data.
+
+Source: Yin et al. 2024 (DMD), section 3.3, whose regression loss is on pairs of noise and image.  Differs: jumps start
+at every point, not at the noise alone; the error is squared in F, not LPIPS; pairs are made when they are needed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange
+from edmdistill.methods.solver import multistep_trajectory
+from edmdistill.schedules import edm_curve
+from edmdistill.trigflow import cos_sin, diffuse, sigma_to_time
+
+TrajectorySteps = Annotated[
+    int, Meta(ge=0, le=1000, description="steps of the teacher's trajectories whose end jumps learn; 0 = none")
+]
+
+
+def trajectory_loss(
+    generator: FlowFunction,
+    teacher: FlowFunction,
+    batch: Batch,
+    draws: Draws,
+    noise: NoiseRange,
+    *,
+    steps: int,
+    share_to_max: float,
+) -> Loss:
+    """Returns |F(x_t, t) - F_end|^2 at each point of a trajectory from x_t0 ~ p(x_t | x0), F_end leading to its end.
+
+    t0 is sigma_max's with probability share_to_max, else its r on EDM's curve is U[0, 1]; the points are at r, and at
+    r (1 - k / steps).
+
+    Returns: loss of [steps * B].
+    """
+    sigma_data, sigma_min, sigma_max = noise
+    r = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform())
+    fractions = 1 - torch.arange(steps, device=r.device)[:, None] / steps
+    times = sigma_to_time(edm_curve(fractions * r, sigma_min, sigma_max), sigma_data)
+    with torch.no_grad():
+        start = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), times[0])
+        points, end = multistep_trajectory(lambda x, t: teacher(x, t, batch.labels), start, times, sigma_data)
+    x_t, t = torch.cat(points), times.flatten()
+    labels = None if batch.labels is None else batch.labels.repeat(steps, 1)
+    cos, sin = cos_sin(t, x_t)
+    F_end = (cos * x_t - end.repeat(steps, 1, 1, 1)) / (sin * sigma_data)
+    error = (generator(x_t, t, labels) - F_end).square()
+    return Loss(error.flatten(1).sum(1), t, {"trajectory_error": error.detach().mean()})

@@ -1,0 +1,144 @@
+"""Trajectories against the sampler of the same order and a flow in closed form, and the regression on their points."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, NoiseRange
+from edmdistill.methods.cosim import CoSIM
+from edmdistill.methods.solver import multistep_trajectory
+from edmdistill.methods.trajectories import trajectory_loss
+from edmdistill.sampling.dpm_solver import dpm_solver_pp_2m
+from edmdistill.schedules import edm_curve
+from edmdistill.trigflow import cos_sin, denoised, diffuse, sigma_to_time
+
+SD, DIM = 0.5, 3
+NOISE = NoiseRange(SD, 0.002, 80.0)
+Make = Callable[..., Any]
+
+
+def data() -> tuple[Tensor, Tensor]:
+    """Mean and diagonal covariance of Gaussian data."""
+    return torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64), torch.tensor([0.1, 0.02, 0.3], dtype=torch.float64)
+
+
+@pytest.fixture
+def teacher(gaussian_flow: Make) -> Callable[..., Tensor]:
+    mean, variance = data()
+    return gaussian_flow(mean, variance.diag())
+
+
+def at(x: Tensor, sigma: Tensor, to: Tensor | float) -> Tensor:
+    """The trajectory's point at another noise level, in EDM's scale: it keeps its place in standard deviations."""
+    mean, variance = (part.reshape(1, -1, 1, 1) for part in data())
+    return mean + (x - mean) * ((variance + to**2) / (variance + sigma**2)).sqrt()
+
+
+def curve(steps: int, r: Tensor) -> Tensor:
+    return edm_curve((1 - torch.arange(steps)[:, None] / steps) * r, 0.002, 80.0)
+
+
+def solved(teacher: Callable[..., Tensor], steps: int) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """Noise levels [K,B] of rows that start at different ones, the start in EDM's scale, points and end."""
+    r = torch.tensor([1.0, 0.6, 0.3], dtype=torch.float64)
+    x0 = torch.randn(2, 3, DIM, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigmas = curve(steps, r)
+    times = sigma_to_time(sigmas, SD)
+    x_t = diffuse(0.3 * x0[0], SD * x0[1], times[0])
+    points, end = multistep_trajectory(teacher, x_t, times, SD)
+    return sigmas, x_t / cos_sin(times[0], x_t)[0], points, end
+
+
+def test_a_trajectory_is_dpm_solvers(teacher: Callable[..., Tensor]) -> None:
+    """Of each row, its end is that of the sampler at the row's levels."""
+
+    class Denoiser:
+        sigma_min, sigma_max = 0.002, 80.0
+
+        def round_sigma(self, sigma: Tensor) -> Tensor:
+            return sigma
+
+        def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+            t = sigma_to_time(sigma, SD).expand(len(x))
+            x_t = x * cos_sin(t, x)[0]
+            return denoised(x_t, teacher(x_t, t), t, SD)
+
+    sigmas, start, _, end = solved(teacher, 7)
+    for row in range(3):
+        levels = torch.cat([sigmas[:, row], sigmas.new_zeros(1)])
+        expected = dpm_solver_pp_2m(Denoiser(), start[row : row + 1] / levels[0], sigmas=levels)
+        torch.testing.assert_close(end[row : row + 1], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_points_and_end_converge_to_the_flow_at_second_order(teacher: Callable[..., Tensor]) -> None:
+    errors = []
+    for steps in (40, 80):
+        sigmas, start, points, _ = solved(teacher, steps)
+        half = sigmas[steps // 2].reshape(-1, 1, 1, 1)
+        exact = at(start, sigmas[0].reshape(-1, 1, 1, 1), half)
+        found = points[steps // 2]
+        errors.append((found / cos_sin(sigma_to_time(sigmas[steps // 2], SD), found)[0] - exact).abs().max().item())
+    assert 3.3 < errors[0] / errors[1] < 5, errors
+
+
+def test_of_one_step_the_target_is_the_teacher(tiny_networks: Make, tiny_batch: Make) -> None:
+    networks = tiny_networks(CoSIM)
+    options = {"steps": 1, "share_to_max": 0.5}
+    loss = trajectory_loss(networks["teacher"], networks["teacher"], tiny_batch(), Draws(0, 6), NOISE, **options)
+    assert loss.value.max() < 1e-18
+    other = trajectory_loss(networks["generator"], networks["teacher"], tiny_batch(), Draws(0, 6), NOISE, **options)
+    assert other.value.min() > 1e-6
+
+
+def test_the_flow_to_the_end_is_the_minimum(teacher: Callable[..., Tensor]) -> None:
+    """Of the flow's own map to the data, nothing is left but the solver's error; of the denoiser, much."""
+
+    def flow_map(x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        cos, sin = cos_sin(t, x_t)
+        end = at(x_t / cos, SD * sin / cos, 0.0)
+        return (cos * x_t - end) / (sin * SD)
+
+    batch = Batch(torch.zeros(64, DIM, 1, 1, dtype=torch.float64), None)
+    flow, denoiser = (
+        trajectory_loss(network, teacher, batch, Draws(1, 64), NOISE, steps=40, share_to_max=0.5)
+        for network in (flow_map, teacher)
+    )
+    assert flow.value.shape == (40 * 64,)
+    assert flow.value.mean() < 1e-3 * denoiser.value.mean()
+
+
+def test_a_trajectory_belongs_to_its_row(tiny_networks: Make, tiny_batch: Make) -> None:
+    """Whatever the micro-batches."""
+    networks, batch = tiny_networks(CoSIM), tiny_batch()
+
+    def loss(rows: slice) -> Tensor:
+        part = Batch(batch.x0[rows], batch.labels[rows])
+        value = trajectory_loss(
+            networks["generator"], networks["teacher"], part, Draws(0, 6, rows), NOISE, steps=4, share_to_max=0.5
+        ).value
+        return value.reshape(4, -1)
+
+    torch.testing.assert_close(torch.cat([loss(slice(0, 2)), loss(slice(2, 6))], 1), loss(slice(0, 6)))
+
+
+def test_cosims_other_jumps_then_start_above_the_anchor(tiny_networks: Make, tiny_batch: Make) -> None:
+    options: dict[str, Any] = {"order": "t", "share_to_max": 0.0, "anchor_sigma": 2.0, "trajectory_steps": 4}
+    method = CoSIM(CoSIM.Config(**options), tiny_networks(CoSIM), NOISE)
+    assert [turn.role for turn in method.turns()] == ["auxiliary", "generator", "generator"]
+    levels = [turn.loss(tiny_batch(), Draws(seed, 6)).t.min() for seed in range(20) for turn in method.turns()[2:]]
+    assert min(levels) < math.atan(2.0 / SD)
+    asked: list[Tensor] = []
+
+    def generator(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        asked.append(t)
+        return x_t
+
+    method.generator = generator
+    for seed in range(20):
+        method.turns()[1].loss(tiny_batch(), Draws(seed, 6))
+    assert torch.cat(asked).min() >= math.atan(2.0 / SD)
