@@ -60,12 +60,17 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
         float, Meta(ge=0, description="jumps from below this noise level learn the teacher's denoiser, or trajectories")
     ] = 0.0
     trajectory_steps: TrajectorySteps = 0
+    warmup_images: Annotated[
+        int, Meta(ge=0, description="images before the scores; the generator learns trajectories")
+    ] = 0
     auxiliary_turns: AuxiliaryTurns = 1
     force: Annotated[bool, Meta(description="allow coef below .5")] = False
 
     def __post_init__(self) -> None:
         if self.anchor_sigma and self.order != "t":
             raise ValueError('anchor_sigma divides the levels t, which order = "t" draws first: set both or neither')
+        if self.warmup_images and not self.trajectory_steps:
+            raise ValueError("until warmup_images the generator learns trajectories: set trajectory_steps too")
         if self.coef < 0.5 and not self.force:
             raise ValueError(
                 f"coef {self.coef} is below .5: the auxiliary score would overshoot its data; force = true allows it"
@@ -106,9 +111,13 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         auxiliary = cls.roles["auxiliary"]._replace(second_gain=config.t_gain)
         return cls.roles | {"auxiliary": auxiliary} | gan_roles(config)
 
+    def turns(self) -> tuple[Turn, ...]:
+        later = self.config.warmup_images
+        paper = tuple(turn._replace(begins=max(turn.begins, later)) for turn in super().turns())
+        return (*paper, Turn("generator", self.trajectory_loss)) if self.config.trajectory_steps else paper
+
     def generator_turns(self) -> tuple[Turn, ...]:
-        turns = adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
-        return turns + (Turn("generator", self.trajectory_loss),) * bool(self.config.trajectory_steps)
+        return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
 
     def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Returns g and t."""
@@ -177,9 +186,7 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
     def trajectory_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns the loss of jumps to the end of the teacher's trajectories.  Differs: not in the paper, but DMD's."""
         steps, share = self.config.trajectory_steps, self.config.share_to_max
-        return trajectory_loss(
-            self.generator, self.teacher, batch, draws, self.noise, steps=steps, share_to_max=share
-        )
+        return trajectory_loss(self.generator, self.teacher, batch, draws, self.noise, steps=steps, share_to_max=share)
 
     def transition(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Transition:
         """Draws (s, t), x_t and x_s: algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s.

@@ -12,7 +12,6 @@ from typing import Annotated
 
 import torch
 from msgspec import Meta
-from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange
