@@ -128,8 +128,9 @@ def test_a_trajectory_belongs_to_its_row(tiny_networks: Make, tiny_batch: Make) 
 
 def test_cosims_other_jumps_then_start_above_the_anchor(tiny_networks: Make, tiny_batch: Make) -> None:
     options: dict[str, Any] = {"order": "t", "share_to_max": 0.0, "anchor_sigma": 2.0, "trajectory_steps": 4}
-    method = CoSIM(CoSIM.Config(**options), tiny_networks(CoSIM), NOISE)
-    assert [turn.role for turn in method.turns()] == ["auxiliary", "generator", "generator"]
+    method = CoSIM(CoSIM.Config(**options, warmup_images=100), tiny_networks(CoSIM), NOISE)
+    turns = [(turn.role, turn.begins) for turn in method.turns()]
+    assert turns == [("auxiliary", 100), ("generator", 100), ("generator", 0)]
     levels = [turn.loss(tiny_batch(), Draws(seed, 6)).t.min() for seed in range(20) for turn in method.turns()[2:]]
     assert min(levels) < math.atan(2.0 / SD)
     asked: list[Tensor] = []
@@ -142,3 +143,8 @@ def test_cosims_other_jumps_then_start_above_the_anchor(tiny_networks: Make, tin
     for seed in range(20):
         method.turns()[1].loss(tiny_batch(), Draws(seed, 6))
     assert torch.cat(asked).min() >= math.atan(2.0 / SD)
+
+
+def test_a_warmup_without_trajectories_is_refused() -> None:
+    with pytest.raises(ValueError, match="set trajectory_steps too"):
+        CoSIM.Config(warmup_images=100)
