@@ -23,7 +23,7 @@ from edmdistill.methods.base import Batch, Loss, Role, Turn
 from edmdistill.methods.noising import noised
 from edmdistill.methods.score_distillation import AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss, kl_generator_loss
-from edmdistill.methods.trajectories import TrajectorySteps, trajectory_loss
+from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryWeight, WarmupImages, trajectory_loss
 from edmdistill.schedules import cosim_sigmas, start_first_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
@@ -31,7 +31,7 @@ from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     """Options; the defaults are the paper's.
 
-    gradient = "kl", order = "t" and anchor_sigma are not in the paper: docs/cosim.md says what they are for.
+    gradient = "kl", order = "t", anchor_sigma and the trajectories are not in the paper: docs/cosim.md says what for.
 
     Differs: the paper requires lambda >= 0 in coef = alpha (1 + lambda), but trains alpha 1.2 with coef 1; its
     eq. 12 defines another lambda, 2 coef - 1. The losses depend on alpha and coef only, so these are the options."""
@@ -60,9 +60,8 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
         float, Meta(ge=0, description="jumps from below this noise level learn the teacher's denoiser, or trajectories")
     ] = 0.0
     trajectory_steps: TrajectorySteps = 0
-    warmup_images: Annotated[
-        int, Meta(ge=0, description="images before the scores; the generator learns trajectories")
-    ] = 0
+    trajectory_weight: TrajectoryWeight = 0.5
+    warmup_images: WarmupImages = 0
     auxiliary_turns: AuxiliaryTurns = 1
     force: Annotated[bool, Meta(description="allow coef below .5")] = False
 
@@ -112,9 +111,8 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         return cls.roles | {"auxiliary": auxiliary} | gan_roles(config)
 
     def turns(self) -> tuple[Turn, ...]:
-        later = self.config.warmup_images
-        paper = tuple(turn._replace(begins=max(turn.begins, later)) for turn in super().turns())
-        return (*paper, Turn("generator", self.trajectory_loss)) if self.config.trajectory_steps else paper
+        begins = {"auxiliary": self.config.warmup_images}
+        return tuple(turn._replace(begins=begins.get(turn.role, turn.begins)) for turn in super().turns())
 
     def generator_turns(self) -> tuple[Turn, ...]:
         return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
@@ -126,6 +124,8 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
 
     def notes(self) -> tuple[str, ...]:
         """Returns eq. 38: at psi's optimum the generator's loss is (2 coef - alpha) / (4 coef^2) Fisher divergence."""
+        if self.config.gradient == "kl":
+            return ()
         alpha, coef, beta = self.config.alpha, self.config.coef, self.config.beta
         factor = (2 * coef - alpha) / (4 * coef**2)
         derived = f"beta {beta:.3g}, lambda {coef / alpha - 1:.3g} (eq. 15) or {2 * coef - 1:.3g} (eq. 12)"
@@ -143,8 +143,20 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 2, odd n: phi closes the gap between the two scores.  Source: eq. 15, first line."""
-        lowest = self.config.anchor_sigma if self.config.trajectory_steps else 0.0
-        s, t, x_t, F, g, x_s, v = self.transition(batch, draws, sigma_from=lowest)
+        config = self.config
+        if not config.trajectory_steps:
+            return self.gap_loss(batch, draws)
+        options = {"steps": config.trajectory_steps, "share_to_max": config.share_to_max}
+        trajectories = trajectory_loss(self.generator, self.teacher, batch, draws, self.noise, **options)
+        if batch.images < config.warmup_images:
+            return trajectories
+        loss = self.gap_loss(batch, draws, config.anchor_sigma)
+        value = loss.value + config.trajectory_weight * trajectories.value
+        return loss._replace(value=value, signals=loss.signals | trajectories.signals)
+
+    def gap_loss(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Loss:
+        """Returns eq. 15, first line, of jumps from sigma_from up, where t comes first."""
+        s, t, x_t, F, g, x_s, v = self.transition(batch, draws, sigma_from)
         return self.pieces(self.score_loss, s, t, x_t, F, x_s, v, batch.labels)._replace(generated=g)
 
     def score_loss(
@@ -182,11 +194,6 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         below = jump.t < last
         size, moved = ((below * v.square().flatten(1).sum(1)).sum() for v in (F_aux - F_teacher, change))
         return {"sensitivity/auxiliary": (moved / size.clamp(min=1e-12)).sqrt()}
-
-    def trajectory_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Returns the loss of jumps to the end of the teacher's trajectories.  Differs: not in the paper, but DMD's."""
-        steps, share = self.config.trajectory_steps, self.config.share_to_max
-        return trajectory_loss(self.generator, self.teacher, batch, draws, self.noise, steps=steps, share_to_max=share)
 
     def transition(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Transition:
         """Draws (s, t), x_t and x_s: algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s.

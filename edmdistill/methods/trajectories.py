@@ -22,6 +22,8 @@ from edmdistill.trigflow import cos_sin, diffuse, sigma_to_time
 TrajectorySteps = Annotated[
     int, Meta(ge=0, le=1000, description="steps of the teacher's trajectories whose end jumps learn; 0 = none")
 ]
+TrajectoryWeight = Annotated[float, Meta(gt=0, description="weight of trajectories beside the method's own loss")]
+WarmupImages = Annotated[int, Meta(ge=0, description="images in which trajectories alone are learned")]
 
 
 def trajectory_loss(
@@ -34,12 +36,10 @@ def trajectory_loss(
     steps: int,
     share_to_max: float,
 ) -> Loss:
-    """Returns |F(x_t, t) - F_end|^2 at each point of a trajectory from x_t0 ~ p(x_t | x0), F_end leading to its end.
+    """Returns the mean of |F(x_t, t) - F_end|^2 over the points of trajectories, where F_end leads to their end.  [B]
 
-    t0 is sigma_max's with probability share_to_max, else its r on EDM's curve is U[0, 1]; the points are at r, and at
-    r (1 - k / steps).
-
-    Returns: loss of [steps * B].
+    A trajectory starts from x_t ~ p(x_t | x0), at r = 1 of EDM's curve with probability share_to_max, else at
+    r ~ U[0, 1]. Its points are at r (1 - k / steps), k = 0 ... steps - 1.
     """
     sigma_data, sigma_min, sigma_max = noise
     r = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform())
@@ -53,4 +53,5 @@ def trajectory_loss(
     cos, sin = cos_sin(t, x_t)
     F_end = (cos * x_t - end.repeat(steps, 1, 1, 1)) / (sin * sigma_data)
     error = (generator(x_t, t, labels) - F_end).square()
-    return Loss(error.flatten(1).sum(1), t, {"trajectory_error": error.detach().mean()})
+    value = error.flatten(1).sum(1).reshape(steps, -1).mean(0)
+    return Loss(value, times[0], {"trajectory_error": error.detach().mean()})

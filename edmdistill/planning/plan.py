@@ -195,7 +195,7 @@ def make_plan(measured: Measurement, machine: Machine = Machine(), processes: in
     method, networks, passes = measured.recipe.method_class, measured.networks, measured.passes
     sizes = {role: _bytes(network.state_dict().values()) for role, network in networks.items()}
     trained = {role: turn.trained for role, turn in passes.items()}
-    states = state_bytes(measured.recipe.training)
+    states = {role: state_bytes(measured.recipe.training.of(role)) for role in trained}
     averages = len(profiles(measured.recipe.ema)) * sizes[method.product]
     if measured.offloaded:
         sizes |= {name: 0 for name, role in measured.recipe.roles.items() if role.frozen}
@@ -208,7 +208,7 @@ def make_plan(measured: Measurement, machine: Machine = Machine(), processes: in
         averages=0 if "ema" in machine.offload else averages // shares[method.product],
         optimizer=0
         if "optimizer" in machine.offload
-        else sum(states * size // 4 // shares[role] for role, size in trained.items()),
+        else sum(states[role] * size // 4 // shares[role] for role, size in trained.items()),
         buckets=sum(trained.values()) if replicated else 0,
         gathered=max(map(_gathered, flows.values())) if machine.shard else 0,
         gradients={role: size // shares[role] for role, size in trained.items()},

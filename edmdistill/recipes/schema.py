@@ -55,6 +55,8 @@ class TrainingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     decay_share: Annotated[float, Meta(gt=0, le=1)] = 0.5
     decay_images: PositiveCount | None = None
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    betas_by_role: dict[str, tuple[BelowOne, BelowOne]] = {}
+    """Betas of single roles, in place of `betas`: auxiliary = [0.0, 0.99]."""
     eps: Positive = 1e-8
     grad_clip: Positive | None = None
     """Largest norm of a role's whole gradient. Default: no clipping."""
@@ -81,6 +83,10 @@ class TrainingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise ValueError("dropout_max_resolution limits dropout: set dropout too")
         if self.images < self.batch:
             raise ValueError(f"images = {self.images} is less than one batch of {self.batch}")
+
+    def of(self, role: str) -> TrainingTable:
+        """Returns the table with the betas of a role."""
+        return replace(self, betas=self.betas_by_role.get(role, self.betas))
 
 
 class EmaTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -279,17 +285,18 @@ def table(tables: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
 
 
 def _check_roles(recipe: Recipe, source: str) -> None:
-    """Raises: RecipeError: a network that the method has no use for, or lacks; a learning rate of no trained role."""
+    """Raises: RecipeError: a network that the method has no use for, or lacks; rates or betas of no trained role."""
     name, roles = recipe.method_name, recipe.roles
     if recipe.network is not None and any(role.frozen for role in roles.values()):
         raise RecipeError(f"{source}: {name} takes its network from the teacher: remove the table [network]")
     if recipe.network is None and recipe.method_class.product == "teacher":
         raise RecipeError(f"{source}: {name} has no teacher: add the table [network]")
     trained = [role_name for role_name, role in roles.items() if role.trained]
-    for role_name in recipe.training.lr_by_role:
-        if role_name not in trained:
-            hint = did_you_mean(role_name, trained)
-            raise RecipeError(f"{source}: training.lr_by_role: no trained role {role_name!r}; {hint}")
+    for key in ("lr_by_role", "betas_by_role"):
+        for role_name in getattr(recipe.training, key):
+            if role_name not in trained:
+                hint = did_you_mean(role_name, trained)
+                raise RecipeError(f"{source}: training.{key}: no trained role {role_name!r}; {hint}")
 
 
 def _typed(values: dict[str, Any], type_: type[Struct], source: str, name: str) -> Struct:

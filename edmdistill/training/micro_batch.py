@@ -92,9 +92,10 @@ def _try_turns(run: Run, size: int) -> None:
 
 def _reserve_memory(run: Run) -> torch.Tensor:
     """Allocates what the optimizers have not allocated yet, and the headroom."""
-    size, each = 0.0, state_bytes(run.recipe.training)
+    size = 0.0
     for role, optimizer in run.optimizers.items():
         if not optimizer.state and "optimizer" not in run.engine.machine.offload:
+            each = state_bytes(run.recipe.training.of(role))
             size += sum(each * local_shard(parameter).numel() for parameter in run.trainable[role].values())
     if is_gpu(run.engine.device):
         size += HEADROOM * torch.cuda.get_device_properties(run.engine.device).total_memory

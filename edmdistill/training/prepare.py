@@ -165,7 +165,7 @@ def assemble(recipe: Recipe, sources: Sources, networks: dict[str, nn.Module], m
         role_modules=role_modules,
         trainable=trainable,
         optimizers={
-            role: make_optimizer(parameters.values(), recipe.training, "optimizer" in machine.offload)
+            role: make_optimizer(parameters.values(), recipe.training.of(role), "optimizer" in machine.offload)
             for role, parameters in trainable.items()
         },
         scales={role: LossScale() for role in trained} if recipe.training.precision == "fp16" else {},

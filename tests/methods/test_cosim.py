@@ -474,4 +474,5 @@ def test_coef_below_a_half_needs_force() -> None:
 def test_notes(tiny_networks: Make, noise: NoiseRange, alpha: float, coef: float, derived: str, warned: bool) -> None:
     notes = CoSIM(CoSIMConfig(alpha=alpha, coef=coef), tiny_networks(CoSIM), noise).notes()
     assert notes[0] == f"alpha {alpha:g} and coef {coef:g} give {derived}"
+    assert CoSIM(CoSIMConfig(alpha=alpha, coef=coef, gradient="kl"), tiny_networks(CoSIM), noise).notes() == ()
     assert [("diverge" in note and "raise coef" in note) for note in notes[1:]] == [True] * warned

@@ -108,7 +108,6 @@ def test_the_flow_to_the_end_is_the_minimum(teacher: Callable[..., Tensor]) -> N
         trajectory_loss(network, teacher, batch, Draws(1, 64), NOISE, steps=40, share_to_max=0.5)
         for network in (flow_map, teacher)
     )
-    assert flow.value.shape == (40 * 64,)
     assert flow.value.mean() < 1e-3 * denoiser.value.mean()
 
 
@@ -118,31 +117,45 @@ def test_a_trajectory_belongs_to_its_row(tiny_networks: Make, tiny_batch: Make) 
 
     def loss(rows: slice) -> Tensor:
         part = Batch(batch.x0[rows], batch.labels[rows])
-        value = trajectory_loss(
-            networks["generator"], networks["teacher"], part, Draws(0, 6, rows), NOISE, steps=4, share_to_max=0.5
-        ).value
-        return value.reshape(4, -1)
+        draws = Draws(0, 6, rows)
+        options = {"steps": 4, "share_to_max": 0.5}
+        return trajectory_loss(networks["generator"], networks["teacher"], part, draws, NOISE, **options).value
 
-    torch.testing.assert_close(torch.cat([loss(slice(0, 2)), loss(slice(2, 6))], 1), loss(slice(0, 6)))
+    torch.testing.assert_close(torch.cat([loss(slice(0, 2)), loss(slice(2, 6))]), loss(slice(0, 6)))
+
+
+OPTIONS: dict[str, Any] = {"order": "t", "share_to_max": 0.0, "anchor_sigma": 2.0, "gradient": "kl"}
 
 
 def test_cosims_other_jumps_then_start_above_the_anchor(tiny_networks: Make, tiny_batch: Make) -> None:
-    options: dict[str, Any] = {"order": "t", "share_to_max": 0.0, "anchor_sigma": 2.0, "trajectory_steps": 4}
-    method = CoSIM(CoSIM.Config(**options, warmup_images=100), tiny_networks(CoSIM), NOISE)
-    turns = [(turn.role, turn.begins) for turn in method.turns()]
-    assert turns == [("auxiliary", 100), ("generator", 100), ("generator", 0)]
-    levels = [turn.loss(tiny_batch(), Draws(seed, 6)).t.min() for seed in range(20) for turn in method.turns()[2:]]
-    assert min(levels) < math.atan(2.0 / SD)
-    asked: list[Tensor] = []
+    networks, asked = tiny_networks(CoSIM), []
+    generator = networks["generator"]
 
-    def generator(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def asking(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         asked.append(t)
-        return x_t
+        return generator(x_t, t, labels)
 
-    method.generator = generator
+    method = CoSIM(CoSIM.Config(**OPTIONS, trajectory_steps=4), {**networks, "generator": asking}, NOISE)
     for seed in range(20):
-        method.turns()[1].loss(tiny_batch(), Draws(seed, 6))
-    assert torch.cat(asked).min() >= math.atan(2.0 / SD)
+        method.generator_loss(tiny_batch(), Draws(seed, 6))
+    points, starts = torch.cat(asked[::2]), torch.cat(asked[1::2])
+    assert len(points) == 4 * len(starts)
+    assert points.min() < math.atan(2.0 / SD) <= starts.min()
+
+
+def test_until_the_warmup_ends_cosim_learns_trajectories_alone(tiny_networks: Make, tiny_batch: Make) -> None:
+    """Then their loss is added to that of the scores, by its weight."""
+    networks = tiny_networks(CoSIM)
+
+    def loss(images: int, **options: Any) -> Tensor:
+        method = CoSIM(CoSIM.Config(**OPTIONS, **options), networks, NOISE)
+        return method.generator_loss(tiny_batch()._replace(images=images), Draws(1, 6)).value
+
+    options: dict[str, Any] = {"trajectory_steps": 4, "warmup_images": 100}
+    one, two = (loss(100, **options, trajectory_weight=weight) for weight in (1.0, 2.0))
+    torch.testing.assert_close(two - one, loss(99, **options))
+    turns = CoSIM(CoSIM.Config(**OPTIONS, **options), networks, NOISE).turns()
+    assert [(turn.role, turn.begins) for turn in turns] == [("auxiliary", 100), ("generator", 0)]
 
 
 def test_a_warmup_without_trajectories_is_refused() -> None:
