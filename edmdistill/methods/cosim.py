@@ -146,8 +146,9 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         config = self.config
         if not config.trajectory_steps:
             return self.gap_loss(batch, draws)
-        options = {"steps": config.trajectory_steps, "share_to_max": config.share_to_max}
-        trajectories = trajectory_loss(self.generator, self.teacher, batch, draws, self.noise, **options)
+        steps, share = config.trajectory_steps, config.share_to_max
+        networks = self.generator, self.teacher
+        trajectories = trajectory_loss(*networks, batch, draws, self.noise, steps=steps, share_to_max=share)
         if batch.images < config.warmup_images:
             return trajectories
         loss = self.gap_loss(batch, draws, config.anchor_sigma)
