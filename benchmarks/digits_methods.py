@@ -107,9 +107,11 @@ class Spent(NamedTuple):
 def spent_by(log: Path, *arguments: object) -> Spent:
     """Runs `edmdistill ARGUMENTS` on one thread; what it says goes to a file."""
     words = list(map(str, arguments))
+    # A cache of its own, because two evaluations at a time refuse to measure one reference in the same folder.
+    own = {"OMP_NUM_THREADS": "1", "EDMDISTILL_CACHE": str(log.parent / "cache" / log.stem)}
     with log.open("a") as file:
         command = [sys.executable, "-m", "edmdistill", *words]
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

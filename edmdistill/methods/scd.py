@@ -2,6 +2,9 @@
 
 Lu & Song 2025 (ICLR), algorithm 1, whose trajectory is the teacher's; optionally with variational score distillation
 of a single step, L_CM(theta) + vsd L_VSD(theta, psi) (sCD + VSD, section 5.2).
+
+rCM (Zheng et al. 2025) has the same two parts. Differs: its losses are not weighted over t, its score sees images of
+one to four steps, and only after the tangent's warm-up; docs/methods.md compares the two.
 """
 
 from __future__ import annotations
