@@ -17,7 +17,7 @@ from torch import Tensor
 from edmdistill.checkpoints.load import load_flow, read_teacher
 from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import open_source
-from edmdistill.data.datasets import Dataset
+from edmdistill.data.datasets import Dataset, indices
 from edmdistill.data.fit import require_fit
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError, DatasetError
@@ -37,7 +37,7 @@ JUMP_SIGMAS = (80.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.17, 0.08)
 GAP_SIGMAS = (0.03, 0.1, 0.3, 1.0)
 """Noise levels s at which the two scores are compared, of jumps from the levels t above them."""
 COUNT = 3000
-"""Number of jumps from each level: the first images of the data, again with other noise if they are fewer."""
+"""Number of jumps from each level: images of the data in random order, again with other noise if they are fewer."""
 WEAKER = 1.25
 """A jump is called weak if its distance is so many times that of the teacher's denoiser."""
 DEAF = 0.15
@@ -176,7 +176,7 @@ def jump_distances(
 
     Args:
         flow: a generator or a denoiser; of two times, its jumps end at 0.
-        count: number of jumps; more than there are images: again from the first, with other noise.
+        count: number of jumps; more than there are images: each again, with other noise.
     """
     real, generated = RunningStatistics(), [RunningStatistics() for _ in sigmas]
     for rows in batches(range(len(data)), batch):
@@ -229,10 +229,13 @@ def score_gaps(
 
 
 def _images(flow: FlowNetwork, data: Dataset, count: int, batch: int) -> Iterator[tuple[Tensor, Tensor | None, Draws]]:
-    """Yields `count` images and labels on the network's device, with random numbers that depend on their place."""
+    """Yields `count` images and labels on the network's device, with random numbers that depend on their place.
+
+    They are shuffled, because images are often sorted by class.
+    """
     device = next(flow.parameters()).device
     for rows in batches(range(count), batch):
-        x0, labels = data.tensors([row % len(data) for row in rows])
+        x0, labels = data.tensors(indices(0, rows.start, len(rows), len(data)))
         draws = Draws([0, rows.start], len(x0), device=device)
         yield x0.to(device), None if labels is None else labels.to(device), draws
 

@@ -8,7 +8,16 @@ from tiny_generator import tiny_generator
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import CheckpointError
-from edmdistill.evaluation.diagnosis import Diagnosis, Gap, SingleJump, diagnose, jump_distances, score_gaps, sentences
+from edmdistill.evaluation.diagnosis import (
+    Diagnosis,
+    Gap,
+    SingleJump,
+    _images,
+    diagnose,
+    jump_distances,
+    score_gaps,
+    sentences,
+)
 from edmdistill.features.spaces import Pixels
 from edmdistill.networks.surgery.two_time import add_second_time
 
@@ -38,6 +47,13 @@ def test_a_jump_that_keeps_the_image_has_no_distance_and_a_fainter_one_has():
     size = float(data.tensors(range(len(data)))[0].square().sum((1, 2, 3)).mean())
     # Cutting to 8 bits darkens by half a step, which is more of the smaller one.
     assert distances[1:] == pytest.approx([0.01 * size, 0.04 * size], rel=0.06)
+
+
+def test_images_that_are_sorted_by_class_are_drawn_from_all_classes(teacher):
+    data = open_dataset("tiles", split="test")
+    labels = torch.cat([one for _, one, _ in _images(load_checkpoint(teacher)[0], data, 90, 50)])
+    assert len(labels) == 90
+    assert all(5 <= count <= 30 for count in labels.sum(0).tolist())
 
 
 def test_a_teacher_against_itself_has_no_gap_and_one_that_reads_t_is_sensitive_to_it(teacher):
