@@ -1,9 +1,10 @@
 """What `edmdistill plan` says against what a round takes: CoSIM with random weights.
 
-    python benchmarks/plan_memory.py [--networks edm2-img512-s ...] [--batch 4] [--checkpoint-activations]
+    python benchmarks/plan_memory.py [--networks edm2-img512-s ...] [--batch 4] [--micro-batch 4]
+        [--checkpoint-activations] [--loss-pieces 4] [--offload ema teacher optimizer]
 
-On a GPU the peak is torch.cuda.max_memory_allocated, on a CPU what the profiler sees come and go. On a CPU the
-networks are thinned out to a quarter of their channels.
+On a GPU the peak is torch.cuda.max_memory_allocated, on a CPU what the profiler sees come and go; there, nothing can be
+offloaded, and networks are thinned out to a quarter of their channels.
 """
 
 import argparse
@@ -73,17 +74,28 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["edm2-img512-s", "adm-imagenet64", "ddpmpp-cifar10"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--checkpoint-activations", action="store_true")
+    parser.add_argument("--loss-pieces", type=int, default=1)
+    parser.add_argument("--offload", nargs="+", default=[], choices=["ema", "teacher", "optimizer"])
     options = parser.parse_args()
     thin = not torch.cuda.is_available()
+    if thin and options.offload:
+        parser.error("--offload needs a GPU: on a CPU, all is in the host's memory")
     training = {"images": 2 * options.batch, "batch": options.batch, "lr": 1e-5, "log_every": 10**9}
     tables = {
         "method": {"name": "cosim"},
-        "training": training | {"snapshot_every": 10**9, "precision": options.precision},
+        "training": training | {"snapshot_every": 10**9, "precision": options.precision, "betas": [0.0, 0.99]},
         "ema": {"half_life_images": 500_000},
     }
     recipe = Recipe.from_json(json.dumps(tables).encode())
-    machine = Machine(checkpointing=options.checkpoint_activations)
+    rows = min(options.micro_batch or options.batch, options.batch)
+    machine = Machine(
+        micro_batch=rows,
+        offload=tuple(options.offload),
+        checkpointing=options.checkpoint_activations,
+        loss_pieces=options.loss_pieces,
+    )
     print("network             plan GB  measured GB   ratio")
     for name in options.networks:
         kind, (resolution, channels, classes), arguments = PUBLISHED[name]
@@ -91,7 +103,7 @@ def main() -> None:
             arguments = arguments | {"model_channels": max(32, arguments.get("model_channels", 128) // 4)}
         torch.manual_seed(0)
         flow = FlowNetwork(new_network(kind, resolution, channels, classes, **arguments), EDM())
-        planned = make_plan(measure(recipe, flow, machine), machine).peak(options.batch, accumulates=False)
+        planned = make_plan(measure(recipe, flow, machine), machine).peak(rows, accumulates=rows < options.batch)
         with tempfile.TemporaryDirectory() as scratch:
             encoder = ENCODER | {"scale": [0.12] * channels, "bias": [0.0] * channels}
             provenance = Provenance(source="random weights")
