@@ -1,7 +1,7 @@
 """Training on the emulated device, beside the same on the CPU, in a process of its own.
 
 rounds.py '[[teacher, recipe, machine, rounds], ...]' prints what `compare` returns of each; the machine is a table of
-Machine's.
+Machine's. Of [teacher, recipe, capacity], it is what `compare_auto` returns.
 """
 
 import gc
@@ -16,6 +16,7 @@ from shared_probes import share_probes
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
+from edmdistill.training.micro_batch import settle_micro_batch
 from edmdistill.training.prepare import prepare
 from edmdistill.training.run import Run
 
@@ -60,7 +61,17 @@ def compare(teacher: str | None, recipe: dict[str, Any], machine: dict[str, Any]
     return {"waits": waits, "kernels": kernels, "copied": copied, "peak": peak, "distance": distance, "turns": turns}
 
 
+def compare_auto(teacher: str, recipe: dict[str, Any], capacity: int) -> dict[str, Any]:
+    """Lets a device of so many bytes find its micro-batch, and trains a round by it."""
+    with emulated(capacity) as log:
+        run = start(teacher, recipe, DEVICE, {"micro_batch": "auto"})
+        size = settle_micro_batch(run)
+        next(rounds(run))
+        return {"size": size, "peak": log.peak}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     share_probes()
-    print(json.dumps([compare(*case) for case in json.loads(sys.argv[1])]))
+    cases = json.loads(sys.argv[1])
+    print(json.dumps([compare(*case) if len(case) == 4 else compare_auto(*case) for case in cases]))

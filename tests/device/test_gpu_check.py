@@ -42,7 +42,7 @@ def test_the_list_names_every_part(gpu_check: ModuleType, capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(gpu_check.PARTS)
     assert all(len(line.split()) > 5 for line in lines)
-    assert sum(part.limit for part in gpu_check.PARTS.values()) <= 12 * 60  # each far above what it is expected to take
+    assert sum(part.limit for part in gpu_check.PARTS.values()) <= 8 * 60
 
 
 def test_no_part_stops_the_next(gpu_check: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from forks import Forked
+from toy_runs import source_of
 
 from edmdistill.methods import METHODS
 
@@ -23,7 +24,7 @@ def compare(teacher: Path, recipe: Any) -> Any:
     def run(*cases: tuple[str, dict[str, Any], dict[str, Any]], rounds: int = 1) -> list[dict[str, Any]]:
         asked = [
             (
-                None if method == "diffusion" else str(teacher),
+                source_of(method, teacher) and str(source_of(method, teacher)),
                 json.loads(recipe(method, images=8 * (rounds + 1), **training).to_json()),
                 machine,
                 rounds,
@@ -68,7 +69,7 @@ def test_every_method_waits_once_a_turn(method: str, compare: Any) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method", ["ctm", "scd", "sid"])
 def test_half_precision_waits_no_more(method: str, precision: str, compare: Any) -> None:
-    (found,) = compare((method, {"precision": precision}, {}), rounds=8 if precision == "fp16" else 2)
+    (found,) = compare((method, {"precision": precision}, {}), rounds=20 if precision == "fp16" else 2)
     assert by_cause(found) == {MEASURES: found["turns"]}
     assert found["distance"] < 0.05
 
@@ -98,3 +99,16 @@ def test_options_wait_as_often_as_they_say(name: str, compare: Any) -> None:
     (found,) = compare(("cosim", training, machine), rounds=2)
     assert by_cause(found) == {MEASURES: found["turns"]} | waits
     assert found["distance"] < ROUNDED
+
+
+@pytest.mark.slow
+def test_the_micro_batch_is_the_largest_that_fits(teacher: Path, recipe: Any) -> None:
+    """On devices of fewer and fewer bytes."""
+    tables = json.loads(recipe("cosim").to_json())
+    capacities = [4_000_000, 2_000_000, 1_500_000]
+    status, said = Forked(SCRIPT, json.dumps([[str(teacher), tables, capacity] for capacity in capacities])).finish()
+    assert status == 0, said
+    found = json.loads(said.splitlines()[-1])
+    sizes = [case["size"] for case in found]
+    assert sizes[0] == 8 > sizes[1] > sizes[2]
+    assert all(case["peak"] <= capacity for case, capacity in zip(found, capacities, strict=True))
