@@ -295,7 +295,7 @@ def golden(setting: Setting) -> Iterator[Line]:
 def methods(setting: Setting) -> Iterator[Line]:
     """Rounds of every method on the digits, where only the measures of a turn may wait; the first loss is the CPU's.
 
-    In fp16, it is near that in fp32.
+    In fp16, that of the first turn is near fp32's.
     """
     from edmdistill.methods import METHODS
     from edmdistill.training.loop import rounds
@@ -320,7 +320,8 @@ def methods(setting: Setting) -> Iterator[Line]:
                 line["seconds a round"] = (clock(setting) - start) / number
                 first = first or next(rounds(digits_run(setting, method, number, device="cpu")))
                 losses = [name for name in first if name.startswith("loss/") and name.count("/") == 1]
-                pairs = [(measured[0][name], first[name]) for name in losses]
+                compared = losses if precision == "fp32" else losses[:1]  # its first step may overflow, and be left out
+                pairs = [(measured[0][name], first[name]) for name in compared]
                 line["error"] = max(abs(found - expected) / (abs(expected) + 1e-3) for found, expected in pairs)
                 finite = all(abs(row[name]) < 1e30 for row in measured for name in losses)
                 yield line | {"ok": finite and not line["waits"] and line["error"] < limit}
@@ -500,6 +501,7 @@ def levers(setting: Setting) -> Iterator[Line]:
         return act
 
     def compiled(flow: Any) -> None:
+        torch._dynamo.config.recompile_limit = 64  # all blocks are calls of one function, which is compiled for each
         for block in flow.network.blocks():
             block.compile(dynamic=False)
 
