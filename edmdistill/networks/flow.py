@@ -160,7 +160,9 @@ class FlowNetwork(nn.Module):
             raise ValueError("the network takes no guidance weight, but one was given: add it with add_guidance")
         x_t = x_t.to(self.dtype)
         t = self.clamp(t, x_t)
-        a, b, c, c_noise = self.preconditioning.trigflow(t)
+        *coefficients, c_noise = self.preconditioning.trigflow(t)
+        # In the images' dtype: in that of time, float64, they would widen the images.
+        a, b, c = (number if isinstance(number, float) else number.to(self.dtype) for number in coefficients)
         c_noise_second = None
         if second is not None:
             c_noise_second = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
@@ -169,8 +171,8 @@ class FlowNetwork(nn.Module):
         if logits == "alone":
             judged: Tensor = self.network((c * x_t).to(self.compute_dtype or self.dtype), condition)
             return judged
-        raw, *more = self.raw((c * x_t).to(self.dtype), condition)
-        F = (a * x_t + b * raw).to(self.dtype)
+        raw, *more = self.raw(c * x_t, condition)
+        F = b * raw if isinstance(a, float) and a == 0 else a * x_t + b * raw
         return (F, *more) if more else F
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
