@@ -1,7 +1,7 @@
 """Bundles a module into one file that does not need this package: its definitions, and all that they use.
 
 For programs that load code from single files. The text of a definition stays as it is, except for checks of arguments:
-those in an exported folder have been checked, so it does not need msgspec.
+those in an exported folder have been checked, so it does not need msgspec; and for branches that run a Triton kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 PACKAGE = __name__.partition(".")[0]
 CHECK = "check_arguments"
 """The function whose calls are dropped."""
+BRANCH = "uses_triton"
+"""The function of the conditions whose branches are dropped."""
 RANGE = "Meta"
 """The name that gives annotations their ranges, which are dropped too."""
 
@@ -47,8 +49,8 @@ class ModuleSource:
                 constant = isinstance(node, ast.Assign | ast.AnnAssign)
                 last = after if after is not None and constant and _is_string(after) else node
                 first = min([node.lineno, *(mark.lineno for mark in getattr(node, "decorator_list", []))])
-                checks = {line for call in ast.walk(node) if _is_check(call) for line in _lines(call)}
-                kept = [i for i in range(first, (last.end_lineno or first) + 1) if i not in checks]
+                dropped = {line for call in ast.walk(node) if _is_dropped(call) for line in _lines(call)}
+                kept = [i for i in range(first, (last.end_lineno or first) + 1) if i not in dropped]
                 self.definitions[name] = "\n".join(lines[i - 1] for i in kept), node
 
     def _imported(self, node: ast.Import | ast.ImportFrom) -> None:
@@ -71,10 +73,12 @@ def _name(node: ast.stmt) -> str | None:
     return None
 
 
-def _is_check(node: ast.AST) -> bool:
+def _is_dropped(node: ast.AST) -> bool:
     match node:
         case ast.Expr(value=ast.Call(func=ast.Name(id=name))):
             return name == CHECK
+        case ast.If(test=condition):
+            return any(isinstance(part, ast.Name) and part.id == BRANCH for part in ast.walk(condition))
     return False
 
 
@@ -88,7 +92,7 @@ def _used(node: ast.AST, annotates: bool = False) -> Iterator[tuple[str, bool]]:
         yield node.id, annotates
     for field, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and not _is_check(child):
+            if isinstance(child, ast.AST) and not _is_dropped(child):
                 yield from _used(child, annotates or field in ("annotation", "returns"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from edmdistill.kernels.linear import lay_out_weights
 from edmdistill.networks.base import Conditioning, Network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import Preconditioning
@@ -21,7 +22,8 @@ class OneStep(nn.Module):
 
     def __init__(self, network: Network, preconditioning: Preconditioning) -> None:
         super().__init__()
-        network.fold()
+        network.fold(lay_out=False)
+        lay_out_weights(network, plain=True)  # programs of torch.export hold no other layout
         self.network = network
         self.preconditioning = preconditioning
 

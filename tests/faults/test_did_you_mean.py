@@ -22,7 +22,10 @@ SHOW = ("recipes", "show")
             "'cosim' is a method, and each data set has a recipe of its own; choose one of cosim/",
         ),
         ((*SHOW, "cosim/"), "is a method, and each data set"),
-        ((*SHOW, "cosim/nope"), "there is no recipe 'cosim/nope'; choose one of cosim/cifar10, cosim/digits, cosim/"),
+        (
+            (*SHOW, "cosim/wwwwwwwwwwww"),
+            "there is no recipe 'cosim/wwwwwwwwwwww'; choose one of cosim/cifar10, cosim/digits, cosim/",
+        ),
         ((*SHOW, "cosm/digits"), "did you mean 'cosim/digits'?"),
         ((*SHOW, "cosm"), "there are no recipes for 'cosm'; did you mean 'cosim'?"),
         ((*SHOW, "nope"), "`edmdistill recipes list` lists all"),

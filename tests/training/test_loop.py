@@ -168,7 +168,8 @@ def test_half_precision_trains_with_float32_weights(precision, start):
         scale.scale = 2.0**8  # no step overflows
     measured = list(rounds(run))
     assert all(math.isfinite(value) for measures in measured for value in measures.values())
-    assert {p.dtype for network in run.networks.values() for p in network.parameters()} == {torch.float32}
+    trained = [run.networks[role] for role in ("generator", "auxiliary")]
+    assert {p.dtype for network in trained for p in network.parameters()} == {torch.float32}
     wide = list(rounds(start("cosim")))
     assert measured != wide
     assert [m["loss/auxiliary"] for m in measured] == pytest.approx([m["loss/auxiliary"] for m in wide], rel=0.05)
