@@ -61,7 +61,7 @@ def collect_statistics(
     images = Images(len(data), size, data.images, None, None, "unknown", identity=lambda: data.content_sha256)
     weights = {name: space.sha256 for name, space in spaces.items()}
     identity = {"reference": data.content_sha256, "weights": weights}
-    folder = None if work is None else work.folder(identity, processes)
+    folder = None if work is None else work.folder(identity, processes, several=True)
     statistics = {name: RunningStatistics() for name in spaces}
     features = {name: Features() for name in spaces}
     kept = _drawn(len(data), keep)

@@ -137,7 +137,7 @@ def _collect(images: Images, keys: Keys, panel: Panel, identity: str) -> tuple[d
     weights, main = {name: space.sha256 for name, space in spaces.items()}, panel.processes.rank == 0
     folder = None
     if panel.work is not None:
-        folder = panel.work.folder({"reference": identity, "weights": weights}, panel.processes)
+        folder = panel.work.folder({"reference": identity, "weights": weights}, panel.processes, several=True)
     accumulators = {(name, kind): kind() for name, kind in keys}
     digests: list[Tensor] = []
     measure = partial(measure_images, images, spaces, device=panel.device, digests=True)

@@ -79,27 +79,43 @@ class Work:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._locks: dict[Path, int | None] = {}
+        self._folders: dict[str, Path] = {}
+        self._locks: dict[Path, int] = {}
 
-    def folder(self, identity: Mapping[str, Any], processes: Processes) -> Path:
+    def folder(self, identity: Mapping[str, Any], processes: Processes, *, several: bool = False) -> Path:
         """Returns the folder of an evaluation, which this command has to itself until `remove`.
 
         Args:
             identity: all that decides what is measured, as JSON.
+            several: commands may measure this at once, each in a folder of its own, as evaluations do with a reference.
         Raises: EdmDistillError: another command makes this evaluation now.  CheckpointError: the disk refuses.
         """
         document = json.dumps(identity, indent=2, sort_keys=True)
-        folder = self.root / hashlib.sha256(document.encode()).hexdigest()[:32]
-        if folder in self._locks:
-            return folder
-        if processes.rank == 0:
+        name = hashlib.sha256(document.encode()).hexdigest()[:32]
+        if name not in self._folders:
+            # The others go on when the folder is there.
+            number = torch.tensor(self._open(name, document, several) if processes.rank == 0 else 0)
+            self._folders[name] = self._numbered(name, int(processes.all_reduce(number)))
+        return self._folders[name]
+
+    def _numbered(self, name: str, number: int) -> Path:
+        return self.root / (f"{name}-{number}" if number else name)
+
+    def _open(self, name: str, document: str, several: bool) -> int:
+        """Makes and locks the folder of an evaluation, and returns its number."""
+        number = 0
+        while True:
+            folder = self._numbered(name, number)
             if not (folder / REQUEST).exists():
                 with atomic_write(folder / REQUEST) as new:
                     new.write_text(document + "\n", encoding="utf-8")
-            self._locks[folder] = _lock(folder)
-        processes.any_process(False)  # the others go on when the folder is there
-        self._locks.setdefault(folder, None)
-        return folder
+            try:
+                self._locks[folder] = _lock(folder)
+                return number
+            except EdmDistillError:
+                if not several:
+                    raise
+            number += 1
 
     def abandoned(self) -> list[Path]:
         """Returns the folders of evaluations that no command makes now; the same command would go on with its own."""
@@ -108,17 +124,16 @@ class Work:
 
     def remove(self) -> None:
         """Removes the folders that were asked for: their results are written."""
-        for folder, lock in self._locks.items():
-            if lock is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._locks:
+            shutil.rmtree(folder, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
         """Leaves the folders to other commands."""
         for lock in self._locks.values():
-            if lock is not None:
-                os.close(lock)
+            os.close(lock)
         self._locks.clear()
+        self._folders.clear()
 
 
 def remove_shards(folder: Path) -> None:

@@ -138,6 +138,8 @@ def test_a_folder_belongs_to_one_command_and_one_evaluation(tmp_path: Path) -> N
     with pytest.raises(EdmDistillError, match="another command makes this evaluation now"):
         theirs.folder({"seeds": "0-9"}, ONE_PROCESS)
     assert theirs.folder({"seeds": "0-8"}, ONE_PROCESS) != folder
+    reference = {"reference": "digits"}  # of two commands at once, each measures it
+    assert ours.folder(reference, ONE_PROCESS, several=True) != theirs.folder(reference, ONE_PROCESS, several=True)
     ours.remove()
     assert not folder.exists()
     assert theirs.folder({"seeds": "0-9"}, ONE_PROCESS) == folder
