@@ -37,11 +37,10 @@ OPTIONS = {
 }
 """Of a method, beside its name."""
 
-ALL_METHODS = [
-    pytest.param(name, marks=pytest.mark.slow if name in ("ect", "mean-flow", "sida", "tcm") else ())
-    for name in sorted(METHODS)
-]
-"""Slow are those whose networks and turns are like another's: sct's, fmd's, dscd's, dmd2's."""
+ALIKE = {"dscd", "ect", "mean-flow", "sct", "sida", "tcm"}
+"""Methods whose networks and turns are like another's: scd's, fmd's, dmd2's."""
+
+ALL_METHODS = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in sorted(METHODS)]
 
 share_probes()
 

@@ -10,12 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_by_two
-from toy_runs import save_sources
+from toy_runs import ALL_METHODS, save_sources
 
 from edmdistill.checkpoints.store import load_checkpoint
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Engine, Machine, scale_gradients
-from edmdistill.methods import METHODS
 
 SPREAD = Path(__file__).parent / "spread.py"
 Losses = dict[str, list[dict[str, float]]]
@@ -48,13 +47,15 @@ def losses(
 
 
 @pytest.mark.parametrize("way", [0, 1], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("case", [*sorted(METHODS), "scd, vsd", "cosim, gan"])
+@pytest.mark.parametrize("case", [*ALL_METHODS, "scd, vsd", "cosim, gan"])
 def test_two_processes_train_as_one_does(losses: tuple[Losses, Losses], case: str, way: int) -> None:
     """The losses of all turns over all rounds; one process takes the batch of 8 whole.
 
     In float64: in float32 Adam makes 1e-6 of the rounding, 1.4e-6 at worst in the generator's loss, a difference.
     """
     one, two = losses
+    if f"{case} 8" not in one:
+        pytest.skip("2 rounds are of methods that are not like another")
     whole, shared = one[f"{case} 8"], [run for name, run in two.items() if name.rpartition(" ")[0] == case][way]
     assert len(whole) == len(shared) >= 2
     names = [name for name in whole[0] if name.startswith("loss/") and name.count("/") == 1]
