@@ -108,10 +108,10 @@ def spent_by(log: Path, *arguments: object) -> Spent:
     """Runs `edmdistill ARGUMENTS` on one thread; what it says goes to a file."""
     words = list(map(str, arguments))
     # A cache of its own, because two evaluations at a time refuse to measure one reference in the same folder.
-    own = {"OMP_NUM_THREADS": "1", "EDMDISTILL_CACHE": str(log.parent / "cache" / log.stem)}
+    extra = {"OMP_NUM_THREADS": "1", "EDMDISTILL_CACHE": str(log.parent / "cache" / log.stem)}
     with log.open("a") as file:
         command = [sys.executable, "-m", "edmdistill", *words]
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own)
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | extra)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -209,11 +209,11 @@ def row(name: str, runs: list[dict[str, Any]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def chart(found: dict[str, list[dict[str, Any]]]) -> str:
+def chart(results: dict[str, list[dict[str, Any]]]) -> str:
     """Digits-FD by number of steps as SVG, a line a method: means, with a label beside the last point of each."""
     lines = {
         name: [(int(n), statistics.mean(run["fd_digits"][n] for run in runs)) for n in runs[0]["fd_digits"]]
-        for name, runs in found.items()
+        for name, runs in results.items()
     }
     x, y = Axis([float(n) for n in NFE], log=True), axis([fd for line in lines.values() for _, fd in line], log=True)
     place = {name: [(50 + 440 * x.at(n), 400 - 360 * y.at(fd)) for n, fd in line] for name, line in lines.items()}
@@ -248,15 +248,15 @@ def chart(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def report(found: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
+def report(by_name: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
     """Prints the table, and draws digits-FD by number of steps."""
     scores = [f"{what}, {n}" for what in ("FD", "accuracy") for n in NFE]
     head = ["", "images", "a CPU-second", "MiB", "CPU-minutes", *scores]
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for name, runs in found.items():
+    for name, runs in by_name.items():
         print(row(name, runs))
     if plot is not None:
-        plot.write_text(chart(found))
+        plot.write_text(chart(by_name))
 
 
 def main() -> None:
@@ -276,8 +276,8 @@ def main() -> None:
     if not options.table:
         measure(options)
     files = {name: [options.out / f"{name}-{seed}.json" for seed in options.seeds] for name in options.methods}
-    found = {name: [json.loads(file.read_text()) for file in each if file.exists()] for name, each in files.items()}
-    report({name: runs for name, runs in found.items() if runs}, options.plot)
+    by_name = {name: [json.loads(file.read_text()) for file in each if file.exists()] for name, each in files.items()}
+    report({name: runs for name, runs in by_name.items() if runs}, options.plot)
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -46,10 +46,10 @@ class Setting(NamedTuple):
 # What the parts share. Imports are inside: the process that watches needs no torch.
 
 
-def relative(found: Any, expected: Any) -> float:
+def relative(actual: Any, expected: Any) -> float:
     """Returns the relative L2 distance of two tensors, on the CPU."""
-    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
 def clock(setting: Setting) -> float:
@@ -198,8 +198,8 @@ def random_run(setting: Setting, name: str, batch: int, method: str = "cosim", *
     (folder / "dataset.json").write_text(json.dumps({"labels": labels if classes else None}))
     training = {"images": 100 * batch, "batch": batch, "lr": 1e-5, "log_every": 10**9, "snapshot_every": 10**9}
     training |= {"precision": "bf16"}
-    own = {"allow_edm_time": True} if method == "scd" else {}
-    tables = {"method": {"name": method} | own, "training": training, "ema": {"half_life_images": 500_000}}
+    more = {"allow_edm_time": True} if method == "scd" else {}
+    tables = {"method": {"name": method} | more, "training": training, "ema": {"half_life_images": 500_000}}
     recipe = Recipe.from_json(json.dumps(tables).encode())
     machine = Machine(device=setting.device, **options)
     encoder = {"kind": "StabilityVAEEncoder", "scale": [0.12] * channels, "bias": [0.0] * channels}
@@ -240,12 +240,12 @@ def random_numbers(setting: Setting) -> Iterator[Line]:
 
     rows, n = (64, 10_000) if setting.full else (4, 1000)
     for name, dtype in (("uniform", torch.float64), ("normal", torch.float32)):
-        here, there = (
+        here, on_device = (
             getattr(Draws([1, 2], rows, device=device), name)(n, dtype=dtype).cpu()
             for device in ("cpu", setting.device)
         )
-        differ = float((here != there).double().mean())
-        hashes = [sha256(numbers.numpy().tobytes()).hexdigest()[:16] for numbers in (here, there)]
+        differ = float((here != on_device).double().mean())
+        hashes = [sha256(numbers.numpy().tobytes()).hexdigest()[:16] for numbers in (here, on_device)]
         yield {"name": name, "hashes": hashes, "differ": differ, "ok": differ <= (1e-5 if name == "normal" else 0)}
 
 
@@ -284,8 +284,8 @@ def golden(setting: Setting) -> Iterator[Line]:
         for name, limit in GOLDEN_LIMITS.items():
             flow.compute_dtype = None if name == "float32" else getattr(torch, name)
             given = None if labels is None else labels.to(setting.device)
-            found = Denoiser(flow)(x.to(setting.device), sigma.to(setting.device), given).cpu()
-            error = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+            output = Denoiser(flow)(x.to(setting.device), sigma.to(setting.device), given).cpu()
+            error = float((output.double() - expected.double()).abs().max() / expected.double().abs().max())
             yield {"network": path.name, "dtype": name, "error": error, "ok": error <= limit}
             if exact is not None:
                 error = relative(flow.tangent(*moved)[1], exact)
@@ -322,7 +322,7 @@ def methods(setting: Setting) -> Iterator[Line]:
                 losses = [name for name in first if name.startswith("loss/") and name.count("/") == 1]
                 compared = losses if precision == "fp32" else losses[:1]  # its first step may overflow, and be left out
                 pairs = [(measured[0][name], first[name]) for name in compared]
-                line["error"] = max(abs(found - expected) / (abs(expected) + 1e-3) for found, expected in pairs)
+                line["error"] = max(abs(loss - expected) / (abs(expected) + 1e-3) for loss, expected in pairs)
                 finite = all(abs(row[name]) < 1e30 for row in measured for name in losses)
                 yield line | {"ok": finite and not line["waits"] and line["error"] < limit}
             except Exception as error:
@@ -345,13 +345,13 @@ def resume(setting: Setting) -> Iterator[Line]:
         if images == 2 * whole.recipe.training.batch:
             signal.raise_signal(signal.SIGINT)
 
-    found = []
+    outcomes = []
     for _ in range(2):  # what interrupts does so once
         run = digits_run(setting, "cosim", 4)
-        found.append(train(run, setting.scratch / "parts", on_round=interrupt, on_message=lambda sentence: None))
+        outcomes.append(train(run, setting.scratch / "parts", on_round=interrupt, on_message=lambda sentence: None))
     error = relative(weights_of(run), weights_of(whole))
     same = torch.equal(weights_of(run), weights_of(whole))
-    yield {"finished": [outcome.finished for outcome in found], "error": error, "bitwise": same, "ok": error < 1e-6}
+    yield {"finished": [outcome.finished for outcome in outcomes], "error": error, "bitwise": same, "ok": error < 1e-6}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -561,8 +561,8 @@ def kernels(setting: Setting) -> Iterator[Line]:
                 tensors = [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(6)]
                 weight, bias = (torch.randn(shape[1], device="cuda", dtype=dtype) for _ in range(2))
 
-                def act(wide: bool = False, name: str = name, own: Any = (tensors, weight, bias)) -> Any:
-                    values = [x.double() if wide else x for x in (*own[0], *own[1:])]
+                def act(wide: bool = False, name: str = name, inputs: Any = (tensors, weight, bias)) -> Any:
+                    values = [x.double() if wide else x for x in (*inputs[0], *inputs[1:])]
                     duals = [Dual(value, tangent) for value, tangent in zip(values[:3], values[3:6], strict=True)]
                     if name == "attention":
                         return attention(*duals)

@@ -110,7 +110,7 @@ def _tiles() -> EmbeddedImages:
             ):
                 parts[split].append(_most_contrast(tiles[here], TILES_PER_CLASS[split]))
     images = np.concatenate([*parts["train"], *parts["test"]])
-    classes = [np.repeat(np.arange(len(found)), TILES_PER_CLASS[split]) for split, found in parts.items()]
+    classes = [np.repeat(np.arange(len(tiles)), TILES_PER_CLASS[split]) for split, tiles in parts.items()]
     count = sum(map(len, parts["train"]))
     rows = np.arange(len(images))
     return EmbeddedImages(images, np.concatenate(classes), {"train": rows[:count], "test": rows[count:], "all": rows})

@@ -102,9 +102,9 @@ def read_first_stage(source: str | Path | Source, methods: tuple[str, ...]) -> t
     source = open_source(source)
     flow, config = _read(source, "ema")
     if config.stage != "generator" or config.method not in methods:
-        found = f"a generator of {config.method}" if config.stage == "generator" else f"a {config.stage}"
+        described = f"a generator of {config.method}" if config.stage == "generator" else f"a {config.stage}"
         raise CheckpointError(
-            f"{source} is {found}, not a first stage: train one by {', '.join(methods[:-1])} or {methods[-1]}"
+            f"{source} is {described}, not a first stage: train one by {', '.join(methods[:-1])} or {methods[-1]}"
         )
     if flow.guided:
         raise CheckpointError(

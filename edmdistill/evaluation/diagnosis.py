@@ -72,11 +72,11 @@ class Diagnosis(NamedTuple):
 
     def measures(self) -> dict[str, float]:
         """Returns the numbers by name: jump/generator/SIGMA, jump/teacher/SIGMA, gap/S/T, gap_sensitivity/S/T."""
-        found = {f"jump/generator/{jump.sigma:g}": jump.generator for jump in self.jumps}
-        found |= {f"jump/teacher/{jump.sigma:g}": jump.teacher for jump in self.jumps if jump.teacher is not None}
+        numbers = {f"jump/generator/{jump.sigma:g}": jump.generator for jump in self.jumps}
+        numbers |= {f"jump/teacher/{jump.sigma:g}": jump.teacher for jump in self.jumps if jump.teacher is not None}
         for s, t, gap, sensitivity in self.gaps:
-            found |= {f"gap/{s:g}/{t:g}": gap, f"gap_sensitivity/{s:g}/{t:g}": sensitivity}
-        return found
+            numbers |= {f"gap/{s:g}/{t:g}": gap, f"gap_sensitivity/{s:g}/{t:g}": sensitivity}
+        return numbers
 
 
 def read_measures(line: Mapping[str, float]) -> Diagnosis:

@@ -116,8 +116,8 @@ class EmbeddedFeatures(FeatureSpace):
 
 def _features_of(embedded: EmbeddedSet) -> type[EmbeddedFeatures]:
     """Returns the feature space of an embedded set."""
-    own = {"embedded": embedded, "name": embedded.name, "num_classes": len(embedded.label_names)}
-    return type(f"{embedded.name.title()}Features", (EmbeddedFeatures,), own)
+    attributes = {"embedded": embedded, "name": embedded.name, "num_classes": len(embedded.label_names)}
+    return type(f"{embedded.name.title()}Features", (EmbeddedFeatures,), attributes)
 
 
 _SPACES: tuple[type[FeatureSpace], ...] = (Pixels, Inception, InceptionPytorchFid, DinoV2, DinoV2Dgm)

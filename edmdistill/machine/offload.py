@@ -26,21 +26,21 @@ def offload(network: nn.Module, device: torch.device) -> None:
         copy.copy_(tensor.detach())
     copies = iter(kept)
     for module in modules:
-        own = {name: next(copies) for name in _tensors(module)}
-        module.forward = partial(_with_weights, module, module.forward, own, device)
-        _place(module, {name: copy.to("meta") for name, copy in own.items()})
+        held = {name: next(copies) for name in _tensors(module)}
+        module.forward = partial(_with_weights, module, module.forward, held, device)
+        _place(module, {name: copy.to("meta") for name, copy in held.items()})
 
 
 def _with_weights(
     module: nn.Module,
     forward: Callable[..., Any],
-    own: dict[str, Tensor],
+    held: dict[str, Tensor],
     device: torch.device,
     *args: Any,
     **more: Any,
 ) -> Any:
     before = _tensors(module)
-    _place(module, {name: copy.to(device, non_blocking=True) for name, copy in own.items()})
+    _place(module, {name: copy.to(device, non_blocking=True) for name, copy in held.items()})
     try:
         return forward(*args, **more)
     finally:
@@ -49,8 +49,8 @@ def _with_weights(
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns a module's own parameters and buffers, without those of its parts."""
-    own = {**module._parameters, **module._buffers}
-    return {name: tensor for name, tensor in own.items() if tensor is not None}
+    tensors = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _place(module: nn.Module, tensors: dict[str, Tensor]) -> None:

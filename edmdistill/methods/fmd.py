@@ -26,11 +26,11 @@ Objective = Literal["eulerian", "lagrangian"]
 
 
 class FMDConfig(FlowMapConfig, frozen=True, forbid_unknown_fields=True):
+    guidance: GuidanceRange = (1.0, 1.0)
+    guide: GuideKind = "classes"
     objective: Annotated[Objective, Meta(description="eulerian: t moves along the trajectory; lagrangian: s moves")] = (
         "eulerian"
     )
-    guidance: GuidanceRange = (1.0, 1.0)
-    guide: GuideKind = "classes"
 
     def __post_init__(self) -> None:
         check_range(self)

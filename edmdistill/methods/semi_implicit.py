@@ -14,15 +14,30 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.methods.base import Loss
+from edmdistill.methods.score_distillation import AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns
 from edmdistill.trigflow import cos_sin
 
 Alpha = Annotated[float, Meta(gt=0, description="weight of the squared score gap in the generator's loss")]
 Weight = Annotated[Literal["sid", "c_out"], Meta(description="weighting of the generator's loss over s")]
+
+
+class OneStepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The options that SiD and SiDA share."""
+
+    sigma_init: Annotated[float, Meta(gt=0, description="noise level at which the generator starts")] = 2.5
+    P_mean: AuxiliaryMean = -1.2
+    P_std: AuxiliaryStd = 1.2
+    r_s_max: Annotated[
+        float, Meta(gt=0, le=1, description="upper end of s in the generator's turn, as r of EDM's curve")
+    ] = 0.8
+    weight: Weight = "sid"
+    auxiliary_turns: AuxiliaryTurns = 1
 
 
 def auxiliary_loss(

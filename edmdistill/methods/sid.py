@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
@@ -18,22 +17,14 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss
 from edmdistill.methods.noising import noised, one_step
-from edmdistill.methods.score_distillation import SCORES, AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns, ScoreDistillation
-from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss
+from edmdistill.methods.score_distillation import SCORES, ScoreDistillation
+from edmdistill.methods.semi_implicit import Alpha, OneStepConfig, auxiliary_loss, generator_loss
 from edmdistill.schedules import curve_times, lognormal_times
 
 
-class SiDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SiDConfig(OneStepConfig, frozen=True, forbid_unknown_fields=True):
     alpha: Alpha = 1.2
     coef: Annotated[float, Meta(ge=0.5, description="pull of the auxiliary score toward the teacher; .5 = none")] = 0.5
-    sigma_init: Annotated[float, Meta(gt=0, description="noise level at which the generator starts")] = 2.5
-    P_mean: AuxiliaryMean = -1.2
-    P_std: AuxiliaryStd = 1.2
-    r_s_max: Annotated[
-        float, Meta(gt=0, le=1, description="upper end of s in the generator's turn, as r of EDM's curve")
-    ] = 0.8
-    weight: Weight = "sid"
-    auxiliary_turns: AuxiliaryTurns = 1
 
 
 class SiD(ScoreDistillation[SiDConfig]):

@@ -14,7 +14,6 @@ import math
 from functools import partial
 from typing import Annotated
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
@@ -23,27 +22,19 @@ from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import NON_SATURATING, GANWeight, logit_means
 from edmdistill.methods.base import Batch, Loss, Role
 from edmdistill.methods.noising import noised, one_step
-from edmdistill.methods.score_distillation import SCORES, AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns, ScoreDistillation
-from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss
+from edmdistill.methods.score_distillation import SCORES, ScoreDistillation
+from edmdistill.methods.semi_implicit import Alpha, OneStepConfig, auxiliary_loss, generator_loss
 from edmdistill.schedules import curve_times, lognormal_times
 from edmdistill.trigflow import cos_sin, diffuse, velocity
 
 
-class SiDAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SiDAConfig(OneStepConfig, frozen=True, forbid_unknown_fields=True):
     """Options; the defaults are those of the official code for EDM's teachers."""
 
     alpha: Alpha = 1.0
-    sigma_init: Annotated[float, Meta(gt=0, description="noise level at which the generator starts")] = 2.5
-    P_mean: AuxiliaryMean = -1.2
-    P_std: AuxiliaryStd = 1.2
-    r_s_max: Annotated[
-        float, Meta(gt=0, le=1, description="upper end of s in the generator's turn, as r of EDM's curve")
-    ] = 0.8
-    weight: Weight = "sid"
     gan: GANWeight = 1e-4
     gan_auxiliary: Annotated[float, Meta(ge=0, description="weight of the logits' loss beside the score's")] = 1.0
     gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the generator is judged")] = 200_000
-    auxiliary_turns: AuxiliaryTurns = 1
 
 
 class SiDA(ScoreDistillation[SiDAConfig]):

@@ -94,7 +94,7 @@ def fit(
     """
     if machine.micro_batch == "auto":
         raise TrainingError("--fit chooses the micro-batch itself: leave out --micro-batch auto")
-    found, least, share = [], math.inf, split_batch(recipe.training.batch, processes, None)[0]
+    fitting, least, share = [], math.inf, split_batch(recipe.training.batch, processes, None)[0]
     for way in ways(recipe, machine, spill):
         on_progress(options(way))
         measured = measure(recipe, flow, way, guide=guide)
@@ -104,9 +104,9 @@ def fit(
             fitted = _fitted(measured, plan, chosen, memory, gpu, processes)
             if fitted is not None and chosen == machine and fitted.machine.micro_batch == share:
                 return fitted  # nothing is faster than to do nothing
-            found += [] if fitted is None else [fitted]
-    if found:
-        return min(found, key=lambda fitted: fitted.seconds)
+            fitting += [] if fitted is None else [fitted]
+    if fitting:
+        return min(fitting, key=lambda fitted: fitted.seconds)
     raise TrainingError(
         f"not even one image fits in {memory / 1e9:.4g} GB: the leanest way takes {least / 1e9:.4g} GB; use a larger "
         "GPU, or several with --processes and --shard"

@@ -89,22 +89,22 @@ def _training_grids(folder: Path) -> list[Path]:
 
 def single_jumps(metrics: Sequence[Mapping[str, float]]) -> str:
     """Returns the newest diagnosis in metrics.jsonl; "" if there is none."""
-    found = next((found for line in reversed(metrics) if (found := read_measures(line)).jumps), None)
-    if found is None:
+    diagnosis = next((diagnosis for line in reversed(metrics) if (diagnosis := read_measures(line)).jumps), None)
+    if diagnosis is None:
         return ""
-    curves: dict[str, list[Point]] = {"generator": [(jump.sigma, jump.generator) for jump in found.jumps]}
-    if beside := [(jump.sigma, jump.teacher) for jump in found.jumps if jump.teacher is not None]:
+    curves: dict[str, list[Point]] = {"generator": [(jump.sigma, jump.generator) for jump in diagnosis.jumps]}
+    if beside := [(jump.sigma, jump.teacher) for jump in diagnosis.jumps if jump.teacher is not None]:
         curves["the teacher's denoiser"] = beside
     charts = [svg_curves("distance of one jump by sigma", curves, _around(curves["generator"]), log=True)]
-    if found.gaps:
-        gaps = {(gap.sigma_s, gap.sigma_t): gap for gap in found.gaps}
+    if diagnosis.gaps:
+        gaps = {(gap.sigma_s, gap.sigma_t): gap for gap in diagnosis.gaps}
         charts += [
             svg_heat_map("score gap by s (across) and t", {pair: gap.gap for pair, gap in gaps.items()}),
             svg_heat_map("what t changes in it, as a share", {pair: gap.sensitivity for pair, gap in gaps.items()}),
         ]
     note = html.note("Jumps from real images with noise, whatever precedes them in several steps. s and t are sigmas.")
-    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(found))
-    return f'{note}{said}<div class="figures">{"".join(charts)}</div>'
+    paragraphs = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences(diagnosis))
+    return f'{note}{paragraphs}<div class="figures">{"".join(charts)}</div>'
 
 
 def _around(points: Sequence[Point]) -> Axis:

@@ -21,15 +21,10 @@ from edmdistill.methods.base import NoiseRange
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.recipes.schema import Recipe
-from edmdistill.training.checks import (
-    require_alike,
-    require_guide,
-    require_pieces,
-    require_same_latents,
-    require_teacher,
-)
+from edmdistill.training import checks
 from edmdistill.training.ema import Ema, profiles
-from edmdistill.training.optimizers import LossScale, make_optimizer
+from edmdistill.training.loss_scale import LossScale
+from edmdistill.training.optimizers import make_optimizer
 from edmdistill.training.probe import Probe
 from edmdistill.training.roles import build_roles, place_networks
 from edmdistill.training.run import Run
@@ -66,8 +61,8 @@ def prepare(
     require_trackers(machine.log_with)
     if machine.shard and recipe.training.optimizer == "adam8bit":
         raise TrainingError("the states of adam8bit cannot be sharded: leave out --shard, or choose another optimizer")
-    require_guide(recipe, guide)
-    require_pieces(recipe, machine)
+    checks.require_guide(recipe, guide)
+    checks.require_pieces(recipe, machine)
     sources = read_sources(recipe, data, teacher, guide, init)
     check_sources(recipe, sources, guide, force_guidance)
     networks = build_roles(recipe, sources.flow, sources.guide and sources.guide[0], sources.init and sources.init.flow)
@@ -125,11 +120,13 @@ def read_sources(
 def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, force_guidance: bool) -> None:
     """Raises: TrainingError: the method cannot distill the teacher, or data, guide or warm start do not fit it."""
     require_fit(sources.dataset, sources.flow, sources.config)
-    require_teacher(recipe, sources.flow, force_guidance)
+    checks.require_teacher(recipe, sources.flow, force_guidance)
     if sources.guide is not None:
-        require_same_latents(f"the guide {guide}", sources.guide[1], sources.config, "choose a guide for the same data")
+        checks.require_same_latents(
+            f"the guide {guide}", sources.guide[1], sources.config, "choose a guide for the same data"
+        )
     if sources.init is not None:
-        require_alike(sources.init, sources.flow, sources.config)
+        checks.require_alike(sources.init, sources.flow, sources.config)
 
 
 def assemble(recipe: Recipe, sources: Sources, networks: dict[str, nn.Module], machine: Machine) -> Run:

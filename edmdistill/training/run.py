@@ -22,7 +22,8 @@ from edmdistill.recipes.schema import Recipe
 from edmdistill.sampling.decode import Decoder
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.training.ema import Ema
-from edmdistill.training.optimizers import LossScale, load_states, plain_states
+from edmdistill.training.loss_scale import LossScale
+from edmdistill.training.optimizers import load_states, plain_states
 from edmdistill.training.roles import effective_weights, shared_weights
 from edmdistill.training.stream import Stream
 

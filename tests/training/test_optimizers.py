@@ -8,7 +8,8 @@ from torch import nn
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import TrainingTable
-from edmdistill.training.optimizers import LossScale, load_states, make_optimizer, plain_states, set_learning_rate
+from edmdistill.training.loss_scale import LossScale
+from edmdistill.training.optimizers import load_states, make_optimizer, plain_states, set_learning_rate
 from edmdistill.training.session import train
 
 
