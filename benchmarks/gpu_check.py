@@ -12,6 +12,7 @@ long. `--device emulated` runs the parts at small sizes on a device that keeps C
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import select
@@ -405,6 +406,8 @@ def memory(setting: Setting) -> Iterator[Line]:
 
     for name, (network, batch, machine) in PLANNED.items():
         batch = batch if setting.full else 4
+        gc.collect()
+        before = 0 if setting.device == "cpu" else torch.cuda.memory_allocated()  # what other parts have left
         run, plan = random_run(setting, network, batch, **machine)
         planned = plan.peak(batch, accumulates=False)
         free = torch.cuda.get_device_properties(0).total_memory if setting.device != "cpu" else float("inf")
@@ -418,7 +421,7 @@ def memory(setting: Setting) -> Iterator[Line]:
             continue
         torch.cuda.reset_peak_memory_stats()
         next(steps)
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - before
         yield {"network": name, "batch": batch, "planned": planned, "peak": peak, "ok": abs(peak / planned - 1) < 0.1}
         del run, steps
         torch.cuda.empty_cache()

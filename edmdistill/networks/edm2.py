@@ -200,7 +200,7 @@ class UNet(Network):
     def finish_embedding(self, emb: Tensor, condition: Conditioning) -> Tensor:
         if self.emb_label is not None:
             labels = self.drop_labels(condition, emb)
-            emb = torch.add(self.emb_label(labels), emb, alpha=self.time_factor)
+            emb = self.emb_label(labels) + emb * self.time_factor  # torch.compile drops add's alpha after a linear map
         return silu(emb)
 
     def encode(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> list[Tensor]:

@@ -15,6 +15,8 @@ MEASURES = "tolist training/metrics.py"
 """Where a turn waits: for its measures, by which the run decides whether to step."""
 ROUNDED = 1e-4
 """Relative distance of all trained numbers after rounds in float32: Adam divides small gradients by their own size."""
+PAIRED = 1e-3
+"""The same of TCM, whose loss is a difference of two passes at times so near that it loses two more digits."""
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_every_method_waits_once_a_turn(method: str, compare: Any) -> None:
     plain, split = compare((method, {}, {}), (method, {}, {"micro_batch": 2}), rounds=2)
     for found in (plain, split):
         assert by_cause(found) == {MEASURES: found["turns"]}
-        assert found["distance"] < ROUNDED
+        assert found["distance"] < (PAIRED if method == "tcm" else ROUNDED)
 
 
 @pytest.mark.slow
@@ -71,7 +73,7 @@ def test_every_method_waits_once_a_turn(method: str, compare: Any) -> None:
 def test_half_precision_waits_no_more(method: str, precision: str, compare: Any) -> None:
     (found,) = compare((method, {"precision": precision}, {}), rounds=20 if precision == "fp16" else 2)
     assert by_cause(found) == {MEASURES: found["turns"]}
-    assert found["distance"] < 0.05
+    assert found["distance"] < 0.1  # of 20 rounds in other layouts of memory, each rounded to 11 bits
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, int]]] = {
