@@ -346,7 +346,7 @@ class Event:
 
 @cache
 def install() -> None:
-    """Makes torch know the device, for the rest of the process."""
+    """Registers the device with torch, until the process ends."""
     module = backend_registration._DummyBackendModule()
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     module.get_rng_state = lambda device=None: torch.get_rng_state()

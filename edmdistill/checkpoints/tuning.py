@@ -33,7 +33,7 @@ class Tuning(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     schedules: Count
     """Schedules that were measured in the search."""
     images: Count
-    """Images that were drawn in all, for the search and the confirmation."""
+    """Total number of images drawn, for search and confirmation."""
     values: tuple[Number, ...]
     before_values: tuple[Number, ...]
     """The metric of either on each set of held-out seeds; empty if nothing was better in the search."""

@@ -104,7 +104,7 @@ def gan_roles(config: GANConfig) -> dict[str, Role]:
 
 
 def logit_means(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """Returns the means of both kinds of logits, for the monitors."""
+    """Returns the mean logits of real and of generated images, for the monitors."""
     return {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
 
 

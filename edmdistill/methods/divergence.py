@@ -39,7 +39,7 @@ def density_ratio(logits: Tensor) -> Tensor:
 
 
 def divergence_weights(divergence: str, r: Tensor, sigma: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
-    """Returns h(r / mean r of its bin of noise levels) over its mean, for a whole batch.
+    """Returns h of the normalized density ratio r, divided by the batch mean of h. r is normalized by its bin's mean.
 
     Args:
         r, sigma: density ratio and noise level of each row.  [B]

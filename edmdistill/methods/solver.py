@@ -68,7 +68,7 @@ def multistep_trajectory(flow: Flow, x: Tensor, times: Tensor, sigma_data: float
     x0 = ahead = denoised(x, flow(x, times[0]), times[0], sigma_data)
     lengths = time_to_sigma(times, sigma_data).log().diff(dim=0).neg()
     for k, (t, s) in enumerate(pairwise(times)):
-        if k:  # what the last step saw change goes on
+        if k:  # extrapolate D linearly in ln(sigma), from the last step and this one
             before, x0 = x0, denoised(x, flow(x, t), t, sigma_data)
             ahead = x0 + expand(lengths[k] / lengths[k - 1] / 2, x).to(x.dtype) * (x0 - before)
         (cos_t, sin_t), (cos_s, sin_s) = cos_sin(t, x), cos_sin(s, x)

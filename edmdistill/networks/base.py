@@ -87,7 +87,7 @@ class Network(nn.Module, ABC):
         emb_channels: channels of the embedding.
         bottleneck: the encoder's last layer.
         out_conv: the layer that returns F.
-        head: bottleneck -> logits, for a network that is a discriminator too; see networks.bottleneck.
+        head: the discriminator on the bottleneck, which returns logits; None: there is none. See networks.bottleneck.
     """
 
     img_resolution: int

@@ -1,4 +1,4 @@
-"""Every sampler on a device that behaves like CUDA: the CPU's images, and one wait a batch, for the images."""
+"""Every sampler on the emulated GPU gives the CPU's images and synchronizes once a batch."""
 
 import json
 from pathlib import Path
