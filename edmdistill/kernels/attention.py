@@ -9,7 +9,7 @@ import torch.nn.functional as f
 from torch import Tensor
 
 from edmdistill.kernels.backend import uses_triton
-from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent_of
+from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent_of, value
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,8 +37,10 @@ def attention_rule(function: Function, q: Dual, k: Dual, v: Dual) -> Dual:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Splits a convolution's output into queries, keys and values of heads: [B,3C,H,W] -> [B,heads,C/heads,3,H*W]"""
-    return x.reshape(x.shape[0], heads, -1, 3, x.shape[2] * x.shape[3])
+    """Splits a convolution's output into queries, keys and values of heads: [B,3C,H,W] -> [3,B,heads,H*W,C/heads]"""
+    B, C, H, W = x.shape
+    # Contiguous: only then has torch fused kernels; else it makes the matrix of all pairs of pixels.
+    return x.reshape(B, heads, C // heads // 3, 3, H * W).permute(3, 0, 1, 4, 2).contiguous()
 
 
 def require_heads(channels: int, heads: int) -> None:
@@ -47,9 +49,11 @@ def require_heads(channels: int, heads: int) -> None:
         raise ValueError(f"{channels} channels cannot be split among {heads} heads of attention")
 
 
-def self_attention(qkv: Tensor) -> Tensor:
-    """Attention among pixels, separately in each head.  qkv [B,heads,C/heads,3,H*W] -> [B,heads,C/heads,H*W]"""
-    # Contiguous: only then has torch fused kernels; else it makes the matrix of all pairs of pixels.
-    q, k, v = (tensor.contiguous() for tensor in qkv.transpose(2, 4).unbind(3))
+def self_attention(qkv: Tensor, like: Tensor) -> Tensor:
+    """Attention among pixels, separately in each head.  qkv from split_heads -> [B,C,H,W], in the layout of `like`"""
+    y = attention(*qkv.unbind(0))
+    B, C, H, W = like.shape
+    if value(like).is_contiguous(memory_format=torch.channels_last):
+        return y.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
     # Contiguous: of one head, the transpose is an image in channels-last order, whose group norm func.jvp refuses.
-    return attention(q, k, v).transpose(2, 3).contiguous()
+    return y.transpose(2, 3).contiguous().reshape(like.shape)

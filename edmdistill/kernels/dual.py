@@ -137,7 +137,7 @@ def constant(function: Function, x: Dual, *args: Any, **kwargs: Any) -> Any:
     return function(x.value, *args, **kwargs)
 
 
-@tangent_of(Tensor.reshape, Tensor.flatten, Tensor.transpose, Tensor.contiguous)
+@tangent_of(Tensor.reshape, Tensor.flatten, Tensor.transpose, Tensor.permute, Tensor.contiguous)
 @tangent_of(Tensor.unbind, Tensor.chunk, Tensor.to, Tensor.neg)
 def linear_rule(function: Function, x: Dual, *args: Any, **kwargs: Any) -> Any:
     """f(x), f(dx); as many Duals as f returns tensors."""

@@ -106,7 +106,7 @@ class Block(ResidualBlock):
     def attend(self, x: Tensor) -> Tensor:
         """Returns self-attention over pixels, with q, k, v at unit rms; channels are [heads, C/heads, 3]."""
         qkv = split_heads(self.attn_qkv(x), self.num_heads)
-        return self_attention(normalize(qkv, 2)).reshape(x.shape)
+        return self_attention(normalize(qkv, 4), x)
 
 
 BALANCES = "res_balance", "attn_balance"

@@ -152,8 +152,8 @@ class UNetBlock(ResidualBlock):
         y = self.conv1(dropout(y, self.dropout, dropout_keys, self.layer))
         x = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale
         if self.num_heads:
-            y = self_attention(split_heads(self.qkv(self.norm2(x)), self.num_heads))
-            x = (self.proj(y.reshape(x.shape)) + x) * self.skip_scale
+            y = self_attention(split_heads(self.qkv(self.norm2(x)), self.num_heads), x)
+            x = (self.proj(y) + x) * self.skip_scale
         return x
 
 

@@ -21,6 +21,7 @@ CASES: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "reshape": [lambda x: x.reshape(4, -1)],
     "flatten": [lambda x: x.flatten(1)],
     "transpose": [lambda x: x.transpose(1, 3)],
+    "permute": [lambda x: x.permute(2, 0, 1, 3)],
     "contiguous": [lambda x: x.transpose(1, 3).contiguous()],
     "unbind": [lambda x: x.unbind(1)[3]],
     "chunk": [lambda x: x.chunk(2, dim=1)[1]],

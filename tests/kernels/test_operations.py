@@ -29,7 +29,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "group_norm_silu": lambda x: group_norm_silu(
         x, torch.ones(8), torch.ones(8), 2, 1e-5, x[..., :1, :1], x[..., -1:, :1]
     ),
-    "attention": lambda x: self_attention(split_heads(x.repeat(1, 3, 1, 1).cumsum(1), 2)),
+    "attention": lambda x: self_attention(split_heads(x.repeat(1, 3, 1, 1).cumsum(1), 2), x),
 }
 
 
