@@ -10,6 +10,7 @@ import torch.nn.functional as f
 from torch import Tensor
 
 from edmdistill.kernels.dual import Dual, Function, affine_rule, linear_rule, tangent_of
+from edmdistill.kernels.linear import conv2d
 
 tangent_of(f.avg_pool2d, f.interpolate)(linear_rule)
 tangent_of(f.conv_transpose2d)(affine_rule)
@@ -53,3 +54,19 @@ def upsample(x: Tensor, kernel: Tensor | None = None) -> Tensor:
     padding = (kernel.shape[-1] - 1) // 2
     kernel = 4 * kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
     return f.conv_transpose2d(x, kernel, groups=x.shape[1], stride=2, padding=padding)
+
+
+def upsampled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """conv2d(upsample(x), weight, bias), a CPU's by 4/9 of the products for 3x3, 1/4 for 1x1.  -> [B,M,2H,2W]
+
+    Each new pixel sees four old ones, through sums of the weight's taps: a transposed convolution of kernel 4x4. It has
+    not been measured on a GPU, nor in half precision.
+    """
+    if weight.shape[-1] == 1:
+        return upsample(conv2d(x, weight, bias))
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return conv2d(upsample(x), weight, bias)
+    taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=x.dtype)
+    M, C, *_ = weight.shape
+    sums = torch.kron(taps, taps) @ weight.to(x.dtype).permute(2, 3, 0, 1).reshape(9, M * C)
+    return f.conv_transpose2d(x, sums.view(4, 4, M, C).permute(3, 2, 0, 1), bias, stride=2, padding=1)

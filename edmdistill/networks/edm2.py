@@ -75,6 +75,7 @@ class Block(ResidualBlock):
 
     def forward(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         # Main branch.
+        before = x
         if self.resample == "down":
             x = downsample(x, self.low_pass(x))
         elif self.resample == "up":
@@ -84,7 +85,8 @@ class Block(ResidualBlock):
             x = normalize(x, 1)
 
         # ResidualBlock branch.
-        y = self.conv_res0(silu(x))
+        upsampled = self.resample == "up" and is_box(self.resample_filter)
+        y = self.conv_res0(silu(before if upsampled else x), upsampled=upsampled)
         (scale,) = self.modulations(emb) if self.mod_gain is None else self.normalized_modulations(emb)
         y = silu(y * scale[:, :, None, None].to(y.dtype))
         y = self.conv_res1(dropout(y, self.dropout, dropout_keys, self.layer))

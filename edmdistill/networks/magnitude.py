@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.kernels.magnitude import mp_conv, mp_fourier, mp_weight
+from edmdistill.kernels.resampling import upsampled_conv2d
 from edmdistill.networks.initial import normal
 
 GAIN_LAYERS = {"emb_gain": "emb_linear", "out_gain": "out_conv"}
@@ -35,13 +36,14 @@ class MPConv(nn.Module):
         self.folded = False
         self.effective: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0, upsampled: bool = False) -> Tensor:
+        """Returns the convolution of x, or of x at twice the resolution, or the linear map."""
         weight, source = self.effective
         if self.folded:
             weight = self.weight
         elif weight is None or source is not self.weight:  # another one is put in its place by functional_call
             weight = mp_weight(self.weight, gain, self.factor)
-        return mp_conv(x, weight)
+        return upsampled_conv2d(x, weight) if upsampled else mp_conv(x, weight)
 
     @torch.no_grad()
     def fold_(self, gain: Tensor | float = 1.0) -> None:

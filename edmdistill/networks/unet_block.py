@@ -16,7 +16,7 @@ from edmdistill.kernels.attention import require_heads, self_attention, split_he
 from edmdistill.kernels.dropout import dropout
 from edmdistill.kernels.group_norm import group_norm, group_norm_silu
 from edmdistill.kernels.linear import conv2d, linear
-from edmdistill.kernels.resampling import downsample, is_box, separable, upsample
+from edmdistill.kernels.resampling import downsample, is_box, separable, upsample, upsampled_conv2d
 from edmdistill.networks.base import Conditioning, Network, ResidualBlock
 
 
@@ -67,6 +67,8 @@ class Conv2d(nn.Module):
         if self.resample == "down":
             x = downsample(x, low_pass)
         elif self.resample == "up":
+            if self.box and self.weight is not None:
+                return upsampled_conv2d(x, self.weight, self.bias)
             x = upsample(x, low_pass)
         return self.convolve(x)
 

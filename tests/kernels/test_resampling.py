@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as f
 from torch import Tensor
 
-from edmdistill.kernels.resampling import downsample, is_box, separable, upsample
+from edmdistill.kernels.linear import conv2d
+from edmdistill.kernels.resampling import downsample, is_box, separable, upsample, upsampled_conv2d
 
 BOX, NCSN = (1, 1), (1, 3, 3, 1)
 
@@ -44,3 +45,9 @@ def test_downsample_without_border_reads_what_is_there(x: Tensor) -> None:
     kernel = separable(NCSN)
     padded = f.pad(x, [1] * 4)
     torch.testing.assert_close(downsample(padded, kernel, border=False), downsample(x, kernel))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_upsampled_conv2d(x: Tensor, size: int) -> None:
+    weight, bias = random(5, x.shape[1], size, size), random(5)
+    torch.testing.assert_close(upsampled_conv2d(x, weight, bias), conv2d(upsample(x), weight, bias))
