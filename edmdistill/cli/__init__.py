@@ -13,6 +13,7 @@ import click
 
 from edmdistill import __version__
 from edmdistill.errors import EdmDistillError, PeerFailed
+from edmdistill.machine.host import keep_freed_memory
 from edmdistill.methods import METHODS
 
 COMMANDS = {
@@ -117,6 +118,7 @@ class MainGroup(LazyGroup):
     """The group of all commands, which turns errors into a sentence and an exit code."""
 
     def invoke(self, ctx: click.Context) -> object:
+        keep_freed_memory()
         try:
             _require_working_directory()
             result = super().invoke(ctx)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
 import sys
 from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""glibc's numbers of parameters, in malloc.h."""
 
 
 def cores() -> int:
@@ -24,6 +28,20 @@ def host_memory() -> tuple[int, int]:
     if limit.isdigit() and used.isdigit():
         total, free = min(total, int(limit)), min(free, int(limit) - int(used))
     return total, free
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc's malloc keep freed blocks of up to 32 MB, in the whole process; without glibc it does nothing.
+
+    By default it returns them to the kernel, and each batch of images pays for its pages again: a fifth of the time of
+    sampling 256 small images on a CPU.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+    mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def peak_host_memory() -> int:
