@@ -20,10 +20,11 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.adversarial import AdversarialTurns, GANConfig, GANWeight, Terms, gan_roles
+from edmdistill.methods.adversarial import AdversarialTurns, GANConfig, Terms, gan_roles
 from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Method, NoiseRange, Role, Turn
 from edmdistill.methods.denoising import DenoisingWeight, denoising_loss
 from edmdistill.methods.distances import DISTANCES, Distance, PerceptionFile, perception_roles
+from edmdistill.methods.gan_losses import GANWeight
 from edmdistill.methods.jumps import Inner, Jump, JumpDistribution, Matching, draw_jump
 from edmdistill.methods.solver import follow_flow
 from edmdistill.schedules import edm_sigmas
@@ -106,10 +107,7 @@ class CTM(Method[CTMConfig]):
         return self.jump_to_end(self.jump(self.generator, jump.x_t, jump.t, jump.s, labels), jump.s, labels)
 
     def jump_to_end(self, x_s: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """Returns G_sg(x_s, s, end): its weights are frozen, but the gradient flows through to x_s.
-
-        Differs: the paper's end is 0; here it is the official code's, sigma_min.
-        """
+        """Returns G_sg(x_s, s, end).  Differs: the paper's end is 0; here it is the official code's, sigma_min."""
         return self.jump(self.target, x_s, s, torch.full_like(s, self.end), labels)
 
     def jump(self, network: FlowFunction, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:

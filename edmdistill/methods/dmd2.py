@@ -19,10 +19,10 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.adversarial import NON_SATURATING, GANWeight, logit_means
 from edmdistill.methods.base import Batch, Loss, Preview, Role, Turn
 from edmdistill.methods.distances import l2
 from edmdistill.methods.divergence import Divergence, density_ratio, divergence_weights
+from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
 from edmdistill.methods.noising import initial_noise, noised, time_of_rows
 from edmdistill.methods.score_distillation import SCORES, AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import gap_signals

@@ -19,8 +19,8 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.adversarial import NON_SATURATING, GANWeight, logit_means
 from edmdistill.methods.base import Batch, Loss, Role
+from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
 from edmdistill.methods.noising import noised, one_step
 from edmdistill.methods.score_distillation import SCORES, ScoreDistillation
 from edmdistill.methods.semi_implicit import Alpha, OneStepConfig, auxiliary_loss, generator_loss

@@ -9,10 +9,11 @@ import torch
 
 from edmdistill.draws import Draws
 from edmdistill.methods import METHODS
-from edmdistill.methods.adversarial import GAN_LOSSES, Adversary, GANConfig
+from edmdistill.methods.adversarial import Adversary, GANConfig
 from edmdistill.methods.augmentation import AUGMENTATIONS, augment
 from edmdistill.methods.base import NoiseRange
 from edmdistill.methods.distances import DISTANCES
+from edmdistill.methods.gan_losses import GAN_LOSSES
 
 Make = Callable[..., Any]
 
