@@ -23,7 +23,13 @@ from edmdistill.methods.base import Batch, Loss, Role, Turn
 from edmdistill.methods.noising import noised
 from edmdistill.methods.score_distillation import AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import Alpha, Weight, auxiliary_loss, generator_loss, kl_generator_loss
-from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryWeight, WarmupImages, trajectory_loss
+from edmdistill.methods.trajectories import (
+    TrajectorySteps,
+    TrajectoryWeight,
+    WarmupImages,
+    add_trajectories,
+    trajectory_loss,
+)
 from edmdistill.schedules import cosim_sigmas, start_first_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
@@ -152,8 +158,7 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         if batch.images < config.warmup_images:
             return trajectories
         loss = self.gap_loss(batch, draws, config.anchor_sigma)
-        value = loss.value + config.trajectory_weight * trajectories.value
-        return loss._replace(value=value, signals=loss.signals | trajectories.signals)
+        return add_trajectories(loss, trajectories, config.trajectory_weight)
 
     def gap_loss(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Loss:
         """Returns eq. 15, first line, of jumps from sigma_from up, where t comes first."""

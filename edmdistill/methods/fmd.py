@@ -7,6 +7,9 @@ After Sabour, Fidler & Kreis 2025 (Align Your Flow).
     eulerian:    g = cos(d) df/dt           along (v, 1), s fixed
     lagrangian:  g = -k (df/ds - v(f, s))   along s, t fixed; the teacher is asked at the end of the jump
     F <- F^- + g / (|g| + c)                regression with weight e^-u(t, s)
+
+Differs: with `trajectory_steps`, the map also learns the teacher's own jumps between the points of its trajectories, at
+first alone: regression on x_s is fast, and the tangent refines what it finds.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, FlowFunction, Role
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Role, with_inputs
 from edmdistill.methods.flow_map import GENERATOR, FlowMap, FlowMapConfig, lagrangian_target
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
+from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryWeight, add_trajectories, trajectory_loss
 
 Objective = Literal["eulerian", "lagrangian"]
 
@@ -31,14 +35,39 @@ class FMDConfig(FlowMapConfig, frozen=True, forbid_unknown_fields=True):
     objective: Annotated[Objective, Meta(description="eulerian: t moves along the trajectory; lagrangian: s moves")] = (
         "eulerian"
     )
+    trajectory_steps: TrajectorySteps = 0
+    trajectory_weight: TrajectoryWeight = 0.5
+    trajectory_images: Annotated[int, Meta(ge=0, description="images in which trajectories alone are learned")] = 0
+    share_to_max: Annotated[float, Meta(ge=0, le=1, description="share of trajectories from sigma_max")] = 0.5
 
     def __post_init__(self) -> None:
         check_range(self)
+        if self.trajectory_images and not self.trajectory_steps:
+            raise ValueError("until trajectory_images the generator learns trajectories: set trajectory_steps too")
 
 
 class FMD(FlowMap[FMDConfig], GuidedMethod[FMDConfig]):
     Config = FMDConfig
     roles = {"teacher": Role(trained=False), "generator": GENERATOR}
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Returns the loss by tangents, that of trajectories, or both."""
+        config = self.config
+        if not config.trajectory_steps:
+            return super().generator_loss(batch, draws)
+        trajectories = self.trajectory_loss(batch, draws)
+        if batch.images < config.trajectory_images:
+            return trajectories
+        return add_trajectories(super().generator_loss(batch, draws), trajectories, config.trajectory_weight)
+
+    def trajectory_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Returns the loss of jumps between points of the guided teacher's trajectories."""
+        w, steps, share = self.guidance_weights(draws), self.config.trajectory_steps, self.config.share_to_max
+        generator = with_inputs(self.generator, w=None if w is None else w.repeat(steps))
+        teacher = partial(self.teacher, w=w)
+        return trajectory_loss(
+            generator, teacher, batch, draws, self.noise, steps=steps, share_to_max=share, between=True
+        )
 
     def target(
         self, generator: FlowFunction, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, batch: Batch, w: Tensor | None

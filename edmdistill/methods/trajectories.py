@@ -1,6 +1,6 @@
-"""Regression on the teacher's trajectories: a jump from any of their points learns their end.
+"""Regression on the teacher's trajectories: a jump from any of their points learns their end, or a later point.
 
-A trajectory of K steps costs K evaluations of the teacher and teaches K jumps, from all of its levels to the data.
+A trajectory of K steps costs K evaluations of the teacher and teaches K jumps, one from each of its levels.
 
 Source: Yin et al. 2024 (DMD), section 3.3, whose regression loss is on pairs of noise and image.  Differs: jumps start
 at every point, not at the noise alone; the error is squared in F, not LPIPS; pairs are made when they are needed.
@@ -8,10 +8,12 @@ at every point, not at the noise alone; the error is squared in F, not LPIPS; pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
 from msgspec import Meta
+from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange
@@ -28,30 +30,44 @@ WarmupImages = Annotated[int, Meta(ge=0, description="images in which trajectori
 
 def trajectory_loss(
     generator: FlowFunction,
-    teacher: FlowFunction,
+    teacher: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     batch: Batch,
     draws: Draws,
     noise: NoiseRange,
     *,
     steps: int,
     share_to_max: float,
+    between: bool = False,
 ) -> Loss:
-    """Returns the mean of |F(x_t, t) - F_end|^2 over the points of trajectories, where F_end leads to their end.  [B]
+    """Returns the mean of |F(x_t, t) - F_s|^2 over the points of trajectories, where F_s leads to s.  [B]
 
     A trajectory starts from x_t ~ p(x_t | x0), at r = 1 of EDM's curve with probability share_to_max, else at
     r ~ U[0, 1]. Its points are at r (1 - k / steps), k = 0 ... steps - 1.
+
+    Args:
+        between: s is the time of one of the later points or of the end, each as likely, and is read by the generator;
+            otherwise s = 0, the end.
     """
     sigma_data, sigma_min, sigma_max = noise
     r = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform())
-    fractions = 1 - torch.arange(steps, device=r.device)[:, None] / steps
-    times = sigma_to_time(edm_curve(fractions * r, sigma_min, sigma_max), sigma_data)
+    k = torch.arange(steps, device=r.device)[:, None]
+    times = sigma_to_time(edm_curve((1 - k / steps) * r, sigma_min, sigma_max), sigma_data)
     with torch.no_grad():
         start = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), times[0])
         points, end = multistep_trajectory(lambda x, t: teacher(x, t, batch.labels), start, times, sigma_data)
-    x_t, t = torch.cat(points), times.flatten()
+    later = (draws.uniform(steps).T * (steps - k)).long() if between else steps - k - 1
+    stop = (k + 1 + later).expand(times.shape), torch.arange(len(r), device=r.device)
+    x_t, x_s = torch.cat(points), torch.stack([*points, end])[stop].flatten(0, 1)
+    t, s = times.flatten(), torch.cat([times, torch.zeros_like(times[:1])])[stop].flatten()
     labels = None if batch.labels is None else batch.labels.repeat(steps, 1)
-    cos, sin = cos_sin(t, x_t)
-    F_end = (cos * x_t - end.repeat(steps, 1, 1, 1)) / (sin * sigma_data)
-    error = (generator(x_t, t, labels) - F_end).square()
-    value = error.flatten(1).sum(1).reshape(steps, -1).mean(0)
-    return Loss(value, times[0], {"trajectory_error": error.detach().mean()})
+    cos, sin = cos_sin(t - s, x_t)
+    F_s = (cos * x_t - x_s) / (sin * sigma_data)
+    error = (generator(x_t, t, labels, s) if between else generator(x_t, t, labels)) - F_s
+    value = error.square().flatten(1).sum(1).reshape(steps, -1).mean(0)
+    return Loss(value, times[0], {"trajectory_error": error.detach().square().mean()})
+
+
+def add_trajectories(loss: Loss, trajectories: Loss, weight: float) -> Loss:
+    """Returns the sum of a method's own loss and that of trajectories, times their weight."""
+    value = loss.value + weight * trajectories.value
+    return loss._replace(value=value, signals=loss.signals | trajectories.signals)

@@ -11,6 +11,7 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.cosim import CoSIM
+from edmdistill.methods.fmd import FMD
 from edmdistill.methods.solver import multistep_trajectory
 from edmdistill.methods.trajectories import trajectory_loss
 from edmdistill.sampling.dpm_solver import dpm_solver_pp_2m
@@ -95,30 +96,56 @@ def test_of_one_step_the_target_is_the_teacher(tiny_networks: Make, tiny_batch: 
     assert other.value.min() > 1e-6
 
 
-def test_the_flow_to_the_end_is_the_minimum(teacher: Callable[..., Tensor]) -> None:
-    """Of the flow's own map to the data, nothing is left but the solver's error; of the denoiser, much."""
+@pytest.mark.parametrize("between", [False, True])
+def test_the_flow_s_own_jumps_are_the_minimum(teacher: Callable[..., Tensor], between: bool) -> None:
+    """Of the flow's own map, nothing is left but the solver's error; of the velocity, much."""
 
-    def flow_map(x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        cos, sin = cos_sin(t, x_t)
-        end = at(x_t / cos, SD * sin / cos, 0.0)
-        return (cos * x_t - end) / (sin * SD)
+    def flow_map(x_t: Tensor, t: Tensor, labels: Tensor | None = None, s: Tensor | float = 0.0) -> Tensor:
+        (cos, sin), s = cos_sin(t, x_t), s * torch.ones_like(t)
+        (cos_s, sin_s), (cos_d, sin_d) = cos_sin(s, x_t), cos_sin(t - s, x_t)
+        x_s = cos_s * at(x_t / cos, SD * sin / cos, SD * sin_s / cos_s)
+        return (cos_d * x_t - x_s) / (sin_d * SD)
+
+    def velocity(x_t: Tensor, t: Tensor, labels: Tensor | None = None, s: Tensor | None = None) -> Tensor:
+        return teacher(x_t, t)
 
     batch = Batch(torch.zeros(64, DIM, 1, 1, dtype=torch.float64), None)
-    flow, denoiser = (
-        trajectory_loss(network, teacher, batch, Draws(1, 64), NOISE, steps=40, share_to_max=0.5)
-        for network in (flow_map, teacher)
+    flow, single = (
+        trajectory_loss(network, teacher, batch, Draws(1, 64), NOISE, steps=40, share_to_max=0.5, between=between)
+        for network in (flow_map, velocity)
     )
-    assert flow.value.mean() < 1e-3 * denoiser.value.mean()
+    assert flow.value.mean() < 1e-3 * single.value.mean()
 
 
-def test_a_trajectory_belongs_to_its_row(tiny_networks: Make, tiny_batch: Make) -> None:
+def test_between_points_every_later_one_is_as_likely(teacher: Callable[..., Tensor]) -> None:
+    asked = []
+
+    def asking(x_t: Tensor, t: Tensor, labels: Tensor | None, s: Tensor) -> Tensor:
+        asked.append((t, s))
+        return x_t
+
+    rows, batch = 4_000, Batch(torch.zeros(4_000, DIM, 1, 1, dtype=torch.float64), None)
+    trajectory_loss(asking, teacher, batch, Draws(0, rows), NOISE, steps=4, share_to_max=1.0, between=True)
+    ((t, s),) = asked
+    times = torch.cat([sigma_to_time(curve(4, torch.ones(1, dtype=torch.float64)), SD)[:, 0], torch.zeros(1)])
+    start, stop = ((times[:, None] - time).abs().argmin(0) for time in (t, s))
+    torch.testing.assert_close(times[stop], s, rtol=0, atol=1e-12)
+    assert start.equal(torch.arange(4).repeat_interleave(rows))
+    for k in range(4):
+        counts = stop[start == k].bincount(minlength=5)
+        assert not counts[: k + 1].any()
+        assert counts[k + 1 :].double() / rows == pytest.approx(torch.full((4 - k,), 1 / (4 - k)), abs=0.04)
+
+
+@pytest.mark.parametrize(("method", "between"), [(CoSIM, False), (FMD, True)])
+def test_a_trajectory_belongs_to_its_row(method, between: bool, tiny_networks: Make, tiny_batch: Make) -> None:
     """Whatever the micro-batches."""
-    networks, batch = tiny_networks(CoSIM), tiny_batch()
+    networks, batch = tiny_networks(method), tiny_batch()
 
     def loss(rows: slice) -> Tensor:
         part = Batch(batch.x0[rows], batch.labels[rows])
         draws = Draws(0, 6, rows)
-        options = {"steps": 4, "share_to_max": 0.5}
+        options: dict[str, Any] = {"steps": 4, "share_to_max": 0.5, "between": between}
         return trajectory_loss(networks["generator"], networks["teacher"], part, draws, NOISE, **options).value
 
     torch.testing.assert_close(torch.cat([loss(slice(0, 2)), loss(slice(2, 6))]), loss(slice(0, 6)))
@@ -158,6 +185,22 @@ def test_until_the_warmup_ends_cosim_learns_trajectories_alone(tiny_networks: Ma
     assert [(turn.role, turn.begins) for turn in turns] == [("auxiliary", 100), ("generator", 0)]
 
 
-def test_a_warmup_without_trajectories_is_refused() -> None:
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
+def test_a_flow_map_learns_them_alone_and_then_beside_tangents(tiny_networks: Make, tiny_batch: Make) -> None:
+    """Of a teacher that is guided at the weight of each row, which the generator reads at each point."""
+    guided: dict[str, Any] = {"guidance": (1.0, 3.0), "guide": "network"}
+    networks = tiny_networks(FMD, **guided)
+
+    def loss(images: int, **options: Any) -> Tensor:
+        method = FMD(FMD.Config(**guided, **options), networks, NOISE)
+        return method.generator_loss(tiny_batch()._replace(images=images), Draws(1, 6)).value
+
+    options: dict[str, Any] = {"trajectory_steps": 4, "trajectory_images": 100}
+    one, two = (loss(100, **options, trajectory_weight=weight) for weight in (1.0, 2.0))
+    torch.testing.assert_close(two - one, loss(99, **options))
+
+
+@pytest.mark.parametrize("option", ["warmup_images", "trajectory_images"])
+def test_a_warmup_without_trajectories_is_refused(option: str) -> None:
     with pytest.raises(ValueError, match="set trajectory_steps too"):
-        CoSIM.Config(warmup_images=100)
+        (CoSIM if option == "warmup_images" else FMD).Config(**{option: 100})
