@@ -11,6 +11,7 @@ Yu et al. 2025 (ICML), algorithm 2.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ from edmdistill.methods.trajectories import (
     TrajectorySteps,
     TrajectoryWeight,
     WarmupImages,
-    add_trajectories,
     trajectory_loss,
+    with_trajectories,
 )
 from edmdistill.schedules import cosim_sigmas, start_first_sigmas
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
@@ -154,11 +155,10 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
             return self.gap_loss(batch, draws)
         steps, share = config.trajectory_steps, config.share_to_max
         networks = self.generator, self.teacher
-        trajectories = trajectory_loss(*networks, batch, draws, self.noise, steps=steps, share_to_max=share)
-        if batch.images < config.warmup_images:
-            return trajectories
-        loss = self.gap_loss(batch, draws, config.anchor_sigma)
-        return add_trajectories(loss, trajectories, config.trajectory_weight)
+        trajectories = partial(trajectory_loss, *networks, noise=self.noise, steps=steps, share_to_max=share)
+        loss = partial(self.gap_loss, sigma_from=config.anchor_sigma)
+        weight, warmup_images = config.trajectory_weight, config.warmup_images
+        return with_trajectories(loss, trajectories, batch, draws, weight=weight, warmup_images=warmup_images)
 
     def gap_loss(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Loss:
         """Returns eq. 15, first line, of jumps from sigma_from up, where t comes first."""

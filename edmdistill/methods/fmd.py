@@ -24,7 +24,7 @@ from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Role, with_inputs
 from edmdistill.methods.flow_map import GENERATOR, FlowMap, FlowMapConfig, lagrangian_target
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
-from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryWeight, add_trajectories, trajectory_loss
+from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryWeight, trajectory_loss, with_trajectories
 
 Objective = Literal["eulerian", "lagrangian"]
 
@@ -55,10 +55,9 @@ class FMD(FlowMap[FMDConfig], GuidedMethod[FMDConfig]):
         config = self.config
         if not config.trajectory_steps:
             return super().generator_loss(batch, draws)
-        trajectories = self.trajectory_loss(batch, draws)
-        if batch.images < config.trajectory_images:
-            return trajectories
-        return add_trajectories(super().generator_loss(batch, draws), trajectories, config.trajectory_weight)
+        weight, warmup_images = config.trajectory_weight, config.trajectory_images
+        losses = super().generator_loss, self.trajectory_loss
+        return with_trajectories(*losses, batch, draws, weight=weight, warmup_images=warmup_images)
 
     def trajectory_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns the loss of jumps between points of the guided teacher's trajectories."""

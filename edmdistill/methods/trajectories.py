@@ -67,7 +67,18 @@ def trajectory_loss(
     return Loss(value, times[0], {"trajectory_error": error.detach().square().mean()})
 
 
-def add_trajectories(loss: Loss, trajectories: Loss, weight: float) -> Loss:
-    """Returns the sum of a method's own loss and that of trajectories, times their weight."""
-    value = loss.value + weight * trajectories.value
-    return loss._replace(value=value, signals=loss.signals | trajectories.signals)
+def with_trajectories(
+    loss: Callable[[Batch, Draws], Loss],
+    trajectories: Callable[[Batch, Draws], Loss],
+    batch: Batch,
+    draws: Draws,
+    *,
+    weight: float,
+    warmup_images: int,
+) -> Loss:
+    """Returns the loss of trajectories until the warm-up ends, then that times its weight beside a method's own."""
+    jumps = trajectories(batch, draws)
+    if batch.images < warmup_images:
+        return jumps
+    own = loss(batch, draws)
+    return own._replace(value=own.value + weight * jumps.value, signals=own.signals | jumps.signals)
