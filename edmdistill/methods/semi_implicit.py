@@ -101,3 +101,15 @@ def gap_signals(u: Tensor, e: Tensor) -> dict[str, Tensor]:
     """Returns the gap's size and direction.  u, e: see above; the loss itself may oscillate around 0.  [B,C,H,W]"""
     cosine = torch.cosine_similarity(u.flatten(1), e.flatten(1)).mean()
     return {"score_gap": u.square().mean().sqrt(), "cos_gap_error": cosine}
+
+
+def time_sensitivity(F_aux: Tensor, F_last: Tensor, F_teacher: Tensor, below: Tensor) -> Tensor:
+    """Returns |u(t) - u(t_max)| / |u(t)| at the same x_s: 0 of an auxiliary score that ignores t.
+
+    Args:
+        F_aux, F_last, F_teacher: at (x_s; s, t), (x_s; s, t_max) and (x_s; s).  [B,C,H,W]
+        below: whether t < t_max; other rows do not count.  [B]
+    """
+    changes = F_aux - F_last, F_aux - F_teacher
+    moved, size = ((below * change.square().flatten(1).sum(1)).sum() for change in changes)
+    return (moved / size.clamp(min=1e-12)).sqrt()
