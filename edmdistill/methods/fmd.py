@@ -61,11 +61,16 @@ class FMD(FlowMap[FMDConfig], GuidedMethod[FMDConfig]):
 
     def trajectory_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns the loss of jumps between points of the guided teacher's trajectories."""
-        w, steps, share = self.guidance_weights(draws), self.config.trajectory_steps, self.config.share_to_max
-        generator = with_inputs(self.generator, w=None if w is None else w.repeat(steps))
-        teacher = partial(self.teacher, w=w)
+        config, w = self.config, self.guidance_weights(draws)
         return trajectory_loss(
-            generator, teacher, batch, draws, self.noise, steps=steps, share_to_max=share, between=True
+            with_inputs(self.generator, w=None if w is None else w.repeat(config.trajectory_steps)),
+            partial(self.teacher, w=w),
+            batch,
+            draws,
+            self.noise,
+            steps=config.trajectory_steps,
+            share_to_max=config.share_to_max,
+            share_to_end=config.share_to_data,
         )
 
     def target(

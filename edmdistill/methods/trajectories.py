@@ -37,7 +37,7 @@ def trajectory_loss(
     *,
     steps: int,
     share_to_max: float,
-    between: bool = False,
+    share_to_end: float | None = None,
 ) -> Loss:
     """Returns the mean of |F(x_t, t) - F_s|^2 over the points of trajectories, where F_s leads to s.  [B]
 
@@ -45,8 +45,8 @@ def trajectory_loss(
     r ~ U[0, 1]. Its points are at r (1 - k / steps), k = 0 ... steps - 1.
 
     Args:
-        between: s is the time of one of the later points or of the end, each as likely, and is read by the generator;
-            otherwise s = 0, the end.
+        share_to_end: the share of jumps to the end, s = 0; others lead to one of the later points or the end, each as
+            likely, and the generator reads s. None: all lead to the end, and it reads t alone.
     """
     sigma_data, sigma_min, sigma_max = noise
     r = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform())
@@ -55,14 +55,17 @@ def trajectory_loss(
     with torch.no_grad():
         start = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), times[0])
         points, end = multistep_trajectory(lambda x, t: teacher(x, t, batch.labels), start, times, sigma_data)
-    later = (draws.uniform(steps).T * (steps - k)).long() if between else steps - k - 1
-    stop = (k + 1 + later).expand(times.shape), torch.arange(len(r), device=r.device)
-    x_t, x_s = torch.cat(points), torch.stack([*points, end])[stop].flatten(0, 1)
-    t, s = times.flatten(), torch.cat([times, torch.zeros_like(times[:1])])[stop].flatten()
+    stop = torch.full(times.shape, steps, device=r.device)
+    if share_to_end is not None:
+        to_end, later = draws.uniform(2, steps).permute(1, 2, 0)
+        stop = torch.where(to_end < share_to_end, stop, k + 1 + (later * (steps - k)).long())
+    place = stop, torch.arange(len(r), device=r.device)
+    x_t, x_s = torch.cat(points), torch.stack([*points, end])[place].flatten(0, 1)
+    t, s = times.flatten(), torch.cat([times, torch.zeros_like(times[:1])])[place].flatten()
     labels = None if batch.labels is None else batch.labels.repeat(steps, 1)
     cos, sin = cos_sin(t - s, x_t)
     F_s = (cos * x_t - x_s) / (sin * sigma_data)
-    error = (generator(x_t, t, labels, s) if between else generator(x_t, t, labels)) - F_s
+    error = (generator(x_t, t, labels) if share_to_end is None else generator(x_t, t, labels, s)) - F_s
     value = error.square().flatten(1).sum(1).reshape(steps, -1).mean(0)
     return Loss(value, times[0], {"trajectory_error": error.detach().square().mean()})
 

@@ -96,8 +96,8 @@ def test_of_one_step_the_target_is_the_teacher(tiny_networks: Make, tiny_batch: 
     assert other.value.min() > 1e-6
 
 
-@pytest.mark.parametrize("between", [False, True])
-def test_the_flow_s_own_jumps_are_the_minimum(teacher: Callable[..., Tensor], between: bool) -> None:
+@pytest.mark.parametrize("share", [None, 0.25])
+def test_the_flow_s_own_jumps_are_the_minimum(teacher: Callable[..., Tensor], share: float | None) -> None:
     """Of the flow's own map, nothing is left but the solver's error; of the velocity, much."""
 
     def flow_map(x_t: Tensor, t: Tensor, labels: Tensor | None = None, s: Tensor | float = 0.0) -> Tensor:
@@ -111,13 +111,13 @@ def test_the_flow_s_own_jumps_are_the_minimum(teacher: Callable[..., Tensor], be
 
     batch = Batch(torch.zeros(64, DIM, 1, 1, dtype=torch.float64), None)
     flow, single = (
-        trajectory_loss(network, teacher, batch, Draws(1, 64), NOISE, steps=40, share_to_max=0.5, between=between)
+        trajectory_loss(network, teacher, batch, Draws(1, 64), NOISE, steps=40, share_to_max=0.5, share_to_end=share)
         for network in (flow_map, velocity)
     )
     assert flow.value.mean() < 1e-3 * single.value.mean()
 
 
-def test_between_points_every_later_one_is_as_likely(teacher: Callable[..., Tensor]) -> None:
+def test_a_share_of_jumps_leads_to_the_end_and_others_to_any_later_point(teacher: Callable[..., Tensor]) -> None:
     asked = []
 
     def asking(x_t: Tensor, t: Tensor, labels: Tensor | None, s: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def test_between_points_every_later_one_is_as_likely(teacher: Callable[..., Tens
         return x_t
 
     rows, batch = 4_000, Batch(torch.zeros(4_000, DIM, 1, 1, dtype=torch.float64), None)
-    trajectory_loss(asking, teacher, batch, Draws(0, rows), NOISE, steps=4, share_to_max=1.0, between=True)
+    trajectory_loss(asking, teacher, batch, Draws(0, rows), NOISE, steps=4, share_to_max=1.0, share_to_end=0.2)
     ((t, s),) = asked
     times = torch.cat([sigma_to_time(curve(4, torch.ones(1, dtype=torch.float64)), SD)[:, 0], torch.zeros(1)])
     start, stop = ((times[:, None] - time).abs().argmin(0) for time in (t, s))
@@ -134,18 +134,20 @@ def test_between_points_every_later_one_is_as_likely(teacher: Callable[..., Tens
     for k in range(4):
         counts = stop[start == k].bincount(minlength=5)
         assert not counts[: k + 1].any()
-        assert counts[k + 1 :].double() / rows == pytest.approx(torch.full((4 - k,), 1 / (4 - k)), abs=0.04)
+        expected = torch.full((4 - k,), 0.8 / (4 - k))
+        expected[-1] += 0.2
+        assert counts[k + 1 :].double() / rows == pytest.approx(expected, abs=0.04)
 
 
-@pytest.mark.parametrize(("method", "between"), [(CoSIM, False), (FMD, True)])
-def test_a_trajectory_belongs_to_its_row(method, between: bool, tiny_networks: Make, tiny_batch: Make) -> None:
+@pytest.mark.parametrize(("method", "share"), [(CoSIM, None), (FMD, 0.25)])
+def test_a_trajectory_belongs_to_its_row(method, share: float | None, tiny_networks: Make, tiny_batch: Make) -> None:
     """Whatever the micro-batches."""
     networks, batch = tiny_networks(method), tiny_batch()
 
     def loss(rows: slice) -> Tensor:
         part = Batch(batch.x0[rows], batch.labels[rows])
         draws = Draws(0, 6, rows)
-        options: dict[str, Any] = {"steps": 4, "share_to_max": 0.5, "between": between}
+        options: dict[str, Any] = {"steps": 4, "share_to_max": 0.5, "share_to_end": share}
         return trajectory_loss(networks["generator"], networks["teacher"], part, draws, NOISE, **options).value
 
     torch.testing.assert_close(torch.cat([loss(slice(0, 2)), loss(slice(2, 6))]), loss(slice(0, 6)))
