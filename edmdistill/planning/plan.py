@@ -284,12 +284,17 @@ def _offload(network: FlowNetwork, loads: list[int]) -> None:
 
 
 def _with_weights(
-    module: nn.Module, parameters: dict[str, nn.Parameter], loads: list[int], forward: Callable[..., Any], *args: Any
+    module: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    loads: list[int],
+    forward: Callable[..., Any],
+    *args: Any,
+    **more: Any,
 ) -> Any:
     loads.append(_bytes(parameters.values()))
     loaded = {name: nn.Parameter(torch.empty_like(p), requires_grad=False) for name, p in parameters.items()}
     module._parameters |= loaded
-    out = forward(*args)
+    out = forward(*args, **more)
     module._parameters |= parameters
     return out
 
