@@ -70,9 +70,9 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         config = self.config
         if not config.trajectory_steps:
             return self.gap_loss(batch, draws)
-        steps, share = config.trajectory_steps, config.share_to_max
-        networks = self.generator, self.teacher
-        trajectories = partial(trajectory_loss, *networks, noise=self.noise, steps=steps, share_to_max=share)
+        paths = partial(trajectory_loss, steps=config.trajectory_steps, stride=config.trajectory_stride)
+        networks, share = (self.generator, self.teacher), config.share_to_max
+        trajectories = partial(paths, *networks, noise=self.noise, share_to_max=share)
         loss = partial(self.gap_loss, sigma_from=config.anchor_sigma)
         weight, warmup_images = config.trajectory_weight, config.warmup_images
         return with_trajectories(loss, trajectories, batch, draws, weight=weight, warmup_images=warmup_images)

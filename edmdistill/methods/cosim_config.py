@@ -9,7 +9,7 @@ from msgspec import Meta
 from edmdistill.methods.adversarial import GANConfig
 from edmdistill.methods.score_distillation import AuxiliaryTurns
 from edmdistill.methods.semi_implicit import Alpha, Weight
-from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryWeight, WarmupImages
+from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryStride, TrajectoryWeight, WarmupImages
 
 
 class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
@@ -44,6 +44,7 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
         float, Meta(ge=0, description="jumps from below this noise level learn the teacher's denoiser, or trajectories")
     ] = 0.0
     trajectory_steps: TrajectorySteps = 0
+    trajectory_stride: TrajectoryStride = 1
     trajectory_weight: TrajectoryWeight = 0.5
     warmup_images: WarmupImages = 0
     auxiliary_turns: AuxiliaryTurns = 1
@@ -54,6 +55,10 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
             raise ValueError('anchor_sigma divides the levels t, which order = "t" draws first: set both or neither')
         if self.warmup_images and not self.trajectory_steps:
             raise ValueError("until warmup_images the generator learns trajectories: set trajectory_steps too")
+        if self.trajectory_stride > max(self.trajectory_steps, 1):
+            raise ValueError(
+                "a jump has to start within a trajectory: set trajectory_stride to trajectory_steps at most"
+            )
         if self.coef < 0.5 and not self.force:
             raise ValueError(
                 f"coef {self.coef} is below .5: the auxiliary score would overshoot its data; force = true allows it"

@@ -24,6 +24,9 @@ from edmdistill.trigflow import cos_sin, diffuse, sigma_to_time
 TrajectorySteps = Annotated[
     int, Meta(ge=0, le=1000, description="steps of the teacher's trajectories whose end jumps learn; 0 = none")
 ]
+TrajectoryStride = Annotated[
+    int, Meta(ge=1, le=1000, description="jumps start at every so-many-th point of a trajectory; 1 = at all")
+]
 TrajectoryWeight = Annotated[float, Meta(gt=0, description="weight of trajectories beside the method's own loss")]
 WarmupImages = Annotated[int, Meta(ge=0, description="images in which trajectories alone are learned")]
 
@@ -37,6 +40,7 @@ def trajectory_loss(
     *,
     steps: int,
     share_to_max: float,
+    stride: int = 1,
     share_to_end: float | None = None,
 ) -> Loss:
     """Returns the mean of |F(x_t, t) - F_s|^2 over the points of trajectories, where F_s leads to s.  [B]
@@ -45,28 +49,31 @@ def trajectory_loss(
     r ~ U[0, 1]. Its points are at r (1 - k / steps), k = 0 ... steps - 1.
 
     Args:
+        stride: jumps start at every so-many-th point, from a random one on: of a finer trajectory, as many jumps.
         share_to_end: the share of jumps to the end, s = 0; others lead to one of the later points or the end, each as
             likely, and the generator reads s. None: all lead to the end, and it reads t alone.
     """
     sigma_data, sigma_min, sigma_max = noise
     r = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform())
-    k = torch.arange(steps, device=r.device)[:, None]
-    times = sigma_to_time(edm_curve((1 - k / steps) * r, sigma_min, sigma_max), sigma_data)
+    fractions = 1 - torch.arange(steps, device=r.device)[:, None] / steps
+    times = sigma_to_time(edm_curve(fractions * r, sigma_min, sigma_max), sigma_data)
     with torch.no_grad():
         start = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), times[0])
         points, end = multistep_trajectory(lambda x, t: teacher(x, t, batch.labels), start, times, sigma_data)
-    stop = torch.full(times.shape, steps, device=r.device)
+    first = (draws.uniform() * stride).long() if stride > 1 else torch.zeros_like(r, dtype=torch.long)
+    k = first + stride * torch.arange(steps // stride, device=r.device)[:, None]
+    stop = torch.full_like(k, steps)
     if share_to_end is not None:
-        to_end, later = draws.uniform(2, steps).permute(1, 2, 0)
+        to_end, later = draws.uniform(2, len(k)).permute(1, 2, 0)
         stop = torch.where(to_end < share_to_end, stop, k + 1 + (later * (steps - k)).long())
-    place = stop, torch.arange(len(r), device=r.device)
-    x_t, x_s = torch.cat(points), torch.stack([*points, end])[place].flatten(0, 1)
-    t, s = times.flatten(), torch.cat([times, torch.zeros_like(times[:1])])[place].flatten()
-    labels = None if batch.labels is None else batch.labels.repeat(steps, 1)
+    rows = torch.arange(len(r), device=r.device)
+    path, path_times = torch.stack([*points, end]), torch.cat([times, torch.zeros_like(times[:1])])
+    (x_t, t), (x_s, s) = ((path[at, rows].flatten(0, 1), path_times[at, rows].flatten()) for at in (k, stop))
+    labels = None if batch.labels is None else batch.labels.repeat(len(k), 1)
     cos, sin = cos_sin(t - s, x_t)
     F_s = (cos * x_t - x_s) / (sin * sigma_data)
     error = (generator(x_t, t, labels) if share_to_end is None else generator(x_t, t, labels, s)) - F_s
-    value = error.square().flatten(1).sum(1).reshape(steps, -1).mean(0)
+    value = error.square().flatten(1).sum(1).reshape(len(k), -1).mean(0)
     return Loss(value, times[0], {"trajectory_error": error.detach().square().mean()})
 
 

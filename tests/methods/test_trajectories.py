@@ -139,6 +139,25 @@ def test_a_share_of_jumps_leads_to_the_end_and_others_to_any_later_point(teacher
         assert counts[k + 1 :].double() / rows == pytest.approx(expected, abs=0.04)
 
 
+def test_jumps_start_at_every_so_many_th_point_from_a_random_one_on(teacher: Callable[..., Tensor]) -> None:
+    """Of the same trajectories: their errors are among those of all points."""
+    asked: list[Tensor] = []
+
+    def asking(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        asked.append(t)
+        return x_t
+
+    rows, batch = 400, Batch(torch.zeros(400, DIM, 1, 1, dtype=torch.float64), None)
+    for stride in (1, 3):
+        trajectory_loss(asking, teacher, batch, Draws(0, rows), NOISE, steps=8, share_to_max=1.0, stride=stride)
+    every, some = (times.reshape(-1, rows) for times in asked)
+    k = (every[:, None] - some[None]).abs().argmin(0)
+    assert every.gather(0, k).equal(some)
+    assert (k[1] - k[0]).eq(3).all()
+    assert len(k) == 2
+    assert k[0].bincount() / rows == pytest.approx(torch.full((3,), 1 / 3), abs=0.1)
+
+
 @pytest.mark.parametrize(("method", "share"), [(CoSIM, None), (FMD, 0.25)])
 def test_a_trajectory_belongs_to_its_row(method, share: float | None, tiny_networks: Make, tiny_batch: Make) -> None:
     """Whatever the micro-batches."""
@@ -147,7 +166,7 @@ def test_a_trajectory_belongs_to_its_row(method, share: float | None, tiny_netwo
     def loss(rows: slice) -> Tensor:
         part = Batch(batch.x0[rows], batch.labels[rows])
         draws = Draws(0, 6, rows)
-        options: dict[str, Any] = {"steps": 4, "share_to_max": 0.5, "share_to_end": share}
+        options: dict[str, Any] = {"steps": 4, "share_to_max": 0.5, "stride": 2, "share_to_end": share}
         return trajectory_loss(networks["generator"], networks["teacher"], part, draws, NOISE, **options).value
 
     torch.testing.assert_close(torch.cat([loss(slice(0, 2)), loss(slice(2, 6))]), loss(slice(0, 6)))
