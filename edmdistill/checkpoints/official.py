@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,34 @@ def build_official(
         **describe(flow),
     )
     return flow.float(), config
+
+
+def edm_arguments(tensors: Mapping[str, Tensor], kind: Literal["song", "adm"]) -> dict[str, Any]:
+    """Returns the constructor arguments of DDPM++ or ADM by the names and shapes of its tensors, which lack a prefix.
+
+    Raises: KeyError, ValueError ...: they belong to another network.
+    """
+    pattern = re.compile(r"enc\.(\d+)x\1_block(\d+)\.(conv0|qkv)\.weight")
+    blocks = [match for name in tensors if (match := pattern.fullmatch(name))]
+    sizes = sorted({int(match[1]) for match in blocks}, reverse=True)
+    whole = f"{sizes[0]}x{sizes[0]}"
+    out = {"adm": "out_conv", "song": f"dec.{whole}_aux_conv"}[kind]
+    channels = tensors["map_layer0.weight"].shape[1]
+    widths = [tensors[f"enc.{size}x{size}_block0.conv0.weight"].shape[0] for size in sizes]
+    augment, label = tensors.get("map_augment.weight"), tensors.get("map_label.weight")
+    return {
+        "img_resolution": sizes[0],
+        "in_channels": tensors[f"enc.{whole}_conv.weight"].shape[1],
+        "out_channels": tensors[f"{out}.weight"].shape[0],
+        "label_dim": 0 if label is None else label.shape[1],
+        "augment_dim": 0 if augment is None else augment.shape[1],
+        "model_channels": channels,
+        "channel_mult": [width // channels for width in widths],
+        "channel_mult_emb": tensors["map_layer0.weight"].shape[0] // channels,
+        "num_blocks": 1 + max(int(match[2]) for match in blocks),
+        "attn_resolutions": sorted({int(match[1]) for match in blocks if match[3] == "qkv"}, reverse=True),
+        "dropout": 0.0,
+    }
 
 
 def _widened(tensor: Tensor) -> Tensor:

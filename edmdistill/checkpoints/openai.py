@@ -9,7 +9,7 @@ Facts: github.com/openai/consistency_models, cm/unet.py, cm/script_util.py and c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,10 @@ Adm = tuple[dict[str, Any], dict[str, Tensor]]
 """DhariwalUNet's constructor arguments and tensors."""
 
 
-def read_arguments(
-    path: Path, weights: Mapping[str, Tensor], read: Callable[[Mapping[str, Tensor]], Adm] | None = None
-) -> Adm:
-    """Returns what `read` does, by default `to_adm`.  Raises: CheckpointError: the weights are of another network."""
+def read_arguments(path: Path, weights: Mapping[str, Tensor]) -> Adm:
+    """Returns what `to_adm` does.  Raises: CheckpointError: the weights are of another network."""
     try:
-        return (read or to_adm)(weights)
+        return to_adm(weights)
     except Exception as error:  # the weights are untrusted: whatever breaks, they are the cause
         other = describe_tensors(weights)
         reason = error if isinstance(error, UnknownNetwork) else f"holds other weights than an ADM network ({error!r})"

@@ -4,34 +4,34 @@ A file does not say by which method it was made, so the user names it; GENERATOR
 
 Facts: mingyuanzhou/SiD (generate_onestep.py), tianweiy/DMD2 (demo/imagenet_example.py, main/edm/edm_network.py),
 openai/consistency_models (cm/karras_diffusion.py), locuslab/ect (training/networks.py, ct_eval.py), sony/ctm
-(cm/unet.py, cm/karras_diffusion.py, cm/sample_util.py).
+and Kim-Dongjun/ctm-cifar10 (cm/karras_diffusion.py, cm/sample_util.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import torch
 from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.checkpoints.class_names import class_names
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, SamplingDefaults, describe
 from edmdistill.checkpoints.conversion_report import GeneratorReport
+from edmdistill.checkpoints.ctm import to_ctm
 from edmdistill.checkpoints.encoder import PIXELS, STABLE_DIFFUSION
 from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.official import build_official
-from edmdistill.checkpoints.openai import PRECONDITIONING, TOP, Adm, read_arguments, read_weights, to_adm
+from edmdistill.checkpoints.official import build_official, edm_arguments
+from edmdistill.checkpoints.openai import Adm, UnknownNetwork, read_arguments, read_weights
 from edmdistill.checkpoints.persistence import VAE_PARAMETERS
 from edmdistill.checkpoints.source import Source, open_source, source_name
 from edmdistill.checkpoints.store import build_flow, fill, save_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import FlowNetwork
 
+T = TypeVar("T")
 Read = Callable[[Source], tuple[FlowNetwork, CheckpointConfig]]
 
 
@@ -68,93 +68,60 @@ def _read_consistency_model(source: Source) -> tuple[FlowNetwork, CheckpointConf
     tensors = {name: tensor.tensor() for name, tensor in read_weights(source.path).items()}
     arguments, tensors = read_arguments(source.path, tensors)
     preconditioning = {"kind": "consistency", "sigma_min": 0.002, "c_noise_scale": 250.0}
-    flow = _filled(source.path, arguments, preconditioning, tensors)
+    flow = _filled(source.path, arguments, tensors, preconditioning)
     return flow, _config(source, flow, "mit")
 
 
 def _read_ctm(source: Source) -> tuple[FlowNetwork, CheckpointConfig]:
-    """CTM's ImageNet 64x64 weights: ADM, whose blocks have a linear map of their own for a second time."""
-    weights = {name: tensor.tensor() for name, tensor in read_weights(source.path).items()}
-    if not any(name.startswith("time_embed_s.") for name in weights):
-        raise CheckpointError(f"{source.path} reads no second time: give a CTM generator for ImageNet 64x64, ema_*.pt")
-    arguments, tensors = read_arguments(source.path, weights, two_time_adm)
-    flow = _filled(source.path, arguments, PRECONDITIONING, tensors)
-    return flow, _config(source, flow, "mit")
-
-
-def two_time_adm(weights: Mapping[str, Tensor]) -> Adm:
-    """Returns what `to_adm` does, of CTM's weights: each pair of maps of embeddings is one of both, side by side.
-
-    Raises: as `to_adm`.
-    """
-    merged, second = dict(weights), {"second_time.gain": torch.ones([])}
-    for name in [name for name in weights if "_s." in name]:
-        first, tensor = name.replace("_s.", "."), merged.pop(name).float()
-        layer, _, leaf = first.rpartition(".")
-        if layer in TOP:
-            second[f"second_time.{TOP[layer]}.{leaf}"] = tensor
-        else:
-            pair = merged[first].float(), tensor
-            merged[first] = torch.cat(pair, dim=1) if leaf == "weight" else pair[0] + pair[1]
-    arguments, tensors = to_adm(merged)
-    return arguments | {"two_time": True, "split_times": True}, tensors | second
+    """CTM's weights: ADM for ImageNet 64x64, DDPM++ for CIFAR-10, each with a second time."""
+    found = _understood(source.path, to_ctm, "a CTM generator for ImageNet 64x64 or CIFAR-10, ema_*.pt")
+    flow = _filled(source.path, found.arguments, found.tensors, found.preconditioning, found.kind)
+    return flow, _config(source, flow, found.licence, found.data_set)
 
 
 def _read_dmd2(source: Source) -> tuple[FlowNetwork, CheckpointConfig]:
     """A state dict of EDM's ADM network, whose arguments follow from its shapes."""
-    stored = read_weights(source.path)
-    tensors = {name.removeprefix("model."): tensor.tensor().float() for name, tensor in stored.items()}
-    arguments = adm_arguments(source.path, tensors)
-    flow = _filled(source.path, arguments, {"kind": "edm"}, tensors)
+
+    def to_dmd2(weights: Mapping[str, Tensor]) -> Adm:
+        tensors = {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
+        return edm_arguments(tensors, "adm"), tensors
+
+    give = "the pytorch_model.bin of a DMD2 generator for ImageNet 64x64"
+    flow = _filled(source.path, *_understood(source.path, to_dmd2, give))
     return flow, _config(source, flow, "cc-by-nc-sa-4.0")
 
 
+def _understood(path: Path, read: Callable[[Mapping[str, Tensor]], T], give: str) -> T:
+    """Returns what `read` makes of a file's weights.
+
+    Args:
+        give: the file that would be right.
+    Raises: CheckpointError: the weights belong to another network.
+    """
+    weights = {name: tensor.tensor() for name, tensor in read_weights(path).items()}
+    try:
+        return read(weights)
+    except Exception as error:  # the weights are untrusted: whatever breaks, they are the cause
+        reason = str(error) if isinstance(error, UnknownNetwork) else f"holds other weights ({error!r:.200})"
+        raise CheckpointError(f"{path} {reason.partition(': give')[0]}: give {give}.") from error
+
+
 def _filled(
-    path: Path, arguments: dict[str, Any], preconditioning: dict[str, Any], tensors: Mapping[str, Tensor]
+    path: Path,
+    arguments: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    preconditioning: Mapping[str, Any] = {"kind": "edm"},
+    kind: str = "adm",
 ) -> FlowNetwork:
-    flow = build_flow(NetworkSpec("adm", arguments), preconditioning, str(path))
+    flow = build_flow(NetworkSpec(kind, arguments), preconditioning, str(path))
     fill(flow.network, dict(tensors), str(path))
     return flow
 
 
-def _config(source: Source, flow: FlowNetwork, licence: str) -> CheckpointConfig:
+def _config(source: Source, flow: FlowNetwork, licence: str, data_set: str = "imagenet") -> CheckpointConfig:
     provenance = Provenance(source=source.path.name, sha256=source.sha256, licence=licence)
-    names = class_names(flow.label_dim, source.path.name, "imagenet" if flow.label_dim == 1000 else None)
+    names = class_names(flow.label_dim, source.path.name, data_set)
     return CheckpointConfig(stage="generator", label_names=names, provenance=provenance, **describe(flow))
-
-
-def adm_arguments(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns DhariwalUNet's constructor arguments by the names and shapes of its tensors.
-
-    Raises: CheckpointError: they belong to another network.
-    """
-    pattern = re.compile(r"enc\.(\d+)x\1_block(\d+)\.(conv0|qkv)\.weight")
-    blocks = [match for name in tensors if (match := pattern.fullmatch(name))]
-    try:
-        resolution = max(int(match[1]) for match in blocks)
-        sizes = sorted({int(match[1]) for match in blocks}, reverse=True)
-        first = tensors[f"enc.{resolution}x{resolution}_conv.weight"]
-        channels = tensors["map_layer0.weight"].shape[1]
-        widths = [tensors[f"enc.{size}x{size}_block0.conv0.weight"].shape[0] for size in sizes]
-        augment, label = tensors.get("map_augment.weight"), tensors.get("map_label.weight")
-        return {
-            "img_resolution": resolution,
-            "in_channels": first.shape[1],
-            "out_channels": tensors["out_conv.weight"].shape[0],
-            "label_dim": 0 if label is None else label.shape[1],
-            "augment_dim": 0 if augment is None else augment.shape[1],
-            "model_channels": channels,
-            "channel_mult": [width // channels for width in widths],
-            "channel_mult_emb": tensors["map_layer0.weight"].shape[0] // channels,
-            "num_blocks": 1 + max(int(match[2]) for match in blocks),
-            "attn_resolutions": sorted({int(match[1]) for match in blocks if match[3] == "qkv"}, reverse=True),
-            "dropout": 0.0,
-        }
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{path} holds no ADM network by EDM's names ({error}): give the pytorch_model.bin of a DMD2 generator for "
-            "ImageNet 64x64"
-        ) from error
 
 
 GENERATORS: dict[str, PublishedGenerator] = {
@@ -163,7 +130,7 @@ GENERATORS: dict[str, PublishedGenerator] = {
     "consistency-model": PublishedGenerator(
         _read_consistency_model, "OpenAI's consistency models, cd_*.pt and ct_*.pt"
     ),
-    "ctm": PublishedGenerator(_read_ctm, "CTM's ImageNet 64x64 weights, ema_*.pt", gamma=0.0),
+    "ctm": PublishedGenerator(_read_ctm, "CTM's ImageNet 64x64 and CIFAR-10 weights, ema_*.pt", gamma=0.0),
     "ect": PublishedGenerator(_read_pickle, "ECT's pickles", sigmas={"1": (80.0,), "2": (80.0, 0.821)}),
 }
 """By the name of --generator."""

@@ -29,8 +29,8 @@ _NAMES = (
 )  # fmt: skip
 """Patterns of file names, and the part of a sentence that follows the name."""
 _TENSORS = (
-    (r"time_embed_s\.", f"holds a generator of CTM, which is no teacher: {TEACHER}, or convert it with "
-                        "--generator ctm to sample it"),
+    (r"time_embed_s\.|(model\.)?map_layer0_s\.",
+     f"holds a generator of CTM, which is no teacher: {TEACHER}, or convert it with --generator ctm to sample it"),
     (r"(model\.|unet\.)?((enc|dec)\.\d+x\d+_|map_(noise|layer0|label)\.|emb_(noise|fourier|label)\.)",
      "is a dict of tensors of an EDM network without its class and arguments, as DMD2's one-step generators are too: "
      "give a teacher's network pickle that the official code writes, for instance edm-cifar10-32x32-cond-vp.pkl"),

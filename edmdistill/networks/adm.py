@@ -25,8 +25,7 @@ class DhariwalUNet(EDMUNet):
     Args:
         label_dropout: fraction of labels that training sets to zero.
         double_norm: whether the blocks normalize their modulations; see ResidualBlock.
-        split_times: whether the blocks map the embeddings of both times separately, not their sum: the sum of two maps
-            is one of both embeddings side by side.  Source: sony/ctm, cm/unet.py.
+        split_times: see EDMUNet.
     """
 
     def __init__(
@@ -52,10 +51,7 @@ class DhariwalUNet(EDMUNet):
         split_times: bool = False,
     ) -> None:
         super().__init__(locals(), in_channels)
-        if split_times and not two_time:
-            raise ValueError("split_times is for two times: set two_time too")
         self.label_dropout = label_dropout
-        self.split_times = split_times
         self.emb_channels = emb_channels = model_channels * channel_mult_emb
         widths = [model_channels * mult for mult in channel_mult]
         levels = UNetLevels(img_resolution, widths[0], widths, num_blocks, attn_resolutions)
@@ -105,15 +101,6 @@ class DhariwalUNet(EDMUNet):
                     nn.init.zeros_(parameter)
         if self.map_label is not None:
             self.map_label.weight = nn.Parameter(normal(*self.map_label.weight.shape))
-
-    def embed(self, condition: Conditioning) -> Tensor:
-        if not self.split_times:
-            return super().embed(condition)
-        assert self.second_time is not None
-        second = condition.c_noise if condition.c_noise_second is None else condition.c_noise_second
-        emb_t = super().embed(condition._replace(c_noise_second=None))
-        emb_s = silu(self.second_time.gain * self.embed_time(self.second_time, second))
-        return torch.cat([emb_t + 0 * emb_s, emb_s + 0 * emb_t], dim=1)  # one may have a single row
 
     def finish_embedding(self, emb: Tensor, condition: Conditioning) -> Tensor:
         if self.map_label is not None:

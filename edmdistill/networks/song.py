@@ -20,7 +20,7 @@ from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linea
 
 
 class SongUNet(EDMUNet):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  All but the last five arguments are the official class's.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  All but the last six arguments are the official class's.
 
     DDPM++ has positional embeddings, a standard encoder and decoder, filter [1, 1] and channel_mult_noise 1; NCSN++
     has Fourier embeddings, a residual encoder, filter [1, 3, 3, 1] and channel_mult_noise 2.
@@ -30,6 +30,7 @@ class SongUNet(EDMUNet):
         encoder_type: standard; skip adds the downsampled image at every level, residual the downsampled features.
         decoder_type: standard; skip: every level adds its image to the upsampled one.
         label_dropout: fraction of labels that training sets to zero.
+        split_times: see EDMUNet.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class SongUNet(EDMUNet):
         logvar_heads: Arg.Count = 1,
         positional_time: bool = False,
         guided: bool = False,
+        split_times: bool = False,
     ) -> None:
         super().__init__(locals(), in_channels)
         self.label_dropout = label_dropout
@@ -68,7 +70,7 @@ class SongUNet(EDMUNet):
             return UNetBlock(
                 layer.in_channels,
                 layer.out_channels,
-                emb_channels,
+                emb_channels * (2 if split_times else 1),
                 num_heads=int(layer.attention),
                 resample=layer.resample,
                 resample_filter=resample_filter,

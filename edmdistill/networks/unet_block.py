@@ -166,10 +166,29 @@ class EDMUNet(Network):
         map_noise: c_noise -> features.
         map_layer0, map_layer1: features -> embedding.
         map_augment: augmentation labels -> features; None for a network without them.
+        split_times: whether the blocks map the embeddings of both times separately, not their sum: the sum of two maps
+            is one of both embeddings side by side.  Source: sony/ctm, cm/unet.py; Kim-Dongjun/ctm-cifar10,
+            cm/networks.py.
     """
 
     map_noise: nn.Module
     map_augment: Linear | None
+
+    def __init__(self, arguments: dict[str, Any], img_channels: int) -> None:
+        super().__init__(arguments, img_channels)
+        self.split_times: bool = arguments["split_times"]
+        if self.split_times and not self.two_time:
+            raise ValueError("split_times is for two times: set two_time too")
+
+    def embed(self, condition: Conditioning) -> Tensor:
+        if not self.split_times:
+            return super().embed(condition)
+        assert self.second_time is not None
+        second = condition.c_noise if condition.c_noise_second is None else condition.c_noise_second
+        emb_t = super().embed(condition._replace(c_noise_second=None))
+        emb_s = self.embed_time(self.second_time, second, self.early_embedding(condition))
+        emb_s = silu(self.second_time.gain * emb_s)
+        return torch.cat([emb_t + 0 * emb_s, emb_s + 0 * emb_t], dim=1)  # one may have a single row
 
     def embed_time(self, layers: Any, c_noise: Tensor, early: Tensor | float = 0.0) -> Tensor:
         emb: Tensor = layers.map_layer1(silu(layers.map_layer0(layers.map_noise(c_noise) + early)))

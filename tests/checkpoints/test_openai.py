@@ -1,14 +1,12 @@
 """OpenAI's ADM weights against a plain transcription of what their code computes with them."""
 
-import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as f
-from safetensors.torch import load_file
+from openai_weights import Weights, weights_of
 from torch import Tensor
 
 from edmdistill.checkpoints.config import NetworkSpec
@@ -20,88 +18,6 @@ from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.spec import SamplerSpec
-from edmdistill.trigflow import sigma_to_time
-
-Weights = dict[str, Tensor]
-
-
-def weights_of(
-    mults: tuple[int, ...] = (1, 2),
-    num_blocks: int = 1,
-    attending: tuple[int, ...] = (1,),
-    classes: int = 10,
-    ch: int = 128,
-    device: str = "cpu",
-    two_time: bool = False,
-) -> Weights:
-    """Random weights by OpenAI's names, with two_time by CTM's. `attending`: levels with attention."""
-    rng = torch.Generator().manual_seed(0) if device == "cpu" else None
-    w: Weights = {}
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, device=device)
-
-    def layer(name: str, cout: int, cin: int, *kernel: int) -> None:
-        w[f"{name}.weight"] = normal(cout, cin, *kernel) / math.sqrt(cin * math.prod(kernel))
-        w[f"{name}.bias"] = normal(cout) * 0.1
-
-    def norm(name: str, channels: int) -> None:
-        w[f"{name}.weight"] = 1 + normal(channels) * 0.1
-        w[f"{name}.bias"] = normal(channels) * 0.1
-
-    def residual(name: str, cin: int, cout: int) -> None:
-        norm(f"{name}.in_layers.0", cin)
-        layer(f"{name}.in_layers.2", cout, cin, 3, 3)
-        layer(f"{name}.emb_layers.1", 2 * cout, 4 * ch)
-        if two_time:
-            layer(f"{name}.emb_layers_s.1", 2 * cout, 4 * ch)
-        norm(f"{name}.out_layers.0", cout)
-        layer(f"{name}.out_layers.3", cout, cout, 3, 3)
-        if cin != cout:
-            layer(f"{name}.skip_connection", cout, cin, 1, 1)
-
-    def attention(name: str, channels: int) -> None:
-        norm(f"{name}.norm", channels)
-        layer(f"{name}.qkv", 3 * channels, channels, 1, 1)
-        layer(f"{name}.proj_out", channels, channels, 1, 1)
-
-    layer("time_embed.0", 4 * ch, ch)
-    layer("time_embed.2", 4 * ch, 4 * ch)
-    if two_time:
-        layer("time_embed_s.0", 4 * ch, ch)
-        layer("time_embed_s.2", 4 * ch, 4 * ch)
-    if classes:
-        w["label_emb.weight"] = normal(classes, 4 * ch)
-    layer("input_blocks.0.0", ch, 3, 3, 3)
-    skips, cout, at = [ch], ch, 1
-    for level, mult in enumerate(mults):
-        if level:
-            residual(f"input_blocks.{at}.0", cout, cout)
-            skips.append(cout)
-            at += 1
-        for _ in range(num_blocks):
-            residual(f"input_blocks.{at}.0", cout, ch * mult)
-            cout = ch * mult
-            if level in attending:
-                attention(f"input_blocks.{at}.1", cout)
-            skips.append(cout)
-            at += 1
-    residual("middle_block.0", cout, cout)
-    attention("middle_block.1", cout)
-    residual("middle_block.2", cout, cout)
-    at = 0
-    for level, mult in reversed(list(enumerate(mults))):
-        for i in range(num_blocks + 1):
-            residual(f"output_blocks.{at}.0", cout + skips.pop(), ch * mult)
-            cout = ch * mult
-            if level in attending:
-                attention(f"output_blocks.{at}.1", cout)
-            if level and i == num_blocks:
-                residual(f"output_blocks.{at}.{1 + (level in attending)}", cout, cout)
-            at += 1
-    norm("out.0", cout)
-    layer("out.2", 3, cout, 3, 3)
-    return w
 
 
 def openai_denoiser(w: Weights, num_blocks: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -281,48 +197,3 @@ def test_consistency_models_of_the_same_kind_have_their_boundary(
     expected = x * 0.25 / ((80 - 0.002) ** 2 + 0.25) + (80 - 0.002) * 0.5 / (6400 + 0.25) ** 0.5 * F
     sampler = build_sampler(generator, SamplerSpec(nfe=1))
     torch.testing.assert_close(sampler.draw(noise, labels, randn_like=torch.randn_like), expected, rtol=1e-3, atol=1e-4)
-
-
-@torch.no_grad()
-def test_ctm_computes_what_its_authors_code_does(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jumps between single times, and their sampler `exact`, of which every step is a jump."""
-    monkeypatch.setitem(RESOLUTIONS, (1, 2), 8)
-    torch.save(weights_of(two_time=True), tmp_path / "ema_0.999_049000.pt")
-    with pytest.raises(CheckpointError, match="--generator ctm"):
-        read_openai(tmp_path / "ema_0.999_049000.pt", "")
-    config = convert_generator(tmp_path / "ema_0.999_049000.pt", tmp_path / "ctm", "ctm").config
-    assert (config.two_time, config.sampling.gamma, config.provenance.licence) == (True, 0.0, "mit")
-    generator, expected = load_generator(tmp_path / "ctm"), load_file(golden / "ctm.safetensors")
-    noise, labels = expected["noise"], expected["labels"]
-
-    def jump(x: Tensor, sigma: Tensor, after: Tensor) -> Tensor:
-        """The jump in EDM's scale, where x_t = cos(t) x."""
-        t, s = sigma_to_time(sigma, 0.5), sigma_to_time(after, 0.5)
-        x_s = generator.jump(t.cos().reshape(-1, 1, 1, 1) * x, t, s, labels)
-        return (x_s / s.cos().reshape(-1, 1, 1, 1)).float()
-
-    bound = {"rtol": 1e-4, "atol": 1e-4}
-    x = expected["t"].reshape(-1, 1, 1, 1) * noise
-    torch.testing.assert_close(jump(x, expected["t"], expected["s"]), expected["G"], **bound)
-    for nfe in (1, 3):
-        sampler = build_sampler(generator, SamplerSpec(nfe=nfe))
-        levels = torch.tensor([*sampler.record.sigmas, 0.002])
-        x = 80 * noise
-        for pair in pairwise(levels):
-            x = jump(x, *pair)
-        torch.testing.assert_close(x, expected[f"exact.{nfe}"], **bound)
-        drawn = sampler.draw(noise, labels, randn_like=torch.zeros_like)
-        left = 0.002 / float(levels[-2])  # the share of the last point that their last jump keeps
-        torch.testing.assert_close(drawn, x, rtol=0, atol=1.1 * left * float(levels[-2] * noise.abs().max() + 1))
-
-
-def test_weights_that_are_no_ctm_are_refused(tmp_path: Path) -> None:
-    torch.save(weights_of(), tmp_path / "one.pt")
-    with pytest.raises(CheckpointError, match="reads no second time"):
-        convert_generator(tmp_path / "one.pt", tmp_path / "out", "ctm")
-    weights = weights_of(two_time=True)
-    del weights["middle_block.0.emb_layers.1.weight"]
-    torch.save(weights, tmp_path / "two.pt")
-    with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
-        convert_generator(tmp_path / "two.pt", tmp_path / "out", "ctm")
-    assert not (tmp_path / "out").exists()
