@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-all test-isa lint
+.PHONY: quickstart test test-all test-isa lint bench
 
 # One thread trains faster than two: the operations on batches of 8x8 images are too small to share.
 quickstart: .venv/quickstart
@@ -42,6 +42,10 @@ test-all: .venv/tools
 test-isa: .venv/tools
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest $(SHARED) $(ROUNDED)
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest $(SHARED) $(ROUNDED)
+
+# Speed, traffic and memory as tables; PEERS="--fastgen DIR --edm2 DIR --edm DIR --sid DIR" compares with clones of those.
+bench: .venv/tools
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py $(PEERS)
 
 lint: .venv/tools
 	$(BIN)/ruff check

@@ -26,8 +26,9 @@ def rk45(field: Field, state: Tensor, start: float, end: float, *, rtol: float, 
     have reached the end are not evaluated again.
 
     scipy's solve_ivp, called for one row after another, takes 5.1 times as long (likelihoods of 32 digits on one CPU
-    core, one run of benchmarks/row_wise_ode.py), because the network then sees one image at a time. Called for the
-    batch as one state, it takes 0.49 of the time, but the result of an image then depends on the others.
+    core; `benchmarks/bench.py --only likelihood` compares on fewer), because the network then sees one image at a
+    time. Called for the batch as one state, it takes 0.49 of the time, but the result of an image then depends on the
+    others.
 
     Args:
         state: y at the start.  [B,n] float64

@@ -1,0 +1,1 @@
+"""The parts of benchmarks/bench.py, a file each: `measure` yields the rows of its table."""
