@@ -57,6 +57,16 @@ def mp_weight(weight: Tensor, gain: Tensor | float = 1.0, factor: float = 1.0) -
     return normalize(wide, tuple(range(1, weight.ndim))) * (gain * (factor / math.sqrt(fan_in)))
 
 
+def mp_scale(weight: Tensor, gain: Tensor | float = 1.0, factor: float = 1.0) -> Tensor:
+    """Returns the factors by which `mp_weight` multiplies a weight [M,...], but for rounding.  [M,1,...]"""
+    norm = torch.linalg.vector_norm(
+        weight, dim=tuple(range(1, weight.ndim)), keepdim=True, dtype=at_least_float32(weight.dtype)
+    )
+    root = math.sqrt(weight[0].numel())
+    scale: Tensor = gain * (factor / root) / (norm / root + 1e-4)
+    return scale
+
+
 @torch.no_grad()
 def normalize_weights_(weights: Sequence[Tensor]) -> None:
     """Brings each output of every weight [M,...] to unit rms, in place.  Source: eq. 66."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from edmdistill.kernels.magnitude import mp_conv, mp_fourier, mp_weight
+from edmdistill.kernels.magnitude import mp_conv, mp_fourier, mp_scale, mp_weight
 from edmdistill.kernels.resampling import upsampled_conv2d
 from edmdistill.networks.initial import normal
 
@@ -52,7 +52,7 @@ class MPConv(nn.Module):
         The output does not change but for rounding; a gain passed later has no effect.
         """
         if not self.folded:
-            self.weight.copy_(mp_weight(self.weight, gain, self.factor))
+            self.weight.mul_(mp_scale(self.weight, gain, self.factor))  # in place: a second copy costs more
         self.weight.requires_grad_(False)
         self.folded = True
 
@@ -66,6 +66,18 @@ def gained_layers(network: nn.Module) -> Iterator[tuple[MPConv, nn.Parameter | N
         if isinstance(getattr(module, layer, None), MPConv)
     }
     yield from ((layer, gains.get(layer)) for layer in network.modules() if isinstance(layer, MPConv))
+
+
+@torch.no_grad()
+def scale_results(network: nn.Module) -> None:
+    """Has magnitude-preserving layers scale their results: weights mapped from a file are not copied, as by fold_.
+
+    The network is for inference, in float32 and on small images, for which that takes the least time.
+    """
+    for layer, gain in gained_layers(network):
+        scale = mp_scale(layer.weight, 1.0 if gain is None else gain, layer.factor)[:, 0]
+        layer.register_forward_hook(lambda layer, inputs, result, scale=scale: result * scale)
+        layer.folded = True
 
 
 class EffectiveWeights:

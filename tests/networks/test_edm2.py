@@ -1,5 +1,6 @@
 """What EDM2 has alone: weights that are normalized, folded and rounded, and the head for the loss's log variance."""
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -13,7 +14,7 @@ from tolerance import assert_rounded, depth
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
 from edmdistill.networks.flow import Denoiser, FlowNetwork
-from edmdistill.networks.magnitude import EffectiveWeights, MPConv
+from edmdistill.networks.magnitude import EffectiveWeights, MPConv, scale_results
 
 MakeFlow = Callable[..., FlowNetwork]
 
@@ -60,6 +61,16 @@ def test_folding_keeps_the_function(make_flow: MakeFlow) -> None:
             gain.fill_(math.nan)  # it is in the weights, and read no more
     flow.network.fold()
     assert torch.equal(flow(x, t), folded)
+
+
+@torch.no_grad()
+def test_scaled_results_are_those_of_scaled_weights(make_flow: MakeFlow) -> None:
+    flow = make_flow("edm2")
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor(0.7)
+    before, weights = flow(x, t), copy.deepcopy(flow.state_dict())
+    scale_results(flow.network)
+    assert_rounded(flow(x, t), before, depth(flow))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in flow.state_dict().items())
 
 
 def gradients(flow: FlowNetwork, passes: int, shared: bool) -> dict[str, torch.Tensor | None]:
