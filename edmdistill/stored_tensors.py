@@ -6,6 +6,8 @@ A tensor is copied when it is asked for; torch is imported no sooner.
 from __future__ import annotations
 
 import math
+import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ import numpy.typing as npt
 from edmdistill.pickles import Budget, StandIn, Stateful, Unpickler, Unreadable
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -98,6 +101,8 @@ STORAGE_TYPES = {
     )
 }
 _SIZES = {kind.dtype: kind.itemsize for kind in STORAGE_TYPES.values()}
+LARGE = 2**20
+"""Bytes from which memory is taken from the system and given back to it."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save before torch 1.6
 
 
@@ -139,8 +144,11 @@ class StoredTensor:
     def itemsize(self) -> int:
         return self.storage.itemsize
 
-    def tensor(self) -> Tensor:
-        """Returns a contiguous copy of the tensor: the rest of the storage takes no memory."""
+    def tensor(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns a contiguous copy of the tensor: the rest of the storage takes no memory.
+
+        dtype: of the copy; default: as it is stored.
+        """
         import torch
 
         size = self.itemsize  # NumPy has no bfloat16: the copy is made of integers of the same size
@@ -148,7 +156,31 @@ class StoredTensor:
         view = np.lib.stride_tricks.as_strided(
             numbers, self.shape, [size * step for step in self.stride], writeable=False
         )
-        return torch.from_numpy(view.copy()).view(getattr(torch, self.dtype))
+        stored = getattr(torch, self.dtype)
+        copy = empty_pages(self.shape, dtype or stored)
+        if copy.dtype == stored:
+            copy.view(getattr(torch, f"int{8 * size}")).numpy()[...] = view
+        else:
+            copy.copy_(torch.from_numpy(view.copy()).view(stored))
+        release(self.storage.data)
+        return copy
+
+
+def empty_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns a tensor whose memory, unlike malloc's, is the system's again as soon as it is freed."""
+    import torch
+
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def release(data: memoryview) -> None:
+    """Lets go of the pages of a mapped file that were read; what is read again comes from the system's cache."""
+    if isinstance(data.obj, mmap.mmap) and hasattr(data.obj, "madvise") and len(data) >= LARGE:
+        data.obj.madvise(mmap.MADV_DONTNEED)
 
 
 def read_storage(blob: object, budget: Budget | None = None) -> Storage:

@@ -1,7 +1,9 @@
 """Numbers of PyTorch and NumPy in a pickle: read as they were written, and never from outside their storage."""
 
 import io
+import mmap
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ def test_storage_as_torch_writes_it(dtype: torch.dtype) -> None:
     assert torch.equal(again.tensor(), part)
     assert again.tensor().untyped_storage().nbytes() == part.numel() * part.element_size()  # no more than its own
     assert rebuild_tensor(storage, 5, (), ()).tensor() == tensor[1, 1]
+    assert torch.equal(again.tensor(torch.float64), part.double())
 
 
 def test_storage_is_refused() -> None:
@@ -54,6 +57,29 @@ def test_storage_is_refused() -> None:
     for wrong in (good, None, "x"):
         with pytest.raises(TypeError):
             read_storage(wrong)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells how much memory a process has")
+def test_memory_is_given_back(tmp_path: Path) -> None:
+    """A mapped file takes no memory once it is copied, nor does a copy once it is freed."""
+
+    def resident(kind: str) -> int:
+        return int(Path("/proc/self/status").read_text().partition(kind)[2].split()[0]) * 1024
+
+    size = 2**25
+    (tmp_path / "file").write_bytes(bytes(size))
+    with (tmp_path / "file").open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    files, anonymous = resident("RssFile:"), resident("RssAnon:")
+    parts = [
+        rebuild_tensor(Storage("float16", size // 8, data[i * size // 4 :][: size // 4]), 0, (size // 8,), (1,))
+        for i in range(4)
+    ]
+    copies = [part.tensor(torch.float32) for part in parts]
+    assert resident("RssFile:") - files < size / 4
+    assert resident("RssAnon:") - anonymous > 1.9 * size
+    del copies
+    assert resident("RssAnon:") - anonymous < size / 2
 
 
 integers = st.integers(-3, 30) | st.integers(-(2**70), 2**70)

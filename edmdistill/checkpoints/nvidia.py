@@ -39,7 +39,7 @@ from edmdistill.checkpoints.unsupported import (
 )
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable
-from edmdistill.stored_tensors import LEGACY_MAGIC, StoredTensor, read_storage
+from edmdistill.stored_tensors import LEGACY_MAGIC, StoredTensor, read_storage, release
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,6 +105,7 @@ def _read(path: Path) -> OfficialCheckpoint:
         budget = Budget(len(pickled))
         entries = _entries(pickled, budget)
         checkpoint = _checkpoint(path, hashlib.sha256(data).hexdigest(), entries, budget)
+        release(data)
         return replace(checkpoint, notes=tuple(_notes(checkpoint, entries)))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -73,8 +73,10 @@ def build_official(
     """
     where, (_, prefix) = str(official.path), NETWORK_CLASSES[official.network_class]
     flow = outline_official(official)
-    if tensors is None:  # one by one, so that no second copy is in memory
-        tensors = {name: _widened(stored.tensor()) for name, stored in official.stored.items()}
+    if tensors is None:  # one by one, so that no second copy is in memory; a gain stays as it is, see `_round_gains`
+        tensors = {
+            name: stored.tensor(torch.float32 if stored.shape else None) for name, stored in official.stored.items()
+        }
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if isinstance(flow.preconditioning, IDDPM):  # its noise levels are stored, but follow from its arguments
         levels = tensors.pop("u", torch.empty(0))
@@ -122,11 +124,6 @@ def edm_arguments(tensors: Mapping[str, Tensor], kind: Literal["song", "adm"]) -
         "attn_resolutions": sorted({int(match[1]) for match in blocks if match[3] == "qkv"}, reverse=True),
         "dropout": 0.0,
     }
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    """Returns a weight in float32; a gain stays as it is stored, see `_round_gains`."""
-    return tensor.float() if tensor.is_floating_point() and tensor.ndim else tensor
 
 
 def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
