@@ -6,14 +6,12 @@ Where it is asked to change the network (`networks.surgery.adapt`), it reports h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from msgspec.structs import replace
-from torch import Tensor
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.config import CheckpointConfig, describe, read_config
@@ -23,21 +21,15 @@ from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import read_teacher
 from edmdistill.checkpoints.noise_dependence import noise_dependence
 from edmdistill.checkpoints.official import load_official
+from edmdistill.checkpoints.parity import Parity, compare, comparison, denoised_images
 from edmdistill.checkpoints.source import Source, open_source, source_name
 from edmdistill.checkpoints.store import describe_checkpoint, load_checkpoint, refuse_occupied, write_checkpoint
 from edmdistill.errors import CheckpointError
-from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.adapt import with_double_norm, with_positional_time
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
-from edmdistill.schedules import edm_sigmas
-from edmdistill.trigflow import denoised, sigma_to_time
 
 PARITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-10}
 """Largest relative difference that a conversion may make; 1e-5 and 1e-12 are usual."""
-SMALL = 2**26
-"""Number of parameters up to which the quick comparison is made in float64 too: for more it takes too much memory."""
-
-Parity = Literal["full", "quick", "none"]
 
 
 def _adaptation(time_embedding: str | None, double_norm: bool | None, arguments: Mapping[str, Any]) -> dict[str, bool]:
@@ -74,8 +66,9 @@ def convert(
             adaptive norm.
         overwrite: replace an existing checkpoint.
         licence: of the weights, see check_licence; default: that of NVIDIA's or OpenAI's weights.
-        parity: the comparison. full: on images of the network's size, in float32 and float64; quick: on the smallest
-            images that pass through every layer, and in float64 only for networks of up to SMALL parameters; none.
+        parity: the comparison. full: on images of the network's size at 8 noise levels, in float32 and float64; quick:
+            on the smallest images that use every weight, for networks of more than SMALL parameters at 4 noise levels
+            and in float32 alone; none.
         on_progress: called with a phrase at every step.
     Raises: CheckpointError: the source cannot be read or adapted, `out` is occupied, or the result differs.
     """
@@ -112,11 +105,10 @@ def convert(
         describe_checkpoint(folder, config)
         rows: tuple[ParityRow, ...] = ()
         if parity != "none":
-            small = sum(parameter.numel() for parameter in flow.parameters()) <= SMALL
-            dtypes = (torch.float32, torch.float64) if parity == "full" or small else (torch.float32,)
-            expected = {dtype: _denoised(flow, dtype, parity, on_progress) for dtype in dtypes}
+            how = comparison(flow, parity)
+            expected = {dtype: denoised_images(flow, dtype, how, on_progress) for dtype in how.dtypes}
             del flow  # before the other network is loaded
-            rows = _compare(folder, expected, parity, on_progress)
+            rows = compare(folder, expected, how, on_progress)
             if time_embedding is None:
                 _require_parity(rows, source)
             with (folder / CARD).open("a", encoding="utf-8") as card:
@@ -151,53 +143,3 @@ def _converted_before(
     ):
         return None
     return load_checkpoint(out)[1] if config.provenance.sha256 == source.sha256 else None
-
-
-def _compare(
-    folder: Path, expected: Mapping[torch.dtype, Tensor], parity: Parity, on_progress: Callable[[str], object]
-) -> tuple[ParityRow, ...]:
-    """Returns by how much the checkpoint in a folder differs from images of its source, by noise level and dtype."""
-    written, _ = load_checkpoint(folder)
-    written.network.fold(lay_out=False)
-    errors = [_relative(_denoised(written, dtype, parity, on_progress), images) for dtype, images in expected.items()]
-    columns = errors if len(errors) == 2 else [*errors, [None] * len(errors[0])]
-    return tuple(map(ParityRow, _sigmas(written).tolist(), *columns))
-
-
-def _sigmas(flow: FlowNetwork) -> Tensor:
-    return edm_sigmas(8, flow.sigma_min, flow.sigma_max)
-
-
-@torch.no_grad()
-def _denoised(flow: FlowNetwork, dtype: torch.dtype, parity: Parity, on_progress: Callable[[str], object]) -> Tensor:
-    """Returns denoised images, one at each noise level: on the circle with two times, else in EDM's view.
-
-    The images of a quick comparison are two pixels wide at the lowest resolution of the network.
-    """
-    flow = flow.to(dtype).eval()
-    levels, size = len(flow.network.arguments["channel_mult"]), flow.img_resolution
-    size = size if parity == "full" else min(size, 2**levels)
-    sigmas = _sigmas(flow).reshape(-1, 1, 1, 1)
-    rng = torch.Generator().manual_seed(0)
-    x0, n = torch.randn(2, len(sigmas), flow.img_channels, size, size, generator=rng, dtype=torch.float64)
-    x = flow.sigma_data * x0 + sigmas * n
-    labels = torch.zeros(len(sigmas), flow.label_dim)
-    for index in range(0, len(sigmas), 2) if flow.label_dim else ():  # every second image has no class
-        labels[index, index % flow.label_dim] = 1
-    results = []
-    for rows in torch.split(torch.arange(len(sigmas)), 1 if parity == "full" else len(sigmas)):
-        on_progress(f"comparing {size}x{size} pixels in {str(dtype).removeprefix('torch.')}")
-        classes, sigma = labels[rows] if flow.label_dim else None, sigmas[rows].flatten()
-        if flow.two_time:
-            t = sigma_to_time(sigma, flow.sigma_data)
-            x_t = (t.cos().reshape(-1, 1, 1, 1) * x[rows]).to(dtype)
-            results.append(denoised(x_t, flow(x_t, t, classes, second=math.pi / 2 - t), t, flow.sigma_data))
-        else:
-            results.append(Denoiser(flow)(x[rows].to(dtype), sigma, classes))
-    return torch.cat(results)
-
-
-def _relative(a: Tensor, b: Tensor) -> list[float]:
-    """Returns the largest difference of each image, relative to its largest pixel.  [B,C,H,W]"""
-    errors: list[float] = ((a - b).abs().flatten(1).amax(1) / b.abs().flatten(1).amax(1)).tolist()
-    return errors

@@ -16,6 +16,8 @@ sigma_data: 0.8 for digits (0.48 after 3% of the training), and closer to 1 wher
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -31,24 +33,36 @@ GENERATOR_RANGE = 0.4, 2.0
 
 @torch.no_grad()
 def noise_dependence(flow: FlowNetwork) -> float:
-    """Returns how far D at sigma_max depends on the noise, in units of sigma_data; see above."""
-    training, denoiser = flow.training, Denoiser(flow).eval()
+    """Returns how far D at sigma_max depends on the noise, in units of sigma_data; see above.
+
+    Large images are computed in bfloat16 where the CPU multiplies it, whose rounding adds less than 0.01.
+    """
+    training, compute_dtype, denoiser = flow.training, flow.compute_dtype, Denoiser(flow).eval()
     like = next(flow.parameters())
-    size = 1, flow.img_channels, flow.img_resolution, flow.img_resolution
+    size = flow.img_channels, flow.img_resolution, flow.img_resolution
     rng = torch.Generator().manual_seed(0)
     sigma = torch.tensor(flow.sigma_max, device=like.device)
-    count, different = (2, 1) if math.prod(size) >= LARGE else (NOISES, CLASSES)
-    noises = [torch.randn(size, generator=rng).to(like) for _ in range(count)]
+    count, different = NOISES, CLASSES
+    if math.prod(size) >= LARGE:
+        count, different = 2, 1
+        flow.compute_dtype = torch.bfloat16 if _multiplies_bfloat16() else compute_dtype
+    x = sigma * torch.randn(count, *size, generator=rng).to(like)
     classes: list[int | None] = [i * flow.label_dim // CLASSES for i in range(min(different, flow.label_dim))]
     variances = []
     for label in classes or [None]:
         labels = None if label is None else torch.tensor([label], device=like.device)
-        images = torch.cat(
-            [denoiser(sigma * n, sigma, labels) for n in noises]
-        )  # one at a time, so that a large network fits
-        variances.append(float(images.double().var(0).mean()))
+        variances.append(float(denoiser(x, sigma, labels).double().var(0).mean()))
+    flow.compute_dtype = compute_dtype
     flow.train(training)
     return math.sqrt(sum(variances) / len(variances)) / flow.sigma_data
+
+
+def _multiplies_bfloat16() -> bool:
+    """Returns whether the CPU is known to compute faster in it than in float32."""
+    capabilities: Mapping[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older versions of torch do not tell
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def describe_dependence(value: float) -> str:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edmdistill.checkpoints import convert as module
+from edmdistill.checkpoints import parity as parities
 from edmdistill.checkpoints.conversion_report import ConversionReport
 from edmdistill.checkpoints.convert import convert
 from edmdistill.checkpoints.generator import Generator
@@ -20,7 +21,7 @@ from edmdistill.checkpoints.official import build_official
 from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.flow import Denoiser
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
 
 KINDS = {
@@ -152,16 +153,16 @@ def test_rerunning(golden: Path, bad: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("parity", "sizes"), [("full", {8}), ("quick", {2}), ("none", set())])
 def test_the_comparison_is_as_asked(
-    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: module.Parity, sizes: set[int]
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: parities.Parity, sizes: set[int]
 ) -> None:
-    seen, real = set(), module.FlowNetwork.raw
+    seen, real = set(), FlowNetwork.raw
 
-    def raw(flow: module.FlowNetwork, x: Tensor, *more: object) -> tuple[Tensor, ...]:
+    def raw(flow: FlowNetwork, x: Tensor, *more: object) -> tuple[Tensor, ...]:
         seen.add(x.shape[-1])
         return real(flow, x, *more)
 
     monkeypatch.setattr(module, "noise_dependence", lambda flow: 0.1)
-    monkeypatch.setattr(module.FlowNetwork, "raw", raw)
+    monkeypatch.setattr(FlowNetwork, "raw", raw)
     done = convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", parity=parity)
     assert seen == sizes
     assert len(done.parity) == (8 if sizes else 0)
@@ -169,12 +170,16 @@ def test_the_comparison_is_as_asked(
     assert "is written" in done.describe("it")
 
 
+@pytest.mark.parametrize("name", ["edm-tiny-cond.pkl", "edm2-rgb-cond.pkl"])
 def test_a_large_network_is_compared_in_float32_alone(
-    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(module, "SMALL", 0)
-    done = convert(golden / "edm-tiny-cond.pkl", tmp_path / "out")
+    monkeypatch.setattr(parities, "SMALL", 0)
+    done = convert(golden / name, tmp_path / "out")
     assert {row.float64 for row in done.parity} == {None}
+    sigmas = [row.sigma for row in done.parity]
+    assert (len(sigmas), sigmas[0], sigmas[-1]) == (4, pytest.approx(80), pytest.approx(0.002))
+    assert max(row.float32 for row in done.parity) < 2e-5
     assert "float64" not in done.describe("it")
 
 
@@ -187,7 +192,7 @@ def test_licence(golden: Path, tmp_path: Path) -> None:
 def test_an_inexact_conversion_is_refused(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = module.add_second_time
 
-    def spoiled(flow: module.FlowNetwork, *, lend: bool) -> module.FlowNetwork:
+    def spoiled(flow: FlowNetwork, *, lend: bool) -> FlowNetwork:
         flow = real(flow, lend=lend)
         assert flow.network.second_time is not None
         torch.nn.init.constant_(flow.network.second_time.gain, 1e-6)

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.checkpoints import convert as module
+from edmdistill.checkpoints import noise_dependence as measures
 from edmdistill.checkpoints.config import unfinished
 from edmdistill.checkpoints.convert import convert
 from edmdistill.checkpoints.layout import CONFIG
@@ -70,6 +71,17 @@ def test_the_words() -> None:
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_embedded_teachers_are_denoisers(name: str) -> None:
     assert noise_dependence(load_flow(EMBEDDED[name].teacher)[0]) < 0.4
+
+
+def test_bfloat16_is_exact_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = load_flow(EMBEDDED["digits"].teacher)[0]
+    monkeypatch.setattr(measures, "LARGE", 0)
+    values = []
+    for fast in (False, True):
+        monkeypatch.setattr(measures, "_multiplies_bfloat16", lambda fast=fast: fast)
+        values.append(noise_dependence(flow))
+    assert 0 < abs(values[0] - values[1]) < 0.01
+    assert flow.compute_dtype is None
 
 
 def test_convert_measures_prints_and_stores_it(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
