@@ -167,7 +167,7 @@ def cat(function: Function, tensors: Sequence[Any], dim: int = 0) -> Dual:
 @tangent_of(torch.mul)
 def mul(function: Function, a: Any, b: Any) -> Dual:
     if isinstance(a, Dual) and isinstance(b, Dual):
-        return Dual(function(a.value, b.value), a.tangent * b.value + a.value * b.tangent)
+        return Dual(function(a.value, b.value), torch.addcmul(a.tangent * b.value, a.value, b.tangent))
     return Dual(function(value(a), value(b)), a.tangent * b if isinstance(a, Dual) else a * b.tangent)
 
 
@@ -177,7 +177,7 @@ def div(function: Function, a: Any, b: Any) -> Dual:
     if not isinstance(b, Dual):
         return Dual(function(a.value, b), a.tangent / b)
     y = function(value(a), b.value)
-    return Dual(y, (tangent(a) - y * b.tangent) / b.value)
+    return Dual(y, torch.addcmul(tangent(a), y, b.tangent, value=-1) / b.value)
 
 
 @tangent_of(torch.pow)
@@ -185,10 +185,16 @@ def power(function: Function, x: Dual, exponent: float) -> Dual:
     return Dual(function(x.value, exponent), exponent * x.value ** (exponent - 1) * x.tangent)
 
 
-@tangent_of(torch.clamp, f.hardtanh)
-def clamp(function: Function, x: Dual, min_val: float, max_val: float, inplace: bool = False) -> Dual:
+@tangent_of(torch.clamp)
+def clamp(function: Function, x: Dual, min_val: float, max_val: float) -> Dual:
     inside = (x.value >= min_val) & (x.value <= max_val)
     return Dual(function(x.value, min_val, max_val), x.tangent * inside)
+
+
+@tangent_of(f.hardtanh)
+def hardtanh(function: Function, x: Dual, min_val: float, max_val: float, inplace: bool = False) -> Dual:
+    tangent = torch.ops.aten.hardtanh_backward(x.tangent, x.value, min_val, max_val)
+    return Dual(function(x.value, min_val, max_val), tangent)
 
 
 @tangent_of(f.silu)
