@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import MagicMock
 
 import torch
 from cases import digits_run, random_flow, save_teacher
@@ -47,8 +47,17 @@ CHECKOUTS = {"fastgen": "NVlabs/FastGen", "edm2": "NVlabs/edm2", "edm": "NVlabs/
 @contextmanager
 def imports_from(checkout: Path, **stand_ins: Any) -> Iterator[None]:
     """A context in which modules come from a checkout first, and are forgotten after it: several share names."""
-    with patch.dict(sys.modules, stand_ins), patch.object(sys, "path", [str(checkout), *sys.path]):
+    checkout, hidden = checkout.resolve(), {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+    sys.modules.update(stand_ins)
+    sys.path.insert(0, str(checkout))
+    try:
         yield
+    finally:
+        sys.path.remove(str(checkout))
+        for name, module in list(sys.modules.items()):
+            if name in stand_ins or str(checkout) in str(getattr(module, "__file__", "")):
+                del sys.modules[name]
+        sys.modules.update(hidden)
 
 
 def denoisers(label: str, checkout: Path, width: int = 64) -> tuple[nn.Module, Denoiser]:

@@ -25,8 +25,8 @@ def group_norm_rule(function: Function, x: Dual, groups: int, weight: Tensor, bi
     # Its own mean and 1/std: var_mean takes several times as long on images in channels-last order.
     wide = wide if wide.device.type == "cpu" else wide.contiguous()
     half = x.dtype != wide.dtype
-    affine = (None, None) if half else (weight, bias)
-    y, mean, rstd = torch.native_group_norm(wide, *affine, B, C, size, groups, eps)
+    factor, shift = (None, None) if half else (weight, bias)
+    y, mean, rstd = torch.native_group_norm(wide, factor, shift, B, C, size, groups, eps)
     mask = [True, False, False]
     dn = torch.ops.aten.native_group_norm_backward(dwide, wide, mean, rstd, None, B, C, size, groups, mask)[0]
     return Dual(function(x.value, groups, weight, bias, eps) if half else y, dn.to(x.dtype) * weight[:, None, None])
