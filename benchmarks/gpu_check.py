@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -488,6 +489,8 @@ def levers(setting: Setting) -> Iterator[Line]:
     """Forward and backward pass of EDM2-S, with one thing changed at a time, against bf16 in eager mode."""
     import torch
 
+    from edmdistill.machine.compile import compile_blocks
+
     batch = 32 if setting.full else 2
 
     def passes(flow: Any) -> Callable[[], None]:
@@ -503,11 +506,6 @@ def levers(setting: Setting) -> Iterator[Line]:
 
         return act
 
-    def compiled(flow: Any) -> None:
-        torch._dynamo.config.recompile_limit = 64  # all blocks are calls of one function, which is compiled for each
-        for block in flow.network.blocks():
-            block.compile(dynamic=False)
-
     def tf32(flow: Any) -> None:
         flow.compute_dtype = None
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -520,7 +518,7 @@ def levers(setting: Setting) -> Iterator[Line]:
         "channels last": lambda flow: flow.to(memory_format=torch.channels_last),
         "cudnn.benchmark": lambda flow: setattr(torch.backends.cudnn, "benchmark", True),
         "checkpointing": lambda flow: flow.network.checkpoint_blocks(),
-        "compiled blocks": compiled,
+        "compiled blocks": lambda flow: compile_blocks(flow.network, "default"),
     }
     base = None
     for name, change in changes.items():
@@ -537,6 +535,32 @@ def levers(setting: Setting) -> Iterator[Line]:
             yield {"lever": name, "seconds": seconds, "speedup": base / seconds}
         except Exception as error:
             yield {"lever": name, "ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def compile_modes(setting: Setting) -> Iterator[Line]:
+    """Rounds of CoSIM and sCD on the digits by each mode of --compile: seconds of the first two, and of a later one."""
+    from edmdistill.training.loop import rounds
+
+    if setting.device == "emulated":
+        yield {"skipped": "the compiler does not know the device"}
+        return
+    modes = ("off", "default", "reduce-overhead", "max-autotune") if setting.full else ("off", "default")
+    for method in ("cosim", "scd"):
+        expected: list[float] = []
+        for mode in modes:
+            try:
+                run = digits_run(setting, method, 40, compile=mode)
+                losses = (measures["loss/generator"] for measures in rounds(run))
+                start = clock(setting)
+                found = list(islice(losses, 2))
+                first = clock(setting) - start
+                seconds = seconds_of(lambda losses=losses: next(losses), setting)
+                expected = expected or found
+                error = max(abs(loss / plain - 1) for loss, plain in zip(found, expected, strict=True))
+                line: Line = {"first two rounds": first, "seconds a round": seconds, "error": error, "ok": error < 1e-2}
+            except Exception as error:
+                line = {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
+            yield {"method": method, "mode": mode} | line
 
 
 KERNEL_SHAPES = {
@@ -581,10 +605,11 @@ def kernels(setting: Setting) -> Iterator[Line]:
 
 
 class Part(NamedTuple):
-    """A part, and its time limit in seconds on a GPU."""
+    """A part, its time limit in seconds on a GPU, and whether it runs only if --parts names it."""
 
     act: Callable[[Setting], Iterator[Line]]
     limit: float
+    named: bool = False
 
 
 PARTS = {
@@ -599,7 +624,9 @@ PARTS = {
     "sampling": Part(sampling, 25),
     "levers": Part(levers, 70),
     "kernels": Part(kernels, 30),
+    "compile_modes": Part(compile_modes, 900, named=True),
 }
+DEFAULT = [name for name, part in PARTS.items() if not part.named]
 SLOWER = 10
 """Time limits elsewhere, as a multiple."""
 
@@ -698,7 +725,7 @@ def lines_of(process: subprocess.Popen[bytes], deadline: list[float]) -> Iterato
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "emulated", "cpu"])
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=DEFAULT, metavar="PART")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.jsonl"))
     parser.add_argument("--list", action="store_true", help="print the parts, and do nothing")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

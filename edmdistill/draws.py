@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 GAMMA = 0x9E3779B97F4A7C15
+INVERSE = pow(GAMMA, -1, 2**64)
 MULTIPLIER = 0xDABA0B6EB09322E3
 PIECE = 2**40
 """Words reserved for one use of a stream."""
@@ -35,8 +36,9 @@ LAYERS = 2**12
 
 def words(keys: Tensor, n: int, piece: int = 0) -> Tensor:
     """Returns the first n words of a piece of each key's stream.  [rows] int64 -> [rows,n] int64"""
-    steps = torch.arange(n, device=keys.device) * _signed(GAMMA) + _signed((piece * PIECE + 1) * GAMMA)
-    z = keys[:, None] + steps
+    # k + (i + 1) gamma, with the multiplication last: inductor would compute the indices' own without wrapping around.
+    z = (keys * _signed(INVERSE) + _signed(piece * PIECE + 1))[:, None] + torch.arange(n, device=keys.device)
+    z *= _signed(GAMMA)
     low, high = _halves(z)  # views: low ^= high is z ^= z >> 32
     for _ in range(2):
         low ^= high

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 NLL = "nll"
 SAMPLING = "nfes", "gamma", "times", "guidance", "guide", "force_guidance", "solver", "seeds", "repeat", "vae", "dtype"
 CHURN = "strength", "sigma_min", "sigma_max", "inflation"
-NETWORK_ONLY = *SAMPLING, *CHURN
+NETWORK_ONLY = *SAMPLING, *CHURN, "compile_mode"
 IMAGES_ONLY = *NETWORK_ONLY, "protocol", "weights", "save", "processes", "work"
 LIKELIHOOD_ONLY = "split", "probes", "tolerance"
 """Options that only networks take; that only a measurement of images takes, and only one of likelihood."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import errors_once, option_group, say, say_unfinished
+from edmdistill.cli.options import compile_option, errors_once, option_group, say, say_unfinished
 from edmdistill.cli.types import BATCH, OutputPath
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edmdistill.evaluation.results import Result
     from edmdistill.evaluation.shards import Processes, Work
     from edmdistill.networks.flow import FlowNetwork
+    from edmdistill.recipes.schema import CompileMode
     from edmdistill.sampling.spec import SamplerSpec
 
     MakeSpecs = Callable[[FlowNetwork, torch.device, torch.dtype | None], Sequence[SamplerSpec]]
@@ -74,6 +75,7 @@ class MeasurementOptions:
     save: bool
     batch: int | None
     dtype: str | None
+    compile_mode: CompileMode
     device: str | None
     processes: int | None
     work: Path | None
@@ -105,7 +107,7 @@ def measurement_options(
         count_help, metrics_help: of --n and --metrics.
         fixed: the values of fields that the command has no options for.
     """
-    options = {
+    options: dict[str, Callable[[Callable[..., None]], Callable[..., None]]] = {
         "ref": click.option(
             "--ref",
             metavar="DATA",
@@ -143,6 +145,7 @@ def measurement_options(
         "dtype": click.option(
             "--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network."
         ),
+        "compile_mode": compile_option("off", "off"),
     }
     asked = (option for name, option in options.items() if name not in fixed)
     return option_group("options", partial(MeasurementOptions, **fixed), *asked, *SHARING)
@@ -197,11 +200,13 @@ def plan_measurements(
     from edmdistill.evaluation.images import is_images, open_images
     from edmdistill.evaluation.measurements import measure_images, measure_network
     from edmdistill.evaluation.protocol import get_protocol, open_reference
+    from edmdistill.machine.compile import compile_for_sampling, require_compiler
     from edmdistill.machine.devices import named_dtype, process_device
     from edmdistill.sampling.decode import open_decoder
     from edmdistill.sampling.seeds import parse_seeds
 
     standard, dtype, device = get_protocol(protocol), named_dtype(options.dtype), process_device(options.device)
+    require_compiler(options.compile_mode, device)
     data, common = open_reference(options.ref, standard), options.of_every_source(device, processes)
     _say_all(getattr(data, "notes", ()))
     if is_images(source):
@@ -216,11 +221,13 @@ def plan_measurements(
     say_unfinished(checkpoint)
     decode = open_decoder(model.encoder, options.vae, device, alternative="")
     _say_all(filter(None, [getattr(decode, "note", None)]))
+    samplers = specs(model.flow, device, dtype)
+    compile_for_sampling(options.compile_mode, model, *samplers)
     return measure_network(
         model,
         data,
         standard,
-        samplers=specs(model.flow, device, dtype),
+        samplers=samplers,
         seeds=seeds,
         repeat=options.repeat,
         decode=decode,

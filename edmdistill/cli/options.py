@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edmdistill.cli.types import NumberList
+from edmdistill.cli.types import COMPILE, Name, NumberList
 from edmdistill.errors import EdmDistillError, PeerFailed
 
 if TYPE_CHECKING:
@@ -47,6 +47,18 @@ def option_group(
         return wrapped
 
     return decorate
+
+
+def compile_option(default: str | None, shown: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Returns a decorator that adds --compile; its value is `compile_mode`.  shown: the default, for the help."""
+    return click.option(
+        "--compile",
+        "compile_mode",
+        type=Name(COMPILE),
+        default=default,
+        help="Let torch.compile fuse the networks' operations, or make CUDA graphs of them too: minutes of compiling, "
+        f"for speed that no GPU has shown yet.  [default: {shown}]",
+    )
 
 
 @contextmanager

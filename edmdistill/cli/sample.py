@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import interruptible, option_group, say, say_unfinished
+from edmdistill.cli.options import compile_option, interruptible, option_group, say, say_unfinished
 from edmdistill.cli.sampling_options import (
     DecodingOptions,
     SamplerOptions,
@@ -18,6 +18,7 @@ from edmdistill.cli.sampling_options import (
 from edmdistill.cli.types import BATCH, GAMMA, NFE, FiniteFloat, OutputPath
 
 if TYPE_CHECKING:
+    from edmdistill.recipes.schema import CompileMode
     from edmdistill.sampling.heun import Churn
     from edmdistill.sampling.reference import ReferenceFiles
     from edmdistill.sampling.rejection import RejectionFiles
@@ -118,6 +119,7 @@ reference_options = option_group(
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Images at a time.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network.")
+@compile_option("off", "off")
 def command(
     source: str,
     out: Path,
@@ -135,6 +137,7 @@ def command(
     batch: int,
     device: str | None,
     dtype: str | None,
+    compile_mode: CompileMode,
 ) -> None:
     """Draw images from SOURCE: a teacher (official pickle, or a checkpoint of ours), a generator, or a run directory.
 
@@ -152,6 +155,7 @@ def command(
 
     from edmdistill.checkpoints.load import load_model
     from edmdistill.checkpoints.source import open_source
+    from edmdistill.machine.compile import compile_for_sampling, require_compiler
     from edmdistill.machine.devices import pick_device
     from edmdistill.progress import progress_bar
     from edmdistill.sampling.files import check_output, shown_count
@@ -160,6 +164,7 @@ def command(
     from edmdistill.sampling.seeds import parse_seeds
 
     numbers, where, precision = parse_seeds(seeds), pick_device(device), getattr(torch, dtype) if dtype else None
+    require_compiler(compile_mode, where)
     checkpoint = open_source(source)
     model = load_model(checkpoint, where, precision, sampler.weights)
     say_unfinished(checkpoint)
@@ -171,6 +176,7 @@ def command(
     reject = None if rejection is None else rejection.load(model.flow, where)
     pull = None if reference is None else reference.load(model.flow, where, precision)
     spec = sampler.spec(model.flow, where, precision, nfe=nfe, gamma=gamma, churn=churn, reference=pull)
+    compile_for_sampling(compile_mode, model, spec)
     decoder = decoding.decoder(model)
     job = SampleJob(
         model=model, spec=spec, seeds=numbers[:shown], cycle=cycle, rejection=reject, decoder=decoder, batch=batch

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edmdistill.cli.options import errors_once, say, show_stage
+from edmdistill.cli.options import compile_option, errors_once, say, show_stage
 from edmdistill.cli.types import Memory, Name, OutputPath
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
     from edmdistill.machine.engine import Machine
-    from edmdistill.recipes.schema import Recipe
+    from edmdistill.recipes.schema import CompileMode, Recipe
     from edmdistill.training.run import Run
 
 OFFLOADS = ("ema", "teacher", "optimizer")
@@ -75,6 +75,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     default=1,
     help="Pieces in which the generator's loss goes through teacher and auxiliary score.",
 )
+@compile_option(None, "the recipe's, off")
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Data readers a process; default: 0 on a CPU, up to 4 beside a GPU."
 )
@@ -100,6 +101,7 @@ def command(
     offload: tuple[str, ...],
     checkpoint_activations: bool,
     loss_pieces: int,
+    compile_mode: "CompileMode | None",
     workers: int | None,
     log_with: tuple[str, ...],
     stop_on: tuple[str, ...],
@@ -121,7 +123,9 @@ def command(
     from edmdistill.training.prepare import prepare
 
     size = _micro_batch(micro_batch)
-    machine = Machine(device, size, shard, offload, checkpoint_activations, workers, log_with, loss_pieces)
+    machine = Machine(
+        device, size, shard, offload, checkpoint_activations, workers, log_with, loss_pieces, compile_mode
+    )
     with errors_once():
         source = find_recipe(recipe)
         resolved = source.resolve(method, sets)

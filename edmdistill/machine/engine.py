@@ -30,10 +30,12 @@ from torch.nn.utils import get_total_norm
 
 from edmdistill.errors import PeerFailed, TrainingError
 from edmdistill.kernels.linear import lay_out_weights
+from edmdistill.machine.compile import begin_step
 from edmdistill.machine.devices import pick_device
 from edmdistill.machine.host import cores
 from edmdistill.machine.offload import offload
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.recipes.schema import CompileMode
 from edmdistill.transfer import is_gpu, to_host
 
 T = TypeVar("T")
@@ -55,6 +57,7 @@ class Machine(NamedTuple):
         workers: data-loading processes for each training process; None: 0 on a CPU, up to MOST_WORKERS beside a GPU.
         log_with: trackers, by Accelerate's names.
         loss_pieces: the generator's loss goes through teacher and auxiliary score in so many pieces.
+        compile: a mode of torch.compile for the blocks of networks, or off; None: the recipe's.
     """
 
     device: str | None = None
@@ -65,6 +68,7 @@ class Machine(NamedTuple):
     workers: int | None = 0
     log_with: tuple[str, ...] = ()
     loss_pieces: int = 1
+    compile: CompileMode | None = None
 
     @property
     def shares_weights(self) -> bool:
@@ -171,6 +175,10 @@ class Engine:
             self.micro_batches(batch)
         elif not is_gpu(self.device):
             raise TrainingError("--micro-batch auto needs a GPU, but this run is on the CPU: use a number of images")
+
+    def begin_turn(self) -> None:
+        """Says that no result of the networks in the turn before is needed anymore."""
+        begin_step(self.machine.compile)
 
     # Networks.
 

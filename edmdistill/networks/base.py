@@ -88,6 +88,7 @@ class Network(nn.Module, ABC):
         bottleneck: the encoder's last layer.
         out_conv: the layer that returns F.
         head: the discriminator on the bottleneck, which returns logits; None: there is none. See networks.bottleneck.
+        compiled: whether the blocks run compiled; see machine.compile.
     """
 
     img_resolution: int
@@ -102,6 +103,7 @@ class Network(nn.Module, ABC):
     bottleneck: Layer
     out_conv: nn.Module
     head: nn.Module | None
+    compiled: bool = False
     second_time: SecondTime | None
     map_guidance: GuidanceEmbedding | None
     logvar_fourier: MPFourier | None

@@ -29,6 +29,7 @@ LearningRate = Annotated[float, Meta(gt=0, le=1e6)]
 TotalImages = Annotated[int, Meta(ge=1, lt=10**12)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
 
 LARGEST = 1e15
 """Largest number in a recipe. Images and seeds are exact up to here."""
@@ -66,6 +67,8 @@ class TrainingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Largest resolution of features, in pixels a side, at which there is dropout. Default: all."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks. Parameters, times and losses stay float32 or better. fp16 scales the losses."""
+    compile: CompileMode | UnsetType = "off"
+    """A mode of torch.compile for the blocks of the networks. It changes rounding alone; the hash leaves it out."""
     seed: Count = 0
     log_every: PositiveCount
     """Interval between lines of metrics.jsonl."""
@@ -210,7 +213,8 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
     @property
     def hash(self) -> str:
         """sha256 of the canonical JSON: equal for equal computations, whatever the file was called."""
-        document = replace(self._document(), evaluation=UNSET)
+        training = replace(self.training, compile=UNSET)
+        document = replace(self._document(), training=training, evaluation=UNSET)
         return hashlib.sha256(msgspec.json.encode(document, order="deterministic")).hexdigest()
 
     def tables(self) -> dict[str, Any]:

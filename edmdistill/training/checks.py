@@ -5,6 +5,8 @@ from __future__ import annotations
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.errors import TrainingError
+from edmdistill.machine.compile import CUDA_GRAPHS, require_compiler
+from edmdistill.machine.devices import process_device
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import Recipe
@@ -27,6 +29,22 @@ def require_pieces(recipe: Recipe, machine: Machine) -> None:
         raise TrainingError(
             f"--loss-pieces has no effect: {recipe.method_name} has no loss that can be split; leave it out"
         )
+
+
+def settled_compile(recipe: Recipe, machine: Machine) -> Machine:
+    """Returns the machine with the mode of torch.compile that holds: its own, or the recipe's.
+
+    Raises: EdmDistillError: see `require_compiler`.  TrainingError: micro-batches are to be tried with CUDA graphs.
+    """
+    mode = machine.compile or recipe.training.compile or "off"
+    if mode in CUDA_GRAPHS and machine.micro_batch == "auto":
+        raise TrainingError(
+            f"--micro-batch auto does not know the memory of CUDA graphs, which --compile {mode} makes: give a number "
+            "of images, or use --compile default"
+        )
+    if mode != "off":
+        require_compiler(mode, process_device(machine.device))
+    return machine._replace(compile=mode)
 
 
 def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> None:

@@ -11,12 +11,12 @@ from edmdistill.errors import TrainingError
 from edmdistill.recipes.schema import EvaluationTable
 
 RECIPE, RUN = "recipe.resolved.json", "run.json"
-MUTABLE = {f"training.{key}" for key in ("keep", "keep_every", "log_every", "snapshot_every")} | {
+MUTABLE = {f"training.{key}" for key in ("compile", "keep", "keep_every", "log_every", "snapshot_every")} | {
     "ema.snapshot_every",
     "data.name",
     *(f"evaluation.{key}" for key in EvaluationTable.__struct_fields__),
 }
-"""Keys that may change when a run resumes, because nothing that is computed depends on them."""
+"""Keys that may change when a run resumes, because nothing that is computed depends on them beyond rounding."""
 TOTAL = "training.images"
 """May grow, unless a schedule depends on it."""
 

@@ -126,6 +126,7 @@ def accumulate_gradients(
             network.draws = draws
         return draws
 
+    engine.begin_turn()
     means, micro_batches = RowMeans(), []
     with run.shared_weights():
         for rows, (batch, preview) in zip(slices, with_previews(run, turn, draws_of, batches), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -60,7 +61,8 @@ def fits(run: Run, size: int) -> bool:
     """Returns whether every turn's gradient on `size` images fits beside the states that optimizers will have."""
     fitted = True
     try:
-        _try_turns(run, size)
+        with _uncompiled(run):
+            _try_turns(run, size)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -88,6 +90,12 @@ def _try_turns(run: Run, size: int) -> None:
         with run.shared_weights(), engine.accumulate(run.role_modules[turn.role], last=False):
             turn.whole(batch, Draws(0, size, device=engine.device)).value.sum().backward()  # type: ignore[no-untyped-call]
         run.networks[turn.role].zero_grad(set_to_none=True)
+
+
+def _uncompiled(run: Run) -> AbstractContextManager[object]:
+    """A context without compiled code, so that none is made for a size that is only tried."""
+    compiles = run.engine.machine.compile not in (None, "off")
+    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
 def _reserve_memory(run: Run) -> torch.Tensor:

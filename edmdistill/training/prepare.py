@@ -63,10 +63,13 @@ def prepare(
         raise TrainingError("the states of adam8bit cannot be sharded: leave out --shard, or choose another optimizer")
     checks.require_guide(recipe, guide)
     checks.require_pieces(recipe, machine)
+    machine = checks.settled_compile(recipe, machine)
     sources = read_sources(recipe, data, teacher, guide, init)
     check_sources(recipe, sources, guide, force_guidance)
     networks = build_roles(recipe, sources.flow, sources.guide and sources.guide[0], sources.init and sources.init.flow)
     notes = [] if sources.init is None else [sources.init.load_auxiliary(networks)]
+    if machine.compile != "off" and "teacher" in machine.offload:
+        notes.append("Frozen networks are not compiled, because they wait in the host's memory.")
     if (warning := generator_warning(sources.config.noise_dependence, teacher)) is not None:
         notes.append(warning)
     run = assemble(recipe, sources, networks, machine)

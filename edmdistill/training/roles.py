@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from edmdistill.errors import TrainingError
+from edmdistill.machine.compile import compile_blocks
 from edmdistill.machine.engine import Engine
 from edmdistill.methods.base import Role
 from edmdistill.networks.bottleneck import add_head
@@ -96,11 +97,13 @@ def set_dropout(network: FlowNetwork, dropout: float, max_resolution: int | None
 
 
 def place_networks(engine: Engine, recipe: Recipe, networks: Mapping[str, nn.Module]) -> None:
-    """Moves every network to the device, or offloads it, and turns on activation checkpointing if asked."""
+    """Moves every network to the device, or offloads it; turns on compilation and activation checkpointing if asked."""
     for name, network in networks.items():
         if isinstance(network, FlowNetwork) and recipe.roles[name].frozen and "teacher" in engine.machine.offload:
             engine.offload(network)
         else:
+            if isinstance(network, FlowNetwork):
+                compile_blocks(network.network, engine.machine.compile)
             engine.place(network)
         # After `offload`: a block that is computed again needs its weights again.
         if engine.machine.checkpointing and isinstance(network, FlowNetwork):
