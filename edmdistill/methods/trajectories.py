@@ -49,7 +49,7 @@ def trajectory_loss(
     r ~ U[0, 1]. Its points are at r (1 - k / steps), k = 0 ... steps - 1.
 
     Args:
-        stride: jumps start at every so-many-th point, from a random one on: of a finer trajectory, as many jumps.
+        stride: jumps start at k = 0, stride, 2 stride ...: a finer trajectory, and no more jumps.
         share_to_end: the share of jumps to the end, s = 0; others lead to one of the later points or the end, each as
             likely, and the generator reads s. None: all lead to the end, and it reads t alone.
     """
@@ -60,8 +60,7 @@ def trajectory_loss(
     with torch.no_grad():
         start = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), times[0])
         points, end = multistep_trajectory(lambda x, t: teacher(x, t, batch.labels), start, times, sigma_data)
-    first = (draws.uniform() * stride).long() if stride > 1 else torch.zeros_like(r, dtype=torch.long)
-    k = first + stride * torch.arange(steps // stride, device=r.device)[:, None]
+    k = stride * torch.arange(steps // stride, device=r.device)[:, None].expand(-1, len(r))
     stop = torch.full_like(k, steps)
     if share_to_end is not None:
         to_end, later = draws.uniform(2, len(k)).permute(1, 2, 0)
