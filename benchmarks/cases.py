@@ -57,6 +57,8 @@ def digits_run(method: str, teacher: Path, rounds: int, sets: dict[str, Any], ma
     known = long | {"training.images": sets["training.batch"] * rounds} | sets
     if method in ("fmd", "mean-flow", "scd", "sct"):
         known |= {"method.allow_edm_time": True}
+    if method == "cosim":
+        known |= {"method.warmup_images": 0}
     changes = [f"{name}={json.dumps(value)}" for name, value in known.items()]
     recipe = find_recipe(f"{method}/digits").resolve(method, changes)
     start = None if recipe.network else teacher

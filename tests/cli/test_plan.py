@@ -17,7 +17,7 @@ def plan(*words: str) -> Result:
 
 
 def test_text() -> None:
-    result = plan("cosim/digits", TEACHER, "--processes", "2", "--gpu", "l40s")
+    result = plan("cosim/digits-paper", TEACHER, "--processes", "2", "--gpu", "l40s")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("cosim in fp32 on 2 GPUs: teacher 0.2M, generator 0.2M, auxiliary 0.2M.")
     assert "teacher's weights" in result.stdout
@@ -30,7 +30,7 @@ def test_text() -> None:
 
 def test_a_tiny_network_is_as_fast_as_its_calls_and_as_large_as_it_is() -> None:
     """No GPU takes a step of thousands of calls in microseconds; this machine has a row of its own."""
-    result = plan("cosim/digits", TEACHER)
+    result = plan("cosim/digits-paper", TEACHER)
     rows = {line[:12].strip(): line.split() for line in result.stdout.splitlines()[-9:]}
     assert 10 < float(rows["h200"][2]) < 10_000
     assert 1 < float(rows["this machine"][3]) < 10_000

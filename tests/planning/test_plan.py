@@ -46,9 +46,8 @@ def network(kind: str, arguments: dict[str, object]) -> FlowNetwork:
 
 
 def cosim(batch: int) -> Recipe:
-    return load_recipe(
-        "cosim/digits", "cosim", [f"training.batch={batch}", f"training.images={3 * batch}", "training.dropout=0.1"]
-    )
+    sets = [f"training.batch={batch}", f"training.images={3 * batch}", "training.dropout=0.1"]
+    return load_recipe("cosim/digits-paper", "cosim", sets)
 
 
 @cache
