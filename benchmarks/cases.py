@@ -27,6 +27,13 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """One of each kind, for the digits' 8x8 pixels."""
 
+MORE: dict[str, dict[str, Any]] = {
+    **{method: {"method.allow_edm_time": True} for method in ("fmd", "mean-flow", "scd", "sct")},
+    "cosim": {"method.warmup_images": 0},
+    "ctm": {"method.max_steps": 2},
+}
+"""Changes to the shipped recipes: these teachers read ln(sigma); CoSIM starts with its losses, CTM's solver takes two steps."""
+
 
 def random_flow(kind: str, resolution: int, channels: int, classes: int, arguments: dict[str, Any]) -> FlowNetwork:
     """Returns a network of random weights, every part of which has an effect."""
@@ -55,10 +62,7 @@ def digits_run(method: str, teacher: Path, rounds: int, sets: dict[str, Any], ma
     """
     long = {"training.log_every": 10**9, "training.snapshot_every": 10**9}
     known = long | {"training.images": sets["training.batch"] * rounds} | sets
-    if method in ("fmd", "mean-flow", "scd", "sct"):
-        known |= {"method.allow_edm_time": True}
-    if method == "cosim":
-        known |= {"method.warmup_images": 0}
+    known |= MORE.get(method, {})
     changes = [f"{name}={json.dumps(value)}" for name, value in known.items()]
     recipe = find_recipe(f"{method}/digits").resolve(method, changes)
     start = None if recipe.network else teacher
