@@ -1,7 +1,7 @@
 """What is claimed about speed, measured: tables in Markdown, and all rows as JSON.
 
     make bench [PEERS="--fastgen DIR --edm2 DIR --edm DIR --sid DIR"]
-    python benchmarks/bench.py [--only SECTION ...] [--device cuda] [--rounds 7] [--json bench.json]
+    python benchmarks/bench.py [--only SECTION ...] [--device cuda] [--rounds 7] [--compile] [--json bench.json]
 
 DIR is a clone of NVlabs/FastGen, NVlabs/edm2, NVlabs/edm (whose licenses forbid commercial use) or mingyuanzhou/SiD.
 Calls that are compared take turns; a ratio is the median over the rounds, with its range but for the extreme ones. On a
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, default=Path("bench.json"))
+    parser.add_argument("--compile", action="store_true", help="tangents of compiled networks too: some minutes")
     for peer in PEERS:
         parser.add_argument(f"--{peer}", type=Path, help="its checkout")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """F and its tangent in forward passes of the same folded network: ours, torch.func.jvp's, and ours compiled.
 
-32x32 images; compiled, the digits' 8x8, whose forward pass is compiled too. func.jvp has no derivative of fused
+32x32 images; with --compile, the digits' 8x8, whose forward pass is compiled too. func.jvp has no derivative of fused
 attention, so it has MATH. Single operations: the tangent rules of `edmdistill/kernels` against func.jvp, which on a GPU
 Triton's kernels replace (EDMDISTILL_KERNELS=triton).
 """
@@ -77,6 +77,8 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         }
         times = interleaved(ways, 5 * rounds, device)
         yield {"of": name, **{way: times.ratio(way, "forward") for way in ("tangent", "func.jvp")}}
+    if not options.compile:
+        return
     kind, arguments = NETWORKS["EDM2"]
     flow = random_flow(kind, 8, 1, 0, arguments)
     compiled = passes(flow, 32, device)
