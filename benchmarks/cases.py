@@ -32,7 +32,7 @@ MORE: dict[str, dict[str, Any]] = {
     "cosim": {"method.warmup_images": 0},
     "ctm": {"method.max_steps": 2},
 }
-"""Changes to the shipped recipes: these teachers read ln(sigma); CoSIM starts with its losses, CTM's solver takes two steps."""
+"""Changes to the shipped recipes: teachers read ln(sigma), CoSIM has its losses, CTM's solver two steps."""
 
 
 def random_flow(kind: str, resolution: int, channels: int, classes: int, arguments: dict[str, Any]) -> FlowNetwork:
