@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from edmdistill.machine import compile
 from edmdistill.machine.engine import Engine, Machine
 
 ROUNDS = 5
@@ -35,4 +36,5 @@ def main(teacher: str, out: str, *ways: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    compile.BACKEND = "aot_eager"  # graphs as for inductor, and no C++
     main(*sys.argv[1:])

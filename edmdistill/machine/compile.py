@@ -30,6 +30,8 @@ from edmdistill.sampling.spec import SamplerSpec
 
 CUDA_GRAPHS = "reduce-overhead", "max-autotune"
 """The modes of torch.compile that make CUDA graphs on a GPU."""
+BACKEND = "inductor"
+"""Of torch.compile."""
 MOST_KINDS = 64
 """Most kinds of pass through blocks of equal shapes. torch's own limit is 8."""
 
@@ -85,7 +87,7 @@ def _compiled(forward: Callable[..., Tensor], shapes: tuple[torch.Size, ...], mo
     plain: Any = forward
     code = plain.__code__.replace()
     own = FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
-    compiled: Callable[..., Any] = torch.compile(own, mode=mode, dynamic=False, fullgraph=True)
+    compiled: Callable[..., Any] = torch.compile(own, mode=mode, dynamic=False, fullgraph=True, backend=BACKEND)
     return compiled
 
 
