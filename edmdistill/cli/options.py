@@ -50,7 +50,7 @@ def option_group(
 
 
 def compile_option(default: str | None, shown: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that adds --compile; its value is `compile_mode`.  shown: the default, for the help."""
+    """Returns a decorator that adds --compile, the argument `compile_mode`.  shown: the default as the help says it."""
     return click.option(
         "--compile",
         "compile_mode",

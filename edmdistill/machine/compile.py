@@ -31,7 +31,7 @@ from edmdistill.sampling.spec import SamplerSpec
 CUDA_GRAPHS = "reduce-overhead", "max-autotune"
 """The modes of torch.compile that make CUDA graphs on a GPU."""
 BACKEND = "inductor"
-"""Of torch.compile."""
+"""The backend of torch.compile."""
 MOST_KINDS = 64
 """Most kinds of pass through blocks of equal shapes. torch's own limit is 8."""
 
@@ -66,7 +66,7 @@ def require_compiler(mode: CompileMode, device: torch.device) -> None:
 def compile_blocks(network: Network, mode: CompileMode | None) -> None:
     """Lets the blocks of a network run compiled, from their first pass on.
 
-    To be called before the blocks are sharded or checkpointed, and once on its device: `require_compiler`.
+    To be called before the blocks are sharded or checkpointed, and after `require_compiler`.
 
     Args:
         mode: of torch.compile; off or None: nothing is changed.
@@ -83,36 +83,36 @@ def compile_blocks(network: Network, mode: CompileMode | None) -> None:
 
 @cache
 def _compiled(forward: Callable[..., Tensor], shapes: tuple[torch.Size, ...], mode: CompileMode) -> Callable[..., Any]:
-    """Returns a block's forward, compiled. Torch keeps what it compiles by code object, so this one has its own."""
+    """Returns a block's forward, compiled: a copy of it, because torch stores compiled code by code object."""
     plain: Any = forward
     code = plain.__code__.replace()
-    own = FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
-    compiled: Callable[..., Any] = torch.compile(own, mode=mode, dynamic=False, fullgraph=True, backend=BACKEND)
+    copied = FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
+    compiled: Callable[..., Any] = torch.compile(copied, mode=mode, dynamic=False, fullgraph=True, backend=BACKEND)
     return compiled
 
 
 def begin_step(mode: CompileMode | None) -> None:
-    """Lets CUDA graphs use the memory of the step before again.
+    """Lets CUDA graphs reuse the memory of the previous step.
 
-    To be called where no result of a block is needed anymore: blocks call one another, which torch would take for new
-    steps.
+    To be called where no result of a block is needed anymore: torch cannot tell, and would take every block that is
+    called for a new step.
     """
     if mode in CUDA_GRAPHS:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
 def compile_for_sampling(mode: CompileMode, model: Generator | Denoiser, *samplers: SamplerSpec) -> None:
-    """Compiles the networks of samplers. A batch smaller than one before is filled up, to need no code of its own."""
+    """Compiles the networks of samplers. Batches smaller than an earlier one are padded, and need no code."""
     others = [sampler.guide for sampler in samplers]
     others += [sampler.reference.score for sampler in samplers if sampler.reference is not None]
     for network in (other.flow.network for other in (model, *others) if other is not None):
         if mode != "off" and not network.compiled:
             compile_blocks(network, mode)
-            network.forward = _EqualBatches(network.forward, mode)  # type: ignore[method-assign]
+            network.forward = _PaddedBatches(network.forward, mode)  # type: ignore[method-assign]
 
 
-class _EqualBatches:
-    """The forward pass of a network at its largest batch size so far, so that smaller ones need not be compiled.
+class _PaddedBatches:
+    """A network's forward pass, padded to its largest batch so far: smaller batches are not compiled for.
 
     Each call is a step of its own.
     """
@@ -128,42 +128,42 @@ class _EqualBatches:
         self.largest = max(self.largest, rows)
         if rows < self.largest:
 
-            def filled(tensor: Any) -> Any:
+            def padded(tensor: Any) -> Any:
                 if not isinstance(tensor, Tensor) or len(tensor) != rows:
                     return tensor
                 return torch.cat([tensor, tensor[-1:].expand(self.largest - rows, *tensor.shape[1:])])
 
-            x, condition = filled(x), Conditioning(*map(filled, condition))
+            x, condition = padded(x), Conditioning(*map(padded, condition))
         F = self.forward(x, condition)
         assert isinstance(F, Tensor)
         return F[:rows]
 
 
 class _Report:
-    """Says on stderr that blocks are being compiled, and every half minute how far that is."""
+    """Says on stderr that blocks are being compiled, and every half minute how many pieces are done."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.seconds = self.began = self.said = 0.0
+        self.seconds = self.began = self.reported = 0.0
 
     def start(self, _: object = None) -> None:
         self.began = time.monotonic()
         if not self.count:
-            self.said = self.began
+            self.reported = self.began
             write("Compiling blocks of networks: minutes at first, seconds once torch has them in its cache.")
 
     def end(self, _: object = None) -> None:
         now = time.monotonic()
         self.count += 1
         self.seconds += now - self.began
-        if now - self.said >= INTERVAL:
-            self.said = now
+        if now - self.reported >= INTERVAL:
+            self.reported = now
             write(f"Compiling: {self.count} pieces so far, in {self.seconds:.0f} s.")
 
 
 @cache
 def _report() -> None:
-    """Reports from now on, on the main process."""
+    """Starts the reports, on the main process."""
     if process_rank()[0] == 0:
         report, handler = _Report(), torch._dynamo.callback.callback_handler
         handler.register_start_callback(report.start)

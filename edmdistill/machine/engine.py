@@ -177,7 +177,7 @@ class Engine:
             raise TrainingError("--micro-batch auto needs a GPU, but this run is on the CPU: use a number of images")
 
     def begin_turn(self) -> None:
-        """Says that no result of the networks in the turn before is needed anymore."""
+        """Lets CUDA graphs reuse the memory of the previous turn, no result of which is needed anymore."""
         begin_step(self.machine.compile)
 
     # Networks.

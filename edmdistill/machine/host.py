@@ -33,8 +33,8 @@ def host_memory() -> tuple[int, int]:
 def keep_freed_memory() -> None:
     """Makes glibc's malloc keep freed blocks of up to 32 MB, in the whole process; without glibc it does nothing.
 
-    By default it returns them to the kernel, and each batch of images pays for its pages again: a fifth of the time of
-    sampling 256 small images on a CPU.
+    By default malloc returns them to the kernel, and each batch of images has to get its pages again: a fifth of the
+    time of sampling 256 small images on a CPU.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

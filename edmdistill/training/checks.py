@@ -31,10 +31,10 @@ def require_pieces(recipe: Recipe, machine: Machine) -> None:
         )
 
 
-def settled_compile(recipe: Recipe, machine: Machine) -> Machine:
-    """Returns the machine with the mode of torch.compile that holds: its own, or the recipe's.
+def with_compile_mode(recipe: Recipe, machine: Machine) -> Machine:
+    """Returns the machine with the mode of torch.compile to use: its own if given, else the recipe's.
 
-    Raises: EdmDistillError: see `require_compiler`.  TrainingError: micro-batches are to be tried with CUDA graphs.
+    Raises: EdmDistillError: see `require_compiler`.  TrainingError: --micro-batch auto with CUDA graphs.
     """
     mode = machine.compile or recipe.training.compile or "off"
     if mode in CUDA_GRAPHS and machine.micro_batch == "auto":

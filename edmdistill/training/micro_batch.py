@@ -93,7 +93,7 @@ def _try_turns(run: Run, size: int) -> None:
 
 
 def _uncompiled(run: Run) -> AbstractContextManager[object]:
-    """A context without compiled code, so that none is made for a size that is only tried."""
+    """Returns a context that runs no compiled code, so that none is made for a size that is only tried."""
     compiles = run.engine.machine.compile not in (None, "off")
     return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 

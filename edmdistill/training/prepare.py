@@ -63,7 +63,7 @@ def prepare(
         raise TrainingError("the states of adam8bit cannot be sharded: leave out --shard, or choose another optimizer")
     checks.require_guide(recipe, guide)
     checks.require_pieces(recipe, machine)
-    machine = checks.settled_compile(recipe, machine)
+    machine = checks.with_compile_mode(recipe, machine)
     sources = read_sources(recipe, data, teacher, guide, init)
     check_sources(recipe, sources, guide, force_guidance)
     networks = build_roles(recipe, sources.flow, sources.guide and sources.guide[0], sources.init and sources.init.flow)

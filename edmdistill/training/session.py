@@ -77,8 +77,7 @@ def train(
         engine.on_main(lambda: folder.truncate_after(run.images, tell))
         names = engine.machine.log_with
         track = engine.on_main(lambda: stack.enter_context(trackers(names, run_dir, run.recipe.tables(), run.images)))
-        size = settle_micro_batch(run)
-        if size is not None:
+        if (size := settle_micro_batch(run)) is not None:
             tell(f"Micro-batches of {size} images fit.")
         means, health = IntervalMeans(), Health()
         if progress is not None:

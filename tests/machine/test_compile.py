@@ -100,10 +100,10 @@ def test_a_broken_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_micro_batches_are_not_tried_with_cuda_graphs(recipe: Callable[..., Recipe]) -> None:
-    from edmdistill.training.checks import settled_compile
+    from edmdistill.training.checks import with_compile_mode
 
     with pytest.raises(EdmDistillError, match="memory of CUDA graphs, which --compile max-autotune makes: give a numb"):
-        settled_compile(recipe("cosim"), Machine(micro_batch="auto", compile="max-autotune"))
+        with_compile_mode(recipe("cosim"), Machine(micro_batch="auto", compile="max-autotune"))
 
 
 def test_cuda_graphs_begin_a_step_at_every_turn(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_smaller_batches_are_filled_up() -> None:
         sizes.append(len(x))
         return x + condition.c_noise.view(-1, 1) + condition.labels
 
-    network = compiling._EqualBatches(forward, "default")
+    network = compiling._PaddedBatches(forward, "default")
     for rows, given in ((3, 3), (4, 4), (2, 2), (1, 1), (4, 1)):
         x, condition = torch.rand(rows, 2), Conditioning(torch.rand(given), torch.rand(rows, 2))
         assert torch.equal(network(x, condition), forward(x, condition))
