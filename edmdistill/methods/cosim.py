@@ -57,7 +57,7 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         return self.config.notes()
 
     def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Algorithm 2, even n: psi tracks the generator's score at x_s.  Source: eq. 15, second line."""
+        """Returns psi's loss: it tracks the generator's score at x_s.  Source: algorithm 2, even n; eq. 15, line 2."""
         beta, sigma_data = self.config.beta, self.noise.sigma_data
         with torch.no_grad():
             jump = self.transition(batch, draws, self.config.anchor_sigma)
@@ -66,7 +66,7 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         return auxiliary_loss(F_aux, F_teacher, jump.v, jump.s, sigma_data=sigma_data, beta=beta)
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Algorithm 2, odd n: phi closes the gap between the two scores.  Source: eq. 15, first line."""
+        """Returns phi's loss: it closes the gap between the scores.  Source: algorithm 2, odd n; eq. 15, line 1."""
         config = self.config
         if not config.trajectory_steps:
             return self.gap_loss(batch, draws)
@@ -78,7 +78,7 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         return with_trajectories(loss, trajectories, batch, draws, weight=weight, warmup_images=warmup_images)
 
     def gap_loss(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Loss:
-        """Returns eq. 15, first line, of jumps from sigma_from up, where t comes first."""
+        """Returns eq. 15, line 1.  sigma_from: lowest noise level t of a jump; for order = "t" alone."""
         s, t, x_t, F, g, x_s, v = self.transition(batch, draws, sigma_from)
         return self.pieces(self.score_loss, s, t, x_t, F, x_s, v, batch.labels)._replace(generated=g)
 
@@ -113,5 +113,5 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         return {"sensitivity/auxiliary": time_sensitivity(F_aux, F_last, F_teacher, jump.t < last)}
 
     def transition(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Transition:
-        """Algorithm 2, lines 1-3."""
+        """Returns what algorithm 2 draws in lines 1-3."""
         return draw_transition(self.generator, batch, draws, self.noise, self.config, sigma_from)

@@ -15,10 +15,12 @@ from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryStride, T
 class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     """The defaults are the paper's.
 
-    gradient = "kl", order = "t", anchor_sigma and the trajectories are not in the paper: docs/cosim.md says what for.
+    gradient = "kl", order = "t", anchor_sigma and the trajectories are not in the paper; docs/cosim.md says what they
+    are for.
 
     Differs: the paper requires lambda >= 0 in coef = alpha (1 + lambda), but trains alpha 1.2 with coef 1; its
-    eq. 12 defines another lambda, 2 coef - 1. The losses depend on alpha and coef only, so these are the options."""
+    eq. 12 defines another lambda, 2 coef - 1. The losses depend on alpha and coef only, so these are the options.
+    """
 
     alpha: Alpha = 1.2
     coef: Annotated[float, Meta(gt=0, description="pull of the auxiliary score toward the teacher; .5 = none")] = 1.0
@@ -41,7 +43,12 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
         Meta(ge=0, le=10, description="weight of t in the auxiliary score at first; 0 keeps the teacher's function"),
     ] = 0.0
     anchor_sigma: Annotated[
-        float, Meta(ge=0, description="jumps from below this noise level learn the teacher's denoiser, or trajectories")
+        float,
+        Meta(
+            ge=0,
+            description="jumps from below this noise level learn the teacher's denoiser; with trajectory_steps, "
+            "trajectories alone",
+        ),
     ] = 0.0
     trajectory_steps: TrajectorySteps = 0
     trajectory_stride: TrajectoryStride = 1
@@ -66,7 +73,7 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
 
     @property
     def beta(self) -> float:
-        """Share of the generator's own score in the auxiliary score's target.  Source: eq. 16."""
+        """Returns the share of the generator's score in the auxiliary score's target.  Source: eq. 16."""
         return 1 / (2 * self.coef)
 
     def notes(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Regression on the teacher's trajectories: a jump from any of their points learns their end, or a later point.
+"""Regression on the teacher's trajectories: jumps from their points learn to reach their end, or a later point.
 
 A trajectory of K steps costs K evaluations of the teacher and teaches K jumps, one from each of its levels.
 
@@ -22,13 +22,13 @@ from edmdistill.schedules import edm_curve
 from edmdistill.trigflow import cos_sin, diffuse, sigma_to_time
 
 TrajectorySteps = Annotated[
-    int, Meta(ge=0, le=1000, description="steps of the teacher's trajectories whose end jumps learn; 0 = none")
+    int, Meta(ge=0, le=1000, description="steps of the teacher's trajectories that jumps are learned from; 0 = none")
 ]
 TrajectoryStride = Annotated[
-    int, Meta(ge=1, le=1000, description="jumps start at every so-many-th point of a trajectory; 1 = at all")
+    int, Meta(ge=1, le=1000, description="jumps start at every n-th point of a trajectory; 1 = at all of them")
 ]
 TrajectoryWeight = Annotated[float, Meta(gt=0, description="weight of trajectories beside the method's own loss")]
-WarmupImages = Annotated[int, Meta(ge=0, description="images in which trajectories alone are learned")]
+WarmupImages = Annotated[int, Meta(ge=0, description="images during which trajectories alone are learned")]
 
 
 def trajectory_loss(
@@ -49,9 +49,9 @@ def trajectory_loss(
     r ~ U[0, 1]. Its points are at r (1 - k / steps), k = 0 ... steps - 1.
 
     Args:
-        stride: jumps start at k = 0, stride, 2 stride ...: a finer trajectory, and no more jumps.
-        share_to_end: the share of jumps to the end, s = 0; others lead to one of the later points or the end, each as
-            likely, and the generator reads s. None: all lead to the end, and it reads t alone.
+        stride: jumps start at k = 0, stride, 2 stride ..., so that a finer trajectory needs no more jumps.
+        share_to_end: share of jumps to the end, s = 0; the others lead to any later point or the end with equal
+            probability. The generator then reads s too. None: all jumps lead to the end, and it reads t alone.
     """
     sigma_data, sigma_min, sigma_max = noise
     r = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform())
@@ -67,7 +67,7 @@ def trajectory_loss(
         stop = torch.where(to_end < share_to_end, stop, k + 1 + (later * (steps - k)).long())
     rows = torch.arange(len(r), device=r.device)
     path, path_times = torch.stack([*points, end]), torch.cat([times, torch.zeros_like(times[:1])])
-    (x_t, t), (x_s, s) = ((path[at, rows].flatten(0, 1), path_times[at, rows].flatten()) for at in (k, stop))
+    (x_t, t), (x_s, s) = ((path[i, rows].flatten(0, 1), path_times[i, rows].flatten()) for i in (k, stop))
     labels = None if batch.labels is None else batch.labels.repeat(len(k), 1)
     cos, sin = cos_sin(t - s, x_t)
     F_s = (cos * x_t - x_s) / (sin * sigma_data)
@@ -85,9 +85,9 @@ def with_trajectories(
     weight: float,
     warmup_images: int,
 ) -> Loss:
-    """Returns the loss of trajectories until the warm-up ends, then that times its weight beside a method's own."""
-    jumps = trajectories(batch, draws)
+    """Returns the loss of trajectories alone until the warm-up ends, then the method's loss plus `weight` times it."""
+    regression = trajectories(batch, draws)
     if batch.images < warmup_images:
-        return jumps
-    own = loss(batch, draws)
-    return own._replace(value=own.value + weight * jumps.value, signals=own.signals | jumps.signals)
+        return regression
+    main = loss(batch, draws)
+    return main._replace(value=main.value + weight * regression.value, signals=main.signals | regression.signals)

@@ -43,7 +43,7 @@ def draw_transition(
     """Draws (s, t), x_t and x_s.  Source: Yu et al. 2025 (CoSIM), appendix A.1 for (s, t), eq. 18 for x_s.
 
     Args:
-        sigma_from: lowest level t, where t comes first.
+        sigma_from: lowest noise level t of a jump; for order = "t" alone.
     """
     sigma_data, sigma_min, sigma_max = noise
     levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "share_to_max": config.share_to_max}
