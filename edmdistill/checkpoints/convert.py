@@ -21,7 +21,7 @@ from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import read_teacher
 from edmdistill.checkpoints.noise_dependence import noise_dependence
 from edmdistill.checkpoints.official import load_official
-from edmdistill.checkpoints.parity import Parity, compare, comparison, denoised_images
+from edmdistill.checkpoints.parity import Parity, compare, denoised_images, plan_comparison
 from edmdistill.checkpoints.source import Source, open_source, source_name
 from edmdistill.checkpoints.store import describe_checkpoint, load_checkpoint, refuse_occupied, write_checkpoint
 from edmdistill.errors import CheckpointError
@@ -66,9 +66,9 @@ def convert(
             adaptive norm.
         overwrite: replace an existing checkpoint.
         licence: of the weights, see check_licence; default: that of NVIDIA's or OpenAI's weights.
-        parity: the comparison. full: on images of the network's size at 8 noise levels, in float32 and float64; quick:
-            on the smallest images that use every weight, for networks of more than SMALL parameters at 4 noise levels
-            and in float32 alone; none.
+        parity: full: compares on images of the network's size at 8 noise levels, in float32 and float64; quick: on the
+            smallest images that use every weight, and for networks of more than SMALL parameters at 4 noise levels in
+            float32 alone; none: does not compare.
         on_progress: called with a phrase at every step.
     Raises: CheckpointError: the source cannot be read or adapted, `out` is occupied, or the result differs.
     """
@@ -105,10 +105,10 @@ def convert(
         describe_checkpoint(folder, config)
         rows: tuple[ParityRow, ...] = ()
         if parity != "none":
-            how = comparison(flow, parity)
-            expected = {dtype: denoised_images(flow, dtype, how, on_progress) for dtype in how.dtypes}
+            comparison = plan_comparison(flow, parity)
+            expected = {dtype: denoised_images(flow, dtype, comparison, on_progress) for dtype in comparison.dtypes}
             del flow  # before the other network is loaded
-            rows = compare(folder, expected, how, on_progress)
+            rows = compare(folder, expected, comparison, on_progress)
             if time_embedding is None:
                 _require_parity(rows, source)
             with (folder / CARD).open("a", encoding="utf-8") as card:

@@ -19,7 +19,7 @@ from edmdistill.checkpoints.openai import PRECONDITIONING, TOP, UnknownNetwork, 
 
 
 class CtmNetwork(NamedTuple):
-    """What a file of CTM's is.
+    """The network in a file of CTM's, and what else its checkpoint says.
 
     Attributes:
         kind, arguments, tensors: our network and its weights.
@@ -39,7 +39,7 @@ class CtmNetwork(NamedTuple):
 def to_ctm(weights: Mapping[str, Tensor]) -> CtmNetwork:
     """Returns the network that the weights of a file belong to.
 
-    Raises: UnknownNetwork: to another; KeyError, ValueError ...: to a very different one.
+    Raises: UnknownNetwork: there is no second time.  KeyError, ValueError ...: they belong to another network.
     """
     split = {"two_time": True, "split_times": True}
     if any(name.startswith("time_embed_s.") for name in weights):
@@ -57,11 +57,11 @@ def to_ctm(weights: Mapping[str, Tensor]) -> CtmNetwork:
 
 
 def merge_times(weights: Mapping[str, Tensor], embedding: Mapping[str, str]) -> tuple[dict[str, Tensor], ...]:
-    """Returns weights whose pairs of maps are one map of both embeddings, side by side; and those of our second time.
+    """Returns the weights with one map of both embeddings side by side for each pair of maps; and our second time's.
 
     Args:
-        weights: a layer of the second time has the name of the first's, with _s.
-        embedding: our names of the layers that embed a time, by theirs.
+        weights: a layer of the second time has the name of the first time's layer and _s.
+        embedding: our names of the layers that embed a time, by CTM's.
     Raises: KeyError, RuntimeError: a map has no partner, or one of another shape.
     """
     merged = {name: tensor.float() for name, tensor in weights.items() if "_s." not in name}

@@ -26,27 +26,27 @@ from edmdistill.networks.flow import Denoiser, FlowNetwork
 
 CLASSES, NOISES = 4, 4
 LARGE = 2**12
-"""Numbers of an image from which one class and two noises do: its mean over pixels is as exact then."""
+"""Size of images, in numbers, from which one class and two noises are enough: the mean is over more pixels."""
 GENERATOR_RANGE = 0.4, 2.0
-"""noise_dependence of generators: below it is a denoiser's; above it is neither's, as that of an untrained network."""
+"""noise_dependence of generators. A denoiser's is smaller; a larger one is neither's, as an untrained network's."""
 
 
 @torch.no_grad()
 def noise_dependence(flow: FlowNetwork) -> float:
     """Returns how far D at sigma_max depends on the noise, in units of sigma_data; see above.
 
-    Large images are computed in bfloat16 where the CPU multiplies it, whose rounding adds less than 0.01.
+    Large images are computed in bfloat16 where the CPU has instructions for it: the rounding changes less than 0.01.
     """
     training, compute_dtype, denoiser = flow.training, flow.compute_dtype, Denoiser(flow).eval()
     like = next(flow.parameters())
     size = flow.img_channels, flow.img_resolution, flow.img_resolution
     rng = torch.Generator().manual_seed(0)
     sigma = torch.tensor(flow.sigma_max, device=like.device)
-    count, different = NOISES, CLASSES
+    noises, different = NOISES, CLASSES
     if math.prod(size) >= LARGE:
-        count, different = 2, 1
+        noises, different = 2, 1
         flow.compute_dtype = torch.bfloat16 if _multiplies_bfloat16() else compute_dtype
-    x = sigma * torch.randn(count, *size, generator=rng).to(like)
+    x = sigma * torch.randn(noises, *size, generator=rng).to(like)
     classes: list[int | None] = [i * flow.label_dim // CLASSES for i in range(min(different, flow.label_dim))]
     variances = []
     for label in classes or [None]:
@@ -58,15 +58,14 @@ def noise_dependence(flow: FlowNetwork) -> float:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Returns whether the CPU is known to compute faster in it than in float32."""
-    capabilities: Mapping[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # older versions of torch do not tell
+    """Returns whether the CPU is known to compute faster in bfloat16 than in float32."""
+    # Older versions of torch do not tell.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def describe_dependence(value: float) -> str:
-    """Returns a sentence on a network with this noise_dependence."""
+    """Returns a sentence on a network of this noise_dependence."""
     low, high = GENERATOR_RANGE
     kind = (
         "like a denoiser's" if value < low else "like a generator's" if value < high else "unlike a trained network's"

@@ -99,7 +99,7 @@ def build_official(
 
 
 def edm_arguments(tensors: Mapping[str, Tensor], kind: Literal["song", "adm"]) -> dict[str, Any]:
-    """Returns the constructor arguments of DDPM++ or ADM by the names and shapes of its tensors, which lack a prefix.
+    """Returns the constructor arguments of DDPM++ or ADM that the names, without prefix, and shapes of tensors imply.
 
     Raises: KeyError, ValueError ...: they belong to another network.
     """

@@ -77,7 +77,7 @@ Adm = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def read_arguments(path: Path, weights: Mapping[str, Tensor]) -> Adm:
-    """Returns what `to_adm` does.  Raises: CheckpointError: the weights are of another network."""
+    """Returns what `to_adm` returns.  Raises: CheckpointError: the weights belong to another network."""
     try:
         return to_adm(weights)
     except Exception as error:  # the weights are untrusted: whatever breaks, they are the cause

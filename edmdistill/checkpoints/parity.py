@@ -1,4 +1,4 @@
-"""By how much a converted checkpoint differs from its source: both denoise the same images, at several noise levels."""
+"""Compares a converted checkpoint with its source: both denoise the same images, at several noise levels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = 2**26
 
 
 class Comparison(NamedTuple):
-    """What is compared: an image at each noise level.
+    """What two networks are compared on: an image at each noise level.
 
     Attributes:
         size: of the images, in pixels.
@@ -38,8 +38,8 @@ class Comparison(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
-def comparison(flow: FlowNetwork, parity: Parity) -> Comparison:
-    """Returns what to compare.  A quick comparison's images are 2 pixels wide where the network's are narrowest."""
+def plan_comparison(flow: FlowNetwork, parity: Parity) -> Comparison:
+    """Returns what to compare on.  A quick comparison's images are 2 pixels wide where the network's are narrowest."""
     both, size = (torch.float32, torch.float64), flow.img_resolution
     if parity == "full":
         return Comparison(size, 8, 1, both)
@@ -49,28 +49,29 @@ def comparison(flow: FlowNetwork, parity: Parity) -> Comparison:
 
 
 def compare(
-    folder: Path, expected: Mapping[torch.dtype, Tensor], how: Comparison, on_progress: Callable[[str], object]
+    folder: Path, expected: Mapping[torch.dtype, Tensor], comparison: Comparison, on_progress: Callable[[str], object]
 ) -> tuple[ParityRow, ...]:
-    """Returns by how much the checkpoint in a folder differs from images of its source, by noise level and dtype."""
+    """Returns how far a written checkpoint is from `expected`, its source's images by dtype, at each noise level."""
     written, _ = load_checkpoint(folder)
-    if torch.float64 in how.dtypes:
+    if torch.float64 in comparison.dtypes:
         written.network.fold(lay_out=False)
-    else:  # by float32's rounding this differs; folding would copy the weights, which are mapped from the file
+    else:  # folding would copy the weights, which are mapped from the file; this differs from it by rounding alone
         scale_results(written.network)
     errors = [
-        _relative(denoised_images(written, dtype, how, on_progress), images) for dtype, images in expected.items()
+        _relative(denoised_images(written, dtype, comparison, on_progress), images)
+        for dtype, images in expected.items()
     ]
     columns = errors if len(errors) == 2 else [*errors, [None] * len(errors[0])]
-    return tuple(map(ParityRow, edm_sigmas(how.levels, written.sigma_min, written.sigma_max).tolist(), *columns))
+    return tuple(map(ParityRow, edm_sigmas(comparison.levels, written.sigma_min, written.sigma_max).tolist(), *columns))
 
 
 @torch.no_grad()
 def denoised_images(
-    flow: FlowNetwork, dtype: torch.dtype, how: Comparison, on_progress: Callable[[str], object]
+    flow: FlowNetwork, dtype: torch.dtype, comparison: Comparison, on_progress: Callable[[str], object]
 ) -> Tensor:
     """Returns denoised images, one at each noise level: on the circle with two times, else in EDM's view."""
-    flow, size = flow.to(dtype).eval(), how.size
-    sigmas = edm_sigmas(how.levels, flow.sigma_min, flow.sigma_max).reshape(-1, 1, 1, 1)
+    flow, size = flow.to(dtype).eval(), comparison.size
+    sigmas = edm_sigmas(comparison.levels, flow.sigma_min, flow.sigma_max).reshape(-1, 1, 1, 1)
     rng = torch.Generator().manual_seed(0)
     x0, n = torch.randn(2, len(sigmas), flow.img_channels, size, size, generator=rng, dtype=torch.float64)
     x = flow.sigma_data * x0 + sigmas * n
@@ -78,7 +79,7 @@ def denoised_images(
     for index in range(0, len(sigmas), 2) if flow.label_dim else ():  # every second image has no class
         labels[index, index % flow.label_dim] = 1
     results = []
-    for rows in torch.split(torch.arange(len(sigmas)), how.batch):
+    for rows in torch.split(torch.arange(len(sigmas)), comparison.batch):
         on_progress(f"comparing {size}x{size} pixels in {str(dtype).removeprefix('torch.')}")
         classes, sigma = labels[rows] if flow.label_dim else None, sigmas[rows].flatten()
         if flow.two_time:

@@ -64,38 +64,38 @@ def _read_pickle(source: Source) -> tuple[FlowNetwork, CheckpointConfig]:
 
 
 def _read_consistency_model(source: Source) -> tuple[FlowNetwork, CheckpointConfig]:
-    """Consistency models of OpenAI: ADM, with the identity as boundary at sigma_min."""
+    """Returns a consistency model of OpenAI: ADM, with the identity as boundary at sigma_min."""
     tensors = {name: tensor.tensor() for name, tensor in read_weights(source.path).items()}
     arguments, tensors = read_arguments(source.path, tensors)
     preconditioning = {"kind": "consistency", "sigma_min": 0.002, "c_noise_scale": 250.0}
-    flow = _filled(source.path, arguments, tensors, preconditioning)
+    flow = _build(source.path, arguments, tensors, preconditioning)
     return flow, _config(source, flow, "mit")
 
 
 def _read_ctm(source: Source) -> tuple[FlowNetwork, CheckpointConfig]:
-    """CTM's weights: ADM for ImageNet 64x64, DDPM++ for CIFAR-10, each with a second time."""
-    found = _understood(source.path, to_ctm, "a CTM generator for ImageNet 64x64 or CIFAR-10, ema_*.pt")
-    flow = _filled(source.path, found.arguments, found.tensors, found.preconditioning, found.kind)
-    return flow, _config(source, flow, found.licence, found.data_set)
+    """Returns a generator of CTM: ADM for ImageNet 64x64, DDPM++ for CIFAR-10, each with a second time."""
+    ctm = _parse_weights(source.path, to_ctm, "a CTM generator for ImageNet 64x64 or CIFAR-10, ema_*.pt")
+    flow = _build(source.path, ctm.arguments, ctm.tensors, ctm.preconditioning, ctm.kind)
+    return flow, _config(source, flow, ctm.licence, ctm.data_set)
 
 
 def _read_dmd2(source: Source) -> tuple[FlowNetwork, CheckpointConfig]:
-    """A state dict of EDM's ADM network, whose arguments follow from its shapes."""
+    """Returns a generator of DMD2: a state dict of EDM's ADM network, whose arguments follow from its shapes."""
 
     def to_dmd2(weights: Mapping[str, Tensor]) -> Adm:
         tensors = {name.removeprefix("model."): tensor.float() for name, tensor in weights.items()}
         return edm_arguments(tensors, "adm"), tensors
 
     give = "the pytorch_model.bin of a DMD2 generator for ImageNet 64x64"
-    flow = _filled(source.path, *_understood(source.path, to_dmd2, give))
+    flow = _build(source.path, *_parse_weights(source.path, to_dmd2, give))
     return flow, _config(source, flow, "cc-by-nc-sa-4.0")
 
 
-def _understood(path: Path, read: Callable[[Mapping[str, Tensor]], T], give: str) -> T:
+def _parse_weights(path: Path, read: Callable[[Mapping[str, Tensor]], T], give: str) -> T:
     """Returns what `read` makes of a file's weights.
 
     Args:
-        give: the file that would be right.
+        give: the right file, for the error.
     Raises: CheckpointError: the weights belong to another network.
     """
     weights = {name: tensor.tensor() for name, tensor in read_weights(path).items()}
@@ -106,7 +106,7 @@ def _understood(path: Path, read: Callable[[Mapping[str, Tensor]], T], give: str
         raise CheckpointError(f"{path} {reason.partition(': give')[0]}: give {give}.") from error
 
 
-def _filled(
+def _build(
     path: Path,
     arguments: dict[str, Any],
     tensors: Mapping[str, Tensor],
