@@ -36,7 +36,7 @@ LAYERS = 2**12
 
 def words(keys: Tensor, n: int, piece: int = 0) -> Tensor:
     """Returns the first n words of a piece of each key's stream.  [rows] int64 -> [rows,n] int64"""
-    # k + (i + 1) gamma, with the multiplication last: inductor would compute the indices' own without wrapping around.
+    # k + (i + 1) gamma, multiplied last: inductor would compute a product of the indices alone without wrap-around.
     z = (keys * _signed(INVERSE) + _signed(piece * PIECE + 1))[:, None] + torch.arange(n, device=keys.device)
     z *= _signed(GAMMA)
     low, high = _halves(z)  # views: low ^= high is z ^= z >> 32

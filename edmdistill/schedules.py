@@ -174,9 +174,9 @@ def student_sigmas(draws: Draws, *, P_mean: float, P_std: float, degrees: float,
 @cache
 def _student_quantiles(P_mean: float, P_std: float, degrees: float, low: float, high: float) -> Constant:
     """Returns ln(sigma) from low to high at 4,097 equal steps of probability.  float64"""
-    ends = (torch.tensor([low, high], dtype=torch.float64).log() - P_mean) / P_std
-    from scipy import special  # imported for one method alone, because it takes a tenth as long as torch
+    from scipy import special  # here, for the one method that needs it: it takes a tenth as long to import as torch
 
+    ends = (torch.tensor([low, high], dtype=torch.float64).log() - P_mean) / P_std
     first, last = special.stdtr(degrees, ends.numpy())
     T = torch.from_numpy(special.stdtrit(degrees, torch.linspace(first, last, 4097, dtype=torch.float64).numpy()))
     return Constant(P_mean + P_std * T.clamp(*ends.tolist()))

@@ -102,7 +102,7 @@ STORAGE_TYPES = {
 }
 _SIZES = {kind.dtype: kind.itemsize for kind in STORAGE_TYPES.values()}
 LARGE = 2**20
-"""Bytes from which memory is taken from the system and given back to it."""
+"""Size in bytes from which tensors get pages of their own, and pages of a file are released."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save before torch 1.6
 
 
@@ -167,7 +167,7 @@ class StoredTensor:
 
 
 def empty_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns a tensor whose memory, unlike malloc's, is the system's again as soon as it is freed."""
+    """Returns an uninitialized tensor whose memory, unlike malloc's, goes back to the system once it is freed."""
     import torch
 
     size = math.prod(shape) * dtype.itemsize
@@ -178,7 +178,7 @@ def empty_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def release(data: memoryview) -> None:
-    """Lets go of the pages of a mapped file that were read; what is read again comes from the system's cache."""
+    """Releases the pages of a mapped file that were read; the system's cache may still have them."""
     if isinstance(data.obj, mmap.mmap) and hasattr(data.obj, "madvise") and len(data) >= LARGE:
         data.obj.madvise(mmap.MADV_DONTNEED)
 

@@ -37,7 +37,7 @@ def attention_rule(function: Function, q: Dual, k: Dual, v: Dual) -> Dual:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Splits a convolution's output into queries, keys and values of heads: [B,3C,H,W] -> [3,B,heads,H*W,C/heads]"""
+    """Returns queries, keys and values, by head, of a convolution's output.  [B,3C,H,W] -> [3,B,heads,H*W,C/heads]"""
     B, C, H, W = x.shape
     # Contiguous: only then has torch fused kernels; else it makes the matrix of all pairs of pixels.
     return x.reshape(B, heads, C // heads // 3, 3, H * W).permute(3, 0, 1, 4, 2).contiguous()
@@ -50,7 +50,7 @@ def require_heads(channels: int, heads: int) -> None:
 
 
 def self_attention(qkv: Tensor, like: Tensor) -> Tensor:
-    """Attention among pixels, separately in each head.  qkv from split_heads -> [B,C,H,W], in the layout of `like`"""
+    """Returns attention among pixels, by head, in `like`'s layout.  qkv from split_heads -> [B,C,H,W], as like"""
     y = attention(*qkv.unbind(0))
     B, C, H, W = like.shape
     if value(like).is_contiguous(memory_format=torch.channels_last):

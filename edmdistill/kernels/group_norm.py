@@ -22,7 +22,7 @@ def group_norm_rule(function: Function, x: Dual, groups: int, weight: Tensor, bi
     """y = n w + b, n = (x - mean) / std;  dy = w (dx - mean(dx) - n mean(n dx)) / std, in float32 or better."""
     (B, C), size = x.shape[:2], x.shape[2:].numel()
     wide, dwide = (tensor.to(at_least_float32(x.dtype)) for tensor in (x.value, x.tangent))
-    # Its own mean and 1/std: var_mean takes several times as long on images in channels-last order.
+    # For its mean and 1/std too: var_mean takes several times as long on images in channels-last order.
     wide = wide if wide.device.type == "cpu" else wide.contiguous()
     half = x.dtype != wide.dtype
     factor, shift = (None, None) if half else (weight, bias)

@@ -88,7 +88,7 @@ class Network(nn.Module, ABC):
         bottleneck: the encoder's last layer.
         out_conv: the layer that returns F.
         head: the discriminator on the bottleneck, which returns logits; None: there is none. See networks.bottleneck.
-        compiled: whether the blocks run compiled; see machine.compile.
+        compiled: whether the blocks run compiled; see `machine.compile`.
     """
 
     img_resolution: int

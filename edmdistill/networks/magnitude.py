@@ -37,7 +37,7 @@ class MPConv(nn.Module):
         self.effective: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0, upsampled: bool = False) -> Tensor:
-        """Returns the convolution of x, or of x at twice the resolution, or the linear map."""
+        """Returns the linear map or convolution of x; upsampled: the convolution of x at twice its resolution."""
         weight, source = self.effective
         if self.folded:
             weight = self.weight
@@ -70,9 +70,9 @@ def gained_layers(network: nn.Module) -> Iterator[tuple[MPConv, nn.Parameter | N
 
 @torch.no_grad()
 def scale_results(network: nn.Module) -> None:
-    """Has magnitude-preserving layers scale their results: weights mapped from a file are not copied, as by fold_.
+    """Makes magnitude-preserving layers scale their results, not their weights: those stay mapped from a file.
 
-    The network is for inference, in float32 and on small images, for which that takes the least time.
+    `fold_` would copy them. For inference in float32 on small images, where scaling the results takes less time.
     """
     for layer, gain in gained_layers(network):
         scale = mp_scale(layer.weight, 1.0 if gain is None else gain, layer.factor)[:, 0]

@@ -188,7 +188,7 @@ class EDMUNet(Network):
         emb_t = super().embed(condition._replace(c_noise_second=None))
         emb_s = self.embed_time(self.second_time, second, self.early_embedding(condition))
         emb_s = silu(self.second_time.gain * emb_s)
-        return torch.cat([emb_t + 0 * emb_s, emb_s + 0 * emb_t], dim=1)  # one may have a single row
+        return torch.cat([emb_t + 0 * emb_s, emb_s + 0 * emb_t], dim=1)  # broadcast: one may have a single row
 
     def embed_time(self, layers: Any, c_noise: Tensor, early: Tensor | float = 0.0) -> Tensor:
         emb: Tensor = layers.map_layer1(silu(layers.map_layer0(layers.map_noise(c_noise) + early)))
