@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.measurements import write_text
+from edmdistill.cli.options import write_text
 from edmdistill.cli.types import OutputPath
 
 

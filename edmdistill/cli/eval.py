@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from edmdistill.cli.measurements import (
-    MeasurementOptions,
-    measure,
-    measurement_options,
-    plan_measurements,
-    shared,
-    write_text,
-)
-from edmdistill.cli.options import list_option, option_group, say, say_unfinished
+from edmdistill.cli.measurements import MeasurementOptions, measure, measurement_options, plan_measurements, shared
+from edmdistill.cli.options import list_option, option_group, say, say_unfinished, write_text
 from edmdistill.cli.sampling_options import ONE_SAMPLER, SamplerOptions, churn_options
 from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, FiniteFloat, Name, OutputPath
 

@@ -276,11 +276,3 @@ def measure(measurements: Measurements, folder: Path | None, show: Callable[[Seq
         sys.exit(130)
     if failures:
         raise NotFiniteError("; ".join(failures))
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a document as a file, whole or not at all."""
-    from edmdistill.atomic import atomic_write
-
-    with atomic_write(file) as new:
-        new.write_text(text + "\n", encoding="utf-8")

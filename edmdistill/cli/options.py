@@ -1,4 +1,4 @@
-"""Parts that commands share: groups of options, and how they report, stop and fail."""
+"""Parts that commands share: groups of options, and how they report, write, stop and fail."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from edmdistill.cli.types import COMPILE, Name, NumberList
 from edmdistill.errors import EdmDistillError, PeerFailed
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edmdistill.checkpoints.source import Source
 
 
@@ -104,3 +106,11 @@ def show_stage(stage: str) -> None:
     """Shows what is being measured, on a line of its own that the next one overwrites."""
     if sys.stderr.isatty():
         click.echo(f"\r{stage:60}\r", nl=False, err=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a document as a file, whole or not at all."""
+    from edmdistill.atomic import atomic_write
+
+    with atomic_write(file) as new:
+        new.write_text(text + "\n", encoding="utf-8")

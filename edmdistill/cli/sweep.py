@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edmdistill.cli.measurements import (
-    MeasurementOptions,
-    measure,
-    measurement_options,
-    plan_measurements,
-    shared,
-    write_text,
-)
-from edmdistill.cli.options import list_option
+from edmdistill.cli.measurements import MeasurementOptions, measure, measurement_options, plan_measurements, shared
+from edmdistill.cli.options import list_option, write_text
 from edmdistill.cli.sampling_options import SamplerGrid, sampler_grid_options
 from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, Name, OutputPath
 

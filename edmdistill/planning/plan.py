@@ -53,11 +53,12 @@ class Plan(NamedTuple):
 
     Attributes:
         parameters: numbers of parameters, by role.
-        weights, averages, optimizer: bytes that are always allocated; weights by role.
-        buckets: bytes of DDP's buckets, which hold the gradients of all trained roles.
-        gathered: bytes of what FSDP2 has unsharded at one time.
+        weights: bytes that are always allocated, by role.
         gradients: bytes of the gradients of a turn, by role.
         passes: by role.
+        averages, optimizer: bytes that are always allocated.
+        buckets: bytes of DDP's buckets, which hold the gradients of all trained roles.
+        gathered: bytes of what FSDP2 has unsharded at one time.
         sharded: whether FSDP2 shards the above.
         flops: operations of one round for an image, forward and backward, with recomputation.
         forward_flops: of one pass of the product's network.
@@ -66,12 +67,12 @@ class Plan(NamedTuple):
 
     parameters: dict[str, int]
     weights: dict[str, int]
+    gradients: dict[str, int]
+    passes: dict[str, Pass]
     averages: int
     optimizer: int
     buckets: int
     gathered: int
-    gradients: dict[str, int]
-    passes: dict[str, Pass]
     sharded: bool
     flops: float
     forward_flops: float
@@ -205,14 +206,14 @@ def make_plan(measured: Measurement, machine: Machine = Machine(), processes: in
     return Plan(
         parameters={role: sum(p.numel() for p in network.parameters()) for role, network in networks.items()},
         weights={role: size // shares[role] for role, size in sizes.items()},
+        gradients={role: size // shares[role] for role, size in trained.items()},
+        passes=passes,
         averages=0 if "ema" in machine.offload else averages // shares[method.product],
         optimizer=0
         if "optimizer" in machine.offload
         else sum(states[role] * size // 4 // shares[role] for role, size in trained.items()),
         buckets=sum(trained.values()) if replicated else 0,
         gathered=max(map(_gathered, flows.values())) if machine.shard else 0,
-        gradients={role: size // shares[role] for role, size in trained.items()},
-        passes=passes,
         sharded=machine.shard,
         flops=measured.flops,
         forward_flops=measured.forward_flops,
