@@ -97,8 +97,8 @@ def test_of_one_step_the_target_is_the_teacher(tiny_networks: Make, tiny_batch: 
 
 
 @pytest.mark.parametrize("share", [None, 0.25])
-def test_the_flow_s_own_jumps_are_the_minimum(teacher: Callable[..., Tensor], share: float | None) -> None:
-    """Of the flow's own map, nothing is left but the solver's error; of the velocity, much."""
+def test_the_jumps_of_the_flow_are_the_minimum(teacher: Callable[..., Tensor], share: float | None) -> None:
+    """The error of the flow's map is the solver's alone; that of the velocity is large."""
 
     def flow_map(x_t: Tensor, t: Tensor, labels: Tensor | None = None, s: Tensor | float = 0.0) -> Tensor:
         (cos, sin), s = cos_sin(t, x_t), s * torch.ones_like(t)
@@ -139,8 +139,8 @@ def test_a_share_of_jumps_leads_to_the_end_and_others_to_any_later_point(teacher
         assert counts[k + 1 :].double() / rows == pytest.approx(expected, abs=0.04)
 
 
-def test_jumps_start_at_every_so_many_th_point(teacher: Callable[..., Tensor]) -> None:
-    """From the first on."""
+def test_jumps_start_at_every_nth_point(teacher: Callable[..., Tensor]) -> None:
+    """The first among them."""
     asked: list[tuple[Tensor, Tensor]] = []
 
     def asking(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -151,12 +151,13 @@ def test_jumps_start_at_every_so_many_th_point(teacher: Callable[..., Tensor]) -
     for stride in (1, 3):
         trajectory_loss(asking, teacher, batch, Draws(0, rows), NOISE, steps=8, share_to_max=0.5, stride=stride)
     every, some = ([part.unflatten(0, (-1, rows)) for part in jumps] for jumps in asked)
-    assert all(mine.equal(whole[:6:3]) for whole, mine in zip(every, some, strict=True))
+    assert len(every[0]) == 8
+    assert all(part.equal(whole[:6:3]) for whole, part in zip(every, some, strict=True))
 
 
 @pytest.mark.parametrize(("method", "share"), [(CoSIM, None), (FMD, 0.25)])
 def test_a_trajectory_belongs_to_its_row(method, share: float | None, tiny_networks: Make, tiny_batch: Make) -> None:
-    """Whatever the micro-batches."""
+    """Its loss is the same in any micro-batch."""
     networks, batch = tiny_networks(method), tiny_batch()
 
     def loss(rows: slice) -> Tensor:
@@ -187,18 +188,23 @@ def test_cosims_other_jumps_then_start_above_the_anchor(tiny_networks: Make, tin
     assert points.min() < math.atan(2.0 / SD) <= starts.min()
 
 
+def assert_trajectories_begin(kind: Any, networks: dict[str, Any], batch: Batch, options: dict[str, Any]) -> None:
+    """Before 100 images their loss is alone; then it is added to the method's, by its weight."""
+
+    def loss(images: int, weight: float) -> Tensor:
+        method = kind(kind.Config(**options, trajectory_weight=weight), networks, NOISE)
+        value: Tensor = method.generator_loss(batch._replace(images=images), Draws(1, 6)).value
+        return value
+
+    regression, one, two = loss(99, 1.0), loss(100, 1.0), loss(100, 2.0)
+    torch.testing.assert_close(two - one, regression)
+    assert (one - regression).abs().min() > 1e-6
+
+
 def test_until_the_warmup_ends_cosim_learns_trajectories_alone(tiny_networks: Make, tiny_batch: Make) -> None:
-    """Then their loss is added to that of the scores, by its weight."""
-    networks = tiny_networks(CoSIM)
-
-    def loss(images: int, **options: Any) -> Tensor:
-        method = CoSIM(CoSIM.Config(**OPTIONS, **options), networks, NOISE)
-        return method.generator_loss(tiny_batch()._replace(images=images), Draws(1, 6)).value
-
-    options: dict[str, Any] = {"trajectory_steps": 4, "warmup_images": 100}
-    one, two = (loss(100, **options, trajectory_weight=weight) for weight in (1.0, 2.0))
-    torch.testing.assert_close(two - one, loss(99, **options))
-    turns = CoSIM(CoSIM.Config(**OPTIONS, **options), networks, NOISE).turns()
+    networks, options = tiny_networks(CoSIM), OPTIONS | {"trajectory_steps": 4, "warmup_images": 100}
+    assert_trajectories_begin(CoSIM, networks, tiny_batch(), options)
+    turns = CoSIM(CoSIM.Config(**options), networks, NOISE).turns()
     assert [(turn.role, turn.begins) for turn in turns] == [("auxiliary", 100), ("generator", 0)]
 
 
@@ -206,15 +212,8 @@ def test_until_the_warmup_ends_cosim_learns_trajectories_alone(tiny_networks: Ma
 def test_a_flow_map_learns_them_alone_and_then_beside_tangents(tiny_networks: Make, tiny_batch: Make) -> None:
     """Of a teacher that is guided at the weight of each row, which the generator reads at each point."""
     guided: dict[str, Any] = {"guidance": (1.0, 3.0), "guide": "network"}
-    networks = tiny_networks(FMD, **guided)
-
-    def loss(images: int, **options: Any) -> Tensor:
-        method = FMD(FMD.Config(**guided, **options), networks, NOISE)
-        return method.generator_loss(tiny_batch()._replace(images=images), Draws(1, 6)).value
-
-    options: dict[str, Any] = {"trajectory_steps": 4, "trajectory_images": 100}
-    one, two = (loss(100, **options, trajectory_weight=weight) for weight in (1.0, 2.0))
-    torch.testing.assert_close(two - one, loss(99, **options))
+    options = guided | {"trajectory_steps": 4, "trajectory_images": 100}
+    assert_trajectories_begin(FMD, tiny_networks(FMD, **guided), tiny_batch(), options)
 
 
 @pytest.mark.parametrize("option", ["warmup_images", "trajectory_images"])
