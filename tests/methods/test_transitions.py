@@ -1,0 +1,39 @@
+"""CoSIM's transition: what is drawn belongs together, and starts where it is asked to."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from edmdistill.draws import Draws
+from edmdistill.methods.base import NoiseRange
+from edmdistill.methods.cosim import CoSIM
+from edmdistill.methods.cosim_config import CoSIMConfig
+from edmdistill.methods.transitions import draw_transition
+from edmdistill.trigflow import cos_sin, denoised
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize("order", ["s", "t"])
+def test_a_transition_leads_down_from_the_generators_estimate(
+    order: str, tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
+) -> None:
+    """g is the estimate at x_t, and (x_s, v) the rotation of (g, z) by s, which leads back to g."""
+    generator, batch = tiny_networks(CoSIM)["generator"], tiny_batch()
+    jump = draw_transition(generator, batch, Draws(0, 6), noise, CoSIMConfig(order=order))
+    assert (jump.s < jump.t).all()
+    torch.testing.assert_close(jump.F, generator(jump.x_t, jump.t, batch.labels))
+    torch.testing.assert_close(jump.g, denoised(jump.x_t, jump.F, jump.t, noise.sigma_data))
+    cos, sin = cos_sin(jump.s, jump.x_s)
+    torch.testing.assert_close(cos * jump.x_s - sin * jump.v, jump.g)
+
+
+def test_no_jump_starts_below_the_level_asked_for(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
+    generator, batch, config = tiny_networks(CoSIM)["generator"], tiny_batch(), CoSIMConfig(order="t", share_to_max=0.0)
+    lowest = min(
+        draw_transition(generator, batch, Draws(seed, 6), noise, config, sigma_from=2.0).t.min() for seed in range(20)
+    )
+    assert math.atan(2.0 / noise.sigma_data) <= lowest < math.atan(4.0 / noise.sigma_data)
