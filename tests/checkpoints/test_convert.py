@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edmdistill.checkpoints import convert as module
-from edmdistill.checkpoints import parity as parities
 from edmdistill.checkpoints.conversion_report import ConversionReport
 from edmdistill.checkpoints.convert import convert
 from edmdistill.checkpoints.generator import Generator
@@ -149,38 +148,6 @@ def test_rerunning(golden: Path, bad: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="is not a checkpoint: choose another path"):
         convert(tiny, tmp_path / "file", overwrite=True)
-
-
-@pytest.mark.parametrize(("parity", "sizes"), [("full", {8}), ("quick", {2}), ("none", set())])
-def test_the_comparison_is_as_asked(
-    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: parities.Parity, sizes: set[int]
-) -> None:
-    seen, real = set(), FlowNetwork.raw
-
-    def raw(flow: FlowNetwork, x: Tensor, *more: object) -> tuple[Tensor, ...]:
-        seen.add(x.shape[-1])
-        return real(flow, x, *more)
-
-    monkeypatch.setattr(module, "noise_dependence", lambda flow: 0.1)
-    monkeypatch.setattr(FlowNetwork, "raw", raw)
-    done = convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", parity=parity)
-    assert seen == sizes
-    assert len(done.parity) == (8 if sizes else 0)
-    assert ("relative difference" in done.describe("it")) == bool(sizes)
-    assert "is written" in done.describe("it")
-
-
-@pytest.mark.parametrize("name", ["edm-tiny-cond.pkl", "edm2-rgb-cond.pkl"])
-def test_a_large_network_is_compared_in_float32_alone(
-    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(parities, "SMALL", 0)
-    done = convert(golden / name, tmp_path / "out")
-    assert {row.float64 for row in done.parity} == {None}
-    sigmas = [row.sigma for row in done.parity]
-    assert (len(sigmas), sigmas[0], sigmas[-1]) == (4, pytest.approx(80), pytest.approx(0.002))
-    assert max(row.float32 for row in done.parity) < 2e-5
-    assert "float64" not in done.describe("it")
 
 
 def test_licence(golden: Path, tmp_path: Path) -> None:
