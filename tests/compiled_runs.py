@@ -28,9 +28,9 @@ def both(teacher: Path, case: str, options: dict[str, Any]) -> list[list[dict[st
 
 def main(teacher: str, out: str, *ways: str) -> None:
     engine = Engine(Machine(device="cpu"))
-    found = {way: both(Path(teacher), *json.loads(way)) for way in ways}
+    measures = {way: both(Path(teacher), *json.loads(way)) for way in ways}
     if engine.is_main:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(measures))
     engine.close()
 
 

@@ -22,13 +22,13 @@ def test_attention() -> None:
 def test_self_attention_reads_heads_then_channels_then_qkv(x: Tensor) -> None:
     B, C, heads = 2, 8, 2
     qkv = random(B, 3 * C, 3, 3)
-    found = self_attention(split_heads(qkv, heads), random(B, C, 3, 3))
+    y = self_attention(split_heads(qkv, heads), random(B, C, 3, 3))
     layout = qkv.reshape(B, heads, C // heads, 3, 9)
     for head in range(heads):
         q, k, v = (layout[:, head, :, i] for i in range(3))  # [B, C/heads, 9]
         weights = (q.transpose(1, 2) @ k / math.sqrt(C // heads)).softmax(-1)
         expected = (v @ weights.transpose(1, 2)).reshape(B, C // heads, 3, 3)
-        torch.testing.assert_close(found[:, head * 4 : head * 4 + 4], expected)
+        torch.testing.assert_close(y[:, head * 4 : head * 4 + 4], expected)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
