@@ -41,16 +41,16 @@ def main() -> None:
     torch.set_num_threads(1)
     set_quiet(True)
     warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on first use of jvp
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = Path(scratch)
         for name in options.only:
             section, start = importlib.import_module(f"sections.{name}"), time.process_time()
-            rows = found[name] = list(section.measure(options))
+            rows = results[name] = list(section.measure(options))
             if rows:
                 took = time.process_time() - start
                 print(f"## {name}\n\n{section.__doc__}\n{table(rows)}\n\nThis took {took:.0f} CPU s.\n", flush=True)
-            options.json.write_text(json.dumps({"torch": torch.__version__, **found}, indent=1))
+            options.json.write_text(json.dumps({"torch": torch.__version__, **results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 
-def make(path: Path, width: int) -> dict[str, float]:
-    """Writes an official pickle of random weights: EDM2 for latents of 64x64, at width 192 EDM2-S.  -> GB as float32"""
+def make_pickle(path: Path, width: int) -> dict[str, float]:
+    """Writes an official pickle of EDM2 for latents of 64x64, at width 192 EDM2-S.  Returns: its GB in float32"""
     sys.path.append(str(Path(__file__).parents[1] / "scripts"))
     import torch
     from make_teacher import to_pickle
@@ -42,7 +42,7 @@ def make(path: Path, width: int) -> dict[str, float]:
 
 
 def measure(what: str, path: Path, parity: str) -> dict[str, float]:
-    """Loads or converts the pickle.  Returns CPU seconds of each stage and of all, and the peak of memory in GB."""
+    """Returns what loading or converting the pickle takes: CPU seconds by stage and in all, peak of memory in GB."""
     from edmdistill.checkpoints.convert import convert
     from edmdistill.checkpoints.load import load_model
 
@@ -73,8 +73,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         what, path = options.child[0], Path(options.child[1])
-        found = make(path, options.width) if what == "make" else measure(what, path, options.parity)
-        print(json.dumps(found))
+        figures = make_pickle(path, options.width) if what == "make" else measure(what, path, options.parity)
+        print(json.dumps(figures))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.pkl"
@@ -82,8 +82,8 @@ def main() -> None:
         def child(what: str) -> dict[str, float]:
             words = [sys.executable, __file__, "--child", what, str(path)]
             words += ["--width", str(options.width), "--parity", options.parity]
-            found: dict[str, float] = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
-            return found
+            figures: dict[str, float] = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
+            return figures
 
         weights = child("make")["weights"]
         rounds = [(child("load"), child("convert")) for _ in range(options.rounds)]

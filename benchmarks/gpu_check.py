@@ -3,7 +3,7 @@
     python benchmarks/gpu_check.py [--out gpu_check.jsonl] [--parts golden methods ...] [--device cuda|emulated|cpu]
     python benchmarks/gpu_check.py --list
 
-Each part prints lines of JSON as it goes: "ok" says whether what it found is as it should be. A part that fails, hangs
+Each part prints lines of JSON as it goes: "ok" says whether its results are as they should be. A part that fails, hangs
 or crashes CUDA does not stop the next: parts run in a process of their own, which is replaced when it dies or takes too
 long. `--device emulated` runs the parts at small sizes on a device that keeps CUDA's rules over the CPU's numbers
 (tests/emulated_device.py); its times mean nothing.
@@ -554,11 +554,11 @@ def compile_modes(setting: Setting) -> Iterator[Line]:
                 run = digits_run(setting, method, 40, compile=mode)
                 losses = (measures["loss/generator"] for measures in rounds(run))
                 start = clock(setting)
-                found = list(islice(losses, 2))
+                measured = list(islice(losses, 2))
                 first = clock(setting) - start
                 seconds = seconds_of(lambda losses=losses: next(losses), setting)
-                expected = expected or found
-                error = max(abs(loss / plain - 1) for loss, plain in zip(found, expected, strict=True))
+                expected = expected or measured
+                error = max(abs(loss / plain - 1) for loss, plain in zip(measured, expected, strict=True))
                 line: Line = {"first two rounds": first, "seconds a round": seconds, "error": error, "ok": error < 1e-2}
             except Exception as error:
                 line = {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}

@@ -36,6 +36,7 @@ class Times(NamedTuple):
     of: dict[str, np.ndarray]
 
     def ms(self, name: str) -> float:
+        """Returns the median in milliseconds."""
         return float(1e3 * np.median(self.of[name]))
 
     def ratio(self, name: str, over: str, digits: int = 2) -> str:
@@ -47,7 +48,7 @@ class Times(NamedTuple):
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int = 7, device: str = "cpu") -> Times:
-    """Times the calls one after the other, forward and backward in turn, after a round to warm up."""
+    """Returns the times of calls in rounds, each in the reverse order of the one before, after one to warm up."""
     names, times = list(calls), []
     for index in range(rounds + 1):
         order = names if index % 2 else names[::-1]
@@ -72,13 +73,14 @@ class Counter(TorchDispatchMode):
 
 
 def counted(call: Call) -> Row:
+    """Returns the number of operations of a call, and their traffic."""
     with Counter() as counter:
         call()
     return {"calls": counter.calls, "traffic MB": round(counter.traffic / 1e6, 1)}
 
 
 def peak_bytes(call: Call, device: str = "cpu") -> int:
-    """Returns the most memory that a call has at a time, beside what is there before it; on a GPU, with it."""
+    """Returns the peak memory of a call, beyond what is allocated before it; on a GPU, with that."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         call()

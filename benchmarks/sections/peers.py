@@ -46,7 +46,7 @@ CHECKOUTS = {"fastgen": "NVlabs/FastGen", "edm2": "NVlabs/edm2", "edm": "NVlabs/
 
 @contextmanager
 def imports_from(checkout: Path, **stand_ins: Any) -> Iterator[None]:
-    """A context in which modules come from a checkout first, and are forgotten after it: several share names."""
+    """Lets modules come from a checkout while the block runs, and forgets them after it: checkouts share names."""
     checkout, hidden = checkout.resolve(), {name: sys.modules[name] for name in stand_ins if name in sys.modules}
     sys.modules.update(stand_ins)
     sys.path.insert(0, str(checkout))
@@ -86,6 +86,7 @@ def denoisers(label: str, checkout: Path, width: int = 64) -> tuple[nn.Module, D
 
 @torch.no_grad()
 def sampling(label: str, checkout: Path, batch: int, turns: int) -> Row:
+    """Returns a forward pass of ours over theirs, and the largest difference of their results."""
     theirs, ours = denoisers(label, checkout)
     x, sigma = torch.randn(batch, ours.img_channels, SIZE, SIZE), torch.full((batch,), 2.5)
     labels = torch.eye(CLASSES)[torch.arange(batch) % CLASSES]
@@ -108,7 +109,7 @@ def our_round(method: str, kind: str, arguments: dict[str, Any], scratch: Path, 
 
 
 def adam_step(network: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None) -> None:
-    """Ends their step: optimizer, and average of half-life 5,000 images."""
+    """Ends a step of theirs: takes the optimizer's, and updates an average of half-life 5,000 images."""
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if average is not None:
@@ -186,11 +187,13 @@ def sid_step(checkout: Path, arguments: dict[str, Any]) -> Call:
 
 
 def training(work: str, theirs: Call, ours: Call, parameters: str, turns: int) -> Row:
+    """Returns a training step of ours over theirs."""
     times = interleaved({"theirs": theirs, "ours": ours}, turns)
     return {"work": f"{work}, {parameters}", "ours / theirs": times.ratio("ours", "theirs")}
 
 
 def size(arguments: dict[str, Any], kind: str) -> str:
+    """Returns a network's number of parameters, in words."""
     flow = random_flow(kind, 8, 1, CLASSES, arguments)
     return f"{sum(p.numel() for p in flow.parameters()) / 1e6:.1f}M parameters"
 

@@ -48,7 +48,7 @@ def by_torch(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents
 
 
 def passes(flow: FlowNetwork, batch: int, device: str) -> dict[str, Call]:
-    """The plain forward pass, our tangent and torch's, at the same point along the same direction."""
+    """Returns the plain forward pass, our tangent and torch's, at the same point along the same direction."""
     flow.to(device).eval().requires_grad_(False)
     plain = copy.deepcopy(flow)  # func.jvp refuses a group norm of channels-last images
     plain.network.fold(lay_out=False)

@@ -32,7 +32,7 @@ CASES = (
 
 
 def bare(run: Run) -> None:
-    """The losses and gradients of a round alone."""
+    """Computes the losses and gradients of a round, and nothing else."""
     with run.stream() as stream:
         for index, turn in enumerate(run.method.turns()):
             run.set_trainable(turn.role)
