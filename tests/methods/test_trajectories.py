@@ -220,3 +220,9 @@ def test_a_flow_map_learns_them_alone_and_then_beside_tangents(tiny_networks: Ma
 def test_a_warmup_without_trajectories_is_refused(option: str) -> None:
     with pytest.raises(ValueError, match="set trajectory_steps too"):
         (CoSIM if option == "warmup_images" else FMD).Config(**{option: 100})
+
+
+def test_a_stride_beyond_the_trajectory_is_refused() -> None:
+    CoSIM.Config(trajectory_steps=4, trajectory_stride=4)
+    with pytest.raises(ValueError, match="set trajectory_stride to trajectory_steps at most"):
+        CoSIM.Config(trajectory_steps=4, trajectory_stride=5)
