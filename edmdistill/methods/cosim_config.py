@@ -64,7 +64,7 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
             raise ValueError("until warmup_images the generator learns trajectories: set trajectory_steps too")
         if self.trajectory_stride > max(self.trajectory_steps, 1):
             raise ValueError(
-                "a jump has to start within a trajectory: set trajectory_stride to trajectory_steps at most"
+                "a jump has to start within a trajectory: set trajectory_steps to trajectory_stride at least"
             )
         if self.coef < 0.5 and not self.force:
             raise ValueError(

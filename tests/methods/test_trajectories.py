@@ -224,5 +224,5 @@ def test_a_warmup_without_trajectories_is_refused(option: str) -> None:
 
 def test_a_stride_beyond_the_trajectory_is_refused() -> None:
     CoSIM.Config(trajectory_steps=4, trajectory_stride=4)
-    with pytest.raises(ValueError, match="set trajectory_stride to trajectory_steps at most"):
+    with pytest.raises(ValueError, match="set trajectory_steps to trajectory_stride at least"):
         CoSIM.Config(trajectory_steps=4, trajectory_stride=5)
