@@ -181,7 +181,7 @@ def test_the_last_set_wins():
         ("training.lr=fast", "training.lr = 'fast': expected `float`, got `str`"),
         ("training.batch=0", "training.batch = 0: expected `int` >= 1"),
         ("training.batch=1.5", "training.batch = 1.5: expected `int`, got `float`"),
-        ("training.images=10", "images = 10 is less than one batch of 16"),
+        ("training.images=10", "images = 10 is less than one batch of 12"),
         ("training.dropout=1.0", "training.dropout = 1.0: expected `float` < 1.0"),
         ("training.dropout_max_resolution=16", "set dropout too"),
         ("training.betas=[0.9]", "training.betas = [0.9]: expected `array` of length 2"),

@@ -266,8 +266,8 @@ def test_the_recipe_says_who_says_what(bare: Path):
     )
     rows = cells(report(read_run(bare), []), "Recipe")
     assert rows[""] == ["value", "set by", "instead of"]
-    assert rows["training.images"] == ["1000", "--set", "9600 (variant quickstart),\n40000 (file)"]
-    assert rows["method.trajectory_steps"] == ["8", "variant quickstart", "16 (file),\n0 (default)"]
+    assert rows["training.images"] == ["1000", "--set", "9600 (variant quickstart),\n36000 (file)"]
+    assert rows["method.trajectory_steps"] == ["8", "variant quickstart", "12 (file),\n0 (default)"]
     two = load_recipe("cosim/digits-quickstart").sampling.sigmas["2"]
     assert rows["sampling.sigmas"][0].splitlines()[0] == f"2: {list(two)}"
     assert "training.seed" not in rows
