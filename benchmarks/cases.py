@@ -25,7 +25,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDPM++": ("song", SMALL | {"dropout": 0.0}),
     "ADM": ("adm", SMALL | {"model_channels": 64, "dropout": 0.0}),
 }
-"""One of each kind, for the digits' 8x8 pixels."""
+"""A small network of each kind, for images of 8x8 pixels."""
 
 MORE: dict[str, dict[str, Any]] = {
     **{method: {"method.allow_edm_time": True} for method in ("fmd", "mean-flow", "scd", "sct")},

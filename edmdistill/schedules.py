@@ -174,7 +174,7 @@ def student_sigmas(draws: Draws, *, P_mean: float, P_std: float, degrees: float,
 @cache
 def _student_quantiles(P_mean: float, P_std: float, degrees: float, low: float, high: float) -> Constant:
     """Returns ln(sigma) from low to high at 4,097 equal steps of probability.  float64"""
-    from scipy import special  # here, for the one method that needs it: it takes a tenth as long to import as torch
+    from scipy import special  # its import is slow, and TCM alone needs it
 
     ends = (torch.tensor([low, high], dtype=torch.float64).log() - P_mean) / P_std
     first, last = special.stdtr(degrees, ends.numpy())

@@ -118,7 +118,7 @@ def adam_step(network: nn.Module, optimizer: torch.optim.Optimizer, average: nn.
 
 
 def fastgen_step(checkout: Path, arguments: dict[str, Any]) -> Call:
-    """Returns a call of FastGen's step of sCD, for its EDM2."""
+    """Returns a call that takes one of FastGen's sCD steps, on its EDM2."""
     package = types.ModuleType("fastgen.methods")  # its own imports every method
     package.__path__ = [str(checkout / "fastgen/methods")]
     package.CMModel = package.FastGenModel = nn.Module
@@ -154,7 +154,7 @@ def fastgen_step(checkout: Path, arguments: dict[str, Any]) -> Call:
 
 
 def sid_step(checkout: Path, arguments: dict[str, Any]) -> Call:
-    """Returns a call of SiD's round, for its DDPM++: a turn of the auxiliary score, then one of the generator."""
+    """Returns a call that takes one of SiD's rounds, on its DDPM++: the auxiliary score's turn and the generator's."""
     with imports_from(checkout):
         networks, losses = (importlib.import_module(f"training.{name}") for name in ("networks", "sid_loss"))
         teacher = networks.EDMPrecond(8, 1, CLASSES, model_type="SongUNet", **arguments)

@@ -95,7 +95,7 @@ def _parse_weights(path: Path, read: Callable[[Mapping[str, Tensor]], T], give: 
     """Returns what `read` makes of a file's weights.
 
     Args:
-        give: the right file, for the error.
+        give: names the right file in the error.
     Raises: CheckpointError: the weights belong to another network.
     """
     weights = {name: tensor.tensor() for name, tensor in read_weights(path).items()}

@@ -1,4 +1,4 @@
-"""torch.compile, for the blocks of networks: fused operations, and on a GPU CUDA graphs, which spare launches.
+"""Compiles the blocks of networks by torch.compile: it fuses operations, and its CUDA graphs save kernel launches.
 
 Blocks of equal shapes share compiled code, in all networks of the process. Weights, their names, and what is saved stay
 as they are. Each kind of pass has code of its own: with gradients or without, with tangents, for another batch size.

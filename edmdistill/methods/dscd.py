@@ -54,7 +54,7 @@ class DSCD(GuidedMethod[DSCDConfig]):
         return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
 
     def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Returns images generated in one step, and the time of that step, for the adversarial loss."""
+        """Returns what the discriminator sees: images generated in one step, and the time they start from."""
         generator = with_inputs(self.generator, w=self.teacher.weights(draws))
         return one_step(generator, batch, self.noise.sigma_max, draws, self.noise.sigma_data)
 

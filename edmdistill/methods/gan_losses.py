@@ -57,5 +57,5 @@ GANWeight = Annotated[float, Meta(ge=0, description="weight of the adversarial l
 
 
 def logit_means(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """Returns the mean logits of real and of generated images, for the monitors."""
+    """Returns the mean logits of real and generated images, which are logged."""
     return {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}

@@ -87,7 +87,7 @@ class ContinuousConsistency(Method[ContinuousT]):
         return adversarial_turns(self.generator_loss, self.fake, self.networks, self.config)
 
     def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Returns images generated in one step, and the time of that step, for the adversarial loss."""
+        """Returns what the discriminator sees: images generated in one step, and the time they start from."""
         w, to_data = self.guidance_weights(draws), torch.zeros(len(batch.x0), device=batch.x0.device)
         return one_step(self.generator_to(to_data, w), batch, self.noise.sigma_max, draws, self.noise.sigma_data)
 

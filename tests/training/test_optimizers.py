@@ -8,7 +8,6 @@ from torch import nn
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import TrainingTable
-from edmdistill.training.loss_scale import LossScale
 from edmdistill.training.optimizers import load_states, make_optimizer, plain_states, set_learning_rate
 from edmdistill.training.session import train
 
@@ -101,20 +100,6 @@ def test_parameters_without_a_gradient_stay():
     (network.weight.sum()).backward()
     optimizer.step()
     assert torch.equal(network.bias, bias)
-
-
-def test_loss_scale():
-    scale = LossScale(scale=4.0, patience=3)
-    for finite, expected in ((True, 4), (True, 4), (True, 8), (True, 8), (False, 4), (True, 4), (True, 4), (True, 8)):
-        scale.update(finite)
-        assert scale.scale == expected
-    again = LossScale()
-    again.restore(scale.state())
-    assert again.state() == scale.state()
-    for _ in range(3):
-        assert scale.can_shrink
-        scale.update(False)
-    assert not scale.can_shrink
 
 
 @pytest.mark.slow  # torchao compiles its step
