@@ -59,6 +59,37 @@ def test_no_part_stops_the_next(gpu_check: ModuleType, tmp_path: Path, monkeypat
     assert gpu_check.watch(["environment", "options"], "cuda", written.append)
 
 
+@pytest.mark.parametrize(
+    ("losses", "checks"),
+    [
+        ({"off": [1.0, 2.0], "default": [1.0, 2.001]}, {"off": None, "default": True}),
+        ({"off": [1.0, 2.0], "default": [1.0, 2.1]}, {"off": None, "default": False}),
+        ({"off": [1.0], "default": [1.0, 2.0]}, {"off": None, "default": False}),  # a run that ended early
+        ({"off": [], "default": [1.0, 2.0]}, {"off": False}),  # nothing to compare with
+    ],
+)
+def test_compiled_rounds_are_checked_and_plain_ones_are_not(
+    gpu_check: ModuleType,
+    losses: dict[str, list[float]],
+    checks: dict[str, bool | None],
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    def rounds(mode: str) -> Any:
+        if not losses[mode]:
+            raise RuntimeError("a fault")
+        return ({"loss/generator": loss} for loss in losses[mode])
+
+    monkeypatch.setattr(gpu_check, "digits_run", lambda setting, method, number, compile: compile)
+    monkeypatch.setattr(gpu_check, "seconds_of", lambda act, setting: 1.0)
+    monkeypatch.setattr("edmdistill.training.loop.rounds", rounds)
+    found: dict[str, dict[str, bool | None]] = {}
+    for line in gpu_check.compile_modes(gpu_check.Setting("cpu", False, tmp_path)):
+        found.setdefault(line["method"], {})[line["mode"]] = line.get("ok")
+        assert ("error" in line) == (line.get("ok") is not None)
+    assert found == {"cosim": checks, "scd": checks}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_runs_on_the_emulated_device(gpu_check: ModuleType, tmp_path: Path) -> None:
