@@ -1,6 +1,7 @@
-"""Every method at equal compute: digits-FD after the same CPU-minutes of one thread. Prints a table in Markdown.
+"""Every method at equal compute: FD after the same CPU-minutes of one thread. Prints a table in Markdown.
 
     python benchmarks/digits_methods.py [--methods scd cosim ...] [--seeds 0 1 2] [--minutes 4] [--out DIR] [--jobs 1]
+    python benchmarks/digits_methods.py --data tiles                                   # the other embedded set
     python benchmarks/digits_methods.py --methods scd scd-unadapted --images 320000    # what adaptation is for
     python benchmarks/digits_methods.py --table --plot docs/methods-digits.svg         # of what is in DIR
 
@@ -8,8 +9,9 @@ Each method trains by its recipe, with as many images as the minutes hold: a sho
 many, and what a run really took, with its start-up, stands beside. All have the same network and data. Not counted are
 the shipped teacher's own training, and the adaptation to read t, which the methods of sCM start from; its cost is
 printed. A method whose recipe is for several steps is measured in 1, 2, 4 and 8, at the recipe's noise levels where it
-has some, on EDM's curve elsewhere. On a busy machine a CPU-second holds fewer images: leave it alone while the methods
-are calibrated, one after the other.
+has some, on EDM's curve elsewhere. On tiles a method without a recipe of its own goes by that for digits, but for its
+tuned second level. On a busy machine a CPU-second holds fewer images: leave it alone while the methods are calibrated,
+one after the other.
 
 A training is a process of its own, whose peak memory is noted with the rest in DIR/NAME-SEED.json. What is finished is
 not done again, unless its recipe has changed; a run that was broken off starts anew. Several of these commands may
@@ -30,8 +32,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-import edmdistill
 from edmdistill.atomic import atomic_write
+from edmdistill.embedded import EMBEDDED
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
@@ -39,10 +41,7 @@ from edmdistill.report.curves import Axis, axis
 from edmdistill.training.loop import rounds
 from edmdistill.training.prepare import prepare
 
-SHIPPED = Path(edmdistill.__file__).parent / "assets/digits-teacher.pkl"
-ADAPT = "diffusion/digits-adapt"
 NFE = (1, 2, 4, 8)
-METRICS = {"fd_digits": ".3g", "class_accuracy": ".3f"}
 
 
 class Contestant(NamedTuple):
@@ -88,16 +87,52 @@ CONTESTANTS = {
     "tcm": Contestant("tcm", "tcm/digits", adapted=False, after="ect"),
     "scd-unadapted": Contestant("scd", "scd/digits", adapted=False, sets=("method.allow_edm_time=true",)),
 }
+ON_TILES: dict[str, dict[str, Any]] = {
+    "cosim": {"recipe": "cosim/tiles"},
+    "cosim+gan": {"recipe": "cosim/tiles"},
+    # The solver needs 16 steps there (see cosim/tiles); half the batch, so that a round costs the same.
+    "fmd": {"sets": ("method.trajectory_steps=16", "training.batch=8")},
+}
+
+
+class Race(NamedTuple):
+    """The embedded set that all methods train on, and the folder of what is measured."""
+
+    data: str
+    out: Path
+
+    @property
+    def teacher(self) -> Path:
+        return EMBEDDED[self.data].teacher
+
+    @property
+    def adapt(self) -> str:
+        """The recipe that trains the shipped teacher further once it reads t."""
+        return f"diffusion/{self.data}-adapt"
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """What is measured, and how it is printed."""
+        return {f"fd_{self.data}": ".3g", "class_accuracy": ".3f"}
+
+    def contestant(self, name: str) -> Contestant:
+        """A contestant with what differs on this set: on tiles, EDM's curve where the recipe has digits' levels."""
+        contestant = CONTESTANTS[name]
+        if self.data != "tiles":
+            return contestant
+        contestant = contestant._replace(**ON_TILES.get(name, {}))
+        tuned = "2" in load_recipe(contestant.recipe).sampling.sigmas
+        return contestant._replace(sets=contestant.sets + ("sampling.sigmas.2=[80.0, 2.515]",) * tuned)
 
 
 class Entry(NamedTuple):
-    """A measurement in a JSON file of its own, made by certain recipes."""
+    """A measurement in a JSON file of its own, made on a data set by certain recipes."""
 
     file: Path
     made_by: str
 
     def known(self) -> dict[str, Any] | None:
-        """What is in the file, if it was made by these recipes."""
+        """What is in the file, if it was made by these."""
         values: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         return values if values.get("made_by") == self.made_by else None
 
@@ -130,45 +165,45 @@ def spent_by(log: Path, *arguments: object) -> Spent:
     return Spent(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def recipe_of(name: str, **training: int) -> tuple[Recipe, str, list[str]]:
-    """A contestant's recipe, the recipes that decide its results, and the overrides as words of a command.
+def recipe_of(race: Race, name: str, **training: int) -> tuple[Recipe, str, list[str]]:
+    """A contestant's recipe, all that decides its results, and the overrides as words of a command.
 
     What [method] counts in images, as warm-ups and ECT's stages, keeps its share of a run of other length.
     """
-    method, recipe, adapted, values, _ = CONTESTANTS[name]
+    method, recipe, adapted, values, _ = race.contestant(name)
     sets = [*values, *(f"training.{key}={value}" for key, value in training.items())]
     whole = load_recipe(recipe, method, values)
     share = training.get("images", whole.training.images) / whole.training.images
     counts = {key: getattr(whole.method, key) for key in whole.method.__struct_fields__ if key.endswith("_images")}
     sets += [f"method.{key}={max(1, round(share * images))}" for key, images in counts.items() if images]
     resolved = load_recipe(recipe, method, sets)
-    made_by = [resolved.hash, load_recipe(ADAPT).hash] if adapted else [resolved.hash]
+    made_by = [race.data, resolved.hash, *([load_recipe(race.adapt).hash] if adapted else [])]
     return resolved, " ".join(made_by), [word for override in sets for word in ("--set", override)]
 
 
-def adapted_teacher(folder: Path) -> Path:
+def adapted_teacher(race: Race) -> Path:
     """The shipped teacher, made to read t and trained on; made once."""
-    recipe = load_recipe(ADAPT)
-    run, converted, log = folder / "adapted", folder / "adapted-start", folder / "adapted.log"
-    entry = Entry(folder / "adapted.json", recipe.hash)
+    recipe = load_recipe(race.adapt)
+    run, converted, log = race.out / "adapted", race.out / "adapted-start", race.out / "adapted.log"
+    entry = Entry(race.out / "adapted.json", recipe.hash)
     if (made := entry.known()) is None:
         print("adapted: convert --time-embedding positional, train diffusion", flush=True)
         for old in (run, converted):
             shutil.rmtree(old, ignore_errors=True)
-        spent_by(log, "convert", SHIPPED, converted, "--time-embedding", "positional", "--licence", "apache-2.0")
-        options = "--data", "digits", "--recipe", ADAPT, "--run-dir", run, "--device", "cpu"
+        spent_by(log, "convert", race.data, converted, "--time-embedding", "positional")
+        options = "--data", race.data, "--recipe", race.adapt, "--run-dir", run, "--device", "cpu"
         spent = spent_by(log, "train", "diffusion", converted, *options)
         made = entry.add(cpu_seconds=spent.cpu_seconds, images=recipe.training.images)
     print(f"adapted: {made['images']:,} images, {made['cpu_seconds']:.0f} CPU-seconds, not counted below", flush=True)
     return run
 
 
-def images_per_second(name: str, teacher: Path, folder: Path, seconds: float) -> float:
+def images_per_second(race: Race, name: str, teacher: Path, seconds: float) -> float:
     """Images that a method sees in a CPU-second, once its first round is over."""
-    recipe, made_by, _ = recipe_of(name)
-    entry = Entry(folder / f"{name}-calibration.json", made_by)
+    recipe, made_by, _ = recipe_of(race, name)
+    entry = Entry(race.out / f"{name}-calibration.json", made_by)
     if (made := entry.known()) is None:
-        run = prepare(recipe, data="digits", teacher=teacher, machine=Machine(device="cpu"))
+        run = prepare(recipe, data=race.data, teacher=teacher, machine=Machine(device="cpu"))
         steps = rounds(run)
         next(steps)
         first, start = run.images, time.process_time()
@@ -179,26 +214,28 @@ def images_per_second(name: str, teacher: Path, folder: Path, seconds: float) ->
     return float(made["images_per_second"])
 
 
-def trained(name: str, seed: int, teacher: Path, images: int, run: Path, before: float = 0) -> dict[str, Any]:
+def trained(
+    race: Race, name: str, seed: int, teacher: Path, images: int, run: Path, before: float = 0
+) -> dict[str, Any]:
     """Trains a contestant in a folder and measures it, or knows it already.  before: CPU-seconds of its first stage"""
-    method, recipe, *_ = CONTESTANTS[name]
-    resolved, made_by, sets = recipe_of(name, images=images, seed=seed, snapshot_every=images)
+    method, recipe, *_ = race.contestant(name)
+    resolved, made_by, sets = recipe_of(race, name, images=images, seed=seed, snapshot_every=images)
     entry = Entry(run.with_suffix(".json"), made_by)
     if (made := entry.known()) is not None:
         return made
     print(f"{run.name}: {images:,} images", flush=True)
     log, evaluation = run.with_suffix(".log"), run / "eval.json"
     shutil.rmtree(run, ignore_errors=True)
-    options = "--data", "digits", "--recipe", recipe, "--run-dir", run, "--device", "cpu"
+    options = "--data", race.data, "--recipe", recipe, "--run-dir", run, "--device", "cpu"
     spent = spent_by(log, "train", method, teacher, *options, *sets)
     nfe = [str(n) for n in (NFE if len(resolved.sampling.nfe) > 1 else resolved.sampling.nfe)]
-    asked = "--protocol", "digits", "--nfe", ",".join(nfe), "--device", "cpu"
+    asked = "--protocol", race.data, "--nfe", ",".join(nfe), "--device", "cpu"
     spent_by(log, "eval", run, *asked, "--out", evaluation)
     metrics = [result["metrics"] for result in json.loads(evaluation.read_text())["results"]]
-    scores = {metric: dict(zip(nfe, (each[metric] for each in metrics), strict=True)) for metric in METRICS}
-    values = ", ".join(f"{value:.3g} in {n}" for n, value in scores["fd_digits"].items())
+    scores = {metric: dict(zip(nfe, (each[metric] for each in metrics), strict=True)) for metric in race.metrics}
+    values = ", ".join(f"{value:.3g} in {n}" for n, value in scores[f"fd_{race.data}"].items())
     spent = spent._replace(cpu_seconds=before + spent.cpu_seconds)
-    print(f"{run.name}: digits-FD {values}, after {spent.cpu_seconds / 60:.2f} CPU-minutes", flush=True)
+    print(f"{run.name}: {race.data}-FD {values}, after {spent.cpu_seconds / 60:.2f} CPU-minutes", flush=True)
     return entry.add(images=images, **spent._asdict(), **scores)
 
 
@@ -210,24 +247,28 @@ def cell(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}}{spread}"
 
 
-def row(name: str, runs: list[dict[str, Any]]) -> str:
+def row(name: str, runs: list[dict[str, Any]], metrics: dict[str, str]) -> str:
     """A contestant's line of the table."""
     minutes, memory = ([run[key] for run in runs] for key in ("cpu_seconds", "memory"))
-    cells = [name, f"{runs[0]['images']:,}", f"{sum(run['images'] for run in runs) / sum(minutes):.0f}"]
+    cells = [f"`{name}`", f"{runs[0]['images']:,}", f"{sum(run['images'] for run in runs) / sum(minutes):.0f}"]
     cells += [f"{max(memory):.0f}", cell([each / 60 for each in minutes], ".2f")]
-    for metric, form in METRICS.items():
+    for metric, form in metrics.items():
         cells += [cell([run[metric][str(n)] for run in runs if str(n) in run[metric]], form) for n in NFE]
     return f"| {' | '.join(cells)} |"
 
 
-def chart(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Digits-FD by number of steps as SVG, a line a method: means, with a label beside the last point of each."""
+def chart(results: dict[str, list[dict[str, Any]]], data: str) -> str:
+    """FD by number of steps as SVG, a line a method: means, with a label beside the last point of each."""
+    fd = f"fd_{data}"
     lines = {
-        name: [(int(n), statistics.mean(run["fd_digits"][n] for run in runs)) for n in runs[0]["fd_digits"]]
+        name: [(int(n), statistics.mean(run[fd][n] for run in runs)) for n in runs[0][fd]]
         for name, runs in results.items()
     }
-    x, y = Axis([float(n) for n in NFE], log=True), axis([fd for line in lines.values() for _, fd in line], log=True)
-    place = {name: [(50 + 440 * x.at(n), 400 - 360 * y.at(fd)) for n, fd in line] for name, line in lines.items()}
+    x, y = (
+        Axis([float(n) for n in NFE], log=True),
+        axis([value for line in lines.values() for _, value in line], log=True),
+    )
+    place = {name: [(50 + 440 * x.at(n), 400 - 360 * y.at(value)) for n, value in line] for name, line in lines.items()}
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 440">',
         "<style>text { font: 13px system-ui, sans-serif } .line { fill: none; stroke-width: 2 }"
@@ -235,7 +276,7 @@ def chart(results: dict[str, list[dict[str, Any]]]) -> str:
         " @media (prefers-color-scheme: dark)"
         " { .paper { fill: #14161b } .ink { fill: #e7e9ee } .rule { stroke: #31353f } }</style>",
         '<rect class="paper" width="640" height="440"/>',
-        '<text class="ink" x="50" y="20">digits-FD by number of steps, at equal CPU-minutes</text>',
+        f'<text class="ink" x="50" y="20">{data}-FD by number of steps, at equal CPU-minutes</text>',
     ]
     for tick in y.ticks:
         at = 400 - 360 * y.at(tick)
@@ -259,50 +300,52 @@ def chart(results: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def report(by_name: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
-    """Prints the table, and draws digits-FD by number of steps."""
+def report(race: Race, by_name: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
+    """Prints the table, and draws FD by number of steps."""
     scores = [f"{what}, {n}" for what in ("FD", "accuracy") for n in NFE]
     head = ["", "images", "a CPU-second", "MiB", "CPU-minutes", *scores]
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, runs in by_name.items():
-        print(row(name, runs))
+        print(row(name, runs, race.metrics))
     if plot is not None:
-        plot.write_text(chart(by_name))
+        plot.write_text(chart(by_name, race.data))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     usual = [name for name in CONTESTANTS if name != "scd-unadapted"]
     parser.add_argument("--methods", nargs="+", choices=CONTESTANTS, default=usual)
+    parser.add_argument("--data", choices=EMBEDDED, default="digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=4, help="CPU-minutes of one training")
     parser.add_argument("--images", type=int, help="of one training, in the place of minutes")
-    parser.add_argument("--out", type=Path, default=Path("runs/digits-methods"))
+    parser.add_argument("--out", type=Path, help="where runs and results lie; default: runs/DATA-methods")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="train nothing: the table of what --out holds")
-    parser.add_argument("--plot", type=Path, help="draw digits-FD by number of steps, an .svg")
+    parser.add_argument("--plot", type=Path, help="draw FD by number of steps, an .svg")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
+    race = Race(options.data, options.out or Path(f"runs/{options.data}-methods"))
+    race.out.mkdir(parents=True, exist_ok=True)
     if not options.table:
-        measure(options)
-    files = {name: [options.out / f"{name}-{seed}.json" for seed in options.seeds] for name in options.methods}
+        measure(race, options)
+    files = {name: [race.out / f"{name}-{seed}.json" for seed in options.seeds] for name in options.methods}
     by_name = {name: [json.loads(file.read_text()) for file in each if file.exists()] for name, each in files.items()}
-    report({name: runs for name, runs in by_name.items() if runs}, options.plot)
+    report(race, {name: runs for name, runs in by_name.items() if runs}, options.plot)
 
 
-def measure(options: argparse.Namespace) -> None:
+def measure(race: Race, options: argparse.Namespace) -> None:
     """Trains and measures what is not yet in DIR."""
-    out, each = options.out, {name: CONTESTANTS[name] for name in options.methods}
-    firsts = {name: CONTESTANTS[contestant.after] for name, contestant in each.items() if contestant.after}
+    out, each = race.out, {name: race.contestant(name) for name in options.methods}
+    firsts = {name: race.contestant(contestant.after) for name, contestant in each.items() if contestant.after}
     needs_adapted = any(contestant.adapted for contestant in (*each.values(), *firsts.values()))
-    teachers = {False: SHIPPED} | ({True: adapted_teacher(out)} if needs_adapted else {})
+    teachers = {False: race.teacher} | ({True: adapted_teacher(race)} if needs_adapted else {})
 
     def images(name: str, teacher: Path, share: float) -> int:
-        batch = recipe_of(name)[0].training.batch
+        batch = recipe_of(race, name)[0].training.batch
         seconds, wanted = share * options.minutes * 60, share * (options.images or 0)
         if not wanted:
-            wanted = seconds * images_per_second(name, teacher, out, seconds / 24)
+            wanted = seconds * images_per_second(race, name, teacher, seconds / 24)
         return max(1, round(wanted / batch)) * batch
 
     lengths = {name: images(name, teachers[each[name].adapted], 1) for name in each if not each[name].after}
@@ -310,11 +353,11 @@ def measure(options: argparse.Namespace) -> None:
     def run(name: str, seed: int) -> None:
         folder, teacher, first = out / f"{name}-{seed}", teachers[each[name].adapted], each[name].after
         if first is None:
-            trained(name, seed, teacher, lengths[name], folder)
+            trained(race, name, seed, teacher, lengths[name], folder)
             return
         stage = out / f"{name}-{seed}-{first}"
-        made = trained(first, seed, teacher, images(first, teacher, 0.5), stage)
-        trained(name, seed, stage, images(name, stage, 0.5), folder, made["cpu_seconds"])
+        made = trained(race, first, seed, teacher, images(first, teacher, 0.5), stage)
+        trained(race, name, seed, stage, images(name, stage, 0.5), folder, made["cpu_seconds"])
 
     with ThreadPoolExecutor(options.jobs) as pool:
         # Seed by seed, so that a table of fewer seeds is there early.

@@ -1,0 +1,50 @@
+"""The table of methods: what each contestant trains by on either set, and what is printed and drawn of its runs."""
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from digits_methods import CONTESTANTS, NFE, Race, chart, recipe_of, row
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_a_shorter_run_keeps_the_shares_of_its_recipe(name: str) -> None:
+    """Warm-ups shrink with the run; on tiles two steps are on EDM's curve."""
+    for data in ("digits", "tiles"):
+        race = Race(data, Path())
+        whole, short = recipe_of(race, name)[0], recipe_of(race, name, images=3200, seed=7)[0]
+        assert (short.training.images, short.training.seed) == (3200, 7)
+        for key in (key for key in whole.method.__struct_fields__ if key.endswith("_images")):
+            share = getattr(whole.method, key) / whole.training.images
+            assert getattr(short.method, key) == pytest.approx(share * 3200, abs=1)
+        if data == "tiles":
+            assert whole.sampling.sigmas.get("2") in (None, (80.0, 2.515))
+
+
+def test_runs_on_either_set_are_told_apart() -> None:
+    digits, tiles = (recipe_of(Race(data, Path()), "vsd")[1] for data in ("digits", "tiles"))
+    assert digits != tiles
+
+
+def test_a_row_has_means_over_seeds_and_dashes_where_nothing_was_measured() -> None:
+    run = {"images": 100, "cpu_seconds": 60.0, "memory": 400.0, "class_accuracy": {"1": 0.5, "2": 0.75}}
+    runs = [run | {"fd_tiles": {"1": fd, "2": 2 * fd}} for fd in (1.0, 3.0)]
+    cells = row("scd", runs, Race("tiles", Path()).metrics).strip("| ").split(" | ")
+    assert cells[:7] == ["`scd`", "100", "2", "400", "1.00 ± 0.00", "2 ± 1.41", "4 ± 2.83"]
+    assert cells[7:] == ["-", "-", "0.500 ± 0.000", "0.750 ± 0.000", "-", "-"]
+
+
+def test_the_plot_has_a_line_a_method_that_falls_where_the_distance_does() -> None:
+    results = {
+        "one": [{"fd_tiles": {"1": 40.0}}],
+        "many": [{"fd_tiles": {str(n): 80.0 / n for n in NFE}}, {"fd_tiles": {str(n): 160.0 / n for n in NFE}}],
+    }
+    root = ET.fromstring(chart(results, "tiles"))
+    texts = {text.text for text in root.findall("{*}text")}
+    assert {"one", "many"} <= texts
+    assert "tiles-FD" in " ".join(filter(None, texts))
+    lines = [line.get("points", "").split() for line in root.findall("{*}polyline")]
+    assert sorted(map(len, lines)) == [1, len(NFE)]
+    heights = [float(point.split(",")[1]) for point in max(lines, key=len)]
+    assert heights == sorted(heights)
+    assert heights[-1] > heights[0]
