@@ -2,8 +2,9 @@
 
     python benchmarks/convert.py [--rounds 3] [--width 192] [--parity quick|full|none]
 
-In each round one fresh process loads the pickle for sampling (`load_model`), and another converts it. CPU seconds are
-without imports; peaks of memory (Linux's VmHWM) are with libraries and mapped files. It needs 3 GB of disk.
+In each round one fresh process loads the pickle for sampling (`load_model`), another converts it, and a third loads the
+result. CPU seconds are without imports; peaks of memory (Linux's VmHWM) are with libraries and mapped files. It needs
+3 GB of disk.
 """
 
 import argparse
@@ -42,7 +43,10 @@ def make_pickle(path: Path, width: int) -> dict[str, float]:
 
 
 def measure(what: str, path: Path, parity: str) -> dict[str, float]:
-    """Returns what loading or converting the pickle takes: CPU seconds by stage and in all, peak of memory in GB."""
+    """Returns what loading or converting the pickle takes: CPU seconds by stage and in all, peak of memory in GB.
+
+    what: load, convert, or load-converted.
+    """
     from edmdistill.checkpoints.convert import convert
     from edmdistill.checkpoints.load import load_model
 
@@ -51,8 +55,8 @@ def measure(what: str, path: Path, parity: str) -> dict[str, float]:
     def mark(stage: str) -> None:
         marks.append((stage, time.process_time()))
 
-    if what == "load":
-        load_model(path)
+    if what.startswith("load"):
+        load_model(path if what == "load" else path.with_suffix(""))
     else:
         convert(path, path.with_suffix(""), overwrite=True, parity=parity, on_progress=mark)
     mark("")
@@ -86,14 +90,15 @@ def main() -> None:
             return figures
 
         weights = child("make")["weights"]
-        rounds = [(child("load"), child("convert")) for _ in range(options.rounds)]
-    for what, runs in zip(("load", "convert"), zip(*rounds, strict=True), strict=True):
+        whats = "load", "convert", "load-converted"
+        rounds = [tuple(map(child, whats)) for _ in range(options.rounds)]
+    for what, runs in zip(whats, zip(*rounds, strict=True), strict=True):
         for name in runs[0]:
             values = np.array([run[name] for run in runs])
             print(f"{what}, {name}: {np.median(values):.2f} [{values.min():.2f}, {values.max():.2f}]")
-    ratios = np.array([converted["seconds"] / loaded["seconds"] for loaded, converted in rounds])
+    ratios = np.array([converted["seconds"] / loaded["seconds"] for loaded, converted, _ in rounds])
     print(f"convert / load: {np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]")
-    print(f"peak / weights ({weights:.2f} GB): {max(converted['peak'] for _, converted in rounds) / weights:.2f}")
+    print(f"peak / weights ({weights:.2f} GB): {max(converted['peak'] for _, converted, _ in rounds) / weights:.2f}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def load_model(
         dtype: of the arithmetic: float16 and bfloat16 inside the network only, float64 throughout; default: float32.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
-    flow, config = load_flow(source, weights)
+    flow, config = load_flow(source, weights, mapped=False)  # folding changes them all
     if dtype == torch.float64:
         flow.double()
     elif dtype is not None:
@@ -114,34 +114,39 @@ def read_first_stage(source: str | Path | Source, methods: tuple[str, ...]) -> t
     return flow, replace(config, provenance=replace(config.provenance, parent=source.sha256))
 
 
-def load_flow(source: str | Path | Source, weights: Weights = "ema") -> tuple[FlowNetwork, CheckpointConfig]:
+def load_flow(
+    source: str | Path | Source, weights: Weights = "ema", mapped: bool = True
+) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns the network of a checkpoint, in float32 on the CPU, and its configuration.
 
     The second time of teachers and auxiliary scores is dropped; a generator has one only if its jumps read it.
 
     Args:
         source, weights: as load_model's.
+        mapped: whether the weights of a checkpoint of ours stay in its file; see `load_tensors`.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
-    flow, config = _read(open_source(source), weights)
+    flow, config = _read(open_source(source), weights, mapped)
     drop = config.stage != "generator" and flow.two_time
-    return drop_second_time(flow) if drop else flow, config
+    return drop_second_time(flow, lend=True) if drop else flow, config
 
 
-def _read(source: Source, weights: Weights) -> tuple[FlowNetwork, CheckpointConfig]:
+def _read(source: Source, weights: Weights, mapped: bool = True) -> tuple[FlowNetwork, CheckpointConfig]:
     if weights == "raw" or is_state(source.path):
-        return _read_raw(source.path)
-    return load_checkpoint(checkpoint_in(source.path)) if source.path.is_dir() else load_official(source)
+        return _read_raw(source.path, mapped)
+    if source.path.is_dir():
+        return load_checkpoint(checkpoint_in(source.path), mapped=mapped)
+    return load_official(source)
 
 
-def _read_raw(path: Path) -> tuple[FlowNetwork, CheckpointConfig]:
+def _read_raw(path: Path, mapped: bool) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns the network being trained, from a run's newest whole state or from the given state."""
     state = newest_whole_state(path, write)
     folder = state.parent.parent / "generator"
     config = read_config(folder)
     flow = build_flow(config.network, config.preconditioning, str(folder))
     role = "teacher" if config.stage == "teacher" else "generator"
-    fill(flow.network, raw_weights(state, role), str(state))
+    fill(flow.network, raw_weights(state, role, mapped), str(state))
     return flow, replace(config, images_seen=int(state.name), ema=None, results=())
 
 

@@ -125,11 +125,13 @@ def newest_whole(states: Sequence[Path], on_broken: Callable[[Path, Exception], 
     return None
 
 
-def raw_weights(state: Path, role: str) -> dict[str, Tensor]:
+def raw_weights(state: Path, role: str, mapped: bool = True) -> dict[str, Tensor]:
     """Returns the weights of a role that are being trained, by their names in FlowNetwork's network.
 
+    Args:
+        mapped: as for `load_tensors`.
     Raises: CheckpointError: the state has no such role, or has changed.
     """
-    tensors, _ = load_tensors(state / f"{role}.safetensors")
+    tensors, _ = load_tensors(state / f"{role}.safetensors", mapped=mapped)
     prefix = "weights.network."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

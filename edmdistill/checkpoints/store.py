@@ -26,6 +26,7 @@ from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS, make_preconditioning
+from edmdistill.stored_tensors import empty_pages
 
 # Tensors.
 
@@ -50,18 +51,34 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             raise OSError(str(error)) from error
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(
+    path: Path, device: torch.device | str = "cpu", mapped: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors and the metadata of a safetensors file.
 
+    Args:
+        mapped: in the host's memory, the numbers stay in the file, which is mapped as a whole. Whoever changes or
+            copies them then holds both until the last is gone; False: they are copied one by one, and the file is not
+            held.
     Raises: CheckpointError: no such file, or it is damaged.
     """
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is not a file")
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names, metadata = list(file.keys()), file.metadata() or {}
+            if mapped:
+                return {name: file.get_tensor(name) for name in names}, metadata
+        return {name: _copied(path, name) for name in names}, metadata
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def _copied(path: Path, name: str) -> Tensor:
+    """Returns a tensor of a safetensors file, in pages of its own."""
+    with safe_open(path, framework="pt") as file:  # opened for this one alone: its pages go with it
+        tensor = file.get_tensor(name)
+    return empty_pages(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def require_finite(tensor: Tensor, name: str, where: str) -> None:
@@ -199,15 +216,19 @@ def save_checkpoint(
         write_checkpoint(new, flow, config, tensors)
 
 
-def load_checkpoint(source: str | Path, device: torch.device | str = "cpu") -> tuple[FlowNetwork, CheckpointConfig]:
+def load_checkpoint(
+    source: str | Path, device: torch.device | str = "cpu", mapped: bool = True
+) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns the network and the configuration of a checkpoint of ours, a folder or a repository of the Hub.
 
+    Args:
+        mapped: as for `load_tensors`.
     Raises: CheckpointError: it does not exist, is not ours, or is damaged.  HubError: the Hub refuses.
     """
     folder = resolve(source)
     config = read_config(folder)
     flow = build_meta(config, folder)
-    fill(flow.network, load_tensors(folder / MODEL, device)[0], str(folder / MODEL))
+    fill(flow.network, load_tensors(folder / MODEL, device, mapped)[0], str(folder / MODEL))
     return flow, config
 
 

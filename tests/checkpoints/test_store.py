@@ -1,7 +1,9 @@
 """Our checkpoints: whole or not at all, and strict when read."""
 
+import gc
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints import store
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, SamplingDefaults, describe
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
-from edmdistill.checkpoints.load import load_generator
+from edmdistill.checkpoints.load import load_denoiser, load_flow, load_generator
 from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
@@ -68,6 +70,33 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], found[name]) for name in saved)
     x_t, t = torch.randn(2, 2, 4, 4), torch.tensor([0.1, math.pi / 2])
     assert_rounded(read.eval()(x_t, t), flow(x_t, t), depth(flow))  # the file lends its weights where they lie
+
+
+def is_mapped(folder: Path) -> bool:
+    """Returns whether anything of this process lies in the file of weights."""
+    gc.collect()
+    return str(folder / MODEL) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_that_are_folded_are_not_held_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher is read mapped, and stays so without its second time; for sampling, each tensor is copied by itself."""
+    mapped, _ = load_flow(folder)
+    assert not mapped.two_time
+    assert is_mapped(folder)
+    expected = {name: (tensor.clone(), tensor.data_ptr()) for name, tensor in mapped.state_dict().items()}
+    addresses = [address for _, address in expected.values()]
+    assert max(addresses) - min(addresses) < (folder / MODEL).stat().st_size
+    del mapped
+    assert not is_mapped(folder)
+    for large in 1, 2**40:  # pages of their own, and malloc's
+        monkeypatch.setattr("edmdistill.stored_tensors.LARGE", large)
+        own, _ = load_flow(folder, mapped=False)
+        assert all(torch.equal(tensor, expected[name][0]) for name, tensor in own.state_dict().items())
+        assert not is_mapped(folder)
+    model = load_denoiser(folder)
+    assert model.flow.network.out_conv.folded
+    assert not is_mapped(folder)
 
 
 def test_the_network_speaks_for_itself(tmp_path: Path) -> None:

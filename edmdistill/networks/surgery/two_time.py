@@ -23,6 +23,6 @@ def add_second_time(flow: FlowNetwork, *, lend: bool = False) -> FlowNetwork:
     return rebuild(flow, new | {"second_time.gain": torch.zeros([])}, lend=lend, two_time=True)
 
 
-def drop_second_time(flow: FlowNetwork) -> FlowNetwork:
-    """Returns a copy of the network that reads only the first time."""
-    return rebuild(flow, {}, two_time=False)
+def drop_second_time(flow: FlowNetwork, *, lend: bool = False) -> FlowNetwork:
+    """Returns a copy of the network that reads only the first time.  lend: see `rebuild`."""
+    return rebuild(flow, {}, lend=lend, two_time=False)
