@@ -9,9 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, overload
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, overload
 
 import msgspec
+from msgspec import Meta
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
@@ -21,6 +22,10 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.last_layer import LastLayer
 
 ConfigT = TypeVar("ConfigT")
+SecondGain = Annotated[
+    float,
+    Meta(ge=0, le=10, description="weight of the second time in the network at first; 0 keeps the teacher's function"),
+]
 
 
 class FlowFunction(Protocol):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from edmdistill.methods.adversarial import GANConfig
+from edmdistill.methods.base import SecondGain
 from edmdistill.methods.score_distillation import AuxiliaryTurns
 from edmdistill.methods.semi_implicit import Alpha, Weight
 from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryStride, TrajectoryWeight, WarmupImages
@@ -38,10 +39,7 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     order: Annotated[
         Literal["s", "t"], Meta(description="drawn first: s, or t with s uniform below it, whatever R and r_s_max")
     ] = "s"
-    t_gain: Annotated[
-        float,
-        Meta(ge=0, le=10, description="weight of t in the auxiliary score at first; 0 keeps the teacher's function"),
-    ] = 0.0
+    t_gain: SecondGain = 0.0
     anchor_sigma: Annotated[
         float,
         Meta(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import AdversarialTurns, GANConfig, Terms, gan_roles
-from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Method, NoiseRange, Role, Turn
+from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Method, NoiseRange, Role, SecondGain, Turn
 from edmdistill.methods.denoising import DenoisingWeight, denoising_loss
 from edmdistill.methods.distances import DISTANCES, Distance, PerceptionFile, perception_roles
 from edmdistill.methods.gan_losses import GANWeight
@@ -46,6 +46,7 @@ class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     dsm: Annotated[float, Meta(ge=0, description="weight of the denoising loss; 0 = none")] = 1.0
     dsm_weight: DenoisingWeight = "edm"
     gan: GANWeight = 1.0
+    s_gain: SecondGain = 0.0
 
     def __post_init__(self) -> None:
         if (self.distance == "lpips") != bool(self.lpips):
@@ -65,8 +66,8 @@ class CTM(Method[CTMConfig]):
     @classmethod
     def roles_for(cls, config: CTMConfig) -> dict[str, Role]:
         roles = {"teacher": Role(trained=False)} if config.teacher else {}
-        roles["generator"] = Role(trained=True, two_time=True)
-        roles["target"] = Role(trained=False, two_time=True, ema_of=EmaOf("generator", config.mu))
+        roles["generator"] = Role(trained=True, two_time=True, second_gain=config.s_gain)
+        roles["target"] = roles["generator"]._replace(trained=False, ema_of=EmaOf("generator", config.mu))
         return roles | perception_roles(config.lpips) | gan_roles(config)
 
     def turns(self) -> tuple[Turn, ...]:

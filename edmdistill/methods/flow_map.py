@@ -21,7 +21,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import FlowFunction, Role, with_inputs
+from edmdistill.methods.base import FlowFunction, Role, SecondGain, with_inputs
 from edmdistill.methods.scm import ContinuousConfig, ContinuousConsistency
 from edmdistill.schedules import interval_times
 from edmdistill.trigflow import cos_sin, ddim_step
@@ -31,9 +31,7 @@ class FlowMapConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
     P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of the logit of a jump's length")] = -0.8
     P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of the logit of a jump's length")] = 1.0
     share_to_data: Annotated[float, Meta(ge=0, le=1, description="share of jumps that end at the data")] = 0.25
-    s_gain: Annotated[
-        float, Meta(ge=0, le=10, description="weight of s in the generator at first; 0 keeps the teacher's function")
-    ] = 0.0
+    s_gain: SecondGain = 0.0
 
 
 FlowMapT = TypeVar("FlowMapT", bound=FlowMapConfig)

@@ -44,7 +44,9 @@ def build_roles(
     networks = {}
     for name, role in recipe.roles.items():
         is_product = product in (name, role.ema_of.role if role.ema_of is not None else None)
-        networks[name] = build_role(role, init if init is not None and is_product else sources[role.source], recipe)
+        source = init if init is not None and is_product else sources[role.source]
+        learned = source is init and source.two_time
+        networks[name] = build_role(role._replace(second_gain=0.0) if learned else role, source, recipe)
     return networks
 
 

@@ -26,6 +26,19 @@ def test_the_auxiliary_score_reads_t_by_the_recipes_gain(teacher) -> None:
             assert not networks["generator"].two_time
 
 
+@pytest.mark.parametrize("method", ["fmd", "ctm"])
+def test_the_generator_reads_s_by_the_recipes_gain_or_by_one_it_has_learned(teacher, method) -> None:
+    flow = load_checkpoint(teacher)[0]
+    options = {"name": method, "s_gain": 0.5} | ({"gan": 0.0} if method == "ctm" else {})
+    recipe = Recipe.from_tables(TABLES | {"method": options}, "a test")
+    trained = add_second_time(flow)
+    trained.network.second_time.gain.data.fill_(0.25)
+    for init, gain in ((None, 0.5), (flow, 0.5), (trained, 0.25)):
+        networks = build_roles(recipe, flow, init=init)
+        gains = {float(network.network.second_time.gain) for name, network in networks.items() if name != "teacher"}
+        assert gains == {gain}
+
+
 SMALL = {"img_resolution": 8, "label_dim": 10, "model_channels": 16, "num_blocks": 1, "attn_resolutions": [8]}
 EDM_SMALL = SMALL | {"in_channels": 1, "out_channels": 1, "channel_mult": [1, 2]}
 KINDS = {
