@@ -255,6 +255,7 @@ _ACTIONS: dict[bytes, Callable[[Unpickler], object]] = {
     pickle.MEMOIZE: lambda m: m.remember(len(m.memo)),
     pickle.BINPUT: lambda m: m.remember(m.unsigned(1)),
     pickle.LONG_BINPUT: lambda m: m.remember(m.unsigned(4)),
+    pickle.POP: lambda m: m.pop(1),  # of an object that refers to itself, whose second copy is dropped
     pickle.MARK: lambda m: m.marks.append(len(m.stack)),
     pickle.APPEND: lambda m: m.extend(m.pop(1)),
     pickle.APPENDS: lambda m: m.extend(m.pop_to_mark()),

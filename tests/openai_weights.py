@@ -16,8 +16,14 @@ def weights_of(
     ch: int = 128,
     device: str = "cpu",
     two_time: bool = False,
+    adaptive: bool = True,
 ) -> Weights:
-    """Random weights by OpenAI's names, with two_time by CTM's. `attending`: levels with attention."""
+    """Random weights by OpenAI's names, with two_time by CTM's.
+
+    Args:
+        attending: levels with attention.
+        adaptive: whether the embedding scales and shifts; otherwise it is added, as in the networks for LSUN.
+    """
     rng = torch.Generator().manual_seed(0) if device == "cpu" else None
     w: Weights = {}
 
@@ -35,7 +41,7 @@ def weights_of(
     def residual(name: str, cin: int, cout: int) -> None:
         norm(f"{name}.in_layers.0", cin)
         layer(f"{name}.in_layers.2", cout, cin, 3, 3)
-        layer(f"{name}.emb_layers.1", 2 * cout, 4 * ch)
+        layer(f"{name}.emb_layers.1", cout * (2 if adaptive else 1), 4 * ch)
         if two_time:
             layer(f"{name}.emb_layers_s.1", 2 * cout, 4 * ch)
         norm(f"{name}.out_layers.0", cout)

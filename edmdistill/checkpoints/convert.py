@@ -25,7 +25,7 @@ from edmdistill.checkpoints.parity import Parity, compare, denoised_images, plan
 from edmdistill.checkpoints.source import Source, open_source, source_name
 from edmdistill.checkpoints.store import describe_checkpoint, load_checkpoint, refuse_occupied, write_checkpoint
 from edmdistill.errors import CheckpointError
-from edmdistill.networks.surgery.adapt import with_double_norm, with_positional_time
+from edmdistill.networks.surgery.adapt import can_double_norm, with_double_norm, with_positional_time
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 
 PARITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-10}
@@ -36,7 +36,7 @@ def _adaptation(time_embedding: str | None, double_norm: bool | None, arguments:
     """Returns the arguments that a conversion sets, where a network with `arguments` has them."""
     if time_embedding is None:
         return {name: False for name in ("positional_time", "double_norm") if name in arguments}
-    default = "double_norm" in arguments
+    default = can_double_norm(arguments)
     asked = default if double_norm is None else double_norm
     return {"positional_time": True} | ({"double_norm": asked} if default or asked else {})
 

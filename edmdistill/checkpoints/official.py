@@ -42,11 +42,13 @@ _OURS = {"two_time", "positional_time", "double_norm", "guided", "logvar_heads",
 OUR_ARGUMENTS = {
     "edm2": _OURS | {"label_dropout"},
     "song": _OURS | {"logvar_channels"},
-    "adm": _OURS | {"logvar_channels"},
+    "adm": _OURS | {"logvar_channels", "adaptive_scale", "group_channels"},
 }
 """Constructor arguments that the official class of a kind does not have."""
 IGNORED_ARGUMENTS = {"use_fp16", "model_type"}
 """Official arguments that do not change what the network computes."""
+OTHER_DEFAULTS: Mapping[str, Mapping[str, object]] = {"ECMPrecond": {"sigma_min": 0.003}}
+"""Defaults of an official class that are not our preconditioning's, but for EDM's range, which is unlimited there."""
 
 
 def outline_official(official: OfficialCheckpoint) -> FlowNetwork:
@@ -143,12 +145,13 @@ def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
 
 
 def _preconditioning(official: OfficialCheckpoint) -> dict[str, Any]:
-    """Returns kind and arguments.  Our defaults are the official ones, except EDM's range, which is unlimited there."""
+    """Returns kind and arguments of our preconditioning."""
     kind = PRECONDITIONING_CLASSES[official.preconditioning_class]
+    arguments = {**OTHER_DEFAULTS.get(official.preconditioning_class, {}), **official.arguments}
     numbers = {}
-    for name in official.arguments.keys() & {field.name for field in fields(PRECONDITIONINGS[kind])}:
+    for name in arguments.keys() & {field.name for field in fields(PRECONDITIONINGS[kind])}:
         # The official code computes with the object's attribute, where it has one.
-        value = official.attributes.get(name, official.arguments[name])
+        value = official.attributes.get(name, arguments[name])
         if not (name in ("sigma_min", "sigma_max") and value in (0, math.inf)):
             numbers[name] = value
     return {"kind": kind, **numbers}

@@ -1,8 +1,9 @@
 """Reads the ADM networks of OpenAI's Consistency Models: the ImageNet 64x64 teacher, edm_imagenet64_ema.pt.
 
 The file holds weights only, saved by torch.save: the architecture is inferred from their names and shapes. It is
-NVIDIA's DhariwalUNet under other names, with three differences: the noise condition is 1000 times as large, the class
-embedding is stored transposed, and the rows of qkv are laid out [3, heads, C/heads], not [heads, C/heads, 3].
+NVIDIA's DhariwalUNet under other names, with these differences: the noise condition is 1000 times as large, the class
+embedding is stored transposed, the rows of qkv are laid out [3, heads, C/heads], not [heads, C/heads, 3], norms always
+have 32 groups, and in the networks for LSUN the embedding is added before the second norm of a block.
 
 Facts: github.com/openai/consistency_models, cm/unet.py, cm/script_util.py and cm/karras_diffusion.py.
 """
@@ -167,6 +168,8 @@ def to_adm(weights: Mapping[str, Tensor], resolution: int | None = None) -> Adm:
         "channel_mult": channel_mult,
         "num_blocks": num_blocks,
         "attn_resolutions": sorted(attn_resolutions, reverse=True),
+        "adaptive_scale": len(tensors[f"{block}.affine.bias"]) == 2 * len(tensors[f"{block}.conv0.bias"]),
+        "group_channels": 1,
     }
     return arguments, tensors
 
@@ -184,11 +187,6 @@ def _architecture(weights: Mapping[str, Tensor]) -> tuple[int, int, list[int]]:
     num_blocks = sequences // levels - 1
     last = [f"input_blocks.{(level + 1) * (num_blocks + 1) - 1}.0.out_layers.3.weight" for level in range(levels)]
     channel_mult = [weights[name].shape[0] // model_channels for name in last]
-    affine = weights["middle_block.0.emb_layers.1.weight"].shape[0]
-    if affine != 2 * channel_mult[-1] * model_channels:
-        raise UnknownNetwork("adds its time embedding where ADM scales and shifts by it (use_scale_shift_norm=False)")
-    if model_channels * min(channel_mult) < 128:
-        raise UnknownNetwork(f"has {model_channels} channels in 32 groups, but ADM has groups of at least 4 channels")
     return model_channels, num_blocks, channel_mult
 
 

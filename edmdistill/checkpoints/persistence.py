@@ -61,7 +61,8 @@ class PersistentObject(Stateful):
 
     def __init__(self, class_name: str, state: object = None):
         self.class_name = class_name
-        self.set_state(state or {})
+        # The very dict: of an object that refers to itself it is filled later.
+        self.set_state({} if state is None else state)
 
     def set_state(self, state: object) -> None:
         if not isinstance(state, dict):
@@ -90,11 +91,18 @@ def _persistent(meta: object) -> PersistentObject:
     raise TypeError
 
 
+def _method(owner: object, name: object) -> None:
+    """Stand-in for getattr, by which a pickle holds a method: ECT's loss has one among its attributes."""
+    if not isinstance(owner, PersistentObject) or not isinstance(name, str):
+        raise TypeError
+
+
 _DICT = StandIn(empty_dict)
 STAND_INS: dict[tuple[str, str], object] = {
     ("collections", "OrderedDict"): _DICT,
     ("dnnlib.util", "EasyDict"): _DICT,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): StandIn(_persistent),
+    ("builtins", "getattr"): StandIn(_method),
     ("torch.nn.modules.container", "ModuleDict"): StandIn(lambda: PersistentObject("ModuleDict")),
     ("torch._utils", "_rebuild_parameter"): StandIn(lambda tensor, *_: tensor),
     ("torch._utils", "_rebuild_tensor_v2"): StandIn(rebuild_tensor),

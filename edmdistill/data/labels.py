@@ -69,7 +69,7 @@ def read_labels(files: Files, document: Member, images: Mapping[str, Member], le
 
 
 def _parse(files: Files, document: Member, where: str) -> tuple[list[tuple[Any, Any]] | None, Labels]:
-    """Returns the pairs of a file and its label, or None, and all that the file says beside them."""
+    """Returns the pairs of a file and its label, None where there are none, and what else the file says."""
     with as_dataset_error(lambda why: f"{where} is not {FORM} ({why}); fix or remove it"):
         content = json.loads(files.read(document.name), object_pairs_hook=_object)
         if not isinstance(content, dict) or "labels" not in content:
@@ -87,7 +87,7 @@ def _parse(files: Files, document: Member, where: str) -> tuple[list[tuple[Any, 
         encoding = None if content.get("encoder") is None else msgspec.convert(content["encoder"], Encoding)
     prepared = content.get("prepared")
     parsed = Labels(names=names, encoding=encoding, prepared=prepared if isinstance(prepared, dict) else None)
-    return None if labels is None else entries, parsed
+    return entries or None, parsed
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

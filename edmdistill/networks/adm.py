@@ -18,7 +18,7 @@ from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linea
 
 
 class DhariwalUNet(EDMUNet):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  All but the last eight arguments are the official class's.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  All but the last ten arguments are the official class's.
 
     Attention has one head for every 64 channels; layers of fewer than 64 channels have none at any resolution.
 
@@ -26,6 +26,9 @@ class DhariwalUNet(EDMUNet):
         label_dropout: fraction of labels that training sets to zero.
         double_norm: whether the blocks normalize their modulations; see ResidualBlock.
         split_times: see EDMUNet.
+        adaptive_scale, group_channels: see UNetBlock. OpenAI's networks have groups of any size, and those for LSUN add
+            the embedding.
+    Raises: ValueError: double_norm without adaptive_scale.
     """
 
     def __init__(
@@ -49,8 +52,12 @@ class DhariwalUNet(EDMUNet):
         double_norm: bool = False,
         guided: bool = False,
         split_times: bool = False,
+        adaptive_scale: bool = True,
+        group_channels: Arg.Count = 4,
     ) -> None:
         super().__init__(locals(), in_channels)
+        if double_norm and not adaptive_scale:
+            raise ValueError("double_norm is for blocks that scale and shift: set adaptive_scale too")
         self.label_dropout = label_dropout
         self.emb_channels = emb_channels = model_channels * channel_mult_emb
         widths = [model_channels * mult for mult in channel_mult]
@@ -65,7 +72,9 @@ class DhariwalUNet(EDMUNet):
                 heads,
                 layer.resample,
                 dropout=dropout,
+                adaptive_scale=adaptive_scale,
                 double_norm=double_norm,
+                group_channels=group_channels,
             )
 
         # Embedding.
@@ -86,7 +95,7 @@ class DhariwalUNet(EDMUNet):
         decoder = [layer for layers in levels.decoder() for layer in layers]
         self.dec = nn.ModuleDict({layer.name: block(layer) for layer in decoder})
         cout = decoder[-1].out_channels
-        self.out_norm = GroupNormSiLU(cout, eps=1e-5)
+        self.out_norm = GroupNormSiLU(cout, eps=1e-5, least=group_channels)
         self.out_conv = Conv2d(cout, out_channels, 3)
 
         self.initialize()

@@ -74,10 +74,10 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm with 32 groups, fewer if a group would have less than 4 channels.  [B,C,H,W]"""
+    """Group norm with 32 groups, fewer if a group would have less than `least` channels.  [B,C,H,W]"""
 
-    def __init__(self, channels: int, eps: float) -> None:
-        super().__init__(min(32, channels // 4), channels, eps)
+    def __init__(self, channels: int, eps: float, least: int = 4) -> None:
+        super().__init__(min(32, channels // least), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
@@ -99,6 +99,7 @@ class UNetBlock(ResidualBlock):
         resample_proj: whether a skip connection that resamples has a convolution even if the channels do not change.
         adaptive_scale: whether the embedding scales and shifts after the second norm (ADM), or is added before it.
         double_norm: whether scale and shift are normalized; see ResidualBlock.
+        group_channels: the fewest channels of a group of the norms.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class UNetBlock(ResidualBlock):
         resample_proj: bool = False,
         adaptive_scale: bool = True,
         double_norm: bool = False,
+        group_channels: int = 4,
     ) -> None:
         super().__init__()
         require_heads(out_channels, num_heads)
@@ -123,17 +125,17 @@ class UNetBlock(ResidualBlock):
         self.skip_scale = skip_scale
         self.adaptive_scale = adaptive_scale
         self.mod_gain = nn.Parameter(torch.ones(2)) if double_norm else None
-        self.norm0 = GroupNormSiLU(in_channels, eps)
+        self.norm0 = GroupNormSiLU(in_channels, eps, group_channels)
         self.conv0 = Conv2d(in_channels, out_channels, 3, resample, resample_filter)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
-        self.norm1 = GroupNormSiLU(out_channels, eps)
+        self.norm1 = GroupNormSiLU(out_channels, eps, group_channels)
         self.conv1 = Conv2d(out_channels, out_channels, 3)
         self.skip = None
         if in_channels != out_channels or resample != "keep":
             kernel = 1 if in_channels != out_channels or resample_proj else 0
             self.skip = Conv2d(in_channels, out_channels, kernel, resample, resample_filter)
         if num_heads:
-            self.norm2 = GroupNorm(out_channels, eps)
+            self.norm2 = GroupNorm(out_channels, eps, group_channels)
             self.qkv = Conv2d(out_channels, out_channels * 3, 1)
             self.proj = Conv2d(out_channels, out_channels, 1)
 

@@ -263,7 +263,7 @@ class Persistent:
         }
 
     def __reduce__(self) -> tuple[object, ...]:
-        return reconstruct, (self.meta,)
+        return reconstruct, (dict(self.meta),)  # a new one for each call, around the same state
 
 
 def module(name: str, children: object = None, **state: object) -> Persistent:
@@ -307,6 +307,34 @@ def test_what_modules_may_carry(write: Callable[[object], Path]) -> None:
     assert list(official.tensors) == ["model.layer0.w0", "model.layer0.w1", "model.layer0.kept"]
     assert official.buffers == {"model.layer0.kept"}
     assert torch.equal(official.tensors["model.layer0.w0"], tied[2:].reshape(2, 2).t())
+
+
+class Loss(Persistent):
+    """ECT's loss, one of whose attributes is a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("ECMLoss", {"t_to_r": self.sigmoid, "q": 2, "_init_args": (), "_init_kwargs": {"q": 2}})
+
+    def sigmoid(self) -> None: ...
+
+
+def test_an_object_that_holds_its_own_method(write: Callable[[object], Path]) -> None:
+    ema = network(module("Linear", _parameters=weights(torch.ones(2))))
+    official = read_official(write({"ema": ema, "loss_fn": Loss()}))
+    assert official.loss == {"class_name": "ECMLoss", "arguments": {"q": 2}}
+    for owner, name in ((1, "real"), (ema, ema)):
+        with pytest.raises(CheckpointError, match="damaged or not a pickle of EDM"):
+            read_official(write({"ema": ema, "loss_fn": Reduced(getattr, owner, name)}))
+
+
+class Reduced:
+    """Pickles as a call."""
+
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.call[0], self.call[1:]
 
 
 def test_notes(write: Callable[[object], Path]) -> None:

@@ -1,5 +1,6 @@
 """Published generators compute what their authors' code computes, from the noise level that it starts at."""
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,8 @@ def test_the_boundary_is_the_identity_and_both_views_agree() -> None:
 @torch.no_grad()
 def test_ect_starts_at_80_and_returns_to_its_middle(golden: Path, tmp_path: Path) -> None:
     file = tmp_path / "ecm.pkl"
-    file.write_bytes((golden / "edm-tiny-cond.pkl").read_bytes().replace(b"EDMPrecond", b"ECMPrecond"))
+    edm = (golden / "edm-tiny-cond.pkl").read_bytes().replace(b"EDMPrecond", b"ECMPrecond")
+    file.write_bytes(edm.replace(b"sigma_min\x94K\0", b"sigma_min\x94G" + struct.pack(">d", 0.003)))
     with pytest.raises(CheckpointError, match="--generator ect"):
         convert(file, tmp_path / "teacher")
     convert_generator(file, tmp_path / "ect", "ect")
@@ -102,9 +104,10 @@ def test_ect_starts_at_80_and_returns_to_its_middle(golden: Path, tmp_path: Path
     assert build_sampler(generator, SamplerSpec(nfe=2)).record.sigmas == pytest.approx((80.0, 0.821))
     noise, labels = noise_for(generator.flow), torch.tensor([0, 1])
     raw, _ = build_official(read_official(golden / "edm-tiny-cond.pkl"))
-    below = generator.flow.sigma_min
+    below = 0.003  # the default of its class, where that of EDM and OpenAI is 0.002
     x = 80 * noise
     F = (Denoiser(raw).eval()(x, torch.tensor(80.0), labels) - x * 0.25 / (6400 + 0.25)) / (40 / (6400 + 0.25) ** 0.5)
+    assert generator.flow.sigma_min == below
     expected = x * 0.25 / ((80 - below) ** 2 + 0.25) + (80 - below) * 0.5 / (6400 + 0.25) ** 0.5 * F
     assert_rounded(one_step(tmp_path / "ect", noise, labels), expected, 500)
 

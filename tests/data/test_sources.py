@@ -89,6 +89,14 @@ def test_files_in_no_folder_are_a_class_of_their_own(tmp_path: Path) -> None:
     assert prepared(write_folder(tmp_path / "flat", {"z.png": encoded(0, 8, 8)}))[1] is None
 
 
+@pytest.mark.parametrize("labels", [None, []])
+def test_a_description_without_labels_is_none(labels: list[object] | None, tmp_path: Path) -> None:
+    """As in the official tool."""
+    document = {"dataset.json": json.dumps({"labels": labels}).encode()}
+    assert_pictures(write_folder(tmp_path / "set", PICTURES | document))
+    assert_pictures(write_zip(tmp_path / "set.zip", PICTURES | document), None)
+
+
 def test_numbered_folders_may_be_no_classes(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "set", {f"0000{i}/img.png": encoded(i, 8, 8) for i in range(2)})
     assert prepared(source)[1] == [0, 1]

@@ -10,7 +10,9 @@ Source: Lu & Song 2025 (sCM), section 4.1.  Differs: the paper trains its teache
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +71,11 @@ def with_positional_time(flow: FlowNetwork) -> FlowNetwork:
     return rebuild(flow, new, replace(edm, c_noise_kind="time"), positional_time=True)
 
 
+def can_double_norm(arguments: Mapping[str, Any]) -> bool:
+    """Returns whether a network of these arguments has modulations, which can be normalized."""
+    return "double_norm" in arguments and bool(arguments.get("adaptive_scale", True))
+
+
 @torch.no_grad()
 def with_double_norm(flow: FlowNetwork) -> FlowNetwork:
     """Returns a copy whose blocks normalize their modulations to their average rms in training.
@@ -77,9 +84,9 @@ def with_double_norm(flow: FlowNetwork) -> FlowNetwork:
         normalize them already.
     """
     network = flow.network
-    if "double_norm" not in network.arguments:
+    if not can_double_norm(network.arguments):
         raise CheckpointError(
-            f"{type(network).__name__} has no adaptive normalization to double: leave out --double-norm"
+            f"this {type(network).__name__} has no adaptive normalization to double: leave out --double-norm"
         )
     if network.arguments["double_norm"]:
         raise CheckpointError("this teacher already has adaptive double normalization: leave out --double-norm")

@@ -161,3 +161,7 @@ def test_what_cannot_be_adapted(make_flow: MakeFlow) -> None:
         with_double_norm(with_double_norm(adapted))
     with pytest.raises(CheckpointError, match="SongUNet has no adaptive norm"):
         with_double_norm(make_flow("ddpmpp"))
+    with pytest.raises(CheckpointError, match="DhariwalUNet has no adaptive norm"):
+        with_double_norm(make_flow("adm", adaptive_scale=False))
+    with pytest.raises(ValueError, match="scale and shift"):
+        make_flow("adm", adaptive_scale=False, double_norm=True)
