@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edmdistill.cli.types import COMPILE, Name, NumberList
+from edmdistill.cli.types import COMPILE, SECOND_MOMENTS, Name, NumberList
 from edmdistill.errors import EdmDistillError, PeerFailed
 
 if TYPE_CHECKING:
@@ -61,6 +61,17 @@ def compile_option(default: str | None, shown: str) -> Callable[[Callable[..., N
         help="Let torch.compile fuse the networks' operations, or make CUDA graphs of them too: minutes of compiling, "
         f"for speed that no GPU has shown yet.  [default: {shown}]",
     )
+
+
+def second_moment_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --second-moment to a command."""
+    return click.option(
+        "--second-moment",
+        type=click.Choice(SECOND_MOMENTS),
+        default="fp32",
+        show_default=True,
+        help="Adam's; bf16 halves it, by rounding at random: a step's length is off by about 1% at betas of .99.",
+    )(command)
 
 
 @contextmanager

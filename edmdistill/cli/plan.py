@@ -1,14 +1,18 @@
 """edmdistill plan: what a run will need, before anything is loaded."""
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
-from edmdistill.cli.options import show_stage
+from edmdistill.cli.options import second_moment_option, show_stage
 from edmdistill.cli.train import OFFLOADS, Words
 from edmdistill.cli.types import FiniteFloat, Memory, Name
 from edmdistill.machine.gpus import GPUS, measure_this_machine
 from edmdistill.methods import METHODS
+
+if TYPE_CHECKING:
+    from edmdistill.machine.engine import SecondMoment
 
 
 @click.command("plan")
@@ -28,6 +32,7 @@ from edmdistill.methods import METHODS
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="As for train.")
 @click.option("--checkpoint-activations", is_flag=True, help="As for train.")
 @click.option("--loss-pieces", type=click.IntRange(min=1), default=1, help="As for train.")
+@second_moment_option
 @click.option(
     "--gpu", "names", type=click.Choice(list(GPUS)), multiple=True, help="Plan for this GPU; may be repeated."
 )
@@ -53,6 +58,7 @@ def command(
     processes: int,
     micro_batch: int | None,
     loss_pieces: int,
+    second_moment: "SecondMoment",
     checkpoint_activations: bool,
     offload: tuple[str, ...],
     shard: bool,
@@ -72,11 +78,17 @@ def command(
     from edmdistill.planning.fit import fit_request
     from edmdistill.planning.outlines import outline_guide, outline_teacher
     from edmdistill.recipes.library import load_recipe
-    from edmdistill.training.checks import require_pieces
+    from edmdistill.training.checks import require_effect
 
     resolved = load_recipe(recipe, method, sets)
-    machine = Machine(None, None, shard and processes > 1, offload, checkpoint_activations, loss_pieces=loss_pieces)
-    require_pieces(resolved, machine)
+    machine = Machine(
+        shard=shard and processes > 1,
+        offload=offload,
+        checkpointing=checkpoint_activations,
+        loss_pieces=loss_pieces,
+        second_moment=second_moment,
+    )
+    require_effect(resolved, machine)
     request = PlanRequest(
         resolved,
         outline_teacher(resolved, teacher, network, data),

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edmdistill.cli.options import compile_option, errors_once, say, show_stage
+from edmdistill.cli.options import compile_option, errors_once, say, second_moment_option, show_stage
 from edmdistill.cli.types import Memory, Name, OutputPath
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
-    from edmdistill.machine.engine import Machine
+    from edmdistill.machine.engine import Machine, SecondMoment
     from edmdistill.recipes.schema import CompileMode, Recipe
     from edmdistill.training.run import Run
 
@@ -75,6 +75,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     default=1,
     help="Pieces in which the generator's loss goes through teacher and auxiliary score.",
 )
+@second_moment_option
 @compile_option(None, "the recipe's, off")
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Data readers a process; default: 0 on a CPU, up to 4 beside a GPU."
@@ -101,6 +102,7 @@ def command(
     offload: tuple[str, ...],
     checkpoint_activations: bool,
     loss_pieces: int,
+    second_moment: "SecondMoment",
     compile_mode: "CompileMode | None",
     workers: int | None,
     log_with: tuple[str, ...],
@@ -124,7 +126,16 @@ def command(
 
     size = _micro_batch(micro_batch)
     machine = Machine(
-        device, size, shard, offload, checkpoint_activations, workers, log_with, loss_pieces, compile_mode
+        device,
+        size,
+        shard,
+        offload,
+        checkpoint_activations,
+        workers,
+        log_with,
+        loss_pieces,
+        compile_mode,
+        second_moment,
     )
     with errors_once():
         source = find_recipe(recipe)

@@ -19,6 +19,7 @@ PROTOCOLS = "digits", "tiles", "pixels", "edm", "edm2", "adm", "cosim"
 FEATURES = "inception", "dinov2", "inception-pytorch-fid", "dinov2-dgm", "digits", "tiles", "pixels"
 SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
 COMPILE = "off", "default", "reduce-overhead", "max-autotune"
+SECOND_MOMENTS = "fp32", "bf16"
 """The keys of the library's tables, which are not imported for `--help`; a test compares them."""
 
 

@@ -39,6 +39,7 @@ from edmdistill.recipes.schema import CompileMode
 from edmdistill.transfer import is_gpu, to_host
 
 T = TypeVar("T")
+SecondMoment = Literal["fp32", "bf16"]
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the main one, which may be writing to a slow disk; by NCCL's default, 10 minutes."""
@@ -47,6 +48,8 @@ MOST_WORKERS = 4
 
 class Machine(NamedTuple):
     """How a run uses the hardware. None of it is in the recipe, and a run can be resumed with other values.
+
+    It changes rounding alone; that of `second_moment` is coarse, and has no bias.
 
     Attributes:
         device: cpu, cuda, cuda:1 ...; None: cuda if available.
@@ -58,6 +61,7 @@ class Machine(NamedTuple):
         log_with: trackers, by Accelerate's names.
         loss_pieces: the generator's loss goes through teacher and auxiliary score in so many pieces.
         compile: a mode of torch.compile for the blocks of networks, or off; None: the recipe's.
+        second_moment: precision of Adam's; bf16 is rounded at random.
     """
 
     device: str | None = None
@@ -69,6 +73,7 @@ class Machine(NamedTuple):
     log_with: tuple[str, ...] = ()
     loss_pieces: int = 1
     compile: CompileMode | None = None
+    second_moment: SecondMoment = "fp32"
 
     @property
     def shares_weights(self) -> bool:

@@ -36,6 +36,7 @@ class Environment(TypedDict):
     shard: bool
     offload: list[str]
     checkpointing: bool
+    second_moment: str
 
 
 class SessionRecord(Environment):
@@ -67,6 +68,7 @@ def environment(engine: Engine) -> Environment:
         "shard": machine.shard,
         "offload": list(machine.offload),
         "checkpointing": machine.checkpointing,
+        "second_moment": machine.second_moment,
     }
 
 

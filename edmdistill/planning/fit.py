@@ -1,7 +1,8 @@
 """`--fit`: the fastest way to use a GPU's memory for a run.
 
-Ways differ in the micro-batch, in what is recomputed, in the pieces of the generator's loss, and in what waits in the
-host's memory. None of them changes what is computed, beyond rounding.
+Ways differ in the micro-batch, in what is recomputed, in the pieces of the generator's loss, in what waits in the
+host's memory, and in the precision of Adam's second moment. None of them changes what is computed, beyond rounding;
+that of the second moment is coarse, and is chosen where it saves much time, or nothing else fits.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ HOST_SPEED = 20e9
 """Bytes a second between a GPU and pinned memory, over PCIe 4.0 x16 of 32e9; and those of a host's own memory."""
 EMA_TRAFFIC = 4
 """Times that an average's bytes are moved in a round: weights down, then two numbers read and one written."""
+COARSE = 1.1
+"""Times that a round takes longer at least without a second moment in bfloat16, where that is chosen."""
 ADAM_TRAFFIC = 10
 """The same of the bytes of weights that the host's Adam trains: weights and gradients down, weights up, 7 in a step."""
 
@@ -55,7 +58,9 @@ class Fitted(NamedTuple):
     @property
     def sentence(self) -> str:
         """Returns what was chosen, in words."""
-        return f"--fit chooses {options(self.machine)}, by plan {self.peak / 1e9:.3g} of {self.memory / 1e9:.4g} GB."
+        chosen = f"{options(self.machine)}, by plan {self.peak / 1e9:.3g} of {self.memory / 1e9:.4g} GB"
+        coarse = self.machine.second_moment == "bf16"
+        return f"--fit chooses {chosen}{'; the second moment is rounded at random, without bias' if coarse else ''}."
 
 
 def options(machine: Machine) -> str:
@@ -63,6 +68,7 @@ def options(machine: Machine) -> str:
     words = {
         "--checkpoint-activations": machine.checkpointing,
         f"--loss-pieces {machine.loss_pieces}": machine.loss_pieces > 1,
+        f"--second-moment {machine.second_moment}": machine.second_moment != "fp32",
         f"--offload {','.join(machine.offload)}": machine.offload,
         f"--micro-batch {machine.micro_batch}": machine.micro_batch,
     }
@@ -106,7 +112,8 @@ def fit(
                 return fitted  # nothing is faster than to do nothing
             fitting += [] if fitted is None else [fitted]
     if fitting:
-        return min(fitting, key=lambda fitted: fitted.seconds)
+        exact = machine.second_moment
+        return min(fitting, key=lambda way: way.seconds * (1 if way.machine.second_moment == exact else COARSE))
     raise TrainingError(
         f"not even one image fits in {memory / 1e9:.4g} GB: the leanest way takes {least / 1e9:.4g} GB; use a larger "
         "GPU, or several with --processes and --shard"
@@ -130,12 +137,16 @@ def ways(recipe: Recipe, machine: Machine, spill: bool) -> Iterator[Machine]:
 
 
 def spilled(recipe: Recipe, way: Machine, spill: bool) -> Iterator[Machine]:
-    """Yields the way, and those that keep averages or optimizers in the host's memory too."""
-    parts = {"ema": True, "optimizer": recipe.training.optimizer == "adam"}
+    """Yields the way, and those that keep averages or optimizers in the host's memory too, or half a second moment."""
+    adam = recipe.training.optimizer == "adam"
+    parts = {"ema": True, "optimizer": adam}
     movable = [part for part, can_move in parts.items() if spill and can_move and part not in way.offload]
     for count in range(len(movable) + 1):
         for more in combinations(movable, count):
-            yield way._replace(offload=(*way.offload, *more))
+            chosen = way._replace(offload=(*way.offload, *more))
+            yield chosen
+            if adam and "optimizer" not in chosen.offload and chosen.second_moment == "fp32":
+                yield chosen._replace(second_moment="bf16")
 
 
 def _fitted(

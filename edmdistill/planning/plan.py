@@ -196,7 +196,7 @@ def make_plan(measured: Measurement, machine: Machine = Machine(), processes: in
     method, networks, passes = measured.recipe.method_class, measured.networks, measured.passes
     sizes = {role: _bytes(network.state_dict().values()) for role, network in networks.items()}
     trained = {role: turn.trained for role, turn in passes.items()}
-    states = {role: state_bytes(measured.recipe.training.of(role)) for role in trained}
+    states = {role: state_bytes(measured.recipe.training.of(role), machine.second_moment) for role in trained}
     averages = len(profiles(measured.recipe.ema)) * sizes[method.product]
     if measured.offloaded:
         sizes |= {name: 0 for name, role in measured.recipe.roles.items() if role.frozen}

@@ -85,6 +85,7 @@ def _plan(run: RunSummary, config: CheckpointConfig, session: dict[str, Any], pr
         shard=session.get("shard", False),
         offload=tuple(session.get("offload", ())),
         checkpointing=session.get("checkpointing", False),
+        second_moment=session.get("second_moment", "fp32"),
     )
     guided = any(role.source == "guide" for role in run.recipe.roles.values())
     measured = measure(run.recipe, flow, machine, guide=flow if guided else None)

@@ -210,6 +210,8 @@ def _options(session: Mapping[str, Any]) -> str:
     words += ["--shard"] if session["shard"] else []
     words += [f"--offload {','.join(session['offload'])}"] if session["offload"] else []
     words += ["--checkpoint-activations"] if session["checkpointing"] else []
+    moment = session.get("second_moment", "fp32")  # earlier sessions do not say
+    words += [f"--second-moment {moment}"] if moment != "fp32" else []
     return " ".join(words) or "none"
 
 

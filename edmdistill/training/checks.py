@@ -23,8 +23,14 @@ def require_guide(recipe: Recipe, guide: object) -> None:
         raise TrainingError(f"--guide has no effect: this recipe of {name} uses no guide; leave it out{hint}")
 
 
-def require_pieces(recipe: Recipe, machine: Machine) -> None:
-    """Raises: TrainingError: the generator's loss is asked for in pieces, but the method has no such loss."""
+def require_effect(recipe: Recipe, machine: Machine) -> None:
+    """Raises: TrainingError: an option does nothing: the method has no loss in pieces, or the optimizer is not Adam."""
+    optimizer = recipe.training.optimizer
+    if machine.second_moment != "fp32" and optimizer != "adam":
+        raise TrainingError(
+            f"--second-moment {machine.second_moment} has no effect: it is for adam, and the recipe uses {optimizer}; "
+            "leave it out"
+        )
     if machine.loss_pieces > 1 and not recipe.method_class.splits_loss:
         raise TrainingError(
             f"--loss-pieces has no effect: {recipe.method_name} has no loss that can be split; leave it out"

@@ -103,7 +103,7 @@ def _reserve_memory(run: Run) -> torch.Tensor:
     size = 0.0
     for role, optimizer in run.optimizers.items():
         if not optimizer.state and "optimizer" not in run.engine.machine.offload:
-            each = state_bytes(run.recipe.training.of(role))
+            each = state_bytes(run.recipe.training.of(role), run.engine.machine.second_moment)
             size += sum(each * local_shard(parameter).numel() for parameter in run.trainable[role].values())
     if is_gpu(run.engine.device):
         size += HEADROOM * torch.cuda.get_device_properties(run.engine.device).total_memory

@@ -1,32 +1,37 @@
-"""Optimizers, in the device's memory or the host's, and learning rates."""
+"""The optimizers of recipes, their states in files, and learning rates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.adam import adam
 
 from edmdistill.errors import TrainingError
+from edmdistill.machine.engine import SecondMoment
 from edmdistill.recipes.schema import TrainingTable
-from edmdistill.transfer import host_block, wait_for
+from edmdistill.training.adam import OffloadedAdam, make_adam
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], training: TrainingTable, offload: bool = False
+    parameters: Iterable[nn.Parameter],
+    training: TrainingTable,
+    offload: bool = False,
+    second_moment: SecondMoment = "fp32",
 ) -> torch.optim.Optimizer:
     """Returns a role's optimizer.
 
     Args:
         offload: keeps its states, and takes its steps, in the host's memory.
+        second_moment: Adam's, see `LeanAdam`; not of other optimizers.
     Raises: TrainingError: offload is for Adam alone; or torchao is not installed.
     """
     options: dict[str, Any] = {"lr": training.lr, "betas": training.betas, "eps": training.eps}
     if training.optimizer == "adam":
-        return OffloadedAdam(parameters, **options) if offload else make_adam(parameters, **options)
+        make = OffloadedAdam if offload else make_adam
+        return make(parameters, training.seed, second_moment, **options)
     if offload:
         raise TrainingError(
             f"--offload optimizer is for adam, but the recipe uses {training.optimizer}: leave out one of them"
@@ -43,17 +48,13 @@ def make_optimizer(
     return made
 
 
-def make_adam(parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Adam:
-    """Returns Adam in torch's fused kernel; at beta1 = 0, without the average of gradients, which is the gradient."""
-    kind = torch.optim.Adam if options["betas"][0] else MomentumFreeAdam
-    return kind(list(parameters), **options, fused=True)
-
-
-def state_bytes(training: TrainingTable) -> int:
+def state_bytes(training: TrainingTable, second_moment: SecondMoment = "fp32") -> int:
     """Returns the bytes that an optimizer keeps for each parameter."""
     if training.optimizer == "adam8bit":
         return 2
-    return 4 if training.optimizer == "adam" and training.betas[0] == 0 else 8
+    if training.optimizer != "adam":
+        return 8
+    return (4 if training.betas[0] else 0) + (2 if second_moment == "bf16" else 4)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -90,90 +91,6 @@ def load_states(optimizer: torch.optim.Optimizer, states: dict[int, dict[str, Te
             inner = (state[f"{key}:{name}"] for name in OptimState8bit.tensor_attrs)
             whole[index][key] = OptimState8bit(*inner, signed=key == "exp_avg")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": whole})
-
-
-class MomentumFreeAdam(torch.optim.Adam):
-    """Adam at beta1 = 0, with half of its states and the same bits: the gradient itself serves as its average.
-
-    Its states are `step` and `exp_avg_sq`, and it loads those of torch's Adam.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in moved:
-                if not self.state[parameter]:
-                    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    self.state[parameter] = {"step": step, "exp_avg_sq": torch.zeros_like(parameter)}
-            gradients = [parameter.grad for parameter in moved]
-            states = [self.state[parameter] for parameter in moved]
-            adam(
-                moved,
-                gradients,
-                gradients,  # the kernel writes 0 average + 1 gradient here, which changes nothing
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                amsgrad=False,
-                beta1=0.0,
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
-            )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        states = {
-            index: {key: value for key, value in state.items() if key != "exp_avg"}
-            for index, state in state_dict["state"].items()
-        }
-        super().load_state_dict({**state_dict, "state": states})
-
-
-class OffloadedAdam(torch.optim.Optimizer):
-    """Adam on copies of the weights in the host's memory; the device holds weights and gradients alone.
-
-    Weights and gradients travel through pinned memory that stays, and the host waits once a step. The states are those
-    of Adam itself.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], **options: Any) -> None:
-        super().__init__(parameters, options)
-        self._parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        self._device = self._parameters[0].device
-        self._copies = [nn.Parameter(copy) for copy in host_block(self._parameters, self._device)]
-        self._gradients = host_block(self._parameters, self._device)
-        self._adam = make_adam(self._copies, **options)
-        # The same objects, so that learning rates and states set here are set there.
-        self.state = self._adam.state
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        moved = [index for index, parameter in enumerate(self._parameters) if parameter.grad is not None]
-        for index in moved:
-            # The weights too: forced weight normalization has changed them since the last step.
-            self._copies[index].copy_(self._parameters[index], non_blocking=True)
-            self._gradients[index].copy_(self._parameters[index].grad, non_blocking=True)
-            self._copies[index].grad = self._gradients[index]
-        wait_for(self._device)
-        for group, inner in zip(self.param_groups, self._adam.param_groups, strict=True):
-            inner["lr"] = group["lr"]
-        self._adam.step()
-        for index in moved:
-            self._parameters[index].copy_(self._copies[index], non_blocking=True)
-            self._copies[index].grad = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._adam.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._adam.load_state_dict(state_dict)
-        self.state = self._adam.state
 
 
 def learning_rate(training: TrainingTable, role: str, images: int) -> float:

@@ -62,7 +62,7 @@ def prepare(
     if machine.shard and recipe.training.optimizer == "adam8bit":
         raise TrainingError("the states of adam8bit cannot be sharded: leave out --shard, or choose another optimizer")
     checks.require_guide(recipe, guide)
-    checks.require_pieces(recipe, machine)
+    checks.require_effect(recipe, machine)
     machine = checks.with_compile_mode(recipe, machine)
     sources = read_sources(recipe, data, teacher, guide, init)
     check_sources(recipe, sources, guide, force_guidance)
@@ -165,7 +165,9 @@ def assemble(recipe: Recipe, sources: Sources, networks: dict[str, nn.Module], m
         role_modules=role_modules,
         trainable=trainable,
         optimizers={
-            role: make_optimizer(parameters.values(), recipe.training.of(role), "optimizer" in machine.offload)
+            role: make_optimizer(
+                parameters.values(), recipe.training.of(role), "optimizer" in machine.offload, machine.second_moment
+            )
             for role, parameters in trainable.items()
         },
         scales={role: LossScale() for role in trained} if recipe.training.precision == "fp16" else {},

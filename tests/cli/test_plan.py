@@ -45,6 +45,17 @@ def test_a_recipe_without_a_method(tmp_path: Path) -> None:
     assert result.stdout.startswith("sid in fp32")
 
 
+def test_the_second_moment() -> None:
+    """Two bytes for each parameter of both networks, at beta1 = 0."""
+    words = "cosim/digits-paper", TEACHER, "--second-moment", "bf16"
+    document = json.loads(plan(*words, "--gpu", "l40s", "--json").stdout)
+    trained = document["parameters"]["generator"] + document["parameters"]["auxiliary"]
+    assert document["bytes"]["optimizers"] == pytest.approx(2 * trained, rel=0.02)
+    result = plan(*words, "--set", 'training.optimizer="radam"')
+    assert result.exit_code == 2
+    assert "--second-moment bf16 has no effect: it is for adam, and the recipe uses radam" in result.output
+
+
 def test_every_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edmdistill.planning.document.PRECISIONS", ("bf16",))
     document = json.loads(plan("sid/digits", TEACHER, "--processes", "2", "--all", "--json").stdout)

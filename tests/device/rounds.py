@@ -38,8 +38,8 @@ def compare(teacher: str | None, recipe: dict[str, Any], machine: dict[str, Any]
     Returns: waits of that round, by cause and line; its kernels and bytes; turns of a round; and the relative distance
         of all trained numbers after the other rounds from those on the CPU.
     """
-    there = {"micro_batch": machine["micro_batch"]} if "micro_batch" in machine else {}
-    host = start(teacher, recipe, "cpu", there)
+    alike = {name: machine[name] for name in ("micro_batch", "second_moment") if name in machine}
+    host = start(teacher, recipe, "cpu", alike)
     steps = rounds(host)
     for _ in range(number):
         next(steps)

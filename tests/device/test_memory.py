@@ -21,6 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "micro-batches": {"micro_batch": 4},
     "a loss in pieces": {"loss_pieces": 4},
     "checkpointing": {"checkpointing": True},
+    "a rounded second moment": {"second_moment": "bf16"},
     "average on the host": {"offload": ["ema"]},
     "everything": {
         "checkpointing": True,

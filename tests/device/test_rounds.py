@@ -81,6 +81,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, int]]] = {
     "a loss in pieces": ({}, {"loss_pieces": 3}, {}),
     "workers": ({}, {"workers": 2}, {}),
     "radam": ({"optimizer": "radam"}, {}, {}),
+    "a rounded second moment": ({"betas": [0.0, 0.99]}, {"second_moment": "bf16"}, {}),
     "clipping": ({"grad_clip": 1e-2}, {}, {}),
     "average on the host": ({}, {"offload": ["ema"]}, {"synchronize transfer.py": 1}),
     "optimizer on the host": ({}, {"offload": ["optimizer"]}, {"synchronize transfer.py": 2}),

@@ -17,10 +17,10 @@ from toy_runs import save_sources
 
 from edmdistill.checkpoints.load import load_model
 from edmdistill.checkpoints.store import load_checkpoint
-from edmdistill.cli.types import COMPILE
+from edmdistill.cli.types import COMPILE, SECOND_MOMENTS
 from edmdistill.errors import EdmDistillError
 from edmdistill.machine import compile as compiling
-from edmdistill.machine.engine import Machine
+from edmdistill.machine.engine import Machine, SecondMoment
 from edmdistill.networks.base import Conditioning
 from edmdistill.recipes.schema import CompileMode, Recipe
 from edmdistill.sampling.generate import generate_images
@@ -36,6 +36,7 @@ quiet = pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 
 def test_modes_are_those_of_the_command_line() -> None:
     assert get_args(CompileMode) == COMPILE
+    assert get_args(SecondMoment) == SECOND_MOMENTS
 
 
 def test_off_leaves_networks_alone(start: Callable[..., Run]) -> None:

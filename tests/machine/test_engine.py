@@ -78,6 +78,14 @@ def test_the_losses_move(losses: tuple[Losses, Losses]) -> None:
         assert max(measures[name] for measures in rounds) > 1.001 * min(measures[name] for measures in rounds), case
 
 
+@pytest.mark.slow
+def test_a_rounded_second_moment_is_sharded_and_resumes(teacher: Path, tmp_path: Path) -> None:
+    run_by_two(SPREAD.with_name("rounded_shards.py"), teacher, tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["differ"], found["dtypes"]) == ([], ["torch.bfloat16"])
+    assert 0 < found["distance"] < 0.02
+
+
 @given(batch=st.integers(1, 300), world=st.integers(1, 9), size=st.none() | st.integers(1, 64))
 def test_every_row_belongs_to_one_micro_batch_of_one_process(batch: int, world: int, size: int | None) -> None:
     engine = Engine(Machine(device="cpu", micro_batch=size))

@@ -12,7 +12,7 @@ from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.planning import fit as module
-from edmdistill.planning.fit import fit, fit_run, options
+from edmdistill.planning.fit import COARSE, fit, fit_run, options
 from edmdistill.planning.plan import Measurement, make_plan, measure
 from edmdistill.recipes.library import load_recipe
 from edmdistill.training.micro_batch import HEADROOM
@@ -55,7 +55,9 @@ def test_less_memory_leads_to_slower_ways() -> None:
     while memory * (1 - HEADROOM) >= least:
         fitted = fit(RECIPE, flow(), Machine(), memory, GPU_AT_HAND)
         machine = fitted.machine
-        assert fitted.seconds >= seconds
+        assert (
+            fitted.seconds >= seconds / COARSE
+        )  # a way that is not exact may be a little faster than the last exact one
         assert fitted.peak <= (1 - HEADROOM) * memory
         lean = "teacher" in machine.offload
         plan = make_plan(measured(machine.checkpointing, machine.loss_pieces, lean, False), machine)
@@ -66,6 +68,21 @@ def test_less_memory_leads_to_slower_ways() -> None:
     assert "--checkpoint-activations" in chosen[-1]
     assert {*machine.offload} == {"ema", "teacher", "optimizer"}
     assert len(set(chosen)) > 4
+
+
+def test_a_rounded_moment_is_chosen_where_it_saves_much_or_nothing_else_fits() -> None:
+    """Without moving anything to the host: the leanest way that is exact takes 4 bytes a parameter, and this one 2."""
+    machine = Machine(micro_batch=8, checkpointing=True, loss_pieces=4)
+    plan = make_plan(measured(True, 4, False, False), machine)
+    rounded = plan._replace(optimizer=plan.optimizer // 2)
+    for peak, moment in ((plan.peak(8), "fp32"), (rounded.peak(8), "bf16")):
+        fitted = fit(RECIPE, flow(), machine, (peak + 1) / (1 - HEADROOM), GPU_AT_HAND, spill=False)
+        assert (fitted.machine.second_moment, fitted.peak) == (moment, peak)
+        assert ("--second-moment bf16 --micro-batch 8" in fitted.sentence) == (moment == "bf16")
+        assert fitted.sentence.endswith("without bias." if moment == "bf16" else " GB.")
+    # Where the host has room, the optimizer's way there takes time.
+    fitted = fit(RECIPE, flow(), machine._replace(offload=("ema",)), rounded.peak(8) / (1 - HEADROOM), GPU_AT_HAND)
+    assert fitted.machine.second_moment == "fp32"
 
 
 def test_what_the_user_asks_for_stays() -> None:
@@ -87,7 +104,8 @@ def test_on_a_cpu_the_memory_is_named_and_nothing_moves(monkeypatch) -> None:
 
     with pytest.raises(TrainingError, match="name the memory, as in --fit 12GB"):
         run("auto")
-    least = make_plan(measured(True, 4, False, False)).peak(1) / (1 - HEADROOM)
+    leanest = make_plan(measured(True, 4, False, False), Machine(second_moment="bf16"))
+    least = leanest.peak(1) / (1 - HEADROOM)
     fitted = run(1.05 * least)
     assert fitted.machine.checkpointing
     assert not fitted.machine.offload

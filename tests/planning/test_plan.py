@@ -130,6 +130,9 @@ def test_where_things_are_kept() -> None:
     plain, sharded, copied = make_plan(found), make_plan(found, Machine(shard=True), 4), make_plan(found, processes=2)
     assert sum(plain.weights.values()) == pytest.approx(3 * one, rel=0.02)
     assert (plain.averages, plain.optimizer) == (pytest.approx(one, rel=0.02), pytest.approx(2 * one, rel=0.02))
+    rounded = make_plan(found, Machine(second_moment="bf16"))
+    assert rounded.optimizer == plain.optimizer // 2
+    assert plain.peak(3) - rounded.peak(3) == plain.optimizer // 2
     for name in ("averages", "optimizer"):
         assert getattr(sharded, name) == getattr(plain, name) // 4
     assert sharded.gradients == {role: size // 4 for role, size in plain.gradients.items()}
