@@ -13,9 +13,9 @@ has some, on EDM's curve elsewhere. On tiles a method without a recipe of its ow
 tuned second level. On a busy machine a CPU-second holds fewer images: leave it alone while the methods are calibrated,
 one after the other.
 
-A training is a process of its own, whose peak memory is noted with the rest in DIR/NAME-SEED.json. What is finished is
-not done again, unless its recipe has changed; a run that was broken off starts anew. Several of these commands may
-share a DIR, as long as each has methods of its own.
+A training is a process of its own; its memory, in MiB, is what it took beyond Python and torch. What is finished is in
+DIR/NAME-SEED.json, and is not done again unless its recipe has changed; a run that was broken off starts anew. Several
+of these commands may share a DIR, as long as each has methods of its own.
 """
 
 import argparse
@@ -143,15 +143,8 @@ class Entry(NamedTuple):
         return values
 
 
-class Spent(NamedTuple):
-    """What a process took: CPU time, and the memory it had at most, in MiB."""
-
-    cpu_seconds: float
-    memory: float
-
-
-def spent_by(log: Path, *arguments: object) -> Spent:
-    """Runs `edmdistill ARGUMENTS` on one thread; what it says goes to a file."""
+def cpu_seconds_of(log: Path, *arguments: object) -> float:
+    """Runs `edmdistill ARGUMENTS` on one thread and returns its CPU time; what it says goes to a file."""
     words = list(map(str, arguments))
     # A cache of its own, because two evaluations at a time refuse to measure one reference in the same folder.
     extra = {"OMP_NUM_THREADS": "1", "EDMDISTILL_CACHE": str(log.parent / "cache" / log.stem)}
@@ -162,7 +155,7 @@ def spent_by(log: Path, *arguments: object) -> Spent:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"edmdistill {' '.join(words)} ended with {process.returncode}; {log} says why")
-    return Spent(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+    return usage.ru_utime + usage.ru_stime
 
 
 def recipe_of(race: Race, name: str, **training: int) -> tuple[Recipe, str, list[str]]:
@@ -190,10 +183,10 @@ def adapted_teacher(race: Race) -> Path:
         print("adapted: convert --time-embedding positional, train diffusion", flush=True)
         for old in (run, converted):
             shutil.rmtree(old, ignore_errors=True)
-        spent_by(log, "convert", race.data, converted, "--time-embedding", "positional")
+        cpu_seconds_of(log, "convert", race.data, converted, "--time-embedding", "positional")
         options = "--data", race.data, "--recipe", race.adapt, "--run-dir", run, "--device", "cpu"
-        spent = spent_by(log, "train", "diffusion", converted, *options)
-        made = entry.add(cpu_seconds=spent.cpu_seconds, images=recipe.training.images)
+        spent = cpu_seconds_of(log, "train", "diffusion", converted, *options)
+        made = entry.add(cpu_seconds=spent, images=recipe.training.images)
     print(f"adapted: {made['images']:,} images, {made['cpu_seconds']:.0f} CPU-seconds, not counted below", flush=True)
     return run
 
@@ -227,33 +220,35 @@ def trained(
     log, evaluation = run.with_suffix(".log"), run / "eval.json"
     shutil.rmtree(run, ignore_errors=True)
     options = "--data", race.data, "--recipe", recipe, "--run-dir", run, "--device", "cpu"
-    spent = spent_by(log, "train", method, teacher, *options, *sets)
+    spent = before + cpu_seconds_of(log, "train", method, teacher, *options, *sets)
     nfe = [str(n) for n in (NFE if len(resolved.sampling.nfe) > 1 else resolved.sampling.nfe)]
     asked = "--protocol", race.data, "--nfe", ",".join(nfe), "--device", "cpu"
-    spent_by(log, "eval", run, *asked, "--out", evaluation)
+    cpu_seconds_of(log, "eval", run, *asked, "--out", evaluation)
     metrics = [result["metrics"] for result in json.loads(evaluation.read_text())["results"]]
     scores = {metric: dict(zip(nfe, (each[metric] for each in metrics), strict=True)) for metric in race.metrics}
     values = ", ".join(f"{value:.3g} in {n}" for n, value in scores[f"fd_{race.data}"].items())
-    spent = spent._replace(cpu_seconds=before + spent.cpu_seconds)
-    print(f"{run.name}: {race.data}-FD {values}, after {spent.cpu_seconds / 60:.2f} CPU-minutes", flush=True)
-    return entry.add(images=images, **spent._asdict(), **scores)
+    memory = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["memory"] / 2**20
+    print(f"{run.name}: {race.data}-FD {values}, after {spent / 60:.2f} CPU-minutes", flush=True)
+    return entry.add(images=images, cpu_seconds=spent, memory=memory, **scores)
 
 
-def cell(values: list[float], form: str) -> str:
-    """Mean and standard deviation, if there are two or more."""
+def cell(values: list[float], form: str, spread: bool = True) -> str:
+    """The mean, and the standard deviation if it is asked for and there are two values or more."""
     if not values:
         return "-"
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
+    deviation = f" ± {statistics.stdev(values):{form}}" if spread and len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
 
 
 def row(name: str, runs: list[dict[str, Any]], metrics: dict[str, str]) -> str:
     """A contestant's line of the table."""
-    minutes, memory = ([run[key] for run in runs] for key in ("cpu_seconds", "memory"))
-    cells = [f"`{name}`", f"{runs[0]['images']:,}", f"{sum(run['images'] for run in runs) / sum(minutes):.0f}"]
-    cells += [f"{max(memory):.0f}", cell([each / 60 for each in minutes], ".2f")]
+    seconds, memory = ([run[key] for run in runs] for key in ("cpu_seconds", "memory"))
+    speed = sum(run["images"] for run in runs) / sum(seconds)
+    cells = [f"`{name}`", f"{len(runs)}", f"{runs[0]['images']:,}", f"{speed:.0f}", f"{max(memory):.0f}"]
+    cells.append(cell([each / 60 for each in seconds], ".2f", spread=False))
     for metric, form in metrics.items():
-        cells += [cell([run[metric][str(n)] for run in runs if str(n) in run[metric]], form) for n in NFE]
+        values = ([run[metric][str(n)] for run in runs if str(n) in run[metric]] for n in NFE)
+        cells += [cell(each, form, spread=metric.startswith("fd")) for each in values]
     return f"| {' | '.join(cells)} |"
 
 
@@ -303,7 +298,7 @@ def chart(results: dict[str, list[dict[str, Any]]], data: str) -> str:
 def report(race: Race, by_name: dict[str, list[dict[str, Any]]], plot: Path | None) -> None:
     """Prints the table, and draws FD by number of steps."""
     scores = [f"{what}, {n}" for what in ("FD", "accuracy") for n in NFE]
-    head = ["", "images", "a CPU-second", "MiB", "CPU-minutes", *scores]
+    head = ["", "seeds", "images", "a CPU-second", "MiB", "CPU-minutes", *scores]
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, runs in by_name.items():
         print(row(name, runs, race.metrics))
