@@ -233,10 +233,10 @@ def trained(
 
 
 def cell(values: list[float], form: str, spread: bool = True) -> str:
-    """The mean, and the standard deviation if it is asked for and there are two values or more."""
+    """The mean, and the standard deviation if asked for and there are two values or more; a dash if there is none."""
     if not values:
         return "-"
-    deviation = f" ± {statistics.stdev(values):{form}}" if spread and len(values) > 1 else ""
+    deviation = f" ± {statistics.stdev(values):.2g}" if spread and len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{deviation}"
 
 

@@ -30,7 +30,7 @@ def test_a_row_has_means_over_seeds_and_dashes_where_nothing_was_measured() -> N
     run = {"images": 100, "cpu_seconds": 60.0, "memory": 400.0, "class_accuracy": {"1": 0.5, "2": 0.75}}
     runs = [run | {"fd_tiles": {"1": fd, "2": 2 * fd}} for fd in (1.0, 3.0)]
     cells = row("scd", runs, Race("tiles", Path()).metrics).strip("| ").split(" | ")
-    assert cells[:8] == ["`scd`", "2", "100", "2", "400", "1.00", "2 ± 1.41", "4 ± 2.83"]
+    assert cells[:8] == ["`scd`", "2", "100", "2", "400", "1.00", "2 ± 1.4", "4 ± 2.8"]
     assert cells[8:] == ["-", "-", "0.500", "0.750", "-", "-"]
 
 
