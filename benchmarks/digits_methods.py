@@ -252,6 +252,14 @@ def row(name: str, runs: list[dict[str, Any]], metrics: dict[str, str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def spread_out(heights: list[float], gap: float = 15, lowest: float = 408) -> list[float]:
+    """Labels near increasing heights of a picture, that far apart, none of them below its lower edge."""
+    labels: list[float] = []
+    for height in heights:
+        labels.append(max(height, labels[-1] + gap) if labels else height)
+    return [min(label, lowest - gap * (len(labels) - 1 - i)) for i, label in enumerate(labels)]
+
+
 def chart(results: dict[str, list[dict[str, Any]]], data: str) -> str:
     """FD by number of steps as SVG, a line a method: means, with a label beside the last point of each."""
     fd = f"fd_{data}"
@@ -279,19 +287,22 @@ def chart(results: dict[str, list[dict[str, Any]]], data: str) -> str:
             f'<path class="rule" d="M50 {at:.1f}H490"/><text class="ink" x="14" y="{at + 4:.1f}">{tick:g}</text>'
         )
     parts += [f'<text class="ink" x="{46 + 440 * x.at(n):.1f}" y="424">{n}</text>' for n in NFE]
-    label = 0.0
-    for i, (name, points) in enumerate(sorted(place.items(), key=lambda item: item[1][-1][1])):
+    place = dict(sorted(place.items(), key=lambda item: item[1][-1][1]))
+    # Labels stand in columns: right of the plot, or beside single points.
+    columns = {name: points[-1][0] + 26 if len(points) == 1 else 512.0 for name, points in place.items()}
+    labels: dict[str, float] = {}
+    for column in set(columns.values()):
+        names = [name for name in place if columns[name] == column]
+        labels |= dict(zip(names, spread_out([place[name][-1][1] for name in names]), strict=True))
+    for i, (name, points) in enumerate(place.items()):
         color = f"hsl({i * 137 % 360} 65% 48%)"
         last_x, last_y = points[-1]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline class="line" stroke="{color}" points="{path}"/>')
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{color}"/>' for a, b in points]
-        if len(points) == 1:
-            parts.append(f'<text x="{last_x + 7:.1f}" y="{last_y + 4:.1f}" fill="{color}">{name}</text>')
-            continue
-        label = max(last_y, label + 15)
-        parts.append(f'<path stroke="{color}" stroke-opacity=".4" d="M{last_x + 5:.1f} {last_y:.1f}L512 {label:.1f}"/>')
-        parts.append(f'<text x="516" y="{label + 4:.1f}" fill="{color}">{name}</text>')
+        line = f"M{last_x + 5:.1f} {last_y:.1f}L{columns[name]:.1f} {labels[name]:.1f}"
+        parts.append(f'<path stroke="{color}" stroke-opacity=".4" d="{line}"/>')
+        parts.append(f'<text x="{columns[name] + 4:.1f}" y="{labels[name] + 4:.1f}" fill="{color}">{name}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from digits_methods import CONTESTANTS, NFE, Race, chart, recipe_of, row
+from digits_methods import CONTESTANTS, NFE, Race, chart, recipe_of, row, spread_out
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
@@ -48,3 +48,8 @@ def test_the_plot_has_a_line_a_method_that_falls_where_the_distance_does() -> No
     heights = [float(point.split(",")[1]) for point in max(lines, key=len)]
     assert heights == sorted(heights)
     assert heights[-1] > heights[0]
+
+
+def test_labels_do_not_overlap_nor_leave_the_picture() -> None:
+    assert spread_out([10.0, 12.0, 200.0]) == [10.0, 25.0, 200.0]
+    assert spread_out([390.0, 395.0, 400.0]) == [378.0, 393.0, 408.0]
