@@ -43,8 +43,8 @@ class Array(Stateful):
 
     def set_state(self, state: object) -> None:
         match state:
-            case (1, tuple() as shape, Dtype() as dtype, False, memoryview() as data):
-                self.numbers = np.frombuffer(data, dtype.code).reshape(shape)
+            case (1, tuple() as shape, Dtype() as dtype, bool() as fortran, memoryview() as data):
+                self.numbers = np.frombuffer(data, dtype.code).reshape(shape, order="F" if fortran else "C")
             case _:
                 raise TypeError
 
@@ -58,10 +58,10 @@ def read_scalar(dtype: object, data: object) -> object:
 
 def read_buffer(data: object, dtype: object, shape: object, order: object) -> Array:
     """Stand-in for numpy.core.numeric._frombuffer, by which protocol 5 writes an array."""
-    if not isinstance(dtype, Dtype) or order != "C":
+    if not isinstance(dtype, Dtype) or order not in ("C", "F"):
         raise TypeError
     array = Array()
-    array.set_state((1, shape, dtype, False, data))
+    array.set_state((1, shape, dtype, order == "F", data))
     return array
 
 

@@ -112,6 +112,8 @@ def test_numpy() -> None:
     dtype.set_state((3, "<", None, None, None, -1, -1, 0))
     array.set_state((1, (2, 1), dtype, False, memoryview(struct.pack("<2f", 1, 2))))
     assert array.numbers.tolist() == [[1], [2]]
+    array.set_state((1, (2, 2), dtype, True, memoryview(struct.pack("<4f", 1, 2, 3, 4))))
+    assert array.numbers.tolist() == [[1, 3], [2, 4]]
     assert read_scalar(Dtype("i8"), memoryview(struct.pack("<q", -5))) == -5
     with pytest.raises(TypeError):
         dtype.set_state((3, ">", None, None, None, -1, -1, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from edmdistill.checkpoints.class_names import dataset_class_names
 from edmdistill.data.files import Files
 from edmdistill.data.pictures import Pictures
 from edmdistill.errors import DatasetError, printable
-from edmdistill.pickles import StandIn, Unpickler, Unreadable
+from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable
 from edmdistill.stored_tensors import NUMPY, Array
 
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -79,7 +80,9 @@ def _parse_binary(data: bytes) -> Batch:
 
 
 def _unpickle(data: bytes) -> Batch:
-    batch = Unpickler(memoryview(data), _NAMES).run()
+    budget = Budget(len(data))
+    names = NUMPY | {("_codecs", "encode"): StandIn(partial(_encode, budget))}
+    batch = Unpickler(memoryview(data), names, budget=budget).run()
     match batch:
         case {"data": Array(numbers=pixels), "labels": labels}:
             values = labels.numbers.tolist() if isinstance(labels, Array) else labels
@@ -88,11 +91,9 @@ def _unpickle(data: bytes) -> Batch:
     raise Unreadable("does not hold data and labels")
 
 
-def _encode(text: object, encoding: object) -> memoryview:
+def _encode(budget: Budget, text: object, encoding: object) -> memoryview:
     """Stand-in for codecs.encode, which gives the bytes in Python 3's pickles of protocol 2."""
     if not isinstance(text, str) or encoding != "latin1":
         raise TypeError
+    budget.take(len(text))
     return memoryview(text.encode("latin-1"))
-
-
-_NAMES = NUMPY | {("_codecs", "encode"): StandIn(_encode)}

@@ -154,6 +154,15 @@ def test_cifar10_in_a_folder_and_as_binary(tmp_path: Path) -> None:
         (b"cos\nsystem\n(S'touch PWNED'\ntR.", r"data_batch_3 asks for 'os\.system'.*nothing was executed"),
         (b"\x80\x04}.", "data_batch_3 does not hold data and labels; download CIFAR-10 again"),
         (b"", "data_batch_3 ends too early"),
+        (
+            b"\x80\x02c_codecs\nencode\nq\0X"
+            + struct.pack("<I", 2**20)
+            + b"x" * 2**20
+            + b"q\1X\6\0\0\0latin1\x86q\2R"
+            + b"h\0h\2R" * 9
+            + b".",
+            "data_batch_3 unfolds to more than",
+        ),
     ],
 )
 def test_a_batch_that_is_none(batch: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
