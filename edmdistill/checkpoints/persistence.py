@@ -91,6 +91,13 @@ def _persistent(meta: object) -> PersistentObject:
     raise TypeError
 
 
+def _set(items: object) -> set[str]:
+    """Stand-in for set, by which protocol 3 writes one: the default of Python 3.7."""
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise TypeError
+    return set(items)
+
+
 def _method(owner: object, name: object) -> None:
     """Stand-in for getattr, by which a pickle holds a method: ECT's loss has one among its attributes."""
     if not isinstance(owner, PersistentObject) or not isinstance(name, str):
@@ -103,6 +110,7 @@ STAND_INS: dict[tuple[str, str], object] = {
     ("dnnlib.util", "EasyDict"): _DICT,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): StandIn(_persistent),
     ("builtins", "getattr"): StandIn(_method),
+    ("builtins", "set"): StandIn(_set),
     ("torch.nn.modules.container", "ModuleDict"): StandIn(lambda: PersistentObject("ModuleDict")),
     ("torch._utils", "_rebuild_parameter"): StandIn(lambda tensor, *_: tensor),
     ("torch._utils", "_rebuild_tensor_v2"): StandIn(rebuild_tensor),

@@ -234,7 +234,7 @@ EasyDict = type("EasyDict", (dict,), {"__module__": "dnnlib.util"})
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object], Path]:
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Pickles what it is given as the official code does, with stand-ins for NVIDIA's modules."""
     for item in (reconstruct, EasyDict):
         package, module = item.__module__.split(".")[0], ModuleType(item.__module__)
@@ -242,9 +242,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object],
         monkeypatch.setitem(sys.modules, package, ModuleType(package))
         monkeypatch.setitem(sys.modules, item.__module__, module)
 
-    def write(entries: object) -> Path:
+    def write(entries: object, protocol: int = 4) -> Path:
         path = tmp_path / "made.pkl"
-        path.write_bytes(pickle.dumps(entries, protocol=4))
+        path.write_bytes(pickle.dumps(entries, protocol))
         return path
 
     return write
@@ -290,7 +290,8 @@ def test_positional_arguments_get_names(write: Callable[[object], Path]) -> None
         read_official(write({"ema": network(_init_kwargs=None)}))
 
 
-def test_what_modules_may_carry(write: Callable[[object], Path]) -> None:
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_what_modules_may_carry(write: Callable[..., Path], protocol: int) -> None:
     """Attributes of any kind, absent parameters, buffers that are not kept, views and ties: as torch's state_dict."""
     tied = torch.arange(6.0)
     layer = module(
@@ -303,7 +304,7 @@ def test_what_modules_may_carry(write: Callable[[object], Path]) -> None:
         up=True,
         extra=[EasyDict(a=1), (1, 2.5, None), {"x"}],
     )
-    official = read_official(write(EasyDict(ema=network(layer))))
+    official = read_official(write(EasyDict(ema=network(layer)), protocol))
     assert list(official.tensors) == ["model.layer0.w0", "model.layer0.w1", "model.layer0.kept"]
     assert official.buffers == {"model.layer0.kept"}
     assert torch.equal(official.tensors["model.layer0.w0"], tied[2:].reshape(2, 2).t())
@@ -322,9 +323,9 @@ def test_an_object_that_holds_its_own_method(write: Callable[[object], Path]) ->
     ema = network(module("Linear", _parameters=weights(torch.ones(2))))
     official = read_official(write({"ema": ema, "loss_fn": Loss()}))
     assert official.loss == {"class_name": "ECMLoss", "arguments": {"q": 2}}
-    for owner, name in ((1, "real"), (ema, ema)):
+    for call in ((getattr, 1, "real"), (getattr, ema, ema), (set, "ab"), (set, [1])):
         with pytest.raises(CheckpointError, match="damaged or not a pickle of EDM"):
-            read_official(write({"ema": ema, "loss_fn": Reduced(getattr, owner, name)}))
+            read_official(write({"ema": ema, "loss_fn": Reduced(*call)}))
 
 
 class Reduced:
