@@ -7,12 +7,13 @@ import click
 
 from edmdistill.cli.options import second_moment_option, show_stage
 from edmdistill.cli.train import OFFLOADS, Words
-from edmdistill.cli.types import FiniteFloat, Memory, Name
+from edmdistill.cli.types import COMPILE, FiniteFloat, Memory, Name
 from edmdistill.machine.gpus import GPUS, measure_this_machine
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
     from edmdistill.machine.engine import SecondMoment
+    from edmdistill.recipes.schema import CompileMode
 
 
 @click.command("plan")
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--checkpoint-activations", is_flag=True, help="As for train.")
 @click.option("--loss-pieces", type=click.IntRange(min=1), default=1, help="As for train.")
 @second_moment_option
+@click.option("--compile", "compile_mode", type=Name(COMPILE), help="As for train.")
 @click.option(
     "--gpu", "names", type=click.Choice(list(GPUS)), multiple=True, help="Plan for this GPU; may be repeated."
 )
@@ -59,6 +61,7 @@ def command(
     micro_batch: int | None,
     loss_pieces: int,
     second_moment: "SecondMoment",
+    compile_mode: "CompileMode | None",
     checkpoint_activations: bool,
     offload: tuple[str, ...],
     shard: bool,
@@ -87,6 +90,7 @@ def command(
         checkpointing=checkpoint_activations,
         loss_pieces=loss_pieces,
         second_moment=second_moment,
+        compile=compile_mode,
     )
     require_effect(resolved, machine)
     request = PlanRequest(

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
+from edmdistill.machine.compile import CUDA_GRAPHS
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPU
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure, split_batch
 from edmdistill.recipes.schema import Recipe
+from edmdistill.training.checks import compile_mode
 
 PRECISIONS = ("fp32", "bf16")
 """The precisions that differ in a plan: fp16 takes as much as bf16."""
@@ -38,6 +40,11 @@ class PlanRequest(NamedTuple):
     micro_batch: int | None
     gpus: Mapping[str, GPU]
     utilization: float
+
+    @property
+    def graphs(self) -> bool:
+        """Returns whether CUDA graphs are made."""
+        return compile_mode(self.recipe, self.machine) in CUDA_GRAPHS
 
     @property
     def rows(self) -> int:
@@ -69,6 +76,7 @@ def plan_document(request: PlanRequest, on_progress: Callable[[str], object], al
         "parameters": plan.parameters,
         "bytes": _bytes_by_purpose(plan, turns, rows, rows < share),
         "peak": _peaks(plan, rows, share) | {"turns": turns},
+        "cuda_graphs": plan.graphs(rows, -(-share // rows)) if request.graphs else None,
         "flops_per_image": plan.flops,
         "forward_flops": plan.forward_flops,
         "utilization": request.utilization,
@@ -126,6 +134,7 @@ def plan_text(document: Mapping[str, Any], request: PlanRequest) -> str:
         f"{_size(peak['micro_batch'])}  at most on each GPU, in micro-batches of {request.rows:,}",
         *(f"{_size(size)}  in the {role}'s turn" for role, size in smaller.items()),
         f"{_size(peak['one_image'])}  in micro-batches of one image",
+        *_graphs_text(document["cuda_graphs"]),
         "",
         f"GPU          largest micro-batch    images/s   days for {training.images:,} images, at "
         f"{document['utilization']:.0%} of its peak",
@@ -135,6 +144,13 @@ def plan_text(document: Mapping[str, Any], request: PlanRequest) -> str:
         speed = f"{gpu['images_per_second']:10,.4g}   {gpu['days']:.2g}" if largest else "         -   -"
         lines.append(f"{gpu['gpu']:<12} {largest or 'does not fit':>19}  {speed}")
     return "\n".join([*lines, *_alternatives_text(document["others"])])
+
+
+def _graphs_text(size: int | None) -> list[str]:
+    """Returns what is not in the plan."""
+    if size is None:
+        return []
+    return [f"{_size(size)}  more for CUDA graphs, and copies of their inputs: not counted, as no GPU has shown it"]
 
 
 def _alternatives_text(others: list[dict[str, Any]]) -> list[str]:

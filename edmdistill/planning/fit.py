@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from edmdistill.errors import TrainingError
+from edmdistill.machine.compile import CUDA_GRAPHS
 from edmdistill.machine.devices import named_device
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPU, measure_this_machine
@@ -23,6 +24,7 @@ from edmdistill.planning.document import PlanRequest
 from edmdistill.planning.outlines import outline_guide, outline_teacher
 from edmdistill.planning.plan import Measurement, Plan, images_per_second, make_plan, measure, split_batch
 from edmdistill.recipes.schema import Recipe
+from edmdistill.training.checks import compile_mode
 from edmdistill.training.ema import profiles
 from edmdistill.training.micro_batch import HEADROOM
 from edmdistill.transfer import is_gpu
@@ -96,10 +98,15 @@ def fit(
         gpu: gives the speed.
         spill: whether the host has memory of its own to which the run may move things.
         on_progress: gets what is being measured.
-    Raises: TrainingError: nothing fits.
+    Raises: TrainingError: nothing fits; or CUDA graphs are asked for, whose memory is not known.
     """
     if machine.micro_batch == "auto":
         raise TrainingError("--fit chooses the micro-batch itself: leave out --micro-batch auto")
+    if (mode := compile_mode(recipe, machine)) in CUDA_GRAPHS:
+        raise TrainingError(
+            f"--fit does not know the memory of CUDA graphs, which --compile {mode} makes: give --micro-batch and what "
+            "else saves memory yourself, or use --compile default"
+        )
     fitting, least, share = [], math.inf, split_batch(recipe.training.batch, processes, None)[0]
     for way in ways(recipe, machine, spill):
         on_progress(options(way))

@@ -97,6 +97,16 @@ class Plan(NamedTuple):
             return self.gradients[role], highest(turn.activations, micro_batch)
         return 0, highest(turn.activations if self.buckets else turn.total, micro_batch)
 
+    def graphs(self, micro_batch: int, count: int) -> int:
+        """Returns the bytes that CUDA graphs hold beside the peak: all that the passes of the largest turn allocate.
+
+        Copies of their inputs, weights among them, are not included.
+
+        Args:
+            count: of micro-batches in a turn.
+        """
+        return count * max(highest(turn.activations, micro_batch) for turn in self.passes.values())
+
     def peaks(self, micro_batch: int, accumulates: bool = True) -> dict[str, int]:
         """Returns the peak of every turn in bytes, by role."""
         return {role: self.resident + sum(self.turn(role, micro_batch, accumulates)) for role in self.passes}

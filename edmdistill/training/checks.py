@@ -9,7 +9,7 @@ from edmdistill.machine.compile import CUDA_GRAPHS, require_compiler
 from edmdistill.machine.devices import process_device
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.recipes.schema import Recipe
+from edmdistill.recipes.schema import CompileMode, Recipe
 from edmdistill.training.sources import Init
 
 
@@ -37,12 +37,17 @@ def require_effect(recipe: Recipe, machine: Machine) -> None:
         )
 
 
+def compile_mode(recipe: Recipe, machine: Machine) -> CompileMode:
+    """Returns the mode of torch.compile to use: the machine's if given, else the recipe's."""
+    return machine.compile or recipe.training.compile or "off"
+
+
 def with_compile_mode(recipe: Recipe, machine: Machine) -> Machine:
-    """Returns the machine with the mode of torch.compile to use: its own if given, else the recipe's.
+    """Returns the machine with the mode of torch.compile to use.
 
     Raises: EdmDistillError: see `require_compiler`.  TrainingError: --micro-batch auto with CUDA graphs.
     """
-    mode = machine.compile or recipe.training.compile or "off"
+    mode = compile_mode(recipe, machine)
     if mode in CUDA_GRAPHS and machine.micro_batch == "auto":
         raise TrainingError(
             f"--micro-batch auto does not know the memory of CUDA graphs, which --compile {mode} makes: give a number "

@@ -24,6 +24,7 @@ def test_text() -> None:
     assert "at most on each GPU, in micro-batches of 16" in result.stdout
     assert "days for 640,000 images, at 35% of its peak" in result.stdout
     assert "in the auxiliary's turn" in result.stdout
+    assert "CUDA graphs" not in result.stdout
     assert result.stdout.splitlines()[-1].split()[:2] == ["l40s", "16"]
     assert result.stderr == ""
 
@@ -54,6 +55,18 @@ def test_the_second_moment() -> None:
     result = plan(*words, "--set", 'training.optimizer="radam"')
     assert result.exit_code == 2
     assert "--second-moment bf16 has no effect: it is for adam, and the recipe uses radam" in result.output
+
+
+def test_cuda_graphs_are_not_counted_and_that_is_said() -> None:
+    """They hold the memory of all micro-batches of a turn, of which the plan counts one."""
+    words = "sid/digits", TEACHER, "--gpu", "l40s", "--micro-batch", "8"
+    result = plan(*words, "--compile", "reduce-overhead")
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stdout.splitlines() if "CUDA graphs" in line]
+    assert "not counted" in line
+    result = plan(*words, "--fit", "auto", "--set", 'training.compile="max-autotune"')
+    assert result.exit_code == 2
+    assert "does not know the memory of CUDA graphs, which --compile max-autotune makes" in result.output
 
 
 def test_every_strategy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,8 @@ def test_where_things_are_kept() -> None:
     assert copied.buckets == sum(plain.gradients.values())
     assert copied.peak(3) == plain.peak(3) + copied.buckets
     assert 0.9 * one < copied.peak(3) - copied.peak(3, accumulates=False) < 1.1 * one
+    most = max(sum(plain.turn(role, 3)[1:]) for role in plain.passes)
+    assert [plain.graphs(3, count) for count in (1, 4)] == [most, 4 * most]
     machine = Machine(offload=("ema", "teacher", "optimizer"))
     spare = make_plan(measure(cosim(8), flow, machine), machine)
     assert (spare.averages, spare.optimizer, spare.weights["teacher"]) == (0, 0, 0)
