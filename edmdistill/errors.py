@@ -87,6 +87,11 @@ class HubError(EdmDistillError):
     """The Hugging Face Hub refused a request, or cannot be reached."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, as in 1 image or 2,000 images."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def did_you_mean(word: str, known: Iterable[str], most: int = 10, more: str = "") -> str:
     """Returns the end of a sentence on an unknown name: the name that was probably meant, or the choices.
 

@@ -140,7 +140,8 @@ class Unpickler:
                     _ACTIONS[opcode](self)
         except _MALFORMED as error:
             raise Unreadable(
-                f"is damaged or not a pickle of EDM or EDM2 (byte {self.position:,}): download it again"
+                f"is damaged or not a pickle of EDM or EDM2 (byte {self.position:,}): download it again, or give "
+                "another file"
             ) from error
 
     # Instructions.

@@ -51,8 +51,8 @@ class ConversionReport(NamedTuple):
             lines.append(f"{what}:\n\n{table(self.parity)}\n")
         if config.noise_dependence is not None:
             lines.append(describe_dependence(config.noise_dependence))
-        under = f"under {licence}" if licence else "under no known licence (--licence names one)"
-        lines.append(f"{self.path} is written: {under}, a TrigFlow teacher with two times.")
+        under = f"under the licence {licence}" if licence else "under no known licence (--licence names one)"
+        lines.append(f"{self.path} is written: a teacher in TrigFlow, {under}.")
         if network.arguments.get("positional_time"):
             lines += [
                 "It is another function than its source. To train it on, and to see whether it is as good again:",
@@ -78,7 +78,7 @@ class GeneratorReport(NamedTuple):
         return (
             f"{source}: {network.kind}, {network.arguments['img_resolution']}x{network.arguments['img_resolution']}, "
             f"{config.label_dim} classes, a generator by {config.method} that starts at sigma {config.sigma_max:g}.\n"
-            f"{self.path} is written: under {config.provenance.licence}, for sample, eval and compare."
+            f"{self.path} is written, for sample, eval and compare, under the licence {config.provenance.licence}."
         )
 
 

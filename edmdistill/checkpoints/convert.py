@@ -72,8 +72,10 @@ def convert(
         on_progress: called with a phrase at every step.
     Raises: CheckpointError: the source cannot be read or adapted, `out` is occupied, or the result differs.
     """
-    if double_norm and time_embedding is None:
-        raise CheckpointError("--double-norm needs --time-embedding positional: give both, or neither")
+    if double_norm is not None and time_embedding is None:
+        raise CheckpointError(
+            "--double-norm and --no-double-norm need --time-embedding positional: give both, or neither"
+        )
     licence = None if licence is None else check_licence(licence)
     source, out = open_source(source), Path(out)
     if source.path.is_dir() and out.resolve().is_relative_to(source.path.resolve()):

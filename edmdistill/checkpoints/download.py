@@ -65,6 +65,8 @@ def download(url: str) -> Path:
                 reason = f"the server is silent for {SILENCE:g} s; try again later"
             elif isinstance(error, http.client.InvalidURL | UnicodeError):
                 reason = "this is not a valid address"  # the error repeats it, and it may hold secrets
+            elif isinstance(error, urllib.error.URLError):
+                reason = f"{reason}; check the network, or give the path of a copy"
             raise CheckpointError(f"{public_address(url)} cannot be downloaded: {reason}.") from None
         if redirects.sha256 not in (None, digest):
             raise CheckpointError(

@@ -119,7 +119,7 @@ def _reason(error: BaseException) -> str:
         case errors.OfflineModeIsEnabled():
             return "HF_HUB_OFFLINE is set; unset it"
         case errors.LocalEntryNotFoundError():
-            return f"{_reason(cause)}, and there is no copy of it here" if cause else first
+            return f"there is no copy of it here, and {_reason(cause)}" if cause else first
         case errors.RevisionNotFoundError():
             return "it has no such revision; give a branch, a tag or a commit of it"
         case errors.GatedRepoError():

@@ -17,7 +17,7 @@ from edmdistill.checkpoints.download import download
 from edmdistill.checkpoints.hub_client import REPOSITORY, download_from_hub
 from edmdistill.checkpoints.layout import CONFIG, MODEL, checkpoint_in, is_state
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
-from edmdistill.checkpoints.official_files import find_fetched, is_official, official_files
+from edmdistill.checkpoints.official_files import find_fetched, is_official, official_files, presets
 from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import CheckpointError, public_address, without_secrets
 
@@ -106,7 +106,7 @@ def resolve(source: str | Path) -> Path:
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, names, n=1)
     hint = f"did you mean {path.parent / near[0]}?" if near else "give a path, a URL or a Hub repository owner/name."
-    if not near and (official := get_close_matches(text, official_files(), n=1, cutoff=0.8)):
+    if not near and (official := get_close_matches(text, [*official_files(), *presets()], n=1, cutoff=0.8)):
         hint = f"did you mean the official file {official[0]}?"
     raise CheckpointError(f"{path} does not exist: {hint}")
 

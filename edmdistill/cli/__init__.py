@@ -5,7 +5,8 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -28,7 +29,7 @@ COMMANDS = {
     "compare": "Put results side by side, or say why they may not stand there.",
     "diagnose": "Measure single jumps of a generator by noise level, and say where it is weak.",
     "loss": "Compare the diffusion loss of two teachers by noise level.",
-    "data": "Inspect a data set: images, files left out, classes, mean and standard deviation.",
+    "data": "Prepare, encode, measure and inspect data sets.",
     "fetch": "Download official files: teachers, references, Inception, DINOv2, the VAE.",
     "recipes": "List, show, copy and check the recipes.",
     "plan": "Estimate a run's memory, FLOPs and days on each GPU.",
@@ -119,6 +120,7 @@ class MainGroup(LazyGroup):
 
     def invoke(self, ctx: click.Context) -> object:
         keep_freed_memory()
+        ctx.with_resource(_open_streams())
         try:
             _require_working_directory()
             result = super().invoke(ctx)
@@ -141,6 +143,20 @@ class MainGroup(LazyGroup):
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             sys.exit(130)
+
+
+@contextmanager
+def _open_streams() -> Iterator[None]:
+    """Gives a command whose standard output or error is closed (`>&-`) one that discards what is printed."""
+    closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        try:
+            for name in closed:
+                setattr(sys, name, nowhere)
+            yield
+        finally:
+            for name in closed:
+                setattr(sys, name, None)
 
 
 def _require_working_directory() -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from edmdistill.cli.options import errors_once, interruptible, say
-from edmdistill.cli.types import OutputPath
+from edmdistill.cli.types import Count, OutputPath
 
 
 @click.command("encode")
@@ -27,9 +27,9 @@ from edmdistill.cli.types import OutputPath
 @click.option("--overwrite", is_flag=True, help="Replace OUT.zip, or one that was begun with other options.")
 @click.option("--xflip", is_flag=True, help="Encode every image mirrored, too.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the VAE.")
-@click.option("--batch", type=click.IntRange(1, 4096), default=8, show_default=True, help="Images at a time, at most.")
+@click.option("--batch", type=Count(1, 4096), default=8, show_default=True, help="Images at a time, at most.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
-@click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one for each GPU.")
+@click.option("--processes", type=Count(min=1), help="Start so many on this machine, one for each GPU.")
 def command(
     images: str,
     out: Path,

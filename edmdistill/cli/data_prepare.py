@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from edmdistill.cli.options import interruptible, say
-from edmdistill.cli.types import Name, OutputPath
+from edmdistill.cli.types import Count, Name, OutputPath
 
 TRANSFORMS = "none", "center-crop", "center-crop-wide", "center-crop-dhariwal"
 LABELS = "auto", "folders", "none"
@@ -33,10 +33,10 @@ class Resolution(click.ParamType):  # type: ignore[type-arg]  # generic in newer
 @click.option(
     "--transform", type=Name(TRANSFORMS), default="none", show_default=True, help="Crop, as dataset_tool.py's."
 )
-@click.option("--max-images", type=click.IntRange(1), metavar="N", help="Read only the first N pictures.")
+@click.option("--max-images", type=Count(1), metavar="N", help="Read only the first N pictures.")
 @click.option("--labels", type=Name(LABELS), default="auto", show_default=True, help="Where classes come from.")
 @click.option("--split", type=Name(SPLITS), default="train", show_default=True, help="Of CIFAR-10 and parquet files.")
-@click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Threads.  [default: one a core]")
+@click.option("--workers", type=Count(1, 256), metavar="N", help="Threads.  [default: one a core]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.zip, or one that was begun with other options.")
 def command(source: str, out: Path, workers: int | None, **options: Any) -> None:
     """Make a data set of pictures, the same as EDM2's dataset_tool.py makes.

@@ -10,7 +10,7 @@ import click
 
 from edmdistill.cli.measurements import SHARING, open_work, shared
 from edmdistill.cli.options import interruptible, option_group, say
-from edmdistill.cli.types import BATCH, FEATURES, NamedFile, NameList, OutputPath
+from edmdistill.cli.types import BATCH, FEATURES, Count, NamedFile, NameList, OutputPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class SharingOptions:
 @click.option(
     "--keep-features",
     "keep",
-    type=click.IntRange(1),
+    type=Count(1),
     metavar="N",
     help="Keep the features of N images too, for kid, precision, recall, density and coverage.",
 )

@@ -3,7 +3,7 @@
 import click
 
 from edmdistill.cli.options import interruptible
-from edmdistill.cli.types import BATCH, PROTOCOLS, Name
+from edmdistill.cli.types import BATCH, PROTOCOLS, Count, Name
 
 
 @click.command("diagnose")
@@ -11,7 +11,7 @@ from edmdistill.cli.types import BATCH, PROTOCOLS, Name
 @click.option("--protocol", type=Name(PROTOCOLS), required=True, help="Gives the features that images are compared in.")
 @click.option("--teacher", metavar="TEACHER", help="What it was distilled from, to compare with.")
 @click.option("--ref", metavar="DATA", help="Real images: zip, folder, digits or tiles.  [default: the protocol's own]")
-@click.option("--n", "count", type=click.IntRange(2), default=3000, show_default=True, help="Jumps from each level.")
+@click.option("--n", "count", type=Count(2), default=3000, show_default=True, help="Jumps from each level.")
 @click.option("--batch", type=BATCH, default=250, show_default=True, help="Images per batch.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.types import FiniteFloat, OutputPath
+from edmdistill.cli.types import Count, FiniteFloat, OutputPath
 
 
 @click.command("ema")
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
     "--sigma-rel",
-    type=FiniteFloat(0.001, 12**-0.5),
+    type=FiniteFloat(0.001, 0.2886),  # below 1 / sqrt(12), that of an average of everything
     required=True,
     help="Relative length of the average (EDM2), such as 0.05.",
 )
 @click.option(
-    "--images", type=click.IntRange(min=1), help="Images seen at the end of the average.  [default: the last snapshot]"
+    "--images", type=Count(min=1), help="Images seen at the end of the average.  [default: the last snapshot]"
 )
 @click.option("--out", type=OutputPath(), required=True, help="The checkpoint to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")

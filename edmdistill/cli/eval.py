@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from edmdistill.cli.measurements import MeasurementOptions, measure, measurement_options, plan_measurements, shared
 from edmdistill.cli.options import list_option, option_group, say, say_unfinished, write_text
 from edmdistill.cli.sampling_options import ONE_SAMPLER, SamplerOptions, churn_options
-from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, FiniteFloat, Name, OutputPath
+from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, Count, FiniteFloat, Name, OutputPath
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ likelihood_options = option_group(
     click.option("--split", metavar="NAME", help="nll: train, test or all of digits or tiles.  [default: test]"),
     click.option(
         "--probes",
-        type=click.IntRange(1, 10_000),
+        type=Count(1, 10_000),
         default=4,
         show_default=True,
         help="nll: random probes of the divergence.",

@@ -17,6 +17,9 @@ def command(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     edm2-img512-s-guid-fid, for a network and its guide. `edmdistill fetch list` lists them. Each has the licence of its
     authors.
     """
+    if "list" in names and (verify or len(names) > 1):
+        raise click.UsageError("`fetch list` downloads nothing: give it alone, or the names without it.")
+
     from edmdistill.checkpoints.official_files import documents, fetch, find_official, to_text
 
     if names == ("list",):

@@ -15,6 +15,9 @@ def command(source: str, as_json: bool, tensors: bool, classes: bool, check: boo
     FILE is an official EDM or EDM2 pickle, OpenAI's .pt, a checkpoint folder, or a run, whose generator is shown; a URL
     or a Hub id is downloaded first.
     """
+    if classes and (as_json or tensors or check):
+        raise click.UsageError("--classes prints only the classes: leave out --json, --tensors and --check.")
+
     from edmdistill.checkpoints.inspect import inspect, to_json, to_text
     from edmdistill.checkpoints.source import open_source
     from edmdistill.errors import CheckpointError, printable

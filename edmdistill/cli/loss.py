@@ -3,15 +3,19 @@
 import click
 
 from edmdistill.cli.options import interruptible
-from edmdistill.cli.types import BATCH
+from edmdistill.cli.types import BATCH, Count
 
 
 @click.command("loss")
 @click.argument("teacher")
 @click.argument("original", required=False)
-@click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits or tiles.")
-@click.option("--split", default="train", show_default=True, help="train, test or all of digits or tiles.")
-@click.option("--images", type=click.IntRange(min=1), default=1000, show_default=True, help="Number of images.")
+@click.option(
+    "--data", metavar="DATA", required=True, help="A zip or folder of images or latents, or the word digits or tiles."
+)
+@click.option(
+    "--split", metavar="NAME", default="train", show_default=True, help="train, test or all of digits or tiles."
+)
+@click.option("--images", type=Count(min=1), help="Number of images.  [default: 1000, or all of fewer]")
 @click.option("--batch", type=BATCH, default=250, show_default=True, help="Images per batch.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -20,7 +24,7 @@ def command(
     original: str | None,
     data: str,
     split: str,
-    images: int,
+    images: int | None,
     batch: int,
     device: str | None,
     as_json: bool,

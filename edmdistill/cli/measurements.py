@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from edmdistill.cli.options import compile_option, errors_once, option_group, say, say_unfinished
-from edmdistill.cli.types import BATCH, OutputPath
+from edmdistill.cli.types import BATCH, Count, OutputPath
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class WeightsOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
 
 SHARING = (
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
-    click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one a GPU."),
+    click.option("--processes", type=Count(min=1), help="Start so many on this machine, one a GPU."),
     click.option(
         "--work",
         type=OutputPath(),
@@ -114,11 +114,11 @@ def measurement_options(
             help="Real images: a zip, a folder, digits or tiles; or statistics of them.  [default: the protocol's own]",
         ),
         "metrics": click.option("--metrics", metavar="LIST", help=metrics_help),
-        "count": click.option("--n", "count", type=click.IntRange(2, 2_000_000), help=count_help),
+        "count": click.option("--n", "count", type=Count(2, 2_000_000), help=count_help),
         "seeds": click.option("--seeds", metavar="LIST", help="Network: these seeds, as in 5000-9999."),
         "repeat": click.option(
             "--repeat",
-            type=click.IntRange(1, 100),
+            type=Count(1, 100),
             default=1,
             show_default=True,
             help="Network: measure so many times, with the seeds that follow; gives mean, minimum and deviation.",

@@ -7,7 +7,7 @@ import click
 
 from edmdistill.cli.options import second_moment_option, show_stage
 from edmdistill.cli.train import OFFLOADS, Words
-from edmdistill.cli.types import COMPILE, FiniteFloat, Memory, Name
+from edmdistill.cli.types import COMPILE, Count, FiniteFloat, Memory, Name
 from edmdistill.machine.gpus import GPUS, measure_this_machine
 from edmdistill.methods import METHODS
 
@@ -22,17 +22,15 @@ if TYPE_CHECKING:
 @click.option("--method", type=Name(METHODS), help="Method of a recipe that names none.  [default: the recipe's own]")
 @click.option("--guide", metavar="SOURCE", help="As for train; or the name of a published network.")
 @click.option("--network", metavar="NAME", help="A published network in place of TEACHER, as edm2-img512-s.")
-@click.option("--data", help="The data, for a recipe that makes its network.")
+@click.option("--data", metavar="DATA", help="For a recipe that makes its network: the data that it is made for.")
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated.")
-@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of GPUs.")
-@click.option(
-    "--micro-batch", type=click.IntRange(min=1), help="Images of one forward pass.  [default: the share of a process]"
-)
+@click.option("--processes", type=Count(min=1), default=1, show_default=True, help="Number of GPUs.")
+@click.option("--micro-batch", type=Count(min=1), help="Images of one forward pass.  [default: the share of a process]")
 @click.option("--fit", type=Memory(), help="As for train; auto: the one --gpu, or this machine's.")
 @click.option("--shard", is_flag=True, help="As for train.")
 @click.option("--offload", type=Words(OFFLOADS), default=(), help="As for train.")
 @click.option("--checkpoint-activations", is_flag=True, help="As for train.")
-@click.option("--loss-pieces", type=click.IntRange(min=1), default=1, help="As for train.")
+@click.option("--loss-pieces", type=Count(min=1), default=1, help="As for train.")
 @second_moment_option
 @click.option("--compile", "compile_mode", type=Name(COMPILE), help="As for train.")
 @click.option(
@@ -83,9 +81,11 @@ def command(
     from edmdistill.recipes.library import load_recipe
     from edmdistill.training.checks import require_effect
 
+    if shard and processes == 1:
+        raise click.UsageError("--shard needs several processes: add --processes N.")
     resolved = load_recipe(recipe, method, sets)
     machine = Machine(
-        shard=shard and processes > 1,
+        shard=shard,
         offload=offload,
         checkpointing=checkpoint_activations,
         loss_pieces=loss_pieces,

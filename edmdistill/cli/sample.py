@@ -15,7 +15,7 @@ from edmdistill.cli.sampling_options import (
     decoding_options,
     sampler_options,
 )
-from edmdistill.cli.types import BATCH, GAMMA, NFE, FiniteFloat, OutputPath
+from edmdistill.cli.types import BATCH, GAMMA, NFE, Count, FiniteFloat, OutputPath
 
 if TYPE_CHECKING:
     from edmdistill.recipes.schema import CompileMode
@@ -85,7 +85,7 @@ reference_options = option_group(
     ),
     click.option(
         "--correctors",
-        type=click.IntRange(0, 10_000),
+        type=Count(0, 10_000),
         help="For --reference: Langevin steps at each noise level.  [default: 10]",
     ),
     click.option(
@@ -149,7 +149,7 @@ def command(
     and named, and the exit code is 1.
 
     With --reject, more seeds than those of --seeds are drawn; the output says which were kept. With --reference, every
-    image starts from the noised picture, and gamma must be below 1.  [default: 0]
+    image starts from the noised picture, and gamma must be below 1; its default is then 0.
     """
     import torch
 

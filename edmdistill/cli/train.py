@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from edmdistill.cli.options import compile_option, errors_once, say, second_moment_option, show_stage
-from edmdistill.cli.types import Memory, Name, OutputPath
+from edmdistill.cli.types import Count, Memory, Name, OutputPath
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 
@@ -44,22 +44,28 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 
 
 @click.command("train", epilog="\b\n" + "\n".join(f"{name:<10} {entry.summary}" for name, entry in METHODS.items()))
-@click.argument("method", type=Name(METHODS))
+@click.argument("method", type=Name(METHODS), metavar="METHOD")
 @click.argument("teacher", required=False)
 @click.option("--guide", metavar="SOURCE", help="The network that guides the teacher, if the recipe asks for one.")
 @click.option(
     "--force-guidance", is_flag=True, help="Let a teacher guide itself that was never trained without its classes."
 )
-@click.option("--data", required=True, help="A zip or folder of images or latents, or the word digits or tiles.")
-@click.option("--recipe", required=True, help="A recipe's name, as in cosim/digits, or a .toml file.")
+@click.option(
+    "--data", metavar="DATA", required=True, help="A zip or folder of images or latents, or the word digits or tiles."
+)
+@click.option(
+    "--recipe", metavar="NAME|FILE", required=True, help="A recipe's name, as in cosim/digits, or a .toml file."
+)
 @click.option("--init", metavar="GENERATOR", help="Start from this generator: a checkpoint, a run or RUN/state/IMAGES.")
 @click.option(
-    "--vae", metavar="DIR|ID", help="What decodes latents in grids and [evaluation]; default: the teacher's, if cached."
+    "--vae",
+    metavar="DIR|ID",
+    help="What decodes latents in grids and [evaluation].  [default: the teacher's, if cached]",
 )
-@click.option("--run-dir", required=True, type=OutputPath(), help="Where the run lives; made if new.")
+@click.option("--run-dir", metavar="DIR", required=True, type=OutputPath(), help="Where the run lives; made if new.")
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated.")
-@click.option("--device", help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")
-@click.option("--processes", type=click.IntRange(min=1), help="Start so many on this machine, one for each GPU.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
+@click.option("--processes", type=Count(min=1), help="Start so many on this machine, one for each GPU.")
 @click.option("--micro-batch", metavar="N|auto", help="Most images of one forward pass; auto: the most that fit.")
 @click.option(
     "--fit",
@@ -71,16 +77,21 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 @click.option("--checkpoint-activations", is_flag=True, help="Compute activations twice to hold fewer.")
 @click.option(
     "--loss-pieces",
-    type=click.IntRange(min=1),
+    type=Count(min=1),
     default=1,
     help="Pieces in which the generator's loss goes through teacher and auxiliary score.",
 )
 @second_moment_option
 @compile_option(None, "the recipe's, off")
 @click.option(
-    "--workers", type=click.IntRange(min=0), help="Data readers a process; default: 0 on a CPU, up to 4 beside a GPU."
+    "--workers", type=Count(min=0), help="Data readers a process.  [default: 0 on a CPU, up to 4 beside a GPU]"
 )
-@click.option("--log-with", type=Words(TRACKERS), default=(), help="Where metrics go as well.")
+@click.option(
+    "--log-with",
+    type=Words(TRACKERS),
+    default=(),
+    help="Where metrics and grids go as well: into RUN/tensorboard; into the project edmdistill of wandb.",
+)
 @click.option("--stop-on", type=Words(ALARMS), default=(), help="Which alarms end the run; nan does in any case.")
 @click.option("--dry-run", is_flag=True, help="Print as JSON what would be trained, and start nothing.")
 def command(
@@ -111,8 +122,8 @@ def command(
 ) -> None:
     """Train by METHOD; a method that distills takes TEACHER, a checkpoint of ours or an official one.
 
-    Ctrl-C saves the run; the same command goes on with it, on another number of processes too. torchrun, accelerate
-    launch and srun start it on several machines.
+    METHOD is one of those below. Ctrl-C saves the run; the same command resumes it, on another number of processes too.
+    torchrun, accelerate launch and srun start it on several machines.
     """
     from edmdistill.machine.launch import init_from_environment, launch, without_processes
 
@@ -122,6 +133,7 @@ def command(
 
     from edmdistill.machine.engine import Machine
     from edmdistill.recipes.library import find_recipe
+    from edmdistill.training.checks import require_measured
     from edmdistill.training.prepare import prepare
 
     size = _micro_batch(micro_batch)
@@ -140,6 +152,7 @@ def command(
     with errors_once():
         source = find_recipe(recipe)
         resolved = source.resolve(method, sets)
+        require_measured(resolved, stop_on)
         machine, notes = _fitted(fit, resolved, machine, data, teacher, guide)
         run = prepare(
             resolved,

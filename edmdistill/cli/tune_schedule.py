@@ -10,7 +10,7 @@ import click
 
 from edmdistill.cli.measurements import MeasurementOptions, measurement_options, plan_measurements, shared
 from edmdistill.cli.options import interruptible, option_group, say
-from edmdistill.cli.types import PROTOCOLS, Name, NumberList
+from edmdistill.cli.types import PROTOCOLS, Count, Name, NumberList
 
 if TYPE_CHECKING:
     from edmdistill.sampling.tune import TuningPlan
@@ -35,14 +35,12 @@ plan_options = option_group(
         show_default=True,
         help="levels: scale them one by one, as CoSIM does; curve: scale and bend EDM's curve; both: the curve first.",
     ),
+    click.option("--n", type=Count(2, 1_000_000), default=5000, show_default=True, help="Images of a measurement."),
     click.option(
-        "--n", type=click.IntRange(2, 1_000_000), default=5000, show_default=True, help="Images of a measurement."
+        "--sets", type=Count(2, 100), default=3, show_default=True, help="Sets of N held-out seeds to confirm."
     ),
     click.option(
-        "--sets", type=click.IntRange(2, 100), default=3, show_default=True, help="Sets of N held-out seeds to confirm."
-    ),
-    click.option(
-        "--budget", "images", type=click.IntRange(1), metavar="IMAGES", help="Images to draw at most for each of --nfe."
+        "--budget", "images", type=Count(1), metavar="IMAGES", help="Images to draw at most for each of --nfe."
     ),
 )
 
@@ -52,7 +50,7 @@ plan_options = option_group(
 @click.option(
     "--nfe",
     "nfes",
-    type=NumberList(click.IntRange(2, MAX_NFE), "2,4"),
+    type=NumberList(Count(2, MAX_NFE), "2,4"),
     required=True,
     metavar="LIST",
     help="As in 2,4.",

@@ -23,6 +23,15 @@ SECOND_MOMENTS = "fp32", "bf16"
 """The keys of the library's tables, which are not imported for `--help`; a test compares them."""
 
 
+class Count(click.IntRange):
+    """A whole number in a range."""
+
+    name = "whole number"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "N"
+
+
 class FiniteFloat(click.FloatRange):
     """A number in a range; click.FloatRange lets nan and infinity pass.
 
@@ -40,7 +49,10 @@ class FiniteFloat(click.FloatRange):
         infinite: bool = False,
     ) -> None:
         super().__init__(min, max, min_open, max_open)
-        self.infinite = infinite
+        self.name, self.infinite = "number", infinite
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "X"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))  # type: ignore[arg-type]  # click's stub asks for a float
@@ -68,6 +80,9 @@ class Memory(click.ParamType):  # type: ignore[type-arg]  # generic in newer rel
 class Name(click.Choice[str]):
     """One of some names; another one is answered by the nearest."""
 
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"Choose one of {', '.join(self.choices)}."
+
     def get_invalid_choice_message(self, value: object, ctx: click.Context | None) -> str:
         return f"{str(value)!r} is not known; {did_you_mean(str(value), self.choices)}"
 
@@ -76,7 +91,7 @@ class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic in newer
     """Numbers with commas between them, as in 1,2,4; each is checked by `item`.
 
     Args:
-        item: the type of one number, such as click.IntRange or FiniteFloat.
+        item: the type of one number, such as Count or FiniteFloat.
         example: shown where the text is no list.
     """
 
@@ -178,6 +193,6 @@ class OutputPath(click.Path):
         return path
 
 
-NFE = click.IntRange(1, MAX_NFE)
+NFE = Count(1, MAX_NFE)
 GAMMA = FiniteFloat(0, 1)
-BATCH = click.IntRange(1, MAX_BATCH)
+BATCH = Count(1, MAX_BATCH)

@@ -96,7 +96,9 @@ class Dataset:
                 )
             self.encoding = None
         if first.shape[1] != first.shape[2]:
-            raise DatasetError(f"{name}: {files[0]} is {_size(first)}, but images must be square; crop them first")
+            raise DatasetError(
+                f"{name}: {files[0]} is {_size(first)}, but images must be square; `edmdistill data prepare` crops them"
+            )
         if self.latent and xflip:
             raise DatasetError(
                 f"{name} holds latents, and mirrored latents are not the VAE's latents of the mirrored image: leave "

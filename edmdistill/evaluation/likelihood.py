@@ -235,7 +235,7 @@ def _check(model: Generator | Denoiser, data: Dataset) -> None:
     if isinstance(model, Generator) and not flow.two_time:
         raise EdmDistillError(
             "this generator only jumps to the data and has no ODE, so it has no likelihood: measure "
-            "its teacher, or a generator of two times"
+            "its teacher, or a generator of ctm or fmd"
         )
     if isinstance(flow.preconditioning, IDDPM):
         raise EdmDistillError(

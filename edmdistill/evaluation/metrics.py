@@ -107,6 +107,8 @@ def find_metric(name: str, features: str) -> FoundMetric:
     else:
         names = {f"{kind}_{space}": (kind, space) for kind in METRICS for space in FEATURE_SPACES if _is_free(kind)}
         if name not in names:
+            if name == "nll":
+                raise EdmDistillError("nll is measured alone and without a protocol, by `eval --metrics nll`")
             raise EdmDistillError(f"there is no metric {name!r}; {did_you_mean(name, [*METRICS, *names], most=20)}")
         name, space = names[name]
         metric = METRICS[name].metric

@@ -16,7 +16,7 @@ from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.fit import require_fit
 from edmdistill.data.latents import draw_latents
 from edmdistill.draws import Draws
-from edmdistill.errors import NotFiniteError
+from edmdistill.errors import DatasetError, NotFiniteError, counted
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.trigflow import diffuse, sigma_to_time, velocity
 
@@ -39,7 +39,7 @@ def losses_by_noise(
     data: str | Path,
     *,
     split: str = "train",
-    images: int = 1000,
+    images: int | None = None,
     batch: int = 250,
     device: torch.device | str = "cpu",
 ) -> list[Row]:
@@ -47,13 +47,18 @@ def losses_by_noise(
 
     Args:
         sources: teachers, as `train` takes them.
-        images: number of images, from the first.
+        images: number of images, from the first; None: 1000, or all of fewer.
     Raises:
         CheckpointError, DatasetError: a source cannot be opened or is a generator, or the data do not fit.
         NotFiniteError: a loss is NaN or infinite.
     """
     dataset = open_dataset(data, split=split)
-    columns = [_losses(source, dataset, min(images, len(dataset)), batch, torch.device(device)) for source in sources]
+    if images is not None and images > len(dataset):
+        raise DatasetError(
+            f"{data} has {counted(len(dataset), 'image')}, fewer than the {images:,} asked for: ask for fewer"
+        )
+    count = images or min(1000, len(dataset))
+    columns = [_losses(source, dataset, count, batch, torch.device(device)) for source in sources]
     for source, losses in zip(sources, columns, strict=True):
         if bad := [f"{sigma:g}" for sigma, loss in zip(SIGMAS, losses, strict=True) if not math.isfinite(loss)]:
             raise NotFiniteError(

@@ -96,9 +96,9 @@ def read_results(files: Iterable[Path]) -> list[Result]:
             document = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
             results += msgspec.convert(document["results"], list[Result])
         except (OSError, KeyError, msgspec.MsgspecError) as error:
-            what = f"{file} holds no results ({error})"
+            reason = "it does not exist" if isinstance(error, FileNotFoundError) else error
             raise EdmDistillError(
-                f"{what}: pass, or keep there, only files that edmdistill eval --out wrote"
+                f"{file} holds no results ({reason}): give what edmdistill eval --out wrote, or a run that was measured"
             ) from error
     return results
 

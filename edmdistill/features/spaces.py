@@ -109,7 +109,7 @@ class EmbeddedFeatures(FeatureSpace):
         if images.shape[1:] != self.embedded.shape:
             takes, size = ("x".join(map(str, shape)) for shape in (self.embedded.shape, images.shape[1:]))
             raise DatasetError(
-                f"the feature space {self.name} takes {takes} images, not {size}; choose the protocol pixels"
+                f"the feature space {self.name} takes {takes} images, not {size}; choose one for such images"
             )
         return images.to(self._device, torch.float64) / 127.5 - 1
 

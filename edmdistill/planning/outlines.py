@@ -24,6 +24,10 @@ def outline_teacher(recipe: Recipe, teacher: str | None, network: str | None, da
         data: a data set, for a recipe that makes its network.
     Raises: RecipeError: none of them gives the shape.  CheckpointError, DatasetError: from what is opened.
     """
+    if teacher is not None and network is not None:
+        raise RecipeError(f"TEACHER and --network both give the teacher's shape, as {teacher} and {network}: give one")
+    if data is not None and (recipe.network is None or teacher is not None or network is not None):
+        raise RecipeError("--data gives the shape of a network that the recipe makes, and none is made: leave it out")
     if teacher is not None:
         return outline(teacher)
     if network is not None and network not in PUBLISHED:

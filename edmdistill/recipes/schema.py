@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -317,8 +317,17 @@ def _typed(values: dict[str, Any], type_: type[Struct], source: str, name: str) 
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$.")
         key = re.split(r"\W", place)[0]
+        if problem.startswith("Invalid enum value"):
+            problem = f"choose one of {', '.join(map(str, _choices(get_type_hints(type_)[key])))}"
     where = f"{name}.{key} = {values[key]!r}" if key in values else f"[{name}]"
     raise RecipeError(f"{source}: {where}: {problem[0].lower()}{problem[1:]}")
+
+
+def _choices(hint: object) -> list[object]:
+    """Returns the values of the Literals in a type."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [value for part in get_args(hint) for value in _choices(part)]
 
 
 def _is_in_range(value: object) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edmdistill import __version__
 from edmdistill.atomic import atomic_write, remove_leftovers
-from edmdistill.errors import CheckpointError, EdmDistillError, NotFiniteError
+from edmdistill.errors import CheckpointError, EdmDistillError, NotFiniteError, counted
 from edmdistill.sampling.decode import Decoder
 from edmdistill.sampling.generate import describe_not_finite, not_finite
 from edmdistill.sampling.grid import to_uint8
@@ -118,7 +118,9 @@ class Samples:
     @property
     def description(self) -> str:
         """How many samples there are, of which kind."""
-        return f"{self.count} {'latents of a VAE, undecoded' if self.output.info.latent else 'images'}"
+        if self.output.info.latent:
+            return f"{counted(self.count, 'latent')} of a VAE, undecoded"
+        return counted(self.count, "image")
 
     @property
     def progress(self) -> str:
@@ -246,10 +248,19 @@ def unfinished_samples(folder: Path) -> str | None:
 
 def _difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """Returns what differs between two requests, in words."""
+    stored, requested = _flat(stored), _flat(requested)
     keys = [key for key in {**stored, **requested} if stored.get(key) != requested.get(key)]
     return ", ".join(f"{key} {_shorten(stored.get(key))} there, {_shorten(requested.get(key))} now" for key in keys)
 
 
+def _flat(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a request with what its tables hold beside them, so that only values which differ are named."""
+    tables = [value for value in request.values() if isinstance(value, dict)]
+    return {key: value for part in (request, *tables) for key, value in part.items() if not isinstance(value, dict)}
+
+
 def _shorten(value: object) -> str:
+    if value is None:
+        return "none"
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -93,7 +93,8 @@ def find_class(word: str, label_dim: int, names: Sequence[str] | None) -> int:
         raise EdmDistillError(
             f"this checkpoint has no class names, so {word!r} cannot be found: use a number from 0 to {label_dim - 1}"
         )
-    near = get_close_matches(name, [part for parts in synonyms for part in parts], n=3)
+    is_number = re.fullmatch(r"[-+.\d]+", name)
+    near = [] if is_number else get_close_matches(name, [part for parts in synonyms for part in parts], n=3)
     hint = f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?"
     raise EdmDistillError(
         f"there is no class {word!r}" + (f": {hint}" if near else f"; classes run from 0 to {label_dim - 1}")

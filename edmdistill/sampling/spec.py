@@ -118,6 +118,8 @@ class SamplerSpec:
             raise EdmDistillError(
                 f"churn is part of Heun's method, and {self.solver} has none: leave out one of the two"
             )
+        if self.churn.strength == 0 and self.churn != Churn():
+            raise EdmDistillError("S_min, S_max and S_noise need churn, which is 0: raise it, or leave them out")
         if self.force_guidance and (self.guide is not None or self.guidance in (None, 1)):
             raise EdmDistillError(
                 "force_guidance lets a teacher guide itself at a guidance other than 1, which is not requested here: "

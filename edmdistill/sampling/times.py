@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, counted
 from edmdistill.trigflow import sigma_to_time
 
 
@@ -17,7 +17,7 @@ def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: fl
 
     Raises: EdmDistillError: a part that is no number, or a noise level outside [sigma_min, sigma_max].
     """
-    times = []
+    times: list[float] = []
     for part in map(str.strip, text.split(",")):
         try:
             value = float(part.removesuffix("rad"))
@@ -31,6 +31,8 @@ def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: fl
                     f"--t {text}: noise level {part} is out of range; this network takes {sigma_min:g} to {sigma_max:g}"
                 )
             value = float(sigma_to_time(value, sigma_data))
+        if times and value > times[-1]:
+            raise EdmDistillError(f"--t {text}: {part} is more noise than the step before it: write falling levels")
         times.append(value)
     return torch.tensor(times, dtype=torch.float64)
 
@@ -50,6 +52,7 @@ def check_times(times: Tensor | Sequence[float], nfe: int | None = None) -> Tens
         raise EdmDistillError(f"sampling times must decrease from noise to data, but these increase: {shown} (radians)")
     if nfe is not None and nfe != len(times):
         raise EdmDistillError(
-            f"{len(times)} sampling times were given for {nfe} network evaluations: leave out one of the two"
+            f"{counted(len(times), 'sampling time')} cannot make {counted(nfe, 'network evaluation')}, one each: leave "
+            "one of the two out"
         )
     return times

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from msgspec import UNSET
+
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.errors import TrainingError
@@ -59,15 +63,32 @@ def with_compile_mode(recipe: Recipe, machine: Machine) -> Machine:
 
 
 def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> None:
-    """Raises: TrainingError: the method cannot distill this teacher, for the method's own reason."""
-    problem = recipe.method_class.check_teacher(
-        recipe.method,
-        positional_time=flow.network.positional_time,
-        label_dim=flow.label_dim,
-        label_dropout=None if force_guidance else flow.label_dropout,
-    )
-    if problem is not None:
-        raise TrainingError(problem)
+    """Raises: TrainingError: the method cannot distill this teacher, or forcing its guidance would do nothing."""
+
+    def problem(label_dropout: float | None) -> str | None:
+        return recipe.method_class.check_teacher(
+            recipe.method,
+            positional_time=flow.network.positional_time,
+            label_dim=flow.label_dim,
+            label_dropout=label_dropout,
+        )
+
+    if sentence := problem(None if force_guidance else flow.label_dropout):
+        raise TrainingError(sentence)
+    if force_guidance and problem(0.0) is None:
+        raise TrainingError(
+            f"--force-guidance has no effect: in this recipe of {recipe.method_name} the teacher does not guide "
+            "itself; leave it out"
+        )
+
+
+def require_measured(recipe: Recipe, stop_on: Collection[str]) -> None:
+    """Raises: TrainingError: a run would stop on a metric that its recipe does not measure."""
+    if "quality" in stop_on and recipe.evaluation is UNSET:
+        raise TrainingError(
+            "--stop-on quality needs a metric over training: add [evaluation] to the recipe, as by --set "
+            "evaluation.protocol=digits --set evaluation.every=32000"
+        )
 
 
 def require_same_latents(what: str, config: CheckpointConfig, teacher: CheckpointConfig, advice: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from edmdistill.training.run import Run
 from edmdistill.training.run_dir import RunDir, open_run
 from edmdistill.training.snapshot import generator_saver, save_ema_snapshots, save_grids
 from edmdistill.training.state import State, save_state
-from edmdistill.training.trackers import trackers
+from edmdistill.training.trackers import Trackers, trackers
 from edmdistill.training.watch import signals
 from edmdistill.transfer import is_gpu
 
@@ -72,11 +72,11 @@ def train(
         progress = resume(run, folder, tell)
         if progress is not None:
             tell(f"{'Finished already' if run.finished else 'Going on'} after {run.images:,} images.")
-        if run.images == 0 or is_snapshot(run):
-            save_grids(run, folder, tell)
         engine.on_main(lambda: folder.truncate_after(run.images, tell))
         names = engine.machine.log_with
         track = engine.on_main(lambda: stack.enter_context(trackers(names, run_dir, run.recipe.tables(), run.images)))
+        if run.images == 0 or is_snapshot(run):
+            draw_grids(run, folder, tell, track)
         if (size := settle_micro_batch(run)) is not None:
             tell(f"Micro-batches of {size} images fit.")
         means, health = IntervalMeans(), Health()
@@ -104,7 +104,7 @@ class Session:
     """The work between two rounds of a run, in its directory.
 
     Attributes:
-        track: takes lines of metrics, for TensorBoard and others; None: nothing does.
+        track: TensorBoard and others; None on all processes but the main one.
         stop_on, tell: as `stop_on` and `on_message` of `train`.
     """
 
@@ -112,7 +112,7 @@ class Session:
     folder: RunDir
     means: IntervalMeans
     health: Health
-    track: Callable[[Mapping[str, float]], None] | None
+    track: Trackers | None
     stop_on: Collection[str]
     tell: Callable[[str], object]
     evaluation: Evaluation | None = None
@@ -137,7 +137,7 @@ class Session:
             line |= measured
         run.engine.on_main(partial(self.folder.log, line))
         if self.track is not None:
-            self.track(line)
+            self.track.log(line)
         for alarm in (*self.health.check(line), *alarms):
             if alarm.begins:
                 self.tell(alarm.sentence)
@@ -157,7 +157,7 @@ class Session:
         if is_snapshot(run) or stopping:
             self._save_state()
         if is_snapshot(run):
-            save_grids(run, self.folder, self.tell)
+            draw_grids(run, self.folder, self.tell, self.track)
 
     def _save_state(self) -> None:
         run, training = self.run, self.run.recipe.training
@@ -180,6 +180,13 @@ class Session:
         # What has come down from a GPU is a copy; on a CPU, the next step would change it.
         beside = is_gpu(run.engine.device)
         run.engine.on_main(partial(self.background.begin, write) if beside else write)
+
+
+def draw_grids(run: Run, folder: RunDir, tell: Callable[[str], object], track: Trackers | None) -> None:
+    """Draws a snapshot's grids that do not exist yet, and shows them to the trackers."""
+    drawn = save_grids(run, folder, tell)
+    if track is not None:
+        track.show(drawn, run.images)
 
 
 def is_snapshot(run: Run) -> bool:

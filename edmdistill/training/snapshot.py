@@ -161,8 +161,14 @@ def save_ema_snapshots(run: Run, folder: Path) -> None:
             run.engine.on_main(partial(save_snapshot, folder, profile, weights, constants))
 
 
-def save_grids(run: Run, folder: RunDir, tell: Callable[[str], object]) -> None:
-    """Draws a snapshot's grids that do not exist yet: a process may be killed between saving and drawing."""
+def save_grids(run: Run, folder: RunDir, tell: Callable[[str], object]) -> dict[str, Path]:
+    """Draws a snapshot's grids that do not exist yet: a process may be killed between saving and drawing.
+
+    Returns: those that were drawn, by the name of their folder; on the main process.
+    """
+    drawn = {}
     for save_grid, place in ((save_sample_grid, folder.samples), (save_role_grid, folder.x0)):
         if not run.engine.broadcast(grid_path(place, run.images).exists()):
             save_grid(run, place, tell)
+            drawn[place.name] = grid_path(place, run.images)
+    return drawn if run.has_grids else {}

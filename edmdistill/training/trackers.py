@@ -1,15 +1,17 @@
-"""TensorBoard and Weights & Biases, which get the lines of metrics.jsonl through accelerate's trackers."""
+"""TensorBoard and Weights & Biases, which get a run's metrics and grids through accelerate's trackers."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from PIL import Image
 
 from edmdistill.atomic import atomic_write
 from edmdistill.errors import TrainingError
@@ -26,17 +28,35 @@ def require_trackers(names: Sequence[str]) -> None:
             raise TrainingError(f"--log-with {name} needs a package that is not installed: {INSTALL[name]}")
 
 
+class Trackers:
+    """Trackers that are open.  opened: accelerate's own."""
+
+    def __init__(self, opened: Sequence[Any]) -> None:
+        self.opened = opened
+
+    def log(self, line: Mapping[str, float]) -> None:
+        """Takes a line of metrics.jsonl."""
+        for tracker in self.opened:
+            tracker.log(dict(line), step=int(line["images"]))
+
+    def show(self, grids: Mapping[str, Path], images: int) -> None:
+        """Takes PNGs by name, drawn after so many images."""
+        for name, file in grids.items():
+            with Image.open(file) as picture:
+                pixels = np.asarray(picture.convert("RGB"))[None]
+            for tracker in self.opened:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: pixels}, step=images, **layout)
+
+
 @contextmanager
-def trackers(
-    names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any], images: int
-) -> Iterator[Callable[[Mapping[str, float]], None]]:
+def trackers(names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any], images: int) -> Iterator[Trackers]:
     """Opens trackers, on the main process.
 
     Args:
         names: tensorboard, into RUN/tensorboard; wandb, into a run of the project edmdistill, which is resumed.
         recipe: the resolved recipe, as plain values.
         images: seen so far; later points are dropped from TensorBoard, as from metrics.jsonl.
-    Yields: a function that takes a line of metrics.
     Raises: TrainingError: a tracker cannot be opened.
     """
     folder = str(run_dir.resolve())
@@ -65,12 +85,7 @@ def trackers(
                     f"--log-with {name} cannot be opened: {error}; fix that, or leave it out"
                 ) from error
             opened.append(tracker)
-
-        def log(line: Mapping[str, float]) -> None:
-            for tracker in opened:
-                tracker.log(dict(line), step=int(line["images"]))
-
-        yield log
+        yield Trackers(opened)
     finally:
         for tracker in opened:
             tracker.finish()

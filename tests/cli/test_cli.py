@@ -79,6 +79,13 @@ def test_a_shell_completes_the_names_of_commands():
     assert result.output.split() == ["plain,sample", "plain,sweep"]
 
 
+def test_a_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by `edmdistill ... >&- 2>&-`, where Python has no sys.stdout and no sys.stderr."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    main(["recipes", "validate", "cosim/digits"], standalone_mode=False)
+
+
 @pytest.mark.parametrize("words", [["-q", "inspect"], ["inspect", "--quiet"]])
 def test_quiet_leaves_results_alone(run, words: list[str]):
     def body() -> None:

@@ -140,7 +140,7 @@ def test_without_matplotlib(checkpoints: dict[str, str], tmp_path: Path, monkeyp
         (["--nfe", "1", "--gamma", "2"], "2.0 is not in the range 0<=x<=1"),
         (["--nfe", "1", "--plot", "a.jpg"], "must end in .svg or .html or .png or .pdf"),
         (["--gamma", "1"], "give --nfe or --t"),
-        (["--nfe", "1", "--t", "80,2"], "2 sampling times were given for 1 network evaluations"),
+        (["--nfe", "1", "--t", "80,2"], "2 sampling times cannot make 1 network evaluation,"),
         (["--nfe", "1", "--guidance", "1,strong"], "'1,strong' is not a list of numbers such as 1,1.2,1.4"),
         (["--nfe", "1", "--weights", "inception"], "'inception' is neither ema, raw nor NAME=FILE"),
     ],

@@ -104,7 +104,7 @@ def test_pixels_have_no_weights() -> None:
 
 
 def test_digits_refuse_other_images() -> None:
-    with pytest.raises(DatasetError, match="takes 1x8x8 images, not 3x32x32; choose the protocol pixels"):
+    with pytest.raises(DatasetError, match="takes 1x8x8 images, not 3x32x32; choose one for such images"):
         load_features("digits")(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
 
 

@@ -38,6 +38,8 @@ def test_steps_and_evaluations_are_each_others_inverse(name: str) -> None:
         ({"solver": "euler"}, "choose one of heun"),
         ({"solver": "ddim", "churn": Churn(strength=1.0)}, "leave out one of the two"),
         ({"force_guidance": True, "guidance": 1.0}, "leave it out"),
+        ({"churn": Churn(sigma_min=1.0)}, "need churn, which is 0"),
+        ({"times": [1.5], "nfe": 3}, "1 sampling time cannot make 3 network evaluations"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(options: dict[str, object], message: str) -> None:

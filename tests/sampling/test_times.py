@@ -14,6 +14,7 @@ RANGE = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
 
 @given(st.lists(st.floats(0.002, 80.0), min_size=1, max_size=8))
 def test_noise_levels_come_back(sigmas: list[float]) -> None:
+    sigmas.sort(reverse=True)
     times = parse_times(",".join(map(repr, sigmas)), **RANGE)
     torch.testing.assert_close(time_to_sigma(times, 0.5), torch.tensor(sigmas, dtype=torch.float64), rtol=1e-9, atol=0)
 
@@ -23,7 +24,9 @@ def test_radians_are_taken_as_they_are() -> None:
     assert parse_times("80,1.1rad,0.002", **RANGE).tolist() == [math.atan(160), 1.1, math.atan(0.004)]
 
 
-@pytest.mark.parametrize("text", ["", "80,", "rad", "1.1 rads", "a", "80;2.5", "800", "0.001", "-1", "nan", "inf"])
+@pytest.mark.parametrize(
+    "text", ["", "80,", "rad", "1.1 rads", "a", "80;2.5", "800", "0.001", "-1", "nan", "inf", "1,5", "1.5rad,80"]
+)
 def test_parse_times_refuses(text: str) -> None:
     with pytest.raises(EdmDistillError, match="--t "):
         parse_times(text, **RANGE)

@@ -85,7 +85,8 @@ def test_the_guide_counts(recipe, teacher, guide):
 
     def norm(options: dict[str, Any], guide: Path | None) -> float:
         made = guided(recipe, images=8, **options)
-        run = prepare(made, data="digits", teacher=teacher, guide=guide, machine=CPU, force_guidance=True)
+        force = guide is None and "guidance" in options
+        run = prepare(made, data="digits", teacher=teacher, guide=guide, machine=CPU, force_guidance=force)
         return next(rounds(run))["grad_norm/generator"]
 
     built_in = {"guidance": [2.0, 2.0], "guide": "network"}
@@ -120,7 +121,8 @@ def test_the_generator_knows_its_guidance(recipe, teacher, guide, tmp_path):
     runs = {"a range": (BY_NETWORK, guide), "one weight": ({"guidance": [1.5, 1.5]}, None), "none": ({}, None)}
     for name, (options, source) in runs.items():
         made = guided(recipe, images=8, **options)
-        run = prepare(made, data="digits", teacher=teacher, guide=source, machine=CPU, force_guidance=True)
+        force = source is None and "guidance" in options
+        run = prepare(made, data="digits", teacher=teacher, guide=source, machine=CPU, force_guidance=force)
         train(run, tmp_path / name)
     ranged, one, none = (load_generator(tmp_path / name) for name in runs)
     assert ranged.config.guidance == Guidance("network", (1.0, 2.0))

@@ -1,29 +1,52 @@
-"""Lines of metrics in TensorBoard's files, and a tracker that cannot be opened."""
+"""Lines of metrics and grids in TensorBoard's files, and a tracker that cannot be opened."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from edmdistill.errors import TrainingError
 from edmdistill.training import trackers as module
 from edmdistill.training.trackers import require_trackers, trackers
 
 
-def _scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+def _events(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(name)]
+    return events
+
+
+def _scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in _events(folder).Scalars(name)]
 
 
 def test_tensorboard_has_each_line_once(tmp_path: Path) -> None:
     """A run that goes on from 64 images after lines up to 128 has no line of the first try beyond 64."""
     for start, value in ((0, 1.0), (64, 2.0)):
-        with trackers(["tensorboard"], tmp_path, {}, start) as log:
+        with trackers(["tensorboard"], tmp_path, {}, start) as opened:
             for images in range(start + 32, start + 97, 32):
-                log({"images": images, "loss/generator": value})
+                opened.log({"images": images, "loss/generator": value})
     assert _scalars(tmp_path / "tensorboard", "loss/generator") == [(32, 1), (64, 1), (96, 2), (128, 2), (160, 2)]
+
+
+def test_grids_are_shown(tmp_path: Path) -> None:
+    """A run's grids, gray or in color, arrive pixel by pixel, at the images after which they were drawn."""
+    drawn = {}
+    for name, mode in (("samples", "L"), ("x0", "RGB")):
+        drawn[name] = tmp_path / f"{name}.png"
+        Image.effect_noise((12, 8), 99).convert(mode).save(drawn[name])
+    with trackers(["tensorboard"], tmp_path, {}, 0) as opened:
+        opened.show(drawn, 64)
+    events = _events(tmp_path / "tensorboard")
+    for name, file in drawn.items():
+        (event,) = events.Images(name)
+        assert event.step == 64
+        with Image.open(io.BytesIO(event.encoded_image_string)) as shown, Image.open(file) as picture:
+            assert shown.convert("RGB").tobytes() == picture.convert("RGB").tobytes()
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

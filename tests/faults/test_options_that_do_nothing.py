@@ -1,0 +1,56 @@
+"""An option that would do nothing beside the others is refused: one sentence, exit code 2, and nothing is written."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edmdistill.cli import main
+
+TEACHER = "digits"
+TRAIN = "train cosim digits --data digits --recipe cosim/digits-quickstart --run-dir out --device cpu --dry-run"
+SAMPLE = "sample digits --out out --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{SAMPLE} --churn-min 1", "need churn, which is 0: raise it, or leave them out"),
+        (f"{SAMPLE} --churn-noise 1.01", "need churn, which is 0"),
+        (f"{SAMPLE} --nfe 5 --t 80", "1 sampling time cannot make 5 network evaluations, one each: leave one"),
+        (f"{SAMPLE} --nfe five", "'five' is not a valid whole number."),
+        (f"{SAMPLE} --class -1", "there is no class '-1'; classes run from 0 to 9"),
+        (f"{TRAIN} --force-guidance", "--force-guidance has no effect: in this recipe of cosim"),
+        (f"{TRAIN} --stop-on quality", "--stop-on quality needs a metric over training: add [evaluation]"),
+        ("convert digits out --no-double-norm", "need --time-embedding positional"),
+        ("convert digits out --double-norm", "need --time-embedding positional"),
+        ("inspect digits --classes --tensors", "--classes prints only the classes: leave out"),
+        ("fetch list --verify", "`fetch list` downloads nothing"),
+        ("fetch list inception", "`fetch list` downloads nothing"),
+        ("plan cosim/digits digits --network edm2-img512-s", "TEACHER and --network both give the teacher's shape"),
+        ("plan cosim/digits digits --data digits", "leave it out"),
+        ("plan cosim/digits digits --shard", "--shard needs several processes: add --processes N."),
+        ("loss digits --data digits --images 1501 --device cpu", "digits has 1,500 images, fewer than the 1,501 asked"),
+        ("eval digits --protocol digits --metrics nll,fid --n 4", "nll is measured alone"),
+        ("compare nowhere.json", "nowhere.json holds no results (it does not exist)"),
+        ("sweep digits", "Missing option '--protocol'. Choose one of digits, tiles,"),
+        ("train", "Missing argument 'METHOD'. Choose one of diffusion, cosim,"),
+        ("train cosym", "Invalid value for 'METHOD': 'cosym' is not known; did you mean 'cosim'?"),
+    ],
+)
+def test_refused(words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert sum("Error: " in line for line in result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_samples_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    words = ["sample", TEACHER, "--out", str(tmp_path / "out"), "--seeds", "0", "--device", "cpu", "--nfe"]
+    result = CliRunner().invoke(main, [*words, "1"])
+    assert result.exit_code == 0
+    assert "out: 1 image\n" in result.stderr
+    result = CliRunner().invoke(main, [*words, "3"])
+    assert "holds other samples (nfe 1 there, 3 now): choose another path" in result.stderr
