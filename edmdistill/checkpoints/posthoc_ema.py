@@ -32,7 +32,7 @@ from edmdistill.checkpoints.store import (
     save_checkpoint,
     save_tensors,
 )
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, counted
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.two_time import add_second_time
 
@@ -248,7 +248,8 @@ def _up_to(images: int, files: Mapping[Profile, Path], source: Path) -> dict[Pro
         )
     until = {profile: path for profile, path in files.items() if profile.images <= images}
     if len(until) < 2:
-        raise CheckpointError(f"{source} holds {len(until)} averages up to {images:,} images: ask for more")
+        found = counted(len(until), "average")
+        raise CheckpointError(f"{source} holds {found} up to {images:,} images, and two are needed: raise --images")
     return until
 
 

@@ -10,21 +10,25 @@ from edmdistill.cli.types import OutputPath
 
 @click.command("compare")
 @click.argument("sources", nargs=-1, required=True, metavar="FILE.json|RUN...")
-@click.option("--csv", "kind", flag_value=".csv", help="Print comma-separated values.")
-@click.option("--json", "kind", flag_value=".json", help="Print one JSON document: the whole results.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document: the whole results.")
 @click.option(
     "--out", type=OutputPath(".md", ".csv", ".json"), metavar="FILE.md|.csv|.json", help="Also write it, by the ending."
 )
-def command(sources: tuple[str, ...], kind: str | None, out: Path | None) -> None:
+def command(sources: tuple[str, ...], as_csv: bool, as_json: bool, out: Path | None) -> None:
     """Put results side by side in a Markdown table: files that `eval --out` wrote, run directories, checkpoints.
 
     Numbers that were not measured alike are refused, with what differs: the number of images, seeds, classes,
     reference, weights of the feature network, rounding, decoder. Of images from elsewhere, what is not known is noted.
     """
+    if as_csv and as_json:
+        raise click.UsageError("--csv and --json exclude each other: leave out one of the two.")
+
     from edmdistill.evaluation.compare import compare, read_rows
 
     table = compare(read_rows(sources))
     texts = {".md": table.to_markdown, ".csv": table.to_csv, ".json": table.to_json}
     if out is not None:
         write_text(out, texts[out.suffix.lower()]().rstrip("\n"))
-    click.echo(texts[kind or ".md"]().rstrip("\n"))
+    kind = ".csv" if as_csv else ".json" if as_json else ".md"
+    click.echo(texts[kind]().rstrip("\n"))

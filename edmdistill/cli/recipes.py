@@ -20,7 +20,7 @@ def command() -> None:
     """
 
 
-@command.command("list")
+@command.command("list", short_help="List the recipes that ship with the package.")
 @click.argument("method", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, including the headers.")
 def list_(method: str | None, as_json: bool) -> None:
@@ -48,7 +48,7 @@ def list_(method: str | None, as_json: bool) -> None:
                     click.echo(f"  {'':<{width}}    {title}: {' '.join(f'-{word}' for word in words)}")
 
 
-@command.command()
+@command.command(short_help="Print a recipe, or all values that a run would use.")
 @click.argument("name")
 @click.option("--resolved", is_flag=True, help="Print JSON, with the variant applied and every default filled in.")
 @click.option("--method", metavar="METHOD", help="Method, for a file that names none.")
@@ -63,9 +63,9 @@ def show(name: str, resolved: bool, method: str | None, sets: tuple[str, ...]) -
     click.echo(text, nl=False)
 
 
-@command.command()
+@command.command(short_help="Copy a recipe to a file, to edit.")
 @click.argument("name")
-@click.argument("file", type=OutputPath())
+@click.argument("file", metavar="FILE.toml", type=OutputPath())
 def copy(name: str, file: Path) -> None:
     """Copy the recipe NAME, with its variants, to FILE.toml, to edit and use with `train --recipe`."""
     from edmdistill.recipes.library import copy_recipe

@@ -215,7 +215,7 @@ def _introduction(run: "Run", what: str, run_dir: Path) -> Iterator[str]:
     yield f"Training {what} in {run_dir}, on {where}: {roles}."
     for name, role in description["roles"].items():
         if role["unused"]:
-            yield f"No part of the {name}'s loss, and so not trained: {', '.join(role['unused'])}."
+            yield f"Not trained, because the {name}'s loss does not depend on it: {', '.join(role['unused'])}."
     yield from (*run.notes, *run.dataset.notes, *run.method.notes())
 
 

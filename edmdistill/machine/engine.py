@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from edmdistill.errors import PeerFailed, TrainingError
+from edmdistill.errors import PeerFailed, TrainingError, counted
 from edmdistill.kernels.linear import lay_out_weights
 from edmdistill.machine.compile import begin_step
 from edmdistill.machine.devices import pick_device
@@ -166,6 +166,10 @@ class Engine:
         size = self.machine.micro_batch or largest
         assert size != "auto", "resolved before the first round"
         pieces = -(-largest // size)
+        if batch < self.world_size:
+            raise TrainingError(
+                f"a batch of {counted(batch, 'image')} is too small for {self.world_size} processes: use fewer"
+            )
         if batch // self.world_size < pieces:
             raise TrainingError(
                 f"a batch of {batch} images cannot be split into {pieces} micro-batches on each of {self.world_size} "

@@ -246,7 +246,7 @@ class Denoiser(nn.Module):
         self.img_resolution, self.img_channels = flow.img_resolution, flow.img_channels
         self.label_dim, self.label_dropout = flow.label_dim, flow.label_dropout
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
         """Returns D(x; sigma), the expected image.
 
         Args:
@@ -256,7 +256,7 @@ class Denoiser(nn.Module):
         Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
         """
         x = x.to(self.flow.dtype)
-        sigma = sigma.to(x.device, x.dtype).reshape(-1, 1, 1, 1)
+        sigma = torch.as_tensor(sigma).to(x.device, x.dtype).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.flow.preconditioning.coefficients(sigma)
         condition = self.flow.conditioning(x, c_noise, labels, c_noise if self.flow.two_time else None)
         return c_skip * x + c_out * self.flow.raw(c_in * x, condition)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +43,24 @@ def sample(
 ) -> Tensor:
     """Draws one image for each seed: from a generator by gamma-sampling, from a teacher by a solver of its ODE.
 
-    A generator that has learned the score, as CTM's have, is sampled as a teacher if a solver is named.
+    A generator that has learned the score, as CTM's have, is sampled as a teacher if a solver is named. An image
+    depends on its seed and its label alone, whatever the batch.
 
     Args:
-        model, seeds, labels, batch, on_progress: see `generate_images`.
-        nfe, gamma, times, guidance, guide, force_guidance, solver, churn, reference: see SamplerSpec.
-    Returns, Raises: see `generate_images`.
+        model: from load_generator or load_denoiser.
+        nfe: network evaluations for an image; default: 2 for a generator, 35 for a teacher, 63 for one of EDM2.
+        seeds: one for each image, taken modulo 2^32.  [N]
+        labels: one class for all, a class a seed [N], vectors [N,label_dim], or None: drawn from each seed.
+        gamma: share of fresh noise between a generator's steps, in [0, 1].
+        times: a generator's times in radians, falling, in place of nfe.  [nfe]
+        guidance, guide, force_guidance, solver, churn, reference: see SamplerSpec.
+        batch: images at a time.
+        on_progress: called with the number of images that have just been finished.
+    Returns: images [N,C,H,W] float32 in [-1, 1], on the CPU; latents undecoded, see sampling.decode.model_decoder.
+    Raises: EdmDistillError: an option that does not fit the model.
     """
+    if isinstance(model, str | Path):
+        raise EdmDistillError(f"sample takes a network: load {model} by load_generator or load_denoiser first")
     spec = SamplerSpec.of_arguments(locals())
     return generate_images(model, spec, seeds, labels, batch=batch, on_progress=on_progress)
 

@@ -106,8 +106,10 @@ class SamplerSpec:
         return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     def __post_init__(self) -> None:
-        if self.nfe is not None and not 1 <= self.nfe <= MAX_NFE:
-            raise EdmDistillError(f"the number of network evaluations must be 1 to {MAX_NFE:,}, but it is {self.nfe:,}")
+        if self.nfe is not None and not (1 <= self.nfe <= MAX_NFE and self.nfe == int(self.nfe)):
+            raise EdmDistillError(
+                f"the number of network evaluations must be a whole one, 1 to {MAX_NFE:,}, but it is {self.nfe:,}"
+            )
         if self.gamma is not None and not 0 <= self.gamma <= 1:
             raise EdmDistillError(f"gamma, the share of fresh noise, must be in [0, 1], but it is {self.gamma:g}")
         if self.times is not None:

@@ -47,12 +47,15 @@ def check_times(times: Tensor | Sequence[float], nfe: int | None = None) -> Tens
     if times.ndim != 1 or not len(times):
         raise EdmDistillError("sampling times must be a list of at least one time")
     if not bool(((times > 0) & (times <= math.pi / 2)).all()):
-        raise EdmDistillError(f"sampling times are radians in (0, pi/2], but these are {shown}")
+        raise EdmDistillError(
+            f"sampling times are radians in (0, pi/2], but these are {shown}; "
+            "edmdistill.trigflow.sigma_to_time makes them of noise levels"
+        )
     if bool((times.diff() > 0).any()):
         raise EdmDistillError(f"sampling times must decrease from noise to data, but these increase: {shown} (radians)")
     if nfe is not None and nfe != len(times):
         raise EdmDistillError(
             f"{counted(len(times), 'sampling time')} cannot make {counted(nfe, 'network evaluation')}, one each: leave "
-            "one of the two out"
+            "out one of the two"
         )
     return times

@@ -17,7 +17,7 @@ SAMPLE = "sample digits --out out --device cpu"
     [
         (f"{SAMPLE} --churn-min 1", "need churn, which is 0: raise it, or leave them out"),
         (f"{SAMPLE} --churn-noise 1.01", "need churn, which is 0"),
-        (f"{SAMPLE} --nfe 5 --t 80", "1 sampling time cannot make 5 network evaluations, one each: leave one"),
+        (f"{SAMPLE} --nfe 5 --t 80", "1 sampling time cannot make 5 network evaluations, one each: leave out one"),
         (f"{SAMPLE} --nfe five", "'five' is not a valid whole number."),
         (f"{SAMPLE} --class -1", "there is no class '-1'; classes run from 0 to 9"),
         (f"{TRAIN} --force-guidance", "--force-guidance has no effect: in this recipe of cosim"),
@@ -32,6 +32,7 @@ SAMPLE = "sample digits --out out --device cpu"
         ("plan cosim/digits digits --shard", "--shard needs several processes: add --processes N."),
         ("loss digits --data digits --images 1501 --device cpu", "digits has 1,500 images, fewer than the 1,501 asked"),
         ("eval digits --protocol digits --metrics nll,fid --n 4", "nll is measured alone"),
+        ("compare nowhere.json --csv --json", "--csv and --json exclude each other"),
         ("compare nowhere.json", "nowhere.json holds no results (it does not exist)"),
         ("sweep digits", "Missing option '--protocol'. Choose one of digits, tiles,"),
         ("train", "Missing argument 'METHOD'. Choose one of diffusion, cosim,"),

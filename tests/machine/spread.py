@@ -43,7 +43,8 @@ def recipe(case: str, rounds: int) -> Recipe:
 def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[str, float]]:
     """What every round measured, and the norm of each average after the last."""
     source = source_of(case.split(",")[0], teacher)
-    run = prepare(recipe(case, count), data="digits", teacher=source, machine=machine, force_guidance=True)
+    force = "guidance" in CASES[case]
+    run = prepare(recipe(case, count), data="digits", teacher=source, machine=machine, force_guidance=force)
     found = list(rounds(run))
     for role in run.optimizers.keys() if not machine.shard else ():
         weights = torch.cat([parameter.detach().flatten() for parameter in run.networks[role].parameters()])

@@ -54,6 +54,7 @@ def test_one_time_for_all_is_one_for_each(flow: FlowNetwork) -> None:
     x, t = images(flow), torch.tensor(0.7)
     for view in (flow, Denoiser(flow)):
         assert error(view(x, t, classes(flow)), view(x, t.expand(3), classes(flow))) <= 1e-5
+    assert torch.equal(Denoiser(flow)(x, 0.7, classes(flow)), Denoiser(flow)(x, t, classes(flow)))  # the same call
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def test_steps_and_evaluations_are_each_others_inverse(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nfe": 0}, "must be 1 to 10,000"),
+        ({"nfe": 0}, "a whole one, 1 to 10,000"),
         ({"gamma": 1.1}, "must be in"),
         ({"gamma": float("nan")}, "must be in"),
         ({"solver": "euler"}, "choose one of heun"),
