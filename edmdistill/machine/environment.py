@@ -7,7 +7,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 
@@ -36,7 +36,7 @@ class Environment(TypedDict):
     shard: bool
     offload: list[str]
     checkpointing: bool
-    second_moment: str
+    second_moment: NotRequired[str]  # in earlier runs, which had no such option, it is missing
 
 
 class SessionRecord(Environment):
