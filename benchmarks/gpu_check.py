@@ -363,6 +363,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "micro-batch auto": {"micro_batch": "auto"},
     "checkpointing": {"checkpointing": True},
     "workers": {"workers": 2},
+    "second moment in bf16": {"second_moment": "bf16"},
     "average on the host": {"offload": ("ema",)},
     "optimizer on the host": {"offload": ("optimizer",)},
     "teacher on the host": {"offload": ("teacher",)},
