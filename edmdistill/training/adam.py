@@ -48,7 +48,8 @@ class LeanAdam(torch.optim.Adam):
         self, parameters: Sequence[nn.Parameter], seed: int, second_moment: SecondMoment, **options: Any
     ) -> None:
         super().__init__(parameters, **options, fused=True)
-        self.dtype = torch.bfloat16 if second_moment == "bf16" else torch.float32
+        self.dtype = torch.bfloat16 if second_moment == "bf16" else None
+        """Of `exp_avg_sq`; None: that of the weights."""
         # The spawn key tells it from the seeds of Draws.
         self._root = int(np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1, np.uint64).view(np.int64)[0])
 
@@ -61,7 +62,7 @@ class LeanAdam(torch.optim.Adam):
                 if not self.state[parameter]:
                     self.state[parameter] = self._first_state(parameter, bool(group["betas"][0]))
             moved = [parameter for parameter in moved if local_shard(parameter).numel()]  # some shards are empty
-            if self.dtype == torch.float32:
+            if self.dtype is None:
                 self._update(group, moved, [local_shard(self.state[p]["exp_avg_sq"]) for p in moved])
                 continue
             for piece, some in enumerate(chunks(moved)):
@@ -105,7 +106,7 @@ class LeanAdam(torch.optim.Adam):
         }
         super().load_state_dict({**state_dict, "state": states})
         for state in self.state.values():  # torch casts states to the dtype of the weights
-            state["exp_avg_sq"] = state["exp_avg_sq"].to(self.dtype)
+            state["exp_avg_sq"] = state["exp_avg_sq"].to(self.dtype or state["exp_avg_sq"].dtype)
 
 
 def chunks(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -64,10 +64,11 @@ def test_states_go_from_one_to_the_other(source):
     assert all(torch.equal(a, b) for a, b in zip(*(n.parameters() for n in networks), strict=True))
 
 
-def test_without_momentum_adam_has_the_same_bits_and_half_of_the_states():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_momentum_adam_has_the_same_bits_and_half_of_the_states(dtype):
     """Of torch's own, from its states too."""
     torch.manual_seed(0)
-    networks = [nn.Linear(37, 19) for _ in range(3)]
+    networks = [nn.Linear(37, 19, dtype=dtype) for _ in range(3)]
     for network in networks[1:]:
         network.load_state_dict(networks[0].state_dict())
     table = training(betas=(0.0, 0.99))
@@ -78,7 +79,7 @@ def test_without_momentum_adam_has_the_same_bits_and_half_of_the_states():
         for number in numbers:
             for network, optimizer in pairs:
                 torch.manual_seed(number)
-                network(torch.randn(4, 37)).square().sum().backward()
+                network(torch.randn(4, 37, dtype=dtype)).square().sum().backward()
                 set_learning_rate(optimizer, 1e-2 / (1 + number))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
