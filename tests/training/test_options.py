@@ -38,7 +38,7 @@ ROUNDS, LAST, BATCH = 100, 3, 12
 MARKS = 1, 10, ROUNDS
 PATH = 2e-4
 """Largest distance of weights from the plain run's, relative to the way that these have gone: three times the largest
-that rounding alone leads to in a hundred rounds, 6e-5. It is no larger after fewer: both grow alike."""
+that rounding alone leads to in a hundred rounds, 6e-5. After fewer it is a larger share of a shorter way."""
 RECIPES: dict[str, tuple[str, dict[str, object]]] = {
     "cosim": ("cosim/digits-paper", {"method.warmup_images": 0}),
     "scd": ("scd/digits", {"method.warmup_images": 0, "method.allow_edm_time": "true"}),
