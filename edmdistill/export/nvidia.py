@@ -31,6 +31,12 @@ CLASSES = {
     "iddpm": ("iDDPMPrecond", ("C_1", "C_2", "M")),
 }
 """The preconditioning class of DDPM++, NCSN++ and ADM, and those of our parameters that it takes."""
+THEIRS = {
+    **dict.fromkeys(("double_norm", "guided", "positional_time", "two_time"), False),
+    "adaptive_scale": True,
+    "group_channels": 4,
+}
+"""The values of our arguments that change the network and that NVIDIA's classes do not have."""
 
 
 def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -43,10 +49,14 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
     pre = flow.preconditioning
     kind = str(config.preconditioning["kind"])
     ours = OUR_ARGUMENTS[config.network.kind]
-    arguments = {name: value for name, value in flow.network.arguments.items() if name not in ours}
-    unknown = "double_norm", "guided", "positional_time", "two_time"
-    if strange := [name for name in unknown if flow.network.arguments.get(name)]:
+    own = flow.network.arguments
+    arguments = {name: value for name, value in own.items() if name not in ours}
+    if strange := [f"{name}={own[name]}" for name, theirs in THEIRS.items() if own.get(name, theirs) != theirs]:
         raise EdmDistillError(f"NVIDIA's classes have no {strange[0]}, which this network has: choose another --to")
+    if kind not in CLASSES:
+        raise EdmDistillError(
+            f"NVIDIA's classes have no preconditioning of the kind {kind}, which this network has: choose another --to"
+        )
     if isinstance(pre, EDM) and (pre.c_noise_scale != EDM.c_noise_scale or pre.reads_time):
         raise EdmDistillError(
             f"NVIDIA's classes read ln(sigma)/4 as the noise level, but this network reads {config.c_noise}: "

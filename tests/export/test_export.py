@@ -42,7 +42,7 @@ from edmdistill.export.parity import compare, step_sampler
 from edmdistill.export.space import GRADIO
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import Denoiser, FlowNetwork
-from edmdistill.networks.preconditioning import EDM
+from edmdistill.networks.preconditioning import EDM, ConsistencyBoundary
 from edmdistill.networks.surgery.adapt import with_positional_time
 from edmdistill.networks.surgery.rebuild import rebuild
 from edmdistill.networks.surgery.two_time import add_second_time
@@ -414,6 +414,9 @@ def test_what_has_no_place_is_refused(golden: Path, runs: Path):
     scaled = FlowNetwork(flow.network, EDM(c_noise_scale=250.0))
     with pytest.raises(EdmDistillError, match=r"read ln\(sigma\)/4"):
         official(scaled, config)
+    boundary = FlowNetwork(flow.network, ConsistencyBoundary())
+    with pytest.raises(EdmDistillError, match="no preconditioning of the kind consistency"):
+        official(boundary, replace(config, **describe(boundary)))
     with pytest.raises(EdmDistillError, match="no two_time"):
         official(*load_flow(runs / "jumps"))
     flow, config = load_flow(runs / "latents")
