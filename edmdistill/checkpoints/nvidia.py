@@ -21,6 +21,9 @@ from edmdistill.checkpoints.download import downloaded
 from edmdistill.checkpoints.persistence import (
     NETWORK_PARAMETERS,
     PRECONDITIONING_PARAMETERS,
+    SIDA,
+    SIDA_ARGUMENTS,
+    SIDA_FIXED,
     STAND_INS,
     VAE_PARAMETERS,
     PersistentObject,
@@ -95,15 +98,17 @@ def read_official(path: str | Path, *, generator: bool = False) -> OfficialCheck
     if not generator:
         refuse_by_name(path)
     with downloaded(path):
-        return _read(path)
+        return _read(path, generator)
 
 
-def _read(path: Path) -> OfficialCheckpoint:
+def _read(path: Path, generator: bool) -> OfficialCheckpoint:
     try:
         data = _content(path)
         pickled = _unpacked(data, path)
         budget = Budget(len(pickled))
         entries = _entries(pickled, budget)
+        if generator:
+            _as_nvidias(entries["ema"], budget)
         checkpoint = _checkpoint(path, hashlib.sha256(data).hexdigest(), entries, budget)
         release(data)
         return replace(checkpoint, notes=tuple(_notes(checkpoint, entries)))
@@ -163,10 +168,10 @@ def _only_weights(kind: str) -> Unreadable:
 def _entries(data: memoryview, budget: Budget) -> dict[str, object]:
     """Returns the dict in the pickle, with something under `ema`."""
     storages = {("torch.storage", "_load_from_bytes"): StandIn(partial(read_storage, budget=budget))}
-    root = Unpickler(data, STAND_INS | storages, budget=budget).run()
+    root = Unpickler(data, STAND_INS | storages, budget=budget, keys=(str, int)).run()  # hooks have numbers
     if type(root) is int and root == LEGACY_MAGIC:
         raise _only_weights("a file of torch.save")
-    if not isinstance(root, dict):
+    if not isinstance(root, dict) or not all(isinstance(name, str) for name in root):
         raise Unreadable(f"holds {type_name(root)} where a dict with a network under 'ema' is expected: {_WANTED}")
     if root and all(isinstance(value, StoredTensor) for value in root.values()):
         raise Unreadable(other) if (other := describe_tensors(root)) else _only_weights("a pickled dict of tensors")
@@ -183,9 +188,23 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(repr(name[:60]) for name in islice(names, 8))
 
 
+def _as_nvidias(ema: object, budget: Budget) -> None:
+    """Gives a generator of SiDA's, and the network in it, the names and arguments of NVIDIA's classes."""
+    if not isinstance(ema, PersistentObject) or ema.class_name not in SIDA:
+        return
+    for item in (ema, *ema.members("_modules", budget).values()):
+        if isinstance(item, PersistentObject) and item.class_name in SIDA:
+            arguments = item.state.get("_init_kwargs")
+            if isinstance(arguments, dict):
+                item.state["_init_kwargs"] = {
+                    name: value for name, value in arguments.items() if name not in SIDA_ARGUMENTS
+                } | SIDA_FIXED.get(item.class_name, {})
+            item.class_name = SIDA[item.class_name]
+
+
 def _checkpoint(path: Path, digest: str, entries: dict[str, object], budget: Budget) -> OfficialCheckpoint:
     ema = entries["ema"]
-    if isinstance(ema, PersistentObject) and "generator" in ema.class_name.lower():
+    if isinstance(ema, PersistentObject) and ("generator" in ema.class_name.lower() or ema.class_name in SIDA):
         raise Unreadable(f"holds {type_name(ema)} under 'ema', a one-step generator and not a teacher: {TEACHER}")
     if not isinstance(ema, PersistentObject) or ema.class_name not in PRECONDITIONING_PARAMETERS:
         raise Unreadable(

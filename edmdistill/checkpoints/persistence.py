@@ -44,6 +44,20 @@ VAE_PARAMETERS: dict[str, Any] = {  # StabilityVAEEncoder's parameters in order,
     "final_std": 0.5,
     "batch_size": 8,
 }
+SIDA = {
+    "EDMPrecond_EncoderDecoder": "EDMPrecond",
+    "SongUNet_EncoderDecoder": "SongUNet",
+    "DhariwalUNet_EncoderDecoder": "DhariwalUNet",
+    "EDM_2_Precond_Generator": "Precond",
+    "EDM_2_Precond_EncoderDecoder": "Precond",
+    "UNet_EncoderDecoder": "UNet",
+}
+"""NVIDIA's classes by those of SiDA's generators, which compute the same, and a discriminator's logits if asked.
+Source: mingyuanzhou/SiD, branch sida."""
+SIDA_ARGUMENTS = {"force_normalization", "use_gan"}
+"""Theirs alone, of training."""
+SIDA_FIXED: dict[str, dict[str, object]] = {"EDM_2_Precond_Generator": {"logvar_channels": 0}}
+"""What a class of theirs has whatever it is called with."""
 CONSTRUCTOR_PARAMETERS = (
     PRECONDITIONING_PARAMETERS | NETWORK_PARAMETERS | {"StabilityVAEEncoder": tuple(VAE_PARAMETERS)}
 )
@@ -73,9 +87,9 @@ class PersistentObject(Stateful):
         """Returns _parameters, _buffers or _modules, without those that are None."""
         members = self.state.get(kind)
         budget.step(len(members) if isinstance(members, dict) else 1)
-        if not isinstance(members, dict) or not all(re.fullmatch(r"\w+", name, re.ASCII) for name in members):
+        if not isinstance(members, dict) or not all(re.fullmatch(r"\w+", str(name), re.ASCII) for name in members):
             raise Unreadable(f"has no proper {kind} in its {self.class_name[:60]!r}: {DAMAGED}")
-        return {name: member for name, member in members.items() if member is not None}
+        return {str(name): member for name, member in members.items() if member is not None}
 
 
 def _persistent(meta: object) -> PersistentObject:
@@ -174,7 +188,10 @@ def attributes(item: PersistentObject) -> dict[str, object]:
     return {
         name: value
         for name, value in item.state.items()
-        if not name.startswith("_") and name != "training" and isinstance(value, str | int | float | None)
+        if isinstance(name, str)
+        and not name.startswith("_")
+        and name != "training"
+        and isinstance(value, str | int | float | None)
     }
 
 
@@ -190,7 +207,7 @@ def to_plain(value: object, budget: Iterator[int] | None = None, depth: int = 0)
         case list() | tuple():
             return [to_plain(item, budget, depth + 1) for item in value]
         case dict():
-            return {key: to_plain(item, budget, depth + 1) for key, item in value.items()}
+            return {str(key): to_plain(item, budget, depth + 1) for key, item in value.items()}
         case Array() if value.numbers.size < 100:
             return value.numbers.tolist()
     raise Unreadable(f"holds {type_name(value)} among its arguments: {DAMAGED}")

@@ -301,6 +301,7 @@ def test_what_modules_may_carry(write: Callable[..., Path], protocol: int) -> No
         _buffers={"kept": torch.ones(1), "passing": torch.ones(1), "none": None},
         _non_persistent_buffers_set={"passing"},
         _forward_hooks=EasyDict(),
+        _forward_pre_hooks={0: None},
         up=True,
         extra=[EasyDict(a=1), (1, 2.5, None), {"x"}],
     )
@@ -308,6 +309,34 @@ def test_what_modules_may_carry(write: Callable[..., Path], protocol: int) -> No
     assert list(official.tensors) == ["model.layer0.w0", "model.layer0.w1", "model.layer0.kept"]
     assert official.buffers == {"model.layer0.kept"}
     assert torch.equal(official.tensors["model.layer0.w0"], tied[2:].reshape(2, 2).t())
+
+
+def test_sidas_classes_are_nvidias_for_a_generator_alone(write: Callable[..., Path]) -> None:
+    own = {"force_normalization": True, "use_gan": False}
+    inner = module("UNet_EncoderDecoder", _init_kwargs={**own, "model_channels": 8})
+    path = write({"ema": module("EDM_2_Precond_Generator", {"unet": inner}, _init_kwargs=own)})
+    official = read_official(path, generator=True)
+    assert (official.preconditioning_class, official.network_class) == ("Precond", "UNet")
+    assert (official.arguments, official.network_arguments) == ({"logvar_channels": 0}, {"model_channels": 8})
+    with pytest.raises(CheckpointError, match="a one-step generator and not a teacher"):
+        read_official(path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "why"),
+    [
+        ({1: 2}, "holds a value of type dict"),
+        ({"ema": module("EDMPrecond", {1: 2})}, "NoneType"),
+        ({"ema": network(_init_kwargs={1: 2})}, None),
+        ({"ema": module("EDMPrecond", {1: 2}), 2: 3}, "holds a value of type dict"),
+    ],
+)
+def test_numbers_as_names(write: Callable[..., Path], entries: object, why: str | None) -> None:
+    if why is None:
+        assert read_official(write(entries)).arguments == {"1": 2}
+        return
+    with pytest.raises(CheckpointError, match=why):
+        read_official(write(entries))
 
 
 class Loss(Persistent):

@@ -59,6 +59,27 @@ def test_sida_without_an_encoder_has_edm2_s(golden: Path, tmp_path: Path) -> Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("edm-tiny-cond.pkl", {"EDMPrecond": "EDMPrecond_EncoderDecoder", "SongUNet": "SongUNet_EncoderDecoder"}),
+        ("edm2-rgb-cond.pkl", {"Precond": "EDM_2_Precond_EncoderDecoder", "UNet": "UNet_EncoderDecoder"}),
+    ],
+)
+def test_sidas_classes_compute_the_same(golden: Path, tmp_path: Path, name: str, classes: dict[str, str]) -> None:
+    data = (golden / name).read_bytes()
+    for theirs, sidas in classes.items():
+        old, new = (b"\x8c" + bytes([len(text)]) + text.encode() for text in (theirs, sidas))
+        assert old in data
+        data = data.replace(old, new)
+    (tmp_path / "sida.pkl").write_bytes(data)
+    convert_generator(golden / name, tmp_path / "sid", "sid")
+    convert_generator(tmp_path / "sida.pkl", tmp_path / "sida", "sid")
+    noise, labels = noise_for(load_generator(tmp_path / "sid").flow), torch.tensor([0, 1])
+    assert torch.equal(one_step(tmp_path / "sida", noise, labels), one_step(tmp_path / "sid", noise, labels))
+
+
+@torch.no_grad()
 def test_dmd2_is_the_denoiser_at_80(golden: Path, tmp_path: Path) -> None:
     official = read_official(golden / "edm-adm-multihead.pkl.gz")
     torch.save(dict(official.tensors), tmp_path / "pytorch_model.bin")
