@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 
 from edmdistill.checkpoints.download import downloaded
 from edmdistill.checkpoints.persistence import (
+    GENERATOR_ARGUMENTS,
     NETWORK_PARAMETERS,
     PRECONDITIONING_PARAMETERS,
     SIDA,
-    SIDA_ARGUMENTS,
-    SIDA_FIXED,
     STAND_INS,
     VAE_PARAMETERS,
     PersistentObject,
@@ -189,17 +188,16 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _as_nvidias(ema: object, budget: Budget) -> None:
-    """Gives a generator of SiDA's, and the network in it, the names and arguments of NVIDIA's classes."""
-    if not isinstance(ema, PersistentObject) or ema.class_name not in SIDA:
+    """Gives a published generator, and the network in it, the names and arguments of NVIDIA's classes."""
+    if not isinstance(ema, PersistentObject) or ema.class_name not in {**SIDA, "Precond": ""}:
         return
-    for item in (ema, *ema.members("_modules", budget).values()):
-        if isinstance(item, PersistentObject) and item.class_name in SIDA:
-            arguments = item.state.get("_init_kwargs")
-            if isinstance(arguments, dict):
-                item.state["_init_kwargs"] = {
-                    name: value for name, value in arguments.items() if name not in SIDA_ARGUMENTS
-                } | SIDA_FIXED.get(item.class_name, {})
-            item.class_name = SIDA[item.class_name]
+    layers = ema.members("_modules", budget)
+    for item in (ema, *layers.values()):
+        if isinstance(item, PersistentObject) and isinstance(own := item.state.get("_init_kwargs"), dict):
+            item.class_name = SIDA.get(item.class_name, item.class_name)
+            item.state["_init_kwargs"] = {name: own[name] for name in own if name not in GENERATOR_ARGUMENTS}
+    if ema.class_name == "Precond" and "logvar_linear" not in layers:
+        ema.state["_init_kwargs"] = {**ema.members("_init_kwargs", budget), "logvar_channels": 0}
 
 
 def _checkpoint(path: Path, digest: str, entries: dict[str, object], budget: Budget) -> OfficialCheckpoint:

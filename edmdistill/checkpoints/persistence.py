@@ -54,10 +54,8 @@ SIDA = {
 }
 """NVIDIA's classes by those of SiDA's generators, which compute the same, and a discriminator's logits if asked.
 Source: mingyuanzhou/SiD, branch sida."""
-SIDA_ARGUMENTS = {"force_normalization", "use_gan"}
-"""Theirs alone, of training."""
-SIDA_FIXED: dict[str, dict[str, object]] = {"EDM_2_Precond_Generator": {"logvar_channels": 0}}
-"""What a class of theirs has whatever it is called with."""
+GENERATOR_ARGUMENTS = {"force_normalization", "use_gan", "dropout_res"}
+"""Arguments of training that SiDA's classes and those of ECT, branch imgnet, have beside NVIDIA's."""
 CONSTRUCTOR_PARAMETERS = (
     PRECONDITIONING_PARAMETERS | NETWORK_PARAMETERS | {"StabilityVAEEncoder": tuple(VAE_PARAMETERS)}
 )

@@ -41,14 +41,15 @@ class PublishedGenerator(NamedTuple):
     Attributes:
         read: source -> its network and configuration.
         summary: what the file is.
-        sigmas: the published noise levels of its steps, where they are not EDM's curve from sigma_max.
+        sigmas: the kind of network -> the published noise levels by the number of steps, where they are not EDM's curve
+            from sigma_max.
         sigma_max: the noise level that it starts from.
         gamma: share of fresh noise between its steps.
     """
 
     read: Read
     summary: str
-    sigmas: Mapping[str, tuple[float, ...]] = {}
+    sigmas: Callable[[str], Mapping[str, tuple[float, ...]]] = lambda kind: {}
     sigma_max: float = 80.0
     gamma: float = SamplingDefaults().gamma
 
@@ -124,6 +125,11 @@ def _config(source: Source, flow: FlowNetwork, licence: str, data_set: str = "im
     return CheckpointConfig(stage="generator", label_names=names, provenance=provenance, **describe(flow))
 
 
+def _ect_sigmas(kind: str) -> Mapping[str, tuple[float, ...]]:
+    """Returns the noise levels of ECT's scripts: for ImageNet 64x64, whose network is EDM2's, or for CIFAR-10."""
+    return {"1": (80.0,), "2": (80.0, 1.526 if kind == "edm2" else 0.821)}
+
+
 GENERATORS: dict[str, PublishedGenerator] = {
     "sid": PublishedGenerator(_read_pickle, "SiD's and SiDA's one-step pickles, EDM and EDM2", sigma_max=2.5),
     "dmd2": PublishedGenerator(_read_dmd2, "DMD2's one-step ImageNet 64x64 weights, pytorch_model.bin"),
@@ -131,7 +137,7 @@ GENERATORS: dict[str, PublishedGenerator] = {
         _read_consistency_model, "OpenAI's consistency models, cd_*.pt and ct_*.pt"
     ),
     "ctm": PublishedGenerator(_read_ctm, "CTM's ImageNet 64x64 and CIFAR-10 weights, ema_*.pt", gamma=0.0),
-    "ect": PublishedGenerator(_read_pickle, "ECT's pickles", sigmas={"1": (80.0,), "2": (80.0, 0.821)}),
+    "ect": PublishedGenerator(_read_pickle, "ECT's pickles, EDM and EDM2", sigmas=_ect_sigmas),
 }
 """By the name of --generator."""
 
@@ -164,7 +170,7 @@ def convert_generator(
         stage="generator",
         method=method,
         provenance=provenance,
-        sampling=SamplingDefaults(sigmas=dict(entry.sigmas), gamma=entry.gamma),
+        sampling=SamplingDefaults(sigmas=dict(entry.sigmas(config.network.kind)), gamma=entry.gamma),
         noise_dependence=None,
         **describe(flow),
     )

@@ -320,6 +320,9 @@ def test_sidas_classes_are_nvidias_for_a_generator_alone(write: Callable[..., Pa
     assert (official.arguments, official.network_arguments) == ({"logvar_channels": 0}, {"model_channels": 8})
     with pytest.raises(CheckpointError, match="a one-step generator and not a teacher"):
         read_official(path)
+    inner = module("UNet", _init_kwargs={"dropout_res": 8})  # ECT's of ImageNet 64x64
+    official = read_official(write({"ema": module("Precond", {"unet": inner})}), generator=True)
+    assert (official.arguments, official.network_arguments) == ({"logvar_channels": 0}, {})
 
 
 @pytest.mark.parametrize(

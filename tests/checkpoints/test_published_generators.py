@@ -112,6 +112,11 @@ def test_the_boundary_is_the_identity_and_both_views_agree() -> None:
     torch.testing.assert_close(D, c_skip * x + c_out * raw, rtol=1e-9, atol=1e-9)
 
 
+def test_ect_of_edm2_has_another_middle(golden: Path, tmp_path: Path) -> None:
+    convert_generator(golden / "edm2-rgb-cond.pkl", tmp_path / "ect", "ect")
+    assert load_generator(tmp_path / "ect").config.sampling.sigmas["2"] == (80.0, 1.526)
+
+
 @torch.no_grad()
 def test_ect_starts_at_80_and_returns_to_its_middle(golden: Path, tmp_path: Path) -> None:
     file = tmp_path / "ecm.pkl"
