@@ -19,15 +19,15 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
+from edmdistill.methods.backward_simulation import of_every_step, of_one_step
 from edmdistill.methods.base import Batch, Loss, Preview, Role, Turn
 from edmdistill.methods.distances import l2
 from edmdistill.methods.divergence import Divergence, density_ratio, divergence_weights
 from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
-from edmdistill.methods.noising import initial_noise, noised, time_of_rows
+from edmdistill.methods.noising import noised
 from edmdistill.methods.score_distillation import SCORES, AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import gap_signals
 from edmdistill.schedules import curve_times
-from edmdistill.trigflow import denoised
 
 Level = Annotated[float, Meta(gt=0)]
 
@@ -68,7 +68,8 @@ class DMD2(ScoreDistillation[DMD2Config]):
         config, sigma_data = self.config, self.noise.sigma_data
         t = curve_times(draws, *self.noise)
         with torch.no_grad():
-            x_t, v = noised(self.generate(batch, draws), t, draws, sigma_data)
+            g = of_every_step(self.generator, batch, config.levels, draws, self.noise)
+            x_t, v = noised(g, t, draws, sigma_data)
         if not config.gan:
             return Loss(l2(self.auxiliary(x_t, t, batch.labels), v / sigma_data), t)
         F, fake = self.auxiliary(x_t, t, batch.labels, logits="also")
@@ -103,18 +104,7 @@ class DMD2(ScoreDistillation[DMD2Config]):
 
     def diffused(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns g and, where the two scores are compared, x_t, t and v."""
-        g = self.generate(batch, draws)
+        g = of_one_step(self.generator, batch, self.config.levels, draws, self.noise)
         t = curve_times(draws, *self.noise, low=0.02, high=0.98)
         x_t, v = noised(g, t, draws, self.noise.sigma_data)
         return g, x_t, t, v
-
-    def generate(self, batch: Batch, draws: Draws) -> Tensor:
-        """Returns images of one of the steps, the same for the whole batch, by backward simulation.  [B,C,H,W]"""
-        sigma_data = self.noise.sigma_data
-        x_t, t = initial_noise(batch.x0, self.noise.sigma_max, draws, sigma_data)
-        for sigma in self.config.levels[: int(draws.common() * (1 + len(self.config.levels)))]:
-            with torch.no_grad():
-                g = denoised(x_t, self.generator(x_t, t, batch.labels), t, sigma_data)
-                t = time_of_rows(g, sigma, sigma_data)
-                x_t, _ = noised(g, t, draws, sigma_data)
-        return denoised(x_t, self.generator(x_t, t, batch.labels), t, sigma_data)

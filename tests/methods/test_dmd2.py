@@ -35,7 +35,8 @@ def curve(r: Tensor, low: float = 0.002, high: float = 80.0) -> Tensor:
 
 
 class Naive:
-    """The official code's losses, from the same random numbers in the same order."""
+    """The official code's losses, from the same random numbers in the same order; but the fake score's images are of
+    all steps, where there are several."""
 
     def __init__(self, networks: dict[str, nn.Module], batch: Batch, draws: Draws, levels: tuple[float, ...]) -> None:
         self.networks, self.batch, self.draws, self.levels = networks, batch, draws, levels
@@ -52,6 +53,20 @@ class Naive:
             x, sigma = image + after * self.noise(), after
         return denoiser(G, x, torch.full((size,), sigma, dtype=torch.float64), labels)
 
+    def generate_every_step(self) -> Tensor:
+        if not self.levels:
+            return denoiser(self.networks["generator"], 80.0 * self.noise(), torch.full((8,), 80.0), self.batch.labels)
+        steps = 1 + (self.draws.uniform() * (len(self.levels) + 1)).long()
+        image = torch.zeros_like(self.batch.x0)
+        for step, sigma in enumerate((80.0, *self.levels), 1):
+            x = image + sigma * self.noise()
+            new = denoiser(
+                self.networks["generator"], x, torch.full_like(steps, sigma, dtype=torch.float64), self.batch.labels
+            )
+            for row in (steps >= step).nonzero().flatten():  # the others are done
+                image[row] = new[row].detach()
+        return image
+
     def noisy(self, image: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
         sigma = curve(low + (high - low) * self.draws.uniform())
         return image + sigma.reshape(-1, 1, 1, 1) * self.noise(), sigma
@@ -59,7 +74,7 @@ class Naive:
     def fake(self, gan: float) -> Tensor:
         psi, labels = self.networks["auxiliary"], self.batch.labels
         sigma = curve(self.draws.uniform())
-        image = self.generate().detach()
+        image = self.generate_every_step().detach()
         x = image + sigma.reshape(-1, 1, 1, 1) * self.noise()
         weight = (sigma**-2 + SD**-2).reshape(-1, 1, 1, 1)
         loss = (weight * (denoiser(psi, x, sigma, labels) - image).square()).mean()
