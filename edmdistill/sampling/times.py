@@ -32,7 +32,7 @@ def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: fl
                 )
             value = float(sigma_to_time(value, sigma_data))
         if times and value > times[-1]:
-            raise EdmDistillError(f"--t {text}: {part} is more noise than the step before it: write falling levels")
+            raise EdmDistillError(f"--t {text}: noise levels must decrease, but {part} is above the one before it")
         times.append(value)
     return torch.tensor(times, dtype=torch.float64)
 

@@ -248,7 +248,7 @@ def test_what_was_found_does_not_do(snapshots: Path, golden: Path, tmp_path: Pat
     refused(r"holds 0 averages, but two or more are needed: .* ema\.snapshot_every")
     for name in ("network-snapshot-0000131-0.050.pkl", "network-snapshot-0000262-0.050.pkl"):
         shutil.copy(snapshots / "phema-in" / name, folder)
-    refused("holds 1 averages up to 131,072 images", 131_072)
+    refused("holds 1 average up to 131,072 images", 131_072)
     shutil.copy(golden / "edm2-rgb-cond.pkl", folder / "network-snapshot-0000262-0.100.pkl")
     refused("belong to different networks: that of sigma_rel 0.1 after 262,144 images has other tensors")
     shutil.copy(snapshots / "phema-0000262-0.075.pkl", folder)

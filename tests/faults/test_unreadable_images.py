@@ -78,7 +78,7 @@ OTHERS = {
     "print": (encoded(RGB.convert("CMYK"), "JPEG"), r"has mode CMYK \(colors for print\)"),
     "16 bits": (deep(0), r"has mode I;16.* \(more than 8 bits a channel\)"),
     "16 bits RGB": (deep(2), r"has mode RGB \(more than 8 bits a channel\)"),
-    "wide": (encoded(RGB.resize((8, 4)), "PNG"), r"0\.png is 8x4 with 3 channels, but images must be square; crop"),
+    "wide": (encoded(RGB.resize((8, 4)), "PNG"), r"0\.png is 8x4 with 3 channels, but images must be square; `edmd"),
 }
 
 
