@@ -1,6 +1,7 @@
 """Closed forms for Gaussian data, and networks that are functions, for the tests of consistency methods."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,16 @@ def truth(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
     return (d.cos() * x - x * spread(t - d) / spread(t)) / (d.sin() * SIGMA_DATA)
 
 
+def answer(F: Callable[..., Tensor], point: tuple[Tensor, ...], along: tuple[Tensor, ...], *more: Tensor) -> Any:
+    """What a network returns: F at a point, its derivative along a direction if one is given, and more."""
+    value = F(*point)
+    if not along:
+        return (value, *more) if more else value
+    along += tuple(map(torch.zeros_like, point[len(along) :]))
+    with torch.no_grad():
+        return value, torch.func.jvp(F, point, along)[1], *more
+
+
 class Toy(nn.Module):
     """A network as methods know it, from a function of x and t."""
 
@@ -39,14 +50,9 @@ class Toy(nn.Module):
         self.F = F
         self.u = u
 
-    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, u_at=()):
-        F = self.F(x, t)
+    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, u_at=(), along=()):
         u = torch.zeros(1, dtype=torch.float64) if self.u is None else self.u
-        return (F, *map(u.expand_as, u_at)) if u_at else F
-
-    @torch.no_grad()
-    def tangent(self, x: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(self.F, (x, t), (dx, dt))
+        return answer(self.F, (x, t), along, *map(u.expand_as, u_at))
 
 
 def images() -> Tensor:

@@ -18,8 +18,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @tangent_of(f.scaled_dot_product_attention)
-def attention_rule(function: Function, q: Dual, k: Dual, v: Dual) -> Dual:
-    """y = P v, P = softmax(S), S = q k^T / sqrt(D);  dy = P (dS - sum(P dS)) v + P dv, P and dS in float32 or better.
+def attention_rule(function: Function, y: Tensor, q: Dual, k: Dual, v: Dual) -> Tensor:
+    """P (dS - sum(P dS)) v + P dv, of y = P v, P = softmax(S), S = q k^T / sqrt(D); P and dS in float32 or better.
 
     Source: sCM, appendix F.  Differs: the sum over keys is subtracted before the product with v.
     """
@@ -27,13 +27,14 @@ def attention_rule(function: Function, q: Dual, k: Dual, v: Dual) -> Dual:
         from edmdistill.kernels import attention_triton  # it needs Triton
 
         if attention_triton.supports(q.value):
-            return Dual(*attention_triton.attention_jvp(*(x.value for x in (q, k, v)), *(x.tangent for x in (q, k, v))))
+            return attention_triton.attention_tangent(*(x.value for x in (q, k, v)), *(x.tangent for x in (q, k, v)))
     wide, scale = at_least_float32(q.dtype), 1 / math.sqrt(q.shape[-1])
     qs, dqs = q.value * scale, q.tangent * scale
     P = (qs @ k.value.mT).softmax(-1, dtype=wide)
     dS = torch.cat([dqs, qs], -1) @ torch.cat([k.value, k.tangent], -1).mT
     dP = torch.ops.aten._softmax_backward_data(dS.to(wide), P, -1, wide)
-    return Dual(function(q.value, k.value, v.value), dP.to(v.dtype) @ v.value + P.to(v.dtype) @ v.tangent)
+    dy: Tensor = dP.to(v.dtype) @ v.value + P.to(v.dtype) @ v.tangent
+    return dy
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

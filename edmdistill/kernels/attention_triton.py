@@ -1,4 +1,4 @@
-"""Triton: attention and its tangent in one pass over the keys, without the matrix of all pairs in memory.
+"""Triton: the tangent of attention in one pass over the keys, without the matrix of all pairs in memory.
 
     S = q k^T / sqrt(D),  dS = (dq k^T + q dk^T) / sqrt(D),  P = softmax(S)
     o = P v,  do = (P dS) v + P dv - sum(P dS) o
@@ -32,7 +32,7 @@ def supports(q: Tensor) -> bool:
 
 @triton.jit
 def attention_kernel(
-    Q, K, V, DQ, DK, DV, Y, DY, L, Lk, D, scale, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    Q, K, V, DQ, DK, DV, DY, L, Lk, D, scale, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile of queries of each head of each image."""
     tiles = tl.cdiv(L, ROWS)
@@ -70,22 +70,21 @@ def attention_kernel(
         largest = new_largest
     o /= sum_p[:, None]
     do = do / sum_p[:, None] - (sum_pds / sum_p)[:, None] * o
-    tl.store(Y + at, o.to(Y.dtype.element_ty), mask=inside)
     tl.store(DY + at, do.to(DY.dtype.element_ty), mask=inside)
 
 
-def attention_jvp(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns softmax(q k^T / sqrt(D)) v and its tangent, without gradients.
+def attention_tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+    """Returns the tangent of softmax(q k^T / sqrt(D)) v.
 
-    q, dq [B,heads,L,D], the others [B,heads,Lk,D], any strides; see `supports` -> twice [B,heads,L,D]
+    q, dq [B,heads,L,D], the others [B,heads,Lk,D], any strides; see `supports` -> [B,heads,L,D]
     """
     q, k, v, dq, dk, dv = (tensor.contiguous() for tensor in (q, k, v, dq, dk, dv))
     B, heads, L, D = q.shape
-    o, do = torch.empty_like(q), torch.empty_like(q)
+    do = torch.empty_like(q)
     padded = max(16, triton.next_power_of_2(D))
     rows, keys = TILES[q.element_size()][max(64, padded)]
     programs = (triton.cdiv(L, rows) * B * heads,)
     attention_kernel[programs](
-        q, k, v, dq, dk, dv, o, do, L, k.shape[2], D, 1 / math.sqrt(D), padded, rows, keys, num_stages=STAGES
+        q, k, v, dq, dk, dv, do, L, k.shape[2], D, 1 / math.sqrt(D), padded, rows, keys, num_stages=STAGES
     )
-    return o, do
+    return do

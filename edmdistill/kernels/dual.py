@@ -5,9 +5,9 @@ A Dual (value, tangent) may stand wherever a tensor does: torch's functions disp
 unchanged. Constants (weights, labels, dropout masks) stay tensors: a layer takes two convolutions, where func.jvp,
 which cannot know that the weight is constant, takes three.
 
-The value is computed by the same calls as for a tensor, so it equals the network's output without tangents (but for the
-rounding of Triton's kernels, where they are selected: backend.py). A function
-without a rule raises; no tangent is ever dropped.
+The value is computed by the same calls as for a tensor, so it equals the network's output without tangents, and carries
+its gradient where gradients are enabled. Rules run without gradients: a tangent never has one. A function without a
+rule raises; no tangent is ever dropped.
 
 Here are the rules of shapes and arithmetic; an operation with a file of its own has its rule there.
 """
@@ -15,6 +15,7 @@ Here are the rules of shapes and arithmetic; an operation with a file of its own
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,11 @@ RULES: dict[str, Function] = {}
 
 
 def tangent_of(*functions: Function) -> Callable[[Function], Function]:
-    """Returns a decorator that registers rule(function, *args, **kwargs) as the tangent rule of these functions."""
+    """Returns a decorator that registers the tangent rule of these functions.
+
+    The rule is called as rule(function, y, *args, **kwargs), where y is what the function returned for the arguments'
+    values. It returns the tangent of y, as many as y has tensors; None: y is a constant.
+    """
 
     def register(rule: Function) -> Function:
         RULES.update({function.__name__: rule for function in functions})
@@ -39,21 +44,38 @@ def tangent_of(*functions: Function) -> Callable[[Function], Function]:
     return register
 
 
+def with_tangent(rule: Function, function: Function, *args: Any, **kwargs: Any) -> Any:
+    """Returns the function of arguments among which are Duals: its value, as autograd records it, and its tangent."""
+    y = function(*map(value, args), **kwargs)
+    with torch.no_grad():
+        dy = rule(function, y, *args, **kwargs)
+    return tuple(map(paired, y, dy)) if isinstance(dy, tuple) else paired(y, dy)
+
+
+def paired(y: Tensor, dy: Tensor | None) -> Any:
+    return y if dy is None else Dual(y, dy)
+
+
+@dataclass(eq=False)
 class Dual:
     """A tensor and its derivative along a direction, of the same shape and dtype.
 
-    For use without gradients: the result of a backward pass through a Dual is not defined.
+    The value may have a gradient; the tangent has none. (A dataclass, in which FSDP2 looks for tensors.)
 
-    Raises: ValueError: the shapes differ, or torch's own forward-mode differentiation is active.
+    Raises: ValueError: the shapes differ, the tangent has a gradient, or torch's own forward-mode differentiation is
+        active.
     """
 
-    def __init__(self, value: Tensor, tangent: Tensor) -> None:
-        if value.shape != tangent.shape:
-            raise ValueError(f"a value {list(value.shape)} cannot have a tangent {list(tangent.shape)}")
+    value: Tensor
+    tangent: Tensor
+
+    def __post_init__(self) -> None:
+        if self.value.shape != self.tangent.shape:
+            raise ValueError(f"a value {list(self.value.shape)} cannot have a tangent {list(self.tangent.shape)}")
+        if self.tangent.requires_grad:
+            raise ValueError("a tangent cannot have a gradient: detach it")
         if forward_ad._current_level >= 0:
             raise ValueError("a Dual cannot be differentiated by func.jvp or forward_ad: use one or the other")
-        self.value = value
-        self.tangent = tangent
 
     @classmethod
     def __torch_function__(
@@ -62,13 +84,13 @@ class Dual:
         rule = RULES.get(function.__name__)
         if rule is None:
             raise NotImplementedError(f"{function.__name__} has no rule for tangents: write one in kernels/")
-        return rule(function, *args, **(kwargs or {}))
+        return with_tangent(rule, function, *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
         """Returns the Tensor method of that name, if it has a rule."""
         if name not in RULES:
             raise AttributeError(f"{name} has no rule for tangents: write one in kernels/")
-        return partial(RULES[name], getattr(Tensor, name), self)
+        return partial(with_tangent, RULES[name], getattr(Tensor, name), self)
 
     @property
     def shape(self) -> torch.Size:
@@ -87,7 +109,7 @@ class Dual:
         return self.value.device
 
     def __getitem__(self, index: Any) -> Any:
-        return linear_rule(Tensor.__getitem__, self, index)
+        return with_tangent(linear_rule, Tensor.__getitem__, self, index)
 
     def __neg__(self) -> Any:
         return self.neg()
@@ -115,7 +137,9 @@ class Dual:
 
 
 def value(x: Any) -> Any:
-    """Returns the value of a Dual; a constant as it is."""
+    """Returns the value of a Dual, and of those in a list; a constant as it is."""
+    if isinstance(x, list):
+        return [value(part) for part in x]
     return x.value if isinstance(x, Dual) else x
 
 
@@ -128,88 +152,81 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Rules: the function, then its arguments.
+# Rules: the function, what it returned, then its arguments.
 
 
 @tangent_of(Tensor.new_zeros, torch.ones_like)
-def constant(function: Function, x: Dual, *args: Any, **kwargs: Any) -> Any:
+def constant(function: Function, y: Tensor, x: Dual, *args: Any, **kwargs: Any) -> None:
     """The rule of functions that read shape, dtype and device alone."""
-    return function(x.value, *args, **kwargs)
 
 
 @tangent_of(Tensor.reshape, Tensor.flatten, Tensor.transpose, Tensor.permute, Tensor.contiguous)
 @tangent_of(Tensor.unbind, Tensor.chunk, Tensor.to, Tensor.neg)
-def linear_rule(function: Function, x: Dual, *args: Any, **kwargs: Any) -> Any:
-    """f(x), f(dx); as many Duals as f returns tensors."""
-    y, dy = (function(tensor, *args, **kwargs) for tensor in (x.value, x.tangent))
-    return Dual(y, dy) if isinstance(y, Tensor) else tuple(map(Dual, y, dy))
+def linear_rule(function: Function, y: Any, x: Dual, *args: Any, **kwargs: Any) -> Any:
+    """f(dx)."""
+    return function(x.tangent, *args, **kwargs)
 
 
 def affine_rule(
-    function: Function, x: Dual, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
-) -> Dual:
-    """W x + b, W dx."""
-    return Dual(function(x.value, weight, bias, *args, **kwargs), function(x.tangent, weight, None, *args, **kwargs))
+    function: Function, y: Tensor, x: Dual, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """W dx, of y = W x + b."""
+    return function(x.tangent, weight, None, *args, **kwargs)
 
 
 @tangent_of(torch.add, torch.sub, torch.lerp)
-def jointly_linear(function: Function, a: Any, b: Any, *args: Any, **kwargs: Any) -> Dual:
-    """f(a, b), f(da, db), linear in both at once."""
-    y, dy = (function(part(a), part(b), *args, **kwargs) for part in (value, tangent))
-    return Dual(y, dy)
+def jointly_linear(function: Function, y: Tensor, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+    """f(da, db), of f linear in both at once."""
+    return function(tangent(a), tangent(b), *args, **kwargs)
 
 
 @tangent_of(torch.cat)
-def cat(function: Function, tensors: Sequence[Any], dim: int = 0) -> Dual:
-    return Dual(function([value(x) for x in tensors], dim), function([tangent(x) for x in tensors], dim))
+def cat(function: Function, y: Tensor, tensors: Sequence[Any], dim: int = 0) -> Any:
+    return function([tangent(x) for x in tensors], dim)
 
 
 @tangent_of(torch.mul)
-def mul(function: Function, a: Any, b: Any) -> Dual:
+def mul(function: Function, y: Tensor, a: Any, b: Any) -> Any:
     if isinstance(a, Dual) and isinstance(b, Dual):
-        return Dual(function(a.value, b.value), torch.addcmul(a.tangent * b.value, a.value, b.tangent))
-    return Dual(function(value(a), value(b)), a.tangent * b if isinstance(a, Dual) else a * b.tangent)
+        return torch.addcmul(a.tangent * b.value, a.value, b.tangent)
+    return a.tangent * b if isinstance(a, Dual) else a * b.tangent
 
 
 @tangent_of(torch.div)
-def div(function: Function, a: Any, b: Any) -> Dual:
-    """a / b, (da - (a / b) db) / b."""
+def div(function: Function, y: Tensor, a: Any, b: Any) -> Any:
+    """(da - (a / b) db) / b."""
     if not isinstance(b, Dual):
-        return Dual(function(a.value, b), a.tangent / b)
-    y = function(value(a), b.value)
-    return Dual(y, torch.addcmul(tangent(a), y, b.tangent, value=-1) / b.value)
+        return a.tangent / b
+    return torch.addcmul(tangent(a), y, b.tangent, value=-1) / b.value
 
 
 @tangent_of(torch.pow)
-def power(function: Function, x: Dual, exponent: float) -> Dual:
-    return Dual(function(x.value, exponent), exponent * x.value ** (exponent - 1) * x.tangent)
+def power(function: Function, y: Tensor, x: Dual, exponent: float) -> Any:
+    return exponent * x.value ** (exponent - 1) * x.tangent
 
 
 @tangent_of(torch.clamp)
-def clamp(function: Function, x: Dual, min_val: float, max_val: float) -> Dual:
-    inside = (x.value >= min_val) & (x.value <= max_val)
-    return Dual(function(x.value, min_val, max_val), x.tangent * inside)
+def clamp(function: Function, y: Tensor, x: Dual, min_val: float, max_val: float) -> Any:
+    return x.tangent * ((x.value >= min_val) & (x.value <= max_val))
 
 
 @tangent_of(f.hardtanh)
-def hardtanh(function: Function, x: Dual, min_val: float, max_val: float, inplace: bool = False) -> Dual:
-    tangent = torch.ops.aten.hardtanh_backward(x.tangent, x.value, min_val, max_val)
-    return Dual(function(x.value, min_val, max_val), tangent)
+def hardtanh(function: Function, y: Tensor, x: Dual, min_val: float, max_val: float, inplace: bool = False) -> Any:
+    return torch.ops.aten.hardtanh_backward(x.tangent, x.value, min_val, max_val)
 
 
 @tangent_of(f.silu)
-def silu(function: Function, x: Dual, inplace: bool = False) -> Dual:
+def silu(function: Function, y: Tensor, x: Dual, inplace: bool = False) -> Any:
     """A diagonal Jacobian is its own transpose, so torch's backward kernel is the forward derivative."""
-    return Dual(function(x.value), torch.ops.aten.silu_backward(x.tangent, x.value))
+    return torch.ops.aten.silu_backward(x.tangent, x.value)
 
 
 def pointwise(function: Function, slope: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Registers the rule of y = f(x) with slope(x, y) = f'(x)."""
 
     @tangent_of(function)
-    def rule(function: Function, x: Dual) -> Dual:
-        y = function(x.value)
-        return Dual(y, slope(x.value, y) * x.tangent)
+    def rule(function: Function, y: Tensor, x: Dual) -> Tensor:
+        return slope(x.value, y) * x.tangent
 
 
 pointwise(torch.reciprocal, lambda x, y: -y * y)

@@ -1,7 +1,7 @@
-"""Triton: silu(group_norm(x) (1 + scale) + shift) and its tangent, in one kernel with statistics in float32.
+"""Triton: the tangent of silu(group_norm(x) (1 + scale) + shift), in one kernel with statistics in float32.
 
-torch runs it in some twenty kernels, each of which reads and writes whole images; here x and dx are read three times,
-from a cache mostly, and y and dy are written once.
+torch runs it in several kernels, each of which reads and writes whole images; here x and dx are read three times, from
+a cache mostly, and dy is written once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def offset_of(i, cg, HW, stride_c, stride_p, LAST: tl.constexpr):
 
 @triton.jit
 def group_norm_silu_kernel(
-    X, DX, W, B, SCALE, SHIFT, DSCALE, DSHIFT, Y, DY, C, HW, groups, stride_c, stride_p, eps,
+    X, DX, W, B, SCALE, SHIFT, DSCALE, DSHIFT, DY, C, HW, groups, stride_c, stride_p, eps,
     MODULATED: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each group of each image."""
@@ -74,11 +74,10 @@ def group_norm_silu_kernel(
             y = y * scale + tl.load(SHIFT + row, mask=inside, other=0.0).to(tl.float32)
         sigmoid = 1 / (1 + tl.exp(-y))
         dy = dy * sigmoid * (1 + y * (1 - sigmoid))
-        tl.store(Y + base + at, (y * sigmoid).to(Y.dtype.element_ty), mask=inside)
         tl.store(DY + base + at, dy.to(DY.dtype.element_ty), mask=inside)
 
 
-def group_norm_silu(
+def group_norm_silu_tangent(
     x: Tensor,
     dx: Tensor,
     weight: Tensor,
@@ -86,8 +85,8 @@ def group_norm_silu(
     groups: int,
     eps: float,
     modulation: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns silu(group_norm(x) (1 + scale) + shift) and its tangent along dx, without gradients.
+) -> Tensor:
+    """Returns the tangent of silu(group_norm(x) (1 + scale) + shift) along dx.
 
     Args:
         x, dx: any memory format.  [B,C,H,W]
@@ -99,12 +98,12 @@ def group_norm_silu(
     x, dx = (
         tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format) for tensor in (x, dx)
     )
-    y, dy = torch.empty_like(x), torch.empty_like(x)
+    dy = torch.empty_like(x)
     rows = (weight,) * 4 if modulation is None else tuple(tensor.contiguous() for tensor in modulation)
     strides = (1, C) if last else (HW, 1)
     block = min(BLOCK, triton.next_power_of_2(C // groups * HW))
     group_norm_silu_kernel[(B * groups,)](
-        x, dx, weight.contiguous(), bias.contiguous(), *rows, y, dy, C, HW, groups, *strides, eps,
+        x, dx, weight.contiguous(), bias.contiguous(), *rows, dy, C, HW, groups, *strides, eps,
         modulation is not None, last, block,
     )  # fmt: skip
-    return y, dy
+    return dy

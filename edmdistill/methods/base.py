@@ -56,13 +56,18 @@ class FlowFunction(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, /, *conditions: Tensor | None, logits: Literal["alone"]) -> Tensor:
         """Returns the logits.  [B,n]"""
 
-    def tangent(
-        self, x_t: Tensor, t: Tensor, labels: Tensor | None, dx: Tensor, dt: Tensor, /, *more: Tensor, **inputs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Returns F and its derivative along (dx, dt) and, as `second, dsecond` may follow, the second time's.
-
-        It has no gradient, and the dropout of the next call.  inputs: second, a constant one; w.
-        """
+    @overload
+    def __call__(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        /,
+        *conditions: Tensor | None,
+        along: tuple[Tensor, ...],
+        u_at: tuple[Tensor, ...] = (),
+        w: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Returns F; its derivative along (dx, dt), or (dx, dt, dsecond), without gradient; and the log variances."""
 
 
 class FixedInputs:
@@ -73,9 +78,6 @@ class FixedInputs:
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         return self.network(*args, **self.inputs, **keywords)
-
-    def tangent(self, *args: Any, **keywords: Any) -> Any:
-        return self.network.tangent(*args, **self.inputs, **keywords)
 
 
 def with_inputs(network: FlowFunction, **inputs: Tensor | None) -> FlowFunction:

@@ -63,18 +63,18 @@ def tangent_warmup(images: int, warmup_images: int) -> float:
     return 1.0 if images >= warmup_images else images / warmup_images
 
 
-def consistency_loss(
-    F: Tensor, F_minus: Tensor, g: Tensor, u: Tensor, t: Tensor, weighting: Weighting = "adaptive"
-) -> Loss:
+def consistency_loss(F: Tensor, g: Tensor, u: Tensor, t: Tensor, weighting: Weighting = "adaptive") -> Loss:
     """Returns e^-u / D |F - F^- - g|^2 + u, whose gradient in F is that of -F . g; u(t) balances the times.
+
+    F^- is F as a number, without its gradient.
 
     Args:
         F, u: with gradient; u is the learned log variance.  [B,C,H,W] and [B]
-        F_minus, g: without gradient.  [B,C,H,W]
+        g: without gradient.  [B,C,H,W]
         t: time of each sample, for the monitors.  [B]
         weighting: "none": u is 0.
     Source: sCM, eq. 8, with w = -u; appendix D.
     """
     with torch.no_grad():
         signals = {"tangent_rms": g.square().mean().sqrt()}
-    return Loss(adaptive(F - F_minus - g, u if weighting == "adaptive" else torch.zeros_like(u)), t, signals)
+    return Loss(adaptive(F - F.detach() - g, u if weighting == "adaptive" else torch.zeros_like(u)), t, signals)

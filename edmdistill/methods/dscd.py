@@ -71,15 +71,14 @@ class DSCD(GuidedMethod[DSCDConfig]):
         generator = with_inputs(self.generator, w=w)
         with torch.no_grad():
             dx = sigma_data * self.teacher(x_t, t, batch.labels, w)
-            r = tangent_warmup(batch.images, config.warmup_images)
-            F_minus, g = discrete_target(generator, x_t, t, t_before, batch.labels, dx, r=r, sigma_data=sigma_data)
-            g = normalized_tangent(g, config.c, config.tangent_normalization)
-        F, u = generator(x_t, t, batch.labels, u_at=(t,))
-        loss = consistency_loss(F, F_minus, g, u, t, config.weighting)
-        return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
+        r = tangent_warmup(batch.images, config.warmup_images)
+        F, g, u = discrete_tangent(generator, x_t, t, t_before, batch.labels, dx, r=r, sigma_data=sigma_data, u_at=(t,))
+        g = normalized_tangent(g, config.c, config.tangent_normalization)
+        loss = consistency_loss(F, g, u, t, config.weighting)
+        return loss._replace(generated=denoised(x_t, F.detach(), t, sigma_data))
 
 
-def discrete_target(
+def discrete_tangent(
     network: FlowFunction,
     x_t: Tensor,
     t: Tensor,
@@ -89,8 +88,9 @@ def discrete_target(
     *,
     r: float,
     sigma_data: float,
-) -> tuple[Tensor, Tensor]:
-    """Returns F^- and g = cos(t) Delta, both without gradient; Delta is a difference quotient in place of df/dt.
+    u_at: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """Returns F; g = cos(t) Delta, without gradient; and u.  Delta is a difference quotient in place of df/dt.
 
     Delta = -cos(t') (sigma_d F - dx/dt)
             - r sin(t') (x_t + sigma_d (cos(t - t') F - F') / sin(t - t')),    F' = F(x_t', t')
@@ -99,17 +99,15 @@ def discrete_target(
         t_before: t' < t, the end of the teacher's DDIM step.  [B]
         dx: dx_t/dt of the teacher.  [B,C,H,W]
         r: see `tangent_warmup`.
+        u_at: the times of the log variances.  [B] each
     Source: sCM, eq. 37 and 39, algorithm 2.
     """
-
-    def F(x: Tensor, time: Tensor) -> Tensor:
-        with torch.no_grad():  # so that both share the dropout of the next pass
-            return network(x, time, labels)
-
-    F_minus = F(x_t, t)
-    F_before = F(ddim_step(x_t, dx / sigma_data, t, t_before, sigma_data), t_before)
+    with torch.no_grad():  # and before the pass with gradient, so that both share its dropout
+        F_before = network(ddim_step(x_t, dx / sigma_data, t, t_before, sigma_data), t_before, labels)
+    F, *u = network(x_t, t, labels, u_at=u_at)
+    F_minus = F.detach()
     (cos, _), (cos_before, sin_before) = cos_sin(t, x_t), cos_sin(t_before, x_t)
     cos_step, sin_step = cos_sin(t - t_before, x_t)
     slope = (cos_step * F_minus - F_before) / sin_step
     Delta = -cos_before * (sigma_data * F_minus - dx) - r * sin_before * (x_t + sigma_data * slope)
-    return F_minus, cos * Delta
+    return F, cos * Delta, *u

@@ -66,7 +66,7 @@ class FlowMap(ContinuousConsistency[FlowMapT]):
         return t, t - d
 
 
-def lagrangian_target(
+def lagrangian_tangent(
     network: FlowFunction,
     velocity: Callable[[Tensor, Tensor], Tensor],
     x_t: Tensor,
@@ -75,9 +75,10 @@ def lagrangian_target(
     labels: Tensor | None,
     *,
     sigma_data: float,
+    u_at: tuple[Tensor, ...],
     w: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns F^- and g = -cos(s) sin(s) (df/ds - v(f, s)), both without gradient.  [B,C,H,W] each
+) -> tuple[Tensor, ...]:
+    """Returns F; g = -cos(s) sin(s) (df/ds - v(f, s)), without gradient; and u.  [B,C,H,W] twice, [B] each
 
         df/ds = sin(d) x_t + cos(d) sigma_d F - sin(d) sigma_d dF/ds
 
@@ -86,12 +87,14 @@ def lagrangian_target(
     Args:
         network: takes the second time s.
         velocity: (x_s, s) -> dx_s/ds of the trajectory.  [B,C,H,W]
+        u_at: the times of the log variances.  [B] each
     Source: AYF's Lagrangian objective (LMD), derived here for TrigFlow.
     """
     cos, sin = cos_sin(t - s, x_t)
     k = s.cos() * s.sin()
-    F, kdF = network.tangent(x_t, t, labels, torch.zeros_like(x_t), torch.zeros_like(t), s, k, w=w)
-    x_s = ddim_step(x_t, F, t, s, sigma_data)
-    k = k.to(x_t.device).reshape(-1, 1, 1, 1).to(x_t.dtype)
-    residual = k * (sin * x_t + cos * sigma_data * F - velocity(x_s, s)) - sin * sigma_data * kdF
-    return F, -residual
+    F, kdF, *u = network(x_t, t, labels, s, along=(torch.zeros_like(x_t), torch.zeros_like(t), k), u_at=u_at, w=w)
+    with torch.no_grad():
+        x_s = ddim_step(x_t, F, t, s, sigma_data)
+        k = k.to(x_t.device).reshape(-1, 1, 1, 1).to(x_t.dtype)
+        residual = k * (sin * x_t + cos * sigma_data * F - velocity(x_s, s)) - sin * sigma_data * kdF
+    return F, -residual, *u

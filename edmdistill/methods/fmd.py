@@ -23,8 +23,8 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, FlowFunction, Loss, Role, with_inputs
-from edmdistill.methods.flow_map import GENERATOR, FlowMap, FlowMapConfig, lagrangian_target
+from edmdistill.methods.base import Batch, Loss, Role, with_inputs
+from edmdistill.methods.flow_map import GENERATOR, FlowMap, FlowMapConfig, lagrangian_tangent
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
 from edmdistill.methods.trajectories import (
     TrajectorySteps,
@@ -81,15 +81,22 @@ class FMD(FlowMap[FMDConfig], GuidedMethod[FMDConfig]):
             share_to_end=config.share_to_data,
         )
 
-    def target(
-        self, generator: FlowFunction, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, batch: Batch, w: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns F^- and g.  Source: AYF, its objectives EMD (eulerian) and LMD (lagrangian)."""
+    def tangent(
+        self, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, batch: Batch, w: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Returns F, g and u.  Source: AYF, its objectives EMD (eulerian) and LMD (lagrangian)."""
         if self.config.objective == "eulerian":
-            return super().target(generator, x_t, t, d, v, batch, w)
-        velocity = partial(self.velocity, labels=batch.labels, v=v, w=w)
-        return lagrangian_target(
-            self.generator, velocity, x_t, t, t - d, batch.labels, sigma_data=self.noise.sigma_data, w=w
+            return super().tangent(x_t, t, d, v, batch, w)
+        return lagrangian_tangent(
+            self.generator,
+            partial(self.velocity, labels=batch.labels, v=v, w=w),
+            x_t,
+            t,
+            t - d,
+            batch.labels,
+            sigma_data=self.noise.sigma_data,
+            u_at=self.weighted_at(t, d),
+            w=w,
         )
 
     def guidance_weights(self, draws: Draws) -> Tensor | None:

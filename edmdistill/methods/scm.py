@@ -97,28 +97,28 @@ class ContinuousConsistency(Method[ContinuousT]):
         t, d = self.draw_times(draws)
         x_t, v = noised(batch.x0, t, draws, sigma_data)
         w = self.guidance_weights(draws)
-        generator = self.generator_to(t - d, w)
-        with torch.no_grad():
-            F_minus, g = self.target(generator, x_t, t, d, v, batch, w)
-            g = normalized_tangent(g, config.c, config.tangent_normalization)
-        F, *u = generator(x_t, t, batch.labels, u_at=self.weighted_at(t, d))
-        loss = consistency_loss(F, F_minus, g, reduce(add, u), t, config.weighting)
-        return loss._replace(generated=denoised(x_t, F_minus, t, sigma_data))
+        F, g, *u = self.tangent(x_t, t, d, v, batch, w)
+        g = normalized_tangent(g, config.c, config.tangent_normalization)
+        loss = consistency_loss(F, g, reduce(add, u), t, config.weighting)
+        return loss._replace(generated=denoised(x_t, F.detach(), t, sigma_data))
 
-    def target(
-        self, generator: FlowFunction, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, batch: Batch, w: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns F^- and the tangent g along the trajectory, both without gradient.  [B,C,H,W] each"""
-        return continuous_target(
-            generator,
+    def tangent(
+        self, x_t: Tensor, t: Tensor, d: Tensor, v: Tensor, batch: Batch, w: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Returns F, the tangent g along the trajectory, without gradient, and u.  [B,C,H,W] twice, [B] each"""
+        with torch.no_grad():
+            dx = self.velocity(x_t, t, batch.labels, v, w)
+        return continuous_tangent(
+            self.generator_to(t - d, w),
             x_t,
             t,
             batch.labels,
-            self.velocity(x_t, t, batch.labels, v, w),
+            dx,
             d=d,
             r=tangent_warmup(batch.images, self.config.warmup_images),
             sigma_data=self.noise.sigma_data,
-            tangent=self.config.tangent,
+            u_at=self.weighted_at(t, d),
+            by=self.config.tangent,
         )
 
     @abstractmethod
@@ -151,7 +151,7 @@ class SCM(ContinuousConsistency[ConfigT]):
         return t, time_in_interval(t, config.intervals)
 
 
-def continuous_target(
+def continuous_tangent(
     network: FlowFunction,
     x_t: Tensor,
     t: Tensor,
@@ -161,9 +161,10 @@ def continuous_target(
     d: Tensor,
     r: float,
     sigma_data: float,
-    tangent: str = "exact",
-) -> tuple[Tensor, Tensor]:
-    """Returns F^- and g, both without gradient.  [B,C,H,W] each
+    u_at: tuple[Tensor, ...],
+    by: str = "exact",
+) -> tuple[Tensor, ...]:
+    """Returns F; g, without gradient; and the log variances u.  [B,C,H,W] twice, [B] each
 
     The derivative is taken along cos(d) sin(d) (dx_t/dt, 1), since dF/dt itself is unbounded.
 
@@ -171,12 +172,14 @@ def continuous_target(
         dx: dx_t/dt of the teacher or of the data.  [B,C,H,W]
         d: t - s, in [0, pi/2].  [B]
         r: see `tangent_warmup`.
-        tangent: a key of TANGENTS.
+        u_at: the times of the log variances.  [B] each
+        by: a key of TANGENTS.
     Source: sCM, section 5.1, "JVP rearrangement".
     """
     cos, sin = cos_sin(d, x_t)
-    F, dF = TANGENTS[tangent](network, x_t, t, labels, cos * sin * dx, d.cos() * d.sin())
-    return F, -(cos**2) * (sigma_data * F - dx) - r * (cos * sin * x_t + sigma_data * dF)
+    F, dF, *u = TANGENTS[by](network, x_t, t, labels, cos * sin * dx, d.cos() * d.sin(), u_at)
+    F_minus = F.detach()
+    return F, -(cos**2) * (sigma_data * F_minus - dx) - r * (cos * sin * x_t + sigma_data * dF), *u
 
 
 def time_in_interval(t: Tensor, intervals: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from edmdistill.draws import uniform, words
+from edmdistill.kernels.dual import value
 from edmdistill.kernels.linear import lay_out_weights
 from edmdistill.kernels.magnitude import normalize, normalize_weights_
 from edmdistill.networks.arguments import check_arguments
@@ -150,13 +151,19 @@ class Network(nn.Module, ABC):
     def checkpoint_blocks(self) -> None:
         """Turns on activation checkpointing: activations inside blocks are recomputed in the backward pass.
 
-        Results, parameters and their names do not change; a backward pass costs one more forward pass.
+        Results, parameters and their names do not change; a backward pass costs one more forward pass, which computes
+        no tangents.
         """
 
         def recomputed(forward: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+            first = [args]
+
+            def run(*values: Tensor | None) -> Tensor:
+                return forward(*(first.pop() if first else values))
+
             # To the end of the block, where offloading and sharding release its weights.
             with set_checkpoint_early_stop(False):
-                out: Tensor = checkpoint(forward, *args, use_reentrant=False)
+                out: Tensor = checkpoint(run, *map(value, args), use_reentrant=False)
             return out
 
         for block in self.blocks():

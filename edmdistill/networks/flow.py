@@ -137,8 +137,12 @@ class FlowNetwork(nn.Module):
         u_at: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
         logits: Judgment = "none",
+        along: tuple[Tensor, ...] = (),
     ) -> Tensor | tuple[Tensor, ...]:
         """Returns F, with dx_t/dt = sigma_data F; with u_at, F, u_1, ..., u_n, each the log variance of a loss.
+
+        With `along`, F is followed by its derivative in that direction, which has no gradient. F and its gradient are
+        those of a call without, computed by the same kernels on the same numbers.
 
         A network with a head returns F and its logits, or those alone.
 
@@ -150,10 +154,22 @@ class FlowNetwork(nn.Module):
             u_at: the times, in [0, pi/2], at which the first n log variances are evaluated.  n of [] or [B]
             w: the guidance weight, for a guided network; None = 1, no guidance.  [] or [B]
             logits: whether the head's are returned.
+            along: dx and dt, of the shapes of x_t and t, and dsecond of that of second, which without it is constant.
+                Not with logits.
         Returns: F [B,C,H,W], or F and n of [B], [1] for one time; float32, float64 if the parameters are
-        Raises: ValueError: a second time or w for a network without, or a label out of range.
+        Raises: ValueError: a second time or w for a network without, or a label out of range; shapes differ; a
+            direction has a gradient, or torch's own forward-mode differentiation is active.
             NotImplementedError: the network has fewer heads for log variances.
+            TrainingError: along a time, an iDDPM network, which has no derivative there.
         """
+        if along:
+            dx, dt, *dsecond = along
+            moving: list[Any] = [Dual(x_t, dx), Dual(t, dt), labels, second]
+            if dsecond and second is not None:
+                moving[3] = Dual(second, *dsecond)
+            found: Any = self.forward(*moving, u_at=u_at, w=w)
+            F, *u = found if u_at else (found,)
+            return F.value, F.tangent, *u
         if second is not None and not self.two_time:
             raise ValueError("the network takes one time, but two were given: add a second with add_second_time")
         if w is not None and not self.guided:
@@ -202,28 +218,19 @@ class FlowNetwork(nn.Module):
         *,
         w: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns F and its derivative along (dx, dt), without gradient.
+        """Returns F and its derivative along (dx, dt), without gradient.  Arguments and errors: as in forward.
 
-        In training mode, the dropout is that of the next pass with gradient: in eager mode, F then equals the result
-        of that pass, computed by the same kernels on the same numbers.
+        In training mode, the dropout is that of the next pass with gradient.
 
         Along a trajectory, dx = dx_t/dt and dt = 1 give dF/dt, which is unbounded toward t = 0 and pi/2. With
         r = cos(t) sin(t), dx = r dx_t/dt and dt = r give r dF/dt, and c_noise = ln(sigma)/4 has tangent 1/4 at any t.
 
-        Args:
-            x_t, t, labels, second, w: as in forward; w is constant.
-            dx: of the shape of x_t.
-            dt: of the shape of t.
-            dsecond: of the shape of second; None = the second time is constant.
-        Returns: F and its tangent.  [B,C,H,W] float32, float64 if the parameters are
-        Raises: ValueError: as in forward; shapes differ; torch's own forward-mode differentiation is active.
-            TrainingError: an iDDPM network, which has no derivative in time.
         Source: sCM, section 5.1.  Differs: the paper's tangent of t is r sigma_data, which gives sigma_data r dF/dt;
             its network reads x_t / sigma_data, where ours divides inside.
         """
-        moved = second if second is None or dsecond is None else Dual(second, dsecond)
-        F = self(Dual(x_t, dx), Dual(t, dt), labels, moved, w=w)
-        return F.value, F.tangent
+        along = (dx, dt) if dsecond is None else (dx, dt, dsecond)
+        F, dF = self(x_t, t, labels, second, w=w, along=along)
+        return F, dF
 
 
 class Denoiser(nn.Module):

@@ -65,9 +65,13 @@ def test_a_pass_without_gradient_has_the_dropout_of_the_next_with_it() -> None:
     with torch.no_grad():
         ahead = flow(x, t, labels)
     tangent = flow.tangent(x, t, labels, x, t)[0]
-    difference = finite_difference(flow, x, t, labels, x, t)[0]
+    flow.draws = Draws(7, 6)
+    difference = finite_difference(flow, x, t, labels, x, t, (t,))[0]
+    flow.draws = Draws(7, 6)
+    learned = flow(x, t, labels, along=(x, t))[0]
+    flow.draws = Draws(7, 6)
     first, second = flow(x, t, labels), flow(x, t, labels)
-    for same in ahead, tangent, difference:
+    for same in ahead, tangent, difference, learned:
         torch.testing.assert_close(same, first, rtol=1e-12, atol=1e-12)
     assert (first - second).abs().max() > 0.01
 

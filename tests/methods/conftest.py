@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods_toys import answer
 from torch import Tensor, nn
 
 from edmdistill import schedules
@@ -34,8 +35,21 @@ class Tiny(nn.Module):
         self.judge = nn.Linear(5, 1, dtype=dtype) if role.head == "convolutions" else nn.Identity()
 
     def forward(
-        self, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, *, u_at=(), w=None, logits="none"
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        second: Tensor | None = None,
+        *,
+        u_at=(),
+        w=None,
+        logits="none",
+        along=(),
     ):
+        if along:
+            moving = (x_t, t) if second is None else (x_t, t, second)
+            u = (self.head(self.read(at, x_t))[:, head] for head, at in enumerate(u_at))
+            return answer(lambda x, t, *s: self(x, t, labels, *s, w=w), moving, along, *u)
         assert x_t.shape[1:] == SHAPE
         assert (second is not None) == self.two_time
         assert (w is not None) == self.guided
@@ -54,14 +68,6 @@ class Tiny(nn.Module):
 
     def watch(self) -> contextlib.AbstractContextManager[LastLayer]:
         return watched(self.out)
-
-    @torch.no_grad()
-    def tangent(
-        self, x_t: Tensor, t: Tensor, labels: Tensor, dx: Tensor, dt: Tensor, second=None, dsecond=None, *, w=None
-    ) -> tuple[Tensor, Tensor]:
-        if dsecond is None:
-            return torch.func.jvp(lambda x, t: self(x, t, labels, second, w=w), (x_t, t), (dx, dt))
-        return torch.func.jvp(lambda x, t, s: self(x, t, labels, s, w=w), (x_t, t, second), (dx, dt, dsecond))
 
 
 @pytest.fixture

@@ -1,27 +1,29 @@
-"""dsCD: its target tends to the continuous one, and is 0 where the generator is true to the teacher's steps."""
+"""dsCD: its tangent tends to the continuous one, and is 0 where the generator is true to the teacher's steps."""
 
 import pytest
 import torch
 from methods_toys import SIGMA_DATA, TIMES, Toy, images, over, spread, teacher
 from tolerance import assert_rounded
 
-from edmdistill.methods.dscd import discrete_target
-from edmdistill.methods.scm import continuous_target
+from edmdistill.methods.dscd import discrete_tangent
+from edmdistill.methods.scm import continuous_tangent
 from edmdistill.schedules import discrete_lognormal, edm_curve
 from edmdistill.trigflow import ddim_step, denoised
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
 
 
-def test_it_tends_to_the_continuous_target() -> None:
+def test_it_tends_to_the_continuous_tangent() -> None:
     """The difference falls with the step."""
     x, t = images(), TIMES
     network = Toy(lambda x, t: torch.sin(3 * x) * over(x, t).cos())
     dx = SIGMA_DATA * teacher(x, t)
     errors = []
     for step in (1e-3, 5e-4):
-        F, g = discrete_target(network, x, t, t - step, None, dx, r=0.7, sigma_data=SIGMA_DATA)
-        F_exact, exact = continuous_target(network, x, t, None, dx, d=t, r=0.7, sigma_data=SIGMA_DATA)
+        F, g, _ = discrete_tangent(network, x, t, t - step, None, dx, r=0.7, sigma_data=SIGMA_DATA, u_at=(TIMES,))
+        F_exact, exact, _ = continuous_tangent(
+            network, x, t, None, dx, d=t, r=0.7, sigma_data=SIGMA_DATA, u_at=(TIMES,)
+        )
         assert_rounded(F, F_exact, 10)  # func.jvp's value may be by other kernels
         errors.append(float((g - exact).abs().max()))
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
@@ -32,7 +34,7 @@ def test_it_is_the_difference_of_the_two_ends() -> None:
     x, t, before = images(), TIMES, 0.8 * TIMES
     network = Toy(lambda x, t: torch.sin(3 * x) * over(x, t).cos())
     dx = SIGMA_DATA * teacher(x, t)
-    _, g = discrete_target(network, x, t, before, None, dx, r=1.0, sigma_data=SIGMA_DATA)
+    _, g, _ = discrete_tangent(network, x, t, before, None, dx, r=1.0, sigma_data=SIGMA_DATA, u_at=(TIMES,))
     x_before = ddim_step(x, dx / SIGMA_DATA, t, before, SIGMA_DATA)
     gap = denoised(x, network(x, t), t, SIGMA_DATA) - denoised(x_before, network(x_before, before), before, SIGMA_DATA)
     expected = over(x, t).cos() * gap / over(x, t - before).sin()

@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
-from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over, teacher, truth
+from methods_toys import SIGMA_DATA, STD, TIMES, Toy, answer, images, over, teacher, truth
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, NoiseRange, with_inputs
-from edmdistill.methods.flow_map import lagrangian_target
+from edmdistill.methods.flow_map import lagrangian_tangent
 from edmdistill.methods.fmd import FMD, FMDConfig
 from edmdistill.methods.mean_flow import MeanFlow, MeanFlowConfig
 from edmdistill.methods.scd import SCD, SCDConfig
-from edmdistill.methods.scm import continuous_target
+from edmdistill.methods.scm import continuous_tangent
 from edmdistill.methods.sct import SCT, SCTConfig
 from edmdistill.schedules import interval_times
 from edmdistill.trigflow import ddim_step, diffuse, velocity
@@ -30,14 +30,8 @@ class MapToy(nn.Module):
         super().__init__()
         self.F = F
 
-    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, u_at=()):
-        F = self.F(x, t, second)
-        return (F, *map(torch.zeros_like, u_at)) if u_at else F
-
-    @torch.no_grad()
-    def tangent(self, x: Tensor, t: Tensor, labels, dx: Tensor, dt: Tensor, second=None, dsecond=None, *, w=None):
-        dsecond = torch.zeros_like(second) if dsecond is None else dsecond
-        return torch.func.jvp(self.F, (x, t, second), (dx, dt, dsecond))
+    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, u_at=(), along=(), w=None):
+        return answer(self.F, (x, t, second), along, *map(torch.zeros_like, u_at))
 
 
 TRUTH = MapToy(lambda x, t, s: truth(x, t, t - s))
@@ -55,17 +49,19 @@ def test_the_true_map_has_no_eulerian_residual(share: Tensor) -> None:
     x, s = images(), share * TIMES
     network = with_inputs(TRUTH, second=s)
     dx = flow_velocity(x, TIMES)
-    _, g = continuous_target(network, x, TIMES, None, dx, d=TIMES - s, r=1.0, sigma_data=SIGMA_DATA)
+    _, g, _ = continuous_tangent(network, x, TIMES, None, dx, d=TIMES - s, r=1.0, sigma_data=SIGMA_DATA, u_at=(TIMES,))
     assert float(g.abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("share", SHARES)
 def test_the_true_map_has_no_lagrangian_residual(share: Tensor) -> None:
-    _, g = lagrangian_target(TRUTH, flow_velocity, images(), TIMES, share * TIMES, None, sigma_data=SIGMA_DATA)
+    _, g, _ = lagrangian_tangent(
+        TRUTH, flow_velocity, images(), TIMES, share * TIMES, None, sigma_data=SIGMA_DATA, u_at=(TIMES,)
+    )
     assert float(g.abs().max()) < 1e-10
 
 
-def test_the_lagrangian_target_is_the_plain_one() -> None:
+def test_the_lagrangian_tangent_is_the_plain_one() -> None:
     """-cos(s) sin(s) (df/ds - v(f, s)), df/ds by finite differences of the jump."""
     network = MapToy(lambda x, t, s: torch.sin(3 * x) * over(x, t).cos() + 0.2 * x * over(x, s).sin())
     x, t, s, h = images(), TIMES, 0.6 * TIMES, 1e-5
@@ -75,7 +71,7 @@ def test_the_lagrangian_target_is_the_plain_one() -> None:
 
     slope = (f(s + h) - f(s - h)) / (2 * h)
     expected = -over(x, s.cos() * s.sin()) * (slope - flow_velocity(f(s), s))
-    F, g = lagrangian_target(network, flow_velocity, x, t, s, None, sigma_data=SIGMA_DATA)
+    F, g, _ = lagrangian_tangent(network, flow_velocity, x, t, s, None, sigma_data=SIGMA_DATA, u_at=(TIMES,))
     torch.testing.assert_close(g, expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(F, network(x, t, None, s))
 
@@ -110,13 +106,13 @@ def test_short_jumps_are_diffusion_training(objective: str) -> None:
     x, s = images(), TIMES - 1e-7
     error = SIGMA_DATA * network(x, TIMES, None, TIMES) - flow_velocity(x, TIMES)
     if objective == "eulerian":
-        _, g = continuous_target(
+        _, g, _ = continuous_tangent(
             with_inputs(network, second=s), x, TIMES, None, flow_velocity(x, TIMES),
-            d=TIMES - s, r=1.0, sigma_data=SIGMA_DATA,
+            d=TIMES - s, r=1.0, sigma_data=SIGMA_DATA, u_at=(TIMES,),
         )  # fmt: skip
         expected = -error
     else:
-        _, g = lagrangian_target(network, flow_velocity, x, TIMES, s, None, sigma_data=SIGMA_DATA)
+        _, g, _ = lagrangian_tangent(network, flow_velocity, x, TIMES, s, None, sigma_data=SIGMA_DATA, u_at=(TIMES,))
         expected = -over(x, TIMES.cos() * TIMES.sin()) * error
     torch.testing.assert_close(g, expected, rtol=1e-5, atol=1e-6)
 
@@ -128,8 +124,16 @@ def test_the_data_velocity_is_the_teacher_s_in_expectation() -> None:
     t, s = torch.full((rows,), 0.9, dtype=torch.float64), torch.full((rows,), 0.3, dtype=torch.float64)
     x0, z = STD * draws.normal(1, 1, 1), SIGMA_DATA * draws.normal(1, 1, 1)
     x_t = diffuse(x0, z, t)
-    _, g = continuous_target(
-        with_inputs(TRUTH, second=s), x_t, t, None, velocity(x0, z, t), d=t - s, r=1.0, sigma_data=SIGMA_DATA
+    _, g, _ = continuous_tangent(
+        with_inputs(TRUTH, second=s),
+        x_t,
+        t,
+        None,
+        velocity(x0, z, t),
+        d=t - s,
+        r=1.0,
+        sigma_data=SIGMA_DATA,
+        u_at=(TIMES,),
     )
     # Linear in x_t for Gaussian data, so uncorrelated with x_t is zero for every x_t.
     slope, deviation = float((g * x_t).mean() / x_t.square().mean()), float(g.std() / x_t.std())

@@ -138,7 +138,7 @@ def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tin
             assert second is None or ((second >= t) if role == "auxiliary" else (second <= t)).all()
             return networks[role](x_t, t, labels, second, **options)
 
-        F.tangent, F.watch = networks[role].tangent, networks[role].watch
+        F.watch = networks[role].watch
         return F
 
     flows = {name for name, role in roles.items() if role.make is None}

@@ -3,12 +3,13 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from machine_findings import only_finding
 
-from edmdistill.kernels.dual import RULES, Dual
+from edmdistill.kernels.dual import RULES
 from edmdistill.machine.checks import devices
 from edmdistill.machine.checks.finding import GIB
 
@@ -62,9 +63,8 @@ def test_devices_of_this_machine():
 def test_a_wrong_derivative_is_seen(monkeypatch: pytest.MonkeyPatch):
     right = RULES["linear"]
 
-    def wrong(*arguments: object) -> Dual:
-        found = right(*arguments)
-        return Dual(found.value, found.tangent * 1.1)
+    def wrong(*arguments: Any) -> Any:
+        return right(*arguments) * 1.1
 
     monkeypatch.setitem(RULES, "linear", wrong)
     finding = only_finding(devices.check_tangents)
