@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as f
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import register_pytree_node
 
 Function = Callable[..., Any]
 
@@ -60,7 +61,7 @@ def paired(y: Tensor, dy: Tensor | None) -> Any:
 class Dual:
     """A tensor and its derivative along a direction, of the same shape and dtype.
 
-    The value may have a gradient; the tangent has none. (A dataclass, in which FSDP2 looks for tensors.)
+    The value may have a gradient; the tangent has none. FSDP2 finds the value in it, and lets the gradient pass.
 
     Raises: ValueError: the shapes differ, the tangent has a gradient, or torch's own forward-mode differentiation is
         active.
@@ -134,6 +135,10 @@ class Dual:
 
     __radd__ = __add__
     __rmul__ = __mul__
+
+
+# FSDP2 looks for tensors in dataclasses since torch 2.13, and in what is registered here before.
+register_pytree_node(Dual, lambda dual: ([dual.value, dual.tangent], None), lambda pair, _: Dual(*pair))
 
 
 def value(x: Any) -> Any:

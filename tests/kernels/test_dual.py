@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as f
+from tolerance import assert_rounded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edmdistill.kernels.dual import RULES, Dual
+from edmdistill.kernels.dual import RULES, Dual, value
 from edmdistill.kernels.group_norm import group_norm
 
 WEIGHT = torch.linspace(-1, 1, 5 * 8 * 9, dtype=torch.float64).reshape(5, 8, 3, 3).sin()
@@ -77,6 +80,43 @@ def test_rules_are_torchs_forward_derivative(x: Dual, name: str) -> None:
         found = operation(x)
         assert torch.equal(found.value, operation(x.value))
         torch.testing.assert_close(found.tangent, tangent, rtol=1e-12, atol=1e-12)
+
+
+def gradients(operation: Callable[[Any], Any], x: Any, weight: Tensor) -> Tensor:
+    """In x's value and in a weight, through the values of an operation's results."""
+    y = value(operation(x * weight[:, None, None]))
+    return torch.cat([slope.flatten() for slope in torch.autograd.grad(y.sin().sum(), [weight, value(x)])])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_have_the_gradient_that_they_have_without_tangents(x: Dual, name: str) -> None:
+    x.value.requires_grad_()
+    weight = BIAS.clone().requires_grad_()
+    for operation in CASES[name]:
+        assert_rounded(gradients(operation, x, weight), gradients(operation, x.value, weight), 100)
+
+
+def test_a_tangent_is_never_recorded(x: Dual, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = WEIGHT[:4, :2].clone().requires_grad_()
+
+    def convolved() -> Dual:
+        found: Dual = f.conv2d(x, weight, groups=4, padding=1)
+        return found
+
+    assert (convolved().value.requires_grad, convolved().tangent.requires_grad) == (True, False)
+    with torch.no_grad():
+        assert not convolved().value.requires_grad
+    monkeypatch.setattr(torch, "no_grad", nullcontext)
+    with pytest.raises(ValueError, match="a tangent cannot have a gradient"):
+        convolved()
+
+
+def test_torch_finds_both_tensors_in_nested_arguments(x: Dual) -> None:
+    """FSDP2 replaces those with a gradient, to act when it arrives."""
+    tensors, spec = torch.utils._pytree.tree_flatten({"condition": (x, 3)})
+    assert tensors == [x.value, x.tangent, 3]
+    (again, _) = torch.utils._pytree.tree_unflatten(tensors, spec)["condition"]
+    assert (again.value, again.tangent) == (x.value, x.tangent)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, NoiseRange, with_inputs
+from edmdistill.methods.consistency import normalized_tangent
 from edmdistill.methods.flow_map import lagrangian_tangent
 from edmdistill.methods.fmd import FMD, FMDConfig
 from edmdistill.methods.mean_flow import MeanFlow, MeanFlowConfig
@@ -74,6 +75,32 @@ def test_the_lagrangian_tangent_is_the_plain_one() -> None:
     F, g, _ = lagrangian_tangent(network, flow_velocity, x, t, s, None, sigma_data=SIGMA_DATA, u_at=(TIMES,))
     torch.testing.assert_close(g, expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(F, network(x, t, None, s))
+
+
+@pytest.mark.parametrize("objective", ["eulerian", "lagrangian"])
+def test_gradients_flow_through_f_alone(objective: str) -> None:
+    """With F^- and g as numbers, the gradient is the one by hand; the generator is called once."""
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    calls = []
+
+    def F(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return weight * torch.sin(3 * x) * over(x, t).cos() + 0.2 * x * over(x, s).sin()
+
+    class Watched(MapToy):
+        def forward(self, *args, **options):
+            calls.append((args[0], args[1]))
+            return super().forward(*args, **options)
+
+    made = FMD(FMDConfig(objective=objective), {"teacher": Toy(teacher), "generator": Watched(F)}, NOISE)
+    times, tangents = made.draw_times(Draws(0, 5)), []
+    tangent = made.tangent
+    made.tangent = lambda *args: tangents.append(tangent(*args)) or tangents[-1]
+    loss = made.generator_loss(Batch(images(), None), Draws(0, 5))
+    ((x, t),), ((_, g, *_),) = calls, tangents
+    assert torch.equal(t, times[0])
+    g = normalized_tangent(g, 0.1, "rms")
+    expected = (-2 / 16 * g * torch.sin(3 * x) * over(x, t).cos()).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss.value.sum(), weight)[0], expected, rtol=1e-9, atol=0)
 
 
 # Limits.

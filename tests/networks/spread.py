@@ -1,4 +1,4 @@
-"""Tangents of a network that DDP wraps, and of one that FSDP2 shards: up to rounding those of the network alone.
+"""A pass with tangents and gradient through DDP, and of sharded weights (FSDP2): up to rounding the network's own.
 
 Both ranks of a world of two run it.
 """
@@ -8,8 +8,10 @@ import copy
 import torch
 from conftest import random_flow
 from tolerance import assert_rounded, depth
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from edmdistill.machine.engine import Engine, Machine, local_shard
+from edmdistill.machine.engine import Engine, Machine
 from edmdistill.networks.surgery.rebuild import add_guidance, add_logvar
 
 
@@ -25,25 +27,30 @@ def main() -> None:
         channels, labels = alone.img_channels, torch.eye(5)[:3] if alone.label_dim else None
         point, along = (x[:, :channels], t, labels), (dx[:, :channels], dt)
         torch.manual_seed(1)
-        expected = alone.tangent(*point, *along, w=w)
+        expected = alone(*point, along=along, u_at=(t,), w=w)
+        loss(*expected, alone(*point)).backward()
+        average = {name: engine.all_reduce(p.grad) / 2 for name, p in alone.named_parameters() if p.grad is not None}
         for engine.mesh in (None, mesh):
             flow = copy.deepcopy(alone)
             engine.place(flow)
             module = engine.wrap(flow, trained=True)
             for _ in range(2):  # the second time, gradients are there
                 torch.manual_seed(1)
-                F, dF = module.tangent(*point, *along, w=w)
-                for found, own in zip((F, dF), expected, strict=True):
-                    assert_rounded(found, own, depth(alone))  # a shard's weights lie within a buffer
-                learned, u = module(*point, u_at=(t,), w=w)
-                assert_rounded(learned, F, depth(alone))
-                again = module(*point)  # a turn may ask twice
-                ((learned - F - dF).square().sum() + u.sum() + again.sum()).backward()
+                found = module(*point, along=along, u_at=(t,), w=w)
+                for tensor, own in zip(found, expected, strict=True):
+                    assert_rounded(tensor, own, depth(alone))  # a shard's weights lie within a buffer
+                loss(*found, module(*point)).backward()  # a turn may ask twice
             engine.finish_gradients(flow)
-            assert engine.gradient_norm(flow) > 0, case
-            for layer in flow.network.logvar_linear, flow.network.map_guidance:
-                assert engine.all_reduce(local_shard(layer.weight.grad).abs().sum()) > 0, case
+            gradients = {name: p.grad for name, p in flow.named_parameters() if p.grad is not None}
+            assert gradients.keys() == average.keys()
+            for name, gradient in gradients.items():
+                whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+                assert_rounded(whole, 2 * average[name], depth(alone))
     engine.close()
+
+
+def loss(F: Tensor, dF: Tensor, u: Tensor, again: Tensor) -> Tensor:
+    return (F - F.detach() - dF).square().sum() + u.sum() + again.sum()
 
 
 if __name__ == "__main__":
