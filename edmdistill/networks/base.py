@@ -151,15 +151,15 @@ class Network(nn.Module, ABC):
     def checkpoint_blocks(self) -> None:
         """Turns on activation checkpointing: activations inside blocks are recomputed in the backward pass.
 
-        Results, parameters and their names do not change; a backward pass costs one more forward pass, which computes
-        no tangents.
+        Results, parameters and their names do not change; a backward pass costs one more forward pass, without tangents
+        unless the blocks are compiled: what compiled code saves may depend on whether it computes them.
         """
 
         def recomputed(forward: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
             first = [args]
 
             def run(*values: Tensor | None) -> Tensor:
-                return forward(*(first.pop() if first else values))
+                return forward(*(first[0] if self.compiled else first.pop() if first else values))
 
             # To the end of the block, where offloading and sharding release its weights.
             with set_checkpoint_early_stop(False):

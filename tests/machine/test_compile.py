@@ -184,6 +184,7 @@ def assert_same_path(plain: list[dict[str, float]], compiled: list[dict[str, flo
         # The same graphs, but no C++, which takes minutes.
         ("cosim", {"micro_batch": 3, "checkpointing": True, "offload": ("teacher",)}, "aot_eager"),
         ("scd", {}, "aot_eager"),  # with tangents
+        ("scd", {"checkpointing": True}, "aot_eager"),
     ],
 )
 def test_rounds_follow_the_plain_path(
