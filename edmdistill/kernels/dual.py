@@ -137,7 +137,7 @@ class Dual:
     __rmul__ = __mul__
 
 
-# FSDP2 looks for tensors in dataclasses since torch 2.13, and in what is registered here before.
+# Where FSDP2 looks for tensors: in dataclasses; in older versions of torch, in what is registered here.
 register_pytree_node(Dual, lambda dual: ([dual.value, dual.tangent], None), lambda pair, _: Dual(*pair))
 
 
