@@ -277,7 +277,7 @@ def test_what_cannot_be_adapted(golden: Path, tmp_path: Path) -> None:
     for name, options, sentence in (
         ("vp-ddpmpp-uncond.pkl.gz", {"time_embedding": "positional"}, "needs EDM's preconditioning"),
         ("edm-tiny-cond.pkl", {"time_embedding": "positional", "double_norm": True}, "no adaptive norm"),
-        ("edm2-rgb-cond.pkl", {"double_norm": True}, "needs --time-embedding positional"),
+        ("edm2-rgb-cond.pkl", {"double_norm": True}, "need --time-embedding positional"),
     ):
         with pytest.raises(CheckpointError, match=sentence):
             convert(golden / name, tmp_path / "out", **options)
