@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from edmdistill.errors import TrainingError
-from edmdistill.recipes.schema import EvaluationTable
+from edmdistill.errors import RecipeError, TrainingError
+from edmdistill.recipes.schema import EvaluationTable, Recipe
 
 RECIPE, RUN = "recipe.resolved.json", "run.json"
 MUTABLE = {f"training.{key}" for key in ("compile", "keep", "keep_every", "log_every", "snapshot_every")} | {
@@ -24,6 +24,8 @@ TOTAL = "training.images"
 def require_same(path: Path, files: Mapping[str, bytes]) -> bool:
     """Returns whether a mutable key has changed.  Raises: TrainingError: another has."""
     before, now = ({name: _read_keys(path / name, text.get(name)) for name in (RECIPE, RUN)} for text in ({}, files))
+    written = before[RECIPE]
+    before[RECIPE] = _with_defaults(path / RECIPE, written)
     mutable = MUTABLE
     if now[RECIPE].get("training.lr_decay") != "linear":
         old, new = (values[RECIPE].get(TOTAL) for values in (before, now))
@@ -34,7 +36,15 @@ def require_same(path: Path, files: Mapping[str, bytes]) -> bool:
             f"{path} belongs to another run; use another --run-dir, or the same recipe, teacher and data:",
             *changed,
         )
-    return before[RECIPE] != now[RECIPE]
+    return written != now[RECIPE]
+
+
+def _with_defaults(file: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a run's recipe with the options that came after it, at their defaults, which change nothing."""
+    try:
+        return _flatten(json.loads(Recipe.from_json(file.read_bytes()).to_json()))
+    except RecipeError:  # an option that is no longer there, or has another range
+        return dict(keys)
 
 
 def _read_keys(file: Path, text: bytes | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from edmdistill.errors import TrainingError
+from edmdistill.recipes.library import load_recipe
 from edmdistill.training.run_dir import open_run
 
 RECIPE = json.dumps({"training": {"lr": 1e-3, "batch": 8}, "ema": {"half_life_images": 5}}).encode()
@@ -59,6 +60,22 @@ def test_what_is_only_kept_or_shown_may_change(tmp_path):
     with opened(tmp_path / "a", changed):
         pass
     assert (tmp_path / "a" / "recipe.resolved.json").read_bytes() == changed
+
+
+def test_an_option_that_came_later_is_at_its_default(tmp_path):
+    recipe = load_recipe("cosim/digits")
+    with opened(tmp_path / "a", recipe.to_json()):
+        pass
+    file = tmp_path / "a" / "recipe.resolved.json"
+    earlier = recipe.tables()
+    stride = earlier["method"].pop("trajectory_stride")
+    file.write_text(json.dumps(earlier))
+    with opened(tmp_path / "a", recipe.to_json()):
+        assert file.read_bytes() == recipe.to_json()
+    file.write_text(json.dumps(earlier))
+    other = load_recipe("cosim/digits", sets=[f"method.trajectory_stride={stride + 1}"])
+    with pytest.raises(TrainingError, match=f"trajectory_stride: {stride} there, {stride + 1} now"):
+        opened(tmp_path / "a", other.to_json()).__enter__()
 
 
 def test_what_a_killed_process_left_is_swept_up(tmp_path):
