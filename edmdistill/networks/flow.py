@@ -167,8 +167,8 @@ class FlowNetwork(nn.Module):
             moving: list[Any] = [Dual(x_t, dx), Dual(t, dt), labels, second]
             if dsecond and second is not None:
                 moving[3] = Dual(second, *dsecond)
-            found: Any = self.forward(*moving, u_at=u_at, w=w)
-            F, *u = found if u_at else (found,)
+            outputs: Any = self.forward(*moving, u_at=u_at, w=w)
+            F, *u = outputs if u_at else (outputs,)
             return F.value, F.tangent, *u
         if second is not None and not self.two_time:
             raise ValueError("the network takes one time, but two were given: add a second with add_second_time")

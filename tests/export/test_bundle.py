@@ -1,6 +1,8 @@
 """A module with all that it uses, in one file."""
 
 import ast
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -29,10 +31,12 @@ def test_remote_code_needs_nothing_of_ours(module: str):
 
 
 @pytest.fixture(scope="module")
-def copy() -> ModuleType:
-    module = ModuleType("bundled")
-    exec(bundle("edmdistill.networks"), module.__dict__)
-    return module
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    folder = tmp_path_factory.mktemp("remote")
+    (folder / "bundled.py").write_text(bundle("edmdistill.networks"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield import_module("bundled")
 
 
 @torch.no_grad()

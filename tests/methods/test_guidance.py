@@ -265,7 +265,7 @@ def test_a_recipe_holds_the_range(tables: Callable[..., bytes]) -> None:
         ({"guidance": [0.5, 1]}, "method.guidance = .*expected `float` >= 1.0"),
         ({"guidance": 1.5}, "method.guidance = 1.5: expected `array`, got `float`"),
         ({"guide": "network"}, 'guide = "network" has no effect at weight 1: give a range'),
-        ({"guide": "teacher"}, "method.guide = 'teacher': invalid enum value"),
+        ({"guide": "teacher"}, "method.guide = 'teacher': choose one of classes, network"),
     ],
 )
 def test_invalid_options_are_refused(tables: Callable[..., bytes], options: dict[str, Any], sentence: str) -> None:
