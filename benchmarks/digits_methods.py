@@ -236,8 +236,14 @@ def cell(values: list[float], form: str, spread: bool = True) -> str:
     """The mean, and the standard deviation if asked for and there are two values or more; a dash if there is none."""
     if not values:
         return "-"
-    deviation = f" ± {statistics.stdev(values):.2g}" if spread and len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{deviation}"
+    deviation = f" ± {plain(statistics.stdev(values), '.2g')}" if spread and len(values) > 1 else ""
+    return f"{plain(statistics.mean(values), form)}{deviation}"
+
+
+def plain(value: float, form: str) -> str:
+    """The number in this form, but without an exponent."""
+    text = f"{value:{form}}"
+    return f"{float(text):.0f}" if "e+" in text else text
 
 
 def row(name: str, runs: list[dict[str, Any]], metrics: dict[str, str]) -> str:

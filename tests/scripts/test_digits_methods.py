@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from digits_methods import CONTESTANTS, NFE, Race, chart, recipe_of, row, spread_out
+from digits_methods import CONTESTANTS, NFE, Race, cell, chart, recipe_of, row, spread_out
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
@@ -32,6 +32,11 @@ def test_a_row_has_means_over_seeds_and_dashes_where_nothing_was_measured() -> N
     cells = row("scd", runs, Race("tiles", Path()).metrics).strip("| ").split(" | ")
     assert cells[:8] == ["`scd`", "2", "100", "2", "400", "1.00", "2 ± 1.4", "4 ± 2.8"]
     assert cells[8:] == ["-", "-", "0.500", "0.750", "-", "-"]
+
+
+def test_large_distances_have_no_exponent() -> None:
+    assert cell([2440.0], ".3g") == "2440"
+    assert cell([209.0, 583.0], ".3g") == "396 ± 260"
 
 
 def test_the_plot_has_a_line_a_method_that_falls_where_the_distance_does() -> None:
