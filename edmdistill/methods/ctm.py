@@ -33,13 +33,6 @@ from edmdistill.trigflow import ddim_step, sigma_to_time
 
 
 class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
-    """Options of CTM.
-
-    Differs: the official code reads s through random layers, one for the embedding and one in each block, at full
-    weight. Here the layers of the embedding start as copies of t's, and s_gain is their weight: at 0, the default, the
-    generator starts as the teacher.
-    """
-
     N: Annotated[int, Meta(ge=2, le=100_000, description="noise levels on EDM's curve")] = 18
     max_steps: Annotated[int, Meta(ge=1, le=100_000, description="largest number of the solver's Heun steps")] = 17
     sampling: JumpDistribution = "official"
@@ -72,6 +65,7 @@ class CTM(Method[CTMConfig]):
 
     @classmethod
     def roles_for(cls, config: CTMConfig) -> dict[str, Role]:
+        """Differs: the official code reads s by random layers at full weight; ours are copies of t's, by s_gain."""
         roles = {"teacher": Role(trained=False)} if config.teacher else {}
         roles["generator"] = Role(trained=True, two_time=True, second_gain=config.s_gain)
         roles["target"] = roles["generator"]._replace(trained=False, ema_of=EmaOf("generator", config.mu))
