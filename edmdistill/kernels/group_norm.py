@@ -15,7 +15,7 @@ from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent, t
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """Group normalization, statistics in float32 or better.  weight, bias [C] -> [B,C,H,W]"""
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    if isinstance(x, Dual):  # by what f.group_norm calls, which returns mean and 1/std too, for the rule
+    if isinstance(x, Dual):  # the operation under f.group_norm; its rule needs the mean and 1/std that it also returns
         (B, C), size = x.shape[:2], x.shape[2:].numel()
         x = x if x.device.type == "cpu" else x.contiguous()
         y: Tensor = torch.native_group_norm(x, weight, bias, B, C, size, groups, eps)[0]
