@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, EdmDistillError
 
 SCRATCH = re.compile(r"\.(.+)\.[0-9a-f]{8}\.new")
 REPLACED = ".old"
@@ -72,6 +72,15 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def require_free(path: Path, overwrite: bool) -> None:
+    """Requires that nothing is at `path`, where a command is to write what it makes.
+
+    Raises: EdmDistillError: something is, and not `overwrite`.
+    """
+    if path.exists() and not overwrite:
+        raise EdmDistillError(f"{path} already exists: choose another name, or add --overwrite")
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:

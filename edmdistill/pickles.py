@@ -117,8 +117,7 @@ class Unpickler:
             if module.split(".")[0] in ("dnnlib", "torch_utils", "training"):
                 hint = "do not install dnnlib or torch_utils from PyPI, which are not NVIDIA's and are not needed"
             raise Unreadable(
-                f"asks for {f'{module}.{name}'[:80]!r}, which no file of EDM or EDM2 does "
-                f"(nothing was executed): {hint}"
+                f"asks for {f'{module}.{name}'[:80]!r}, which no official file does (nothing was executed): {hint}"
             )
         return self.names[module, name]
 
@@ -140,8 +139,7 @@ class Unpickler:
                     _ACTIONS[opcode](self)
         except _MALFORMED as error:
             raise Unreadable(
-                f"is damaged or not a pickle of EDM or EDM2 (byte {self.position:,}): download it again, or give "
-                "another file"
+                f"is damaged, or no official pickle (byte {self.position:,}): download it again, or give another file"
             ) from error
 
     # Instructions.

@@ -220,11 +220,11 @@ def reconstruct_checkpoint(
         on_start: called with the number of averages that will be read; returns `on_progress` for `reconstruct`.
     Raises: CheckpointError: there are too few averages, of different networks, or far from this length or time.
     """
+    refuse_occupied(out, overwrite)
     files = find_snapshots(source)
     target = Profile(max(profile.images for profile in files) if images is None else images, sigma_rel)
     files = _up_to(target.images, files, source)
     misfit = _require_reach(list(files), target, source)
-    refuse_occupied(out, overwrite)
     average = partial(reconstruct, target=target, on_progress=on_start(len(files)))
     official = next(iter(files.values())).suffix != ".safetensors"
     flow, config = (_official_network if official else _run_network)(source, files, average)

@@ -98,7 +98,8 @@ class LazyGroup(click.Group):
             return None
         command = importlib.import_module(f"edmdistill.cli.{self.prefix}{name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
-        command.params += [option for option in EVERYWHERE if option not in command.params]
+        for each in (command, *(command.commands.values() if isinstance(command, click.Group) else ())):
+            each.params += [option for option in EVERYWHERE if option not in each.params]
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

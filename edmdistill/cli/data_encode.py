@@ -54,6 +54,13 @@ def command(
     if processes is not None and processes > 1:
         sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, on_message=say))
 
+    from edmdistill.atomic import require_free
+    from edmdistill.data.latent_zip import read_request
+
+    rank, world = process_rank()
+    with errors_once():
+        require_free(out, overwrite or read_request(out) is not None)
+
     import torch
 
     from edmdistill.checkpoints.vae import read_vae
@@ -62,7 +69,6 @@ def command(
     from edmdistill.machine.devices import process_device
     from edmdistill.progress import DELAY, progress_bar
 
-    rank, world = process_rank()
     with errors_once():
         where, precision = process_device(device), torch.float32 if dtype == "fp32" else torch.bfloat16
         data = open_dataset(images, xflip=xflip)

@@ -51,8 +51,8 @@ def command(source: str, out: Path, workers: int | None, **options: Any) -> None
     with interruptible(lambda: "the same command goes on from here."), progress_bar(unit="image") as bar:
 
         def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.initial = bar.initial or done
+            if bar.total is None:  # what was done before does not count in the rate
+                bar.total, bar.initial = total, done
             bar.update(done - bar.n)
 
         summary = prepare_data(source, out, workers=workers or cores(), on_progress=show, **options)

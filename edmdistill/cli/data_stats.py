@@ -51,6 +51,7 @@ class SharingOptions:
 @click.option(
     "--batch", type=BATCH, help="Most images at a time, where memory is short.  [default: 128, or 64 above 32x32]"
 )
+@click.option("--overwrite", is_flag=True, help="Replace OUT.npz.")
 @option_group("sharing", SharingOptions, *SHARING)
 def command(
     source: str,
@@ -60,6 +61,7 @@ def command(
     keep: int | None,
     split: str,
     batch: int | None,
+    overwrite: bool,
     sharing: SharingOptions,
 ) -> None:
     """Write the statistics of a data set, against which `eval --ref OUT.npz` measures.
@@ -71,6 +73,9 @@ def command(
     if unused := files.keys() - features:
         raise click.UsageError(f"--weights {min(unused)}=... is of a feature space that --features does not name.")
 
+    from edmdistill.atomic import require_free
+
+    require_free(out, overwrite)
     from edmdistill.data.datasets import open_dataset
     from edmdistill.evaluation.collect import collect_statistics, write_statistics
     from edmdistill.features.spaces import load_features

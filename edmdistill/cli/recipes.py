@@ -66,11 +66,12 @@ def show(name: str, resolved: bool, method: str | None, sets: tuple[str, ...]) -
 @command.command(short_help="Copy a recipe to a file, to edit.")
 @click.argument("name")
 @click.argument("file", metavar="FILE.toml", type=OutputPath())
-def copy(name: str, file: Path) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace FILE.toml.")
+def copy(name: str, file: Path, overwrite: bool) -> None:
     """Copy the recipe NAME, with its variants, to FILE.toml, to edit and use with `train --recipe`."""
     from edmdistill.recipes.library import copy_recipe
 
-    written = copy_recipe(name, file)
+    written = copy_recipe(name, file, overwrite=overwrite)
     click.echo(f"{file} is written; `--recipe {written}` trains with it.")
 
 

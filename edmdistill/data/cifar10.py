@@ -66,7 +66,7 @@ def _read(files: Files, name: str) -> Batch:
         if classes.min() < 0 or classes.max() >= CLASSES:
             raise Unreadable(f"has labels from {classes.min()} to {classes.max()}, not 0 to {CLASSES - 1}")
     except Unreadable as error:
-        reason = str(error).replace(": download it again", "")
+        reason = str(error).partition(": ")[0]  # without advice on networks
         raise DatasetError(f"{files.path}: {printable(name)} {reason}; download CIFAR-10 again") from error
     return pixels, classes
 

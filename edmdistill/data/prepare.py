@@ -20,6 +20,7 @@ from msgspec import Struct
 from PIL import Image, features
 
 from edmdistill import __version__
+from edmdistill.atomic import require_free
 from edmdistill.data.contents import LABELS
 from edmdistill.data.edm_zip import EdmZip, image_index, image_name
 from edmdistill.data.packing import Packed, PackJob, packed_chunks
@@ -79,7 +80,7 @@ def prepare_data(
         overwrite: replace `out`, or an unfinished zip that was begun otherwise.
         on_progress: called with the number of pictures that are done, and the number of all.
         on_bytes: see `open_pictures`.
-    Raises: DatasetError: `out` is there, the source or a picture cannot be read, or images differ in size.
+    Raises: EdmDistillError: `out` is there, the source or a picture cannot be read, or images differ in size.
     Source: NVlabs/edm2 and NVlabs/edm, dataset_tool.py.
     Differs: files that operating systems hide are left out, not read; a source of which only some pictures have
         classes is refused, not prepared without any.
@@ -88,8 +89,7 @@ def prepare_data(
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     chosen = find_transform(transform, size)
     remove_leftovers(out)
-    if out.exists() and not overwrite:
-        raise DatasetError(f"{out} exists; choose another name, or replace it with --overwrite")
+    require_free(out, overwrite)
     settings = {
         "source": str(source.absolute()),
         "resolution": None if size is None else list(size),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from edmdistill.atomic import atomic_write
+from edmdistill.atomic import atomic_write, require_free
 from edmdistill.errors import RecipeError, did_you_mean
 from edmdistill.methods import METHODS
 from edmdistill.recipes.schema import TABLES, Recipe, table
@@ -84,17 +84,16 @@ def recipe_header(path: Path) -> str:
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
 
 
-def copy_recipe(name: str, to: Path) -> str:
+def copy_recipe(name: str, to: Path, *, overwrite: bool = False) -> str:
     """Copies the file of a recipe, with all its variants, for the user to change.
 
     Returns: the name of the recipe in the copy, `mine-s.toml` for variant s of `mine.toml`.
-    Raises: RecipeError: no such recipe; or `to` exists, or does not end in .toml.
+    Raises: EdmDistillError: no such recipe; or `to` exists, and not `overwrite`; or it does not end in .toml.
     """
     source = find_recipe(name)
     if to.suffix != ".toml":
         raise RecipeError(f"{to} must end in .toml, which distinguishes a file from a recipe's name")
-    if to.exists():
-        raise RecipeError(f"{to} already exists: choose another name")
+    require_free(to, overwrite)
     with atomic_write(to) as new:
         new.write_bytes(source.path.read_bytes())
     return str(to if source.variant is None else to.with_name(f"{to.stem}-{source.variant}.toml"))

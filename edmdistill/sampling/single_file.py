@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edmdistill.atomic import atomic_write, remove_leftovers
-from edmdistill.errors import EdmDistillError
+from edmdistill.atomic import atomic_write, remove_leftovers, require_free
 from edmdistill.sampling.output import DIGEST_KEY, Output, SampleInfo
 
 NO_CLASS = -1
@@ -35,8 +34,7 @@ class SingleFile(Output):
             self.close()  # left by a kill just after the file was complete
             remove_leftovers(self.out.parent, self.out.name)
             return True
-        if not overwrite:
-            raise EdmDistillError(f"{self.out} already exists: choose another name, or add --overwrite")
+        require_free(self.out, overwrite)
         return False
 
     def claim(self) -> None:

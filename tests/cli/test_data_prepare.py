@@ -27,7 +27,7 @@ def test_its_tables_are_the_librarys() -> None:
 
 def test_from_pictures_to_a_set_that_is_read(tmp_path: Path) -> None:
     source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
-    said = run("prepare", source, out, "--resolution", "8", "--transform", "center-crop")
+    said = run("prepare", source, out, "--resolution", "8", "--transform", "center-crop", "--quiet")
     assert "20 of 8x8, RGB" in said
     assert "center-crop: the largest square in the middle; filter lanczos" in said
     found = json.loads(run("inspect", out, "--json"))

@@ -14,7 +14,7 @@ from edmdistill.data.datasets import open_dataset
 from edmdistill.data.edm_zip import encode_png
 from edmdistill.data.pictures import ANIMATED, CLIPPED, CMYK, GRAYSCALE, PALETTE, TRANSPARENCY, TURNED
 from edmdistill.data.prepare import prepare_data, to_text
-from edmdistill.errors import DatasetError
+from edmdistill.errors import DatasetError, EdmDistillError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "prepare"
 CASES = json.loads((GOLDEN / "expected.json").read_text())["cases"]
@@ -108,7 +108,7 @@ def test_a_kill_after_the_last_step_leaves_nothing_behind(tmp_path: Path, monkey
         patch.setattr(prepare_state.shutil, "rmtree", lambda *args, **options: None)
         prepare_data(source, out, **HALF)
     assert (tmp_path / ".out.zip.parts").is_dir()
-    with pytest.raises(DatasetError, match=r"out.zip exists; choose another name"):
+    with pytest.raises(EdmDistillError, match=r"out.zip already exists: choose another name"):
         prepare_data(source, out, **HALF)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set"]
     assert len(open_dataset(out)) == len(PICTURES)
@@ -157,7 +157,7 @@ def test_what_was_begun_otherwise_is_kept_unless_it_is_to_be_replaced(
 def test_an_existing_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
     source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
     out.write_text("precious")
-    with pytest.raises(DatasetError, match=r"out\.zip exists; .* --overwrite"):
+    with pytest.raises(EdmDistillError, match=r"out\.zip already exists: .* --overwrite"):
         prepare_data(source, out, **HALF)
     assert out.read_text() == "precious"
     prepare_data(source, out, overwrite=True, **HALF)

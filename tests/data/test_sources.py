@@ -153,6 +153,7 @@ def test_cifar10_in_a_folder_and_as_binary(tmp_path: Path) -> None:
     [
         (b"cos\nsystem\n(S'touch PWNED'\ntR.", r"data_batch_3 asks for 'os\.system'.*nothing was executed"),
         (b"\x80\x04}.", "data_batch_3 does not hold data and labels; download CIFAR-10 again"),
+        (b"\x80\x04ss", r"data_batch_3 is damaged, or no official pickle \(byte 3\); download CIFAR-10 again$"),
         (b"", "data_batch_3 ends too early"),
         (
             b"\x80\x02c_codecs\nencode\nq\0X"
