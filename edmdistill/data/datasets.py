@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -51,6 +51,7 @@ class Dataset:
         notes: sentences on what was left out of the source.
         encoding: how latents were made; default: as by EDM2's tool, if they have the channels of its VAE.
         prepared: how `data prepare` made the images, or those of the latents; None: unknown.
+        turned: those of the images read so far whose EXIF data say that they are to be turned, which is ignored.
     Attributes:
         latent: whether it holds latents.
         encoding: how they were made; None for images, or where it is unknown.
@@ -76,8 +77,10 @@ class Dataset:
         notes: Sequence[str] = (),
         encoding: Encoding | None = None,
         prepared: Mapping[str, Any] | None = None,
+        turned: Set[int] = frozenset(),
     ) -> None:
         self.name, self.split, self.xflip, self.prepared = name, split, xflip, prepared
+        self.turned = turned
         self.label_dim = 0 if labels is None else max(int(labels.max()) + 1, len(label_names or ()))
         self.label_names = None if label_names is None else list(label_names)
         self._content, self.source_notes = content, list(notes)
@@ -283,7 +286,8 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
     files = open_files(path)
     contents = read_contents(files)
     names = [printable(member.name) for member in contents.images]
-    read = _Reader(files, contents.images, contents.latent, lossless)
+    turned: set[int] = set()
+    read = _Reader(files, contents.images, contents.latent, lossless, turned)
     return Dataset(
         str(path),
         split,
@@ -296,6 +300,7 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
         notes=contents.notes(str(path)),
         encoding=contents.encoding,
         prepared=contents.prepared,
+        turned=turned,
     )
 
 
@@ -341,6 +346,7 @@ class _Reader:
     images: Sequence[Member]
     latent: bool
     lossless: bool
+    turned: set[int]
 
     def __call__(self, i: int) -> Stored:
         name = self.images[i].name
@@ -349,7 +355,7 @@ class _Reader:
         with as_dataset_error(lambda why: f"{where} is not a readable {kind} ({why}); replace or remove it"):
             data = self.files.read(name)
         if not self.latent:
-            return decode_image(data, where, lossless=self.lossless)
+            return decode_image(data, where, lossless=self.lossless, on_turned=lambda: self.turned.add(i))
         return _moments(decode_array(data, where), where, i)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile
 
 from edmdistill.data.files import as_dataset_error
 from edmdistill.errors import DatasetError
@@ -43,13 +44,15 @@ _OTHER_FORMATS = {
 }
 
 
-def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[np.uint8]:
-    """Returns an image, turned upright as its EXIF data say.
+def decode_image(
+    data: bytes, where: str, *, lossless: bool = False, on_turned: Callable[[], object] = lambda: None
+) -> NDArray[np.uint8]:
+    """Returns an image as stored: it is not turned upright, as NVIDIA's code turns none.
 
-    Differs: EDM's dataset_tool.py ignores EXIF data, so that a photo may lie on its side there.
     Args:
         where: the set and the name of the file, for errors.
         lossless: refuse lossy formats.
+        on_turned: called where its EXIF data say that it is to be turned.
     Returns: uint8 [C,H,W], C 1 or 3.
     Raises: DatasetError: it is not a PNG, BMP, WebP or JPEG, is broken, animated or larger than RESOLUTION, or its mode
         is not 8-bit grayscale or RGB.
@@ -74,9 +77,16 @@ def decode_image(data: bytes, where: str, *, lossless: bool = False) -> NDArray[
                 kind = MODES["I"] if deep else MODES.get(image.mode, "other channels")
                 raise DatasetError(f"{where} has mode {image.mode} ({kind}); convert it to 8-bit grayscale (L) or RGB")
             with as_dataset_error(lambda why: f"{where} is not a readable image ({why}); replace or remove it"):
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-                pixels = np.asarray(ImageOps.exif_transpose(image) if turned else image)
+                pixels = np.asarray(image)
+                if is_turned(image):
+                    on_turned()
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def is_turned(image: ImageFile.ImageFile) -> bool:
+    """Returns whether the EXIF data of an image, which was read, say that it is to be turned or mirrored."""
+    described = image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+    return bool(described) and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def _describe(data: bytes, why: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import msgspec
@@ -62,6 +63,7 @@ class DataSummary(Struct, frozen=True, kw_only=True):
         teacher: the network that they are compared with, or None.
         misfit: why that one does not take them, or None.
         declared: of latents, what they are compared with, by channel; None where nothing is declared for them.
+        turned: the number of images that EXIF data would turn; they are read as stored, as by NVIDIA's code.
         left_out: the reason why each file that is no part of the set was left out, by name.
         prepared: how `data prepare` made the images, or None.
         fingerprint: Dataset.fingerprint.
@@ -81,6 +83,7 @@ class DataSummary(Struct, frozen=True, kw_only=True):
     teacher: str | None
     misfit: str | None
     declared: Declared | None
+    turned: int
     left_out: dict[str, str]
     prepared: dict[str, Any] | None
     notes: tuple[str, ...]
@@ -129,6 +132,7 @@ def inspect_data(
         teacher=None if teacher is None else str(teacher),
         misfit=misfit,
         declared=_declared(data, config, ChannelStatistics(mean, std)),
+        turned=len(data.turned),
         left_out={} if contents is None else contents.left_out,
         prepared=None if contents is None else contents.prepared,
         notes=tuple(data.notes),
@@ -207,6 +211,7 @@ def to_text(data: DataSummary) -> str:
         *_prepared_rows(data.prepared),
         ("classes", f"{len(data.classes):,}" if data.classes else "none"),
         ("missing", _shorten([_title(entry) for entry in missing]) if missing else "none"),
+        *([("turned", f"{data.turned:,} by EXIF, which is ignored, as by NVIDIA's code")] if data.turned else []),
         ("left out", f"{len(data.left_out):,}: {summarize(data.left_out)}" if data.left_out else "nothing"),
         ("fingerprint", data.fingerprint),
     ]
@@ -214,8 +219,10 @@ def to_text(data: DataSummary) -> str:
         rows = [row for row in rows if row[0] != "missing"]
     lines = [f"{name:<12} {value}" for name, value in rows]
     if data.classes:
-        lines += ["", f"{'class':<40} {'images':>10}"]
-        lines += [f"{_title(entry):<40} {entry.images:>10,}" for entry in data.classes[: 10 * SHOWN]]
+        titles = [_title(entry) for entry in data.classes[: 10 * SHOWN]]
+        width = max(40, *map(len, titles))
+        lines += ["", f"{'class':<{width}} {'images':>10}"]
+        lines += [f"{title:<{width}} {entry.images:>10,}" for title, entry in zip(titles, data.classes, strict=False)]
         rest = len(data.classes) - 10 * SHOWN
         lines += [f"... and {rest:,} more classes; --json lists all"] if rest > 0 else []
     notes = [note for note in data.notes if "left out" not in note]
@@ -234,7 +241,10 @@ def _prepared_rows(prepared: dict[str, Any] | None) -> list[tuple[str, str]]:
     if prepared is None:
         return []
     words = [f"{key} {prepared[key]}" for key in ("source", "transform", "filter") if key in prepared]
-    return [("prepared", printable(", ".join(words))[:200])]
+    changes = prepared.get("changes")
+    changed = [f"{count}: {change}" for change, count in changes.items()] if isinstance(changes, dict) else []
+    rows = [("prepared", ", ".join(words)), *(("changed", change) for change in changed[:SHOWN])]
+    return [(name, printable(value)[:200]) for name, value in rows]
 
 
 def _mode(channels: int) -> str:
@@ -242,7 +252,8 @@ def _mode(channels: int) -> str:
 
 
 def _title(entry: ClassCount) -> str:
-    return f"{entry.label}" if entry.name is None else f"{entry.label} {entry.name}"
+    name = "" if entry.name is None else f" {shorten(entry.name, 66, placeholder='...')}"
+    return f"{entry.label}{name}"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile
+from PIL import Image, ImageFile
 
+from edmdistill.data.decode import is_turned
 from edmdistill.data.files import as_dataset_error
 from edmdistill.data.transforms import MAX_PIXELS
 
@@ -108,8 +109,7 @@ def _decode(image: ImageFile.ImageFile, data: bytes) -> Decoded:
     if mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info:
         changes.append(TRANSPARENCY)
     # A TIFF was turned by Pillow, for the official tool too.
-    if image.format != "TIFF" and image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
-        changes += [TURNED] if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else []
+    changes += [TURNED] if image.format != "TIFF" and is_turned(image) else []
     # An MPO is a JPEG followed by a preview.
     changes += [ANIMATED] if image.format != "MPO" and getattr(image, "is_animated", False) else []
     return Decoded(image if mode == "RGB" else image.convert("RGB"), tuple(changes))

@@ -82,8 +82,8 @@ def prepare_data(
         on_bytes: see `open_pictures`.
     Raises: EdmDistillError: `out` is there, the source or a picture cannot be read, or images differ in size.
     Source: NVlabs/edm2 and NVlabs/edm, dataset_tool.py.
-    Differs: files that operating systems hide are left out, not read; a source of which only some pictures have
-        classes is refused, not prepared without any.
+    Differs: files that operating systems hide are left out, not read; a source of which only some of the pictures
+        that are read have classes is refused, not prepared without any.
     """
     source, out = Path(source), Path(out)
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
@@ -101,7 +101,7 @@ def prepare_data(
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
     }
     with open_state(out, settings, overwrite=overwrite) as state:
-        pictures = open_pictures(source, state.folder, labels=labels, split=split, on_bytes=on_bytes)
+        pictures = open_pictures(source, state.folder, labels=labels, split=split, most=max_images, on_bytes=on_bytes)
         total = min(len(pictures.names), max_images or len(pictures.names))
         state.require_same_source(pictures.names[:total], pictures.sizes)
         job = PackJob(source, pictures, chosen, size, total)

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from edmdistill.data.files import Files, FolderFiles, ZipFiles, canonical_name, 
 from edmdistill.data.labels import Labels, read_labels
 from edmdistill.data.pictures import REFUSED, SUFFIXES, Pictures
 from edmdistill.data.tar_files import TarFiles, decompress, is_compressed, is_tar
-from edmdistill.errors import DatasetError, did_you_mean, printable
+from edmdistill.errors import DatasetError, counted, did_you_mean, printable
 
 EXPECTED = (
     "give a folder, a zip or a tar of pictures, CIFAR-10's archive, MNIST's train-images-idx3-ubyte.gz, or a .parquet"
@@ -39,6 +40,7 @@ def open_pictures(
     *,
     labels: str = "auto",
     split: str = "train",
+    most: int | None = None,
     on_bytes: Callable[[int], object] | None = None,
 ) -> Pictures:
     """Returns the pictures of a source of any kind.
@@ -47,6 +49,7 @@ def open_pictures(
         scratch: a folder where a compressed tar is unpacked to a plain one, if it is not there from before.
         labels: a key of LABEL_RULES.
         split: train | test | validation, of CIFAR-10's archive and of a data set in parquet files.
+        most: so many of them, the first, need classes in dataset.json; None: all.
         on_bytes: see `decompress`.
     Raises: DatasetError: there is no such source, it is of another kind, damaged, or its classes are not clear.
     """
@@ -56,7 +59,7 @@ def open_pictures(
         raise DatasetError(f"{path} does not exist; {EXPECTED}")
     if not os.access(path, os.R_OK):
         raise DatasetError(f"{path} may not be read by this user; change its permissions")
-    pictures = _open(path, scratch, labels, split, on_bytes)
+    pictures = _open(path, scratch, labels, split, most, on_bytes)
     if split != "train" and split not in pictures.kind:
         raise DatasetError(f"{path} is one set, without splits; leave --split {split} out, or give another source")
     if not pictures.names:
@@ -65,7 +68,9 @@ def open_pictures(
     return pictures
 
 
-def _open(path: Path, scratch: Path, labels: str, split: str, on_bytes: Callable[[int], object] | None) -> Pictures:
+def _open(
+    path: Path, scratch: Path, labels: str, split: str, most: int | None, on_bytes: Callable[[int], object] | None
+) -> Pictures:
     if path.is_dir():
         files: Files = FolderFiles(path)
     elif mnist.is_images(path):
@@ -88,7 +93,7 @@ def _open(path: Path, scratch: Path, labels: str, split: str, on_bytes: Callable
         return cifar10.open_cifar10(files, names, labels, split)
     if path.is_dir() and (parts := parquet.find_parts(path, names)):
         return parquet.open_parquet(parts, path, labels, split)
-    return open_picture_files(files, labels)
+    return open_picture_files(files, labels, most)
 
 
 def _starts_as_zip(path: Path) -> bool:
@@ -96,8 +101,12 @@ def _starts_as_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def open_picture_files(files: Files, rule: str) -> Pictures:
-    """Returns the pictures of a folder, a zip or a tar, with classes by a rule of LABEL_RULES."""
+def open_picture_files(files: Files, rule: str, most: int | None = None) -> Pictures:
+    """Returns the pictures of a folder, a zip or a tar, with classes by a rule of LABEL_RULES.
+
+    Args:
+        most: see `open_pictures`.
+    """
     images, documents, left_out = sort_files(files, SUFFIXES, REFUSED)
     left_out |= getattr(files, "left_out", {})
     by_name = by_canonical_name(files.path, images)
@@ -106,7 +115,9 @@ def open_picture_files(files: Files, rule: str) -> Pictures:
     names = [member.name for member in images]
     labeled, notes = Labels(), []
     if rule == "auto" and document is not None:
-        labeled = read_labels(files, document, by_name, {canonical_name(name) for name in left_out})
+        wanted = dict(islice(by_name.items(), most))
+        others = {canonical_name(name) for name in left_out} | by_name.keys() - wanted.keys()
+        labeled = read_labels(files, document, wanted, others)
         if labeled.absent:
             first = printable(labeled.absent[0])
             notes.append(f"{LABELS} labels {len(labeled.absent):,} files that are not there, the first {first}")
@@ -144,5 +155,5 @@ def _classes_of_folders(names: Sequence[str], rule: str, is_zip: bool) -> tuple[
     if numbered:
         notes.append(f"the folders {titles[0]}, ... are classes here, but they may only be numbered; --labels none")
     if len(classes) > 1 and "" in classes:
-        notes.append(f"{tops.count(''):,} pictures are in no folder: they are class 0")
+        notes.append(f"what is in no folder is class 0: {counted(tops.count(''), 'picture')}")
     return Labels(np.array([classes[top] for top in tops], np.int64), titles), notes

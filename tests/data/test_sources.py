@@ -85,7 +85,10 @@ def test_files_in_no_folder_are_a_class_of_their_own(tmp_path: Path) -> None:
     """As in the official tool."""
     source = write_folder(tmp_path / "set", {"z.png": encoded(0, 8, 8), "a/y.png": encoded(1, 8, 8)})
     assert prepared(source)[1:] == ([1, 0], ["(no folder)", "a"])
-    assert "1 pictures are in no folder" in prepare_data(source, tmp_path / "out.zip", overwrite=True).notes[0]
+    assert (
+        "what is in no folder is class 0: 1 picture"
+        in prepare_data(source, tmp_path / "out.zip", overwrite=True).notes[0]
+    )
     assert prepared(write_folder(tmp_path / "flat", {"z.png": encoded(0, 8, 8)}))[1] is None
 
 
@@ -109,6 +112,9 @@ def test_what_only_some_pictures_have_is_no_class(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="has no label for 2 of 3 images"):
         prepared(source)
     assert_pictures(source, None, labels="none")
+    assert prepared(source, max_images=1)[1] == [0]  # as the official tool, which reads no more
+    with pytest.raises(DatasetError, match="has no label for 1 of 2 images"):
+        prepared(source, max_images=2)
 
 
 def test_the_names_of_a_document_are_kept(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
+from edmdistill.data.inspect import inspect_data, to_text
 from edmdistill.errors import DatasetError
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.images import Images, is_images, open_images
@@ -91,25 +92,19 @@ def test_other_images(what: str, one: Callable[[bytes], Path]) -> None:
     assert " at 0x" not in str(caught.value)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("form", ["PNG", "WEBP"])
-def test_images_stand_upright(orientation: int, form: str, one: Callable[[bytes], Path]) -> None:
-    """As a viewer shows them, whatever way the camera was held."""
-    turned = {
-        1: lambda x: x,
-        2: lambda x: x[:, ::-1],
-        3: lambda x: x[::-1, ::-1],
-        4: lambda x: x[::-1],
-        5: lambda x: x.swapaxes(0, 1),
-        6: lambda x: np.rot90(x, -1),
-        7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
-        8: lambda x: np.rot90(x),
-    }[orientation]
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
+def test_exif_turns_nothing_and_is_said(form: str, one: Callable[[bytes], Path]) -> None:
+    """NVIDIA's code does not turn an image either."""
     exif = Image.Exif()
-    exif[0x112] = orientation
+    exif[0x112] = 6
     options = {"lossless": True, "exact": True} if form == "WEBP" else {}
-    image = open_dataset(one(encoded(RGB, form, exif=exif.tobytes(), **options))).image(0)
-    assert np.array_equal(image.numpy().transpose(1, 2, 0), turned(PIXELS[0]))
+    stored, described = (encoded(RGB, form, **options, **more) for more in ({}, {"exif": exif.tobytes()}))
+    plain = open_dataset(one(stored)).image(0)
+    source = one(described)
+    assert torch.equal(open_dataset(source).image(0), plain)
+    for found, count in ((inspect_data(source), 1), (inspect_data(one(stored)), 0)):
+        assert found.turned == count
+        assert ("turned       1 by EXIF, which is ignored" in to_text(found)) == bool(count)
 
 
 def test_a_phones_jpeg_with_a_preview_is_one_image(one: Callable[[bytes], Path]) -> None:
