@@ -33,11 +33,12 @@ OPTIONS = {
     **{name: {"allow_edm_time": True} for name in ("fmd", "mean-flow", "scd", "sct")},
     "dmd2": {"auxiliary_turns": 2},
     "sida": {"gan_warmup_images": 8},
+    "imm": {"particles": 2},
     "ctm": {"N": 4, "max_steps": 2, "gan_channels": 8},  # the teacher's steps are most of its time
 }
 """Of a method, beside its name."""
 
-ALIKE = {"dscd", "ect", "mean-flow", "sct", "sida", "tcm"}
+ALIKE = {"dscd", "ect", "imm", "mean-flow", "sct", "sida", "tcm"}
 """Methods whose networks and turns are like another's: scd's, fmd's, dmd2's."""
 
 ALL_METHODS = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in sorted(METHODS)]

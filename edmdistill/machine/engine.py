@@ -155,33 +155,36 @@ class Engine:
 
     # Rows of a batch.
 
-    def micro_batches(self, batch: int) -> list[slice]:
+    def micro_batches(self, batch: int, group: int = 1) -> list[slice]:
         """Returns the rows of this process's micro-batches: equally many on every process, of at most `micro_batch`
         rows.
 
+        Args:
+            group: rows that stay together; the batch is a multiple of it.
         Raises: TrainingError: some would be empty.
         """
-        first, last = (batch * n // self.world_size for n in (self.rank, self.rank + 1))
-        largest = -(-batch // self.world_size)
-        size = self.machine.micro_batch or largest
-        assert size != "auto", "resolved before the first round"
-        pieces = -(-largest // size)
-        if batch < self.world_size:
+        groups, asked = batch // group, self.machine.micro_batch
+        assert asked != "auto", "resolved before the first round"
+        if groups < self.world_size:
+            several = f", in groups of {group}," if group > 1 else ""
             raise TrainingError(
-                f"a batch of {counted(batch, 'image')} is too small for {self.world_size} processes: use fewer"
+                f"a batch of {counted(batch, 'image')}{several} is too small for {self.world_size} processes: use fewer"
             )
-        if batch // self.world_size < pieces:
+        first, last = (groups * n // self.world_size for n in (self.rank, self.rank + 1))
+        largest = -(-groups // self.world_size)
+        pieces = -(-largest // whole_groups(asked, group)) if asked else 1
+        if groups // self.world_size < pieces:
             raise TrainingError(
                 f"a batch of {batch} images cannot be split into {pieces} micro-batches on each of {self.world_size} "
                 "processes: use fewer processes or a larger --micro-batch"
             )
-        cuts = [first + (last - first) * piece // pieces for piece in range(pieces + 1)]
+        cuts = [group * (first + (last - first) * piece // pieces) for piece in range(pieces + 1)]
         return [slice(a, b) for a, b in pairwise(cuts)]
 
-    def check_micro_batches(self, batch: int) -> None:
+    def check_micro_batches(self, batch: int, group: int = 1) -> None:
         """Raises: TrainingError: a batch cannot be split into the micro-batches that were asked for."""
         if self.machine.micro_batch != "auto":
-            self.micro_batches(batch)
+            self.micro_batches(batch, group)
         elif not is_gpu(self.device):
             raise TrainingError("--micro-batch auto needs a GPU, but this run is on the CPU: use a number of images")
 
@@ -304,6 +307,16 @@ class Engine:
         if self.world_size == 1:
             return number
         return int(self.all_reduce(torch.tensor(int(number) if self.is_main else 0, device=self.device)))
+
+
+def whole_groups(micro_batch: int, group: int) -> int:
+    """Returns how many groups of images a micro-batch holds.  Raises: TrainingError: none."""
+    if micro_batch < group:
+        raise TrainingError(
+            f"--micro-batch {micro_batch} is too small, because the loss takes images in groups of {group}: use at "
+            f"least {group}"
+        )
+    return micro_batch // group
 
 
 def local_shard(tensor: Tensor) -> Tensor:

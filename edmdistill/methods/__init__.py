@@ -99,5 +99,10 @@ METHODS: dict[str, MethodEntry] = {
         "TCM: truncated consistency models, a second stage that trains a consistency model at high noise alone.",
         ("lee2025tcm",),
     ),
+    "imm": MethodEntry(
+        "edmdistill.methods.imm:IMM",
+        "IMM: inductive moment matching, a generator that jumps from any time to any earlier one, from data alone.",
+        ("zhou2025imm",),
+    ),
 }
 """By the name used on the command line and in recipes."""

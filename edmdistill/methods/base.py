@@ -235,6 +235,14 @@ class Method(ABC, Generic[ConfigT]):
         return cls.roles
 
     @classmethod
+    def group_size(cls, config: ConfigT) -> int:
+        """Returns how many images, next to one another in the batch, have losses that depend on one another.
+
+        The batch is a multiple of it, and is split between groups alone.
+        """
+        return 1
+
+    @classmethod
     def check_teacher(
         cls, config: ConfigT, *, positional_time: bool, label_dim: int, label_dropout: float | None
     ) -> str | None:

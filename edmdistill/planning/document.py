@@ -49,7 +49,7 @@ class PlanRequest(NamedTuple):
     @property
     def rows(self) -> int:
         """Images of one micro-batch."""
-        return split_batch(self.recipe.training.batch, self.processes, self.micro_batch)[1]
+        return split_batch(self.recipe, self.processes, self.micro_batch)[1]
 
 
 def plan_document(request: PlanRequest, on_progress: Callable[[str], object], alternatives: bool) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def plan_document(request: PlanRequest, on_progress: Callable[[str], object], al
         alternatives: plans every precision, with and without sharding and checkpointing, too.
     """
     training, rows = request.recipe.training, request.rows
-    share, _ = split_batch(training.batch, request.processes, None)
+    share, _ = split_batch(request.recipe, request.processes, None)
     measurement = measure(request.recipe, request.flow, request.machine, on_progress, guide=request.guide)
     plan = make_plan(measurement, request.machine, request.processes)
     turns = plan.peaks(rows, rows < share)
@@ -87,7 +87,7 @@ def plan_document(request: PlanRequest, on_progress: Callable[[str], object], al
 
 def _alternatives(request: PlanRequest, on_progress: Callable[[str], object]) -> list[dict[str, Any]]:
     recipe, processes, rows = request.recipe, request.processes, request.rows
-    share, _ = split_batch(recipe.training.batch, processes, None)
+    share, _ = split_batch(recipe, processes, None)
     plans = []
     for precision, checkpointing in product(PRECISIONS, (False, True)):
         on_progress(f"{precision}{', checkpointing' if checkpointing else ''}")

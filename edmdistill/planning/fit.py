@@ -26,7 +26,7 @@ from edmdistill.planning.plan import Measurement, Plan, images_per_second, make_
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import compile_mode
 from edmdistill.training.ema import profiles
-from edmdistill.training.micro_batch import HEADROOM
+from edmdistill.training.micro_batch import HEADROOM, fewest_fit
 from edmdistill.transfer import is_gpu
 
 PIECES = 4
@@ -107,13 +107,13 @@ def fit(
             f"--fit does not know the memory of CUDA graphs, which --compile {mode} makes: give --micro-batch and what "
             "else saves memory yourself, or use --compile default"
         )
-    fitting, least, share = [], math.inf, split_batch(recipe.training.batch, processes, None)[0]
+    fitting, least, share = [], math.inf, split_batch(recipe, processes, None)[0]
     for way in ways(recipe, machine, spill):
         on_progress(options(way))
         measured = measure(recipe, flow, way, guide=guide)
         for chosen in spilled(recipe, way, spill):
             plan = make_plan(measured, chosen, processes)
-            least = min(least, plan.peak(1))
+            least = min(least, plan.peak(plan.group_size))
             fitted = _fitted(measured, plan, chosen, memory, gpu, processes)
             if fitted is not None and chosen == machine and fitted.machine.micro_batch == share:
                 return fitted  # nothing is faster than to do nothing
@@ -122,8 +122,8 @@ def fit(
         exact = machine.second_moment
         return min(fitting, key=lambda way: way.seconds * (1 if way.machine.second_moment == exact else COARSE))
     raise TrainingError(
-        f"not even one image fits in {memory / 1e9:.4g} GB: the leanest way takes {least / 1e9:.4g} GB; use a larger "
-        "GPU, or several with --processes and --shard"
+        f"not even {fewest_fit(recipe.group_size)} in {memory / 1e9:.4g} GB: the leanest way takes "
+        f"{least / 1e9:.4g} GB; use a larger GPU, or several with --processes and --shard"
     )
 
 
@@ -160,16 +160,16 @@ def _fitted(
     measured: Measurement, plan: Plan, machine: Machine, memory: float, gpu: GPU, processes: int
 ) -> Fitted | None:
     """Returns a way with the largest micro-batch that fits; None: not even one image does."""
-    training = measured.recipe.training
+    training, group = measured.recipe.training, plan.group_size
     assert machine.micro_batch != "auto"
-    share, rows = split_batch(training.batch, processes, machine.micro_batch)
+    share, rows = split_batch(measured.recipe, processes, machine.micro_batch)
     room = memory * (1 - HEADROOM)
     if machine.micro_batch is None and plan.peak(share, accumulates=False) > room:
         rows = plan.largest_micro_batch(memory, share)
-    count = -(-share // max(rows, 1))
-    rows = -(-share // count)
+    count = -(-share // max(rows, group))
+    rows = -(-share // group // count) * group
     peak = plan.peak(rows, accumulates=count > 1)
-    if peak > room or count > training.batch // processes:
+    if peak > room or count > training.batch // group // processes:
         return None
     half = training.precision != "fp32"
     speed = images_per_second(plan, gpu, half, UTILIZATION, processes, training.batch, rows)

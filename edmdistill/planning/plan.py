@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from edmdistill.machine.engine import Machine
+from edmdistill.machine.engine import Machine, whole_groups
 from edmdistill.machine.gpus import GPU
 from edmdistill.methods.base import NoiseRange, Turn
 from edmdistill.methods.pieces import Pieces
@@ -63,6 +63,7 @@ class Plan(NamedTuple):
         flops: operations of one round for an image, forward and backward, with recomputation.
         forward_flops: of one pass of the product's network.
         calls: of torch in one round, with one micro-batch a turn.
+        group_size: images that stay together in a micro-batch.
     """
 
     parameters: dict[str, int]
@@ -77,6 +78,7 @@ class Plan(NamedTuple):
     flops: float
     forward_flops: float
     calls: int
+    group_size: int
 
     @property
     def resident(self) -> int:
@@ -117,7 +119,8 @@ class Plan(NamedTuple):
 
     def largest_micro_batch(self, memory: float, most: int) -> int:
         """Returns the largest micro-batch, `most` at most, of several that fits into so many bytes; 0: not even one."""
-        return bisect_right(range(1, most + 1), memory * (1 - HEADROOM), key=self.peak)
+        sizes = range(self.group_size, most + 1, self.group_size)
+        return bisect_right(sizes, memory * (1 - HEADROOM), key=self.peak) * self.group_size
 
 
 class Measurement(NamedTuple):
@@ -173,16 +176,17 @@ def measure(
     probe.method.pieces = Pieces(pieces)
     effective = effective_weights(probe.networks) if machine.shares_weights else []
 
-    # Two images a piece and three, for every turn: the live bytes of each moment grow linearly with the images.
+    # Two images, or groups, a piece and three, for every turn: the live bytes of each moment grow linearly with them.
     passes, flops, calls, lent = {}, 0.0, 0, 0
-    rows = ROWS * pieces
+    step = pieces * probe.group_size
+    rows = ROWS * step
     for turn, times in Counter(probe.turns).items():
         on_progress(f"the {turn.role}'s turn")
-        few, more = (_trace(probe, turn, count, effective) for count in (rows, rows + pieces))
+        few, more = (_trace(probe, turn, count, effective) for count in (rows, rows + step))
         passes[turn.role] = Pass(
             few.trained,
-            lines_through(few.live, more.live, rows, pieces),
-            lines_through(few.activations, more.activations, rows, pieces),
+            lines_through(few.live, more.live, rows, step),
+            lines_through(few.activations, more.activations, rows, step),
         )
         flops += times * few.flops / rows
         calls += times * len(few.live)
@@ -228,13 +232,18 @@ def make_plan(measured: Measurement, machine: Machine = Machine(), processes: in
         flops=measured.flops,
         forward_flops=measured.forward_flops,
         calls=measured.calls,
+        group_size=measured.recipe.group_size,
     )
 
 
-def split_batch(batch: int, processes: int, micro_batch: int | None) -> tuple[int, int]:
-    """Returns the largest share of a process, and the images of its micro-batches; None: the whole share."""
-    share = -(-batch // processes)
-    return share, min(micro_batch or share, share)
+def split_batch(recipe: Recipe, processes: int, micro_batch: int | None) -> tuple[int, int]:
+    """Returns the largest share of a process, and the images of its micro-batches; None: the whole share.
+
+    Raises: TrainingError: a micro-batch cannot hold a group of images that stay together.
+    """
+    group = recipe.group_size
+    share = -(-recipe.training.batch // group // processes) * group
+    return share, min(whole_groups(micro_batch or share, group) * group, share)
 
 
 def images_per_second(

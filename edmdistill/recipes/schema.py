@@ -206,6 +206,11 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
         return self.method_class.roles_for(self.method)
 
     @cached_property
+    def group_size(self) -> int:
+        """Images whose losses depend on one another; the batch is split between such groups alone."""
+        return self.method_class.group_size(self.method)
+
+    @cached_property
     def guidance(self) -> tuple[float, float]:
         """Smallest and largest guidance weight that the product is trained for; (1, 1): no guidance."""
         return self.method_class.guidance(self.method)
@@ -260,6 +265,11 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
         }
         recipe = Recipe(method_name=method_name, method=config, **typed)
         _check_roles(recipe, source)
+        if recipe.training.batch % recipe.group_size:
+            raise RecipeError(
+                f"{source}: training.batch = {recipe.training.batch} must be a multiple of {recipe.group_size}, "
+                f"because {method_name} compares images in groups"
+            )
         evaluation, log_every = recipe.evaluation, recipe.training.log_every
         if isinstance(evaluation, EvaluationTable) and evaluation.every % log_every:
             raise RecipeError(

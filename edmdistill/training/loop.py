@@ -56,7 +56,7 @@ def requests(run: Run, turns: Sequence[Turn]) -> Iterator[tuple[int, int]]:
     for images in range(run.images, training.images, training.batch):
         for index, turn in enumerate(turns):
             start = images * len(turns) + index * training.batch
-            for rows in run.engine.micro_batches(training.batch) if images >= turn.begins else ():
+            for rows in run.micro_batches() if images >= turn.begins else ():
                 yield start + rows.start, start + rows.stop
 
 
@@ -115,7 +115,7 @@ def accumulate_gradients(
     """
     training, engine = run.recipe.training, run.engine
     network, module = run.networks[turn.role], run.role_modules[turn.role]
-    slices = engine.micro_batches(training.batch)
+    slices = run.micro_batches()
     # As many pieces on every process, which may have a row more than another: sharded networks communicate in each.
     fewest = training.batch // engine.world_size // len(slices)
     run.method.pieces = Pieces(min(engine.machine.loss_pieces, fewest), factor * engine.world_size / training.batch)
@@ -148,7 +148,7 @@ def with_previews(
 ) -> Iterator[tuple[Batch, Preview | None]]:
     """Yields a turn's next batches, each with its preview if the turn takes one, with means over the whole batch."""
     engine, size = run.engine, run.recipe.training.batch
-    slices = engine.micro_batches(size)
+    slices = run.micro_batches()
     if turn.preview is None:
         for _ in slices:
             yield next(batches)._replace(images=run.images), None

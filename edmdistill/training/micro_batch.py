@@ -33,12 +33,15 @@ def settle_micro_batch(run: Run) -> int | None:
     engine, machine = run.engine, run.engine.machine
     if machine.micro_batch != "auto":
         return None
+    group = run.recipe.group_size
     engine.check_micro_batches(run.recipe.training.batch)
-    share = -(-run.recipe.training.batch // engine.world_size)
-    count = fewest_micro_batches(lambda count: not engine.any_process(not fits(run, -(-share // count))), share)
+    share = -(-run.recipe.training.batch // group // engine.world_size)  # in groups
+    count = fewest_micro_batches(lambda count: not engine.any_process(not fits(run, -(-share // count) * group)), share)
     if count is None:
-        raise TrainingError("not even one image fits in GPU memory: add --checkpoint-activations, --offload or --shard")
-    size = -(-share // count)
+        raise TrainingError(
+            f"not even {fewest_fit(group)} in GPU memory: add --checkpoint-activations, --offload or --shard"
+        )
+    size = -(-share // count) * group
     engine.machine = machine._replace(micro_batch=size)
     return size
 
@@ -55,6 +58,11 @@ def fewest_micro_batches(fit: Callable[[int], bool], most: int) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if fit(middle) else (middle, high)
     return high
+
+
+def fewest_fit(group: int) -> str:
+    """Returns how a sentence goes on that says that not even one group of images fits."""
+    return "one image fits" if group == 1 else f"{group} images fit"
 
 
 def fits(run: Run, size: int) -> bool:

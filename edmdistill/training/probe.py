@@ -37,7 +37,7 @@ class Probe:
     ) -> None:
         self.networks = {role: copy.deepcopy(network).to("meta") for role, network in networks.items()}
         self.product = self.networks[method.product]
-        self.method = method(config, self.networks, noise)
+        self.method, self.group_size = method(config, self.networks, noise), method.group_size(config)
         self.turns: tuple[Turn, ...] = self.method.turns()
 
     def set_trainable(self, role: str) -> nn.Module:
@@ -60,7 +60,7 @@ class Probe:
         for turn in dict.fromkeys(self.turns):
             network = self.set_trainable(turn.role)
             with CachedShapes():
-                self.loss(turn, ROWS).value.sum().backward()  # type: ignore[no-untyped-call]
+                self.loss(turn, ROWS * self.group_size).value.sum().backward()  # type: ignore[no-untyped-call]
             idle = {name for name, parameter in network.named_parameters() if parameter.grad is None}
             unused[turn.role] = unused.get(turn.role, idle) & idle
             network.zero_grad(set_to_none=True)

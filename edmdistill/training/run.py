@@ -141,6 +141,10 @@ class Run:
             device=self.engine.device,
         )
 
+    def micro_batches(self) -> list[slice]:
+        """Returns the rows of this process's micro-batches."""
+        return self.engine.micro_batches(self.recipe.training.batch, self.recipe.group_size)
+
     def due(self, every: int) -> bool:
         """Returns whether the last round crossed a multiple of `every` images."""
         return self.images // every > (self.images - self.recipe.training.batch) // every

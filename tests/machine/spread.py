@@ -2,7 +2,7 @@
 
 spread.py TEACHER OUT.json ROUNDS ROWS[s] ...
 
-Each way is the rows of a micro-batch, with an s if the networks are sharded.
+Each way is the rows of a micro-batch, at least a group, with an s if the networks are sharded.
 """
 
 import itertools
@@ -43,8 +43,9 @@ def recipe(case: str, rounds: int) -> Recipe:
 def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[str, float]]:
     """What every round measured, and the norm of each average after the last."""
     source = source_of(case.split(",")[0], teacher)
-    force = "guidance" in CASES[case]
-    run = prepare(recipe(case, count), data="digits", teacher=source, machine=machine, force_guidance=force)
+    force, tables = "guidance" in CASES[case], recipe(case, count)
+    machine = machine._replace(micro_batch=max(machine.micro_batch, tables.group_size))
+    run = prepare(tables, data="digits", teacher=source, machine=machine, force_guidance=force)
     found = list(rounds(run))
     for role in run.optimizers.keys() if not machine.shard else ():
         weights = torch.cat([parameter.detach().flatten() for parameter in run.networks[role].parameters()])

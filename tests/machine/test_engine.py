@@ -86,23 +86,30 @@ def test_a_rounded_second_moment_is_sharded_and_resumes(teacher: Path, tmp_path:
     assert 0 < found["distance"] < 0.02
 
 
-@given(batch=st.integers(1, 300), world=st.integers(1, 9), size=st.none() | st.integers(1, 64))
-def test_every_row_belongs_to_one_micro_batch_of_one_process(batch: int, world: int, size: int | None) -> None:
-    engine = Engine(Machine(device="cpu", micro_batch=size))
-    shares = []
+@given(
+    groups=st.integers(1, 300), world=st.integers(1, 9), size=st.none() | st.integers(1, 64), group=st.integers(1, 5)
+)
+def test_every_row_belongs_to_one_micro_batch_of_one_process(
+    groups: int, world: int, size: int | None, group: int
+) -> None:
+    """And the rows of a group to the same."""
+    engine, batch, shares = Engine(Machine(device="cpu", micro_batch=size)), groups * group, []
     for engine.rank in range(world):
         engine.world_size = world
-        pieces = math.ceil(math.ceil(batch / world) / (size or batch))
-        if batch // world < pieces:
-            refusal = "too small for" if batch < world else "micro-batches on each of"
+        together = groups if size is None else size // group
+        refusal = "too small for" if groups < world else "too small, because" if not together else None
+        if not refusal and groups // world < math.ceil(math.ceil(groups / world) / together):
+            refusal = "micro-batches on each of"
+        if refusal:
             with pytest.raises(TrainingError, match=refusal):
-                engine.micro_batches(batch)
+                engine.micro_batches(batch, group)
             return
-        shares.append(engine.micro_batches(batch))
+        shares.append(engine.micro_batches(batch, group))
     assert len({len(share) for share in shares}) == 1
     rows = [row for share in shares for piece in share for row in range(piece.start, piece.stop)]
     assert rows == list(range(batch))
     assert all(0 < piece.stop - piece.start <= (size or batch) for share in shares for piece in share)
+    assert all(piece.start % group == piece.stop % group == 0 for share in shares for piece in share)
 
 
 def test_shards_need_processes() -> None:

@@ -11,13 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.store import save_checkpoint
+from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPUS, find_gpu
 from edmdistill.networks import NETWORKS, new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.published import PUBLISHED
-from edmdistill.planning.plan import Measurement, forward_flops, make_plan, measure
+from edmdistill.planning.plan import Measurement, forward_flops, make_plan, measure, split_batch
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
@@ -100,6 +101,23 @@ def test_within_a_tenth_of_what_a_round_takes(
     plan = make_plan(on_the_meta_device(name, Machine(checkpointing=checkpointing, loss_pieces=pieces)), machine)
     real = measured(recipe, tmp_path / "teacher", machine)
     assert plan.peak(micro_batch, accumulates=micro_batch < batch) == pytest.approx(real, rel=0.1)
+
+
+def test_groups_stay_together(tmp_path: Path) -> None:
+    """In a plan and its micro-batches, as those of IMM, whose loss lies between the images of a group."""
+    flow, machine = network(*SMALL["edm2"]), Machine("cpu", 24)
+    recipe = load_recipe("imm/digits", sets=["method.particles=8", "training.batch=48", "training.images=144"])
+    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="a test"), **describe(flow))
+    save_checkpoint(tmp_path / "teacher", flow, config)
+    plan = make_plan(measure(recipe, flow, machine), machine)
+    assert plan.peak(24) == pytest.approx(measured(recipe, tmp_path / "teacher", machine), rel=0.1)
+    assert split_batch(recipe, 4, None) == (16, 16)
+    assert split_batch(recipe, 1, 23) == (48, 16)
+    with pytest.raises(TrainingError, match="in groups of 8: use at least 8"):
+        split_batch(recipe, 1, 7)
+    for images, largest in ((24, 24), (23, 16)):
+        assert plan.largest_micro_batch((plan.peak(images) + 1) / (1 - HEADROOM), 48) == largest
+    assert plan.largest_micro_batch(plan.peak(8), 48) == 0
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,12 @@ def test_mistakes_get_one_sentence(override: str, sentence: str):
     assert sentence in str(error.value)
 
 
+def test_a_batch_holds_whole_groups():
+    assert load_recipe("imm/digits", sets=["method.particles=8"]).group_size == 8
+    with pytest.raises(RecipeError, match="batch = 30 must be a multiple of 4, because imm compares images in"):
+        load_recipe("imm/digits", sets=["training.batch=30"])
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
+from edmdistill.training import micro_batch
 from edmdistill.training.loop import rounds
 from edmdistill.training.micro_batch import fewest_micro_batches, fits, settle_micro_batch
 
@@ -41,11 +42,30 @@ def test_what_does_not_fit_leaves_the_run_as_it_was(start, monkeypatch):
 
 def test_a_loss_in_pieces_trains_as_the_whole_does(start):
     """Also in micro-batches, of fewer rows than pieces."""
-    for micro_batch in (None, 2):
-        whole, split = (next(rounds(start("cosim", Machine("cpu", micro_batch, loss_pieces=n)))) for n in (1, 3))
+    for size in (None, 2):
+        whole, split = (next(rounds(start("cosim", Machine("cpu", size, loss_pieces=n)))) for n in (1, 3))
         assert split.keys() == whole.keys()
         for name in ("loss/generator", "grad_norm/generator", "loss/auxiliary"):
             assert split[name] == pytest.approx(whole[name], rel=1e-4)
+
+
+def test_micro_batches_hold_whole_groups(start, monkeypatch):
+    """IMM's, of two images here: their split changes rounding alone, and `auto` looks for a number of them."""
+    whole, split = (next(rounds(start("imm", Machine("cpu", rows)))) for rows in (None, 5))
+    for name in ("loss/generator", "grad_norm/generator", "squared_mmd"):
+        assert split[name] == pytest.approx(whole[name], rel=1e-4)
+    with pytest.raises(TrainingError, match="--micro-batch 1 is too small, because the loss takes images in groups of"):
+        start("imm", Machine("cpu", 1))
+    run, tried = start("imm"), []
+    run.engine.machine = Machine(device="cpu", micro_batch="auto")
+    monkeypatch.setattr(run.engine, "check_micro_batches", lambda batch: None)
+    monkeypatch.setattr(micro_batch, "fits", lambda run, size: tried.append(size) or size <= 5)
+    assert settle_micro_batch(run) == 4
+    assert tried == [8, 4]
+    monkeypatch.setattr(micro_batch, "fits", lambda run, size: False)
+    run.engine.machine = Machine(device="cpu", micro_batch="auto")
+    with pytest.raises(TrainingError, match="not even 2 images fit in GPU memory"):
+        settle_micro_batch(run)
 
 
 def test_only_a_loss_that_can_be_split_is_asked_for_pieces(start):
