@@ -106,3 +106,33 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 10, more: str = ""
     if len(names) <= most:
         return listed
     return f"{listed} or {len(names) - most} more" + (f", which `{more}` lists" if more else "")
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+}
+_BOUNDS = {">=": "at least ", "<=": "at most ", ">": "above ", "<": "below ", None: ""}
+_EXPECTED = re.compile(r"Expected `(.+?)`(?: of length (?:(\S+) )?(\d+))?(?: ([<>]=?) (\S+))?(?:, got .*)?")
+
+
+def validation_in_words(problem: str) -> str:
+    """Returns the rest of a sentence on a value that msgspec refused, as in " must be at least 1".
+
+    Args:
+        problem: msgspec's words, or those of a ValueError that it passes on, without the place.
+    """
+    if expected := _EXPECTED.fullmatch(problem):
+        kinds, bound, length, limit, number = expected.groups()
+        if number is not None:
+            return f" must be {_BOUNDS[limit]}{float(number):.12g}"
+        named = " or ".join(_KINDS.get(kind, kind) for kind in kinds.split(" | ") if kind != "null")
+        unit = "character" if kinds == "str" else "value"
+        return f" must be {named}" + ("" if length is None else f" of {_BOUNDS[bound]}{counted(int(length), unit)}")
+    if field := re.fullmatch(r"Object missing required field `(.*)`", problem):
+        return f" lacks {field[1]}"
+    return f": {problem[:1].lower()}{problem[1:]}"

@@ -14,6 +14,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
+from edmdistill.errors import validation_in_words
+
 
 class Arg:
     """Types of arguments, by what they stand for.
@@ -47,14 +49,14 @@ def validated(values: Mapping[str, Any], type_: Any) -> Any:
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$")
         place = place.strip(".`")
-        problem = problem[:1].lower() + problem[1:200]
+        rest = validation_in_words(problem[:200])
         choices = [
             choice
             for field in (msgspec.structs.fields(type_) if hasattr(type_, "__struct_fields__") else ())
-            for choice in (get_args(field.type) if field.name == place and problem.startswith("invalid enum") else ())
+            for choice in (get_args(field.type) if field.name == place and problem.startswith("Invalid enum") else ())
         ]
-        problem += f", where {' or '.join(map(str, choices))} is needed" if choices else ""
-        raise ValueError(f"{place[:100]}: {problem}" if place else problem) from None
+        rest += f", where {' or '.join(map(str, choices))} is needed" if choices else ""
+        raise ValueError((place[:100] or "it") + rest if place or rest[0] == " " else rest[2:]) from None
 
 
 @cache

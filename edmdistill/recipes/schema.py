@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import replace
 
-from edmdistill.errors import RecipeError, did_you_mean
+from edmdistill.errors import RecipeError, did_you_mean, validation_in_words
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
@@ -323,14 +323,15 @@ def _typed(values: dict[str, Any], type_: type[Struct], source: str, name: str) 
         out_of_range = next((key for key in values if not _is_in_range(getattr(typed, key))), None)
         if out_of_range is None:
             return typed
-        problem, key = f"expected finite numbers of at most {LARGEST:g}", out_of_range
+        key, inside, rest = out_of_range, False, f" must be finite, and at most {LARGEST:g}"
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `$.")
-        key = re.split(r"\W", place)[0]
+        key, inside, rest = re.split(r"\W", place)[0], "[" in place, validation_in_words(problem)
         if problem.startswith("Invalid enum value"):
-            problem = f"choose one of {', '.join(map(str, _choices(get_type_hints(type_)[key])))}"
+            rest = f": choose one of {', '.join(map(str, _choices(get_type_hints(type_)[key])))}"
     where = f"{name}.{key} = {values[key]!r}" if key in values else f"[{name}]"
-    raise RecipeError(f"{source}: {where}: {problem[0].lower()}{problem[1:]}")
+    each = ": each of its values" if inside and not rest.startswith(":") else ""
+    raise RecipeError(f"{source}: {where}{each}{rest}")
 
 
 def _choices(hint: object) -> list[object]:

@@ -183,9 +183,9 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
         ({"network": {"kind": "edm2", "arguments": {"num_blocks": "x"}}}, "arguments that make no edm2 network"),
         (
             {"network": {"kind": "edm2", "arguments": SMALL | {"img_channels": 2, "num_blocks": 10**12}}},
-            "num_blocks: expected `int` <= 64",
+            "num_blocks must be at most 64",
         ),
-        ({"preconditioning": {"kind": "iddpm", "M": 10**12}}, "M: expected `int` <= 10000"),
+        ({"preconditioning": {"kind": "iddpm", "M": 10**12}}, "M must be at most 10000"),
         ({"preconditioning": {"kind": "edm", "rho": 1}}, "rho: the preconditioning edm has no such argument"),
     ],
     ids=str,

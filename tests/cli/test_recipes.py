@@ -60,7 +60,7 @@ def test_a_copy_trains_the_same(tmp_path: Path):
         (("copy", "cosim/digits", "{here}/mine"), "must end in .toml"),
         (("copy", "cosim/digits", "{here}/there.toml"), "already exists: choose another name"),
         (("validate", "{here}/there.toml"), "method.name = None; choose one of"),
-        (("validate", "cosim/digits", "--set", "training.lr=0"), "training.lr = 0: expected `float` > 0.0"),
+        (("validate", "cosim/digits", "--set", "training.lr=0"), "training.lr = 0 must be above 0"),
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path: Path, words: tuple[str, ...], sentence: str):

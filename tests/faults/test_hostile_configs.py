@@ -219,12 +219,12 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"label_names": ["a", "b"]}, "label_names holds 2 names for 3 classes"),
     ({"sigma_min": 90.0}, "sigma_min is 90, which is not below sigma_max, 80"),
     ({"encoder": {"kind": "StabilityVAEEncoder", "scale": [0.2], "bias": [0.1]}}, "a scale for 1 channels"),
-    ({"encoder": {"kind": "StabilityVAEEncoder"}}, "missing required field `scale`"),
-    ({"encoder": {"scale": [0.2], "bias": [0.1]}}, "missing required field `kind`"),
-    ({"label_dropout": 2}, "label_dropout: expected `float` <= 1.0"),
-    ({"provenance": {"source": 3}}, "provenance.source: expected `str`"),
+    ({"encoder": {"kind": "StabilityVAEEncoder"}}, "lacks scale"),
+    ({"encoder": {"scale": [0.2], "bias": [0.1]}}, "lacks kind"),
+    ({"label_dropout": 2}, "label_dropout must be at most 1"),
+    ({"provenance": {"source": 3}}, "provenance.source must be text"),
     ({"method": "co\u001b[31msim"}, "control characters"),
-    ({"images_seen": -1}, "images_seen: expected `int` >= 0"),
+    ({"images_seen": -1}, "images_seen must be at least 0"),
 ]
 
 

@@ -262,8 +262,8 @@ def test_a_recipe_holds_the_range(tables: Callable[..., bytes]) -> None:
     ("options", "sentence"),
     [
         ({"guidance": [2, 1]}, r"guidance = \[2, 1\] decreases: give the lower weight first"),
-        ({"guidance": [0.5, 1]}, "method.guidance = .*expected `float` >= 1.0"),
-        ({"guidance": 1.5}, "method.guidance = 1.5: expected `array`, got `float`"),
+        ({"guidance": [0.5, 1]}, "method.guidance = .*: each of its values must be at least 1"),
+        ({"guidance": 1.5}, "method.guidance = 1.5 must be a list"),
         ({"guide": "network"}, 'guide = "network" has no effect at weight 1: give a range'),
         ({"guide": "teacher"}, "method.guide = 'teacher': choose one of classes, network"),
     ],

@@ -76,7 +76,7 @@ def test_the_official_traces(golden):
         ({}, "there is no average: set half_life_images or sigma_rel"),
         ({"sigma_rel": [0.05, 0.05]}, "must be different numbers with at most three decimals"),
         ({"sigma_rel": [0.0512]}, "must be different numbers with at most three decimals"),
-        ({"sigma_rel": [0.3]}, "expected `float` < 0.288"),
+        ({"sigma_rel": [0.3]}, "each of its values must be below 0.288"),
         ({"sigma_rel": [0.05], "snapshot_every": 8}, "set two or more sigma_rel"),
     ],
 )
