@@ -1,8 +1,9 @@
 """edmdistill train: a teacher from data, or a generator from a teacher."""
 
 import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -200,7 +201,8 @@ def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tupl
     steps = run.recipe.sampling.nfe
     nfe = 2 if 2 in steps else steps[0]
     tell(f"The {run.method.product} of {outcome.images:,} images is in {run_dir / 'generator'}. To draw from it:")
-    decoding = "".join(f" {word}" for word in vae_words(run.config.encoder))
+    words = vae_words(run.config.encoder) if run.vae is None else ["--vae", run.vae]
+    decoding = "".join(f" {shlex.quote(word)}" for word in words)
     tell(f"  edmdistill sample {run_dir} --nfe {nfe} --seeds 0-63{decoding} --out {run_dir / 'images'}")
 
 
@@ -213,10 +215,22 @@ def _introduction(run: "Run", what: str, run_dir: Path) -> Iterator[str]:
     )
     where = description["device"] if world_size == 1 else f"{world_size} processes, {run.engine.device.type}"
     yield f"Training {what} in {run_dir}, on {where}: {roles}."
-    for name, role in description["roles"].items():
-        if role["unused"]:
-            yield f"Not trained, because the {name}'s loss does not depend on it: {', '.join(role['unused'])}."
+    for idle, names in _untrained(description["roles"]).items():
+        yield f"Not trained, because no loss depends on it: {idle} ({', '.join(names)})."
     yield from (*run.notes, *run.dataset.notes, *run.method.notes())
+
+
+def _untrained(roles: Mapping[str, Mapping[str, list[str]]]) -> dict[str, list[str]]:
+    """Returns the roles in which a parameter is not trained, by its name.
+
+    EDM2's head for the uncertainty of its own training loss is expected there, and is left out.
+    """
+    found: dict[str, list[str]] = {}
+    for role, description in roles.items():
+        for name in description["unused"]:
+            if not name.startswith("network.logvar_linear."):
+                found.setdefault(name, []).append(role)
+    return found
 
 
 def _progress(run: "Run", stack: ExitStack) -> Callable[[int, dict[str, float]], None]:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
 import edmdistill
-from edmdistill.machine.engine import Engine
+from edmdistill.kernels.backend import selected
+from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.host import cores, host_memory, peak_host_memory, processor
 from edmdistill.transfer import is_gpu
 
 
 class Environment(TypedDict):
-    """The environment of a run, none of which changes the result beyond rounding.
+    """The environment of a run, none of which changes the result beyond rounding: all of `Machine` that takes part too.
 
-    device and device_memory (bytes) describe the main process's GPU, or the host.
+    device and device_memory (bytes) describe the main process's GPU, or the host; threads and workers are those of the
+    main process. What is not required is missing in earlier runs.
     """
 
     edmdistill: str
@@ -36,7 +39,12 @@ class Environment(TypedDict):
     shard: bool
     offload: list[str]
     checkpointing: bool
-    second_moment: NotRequired[str]  # in earlier runs, which had no such option, it is missing
+    second_moment: NotRequired[str]
+    loss_pieces: NotRequired[int]
+    compile: NotRequired[str]
+    kernels: NotRequired[str]
+    threads: NotRequired[int]
+    workers: NotRequired[int]
 
 
 class SessionRecord(Environment):
@@ -69,7 +77,18 @@ def environment(engine: Engine) -> Environment:
         "offload": list(machine.offload),
         "checkpointing": machine.checkpointing,
         "second_moment": machine.second_moment,
+        "loss_pieces": machine.loss_pieces,
+        "compile": machine.compile or "off",
+        "kernels": selected(),
+        "threads": torch.get_num_threads(),
+        "workers": engine.workers,
     }
+
+
+def machine_of(session: Mapping[str, Any]) -> Machine:
+    """Returns how a session used its machine, apart from the device, with defaults for what earlier runs do not say."""
+    fields = {name: session[name] for name in Machine._fields if name in session and name != "device"}
+    return Machine(**fields | {"offload": tuple(session.get("offload", ()))})
 
 
 def revision(package: Path = Path(edmdistill.__file__).parent) -> str | None:

@@ -66,11 +66,13 @@ class Fitted(NamedTuple):
 
 
 def options(machine: Machine) -> str:
-    """Returns the options of the command line that ask for this use of a GPU."""
+    """Returns the options of the command line that ask for this use of a machine."""
     words = {
         "--checkpoint-activations": machine.checkpointing,
         f"--loss-pieces {machine.loss_pieces}": machine.loss_pieces > 1,
         f"--second-moment {machine.second_moment}": machine.second_moment != "fp32",
+        f"--compile {machine.compile}": machine.compile not in (None, "off"),
+        "--shard": machine.shard,
         f"--offload {','.join(machine.offload)}": machine.offload,
         f"--micro-batch {machine.micro_batch}": machine.micro_batch,
     }

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.store import build_flow
-from edmdistill.machine.engine import Machine
+from edmdistill.machine.environment import machine_of
 from edmdistill.machine.gpus import GPUS, find_gpu
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure, split_batch
@@ -81,12 +81,7 @@ def _plan(run: RunSummary, config: CheckpointConfig, session: dict[str, Any], pr
     spec = config.network
     arguments = {name: value for name, value in spec.arguments.items() if name != "guided"}  # the teacher is not
     flow: FlowNetwork = build_flow(replace(spec, arguments=arguments), config.preconditioning, str(run.path))
-    machine = Machine(
-        shard=session.get("shard", False),
-        offload=tuple(session.get("offload", ())),
-        checkpointing=session.get("checkpointing", False),
-        second_moment=session.get("second_moment", "fp32"),
-    )
+    machine = machine_of(session)._replace(micro_batch=None)
     guided = any(role.source == "guide" for role in run.recipe.roles.values())
     measured = measure(run.recipe, flow, machine, guide=flow if guided else None)
     return make_plan(measured, machine, processes), guided

@@ -15,6 +15,9 @@ from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.evaluation.diagnosis import read_measures, sentences
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import ResultTable
+from edmdistill.kernels.backend import VARIABLE
+from edmdistill.machine.environment import machine_of
+from edmdistill.planning.fit import options
 from edmdistill.recipes.library import origins
 from edmdistill.report import html
 from edmdistill.report.curves import Axis, Point, powers_of_two, svg_curves, svg_heat_map
@@ -177,6 +180,7 @@ def environment(sessions: Sequence[Mapping[str, Any]]) -> str:
         "Device": lambda session: session["device"],
         "Device memory": lambda session: f"{session['device_memory'] / 2**30:.1f} GiB",
         "Processes": lambda session: str(session["processes"]),
+        "Threads": lambda session: str(session.get("threads", "unknown")),
         "Options": _options,
         "edmdistill": lambda session: session["edmdistill"],
         "Revision": lambda session: session["revision"] or "unknown",
@@ -206,13 +210,9 @@ def _resumes(images: Sequence[int]) -> str:
 
 def _options(session: Mapping[str, Any]) -> str:
     """Returns how the run uses its machine, as options of `train`."""
-    words = [f"--micro-batch {session['micro_batch']}"] if session["micro_batch"] else []
-    words += ["--shard"] if session["shard"] else []
-    words += [f"--offload {','.join(session['offload'])}"] if session["offload"] else []
-    words += ["--checkpoint-activations"] if session["checkpointing"] else []
-    moment = session.get("second_moment", "fp32")  # earlier sessions do not say
-    words += [f"--second-moment {moment}"] if moment != "fp32" else []
-    return " ".join(words) or "none"
+    words = [options(machine_of(session))]
+    words += [f"{VARIABLE}={session['kernels']}"] if session.get("kernels", "torch") != "torch" else []
+    return " ".join(filter(None, words)) or "none"
 
 
 def recipe(run: RunSummary) -> str:

@@ -80,7 +80,8 @@ def test_from_pictures_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "22" in command("data inspect latents.zip").stdout
     command("train diffusion --data latents.zip --recipe teacher.toml --run-dir teacher --device cpu --vae vae")
     command("convert teacher adapted --time-embedding positional --licence mit")
-    command("train cosim adapted --data latents.zip --recipe cosim.toml --run-dir run --device cpu --vae vae")
+    said = command("train cosim adapted --data latents.zip --recipe cosim.toml --run-dir run --device cpu --vae vae")
+    assert "edmdistill sample run --nfe 2 --seeds 0-63 --vae vae --out run/images" in said.stderr
 
     # The encoder of the data is in every checkpoint, and what was learnt about classes and licence too.
     configs = [read_config(Path(folder)) for folder in ("teacher/generator", "adapted", "run/generator")]

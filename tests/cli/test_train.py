@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from forks import Forked
 
 from edmdistill.cli import main
+from edmdistill.cli.train import _untrained
 
 SMALL = [
     "network.arguments={model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[], channels_per_head=8}",
@@ -42,6 +43,11 @@ def test_trains_and_says_what_to_type_next(tmp_path):
     changed = CliRunner().invoke(main, arguments(tmp_path / "run", "--set", "training.lr=0.5"))
     assert changed.exit_code == 2
     assert re.search(r"training\.lr: 0\.01 there, 0\.5 now", changed.stderr)
+
+
+def test_what_is_not_trained_is_said_once_unless_it_never_is():
+    idle = {"unused": ["network.logvar_linear.weight", "network.out_gain"]}
+    assert _untrained({"generator": idle, "auxiliary": idle}) == {"network.out_gain": ["generator", "auxiliary"]}
 
 
 def test_a_dry_run_is_one_document_and_leaves_nothing(tmp_path):

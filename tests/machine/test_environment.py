@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from edmdistill import __version__
-from edmdistill.machine.environment import peak_memory, revision
+from edmdistill.cli.train import command
+from edmdistill.machine.engine import Engine, Machine
+from edmdistill.machine.environment import environment, machine_of, peak_memory, revision
 from edmdistill.training.session import train
 
 
@@ -27,6 +29,26 @@ def test_every_session_says_where_and_from_when_and_what_it_took(start, tmp_path
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     taken = [line["memory"] for line in lines]
     assert all(0 <= bytes_ < 2**40 for bytes_ in taken)
+
+
+MACHINE = Machine("cpu", 4, False, ("ema", "optimizer"), True, 1, ("wandb",), 3, "default", "bf16")
+NAMES = {"checkpoint_activations": "checkpointing", "compile_mode": "compile"}
+IN_THE_RECIPE, IN_THE_IDENTITY = {"method", "recipe", "sets"}, {"teacher", "guide", "data", "init"}
+CHANGES_NOTHING = {"run_dir", "vae", "force_guidance", "fit", "log_with", "stop_on", "dry_run", "quiet", "verbose"}
+"""`fit` chooses among the others; `vae` is named by the grids' and measurements' own records."""
+
+
+def test_a_session_says_every_option_that_changes_numbers_or_memory():
+    record = json.loads(json.dumps(environment(Engine(MACHINE))))
+    assert machine_of(record) == MACHINE._replace(device=None, log_with=())
+    assert record["threads"] == torch.get_num_threads()
+    assert record["kernels"] == "torch"
+    recorded = {*record, *IN_THE_RECIPE, *IN_THE_IDENTITY, *CHANGES_NOTHING}
+    assert {NAMES.get(str(option.name), option.name) for option in command.params} - recorded == set()
+
+
+def test_a_session_of_an_earlier_version_has_the_defaults():
+    assert machine_of({"micro_batch": 8, "shard": True}) == Machine(None, 8, True)
 
 
 def test_the_most_memory_never_falls_and_sees_what_was_freed():
