@@ -1,10 +1,11 @@
 """Flow maps: closed forms for Gaussian data, and the limits s = 0 and s -> t."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from methods_toys import SIGMA_DATA, STD, TIMES, Toy, answer, images, over, teacher, truth
+from methods_toys import SIGMA_DATA, STD, TIMES, Toy, answer, images, over, spread, teacher, truth
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
@@ -62,19 +63,36 @@ def test_the_true_map_has_no_lagrangian_residual(share: Tensor) -> None:
     assert float(g.abs().max()) < 1e-10
 
 
+WAVES = MapToy(lambda x, t, s: torch.sin(3 * x) * over(x, t).cos() + 0.2 * x * over(x, s).sin())
+
+
+def test_the_eulerian_tangent_is_the_plain_one() -> None:
+    """cos(d) df/dt, by finite differences of the jump along the trajectory, to the same s."""
+    x, t, s, h = images(), TIMES, 0.6 * TIMES, 1e-5
+    dx = flow_velocity(x, t)
+
+    def f(h: float) -> Tensor:
+        start = x + h * dx
+        return ddim_step(start, WAVES(start, t + h, None, s), t + h, s, SIGMA_DATA)
+
+    expected = over(x, (t - s).cos()) * (f(h) - f(-h)) / (2 * h)
+    network = with_inputs(WAVES, second=s)
+    _, g, _ = continuous_tangent(network, x, t, None, dx, d=t - s, r=1.0, sigma_data=SIGMA_DATA, u_at=(TIMES,))
+    torch.testing.assert_close(g, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_the_lagrangian_tangent_is_the_plain_one() -> None:
     """-cos(s) sin(s) (df/ds - v(f, s)), df/ds by finite differences of the jump."""
-    network = MapToy(lambda x, t, s: torch.sin(3 * x) * over(x, t).cos() + 0.2 * x * over(x, s).sin())
     x, t, s, h = images(), TIMES, 0.6 * TIMES, 1e-5
 
     def f(s: Tensor) -> Tensor:
-        return ddim_step(x, network(x, t, None, s), t, s, SIGMA_DATA)
+        return ddim_step(x, WAVES(x, t, None, s), t, s, SIGMA_DATA)
 
     slope = (f(s + h) - f(s - h)) / (2 * h)
     expected = -over(x, s.cos() * s.sin()) * (slope - flow_velocity(f(s), s))
-    F, g, _ = lagrangian_tangent(network, flow_velocity, x, t, s, None, sigma_data=SIGMA_DATA, u_at=(TIMES,))
+    F, g, _ = lagrangian_tangent(WAVES, flow_velocity, x, t, s, None, sigma_data=SIGMA_DATA, u_at=(TIMES,))
     torch.testing.assert_close(g, expected, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(F, network(x, t, None, s))
+    torch.testing.assert_close(F, WAVES(x, t, None, s))
 
 
 @pytest.mark.parametrize("objective", ["eulerian", "lagrangian"])
@@ -171,6 +189,58 @@ def test_the_data_velocity_is_the_teacher_s_in_expectation() -> None:
 def test_the_second_time_can_count_from_the_start() -> None:
     assert FMD.roles_for(FMDConfig(s_gain=0.5))["generator"].second_gain == 0.5
     assert MeanFlow.roles_for(MeanFlowConfig())["generator"].second_gain == 0
+
+
+# Learning.
+
+
+class Layer(MapToy):
+    """One layer over three functions, of which the first is the true map's."""
+
+    def __init__(self) -> None:
+        super().__init__(self.sum)
+        self.weights = nn.Parameter(torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64))
+
+    def sum(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        terms = truth(x, t, t - s), teacher(x, t), x * over(x, s).sin()
+        return sum((weight * term for weight, term in zip(self.weights, terms, strict=True)), torch.zeros_like(x))
+
+
+@torch.no_grad()
+def jump(network: nn.Module, x: Tensor, t: float, s: float) -> Tensor:
+    start, end = (torch.full((len(x),), time, dtype=torch.float64) for time in (t, s))
+    return ddim_step(x, network(x, start, None, end), start, end, SIGMA_DATA)
+
+
+@pytest.mark.parametrize("objective", ["eulerian", "lagrangian"])
+def test_a_layer_learns_the_true_map(objective: str) -> None:
+    """Jumps then compose, and more steps without noise are as good as one."""
+    network = Layer()
+    made = FMD(FMDConfig(objective=objective), {"teacher": Toy(teacher), "generator": network}, NOISE)
+
+    def composition_error() -> float:
+        x, points = images(), (1.5, 0.9, 0.2)
+        twice = jump(network, jump(network, x, *points[:2]), *points[1:])
+        return float((twice - jump(network, x, points[0], points[2])).abs().max())
+
+    def spread_after(steps: int) -> float:
+        """The standard deviation of samples, over that of the data."""
+        times = [math.atan(80 / SIGMA_DATA) * (1 - i / steps) for i in range(steps + 1)]
+        x = torch.full((1, 1, 1, 1), float(spread(torch.tensor(times[0]))), dtype=torch.float64)
+        for t, s in pairwise(times):
+            x = jump(network, x, t, s)
+        return x.item() / STD
+
+    assert composition_error() > 0.05
+    # Without momentum, by which the Eulerian objective oscillates.
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1, betas=(0.0, 0.99))
+    for step in range(100):
+        draws = Draws([0, step], 32)
+        made.generator_loss(Batch(STD * draws.normal(1, 2, 2), None), draws).value.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert composition_error() < 1e-5
+    assert [spread_after(steps) for steps in (1, 2, 4, 8)] == pytest.approx([1.0] * 4, abs=1e-5)
 
 
 # Intervals.
