@@ -49,7 +49,7 @@ def test_the_relativistic_loss_pairs_images_and_penalizes_both_slopes() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
-@pytest.mark.parametrize("name", ["scd", "cosim"])
+@pytest.mark.parametrize("name", ["scd", "cosim", "fmd"])
 def test_the_adversarial_term_is_balanced_in_the_last_layer(
     name: str, tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
 ) -> None:
