@@ -210,6 +210,19 @@ def interval_times(
     return t, torch.where(draws.uniform() < share_to_data, t, d)
 
 
+def lognormal_pairs(
+    draws: Draws, sigma_data: float, t_max: float, *, P_mean: float, P_std: float, share_to_data: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Draws t and s < t of a flow map as two independent times, and returns t and the length d = t - s.  [B] each
+
+    Both have ln(sigma) ~ N(P_mean, P_std^2), up to t_max. share_to_data: see `interval_times`.
+    Source: Geng et al. 2025 (MeanFlow), for CIFAR-10: two logit-normal times, which are these noise levels.
+    """
+    times = [lognormal_times(draws, sigma_data, P_mean=P_mean, P_std=P_std).clamp(max=t_max) for _ in range(2)]
+    t, s = torch.maximum(*times), torch.minimum(*times)
+    return t, torch.where(draws.uniform() < share_to_data, t, t - s)
+
+
 def discrete_lognormal(sigmas: Tensor, *, P_mean: float, P_std: float) -> Tensor:
     """Returns the probabilities of increasing noise levels when ln(sigma) ~ N(P_mean, P_std^2) is discretized.
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, ClassVar, TypeVar
+from functools import partial
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from msgspec import Meta
@@ -23,14 +24,18 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.methods.base import FlowFunction, Role, SecondGain, with_inputs
 from edmdistill.methods.scm import ContinuousConfig, ContinuousConsistency
-from edmdistill.schedules import interval_times
+from edmdistill.schedules import interval_times, lognormal_pairs
 from edmdistill.trigflow import cos_sin, ddim_step
 
 
 class FlowMapConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
     P_mean: Annotated[float, Meta(ge=-20, le=20, description="mean of the logit of a jump's length")] = -0.8
-    P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of the logit of a jump's length")] = 1.0
+    P_std: Annotated[float, Meta(gt=0, le=20, description="standard deviation of the same")] = 1.0
     share_to_data: Annotated[float, Meta(ge=0, le=1, description="share of jumps that end at the data")] = 0.25
+    times: Annotated[
+        Literal["interval", "lognormal"], Meta(description="lognormal: P_mean and P_std are of ln(sigma)")
+    ] = "interval"
+    share_still: Annotated[float, Meta(ge=0, le=1, description="share of jumps of no length: diffusion training")] = 0.0
     s_gain: SecondGain = 0.0
 
 
@@ -55,9 +60,10 @@ class FlowMap(ContinuousConsistency[FlowMapT]):
     def draw_times(self, draws: Draws) -> tuple[Tensor, Tensor]:
         config, noise = self.config, self.noise
         t_max = math.atan(noise.sigma_max / noise.sigma_data)
-        return interval_times(
-            draws, t_max, P_mean=config.P_mean, P_std=config.P_std, share_to_data=config.share_to_data
-        )
+        pairs = interval_times if config.times == "interval" else partial(lognormal_pairs, sigma_data=noise.sigma_data)
+        law = {"P_mean": config.P_mean, "P_std": config.P_std, "share_to_data": config.share_to_data}
+        t, d = pairs(draws, t_max=t_max, **law)
+        return t, torch.where(draws.uniform() < config.share_still, 0, d) if config.share_still else d
 
     def generator_to(self, s: Tensor, w: Tensor | None) -> FlowFunction:
         return with_inputs(self.generator, second=s, w=w)

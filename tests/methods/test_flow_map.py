@@ -17,7 +17,7 @@ from edmdistill.methods.mean_flow import MeanFlow, MeanFlowConfig
 from edmdistill.methods.scd import SCD, SCDConfig
 from edmdistill.methods.scm import continuous_tangent
 from edmdistill.methods.sct import SCT, SCTConfig
-from edmdistill.schedules import interval_times
+from edmdistill.schedules import interval_times, lognormal_pairs
 from edmdistill.trigflow import ddim_step, diffuse, velocity
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
@@ -261,3 +261,27 @@ def test_interval_times() -> None:
     place = ((t - d) / (t_max - d))[~to_data]  # uniform over what is left
     assert float(place.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(place.std()) == pytest.approx(12**-0.5, abs=0.01)
+
+
+def test_lognormal_pairs() -> None:
+    rows, t_max = 20_000, 1.5
+    t, d = lognormal_pairs(Draws(0, rows), SIGMA_DATA, t_max, P_mean=-2.0, P_std=1.5)
+    assert (t <= t_max).all()
+    assert (d >= 0).all()
+    logs = (SIGMA_DATA * torch.cat([t, t - d]).tan()).log()  # the larger and the smaller are two draws together
+    assert float(logs.mean()) == pytest.approx(-2.0, abs=0.04)
+    assert float(logs.std()) == pytest.approx(1.5, abs=0.03)
+    assert float(logs[:rows].mean() - logs[rows:].mean()) == pytest.approx(2 / math.pi**0.5 * 1.5, abs=0.05)
+
+
+def test_a_share_of_jumps_has_no_length() -> None:
+    """Those are diffusion training, of whatever t."""
+    config = MeanFlowConfig(times="lognormal", P_mean=-2.0, P_std=2.0, share_to_data=0.0, share_still=0.25)
+    made = MeanFlow(config, {"generator": TRUTH}, NOISE)
+    t, d = made.draw_times(Draws(0, 20_000))
+    assert float((d == 0).double().mean()) == pytest.approx(0.25, abs=0.015)
+    assert float(t[d == 0].mean()) == pytest.approx(float(t[d > 0].mean()), abs=0.02)
+    x, dx = images(), flow_velocity(images(), TIMES)
+    network = with_inputs(WAVES, second=TIMES)
+    F, g, _ = continuous_tangent(network, x, TIMES, None, dx, d=0 * TIMES, r=1.0, sigma_data=SIGMA_DATA, u_at=(TIMES,))
+    torch.testing.assert_close(g, dx - SIGMA_DATA * F)

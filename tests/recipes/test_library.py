@@ -101,6 +101,16 @@ def test_tables_3_and_4_of_the_scm_paper():
             assert {t.dropout_max_resolution for t in training if t.dropout} <= {16}
 
 
+def test_the_script_of_meanflows_code():
+    recipe = load_recipe("mean-flow/cifar10")
+    method, training = recipe.method, recipe.training
+    assert (method.times, method.P_mean, method.P_std, method.share_still) == ("lognormal", -2, 2, 0.25)
+    assert (training.batch, training.lr, training.betas, training.dropout) == (1024, 6e-4, (0.9, 0.999), 0.2)
+    assert training.images == 800_000 * 1024
+    assert training.lr_rampup_images == 200 * 50_000
+    assert 2 ** (-1024 / recipe.ema.half_life_images) == pytest.approx(0.99995, abs=1e-6)
+
+
 def test_the_hash_names_the_computation_not_the_file(write):
     shipped = load_recipe("cosim/digits-quickstart")
     copy = write(find_recipe("cosim/digits").text, "copy.toml").removesuffix(".toml")
