@@ -13,6 +13,20 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from edmdistill.errors import EdmDistillError
+
+
+def require_device(device: torch.device | str) -> None:
+    """Raises: EdmDistillError: there is no such device, or torch cannot use it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).strip().splitlines()[0]
+        why = "" if reason.startswith(("Expected one of", "Invalid device")) else f" ({reason})"
+        raise EdmDistillError(
+            f"there is no device {str(device)!r} here{why}: use cpu, cuda, or cuda:N for GPU N, from 0"
+        ) from error
+
 
 def is_gpu(device: torch.device) -> bool:
     """Returns whether the device computes beside the host, in memory of its own."""

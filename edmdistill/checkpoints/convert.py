@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from msgspec.structs import replace
 
+from edmdistill.arguments import checked
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.config import CheckpointConfig, describe, read_config
 from edmdistill.checkpoints.conversion_report import ConversionReport, ParityRow, table
@@ -41,6 +42,7 @@ def _adaptation(time_embedding: str | None, double_norm: bool | None, arguments:
     return {"positional_time": True} | ({"double_norm": asked} if default or asked else {})
 
 
+@checked
 def convert(
     source: str | Path | Source,
     out: str | Path,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edmdistill.arguments import checked
 from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.inputs import Level, label_vectors, levels, require_images
 from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import sigma_to_time
 
@@ -43,26 +46,50 @@ class Generator(nn.Module):
         """The smallest and the largest guidance weight that it accepts; (1, 1): none."""
         return self.config.guidance.range if self.config.guidance is not None else (1.0, 1.0)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Level, labels: Tensor | int | Sequence[int] | None = None, w: Level | None = None
+    ) -> Tensor:
         """Returns x0 = cos(t) x_t - sin(t) sigma_data F(x_t, t).
 
         Args:
             x_t: points on the circle.  [B,C,H,W]
             t: their times in [0, pi/2].  [] or [B]
-            labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
+            labels: one class, class numbers [B] or vectors [B,label_dim]; None = unconditional.
             w: guidance weights, where it accepts a range; None = the smallest.  [] or [B]
         Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
+        Raises: EdmDistillError: one of them is not that.
         """
+        require_images(x_t, self.flow.img_channels)
+        t = levels(t, "t", x_t, zero=True)
         return self.jump(x_t, t, torch.zeros_like(t), labels, w)
 
-    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        """Returns x_s, by FlowNetwork.jump; w as in forward."""
-        if w is None and self.flow.guided:
+    def jump(
+        self,
+        x_t: Tensor,
+        t: Level,
+        s: Level,
+        labels: Tensor | int | Sequence[int] | None = None,
+        w: Level | None = None,
+    ) -> Tensor:
+        """Returns x_s, by FlowNetwork.jump; arguments and errors as in forward."""
+        require_images(x_t, self.flow.img_channels)
+        t, s = levels(t, "t", x_t, zero=True), levels(s, "s", x_t, zero=True)
+        if labels is not None:
+            dim = self.flow.label_dim
+            labels = label_vectors(labels, dim, len(x_t)).to(x_t.device) if dim else None
+        if w is not None:
+            if not self.flow.guided:
+                raise EdmDistillError("this generator was trained for no range of guidance weights: leave w out")
+            w = levels(w, "w", x_t, zero=True)
+        elif self.flow.guided:
             w = torch.tensor(self.guidance[0])
         return self.flow.jump(x_t, t, s, labels, w)
 
+    @checked
     def schedule(self, nfe: int) -> Tensor:
         """Returns the times of `nfe` steps, in radians, decreasing: the checkpoint's or EDM's curve.  [nfe] float64"""
+        if nfe < 1:
+            raise EdmDistillError(f"the number of network evaluations must be at least 1, but it is {nfe}")
         stored = self.config.sampling.sigmas.get(str(nfe))
         sigmas = stored or generator_sigmas(nfe, self.flow.sigma_min, self.flow.sigma_max)
         return sigma_to_time(torch.as_tensor(sigmas, dtype=torch.float64), self.flow.sigma_data)

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from msgspec.structs import replace
 
+from edmdistill.arguments import checked
 from edmdistill.checkpoints.config import CheckpointConfig, read_config
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.layout import CONFIG, checkpoint_in, is_state
@@ -20,11 +21,14 @@ from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.progress import write
+from edmdistill.transfer import require_device
 
 ModelT = TypeVar("ModelT", Denoiser, Generator)
 Weights = Literal["ema", "raw"]
+DTYPES = (None, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@checked
 def load_model(
     source: str | Path | Source,
     device: torch.device | str = "cpu",
@@ -41,6 +45,10 @@ def load_model(
         dtype: of the arithmetic: float16 and bfloat16 inside the network only, float64 throughout; default: float32.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
+    if dtype not in DTYPES:
+        names = ", ".join(str(each) for each in DTYPES if each is not None)
+        raise CheckpointError(f"a network cannot compute in {dtype}: choose one of {names}")
+    require_device(device)
     flow, config = load_flow(source, weights, mapped=False)  # folding changes them all
     if dtype == torch.float64:
         flow.double()
@@ -55,6 +63,7 @@ def load_model(
     return teacher.eval()
 
 
+@checked
 def load_denoiser(
     source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Denoiser:
@@ -63,6 +72,7 @@ def load_denoiser(
     return _require(Denoiser, load_model(source, device, dtype), generator)
 
 
+@checked
 def load_generator(
     source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Generator:

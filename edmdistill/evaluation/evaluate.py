@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill import __version__
+from edmdistill.arguments import checked
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.load import tensors_digest
@@ -35,6 +36,7 @@ from edmdistill.sampling.seeds import format_seeds
 from edmdistill.sampling.spec import SamplerRecord, SamplerSpec
 
 
+@checked
 def evaluate(
     model_or_images: Generator | Denoiser | Images | Tensor | str | Path,
     reference: Dataset | ReferenceStatistics | str | Path | None = None,

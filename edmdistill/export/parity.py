@@ -12,6 +12,7 @@ from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.inputs import Level, label_vectors, levels
 from edmdistill.sampling.generate import require_finite, sample
 from edmdistill.trigflow import cos_sin, diffuse, implied_noise, time_to_sigma
 
@@ -40,14 +41,22 @@ class ExportedGenerator(Generator):
         super().__init__(flow, config)
         self.step = partial(step)  # not as a submodule: an exported program has no train() and eval()
 
-    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+    def jump(
+        self,
+        x_t: Tensor,
+        t: Level,
+        s: Level,
+        labels: Tensor | int | Sequence[int] | None = None,
+        w: Level | None = None,
+    ) -> Tensor:
+        t, s = levels(t, "t", x_t, zero=True), levels(s, "s", x_t, zero=True)
         cos, _ = cos_sin(t, x_t)
         sigma, sigma_next = (time_to_sigma(time, self.flow.sigma_data).float().expand(len(x_t)) for time in (t, s))
         arguments = {"x": x_t / cos, "sigma": sigma}
         if labels is not None:
-            arguments["labels"] = labels.argmax(1)
+            arguments["labels"] = label_vectors(labels, self.flow.label_dim, len(x_t)).argmax(1)
         if w is not None:
-            arguments["w"] = w.float().expand(len(x_t))
+            arguments["w"] = levels(w, "w", x_t, zero=True).float().expand(len(x_t))
         if self.flow.two_time:
             arguments["sigma_next"] = sigma_next
         x0 = self.step(**arguments)

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from edmdistill.arguments import shown
 from edmdistill.errors import DatasetError, EdmDistillError
 
 
@@ -84,13 +85,22 @@ def to_rgb(images: Tensor, space: str) -> Tensor:
 
     Raises: DatasetError: they are neither, such as a VAE's latents, or not uint8.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
-        given = f"{str(images.dtype).removeprefix('torch.')} of shape {list(images.shape)}"
+    require_uint8(images, space)
+    if images.shape[1] not in (1, 3):
         raise DatasetError(
-            f"the feature space {space} takes gray or RGB images, uint8 [B,1 or 3,H,W], not {given}: decode latents "
-            "to images first"
+            f"the feature space {space} takes gray or RGB images, uint8 [B,1 or 3,H,W], not {shown(images)}: decode "
+            "latents to images first"
         )
     return images.expand(-1, 3, -1, -1)
+
+
+def require_uint8(images: object, space: str) -> None:
+    """Raises: DatasetError: they are no uint8 [B,C,H,W]."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.dtype != torch.uint8:
+        raise DatasetError(
+            f"the feature space {space} takes images as a tensor, uint8 [B,C,H,W], not {shown(images)}: "
+            "sampling.grid.to_uint8 makes them from [-1, 1]"
+        )
 
 
 @contextmanager

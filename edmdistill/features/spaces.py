@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edmdistill.arguments import checked
 from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.store import fill, load_tensors
 from edmdistill.embedded import EMBEDDED, EmbeddedSet
 from edmdistill.errors import DatasetError, EdmDistillError, did_you_mean
-from edmdistill.features.base import FeatureSpace
+from edmdistill.features.base import FeatureSpace, require_uint8
 from edmdistill.features.dinov2 import DinoV2, DinoV2Dgm
 from edmdistill.features.inception import Inception, InceptionPytorchFid
+from edmdistill.transfer import require_device
 
 
 class Pixels(FeatureSpace):
@@ -31,6 +33,7 @@ class Pixels(FeatureSpace):
         self._device = device
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, None]:
+        require_uint8(images, self.name)
         return (images.to(self._device, torch.float32) / 127.5 - 1).flatten(1), None
 
 
@@ -106,6 +109,7 @@ class EmbeddedFeatures(FeatureSpace):
         return functional.softmax(self.logits(images), 1).float()
 
     def _input(self, images: Tensor) -> Tensor:
+        require_uint8(images, self.name)
         if images.shape[1:] != self.embedded.shape:
             takes, size = ("x".join(map(str, shape)) for shape in (self.embedded.shape, images.shape[1:]))
             raise DatasetError(
@@ -125,6 +129,7 @@ FEATURE_SPACES = {space.name: space for space in (*_SPACES, *map(_features_of, E
 """By the name used in protocols and on the command line."""
 
 
+@checked
 def load_features(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> FeatureSpace:
     """Returns a feature space, which is called with uint8 [B,C,H,W] and returns float32 [B,d].
 
@@ -140,4 +145,5 @@ def load_features(name: str, weights: str | Path | None = None, device: torch.de
     """
     if name not in FEATURE_SPACES:
         raise EdmDistillError(f"there is no feature space {name!r}; {did_you_mean(name, FEATURE_SPACES)}")
+    require_device(device)
     return FEATURE_SPACES[name](device, None if weights is None else Path(weights))

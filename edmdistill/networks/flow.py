@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
@@ -14,25 +14,10 @@ from torch import Tensor, nn
 from edmdistill.draws import Draws
 from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Conditioning, Judgment, Network
+from edmdistill.networks.inputs import Level, class_vectors, label_vectors, levels, require_images
 from edmdistill.networks.preconditioning import Preconditioning
 from edmdistill.networks.surgery.last_layer import LastLayer, watched
 from edmdistill.trigflow import ddim_step, expand
-
-
-def class_vectors(labels: Tensor, label_dim: int) -> Tensor:
-    """Returns class numbers [B] or vectors [B,label_dim] as float vectors [B,label_dim].
-
-    Raises: ValueError: a class number that is not in [0, label_dim).
-    """
-    if labels.is_floating_point():
-        return labels.reshape(-1, label_dim)
-    if labels.ndim <= 1:
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= label_dim:
-            wrong = low if low < 0 else high
-            raise ValueError(f"the network has classes 0 to {label_dim - 1}, but a label is {wrong}")
-        return nn.functional.one_hot(labels.long().reshape(-1), label_dim).float()
-    return labels.reshape(-1, label_dim).float()
 
 
 def logvar_c_noise(sigma: Tensor) -> Tensor:
@@ -253,17 +238,22 @@ class Denoiser(nn.Module):
         self.img_resolution, self.img_channels = flow.img_resolution, flow.img_channels
         self.label_dim, self.label_dropout = flow.label_dim, flow.label_dropout
 
-    def forward(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Level, labels: Tensor | int | Sequence[int] | None = None) -> Tensor:
         """Returns D(x; sigma), the expected image.
 
         Args:
             x: images with noise of standard deviation sigma, any float dtype.  [B,C,H,W]
             sigma: noise levels in (0, inf).  [] or [B]
-            labels: class numbers [B] or vectors [B,label_dim]; None = unconditional.
+            labels: one class, class numbers [B] or vectors [B,label_dim]; None = unconditional. A network without
+                classes ignores them, as the official ones do.
         Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
+        Raises: EdmDistillError: one of them is not that.
         """
+        require_images(x, self.img_channels)
         x = x.to(self.flow.dtype)
-        sigma = torch.as_tensor(sigma).to(x.device, x.dtype).reshape(-1, 1, 1, 1)
+        sigma = levels(sigma, "sigma", x, zero=False).to(x.dtype).reshape(-1, 1, 1, 1)
+        if labels is not None:
+            labels = label_vectors(labels, self.label_dim, len(x)).to(x.device) if self.label_dim else None
         c_skip, c_out, c_in, c_noise = self.flow.preconditioning.coefficients(sigma)
         condition = self.flow.conditioning(x, c_noise, labels, c_noise if self.flow.two_time else None)
         return c_skip * x + c_out * self.flow.raw(c_in * x, condition)[0]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from edmdistill.arguments import checked
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError, NotFiniteError
 from edmdistill.networks.flow import Denoiser
+from edmdistill.networks.inputs import label_vectors
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.heun import Churn
-from edmdistill.sampling.labels import label_vectors
 from edmdistill.sampling.seeds import SeededNoise, format_seeds
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.sampling.trajectory import ReferenceGuidance
@@ -24,6 +24,7 @@ CLASS_BATCH = 256
 """Number of seeds for which classes are drawn at a time."""
 
 
+@checked
 def sample(
     model: Generator | Denoiser,
     nfe: int | None = None,
@@ -59,8 +60,6 @@ def sample(
     Returns: images [N,C,H,W] float32 in [-1, 1], on the CPU; latents undecoded, see sampling.decode.model_decoder.
     Raises: EdmDistillError: an option that does not fit the model.
     """
-    if isinstance(model, str | Path):
-        raise EdmDistillError(f"sample takes a network: load {model} by load_generator or load_denoiser first")
     spec = SamplerSpec.of_arguments(locals())
     return generate_images(model, spec, seeds, labels, batch=batch, on_progress=on_progress)
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from edmdistill.arguments import require_fields
 from edmdistill.errors import EdmDistillError
 from edmdistill.schedules import edm_sigmas
 from edmdistill.transfer import to_device
@@ -44,6 +45,7 @@ class Churn:
     inflation: float = 1.0
 
     def __post_init__(self) -> None:
+        require_fields(self)
         for name, most in (("strength", 1e4), ("sigma_min", 1e6), ("sigma_max", math.inf), ("inflation", 10.0)):
             value = getattr(self, name)
             if not 0 <= value <= most:

@@ -1,4 +1,4 @@
-"""Finds classes by number or name, and turns them into label vectors."""
+"""Finds classes by number or name."""
 
 from __future__ import annotations
 
@@ -6,37 +6,7 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-import torch
-from torch import Tensor
-
 from edmdistill.errors import EdmDistillError
-from edmdistill.networks.flow import class_vectors
-
-
-def label_vectors(labels: int | Sequence[int] | Tensor, label_dim: int, count: int) -> Tensor:
-    """Returns the label vectors of `count` samples.  float32 [count,label_dim]
-
-    Args:
-        labels: one class for all, a class a sample [count], or the vectors themselves [count,label_dim].
-        label_dim: number of classes; 0 = an unconditional network.
-    Raises: EdmDistillError: an unconditional network, a class out of range, or another number of labels.
-    """
-    if not label_dim:
-        raise EdmDistillError("classes were given, but this network is unconditional: leave them out")
-    labels = torch.as_tensor(labels)
-    if labels.shape == (count, label_dim):
-        return class_vectors(labels, label_dim).to(torch.float32)
-    if labels.is_floating_point() or labels.shape not in ((), (1,), (count,)):
-        raise EdmDistillError(
-            f"labels of shape {list(labels.shape)} do not fit {count} samples: "
-            f"give one class, {count} classes, or vectors [{count}, {label_dim}]"
-        )
-    outside = labels[(labels < 0) | (labels >= label_dim)]
-    if len(outside.flatten()):
-        raise EdmDistillError(
-            f"class {int(outside.flatten()[0])} does not exist: this network's classes run from 0 to {label_dim - 1}"
-        )
-    return class_vectors(labels.expand(count), label_dim)
 
 
 def find_classes(words: Sequence[str], label_dim: int, names: Sequence[str] | None) -> list[int]:

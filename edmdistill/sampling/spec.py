@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 from torch import Tensor
 
+from edmdistill.arguments import require_fields
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.dpm_solver import ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m
@@ -106,6 +107,7 @@ class SamplerSpec:
         return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     def __post_init__(self) -> None:
+        require_fields(self)
         if self.nfe is not None and not (1 <= self.nfe <= MAX_NFE and self.nfe == int(self.nfe)):
             raise EdmDistillError(
                 f"the number of network evaluations must be a whole one, 1 to {MAX_NFE:,}, but it is {self.nfe:,}"

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from edmdistill.errors import EdmDistillError
-from edmdistill.sampling.labels import find_class, find_classes, label_vectors
+from edmdistill.networks.inputs import label_vectors
+from edmdistill.sampling.labels import find_class, find_classes
 
 NAMES = ["tench, Tinca tinca", "tree frog, tree-frog", "crane", "crane", "7"]
 

@@ -1,0 +1,121 @@
+"""Checks arguments against their annotations, so that a wrong type is one sentence at the function that got it."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
+from inspect import signature
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edmdistill.errors import EdmDistillError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_WORDS: dict[object, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    Path: "a path",
+    NoneType: "None",
+    Tensor: "a tensor",
+    torch.device: "a torch.device",
+    torch.dtype: "a torch.dtype such as torch.bfloat16",
+}
+_NAMED = {"Generator": "a network of load_generator", "Denoiser": "a network of load_denoiser"}
+_NUMBERS: dict[object, type] = {int: numbers.Integral, float: numbers.Real}
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function: it raises EdmDistillError where an argument is not what its annotation says."""
+    expected = signature(function)
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            given = expected.bind(*args, **kwargs).arguments
+        except TypeError:  # a name that it does not have, or lacks: Python's words name the function
+            return function(*args, **kwargs)
+        hints = _hints(function)  # not before: its module may be incomplete
+        for name, value in given.items():
+            require_type(value, hints.get(name, Any), f"{function.__name__}: {name}")
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def require_fields(record: Any) -> None:
+    """Requires that the fields of a dataclass are what its annotations say.  Raises: EdmDistillError: one is not."""
+    for name, hint in _hints(record.__class__).items():
+        require_type(getattr(record, name), hint, f"{type(record).__name__}: {name}")
+
+
+@cache
+def _hints(annotated: Any) -> dict[str, Any]:
+    return get_type_hints(annotated)
+
+
+def require_type(value: object, hint: Any, what: str) -> None:
+    """Raises: EdmDistillError: a value is not of a type.  Args: what: begins the sentence."""
+    if not fits(value, hint):
+        raise EdmDistillError(f"{what} = {shown(value)} must be {described(hint)}")
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Returns whether a value is of a type; numbers, arrays and tensors of torch and numpy count as Python's."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin is not None and issubclass(origin, Callable):  # type: ignore[arg-type]
+        return callable(value)
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if origin is not None and issubclass(origin, Sequence):
+        if isinstance(value, Tensor | np.ndarray):
+            return value.ndim == 1 and all(fits(item, parts[0]) for item in value[:1].tolist())
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+            return False
+        return isinstance(value, range) or all(fits(item, parts[0]) for item in value)
+    if hint in _NUMBERS:
+        return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
+    try:
+        return not isinstance(hint, type) or isinstance(value, hint)
+    except TypeError:  # of a Protocol that is not checked at run time
+        return True
+
+
+def described(hint: Any) -> str:
+    """Returns a type in words."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        words = [described(part) for part in parts if getattr(part, "__name__", "") != "Source"]  # of our own use
+        return f"{', '.join(words[:-1])} or {words[-1]}"
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin is not None and issubclass(origin, Callable):  # type: ignore[arg-type]
+        return "a function"
+    if origin is not None and issubclass(origin, Mapping):
+        return "a dict"
+    if origin is not None and issubclass(origin, Sequence):
+        return f"a list of {described(parts[0]).removeprefix('a ')}s"
+    name = str(getattr(hint, "__name__", hint))
+    return _WORDS.get(hint) or _NAMED.get(name) or f"an {hint.__module__}.{name}"
+
+
+def shown(value: object) -> str:
+    """Returns a value as a sentence shows it: short, and an array by its shape alone."""
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "numpy array"
+        return f"(a {kind}, {str(value.dtype).removeprefix('torch.')} {list(value.shape)})"
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"(a {type(value).__name__})"
