@@ -144,7 +144,7 @@ def test_tensorflows_resizing_reads_pixel_i_at_i_times_the_ratio():
     "images", [torch.zeros(1, 4, 8, 8, dtype=torch.uint8), torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8).byte()]
 )
 def test_other_than_8_bit_images_are_refused(inception: FeatureSpace, images: torch.Tensor):
-    with pytest.raises(DatasetError, match="inception takes (gray or RGB images|images as a tensor, uint8)"):
+    with pytest.raises(DatasetError, match=r"inception takes (gray or RGB images|images as a tensor, uint8)"):
         inception(images)
 
 

@@ -119,7 +119,11 @@ def test_the_table_is_checked(recipe: Callable[..., Recipe]) -> None:
     with_table = Recipe.from_tables(tables | {"evaluation": table}, "a test")
     assert with_table.hash == plain.hash
     assert Recipe.from_json(with_table.to_json()) == with_table
-    for wrong, why in (({"every": 24}, "must be a multiple of"), ({"nfe": []}, "must be a list of at least 1 value"), ({"more": 1}, "no key")):
+    for wrong, why in (
+        ({"every": 24}, "must be a multiple of"),
+        ({"nfe": []}, "must be a list of at least 1 value"),
+        ({"more": 1}, "no key"),
+    ):
         with pytest.raises(RecipeError, match=why):
             Recipe.from_tables(tables | {"evaluation": table | wrong}, "a test")
 
