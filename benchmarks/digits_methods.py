@@ -85,7 +85,7 @@ CONTESTANTS = {
     "dmd2-2": Contestant("dmd2", "dmd2/digits-two-steps", adapted=False),
     "sida": Contestant("sida", "sida/digits", adapted=False),
     "tcm": Contestant("tcm", "tcm/digits", adapted=False, after="ect"),
-    "imm": Contestant("imm", "imm/digits", adapted=False),
+    "imm": Contestant("imm", "imm/digits", adapted=True),
     "scd-unadapted": Contestant("scd", "scd/digits", adapted=False, sets=("method.allow_edm_time=true",)),
 }
 ON_TILES: dict[str, dict[str, Any]] = {
