@@ -67,6 +67,16 @@ def flow(make_flow: MakeFlow, request: pytest.FixtureRequest) -> FlowNetwork:
     return make_flow(request.param, torch.float64)
 
 
+def test_the_last_layer_is_watched_beside_a_tangent(flow: FlowNetwork) -> None:
+    """Its gradient, by which an adversarial loss is balanced, is autograd's."""
+    x, dx, labels = normal(flow), normal(flow, 2), classes(flow)
+    with flow.watch() as last:
+        F, _ = flow(x, TIMES, labels, along=(dx, SPEED))
+    loss = F.sin().sum()
+    (expected,) = torch.autograd.grad(loss, flow.network.last_layer.weight, retain_graph=True)
+    assert error(last.gradient(loss), expected.flatten()) <= rounding(F.dtype, depth(flow))
+
+
 @torch.no_grad()
 def test_tangents_of_images_and_both_times(flow: FlowNetwork) -> None:
     flow = add_second_time(flow)

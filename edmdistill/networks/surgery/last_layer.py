@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from edmdistill.kernels.dual import value
 
 
 class LayerCall(NamedTuple):
@@ -47,12 +49,12 @@ def watched(layer: nn.Module) -> Iterator[LastLayer]:
     """Records the calls of the layer that have a gradient while the context is open."""
     last = LastLayer(layer)
 
-    def record(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
+    def record(module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
         if not torch.is_grad_enabled():
             return
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         tensors = {name: tensor.detach().clone() for name, tensor in state.items()}
-        last.calls.append(LayerCall(tuple(argument.detach() for argument in arguments), out, tensors))
+        last.calls.append(LayerCall(tuple(value(argument).detach() for argument in arguments), value(out), tensors))
 
     handle = layer.register_forward_hook(record)
     try:
