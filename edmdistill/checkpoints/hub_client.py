@@ -46,7 +46,7 @@ def download_from_hub(text: str, files: Sequence[str] = (CONFIG, MODEL, CARD)) -
         files: of a repository; by default, a checkpoint of ours.
     Raises: CheckpointError: the text names no repository.  HubError: the Hub refuses.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
 
     text = re.sub(r"^[^/]*@|[?#].*", "", text)  # a user or a token: the client has its own
     where, _, revision = text.partition("@")
@@ -58,6 +58,9 @@ def download_from_hub(text: str, files: Sequence[str] = (CONFIG, MODEL, CARD)) -
     with hub_calls(f"{text} cannot be downloaded from the Hub"):
         begun, bar = time.time(), bar_class()
         if file:
+            if cached_from_hub(f"{repository}@{revision}", [file]) is None:
+                # Where the Hub cannot be reached, this fails at once; the download would try for 24 seconds.
+                get_hf_file_metadata(hf_hub_url(repository, file, revision=revision or None))
             path = Path(hf_hub_download(repository, file, revision=revision or None, tqdm_class=bar))
             _require_whole(path, begun)
             return path

@@ -182,6 +182,7 @@ def test_files_of_the_user_are_kept(tmp_path: Path) -> None:
 def test_files_of_the_hub_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache of the Hub's client names a large file by the sha256 that the Hub says."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
     for name, content in ((hashlib.sha256(CONTENT).hexdigest(), CONTENT), ("0" * 64, CONTENT), ("0" * 40, CONTENT)):
         blob, link = tmp_path / name, tmp_path / f"edm{name[:4]}{len(name)}.pkl"
         blob.write_bytes(content)
@@ -193,6 +194,15 @@ def test_files_of_the_hub_are_compared(tmp_path: Path, monkeypatch: pytest.Monke
             assert not blob.exists()
         else:
             assert resolve("hf://owner/name/edm.pkl") == link
+
+
+def test_where_the_hub_cannot_be_reached_nothing_is_tried_again(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    with pytest.raises(HubError, match="the Hub cannot be reached"):
+        resolve("hf://me/teacher/edm.pkl")
+    assert not waited
 
 
 def test_the_hubs_bars_are_ours(
