@@ -115,6 +115,7 @@ def compare(rows: Sequence[Row]) -> Comparison:
                 )
         if len(having) > 1:
             notes += [note for row in having if (note := _unknown(row, metric))]
+    notes += [note for a, b in pairwise(rows) if (note := _rounded_otherwise(a, b))]
     return Comparison(rows, metrics, notes)
 
 
@@ -168,6 +169,20 @@ def _unknown(row: Row, metric: str) -> str | None:
     missing = [name for name, value in (("seeds", protocol.seeds),) if value is None and protocol.features is not None]
     missing += ["classes"] if protocol.labels == "unknown" else []
     return f"Of {row.name}, the {' and '.join(missing)} of {metric} are unknown." if missing else None
+
+
+def _rounded_otherwise(a: Row, b: Row) -> str | None:
+    """Returns a sentence where two results were computed in ways that round differently."""
+    ours, theirs = a.result.provenance, b.result.provenance
+    words = {"batch": "images at a time", "device": "device"}
+    which = [
+        f"{name} ({ours[key]} and {theirs[key]})"
+        for key, name in words.items()
+        if None not in (ours.get(key), theirs.get(key)) and ours[key] != theirs[key]
+    ]
+    if bool(ours.get("compiled")) != bool(theirs.get("compiled")):
+        which.append("compilation")
+    return f"{a.name} and {b.name} differ in {', '.join(which)}, so they are rounded differently." if which else None
 
 
 def _cell(value: float | None) -> str:

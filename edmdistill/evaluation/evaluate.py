@@ -119,7 +119,7 @@ def evaluate(
         labels=images.label_source,
         decoder=decode.vae.sha256 if isinstance(decode, LatentDecoder) else images.decoder,
     )
-    origin = provenance(model_or_images, source, device, source_sha256)
+    origin = provenance(model_or_images, source, device, batch, source_sha256)
     if sampler.guide is not None:
         origin["guide_sha256"] = tensors_digest(sampler.guide)
     task = _Task(subject, data, panel, done, standard.n, origin)
@@ -224,10 +224,17 @@ def _samples(
 
 
 def provenance(
-    model_or_images: object, source: str | None, device: torch.device | str, source_sha256: str | None = None
+    model_or_images: object,
+    source: str | None,
+    device: torch.device | str,
+    batch: int,
+    source_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """Returns the record of what was measured, and with which versions, as JSON."""
-    versions = {"edmdistill": __version__, "torch": str(torch.__version__), "device": torch.device(device).type}
+    """Returns the record of what was measured, with which versions, and of what decides the rounding, as JSON."""
+    versions: dict[str, Any] = {"edmdistill": __version__, "torch": str(torch.__version__)}
+    versions |= {"device": torch.device(device).type, "batch": batch}
+    if isinstance(model_or_images, Generator | Denoiser) and model_or_images.flow.network.compiled:
+        versions["compiled"] = True
     if isinstance(model_or_images, str | Path):
         source = source or str(model_or_images)
     origin: dict[str, Any] = {"source": source and without_secrets(source)}

@@ -194,7 +194,7 @@ def evaluate_likelihood(
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
         sampler=SamplerRecord(solver="rk45", nfe=round(float(evaluations.double().mean()))),
-        provenance=provenance(model, source, next(flow.parameters()).device),
+        provenance=provenance(model, source, next(flow.parameters()).device, batch),
     )
 
 

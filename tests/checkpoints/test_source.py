@@ -136,15 +136,12 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("hf://owner/name/sub/edm.pkl@v1") == Path("file")
     assert resolve("owner/name") == Path("folder")
     assert resolve("hf://owner/name@v1") == Path("folder")
-    assert (
-        calls
-        == [
-            "https://huggingface.co/owner/name/resolve/v1/sub/edm.pkl",  # or the client would try again for long
-            ("owner/name", "sub/edm.pkl", "v1"),
-            ("owner/name", "config.json", "model.safetensors", "README.md", None),
-            ("owner/name", "config.json", "model.safetensors", "README.md", "v1"),
-        ]
-    )
+    assert calls == [
+        "https://huggingface.co/owner/name/resolve/v1/sub/edm.pkl",  # or the client would try again for long
+        ("owner/name", "sub/edm.pkl", "v1"),
+        ("owner/name", "config.json", "model.safetensors", "README.md", None),
+        ("owner/name", "config.json", "model.safetensors", "README.md", "v1"),
+    ]
     with pytest.raises(CheckpointError, match="is not a repository"):
         resolve("hf://owner")
 

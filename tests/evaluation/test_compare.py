@@ -98,6 +98,17 @@ def test_what_is_not_known_is_noted() -> None:
     assert table.to_markdown().endswith("|\n\nOf them, the seeds and classes of fid are unknown.")
 
 
+def test_other_roundings_are_said() -> None:
+    one = result()
+    few, compiled = (
+        replace(one, provenance=one.provenance | more)
+        for more in ({"batch": 8, "device": "cpu"}, {"batch": 128, "device": "cuda", "compiled": True})
+    )
+    note = "a and b differ in images at a time (8 and 128), device (cpu and cuda), compilation, so they are rounded"
+    assert compare([Row("a", few), Row("b", compiled)]).notes == [f"{note} differently."]
+    assert compare([Row("a", few), Row("b", few), Row("c", one)]).notes == []  # an earlier version does not say
+
+
 def run(*words: object) -> Any:
     return CliRunner().invoke(main, ["compare", *map(str, words)])
 
