@@ -49,7 +49,9 @@ def measure(what: str, path: Path, parity: str) -> dict[str, float]:
     """
     from edmdistill.checkpoints.convert import convert
     from edmdistill.checkpoints.load import load_model
+    from edmdistill.machine.host import keep_freed_memory
 
+    keep_freed_memory()  # as every command does
     marks = [("", time.process_time())]
 
     def mark(stage: str) -> None:

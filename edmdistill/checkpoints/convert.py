@@ -69,7 +69,7 @@ def convert(
         overwrite: replace an existing checkpoint.
         licence: of the weights, see check_licence; default: that of NVIDIA's or OpenAI's weights.
         parity: full: compares on images of the network's size at 8 noise levels, in float32 and float64; quick: on the
-            smallest images that use every weight, and for networks of more than SMALL parameters at 4 noise levels in
+            smallest images that use every weight, and for networks of more than SMALL parameters at 2 noise levels in
             float32 alone; none: does not compare.
         on_progress: called with a phrase at every step.
     Raises: CheckpointError: the source cannot be read or adapted, `out` is occupied, or the result differs.

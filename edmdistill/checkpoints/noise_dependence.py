@@ -46,7 +46,7 @@ def noise_dependence(flow: FlowNetwork) -> float:
     if math.prod(size) >= LARGE:
         noises, different = 2, 1
         flow.compute_dtype = torch.bfloat16 if _multiplies_bfloat16() else compute_dtype
-    x = sigma * torch.randn(noises, *size, generator=rng).to(like)
+    x = sigma * torch.randn(noises, *size, generator=rng).to(like, memory_format=torch.channels_last)
     classes: list[int | None] = [i * flow.label_dim // CLASSES for i in range(min(different, flow.label_dim))]
     variances = []
     for label in classes or [None]:

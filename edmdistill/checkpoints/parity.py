@@ -14,12 +14,16 @@ from edmdistill.checkpoints.conversion_report import ParityRow
 from edmdistill.checkpoints.store import load_checkpoint
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.magnitude import scale_results
-from edmdistill.schedules import edm_sigmas
+from edmdistill.schedules import edm_sigmas, generator_sigmas
 from edmdistill.trigflow import denoised, sigma_to_time
 
 Parity = Literal["full", "quick", "none"]
 SMALL = 2**26
-"""Number of parameters up to which the quick comparison is made in float64 too, and at as many levels as the full."""
+"""Number of parameters up to which the quick comparison is made in float64 too, and at as many levels as the full.
+
+Larger networks are compared at two, with a class and without, where all of D comes from the network. Toward sigma_min
+D is its input, whatever the network returns.
+"""
 
 
 class Comparison(NamedTuple):
@@ -27,13 +31,13 @@ class Comparison(NamedTuple):
 
     Attributes:
         size: of the images, in pixels.
-        levels: number of noise levels, from sigma_max to sigma_min.
+        sigmas: the noise levels.  [levels] float64
         batch: number of images in a pass.
         dtypes: of the networks.
     """
 
     size: int
-    levels: int
+    sigmas: Tensor
     batch: int
     dtypes: tuple[torch.dtype, ...]
 
@@ -41,11 +45,14 @@ class Comparison(NamedTuple):
 def plan_comparison(flow: FlowNetwork, parity: Parity) -> Comparison:
     """Returns what to compare on.  A quick comparison's images are 2 pixels wide where the network's are narrowest."""
     both, size = (torch.float32, torch.float64), flow.img_resolution
+    sigmas = edm_sigmas(8, flow.sigma_min, flow.sigma_max)
     if parity == "full":
-        return Comparison(size, 8, 1, both)
+        return Comparison(size, sigmas, 1, both)
     size = min(size, 2 ** len(flow.network.arguments["channel_mult"]))
     large = sum(parameter.numel() for parameter in flow.parameters()) > SMALL
-    return Comparison(size, 4, 4, (torch.float32,)) if large else Comparison(size, 8, 8, both)
+    if large:
+        return Comparison(size, generator_sigmas(2, flow.sigma_min, flow.sigma_max), 2, (torch.float32,))
+    return Comparison(size, sigmas, 8, both)
 
 
 def compare(
@@ -62,7 +69,7 @@ def compare(
         for dtype, images in expected.items()
     ]
     columns = errors if len(errors) == 2 else [*errors, [None] * len(errors[0])]
-    return tuple(map(ParityRow, edm_sigmas(comparison.levels, written.sigma_min, written.sigma_max).tolist(), *columns))
+    return tuple(map(ParityRow, comparison.sigmas.tolist(), *columns))
 
 
 @torch.no_grad()
@@ -71,7 +78,7 @@ def denoised_images(
 ) -> Tensor:
     """Returns denoised images, one at each noise level: on the circle with two times, else in EDM's view."""
     flow, size = flow.to(dtype).eval(), comparison.size
-    sigmas = edm_sigmas(comparison.levels, flow.sigma_min, flow.sigma_max).reshape(-1, 1, 1, 1)
+    sigmas = comparison.sigmas.reshape(-1, 1, 1, 1)
     rng = torch.Generator().manual_seed(0)
     x0, n = torch.randn(2, len(sigmas), flow.img_channels, size, size, generator=rng, dtype=torch.float64)
     x = flow.sigma_data * x0 + sigmas * n
