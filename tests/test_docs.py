@@ -1,5 +1,6 @@
 """The commands in README.md and docs/ are commands: their options, recipes and official files exist."""
 
+import json
 import re
 import shlex
 from contextlib import suppress
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from edmdistill.checkpoints.official_files import is_official, presets
 from edmdistill.cli import main
@@ -66,3 +68,28 @@ def test_the_walks_have_their_commands() -> None:
     for name, last in (("imagenet.md", "edm2-s.json"), ("cifar10.md", "edm.json")):
         (report,) = (words for words in commands(ROOT / "docs" / name) if words[0] == "report")
         assert report[-1] == last
+
+
+@pytest.mark.slow  # four plans of real networks
+@pytest.mark.parametrize(
+    ("page", "recipe", "network", "row"),
+    [
+        ("cifar10", "cosim/cifar10", "ddpmpp-cifar10", "| L40S (48 GB) | {l40s} | {l40s_days} "),
+        *(
+            (
+                "imagenet",
+                f"cosim/imagenet512-{size}",
+                f"edm2-img512-{size}",
+                "| {one} GB | {l40s} | {h100} | {l40s_days} | {h100_days} |",
+            )
+            for size in "sml"
+        ),
+    ],
+)
+def test_the_pages_say_what_the_plan_says(page: str, recipe: str, network: str, row: str) -> None:
+    words = ["plan", recipe, "--network", network, "--processes", "8", "--gpu", "l40s", "--gpu", "h100", "--json"]
+    plan = json.loads(CliRunner().invoke(main, words).stdout)
+    values = {"one": f"{plan['peak']['one_image'] / 1e9:.1f}"}
+    for gpu in plan["gpus"]:
+        values |= {gpu["gpu"]: str(gpu["largest_micro_batch"]), f"{gpu['gpu']}_days": f"{gpu['days']:#.2g}"}
+    assert row.format(**values) in (ROOT / "docs" / f"{page}.md").read_text()
