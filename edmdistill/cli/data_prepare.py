@@ -48,14 +48,23 @@ def command(source: str, out: Path, workers: int | None, **options: Any) -> None
     from edmdistill.machine.host import cores
     from edmdistill.progress import progress_bar
 
-    with interruptible(lambda: "the same command goes on from here."), progress_bar(unit="image") as bar:
+    size = Path(source).stat().st_size if Path(source).is_file() else None
+    with (
+        interruptible(lambda: "the same command goes on from here."),
+        progress_bar(size, "reading the archive", unit="B", unit_scale=True, leave=False) as archive,
+        progress_bar(unit="image") as bar,
+    ):
 
         def show(done: int, total: int) -> None:
+            archive.close()
             if bar.total is None:  # what was done before does not count in the rate
                 bar.total, bar.initial = total, done
+                bar.unpause()
             bar.update(done - bar.n)
 
-        summary = prepare_data(source, out, workers=workers or cores(), on_progress=show, **options)
+        summary = prepare_data(
+            source, out, workers=workers or cores(), on_progress=show, on_bytes=archive.update, **options
+        )
     for note in summary.notes:
         say(note)
     click.echo(to_text(summary))

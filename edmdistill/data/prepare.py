@@ -62,7 +62,7 @@ def prepare_data(
     workers: int | None = None,
     overwrite: bool = False,
     on_progress: Callable[[int, int], object] | None = None,
-    on_bytes: Callable[[int], object] | None = None,
+    on_bytes: Callable[[int], object] = lambda count: None,
 ) -> PreparedSummary:
     """Makes the zip `out` of the pictures of a source, or goes on where the same call stopped.
 

@@ -41,7 +41,7 @@ def open_pictures(
     labels: str = "auto",
     split: str = "train",
     most: int | None = None,
-    on_bytes: Callable[[int], object] | None = None,
+    on_bytes: Callable[[int], object] = lambda count: None,
 ) -> Pictures:
     """Returns the pictures of a source of any kind.
 
@@ -50,7 +50,7 @@ def open_pictures(
         labels: a key of LABEL_RULES.
         split: train | test | validation, of CIFAR-10's archive and of a data set in parquet files.
         most: so many of them, the first, need classes in dataset.json; None: all.
-        on_bytes: see `decompress`.
+        on_bytes: called with the number of bytes of a tar that were just searched for files, or unpacked.
     Raises: DatasetError: there is no such source, it is of another kind, damaged, or its classes are not clear.
     """
     if labels not in LABEL_RULES:
@@ -69,7 +69,7 @@ def open_pictures(
 
 
 def _open(
-    path: Path, scratch: Path, labels: str, split: str, most: int | None, on_bytes: Callable[[int], object] | None
+    path: Path, scratch: Path, labels: str, split: str, most: int | None, on_bytes: Callable[[int], object]
 ) -> Pictures:
     if path.is_dir():
         files: Files = FolderFiles(path)
@@ -78,12 +78,12 @@ def _open(
     elif parquet.is_parquet(path):
         return parquet.open_parquet([path], path, labels, split)
     elif path.is_file() and is_tar(path):
-        content = path
+        files = TarFiles(path, on_bytes=on_bytes)
         if is_compressed(path):
             content = scratch / "source.tar"
             if not content.exists():
                 decompress(path, content, on_bytes)
-        files = TarFiles(path, content)
+            files = TarFiles(path, content)
     elif path.is_file() and not _starts_as_zip(path):
         raise DatasetError(f"{path} is none of the sources that are read; {EXPECTED}")
     else:

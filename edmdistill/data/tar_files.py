@@ -37,12 +37,15 @@ class TarFiles:
     Args:
         path: for errors.
         content: where its bytes are, if not at `path`.
+        on_bytes: called with the number of bytes that the search for files has just passed.
     Attributes:
         left_out: the reason for each link, pipe or device, by name.
     """
 
-    def __init__(self, path: Path, content: Path | None = None) -> None:
-        self.path, self.content = path, content or path
+    def __init__(
+        self, path: Path, content: Path | None = None, on_bytes: Callable[[int], object] = lambda count: None
+    ) -> None:
+        self.path, self.content, self._on_bytes = path, content or path, on_bytes
         self.left_out: dict[str, str] = {}
 
     @cached_property
@@ -53,7 +56,10 @@ class TarFiles:
             as_dataset_error(lambda why: f"{self.path} is not a whole tar ({why}): copy or download it again"),
             self.content.open("rb") as file,
         ):
+            passed = 0
             for name, place, size in self._walk(file, "", 0, os.fstat(file.fileno()).st_size):
+                self._on_bytes(place + size - passed)
+                passed = place + size
                 if name in places:
                     raise DatasetError(
                         f"{self.path} holds {printable(name)} twice; make the archive again, or unpack it"
@@ -124,7 +130,7 @@ def is_compressed(path: Path) -> bool:
         return _opener(file.read(8)) is not None
 
 
-def decompress(path: Path, target: Path, on_bytes: Callable[[int], object] | None = None) -> None:
+def decompress(path: Path, target: Path, on_bytes: Callable[[int], object] = lambda count: None) -> None:
     """Writes what a gzip, bzip2 or xz file holds to another file, which is there only when it is whole.
 
     Args:
@@ -147,9 +153,8 @@ def decompress(path: Path, target: Path, on_bytes: Callable[[int], object] | Non
                 if written > limit:
                     raise DatasetError(f"{path} unfolds to more than {MAX_RATIO} times its size; unpack it yourself")
                 out.write(block)
-                if on_bytes is not None:
-                    on_bytes(file.tell() - read)
-                    read = file.tell()
+                on_bytes(file.tell() - read)
+                read = file.tell()
     new.replace(target)
 
 

@@ -303,6 +303,17 @@ def test_broken_archives(data: bytes, message: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["set.tar"]
 
 
+@pytest.mark.parametrize("kind", ["w", "w:gz"])
+def test_reading_an_archive_shows_how_far_it_is(kind: str, tmp_path: Path) -> None:
+    source = tmp_path / "set.tar"
+    source.write_bytes(tar_bytes(PICTURES, kind))
+    passed: list[int] = []
+    prepare_data(source, tmp_path / "out.zip", on_bytes=passed.append)
+    assert min(passed) > 0
+    end = source.stat().st_size
+    assert end - 10240 <= sum(passed) <= end  # a plain one ends with empty blocks
+
+
 def test_a_tar_with_a_name_twice(tmp_path: Path) -> None:
     source = tmp_path / "set.tar"
     with tarfile.open(source, "w") as archive:
