@@ -110,6 +110,8 @@ def test_what_is_obviously_meant(generator: Generator, denoiser: Denoiser) -> No
         for level, labels in (([1.0, 1.0], [1, 2]), (1, np.array([1, 2])), (torch.ones(2), numbers)):
             assert torch.equal(network(X, level, labels), network(X, torch.tensor(1.0), numbers))
         assert torch.equal(network(X, 1.0, 3), network(X, 1.0, [3, 3]))
+    assert torch.equal(denoiser.round_sigma([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    assert torch.equal(denoiser.logvar(1.0), denoiser.logvar(torch.tensor(1.0)))
     seeds = edmdistill.sample(generator, nfe=1, seeds=np.arange(2))
     assert torch.equal(edmdistill.sample(generator, nfe=1, seeds=torch.arange(2)), seeds)
     with pytest.raises(EdmDistillError, match="trained for no range of guidance weights: leave w out"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.errors import EdmDistillError
 from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Conditioning, Judgment, Network
 from edmdistill.networks.inputs import Level, class_vectors, label_vectors, levels, require_images
@@ -258,13 +259,17 @@ class Denoiser(nn.Module):
         condition = self.flow.conditioning(x, c_noise, labels, c_noise if self.flow.two_time else None)
         return c_skip * x + c_out * self.flow.raw(c_in * x, condition)[0]
 
-    def logvar(self, sigma: Tensor) -> Tensor:
+    def logvar(self, sigma: Level) -> Tensor:
         """Returns u(sigma), the log variance of the denoising loss.  sigma [] or [B] -> [B,1,1,1]
 
+        Raises: EdmDistillError: the network does not estimate it.
         Source: EDM2, eq. 21.
         """
-        return self.flow.network.logvars((logvar_c_noise(sigma.to(self.flow.dtype).flatten()),))[0].reshape(-1, 1, 1, 1)
+        c_noise = logvar_c_noise(torch.as_tensor(sigma, dtype=self.flow.dtype).flatten())
+        if not self.flow.network.arguments["logvar_channels"]:
+            raise EdmDistillError("this network does not estimate the variance of its loss, as EDM2's do")
+        return self.flow.network.logvars((c_noise,))[0].reshape(-1, 1, 1, 1)
 
-    def round_sigma(self, sigma: Tensor) -> Tensor:
+    def round_sigma(self, sigma: Level) -> Tensor:
         """Returns the nearest noise level that the network supports, in sigma's shape and dtype."""
-        return self.flow.preconditioning.round_sigma(sigma)
+        return self.flow.preconditioning.round_sigma(torch.as_tensor(sigma))

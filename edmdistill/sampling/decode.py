@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edmdistill.arguments import checked
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.vae import Vae, cached_vae, read_vae
@@ -79,6 +80,7 @@ def vae_on(device: torch.device | str, decoder: Decoder) -> Iterator[None]:
             decoder.vae.model.to("cpu")
 
 
+@checked
 def model_decoder(
     model: Generator | Denoiser, vae: str | None = None, device: torch.device | str | None = None
 ) -> Decoder:

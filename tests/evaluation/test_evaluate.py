@@ -89,7 +89,7 @@ def test_a_generator_is_measured_as_it_samples() -> None:
     assert result.sampler.sigmas == pytest.approx((80.0, 2.515), rel=1e-3)
     assert result.protocol.seeds == "0-29"
     assert result.protocol.labels == "balanced"
-    assert result.provenance["source"] == "here"
+    assert (result.provenance["source"], result.provenance["batch"]) == ("here", 16)
     assert result.provenance["method"] == "cosim"
     assert result.provenance["provenance"]["source"] == "teacher.pkl"
 

@@ -13,6 +13,7 @@ from tolerance import assert_rounded, depth
 
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
+from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.magnitude import EffectiveWeights, MPConv, scale_results
 
@@ -122,5 +123,5 @@ def test_shared_weights_end_with_their_context(make_flow: MakeFlow) -> None:
 def test_logvar_is_edm2s(make_flow: MakeFlow) -> None:
     assert Denoiser(make_flow("edm2")).logvar(torch.tensor([0.1, 5.0])).shape == (2, 1, 1, 1)
     assert Denoiser(make_flow("edm2")).logvar(torch.tensor(0.1)).shape == (1, 1, 1, 1)
-    with pytest.raises(NotImplementedError, match="SongUNet has no head"):
+    with pytest.raises(EdmDistillError, match="does not estimate the variance of its loss"):
         Denoiser(make_flow("ddpmpp")).logvar(torch.tensor(0.1))
