@@ -74,10 +74,8 @@ def command(
         raise click.UsageError(f"--weights {min(unused)}=... is of a feature space that --features does not name.")
 
     from edmdistill.atomic import require_free
-
-    require_free(out, overwrite)
     from edmdistill.data.datasets import open_dataset
-    from edmdistill.evaluation.collect import collect_statistics, write_statistics
+    from edmdistill.evaluation.collect import collect_statistics, holds_statistics, write_statistics
     from edmdistill.features.spaces import load_features
     from edmdistill.machine.devices import process_device
     from edmdistill.progress import progress_bar
@@ -87,6 +85,10 @@ def command(
         spaces = {name: load_features(name, files.get(name), where) for name in features}
         for note in data.notes:
             say(note)
+        if not overwrite and holds_statistics(out, data, spaces, keep or 0):
+            say(f"{out} already holds these statistics.")
+            return
+        require_free(out, overwrite)
         kept = f"what is measured is kept in {work.root}; the same command goes on"
         with interruptible(lambda: kept), progress_bar(len(data)) as bar:
             collected = collect_statistics(

@@ -28,7 +28,7 @@ from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.frechet import RunningStatistics
 from edmdistill.evaluation.images import Images, images_at_a_time
 from edmdistill.evaluation.pipeline import DIGEST, measure_images, pixels_sha256
-from edmdistill.evaluation.references import About, SpaceStatistics
+from edmdistill.evaluation.references import About, SpaceStatistics, open_statistics
 from edmdistill.evaluation.shards import ONE_PROCESS, Processes, Work, measure_all
 from edmdistill.features.base import FeatureSpace
 
@@ -101,6 +101,19 @@ def _drawn(count: int, keep: int) -> Tensor:
     drawn = torch.zeros(count, dtype=torch.bool)
     drawn[Draws(0, count).uniform().argsort()[:keep]] = True
     return drawn
+
+
+def holds_statistics(path: Path, data: Dataset, spaces: Mapping[str, FeatureSpace], keep: int) -> bool:
+    """Returns whether the file at `path` is what `collect_statistics` and `write_statistics` would make."""
+    try:
+        found = open_statistics(path)
+    except DatasetError:
+        return False
+    if found.about is None or found.about.fingerprint != data.fingerprint:
+        return False
+    kept = {None if space.features is None else len(space.features) for space in found.spaces.values()}
+    wanted = {name: space.sha256 for name, space in spaces.items()}
+    return found.about.weights == wanted and kept == {min(keep, len(data)) or None}
 
 
 def write_statistics(path: Path, about: About, spaces: Mapping[str, SpaceStatistics]) -> None:

@@ -26,6 +26,10 @@ def test_stats_of_digits(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert result.stderr == f"{out}: 297 images in digits, pixels\n"
+    assert CliRunner().invoke(main, arguments).stderr == f"{out} already holds these statistics.\n"
+    for other in (["--keep-features", "21"], ["--split", "train"], ["--features", "digits"]):
+        refused = CliRunner().invoke(main, [*arguments, *other])
+        assert (refused.exit_code, "already exists: choose another name" in refused.stderr) == (2, True)
     assert not list((tmp_path / "work").iterdir())
     found = open_statistics(out)
     assert list(found.spaces) == ["digits", "pixels"]
