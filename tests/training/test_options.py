@@ -6,6 +6,7 @@ that start off by their last bit. `docs/performance.md` has the figures; -s prin
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from edmdistill.kernels.linear import lay_out_weights
 from edmdistill.machine import compile as compiling
 from edmdistill.machine.engine import Machine, SecondMoment
 from edmdistill.networks.base import Network
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import CompileMode, Recipe
 from edmdistill.sampling.generate import sample
@@ -99,12 +101,14 @@ class Case(NamedTuple):
         machine, training: options that are on.
         always: names of what is on in any run, and is on here too.
         last_bit: changes the last bit of some weights that training starts from.
+        teacher: changes the frozen teacher, before the first step.
     """
 
     machine: dict[str, Any] = {}
     training: dict[str, object] = {}
     always: tuple[str, ...] = ()
     last_bit: bool = False
+    teacher: Callable[[FlowNetwork], None] = lambda teacher: None
 
 
 PLAIN = Case()
@@ -208,7 +212,13 @@ def change_last_bits(run: Run) -> None:
 
 
 def made(method: str, case: Case) -> Callable[[], Run]:
-    return partial(start, method, Machine(**case.machine), case.training)
+    def make() -> Run:
+        run = start(method, Machine(**case.machine), case.training)
+        if (teacher := run.networks.get("teacher")) is not None:
+            case.teacher(teacher)
+        return run
+
+    return make
 
 
 @cache
@@ -253,11 +263,44 @@ def test_coarse_rounding_stays_near(name: str, tmp_path: Path) -> None:
     assert limit / 5 < distance < limit
 
 
-def test_compiled_blocks_follow_the_plain_path(
-    recipe: Callable[..., Recipe], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a smaller network; by inductor's graphs, without its C++, which takes minutes: see machine/test_compile.py."""
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+def in_half(teacher: FlowNetwork, dtype: torch.dtype) -> None:
+    """Makes a network compute in half precision, as frozen networks of a run in that precision do."""
+    teacher.compute_dtype = dtype
+    teacher.network.store_convolutions(dtype)
+
+
+@torch.no_grad()
+def off_as_far(teacher: FlowNetwork, dtype: torch.dtype) -> None:
+    """Multiplies the weights by random factors near 1, so that F is off by as much as in half precision."""
+    generator = torch.Generator().manual_seed(0)
+    x_t = teacher.sigma_data * torch.randn(64, teacher.img_channels, *2 * [teacher.img_resolution], generator=generator)
+    where = x_t, torch.linspace(0.1, 1.56, 64), torch.arange(64) % teacher.label_dim
+    half, exact = deepcopy(teacher), teacher(*where)
+    in_half(half, dtype)
+    weights = [(parameter, parameter.clone()) for parameter in teacher.parameters()]
+    noise = [torch.randn(weight.shape, generator=generator) for _, weight in weights]
+    size = 1e-3
+    for _ in range(2):
+        for (parameter, weight), n in zip(weights, noise, strict=True):
+            parameter.copy_(weight * (1 + size * n))
+        size *= float((half(*where) - exact).norm() / (teacher(*where) - exact).norm())
+    print(f"\nF in {dtype} is off by {float((half(*where) - exact).norm() / exact.norm()):.1e}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_in_half_precision_leads_as_far_as_another_so_near(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Bitwise resume included."""
+    expected = plain("cosim")
+    found = trained(made("cosim", case := Case(teacher=partial(in_half, dtype=dtype))), tmp_path, case)
+    other = trained(made("cosim", Case(teacher=partial(off_as_far, dtype=dtype))))
+    distances = [run.distance(expected) for run in (found, other)]
+    apart = (found.images.double() - expected.images.double()).square().mean().sqrt()
+    print(f"a teacher in {dtype}: {distances[0]:.1e}, another: {distances[1]:.1e}, samples' numbers off by {apart:.2f}")
+    assert distances[1] / 2.5 < distances[0] < 2.5 * distances[1]
+
+
+def test_compiled_blocks_follow_the_plain_path(recipe: Callable[..., Recipe], teacher: Path, tmp_path: Path) -> None:
+    """Of a smaller network, which takes about a minute to compile."""
     options = {"images": ROUNDS * BATCH, "batch": BATCH, "lr": 4e-3, "betas": [0.0, 0.99]}
 
     def make(mode: CompileMode) -> Run:
