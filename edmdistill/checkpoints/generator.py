@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from edmdistill.arguments import checked
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.inputs import Level, label_vectors, levels, require_images
+from edmdistill.networks.inputs import Classes, Level, classes_of, levels, require_images
 from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import sigma_to_time
 
@@ -46,9 +46,7 @@ class Generator(nn.Module):
         """The smallest and the largest guidance weight that it accepts; (1, 1): none."""
         return self.config.guidance.range if self.config.guidance is not None else (1.0, 1.0)
 
-    def forward(
-        self, x_t: Tensor, t: Level, labels: Tensor | int | Sequence[int] | None = None, w: Level | None = None
-    ) -> Tensor:
+    def forward(self, x_t: Tensor, t: Level, labels: Classes | None = None, w: Level | None = None) -> Tensor:
         """Returns x0 = cos(t) x_t - sin(t) sigma_data F(x_t, t).
 
         Args:
@@ -68,15 +66,13 @@ class Generator(nn.Module):
         x_t: Tensor,
         t: Level,
         s: Level,
-        labels: Tensor | int | Sequence[int] | None = None,
+        labels: Classes | None = None,
         w: Level | None = None,
     ) -> Tensor:
         """Returns x_s, by FlowNetwork.jump; arguments and errors as in forward."""
         require_images(x_t, self.flow.img_channels)
         t, s = levels(t, "t", x_t, zero=True), levels(s, "s", x_t, zero=True)
-        if labels is not None:
-            dim = self.flow.label_dim
-            labels = label_vectors(labels, dim, len(x_t)).to(x_t.device) if dim else None
+        labels = classes_of(x_t, labels, self.flow.label_dim)
         if w is not None:
             if not self.flow.guided:
                 raise EdmDistillError("this generator was trained for no range of guidance weights: leave w out")

@@ -12,7 +12,7 @@ from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.inputs import Level, label_vectors, levels
+from edmdistill.networks.inputs import Classes, Level, label_vectors, levels
 from edmdistill.sampling.generate import require_finite, sample
 from edmdistill.trigflow import cos_sin, diffuse, implied_noise, time_to_sigma
 
@@ -46,7 +46,7 @@ class ExportedGenerator(Generator):
         x_t: Tensor,
         t: Level,
         s: Level,
-        labels: Tensor | int | Sequence[int] | None = None,
+        labels: Classes | None = None,
         w: Level | None = None,
     ) -> Tensor:
         t, s = levels(t, "t", x_t, zero=True), levels(s, "s", x_t, zero=True)

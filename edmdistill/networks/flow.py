@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from edmdistill.draws import Draws
 from edmdistill.errors import EdmDistillError
 from edmdistill.kernels.dual import Dual
 from edmdistill.networks.base import Conditioning, Judgment, Network
-from edmdistill.networks.inputs import Level, class_vectors, label_vectors, levels, require_images
+from edmdistill.networks.inputs import Classes, Level, class_vectors, classes_of, levels, require_images
 from edmdistill.networks.preconditioning import Preconditioning
 from edmdistill.networks.surgery.last_layer import LastLayer, watched
 from edmdistill.trigflow import ddim_step, expand
@@ -239,7 +239,7 @@ class Denoiser(nn.Module):
         self.img_resolution, self.img_channels = flow.img_resolution, flow.img_channels
         self.label_dim, self.label_dropout = flow.label_dim, flow.label_dropout
 
-    def forward(self, x: Tensor, sigma: Level, labels: Tensor | int | Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Level, labels: Classes | None = None) -> Tensor:
         """Returns D(x; sigma), the expected image.
 
         Args:
@@ -253,8 +253,7 @@ class Denoiser(nn.Module):
         require_images(x, self.img_channels)
         x = x.to(self.flow.dtype)
         sigma = levels(sigma, "sigma", x, zero=False).to(x.dtype).reshape(-1, 1, 1, 1)
-        if labels is not None:
-            labels = label_vectors(labels, self.label_dim, len(x)).to(x.device) if self.label_dim else None
+        labels = classes_of(x, labels, self.label_dim)
         c_skip, c_out, c_in, c_noise = self.flow.preconditioning.coefficients(sigma)
         condition = self.flow.conditioning(x, c_noise, labels, c_noise if self.flow.two_time else None)
         return c_skip * x + c_out * self.flow.raw(c_in * x, condition)[0]

@@ -12,6 +12,8 @@ from edmdistill.errors import EdmDistillError, counted
 
 Level = Tensor | float | Sequence[float]
 """Times or noise levels: one, or one for each image.  [] or [B]"""
+Classes = Tensor | int | Sequence[int]
+"""One class, one for each image [B], or vectors [B,label_dim]."""
 
 
 def class_vectors(labels: Tensor, label_dim: int) -> Tensor:
@@ -30,7 +32,7 @@ def class_vectors(labels: Tensor, label_dim: int) -> Tensor:
     return labels.reshape(-1, label_dim).float()
 
 
-def label_vectors(labels: int | Sequence[int] | Tensor, label_dim: int, count: int) -> Tensor:
+def label_vectors(labels: Classes, label_dim: int, count: int) -> Tensor:
     """Returns the label vectors of `count` samples.  float32 [count,label_dim]
 
     Args:
@@ -55,6 +57,14 @@ def label_vectors(labels: int | Sequence[int] | Tensor, label_dim: int, count: i
             f"class {int(outside.flatten()[0])} does not exist: this network's classes run from 0 to {label_dim - 1}"
         )
     return class_vectors(given.expand(count), label_dim)
+
+
+def classes_of(x: Tensor, labels: Classes | None, label_dim: int) -> Tensor | None:
+    """Returns the label vectors of x, where it is; None without labels, which a network without classes ignores.
+
+    Raises: EdmDistillError: see `label_vectors`.
+    """
+    return None if labels is None or not label_dim else label_vectors(labels, label_dim, len(x)).to(x.device)
 
 
 def require_images(x: object, channels: int) -> None:
