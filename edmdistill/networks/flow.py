@@ -252,7 +252,7 @@ class Denoiser(nn.Module):
         """
         require_images(x, self.img_channels)
         x = x.to(self.flow.dtype)
-        sigma = levels(sigma, "sigma", x, zero=False).to(x.dtype).reshape(-1, 1, 1, 1)
+        sigma = levels(sigma, "sigma", x, zero=False).to(x.device, x.dtype).reshape(-1, 1, 1, 1)
         labels = classes_of(x, labels, self.label_dim)
         c_skip, c_out, c_in, c_noise = self.flow.preconditioning.coefficients(sigma)
         condition = self.flow.conditioning(x, c_noise, labels, c_noise if self.flow.two_time else None)

@@ -74,7 +74,7 @@ def require_images(x: object, channels: int) -> None:
 
 
 def levels(value: Level, name: str, x: Tensor, *, zero: bool) -> Tensor:
-    """Returns times or noise levels as a tensor where x is.  [] or [B], or with trailing ones
+    """Returns times or noise levels of x as a tensor, where they are.  [] or [B], or with trailing ones
 
     Args:
         name: of them.
@@ -82,7 +82,7 @@ def levels(value: Level, name: str, x: Tensor, *, zero: bool) -> Tensor:
     Raises: EdmDistillError: they are not such numbers, or there is neither one nor one for each of x.
     """
     try:
-        found = torch.as_tensor(value, device=x.device)
+        found = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise EdmDistillError(f"{name} = {shown(value)} must be a number, or {len(x)}, one for each image") from error
     if found.numel() not in (1, len(x)):
