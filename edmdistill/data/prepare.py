@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -20,18 +21,23 @@ from msgspec import Struct
 from PIL import Image, features
 
 from edmdistill import __version__
-from edmdistill.atomic import require_free
+from edmdistill.atomic import require_free, temporary_folder
 from edmdistill.data.contents import LABELS
 from edmdistill.data.edm_zip import EdmZip, image_index, image_name
 from edmdistill.data.packing import Packed, PackJob, packed_chunks
 from edmdistill.data.pictures import Pictures
-from edmdistill.data.prepare_state import PrepareState, open_state, remove_leftovers
+from edmdistill.data.prepare_state import PrepareState, names_sha256, open_state, remove_leftovers
 from edmdistill.data.sources import open_pictures
+from edmdistill.data.tar_files import is_compressed
 from edmdistill.data.transforms import Size, find_transform
 from edmdistill.errors import DatasetError, printable
 
 SAVED = 2.0
 """Seconds between two records of the progress."""
+RECORDED = "transform", "resolution", "max_images", "labels", "pillow", "jpeg"
+"""The settings that dataset.json has by their names."""
+UNPACKED = 2**30
+"""Bytes of the largest compressed tar that is unpacked to see whether its pictures are the same."""
 
 
 class PreparedSummary(Struct, frozen=True, kw_only=True):
@@ -89,7 +95,6 @@ def prepare_data(
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     chosen = find_transform(transform, size)
     remove_leftovers(out)
-    require_free(out, overwrite)
     settings = {
         "source": str(source.absolute()),
         "resolution": None if size is None else list(size),
@@ -100,6 +105,9 @@ def prepare_data(
         "pillow": PIL.__version__,
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
     }
+    if not overwrite and (found := _made_before(source, out, settings, on_bytes)) is not None:
+        return found
+    require_free(out, overwrite)
     with open_state(out, settings, overwrite=overwrite) as state:
         pictures = open_pictures(source, state.folder, labels=labels, split=split, most=max_images, on_bytes=on_bytes)
         total = min(len(pictures.names), max_images or len(pictures.names))
@@ -179,6 +187,7 @@ def _record(archive: EdmZip, state: PrepareState, job: PackJob, settings: dict[s
         "source": job.source.absolute().name,
         "source_kind": pictures.kind,
         "source_sha256": progress.source_sha256,
+        "names_sha256": progress.names_sha256,
         "pictures": job.total,
         "images": len(archive.names),
         "skipped": job.total - len(archive.names),
@@ -188,8 +197,37 @@ def _record(archive: EdmZip, state: PrepareState, job: PackJob, settings: dict[s
         "channels": Image.getmodebands(progress.shape[2]),
         "crop": job.transform.crop,
         "filter": "none" if job.size is None else job.transform.filter,
-        **{key: settings[key] for key in ("transform", "resolution", "max_images", "labels", "pillow", "jpeg")},
+        **{key: settings[key] for key in RECORDED},
     }
+
+
+def _made_before(
+    source: Path, out: Path, settings: dict[str, Any], on_bytes: Callable[[int], object]
+) -> PreparedSummary | None:
+    """Returns the summary of the zip at `out` if the same call made it; None if not, or to know takes much of it.
+
+    The pictures count as the same by their names and sizes, as they do where an interrupted call goes on.
+    """
+    try:
+        with zipfile.ZipFile(out) as archive:
+            document = json.loads(archive.read(LABELS))
+        record = document["prepared"]
+        if any(record[key] != settings[key] for key in RECORDED) or record["source"] != source.absolute().name:
+            return None
+        made, count, names = record["names_sha256"], record["pictures"], document.get("label_names") or ()
+        classes = max(len(names), *(label + 1 for _, label in document["labels"] or [("", -1)]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
+        return None
+    if source.is_file() and is_compressed(source) and source.stat().st_size > UNPACKED:
+        return None
+    chosen = {key: settings[key] for key in ("labels", "split")}
+    with temporary_folder() as scratch:
+        pictures = open_pictures(source, scratch, **chosen, most=settings["max_images"], on_bytes=on_bytes)
+        wanted = pictures.names[: settings["max_images"]]
+        found = pictures.kind, len(wanted), names_sha256(wanted, pictures.sizes)
+    if found != (record.get("source_kind"), count, made):
+        return None
+    return PreparedSummary(path=str(out), classes=classes, record=record, notes=(f"{out} already holds these images.",))
 
 
 def _document(names: list[str], pictures: Pictures, record: dict[str, Any]) -> bytes:

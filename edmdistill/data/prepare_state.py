@@ -53,10 +53,8 @@ class PrepareState:
 
         Raises: DatasetError: they are not.
         """
-        digest = ""
-        for name, size in zip(names[: self.progress.done], sizes, strict=False):
-            digest = chained(digest, f"{size} {name}")
-        if digest == self.progress.names_sha256 and self.progress.done <= len(names):
+        done = self.progress.done
+        if names_sha256(names[:done], sizes) == self.progress.names_sha256 and done <= len(names):
             return
         if not self.overwrite:
             raise DatasetError(
@@ -134,6 +132,14 @@ def open_state(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> It
 def chained(digest: str, line: str) -> str:
     """Returns the sha256, in hex, of a digest and a line: a digest of all lines so far that can be stored."""
     return hashlib.sha256(f"{digest}\n{line}".encode(errors="surrogateescape")).hexdigest()
+
+
+def names_sha256(names: Sequence[str], sizes: Sequence[int]) -> str:
+    """Returns Progress.names_sha256 of pictures of these names and sizes in bytes."""
+    digest = ""
+    for name, size in zip(names, sizes, strict=False):
+        digest = chained(digest, f"{size} {name}")
+    return digest
 
 
 def _lock(descriptor: int, out: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_files import digest, encoded, read_document, read_images, saved, write_folder, write_zip
+from picture_files import digest, encoded, read_document, read_images, saved, tar_bytes, write_folder, write_zip
 from PIL import Image
 
 from edmdistill.data import packing, prepare, prepare_state
@@ -108,8 +108,7 @@ def test_a_kill_after_the_last_step_leaves_nothing_behind(tmp_path: Path, monkey
         patch.setattr(prepare_state.shutil, "rmtree", lambda *args, **options: None)
         prepare_data(source, out, **HALF)
     assert (tmp_path / ".out.zip.parts").is_dir()
-    with pytest.raises(EdmDistillError, match=r"out.zip already exists: choose another name"):
-        prepare_data(source, out, **HALF)
+    assert prepare_data(source, out, **HALF).notes == (f"{out} already holds these images.",)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set"]
     assert len(open_dataset(out)) == len(PICTURES)
 
@@ -162,6 +161,35 @@ def test_an_existing_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert out.read_text() == "precious"
     prepare_data(source, out, overwrite=True, **HALF)
     assert len(open_dataset(out)) == 20
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "tar", "tgz"])
+def test_the_same_again_is_done_and_anything_else_is_refused(form: str, tmp_path: Path) -> None:
+    def source(pictures: dict[str, bytes]) -> Path:
+        if form == "folder":
+            return write_folder(tmp_path / "set", pictures)
+        path = tmp_path / "set"
+        if form == "zip":
+            return write_zip(path, pictures)
+        path.write_bytes(tar_bytes(pictures, "w" if form == "tar" else "w:gz"))
+        return path
+
+    out = tmp_path / "out.zip"
+    made = prepare_data(source(PICTURES), out, **HALF)
+    before = out.read_bytes()
+    again = prepare_data(source(PICTURES), out, **HALF)
+    assert (again.record, again.classes, again.notes) == (
+        made.record,
+        made.classes,
+        (f"{out} already holds these images.",),
+    )
+    for options in ({"max_images": 3}, {"transform": "none"}, {"labels": "none"}, {"resolution": 2}):
+        with pytest.raises(EdmDistillError, match="already exists"):
+            prepare_data(tmp_path / "set", out, **HALF | options)
+    with pytest.raises(EdmDistillError, match="already exists"):
+        prepare_data(source(PICTURES | {"a/more.png": encoded(5, 12, 9)}), out, **HALF)
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set"]
 
 
 def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
