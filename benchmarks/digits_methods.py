@@ -65,6 +65,12 @@ GAN = (  # in the last third, where the scores are on too
     'method.augment=["translation"]',
     "training.lr_by_role.discriminator=1e-3",
 )
+LAGRANGIAN = (  # over AYF's intervals
+    'method.objective="lagrangian"',
+    'method.times="interval"',
+    "method.P_mean=-0.8",
+    "method.P_std=1.0",
+)
 CONTESTANTS = {
     "cosim": Contestant("cosim", "cosim/digits-quickstart", adapted=False),
     "cosim+gan": Contestant("cosim", "cosim/digits-quickstart", adapted=False, sets=GAN),
@@ -78,7 +84,7 @@ CONTESTANTS = {
     "ctm": Contestant("ctm", "ctm/digits", adapted=False),
     "fmd": Contestant("fmd", "fmd/digits", adapted=True),
     "fmd-tangents": Contestant("fmd", "fmd/digits-tangents", adapted=True),
-    "fmd-lagrangian": Contestant("fmd", "fmd/digits-tangents", adapted=True, sets=('method.objective="lagrangian"',)),
+    "fmd-lagrangian": Contestant("fmd", "fmd/digits-tangents", adapted=True, sets=LAGRANGIAN),
     "mean-flow": Contestant("mean-flow", "mean-flow/digits", adapted=True),
     "ect": Contestant("ect", "ect/digits", adapted=False),
     "dmd2": Contestant("dmd2", "dmd2/digits", adapted=False),
