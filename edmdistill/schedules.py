@@ -215,7 +215,8 @@ def lognormal_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Draws t and s < t of a flow map as two independent times, and returns t and the length d = t - s.  [B] each
 
-    Both have ln(sigma) ~ N(P_mean, P_std^2), up to t_max. share_to_data: see `interval_times`.
+    Both have ln(sigma) ~ N(P_mean, P_std^2), up to t_max. share_to_data: see `interval_times`. Short jumps are common,
+    without which the errors of Eulerian tangents grow.
     Source: Geng et al. 2025 (MeanFlow), for CIFAR-10: two logit-normal times, which are these noise levels.
     """
     times = [lognormal_times(draws, sigma_data, P_mean=P_mean, P_std=P_std).clamp(max=t_max) for _ in range(2)]
