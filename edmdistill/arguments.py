@@ -35,27 +35,31 @@ _NUMBERS: dict[object, type] = {int: numbers.Integral, float: numbers.Real}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function: it raises EdmDistillError where an argument is not what its annotation says."""
+    """Decorates a function: it raises EdmDistillError where an argument is not what its annotation says.
+
+    It gets numpy's numbers as Python's, and an array or a tensor as a list unless it takes tensors.
+    """
     expected = signature(function)
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            given = expected.bind(*args, **kwargs).arguments
+            given = expected.bind(*args, **kwargs)
         except TypeError:  # a name that it does not have, or lacks: Python's words name the function
             return function(*args, **kwargs)
         hints = _hints(function)  # not before: its module may be incomplete
-        for name, value in given.items():
-            require_type(value, hints.get(name, Any), f"{function.__name__}: {name}")
-        return function(*args, **kwargs)
+        for name, value in given.arguments.items():
+            given.arguments[name] = required(value, hints.get(name, Any), f"{function.__name__}: {name}")
+        return function(*given.args, **given.kwargs)
 
     return wrapped
 
 
 def require_fields(record: Any) -> None:
-    """Requires that the fields of a dataclass are what its annotations say.  Raises: EdmDistillError: one is not."""
+    """Does to the fields of a dataclass what `checked` does to arguments.  Raises: EdmDistillError: one is wrong."""
     for name, hint in _hints(record.__class__).items():
-        require_type(getattr(record, name), hint, f"{type(record).__name__}: {name}")
+        value = required(getattr(record, name), hint, f"{type(record).__name__}: {name}")
+        object.__setattr__(record, name, value)
 
 
 @cache
@@ -63,10 +67,22 @@ def _hints(annotated: Any) -> dict[str, Any]:
     return get_type_hints(annotated)
 
 
-def require_type(value: object, hint: Any, what: str) -> None:
-    """Raises: EdmDistillError: a value is not of a type.  Args: what: begins the sentence."""
+def required(value: object, hint: Any, what: str) -> object:
+    """Returns a value of a type, as plain Python where that is all it takes.
+
+    Args:
+        what: begins the sentence.
+    Raises: EdmDistillError: it is not of that type.
+    """
+    if hint is Any:
+        return value
     if not fits(value, hint):
         raise EdmDistillError(f"{what} = {shown(value)} must be {described(hint)}")
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and Tensor not in (hint, *get_args(hint))):
+        return value.tolist()
+    return value
 
 
 def fits(value: object, hint: Any) -> bool:

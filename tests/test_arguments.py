@@ -120,6 +120,15 @@ def test_what_is_obviously_meant(generator: Generator, denoiser: Denoiser) -> No
         generator.schedule(0)
 
 
+def test_numbers_of_numpy_are_python_s(generator: Generator) -> None:
+    spec = SamplerSpec(nfe=np.int64(2), gamma=np.float32(0.5))  # type: ignore[arg-type]
+    assert (type(spec.nfe), type(spec.gamma)) == (int, float)
+    result = edmdistill.evaluate(
+        generator, "digits", protocol="pixels", sampler=spec, seeds=np.arange(4), batch=np.int64(2)
+    )  # type: ignore
+    assert (result.protocol.seeds, result.provenance["batch"]) == ("0-3", 2)
+
+
 def test_an_unknown_name_is_python_s_own_error() -> None:
     with pytest.raises(TypeError, match=r"sample\(\) got an unexpected keyword argument 'steps'"):
         edmdistill.sample(None, steps=3)  # type: ignore
