@@ -94,6 +94,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     help="Where metrics and grids go as well: into RUN/tensorboard; into the project edmdistill of wandb.",
 )
 @click.option("--stop-on", type=Words(ALARMS), default=(), help="Which alarms end the run; nan does in any case.")
+@click.option("--profile", type=Count(min=1), help="Trace so many rounds, after 3 others, into RUN/profile.")
 @click.option("--dry-run", is_flag=True, help="Print as JSON what would be trained, and start nothing.")
 def command(
     method: str,
@@ -119,6 +120,7 @@ def command(
     workers: int | None,
     log_with: tuple[str, ...],
     stop_on: tuple[str, ...],
+    profile: int | None,
     dry_run: bool,
 ) -> None:
     """Train by METHOD; a method that distills takes TEACHER, a checkpoint of ours or an official one.
@@ -168,14 +170,17 @@ def command(
     run.notes = (*notes, *run.notes)
     try:
         text = source.text_with_command(sets)
-        _train(run, f"{method} on {data} by recipe {recipe}", run_dir, text, stop_on, dry_run)
+        _train(run, f"{method} on {data} by recipe {recipe}", run_dir, text, stop_on, dry_run, profile)
     finally:
         run.engine.close()
 
 
-def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tuple[str, ...], dry_run: bool) -> None:
+def _train(
+    run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tuple[str, ...], dry_run: bool, profile: int | None
+) -> None:
     """Trains, with a progress bar and sentences on stderr, from the main process alone."""
     from edmdistill.checkpoints.encoder import vae_words
+    from edmdistill.training.profiling import traced
     from edmdistill.training.run_dir import check_run
     from edmdistill.training.session import train
 
@@ -186,13 +191,15 @@ def _train(run: "Run", what: str, run_dir: Path, recipe_text: str, stop_on: tupl
             click.echo(json.dumps(run.describe(), indent=2))
         return
     with ExitStack() as stack:
+        trace = stack.enter_context(traced(run, run_dir, profile, tell))
+        show = _progress(run, stack) if run.engine.is_main else lambda images, measures: None
         outcome = train(
             run,
             run_dir,
             recipe_text=recipe_text,
             stop_on=stop_on,
             on_start=lambda: [tell(sentence) for sentence in _introduction(run, what, run_dir)],
-            on_round=_progress(run, stack) if run.engine.is_main else lambda images, measures: None,
+            on_round=lambda images, measures: (show(images, measures), trace()),
             on_message=tell,
         )
     if not outcome.finished:

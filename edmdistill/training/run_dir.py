@@ -1,7 +1,7 @@
 """The run directory: created whole or not at all, locked by one process, and never shared by two runs.
 
 It holds recipe.toml, recipe.resolved.json, run.json, sessions.jsonl, metrics.jsonl, state/, samples/, x0/, ema/,
-generator/ and, with [evaluation], best/.
+generator/, with [evaluation] best/, and with --profile profile/.
 """
 
 from __future__ import annotations
