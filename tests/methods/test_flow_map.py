@@ -239,8 +239,8 @@ def test_a_layer_learns_the_true_map(objective: str) -> None:
         made.generator_loss(Batch(STD * draws.normal(1, 2, 2), None), draws).value.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert composition_error() < 1e-5
-    assert [spread_after(steps) for steps in (1, 2, 4, 8)] == pytest.approx([1.0] * 4, abs=1e-5)
+    assert composition_error() < 1e-4
+    assert [spread_after(steps) for steps in (1, 2, 4, 8)] == pytest.approx([1.0] * 4, abs=1e-4)
 
 
 # Intervals.
