@@ -282,7 +282,8 @@ def _on_jumps(jumps: Sequence[SingleJump]) -> list[str]:
     if weak:
         lines.append(
             f"At sigma {_listed(weak)} a jump is worse than the teacher's denoiser, from which the generator started: "
-            "training has done harm there, and a lower learning rate or a smaller weight of short jumps helps."
+            "training has done harm there. A lower learning rate helps; with a score's gradient also a smaller weight "
+            "of short jumps, with tangents more of them."
         )
     return lines
 
