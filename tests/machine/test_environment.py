@@ -35,7 +35,9 @@ def test_every_session_says_where_and_from_when_and_what_it_took(start, tmp_path
 MACHINE = Machine("cpu", 4, False, ("ema", "optimizer"), True, 1, ("wandb",), 3, "default", "bf16")
 NAMES = {"checkpoint_activations": "checkpointing", "compile_mode": "compile"}
 IN_THE_RECIPE, IN_THE_IDENTITY = {"method", "recipe", "sets"}, {"teacher", "guide", "data", "init"}
-CHANGES_NOTHING = {"run_dir", "vae", "force_guidance", "fit", "log_with", "stop_on", "dry_run", "quiet", "verbose"}
+CHANGES_NOTHING = {
+    *("run_dir", "vae", "force_guidance", "fit", "log_with", "profile", "stop_on", "dry_run", "quiet", "verbose")
+}
 """`fit` chooses among the others; `vae` is named by the grids' and measurements' own records."""
 
 
