@@ -44,7 +44,8 @@ def losses(case: str, teacher: Path, count: int, machine: Machine) -> list[dict[
     """What every round measured, and the norm of each average after the last."""
     source = source_of(case.split(",")[0], teacher)
     force, tables = "guidance" in CASES[case], recipe(case, count)
-    machine = machine._replace(micro_batch=max(machine.micro_batch, tables.group_size))
+    if isinstance(machine.micro_batch, int):
+        machine = machine._replace(micro_batch=max(machine.micro_batch, tables.group_size))
     run = prepare(tables, data="digits", teacher=source, machine=machine, force_guidance=force)
     found = list(rounds(run))
     for role in run.optimizers.keys() if not machine.shard else ():
