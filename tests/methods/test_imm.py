@@ -203,4 +203,4 @@ def test_a_split_between_groups_changes_no_loss() -> None:
     for start, stop in pairwise((0, 4, 16, 24)):
         part = method.moment_matching_loss(Batch(x0[start:stop], None), Draws(0, 24, slice(start, stop)))
         torch.testing.assert_close(part.value, whole.value[start:stop], rtol=1e-12, atol=1e-15)
-        assert torch.equal(part.t, whole.t[start:stop])
+        torch.testing.assert_close(part.t, whole.t[start:stop], rtol=1e-14, atol=0)  # atan rounds by its row
