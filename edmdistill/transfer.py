@@ -125,6 +125,8 @@ class Constant:
     def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """Returns the numbers on that device, in that dtype; None: their own."""
         key = device, dtype or self._values.dtype
+        if device.type == "meta":  # made each time, so that every pass of a plan has it
+            return self._values.to(*key)
         if key not in self._copies:
             self._copies[key] = self._values.to(*key)
         return self._copies[key]

@@ -29,6 +29,8 @@ FLOPS = flop_registry | {
 class Ledger(CachedShapes):  # type: ignore[no-untyped-call]
     """Follows the bytes of live tensors that are made within it, and counts operations.
 
+    What lies in the host's memory is left out: constants that the first pass makes and keeps.
+
     Attributes:
         live: bytes after each call of torch.
         allocations: the call, by number, that allocated a storage, and its bytes.
@@ -49,8 +51,11 @@ class Ledger(CachedShapes):  # type: ignore[no-untyped-call]
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func.overloadpacket in FLOPS:
             self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
+        made = _storages(out)
+        if any(storage.device.type == "cpu" for storage in made):
+            return out
         inputs = {storage._cdata for storage in _storages((args, *kwargs.values()))} if returns_aliases(func) else set()
-        for storage in _storages(out):
+        for storage in made:
             if storage._cdata not in self.allocations and storage._cdata not in inputs:
                 self.allocations[storage._cdata] = len(self.live), storage.nbytes()
                 self._now += storage.nbytes()

@@ -80,6 +80,10 @@ def test_every_head_is_asked_at_times_of_its_own(flow: FlowNetwork) -> None:
     torch.testing.assert_close(first, one(*point(flow), u_at=(TIMES,))[1])
     torch.testing.assert_close(second, two(*point(flow), u_at=(later, TIMES))[2].flip(0))
     assert (first - second).abs().min() > 1e-3
+    planned = add_logvar(one.to("meta"), seed=1, heads=2)  # a plan's network has shapes alone
+    assert {name: tensor.shape for name, tensor in planned.state_dict().items()} == {
+        name: tensor.shape for name, tensor in two.state_dict().items()
+    }
 
 
 @torch.no_grad()

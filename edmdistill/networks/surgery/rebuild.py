@@ -66,7 +66,7 @@ def add_logvar(flow: FlowNetwork, seed: int, heads: int = 1, channels: int = 128
     new |= {f"logvar_linear.{name}": tensor for name, tensor in linear.state_dict().items()}
     for name, tensor in old.state_dict().items():
         if name.startswith("logvar_linear."):
-            new[name][: len(tensor)] = tensor
+            new[name] = torch.cat([tensor, new[name][len(tensor) :].to(tensor)])
     return rebuild(flow, new, logvar_channels=channels, logvar_heads=heads)
 
 
