@@ -58,9 +58,12 @@ def normalized_tangent(g: Tensor, c: float, normalization: TangentNormalization)
     return g / (size * (g[0].numel() ** -0.5 if normalization == "rms" else 1.0) + c)
 
 
-def tangent_warmup(images: int, warmup_images: int) -> float:
-    """Returns r, which rises linearly from 0 to 1 over the first images.  Source: sCM, section 4.2; 10,000 steps."""
-    return 1.0 if images >= warmup_images else images / warmup_images
+def tangent_warmup(images: int, warmup_images: int, r_max: float = 1.0) -> float:
+    """Returns r, which rises linearly from 0 toward 1 over the first images, and ends at r_max.
+
+    Source: sCM, section 4.2; 10,000 steps.
+    """
+    return r_max if images >= warmup_images else min(r_max, images / warmup_images)
 
 
 def consistency_loss(F: Tensor, g: Tensor, u: Tensor, t: Tensor, weighting: Weighting = "adaptive") -> Loss:

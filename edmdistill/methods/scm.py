@@ -37,6 +37,7 @@ class ContinuousConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=Tru
     tangent: Annotated[
         Literal["exact", "finite-difference"], Meta(description="how the tangent is computed; exact is more accurate")
     ] = "exact"
+    r_max: Annotated[float, Meta(ge=0, le=1, description="largest weight of the tangent's unstable term")] = 1.0
     allow_edm_time: Annotated[bool, Meta(description="allow a teacher whose time input is ln(sigma), not t")] = False
 
 
@@ -115,7 +116,7 @@ class ContinuousConsistency(Method[ContinuousT]):
             batch.labels,
             dx,
             d=d,
-            r=tangent_warmup(batch.images, self.config.warmup_images),
+            r=tangent_warmup(batch.images, self.config.warmup_images, self.config.r_max),
             sigma_data=self.noise.sigma_data,
             u_at=self.weighted_at(t, d),
             by=self.config.tangent,

@@ -102,6 +102,7 @@ def test_normalized_tangent() -> None:
 def test_tangent_warmup() -> None:
     assert [tangent_warmup(images, 1000) for images in (0, 250, 1000, 5000)] == [0, 0.25, 1, 1]
     assert tangent_warmup(0, 0) == 1
+    assert [tangent_warmup(images, 1000, 0.99) for images in (0, 250, 992, 5000)] == [0, 0.25, 0.99, 0.99]
 
 
 @pytest.mark.parametrize("method", [SCD, SCT])
