@@ -156,6 +156,28 @@ def lognormal_sigmas(draws: Draws, *, P_mean: float, P_std: float) -> Tensor:
     return (draws.normal() * P_std + P_mean).exp()
 
 
+def neighbor_sigmas(
+    draws: Draws, intervals: int, sigma_min: float, sigma_max: float, *, P_mean: float, P_std: float
+) -> tuple[Tensor, Tensor]:
+    """Draws two neighbors sigma_t > sigma_r of EDM's grid, with 0 as its lowest level, and returns them.  [B] each
+
+    A pair's probability is that of ln(sigma) ~ N(P_mean, P_std^2) between its levels.
+    Source: Song & Dhariwal 2023 (iCT), eq. 10.
+    """
+    grid = _neighbors(intervals, sigma_min, sigma_max, P_mean, P_std).on(draws.device)
+    below = torch.searchsorted(grid[1, 1:].contiguous(), draws.uniform()).clamp(max=intervals - 1)
+    return grid[0, below + 1], grid[0, below]
+
+
+@cache
+def _neighbors(intervals: int, sigma_min: float, sigma_max: float, P_mean: float, P_std: float) -> Constant:
+    """Returns the levels 0 ... sigma_max, and the probability of all below each.  [2,intervals+1] float64"""
+    sigmas = edm_curve(torch.arange(1, intervals + 1, dtype=torch.float64) / intervals, sigma_min, sigma_max)
+    probabilities = discrete_lognormal(sigmas, P_mean=P_mean, P_std=P_std)
+    zero = torch.zeros(1, dtype=torch.float64)
+    return Constant(torch.stack([torch.cat([zero, sigmas]), torch.cat([zero, probabilities.cumsum(0)])]))
+
+
 def student_sigmas(draws: Draws, *, P_mean: float, P_std: float, degrees: float, low: float, high: float) -> Tensor:
     """Draws ln(sigma) = P_mean + P_std T, T of Student's t distribution, between two levels, and returns sigma.  [B]
 

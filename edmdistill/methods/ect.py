@@ -4,24 +4,38 @@ Geng et al. 2024 (Consistency Models Made Easy), as the official code (training/
 
     sigma_t ~ lognormal,   sigma_r = sigma_t (1 - n(sigma_t) / q^stage),  n(sigma) = 1 + k / (1 + e^(b sigma))
     x_t = x0 + sigma_t eps,   x_r = x0 + sigma_r eps                      one noise for both
-    L = w(sigma_t) d(f(x_t, t), f^-(x_r, r))                              f^-(x, 0) = x
+    L = w(sigma_t, sigma_r) d(f(x_t, t), f^-(x_r, r))                     f^-(x, 0) = x
+
+With `intervals`, the pairs are iCT's (Song & Dhariwal 2023): neighbors on EDM's grid, finer at each stage.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from msgspec import Meta
+from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Method, Role, Turn
-from edmdistill.methods.pairs import CLOSEST, PairsConfig, compare_pair, inverse_c_out_squared, paired_sigma
-from edmdistill.schedules import lognormal_sigmas
+from edmdistill.methods.pairs import CLOSEST, PairsConfig, compare_pair, pair_weight, paired_sigma
+from edmdistill.schedules import lognormal_sigmas, neighbor_sigmas
+
+Intervals = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
 class ECTConfig(PairsConfig, frozen=True, forbid_unknown_fields=True):
     q: Annotated[float, Meta(gt=1, le=1e6, description="factor by which a pair closes in at each stage")] = 2.0
     stage_images: Annotated[int, Meta(ge=1, description="images of a stage")] = 25_600_000
+    intervals: Annotated[
+        tuple[Intervals, Intervals] | None,
+        Meta(description="pairs are neighbors of a grid with so many intervals, at first and at most; iCT: [10, 1280]"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.intervals is not None and self.intervals[0] > self.intervals[1]:
+            raise ValueError(f"intervals = {list(self.intervals)} decreases: give the first number, then the largest")
 
 
 class ECT(Method[ECTConfig]):
@@ -32,16 +46,25 @@ class ECT(Method[ECTConfig]):
         return (Turn("generator", self.consistency_loss),)
 
     def consistency_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Returns L.  w(sigma) = 1 / sigma^2 + 1 / sigma_d^2.
-
-        Differs: 1 / q^stage stays above CLOSEST.
-        """
+        """Returns L."""
         config, sigma_data = self.config, self.noise.sigma_data
-        sigma_t = lognormal_sigmas(draws, P_mean=config.P_mean, P_std=config.P_std)
-        stage = 1 + batch.images // config.stage_images
-        sigma_r = paired_sigma(sigma_t, max(config.q**-stage, CLOSEST), config.k, config.b)
+        sigma_t, sigma_r = self.draw_pair(batch.images // config.stage_images, draws)
         pair = compare_pair(
             self.networks["generator"], batch, sigma_t, sigma_r, draws, sigma_data=sigma_data, c=config.c
         )
-        weight = inverse_c_out_squared(sigma_t, sigma_data).to(pair.distance)
+        weight = pair_weight(config.weighting, sigma_t, sigma_r, sigma_data).to(pair.distance)
         return Loss(weight * pair.distance, pair.t, {"distance": pair.distance.detach().mean()}, pair.estimate)
+
+    def draw_pair(self, stage: int, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Draws sigma_t and sigma_r, in a stage from 0.  [B] each
+
+        Differs: 1 / q^stage stays above CLOSEST. iCT's lowest level is sigma_min, where its f is the identity; here 0.
+        """
+        config = self.config
+        law = {"P_mean": config.P_mean, "P_std": config.P_std}
+        if config.intervals is None:
+            sigma_t = lognormal_sigmas(draws, **law)
+            return sigma_t, paired_sigma(sigma_t, max(config.q ** -(1 + stage), CLOSEST), config.k, config.b)
+        first, most = map(math.log, config.intervals)
+        intervals = round(math.exp(min(first + stage * math.log(config.q), most)))
+        return neighbor_sigmas(draws, intervals, self.noise.sigma_min, self.noise.sigma_max, **law)

@@ -9,7 +9,7 @@ Here in TrigFlow. Source: Geng et al. 2024 (ECT), and the official code (trainin
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -35,6 +35,10 @@ class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     k: Annotated[float, Meta(ge=0, le=1e6, description="how much wider pairs are at low noise")] = 8.0
     b: Annotated[float, Meta(gt=0, le=1e6, description="how fast that ends as sigma rises")] = 1.0
     c: Annotated[float, Meta(ge=0, le=1e6, description="constant of the pseudo-Huber distance; 0 = L2 norm")] = 0.0
+    weighting: Annotated[
+        Literal["gap", "c_out"],
+        Meta(description="weight: gap = 1 / (sigma_t - sigma_r); c_out = 1 / sigma_t^2 + 1 / sigma_d^2"),
+    ] = "gap"
 
 
 class Pair(NamedTuple):
@@ -88,6 +92,6 @@ def paired_sigma(sigma: Tensor, gap: float, k: float, b: float) -> Tensor:
     return (sigma * (1 - (1 + k * torch.sigmoid(-b * sigma)) * gap)).clamp(min=0)
 
 
-def inverse_c_out_squared(sigma: Tensor, sigma_data: float) -> Tensor:
-    """Returns 1 / sigma^2 + 1 / sigma_d^2 = 1 / c_out^2.  [B]  Source: EDM, table 1."""
-    return sigma**-2 + sigma_data**-2
+def pair_weight(weighting: str, sigma_t: Tensor, sigma_r: Tensor, sigma_data: float) -> Tensor:
+    """Returns the weight of a pair's distance by an option of PairsConfig; c_out's is EDM's 1 / c_out^2.  [B]"""
+    return 1 / (sigma_t - sigma_r) if weighting == "gap" else sigma_t**-2 + sigma_data**-2

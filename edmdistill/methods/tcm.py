@@ -14,7 +14,7 @@ trained, and not to be used: its checkpoint has sigma' as its sigma_min, where t
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from msgspec import Meta
@@ -22,11 +22,9 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Method, Role, Turn
-from edmdistill.methods.pairs import Gap, PairsConfig, compare_pair, inverse_c_out_squared, paired_sigma
+from edmdistill.methods.pairs import Gap, PairsConfig, compare_pair, pair_weight, paired_sigma
 from edmdistill.schedules import student_sigmas
 from edmdistill.trigflow import expand, sigma_to_time
-
-Weighting = Literal["gap", "c_out"]
 
 
 class TCMConfig(PairsConfig, frozen=True, forbid_unknown_fields=True):
@@ -41,9 +39,6 @@ class TCMConfig(PairsConfig, frozen=True, forbid_unknown_fields=True):
     boundary_share: Annotated[float, Meta(gt=0, lt=1, description="rho, share of images at the boundary")] = 0.25
     boundary_weight: Annotated[float, Meta(ge=0, le=1e6, description="w_b, weight of the boundary's loss")] = 0.1
     gap: Gap = 0.001
-    weighting: Annotated[
-        Weighting, Meta(description="w: gap = 1 / (sigma_t - sigma_r); c_out = 1 / sigma^2 + 1 / sigma_d^2")
-    ] = "gap"
     c: Annotated[float, Meta(ge=0, le=1e6, description="constant of the pseudo-Huber distance; 0 = L2 norm")] = 1e-8
 
 
@@ -82,8 +77,7 @@ class TCM(Method[TCMConfig]):
             c=config.c,
             target=self.truncated,
         )
-        gap = config.weighting == "gap"
-        weight = 1 / (sigma_t - sigma_r) if gap else inverse_c_out_squared(sigma_t, sigma_data)
+        weight = pair_weight(config.weighting, sigma_t, sigma_r, sigma_data)
         share = config.boundary_share
         weight = torch.where(at_boundary, weight * config.boundary_weight / share, weight / (1 - share))
         signals = {"distance": pair.distance.detach().mean()}

@@ -111,6 +111,29 @@ def test_the_script_of_meanflows_code():
     assert 2 ** (-1024 / recipe.ema.half_life_images) == pytest.approx(0.99995, abs=1e-6)
 
 
+def test_the_settings_of_align_your_flow():
+    """What is not known of them is sCM's for the same teacher."""
+    for data in "imagenet64-s", "imagenet512-s":
+        recipe, other = load_recipe(f"fmd/{data}"), load_recipe(f"scd/{data}")
+        method = recipe.method
+        assert (method.objective, method.times, method.P_mean, method.P_std) == ("eulerian", "interval", -0.8, 1.0)
+        assert (method.c, method.r_max, method.share_to_data) == (0.1, 0.99, 0.0)
+        assert (method.guide, method.guidance) == ("network", (1.0, 3.0))
+        assert (recipe.training, recipe.ema) == (replace(other.training, dropout_max_resolution=None), other.ema)
+        assert method.warmup_images == other.method.warmup_images
+
+
+def test_the_settings_of_ect_and_ict():
+    ect, ict, imagenet = (load_recipe(f"ect/{name}") for name in ("cifar10", "cifar10-ict", "imagenet64-s"))
+    assert [r.method.weighting for r in (ect, ict, imagenet)] == ["gap", "gap", "c_out"]
+    assert ect.method.intervals is None
+    assert (ict.method.intervals, ict.method.P_mean, ict.method.P_std) == ((10, 1280), -1.1, 2.0)
+    assert ict.method.c == pytest.approx(0.00054 * (3 * 32 * 32) ** 0.5, rel=2e-3)
+    # The paper's K' = floor(K / (log2(s_1 / s_0) + 1)): the number of intervals is doubled seven times.
+    assert ict.training.images == 8 * ict.method.stage_images == 400_000 * ict.training.batch
+    assert 2 ** (-1024 / ict.ema.half_life_images) == pytest.approx(0.99993, abs=1e-6)
+
+
 def test_the_hash_names_the_computation_not_the_file(write):
     shipped = load_recipe("cosim/digits-quickstart")
     copy = write(find_recipe("cosim/digits").text, "copy.toml").removesuffix(".toml")
