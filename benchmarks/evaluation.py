@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py [--images 2560] [--nfe 3] [--batch 256] [--repeats 3] [--device cpu]
 
 The loop draws a batch, computes its features and then its classes, one after another, each with all cores. `evaluate`
-draws batches ahead by threads of one core each, and computes features and classes in one pass. Both update the same
-metrics. The best of the repeats, which alternate.
+draws blocks of 128 ahead by threads of one core each, and computes features and classes in one pass. Both update the
+same metrics. The best of the repeats, which alternate.
 """
 
 import argparse
@@ -57,9 +57,7 @@ def main() -> None:
     spec, count, batch, device = SamplerSpec(nfe=options.nfe), options.images, options.batch, options.device
     runs: dict[str, Callable[[], object]] = {
         "plain loop": lambda: plain_loop(model, data, spec, count, batch, device),
-        "evaluate": lambda: evaluate(
-            model, data, protocol="digits", sampler=spec, seeds=range(count), batch=batch, device=device
-        ),
+        "evaluate": lambda: evaluate(model, data, protocol="digits", sampler=spec, seeds=range(count), device=device),
     }
     best = dict.fromkeys(runs, float("inf"))
     for repeat in range(options.repeats + 1):
@@ -68,7 +66,7 @@ def main() -> None:
             run()
             if repeat:  # the first warms up
                 best[name] = min(best[name], time.perf_counter() - start)
-    print(f"{torch.get_num_threads()} cores, batches of {batch}, NFE {options.nfe}, {count} images")
+    print(f"{torch.get_num_threads()} cores, the loop in batches of {batch}, NFE {options.nfe}, {count} images")
     for name, seconds in best.items():
         print(f"{name:<12} {count / seconds:8.0f} images/s")
     print(f"{'ratio':<12} {best['plain loop'] / best['evaluate']:8.2f}")

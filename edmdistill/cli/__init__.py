@@ -135,15 +135,32 @@ class MainGroup(LazyGroup):
             failure = Failure(str(error))
             failure.exit_code = error.exit_code  # type: ignore[misc]  # a class variable to click's stubs
             raise failure from error
-        except OSError as error:
-            if error.errno not in REFUSALS:
+        except (OSError, RuntimeError) as error:
+            if (sentence := _refusal(error)) is None:
                 raise
             if VERBOSE in ctx.meta:
                 traceback.print_exc()
-            raise Failure(f"{error.filename or 'the output'}: {error.strerror}.") from error
+            raise Failure(sentence) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             sys.exit(130)
+
+
+def _refusal(error: OSError | RuntimeError) -> str | None:
+    """Returns a sentence if the machine has refused something: a file, or a GPU its memory."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the output'}: {error.strerror}." if error.errno in REFUSALS else None
+    if "torch" not in sys.modules:  # click's Exit is a RuntimeError too
+        return None
+
+    from edmdistill.machine.devices import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return None
+    return (
+        f"the GPU's memory is full ({str(error).partition('.')[0]}): free some of it, choose another --device, "
+        "or give a smaller --batch or --dtype float16 where the command has them"
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import click
 
 from edmdistill.cli.measurements import SHARING, open_work, shared
 from edmdistill.cli.options import interruptible, option_group, say
-from edmdistill.cli.types import BATCH, FEATURES, Count, NamedFile, NameList, OutputPath
+from edmdistill.cli.types import FEATURES, Count, NamedFile, NameList, OutputPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,6 @@ class SharingOptions:
     help="Keep the features of N images too, for kid, precision, recall, density and coverage.",
 )
 @click.option("--split", default="train", show_default=True, help="Split of digits or tiles: train, test or all.")
-@click.option(
-    "--batch", type=BATCH, help="Most images at a time, where memory is short.  [default: 128, or 64 above 32x32]"
-)
 @click.option("--overwrite", is_flag=True, help="Replace OUT.npz.")
 @option_group("sharing", SharingOptions, *SHARING)
 def command(
@@ -60,7 +57,6 @@ def command(
     weights: tuple[tuple[str, Path], ...],
     keep: int | None,
     split: str,
-    batch: int | None,
     overwrite: bool,
     sharing: SharingOptions,
 ) -> None:
@@ -95,7 +91,6 @@ def command(
                 data,
                 spaces,
                 keep=keep or 0,
-                batch=batch,
                 device=where,
                 work=work,
                 processes=processes,

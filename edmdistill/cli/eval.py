@@ -167,6 +167,5 @@ def _plan_likelihood(source: str, options: MeasurementOptions, likelihood: Likel
         count=options.count,
         probes=likelihood.probes,
         tolerance=likelihood.tolerance,
-        batch=options.batch,
         source=source,
     )

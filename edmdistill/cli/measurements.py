@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from edmdistill.cli.options import compile_option, errors_once, option_group, say, say_unfinished
-from edmdistill.cli.types import BATCH, Count, OutputPath
+from edmdistill.cli.types import Count, OutputPath
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,6 @@ class MeasurementOptions:
     weights: tuple[str, ...]
     vae: str | None
     save: bool
-    batch: int | None
     dtype: str | None
     compile_mode: CompileMode
     device: str | None
@@ -91,7 +90,6 @@ class MeasurementOptions:
         return {
             "metrics": None if self.metrics is None else [name.strip() for name in self.metrics.split(",")],
             "weights": {name: file for name, _, file in pairs},
-            "batch": self.batch,
             "device": device,
             "work": open_work(self.work),
             "processes": processes,
@@ -136,11 +134,6 @@ def measurement_options(
             "--save",
             is_flag=True,
             help="Also save it with the checkpoint or run, where report and push-to-hub find it.",
-        ),
-        "batch": click.option(
-            "--batch",
-            type=BATCH,
-            help="Most images at a time, where memory is short.  [default: 128, or 64 above 32x32]",
         ),
         "dtype": click.option(
             "--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network."

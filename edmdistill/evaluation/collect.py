@@ -26,7 +26,7 @@ from edmdistill.draws import Draws
 from edmdistill.errors import DatasetError
 from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.frechet import RunningStatistics
-from edmdistill.evaluation.images import Images, images_at_a_time
+from edmdistill.evaluation.images import Images
 from edmdistill.evaluation.pipeline import DIGEST, measure_images, pixels_sha256
 from edmdistill.evaluation.references import About, SpaceStatistics, open_statistics
 from edmdistill.evaluation.shards import ONE_PROCESS, Processes, Work, measure_all
@@ -38,7 +38,6 @@ def collect_statistics(
     spaces: Mapping[str, FeatureSpace],
     *,
     keep: int = 0,
-    batch: int | None = None,
     device: torch.device | str = "cpu",
     work: Work | None = None,
     processes: Processes = ONE_PROCESS,
@@ -48,7 +47,6 @@ def collect_statistics(
 
     Args:
         keep: for so many images, or all if there are fewer, the features are kept, for metrics such as precision.
-        batch: the most images at a time, where memory is short; see `images_at_a_time`.
         device: of the spaces.
         work: where features are kept meanwhile, so that a stopped command goes on; None: nowhere, for one process.
         processes: that share the work.
@@ -69,7 +67,7 @@ def collect_statistics(
     measure = partial(measure_images, images, spaces, device=device, digests=True)
     for rows, arrays in measure_all(
         len(data),
-        images_at_a_time(data.img_resolution, batch),
+        images.block,
         measure,
         folder=folder,
         processes=processes,

@@ -174,12 +174,8 @@ def _unknown(row: Row, metric: str) -> str | None:
 def _rounded_otherwise(a: Row, b: Row) -> str | None:
     """Returns a sentence where two results were computed in ways that round differently."""
     ours, theirs = a.result.provenance, b.result.provenance
-    words = {"batch": "images at a time", "device": "device"}
-    which = [
-        f"{name} ({ours[key]} and {theirs[key]})"
-        for key, name in words.items()
-        if None not in (ours.get(key), theirs.get(key)) and ours[key] != theirs[key]
-    ]
+    devices = ours.get("device"), theirs.get("device")
+    which = [f"device ({devices[0]} and {devices[1]})"] if None not in devices and devices[0] != devices[1] else []
     if bool(ours.get("compiled")) != bool(theirs.get("compiled")):
         which.append("compilation")
     return f"{a.name} and {b.name} differ in {', '.join(which)}, so they are rounded differently." if which else None

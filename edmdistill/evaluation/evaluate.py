@@ -20,7 +20,7 @@ from edmdistill.checkpoints.load import tensors_digest
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import EdmDistillError, without_secrets
 from edmdistill.evaluation.checks import choose_seeds, measurable, require_fit, require_options
-from edmdistill.evaluation.images import Images, images_at_a_time, open_images, sampled_images
+from edmdistill.evaluation.images import Images, open_images, sampled_images
 from edmdistill.evaluation.metrics import find_metric, metric_label
 from edmdistill.evaluation.panel import Panel, collect_reference
 from edmdistill.evaluation.protocol import Protocol, get_protocol, open_reference
@@ -48,7 +48,6 @@ def evaluate(
     seeds: Sequence[int] | None = None,
     repeat: int = 1,
     decode: Decoder = to_uint8,
-    batch: int | None = None,
     device: torch.device | str = "cpu",
     source: str | None = None,
     source_sha256: str | None = None,
@@ -70,7 +69,6 @@ def evaluate(
         seeds: of the samples; default: the protocol's.
         repeat: measure so many times as many images, of consecutive seeds, and return means over these times.
         decode: of open_decoder, for a network that makes latents.
-        batch: the most images at a time, where memory is short; see `images_at_a_time`.
         device: where features are computed.
         source, source_sha256: where network or images come from, and the digest of its file, for the record; default:
             the digest of a network's weights as they are in memory.
@@ -93,8 +91,7 @@ def evaluate(
     if isinstance(model_or_images, Generator | Denoiser):
         classes = any("labels" in one.metric.needs for one in wanted)
         chosen = choose_seeds(seeds, repeat, standard)
-        batch = images_at_a_time(model_or_images.flow.img_resolution, batch, drawn=True)
-        subject = _samples(model_or_images, sampler, chosen, decode, standard, batch, with_classes=classes)
+        subject = _samples(model_or_images, sampler, chosen, decode, standard, with_classes=classes)
     elif sampler != SamplerSpec() or seeds is not None or repeat > 1:
         raise EdmDistillError(
             "sampler, seeds and repeat are for sampling a network, but these are images; leave them out"
@@ -103,12 +100,11 @@ def evaluate(
         given, label_dim = model_or_images, getattr(data, "label_dim", 0)
         images = given if isinstance(given, Images) else open_images(given, label_dim)
         subject = _Subject(images, record=images.sampler)
-        batch = images_at_a_time(subject.images.size[-1], batch)
     images = subject.images
     require_fit(images, data, standard, repeat)
     measured = measurable(wanted, images, required=metrics is not None)
     files = tuple(sorted((name, str(file)) for name, file in weights.items()))
-    panel = Panel(measured, files, str(device), batch, work, processes)
+    panel = Panel(measured, files, str(device), work, processes)
     done = replace(
         standard,
         metrics=tuple(one.name for one in measured),
@@ -119,7 +115,7 @@ def evaluate(
         labels=images.label_source,
         decoder=decode.vae.sha256 if isinstance(decode, LatentDecoder) else images.decoder,
     )
-    origin = provenance(model_or_images, source, device, batch, source_sha256)
+    origin = provenance(model_or_images, source, device, source_sha256)
     if sampler.guide is not None:
         origin["guide_sha256"] = tensors_digest(sampler.guide)
     task = _Task(subject, data, panel, done, standard.n, origin)
@@ -209,7 +205,6 @@ def _samples(
     seeds: Sequence[int],
     decode: Decoder,
     standard: Protocol,
-    batch: int,
     *,
     with_classes: bool,
 ) -> _Subject:
@@ -217,9 +212,7 @@ def _samples(
     record = build_sampler(model, sampler).record
     if is_latent(model) and decode is to_uint8:
         raise EdmDistillError("this network makes latents, which are not pictures: give decode, of open_decoder")
-    images = sampled_images(
-        model, sampler, seeds, decode, labels=standard.labels, with_classes=with_classes, batch=batch
-    )
+    images = sampled_images(model, sampler, seeds, decode, labels=standard.labels, with_classes=with_classes)
     return _Subject(images, model, sampler, record)
 
 
@@ -227,12 +220,11 @@ def provenance(
     model_or_images: object,
     source: str | None,
     device: torch.device | str,
-    batch: int,
     source_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Returns the record of what was measured, with which versions, and of what decides the rounding, as JSON."""
     versions: dict[str, Any] = {"edmdistill": __version__, "torch": str(torch.__version__)}
-    versions |= {"device": torch.device(device).type, "batch": batch}
+    versions["device"] = torch.device(device).type
     if isinstance(model_or_images, Generator | Denoiser) and model_or_images.flow.network.compiled:
         versions["compiled"] = True
     if isinstance(model_or_images, str | Path):

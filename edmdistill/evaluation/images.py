@@ -1,4 +1,4 @@
-"""The images of an evaluation, from wherever they come, read a few at a time."""
+"""The images of an evaluation, from wherever they come, read a block at a time."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ from edmdistill.transfer import is_gpu
 ARRAYS = (".npz", ".npy")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
 
+BLOCKS, LARGE_BLOCK = {32: 128, 64: 32}, 8
+"""Images of a block by their largest side, and of larger ones: of no published network it takes over 6 GB."""
+
 LabelSource = Literal["balanced", "drawn", "given", "none", "unknown"]
 
 
@@ -38,7 +41,7 @@ class Images:
     Attributes:
         count: their number N.
         size: (C, H, W).
-        read: gives the images of a range.  uint8 [B,C,H,W]
+        read: gives the images of a range, a block at most.  uint8 [B,C,H,W]
         classes: int64 [N], or None.
         seeds: of each image, or None where they are unknown.
         label_source: how the classes were chosen. balanced: class = seed modulo the number of classes; drawn: from each
@@ -62,6 +65,11 @@ class Images:
     sampler: SamplerRecord | None = None
     decoder: str | None = None
 
+    @property
+    def block(self) -> int:
+        """How many are drawn and measured at a time; see `block_size`."""
+        return block_size(self.size[-1])
+
     def part(self, rows: range) -> Images:
         """Returns some of the images, consecutive ones."""
         where = slice(rows.start, rows.stop)
@@ -74,18 +82,13 @@ class Images:
         )
 
 
-def images_at_a_time(side: int, most: int | None = None, *, drawn: bool = False) -> int:
-    """Returns the number of images that are drawn and measured at a time, which decides how networks round.
+def block_size(side: int) -> int:
+    """Returns the number of images, `side` pixels wide, that are computed at a time.
 
-    It follows from the images alone, so that numbers are the same on any number of processes, and whatever memory
-    there is, unless `most` is smaller.
-
-    Args:
-        side: of the images or latents, in pixels.
-        drawn: by a network.
+    It decides how networks and libraries round, so it depends on nothing else, and nobody can choose it: the numbers
+    are the same in any memory and on any number of processes.
     """
-    fixed = 128 if side <= 32 else 64 if side <= 64 or not drawn else 16
-    return fixed if most is None else min(fixed, most)
+    return next((block for most, block in BLOCKS.items() if side <= most), LARGE_BLOCK)
 
 
 def is_images(source: str | Path) -> bool:
@@ -104,7 +107,6 @@ def sampled_images(
     *,
     labels: LabelSource,
     with_classes: bool,
-    batch: int,
 ) -> Images:
     """Images that a network draws as they are read.
 
@@ -113,7 +115,6 @@ def sampled_images(
         decode: from what the network makes to pictures.
         labels: balanced or drawn: how a conditional network gets its classes.
         with_classes: they are to be known, also where each is drawn with its image.
-        batch: images at a time.
     """
     flow = model.flow
     balanced = torch.tensor(seeds) % flow.label_dim if flow.label_dim and labels == "balanced" else None
@@ -122,7 +123,7 @@ def sampled_images(
     def read(rows: range) -> Tensor:
         some, given = seeds[rows.start : rows.stop], balanced
         row_labels = None if given is None else given[rows.start : rows.stop]
-        return decode(require_finite(generate_images(model, spec, some, row_labels, batch=batch), some))
+        return decode(require_finite(generate_images(model, spec, some, row_labels, batch=len(rows)), some))
 
     size: tuple[int, ...] = (flow.img_channels, flow.img_resolution, flow.img_resolution)
     if is_latent(model):

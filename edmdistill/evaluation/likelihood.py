@@ -20,7 +20,7 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset, indices
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.evaluate import provenance
-from edmdistill.evaluation.images import images_at_a_time
+from edmdistill.evaluation.images import block_size
 from edmdistill.evaluation.pipeline import image_digests, pixels_sha256
 from edmdistill.evaluation.protocol import Likelihood, Protocol, Reference
 from edmdistill.evaluation.results import Result
@@ -130,7 +130,6 @@ def evaluate_likelihood(
     count: int | None = None,
     probes: int = 4,
     tolerance: float = SOLVER_TOLERANCE,
-    batch: int | None = None,
     source: str | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> Result:
@@ -144,7 +143,6 @@ def evaluate_likelihood(
         count: images, the first in the data set's order of seed 0; default: all.
         probes: random signs for the divergence, at least 1.
         tolerance: see log_likelihood. On digits, 1e-3 errs by 0.01 bits, and 1e-4, at 1.5 times the cost, by 0.0002.
-        batch: the most images at a time, where memory is short; see `images_at_a_time`.
         source: where the network comes from, for the record.
         on_progress: called with the number of images that have just been measured with one probe.
     Returns: nll, the mean over images and probes; of two images or more nll_image_error, the standard error of that
@@ -170,10 +168,10 @@ def evaluate_likelihood(
     solve = partial(
         log_likelihood, sigma_min=known.sigma_min, sigma_max=known.sigma_max, tolerance=tolerance, rho=known.rho
     )
-    training, batch = model.training, images_at_a_time(flow.img_resolution, batch, drawn=True)
+    training = model.training
     try:
         model.eval()
-        bits, evaluations, pixels_hash = _measure(flow, data, order, solve, probes, batch, on_progress)
+        bits, evaluations, pixels_hash = _measure(flow, data, order, solve, probes, on_progress)
     finally:
         model.train(training)
     values = {"nll": bits.mean()}
@@ -194,7 +192,7 @@ def evaluate_likelihood(
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
         sampler=SamplerRecord(solver="rk45", nfe=round(float(evaluations.double().mean()))),
-        provenance=provenance(model, source, next(flow.parameters()).device, batch),
+        provenance=provenance(model, source, next(flow.parameters()).device),
     )
 
 
@@ -204,12 +202,11 @@ def _measure(
     order: Sequence[int],
     solve: Callable[..., LogLikelihood],
     probes: int,
-    batch: int,
     on_progress: Callable[[int], object] | None,
 ) -> tuple[Tensor, Tensor, str]:
     """Returns the bits per dimension [probes,N], the evaluations of each solution [n], and the pixels' sha256."""
     device, digests, bits, evaluations = next(flow.parameters()).device, [], [], []
-    for rows in batches(range(len(order)), batch):
+    for rows in batches(range(len(order)), block_size(flow.img_resolution)):
         chosen = order[rows.start : rows.stop]
         pixels = data.images(chosen)
         digests.append(image_digests(pixels))

@@ -47,7 +47,6 @@ class Panel:
         metrics: what is measured.
         weights: files of feature spaces, by name; others have their official weights.
         device: of the feature spaces.
-        batch: images at a time.
         work: where features are kept, or None.
         processes: that share the work.
     """
@@ -55,7 +54,6 @@ class Panel:
     metrics: tuple[FoundMetric, ...]
     weights: tuple[tuple[str, str], ...] = ()
     device: str = "cpu"
-    batch: int = 256
     work: Work | None = None
     processes: Processes = ONE_PROCESS
 
@@ -86,7 +84,7 @@ class Panel:
             for one in self.metrics
             if self.processes.rank == 0
         ]
-        for rows, arrays in self._measure(images.count, measure, folder, on_progress):
+        for rows, arrays in self._measure(images, measure, folder, on_progress):
             labels = None if images.classes is None else images.classes[rows.start : rows.stop]
             for one, metric in metrics:
                 features, scores = (arrays.get(f"{one.features}/{kind}") for kind in ("features", "logits"))
@@ -98,12 +96,14 @@ class Panel:
 
     def _measure(
         self,
-        count: int,
+        images: Images,
         measure: Callable[[Iterable[range]], Iterable[MeasuredBatch]],
         folder: Path | None,
         on_progress: Callable[[int], object] = lambda count: None,
     ) -> Iterable[MeasuredBatch]:
-        return measure_all(count, self.batch, measure, folder=folder, processes=self.processes, on_progress=on_progress)
+        return measure_all(
+            images.count, images.block, measure, folder=folder, processes=self.processes, on_progress=on_progress
+        )
 
 
 @lru_cache(maxsize=4)
@@ -142,7 +142,7 @@ def _collect(images: Images, keys: Keys, panel: Panel, identity: str) -> tuple[d
     digests: list[Tensor] = []
     measure = partial(measure_images, images, spaces, device=panel.device, digests=True)
     with progress_bar(images.count, desc="reference") as bar:
-        for _, arrays in panel._measure(images.count, measure, folder, bar.update if main else lambda count: None):
+        for _, arrays in panel._measure(images, measure, folder, bar.update if main else lambda count: None):
             digests.append(arrays[DIGEST])
             for (name, _), accumulator in accumulators.items():
                 accumulator.update(arrays[f"{name}/features"].to(panel.device))

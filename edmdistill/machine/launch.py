@@ -41,8 +41,8 @@ FORWARDED_SIGNALS: dict[int, int] = {
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 RESUME = "run the same command again to resume from the last state"
 HINTS: dict[int, str] = {
-    signal.SIGKILL: ", probably because memory ran out (use a smaller --micro-batch in training, a smaller --batch in "
-    "other commands, or fewer --workers)",
+    signal.SIGKILL: ", probably because memory ran out (use fewer --processes, or in training a smaller "
+    "--micro-batch or fewer --workers)",
     signal.SIGBUS: ", probably because /dev/shm is full (use fewer --workers)",
 }
 PR_SET_PDEATHSIG = 1

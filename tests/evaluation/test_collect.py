@@ -35,7 +35,7 @@ def collect(**options: Any) -> tuple[About, dict[str, SpaceStatistics]]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stats") / "stats.npz"
-    write_statistics(path, *collect(keep=50, batch=100))
+    write_statistics(path, *collect(keep=50))
     return path
 
 
@@ -64,9 +64,9 @@ def test_kept_features_are_of_the_same_images_in_all_spaces(file: Path) -> None:
     torch.testing.assert_close(found.collected(SPACES["digits"], Features).values, digits)
 
 
-def test_any_batch_and_any_number_kept(file: Path, tmp_path: Path) -> None:
+def test_any_number_kept(file: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.npz"
-    write_statistics(path, *collect(keep=10**6, batch=7))
+    write_statistics(path, *collect(keep=10**6))
     first, second = open_statistics(file), open_statistics(path)
     assert first.about == second.about
     for name, space in SPACES.items():
@@ -77,11 +77,11 @@ def test_any_batch_and_any_number_kept(file: Path, tmp_path: Path) -> None:
 
 def test_two_processes_collect_what_one_does(tmp_path: Path) -> None:
     def act(rank: Rank) -> Any:
-        return collect_statistics(TEST, SPACES, keep=9, batch=50, work=Work(tmp_path), processes=rank)
+        return collect_statistics(TEST, SPACES, keep=9, work=Work(tmp_path), processes=rank)
 
     (about, spaces), nothing = in_ranks(2, act)
     assert nothing is None
-    expected, alone = collect(keep=9, batch=50)
+    expected, alone = collect(keep=9)
     assert about == expected
     for name in SPACES:
         torch.testing.assert_close(spaces[name].gaussian.covariance, alone[name].gaussian.covariance)
@@ -94,10 +94,10 @@ def test_a_stopped_command_goes_on(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with closing(Work(tmp_path)) as work, pytest.raises(KeyboardInterrupt):
-        collect(batch=100, work=work, on_progress=stop)
+        collect(work=work, on_progress=stop)
     steps: list[int] = []
-    about, _ = collect(batch=100, work=Work(tmp_path), on_progress=steps.append)
-    assert (about.n, steps[0], sum(steps)) == (len(TEST), 100, len(TEST))  # a hundred are there already
+    about, _ = collect(work=Work(tmp_path), on_progress=steps.append)
+    assert (about.n, steps[0], sum(steps)) == (len(TEST), 128, len(TEST))  # a block is there already
 
 
 def test_measuring_against_statistics_is_measuring_against_the_set(tmp_path: Path) -> None:

@@ -18,13 +18,16 @@ from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.evaluation.collect import collect_statistics
 from edmdistill.evaluation.compare import Row, compare, require_comparable
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.frechet import frechet_distance, statistics
-from edmdistill.evaluation.images import images_at_a_time, open_images
+from edmdistill.evaluation.images import BLOCKS, block_size, open_images
+from edmdistill.evaluation.likelihood import evaluate_likelihood
+from edmdistill.evaluation.panel import collect_reference
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.results import Result, results_json, results_table
-from edmdistill.features.spaces import load_features
+from edmdistill.features.spaces import Pixels, load_features
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -64,7 +67,8 @@ def held_out() -> Tensor:
     return TEST.images(range(len(TEST)))
 
 
-def test_a_generator_is_measured_as_it_samples() -> None:
+def test_a_generator_is_measured_as_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BLOCKS, 32, 16)
     model = generator()
     done: list[int] = []
     result = evaluate(
@@ -72,7 +76,6 @@ def test_a_generator_is_measured_as_it_samples() -> None:
         protocol="digits",
         sampler=SamplerSpec(nfe=2),
         seeds=range(30),
-        batch=16,
         on_progress=done.append,
         source="here",
     )
@@ -89,7 +92,7 @@ def test_a_generator_is_measured_as_it_samples() -> None:
     assert result.sampler.sigmas == pytest.approx((80.0, 2.515), rel=1e-3)
     assert result.protocol.seeds == "0-29"
     assert result.protocol.labels == "balanced"
-    assert (result.provenance["source"], result.provenance["batch"]) == ("here", 16)
+    assert (result.provenance["source"], result.provenance["device"]) == ("here", "cpu")
     assert result.provenance["method"] == "cosim"
     assert result.provenance["provenance"]["source"] == "teacher.pkl"
 
@@ -132,16 +135,38 @@ def test_an_unconditional_network_has_no_class_accuracy() -> None:
     assert set(result.metrics) == {"fd_digits@4"}
 
 
-def test_more_memory_does_not_change_a_number() -> None:
-    model, seeds = generator(), range(images_at_a_time(8) + 12)
-    fixed, large, small = (
-        evaluate(model, protocol="digits", sampler=SamplerSpec(nfe=1), seeds=seeds, batch=batch)
-        for batch in (None, 1000, 50)
-    )
-    assert fixed.metrics == large.metrics
-    (a,), (b,) = ([one.metrics[name] for name in one.metrics if "fd" in name] for one in (fixed, small))
-    assert a == pytest.approx(b, rel=1e-4)
-    require_comparable(small, large)
+@pytest.mark.parametrize(("side", "block"), [(8, 128), (32, 128), (33, 32), (64, 32), (65, 8), (512, 8)])
+def test_blocks_depend_on_the_size_of_images_alone(side: int, block: int) -> None:
+    assert block_size(side) == block
+
+
+def test_whatever_is_measured_is_computed_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network, the features of its images, those of a folder, of the reference and of `data stats`, likelihoods."""
+    monkeypatch.setitem(BLOCKS, 32, 16)
+    model, real = generator(), TEST.images(range(40))
+    folder = write_folder(tmp_path, real, None)
+    features: list[int] = []
+    passes: list[int] = []
+    of_pixels = Pixels.features_and_logits
+
+    def features_and_logits(space: Pixels, images: Tensor) -> tuple[Tensor, None]:
+        features.append(len(images))
+        return of_pixels(space, images)
+
+    monkeypatch.setattr(Pixels, "features_and_logits", features_and_logits)
+    model.flow.network.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    blocks = [16, 16, 8]
+    for subject in (model, folder):
+        evaluate(subject, folder, protocol="pixels", **({"seeds": range(40)} if subject is model else {}))
+        assert features == 2 * blocks
+        features.clear()
+        collect_reference.cache_clear()
+    assert passes == [size for size in blocks for _ in range(2)]  # two evaluations of the network
+    collect_statistics(open_dataset(folder), {"pixels": Pixels()})
+    assert features == blocks
+    done: list[int] = []
+    evaluate_likelihood(Denoiser(flow()), TEST, count=40, probes=1, tolerance=0.5, on_progress=done.append)
+    assert done == blocks
 
 
 def test_a_network_stands_beside_its_own_samples(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_new_metric_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch)
     standard = PROTOCOLS["pixels"]
     monkeypatch.setitem(PROTOCOLS, "pixels", replace(standard, metrics=("mean_pixels", "fd_pixels")))
     data = open_dataset("digits")
-    result = evaluate(torch.full((5, 1, 8, 8), 255, dtype=torch.uint8), data, protocol="pixels", batch=2)
+    result = evaluate(torch.full((5, 1, 8, 8), 255, dtype=torch.uint8), data, protocol="pixels")
     assert list(result.metrics) == ["mean_pixels@5", "fd_pixels@5"]
     expected = 1 - float(Pixels()(data.images(range(len(data)))).mean())
     assert result.metrics["mean_pixels@5"] == pytest.approx(expected, rel=1e-5)

@@ -104,7 +104,7 @@ def test_latents_are_decoded(golden: Path, tmp_path: Path) -> None:
     drawn = decode(sample(model, 1, seeds=seeds))
     for i, picture in enumerate(drawn.flip(0)):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
-    options: dict[str, Any] = {"metrics": ["fd_dinov2"], "weights": {"dinov2": TINY_DINOV2}, "batch": 4}
+    options: dict[str, Any] = {"metrics": ["fd_dinov2"], "weights": {"dinov2": TINY_DINOV2}}
     result = evaluate(model, tmp_path, protocol="edm2", sampler=spec, seeds=seeds, decode=decode, **options)
     space = load_features("dinov2", TINY_DINOV2)
     assert list(result.metrics) == [f"fd_dinov2[{str(space.sha256)[:8]}]@4"]

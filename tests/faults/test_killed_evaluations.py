@@ -17,8 +17,8 @@ from edmdistill.machine.launch import LAUNCHER
 SCRIPT = """
 import sys
 from edmdistill.cli import main
-from edmdistill.evaluation import shards
-shards.SHARD_IMAGES = 32
+from edmdistill.evaluation import images, shards
+shards.SHARD_IMAGES, images.BLOCKS[32] = 32, 16
 if __name__ == "__main__":
     main(sys.argv[1:])
 """
@@ -34,7 +34,7 @@ def start(source: Path, out: Path, *more: object) -> subprocess.Popen[str]:
     """Starts the evaluation; its files are small, so that every kill leaves some."""
     script = out.parent / "evaluation.py"
     script.write_text(SCRIPT)
-    words = ["eval", source, "--protocol", "digits", "--nfe", "2,4", "--n", COUNT, "--batch", 16, "--device", "cpu"]
+    words = ["eval", source, "--protocol", "digits", "--nfe", "2,4", "--n", COUNT, "--device", "cpu"]
     words += ["--metrics", "fd_digits,class_accuracy,precision_digits", "--work", out.parent / "work", "--out", out]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, script, *map(str, words), *map(str, more)]
@@ -106,7 +106,7 @@ def test_one_of_two_processes_dies(source: Path, tmp_path: Path) -> None:
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2, said
     assert "The process of rank 1 (of 2) was killed by SIGKILL" in said
-    assert "a smaller --batch" in said
+    assert "use fewer --processes" in said
     assert "Traceback" not in said
     assert files(tmp_path / "work") >= 3
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from edmdistill.cli import REFUSALS, main
@@ -36,6 +37,21 @@ def test_a_refusal_is_one_sentence(body, number: int):
     result = body(command)
     assert result.exit_code == 2
     assert result.stderr == f"Error: a/file: {os.strerror(number)}.\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("CUDNN_STATUS_ALLOC_FAILED")],
+    ids=["torch", "cudnn"],
+)
+def test_a_gpu_without_memory_is_one_sentence(body, error: RuntimeError):
+    def command():
+        raise error
+
+    result = body(command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: the GPU's memory is full ({str(error).partition('.')[0]}): free ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_file_that_we_forgot_to_write_keeps_its_traceback(body):
