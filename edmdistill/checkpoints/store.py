@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edmdistill.atomic import atomic_write
@@ -21,6 +20,7 @@ from edmdistill.checkpoints.documents import code, front_matter, markdown
 from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.checkpoints.licences import licence_fields
+from edmdistill.checkpoints.safetensors_file import write_safetensors
 from edmdistill.checkpoints.source import resolve
 from edmdistill.errors import CheckpointError
 from edmdistill.networks import NETWORKS
@@ -44,11 +44,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         separate[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     with atomic_write(path) as new:
-        try:
-            # With an empty mapping and no tensors, safetensors writes a file that it cannot read.
-            save_file(separate, new, dict(metadata) if metadata else None)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        write_safetensors(new, separate, metadata or {})
 
 
 def load_tensors(
