@@ -1,13 +1,13 @@
 """Writes files in the format of safetensors, whose library reads them.
 
 The library's own writer hands tensors to the system whole. Linux then takes pages of 2 MB for the file, which a virtual
-machine may have to fetch from its host: 1.12 GB take 1.6 to 2.8 s of CPU time so, and .4 s by smaller writes.
+machine may have to fetch from its host: see docs/performance.md.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    numbers = (tensors[name].reshape(-1).view(torch.uint8).numpy() for name in names)
+    numbers: Iterator[Any] = (tensors[name].reshape(-1).view(torch.uint8).numpy() for name in names)
     with path.open("wb", buffering=0) as file:
         for piece in (len(text).to_bytes(8, "little"), text, *numbers):
             rest = memoryview(piece)
