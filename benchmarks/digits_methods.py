@@ -89,6 +89,7 @@ CONTESTANTS = {
     "ect": Contestant("ect", "ect/digits", adapted=False),
     "dmd2": Contestant("dmd2", "dmd2/digits", adapted=False),
     "dmd2-2": Contestant("dmd2", "dmd2/digits-two-steps", adapted=False),
+    "ladd": Contestant("ladd", "ladd/digits", adapted=False),
     "sida": Contestant("sida", "sida/digits", adapted=False),
     "tcm": Contestant("tcm", "tcm/digits", adapted=False, after="ect"),
     "imm": Contestant("imm", "imm/digits", adapted=True),

@@ -34,6 +34,7 @@ OPTIONS = {
     "dmd2": {"auxiliary_turns": 2},
     "sida": {"gan_warmup_images": 8},
     "imm": {"particles": 2},
+    "ladd": {"levels": [2.5], "r1": 1.0},
     "ctm": {"N": 4, "max_steps": 2, "gan_channels": 8},  # the teacher's steps are most of its time
 }
 """Of a method, beside its name."""

@@ -54,6 +54,11 @@ METHODS: dict[str, MethodEntry] = {
         "DMD2: distribution matching with an adversary, in one step or several; with f_divergence, f-distill.",
         ("yin2024dmd2", "xu2025fdistill"),
     ),
+    "ladd": MethodEntry(
+        "edmdistill.methods.ladd:LADD",
+        "LADD: a generator, of one step or several, that learns from a discriminator of the teacher's features alone.",
+        ("sauer2024ladd",),
+    ),
     "scd": MethodEntry(
         "edmdistill.methods.scd:SCD",
         "sCD: continuous-time consistency models, distilled from a teacher.",

@@ -15,7 +15,7 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, NoiseRange
 from edmdistill.methods.noising import initial_noise, noised, one_step, time_of_rows
-from edmdistill.trigflow import denoised
+from edmdistill.trigflow import denoised, sigma_to_time
 
 
 def of_one_step(
@@ -53,3 +53,18 @@ def of_every_step(
         later = denoised(x_t, generator(x_t, t, batch.labels), t, noise.sigma_data)
         g = torch.where((steps >= step).to(g.device)[:, None, None, None], later, g)
     return g
+
+
+def of_noisy_data(
+    generator: FlowFunction, batch: Batch, levels: Sequence[float], draws: Draws, noise: NoiseRange
+) -> Tensor:
+    """Returns images of one step each, drawn for its row; later ones than the first start from data of their level.
+
+    No backward simulation: the first step starts from noise alone, a later one from x_t = cos(t) x0 + sin(t) z.
+    Args: see `of_one_step`.  [B,C,H,W]
+    """
+    step = (draws.uniform() * (1 + len(levels))).long()
+    times = [float(sigma_to_time(sigma, noise.sigma_data)) for sigma in (noise.sigma_max, *levels)]
+    t = torch.stack([time * (step == k).double() for k, time in enumerate(times)]).sum(0)
+    x_t, _ = noised(batch.x0 * (step > 0).to(batch.x0)[:, None, None, None], t, draws, noise.sigma_data)
+    return denoised(x_t, generator(x_t, t, batch.labels), t, noise.sigma_data)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.pieces import Pieces
-from edmdistill.networks.bottleneck import HeadKind
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.heads import HeadKind
 from edmdistill.networks.surgery.last_layer import LastLayer
 
 ConfigT = TypeVar("ConfigT")
@@ -55,6 +55,12 @@ class FlowFunction(Protocol):
     @overload
     def __call__(self, x_t: Tensor, t: Tensor, /, *conditions: Tensor | None, logits: Literal["alone"]) -> Tensor:
         """Returns the logits.  [B,n]"""
+
+    @overload
+    def __call__(
+        self, x_t: Tensor, t: Tensor, /, *conditions: Tensor | None, features: Literal[True]
+    ) -> tuple[Tensor, ...]:
+        """Returns the encoder's features, of each level, the bottleneck last.  [B,C,h,w] each"""
 
     @overload
     def __call__(
@@ -133,7 +139,7 @@ class Role(NamedTuple):
         guided: takes the guidance weight.
         source: the network it is initialized from: the teacher, or the guide, another network of the same data.
         ema_of: the role it is the moving average of, or None.
-        head: kind of the discriminator of its bottleneck, a key of networks.bottleneck; None: it has none.
+        head: kind of the discriminator of its features, a key of networks.heads.HEADS; None: it has none.
         make: (teacher, seed) -> a network of another kind; None: a copy of the source.
         sigma_min: the lowest noise level that it is for; None: the source's.
     """

@@ -24,33 +24,30 @@ from edmdistill.methods.base import Batch, Loss, Preview, Role, Turn
 from edmdistill.methods.distances import l2
 from edmdistill.methods.divergence import Divergence, density_ratio, divergence_weights
 from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
-from edmdistill.methods.noising import noised
+from edmdistill.methods.noising import StepLevels, noised, require_descending
 from edmdistill.methods.score_distillation import SCORES, AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import gap_signals
 from edmdistill.schedules import curve_times
-
-Level = Annotated[float, Meta(gt=0)]
 
 
 class DMD2Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Options; the defaults are those of the official code for ImageNet at 64x64."""
 
-    levels: Annotated[tuple[Level, ...], Meta(description="noise levels of the steps after the first, descending")] = ()
+    levels: StepLevels = ()
     auxiliary_turns: AuxiliaryTurns = 5
     gan: GANWeight = 3e-3
     gan_auxiliary: Annotated[float, Meta(ge=0, description="weight of the head's loss beside the score's")] = 1e-2
     f_divergence: Divergence = "reverse-kl"
 
     def __post_init__(self) -> None:
-        if list(self.levels) != sorted(set(self.levels), reverse=True):
-            raise ValueError(f"levels = {list(self.levels)} must decrease: each step starts below the one before")
+        require_descending(self.levels)
         if self.f_divergence != "reverse-kl" and not self.gan:
             raise ValueError(f'f_divergence = "{self.f_divergence}" weighs by the adversary\'s logits: set gan above 0')
 
 
 class DMD2(ScoreDistillation[DMD2Config]):
     Config = DMD2Config
-    roles = SCORES | {"auxiliary": Role(trained=True, head="convolutions")}
+    roles = SCORES | {"auxiliary": Role(trained=True, head="bottleneck")}
 
     @classmethod
     def roles_for(cls, config: DMD2Config) -> dict[str, Role]:

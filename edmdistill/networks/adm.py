@@ -86,7 +86,7 @@ class DhariwalUNet(EDMUNet):
 
         # Encoder.
         encoder = [layer for layers in levels.encoder() for layer in layers]
-        self.bottleneck = encoder[-1]
+        self.feature_layers = levels.last_layers()
         self.enc = nn.ModuleDict({encoder[0].name: Conv2d(in_channels, encoder[0].out_channels, 3)})
         for layer in encoder[1:]:
             self.enc[layer.name] = block(layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -36,6 +36,7 @@ class Conditioning(NamedTuple):
         guidance_weight: for a guided network; None = not given.  [B] or [1]
         dropout_keys: from Draws.dropout, for training; None = no dropout.  [B] int64
         logits: whether the head's are returned.
+        features: whether the encoder's features are returned, and nothing else.
     """
 
     c_noise: Tensor
@@ -46,6 +47,7 @@ class Conditioning(NamedTuple):
     guidance_weight: Tensor | None = None
     dropout_keys: Tensor | None = None
     logits: Judgment = "none"
+    features: bool = False
 
 
 class ResidualBlock(nn.Module):
@@ -86,9 +88,9 @@ class Network(nn.Module, ABC):
         guided: whether a guidance weight is read.
         time_layers: names of the layers from c_noise to the last linear map of its embedding; the first makes features.
         emb_channels: channels of the embedding.
-        bottleneck: the encoder's last layer.
+        feature_layers: the last layer of each level of the encoder, whose results are features; the bottleneck is last.
         out_conv: the layer that returns F.
-        head: the discriminator on the bottleneck, which returns logits; None: there is none. See networks.bottleneck.
+        head: the discriminator of the features, which returns logits; None: there is none. See networks.heads.
         compiled: whether the blocks run compiled; see `machine.compile`.
     """
 
@@ -101,7 +103,7 @@ class Network(nn.Module, ABC):
     guided: bool
     time_layers: ClassVar[tuple[str, ...]] = ("map_noise", "map_layer0", "map_layer1")
     emb_channels: int
-    bottleneck: Layer
+    feature_layers: Sequence[Layer]
     out_conv: nn.Module
     head: nn.Module | None
     compiled: bool = False
@@ -172,6 +174,8 @@ class Network(nn.Module, ABC):
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor | tuple[Tensor, ...]:
         """Returns the raw output F [B,C,H,W], or a tuple of what the condition asks for: F, logits, u_1, ..., u_n.
 
+        With `features`, the tuple is these alone.
+
         These come from the same call as F, so that wrappers see one forward pass.
 
         Args:
@@ -180,9 +184,13 @@ class Network(nn.Module, ABC):
         more: list[Tensor] = []
         emb = self.embed(condition)
         skips = self.encode(x, emb, condition.dropout_keys)
-        if condition.logits != "none":
+        if condition.features or condition.logits != "none":
+            layers = len(skips) // len(self.feature_layers)
+            features = tuple(x.to(emb.dtype) for x in skips[layers - 1 :: layers])
+            if condition.features:
+                return features
             assert self.head is not None
-            more.append(self.head(skips[-1].to(emb.dtype)))
+            more.append(self.head(features))
             if condition.logits == "alone":
                 return more[0]
         F = self.decode(skips, emb, condition.dropout_keys)

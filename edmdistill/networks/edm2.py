@@ -184,7 +184,7 @@ class UNet(Network):
 
         # Encoder.  A channel of ones beside the image replaces biases.
         encoder = [layer for layers in levels.encoder() for layer in layers]
-        self.bottleneck = encoder[-1]
+        self.feature_layers = levels.last_layers()
         self.enc = nn.ModuleDict({encoder[0].name: MPConv(img_channels + 1, encoder[0].out_channels, 3)})
         for layer in encoder[1:]:
             self.enc[layer.name] = block(layer, "enc")

@@ -76,6 +76,7 @@ class FlowNetwork(nn.Module):
         c_logvar: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
         logits: Judgment = "none",
+        features: bool = False,
     ) -> Conditioning:
         """Returns what the network reads beside x, in its dtypes.  Noise levels of any shape, labels as in forward"""
         if w is None and self.guided:
@@ -88,6 +89,7 @@ class FlowNetwork(nn.Module):
             guidance_weight=None if w is None else w.flatten().to(x.device, self.dtype),
             dropout_keys=self.dropout_keys(x) if self.training else None,
             logits=logits,
+            features=features,
         )
 
     def raw(self, x: Tensor, condition: Conditioning) -> tuple[Tensor, ...]:
@@ -123,6 +125,7 @@ class FlowNetwork(nn.Module):
         u_at: tuple[Tensor, ...] = (),
         w: Tensor | None = None,
         logits: Judgment = "none",
+        features: bool = False,
         along: tuple[Tensor, ...] = (),
     ) -> Tensor | tuple[Tensor, ...]:
         """Returns F, with dx_t/dt = sigma_data F; with u_at, F, u_1, ..., u_n, each the log variance of a loss.
@@ -130,7 +133,7 @@ class FlowNetwork(nn.Module):
         With `along`, F is followed by its derivative in that direction, which has no gradient. F and its gradient are
         those of a call without, computed by the same kernels on the same numbers.
 
-        A network with a head returns F and its logits, or those alone.
+        A network with a head returns F and its logits, or those alone; any network returns its features.
 
         Args:
             x_t: points on the circle.  [B,C,H,W]
@@ -140,8 +143,9 @@ class FlowNetwork(nn.Module):
             u_at: the times, in [0, pi/2], at which the first n log variances are evaluated.  n of [] or [B]
             w: the guidance weight, for a guided network; None = 1, no guidance.  [] or [B]
             logits: whether the head's are returned.
+            features: whether the encoder's are returned alone: [B,C,h,w] from each level, the bottleneck last.
             along: dx and dt, of the shapes of x_t and t, and dsecond of that of second, which without it is constant.
-                Not with logits.
+                Not with logits or features.
         Returns: F [B,C,H,W], or F and n of [B], [1] for one time; float32, float64 if the parameters are
         Raises: ValueError: a second time or w for a network without, or a label out of range; shapes differ; a
             direction has a gradient, or torch's own forward-mode differentiation is active.
@@ -169,9 +173,11 @@ class FlowNetwork(nn.Module):
         if second is not None:
             c_noise_second = self.preconditioning.trigflow(self.clamp(second, x_t))[-1]
         c_logvar = tuple(logvar_c_noise(self.sigma_data * self.clamp(time, x_t).tan()) for time in u_at)
-        condition = self.conditioning(x_t, c_noise, labels, c_noise_second, c_logvar, w, logits)
-        if logits == "alone":
-            judged: Tensor = self.network((c * x_t).to(self.compute_dtype or self.dtype), condition)
+        condition = self.conditioning(x_t, c_noise, labels, c_noise_second, c_logvar, w, logits, features)
+        if logits == "alone" or features:
+            judged: Tensor | tuple[Tensor, ...] = self.network(
+                (c * x_t).to(self.compute_dtype or self.dtype), condition
+            )
             return judged
         raw, *more = self.raw(c * x_t, condition)
         F = b * raw if isinstance(a, float) and a == 0 else a * x_t + b * raw

@@ -59,6 +59,10 @@ class UNetLevels(NamedTuple):
                 channels = width
             yield layers
 
+    def last_layers(self) -> list[Layer]:
+        """Returns the encoder's last layer of each level; the last of all is the bottleneck."""
+        return [layers[-1] for layers in self.encoder()]
+
     def decoder(self, attend_last: bool = False) -> Iterator[list[Layer]]:
         """Yields the layers of each level, from the lowest resolution on.
 

@@ -96,7 +96,7 @@ class SongUNet(EDMUNet):
         # Encoder.
         self.enc = nn.ModuleDict()
         caux = in_channels
-        self.bottleneck = list(levels.encoder())[-1][-1]
+        self.feature_layers = levels.last_layers()
         for entrance, *blocks in levels.encoder():
             cout, aux = entrance.out_channels, f"{entrance.resolution}x{entrance.resolution}_aux"
             first = entrance.role == "conv"

@@ -13,8 +13,8 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.compile import compile_blocks
 from edmdistill.machine.engine import Engine
 from edmdistill.methods.base import Role
-from edmdistill.networks.bottleneck import add_head
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.heads import add_head
 from edmdistill.networks.magnitude import EffectiveWeights
 from edmdistill.networks.surgery.rebuild import add_guidance, add_logvar
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time

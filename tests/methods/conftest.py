@@ -16,6 +16,7 @@ from edmdistill import schedules
 from edmdistill.methods import cosim
 from edmdistill.methods.base import Batch, NoiseRange, Role
 from edmdistill.methods.cosim import CoSIM
+from edmdistill.networks.levels import Layer
 from edmdistill.networks.surgery.last_layer import LastLayer, watched
 from edmdistill.trigflow import cos_sin
 
@@ -32,7 +33,7 @@ class Tiny(nn.Module):
         self.head = nn.Linear(2, role.logvars, dtype=dtype) if role.logvars else None
         self.hidden = nn.Linear(4 + 2 + LABELS + 2 * role.two_time + role.guided, 5, dtype=dtype)
         self.out = nn.Linear(5, 4, dtype=dtype)
-        self.judge = nn.Linear(5, 1, dtype=dtype) if role.head == "convolutions" else nn.Identity()
+        self.judge = nn.Linear(5, 1, dtype=dtype) if role.head == "bottleneck" else nn.Identity()
 
     def forward(
         self,
@@ -44,6 +45,7 @@ class Tiny(nn.Module):
         u_at=(),
         w=None,
         logits="none",
+        features=False,
         along=(),
     ):
         if along:
@@ -56,6 +58,8 @@ class Tiny(nn.Module):
         more = [self.read(second, x_t)] if second is not None else []
         more += [w[:, None].to(x_t.dtype)] if w is not None else []
         hidden = self.hidden(torch.cat([x_t.flatten(1) / 0.5, self.read(t, x_t), labels, *more], 1)).tanh()
+        if features:
+            return self.out(hidden)[:, :, None, None], hidden[:, :, None, None]
         F = self.out(hidden).reshape(x_t.shape)
         if logits != "none":
             judged = self.judge(hidden)
@@ -80,7 +84,9 @@ def tiny_networks() -> Callable[..., dict[str, nn.Module]]:
     """(method, seed, dtype, options) -> a random network for each role."""
 
     def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, nn.Module]:
-        flow = SimpleNamespace(img_channels=SHAPE[0], img_resolution=SHAPE[1])
+        layers = [Layer(1, "block0", 4, width, attention=False) for width in (4, 5)]
+        network = SimpleNamespace(feature_layers=layers)
+        flow = SimpleNamespace(img_channels=SHAPE[0], img_resolution=SHAPE[1], network=network)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return {

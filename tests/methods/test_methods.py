@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "cosim, gan": GAN | {"auxiliary_turns": 2},
     "fmd, lagrangian": {"objective": "lagrangian"},
     "imm": {"particles": 2},
+    "ladd": {"levels": (2.5,), "r1": 1.0},
 }
 """Every method with its defaults, and with options that add roles."""
 ALIKE = {"sida", "dmd2, f-distill", "fmd, gan", "dscd, gan", "scd, vsd, guided and gan"}

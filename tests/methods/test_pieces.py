@@ -11,6 +11,7 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange
 from edmdistill.methods.cosim import CoSIM
+from edmdistill.methods.ladd import LADD
 from edmdistill.methods.pieces import Pieces
 from edmdistill.methods.sid import SiD
 from edmdistill.methods.sida import SiDA
@@ -28,6 +29,7 @@ ROWS = 7
         (CoSIM, {"gan": 1.0, "gan_channels": 8, "balance": "adaptive"}),
         (SiD, {}),
         (SiDA, {}),
+        (LADD, {}),
     ],
     ids=str,
 )
