@@ -88,7 +88,7 @@ CONTESTANTS = {
     "mean-flow": Contestant("mean-flow", "mean-flow/digits", adapted=True),
     "ect": Contestant("ect", "ect/digits", adapted=False),
     "dmd2": Contestant("dmd2", "dmd2/digits", adapted=False),
-    "dmd2-2": Contestant("dmd2", "dmd2/digits-two-steps", adapted=False),
+    "dmd2-two-steps": Contestant("dmd2", "dmd2/digits-two-steps", adapted=False),
     "ladd": Contestant("ladd", "ladd/digits", adapted=False),
     "sida": Contestant("sida", "sida/digits", adapted=False),
     "tcm": Contestant("tcm", "tcm/digits", adapted=False, after="ect"),

@@ -62,6 +62,7 @@ def of_noisy_data(
 
     No backward simulation: the first step starts from noise alone, a later one from x_t = cos(t) x0 + sin(t) z.
     Args: see `of_one_step`.  [B,C,H,W]
+    Source: DMD2's official code without --backward_simulation; FastGen's.
     """
     step = (draws.uniform() * (1 + len(levels))).long()
     times = [float(sigma_to_time(sigma, noise.sigma_data)) for sigma in (noise.sigma_max, *levels)]

@@ -2,7 +2,7 @@
 
 Yin et al. 2024 (NeurIPS), as their code for EDM has it; the weight h(r) is of f-distill (Xu et al. 2025).
 
-    x_k, t_k                        pure noise, then the generator's own image of step k - 1 with noise of level k
+    x_k, t_k                        pure noise, then the generator's image of step k - 1, or data, with noise of level k
     g = G_theta(x_k, t_k),          x_t = cos(t) g + sin(t) z
     F_psi(x_t, t) -> v / sigma_d    the auxiliary ("fake") score, several turns a round; the logit d_psi(x_t, t) of its
                                     bottleneck tells diffused data from diffused images
@@ -19,7 +19,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.backward_simulation import of_every_step, of_one_step
+from edmdistill.methods.backward_simulation import of_every_step, of_noisy_data, of_one_step
 from edmdistill.methods.base import Batch, Loss, Preview, Role, Turn
 from edmdistill.methods.distances import l2
 from edmdistill.methods.divergence import Divergence, density_ratio, divergence_weights
@@ -34,6 +34,9 @@ class DMD2Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Options; the defaults are those of the official code for ImageNet at 64x64."""
 
     levels: StepLevels = ()
+    backward_simulation: Annotated[
+        bool, Meta(description="later steps start from the generator's own images; false: from data")
+    ] = True
     auxiliary_turns: AuxiliaryTurns = 5
     gan: GANWeight = 3e-3
     gan_auxiliary: Annotated[float, Meta(ge=0, description="weight of the head's loss beside the score's")] = 1e-2
@@ -65,7 +68,8 @@ class DMD2(ScoreDistillation[DMD2Config]):
         config, sigma_data = self.config, self.noise.sigma_data
         t = curve_times(draws, *self.noise)
         with torch.no_grad():
-            g = of_every_step(self.generator, batch, config.levels, draws, self.noise)
+            images = of_every_step if config.backward_simulation else of_noisy_data
+            g = images(self.generator, batch, config.levels, draws, self.noise)
             x_t, v = noised(g, t, draws, sigma_data)
         if not config.gan:
             return Loss(l2(self.auxiliary(x_t, t, batch.labels), v / sigma_data), t)
@@ -101,7 +105,8 @@ class DMD2(ScoreDistillation[DMD2Config]):
 
     def diffused(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns g and, where the two scores are compared, x_t, t and v."""
-        g = of_one_step(self.generator, batch, self.config.levels, draws, self.noise)
+        images = of_one_step if self.config.backward_simulation else of_noisy_data
+        g = images(self.generator, batch, self.config.levels, draws, self.noise)
         t = curve_times(draws, *self.noise, low=0.02, high=0.98)
         x_t, v = noised(g, t, draws, self.noise.sigma_data)
         return g, x_t, t, v

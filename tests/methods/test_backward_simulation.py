@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.backward_simulation import of_every_step, of_one_step
+from edmdistill.methods.backward_simulation import of_every_step, of_noisy_data, of_one_step
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.trigflow import cos_sin
 
@@ -59,3 +59,25 @@ def test_a_step_starts_from_the_image_before_with_noise_of_its_level(noise: Nois
     # Images are of one color, so what varies is noise; but before the third step a third is of the first color.
     torch.testing.assert_close(stds[:2], (noise.sigma_max, LEVELS[0]), rtol=0.03, atol=0)
     assert stds[2] > 10 * LEVELS[1]
+
+
+def test_later_steps_can_start_from_data(noise: NoiseRange) -> None:
+    """The generator sees x_t of data of one value, of which the first step's is to have none."""
+    seen = []
+
+    class Seeing(Telling):
+        def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None, **more: Any) -> Tensor:
+            seen.append((x_t, t))
+            return super().__call__(x_t, t, labels, **more)
+
+    data = Batch(torch.full((ROWS, 1, 2, 2), 300.0, dtype=torch.float64), torch.zeros(ROWS, dtype=torch.long))
+    g = of_noisy_data(Seeing(noise), data, LEVELS, Draws(0, ROWS), noise)
+    ((x_t, t),) = seen
+    sigma = noise.sigma_data * t.tan()
+    for level, mean in ((noise.sigma_max, 0.0), (LEVELS[0], 300.0), (LEVELS[1], 300.0)):
+        rows = torch.isclose(sigma, torch.full_like(sigma, level))
+        assert abs(rows.double().mean() - 1 / 3) < 0.03
+        x = (x_t / t.cos()[:, None, None, None])[rows]
+        assert abs(x.mean() - mean) < 5 * level / (x.numel() ** 0.5)
+        torch.testing.assert_close(float(x.std()), level, rtol=0.05, atol=0)
+        assert g[rows].requires_grad

@@ -38,13 +38,26 @@ class Naive:
     """The official code's losses, from the same random numbers in the same order; but the fake score's images are of
     all steps, where there are several."""
 
-    def __init__(self, networks: dict[str, nn.Module], batch: Batch, draws: Draws, levels: tuple[float, ...]) -> None:
+    def __init__(
+        self, networks: dict[str, nn.Module], batch: Batch, draws: Draws, levels: tuple[float, ...], simulated: bool
+    ) -> None:
         self.networks, self.batch, self.draws, self.levels = networks, batch, draws, levels
+        self.simulated = simulated
 
     def noise(self) -> Tensor:
         return self.draws.normal_like(self.batch.x0)
 
+    def generate_from_data(self) -> Tensor:
+        """Without --backward_simulation: indices row by row, noisy data, and pure noise at the top."""
+        indices = (self.draws.uniform() * (len(self.levels) + 1)).long().tolist()
+        sigma = torch.tensor([(80.0, *self.levels)[index] for index in indices], dtype=torch.float64)
+        noise = sigma.reshape(-1, 1, 1, 1) * self.noise()
+        x = torch.stack([n if index == 0 else n + x for n, x, index in zip(noise, self.batch.x0, indices, strict=True)])
+        return denoiser(self.networks["generator"], x, sigma, self.batch.labels)
+
     def generate(self) -> Tensor:
+        if not self.simulated:
+            return self.generate_from_data()
         G, labels, size = self.networks["generator"], self.batch.labels, len(self.batch.x0)
         x, sigma = 80.0 * self.noise(), 80.0
         step = int(self.draws.common() * (len(self.levels) + 1))
@@ -54,6 +67,8 @@ class Naive:
         return denoiser(G, x, torch.full((size,), sigma, dtype=torch.float64), labels)
 
     def generate_every_step(self) -> Tensor:
+        if not self.simulated:
+            return self.generate_from_data()
         if not self.levels:
             return denoiser(self.networks["generator"], 80.0 * self.noise(), torch.full((8,), 80.0), self.batch.labels)
         steps = 1 + (self.draws.uniform() * (len(self.levels) + 1)).long()
@@ -110,20 +125,28 @@ def naive_h(weight: Callable[[Tensor], Tensor], sigma: Tensor, fake_logits: Tens
     return h / h.mean()
 
 
-@pytest.mark.parametrize("levels", [(), LEVELS], ids=["one step", "three steps"])
+@pytest.mark.parametrize(
+    ("levels", "simulated"), [((), True), (LEVELS, True), (LEVELS, False)], ids=["one step", "three steps", "from data"]
+)
 @pytest.mark.parametrize("divergence", ["reverse-kl", "jensen-shannon", "no gan"])
 def test_the_losses_are_the_official_codes(
-    divergence: str, levels: tuple[float, ...], tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
+    divergence: str,
+    levels: tuple[float, ...],
+    simulated: bool,
+    tiny_networks: Make,
+    tiny_batch: Make,
+    noise: NoiseRange,
 ) -> None:
     gan = divergence != "no gan"
-    options: dict[str, Any] = {"levels": levels} | ({"f_divergence": divergence} if gan else {"gan": 0.0})
+    options: dict[str, Any] = {"levels": levels, "backward_simulation": simulated}
+    options |= {"f_divergence": divergence} if gan else {"gan": 0.0}
     networks = tiny_networks(DMD2, **options)
     method, batch = DMD2(DMD2Config(**options), networks, noise), tiny_batch(8)
     auxiliary, generator = method.turns()[0], method.turns()[-1]
     assert [turn.role for turn in method.turns()] == ["auxiliary"] * 5 + ["generator"]
     weight = {"jensen-shannon": lambda r: r / (1 + r)}.get(divergence, torch.ones_like)
     for seed in range(4):  # three steps are drawn in three of these seeds
-        naive = Naive(networks, batch, Draws(seed, 8), levels)
+        naive = Naive(networks, batch, Draws(seed, 8), levels, simulated)
         preview = generator.preview and generator.preview(batch, Draws(seed, 8))
         more = () if preview is None else (preview,)
         found = auxiliary.loss(batch, Draws(seed, 8)).value.mean()
