@@ -11,8 +11,9 @@ After Sabour, Fidler & Kreis 2025 (Align Your Flow).
 Differs: with `trajectory_steps`, the map also learns the teacher's jumps between points of its trajectories: alone for
 `trajectory_images`, then beside the tangents. The recipe fmd/digits never starts the tangents: it trains by regression
 on trajectories alone, not by AYF's objectives as those for ImageNet, because a short run with tangents in its last
-quarter was worse at 1, 4 and 8 steps and hardly better at 2. Its variant fmd/digits-tangents trains by tangents alone, over pairs
-of noise levels (`times = "lognormal"`), because few of AYF's intervals are short, and so errors of the map grow.
+quarter was worse at 1, 4 and 8 steps and hardly better at 2. Its variant fmd/digits-tangents trains by tangents alone,
+over pairs of noise levels (`times = "lognormal"`), because few of AYF's intervals are short, and so errors of the map
+grow.
 """
 
 from __future__ import annotations
