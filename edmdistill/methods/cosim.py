@@ -90,14 +90,18 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         short = t < sigma_to_time(config.anchor_sigma, sigma_data)
         if config.anchor_sigma:  # one pass of the teacher serves both kinds of row
             s, x_s = torch.where(short, t, s), torch.where(short[:, None, None, None], x_t, x_s)
-        with torch.set_grad_enabled(config.gradient == "fisher"):
+        with torch.set_grad_enabled(config.gradient == "fisher" or config.fisher_sigma > 0):
             F_teacher = self.teacher(x_s, s, labels)
             F_aux = self.auxiliary(x_s, s, labels, t)
-        if config.gradient == "kl":
-            loss = kl_generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, power=config.s_power)
+        fisher = partial(generator_loss, sigma_data=sigma_data, alpha=config.alpha, weight=config.weight)
+        kl = partial(kl_generator_loss, sigma_data=sigma_data, power=config.s_power)
+        if config.gradient == "fisher":
+            loss = fisher(F_aux, F_teacher, v, s)
         else:
-            alpha, weight = config.alpha, config.weight
-            loss = generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, alpha=alpha, weight=weight)
+            loss = kl(F_aux.detach(), F_teacher.detach(), v, s)
+        if config.fisher_sigma:
+            above = s >= sigma_to_time(config.fisher_sigma, sigma_data)
+            loss = loss._replace(value=torch.where(above, fisher(F_aux, F_teacher, v, s).value, loss.value))
         if config.anchor_sigma:
             anchor = (F - F_teacher.detach()).square().flatten(1).sum(1)
             loss = loss._replace(value=torch.where(short, anchor, loss.value))

@@ -16,8 +16,8 @@ from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryStride, T
 class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     """The defaults are the paper's.
 
-    gradient = "kl", order = "t", anchor_sigma and the trajectories are not in the paper; docs/cosim.md says what they
-    are for.
+    gradient = "kl", fisher_sigma, order = "t", anchor_sigma and the trajectories are not in the paper; docs/cosim.md
+    says what they are for.
 
     Differs: the paper requires lambda >= 0 in coef = alpha (1 + lambda), but trains alpha 1.2 with coef 1; its
     eq. 12 defines another lambda, 2 coef - 1. The losses depend on alpha and coef only, so these are the options.
@@ -35,6 +35,9 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
         Literal["fisher", "kl"],
         Meta(description="the generator's: fisher, through both scores; kl, their difference itself, as in DMD"),
     ] = "fisher"
+    fisher_sigma: Annotated[
+        float, Meta(ge=0, description="with gradient = kl: it is fisher at s from this noise level on; 0 = nowhere")
+    ] = 0.0
     s_power: Annotated[float, Meta(ge=0, le=4, description="power of sin(s) in the weight of the gradient kl")] = 1.0
     order: Annotated[
         Literal["s", "t"], Meta(description="drawn first: s, or t with s uniform below it, whatever R and r_s_max")
@@ -58,6 +61,8 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.anchor_sigma and self.order != "t":
             raise ValueError('anchor_sigma divides the levels t, which order = "t" draws first: set both or neither')
+        if self.fisher_sigma and self.gradient != "kl":
+            raise ValueError('fisher_sigma divides the levels s between two gradients: set gradient = "kl" beside it')
         if self.warmup_images and not self.trajectory_steps:
             raise ValueError("until warmup_images the generator learns trajectories: set trajectory_steps too")
         if self.trajectory_stride > max(self.trajectory_steps, 1):
@@ -76,7 +81,7 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
 
     def notes(self) -> tuple[str, ...]:
         """Returns eq. 38: at psi's optimum the generator's loss is (2 coef - alpha) / (4 coef^2) Fisher divergence."""
-        if self.gradient == "kl":
+        if self.gradient == "kl" and not self.fisher_sigma:
             return ()
         alpha, coef = self.alpha, self.coef
         factor = (2 * coef - alpha) / (4 * coef**2)

@@ -370,6 +370,24 @@ def test_the_anchor_divides_the_levels(case: Make) -> None:
     assert (same == ~short).all()
 
 
+def test_fisher_sigma_divides_the_levels(case: Make) -> None:
+    """Rows whose s lies from it on have one gradient, the others the other one."""
+    mixed, fisher, kl = (
+        case(order="t", coef=1.0, **options)
+        for options in ({"gradient": "kl", "fisher_sigma": 1.0}, {"gradient": "fisher"}, {"gradient": "kl"})
+    )
+    jump = CoSIM(kl.config, kl.networks, NoiseRange(SD, 0.002, 80.0)).transition(
+        kl.batch, Draws(SEED, len(kl.batch.x0))
+    )
+    above = jump.s >= math.atan(1.0 / SD)
+    assert 0 < above.sum() < len(above)
+    for rows, other in ((above, fisher), (~above, kl)):
+        values = [setting.turn("generator")[rows] for setting in (mixed, other)]
+        assert_near(*values, 1e-12)
+        networks = (setting.networks["generator"] for setting in (mixed, other))
+        assert_near(*(flat(gradients(v.sum(), n)) for v, n in zip(values, networks, strict=True)), 1e-10)
+
+
 # --- The mutants. ---
 
 CAUGHT_BY_GRADIENTS = [

@@ -25,6 +25,7 @@ def test_beta(coef: float) -> None:
         {"share_to_max": 1.1},
         {"anchor_sigma": 0.3},
         {"anchor_sigma": -0.3, "order": "t"},
+        {"fisher_sigma": 1.0},
         {"r_s_max": 0},
         {"weight": "none"},
         {"lambda": 0.5},
@@ -55,4 +56,5 @@ def test_notes(alpha: float, coef: float, derived: str, warned: bool) -> None:
     notes = CoSIMConfig(alpha=alpha, coef=coef).notes()
     assert notes[0] == f"alpha {alpha:g} and coef {coef:g} give {derived}"
     assert CoSIMConfig(alpha=alpha, coef=coef, gradient="kl").notes() == ()
+    assert CoSIMConfig(alpha=alpha, coef=coef, gradient="kl", fisher_sigma=1.0).notes() == notes
     assert [("diverge" in note and "raise coef" in note) for note in notes[1:]] == [True] * warned
