@@ -141,9 +141,10 @@ def command(
 ) -> None:
     """Draw images from SOURCE: a teacher (official pickle, or a checkpoint of ours), a generator, or a run directory.
 
-    A folder gets a PNG for each seed, a grid, and dataset.json with the classes; a .png is the grid alone; an .npz
-    holds images (uint8, [N,H,W,C]), seeds and labels. An image depends on its seed and class only, not on the batch.
-    Latents are decoded by the VAE that the checkpoint names, if it is in the Hub's cache, or by that of --vae.
+    A folder DIR gets a PNG for each seed and dataset.json with the classes; a grid is beside it, DIR-grid.png. A .png
+    is the grid alone; an .npz holds images (uint8, [N,H,W,C]), seeds and labels. An image depends on its seed and class
+    only, not on the batch. Latents are decoded by the VAE that the checkpoint names, if it is in the Hub's cache, or by
+    that of --vae.
 
     Images are kept as they are drawn: after Ctrl-C, the same command goes on. Images that are not finite are left out
     and named, and the exit code is 1.

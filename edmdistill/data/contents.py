@@ -24,8 +24,8 @@ UNREAD_SUFFIXES = (
 )
 """Image formats that are not read: refused, so that no part of a set is lost silently."""
 LABELS = "dataset.json"
-SAMPLE_FILES = {"grid.png": "grid of samples", "samples.json": "record of samples"}
-"""Files that `edmdistill sample` writes beside its images: left out without a note."""
+SAMPLES = {"samples.json": "record of samples"}
+"""What `edmdistill sample` writes beside its images: left out without a note."""
 JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "__pycache__"}
 """Files that operating systems leave beside a user's files, in lower case."""
 
@@ -57,7 +57,7 @@ class Contents:
     def notes(self, name: str) -> list[str]:
         """Returns sentences on what was left out of the set of this name."""
         notes = []
-        left_out = {file: reason for file, reason in self.left_out.items() if reason not in SAMPLE_FILES.values()}
+        left_out = {file: reason for file, reason in self.left_out.items() if reason not in SAMPLES.values()}
         if left_out:
             count = len(left_out)
             notes.append(f"{name}: left out {count:,} file{'s' if count > 1 else ''}: {summarize(left_out)}.")
@@ -107,16 +107,15 @@ def sort_files(
     """
     members = sorted(files.members(), key=lambda member: member.name)
     names = [canonical_name(member.name) for member in members]
-    sampled = {posixpath.dirname(name) for name in names if _is_sample(posixpath.basename(name))}
     images, documents, unread, left_out = [], [], [], {}
     for member, name in zip(members, names, strict=True):
-        folder, base = posixpath.split(name)
+        base = posixpath.basename(name)
         if reason := _junk(name):
             left_out[member.name] = reason
         elif base.lower() == LABELS:
             documents.append(member)
-        elif base in SAMPLE_FILES and folder in sampled:
-            left_out[member.name] = SAMPLE_FILES[base]
+        elif base in SAMPLES:
+            left_out[member.name] = SAMPLES[base]
         elif base.lower().endswith(suffixes):
             images.append(member)
         elif base.lower().endswith(refused):
@@ -153,12 +152,6 @@ def summarize(left_out: dict[str, str]) -> str:
         f"{reason} ({printable(names[0])}{f' and {len(names) - 1:,} more' if len(names) > 1 else ''})"
         for reason, names in by_reason.items()
     )
-
-
-def _is_sample(name: str) -> bool:
-    """Returns whether `edmdistill sample` names an image so: 000000.png for seed 0."""
-    stem = name.removesuffix(".png")
-    return stem != name and len(stem) >= 6 and stem.isascii() and stem.isdecimal()
 
 
 def _junk(key: str) -> str | None:

@@ -23,6 +23,7 @@ from edmdistill.report import html
 from edmdistill.report.curves import Axis, Point, powers_of_two, svg_curves, svg_heat_map
 from edmdistill.report.plan_comparison import compare_with_plan
 from edmdistill.report.summary import RunSummary
+from edmdistill.sampling.png_folder import GRID
 from edmdistill.training.metrics import BINS
 
 MAX_GRIDS = 6
@@ -75,7 +76,8 @@ def samples(run: RunSummary) -> str:
     seen = _training_grids(run.path / "x0")[-1:]
     figures += [(f"x0 after {int(file.stem):,} images", html.picture(file)) for file in seen]
     figures += [
-        (f"sampled into {file.parent.name}", html.picture(file)) for file in sorted(run.path.glob("*/grid.png"))
+        (f"sampled into {file.name.removesuffix(GRID)}", html.picture(file))
+        for file in sorted(run.path.glob(f"*{GRID}"))
     ]
     if not figures:
         return "<p>Nothing is sampled yet.</p>"

@@ -66,7 +66,7 @@ class Samples:
 
         NAME.npz: see NpzFile
         NAME.png: a grid, see GridFile
-        NAME: see PngFolder; with samples.json, the record of the request
+        NAME: see PngFolder, with a grid beside it; samples.json is the record of the request
 
     Samples that are not finite are counted and left out.
 
@@ -187,7 +187,7 @@ class Samples:
             return True
         record = read_request(output.folder)
         if record is None:
-            output.claim()
+            output.claim(overwrite)
             return False
         if record["request"] != self.request:
             if not overwrite:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -40,6 +41,15 @@ class SampleInfo(NamedTuple):
     layout: Layout = "edmdistill"
 
 
+def grid_digest(path: Path) -> str | None:
+    """Returns the digest of the request that a grid was written for; None: it is no grid of ours."""
+    try:
+        with Image.open(path) as image:
+            return str(image.info.get(DIGEST_KEY))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
 class Output(ABC):
     """Where samples are stored as they are drawn.
 
@@ -62,10 +72,10 @@ class Output(ABC):
         """
 
     @abstractmethod
-    def claim(self) -> None:
+    def claim(self, overwrite: bool) -> None:
         """Makes sure that a folder without a record can be written.
 
-        Raises: EdmDistillError: it holds files of others.
+        Raises: EdmDistillError: it holds files of others, or something is in the way.
         """
 
     @abstractmethod

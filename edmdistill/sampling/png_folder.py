@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -14,35 +15,45 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edmdistill.atomic import atomic_write
+from edmdistill.atomic import atomic_write, require_free
 from edmdistill.errors import CheckpointError, EdmDistillError
 from edmdistill.sampling.grid import to_image
-from edmdistill.sampling.output import Output, SampleInfo
+from edmdistill.sampling.output import Output, SampleInfo, grid_digest
 
-REQUEST, LABELS, GRID = "samples.json", "dataset.json", "grid.png"
+REQUEST, LABELS = "samples.json", "dataset.json"
+GRID = "-grid.png"
+"""Suffix of the grid beside a folder, in which other tools would take it for a sample."""
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 """The last bytes of a complete PNG."""
 
 
 class PngFolder(Output):
-    """A folder with 000000.png for seed 0 ..., grid.png, and dataset.json with the classes."""
+    """A folder NAME with 000000.png for seed 0 ... and dataset.json with the classes, and beside it NAME-grid.png."""
 
     def __init__(self, out: Path, info: SampleInfo) -> None:
         super().__init__(out, out, info)
+        self.grid = out.resolve().with_name(out.resolve().name + GRID)
 
     def is_complete(self, overwrite: bool) -> bool:
         return False  # its record tells
 
-    def claim(self) -> None:
+    def claim(self, overwrite: bool) -> None:
         if self.folder.is_dir() and any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
             raise EdmDistillError(
                 f"{self.folder} holds files that edmdistill sample did not write: choose another folder"
             )
+        if grid_digest(self.grid) != self.info.digest:
+            require_free(self.grid, overwrite)
+        if self.grid.parent.exists() and not os.access(self.grid.parent, os.W_OK):
+            raise EdmDistillError(
+                f"{self.grid.parent} cannot be written, where {self.grid.name} is to be: choose another folder"
+            )
 
     def clear(self) -> None:
         for entry in self.folder.iterdir():
-            if re.fullmatch(r"[0-9]{6,}\.png", entry.name) or entry.name in (LABELS, GRID, REQUEST):
+            if re.fullmatch(r"[0-9]{6,}\.png", entry.name) or entry.name in (LABELS, REQUEST):
                 entry.unlink()
+        self.grid.unlink(missing_ok=True)
 
     def recover(self, seeds: Sequence[int] | None) -> None:
         for leftover in self.folder.glob(".*.png.*.new"):
@@ -61,7 +72,7 @@ class PngFolder(Output):
         self.drawn |= seeds
 
     def finish(self) -> None:
-        self.write_grid(self.out / GRID)
+        self.write_grid(self.grid)
         self._write_labels(self.drawn)
 
     def close(self) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from edmdistill.atomic import atomic_write, remove_leftovers, require_free
-from edmdistill.sampling.output import DIGEST_KEY, Output, SampleInfo
+from edmdistill.sampling.output import Output, SampleInfo, grid_digest
 
 NO_CLASS = -1
 """The class of an unconditional sample in an .npz."""
@@ -37,7 +36,7 @@ class SingleFile(Output):
         require_free(self.out, overwrite)
         return False
 
-    def claim(self) -> None:
+    def claim(self, overwrite: bool) -> None:
         self.close()  # killed before its request was written, or after
 
     def clear(self) -> None:
@@ -91,11 +90,7 @@ class GridFile(SingleFile):
         self.write_grid(self.out)
 
     def _read_digest(self) -> str | None:
-        try:
-            with Image.open(self.out) as image:
-                return str(image.info.get(DIGEST_KEY))
-        except (OSError, SyntaxError, ValueError):
-            return None
+        return grid_digest(self.out)
 
 
 class NpzFile(SingleFile):

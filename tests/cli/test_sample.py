@@ -111,10 +111,9 @@ def test_folder_and_grid(runs: dict[str, Path], tmp_path: Path) -> None:
     assert run(runs["run"], "--seeds", "0-5", "--out", tmp_path / "frogs.png").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "frogs").iterdir()) == [f"{i:06d}.png" for i in range(6)] + [
         "dataset.json",
-        "grid.png",
         "samples.json",
     ]
-    assert (tmp_path / "frogs" / "grid.png").read_bytes() == (tmp_path / "frogs.png").read_bytes()
+    assert (tmp_path / "frogs-grid.png").read_bytes() == (tmp_path / "frogs.png").read_bytes()
     expected = to_uint8(sample(load_generator(runs["generator"]), seeds=range(6)))
     with Image.open(tmp_path / "frogs" / "000004.png") as image:
         assert image.mode == "L"

@@ -208,7 +208,6 @@ def write_folder(path: Path, images: Tensor, classes: list[int] | None, suffix: 
     folder.mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image[0].numpy()).save(folder / f"{i:06d}.{suffix}")
-    Image.new("L", (99, 99)).save(folder / "grid.png")
     if classes is not None:
         labels = [[f"{i:06d}.{suffix}", c] for i, c in enumerate(classes)]
         (folder / "dataset.json").write_text(json.dumps({"labels": labels}))

@@ -93,9 +93,7 @@ def test_a_report_has_the_same_tags_whatever_the_names(name: str) -> None:
 
 
 def test_names_of_files_and_folders(tmp_path: Path) -> None:
-    folder = tmp_path / "<b onclick='x'>"
-    folder.mkdir()
-    Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "grid.png")
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "<b onclick='x'>-grid.png")
     (tmp_path / "samples").mkdir()
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "samples" / "my own.png")  # not of the training
     (tmp_path / "samples" / "000000064.png").write_bytes(b"\x89PNG torn")

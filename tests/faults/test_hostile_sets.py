@@ -98,7 +98,9 @@ def test_descriptions(folder: Path, document: bytes) -> None:
 
 
 NAME_PART = st.one_of(
-    st.sampled_from(["0.png", "a", "..", ".", "", ".x", "__MACOSX", "grid.png", "000000.png", "dataset.json", "x.tif"]),
+    st.sampled_from(
+        ["0.png", "a", "..", ".", "", ".x", "__MACOSX", "samples.json", "000000.png", "dataset.json", "x.tif"]
+    ),
     st.text(st.characters(exclude_characters="\0"), max_size=6),
 )
 NAME = (

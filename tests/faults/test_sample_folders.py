@@ -79,6 +79,19 @@ def test_files_of_somebody_else_are_never_removed(source: Path, tmp_path: Path) 
     assert [file.name for file in tmp_path.iterdir()] == ["000000.png"]
 
 
+def test_a_picture_in_the_place_of_the_grid_is_kept(source: Path, tmp_path: Path) -> None:
+    out, grid = tmp_path / "out", tmp_path / "out-grid.png"
+    grid.write_text("a picture")
+    refused = run(source, "--seeds", "0-1", "--out", out)
+    assert refused.exit_code == 2
+    assert f"{grid} already exists: choose another name, or add --overwrite" in refused.stderr
+    assert (grid.read_text(), out.exists()) == ("a picture", False)
+    assert run(source, "--seeds", "0-1", "--out", out, "--overwrite").exit_code == 0
+    shutil.rmtree(out)
+    assert run(source, "--seeds", "0-1", "--out", out).exit_code == 0  # a grid of the same samples is replaced
+    assert grid.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_finished_request_does_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("out", "out.npz", "out.PNG"):
         words = ["--seeds", "0-3", "--out", tmp_path / name]
@@ -88,7 +101,7 @@ def test_a_finished_request_does_nothing(source: Path, tmp_path: Path, monkeypat
             again = run(source, *words)
         assert again.exit_code == 0
         assert "already holds these 4 images" in again.stderr
-    assert {entry.name for entry in tmp_path.iterdir()} == {"out", "out.npz", "out.PNG"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out", "out-grid.png", "out.npz", "out.PNG"}
 
 
 @pytest.mark.parametrize("name", ["out", "out.npz", "out.png"])
@@ -112,7 +125,9 @@ def test_ctrl_c_keeps_what_is_done(
         }
     else:
         assert out.read_bytes() == whole.read_bytes()
-    assert {entry.name for entry in tmp_path.iterdir()} == {out.name, whole.name}
+    grids = {f"{folder.name}-grid.png" for folder in (out, whole) if folder.is_dir()}
+    assert {entry.name for entry in tmp_path.iterdir()} == {out.name, whole.name, *grids}
+    assert len({(tmp_path / grid).read_bytes() for grid in grids}) <= 1
 
 
 def test_torn_files_are_drawn_again(source: Path, tmp_path: Path) -> None:

@@ -255,7 +255,6 @@ def test_eval_of_images(tmp_path: Path) -> None:
     (folder / ".ipynb_checkpoints").mkdir(parents=True)
     for i, image in enumerate(FRAMES):
         image.save(folder / f"{i:06}.png")
-    FRAMES[0].save(folder / "grid.png")
     FRAMES[0].save(folder / ".ipynb_checkpoints" / "000000-checkpoint.png")
     reference = write(tmp_path / "ref.zip", {f"{i}.png": encoded(image, "PNG") for i, image in enumerate(FRAMES)})
 

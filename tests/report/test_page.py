@@ -97,8 +97,7 @@ def full(bare: Path) -> Path:
     (bare / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for images in (0, 250, 500, 750, 1000):
         Image.fromarray(np.full((270, 338), images // 4, np.uint8)).save(bare / "samples" / f"{images:09d}.png")
-    (bare / "images").mkdir()
-    Image.fromarray(np.zeros((100, 3000, 3), np.uint8)).save(bare / "images" / "grid.png")
+    Image.fromarray(np.zeros((100, 3000, 3), np.uint8)).save(bare / "images-grid.png")
     config = CheckpointConfig(
         stage="generator",
         network=NetworkSpec("edm2", SMALL),

@@ -71,7 +71,7 @@ def test_latents_are_decoded_as_they_are_drawn(tmp_path: Path) -> None:
     made = write(tmp_path / "frogs", latents, SEEDS, None, decoder=decode)
     assert made.broken == [1]
     assert np.array_equal(picture(tmp_path / "frogs" / "000100.png"), decode(latents[2:])[0].permute(1, 2, 0))
-    assert picture(tmp_path / "frogs" / "grid.png").shape == (32, 2 * 34 - 2, 3)  # two of 16x16, enlarged twice
+    assert picture(tmp_path / "frogs-grid.png").shape == (32, 2 * 34 - 2, 3)  # two of 16x16, enlarged twice
 
 
 @pytest.mark.parametrize(("channels", "classes"), [(1, [4, 4, 2]), (3, None)])
@@ -92,9 +92,7 @@ def test_the_layout_of_adm(tmp_path: Path, channels: int, classes: list[int] | N
 def test_folder(tmp_path: Path, channels: int) -> None:
     out = tmp_path / "frogs"
     write(out, images(channels), SEEDS, None)
-    assert sorted(path.name for path in out.iterdir()) == [
-        *("000000.png", "000001.png", "000100.png", "grid.png", "samples.json")
-    ]
+    assert sorted(path.name for path in out.iterdir()) == [*("000000.png", "000001.png", "000100.png", "samples.json")]
     pixels = to_uint8(images(channels)).permute(0, 2, 3, 1).squeeze(-1).numpy()
     for i, seed in enumerate(SEEDS):
         assert np.array_equal(picture(out / f"{seed:06d}.png"), pixels[i])
