@@ -96,8 +96,9 @@ class EmaTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[ema]: the moving averages of the weights. Sampling uses the first of them."""
 
     half_life_images: PositiveCount | None = None
-    rampup_ratio: Positive | None = 0.05
-    """The half-life is at most this share of the images seen so far.  Source: EDM's ema_rampup_ratio."""
+    rampup_ratio: Positive | Literal["none"] = 0.05
+    """The half-life is at most this share of the images seen so far; "none": it is the same from the start.  Source:
+    EDM's ema_rampup_ratio."""
     sigma_rel: tuple[Annotated[float, Meta(ge=0.001, lt=12**-0.5)], ...] = ()
     """Lengths of power-function averages, as in EDM2, to three decimals."""
     snapshot_every: PositiveCount | None = None

@@ -66,7 +66,8 @@ class PowerFunction(NamedTuple):
 
 def profiles(table: recipes.EmaTable) -> list[HalfLife | PowerFunction]:
     """Returns the profiles of a recipe's averages. Sampling uses the first."""
-    half_lives = [] if table.half_life_images is None else [HalfLife(table.half_life_images, table.rampup_ratio)]
+    ratio = None if table.rampup_ratio == "none" else table.rampup_ratio
+    half_lives = [] if table.half_life_images is None else [HalfLife(table.half_life_images, ratio)]
     return [*half_lives, *map(PowerFunction, table.sigma_rel)]
 
 

@@ -10,9 +10,10 @@ from edmdistill.checkpoints.posthoc_ema import find_snapshots, reconstruct_check
 from edmdistill.checkpoints.store import load_checkpoint, load_tensors
 from edmdistill.cli import main
 from edmdistill.errors import RecipeError
+from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training import session
-from edmdistill.training.ema import Ema, HalfLife, PowerFunction
+from edmdistill.training.ema import Ema, HalfLife, PowerFunction, profiles
 from edmdistill.training.session import train
 
 
@@ -35,6 +36,12 @@ def test_ramp_up_shortens_the_half_life():
     assert ema.beta(0, 10) == 0  # the first step is taken whole
     assert ema.beta(2000, 100) == pytest.approx(0.5)  # half-life 100
     assert ema.beta(10**6, 1000) == pytest.approx(0.5)  # half-life 1000
+
+
+def test_a_recipe_can_leave_the_ramp_up_out():
+    recipe = load_recipe("sid/digits", sets=['ema.rampup_ratio="none"', "ema.half_life_images=50"])
+    assert profiles(recipe.ema) == [HalfLife(50, None)]
+    assert HalfLife(50, None).beta(0, 50) == 0.5
 
 
 def test_buffers_are_copied_and_the_network_is_left_alone():
