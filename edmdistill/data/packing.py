@@ -38,6 +38,14 @@ class Packed(NamedTuple):
     changes: tuple[str, ...]
 
 
+def read(source: Path, pictures: Pictures, i: int) -> tuple[bytes | Image.Image, int]:
+    """Returns picture i as stored or decoded, and the CRC-32 of that.  Raises: DatasetError: it cannot be read."""
+    name = printable(pictures.names[i])
+    with as_dataset_error(lambda why: f"{source}: {name} cannot be read ({why}); replace or remove it"):
+        stored = pictures.read(i)
+    return stored, zlib.crc32(stored if isinstance(stored, bytes) else stored.tobytes())
+
+
 @dataclass(frozen=True)
 class PackJob:
     """The pictures, and what is made of them."""
@@ -53,15 +61,15 @@ class PackJob:
         return [self._pack(i) for i in range(start, min(start + CHUNK, self.total))]
 
     def _pack(self, i: int) -> Packed:
-        where = f"{self.source}: {printable(self.pictures.names[i])}"
-        with as_dataset_error(lambda why: f"{where} cannot be read ({why}); replace or remove it"):
-            stored = self.pictures.read(i)
+        where, (stored, crc) = (
+            f"{self.source}: {printable(self.pictures.names[i])}",
+            read(self.source, self.pictures, i),
+        )
         image, changes = decode_picture(stored, where) if isinstance(stored, bytes) else (stored, ())
         if self.transform.apply is not scale:
             image = image.convert("RGB") if image.mode != "RGB" else image
         with as_dataset_error(lambda why: f"{where} cannot be resized ({why}); replace or remove it"):
             packed = image if self.size is None else self.transform.apply(image, self.size)
-        crc = zlib.crc32(stored if isinstance(stored, bytes) else stored.tobytes())
         if packed is None:
             return Packed(None, (0, 0, ""), crc, ())
         return Packed(encode_png(packed), (*packed.size, packed.mode), crc, changes)

@@ -24,9 +24,9 @@ from edmdistill import __version__
 from edmdistill.atomic import require_free, temporary_folder
 from edmdistill.data.contents import LABELS
 from edmdistill.data.edm_zip import EdmZip, image_index, image_name
-from edmdistill.data.packing import Packed, PackJob, packed_chunks
+from edmdistill.data.packing import Packed, PackJob, packed_chunks, read
 from edmdistill.data.pictures import Pictures
-from edmdistill.data.prepare_state import PrepareState, names_sha256, open_state, remove_leftovers
+from edmdistill.data.prepare_state import PrepareState, chained, names_sha256, open_state, remove_leftovers
 from edmdistill.data.sources import open_pictures
 from edmdistill.data.tar_files import is_compressed
 from edmdistill.data.transforms import Size, find_transform
@@ -95,6 +95,7 @@ def prepare_data(
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     chosen = find_transform(transform, size)
     remove_leftovers(out)
+    report = on_progress or (lambda done, total: None)
     settings = {
         "source": str(source.absolute()),
         "resolution": None if size is None else list(size),
@@ -105,7 +106,7 @@ def prepare_data(
         "pillow": PIL.__version__,
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
     }
-    if not overwrite and (found := _made_before(source, out, settings, on_bytes)) is not None:
+    if not overwrite and (found := _made_before(source, out, settings, report, on_bytes)) is not None:
         return found
     require_free(out, overwrite)
     with open_state(out, settings, overwrite=overwrite) as state:
@@ -114,7 +115,7 @@ def prepare_data(
         state.require_same_source(pictures.names[:total], pictures.sizes)
         job = PackJob(source, pictures, chosen, size, total)
         with EdmZip(state.images, state.progress.bytes) as archive:
-            _write_images(archive, state, job, workers or os.cpu_count() or 1, on_progress)
+            _write_images(archive, state, job, workers or os.cpu_count() or 1, report)
             if not archive.names:
                 raise DatasetError(
                     f"{source}: {transform} leaves out all of the {total:,} pictures; choose another one"
@@ -132,13 +133,12 @@ def _write_images(
     state: PrepareState,
     job: PackJob,
     workers: int,
-    on_progress: Callable[[int, int], object] | None,
+    report: Callable[[int, int], object],
 ) -> None:
     """Writes the images of all pictures that are not done yet; what is done is kept whatever happens.
 
     Raises: DatasetError: a picture cannot be read, or differs in size from the first.
     """
-    report = on_progress or (lambda done, total: None)
     report(state.progress.done, job.total)
     saved = time.monotonic()
     try:
@@ -202,11 +202,15 @@ def _record(archive: EdmZip, state: PrepareState, job: PackJob, settings: dict[s
 
 
 def _made_before(
-    source: Path, out: Path, settings: dict[str, Any], on_bytes: Callable[[int], object]
+    source: Path,
+    out: Path,
+    settings: dict[str, Any],
+    report: Callable[[int, int], object],
+    on_bytes: Callable[[int], object],
 ) -> PreparedSummary | None:
     """Returns the summary of the zip at `out` if the same call made it; None if not, or to know takes much of it.
 
-    The pictures count as the same by their names and sizes, as they do where an interrupted call goes on.
+    Of pictures with the same names and sizes all are read: those of MNIST and Fashion-MNIST differ in nothing else.
     """
     try:
         with zipfile.ZipFile(out) as archive:
@@ -214,7 +218,8 @@ def _made_before(
         record = document["prepared"]
         if any(record[key] != settings[key] for key in RECORDED) or record["source"] != source.absolute().name:
             return None
-        made, count, names = record["names_sha256"], record["pictures"], document.get("label_names") or ()
+        made, content = record["names_sha256"], record["source_sha256"]
+        count, names = record["pictures"], document.get("label_names") or ()
         classes = max(len(names), *(label + 1 for _, label in document["labels"] or [("", -1)]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
         return None
@@ -225,9 +230,18 @@ def _made_before(
         pictures = open_pictures(source, scratch, **chosen, most=settings["max_images"], on_bytes=on_bytes)
         wanted = pictures.names[: settings["max_images"]]
         found = pictures.kind, len(wanted), names_sha256(wanted, pictures.sizes)
-    if found != (record.get("source_kind"), count, made):
-        return None
+        if found != (record.get("source_kind"), count, made) or _content(source, pictures, count, report) != content:
+            return None
     return PreparedSummary(path=str(out), classes=classes, record=record, notes=(f"{out} already holds these images.",))
+
+
+def _content(source: Path, pictures: Pictures, count: int, report: Callable[[int, int], object]) -> str:
+    """Returns Progress.source_sha256 of the first pictures, which are read.  Raises: DatasetError: one cannot be."""
+    digest = ""
+    for i, (name, size) in enumerate(zip(pictures.names[:count], pictures.sizes, strict=False)):
+        digest = chained(digest, f"{size} {name} {read(source, pictures, i)[1]:08x}")
+        report(i + 1, count)
+    return digest
 
 
 def _document(names: list[str], pictures: Pictures, record: dict[str, Any]) -> bytes:

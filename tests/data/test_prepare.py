@@ -186,6 +186,9 @@ def test_the_same_again_is_done_and_anything_else_is_refused(form: str, tmp_path
     for options in ({"max_images": 3}, {"transform": "none"}, {"labels": "none"}, {"resolution": 2}):
         with pytest.raises(EdmDistillError, match="already exists"):
             prepare_data(tmp_path / "set", out, **HALF | options)
+    others = PICTURES | {"b/19.png": PICTURES["b/19.png"][:-1] + b"?"}  # of the same size
+    with pytest.raises(EdmDistillError, match="already exists"):
+        prepare_data(source(others), out, **HALF)
     with pytest.raises(EdmDistillError, match="already exists"):
         prepare_data(source(PICTURES | {"a/more.png": encoded(5, 12, 9)}), out, **HALF)
     assert out.read_bytes() == before
