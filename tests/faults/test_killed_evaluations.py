@@ -22,7 +22,7 @@ shards.SHARD_IMAGES, images.BLOCKS[32] = 32, 16
 if __name__ == "__main__":
     main(sys.argv[1:])
 """
-COUNT = 1500
+COUNT = 3000
 
 
 @pytest.fixture
@@ -55,19 +55,16 @@ def files(work: Path) -> int:
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments(source: Path, tmp_path: Path) -> None:
     whole = metrics(start(source, tmp_path / "whole.json"), tmp_path / "whole.json")
-    chance, work, kills = random.Random(0), tmp_path / "work", 0
+    chance, work = random.Random(0), tmp_path / "work"
     assert not list(work.iterdir())
     for _ in range(20):
         process, before = start(source, tmp_path / "killed.json"), files(work)
         while process.poll() is None and files(work) <= before:
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.3))
-        kills += process.poll() is None
+        time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.communicate()
-        if process.returncode == 0:
-            break
-    assert kills >= 5
+        assert process.returncode == -signal.SIGKILL
     assert metrics(start(source, tmp_path / "killed.json"), tmp_path / "killed.json") == whole
     assert not list(work.iterdir())
 
