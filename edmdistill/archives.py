@@ -6,14 +6,21 @@ reader trusts them: a tensor could reach outside its storage, and a storage coul
 
 from __future__ import annotations
 
-import mmap
 import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable, empty_dict
-from edmdistill.stored_tensors import LEGACY_MAGIC, STORAGE_TYPES, Storage, StorageType, StoredTensor, rebuild_tensor
+from edmdistill.stored_tensors import (
+    LEGACY_MAGIC,
+    STORAGE_TYPES,
+    Storage,
+    StorageType,
+    StoredTensor,
+    mapped,
+    rebuild_tensor,
+)
 
 MAX_MEMBERS = 2**16
 MAX_PACKED = 2**25
@@ -23,13 +30,16 @@ MAX_PACKED = 2**25
 class Archive:
     """A zip archive of torch, whose members go by their names below its top folder.
 
-    Raises: Unreadable: it is damaged, encrypted, or not written by torch.  OSError: the file cannot be read.
+    Raises: Unreadable: it is empty, damaged, encrypted, or not written by torch.  OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            # Mapped, so that a file of several GB is not in memory a second time beside its tensors.
-            self.data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self.data = mapped(path)
+        if self.data[:2] != b"PK":
+            raise Unreadable(
+                "is not a zip archive, which torch.save writes since 1.6: give the file as its authors publish it, or "
+                "write it by torch.save again"
+            )
         self.budget = Budget(len(self.data))
         try:
             self.zip = zipfile.ZipFile(path)

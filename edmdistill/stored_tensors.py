@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -175,6 +177,19 @@ def empty_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def mapped(path: Path) -> memoryview:
+    """Returns the bytes of a file, mapped: one of several GB is not in memory a second time beside its tensors.
+
+    Raises: Unreadable: it is empty, or not a file.  OSError: it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise Unreadable("is not a file: give the file itself")
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise Unreadable("is empty: download it again")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def release(data: memoryview) -> None:

@@ -1,5 +1,6 @@
 """Wrong types and shapes at the public functions: one sentence that says what is needed, or what is obviously meant."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +90,7 @@ CALLS: dict[str, tuple[object, ...]] = {
     "= '1' must be a number": (X, "1"),
     "= -1.0 must be": (X, -1.0),
     "= nan must be": (X, float("nan")),
+    "= inf must be": (X, float("inf")),
     "labels = 'cat' are no classes, which are numbers from 0": (X, 1.0, "cat"),
     "class 10 does not exist": (X, 1.0, [1, 10]),
     "labels of shape [3] do not fit 2 samples": (X, 1.0, torch.tensor([1, 2, 3])),
@@ -118,6 +120,34 @@ def test_what_is_obviously_meant(generator: Generator, denoiser: Denoiser) -> No
         generator(X, 1.0, None, 2.0)
     with pytest.raises(EdmDistillError, match="must be at least 1, but it is 0"):
         generator.schedule(0)
+    with pytest.raises(EdmDistillError, match=r"t = 80 must be in \[0, pi/2\]; edmdistill.trigflow.sigma_to_time"):
+        generator(X, 80)
+    with pytest.raises(EdmDistillError, match="sigma = 0 must be above 0"):
+        denoiser.logvar(0)
+    with pytest.raises(EdmDistillError, match=r"the guide computes in torch.float64 on cpu"):
+        edmdistill.sample(denoiser, seeds=[0], guidance=2.0, guide=copy.deepcopy(denoiser).double())
+
+
+def test_images_that_the_network_cannot_halve() -> None:
+    teacher = edmdistill.load_denoiser("digits")
+    assert teacher(torch.zeros(1, 1, 4, 8), 1.0).shape == (1, 1, 4, 8)
+    for size in ((6, 8), (8, 2), (0, 8)):
+        with pytest.raises(EdmDistillError, match="must have a height and a width that are multiples of 4"):
+            teacher(torch.zeros(1, 1, *size), 1.0)
+
+
+@torch.no_grad()
+def test_numbers_go_where_the_network_is(generator: Generator, denoiser: Denoiser) -> None:
+    there = copy.deepcopy(denoiser).to("meta")
+    assert there.logvar(1.0).is_meta
+    assert there(X.to("meta"), 1.0).is_meta
+    assert copy.deepcopy(generator).to("meta")(X.to("meta"), 1.0).is_meta
+
+
+@torch.no_grad()
+def test_no_images_are_no_images(generator: Generator, denoiser: Denoiser) -> None:
+    for network in (generator, denoiser):
+        assert network(X[:0], 1.0, torch.zeros(0, dtype=torch.int64)).shape == X[:0].shape
 
 
 def test_numbers_of_numpy_are_python_s(generator: Generator) -> None:

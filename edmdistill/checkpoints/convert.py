@@ -57,7 +57,7 @@ def convert(
     """Converts an official checkpoint to one of ours, with a second time, and proves that it is the same function.
 
     The written checkpoint, read again, is compared on the circle with the source in EDM's view. If the same source has
-    been converted to `out` before, nothing is done.
+    been converted to `out` before, with that licence, nothing is done.
 
     Args:
         source: a path, a URL or a file of the Hub; see `resolve`.
@@ -82,8 +82,9 @@ def convert(
     source, out = open_source(source), Path(out)
     if source.path.is_dir() and out.resolve().is_relative_to(source.path.resolve()):
         raise CheckpointError(f"{out} is inside the folder that is converted, {source.path}: choose another place.")
-    if not overwrite and (config := _converted_before(source, out, time_embedding, double_norm)) is not None:
-        return ConversionReport(out, config, (), written=False)
+    before = None if overwrite else _converted_before(source, out, time_embedding, double_norm)
+    if before is not None and licence in (None, before.provenance.licence):
+        return ConversionReport(out, before, (), written=False)
     refuse_occupied(out, overwrite)
     on_progress("reading")
     if source.path.is_dir() and time_embedding is not None:

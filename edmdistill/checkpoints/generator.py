@@ -57,8 +57,8 @@ class Generator(nn.Module):
         Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
         Raises: EdmDistillError: one of them is not that.
         """
-        require_images(x_t, self.flow.img_channels)
-        t = levels(t, "t", x_t, zero=True)
+        require_images(x_t, self.flow.network)
+        t = levels(t, "t", len(x_t))
         return self.jump(x_t, t, torch.zeros_like(t), labels, w)
 
     def jump(
@@ -70,13 +70,13 @@ class Generator(nn.Module):
         w: Level | None = None,
     ) -> Tensor:
         """Returns x_s, by FlowNetwork.jump; arguments and errors as in forward."""
-        require_images(x_t, self.flow.img_channels)
-        t, s = levels(t, "t", x_t, zero=True), levels(s, "s", x_t, zero=True)
+        require_images(x_t, self.flow.network)
+        t, s = levels(t, "t", len(x_t)), levels(s, "s", len(x_t))
         labels = classes_of(x_t, labels, self.flow.label_dim)
         if w is not None:
             if not self.flow.guided:
                 raise EdmDistillError("this generator was trained for no range of guidance weights: leave w out")
-            w = levels(w, "w", x_t, zero=True)
+            w = levels(w, "w", len(x_t))
         elif self.flow.guided:
             w = torch.tensor(self.guidance[0])
         return self.flow.jump(x_t, t, s, labels, w)

@@ -6,7 +6,6 @@ Such a file is a pickled dict with the network under `ema`.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import re
 import zipfile
 import zlib
@@ -41,7 +40,7 @@ from edmdistill.checkpoints.unsupported import (
 )
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable
-from edmdistill.stored_tensors import LEGACY_MAGIC, StoredTensor, read_storage, release
+from edmdistill.stored_tensors import LEGACY_MAGIC, StoredTensor, mapped, read_storage, release
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +101,7 @@ def read_official(path: str | Path, *, generator: bool = False) -> OfficialCheck
 
 def _read(path: Path, generator: bool) -> OfficialCheckpoint:
     try:
-        data = _content(path)
+        data = mapped(path)
         pickled = _unpacked(data, path)
         budget = Budget(len(pickled))
         entries = _entries(pickled, budget)
@@ -115,16 +114,6 @@ def _read(path: Path, generator: bool) -> OfficialCheckpoint:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Unreadable as error:
         raise CheckpointError(f"{path} {error}.") from error
-
-
-def _content(path: Path) -> memoryview:
-    if path.exists() and not path.is_file():
-        raise Unreadable("is not a file: give the .pkl file itself")
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            raise Unreadable("is empty: download it again")
-        # Mapped, so that a file of several GB is not in memory a second time beside its tensors.
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _unpacked(data: memoryview, path: Path) -> memoryview:

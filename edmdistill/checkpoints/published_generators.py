@@ -22,6 +22,7 @@ from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provena
 from edmdistill.checkpoints.conversion_report import GeneratorReport
 from edmdistill.checkpoints.ctm import to_ctm
 from edmdistill.checkpoints.encoder import PIXELS, STABLE_DIFFUSION
+from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official, edm_arguments
 from edmdistill.checkpoints.openai import Adm, UnknownNetwork, read_arguments, read_weights
@@ -152,12 +153,13 @@ def convert_generator(
         out: the folder to write, whole or not at all.
         method: a key of GENERATORS.
         overwrite: replace an existing checkpoint.
-        licence: of the weights; default: that of the network that they were distilled from.
-    Raises: CheckpointError: the file holds something else, or `out` is occupied.
+        licence: of the weights, see check_licence; default: that of the network that they were distilled from.
+    Raises: CheckpointError: the file holds something else, `out` is occupied, or the licence is no name of one.
     Differs: consistency models return to a noise level by sqrt(sigma^2 - sigma_min^2) noise, where gamma-sampling uses
         sigma; one step is the same. CTM's last jump ends at sigma_min, with a share sigma_min / t of the noise left;
         here, by the same evaluation of the network, it ends at 0.
     """
+    licence = None if licence is None else check_licence(licence)
     entry, source = GENERATORS[method], open_source(source)
     if source.path.is_dir():
         raise CheckpointError(f"{source.path} is a folder: give the file, {entry.summary}")

@@ -31,9 +31,7 @@ from edmdistill.cli.types import OutputPath
 @click.option(
     "--parity",
     type=click.Choice(["full", "quick", "none"]),
-    default="quick",
-    show_default=True,
-    help="How to compare the result with its source: full is on images of its size, and in float64.",
+    help="How to compare the result with its source: full is on images of its size, and in float64.  [default: quick]",
 )
 @click.option("--licence", help="Licence of the weights, as the Hub writes it.  [default: their publisher's]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -44,7 +42,7 @@ def command(
     double_norm: bool | None,
     generator: str | None,
     overwrite: bool,
-    parity: Literal["full", "quick", "none"],
+    parity: Literal["full", "quick", "none"] | None,
     licence: str | None,
     as_json: bool,
 ) -> None:
@@ -54,9 +52,9 @@ def command(
     EDM2, whose code is not executed, or OpenAI's edm_imagenet64_ema.pt. OUT becomes a folder with config.json,
     model.safetensors and README.md. Running it again does nothing. With --time-embedding, SOURCE may be such a folder.
     """
-    if generator is not None and (time_embedding is not None or double_norm is not None):
+    if generator is not None and (time_embedding, double_norm, parity) != (None, None, None):
         raise click.UsageError(
-            "--time-embedding and --double-norm are for teachers, not for --generator: leave them out."
+            "--time-embedding, --double-norm and --parity are for teachers, not for --generator: leave them out."
         )
 
     import msgspec
@@ -77,7 +75,7 @@ def command(
     shared: dict[str, Any] = {"overwrite": overwrite, "licence": licence}
     with stage_bar("converting") as on_progress:
         if generator is None:
-            shared |= {"time_embedding": time_embedding, "double_norm": double_norm, "parity": parity}
+            shared |= {"time_embedding": time_embedding, "double_norm": double_norm, "parity": parity or "quick"}
             report = convert(checkpoint, out, on_progress=on_progress, **shared)
         else:
             on_progress("reading")

@@ -20,7 +20,7 @@ TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
 def command(source: str, to: str, out: Path, vae: str | None, overwrite: bool, as_json: bool) -> None:
     """Export SOURCE for another program, and print how closely it reproduces the images.
 
-    SOURCE is a generator, a run, or (except for diffusers) a teacher. DIR gets a README.md with usage, and:
+    SOURCE is a generator, a run, or (except for diffusers and space) a teacher. DIR gets a README.md with usage, and:
 
     \b
     diffusers     a pipeline with gamma-sampling, loaded with trust_remote_code, independent of edmdistill

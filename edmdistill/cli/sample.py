@@ -152,24 +152,22 @@ def command(
     With --reject, more seeds than those of --seeds are drawn; the output says which were kept. With --reference, every
     image starts from the noised picture, and gamma must be below 1; its default is then 0.
     """
-    import torch
-
     from edmdistill.checkpoints.load import load_model
     from edmdistill.checkpoints.source import open_source
     from edmdistill.machine.compile import compile_for_sampling, require_compiler
-    from edmdistill.machine.devices import pick_device
+    from edmdistill.machine.devices import named_dtype, pick_device
     from edmdistill.progress import progress_bar
     from edmdistill.sampling.files import check_output, shown_count
     from edmdistill.sampling.job import SampleJob
     from edmdistill.sampling.labels import find_classes
     from edmdistill.sampling.seeds import parse_seeds
 
-    numbers, where, precision = parse_seeds(seeds), pick_device(device), getattr(torch, dtype) if dtype else None
+    numbers, where, precision = parse_seeds(seeds), pick_device(device), named_dtype(dtype)
     require_compiler(compile_mode, where)
+    check_output(out, latent=decoding.latents, layout=layout)
     checkpoint = open_source(source)
     model = load_model(checkpoint, where, precision, sampler.weights)
     say_unfinished(checkpoint)
-    check_output(out, latent=decoding.latents, layout=layout)
     shown = shown_count(out, len(numbers))
     if shown < len(numbers):
         say(f"A grid shows the first {shown:,} images, so only these of the {len(numbers):,} are drawn.")

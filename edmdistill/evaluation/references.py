@@ -12,7 +12,6 @@ No pickle is executed, and what a header claims is checked before memory is take
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from edmdistill.evaluation.feature_set import Features, FeatureSet
 from edmdistill.evaluation.frechet import GaussianStatistics, RunningStatistics, factor
 from edmdistill.features.base import FeatureSpace
 from edmdistill.pickles import Unpickler, Unreadable
-from edmdistill.stored_tensors import NUMPY, Array
+from edmdistill.stored_tensors import NUMPY, Array, mapped
 
 MAX_DIM, MAX_FEATURES = 2**13, 2**31
 """The largest number of features that is read, and of features of all images: 540 MB of sigma, 8.6 GB of features."""
@@ -191,8 +190,7 @@ def _own_space(arrays: Npz, name: str, about: About) -> SpaceStatistics:
 
 
 def _read_pickle(path: Path) -> ReferenceStatistics:
-    with path.open("rb") as file:
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    data = mapped(path)
     try:
         entries = Unpickler(data, NUMPY).run()
     except Unreadable as error:

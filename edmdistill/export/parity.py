@@ -49,14 +49,14 @@ class ExportedGenerator(Generator):
         labels: Classes | None = None,
         w: Level | None = None,
     ) -> Tensor:
-        t, s = levels(t, "t", x_t, zero=True), levels(s, "s", x_t, zero=True)
+        t, s = levels(t, "t", len(x_t)), levels(s, "s", len(x_t))
         cos, _ = cos_sin(t, x_t)
         sigma, sigma_next = (time_to_sigma(time, self.flow.sigma_data).float().expand(len(x_t)) for time in (t, s))
         arguments = {"x": x_t / cos, "sigma": sigma}
         if labels is not None:
             arguments["labels"] = label_vectors(labels, self.flow.label_dim, len(x_t)).argmax(1)
         if w is not None:
-            arguments["w"] = levels(w, "w", x_t, zero=True).float().expand(len(x_t))
+            arguments["w"] = levels(w, "w", len(x_t)).float().expand(len(x_t))
         if self.flow.two_time:
             arguments["sigma_next"] = sigma_next
         x0 = self.step(**arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import re
 import zipfile
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import CheckpointError
 from edmdistill.features.script import is_script, script_tensors
 from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable
-from edmdistill.stored_tensors import LEGACY_MAGIC, StoredTensor, read_storage
+from edmdistill.stored_tensors import LEGACY_MAGIC, StoredTensor, mapped, read_storage
 
 NOT_WEIGHTS = ("num_batches_tracked", "mask_token")
 """The ends of names of tensors that do not change what a network computes."""
@@ -151,10 +150,7 @@ def _stored(path: Path) -> tuple[dict[str, StoredTensor], bool]:
         if is_script(archive):
             return script_tensors(archive), True
         return _state_dict(archive.load("data.pkl", "data", {}), len(archive.data)), False
-    if not path.stat().st_size:
-        raise Unreadable("is empty: download it again")
-    with path.open("rb") as file:
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    data = mapped(path)
     if LEGACY_MAGIC.to_bytes(10, "little") in bytes(data[:16]):
         return _state_dict(load_legacy(data, {}), len(data)), False
     return _module_tensors(data), False

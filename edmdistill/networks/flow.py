@@ -256,9 +256,9 @@ class Denoiser(nn.Module):
         Returns: x0.  [B,C,H,W] float32, float64 if the parameters are
         Raises: EdmDistillError: one of them is not that.
         """
-        require_images(x, self.img_channels)
+        require_images(x, self.flow.network)
         x = x.to(self.flow.dtype)
-        sigma = levels(sigma, "sigma", x, zero=False).to(x.device, x.dtype).reshape(-1, 1, 1, 1)
+        sigma = levels(sigma, "sigma", len(x)).to(x.device, x.dtype).reshape(-1, 1, 1, 1)
         labels = classes_of(x, labels, self.label_dim)
         c_skip, c_out, c_in, c_noise = self.flow.preconditioning.coefficients(sigma)
         condition = self.flow.conditioning(x, c_noise, labels, c_noise if self.flow.two_time else None)
@@ -267,10 +267,11 @@ class Denoiser(nn.Module):
     def logvar(self, sigma: Level) -> Tensor:
         """Returns u(sigma), the log variance of the denoising loss.  sigma [] or [B] -> [B,1,1,1]
 
-        Raises: EdmDistillError: the network does not estimate it.
+        Raises: EdmDistillError: the network does not estimate it, or sigma is no noise level.
         Source: EDM2, eq. 21.
         """
-        c_noise = logvar_c_noise(torch.as_tensor(sigma, dtype=self.flow.dtype).flatten())
+        device = next(self.flow.parameters()).device
+        c_noise = logvar_c_noise(levels(sigma, "sigma", None).to(device, self.flow.dtype).flatten())
         if not self.flow.network.arguments["logvar_channels"]:
             raise EdmDistillError("this network does not estimate the variance of its loss, as EDM2's do")
         return self.flow.network.logvars((c_noise,))[0].reshape(-1, 1, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from edmdistill.arguments import shown
 from edmdistill.errors import EdmDistillError, counted
+from edmdistill.networks.base import Network
 
 Level = Tensor | float | Sequence[float]
 """Times or noise levels: one, or one for each image.  [] or [B]"""
@@ -24,10 +26,11 @@ def class_vectors(labels: Tensor, label_dim: int) -> Tensor:
     if labels.is_floating_point():
         return labels.reshape(-1, label_dim)
     if labels.ndim <= 1:
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= label_dim:
-            wrong = low if low < 0 else high
-            raise ValueError(f"the network has classes 0 to {label_dim - 1}, but a label is {wrong}")
+        outside = labels[(labels < 0) | (labels >= label_dim)]
+        if len(outside):
+            raise ValueError(
+                f"class {int(outside[0])} does not exist: this network's classes run from 0 to {label_dim - 1}"
+            )
         return nn.functional.one_hot(labels.long().reshape(-1), label_dim).float()
     return labels.reshape(-1, label_dim).float()
 
@@ -51,12 +54,10 @@ def label_vectors(labels: Classes, label_dim: int, count: int) -> Tensor:
         return class_vectors(given, label_dim).to(torch.float32)
     if given.is_floating_point() or given.shape not in ((), (1,), (count,)):
         raise EdmDistillError(f"labels of shape {list(given.shape)} do not fit {counted(count, 'sample')}: {fit}")
-    outside = given[(given < 0) | (given >= label_dim)]
-    if len(outside.flatten()):
-        raise EdmDistillError(
-            f"class {int(outside.flatten()[0])} does not exist: this network's classes run from 0 to {label_dim - 1}"
-        )
-    return class_vectors(given.expand(count), label_dim)
+    try:
+        return class_vectors(given.expand(count), label_dim)
+    except ValueError as error:
+        raise EdmDistillError(str(error)) from error
 
 
 def classes_of(x: Tensor, labels: Classes | None, label_dim: int) -> Tensor | None:
@@ -67,26 +68,41 @@ def classes_of(x: Tensor, labels: Classes | None, label_dim: int) -> Tensor | No
     return None if labels is None or not label_dim else label_vectors(labels, label_dim, len(x)).to(x.device)
 
 
-def require_images(x: object, channels: int) -> None:
-    """Raises: EdmDistillError: x is not float [B,C,H,W] of so many channels."""
+def require_images(x: object, network: Network) -> None:
+    """Raises: EdmDistillError: x is not float [B,C,H,W] of the network's channels, in a size that it can halve."""
+    channels, least = network.img_channels, 1 << (len(network.arguments["channel_mult"]) - 1)
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
         raise EdmDistillError(f"the images {shown(x)} must be a tensor of floats, [B,{channels},H,W]")
+    if any(size < least or size % least for size in x.shape[2:]):
+        raise EdmDistillError(f"the images {shown(x)} must have a height and a width that are multiples of {least}")
 
 
-def levels(value: Level, name: str, x: Tensor, *, zero: bool) -> Tensor:
-    """Returns times or noise levels of x as a tensor, where they are.  [] or [B], or with trailing ones
+TIME = "in [0, pi/2]; edmdistill.trigflow.sigma_to_time makes times of noise levels"
+RANGES = {
+    "sigma": (lambda value: 0 < value < math.inf, "above 0 and finite"),
+    "t": (lambda value: 0 <= value < math.pi / 2 + 1e-6, TIME),
+    "s": (lambda value: 0 <= value < math.pi / 2 + 1e-6, TIME),
+    "w": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
+}
+"""Which numbers a time, a noise level or a weight of guidance may be, and how a sentence says it."""
+
+
+def levels(value: Level, name: str, count: int | None) -> Tensor:
+    """Returns times, noise levels or weights of guidance as a tensor, where they are.  [] or [B], or with trailing ones
 
     Args:
-        name: of them.
-        zero: whether a number may be 0. Those of a tensor are not looked at, for which a GPU would be waited.
-    Raises: EdmDistillError: they are not such numbers, or there is neither one nor one for each of x.
+        name: of them, a key of RANGES. Numbers of a tensor are not looked at, for which a GPU would be waited.
+        count: number of images, B; None: any.
+    Raises: EdmDistillError: they are not such numbers, or there is neither one nor one for each image.
     """
+    many = "several" if count is None else f"{count}, one for each image"
     try:
         found = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise EdmDistillError(f"{name} = {shown(value)} must be a number, or {len(x)}, one for each image") from error
-    if found.numel() not in (1, len(x)):
-        raise EdmDistillError(f"{name} = {shown(found)} must be a number, or {len(x)}, one for each image")
-    if isinstance(value, float | int) and not (value > 0 or (value == 0 and zero)):
-        raise EdmDistillError(f"{name} = {value} must be {'at least' if zero else 'above'} 0")
+        raise EdmDistillError(f"{name} = {shown(value)} must be a number, or {many}") from error
+    if count is not None and found.numel() not in (1, count):
+        raise EdmDistillError(f"{name} = {shown(found)} must be a number, or {many}")
+    allowed, words = RANGES[name]
+    if isinstance(value, float | int) and not allowed(value):
+        raise EdmDistillError(f"{name} = {value} must be {words}")
     return found

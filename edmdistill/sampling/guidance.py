@@ -32,7 +32,7 @@ class GuidedDenoiser:
     Without a guide this is classifier-free guidance: the main network without its labels. A guide that is a weaker
     network of the same classes is autoguidance; one without classes stands for the unconditional network.
 
-    Raises: EdmDistillError: see `require_guidance`; or a guide of other images or classes.
+    Raises: EdmDistillError: see `require_guidance`; or a guide of other images, classes, dtype or device.
     Source: Ho & Salimans 2022; Karras et al. 2024 (autoguidance), eq. 3.
     """
 
@@ -46,6 +46,13 @@ class GuidedDenoiser:
                     f"the guide's {what} is {theirs}, but the main network's is {ours}: choose a guide for the same "
                     "data"
                 )
+        alike = [(next(each.flow.parameters()).device, each.flow.dtype) for each in (main, self.guide)]
+        if alike[0] != alike[1]:
+            (device, dtype), (its_device, its_dtype) = alike
+            raise EdmDistillError(
+                f"the guide computes in {its_dtype} on {its_device}, but the main network in {dtype} on {device}: load "
+                "both with the same dtype and device"
+            )
         self.drops_labels = guide is None or not guide.label_dim
         self.sigma_min, self.sigma_max, self.round_sigma = main.sigma_min, main.sigma_max, main.round_sigma
 

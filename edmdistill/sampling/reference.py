@@ -67,18 +67,22 @@ class ReferenceFiles:
 def read_image(path: Path, channels: int, resolution: int) -> Tensor:
     """Returns a picture of a given size, in grayscale or RGB.  [C,H,W] float32 in [-1, 1]
 
-    Raises: EdmDistillError: it is not a picture, or of another size.
+    Raises: EdmDistillError: it is not a picture, of another size, of more than 8 bits a channel, or partly transparent.
     """
     try:
         with Image.open(path) as image:
+            size = f"{resolution}x{resolution}"
+            if image.size != (resolution, resolution):  # before its pixels are read
+                found = "x".join(map(str, image.size))
+                raise EdmDistillError(f"{path} is {found}, but the network's images are {size}: resize it first")
+            if image.mode not in ("1", "L", "P", "RGB") or image.has_transparency_data:
+                raise EdmDistillError(
+                    f"{path} has more than 8 bits a channel, transparency, or other colors than gray and RGB (its mode "
+                    f"is {image.mode}): save it as a PNG of 8 bits, without transparency"
+                )
             pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise EdmDistillError(f"{path} cannot be read as a picture ({error}): use a PNG") from error
-    if pixels.shape[:2] != (resolution, resolution):
-        raise EdmDistillError(
-            f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, but the network's images are {resolution}x{resolution}: "
-            "resize it first"
-        )
     return torch.from_numpy(pixels.reshape(resolution, resolution, channels)).permute(2, 0, 1) / 127.5 - 1
 
 

@@ -75,7 +75,7 @@ def runs(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(pixels.network.map_guidance.weight)
     jumps = with_second_time(rebuild(pixels, {}, guided=False))
     for name, flow in {"pixels": pixels, "jumps": jumps, "latents": load_flow(golden / LATENT)[0]}.items():
-        names = tuple(f"class {i}, number {i}" for i in range(flow.label_dim))
+        names = tuple(f"class {i}, number {i}, digit" for i in range(flow.label_dim))
         config = CheckpointConfig(
             stage="generator",
             sampling=SamplingDefaults({"2": (80.0, 3.0)}, gamma=0.7),
@@ -229,7 +229,7 @@ def test_a_pipeline_samples_as_we_do(pipelines: dict, runs: Path, name: str, w: 
     times = [math.atan(sigma / ours.flow.sigma_data) for sigma in sigmas]
     for words, options in (
         ({"num_inference_steps": 3, "guidance_scale": w}, {"nfe": 3, "guidance": w}),
-        ({"sigmas": sigmas, "gamma": 0.0, "class_labels": "number 2"}, {"times": times, "gamma": 0.0, "labels": 2}),
+        ({"sigmas": sigmas, "gamma": 0.0, "class_labels": "Number 2"}, {"times": times, "gamma": 0.0, "labels": 2}),
         ({"sigmas": sigmas, "gamma": 0.4, "class_labels": [1, 0]}, {"times": times, "gamma": 0.4, "labels": [1, 0]}),
     ):
         found = pipe(generator=streams(4, 9), output_type="pt", **words).images
@@ -288,6 +288,7 @@ def test_a_pipeline_outlives_the_next_one(pipelines: dict):
     [
         ({"class_labels": 99}, "no class 99"),
         ({"class_labels": "no such"}, "no class 'no such'"),
+        ({"class_labels": "digit"}, "'digit' means 3 classes"),
         ({"class_labels": [1, 2, 3], "batch_size": 2}, r"have lengths \[3, 2\]"),
         ({"sigmas": [2.0, 80.0]}, "must decrease"),
         ({"sigmas": [800.0]}, "between 0.002 and 80"),

@@ -24,6 +24,7 @@ SAMPLE = "sample digits --out out --device cpu"
         (f"{TRAIN} --stop-on quality", "--stop-on quality needs a metric over training: add [evaluation]"),
         ("convert digits out --no-double-norm", "need --time-embedding positional"),
         ("convert digits out --double-norm", "need --time-embedding positional"),
+        ("convert digits out --generator sid --parity quick", "--parity are for teachers, not for --generator"),
         ("inspect digits --classes --tensors", "--classes prints only the classes: leave out"),
         ("fetch list --verify", "`fetch list` downloads nothing"),
         ("fetch list inception", "`fetch list` downloads nothing"),

@@ -13,6 +13,7 @@ from golden_set import GOLDEN
 from edmdistill.checkpoints.inspect import inspect
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import load_official
+from edmdistill.checkpoints.published_generators import GENERATORS, convert_generator
 from edmdistill.checkpoints.source import resolve
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError
@@ -32,6 +33,19 @@ def test_cases(name: str, why: str) -> None:
     for read in (load_official, inspect):
         with pytest.raises(CheckpointError, match=rf"^[^\n]*{why}[^\n]*\.$"):
             read(CASES / name)
+
+
+@pytest.mark.parametrize("method", GENERATORS)
+def test_files_that_hold_no_generator(method: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "words.pt").write_text("not found")
+    for name, why in (("empty.pt", "is empty: download it again"), ("words.pt", "(is damaged, or no|is not a zip)")):
+        with pytest.raises(CheckpointError, match=f"{name} {why}"):
+            convert_generator(tmp_path / name, tmp_path / "out", method)
+    if GENERATORS[method].summary.endswith(("*.pt", ".bin")):
+        with pytest.raises(CheckpointError, match=r"is not a zip archive, which torch\.save writes since"):
+            convert_generator(GOLDEN / "edm-tiny-cond.pkl", tmp_path / "out", method)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_training_state_names_what_lies_beside_it(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_labels(flow: FlowNetwork) -> None:
     assert error(flow(x, TIMES), by_number) > 1e-3
     torch.testing.assert_close(flow(x, TIMES, torch.zeros(3, 5)), flow(x, TIMES))
     for wrong in (-1, 5):
-        with pytest.raises(ValueError, match=f"has classes 0 to 4, but a label is {wrong}"):
+        with pytest.raises(ValueError, match=f"class {wrong} does not exist: this network's classes run from 0 to 4"):
             flow(x, TIMES, torch.tensor([0, wrong, 1]))
 
 

@@ -10,7 +10,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, Mod
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from edmdistill.errors import EdmDistillError
 from edmdistill.sampling.grid import to_image, to_uint8
+from edmdistill.sampling.labels import find_class
 
 VAE_BATCH = 8
 """Latents that are decoded at a time."""
@@ -23,7 +25,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         unet: EdmdistillNetwork.
         scheduler: GammaScheduler.
         vae: decodes latents, for a network that makes them.
-        id2label: names of the classes by number; several names of one class are separated by commas.
+        id2label: names of the classes by number, "0", "1" ...; several names of one class are separated by commas.
         guidance_range: smallest and largest guidance weight, for a network that takes one.
         latent_scale, latent_bias: latents are (x0 - bias) / scale, by channel; None for pixels.
         latent_range: of the pixels that the VAE gives: edm2, [0, 1], or scm, [-1, 1]; None for pixels.
@@ -52,8 +54,6 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
             latent_bias=latent_bias,
             latent_range=latent_range,
         )
-        names = {name.strip(): int(i) for i, words in (id2label or {}).items() for name in words.split(",")}
-        self.labels = dict(sorted(names.items()))
 
     @torch.no_grad()
     def __call__(
@@ -71,7 +71,8 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Draws as many images as the lists of generators or classes have entries, or batch_size of them; else one.
 
         Args:
-            class_labels: number or name, one for all images or one for each; None = drawn.
+            class_labels: number or name, one for all images or one for each; None = drawn. A name means what it means
+                to `edmdistill sample --class`.
             num_inference_steps: network evaluations.
             sigmas: noise levels to evaluate at, decreasing, in place of num_inference_steps.
             gamma: share of fresh noise between the steps, in [0, 1]; None = the scheduler's.
@@ -79,7 +80,8 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
             generator: a list [torch.Generator().manual_seed(i) for i in seeds] gives the images that
                 `edmdistill sample --seeds` gives.
             output_type: pil, np ([B,H,W,C] in [0, 1]), pt ([B,C,H,W] in [0, 1]) or latent (what the network makes).
-        Raises: ValueError: lengths differ, a class or weight does not exist, or there are latents but no vae.
+        Raises: ValueError: lengths differ, a class or weight does not exist, a name means several classes, or there are
+            latents but no vae.
         """
         counts = [len(x) for x in (class_labels, generator) if isinstance(x, Sequence) and not isinstance(x, str)]
         counts += [] if batch_size is None else [batch_size]
@@ -127,10 +129,15 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         if labels is None:
             return torch.tensor(drawn, device=device)
         words = [labels] * count if isinstance(labels, int | str) else list(labels)
-        numbers = [self.labels.get(word, -1) if isinstance(word, str) else int(word) for word in words]
-        for word, number in zip(words, numbers, strict=True):
+        id2label = self.config.id2label
+        names = None if id2label is None else [id2label[str(number)] for number in range(label_dim)]
+        try:
+            numbers = [find_class(word, label_dim, names) if isinstance(word, str) else int(word) for word in words]
+        except EdmDistillError as error:
+            raise ValueError(str(error)) from error
+        for number in numbers:
             if not 0 <= number < label_dim:
-                raise ValueError(f"there is no class {word!r}: classes are 0 to {label_dim - 1}, names in pipe.labels")
+                raise ValueError(f"there is no class {number}: classes are 0 to {label_dim - 1}")
         return torch.tensor(numbers, device=device)
 
     def _guidance(self, scale: float | None, count: int, device: torch.device) -> Tensor | None:
