@@ -172,6 +172,12 @@ def unfinished(config: CheckpointConfig) -> str | None:
     return f"This {config.stage} is unfinished: {seen:,} of {total:,} images seen."
 
 
+def example_nfe(config: CheckpointConfig) -> int:
+    """Returns the number of evaluations for a generator's examples: 2, or the fewest that it has a schedule for."""
+    scheduled = [int(nfe) for nfe in config.sampling.sigmas]
+    return 2 if 2 in scheduled or not scheduled else min(scheduled)
+
+
 def describe(flow: FlowNetwork) -> dict[str, Any]:
     """Returns the fields of CheckpointConfig that the network determines."""
     network, preconditioning = flow.network, flow.preconditioning

@@ -164,6 +164,13 @@ def _save(response: Any, file: BinaryIO, name: str) -> str:
     return digest.hexdigest()
 
 
+def remove_cached(path: Path) -> None:
+    """Removes a file from a cache; of a link, as in the Hub's, what it leads to as well, which would be used again."""
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+
+
 @contextmanager
 def downloaded(path: Path) -> Iterator[None]:
     """Wraps the reading of a file: one from a cache that cannot be read is removed, so that it is downloaded again.
@@ -177,8 +184,6 @@ def downloaded(path: Path) -> Iterator[None]:
 
         parents = path.absolute().parents
         if any(Path(folder).absolute() in parents for folder in (cache_folder(), constants.HF_HUB_CACHE)):
-            blob = path.resolve()
-            path.unlink(missing_ok=True)
-            blob.unlink(missing_ok=True)
+            remove_cached(path)
             raise CheckpointError(f"{str(error).rstrip('.')}; it is removed from the cache.") from error
         raise

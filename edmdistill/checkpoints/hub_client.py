@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.download import remove_cached
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.errors import CheckpointError, HubError
 from edmdistill.progress import bar_class
@@ -81,8 +82,7 @@ def _require_whole(path: Path, begun: float) -> None:
         return
     digest = sha256_file(blob)
     if digest != blob.name:
-        path.unlink(missing_ok=True)
-        blob.unlink()
+        remove_cached(path)
         raise OSError(f"{path.name} came with the sha256 {digest}, but the Hub has {blob.name}; download it again")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edmdistill.atomic import atomic_write, sha256_file
-from edmdistill.checkpoints.download import cached, download
+from edmdistill.checkpoints.download import cached, download, remove_cached
 from edmdistill.checkpoints.hub_client import cached_from_hub, download_from_hub
 from edmdistill.checkpoints.layout import VAE_FILES
 from edmdistill.errors import CheckpointError, did_you_mean
@@ -178,7 +178,7 @@ def fetch(file: OfficialFile) -> Fetched:
     digest, record = sha256_file(weights), weights.with_name(f"{weights.name}.sha256")
     expected = file.sha256 or (record.read_text().strip() if record.is_file() else None)
     if expected not in (None, digest):
-        weights.unlink()
+        remove_cached(weights)
         what = "the official file has" if file.sha256 else "it had when it was first downloaded"
         raise CheckpointError(
             f"{weights} has the sha256 {digest}, not the {expected} that {what}: it is removed; run "

@@ -132,7 +132,7 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
         entry = ', "encoder": encoder'
     use = ""
     if config.stage == "generator":
-        labels = ", labels" if flow.label_dim else ""
+        labels = f", torch.eye({flow.label_dim})[classes]" if flow.label_dim else ""
         use = f"""
 A generator is called once for each of its few noise levels, not along the ODE that their samplers walk:
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from edmdistill import __version__
-from edmdistill.checkpoints.config import CheckpointConfig, unfinished
+from edmdistill.checkpoints.config import CheckpointConfig, example_nfe, unfinished
 from edmdistill.checkpoints.documents import code, code_block, front_matter, markdown
 from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.checkpoints.licences import licence_fields
@@ -123,7 +123,7 @@ def _what(config: CheckpointConfig) -> str:
 
 def _use(config: CheckpointConfig, repository: str) -> str:
     latent, generator = config.encoder["kind"] != "pixels", config.stage == "generator"
-    nfe = default_nfe(config) if generator else 35
+    nfe = example_nfe(config) if generator else 35
     load = "load_generator" if generator else "load_denoiser"
     classes = " The seed also chooses the class, unless `--class` or `labels` name one." if config.label_dim else ""
     vae = vae_words(config.encoder)
@@ -260,12 +260,6 @@ def _citations(config: CheckpointConfig) -> str:
     network = "karras2024edm2" if config.network.kind == "edm2" else "karras2022edm"
     method = METHODS.get(config.method or "")
     return "\n\n".join(entries[key] for key in (*(method.citations if method else ()), network))
-
-
-def default_nfe(config: CheckpointConfig) -> int:
-    """Returns the number of evaluations for a generator's examples: 2, or the fewest that it has a schedule for."""
-    scheduled = [int(nfe) for nfe in config.sampling.sigmas]
-    return 2 if 2 in scheduled or not scheduled else min(scheduled)
 
 
 def _words(values: Mapping[str, object] | None) -> str:

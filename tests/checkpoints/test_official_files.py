@@ -150,3 +150,23 @@ def test_a_source_may_be_an_official_name(server: Server, tmp_path: Path, monkey
         resolve("edm2-img512-s-guid-fid")
     (tmp_path / NAME).touch()
     assert resolve(NAME) == Path(NAME)  # a path comes first
+
+
+def test_a_damaged_file_of_the_hub_goes_with_what_its_link_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--an--owner", "a" * 40
+    snapshot, blob = repository / "snapshots" / commit, repository / "blobs" / DIGEST
+    for folder in (snapshot, blob.parent, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    blob.write_bytes(CONTENT[:-1] + b"?")
+    (snapshot / "config.json").write_text("{}")
+    weights = snapshot / "diffusion_pytorch_model.safetensors"
+    weights.symlink_to(blob)
+    file = replace(official_files()["vae"], url="hf://an/owner", sha256=DIGEST)
+    assert file.cached == snapshot
+    with pytest.raises(CheckpointError, match="it is removed; run `edmdistill fetch vae` again"):
+        fetch(file)
+    assert file.cached is None
+    assert not weights.is_symlink()
+    assert not blob.exists()

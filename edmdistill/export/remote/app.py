@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 import edmdistill
+from edmdistill.checkpoints.config import example_nfe
 from edmdistill.checkpoints.documents import code_block, markdown
 from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.errors import printable
@@ -42,11 +43,9 @@ def classes(generator: edmdistill.Generator) -> list[tuple[str, int]]:
 
 def settings(generator: edmdistill.Generator) -> dict[str, Any]:
     """Returns the initial settings of the page, as arguments of `draw`."""
-    sampling = generator.config.sampling
-    known = [int(nfe) for nfe in sampling.sigmas]
     return {
-        "nfe": 2 if 2 in known or not known else min(known),
-        "gamma": sampling.gamma,
+        "nfe": example_nfe(generator.config),
+        "gamma": generator.config.sampling.gamma,
         "label": OWN,
         "seed": 0,
         "count": 16,
