@@ -35,7 +35,7 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.data = mapped(path)
-        if self.data[:2] != b"PK":
+        if bytes(self.data[:2]) != b"PK":
             raise Unreadable(
                 "is not a zip archive, which torch.save writes since 1.6: give the file as its authors publish it, or "
                 "write it by torch.save again"

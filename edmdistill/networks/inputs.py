@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def require_images(x: object, network: Network) -> None:
 
 
 TIME = "in [0, pi/2]; edmdistill.trigflow.sigma_to_time makes times of noise levels"
-RANGES = {
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "sigma": (lambda value: 0 < value < math.inf, "above 0 and finite"),
     "t": (lambda value: 0 <= value < math.pi / 2 + 1e-6, TIME),
     "s": (lambda value: 0 <= value < math.pi / 2 + 1e-6, TIME),
