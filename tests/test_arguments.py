@@ -154,9 +154,9 @@ def test_numbers_of_numpy_are_python_s(generator: Generator) -> None:
     spec = SamplerSpec(nfe=np.int64(2), gamma=np.float32(0.5))  # type: ignore[arg-type]
     assert (type(spec.nfe), type(spec.gamma)) == (int, float)
     result = edmdistill.evaluate(
-        generator, "digits", protocol="pixels", sampler=spec, seeds=np.arange(4), batch=np.int64(2)
+        generator, "digits", protocol="pixels", sampler=spec, seeds=np.arange(4), repeat=np.int64(1)
     )  # type: ignore
-    assert (result.protocol.seeds, result.provenance["batch"]) == ("0-3", 2)
+    assert (result.protocol.seeds, result.protocol.repeat) == ("0-3", 1)
 
 
 def test_an_unknown_name_is_python_s_own_error() -> None:
