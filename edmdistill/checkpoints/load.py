@@ -16,7 +16,7 @@ from edmdistill.checkpoints.layout import CONFIG, checkpoint_in, is_state
 from edmdistill.checkpoints.official import load_official, outline_official
 from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import Source, open_source
-from edmdistill.checkpoints.store import build_flow, build_meta, fill, load_checkpoint
+from edmdistill.checkpoints.store import build_meta, fill, load_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
@@ -154,7 +154,7 @@ def _read_raw(path: Path, mapped: bool) -> tuple[FlowNetwork, CheckpointConfig]:
     state = newest_whole_state(path, write)
     folder = state.parent.parent / "generator"
     config = read_config(folder)
-    flow = build_flow(config.network, config.preconditioning, str(folder))
+    flow = build_meta(config, folder)
     role = "teacher" if config.stage == "teacher" else "generator"
     fill(flow.network, raw_weights(state, role, mapped), str(state))
     return flow, replace(config, images_seen=int(state.name), ema=None, results=())

@@ -25,7 +25,7 @@ from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
 from edmdistill.checkpoints.source import source_name
 from edmdistill.checkpoints.store import (
-    build_flow,
+    build_meta,
     fill,
     load_tensors,
     refuse_occupied,
@@ -275,7 +275,7 @@ Average = Callable[[Mapping[Profile, Load]], Mapping[str, Tensor]]
 def _run_network(source: Path, files: Mapping[Profile, Path], average: Average) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns the network of a run, as in RUN/generator."""
     config = read_config(source / "generator")
-    flow = build_flow(config.network, config.preconditioning, str(source))
+    flow = build_meta(config, source / "generator")
 
     def load(path: Path) -> Mapping[str, Tensor]:
         return load_tensors(path)[0]

@@ -230,7 +230,10 @@ def test_a_pipeline_samples_as_we_do(pipelines: dict, runs: Path, name: str, w: 
     for words, options in (
         ({"num_inference_steps": 3, "guidance_scale": w}, {"nfe": 3, "guidance": w}),
         ({"sigmas": sigmas, "gamma": 0.0, "class_labels": "Number 2"}, {"times": times, "gamma": 0.0, "labels": 2}),
-        ({"sigmas": sigmas, "gamma": 0.4, "class_labels": [1, 0]}, {"times": times, "gamma": 0.4, "labels": [1, 0]}),
+        (
+            {"sigmas": sigmas, "gamma": 0.4, "class_labels": torch.tensor([1, 0])},
+            {"times": times, "gamma": 0.4, "labels": [1, 0]},
+        ),
     ):
         found = pipe(generator=streams(4, 9), output_type="pt", **words).images
         expected = sample(ours, seeds=[4, 9], **options) / 2 + 0.5

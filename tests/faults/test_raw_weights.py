@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
+from edmdistill.checkpoints.config import read_config, write_config
 from edmdistill.checkpoints.load import load_flow
 from edmdistill.errors import CheckpointError
 from edmdistill.training.run import Run
@@ -26,6 +28,9 @@ def test_they_are_those_in_training(method: str, start: Callable[..., Run], tmp_
     assert config.ema is not None
     assert any(not torch.equal(tensor, expected[name]) for name, tensor in average.state_dict().items())
     assert load_flow(states[0])[1].images_seen == 8
+    folder = tmp_path / "run/generator"
+    write_config(folder, replace(read_config(folder), label_dropout=0.25))
+    assert [load_flow(tmp_path / "run", weights)[0].label_dropout for weights in ("ema", "raw")] == [0.25, 0.25]
 
 
 def test_a_damaged_state_gives_way(start: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -58,7 +58,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_inference_steps: int = 2,
         sigmas: Sequence[float] | None = None,
         gamma: float | None = None,
@@ -83,6 +83,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises: ValueError: lengths differ, a class or weight does not exist, a name means several classes, or there are
             latents but no vae.
         """
+        class_labels = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
         counts = [len(x) for x in (class_labels, generator) if isinstance(x, Sequence) and not isinstance(x, str)]
         counts += [] if batch_size is None else [batch_size]
         if len(set(counts)) > 1:
