@@ -1,16 +1,16 @@
 """LADD: latent adversarial diffusion distillation. A generator learns from a discriminator of the teacher's features.
 
-Sauer et al. 2024 (SIGGRAPH Asia); for EDM's networks, FastGen's code (methods/distribution_matching/ladd.py).
+Sauer et al. 2024 (SIGGRAPH Asia), for EDM's networks as in FastGen; approximate R1: Lin et al. 2025 (APT).
 
     g    = D_theta(x_t, t),            x_t = cos(t) x0 + sin(t) z, t of one of the steps; of the first, sin(t) z
     x_s  = cos(s) g + sin(s) z,        x_s' = cos(s') x0 + sin(s') z'
     d(x_s, s) = (d_1, ..., d_n),       d_k a head on the teacher's features at level k of its encoder
     the heads tell x_s' from x_s, and g follows d(x_s, s); there is no other loss
-    approximate R1: r1 |d(cos(s') x0 + sin(s') z') - d(cos(s') (x0 + r1_noise n) + sin(s') z')|^2
+    approximate R1: r1 |d(cos(s') x0 + sin(s') z', s') - d(cos(s') (x0 + r1_noise n) + sin(s') z', s')|^2
 
 Differs: the paper's x0 are the teacher's samples under guidance, here they are --data (`edmdistill sample` makes such a
-set); its heads follow every attention block and read the noise level and the text, too; the generator's steps are not
-equally likely there. Means over heads and pixels stand for sums.
+set); its heads follow every attention block and read the noise level and the text, too; it draws the first step most
+often, here all are equally likely. Losses are means over the heads. FastGen's penalty leaves z' out of the second d.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class LADD(Method[LADDConfig]):
         return self.pieces(self.judge, diffuse(g, z, s), s, batch.labels)._replace(generated=g.detach())
 
     def judge(self, x_s: Tensor, s: Tensor, labels: Tensor | None) -> Loss:
+        """Returns the adversarial loss of generated images at x_s."""
         return Loss(self.gan.generator(self.heads(self.teacher(x_s, s, labels, features=True))), s)
 
     def noise_of(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
