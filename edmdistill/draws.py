@@ -131,14 +131,16 @@ class Draws:
         whole[self.rows] = values * (self.batch / len(self))
         return whole
 
-    def dropout(self, advance: bool = True) -> Tensor:
-        """Returns the rows' dropout keys for a forward pass, for kernels.dropout.  [rows] int64
+    def dropout(self, advance: bool = True, times: int = 1) -> Tensor:
+        """Returns the rows' dropout keys for a forward pass, for kernels.dropout.  [times rows] int64
 
-        advance: give the next pass other keys.
+        Args:
+            advance: give the next pass other keys.
+            times: how often the rows are repeated in the pass, one batch after the other; each has keys of its own.
         """
-        first = CALLS + self._passes * LAYERS
-        self._passes += advance
-        return self._keys + _signed(first * PIECE * GAMMA)
+        firsts = [CALLS + (self._passes + number) * LAYERS for number in range(times)]
+        self._passes += advance * times
+        return torch.cat([self._keys + _signed(first * PIECE * GAMMA) for first in firsts])
 
     def _words(self, n: int) -> Tensor:
         self._calls += 1

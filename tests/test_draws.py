@@ -68,6 +68,8 @@ def test_calls_and_passes_have_separate_pieces() -> None:
     for number in range(3):
         assert torch.equal(words(draws.dropout(), 5, 7), words(row, 5, CALLS + number * LAYERS + 7))
     assert torch.equal(draws.dropout(advance=False), draws.dropout())
+    twice, again = draws.dropout(advance=False, times=2), draws
+    assert torch.equal(twice, torch.cat([again.dropout(), again.dropout()]))
     assert (draws.uniform() != draws.uniform()).all()
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Literal
 
+import torch
 from msgspec import Meta
 from torch import Tensor
 
@@ -72,8 +73,15 @@ class FMD(FlowMap[FMDConfig], GuidedMethod[FMDConfig]):
     def trajectory_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns the loss of jumps between points of the guided teacher's trajectories."""
         config, w = self.config, self.guidance_weights(draws)
+        guided = with_inputs(self.generator, w=None if w is None else w.repeat(config.trajectory_steps))
+
+        def generator(x_t: Tensor, t: Tensor, labels: Tensor | None, s: Tensor) -> Tensor:
+            # With a gradient of 0 in the log variances: DDP waits for all weights that a loss reaches, now or later.
+            F, *u = guided(x_t, t, labels, s, u_at=self.weighted_at(t, t - s))
+            return F + 0 * torch.stack(u).sum()
+
         return trajectory_loss(
-            with_inputs(self.generator, w=None if w is None else w.repeat(config.trajectory_steps)),
+            generator,
             partial(self.teacher, w=w),
             batch,
             draws,

@@ -16,7 +16,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange
+from edmdistill.methods.base import Batch, Loss, NoiseRange
 from edmdistill.methods.solver import multistep_trajectory
 from edmdistill.schedules import edm_curve
 from edmdistill.trigflow import cos_sin, diffuse, sigma_to_time
@@ -32,7 +32,7 @@ WarmupImages = Annotated[int, Meta(ge=0, description="images during which trajec
 
 
 def trajectory_loss(
-    generator: FlowFunction,
+    generator: Callable[..., Tensor],
     teacher: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     batch: Batch,
     draws: Draws,
@@ -49,6 +49,7 @@ def trajectory_loss(
     r ~ U[0, 1]. Its points are at r (1 - k / steps), k = 0 ... steps - 1.
 
     Args:
+        generator: (x_t, t, labels) -> F; or (x_t, t, labels, s), see share_to_end.
         stride: jumps start at k = 0, stride, 2 stride ..., so that a finer trajectory needs no more jumps.
         share_to_end: share of jumps to the end, s = 0; the others lead to any later point or the end with equal
             probability. The generator then reads s too. None: all jumps lead to the end, and it reads t alone.

@@ -67,6 +67,11 @@ class FlowNetwork(nn.Module):
         wide = next(self.network.parameters()).dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
+    @property
+    def device(self) -> torch.device:
+        """The device where it computes."""
+        return self.network.lent_to or next(self.network.parameters()).device
+
     def conditioning(
         self,
         x: Tensor,
@@ -101,7 +106,7 @@ class FlowNetwork(nn.Module):
     def dropout_keys(self, x: Tensor) -> Tensor:
         """Returns the dropout keys of a pass; one without gradient has those of the next pass with gradient.  [B]"""
         if self.draws is not None:
-            return self.draws.dropout(advance=torch.is_grad_enabled())
+            return self.draws.dropout(advance=torch.is_grad_enabled(), times=x.shape[0] // len(self.draws))
         with torch.random.fork_rng([], enabled=not torch.is_grad_enabled()):
             return torch.randint(2**62, x.shape[:1]).to(x.device)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
@@ -38,7 +39,7 @@ def measured(recipe: Recipe, teacher: Path, machine: Machine) -> list[dict[str, 
     return [{k: v for k, v in measures.items() if k.startswith(("loss", "grad_norm"))} for measures in found]
 
 
-@pytest.mark.parametrize("method", ["scd", "cosim"])
+@pytest.mark.parametrize("method", ["scd", "cosim", "cosim, trajectories"])
 def test_dropout_does_not_depend_on_the_micro_batch(
     method: str, recipe: Callable[..., Recipe], teacher: Path, tmp_path: Path
 ) -> None:
@@ -46,7 +47,10 @@ def test_dropout_does_not_depend_on_the_micro_batch(
     flow, config = load_checkpoint(teacher)
     save_checkpoint(tmp_path / "wide", flow.double(), config)
     ways = Machine("cpu"), Machine("cpu", 4), Machine("cpu", 3), Machine("cpu", 2, checkpointing=True)
-    expected, *others = (measured(recipe(method, images=16, dropout=0.3), tmp_path / "wide", way) for way in ways)
+    made = recipe(method.partition(",")[0], images=16, dropout=0.3)
+    if "," in method:
+        made = replace(made, method=replace(made.method, trajectory_steps=3))
+    expected, *others = (measured(made, tmp_path / "wide", way) for way in ways)
     for found in others:
         for measures, truth in zip(found, expected, strict=True):
             assert measures == pytest.approx(truth, rel=1e-9)

@@ -21,6 +21,8 @@ from edmdistill.training.loop import rounds
 from edmdistill.training.prepare import prepare
 
 CASES = {name: {"name": name} | OPTIONS.get(name, {}) for name in METHODS}
+# Log variances that the loss reaches only after the first round.
+CASES["fmd"] = CASES["fmd"] | {"trajectory_steps": 2, "trajectory_images": 8}
 # Two passes of the generator before one backward pass, each at weights of guidance that belong to rows.
 CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
 # Images' own gradients in the discriminator's turn, several turns of a role, and gradients of the last layer.
@@ -34,6 +36,7 @@ def recipe(case: str, rounds: int) -> Recipe:
         "training": {"images": rounds * 8, "batch": 8, "lr": 1e-3, "log_every": 8, "snapshot_every": 8, "dropout": 0.2}
         | {"betas": betas},
         "ema": {"half_life_images": 50, "sigma_rel": [0.1]},
+        "sampling": {"nfe": [1]},
     }
     if case == "diffusion":
         tables["network"] = {"kind": "edm2", "arguments": NETWORK}
