@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -180,6 +181,7 @@ def _train(
 ) -> None:
     """Trains, with a progress bar and sentences on stderr, from the main process alone."""
     from edmdistill.checkpoints.encoder import vae_words
+    from edmdistill.training.measure import open_evaluation
     from edmdistill.training.profiling import traced
     from edmdistill.training.run_dir import check_run
     from edmdistill.training.session import train
@@ -188,6 +190,7 @@ def _train(
     if dry_run:
         if run.engine.is_main:
             check_run(run_dir, run.recipe.to_json(), run.identity)
+            open_evaluation(run)
             click.echo(json.dumps(run.describe(), indent=2))
         return
     with ExitStack() as stack:
@@ -265,13 +268,13 @@ def _fitted(
     if memory is None:
         return machine, ()
     from edmdistill.machine.launch import process_rank
-    from edmdistill.planning.fit import fit_run
+    from edmdistill.planning.fit import fit_run, main_choice
 
-    rank, count = process_rank()
-    show = show_stage if rank == 0 else lambda stage: None
-    fitted = fit_run(recipe, machine, memory, show, data=data, teacher=teacher, guide=guide, processes=count)
-    show("")
-    return fitted.machine, (fitted.sentence,)
+    choose = partial(fit_run, recipe, machine, memory, show_stage, data=data, teacher=teacher, guide=guide)
+    machine, sentence = main_choice(machine, partial(choose, processes=process_rank()[1]))
+    if sentence:
+        show_stage("")
+    return machine, (sentence,)
 
 
 def _micro_batch(text: str | None) -> int | Literal["auto"] | None:

@@ -17,7 +17,7 @@ import torch
 from edmdistill.errors import TrainingError
 from edmdistill.machine.compile import CUDA_GRAPHS
 from edmdistill.machine.devices import named_device
-from edmdistill.machine.engine import Machine
+from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.gpus import GPU, measure_this_machine
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.planning.document import PlanRequest
@@ -29,6 +29,8 @@ from edmdistill.training.ema import profiles
 from edmdistill.training.micro_batch import HEADROOM, fewest_fit
 from edmdistill.transfer import is_gpu
 
+PARTS = "ema", "teacher", "optimizer"
+"""What can wait in the host's memory."""
 PIECES = 4
 """Pieces of the generator's loss that are tried: more take launches, and save little."""
 UTILIZATION = 0.35
@@ -215,7 +217,7 @@ def fit_run(
         memory = torch.cuda.get_device_properties(device).total_memory
     return fit(
         recipe,
-        outline_teacher(recipe, teacher, None, data),
+        outline_teacher(recipe, teacher, None, data if recipe.network is not None and teacher is None else None),
         machine,
         memory,
         measure_this_machine(),
@@ -224,6 +226,31 @@ def fit_run(
         spill=is_gpu(device) and not machine.shard,
         on_progress=on_progress,
     )
+
+
+def main_choice(machine: Machine, choose: Callable[[], Fitted]) -> tuple[Machine, str]:
+    """Returns the way that the main process of several chooses, and its sentence, "" on the others.
+
+    All processes call it together. Each would measure another speed, and might choose another way.
+
+    Args:
+        choose: a call of `fit_run`.
+    Raises: PeerFailed: on the others, where `choose` raises.
+    """
+    engine = Engine(Machine(machine.device))
+    fitted = engine.on_main(lambda: choose())
+    way = machine if fitted is None else fitted.machine
+    numbers = way.micro_batch if isinstance(way.micro_batch, int) else 0, way.loss_pieces
+    flags = way.checkpointing, way.second_moment == "bf16", *(part in way.offload for part in PARTS)
+    size, pieces, checkpointing, coarse, *moved = map(engine.broadcast, (*numbers, *flags))
+    agreed = machine._replace(
+        micro_batch=size,
+        checkpointing=bool(checkpointing),
+        loss_pieces=pieces,
+        second_moment="bf16" if coarse else "fp32",
+        offload=tuple(part for part, is_moved in zip(PARTS, moved, strict=True) if is_moved),
+    )
+    return agreed, "" if fitted is None else fitted.sentence
 
 
 def fit_request(

@@ -266,7 +266,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _parse_override(override: str) -> dict[str, Any]:
     """Returns `a.b=v` as the nested table {a: {b: v}}."""
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
+    keys = [key.strip().strip("\"'") for key in path.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
         raise RecipeError(f"--set {override}: write table.key=value, as in training.lr=1e-4")
     try:

@@ -8,12 +8,15 @@ from msgspec import UNSET
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
-from edmdistill.errors import TrainingError
+from edmdistill.errors import EdmDistillError, TrainingError
 from edmdistill.machine.compile import CUDA_GRAPHS, require_compiler
 from edmdistill.machine.devices import process_device
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.recipes.schema import CompileMode, Recipe
+from edmdistill.recipes.schema import CompileMode, EvaluationTable, Recipe
+from edmdistill.sampling.build import build_sampler
+from edmdistill.sampling.spec import SamplerSpec
+from edmdistill.training.run import Run
 from edmdistill.training.sources import Init
 
 
@@ -89,6 +92,16 @@ def require_measured(recipe: Recipe, stop_on: Collection[str]) -> None:
             "--stop-on quality needs a metric over training: add [evaluation] to the recipe, as by --set "
             "evaluation.protocol=digits --set evaluation.every=32000"
         )
+
+
+def require_samplers(run: Run) -> None:
+    """Raises: TrainingError: the product cannot be sampled in a number of evaluations that the recipe asks for."""
+    table = run.recipe.evaluation
+    for nfe in {*run.recipe.sampling.nfe, *(table.nfe if isinstance(table, EvaluationTable) else ())}:
+        try:
+            build_sampler(run.model(), SamplerSpec(nfe=nfe))
+        except EdmDistillError as error:
+            raise TrainingError(f"the recipe's sampling.nfe or evaluation.nfe: {error}") from error
 
 
 def require_same_latents(what: str, config: CheckpointConfig, teacher: CheckpointConfig, advice: str) -> None:

@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 
-from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import NotFiniteError, TrainingError
 from edmdistill.evaluation.diagnosis import Diagnosis, diagnose_networks
@@ -24,7 +23,7 @@ from edmdistill.evaluation.protocol import get_protocol, open_reference
 from edmdistill.evaluation.references import ReferenceStatistics
 from edmdistill.features.base import FeatureSpace
 from edmdistill.features.spaces import load_features
-from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import EvaluationTable
 from edmdistill.sampling.decode import Decoder, open_decoder, vae_on
 from edmdistill.sampling.grid import to_uint8
@@ -68,16 +67,12 @@ class Evaluation:
 
         With `diagnose`, also those of Diagnosis.measures.
         """
-        network = run.ema.network
-        model = Denoiser(network) if run.config.stage == "teacher" else Generator(network, run.config)
-        if isinstance(model, Denoiser):
-            model.encoder = run.config.encoder
         measured: dict[str, float] = {}
         for nfe in self.table.nfe:
             try:
                 with one_thread_draws(run.engine.world_size > 1), vae_on(run.engine.device, self.decoder):
                     result = evaluate(
-                        model,
+                        run.model(),
                         self.reference,
                         protocol=self.table.protocol,
                         sampler=SamplerSpec(nfe=nfe),

@@ -76,6 +76,7 @@ def prepare(
     run.vae = vae
     run.decoder, note = run.engine.on_main(lambda: grid_decoder(run.config.encoder, vae)) or (None, None)
     run.has_grids = bool(run.engine.broadcast(run.decoder is not None))
+    checks.require_samplers(run)
     run.notes = tuple(filter(None, [*notes, note]))
     run.memory_before = memory_before if run.engine.device.type == "cpu" else 0
     return run

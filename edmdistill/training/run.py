@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.encoder import latent_encoder
+from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset
 from edmdistill.machine.engine import Engine, RoleModule, load_full_state, shard_like
 from edmdistill.methods.base import Method
+from edmdistill.networks.flow import Denoiser
 from edmdistill.networks.magnitude import EffectiveWeights
 from edmdistill.recipes.schema import Recipe
 from edmdistill.sampling.decode import Decoder
@@ -84,6 +86,14 @@ class Run:
     def ema(self) -> Ema:
         """The average that grids show and that generator/ holds."""
         return self.averages[0]
+
+    def model(self) -> Denoiser | Generator:
+        """Returns that average as `sample` and `evaluate` take it."""
+        if self.config.stage != "teacher":
+            return Generator(self.ema.network, self.config)
+        model = Denoiser(self.ema.network)
+        model.encoder = self.config.encoder
+        return model
 
     @property
     def finished(self) -> bool:

@@ -64,6 +64,7 @@ def train(
     """
     engine = run.engine
     tell = on_message if engine.is_main else lambda sentence: None
+    evaluation = open_evaluation(run)
     with ExitStack() as stack:
         opened = open_run(run_dir, run.recipe.to_json(), run.identity, recipe_text)
         folder = engine.on_main(lambda: stack.enter_context(opened)) or RunDir(run_dir)
@@ -75,14 +76,15 @@ def train(
         engine.on_main(lambda: folder.truncate_after(run.images, tell))
         names = engine.machine.log_with
         track = engine.on_main(lambda: stack.enter_context(trackers(names, run_dir, run.recipe.tables(), run.images)))
-        if run.images == 0 or is_snapshot(run):
-            draw_grids(run, folder, tell, track)
-        if (size := settle_micro_batch(run)) is not None:
-            tell(f"Micro-batches of {size} images fit.")
         means, health = IntervalMeans(), Health()
         if progress is not None:
             means, health = IntervalMeans(progress.window), Health(progress.health)
-        session = Session(run, folder, means, health, track, stop_on, tell, open_evaluation(run))
+        if run.images == 0 or is_snapshot(run):
+            with explain_errors(run, folder, health):
+                draw_grids(run, folder, tell, track)
+        if (size := settle_micro_batch(run)) is not None:
+            tell(f"Micro-batches of {size} images fit.")
+        session = Session(run, folder, means, health, track, stop_on, tell, evaluation)
         with explain_errors(run, folder, health), closing(session.background):
             if not run.finished:
                 now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -12,11 +12,10 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.atomic import atomic_write
-from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.posthoc_ema import Profile, save_snapshot
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.errors import CheckpointError
-from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.decode import Decoder, open_decoder, vae_on
 from edmdistill.sampling.generate import not_finite, sample
 from edmdistill.sampling.grid import image_grid, named_rows, thumbnails
@@ -64,12 +63,9 @@ def save_sample_grid(run: Run, folder: Path, tell: Callable[[str], object]) -> N
     network = run.ema.network
     if not run.has_grids:
         return
-    model = Denoiser(network) if run.config.stage == "teacher" else Generator(network, run.config)
-    if isinstance(model, Denoiser):
-        model.encoder = run.config.encoder
     seeds = range(COLUMNS * ROWS)
     labels = [seed % network.label_dim for seed in seeds] if network.label_dim else None
-    images = torch.cat([sample(model, nfe, seeds=seeds, labels=labels) for nfe in run.recipe.sampling.nfe])
+    images = torch.cat([sample(run.model(), nfe, seeds=seeds, labels=labels) for nfe in run.recipe.sampling.nfe])
     if not run.engine.is_main:
         return
     path = grid_path(folder, run.images)

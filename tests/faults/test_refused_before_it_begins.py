@@ -66,6 +66,12 @@ PLACES: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "another run": (another_run, ["--set", "training.lr=0.5"], "belongs to another run"),
     "in use": (in_use, [], "is in use by process"),
     "rows": (lambda place: None, ["--micro-batch", "auto"], "this run is on the CPU: use a number of images"),
+    "even": (lambda place: None, ["--set", "sampling.nfe=[2]"], "takes an odd number of network evaluations"),
+    "protocol": (
+        lambda place: None,
+        ["--set", "evaluation.protocol=nope", "--set", "evaluation.every=8", "--set", "evaluation.nfe=[1]"],
+        "there is no protocol 'nope'",
+    ),
     "a tracker": (lambda place: None, ["--log-with", "wandb"], "--log-with wandb needs a package"),
     "root": (lambda place: None, ["--run-dir", "/"], "is the root folder"),
     "nothing": (lambda place: None, ["--run-dir", ""], "the path is empty"),

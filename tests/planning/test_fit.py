@@ -12,7 +12,8 @@ from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.planning import fit as module
-from edmdistill.planning.fit import COARSE, fit, fit_run, options
+from edmdistill.planning import outlines
+from edmdistill.planning.fit import COARSE, Fitted, fit, fit_run, main_choice, options
 from edmdistill.planning.plan import Measurement, make_plan, measure
 from edmdistill.recipes.library import load_recipe
 from edmdistill.training.micro_batch import HEADROOM
@@ -96,12 +97,37 @@ def test_what_the_user_asks_for_stays() -> None:
         fit(RECIPE, flow(), Machine(micro_batch="auto"), 1e9, GPU_AT_HAND)
 
 
+def test_all_processes_take_the_way_of_the_main_one(monkeypatch) -> None:
+    """Each measures the speed of its own GPU, by which it might choose another."""
+    sent: list[int] = []
+
+    class OneOfTwo:
+        def __init__(self, machine: Machine) -> None:
+            self.is_main = not sent
+
+        def on_main(self, act):
+            return act() if self.is_main else None
+
+        def broadcast(self, number):
+            if self.is_main:
+                sent.append(int(number))
+                return int(number)
+            return sent.pop(0)
+
+    monkeypatch.setattr(module, "Engine", OneOfTwo)
+    asked = Machine("cpu", log_with=("tensorboard",))
+    way = asked._replace(checkpointing=True, micro_batch=3, loss_pieces=4, offload=("ema", "optimizer"))
+    way = way._replace(second_moment="bf16")
+    chosen, sentence = main_choice(asked, lambda: Fitted(way, 1e9, 1, 1.0))
+    assert (chosen, sentence.startswith("--fit chooses")) == (way, True)
+    assert main_choice(asked, lambda: Fitted(asked, 1e9, 1, 1.0)) == (way, "")
+
+
 def test_on_a_cpu_the_memory_is_named_and_nothing_moves(monkeypatch) -> None:
     def run(memory):
         return fit_run(RECIPE, Machine("cpu"), memory, data="digits", teacher="teacher", guide=None, processes=1)
 
-    monkeypatch.setattr(module, "outline_teacher", lambda recipe, teacher, network, data: flow())
-
+    monkeypatch.setattr(outlines, "outline", lambda teacher: flow())
     with pytest.raises(TrainingError, match="name the memory, as in --fit 12GB"):
         run("auto")
     leanest = make_plan(measured(True, 4, False, False), Machine(second_moment="bf16"))
