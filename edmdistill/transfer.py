@@ -80,9 +80,9 @@ def _some(tensors: Sequence[Tensor]) -> tuple[int, list[Tensor]]:
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns copies of a GPU's tensors in the host's memory; those that are there are returned as they are."""
-    host = list(tensors)
+    """Returns copies of tensors in the host's memory; some may be there already, others on one GPU."""
     left = [index for index, tensor in enumerate(tensors) if is_gpu(tensor.device)]
+    host = [tensor if is_gpu(tensor.device) else tensor.clone() for tensor in tensors]
     for first, some in staged([tensors[index] for index in left]):
         for index, tensor in zip(left[first:], some, strict=False):
             host[index] = tensor.clone()

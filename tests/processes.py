@@ -13,6 +13,7 @@ def run_by_two(script: Path, *arguments: object) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    world |= {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as accelerate's launcher sets it; the recipe's counts
     ranks = [Forked(script, *arguments, environment=world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
     try:
         ends = [process.finish() for process in ranks]

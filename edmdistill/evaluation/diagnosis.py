@@ -212,16 +212,17 @@ def score_gaps(
     sigma_data, last = generator.sigma_data, sigma_to_time(generator.sigma_max, generator.sigma_data)
     for x0, labels, draws in _images(generator, data, count, batch):
         z, z_s = draws.normal_like(x0, sigma_data), draws.normal_like(x0, sigma_data)
+        classes = None if labels is None else labels.to(teacher.device)  # an average may be in the host's memory
 
-        def gap(x_s: Tensor, s: Tensor, t: Tensor, labels: Tensor | None = labels) -> Tensor:
+        def gap(x_s: Tensor, s: Tensor, t: Tensor, classes: Tensor | None = classes) -> Tensor:
             second = t if auxiliary.two_time else None
-            difference: Tensor = auxiliary(x_s, s, labels, second) - teacher(x_s, s, labels)
+            difference: Tensor = auxiliary(x_s, s, classes, second) - teacher(x_s, s, classes)
             return sigma_data * difference
 
         for row, pair in zip(sums, pairs, strict=True):
             s, t = (sigma_to_time(sigma, sigma_data).to(x0.device) for sigma in pair)
             x_t = diffuse(x0, z, t)
-            x_s = diffuse(denoised(x_t, generator(x_t, t, labels), t, sigma_data), z_s, s)
+            x_s = diffuse(denoised(x_t, generator(x_t, t, labels), t, sigma_data), z_s, s).to(teacher.device)
             u = gap(x_s, s, t)
             row += torch.stack([v.double().square().mean((1, 2, 3)).sum() for v in (u, u - gap(x_s, s, last))]).cpu()
     rms = (sums / count).sqrt().tolist()
@@ -233,7 +234,7 @@ def _images(flow: FlowNetwork, data: Dataset, count: int, batch: int) -> Iterato
 
     They are shuffled, because images are often sorted by class.
     """
-    device = next(flow.parameters()).device
+    device = flow.device
     for rows in batches(range(count), batch):
         x0, labels = data.tensors(indices(0, rows.start, len(rows), len(data)))
         draws = Draws([0, rows.start], len(x0), device=device)

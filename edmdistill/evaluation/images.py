@@ -128,7 +128,7 @@ def sampled_images(
     size: tuple[int, ...] = (flow.img_channels, flow.img_resolution, flow.img_resolution)
     if is_latent(model):
         size = tuple(decode(torch.zeros(1, *size)).shape[1:])
-    one_thread = flow.network.compiled or is_gpu(next(flow.parameters()).device)  # threads must not compile at once
+    one_thread = flow.network.compiled or is_gpu(flow.device)  # threads must not compile at once
     readers = 0 if one_thread else None
     return Images(len(seeds), size, read, classes, seeds, labels if flow.label_dim else "none", readers=readers)
 

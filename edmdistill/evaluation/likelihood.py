@@ -192,7 +192,7 @@ def evaluate_likelihood(
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
         sampler=SamplerRecord(solver="rk45", nfe=round(float(evaluations.double().mean()))),
-        provenance=provenance(model, source, next(flow.parameters()).device),
+        provenance=provenance(model, source, flow.device),
     )
 
 
@@ -205,7 +205,7 @@ def _measure(
     on_progress: Callable[[int], object] | None,
 ) -> tuple[Tensor, Tensor, str]:
     """Returns the bits per dimension [probes,N], the evaluations of each solution [n], and the pixels' sha256."""
-    device, digests, bits, evaluations = next(flow.parameters()).device, [], [], []
+    device, digests, bits, evaluations = flow.device, [], [], []
     for rows in batches(range(len(order)), block_size(flow.img_resolution)):
         chosen = order[rows.start : rows.stop]
         pixels = data.images(chosen)

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, counted
 from edmdistill.transfer import is_gpu
 
 
@@ -36,8 +36,14 @@ def process_device(name: str | None) -> torch.device:
     Raises: EdmDistillError: as `pick_device`; or there are fewer GPUs than processes.
     """
     rank = os.environ.get("LOCAL_RANK")
-    one_each = rank is not None and named_device(name) == torch.device("cuda")
-    return pick_device(f"cuda:{rank}" if one_each else name)
+    if rank is None or named_device(name) != torch.device("cuda"):
+        return pick_device(name)
+    if int(rank) >= (count := torch.cuda.device_count()):
+        raise EdmDistillError(
+            f"this machine has {counted(count, 'GPU')}, too few for process {int(rank) + 1}: start no more processes "
+            "than GPUs, or add --device cpu"
+        )
+    return pick_device(f"cuda:{rank}")  # a first tensor on cuda would take memory of GPU 0 in every process
 
 
 def named_device(name: str | None) -> torch.device:

@@ -1,7 +1,7 @@
 """How a run is spread over processes and devices.
 
-Accelerate makes the process group, picks the device and wraps networks for DDP. FSDP2 of several networks, which it
-does not support, calls torch's `fully_shard`.
+Accelerate makes the process group and picks the device; DDP and FSDP2, which it does not support for several networks,
+are torch's own.
 
 Nothing here changes what a run computes beyond rounding: each process takes its rows of the recipe's batch, and
 gradients are those of the whole batch. Random numbers belong to rows (`Draws`), so they do not depend on the process.
@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -31,7 +31,7 @@ from torch.nn.utils import get_total_norm
 from edmdistill.errors import PeerFailed, TrainingError, counted
 from edmdistill.kernels.linear import lay_out_weights
 from edmdistill.machine.compile import begin_step
-from edmdistill.machine.devices import pick_device
+from edmdistill.machine.devices import process_device
 from edmdistill.machine.host import cores
 from edmdistill.machine.offload import offload
 from edmdistill.networks.flow import FlowNetwork
@@ -107,16 +107,11 @@ class Engine:
 
     def __init__(self, machine: Machine = Machine()) -> None:
         self.machine = machine
-        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-        device = pick_device(machine.device)
-        local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if is_gpu(device) and local_rank >= count:
-            raise TrainingError(
-                f"this machine has {count} GPU{'' if count == 1 else 's'}, too few for process {local_rank + 1}: "
-                "start no more processes than GPUs, or add --device cpu"
-            )
-        patient = InitProcessGroupKwargs(timeout=PATIENCE)
-        self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[ddp, patient])
+        device = process_device(machine.device)
+        # By default accelerate's configuration decides the precision; here the recipe does.
+        self.accelerator = Accelerator(
+            mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+        )
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         if self.world_size > 1 and ":" in (machine.device or ""):
@@ -223,7 +218,8 @@ class Engine:
         # Buffers are constants: broadcasting them before every forward pass would only get in autograd's way.
         buffers = [name for name, _ in network.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)  # type: ignore[no-untyped-call]
-        return RoleModule(network, self.accelerator.prepare_model(network, device_placement=False))
+        ids = [self.device] if is_gpu(self.device) else None
+        return RoleModule(network, DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True))
 
     @contextmanager
     def accumulate(self, module: RoleModule, last: bool) -> Iterator[None]:
@@ -231,8 +227,8 @@ class Engine:
 
         FSDP2 reduces them after each: otherwise every process would keep an unsharded gradient.
         """
-        no_sync = self.accelerator.no_sync(module.wrapper) if self.world_size > 1 and not last else nullcontext()
-        with no_sync if self.mesh is None else nullcontext():
+        wrapper = module.wrapper
+        with wrapper.no_sync() if isinstance(wrapper, DistributedDataParallel) and not last else nullcontext():
             yield
 
     def finish_gradients(self, network: nn.Module) -> None:
@@ -257,12 +253,17 @@ class Engine:
         return self.gather(network.state_dict())
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns unsharded tensors in host memory; empty except on the main process.  A collective call."""
+        """Returns unsharded tensors in host memory; empty except on the main process.  A collective call.
+
+        In a run on a GPU they are copies, which can be written beside training; on a CPU they are what is trained.
+        """
         whole = {}
         for name, tensor in tensors.items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self.is_main:
-                whole[name] = full.detach() if self.mesh is None else full.detach().cpu()  # one at a time on the GPU
+            if self.is_main:  # of a sharded network, one whole tensor at a time is on the GPU
+                whole[name] = full.detach() if self.mesh is None else full.detach().to("cpu", copy=True)
+        if self.mesh is not None or not is_gpu(self.device):
+            return whole
         return dict(zip(whole, to_host(list(whole.values())), strict=True))
 
     # Processes.

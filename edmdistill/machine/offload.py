@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edmdistill.networks.base import Network
 from edmdistill.transfer import host_block
 
 
-def offload(network: nn.Module, device: torch.device) -> None:
+def offload(network: Network, device: torch.device) -> None:
     """Moves the weights and buffers of a network to the host, and lends every layer its own on the device.
 
     The copies are queued beside the computation: the host does not wait for them. Between two calls, weights are on the
     meta device. Where gradients flow through to the input, autograd keeps the weights on the device until the backward
     pass.
     """
+    network.lent_to = device
     modules = [module for module in network.modules() if _tensors(module)]
     tensors = [tensor for module in modules for tensor in _tensors(module).values()]
     kept = host_block(tensors, device)

@@ -92,6 +92,7 @@ class Network(nn.Module, ABC):
         out_conv: the layer that returns F.
         head: the discriminator of the features, which returns logits; None: there is none. See networks.heads.
         compiled: whether the blocks run compiled; see `machine.compile`.
+        lent_to: the device where it computes, if its weights wait in the host's memory; see `machine.offload`.
     """
 
     img_resolution: int
@@ -107,6 +108,7 @@ class Network(nn.Module, ABC):
     out_conv: nn.Module
     head: nn.Module | None
     compiled: bool = False
+    lent_to: torch.device | None = None
     second_time: SecondTime | None
     map_guidance: GuidanceEmbedding | None
     logvar_fourier: MPFourier | None

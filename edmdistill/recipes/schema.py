@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
+Steps = Annotated[tuple[PositiveCount, ...], Meta(min_length=1)]
 Positive = Annotated[float, Meta(gt=0)]
 LearningRate = Annotated[float, Meta(gt=0, le=1e6)]
 TotalImages = Annotated[int, Meta(ge=1, lt=10**12)]
@@ -118,7 +119,7 @@ class EmaTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class SamplingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """[sampling]: how samples are drawn for the run's grids, and the defaults of its checkpoint."""
 
-    nfe: tuple[PositiveCount, ...] = (1, 2, 4)
+    nfe: Steps = (1, 2, 4)
     """Numbers of steps in grids and measurements."""
     gamma: Share = 1.0
     """Share of fresh noise in each step; 0 is deterministic."""
@@ -155,7 +156,7 @@ class EvaluationTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """As of `edmdistill eval --ref`; latents need it."""
     n: Annotated[int, Meta(ge=2, le=1_000_000)] = 1000
     """Images of a measurement, of the seeds from 0."""
-    nfe: Annotated[tuple[PositiveCount, ...], Meta(min_length=1)] = (2,)
+    nfe: Steps = (2,)
     diagnose: bool = False
     """Measures as `edmdistill diagnose` does, too, with n jumps from each level."""
 

@@ -126,7 +126,7 @@ def _reference_sampler(model: Generator | Denoiser, spec: SamplerSpec, reference
 
 def _weight_tensor(flow: FlowNetwork, weight: float) -> Tensor:
     """Returns the weight on the network's device.  []"""
-    return torch.full((), weight, device=next(flow.parameters()).device)
+    return torch.full((), weight, device=flow.device)
 
 
 def _guidance_weight(model: Generator | Denoiser, requested: float | None) -> float:

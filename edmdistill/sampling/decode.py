@@ -97,7 +97,7 @@ def model_decoder(
             f"this network makes images of {channels} channels, and its checkpoint does not say how to decode them: "
             "keep them with --latents"
         )
-    return open_decoder(model.encoder, vae, device or next(model.flow.parameters()).device)
+    return open_decoder(model.encoder, vae, device or model.flow.device)
 
 
 def open_decoder(

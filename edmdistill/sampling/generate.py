@@ -96,7 +96,7 @@ def generate_images(
     if not len(seeds):
         raise EdmDistillError("there is nothing to sample: pass at least one seed")
     vectors = None if labels is None else label_vectors(labels, model.flow.label_dim, len(seeds))
-    device = next(model.flow.parameters()).device
+    device = model.flow.device
     score = None if spec.reference is None else spec.reference.score
     images = []
     with in_eval_mode(model, spec.guide, score):

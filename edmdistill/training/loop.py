@@ -33,7 +33,8 @@ from edmdistill.training.run import Run
 def rounds(run: Run) -> Iterator[Measures]:
     """Trains, one round per iteration, until the recipe's images are seen.
 
-    Yields: loss/ROLE, grad_norm/ROLE and lr/ROLE of every turn, and what else `RowMeans` measures, over all processes.
+    Yields: loss/ROLE and lr/ROLE of every turn, grad_norm/ROLE of every step that was taken, and what else `RowMeans`
+        measures, over all processes.
     Raises: Diverged: something is no longer finite.  TrainingError: the first turn of a role did not move it alone.
     """
     training, turns = run.recipe.training, run.method.turns()
@@ -91,6 +92,8 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
         for name, other in run.recipe.roles.items():
             if other.ema_of is not None and other.ema_of.role == role:
                 update_average(run.networks[name], network, other.ema_of.decay)
+    else:
+        del measures[f"grad_norm/{role}"]  # of a step that was not taken; a mean with it would be no number
     if scale is not None:
         scale.update(finite)
         measures[f"loss_scale/{role}"] = scale.scale

@@ -70,9 +70,10 @@ class RowMeans:
         for kind, total in (("mean", mean), ("square", square)):
             names = [f"{what}/{kind}/{channel}" for what in ("generated", "data") for channel in channels]
             self.add(names, total * both.shape[1], both.shape[1])
-        if both.shape[1] > 1:
-            spread = both.var(1).mean((1, 2, 3))
-            self.add("diversity", spread[0] / spread[1].clamp(min=1e-12) * both.shape[1], both.shape[1])
+        # One image has no variance. The name is added all the same: processes may have one row, and several.
+        rows = both.shape[1] if both.shape[1] > 1 else 0
+        spread = both.var(1).mean((1, 2, 3)) if rows else both.new_zeros(2)
+        self.add("diversity", spread[0] / spread[1].clamp(min=1e-12) * rows, rows)
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Measures:
         """Returns the mean of every name that has rows.

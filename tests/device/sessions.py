@@ -55,7 +55,8 @@ def measure(teacher: str, recipe: dict[str, Any], folder: str) -> dict[str, Any]
         return save_state(*args)
 
     with emulated(), patch.object(session, "save_state", watched):
-        train(start(teacher, recipe, DEVICE, {"offload": ["optimizer"]}), there, on_message=lambda sentence: None)
+        offloaded = start(teacher, recipe, DEVICE, {"offload": ["ema", "teacher", "optimizer"]})
+        train(offloaded, there, on_message=lambda sentence: None)
     sentence = ""
     with emulated(), patch.object(session, "save_state", full):
         try:

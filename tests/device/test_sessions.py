@@ -11,7 +11,7 @@ from forks import Forked
 @pytest.mark.slow
 def test_a_run_leaves_the_same_files(teacher: Path, recipe: Any, tmp_path: Path) -> None:
     tables = json.loads(recipe("cosim", snapshot_every=8, keep=3).to_json())
-    tables["evaluation"] = {"protocol": "digits", "every": 16, "n": 20, "nfe": [1]}
+    tables["evaluation"] = {"protocol": "digits", "every": 16, "n": 20, "nfe": [1], "diagnose": True}
     words = json.dumps([str(teacher), tables, str(tmp_path)])
     status, said = Forked(Path(__file__).parent / "sessions.py", words).finish()
     assert status == 0, said

@@ -25,7 +25,7 @@ from edmdistill.networks.surgery.two_time import add_second_time
 class Recalling(torch.nn.Module):
     """Returns the real images of its labels' places, whatever it is asked: no distance at all."""
 
-    sigma_data = 0.5
+    sigma_data, device = 0.5, torch.device("cpu")
 
     def __init__(self, blur: float = 0.0) -> None:
         super().__init__()

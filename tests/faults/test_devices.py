@@ -49,7 +49,6 @@ def test_the_gpus_are_counted(monkeypatch: pytest.MonkeyPatch):
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("edmdistill.machine.engine.pick_device", named_device)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(EdmDistillError, match="this machine has 1 GPU, too few for process 2: start no more"):
         Engine(Machine("cuda"))

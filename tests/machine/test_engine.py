@@ -14,6 +14,7 @@ from toy_runs import ALL_METHODS, save_sources
 
 from edmdistill.checkpoints.store import load_checkpoint
 from edmdistill.errors import TrainingError
+from edmdistill.machine import devices
 from edmdistill.machine.engine import Engine, Machine, scale_gradients
 
 SPREAD = Path(__file__).parent / "spread.py"
@@ -115,6 +116,33 @@ def test_every_row_belongs_to_one_micro_batch_of_one_process(
 def test_shards_need_processes() -> None:
     with pytest.raises(TrainingError, match="add --processes"):
         Engine(Machine(device="cpu", shard=True))
+
+
+def test_a_process_touches_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first tensor on `cuda` would take half a gigabyte of GPU 0 for each process of the machine."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked = []
+
+    def pick(name: str) -> None:
+        asked.append(name)
+        raise TrainingError("no GPU is here")
+
+    monkeypatch.setattr(devices, "pick_device", pick)
+    for device in ("cuda", None):
+        with pytest.raises(TrainingError, match="no GPU"):
+            Engine(Machine(device=device))
+    assert asked == ["cuda:1", "cuda:1"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_gpu_run_saves_is_a_copy(device: str) -> None:
+    """Offloaded averages and optimizers too, which are in the host's memory: files are written beside training."""
+    engine, trained = Engine(Machine(device="cpu")), torch.ones(2)
+    engine.device = torch.device(device)
+    saved = engine.gather({"weight": trained})["weight"]
+    assert (saved.data_ptr() == trained.data_ptr()) == (device == "cpu")
+    assert torch.equal(saved, trained)
 
 
 def test_gradients_are_scaled_in_place() -> None:

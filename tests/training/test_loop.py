@@ -185,7 +185,8 @@ def test_a_step_that_overflows_is_left_out_and_the_loss_scale_falls(start, tmp_p
     measures = next(steps)
     assert fingerprints(run.networks) == before
     assert measures["loss_scale/generator"] == 2.0**39
-    assert math.isinf(measures["grad_norm/generator"]) or math.isnan(measures["grad_norm/generator"])
+    assert "grad_norm/generator" not in measures  # no number: the lines' means and the health's norms go without it
+    assert all(math.isfinite(value) for value in measures.values())
     assert train(run, tmp_path / "run").finished
     resumed = start("sid", precision="fp16", images=48)
     train(resumed, tmp_path / "run")

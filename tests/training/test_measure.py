@@ -17,6 +17,7 @@ from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import RecipeError, TrainingError
 from edmdistill.evaluation.diagnosis import diagnose, read_measures
 from edmdistill.evaluation.evaluate import evaluate
+from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import EvaluationTable, Recipe
 from edmdistill.report.sections import DIAGNOSED, single_jumps, training
 from edmdistill.sampling.spec import SamplerSpec
@@ -67,6 +68,15 @@ def test_the_diagnosis_is_that_of_the_command(run_dir: Path, teacher: Path) -> N
     assert "the teacher's denoiser" in unescape(page)
     assert page.count("<svg") == 3
     assert single_jumps([{"images": 8.0}]) == ""
+
+
+def test_a_teacher_in_the_hosts_memory_is_diagnosed(start: Callable[..., Run], run_dir: Path, tmp_path: Path) -> None:
+    run = start("cosim", machine=Machine("cpu", offload=("teacher", "ema")))
+    run.recipe = replace(run.recipe, evaluation=TABLE)
+    assert train(run, tmp_path / "run", on_message=lambda sentence: None).finished
+    found, expected = (read_measures(lines(folder)[-1]) for folder in (tmp_path / "run", run_dir))
+    assert found.gaps
+    assert found.measures() == pytest.approx(expected.measures(), rel=1e-3)
 
 
 def test_a_teacher_in_training_is_not_diagnosed(start: Callable[..., Run]) -> None:

@@ -61,6 +61,25 @@ def test_means_are_what_they_say() -> None:
     assert "generated/square/0" not in means
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_processes_of_any_share_measure_the_same_names(rows: int) -> None:
+    """Of a batch of 3, one process has one row: their sums are added up by position."""
+    shapes = []
+
+    def reduce(sums):
+        shapes.append(sums.shape)
+        return sums
+
+    for count in (rows, 3):
+        loss, batch = losses(count)
+        tally = RowMeans()
+        tally.add_loss("generator", loss, batch, 0.5)
+        means = tally.means(reduce)
+        assert ("diversity" in means) == (count > 1)
+        assert all(map(math.isfinite, means.values()))
+    assert shapes[0] == shapes[1]
+
+
 def test_one_image_for_all_has_no_diversity() -> None:
     loss, batch = losses(8)
     means = tallied((loss._replace(generated=loss.generated[:1].expand(8, -1, -1, -1)), batch))

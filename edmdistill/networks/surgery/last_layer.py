@@ -6,6 +6,7 @@ be wrapped or sharded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -32,8 +33,14 @@ class LastLayer:
         self.calls: list[LayerCall] = []
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """Returns d loss / d weight of a scalar loss of the layer's results; keeps the graph of the loss.  [numel]"""
-        slopes = torch.autograd.grad(loss, [call.out for call in self.calls], retain_graph=True, allow_unused=True)
+        """Returns d loss / d weight of a scalar loss of the layer's results; keeps the graph of the loss.  [numel]
+
+        Of n results in fp16, slopes of a mean are about 1/n, which underflows, and the weight has n times that of the
+        loss times sqrt(n), which does not overflow either.
+        """
+        outs = [call.out for call in self.calls]
+        scale = 2.0 ** round(math.log2(max(out.numel() for out in outs)) / 2)
+        slopes = torch.autograd.grad(loss * scale, outs, retain_graph=True, allow_unused=True)
         gradient = torch.zeros_like(self.calls[0].tensors["weight"])
         for call, slope in zip(self.calls, slopes, strict=True):
             if slope is not None:
@@ -41,7 +48,7 @@ class LastLayer:
                 with torch.enable_grad():
                     out = torch.func.functional_call(self.layer, call.tensors | {"weight": weight}, call.arguments)
                 gradient += torch.autograd.grad(out, weight, slope)[0]
-        return gradient.flatten()
+        return gradient.flatten() / scale
 
 
 @contextmanager

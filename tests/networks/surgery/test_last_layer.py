@@ -19,3 +19,17 @@ def test_the_last_layers_gradient_is_autograds() -> None:
     assert layer.weight.grad is None
     layer(x[0])
     assert len(last.calls) == 3
+
+
+def test_slopes_of_many_numbers_do_not_underflow_in_half_precision() -> None:
+    """Those of a mean are as small as numbers are many; losses are balanced before their loss scale is known."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(4, 3, 1, bias=False)
+    x = torch.randn(16, 4, 64, 64)
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        with watched(layer) as last, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = (0.02 * layer(x).float()).square().mean()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            gradients.append(last.gradient(loss))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-3, atol=1e-6)
