@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 from torch import Tensor
 
+from edmdistill.errors import DatasetError
 from edmdistill.evaluation.base import ComparingMetric
 
 BLOCK = 4096
@@ -53,9 +54,9 @@ class RunningStatistics:
         self._waiting = [rows]
 
     def finish(self) -> GaussianStatistics:
-        """Returns the statistics of all features so far.  Raises ValueError for fewer than two."""
+        """Returns the statistics of all features so far.  Raises DatasetError for fewer than two."""
         if self.n < 2:
-            raise ValueError(f"a covariance needs at least two features, got {self.n}")
+            raise DatasetError(f"a covariance needs at least two images, but there is only {self.n}: give more")
         rest = torch.cat(self._waiting).double()
         shift = rest.mean(0) if self._shift is None else self._shift
         total, outer = self._with(rest - shift)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from edmdistill.errors import DatasetError
 from edmdistill.evaluation import frechet
 from edmdistill.evaluation.frechet import GaussianStatistics, RunningStatistics, frechet_distance, statistics
 
@@ -120,5 +121,5 @@ def test_features_that_are_not_finite_give_nan() -> None:
 
 
 def test_one_image_has_no_covariance() -> None:
-    with pytest.raises(ValueError, match="at least two features, got 1"):
+    with pytest.raises(DatasetError, match="at least two images, but there is only 1: give more"):
         statistics(normal(1, 3))
