@@ -67,8 +67,14 @@ class ReferenceFiles:
 def read_image(path: Path, channels: int, resolution: int) -> Tensor:
     """Returns a picture of a given size, in grayscale or RGB.  [C,H,W] float32 in [-1, 1]
 
-    Raises: EdmDistillError: it is not a picture, of another size, of more than 8 bits a channel, or partly transparent.
+    Raises: EdmDistillError: it is not a picture, of another size, of more than 8 bits a channel, or partly transparent;
+        or the network's images are no pictures.
     """
+    if channels not in (1, 3):
+        raise EdmDistillError(
+            f"{path} is a picture, and this network makes images of {channels} channels, such as a VAE's latents: "
+            "leave --reference out"
+        )
     try:
         with Image.open(path) as image:
             size = f"{resolution}x{resolution}"

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from edmdistill.arguments import require_fields
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import Denoiser
 from edmdistill.schedules import edm_curve
@@ -37,7 +38,7 @@ class ReferenceGuidance:
         correctors: M, the number of Langevin steps at each noise level above 0.
         step: size of a corrector's step, in units of the noise level: zeta = (step sigma)^2.
         score: a denoiser of the same images, for a generator that has not learned the score.
-    Raises: EdmDistillError: a value out of range, or an image that is not finite.
+    Raises: EdmDistillError: a value of the wrong type or out of range, or an image that is not finite.
     """
 
     image: Tensor
@@ -48,6 +49,7 @@ class ReferenceGuidance:
     score: Denoiser | None = None
 
     def __post_init__(self) -> None:
+        require_fields(self)
         for name, most in (("weight", MAX_WEIGHT), ("correctors", MAX_CORRECTORS), ("step", 10.0)):
             value = getattr(self, name)
             if not 0 <= value <= most:

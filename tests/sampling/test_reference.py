@@ -3,6 +3,7 @@
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from edmdistill.errors import EdmDistillError
 from edmdistill.sampling.reference import load_feature_net, read_image
+from edmdistill.sampling.trajectory import ReferenceGuidance
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -41,6 +43,18 @@ def test_others_are_refused(picture: Image.Image, sentence: str, tmp_path: Path)
     picture.save(tmp_path / "picture.png")
     with pytest.raises(EdmDistillError, match=rf"picture\.png .*{sentence}"):
         read_image(tmp_path / "picture.png", 1, 8)
+
+
+def test_latents_have_no_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    with pytest.raises(EdmDistillError, match=r"makes images of 4 channels, .*: leave --reference out"):
+        read_image(tmp_path / "picture.png", 4, 8)
+
+
+def test_a_reference_is_a_tensor() -> None:
+    image: Any = np.zeros((1, 8, 8))
+    with pytest.raises(EdmDistillError, match=r"ReferenceGuidance: image = \(a numpy array.* must be a tensor"):
+        ReferenceGuidance(image=image, features=lambda x: x)
 
 
 @pytest.mark.parametrize("side", [60_000, 30_000_000])
