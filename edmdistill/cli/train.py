@@ -181,7 +181,6 @@ def _train(
 ) -> None:
     """Trains, with a progress bar and sentences on stderr, from the main process alone."""
     from edmdistill.checkpoints.encoder import vae_words
-    from edmdistill.training.measure import open_evaluation
     from edmdistill.training.profiling import traced
     from edmdistill.training.run_dir import check_run
     from edmdistill.training.session import train
@@ -190,7 +189,6 @@ def _train(
     if dry_run:
         if run.engine.is_main:
             check_run(run_dir, run.recipe.to_json(), run.identity)
-            open_evaluation(run)
             click.echo(json.dumps(run.describe(), indent=2))
         return
     with ExitStack() as stack:

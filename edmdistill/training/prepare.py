@@ -24,6 +24,7 @@ from edmdistill.recipes.schema import Recipe
 from edmdistill.training import checks
 from edmdistill.training.ema import Ema, profiles
 from edmdistill.training.loss_scale import LossScale
+from edmdistill.training.measure import open_evaluation
 from edmdistill.training.optimizers import make_optimizer
 from edmdistill.training.probe import Probe
 from edmdistill.training.roles import build_roles, place_networks
@@ -77,6 +78,7 @@ def prepare(
     run.decoder, note = run.engine.on_main(lambda: grid_decoder(run.config.encoder, vae)) or (None, None)
     run.has_grids = bool(run.engine.broadcast(run.decoder is not None))
     checks.require_samplers(run)
+    run.evaluation = open_evaluation(run)
     run.notes = tuple(filter(None, [*notes, note]))
     run.memory_before = memory_before if run.engine.device.type == "cpu" else 0
     return run

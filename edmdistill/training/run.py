@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from edmdistill.training.optimizers import load_states, plain_states
 from edmdistill.training.roles import effective_weights, shared_weights
 from edmdistill.training.stream import Stream
 
+if TYPE_CHECKING:
+    from edmdistill.training.measure import Evaluation
+
 
 @dataclass
 class Run:
@@ -46,6 +49,7 @@ class Run:
         decoder: from the product's images to pictures, on the main process alone.
         vae: folder or Hub id of the VAE that was asked for; None: the one that the product's encoder names.
         has_grids: whether grids are drawn: there is a decoder.
+        evaluation: what the recipe measures, opened; None: nothing, or it is opened when training begins.
         memory_before: peak memory of the process before anything was loaded, in bytes; 0 on a GPU.
         notes: sentences on how the networks were initialized.
         unchecked: trained roles whose first step has not yet been checked to move that role alone, in turn order.
@@ -65,6 +69,7 @@ class Run:
     decoder: Decoder | None = to_uint8
     vae: str | None = None
     has_grids: bool = True
+    evaluation: Evaluation | None = None
     images: int = 0
     memory_before: int = 0
     notes: tuple[str, ...] = ()

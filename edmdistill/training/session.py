@@ -64,7 +64,7 @@ def train(
     """
     engine = run.engine
     tell = on_message if engine.is_main else lambda sentence: None
-    evaluation = open_evaluation(run)
+    evaluation = run.evaluation or open_evaluation(run)
     with ExitStack() as stack:
         opened = open_run(run_dir, run.recipe.to_json(), run.identity, recipe_text)
         folder = engine.on_main(lambda: stack.enter_context(opened)) or RunDir(run_dir)
