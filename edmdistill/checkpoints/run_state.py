@@ -46,7 +46,7 @@ class HealthProgress(msgspec.Struct, frozen=True):
 
 
 class Scale(msgspec.Struct, frozen=True):
-    """The scale of a role's loss; see optimizers.LossScale."""
+    """The scale of a role's loss; see loss_scale.LossScale."""
 
     scale: float
     good: int

@@ -154,7 +154,7 @@ def save_results(place: Path, results: Sequence[Result]) -> None:
     """Keeps results with a checkpoint, and in the run that it belongs to.
 
     Args:
-        place: of place_to_save_in.
+        place: of find_results_folder.
     Raises: CheckpointError: the disk refuses.
     """
     folder = checkpoint_in(place)

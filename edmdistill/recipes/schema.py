@@ -181,8 +181,9 @@ TABLES: dict[str, type[Struct]] = {
     "network": NetworkTable,
     "evaluation": EvaluationTable,
 }
-OPTIONAL = "network", "evaluation"
 """The tables that are the same for every method."""
+OPTIONAL = "network", "evaluation"
+"""Those that a recipe may leave out."""
 
 
 class Recipe(Struct, frozen=True, kw_only=True, dict=True):

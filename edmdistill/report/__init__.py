@@ -1,1 +1,1 @@
-"""The report of a run on one page: `summary` reads it, `expected` says what was planned, `page` writes it."""
+"""The report of a run on one page: `summary` reads it, `plan_comparison` says what was planned, `page` writes it."""
