@@ -33,11 +33,13 @@ def command(source: str, to: str, out: Path, vae: str | None, overwrite: bool, a
     """
     import json
 
+    from edmdistill.checkpoints.source import open_source
     from edmdistill.export.folder import export
     from edmdistill.export.parity import table
 
-    say_unfinished(source)
-    parity = export(source, to, out, vae=vae, overwrite=overwrite)
+    checkpoint = open_source(source)
+    say_unfinished(checkpoint)
+    parity = export(checkpoint, to, out, vae=vae, overwrite=overwrite)
     if as_json:
         document = {"schema_version": 1, "path": str(out), "to": to, "parity": [row._asdict() for row in parity]}
         click.echo(json.dumps(document, indent=2))

@@ -19,6 +19,7 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.layout import VAE_FILES
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.load import load_flow
+from edmdistill.checkpoints.source import Source
 from edmdistill.checkpoints.vae import SUBFOLDER, Vae
 from edmdistill.errors import CheckpointError, EdmDistillError, without_secrets
 from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
@@ -69,7 +70,7 @@ TARGETS = {
 
 
 def export(
-    source: str | Path, to: str, out: str | Path, *, vae: str | None = None, overwrite: bool = False
+    source: str | Path | Source, to: str, out: str | Path, *, vae: str | None = None, overwrite: bool = False
 ) -> tuple[Parity, ...]:
     """Writes a checkpoint for another program, and samples what is written as that program would.
 
