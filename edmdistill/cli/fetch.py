@@ -25,6 +25,7 @@ def command(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     if names == ("list",):
         click.echo(json.dumps({"schema_version": 1} | documents(), indent=2) if as_json else to_text())
         return
+    names = names[1:] if names[0] == "teacher" and len(names) > 1 else names
     files = {file.name: file for name in names for file in find_official(name)}
     files_fetched = [fetch(file) for file in files.values()]
     checks: dict[str, list[str]] = {}

@@ -57,6 +57,7 @@ def test_a_preset_is_a_network_and_its_guide():
         "edm2-img512-xs-uncond-2147483-0.025",
     ]
     assert "licence cc-by-nc-sa-4.0" in lines[0]
+    assert fetch("teacher", "edm2-img512-s-2147483-0.025") == f"{lines[0]}\n"
 
 
 def test_json_says_where_the_files_are():
