@@ -340,7 +340,7 @@ def app(space: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_space_draws_what_its_caption_says_and_does_not_blur_it(app, space: Path, tmp_path: Path):
     model = load_generator(app.SOURCE)
-    assert app.classes(model) == [("drawn by each seed", -1), *((f"class {i}, number {i}", i) for i in range(3))]
+    assert app.classes(model) == [("drawn by each seed", -1), *((f"class {i}, number {i}, digit", i) for i in range(3))]
     first = app.settings(model)
     assert (first["nfe"], first["gamma"], first["guidance"]) == (2, 0.7, 1.0)
     picture, said = app.draw(model, **first | {"gamma": 0.3, "label": 1, "seed": 5, "count": 3, "guidance": 2.0})
