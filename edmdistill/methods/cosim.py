@@ -95,10 +95,7 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
             F_aux = self.auxiliary(x_s, s, labels, t)
         fisher = partial(generator_loss, sigma_data=sigma_data, alpha=config.alpha, weight=config.weight)
         kl = partial(kl_generator_loss, sigma_data=sigma_data, power=config.s_power)
-        if config.gradient == "fisher":
-            loss = fisher(F_aux, F_teacher, v, s)
-        else:
-            loss = kl(F_aux.detach(), F_teacher.detach(), v, s)
+        loss = (fisher if config.gradient == "fisher" else kl)(F_aux, F_teacher, v, s)
         if config.fisher_sigma:
             above = s >= sigma_to_time(config.fisher_sigma, sigma_data)
             loss = loss._replace(value=torch.where(above, fisher(F_aux, F_teacher, v, s).value, loss.value))

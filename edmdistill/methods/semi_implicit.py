@@ -83,14 +83,14 @@ def kl_generator_loss(
     the auxiliary score reaches the generator once, and not through the derivatives of two networks as well.
 
     Args:
-        F_aux, F_teacher: at x_s, without gradient.  [B,C,H,W]
+        F_aux, F_teacher: at x_s.  [B,C,H,W]
         v: at x_s, as a function of the generated image.  [B,C,H,W]
         s: time of x_s.  [B]
         power: 0 is DMD's weight, 1 calms small s, where the gap is large and says little of an image's content.
     Source: Yin et al. 2024 (DMD), eq. 7 and 8.  Differs: rms u in the weight, so that samples at which the auxiliary
         score is far off do not outweigh the others.
     """
-    u, e = sigma_data * (F_aux - F_teacher), (v - sigma_data * F_teacher).detach()
+    u, e = (sigma_data * (F_aux - F_teacher)).detach(), (v - sigma_data * F_teacher).detach()
     size = e.abs().flatten(1).mean(1) + u.square().flatten(1).mean(1).sqrt()
     sin = cos_sin(s, v)[1].flatten()
     return Loss(sin ** (power - 1) * (u * v).flatten(1).sum(1) / size.clamp(min=1e-5), s, gap_signals(u, e))
