@@ -36,6 +36,8 @@ class ECTConfig(PairsConfig, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.intervals is not None and self.intervals[0] > self.intervals[1]:
             raise ValueError(f"intervals = {list(self.intervals)} decreases: give the first number, then the largest")
+        if self.intervals is not None and (self.k, self.b) != (PairsConfig().k, PairsConfig().b):
+            raise ValueError("k and b widen ECT's pairs, and intervals draws iCT's: set one or the other")
 
 
 class ECT(Method[ECTConfig]):

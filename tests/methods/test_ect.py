@@ -111,3 +111,8 @@ def test_a_late_stage_still_has_a_gradient() -> None:
     assert weight.grad is not None
     assert weight.grad.isfinite()
     assert weight.grad != 0
+
+
+def test_options_of_one_kind_of_pairs_are_not_ignored_by_the_other() -> None:
+    with pytest.raises(ValueError, match="k and b widen ECT's pairs"):
+        ECTConfig(intervals=(10, 20), k=4.0)
