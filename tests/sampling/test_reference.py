@@ -37,7 +37,6 @@ def test_gray_and_rgb_are_read_as_they_are(tmp_path: Path) -> None:
         (Image.new("RGBA", (8, 8)), r"transparency, .* \(its mode is RGBA\)"),
         (Image.new("LA", (8, 8)), r"\(its mode is LA\)"),
     ],
-    ids=str,
 )
 def test_others_are_refused(picture: Image.Image, sentence: str, tmp_path: Path) -> None:
     picture.save(tmp_path / "picture.png")
