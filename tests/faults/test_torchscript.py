@@ -20,8 +20,6 @@ from edmdistill.features.perceptual import PerceptualDistance, ScriptFeatures
 from edmdistill.features.script import CONTROL, OPERATORS, Script, load_script
 from edmdistill.sampling.reference import load_feature_net
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of the format
-
 
 class Plain(nn.Module):
     def forward(self, x: Tensor, y: int = 3) -> Tensor:

@@ -1,7 +1,6 @@
 """Classifiers: ln p whichever way they are named, and a sentence where they know other classes."""
 
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,7 @@ class Corners(nn.Module):
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("classifiers") / "corners.pt"
-    with warnings.catch_warnings():  # torch deprecates the format
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.save(torch.jit.script(Corners()), file)
+    torch.jit.save(torch.jit.script(Corners()), file)
     return str(file)
 
 

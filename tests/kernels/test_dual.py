@@ -72,7 +72,6 @@ def test_every_rule_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on first use of jvp
 def test_rules_are_torchs_forward_derivative(x: Dual, name: str) -> None:
     for operation in CASES[name]:
         with sdpa_kernel(SDPBackend.MATH):

@@ -40,7 +40,6 @@ def test_float32_weights_follow_the_dtype_of_the_input(x: Tensor, name: str, dty
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on first use of jvp
 def test_tangents(x: Tensor, name: str) -> None:
     operation, tangent, h = OPERATIONS[name], random(*x.shape), 1e-6
     with sdpa_kernel(SDPBackend.MATH):

@@ -48,7 +48,6 @@ def test_the_relativistic_loss_pairs_images_and_penalizes_both_slopes() -> None:
         assert torch.autograd.grad(judged[1], attached)[0].flatten(1).abs().sum(1).nonzero().tolist() == [[1]]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
 @pytest.mark.parametrize("name", ["scd", "cosim", "fmd"])
 def test_the_adversarial_term_is_balanced_in_the_last_layer(
     name: str, tiny_networks: Make, tiny_batch: Make, noise: NoiseRange

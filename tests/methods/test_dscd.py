@@ -10,8 +10,6 @@ from edmdistill.methods.scm import continuous_tangent
 from edmdistill.schedules import discrete_lognormal, edm_curve
 from edmdistill.trigflow import ddim_step, denoised
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
-
 
 def test_it_tends_to_the_continuous_tangent() -> None:
     """The difference falls with the step."""

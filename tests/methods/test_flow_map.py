@@ -20,7 +20,6 @@ from edmdistill.methods.sct import SCT, SCTConfig
 from edmdistill.schedules import interval_times, lognormal_pairs
 from edmdistill.trigflow import ddim_step, diffuse, velocity
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
 NOISE = NoiseRange(SIGMA_DATA, 0.002, 80.0)
 SHARES = torch.tensor([0.0, 0.3, 0.9], dtype=torch.float64)
 

@@ -89,7 +89,6 @@ def loss(kind: type[Method], generator: nn.Module, size: int = 5, **options: Any
     return method.turns()[-1].loss(batch, Draws(0, size))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
 @pytest.mark.parametrize("guide", ["classes", "network"])
 def test_scd_gets_the_weights_of_its_velocity(guide: str) -> None:
     generator = Recorder()
@@ -109,7 +108,6 @@ def test_dscd_steps_along_the_guided_velocity(guide: str) -> None:
     torch.testing.assert_close(x_before, step, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
 def test_weights_are_uniform_in_the_range_and_not_given_where_fixed() -> None:
     generator = Recorder()
     loss(SCD, generator, size=4000, guidance=RANGE)
@@ -123,7 +121,6 @@ def test_weights_are_uniform_in_the_range_and_not_given_where_fixed() -> None:
         assert generator.weights == [None]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
 def test_beside_vsd_the_auxiliary_score_follows_the_generator_at_its_weight() -> None:
     """And the three networks that see x_t in the generator's turn get the same weight."""
     config, roles = SCDConfig(guidance=RANGE, vsd=1.0), {"generator": Recorder(), "auxiliary": Recorder()}

@@ -36,12 +36,9 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
 """Every method with its defaults, and with options that add roles."""
 ALIKE = {"sida", "dmd2, f-distill", "fmd, gan", "dscd, gan", "scd, vsd, guided and gan"}
 """Those whose turns are like another's: dmd2's, and an adversary beside cosim."""
-pytestmark = [
-    pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in OPTIONS]
-    ),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's own, on use of jvp
-]
+pytestmark = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in OPTIONS]
+)
 
 
 @pytest.fixture

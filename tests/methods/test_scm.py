@@ -16,8 +16,6 @@ from edmdistill.methods.sct import SCT, SCTConfig
 from edmdistill.methods.tangents import finite_difference
 from edmdistill.trigflow import denoised, sigma_to_time
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
-
 # Closed forms.
 
 

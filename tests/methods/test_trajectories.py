@@ -208,7 +208,6 @@ def test_until_the_warmup_ends_cosim_learns_trajectories_alone(tiny_networks: Ma
     assert [(turn.role, turn.begins) for turn in turns] == [("auxiliary", 100), ("generator", 0)]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
 def test_a_flow_map_learns_them_alone_and_then_beside_tangents(tiny_networks: Make, tiny_batch: Make) -> None:
     """Of a teacher that is guided at the weight of each row, which the generator reads at each point."""
     guided: dict[str, Any] = {"guidance": (1.0, 3.0), "guide": "network"}

@@ -16,8 +16,6 @@ from edmdistill.methods.score_distillation import vsd_auxiliary_loss, vsd_genera
 from edmdistill.methods.vsd import VSD
 from edmdistill.trigflow import cos_sin
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
-
 Make = Callable[..., Any]
 SD, D = 0.5, 3
 EYE = torch.eye(D, dtype=torch.float64)

@@ -75,7 +75,6 @@ def test_the_ends_of_the_circle_are_finite(flow: FlowNetwork) -> None:
     torch.testing.assert_close(flow(x, torch.tensor(math.pi / 2)), flow(x, latest), rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on first use of jvp
 def test_tangents(wide: FlowNetwork) -> None:
     """Along images and time, by torch.func.jvp, against finite differences."""
     x, v = images(wide), torch.randn(images(wide).shape, dtype=torch.float64)
@@ -118,7 +117,6 @@ def test_every_parameter_learns(flow: FlowNetwork) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_compiles_in_one_graph(flow: FlowNetwork) -> None:
     two = add_second_time(flow)

@@ -32,8 +32,6 @@ TIMES = torch.tensor([0.3, 0.8, 1.3], dtype=torch.float64)
 SPEED = torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64)
 CONTINUOUS = ["ddpmpp", "ddpmpp-vp", "ncsnpp-ve", "song-skip", "adm", "edm2"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on use of jvp
-
 
 def normal(flow: FlowNetwork | Network, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -371,7 +369,6 @@ def test_on_the_meta_device(make_flow: MakeFlow) -> None:
         *(pytest.param(case, {}, id=case, marks=pytest.mark.slow) for case in ("edm2", "adm", "ddpmpp")),
     ],
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_traced_in_one_graph_with_two_convolutions_a_layer(
     make_flow: MakeFlow, case: str, arguments: dict[str, Any]
@@ -397,7 +394,6 @@ def test_traced_in_one_graph_with_two_convolutions_a_layer(
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_compiled(make_flow: MakeFlow) -> None:
     """By inductor, which needs a C++ compiler."""

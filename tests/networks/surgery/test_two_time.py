@@ -71,7 +71,6 @@ def test_both_are_copies_where_there_is_nothing_to_do(flow: FlowNetwork) -> None
     assert torch.equal(drop_second_time(flow)(x, S, labels), flow(x, S, labels))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, on first use of jvp
 def test_tangent_along_the_second_time(wide: FlowNetwork) -> None:
     x, labels = point(wide)
     two = add_second_time(wide)
