@@ -3,7 +3,7 @@
     python benchmarks/evaluation.py [--images 2560] [--nfe 3] [--batch 256] [--repeats 3] [--device cpu]
 
 The loop draws a batch, computes its features and then its classes, one after another, each with all cores. `evaluate`
-draws blocks of 128 ahead by threads of one core each, and computes features and classes in one pass. Both update the
+draws blocks ahead by threads of one core each, and computes features and classes in one pass. Both update the
 same metrics. The best of the repeats, which alternate.
 """
 

@@ -28,8 +28,9 @@ from edmdistill.transfer import is_gpu
 ARRAYS = (".npz", ".npy")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
 
-BLOCKS, LARGE_BLOCK = {32: 128, 64: 32}, 8
-"""Images of a block by their largest side, and of larger ones: of no published network it takes over 6 GB."""
+BLOCKS, LARGE_BLOCK = {16: 256, 32: 128, 64: 32}, 8
+"""Images of a block by their largest side, and of larger ones: of no published network it takes over 6 GB, and small
+images are enough to keep a core busy."""
 
 LabelSource = Literal["balanced", "drawn", "given", "none", "unknown"]
 

@@ -68,7 +68,7 @@ def held_out() -> Tensor:
 
 
 def test_a_generator_is_measured_as_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BLOCKS, 32, 16)
+    monkeypatch.setitem(BLOCKS, 16, 16)
     model = generator()
     done: list[int] = []
     result = evaluate(
@@ -135,14 +135,16 @@ def test_an_unconditional_network_has_no_class_accuracy() -> None:
     assert set(result.metrics) == {"fd_digits@4"}
 
 
-@pytest.mark.parametrize(("side", "block"), [(8, 128), (32, 128), (33, 32), (64, 32), (65, 8), (512, 8)])
+@pytest.mark.parametrize(
+    ("side", "block"), [(8, 256), (16, 256), (17, 128), (32, 128), (33, 32), (64, 32), (65, 8), (512, 8)]
+)
 def test_blocks_depend_on_the_size_of_images_alone(side: int, block: int) -> None:
     assert block_size(side) == block
 
 
 def test_whatever_is_measured_is_computed_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The network, the features of its images, those of a folder, of the reference and of `data stats`, likelihoods."""
-    monkeypatch.setitem(BLOCKS, 32, 16)
+    monkeypatch.setitem(BLOCKS, 16, 16)
     model, real = generator(), TEST.images(range(40))
     folder = write_folder(tmp_path, real, None)
     features: list[int] = []

@@ -136,7 +136,7 @@ def test_an_image_does_not_depend_on_the_others_and_the_network_is_left_as_it_wa
     done: list[int] = []
     results = []
     for block in (3, 1):
-        monkeypatch.setitem(BLOCKS, 32, block)
+        monkeypatch.setitem(BLOCKS, 16, block)
         results.append(evaluate_likelihood(model, DIGITS, count=3, probes=2, tolerance=0.05, on_progress=done.append))
     many, one = results
     assert many.metrics == pytest.approx(one.metrics, rel=1e-12)

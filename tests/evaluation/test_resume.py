@@ -26,7 +26,7 @@ COUNT, BLOCK = 30, 8
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(images.BLOCKS, 32, BLOCK)
+        patch.setitem(images.BLOCKS, 16, BLOCK)
         yield
 
 

@@ -18,7 +18,7 @@ SCRIPT = """
 import sys
 from edmdistill.cli import main
 from edmdistill.evaluation import images, shards
-shards.SHARD_IMAGES, images.BLOCKS[32] = 32, 16
+shards.SHARD_IMAGES, images.BLOCKS[16] = 32, 16
 if __name__ == "__main__":
     main(sys.argv[1:])
 """
