@@ -71,9 +71,17 @@ def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
         network.network.fold()
         if network.compute_dtype is not None:
             network.network.store_convolutions(network.compute_dtype)
-    elif recipe.training.dropout is not None:
+        return network
+    if recipe.training.dropout is not None:
         set_dropout(network, recipe.training.dropout, recipe.training.dropout_max_resolution)
+    if any(not other.trained and other.make is None for other in recipe.roles.values()):
+        keep_labels(network)
     return network
+
+
+def keep_labels(network: FlowNetwork) -> None:
+    """Turns label dropout off: without its labels, a network would learn from one that has them what it cannot know."""
+    network.label_dropout = network.network.label_dropout = network.network.arguments["label_dropout"] = 0.0
 
 
 def raise_sigma_min(flow: FlowNetwork, sigma_min: float, recipe: Recipe) -> FlowNetwork:

@@ -7,9 +7,11 @@ import torch
 from toy_runs import TABLES
 
 from edmdistill.checkpoints.store import load_checkpoint
+from edmdistill.methods import METHODS
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
+from edmdistill.networks.surgery.rebuild import rebuild
 from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.roles import build_roles
@@ -37,6 +39,23 @@ def test_the_generator_reads_s_by_the_recipes_gain_or_by_one_it_has_learned(teac
         networks = build_roles(recipe, flow, init=init)
         gains = {float(network.network.second_time.gain) for name, network in networks.items() if name != "teacher"}
         assert gains == {gain}
+
+
+def test_labels_are_dropped_only_where_no_other_network_reads_them(teacher) -> None:
+    """A network that was trained for guidance keeps its label dropout when it learns from data alone."""
+    flow = load_checkpoint(teacher)[0]
+    flow = rebuild(flow, {}, label_dropout=0.1)
+    flow.label_dropout = 0.1
+    alone = {"diffusion", "ect", "imm", "mean-flow", "sct"}
+    for method in METHODS:
+        tables = TABLES | {"method": {"name": method} | ({"gan": 0.0} if method == "ctm" else {})}
+        tables |= {"network": {"kind": "edm2"}} if method == "diffusion" else {}
+        for role, network in build_roles(Recipe.from_tables(tables, "a test"), flow).items():
+            if role != "teacher" and isinstance(network, FlowNetwork):
+                inner = network.network
+                dropout = {network.label_dropout, inner.label_dropout, inner.arguments["label_dropout"]}
+                assert dropout == {0.1 if method in alone else 0.0}, (method, role)
+    assert flow.network.arguments["label_dropout"] == 0.1
 
 
 SMALL = {"img_resolution": 8, "label_dim": 10, "model_channels": 16, "num_blocks": 1, "attn_resolutions": [8]}
