@@ -62,7 +62,8 @@ class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
     """How a generator is sampled by default.
 
     Attributes:
-        sigmas: decreasing noise levels by their number, {"2": [80.0, 2.515]}; for other numbers, EDM's curve.
+        sigmas: falling noise levels by their number, which may repeat, {"2": [80.0, 2.515]}; for other numbers, EDM's
+            curve.
         gamma: share of fresh noise between the steps, in [0, 1].
     """
 
@@ -73,7 +74,7 @@ class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma is {self.gamma}, outside [0, 1]")
         for nfe, sigmas in self.sigmas.items():
-            falling = all(a > b for a, b in zip(sigmas, (*sigmas[1:], 0.0), strict=True))
+            falling = list(sigmas) == sorted(sigmas, reverse=True)
             if not sigmas or str(len(sigmas)) != nfe or not falling:
                 raise ValueError(f"the schedule for {nfe[:20]} steps is {list(sigmas)[:20]}")
 
@@ -172,8 +173,8 @@ def unfinished(config: CheckpointConfig) -> str | None:
     return f"This {config.stage} is unfinished: {seen:,} of {total:,} images seen."
 
 
-def example_nfe(config: CheckpointConfig) -> int:
-    """Returns the number of evaluations for a generator's examples: 2, or the fewest that it has a schedule for."""
+def default_nfe(config: CheckpointConfig) -> int:
+    """Returns a generator's default number of evaluations: 2, or the fewest that it has a schedule for."""
     scheduled = [int(nfe) for nfe in config.sampling.sigmas]
     return 2 if 2 in scheduled or not scheduled else min(scheduled)
 

@@ -266,6 +266,11 @@ class Method(ABC, Generic[ConfigT]):
         """Returns the range of guidance weights that the product takes; (1, 1): none."""
         return 1.0, 1.0
 
+    @classmethod
+    def schedule(cls, config: ConfigT, noise: NoiseRange) -> tuple[float, ...]:
+        """Returns the noise levels of the steps that the product is trained for, falling; (): for any."""
+        return ()
+
     def monitor(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Returns signals that need passes of their own, without gradients; a run asks for them in some log lines."""
         return {}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from edmdistill.methods.adversarial import GANConfig
 from edmdistill.methods.base import Loss
-from edmdistill.methods.weighting import adaptive
+from edmdistill.methods.weighting import adaptive, mean_rms
 
 TangentNormalization = Literal["rms", "norm", "clip", "raw"]
 Weighting = Literal["adaptive", "none"]
@@ -78,6 +78,5 @@ def consistency_loss(F: Tensor, g: Tensor, u: Tensor, t: Tensor, weighting: Weig
         weighting: "none": u is 0.
     Source: sCM, eq. 8, with w = -u; appendix D.
     """
-    with torch.no_grad():
-        signals = {"tangent_rms": g.square().mean().sqrt()}
-    return Loss(adaptive(F - F.detach() - g, u if weighting == "adaptive" else torch.zeros_like(u)), t, signals)
+    value = adaptive(F - F.detach() - g, u if weighting == "adaptive" else torch.zeros_like(u))
+    return Loss(value, t, {"tangent_rms": mean_rms(g)})

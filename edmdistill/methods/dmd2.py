@@ -20,7 +20,7 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.backward_simulation import of_every_step, of_noisy_data, of_one_step
-from edmdistill.methods.base import Batch, Loss, Preview, Role, Turn
+from edmdistill.methods.base import Batch, Loss, NoiseRange, Preview, Role, Turn
 from edmdistill.methods.distances import l2
 from edmdistill.methods.divergence import Divergence, density_ratio, divergence_weights
 from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
@@ -55,6 +55,10 @@ class DMD2(ScoreDistillation[DMD2Config]):
     @classmethod
     def roles_for(cls, config: DMD2Config) -> dict[str, Role]:
         return cls.roles if config.gan else SCORES
+
+    @classmethod
+    def schedule(cls, config: DMD2Config, noise: NoiseRange) -> tuple[float, ...]:
+        return noise.sigma_max, *config.levels
 
     def generator_turns(self) -> tuple[Turn, ...]:
         preview = None if self.config.f_divergence == "reverse-kl" else self.density_ratios

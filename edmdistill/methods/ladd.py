@@ -66,6 +66,10 @@ class LADD(Method[LADDConfig]):
     def roles_for(cls, config: LADDConfig) -> dict[str, Role]:
         return cls.roles | {"discriminator": Role(trained=True, make=partial(make_head, kind=config.heads))}
 
+    @classmethod
+    def schedule(cls, config: LADDConfig, noise: NoiseRange) -> tuple[float, ...]:
+        return noise.sigma_max, *config.levels
+
     def __init__(self, config: LADDConfig, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
         self.teacher, self.generator, self.heads = (networks[role] for role in self.roles)

@@ -43,7 +43,7 @@ class ContinuousConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=Tru
 
 class SCMConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
     intervals: Annotated[
-        int, Meta(ge=1, le=100_000, description="M: consistency to the start of each of M intervals of t")
+        int, Meta(ge=1, le=100_000, description="M: consistency to the start of each of M intervals of t, for gamma 0")
     ] = 1
 
     def __post_init__(self) -> None:
@@ -150,6 +150,13 @@ class SCM(ContinuousConsistency[ConfigT]):
         config = self.config
         t = lognormal_times(draws, self.noise.sigma_data, P_mean=config.P_mean, P_std=config.P_std)
         return t, time_in_interval(t, config.intervals)
+
+    @classmethod
+    def schedule(cls, config: ConfigT, noise: NoiseRange) -> tuple[float, ...]:
+        """Returns the ends of the intervals, the last of them at sigma_max."""
+        M = config.intervals
+        ends = (noise.sigma_data * math.tan(math.pi / 2 * k / M) for k in range(M - 1, 0, -1))
+        return (noise.sigma_max, *(sigma for sigma in ends if sigma < noise.sigma_max)) if M > 1 else ()
 
 
 def continuous_tangent(

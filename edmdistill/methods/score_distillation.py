@@ -25,7 +25,7 @@ from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, with_inputs
 from edmdistill.methods.guidance import GuidanceConfig, GuidedMethod
 from edmdistill.methods.noising import initial_noise, noised, one_step
-from edmdistill.methods.weighting import adaptive
+from edmdistill.methods.weighting import adaptive, mean_rms
 from edmdistill.schedules import lognormal_times
 from edmdistill.trigflow import denoised, diffuse
 
@@ -172,4 +172,4 @@ def vsd_generator_loss(
         x_t = diffuse(g, draws.normal_like(g, sigma_data), t)
         gap = teacher(x_t, t, batch.labels) - auxiliary(x_t, t, batch.labels)
     value = adaptive(g - g.detach() + gap, u)
-    return Loss(value, t, {"score_gap": gap.square().mean().sqrt()}, g.detach())
+    return Loss(value, t, {"score_gap": mean_rms(gap)}, g.detach())

@@ -12,15 +12,18 @@ difference of two denoisers cancels catastrophically at small s.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 
-from edmdistill.methods.base import Loss
-from edmdistill.methods.score_distillation import AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, Loss, NoiseRange
+from edmdistill.methods.noising import one_step
+from edmdistill.methods.score_distillation import AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns, ScoreDistillation
+from edmdistill.methods.weighting import mean_rms
 from edmdistill.trigflow import cos_sin
 
 Alpha = Annotated[float, Meta(gt=0, description="weight of the squared score gap in the generator's loss")]
@@ -38,6 +41,23 @@ class OneStepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 0.8
     weight: Weight = "sid"
     auxiliary_turns: AuxiliaryTurns = 1
+
+
+OneStepT = TypeVar("OneStepT", bound=OneStepConfig)
+
+
+class OneStep(ScoreDistillation[OneStepT]):
+    """The generator that SiD and SiDA share: of one step, which starts at sigma_init."""
+
+    splits_loss = True
+
+    @classmethod
+    def schedule(cls, config: OneStepT, noise: NoiseRange) -> tuple[float, ...]:
+        return (config.sigma_init,)
+
+    def generate(self, batch: Batch, draws: Draws) -> Tensor:
+        """Returns one generated image for each label of the batch.  [B,C,H,W]"""
+        return one_step(self.generator, batch, self.config.sigma_init, draws, self.noise.sigma_data)[0]
 
 
 def auxiliary_loss(
@@ -100,7 +120,7 @@ def kl_generator_loss(
 def gap_signals(u: Tensor, e: Tensor) -> dict[str, Tensor]:
     """Returns the gap's size and direction.  u, e: see above; the loss itself may oscillate around 0.  [B,C,H,W]"""
     cosine = torch.cosine_similarity(u.flatten(1), e.flatten(1)).mean()
-    return {"score_gap": u.square().mean().sqrt(), "cos_gap_error": cosine}
+    return {"score_gap": mean_rms(u), "cos_gap_error": cosine}
 
 
 def time_sensitivity(F_aux: Tensor, F_last: Tensor, F_teacher: Tensor, below: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss
-from edmdistill.methods.noising import noised, one_step
-from edmdistill.methods.score_distillation import SCORES, ScoreDistillation
-from edmdistill.methods.semi_implicit import Alpha, OneStepConfig, auxiliary_loss, generator_loss
+from edmdistill.methods.noising import noised
+from edmdistill.methods.score_distillation import SCORES
+from edmdistill.methods.semi_implicit import Alpha, OneStep, OneStepConfig, auxiliary_loss, generator_loss
 from edmdistill.schedules import curve_times, lognormal_times
 
 
@@ -27,10 +27,9 @@ class SiDConfig(OneStepConfig, frozen=True, forbid_unknown_fields=True):
     coef: Annotated[float, Meta(ge=0.5, description="pull of the auxiliary score toward the teacher; .5 = none")] = 0.5
 
 
-class SiD(ScoreDistillation[SiDConfig]):
+class SiD(OneStep[SiDConfig]):
     Config = SiDConfig
     roles = SCORES
-    splits_loss = True
 
     def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns denoising score matching on generated images.  Source: SiD, eq. 8 (coef .5).
@@ -58,7 +57,3 @@ class SiD(ScoreDistillation[SiDConfig]):
         config, sigma_data = self.config, self.noise.sigma_data
         F_teacher, F_aux = self.teacher(x_s, s, labels), self.auxiliary(x_s, s, labels)
         return generator_loss(F_aux, F_teacher, v, s, sigma_data=sigma_data, alpha=config.alpha, weight=config.weight)
-
-    def generate(self, batch: Batch, draws: Draws) -> Tensor:
-        """Returns one generated image for each label of the batch.  [B,C,H,W]"""
-        return one_step(self.generator, batch, self.config.sigma_init, draws, self.noise.sigma_data)[0]

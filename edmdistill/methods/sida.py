@@ -21,9 +21,9 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Role
 from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
-from edmdistill.methods.noising import noised, one_step
-from edmdistill.methods.score_distillation import SCORES, ScoreDistillation
-from edmdistill.methods.semi_implicit import Alpha, OneStepConfig, auxiliary_loss, generator_loss
+from edmdistill.methods.noising import noised
+from edmdistill.methods.score_distillation import SCORES
+from edmdistill.methods.semi_implicit import Alpha, OneStep, OneStepConfig, auxiliary_loss, generator_loss
 from edmdistill.schedules import curve_times, lognormal_times
 from edmdistill.trigflow import cos_sin, diffuse, velocity
 
@@ -37,9 +37,8 @@ class SiDAConfig(OneStepConfig, frozen=True, forbid_unknown_fields=True):
     gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the generator is judged")] = 200_000
 
 
-class SiDA(ScoreDistillation[SiDAConfig]):
+class SiDA(OneStep[SiDAConfig]):
     Config = SiDAConfig
-    splits_loss = True
     roles = SCORES | {"auxiliary": Role(trained=True, head="mean")}
 
     def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
@@ -83,7 +82,3 @@ class SiDA(ScoreDistillation[SiDAConfig]):
             judged = NON_SATURATING.generator(logits.clamp(-10, 10))
             loss = loss._replace(value=loss.value + gan * v[0].numel() / size * judged)
         return loss
-
-    def generate(self, batch: Batch, draws: Draws) -> Tensor:
-        """Returns one generated image for each label of the batch.  [B,C,H,W]"""
-        return one_step(self.generator, batch, self.config.sigma_init, draws, self.noise.sigma_data)[0]

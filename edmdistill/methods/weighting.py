@@ -25,6 +25,11 @@ def adaptive(error: Tensor, u: Tensor) -> Tensor:
     return (-u).exp() * error.square().flatten(1).mean(1) + u
 
 
+def mean_rms(x: Tensor) -> Tensor:
+    """Returns the root mean square of a sample, averaged over samples, as a signal; so micro-batches add up.  []"""
+    return x.detach().square().flatten(1).mean(1).sqrt().mean()
+
+
 def balanced_sum(
     losses: Mapping[str, Tensor], weights: Mapping[str, float], gradients: Mapping[str, Tensor] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from edmdistill import __version__
-from edmdistill.checkpoints.config import CheckpointConfig, example_nfe, unfinished
+from edmdistill.checkpoints.config import CheckpointConfig, default_nfe, unfinished
 from edmdistill.checkpoints.documents import code, code_block, front_matter, markdown
 from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.checkpoints.licences import licence_fields
@@ -123,7 +123,7 @@ def _what(config: CheckpointConfig) -> str:
 
 def _use(config: CheckpointConfig, repository: str) -> str:
     latent, generator = config.encoder["kind"] != "pixels", config.stage == "generator"
-    nfe = example_nfe(config) if generator else 35
+    nfe = default_nfe(config) if generator else 35
     load = "load_generator" if generator else "load_denoiser"
     classes = " The seed also chooses the class, unless `--class` or `labels` name one." if config.label_dim else ""
     vae = vae_words(config.encoder)

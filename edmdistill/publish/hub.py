@@ -29,7 +29,7 @@ from torch import Tensor
 
 from edmdistill import __version__
 from edmdistill.atomic import sha256_file, temporary_folder
-from edmdistill.checkpoints.config import CheckpointConfig, example_nfe, read_config
+from edmdistill.checkpoints.config import CheckpointConfig, default_nfe, read_config
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.hub_client import REPOSITORY, hub_calls
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, checkpoint_in
@@ -138,7 +138,7 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
     grid = None
     decoder = _decoder(model, vae)
     if isinstance(model, Generator) and decoder is not None:
-        nfe = example_nfe(config)
+        nfe = default_nfe(config)
         files[GRID] = _grid(model, nfe, decoder)
         grid = GRID, f"Seeds 0 to {GRID_SIZE - 1}, in {nfe} {'evaluation' if nfe == 1 else 'evaluations'}."
     files[CONFIG] = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
@@ -324,7 +324,7 @@ def _has_bytes(path: Path, content: Path | bytes) -> bool:
 
 
 def _comparison_samples(model: Generator | Denoiser) -> Tensor:
-    nfe = example_nfe(model.config) if isinstance(model, Generator) else 3
+    nfe = default_nfe(model.config) if isinstance(model, Generator) else 3
     return require_finite(sample(model, nfe, seeds=COMPARISON_SEEDS), COMPARISON_SEEDS)
 
 

@@ -26,6 +26,7 @@ Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
 Steps = Annotated[tuple[PositiveCount, ...], Meta(min_length=1)]
 Positive = Annotated[float, Meta(gt=0)]
+Levels = Annotated[tuple[Positive, ...], Meta(min_length=1)]
 LearningRate = Annotated[float, Meta(gt=0, le=1e6)]
 TotalImages = Annotated[int, Meta(ge=1, lt=10**12)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -123,8 +124,9 @@ class SamplingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Numbers of steps in grids and measurements."""
     gamma: Share = 1.0
     """Share of fresh noise in each step; 0 is deterministic."""
-    sigmas: dict[str, tuple[Positive, ...]] = {}
-    """Noise levels by NFE, "2" = [80.0, 2.515], descending, repeats allowed. Others are on EDM's curve."""
+    sigmas: dict[str, Levels] = {}
+    """Noise levels by NFE, "2" = [80.0, 2.515], descending, repeats allowed. Default: those that a method trains alone,
+    as SiD does; others are on EDM's curve."""
 
     def __post_init__(self) -> None:
         for nfe, sigmas in self.sigmas.items():

@@ -10,6 +10,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from edmdistill.checkpoints.config import default_nfe
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
@@ -20,9 +21,6 @@ from edmdistill.sampling.heun import EDM2_SAMPLER, EDM_SAMPLER, Churn, OfficialS
 from edmdistill.sampling.spec import MAX_GUIDANCE, SOLVERS, SamplerRecord, SamplerSpec
 from edmdistill.sampling.trajectory import ReferenceGuidance, paper_sigmas, reference_sampler
 from edmdistill.trigflow import cos_sin, sigma_to_time, time_to_sigma
-
-DEFAULT_NFE = 2
-"""The default number of steps of a generator."""
 
 
 class Sampler(NamedTuple):
@@ -62,7 +60,7 @@ def _gamma_sampler(model: Generator, spec: SamplerSpec) -> Sampler:
         )
     flow, weight = model.flow, _guidance_weight(model, spec.guidance)
     gamma = model.config.sampling.gamma if spec.gamma is None else spec.gamma
-    times = model.schedule(spec.nfe or DEFAULT_NFE)
+    times = model.schedule(spec.nfe or default_nfe(model.config))
     if spec.times is not None:
         times = torch.as_tensor(spec.times, dtype=torch.float64)
     jump = partial(model.jump, w=_weight_tensor(flow, weight)) if flow.guided else model.jump

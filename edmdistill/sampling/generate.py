@@ -49,7 +49,7 @@ def sample(
 
     Args:
         model: from load_generator or load_denoiser.
-        nfe: network evaluations for an image; default: 2 for a generator, 35 for a teacher, 63 for one of EDM2.
+        nfe: network evaluations for an image; default: see SamplerSpec.
         seeds: one for each image, taken modulo 2^32.  [N]
         labels: one class for all, a class a seed [N], vectors [N,label_dim], or None: drawn from each seed.
         gamma: share of fresh noise between a generator's steps, in [0, 1].

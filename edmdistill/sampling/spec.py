@@ -76,8 +76,9 @@ class SamplerSpec:
     """How to draw images from a network; None stands for the network's own default.
 
     Attributes:
-        nfe: network evaluations for an image; default: 2 for a generator, 35 for a teacher, 63 for one of EDM2. Odd for
-            a solver that takes two evaluations a step; guidance, which calls a second network, does not count.
+        nfe: network evaluations for an image; default: 2 for a generator, or the fewest that it has a schedule for;
+            35 for a teacher, 63 for one of EDM2. Odd for a solver that takes two evaluations a step; guidance, which
+            calls a second network, does not count.
         gamma: share of fresh noise between a generator's steps, in [0, 1]; see gamma_sampler.
         times: a generator's times in radians, falling; default: its own schedule for nfe steps.  [nfe]
         guidance: weight of a teacher's guidance, see GuidedDenoiser, or one in the range that a generator was trained

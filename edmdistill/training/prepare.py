@@ -189,6 +189,9 @@ def product_config(recipe: Recipe, sources: Sources) -> CheckpointConfig:
         provenance = replace(provenance, init=sources.init.sha256)
     guided_by: Literal["classes", "network"] = "classes" if sources.guide is None else "network"
     names = sources.dataset.label_names or ()
+    noise = NoiseRange(config.sigma_data, config.sigma_min, config.sigma_max)
+    levels = recipe.method_class.schedule(recipe.method, noise)
+    trained = {str(len(levels)): levels} if levels else {}
     has_names = sources.flow.label_dim and len(names) == sources.flow.label_dim
     return replace(
         config,
@@ -198,7 +201,7 @@ def product_config(recipe: Recipe, sources: Sources) -> CheckpointConfig:
         recipe_hash=recipe.hash,
         guidance=Guidance(guided_by, recipe.guidance) if recipe.guidance != (1, 1) else None,
         label_names=config.label_names or (tuple(names) if has_names else None),
-        sampling=SamplingDefaults(recipe.sampling.sigmas, recipe.sampling.gamma),
+        sampling=SamplingDefaults(trained | recipe.sampling.sigmas, recipe.sampling.gamma),
         images_total=recipe.training.images,
         noise_dependence=None,
         results=(),

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 import edmdistill
-from edmdistill.checkpoints.config import example_nfe
+from edmdistill.checkpoints.config import default_nfe
 from edmdistill.checkpoints.documents import code_block, markdown
 from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.errors import printable
@@ -44,7 +44,7 @@ def classes(generator: edmdistill.Generator) -> list[tuple[str, int]]:
 def settings(generator: edmdistill.Generator) -> dict[str, Any]:
     """Returns the initial settings of the page, as arguments of `draw`."""
     return {
-        "nfe": example_nfe(generator.config),
+        "nfe": default_nfe(generator.config),
         "gamma": generator.config.sampling.gamma,
         "label": OWN,
         "seed": 0,
