@@ -70,6 +70,7 @@ LAGRANGIAN = (  # over AYF's intervals
     'method.times="interval"',
     "method.P_mean=-0.8",
     "method.P_std=1.0",
+    "method.warmup_images=0",
 )
 CONTESTANTS = {
     "cosim": Contestant("cosim", "cosim/digits-quickstart", adapted=False),

@@ -10,6 +10,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.features.perceptual import make_discriminator, make_features
 from edmdistill.methods.augmentation import Augmentation, augment
@@ -37,6 +38,14 @@ class GANConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "cutout",
     )
     balance: Balance = "adaptive"
+
+    def __post_init__(self) -> None:
+        if not self.gan:
+            refuse_idle(self, (*GAN_OPTIONS, "balance"), "gan = 0", "set gan above 0")
+
+
+GAN_OPTIONS = "gan_loss", "gan_penalty", "gan_warmup_images", "gan_channels", "features", "augment"
+"""What an adversary alone reads."""
 
 
 def gan_roles(config: GANConfig) -> dict[str, Role]:
@@ -135,7 +144,8 @@ class AdversarialTurns:
         self.weights = {"gan": config.gan, **weights}
 
     def turns(self) -> tuple[Turn, ...]:
-        preview = self.last_layer_gradients if self.config.balance == "adaptive" else None
+        balanced = self.config.balance == "adaptive" and any(self.weights.values())
+        preview = self.last_layer_gradients if balanced else None
         generator = Turn("generator", self.generator_loss, preview)
         if self.adversary is None:
             return (generator,)

@@ -215,6 +215,7 @@ class Method(ABC, Generic[ConfigT]):
         Config: a frozen msgspec.Struct; its fields are the [method] table of a recipe.
         roles: the networks of the default options, by name; `roles_for` gives those of others.
         product: the role whose average is the run's result.
+        noise_levels: the options that are noise levels of the teacher's range; one that is 0 stands for none.
         first_stages: methods whose generators are its teachers; none: a teacher is a diffusion model.
         splits_loss: whether the generator's loss goes through `pieces`.
         pieces: how it is computed.
@@ -223,6 +224,7 @@ class Method(ABC, Generic[ConfigT]):
     Config: ClassVar[type[msgspec.Struct]]
     roles: ClassVar[dict[str, Role]]
     product: ClassVar[str] = "generator"
+    noise_levels: ClassVar[tuple[str, ...]] = ()
     first_stages: ClassVar[tuple[str, ...]] = ()
     splits_loss: ClassVar[bool] = False
     pieces: Pieces = Pieces()

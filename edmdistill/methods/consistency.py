@@ -21,6 +21,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.methods.adversarial import GANConfig
 from edmdistill.methods.base import Loss
 from edmdistill.methods.weighting import adaptive, mean_rms
@@ -42,6 +43,12 @@ class ConsistencyConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     weighting: Annotated[Weighting, Meta(description="adaptive: a learned weight that balances the noise levels")] = (
         "adaptive"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tangent_normalization in ("clip", "raw"):
+            where = f'tangent_normalization = "{self.tangent_normalization}"'
+            refuse_idle(self, ("c",), where, 'set tangent_normalization = "rms" or "norm"')
 
 
 def normalized_tangent(g: Tensor, c: float, normalization: TangentNormalization) -> Tensor:

@@ -29,6 +29,7 @@ from edmdistill.trigflow import sigma_to_time
 
 class CoSIM(ScoreDistillation[CoSIMConfig]):
     Config = CoSIMConfig
+    noise_levels = "anchor_sigma", "fisher_sigma"
     splits_loss = True
     roles = {
         "teacher": Role(trained=False),

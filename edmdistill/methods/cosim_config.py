@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.methods.adversarial import GANConfig
 from edmdistill.methods.base import SecondGain
 from edmdistill.methods.score_distillation import AuxiliaryTurns
@@ -59,17 +60,25 @@ class CoSIMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     force: Annotated[bool, Meta(description="allow coef below .5")] = False
 
     def __post_init__(self) -> None:
-        if self.anchor_sigma and self.order != "t":
-            raise ValueError('anchor_sigma divides the levels t, which order = "t" draws first: set both or neither')
-        if self.fisher_sigma and self.gradient != "kl":
-            raise ValueError('fisher_sigma divides the levels s between two gradients: set gradient = "kl" beside it')
-        if self.warmup_images and not self.trajectory_steps:
-            raise ValueError("until warmup_images the generator learns trajectories: set trajectory_steps too")
-        if self.trajectory_stride > max(self.trajectory_steps, 1):
+        super().__post_init__()
+        if self.order == "s":
+            refuse_idle(self, ("anchor_sigma",), 'order = "s"', 'set order = "t"')
+        else:
+            refuse_idle(self, ("R", "r_s_max"), 'order = "t"', 'set order = "s"')
+        if self.gradient == "fisher":
+            refuse_idle(self, ("fisher_sigma", "s_power"), 'gradient = "fisher"', 'set gradient = "kl"')
+        elif not self.fisher_sigma:
+            refuse_idle(self, ("alpha", "weight"), 'gradient = "kl"', 'set gradient = "fisher" or fisher_sigma above 0')
+        if not self.trajectory_steps:
+            names = "trajectory_stride", "trajectory_weight", "warmup_images"
+            refuse_idle(self, names, "trajectory_steps = 0", "set trajectory_steps above 0")
+        elif self.trajectory_stride > self.trajectory_steps:
             raise ValueError(
                 "a jump has to start within a trajectory: set trajectory_steps to trajectory_stride at least"
             )
-        if self.coef < 0.5 and not self.force:
+        if self.coef >= 0.5:
+            refuse_idle(self, ("force",), f"coef = {self.coef:g}", "set coef below .5")
+        elif not self.force:
             raise ValueError(
                 f"coef {self.coef} is below .5: the auxiliary score would overshoot its data; force = true allows it"
             )

@@ -19,8 +19,9 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
-from edmdistill.methods.adversarial import AdversarialTurns, GANConfig, Terms, gan_roles
+from edmdistill.methods.adversarial import GAN_OPTIONS, AdversarialTurns, GANConfig, Terms, gan_roles
 from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Method, NoiseRange, Role, SecondGain, Turn
 from edmdistill.methods.denoising import DenoisingWeight, denoising_loss
 from edmdistill.methods.distances import DISTANCES, Distance, PerceptionFile, perception_roles
@@ -51,6 +52,16 @@ class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if (self.distance == "lpips") != bool(self.lpips):
             raise ValueError('distance = "lpips" and lpips = FILE go together: set both or neither')
+        if not self.gan:
+            refuse_idle(self, GAN_OPTIONS, "gan = 0", "set gan above 0")
+        if not self.dsm:
+            refuse_idle(self, ("dsm_weight",), "dsm = 0", "set dsm above 0")
+        if not self.gan and not self.dsm:
+            refuse_idle(self, ("balance",), "gan = 0 and dsm = 0", "set one of them above 0")
+        if self.matching == "global" and self.max_steps >= self.N - 1:  # then u = s
+            refuse_idle(self, ("inner",), 'matching = "global"', 'set matching = "soft" or max_steps below N - 1')
+        if self.matching == "local" and self.sampling == "paper":
+            refuse_idle(self, ("max_steps",), 'matching = "local"', 'set matching = "soft" or "global"')
 
 
 class CTM(Method[CTMConfig]):

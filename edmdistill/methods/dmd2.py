@@ -18,6 +18,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.backward_simulation import of_every_step, of_noisy_data, of_one_step
 from edmdistill.methods.base import Batch, Loss, NoiseRange, Preview, Role, Turn
@@ -44,12 +45,15 @@ class DMD2Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         require_descending(self.levels)
-        if self.f_divergence != "reverse-kl" and not self.gan:
-            raise ValueError(f'f_divergence = "{self.f_divergence}" weighs by the adversary\'s logits: set gan above 0')
+        if not self.gan:
+            refuse_idle(self, ("gan_auxiliary", "f_divergence"), "gan = 0", "set gan above 0")
+        if not self.levels:
+            refuse_idle(self, ("backward_simulation",), "levels = []", "set levels")
 
 
 class DMD2(ScoreDistillation[DMD2Config]):
     Config = DMD2Config
+    noise_levels = ("levels",)
     roles = SCORES | {"auxiliary": Role(trained=True, head="bottleneck")}
 
     @classmethod

@@ -30,6 +30,7 @@ class DSCDConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=True):
     guide: GuideKind = "classes"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self)
 
 

@@ -17,6 +17,7 @@ from typing import Annotated
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Method, Role, Turn
 from edmdistill.methods.pairs import CLOSEST, PairsConfig, compare_pair, pair_weight, paired_sigma
@@ -34,10 +35,11 @@ class ECTConfig(PairsConfig, frozen=True, forbid_unknown_fields=True):
     ] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.intervals is not None and self.intervals[0] > self.intervals[1]:
             raise ValueError(f"intervals = {list(self.intervals)} decreases: give the first number, then the largest")
-        if self.intervals is not None and (self.k, self.b) != (PairsConfig().k, PairsConfig().b):
-            raise ValueError("k and b widen ECT's pairs, and intervals draws iCT's: set one or the other")
+        if self.intervals is not None:
+            refuse_idle(self, ("k", "b"), "intervals", "leave out intervals")
 
 
 class ECT(Method[ECTConfig]):

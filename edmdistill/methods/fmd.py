@@ -25,6 +25,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Role, with_inputs
 from edmdistill.methods.flow_map import GENERATOR, FlowMap, FlowMapConfig, lagrangian_tangent
@@ -52,9 +53,14 @@ class FMDConfig(FlowMapConfig, frozen=True, forbid_unknown_fields=True):
     share_to_max: Annotated[float, Meta(ge=0, le=1, description="share of trajectories from sigma_max")] = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self)
-        if self.trajectory_images and not self.trajectory_steps:
-            raise ValueError("until trajectory_images the generator learns trajectories: set trajectory_steps too")
+        if self.objective == "lagrangian":
+            names = "warmup_images", "r_max", "tangent"
+            refuse_idle(self, names, 'objective = "lagrangian"', 'set objective = "eulerian"')
+        if not self.trajectory_steps:
+            names = "trajectory_weight", "trajectory_images", "share_to_max"
+            refuse_idle(self, names, "trajectory_steps = 0", "set trajectory_steps above 0")
 
 
 class FMD(FlowMap[FMDConfig], GuidedMethod[FMDConfig]):

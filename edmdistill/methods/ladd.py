@@ -24,6 +24,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.backward_simulation import of_noisy_data
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Role, Turn
@@ -51,10 +52,13 @@ class LADDConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         require_descending(self.levels)
+        if not self.r1:
+            refuse_idle(self, ("r1_noise",), "r1 = 0", "set r1 above 0")
 
 
 class LADD(Method[LADDConfig]):
     Config = LADDConfig
+    noise_levels = ("levels",)
     splits_loss = True
     roles = {
         "teacher": Role(trained=False),

@@ -16,6 +16,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction
 from edmdistill.trigflow import denoised, diffuse, expand, sigma_to_time
@@ -39,6 +40,10 @@ class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Literal["gap", "c_out"],
         Meta(description="weight: gap = 1 / (sigma_t - sigma_r); c_out = 1 / sigma_t^2 + 1 / sigma_d^2"),
     ] = "gap"
+
+    def __post_init__(self) -> None:
+        if not self.k:
+            refuse_idle(self, ("b",), "k = 0", "set k above 0")
 
 
 class Pair(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Annotated
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import gan_roles
 from edmdistill.methods.base import Batch, Loss, Role, Turn
@@ -42,6 +43,9 @@ class SCDConfig(SCMConfig, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self)
+        if not self.vsd:
+            names = "vsd_P_mean", "vsd_P_std", "aux_P_mean", "aux_P_std", "auxiliary_turns"
+            refuse_idle(self, names, "vsd = 0", "set vsd above 0")
         if self.vsd and self.intervals > 1:
             raise ValueError(
                 f"vsd distills a single step from noise to data, but intervals = {self.intervals} needs as many steps: "

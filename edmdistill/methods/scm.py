@@ -21,6 +21,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import adversarial_turns, gan_roles
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, with_inputs
@@ -40,6 +41,11 @@ class ContinuousConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=Tru
     r_max: Annotated[float, Meta(ge=0, le=1, description="largest weight of the tangent's unstable term")] = 1.0
     allow_edm_time: Annotated[bool, Meta(description="allow a teacher whose time input is ln(sigma), not t")] = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.r_max:
+            refuse_idle(self, ("warmup_images",), "r_max = 0", "set r_max above 0")
+
 
 class SCMConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
     intervals: Annotated[
@@ -47,6 +53,7 @@ class SCMConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
     ] = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.gan and self.intervals > 1:
             raise ValueError(
                 f"gan judges images of a single step, but intervals = {self.intervals} needs as many steps: leave one "

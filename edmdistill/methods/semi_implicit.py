@@ -49,6 +49,7 @@ OneStepT = TypeVar("OneStepT", bound=OneStepConfig)
 class OneStep(ScoreDistillation[OneStepT]):
     """The generator that SiD and SiDA share: of one step, which starts at sigma_init."""
 
+    noise_levels = ("sigma_init",)
     splits_loss = True
 
     @classmethod

@@ -18,6 +18,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Role
 from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
@@ -35,6 +36,10 @@ class SiDAConfig(OneStepConfig, frozen=True, forbid_unknown_fields=True):
     gan: GANWeight = 1e-4
     gan_auxiliary: Annotated[float, Meta(ge=0, description="weight of the logits' loss beside the score's")] = 1.0
     gan_warmup_images: Annotated[int, Meta(ge=0, description="images before the generator is judged")] = 200_000
+
+    def __post_init__(self) -> None:
+        if not self.gan:
+            refuse_idle(self, ("gan_warmup_images",), "gan = 0", "set gan above 0")
 
 
 class SiDA(OneStep[SiDAConfig]):

@@ -48,6 +48,7 @@ class TCM(Method[TCMConfig]):
     """
 
     Config = TCMConfig
+    noise_levels = ("boundary",)
     roles = {"teacher": Role(trained=False), "generator": Role(trained=True)}
     first_stages: ClassVar[tuple[str, ...]] = ("ect", "sct", "scd", "dscd")
 

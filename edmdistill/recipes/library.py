@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edmdistill.atomic import atomic_write, require_free
+from edmdistill.defaults import defaults
 from edmdistill.errors import RecipeError, did_you_mean
 from edmdistill.methods import METHODS
-from edmdistill.recipes.schema import TABLES, Recipe, table
+from edmdistill.recipes.schema import TABLES, Recipe, table, table_defaults
 
 _PACKAGE = Path(__file__).parent.parent
 # In a wheel the recipes are inside the package; in a checkout they are at the top, where people look.
@@ -211,14 +212,8 @@ def origins(recipe: Recipe, text: str, name: str, sets: Iterable[str]) -> dict[s
 
 def _defaults(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Returns the defaults of every table, as in JSON."""
-    defaults: dict[str, dict[str, Any]] = {}
-    for name, type_ in {"method": recipe.method_class.Config, **TABLES}.items():
-        for field in msgspec.structs.fields(type_):
-            if field.default_factory is not msgspec.NODEFAULT:
-                defaults.setdefault(name, {})[field.name] = field.default_factory()
-            elif field.default is not msgspec.NODEFAULT:
-                defaults.setdefault(name, {})[field.name] = field.default
-    return dict(msgspec.json.decode(msgspec.json.encode(defaults)))
+    usual = {name: table_defaults(name, recipe.method_class) for name in TABLES}
+    return dict(msgspec.json.decode(msgspec.json.encode({"method": defaults(recipe.method_class.Config), **usual})))
 
 
 def _layers(

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import replace
 
+from edmdistill.defaults import defaults, refuse_idle
 from edmdistill.errors import RecipeError, did_you_mean, validation_in_words
 from edmdistill.methods import METHODS
 
@@ -84,6 +85,8 @@ class TrainingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def __post_init__(self) -> None:
         if (self.lr_decay == "inverse_sqrt") != (self.decay_images is not None):
             raise ValueError('lr_decay = "inverse_sqrt" and decay_images go together: set both or neither')
+        if self.lr_decay != "linear":
+            refuse_idle(self, ("decay_share",), f'lr_decay = "{self.lr_decay}"', 'set lr_decay = "linear"')
         if self.dropout is None and self.dropout_max_resolution is not None:
             raise ValueError("dropout_max_resolution limits dropout: set dropout too")
         if self.images < self.batch:
@@ -109,6 +112,8 @@ class EmaTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.half_life_images is None and not self.sigma_rel:
             raise ValueError("there is no average: set half_life_images or sigma_rel")
+        if self.half_life_images is None:
+            refuse_idle(self, ("rampup_ratio",), "no half_life_images", "set half_life_images")
         if len({round(length, 3) for length in self.sigma_rel} & set(self.sigma_rel)) < len(self.sigma_rel):
             raise ValueError(
                 f"sigma_rel = {list(self.sigma_rel)} must be different numbers with at most three decimals"
@@ -121,7 +126,7 @@ class SamplingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """[sampling]: how samples are drawn for the run's grids, and the defaults of its checkpoint."""
 
     nfe: Steps = (1, 2, 4)
-    """Numbers of steps in grids and measurements."""
+    """Network evaluations in grids and measurements. A teacher's default: 35."""
     gamma: Share = 1.0
     """Share of fresh noise in each step; 0 is deterministic."""
     sigmas: dict[str, Levels] = {}
@@ -159,6 +164,7 @@ class EvaluationTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     n: Annotated[int, Meta(ge=2, le=1_000_000)] = 1000
     """Images of a measurement, of the seeds from 0."""
     nfe: Steps = (2,)
+    """Network evaluations. A teacher's default: 35."""
     diagnose: bool = False
     """Measures as `edmdistill diagnose` does, too, with n jumps from each level."""
 
@@ -262,9 +268,10 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
         method_name = options.pop("name", None)
         if not isinstance(method_name, str) or method_name not in METHODS:
             raise RecipeError(f"{source}: method.name = {method_name!r}; {did_you_mean(str(method_name), METHODS)}")
-        config = _typed(options, METHODS[method_name].load().Config, source, "method")
+        method_class = METHODS[method_name].load()
+        config = _typed(options, method_class.Config, source, "method")
         typed: dict[str, Any] = {
-            name: _typed(table(tables, name, source), type_, source, name)
+            name: _typed(table_defaults(name, method_class) | table(tables, name, source), type_, source, name)
             for name, type_ in TABLES.items()
             if name not in OPTIONAL or tables.get(name) is not None
         }
@@ -295,6 +302,12 @@ class _Document(Struct):
     evaluation: EvaluationTable | UnsetType = UNSET
 
 
+def table_defaults(name: str, method: type[Method[Any]]) -> dict[str, Any]:
+    """Returns the defaults of one of TABLES; a teacher, which follows its ODE, takes more evaluations."""
+    usual = defaults(TABLES[name])
+    return usual | {"nfe": (35,)} if "nfe" in usual and method.product == "teacher" else usual
+
+
 def table(tables: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
     """Returns the table of that name, empty if there is none.  Raises: RecipeError: it is no table."""
     value = tables.get(name, {})
@@ -316,6 +329,11 @@ def _check_roles(recipe: Recipe, source: str) -> None:
             if role_name not in trained:
                 hint = did_you_mean(role_name, trained)
                 raise RecipeError(f"{source}: training.{key}: no trained role {role_name!r}; {hint}")
+    if recipe.method_class.product == "teacher":
+        try:
+            refuse_idle(recipe.sampling, ("gamma", "sigmas"), f'method.name = "{name}"', "leave it out")
+        except ValueError as error:
+            raise RecipeError(f"{source}: [sampling]: {error}") from None
 
 
 def _typed(values: dict[str, Any], type_: type[Struct], source: str, name: str) -> Struct:

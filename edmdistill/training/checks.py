@@ -8,6 +8,7 @@ from msgspec import UNSET
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
+from edmdistill.defaults import toml
 from edmdistill.errors import EdmDistillError, TrainingError
 from edmdistill.machine.compile import CUDA_GRAPHS, require_compiler
 from edmdistill.machine.devices import process_device
@@ -66,7 +67,9 @@ def with_compile_mode(recipe: Recipe, machine: Machine) -> Machine:
 
 
 def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> None:
-    """Raises: TrainingError: the method cannot distill this teacher, or forcing its guidance would do nothing."""
+    """Raises: TrainingError: the method cannot distill this teacher, or forcing its guidance would do nothing; an
+    option is a noise level that the teacher does not know.
+    """
 
     def problem(label_dropout: float | None) -> str | None:
         return recipe.method_class.check_teacher(
@@ -83,6 +86,14 @@ def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> 
             f"--force-guidance has no effect: in this recipe of {recipe.method_name} the teacher does not guide "
             "itself; leave it out"
         )
+    for name in recipe.method_class.noise_levels:
+        value = getattr(recipe.method, name)
+        for sigma in filter(None, value if isinstance(value, tuple) else (value,)):
+            if not flow.sigma_min <= sigma <= flow.sigma_max:
+                raise TrainingError(
+                    f"method.{name} = {toml(value)}: noise level {sigma:g} is out of range; this teacher was trained "
+                    f"for {flow.sigma_min:g} to {flow.sigma_max:g}"
+                )
 
 
 def require_measured(recipe: Recipe, stop_on: Collection[str]) -> None:

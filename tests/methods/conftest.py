@@ -39,7 +39,7 @@ class Tiny(nn.Module):
         self,
         x_t: Tensor,
         t: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         second: Tensor | None = None,
         *,
         u_at=(),
@@ -55,6 +55,7 @@ class Tiny(nn.Module):
         assert x_t.shape[1:] == SHAPE
         assert (second is not None) == self.two_time
         assert (w is not None) == self.guided
+        labels = x_t.new_zeros(len(x_t), LABELS) if labels is None else labels
         more = [self.read(second, x_t)] if second is not None else []
         more += [w[:, None].to(x_t.dtype)] if w is not None else []
         hidden = self.hidden(torch.cat([x_t.flatten(1) / 0.5, self.read(t, x_t), labels, *more], 1)).tanh()

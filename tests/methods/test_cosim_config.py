@@ -55,6 +55,6 @@ def test_coef_below_a_half_needs_force() -> None:
 def test_notes(alpha: float, coef: float, derived: str, warned: bool) -> None:
     notes = CoSIMConfig(alpha=alpha, coef=coef).notes()
     assert notes[0] == f"alpha {alpha:g} and coef {coef:g} give {derived}"
-    assert CoSIMConfig(alpha=alpha, coef=coef, gradient="kl").notes() == ()
+    assert CoSIMConfig(coef=coef, gradient="kl").notes() == ()
     assert CoSIMConfig(alpha=alpha, coef=coef, gradient="kl", fisher_sigma=1.0).notes() == notes
     assert [("diverge" in note and "raise coef" in note) for note in notes[1:]] == [True] * warned

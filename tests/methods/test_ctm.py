@@ -20,7 +20,7 @@ from edmdistill.trigflow import cos_sin, sigma_to_time
 
 Make = Callable[..., Any]
 SD, MEAN, STD = 0.5, 0.2, 0.3
-ALONE = {"gan": 0.0, "dsm": 0.0, "balance": "fixed"}
+ALONE = {"gan": 0.0, "dsm": 0.0}
 
 
 def spread(t: Tensor, x: Tensor) -> Tensor:

@@ -114,5 +114,5 @@ def test_a_late_stage_still_has_a_gradient() -> None:
 
 
 def test_options_of_one_kind_of_pairs_are_not_ignored_by_the_other() -> None:
-    with pytest.raises(ValueError, match="k and b widen ECT's pairs"):
+    with pytest.raises(ValueError, match=r"with intervals, k has no effect: leave out intervals, or k = 8\.0"):
         ECTConfig(intervals=(10, 20), k=4.0)

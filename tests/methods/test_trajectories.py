@@ -217,7 +217,7 @@ def test_a_flow_map_learns_them_alone_and_then_beside_tangents(tiny_networks: Ma
 
 @pytest.mark.parametrize("option", ["warmup_images", "trajectory_images"])
 def test_a_warmup_without_trajectories_is_refused(option: str) -> None:
-    with pytest.raises(ValueError, match="set trajectory_steps too"):
+    with pytest.raises(ValueError, match=f"{option} has no effect: set trajectory_steps above 0"):
         (CoSIM if option == "warmup_images" else FMD).Config(**{option: 100})
 
 

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from edmdistill.errors import RecipeError
 from edmdistill.recipes.library import SHIPPED, find_recipe, load_recipe, origins, recipe_names
 from edmdistill.recipes.schema import EmaTable, TrainingTable
+from edmdistill.sampling.spec import SOLVERS
 
 MINIMAL = """
 [training]
@@ -181,7 +182,7 @@ def test_variants_join_and_the_later_one_wins(write):
         ("training.betas_by_role.auxiliary=[0.0, 0.9]", lambda r: r.training.of("auxiliary").betas == (0.0, 0.9)),
         ("training.betas=[0.5, 0.9]", lambda r: r.training.betas == (0.5, 0.9)),
         ("sampling.sigmas.2=[80, 2.5]", lambda r: r.sampling.sigmas["2"] == (80.0, 2.5)),
-        ("method.R=8", lambda r: r.method.R == 8),
+        ("method.trajectory_steps=8", lambda r: r.method.trajectory_steps == 8),
     ],
 )
 def test_set(override: str, read):
@@ -298,6 +299,16 @@ def test_defaults_are_equal_however_they_are_said(write):
     assert load_recipe(write(said), method="sid") == load_recipe(write(MINIMAL, "other.toml"), method="sid")
     assert EmaTable(half_life_images=50).rampup_ratio == 0.05
     assert TrainingTable.__struct_fields__[:4] == ("images", "batch", "optimizer", "lr")
+
+
+@pytest.mark.parametrize(("method", "nfe"), [("diffusion", [(35,), (35,)]), ("sct", [(1, 2, 4), (2,)])])
+def test_the_default_evaluations_are_the_methods(write, method: str, nfe: list[tuple[int, ...]]):
+    mine = write(MINIMAL + "[network]\nkind = 'edm2'\n[evaluation]\nprotocol = 'digits'\nevery = 12_000\n")
+    recipe = load_recipe(mine, method=method)
+    assert [recipe.sampling.nfe, recipe.evaluation.nfe] == nfe
+    if method == "diffusion":
+        assert SOLVERS["heun"].num_steps(35) == 18
+    assert not origins(recipe, Path(mine).read_text(), mine, []).keys() & {"sampling.nfe", "evaluation.nfe"}
 
 
 def test_names_are_listed_without_torch():

@@ -46,7 +46,8 @@ RECIPES: dict[str, tuple[str, dict[str, object]]] = {
     "scd": ("scd/digits", {"method.warmup_images": 0, "method.allow_edm_time": "true"}),
 }
 """A method whose generator learns by three networks, with Adam at beta1 = 0, and one that learns by tangents."""
-TRAINING = {"batch": BATCH, "images": ROUNDS * BATCH, "dropout": 0.1, "lr_rampup_images": 0, "lr_decay": '"constant"'}
+RATE = {"lr_rampup_images": 0, "lr_decay": '"constant"', "decay_share": 0.5}
+TRAINING = RATE | {"batch": BATCH, "images": ROUNDS * BATCH, "dropout": 0.1}
 
 
 def start(method: str, machine: Machine, training: dict[str, object]) -> Run:

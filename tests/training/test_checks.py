@@ -1,0 +1,35 @@
+"""What a method cannot do with a teacher is said before anything is trained."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edmdistill.errors import TrainingError
+from edmdistill.methods import METHODS
+from edmdistill.recipes.library import load_recipe
+from edmdistill.training.checks import require_teacher
+
+LEVELS = [(name, option) for name, entry in METHODS.items() for option in entry.load().noise_levels]
+TEACHER: Any = SimpleNamespace(
+    network=SimpleNamespace(positional_time=True), label_dim=10, label_dropout=0.1, sigma_min=0.01, sigma_max=50.0
+)
+
+
+@pytest.mark.parametrize(("method", "option"), LEVELS, ids=str)
+def test_a_noise_level_that_the_teacher_does_not_know_is_refused(method: str, option: str) -> None:
+    def check(sigma: float) -> None:
+        value = [sigma] if option == "levels" else sigma
+        beside = {"anchor_sigma": ["order=t", "R=4"], "fisher_sigma": ["gradient=kl"]}.get(option, [])
+        sets = [f"method.{text}" for text in (f"{option}={value}", *beside)]
+        require_teacher(load_recipe(f"{method}/digits", sets=sets), TEACHER, force_guidance=False)
+
+    for sigma in (0.01, 1.0, 50.0):
+        check(sigma)
+    for sigma in (0.009, 50.1):
+        with pytest.raises(TrainingError, match=rf"method\.{option} = .*: noise level {sigma} is out of range"):
+            check(sigma)
+
+
+def test_every_method_with_such_an_option_is_covered() -> None:
+    assert {option for _, option in LEVELS} == {"levels", "sigma_init", "boundary", "anchor_sigma", "fisher_sigma"}
