@@ -79,6 +79,28 @@ def test_a_true_generator_has_no_gap_to_a_true_teacher(noise: NoiseRange, monkey
         assert loss.value.max() < 1e-24
 
 
+@pytest.mark.parametrize(("inner", "first"), [("average", "target"), ("live", "generator")])
+def test_each_jump_has_its_network_and_its_end(noise: NoiseRange, inner: str, first: str) -> None:
+    """From u to s and from t to s; both then go on to sigma_min, by the target network."""
+    calls: list[tuple[str, Tensor]] = []
+
+    def recorded(name: str) -> Callable[..., Tensor]:
+        def network(x: Tensor, t: Tensor, labels: Tensor | None, s: Tensor) -> Tensor:
+            calls.append((name, s))
+            return true_generator(x, t, labels, s)
+
+        return network
+
+    networks = {"teacher": teacher, **{name: recorded(name) for name in ("generator", "target")}}
+    CTM(CTMConfig(inner=inner, sampling="paper", **ALONE), networks, noise).turns()[-1].loss(data(64), Draws(0, 64))
+    assert [name for name, _ in calls] == [first, "target", "generator", "target"]
+    (_, s), (_, end), (_, s_too), (_, end_too) = calls
+    assert torch.equal(s, s_too)
+    assert len(s.unique()) > 1
+    assert torch.equal(end, end_too)
+    torch.testing.assert_close(noise.sigma_data * end.tan(), torch.full_like(end, noise.sigma_min))
+
+
 def test_heuns_error_falls_by_four_and_standing_still_costs_nothing() -> None:
     x = torch.tensor([0.7, -0.4], dtype=torch.float64).reshape(2, 1, 1, 1)
     errors = []

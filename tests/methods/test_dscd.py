@@ -1,14 +1,18 @@
 """dsCD: its tangent tends to the continuous one, and is 0 where the generator is true to the teacher's steps."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from methods_toys import SIGMA_DATA, TIMES, Toy, images, over, spread, teacher
 from tolerance import assert_rounded
 
-from edmdistill.methods.dscd import discrete_tangent
+from edmdistill.draws import Draws
+from edmdistill.methods.base import Batch, NoiseRange
+from edmdistill.methods.dscd import DSCD, DSCDConfig, discrete_tangent
 from edmdistill.methods.scm import continuous_tangent
 from edmdistill.schedules import discrete_lognormal, edm_curve
-from edmdistill.trigflow import ddim_step, denoised
+from edmdistill.trigflow import ddim_step, denoised, sigma_to_time
 
 
 def test_it_tends_to_the_continuous_tangent() -> None:
@@ -37,6 +41,23 @@ def test_it_is_the_difference_of_the_two_ends() -> None:
     gap = denoised(x, network(x, t), t, SIGMA_DATA) - denoised(x_before, network(x_before, before), before, SIGMA_DATA)
     expected = over(x, t).cos() * gap / over(x, t - before).sin()
     torch.testing.assert_close(-g, -expected, rtol=1e-10, atol=1e-13)
+
+
+def test_t_and_the_time_before_are_neighbors_on_edms_grid() -> None:
+    """The lowest level's is 0, the data."""
+    noise, seen = NoiseRange(SIGMA_DATA, 0.002, 80.0), list[torch.Tensor]()
+
+    def generator(x, t, labels, *, u_at=()):
+        seen.append(t)
+        return (x, *u_at) if u_at else x
+
+    networks = {"teacher": lambda x, t, labels: x, "generator": generator}
+    method = DSCD(DSCDConfig(intervals=4, P_std=4.0), networks, noise)
+    (turn,) = method.turns()
+    turn.loss(Batch(torch.zeros(500, 1, 2, 2), None), Draws(0, 500))
+    before, t = seen
+    grid = [0.0, *sigma_to_time(edm_curve(torch.arange(1, 5) / 4, 0.002, 80.0), SIGMA_DATA).tolist()]
+    assert sorted(set(zip(before.tolist(), t.tolist(), strict=True))) == list(pairwise(grid))
 
 
 def test_probabilities_of_the_levels() -> None:
