@@ -1,6 +1,7 @@
 """IMM: inductive moment matching, jumps from t and from r to s whose ends have one distribution; from data alone.
 
-Zhou, Ermon & Song 2025 (ICML), algorithm 3. Groups of M images, the particles, share t, r and s.
+Zhou, Ermon & Song 2025 (ICML), algorithm 3. Groups of M images, the particles, share t, r and s. Each has its own
+class, so that what is matched is the mixture of a group's classes.
 
     tau_t ~ U(eps, T),   tau_s ~ U(eps, tau_t),   eta_r = max(eta_s, eta_t - (eta_max - eta_min) / 2^k)
     x_t = cos(t) x0 + sin(t) z,   x_r = cos(r) x0 + sin(r) z                 one noise for both
