@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+import msgspec
 import torch
 from msgspec.structs import replace
 from torch import nn
 
-from edmdistill.checkpoints.config import CheckpointConfig, Guidance, SamplingDefaults
+from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.load import read_first_stage, read_teacher
 from edmdistill.checkpoints.noise_dependence import generator_warning
 from edmdistill.data.datasets import Dataset, open_dataset
@@ -18,6 +19,7 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.environment import peak_memory
 from edmdistill.methods.base import NoiseRange
+from edmdistill.networks.arguments import validated
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.recipes.schema import Recipe
@@ -138,7 +140,7 @@ def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, fo
 def assemble(recipe: Recipe, sources: Sources, networks: dict[str, nn.Module], machine: Machine) -> Run:
     """Returns the run: networks on their devices, with averages and optimizers."""
     method_class, flow = recipe.method_class, sources.flow
-    noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
+    noise = noise_range(flow)
     trained = [name for name, role in recipe.roles.items() if role.trained]
     unused = Probe(method_class, recipe.method, networks, noise).unused()
     product = networks[method_class.product]
@@ -181,28 +183,43 @@ def assemble(recipe: Recipe, sources: Sources, networks: dict[str, nn.Module], m
 
 
 def product_config(recipe: Recipe, sources: Sources) -> CheckpointConfig:
-    """Returns the configuration of the product's checkpoint, without images seen, average and results."""
+    """Returns the configuration of the product's checkpoint, without images seen, average and results.
+
+    Raises: TrainingError: no checkpoint could hold it.
+    """
     config, provenance = sources.config, sources.config.provenance
     if sources.guide is not None:
         provenance = replace(provenance, guide=sources.guide[1].provenance.parent)
     if sources.init is not None:
         provenance = replace(provenance, init=sources.init.sha256)
-    guided_by: Literal["classes", "network"] = "classes" if sources.guide is None else "network"
     names = sources.dataset.label_names or ()
-    noise = NoiseRange(config.sigma_data, config.sigma_min, config.sigma_max)
-    levels = recipe.method_class.schedule(recipe.method, noise)
-    trained = {str(len(levels)): levels} if levels else {}
     has_names = sources.flow.label_dim and len(names) == sources.flow.label_dim
-    return replace(
-        config,
-        provenance=provenance,
-        stage="teacher" if recipe.method_class.product == "teacher" else "generator",
-        method=recipe.method_name,
-        recipe_hash=recipe.hash,
-        guidance=Guidance(guided_by, recipe.guidance) if recipe.guidance != (1, 1) else None,
-        label_names=config.label_names or (tuple(names) if has_names else None),
-        sampling=SamplingDefaults(trained | recipe.sampling.sigmas, recipe.sampling.gamma),
-        images_total=recipe.training.images,
-        noise_dependence=None,
-        results=(),
-    )
+    levels = recipe.method_class.schedule(recipe.method, noise_range(sources.flow))
+    trained = {str(len(levels)): levels} if levels else {}
+    fields = msgspec.to_builtins(config) | {
+        "provenance": msgspec.to_builtins(provenance),
+        "stage": "teacher" if recipe.method_class.product == "teacher" else "generator",
+        "method": recipe.method_name,
+        "recipe_hash": recipe.hash,
+        "guidance": None,
+        "label_names": config.label_names or (names if has_names else None),
+        "sampling": {"sigmas": trained | recipe.sampling.sigmas, "gamma": recipe.sampling.gamma},
+        "images_total": recipe.training.images,
+        "noise_dependence": None,
+        "results": (),
+        "tunings": {},
+    }
+    if recipe.guidance != (1, 1):
+        fields["guidance"] = {"kind": "classes" if sources.guide is None else "network", "range": recipe.guidance}
+    try:
+        described: CheckpointConfig = validated(fields, CheckpointConfig)
+    except ValueError as error:
+        raise TrainingError(
+            f"checkpoints of this run could not be read again, because {error}: change the recipe or the data"
+        ) from error
+    return described
+
+
+def noise_range(flow: FlowNetwork) -> NoiseRange:
+    """Returns the noise levels of a network."""
+    return NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)

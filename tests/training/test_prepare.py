@@ -1,10 +1,15 @@
 """From a recipe to a run: what the product's checkpoint says of itself."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from toy_runs import TABLES, source_of
 
+from edmdistill.checkpoints.config import read_config, write_config
+from edmdistill.checkpoints.tuning import Tuning
+from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import Recipe
 from edmdistill.sampling.build import build_sampler
@@ -12,6 +17,47 @@ from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.training.prepare import prepare
 
 CPU = Machine(device="cpu")
+
+
+def test_what_was_tuned_on_a_first_stage_is_not_said_of_the_second(teacher: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(teacher.with_name("first-stage"), first)
+    tuning = Tuning(
+        sigmas=(80.0,),
+        before=(80.0,),
+        metric="fd_digits",
+        protocol="digits",
+        reference=None,
+        gamma=1.0,
+        n=10,
+        search_seeds="0-9",
+        held_out_seeds="",
+        schedules=1,
+        images=10,
+        values=(),
+        before_values=(),
+        gain=0.0,
+        spread=0.0,
+        source_sha256=None,
+    )
+    write_config(first, replace(read_config(first), tunings={"1": tuning}))
+    recipe = Recipe.from_tables(TABLES | {"method": {"name": "tcm"}}, "a test")
+    assert prepare(recipe, data="digits", teacher=first, machine=CPU).config.tunings == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "sampling", "why"),
+    [
+        ({"name": "ladd", "levels": [90.0]}, {}, r"the schedule for 2 steps is \[80.0, 90.0\]"),
+        ({"name": "sid"}, {"sigmas": {"1": [1e12]}}, "must be at most 1000000000"),
+    ],
+)
+def test_a_run_whose_checkpoints_could_not_be_read_is_refused(
+    teacher: Path, method: dict[str, object], sampling: dict[str, object], why: str
+) -> None:
+    recipe = Recipe.from_tables(TABLES | {"method": method, "sampling": {"nfe": [1]} | sampling}, "a test")
+    with pytest.raises(TrainingError, match=why):
+        prepare(recipe, data="digits", teacher=teacher, machine=CPU)
 
 
 @pytest.mark.parametrize(
