@@ -19,7 +19,7 @@ from torch import Tensor
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction
-from edmdistill.trigflow import denoised, diffuse, expand, sigma_to_time
+from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
 CLOSEST = 2.0**-20
 """Smallest relative distance of a pair: closer, float32 sees one noise level, and the distance has no gradient."""
@@ -82,7 +82,6 @@ def compare_pair(
     with torch.no_grad():  # so that both share the dropout of the next pass
         x_r = diffuse(batch.x0, z, r)
         x0_r = denoised(x_r, (target or network)(x_r, r, batch.labels), r, sigma_data)
-        x0_r = torch.where(expand(r, x0_r) > 0, x0_r, batch.x0)
     x_t = diffuse(batch.x0, z, t)
     x0_t = denoised(x_t, network(x_t, t, batch.labels), t, sigma_data)
     distance = ((x0_t - x0_r).square().flatten(1).sum(1) + c**2).sqrt() - c

@@ -103,6 +103,17 @@ def test_tangent_warmup() -> None:
     assert [tangent_warmup(images, 1000, 0.99) for images in (0, 250, 992, 5000)] == [0, 0.25, 0.99, 0.99]
 
 
+def test_the_warmup_ends_at_r_max(tiny_networks, tiny_batch, noise: NoiseRange) -> None:
+    def loss(images: int, **options: float) -> Tensor:
+        (turn,) = SCT(SCTConfig(**options), networks, noise).turns()
+        return turn.loss(tiny_batch()._replace(images=images), Draws(0, 6)).value.detach()
+
+    networks = tiny_networks(SCT)
+    assert torch.equal(loss(0, r_max=0.5), loss(50, warmup_images=100))
+    assert torch.equal(loss(90, r_max=0.5, warmup_images=100), loss(50, warmup_images=100))
+    assert not torch.equal(loss(0, r_max=0.5), loss(0))
+
+
 @pytest.mark.parametrize("method", [SCD, SCT])
 def test_gradients_flow_through_f_and_u_only(method) -> None:
     """With F^- and g as numbers, the gradient is the one by hand."""
