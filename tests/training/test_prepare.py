@@ -45,19 +45,10 @@ def test_what_was_tuned_on_a_first_stage_is_not_said_of_the_second(teacher: Path
     assert prepare(recipe, data="digits", teacher=first, machine=CPU).config.tunings == {}
 
 
-@pytest.mark.parametrize(
-    ("method", "sampling", "why"),
-    [
-        ({"name": "ladd", "levels": [90.0]}, {}, r"the schedule for 2 steps is \[80.0, 90.0\]"),
-        ({"name": "sid"}, {"sigmas": {"1": [1e12]}}, "must be at most 1000000000"),
-    ],
-)
-def test_a_run_whose_checkpoints_could_not_be_read_is_refused(
-    teacher: Path, method: dict[str, object], sampling: dict[str, object], why: str
-) -> None:
-    recipe = Recipe.from_tables(TABLES | {"method": method, "sampling": {"nfe": [1]} | sampling}, "a test")
-    with pytest.raises(TrainingError, match=why):
-        prepare(recipe, data="digits", teacher=teacher, machine=CPU)
+def test_a_run_whose_checkpoints_could_not_be_read_is_refused(teacher: Path) -> None:
+    tables = TABLES | {"method": {"name": "sid"}, "sampling": {"nfe": [1], "sigmas": {"1": [1e12]}}}
+    with pytest.raises(TrainingError, match="read again, because .* must be at most 1000000000"):
+        prepare(Recipe.from_tables(tables, "a test"), data="digits", teacher=teacher, machine=CPU)
 
 
 @pytest.mark.parametrize(
