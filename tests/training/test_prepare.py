@@ -47,7 +47,7 @@ def test_what_was_tuned_on_a_first_stage_is_not_said_of_the_second(teacher: Path
 
 def test_a_run_whose_checkpoints_could_not_be_read_is_refused(teacher: Path) -> None:
     tables = TABLES | {"method": {"name": "sid"}, "sampling": {"nfe": [1], "sigmas": {"1": [1e12]}}}
-    with pytest.raises(TrainingError, match="read again, because .* must be at most 1000000000"):
+    with pytest.raises(TrainingError, match=r"read again, because .* must be at most 1000000000"):
         prepare(Recipe.from_tables(tables, "a test"), data="digits", teacher=teacher, machine=CPU)
 
 
