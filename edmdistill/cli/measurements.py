@@ -212,7 +212,7 @@ def plan_measurements(
     checkpoint = open_source(source)
     model = load_model(checkpoint, device, dtype, options.run_weights)
     say_unfinished(checkpoint)
-    decode = open_decoder(model.encoder, options.vae, device, alternative="")
+    decode = open_decoder(model.encoder, options.vae, device)
     _say_all(filter(None, [getattr(decode, "note", None)]))
     samplers = specs(model.flow, device, dtype)
     compile_for_sampling(options.compile_mode, model, *samplers)

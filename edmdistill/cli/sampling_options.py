@@ -211,7 +211,8 @@ class DecodingOptions:
 
         if self.latents and not is_latent(model):
             raise EdmDistillError("--latents has no effect because the network works on pixels: leave it out")
-        decoder = None if self.latents else model_decoder(model, self.vae)
+        instead = "keep the latents with --latents"
+        decoder = None if self.latents else model_decoder(model, self.vae, instead=instead)
         if isinstance(decoder, LatentDecoder) and decoder.note is not None:
             say(decoder.note)
         return decoder

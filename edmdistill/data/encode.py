@@ -66,7 +66,8 @@ class EncodeJob:
         if size % vae.factor:
             raise DatasetError(
                 f"{images.name} holds images of {size}x{size}, but the VAE {vae.name} makes one latent of "
-                f"{vae.factor}x{vae.factor} pixels: prepare them with a --resolution that is a multiple of {vae.factor}"
+                f"{vae.factor}x{vae.factor} pixels: `data prepare` makes "
+                f"them of a --resolution that is a multiple of {vae.factor}"
             )
         self.images, self.vae, self.range = images, vae, pixel_range
         self.rank, self.processes = rank, processes

@@ -57,9 +57,9 @@ def _require_same_vae(dataset: Dataset, encoder: LatentEncoder) -> None:
     if encoding.range != encoder.range:
         pixels = {"edm2": "[0, 1]", "scm": "[-1, 1]"}
         raise DatasetError(
-            f"{dataset.name} holds latents of pixels in {pixels[encoding.range]} (--range {encoding.range}), but the "
-            f"network takes those of pixels in {pixels[encoder.range]}: encode the images again with --range "
-            f"{encoder.range}"
+            f"{dataset.name} holds latents of pixels in {pixels[encoding.range]} ({encoding.range}), but the "
+            f"network takes those of pixels in {pixels[encoder.range]}: encode the images again by `edmdistill data "
+            f"encode --range {encoder.range}`"
         )
     digests = encoding.vae_sha256, encoder.vae_sha256
     if None not in digests and len(set(digests)) > 1:

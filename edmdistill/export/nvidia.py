@@ -121,8 +121,8 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     latents = latent_encoder(config.encoder)
     if latents is not None and latents.range == "scm":
         raise EdmDistillError(
-            "NVIDIA's encoder has pixels in [0, 1], and this network's VAE has them in [-1, 1] (--range scm), so their "
-            "scripts would decode its latents wrongly: choose another --to"
+            "NVIDIA's encoder has pixels in [0, 1], and this network's VAE has them in [-1, 1], so their scripts "
+            "would decode its latents wrongly: choose another --to"
         )
     if latents is not None:
         arguments = "".join(f", {name}={value!r}" for name, value in latent.items())

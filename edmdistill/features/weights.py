@@ -104,8 +104,8 @@ def _find(path: str | Path | None, kind: str, space: str) -> Path:
     weights_file = path or next((cached for file in files if (cached := file.cached)), None)
     if weights_file is None:
         raise CheckpointError(
-            f"the feature space {space} needs its weights, which are not here: run `edmdistill fetch {name}`, or give "
-            f"a file by --weights {space}=FILE."
+            f"the feature space {space} needs its weights, which are not here: run `edmdistill fetch {name}`; eval, "
+            f"sweep, tune-schedule and data stats also take a file, by --weights {space}=FILE."
         )
     return Path(weights_file).expanduser()
 

@@ -41,9 +41,9 @@ FORWARDED_SIGNALS: dict[int, int] = {
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 RESUME = "run the same command again to resume from the last state"
 HINTS: dict[int, str] = {
-    signal.SIGKILL: ", probably because memory ran out (use fewer --processes, or in training a smaller "
+    signal.SIGKILL: ", probably because memory ran out (use fewer --processes; to train, a smaller "
     "--micro-batch or fewer --workers)",
-    signal.SIGBUS: ", probably because /dev/shm is full (use fewer --workers)",
+    signal.SIGBUS: ", probably because /dev/shm is full (to train, use fewer --workers)",
 }
 PR_SET_PDEATHSIG = 1
 

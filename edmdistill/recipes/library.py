@@ -133,7 +133,7 @@ class RecipeSource(NamedTuple):
         tables["method"] = {"name": method} | table(tables, "method", name)
         if method is not None and tables["method"]["name"] != method:
             raise RecipeError(
-                f"{name} is a recipe for {tables['method']['name']}, not for {method}; choose another --recipe"
+                f"{name} is a recipe for {tables['method']['name']}, not for {method}; choose another recipe"
             )
         return Recipe.from_tables(tables, name)
 

@@ -82,22 +82,27 @@ def vae_on(device: torch.device | str, decoder: Decoder) -> Iterator[None]:
 
 @checked
 def model_decoder(
-    model: Generator | Denoiser, vae: str | None = None, device: torch.device | str | None = None
+    model: Generator | Denoiser,
+    vae: str | None = None,
+    device: torch.device | str | None = None,
+    *,
+    instead: str = "use the latents as they are",
 ) -> Decoder:
     """Returns what turns a network's images into pictures.
 
     Args:
         vae: see `open_decoder`.
         device: of the VAE; default: the network's.
+        instead: what a user may do without the VAE, as the end of a sentence.
     Raises: CheckpointError, EdmDistillError: see `open_decoder`; or the images are neither pixels nor known latents.
     """
     channels = model.flow.img_channels
     if model.encoder["kind"] == "pixels" and channels not in (1, 3):
         raise CheckpointError(
             f"this network makes images of {channels} channels, and its checkpoint does not say how to decode them: "
-            "keep them with --latents"
+            f"{instead}"
         )
-    return open_decoder(model.encoder, vae, device or model.flow.device)
+    return open_decoder(model.encoder, vae, device or model.flow.device, instead=instead)
 
 
 def open_decoder(
@@ -106,7 +111,7 @@ def open_decoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    alternative: str = ", or keep the latents with --latents",
+    instead: str | None = None,
 ) -> Decoder:
     """Returns what turns a network's images into pictures.
 
@@ -115,7 +120,7 @@ def open_decoder(
         vae: folder or Hub id of the VAE, downloaded if need be; None: the one that the encoder names, if it is on this
             machine.
         device, dtype: of the VAE.
-        alternative: what a user may do without the VAE, as the end of a sentence.
+        instead: what a user may do without the VAE, as the end of a sentence.
     Raises: CheckpointError: the VAE is not here, does not fit, or cannot be read.
         EdmDistillError: a VAE for a network that works on pixels.
     """
@@ -128,6 +133,7 @@ def open_decoder(
         vae = latents.vae_name
         if vae is None or cached_vae(vae) is None:
             named = "its checkpoint names no VAE" if vae is None else f"the VAE {vae} is not in the Hub's cache"
+            alternative = "" if instead is None else f", or {instead}"
             raise CheckpointError(
                 f"this network makes latents, and {named}: name the VAE's folder or its Hub id with --vae{alternative}"
             )

@@ -157,7 +157,7 @@ def describe_not_finite(seeds: Sequence[int], count: int) -> str:
     advice = (
         "check the weights with edmdistill inspect, and the requested guidance and noise levels"
         if every
-        else "try a lower guidance, or --dtype float32 where the network runs in half precision"
+        else "try a lower guidance, or float32 where the network runs in half precision"
     )
     verb = "is" if len(seeds) == 1 else "are"
     return f"{len(seeds)} of {count} images {verb} not finite (seeds {shown}): {advice}"

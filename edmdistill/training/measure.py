@@ -173,5 +173,5 @@ def open_evaluation(run: Run) -> Evaluation | None:
             "evaluation.diagnose takes pixels of a data set, and not latents or statistics: leave it out"
         )
     space = None if standard.features is None else load_features(standard.features, device=run.engine.device)
-    decoder = run.decoder or open_decoder(run.config.encoder, run.vae, alternative=", or remove [evaluation]")
+    decoder = run.decoder or open_decoder(run.config.encoder, run.vae, instead="remove [evaluation]")
     return Evaluation(table, reference, space if table.diagnose else None, decoder)

@@ -40,7 +40,7 @@ def grid_decoder(encoder: Mapping[str, Any], vae: str | None) -> tuple[Decoder |
     Raises: CheckpointError: the named VAE cannot be used.  EdmDistillError: a VAE for a network that works on pixels.
     """
     try:
-        return open_decoder(encoder, vae, alternative=""), None
+        return open_decoder(encoder, vae), None
     except CheckpointError as error:
         if vae is not None:
             raise

@@ -30,21 +30,21 @@ def check_disk() -> Iterator[Finding]:
         place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
         free = shutil.disk_usage(place).free / GIB
         detail = f"{free:.1f} GiB free for {folder}"
-        other = "use a --run-dir on another disk" if name == "disk" else "set HF_HOME to a folder on another disk"
-        fix = f"free some space, or {other}"
+        other = "train with a --run-dir" if name == "disk" else "set HF_HOME to a folder"
+        fix = f"free some space, or {other} on another disk"
         yield Finding(name, *(("ok", detail) if free > 20 else ("fail" if free < 1 else "warn", detail, fix)))
 
 
 def check_locks() -> Iterator[Finding]:
     """Checks flock, which protects a run directory from a second process and which some network file systems lack."""
     other = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    fix = "use a --run-dir on a local disk, or never train twice in the same one"
+    fix = "train with a --run-dir on a local disk, or never train twice in the same one"
     try:
         with tempfile.NamedTemporaryFile(dir=".", prefix=".edmdistill-doctor-") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             second = subprocess.run([sys.executable, "-c", other, file.name], capture_output=True, check=False)
     except PermissionError:
-        yield Finding("locks", "warn", f"{Path.cwd()} is not writable", "use a --run-dir elsewhere")
+        yield Finding("locks", "warn", f"{Path.cwd()} is not writable", "train with a --run-dir elsewhere")
     except OSError as error:
         yield Finding("locks", "fail", f"files in {Path.cwd()} cannot be locked: {error.strerror}", fix)
     else:
