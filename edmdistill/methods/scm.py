@@ -44,7 +44,7 @@ class ContinuousConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=Tru
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.r_max:
-            refuse_idle(self, ("warmup_images",), "r_max = 0", "set r_max above 0")
+            refuse_idle(self, ("warmup_images", "tangent"), "r_max = 0", "set r_max above 0")
 
 
 class SCMConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):

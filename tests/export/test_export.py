@@ -35,6 +35,7 @@ from edmdistill.cli import main
 from edmdistill.cli.export import TARGETS as CHOICES
 from edmdistill.errors import EdmDistillError
 from edmdistill.export import parity
+from edmdistill.export.diffusers import FILES
 from edmdistill.export.folder import TARGETS, export
 from edmdistill.export.nvidia import official, read
 from edmdistill.export.one_step import OneStep
@@ -278,6 +279,27 @@ def test_a_vae_that_would_do_nothing_is_refused(runs: Path, vae: str, tmp_path: 
     with pytest.raises(EdmDistillError, match="has no effect because the network works on pixels"):
         export(runs / "pixels", "diffusers", tmp_path / "out", vae=vae)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["pixels", "latents"])
+def test_a_pipeline_that_diffusers_saves_is_loaded_again(pipelines: dict, name: str, tmp_path: Path):
+    """With the code of its own, though other pipelines have been loaded since, into the same files and modules."""
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    pipe = pipelines[name]
+    pipe.save_pretrained(tmp_path / "saved")
+    exported = Path(pipe.config._name_or_path)
+    ours, theirs = (json.loads((folder / "model_index.json").read_text()) for folder in (exported, tmp_path / "saved"))
+    assert {key: value for key, value in theirs.items() if key != "_name_or_path"} == ours
+    for file in FILES:
+        assert (tmp_path / "saved" / file).read_bytes() == (exported / file).read_bytes()
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    found, expected = (np.asarray(each(generator=streams(4)).images[0]).astype(int) for each in (again, pipe))
+    assert np.abs(found - expected).max() <= 1
+    again.scheduler = DDIMScheduler()
+    again.save_pretrained(tmp_path / "other")
+    assert json.loads((tmp_path / "other/model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert sorted(path.name for path in (tmp_path / "other/scheduler").iterdir()) == ["scheduler_config.json"]
 
 
 def test_a_pipeline_outlives_the_next_one(pipelines: dict):

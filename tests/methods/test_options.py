@@ -20,6 +20,7 @@ LISTS: dict[str, list[Any]] = {
     "guidance": [[1.0, 3.0], [2.0, 2.0]],
     "augment": [["color"], []],
     "gan_penalty": [0.7],
+    "N": [6, 9],
 }
 TIGHTER = {"imm": {"k", "min_gap"}, "ect": {"q"}}
 """Options that set a limit, which does not act where another limit is tighter."""
@@ -112,6 +113,7 @@ def test_every_option_acts_or_is_refused(name: str, effect: Callable[..., Any]):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", METHODS)
 def test_beside_every_value_of_another(name: str, effect: Callable[..., Any]):
     assert list(idle(name, [], effect)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from diffusers import ConfigMixin, ModelMixin
@@ -23,6 +24,7 @@ class EdmdistillNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     _keep_in_fp32_modules = ["emb_fourier", "map_noise"]  # frequencies, which half precision would detune
+    source = Path(__file__).read_text(encoding="utf-8")  # for GammaPipeline.save_pretrained
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, kind: str, arguments: dict[str, Any], preconditioning: dict[str, Any]) -> None:

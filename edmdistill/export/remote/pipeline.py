@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +37,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]
+    source = Path(__file__).read_text(encoding="utf-8")  # now: diffusers puts the next pipeline's code in this file
 
     def __init__(
         self,
@@ -54,6 +59,24 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
             latent_bias=latent_bias,
             latent_range=latent_range,
         )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Writes a folder that from_pretrained loads, with its code.  Args: see DiffusionPipeline.save_pretrained."""
+        for folder, part in {"": self, **self._parts_with_code()}.items():
+            file = Path(save_directory, folder, f"{_file(part)}.py")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(part.source, encoding="utf-8")
+        super().save_pretrained(save_directory, **options)
+
+    def to_json_string(self) -> str:
+        """Returns model_index.json, in which parts with code are of the files beside them."""
+        index = json.loads(super().to_json_string()) | {"_class_name": [_file(self), type(self).__name__]}
+        index |= {name: [_file(part), type(part).__name__] for name, part in self._parts_with_code().items()}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def _parts_with_code(self) -> dict[str, Any]:
+        parts = {name: getattr(part, "_orig_mod", part) for name, part in self.components.items()}  # or compiled
+        return {name: part for name, part in parts.items() if hasattr(part, "source")}
 
     @torch.no_grad()
     def __call__(
@@ -181,3 +204,8 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
             array: np.ndarray = unit.permute(0, 2, 3, 1).cpu().numpy()
             return array
         raise ValueError(f"output_type must be pil, np, pt or latent, not {kind!r}")
+
+
+def _file(part: object) -> str:
+    """Returns the name of the file that holds the code of a part, without .py."""
+    return type(part).__module__.rpartition(".")[2]

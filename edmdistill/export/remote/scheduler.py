@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -30,6 +31,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     order = 1
+    source = Path(__file__).read_text(encoding="utf-8")  # for GammaPipeline.save_pretrained
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
