@@ -3,6 +3,7 @@
 Sampling: one denoiser's forward pass, as each samples (ours folded, theirs in eval mode), with the same weights.
 Training: a whole step with gradients' norm, Adam and average, on a batch of 32 digits; theirs from the losses and
 networks of the checkout, in the order of its loop. SiD's code needs DDP and FastGen's its trainer; neither is run.
+Both sides keep the memory that they free, as our commands do: else chance decides which of them gets its pages anew.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from timing import Call, Row, interleaved
 from torch import nn
 
 from edmdistill.checkpoints.store import fill
+from edmdistill.machine.host import keep_freed_memory
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -200,6 +202,7 @@ def size(arguments: dict[str, Any], kind: str) -> str:
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     turns = options.rounds
+    keep_freed_memory()
     for label, (peer, *_) in DENOISERS.items():
         if checkout := options.peers.get(peer):
             for batch in (4, 16):

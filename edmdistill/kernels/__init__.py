@@ -5,6 +5,6 @@ kept in float32 and cast to the dtype of the activations inside the operation.
 """
 
 # All of them, so that a Dual has every rule.
-from edmdistill.kernels import attention, dropout, dual, group_norm, linear, magnitude, resampling
+from edmdistill.kernels import attention, dropout, dual, group_norm, linear, magnitude, resampling, winograd
 
-__all__ = ["attention", "dropout", "dual", "group_norm", "linear", "magnitude", "resampling"]
+__all__ = ["attention", "dropout", "dual", "group_norm", "linear", "magnitude", "resampling", "winograd"]

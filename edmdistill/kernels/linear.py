@@ -7,6 +7,7 @@ import torch.nn.functional as f
 from torch import Tensor, nn
 
 from edmdistill.kernels.dual import affine_rule, tangent_of
+from edmdistill.kernels.winograd import FrozenWeight, pays, winograd_conv2d
 
 tangent_of(f.linear, f.conv2d)(affine_rule)
 
@@ -16,8 +17,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return f.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolution that keeps the resolution (odd kernel, zero padding).  weight [M,C,k,k] -> [B,M,H,W]"""
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, frozen: FrozenWeight | None = None) -> Tensor:
+    """Convolution that keeps the resolution (odd kernel, zero padding).  weight [M,C,k,k] -> [B,M,H,W]
+
+    frozen: the weight's transform, for Winograd's convolution where it pays; None = never.
+    """
+    if frozen is not None and pays(x, weight) and frozen.weight is weight:
+        return winograd_conv2d(x, frozen.transformed, bias)
     bias = None if bias is None else bias.to(x.dtype)
     return f.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from edmdistill.kernels.backend import uses_triton
 from edmdistill.kernels.dual import Dual, Function, at_least_float32, tangent_of
 from edmdistill.kernels.linear import conv2d, linear
+from edmdistill.kernels.winograd import FrozenWeight
 
 
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -77,9 +78,9 @@ def normalize_weights_(weights: Sequence[Tensor]) -> None:
         torch._foreach_div_(list(weights), rms)
 
 
-def mp_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolution [M,C,k,k] or linear map [M,N], by what `mp_weight` returned."""
-    return linear(x, weight) if weight.ndim == 2 else conv2d(x, weight)
+def mp_conv(x: Tensor, weight: Tensor, frozen: FrozenWeight | None = None) -> Tensor:
+    """Convolution [M,C,k,k] or linear map [M,N], by what `mp_weight` returned.  frozen: see conv2d."""
+    return linear(x, weight) if weight.ndim == 2 else conv2d(x, weight, frozen=frozen)
 
 
 def mp_sum_factors(t: float) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from edmdistill.draws import uniform, words
 from edmdistill.kernels.dual import value
 from edmdistill.kernels.linear import lay_out_weights
 from edmdistill.kernels.magnitude import normalize, normalize_weights_
+from edmdistill.kernels.winograd import freeze_weights
 from edmdistill.networks.arguments import check_arguments
 from edmdistill.networks.embeddings import GuidanceEmbedding, SecondTime
 from edmdistill.networks.levels import Layer
@@ -295,15 +296,20 @@ class Network(nn.Module, ABC):
         weights = [layer.weight for layer in self.modules() if isinstance(layer, MPConv)]
         normalize_weights_(weights)
 
-    def fold(self, lay_out: bool = True) -> None:
+    def fold(self, lay_out: bool = True, sample: bool = True) -> None:
         """Folds normalization, gains and constants into EDM2's weights, for inference; it can no longer be trained.
 
-        lay_out: lay out all weights for speed too, see `lay_out_weights`, by copies.
+        Args:
+            lay_out: lay out all weights for speed too, see `lay_out_weights`, by copies.
+            sample: and let passes without gradients use Winograd's convolution where it pays, see `kernels.winograd`,
+                with transformed weights beside the others.
         """
         for layer, gain in gained_layers(self):
             layer.fold_(1.0 if gain is None else gain)
         if lay_out:
             lay_out_weights(self)
+            if sample:
+                freeze_weights(self)
 
     def store_convolutions(self, dtype: torch.dtype) -> None:
         """Keeps the weights of convolutions in the dtype of the activations, to which every pass would cast them.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edmdistill.kernels.magnitude import mp_conv, mp_fourier, mp_scale, mp_weight
 from edmdistill.kernels.resampling import upsampled_conv2d
+from edmdistill.kernels.winograd import FrozenWeight
 from edmdistill.networks.initial import normal
 
 GAIN_LAYERS = {"emb_gain": "emb_linear", "out_gain": "out_conv"}
@@ -35,6 +36,7 @@ class MPConv(nn.Module):
         self.factor = factor
         self.folded = False
         self.effective: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.frozen: FrozenWeight | None = None
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0, upsampled: bool = False) -> Tensor:
         """Returns the linear map or convolution of x; upsampled: the convolution of x at twice its resolution."""
@@ -43,7 +45,7 @@ class MPConv(nn.Module):
             weight = self.weight
         elif weight is None or source is not self.weight:  # another one is put in its place by functional_call
             weight = mp_weight(self.weight, gain, self.factor)
-        return upsampled_conv2d(x, weight) if upsampled else mp_conv(x, weight)
+        return upsampled_conv2d(x, weight) if upsampled else mp_conv(x, weight, self.frozen)
 
     @torch.no_grad()
     def fold_(self, gain: Tensor | float = 1.0) -> None:

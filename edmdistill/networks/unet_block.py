@@ -17,6 +17,7 @@ from edmdistill.kernels.dropout import dropout
 from edmdistill.kernels.group_norm import group_norm, group_norm_silu
 from edmdistill.kernels.linear import conv2d, linear
 from edmdistill.kernels.resampling import downsample, is_box, separable, upsample, upsampled_conv2d
+from edmdistill.kernels.winograd import FrozenWeight
 from edmdistill.networks.base import Conditioning, Network, ResidualBlock
 
 
@@ -51,13 +52,14 @@ class Conv2d(nn.Module):
         layer = nn.Conv2d(in_channels, out_channels, kernel) if kernel else None
         self.weight = layer.weight if layer else None
         self.bias = layer.bias if layer else None
+        self.frozen: FrozenWeight | None = None
         self.resample = resample
         self.fused = fused
         self.box = is_box(resample_filter)
         self.register_buffer("resample_filter", None if resample == "keep" else separable(resample_filter))
 
     def convolve(self, x: Tensor) -> Tensor:
-        return x if self.weight is None else conv2d(x, self.weight, self.bias)
+        return x if self.weight is None else conv2d(x, self.weight, self.bias, self.frozen)
 
     def forward(self, x: Tensor) -> Tensor:
         low_pass = None if self.box else self.resample_filter

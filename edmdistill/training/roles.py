@@ -68,7 +68,7 @@ def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
     network.compute_dtype = PRECISION[recipe.training.precision]
     network.requires_grad_(False).eval()
     if role.frozen:
-        network.network.fold()
+        network.network.fold(sample=False)  # the plan counts no transformed weights
         if network.compute_dtype is not None:
             network.network.store_convolutions(network.compute_dtype)
         return network

@@ -1,5 +1,6 @@
 """Every golden network against the official code's outputs."""
 
+import copy
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
+from edmdistill.kernels import linear
 from edmdistill.networks.base import Conditioning
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 
@@ -53,6 +55,26 @@ def test_denoiser(network: Golden) -> None:
         for output, labels in (("D_x", "labels"), ("D_x_nolabels", "none"), ("D_x_softlabels", "labels_soft")):
             if output in case:
                 assert error(network.denoiser(x, sigma, case.get(labels)), case[output]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_winograd(network: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen networks, all of whose convolutions that can be so are Winograd's, as in large networks."""
+    count = 0
+
+    def can(x: Tensor, weight: Tensor) -> bool:
+        nonlocal count
+        count += (possible := x.shape[2] % 4 == x.shape[3] % 4 == 0 and x.dtype == torch.float32)
+        return possible
+
+    monkeypatch.setattr(linear, "pays", can)
+    frozen = copy.deepcopy(network.flow).requires_grad_(False)
+    frozen.network.fold()
+    for case in network.cases:
+        if "D_x" in case:
+            found = Denoiser(frozen)(case["x"], case["sigma"], case.get("labels"))
+            assert error(found, case["D_x"]) <= 1e-5
+    assert count >= 20
 
 
 @torch.no_grad()

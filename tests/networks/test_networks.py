@@ -49,6 +49,24 @@ def test_trigflow_is_edm(wide: FlowNetwork) -> None:
         assert error(found[i], expected[i]) <= 1e-12
 
 
+@pytest.mark.parametrize("case", ["ddpmpp", "edm2"])
+def test_folded_networks_use_winograd_without_gradients(case: str, make_flow: MakeFlow) -> None:
+    flow = make_flow(case, img_resolution=16, model_channels=64, channel_mult=[1], attn_resolutions=[])
+    x, t, threads = images(flow, 1), torch.tensor(0.7), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        flow.network.fold(sample=False)
+        expected = flow(x, t)
+        with torch.no_grad():
+            assert torch.equal(flow(x, t), expected)
+            flow.network.fold()
+            found = flow(x, t)
+        assert torch.equal(flow(x, t), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert 0 < error(found, expected) <= 1e-5
+
+
 @torch.no_grad()
 def test_one_time_for_all_is_one_for_each(flow: FlowNetwork) -> None:
     x, t = images(flow), torch.tensor(0.7)
