@@ -5,7 +5,7 @@
 
 DIR is a clone of NVlabs/FastGen, NVlabs/edm2, NVlabs/edm (whose licenses forbid commercial use) or mingyuanzhou/SiD.
 Calls that are compared take turns; a ratio is the median over the rounds, with its range but for the extreme ones. On a
-CPU, all run on one thread, and a time is CPU time; memory that is freed goes back to the system, but for `peers`.
+CPU, all run on one thread, and a time is CPU time; memory that is freed goes back to the system but in the last two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from timing import table
 
 from edmdistill.progress import set_quiet
 
-SECTIONS = ("training", "sampling", "tangents", "growth", "memory", "random_numbers", "likelihood", "peers")
+SECTIONS = (
+    "training",
+    "sampling",
+    "tangents",
+    "growth",
+    "memory",
+    "random_numbers",
+    "likelihood",
+    "convolutions",
+    "peers",
+)
 PEERS = ("fastgen", "edm2", "edm", "sid")
 
 
