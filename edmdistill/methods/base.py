@@ -208,6 +208,18 @@ class Turn(NamedTuple):
         return self.loss(batch, draws) if self.preview is None else self.loss(batch, draws, self.preview(batch, draws))
 
 
+class Sampling(NamedTuple):
+    """How the product is to be sampled, by default.
+
+    Attributes:
+        steps: their number, where it is trained for these alone; None: any.
+        gamma: share of fresh noise between two of them.
+    """
+
+    steps: int | None = None
+    gamma: float = 1.0
+
+
 class Method(ABC, Generic[ConfigT]):
     """A distillation algorithm.
 
@@ -269,8 +281,13 @@ class Method(ABC, Generic[ConfigT]):
         return 1.0, 1.0
 
     @classmethod
+    def sampling(cls, config: ConfigT) -> Sampling:
+        """Returns how the product is to be sampled."""
+        return Sampling()
+
+    @classmethod
     def schedule(cls, config: ConfigT, noise: NoiseRange) -> tuple[float, ...]:
-        """Returns the noise levels of the steps that the product is trained for, falling; (): for any."""
+        """Returns the falling noise levels of the steps that it is trained for; () where these are any."""
         return ()
 
     def monitor(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.backward_simulation import of_every_step, of_noisy_data, of_one_step
-from edmdistill.methods.base import Batch, Loss, NoiseRange, Preview, Role, Turn
+from edmdistill.methods.base import Batch, Loss, NoiseRange, Preview, Role, Sampling, Turn
 from edmdistill.methods.distances import l2
 from edmdistill.methods.divergence import Divergence, density_ratio, divergence_weights
 from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
@@ -59,6 +59,10 @@ class DMD2(ScoreDistillation[DMD2Config]):
     @classmethod
     def roles_for(cls, config: DMD2Config) -> dict[str, Role]:
         return cls.roles if config.gan else SCORES
+
+    @classmethod
+    def sampling(cls, config: DMD2Config) -> Sampling:
+        return Sampling(1 + len(config.levels))
 
     @classmethod
     def schedule(cls, config: DMD2Config, noise: NoiseRange) -> tuple[float, ...]:

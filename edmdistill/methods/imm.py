@@ -27,7 +27,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, Loss, Method, Role, SecondGain, Turn
+from edmdistill.methods.base import Batch, Loss, Method, Role, Sampling, SecondGain, Turn
 from edmdistill.methods.moment_matching import PATHS, elbo_weight, squared_mmd
 from edmdistill.trigflow import ddim_step, denoised, diffuse
 
@@ -53,6 +53,10 @@ class IMM(Method[IMMConfig]):
     @classmethod
     def group_size(cls, config: IMMConfig) -> int:
         return config.particles
+
+    @classmethod
+    def sampling(cls, config: IMMConfig) -> Sampling:
+        return Sampling(gamma=0.0)
 
     def turns(self) -> tuple[Turn, ...]:
         return (Turn("generator", self.moment_matching_loss),)

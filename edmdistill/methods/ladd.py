@@ -27,7 +27,7 @@ from torch import Tensor
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.backward_simulation import of_noisy_data
-from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Role, Turn
+from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Role, Sampling, Turn
 from edmdistill.methods.gan_losses import GAN_LOSSES, logit_means
 from edmdistill.methods.noising import StepLevels, require_descending
 from edmdistill.networks.heads import make_head
@@ -69,6 +69,10 @@ class LADD(Method[LADDConfig]):
     @classmethod
     def roles_for(cls, config: LADDConfig) -> dict[str, Role]:
         return cls.roles | {"discriminator": Role(trained=True, make=partial(make_head, kind=config.heads))}
+
+    @classmethod
+    def sampling(cls, config: LADDConfig) -> Sampling:
+        return Sampling(1 + len(config.levels))
 
     @classmethod
     def schedule(cls, config: LADDConfig, noise: NoiseRange) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import adversarial_turns, gan_roles
-from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Turn, with_inputs
+from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Sampling, Turn, with_inputs
 from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, normalized_tangent, tangent_warmup
 from edmdistill.methods.noising import noised, one_step
 from edmdistill.methods.tangents import TANGENTS
@@ -49,7 +49,7 @@ class ContinuousConfig(ConsistencyConfig, frozen=True, forbid_unknown_fields=Tru
 
 class SCMConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
     intervals: Annotated[
-        int, Meta(ge=1, le=100_000, description="M: consistency to the start of each of M intervals of t, for gamma 0")
+        int, Meta(ge=1, le=100_000, description="M: consistency to the start of each of M intervals of t")
     ] = 1
 
     def __post_init__(self) -> None:
@@ -159,11 +159,15 @@ class SCM(ContinuousConsistency[ConfigT]):
         return t, time_in_interval(t, config.intervals)
 
     @classmethod
+    def sampling(cls, config: ConfigT) -> Sampling:
+        return Sampling(config.intervals, gamma=0.0) if config.intervals > 1 else Sampling()
+
+    @classmethod
     def schedule(cls, config: ConfigT, noise: NoiseRange) -> tuple[float, ...]:
         """Returns the ends of the intervals, the last of them at sigma_max."""
         M = config.intervals
         ends = (noise.sigma_data * math.tan(math.pi / 2 * k / M) for k in range(M - 1, 0, -1))
-        return (noise.sigma_max, *(sigma for sigma in ends if sigma < noise.sigma_max)) if M > 1 else ()
+        return (noise.sigma_max, *(min(sigma, noise.sigma_max) for sigma in ends)) if M > 1 else ()
 
 
 def continuous_tangent(

@@ -20,7 +20,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, Loss, NoiseRange
+from edmdistill.methods.base import Batch, Loss, NoiseRange, Sampling
 from edmdistill.methods.noising import one_step
 from edmdistill.methods.score_distillation import AuxiliaryMean, AuxiliaryStd, AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.weighting import mean_rms
@@ -51,6 +51,10 @@ class OneStep(ScoreDistillation[OneStepT]):
 
     noise_levels = ("sigma_init",)
     splits_loss = True
+
+    @classmethod
+    def sampling(cls, config: OneStepT) -> Sampling:
+        return Sampling(steps=1)
 
     @classmethod
     def schedule(cls, config: OneStepT, noise: NoiseRange) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import msgspec
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, Loss, NoiseRange, Role
+from edmdistill.methods.base import Batch, Loss, NoiseRange, Role, Sampling
 from edmdistill.methods.guidance import GuidanceRange, GuideKind, check_range
 from edmdistill.methods.score_distillation import (
     AuxiliaryMean,
@@ -48,6 +48,10 @@ class VSD(VariationalMethod[VSDConfig], ScoreDistillation[VSDConfig]):
         "generator": Role(trained=True, logvars=1),
         "auxiliary": Role(trained=True, logvars=1),
     }
+
+    @classmethod
+    def sampling(cls, config: VSDConfig) -> Sampling:
+        return Sampling(steps=1)
 
     @classmethod
     def schedule(cls, config: VSDConfig, noise: NoiseRange) -> tuple[float, ...]:

@@ -212,7 +212,7 @@ def origins(recipe: Recipe, text: str, name: str, sets: Iterable[str]) -> dict[s
 
 def _defaults(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Returns the defaults of every table, as in JSON."""
-    usual = {name: table_defaults(name, recipe.method_class) for name in TABLES}
+    usual = {name: table_defaults(name, recipe.method_class, recipe.method) for name in TABLES}
     return dict(msgspec.json.decode(msgspec.json.encode({"method": defaults(recipe.method_class.Config), **usual})))
 
 

@@ -126,9 +126,9 @@ class SamplingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """[sampling]: how samples are drawn for the run's grids, and the defaults of its checkpoint."""
 
     nfe: Steps = (1, 2, 4)
-    """Network evaluations in grids and measurements. A teacher's default: 35."""
+    """Network evaluations in grids and measurements. Default of a teacher: 35; of a generator for some steps: these."""
     gamma: Share = 1.0
-    """Share of fresh noise in each step; 0 is deterministic."""
+    """Share of fresh noise in each step; 0 is deterministic, and the default of imm and of sCM in intervals."""
     sigmas: dict[str, Levels] = {}
     """Noise levels by NFE, "2" = [80.0, 2.515], descending, repeats allowed. Default: those that a method trains alone,
     as SiD does; others are on EDM's curve."""
@@ -164,7 +164,7 @@ class EvaluationTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     n: Annotated[int, Meta(ge=2, le=1_000_000)] = 1000
     """Images of a measurement, of the seeds from 0."""
     nfe: Steps = (2,)
-    """Network evaluations. A teacher's default: 35."""
+    """Network evaluations. Defaults are as those of [sampling]."""
     diagnose: bool = False
     """Measures as `edmdistill diagnose` does, too, with n jumps from each level."""
 
@@ -271,7 +271,7 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
         method_class = METHODS[method_name].load()
         config = _typed(options, method_class.Config, source, "method")
         typed: dict[str, Any] = {
-            name: _typed(table_defaults(name, method_class) | table(tables, name, source), type_, source, name)
+            name: _typed(table_defaults(name, method_class, config) | table(tables, name, source), type_, source, name)
             for name, type_ in TABLES.items()
             if name not in OPTIONAL or tables.get(name) is not None
         }
@@ -302,10 +302,13 @@ class _Document(Struct):
     evaluation: EvaluationTable | UnsetType = UNSET
 
 
-def table_defaults(name: str, method: type[Method[Any]]) -> dict[str, Any]:
-    """Returns the defaults of one of TABLES; a teacher, which follows its ODE, takes more evaluations."""
+def table_defaults(name: str, method: type[Method[Any]], config: Struct) -> dict[str, Any]:
+    """Returns the defaults of one of TABLES: evaluations and noise are the method's; a teacher follows its ODE."""
+    steps, gamma = method.sampling(config)
+    steps = 35 if method.product == "teacher" else steps
+    own = {"gamma": gamma} | ({} if steps is None else {"nfe": (steps,)})
     usual = defaults(TABLES[name])
-    return usual | {"nfe": (35,)} if "nfe" in usual and method.product == "teacher" else usual
+    return usual | {key: value for key, value in own.items() if key in usual}
 
 
 def table(tables: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:

@@ -301,11 +301,26 @@ def test_defaults_are_equal_however_they_are_said(write):
     assert TrainingTable.__struct_fields__[:4] == ("images", "batch", "optimizer", "lr")
 
 
-@pytest.mark.parametrize(("method", "nfe"), [("diffusion", [(35,), (35,)]), ("sct", [(1, 2, 4), (2,)])])
-def test_the_default_evaluations_are_the_methods(write, method: str, nfe: list[tuple[int, ...]]):
-    mine = write(MINIMAL + "[network]\nkind = 'edm2'\n[evaluation]\nprotocol = 'digits'\nevery = 12_000\n")
+@pytest.mark.parametrize(
+    ("method", "options", "nfe", "gamma"),
+    [
+        ("diffusion", "", [(35,), (35,)], 1.0),
+        ("sct", "", [(1, 2, 4), (2,)], 1.0),
+        ("sct", "intervals = 4", [(4,), (4,)], 0.0),
+        ("imm", "particles = 2", [(1, 2, 4), (2,)], 0.0),
+        ("sid", "", [(1,), (1,)], 1.0),
+        ("dmd2", "levels = [2.5, 0.5]", [(3,), (3,)], 1.0),
+    ],
+)
+def test_the_default_evaluations_are_the_methods(
+    write, method: str, options: str, nfe: list[tuple[int, ...]], gamma: float
+):
+    network = "[network]\nkind = 'edm2'\n" if method in ("diffusion", "sct", "imm") else ""
+    evaluation = "[evaluation]\nprotocol = 'digits'\nevery = 12_000\n"
+    mine = write(MINIMAL + network + evaluation + f"[method]\n{options}\n")
     recipe = load_recipe(mine, method=method)
     assert [recipe.sampling.nfe, recipe.evaluation.nfe] == nfe
+    assert recipe.sampling.gamma == gamma
     if method == "diffusion":
         assert SOLVERS["heun"].num_steps(35) == 18
     assert not origins(recipe, Path(mine).read_text(), mine, []).keys() & {"sampling.nfe", "evaluation.nfe"}

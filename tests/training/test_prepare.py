@@ -68,9 +68,10 @@ def test_a_run_whose_checkpoints_could_not_be_read_is_refused(teacher: Path) -> 
 def test_a_generator_is_sampled_at_the_levels_that_it_learned(
     teacher: Path, method: dict[str, object], sampling: dict[str, object], levels: tuple[float, ...]
 ) -> None:
-    tables = TABLES | {"method": method, "sampling": {"nfe": [1]} | sampling}
+    tables = TABLES | {"method": method, "sampling": sampling}
     source = source_of(str(method["name"]), teacher)
     run = prepare(Recipe.from_tables(tables, "a test"), data="digits", teacher=source, machine=CPU)
     record = build_sampler(run.model(), SamplerSpec()).record
     assert record.sigmas == pytest.approx(levels, rel=1e-5)
     assert record.nfe == len(levels)
+    assert record.gamma == (0 if "intervals" in method else 1)
