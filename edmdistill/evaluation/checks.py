@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import DatasetError, EdmDistillError
-from edmdistill.evaluation.images import Images
+from edmdistill.evaluation.images import Images, open_images
 from edmdistill.evaluation.metrics import FoundMetric
 from edmdistill.evaluation.protocol import Protocol
 from edmdistill.evaluation.references import ReferenceStatistics
@@ -52,13 +52,16 @@ def measurable(wanted: Sequence[FoundMetric], images: Images, *, required: bool)
 
 def require_fit(images: Images, data: Dataset | ReferenceStatistics, standard: Protocol, repeat: int) -> None:
     """Raises DatasetError unless the images have the size of the reference's, if it is known, and are two or more."""
+    size, name = None, ""
     if isinstance(data, Dataset):
-        size = (data.img_channels, data.img_resolution, data.img_resolution)
-        if images.size != size:
-            raise DatasetError(
-                f"the images are {'x'.join(map(str, images.size))}, but those of the reference {data.name} are "
-                f"{'x'.join(map(str, size))}, and nothing is resized; choose a reference of that size"
-            )
+        size, name = (data.img_channels, data.img_resolution, data.img_resolution), data.name
+    elif data.has_images:
+        size, name = open_images(data.path, 0).size, str(data.path)
+    if size not in (None, images.size):
+        raise DatasetError(
+            f"the images are {'x'.join(map(str, images.size))}, but those of the reference {name} are "
+            f"{'x'.join(map(str, size or ()))}, and nothing is resized; choose a reference of that size"
+        )
     if images.count < 2 * repeat:
         raise DatasetError(
             f"a covariance needs at least two images, but there is only {images.count // repeat}; the protocol uses "

@@ -18,6 +18,10 @@ from edmdistill.data.files import ZipFiles, as_dataset_error
 from edmdistill.errors import DatasetError, printable
 
 
+IMAGES = "images", "arr_0"
+"""The arrays of images in an .npz: ours, and ADM's."""
+
+
 class Rows:
     """Gives images of an array in a file, in batches that follow one another; none is kept in memory.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import NotFiniteError
-from edmdistill.evaluation.base import Accumulator, Measured
+from edmdistill.evaluation.base import Accumulator, Measured, Nothing
 from edmdistill.evaluation.feature_set import Features, FeatureSet
 from edmdistill.evaluation.images import Images, open_images
 from edmdistill.evaluation.metrics import FoundMetric
@@ -119,15 +119,25 @@ def collect_reference(reference: Dataset | ReferenceStatistics, panel: Panel) ->
         images = Images(len(reference), size, reference.images, None, None, "unknown")
         collected, digest = _collect(images, keys, panel, reference.content_sha256)
         return Collected(collected, replace(record, sha256=digest))
-    # ADM's files hold statistics, of which FID is to be measured, and the images themselves.
-    pictured = {key for key in keys if reference.has_images and key[1] is Features}
+    if not reference.spaces:
+        collected, digest = _collect(open_images(reference.path, 0), keys, panel, reference.sha256)
+        return Collected(collected, replace(record, sha256=digest))
+    # ADM's files hold statistics, of which FID is to be measured, and some of the images, which give all else.
+    pictured = {
+        (name, kind)
+        for name, kind in keys
+        if reference.has_images and kind is not Nothing and (kind is Features or name not in reference.spaces)
+    }
     spaces = panel.spaces
     stated = {(name, kind): reference.collected(spaces[name], kind) for name, kind in keys - pictured}
     if pictured:
         stated |= _collect(open_images(reference.path, 0), pictured, panel, reference.sha256)[0]
-    kept = min(
-        (len(collected) for collected in stated.values() if isinstance(collected, FeatureSet)), default=reference.n
-    )
+    counts = [
+        len(collected) if isinstance(collected, FeatureSet) else collected.n
+        for key, collected in stated.items()
+        if key in pictured or isinstance(collected, FeatureSet)
+    ]
+    kept = min(counts, default=reference.n)
     return Collected(stated, record if kept in (None, reference.n) else replace(record, kept=kept))
 
 

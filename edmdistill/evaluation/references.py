@@ -30,6 +30,7 @@ from edmdistill.errors import DatasetError, EdmDistillError, printable
 from edmdistill.evaluation.base import Accumulator, Nothing
 from edmdistill.evaluation.feature_set import Features, FeatureSet
 from edmdistill.evaluation.frechet import GaussianStatistics, RunningStatistics, factor
+from edmdistill.evaluation.image_arrays import IMAGES, open_npz
 from edmdistill.features.base import FeatureSpace
 from edmdistill.pickles import Unpickler, Unreadable
 from edmdistill.stored_tensors import NUMPY, Array, mapped
@@ -38,7 +39,7 @@ MAX_DIM, MAX_FEATURES = 2**13, 2**31
 """The largest number of features that is read, and of features of all images: 540 MB of sigma, 8.6 GB of features."""
 COVARIANCE_TOLERANCE = 1e-5
 """How far sigma may be from symmetric and positive semidefinite, relative to its largest entry: some are float32."""
-WANTED = "give EDM's or ADM's .npz, EDM2's .pkl, or what `edmdistill data stats` writes"
+WANTED = "give EDM's or ADM's .npz, EDM2's .pkl, what `edmdistill data stats` writes, or images in an .npz"
 
 
 class About(Struct, frozen=True, kw_only=True):
@@ -81,12 +82,12 @@ class ReferenceStatistics:
 
     Attributes:
         path: the file.
-        layout: edm, edm2, adm or edmdistill.
+        layout: edm, edm2, adm, images or edmdistill.
         sha256: of the images' pixels where the file says it, else of the file.
         n: the number of images; None: not recorded.
-        spaces: by the names of feature spaces.
+        spaces: by the names of feature spaces; empty: it holds images alone.
         about: see About; of our own layout alone.
-        has_images: whether it is ADM's with the images themselves, as arr_0.
+        has_images: whether it has images themselves, as arr_0 or images: ADM's, and what `sample` writes.
     """
 
     path: Path
@@ -128,11 +129,11 @@ class ReferenceStatistics:
 
 
 def is_statistics(source: str | Path) -> bool:
-    """Returns whether a source is a reference file by its suffix and members: a .pkl, or an .npz with mu or about."""
+    """Returns whether a source is a reference file by its suffix and members: a .pkl, or an .npz of numbers or images."""
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix == ".npz" and path.is_file():
-        return bool({"mu", "about"} & Npz(path).names)
+        return bool({"mu", "about", *IMAGES} & Npz(path).names)
     return suffix == ".pkl"
 
 
@@ -160,12 +161,16 @@ def _read_npz(path: Path) -> ReferenceStatistics:
         about = _read_about(arrays)
         spaces = {name: _own_space(arrays, name, about) for name in about.weights}
         return ReferenceStatistics(path, "edmdistill", about.sha256, about.n, spaces, about)
+    has_images = bool(arrays.names & set(IMAGES))
+    if has_images and not arrays.names & {"mu", "sigma"}:
+        count = open_npz(path)[0].header.shape[0]
+        return ReferenceStatistics(path, "images", sha256_file(path), count, {}, has_images=True)
     if not {"mu", "sigma"} <= arrays.names:
         members = ", ".join(map(printable, sorted(arrays.names)[:5])) or "nothing"
         raise DatasetError(f"{path} holds {members}, but mu and sigma were expected; {WANTED}")
     spaces = {"inception": SpaceStatistics(_gaussian(str(path), *_moments(arrays)))}
-    layout = "adm" if arrays.names & {"mu_s", "arr_0"} else "edm"
-    return ReferenceStatistics(path, layout, sha256_file(path), None, spaces, has_images="arr_0" in arrays.names)
+    layout = "adm" if has_images or "mu_s" in arrays.names else "edm"
+    return ReferenceStatistics(path, layout, sha256_file(path), None, spaces, has_images=has_images)
 
 
 def _moments(arrays: Npz, suffix: str = "") -> tuple[NDArray[Any], NDArray[Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.load import load_denoiser
 from edmdistill.data.datasets import open_dataset
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation import panel
 from edmdistill.evaluation.collect import collect_statistics, write_statistics
 from edmdistill.evaluation.compare import require_comparable
@@ -65,13 +65,45 @@ def test_adms_reference_gives_its_statistics_and_its_images(tmp_path: Path) -> N
     assert result.metrics["fid@40"] == pytest.approx(
         frechet_distance(statistics(Pixels()(ours)), statistics(Pixels()(stated))), rel=1e-6
     )
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i, picture in enumerate(pictured):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    folder = write_pictures(tmp_path / "pictures", pictured)
     apart = evaluate(ours, folder, protocol="adm", metrics=names[1:])
     for name, value in apart.metrics.items():
         assert result.metrics[name] == value
+
+
+@pytest.mark.usefixtures("inception")
+@pytest.mark.parametrize("name", ["arr_0", "images"])
+def test_images_in_an_npz_are_a_reference(tmp_path: Path, name: str) -> None:
+    """ADM's evaluator reads such a reference batch; its numbers are those of the same images in a data set."""
+    ours, pictured = pixels(0), pixels(1)
+    np.savez(tmp_path / "real.npz", **{name: pictured.permute(0, 2, 3, 1).numpy()})
+    folder = write_pictures(tmp_path / "pictures", pictured)
+    results = [
+        evaluate(ours, source, protocol="adm", metrics=["fid", "precision"])
+        for source in (tmp_path / "real.npz", folder)
+    ]
+    assert results[0].metrics == pytest.approx(results[1].metrics, rel=1e-9)
+    require_comparable(*results)
+    with pytest.raises(DatasetError, match=r"images are 3x2x2, but those of the reference .*real\.npz are 3x4x4"):
+        evaluate(ours[:, :, :2, :2], tmp_path / "real.npz", protocol="adm")
+
+
+def write_pictures(folder: Path, pictures: Tensor) -> Path:
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.mark.usefixtures("inception")
+def test_images_of_adms_reference_serve_other_spaces(tmp_path: Path) -> None:
+    ours, pictured = pixels(0), pixels(2, 30)
+    file = write_reference(tmp_path / "adm.npz", pixels(1), arr_0=pictured.permute(0, 2, 3, 1).numpy())
+    result = evaluate(ours, file, protocol="adm", metrics=["fid", "fd_pixels"])
+    apart = evaluate(ours, write_pictures(tmp_path / "pictures", pictured), protocol="adm", metrics=["fd_pixels"])
+    assert result.metrics["fd_pixels@40"] == pytest.approx(apart.metrics["fd_pixels@40"], rel=1e-9)
+    assert result.protocol.reference is not None
+    assert result.protocol.reference.kept == 30
 
 
 @pytest.mark.usefixtures("inception")

@@ -73,8 +73,10 @@ def test_what_a_file_does_not_have(metrics: Path) -> None:
 
 def test_what_is_statistics(metrics: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
-    names = [*metrics.glob("*ref*"), tmp_path / "images.npz", tmp_path / "set.zip", tmp_path]
-    assert {path.name for path in names if is_statistics(path)} == {path.name for path in metrics.glob("*ref*")}
+    np.savez(tmp_path / "other.npz", x=np.zeros(2))
+    names = [*metrics.glob("*ref*"), tmp_path / "images.npz"]
+    assert all(map(is_statistics, names))
+    assert not any(map(is_statistics, [tmp_path / "other.npz", tmp_path / "set.zip", tmp_path]))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -130,6 +132,8 @@ BAD: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "an empty file; give"),
     "web page": (lambda: b"<html>", "neither an .npz nor a pickle; give"),
     "cut": (lambda: npz(mu=MU, sigma=SIGMA)[:200], "not a whole zip"),
+    "no images": (lambda: npz(arr_0=np.zeros((2, 3))), r"images are float64 \[2, 3\], but uint8"),
+    "images without sigma": (lambda: npz(mu=MU, arr_0=np.zeros((2, 4, 4, 3), np.uint8)), "but mu and sigma were"),
     "no sigma": (lambda: npz(mu=MU), "holds mu, but mu and sigma were expected"),
     "nothing": (lambda: npz(), "holds nothing, but mu"),
     "sizes": (lambda: npz(mu=MU, sigma=SIGMA[:2]), r"mu \[3\] and sigma \[2, 3\] are not \[d\] and \[d,d\]"),
