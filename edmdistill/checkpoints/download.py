@@ -66,7 +66,7 @@ def download(url: str) -> Path:
             elif isinstance(error, http.client.InvalidURL | UnicodeError):
                 reason = "this is not a valid address"  # the error repeats it, and it may hold secrets
             elif isinstance(error, urllib.error.URLError):
-                reason = f"{reason}; check the network, or give the path of a copy"
+                reason = f"{reason}; check the network, or give the path of a copy to the command that reads it"
             raise CheckpointError(f"{public_address(url)} cannot be downloaded: {reason}.") from None
         if redirects.sha256 not in (None, digest):
             raise CheckpointError(

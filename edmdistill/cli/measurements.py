@@ -109,7 +109,8 @@ def measurement_options(
         "ref": click.option(
             "--ref",
             metavar="DATA",
-            help="Real images: a zip, a folder, an .npz, digits or tiles; or statistics of them.  [default: the protocol's own]",
+            help="Real images: a zip, a folder, an .npz, digits or tiles; or statistics of them.  "
+            "[default: the protocol's own]",
         ),
         "metrics": click.option("--metrics", metavar="LIST", help=metrics_help),
         "count": click.option("--n", "count", type=Count(2, 2_000_000), help=count_help),

@@ -17,7 +17,6 @@ from edmdistill.data.decode import Header, decode_array, read_header
 from edmdistill.data.files import ZipFiles, as_dataset_error
 from edmdistill.errors import DatasetError, printable
 
-
 IMAGES = "images", "arr_0"
 """The arrays of images in an .npz: ours, and ADM's."""
 

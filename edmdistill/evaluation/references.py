@@ -129,7 +129,7 @@ class ReferenceStatistics:
 
 
 def is_statistics(source: str | Path) -> bool:
-    """Returns whether a source is a reference file by its suffix and members: a .pkl, or an .npz of numbers or images."""
+    """Returns whether a source is a reference file by its suffix and members: a .pkl, or an .npz of any layout."""
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix == ".npz" and path.is_file():

@@ -145,7 +145,7 @@ def find_results_folder(source: str | Path) -> Path:
     """
     path = Path(source).expanduser()
     if not path.is_dir():
-        raise EdmDistillError(f"--save is for a checkpoint folder or a run, but {source} is neither: use --out")
+        raise EdmDistillError(f"--save is for a checkpoint folder or a run, but {source} is no folder here: use --out")
     read_config(checkpoint_in(path))
     return path
 

@@ -239,9 +239,14 @@ def _levels(sampler: SamplerRecord) -> str:
     return f"sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas or ())}"
 
 
+TITLES = {"fd_dinov2": "FD-DINOv2", "fid": "FID", "kid": "KID", "is": "IS"}
+"""What papers call metrics."""
+
+
 def _heading(metric: str) -> str:
-    """Returns fd_digits@1000 as digits-FD@1000."""
-    return re.sub(r"^fd_([^@]+)", r"\1-FD", metric).replace("_", " ")
+    """Returns fid@5000 as FID@5000, and fd_digits@1000 as digits-FD@1000."""
+    name = re.split(r"[\[@]", metric)[0]
+    return TITLES.get(name, re.sub(r"^fd_(.+)", r"\1-FD", name).replace("_", " ")) + metric[len(name) :]
 
 
 def number(value: float) -> str:

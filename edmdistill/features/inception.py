@@ -52,7 +52,10 @@ class Inception(FeatureSpace):
         given = read_weights(weights, "inception", self.name)
         with torch.device("meta"):
             network = InceptionV3()
-        fill(network, to_our_names(given.tensors, network, in_order=given.script), str(given.path))
+        tensors = to_our_names(given.tensors, network, in_order=given.script)
+        if not tensors.keys() & network.state_dict().keys():
+            raise CheckpointError(f"{given.path} does not hold the weights of FID's Inception: {EXPECTED}.")
+        fill(network, tensors, str(given.path))
         self.sha256, self.official = given.sha256, given.official
         self._device = device
         self._net = network.to(device, torch.float32).eval().requires_grad_(False)

@@ -70,7 +70,7 @@ def test_a_checkpoint_on_the_disk_keeps_them(folder: Path):
 
 def test_a_place_is_a_checkpoint_or_a_run(folder: Path):
     assert (find_results_folder(folder), find_results_folder(str(folder.parent))) == (folder, folder.parent)
-    with pytest.raises(EdmDistillError, match=r"--save is for .* but me/generator is neither: use --out"):
+    with pytest.raises(EdmDistillError, match=r"--save is for .* but me/generator is no folder here: use --out"):
         find_results_folder("me/generator")
     (folder / CONFIG).write_text("{")
     with pytest.raises(CheckpointError):

@@ -47,6 +47,21 @@ def test_teacher_and_generator_by_nfe():
     assert table.curves == {"generator": [(2, 6.0)], "teacher": [(3, 551.0), (35, 4.0)]}
 
 
+@pytest.mark.parametrize(
+    ("metric", "title"),
+    [
+        ("fd_dinov2[0ca71705]@16", "FD-DINOv2[0ca71705]@16"),
+        ("fid@5000", "FID@5000"),
+        ("is", "IS"),
+        ("fd_dinov2-dgm", "dinov2-dgm-FD"),
+        ("precision_inception[58f4bf92]", "precision inception[58f4bf92]"),
+    ],
+)
+def test_metrics_have_the_names_of_papers(metric: str, title: str):
+    (table,) = result_tables([replace(teacher(35, 4.0), metrics={metric: 4.0})], OURS)
+    assert table.rows[0][2] == title
+
+
 def test_protocols_are_never_mixed():
     other = replace(DONE, seeds="5000-9999")
     first, second = result_tables([teacher(35, 4.0), generator(2, 6.0), teacher(35, 1.0, other)], OURS)

@@ -149,8 +149,11 @@ def test_other_than_8_bit_images_are_refused(inception: FeatureSpace, images: to
 
 
 def test_weights_of_another_network_are_refused_in_one_sentence(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"lacks Conv2d_1a_3x3\.bn\.bias and 471 more"):
+    with pytest.raises(CheckpointError, match=r"other\.pth does not hold the weights of FID's Inception: give"):
         load_features("inception", save_pth(tmp_path / "other.pth", {"weight": torch.ones(3)}))
+    part = {"fc.bias": torch.ones(1008), "Conv2d_1a_3x3.bn.bias": torch.ones(32)}
+    with pytest.raises(CheckpointError, match=r"lacks Conv2d_1a_3x3\.bn\.running_mean and 469 more"):
+        load_features("inception", save_pth(tmp_path / "part.pth", part))
     with pytest.raises(CheckpointError, match="does not exist: give the file"):
         load_features("inception", tmp_path / "none.pth")
 
