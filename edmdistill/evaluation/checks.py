@@ -52,7 +52,8 @@ def measurable(wanted: Sequence[FoundMetric], images: Images, *, required: bool)
 
 def require_fit(images: Images, data: Dataset | ReferenceStatistics, standard: Protocol, repeat: int) -> None:
     """Raises DatasetError unless the images have the size of the reference's, if it is known, and are two or more."""
-    size, name = None, ""
+    size: tuple[int, ...] | None = None
+    name = ""
     if isinstance(data, Dataset):
         size, name = (data.img_channels, data.img_resolution, data.img_resolution), data.name
     elif data.has_images:

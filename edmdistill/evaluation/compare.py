@@ -116,7 +116,7 @@ def compare(rows: Sequence[Row]) -> Comparison:
         if len(having) > 1:
             notes += [note for row in having if (note := _unknown(row, metric))]
     notes += [note for a, b in pairwise(rows) if (note := _rounded_otherwise(a, b))]
-    return Comparison(rows, metrics, notes)
+    return Comparison(rows, metrics, list(dict.fromkeys(notes)))
 
 
 def require_comparable(a: Result, b: Result) -> None:
@@ -134,7 +134,7 @@ def differences(a: Protocol, b: Protocol, metric: str | None = None) -> list[str
     """
     ours, theirs = (_conditions(protocol, metric) for protocol in (a, b))
     return [
-        f"{name} ({ours[name]} and {theirs[name]})"
+        f"{name} ({_words(a, name, ours[name])} and {_words(b, name, theirs[name])})"
         for name in ours
         if name in theirs and ours[name] != theirs[name] and None not in (ours[name], theirs[name])
     ]
@@ -161,6 +161,13 @@ def _conditions(protocol: Protocol, metric: str | None) -> dict[str, Any]:
         if reference is not None and metric_found.metric.reference is Features:
             conditions["real images"] = reference.kept or reference.n
     return conditions | {f"weights of {name}": sha256 for name, sha256 in used.items()}
+
+
+def _words(protocol: Protocol, name: str, value: object) -> str:
+    """Returns a condition in words: of a digest the beginning, and a reference by its name too."""
+    digest = re.sub(r"(?<=^[0-9a-f]{8})[0-9a-f]{56}$", "", str(value))
+    known = protocol.reference if name == "reference" else None
+    return digest if known is None or digest == known.source else f"{known.source} {digest}"
 
 
 def _unknown(row: Row, metric: str) -> str | None:

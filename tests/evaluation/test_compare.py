@@ -54,8 +54,11 @@ def test_one_table_of_what_was_measured_alike() -> None:
         ({"seeds": "50000-99999"}, r"they differ in seeds \(0-49999 and 50000-99999\)"),
         ({"n": 10_000}, r"n \(50000 and 10000\)"),
         ({"labels": "balanced"}, r"classes \(drawn and balanced\)"),
-        ({"reference": Reference(source="in512.zip", n=9, sha256="00")}, r"reference \((ef)+ and 00\)"),
-        ({"weights": SPACES | {"inception": "00"}}, r"weights of inception \((1a)+ and 00\)"),
+        (
+            {"reference": Reference(source="edm.npz", sha256="00" * 32)},
+            r"reference \(in512\.zip (ef){4} and edm\.npz 0{8}\)",
+        ),
+        ({"weights": SPACES | {"inception": "00"}}, r"weights of inception \((1a){4} and 00\)"),
         ({"repeat": 3}, r"repetitions \(1 and 3\)"),
         ({"uint8": "round"}, r"rounding \(clip\(127\.5 x \+ 128, 0, 255\), cut and round\)"),
     ],
@@ -93,7 +96,7 @@ def test_metrics_of_other_names_are_other_columns() -> None:
 
 def test_what_is_not_known_is_noted() -> None:
     theirs = replace(result({"fid": 3.0}, seeds=None, labels="unknown"), sampler=None)
-    table = compare([Row("a", result({"fid": 2.5})), Row("them", theirs)])
+    table = compare([Row("a", result({"fid": 2.5})), Row("them", theirs), Row("them", theirs)])
     assert table.notes == ["Of them, the seeds and classes of fid are unknown."]
     assert table.to_markdown().endswith("|\n\nOf them, the seeds and classes of fid are unknown.")
 
