@@ -88,7 +88,7 @@ CALLS: dict[str, tuple[object, ...]] = {
     "the images (a tensor, int64 [2, 1, 8, 8]) must be": (X.long(), 1.0),
     "= (a tensor, float32 [3]) must be a number, or 2, one for each image": (X, torch.ones(3)),
     "= '1' must be a number": (X, "1"),
-    "= -1.0 must be": (X, -1.0),
+    "= -1 must be": (X, -1.0),
     "= nan must be": (X, float("nan")),
     "= inf must be": (X, float("inf")),
     "labels = 'cat' are no classes, which are numbers from 0": (X, 1.0, "cat"),

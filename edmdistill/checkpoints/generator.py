@@ -12,7 +12,7 @@ from edmdistill.arguments import checked
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.inputs import Classes, Level, classes_of, levels, require_images
+from edmdistill.networks.inputs import Classes, Level, classes_of, levels, require_earlier, require_images
 from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import sigma_to_time
 
@@ -69,9 +69,14 @@ class Generator(nn.Module):
         labels: Classes | None = None,
         w: Level | None = None,
     ) -> Tensor:
-        """Returns x_s, by FlowNetwork.jump; arguments and errors as in forward."""
+        """Returns x_s, by FlowNetwork.jump; arguments and errors as in forward.
+
+        Args:
+            s: the times to jump to, in [0, t].  [] or [B]
+        """
         require_images(x_t, self.flow.network)
         t, s = levels(t, "t", len(x_t)), levels(s, "s", len(x_t))
+        require_earlier(s, t)
         labels = classes_of(x_t, labels, self.flow.label_dim)
         if w is not None:
             if not self.flow.guided:

@@ -91,7 +91,7 @@ def levels(value: Level, name: str, count: int | None) -> Tensor:
     """Returns times, noise levels or weights of guidance as a tensor, where they are.  [] or [B], or with trailing ones
 
     Args:
-        name: of them, a key of RANGES. Numbers of a tensor are not looked at, for which a GPU would be waited.
+        name: of them, a key of RANGES. Numbers on a GPU are not looked at, because it would be waited for.
         count: number of images, B; None: any.
     Raises: EdmDistillError: they are not such numbers, or there is neither one nor one for each image.
     """
@@ -103,6 +103,19 @@ def levels(value: Level, name: str, count: int | None) -> Tensor:
     if count is not None and found.numel() not in (1, count):
         raise EdmDistillError(f"{name} = {shown(found)} must be a number, or {many}")
     allowed, words = RANGES[name]
-    if isinstance(value, float | int) and not allowed(value):
-        raise EdmDistillError(f"{name} = {value} must be {words}")
+    for number in found.flatten().tolist() if found.device.type == "cpu" else ():
+        if not allowed(number):
+            raise EdmDistillError(f"{name} = {number:g} must be {words}")
     return found
+
+
+def require_earlier(s: Tensor, t: Tensor) -> None:
+    """Raises: EdmDistillError: a time to jump to is after that to jump from.  s, t: as `levels` returns them."""
+    if s.device.type != "cpu" or t.device.type != "cpu":
+        return
+    late = s.flatten() > t.flatten() + 1e-6
+    if bool(late.any()):
+        first, start = (float(time.flatten().expand_as(late)[late][0]) for time in (s, t))
+        raise EdmDistillError(
+            f"s = {first:g} is after t = {start:g}, but a jump leads to an earlier time: give an s that is at most t"
+        )

@@ -50,6 +50,11 @@ class Churn:
             value = getattr(self, name)
             if not 0 <= value <= most:
                 raise EdmDistillError(f"the churn's {name} must be in [0, {most:g}], but it is {value:g}")
+        if self.sigma_min > self.sigma_max:
+            raise EdmDistillError(
+                f"the churn's sigma_min {self.sigma_min:g} is above its sigma_max {self.sigma_max:g}, so that it would "
+                "add no noise: give the lower level as sigma_min"
+            )
 
 
 @dataclass(frozen=True)

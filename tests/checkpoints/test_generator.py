@@ -1,9 +1,11 @@
 """A generator of one time: its jumps and its levels. Those of two times are tried in sampling/test_gamma_jumps."""
 
+import pytest
 import torch
 
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, SamplingDefaults, describe
 from edmdistill.checkpoints.generator import Generator
+from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -30,6 +32,14 @@ def test_it_draws_what_its_network_denoises() -> None:
     assert torch.equal(x0, denoised(x_t, generator.flow(x_t, t, labels), t, 0.5))
     s = t / 2  # on the way, its data and the noise that they imply
     torch.testing.assert_close(generator.jump(x_t, t, s, labels), diffuse(x0, implied_noise(x_t, x0, t), s))
+
+
+def test_it_does_not_jump_back() -> None:
+    generator, x_t = make(), torch.randn(2, 2, 4, 4)
+    assert torch.equal(generator.jump(x_t, 0.5, 0.5), x_t)
+    for s in (0.6, [0.4, 0.6], torch.tensor([0.6, 0.5])):
+        with pytest.raises(EdmDistillError, match=r"s = 0\.6 is after t = 0\.5"):
+            generator.jump(x_t, 0.5, s)
 
 
 def test_its_levels_are_its_own_or_edms_curve() -> None:
