@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ SUBFOLDER = "vae"
 """Folder of the VAE in a diffusers pipeline, which may be named in place of it."""
 BATCH = 8
 """Images at a time, as in EDM2's code; halved where memory runs out."""
+NOT_INSTALLED = "a VAE needs {}, which is not installed: pip install 'edmdistill[latent]'"
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the attention's layers in files that old versions of diffusers wrote, sd-vae-ft-mse among them."""
 
@@ -144,23 +146,38 @@ def find_vae(name: str, *, download: bool = False) -> Path | None:
 
 
 def read_vae(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, download: bool = False
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    download: bool = False,
+    channels: int | None = None,
 ) -> Vae:
-    """Returns a VAE that encodes and decodes.
+    """Returns a VAE that encodes and decodes. Diffusers, whose import takes seconds, is not imported for a wrong one.
 
     Args:
         name, download: see `find_vae`.
         dtype: of its weights and its arithmetic.
-    Raises: CheckpointError: diffusers is not installed, or the VAE is not here, is no AutoencoderKL, or is damaged.
+        channels: that its latents must have; None: any.
+    Raises: CheckpointError: diffusers is not installed, or the VAE is not here, is no AutoencoderKL, has other
+        channels, or is damaged.
         HubError: the Hub refuses.
     """
-    AutoencoderKL = _autoencoder()
+    if find_spec("diffusers") is None:
+        raise CheckpointError(NOT_INSTALLED.format("diffusers"))
     folder = find_vae(name, download=download)
     if folder is None:
         raise CheckpointError(
             f"there is no VAE {name}: give a folder with {CONFIG} and {WEIGHTS}, or owner/name of the Hub"
         )
     architecture = read_architecture(folder)
+    if channels not in (None, architecture.latent_channels):
+        raise CheckpointError(
+            f"the VAE {name} has latents of {architecture.latent_channels} channels, but those of the network have "
+            f"{channels}: name the VAE of its training data with --vae"
+        )
+    _require_weights(folder)
+    AutoencoderKL = _autoencoder()
     arguments = msgspec.structs.asdict(architecture)
     del arguments["class_name"]
     try:
@@ -171,7 +188,7 @@ def read_vae(
     old = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(OLD_NAMES)})(?=\.)")
     tensors = {
         old.sub(lambda match: match[1] + OLD_NAMES[match[2]], key): tensor.to(dtype)
-        for key, tensor in _read_weights(folder, device).items()
+        for key, tensor in load_tensors(folder / WEIGHTS, device)[0].items()
     }
     fill(model, tensors, str(folder / WEIGHTS))
     where = Path(name).expanduser()
@@ -183,13 +200,12 @@ def read_vae(
     )
 
 
-def _read_weights(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
+def _require_weights(folder: Path) -> None:
     path = folder / WEIGHTS
     if not os.path.lexists(path):
         pickled = path.with_suffix(".bin")
         instead = f"it has {pickled.name}, a pickle, which is not read" if pickled.exists() else "it has none"
         raise CheckpointError(f"{folder} has no {WEIGHTS} ({instead}): save the VAE with diffusers as safetensors")
-    return load_tensors(path, device)[0]
 
 
 def _autoencoder() -> Any:
@@ -197,7 +213,5 @@ def _autoencoder() -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise CheckpointError(
-            f"a VAE needs {error.name or 'diffusers'}, which is not installed: pip install 'edmdistill[latent]'"
-        ) from error
+        raise CheckpointError(NOT_INSTALLED.format(error.name or "diffusers")) from error
     return AutoencoderKL

@@ -86,7 +86,6 @@ def export(
         images differ.
     """
     target, out = TARGETS[to], Path(out)
-    target.check_installed()
     if out.suffix.lower() in FILES and not out.is_dir():
         raise CheckpointError(f"{out} looks like a file, but an export is a folder: use {out.with_suffix('')}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -94,6 +93,7 @@ def export(
             raise CheckpointError(f"{out} exists and is not an export: choose another path.")
         if not overwrite:
             raise CheckpointError(f"{out} holds an export already: choose another path, or add --overwrite.")
+    target.check_installed()
     flow, config = load_flow(source)
     origin = config.provenance
     config = replace(config, provenance=replace(origin, source=without_secrets(origin.source)))

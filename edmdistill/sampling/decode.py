@@ -26,17 +26,11 @@ class LatentDecoder:
 
     Args:
         encoder: of the network's checkpoint.
-        vae: by which its latents are decoded.
-    Raises: CheckpointError: the VAE has other channels.
+        vae: by which its latents are decoded; it has their channels.
     """
 
     def __init__(self, encoder: LatentEncoder, vae: Vae) -> None:
         self.encoder, self.vae = encoder, vae
-        if vae.channels != len(encoder.scale):
-            raise CheckpointError(
-                f"the VAE {vae.name} has latents of {vae.channels} channels, but those of the network have "
-                f"{len(encoder.scale)}: name the VAE of its training data with --vae"
-            )
 
     @property
     def note(self) -> str | None:
@@ -137,4 +131,4 @@ def open_decoder(
             raise CheckpointError(
                 f"this network makes latents, and {named}: name the VAE's folder or its Hub id with --vae{alternative}"
             )
-    return LatentDecoder(latents, read_vae(vae, device, dtype, download=True))
+    return LatentDecoder(latents, read_vae(vae, device, dtype, download=True, channels=len(latents.scale)))

@@ -135,18 +135,30 @@ def lacks_a_tensor(folder: Path) -> None:
         (lacks_a_tensor, "lacks quant_conv.bias"),
     ],
 )
-def test_what_is_refused(folder: Path, break_it: Callable[[Path], None], message: str) -> None:
+def test_what_is_refused(
+    folder: Path, break_it: Callable[[Path], None], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     break_it(folder)
+    if not message.startswith(("holds", "lacks", "arguments")):  # of tensors, or what diffusers itself refuses
+        monkeypatch.setattr("edmdistill.checkpoints.vae._autoencoder", import_of_diffusers)
     with pytest.raises(CheckpointError, match=message) as error:
         read_vae(str(folder))
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_none_there(tmp_path: Path) -> None:
+def import_of_diffusers() -> None:
+    raise AssertionError("diffusers is imported, which takes seconds, for a VAE that cannot be used")
+
+
+def test_none_there(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edmdistill.checkpoints.vae._autoencoder", import_of_diffusers)
+    with pytest.raises(CheckpointError, match=r"has latents of 4 channels, but those of the network have 8: name"):
+        read_vae(str(folder), channels=8)
     with pytest.raises(CheckpointError, match=r"there is no VAE .*nothing"):
         read_vae(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is not a VAE of diffusers"):
-        read_vae(str(tmp_path))
+        read_vae(str(tmp_path / "empty"))
 
 
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
