@@ -147,7 +147,8 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 def _short(name: str) -> str:
     """Returns the name, or its digest if it is too long for the name of a scratch folder."""
-    return name if len(name.encode()) <= 200 else hashlib.sha256(name.encode()).hexdigest()
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= 200 else hashlib.sha256(encoded).hexdigest()
 
 
 def _is_empty_folder(path: Path) -> bool:

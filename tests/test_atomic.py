@@ -169,6 +169,13 @@ def test_the_longest_name_is_written(tmp_path: Path):
     assert os.listdir(tmp_path) == ["n" * 255]
 
 
+def test_a_name_that_is_no_text_is_written(tmp_path: Path):
+    path = tmp_path / os.fsdecode(b"\xff")
+    with atomic_write(path) as new:
+        new.write_text("new")
+    assert path.read_text() == "new"
+
+
 def test_digests(tmp_path: Path):
     (tmp_path / "empty").touch()
     assert sha256_file(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"

@@ -35,6 +35,21 @@ def cache_folder() -> Path:
     return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edmdistill"
 
 
+def in_writable_folder(path: Path) -> Path:
+    """Returns a path in the cache, whose folder it makes.  Raises: CheckpointError: nothing may be written there."""
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        refusal = None if os.access(folder, os.W_OK | os.X_OK) else "it is read-only"
+    except OSError as error:
+        refusal = error.strerror
+    if refusal is not None:
+        raise CheckpointError(
+            f"the cache {folder} cannot be written ({refusal}): set EDMDISTILL_CACHE to a folder that can."
+        )
+    return path
+
+
 def cached(url: str) -> Path:
     """Returns the path in the cache that `download` gives the file at a URL, whether it is there or not."""
     # Each URL has its own folder, so that the file keeps its name, which says what it is.
@@ -49,7 +64,7 @@ def download(url: str) -> Path:
     target = cached(url)
     if target.exists():
         return target
-    with atomic_write(target) as new:
+    with atomic_write(in_writable_folder(target)) as new:
         redirects = _Redirects()
         try:
             with _open(url, redirects) as response, new.open("wb") as file:

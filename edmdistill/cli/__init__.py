@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from edmdistill import __version__
-from edmdistill.errors import EdmDistillError, PeerFailed
+from edmdistill.errors import EdmDistillError, PeerFailed, printable
 from edmdistill.machine.host import keep_freed_memory
 from edmdistill.methods import METHODS
 
@@ -119,6 +120,16 @@ class LazyGroup(click.Group):
 class MainGroup(LazyGroup):
     """The group of all commands, which turns errors into a sentence and an exit code."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for text in args:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                utf8 = sys.getfilesystemencoding() == "utf-8"
+                advice = "rename it" if utf8 else "set PYTHONUTF8=1, because the locale is not UTF-8"
+                ctx.fail(f"{printable(text)} is not text in UTF-8, which names have to be: {advice}.")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> object:
         keep_freed_memory()
         ctx.with_resource(_open_streams())
@@ -141,6 +152,9 @@ class MainGroup(LazyGroup):
             if VERBOSE in ctx.meta:
                 traceback.print_exc()
             raise Failure(sentence) from error
+        except EOFError:  # a bug, of which click would say no more than "Aborted!"
+            traceback.print_exc()
+            sys.exit(1)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             sys.exit(130)
@@ -165,7 +179,12 @@ def _refusal(error: OSError | RuntimeError) -> str | None:
 
 @contextmanager
 def _open_streams() -> Iterator[None]:
-    """Gives a command whose standard output or error is closed (`>&-`) one that discards what is printed."""
+    """Gives a command whose standard output or error is closed (`>&-`) one that discards what is printed.
+
+    Characters that the encoding of standard output lacks are escaped, as they are on standard error anyway.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         try:

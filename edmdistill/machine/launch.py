@@ -218,9 +218,13 @@ def _environments(processes: int, cpu: bool) -> list[dict[str, str]]:
     ]
 
 
+def imports_from_working_directory() -> bool:
+    """Returns whether files in the working directory are modules for this process; else they must not be for others."""
+    return os.getcwd() in sys.path or "" in sys.path
+
+
 def _command(arguments: Sequence[str]) -> list[str]:
-    # -P: files in the working directory are not modules, unless they were modules for this process.
-    path = [] if os.getcwd() in sys.path or "" in sys.path else ["-P"]
+    path = [] if imports_from_working_directory() else ["-P"]
     return [sys.executable, *path, "-m", "edmdistill", *arguments]
 
 

@@ -29,6 +29,7 @@ from edmdistill.checkpoints.encoder import LatentEncoder
 from edmdistill.data.datasets import Dataset, indices
 from edmdistill.data.latents import draw_latents, latent_noise
 from edmdistill.errors import TrainingError
+from edmdistill.machine.launch import imports_from_working_directory
 from edmdistill.methods.base import Batch
 from edmdistill.transfer import to_device
 
@@ -136,12 +137,13 @@ def _workers(count: int, reader: Reader) -> Iterator[ProcessPoolExecutor]:
     context.set_forkserver_preload([__name__])
     # Ctrl-C reaches the whole group. Signals that are blocked here are blocked in the server, and so in its forks, from
     # their first moment: this process alone decides what an interrupted run still does.
-    resource_tracker.ensure_running()  # the server needs it, and starting it unblocks signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with _safe_path():
+        resource_tracker.ensure_running()  # the server needs it, and starting it unblocks signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs, ours = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(count, context, _begin, (reader, theirs))
     try:
@@ -150,6 +152,20 @@ def _workers(count: int, reader: Reader) -> Iterator[ProcessPoolExecutor]:
         ours.close()
         pool.shutdown(cancel_futures=True)
         theirs.close()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Lets processes that the block starts import nothing from the working directory, unless this one does."""
+    name = "PYTHONSAFEPATH"
+    if name in os.environ or imports_from_working_directory():
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 # In a worker.

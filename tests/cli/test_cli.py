@@ -1,5 +1,7 @@
 """The command line as such: help, exit codes and errors. Each command's own test is beside this one."""
 
+import io
+import os
 import subprocess
 import sys
 import time
@@ -86,6 +88,27 @@ def test_a_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     main(["recipes", "validate", "cosim/digits"], standalone_mode=False)
 
 
+def test_what_an_encoding_lacks_is_escaped(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(lambda: click.echo("\N{SNOWMAN} ä"))  # sets the command
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    main(["inspect"], standalone_mode=False)
+    assert written.getvalue() == b"\\u2603 \xe4\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "advice"), [("utf-8", "rename it"), ("ascii", "set PYTHONUTF8=1, because the locale is not UTF-8")]
+)
+def test_a_name_that_is_no_text_is_refused(encoding: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither safetensors nor JSON holds such names, so a command would fail after its work."""
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    result = CliRunner().invoke(main, ["inspect", os.fsdecode(b"a\xff")])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        rf"Error: a\udcff is not text in UTF-8, which names have to be: {advice}."
+    )
+
+
 @pytest.mark.parametrize("words", [["-q", "inspect"], ["inspect", "--quiet"]])
 def test_quiet_leaves_results_alone(run, words: list[str]):
     def body() -> None:
@@ -153,6 +176,17 @@ def test_ctrl_c_is_one_line_and_exit_130(run):
 
     result = run(body)
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
+def test_an_unexpected_end_of_a_file_keeps_its_traceback(run):
+    """Of an EOFError, click would say no more than `Aborted!`."""
+
+    def body() -> None:
+        raise EOFError("ours")
+
+    result = run(body)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "EOFError: ours"
 
 
 def test_a_fault_of_ours_keeps_its_traceback(run):

@@ -11,8 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from edmdistill.checkpoints.download import download
 from edmdistill.cli import REFUSALS, main
 from edmdistill.cli.types import OutputPath
+from edmdistill.errors import CheckpointError
+from edmdistill.evaluation.shards import ONE_PROCESS, Work, evaluations_folder
 
 
 @pytest.fixture
@@ -52,6 +55,16 @@ def test_a_gpu_without_memory_is_one_sentence(body, error: RuntimeError):
     assert result.exit_code == 2
     assert result.stderr.startswith(f"Error: the GPU's memory is full ({str(error).partition('.')[0]}): free ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_cache_that_cannot_be_written_may_be_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "file" / "cache"))
+    sentence = r"^the cache \S+ cannot be written \(Not a directory\): set EDMDISTILL_CACHE to a folder that can\.$"
+    with pytest.raises(CheckpointError, match=sentence):
+        download("http://127.0.0.1:9/a.pkl")
+    with pytest.raises(CheckpointError, match=r"set EDMDISTILL_CACHE"):
+        Work(evaluations_folder()).folder({"a": 1}, ONE_PROCESS)
 
 
 def test_a_file_that_we_forgot_to_write_keeps_its_traceback(body):

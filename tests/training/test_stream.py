@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,18 @@ def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
     while not all(dead(int(worker)) for worker in workers):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_workers_import_nothing_from_the_working_directory(
+    images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    forkserver._forkserver._stop()
+    with stream(images, workers=1) as one:
+        assert len(next(one.batches([(0, 2)])).x0) == 2
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 def dead(pid: int) -> bool:

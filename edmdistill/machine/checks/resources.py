@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from edmdistill.checkpoints.download import cache_folder
 from edmdistill.machine.checks.finding import GIB, Finding
 from edmdistill.machine.host import cores, host_memory
 
@@ -26,13 +27,20 @@ def check_memory() -> Iterator[Finding]:
 
 def check_disk() -> Iterator[Finding]:
     """Checks the space for a run in this folder, and for downloads; a state of CoSIM on EDM2-S takes over 6 GB."""
-    for name, folder in (("disk", Path.cwd()), ("hub cache", _hub_cache())):
+    for name, folder, other in (
+        ("disk", Path.cwd(), "train with a --run-dir on another disk"),
+        ("cache", cache_folder(), "set EDMDISTILL_CACHE to a folder on another disk"),
+        ("hub cache", _hub_cache(), "set HF_HOME to a folder on another disk"),
+    ):
         place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
         free = shutil.disk_usage(place).free / GIB
         detail = f"{free:.1f} GiB free for {folder}"
-        other = "train with a --run-dir" if name == "disk" else "set HF_HOME to a folder"
-        fix = f"free some space, or {other} on another disk"
-        yield Finding(name, *(("ok", detail) if free > 20 else ("fail" if free < 1 else "warn", detail, fix)))
+        if not os.access(place, os.W_OK | os.X_OK):
+            yield Finding(name, "warn", f"{folder} cannot be written", other)
+        elif free > 20:
+            yield Finding(name, "ok", detail)
+        else:
+            yield Finding(name, "fail" if free < 1 else "warn", detail, f"free some space, or {other}")
 
 
 def check_locks() -> Iterator[Finding]:
@@ -42,7 +50,7 @@ def check_locks() -> Iterator[Finding]:
     try:
         with tempfile.NamedTemporaryFile(dir=".", prefix=".edmdistill-doctor-") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            second = subprocess.run([sys.executable, "-c", other, file.name], capture_output=True, check=False)
+            second = subprocess.run([sys.executable, "-P", "-c", other, file.name], capture_output=True, check=False)
     except PermissionError:
         yield Finding("locks", "warn", f"{Path.cwd()} is not writable", "train with a --run-dir elsewhere")
     except OSError as error:

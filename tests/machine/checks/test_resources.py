@@ -1,5 +1,6 @@
 """Disks, memory and locks that are not enough."""
 
+import os
 import shutil
 import types
 from pathlib import Path
@@ -25,9 +26,13 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, leve
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "not" / "yet" / "made"))
+    monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    assert [finding.level for finding in resources.check_disk()] == [level, level]
-    assert asked == [tmp_path, tmp_path]
+    assert [finding.level for finding in resources.check_disk()] == [level] * 3
+    assert asked == [tmp_path] * 3
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # nothing is read-only to root
+    assert [finding.level for finding in resources.check_disk()] == ["warn"] * 3
+    assert [finding.fix for finding in resources.check_disk()][1].startswith("set EDMDISTILL_CACHE to a folder ")
 
 
 @pytest.mark.parametrize(
