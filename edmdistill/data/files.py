@@ -159,10 +159,14 @@ class ZipFiles:
 
 
 class FolderFiles:
-    """The files of a folder and its subfolders; links are followed, and no folder is read twice."""
+    """The files of a folder and its subfolders; links are followed, and no folder is read twice.
+
+    Attributes:
+        changed: when the last of the files that were listed was changed, in nanoseconds (st_ctime_ns).
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.changed = path, 0
 
     def members(self) -> list[Member]:
         """Raises: DatasetError: a subfolder cannot be listed, or a link leads back to a folder of this set."""
@@ -199,6 +203,7 @@ class FolderFiles:
             return Member(name, 0, None, "is a broken link" if link else f"cannot be read: {error.strerror}"), False
         if not stat.S_ISREG(status.st_mode):
             return Member(name, 0, None, f"is {_kind(status.st_mode)} and not a file"), stat.S_ISDIR(status.st_mode)
+        self.changed = max(self.changed, status.st_ctime_ns)
         return Member(name, status.st_size, None, _too_large(status.st_size)), False
 
     def read(self, name: str) -> bytes:

@@ -59,6 +59,7 @@ class Pictures:
         label_names: the name of each class, or None.
         left_out: the reason for every file that is no picture, by name.
         notes: sentences on what the user may not expect.
+        changed: when the last of the source's files was changed, in nanoseconds (st_ctime_ns).
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Pictures:
     label_names: Sequence[str] | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    changed: int = 0
 
 
 class Decoded(NamedTuple):

@@ -112,7 +112,9 @@ def prepare_data(
     with open_state(out, settings, overwrite=overwrite) as state:
         pictures = open_pictures(source, state.folder, labels=labels, split=split, most=max_images, on_bytes=on_bytes)
         total = min(len(pictures.names), max_images or len(pictures.names))
-        state.require_same_source(pictures.names[:total], pictures.sizes)
+        state.require_same_source(
+            pictures, total, lambda done: _content(source, pictures, done, lambda i, _: report(i, total))
+        )
         job = PackJob(source, pictures, chosen, size, total)
         with EdmZip(state.images, state.progress.bytes) as archive:
             _write_images(archive, state, job, workers or os.cpu_count() or 1, report)

@@ -1,4 +1,9 @@
-"""The progress of a zip that is being prepared, in a hidden folder beside it: where it goes on after a kill."""
+"""The progress of a zip that is being prepared, in a hidden folder beside it: where it goes on after a kill.
+
+The pictures that are done must still be those of the source, by name, size and content. If no file of the source has
+changed since by its ctime, which `cp -p` and `rsync -t` set too, nothing is read; otherwise those pictures are read
+again, and compared by their CRC-32s.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct, field
 
+from edmdistill.data.pictures import Pictures
 from edmdistill.errors import DatasetError
 
 RECORD, IMAGES = "record.json", "images"
@@ -28,6 +34,7 @@ class Progress(Struct):
         done: pictures of the source that are read.
         bytes: of their images.
         names_sha256, source_sha256: of the names and sizes of those pictures; and of the CRC-32s of their bytes too.
+        changed: Pictures.changed of a source whose pictures are known to be those that are done.
         shape: width, height and mode of every image, or None before the first.
         changes: what the pictures had that their images do not, and how many of them.
     """
@@ -37,6 +44,7 @@ class Progress(Struct):
     bytes: int = 0
     names_sha256: str = ""
     source_sha256: str = ""
+    changed: int = 0
     shape: tuple[int, int, str] | None = None
     changes: dict[str, int] = field(default_factory=dict)
 
@@ -48,20 +56,25 @@ class PrepareState:
         self.out, self.folder, self.progress, self.overwrite = out, folder, progress, overwrite
         self.images = folder / IMAGES
 
-    def require_same_source(self, names: Sequence[str], sizes: Sequence[int]) -> None:
+    def require_same_source(self, pictures: Pictures, total: int, content: Callable[[int], str]) -> None:
         """Checks that the pictures that are done are still the first of the source; begins anew with `overwrite`.
 
-        Raises: DatasetError: they are not.
+        Args:
+            total: the number of pictures to be read.
+            content: returns Progress.source_sha256 of so many pictures of the source, which it reads.
+        Raises: DatasetError: they are not, or cannot be read.
         """
-        done = self.progress.done
-        if names_sha256(names[:done], sizes) == self.progress.names_sha256 and done <= len(names):
+        done, before = self.progress.done, self.progress.changed
+        self.progress.changed = pictures.changed
+        named = done <= total and names_sha256(pictures.names[:done], pictures.sizes) == self.progress.names_sha256
+        if named and (before == pictures.changed or content(done) == self.progress.source_sha256):
             return
         if not self.overwrite:
             raise DatasetError(
                 f"the pictures have changed since {self.out} was begun: {self.progress.done:,} of them were done; "
                 "begin anew with --overwrite"
             )
-        self.progress = Progress(self.progress.settings)
+        self.progress = Progress(self.progress.settings, changed=pictures.changed)
 
     def add(self, name: str, size: int, crc: int, changes: Sequence[str]) -> None:
         """Counts a picture as done."""

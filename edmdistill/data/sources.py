@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def open_pictures(
     """Returns the pictures of a source of any kind.
 
     Args:
-        scratch: a folder where a compressed tar is unpacked to a plain one, if it is not there from before.
+        scratch: a folder where a compressed tar is unpacked to a plain one, unless that of the same tar is there.
         labels: a key of LABEL_RULES.
         split: train | test | validation, of CIFAR-10's archive and of a data set in parquet files.
         most: so many of them, the first, need classes in dataset.json; None: all.
@@ -59,20 +60,27 @@ def open_pictures(
         raise DatasetError(f"{path} does not exist; {EXPECTED}")
     if not os.access(path, os.R_OK):
         raise DatasetError(f"{path} may not be read by this user; change its permissions")
-    pictures = _open(path, scratch, labels, split, most, on_bytes)
+    folder, changed = (FolderFiles(path) if path.is_dir() else None), path.stat().st_ctime_ns
+    pictures = _open(path, folder, scratch / f"source-{changed}.tar", labels, split, most, on_bytes)
     if split != "train" and split not in pictures.kind:
         raise DatasetError(f"{path} is one set, without splits; leave --split {split} out, or give another source")
     if not pictures.names:
         instead = f" (left out: {summarize(dict(pictures.left_out))})" if pictures.left_out else ""
         raise DatasetError(f"{path} holds no pictures{instead}; {EXPECTED}")
-    return pictures
+    return replace(pictures, changed=changed if folder is None else folder.changed)
 
 
 def _open(
-    path: Path, scratch: Path, labels: str, split: str, most: int | None, on_bytes: Callable[[int], object]
+    path: Path,
+    folder: FolderFiles | None,
+    unpacked: Path,
+    labels: str,
+    split: str,
+    most: int | None,
+    on_bytes: Callable[[int], object],
 ) -> Pictures:
-    if path.is_dir():
-        files: Files = FolderFiles(path)
+    if folder is not None:
+        files: Files = folder
     elif mnist.is_images(path):
         return mnist.open_mnist(path, labels)
     elif parquet.is_parquet(path):
@@ -80,10 +88,11 @@ def _open(
     elif path.is_file() and is_tar(path):
         files = TarFiles(path, on_bytes=on_bytes)
         if is_compressed(path):
-            content = scratch / "source.tar"
-            if not content.exists():
-                decompress(path, content, on_bytes)
-            files = TarFiles(path, content)
+            if not unpacked.exists():
+                for other in unpacked.parent.glob("source-*.tar"):  # as it was before it was changed
+                    other.unlink()
+                decompress(path, unpacked, on_bytes)
+            files = TarFiles(path, unpacked)
     elif path.is_file() and not _starts_as_zip(path):
         raise DatasetError(f"{path} is none of the sources that are read; {EXPECTED}")
     else:
@@ -91,7 +100,7 @@ def _open(
     names = [member.name for member in files.members()]
     if cifar10.batches(names, split):
         return cifar10.open_cifar10(files, names, labels, split)
-    if path.is_dir() and (parts := parquet.find_parts(path, names)):
+    if folder is not None and (parts := parquet.find_parts(path, names)):
         return parquet.open_parquet(parts, path, labels, split)
     return open_picture_files(files, labels, most)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_a_broken_picture_is_named_and_once_it_is_replaced_the_rest_follows(tmp_
     (source / "b" / "99.png").write_bytes(encoded(0, 30, 30))
     done: list[int] = []
     prepare_data(source, tmp_path / "out.zip", on_progress=lambda now, _: done.append(now), **HALF)
-    assert done[0] == 16
+    assert done[:17] == [*range(1, 17), 16]  # what is done is read again, because the folder has changed, and kept
     assert len(open_dataset(tmp_path / "out.zip")) == 21
 
 
@@ -150,6 +151,36 @@ def test_what_was_begun_otherwise_is_kept_unless_it_is_to_be_replaced(
     assert parts == {path.name: path.read_bytes() for path in (tmp_path / ".out.zip.parts").iterdir()}
     prepare_data(source, out, overwrite=True, **other)
     prepare_data(source, tmp_path / "new.zip", **other)
+    assert out.read_bytes() == (tmp_path / "new.zip").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "tgz"])
+def test_a_source_that_was_written_anew_is_read_again_and_goes_on(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(pictures: dict[str, bytes]) -> Path:
+        if form == "folder":
+            return write_folder(tmp_path / "set", pictures)
+        path = tmp_path / "set"
+        path.unlink(missing_ok=True)
+        if form == "zip":
+            return write_zip(path, pictures)
+        path.write_bytes(tar_bytes(pictures, "w:gz"))
+        return path
+
+    out = tmp_path / "out.zip"
+    interrupted(write(PICTURES), out, monkeypatch)
+    others = PICTURES | {"a/00.png": PICTURES["a/00.png"][:-1] + b"?"}
+    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("set/**/*")) or [tmp_path / "set"]]
+    source = write(others)
+    for path, time in zip(sorted(tmp_path.rglob("set/**/*")) or [source], times, strict=True):
+        os.utime(path, ns=(time, time))  # as `cp -p` does
+    with pytest.raises(DatasetError, match=r"the pictures have changed since .* was begun: 8 of them were done"):
+        prepare_data(source, out, **HALF)
+    read: list[int] = []
+    prepare_data(write(PICTURES), out, on_progress=lambda done, _: read.append(done), **HALF)
+    assert read[:9] == [*range(1, 9), 8]
+    prepare_data(tmp_path / "set", tmp_path / "new.zip", **HALF)
     assert out.read_bytes() == (tmp_path / "new.zip").read_bytes()
 
 
