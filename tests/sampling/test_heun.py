@@ -128,3 +128,17 @@ def test_when_noise_is_drawn(official: OfficialSampler, churn: Churn, count: int
         randn_like=randn_like,
     )
     assert len(drawn) == (12 if official is EDM_SAMPLER and churn.strength else count)
+
+
+def test_churn_includes_its_ends() -> None:
+    drawn: list[Tensor] = []
+    sigmas = torch.tensor([8.0, 4, 2, 1, 0], dtype=torch.float64)
+    edm_sampler(
+        ToyDenoiser(gaussian),
+        torch.randn(1, 1, 2, 2),
+        sigmas=sigmas,
+        churn=Churn(4, 2, 4),
+        always_draws=False,
+        randn_like=lambda x: (drawn.append(x), torch.zeros_like(x))[1],
+    )
+    assert len(drawn) == 2
