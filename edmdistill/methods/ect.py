@@ -2,7 +2,8 @@
 
 Geng et al. 2024 (Consistency Models Made Easy), as the official code (training/loss.py) computes it.
 
-    sigma_t ~ lognormal,   sigma_r = sigma_t (1 - n(sigma_t) / q^stage),  n(sigma) = 1 + k / (1 + e^(b sigma))
+    sigma_t ~ lognormal,   sigma_r = sigma_t (1 - n(sigma_t) / q^(1 + stage)),   stage = 0, 1 ...
+    n(sigma) = 1 + k / (1 + e^(b sigma))                                  pairs are wider at low noise
     x_t = x0 + sigma_t eps,   x_r = x0 + sigma_r eps                      one noise for both
     L = w(sigma_t, sigma_r) d(f(x_t, t), f^-(x_r, r))                     f^-(x, 0) = x
 
@@ -60,7 +61,7 @@ class ECT(Method[ECTConfig]):
         return Loss(weight * pair.distance, pair.t, {"distance": pair.distance.detach().mean()}, pair.estimate)
 
     def draw_pair(self, stage: int, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Draws sigma_t and sigma_r, in a stage from 0.  [B] each
+        """Draws sigma_t and sigma_r.  [B] each
 
         Differs: 1 / q^stage stays above CLOSEST. iCT's lowest level is sigma_min, where its f is the identity; here 0.
         """

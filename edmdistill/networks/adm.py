@@ -18,7 +18,7 @@ from edmdistill.networks.unet_block import Conv2d, EDMUNet, GroupNormSiLU, Linea
 
 
 class DhariwalUNet(EDMUNet):
-    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  All but the last ten arguments are the official class's.
+    """x [B,in_channels,H,W] -> F [B,out_channels,H,W].  All but the last nine arguments are the official class's.
 
     Attention has one head for every 64 channels; layers of fewer than 64 channels have none at any resolution.
 

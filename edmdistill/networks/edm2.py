@@ -84,7 +84,7 @@ class Block(ResidualBlock):
             x = x if self.conv_skip is None else self.conv_skip(x)
             x = normalize(x, 1)
 
-        # ResidualBlock branch.
+        # Residual branch.
         upsampled = self.resample == "up" and is_box(self.resample_filter)
         y = self.conv_res0(silu(before if upsampled else x), upsampled=upsampled)
         (scale,) = self.modulations(emb) if self.mod_gain is None else self.normalized_modulations(emb)
