@@ -12,8 +12,10 @@ from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
 from edmdistill.methods.base import Loss
+from edmdistill.networks.magnitude import MPConv
 from edmdistill.recipes.schema import Recipe, TrainingTable
 from edmdistill.training.loop import requests, rounds
+from edmdistill.training.loss_scale import LossScale
 from edmdistill.training.monitors import Diverged, fingerprints
 from edmdistill.training.optimizers import learning_rate
 from edmdistill.training.prepare import prepare
@@ -173,6 +175,41 @@ def test_half_precision_trains_with_float32_weights(precision, start):
     wide = list(rounds(start("cosim")))
     assert measured != wide
     assert [m["loss/auxiliary"] for m in measured] == pytest.approx([m["loss/auxiliary"] for m in wide], rel=0.05)
+
+
+def test_the_loss_scale_is_gone_before_clipping(start):
+    """In float32, where a power of two changes no bit: neither of norms nor of steps, in pieces or not."""
+    for pieces in (1, 2):
+        runs = []
+        for scale in (1.0, 2.0**10):
+            run = start("sid", Machine(device="cpu", loss_pieces=pieces), eps=1.0, grad_clip=0.1, images=16)
+            run.scales = {role: LossScale(scale) for role in ("generator", "auxiliary")}
+            measured = [(m["grad_norm/auxiliary"], m["grad_norm/generator"]) for m in rounds(run)]
+            assert min(norm for norm, _ in measured) > 0.1
+            assert run.method.pieces.scale == scale / 8  # of a row's loss
+            runs.append((measured, fingerprints(run.networks)))
+        assert runs[0] == runs[1]
+
+
+def test_a_step_ends_with_weights_of_unit_size(start):
+    run = start("sid", images=8)
+    next(rounds(run))
+    for role in ("generator", "auxiliary"):
+        weights = [layer.weight for layer in run.networks[role].modules() if isinstance(layer, MPConv)]
+        assert weights
+        for weight in weights:
+            rms = weight.detach().square().flatten(1).mean(1).sqrt()
+            torch.testing.assert_close(rms, torch.ones_like(rms), rtol=0, atol=1e-3)
+
+
+def test_a_target_network_follows_by_its_decay(start):
+    run = start("ctm", images=8)
+    before = {name: p.detach().clone() for name, p in run.networks["generator"].named_parameters()}
+    next(rounds(run))
+    after, target = (dict(run.networks[role].named_parameters()) for role in ("generator", "target"))
+    assert max(float((after[name].detach() - before[name]).abs().max()) for name in before) > 1e-3
+    for name, weight in before.items():
+        torch.testing.assert_close(target[name], 0.999 * weight + 0.001 * after[name].detach(), rtol=1e-6, atol=1e-7)
 
 
 def test_a_step_that_overflows_is_left_out_and_the_loss_scale_falls(start, tmp_path):
