@@ -50,6 +50,11 @@ class FeatureSpace(ABC):
         Raises: DatasetError: the space does not take such images.
         """
 
+    def rgb(self, images: Tensor) -> Tensor:
+        """Returns images as RGB.  uint8 [B,1 or 3,H,W] -> uint8 [B,3,H,W]  Raises: DatasetError: they are not that."""
+        require_uint8(images, self.name)
+        return to_rgb(images, f"the feature space {self.name}")
+
     def __call__(self, images: Tensor) -> Tensor:
         """Returns the features.  uint8 [B,C,H,W] -> float32 [B,d], on the device of the space
 
@@ -80,17 +85,16 @@ class Classifier(Protocol):
         ...
 
 
-def to_rgb(images: Tensor, space: str) -> Tensor:
-    """Returns gray or RGB images as RGB, by repeating gray.  uint8 [B,1 or 3,H,W] -> uint8 [B,3,H,W]
+def to_rgb(images: Tensor, what: str, advice: str = "decode latents to images first") -> Tensor:
+    """Returns gray or RGB images as RGB, by repeating gray.  [B,1 or 3,H,W] -> [B,3,H,W]
 
-    Raises: DatasetError: they are neither, such as a VAE's latents, or not uint8.
+    Args:
+        what: that takes them.
+        advice: for other images, as the end of a sentence.
+    Raises: DatasetError: they are neither, such as a VAE's latents.
     """
-    require_uint8(images, space)
     if images.shape[1] not in (1, 3):
-        raise DatasetError(
-            f"the feature space {space} takes gray or RGB images, uint8 [B,1 or 3,H,W], not {shown(images)}: decode "
-            "latents to images first"
-        )
+        raise DatasetError(f"{what} takes gray or RGB images, [B,1 or 3,H,W], not {shown(images)}: {advice}")
     return images.expand(-1, 3, -1, -1)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edmdistill.checkpoints.store import fill
 from edmdistill.errors import CheckpointError
-from edmdistill.features.base import FeatureSpace, exact_float32, to_rgb
+from edmdistill.features.base import FeatureSpace, exact_float32
 from edmdistill.features.weights import FeatureWeights, read_weights
 
 SIZE = 224
@@ -216,7 +216,7 @@ class DinoV2(FeatureSpace):
         self.dim = network.cls_token.shape[2]
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, None]:
-        x = to_rgb(images, self.name)
+        x = self.rgb(images)
         with exact_float32():
             return self._net((self.resize(x) / 255 - self._mean) / self._std), None
 

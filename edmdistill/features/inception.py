@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edmdistill.checkpoints.store import fill, save_tensors
 from edmdistill.errors import CheckpointError
-from edmdistill.features.base import FeatureSpace, exact_float32, to_rgb
+from edmdistill.features.base import FeatureSpace, exact_float32
 from edmdistill.features.inception_names import to_our_names
 from edmdistill.features.inception_network import InceptionV3
 from edmdistill.features.script import load_script
@@ -66,7 +66,7 @@ class Inception(FeatureSpace):
             save_tensors(converted(given.sha256), self._net.state_dict(), {"source_sha256": given.sha256})
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = to_rgb(images, self.name).to(self._device)
+        x = self.rgb(images).to(self._device)
         with exact_float32():
             features = self._net(self.prepare(x))
             return features, f.linear(features, self._net.fc.weight)

@@ -13,24 +13,14 @@ import torch.nn.functional as f
 from torch import Tensor, nn
 
 from edmdistill.errors import TrainingError
+from edmdistill.features.base import to_rgb
 from edmdistill.features.script import ScriptFile
 
 NUM_MAPS = 4
 """Number of feature maps that a network returns, the finest first."""
 INPUT_SIZE = 224
 """Resolution at which TorchScript files get images, as ImageNet classifiers do."""
-
-
-def to_rgb(x: Tensor, what: str) -> Tensor:
-    """Returns gray or RGB images as RGB.  [B,1 or 3,H,W] -> [B,3,H,W]
-
-    Raises: TrainingError: they are neither, such as a VAE's latents.
-    """
-    if x.shape[1] not in (1, 3):
-        raise TrainingError(
-            f"{what} takes grayscale or RGB images, not {x.shape[1]} channels: remove it from the recipe"
-        )
-    return x.expand(-1, 3, -1, -1)
+IN_A_RECIPE = "remove it from the recipe"
 
 
 def resize(x: Tensor, size: int = INPUT_SIZE) -> Tensor:
@@ -48,7 +38,7 @@ class PerceptualDistance(ScriptFile):
         """Returns the distance between a and b.  [B,C,H,W] in [-1, 1] -> [B]"""
 
         def prepared(x: Tensor) -> Tensor:
-            x = (to_rgb(x, self.path) + 1) / 2
+            x = (to_rgb(x, self.path, IN_A_RECIPE) + 1) / 2
             return resize(x) if x.shape[-1] < 256 else x
 
         distance = self.run(prepared(a), prepared(b))
@@ -64,7 +54,7 @@ class ScriptFeatures(ScriptFile):
     """A TorchScript file: RGB images [B,3,224,224] in [-1, 1] -> a list of NUM_MAPS feature maps, the finest first."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.run(resize(to_rgb(x, self.path)))
+        maps = self.run(resize(to_rgb(x, self.path, IN_A_RECIPE)))
         if not isinstance(maps, list | tuple) or len(maps) != NUM_MAPS:
             given = f"{len(maps)} feature maps" if isinstance(maps, list | tuple) else "no list of feature maps"
             raise TrainingError(f"{self.path} gives {given}, but {NUM_MAPS} are needed, finest first")

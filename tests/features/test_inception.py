@@ -160,5 +160,5 @@ def test_weights_of_another_network_are_refused_in_one_sentence(tmp_path: Path):
 
 def test_without_weights_the_sentence_says_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="run `edmdistill fetch inception`, or give a file"):
+    with pytest.raises(CheckpointError, match="run `edmdistill fetch inception`; eval, sweep, "):
         load_features("inception")

@@ -8,7 +8,7 @@ import torch
 from script_files import Gap, Maps, script
 from torch import Tensor, nn
 
-from edmdistill.errors import CheckpointError, TrainingError
+from edmdistill.errors import CheckpointError, DatasetError, TrainingError
 from edmdistill.features.perceptual import (
     NUM_MAPS,
     MultiScaleDiscriminator,
@@ -78,5 +78,5 @@ def test_errors_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="gives 2 feature maps, but 4 are needed"):
         ScriptFeatures(path)(torch.zeros(1, 3, 8, 8))
     far = PerceptualDistance(script(Gap(), tmp_path / "gap.pt", *torch.zeros(2, 1, 3, 8, 8)))
-    with pytest.raises(TrainingError, match="not 4 channels: remove it"):
+    with pytest.raises(DatasetError, match=r"takes gray or RGB images, .* not .*: remove it"):
         far(*torch.zeros(2, 1, 4, 8, 8))
