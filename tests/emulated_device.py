@@ -430,9 +430,12 @@ def emulated(capacity: int = MEMORY) -> Iterator[Log]:
     Args:
         capacity: bytes of the device.
     """
+    from accelerate import PartialState
+
     from edmdistill.machine import devices
 
     install()
+    PartialState._reset_state()  # it remembers the first device of a process
     real_empty_like = torch.empty_like
 
     def empty_like(x: torch.Tensor, *args: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
@@ -451,6 +454,8 @@ def emulated(capacity: int = MEMORY) -> Iterator[Log]:
             stack.enter_context(patch.object(torch, name, through_host(getattr(torch, name))))
         stack.enter_context(patch.object(torch, "empty_like", empty_like))
         stack.enter_context(patch.object(devices, "named_device", lambda name: torch.device(name or "cpu")))
+        stack.enter_context(patch.object(PartialState, "default_device", torch.device(DEVICE)))
+        stack.callback(PartialState._reset_state)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
         stack.callback(settle)

@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import PartialState
+from accelerate.utils import check_cuda_p2p_ib_support
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -108,18 +108,18 @@ class Engine:
     def __init__(self, machine: Machine = Machine()) -> None:
         self.machine = machine
         device = process_device(machine.device)
-        # By default accelerate's configuration decides the precision; here the recipe does.
-        self.accelerator = Accelerator(
-            mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
-        )
-        self.rank: int = self.accelerator.process_index
-        self.world_size: int = self.accelerator.num_processes
+        if device.type == "cuda" and "RTX 40" in torch.cuda.get_device_name(device) and not check_cuda_p2p_ib_support():
+            os.environ.update(NCCL_P2P_DISABLE="1", NCCL_IB_DISABLE="1")  # as accelerate's launcher does
+        # Not an Accelerator: of one, a process cannot have a run on a GPU, and then another on the CPU.
+        state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        self.rank: int = state.process_index
+        self.world_size: int = state.num_processes
         if self.world_size > 1 and ":" in (machine.device or ""):
             raise TrainingError(
                 f"--device {machine.device} is a single GPU, but each of {self.world_size} processes uses its own: use "
                 "--device cuda"
             )
-        self.device = self.accelerator.device if self.world_size > 1 else device
+        self.device: torch.device = state.device if self.world_size > 1 else device
         self.mesh: DeviceMesh | None = None
         if machine.shard:
             if self.world_size == 1:

@@ -13,7 +13,7 @@ import torch
 from emulated_device import DEVICE, emulated
 from shared_probes import share_probes
 
-from edmdistill.machine.engine import Machine
+from edmdistill.machine.engine import Engine, Machine
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.loop import rounds
 from edmdistill.training.micro_batch import settle_micro_batch
@@ -54,6 +54,7 @@ def compare(teacher: str | None, recipe: dict[str, Any], machine: dict[str, Any]
         next(steps)
         waits = {f"{cause} {line}": count for (cause, line), count in log.waits.items()}
         kernels, copied, peak = sum(log.kernels.values()), dict(log.copied), log.peak
+        assert Engine(Machine(device="cpu")).device.type == "cpu"  # beside a run on the device
         del run, steps
         gc.collect()  # what refers to itself holds memory of the next case
     distance = float((found - expected).norm() / expected.norm())
