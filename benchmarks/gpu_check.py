@@ -58,7 +58,7 @@ def clock(setting: Setting) -> float:
     """Returns seconds, once the device has done all that was queued."""
     import torch
 
-    if setting.device == "cuda":
+    if setting.device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -124,22 +124,12 @@ def weights_of(run: Any) -> Any:
 
 
 @contextmanager
-def one_wait_a_turn(setting: Setting) -> Iterator[Callable[[], dict[str, int]]]:
-    """Refuses whatever waits for the device, but for the measures of a turn.  Yields: counts other waits, by line.
-
-    On CUDA torch raises at the first of them; the emulated device counts.
-    """
+def one_wait_a_turn(setting: Setting) -> Iterator[None]:
+    """Lets all that waits for the device raise, but for the measures of a turn."""
     import torch
 
     from edmdistill.training.metrics import RowMeans
 
-    if setting.device == "emulated":
-        from emulated_device import LOG
-
-        LOG.clear()
-        measures = "training/metrics.py"
-        yield lambda: {f"{why} {line}": n for (why, line), n in LOG.waits.items() if not line.startswith(measures)}
-        return
     means = RowMeans.means
 
     def waits(self: RowMeans, *reduce: Any) -> Any:
@@ -149,18 +139,19 @@ def one_wait_a_turn(setting: Setting) -> Iterator[Callable[[], dict[str, int]]]:
         finally:
             torch.cuda.set_sync_debug_mode("error")
 
-    if setting.device == "cuda":
-        RowMeans.means = waits  # type: ignore[method-assign]
-        torch.cuda.set_sync_debug_mode("error")
+    if setting.device == "cpu":
+        yield
+        return
+    RowMeans.means = waits  # type: ignore[method-assign]
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        yield dict
+        yield
     finally:
         RowMeans.means = means  # type: ignore[method-assign]
-        if setting.device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("default")
 
 
-def published(setting: Setting, name: str) -> Any:
+def published(setting: Setting, name: str, device: str | None = None) -> Any:
     """Returns a published network with random weights, on the device; at small sizes, one of a few channels."""
     import torch
 
@@ -174,14 +165,19 @@ def published(setting: Setting, name: str) -> Any:
         resolution, classes = 8, min(classes, 10)
         arguments = arguments | {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1}
     torch.manual_seed(0)
-    with torch.device("cuda") if setting.device == "cuda" else nullcontext():
+    device = device or setting.device
+    with nullcontext() if device == "emulated" else torch.device(device):
         flow = FlowNetwork(new_network(kind, resolution, channels, classes, **arguments), EDM())
-    return flow.to(setting.device)
+    return flow.to(device)
 
 
 def random_run(setting: Setting, name: str, batch: int, method: str = "cosim", **options: Any) -> tuple[Any, Any]:
-    """Returns a run of a published network on random images, and its plan.  options: of Machine."""
+    """Returns a run of a published network on random images, None where the card is too small; and its plan.
+
+    options: of Machine.
+    """
     import numpy as np
+    import torch
 
     from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
     from edmdistill.data.datasets import open_dataset
@@ -191,7 +187,19 @@ def random_run(setting: Setting, name: str, batch: int, method: str = "cosim", *
     from edmdistill.training.prepare import Sources, assemble
     from edmdistill.training.roles import build_roles
 
-    flow = published(setting, name)
+    training = {"images": 100 * batch, "batch": batch, "lr": 1e-5, "log_every": 10**9, "snapshot_every": 10**9}
+    training |= {"precision": "bf16"}
+    more = {"allow_edm_time": True} if method == "scd" else {}
+    tables = {"method": {"name": method} | more, "training": training, "ema": {"half_life_images": 500_000}}
+    recipe = Recipe.from_json(json.dumps(tables).encode())
+    machine = Machine(device=setting.device, **options)
+    plan = make_plan(measure(recipe, published(setting, name, "meta"), machine), machine)
+    if setting.device != "cpu":
+        memory = torch.cuda.get_device_properties(0).total_memory
+        if plan.peak(batch, accumulates=False) > 0.93 * memory:
+            return None, plan
+
+    flow = published(setting, name, "cpu" if setting.device == "emulated" else None)  # half a teacher is made of it
     size, channels, classes = flow.img_resolution, flow.img_channels, flow.label_dim
     folder = Path(tempfile.mkdtemp(dir=setting.scratch))
     generator, labels = np.random.default_rng(0), []
@@ -200,16 +208,9 @@ def random_run(setting: Setting, name: str, batch: int, method: str = "cosim", *
         np.save(folder / f"{index}.npy", moments)
         labels.append([f"{index}.npy", max(0, classes - 1 - index)])
     (folder / "dataset.json").write_text(json.dumps({"labels": labels if classes else None}))
-    training = {"images": 100 * batch, "batch": batch, "lr": 1e-5, "log_every": 10**9, "snapshot_every": 10**9}
-    training |= {"precision": "bf16"}
-    more = {"allow_edm_time": True} if method == "scd" else {}
-    tables = {"method": {"name": method} | more, "training": training, "ema": {"half_life_images": 500_000}}
-    recipe = Recipe.from_json(json.dumps(tables).encode())
-    machine = Machine(device=setting.device, **options)
     encoder = {"kind": "StabilityVAEEncoder", "scale": [0.12] * channels, "bias": [0.0] * channels}
     provenance = Provenance(source="random weights")
     config = CheckpointConfig(stage="teacher", provenance=provenance, encoder=encoder, **describe(flow))
-    plan = make_plan(measure(recipe, flow, machine), machine)
     sources = Sources(open_dataset(folder), flow, config, None, None)
     run = assemble(recipe, sources, build_roles(recipe, flow), machine)
     run.decoder, run.has_grids = None, False
@@ -318,9 +319,8 @@ def methods(setting: Setting) -> Iterator[Line]:
                 while run.unchecked and len(measured) < 20:  # in fp16, until its scale is low enough for a step
                     measured.append(next(steps))
                 start = clock(setting)
-                with one_wait_a_turn(setting) as waits:
+                with one_wait_a_turn(setting):
                     measured += [next(steps) for _ in range(number)]
-                    line["waits"] = waits()
                 line["seconds a round"] = (clock(setting) - start) / number
                 first = first or next(rounds(digits_run(setting, method, number, device="cpu")))
                 losses = [name for name in first if name.startswith("loss/") and name.count("/") == 1]
@@ -328,7 +328,7 @@ def methods(setting: Setting) -> Iterator[Line]:
                 pairs = [(measured[0][name], first[name]) for name in compared]
                 line["error"] = max(abs(loss - expected) / (abs(expected) + 1e-3) for loss, expected in pairs)
                 finite = all(abs(row[name]) < 1e30 for row in measured for name in losses)
-                yield line | {"ok": finite and not line["waits"] and line["error"] < limit}
+                yield line | {"ok": finite and line["error"] < limit}
             except Exception as error:
                 yield line | {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
 
@@ -396,6 +396,8 @@ def options(setting: Setting) -> Iterator[Line]:
             yield {"option": name, "ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
 
 
+TOO_LARGE = "more than this card holds"
+
 PLANNED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "EDM2-S": ("edm2-img512-s", 32, {}),
     "EDM2-XXL, checkpointing": ("edm2-img512-xxl", 8, {"checkpointing": True}),
@@ -414,9 +416,8 @@ def memory(setting: Setting) -> Iterator[Line]:
         before = 0 if setting.device == "cpu" else torch.cuda.memory_allocated()  # what other parts have left
         run, plan = random_run(setting, network, batch, **machine)
         planned = plan.peak(batch, accumulates=False)
-        free = torch.cuda.get_device_properties(0).total_memory if setting.device != "cpu" else float("inf")
-        if planned > 0.93 * free:
-            yield {"network": name, "planned": planned, "skipped": "more than this card holds"}
+        if run is None:
+            yield {"network": name, "planned": planned, "skipped": TOO_LARGE}
             continue
         steps = rounds(run)
         next(steps)
@@ -451,6 +452,9 @@ def speed(setting: Setting) -> Iterator[Line]:
     for name, (network, batch, method) in SPEEDS.items() if setting.full else list(SPEEDS.items())[:2]:
         batch = batch if setting.full else 2
         run, plan = random_run(setting, network, batch, method)
+        if run is None:
+            yield {"round": name, "batch": batch, "skipped": TOO_LARGE}
+            continue
         steps = rounds(run)
         next(steps)
         seconds = seconds_of(lambda steps=steps: next(steps), setting, 8)
@@ -463,8 +467,7 @@ def speed(setting: Setting) -> Iterator[Line]:
             slowest = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:20]
             yield {"round": name, "kernels": {e.key[:100]: [e.self_device_time_total, e.count] for e in slowest}}
         del run, steps
-        if setting.device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def sampling(setting: Setting) -> Iterator[Line]:
@@ -492,23 +495,6 @@ def levers(setting: Setting) -> Iterator[Line]:
     """Forward and backward pass of EDM2-S, with one thing changed at a time, against bf16 in eager mode."""
     import torch
 
-    from edmdistill.machine.compile import compile_blocks
-
-    batch = 32 if setting.full else 2
-
-    def passes(flow: Any) -> Callable[[], None]:
-        flow.train().requires_grad_(True)
-        shape = batch, flow.img_channels, flow.img_resolution, flow.img_resolution
-        x, t = torch.randn(shape, device=setting.device), torch.full((batch,), 0.7, device=setting.device)
-        labels = torch.zeros(batch, flow.label_dim, device=setting.device)
-        labels[:, 0] = 1
-
-        def act() -> None:
-            flow(x, t, labels).square().mean().backward()
-            flow.zero_grad(set_to_none=True)
-
-        return act
-
     def tf32(flow: Any) -> None:
         flow.compute_dtype = None
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -521,19 +507,46 @@ def levers(setting: Setting) -> Iterator[Line]:
         "channels last": lambda flow: flow.to(memory_format=torch.channels_last),
         "cudnn.benchmark": lambda flow: setattr(torch.backends.cudnn, "benchmark", True),
         "checkpointing": lambda flow: flow.network.checkpoint_blocks(),
-        "compiled blocks": lambda flow: compile_blocks(flow.network, "default"),
     }
+    yield from passes(setting, changes)
+
+
+def compiled(setting: Setting) -> Iterator[Line]:
+    """The same with compiled blocks, of which there are so many kinds that it takes minutes."""
+    from edmdistill.machine.compile import compile_blocks
+
+    if setting.device == "emulated":
+        yield {"skipped": "the compiler does not know the device"}
+        return
+    yield from passes(
+        setting, {"none": lambda flow: None, "compiled blocks": lambda flow: compile_blocks(flow.network, "default")}
+    )
+
+
+def passes(setting: Setting, changes: dict[str, Callable[[Any], object]]) -> Iterator[Line]:
+    """Times a forward and backward pass of EDM2-S in bf16 after each change; the first changes nothing."""
+    import torch
+
+    batch = 32 if setting.full else 2
+
     base = None
     for name, change in changes.items():
-        if name == "compiled blocks" and setting.device == "emulated":
-            continue  # the compiler knows no such device
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        plain_numbers()
         flow = published(setting, "edm2-img512-s")
         flow.compute_dtype = torch.bfloat16
         try:
             change(flow)
-            seconds = seconds_of(passes(flow), setting, 10)
+            flow.train().requires_grad_(True)
+            shape = batch, flow.img_channels, flow.img_resolution, flow.img_resolution
+            x, t = torch.randn(shape, device=setting.device), torch.full((batch,), 0.7, device=setting.device)
+            labels = torch.zeros(batch, flow.label_dim, device=setting.device)
+            labels[:, 0] = 1
+
+            def act(flow: Any = flow, inputs: Any = (x, t, labels)) -> None:
+                flow(*inputs).square().mean().backward()
+                flow.zero_grad(set_to_none=True)
+
+            seconds = seconds_of(act, setting, 10)
             base = base or seconds
             yield {"lever": name, "seconds": seconds, "speedup": base / seconds}
         except Exception as error:
@@ -594,8 +607,8 @@ def kernels(setting: Setting) -> Iterator[Line]:
         for shape in shapes:
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 torch.manual_seed(0)
-                tensors = [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(6)]
-                weight, bias = (torch.randn(shape[1], device="cuda", dtype=dtype) for _ in range(2))
+                tensors = [torch.randn(shape, device=setting.device, dtype=dtype) for _ in range(6)]
+                weight, bias = (torch.randn(shape[1], device=setting.device, dtype=dtype) for _ in range(2))
 
                 def act(wide: bool = False, name: str = name, inputs: Any = (tensors, weight, bias)) -> Any:
                     values = [x.double() if wide else x for x in (*inputs[0], *inputs[1:])]
@@ -631,8 +644,9 @@ PARTS = {
     "memory": Part(memory, 60),
     "speed": Part(speed, 75),
     "sampling": Part(sampling, 25),
-    "levers": Part(levers, 70),
-    "kernels": Part(kernels, 30),
+    "levers": Part(levers, 60),
+    "kernels": Part(kernels, 40),
+    "compiled": Part(compiled, 600, named=True),
     "compile_modes": Part(compile_modes, 900, named=True),
 }
 DEFAULT = [name for name, part in PARTS.items() if not part.named]
@@ -643,13 +657,21 @@ SLOWER = 10
 # The process that runs parts, and the one that watches it.
 
 
+def plain_numbers() -> None:
+    """Turns off what trades digits for speed, or speed for equal bits: parts may have turned it on."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
+
+
 def work(names: Iterable[str], device: str) -> None:
     """Runs parts in this process, and prints their lines. It ends early where CUDA is broken."""
     import torch
 
     sys.path.append(str(ROOT / "tests"))
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     for name in names:
+        plain_numbers()
         print(json.dumps({"part": name, "begins": True}), flush=True)
         start, failed = time.perf_counter(), False
         with tempfile.TemporaryDirectory() as scratch:
@@ -692,7 +714,7 @@ def watch(names: list[str], device: str, write: Callable[[Line], object]) -> boo
         command = [sys.executable, __file__, "--device", device, "--worker", "--parts", *names]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         current, error = names[0], "the process died"
-        deadline = [time.monotonic() + 120]
+        deadline = [time.monotonic() + 300]  # torch's libraries are gigabytes, which a disk may read for minutes
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
             for line in lines_of(process, deadline):
                 if line is None:

@@ -78,7 +78,10 @@ class Log:
         copied: bytes, by direction: up, down.
         kernels: number of launches, by operation.
         memory, peak: bytes that tensors hold now, and held at most.
+        refuses: whether a wait raises; see torch.cuda.set_sync_debug_mode.
     """
+
+    refuses = False
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -94,6 +97,8 @@ class Log:
 
     def wait(self, cause: str) -> None:
         self.waits[cause, where()] += 1
+        if self.refuses and cause != "synchronize":
+            raise RuntimeError(f"called a synchronizing CUDA operation: {cause} at {where()}")
 
     def take(self, size: int) -> None:
         if self.memory + size > self.capacity:
@@ -404,6 +409,9 @@ def cuda_functions(capacity: int) -> dict[str, Callable[..., Any]]:
     def reset_peak(device: object = None) -> None:
         LOG.peak = LOG.memory
 
+    def set_sync_debug_mode(mode: str) -> None:
+        LOG.refuses = mode == "error"
+
     return {
         "_lazy_init": lambda: None,
         "device_count": lambda: 1,
@@ -411,6 +419,7 @@ def cuda_functions(capacity: int) -> dict[str, Callable[..., Any]]:
         "synchronize": synchronize,
         "Event": Event,
         "empty_cache": lambda: None,
+        "set_sync_debug_mode": set_sync_debug_mode,
         "memory_allocated": lambda device=None: LOG.memory,
         "max_memory_allocated": lambda device=None: LOG.peak,
         "reset_peak_memory_stats": reset_peak,

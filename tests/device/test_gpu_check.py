@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
 WORKER = """
@@ -100,3 +101,87 @@ def test_it_runs_on_the_emulated_device(gpu_check: ModuleType, tmp_path: Path) -
     assert [line for line in lines if not line.get("ok", True)] == [], found.stderr
     assert found.returncode == 0, found.stderr
     assert sum(line.get("ends", False) for line in lines) == len(gpu_check.DEFAULT)
+
+
+class Cuda(str):
+    """The CPU by the name of a GPU: what the script does for CUDA alone is done."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return other == "cuda"
+
+    def __ne__(self, other: object) -> bool:
+        return other != "cuda"
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torch.cuda with what the script asks of it.  Returns: the modes in which waits are debugged, as they are set."""
+    modes: list[str] = []
+    properties = SimpleNamespace(name="a GPU", total_memory=10**12)
+    functions: dict[str, Any] = {
+        "synchronize": lambda: None,
+        "get_device_properties": lambda device: properties,
+        "set_sync_debug_mode": modes.append,
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 0,
+        "reset_peak_memory_stats": lambda: None,
+    }
+    for name, function in functions.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    profile = torch.profiler.profile
+
+    def of_the_cpu(activities: list[Any]) -> Any:
+        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+        return profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    monkeypatch.setattr(torch.profiler, "profile", of_the_cpu)
+    monkeypatch.setattr("edmdistill.machine.devices.named_device", lambda name: torch.device("cpu"))
+    return modes
+
+
+def test_the_card_is_measured(gpu_check: ModuleType, cuda: list[str], tmp_path: Path) -> None:
+    _, card, speed = gpu_check.environment(gpu_check.Setting(Cuda("cpu"), False, tmp_path))
+    assert (card["name"], card["memory"]) == ("a GPU", 10**12)
+    assert speed["bf16 FLOP/s"] > 0
+
+
+def test_what_a_card_cannot_hold_is_skipped(
+    gpu_check: ModuleType, cuda: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1))
+    monkeypatch.setattr(gpu_check, "PLANNED", {"EDM2-S": gpu_check.PLANNED["EDM2-S"]})
+    (line,) = gpu_check.memory(gpu_check.Setting(Cuda("cpu"), False, tmp_path))
+    assert line["planned"] > 1
+    assert line["skipped"] == "more than this card holds"
+
+
+@pytest.mark.slow
+def test_what_is_for_cuda_alone_runs(
+    gpu_check: ModuleType, cuda: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edmdistill.methods.METHODS", {"scd": None})
+    monkeypatch.setattr(gpu_check, "SPEEDS", {"scd EDM2-S": gpu_check.SPEEDS["scd EDM2-S"]})
+    setting = gpu_check.Setting(Cuda("cpu"), False, tmp_path)
+    (trained,) = gpu_check.methods(setting)
+    assert trained["ok"], trained
+    assert cuda[0] == "error"
+    assert cuda[-1] == "default"
+    assert cuda[1:-1] == ["default", "error"] * (len(cuda) // 2 - 1)
+    speed, kernels = gpu_check.speed(setting)
+    assert speed["of the peak"] > 0
+    assert len(kernels["kernels"]) == 20
+
+
+@pytest.mark.slow
+def test_tritons_kernels_are_compared(
+    gpu_check: ModuleType, cuda: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    shapes = {"attention": ((2, 1, 9, 8),), "group_norm_silu": ((2, 32, 4, 4),)}
+    monkeypatch.setattr(gpu_check, "KERNEL_SHAPES", shapes)
+    lines = list(gpu_check.kernels(gpu_check.Setting(Cuda("cpu"), False, tmp_path)))
+    assert len(lines) == 6
+    assert all(line["ok"] for line in lines if "float32" in line["dtype"])
