@@ -30,7 +30,7 @@ class CachedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if returns_aliases(func):
             return func(*args, **kwargs)
-        key = func, _shapes(args), _shapes(kwargs.items())
+        key = func, _shapes(args), _shapes(kwargs.items()), torch.get_default_dtype()
         if key in _OUTPUTS:
             new = tuple(
                 torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in _OUTPUTS[key]

@@ -45,6 +45,13 @@ def test_the_second_call_returns_what_torch_does(name: str) -> None:
         assert second.tolist() == [0, 2, 4]
 
 
+def test_what_names_no_dtype_has_the_default() -> None:
+    for dtype in (torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        with CachedShapes():
+            assert torch.empty(2, device="meta").dtype == dtype
+
+
 def test_gradients_have_the_shapes_of_their_weights() -> None:
     layers = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).to("meta")
     for _ in range(2):
