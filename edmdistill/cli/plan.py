@@ -79,7 +79,7 @@ def command(
     from edmdistill.planning.fit import fit_request
     from edmdistill.planning.outlines import outline_guide, outline_teacher
     from edmdistill.recipes.library import load_recipe
-    from edmdistill.training.checks import require_effect
+    from edmdistill.training.checks import require_options
 
     if shard and processes == 1:
         raise click.UsageError("--shard needs several processes: add --processes N.")
@@ -92,7 +92,7 @@ def command(
         second_moment=second_moment,
         compile=compile_mode,
     )
-    require_effect(resolved, machine)
+    require_options(resolved, machine)
     request = PlanRequest(
         resolved,
         outline_teacher(resolved, teacher, network, data),

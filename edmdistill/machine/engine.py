@@ -124,8 +124,6 @@ class Engine:
         if machine.shard:
             if self.world_size == 1:
                 raise TrainingError("--shard needs several processes, but this run has one: add --processes N")
-            if machine.offload:
-                raise TrainingError("--offload does not work with --shard: leave out one of them")
             self.mesh = init_device_mesh(self.device.type, (self.world_size,))
 
     @property

@@ -88,11 +88,12 @@ def plan_document(request: PlanRequest, on_progress: Callable[[str], object], al
 def _alternatives(request: PlanRequest, on_progress: Callable[[str], object]) -> list[dict[str, Any]]:
     recipe, processes, rows = request.recipe, request.processes, request.rows
     share, _ = split_batch(recipe, processes, None)
+    shardable = processes > 1 and not request.machine.offload and recipe.training.optimizer != "adam8bit"
     plans = []
     for precision, checkpointing in product(PRECISIONS, (False, True)):
         on_progress(f"{precision}{', checkpointing' if checkpointing else ''}")
         changed = replace(recipe, training=replace(recipe.training, precision=precision))
-        for shard in (False, True) if processes > 1 else (False,):
+        for shard in (False, True) if shardable else (False,):
             machine = request.machine._replace(checkpointing=checkpointing, shard=shard)
             plan = make_plan(measure(changed, request.flow, machine, guide=request.guide), machine, processes)
             fits = {name: plan.largest_micro_batch(gpu.memory, share) for name, gpu in request.gpus.items()}

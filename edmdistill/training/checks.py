@@ -31,9 +31,15 @@ def require_guide(recipe: Recipe, guide: object) -> None:
         raise TrainingError(f"--guide has no effect: this recipe of {name} uses no guide; leave it out{hint}")
 
 
-def require_effect(recipe: Recipe, machine: Machine) -> None:
-    """Raises: TrainingError: an option does nothing: the method has no loss in pieces, or the optimizer is not Adam."""
+def require_options(recipe: Recipe, machine: Machine) -> None:
+    """Raises: TrainingError: options exclude one another, or one does nothing in this recipe."""
     optimizer = recipe.training.optimizer
+    if machine.shard and machine.offload:
+        raise TrainingError("--offload does not work with --shard: leave out one of them")
+    if machine.shard and optimizer == "adam8bit":
+        raise TrainingError("the states of adam8bit cannot be sharded: leave out --shard, or choose another optimizer")
+    if "optimizer" in machine.offload and optimizer != "adam":
+        raise TrainingError(f"--offload optimizer is for adam, but the recipe uses {optimizer}: leave out one of them")
     if machine.second_moment != "fp32" and optimizer != "adam":
         raise TrainingError(
             f"--second-moment {machine.second_moment} has no effect: it is for adam, and the recipe uses {optimizer}; "

@@ -26,16 +26,12 @@ def make_optimizer(
     Args:
         offload: keeps its states, and takes its steps, in the host's memory.
         second_moment: Adam's, see `LeanAdam`; not of other optimizers.
-    Raises: TrainingError: offload is for Adam alone; or torchao is not installed.
+    Raises: TrainingError: torchao is not installed.
     """
     options: dict[str, Any] = {"lr": training.lr, "betas": training.betas, "eps": training.eps}
     if training.optimizer == "adam":
         make = OffloadedAdam if offload else make_adam
         return make(parameters, training.seed, second_moment, **options)
-    if offload:
-        raise TrainingError(
-            f"--offload optimizer is for adam, but the recipe uses {training.optimizer}: leave out one of them"
-        )
     if training.optimizer == "radam":
         return torch.optim.RAdam(list(parameters), **options)
     try:

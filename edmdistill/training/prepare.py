@@ -62,10 +62,8 @@ def prepare(
     """
     memory_before = peak_memory(torch.device("cpu"))
     require_trackers(machine.log_with)
-    if machine.shard and recipe.training.optimizer == "adam8bit":
-        raise TrainingError("the states of adam8bit cannot be sharded: leave out --shard, or choose another optimizer")
     checks.require_guide(recipe, guide)
-    checks.require_effect(recipe, machine)
+    checks.require_options(recipe, machine)
     machine = checks.with_compile_mode(recipe, machine)
     sources = read_sources(recipe, data, teacher, guide, init)
     check_sources(recipe, sources, guide, force_guidance)

@@ -78,6 +78,9 @@ def test_every_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({(other["precision"], other["checkpointing"], other["shard"]) for other in others}) == 4
     peak = {(o["precision"], o["checkpointing"], o["shard"]): o["micro_batch"] for o in others}
     assert peak["bf16", True, True] < peak["bf16", False, True] < peak["bf16", False, False]
+    words = "--processes", "2", "--offload", "ema", "--all", "--json"
+    document = json.loads(plan("diffusion/digits", "--data", "digits", *words).stdout)
+    assert {other["shard"] for other in document["others"]} == {False}  # no run offloads and shards
 
 
 GUIDED = ["--set", "method.guidance=[1,2]", "--set", "method.guide=network"]
@@ -106,6 +109,14 @@ def test_a_network_for_the_data() -> None:
         (
             ["vsd/digits", TEACHER, "--loss-pieces", "2"],
             "--loss-pieces has no effect: vsd has no loss that can be split",
+        ),
+        (
+            ["vsd/digits", TEACHER, "--processes", "2", "--shard", "--offload", "ema"],
+            "--offload does not work with --shard",
+        ),
+        (
+            ["vsd/digits", TEACHER, "--set", "training.optimizer=radam", "--offload", "optimizer"],
+            "--offload optimizer is for adam, but the recipe uses radam",
         ),
         (["cosim/nothing", TEACHER], "there is no recipe 'cosim/nothing'"),
         (["cosim/digits", "nowhere.pkl"], "nowhere.pkl"),

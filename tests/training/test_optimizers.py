@@ -47,6 +47,7 @@ def test_eight_bit_states_go_into_a_file_and_back():
     ("optimizer", "machine", "sentence"),
     [
         ("radam", Machine("cpu", offload=("optimizer",)), "--offload optimizer is for adam, but the recipe uses radam"),
+        ("adam", Machine("cpu", shard=True, offload=("ema",)), "--offload does not work with --shard"),
         ("adam8bit", Machine("cpu", shard=True), "the states of adam8bit cannot be sharded"),
         (
             "radam",
