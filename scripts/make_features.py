@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edmdistill.checkpoints.store import save_tensors
-from edmdistill.data.datasets import indices, open_dataset
+from edmdistill.data.datasets import open_dataset
+from edmdistill.data.order import indices
 from edmdistill.embedded import EMBEDDED, EmbeddedSet
 from edmdistill.features.spaces import SmallClassifier, small_classifier
 

@@ -1,7 +1,7 @@
 """Data sets: embedded ones, and zips or folders in EDM's layout, of images or of a VAE's latents.
 
 A data set is an indexed collection of images of one shape, with or without integer classes. The order in which training
-visits it is a pure function, `indices`, not a state of the data set: a run resumes from its position.
+visits it is no state of it, but a pure function: `data.order`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from edmdistill.checkpoints.encoder import UNRECORDED, Encoding
 from edmdistill.data.contents import read_contents
 from edmdistill.data.decode import decode_array, decode_image
 from edmdistill.data.files import EXPECTED, Files, Member, as_dataset_error, open_files
+from edmdistill.data.latents import checked_moments
 from edmdistill.embedded import EMBEDDED, EmbeddedSet
 from edmdistill.errors import DatasetError, printable
 
@@ -304,28 +305,6 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
     )
 
 
-def indices(seed: int, position: int, batch: int, length: int) -> Tensor:
-    """Returns the indices at [position, position + batch) of an endless stream of shuffled epochs.
-
-    Epoch e is a permutation that depends on (seed, e) alone, so the stream is the same in batches of any size.
-
-    Args:
-        position: the number of samples drawn before these.
-        length: the size of the data set.
-    Returns: int64 [batch].
-    """
-    first, last = position // length, (position + batch - 1) // length
-    stream = np.concatenate([_permutation(seed, epoch, length) for epoch in range(first, last + 1)])
-    start = position - first * length
-    return torch.from_numpy(stream[start : start + batch])
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
-    # PCG64's raw words are the same in every release of numpy, which Generator.permutation does not promise.
-    return np.argsort(np.random.PCG64([seed, epoch]).random_raw(length), kind="stable")
-
-
 def _open_embedded(embedded: EmbeddedSet, split: str, xflip: bool) -> Dataset:
     images, classes, splits = embedded.load()
     if split not in splits:
@@ -356,32 +335,7 @@ class _Reader:
             data = self.files.read(name)
         if not self.latent:
             return decode_image(data, where, lossless=self.lossless, on_turned=lambda: self.turned.add(i))
-        return _moments(decode_array(data, where), where, i)
-
-
-def _moments(moments: NDArray[Any], where: str, i: int) -> NDArray[np.float32]:
-    """Returns the moments of latents, mean and then standard deviation, once they are checked."""
-    actual = f"{moments.dtype} {list(moments.shape)}"
-    if moments.dtype == np.float32 and moments.ndim == 3 and moments.size and len(moments) % 2 == 0:
-        if not np.isfinite(moments).all():
-            channel = int(np.argwhere(~np.isfinite(moments))[0][0])
-            raise DatasetError(
-                f"{where} (image {i}) holds values that are not finite, the first in channel {channel}; encode it "
-                "again, or remove it"
-            )
-        deviations = moments[len(moments) // 2 :]
-        if deviations.min() >= 0 and deviations.max() > 0:
-            return moments
-        if deviations.max() == 0:
-            raise DatasetError(
-                f"{where} has a standard deviation of 0 everywhere, so these latents were drawn and scaled already; "
-                "store the encoder's means and standard deviations, as EDM2's dataset_tool.py writes them"
-            )
-        actual += f" with a standard deviation of {deviations.min():g}"
-    raise DatasetError(
-        f"{where} is {actual}, but latents are float32 [2C,H,W], means and then standard deviations; encode the images "
-        "as EDM2's dataset_tool.py does"
-    )
+        return checked_moments(decode_array(data, where), where, i)
 
 
 def _content_sha256(files: Files, images: Sequence[Member]) -> str:

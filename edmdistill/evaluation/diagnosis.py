@@ -17,8 +17,9 @@ from torch import Tensor
 from edmdistill.checkpoints.load import load_flow, read_teacher
 from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import open_source
-from edmdistill.data.datasets import Dataset, indices
+from edmdistill.data.datasets import Dataset
 from edmdistill.data.fit import require_fit
+from edmdistill.data.order import indices
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError, DatasetError
 from edmdistill.evaluation.frechet import RunningStatistics, frechet_distance

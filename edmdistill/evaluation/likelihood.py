@@ -17,7 +17,8 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.data.datasets import Dataset, indices
+from edmdistill.data.datasets import Dataset
+from edmdistill.data.order import indices
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.evaluate import provenance
 from edmdistill.evaluation.images import block_size

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edmdistill.data.datasets import indices
+from edmdistill.data.order import indices
 from edmdistill.draws import Draws
 from edmdistill.machine.engine import scale_gradients
 from edmdistill.methods.base import Batch, Loss, Preview, Turn

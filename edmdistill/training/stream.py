@@ -26,8 +26,9 @@ from types import TracebackType
 import torch
 
 from edmdistill.checkpoints.encoder import LatentEncoder
-from edmdistill.data.datasets import Dataset, indices
+from edmdistill.data.datasets import Dataset
 from edmdistill.data.latents import draw_latents, latent_noise
+from edmdistill.data.order import indices
 from edmdistill.errors import TrainingError
 from edmdistill.machine.launch import imports_from_working_directory
 from edmdistill.methods.base import Batch

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.data.datasets import Dataset, indices, open_dataset
+from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.data.order import indices
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.images import BLOCKS
 from edmdistill.evaluation.likelihood import SOLVER_TOLERANCE, evaluate_likelihood, log_likelihood, predict_noise

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edmdistill.checkpoints.layout import saved_states
 from edmdistill.checkpoints.run_state import HealthProgress, IntervalProgress, Progress, read_progress
-from edmdistill.data.datasets import indices
+from edmdistill.data.order import indices
 from edmdistill.errors import TrainingError
 from edmdistill.training import monitors
 from edmdistill.training.monitors import Health

@@ -23,8 +23,9 @@ from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.encoder import LatentEncoder
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.data import datasets
-from edmdistill.data.datasets import Dataset, indices, open_dataset
+from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.latents import draw_latents, latent_noise
+from edmdistill.data.order import indices
 from edmdistill.errors import DatasetError, TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
