@@ -53,7 +53,8 @@ def open_parquet(parts: Sequence[Path], path: Path, labels: str, split: str) -> 
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise DatasetError(_NO_PYARROW) from error
-    chosen = _of_split(parts, path, split)
+    by_split = _by_split(parts, path, split)
+    chosen = by_split.get(split) or list(parts)
     table = _Table(chosen)
     image, label, names = _columns(table.schema, chosen[0])
     classes = None
@@ -65,7 +66,7 @@ def open_parquet(parts: Sequence[Path], path: Path, labels: str, split: str) -> 
             )
     rows = range(table.rows)
     return Pictures(
-        f"parquet, {split}",
+        f"parquet, {split}" if split in by_split else "parquet",
         [f"{table.parts[part].name}, row {row}" for part, row in map(table.place, rows)],
         [0] * len(rows),
         lambda i: table.picture(image, i),
@@ -75,8 +76,11 @@ def open_parquet(parts: Sequence[Path], path: Path, labels: str, split: str) -> 
     )
 
 
-def _of_split(parts: Sequence[Path], path: Path, split: str) -> list[Path]:
-    """Returns the files of a split, by a word of their names or folders; all, where none names one."""
+def _by_split(parts: Sequence[Path], path: Path, split: str) -> dict[str, list[Path]]:
+    """Returns the files by the split that a word of their names or folders names; empty, where none does.
+
+    Raises: DatasetError: there is no such split.
+    """
     if split not in SPLITS:
         raise DatasetError(f"the split {split!r} is not known; {did_you_mean(split, SPLITS)}")
     by_split: dict[str, list[Path]] = {}
@@ -85,10 +89,10 @@ def _of_split(parts: Sequence[Path], path: Path, split: str) -> list[Path]:
         key = next((key for key, names in SPLITS.items() if set(names) & set(words)), "")
         by_split.setdefault(key, []).append(part)
     if by_split.keys() == {""}:
-        return list(parts)
+        return {}
     if split not in by_split:
         raise DatasetError(f"{path} has no split {split!r}; choose one of {', '.join(filter(None, by_split))}")
-    return by_split[split]
+    return by_split
 
 
 def _columns(schema: Any, path: Path) -> tuple[str, str | None, list[str] | None]:

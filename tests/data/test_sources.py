@@ -25,6 +25,7 @@ from PIL import Image
 from edmdistill.data import tar_files
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.prepare import prepare_data
+from edmdistill.data.sources import open_pictures
 from edmdistill.errors import DatasetError
 
 PICTURES = {f"{folder}/{i}.png": encoded(i, 8, 8) for i, folder in enumerate(("n02012849", "n01440764", "n02012849"))}
@@ -245,6 +246,15 @@ def test_parquet(named: bool, tmp_path: Path) -> None:
 
 
 @arrow
+@arrow
+def test_a_parquet_file_without_a_split_has_none(tmp_path: Path) -> None:
+    file = tmp_path / "test-00000-of-00001.parquet"
+    write_parquet(file, {"t": encoded(9, 8, 8)}, [1], NAMES)
+    assert open_pictures(file, tmp_path).kind == "parquet"
+    with pytest.raises(DatasetError, match=r"is one set, without splits; leave --split test out"):
+        open_pictures(file, tmp_path, split="test")
+
+
 def test_broken_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, {"a": encoded(0, 8, 8)}, None, None)
