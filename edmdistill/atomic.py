@@ -83,6 +83,12 @@ def require_free(path: Path, overwrite: bool) -> None:
         raise EdmDistillError(f"{path} already exists: choose another name, or add --overwrite")
 
 
+def unwritable(path: Path) -> Path | None:
+    """Returns the nearest folder above a path that exists, if this user may not write there; else None."""
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    return None if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else nearest
+
+
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Removes the scratch folders of writers that were killed; a folder that one of them was replacing is put back.
 

@@ -83,7 +83,7 @@ def command(
     from edmdistill.evaluation import tune
     from edmdistill.sampling.spec import SamplerSpec
 
-    folder = tune.find_generator(source)
+    folder = tune.find_generator(source, stored=not dry_run)
     metric, protocol = tune.find_measure(metric, protocol)
     with shared(options.processes, options.device) as processes:
         options = replace(options, metrics=metric)

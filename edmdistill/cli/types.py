@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from edmdistill.atomic import unwritable
 from edmdistill.errors import did_you_mean
 
 MAX_NFE, MAX_BATCH = 10_000, 65_536
@@ -184,12 +185,11 @@ class OutputPath(click.Path):
                 self.fail(f"{text} is a device or a pipe; name a file or folder.", param, ctx)
             if self.suffixes and whole.is_dir():
                 self.fail(f"{text} is a folder, and a file is to be written; choose another name.", param, ctx)
-            nearest = next(folder for folder in whole.parents if folder.exists())
-            writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+            refusing = unwritable(whole)
         except OSError as error:
             self.fail(f"{text} cannot be reached ({error.strerror}); choose another place.", param, ctx)
-        if not writable:
-            self.fail(f"{text} cannot be written, for {nearest} is not a folder you may write to.", param, ctx)
+        if refusing is not None:
+            self.fail(f"{text} cannot be written, for {refusing} is not a folder you may write to.", param, ctx)
         return path
 
 

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from edmdistill.atomic import atomic_write
+from edmdistill.atomic import atomic_write, unwritable
 from edmdistill.checkpoints.config import CheckpointConfig, read_config, write_config
 from edmdistill.checkpoints.layout import CONFIG, checkpoint_in
 from edmdistill.errors import EdmDistillError
@@ -141,12 +141,17 @@ def _key(result: Result) -> tuple[object, ...]:
 def find_results_folder(source: str | Path) -> Path:
     """Returns the run directory or checkpoint folder, on this disk, that keeps the results of a source.
 
-    Raises: EdmDistillError: it is something else.  CheckpointError: it is damaged, or no checkpoint.
+    Raises: EdmDistillError: it is something else, or may not be written.  CheckpointError: it is damaged, or no
+        checkpoint.
     """
     path = Path(source).expanduser()
     if not path.is_dir():
         raise EdmDistillError(f"--save is for a checkpoint folder or a run, but {source} is no folder here: use --out")
-    read_config(checkpoint_in(path))
+    folder = checkpoint_in(path)
+    read_config(folder)
+    for file in (folder / CONFIG, path / EVAL / "results.json"):
+        if (refusing := unwritable(file)) is not None:
+            raise EdmDistillError(f"--save writes in {refusing}, where this user may not write: use --out")
     return path
 
 

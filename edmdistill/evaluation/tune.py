@@ -10,8 +10,9 @@ import msgspec
 import torch
 from msgspec.structs import replace
 
+from edmdistill.atomic import unwritable
 from edmdistill.checkpoints.config import CheckpointConfig, read_config, write_config
-from edmdistill.checkpoints.layout import checkpoint_in
+from edmdistill.checkpoints.layout import CONFIG, checkpoint_in
 from edmdistill.checkpoints.tuning import Tuning
 from edmdistill.errors import EdmDistillError, NotFiniteError
 from edmdistill.evaluation.metrics import loss_of
@@ -120,10 +121,13 @@ def find_measure(metric: str | None, protocol: str | None) -> tuple[str, str]:
     return metric, measuring
 
 
-def find_generator(source: str | Path) -> Path:
+def find_generator(source: str | Path, *, stored: bool = True) -> Path:
     """Returns the checkpoint folder of a generator or a run on this disk.
 
-    Raises: EdmDistillError: it is something else.  CheckpointError: it is damaged, or no checkpoint.
+    Args:
+        stored: whether schedules are to be stored in it.
+    Raises: EdmDistillError: it is something else, or may not be written.  CheckpointError: it is damaged, or no
+        checkpoint.
     """
     path = Path(source).expanduser()
     if not path.is_dir():
@@ -133,6 +137,11 @@ def find_generator(source: str | Path) -> Path:
     folder = checkpoint_in(path)
     if (stage := read_config(folder).stage) != "generator":
         raise EdmDistillError(f"{source} is a {stage}, and schedules are tuned of generators: give a distilled one")
+    if stored and (refusing := unwritable(folder / CONFIG)) is not None:
+        raise EdmDistillError(
+            f"a schedule is stored with its generator, but this user may not write in {refusing}: copy the checkpoint, "
+            "or add --dry-run"
+        )
     return folder
 
 
