@@ -149,30 +149,10 @@ class Engine:
     # Rows of a batch.
 
     def micro_batches(self, batch: int, group: int = 1) -> list[slice]:
-        """Returns the rows of this process's micro-batches: equally many on every process, of at most `micro_batch`
-        rows.
-
-        Args:
-            group: rows that stay together; the batch is a multiple of it.
-        Raises: TrainingError: some would be empty.
-        """
-        groups, asked = batch // group, self.machine.micro_batch
+        """Returns the rows of this process's micro-batches, see `split_rows`.  Raises: TrainingError: as that does."""
+        asked = self.machine.micro_batch
         assert asked != "auto", "resolved before the first round"
-        if groups < self.world_size:
-            several = f", in groups of {group}," if group > 1 else ""
-            raise TrainingError(
-                f"a batch of {counted(batch, 'image')}{several} is too small for {self.world_size} processes: use fewer"
-            )
-        first, last = (groups * n // self.world_size for n in (self.rank, self.rank + 1))
-        largest = -(-groups // self.world_size)
-        pieces = -(-largest // whole_groups(asked, group)) if asked else 1
-        if groups // self.world_size < pieces:
-            raise TrainingError(
-                f"a batch of {batch} images cannot be split into {pieces} micro-batches on each of {self.world_size} "
-                "processes: use fewer processes or a larger --micro-batch"
-            )
-        cuts = [group * (first + (last - first) * piece // pieces) for piece in range(pieces + 1)]
-        return [slice(a, b) for a, b in pairwise(cuts)]
+        return split_rows(batch, self.rank, self.world_size, asked, group)
 
     def check_micro_batches(self, batch: int, group: int = 1) -> None:
         """Raises: TrainingError: a batch cannot be split into the micro-batches that were asked for."""
@@ -306,6 +286,32 @@ class Engine:
         if self.world_size == 1:
             return number
         return int(self.all_reduce(torch.tensor(int(number) if self.is_main else 0, device=self.device)))
+
+
+def split_rows(batch: int, rank: int, world_size: int, micro_batch: int | None, group: int = 1) -> list[slice]:
+    """Returns the rows of a process's micro-batches: equally many on every process, of at most `micro_batch` rows.
+
+    Args:
+        micro_batch: None: the whole share of the process.
+        group: rows that stay together; the batch is a multiple of it.
+    Raises: TrainingError: some would be empty.
+    """
+    groups = batch // group
+    if groups < world_size:
+        several = f", in groups of {group}," if group > 1 else ""
+        raise TrainingError(
+            f"a batch of {counted(batch, 'image')}{several} is too small for {world_size} processes: use fewer"
+        )
+    first, last = (groups * n // world_size for n in (rank, rank + 1))
+    largest = -(-groups // world_size)
+    pieces = -(-largest // whole_groups(micro_batch, group)) if micro_batch else 1
+    if groups // world_size < pieces:
+        raise TrainingError(
+            f"a batch of {batch} images cannot be split into {pieces} micro-batches on each of {world_size} "
+            "processes: use fewer processes or a larger --micro-batch"
+        )
+    cuts = [group * (first + (last - first) * piece // pieces) for piece in range(pieces + 1)]
+    return [slice(a, b) for a, b in pairwise(cuts)]
 
 
 def whole_groups(micro_batch: int, group: int) -> int:

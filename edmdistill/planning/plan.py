@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from edmdistill.machine.engine import Machine, whole_groups
+from edmdistill.machine.engine import Machine, split_rows, whole_groups
 from edmdistill.machine.gpus import GPU
 from edmdistill.methods.base import NoiseRange, Turn
 from edmdistill.methods.pieces import Pieces
@@ -239,9 +239,10 @@ def make_plan(measured: Measurement, machine: Machine = Machine(), processes: in
 def split_batch(recipe: Recipe, processes: int, micro_batch: int | None) -> tuple[int, int]:
     """Returns the largest share of a process, and the images of its micro-batches; None: the whole share.
 
-    Raises: TrainingError: a micro-batch cannot hold a group of images that stay together.
+    Raises: TrainingError: the batch cannot be split so.
     """
     group = recipe.group_size
+    split_rows(recipe.training.batch, 0, processes, micro_batch, group)
     share = -(-recipe.training.batch // group // processes) * group
     return share, min(whole_groups(micro_batch or share, group) * group, share)
 

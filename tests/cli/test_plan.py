@@ -118,6 +118,10 @@ def test_a_network_for_the_data() -> None:
             ["vsd/digits", TEACHER, "--set", "training.optimizer=radam", "--offload", "optimizer"],
             "--offload optimizer is for adam, but the recipe uses radam",
         ),
+        (
+            ["sid/digits", TEACHER, "--set", "training.batch=4", "--processes", "8"],
+            "a batch of 4 images is too small for 8 processes: use fewer",
+        ),
         (["cosim/nothing", TEACHER], "there is no recipe 'cosim/nothing'"),
         (["cosim/digits", "nowhere.pkl"], "nowhere.pkl"),
     ],
