@@ -89,6 +89,16 @@ def unwritable(path: Path) -> Path | None:
     return None if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else nearest
 
 
+def expanded(path: str | Path) -> Path:
+    """Returns a path with the home folder in place of ~ or ~user.  Raises: CheckpointError: there is no such folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} names a user who does not exist on this machine, or has no home folder: write the path in full."
+        ) from error
+
+
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Removes the scratch folders of writers that were killed; a folder that one of them was replacing is put back.
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from edmdistill.atomic import atomic_write
+from edmdistill.atomic import atomic_write, unwritable
 from edmdistill.errors import CheckpointError, public_address
 from edmdistill.progress import progress_bar
 
@@ -30,9 +30,15 @@ SLOWEST = 1024
 
 
 def cache_folder() -> Path:
-    """Returns the folder of downloads: $EDMDISTILL_CACHE, else edmdistill in the user's cache folder."""
-    folder = os.environ.get("EDMDISTILL_CACHE")
-    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "edmdistill"
+    """Returns the folder of downloads: $EDMDISTILL_CACHE, else edmdistill in the user's cache folder.
+
+    Raises: CheckpointError: there is no home folder for it.
+    """
+    folder = os.environ.get("EDMDISTILL_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/edmdistill"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"there is no home folder for the cache {folder}: set EDMDISTILL_CACHE") from error
 
 
 def in_writable_folder(path: Path) -> Path:
@@ -40,7 +46,7 @@ def in_writable_folder(path: Path) -> Path:
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        refusal = None if os.access(folder, os.W_OK | os.X_OK) else "it is read-only"
+        refusal = "it is read-only" if unwritable(path) else None
     except OSError as error:
         refusal = error.strerror
     if refusal is not None:

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
-from edmdistill.atomic import sha256_file
+from edmdistill.atomic import expanded, sha256_file
 from edmdistill.checkpoints.download import download
 from edmdistill.checkpoints.hub_client import REPOSITORY, download_from_hub
 from edmdistill.checkpoints.layout import CONFIG, MODEL, checkpoint_in, is_state
@@ -85,11 +85,11 @@ def resolve(source: str | Path) -> Path:
         return download_from_hub(text[len("hf://") :])
     if scheme:
         raise CheckpointError(f"{public_address(text)} cannot be downloaded: use an http, https or hf address.")
+    path = expanded(source)
     try:
-        path = Path(source).expanduser()
         exists, files = path.exists(), [path, path / CONFIG, path / MODEL]
         regular = not any(file.exists() and not (file.is_file() or file.is_dir()) for file in files)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{text[:200]} cannot be a path: {reason}.") from error
     if exists and not regular:
@@ -122,7 +122,7 @@ def source_name(source: str | Path | Source) -> str:
     text = str(source)
     if _scheme(text):
         return public_address(text)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if not path.exists() and text in EMBEDDED:
         return EMBEDDED[text].teacher.name
     return path.resolve().name if path.exists() else text

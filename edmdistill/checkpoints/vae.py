@@ -18,7 +18,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from edmdistill.atomic import sha256_file
+from edmdistill.atomic import expanded, sha256_file
 from edmdistill.checkpoints.encoder import STABLE_DIFFUSION, ChannelStatistics, Range
 from edmdistill.checkpoints.hub_client import REPOSITORY, cached_from_hub, download_from_hub
 from edmdistill.checkpoints.layout import VAE_FILES
@@ -137,7 +137,7 @@ def find_vae(name: str, *, download: bool = False) -> Path | None:
         download: get it from the Hub if it is not in the cache.
     Raises: HubError: the Hub refuses.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path if (path / CONFIG).is_file() or not (path / SUBFOLDER).is_dir() else path / SUBFOLDER
     if path.exists() or not REPOSITORY.fullmatch(name.partition("@")[0]):
@@ -191,7 +191,7 @@ def read_vae(
         for key, tensor in load_tensors(folder / WEIGHTS, device)[0].items()
     }
     fill(model, tensors, str(folder / WEIGHTS))
-    where = Path(name).expanduser()
+    where = expanded(name)
     return Vae(
         where.resolve().name if where.is_dir() else name,
         folder,

@@ -55,10 +55,14 @@ SHARING = (
 
 
 def open_work(folder: Path | None) -> Work:
-    """Returns the work in the folder of --work, or in the user's cache."""
+    """Returns the work in the folder of --work, or in the user's cache.
+
+    Raises: CheckpointError: the cache cannot be written.
+    """
+    from edmdistill.checkpoints.download import in_writable_folder
     from edmdistill.evaluation.shards import Work, evaluations_folder
 
-    return Work(folder or evaluations_folder())
+    return Work(folder or in_writable_folder(evaluations_folder()))
 
 
 @dataclass(frozen=True, kw_only=True)

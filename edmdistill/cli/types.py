@@ -142,7 +142,7 @@ class NamedFile(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         name, equals, path = str(value).partition("=")
         if not (equals and path):
             self.fail(f"{value!r} does not have the form NAME=FILE.", param, ctx)
-        return self.item.convert(name, param, ctx), Path(path).expanduser()
+        return self.item.convert(name, param, ctx), Path(path)
 
 
 class OutputPath(click.Path):

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from edmdistill.atomic import atomic_write, unwritable
+from edmdistill.atomic import atomic_write, expanded, unwritable
 from edmdistill.checkpoints.config import CheckpointConfig, read_config, write_config
 from edmdistill.checkpoints.layout import CONFIG, checkpoint_in
 from edmdistill.errors import EdmDistillError
@@ -144,7 +144,7 @@ def find_results_folder(source: str | Path) -> Path:
     Raises: EdmDistillError: it is something else, or may not be written.  CheckpointError: it is damaged, or no
         checkpoint.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_dir():
         raise EdmDistillError(f"--save is for a checkpoint folder or a run, but {source} is no folder here: use --out")
     folder = checkpoint_in(path)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.atomic import atomic_write
-from edmdistill.checkpoints.download import cache_folder, in_writable_folder
+from edmdistill.checkpoints.download import cache_folder
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.errors import CheckpointError, EdmDistillError, NotFiniteError
 
@@ -107,7 +107,7 @@ class Work:
         while True:
             folder = self._numbered(name, number)
             if not (folder / REQUEST).exists():
-                with atomic_write(in_writable_folder(folder / REQUEST)) as new:
+                with atomic_write(folder / REQUEST) as new:
                     new.write_text(document + "\n", encoding="utf-8")
             try:
                 self._locks[folder] = _lock(folder)

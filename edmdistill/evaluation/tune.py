@@ -10,7 +10,7 @@ import msgspec
 import torch
 from msgspec.structs import replace
 
-from edmdistill.atomic import unwritable
+from edmdistill.atomic import expanded, unwritable
 from edmdistill.checkpoints.config import CheckpointConfig, read_config, write_config
 from edmdistill.checkpoints.layout import CONFIG, checkpoint_in
 from edmdistill.checkpoints.tuning import Tuning
@@ -129,7 +129,7 @@ def find_generator(source: str | Path, *, stored: bool = True) -> Path:
     Raises: EdmDistillError: it is something else, or may not be written.  CheckpointError: it is damaged, or no
         checkpoint.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_dir():
         raise EdmDistillError(
             f"a schedule is stored with its generator, but {source} is no folder here: give a checkpoint or a run"

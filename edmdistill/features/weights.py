@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from edmdistill.archives import Archive, load_legacy
-from edmdistill.atomic import sha256_file
+from edmdistill.atomic import expanded, sha256_file
 from edmdistill.checkpoints.download import cache_folder, downloaded
 from edmdistill.checkpoints.official_files import files_of
 from edmdistill.checkpoints.persistence import STAND_INS, PersistentObject, state_dict, type_name
@@ -107,7 +107,7 @@ def _find(path: str | Path | None, kind: str, space: str) -> Path:
             f"the feature space {space} needs its weights, which are not here: run `edmdistill fetch {name}`; eval, "
             f"sweep, tune-schedule and data stats also take a file, by --weights {space}=FILE."
         )
-    return Path(weights_file).expanduser()
+    return expanded(weights_file)
 
 
 def converted(sha256: str) -> Path:

@@ -28,7 +28,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from edmdistill import __version__
-from edmdistill.atomic import sha256_file, temporary_folder
+from edmdistill.atomic import expanded, sha256_file, temporary_folder
 from edmdistill.checkpoints.config import CheckpointConfig, default_nfe, read_config
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.hub_client import REPOSITORY, hub_calls
@@ -113,7 +113,7 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
     Raises: HubError: an invalid repository name or licence, or optimizer states.
         CheckpointError: no checkpoint, a damaged one, or a licence that the Hub does not accept.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         validate_repo_id(repository)
     except HFValidationError as error:

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from edmdistill.checkpoints.download import download
 from edmdistill.cli import REFUSALS, main
+from edmdistill.cli.measurements import open_work
 from edmdistill.cli.types import OutputPath
 from edmdistill.errors import CheckpointError
-from edmdistill.evaluation.shards import ONE_PROCESS, Work, evaluations_folder
 
 
 @pytest.fixture
@@ -57,6 +57,39 @@ def test_a_gpu_without_memory_is_one_sentence(body, error: RuntimeError):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "~nobody.here/x"],
+        ["tune-schedule", "~nobody.here/x", "--nfe", "2", "--metric", "fd_pixels"],
+        ["data", "stats", "digits", "a.npz", "--features", "inception", "--weights", "inception=~nobody.here/x"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_user_who_is_not_on_this_machine(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    sentence = "~nobody.here/x names a user who does not exist on this machine, or has no home folder"
+    assert result.stderr == f"Error: {sentence}: write the path in full.\n"
+
+
+def test_without_a_home_folder_the_cache_needs_a_place(monkeypatch: pytest.MonkeyPatch):
+    """As in a container whose user has a number alone."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("EDMDISTILL_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    result = CliRunner().invoke(main, ["fetch", "list"])
+    assert result.exit_code == 2
+    assert result.stderr == "Error: there is no home folder for the cache ~/.cache/edmdistill: set EDMDISTILL_CACHE\n"
+    monkeypatch.setenv("EDMDISTILL_CACHE", "/cache")
+    assert CliRunner().invoke(main, ["fetch", "list"]).exit_code == 0
+
+
 def test_a_cache_that_cannot_be_written_may_be_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "file" / "cache"))
@@ -64,7 +97,7 @@ def test_a_cache_that_cannot_be_written_may_be_elsewhere(monkeypatch: pytest.Mon
     with pytest.raises(CheckpointError, match=sentence):
         download("http://127.0.0.1:9/a.pkl")
     with pytest.raises(CheckpointError, match=r"set EDMDISTILL_CACHE"):
-        Work(evaluations_folder()).folder({"a": 1}, ONE_PROCESS)
+        open_work(None)
 
 
 def test_a_file_that_we_forgot_to_write_keeps_its_traceback(body):
