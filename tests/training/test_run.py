@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.prepare import prepare
 from edmdistill.training.roles import set_dropout
+from edmdistill.training.run import Run
 from edmdistill.training.session import train
 
 
@@ -146,3 +148,10 @@ def test_a_role_with_logvar_has_a_head_which_learns_where_it_is_asked(recipe, we
     idle = {name for name in runs[0].unused("teacher") if "logvar" in name}
     assert len(idle) == (2 if weighting == "none" else 0)
     assert runs[0].config.c_noise == "t"
+
+
+def test_intervals_that_are_no_multiple_of_the_batch_end_at_the_round_that_crosses_them():
+    training = SimpleNamespace(batch=8)
+    rounds = [SimpleNamespace(images=images, recipe=SimpleNamespace(training=training)) for images in range(8, 65, 8)]
+    assert [run.images for run in rounds if Run.due(run, 20)] == [24, 40, 64]
+    assert [run.images for run in rounds if Run.due(run, 16)] == [16, 32, 48, 64]
