@@ -14,6 +14,7 @@ from edmdistill.machine.compile import CUDA_GRAPHS, require_compiler
 from edmdistill.machine.devices import process_device
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import NoisePrediction
 from edmdistill.recipes.schema import CompileMode, EvaluationTable, Recipe
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.spec import SamplerSpec
@@ -70,6 +71,26 @@ def with_compile_mode(recipe: Recipe, machine: Machine) -> Machine:
     if mode != "off":
         require_compiler(mode, process_device(machine.device))
     return machine._replace(compile=mode)
+
+
+ROUNDING = {"bf16": 9e-3, "fp16": 1e-3}
+"""Error of a network's output in half precision, root mean square, where the output is of unit size."""
+
+
+def rounding_note(recipe: Recipe, flow: FlowNetwork) -> str | None:
+    """Returns a warning if half precision spoils images at sigma_max, as where a network predicts the noise; or None.
+
+    There D = x - sigma n is a small difference of large numbers: the error of n appears sigma / sigma_data times.
+    """
+    precision = recipe.training.precision
+    if precision == "fp32" or not isinstance(flow.preconditioning, NoisePrediction):
+        return None
+    error = ROUNDING[precision] * flow.sigma_max / flow.sigma_data
+    return (
+        f"Warning: the teacher predicts the noise, whose rounding in {precision} is an error of about {error:.1g} "
+        f"sigma_data in images from noise level {flow.sigma_max:g}: use --set training.precision=fp32, unless the "
+        "generator starts far below."
+    )
 
 
 def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> None:

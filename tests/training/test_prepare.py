@@ -1,22 +1,30 @@
 """From a recipe to a run: what the product's checkpoint says of itself."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from msgspec.structs import replace
 from toy_runs import TABLES, source_of
 
-from edmdistill.checkpoints.config import read_config, write_config
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe, read_config, write_config
+from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.checkpoints.tuning import Tuning
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM, VP, Preconditioning
 from edmdistill.recipes.schema import Recipe
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.training.prepare import prepare
+from edmdistill.trigflow import denoised, sigma_to_time
 
 CPU = Machine(device="cpu")
+SIGMA = 0.5
 
 
 def test_what_was_tuned_on_a_first_stage_is_not_said_of_the_second(teacher: Path, tmp_path: Path) -> None:
@@ -49,6 +57,33 @@ def test_a_run_whose_checkpoints_could_not_be_read_is_refused(teacher: Path) -> 
     tables = TABLES | {"method": {"name": "sid"}, "sampling": {"nfe": [1], "sigmas": {"1": [1e12]}}}
     with pytest.raises(TrainingError, match=r"read again, because .* must be at most 1000000000"):
         prepare(Recipe.from_tables(tables, "a test"), data="digits", teacher=teacher, machine=CPU)
+
+
+@pytest.mark.parametrize("preconditioning", [EDM(), VP()], ids=["edm", "vp"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_half_precision_of_a_teacher_that_predicts_noise_is_warned_of(
+    tmp_path: Path, preconditioning: Preconditioning, precision: str
+) -> None:
+    """By an estimate that is within a factor of five of what it is."""
+    torch.manual_seed(0)
+    network = UNet(8, 1, 10, model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+    torch.nn.init.ones_(network.out_gain)
+    flow = FlowNetwork(network, preconditioning)
+    provenance = Provenance(source="a test", licence="cc-by-nc-sa-4.0")
+    save_checkpoint(tmp_path / "t", flow, CheckpointConfig(stage="teacher", provenance=provenance, **describe(flow)))
+    tables = TABLES | {"method": {"name": "sid"}, "training": TABLES["training"] | {"precision": precision}}
+    run = prepare(Recipe.from_tables(tables, "a test"), data="digits", teacher=tmp_path / "t", machine=CPU)
+    said = re.search(
+        r"rounding in .* is an error of about (\S+) sigma_data in images from noise level 80", "".join(run.notes)
+    )
+    assert (said is not None) == (precision != "fp32" and not isinstance(preconditioning, EDM))
+    if said is not None:
+        x, t = SIGMA * torch.randn(64, 1, 8, 8), sigma_to_time(80.0, SIGMA)
+        flow.eval().requires_grad_(False)
+        exact = denoised(x, flow(x, t), t, SIGMA)
+        flow.compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        error = float((denoised(x, flow(x, t), t, SIGMA) - exact).square().mean().sqrt()) / SIGMA
+        assert 0.2 < error / float(said[1]) < 5
 
 
 @pytest.mark.parametrize(
