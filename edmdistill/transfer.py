@@ -33,6 +33,17 @@ def is_gpu(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
+OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED"
+"""Parts of the errors by which CUDA, cuBLAS (CUBLAS_STATUS_ALLOC_FAILED) and cuDNN say so, besides torch."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that the GPU has no memory left, whichever library found out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Returns the tensor on the device, without waiting for the copy."""
     pinned = tensor.pin_memory() if is_gpu(device) and not is_gpu(tensor.device) else tensor

@@ -25,6 +25,7 @@ from edmdistill.checkpoints.layout import VAE_FILES
 from edmdistill.checkpoints.store import fill, load_tensors
 from edmdistill.checkpoints.vae_architecture import Architecture, read_architecture
 from edmdistill.errors import CheckpointError
+from edmdistill.transfer import is_out_of_memory
 
 CONFIG, WEIGHTS = VAE_FILES
 SUBFOLDER = "vae"
@@ -113,7 +114,9 @@ class Vae:
         while True:
             try:
                 return torch.cat([run(rows[at : at + self.batch]) for at in range(0, len(rows), self.batch)])
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.batch == 1:
                     size = "x".join(map(str, rows.shape[-2:]))
                     raise CheckpointError(

@@ -167,7 +167,7 @@ def _refusal(error: OSError | RuntimeError) -> str | None:
     if "torch" not in sys.modules:  # click's Exit is a RuntimeError too
         return None
 
-    from edmdistill.machine.devices import is_out_of_memory
+    from edmdistill.transfer import is_out_of_memory
 
     if not is_out_of_memory(error):
         return None

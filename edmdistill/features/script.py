@@ -24,6 +24,7 @@ from edmdistill.archives import Archive
 from edmdistill.errors import CheckpointError
 from edmdistill.pickles import StandIn, Stateful, Unreadable
 from edmdistill.stored_tensors import StoredTensor
+from edmdistill.transfer import is_out_of_memory
 
 _CONTROL = """
 abs CallFunction CallMethod Constant CreateObject data device DictConstruct dtype Enter EnumName EnumValue Exit
@@ -135,10 +136,10 @@ class ScriptFile(nn.Module):
         """Returns the outputs of the script.  Raises: CheckpointError: it fails."""
         try:
             return self.script(*inputs)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # torch's own, with the script's source in many lines
             tail = [line.strip() for line in str(error).splitlines() if line.strip()]
+            if is_out_of_memory(error):  # of which a script makes a RuntimeError
+                raise torch.OutOfMemoryError(tail[-1].removeprefix("RuntimeError: ")) from error
             shapes = " and ".join(str(list(x.shape)) for x in inputs)
             raise CheckpointError(
                 f"{self.path} fails on images of shape {shapes} ({tail[-1] if tail else type(error).__name__}): use a "

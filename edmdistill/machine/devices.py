@@ -70,17 +70,6 @@ def named_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED"
-"""Parts of the errors by which CUDA, cuBLAS (CUBLAS_STATUS_ALLOC_FAILED) and cuDNN say so, besides torch."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that the GPU has no memory left, whichever library found out."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
-
-
 def named_dtype(name: str | None) -> torch.dtype | None:
     """Returns torch's dtype of that name, such as float16; None for None."""
     return None if name is None else getattr(torch, name)

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from edmdistill.checkpoints.layout import saved_states
 from edmdistill.errors import CheckpointError, DatasetError, PeerFailed, TrainingError
-from edmdistill.machine.devices import is_out_of_memory
 from edmdistill.training.monitors import Diverged, Health
 from edmdistill.training.run import Run
 from edmdistill.training.run_dir import RunDir
 from edmdistill.training.state import newest_healthy
+from edmdistill.transfer import is_out_of_memory
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 

@@ -10,17 +10,20 @@ import torch
 
 from edmdistill.draws import Draws
 from edmdistill.errors import TrainingError
-from edmdistill.machine.devices import is_out_of_memory
 from edmdistill.machine.engine import local_shard
 from edmdistill.methods.base import Batch
 from edmdistill.methods.pieces import Pieces
 from edmdistill.training.optimizers import state_bytes
 from edmdistill.training.probe import LATE
 from edmdistill.training.run import Run
-from edmdistill.transfer import is_gpu
+from edmdistill.transfer import is_gpu, is_out_of_memory
 
 HEADROOM = 0.05
 """Share of the GPU's memory that stays free, for CUDA itself, other libraries and fragmentation."""
+
+NO_ENGINE = "unable to find an engine"
+"""Part of the error of a convolution for which cuDNN has no algorithm whose workspace fits; nor, on a GPU that it does
+not know, for even one image."""
 
 
 def settle_micro_batch(run: Run) -> int | None:
@@ -72,7 +75,7 @@ def fits(run: Run, size: int) -> bool:
         with _uncompiled(run):
             _try_turns(run, size)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) and (NO_ENGINE not in str(error) or size <= run.recipe.group_size):
             raise
         fitted = False
     # The error is gone by now, and with it the frames that held tensors: the next trial finds their memory free.

@@ -339,3 +339,18 @@ def test_a_script_that_fails_is_one_sentence(tmp_path: Path) -> None:
     identity = save(Plain(), tmp_path / "plain.pt")
     assert torch.equal(Script(identity)(torch.ones(1)), torch.tensor([4.0]))
     assert io.BytesIO(identity.read_bytes()).read(2) == b"PK"
+
+
+def test_a_script_that_takes_too_much_memory_is_no_fault_of_it(tmp_path: Path) -> None:
+    """TorchScript makes a RuntimeError of CUDA's error, at the end of its own source."""
+    file = Script(script(Maps(), tmp_path / "maps.pt", torch.zeros(1, 3, 224, 224)))
+
+    class Full(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError(
+                "The following operation failed in the TorchScript interpreter\nRuntimeError: out of memory"
+            )
+
+    file.script = Full()
+    with pytest.raises(torch.OutOfMemoryError, match=r"^out of memory$"):
+        file.run(torch.zeros(1))

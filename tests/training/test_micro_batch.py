@@ -24,19 +24,33 @@ def test_the_fewest_micro_batches_are_found_in_few_trials(most: int, least: int)
     assert len(tried) <= 2 * most.bit_length() + 1
 
 
-def test_what_does_not_fit_leaves_the_run_as_it_was(start, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("more than there is"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),  # cuDNN
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_what_does_not_fit_leaves_the_run_as_it_was(start, monkeypatch, error):
     run, other = start("cosim"), start("cosim")
-    generator_loss = METHODS["cosim"].load().generator_loss
+    generator_loss, most = METHODS["cosim"].load().generator_loss, 5
 
     def hungry(self, batch, draws):
-        if len(batch.x0) > 5:
-            raise torch.OutOfMemoryError("more than there is")
+        if len(batch.x0) > most:
+            raise error
         return generator_loss(self, batch, draws)
 
     with monkeypatch.context() as patch:
         patch.setattr(METHODS["cosim"].load(), "generator_loss", hungry)
         assert not fits(run, 6)
         assert fits(run, 5)
+        most = 0
+        if "find an engine" in str(error):  # of a GPU that cuDNN does not know
+            with pytest.raises(RuntimeError, match="find an engine"):
+                fits(run, 1)
+        else:
+            assert not fits(run, 1)
     assert list(rounds(run)) == list(rounds(other))
 
 
