@@ -23,6 +23,7 @@ import torch
 
 from edmdistill.errors import printable, without_secrets
 from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import NoisePrediction
 
 CLASSES, NOISES = 4, 4
 LARGE = 2**12
@@ -35,7 +36,8 @@ GENERATOR_RANGE = 0.4, 2.0
 def noise_dependence(flow: FlowNetwork) -> float:
     """Returns how far D at sigma_max depends on the noise, in units of sigma_data; see above.
 
-    Large images are computed in bfloat16 where the CPU has instructions for it: the rounding changes less than 0.01.
+    Large images are computed in bfloat16 where the CPU has instructions for it: the rounding changes less than 0.01;
+    unless the network predicts the noise, where rounding alone would vary by 1.
     """
     training, compute_dtype, denoiser = flow.training, flow.compute_dtype, Denoiser(flow).eval()
     like = next(flow.parameters())
@@ -45,7 +47,8 @@ def noise_dependence(flow: FlowNetwork) -> float:
     noises, different = NOISES, CLASSES
     if math.prod(size) >= LARGE:
         noises, different = 2, 1
-        flow.compute_dtype = torch.bfloat16 if _multiplies_bfloat16() else compute_dtype
+        exact = isinstance(flow.preconditioning, NoisePrediction)
+        flow.compute_dtype = compute_dtype if exact or not _multiplies_bfloat16() else torch.bfloat16
     x = sigma * torch.randn(noises, *size, generator=rng).to(like, memory_format=torch.channels_last)
     classes: list[int | None] = [i * flow.label_dim // CLASSES for i in range(min(different, flow.label_dim))]
     variances = []

@@ -1,6 +1,7 @@
 """A generator's file passes as a teacher's: at sigma_max the function shows what it is."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from edmdistill.embedded import EMBEDDED
 from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.preconditioning import EDM
+from edmdistill.networks.preconditioning import EDM, VP
 from edmdistill.recipes.library import load_recipe
 from edmdistill.training.prepare import prepare
 
@@ -82,6 +83,18 @@ def test_bfloat16_is_exact_enough(monkeypatch: pytest.MonkeyPatch) -> None:
         values.append(noise_dependence(flow))
     assert 0 < abs(values[0] - values[1]) < 0.01
     assert flow.compute_dtype is None
+
+
+def test_a_denoiser_that_predicts_noise_is_not_taken_for_a_generator_by_its_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flow = FlowNetwork(network().network, VP())
+    share = STD**2 / (STD**2 + SIGMA**2)
+    noise = math.sqrt(SIGMA**2 + 1) * (1 - share) / SIGMA  # of a unit input, for the denoiser of N(0, STD^2)
+    flow.network.forward = lambda x, condition: x * noise  # type: ignore[method-assign]
+    monkeypatch.setattr(measures, "LARGE", 0)
+    monkeypatch.setattr(measures, "_multiplies_bfloat16", lambda: True)
+    assert noise_dependence(flow) == pytest.approx(STD / SIGMA, rel=0.1)
 
 
 def test_convert_measures_prints_and_stores_it(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
