@@ -89,8 +89,8 @@ def test_a_second_stage_goes_on_from_a_first(start, recipe, teacher, tmp_path):
             CheckpointError, match=f"{source} is {found}, not a first stage: train one by ect, sct, scd or"
         ):
             prepare(recipe("tcm"), data="digits", teacher=source)
-    raised = replace(recipe("tcm"), method=TCMConfig(boundary=90.0))
-    with pytest.raises(TrainingError, match="tcm trains from noise level 90 on, but the teacher's end at 80: lower it"):
+    raised = replace(recipe("tcm"), method=TCMConfig(boundary=80.0))
+    with pytest.raises(TrainingError, match="tcm trains from noise level 80 on, but the teacher's end at 80: lower it"):
         prepare(raised, data="digits", teacher=teacher.with_name("first-stage"))
 
 
