@@ -10,6 +10,8 @@ from edmdistill.defaults import defaults, refuse_idle, toml
 from edmdistill.errors import RecipeError
 from edmdistill.recipes.library import load_recipe
 
+BETAS = [f"training.betas_by_role.{role}=[0.0, 0.99]" for role in ("generator", "auxiliary")]
+
 
 class Options(msgspec.Struct):
     images: int
@@ -49,6 +51,7 @@ def test_only_what_differs_is_named() -> None:
         ("fmd/digits-tangents", ["method.objective=lagrangian"], "warmup_images has", ["method.warmup_images=0"]),
         ("cosim/digits", ["method.R=8"], 'with order = "t", R has no effect', ["method.R=4"]),
         ("diffusion/digits", ["sampling.gamma=0"], "[sampling]: with method.name", ["sampling.gamma=1.0"]),
+        ("sid/digits", ["training.betas=[0.0, 0.9]", *BETAS], "betas has", ["training.betas=[0.9, 0.999]"]),
         ("scd/cifar10", ["training.decay_share=0.1"], "decay_share has", ["training.decay_share=0.5"]),
         ("scd/imagenet64-s", ["ema.rampup_ratio=0.1"], "with no half_life_images", ["ema.half_life_images=9"]),
     ],

@@ -332,11 +332,15 @@ def _check_roles(recipe: Recipe, source: str) -> None:
             if role_name not in trained:
                 hint = did_you_mean(role_name, trained)
                 raise RecipeError(f"{source}: training.{key}: no trained role {role_name!r}; {hint}")
-    if recipe.method_class.product == "teacher":
+    teacher, all_betas = recipe.method_class.product == "teacher", {*trained} <= recipe.training.betas_by_role.keys()
+    for where, key, names, cause, fix in (
+        (teacher, "sampling", ("gamma", "sigmas"), f'method.name = "{name}"', "leave it out"),
+        (all_betas, "training", ("betas",), "betas_by_role of every role", "leave out the betas of a role"),
+    ):
         try:
-            refuse_idle(recipe.sampling, ("gamma", "sigmas"), f'method.name = "{name}"', "leave it out")
+            refuse_idle(getattr(recipe, key), names if where else (), cause, fix)
         except ValueError as error:
-            raise RecipeError(f"{source}: [sampling]: {error}") from None
+            raise RecipeError(f"{source}: [{key}]: {error}") from None
 
 
 def _typed(values: dict[str, Any], type_: type[Struct], source: str, name: str) -> Struct:
