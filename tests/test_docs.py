@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 
@@ -93,3 +94,15 @@ def test_the_pages_say_what_the_plan_says(page: str, recipe: str, network: str, 
     for gpu in plan["gpus"]:
         values |= {gpu["gpu"]: str(gpu["largest_micro_batch"]), f"{gpu['gpu']}_days": f"{gpu['days']:#.2g}"}
     assert row.format(**values) in (ROOT / "docs" / f"{page}.md").read_text()
+
+
+def test_the_ci_tries_every_python_that_the_package_claims() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    claimed = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    tried = re.search(r"python: \[(.*)\]", workflow)
+    assert tried is not None
+    assert claimed == re.findall(r"3\.\d+", tried[1])
+    assert project["requires-python"] == f">={claimed[0]}"
+    listed = f"on Python {', '.join(claimed[:-1])} and {claimed[-1]}"
+    assert listed in (ROOT / "CONTRIBUTING.md").read_text()
