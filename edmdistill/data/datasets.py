@@ -211,13 +211,17 @@ class Dataset:
         """Returns image i as stored.  uint8 [C,H,W]"""
         return self.images([i])[0]
 
+    def require_pixels(self) -> None:
+        """Raises DatasetError if these are latents."""
+        if self.latent:
+            raise DatasetError(f"{self.name} holds latents, but pixels are needed; give the images they were made from")
+
     def images(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Returns images as stored.  uint8 [B,C,H,W]
 
         Raises: DatasetError: they are latents.
         """
-        if self.latent:
-            raise DatasetError(f"{self.name} holds latents, but pixels are needed; give the images they were made from")
+        self.require_pixels()
         return self._stored(indices)
 
     def labels(self, indices: Sequence[int] | Tensor) -> Tensor | None:

@@ -161,6 +161,8 @@ def open_reference(
         if is_official(str(reference)) and not Path(reference).exists():
             reference = find_fetched(str(reference))
         reference = open_statistics(reference) if is_statistics(reference) else open_dataset(reference)
+    if isinstance(reference, Dataset):
+        reference.require_pixels()
     described = describe_reference(reference)
     if fixed is not None and (described.source, described.split) != (fixed.source, fixed.split):
         raise DatasetError(

@@ -146,3 +146,10 @@ def test_latents_are_decoded(golden: Path, tmp_path: Path) -> None:
     assert result.protocol.labels == "drawn"
     with pytest.raises(EdmDistillError, match="this network makes latents"):
         evaluate(model, tmp_path, protocol="edm2", sampler=spec, seeds=seeds, **options)
+
+
+def test_latents_are_no_reference(tmp_path: Path) -> None:
+    for i in range(2):
+        np.save(tmp_path / f"img-mean-std-{i:08}.npy", np.ones((8, 4, 4), np.float32))
+    with pytest.raises(DatasetError, match="holds latents, but pixels are needed; give the images they were made from"):
+        evaluate(pixels(0), tmp_path, protocol="pixels")
