@@ -16,7 +16,8 @@ from edmdistill.training.run_dir import RunDir
 from edmdistill.training.state import newest_healthy
 from edmdistill.transfer import is_out_of_memory
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_ERRORS = DISK_FULL | {errno.EROFS, errno.EIO}
 
 
 class Context(NamedTuple):
@@ -64,15 +65,17 @@ def _data_changed(error: DatasetError, context: Context) -> TrainingError:
     )
 
 
-def _disk_full(error: CheckpointError | OSError, context: Context) -> TrainingError | None:
+def _disk_refuses(error: CheckpointError | OSError, context: Context) -> TrainingError | None:
     if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
         return None
     newest = max(saved_states(context.folder.state), default=None)
     retry = f"to resume from {newest}" if newest else "again, which starts from the beginning"
-    free = shutil.disk_usage(context.folder.path).free
-    return TrainingError(
-        f"{_sentence(error)}, with {free / 1e6:.1f} MB free there: free some space, and run the same command {retry}"
-    )
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError) and cause.errno not in DISK_FULL:
+        advice = "; make the disk writable"
+    else:
+        advice = f", with {shutil.disk_usage(context.folder.path).free / 1e6:.1f} MB free there: free some space"
+    return TrainingError(f"{_sentence(error)}{advice}, and run the same command {retry}")
 
 
 def _out_of_memory(error: RuntimeError, context: Context) -> TrainingError:
@@ -95,8 +98,8 @@ def _sentence(error: Exception) -> str:
 FAULTS: tuple[tuple[type[Exception], Callable[[Any, Context], TrainingError | None]], ...] = (
     (Diverged, _diverged),
     (DatasetError, _data_changed),
-    (CheckpointError, _disk_full),
-    (OSError, _disk_full),
+    (CheckpointError, _disk_refuses),
+    (OSError, _disk_refuses),
     (RuntimeError, _runtime),
     (Exception, lambda error, context: None),
 )

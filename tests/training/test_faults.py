@@ -151,6 +151,16 @@ def test_a_full_disk(start, whole, tmp_path, monkeypatch):
     assert what_it_left(tmp_path / "run") == expected
 
 
+def test_a_disk_that_became_read_only(start, tmp_path, monkeypatch):
+    def refused(path, tensors):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(state, "save_tensors", refused)
+    sentence = r"/state/000000000016 cannot be written: Read-only file system; make the disk writable, and run "
+    with pytest.raises(TrainingError, match=sentence):
+        train(start("sid", images=16, snapshot_every=16), tmp_path / "run")
+
+
 @pytest.mark.parametrize("file", ["generator.safetensors", "progress.json"])
 def test_a_truncated_state(file, start, whole, tmp_path):
     expected = what_it_left(whole("sid", images=64, snapshot_every=16)[1])
