@@ -14,6 +14,7 @@ from edmdistill.networks.embeddings import TimeEmbedding
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.adapt import fit, training_sigmas, with_double_norm, with_positional_time
 from edmdistill.networks.surgery.two_time import add_second_time
+from edmdistill.networks.unet_block import UNetBlock
 from edmdistill.trigflow import sigma_to_time
 
 MakeFlow = Callable[..., FlowNetwork]
@@ -165,3 +166,16 @@ def test_what_cannot_be_adapted(make_flow: MakeFlow) -> None:
         with_double_norm(make_flow("adm", adaptive_scale=False))
     with pytest.raises(ValueError, match="scale and shift"):
         make_flow("adm", adaptive_scale=False, double_norm=True)
+
+
+def test_what_is_normalized_of_adms_scale_is_the_factor() -> None:
+    """Without any modulation the factor is 1, of unit size: the block's function stays."""
+    torch.manual_seed(0)
+    plain, normalized = UNetBlock(8, 8, 4), UNetBlock(8, 8, 4, double_norm=True)
+    normalized.load_state_dict(plain.state_dict(), strict=False)
+    for block in (plain, normalized):
+        torch.nn.init.zeros_(block.affine.weight)
+        torch.nn.init.zeros_(block.affine.bias)
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
+    torch.testing.assert_close(normalized(x, emb), plain(x, emb), rtol=1e-3, atol=1e-3)
+    assert float((plain(x, emb) - x).abs().max()) > 0.1
