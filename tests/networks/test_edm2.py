@@ -125,3 +125,19 @@ def test_logvar_is_edm2s(make_flow: MakeFlow) -> None:
     assert Denoiser(make_flow("edm2")).logvar(torch.tensor(0.1)).shape == (1, 1, 1, 1)
     with pytest.raises(EdmDistillError, match="does not estimate the variance of its loss"):
         Denoiser(make_flow("ddpmpp")).logvar(torch.tensor(0.1))
+
+
+@torch.no_grad()
+def test_blocks_clip_their_results(make_flow: MakeFlow) -> None:
+    """At 256 by default, which no small network reaches."""
+    largest = []
+    for limit in (256.0, 0.5, None):
+        torch.manual_seed(0)
+        flow = make_flow("edm2", clip_act=limit)
+        found: list[float] = []
+        for block in flow.network.blocks():
+            block.register_forward_hook(lambda block, inputs, y, found=found: found.append(float(y.abs().max())))
+        flow(torch.randn(2, flow.img_channels, flow.img_resolution, flow.img_resolution), torch.tensor(0.8))
+        largest.append(max(found))
+    assert largest[0] == largest[2] > 0.6
+    assert largest[1] == 0.5
