@@ -66,7 +66,9 @@ likelihood_options = option_group(
 @click.command("eval")
 @click.argument("source")
 @click.option("--protocol", type=Name(PROTOCOLS), help="How to measure.")
-@list_option("--nfe", "nfes", NFE, "1,2,4", "Network evaluations.  [default: a generator's or 2, teacher 35 or 63]")
+@list_option(
+    "--nfe", "nfes", NFE, "1,2,4", "Network evaluations.  [default: generator 2, or as trained; teacher 35 or 63]"
+)
 @click.option("--gamma", type=GAMMA, help="Generator: share of fresh noise, 0 to 1.  [default: the checkpoint's]")
 @option_group("sampler", SamplerOptions, *ONE_SAMPLER)
 @churn_options

@@ -101,7 +101,7 @@ reference_options = option_group(
 @click.option("--out", type=OutputPath(), required=True, metavar="DIR|FILE.npz|FILE.png", help="Where to write.")
 @click.option("--overwrite", is_flag=True, help="Replace other samples that are there.")
 @click.option("--seeds", default="0-63", show_default=True, metavar="LIST", help="One image a seed, as in 0-63,100.")
-@click.option("--nfe", type=NFE, help="Network evaluations.  [default: a generator's or 2, teacher 35 or 63]")
+@click.option("--nfe", type=NFE, help="Network evaluations.  [default: generator 2, or as trained; teacher 35 or 63]")
 @click.option("--class", "words", multiple=True, metavar="NAME|ID", help="Class; several take turns.  [default: drawn]")
 @click.option("--gamma", type=GAMMA, help="Generator: share of fresh noise, 0 to 1.  [default: the checkpoint's]")
 @sampler_options
