@@ -103,7 +103,7 @@ def _alternatives(request: PlanRequest, on_progress: Callable[[str], object]) ->
 
 
 def _peaks(plan: Plan, rows: int, share: int) -> dict[str, Any]:
-    return {"one_image": plan.peak(1), "micro_batch": plan.peak(rows, rows < share)}
+    return {"one_image": plan.peak(plan.group_size), "micro_batch": plan.peak(rows, rows < share)}
 
 
 def _bytes_by_purpose(plan: Plan, turns: Mapping[str, int], rows: int, accumulates: bool) -> dict[str, int]:
@@ -134,7 +134,7 @@ def plan_text(document: Mapping[str, Any], request: PlanRequest) -> str:
         *(f"{_size(size)}  {name}" for name, size in document["bytes"].items() if size),
         f"{_size(peak['micro_batch'])}  at most on each GPU, in micro-batches of {request.rows:,}",
         *(f"{_size(size)}  in the {role}'s turn" for role, size in smaller.items()),
-        f"{_size(peak['one_image'])}  in micro-batches of one image",
+        f"{_size(peak['one_image'])}  in micro-batches of {_fewest(request.recipe)}",
         *_graphs_text(document["cuda_graphs"]),
         "",
         f"GPU          largest micro-batch    images/s   days for {training.images:,} images, at "
@@ -144,7 +144,12 @@ def plan_text(document: Mapping[str, Any], request: PlanRequest) -> str:
         largest = gpu["largest_micro_batch"]
         speed = f"{gpu['images_per_second']:10,.4g}   {gpu['days']:.2g}" if largest else "         -   -"
         lines.append(f"{gpu['gpu']:<12} {largest or 'does not fit':>19}  {speed}")
-    return "\n".join([*lines, *_alternatives_text(document["others"])])
+    return "\n".join([*lines, *_alternatives_text(document["others"], _fewest(request.recipe))])
+
+
+def _fewest(recipe: Recipe) -> str:
+    """Returns the smallest micro-batch, in words."""
+    return "one image" if recipe.group_size == 1 else f"{recipe.group_size} images"
 
 
 def _graphs_text(size: int | None) -> list[str]:
@@ -154,11 +159,11 @@ def _graphs_text(size: int | None) -> list[str]:
     return [f"{_size(size)}  more for CUDA graphs, and copies of their inputs: not counted, as no GPU has shown it"]
 
 
-def _alternatives_text(others: list[dict[str, Any]]) -> list[str]:
+def _alternatives_text(others: list[dict[str, Any]], fewest: str) -> list[str]:
     if not others:
         return []
     names = list(others[0]["largest_micro_batch"])
-    lines = ["", "GB in micro-batches of one, and the largest micro-batch by GPU:", ""]
+    lines = ["", f"GB in micro-batches of {fewest}, and the largest micro-batch by GPU:", ""]
     lines.append(f"{'':34}{'GB':>8}" + "".join(f"{name:>12}" for name in names))
     for other in others:
         options = "bf16, fp16" if other["precision"] == "bf16" else other["precision"]

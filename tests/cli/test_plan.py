@@ -131,3 +131,7 @@ def test_the_users_errors(words: list[str], sentence: str) -> None:
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_group_is_the_smallest_micro_batch() -> None:
+    assert "  in micro-batches of 4 images\n" in plan("imm/digits", TEACHER, "--gpu", "l40s").stdout
