@@ -199,7 +199,7 @@ def product_config(recipe: Recipe, sources: Sources) -> CheckpointConfig:
         "stage": "teacher" if recipe.method_class.product == "teacher" else "generator",
         "method": recipe.method_name,
         "recipe_hash": recipe.hash,
-        "guidance": None,
+        "guidance": msgspec.to_builtins(config.guidance) if recipe.method_class.first_stages else None,
         "label_names": config.label_names or (names if has_names else None),
         "sampling": {"sigmas": trained | recipe.sampling.sigmas, "gamma": recipe.sampling.gamma},
         "images_total": recipe.training.images,

@@ -9,7 +9,7 @@ import torch
 from msgspec.structs import replace
 from toy_runs import TABLES, source_of
 
-from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe, read_config, write_config
+from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance, describe, read_config, write_config
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.checkpoints.tuning import Tuning
 from edmdistill.errors import TrainingError
@@ -27,7 +27,7 @@ CPU = Machine(device="cpu")
 SIGMA = 0.5
 
 
-def test_what_was_tuned_on_a_first_stage_is_not_said_of_the_second(teacher: Path, tmp_path: Path) -> None:
+def test_a_second_stage_keeps_the_guidance_built_in_and_not_what_was_tuned(teacher: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     shutil.copytree(teacher.with_name("first-stage"), first)
     tuning = Tuning(
@@ -48,9 +48,11 @@ def test_what_was_tuned_on_a_first_stage_is_not_said_of_the_second(teacher: Path
         spread=0.0,
         source_sha256=None,
     )
-    write_config(first, replace(read_config(first), tunings={"1": tuning}))
+    write_config(first, replace(read_config(first), guidance=Guidance("classes", (2.0, 2.0)), tunings={"1": tuning}))
     recipe = Recipe.from_tables(TABLES | {"method": {"name": "tcm"}}, "a test")
-    assert prepare(recipe, data="digits", teacher=first, machine=CPU).config.tunings == {}
+    config = prepare(recipe, data="digits", teacher=first, machine=CPU).config
+    assert config.guidance == Guidance("classes", (2.0, 2.0))
+    assert config.tunings == {}
 
 
 def test_a_run_whose_checkpoints_could_not_be_read_is_refused(teacher: Path) -> None:
