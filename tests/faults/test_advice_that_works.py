@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from edmdistill.data import datasets
+from edmdistill.data.order import indices
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import Recipe
@@ -36,7 +37,7 @@ def test_an_image_that_cannot_be_read(
         made = recipe("cosim", images=80, snapshot_every=8)
         return prepare(made, data=folder, teacher=teacher, machine=Machine("cpu"))
 
-    run, broken = begin(), folder / f"{int(datasets.indices(0, 20, 1, 40)):02d}.png"
+    run, broken = begin(), folder / f"{int(indices(0, 20, 1, 40)):02d}.png"
     sound = broken.read_bytes()
     with pytest.raises(TrainingError) as error:
         train(run, tmp_path / "run", on_round=lambda images, measures: broken.write_bytes(sound[:40]), on_message=str)
