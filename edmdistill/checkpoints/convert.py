@@ -100,7 +100,7 @@ def convert(
     with atomic_write(out) as folder:
         on_progress("writing")
         two_time = add_second_time(adapted, lend=True)
-        config = replace(config, provenance=provenance, **describe(two_time))
+        config = replace(config, provenance=provenance, results=(), **describe(two_time))
         write_checkpoint(folder, two_time, config)
         del two_time, adapted
         flow.network.fold(lay_out=False)
