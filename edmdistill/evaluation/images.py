@@ -152,7 +152,7 @@ def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
                 "sampling.grid.to_uint8 makes them from [-1, 1]"
             )
         size = tuple(source.shape[1:])
-        return Images(len(source), size, lambda rows: source[rows.start : rows.stop], None, None, "unknown")
+        return Images(len(source), size, lambda rows: source[rows.start : rows.stop].cpu(), None, None, "unknown")
     path = Path(source)
     if path.suffix.lower() in ARRAYS and not path.is_dir():
         rows, classes, seeds = open_npz(path) if path.suffix.lower() == ".npz" else (open_npy(path), None, None)

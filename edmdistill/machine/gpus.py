@@ -30,7 +30,7 @@ class GPU(NamedTuple):
 
 @cache
 def measure_this_machine() -> GPU:
-    """Returns the speed of this machine's first GPU, or of its CPU, measured by matrix products and small calls."""
+    """Returns the speed of the current GPU, or of the CPU, measured by matrix products and small calls."""
     import torch
 
     from edmdistill.machine.host import host_memory
@@ -55,7 +55,7 @@ def measure_this_machine() -> GPU:
         return float(2 * size**3 / seconds(lambda: matrix @ matrix, times))
 
     small = torch.ones(1, device=device)
-    memory = torch.cuda.get_device_properties(0).total_memory if gpu else host_memory()[0]
+    memory = torch.cuda.get_device_properties(device).total_memory if gpu else host_memory()[0]
     launch = seconds(lambda: small + small, 1000)
     return GPU(memory, rate(torch.bfloat16), rate(torch.float32), max(launch, LAUNCH))
 

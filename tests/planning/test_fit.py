@@ -1,6 +1,7 @@
 """`--fit`: less memory leads to slower ways, and what is chosen takes what a plan of it says."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,3 +139,17 @@ def test_on_a_cpu_the_memory_is_named_and_nothing_moves(monkeypatch) -> None:
     assert fitted.sentence.startswith("--fit chooses --checkpoint-activations ")
     with pytest.raises(TrainingError, match="not even one image fits"):
         run(0.9 * least)
+
+
+def test_a_gpu_is_asked_for_its_memory_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is named, which `measure_this_machine` finds as the current one."""
+    asked: list[object] = []
+    properties = SimpleNamespace(total_memory=GPU_AT_HAND.memory)
+    monkeypatch.setattr(module, "pick_device", lambda name: asked.append(name) or torch.device(name))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(str(device)) or properties)
+    monkeypatch.setattr(module, "measure_this_machine", lambda: GPU_AT_HAND)
+    monkeypatch.setattr(outlines, "outline", lambda teacher: flow())
+    chosen = fit_run(RECIPE, Machine("cuda:1"), "auto", data="digits", teacher="teacher", guide=None, processes=1)
+    assert asked == ["cuda:1", "cuda:1"]
+    assert chosen.memory == GPU_AT_HAND.memory
+    assert chosen.peak < chosen.memory

@@ -1,0 +1,39 @@
+"""GPUs by their names and by measurement."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from edmdistill.machine.gpus import LAUNCH, find_gpu, measure_this_machine
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.0e9, "h100"),
+        ("NVIDIA H100 NVL", 100.6e9, None),
+        ("NVIDIA H200", 150.1e9, "h200"),
+        ("NVIDIA A100-SXM4-40GB", 42.4e9, "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", 85.0e9, "a100-80"),
+        ("NVIDIA GeForce RTX 4090", 25.3e9, "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16.8e9, None),
+        ("NVIDIA RTX 6000 Ada Generation", 50.9e9, "rtx6000-ada"),
+        ("Tesla T4", 15.6e9, None),
+    ],
+)
+def test_the_name_and_the_memory_tell_a_gpu(name: str, memory: float, key: str | None) -> None:
+    assert find_gpu(name, memory) == key
+
+
+def test_the_current_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones, waits = torch.ones, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8e9))
+    monkeypatch.setattr(torch, "ones", lambda *size, device, dtype=torch.float32: ones(4, 4, dtype=dtype))
+    gpu = measure_this_machine.__wrapped__()
+    assert gpu.memory == 8e9
+    assert min(gpu.half, gpu.single) > 0
+    assert gpu.launch >= LAUNCH
+    assert len(waits) == 3 * 3  # before each reading of the clock, of three measurements
