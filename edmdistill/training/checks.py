@@ -113,12 +113,13 @@ def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> 
             f"--force-guidance has no effect: in this recipe of {recipe.method_name} the teacher does not guide "
             "itself; leave it out"
         )
-    for name in recipe.method_class.noise_levels:
-        value = getattr(recipe.method, name)
+    options = {f"method.{name}": getattr(recipe.method, name) for name in recipe.method_class.noise_levels}
+    options |= {f"sampling.sigmas.{nfe}": sigmas for nfe, sigmas in recipe.sampling.sigmas.items()}
+    for name, value in options.items():
         for sigma in filter(None, value if isinstance(value, tuple) else (value,)):
             if not flow.sigma_min <= sigma <= flow.sigma_max:
                 raise TrainingError(
-                    f"method.{name} = {toml(value)}: noise level {sigma:g} is out of range; this teacher was trained "
+                    f"{name} = {toml(value)}: noise level {sigma:g} is out of range; this teacher was trained "
                     f"for {flow.sigma_min:g} to {flow.sigma_max:g}"
                 )
 

@@ -55,10 +55,23 @@ def test_a_second_stage_keeps_the_guidance_built_in_and_not_what_was_tuned(teach
     assert config.tunings == {}
 
 
-def test_a_run_whose_checkpoints_could_not_be_read_is_refused(teacher: Path) -> None:
-    tables = TABLES | {"method": {"name": "sid"}, "sampling": {"nfe": [1], "sigmas": {"1": [1e12]}}}
-    with pytest.raises(TrainingError, match=r"read again, because .* must be at most 1000000000"):
-        prepare(Recipe.from_tables(tables, "a test"), data="digits", teacher=teacher, machine=CPU)
+@pytest.mark.parametrize(
+    ("method", "sampling", "why"),
+    [
+        (
+            {"name": "sid"},
+            {"sigmas": {"2": [800.0, 2.5]}},
+            r"sampling.sigmas.2 = \[800.0, 2.5\]: noise level 800 is out of",
+        ),
+        ({"name": "vsd", "guidance": [1e7, 1e7]}, {}, r"could not be read again, because .* must be at most 1000000"),
+    ],
+)
+def test_a_run_whose_generator_could_not_be_used_is_refused(
+    teacher: Path, method: dict[str, object], sampling: dict[str, object], why: str
+) -> None:
+    recipe = Recipe.from_tables(TABLES | {"method": method, "sampling": sampling}, "a test")
+    with pytest.raises(TrainingError, match=why):
+        prepare(recipe, data="digits", teacher=teacher, machine=CPU, force_guidance="guidance" in method)
 
 
 @pytest.mark.parametrize("preconditioning", [EDM(), VP()], ids=["edm", "vp"])
