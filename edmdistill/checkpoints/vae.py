@@ -5,6 +5,7 @@ The weights are safetensors, checked by name and shape before a network is made 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -213,8 +214,12 @@ def _require_weights(folder: Path) -> None:
 
 def _autoencoder() -> Any:
     """Returns diffusers' class.  Raises: CheckpointError: diffusers is not installed."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # diffusers imports torchao where it can, which warns of libraries that it lacks
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise CheckpointError(NOT_INSTALLED.format(error.name or "diffusers")) from error
+    finally:
+        logging.disable(disabled)
     return AutoencoderKL

@@ -1,9 +1,12 @@
 """VAEs: the official moments, what is read from which place, and what is refused."""
 
 import json
+import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -183,3 +186,15 @@ def test_the_hub_once_and_then_its_cache(server, folder: Path, case: dict[str, t
     assert len(server.calls) == before
     with pytest.raises(HubError, match="you/vae cannot be downloaded from the Hub"):
         read_vae("you/vae", download=True)
+
+
+def test_what_diffusers_says_of_other_packages_is_not_passed_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    package = ModuleType("diffusers")
+    package.__getattr__ = lambda name: logging.getLogger("torchao").warning("no CUDA")  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "diffusers", package)
+    module._autoencoder()
+    assert not caplog.records
+    logging.getLogger("torchao").warning("later")
+    assert [record.message for record in caplog.records] == ["later"]
