@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from edmdistill.errors import RecipeError, TrainingError
-from edmdistill.recipes.schema import EvaluationTable, Recipe
+from edmdistill.recipes.schema import Recipe
 
 RECIPE, RUN = "recipe.resolved.json", "run.json"
 MUTABLE = {f"training.{key}" for key in ("compile", "keep", "keep_every", "log_every", "snapshot_every")} | {
     "ema.snapshot_every",
     "data.name",
-    *(f"evaluation.{key}" for key in EvaluationTable.__struct_fields__),
+    "evaluation",
+    "sampling",
 }
-"""Keys that may change when a run resumes, because nothing that is computed depends on them beyond rounding."""
+"""Keys and tables that may change when a run resumes: nothing that is trained depends on them beyond rounding."""
 TOTAL = "training.images"
 """May grow, unless a schedule depends on it."""
 
@@ -70,7 +71,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], mutable: Collec
     }
     return [
         f"  {key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now{why.get(key, '')}"
-        for key in sorted((old.keys() | new.keys()).difference(mutable))
+        for key in sorted(key for key in old.keys() | new.keys() if {key, key.partition(".")[0]}.isdisjoint(mutable))
         if old.get(key, "absent") != new.get(key, "absent")
     ]
 

@@ -56,7 +56,9 @@ def test_what_is_only_kept_or_shown_may_change(tmp_path):
     with opened(tmp_path / "a"):
         pass
     ema = {"half_life_images": 5, "snapshot_every": 16}
-    changed = json.dumps({"training": {"lr": 1e-3, "batch": 8, "keep": 5}, "ema": ema}).encode()
+    tables = {"training": {"lr": 1e-3, "batch": 8, "keep": 5}, "ema": ema}
+    tables |= {"sampling": {"nfe": [1], "sigmas": {"1": [2.5]}}, "evaluation": {"protocol": "digits"}}
+    changed = json.dumps(tables).encode()
     with opened(tmp_path / "a", changed):
         pass
     assert (tmp_path / "a" / "recipe.resolved.json").read_bytes() == changed
