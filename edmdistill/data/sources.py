@@ -155,6 +155,13 @@ def _classes_of_folders(names: Sequence[str], rule: str, is_zip: bool) -> tuple[
     tops = [name.partition("/")[0] if "/" in name else "" for name in names]
     classes = {top: label for label, top in enumerate(sorted(set(tops)))}
     numbered = all(_CHUNK.fullmatch(top) for top in classes)
+    inner = {"/".join(name.split("/")[:2]) for name in names if name.count("/") > 1}
+    if rule == "auto" and not is_zip and len(classes) == 1 and len(inner) > 1:
+        top = printable(next(iter(classes)))
+        return Labels(), [
+            f"all pictures are in one folder, {top}, so they have no classes; prepare that folder, and its "
+            f"{len(inner):,} folders are classes"
+        ]
     if rule == "auto" and (is_zip or len(classes) < 2):
         note = f"a zip without {LABELS} has no classes; --labels folders makes its {len(classes):,} top folders classes"
         return Labels(), [note] if len(classes) > 1 and not numbered else []

@@ -93,6 +93,15 @@ def test_files_in_no_folder_are_a_class_of_their_own(tmp_path: Path) -> None:
     assert prepared(write_folder(tmp_path / "flat", {"z.png": encoded(0, 8, 8)}))[1] is None
 
 
+def test_classes_that_are_a_folder_deeper_are_pointed_out(tmp_path: Path) -> None:
+    """As in the official tool, the top folders are the classes; often there is only one, as train."""
+    source = write_folder(tmp_path / "set", {f"train/{name}/a.png": encoded(0, 8, 8) for name in ("cat", "dog")})
+    note = "all pictures are in one folder, train, so they have no classes; prepare that folder, and its 2 folders are"
+    assert prepare_data(source, tmp_path / "out.zip").notes[0].startswith(note)
+    assert prepared(source)[1] is None
+    assert prepared(source / "train")[1:] == ([0, 1], ["cat", "dog"])
+
+
 @pytest.mark.parametrize("labels", [None, []])
 def test_a_description_without_labels_is_none(labels: list[object] | None, tmp_path: Path) -> None:
     """As in the official tool."""
