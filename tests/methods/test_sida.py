@@ -65,3 +65,17 @@ def compare(network: torch.nn.Module, found: Tensor, expected: Tensor) -> None:
     slopes = [torch.autograd.grad(loss.mean(), list(network.parameters())) for loss in (found, expected)]
     for one, other in zip(*slopes, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+def test_logits_of_generated_images_are_clipped_at_10(noise: NoiseRange) -> None:
+    def loss(logit: float) -> Tensor:
+        def psi(x: Tensor, s: Tensor, labels: None, logits: str) -> tuple[Tensor, Tensor]:
+            return 0.1 * x, torch.full((len(x), 3), logit)
+
+        networks = {"teacher": lambda x, s, labels: 0.2 * x, "generator": None, "auxiliary": psi}
+        x, v = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+        return SiDA(SiDAConfig(), networks, noise).score_loss(1.0, x, v, torch.full((4,), 0.8), None).value
+
+    assert torch.equal(loss(-50.0), loss(-10.0))
+    assert torch.equal(loss(50.0), loss(10.0))
+    assert bool((loss(-10.0) > loss(-9.0)).all())
