@@ -68,7 +68,7 @@ def launch(arguments: Sequence[str], processes: int, *, device: str | None, on_m
             "--processes starts the processes of a run, but torchrun, accelerate or srun has already started them: "
             "leave --processes out"
         )
-    cpu = _all_on_cpu(device, processes)
+    _require_devices(device, processes)
     children: list[subprocess.Popen[bytes]] = []
     requests: list[tuple[float, int]] = []
 
@@ -85,7 +85,7 @@ def launch(arguments: Sequence[str], processes: int, *, device: str | None, on_m
     try:
         # In its own group, a process gets Ctrl-C only from here and only once: a second signal would stop it before it
         # has saved. And `kill` of this process has the effect of the terminal's Ctrl-C.
-        for environ in _environments(processes, cpu):
+        for environ in _environments(processes):
             child = subprocess.Popen(_command(arguments), env=environ, stdin=subprocess.DEVNULL, process_group=0)
             children.append(child)
         return _watch(children, requests, on_message)
@@ -174,8 +174,8 @@ def _tasks_per_node(counts: str) -> list[int]:
     return [int(pair[1]) for pair in pairs if pair for _ in range(int(pair[2] or 1))]
 
 
-def _all_on_cpu(device: str | None, processes: int) -> bool:
-    """Returns whether the processes train on the CPU.  Raises: as `launch`."""
+def _require_devices(device: str | None, processes: int) -> None:
+    """Raises: as `launch`, where there is no GPU for each process, and they do not run on the CPU."""
     import torch
 
     from edmdistill.machine.devices import named_device
@@ -192,10 +192,9 @@ def _all_on_cpu(device: str | None, processes: int) -> bool:
             f"--processes {processes} needs one GPU for each process, but this machine has {count}: use {fewer}, or "
             "--device cpu"
         )
-    return chosen.type == "cpu"
 
 
-def _environments(processes: int, cpu: bool) -> list[dict[str, str]]:
+def _environments(processes: int) -> list[dict[str, str]]:
     """Returns the environment variables of each process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -207,8 +206,6 @@ def _environments(processes: int, cpu: bool) -> list[dict[str, str]]:
         "MASTER_PORT": str(port),
         LAUNCHER: str(os.getpid()),
     }
-    if cpu:
-        shared["ACCELERATE_USE_CPU"] = "1"
     return [
         {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
         | os.environ

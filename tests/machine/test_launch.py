@@ -84,7 +84,7 @@ def dead(pid: int) -> bool:
 def test_every_process_knows_its_place_and_speaks_for_itself(start, capfd, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     code = """
-        names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR ACCELERATE_USE_CPU OMP_NUM_THREADS"
+        names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS"
         Path(f"{rank}.env").write_text(" ".join(os.environ[name] for name in names.split()))
         Path(f"{rank}.port").write_text(os.environ["MASTER_PORT"])
         os.write(1, f"out {rank}\\n".encode())  # in one piece
@@ -93,7 +93,7 @@ def test_every_process_knows_its_place_and_speaks_for_itself(start, capfd, monke
     assert start(code, 3) == (0, [])
     threads = max(1, len(os.sched_getaffinity(0)) // 3)
     for rank in range(3):
-        assert Path(f"{rank}.env").read_text() == f"{rank} {rank} 3 3 127.0.0.1 1 {threads}"
+        assert Path(f"{rank}.env").read_text() == f"{rank} {rank} 3 3 127.0.0.1 {threads}"
     assert len({Path(f"{rank}.port").read_text() for rank in range(3)}) == 1
     captured = capfd.readouterr()
     assert sorted(captured.out.splitlines()) == ["out 0", "out 1", "out 2"]
@@ -343,18 +343,16 @@ def test_more_processes_than_devices(monkeypatch):
         launch.launch([], 2, device=None, on_message=print)
 
 
-@pytest.mark.parametrize(("count", "variable"), [(0, True), (2, False), (3, False)])
-def test_where_there_is_no_device_the_processes_run_on_the_cpu(start, monkeypatch, count: int, variable: bool):
+@pytest.mark.parametrize("count", [0, 2, 3])
+def test_where_there_is_no_device_the_processes_run_on_the_cpu(start, monkeypatch, count: int):
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", code])
-    code = f"import os; assert ('ACCELERATE_USE_CPU' in os.environ) == {variable}"
+    monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", "pass"])
     assert launch.launch([], 2, device=None, on_message=print) == 0
 
 
 def test_on_the_cpu_devices_do_not_count(start, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert start("assert os.environ['ACCELERATE_USE_CPU'] == '1'") == (0, [])
+    assert start("pass") == (0, [])
 
 
 @pytest.mark.parametrize(
