@@ -49,6 +49,6 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
         warnings.simplefilter("ignore", FutureWarning)
         # In memory first: on a full disk, torch's writer ends the process.
         torch.export.save(export_program(step, flow), data := io.BytesIO())
-        (folder / FILE).write_bytes(data.getbuffer())
+        (folder / FILE).write_bytes(data.getvalue())  # getbuffer(), in an error's traceback, crashes Python 3.12.1
         module = torch.export.load(folder / FILE).module()
     return compare(flow, config, step_sampler(flow, config, module))
