@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.config import CheckpointConfig, describe
+from edmdistill.checkpoints.config import CheckpointConfig, default_nfe, describe
 from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.store import save_tensors
 from edmdistill.checkpoints.vae import SUBFOLDER
@@ -53,7 +53,7 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)
     generator = [torch.Generator().manual_seed(seed) for seed in range(16)]
-    images = pipe(num_inference_steps=2, generator=generator{classes}).images
+    images = pipe(num_inference_steps={default_nfe(config)}, generator=generator{classes}).images
 
 One generator an image gives the images of `edmdistill sample --seeds 0-15`. `sigmas=[80, 2.5]` names the noise levels,
 `gamma=0.5` the share of fresh noise between them; classes that are not named are drawn.

@@ -24,6 +24,7 @@ from edmdistill.checkpoints.config import (
     Guidance,
     Provenance,
     SamplingDefaults,
+    default_nfe,
     describe,
 )
 from edmdistill.checkpoints.generator import Generator
@@ -306,6 +307,22 @@ def test_a_pipeline_outlives_the_next_one(pipelines: dict):
     """diffusers runs the code anew for whichever pipeline is loaded, in the module that the first one has."""
     for pipe in pipelines.values():
         assert pipe(generator=streams(0), output_type="latent").images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "stored", [{}, {"1": [2.5]}, {"2": [80.0, 2.0]}, {"4": [80.0, 9.0, 2.0, 0.5], "8": [80.0] * 8}]
+)
+def test_a_pipelines_default_number_of_steps_is_samples(stored: dict[str, list[float]], runs: Path):
+    pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
+    from edmdistill.export.remote.scheduler import GammaScheduler
+
+    config = load_flow(runs / "pixels")[1]
+    expected = default_nfe(replace(config, sampling=replace(config.sampling, sigmas=stored)))
+    scheduler = GammaScheduler(sigmas=stored)
+    scheduler.set_timesteps()
+    assert len(scheduler.timesteps) == expected
+    if stored:
+        assert scheduler.timesteps.tolist() == stored[str(expected)]
 
 
 @pytest.mark.parametrize(

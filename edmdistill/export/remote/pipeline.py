@@ -82,7 +82,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
-        num_inference_steps: int = 2,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         gamma: float | None = None,
         guidance_scale: float | None = None,
@@ -96,7 +96,7 @@ class GammaPipeline(DiffusionPipeline):  # type: ignore[misc]
         Args:
             class_labels: number or name, one for all images or one for each; None = drawn. A name means what it means
                 to `edmdistill sample --class`.
-            num_inference_steps: network evaluations.
+            num_inference_steps: network evaluations; None = 2, or the fewest that the scheduler has levels for.
             sigmas: noise levels to evaluate at, decreasing, in place of num_inference_steps.
             gamma: share of fresh noise between the steps, in [0, 1]; None = the scheduler's.
             guidance_scale: weight of the distilled guidance; None = the smallest that the network takes.

@@ -47,16 +47,21 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def set_timesteps(
         self,
-        num_inference_steps: int = 2,
+        num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
         """Starts a new trajectory, with so many noise levels or the given ones, which must decrease.
 
+        num_inference_steps: None = 2, or the fewest that the generator has levels for.
+
         Raises: ValueError: no levels, levels that increase, or one outside of the network's range.
         """
         low, high = self.config.sigma_min, self.config.sigma_max
         if sigmas is None:
+            if num_inference_steps is None:
+                stored = [int(steps) for steps in self.config.sigmas]
+                num_inference_steps = 2 if 2 in stored or not stored else min(stored)
             if num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
             tuned = self.config.sigmas.get(str(num_inference_steps))
