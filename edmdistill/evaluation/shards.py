@@ -220,6 +220,7 @@ def _in_turns(
         if rank == 0:
             for other, rows in enumerate(of_turn):
                 yield rows, {name: every[other, : len(rows)] for name, every in gathered.items()}
+    next(measured, None)  # nothing is left but Ctrl-C, if it came while the last batches were read ahead
 
 
 def _gather(array: Tensor, rows: int, processes: Processes) -> Tensor:

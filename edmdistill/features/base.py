@@ -103,7 +103,7 @@ def require_uint8(images: object, space: str) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or images.dtype != torch.uint8:
         raise DatasetError(
             f"the feature space {space} takes images as a tensor, uint8 [B,C,H,W], not {shown(images)}: "
-            "sampling.grid.to_uint8 makes them from [-1, 1]"
+            "torch.from_numpy makes one of an array, sampling.grid.to_uint8 such images of [-1, 1]"
         )
 
 

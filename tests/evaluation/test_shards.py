@@ -51,6 +51,15 @@ def test_without_a_folder_nothing_is_kept() -> None:
     assert read(measure_all(COUNT, BATCH, Measure())) == whole()
 
 
+def test_a_stop_after_the_last_batch_is_not_lost() -> None:
+    def measure(rows: Iterable[range]) -> Iterator[MeasuredBatch]:
+        yield from Measure()(rows)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read(measure_all(COUNT, BATCH, measure))
+
+
 @pytest.mark.parametrize("most", [0, 7, 20, 49])
 @pytest.mark.parametrize("per_file", [1, 14, 4096])
 def test_what_was_measured_before_a_stop_is_not_measured_again(
