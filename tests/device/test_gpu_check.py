@@ -159,6 +159,7 @@ def test_what_a_card_cannot_hold_is_skipped(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_is_for_cuda_alone_runs(
     gpu_check: ModuleType, cuda: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
