@@ -79,7 +79,7 @@ ALWAYS: dict[str, list[Callable[[], Any]]] = {
         for module in ("machine.engine", "networks.base")
     ],
     "weights normalized once a turn": [partial(patch.object, Machine, "shares_weights", False)],
-    "frozen networks folded": [partial(patch.object, Network, "fold", lambda network: None)],
+    "frozen networks folded": [partial(patch.object, Network, "fold", lambda network, **options: None)],
 }
 
 
