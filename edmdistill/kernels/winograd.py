@@ -86,7 +86,7 @@ def transform_weight(weight: Tensor) -> Tensor:
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
-    """Returns whether the convolution of x, padded by zeros, is faster so, and is one for which this is made.
+    """Returns whether Winograd's convolution of x, padded by zeros, is possible and faster than torch's.
 
     It is for images on a CPU in float32, laid out channels-last, without gradients or tangents, not compiled, on one
     thread: with more, each of its many steps waits for all. Sizes are multiples of 4, with 16 tiles or more in a batch;

@@ -216,7 +216,7 @@ def _environments(processes: int) -> list[dict[str, str]]:
 
 
 def imports_from_working_directory() -> bool:
-    """Returns whether files in the working directory are modules for this process; else they must not be for others."""
+    """Returns whether this process imports from the working directory; if not, those that it starts must not either."""
     return os.getcwd() in sys.path or "" in sys.path
 
 

@@ -126,12 +126,13 @@ class SamplingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """[sampling]: how samples are drawn for the run's grids, and the defaults of its checkpoint."""
 
     nfe: Steps = (1, 2, 4)
-    """Network evaluations in grids and measurements. Default of a teacher: 35; of a generator for some steps: these."""
+    """Network evaluations in grids and measurements. Default: 35 for a teacher; else the number that
+    the method trains for, or 1, 2 and 4."""
     gamma: Share = 1.0
     """Share of fresh noise in each step; 0 is deterministic, and the default of imm and of sCM in intervals."""
     sigmas: dict[str, Levels] = {}
-    """Noise levels by NFE, "2" = [80.0, 2.515], descending, repeats allowed. Default: those that a method trains alone,
-    as SiD does; others are on EDM's curve."""
+    """Noise levels by NFE, "2" = [80.0, 2.515], descending, repeats allowed. Default: those that the method trains for,
+    where it does not train for all, as SiD; else EDM's curve."""
 
     def __post_init__(self) -> None:
         for nfe, sigmas in self.sigmas.items():
@@ -164,7 +165,7 @@ class EvaluationTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     n: Annotated[int, Meta(ge=2, le=1_000_000)] = 1000
     """Images of a measurement, of the seeds from 0."""
     nfe: Steps = (2,)
-    """Network evaluations. Defaults are as those of [sampling]."""
+    """Network evaluations. Default: 35 for a teacher; else the number that the method trains for, or 2."""
     diagnose: bool = False
     """Measures as `edmdistill diagnose` does, too, with n jumps from each level."""
 

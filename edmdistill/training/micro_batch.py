@@ -22,8 +22,8 @@ HEADROOM = 0.05
 """Share of the GPU's memory that stays free, for CUDA itself, other libraries and fragmentation."""
 
 NO_ENGINE = "unable to find an engine"
-"""Part of the error of a convolution for which cuDNN has no algorithm whose workspace fits; nor, on a GPU that it does
-not know, for even one image."""
+"""Part of cuDNN's error where no algorithm of a convolution fits into memory. On a GPU that cuDNN does not support,
+even one image ends in it."""
 
 
 def settle_micro_batch(run: Run) -> int | None:

@@ -80,7 +80,7 @@ def build_role(role: Role, flow: FlowNetwork, recipe: Recipe) -> nn.Module:
 
 
 def keep_labels(network: FlowNetwork) -> None:
-    """Turns label dropout off: without its labels, a network would learn from one that has them what it cannot know."""
+    """Turns label dropout off: a network without labels cannot match another that has them."""
     network.label_dropout = network.network.label_dropout = network.network.arguments["label_dropout"] = 0.0
 
 

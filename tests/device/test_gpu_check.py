@@ -180,7 +180,7 @@ def test_what_is_for_cuda_alone_runs(
 def test_tritons_kernels_are_compared(
     gpu_check: ModuleType, cuda: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed")
     shapes = {"attention": ((2, 1, 9, 8),), "group_norm_silu": ((2, 32, 4, 4),)}
     monkeypatch.setattr(gpu_check, "KERNEL_SHAPES", shapes)
     lines = list(gpu_check.kernels(gpu_check.Setting(Cuda("cpu"), False, tmp_path)))

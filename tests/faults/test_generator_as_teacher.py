@@ -90,7 +90,8 @@ def test_a_denoiser_that_predicts_noise_is_not_taken_for_a_generator_by_its_roun
 ) -> None:
     flow = FlowNetwork(network().network, VP())
     share = STD**2 / (STD**2 + SIGMA**2)
-    noise = math.sqrt(SIGMA**2 + 1) * (1 - share) / SIGMA  # of a unit input, for the denoiser of N(0, STD^2)
+    # The network of the exact denoiser of N(0, STD^2), which is linear.
+    noise = math.sqrt(SIGMA**2 + 1) * (1 - share) / SIGMA
     flow.network.forward = lambda x, condition: x * noise  # type: ignore[method-assign]
     monkeypatch.setattr(measures, "LARGE", 0)
     monkeypatch.setattr(measures, "_multiplies_bfloat16", lambda: True)
