@@ -149,6 +149,23 @@ def find_vae(name: str, *, download: bool = False) -> Path | None:
     return cached_vae(name) or (download_from_hub(name, VAE_FILES) if download else None)
 
 
+def require_vae(name: str, *, download: bool = False) -> Path:
+    """Returns the folder of a VAE.
+
+    Args:
+        name, download: see `find_vae`.
+    Raises: CheckpointError: the VAE is not here, or diffusers is not installed.  HubError: the Hub refuses.
+    """
+    if find_spec("diffusers") is None:
+        raise CheckpointError(NOT_INSTALLED.format("diffusers"))
+    folder = find_vae(name, download=download)
+    if folder is None:
+        raise CheckpointError(
+            f"there is no VAE {name}: give a folder with {CONFIG} and {WEIGHTS}, or owner/name of the Hub"
+        )
+    return folder
+
+
 def read_vae(
     name: str,
     device: torch.device | str = "cpu",
@@ -167,13 +184,7 @@ def read_vae(
         channels, or is damaged.
         HubError: the Hub refuses.
     """
-    if find_spec("diffusers") is None:
-        raise CheckpointError(NOT_INSTALLED.format("diffusers"))
-    folder = find_vae(name, download=download)
-    if folder is None:
-        raise CheckpointError(
-            f"there is no VAE {name}: give a folder with {CONFIG} and {WEIGHTS}, or owner/name of the Hub"
-        )
+    folder = require_vae(name, download=download)
     architecture = read_architecture(folder)
     if channels not in (None, architecture.latent_channels):
         raise CheckpointError(

@@ -51,15 +51,17 @@ def command(
     from edmdistill.machine.launch import init_from_environment, launch, process_rank, without_processes
 
     init_from_environment()
-    if processes is not None and processes > 1:
-        sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, on_message=say))
-
     from edmdistill.atomic import require_free
     from edmdistill.data.latent_zip import read_request
 
     rank, world = process_rank()
     with errors_once():
         require_free(out, overwrite or read_request(out) is not None)
+    if processes is not None and processes > 1:
+        from edmdistill.checkpoints.vae import require_vae
+
+        require_vae(vae, download=True)  # once, by this process
+        sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, on_message=say))
 
     import torch
 

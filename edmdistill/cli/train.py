@@ -130,17 +130,24 @@ def command(
     torchrun, accelerate launch and srun start it on several machines.
     """
     from edmdistill.machine.launch import init_from_environment, launch, without_processes
+    from edmdistill.recipes.library import find_recipe
 
     init_from_environment()
+    size = _micro_batch(micro_batch)
     if processes is not None and processes > 1:
+        from edmdistill.machine.devices import named_device, require_gpu
+
+        # What can be refused at once is not left to the processes, which take a while to start.
+        find_recipe(recipe).resolve(method, sets)
+        for option, value in (("--micro-batch auto", size), ("--fit auto", fit)):
+            if value == "auto":
+                require_gpu(named_device(device), option)
         sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, on_message=say))
 
     from edmdistill.machine.engine import Machine
-    from edmdistill.recipes.library import find_recipe
     from edmdistill.training.checks import require_measured
     from edmdistill.training.prepare import prepare
 
-    size = _micro_batch(micro_batch)
     machine = Machine(
         device,
         size,

@@ -31,7 +31,7 @@ from torch.nn.utils import get_total_norm
 from edmdistill.errors import PeerFailed, TrainingError, counted
 from edmdistill.kernels.linear import lay_out_weights
 from edmdistill.machine.compile import begin_step
-from edmdistill.machine.devices import process_device
+from edmdistill.machine.devices import process_device, require_gpu
 from edmdistill.machine.host import cores
 from edmdistill.machine.offload import offload
 from edmdistill.networks.flow import FlowNetwork
@@ -158,8 +158,8 @@ class Engine:
         """Raises: TrainingError: a batch cannot be split into the micro-batches that were asked for."""
         if self.machine.micro_batch != "auto":
             self.micro_batches(batch, group)
-        elif not is_gpu(self.device):
-            raise TrainingError("--micro-batch auto needs a GPU, but this run is on the CPU: use a number of images")
+        else:
+            require_gpu(self.device, "--micro-batch auto")
 
     def begin_turn(self) -> None:
         """Lets CUDA graphs reuse the memory of the previous turn, no result of which is needed anymore."""

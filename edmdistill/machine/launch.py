@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import FrameType
 
-from edmdistill.errors import TrainingError
+from edmdistill.errors import TrainingError, counted
 from edmdistill.machine.host import cores
 
 LAUNCHER = "EDMDISTILL_LAUNCHER"
@@ -57,7 +57,7 @@ def launch(arguments: Sequence[str], processes: int, *, device: str | None, on_m
     Args:
         arguments: the command line's, without --processes.
         device: the device of all processes, cpu or cuda; None: cuda if available.
-        on_message: called with that sentence.
+        on_message: called with that sentence, and with one on what is started: it takes seconds to say more.
     Returns: the exit code. 0: done. 130: interrupted and saved. 2: a user error, which the process itself has printed,
         or a killed process. 1: a bug, whose traceback the process has printed.
     Raises: TrainingError: another launcher has started this process, or there are too few devices.
@@ -68,7 +68,7 @@ def launch(arguments: Sequence[str], processes: int, *, device: str | None, on_m
             "--processes starts the processes of a run, but torchrun, accelerate or srun has already started them: "
             "leave --processes out"
         )
-    _require_devices(device, processes)
+    on_message(_describe_start(processes, _require_devices(device, processes), asked=device is not None))
     children: list[subprocess.Popen[bytes]] = []
     requests: list[tuple[float, int]] = []
 
@@ -174,8 +174,11 @@ def _tasks_per_node(counts: str) -> list[int]:
     return [int(pair[1]) for pair in pairs if pair for _ in range(int(pair[2] or 1))]
 
 
-def _require_devices(device: str | None, processes: int) -> None:
-    """Raises: as `launch`, where there is no GPU for each process, and they do not run on the CPU."""
+def _require_devices(device: str | None, processes: int) -> str:
+    """Returns the kind of device of all processes.
+
+    Raises: as `launch`, where there is no GPU for each process, and they do not run on the CPU.
+    """
     import torch
 
     from edmdistill.machine.devices import named_device
@@ -192,6 +195,20 @@ def _require_devices(device: str | None, processes: int) -> None:
             f"--processes {processes} needs one GPU for each process, but this machine has {count}: use {fewer}, or "
             "--device cpu"
         )
+    return str(chosen.type)
+
+
+def _describe_start(processes: int, kind: str, *, asked: bool) -> str:
+    """Returns a sentence on the processes that are started.
+
+    Args:
+        kind: of their devices.
+        asked: whether the user named it.
+    """
+    if kind != "cpu":
+        return f"Starting {processes} processes, one for each GPU."
+    why = "" if asked else ", because torch finds no GPU here"
+    return f"Starting {processes} processes on the CPU, which has {counted(cores(), 'core')}{why}."
 
 
 def _environments(processes: int) -> list[dict[str, str]]:

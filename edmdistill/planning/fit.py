@@ -16,7 +16,7 @@ import torch
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine.compile import CUDA_GRAPHS
-from edmdistill.machine.devices import pick_device
+from edmdistill.machine.devices import pick_device, require_gpu
 from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.gpus import GPU, measure_this_machine
 from edmdistill.networks.flow import FlowNetwork
@@ -212,8 +212,7 @@ def fit_run(
     """
     device = pick_device(machine.device)  # the current one, whose speed is measured
     if isinstance(memory, str):
-        if not is_gpu(device):
-            raise TrainingError("--fit auto needs a GPU, but this run is on the CPU: name the memory, as in --fit 12GB")
+        require_gpu(device, "--fit auto")
         memory = torch.cuda.get_device_properties(device).total_memory
     return fit(
         recipe,

@@ -38,8 +38,10 @@ def test_encode(golden: Path, tmp_path: Path) -> None:
     assert "already holds these 6 latents" in CliRunner().invoke(main, arguments).stderr
     refused = CliRunner().invoke(main, [*arguments, "--range", "scm"])
     assert (refused.exit_code, "exists and holds something else" in refused.stderr) == (2, True)
-    none = CliRunner().invoke(main, [*arguments[:4], "--vae", str(tmp_path / "nothing")])
-    assert (none.exit_code, len(none.stderr.splitlines())) == (2, 1)
+    for options in [], ["--processes", "8", "--device", "cpu"]:  # before any process is started
+        none = CliRunner().invoke(main, [*arguments[:3], str(tmp_path / "b.zip"), "--vae", "nothing", *options])
+        assert (none.exit_code, len(none.stderr.splitlines())) == (2, 1)
+        assert "there is no VAE nothing" in none.stderr
 
 
 @pytest.mark.slow  # four processes import torch and diffusers

@@ -68,3 +68,25 @@ def test_every_command_refuses(
     assert said.startswith("Error: ")
     assert ("there is no device 'foo'" if device == "foo" else "torch finds no CUDA device here") in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--micro-batch", "auto"], "--micro-batch auto needs a GPU, but this run is on the CPU: use a number"),
+        (["--fit", "auto"], "--fit auto needs a GPU, but this run is on the CPU: name the memory"),
+        (["--micro-batch", "0"], "--micro-batch 0 is not a number of images"),
+        (["--set", "training.batch=0"], "training.batch = 0 must be at least 1"),
+        (["--recipe", "diffusion/digitz"], "did you mean"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_processes_are_not_started_to_refuse_an_option(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    result = CliRunner().invoke(main, [*COMMANDS["train in processes"], "--device", "cpu", *options])
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Starting" not in result.stderr

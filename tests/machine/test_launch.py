@@ -43,7 +43,8 @@ SAVES = textwrap.dedent("""
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """start(code, processes): launches `python -c code`, which knows its rank; gives exit code and sentences."""
+    """start(code, processes): launches `python -c code`, which knows its rank; gives exit code and sentences but the
+    first, which says what is started."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_", "RANK", "WORLD"))]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -56,7 +57,9 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         head = "import os, signal, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
         monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", head + textwrap.dedent(code)])
         sentences: list[str] = []
-        return launch.launch(["train"], processes, device="cpu", on_message=sentences.append), sentences
+        exit_code = launch.launch(["train"], processes, device="cpu", on_message=sentences.append)
+        assert sentences.pop(0).startswith(f"Starting {processes} processes on the CPU, which has ")
+        return exit_code, sentences
 
     return start
 
@@ -98,6 +101,22 @@ def test_every_process_knows_its_place_and_speaks_for_itself(start, capfd, monke
     captured = capfd.readouterr()
     assert sorted(captured.out.splitlines()) == ["out 0", "out 1", "out 2"]
     assert sorted(captured.err.splitlines()) == ["err 0", "err 1", "err 2"]
+
+
+def test_what_is_started_is_said_first(monkeypatch):
+    """Also that it is the CPU where torch finds no GPU: eight processes that share two cores would seem to hang."""
+    monkeypatch.setattr(launch, "_watch", lambda children, *_: 0)
+    monkeypatch.setattr(launch, "_command", lambda _: [sys.executable, "-c", ""])
+    monkeypatch.setattr(launch, "cores", lambda: 2)
+    said: list[str] = []
+    for device, gpus in ((None, 0), ("cpu", 0), (None, 8)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert launch.launch([], 8, device=device, on_message=said.append) == 0
+    assert said == [
+        "Starting 8 processes on the CPU, which has 2 cores, because torch finds no GPU here.",
+        "Starting 8 processes on the CPU, which has 2 cores.",
+        "Starting 8 processes, one for each GPU.",
+    ]
 
 
 def test_threads_that_the_user_set_stay(start, monkeypatch):
