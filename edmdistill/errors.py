@@ -55,6 +55,18 @@ class CheckpointError(EdmDistillError):
     """A checkpoint cannot be found, read, trusted or written."""
 
 
+class Damaged(CheckpointError):
+    """A file of a checkpoint is not what was written.
+
+    Attributes:
+        fault: the sentence without what to do.
+    """
+
+    def __init__(self, fault: str, advice: str = "use an intact copy") -> None:
+        super().__init__(f"{fault}; {advice}.")
+        self.fault = fault
+
+
 class RecipeError(EdmDistillError):
     """A recipe or an override is invalid.
 

@@ -20,7 +20,7 @@ from edmdistill.checkpoints.class_names import class_names
 from edmdistill.checkpoints.encoder import PIXELS, LatentEncoder
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.checkpoints.tuning import Tuning
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, Damaged
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.arguments import Arg, validated
 from edmdistill.networks.flow import FlowNetwork
@@ -215,13 +215,13 @@ def read_config(folder: Path) -> CheckpointConfig:
             f"{folder} is not a checkpoint because it has no {CONFIG}: use a converted teacher or a finished run."
         ) from error
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise CheckpointError(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error}).") from error
+        raise Damaged(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error})") from error
     version, (major, minor) = fields.get("format_version"), FORMAT_VERSION.split(".")
     supported = re.fullmatch(rf"{major}\.([0-9]{{1,9}})", version) if isinstance(version, str) else None
     if supported is None:
         raise CheckpointError(
-            f"{path} has format_version {version!r:.40}, but this edmdistill reads {major}.x: it is not "
-            "an edmdistill checkpoint, or a newer version wrote it."
+            f"{path} has format_version {version!r:.40}, but this edmdistill reads {major}.x: upgrade "
+            "edmdistill if a newer version wrote it; otherwise it is no checkpoint of edmdistill."
         )
     if int(supported[1]) > int(minor):
         fields = {name: value for name, value in fields.items() if name in CheckpointConfig.__struct_fields__}
@@ -233,7 +233,7 @@ def read_config(folder: Path) -> CheckpointConfig:
         names = config.label_names or class_names(config.label_dim, config.provenance.source)
         return replace(config, label_names=names)
     except ValueError as error:
-        raise CheckpointError(f"{path} is not a checkpoint's configuration: {error}.") from error
+        raise Damaged(f"{path} is not a checkpoint's configuration: {error}") from error
 
 
 def _refuse_control_characters(fields: Any) -> None:

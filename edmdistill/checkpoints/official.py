@@ -83,7 +83,9 @@ def build_official(
     if isinstance(flow.preconditioning, IDDPM):  # its noise levels are stored, but follow from its arguments
         levels = tensors.pop("u", torch.empty(0))
         if levels.shape != flow.preconditioning.levels.shape or not levels.allclose(flow.preconditioning.levels):
-            raise CheckpointError(f"{where} holds other noise levels than its arguments give: it is damaged.")
+            raise CheckpointError(
+                f"{where} holds other noise levels than its arguments give: it is damaged; download it again."
+            )
     fill(flow.network, tensors, where)
     if not upcast:
         _round_gains(flow.network)
@@ -139,7 +141,7 @@ def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
     if unknown:
         raise CheckpointError(
             f"{official.path} was made with the argument {min(unknown)}, which {official.network_class} does not "
-            "have: it is damaged, or was not written by NVIDIA's code."
+            "have: it is damaged, or was not written by NVIDIA's code; use an intact copy."
         )
     return arguments
 

@@ -65,7 +65,7 @@ _MODULES = {
 }
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-DAMAGED = "it is damaged or was not written by NVIDIA's code"
+DAMAGED = "it is damaged or was not written by NVIDIA's code; use an intact copy"
 
 
 class PersistentObject(Stateful):

@@ -22,7 +22,7 @@ from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.safetensors_file import write_safetensors
 from edmdistill.checkpoints.source import resolve
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, Damaged
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS, make_preconditioning
@@ -67,7 +67,7 @@ def load_tensors(
                 return {name: file.get_tensor(name) for name in names}, metadata
         return {name: _copied(path, name) for name in names}, metadata
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+        raise Damaged(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def _copied(path: Path, name: str) -> Tensor:
@@ -95,22 +95,20 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     Raises: CheckpointError: one is missing, unexpected, of another shape, not floating-point, or not finite.
     """
     expected = module.state_dict()
-    advice = "it is damaged, or its configuration describes another network"
+    cause = "it is damaged, or its configuration describes another network"
     for wrong, what in (
         (expected.keys() - tensors.keys(), "lacks {}, which its network needs"),
         (tensors.keys() - expected.keys(), "holds {}, for which its network has no place"),
     ):
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise CheckpointError(f"{where} {what.format(min(wrong) + more)}: {advice}.")
+            raise Damaged(f"{where} {what.format(min(wrong) + more)}: {cause}")
     for name, tensor in tensors.items():
         shape = list(expected[name].shape)
         if list(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{where} holds {name} in shape {list(tensor.shape)} where its network has {shape}: {advice}."
-            )
+            raise Damaged(f"{where} holds {name} in shape {list(tensor.shape)} where its network has {shape}: {cause}")
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{where} holds {name} as {tensor.dtype}, not as floating-point numbers: {advice}.")
+            raise Damaged(f"{where} holds {name} as {tensor.dtype}, not as floating-point numbers: {cause}")
         require_finite(tensor, name, where)
     module.load_state_dict(tensors, assign=True)
 
@@ -132,28 +130,28 @@ def build_flow(
     kind = numbers.pop("kind", None)
     for word, table in ((spec.kind, NETWORKS), (kind, PRECONDITIONINGS)):
         if not isinstance(word, str) or word not in table:
-            raise CheckpointError(f"{where} is of the kind {word!r:.80}, but this version supports {', '.join(table)}.")
+            raise Damaged(f"{where} is of the kind {word!r:.80}, but this version supports {', '.join(table)}")
     try:
         with torch.device("meta"):
             network = NETWORKS[spec.kind](**spec.arguments)
     except Exception as error:  # the arguments are untrusted: whatever breaks, they are the cause
-        raise CheckpointError(f"{where} has arguments that make no {spec.kind} network: {error!s:.300}.") from error
+        raise Damaged(f"{where} has arguments that make no {spec.kind} network: {error!s:.300}") from error
     try:
         flow = FlowNetwork(network, make_preconditioning(str(kind), numbers), label_dropout=label_dropout)
     except Exception as error:
-        raise CheckpointError(f"{where} has numbers that make no {kind} preconditioning: {error!s:.300}.") from error
+        raise Damaged(f"{where} has numbers that make no {kind} preconditioning: {error!s:.300}") from error
     # iDDPM's networks also predict the variance, which is not used.
     expected = flow.img_channels * (2 if isinstance(flow.preconditioning, IDDPM) else 1)
     channels = network.arguments.get("out_channels", expected)
     if channels != expected:
-        raise CheckpointError(
+        raise Damaged(
             f"{where} has a network that makes {channels} channels from {flow.img_channels}, where {kind} needs "
-            f"{expected}: it is no denoiser of such images."
+            f"{expected}: it is no denoiser of such images"
         )
     if network.positional_time != flow.preconditioning.reads_time:
         reads = "t" if network.positional_time else "ln(sigma)"
-        raise CheckpointError(
-            f"{where} contradicts itself: its network reads {reads}, but its preconditioning does not give that."
+        raise Damaged(
+            f"{where} contradicts itself: its network reads {reads}, but its preconditioning does not give that"
         )
     return flow
 
@@ -167,7 +165,12 @@ def refuse_occupied(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {CONFIG, MODEL, CARD}:
         raise CheckpointError(f"{folder} exists and is not a checkpoint: choose another path.")
-    existing = read_config(folder)  # what is not ours is not replaced
+    try:
+        existing = read_config(folder)
+    except CheckpointError as error:  # it may be another library's
+        raise CheckpointError(
+            f"{folder} exists and is not a checkpoint that can be read: choose another path, or remove it."
+        ) from error
     if not overwrite:
         raise CheckpointError(
             f"{folder} holds a checkpoint already, a {existing.stage} from {existing.provenance.source}: "
@@ -239,18 +242,16 @@ def build_meta(config: CheckpointConfig, folder: Path) -> FlowNetwork:
     for name in ("sigma_data", "sigma_min", "sigma_max", "label_dim", "two_time"):
         stated, actual = getattr(config, name), getattr(flow, name)
         if stated != actual:
-            raise CheckpointError(
-                f"{folder / CONFIG} contradicts itself: {name} is {stated}, its network has {actual}."
-            )
+            raise Damaged(f"{folder / CONFIG} contradicts itself: {name} is {stated}, its network has {actual}")
     if flow.guided != (config.guidance is not None and config.guidance.range[0] < config.guidance.range[1]):
         reads = "reads a weight of guidance" if flow.guided else "reads no weight of guidance"
-        raise CheckpointError(f"{folder / CONFIG} contradicts itself: its network {reads}, guidance says otherwise.")
+        raise Damaged(f"{folder / CONFIG} contradicts itself: its network {reads}, guidance says otherwise")
     for name in ("scale", "bias") if config.encoder["kind"] != "pixels" else ():
         count = len(config.encoder[name])
         if count != flow.img_channels:
-            raise CheckpointError(
+            raise Damaged(
                 f"{folder / CONFIG} contradicts itself: its encoder has a {name} for {count} channels, its network has "
-                f"{flow.img_channels}."
+                f"{flow.img_channels}"
             )
     return flow
 

@@ -199,7 +199,9 @@ def read_vae(
         with torch.device("meta"):
             model = AutoencoderKL(**arguments)
     except Exception as error:  # the arguments are untrusted: whatever breaks, they are the cause
-        raise CheckpointError(f"{folder / CONFIG} has arguments that make no VAE: {error!s:.300}") from error
+        raise CheckpointError(
+            f"{folder / CONFIG} has arguments that make no VAE: {error!s:.300}; save the VAE with diffusers again"
+        ) from error
     old = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(OLD_NAMES)})(?=\.)")
     tensors = {
         old.sub(lambda match: match[1] + OLD_NAMES[match[2]], key): tensor.to(dtype)

@@ -60,5 +60,7 @@ def read_architecture(folder: Path) -> Architecture:
             if statistics is not None and len(statistics) != config.latent_channels:
                 raise ValueError(f"latents_mean or latents_std is not of {config.latent_channels} channels")
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise CheckpointError(f"{folder} is not a VAE of diffusers: {CONFIG} cannot be used ({error})") from error
+        raise CheckpointError(
+            f"{folder} is not a VAE of diffusers: {CONFIG} cannot be used ({error}); save the VAE with diffusers again"
+        ) from error
     return config

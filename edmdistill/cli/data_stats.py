@@ -67,7 +67,10 @@ def command(
     """
     files = dict(weights)
     if unused := files.keys() - features:
-        raise click.UsageError(f"--weights {min(unused)}=... is of a feature space that --features does not name.")
+        raise click.UsageError(
+            f"--weights {min(unused)}=... is of a feature space that --features does not name: add it there, or leave "
+            "--weights out."
+        )
 
     from edmdistill.atomic import require_free
     from edmdistill.data.datasets import open_dataset

@@ -218,7 +218,8 @@ def _train(
     tell(f"The {run.method.product} of {outcome.images:,} images is in {run_dir / 'generator'}. To draw from it:")
     words = vae_words(run.config.encoder) if run.vae is None else ["--vae", run.vae]
     decoding = "".join(f" {shlex.quote(word)}" for word in words)
-    tell(f"  edmdistill sample {run_dir} --nfe {nfe} --seeds 0-63{decoding} --out {run_dir / 'images'}")
+    source, out = shlex.quote(str(run_dir)), shlex.quote(str(run_dir / "images"))
+    tell(f"  edmdistill sample {source} --nfe {nfe} --seeds 0-63{decoding} --out {out}")
 
 
 def _introduction(run: "Run", what: str, run_dir: Path) -> Iterator[str]:

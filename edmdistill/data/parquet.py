@@ -114,7 +114,10 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None, list[str] | None
     images = [f.name for f in schema if types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
     image = next((name for name in images if kind(name) == "Image"), next(iter(images), None))
     if image is None:
-        raise DatasetError(f"{path} has no column of images, a struct of bytes and path; it has {_short(schema.names)}")
+        raise DatasetError(
+            f"{path} has no column of images, a struct of bytes and path, but {_short(schema.names)}; give a set "
+            "of pictures"
+        )
     integers = [f.name for f in schema if types.is_integer(f.type)]
     usual = (name for name in LABELS if name in integers)
     label = next((name for name in integers if kind(name) == "ClassLabel"), next(usual, None))
@@ -174,7 +177,7 @@ class _Table:
                 cells = self._group(part, group, column)
             data = cells[row - start].as_py()
             if data is None:
-                raise ValueError("it names a file instead of holding a picture")
+                raise ValueError("it is empty, or names a file instead of holding a picture")
             assert isinstance(data, bytes)
             return data
 

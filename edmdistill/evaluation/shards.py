@@ -24,7 +24,7 @@ from torch import Tensor
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.download import cache_folder
 from edmdistill.checkpoints.store import load_tensors, save_tensors
-from edmdistill.errors import CheckpointError, EdmDistillError, NotFiniteError
+from edmdistill.errors import Damaged, EdmDistillError, NotFiniteError
 
 SHARD_IMAGES, SHARD_SECONDS = 4096, 30.0
 """A file is written after so many images or seconds: no more is lost when a process is killed."""
@@ -308,8 +308,8 @@ def _read(folder: Path, count: int, batch: int) -> Iterator[MeasuredBatch]:
         file = folder / f"{rows.start:09d}-{rows.stop:09d}.safetensors"
         try:
             arrays = load_tensors(file)[0]
-        except CheckpointError as error:
-            raise EdmDistillError(f"{error} Remove it and give the same command again.") from error
+        except Damaged as error:
+            raise Damaged(error.fault, "remove it, and give the same command again") from error
         for piece in batches(range(max(at, rows.start), rows.stop), batch):
             part = slice(piece.start - rows.start, piece.stop - rows.start)
             # In memory of its own: where a file has put numbers, sums may round otherwise.

@@ -286,7 +286,8 @@ class Recipe(Struct, frozen=True, kw_only=True, dict=True):
         evaluation, log_every = recipe.evaluation, recipe.training.log_every
         if isinstance(evaluation, EvaluationTable) and evaluation.every % log_every:
             raise RecipeError(
-                f"{source}: evaluation.every = {evaluation.every} must be a multiple of training.log_every, {log_every}"
+                f"{source}: evaluation.every = {evaluation.every} must be a multiple of training.log_every, "
+                f"{log_every}, such as {log_every * (evaluation.every // log_every + 1)}"
             )
         return recipe
 

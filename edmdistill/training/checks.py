@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 from msgspec import UNSET
@@ -127,9 +128,10 @@ def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> 
 def require_measured(recipe: Recipe, stop_on: Collection[str]) -> None:
     """Raises: TrainingError: a run would stop on a metric that its recipe does not measure."""
     if "quality" in stop_on and recipe.evaluation is UNSET:
+        every = recipe.training.log_every * math.ceil(32_000 / recipe.training.log_every)
         raise TrainingError(
             "--stop-on quality needs a metric over training: add [evaluation] to the recipe, as by --set "
-            "evaluation.protocol=digits --set evaluation.every=32000"
+            f"evaluation.protocol=digits --set evaluation.every={every}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import open_source
 from edmdistill.checkpoints.store import build_flow
 from edmdistill.data.datasets import Dataset
-from edmdistill.errors import CheckpointError, RecipeError, TrainingError, without_secrets
+from edmdistill.errors import Damaged, RecipeError, TrainingError, without_secrets
 from edmdistill.machine.host import host_memory
 from edmdistill.networks import NETWORKS, base
 from edmdistill.networks.flow import FlowNetwork
@@ -34,9 +35,10 @@ def sketch(table: NetworkTable, dataset: Dataset) -> FlowNetwork:
     spec = NetworkSpec(table.kind, shape | dict.fromkeys(names, dataset.img_channels) | table.arguments)
     reads = "time" if table.arguments.get("positional_time") else "log_sigma"
     try:
-        flow = build_flow(spec, {"kind": "edm", "sigma_data": table.sigma_data, "c_noise_kind": reads}, "[network]")
-    except CheckpointError as error:
-        raise RecipeError(f"[network.arguments] make no {table.kind} network: {error}") from error
+        numbers = {"kind": "edm", "sigma_data": table.sigma_data, "c_noise_kind": reads}
+        flow = build_flow(spec, numbers, "[network]")
+    except Damaged as error:
+        raise RecipeError(f"{error.fault}: change the recipe's table [network]") from error
     parameters, memory = sum(p.numel() for p in flow.parameters()), host_memory()[0]
     if 4 * parameters > memory:
         raise RecipeError(
@@ -130,9 +132,12 @@ def _check_init(source: str | Path, flow: FlowNetwork, config: CheckpointConfig,
             "generator reads one: give a generator of another method, or leave --init out"
         )
     if flow.guided and not role.guided:
+        advice = "give a generator that reads none"
+        if config.guidance is not None and hasattr(recipe.method, "guidance"):
+            low, high = config.guidance.range
+            advice = f"add --set {shlex.quote(f'method.guidance=[{low:g},{high:g}]')}"
         raise TrainingError(
-            f"{source} reads a guidance weight, but this recipe's generator does not: add --set "
-            f"method.guidance={list(config.guidance.range) if config.guidance else []}, or leave --init out"
+            f"{source} reads a guidance weight, but this recipe's generator does not: {advice}, or leave --init out"
         )
     problem = recipe.method_class.check_teacher(
         recipe.method,
@@ -141,4 +146,4 @@ def _check_init(source: str | Path, flow: FlowNetwork, config: CheckpointConfig,
         label_dropout=None,
     )
     if problem is not None:
-        raise TrainingError(f"--init {source}: {problem}")
+        raise TrainingError(f"{source} reads what its teacher read, and {problem}, or leave --init out")

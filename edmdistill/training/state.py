@@ -19,7 +19,7 @@ from edmdistill.atomic import atomic_write, sha256_file
 from edmdistill.checkpoints.layout import PROGRESS, saved_states
 from edmdistill.checkpoints.run_state import Progress, newest_whole, read_progress
 from edmdistill.checkpoints.store import load_tensors, save_tensors
-from edmdistill.errors import CheckpointError, TrainingError
+from edmdistill.errors import Damaged, TrainingError
 
 
 class State(NamedTuple):
@@ -105,8 +105,9 @@ def read_state(path: Path) -> State:
     try:
         progress = read_progress(path)
         return State(progress, {name: load_tensors(path / f"{name}.safetensors")[0] for name in progress.sha256})
-    except (CheckpointError, OSError, ValueError) as error:
-        raise TrainingError(f"the state {path} cannot be read: {error}; run the same command again") from error
+    except (Damaged, OSError, ValueError) as error:
+        reason = error.fault if isinstance(error, Damaged) else error
+        raise TrainingError(f"the state {path} cannot be read: {reason}; run the same command again") from error
 
 
 def state_path(folder: Path, images: int) -> Path:

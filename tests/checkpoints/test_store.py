@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -157,7 +158,9 @@ def test_overwrite(folder: Path) -> None:
 
 def test_another_library_s_model_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text('{"architectures": ["GPT2"]}')
-    with pytest.raises(CheckpointError, match="not an edmdistill checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="is not a checkpoint that can be read: choose another path, or remove it"
+    ):
         save_checkpoint(tmp_path, *make(), overwrite=True)
 
 
@@ -197,6 +200,7 @@ def test_a_wrong_configuration_is_refused(folder: Path, change: dict[str, object
         load_checkpoint(folder)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert re.search("use an intact copy.$|upgrade edmdistill", str(caught.value))
 
 
 def test_a_file_of_version_1_0_reads_as_it_did() -> None:
@@ -250,14 +254,15 @@ def test_wrong_tensors_are_refused(
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder)
     assert sentence in str(caught.value)
+    assert str(caught.value).endswith("; use an intact copy.")
 
 
 def test_what_is_no_checkpoint_is_refused(folder: Path) -> None:
     (folder / MODEL).write_bytes(b"\x00" * 100)
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match=r"cannot be read as safetensors.*; use an intact copy"):
         load_checkpoint(folder)
     (folder / CONFIG).write_text("[")
-    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint.*; use an intact copy"):
         load_checkpoint(folder)
     (folder / CONFIG).unlink()
     with pytest.raises(CheckpointError, match="is not a checkpoint"):

@@ -136,7 +136,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     read(measure_all(COUNT, BATCH, Measure(), folder=tmp_path))
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(EdmDistillError, match=rf"{file.name}.*Remove it and give the same command again"):
+    with pytest.raises(EdmDistillError, match=rf"{file.name}.*; remove it, and give the same command again"):
         read(measure_all(COUNT, BATCH, Measure(), folder=tmp_path))
 
 

@@ -1,18 +1,27 @@
 """What a run that went wrong advises is done here, and works."""
 
 import os
+import re
+import shlex
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from msgspec.structs import replace
 from PIL import Image
 
+from edmdistill.checkpoints.config import Guidance
+from edmdistill.checkpoints.load import load_flow
+from edmdistill.checkpoints.store import save_checkpoint
+from edmdistill.cli import main
 from edmdistill.data import datasets
 from edmdistill.data.order import indices
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
+from edmdistill.networks.surgery.rebuild import add_guidance
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training import monitors
 from edmdistill.training.prepare import prepare
@@ -90,3 +99,50 @@ def test_files_have_the_mode_that_the_umask_gives(start: Callable[..., Run], tmp
         os.umask(before)
     for file in tmp_path.rglob("*"):
         assert stat.S_IMODE(file.stat().st_mode) == (0o750 if file.is_dir() else 0o640), file
+
+
+TRAIN = "train {0} digits --data digits --recipe {0}/digits --run-dir run --device cpu --dry-run"
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator that reads a weight of guidance."""
+    folder = tmp_path_factory.mktemp("guided") / "generator"
+    flow, config = load_flow("digits")
+    config = replace(config, stage="generator", method="scd", guidance=Guidance("classes", (1.0, 2.5)))
+    save_checkpoint(folder, add_guidance(flow), config)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"{TRAIN.format('cosim')} --stop-on quality",
+        f"{TRAIN.format('cosim')} --set evaluation.protocol=digits --set evaluation.every=32000",
+        f"{TRAIN.format('scd')} --init GUIDED --force-guidance",
+    ],
+    ids=["quality", "every", "guidance"],
+)
+def test_options_that_are_advised(words: str, guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options are added as advised, and numbers replaced, until the command runs."""
+    monkeypatch.chdir(tmp_path)
+    command = words.replace("GUIDED", str(guided))
+    for _ in range(3):
+        result = CliRunner().invoke(main, shlex.split(command))
+        if result.exit_code == 0:
+            return
+        assert result.exit_code == 2
+        if every := re.search(r"every = (\d+) must .* such as (\d+)$", result.stderr):
+            command = command.replace(every[1], every[2])
+        command += " ".join(["", *re.findall(r"--set (?:'[^']*'|[^\s,]*)", result.stderr)])
+    pytest.fail(result.stderr)
+
+
+@pytest.mark.parametrize("method", ["cosim", "scd"])
+def test_a_generator_that_cannot_be_started_from(method: str, guided: Path, tmp_path: Path) -> None:
+    """The advice names no option that the method lacks."""
+    words = [*TRAIN.format(method).split(), "--init", str(guided), "--set", "method.allow_edm_time=false"]
+    result = CliRunner().invoke(main, words[:-2] if method == "cosim" else words)
+    assert result.exit_code == 2
+    assert ("method.guidance" in result.stderr) == (method == "scd")
+    assert result.stderr.endswith("leave --init out\n")

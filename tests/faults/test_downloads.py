@@ -157,7 +157,9 @@ def test_a_damaged_download_is_not_kept(web: Server, golden: Path) -> None:
     answers = iter((good[: len(good) // 2], good))
     web.answer = lambda handler: send(handler, next(answers))  # type: ignore[method-assign]
     path = resolve(f"{web.url}/edm.pkl")
-    with pytest.raises(CheckpointError, match=r"ends too early.*removed from the cache\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"ends too early.*removed from the cache, so give the same command again\.$"
+    ):
         read_official(path)
     assert not path.exists()
     assert read_official(resolve(f"{web.url}/edm.pkl")).sha256 == hashlib.sha256(good).hexdigest()
