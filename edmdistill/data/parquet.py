@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edmdistill.data.files import as_dataset_error
+from edmdistill.data.labels import MAX_CLASSES
 from edmdistill.data.pictures import Pictures
-from edmdistill.errors import DatasetError, did_you_mean, printable
+from edmdistill.errors import DatasetError, counted, did_you_mean, printable
 
 SPLITS = {"train": ("train",), "test": ("test",), "validation": ("validation", "valid", "val")}
 LABELS = ("label", "labels", "fine_label", "cls")
@@ -63,6 +64,12 @@ def open_parquet(parts: Sequence[Path], path: Path, labels: str, split: str) -> 
         if classes.min(initial=0) < 0:
             raise DatasetError(
                 f"{path} has pictures without a class in its column {label!r}; --labels none leaves it out"
+            )
+        limit = len(names or range(MAX_CLASSES))
+        if (largest := int(classes.max(initial=0))) >= limit:
+            known = counted(limit, "name") if names else f"at most {limit:,} classes are read"
+            raise DatasetError(
+                f"{path} has the class {largest:,} in its column {label!r}, but {known}; --labels none leaves it out"
             )
     rows = range(table.rows)
     return Pictures(
@@ -111,7 +118,11 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None, list[str] | None
         feature = features.get(name)
         return feature.get("_type") if isinstance(feature, Mapping) else None
 
-    images = [f.name for f in schema if types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+    def holds_bytes(type_: Any) -> bool:
+        at = type_.get_field_index("bytes") if types.is_struct(type_) else -1
+        return at >= 0 and (types.is_binary(type_.field(at).type) or types.is_large_binary(type_.field(at).type))
+
+    images = [field.name for field in schema if holds_bytes(field.type)]
     image = next((name for name in images if kind(name) == "Image"), next(iter(images), None))
     if image is None:
         raise DatasetError(

@@ -22,7 +22,7 @@ from picture_files import (
 )
 from PIL import Image
 
-from edmdistill.data import tar_files
+from edmdistill.data import parquet, tar_files
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.prepare import prepare_data
 from edmdistill.data.sources import open_pictures
@@ -255,7 +255,6 @@ def test_parquet(named: bool, tmp_path: Path) -> None:
 
 
 @arrow
-@arrow
 def test_a_parquet_file_without_a_split_has_none(tmp_path: Path) -> None:
     file = tmp_path / "test-00000-of-00001.parquet"
     write_parquet(file, {"t": encoded(9, 8, 8)}, [1], NAMES)
@@ -264,12 +263,59 @@ def test_a_parquet_file_without_a_split_has_none(tmp_path: Path) -> None:
         open_pictures(file, tmp_path, split="test")
 
 
+@arrow
 def test_broken_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, {"a": encoded(0, 8, 8)}, None, None)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DatasetError, match=r"a\.parquet cannot be read"):
         prepared(path)
+
+
+PICTURE = {"bytes": encoded(0, 8, 8), "path": "a.png"}
+
+
+@arrow
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([{"image": [PICTURE], "label": [0]}, {"image": [PICTURE]}], r"1\.parquet has other columns than .*0\.parquet"),
+        ([{"x": [1]}], "has no column of images, a struct of bytes and path, but x; give a set of pictures"),
+        ([{"image": [{"bytes": "text", "path": ""}]}], "has no column of images"),
+        ([{"image": [PICTURE, {"bytes": None}]}], r"row 1, cannot be read \(it is empty, or names a file"),
+        ([{"image": [PICTURE, None]}], r"row 1, cannot be read \(it is empty, or names a file"),
+        ([{"image": [PICTURE] * 2, "label": [0, None]}], "without a class in its column 'label'; --labels none leaves"),
+        (
+            [{"image": [PICTURE], "label": [10**12]}],
+            "class 1,000,000,000,000 in its column 'label', but at most 100,000",
+        ),
+    ],
+    ids=["columns", "none", "text", "empty", "null", "unlabeled", "class"],
+)
+def test_parquet_that_is_no_data_set(tables: list[dict[str, object]], message: str, tmp_path: Path) -> None:
+    """What the sentence advises, no labels, works where it says so."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    (tmp_path / "set").mkdir()
+    for number, columns in enumerate(tables):
+        pyarrow.parquet.write_table(pa.table(columns), tmp_path / "set" / f"{number}.parquet")
+    with pytest.raises(DatasetError, match=message) as error:
+        prepared(tmp_path / "set")
+    if "--labels none" in str(error.value):
+        assert prepared(tmp_path / "set", labels="none")[1] is None
+
+
+@arrow
+def test_parquet_of_too_few_names_or_too_large_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "a.parquet", {"a": encoded(0, 8, 8)}, [2], ["cat", "dog"])
+    with pytest.raises(DatasetError, match="class 2 in its column 'label', but 2 names; --labels none leaves it out"):
+        prepared(tmp_path / "a.parquet")
+    with pytest.raises(DatasetError, match="whose folders are no classes; leave --labels out"):
+        prepared(tmp_path / "a.parquet", labels="folders")
+    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 8)
+    with pytest.raises(DatasetError, match="a group of rows takes more than 8 bytes"):
+        prepared(tmp_path / "a.parquet", labels="none")
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
