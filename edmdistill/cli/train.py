@@ -135,7 +135,8 @@ def command(
     init_from_environment()
     size = _micro_batch(micro_batch)
     if processes is not None and processes > 1:
-        from edmdistill.machine.devices import named_device, require_gpu
+        from edmdistill.machine.devices import named_device
+        from edmdistill.machine.gpu_options import require_gpu
 
         # What can be refused at once is not left to the processes, which take a while to start.
         find_recipe(recipe).resolve(method, sets)

@@ -7,11 +7,8 @@ import re
 
 import torch
 
-from edmdistill.errors import EdmDistillError, TrainingError, counted
+from edmdistill.errors import EdmDistillError, counted
 from edmdistill.transfer import is_gpu
-
-NEED_GPU = {"--micro-batch auto": "use a number of images", "--fit auto": "name the memory, as in --fit 12GB"}
-"""What to do on a CPU in place of options that measure a GPU, by the option as typed."""
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -71,12 +68,6 @@ def named_device(name: str | None) -> torch.device:
         gpus = "one GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
         raise EdmDistillError(f"there is no {name}: this machine has {gpus}")
     return torch.device(name)
-
-
-def require_gpu(device: torch.device, option: str) -> None:
-    """Raises: TrainingError: one of NEED_GPU is given for a run on the CPU."""
-    if not is_gpu(device):
-        raise TrainingError(f"{option} needs a GPU, but this run is on the CPU: {NEED_GPU[option]}")
 
 
 def named_dtype(name: str | None) -> torch.dtype | None:

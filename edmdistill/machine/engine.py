@@ -31,7 +31,8 @@ from torch.nn.utils import get_total_norm
 from edmdistill.errors import PeerFailed, TrainingError, counted
 from edmdistill.kernels.linear import lay_out_weights
 from edmdistill.machine.compile import begin_step
-from edmdistill.machine.devices import process_device, require_gpu
+from edmdistill.machine.devices import process_device
+from edmdistill.machine.gpu_options import require_gpu
 from edmdistill.machine.host import cores
 from edmdistill.machine.offload import offload
 from edmdistill.networks.flow import FlowNetwork

@@ -16,8 +16,9 @@ import torch
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine.compile import CUDA_GRAPHS
-from edmdistill.machine.devices import pick_device, require_gpu
+from edmdistill.machine.devices import pick_device
 from edmdistill.machine.engine import Engine, Machine
+from edmdistill.machine.gpu_options import require_gpu
 from edmdistill.machine.gpus import GPU, measure_this_machine
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.planning.document import PlanRequest

@@ -43,6 +43,7 @@ MEETS: dict[str, tuple[str, ...]] = {
     "machine/compile.py": ("train", "sample", *MEASURE, "plan"),
     "machine/devices.py": ("train", "sample", *MEASURE, "diagnose", "loss", "data encode", "data stats"),
     "machine/engine.py": ("train",),
+    "machine/gpu_options.py": ("train",),
     "machine/launch.py": ("train", *MEASURE, "data encode", "data stats"),
     "methods/": ("train",),
     "networks/surgery/adapt.py": ("convert",),
