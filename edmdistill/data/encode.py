@@ -81,17 +81,23 @@ class EncodeJob:
         latents = 2 * vae.channels, size // vae.factor, size // vae.factor
         self.zip = LatentZip(out, request, len(images), latents, main=rank == 0, overwrite=overwrite)
 
-    def encode(self, on_progress: Callable[[int], object] | None = None) -> None:
+    def encode(self, on_progress: Callable[[int], object] = lambda encoded: None) -> None:
         """Encodes this process's chunks that are not there yet.
 
         Args:
-            on_progress: called with the number of images that are there, of all processes.
+            on_progress: called after each of the VAE's batches with the number of images that are on the disk, of all
+                processes, and of those that this one has encoded since.
         Raises: DatasetError: an image cannot be read, latents are not finite, or the disk refuses.
         """
         chunks = (range(at, min(at + CHUNK, len(self.images))) for at in range(0, len(self.images), CHUNK))
         missing = filter(None, map(self.zip.missing, islice(chunks, self.rank, None, self.processes)))
         for rows, pixels in self._read_ahead(missing):
-            moments = self.vae.encode(pixels.expand(-1, 3, -1, -1), self.range).cpu()
+            parts: list[Tensor] = []
+            for part in pixels.expand(-1, 3, -1, -1).split(self.vae.batch):
+                if parts:  # a chunk takes minutes on a CPU
+                    on_progress(self.zip.written + sum(map(len, parts)))
+                parts.append(self.vae.encode(part, self.range).cpu())
+            moments = torch.cat(parts)
             broken = (~moments.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
             if broken:
                 file = self.images.files[rows[broken[0]] % len(self.images.files)]
@@ -100,8 +106,7 @@ class EncodeJob:
                     "another VAE"
                 )
             self.zip.put(rows, moments.numpy())
-            if on_progress is not None:
-                on_progress(self.zip.written)
+            on_progress(self.zip.written)
 
     def finish(self) -> ChannelStatistics | None:
         """Completes the zip if all images are there, once for all processes.

@@ -156,6 +156,16 @@ def test_several_processes_and_a_kill(
     torch.testing.assert_close(torch.from_numpy(np.stack(read_as_official(out)[1])), both, rtol=0, atol=1e-5)
 
 
+def test_progress_is_told_by_the_batch(images: Path, vae: Vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the chunk, which takes minutes on a CPU; what is told last of a chunk is on the disk."""
+    monkeypatch.setattr(vae, "batch", 1)
+    monkeypatch.setattr(module, "CHUNK", 4)
+    job = EncodeJob(open_dataset(images, xflip=True), vae, "edm2", tmp_path / "latents.zip")
+    told = []
+    job.encode(lambda encoded: told.append((encoded, job.zip.written)))
+    assert told == [(1, 0), (2, 0), (3, 0), (4, 4), (5, 4), (6, 6)]
+
+
 def test_a_kill_while_the_directory_is_written(images: Path, vae: Vae, tmp_path: Path) -> None:
     out = tmp_path / "latents.zip"
     job = EncodeJob(open_dataset(images), vae, "edm2", out)
