@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -225,14 +226,22 @@ def _require_weights(folder: Path) -> None:
         raise CheckpointError(f"{folder} has no {WEIGHTS} ({instead}): save the VAE with diffusers as safetensors")
 
 
-def _autoencoder() -> Any:
-    """Returns diffusers' class.  Raises: CheckpointError: diffusers is not installed."""
+def diffusers_class(name: str) -> Any:
+    """Returns a class of diffusers, which imports torchao where it can, without the warnings of what that lacks.
+
+    Raises: ImportError: diffusers is not installed.
+    """
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # diffusers imports torchao where it can, which warns of libraries that it lacks
+    logging.disable(logging.WARNING)
     try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise CheckpointError(NOT_INSTALLED.format(error.name or "diffusers")) from error
+        return getattr(import_module("diffusers"), name)
     finally:
         logging.disable(disabled)
-    return AutoencoderKL
+
+
+def _autoencoder() -> Any:
+    """Returns diffusers' class.  Raises: CheckpointError: diffusers is not installed."""
+    try:
+        return diffusers_class("AutoencoderKL")
+    except ImportError as error:
+        raise CheckpointError(NOT_INSTALLED.format(error.name or "diffusers")) from error

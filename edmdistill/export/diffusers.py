@@ -17,7 +17,7 @@ from torch import Tensor
 from edmdistill.checkpoints.config import CheckpointConfig, default_nfe, describe
 from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.store import save_tensors
-from edmdistill.checkpoints.vae import SUBFOLDER
+from edmdistill.checkpoints.vae import SUBFOLDER, diffusers_class
 from edmdistill.errors import EdmDistillError
 from edmdistill.export.bundle import bundle
 from edmdistill.export.one_step import OneStep
@@ -36,7 +36,7 @@ FILES = {
 def check_installed() -> None:
     """Raises: EdmDistillError: diffusers is missing."""
     try:
-        import diffusers  # noqa: F401
+        diffusers_class("DiffusionPipeline")
     except ImportError as error:
         raise EdmDistillError(
             f"--to diffusers needs {error.name}, which is not installed: pip install 'edmdistill[diffusers]'"

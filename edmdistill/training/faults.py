@@ -43,12 +43,14 @@ def explain_errors(run: Run, folder: RunDir, health: Health) -> Iterator[None]:
 
 def _diverged(error: Diverged, context: Context) -> TrainingError:
     run, states = context.run, saved_states(context.folder.state)
-    healthy = newest_healthy(context.folder.state, context.health.last_healthy)
+    healthy = error.best or newest_healthy(context.folder.state, context.health.last_healthy)
+    how = f"as TEACHER, {healthy}" if run.method.product == "teacher" else f"by --init {healthy}"
     other = "try a lower training.lr in another --run-dir"
     if error.advice is not None:
         advice = error.advice
+    elif error.best is not None:
+        advice = f"{other}, from these weights {how}, or from the start"
     elif healthy is not None:
-        how = f"as TEACHER, {healthy}" if run.method.product == "teacher" else f"by --init {healthy}"
         advice = f"the last good state is {healthy}; {other}, from its weights {how}, or from the start"
     elif states:
         advice = f"no state before it was healthy, though {states[-1]} is finite; {other}"

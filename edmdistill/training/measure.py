@@ -127,7 +127,8 @@ class Evaluation:
             tell(f"After {run.images:,} images {key} is {value:.4g}, the best so far: kept in {folder.best}.")
         elif engine.broadcast(0 < WORSE * before < score):
             change = f"After {run.images:,} images {key} is {value:.4g}, and it was {before:.4g} at its best"
-            return [Alarm("quality", f"{change}: training makes it worse, and {folder.best} keeps the best average.")]
+            sentence = f"{change}: training makes it worse, and {folder.best} keeps the best average."
+            return [Alarm("quality", sentence, best=folder.best)]
         return []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -23,11 +24,13 @@ class Diverged(TrainingError):
 
     Attributes:
         advice: what to do, if training itself is not the cause.
+        best: the checkpoint that the sentence calls the best, if it does.
     """
 
-    def __init__(self, sentence: str, advice: str | None = None) -> None:
+    def __init__(self, sentence: str, advice: str | None = None, best: Path | None = None) -> None:
         super().__init__(sentence)
         self.advice = advice
+        self.best = best
 
 
 def find_divergence(
@@ -82,11 +85,12 @@ def _first_bad(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
 
 
 class Alarm(NamedTuple):
-    """A symptom that persists: its kind, one sentence, and whether it is new."""
+    """A symptom that persists: its kind, one sentence, whether it is new, and the best checkpoint, if it names one."""
 
     kind: str
     sentence: str
     begins: bool = True
+    best: Path | None = None
 
 
 # Measured on digits, with CoSIM and SiD. Healthy runs: diversity .56 at the start to .95, std ratio .90 to 1.00, mean

@@ -141,10 +141,10 @@ class Session:
         if self.track is not None:
             self.track.log(line)
         for alarm in (*self.health.check(line), *alarms):
+            if alarm.kind in self.stop_on:
+                raise Diverged(alarm.sentence, best=alarm.best)
             if alarm.begins:
                 self.tell(alarm.sentence)
-            if alarm.kind in self.stop_on:
-                raise Diverged(alarm.sentence)
 
     def save(self, stopping: bool) -> None:
         """Saves what is due: snapshots of averages, a state with the generator, and grids.

@@ -17,6 +17,7 @@ from edmdistill.checkpoints.encoder import STABLE_DIFFUSION
 from edmdistill.checkpoints.vae import CONFIG, WEIGHTS, Vae, find_vae, read_vae
 from edmdistill.checkpoints.vae_architecture import read_architecture
 from edmdistill.errors import CheckpointError, HubError
+from edmdistill.export.diffusers import check_installed
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +189,14 @@ def test_the_hub_once_and_then_its_cache(server, folder: Path, case: dict[str, t
         read_vae("you/vae", download=True)
 
 
+@pytest.mark.parametrize("load", [module._autoencoder, check_installed], ids=["vae", "export"])
 def test_what_diffusers_says_of_other_packages_is_not_passed_on(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    load: Callable[[], object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     package = ModuleType("diffusers")
     package.__getattr__ = lambda name: logging.getLogger("torchao").warning("no CUDA")  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "diffusers", package)
-    module._autoencoder()
+    load()
     assert not caplog.records
     logging.getLogger("torchao").warning("later")
     assert [record.message for record in caplog.records] == ["later"]

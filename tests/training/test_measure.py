@@ -115,8 +115,12 @@ def test_a_run_far_above_its_best_is_stopped(
     values = iter([1.0, 1.9, 2.1])
     monkeypatch.setattr(measure.Evaluation, "measure", lambda *args: {"fd_digits@20/1 NFE": next(values)})
     run = measured(start, replace(TABLE, every=8), images=40, log_every=8)
-    with pytest.raises(TrainingError, match=r"fd_digits@20/1 NFE is 2.1, and it was 1 at its best"):
-        train(run, tmp_path / "run", stop_on=["quality"], on_message=lambda sentence: None)
+    said: list[str] = []
+    with pytest.raises(TrainingError, match=r"fd_digits@20/1 NFE is 2.1, and it was 1 at its best") as error:
+        train(run, tmp_path / "run", stop_on=["quality"], on_message=said.append)
+    assert f"from these weights by --init {tmp_path / 'run/best'}, or from the start" in str(error.value)
+    assert "healthy" not in str(error.value)  # of the states, which would contradict the best average
+    assert not any("2.1" in sentence for sentence in said)  # it is said once
     assert read_config(tmp_path / "run" / "best").images_seen == 8
     assert [line[KEY] for line in lines(tmp_path / "run")] == [1.0, 1.9, 2.1]
 
