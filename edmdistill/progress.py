@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import Timer
 from typing import Any
 
 from tqdm import tqdm
@@ -36,12 +37,25 @@ def progress_bar(total: float | None = None, desc: str | None = None, unit: str 
 
 @contextmanager
 def stage_bar(desc: str) -> Iterator[Callable[[str], object]]:
-    """Yields a function that is called with the name of every stage of some work, and shows it."""
-    with progress_bar(desc=desc, unit="step") as bar:
+    """Yields a function that is called with the name of every stage of some work, and shows those that take a while."""
+    with progress_bar(desc=desc, unit="step", bar_format="{desc} [{elapsed}]") as bar, ExitStack() as stack:
+        waiting: Timer | None = None
+
+        def refresh() -> None:
+            bar.last_print_t = time.time()  # by which `close` knows that there is a line to end
+            bar.refresh()
 
         def show(stage: str) -> None:
-            bar.set_postfix_str(stage, refresh=False)
-            bar.update()
+            nonlocal waiting
+            if waiting is not None:
+                waiting.cancel()
+            bar.set_description_str(f"{desc}: {stage}", refresh=False)
+            bar.n += 1
+            if not bar.disable:
+                waiting = Timer(DELAY, refresh)  # nothing else comes while the stage lasts
+                waiting.daemon = True
+                waiting.start()
+                stack.callback(waiting.cancel)
 
         yield show
 

@@ -36,10 +36,12 @@ def command(source: str, to: str, out: Path, vae: str | None, overwrite: bool, a
     from edmdistill.checkpoints.source import open_source
     from edmdistill.export.folder import export
     from edmdistill.export.parity import table
+    from edmdistill.progress import stage_bar
 
     checkpoint = open_source(source)
     say_unfinished(checkpoint)
-    parity = export(checkpoint, to, out, vae=vae, overwrite=overwrite)
+    with stage_bar("exporting") as on_progress:
+        parity = export(checkpoint, to, out, vae=vae, overwrite=overwrite, on_progress=on_progress)
     if as_json:
         document = {"schema_version": 1, "path": str(out), "to": to, "parity": [row._asdict() for row in parity]}
         click.echo(json.dumps(document, indent=2))

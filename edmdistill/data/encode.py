@@ -93,7 +93,7 @@ class EncodeJob:
         missing = filter(None, map(self.zip.missing, islice(chunks, self.rank, None, self.processes)))
         for rows, pixels in self._read_ahead(missing):
             parts: list[Tensor] = []
-            for part in pixels.expand(-1, 3, -1, -1).split(self.vae.batch):
+            for part in torch.split(pixels.expand(-1, 3, -1, -1), self.vae.batch):
                 if parts:  # a chunk takes minutes on a CPU
                     on_progress(self.zip.written + sum(map(len, parts)))
                 parts.append(self.vae.encode(part, self.range).cpu())

@@ -70,7 +70,13 @@ TARGETS = {
 
 
 def export(
-    source: str | Path | Source, to: str, out: str | Path, *, vae: str | None = None, overwrite: bool = False
+    source: str | Path | Source,
+    to: str,
+    out: str | Path,
+    *,
+    vae: str | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[str], object] = lambda stage: None,
 ) -> tuple[Parity, ...]:
     """Writes a checkpoint for another program, and samples what is written as that program would.
 
@@ -81,6 +87,7 @@ def export(
         vae: what decodes latents, a folder or a Hub id, to be copied into the folder; None: the one that the checkpoint
             names, if it is in the Hub's cache.
         overwrite: replace an existing export.
+        on_progress: called with a phrase at every step.
     Returns: the largest differences from our images.
     Raises: EdmDistillError: a package is missing, the target does not support the network, `out` is occupied, or the
         images differ.
@@ -93,6 +100,7 @@ def export(
             raise CheckpointError(f"{out} exists and is not an export: choose another path.")
         if not overwrite:
             raise CheckpointError(f"{out} holds an export already: choose another path, or add --overwrite.")
+    on_progress("loading")
     target.check_installed()
     flow, config = load_flow(source)
     origin = config.provenance
@@ -111,6 +119,7 @@ def export(
             (folder / SUBFOLDER).mkdir()
             for file in VAE_FILES:
                 shutil.copyfile(held_vae.folder / file, folder / SUBFOLDER / file)
+        on_progress("writing, and comparing images")
         parity = target.write(folder, flow, config)
         document = {
             "schema_version": 1,

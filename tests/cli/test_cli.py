@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,11 +12,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from edmdistill import __version__
+from edmdistill import __version__, progress
 from edmdistill.cli import COMMANDS, main
 from edmdistill.cli.options import say
 from edmdistill.errors import CheckpointError
-from edmdistill.progress import progress_bar
+from edmdistill.progress import progress_bar, stage_bar
 
 HEAVY = {"torch", "numpy", "scipy", "PIL", "safetensors", "huggingface_hub", "accelerate", "sklearn", "msgspec"}
 
@@ -134,6 +135,20 @@ def test_where_stderr_is_no_terminal_progress_is_whole_lines(run):
     assert "\r" not in result.stderr
     assert [line.split("/3")[0].split()[-1] for line in lines] == ["0", "1", "2", "3"]
     assert all(line.startswith("drawing: ") for line in lines)
+
+
+def test_a_stage_that_lasts_is_shown_while_it_lasts(run, monkeypatch: pytest.MonkeyPatch):
+    """By a timer, for nothing else is heard of a stage before its end; stages that end soon are not shown."""
+    monkeypatch.setattr(progress, "DELAY", 0.2)
+
+    def body() -> None:
+        with stage_bar("exporting") as on_progress:
+            for stage, seconds in (("loading", 0), ("writing", 0.6), ("comparing", 0)):
+                on_progress(stage)
+                time.sleep(seconds)
+
+    assert re.fullmatch(r"exporting: writing \[00:0\d\]\n(exporting: comparing .*\n)?", run(body).stderr)
+    assert CliRunner().invoke(main, ["-q", "inspect"]).stderr == ""
 
 
 @pytest.mark.parametrize(
