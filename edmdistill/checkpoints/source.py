@@ -91,7 +91,7 @@ def resolve(source: str | Path) -> Path:
         regular = not any(file.exists() and not (file.is_file() or file.is_dir()) for file in files)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{text[:200]} cannot be a path: {reason}.") from error
+        raise CheckpointError(f"{text[:200]} cannot be a path: {reason}; give another.") from error
     if exists and not regular:
         raise CheckpointError(f"{path} is or contains a pipe or a device: write its contents to a file, and use that.")
     if exists:

@@ -59,8 +59,8 @@ def load_tensors(
     Raises: CheckpointError: no such file, or it is damaged.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a file")
+        if not path.is_file():
+            raise OSError("it is not a file" if path.exists() else "it does not exist")
         with safe_open(path, framework="pt", device=str(device)) as file:
             names, metadata = list(file.keys()), file.metadata() or {}
             if mapped:

@@ -15,6 +15,15 @@ from edmdistill.data.files import ZipFiles, as_dataset_error
 from edmdistill.errors import DatasetError, printable
 
 
+def array_names(files: ZipFiles) -> list[str]:
+    """Returns the names of the arrays of an .npz.  Raises: DatasetError: it has one twice."""
+    counts = Counter(member.name.removesuffix(".npy") for member in files.members())
+    for name, count in counts.items():
+        if count > 1:
+            raise DatasetError(f"{files.path} holds {printable(name)} twice; write it again")
+    return list(counts)
+
+
 class Npz:
     """The arrays of an .npz.
 
@@ -25,11 +34,7 @@ class Npz:
 
     def __init__(self, path: Path) -> None:
         self.path, self._files = path, ZipFiles(path)
-        names = [member.name.removesuffix(".npy") for member in self._files.members()]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise DatasetError(f"{path} holds {printable(twice[0])} twice; write it again")
-        self.names = set(names)
+        self.names = set(array_names(self._files))
 
     def read(self, name: str, limit: int) -> NDArray[Any]:
         """Returns an array of at most `limit` entries.

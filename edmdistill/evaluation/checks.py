@@ -17,6 +17,8 @@ from edmdistill.sampling.spec import SamplerSpec
 def choose_seeds(seeds: Sequence[int] | None, repeat: int, standard: Protocol) -> Sequence[int]:
     """Returns the seeds of all repetitions.  Raises EdmDistillError unless they follow one another."""
     chosen = range(standard.n) if seeds is None else seeds
+    if not len(chosen):
+        raise EdmDistillError("there is nothing to measure: pass at least two seeds")
     if repeat == 1:
         return chosen
     if list(chosen) != list(range(chosen[0], chosen[0] + len(chosen))):
@@ -61,7 +63,8 @@ def require_fit(images: Images, data: Dataset | ReferenceStatistics, standard: P
     if size not in (None, images.size):
         raise DatasetError(
             f"the images are {'x'.join(map(str, images.size))}, but those of the reference {name} are "
-            f"{'x'.join(map(str, size or ()))}, and nothing is resized; choose a reference of that size"
+            f"{'x'.join(map(str, size or ()))}, and nothing is resized; choose a reference of that size, "
+            "or images of the reference's"
         )
     if images.count < 2 * repeat:
         raise DatasetError(

@@ -40,7 +40,9 @@ def read_rows(sources: Sequence[str | Path]) -> list[Row]:
     for source in map(Path, sources):
         results = load_results(source) if source.is_dir() else read_results([source])
         if not results:
-            raise EdmDistillError(f"{source} holds no results: measure it with edmdistill eval {source} --save")
+            raise EdmDistillError(
+                f"{source} holds no results: measure it with edmdistill eval {source} --protocol NAME --save"
+            )
         rows += [Row(_name(result, source), result) for result in results]
     return rows
 

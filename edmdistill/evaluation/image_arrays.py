@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from edmdistill.data.decode import Header, decode_array, read_header
 from edmdistill.data.files import ZipFiles, as_dataset_error
-from edmdistill.errors import DatasetError, printable
+from edmdistill.data.npz import array_names
+from edmdistill.errors import DatasetError, counted, printable
 
 IMAGES = "images", "arr_0"
 """The arrays of images in an .npz: ours, and ADM's."""
@@ -71,10 +71,7 @@ def open_npy(path: Path) -> Rows:
 def open_npz(path: Path) -> tuple[Rows, Tensor | None, list[int] | None]:
     """The images of an .npz, their classes [N] and their seeds; a class of -1 is none."""
     files = ZipFiles(path)
-    names = [member.name.removesuffix(".npy") for member in files.members()]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DatasetError(f"{path} holds {printable(twice[0])} twice; write it again")
+    names = array_names(files)
     name, also = ("images", "labels") if "images" in names else ("arr_0", "arr_1")
     if name not in names:
         raise DatasetError(_no_images(path, names))
@@ -100,7 +97,9 @@ def open_npz(path: Path) -> tuple[Rows, Tensor | None, list[int] | None]:
     labels, seeds = column(also), column("seeds")
     if labels is not None and (labels < 0).any():
         if labels.max() >= 0:
-            raise DatasetError(f"{path}: {also} has classes and, for {int((labels < 0).sum())} images, none; label all")
+            raise DatasetError(
+                f"{path}: {also} has classes and, for {counted(int((labels < 0).sum()), 'image')}, none; label all"
+            )
         labels = None
     rows = Rows(lambda: files.stream(stored)[0], header, where)
     return rows, None if labels is None else torch.from_numpy(labels), None if seeds is None else seeds.tolist()

@@ -189,7 +189,10 @@ def _own_space(arrays: Npz, name: str, about: About) -> SpaceStatistics:
     if key in arrays.names:
         values = arrays.read(key, MAX_FEATURES)
         if values.shape[1:] != gaussian.mean.shape or not np.isfinite(values).all():
-            raise DatasetError(f"{where}: features {list(values.shape)} are not of {len(gaussian.mean)} finite numbers")
+            raise DatasetError(
+                f"{where}: features {list(values.shape)} are not of {len(gaussian.mean)} finite numbers; make the "
+                "statistics again"
+            )
         features = FeatureSet(torch.from_numpy(values.astype(np.float32)))
     return SpaceStatistics(gaussian, features, about.weights[name])
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.source import file_digest
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, counted
 from edmdistill.features.classifiers import load_classifier
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.grid import to_uint8
@@ -79,7 +79,8 @@ def candidates(seeds: Sequence[int], classes: Sequence[int] | Tensor, ratio: flo
     first = max(seeds) + 1
     if more and first + len(more) - 1 > MAX_SEED:
         raise EdmDistillError(
-            f"rejection needs {len(more)} seeds after {first - 1}, but seeds end at {MAX_SEED}: use lower seeds"
+            f"rejection needs {counted(len(more), 'seed')} after {first - 1}, but seeds end at {MAX_SEED}: use "
+            "lower seeds"
         )
     drawn = torch.tensor([*seeds, *range(first, first + len(more))], dtype=torch.int64)
     return Candidates(drawn, torch.cat([requested, torch.tensor(more, dtype=torch.int64)]))

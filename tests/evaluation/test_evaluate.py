@@ -340,6 +340,8 @@ def test_what_does_not_fit_is_refused(bad: Bad) -> None:
 def test_sampling_options_are_for_networks() -> None:
     with pytest.raises(EdmDistillError, match="are for sampling a network, but these are images"):
         evaluate(held_out(), protocol="digits", sampler=SamplerSpec(nfe=2))
+    with pytest.raises(EdmDistillError, match="nothing to measure: pass at least two seeds"):
+        evaluate(generator(), protocol="digits", seeds=[], repeat=2)
 
 
 def test_a_network_of_other_images_is_refused_before_it_draws() -> None:

@@ -128,6 +128,18 @@ def pickled(**entries: object) -> bytes:
     return pickle.dumps({"num_images": 5, **entries})
 
 
+def twice() -> bytes:
+    """An .npz with two arrays of one name, as zip files can hold."""
+    content = bytearray(npz(mu=MU, no=MU, sigma=SIGMA))
+    return bytes(content).replace(b"no.npy", b"mu.npy")
+
+
+ABOUT = json.dumps(
+    {"n": 5, "weights": {"pixels": None}, "source": "", "split": "", "sha256": "", "fingerprint": "", "version": ""}
+)
+OWN = {"about": ABOUT, "mu_pixels": MU, "sigma_pixels": SIGMA}
+
+
 BAD: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "an empty file; give"),
     "web page": (lambda: b"<html>", "neither an .npz nor a pickle; give"),
@@ -149,6 +161,9 @@ BAD: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "8 TiB": (lambda: claiming((2**40,)), "claims 8,796,093,022,208 bytes"),
     "8 TiB packed": (lambda: claiming((2**20, 2**20), zipfile.ZIP_DEFLATED), "claims 8,796,093,022,208 bytes"),
     "a large array": (lambda: claiming((2**16,)), "has 65,536 entries, and at most 8,192 are read"),
+    "twice": (twice, "holds mu twice; write it again"),
+    "features": (lambda: npz(**OWN, features_pixels=MU * np.nan), "not of 3 finite numbers; make the statistics again"),
+    "own mu": (lambda: npz(about=ABOUT, sigma_pixels=SIGMA), "mu_pixels is missing; write the file again"),
     "about is no JSON": (lambda: npz(about="{"), "about cannot be read"),
     "about is a number": (lambda: npz(about=np.arange(2)), "about cannot be read"),
     "pickle of nothing": (lambda: pickle.dumps([1]), "neither fid nor fd_dinov2 with mu and sigma"),

@@ -218,7 +218,8 @@ ARRAYS = {
     "alpha": ({"images": np.zeros((2, 8, 8, 4), np.uint8)}, r"uint8 \[2, 8, 8, 4\], but uint8 .* of 1 or 3 channels"),
     "nothing": ({}, "holds nothing, but images or arr_0 were expected"),
     "Fortran": ({"images": np.asfortranarray(UINT8)}, "Fortran order: save numpy.ascontiguousarray"),
-    "some classes": ({"images": UINT8, "labels": np.array([1, -1])}, "has classes and, for 1 images, none; label all"),
+    "some classes": ({"images": UINT8, "labels": np.array([1, -1])}, "has classes and, for 1 image, none; label all"),
+    "few labels": ({"images": UINT8, "labels": np.array([1])}, r"labels are int64 \[1\], but an integer for each of"),
     "large labels": ({"images": UINT8, "labels": np.array([1, 2**63], np.uint64)}, r"labels are uint64 \[2\], but an"),
 }
 
