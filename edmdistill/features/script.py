@@ -26,6 +26,9 @@ from edmdistill.pickles import StandIn, Stateful, Unreadable
 from edmdistill.stored_tensors import StoredTensor
 from edmdistill.transfer import is_out_of_memory
 
+NEEDLESS = "which no network needs: write the network without it"
+WANTED = "give what torch.jit.save wrote"
+
 _CONTROL = """
 abs CallFunction CallMethod Constant CreateObject data device DictConstruct dtype Enter EnumName EnumValue Exit
 GetAttr If is_cpu is_cuda is_meta is_mkldnn is_mps is_nested is_quantized is_sparse isinstance itemsize layout
@@ -162,9 +165,9 @@ def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Modu
     path = Path(path)
     try:
         if not path.is_file():
-            raise Unreadable("is not a file" if path.exists() else "does not exist")
+            raise Unreadable(f"{'is not a file' if path.exists() else 'does not exist'}: {WANTED}")
         if not zipfile.is_zipfile(path):
-            raise Unreadable("is not a zip archive, which such files are")
+            raise Unreadable(f"is not a zip archive, which such files are: {WANTED}")
         network = _load(_checked(Archive(path)), device)
     except Unreadable as error:
         raise CheckpointError(f"{path} cannot be read as TorchScript: it {error}.") from error
@@ -260,7 +263,7 @@ def _classes(source: bytes) -> Iterator[str]:
             arguments = node.args
             values = [*arguments.defaults, *filter(None, arguments.kw_defaults), *node.decorator_list]
             if node.name in ("__setstate__", "__getstate__"):
-                raise Unreadable(f"runs code when it is loaded ({node.name}), which no network needs")
+                raise Unreadable(f"runs code when it is loaded ({node.name}), {NEEDLESS}")
         elif isinstance(node, ast.ClassDef):
             yield node.name
             values = []
@@ -272,14 +275,14 @@ def _classes(source: bytes) -> Iterator[str]:
                     values.append(line)  # type: ignore[arg-type]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if not node.value.replace("\n", "").replace("\t", "").isprintable():
-                raise Unreadable("holds a text of control characters, which no network needs")
+                raise Unreadable(f"holds a text of control characters, {NEEDLESS}")
             continue
         elif isinstance(node, ast.Attribute) and node.attr == "classes":
-            raise Unreadable("uses a class of C++ (torch.classes), which no network needs")
+            raise Unreadable(f"uses a class of C++ (torch.classes), {NEEDLESS}")
         else:
             continue
         if not all(_is_literal(value) for value in values):
-            raise Unreadable("runs code when it is loaded (a default value that is no literal), which no network needs")
+            raise Unreadable(f"runs code when it is loaded (a default value that is no literal), {NEEDLESS}")
 
 
 _STRING = re.compile(r"\"(?:[^\"\\\n]|\\[^\n])*\"|'(?:[^'\\\n]|\\[^\n])*'")
