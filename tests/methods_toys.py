@@ -57,4 +57,4 @@ class Toy(nn.Module):
 
 def images() -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(len(TIMES), 1, 4, 4, dtype=torch.float64, generator=generator) * spread(over(TIMES, TIMES))
+    return torch.randn(len(TIMES), 3, 4, 4, dtype=torch.float64, generator=generator) * spread(over(TIMES, TIMES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,8 @@ from edmdistill.networks.surgery.last_layer import LastLayer, watched
 from edmdistill.trigflow import cos_sin
 
 FlowFunction = Callable[..., Tensor]
-SHAPE, LABELS = (1, 2, 2), 3
+SHAPE, LABELS = (3, 2, 2), 3
+NUMBERS = math.prod(SHAPE)
 
 
 class Tiny(nn.Module):
@@ -31,8 +33,8 @@ class Tiny(nn.Module):
         super().__init__()
         self.two_time, self.guided = role.two_time, role.guided
         self.head = nn.Linear(2, role.logvars, dtype=dtype) if role.logvars else None
-        self.hidden = nn.Linear(4 + 2 + LABELS + 2 * role.two_time + role.guided, 5, dtype=dtype)
-        self.out = nn.Linear(5, 4, dtype=dtype)
+        self.hidden = nn.Linear(NUMBERS + 2 + LABELS + 2 * role.two_time + role.guided, 5, dtype=dtype)
+        self.out = nn.Linear(5, NUMBERS, dtype=dtype)
         self.judge = nn.Linear(5, 1, dtype=dtype) if role.head == "bottleneck" else nn.Identity()
 
     def forward(
@@ -85,7 +87,7 @@ def tiny_networks() -> Callable[..., dict[str, nn.Module]]:
     """(method, seed, dtype, options) -> a random network for each role."""
 
     def make(method: type, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, nn.Module]:
-        layers = [Layer(1, "block0", 4, width, attention=False) for width in (4, 5)]
+        layers = [Layer(1, "block0", 4, width, attention=False) for width in (NUMBERS, 5)]
         network = SimpleNamespace(feature_layers=layers)
         flow = SimpleNamespace(img_channels=SHAPE[0], img_resolution=SHAPE[1], network=network)
         with torch.random.fork_rng():

@@ -24,8 +24,8 @@ def critic(images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def test_the_relativistic_loss_pairs_images_and_penalizes_both_slopes() -> None:
     """Equal, with its gradients, to R3GAN's losses written per image, in float64."""
     torch.manual_seed(0)
-    real, fake = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64)
-    weight = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    real, fake = torch.randn(2, 5, 3, 2, 2, dtype=torch.float64)
+    weight = torch.randn(12, 2, dtype=torch.float64, requires_grad=True) / 3
     networks = {"features": torch.nn.Identity(), "discriminator": lambda maps: critic(maps, weight)}
     for gamma in (None, 0.0, 0.3):
         config = GANConfig(gan=1.0, gan_loss="relativistic", gan_penalty=gamma, augment=())
@@ -46,6 +46,22 @@ def test_the_relativistic_loss_pairs_images_and_penalizes_both_slopes() -> None:
         judged = adversary.generator_loss(real, attached, Draws(0, 5))
         torch.testing.assert_close(judged, torch.stack(generator), rtol=1e-12, atol=1e-12)
         assert torch.autograd.grad(judged[1], attached)[0].flatten(1).abs().sum(1).nonzero().tolist() == [[1]]
+    assert not real.requires_grad  # the caller's images are left as they were
+
+
+@pytest.mark.parametrize("loss", ["hinge", "relativistic"])
+def test_both_turns_judge_augmented_images(loss: str) -> None:
+    torch.manual_seed(0)
+    real, fake = torch.randn(2, 5, 3, 8, 8, dtype=torch.float64)
+    seen, augmentations = [], ("color", "translation", "cutout")
+    networks = {"features": lambda x: seen.append(x) or x, "discriminator": lambda maps: maps.flatten(1)}
+    adversary = Adversary(networks, GANConfig(gan=1.0, gan_loss=loss))
+    adversary.discriminator_loss(real, fake, Draws(0, 5))
+    adversary.generator_loss(real, fake, Draws(0, 5))
+    for images, found in zip([[real, fake], [fake, real][: 1 + adversary.loss.relative]], seen, strict=True):
+        draws = Draws(0, 5)
+        expected = torch.cat([augment(image, draws, augmentations) for image in images])
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["scd", "cosim", "fmd"])
@@ -94,18 +110,50 @@ def test_every_image_is_augmented_by_its_own_draws(augmentation: str) -> None:
 def test_translation_moves_and_cutout_covers() -> None:
     x = torch.arange(1.0, 257.0).reshape(1, 1, 16, 16).expand(500, 1, 16, 16)
     moved = augment(x, Draws(0, 500), ["translation"])
-    shifts = set()
+    shares = []
     for dy in range(-2, 3):
         for dx in range(-2, 3):
             shifted = torch.zeros(16, 16)
             rows, columns = slice(max(0, -dy), 16 - max(0, dy)), slice(max(0, -dx), 16 - max(0, dx))
             shifted[rows, columns] = x[0, 0].roll((-dy, -dx), (0, 1))[rows, columns]
-            if (moved == shifted).all((1, 2, 3)).any():
-                shifts.add((dy, dx))
-    assert len(shifts) == 25
+            shares.append((moved == shifted).all((1, 2, 3)).double().mean())
+    assert sum(shares) == pytest.approx(1)  # no other
+    assert min(shares) > 0.02
     covered = (augment(x, Draws(0, 500), ["cutout"]) == 0).flatten(1).sum(1)
     assert covered.max() == 64
     assert covered.min() == 16
+
+
+def test_color_is_a_shift_of_the_mean_and_two_factors() -> None:
+    """Each uniform in its range: of all, of what differs between channels, and of what differs from the mean."""
+    rows, rng = 4000, torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 3, 4, 4, generator=rng, dtype=torch.float64)
+    y = augment(x, Draws(0, rows), ["color"])
+
+    def parts(image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mean, gray = image.mean((1, 2, 3), keepdim=True), image.mean(1, keepdim=True)
+        return mean, gray - mean, image - gray
+
+    (mean, gray, chroma), (mean_y, gray_y, chroma_y) = parts(x), parts(y)
+    brightness = (mean_y - mean)[:, 0, 0, 0]
+    contrast, both = (gray_y / gray).flatten(1), (chroma_y / chroma).flatten(1)
+    for factor in (contrast, both):
+        torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-6, atol=0)
+    contrast, saturation = contrast[:, 0], both[:, 0] / contrast[:, 0]
+    for value, low, high in ((brightness, -0.5, 0.5), (contrast, 0.5, 1.5), (saturation, 0.0, 2.0)):
+        quarters = torch.histc(value, 4, low, high) / rows
+        torch.testing.assert_close(quarters, torch.full((4,), 0.25, dtype=torch.float64), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("size", [16, 10])
+def test_every_center_of_a_cutout_is_as_likely(size: int) -> None:
+    """Half the size is even or odd; a side of n covers 1 ... n rows at either end as often."""
+    covered = (augment(torch.ones(20_000, 1, size, size), Draws(0, 20_000), ["cutout"]) == 0)[:, 0].any(2)
+    side, first = size // 2, covered.double().argmax(1)
+    starts = first - (first == 0) * (side - covered.sum(1))
+    places = torch.bincount(starts + side // 2)
+    assert len(places) == size + 1 - side % 2
+    assert (places / 20_000 * len(places) - 1).abs().max() < 0.15
 
 
 def test_distances_mean_the_same_at_any_size() -> None:

@@ -49,7 +49,7 @@ def true_generator(x: Tensor, t: Tensor, labels: Tensor | None, s: Tensor) -> Te
 
 def data(size: int) -> Batch:
     rng = torch.Generator().manual_seed(0)
-    return Batch(MEAN + STD * torch.randn(size, 1, 2, 2, generator=rng, dtype=torch.float64), None)
+    return Batch(MEAN + STD * torch.randn(size, 3, 2, 2, generator=rng, dtype=torch.float64), None)
 
 
 def method(noise: NoiseRange, generator: Callable[..., Tensor] = true_generator, **options: object) -> CTM:
@@ -60,7 +60,7 @@ def method(noise: NoiseRange, generator: Callable[..., Tensor] = true_generator,
 def test_the_jump_is_that_of_edms_notation(noise: NoiseRange) -> None:
     """G = (sigma_s / sigma_t) x + (1 - sigma_s / sigma_t) g, g = c_skip x + c_out F_raw."""
     torch.manual_seed(0)
-    x, F = torch.randn(2, 7, 1, 2, 2, dtype=torch.float64)
+    x, F = torch.randn(2, 7, 3, 2, 2, dtype=torch.float64)
     sigma_t = torch.tensor([0.003, 0.02, 0.3, 0.5, 3.0, 40.0, 80.0], dtype=torch.float64)
     sigma_s = sigma_t * torch.tensor([1.0, 0.1, 0.9, 0.5, 0.01, 0.2, 0.0], dtype=torch.float64)
     t, s = sigma_to_time(sigma_t, SD), sigma_to_time(sigma_s, SD)

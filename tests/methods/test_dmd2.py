@@ -188,8 +188,9 @@ def test_micro_batches_share_the_weights_of_the_whole_batch(
 
 
 def test_weights_by_hand() -> None:
-    """In one bin, ratios 1 and 3 are normalized to 1/2 and 3/2."""
-    r, sigma = torch.tensor([1.0, 3.0, 7.0], dtype=torch.float64), torch.tensor([0.1, 0.2, 40.0])
+    """In one bin of ten, ratios 1 and 3 are normalized to 1/2 and 3/2; the others are alone in theirs."""
+    r = torch.tensor([1.0, 3.0, 7.0, 5.0, 9.0], dtype=torch.float64)
+    sigma = torch.tensor([0.1, 0.2, 40.0, 71.9, 80.0])  # in bins 0, 0, 4, 8 and 9
     for name, expected in {
         "reverse-kl": [1, 1, 1],
         "forward-kl": [0.5, 1.5, 1],
@@ -199,7 +200,7 @@ def test_weights_by_hand() -> None:
         "jeffreys": [1.5, 2.5, 2],
         "neyman": [2, 2 / 3, 1],
     }.items():
-        h = torch.tensor(expected, dtype=torch.float64)
+        h = torch.tensor([*expected, *expected[2:] * 2], dtype=torch.float64)
         found = divergence_weights(name, r, sigma, 0.002, 80.0)
         torch.testing.assert_close(found, h / h.mean(), rtol=1e-12, atol=0)
     assert set(WEIGHTS) == {"reverse-kl", "forward-kl", "jensen-shannon"} | set(list(WEIGHTS)[3:])

@@ -52,13 +52,13 @@ def test_loss_and_gradient_are_the_paper_s(
     """f(x, sigma) = c_skip x + c_out F(c_in x), as the papers have it; a pair's images share their noise."""
     weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     method = make(weight, q=4.0, stage_images=100, c=c, weighting=weighting, intervals=intervals)
-    x0 = STD * Draws(1, 6).normal(1, 4, 4)
+    x0 = STD * Draws(1, 6).normal(3, 4, 4)
     loss = method.consistency_loss(Batch(x0, None, images), Draws(0, 6))
     (gradient,) = torch.autograd.grad(loss.value.sum(), [weight])
 
     draws = Draws(0, 6)
     t, r = (ect_pair if intervals is None else ict_pair)(draws, images // 100)
-    eps = draws.normal(1, 4, 4)
+    eps = draws.normal(3, 4, 4)
 
     def f(x: Tensor, sigma: Tensor) -> Tensor:
         sigma = sigma.reshape(-1, 1, 1, 1)

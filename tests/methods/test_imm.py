@@ -86,10 +86,10 @@ def paper_loss(F: Callable[..., Tensor], x: Tensor, eps: Tensor, u: Tensor, M: i
 def test_loss_and_gradient_are_the_paper_s(M: int, path: str, a: int) -> None:
     weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     method = make(smooth(weight), particles=M, path=path, a=a, k=8)
-    x0 = STD * Draws(1, 8).normal(1, 4, 4)
+    x0 = STD * Draws(1, 8).normal(3, 4, 4)
     loss = method.moment_matching_loss(Batch(x0, None), Draws(0, 8)).value.mean()
     draws = Draws(0, 8)
-    u, eps = draws.uniform(2)[::M], SIGMA_DATA * draws.normal(1, 4, 4)
+    u, eps = draws.uniform(2)[::M], SIGMA_DATA * draws.normal(3, 4, 4)
     expected = paper_loss(smooth(weight), x0, eps, u, M, path == "cosine", a)
     torch.testing.assert_close(loss, expected, rtol=3e-8, atol=0)  # the smallest distance does not scale with a path
     gradients = [torch.autograd.grad(value, weight)[0] for value in (loss, expected)]
@@ -179,7 +179,7 @@ def test_a_smallest_gap_keeps_r_from_t() -> None:
 
 def test_a_split_between_groups_changes_no_loss() -> None:
     method = make(smooth(torch.tensor(0.7, dtype=torch.float64)))
-    x0 = STD * Draws(1, 24).normal(1, 4, 4)
+    x0 = STD * Draws(1, 24).normal(3, 4, 4)
     whole = method.moment_matching_loss(Batch(x0, None), Draws(0, 24))
     for start, stop in pairwise((0, 4, 16, 24)):
         part = method.moment_matching_loss(Batch(x0[start:stop], None), Draws(0, 24, slice(start, stop)))

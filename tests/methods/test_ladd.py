@@ -65,8 +65,10 @@ class Naive:
         for feature, head in zip(features, heads, strict=True):
             first, norm, _, last, _ = head
             y = feature.flatten(1) @ first.weight.flatten(1).T + first.bias
-            centered = y - y.mean(1, keepdim=True)
-            y = centered / (centered.square().mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+            groups = y.reshape(len(y), norm.num_groups, -1)
+            centered = groups - groups.mean(2, keepdim=True)
+            y = (centered / (centered.square().mean(2, keepdim=True) + 1e-5).sqrt()).flatten(1)
+            y = y * norm.weight + norm.bias
             columns.append((y / (1 + (-y).exp())) @ last.weight.flatten(1).T + last.bias)
         return torch.cat(columns, 1)
 

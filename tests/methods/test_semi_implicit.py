@@ -16,7 +16,7 @@ Draw = dict[str, Tensor]
 def draw() -> Draw:
     """A random g, eps, D*, D_psi at five noise levels, and the same in TrigFlow."""
     rng = torch.Generator().manual_seed(0)
-    g, eps, teacher, aux = torch.randn(4, 5, 1, 2, 2, generator=rng, dtype=torch.float64)
+    g, eps, teacher, aux = torch.randn(4, 5, 3, 2, 2, generator=rng, dtype=torch.float64)
     sigma = torch.tensor([0.002, 0.1, 0.5, 5.0, 80.0], dtype=torch.float64)
     wide = sigma.reshape(-1, 1, 1, 1)
     x_s = g + wide * eps

@@ -54,7 +54,7 @@ def test_the_losses_are_the_official_codes(tiny_networks: Make, tiny_batch: Make
         y_fake, logits = scaled(psi, y + n, sigma, batch.labels, logits="also")
         size = (y - y_real).abs().mean((1, 2, 3), keepdim=True).detach()
         loss = 100 * ((y_real - y_fake) * ((y_real - y) - (y_real - y_fake)) / size).sum((1, 2, 3))
-        loss = loss - lsg_gan * 4 * logits.sigmoid().log().mean(1) / size.flatten()
+        loss = loss - lsg_gan * y[0].numel() * logits.sigmoid().log().mean(1) / size.flatten()
         found = of_generator.loss(batch._replace(images=images), Draws(1, 8)).value
         compare(generator, found, loss / 100)
 
@@ -73,7 +73,7 @@ def test_logits_of_generated_images_are_clipped_at_10(noise: NoiseRange) -> None
             return 0.1 * x, torch.full((len(x), 3), logit)
 
         networks = {"teacher": lambda x, s, labels: 0.2 * x, "generator": None, "auxiliary": psi}
-        x, v = torch.randn(2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+        x, v = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
         return SiDA(SiDAConfig(), networks, noise).score_loss(1.0, x, v, torch.full((4,), 0.8), None).value
 
     assert torch.equal(loss(-50.0), loss(-10.0))

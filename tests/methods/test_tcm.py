@@ -29,7 +29,7 @@ def test_loss_and_gradient_are_the_paper_s(weighting: str, gap: float, c: float)
     """
     weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     method = make(weight, weighting=weighting, gap=gap, c=c, boundary=1.2, boundary_share=0.3, boundary_weight=0.2)
-    x0 = STD * Draws(1, ROWS).normal(1, 4, 4)
+    x0 = STD * Draws(1, ROWS).normal(3, 4, 4)
     loss = method.truncated_loss(Batch(x0, None), Draws(0, ROWS))
     (gradient,) = torch.autograd.grad(loss.value.sum(), [weight])
 
@@ -37,7 +37,7 @@ def test_loss_and_gradient_are_the_paper_s(weighting: str, gap: float, c: float)
     at_boundary = draws.uniform() < 0.3
     t = student_sigmas(draws, P_mean=0.0, P_std=0.2, degrees=0.01, low=1.2, high=80.0)
     t = torch.where(at_boundary, 1.2, t)
-    eps = draws.normal(1, 4, 4)
+    eps = draws.normal(3, 4, 4)
     r = (t - t * gap * (1 + 8 / (1 + t.exp()))).clamp(min=0)
 
     def f(x: Tensor, sigma: Tensor, role: str) -> Tensor:
