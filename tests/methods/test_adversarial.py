@@ -88,6 +88,23 @@ def test_the_adversarial_term_is_balanced_in_the_last_layer(
     assert not loss.generated.requires_grad
 
 
+@pytest.mark.parametrize("name", ["sct", "scd", "dscd", "mean-flow", "fmd"])
+def test_what_is_judged_is_made_of_noise_alone(
+    name: str, tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
+) -> None:
+    """In one step from sigma_max to the data, in both turns; not what the method's own loss makes of noisy data."""
+    kind, options, calls = METHODS[name].load(), {"gan": 1.0, "balance": "fixed"}, []
+    networks = tiny_networks(kind, **options)
+    networks["generator"].register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    for turn in kind(kind.Config(**options), networks, noise).turns():
+        calls.clear()
+        turn.whole(tiny_batch(200), Draws(0, 200))
+        (x_t, t, *_), more = calls[-1]
+        assert t.tan().mul(noise.sigma_data).tolist() == pytest.approx([noise.sigma_max] * 200)
+        assert (more.get("second", torch.zeros(1)) == 0).all()
+        assert float(x_t.std()) == pytest.approx(noise.sigma_data, rel=0.1)
+
+
 def test_a_discriminator_judges_single_steps() -> None:
     with pytest.raises(ValueError, match="intervals = 2 needs as many steps"):
         METHODS["scd"].load().Config(gan=1.0, intervals=2)

@@ -102,6 +102,32 @@ def test_every_line_is_true(name: str) -> None:
     assert list((SHIPPED / name).glob("*.toml"))
 
 
+PAPERS: dict[str, dict[str, object]] = {
+    "diffusion": {"P_mean": -1.2, "P_std": 1.2},  # EDM, table 1
+    "cosim": {"alpha": 1.2, "coef": 1.0, "R": 4, "share_to_max": 0.5, "r_s_max": 1.0, "weight": "sid"},
+    "sid": {"alpha": 1.2, "coef": 0.5, "sigma_init": 2.5, "P_mean": -1.2, "P_std": 1.2, "r_s_max": 0.8},
+    "sida": {"alpha": 1.0, "gan": 1e-4, "gan_auxiliary": 1.0, "sigma_init": 2.5, "r_s_max": 0.8},
+    "dmd2": {"auxiliary_turns": 5, "gan": 3e-3, "gan_auxiliary": 1e-2, "f_divergence": "reverse-kl"},
+    "ladd": {"P_mean": 0.3, "P_std": 1.0, "gan_loss": "hinge"},  # logit(t) ~ N(1, 1): ln(sigma / .5) has mean 1
+    "sct": {"P_mean": -1.0, "P_std": 1.4, "c": 0.1, "r_max": 1.0},  # sCM, table of CIFAR-10
+    "scd": {"P_mean": -1.0, "P_std": 1.4, "c": 0.1, "r_max": 1.0},
+    "dscd": {"P_mean": -1.0, "P_std": 1.4, "c": 0.1, "intervals": 1024},
+    "vsd": {"vsd_P_mean": 0.4, "vsd_P_std": 2.0, "aux_P_mean": -0.8, "aux_P_std": 1.6},  # sCM, table 4
+    "ctm": {"N": 18, "max_steps": 17, "mu": 0.999, "dsm": 1.0, "gan": 1.0, "sampling": "official"},
+    "fmd": {"P_mean": -0.8, "P_std": 1.0, "c": 0.1},
+    "ect": {"P_mean": -1.1, "P_std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0, "c": 0.0, "stage_images": 25_600_000},
+    "tcm": {"P_mean": 0.0, "P_std": 0.2, "degrees": 0.01, "boundary": 1.0, "boundary_share": 0.25}
+    | {"boundary_weight": 0.1, "gap": 0.001, "c": 1e-8},
+    "imm": {"particles": 4, "path": "ot-fm", "k": 12.0, "a": 1.0, "b": 5.0},
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_defaults_are_the_papers(name: str) -> None:
+    config = METHODS[name].load().Config()
+    assert {option: getattr(config, option) for option in PAPERS[name]} == PAPERS[name]
+
+
 def test_the_lists_of_methods_agree() -> None:
     assert {path.name for path in SHIPPED.iterdir() if path.is_dir()} == set(METHODS)
     documented = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
