@@ -6,7 +6,7 @@ images with noise, x_t = cos(t) x0 + sin(t) z, whatever came before it in a chai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -142,6 +142,7 @@ def diagnose_networks(
     teacher_jumps: Sequence[float] | None = None,
     count: int = COUNT,
     batch: int = 250,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Diagnosis:
     """Returns the diagnosis of networks in evaluation mode.
 
@@ -149,10 +150,11 @@ def diagnose_networks(
         teacher, auxiliary: the two scores, between which gaps are measured; None: there is no such network.
         teacher_jumps: the teacher's jump_distances, where they are known.
         count: as for `diagnose`.
+        on_batch: called before every batch of images.
     """
 
     def distances(flow: FlowNetwork) -> list[float]:
-        return jump_distances(flow, data, space, count=count, batch=batch)
+        return jump_distances(flow, data, space, count=count, batch=batch, on_batch=on_batch)
 
     beside: Sequence[float | None] = [None] * len(JUMP_SIGMAS)
     if teacher is not None:
@@ -160,7 +162,8 @@ def diagnose_networks(
     jumps = [SingleJump(*row) for row in zip(JUMP_SIGMAS, distances(generator), beside, strict=True)]
     if teacher is None or auxiliary is None:
         return Diagnosis(jumps, [])
-    return Diagnosis(jumps, score_gaps(generator, teacher, auxiliary, data, count=max(count // 10, 1), batch=batch))
+    gaps = score_gaps(generator, teacher, auxiliary, data, count=max(count // 10, 1), batch=batch, on_batch=on_batch)
+    return Diagnosis(jumps, gaps)
 
 
 @torch.no_grad()
@@ -172,17 +175,21 @@ def jump_distances(
     *,
     count: int = COUNT,
     batch: int = 250,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Returns the Frechet distance between the data and one jump to it from each noise level.
 
     Args:
         flow: a generator or a denoiser; of two times, its jumps end at 0.
         count: number of jumps; more than there are images: each again, with other noise.
+        on_batch: as for `diagnose_networks`.
     """
     real, generated = RunningStatistics(), [RunningStatistics() for _ in sigmas]
     for rows in batches(range(len(data)), batch):
+        on_batch()
         real.update(space(data.images(rows)))
     for x0, labels, draws in _images(flow, data, count, batch):
+        on_batch()
         z = draws.normal_like(x0, flow.sigma_data)
         for sigma, running in zip(sigmas, generated, strict=True):
             t = sigma_to_time(sigma, flow.sigma_data).to(x0.device)
@@ -202,16 +209,19 @@ def score_gaps(
     sigmas_t: Sequence[float] = JUMP_SIGMAS,
     count: int = COUNT // 10,
     batch: int = 250,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> list[Gap]:
     """Returns the gap between the two scores of a generator by (s, t), s < t, on the data with fixed noise.
 
     Args:
         auxiliary: reads (x_s; s, t), or x_s and s alone: then its sensitivity is 0.
+        on_batch: as for `diagnose_networks`.
     """
     pairs = [(s, t) for s in sigmas_s for t in sigmas_t if s < t]
     sums = torch.zeros(len(pairs), 2, dtype=torch.float64)
     sigma_data, last = generator.sigma_data, sigma_to_time(generator.sigma_max, generator.sigma_data)
     for x0, labels, draws in _images(generator, data, count, batch):
+        on_batch()
         z, z_s = draws.normal_like(x0, sigma_data), draws.normal_like(x0, sigma_data)
         classes = None if labels is None else labels.to(teacher.device)  # an average may be in the host's memory
 

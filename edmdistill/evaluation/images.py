@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.layout import CONFIG
@@ -129,9 +130,19 @@ def sampled_images(
     size: tuple[int, ...] = (flow.img_channels, flow.img_resolution, flow.img_resolution)
     if is_latent(model):
         size = tuple(decode(torch.zeros(1, *size)).shape[1:])
-    one_thread = flow.network.compiled or is_gpu(flow.device)  # threads must not compile at once
+    # Threads must not compile at once, and processes gather the shards of a network in one order.
+    one_thread = flow.network.compiled or is_gpu(flow.device) or _is_sharded(flow)
     readers = 0 if one_thread else None
     return Images(len(seeds), size, read, classes, seeds, labels if flow.label_dim else "none", readers=readers)
+
+
+def _is_sharded(network: nn.Module) -> bool:
+    """Returns whether processes share the network's weights out (FSDP2)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor  # a second to import, which a single process need not wait for
+
+    return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
 
 def open_images(source: Tensor | str | Path, label_dim: int) -> Images:

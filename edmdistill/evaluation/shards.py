@@ -38,8 +38,11 @@ MeasuredBatch = tuple[range, dict[str, Tensor]]
 class Processes(Protocol):
     """The processes that share an evaluation, seen from one of them; see machine.engine.Engine."""
 
-    rank: int
-    world_size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
 
     def any_process(self, flag: bool) -> bool:
         """Returns whether the flag is set on any process, after all have called it."""

@@ -1,18 +1,21 @@
 """Metrics over training: what [evaluation] asks for, in the lines of metrics.jsonl; the best average is kept.
 
 The average is sampled and measured as `edmdistill eval` does a checkpoint, with random streams of its own, so that
-nothing that is trained depends on it. The processes share the images, through their memory.
+nothing that is trained depends on it. The processes share the images, through their memory. A run that is asked to stop
+meanwhile gives the evaluation up, and makes it when it resumes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from threading import Event
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import NotFiniteError, TrainingError
@@ -23,6 +26,7 @@ from edmdistill.evaluation.protocol import get_protocol, open_reference
 from edmdistill.evaluation.references import ReferenceStatistics
 from edmdistill.features.base import FeatureSpace
 from edmdistill.features.spaces import load_features
+from edmdistill.machine.engine import Engine
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import EvaluationTable
 from edmdistill.sampling.decode import Decoder, open_decoder, vae_on
@@ -35,6 +39,39 @@ from edmdistill.training.snapshot import generator_saver
 
 WORSE = 2.0
 """A distance above so many times the lowest one is an alarm."""
+
+
+class EvaluationStopped(Exception):
+    """The run is asked to stop during an evaluation."""
+
+
+class StoppableProcesses(NamedTuple):
+    """The processes of a run, which leave an evaluation together, between two batches.
+
+    Attributes:
+        stop: set when this process is asked to stop.
+    """
+
+    engine: Engine
+    stop: Event
+
+    @property
+    def rank(self) -> int:
+        return self.engine.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.engine.world_size
+
+    def any_process(self, flag: bool) -> bool:
+        """As Engine's.  Raises: EvaluationStopped: one of them is asked to stop; on all."""
+        flags, stops = self.all_reduce(torch.tensor([flag, self.stop.is_set()], dtype=torch.float32)).tolist()
+        if stops:
+            raise EvaluationStopped
+        return bool(flags)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self.engine.all_reduce(tensor)
 
 
 @dataclass
@@ -62,15 +99,19 @@ class Evaluation:
         """Returns whether the average is measured after this round."""
         return run.finished or run.due(self.table.every)
 
-    def measure(self, run: Run, tell: Callable[[str], object]) -> dict[str, float]:
+    def measure(self, run: Run, tell: Callable[[str], object], stop: Event) -> dict[str, float]:
         """Returns the metrics of the average, by `METRIC/NFE NFE`; none where a sample is not finite.
 
         With `diagnose`, also those of Diagnosis.measures.
+        Args:
+            stop: set when the run is asked to stop.
+        Raises: EvaluationStopped: it was set on some process.
         """
         measured: dict[str, float] = {}
+        processes = StoppableProcesses(run.engine, stop)
         for nfe in self.table.nfe:
             try:
-                with one_thread_draws(run.engine.world_size > 1), vae_on(run.engine.device, self.decoder):
+                with vae_on(run.engine.device, self.decoder):
                     result = evaluate(
                         run.model(),
                         self.reference,
@@ -79,16 +120,18 @@ class Evaluation:
                         seeds=range(self.table.n),
                         decode=self.decoder,
                         device=run.engine.device,
-                        processes=run.engine,
+                        processes=processes,
                         source_sha256="",  # shards have none
                     )
             except NotFiniteError as error:
                 tell(f"Not measured after {run.images:,} images: {error}.")
                 continue
             measured |= {f"{name}/{nfe} NFE": value for name, value in result.metrics.items()}
-        return measured if self.space is None else measured | self._diagnose(run, self.space).measures()
+        if self.space is None:
+            return measured
+        return measured | self._diagnose(run, self.space, lambda: processes.any_process(False)).measures()
 
-    def _diagnose(self, run: Run, space: FeatureSpace) -> Diagnosis:
+    def _diagnose(self, run: Run, space: FeatureSpace, on_batch: Callable[[], object]) -> Diagnosis:
         """Returns the diagnosis of the average, with the run's own teacher and auxiliary score where it has them."""
         assert isinstance(self.reference, Dataset)
         run.set_trainable(None)
@@ -101,6 +144,7 @@ class Evaluation:
             space,
             teacher_jumps=self.teacher_jumps,
             count=self.table.n,
+            on_batch=on_batch,
         )
         self.teacher_jumps = [jump.teacher for jump in diagnosis.jumps if jump.teacher is not None]
         return diagnosis
@@ -130,22 +174,6 @@ class Evaluation:
             sentence = f"{change}: training makes it worse, and {folder.best} keeps the best average."
             return [Alarm("quality", sentence, best=folder.best)]
         return []
-
-
-@contextmanager
-def one_thread_draws(alone: bool) -> Iterator[None]:
-    """Lets a CPU draw batches in one thread while the block runs: processes gather shards in the same order.
-
-    Args:
-        alone: whether that is needed.
-    """
-    threads = torch.get_num_threads()
-    if alone:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def open_evaluation(run: Run) -> Evaluation | None:

@@ -121,13 +121,16 @@ class IntervalMeans:
         self.rounds += 1
 
     def line(self, images: int, batch: int) -> dict[str, float]:
-        """Returns images, step, seconds since the run began, images_per_second and all means; starts a new interval."""
-        self.before += self.seconds
-        speed = self.rounds * batch / self.seconds
-        line = {"images": images, "step": images // batch, "seconds": self.before, "images_per_second": speed}
+        """Returns images, step, seconds since the run began, images_per_second and all means."""
+        seconds, speed = self.before + self.seconds, self.rounds * batch / self.seconds
+        line = {"images": images, "step": images // batch, "seconds": seconds, "images_per_second": speed}
         line |= {name: total / self.counts[name] for name, total in self.sums.items()}
-        self.sums, self.counts, self.rounds, self.seconds = {}, {}, 0, 0.0
         return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in line.items()}
+
+    def begin(self) -> None:
+        """Begins the next interval: the line of this one is written."""
+        self.before += self.seconds
+        self.sums, self.counts, self.rounds, self.seconds = {}, {}, 0, 0.0
 
     def progress(self) -> IntervalProgress:
         """Returns what `IntervalMeans` resumes from."""

@@ -73,9 +73,10 @@ class RunDir:
         append_line(self.path / SESSIONS, session)
 
     def truncate_after(self, images: int, on_message: Callable[[str], object]) -> None:
-        """Drops lines of metrics.jsonl and files of ema/ from after the state that a run resumes from.
+        """Drops lines of metrics.jsonl and files of ema/ that the run goes on to write.
 
         Args:
+            images: up to which they stay.
             on_message: gets a sentence about every damaged line.
         """
         for file in self.ema.glob(f"{'[0-9]' * 12}-0.???.safetensors"):

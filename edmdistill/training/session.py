@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 from edmdistill.checkpoints.run_state import Progress
@@ -16,7 +17,7 @@ from edmdistill.machine.signals import stop_on_signal
 from edmdistill.training.background import Background
 from edmdistill.training.faults import explain_errors
 from edmdistill.training.loop import rounds
-from edmdistill.training.measure import Evaluation, open_evaluation
+from edmdistill.training.measure import Evaluation, EvaluationStopped, open_evaluation
 from edmdistill.training.metrics import IntervalMeans, Measures
 from edmdistill.training.micro_batch import settle_micro_batch
 from edmdistill.training.monitors import Diverged, Health, require_finite
@@ -49,7 +50,8 @@ def train(
 ) -> Outcome:
     """Trains to the recipe's end, from the run directory's last state if it has one.
 
-    After SIGINT or SIGTERM, finishes the current round, saves a state and returns; the same call resumes there.
+    After SIGINT or SIGTERM, finishes the current round, or gives up the evaluation after it, saves a state and returns;
+    the same call resumes there, with that evaluation.
 
     Args:
         run: from `prepare`; its networks are trained in place.
@@ -71,34 +73,35 @@ def train(
         stop = stack.enter_context(stop_on_signal(tell))
         on_start()
         progress = resume(run, folder, tell)
-        if progress is not None:
-            tell(f"{'Finished already' if run.finished else 'Going on'} after {run.images:,} images.")
-        engine.on_main(lambda: folder.truncate_after(run.images, tell))
-        names = engine.machine.log_with
-        track = engine.on_main(lambda: stack.enter_context(trackers(names, run_dir, run.recipe.tables(), run.images)))
         means, health = IntervalMeans(), Health()
         if progress is not None:
             means, health = IntervalMeans(progress.window), Health(progress.health)
+        in_evaluation = has_line(run, means)  # where the run was stopped
+        unfinished = in_evaluation or not run.finished
+        if progress is not None:
+            tell(f"{'Going on' if unfinished else 'Finished already'} after {run.images:,} images.")
+        written = run.images - 1 if in_evaluation else run.images
+        engine.on_main(lambda: folder.truncate_after(written, tell))
+        names = engine.machine.log_with
+        track = engine.on_main(lambda: stack.enter_context(trackers(names, run_dir, run.recipe.tables(), written)))
         if run.images == 0 or is_snapshot(run):
             with explain_errors(run, folder, health):
                 draw_grids(run, folder, tell, track)
         if (size := settle_micro_batch(run)) is not None:
             tell(f"Micro-batches of {size} images fit.")
-        session = Session(run, folder, means, health, track, stop_on, tell, evaluation)
+        session = Session(run, folder, means, health, track, stop_on, tell, stop, evaluation)
         with explain_errors(run, folder, health), closing(session.background):
-            if not run.finished:
+            if unfinished:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 engine.on_main(lambda: folder.log_session({"images": run.images, "began": now} | environment(engine)))
-            for measures in rounds(run):
-                means.add(measures)
-                on_round(run.images, measures)
-                session.log()
-                stopping = engine.any_process(stop.is_set())
-                session.save(stopping)
-                if stopping:
-                    break
+            if not (in_evaluation and session.end_round()):
+                for measures in rounds(run):
+                    means.add(measures)
+                    on_round(run.images, measures)
+                    if session.end_round():
+                        break
             engine.on_main(session.background.finish)
-    return Outcome(run.finished, run.images)
+    return Outcome(run.finished and not has_line(run, means), run.images)
 
 
 @dataclass
@@ -108,6 +111,7 @@ class Session:
     Attributes:
         track: TensorBoard and others; None on all processes but the main one.
         stop_on, tell: as `stop_on` and `on_message` of `train`.
+        stop: set when the run is asked to stop.
     """
 
     run: Run
@@ -117,27 +121,40 @@ class Session:
     track: Trackers | None
     stop_on: Collection[str]
     tell: Callable[[str], object]
+    stop: Event
     evaluation: Evaluation | None = None
     background: Background = field(default_factory=Background)
+
+    def end_round(self) -> bool:
+        """Logs and saves what is due after a round.  Returns: whether the run was asked to stop, and is saved."""
+        try:
+            self.log()
+        except EvaluationStopped:  # the state has the interval whose line is missing, so the run resumes with that line
+            self._save_state()
+            return True
+        stopping = self.run.engine.any_process(self.stop.is_set())
+        self.save(stopping)
+        return stopping
 
     def log(self) -> None:
         """Writes a line of metrics if one is due, and checks the run's health by it.
 
         With [evaluation], it also measures the average where that is due; the numbers are in the same line.
-        Raises: Diverged: an alarm of `stop_on`.
+        Raises: Diverged: an alarm of `stop_on`.  EvaluationStopped: the run is asked to stop; nothing was written.
         """
-        run, training = self.run, self.run.recipe.training
-        if not (run.finished or run.due(training.log_every)):
+        run = self.run
+        if not has_line(run, self.means):
             return
-        line = self.means.line(run.images, training.batch)
+        line = self.means.line(run.images, run.recipe.training.batch)
         line |= signals(run)
         line["memory"] = max(peak_memory(run.engine.device) - run.memory_before, 0)
         alarms = []
         if self.evaluation is not None and self.evaluation.is_due(run):
-            measured = self.evaluation.measure(run, self.tell)
+            measured = self.evaluation.measure(run, self.tell, self.stop)
             alarms = self.evaluation.keep_best(run, self.folder, measured, self.tell)
             line |= measured
         run.engine.on_main(partial(self.folder.log, line))
+        self.means.begin()
         if self.track is not None:
             self.track.log(line)
         for alarm in (*self.health.check(line), *alarms):
@@ -189,6 +206,11 @@ def draw_grids(run: Run, folder: RunDir, tell: Callable[[str], object], track: T
     drawn = save_grids(run, folder, tell)
     if track is not None:
         track.show(drawn, run.images)
+
+
+def has_line(run: Run, means: IntervalMeans) -> bool:
+    """Returns whether a line of metrics is due, and is not yet written."""
+    return means.rounds > 0 and (run.finished or run.due(run.recipe.training.log_every))
 
 
 def is_snapshot(run: Run) -> bool:

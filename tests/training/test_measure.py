@@ -2,21 +2,28 @@
 
 import json
 import shutil
+import signal
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from html import unescape
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from msgspec.structs import replace
+from ranks import Rank, in_ranks
 
 from edmdistill.checkpoints.config import read_config
 from edmdistill.checkpoints.load import load_generator
 from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import RecipeError, TrainingError
+from edmdistill.evaluation import diagnosis, panel
 from edmdistill.evaluation.diagnosis import diagnose, read_measures
 from edmdistill.evaluation.evaluate import evaluate
+from edmdistill.evaluation.shards import measure_all
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import EvaluationTable, Recipe
 from edmdistill.report.sections import DIAGNOSED, single_jumps, training
@@ -150,14 +157,80 @@ def test_a_run_may_be_measured_from_now_on(
     assert json.loads((run_dir / "recipe.resolved.json").read_text())["evaluation"]["n"] == 20
 
 
-def test_shards_are_gathered_by_one_thread() -> None:
-    """On a CPU, the threads that draw are as many as torch's: two would gather shards in another order elsewhere."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for alone, threads in ((True, 1), (False, 2)):
-            with measure.one_thread_draws(alone):
-                assert torch.get_num_threads() == threads
-            assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+PARTS = {"reference": (panel, "_collect"), "metrics": (measure, "evaluate"), "gaps": (diagnosis, "score_gaps")}
+OF_THE_CLOCK = "seconds", "memory", "images_per_second"
+
+
+@pytest.mark.parametrize(
+    ("images", "part", "killed"),
+    [
+        pytest.param(16, "reference", False, marks=pytest.mark.slow),
+        (16, "metrics", True),
+        pytest.param(24, "metrics", False, marks=pytest.mark.slow),
+        (24, "gaps", True),
+    ],
+)
+def test_a_stop_gives_up_the_evaluation_which_is_made_on_resuming(
+    start: Callable[..., Run],
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    images: int,
+    part: str,
+    killed: bool,
+) -> None:
+    """The run that nothing disturbs, with each evaluation once; 24 images are its end.
+
+    killed: a process wrote the lines that follow, and was killed before its next state.
+    """
+    folder, made, run = tmp_path / "run", list[str](), measured(start)
+
+    def in_part(name: str, act: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        made.append(name)
+        if name == part and run.images == images and not (folder / "state" / f"{images:012d}").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return act(*args, **options)
+
+    for name, (module, attribute) in PARTS.items():
+        monkeypatch.setattr(module, attribute, partial(in_part, name, getattr(module, attribute)))
+    assert train(run, folder, on_message=lambda sentence: None) == (False, images)
+    assert (folder / "metrics.jsonl").exists() == (images == 24)
+    made.clear()
+    if killed:
+        shutil.copy(run_dir / "metrics.jsonl", folder)
+    run = measured(start)
+    assert train(run, folder, on_message=lambda sentence: None) == (True, 24)
+    evaluations = 2 if images == 16 else 1
+    assert Counter(made) == {"reference": 1, "metrics": 2 * evaluations, "gaps": evaluations}
+
+    for line, other in zip(lines(folder), lines(run_dir), strict=True):
+        assert {**line, **{name: other[name] for name in OF_THE_CLOCK}} == other
+    for product in ("generator", "best"):
+        one, two = (load_tensors(path / product / "model.safetensors")[0] for path in (folder, run_dir))
+        assert all(torch.equal(one[name], two[name]) for name in two)
+    made.clear()
+    assert train(measured(start), folder, on_message=lambda sentence: None).finished
+    assert not made
+
+
+def test_processes_leave_an_evaluation_together() -> None:
+    """Where one of them is asked to stop, all do so before the same batch."""
+    stop = Event()
+
+    def act(rank: Rank) -> int:
+        done: list[int] = []
+
+        def on_progress(count: int) -> None:
+            done.append(count)
+            if rank.rank == 1 and len(done) == 3:
+                stop.set()
+
+        processes = measure.StoppableProcesses(rank, stop if rank.rank == 1 else Event())  # type: ignore[arg-type]
+        batches = measure_all(
+            100, 5, lambda rows: ((one, {}) for one in rows), processes=processes, on_progress=on_progress
+        )
+        with pytest.raises(measure.EvaluationStopped):
+            list(batches)
+        return len(done)
+
+    assert in_ranks(3, act) == [3, 3, 3]

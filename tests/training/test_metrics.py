@@ -110,6 +110,8 @@ def test_means_over_the_rounds_since_the_last_line() -> None:
     assert line["step"] == 3
     assert line["loss/generator"] == 3
     assert line["rare"] == 7
+    assert window.line(96, 32) == line
+    window.begin()
     window.add({"loss/generator": 8.0})
     assert window.line(128, 32)["loss/generator"] == 8
 
