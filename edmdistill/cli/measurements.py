@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import compile_option, errors_once, option_group, say, say_unfinished
+from edmdistill.cli.options import compile_option, errors_once, option_group, say, say_rounding, say_unfinished
 from edmdistill.cli.types import Count, OutputPath
 
 if TYPE_CHECKING:
@@ -220,6 +220,7 @@ def plan_measurements(
     decode = open_decoder(model.encoder, options.vae, device)
     _say_all(filter(None, [getattr(decode, "note", None)]))
     samplers = specs(model.flow, device, dtype)
+    say_rounding(model, *samplers)
     compile_for_sampling(options.compile_mode, model, *samplers)
     return measure_network(
         model,

@@ -17,7 +17,10 @@ from edmdistill.errors import EdmDistillError, PeerFailed
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edmdistill.checkpoints.generator import Generator
     from edmdistill.checkpoints.source import Source
+    from edmdistill.networks.flow import Denoiser
+    from edmdistill.sampling.spec import SamplerSpec
 
 
 def list_option(
@@ -104,6 +107,15 @@ def say_unfinished(source: str | Source) -> None:
     config = find_config(source)
     if config is not None and (sentence := unfinished(config)):
         say(sentence)
+
+
+def say_rounding(model: Generator | Denoiser, *specs: SamplerSpec) -> None:
+    """Says so where a precision spoils the images of a network."""
+    from edmdistill.sampling.build import rounding_warning
+
+    for sentence in dict.fromkeys(rounding_warning(model, spec) for spec in specs):
+        if sentence is not None:
+            say(sentence)
 
 
 def say(sentence: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import compile_option, interruptible, option_group, say, say_unfinished
+from edmdistill.cli.options import compile_option, interruptible, option_group, say, say_rounding, say_unfinished
 from edmdistill.cli.sampling_options import (
     DecodingOptions,
     SamplerOptions,
@@ -175,6 +175,7 @@ def command(
     reject = None if rejection is None else rejection.load(model.flow, where)
     pull = None if reference is None else reference.load(model.flow, where, precision)
     spec = sampler.spec(model.flow, where, precision, nfe=nfe, gamma=gamma, churn=churn, reference=pull)
+    say_rounding(model, spec)
     compile_for_sampling(compile_mode, model, spec)
     decoder = decoding.decoder(model)
     job = SampleJob(

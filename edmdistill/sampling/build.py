@@ -15,12 +15,16 @@ from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.rounding import rounding_error
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.guidance import GuidedDenoiser
 from edmdistill.sampling.heun import EDM2_SAMPLER, EDM_SAMPLER, Churn, OfficialSampler
 from edmdistill.sampling.spec import MAX_GUIDANCE, SOLVERS, SamplerRecord, SamplerSpec
 from edmdistill.sampling.trajectory import ReferenceGuidance, paper_sigmas, reference_sampler
 from edmdistill.trigflow import cos_sin, sigma_to_time, time_to_sigma
+
+VISIBLE = 0.05
+"""Error of an image in units of sigma_data: about three of 255 levels at EDM's sigma_data of 0.5."""
 
 
 class Sampler(NamedTuple):
@@ -51,6 +55,20 @@ def build_sampler(model: Generator | Denoiser, spec: SamplerSpec) -> Sampler:
         sampler = _gamma_sampler(model, spec) if isinstance(model, Generator) else _teacher_sampler(model, spec)
     dtype = str(model.flow.compute_dtype or model.flow.dtype).removeprefix("torch.")
     return sampler._replace(record=replace(sampler.record, dtype=dtype))
+
+
+def rounding_warning(model: Generator | Denoiser, spec: SamplerSpec) -> str | None:
+    """Returns a warning if half precision spoils the first step, an image from noise, see `rounding_error`; or None.
+
+    A solver's first step is no image, and its later steps correct it.
+    """
+    record, flow = build_sampler(model, spec).record, model.flow
+    if record.sigmas is None or (error := rounding_error(flow, flow.compute_dtype, record.sigmas[0])) < VISIBLE:
+        return None
+    return (
+        f"Warning: the network predicts the noise, whose rounding in {record.dtype} is an error of about {error:.1g} "
+        f"sigma_data in images from noise level {record.sigmas[0]:g}: use --dtype float32."
+    )
 
 
 def _gamma_sampler(model: Generator, spec: SamplerSpec) -> Sampler:

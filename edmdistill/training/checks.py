@@ -15,10 +15,11 @@ from edmdistill.machine.compile import CUDA_GRAPHS, require_compiler
 from edmdistill.machine.devices import process_device
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.preconditioning import NoisePrediction
+from edmdistill.networks.rounding import rounding_error
 from edmdistill.recipes.schema import CompileMode, EvaluationTable, Recipe
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.spec import SamplerSpec
+from edmdistill.training.roles import PRECISION
 from edmdistill.training.run import Run
 from edmdistill.training.sources import Init
 
@@ -74,19 +75,12 @@ def with_compile_mode(recipe: Recipe, machine: Machine) -> Machine:
     return machine._replace(compile=mode)
 
 
-ROUNDING = {"bf16": 9e-3, "fp16": 1e-3}
-"""Error of a network's output in half precision, root mean square, where the output is of unit size."""
-
-
 def rounding_note(recipe: Recipe, flow: FlowNetwork) -> str | None:
-    """Returns a warning if half precision spoils images at sigma_max, as where a network predicts the noise; or None.
-
-    There D = x - sigma n is a small difference of large numbers: the error of n appears sigma / sigma_data times.
-    """
+    """Returns a warning if half precision spoils images at sigma_max, see `rounding_error`; or None."""
     precision = recipe.training.precision
-    if precision == "fp32" or not isinstance(flow.preconditioning, NoisePrediction):
+    error = rounding_error(flow, PRECISION[precision], flow.sigma_max)
+    if not error:
         return None
-    error = ROUNDING[precision] * flow.sigma_max / flow.sigma_data
     return (
         f"Warning: the teacher predicts the noise, whose rounding in {precision} is an error of about {error:.1g} "
         f"sigma_data in images from noise level {flow.sigma_max:g}: use --set training.precision=fp32, unless the "
