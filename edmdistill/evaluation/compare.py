@@ -121,16 +121,8 @@ def compare(rows: Sequence[Row]) -> Comparison:
     return Comparison(rows, metrics, list(dict.fromkeys(notes)))
 
 
-def require_comparable(a: Result, b: Result) -> None:
-    """Raises EdmDistillError, naming what differs, unless all that two results share was measured alike."""
-    if which := differences(a.protocol, b.protocol):
-        raise EdmDistillError(
-            f"these results cannot be compared: they differ in {', '.join(which)}; measure both with the same protocol"
-        )
-
-
-def differences(a: Protocol, b: Protocol, metric: str | None = None) -> list[str]:
-    """Returns what differs between two protocols, of what moves a metric; None: any metric.
+def differences(a: Protocol, b: Protocol, metric: str) -> list[str]:
+    """Returns what differs between two protocols, of what moves a metric.
 
     What one of them does not say, such as the seeds of images from elsewhere, is no difference.
     """
@@ -142,7 +134,7 @@ def differences(a: Protocol, b: Protocol, metric: str | None = None) -> list[str
     ]
 
 
-def _conditions(protocol: Protocol, metric: str | None) -> dict[str, Any]:
+def _conditions(protocol: Protocol, metric: str) -> dict[str, Any]:
     """Returns what moves a metric, by name; None: not said, or without effect."""
     reference = protocol.reference
     conditions = {
@@ -157,7 +149,7 @@ def _conditions(protocol: Protocol, metric: str | None) -> dict[str, Any]:
         "likelihood": protocol.likelihood or None,
     }
     used: Mapping[str, str | None] = protocol.weights
-    if metric is not None and protocol.features is not None:
+    if protocol.features is not None:
         metric_found = find_metric(re.split(r"[\[@]", metric)[0], protocol.features)
         used = {metric_found.features: protocol.weights.get(metric_found.features)}
         if reference is not None and metric_found.metric.reference is Features:

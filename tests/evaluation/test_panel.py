@@ -16,7 +16,7 @@ from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation import panel
 from edmdistill.evaluation.collect import collect_statistics, write_statistics
-from edmdistill.evaluation.compare import require_comparable
+from edmdistill.evaluation.compare import Row, compare
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.frechet import frechet_distance, statistics
 from edmdistill.features.spaces import FEATURE_SPACES, Pixels, load_features
@@ -83,7 +83,7 @@ def test_images_in_an_npz_are_a_reference(tmp_path: Path, name: str) -> None:
         for source in (tmp_path / "real.npz", folder)
     ]
     assert results[0].metrics == pytest.approx(results[1].metrics, rel=1e-9)
-    require_comparable(*results)
+    compare([Row("file", results[0]), Row("folder", results[1])])
     with pytest.raises(DatasetError, match=r"images are 3x2x2, but those of the reference .*real\.npz are 3x4x4"):
         evaluate(ours[:, :, :2, :2], tmp_path / "real.npz", protocol="adm")
 
@@ -125,7 +125,7 @@ def test_statistics_of_data_stats_give_the_number_of_the_data(tmp_path: Path) ->
     file, direct = (evaluate(images, source, protocol="digits") for source in (tmp_path / "digits.npz", data))
     assert file.metrics == pytest.approx(direct.metrics, rel=1e-6)
     assert file.protocol == direct.protocol
-    require_comparable(file, direct)
+    compare([Row("file", file), Row("direct", direct)])
 
 
 def test_latents_are_decoded(golden: Path, tmp_path: Path) -> None:
