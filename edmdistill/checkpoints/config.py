@@ -26,11 +26,11 @@ from edmdistill.networks.arguments import Arg, validated
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, Sigma
 
-FORMAT_VERSION = "1.2"
+FORMAT_VERSION = "1.3"
 """MAJOR.MINOR of config.json. A field that a file lacks has its default, so older minors read as before. A newer minor
 only adds fields that can be ignored, and they are; a newer major would be misread, and is refused.
 
-1.1: label_dropout, noise_dependence, images_total. 1.2: tunings."""
+1.1: label_dropout, noise_dependence, images_total. 1.2: tunings. 1.3: trained_sigmas."""
 CONFIG_BYTES = 16 * 2**20
 """Largest config.json that is read; ImageNet's class names take 30,000 bytes."""
 
@@ -149,6 +149,8 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     images_total: Images | None = None
     """Images that the recipe asks for; a generator that has seen fewer is unfinished."""
     ema: dict[str, Any] | None = None
+    trained_sigmas: tuple[Sigma, ...] = ()
+    """The falling noise levels of the steps that a generator was trained for; (): any."""
     sampling: SamplingDefaults = SamplingDefaults()
     encoder: dict[str, Any] = msgspec.field(default_factory=lambda: dict(PIXELS))
     """The network's images: pixels in [-1, 1], or a VAE's latents with their statistics."""

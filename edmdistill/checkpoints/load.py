@@ -107,7 +107,8 @@ def read_first_stage(source: str | Path | Source, methods: tuple[str, ...]) -> t
     Args:
         source: as load_model's.
         methods: those by which it may have been trained.
-    Raises: CheckpointError: it is a teacher, by another method, guided, or unreadable.  HubError: the Hub refuses.
+    Raises: CheckpointError: it is a teacher, by another method, guided, for certain steps alone, or unreadable.
+        HubError: the Hub refuses.
     """
     source = open_source(source)
     flow, config = _read(source, "ema")
@@ -115,6 +116,11 @@ def read_first_stage(source: str | Path | Source, methods: tuple[str, ...]) -> t
         described = f"a generator of {config.method}" if config.stage == "generator" else f"a {config.stage}"
         raise CheckpointError(
             f"{source} is {described}, not a first stage: train one by {', '.join(methods[:-1])} or {methods[-1]}"
+        )
+    if config.trained_sigmas:
+        raise CheckpointError(
+            f"{source} was trained for {len(config.trained_sigmas)} steps and does not jump from every noise level to "
+            "data, as a first stage must: train it with --set method.intervals=1"
         )
     if flow.guided:
         raise CheckpointError(

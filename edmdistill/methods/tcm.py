@@ -1,7 +1,7 @@
 """TCM: truncated consistency models, a second stage that trains a consistency model at high noise alone.
 
 Lee et al. 2025 (ICLR), as the official code (NVlabs/tcm, training/loss.py) computes it. The first stage, a finished
-consistency model f0, is the frozen teacher and where the generator f starts.
+consistency model f0 from every noise level to data, is the frozen teacher and where the generator f starts.
 
     sigma_t = sigma'                               for the share rho of the batch: the boundary
     ln(sigma_t) ~ Student's t in [ln sigma', ln sigma_max]     for the rest

@@ -119,6 +119,15 @@ def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> 
                 )
 
 
+def require_edm_time(recipe: Recipe, networks: Collection[FlowNetwork]) -> None:
+    """Raises: TrainingError: a recipe allows networks that read ln(sigma), and those that it starts from all read t."""
+    allowed = getattr(recipe.method, "allow_edm_time", False)
+    if allowed and all(flow.network.positional_time for flow in networks):
+        raise TrainingError(
+            "with a network whose time input is t, allow_edm_time has no effect: leave out method.allow_edm_time"
+        )
+
+
 def require_measured(recipe: Recipe, stop_on: Collection[str]) -> None:
     """Raises: TrainingError: a run would stop on a metric that its recipe does not measure."""
     if "quality" in stop_on and recipe.evaluation is UNSET:

@@ -127,6 +127,7 @@ def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, fo
     """Raises: TrainingError: the method cannot distill the teacher, or data, guide or warm start do not fit it."""
     require_fit(sources.dataset, sources.flow, sources.config)
     checks.require_teacher(recipe, sources.flow, force_guidance)
+    checks.require_edm_time(recipe, [sources.flow, *([] if sources.init is None else [sources.init.flow])])
     if sources.guide is not None:
         checks.require_same_latents(
             f"the guide {guide}", sources.guide[1], sources.config, "choose a guide for the same data"
@@ -201,6 +202,7 @@ def product_config(recipe: Recipe, sources: Sources) -> CheckpointConfig:
         "recipe_hash": recipe.hash,
         "guidance": msgspec.to_builtins(config.guidance) if recipe.method_class.first_stages else None,
         "label_names": config.label_names or (names if has_names else None),
+        "trained_sigmas": levels,
         "sampling": {"sigmas": trained | recipe.sampling.sigmas, "gamma": recipe.sampling.gamma},
         "images_total": recipe.training.images,
         "noise_dependence": None,

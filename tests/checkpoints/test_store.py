@@ -108,7 +108,7 @@ def test_the_network_speaks_for_itself(tmp_path: Path) -> None:
 
 def test_files_are_for_people(folder: Path) -> None:
     text = (folder / CONFIG).read_text()
-    assert text.startswith('{\n  "format_version": "1.2",\n  "stage": "teacher"')
+    assert text.startswith('{\n  "format_version": "1.3",\n  "stage": "teacher"')
     assert json.loads(text)["c_noise"] == "0.25 ln(sigma)"
     card = (folder / CARD).read_text()
     assert card.startswith(

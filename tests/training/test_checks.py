@@ -8,7 +8,7 @@ import pytest
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 from edmdistill.recipes.library import load_recipe
-from edmdistill.training.checks import require_teacher
+from edmdistill.training.checks import require_edm_time, require_teacher
 
 LEVELS = [(name, option) for name, entry in METHODS.items() for option in entry.load().noise_levels]
 TEACHER: Any = SimpleNamespace(
@@ -29,6 +29,17 @@ def test_a_noise_level_that_the_teacher_does_not_know_is_refused(method: str, op
     for sigma in (0.009, 80.1):
         with pytest.raises(TrainingError, match=rf"method\.{option} = .*: noise level {sigma} is out of range"):
             check(sigma)
+
+
+@pytest.mark.parametrize("method", ["scd", "sct", "fmd", "mean-flow"])
+def test_allowing_edms_time_is_refused_where_all_networks_read_t(method: str) -> None:
+    reads_sigma: Any = SimpleNamespace(network=SimpleNamespace(positional_time=False))
+    allowed = load_recipe(f"{method}/digits", sets=["method.allow_edm_time=true"])
+    require_edm_time(allowed, [reads_sigma])
+    require_edm_time(allowed, [TEACHER, reads_sigma])  # a warm start
+    require_edm_time(load_recipe(f"{method}/digits"), [TEACHER])
+    with pytest.raises(TrainingError, match="allow_edm_time has no effect"):
+        require_edm_time(allowed, [TEACHER, TEACHER])
 
 
 def test_every_method_with_such_an_option_is_covered() -> None:

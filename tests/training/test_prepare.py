@@ -125,3 +125,6 @@ def test_a_generator_is_sampled_at_the_levels_that_it_learned(
     assert record.sigmas == pytest.approx(levels, rel=1e-5)
     assert record.nfe == len(levels)
     assert record.gamma == (0 if "intervals" in method else 1)
+    if not sampling:
+        trained = () if method["name"] == "cosim" else levels
+        assert run.config.trained_sigmas == pytest.approx(trained, rel=1e-5)

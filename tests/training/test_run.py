@@ -7,7 +7,9 @@ from msgspec.structs import replace
 from tolerance import assert_rounded, depth
 from toy_runs import ALL_METHODS
 
+from edmdistill.checkpoints.config import describe
 from edmdistill.checkpoints.load import load_flow
+from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.errors import CheckpointError, DatasetError, TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
@@ -15,6 +17,7 @@ from edmdistill.methods.tcm import TCMConfig
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
+from edmdistill.networks.surgery.adapt import with_positional_time
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.prepare import prepare
 from edmdistill.training.roles import set_dropout
@@ -89,6 +92,11 @@ def test_a_second_stage_goes_on_from_a_first(start, recipe, teacher, tmp_path):
             CheckpointError, match=f"{source} is {found}, not a first stage: train one by ect, sct, scd or"
         ):
             prepare(recipe("tcm"), data="digits", teacher=source)
+    first = load_checkpoint(teacher.with_name("first-stage"))
+    in_intervals = replace(first[1], trained_sigmas=(80.0, 0.5))
+    save_checkpoint(tmp_path / "intervals", first[0], in_intervals)
+    with pytest.raises(CheckpointError, match=r"trained for 2 steps and does not jump .* --set method\.intervals=1"):
+        prepare(recipe("tcm"), data="digits", teacher=tmp_path / "intervals")
     raised = replace(recipe("tcm"), method=TCMConfig(boundary=80.0))
     with pytest.raises(TrainingError, match="tcm trains from noise level 80 on, but the teacher's end at 80: lower it"):
         prepare(raised, data="digits", teacher=teacher.with_name("first-stage"))
@@ -131,6 +139,14 @@ def test_a_teacher_that_makes_the_tangent_unstable_is_refused(recipe, teacher):
     del tables["method"]["allow_edm_time"]
     with pytest.raises(TrainingError, match="convert the teacher with --time-embedding positional and fine-tune it"):
         prepare(Recipe.from_json(json.dumps(tables).encode()), data="digits", teacher=teacher, machine=Machine("cpu"))
+
+
+def test_allowing_such_teachers_does_nothing_for_others(recipe, teacher, tmp_path):
+    flow, config = load_checkpoint(teacher)
+    flow = with_positional_time(flow)
+    save_checkpoint(tmp_path / "positional", flow, replace(config, **describe(flow)))
+    with pytest.raises(TrainingError, match=r"allow_edm_time has no effect: leave out method\.allow_edm_time"):
+        prepare(recipe("scd"), data="digits", teacher=tmp_path / "positional", machine=Machine("cpu"))
 
 
 SONG = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "positional_time": True}
