@@ -31,6 +31,9 @@ REASONS = {
 """The meaning of the Hub's status codes to a user."""
 
 
+COPY = ", or give the path of a copy to the command that reads it"
+
+
 def cached_from_hub(text: str, files: Sequence[str]) -> Path | None:
     """Returns the folder of these files of a repository, owner/name@revision, if the cache has all of them."""
     from huggingface_hub import try_to_load_from_cache
@@ -56,7 +59,7 @@ def download_from_hub(text: str, files: Sequence[str] = (CONFIG, MODEL, CARD)) -
     repository = f"{owner}/{name}"
     if not REPOSITORY.fullmatch(repository):
         raise CheckpointError(f"hf://{text} is not a repository of the Hub: write hf://owner/name/file@revision.")
-    with hub_calls(f"{text} cannot be downloaded from the Hub"):
+    with hub_calls(f"{text} cannot be downloaded from the Hub", instead=COPY):
         begun, bar = time.time(), bar_class()
         if file:
             if cached_from_hub(f"{repository}@{revision}", [file]) is None:
@@ -87,11 +90,12 @@ def _require_whole(path: Path, begun: float) -> None:
 
 
 @contextmanager
-def hub_calls(what: str) -> Iterator[None]:
+def hub_calls(what: str, *, instead: str = "") -> Iterator[None]:
     """Wraps calls of the Hub's client: they time out, and what they raise becomes one sentence.
 
     Args:
         what: the beginning of the sentence.
+        instead: its end where the Hub cannot be reached: another way out.
     Raises: HubError: a call fails.
     """
     from huggingface_hub import get_session
@@ -107,22 +111,22 @@ def hub_calls(what: str) -> Iterator[None]:
     try:
         yield
     except (_http_error(), EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
-        raise HubError(f"{what}: {_reason(error)}.") from error
+        raise HubError(f"{what}: {_reason(error, instead)}.") from error
     finally:
         session.event_hooks = before
 
 
-def _reason(error: BaseException) -> str:
-    """Returns why a call of the Hub's client failed, and what to do."""
+def _reason(error: BaseException, instead: str = "") -> str:
+    """Returns why a call of the Hub's client failed, and what to do; instead: as for `hub_calls`."""
     from huggingface_hub import errors
 
     lines = str(error).strip().splitlines() or [type(error).__name__]
     first, cause = lines[0].rstrip("."), error.__cause__  # the Hub's own text runs over many lines
     match error:
         case errors.OfflineModeIsEnabled():
-            return "HF_HUB_OFFLINE is set; unset it"
+            return f"HF_HUB_OFFLINE is set; unset it{instead}"
         case errors.LocalEntryNotFoundError():
-            return f"there is no copy of it here, and {_reason(cause)}" if cause else first
+            return f"there is no copy of it here, and {_reason(cause, instead)}" if cause else first
         case errors.RevisionNotFoundError():
             return "it has no such revision; give a branch, a tag or a commit of it"
         case errors.GatedRepoError():
@@ -134,9 +138,9 @@ def _reason(error: BaseException) -> str:
                 reason = f"the Hub has an internal error ({status}); run the same command again later"
             return f"{reason} (the Hub says: {answer[0].rstrip('.')})" if answer else reason
         case RuntimeError() if cause is not None:  # from the thread that uploads a file
-            return _reason(cause)
+            return _reason(cause, instead)
     if isinstance(error, _http_error()):
-        return f"the Hub cannot be reached ({first}); check the network, and run the same command again"
+        return f"the Hub cannot be reached ({first}); check the network and run the same command again{instead}"
     return " ".join(lines).rstrip(".")
 
 

@@ -234,6 +234,8 @@ def test_what_was_downloaded_needs_no_network(
     done = publish(folder)
     expected = sample(load_generator(NAME), 2, seeds=[0])
 
+    copy = "or give the path of a copy to the command that reads it"
+
     def the_copy_is_used(reason: str) -> None:
         for name in (NAME, f"{NAME}@{done.revision}"):
             assert torch.equal(sample(load_generator(name), 2, seeds=[0]), expected)
@@ -245,9 +247,13 @@ def test_what_was_downloaded_needs_no_network(
     server.faults[""] = 503, 1000
     the_copy_is_used(r"the Hub has an internal error \(503\)")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    the_copy_is_used("the Hub cannot be reached")
+    the_copy_is_used(f"the Hub cannot be reached .*, {copy}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    the_copy_is_used("HF_HUB_OFFLINE is set; unset it")
+    the_copy_is_used(f"HF_HUB_OFFLINE is set; unset it, {copy}")
+    with pytest.raises(HubError, match=f"^me/other/a.pkl cannot be downloaded .*: HF_HUB_OFFLINE is set; .*, {copy}"):
+        load_generator("hf://me/other/a.pkl")
+    with pytest.raises(HubError, match=r"is not published: HF_HUB_OFFLINE is set; unset it\.$"):
+        publish(folder)
 
 
 def test_what_is_not_there(server: Hub) -> None:
