@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,18 +74,18 @@ def test_snapshots_are_decoded_to_be_measured(
     run.recipe = replace(run.recipe, evaluation=replace(table, ref=str(tmp_path / "pictures")))
     evaluation = open_evaluation(run)
     assert evaluation is not None
-    images = []
+    images, stop = [], Event()
 
     def draw(
         model: Denoiser, reference: Dataset, *, decode: Decoder, seeds: range, **options: object
     ) -> SimpleNamespace:
         assert is_latent(model)
-        assert (reference.img_resolution, options["processes"]) == (64, run.engine)
+        assert (reference.img_resolution, options["processes"]) == (64, measure.StoppableProcesses(run.engine, stop))
         images.append(decode(sample(model, 3, seeds=seeds)))
         return SimpleNamespace(metrics={"fd_pixels@4": 1.0})
 
     monkeypatch.setattr(measure, "evaluate", draw)
-    assert evaluation.measure(run, pytest.fail) == {"fd_pixels@4/3 NFE": 1.0}
+    assert evaluation.measure(run, pytest.fail, stop) == {"fd_pixels@4/3 NFE": 1.0}
     assert images[0].shape == (4, 3, 64, 64)
     run.vae, run.decoder = None, None
     with pytest.raises(CheckpointError, match=r"--vae, or remove \[evaluation\]"):
