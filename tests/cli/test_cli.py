@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 import types
+from pathlib import Path
 
 import click
 import pytest
@@ -18,6 +20,7 @@ from edmdistill.cli.options import say
 from edmdistill.errors import CheckpointError
 from edmdistill.progress import progress_bar, stage_bar
 
+ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "numpy", "scipy", "PIL", "safetensors", "huggingface_hub", "accelerate", "sklearn", "msgspec"}
 
 
@@ -191,6 +194,28 @@ def test_ctrl_c_is_one_line_and_exit_130(run):
 
     result = run(body)
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
+STOP = """
+import runpy, sys
+class Stop:
+    def find_spec(name, *rest):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop)
+sys.argv = ["edmdistill", "--version"]
+"""
+
+
+@pytest.mark.parametrize("module", ["edmdistill.cli", "click"])
+@pytest.mark.parametrize(
+    "begin", ["runpy.run_module('edmdistill', run_name='__main__')", "from {0} import {1}; sys.exit({1}())"]
+)
+def test_ctrl_c_while_it_is_imported_is_one_line_too(module: str, begin: str):
+    """As a module, and by the script that pip installs."""
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["edmdistill"]
+    result = python("-c", STOP.format(module=module) + begin.format(*script.split(":")))
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
 
 
 def test_an_unexpected_end_of_a_file_keeps_its_traceback(run):
