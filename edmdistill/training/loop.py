@@ -3,7 +3,8 @@
 A round takes each turn once: one optimizer step of one role, on a batch of its own, with every other role frozen. Then
 the averages of the method's product are updated. What is random in a turn depends on (seed, round, turn, row) alone,
 and its data on their position in the stream of batches alone: a run that is resumed on the same machine makes the same
-calls, and so the same bits, as one never interrupted; and however many processes share a batch, it is the same batch.
+calls as one never interrupted, and so the same bits, on a GPU but for sums that its kernels take in no fixed order; and
+however many processes share a batch, it is the same batch.
 
 `images seen` counts one batch a round: those that the product learns from.
 """

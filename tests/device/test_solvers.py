@@ -41,3 +41,11 @@ def test_heun_waits_for_its_images_alone() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_batch_waits_for_its_images_alone(name: str) -> None:
     check(name)
+
+
+def test_dropout_without_draws_waits_for_nothing() -> None:
+    status, said = Forked(SCRIPT, "[[]]").finish()
+    assert status == 0, said
+    (found,) = json.loads(said.splitlines()[-1])
+    assert found["waits"] == {}
+    assert found["distance"] < 1e-4
