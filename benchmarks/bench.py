@@ -5,7 +5,8 @@
 
 DIR is a clone of NVlabs/FastGen, NVlabs/edm2, NVlabs/edm (whose licenses forbid commercial use) or mingyuanzhou/SiD.
 Calls that are compared take turns; a ratio is the median over the rounds, with its range but for the extreme ones. On a
-CPU, all run on one thread, and a time is CPU time; memory that is freed goes back to the system but in the last two.
+CPU, all but `cores` run on one thread, and a time is CPU time; memory that is freed goes back to the system but in the
+last three.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ SECTIONS = (
     "memory",
     "random_numbers",
     "likelihood",
+    "cores",
     "convolutions",
     "peers",
 )

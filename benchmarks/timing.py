@@ -20,12 +20,13 @@ Row = dict[str, Any]
 Call = Callable[[], object]
 
 
-def seconds(call: Call, device: str = "cpu") -> float:
-    """Returns what a call takes: CPU time on a CPU, which others share; wall time elsewhere."""
+def seconds(call: Call, device: str = "cpu", wall: bool = False) -> float:
+    """Returns what a call takes: CPU time on a CPU, which others share, but if `wall`; wall time elsewhere."""
     if device == "cpu":
-        start = time.process_time()
+        clock = time.perf_counter if wall else time.process_time
+        start = clock()
         call()
-        return time.process_time() - start
+        return clock() - start
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
@@ -50,12 +51,12 @@ class Times(NamedTuple):
         return f"{median} [{low}, {high}]"
 
 
-def interleaved(calls: Mapping[str, Call], rounds: int = 7, device: str = "cpu") -> Times:
+def interleaved(calls: Mapping[str, Call], rounds: int = 7, device: str = "cpu", wall: bool = False) -> Times:
     """Returns the times of calls in rounds, each in the reverse order of the one before, after one to warm up."""
     names, times = list(calls), []
     for index in range(rounds + 1):
         order = names if index % 2 else names[::-1]
-        row = {name: seconds(calls[name], device) for name in order}
+        row = {name: seconds(calls[name], device, wall) for name in order}
         times.append([row[name] for name in names])
     return Times(dict(zip(names, np.array(times[1:]).T, strict=True)))
 

@@ -16,7 +16,7 @@ LAYERS = (
     ("errors", "progress", "pickles", "assets"),
     ("arguments", "atomic", "defaults", "embedded", "jsonl", "stored_tensors"),
     ("archives",),
-    ("transfer",),
+    ("transfer", "threads"),
     ("trigflow",),
     ("draws",),
     ("schedules",),

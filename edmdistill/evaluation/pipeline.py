@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -14,9 +12,8 @@ from torch import Tensor
 from edmdistill.evaluation.images import Images
 from edmdistill.evaluation.shards import MeasuredBatch
 from edmdistill.features.base import FeatureSpace
+from edmdistill.threads import ahead
 
-T = TypeVar("T")
-U = TypeVar("U")
 DIGEST = "sha256"
 MOST_THREADS = 4
 """Threads that draw or read; each holds a batch."""
@@ -53,49 +50,11 @@ def measure_images(
                     arrays[f"{name}/logits"] = scores.to("cpu", torch.float32)
         return piece, arrays
 
-    cores = torch.get_num_threads()
-    readers = min(cores, MOST_THREADS) if images.readers is None else images.readers
+    readers = min(torch.get_num_threads(), MOST_THREADS) if images.readers is None else images.readers
     # Feature spaces set global flags of CUDA, which a network must not see change while it draws.
     measurers = 1 if readers and torch.device(device).type == "cpu" else 0
-    read = ahead(lambda piece: (piece, images.read(piece)), rows, readers, cores)
-    try:
-        yield from ahead(measure, read, measurers, cores)
-    finally:
-        torch.set_num_threads(cores)  # for new threads, the pools' setting is the default
-
-
-def ahead(act: Callable[[T], U], items: Iterable[T], threads: int, cores: int) -> Iterator[U]:
-    """Yields act(item) in order; threads act on items ahead of the one that is asked for.
-
-    Args:
-        threads: their number; 0: the caller's thread, on each item when it is asked for.
-        cores: shared out among the threads.
-    """
-    if not threads:
-        yield from map(act, items)
-        return
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(max(1, cores // threads),))
-    waiting: deque[Future[U]] = deque()
-    failure: BaseException | None = None
-    done = False
-    source = iter(items)
-    try:
-        while failure is None:
-            try:
-                waiting.append(pool.submit(act, next(source)))
-            except StopIteration:
-                break
-            except BaseException as error:  # what comes before it is not lost
-                failure = error
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-        if failure is not None:
-            raise failure
-        done = True
-    finally:
-        pool.shutdown(wait=done, cancel_futures=True)  # Ctrl-C is answered before a long batch ends
+    with closing(ahead(lambda piece: (piece, images.read(piece)), rows, readers)) as read:
+        yield from ahead(measure, read, measurers)
 
 
 def image_digests(images: Tensor) -> Tensor:

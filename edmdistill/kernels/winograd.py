@@ -60,6 +60,11 @@ def freeze_weights(network: nn.Module) -> None:
             layer.frozen = FrozenWeight(layer.weight)
 
 
+def is_frozen(network: nn.Module) -> bool:
+    """Returns whether `freeze_weights` was called for a network that has such layers."""
+    return any(isinstance(getattr(layer, "frozen", None), FrozenWeight) for layer in network.modules())
+
+
 @cache
 def transforms() -> tuple[Tensor, Tensor, Tensor]:
     """Returns A^T [16,36], B^T [36,36] and G [36,9] as maps of flattened tiles, in float64.

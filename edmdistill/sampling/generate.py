@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from edmdistill.arguments import checked
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError, NotFiniteError
+from edmdistill.kernels.winograd import is_frozen
 from edmdistill.networks.flow import Denoiser
 from edmdistill.networks.inputs import label_vectors
 from edmdistill.sampling.build import build_sampler
@@ -18,10 +19,17 @@ from edmdistill.sampling.heun import Churn
 from edmdistill.sampling.seeds import SeededNoise, format_seeds
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.sampling.trajectory import ReferenceGuidance
+from edmdistill.threads import ahead, in_crew
 from edmdistill.transfer import to_device
 
 CLASS_BATCH = 256
 """Number of seeds for which classes are drawn at a time."""
+MOST_CORES = 8
+"""With more, threads would wait for Python's lock, and for memory, from which each of them reads all weights."""
+LEAST_CHANNELS, LEAST_SIDE = 128, 32
+"""Of the networks that threads draw by, as all published ones are; those of small ones wait for Python's lock."""
+LEAST_USE = 7 / 8
+"""Share of the time of all threads in which they draw: the last of them may have fewer images."""
 
 
 @checked
@@ -83,7 +91,7 @@ def generate_images(
         model: keeps its device and precision.
         seeds: one for each image, taken modulo 2^32.  [N]
         labels: one class for all, a class a seed [N], vectors [N,label_dim], or None: drawn from each seed.
-        batch: images at a time.
+        batch: images at a time; see `_threads` for those of large networks on a CPU.
         on_progress: called with the number of images that have just been finished.
     Returns: images [N,C,H,W] float32 in [-1, 1], on the CPU. Latents, of a network that works on those of a VAE (see
         is_latent), are returned as they are, undecoded. An image that holds NaN or infinity is NaN throughout, so that
@@ -98,18 +106,44 @@ def generate_images(
     vectors = None if labels is None else label_vectors(labels, model.flow.label_dim, len(seeds))
     device = model.flow.device
     score = None if spec.reference is None else spec.reference.score
-    images = []
+
+    @torch.no_grad()  # which every thread has for itself
+    def draw(rows: range) -> Tensor:
+        rng = SeededNoise(seeds[rows.start : rows.stop])
+        noise, drawn = _first_draws(model, rng)
+        some = drawn if vectors is None else vectors[rows.start : rows.stop]
+        given = None if some is None else to_device(some, device)
+        x0 = sampler.draw(to_device(noise, device), given, randn_like=rng.like)
+        return _to_images(x0, is_latent(model))
+
+    images: list[Tensor] = []
     with in_eval_mode(model, spec.guide, score):
         for at in range(0, len(seeds), batch):
-            rng = SeededNoise(seeds[at : at + batch])
-            noise, drawn = _first_draws(model, rng)
-            rows = drawn if vectors is None else vectors[at : at + batch]
-            given = None if rows is None else to_device(rows, device)
-            x0 = sampler.draw(to_device(noise, device), given, randn_like=rng.like)
-            images.append(_to_images(x0, is_latent(model)))
+            rows = range(at, min(at + batch, len(seeds)))
+            threads = _threads(model, spec, len(rows))
+            share = -(-len(rows) // max(1, threads))
+            shares = [rows[first : first + share] for first in range(0, len(rows), share)]
+            images += ahead(draw, shares, threads)
             if on_progress is not None:
-                on_progress(len(noise))
+                on_progress(len(rows))
     return torch.cat(images)
+
+
+def _threads(model: Generator | Denoiser, spec: SamplerSpec, batch: int) -> int:
+    """Returns the number of threads of one core each that share a batch; 0: the caller's draws it, with all cores.
+
+    Threads are faster by Winograd's convolution, which is for one core, if the network is large and the shares equal.
+    """
+    flow, cores = model.flow, torch.get_num_threads()
+    if not 1 < cores <= MOST_CORES or in_crew() or batch < LEAST_USE * cores * -(-batch // cores):
+        return 0
+    if flow.network.compiled or spec.reference is not None or torch.is_autocast_enabled("cpu"):
+        return 0  # threads must not compile at once; a reference's network is anybody's; autocast is this thread's
+    float32 = flow.dtype == torch.float32 and flow.compute_dtype in (None, torch.float32)
+    if not (float32 and flow.device.type == "cpu" and is_frozen(flow.network)):
+        return 0
+    large = flow.network.arguments["model_channels"] >= LEAST_CHANNELS and flow.img_resolution >= LEAST_SIDE
+    return cores if large else 0
 
 
 @contextmanager

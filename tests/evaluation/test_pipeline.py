@@ -1,7 +1,4 @@
-"""From images to features: in order, by threads, and without losing what comes before a failure."""
-
-import threading
-from collections.abc import Iterator
+"""From images to features, by threads."""
 
 import pytest
 import torch
@@ -9,52 +6,11 @@ from tolerance import assert_rounded
 
 from edmdistill.data.datasets import open_dataset
 from edmdistill.evaluation.images import open_images
-from edmdistill.evaluation.pipeline import ahead, image_digests, measure_images, pixels_sha256
+from edmdistill.evaluation.pipeline import image_digests, measure_images, pixels_sha256
 from edmdistill.evaluation.shards import batches
 from edmdistill.features.spaces import load_features
 
 PIXELS = open_dataset("digits", split="test").images(range(50))
-
-
-@pytest.mark.parametrize("threads", [0, 1, 3])
-def test_items_are_acted_on_in_order_a_few_ahead(threads: int) -> None:
-    taken: list[int] = []
-
-    def items() -> Iterator[int]:
-        for item in range(20):
-            taken.append(item)
-            yield item
-
-    cores, results = torch.get_num_threads(), []
-    for result in ahead(lambda item: (item, threading.current_thread()), items(), threads, cores):
-        assert len(taken) <= len(results) + 1 + threads
-        results.append(result)
-    assert [item for item, _ in results] == list(range(20))
-    assert {thread is threading.main_thread() for _, thread in results} == {threads == 0}
-
-
-@pytest.mark.parametrize("threads", [0, 1, 3])
-def test_what_comes_before_a_failure_is_not_lost(threads: int) -> None:
-    def items() -> Iterator[int]:
-        yield from range(5)
-        raise KeyboardInterrupt
-
-    results: list[int] = []
-    with pytest.raises(KeyboardInterrupt):
-        results.extend(ahead(lambda item: 2 * item, items(), threads, 2))
-    assert results == [0, 2, 4, 6, 8]
-
-
-def test_a_failure_of_an_act_is_raised_in_its_place() -> None:
-    def act(item: int) -> int:
-        if item == 3:
-            raise ValueError("three")
-        return item
-
-    results: list[int] = []
-    with pytest.raises(ValueError, match="three"):
-        results.extend(ahead(act, range(9), 2, 2))
-    assert results == [0, 1, 2]
 
 
 @pytest.mark.parametrize("readers", [0, 1, None])

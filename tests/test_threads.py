@@ -1,0 +1,122 @@
+"""Threads that act on items: in order, without losing what comes before a failure, and ended where nobody waits."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+import torch
+
+from edmdistill.threads import _Crew, ahead, in_crew
+
+
+@pytest.fixture
+def three_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_items_are_acted_on_in_order_a_few_ahead(threads: int) -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            taken.append(item)
+            yield item
+
+    results: list[tuple[int, threading.Thread]] = []
+    for result in ahead(lambda item: (item, threading.current_thread()), items(), threads):
+        assert len(taken) <= len(results) + 1 + threads
+        results.append(result)
+    assert [item for item, _ in results] == list(range(20))
+    assert {thread is threading.main_thread() for _, thread in results} == {threads == 0}
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_what_comes_before_a_failure_is_not_lost(threads: int) -> None:
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise KeyboardInterrupt
+
+    results: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        results.extend(ahead(lambda item: 2 * item, items(), threads))
+    assert results == [0, 2, 4, 6, 8]
+
+
+def test_a_failure_of_an_act_is_raised_in_its_place() -> None:
+    def act(item: int) -> int:
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    results: list[int] = []
+    with pytest.raises(ValueError, match="three"):
+        results.extend(ahead(act, range(9), 2))
+    assert results == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("three_cores")
+@pytest.mark.parametrize(("threads", "each"), [(0, 3), (1, 3), (2, 1), (3, 1), (4, 1)])
+def test_the_cores_are_shared_out_and_given_back(threads: int, each: int) -> None:
+    found = [*ahead(lambda item: (torch.get_num_threads(), in_crew()), range(9), threads)]
+    assert found == [(each, threads > 0)] * 9
+    later: list[int] = []
+    new = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    new.start()
+    new.join()
+    assert (torch.get_num_threads(), later, in_crew()) == (3, [3], False)
+
+
+class Endless:
+    """Acts for ever, but on item 2, which fails.  ended: the exceptions that ended it."""
+
+    def __init__(self) -> None:
+        self.began, self.ended = threading.Semaphore(0), list[type[BaseException]]()
+
+    def __call__(self, item: int) -> int:
+        if item == 0:
+            return item
+        self.began.release()
+        try:
+            if item == 2:
+                self.began.acquire(timeout=20)
+                self.began.acquire(timeout=20)  # another has begun
+                raise ValueError("two")
+            for _ in range(20_000):
+                time.sleep(0.001)
+            raise AssertionError("nothing ended it")
+        except BaseException as error:
+            self.ended.append(type(error))
+            raise
+
+
+def test_threads_end_where_no_more_is_asked_for() -> None:
+    act, before = Endless(), threading.active_count()
+    with closing(ahead(act, (0, 1, 3, 4, 5), 2)) as results:
+        assert next(results) == 0
+        act.began.acquire()
+        act.began.acquire()
+    assert act.ended == [SystemExit] * 2
+    assert threading.active_count() == before
+
+
+def test_threads_end_where_one_fails() -> None:
+    act, before = Endless(), threading.active_count()
+    with pytest.raises(ValueError, match="two"):
+        list(ahead(act, (0, 2, 3, 4, 5), 2))
+    assert act.ended[0] is ValueError
+    assert set(act.ended[1:]) == {SystemExit}
+    assert threading.active_count() == before
+
+
+def test_what_a_thread_has_taken_but_not_begun_is_not_begun() -> None:
+    crew, begun = _Crew(), []
+    crew.stop()
+    with pytest.raises(SystemExit):
+        crew.run(begun.append, 1)
+    assert not begun
