@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edmdistill.methods.base import Batch, Loss
+from edmdistill.training import metrics
 from edmdistill.training.metrics import BINS, EDGES, IntervalMeans, RowMeans
+from edmdistill.trigflow import sigma_to_time
 
 
 def losses(rows: int, seed: int = 0) -> tuple[Loss, Batch]:
@@ -59,6 +62,14 @@ def test_means_are_what_they_say() -> None:
     expected = loss.generated.var(0).mean() / batch.x0.var(0).mean()
     assert means["diversity"] == pytest.approx(expected.item(), rel=1e-5)
     assert "generated/square/0" not in means
+
+
+def test_an_edge_belongs_to_the_bin_above() -> None:
+    t = sigma_to_time(torch.tensor(EDGES, dtype=torch.float64), 0.5)
+    means = tallied((Loss(torch.arange(1.0, 1 + len(EDGES)), t), Batch(torch.zeros(len(EDGES), 1, 2, 2), None)))
+    assert {name: mean for name, mean in means.items() if "sigma" in name} == {
+        f"loss/generator/{name}": value for value, name in enumerate(BINS[1:], 1)
+    }
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -114,6 +125,19 @@ def test_means_over_the_rounds_since_the_last_line() -> None:
     window.begin()
     window.add({"loss/generator": 8.0})
     assert window.line(128, 32)["loss/generator"] == 8
+
+
+def test_speed_and_time_are_those_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time since the run began, and images a second since the last line."""
+    clock = iter((10.0, 12.0, 15.0, 16.0))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    window = IntervalMeans()
+    window.add({})
+    window.add({})
+    assert window.line(64, 32) == {"images": 64, "step": 2, "seconds": 5.0, "images_per_second": 12.8}
+    window.begin()
+    window.add({})
+    assert window.line(96, 32) == {"images": 96, "step": 3, "seconds": 6.0, "images_per_second": 32.0}
 
 
 def test_a_window_goes_on_from_its_progress() -> None:

@@ -26,6 +26,8 @@ def test_only_the_role_whose_turn_it_is_may_move():
         require_moved("generator", before, before)
     with pytest.raises(TrainingError, match="moved auxiliary and teacher instead of the generator alone"):
         require_moved("generator", before, {"generator": 1, "auxiliary": 2, "teacher": 2})
+    with pytest.raises(TrainingError, match="moved generator and teacher instead of the generator alone"):
+        require_moved("generator", before, {"generator": 2, "auxiliary": 1, "teacher": 2})
 
 
 def test_weights_must_be_finite():
@@ -38,9 +40,9 @@ def test_weights_must_be_finite():
 
 
 def line(images: int, *, diversity: float = 0.8, mean: float = 0.0, std: float = 1.0, norm: float = 1.0) -> dict:
-    """A line of metrics.jsonl of a run whose data have mean 0 and deviation 1 in channel 0."""
-    generated = {"generated/mean/0": mean, "generated/std/0": std}
-    data = {"data/mean/0": 0.0, "data/std/0": 1.0}
+    """A line of metrics.jsonl; mean and deviation are in units of the data, whose own are 1/4 and 1/2."""
+    generated = {"generated/mean/0": 0.25 + 0.5 * mean, "generated/std/0": 0.5 * std}
+    data = {"data/mean/0": 0.25, "data/std/0": 0.5}
     return {"images": images, "diversity": diversity, "grad_norm/generator": norm} | generated | data
 
 
@@ -67,6 +69,27 @@ def test_an_illness_that_lasts_is_told_once_an_episode(ill, kind, sentence):
     assert [bool(health.check(line(images, **ill))) for images in (5000, 6000)] == [False, True]
 
 
+@pytest.mark.parametrize(
+    "well", [{"diversity": 0.26}, {"std": 0.55, "mean": 0.45}, {"std": 1.9, "mean": -0.45}, {"norm": 19}]
+)
+def test_what_is_short_of_an_illness_is_healthy(well):
+    health = Health()
+    assert [alarm for images in range(6) for alarm in health.check(line(images))] == []
+    assert [alarm for images in range(6, 12) for alarm in health.check(line(images, **well))] == []
+    assert health.last_healthy == 11
+
+
+def test_gradients_are_compared_with_those_of_five_healthy_lines_or_more():
+    early, late = Health(), Health()
+    assert [early.check(line(images, norm=norm)) for images, norm in enumerate((1.0, 1.0, 50.0, 50.0))] == [[]] * 4
+    for images in range(5):
+        late.check(line(images))
+    for images in range(5, 30):  # an illness of many lines does not become the usual
+        alarms = late.check(line(images, norm=50.0))
+    assert "50 times as large as it was" in alarms[0].sentence
+    assert late.last_healthy == 4
+
+
 def test_what_a_method_does_not_measure_is_not_judged():
     health = Health()
     assert [alarm for images in range(9) for alarm in health.check({"images": images, "loss/teacher": 1e9})] == []
@@ -83,4 +106,4 @@ def test_an_alarm_that_was_asked_for_ends_the_run(start, tmp_path, monkeypatch):
         train(run, tmp_path / "run", stop_on={"collapse"}, on_message=heard.append)
     told = start("cosim", images=48, log_every=16, snapshot_every=240)
     assert train(told, tmp_path / "told", on_message=heard.append).finished
-    assert len([sentence for sentence in heard if "collapses" in sentence]) == 2
+    assert len([sentence for sentence in heard if "collapses" in sentence]) == 1  # the first run's is its error
