@@ -140,6 +140,12 @@ class MainGroup(LazyGroup):
             return result
         except PeerFailed:
             sys.exit(Failure.exit_code)
+        except click.NoSuchOption as error:
+            from edmdistill.cli.other_names import name_here
+
+            if error.ctx is None or (here := name_here(error.option_name, error.ctx.command)) is None:
+                raise
+            raise click.UsageError(f"No such option {error.option_name!r}: {here}.", error.ctx) from error
         except EdmDistillError as error:
             if VERBOSE in ctx.meta:
                 traceback.print_exc()

@@ -149,7 +149,7 @@ class Health:
             yield (
                 "collapse",
                 f"the generated images vary {diversity:.2f} times as much as the data: the generator collapses; "
-                "a lower training.lr or a higher share of small jumps can help",
+                "a lower training.lr can help, or, for cosim, a higher method.R",
             )
         for name in filter(lambda name: name.startswith("generated/mean/"), line):
             channel = name.rpartition("/")[2]
@@ -160,7 +160,8 @@ class Health:
                 yield (
                     "saturation",
                     f"channel {channel} of the generated images has {ratio:.2g} times the data's standard deviation "
-                    f"and a mean {off:.2g} of these off: the generator runs away; try a lower training.lr or alpha",
+                    f"and a mean {off:.2g} of these off: the generator runs away; try a lower training.lr or, "
+                    "where the method has one, a lower method.alpha",
                 )
         for name in filter(lambda name: name.startswith("grad_norm/"), line):
             norms = self._norms.setdefault(name, deque(maxlen=NORMS))
