@@ -1,6 +1,8 @@
 """Sampling grids against known numbers, training distributions against their probabilities."""
 
 import math
+from collections import Counter
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from edmdistill.draws import Draws
 from edmdistill.schedules import (
     cosim_sigmas,
     ctm_indices,
+    ctm_score_sigmas,
     edm_curve,
     edm_index,
     edm_sigmas,
@@ -73,6 +76,8 @@ def test_s_ends_at_r_s_max() -> None:
     s, _ = draw(10_000, r_s_max=0.8)
     end = edm_curve(torch.tensor(0.8), MIN, MAX)
     assert 0.9 * end <= s.max() <= end
+    _, t = draw(100_000, r_s_max=0.3, R=1, share_to_max=0.0)  # a jump is as long as ever: P(r_s + U[0, 1] > 1) = E r_s
+    assert (t > MAX * (1 - 1e-9)).double().mean() == pytest.approx(0.15, abs=0.005)
 
 
 def test_s_is_uniform_along_the_curve() -> None:
@@ -110,6 +115,9 @@ def test_start_first_sigmas() -> None:
     ratio = r_s / r_t
     assert float(ratio.mean()) == pytest.approx(1 / 2, abs=0.01)
     assert float(ratio.var()) == pytest.approx(1 / 24, abs=0.002), "of the mean of two uniform numbers"
+    _, below_all = start_first_sigmas(Draws(0, n), sigma_min=MIN, sigma_max=MAX, share_to_max=0.3, sigma_from=MIN / 10)
+    _, from_all = start_first_sigmas(Draws(0, n), sigma_min=MIN, sigma_max=MAX, share_to_max=0.3)
+    assert torch.equal(below_all, from_all)
 
 
 @pytest.mark.parametrize("most", [5, 17])
@@ -132,6 +140,32 @@ def test_indices(sampling: str, matching: str, most: int) -> None:
             assert (u == t + steps).all()
         shares.append(((t == 0) & (s == 17)).double().mean())
     assert 0.09 < torch.stack(shares).mean() < (0.2 if most == 5 else 0.6)  # a k of 17 is the whole way for all
+
+
+@pytest.mark.parametrize("most", [2, 9])
+@pytest.mark.parametrize("sampling", ["official", "paper"])
+def test_every_jump_has_its_probability(sampling: str, most: int) -> None:
+    N, n = 5, 50_000
+    t, s, u, steps = ctm_indices(Draws(0, n), N, max_steps=most, sampling=sampling)
+    assert steps <= N - 1
+    k = steps if sampling == "official" else 1
+    law = {}
+    for start in range(N - k):
+        for end in range(start + k, N):
+            stops = range(start + 1, min(end, start + most) + 1) if sampling == "paper" else [start + k]
+            for stop in stops:
+                law[start, end, stop] = 1 / (N - k) / (N - k - start) / len(stops)
+    found = Counter(zip(t.tolist(), s.tolist(), u.tolist(), strict=True))
+    assert found.keys() == law.keys()
+    assert {jump: count / n for jump, count in found.items()} == pytest.approx(law, abs=0.008)
+
+
+def test_half_of_ctms_denoising_is_edms_and_half_at_high_noise() -> None:
+    sigmas = ctm_score_sigmas(Draws(0, 100_000), MIN, MAX)
+    for sigma in (0.05, 0.2, 0.5, 2.0, 8.0, 40.0):
+        lognormal = NormalDist(-1.2, 1.2).cdf(math.log(sigma))
+        high = min(max((edm_index(sigma, MIN, MAX) - 0.3) / 0.7, 0.0), 1.0)
+        assert (sigmas <= sigma).double().mean() == pytest.approx((lognormal + high) / 2, abs=0.006)
 
 
 def test_k_is_shared_by_the_batch_and_has_probability_proportional_to_it() -> None:
