@@ -119,7 +119,7 @@ class Health:
         progress = progress or HealthProgress()
         self.last_healthy = progress.last_healthy
         self._streaks = dict(progress.streaks)
-        self._norms = {name: deque(norms, NORMS) for name, norms in progress.norms.items()}
+        self._norms = {name: deque(filter(None, norms), NORMS) for name, norms in progress.norms.items()}
         self._seen = set(progress.streaks)  # since the last state, or, without a line since then, in the last line
         self._has_line = False  # since the last state
 
@@ -172,7 +172,7 @@ class Health:
                     f"the gradient of the {name.rpartition('/')[2]} is {line[name] / usual:.0f} times as large as it "
                     "was: training.grad_clip or a lower training.lr can help",
                 )
-            else:
+            elif line[name]:  # 0: not learning yet, as a generator whose auxiliary score waits for fp16's loss scale
                 norms.append(line[name])
 
 

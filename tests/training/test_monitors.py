@@ -1,5 +1,6 @@
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from edmdistill.errors import TrainingError
@@ -88,6 +89,18 @@ def test_gradients_are_compared_with_those_of_five_healthy_lines_or_more():
         alarms = late.check(line(images, norm=50.0))
     assert "50 times as large as it was" in alarms[0].sentence
     assert late.last_healthy == 4
+
+
+def test_gradients_that_are_still_0_are_no_measure_of_others():
+    """As those of CoSIM's generator in fp16, until its auxiliary score has taken a step."""
+    health = Health()
+    assert [alarm for images in range(9) for alarm in health.check(line(images, norm=0.0))] == []
+    assert [alarm for images in range(9, 15) for alarm in health.check(line(images))] == []
+    health.check(line(15, norm=50.0))
+    assert [alarm.kind for alarm in health.check(line(16, norm=50.0))] == ["runaway"]
+    stated = health.begin_interval()
+    resumed = Health(replace(stated, norms={name: [0.0] * 20 for name in stated.norms}))  # of an earlier version
+    assert resumed.check(line(17, norm=1.0)) == []
 
 
 def test_what_a_method_does_not_measure_is_not_judged():
