@@ -117,8 +117,22 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends the process with 130 at Ctrl-C, of which click would say "Aborted!", and give 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
+
+
 class MainGroup(LazyGroup):
     """The group of all commands, which turns errors into a sentence and an exit code."""
+
+    @_interruptible()
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        return super().make_context(*args, **options)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for text in args:
@@ -130,6 +144,7 @@ class MainGroup(LazyGroup):
                 ctx.fail(f"{printable(text)} is not text in UTF-8, which names have to be: {advice}.")
         return super().parse_args(ctx, args)
 
+    @_interruptible()
     def invoke(self, ctx: click.Context) -> object:
         keep_freed_memory()
         ctx.with_resource(_open_streams())
@@ -161,9 +176,6 @@ class MainGroup(LazyGroup):
         except EOFError:  # a bug, of which click would say no more than "Aborted!"
             traceback.print_exc()
             sys.exit(1)
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            sys.exit(130)
 
 
 def _refusal(error: OSError | RuntimeError) -> str | None:

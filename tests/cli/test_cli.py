@@ -257,6 +257,40 @@ def test_ctrl_c_while_it_is_imported_is_one_line_too(module: str, begin: str):
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
 
 
+SLOW = """
+import signal, time
+signal.raise_signal(signal.SIGINT)
+time.sleep(0.1)
+print("imported")
+"""
+IMPORTS = """
+import importlib, sys, time, types
+def command(prog_name):
+    importlib.import_module("slow")
+    time.sleep(60)
+sys.modules["edmdistill.cli"] = types.SimpleNamespace(main=command)
+from edmdistill.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_waits_for_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """torch's and numpy's make other errors of an exception in their midst."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+    result = python("-c", IMPORTS)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "imported\n", "Interrupted.\n")
+
+
+def test_ctrl_c_while_words_are_parsed_is_one_line_too(monkeypatch: pytest.MonkeyPatch):
+    def parse(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(main), "parse_args", parse)
+    result = CliRunner().invoke(main, ["--version"])
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
 def test_an_unexpected_end_of_a_file_keeps_its_traceback(run):
     """Of an EOFError, click would say no more than `Aborted!`."""
 
