@@ -70,6 +70,7 @@ def test_how_many_are_drawn() -> None:
     assert every.seeds.tolist() == list(range(500))
     assert len(candidates([0, 1, 2], [0, 0, 0], 0.7).seeds) == 10
     assert len(candidates([0], [0], 0.1).seeds) == 2
+    assert candidates([MAX_SEED - 1], [0], 0.5).seeds.tolist() == [MAX_SEED - 1, MAX_SEED]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edmdistill.errors import EdmDistillError
-from edmdistill.sampling.seeds import MAX_SEED, SeededNoise, parse_seeds
+from edmdistill.sampling import seeds as seeds_module
+from edmdistill.sampling.seeds import MAX_SEED, SeededNoise, format_seeds, parse_seeds
 
 
 def draws(seeds: list[int]) -> list[torch.Tensor]:
@@ -37,6 +38,12 @@ def test_the_stream_is_the_generator_of_that_seed() -> None:
     assert torch.equal(narrow[0], torch.randn(3, 8, 8, generator=rng))
 
 
+def test_seeds_are_distinct_up_to_the_last() -> None:
+    first, *others = (draws([seed])[0] for seed in (7, 7 + 2**31, MAX_SEED))
+    assert not any(torch.equal(first, other) for other in others)
+    assert SeededNoise(range(20)).signs([8]).unique().tolist() == [-1, 1]
+
+
 ranges = st.tuples(st.integers(0, 10**6), st.integers(0, 20))
 
 
@@ -57,6 +64,16 @@ def test_parse_seeds_gives_seeds_or_an_error_of_ours(text: str) -> None:
         seeds = parse_seeds(text)
         assert seeds
         assert all(0 <= seed <= MAX_SEED for seed in seeds)
+
+
+def test_lists_of_seeds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert format_seeds([0, 1, 2, 100, 7, 8]) == "0-2,100,7-8"
+    assert parse_seeds(f"{MAX_SEED - 1}-{MAX_SEED}") == [MAX_SEED - 1, MAX_SEED]
+    monkeypatch.setattr(seeds_module, "MAX_SEEDS", 5)
+    assert parse_seeds("0-2,8-9") == [0, 1, 2, 8, 9]
+    for text in ("0-5", "0-2,7-9"):
+        with pytest.raises(EdmDistillError, match="more than 5 seeds"):
+            parse_seeds(text)
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "-1", "1-2-3", "1.5", "0-3,2", f"{MAX_SEED + 1}"])

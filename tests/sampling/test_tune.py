@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edmdistill.errors import EdmDistillError
-from edmdistill.sampling.tune import FIRST_SEED, RHOS, SCALES, Choice, Sigmas, TuningPlan, choose_schedule
+from edmdistill.sampling.tune import FIRST_SEED, RHOS, SCALES, Choice, Sigmas, Trials, TuningPlan, choose_schedule
 from edmdistill.schedules import generator_sigmas
 
 LOW, HIGH = 0.002, 80.0
@@ -77,6 +77,25 @@ def test_the_curve_is_bent(rho: float) -> None:
             return round(abs(math.log(sigmas[1] / sigmas[2] / (wanted[1] / wanted[2]))), 2)
 
     assert near(choose(Ratio(wanted), 3, family="curve").sigmas, wanted)
+
+
+def test_levels_fall_to_the_lowest_at_most() -> None:
+    measured: list[Sigmas] = []
+    trials = Trials(lambda sigmas: float(measured.append(sigmas) or 1), LOW)
+    schedules = [(80.0, LOW), (80.0, 80.0), (80.0, LOW * 0.99), (80.0, 2.0, 2.0)]
+    assert [trials(sigmas) for sigmas in schedules] == [1, math.inf, math.inf, math.inf]
+    assert measured == [(80.0, LOW)]
+
+
+def test_as_many_are_measured_as_the_plan_says() -> None:
+    """Two levels fall at every scale, so that none is left out."""
+    assert choose(Distance((80.0, 7.0)), 2, family="levels").schedules == len(SCALES)
+    assert TuningPlan(n=10, family="levels").most_schedules(2, starts=1) == len(SCALES)
+
+
+def test_the_spread_is_the_larger_one() -> None:
+    for scores, before in ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]):
+        assert Choice((80.0,), (80.0,), 1, scores, before).spread == pytest.approx(1)
 
 
 @given(st.lists(st.floats(-6, 4), min_size=3, max_size=3), st.sampled_from(["levels", "curve", "both"]))
