@@ -114,7 +114,7 @@ def test_an_alarm_that_was_asked_for_ends_the_run(start, tmp_path, monkeypatch):
     run = start("cosim", images=240, log_every=16, snapshot_every=16)
     with pytest.raises(
         TrainingError,
-        match=r"collapses; .* help; no state before it was healthy, though .* is finite",
+        match=r"collapses; .*; no state before it was healthy, though .* is finite",
     ):
         train(run, tmp_path / "run", stop_on={"collapse"}, on_message=heard.append)
     told = start("cosim", images=48, log_every=16, snapshot_every=240)
