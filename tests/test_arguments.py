@@ -71,6 +71,10 @@ def test_what_is_loaded(sentence: str) -> None:
         ({"labels": ["cat"]}, "labels = ['cat'] must be a whole number, a list of whole numbers, a tensor or None"),
         ({"on_progress": 3}, "on_progress = 3 must be a function or None"),
         ({"seeds": []}, "there is nothing to sample: pass at least one seed"),
+        (
+            {"force_guidance": True, "guidance": 2.0},
+            "force_guidance is for teachers, and this is a generator: leave it",
+        ),
         ({"batch": 0}, "a batch must hold at least 1 image, but it is 0"),
         ({"force_guidance": "no"}, "force_guidance = 'no' must be True or False"),
     ],

@@ -71,8 +71,6 @@ class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):
     gamma: Arg.Fraction = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma}, outside [0, 1]")
         for nfe, sigmas in self.sigmas.items():
             falling = list(sigmas) == sorted(sigmas, reverse=True)
             if not sigmas or str(len(sigmas)) != nfe or not falling:

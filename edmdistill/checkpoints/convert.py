@@ -80,14 +80,15 @@ def convert(
         )
     licence = None if licence is None else check_licence(licence)
     source, out = open_source(source), Path(out)
-    if source.path.is_dir() and out.resolve().is_relative_to(source.path.resolve()):
+    adapts = source.path.is_dir() and time_embedding is not None  # other folders need no conversion
+    if adapts and out.resolve().is_relative_to(source.path.resolve()):
         raise CheckpointError(f"{out} is inside the folder that is converted, {source.path}: choose another place.")
     before = None if overwrite else _converted_before(source, out, time_embedding, double_norm)
     if before is not None and licence in (None, before.provenance.licence):
         return ConversionReport(out, before, (), written=False)
     refuse_occupied(out, overwrite)
     on_progress("reading")
-    if source.path.is_dir() and time_embedding is not None:
+    if adapts:
         flow, config = read_teacher(source)
         flow, provenance = drop_second_time(flow), config.provenance
     else:

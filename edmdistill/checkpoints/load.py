@@ -125,7 +125,7 @@ def read_first_stage(source: str | Path | Source, methods: tuple[str, ...]) -> t
     if flow.guided:
         raise CheckpointError(
             f"{source} reads a weight of guidance, which a second stage cannot: train it with "
-            "--set method.guidance=[1,1], or another single weight"
+            "--set 'method.guidance=[1,1]', or another single weight"
         )
     return flow, replace(config, provenance=replace(config.provenance, parent=source.sha256))
 

@@ -172,8 +172,6 @@ class OutputPath(click.Path):
             whole = path.absolute()
         except RuntimeError:
             self.fail(f"{text} names a user who does not exist on this machine; write the path in full.", param, ctx)
-        except FileNotFoundError:
-            self.fail("the working directory no longer exists; change to another one.", param, ctx)
         if whole == Path(whole.anchor):
             self.fail(f"{text} is the root folder; name a folder inside it.", param, ctx)
         if max(len(os.fsencode(part)) for part in whole.parts) > self.NAME_BYTES or len(bytes(whole)) > self.PATH_BYTES:

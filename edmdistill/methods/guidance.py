@@ -66,7 +66,7 @@ def check_guidance(config: GuidanceConfig, label_dim: int, label_dropout: float 
     """Returns why a teacher cannot be guided as these options ask, or None; arguments as of Method.check_teacher."""
     if config.guidance[1] == 1 or config.guide != "classes":
         return None
-    advice = "use --set method.guide=network with a weaker network as --guide, or --set method.guidance=[1,1]"
+    advice = "use --set method.guide=network with a weaker network as --guide, or --set 'method.guidance=[1,1]'"
     if label_dim:
         advice += ", or --force-guidance"
     return guidance_problem(label_dim, 1.0 if label_dropout is None else label_dropout, advice)

@@ -92,11 +92,6 @@ class EDM(Preconditioning):
     c_noise_scale: Annotated[float, Meta(gt=0, le=1e6)] = 0.25
     c_noise_kind: Literal["log_sigma", "time"] = "log_sigma"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.c_noise_kind not in ("log_sigma", "time"):
-            raise ValueError(f"c_noise must be log_sigma or time, not {self.c_noise_kind!r}")
-
     @property
     def reads_time(self) -> bool:
         return self.c_noise_kind == "time"

@@ -274,6 +274,10 @@ def test_a_teacher_of_ours_can_be_adapted(golden: Path, tmp_path: Path) -> None:
     assert again.config.provenance.licence == "mit"
     assert again.config.provenance.parent is not None
     assert read_config(tmp_path / "again").results == ()  # which were the other function's
+    with pytest.raises(CheckpointError, match=r"is inside the folder that is converted, .*: choose another place"):
+        convert(ours.path, ours.path / "inside", time_embedding="positional")
+    with pytest.raises(CheckpointError, match="a run that needs no conversion: train and sample take it as it is"):
+        convert(ours.path, ours.path / "inside")
 
 
 def test_what_cannot_be_adapted(golden: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from edmdistill.networks.preconditioning import PRECONDITIONINGS
 from edmdistill.sampling.generate import sample
 
 SMALL = {"img_resolution": 4, "label_dim": 3, "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+RGB = SMALL | {"img_channels": 2}
 EDM = {"in_channels": 2, "out_channels": 2, "attn_resolutions": []}
 CASES = {
     "song": (SMALL | EDM, "vp"),
@@ -188,6 +189,30 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
             {"network": {"kind": "edm2", "arguments": SMALL | {"img_channels": 2, "num_blocks": 10**12}}},
             "num_blocks must be at most 64",
         ),
+        ({"sampling": {"gamma": 2.0}}, "sampling.gamma must be at most 1"),
+        (
+            {"network": {"kind": "edm2", "arguments": RGB | {"positional_time": True}}},
+            "network reads t, but its precon",
+        ),
+        (
+            {
+                "network": {
+                    "kind": "edm2",
+                    "arguments": RGB | {"model_channels": 16, "attn_resolutions": [4], "channels_per_head": 3},
+                }
+            },
+            "16 channels cannot be split among 5 heads of attention",
+        ),
+        (
+            {"network": {"kind": "song", "arguments": SMALL | EDM | {"model_channels": 5}}},
+            "embedding has 5 channels, but",
+        ),
+        ({"network": {"kind": "song", "arguments": SMALL | EDM | {"split_times": True}}}, "set two_time too"),
+        (
+            {"preconditioning": {"kind": "edm", "sigma_min": 90}},
+            "where all must be positive and finite, and sigma_min b",
+        ),
+        ({"preconditioning": {"kind": "edm", "c_noise_kind": "x"}}, "c_noise_kind: invalid enum value 'x'"),
         ({"preconditioning": {"kind": "iddpm", "M": 10**12}}, "M must be at most 10000"),
         ({"preconditioning": {"kind": "edm", "rho": 1}}, "rho: the preconditioning edm has no such argument"),
     ],

@@ -134,7 +134,7 @@ def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         prepare_data(source, out, on_progress=stop, **HALF)
 
 
-@pytest.mark.parametrize("what", ["size", "pictures"])
+@pytest.mark.parametrize("what", ["size", "pictures", "record"])
 def test_what_was_begun_otherwise_is_kept_unless_it_is_to_be_replaced(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +145,9 @@ def test_what_was_begun_otherwise_is_kept_unless_it_is_to_be_replaced(
     if what == "pictures":
         (source / "a" / "00.png").write_bytes(encoded(5, 30, 30))
         message = "the pictures have changed since .* was begun: 8 of them were done"
+    if what == "record":
+        (tmp_path / ".out.zip.parts" / prepare_state.RECORD).write_text("{")
+        message = rf"{prepare_state.RECORD} is damaged \(.*\); begin .*out\.zip anew with --overwrite"
     parts = {path.name: path.read_bytes() for path in (tmp_path / ".out.zip.parts").iterdir()}
     with pytest.raises(DatasetError, match=message):
         prepare_data(source, out, **other)

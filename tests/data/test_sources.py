@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import struct
 import tarfile
 from pathlib import Path
@@ -171,6 +172,10 @@ def test_cifar10_in_a_folder_and_as_binary(tmp_path: Path) -> None:
         (b"\x80\x04}.", "data_batch_3 does not hold data and labels; download CIFAR-10 again"),
         (b"\x80\x04ss", r"data_batch_3 is damaged, or no official pickle \(byte 3\); download CIFAR-10 again$"),
         (b"", "data_batch_3 ends too early"),
+        (
+            pickle.dumps({"data": np.zeros((2, 3071), np.uint8), "labels": [0, 1]}),
+            r"data_batch_3 holds uint8 \[2, 3071\] for 2 labels; download CIFAR-10 again",
+        ),
         (
             b"\x80\x02c_codecs\nencode\nq\0X"
             + struct.pack("<I", 2**20)
@@ -397,6 +402,8 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_options_that_a_source_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="nowhere does not exist; give a folder"):
+        prepared(tmp_path / "nowhere")
     source = write_folder(tmp_path / "set", PICTURES)
     with pytest.raises(DatasetError, match="is one set, without splits; leave --split test out"):
         prepared(source, split="test")
@@ -405,6 +412,22 @@ def test_options_that_a_source_does_not_have(tmp_path: Path) -> None:
     (tmp_path / "cifar.tar").write_bytes(tar_bytes(cifar10(1, 4)[0]))
     with pytest.raises(DatasetError, match="leave --labels out"):
         prepared(tmp_path / "cifar.tar", labels="folders")
+    with pytest.raises(DatasetError, match="CIFAR-10 has no split 'validation'; choose one of train, test"):
+        prepared(tmp_path / "cifar.tar", split="validation")
+    members = {name: data for name, data in cifar10(1, 4)[0].items() if "test" not in name}
+    (tmp_path / "cifar.tar").write_bytes(tar_bytes(members))
+    with pytest.raises(DatasetError, match="has no test_batch; download it again"):
+        prepared(tmp_path / "cifar.tar", split="test")
+    (tmp_path / "binary.tar").write_bytes(tar_bytes({f"data_batch_{i}.bin": bytes(3074) for i in range(1, 6)}))
+    with pytest.raises(DatasetError, match="takes 3,074 bytes, which is no multiple of 3,073; download CIFAR-10 again"):
+        prepared(tmp_path / "binary.tar")
+    members = {f"data_batch_{i}.bin": b"\x0a" + bytes(3072) for i in range(1, 6)}
+    (tmp_path / "binary.tar").write_bytes(tar_bytes(members))
+    with pytest.raises(DatasetError, match="has labels from 10 to 10, not 0 to 9; download CIFAR-10 again"):
+        prepared(tmp_path / "binary.tar")
+    mnist = write_mnist(tmp_path / "mnist", np.zeros((5, 28, 28), np.uint8), np.zeros(5, np.uint8))
+    with pytest.raises(DatasetError, match="has no folders, from which --labels folders would take classes; leave it"):
+        prepared(mnist, labels="folders")
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:

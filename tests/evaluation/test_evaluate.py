@@ -341,6 +341,9 @@ def test_sampling_options_are_for_networks() -> None:
         evaluate(held_out(), protocol="digits", sampler=SamplerSpec(nfe=2))
     with pytest.raises(EdmDistillError, match="nothing to measure: pass at least two seeds"):
         evaluate(generator(), protocol="digits", seeds=[], repeat=2)
+    unlabeled = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(EdmDistillError, match="class_accuracy needs images whose classes are known: leave it out"):
+        evaluate(unlabeled, protocol="digits", metrics=["class_accuracy"])
 
 
 def test_a_network_of_other_images_is_refused_before_it_draws() -> None:

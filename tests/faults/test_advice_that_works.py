@@ -146,3 +146,9 @@ def test_a_generator_that_cannot_be_started_from(method: str, guided: Path, tmp_
     assert result.exit_code == 2
     assert ("method.guidance" in result.stderr) == (method == "scd")
     assert result.stderr.endswith("leave --init out\n")
+
+
+def test_a_second_stage_of_a_generator_with_a_range_of_guidance(guided: Path) -> None:
+    result = CliRunner().invoke(main, TRAIN.format("tcm").replace(" digits ", f" {guided} ", 1).split())
+    assert result.exit_code == 2
+    assert "which a second stage cannot: train it with --set 'method.guidance=[1,1]'" in result.stderr

@@ -9,6 +9,7 @@ from edmdistill.cli import main
 
 TEACHER = "digits"
 TRAIN = "train cosim digits --data digits --recipe cosim/digits-quickstart --run-dir out --device cpu --dry-run"
+DIFFUSION = f"{TRAIN.replace('cosim digits', 'diffusion').replace('cosim/digits-quickstart', 'diffusion/digits')} --set"
 SAMPLE = "sample digits --out out --device cpu"
 
 
@@ -37,6 +38,18 @@ SAMPLE = "sample digits --out out --device cpu"
         ("plan cosim/digits digits --shard", "--shard needs several processes: add --processes N."),
         ("loss digits --data digits --images 1501 --device cpu", "digits has 1,500 images, fewer than the 1,501 asked"),
         ("eval digits --protocol digits --metrics nll,fid --n 4", "nll is measured alone"),
+        (f"{TRAIN} --micro-batch none", "--micro-batch none is not a number of images: use a number, or auto"),
+        (f"{TRAIN} --stop-on foo", "'foo' is none of collapse, saturation, runaway, quality, nan."),
+        (f"{TRAIN} --fit 12", "'12' is not an amount of memory: write auto, or as in 48GB or 44.5GiB."),
+        ("sample digits --out a.npz --latents --device cpu", "because the network works on pixels: leave it out"),
+        ("sweep a.npz --protocol digits --nfe 1", "a sweep samples a network, and a.npz is images: measure them with"),
+        ("data prepare nowhere a.zip", "nowhere does not exist; give a folder, a zip or a tar of pictures"),
+        ("data prepare nowhere a.zip --split tset", "did you mean 'test'?"),
+        (
+            f"{DIFFUSION} network.arguments.num_blocks=999",
+            "no edm2 network: num_blocks must be at most 64: change the recipe's table [net",
+        ),
+        (f"{DIFFUSION} network.arguments.model_channels=100000", "of this machine: make it smaller"),
         ("eval digits --protocol digits --seeds 0,5 --repeat 2", "seeds 0,5 cannot be repeated: consecutive ones can"),
         ("eval digits --protocol digits --seeds 0-5 --n 2", "so it cannot be combined with --seeds."),
         ("data stats digits a.npz --features pixels --weights digits=a", "add it there, or leave --weights out."),

@@ -1,5 +1,6 @@
 import copy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -76,3 +77,11 @@ def test_another_optimizer_trains_and_resumes(machine, training, start, tmp_path
     assert train(resumed, tmp_path / "run", on_message=lambda sentence: None).finished
     for name, tensor in run.state()["generator"].items():
         assert torch.equal(resumed.state()["generator"][name], tensor)
+
+
+def test_adam8bit_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(
+        TrainingError, match=r"needs torchao, which is not installed: pip install 'edmdistill\[lowbit\]'"
+    ):
+        make_optimizer(torch.nn.Linear(1, 1).parameters(), training(optimizer="adam8bit"))

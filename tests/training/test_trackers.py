@@ -53,6 +53,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match=r"--log-with tensorboard needs .* pip install 'edmdistill\[tb\]'"):
         require_trackers(["tensorboard"])
+    with pytest.raises(TrainingError, match="there is no tracker 'mlflow': choose from tensorboard, wandb"):
+        require_trackers(["mlflow"])
 
 
 def test_what_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
