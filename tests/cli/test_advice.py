@@ -54,6 +54,7 @@ MEETS: dict[str, tuple[str, ...]] = {
     "recipes/library.py": ("train", "plan", "recipes show", "recipes validate"),
     "report/sections.py": (),
     "report/summary.py": (),
+    "sampling/build.py": SAMPLE,
     "sampling/decode.py": ("train", "sample", *MEASURE, "export", "push-to-hub"),
     "sampling/files.py": ("sample",),
     "sampling/guidance.py": SAMPLE,
