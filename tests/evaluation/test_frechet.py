@@ -114,6 +114,15 @@ def test_statistics_are_numpys_in_any_batches(offset: float, monkeypatch: pytest
     np.testing.assert_allclose(statistics(features).covariance, found.covariance, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("rows", [200, 900], ids=["in one block", "in blocks"])
+def test_statistics_of_single_precision_are_summed_in_double(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frechet, "BLOCK", 300)
+    features = (normal(rows, 5) + 1000).float()
+    found, exact = statistics(features), statistics(features.double())
+    for one, other in zip(found[:2], exact[:2], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
 def test_features_that_are_not_finite_give_nan() -> None:
     features = normal(20, 3)
     features[4, 1] = torch.nan

@@ -63,6 +63,12 @@ def test_subsets_are_drawn_without_replacement_and_differ() -> None:
     assert len(kernel_distances(x, x + 1, subsets=4, size=10).unique()) == 4
 
 
+def test_subsets_of_the_two_sets_are_drawn_apart() -> None:
+    """Of a set and itself, equal subsets would always give less than 0: each row would be near itself."""
+    x = normal(4000, 8)
+    assert (kernel_distances(x, x, subsets=50, size=100) > 0).double().mean() > 0.1
+
+
 def test_the_metric_is_the_function_in_any_batches() -> None:
     real, generated = normal(60, 3).float(), normal(50, 3, seed=1).float()
     for sizes in ([50], [1] * 20 + [30]):
