@@ -76,13 +76,14 @@ def test_loss_and_gradient_are_the_paper_s(
     torch.testing.assert_close(gradient, by_hand, rtol=1e-9, atol=1e-9)
 
 
-def test_neighbors_are_drawn_by_the_normal_law_between_them() -> None:
+@pytest.mark.parametrize("P_mean", [-1.1, 3.0])
+def test_neighbors_are_drawn_by_the_normal_law_between_them(P_mean: float) -> None:
     rows, N = 40_000, 6
-    t, r = neighbor_sigmas(Draws(0, rows), N, 0.002, 80.0, P_mean=-1.1, P_std=2.0)
+    t, r = neighbor_sigmas(Draws(0, rows), N, 0.002, 80.0, P_mean=P_mean, P_std=2.0)
     levels = torch.cat(
         [torch.zeros(1, dtype=torch.float64), edm_curve(torch.arange(1, N + 1, dtype=torch.float64) / N, 0.002, 80.0)]
     )
-    below = torch.special.ndtr((levels.log() + 1.1) / 2)
+    below = torch.special.ndtr((levels.log() - P_mean) / 2)
     for i in range(N):
         at = t.isclose(levels[i + 1])
         torch.testing.assert_close(r[at], levels[i].expand(int(at.sum())))

@@ -84,3 +84,12 @@ def test_student_sigmas_are_the_truncated_distribution() -> None:
         below, above, *places = special.stdtr(degrees, T.numpy()).tolist()
         place = (torch.tensor(places, dtype=torch.float64) - below) / (above - below)
         assert float((place - (torch.arange(rows) + 0.5) / rows).abs().max()) < 1.95 / rows**0.5  # one in a thousand
+
+
+def test_students_quantiles_are_close_to_the_exact_ones() -> None:
+    """For the paper's options, within 1e-5."""
+    law = {"P_mean": 0.0, "P_std": 0.2, "degrees": 0.01, "low": 1.0, "high": 80.0}
+    log = student_sigmas(Draws(0, 2000), **law).log()
+    first, last = special.stdtr(0.01, (torch.tensor([1.0, 80.0], dtype=torch.float64).log() / 0.2).numpy())
+    exact = 0.2 * special.stdtrit(0.01, first + (last - first) * Draws(0, 2000).uniform().numpy())
+    torch.testing.assert_close(log, torch.from_numpy(exact), rtol=0, atol=1e-5)
