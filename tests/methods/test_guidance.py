@@ -13,6 +13,7 @@ from edmdistill.draws import Draws
 from edmdistill.errors import RecipeError
 from edmdistill.methods.base import Batch, Method, NoiseRange, Role
 from edmdistill.methods.dscd import DSCD
+from edmdistill.methods.fmd import FMD
 from edmdistill.methods.guidance import GuidedTeacher
 from edmdistill.methods.scd import SCD, SCDConfig
 from edmdistill.recipes.schema import Recipe
@@ -106,6 +107,16 @@ def test_dscd_steps_along_the_guided_velocity(guide: str) -> None:
     (x_before, t_before, _), (x, t, _) = generator.calls
     step = ddim_step(x, expected(x, t, w), t, t_before, SIGMA_DATA)
     torch.testing.assert_close(x_before, step, rtol=1e-9, atol=1e-12)
+
+
+def test_a_flow_maps_trajectories_have_a_weight_each() -> None:
+    """Its second points lie a guided DDIM step behind the first, and the generator gets the same weight at both."""
+    generator = Recorder()
+    loss(FMD, generator, guidance=RANGE, trajectory_steps=2, trajectory_images=1)
+    ((x, t, *_),), (w,) = generator.calls, generator.weights
+    assert torch.equal(w[:5], w[5:])
+    step = ddim_step(x[:5], expected(x[:5], t[:5], w[:5]), t[:5], t[5:], SIGMA_DATA)
+    torch.testing.assert_close(x[5:], step, rtol=1e-9, atol=1e-12)
 
 
 def test_weights_are_uniform_in_the_range_and_not_given_where_fixed() -> None:
