@@ -32,6 +32,8 @@ from edmdistill.transfer import is_gpu
 
 PARTS = "ema", "teacher", "optimizer"
 """What can wait in the host's memory."""
+CONTEXT = 0.6e9
+"""Bytes of a GPU that CUDA takes before the first tensor: on a small one, all of the headroom. Not measured."""
 PIECES = 4
 """Pieces of the generator's loss that are tried: more take launches, and save little."""
 UTILIZATION = 0.35
@@ -207,14 +209,14 @@ def fit_run(
     """Returns the fastest way to train on this machine.
 
     Args:
-        memory: bytes, or "auto": what the GPU has.
+        memory: bytes, or "auto": what the GPU has beside CUDA's context.
         data, teacher, guide: as for `prepare`.
     Raises: TrainingError: nothing fits; or there is no GPU, and no memory was named.
     """
     device = pick_device(machine.device)  # the current one, whose speed is measured
     if isinstance(memory, str):
         require_gpu(device, "--fit auto")
-        memory = torch.cuda.get_device_properties(device).total_memory
+        memory = torch.cuda.get_device_properties(device).total_memory - CONTEXT
     return fit(
         recipe,
         outline_teacher(recipe, teacher, None, data if recipe.network is not None and teacher is None else None),

@@ -14,7 +14,7 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.planning import fit as module
 from edmdistill.planning import outlines
-from edmdistill.planning.fit import COARSE, Fitted, fit, fit_run, main_choice, options
+from edmdistill.planning.fit import COARSE, CONTEXT, Fitted, fit, fit_run, main_choice, options
 from edmdistill.planning.plan import Measurement, make_plan, measure
 from edmdistill.recipes.library import load_recipe
 from edmdistill.training.micro_batch import HEADROOM
@@ -144,7 +144,7 @@ def test_on_a_cpu_the_memory_is_named_and_nothing_moves(monkeypatch) -> None:
 def test_a_gpu_is_asked_for_its_memory_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that is named, which `measure_this_machine` finds as the current one."""
     asked: list[object] = []
-    properties = SimpleNamespace(total_memory=GPU_AT_HAND.memory)
+    properties = SimpleNamespace(total_memory=GPU_AT_HAND.memory + CONTEXT)
     monkeypatch.setattr(module, "pick_device", lambda name: asked.append(name) or torch.device(name))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(str(device)) or properties)
     monkeypatch.setattr(module, "measure_this_machine", lambda: GPU_AT_HAND)
