@@ -167,7 +167,7 @@ def test_arguments_that_make_no_network(arguments: dict[str, object]):
     with pytest.raises(RecipeError) as error:
         sketch(table, open_dataset("digits"))
     assert re.fullmatch(
-        r"\[network\] has arguments .*: change the recipe's table \[network\]|\[network.arguments\] make a network of .*",
+        r"\[network\] has arg.*: change the recipe's table \[network\]|\[network.arguments\] make a network of .*",
         str(error.value),
     )
     assert str(error.value).isprintable()
