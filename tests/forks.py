@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,15 +40,16 @@ class Forked:
         self.pid = ask(wish)
         self.status: int | None = None
 
-    def poll(self, options: int = os.WNOHANG) -> int | None:
+    def poll(self) -> int | None:
         """Returns how the process ended, its exit code or minus a signal; None as long as it has not."""
         if self.status is None:
-            self.status = ask({"pid": self.pid, "options": options})
+            self.status = ask({"pid": self.pid})
         return self.status
 
     def finish(self) -> tuple[int | None, str]:
         """Waits for the process.  Returns: how it ended, and what it printed."""
-        self.poll(options=0)
+        while self.poll() is None:
+            time.sleep(0.02)
         return self.status, self.said()
 
     def said(self) -> str:
@@ -73,13 +76,20 @@ def server() -> Server:
     return Server(process, tempfile.TemporaryDirectory(prefix="forks-"))
 
 
+NUMBERS = count()
+
+
 def ask(wish: dict[str, Any]) -> Any:
-    """Returns the server's answer."""
-    pipes = server().process
+    """Returns the server's answer. That to a call which a test's time limit interrupted is passed over."""
+    pipes, number = server().process, next(NUMBERS)
     assert pipes.stdin is not None
     assert pipes.stdout is not None
-    print(json.dumps(wish), file=pipes.stdin)
-    return json.loads(pipes.stdout.readline())
+    print(json.dumps(wish | {"number": number}), file=pipes.stdin)
+    for line in pipes.stdout:
+        answered, answer = json.loads(line)
+        if answered == number:
+            return answer
+    raise EOFError("the server of forks has ended")
 
 
 def stop() -> None:
@@ -125,21 +135,25 @@ def become(wish: dict[str, Any]) -> None:
 
 
 def serve() -> None:
-    """Forks, and waits for forks, a line of stdin each."""
+    """Forks, and says how forks ended, a line of stdin each."""
     import_everything()
     alive: set[int] = set()
+    statuses: dict[int, int] = {}
     for line in sys.stdin:
         wish = json.loads(line)
         if "pid" in wish:
-            ended, status = os.waitpid(wish["pid"], wish["options"])
-            alive -= {ended}
-            answer = os.waitstatus_to_exitcode(status) if ended else None
+            pid = wish["pid"]
+            ended, status = os.waitpid(pid, os.WNOHANG) if pid in alive else (0, 0)
+            if ended:
+                alive.remove(pid)
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+            answer = statuses.get(pid)
         else:
             answer = os.fork()
             if not answer:
                 return become(wish)
             alive.add(answer)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps([wish["number"], answer]), flush=True)
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
