@@ -84,10 +84,10 @@ class Endless:
         self.began.release()
         try:
             if item == 2:
-                self.began.acquire(timeout=20)
-                self.began.acquire(timeout=20)  # another has begun
+                self.began.acquire(timeout=60)
+                self.began.acquire(timeout=60)  # another has begun
                 raise ValueError("two")
-            for _ in range(20_000):
+            for _ in range(60_000):
                 time.sleep(0.001)
             raise AssertionError("nothing ended it")
         except BaseException as error:

@@ -15,6 +15,7 @@ from torch import Tensor
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.networks import new_network
+from edmdistill.networks.base import Conditioning
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.sampling import generate
@@ -154,19 +155,19 @@ def test_a_thread_that_has_its_share_of_the_cores_shares_nothing_out() -> None:
 
 
 class Endless:
-    """A network that computes for ever: one of two threads fails, or presses Ctrl-C.  ended: what ended them."""
+    """A network that computes for ever, but on class 0: there it fails, or presses Ctrl-C.  ended: what ended them."""
 
     def __init__(self, fails: bool) -> None:
         self.fails, self.began, self.ended = fails, threading.Barrier(2), list[str]()
 
-    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor, condition: Conditioning) -> tuple[Tensor, ...]:
         try:
-            number = self.began.wait(10)
-            if number == 0 and self.fails:
+            self.began.wait(60)
+            if condition.labels[0, 0] and self.fails:
                 raise ValueError("the network fails")
-            if number == 0:
+            if condition.labels[0, 0]:
                 os.kill(os.getpid(), signal.SIGINT)
-            for _ in range(20_000):
+            for _ in range(60_000):
                 time.sleep(0.001)
             raise AssertionError("nothing ended it")
         except BaseException as error:
@@ -181,6 +182,6 @@ def test_an_error_and_ctrl_c_come_out_and_end_all_threads(
     model, network, before = teacher(), Endless(fails), threading.active_count()
     monkeypatch.setattr(model.flow, "raw", network)
     with pytest.raises(error):
-        sample(model, 1, seeds=SEEDS)
+        sample(model, 1, seeds=SEEDS, labels=[0] * 4 + [1] * 4)  # a failure comes out after the shares before it
     assert sorted(network.ended) == ["SystemExit", "ValueError" if fails else "SystemExit"]
     assert (threading.active_count(), torch.get_num_threads()) == (before, 2)
