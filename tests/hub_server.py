@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             if times and re.search(pattern, f"{call.method} {path}"):
                 self.server.faults[pattern] = fault, times - 1
                 if fault == "silence":
-                    self.server.closing.wait(30)
+                    self.server.closing.wait()
                 if isinstance(fault, str):
                     self.close_connection = True
                     return

@@ -23,14 +23,22 @@ class Rank:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         self._values[self.rank] = tensor
-        self._barrier.wait(60)
+        self._barrier.wait()
         total = torch.stack(self._values).sum(0, dtype=tensor.dtype)
-        self._barrier.wait(60)
+        self._barrier.wait()
         return total
 
 
 def in_ranks(world_size: int, act: Callable[[Rank], T]) -> list[T]:
-    """Returns what `act` returns in each of several processes."""
+    """Returns what `act` returns in each of several processes. Where one fails, the others wait no longer."""
     barrier, values = threading.Barrier(world_size), [torch.zeros([])] * world_size
+
+    def run(rank: int) -> T:
+        try:
+            return act(Rank(rank, world_size, barrier, values))
+        except BaseException:
+            barrier.abort()
+            raise
+
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(lambda rank: act(Rank(rank, world_size, barrier, values)), range(world_size)))
+        return list(pool.map(run, range(world_size)))

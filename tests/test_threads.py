@@ -7,6 +7,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from waiting import LIMIT
 
 from edmdistill.threads import _Crew, ahead, in_crew
 
@@ -84,10 +85,10 @@ class Endless:
         self.began.release()
         try:
             if item == 2:
-                self.began.acquire(timeout=60)
-                self.began.acquire(timeout=60)  # another has begun
+                self.began.acquire(timeout=LIMIT)
+                self.began.acquire(timeout=LIMIT)  # another has begun
                 raise ValueError("two")
-            for _ in range(60_000):
+            for _ in range(1000 * LIMIT):
                 time.sleep(0.001)
             raise AssertionError("nothing ended it")
         except BaseException as error:
@@ -99,8 +100,8 @@ def test_threads_end_where_no_more_is_asked_for() -> None:
     act, before = Endless(), threading.active_count()
     with closing(ahead(act, (0, 1, 3, 4, 5), 2)) as results:
         assert next(results) == 0
-        act.began.acquire()
-        act.began.acquire()
+        act.began.acquire(timeout=LIMIT)
+        act.began.acquire(timeout=LIMIT)
     assert act.ended == [SystemExit] * 2
     assert threading.active_count() == before
 

@@ -157,23 +157,21 @@ def bombs() -> Iterator[tuple[str, bytes]]:
 
 
 def test_bad_files_cost_nothing(bad: Path, tmp_path: Path) -> None:
-    """All bad files and bombs in one process: under 2 s each, under 300 MB in all, nothing run, nothing left."""
+    """All bad files and bombs in one process: under 300 MB in all, nothing run, nothing left."""
     for name, program in bombs():
         (tmp_path / f"{name}.pkl").write_bytes(program)
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     script = """
-import sys, time
+import sys
+from contextlib import suppress
 from pathlib import Path
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.errors import CheckpointError
 for path in sys.argv[1:]:
-    started = time.process_time()
-    try:
+    with suppress(CheckpointError):
         read_official(path)
-    except CheckpointError:
-        pass
-    print(time.process_time() - started, path)
+    print(path)
 # Not ru_maxrss: a process inherits the peak of the one that started it.
 print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 assert "torch" not in sys.modules
@@ -184,9 +182,8 @@ assert "torch" not in sys.modules
         run, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
     assert result.returncode == 0, result.stderr
-    *times, peak = result.stdout.splitlines()
-    assert len(times) == len(files)
-    assert [line for line in times if float(line.split()[0]) > 2] == []
+    *read, peak = result.stdout.splitlines()
+    assert read == files
     assert int(peak) < 300 * 1024
     assert not list(cwd.iterdir())
 

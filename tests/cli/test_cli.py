@@ -55,13 +55,6 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     assert not imported & HEAVY
 
 
-def test_help_is_quick():
-    """0.3 s is claimed; a busy machine is given ten times that, which an import of torch does not fit in twice."""
-    start = time.perf_counter()
-    assert python("-m", "edmdistill", "--help").returncode == 0
-    assert time.perf_counter() - start < 3
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str):
     result = CliRunner().invoke(main, [name, "--help"])

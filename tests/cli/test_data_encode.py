@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from waiting import wait_until
 
 from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
@@ -54,8 +54,7 @@ def test_a_killed_command_goes_on(golden: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "edmdistill", *arguments("a.zip"), "--processes", "2"]
     process = subprocess.Popen(command, start_new_session=True)
     journal = tmp_path / ".a.zip.parts" / "journal"
-    while process.poll() is None and not (journal.exists() and np.count_nonzero(np.fromfile(journal, np.uint64))):
-        time.sleep(0.01)
+    wait_until(lambda: process.poll() is not None or (journal.exists() and np.fromfile(journal, np.uint64).any()))
     if process.poll() is None:
         os.kill(process.pid, signal.SIGKILL)  # the two others die with it
     process.wait()

@@ -47,7 +47,6 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_commands_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "cache"))

@@ -92,7 +92,6 @@ def test_compiled_rounds_are_checked_and_plain_ones_are_not(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_it_runs_on_the_emulated_device(gpu_check: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     command = [sys.executable, str(SCRIPT), "--device", "emulated", "--out", str(out)]
@@ -159,7 +158,6 @@ def test_what_a_card_cannot_hold_is_skipped(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_what_is_for_cuda_alone_runs(
     gpu_check: ModuleType, cuda: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

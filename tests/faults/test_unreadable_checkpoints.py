@@ -101,7 +101,6 @@ def test_odd_archives(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-@pytest.mark.timeout(20)
 def test_pipes_and_devices(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pkl")
     os.mkfifo(tmp_path / "model.safetensors")

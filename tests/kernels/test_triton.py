@@ -171,4 +171,4 @@ for gpu in (80, 90):
 @pytest.mark.slow
 def test_they_compile_for_gpus_without_one() -> None:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", COMPILE], env=environ, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", COMPILE], env=environ, check=True)

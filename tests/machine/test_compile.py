@@ -176,7 +176,6 @@ def assert_same_path(plain: list[dict[str, float]], compiled: list[dict[str, flo
 
 @quiet
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("case", "options", "backend"),
     [
@@ -199,7 +198,6 @@ def test_rounds_follow_the_plain_path(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_on_two_processes(wide_teacher: Path, tmp_path: Path) -> None:
     """By DDP, and sharded by FSDP2; the graphs are inductor's."""
     ways = [json.dumps(["cosim", options]) for options in ({}, {"shard": True}, {"shard": True, "checkpointing": True})]
@@ -212,7 +210,6 @@ def test_on_two_processes(wide_teacher: Path, tmp_path: Path) -> None:
 
 @quiet
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_resumed_is_never_interrupted(recipe: Callable[..., Recipe], wide_teacher: Path, tmp_path: Path) -> None:
     """Bit for bit, as by another process: nothing that was compiled is left."""
 
@@ -239,7 +236,6 @@ def test_resumed_is_never_interrupted(recipe: Callable[..., Recipe], wide_teache
 
 @quiet
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", ["teacher", "generator"])
 def test_samples_are_within_one_of_255(stage: str, tmp_path: Path) -> None:
     """A last, smaller batch and guidance by another network included."""

@@ -19,7 +19,6 @@ from edmdistill.machine.engine import Engine, Machine, scale_gradients
 
 SPREAD = Path(__file__).parent / "spread.py"
 Losses = dict[str, list[dict[str, float]]]
-LONG = pytest.mark.slow, pytest.mark.timeout(900)
 
 
 @pytest.fixture(
@@ -27,8 +26,8 @@ LONG = pytest.mark.slow, pytest.mark.timeout(900)
     # Of the batch of 8 a process has 4 rows, at once or in parts; whole networks by DDP, sharded ones by FSDP2.
     params=[
         pytest.param(("2", "2", "4s"), id="2 rounds: ddp-micro-batches, fsdp2-whole"),
-        pytest.param(("10", "1", "4s"), id="10 rounds: ddp-micro-batches, fsdp2-whole", marks=LONG),
-        pytest.param(("10", "4", "1s"), id="10 rounds: ddp-whole, fsdp2-micro-batches", marks=LONG),
+        pytest.param(("10", "1", "4s"), id="10 rounds: ddp-micro-batches, fsdp2-whole", marks=pytest.mark.slow),
+        pytest.param(("10", "4", "1s"), id="10 rounds: ddp-whole, fsdp2-micro-batches", marks=pytest.mark.slow),
     ],
 )
 def losses(

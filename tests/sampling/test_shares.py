@@ -11,6 +11,7 @@ import pytest
 import torch
 from tolerance import assert_rounded, depth
 from torch import Tensor
+from waiting import LIMIT
 
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.generator import Generator
@@ -162,12 +163,12 @@ class Endless:
 
     def __call__(self, x: Tensor, condition: Conditioning) -> tuple[Tensor, ...]:
         try:
-            self.began.wait(60)
+            self.began.wait(LIMIT)
             if condition.labels[0, 0] and self.fails:
                 raise ValueError("the network fails")
             if condition.labels[0, 0]:
                 os.kill(os.getpid(), signal.SIGINT)
-            for _ in range(60_000):
+            for _ in range(1000 * LIMIT):
                 time.sleep(0.001)
             raise AssertionError("nothing ended it")
         except BaseException as error:

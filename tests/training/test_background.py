@@ -3,13 +3,14 @@
 import threading
 
 import pytest
+from waiting import LIMIT
 
 from edmdistill.training.background import Background
 
 
 def test_jobs_are_done_in_order() -> None:
     background, done, go = Background(), [], threading.Event()
-    background.begin(lambda: (go.wait(10), done.append(1)))
+    background.begin(lambda: (go.wait(LIMIT), done.append(1)))
     assert done == []
     go.set()
     background.begin(lambda: done.append(2))  # waits for the first

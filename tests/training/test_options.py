@@ -33,7 +33,7 @@ from edmdistill.training.loop import rounds
 from edmdistill.training.prepare import prepare
 from edmdistill.training.run import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]  # torch's, compiling
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch's, compiling
 
 ROUNDS, LAST, BATCH = 100, 3, 12
 """Of a run; of them, those that a resumed run repeats; images of a round."""
