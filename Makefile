@@ -24,6 +24,9 @@ $(RUN)/cosim/eval/teacher.json: $(RUN)/teacher/config.json
 $(RUN)/cosim/eval/generator.json: $(RUN)/cosim/generator/config.json
 	$(BIN)/edmdistill eval $(RUN)/cosim --nfe 1,2,4 --protocol digits --out $@
 
+# Bytecode is kept, also where the environment says otherwise: hundreds of processes would compile the same modules.
+test test-all test-isa: export PYTHONDONTWRITEBYTECODE =
+
 # A file's tests go to one of two workers, which makes what they share once; the large files are not the last.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 ROUNDED := $(patsubst %,tests/networks/test_%.py,edm2 golden guidance logvar tangent) tests/networks/surgery/test_two_time.py \

@@ -154,7 +154,8 @@ def test_torch_export(runs: Path, tmp_path: Path, name: str, w: float | None):
     torch.testing.assert_close(x.clamp(-1, 1), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [pytest.param("pixels", marks=pytest.mark.slow), "jumps"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pixels", "jumps"])
 def test_onnx(runs: Path, tmp_path: Path, name: str):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="the extra [onnx] is not installed")

@@ -144,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hostile")
 
 
-@settings(max_examples=1000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(documents())
 def test_it_loads_and_works_or_is_refused_in_a_sentence(folder: Path, drawn: tuple[str, dict[str, Any]]) -> None:
     kind, document = drawn

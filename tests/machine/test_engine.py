@@ -10,14 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_by_two
-from toy_runs import ALL_METHODS, save_sources
+from toy_runs import save_sources
 
 from edmdistill.checkpoints.store import load_checkpoint
 from edmdistill.errors import TrainingError
 from edmdistill.machine import devices
 from edmdistill.machine.engine import Engine, Machine, scale_gradients
 
-SPREAD = Path(__file__).parent / "spread.py"
+SCRIPT = Path(__file__).parent / "spread.py"
+SPREAD = runpy.run_path(str(SCRIPT))
+CASES = [pytest.param(case, marks=() if case in SPREAD["FEW"] else pytest.mark.slow) for case in SPREAD["CASES"]]
 Losses = dict[str, list[dict[str, float]]]
 
 
@@ -40,15 +42,15 @@ def losses(
     rounds, *shared = request.param
     torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
     try:
-        one = runpy.run_path(str(SPREAD))["measured"](folder / "teacher", rounds, "8")
+        one = SPREAD["measured"](folder / "teacher", rounds, "8")
     finally:
         torch.set_default_dtype(torch.float32)
-    run_by_two(SPREAD, folder / "teacher", folder / "two.json", rounds, *shared)
+    run_by_two(SCRIPT, folder / "teacher", folder / "two.json", rounds, *shared)
     return one, json.loads((folder / "two.json").read_text())
 
 
 @pytest.mark.parametrize("way", [0, 1], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("case", [*ALL_METHODS, "scd, vsd", "cosim, gan"])
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one_does(losses: tuple[Losses, Losses], case: str, way: int) -> None:
     """The losses of all turns over all rounds; one process takes the batch of 8 whole.
 
@@ -56,7 +58,7 @@ def test_two_processes_train_as_one_does(losses: tuple[Losses, Losses], case: st
     """
     one, two = losses
     if f"{case} 8" not in one:
-        pytest.skip("2 rounds are of methods that are not like another")
+        pytest.skip("2 rounds are of a few cases")
     whole, shared = one[f"{case} 8"], [run for name, run in two.items() if name.rpartition(" ")[0] == case][way]
     assert len(whole) == len(shared) >= 2
     losses = {name for name in whole[0] if name.startswith("loss/") and name.count("/") == 1}
@@ -82,7 +84,7 @@ def test_the_losses_move(losses: tuple[Losses, Losses]) -> None:
 
 @pytest.mark.slow
 def test_a_rounded_second_moment_is_sharded_and_resumes(teacher: Path, tmp_path: Path) -> None:
-    run_by_two(SPREAD.with_name("rounded_shards.py"), teacher, tmp_path / "out.json")
+    run_by_two(SCRIPT.with_name("rounded_shards.py"), teacher, tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     assert (found["differ"], found["dtypes"]) == ([], ["torch.bfloat16"])
     assert 0 < found["distance"] < 0.02

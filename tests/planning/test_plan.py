@@ -84,7 +84,7 @@ def measured(recipe: Recipe, teacher: Path, machine: Machine) -> int:
     [
         pytest.param("ddpmpp", 32, 32, False, 1, marks=pytest.mark.slow),
         ("adm", 4, 4, False, 1),
-        ("adm", 8, 2, False, 2),
+        pytest.param("adm", 8, 2, False, 2, marks=pytest.mark.slow),
         pytest.param("edm2", 32, 32, False, 1, marks=pytest.mark.slow),
         pytest.param("edm2", 64, 64, False, 4, marks=pytest.mark.slow),
         ("edm2", 64, 64, True, 1),
@@ -180,7 +180,7 @@ def test_where_things_are_kept() -> None:
     assert plain.largest_micro_batch(plain.peak(1), 64) == 0
 
 
-@pytest.mark.parametrize("name", ["ddpmpp", "edm2"])
+@pytest.mark.parametrize("name", [pytest.param("ddpmpp", marks=pytest.mark.slow), "edm2"])
 def test_a_teacher_in_the_hosts_memory(name: str) -> None:
     """What autograd holds for the way back through it stays until then: the weights themselves. Blocks that are
     computed again bring theirs again, one by one."""
