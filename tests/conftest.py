@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,16 @@ def golden() -> Path:
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of damaged and hostile pickles, golden_set.BAD."""
     return unpack_bad(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads; the number from before comes back after the test."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import pytest
@@ -10,14 +10,6 @@ import torch
 from waiting import LIMIT
 
 from edmdistill.threads import _Crew, ahead, in_crew
-
-
-@pytest.fixture
-def three_cores() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -61,9 +53,9 @@ def test_a_failure_of_an_act_is_raised_in_its_place() -> None:
     assert results == [0, 1, 2]
 
 
-@pytest.mark.usefixtures("three_cores")
 @pytest.mark.parametrize(("threads", "each"), [(0, 3), (1, 3), (2, 1), (3, 1), (4, 1)])
-def test_the_cores_are_shared_out_and_given_back(threads: int, each: int) -> None:
+def test_the_cores_are_shared_out_and_given_back(threads: int, each: int, set_threads: Callable[[int], None]) -> None:
+    set_threads(3)
     found = [*ahead(lambda item: (torch.get_num_threads(), in_crew()), range(9), threads)]
     assert found == [(each, threads > 0)] * 9
     later: list[int] = []

@@ -1,6 +1,6 @@
 """Winograd's convolution: the same function as torch's, its rounding errors, and where it is chosen."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,11 +16,8 @@ from edmdistill.kernels.winograd import FrozenWeight, pays, transform_weight, tr
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    set_threads(1)
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -50,20 +50,19 @@ def test_trigflow_is_edm(wide: FlowNetwork) -> None:
 
 
 @pytest.mark.parametrize("case", ["ddpmpp", "edm2"])
-def test_folded_networks_use_winograd_without_gradients(case: str, make_flow: MakeFlow) -> None:
+def test_folded_networks_use_winograd_without_gradients(
+    case: str, make_flow: MakeFlow, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(1)
     flow = make_flow(case, img_resolution=16, model_channels=64, channel_mult=[1], attn_resolutions=[])
-    x, t, threads = images(flow, 1), torch.tensor(0.7), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        flow.network.fold(sample=False)
-        expected = flow(x, t).detach()
-        with torch.no_grad():
-            assert torch.equal(flow(x, t), expected)
-            flow.network.fold()
-            found = flow(x, t)
+    x, t = images(flow, 1), torch.tensor(0.7)
+    flow.network.fold(sample=False)
+    expected = flow(x, t).detach()
+    with torch.no_grad():
         assert torch.equal(flow(x, t), expected)
-    finally:
-        torch.set_num_threads(threads)
+        flow.network.fold()
+        found = flow(x, t)
+    assert torch.equal(flow(x, t), expected)
     assert 0 < error(found, expected) <= 1e-5
 
 

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,14 +34,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def two_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_cores(monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]) -> None:
     """Has small networks drawn by threads, as large ones are."""
     monkeypatch.setattr(generate, "LEAST_CHANNELS", 16)
     monkeypatch.setattr(generate, "LEAST_SIDE", 8)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    set_threads(2)
 
 
 @pytest.fixture
