@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,26 @@ def test_gradients_flow_through_f_alone(objective: str) -> None:
     g = normalized_tangent(g, 0.1, "rms")
     expected = (-2 / x[0].numel() * g * torch.sin(3 * x) * over(x, t).cos()).sum()
     torch.testing.assert_close(torch.autograd.grad(loss.value.sum(), weight)[0], expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"objective": "eulerian"}, {"objective": "lagrangian"}, {"trajectory_steps": 2, "trajectory_images": 1}],
+    ids=["eulerian", "lagrangian", "trajectories"],
+)
+def test_the_weight_is_that_of_a_jump_s_start_and_end(options: dict[str, Any]) -> None:
+    asked = []
+
+    class Watched(MapToy):
+        def forward(self, x, t, labels=None, second=None, u_at=(), **others):
+            asked.append((t, second, u_at))
+            return super().forward(x, t, labels, second, u_at, **others)
+
+    made = FMD(FMDConfig(**options), {"teacher": Toy(teacher), "generator": Watched(WAVES.F)}, NOISE)
+    made.generator_loss(Batch(images(), None), Draws(0, 5))
+    ((t, s, u_at),) = asked
+    assert (s < t).all()
+    torch.testing.assert_close(u_at, (t, s))
 
 
 # Limits.
@@ -271,6 +292,19 @@ def test_lognormal_pairs() -> None:
     assert float(logs.mean()) == pytest.approx(-2.0, abs=0.04)
     assert float(logs.std()) == pytest.approx(1.5, abs=0.03)
     assert float(logs[:rows].mean() - logs[rows:].mean()) == pytest.approx(2 / math.pi**0.5 * 1.5, abs=0.05)
+
+
+def test_the_jumps_are_those_of_the_options() -> None:
+    """Of either law, over the teacher's noise levels."""
+    law: dict[str, float] = {"P_mean": -1.3, "P_std": 0.7, "share_to_data": 0.1}
+    t_max = math.atan(30 / 0.4)
+    expected = {
+        "interval": interval_times(Draws(0, 50), t_max, **law),
+        "lognormal": lognormal_pairs(Draws(0, 50), 0.4, t_max, **law),
+    }
+    for times, jumps in expected.items():
+        made = MeanFlow(MeanFlowConfig(times=times, **law), {"generator": TRUTH}, NoiseRange(0.4, 0.01, 30.0))
+        assert all(map(torch.equal, made.draw_times(Draws(0, 50)), jumps))
 
 
 def test_a_share_of_jumps_has_no_length() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over
+from methods_toys import SIGMA_DATA, STD, TIMES, Toy, answer, images, over
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
@@ -172,6 +172,23 @@ def endpoint(t: Tensor, w: Tensor) -> Tensor:
         return std / (t.cos() ** 2 * std**2 + t.sin() ** 2 * SIGMA_DATA**2).sqrt()
 
     return of(WIDE) ** (1 - w) * of(STD) ** w
+
+
+class TrueMap(nn.Module):
+    """The flow map of the guided velocity, of each sample's weight."""
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, second: Tensor, *, u_at=(), w: Tensor, along=()) -> Any:
+        def F(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            x_s = over(x, endpoint(t, w) / endpoint(s, w)) * x
+            return (over(x, (t - s).cos()) * x - x_s) / (over(x, (t - s).sin()) * SIGMA_DATA)
+
+        return answer(F, (x, t, second), along, *map(torch.zeros_like, u_at))
+
+
+@pytest.mark.parametrize("objective", ["eulerian", "lagrangian"])
+def test_the_true_map_of_every_weight_loses_nothing(objective: str) -> None:
+    """The velocity, its class and the network's passes have each sample's own weight, whichever time moves."""
+    assert loss(FMD, TrueMap(), guidance=RANGE, objective=objective).value.max() < 1e-16
 
 
 def test_the_endpoint_is_that_of_the_guided_velocity() -> None:

@@ -193,7 +193,10 @@ def assert_trajectories_begin(kind: Any, networks: dict[str, Any], batch: Batch,
 
     def loss(images: int, weight: float) -> Tensor:
         method = kind(kind.Config(**options, trajectory_weight=weight), networks, NOISE)
-        value: Tensor = method.generator_loss(batch._replace(images=images), Draws(1, 6)).value
+        loss = method.generator_loss(batch._replace(images=images), Draws(1, 6))
+        assert (loss.signals.keys() == {"trajectory_error"}) == (images < 100)
+        assert "trajectory_error" in loss.signals
+        value: Tensor = loss.value
         return value
 
     regression, one, two = loss(99, 1.0), loss(100, 1.0), loss(100, 2.0)
@@ -213,6 +216,20 @@ def test_a_flow_map_learns_them_alone_and_then_beside_tangents(tiny_networks: Ma
     guided: dict[str, Any] = {"guidance": (1.0, 3.0), "guide": "network"}
     options = guided | {"trajectory_steps": 4, "trajectory_images": 100}
     assert_trajectories_begin(FMD, tiny_networks(FMD, **guided), tiny_batch(), options)
+
+
+def test_a_flow_maps_trajectories_are_those_of_its_options(tiny_networks: Make, tiny_batch: Make) -> None:
+    """The loss reaches the log variances too, without a gradient: processes wait for weights that it does not reach."""
+    networks, batch = tiny_networks(FMD), tiny_batch(40)
+    method = FMD(FMD.Config(trajectory_steps=3, share_to_max=0.2, share_to_data=0.6), networks, NOISE)
+    options: dict[str, Any] = {"steps": 3, "share_to_max": 0.2, "share_to_end": 0.6}
+    found = method.trajectory_loss(batch, Draws(1, 40)).value
+    plain = trajectory_loss(networks["generator"], networks["teacher"], batch, Draws(1, 40), NOISE, **options).value
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), [*networks["generator"].parameters()]),
+        torch.autograd.grad(plain.sum(), [*networks["generator"].parameters()], materialize_grads=True),
+    )
 
 
 @pytest.mark.parametrize("option", ["warmup_images", "trajectory_images"])
