@@ -210,6 +210,9 @@ def test_weights_by_hand() -> None:
 def test_options_that_contradict() -> None:
     with pytest.raises(ValueError, match="must decrease"):
         DMD2Config(levels=(0.4, 2.5))
-    with pytest.raises(ValueError, match="set gan above 0"):
-        DMD2Config(gan=0.0, f_divergence="forward-kl")
+    for option in ({"f_divergence": "forward-kl"}, {"gan_auxiliary": 1.0}):
+        with pytest.raises(ValueError, match="set gan above 0"):
+            DMD2Config(gan=0.0, **option)
+    with pytest.raises(ValueError, match="set levels"):
+        DMD2Config(backward_simulation=False)
     assert DMD2.roles_for(DMD2Config(gan=0.0))["auxiliary"].head is None

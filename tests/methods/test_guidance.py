@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.errors import RecipeError
+from edmdistill.methods import METHODS
 from edmdistill.methods.base import Batch, Method, NoiseRange, Role
 from edmdistill.methods.dscd import DSCD
 from edmdistill.methods.fmd import FMD
@@ -297,6 +298,17 @@ def test_invalid_options_are_refused(tables: Callable[..., bytes], options: dict
     with pytest.raises(RecipeError, match=sentence) as caught:
         Recipe.from_json(tables(**options))
     assert "\n" not in str(caught.value)
+
+
+def test_every_guided_method_checks_its_range() -> None:
+    kinds = [entry.load() for entry in METHODS.values()]
+    guided = [kind.Config for kind in kinds if "guidance" in kind.Config.__struct_fields__]
+    assert len(guided) >= 4
+    for Config in guided:
+        with pytest.raises(ValueError, match="decreases"):
+            Config(guidance=(2.0, 1.0))
+        with pytest.raises(ValueError, match="no effect at weight 1"):
+            Config(guide="network")
 
 
 def test_a_teacher_without_classes_is_guided_by_a_network_alone() -> None:

@@ -86,11 +86,14 @@ def test_losses_are_a_finite_number_for_each_sample(
 
 
 def test_a_turn_reaches_every_weight_of_its_role_and_no_other(build: Make, tiny_batch: Make, name: str) -> None:
+    """And holds no graph of the generator, unless it is the generator's."""
     method, networks = build(name)
     for turn in method.turns():
         for role, network in networks.items():
-            network.requires_grad_(role == turn.role).zero_grad()
+            network.requires_grad_(role in (turn.role, method.product)).zero_grad()
         turn.whole(tiny_batch(), draws()).value.mean().backward()
+        if turn.role != method.product:
+            assert all(parameter.grad is None for parameter in networks[method.product].parameters())
         for key, parameter in networks[turn.role].named_parameters():
             if name == "diffusion" and key.startswith("head"):
                 continue  # only adaptive weighting reads it

@@ -69,12 +69,13 @@ def test_auxiliary_loss_is_the_second_line_of_eq_15_as_a_square(draw: Draw, coef
 
 def test_signals(draw: Draw) -> None:
     arguments = {name: tensor.clone().requires_grad_() for name, tensor in draw["arguments"].items()}
-    signals = generator_loss(**arguments, sigma_data=SD, alpha=1.0, weight="sid").signals
+    fisher = generator_loss(**arguments, sigma_data=SD, alpha=1.0, weight="sid").signals
     u, e = SD * (arguments["F_aux"] - arguments["F_teacher"]), arguments["v"] - SD * arguments["F_teacher"]
     cosine = (dot(u, e) / (dot(u, u) * dot(e, e)).sqrt()).mean()
-    close(signals["score_gap"], (dot(u, u) / u[0].numel()).sqrt().mean().detach())
-    close(signals["cos_gap_error"], cosine.detach())
-    assert all(signal.ndim == 0 and not signal.requires_grad for signal in signals.values())
+    for signals in fisher, kl_generator_loss(**arguments, sigma_data=SD, power=1.0).signals:
+        close(signals["score_gap"], (dot(u, u) / u[0].numel()).sqrt().mean().detach())
+        close(signals["cos_gap_error"], cosine.detach())
+        assert all(signal.ndim == 0 and not signal.requires_grad for signal in signals.values())
 
 
 @pytest.mark.parametrize("weight", ["sid", "c_out"])
@@ -86,6 +87,26 @@ def test_the_weight_stays_finite_where_the_teacher_is_right(weight: str) -> None
     loss.value.sum().backward()
     assert loss.value.isfinite().all()
     assert F_aux.grad.isfinite().all()
+
+
+def test_weights_are_clipped_at_1e_5() -> None:
+    """Of a teacher that is right, e = 0, and an auxiliary score that is nearly so, u = 1e-6 in every pixel."""
+    v, s = torch.ones(2, 1, 2, 2, dtype=torch.float64), torch.tensor([0.3, 1.2], dtype=torch.float64)
+    right, near = v / SD, (v + 1e-6) / SD
+    loss = generator_loss(near, right, v, s, sigma_data=SD, alpha=1.5, weight="sid")
+    close(loss.value * 1e7, s.sin() ** 2 / 1e-5 * -1.5 * 4 * 1e-12 * 1e7)
+    loss = kl_generator_loss(near, right, v, s, sigma_data=SD, power=1.0)
+    close(loss.value, torch.full_like(s, 4 * 1e-6 / 1e-5))
+
+
+def test_every_loss_tells_its_times(draw: Draw) -> None:
+    arguments = draw["arguments"]
+    for loss in (
+        auxiliary_loss(**arguments, sigma_data=SD, beta=0.5),
+        generator_loss(**arguments, sigma_data=SD, alpha=1.0, weight="sid"),
+        kl_generator_loss(**arguments, sigma_data=SD, power=1.0),
+    ):
+        assert loss.t.equal(arguments["s"])
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0])

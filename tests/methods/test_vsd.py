@@ -77,7 +77,15 @@ def test_the_generator_s_gradient_is_that_of_the_divergence(
 
     divergence = torch.distributions.kl_divergence(diffused(affine.distribution()), diffused(DATA))
     z, other = cubature(2, D)  # the mean over these points is the expectation: all is quadratic
-    loss = vsd_generator_loss(affine, teacher, auxiliary, *batch_and_times(z, t), scripted(z, other), noise)
+    seen: list[Tensor] = []
+
+    def asked(x_t: Tensor, t: Tensor, labels: None) -> Tensor:
+        seen.append(x_t)
+        return teacher(x_t, t)
+
+    loss = vsd_generator_loss(affine, asked, auxiliary, *batch_and_times(z, t), scripted(z, other), noise)
+    g = (SD * z.flatten(1) @ affine.M.T + affine.b).reshape(z.shape).detach()
+    torch.testing.assert_close(seen, [cos * g + sin * SD * other])
     slopes = torch.autograd.grad(loss.value.mean(), list(affine.parameters()))
     factor = 2 / D * SD * sin / cos**2
     for slope, expected in zip(slopes, torch.autograd.grad(divergence, list(affine.parameters())), strict=True):

@@ -39,8 +39,10 @@ def test_cosims_sensitivity_by_hand():
 def test_an_auxiliary_score_that_ignores_t_has_none():
     noise = NoiseRange(0.5, 0.002, 80.0)
     networks = dict.fromkeys(("teacher", "generator"), lambda x, *_: 0 * x) | {"auxiliary": lambda x, *_: x}
-    found = CoSIM(CoSIMConfig(), networks, noise).monitor(Batch(torch.ones(4, 1, 2, 2), None), Draws([0], 4))
-    assert float(found["sensitivity/auxiliary"]) == 0
+    for share in (0.5, 1.0):  # of the second, no jump starts below t_max
+        method = CoSIM(CoSIMConfig(share_to_max=share), networks, noise)
+        found = method.monitor(Batch(torch.ones(4, 1, 2, 2), None), Draws([0], 4))
+        assert float(found["sensitivity/auxiliary"]) == 0
 
 
 def test_a_run_logs_them(whole: Callable[..., tuple[Run, Path]]):
