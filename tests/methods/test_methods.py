@@ -11,7 +11,8 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods import METHODS
-from edmdistill.methods.base import Method, NoiseRange
+from edmdistill.methods.base import Batch, Method, NoiseRange
+from edmdistill.trigflow import ddim_step
 
 Make = Callable[..., Any]
 GUIDED = {"guidance": (1.0, 3.0), "guide": "network"}
@@ -128,24 +129,72 @@ def test_samples_do_not_mix(build: Make, tiny_batch: Make, name: str) -> None:
         assert (slope[~own] == 0).all()
 
 
-def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tiny_batch: Make, name: str) -> None:
-    (method, networks), batch = build(name), tiny_batch()
-    roles, called = method.roles_for(method.config), set()
+def watched(method: Method, networks: dict[str, Any], see: Callable[..., None]) -> tuple[Method, set[str]]:
+    """The method with networks that show each pass: role, x_t, t, labels, second time and result; their roles."""
 
-    def watched(role: str) -> Callable[..., Tensor]:
+    def watch(role: str) -> Callable[..., Any]:
         def F(x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None = None, **options):
-            called.add(role)
-            assert labels is batch.labels
-            assert t.shape == (len(batch.x0),)
-            assert (second is not None) == roles[role].two_time
-            assert second is None or ((second >= t) if role == "auxiliary" else (second <= t)).all()
-            return networks[role](x_t, t, labels, second, **options)
+            found = networks[role](x_t, t, labels, second, **options)
+            see(role, x_t, t, labels, second, found)
+            return found
 
         F.watch = networks[role].watch
         return F
 
-    flows = {name for name, role in roles.items() if role.make is None}
-    method = type(method)(method.config, networks | {role: watched(role) for role in flows}, method.noise)
+    flows = {name for name, role in method.roles_for(method.config).items() if role.make is None}
+    return type(method)(method.config, networks | {role: watch(role) for role in flows}, method.noise), flows
+
+
+def test_every_network_gets_the_labels_and_times_of_each_sample(build: Make, tiny_batch: Make, name: str) -> None:
+    (method, networks), batch = build(name), tiny_batch()
+    roles, called = method.roles_for(method.config), set()
+
+    def see(role: str, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None, found: Any) -> None:
+        called.add(role)
+        assert labels is batch.labels
+        assert t.shape == (len(batch.x0),)
+        assert (second is not None) == roles[role].two_time
+        assert second is None or ((second >= t) if role == "auxiliary" else (second <= t)).all()
+
+    method, flows = watched(method, networks, see)
     for turn in method.turns():
         turn.whole(batch, draws())
     assert called == flows
+
+
+def test_monitors_read_times_and_images_of_the_turn_s_own_passes(build: Make, tiny_batch: Make, name: str) -> None:
+    """A loss counts at the time of its network's pass with gradient, or of its scores'; images are an estimate."""
+    passes, sigma_data = [], build(name)[0].noise.sigma_data
+
+    def see(role: str, x_t: Tensor, t: Tensor, labels: Tensor, second: Tensor | None, found: Any) -> None:
+        F = found[0] if isinstance(found, tuple) else found
+        # CTM's images are those of its last jump, to sigma_min.
+        end = second if name == "ctm" and second is not None else torch.zeros_like(t)
+        image = ddim_step(x_t, F, t, end, sigma_data) if F.shape == x_t.shape else torch.zeros_like(x_t)
+        if torch.is_grad_enabled() or role == "teacher":
+            passes.append((role, t, image))
+
+    method, _ = watched(*build(name), see)
+    for turn in method.turns():
+        passes.clear()
+        loss = turn.whole(tiny_batch(), draws())
+        scored = turn.role == "generator" and name.split(",")[0] in ("cosim", "sid", "sida", "dmd2", "ladd", "vsd")
+        asked = [t for role, t, _ in passes if role == ("teacher" if scored else turn.role)]
+        assert turn.role == "discriminator" or any(t.equal(loss.t) for t in asked)
+        assert (loss.generated is not None) == (turn.role == "generator")
+        if loss.generated is not None:
+            assert any(torch.allclose(image, loss.generated, rtol=1e-9, atol=1e-12) for _, _, image in passes)
+
+
+def test_signals_are_means_over_samples(build: Make, tiny_batch: Make, name: str) -> None:
+    """Those of two halves of a batch have the mean of the whole; weights of terms are measured once for a batch."""
+    method, _ = build(name)
+    batch = tiny_batch(8)
+    for turn in method.turns():
+        weights = [turn.preview(batch, draws(size=8))._replace(cached=None)] if turn.preview else []
+        whole, *halves = (
+            turn.loss(Batch(batch.x0[rows], batch.labels[rows]), Draws(0, 8, rows), *weights).signals
+            for rows in (slice(0, 8), slice(0, 4), slice(4, 8))
+        )
+        for signal, mean in whole.items():
+            torch.testing.assert_close(sum(half[signal] for half in halves) / 2, mean)

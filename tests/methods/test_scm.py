@@ -198,6 +198,11 @@ def make(method, network: nn.Module, **options: float):
     )
 
 
+def test_without_the_unstable_term_its_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="with r_max = 0, tangent has no effect: set r_max above 0"):
+        SCTConfig(r_max=0.0, tangent="finite-difference")
+
+
 def test_configurations() -> None:
     assert SCDConfig().guidance == (1, 1)
     assert not hasattr(SCTConfig(), "guidance")

@@ -92,8 +92,22 @@ def test_of_one_step_the_target_is_the_teacher(tiny_networks: Make, tiny_batch: 
     options = {"steps": 1, "share_to_max": 0.5}
     loss = trajectory_loss(networks["teacher"], networks["teacher"], tiny_batch(), Draws(0, 6), NOISE, **options)
     assert loss.value.max() < 1e-18
-    other = trajectory_loss(networks["generator"], networks["teacher"], tiny_batch(), Draws(0, 6), NOISE, **options)
-    assert other.value.min() > 1e-6
+
+
+def test_the_error_is_a_sum_over_an_image_and_its_signal_a_mean(tiny_networks: Make, tiny_batch: Make) -> None:
+    """For a generator that is off by 0.3; a trajectory counts at the noise level where it starts."""
+    teacher, asked = tiny_networks(CoSIM)["teacher"], []
+
+    def off(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        asked.append(t)
+        return teacher(x, t, labels) + 0.3
+
+    for steps in (1, 2):
+        loss = trajectory_loss(off, teacher, tiny_batch(), Draws(0, 6), NOISE, steps=steps, share_to_max=0.5)
+        assert torch.equal(loss.t, asked[-1][:6])
+        if steps == 1:
+            torch.testing.assert_close(loss.value, torch.full_like(loss.value, 0.09 * 12))
+            torch.testing.assert_close(loss.signals["trajectory_error"], torch.tensor(0.09, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("share", [None, 0.25])
