@@ -164,6 +164,41 @@ def compare(network: nn.Module, found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
 
 
+def constant(x: Tensor, t: Tensor, labels: None, logits: str = "none") -> Any:
+    """An auxiliary score of 0, with a logit of -3 beside the score and of 2 alone."""
+    judged = x.new_full((len(x), 1), 2.0 if logits == "alone" else -3.0)
+    return (0 * x, judged) if logits == "also" else judged if logits == "alone" else 0 * x
+
+
+def black(x: Tensor, t: Tensor, labels: None) -> Tensor:
+    """The F of images that are 0."""
+    cos, sin = cos_sin(t, x)
+    return cos * x / (sin * SD)
+
+
+def test_signals_by_hand(noise: NoiseRange) -> None:
+    networks = {"teacher": lambda x, *_: 0 * x + 3, "generator": black, "auxiliary": constant}
+    method, batch = DMD2(DMD2Config(), networks, noise), Batch(torch.ones(4, 1, 2, 2, dtype=torch.float64), None)
+    assert method.auxiliary_loss(batch, Draws(0, 4)).signals == {"logits_real": 2, "logits_fake": -3}
+    assert float(method.generator_loss(batch, Draws(0, 4)).signals["score_gap"]) == pytest.approx(3 * SD)
+
+
+def test_the_gradient_is_bounded_where_the_teacher_is_right(noise: NoiseRange) -> None:
+    """At D* = g the scale is 1e-6, and a score of 0 leaves the velocity over it."""
+    seen: list[Tensor] = []
+
+    def right(x: Tensor, t: Tensor, labels: None) -> Tensor:
+        cos, sin = cos_sin(t, x)
+        seen.append(cos * x / sin)  # the velocity of black images
+        return seen[0] / SD
+
+    networks = {"teacher": right, "generator": black, "auxiliary": lambda x, *_: 0 * x}
+    batch = Batch(torch.ones(4, 1, 2, 2, dtype=torch.float64), None)
+    loss = DMD2(DMD2Config(gan=0.0), networks, noise).generator_loss(batch, Draws(0, 4))
+    expected = 0.5 * (seen[0] / 1e-6).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss.value, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_micro_batches_share_the_weights_of_the_whole_batch(
     tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
 ) -> None:
@@ -215,4 +250,5 @@ def test_options_that_contradict() -> None:
             DMD2Config(gan=0.0, **option)
     with pytest.raises(ValueError, match="set levels"):
         DMD2Config(backward_simulation=False)
-    assert DMD2.roles_for(DMD2Config(gan=0.0))["auxiliary"].head is None
+    for gan, head in ((0.0, None), (3e-3, "bottleneck")):
+        assert DMD2.roles_for(DMD2Config(gan=gan))["auxiliary"].head == head

@@ -311,12 +311,26 @@ def test_every_guided_method_checks_its_range() -> None:
             Config(guide="network")
 
 
-def test_a_teacher_without_classes_is_guided_by_a_network_alone() -> None:
-    for kind in (SCD, DSCD):
-        facts = {"positional_time": True, "label_dim": 0, "label_dropout": 0.1}
-        reason = kind.check_teacher(kind.Config(guidance=RANGE), **facts)
-        assert reason is not None
-        assert "this network has none: use --set method.guide=network" in reason
-        assert kind.check_teacher(kind.Config(guidance=RANGE), **facts | {"label_dim": 3}) is None
-        assert kind.check_teacher(kind.Config(guidance=RANGE, guide="network"), **facts) is None
-        assert kind.check_teacher(kind.Config(), **facts) is None
+def refusal(kind: type[Method], label_dim: int, label_dropout: float | None, **options: Any) -> str | None:
+    facts = {"positional_time": True, "label_dim": label_dim, "label_dropout": label_dropout}
+    return kind.check_teacher(kind.Config(**options), **facts)
+
+
+@pytest.mark.parametrize("kind", [SCD, DSCD])
+def test_a_teacher_without_classes_is_guided_by_a_network_alone(kind: type[Method]) -> None:
+    reason = refusal(kind, 0, 0.1, guidance=RANGE)
+    assert reason is not None
+    assert "this network has none: use --set method.guide=network" in reason
+    assert "--force-guidance" not in reason
+    assert refusal(kind, 0, 0.1, guidance=RANGE, guide="network") is None
+    assert refusal(kind, 0, 0.1) is None
+
+
+@pytest.mark.parametrize("kind", [SCD, DSCD])
+def test_a_teacher_with_classes_guides_itself_if_it_was_trained_without_them(kind: type[Method]) -> None:
+    reason = refusal(kind, 3, 0.0, guidance=RANGE)
+    assert reason is not None
+    assert "was never trained without them" in reason
+    assert reason.endswith(", or --force-guidance")
+    assert refusal(kind, 3, 0.1, guidance=RANGE) is None
+    assert refusal(kind, 3, None, guidance=RANGE) is None  # it may have been

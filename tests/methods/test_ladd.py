@@ -75,6 +75,7 @@ class Naive:
     def discriminator(self) -> Tensor:
         g = self.generate().detach()
         sigma, n = self.level()
+        self.sigma = sigma  # of generated images
         sigma_real, n_real = (sigma, n) if self.options.get("same_noise") else self.level()
         x0, r1 = self.batch.x0, self.options.get("r1", 0.0)
         real, fake = self.logits(x0 + n_real, sigma_real), self.logits(g + n, sigma)
@@ -86,8 +87,8 @@ class Naive:
 
     def generator(self) -> Tensor:
         g = self.generate()
-        sigma, n = self.level()
-        return LOSSES[self.options.get("gan_loss", "hinge")][1](self.logits(g + n, sigma)).mean(1)
+        self.sigma, n = self.level()
+        return LOSSES[self.options.get("gan_loss", "hinge")][1](self.logits(g + n, self.sigma)).mean(1)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +111,10 @@ def test_losses_and_gradients_are_the_equations(
             parameter.mul_(3)
     for role, turn in (("discriminator", of_heads), ("generator", of_generator)):
         found = turn.whole(batch, Draws(3, 8))
-        expected = getattr(Naive(networks, batch, Draws(3, 8), options), role)()
+        naive = Naive(networks, batch, Draws(3, 8), options)
+        expected = getattr(naive, role)()
         torch.testing.assert_close(found.value, expected, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(found.t, sigma_to_time(naive.sigma, SD))
         slopes = [
             torch.autograd.grad(loss.mean(), list(networks[role].parameters())) for loss in (found.value, expected)
         ]

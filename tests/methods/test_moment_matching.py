@@ -44,20 +44,18 @@ def test_the_weight_is_that_of_equation_13(name: str, a: float, b: float) -> Non
 
 @pytest.mark.parametrize("M", [1, 2, 3, 6])
 def test_it_is_the_v_statistic_of_the_kernel(M: int) -> None:
-    """Summed pair by pair, over groups whose kernels have widths of their own."""
+    """Summed pair by pair of each particle, over groups whose kernels have widths of their own."""
     y_t, y_r = particles(6), particles(6, 1)
     c_out = torch.tensor([0.3, 1.2, 0.5, 0.7, 2.0, 0.9], dtype=torch.float64)[: 6 // M].repeat_interleave(M)
 
     def k(x: Tensor, y: Tensor, row: int) -> float:
         return math.exp(-float((x - y).norm()) / (float(c_out[row]) * x.numel()))
 
-    found = squared_mmd(y_t, y_r, c_out, M).reshape(-1, M).mean(1)
-    for group, value in enumerate(found.tolist()):
-        rows = range(group * M, group * M + M)
-        pairs = [k(a[i], b[j], i) * sign for a, b, sign in ((y_t, y_t, 1), (y_r, y_r, 1), (y_t, y_r, -2))
-                 for i in rows for j in rows]  # fmt: skip
+    for i, value in enumerate(squared_mmd(y_t, y_r, c_out, M).tolist()):
+        group = range(i // M * M, i // M * M + M)
+        part = [k(a[i], b[j], i) * sign for a, b, sign in ((y_t, y_t, 1), (y_r, y_r, 1), (y_t, y_r, -2)) for j in group]
         # The smallest distance, 1e-8, is that of a particle to itself too.
-        assert value == pytest.approx(sum(pairs) / M**2, abs=1e-7)
+        assert value == pytest.approx(sum(part) / M, abs=1e-7)
 
 
 def test_it_is_a_squared_distance() -> None:

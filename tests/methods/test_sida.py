@@ -35,6 +35,7 @@ OTHERS = dict(zip(NAMES, (1.5, -0.6, 0.9, 0.7, 1.3, 0.01, 0.5), strict=True))
 def test_the_losses_are_the_official_codes(
     tiny_networks: Make, tiny_batch: Make, noise: NoiseRange, options: dict[str, float]
 ) -> None:
+    assert SiDA.roles["auxiliary"].head == "mean"  # a logit a pixel
     networks, batch = tiny_networks(SiDA), tiny_batch(8)
     teacher, generator, psi = (networks[role] for role in ("teacher", "generator", "auxiliary"))
     method = SiDA(SiDAConfig(gan_warmup_images=10, **options), networks, noise)
