@@ -92,8 +92,12 @@ def test_the_adversarial_term_is_balanced_in_the_last_layer(
 def test_what_is_judged_is_made_of_noise_alone(
     name: str, tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
 ) -> None:
-    """In one step from sigma_max to the data, in both turns; not what the method's own loss makes of noisy data."""
-    kind, options, calls = METHODS[name].load(), {"gan": 1.0, "balance": "fixed"}, []
+    """In one step from sigma_max to the data, in both turns; not what the method's own loss makes of noisy data.
+
+    At the weight of each sample, where the teacher is guided.
+    """
+    guided = {"guidance": (1.0, 3.0), "guide": "network"} if name in ("scd", "dscd", "fmd") else {}
+    kind, options, calls = METHODS[name].load(), {"gan": 1.0, "balance": "fixed"} | guided, []
     networks = tiny_networks(kind, **options)
     networks["generator"].register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     for turn in kind(kind.Config(**options), networks, noise).turns():

@@ -8,13 +8,13 @@ from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over, spread, teac
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, NoiseRange
+from edmdistill.methods.base import Batch, NoiseRange, Sampling
 from edmdistill.methods.consistency import consistency_loss, normalized_tangent, tangent_warmup
 from edmdistill.methods.scd import SCD, SCDConfig
 from edmdistill.methods.scm import continuous_tangent, time_in_interval
 from edmdistill.methods.sct import SCT, SCTConfig
 from edmdistill.methods.tangents import finite_difference
-from edmdistill.trigflow import denoised, sigma_to_time
+from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
 # Closed forms.
 
@@ -63,6 +63,26 @@ def test_intervals() -> None:
     length = math.pi / 6
     t = torch.tensor([0.0, 0.5 * length, length, 2.25 * length, math.pi / 2], dtype=torch.float64)
     torch.testing.assert_close(time_in_interval(t, 3), length * torch.tensor([0.0, 0.5, 0.0, 0.25, 1.0]).double())
+
+
+def test_steps_begin_where_intervals_end() -> None:
+    """The first at the highest level, and none above it."""
+    noise = NoiseRange(SIGMA_DATA, 0.002, 80.0)
+    assert (SCT.schedule(SCTConfig(), noise), SCT.sampling(SCTConfig())) == ((), Sampling())
+    for intervals, levels in ((2, (80, 0.5)), (3, (80, 0.75**0.5, 12**-0.5))):
+        config = SCTConfig(intervals=intervals)
+        assert SCT.schedule(config, noise) == pytest.approx(levels)
+        assert SCT.sampling(config) == Sampling(intervals, gamma=0.0)
+    assert SCT.schedule(SCTConfig(intervals=500), noise)[:2] == (80, 80)
+
+
+def test_noise_levels_are_lognormal() -> None:
+    options = {"P_mean": -0.4, "P_std": 0.7}
+    t, d = make(SCT, Toy(teacher), **options, intervals=2).draw_times(Draws(0, 4000))
+    logs = (SIGMA_DATA * t.tan()).log()
+    assert float(logs.mean()) == pytest.approx(-0.4, abs=0.04)
+    assert float(logs.std()) == pytest.approx(0.7, abs=0.03)
+    assert torch.equal(d, time_in_interval(t, 2))
 
 
 # The loss.
@@ -131,6 +151,9 @@ def test_gradients_flow_through_f_and_u_only(method) -> None:
     loss = scm.generator_loss(Batch(images(), None), Draws(0, 5))
     (gradient,) = torch.autograd.grad(loss.value.sum(), [weight], retain_graph=True)
     ((x, t, _, dx, dt),) = seen
+    draws = Draws(0, 5)
+    assert torch.equal(t, scm.draw_times(draws)[0])
+    torch.testing.assert_close(x, diffuse(images(), draws.normal_like(x, SIGMA_DATA), t))
     with torch.no_grad():
         cos, sin = over(x, t).cos(), over(x, t).sin()
         torch.testing.assert_close(over(x, dt), cos * sin)
