@@ -19,6 +19,14 @@ def test_u_lies_between_s_and_t() -> None:
     assert int((jump.stop - jump.start).max()) <= jump.steps
 
 
+def test_the_whole_jump_with_as_many_solver_steps_as_are_allowed() -> None:
+    options = SimpleNamespace(max_steps=4, sampling="paper", matching="global", one_step_share=1.0)
+    jump = draw_jump(torch.zeros(50, 1, 1, 1), TIMES, Draws(0, 50), 0.5, options)
+    for found, index in ((jump.t, 0), (jump.u, 4), (jump.s, 8)):
+        assert torch.equal(found, TIMES[index].expand(50))
+    assert jump.steps == 4
+
+
 def test_x_t_is_on_the_circle() -> None:
     """With no data, x_t / sin(t) is noise of standard deviation sigma_data."""
     jump = draw_jump(torch.zeros(500, 1, 8, 8, dtype=torch.float64), TIMES, Draws(0, 500), 0.5, OPTIONS)

@@ -109,3 +109,22 @@ def test_the_official_samplers_are_followed(sampler: Callable[..., Tensor]) -> N
         assert float(denoiser.images[0].abs().max()) == pytest.approx(
             float(NOISE.abs().max()) * (10 if official is EDM_SAMPLER else 80)
         )
+
+
+@pytest.mark.parametrize("sampler", [ddim_sampler, dpm_solver_2s, dpm_solver_pp_2m])
+def test_every_call_has_the_labels_and_a_level_of_the_network(sampler: Callable[..., Tensor]) -> None:
+    labels = torch.eye(2)
+
+    class Stepped(ToyDenoiser):
+        def round_sigma(self, sigma: Tensor) -> Tensor:
+            return (sigma * 64).round() / 64
+
+        def __call__(self, x: Tensor, sigma: Tensor, given: Tensor | None = None) -> Tensor:
+            assert given is labels
+            return super().__call__(x, sigma, given)
+
+    denoiser = Stepped(gaussian)
+    x = sampler(denoiser, NOISE, labels, sigmas=EDM_SAMPLER.sigmas(denoiser, 4, 0.5, 20.0))
+    torch.testing.assert_close(x, gaussian(denoiser.images[-1], denoiser.sigmas[-1]))  # the last step is DDIM's
+    assert all(sigma == denoiser.round_sigma(sigma) for sigma in denoiser.sigmas)
+    assert len(set(map(float, denoiser.sigmas))) > 3

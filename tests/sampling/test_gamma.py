@@ -148,3 +148,17 @@ def test_batch_size_does_not_matter(noise: Tensor, gamma: float) -> None:
 
     parts = torch.cat([part(slice(0, 1)), part(slice(1, 3))])
     assert_rounded(part(slice(0, 3)), parts, 20 * len(SCHEDULES[2]))
+
+
+def test_every_jump_has_the_labels_and_the_last_leads_to_the_data(noise: Tensor) -> None:
+    labels, ends = torch.eye(3), []
+
+    def jump(x: Tensor, t: Tensor, s: Tensor, given: Tensor | None) -> Tensor:
+        assert given is labels
+        ends.append(float(s))
+        return x
+
+    times = torch.tensor([1.5, 1.1, 0.4], dtype=torch.float64)
+    gamma_sampler(jump, noise, labels, times=times, sigma_data=SIGMA_DATA, gamma=0.6)
+    sigmas = [SIGMA_DATA * math.tan(s) for s in ends]
+    assert sigmas == pytest.approx([0.8 * SIGMA_DATA * math.tan(1.1), 0.8 * SIGMA_DATA * math.tan(0.4), 0.0])
