@@ -169,8 +169,14 @@ def test_without_a_teacher_the_solver_follows_the_target_network(noise: NoiseRan
     """g_sg(x, t, t) of the true generator is the teacher, so nothing changes."""
     assert "teacher" not in CTM.roles_for(CTMConfig(teacher=False))
     distilled = method(noise).turns()[-1].loss(data(16), Draws(0, 16))
-    networks = {"generator": true_generator, "target": true_generator}
-    free = CTM(CTMConfig(teacher=False, **ALONE), networks, noise).turns()[-1].loss(data(16), Draws(0, 16))
+    classes = torch.ones(16, 2, dtype=torch.float64)
+
+    def target(x: Tensor, t: Tensor, labels: Tensor, s: Tensor) -> Tensor:
+        assert labels is classes
+        return true_generator(x, t, labels, s)
+
+    method_alone = CTM(CTMConfig(teacher=False, **ALONE), {"generator": true_generator, "target": target}, noise)
+    free = method_alone.turns()[-1].loss(data(16)._replace(labels=classes), Draws(0, 16))
     torch.testing.assert_close(free.value, distilled.value, rtol=1e-9, atol=1e-12)
 
 
@@ -210,6 +216,22 @@ def test_balanced_losses_have_equal_gradients_in_the_last_layer(
     huge, none = {"ctm": torch.ones(2) * 1e9, "gan": torch.ones(2)}, {"ctm": torch.ones(2), "dsm": torch.zeros(2)}
     assert gradient_balance(huge, "gan", "ctm") == 10
     assert gradient_balance(none, "dsm", "ctm") == 1e4
+
+
+def test_what_is_judged_is_what_is_compared(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
+    """x_est, in the discriminator's turn too.  The solver's way is gone once a turn, though terms are seen twice."""
+    networks, calls = tiny_networks(CTM), []
+    networks["teacher"].register_forward_hook(lambda *call: calls.append(call))
+    ctm_method = CTM(CTMConfig(), networks, noise)
+    fake, t = ctm_method.fake(tiny_batch(), Draws(0, 6))
+    assert not calls
+    turn = ctm_method.turns()[-1]
+    preview = turn.preview(tiny_batch(), Draws(0, 6))
+    count = len(calls)
+    loss = turn.loss(tiny_batch(), Draws(0, 6), preview)
+    assert count == len(calls) > 0
+    torch.testing.assert_close(loss.generated, fake.detach())
+    assert torch.equal(loss.t, t)
 
 
 def test_the_gan_is_off_during_its_warmup(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:

@@ -43,19 +43,33 @@ def test_it_is_the_difference_of_the_two_ends() -> None:
     torch.testing.assert_close(-g, -expected, rtol=1e-10, atol=1e-13)
 
 
+def test_gradients_flow_through_f_alone() -> None:
+    """Not through the other end of the step, which is a target."""
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    network = Toy(lambda x, t: weight * torch.sin(3 * x) * over(x, t).cos())
+    dx = SIGMA_DATA * teacher(images(), TIMES)
+    F, g, _ = discrete_tangent(
+        network, images(), TIMES, 0.8 * TIMES, None, dx, r=1.0, sigma_data=SIGMA_DATA, u_at=(TIMES,)
+    )
+    assert F.requires_grad
+    assert not g.requires_grad
+
+
 def test_t_and_the_time_before_are_neighbors_on_edms_grid() -> None:
-    """The lowest level's is 0, the data."""
-    noise, seen = NoiseRange(SIGMA_DATA, 0.002, 80.0), list[torch.Tensor]()
+    """The lowest level's is 0, the data; the log variance is t's."""
+    noise, seen = NoiseRange(SIGMA_DATA, 0.002, 80.0), list[tuple[torch.Tensor, torch.Tensor]]()
 
     def generator(x, t, labels, *, u_at=()):
-        seen.append(t)
+        seen.append((x, t))
+        assert all(at.equal(t) for at in u_at)
         return (x, *u_at) if u_at else x
 
     networks = {"teacher": lambda x, t, labels: x, "generator": generator}
     method = DSCD(DSCDConfig(intervals=4, P_std=4.0), networks, noise)
     (turn,) = method.turns()
     turn.loss(Batch(torch.zeros(500, 1, 2, 2), None), Draws(0, 500))
-    before, t = seen
+    (_, before), (x, t) = seen
+    assert float((x / over(x, t).sin()).std()) == pytest.approx(SIGMA_DATA, rel=0.1)  # all noise, as the data are 0
     grid = [0.0, *sigma_to_time(edm_curve(torch.arange(1, 5) / 4, 0.002, 80.0), SIGMA_DATA).tolist()]
     assert sorted(set(zip(before.tolist(), t.tolist(), strict=True))) == list(pairwise(grid))
 

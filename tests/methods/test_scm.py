@@ -13,7 +13,7 @@ from edmdistill.methods.consistency import consistency_loss, normalized_tangent,
 from edmdistill.methods.scd import SCD, SCDConfig
 from edmdistill.methods.scm import continuous_tangent, time_in_interval
 from edmdistill.methods.sct import SCT, SCTConfig
-from edmdistill.methods.tangents import finite_difference
+from edmdistill.methods.tangents import TANGENTS, finite_difference
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
 # Closed forms.
@@ -56,6 +56,16 @@ def test_a_finite_difference_is_the_tangent_up_to_h_squared() -> None:
         assert not u.any()
         errors.append(float((found - exact).abs().max()))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.01)
+
+
+def test_a_tangent_has_no_gradient() -> None:
+    """F has, by both methods."""
+    weight, one = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), torch.ones_like(TIMES)
+    network = Toy(lambda x, t: weight * torch.sin(3 * x) * over(x, t).cos())
+    for tangent in TANGENTS.values():
+        F, dF, _ = tangent(network, images(), TIMES, None, torch.cos(images()), one, (TIMES,))
+        assert F.requires_grad
+        assert not dF.requires_grad
 
 
 def test_intervals() -> None:

@@ -172,6 +172,12 @@ def test_scd_takes_the_sum(tiny_networks: Make, tiny_batch: Make, noise: NoiseRa
     assert both.signals == alone.signals | other.signals
 
 
+def test_the_auxiliary_score_has_as_many_turns_as_asked_for(tiny_networks: Make, noise: NoiseRange) -> None:
+    for kind, options in ((SCD, {"vsd": 1.0}), (VSD, {})):
+        method = kind(kind.Config(auxiliary_turns=2, **options), tiny_networks(kind, **options), noise)
+        assert [turn.role for turn in method.turns()] == ["auxiliary", "auxiliary", "generator"]
+
+
 def test_scd_without_it_has_no_auxiliary_score(tiny_networks: Make, noise: NoiseRange) -> None:
     assert [turn.role for turn in SCD(SCDConfig(), tiny_networks(SCD), noise).turns()] == ["generator"]
     assert "auxiliary" not in SCD.roles_for(SCDConfig())
