@@ -116,6 +116,19 @@ def test_heuns_error_falls_by_four_and_standing_still_costs_nothing() -> None:
     assert torch.equal(heun_step(teacher, x, t, t, SD), x)
 
 
+def test_every_row_takes_all_steps() -> None:
+    """So that processes call the network equally often: twice a step."""
+    calls: list[Tensor] = []
+
+    def flow(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return teacher(x, t)
+
+    times = sigma_to_time(edm_sigmas(5, 0.02, 20.0), SD)
+    follow_flow(flow, torch.ones(2, 1, 1, 1).double(), times, torch.tensor([0, 1]), torch.tensor([3, 2]), 3, SD)
+    assert torch.equal(torch.stack(calls), times[torch.tensor([[0, 1], [1, 2], [1, 2], [2, 2], [2, 2], [3, 2]])])
+
+
 def test_heun_is_edms() -> None:
     """In EDM's scale: x + (sigma' - sigma) (d + d') / 2."""
     x, sigma, after = torch.full((1, 1, 1, 1), 1.3, dtype=torch.float64), 5.0, 1.2

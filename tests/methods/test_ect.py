@@ -117,3 +117,9 @@ def test_a_late_stage_still_has_a_gradient() -> None:
 def test_options_of_one_kind_of_pairs_are_not_ignored_by_the_other() -> None:
     with pytest.raises(ValueError, match=r"with intervals, k has no effect: leave out intervals, or k = 8\.0"):
         ECTConfig(intervals=(10, 20), k=4.0)
+
+
+def test_how_fast_pairs_narrow_matters_where_they_are_wider_at_all() -> None:
+    assert ECTConfig(b=2.0).b == 2
+    with pytest.raises(ValueError, match="set k above 0"):
+        ECTConfig(k=0.0, b=2.0)

@@ -55,7 +55,7 @@ def test_value_and_gradient_are_those_of_the_whole(
         networks["generator"].zero_grad()
         found.append((loss, gradients))
     (whole, expected), (split, gradients) = found
-    assert split.signals.keys() == whole.signals.keys()
+    torch.testing.assert_close(split.signals, whole.signals)
     assert torch.equal(split.t, whole.t)
     assert torch.equal(split.generated, whole.generated)
     for a, b in zip([split.value, *gradients], [whole.value, *expected], strict=True):
@@ -76,6 +76,14 @@ def test_gradients_in_half_precision_are_scaled_inside() -> None:
     found.value.sum().backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, 1e-9), rtol=1e-3, atol=0)
     assert found.signals["mean"] == 1
+
+
+def test_without_gradients_it_is_the_loss_itself() -> None:
+    x, seen = torch.ones(4, 3, requires_grad=True), []
+    with torch.no_grad():
+        found = Pieces(2)(lambda x: (seen.append(x), Loss(x.sum(1), x[:, 0]))[1], x)
+    assert found.value.tolist() == [3.0] * 4
+    assert [part is x for part in seen] == [True]
 
 
 def test_rows_without_a_gradient_and_a_gradient_that_overflows() -> None:

@@ -76,6 +76,19 @@ def test_a_trajectory_is_dpm_solvers(teacher: Callable[..., Tensor]) -> None:
         torch.testing.assert_close(end[row : row + 1], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_step_costs_one_evaluation(teacher: Callable[..., Tensor], steps: int) -> None:
+    calls: list[Tensor] = []
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return teacher(x, t)
+
+    sigmas, _, points, _ = solved(counted, steps)
+    assert len(points) == steps
+    assert torch.equal(torch.stack(calls), sigma_to_time(sigmas, SD))
+
+
 def test_points_and_end_converge_to_the_flow_at_second_order(teacher: Callable[..., Tensor]) -> None:
     errors = []
     for steps in (40, 80):
@@ -92,6 +105,16 @@ def test_of_one_step_the_target_is_the_teacher(tiny_networks: Make, tiny_batch: 
     options = {"steps": 1, "share_to_max": 0.5}
     loss = trajectory_loss(networks["teacher"], networks["teacher"], tiny_batch(), Draws(0, 6), NOISE, **options)
     assert loss.value.max() < 1e-18
+
+
+def test_the_gradient_is_of_the_generator_alone(tiny_networks: Make, tiny_batch: Make) -> None:
+    """Though a trajectory goes through the teacher many times."""
+    networks = tiny_networks(CoSIM)
+    options = {"steps": 3, "share_to_max": 0.5}
+    loss = trajectory_loss(networks["generator"], networks["teacher"], tiny_batch(), Draws(0, 6), NOISE, **options)
+    loss.value.sum().backward()
+    assert all(parameter.grad is not None for parameter in networks["generator"].parameters())
+    assert all(parameter.grad is None for parameter in networks["teacher"].parameters())
 
 
 def test_the_error_is_a_sum_over_an_image_and_its_signal_a_mean(tiny_networks: Make, tiny_batch: Make) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.schema import TrainingTable
-from edmdistill.training.optimizers import load_states, make_optimizer, plain_states, set_learning_rate
+from edmdistill.training.optimizers import load_states, make_optimizer, plain_states, set_learning_rate, state_bytes
 from edmdistill.training.session import train
 
 
@@ -77,6 +77,30 @@ def test_another_optimizer_trains_and_resumes(machine, training, start, tmp_path
     assert train(resumed, tmp_path / "run", on_message=lambda sentence: None).finished
     for name, tensor in run.state()["generator"].items():
         assert torch.equal(resumed.state()["generator"][name], tensor)
+
+
+KINDS = [
+    ("adam", (0.0, 0.99), "fp32"),
+    ("adam", (0.0, 0.99), "bf16"),
+    ("adam", (0.9, 0.95), "fp32"),
+    ("adam", (0.9, 0.95), "bf16"),
+    ("radam", (0.9, 0.95), "fp32"),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "betas", "second_moment"), KINDS)
+def test_an_optimizer_has_its_options_and_keeps_the_bytes_that_are_planned(optimizer, betas, second_moment):
+    table = training(optimizer=optimizer, betas=betas, eps=1e-5)
+    weight = nn.Parameter(torch.ones(64, 64))
+    made = make_optimizer([weight], table, second_moment=second_moment)
+    group = made.param_groups[0]
+    assert (group["betas"], group["eps"], float(group["lr"])) == (betas, 1e-5, pytest.approx(1e-2))
+    set_learning_rate(made, 0.25)
+    assert float(group["lr"]) == 0.25
+    weight.square().sum().backward()
+    made.step()
+    moments = [tensor for tensor in plain_states(made)[0].values() if tensor.shape == weight.shape]
+    assert sum(tensor.nbytes for tensor in moments) == state_bytes(table, second_moment) * weight.numel()
 
 
 def test_adam8bit_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
