@@ -5,9 +5,9 @@ import os
 import re
 import subprocess
 import sys
-import time
 import tomllib
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -17,12 +17,10 @@ from click.testing import CliRunner, Result
 from edmdistill import __version__, progress
 from edmdistill.cli import COMMANDS, main
 from edmdistill.cli.options import say
-from edmdistill.cli.other_names import OTHER_NAMES
 from edmdistill.errors import CheckpointError
 from edmdistill.progress import progress_bar, stage_bar
 
 ROOT = Path(__file__).parents[2]
-STEPS = "--nfe N, in network evaluations: Heun's method takes 2 N - 1 for N steps"
 HEAVY = {"torch", "numpy", "scipy", "PIL", "safetensors", "huggingface_hub", "accelerate", "sklearn", "msgspec"}
 
 
@@ -137,16 +135,40 @@ def test_where_stderr_is_no_terminal_progress_is_whole_lines(run):
 
 def test_a_stage_that_lasts_is_shown_while_it_lasts(run, monkeypatch: pytest.MonkeyPatch):
     """By a timer, for nothing else is heard of a stage before its end; stages that end soon are not shown."""
-    monkeypatch.setattr(progress, "DELAY", 0.2)
+    timers = []
+
+    class Timer:
+        def __init__(self, seconds: float, end: Callable[[], None]) -> None:
+            self.seconds, self.end, self.state = seconds, end, "made"
+            timers.append(self)
+
+        def start(self) -> None:
+            self.state = "started"
+
+        def cancel(self) -> None:
+            self.state = "cancelled"
+
+    monkeypatch.setattr(progress, "Timer", Timer)
 
     def body() -> None:
         with stage_bar("exporting") as on_progress:
-            for stage, seconds in (("loading", 0), ("writing", 0.6), ("comparing", 0)):
+            for stage in ("loading", "writing", "comparing"):
                 on_progress(stage)
-                time.sleep(seconds)
+                states.append([timer.state for timer in timers])
+                if timers and stage == "writing":
+                    timers[-1].end()
 
-    assert re.fullmatch(r"exporting: writing \[00:0\d\]\n(exporting: comparing .*\n)?", run(body).stderr)
-    assert CliRunner().invoke(main, ["-q", "inspect"]).stderr == ""
+    states: list[list[str]] = []
+    result = run(body)
+    assert states == [["started"], ["cancelled", "started"], ["cancelled", "cancelled", "started"]]
+    assert [timer.state for timer in timers] == ["cancelled"] * 3
+    assert {timer.seconds for timer in timers} == {progress.DELAY}
+    assert re.match(r"exporting: writing \[\d\d:\d\d\]\n", result.stderr)
+    assert "loading" not in result.stderr
+
+    timers.clear()
+    quiet = CliRunner().invoke(main, ["-q", "inspect"])
+    assert (quiet.exit_code, quiet.stderr, timers) == (0, "", [])
 
 
 @pytest.mark.parametrize(
@@ -157,43 +179,6 @@ def test_an_unknown_command_gets_a_suggestion(word: str, sentence: str):
     result = CliRunner().invoke(main, [word])
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == f"Error: {sentence}"
-
-
-@pytest.mark.parametrize(
-    ("words", "here"),
-    [
-        ("sample x --outdir y", "--out"),
-        ("sample --network x", "SOURCE"),
-        (
-            "sample x --num_inference_steps=4",
-            "--nfe N, in network evaluations: Heun's method takes 2 N - 1 for N steps",
-        ),
-        ("sample x --S_churn 40", "--churn"),
-        ("sample x --guidance-scale 2", "--guidance"),
-        ("sample x --torch-dtype float16", "--dtype"),
-        ("eval x --num 5000", "--n"),
-        ("train cosim x --outdir y", "--run-dir"),
-        ("train cosim x --fp16", "--set training.precision=bf16"),
-        ("train cosim x --batch 64", "--set training.batch=N"),
-        ("train cosim x --resume y", "--run-dir of the run: the same command resumes it"),
-    ],
-)
-def test_an_option_of_another_program_is_translated(words: str, here: str):
-    result = CliRunner().invoke(main, words.split())
-    option = next(word for word in words.split() if word.startswith("--")).partition("=")[0]
-    assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == f"Error: No such option {option!r}: here it is {here}."
-
-
-def test_every_translation_is_into_an_option_that_a_command_has():
-    """And none translates what every command with that option knows already."""
-    context = click.Context(main)
-    commands = [main.get_command(context, name) for name in main.list_commands(context)]
-    known = [{name for p in c.params for name in (*p.opts, p.human_readable_name)} for c in commands if c is not None]
-    for other, offers in OTHER_NAMES.items():
-        for offer in offers:
-            word = offer.split()[0].rstrip(",")
-            assert any(word in names and f"--{other}" not in names for names in known), (other, offer)
 
 
 def test_an_unknown_option_is_the_users_error():
