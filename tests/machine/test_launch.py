@@ -8,9 +8,10 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from waiting import dead, wait_until
+from waiting import LIMIT, dead, wait_until
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine import launch
@@ -52,7 +53,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(launch, "TICK", 0.01)
     monkeypatch.setattr(launch, "ECHO", 0.05)
     monkeypatch.setattr(launch, "SETTLE", 0.1)
-    monkeypatch.setattr(launch, "GRACE", 0.6)
+    monkeypatch.setattr(launch, "GRACE", LIMIT)
 
     def start(code: str, processes: int = 2) -> tuple[int, list[str]]:
         head = "import os, signal, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
@@ -65,16 +66,22 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return start
 
 
-def when(*names: str, send: list[int]) -> None:
-    """Sends signals to this process once the files are there, a moment apart."""
+def when(*names: str, send: int) -> None:
+    """Sends this process a signal once the files are there, and then makes a file FIRST.sent beside the first."""
+    files, sent = [Path(name).absolute() for name in names], Path(f"{names[0]}.sent").absolute()
 
     def wait() -> None:
-        wait_until(lambda: all(Path(name).exists() for name in names))
-        for number in send:
-            os.kill(os.getpid(), number)
-            time.sleep(0.15)
+        wait_until(lambda: all(file.exists() for file in files))
+        os.kill(os.getpid(), send)
+        sent.touch()
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def let_grace_end(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Has the launcher's clock jump beyond GRACE once the file is there, however long that takes."""
+    clock = SimpleNamespace(sleep=time.sleep, monotonic=lambda: time.monotonic() + 2 * LIMIT * Path(name).exists())
+    monkeypatch.setattr(launch, "time", clock)
 
 
 def test_every_process_knows_its_place_and_speaks_for_itself(start, capfd, monkeypatch):
@@ -156,7 +163,7 @@ def test_one_end_is_the_end_of_all(start, code: str, exit_code: int, part: str |
     ],
 )
 def test_who_is_to_blame(start, monkeypatch, first: str, second: str, exit_code: int, part: str | None):
-    monkeypatch.setattr(launch, "SETTLE", 10)
+    monkeypatch.setattr(launch, "SETTLE", LIMIT)
     code = f"""
         if rank == 0:
             Path("0.up").touch()
@@ -171,7 +178,8 @@ def test_who_is_to_blame(start, monkeypatch, first: str, second: str, exit_code:
     assert part is None or part in sentences[0]
 
 
-def test_the_others_are_asked_before_they_are_killed(start):
+def test_the_others_are_asked_before_they_are_killed(start, monkeypatch):
+    let_grace_end(monkeypatch, "0.saved")
     code = """
         if rank == 2:
             while not (Path("0.up").exists() and Path("1.up").exists()): time.sleep(.01)
@@ -188,9 +196,11 @@ def test_the_others_are_asked_before_they_are_killed(start):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_passed_on_once_and_waited_for(start, number: int):
+def test_a_signal_is_passed_on_once_and_waited_for(start, monkeypatch, number: int):
+    """However long processes take to save."""
+    let_grace_end(monkeypatch, "1.asked")
     before = signal.getsignal(number)
-    when("0.up", "1.up", send=[number])
+    when("0.up", "1.up", send=number)
     assert start(SAVES) == (130, [])
     expected = signal.SIGTERM if number == signal.SIGHUP else number
     for rank in range(2):
@@ -202,67 +212,82 @@ def test_a_signal_is_passed_on_once_and_waited_for(start, number: int):
 def test_nohup_is_respected(start):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        when("0.up", "1.up", send=[signal.SIGHUP])
-        assert start("Path(f'{rank}.up').touch(); time.sleep(.3)") == (0, [])
+        when("0.up", "1.up", send=signal.SIGHUP)
+        code = """
+            Path(f"{rank}.up").touch()
+            while not Path("0.up.sent").exists(): time.sleep(.01)
+            time.sleep(.1)
+        """
+        assert start(code) == (0, [])
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_that_had_finished_when_it_was_interrupted_is_finished(start):
-    when("0.up", "1.up", send=[signal.SIGINT])
+    when("0.up", "1.up", send=signal.SIGINT)
     code = SAVES.replace("130", "0")
     assert start(code) == (0, [])
 
 
-def test_a_second_signal_stops_at_once(start):
-    when("0.up", "1.up", send=[signal.SIGINT, signal.SIGINT])
-    assert start(SAVES.replace("0.1", "30")) == (130, [])
+def test_a_second_signal_stops_at_once(start, monkeypatch):
+    monkeypatch.setattr(launch, "ECHO", 0)
+    when("0.up", "1.up", send=signal.SIGINT)
+    when("0.asked", "1.asked", send=signal.SIGINT)
+    assert start(SAVES.replace("0.1", "600")) == (130, [])
     assert not list(Path().glob("*.saved"))
 
 
 def test_a_signal_sent_to_process_and_group_is_one(start, monkeypatch):
-    monkeypatch.setattr(launch, "ECHO", 60)
-    when("0.up", "1.up", send=[signal.SIGTERM, signal.SIGTERM])
-    assert start(SAVES.replace("0.1", "0.4")) == (130, [])
+    monkeypatch.setattr(launch, "ECHO", LIMIT)
+    when("0.up", "1.up", send=signal.SIGTERM)
+    when("0.asked", "1.asked", send=signal.SIGTERM)
+    sent = "while not Path('0.asked.sent').exists(): time.sleep(.01)"
+    assert start(SAVES.replace("time.sleep(0.1)", f"{sent}\n    time.sleep(0.1)")) == (130, [])
     assert Path("0.saved").exists()
     assert Path("1.saved").exists()
 
 
-def test_after_a_second_signal_who_does_not_stop_is_killed(start):
-    when("0.up", "1.up", send=[signal.SIGTERM, signal.SIGTERM])
-    code = SAVES.replace("signal.SIG_DFL", "signal.SIG_IGN").replace("0.1", "30 if rank else 0.01")
+def test_after_a_second_signal_who_does_not_stop_is_killed(start, monkeypatch):
+    monkeypatch.setattr(launch, "ECHO", 0)
+    let_grace_end(monkeypatch, "0.saved")
+    when("0.up", "1.up", send=signal.SIGTERM)
+    when("0.asked", "1.asked", send=signal.SIGTERM)
+    sent = "while rank or not Path('0.asked.sent').exists(): time.sleep(.01)"
+    code = SAVES.replace("signal.SIG_DFL", "signal.SIG_IGN").replace("time.sleep(0.1)", sent)
     exit_code, sentences = start(code)
     assert exit_code == 130
     assert sentences == [
-        "Some processes did not stop within 0.6 seconds and were killed; run the same command again to resume from the "
-        "last state."
+        f"Some processes did not stop within {LIMIT} seconds and were killed; run the same command again to resume "
+        "from the last state."
     ]
     assert Path("0.saved").exists()
 
 
 def test_a_fault_while_saving_is_told(start):
-    when("0.up", "1.up", send=[signal.SIGINT])
+    when("0.up", "1.up", send=signal.SIGINT)
     exit_code, sentences = start(SAVES.replace("130", "1 if rank else 130"))
     assert exit_code == 1
     assert "rank 1 (of 2) failed" in sentences[0]
 
 
-def test_data_workers_are_not_asked_but_are_killed(start):
+def test_data_workers_are_not_asked_but_are_killed(start, monkeypatch):
     """A worker that heard of SIGTERM would end before its process has saved; one that outlives it is an orphan."""
+    let_grace_end(monkeypatch, "1.told")
     code = """
         import subprocess
         worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         Path(f"{rank}.worker").write_text(str(worker.pid))
-        Path(f"{rank}.up").touch()
         if rank == 0:
             while not Path("1.up").exists(): time.sleep(.01)
             os._exit(1)
         def stop(number, frame):
             time.sleep(.1)
             Path("1.alive").write_text(str(worker.poll()))
+            Path("1.told").touch()
             time.sleep(600)
         signal.signal(signal.SIGTERM, stop)
+        Path("1.up").touch()
         time.sleep(600)
     """
     try:
