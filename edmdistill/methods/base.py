@@ -168,7 +168,8 @@ class Loss(NamedTuple):
         value: loss of each sample.  [B]
         t: time of each sample.  [B]
         signals: means over the samples, 0-dim and detached.
-        generated: images that the generator produced in this turn, detached.  [B,C,H,W]
+        generated: images that the generator produced in this turn, detached unless an adversary may judge them.
+            [B,C,H,W]
     """
 
     value: Tensor

@@ -40,7 +40,7 @@ def ict_pair(draws: Draws, stage: int) -> tuple[Tensor, Tensor]:
     return t, r
 
 
-@pytest.mark.parametrize("images", [0, 200, 1000])
+@pytest.mark.parametrize("images", [0, 299, 1000])
 @pytest.mark.parametrize(
     ("weighting", "c", "intervals"),
     [("gap", 0.0, None), ("c_out", 0.06, None), ("gap", 0.03, (10, 1280))],
@@ -74,6 +74,13 @@ def test_loss_and_gradient_are_the_paper_s(
     torch.testing.assert_close(loss.value, expected, rtol=1e-9, atol=1e-9)
     (by_hand,) = torch.autograd.grad(expected.sum(), [weight])
     torch.testing.assert_close(gradient, by_hand, rtol=1e-9, atol=1e-9)
+
+
+def test_neighbors_lie_in_the_teacher_s_range() -> None:
+    law = {"P_mean": -1.1, "P_std": 2.0}
+    method = ECT(ECTConfig(intervals=(10, 20)), {}, NoiseRange(SIGMA_DATA, 0.02, 8.0))
+    expected = neighbor_sigmas(Draws(0, 40), 10, 0.02, 8.0, **law)
+    assert all(map(torch.equal, method.draw_pair(0, Draws(0, 40)), expected))
 
 
 @pytest.mark.parametrize("P_mean", [-1.1, 3.0])

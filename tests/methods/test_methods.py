@@ -183,6 +183,7 @@ def test_monitors_read_times_and_images_of_the_turn_s_own_passes(build: Make, ti
         assert turn.role == "discriminator" or any(t.equal(loss.t) for t in asked)
         assert (loss.generated is not None) == (turn.role == "generator")
         if loss.generated is not None:
+            assert name == "cosim" or not loss.generated.requires_grad
             assert any(torch.allclose(image, loss.generated, rtol=1e-9, atol=1e-12) for _, _, image in passes)
 
 

@@ -72,6 +72,13 @@ def test_at_the_boundary_the_first_stage_is_a_fixed_point() -> None:
     assert float(loss.signals["distance"]) < 1e-3
 
 
+def test_noise_levels_end_at_the_teacher_s_highest() -> None:
+    networks = make(torch.ones([]).double()).networks
+    method = TCM(TCMConfig(), networks, NoiseRange(SIGMA_DATA, 0.002, 8.0))
+    loss = method.truncated_loss(Batch(torch.zeros(400, 1, 2, 2).double(), None), Draws(0, 400))
+    assert 4 < float((SIGMA_DATA * loss.t.tan()).max()) < 8.001
+
+
 def test_student_sigmas_are_the_truncated_distribution() -> None:
     """Their logarithms have the truncated distribution function, few degrees of freedom or many."""
     rows = 20_000

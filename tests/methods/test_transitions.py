@@ -37,3 +37,16 @@ def test_no_jump_starts_below_the_level_asked_for(tiny_networks: Make, tiny_batc
         draw_transition(generator, batch, Draws(seed, 6), noise, config, sigma_from=2.0).t.min() for seed in range(20)
     )
     assert math.atan(2.0 / noise.sigma_data) <= lowest < math.atan(4.0 / noise.sigma_data)
+
+
+@pytest.mark.parametrize("order", ["s", "t"])
+def test_the_first_step_starts_at_the_teacher_s_highest_level(
+    order: str, tiny_networks: Make, tiny_batch: Make
+) -> None:
+    """And no level is below its lowest, but for the data."""
+    generator, config = tiny_networks(CoSIM)["generator"], CoSIMConfig(order=order, share_to_max=0.5)
+    noise = NoiseRange(0.5, 0.3, 8.0)
+    jump = draw_transition(generator, tiny_batch(400), Draws(0, 400), noise, config)
+    s, t = (noise.sigma_data * time.tan() for time in (jump.s, jump.t))
+    assert float(t.max()) == pytest.approx(8.0)
+    assert float(torch.cat([s, t]).min()) > 0.299
