@@ -9,6 +9,7 @@ from tolerance import assert_rounded
 from torch import Tensor
 
 from edmdistill.draws import Draws
+from edmdistill.methods import METHODS
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange
 from edmdistill.methods.cosim import CoSIM
 from edmdistill.methods.ladd import LADD
@@ -61,6 +62,25 @@ def test_value_and_gradient_are_those_of_the_whole(
     for a, b in zip([split.value, *gradients], [whole.value, *expected], strict=True):
         assert b.abs().max() > 0
         assert_rounded(a, b, 10_000)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_splits_its_loss_says_so(
+    name: str, tiny_networks: Callable[..., Any], tiny_batch: Callable[..., Batch], noise: NoiseRange
+) -> None:
+    kind = METHODS[name].load()
+    options = {"gan_channels": 8} if name == "ctm" else {}
+    networks, split = tiny_networks(kind, **options), []
+
+    class Counted(kind):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def pieces(loss: Callable[..., Loss], *inputs: Tensor) -> Loss:
+            split.append(loss)
+            return loss(*inputs)
+
+    turn = Counted(kind.Config(**options), networks, noise).turns()[-1]
+    turn.whole(tiny_batch(12), Draws(0, 12))
+    assert bool(split) == kind.splits_loss
 
 
 def test_gradients_in_half_precision_are_scaled_inside() -> None:

@@ -43,4 +43,7 @@ def test_allowing_edms_time_is_refused_where_all_networks_read_t(method: str) ->
 
 
 def test_every_method_with_such_an_option_is_covered() -> None:
-    assert {option for _, option in LEVELS} == {"levels", "sigma_init", "boundary", "anchor_sigma", "fisher_sigma"}
+    names = {"levels", "sigma_init", "boundary", "anchor_sigma", "fisher_sigma"}
+    options = {name: names.intersection(entry.load().Config.__struct_fields__) for name, entry in METHODS.items()}
+    assert {(name, option) for name, some in options.items() for option in some} == set(LEVELS)
+    assert names == {option for _, option in LEVELS}
