@@ -79,12 +79,11 @@ class OfficialSampler:
         num_steps: int | None = None,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
-        rho: float = 7.0,
     ) -> Tensor:
         """Returns EDM's grid at levels that the network supports, followed by 0.  [num_steps + 1] of `dtype`"""
         if self.clamps:
             sigma_min, sigma_max = max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
-        grid = edm_sigmas(num_steps or self.num_steps, sigma_min, sigma_max, rho).to(self.dtype)
+        grid = edm_sigmas(num_steps or self.num_steps, sigma_min, sigma_max).to(self.dtype)
         return torch.cat([denoiser.round_sigma(grid), grid.new_zeros(1)])
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, NoiseRange
+from edmdistill.methods.base import Batch, Loss, NoiseRange
 from edmdistill.methods.cosim import CoSIM
 from edmdistill.methods.fmd import FMD
 from edmdistill.methods.solver import multistep_trajectory
-from edmdistill.methods.trajectories import trajectory_loss
+from edmdistill.methods.trajectories import trajectory_loss, with_trajectories
 from edmdistill.sampling.dpm_solver import dpm_solver_pp_2m
 from edmdistill.schedules import edm_curve
 from edmdistill.trigflow import cos_sin, denoised, diffuse, sigma_to_time
@@ -131,6 +131,29 @@ def test_the_error_is_a_sum_over_an_image_and_its_signal_a_mean(tiny_networks: M
         if steps == 1:
             torch.testing.assert_close(loss.value, torch.full_like(loss.value, 0.09 * 12))
             torch.testing.assert_close(loss.signals["trajectory_error"], torch.tensor(0.09, dtype=torch.float64))
+
+
+def test_the_loss_is_a_mean_over_the_points(tiny_networks: Make, tiny_batch: Make) -> None:
+    """Of a generator that is so far off that the targets do not count."""
+    teacher = tiny_networks(CoSIM)["teacher"]
+    for steps in (1, 4):
+        loss = trajectory_loss(
+            lambda x, *_: 0 * x + 1e9, teacher, tiny_batch(), Draws(0, 6), NOISE, steps=steps, share_to_max=0.5
+        )
+        torch.testing.assert_close(loss.value, torch.full_like(loss.value, 12e18), rtol=1e-4, atol=0)
+
+
+def test_beside_a_loss_trajectories_add_their_value_and_signals() -> None:
+    value, t = torch.arange(1.0, 4), torch.tensor([0.1, 0.2, 0.3])
+    images = torch.ones(3, 1, 2, 2)
+    main = Loss(value, t, {"a": value[0]}, images)
+    regression = Loss(10 * value, t + 1, {"b": value[1]})
+    batch = Batch(images, None, 5)
+    for warmup_images, expected in ((6, regression), (5, Loss(6 * value, t, {"a": value[0], "b": value[1]}, images))):
+        found = with_trajectories(
+            lambda *_: main, lambda *_: regression, batch, Draws(0, 3), weight=0.5, warmup_images=warmup_images
+        )
+        torch.testing.assert_close(tuple(found), tuple(expected))
 
 
 @pytest.mark.parametrize("share", [None, 0.25])

@@ -131,14 +131,14 @@ def test_when_noise_is_drawn(official: OfficialSampler, churn: Churn, count: int
 
 
 def test_churn_includes_its_ends() -> None:
-    drawn: list[Tensor] = []
-    sigmas = torch.tensor([8.0, 4, 2, 1, 0], dtype=torch.float64)
-    edm_sampler(
-        ToyDenoiser(gaussian),
-        torch.randn(1, 1, 2, 2),
-        sigmas=sigmas,
-        churn=Churn(4, 2, 4),
-        always_draws=False,
-        randn_like=lambda x: (drawn.append(x), torch.zeros_like(x))[1],
-    )
-    assert len(drawn) == 2
+    """At 4 and at 2 it raises the level by the strength's share of the steps, 1 / 4."""
+    denoiser, sigmas = ToyDenoiser(gaussian), torch.tensor([8.0, 4, 2, 1, 0], dtype=torch.float64)
+
+    def seen(churn: Churn) -> list[float]:
+        denoiser.sigmas.clear()
+        noise = torch.randn(1, 1, 2, 2)
+        edm_sampler(denoiser, noise, sigmas=sigmas, churn=churn, always_draws=False, randn_like=torch.zeros_like)
+        return [float(sigma) for sigma in denoiser.sigmas]
+
+    assert seen(Churn(1, 2, 4)) == [8, 4, 5, 2, 2.5, 1, 1]
+    assert seen(Churn(1, 2, 2)) == [8, 4, 4, 2, 2.5, 1, 1]
