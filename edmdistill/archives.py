@@ -11,7 +11,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable, empty_dict
+from edmdistill.errors import INTACT
+from edmdistill.pickles import FORGED, Budget, StandIn, Unpickler, Unreadable, empty_dict
 from edmdistill.stored_tensors import (
     LEGACY_MAGIC,
     STORAGE_TYPES,
@@ -47,7 +48,7 @@ class Archive:
             raise Unreadable("is a zip archive that is cut short or damaged: download it again") from error
         members = self.zip.infolist()
         if len(members) > MAX_MEMBERS:
-            raise Unreadable(f"is a zip archive of {len(members):,} members, which no checkpoint has")
+            raise Unreadable(f"is a zip archive of {len(members):,} members, which no checkpoint has: {INTACT}")
         for member in members:
             if member.flag_bits & 0x1:
                 raise Unreadable("is an encrypted zip archive: unpack it with its password and write it by torch.save")
@@ -78,7 +79,7 @@ class Archive:
         """
         member = self.members.get(name.lower())
         if member is None:
-            raise Unreadable(f"is a zip archive without {name}: it is damaged, or not a file of torch")
+            raise Unreadable(f"is a zip archive without {name}: it is damaged, or not a file of torch; {INTACT}")
         if member.compress_type != zipfile.ZIP_STORED:
             try:
                 return memoryview(self.zip.read(member))
@@ -109,8 +110,7 @@ class Archive:
                     data = self.read(f"{folder}/{key}")
                     if numel < 0 or len(data) != numel * kind.itemsize:
                         raise Unreadable(
-                            f"declares {numel:,} {kind.dtype} numbers where it holds {len(data):,} bytes: it is "
-                            "damaged or forged"
+                            f"declares {numel:,} {kind.dtype} numbers where it holds {len(data):,} bytes: {FORGED}"
                         )
                     return Storage(kind.dtype, numel, data)
             raise TypeError
@@ -159,11 +159,11 @@ def load_legacy(data: memoryview, names: Mapping[tuple[str, str], object]) -> ob
     machine.run()  # declares the storages, whose numbers come after it
     end, keys = machine.position, machine.run()
     if not isinstance(keys, list) or {*map(str, keys)} != storages.keys() or len(keys) != len(storages):
-        raise Unreadable("declares other storages than it holds: it is damaged or forged")
+        raise Unreadable(f"declares other storages than it holds: {FORGED}")
     for key in keys:
         storage, numel = storages[key], machine.unsigned(8)
         if numel != storage.numel:
-            raise Unreadable(f"declares {storage.numel:,} numbers where it holds {numel:,}: it is damaged or forged")
+            raise Unreadable(f"declares {storage.numel:,} numbers where it holds {numel:,}: {FORGED}")
         storages[key] = Storage(storage.dtype, numel, machine.take(numel * storage.itemsize))
     machine.position = start
     value = machine.run()

@@ -55,6 +55,10 @@ class CheckpointError(EdmDistillError):
     """A checkpoint cannot be found, read, trusted or written."""
 
 
+INTACT = "use an intact copy"
+"""What to do about a damaged file."""
+
+
 class Damaged(CheckpointError):
     """A file of a checkpoint is not what was written.
 
@@ -62,7 +66,7 @@ class Damaged(CheckpointError):
         fault: the sentence without what to do.
     """
 
-    def __init__(self, fault: str, advice: str = "use an intact copy") -> None:
+    def __init__(self, fault: str, advice: str = INTACT) -> None:
         super().__init__(f"{fault}; {advice}.")
         self.fault = fault
 

@@ -16,11 +16,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from edmdistill.errors import INTACT
+
 MAX_STEPS = 2**19
 """Steps in reading a file: pickle instructions, also of nested pickles, and entries that are visited. An official file
 has up to about 600 tensors and takes about 200 steps for each."""
 SLACK = 2**20
 """Bytes that reading any file may take, however small it is."""
+
+FORGED = f"it is damaged or forged; {INTACT}"
 
 # What an invalid program raises.
 _MALFORMED = (IndexError, KeyError, OverflowError, TypeError, ValueError, struct.error)
@@ -45,15 +49,13 @@ class Budget:
         """Raises: Unreadable: fewer steps are left."""
         self.steps -= count
         if self.steps < 0:
-            raise Unreadable(f"takes more than {MAX_STEPS:,} steps to read, which no official file does")
+            raise Unreadable(f"takes more than {MAX_STEPS:,} steps to read, which no official file does: {INTACT}")
 
     def take(self, size: int) -> None:
         """Raises: Unreadable: fewer bytes are left."""
         self.bytes -= size
         if self.bytes < 0:
-            raise Unreadable(
-                f"unfolds to more than {self.limit:,} bytes by using the same bytes many times: it is damaged or forged"
-            )
+            raise Unreadable(f"unfolds to more than {self.limit:,} bytes by using the same bytes many times: {FORGED}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edmdistill.pickles import Budget, StandIn, Stateful, Unpickler, Unreadable
+from edmdistill.pickles import FORGED, Budget, StandIn, Stateful, Unpickler, Unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -228,9 +228,7 @@ def read_storage(blob: object, budget: Budget | None = None) -> Storage:
     ((kind, numel),) = declared
     header, data = machine.unsigned(8), blob[machine.position :]
     if header != numel or len(data) != numel * kind.itemsize:
-        raise Unreadable(
-            f"declares {numel:,} {kind.dtype} numbers where it holds {len(data):,} bytes: it is damaged or forged"
-        )
+        raise Unreadable(f"declares {numel:,} {kind.dtype} numbers where it holds {len(data):,} bytes: {FORGED}")
     return Storage(kind.dtype, numel, data)
 
 
@@ -249,6 +247,6 @@ def rebuild_tensor(storage: object, offset: int, shape: object, stride: object, 
     if min(numbers) < 0 or not 0 < tensor.numel <= storage.numel or last >= storage.numel:
         raise Unreadable(
             f"holds a tensor of shape {shape}, stride {stride} and offset {offset} in a storage of "
-            f"{storage.numel:,} numbers: it is damaged or forged"
+            f"{storage.numel:,} numbers: {FORGED}"
         )
     return tensor

@@ -13,7 +13,8 @@ from edmdistill.methods import METHODS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edmdistill"
 LAYERS = (
-    ("errors", "progress", "pickles", "assets"),
+    ("errors",),
+    ("progress", "pickles", "assets"),
     ("arguments", "atomic", "defaults", "embedded", "jsonl", "stored_tensors"),
     ("archives",),
     ("transfer", "threads"),

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from edmdistill.atomic import atomic_write, unwritable
-from edmdistill.errors import CheckpointError, Damaged, public_address
+from edmdistill.errors import INTACT, CheckpointError, Damaged, public_address
 from edmdistill.progress import progress_bar
 
 SILENCE = 60.0
@@ -206,6 +206,6 @@ def downloaded(path: Path) -> Iterator[None]:
         parents = path.absolute().parents
         if any(Path(folder).absolute() in parents for folder in (cache_folder(), constants.HF_HUB_CACHE)):
             remove_cached(path)
-            fault = error.fault if isinstance(error, Damaged) else str(error).rstrip(".")
+            fault = error.fault if isinstance(error, Damaged) else str(error).rstrip(".").removesuffix(f"; {INTACT}")
             raise Damaged(fault, "it is removed from the cache, so give the same command again") from error
         raise

@@ -19,6 +19,7 @@ from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provena
 from edmdistill.checkpoints.encoder import PIXELS
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint
 from edmdistill.checkpoints.openai import read_openai
+from edmdistill.checkpoints.persistence import DAMAGED
 from edmdistill.checkpoints.source import Source, open_source
 from edmdistill.checkpoints.store import build_flow, fill
 from edmdistill.checkpoints.unsupported import describe_folder
@@ -141,7 +142,7 @@ def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
     if unknown:
         raise CheckpointError(
             f"{official.path} was made with the argument {min(unknown)}, which {official.network_class} does not "
-            "have: it is damaged, or was not written by NVIDIA's code; use an intact copy."
+            f"have: {DAMAGED}."
         )
     return arguments
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Container, Iterator
 from typing import Any
 
+from edmdistill.errors import INTACT
 from edmdistill.pickles import Budget, StandIn, Stateful, Unreadable, empty_dict
 from edmdistill.stored_tensors import NUMPY, Array, StoredTensor, rebuild_tensor
 
@@ -65,7 +66,7 @@ _MODULES = {
 }
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-DAMAGED = "it is damaged or was not written by NVIDIA's code; use an intact copy"
+DAMAGED = f"it is damaged or was not written by NVIDIA's code; {INTACT}"
 
 
 class PersistentObject(Stateful):

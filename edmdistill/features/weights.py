@@ -19,7 +19,7 @@ from edmdistill.checkpoints.persistence import STAND_INS, PersistentObject, stat
 from edmdistill.checkpoints.store import load_tensors
 from edmdistill.errors import CheckpointError
 from edmdistill.features.script import is_script, script_tensors
-from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable
+from edmdistill.pickles import FORGED, Budget, StandIn, Unpickler, Unreadable
 from edmdistill.stored_tensors import LEGACY_MAGIC, StoredTensor, mapped, read_storage
 
 NOT_WEIGHTS = ("num_batches_tracked", "mask_token")
@@ -164,7 +164,7 @@ def _state_dict(value: object, size: int) -> dict[str, StoredTensor]:
     if wrong is not None:
         raise Unreadable(f"holds no tensor as {str(wrong)[:60]!r}: give a file of weights (a state dict)")
     if sum(tensor.nbytes for tensor in value.values()) > 2 * size:
-        raise Unreadable("holds the same numbers many times: it is damaged or forged")
+        raise Unreadable(f"holds the same numbers many times: {FORGED}")
     return {str(name): tensor for name, tensor in value.items()}
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -154,6 +155,18 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         yield name, b"\x80\x04" + instruction * 1_000_000
     yield "memo-index", b"\x80\x04}\x94r\xff\xff\xff\xff."
     yield "gzip", gzip.compress(bytes(400_000_000), compresslevel=1)
+
+
+def test_every_refusal_says_what_to_do(bad: Path) -> None:
+    refused = []
+    for path in sorted(bad.iterdir()):
+        try:
+            read_official(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) > 30
+    advice = re.compile("[:;] (download|get|give|use) [^:;]*\\.$|do not install|see what the address shows")
+    assert [sentence for sentence in refused if not advice.search(sentence)] == []
 
 
 def test_bad_files_cost_nothing(bad: Path, tmp_path: Path) -> None:

@@ -162,6 +162,15 @@ def test_a_damaged_download_is_not_kept(web: Server, golden: Path) -> None:
     assert read_official(resolve(f"{web.url}/edm.pkl")).sha256 == hashlib.sha256(good).hexdigest()
 
 
+def test_a_forged_download_is_not_kept_either(web: Server, bad: Path) -> None:
+    """The file is gone, so the sentence does not also ask for an intact copy."""
+    web.answer = lambda handler: send(handler, (bad / "bad-oob-tensor.pkl").read_bytes())  # type: ignore[method-assign]
+    path = resolve(f"{web.url}/edm.pkl")
+    with pytest.raises(CheckpointError, match="damaged or forged; it is removed from the cache, so give the same"):
+        read_official(path)
+    assert not path.exists()
+
+
 def test_whole_files_are_kept_whatever_their_name(web: Server) -> None:
     web.answer = lambda handler: send(handler)  # type: ignore[method-assign]
     path = resolve(f"{web.url}/network-snapshot-1.200000-403968.pkl")
