@@ -8,8 +8,9 @@ from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over, spread, teac
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
-from edmdistill.methods.base import Batch, NoiseRange, Sampling
+from edmdistill.methods.base import Batch, NoiseRange, Sampling, with_inputs
 from edmdistill.methods.consistency import consistency_loss, normalized_tangent, tangent_warmup
+from edmdistill.methods.fmd import FMD
 from edmdistill.methods.scd import SCD, SCDConfig
 from edmdistill.methods.scm import continuous_tangent, time_in_interval
 from edmdistill.methods.sct import SCT, SCTConfig
@@ -56,6 +57,18 @@ def test_a_finite_difference_is_the_tangent_up_to_h_squared() -> None:
         assert not u.any()
         errors.append(float((found - exact).abs().max()))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.01)
+
+
+def test_tangents_are_of_the_same_class_and_log_variances(tiny_networks, tiny_batch) -> None:
+    x, labels, _ = tiny_batch(5)
+    network, dx = with_inputs(tiny_networks(FMD)["generator"], second=TIMES / 2), torch.cos(2 * x)
+    exact, near = (
+        tangent(network, x, TIMES, labels, dx, torch.ones_like(TIMES), (TIMES, TIMES / 2))
+        for tangent in TANGENTS.values()
+    )
+    torch.testing.assert_close(exact[1], near[1], rtol=0, atol=1e-4)
+    for k in (0, 2, 3):  # F and both log variances
+        torch.testing.assert_close(exact[k], near[k])
 
 
 def test_a_tangent_has_no_gradient() -> None:
