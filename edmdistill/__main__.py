@@ -5,13 +5,13 @@ import sys
 from types import FrameType
 
 AGAIN = 0.02
-"""Seconds until Ctrl-C is looked at again that came during an import."""
+"""Seconds until another look at a Ctrl-C that came during an import."""
 
 
 def main() -> None:
-    """Runs the command line. Its import is part of it: Ctrl-C ends both alike."""
+    """Runs the command line; Ctrl-C ends it alike while it is still being imported."""
     try:
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # and not of nohup
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in a script's background
             signal.signal(signal.SIGALRM, interrupt)
             signal.signal(signal.SIGINT, interrupt)
 
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt; after an import that is in progress: torch and numpy make other errors of one there."""
+    """Raises KeyboardInterrupt once no import is in progress: within one, torch and numpy make another error of it."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             signal.setitimer(signal.ITIMER_REAL, AGAIN)

@@ -20,8 +20,8 @@ _HERE = threading.local()
 def ahead(act: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[U]:
     """Yields act(item) in order; threads act on items ahead of the one that is asked for.
 
-    Where it ends before the last item, by an error, by Ctrl-C or because no more is asked for, its threads end as the
-    main thread does at Ctrl-C: after the operation that they are at.
+    Where it ends before the last item, by an error, by Ctrl-C or because no more is asked for, each of its threads ends
+    after the operation that it is at, as the main thread does at Ctrl-C.
 
     Args:
         threads: their number; the cores that the caller's thread uses for an operation are shared out among them. 0:
@@ -40,11 +40,13 @@ def ahead(act: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[
     try:
         while failure is None:
             try:
-                waiting.append(pool.submit(crew.run, act, next(source)))
+                item = next(source)
             except StopIteration:
                 break
             except BaseException as error:  # what comes before it is not lost
                 failure = error
+            else:
+                waiting.append(pool.submit(crew.run, act, item))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:

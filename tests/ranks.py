@@ -30,7 +30,10 @@ class Rank:
 
 
 def in_ranks(world_size: int, act: Callable[[Rank], T]) -> list[T]:
-    """Returns what `act` returns in each of several processes. Where one fails, the others wait no longer."""
+    """Returns what `act` returns in each of several processes.
+
+    Raises: what it raises in one of them; the others wait no longer.
+    """
     barrier, values = threading.Barrier(world_size), [torch.zeros([])] * world_size
 
     def run(rank: int) -> T:
@@ -41,4 +44,8 @@ def in_ranks(world_size: int, act: Callable[[Rank], T]) -> list[T]:
             raise
 
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(run, range(world_size)))
+        futures = [pool.submit(run, rank) for rank in range(world_size)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error  # the cause, not that others waited for it in vain
+    return [future.result() for future in futures]
