@@ -10,7 +10,7 @@ from torch import nn
 from edmdistill.draws import words
 from edmdistill.recipes.schema import TrainingTable
 from edmdistill.training import adam
-from edmdistill.training.adam import LeanAdam, chunks, round_at_random_
+from edmdistill.training.adam import LeanAdam, OffloadedAdam, chunks, round_at_random_
 from edmdistill.training.optimizers import load_states, make_optimizer, plain_states, set_learning_rate
 
 
@@ -23,6 +23,7 @@ def pair(**values):
     networks = nn.Linear(5, 3), nn.Linear(5, 3)
     networks[1].load_state_dict(networks[0].state_dict())
     optimizers = [make_optimizer(networks[i].parameters(), training(**values), offload=bool(i)) for i in range(2)]
+    assert [isinstance(optimizer, OffloadedAdam) for optimizer in optimizers] == [False, True]
     return networks, optimizers
 
 

@@ -44,6 +44,13 @@ def test_a_recipe_can_leave_the_ramp_up_out():
     assert HalfLife(50, None).beta(0, 50) == 0.5
 
 
+def test_the_first_average_is_the_half_life_s_and_each_has_its_name(recipe):
+    tables = json.loads(recipe("sid").to_json()) | {"ema": {"half_life_images": 50, "sigma_rel": [0.101, 0.104]}}
+    made = profiles(Recipe.from_json(json.dumps(tables).encode()).ema)
+    assert made == [HalfLife(50, 0.05), PowerFunction(0.101), PowerFunction(0.104)]
+    assert [profile.name for profile in made] == ["half-life", "sigma-rel-0.101", "sigma-rel-0.104"]
+
+
 def test_buffers_are_copied_and_the_network_is_left_alone():
     network = nn.BatchNorm1d(2)
     ema = Ema(network, HalfLife(100, None))

@@ -36,6 +36,8 @@ def test_eight_bit_states_go_into_a_file_and_back():
     states = plain_states(optimizers[0])
     assert states[0]["exp_avg:codes"].dtype == states[0]["exp_avg_sq:codes"].dtype == torch.uint8
     assert all(type(tensor) is torch.Tensor for state in states.values() for tensor in state.values())
+    codes = sum(tensor.nbytes for name, tensor in states[0].items() if name.endswith("codes"))
+    assert codes == state_bytes(training(optimizer="adam8bit")) * networks[0].weight.numel()
     networks[1].load_state_dict(networks[0].state_dict())
     load_states(optimizers[1], copy.deepcopy(states))
     for number in range(3, 5):
@@ -101,6 +103,15 @@ def test_an_optimizer_has_its_options_and_keeps_the_bytes_that_are_planned(optim
     made.step()
     moments = [tensor for tensor in plain_states(made)[0].values() if tensor.shape == weight.shape]
     assert sum(tensor.nbytes for tensor in moments) == state_bytes(table, second_moment) * weight.numel()
+
+
+def test_a_learning_rate_in_a_tensor_is_changed_in_place():
+    """A compiled step, as torchao's, reads that tensor."""
+    rate = torch.tensor(1.0)
+    optimizer = torch.optim.Adam([nn.Parameter(torch.ones(1))], lr=rate)
+    set_learning_rate(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate == 0.25
 
 
 def test_adam8bit_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
