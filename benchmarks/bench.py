@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, default=Path("bench.json"))
-    parser.add_argument("--compile", action="store_true", help="tangents of compiled networks too: some minutes")
+    parser.add_argument("--compile", action="store_true", help="compiled networks too: some minutes")
     for peer in PEERS:
         parser.add_argument(f"--{peer}", type=Path, help="its checkout")
     options = parser.parse_args()

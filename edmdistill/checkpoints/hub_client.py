@@ -30,8 +30,8 @@ REASONS = {
 }
 """The meaning of the Hub's status codes to a user."""
 
-
 COPY = ", or give the path of a copy to the command that reads it"
+"""What else helps where the Hub cannot be reached."""
 
 
 def cached_from_hub(text: str, files: Sequence[str]) -> Path | None:

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 
 import click
 
-_OUT = ("--out", "--run-dir")
+_OUT = ("--out", "--run-dir", "OUT", "OUT.zip", "OUT.npz")
 _SOURCE = ("SOURCE", "TEACHER", "GENERATOR")
 _STEPS = ("--nfe N, in network evaluations: Heun's method takes 2 N - 1 for N steps",)
 _IMAGES = ("--set training.images=N, in images",)
 _PRECISION = ("--set training.precision=bf16", "--dtype")
 _PROCESSES = ("--processes",)
+_STATES = ("--set training.snapshot_every=N, in images",)
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("outdir", "out-dir", "output-dir", "output"), _OUT),
-    **dict.fromkeys(("network", "net", "model", "ckpt", "checkpoint", "pretrained-model-name-or-path"), _SOURCE),
+    **dict.fromkeys(("outdir", "out-dir", "output-dir", "output", "dest"), _OUT),
+    **dict.fromkeys(("network", "net", "model", "ckpt", "checkpoint", "source"), _SOURCE),
+    **dict.fromkeys(("pretrained-model-name-or-path", "pretrained-teacher-model"), _SOURCE),
     **dict.fromkeys(("steps", "num-steps", "num-inference-steps"), _STEPS),
     **dict.fromkeys(("duration", "max-train-steps", "num-train-epochs"), _IMAGES),
     **dict.fromkeys(("fp16", "bf16", "precision", "mixed-precision", "torch-dtype"), _PRECISION),
@@ -28,9 +30,14 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("num", "num-images", "num-samples"), ("--n", "--seeds 0-63")),
     **dict.fromkeys(("class-idx", "class-labels"), ("--class",)),
     **dict.fromkeys(("guidance-scale", "cfg-scale"), ("--guidance",)),
+    **dict.fromkeys(("snap", "dump", "checkpointing-steps"), _STATES),
+    **dict.fromkeys(("num-workers", "dataloader-num-workers"), ("--workers",)),
     "seed": ("--seeds", "--set training.seed=N"),
     "config": ("--recipe",),
     "gnet": ("--guide",),
+    "transfer": ("--init",),
+    "report-to": ("--log-with",),
+    "use-8bit-adam": ("--set training.optimizer=adam8bit",),
     "gradient-checkpointing": ("--checkpoint-activations",),
     "S-churn": ("--churn",),
     "S-min": ("--churn-min",),

@@ -8,7 +8,7 @@ from edmdistill.errors import TrainingError
 from edmdistill.transfer import is_gpu
 
 NEED_GPU = {"--micro-batch auto": "use a number of images", "--fit auto": "name the memory, as in --fit 12GB"}
-"""What to do on a CPU in place of an option as typed."""
+"""What to do on a CPU instead, by the option as it is typed."""
 
 
 def require_gpu(device: torch.device, option: str) -> None:

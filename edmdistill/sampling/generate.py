@@ -27,9 +27,9 @@ CLASS_BATCH = 256
 MOST_CORES = 8
 """With more, threads would wait for Python's lock, and for memory, from which each of them reads all weights."""
 LEAST_CHANNELS, LEAST_SIDE = 128, 32
-"""Of the networks that threads draw by, as all published ones are; those of small ones wait for Python's lock."""
+"""Of networks that threads draw by: no published one is smaller. With small ones, threads wait for Python's lock."""
 LEAST_USE = 7 / 8
-"""Share of the time of all threads in which they draw: the last of them may have fewer images."""
+"""Least share of the threads' time in which they draw: the last one may have fewer images."""
 
 
 @checked
@@ -132,7 +132,8 @@ def generate_images(
 def _threads(model: Generator | Denoiser, spec: SamplerSpec, batch: int) -> int:
     """Returns the number of threads of one core each that share a batch; 0: the caller's draws it, with all cores.
 
-    Threads are faster by Winograd's convolution, which is for one core, if the network is large and the shares equal.
+    Where the network is large and the shares are equal, threads are faster: they have Winograd's convolution, which is
+    for one core.
     """
     flow, cores = model.flow, torch.get_num_threads()
     if not 1 < cores <= MOST_CORES or in_crew() or batch < LEAST_USE * cores * -(-batch // cores):

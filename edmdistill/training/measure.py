@@ -103,6 +103,7 @@ class Evaluation:
         """Returns the metrics of the average, by `METRIC/NFE NFE`; none where a sample is not finite.
 
         With `diagnose`, also those of Diagnosis.measures.
+
         Args:
             stop: set when the run is asked to stop.
         Raises: EvaluationStopped: it was set on some process.

@@ -1,5 +1,7 @@
 """Options of other programs are refused with what they are called here."""
 
+from collections.abc import Iterator
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -24,6 +26,8 @@ from edmdistill.cli.other_names import OTHER_NAMES
         ("train cosim x --outdir y", "--run-dir"),
         ("train cosim x --fp16", "--set training.precision=bf16"),
         ("train cosim x --batch 64", "--set training.batch=N"),
+        ("train cosim x --report_to wandb", "--log-with"),
+        ("data prepare x --dest y", "OUT.zip"),
         ("train cosim x --resume y", "--run-dir of the run: the same command resumes it"),
     ],
 )
@@ -34,11 +38,23 @@ def test_an_option_of_another_program_is_translated(words: str, here: str):
     assert result.stderr.splitlines()[-1] == f"Error: No such option {option!r}: here it is {here}."
 
 
+def every(command: click.Command, context: click.Context) -> Iterator[click.Command]:
+    """The command, or those of a group."""
+    if not isinstance(command, click.Group):
+        yield command
+        return
+    for name in command.list_commands(context):
+        found = command.get_command(context, name)
+        assert found is not None
+        yield from every(found, context)
+
+
 def test_every_translation_is_into_an_option_that_a_command_has():
     """And none translates what every command with that option knows already."""
-    context = click.Context(main)
-    commands = [main.get_command(context, name) for name in main.list_commands(context)]
-    known = [{name for p in c.params for name in (*p.opts, p.human_readable_name)} for c in commands if c is not None]
+    known = [
+        {name for parameter in command.params for name in (*parameter.opts, parameter.human_readable_name)}
+        for command in every(main, click.Context(main))
+    ]
     for other, offers in OTHER_NAMES.items():
         for offer in offers:
             word = offer.split()[0].rstrip(",")

@@ -28,7 +28,7 @@ CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
 # Images' own gradients in the discriminator's turn, several turns of a role, and gradients of the last layer.
 CASES["cosim, gan"] = CASES["cosim"] | {"gan": 1.0, "gan_loss": "relativistic", "gan_channels": 8, "auxiliary_turns": 2}
 FEW = {"cosim, gan", "ctm", "fmd", "scd, vsd"}
-"""What other cases are made of: turns of a score, of a discriminator, of a value with its tangent."""
+"""Of every kind of turn, one case: of a score, of a discriminator, of a value with its tangent, of trajectories."""
 
 
 def recipe(case: str, rounds: int) -> Recipe:
