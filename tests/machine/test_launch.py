@@ -166,11 +166,16 @@ def test_who_is_to_blame(start, monkeypatch, first: str, second: str, exit_code:
     monkeypatch.setattr(launch, "SETTLE", LIMIT)
     code = f"""
         if rank == 0:
-            Path("0.up").touch()
+            Path("pid").write_text(str(os.getpid()))
+            Path("pid").rename("0.pid")
             {first}
-        while not Path("0.up").exists(): time.sleep(.01)
-        time.sleep(.1)
-        {second}
+        while not Path("0.pid").exists(): time.sleep(.01)
+        try:
+            while True:  # until the launcher has seen the end of rank 0
+                os.kill(int(Path("0.pid").read_text()), 0)
+                time.sleep(.01)
+        except ProcessLookupError:
+            {second}
     """
     found, sentences = start(code)
     assert found == exit_code
