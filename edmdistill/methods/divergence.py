@@ -34,8 +34,8 @@ BINS = 10
 
 
 def density_ratio(logits: Tensor) -> Tensor:
-    """Returns r = e^logit of the mean logit, within [.1, 20], without gradient.  [B,n] -> [B]"""
-    return logits.detach().mean(1).exp().clamp(0.1, 20.0)
+    """Returns r = e^logit of the mean logit, within [.1, 20].  [B,n] -> [B]"""
+    return logits.mean(1).exp().clamp(0.1, 20.0)
 
 
 def divergence_weights(divergence: str, r: Tensor, sigma: Tensor, sigma_min: float, sigma_max: float) -> Tensor:

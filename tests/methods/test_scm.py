@@ -140,6 +140,12 @@ def test_normalized_tangent() -> None:
     assert normalized_tangent(g, 0.1, "raw").equal(g)
 
 
+@pytest.mark.parametrize("normalization", ["clip", "raw"])
+def test_a_constant_that_is_not_read_is_refused(normalization: str) -> None:
+    with pytest.raises(ValueError, match=f'with tangent_normalization = "{normalization}", c has no effect'):
+        SCTConfig(tangent_normalization=normalization, c=0.2)
+
+
 def test_tangent_warmup() -> None:
     assert [tangent_warmup(images, 1000) for images in (0, 250, 1000, 5000)] == [0, 0.25, 1, 1]
     assert tangent_warmup(0, 0) == 1
