@@ -1,5 +1,6 @@
 """DMD2 and f-distill against their official code's equations, written naively in EDM's notation, in float64."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -224,8 +225,8 @@ def test_micro_batches_share_the_weights_of_the_whole_batch(
 
 def test_weights_by_hand() -> None:
     """In one bin of ten, ratios 1 and 3 are normalized to 1/2 and 3/2; the others are alone in theirs."""
-    r = torch.tensor([1.0, 3.0, 7.0, 5.0, 9.0], dtype=torch.float64)
-    sigma = torch.tensor([0.1, 0.2, 40.0, 71.9, 80.0])  # in bins 0, 0, 4, 8 and 9
+    r = torch.tensor([1.0, 3.0, 7.0, 5.0, 9.0, 2.0], dtype=torch.float64)
+    sigma = 50 + torch.tensor([0.1, 0.2, 47.0, 49.0, 71.9, 80.0])  # in bins 0, 0, 5, 6, 8 and 9
     for name, expected in {
         "reverse-kl": [1, 1, 1],
         "forward-kl": [0.5, 1.5, 1],
@@ -235,11 +236,12 @@ def test_weights_by_hand() -> None:
         "jeffreys": [1.5, 2.5, 2],
         "neyman": [2, 2 / 3, 1],
     }.items():
-        h = torch.tensor([*expected, *expected[2:] * 2], dtype=torch.float64)
-        found = divergence_weights(name, r, sigma, 0.002, 80.0)
+        h = torch.tensor([*expected, *expected[2:] * 3], dtype=torch.float64)
+        found = divergence_weights(name, r, sigma, 50.0, 130.0)
         torch.testing.assert_close(found, h / h.mean(), rtol=1e-12, atol=0)
     assert set(WEIGHTS) == {"reverse-kl", "forward-kl", "jensen-shannon"} | set(list(WEIGHTS)[3:])
-    assert density_ratio(torch.tensor([[0.0, 0.0], [9.0, 9.0], [-9.0, -9.0]])).tolist() == pytest.approx([1, 20, 0.1])
+    ratios = density_ratio(torch.tensor([[0.0, 0.0], [1.0, -0.5], [9.0, 9.0], [-9.0, -9.0]]))
+    assert ratios.tolist() == pytest.approx([1, math.exp(0.25), 20, 0.1])
 
 
 def test_options_that_contradict() -> None:
