@@ -199,6 +199,23 @@ def test_a_share_of_jumps_leads_to_the_end_and_others_to_any_later_point(teacher
         assert counts[k + 1 :].double() / rows == pytest.approx(expected, abs=0.04)
 
 
+def test_a_trajectory_starts_on_the_circle(teacher: Callable[..., Tensor]) -> None:
+    """From x0 = 1 and noise of standard deviation sigma_data, whatever its level."""
+    rows, asked = 2000, []
+
+    def asking(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        asked.append((x_t, t))
+        return x_t
+
+    batch = Batch(torch.ones(rows, DIM, 1, 1, dtype=torch.float64), None)
+    trajectory_loss(asking, teacher, batch, Draws(0, rows), NOISE, steps=1, share_to_max=0.5)
+    ((x_t, t),) = asked
+    cos, sin = cos_sin(t, x_t)
+    z = (x_t - cos) / sin
+    assert float(z.std()) == pytest.approx(SD, rel=0.03)
+    assert abs(float(z.mean())) < 0.02
+
+
 def test_jumps_start_at_every_nth_point(teacher: Callable[..., Tensor]) -> None:
     """The first among them."""
     asked: list[tuple[Tensor, Tensor]] = []
