@@ -27,7 +27,7 @@ CASES["fmd"] = CASES["fmd"] | {"trajectory_steps": 2, "trajectory_images": 8}
 CASES["scd, vsd"] = CASES["scd"] | {"vsd": 1.0, "guidance": [1.0, 2.0]}
 # Images' own gradients in the discriminator's turn, several turns of a role, and gradients of the last layer.
 CASES["cosim, gan"] = CASES["cosim"] | {"gan": 1.0, "gan_loss": "relativistic", "gan_channels": 8, "auxiliary_turns": 2}
-FEW = {"cosim, gan", "ctm", "fmd", "scd, vsd"}
+FEW = ["cosim, gan", "ctm", "fmd", "scd, vsd"]
 """Of every kind of turn, one case: of a score, of a discriminator, of a value with its tangent, of trajectories."""
 
 

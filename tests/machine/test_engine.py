@@ -3,7 +3,10 @@
 import json
 import math
 import runpy
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,51 +22,58 @@ from edmdistill.machine.engine import Engine, Machine, scale_gradients
 
 SCRIPT = Path(__file__).parent / "spread.py"
 SPREAD = runpy.run_path(str(SCRIPT))
-CASES = [pytest.param(case, marks=() if case in SPREAD["FEW"] else pytest.mark.slow) for case in SPREAD["CASES"]]
+# Of the batch of 8 a process has 4 rows, at once or in parts; whole networks by DDP, sharded ones by FSDP2.
+WAYS = {
+    "2 rounds: ddp-micro-batches, fsdp2-whole": ("2", "2", "4s"),
+    "10 rounds: ddp-micro-batches, fsdp2-whole": ("10", "1", "4s"),
+    "10 rounds: ddp-whole, fsdp2-micro-batches": ("10", "4", "1s"),
+}
 Losses = dict[str, list[dict[str, float]]]
+Measured = Callable[[str], tuple[Losses, Losses]]
 
 
-@pytest.fixture(
-    scope="module",
-    # Of the batch of 8 a process has 4 rows, at once or in parts; whole networks by DDP, sharded ones by FSDP2.
-    params=[
-        pytest.param(("2", "2", "4s"), id="2 rounds: ddp-micro-batches, fsdp2-whole"),
-        pytest.param(("10", "1", "4s"), id="10 rounds: ddp-micro-batches, fsdp2-whole", marks=pytest.mark.slow),
-        pytest.param(("10", "4", "1s"), id="10 rounds: ddp-whole, fsdp2-micro-batches", marks=pytest.mark.slow),
-    ],
-)
-def losses(
-    request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Losses, Losses]:
+def some(way: str, *case: str) -> Any:
+    """The parameters of a test; those of 10 rounds are for `make test-all`."""
+    return pytest.param(way, *case, marks=pytest.mark.slow if WAYS[way][0] == "10" else ())
+
+
+@pytest.fixture(scope="module")
+def losses(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     """Of every round of every case, in one process and in two."""
-    folder = tmp_path_factory.mktemp("losses")
-    flow, config = load_checkpoint(teacher)
-    save_sources(folder / "teacher", flow.double(), config)
-    rounds, *shared = request.param
-    torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
-    try:
-        one = SPREAD["measured"](folder / "teacher", rounds, "8")
-    finally:
-        torch.set_default_dtype(torch.float32)
-    run_by_two(SCRIPT, folder / "teacher", folder / "two.json", rounds, *shared)
-    return one, json.loads((folder / "two.json").read_text())
+
+    @cache
+    def measured(way: str) -> tuple[Losses, Losses]:
+        folder = tmp_path_factory.mktemp("losses")
+        flow, config = load_checkpoint(teacher)
+        save_sources(folder / "teacher", flow.double(), config)
+        rounds, *shared = WAYS[way]
+        torch.set_default_dtype(torch.float64)  # for the networks that diffusion makes; the teacher brings its own
+        try:
+            one = SPREAD["measured"](folder / "teacher", rounds, "8")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        run_by_two(SCRIPT, folder / "teacher", folder / "two.json", rounds, *shared)
+        return one, json.loads((folder / "two.json").read_text())
+
+    return measured
 
 
-@pytest.mark.parametrize("way", [0, 1], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_as_one_does(losses: tuple[Losses, Losses], case: str, way: int) -> None:
+@pytest.mark.parametrize("shared_by", [0, 1], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("way", "case"),
+    [some(way, case) for way, (count, *_) in WAYS.items() for case in SPREAD["CASES" if count == "10" else "FEW"]],
+)
+def test_two_processes_train_as_one_does(losses: Measured, way: str, case: str, shared_by: int) -> None:
     """The losses of all turns over all rounds; one process takes the batch of 8 whole.
 
     In float64: in float32 Adam makes 1e-6 of the rounding, 1.4e-6 at worst in the generator's loss, a difference.
     """
-    one, two = losses
-    if f"{case} 8" not in one:
-        pytest.skip("2 rounds are of a few cases")
-    whole, shared = one[f"{case} 8"], [run for name, run in two.items() if name.rpartition(" ")[0] == case][way]
+    one, two = losses(way)
+    whole, shared = one[f"{case} 8"], [run for name, run in two.items() if name.rpartition(" ")[0] == case][shared_by]
     assert len(whole) == len(shared) >= 2
-    losses = {name for name in whole[0] if name.startswith("loss/") and name.count("/") == 1}
-    assert losses
-    assert {name.replace("loss", "grad_norm") for name in losses} <= whole[0].keys()
+    names = {name for name in whole[0] if name.startswith("loss/") and name.count("/") == 1}
+    assert names
+    assert {name.replace("loss", "grad_norm") for name in names} <= whole[0].keys()
     for before, after in zip(whole, shared, strict=True):
         # diversity is that of a micro-batch; the rest of the last round stands below
         for name in (before.keys() & after.keys()) - {"diversity"}:
@@ -75,9 +85,10 @@ def test_two_processes_train_as_one_does(losses: tuple[Losses, Losses], case: st
         assert shared[-1][name] == pytest.approx(whole[-1][name], rel=1e-9), name
 
 
-def test_the_losses_move(losses: tuple[Losses, Losses]) -> None:
+@pytest.mark.parametrize("way", [some(way) for way in WAYS])
+def test_the_losses_move(losses: Measured, way: str) -> None:
     """What the comparison rests on: rounds differ by far more than it tolerates."""
-    for case, rounds in losses[0].items():
+    for case, rounds in losses(way)[0].items():
         name = next(name for name in rounds[0] if name.startswith("loss/"))
         assert max(measures[name] for measures in rounds) > 1.001 * min(measures[name] for measures in rounds), case
 
