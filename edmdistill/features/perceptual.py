@@ -57,7 +57,7 @@ class ScriptFeatures(ScriptFile):
         maps = self.run(resize(to_rgb(x, self.path, IN_A_RECIPE)))
         if not isinstance(maps, list | tuple) or len(maps) != NUM_MAPS:
             given = f"{len(maps)} feature maps" if isinstance(maps, list | tuple) else "no list of feature maps"
-            raise TrainingError(f"{self.path} gives {given}, but {NUM_MAPS} are needed, finest first: check the file")
+            raise TrainingError(f"{self.path} gives {given}, but {NUM_MAPS} are needed, finest first: give one that has them")
         return list(maps)
 
 

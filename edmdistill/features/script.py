@@ -28,6 +28,7 @@ from edmdistill.transfer import is_out_of_memory
 
 NEEDLESS = "which no network needs: write the network without it"
 WANTED = "give what torch.jit.save wrote"
+"""Ends of errors: what to do."""
 
 _CONTROL = """
 abs CallFunction CallMethod Constant CreateObject data device DictConstruct dtype Enter EnumName EnumValue Exit
