@@ -44,8 +44,8 @@ class PerceptualDistance(ScriptFile):
         distance = self.run(prepared(a), prepared(b))
         if not isinstance(distance, Tensor) or distance.numel() != len(a):
             raise TrainingError(
-                f"{self.path} must return a distance for each of {len(a)} pairs of images, as [B] or [B,1,1,1]: check "
-                "the file"
+                f"{self.path} must return a distance for each of {len(a)} pairs of images, as [B] or [B,1,1,1]: give "
+                "one that does"
             )
         return distance.reshape(len(a))
 
@@ -57,7 +57,9 @@ class ScriptFeatures(ScriptFile):
         maps = self.run(resize(to_rgb(x, self.path, IN_A_RECIPE)))
         if not isinstance(maps, list | tuple) or len(maps) != NUM_MAPS:
             given = f"{len(maps)} feature maps" if isinstance(maps, list | tuple) else "no list of feature maps"
-            raise TrainingError(f"{self.path} gives {given}, but {NUM_MAPS} are needed, finest first: give one that has them")
+            raise TrainingError(
+                f"{self.path} gives {given}, but {NUM_MAPS} are needed, finest first: give one that has them"
+            )
         return list(maps)
 
 
