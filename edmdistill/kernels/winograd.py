@@ -90,13 +90,22 @@ def transform_weight(weight: Tensor) -> Tensor:
     return (G.to(weight) @ weight.permute(2, 3, 1, 0).reshape(9, C * M)).view(36, C, M)
 
 
+@cache
+def least_channels() -> int:
+    """Returns the channels in and out from which Winograd's convolution is faster than oneDNN's on this processor.
+
+    Intel's processors with AMX compute oneDNN's convolution about twice as fast as others do, and matrix products not.
+    """
+    return 192 if torch.cpu.get_capabilities().get("amx_tile") else 64
+
+
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Returns whether Winograd's convolution of x, padded by zeros, is possible and faster than torch's.
 
     It is for images on a CPU in float32, laid out channels-last, without gradients or tangents, not compiled, on one
     thread: with more, each of its many steps waits for all. Sizes are multiples of 4, with 16 tiles or more in a batch;
-    channels in and out are at least 64, or 128 for images smaller than 16x16; the transformed weight takes at most
-    64 MiB.
+    channels in and out are `least_channels` or more, and 128 or more for images smaller than 16x16; the transformed
+    weight takes at most 64 MiB.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return False
@@ -109,7 +118,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and H % 4 == W % 4 == 0
         and B * H * W >= 16 * LEAST_TILES
-        and min(C, M) >= (64 if H * W >= 256 else 128)
+        and min(C, M) >= max(least_channels(), 64 if H * W >= 256 else 128)
         and 4 * 36 * C * M <= MOST_BYTES
     )
 

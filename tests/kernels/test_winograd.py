@@ -10,14 +10,17 @@ from tolerance import rounding
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from edmdistill.kernels import winograd
 from edmdistill.kernels.dual import Dual
 from edmdistill.kernels.linear import conv2d
 from edmdistill.kernels.winograd import FrozenWeight, pays, transform_weight, transforms, winograd_conv2d
 
 
 @pytest.fixture
-def one_thread(set_threads: Callable[[int], None]) -> None:
+def one_thread(set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor without AMX."""
     set_threads(1)
+    monkeypatch.setattr(winograd, "least_channels", lambda: 64)
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,6 +90,19 @@ def test_where_it_is_chosen(why: str) -> None:
     for shape in ((4, 128, 8, 8), (1, 64, 32, 32), (1, 64, 64, 4)):
         with torch.no_grad():
             assert pays(images(*shape), torch.ones(128, shape[1], 3, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("capabilities", "least"), [({"amx_tile": True}, 192), ({"amx_tile": False}, 64), ({}, 64)])
+def test_with_amx_it_takes_more_channels(
+    capabilities: dict[str, bool], least: int, set_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_threads(1)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(winograd, "least_channels", winograd.least_channels.__wrapped__)
+    for channels in (least, least - 1):
+        x, weight = images(1, channels, 16, 16), torch.ones(least, channels, 3, 3)
+        assert pays(x, weight) == (channels == least)
 
 
 @torch.no_grad()
