@@ -39,7 +39,7 @@ SAVES = textwrap.dedent("""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     Path(f"{rank}.up").touch()
-    time.sleep(600)
+    time.sleep(3600)
 """)
 
 
@@ -127,15 +127,15 @@ def test_threads_that_the_user_set_stay(start, monkeypatch):
 @pytest.mark.parametrize(
     ("code", "exit_code", "part"),
     [
-        ("rank and sys.exit(1); time.sleep(600)", 1, "failed (its traceback is above)"),
-        ("rank and sys.exit(7); time.sleep(600)", 1, "exited with code 7"),
+        ("rank and sys.exit(1); time.sleep(3600)", 1, "failed (its traceback is above)"),
+        ("rank and sys.exit(7); time.sleep(3600)", 1, "exited with code 7"),
         (
-            "rank and os.kill(os.getpid(), signal.SIGBUS); time.sleep(600)",
+            "rank and os.kill(os.getpid(), signal.SIGBUS); time.sleep(3600)",
             2,
             "was killed by SIGBUS, probably because /dev",
         ),
-        ("rank and os.kill(os.getpid(), 40); time.sleep(600)", 2, "was killed by signal 40"),
-        ("rank and sys.exit(2); time.sleep(600)", 2, None),
+        ("rank and os.kill(os.getpid(), 40); time.sleep(3600)", 2, "was killed by signal 40"),
+        ("rank and sys.exit(2); time.sleep(3600)", 2, None),
     ],
 )
 def test_one_end_is_the_end_of_all(start, code: str, exit_code: int, part: str | None):
@@ -192,7 +192,7 @@ def test_the_others_are_asked_before_they_are_killed(start, monkeypatch):
         if rank == 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             Path("1.up").touch()
-            time.sleep(600)
+            time.sleep(3600)
     """
     exit_code, sentences = start(textwrap.dedent(code) + SAVES, 3)
     assert exit_code == 2
@@ -239,7 +239,7 @@ def test_a_second_signal_stops_at_once(start, monkeypatch):
     monkeypatch.setattr(launch, "ECHO", 0)
     when("0.up", "1.up", send=signal.SIGINT)
     when("0.asked", "1.asked", send=signal.SIGINT)
-    assert start(SAVES.replace("0.1", "600")) == (130, [])
+    assert start(SAVES.replace("0.1", "3600")) == (130, [])
     assert not list(Path().glob("*.saved"))
 
 
@@ -281,7 +281,7 @@ def test_data_workers_are_not_asked_but_are_killed(start, monkeypatch):
     let_grace_end(monkeypatch, "1.told")
     code = """
         import subprocess
-        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
         Path(f"{rank}.worker").write_text(str(worker.pid))
         if rank == 0:
             while not Path("1.up").exists(): time.sleep(.01)
@@ -290,10 +290,10 @@ def test_data_workers_are_not_asked_but_are_killed(start, monkeypatch):
             time.sleep(.1)
             Path("1.alive").write_text(str(worker.poll()))
             Path("1.told").touch()
-            time.sleep(600)
+            time.sleep(3600)
         signal.signal(signal.SIGTERM, stop)
         Path("1.up").touch()
-        time.sleep(600)
+        time.sleep(3600)
     """
     try:
         assert start(code)[0] == 1
@@ -317,7 +317,7 @@ def test_no_process_outlives_a_killed_launcher(tmp_path: Path, late: bool):
         init_from_environment()
         assert "EDMDISTILL_LAUNCHER" not in os.environ
         Path(os.environ["RANK"] + ".bound").touch()
-        time.sleep(600)
+        time.sleep(3600)
     """
     script = f"""if True:
         import sys

@@ -153,7 +153,7 @@ def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
         with Stream(open_dataset("digits"), seed=0, labels=True, workers=2, device=torch.device("cpu")) as stream:
             list(stream.batches([(0, 8)] * 9))
             print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
-            time.sleep(600)
+            time.sleep(3600)
     """
     (tmp_path / "program.py").write_text(program)
     run = Forked(tmp_path / "program.py")
