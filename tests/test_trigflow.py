@@ -8,6 +8,7 @@ from tolerance import assert_rounded
 from torch import Tensor
 
 from edmdistill.trigflow import (
+    cos_sin,
     ddim_step,
     denoised,
     diffuse,
@@ -83,6 +84,17 @@ def test_times_of_one_image_or_of_all(pair: tuple[Tensor, Tensor]) -> None:
     x0, z = pair
     t = torch.tensor(0.7)
     assert_rounded(diffuse(x0, z, t), diffuse(x0, z, t.expand(4)), 10)  # vector units take four cosines at once
+
+
+def test_functions_of_time_are_computed_in_float64() -> None:
+    """Near pi/2 and in float32, a time has lost its cosine."""
+    x = torch.zeros(3, 5, device="meta")
+    t = math.pi / 2 - torch.tensor([1e-8, 1e-5, 1e-2], dtype=torch.float64)
+    assert (expand(t.float(), x).dtype, expand(t, x).device, expand(t, x).shape) == (torch.float64, x.device, (3, 1))
+    for dtype in (torch.float16, torch.float32):
+        cos, sin = cos_sin(t, torch.zeros(3, 5, dtype=dtype))
+        assert torch.equal(cos.flatten(), t.cos().to(dtype))
+        assert torch.equal(sin.flatten(), t.sin().to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

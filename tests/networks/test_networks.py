@@ -1,5 +1,6 @@
 """What every network does, whatever its kind."""
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edmdistill.kernels import winograd
-from edmdistill.networks import new_network
+from edmdistill.networks import NETWORKS, new_network
 from edmdistill.networks.base import Conditioning
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.two_time import add_second_time
@@ -209,6 +210,36 @@ def test_the_arguments_make_the_network_again(flow: FlowNetwork) -> None:
 def test_what_song_does_not_know(make_flow: MakeFlow) -> None:
     with pytest.raises(ValueError, match="learned', where positional or fourier is needed"):
         make_flow("ddpmpp", embedding_type="learned")
+
+
+UNET = {"channel_mult": (1, 2, 3, 4), "num_blocks": 3, "model_channels": 192}
+OFFICIAL: dict[str, dict[str, object]] = {
+    "song": {"label_dim": 0, "augment_dim": 0, "model_channels": 128, "channel_mult": (1, 2, 2, 2)}
+    | {"channel_mult_emb": 4, "num_blocks": 4, "attn_resolutions": (16,), "dropout": 0.1, "label_dropout": 0}
+    | {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard"}
+    | {"decoder_type": "standard", "resample_filter": (1, 1)},
+    "adm": UNET
+    | {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4, "attn_resolutions": (32, 16, 8)}
+    | {"dropout": 0.1, "label_dropout": 0},
+    "edm2": UNET
+    | {"channel_mult_noise": None, "channel_mult_emb": None, "attn_resolutions": (16, 8), "label_balance": 0.5}
+    | {"concat_balance": 0.5, "resample_filter": (1, 1), "channels_per_head": 64, "dropout": 0.0}
+    | {"res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256, "logvar_channels": 128},
+}
+
+
+@pytest.mark.parametrize("kind", OFFICIAL)
+def test_what_an_official_file_leaves_out_has_the_official_default(kind: str) -> None:
+    """What the official classes do not know is off."""
+    own = {
+        name: parameter.default
+        for name, parameter in inspect.signature(NETWORKS[kind]).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    assert {name: default for name, default in own.items() if name in OFFICIAL[kind]} == OFFICIAL[kind]
+    off = {"logvar_heads": 1, "adaptive_scale": True, "group_channels": 4}
+    for name in own.keys() - OFFICIAL[kind].keys():
+        assert own[name] == off.get(name, 0), name
 
 
 # The published networks; the numbers of parameters are those of the papers' tables.
