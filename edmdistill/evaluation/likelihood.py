@@ -114,9 +114,8 @@ def predict_noise(flow: FlowNetwork, labels: Tensor | None) -> NoisePrediction:
     def noise(x: Tensor, sigma: Tensor, direction: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         t = sigma_to_time(sigma, flow.sigma_data)
         cos, sin = cos_sin(t, x)
-        x_t, dx_t = (cos * x).to(flow.dtype), (cos * direction).to(flow.dtype)
-        row_labels = None if labels is None else labels[rows]
-        F, dF = flow.tangent(x_t, t, row_labels, dx_t, torch.zeros_like(t), t if flow.two_time else None)
+        row_labels, second = None if labels is None else labels[rows], t if flow.two_time else None
+        F, dF = flow.tangent(cos * x, t, row_labels, cos * direction, torch.zeros_like(t), second)
         turn = sin * cos / flow.sigma_data
         return turn * x + cos * F, turn * direction + cos * dF
 

@@ -17,12 +17,14 @@ from edmdistill.data.order import indices
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.images import BLOCKS
 from edmdistill.evaluation.likelihood import SOLVER_TOLERANCE, evaluate_likelihood, log_likelihood, predict_noise
+from edmdistill.evaluation.pipeline import image_digests, pixels_sha256
 from edmdistill.evaluation.results import read_results, results_json, results_table
 from edmdistill.evaluation.tables import GeneratorId, result_tables
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM, IDDPM, VE, VP
 from edmdistill.networks.surgery.two_time import add_second_time
+from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.trigflow import sigma_to_time
 
 LEVELS = {"sigma_min": 0.002, "sigma_max": 80.0}
@@ -81,10 +83,10 @@ def test_the_mean_over_all_probes_is_exact() -> None:
     assert float(found.std()) > 0.05
 
 
-def flow(preconditioning=EDM, **more) -> FlowNetwork:
+def flow(preconditioning=EDM, classes: int = 10, **more) -> FlowNetwork:
     torch.manual_seed(0)
     arguments = {"model_channels": 8, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": (), **more}
-    network = UNet(8, 1, 10, **arguments)
+    network = UNet(8, 1, classes, **arguments)
     torch.nn.init.constant_(network.out_gain, 0.5)
     for block in network.blocks():
         torch.nn.init.ones_(block.emb_gain)  # 0 at first, so that nothing is felt of time and class
@@ -174,6 +176,26 @@ def test_classes_are_passed_on() -> None:
     moved = Dataset("digits", "test", DIGITS.files, lambda i: DIGITS.image(i).numpy(), (classes.numpy() + 1) % 10)
     other = evaluate_likelihood(model, moved, count=3, probes=1).metrics
     assert abs(other["nll@3"] - own["nll@3"]) > 1e-4
+
+
+def test_the_record_says_what_was_computed() -> None:
+    """From what it holds alone, the same number again: the images' order, their seeds, and the solver's settings."""
+    net = flow(classes=0)
+    result = evaluate_likelihood(Denoiser(net), DIGITS, count=2, probes=1, tolerance=1e-3, source="here")
+    known, reference = result.protocol.likelihood, result.protocol.reference
+    assert known is not None
+    assert reference is not None
+    chosen = indices(0, 0, 2, len(DIGITS)).tolist()
+    pixels, rng = DIGITS.images(chosen), SeededNoise(chosen)
+    x = (pixels + rng.uniform((1, 8, 8)) - 0.5) / 127.5 - 1
+    solver = {name: getattr(known, name) for name in ("sigma_min", "sigma_max", "tolerance", "rho")}
+    value, calls = log_likelihood(predict_noise(net, None), x, rng.signs((1, 8, 8)), **solver)
+    found = math.log2(127.5) - float(bits(value, 64).mean())
+    assert result.metrics["nll@2"] == pytest.approx(found, rel=1e-12)
+    assert result.sampler is not None
+    assert result.sampler.nfe == round(float(calls.double().mean())) < int(calls.max())
+    assert reference.sha256 == pixels_sha256((1, 8, 8), image_digests(pixels))
+    assert (result.protocol.labels, result.provenance["source"]) == ("none", "here")
 
 
 def test_the_result_says_how_and_stands_in_tables(tmp_path: Path) -> None:
