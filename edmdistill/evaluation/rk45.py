@@ -46,10 +46,11 @@ def rk45(field: Field, state: Tensor, start: float, end: float, *, rtol: float, 
     rejected = torch.zeros_like(rows, dtype=torch.bool)  # rows whose last step was rejected
     result, evaluations = torch.empty_like(state), torch.full_like(rows, 2)
     while len(rows):
-        if bool((h < 10 * t.abs() * torch.finfo(t.dtype).eps).any()) or not bool(h.isfinite().all()):
+        stuck = (h < 10 * t.abs() * torch.finfo(t.dtype).eps) | ~h.isfinite()
+        if bool(stuck.any()):
             raise EdmDistillError(
-                f"an ODE could not be solved at time {float(t[0]):.4g}: its steps become too small, or its slope is "
-                "not finite; check the network with edmdistill inspect, or use a larger tolerance"
+                f"an ODE could not be solved at time {float(t[stuck][0]):.4g}: its steps become too small, or its "
+                "slope is not finite; check the network with edmdistill inspect, or use a larger tolerance"
             )
         last = t + h >= end
         ahead = torch.where(last, end, t + h)
@@ -67,7 +68,7 @@ def rk45(field: Field, state: Tensor, start: float, end: float, *, rtol: float, 
         scale = atol + rtol * torch.maximum(y.abs(), y_new.abs())
         error = _rms(h[:, None] * _combined(ERROR, slopes) / scale)
         accepted = error < 1
-        factor = (SAFETY * error**-0.2).clamp(MIN_FACTOR, MAX_FACTOR)
+        factor = (SAFETY * error**-0.2).clamp(MIN_FACTOR, MAX_FACTOR).nan_to_num(MIN_FACTOR)
         h = h * torch.where(accepted & rejected, factor.clamp(max=1), factor)
         rejected = ~accepted
 
@@ -87,7 +88,7 @@ def _first_step(
     size, speed = _rms(y / scale), _rms(slope / scale)
     trial = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed).clamp(max=length)
     curvature = _rms((field(t + trial, y + trial[:, None] * slope, rows) - slope) / scale) / trial
-    steepest = torch.maximum(speed, curvature)
+    steepest = torch.fmax(speed, curvature)  # where the trial meets no finite slope, by speed alone
     step = torch.where(steepest <= 1e-15, (trial * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** 0.2)
     return torch.minimum(100 * trial, step).clamp(max=length)
 

@@ -10,6 +10,8 @@ from edmdistill.data import transforms
 from edmdistill.data.transforms import (
     BICUBIC,
     BOX,
+    LANCZOS,
+    TRANSFORMS,
     center_crop,
     center_crop_dhariwal,
     center_crop_wide,
@@ -58,6 +60,8 @@ def official_dhariwal(image: Image.Image, side: int) -> Image.Image:
 @given(st.integers(16, 150), st.integers(16, 150), st.sampled_from((1, 2, 4)), st.sampled_from((8, 16, 32)))
 @example(125, 93, 4, 16)
 @example(93, 125, 4, 16)
+@example(60, 88, 2, 32)
+@example(125, 93, 1, 32)
 def test_what_is_cropped_off_is_not_computed_and_changes_nothing(
     width: int, height: int, factor: int, side: int
 ) -> None:
@@ -88,14 +92,34 @@ def test_a_wide_picture_gets_black_bars() -> None:
     assert np.array_equal(square[2:6], np.asarray(noise(8, 4)))
 
 
+@pytest.mark.parametrize(("width", "height", "kept"), [(11, 8, (1, 7)), (9, 8, (0, 7)), (16, 12, (3, 9))])
+def test_the_middle_of_a_wide_picture_is_kept(width: int, height: int, kept: tuple[int, int]) -> None:
+    """So many rows as it would have at the width that is asked for, whether it has more columns or not."""
+    square = center_crop_wide(noise(width, height), (8, 4))
+    assert square is not None
+    middle = noise(width, height).crop((0, kept[0], width, kept[1])).resize((8, 4), LANCZOS)
+    assert square.crop((0, 2, 8, 6)).tobytes() == middle.tobytes()
+
+
 @pytest.mark.parametrize(("width", "height"), [(7, 8), (8, 3)])
 def test_what_is_too_small_for_a_wide_picture_is_left_out(width: int, height: int) -> None:
     assert center_crop_wide(noise(width, height), (8, 4)) is None
 
 
-def test_a_ribbon_does_not_take_the_memory() -> None:
+def test_a_ribbon_does_not_take_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="1x60000 would become 64x3,840,000"):
         center_crop_dhariwal(Image.new("RGB", (1, 60000)), (64, 64))
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 64 * 128)
+    assert center_crop_dhariwal(Image.new("RGB", (1, 2)), (64, 64)).size == (64, 64)
+    with pytest.raises(ValueError, match="at most 8,192 pixels are"):
+        center_crop_dhariwal(Image.new("RGB", (1, 3)), (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [(None, None), ("none", (1, 1)), ("center-crop-wide", (64, 32)), ("center-crop", (4096, 4096))]
+)
+def test_sizes_that_suit(name: str | None, size: tuple[int, int] | None) -> None:
+    assert find_transform(name, size) is TRANSFORMS[name or "none"]
 
 
 @pytest.mark.parametrize(

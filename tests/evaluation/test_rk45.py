@@ -1,5 +1,7 @@
 """The Runge-Kutta method: scipy's on every row, and no row knows of another."""
 
+import warnings
+
 import pytest
 import torch
 from scipy.integrate import solve_ivp
@@ -63,7 +65,47 @@ def test_the_order_is_5() -> None:
     assert 3.1 < float(many[2] / few[2]) < 4.5
 
 
-@pytest.mark.parametrize("slope", [float("nan"), float("inf")])
-def test_a_broken_field_ends_in_a_sentence(slope: float) -> None:
-    with pytest.raises(EdmDistillError, match="could not be solved at time"):
-        rk45(lambda t, y, rows: torch.where(t > 1, slope, 1.0)[:, None] * y, STATES, *SPAN, rtol=1e-3, atol=1e-3)
+def test_the_field_is_asked_within_the_span_alone() -> None:
+    """Also where it is so flat that the first step would be longer."""
+    asked: list[Tensor] = []
+
+    def flat(t: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        asked.append(t)
+        return 1e-4 * y
+
+    rk45(flat, STATES, *SPAN, rtol=1e-3, atol=1e-3)
+    assert torch.cat(asked).min() == SPAN[0]
+    assert torch.cat(asked).max() == SPAN[1]
+
+
+def test_a_step_to_where_the_field_is_not_finite_is_tried_again_shorter() -> None:
+    """As by scipy: growth that saturates at 1, of which long steps would overshoot."""
+
+    def growth(t: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        return torch.where(y > 1.01, float("nan"), 20 * y * (1 - y))
+
+    def alone(t: float, y):
+        return growth(torch.tensor([t]), torch.from_numpy(y)[None], torch.zeros(1, dtype=torch.int64))[0].numpy()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        theirs = solve_ivp(alone, SPAN, [0.01], rtol=1e-2, atol=1e-2)
+    (end,), evaluations = rk45(growth, torch.tensor([[0.01]], dtype=torch.float64), *SPAN, rtol=1e-2, atol=1e-2)
+    assert int(evaluations) == theirs.nfev
+    assert float(end) == pytest.approx(float(theirs.y[0, -1]), rel=1e-11)
+
+
+@pytest.mark.parametrize(("growth", "slope"), [(1.0, "nan"), (1.0, "inf"), (1e-3, "nan")])
+def test_a_broken_field_ends_in_a_sentence_with_the_time_of_the_row_that_fails(growth: float, slope: str) -> None:
+    """Also where it is so flat that the first step is looked for beyond that time."""
+
+    def broken(t: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        return torch.where((rows == 2) & (t > 1), float(slope), growth)[:, None] * y
+
+    with pytest.raises(EdmDistillError, match="could not be solved at time 1: "):
+        rk45(broken, STATES, *SPAN, rtol=1e-3, atol=1e-3)
+
+
+def test_a_field_that_is_nowhere_finite_ends_in_a_sentence() -> None:
+    with pytest.raises(EdmDistillError, match=r"could not be solved at time 0\.4: "):
+        rk45(lambda t, y, rows: float("nan") * y, STATES, *SPAN, rtol=1e-3, atol=1e-3)
