@@ -33,6 +33,8 @@ PATIENCE = 3.0
 """Seconds in which the processes of a command that was killed are gone."""
 MOST = 10**8
 """Images; their names have eight digits."""
+MODE = 0o644 << 16
+"""Of the files when they are unpacked."""
 
 
 def member_name(i: int) -> str:
@@ -65,7 +67,7 @@ class LatentZip:
         main: bool = True,
         overwrite: bool = False,
     ) -> None:
-        if not 0 < count <= MOST:
+        if count > MOST:
             raise DatasetError(f"{count:,} images are too many for one set of latents, which holds {MOST:,}: split it")
         self.out, self.count, self.shape = out, count, tuple(shape)
         self.request = json.loads(json.dumps(request))
@@ -143,10 +145,11 @@ class LatentZip:
                         info = self._info(i, entry & (WHOLE - 1))
                         info.header_offset = i * self._stride
                         archive.filelist.append(info)
-                    archive.writestr(zipfile.ZipInfo(LABELS), json.dumps(document))
+                    labels = zipfile.ZipInfo(LABELS)
+                    labels.external_attr = MODE
+                    archive.writestr(labels, json.dumps(document))
                 file.flush()
                 os.fsync(file.fileno())
-            (self.folder / LATENTS).chmod(0o666 & ~_umask())
             (self.folder / LATENTS).replace(self.out)
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -162,7 +165,7 @@ class LatentZip:
     def _info(self, i: int, crc: int = 0) -> zipfile.ZipInfo:
         """Returns the zip's entry of an image, but for its place."""
         info = zipfile.ZipInfo(member_name(i))
-        info.external_attr = 0o644 << 16
+        info.external_attr = MODE
         info.CRC, info.file_size, info.compress_size = crc, self._size, self._size
         return info
 
@@ -241,9 +244,3 @@ def read_request(path: Path) -> object:
             return json.loads(archive.read(LABELS))["encoder"]["request"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
         return None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

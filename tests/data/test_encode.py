@@ -187,7 +187,9 @@ def test_the_same_again_and_another_one(images: Path, vae: Vae, tmp_path: Path) 
         EncodeJob(open_dataset(images), vae, "scm", out)
     assert out.read_bytes() == written
     other = tmp_path / "other.zip"
-    EncodeJob(open_dataset(images), vae, "edm2", other).zip.close()
+    unfinished = EncodeJob(open_dataset(images), vae, "edm2", other)
+    unfinished.encode()
+    unfinished.zip.close()
     with pytest.raises(DatasetError, match=r"was begun with other range: .* --overwrite"):
         EncodeJob(open_dataset(images), vae, "scm", other)
     for path in (out, other):
@@ -197,6 +199,25 @@ def test_the_same_again_and_another_one(images: Path, vae: Vae, tmp_path: Path) 
         encoding = open_dataset(path).encoding
         assert encoding is not None
         assert encoding.range == "scm"
+    assert other.read_bytes() == out.read_bytes()  # of what was done before nothing is left
+
+
+def test_what_decides_the_latents_is_not_mixed(images: Path, vae: Vae, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "a.zip"
+    data, mirrored = open_dataset(images), open_dataset(images, xflip=True)
+    EncodeJob(data, vae, "edm2", out).zip.close()
+    document = json.loads((images / "dataset.json").read_text())
+    document["labels"][0][1] = 0
+    (images / "dataset.json").write_text(json.dumps(document))
+    with pytest.raises(DatasetError, match="was begun with other images: "):
+        EncodeJob(open_dataset(images), vae, "edm2", out)
+    with pytest.raises(DatasetError, match="was begun with other xflip: "):
+        EncodeJob(mirrored, vae, "edm2", out)
+    for owner, name, value, key in ((vae, "sha256", "0" * 64, "vae_sha256"), (vae.model, "dtype", "half", "dtype")):
+        with monkeypatch.context() as patched:
+            patched.setattr(type(owner) if name == "dtype" else owner, name, value)
+            with pytest.raises(DatasetError, match=f"was begun with other {key}: "):
+                EncodeJob(data, vae, "edm2", out)
 
 
 def test_what_is_refused(images: Path, vae: Vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
