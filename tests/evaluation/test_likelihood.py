@@ -236,7 +236,7 @@ def few() -> Dataset:
     ("model", "data", "error", "message"),
     [
         (lambda: generator(flow()), lambda: DIGITS, EdmDistillError, "only jumps to the data"),
-        (lambda: Denoiser(flow(IDDPM)), lambda: DIGITS, EdmDistillError, "its ODE cannot be solved with adaptive steps"),
+        (lambda: Denoiser(flow(IDDPM)), lambda: DIGITS, EdmDistillError, "its ODE cannot be solved with adaptive"),
         (lambda: Denoiser(flow()), colors, DatasetError, "are 3x8x8"),
         (lambda: Denoiser(flow()), few, DatasetError, "no classes, but the network has 10"),
     ],
