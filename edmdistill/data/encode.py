@@ -89,7 +89,7 @@ class EncodeJob:
                 processes, and of those that this one has encoded since.
         Raises: DatasetError: an image cannot be read, latents are not finite, or the disk refuses.
         """
-        chunks = (range(at, min(at + CHUNK, len(self.images))) for at in range(0, len(self.images), CHUNK))
+        chunks = (range(at, at + CHUNK) for at in range(0, len(self.images), CHUNK))
         missing = filter(None, map(self.zip.missing, islice(chunks, self.rank, None, self.processes)))
         for rows, pixels in self._read_ahead(missing):
             parts: list[Tensor] = []

@@ -85,7 +85,9 @@ def test_the_official_data_set(images: Path, vae: Vae, case: dict[str, torch.Ten
     assert not (tmp_path / "deep" / ".latents.zip.parts").exists()
 
 
-def test_a_network_made_for_latents_sees_unit_scale(vae: Vae, images: Path, tmp_path: Path) -> None:
+def test_a_network_made_for_latents_sees_unit_scale(
+    vae: Vae, images: Path, case: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     encode(EncodeJob(open_dataset(images), vae, "scm", tmp_path / "latents.zip"))
     data = open_dataset(tmp_path / "latents.zip")
     assert data.encoding is not None
@@ -93,6 +95,7 @@ def test_a_network_made_for_latents_sees_unit_scale(vae: Vae, images: Path, tmp_
     assert encoder is not None
     assert (encoder.range, encoder.vae_sha256) == ("scm", vae.sha256)
     moments = data.tensors(range(3))[0]
+    torch.testing.assert_close(moments, vae.encode(case["pixels_u8"], "scm"), rtol=0, atol=1e-5)
     mean, std = channel_statistics(
         torch.cat([draw_latents(moments, torch.zeros(()), encoder), torch.zeros(3, 4, 8, 8)], dim=1)
     )
@@ -232,13 +235,18 @@ def test_what_is_refused(images: Path, vae: Vae, tmp_path: Path, monkeypatch: py
         EncodeJob(open_dataset(images), vae, "edm2", tmp_path / "a.zip")
 
 
-def test_latents_that_are_not_finite(images: Path, vae: Vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = torch.zeros(3, 8, 8, 8)
-    broken[1, 0, 0, 0] = float("nan")
-    monkeypatch.setattr(vae, "encode", lambda pixels, range: broken)
-    job = EncodeJob(open_dataset(images), vae, "edm2", tmp_path / "a.zip")
-    with pytest.raises(DatasetError, match=r"1.png has latents that are not finite"):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite(
+    value: float, images: Path, vae: Vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of image 4, which is the second mirrored; those before it stay."""
+    monkeypatch.setattr(module, "CHUNK", 2)
+    batches = iter([torch.ones(2, 8, 8, 8), torch.ones(2, 8, 8, 8), torch.full((2, 8, 8, 8), value)])
+    monkeypatch.setattr(vae, "encode", lambda pixels, range: next(batches))
+    job = EncodeJob(open_dataset(images, xflip=True), vae, "edm2", tmp_path / "a.zip")
+    with pytest.raises(DatasetError, match=r"1\.png has latents that are not finite"):
         job.encode()
+    assert job.zip.written == 4
     job.zip.close()
 
 

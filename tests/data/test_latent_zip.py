@@ -108,7 +108,7 @@ def test_something_else_is_not_replaced(content: str | None, tmp_path: Path) -> 
         with zipfile.ZipFile(out, "w") as archive:
             archive.writestr("dataset.json" if content else "a.png", content)
     before = out.read_bytes()
-    with pytest.raises(DatasetError, match="already exists and holds something else: .* --overwrite"):
+    with pytest.raises(DatasetError, match=r"already exists and holds something else: .* --overwrite"):
         begun(tmp_path)
     begun(tmp_path, overwrite=True).close()
     assert out.read_bytes() == before  # until the new one is complete
@@ -118,7 +118,7 @@ def test_a_torn_record_is_a_sentence(tmp_path: Path) -> None:
     parts = begun(tmp_path)
     parts.close()
     (parts.folder / "encode.json").write_text(json.dumps(REQUEST)[:-2])
-    with pytest.raises(DatasetError, match="set.zip cannot be written"):
+    with pytest.raises(DatasetError, match=r"set\.zip cannot be written"):
         begun(tmp_path)
 
 
