@@ -55,6 +55,23 @@ def test_features_are_of_the_last_layer_of_each_level(make_flow: MakeFlow, case:
         assert torch.equal(feature, found[last])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["ddpmpp", "edm2"])
+def test_features_are_computed_in_half_precision_and_judged_in_the_heads(make_flow: MakeFlow, case: str) -> None:
+    flow = make_flow(case)
+    add_head(flow, "levels", seed=1)
+    size = flow.img_resolution
+    point = torch.randn(2, flow.img_channels, size, size), torch.tensor([0.3, 1.2])
+    flow.compute_dtype = torch.bfloat16
+    features, (_, logits) = flow(*point, features=True), flow(*point, logits="also")
+    for feature in features:
+        assert feature.dtype == torch.float32
+        assert torch.equal(feature, feature.bfloat16().float())
+    assert logits.dtype == torch.float32
+    assert torch.equal(flow(*point, logits="alone"), logits)
+    assert torch.equal(flow.network.head(features), logits)
+
+
 def layer(channels: int, resolution: int) -> Layer:
     return Layer(resolution, "block0", channels, channels, attention=False)
 

@@ -90,8 +90,6 @@ def with_double_norm(flow: FlowNetwork) -> FlowNetwork:
         )
     if network.arguments["double_norm"]:
         raise CheckpointError("this teacher already has adaptive double normalization: leave out --double-norm")
-    was_training = network.training
-    network.eval()
     sigma = training_sigmas(flow, 1024)
     rows = torch.arange(len(sigma)) % (flow.label_dim + 1)  # every class in turn, and none
     labels = torch.eye(flow.label_dim + 1)[rows, :-1] if flow.label_dim else None
@@ -103,5 +101,4 @@ def with_double_norm(flow: FlowNetwork) -> FlowNetwork:
         for name, block in network.named_modules()
         if isinstance(block, ResidualBlock)
     }
-    network.train(was_training)
     return rebuild(flow, new, double_norm=True)

@@ -1,0 +1,49 @@
+"""What the interface of all networks does with its conditioning."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from edmdistill.draws import Draws
+from edmdistill.networks.base import Conditioning
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.surgery.two_time import add_second_time
+
+MakeFlow = Callable[..., FlowNetwork]
+
+
+def test_blocks_are_numbered_from_1(flow: FlowNetwork) -> None:
+    """Each number is a piece of a row's random words; 0 is that of the labels."""
+    blocks = flow.network.blocks()
+    assert [block.layer for block in blocks] == list(range(1, len(blocks) + 1))
+
+
+def test_a_row_keeps_its_label_or_loses_it(make_flow: MakeFlow) -> None:
+    network = make_flow("edm2", label_dropout=0.3).network
+    labels, like = torch.tensor([[1.0, 0.0, 0.0, 2.0, 0.5]]).expand(4000, 5), torch.zeros(1, dtype=torch.float64)
+    found = network.drop_labels(Conditioning(like, labels, dropout_keys=Draws(0, 4000).dropout()), like)
+    assert found.dtype == torch.float64
+    kept = (found == labels).all(1)
+    assert bool((kept | (found == 0).all(1)).all())
+    assert float(kept.double().mean()) == pytest.approx(0.7, abs=0.03)
+    whole = network.drop_labels(Conditioning(like, labels), like)
+    assert torch.equal(whole, labels.double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["ncsnpp-ve", "adm", "edm2"])
+def test_labels_belong_to_the_first_time(make_flow: MakeFlow, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the last nonlinearity, the second time adds the same whatever the labels: gain times its embedding."""
+    network = add_second_time(make_flow(case, torch.float64)).network
+    for module in ("song", "adm", "edm2"):
+        monkeypatch.setattr(f"edmdistill.networks.{module}.silu", lambda x: x)
+    c, second = torch.tensor([0.1, 0.5]).double(), torch.tensor([-0.3, 0.2]).double()
+    for parameter in network.second_time.parameters():
+        parameter.add_(torch.randn_like(parameter))
+    network.second_time.gain.fill_(0.3)
+    weight = 0.3 * getattr(network, "time_factor", 1.0)  # of both times, beside the labels
+    expected = weight * network.embed_time(network.second_time, second)
+    for labels in (None, torch.eye(5).double()[1:3]):
+        added = network.embed(Conditioning(c, labels, second)) - network.embed(Conditioning(c, labels))
+        torch.testing.assert_close(added, expected, rtol=1e-9, atol=1e-9)
