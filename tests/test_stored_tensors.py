@@ -2,16 +2,27 @@
 
 import io
 import mmap
+import pickle
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edmdistill.pickles import Unreadable
-from edmdistill.stored_tensors import Array, Dtype, Storage, read_scalar, read_storage, rebuild_tensor
+from edmdistill.pickles import Unpickler, Unreadable
+from edmdistill.stored_tensors import (
+    NUMPY,
+    Array,
+    Dtype,
+    Storage,
+    read_buffer,
+    read_scalar,
+    read_storage,
+    rebuild_tensor,
+)
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -30,7 +41,9 @@ def stored(tensor: torch.Tensor) -> memoryview:
 def test_storage_as_torch_writes_it(dtype: torch.dtype) -> None:
     tensor = torch.arange(12).reshape(3, 4).to(dtype)
     storage = read_storage(stored(tensor))
-    assert torch.equal(rebuild_tensor(storage, 0, (3, 4), (4, 1)).tensor(), tensor)
+    whole = rebuild_tensor(storage, 0, (3, 4), (4, 1))
+    assert torch.equal(whole.tensor(), tensor)
+    assert whole.nbytes == tensor.nbytes
     part = tensor.t()[1:, 2]
     again = rebuild_tensor(storage, part.storage_offset(), tuple(part.shape), part.stride())
     assert torch.equal(again.tensor(), part)
@@ -48,7 +61,7 @@ def test_storage_is_refused() -> None:
         "big-endian": [good.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89", 1)],
         "ends too early": [good[:20], head],
         "'os.system'": [good.replace(b"ctorch\nFloatStorage\n", b"cos\nsystem\n")],
-        "damaged": [good.replace(b"storageq", b"storagfq")],
+        "damaged": [good.replace(b"storageq", b"storagfq"), good.replace(b"Ntq", b"K\x01tq")],  # a view of another
     }
     for why, programs in cases.items():
         for program in programs:
@@ -105,6 +118,28 @@ def test_tensors_stay_inside_their_storage(offset: int, axes: list[tuple[int, in
 def test_tensor_bounds(offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
     with pytest.raises(Unreadable, match="storage of 4 numbers"):
         rebuild_tensor(Storage("float32", 4, memoryview(bytes(16))), offset, shape, stride)
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_arrays_as_numpy_pickles_them(protocol: int) -> None:
+    """In either order, and of every kind that a checkpoint holds; scalars too."""
+    kinds = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
+    arrays = [np.arange(-3, 3).reshape(2, 3).astype(kind, order=order) for kind in kinds for order in ("C", "F")]
+    scalars = [array.flat[0] for array in arrays]
+    read = Unpickler(memoryview(pickle.dumps([*arrays, *scalars], protocol)), NUMPY).run()
+    assert isinstance(read, list)
+    for found, array in zip(read, arrays, strict=False):
+        assert found.numbers.dtype == array.dtype
+        np.testing.assert_array_equal(found.numbers, array)
+    assert read[len(arrays) :] == scalars
+
+
+def test_arrays_of_objects_or_of_other_byte_order_are_refused() -> None:
+    for array in (np.array([None]), np.zeros(2, ">f4"), np.array(["x"])):
+        with pytest.raises(Unreadable, match=r"damaged|asks for"):
+            Unpickler(memoryview(pickle.dumps(array)), NUMPY).run()
+    with pytest.raises(TypeError):
+        read_buffer(memoryview(bytes(4)), Dtype("f4"), (1,), "A")
 
 
 def test_numpy() -> None:

@@ -48,9 +48,11 @@ def test_honest_files_have_room() -> None:
     """Every storage is read once as a nested pickle and copied once as a tensor."""
     for size in (10, 2**34):
         budget = Budget(size)
-        budget.take(2 * size)
-        with pytest.raises(Unreadable):
-            budget.take(SLACK + 1)
+        budget.take(2 * size + SLACK)
+        budget.step(MAX_STEPS)
+        for one_more in (budget.take, budget.step):
+            with pytest.raises(Unreadable):
+                one_more(1)
 
 
 def test_a_tensor_takes_its_own_range() -> None:
