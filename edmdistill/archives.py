@@ -108,7 +108,7 @@ class Archive:
             match identifier:
                 case ("storage", StorageType() as kind, str() as key, str(), int() as numel, *_):
                     data = self.read(f"{folder}/{key}")
-                    if numel < 0 or len(data) != numel * kind.itemsize:
+                    if len(data) != numel * kind.itemsize:
                         raise Unreadable(
                             f"declares {numel:,} {kind.dtype} numbers where it holds {len(data):,} bytes: {FORGED}"
                         )
@@ -147,7 +147,7 @@ def load_legacy(data: memoryview, names: Mapping[tuple[str, str], object]) -> ob
 
     def resolve(identifier: object) -> Storage:
         match identifier:
-            case ("storage", StorageType() as kind, str() as key, str(), int() as numel, None) if numel >= 0:
+            case ("storage", StorageType() as kind, str() as key, str(), int() as numel, None):
                 return storages.setdefault(key, Storage(kind.dtype, numel, memoryview(b"")))
         raise TypeError
 
