@@ -66,7 +66,11 @@ def test_diffusers_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="diffusers' names"):
         load_official(tmp_path / "unet.safetensors")
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is a safetensors file"):
+        load_official(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="diffusers' names"):
+        load_official(tmp_path / "unet.safetensors")
     with pytest.raises(CheckpointError, match=f"is a part of a checkpoint: give its folder, {tmp_path}"):
         load_official(tmp_path / "model.safetensors")
 
