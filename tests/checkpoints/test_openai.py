@@ -9,7 +9,8 @@ import torch.nn.functional as f
 from openai_weights import Weights, weights_of
 from torch import Tensor
 
-from edmdistill.checkpoints.config import NetworkSpec
+from edmdistill.checkpoints.class_names import dataset_class_names
+from edmdistill.checkpoints.config import NetworkSpec, Provenance
 from edmdistill.checkpoints.load import load_generator
 from edmdistill.checkpoints.openai import PRECONDITIONING, RESOLUTIONS, UnknownNetwork, read_openai, to_adm
 from edmdistill.checkpoints.published_generators import convert_generator
@@ -144,14 +145,25 @@ def test_the_published_network() -> None:
 
 
 def test_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision, and saved under DistributedDataParallel, as some of theirs are."""
     monkeypatch.setitem(RESOLUTIONS, (1,), 4)
-    path = tmp_path / "edm_x_ema.pt"
-    weights = weights_of((1,), attending=())
-    torch.save(weights, path)
+    path = tmp_path / "edm_imagenet64_ema.pt"
+    weights = {name: tensor.half() for name, tensor in weights_of((1,), attending=(), classes=1000).items()}
+    torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, path)
     flow, config = read_openai(path, "0" * 64)
-    assert torch.equal(flow.network.map_layer0.weight, weights["time_embed.0.weight"])
+    assert torch.equal(flow.network.map_layer0.weight, weights["time_embed.0.weight"].float())
+    assert torch.equal(flow.network.map_label.weight, weights["label_emb.weight"].t().float())
+    assert {tensor.dtype for tensor in flow.network.state_dict().values()} == {torch.float32}
     assert config.c_noise == "250 ln(sigma)"
-    assert (config.provenance.source, config.provenance.licence) == ("edm_x_ema.pt", "mit")
+    assert config.label_names == dataset_class_names("imagenet")
+    assert config.provenance == Provenance(source=path.name, sha256="0" * 64, licence="mit")
+    torch.save(weights | {"module.time_embed.0.bias": weights["time_embed.0.bias"]}, path)  # twice
+    with pytest.raises(CheckpointError, match="holds other weights than an ADM network"):
+        read_openai(path, "")
+    weights["out.0.bias"][3] = torch.nan
+    torch.save(weights, path)
+    with pytest.raises(CheckpointError, match=r"holds NaN or infinity in out_norm\.bias, at 1 of 128 numbers"):
+        read_openai(path, "")
 
 
 def test_other_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
