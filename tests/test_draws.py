@@ -33,6 +33,8 @@ def test_known_answers() -> None:
     draws = Draws(ENTROPY, 2)
     assert draws.uniform().tolist() == [0.16326828721589204, 0.41507481689555537]
     np.testing.assert_allclose(draws.normal().numpy(), [1.030958375141545, -0.9350859637048228], rtol=1e-12)
+    assert draws.common() == 0.5688516199258106
+    assert draws.dropout().tolist() == [-7180684846810378104, 3061538778147868958]
 
 
 def everything(draws: Draws) -> list[torch.Tensor]:
@@ -71,6 +73,13 @@ def test_calls_and_passes_have_separate_pieces() -> None:
     twice, again = draws.dropout(advance=False, times=2), draws
     assert torch.equal(twice, torch.cat([again.dropout(), again.dropout()]))
     assert (draws.uniform() != draws.uniform()).all()
+
+
+def test_values_of_some_rows_in_their_place() -> None:
+    """The mean over parts, by their rows, is the mean of all."""
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    parts = [(rows, Draws(0, 5, rows).in_batch(values[rows])) for rows in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(sum(whole * len(values[rows]) / 5 for rows, whole in parts), values)
 
 
 def test_words_are_random() -> None:

@@ -12,11 +12,13 @@ from edmdistill.schedules import (
     cosim_sigmas,
     ctm_indices,
     ctm_score_sigmas,
+    curve_times,
     edm_curve,
     edm_index,
     edm_sigmas,
     generator_sigmas,
     lognormal_sigmas,
+    lognormal_times,
     start_first_sigmas,
 )
 
@@ -39,6 +41,33 @@ def test_edm_grid() -> None:
 
 def test_edm_grid_lies_on_the_curve() -> None:
     torch.testing.assert_close(edm_sigmas(9, MIN, MAX), edm_curve(torch.linspace(1, 0, 9), MIN, MAX), rtol=1e-6, atol=0)
+
+
+def test_rho_bends_every_curve() -> None:
+    """With rho = 1 levels are at equal distances."""
+    ends = {"sigma_min": 1.0, "sigma_max": 5.0, "rho": 1.0}
+    assert edm_sigmas(5, **ends).tolist() == pytest.approx([5, 4, 3, 2, 1])
+    assert generator_sigmas(4, **ends).tolist() == pytest.approx([5, 4, 3, 2])
+    assert edm_index(2.0, **ends) == pytest.approx(0.25)
+    assert edm_curve(torch.tensor(0.25), **ends) == pytest.approx(2)
+    s, t = start_first_sigmas(Draws(0, 20000), **ends, share_to_max=0.0, sigma_from=2.0)
+    assert float(t.min()) == pytest.approx(2, abs=1e-3)
+    assert float(t.mean()) == pytest.approx(3.5, abs=0.03)
+    assert float(((s - 1) / (t - 1)).mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_curves_are_float64_whatever_comes_in() -> None:
+    assert edm_curve(torch.tensor(0.3), MIN, MAX).dtype == torch.float64
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_times_are_those_of_the_levels(sigma_data: float) -> None:
+    r = Draws(0, 1000).uniform()
+    expected = (edm_curve(0.2 + 0.5 * r, MIN, MAX) / sigma_data).atan()
+    torch.testing.assert_close(curve_times(Draws(0, 1000), sigma_data, MIN, MAX, low=0.2, high=0.7), expected)
+    levels = {"P_mean": -1.2, "P_std": 1.4}
+    expected = (lognormal_sigmas(Draws(0, 1000), **levels) / sigma_data).atan()
+    torch.testing.assert_close(lognormal_times(Draws(0, 1000), sigma_data, **levels), expected)
 
 
 def test_generator_grids() -> None:

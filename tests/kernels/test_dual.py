@@ -63,8 +63,11 @@ CASES: dict[str, list[Callable[[Tensor], Tensor]]] = {
 
 @pytest.fixture
 def x() -> Dual:
+    """Among its values are the bounds of clamp and hardtanh."""
     torch.manual_seed(0)
-    return Dual(*torch.randn(2, 2, 8, 4, 4, dtype=torch.float64))
+    value, tangent = torch.randn(2, 2, 8, 4, 4, dtype=torch.float64)
+    value[0, 0, 0, :2] = torch.tensor([-0.5, 0.7])
+    return Dual(value, tangent)
 
 
 def test_every_rule_has_a_case() -> None:

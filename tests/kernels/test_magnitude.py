@@ -48,6 +48,25 @@ def test_weights_have_unit_rms_in_each_output() -> None:
     magnitude.normalize_weights_([])
 
 
+def test_norms_of_half_precision_are_float32() -> None:
+    """65504 is the largest number of float16, and 1e-4 hardly more than the least."""
+    large = torch.full((2, 8192), 1000.0, dtype=torch.float16)
+    torch.testing.assert_close(magnitude.normalize(large, 1), torch.ones_like(large))
+    for scaled in (magnitude.mp_weight(large), large * magnitude.mp_scale(large)):
+        torch.testing.assert_close(scaled, torch.full((2, 8192), 8192**-0.5))
+    small = magnitude.normalize(torch.full((2, 64), 1e-5, dtype=torch.float64), 1)
+    torch.testing.assert_close(small, torch.full_like(small, 1 / 11))
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3, 3), (4, 6)])
+def test_weights_are_scaled_by_what_normalizes_them(shape: tuple[int, ...]) -> None:
+    weight, gain = torch.randn(shape, dtype=torch.float64) * 1e-3, torch.tensor(0.7, dtype=torch.float64)
+    expected = magnitude.mp_weight(weight, gain, 3.0)
+    torch.testing.assert_close(weight * magnitude.mp_scale(weight, gain, 3.0), expected, rtol=1e-12, atol=0)
+    rms = weight.square().mean(tuple(range(1, weight.ndim)), keepdim=True).sqrt()
+    torch.testing.assert_close(expected, 2.1 * weight / (rms + 1e-4) / weight[0].numel() ** 0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_fourier_features_are_float32_or_better(dtype: torch.dtype) -> None:
     c = torch.linspace(-1.5, 1.1, 500, dtype=dtype)

@@ -31,6 +31,7 @@ def test_the_box_has_two_ways(x: Tensor) -> None:
     torch.testing.assert_close(upsample(x), upsample(x, kernel))
     assert is_box(BOX)
     assert not is_box((1, 3))
+    assert not is_box((1, 1, 1, 1))
     assert not is_box(NCSN)
 
 

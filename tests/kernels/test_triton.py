@@ -121,6 +121,31 @@ def test_mp_weight_and_its_gradients(shape: tuple[int, ...], gained: bool) -> No
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_selected_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its results are those of torch, so that they do not tell."""
+    from edmdistill.kernels import attention_triton, group_norm_triton, magnitude_triton
+
+    ran: list[str] = []
+
+    def instead(module: Any, name: str, result: Tensor) -> None:
+        def record(*_: Any) -> Tensor:
+            ran.append(name)
+            return result
+
+        monkeypatch.setattr(module, name, record)
+
+    instead(attention_triton, "attention_tangent", random(1, 1, 4, 4))
+    instead(group_norm_triton, "group_norm_silu_tangent", random(1, 8, 2, 2))
+    instead(magnitude_triton, "mp_weight", random(4, 8))
+    names = ["attention_tangent", "group_norm_silu_tangent", "mp_weight"]
+    for backend, expected in (("torch", []), ("triton", names)):
+        with kernels(backend):
+            attention(*(dual(1, 1, 4, 4) for _ in range(3)))
+            group_norm_silu(dual(1, 8, 2, 2), random(8), random(8), 2, 1e-5)
+            mp_weight(random(4, 8))
+        assert ran == expected
+
+
 def test_float64_and_tensors_without_a_tangent_stay_with_torch() -> None:
     x, weight, bias = random(2, 8, 3, 3), random(8), random(8)
     y = f.silu(f.group_norm(x, 4, weight, bias, 1e-5))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.heads import ConvolutionHead, add_head
+from edmdistill.networks.heads import ConvolutionHead, MeanHead, add_head
 from edmdistill.networks.levels import Layer
 
 MakeFlow = Callable[..., FlowNetwork]
@@ -82,13 +82,30 @@ def test_the_head_is_dmd2s() -> None:
         shapes = [tuple(parameter.shape) for parameter in ConvolutionHead([layer(768, 8)]).parameters()]
     block = [(768, 768, 4, 4), (768,), (768,), (768,)]
     assert shapes == [*block, *block, (1, 768, 1, 1), (1,)]
+    head = ConvolutionHead([layer(768, 8)])
+    kinds = [torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.SiLU]
+    assert [type(part) for part in head] == [*kinds, *kinds, torch.nn.Conv2d, torch.nn.Flatten]
+    assert [part.num_groups for part in head if isinstance(part, torch.nn.GroupNorm)] == [32, 32]
+    for channels, groups in ((3, 1), (6, 1), (18, 3), (130, 26)):
+        assert ConvolutionHead([layer(channels, 4)])[1].num_groups == groups, "of 4 channels or more each"
     for channels in (6, 18, 130):
         assert ConvolutionHead([layer(channels, 4)])([torch.randn(3, channels, 4, 4)]).shape == (3, 1)
     for resolution in (1, 2, 3, 4, 5, 12):
         assert ConvolutionHead([layer(8, resolution)])([torch.randn(3, 8, resolution, resolution)]).shape == (3, 1)
 
 
+def test_a_mean_head_judges_each_pixel_of_the_bottleneck() -> None:
+    features = [torch.randn(2, 5, 8, 8), torch.randn(2, 7, 4, 4)]
+    torch.testing.assert_close(MeanHead()(features), features[1].mean(1).reshape(2, 16))
+
+
 def test_a_seed_draws_the_head(make_flow: MakeFlow) -> None:
+    """And nothing else; in float64, if the network is."""
+    wide = make_flow("edm2", torch.float64)
+    rng = torch.get_rng_state()
+    add_head(wide, "bottleneck", 1)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert {parameter.dtype for parameter in wide.network.head.parameters()} == {torch.float64}
     flows = [make_flow("edm2") for _ in range(3)]
     for flow, seed in zip(flows, (1, 1, 2), strict=True):
         add_head(flow, "bottleneck", seed)

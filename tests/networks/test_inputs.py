@@ -108,6 +108,7 @@ def test_times_are_the_same_in_every_form(times: list[float]) -> None:
         ("sigma", math.inf, "sigma = inf must be above 0 and finite"),
         ("t", math.nan, "t = nan must be in"),
         ("w", -1.0, "w = -1 must be at least 0"),
+        ("w", math.inf, "w = inf must be at least 0 and finite"),
     ],
 )
 def test_a_number_out_of_range_is_refused_in_every_form(form: Any, name: str, value: float, sentence: str) -> None:
@@ -119,6 +120,23 @@ def test_a_number_out_of_range_is_refused_in_every_form(form: Any, name: str, va
 def test_another_number_of_levels_is_refused(value: Any) -> None:
     with pytest.raises(EdmDistillError, match="must be a number, or 2, one for each image"):
         levels(value, "t", 2)
+
+
+def test_the_ends_of_a_range_are_in_it() -> None:
+    """Half of pi is rounded upward in float32."""
+    end = torch.tensor(math.pi / 2)
+    assert float(end) > math.pi / 2
+    for name, value in (("t", 0.0), ("t", end), ("s", 0.0), ("s", end), ("w", 0.0)):
+        assert levels(value, name, 1) == value
+    with pytest.raises(EdmDistillError, match="t = 2 must be"):
+        levels([0.1, 2.0], "t", 2)
+
+
+def test_the_sentence_names_the_late_jump() -> None:
+    with pytest.raises(EdmDistillError, match=r"s = 0\.9 is after t = 0\.5"):
+        require_earlier(torch.tensor([0.1, 0.9]), torch.tensor([0.6, 0.5]))
+    with pytest.raises(EdmDistillError, match=r"s = 0\.9 is after t = 0\.5"):
+        require_earlier(torch.tensor([0.1, 0.9]), torch.tensor(0.5))
 
 
 @given(st.lists(st.tuples(TIMES, TIMES), min_size=1, max_size=4))

@@ -45,8 +45,7 @@ class LastLayer:
         for call, slope in zip(self.calls, slopes, strict=True):
             if slope is not None:
                 weight = call.tensors["weight"].detach().requires_grad_()
-                with torch.enable_grad():
-                    out = torch.func.functional_call(self.layer, call.tensors | {"weight": weight}, call.arguments)
+                out = torch.func.functional_call(self.layer, call.tensors | {"weight": weight}, call.arguments)
                 gradient += torch.autograd.grad(out, weight, slope)[0]
         return gradient.flatten() / scale
 

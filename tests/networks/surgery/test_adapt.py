@@ -12,6 +12,7 @@ from edmdistill.machine.engine import Engine, Machine
 from edmdistill.networks.base import Conditioning, ResidualBlock
 from edmdistill.networks.embeddings import TimeEmbedding
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.adapt import fit, training_sigmas, with_double_norm, with_positional_time
 from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.networks.unet_block import UNetBlock
@@ -86,6 +87,31 @@ def test_it_imitates_the_old_network(old: FlowNetwork) -> None:
     for sigma in (0.05, 0.3, 2.0):
         t = sigma_to_time(sigma, 0.5)
         assert error(new(x, t, labels), old(x, t, labels)) <= 0.1
+
+
+@torch.no_grad()
+def test_the_datas_numbers_stay(make_flow: MakeFlow) -> None:
+    """Also where they are not the usual ones, for which the fit is as good."""
+    network = make_flow("edm2", torch.float64).network
+    old = FlowNetwork(network, EDM(sigma_data=2.0, sigma_min=0.01, sigma_max=40.0))
+    new = with_positional_time(old)
+    assert new.preconditioning == EDM(sigma_data=2.0, sigma_min=0.01, sigma_max=40.0, c_noise_kind="time")
+    x, _, labels = point(old)
+    for sigma in (0.05, 0.3, 2.0):
+        t = sigma_to_time(sigma, 2.0)
+        assert error(new(x, t, labels), old(x, t, labels)) <= 0.1
+
+
+def test_training_is_where_the_paper_has_it(make_flow: MakeFlow) -> None:
+    """ln(sigma) ~ N(-1, 1.6^2), within the range of the network."""
+    network = make_flow("edm2").network
+    ln = training_sigmas(FlowNetwork(network, EDM(sigma_min=1e-9, sigma_max=1e9)), 4096).log()
+    assert ln.dtype == torch.float64
+    assert (float(ln.mean()), float(ln.std())) == (pytest.approx(-1), pytest.approx(1.6, rel=1e-2))
+    torch.testing.assert_close(ln + 1, -(ln + 1).flip(0))
+    assert bool((ln.diff() > 0).all())
+    within = training_sigmas(FlowNetwork(network, EDM(sigma_min=0.1, sigma_max=2.0)), 4096)
+    assert (float(within.min()), float(within.max())) == (0.1, 2.0)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import torch
 
+from edmdistill.networks.magnitude import MPConv
 from edmdistill.networks.surgery.last_layer import watched
 
 
@@ -19,6 +20,24 @@ def test_the_last_layers_gradient_is_autograds() -> None:
     assert layer.weight.grad is None
     layer(x[0])
     assert len(last.calls) == 3
+
+
+def test_the_weight_is_that_of_the_call() -> None:
+    """A sharded layer has its weight only then; MPConv's gradient depends on it."""
+    torch.manual_seed(0)
+    layer, x = MPConv(4, 3), torch.randn(5, 4)
+    with watched(layer) as last:
+        loss = layer(x).square().sum()
+    (expected,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+    layer.weight.data.zero_()
+    torch.testing.assert_close(last.gradient(loss), expected.flatten())
+
+
+def test_only_calls_with_a_gradient_are_recorded() -> None:
+    layer = torch.nn.Linear(3, 2)
+    with watched(layer) as last, torch.no_grad():
+        layer(torch.randn(1, 3))
+    assert not last.calls
 
 
 def test_slopes_of_many_numbers_do_not_underflow_in_half_precision() -> None:
