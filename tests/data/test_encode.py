@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,35 @@ def test_several_processes_and_a_kill(
     assert job.finish() is not None
     both = torch.cat([case["mean_std"], vae.encode(case["pixels_u8"].flip(-1), "edm2")])
     torch.testing.assert_close(torch.from_numpy(np.stack(read_as_official(out)[1])), both, rtol=0, atol=1e-5)
+
+
+def test_one_of_several_processes_completes_the_zip_once(
+    images: Path, vae: Vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the declared statistics, which the measured ones of the first images are near to."""
+    monkeypatch.setattr(module, "CHUNK", 1)
+    monkeypatch.setattr(module, "MEASURED", 2)
+    monkeypatch.setattr(vae, "statistics", {"scm": ChannelStatistics([0.0] * 4, [2.0] * 4)}.__getitem__)
+    chunks = iter(torch.cat([torch.full((1, 4, 8, 8), mean), torch.full((1, 4, 8, 8), 2.0)], 1) for mean in (1, 0, 99))
+    monkeypatch.setattr(vae, "encode", lambda pixels, range: next(chunks))
+    out = tmp_path / "latents.zip"
+    first, second = (EncodeJob(open_dataset(images), vae, "scm", out, rank, 2) for rank in range(2))
+    assert encode(second) is None
+    measured = encode(first)
+    assert measured is not None
+    assert (measured.mean, measured.std) == (pytest.approx([0.5] * 4), pytest.approx([4.25**0.5] * 4))
+    written = out.read_bytes()
+    assert second.finish() is None  # the folder is gone
+    monkeypatch.setattr(second.zip, "alone", nullcontext)
+    assert second.finish() is None  # it had opened the lock, and waited for it
+    second.zip.close()
+    assert out.read_bytes() == written
+    encoding = open_dataset(out).encoding
+    assert encoding is not None
+    assert (list(encoding.raw_mean), list(encoding.raw_std)) == ([0] * 4, [2] * 4)
+    with zipfile.ZipFile(out) as archive:
+        record = json.loads(archive.read("dataset.json"))["encoder"]
+    assert (record["measured"]["images"], record["source"]["name"]) == (2, "images")
 
 
 def test_progress_is_told_by_the_batch(images: Path, vae: Vae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
