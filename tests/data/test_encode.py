@@ -287,7 +287,10 @@ def test_statistics_that_are_far_off() -> None:
     )
     assert not far_off(near, declared)
     assert far_off(STABLE_DIFFUSION["scm"], declared)
-    assert far_off(ChannelStatistics(declared.mean, [*declared.std[:3], 1.0]), declared)
+    for shift, factor, far in ((0.6, 1, True), (-0.6, 1, True), (-0.4, 1, False), (0, 1.6, True), (0, 1 / 1.6, True)):
+        mean, std = declared.mean[3] + shift * declared.std[3], factor * declared.std[3]
+        found = ChannelStatistics([*declared.mean[:3], mean], [*declared.std[:3], std])
+        assert far_off(found, declared) == far
     assert len(compare_statistics(near, declared, 5000)) == 2
     lines = compare_statistics(ChannelStatistics([0] * 4, [1] * 4), declared, 5000)
     assert lines[0].startswith("Latents of the first 1,000 images, by channel: mean 0, 0, 0, 0; std 1, 1, 1, 1")

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from edmdistill.atomic import sha256_file
 from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.evaluation import references
 from edmdistill.evaluation.base import Nothing
 from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.frechet import RunningStatistics, frechet_distance
@@ -59,6 +62,26 @@ def test_layouts(metrics: Path) -> None:
             0, abs=1e-9
         )
     assert edm.collected(Space(), Nothing) is None
+    official = Space()
+    official.sha256 = "a" * 64  # of which official files say nothing
+    assert edm.collected(official, RunningStatistics) is edm.spaces["inception"].gaussian
+
+
+def test_what_a_file_says_of_itself(tmp_path: Path) -> None:
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    for arrays, known in (
+        ({"arr_0": images}, ("images", 2, True)),
+        ({"arr_0": images, "mu": MU, "sigma": SIGMA}, ("adm", None, True)),
+        ({"mu_s": MU, "sigma_s": SIGMA, "mu": MU, "sigma": SIGMA}, ("adm", None, False)),
+        ({"mu": MU, "sigma": SIGMA}, ("edm", None, False)),
+        (OWN, ("edmdistill", 5, False)),
+    ):
+        np.savez(tmp_path / "ref.npz", **arrays)
+        file = open_statistics(tmp_path / "ref.npz")
+        assert (file.layout, file.n, file.has_images) == known
+        assert file.sha256 == ("pixels" if arrays is OWN else sha256_file(tmp_path / "ref.npz"))
+    (tmp_path / "ref.pkl").write_bytes(pickle.dumps({"num_images": "5", "fid": {"mu": MU, "sigma": SIGMA}}, 4))
+    assert open_statistics(tmp_path / "ref.pkl").n is None
 
 
 def test_what_a_file_does_not_have(metrics: Path) -> None:
@@ -74,9 +97,10 @@ def test_what_a_file_does_not_have(metrics: Path) -> None:
 def test_what_is_statistics(metrics: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     np.savez(tmp_path / "other.npz", x=np.zeros(2))
-    names = [*metrics.glob("*ref*"), tmp_path / "images.npz"]
+    shutil.copy(tmp_path / "images.npz", tmp_path / "IMAGES.NPZ")
+    names = [*metrics.glob("*ref*"), tmp_path / "images.npz", tmp_path / "IMAGES.NPZ", tmp_path / "REF.PKL"]
     assert all(map(is_statistics, names))
-    assert not any(map(is_statistics, [tmp_path / "other.npz", tmp_path / "set.zip", tmp_path]))
+    assert not any(map(is_statistics, [tmp_path / name for name in ("other.npz", "none.npz", "set.zip", "")]))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -96,9 +120,28 @@ def test_pickles_of_every_protocol(tmp_path: Path, protocol: int) -> None:
 
 @pytest.mark.parametrize("images", [50, 12])
 def test_float32_statistics_are_read(tmp_path: Path, images: int) -> None:
-    x = np.random.default_rng(0).standard_normal((images, 20)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((images, 100)).astype(np.float32)
     np.savez(tmp_path / "ref.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False).astype(np.float32))
     assert open_statistics(tmp_path / "ref.npz").spaces["inception"].gaussian.covariance.dtype == torch.float64
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_rounding_is_relative(scale: float, tmp_path: Path) -> None:
+    """What is symmetric but for it is read as symmetric, whatever the features' scale."""
+    nearly = scale * (SIGMA + np.triu(np.full((D, D), 1e-6)))
+    np.savez(tmp_path / "ref.npz", mu=MU, sigma=nearly)
+    covariance = open_statistics(tmp_path / "ref.npz").spaces["inception"].gaussian.covariance
+    np.testing.assert_array_equal(covariance, (nearly + nearly.T) / 2)
+    np.savez(tmp_path / "ref.npz", mu=MU, sigma=scale * (SIGMA + np.triu(np.full((D, D), 1e-2))))
+    with pytest.raises(DatasetError, match="sigma is not symmetric"):
+        open_statistics(tmp_path / "ref.npz")
+
+
+def test_too_many_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "MAX_DIM", D - 1)
+    (tmp_path / "ref.pkl").write_bytes(pickle.dumps({"fid": {"mu": MU, "sigma": SIGMA}}, 4))
+    with pytest.raises(DatasetError, match=r"mu \[3\] and sigma \[3, 3\] are not \[d\] and \[d,d\], d at most 2"):
+        open_statistics(tmp_path / "ref.pkl")
 
 
 def npz(**arrays: Any) -> bytes:
@@ -135,7 +178,8 @@ def twice() -> bytes:
 
 
 ABOUT = json.dumps(
-    {"n": 5, "weights": {"pixels": None}, "source": "", "split": "", "sha256": "", "fingerprint": "", "version": ""}
+    {"n": 5, "weights": {"pixels": None}, "sha256": "pixels"}
+    | dict.fromkeys(("source", "split", "fingerprint", "version"), "")
 )
 OWN = {"about": ABOUT, "mu_pixels": MU, "sigma_pixels": SIGMA}
 
@@ -146,6 +190,7 @@ BAD: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "cut": (lambda: npz(mu=MU, sigma=SIGMA)[:200], "not a whole zip"),
     "no images": (lambda: npz(arr_0=np.zeros((2, 3))), r"images are float64 \[2, 3\], but uint8"),
     "images without sigma": (lambda: npz(mu=MU, arr_0=np.zeros((2, 4, 4, 3), np.uint8)), "but mu and sigma were"),
+    "images without mu": (lambda: npz(sigma=SIGMA, arr_0=np.zeros((2, 4, 4, 3), np.uint8)), "but mu and sigma were"),
     "no sigma": (lambda: npz(mu=MU), "holds mu, but mu and sigma were expected"),
     "nothing": (lambda: npz(), "holds nothing, but mu"),
     "sizes": (lambda: npz(mu=MU, sigma=SIGMA[:2]), r"mu \[3\] and sigma \[2, 3\] are not \[d\] and \[d,d\]"),
@@ -163,6 +208,10 @@ BAD: Mapping[str, tuple[Callable[[], bytes], str]] = {
     "a large array": (lambda: claiming((2**16,)), "has 65,536 entries, and at most 8,192 are read"),
     "twice": (twice, "holds mu twice; write it again"),
     "features": (lambda: npz(**OWN, features_pixels=MU * np.nan), "not of 3 finite numbers; make the statistics again"),
+    "size of features": (
+        lambda: npz(**OWN, features_pixels=np.zeros((2, 4))),
+        r"\[2, 4\] are not of 3 finite",
+    ),
     "own mu": (lambda: npz(about=ABOUT, sigma_pixels=SIGMA), "mu_pixels is missing; write the file again"),
     "about is no JSON": (lambda: npz(about="{"), "about cannot be read"),
     "about is a number": (lambda: npz(about=np.arange(2)), "about cannot be read"),
