@@ -1,6 +1,6 @@
 """Shards: what is measured is measured once, by any process, and comes back in order and in the same batches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from ranks import Rank, in_ranks
 
 from edmdistill.errors import EdmDistillError, NotFiniteError
 from edmdistill.evaluation import shards
-from edmdistill.evaluation.shards import ONE_PROCESS, MeasuredBatch, Work, batches, measure_all
+from edmdistill.evaluation.shards import ONE_PROCESS, MeasuredBatch, Work, batches, measure_all, remove_shards
 
 COUNT, BATCH = 50, 7
 
@@ -105,14 +105,30 @@ def test_a_sample_that_is_not_finite_ends_the_turns_of_all() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3, 20])
 def test_processes_share_the_batches(world_size: int, tmp_path: Path) -> None:
-    def act(rank: Rank) -> tuple[list[int], list[tuple[range, list[int]]]]:
-        measure = Measure()
-        return measure.seen, read(measure_all(COUNT, BATCH, measure, folder=tmp_path, processes=rank))
+    def act(rank: Rank) -> tuple[list[int], list[tuple[range, list[int]]], int]:
+        measure, done = Measure(), list[int]()
+        measured = measure_all(COUNT, BATCH, measure, folder=tmp_path, processes=rank, on_progress=done.append)
+        return measure.seen, read(measured), sum(done)
 
-    seen, got = zip(*in_ranks(world_size, act), strict=True)
+    seen, got, done = zip(*in_ranks(world_size, act), strict=True)
+    assert done[0] == COUNT  # the first tells of all
     assert [row for share in seen for row in share] == list(range(COUNT))
     assert max(map(len, seen)) <= COUNT // world_size + BATCH
     assert got == (whole(), *[[]] * (world_size - 1))
+
+
+def test_an_error_says_in_which_process_it_is(tmp_path: Path) -> None:
+    def act(rank: Rank) -> None:
+        def measure(rows: Iterable[range]) -> Iterator[MeasuredBatch]:
+            if rank.rank == 1:
+                raise EdmDistillError("its GPU is full")
+            yield from Measure()(rows)
+
+        read(measure_all(COUNT, BATCH, measure, folder=tmp_path, processes=rank))
+
+    with pytest.raises(EdmDistillError, match="its GPU is full") as caught:
+        in_ranks(2, act)
+    assert caught.value.__notes__ == ["in process 1, and not in the others"]
 
 
 def test_another_batch_goes_on_too(tmp_path: Path) -> None:
@@ -154,3 +170,55 @@ def test_a_folder_belongs_to_one_command_and_one_evaluation(tmp_path: Path) -> N
     assert theirs.folder({"seeds": "0-9"}, ONE_PROCESS) == folder
     theirs.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_named_by_what_is_in_the_identity(tmp_path: Path) -> None:
+    work = Work(tmp_path)
+    assert work.folder({"a": 1, "b": 2}, ONE_PROCESS) == work.folder({"b": 2, "a": 1}, ONE_PROCESS)
+    work.remove()
+
+
+@pytest.mark.parametrize("end", [Work.close, Work.remove])
+def test_a_command_that_has_ended_holds_nothing(end: Callable[[Work], None], tmp_path: Path) -> None:
+    ours, theirs, identity = Work(tmp_path), Work(tmp_path), {"seeds": "0-9"}
+    folder = ours.folder(identity, ONE_PROCESS)
+    assert theirs.abandoned() == []
+    end(ours)
+    end(ours)
+    assert theirs.abandoned() == ([folder] if end is Work.close else [])
+    assert theirs.folder(identity, ONE_PROCESS) == folder
+    with pytest.raises(EdmDistillError, match="another command makes this evaluation now"):
+        ours.folder(identity, ONE_PROCESS)
+    theirs.close()
+    assert ours.folder(identity, ONE_PROCESS).is_dir()
+    ours.close()
+
+
+def test_processes_have_one_folder_that_the_first_removes(tmp_path: Path) -> None:
+    other, reference = Work(tmp_path), {"reference": "digits"}
+    taken = other.folder(reference, ONE_PROCESS, several=True)
+
+    def act(rank: Rank) -> Path:
+        work = Work(tmp_path)
+        folder = work.folder(reference, rank, several=True)
+        if rank.rank == 1:
+            work.remove()
+            assert folder.is_dir()
+        rank.any_process(False)
+        if rank.rank == 0:
+            work.remove()
+            assert not folder.exists()
+        return folder
+
+    folders = in_ranks(2, act)
+    assert folders[0] == folders[1] != taken
+    other.remove()
+
+
+def test_what_was_measured_is_removed_and_the_folder_stays_ours(tmp_path: Path) -> None:
+    work = Work(tmp_path)
+    folder = work.folder({"seeds": "0-9"}, ONE_PROCESS)
+    read(measure_all(COUNT, BATCH, Measure(), folder=folder / "images"))
+    remove_shards(folder)
+    assert {file.name for file in folder.iterdir()} == {"lock", "request.json"}
+    work.remove()
