@@ -1,5 +1,6 @@
 """The processes of a run, with small ones in their place: what becomes of them, and what is said and handed back."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -79,9 +80,14 @@ def when(*names: str, send: int) -> None:
 
 
 def let_grace_end(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Has the launcher's clock jump beyond GRACE once the file is there, however long that takes."""
-    clock = SimpleNamespace(sleep=time.sleep, monotonic=lambda: time.monotonic() + 2 * LIMIT * Path(name).exists())
-    monkeypatch.setattr(launch, "time", clock)
+    """Has the launcher's clock jump beyond GRACE at each reading once the file is there, however long that takes: so
+    also where GRACE begins only after that."""
+    jumps = itertools.count(1)
+
+    def monotonic() -> float:
+        return time.monotonic() + (2 * LIMIT * next(jumps) if Path(name).exists() else 0)
+
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=time.sleep, monotonic=monotonic))
 
 
 def test_every_process_knows_its_place_and_speaks_for_itself(start, capfd, monkeypatch):
