@@ -67,6 +67,7 @@ def test_the_fit_is_the_ridge_problems_minimum() -> None:
     W = fit(f, y, ridge=0.3)
     gradient = (f @ W.T - y).T @ f / 50 + 0.3 * W
     assert gradient.abs().max() <= 1e-12
+    torch.testing.assert_close(fit(f.float(), y.float(), ridge=0.3), W, rtol=1e-5, atol=1e-6)  # in float64 too
 
 
 @torch.no_grad()
