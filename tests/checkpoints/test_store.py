@@ -15,7 +15,15 @@ from tolerance import assert_rounded, depth
 
 from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints import store
-from edmdistill.checkpoints.config import CheckpointConfig, Provenance, SamplingDefaults, describe
+from edmdistill.checkpoints.class_names import dataset_class_names
+from edmdistill.checkpoints.config import (
+    CheckpointConfig,
+    Guidance,
+    Provenance,
+    SamplingDefaults,
+    describe,
+    read_config,
+)
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.checkpoints.load import load_denoiser, load_flow, load_generator
 from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_checkpoint, save_tensors
@@ -28,6 +36,7 @@ from edmdistill.sampling.generate import sample
 SMALL = {"img_resolution": 4, "label_dim": 3, "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
 RGB = SMALL | {"img_channels": 2}
 EDM = {"in_channels": 2, "out_channels": 2, "attn_resolutions": []}
+LATENT = {"kind": "StabilityVAEEncoder", "vae_name": "me/vae", "scale": [0.5, 0.5], "bias": [0.0, 0.1]}
 CASES = {
     "song": (SMALL | EDM, "vp"),
     "adm": (SMALL | EDM | {"out_channels": 4}, "iddpm"),
@@ -59,17 +68,24 @@ def names(folder: Path) -> list[str]:
 def test_round_trip(kind: str, tmp_path: Path) -> None:
     flow, config = make(kind)
     config = replace(
-        config, label_names=("a", "b", "c"), sampling=SamplingDefaults({"2": (80.0, 2.5)}), results=({"fd": 1.0},)
+        config,
+        label_names=("a", "b", "c"),
+        sampling=SamplingDefaults({"2": (80.0, 2.5), "3": (80.0, 2.5, 2.5)}),
+        guidance=Guidance("classes", (2.0, 2.0)),  # one weight, built in
+        encoder=LATENT,
+        results=({"fd": 1.0},),
     )
     save_checkpoint(tmp_path / "c", flow, config)
     assert names(tmp_path) == ["c"]
     assert names(tmp_path / "c") == [CARD, CONFIG, MODEL]
-    read, read_config = load_checkpoint(tmp_path / "c")
-    assert read_config == config
+    read, read_back = load_checkpoint(tmp_path / "c")
+    assert read_back == config
     assert read.preconditioning == flow.preconditioning
     saved, found = flow.network.state_dict(), read.network.state_dict()
     assert list(saved) == list(found)
     assert all(torch.equal(saved[name], found[name]) for name in saved)
+    assert load_tensors(tmp_path / "c" / MODEL)[1] == {"format": "pt"}  # which other programs ask for
+    assert "--seeds 0-15 --vae me/vae --out" in (tmp_path / "c" / CARD).read_text()
     x_t, t = torch.randn(2, 2, 4, 4), torch.tensor([0.1, math.pi / 2])
     assert_rounded(read.eval()(x_t, t), flow(x_t, t), depth(flow))  # the file lends its weights where they lie
 
@@ -176,11 +192,21 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
     [
         ({"format_version": "2.0"}, "has format_version '2.0', but this edmdistill reads 1.x"),
         ({"format_version": "1.x"}, "has format_version '1.x'"),
+        ({"format_version": "1.3x"}, "has format_version '1.3x'"),
         ({"format_version": None}, "has format_version None"),
         ({"color": "red"}, "unknown field `color`"),
         ({"stage": "student"}, "stage: invalid enum value 'student', where teacher or generator or auxiliary"),
         ({"sampling": {"sigmas": {"2": [1.0, 2.0]}}}, "the schedule for 2 steps is"),
+        ({"sampling": {"sigmas": {"3": [2.0, 1.0]}}}, "the schedule for 3 steps is"),
+        ({"sampling": {"sigmas": {"0": []}}}, "the schedule for 0 steps is"),
+        ({"label_names": ["a", "b"]}, "label_names holds 2 names for 3 classes"),
         ({"label_dim": 4}, "contradicts itself: label_dim is 4, its network has 3"),
+        ({"two_time": False}, "contradicts itself: two_time is False, its network has True"),
+        ({"sigma_data": 0.4}, "contradicts itself: sigma_data is 0.4, its network has 0.5"),
+        ({"sigma_min": 0.004}, "contradicts itself: sigma_min is 0.004, its network has 0.002"),
+        ({"sigma_max": 70.0}, "contradicts itself: sigma_max is 70.0, its network has 80.0"),
+        ({"encoder": LATENT | {"scale": [0.5]}}, "its encoder has a scale for 1 channels, its network has 2"),
+        ({"encoder": LATENT | {"bias": [0.1] * 3}}, "its encoder has a bias for 3 channels, its network has 2"),
         ({"guidance": {"kind": "classes", "range": [1, 2]}}, "contradicts itself: its network reads no weight of guid"),
         ({"guidance": {"kind": "classes", "range": [2, 1]}}, "the range of guidance is [2.0, 1.0]"),
         ({"network": {"kind": "vit", "arguments": {}}}, "is of the kind 'vit'"),
@@ -194,6 +220,7 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
             {"network": {"kind": "edm2", "arguments": RGB | {"positional_time": True}}},
             "network reads t, but its precon",
         ),
+        ({"preconditioning": {"kind": "edm", "c_noise_kind": "time"}}, "its network reads ln(sigma), but its precon"),
         (
             {
                 "network": {
@@ -235,6 +262,14 @@ def test_a_file_of_version_1_0_reads_as_it_did() -> None:
     assert generator.config.method == "cosim"
     expected, _ = load_tensors(old / "samples.safetensors")
     assert torch.allclose(sample(generator, 2, seeds=range(3)), expected["samples"], atol=1e-5)
+
+
+def test_a_file_without_names_of_classes_has_those_of_its_data_set(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    for source, expected in (("edm-cifar10-32x32-cond-vp.pkl", dataset_class_names("cifar10")), ("edm.pkl", None)):
+        changes = {"format_version": "1.0", "label_dim": 10, "provenance": config["provenance"] | {"source": source}}
+        (folder / CONFIG).write_text(json.dumps(config | changes))
+        assert read_config(folder).label_names == expected
 
 
 def test_a_newer_minor_is_read_without_what_it_adds(folder: Path) -> None:

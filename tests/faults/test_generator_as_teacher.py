@@ -27,6 +27,7 @@ from edmdistill.cli import main
 from edmdistill.embedded import EMBEDDED
 from edmdistill.machine.engine import Machine
 from edmdistill.networks import new_network
+from edmdistill.networks.base import Conditioning
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM, VP
 from edmdistill.recipes.library import load_recipe
@@ -59,6 +60,19 @@ def test_a_denoiser_and_a_generator_of_gaussian_data(label_dim: int) -> None:
     assert denoiser == pytest.approx(STD / SIGMA, rel=0.05)
     assert noise_dependence(acting(1.0, label_dim)) == pytest.approx(1 + STD / SIGMA, rel=0.05)
     assert denoiser < GENERATOR_RANGE[0] < 1 < GENERATOR_RANGE[1]
+
+
+def test_what_all_noises_share_is_no_dependence() -> None:
+    """An image for each class, whatever the noise; and what is measured is the network with its classes, as it was."""
+    flow, images = network(), torch.randn(3, 3, 16, 16)
+
+    def raw(x: Tensor, condition: Conditioning) -> tuple[Tensor]:
+        assert condition.labels is not None
+        return ((condition.labels @ images.flatten(1)).reshape(x.shape),)
+
+    flow.raw = raw  # type: ignore[method-assign, assignment]
+    assert noise_dependence(flow) == pytest.approx(STD / SIGMA, rel=0.05)
+    assert flow.training
 
 
 def test_the_words() -> None:
