@@ -1,5 +1,7 @@
 """Official checkpoints become ours, and stay the same function."""
 
+import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,15 @@ from torch import Tensor
 
 from edmdistill.checkpoints import convert as module
 from edmdistill.checkpoints.config import read_config, write_config
-from edmdistill.checkpoints.conversion_report import ConversionReport
+from edmdistill.checkpoints.conversion_report import ConversionReport, ParityRow
 from edmdistill.checkpoints.convert import convert
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.checkpoints.load import load_denoiser, load_generator, load_model, outline
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
+from edmdistill.checkpoints.published_generators import convert_generator
+from edmdistill.checkpoints.source import Source
 from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_checkpoint
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.edm2 import UNet
@@ -155,6 +159,38 @@ def test_licence(golden: Path, tmp_path: Path) -> None:
     done = convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", licence="apache-2.0")
     assert done.config.provenance.licence == "apache-2.0"
     assert "license: apache-2.0" in (tmp_path / "out" / CARD).read_text()
+    assert not convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", licence="Apache-2.0").written
+    with pytest.raises(CheckpointError, match="holds a checkpoint already"):
+        convert(golden / "edm-tiny-cond.pkl", tmp_path / "out", licence="mit")
+
+
+def test_only_an_intact_teacher_is_not_converted_again(golden: Path, tmp_path: Path) -> None:
+    source, out = golden / "edm-tiny-cond.pkl", tmp_path / "out"
+    convert_generator(source, out, "sid")
+    with pytest.raises(CheckpointError, match="holds a checkpoint already, a generator from edm-tiny-cond"):
+        convert(source, out)
+    convert(source, out, overwrite=True, parity="none")
+    (out / MODEL).write_bytes((out / MODEL).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        convert(source, out)
+
+
+def test_provenance_is_the_address_without_its_secrets(golden: Path, tmp_path: Path) -> None:
+    source = Source("https://me:secret@host/a/edm.pkl?sig=secret", golden / "edm-tiny-cond.pkl")
+    teacher = convert(source, tmp_path / "teacher", parity="none").config
+    generator = convert_generator(source, tmp_path / "generator", "sid", licence="mit").config
+    assert teacher.provenance.source == generator.provenance.source == "https://host/a/edm.pkl"
+    assert generator.provenance.licence == "mit"
+
+
+@pytest.mark.parametrize(
+    ("float32", "float64", "kept"),
+    [(1e-4, 1e-12, True), (1e-4, None, True), (2e-3, 1e-12, False), (1e-4, 1e-9, False), (math.nan, None, False)],
+)
+def test_how_far_a_conversion_may_be(float32: float, float64: float | None, kept: bool, golden: Path) -> None:
+    source = Source("edm.pkl", golden / "edm-tiny-cond.pkl")
+    with nullcontext() if kept else pytest.raises(CheckpointError, match="was not converted: at sigma 3"):
+        module._require_parity([ParityRow(80.0, 0.0, None), ParityRow(3.0, float32, float64)], source)
 
 
 def test_an_inexact_conversion_is_refused(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Power-function averages: the official numbers, and averages that are put together from others."""
 
+import gzip
 import json
 import shutil
 import tarfile
@@ -13,16 +14,20 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_generator import tiny_generator
 from tolerance import assert_rounded
 from torch import Tensor
 
 from edmdistill.checkpoints import posthoc_ema as module
+from edmdistill.checkpoints.config import Provenance
+from edmdistill.checkpoints.layout import MODEL
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
 from edmdistill.checkpoints.posthoc_ema import (
     MAX_SIGMA_REL,
     Profile,
     coefficients,
+    find_snapshots,
     gamma_to_sigma_rel,
     inner_products,
     kimg_to_images,
@@ -30,9 +35,10 @@ from edmdistill.checkpoints.posthoc_ema import (
     power_function_beta,
     reconstruct,
     reconstruct_checkpoint,
+    save_snapshot,
     sigma_rel_to_gamma,
 )
-from edmdistill.checkpoints.store import load_checkpoint
+from edmdistill.checkpoints.store import load_checkpoint, load_tensors
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError
 
@@ -218,7 +224,57 @@ def test_the_first_official_snapshots_are_no_averages(snapshots: Path, tmp_path:
     assert config.ema is not None
     assert config.ema["from"] == [f"network-snapshot-{k}-{s}.pkl" for k in ("0000131", "0000262") for s in LENGTHS]
     assert 0 < config.ema["misfit"] < 0.06
-    assert (config.provenance.source, config.provenance.licence) == ("snapshots in in", "cc-by-nc-sa-4.0")
+    expected = Provenance(source="snapshots in in", licence="cc-by-nc-sa-4.0")
+    assert (config.provenance, config.two_time) == (expected, True)
+
+
+def test_compressed_snapshots_read_the_same(snapshots: Path, tmp_path: Path) -> None:
+    for path in (snapshots / "phema-in").iterdir():
+        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
+    assert list(find_snapshots(tmp_path)) == list(find_snapshots(snapshots / "phema-in"))
+
+
+def test_averages_of_a_run(tmp_path: Path) -> None:
+    """One that was saved is given back, by those up to its time alone; what was measured on another is left out."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    folder = tiny_generator(run / "generator", images_seen=3072, results=({"fid": 1.0},), ema={"half_life": 5.0})
+    weights, buffers = load_tensors(folder / MODEL)[0], {"emb_fourier.freqs", "emb_fourier.phases"}
+    assert weights.keys() > buffers
+
+    def at(images: int, sigma_rel: float) -> dict[str, Tensor]:
+        return {name: t if name in buffers else t * (images / 2048 + sigma_rel) for name, t in weights.items()}
+
+    times = (1024, 2048, 3072)
+    for profile in (Profile(images, sigma_rel) for images in times for sigma_rel in (0.05, 0.1)):
+        save_snapshot(run / "ema", profile, at(*profile), buffers)
+    config = reconstruct_checkpoint(run, out, 0.05, images=2048)
+    assert (config.images_seen, config.results) == (2048, ())
+    assert config.ema is not None
+    assert (config.ema["sigma_rel"], config.ema["images"]) == (0.05, 2048)
+    assert config.ema["from"] == [f"{images:012d}-{length}.safetensors" for images in times[:2] for length in LENGTHS]
+    found, read = load_checkpoint(out)
+    assert read == config
+    for name, tensor in found.network.state_dict().items():
+        expected = at(2048, 0.05)[name]
+        assert torch.equal(tensor, expected) if name in buffers else torch.allclose(tensor, expected, 1e-3, 1e-5)
+    assert reconstruct_checkpoint(run, out, 0.05, overwrite=True).images_seen == 3072  # the latest
+    with pytest.raises(CheckpointError, match="holds a checkpoint already"):
+        reconstruct_checkpoint(run, out, 0.05)
+    changed = at(3072, 0.1) | {"out_gain": torch.ones(1)}
+    save_snapshot(run / "ema", Profile(3072, 0.1), changed, buffers)
+    with pytest.raises(CheckpointError, match="belong to different networks"):
+        reconstruct_checkpoint(run, out, 0.05, overwrite=True)
+    assert load_checkpoint(out)[1].images_seen == 3072
+
+
+def test_only_what_is_equal_in_all_is_kept() -> None:
+    values = {Profile(1024 * k, 0.1): torch.tensor([float(k % 2), 1 / 3]).half() for k in (1, 2, 3)}
+    stored = {profile: (lambda value=value: {"w": value, "b": value[1]}) for profile, value in values.items()}
+    found = reconstruct(stored, Profile(3072, 0.12))
+    weights = torch.from_numpy(coefficients(list(values), [Profile(3072, 0.12)])[:, 0]).float()
+    torch.testing.assert_close(found["w"][0], weights[0] + weights[2])
+    assert found["b"].dtype == torch.float32
+    assert found["b"] == torch.tensor(1 / 3).half().float()
 
 
 @pytest.mark.parametrize(
