@@ -184,8 +184,9 @@ def student_sigmas(draws: Draws, *, P_mean: float, P_std: float, degrees: float,
     Args:
         degrees: of freedom; few make heavy tails.
         low, high: noise levels.
-    Source: Lee et al. 2025 (TCM), log-Student-t.  Differs: quantiles are interpolated between 4,097 exact ones, within
-        1e-5 of ln(sigma), so that they can be drawn on every device.
+    Source: Lee et al. 2025 (TCM), log-Student-t.  Differs: quantiles are interpolated between 4,097 exact ones, so that
+        they can be drawn on every device; with the paper's .01 degrees, within 1e-5 of ln(sigma). Of a light tail the
+        last 1/4096 is spread from its last quantile to the end of the range.
     """
     quantiles = _student_quantiles(P_mean, P_std, degrees, low, high).on(draws.device)
     place = draws.uniform() * (len(quantiles) - 1)

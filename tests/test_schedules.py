@@ -19,7 +19,9 @@ from edmdistill.schedules import (
     generator_sigmas,
     lognormal_sigmas,
     lognormal_times,
+    neighbor_sigmas,
     start_first_sigmas,
+    student_sigmas,
 )
 
 MIN, MAX = 0.002, 80.0
@@ -58,6 +60,24 @@ def test_rho_bends_every_curve() -> None:
 
 def test_curves_are_float64_whatever_comes_in() -> None:
     assert edm_curve(torch.tensor(0.3), MIN, MAX).dtype == torch.float64
+
+
+def test_neighbors_lie_on_the_grid_of_the_range_whatever_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    law = {"P_mean": -1.1, "P_std": 2.0}
+    for N in range(1, 40):
+        for drawn in (0.0, 1 - 2**-53):  # probabilities add up to 1 but for rounding
+            monkeypatch.setattr(Draws, "uniform", lambda self, drawn=drawn: torch.tensor([drawn]).double())
+            t, r = neighbor_sigmas(Draws(0, 1), N, 0.02, 8.0, **law)
+            last = N - 1 if drawn else 0
+            ends = edm_curve(torch.tensor([last + 1.0, last], dtype=torch.float64) / N, 0.02, 8.0)
+            torch.testing.assert_close(torch.cat([t, r]), ends if last else ends * torch.tensor([1.0, 0.0]))
+
+
+def test_student_sigmas_of_a_law_far_within_the_range() -> None:
+    """At its ends, probabilities are 0 and 1, and quantiles infinite."""
+    sigmas = student_sigmas(Draws(0, 20000), P_mean=0.0, P_std=0.05, degrees=1e6, low=MIN, high=MAX)
+    assert MIN <= sigmas.min() <= sigmas.max() <= MAX
+    assert float(sigmas.log().quantile(0.84)) == pytest.approx(0.05, rel=0.05)
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
@@ -187,6 +207,15 @@ def test_every_jump_has_its_probability(sampling: str, most: int) -> None:
     found = Counter(zip(t.tolist(), s.tolist(), u.tolist(), strict=True))
     assert found.keys() == law.keys()
     assert {jump: count / n for jump, count in found.items()} == pytest.approx(law, abs=0.008)
+
+
+@pytest.mark.parametrize(("drawn", "steps"), [(0.0, 1), (1 / 153 - 1e-9, 1), (1 / 153 + 1e-9, 2), (1 - 1e-12, 17)])
+def test_the_number_of_steps_at_the_ends_of_its_law(drawn: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is at least 1 and at most 17; 1 has one part in 1 + 2 + ... + 17 = 153."""
+    monkeypatch.setattr(Draws, "common", lambda self: drawn)
+    t, s, u, found = ctm_indices(Draws(0, 1000), 18, max_steps=100)
+    assert found == steps
+    assert ((t < u) & (u <= s) & (s <= 17)).all()
 
 
 def test_half_of_ctms_denoising_is_edms_and_half_at_high_noise() -> None:
