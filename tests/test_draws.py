@@ -82,6 +82,22 @@ def test_values_of_some_rows_in_their_place() -> None:
     torch.testing.assert_close(sum(whole * len(values[rows]) / 5 for rows, whole in parts), values)
 
 
+def test_what_is_asked_for_is_drawn() -> None:
+    """Two normal numbers come from a word, half of them before the other half; the last of an odd number is left."""
+    draws, again = Draws(ENTROPY, 2), Draws(ENTROPY, 2)
+    for dtype in (torch.float32, torch.float64):
+        number = draws.uniform(3, dtype=dtype)
+        assert (number.dtype, number.shape) == (dtype, (2, 3))
+        assert torch.equal(number, uniform(again._words(3), dtype))
+        numbers = draws.normal(3, dtype=dtype)
+        assert (numbers.dtype, numbers.shape) == (dtype, (2, 3))
+        assert torch.equal(numbers, normal(again._words(2), dtype)[:, :3])
+        noise = draws.normal_like(torch.zeros(2, 1, 5, dtype=dtype), std=0.5)
+        assert torch.equal(noise, again.normal(1, 5, dtype=dtype) * 0.5)
+    repeated = draws.dropout(times=2), draws.dropout()
+    assert torch.equal(torch.cat(repeated), again.dropout(times=3))
+
+
 def test_words_are_random() -> None:
     """Of 16 million lanes of 16 bits: frequencies; correlations of neighbors in streams, rows, calls and lanes."""
     w = torch.stack([words(Draws(ENTROPY, 1000).dropout(), 2000, call) for call in range(2)])
@@ -143,6 +159,7 @@ def test_a_gpu_draws_the_same_numbers() -> None:
 
 def test_the_meta_device_has_shapes_only() -> None:
     draws = Draws(0, 100, slice(10, 30), "meta")
+    assert draws.common() == 0.5
     assert draws.uniform().shape == (20,)
     assert draws.normal(3).shape == (20, 3)
     assert draws.normal_like(torch.empty(20, 3, 4, 4, device="meta")).device.type == "meta"

@@ -17,6 +17,7 @@ from edmdistill.schedules import (
     edm_index,
     edm_sigmas,
     generator_sigmas,
+    lognormal_pairs,
     lognormal_sigmas,
     lognormal_times,
     neighbor_sigmas,
@@ -78,6 +79,16 @@ def test_student_sigmas_of_a_law_far_within_the_range() -> None:
     sigmas = student_sigmas(Draws(0, 20000), P_mean=0.0, P_std=0.05, degrees=1e6, low=MIN, high=MAX)
     assert MIN <= sigmas.min() <= sigmas.max() <= MAX
     assert float(sigmas.log().quantile(0.84)) == pytest.approx(0.05, rel=0.05)
+
+
+def test_a_share_of_pairs_leads_to_the_data() -> None:
+    law = {"sigma_data": 0.5, "t_max": 1.5, "P_mean": -1.0, "P_std": 1.4}
+    t, d = lognormal_pairs(Draws(0, 20000), **law, share_to_data=0.25)
+    t_before, d_before = lognormal_pairs(Draws(0, 20000), **law)
+    to_data = d == t
+    assert float(to_data.double().mean()) == pytest.approx(0.25, abs=0.015)
+    assert torch.equal(t, t_before)
+    assert torch.equal(d[~to_data], d_before[~to_data])
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
