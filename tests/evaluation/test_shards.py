@@ -1,7 +1,10 @@
 """Shards: what is measured is measured once, by any process, and comes back in order and in the same batches."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import Rank, in_ranks
 
+from edmdistill.checkpoints.store import save_tensors
 from edmdistill.errors import EdmDistillError, NotFiniteError
 from edmdistill.evaluation import shards
 from edmdistill.evaluation.shards import ONE_PROCESS, MeasuredBatch, Work, batches, measure_all, remove_shards
@@ -36,7 +40,9 @@ def whole() -> list[tuple[range, list[int]]]:
 
 
 def read(measured: Iterator[MeasuredBatch]) -> list[tuple[range, list[int]]]:
-    return [(rows, arrays["x"].tolist()) for rows, arrays in measured]
+    batches = list(measured)
+    assert {arrays["x"].dtype for _, arrays in batches} <= {torch.int64}
+    return [(rows, arrays["x"].tolist()) for rows, arrays in batches]
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 12))
@@ -73,6 +79,34 @@ def test_what_was_measured_before_a_stop_is_not_measured_again(
     assert read(measure_all(COUNT, BATCH, second, folder=tmp_path, on_progress=done.append)) == whole()
     assert sorted(first.seen + second.seen) == list(range(COUNT))
     assert sum(done) == COUNT
+
+
+def test_a_file_is_written_after_so_many_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a batch takes 10 of the 30: no more is lost when a process is killed."""
+    monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=count(step=10).__next__))
+    read(measure_all(COUNT, BATCH, Measure(), folder=tmp_path))
+    names = ["000000000-000000021", "000000021-000000042", "000000042-000000050"]
+    assert sorted(file.stem for file in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    ("stored", "measured"),
+    [
+        ([range(14, 28)], [*range(14), *range(28, COUNT)]),
+        ([range(30), range(10, 20), range(25, COUNT)], []),  # by two commands at once, where a disk has no locks
+    ],
+)
+def test_what_is_there_is_taken_once(stored: list[range], measured: list[int], tmp_path: Path) -> None:
+    for rows in stored:
+        values = torch.arange(rows.start, rows.stop)
+        save_tensors(tmp_path / f"{rows.start:09d}-{rows.stop:09d}.safetensors", {"x": values})
+    (tmp_path / "000000000-000000050.safetensors.new").write_bytes(b"torn")
+    for expected in (measured, []):
+        measure = Measure()
+        got = list(measure_all(COUNT, BATCH, measure, folder=tmp_path))
+        assert measure.seen == expected
+        assert [row for _, arrays in got for row in arrays["x"].tolist()] == list(range(COUNT))
+        assert all(arrays["x"].untyped_storage().nbytes() == arrays["x"].nbytes for _, arrays in got)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 20])
@@ -187,8 +221,10 @@ def test_a_command_that_has_ended_holds_nothing(end: Callable[[Work], None], tmp
     end(ours)
     assert theirs.abandoned() == ([folder] if end is Work.close else [])
     assert theirs.folder(identity, ONE_PROCESS) == folder
+    opened = len(os.listdir("/proc/self/fd"))
     with pytest.raises(EdmDistillError, match="another command makes this evaluation now"):
         ours.folder(identity, ONE_PROCESS)
+    assert len(os.listdir("/proc/self/fd")) == opened
     theirs.close()
     assert ours.folder(identity, ONE_PROCESS).is_dir()
     ours.close()
