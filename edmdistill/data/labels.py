@@ -134,7 +134,8 @@ def _require_class(label: object, names: Sequence[str] | None, sentence: str) ->
     if type(label) is not int or label < 0:
         raise DatasetError(f"{sentence}; classes are integers from 0")
     if label >= min(len(names or range(MAX_CLASSES)), MAX_CLASSES):
-        limit = f"label_names has {len(names)} names" if names else f"at most {MAX_CLASSES:,} classes are read"
+        few = names and len(names) <= MAX_CLASSES
+        limit = f"label_names has {len(names or ())} names" if few else f"at most {MAX_CLASSES:,} classes are read"
         raise DatasetError(f"{sentence}, but {limit}; classes are integers from 0")
 
 

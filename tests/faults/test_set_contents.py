@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edmdistill.cli import main
+from edmdistill.data import labels as labels_module
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.inspect import inspect_data
 from edmdistill.errors import DatasetError
@@ -208,10 +209,28 @@ def test_classes_have_names(opened) -> None:
         (["cat"], "as 1, but label_names has 1 names"),
         ([], "label_names must be a list of printable names"),
         (["cat", "\x1b[2J"], "label_names must be a list of printable names"),
+        (["cat", " "], "label_names must be a list of printable names"),
         ({"0": "cat"}, "label_names must be a list of printable names"),
     ]:
         with pytest.raises(DatasetError, match=message):
             opened([*TWO, described(LABELS, label_names=names)])
+
+
+def test_labels_may_be_an_object_and_name_files_that_are_left_out(opened) -> None:
+    labels = {"a/0.png": 1, "b/1.png": 0, "a/.0.png": 5}
+    data = opened([*TWO, ("a/.0.png", b"junk"), described(labels, prepared="by hand")])
+    assert [data.label(i) for i in range(2)] == [1, 0]
+    assert data.notes == [f"{data.name}: left out 1 file: hidden (a/.0.png)."]
+    assert data.prepared is None
+    with pytest.raises(DatasetError, match="labels 7, which is no file's name; fix it"):
+        opened([*TWO, described([[7, 0]])])
+
+
+def test_more_classes_than_are_read(opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels_module, "MAX_CLASSES", 1)
+    for names in ({}, {"label_names": ["cat", "dog"]}):
+        with pytest.raises(DatasetError, match=r"labels b/1\.png as 1, but at most 1 classes are read"):
+            opened([*TWO, described(LABELS, **names)])
 
 
 def test_a_subset_of_a_networks_classes_is_noted(opened) -> None:
