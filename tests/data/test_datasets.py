@@ -82,6 +82,19 @@ def test_digits_splits_are_fixed_and_disjoint() -> None:
     assert set(train.files) | set(test.files) == set(everything.files)
     assert test.files[:4] == ["digit 5", "digit 9", "digit 12", "digit 16"]
     assert len(open_dataset("digits")) == 1500
+    numbers = [int(name.removeprefix("digit ")) for name in test.files]
+    assert test.labels(range(297)).tolist() == everything.labels(numbers).tolist()
+    assert torch.equal(test.images(range(297)), everything.images(numbers))
+    mirrored = open_dataset("digits", split="test", xflip=True)
+    assert torch.equal(mirrored.images([297, 593]), test.images([0, 296]).flip(3))
+    assert mirrored.labels([297, 593]).tolist() == test.labels([0, 296]).tolist()
+
+
+def test_a_file_called_like_an_embedded_set_is_not_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    data = open_dataset("digits")
+    assert (len(data), data.notes) == (1500, ["digits is the embedded data set; what has that name here is ./digits."])
 
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +161,36 @@ def test_mirrored_images_follow_the_others(
     assert torch.equal(data.images(range(10)), torch.cat([images, images.flip(3)]))
     assert torch.equal(data.images([7, 2]), torch.stack([images[2].flip(2), images[2]]))
     assert [data.label(i) for i in range(10)] == 2 * [plain.label(i) for i in range(5)]
+    assert data.class_counts == plain.class_counts == [2, 2, 1]
+    assert (data.labels_sha256, data.content_sha256) == (plain.labels_sha256, plain.content_sha256)
     with pytest.raises(IndexError):
         plain.images([5])
+
+
+def test_a_large_set_is_read_image_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small one every image is read when it is opened, so that a broken one is found then."""
+    source = write_folder(tmp_path, members(None, **{"z.png": b"broken"}))
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 6 * PIXELS[0].nbytes - 1)
+    data = open_dataset(source)
+    assert data.images(range(5)).shape == (5, 3, 4, 4)
+    with pytest.raises(DatasetError, match=r"z\.png is not a readable image"):
+        data.image(5)
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 6 * PIXELS[0].nbytes)
+    with pytest.raises(DatasetError, match=r"z\.png is not a readable image"):
+        open_dataset(source)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "from_one"),
+    [([1, 2, 1, 2, 1], None, True), ([1, 3, 1, 3, 1], None, False), ([0, 2, 0, 2, 0], None, False),
+     ([1, 2, 1, 2, 1], ["a", "b", "c"], False)],
+)  # fmt: skip
+def test_labels_that_begin_at_one_are_all_from_1_to_k(
+    labels: list[int], names: list[str] | None, from_one: bool, tmp_path: Path
+) -> None:
+    described = json.dumps({"labels": [*zip(FILES, labels, strict=True)], "label_names": names}).encode()
+    data = open_dataset(write_zip(tmp_path, members(**{"dataset.json": described})))
+    assert [" (the labels begin at 1, " in note for note in data.notes] == [from_one]
 
 
 MOMENTS = np.random.default_rng(1).random((5, 4, 6, 6), dtype=np.float32)

@@ -245,9 +245,11 @@ def test_a_subset_of_a_networks_classes_is_noted(opened) -> None:
 
 
 def test_other_names_for_a_class_are_noted(opened) -> None:
-    data = opened([*TWO, described(LABELS, label_names=["cat", "dog"])])
-    data.use_classes(2, ["cat", "frog"])
-    assert data.notes == [f"{data.name}: class 1 is 'dog' there, and 'frog' to the network."]
+    data = opened([*TWO, described(LABELS, label_names=["cat", "dog", "cow"])])
+    for _ in range(2):
+        data.use_classes(3, ["cat", "frog", "ox"])
+    assert data.notes[0] == f"{data.name}: class 1 is 'dog' there, and 'frog' to the network."
+    assert len(data.notes) == 2  # and that no image is of class 2
 
 
 def test_labels_of_files_that_are_not_there_are_noted(opened) -> None:
