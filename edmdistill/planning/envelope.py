@@ -20,7 +20,7 @@ def envelope(lines: Iterable[Line]) -> Lines:
     """Returns those of the lines that are the highest for some number of images."""
     upper: list[Line] = []
     for fixed, each in sorted(set(lines), key=lambda line: (line[1], line[0])):
-        while upper and (upper[-1][1] == each or _crosses_before(upper, (fixed, each))):
+        while upper and _crosses_before(upper, (fixed, each)):
             upper.pop()
         upper.append((fixed, each))
     return tuple(upper)
@@ -32,7 +32,11 @@ def highest(lines: Lines, images: int) -> int:
 
 
 def _crosses_before(upper: list[Line], new: Line) -> bool:
-    """Returns whether the last of the lines is nowhere above both the one before it and the new, steeper one."""
+    """Returns whether the last of the lines is nowhere above both the one before it and the new one.
+
+    Args:
+        new: steeper than the last, or as steep and higher.
+    """
     if len(upper) == 1:
         return new[0] >= upper[0][0]
     (a, b), (c, d), (e, f) = upper[-2], upper[-1], new
