@@ -32,19 +32,13 @@ from edmdistill.stored_tensors import empty_pages
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all.  Tensors that share memory are written separately.
+    """Writes a safetensors file, whole or not at all.  Tensors that share memory are each written, and none is copied.
 
     Raises: CheckpointError: the disk refuses.
     """
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as new:
-        write_safetensors(new, separate, metadata or {})
+        write_safetensors(new, plain, metadata or {})
 
 
 def load_tensors(

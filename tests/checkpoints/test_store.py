@@ -344,6 +344,21 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
     assert load_tensors(tmp_path / "none.safetensors") == ({}, {})
 
 
+def test_tensors_are_written_from_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views of one storage too, which in copies would be in memory a second time."""
+    written: dict[str, torch.Tensor] = {}
+
+    def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        path.touch()
+        written.update(tensors)
+
+    monkeypatch.setattr(store, "write_safetensors", write)
+    whole = torch.arange(6.0)
+    save_tensors(tmp_path / "a", {"head": whole[:2], "tail": whole[2:], "again": whole})
+    places = {name: tensor.data_ptr() - whole.data_ptr() for name, tensor in written.items()}
+    assert places == {"head": 0, "tail": 8, "again": 0}
+
+
 def test_aside_takes_files_too(tmp_path: Path) -> None:
     with atomic_write(tmp_path / "deep" / "a.txt") as new:
         new.write_text("a")
