@@ -177,7 +177,6 @@ def write_checkpoint(
 ) -> None:
     """Writes the three files of a checkpoint into a folder, which is created."""
     config = replace(config, **describe(flow))
-    folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / MODEL, flow.network.state_dict() if tensors is None else tensors, {"format": "pt"})
     describe_checkpoint(folder, config)
 

@@ -123,6 +123,15 @@ def test_the_network_speaks_for_itself(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "c")[1] == config
 
 
+def test_tensors_may_come_from_elsewhere(tmp_path: Path) -> None:
+    """As from the shards of a network in several processes."""
+    flow, config = make()
+    tensors = {name: tensor + 1 for name, tensor in flow.network.state_dict().items()}
+    save_checkpoint(tmp_path / "c", flow, config, tensors=tensors)
+    found = load_checkpoint(tmp_path / "c")[0].network.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 def test_files_are_for_people(folder: Path) -> None:
     text = (folder / CONFIG).read_text()
     assert text.startswith('{\n  "format_version": "1.3",\n  "stage": "teacher"')
@@ -238,6 +247,11 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
         (
             {"preconditioning": {"kind": "edm", "sigma_min": 90}},
             "where all must be positive and finite, and sigma_min b",
+        ),
+        ({"preconditioning": {"kind": []}}, "is of the kind []"),
+        (
+            {"network": {"kind": "song", "arguments": SMALL | EDM | {"out_channels": 4}}},
+            "makes 4 channels from 2, where edm needs 2: it is no denoiser",
         ),
         ({"preconditioning": {"kind": "edm", "c_noise_kind": "x"}}, "c_noise_kind: invalid enum value 'x'"),
         ({"preconditioning": {"kind": "iddpm", "M": 10**12}}, "M must be at most 10000"),

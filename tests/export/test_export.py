@@ -2,10 +2,9 @@
 
 import json
 import math
-import runpy
-import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,82 +12,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from golden_set import NETWORKS
 from msgspec.structs import replace
-from PIL import Image
-from tolerance import assert_rounded, depth, rounding
+from tolerance import assert_rounded, depth
+from two_times import with_second_time
 
 from edmdistill.checkpoints.config import (
-    CheckpointConfig,
-    Guidance,
-    Provenance,
-    SamplingDefaults,
     default_nfe,
-    describe,
 )
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.load import load_flow, load_generator
-from edmdistill.checkpoints.nvidia import read_official
-from edmdistill.checkpoints.official import build_official
-from edmdistill.checkpoints.store import save_checkpoint
-from edmdistill.cli import main
+from edmdistill.checkpoints.load import load_flow
 from edmdistill.cli.export import TARGETS as CHOICES
 from edmdistill.errors import EdmDistillError
 from edmdistill.export import parity
-from edmdistill.export.diffusers import FILES
+from edmdistill.export.diffusers import FILES, _require_pixels
 from edmdistill.export.folder import TARGETS, export
-from edmdistill.export.nvidia import official, read
 from edmdistill.export.one_step import OneStep
 from edmdistill.export.parity import compare, step_sampler
-from edmdistill.export.space import GRADIO
-from edmdistill.networks import new_network
-from edmdistill.networks.flow import Denoiser, FlowNetwork
-from edmdistill.networks.preconditioning import EDM, ConsistencyBoundary
-from edmdistill.networks.surgery.adapt import with_positional_time
-from edmdistill.networks.surgery.rebuild import rebuild
-from edmdistill.networks.surgery.two_time import add_second_time
+from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.decode import model_decoder
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_image, to_uint8
 from edmdistill.trigflow import cos_sin, sigma_to_time
 
-RGB, LATENT = "edm2-rgb-cond.pkl", "edm2-latent-cond.pkl"
-
-
-def with_second_time(flow: FlowNetwork) -> FlowNetwork:
-    """A copy that another second time makes another network."""
-    two = add_second_time(flow)
-    for parameter in two.network.second_time.parameters():
-        torch.nn.init.normal_(parameter) if parameter.ndim else torch.nn.init.ones_(parameter)
-    return two
-
-
-@pytest.fixture(scope="module")
-def runs(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generator of pixels that reads a weight of guidance, one that reads a second time, and one of latents."""
-    root = tmp_path_factory.mktemp("runs")
-    torch.manual_seed(0)
-    small = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": 8}
-    pixels = FlowNetwork(new_network("edm2", 8, 1, 3, guided=True, **small), EDM())
-    for gain in pixels.parameters():
-        if gain.ndim == 0:
-            torch.nn.init.constant_(gain, 0.5)
-    torch.nn.init.normal_(pixels.network.map_guidance.weight)
-    jumps = with_second_time(rebuild(pixels, {}, guided=False))
-    for name, flow in {"pixels": pixels, "jumps": jumps, "latents": load_flow(golden / LATENT)[0]}.items():
-        names = tuple(f"class {i}, number {i}, digit" for i in range(flow.label_dim))
-        config = CheckpointConfig(
-            stage="generator",
-            sampling=SamplingDefaults({"2": (80.0, 3.0)}, gamma=0.7),
-            label_names=names,
-            guidance=Guidance("classes", (1.0, 3.0)) if flow.guided else None,
-            encoder=load_flow(golden / LATENT)[1].encoder if name == "latents" else {"kind": "pixels"},
-            provenance=Provenance(source="a test"),
-            **describe(flow),
-        )
-        save_checkpoint(root / name / "generator", flow, config)
-    return root
+RGB = "edm2-rgb-cond.pkl"
 
 
 def test_the_choices_are_the_targets():
@@ -136,6 +83,7 @@ def test_torch_export(runs: Path, tmp_path: Path, name: str, w: float | None):
     assert max(row.difference for row in found) < 1e-4
     document = json.loads((out / "export.json").read_text())
     assert document["sigmas"]["2"] == pytest.approx([80, 3])
+    assert (document["to"], document["gamma"], document["checkpoint"]["stage"]) == ("torch-export", 0.7, "generator")
     assert document["parity"] == [row._asdict() for row in found]
     assert parity.table(found) in (out / "README.md").read_text()
     # By hand, as the README says.
@@ -171,10 +119,11 @@ def test_onnx(runs: Path, tmp_path: Path, name: str):
     ("wrong", "nfe"),
     [
         (lambda step, told: 1.01 * step(**told), 1),
+        (lambda step, told: math.nan * step(**told), 1),
         (lambda step, told: step(**told | {"sigma_next": told["sigma"]}), 1),
         (lambda step, told: step(**told | {"sigma_next": torch.zeros_like(told["sigma"])}), 2),
     ],
-    ids=["scaled", "told sigma", "told 0"],
+    ids=["scaled", "nan", "told sigma", "told 0"],
 )
 def test_another_step_makes_other_images(runs: Path, wrong: Callable[..., torch.Tensor], nfe: int):
     flow, config = load_flow(runs / "jumps")
@@ -197,11 +146,6 @@ def test_every_network(golden: Path, tmp_path: Path, name: str, to: str):
 def monkeypatches() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         yield patch
-
-
-@pytest.fixture(scope="module")
-def vae(golden: Path) -> str:
-    return str(golden / "evaluation/latents/tiny-vae")
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +190,34 @@ def test_a_pipeline_samples_as_we_do(pipelines: dict, runs: Path, name: str, w: 
     found, expected = (np.asarray(image).astype(int) for image in (picture, to_image(pixels)))
     assert found.shape == expected.shape
     assert abs(found - expected).max() <= 1
+
+
+def test_a_pipeline_draws_as_many_as_it_is_asked_for(pipelines: dict):
+    pipe, like = pipelines["pixels"], {"num_inference_steps": 1, "output_type": "latent"}
+    assert len(pipe(**like).images) == 1
+    (images,) = pipe(batch_size=3, return_dict=False, **like)
+    assert len(images) == 3
+    by_name = pipe(class_labels=["Number 2", "number 0"], generator=streams(1, 1), **like).images
+    by_number = pipe(class_labels=[2, 0], generator=streams(1, 1), **like).images
+    assert torch.equal(by_name, by_number)
+    assert not torch.equal(by_number[0], by_number[1])
+    one, other = (pipe(batch_size=3, generator=streams(5)[0], **like).images for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_a_pipeline_decodes_any_number_of_latents(pipelines: dict):
+    pipe = pipelines["latents"]
+    latents = torch.randn(9, 4, 8, 8, generator=streams(0)[0])  # more than the VAE takes at a time
+    singles = torch.cat([pipe.pictures(latents[i : i + 1], "pt") for i in range(9)])
+    torch.testing.assert_close(pipe.pictures(latents, "pt"), singles, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shift", "same"), [(1, True), (-1, True), (2, False), (-2, False)])
+def test_pictures_that_differ_from_ours_are_not_exported(shift: int, same: bool):
+    ours = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
+    pipe = SimpleNamespace(pictures=lambda latents, kind: [to_image(image) for image in ours + shift])
+    with nullcontext() if same else pytest.raises(EdmDistillError, match="its decoded pictures differ from ours by 2"):
+        _require_pixels(pipe, lambda latents: ours, torch.zeros(1))
 
 
 def test_a_pipeline_of_latents_holds_its_vae_and_decodes_as_we_do(pipelines: dict, runs: Path, vae: str):
@@ -335,6 +307,8 @@ def test_a_pipelines_default_number_of_steps_is_samples(stored: dict[str, list[f
         ({"class_labels": [1, 2, 3], "batch_size": 2}, r"have lengths \[3, 2\]"),
         ({"sigmas": [2.0, 80.0]}, "must decrease"),
         ({"sigmas": [800.0]}, "between 0.002 and 80"),
+        ({"sigmas": [2.0, 0.001]}, "between 0.002 and 80"),
+        ({"sigmas": []}, "must decrease"),
         ({"guidance_scale": 5.0}, r"must be in \[1, 3\]"),
         ({"gamma": 1.5}, r"must be in \[0, 1\]"),
         ({"num_inference_steps": 0}, "at least 1"),
@@ -344,128 +318,6 @@ def test_a_pipelines_default_number_of_steps_is_samples(stored: dict[str, list[f
 def test_a_pipelines_errors(pipelines: dict, words: dict, message: str):
     with pytest.raises(ValueError, match=message):
         pipelines["pixels"](**words)
-
-
-def assert_space_draws_ours(source: Path, out: Path) -> None:
-    """By the same code and weights, which a file lends in the one case and not in the other."""
-    network = load_flow(source)[0]
-    for row in export(source, "space", out):
-        assert row.difference <= rounding(network.dtype, row.nfe * depth(network))
-
-
-@pytest.fixture(scope="module")
-def space(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("spaces") / "space"
-    assert_space_draws_ours(runs / "pixels", out)
-    return out
-
-
-def test_a_space_is_whole_and_says_what_it_needs(space: Path):
-    assert sorted(path.name for path in space.iterdir()) == [
-        *("README.md", "app.py", "export.json", "generator", "requirements.txt")
-    ]
-    head = (space / "README.md").read_text().split("---")[1]
-    for line in ("sdk: gradio", "app_file: app.py", f"sdk_version: {GRADIO}", "license: other"):
-        assert f"\n{line}\n" in head
-    assert f"gradio=={GRADIO}" in (space / "requirements.txt").read_text().splitlines()
-
-
-@pytest.fixture
-def app(space: Path, monkeypatch: pytest.MonkeyPatch):
-    """The app as Python runs it, where there is no gradio."""
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delenv("GENERATOR", raising=False)
-    return SimpleNamespace(**runpy.run_path(str(space / "app.py")))
-
-
-def test_a_space_draws_what_its_caption_says_and_does_not_blur_it(app, space: Path, tmp_path: Path):
-    model = load_generator(app.SOURCE)
-    assert app.classes(model) == [("drawn by each seed", -1), *((f"class {i}, number {i}, digit", i) for i in range(3))]
-    first = app.settings(model)
-    assert (first["nfe"], first["gamma"], first["guidance"]) == (2, 0.7, 1.0)
-    picture, said = app.draw(model, **first | {"gamma": 0.3, "label": 1, "seed": 5, "count": 3, "guidance": 2.0})
-    (line,) = (line for line in said.splitlines() if line.startswith("edmdistill"))
-    words = [str(space / "generator") if word == "generator" else word for word in shlex.split(line)[1:]]
-    result = CliRunner().invoke(main, [*words[:-1], str(tmp_path / "images")])
-    assert result.exit_code == 0, result.output
-    scale = 640 // 2 // 8
-    for index in range(3):
-        x, y = (index % 2 * (8 * scale + 2), index // 2 * (8 * scale + 2))
-        found = np.asarray(picture.crop((x, y, x + 8 * scale, y + 8 * scale)))
-        with Image.open(next((tmp_path / "images").rglob(f"*{5 + index}.png"))) as image:
-            assert np.array_equal(found, np.asarray(image).repeat(scale, 0).repeat(scale, 1))
-    picture, said = app.draw(model, **first | {"seed": None, "count": 1})
-    assert picture.size == (640, 640)
-    assert "--seeds 0 " in said
-
-
-def test_a_space_has_both_times(runs: Path, tmp_path: Path):
-    assert_space_draws_ours(runs / "jumps", tmp_path / "out")
-
-
-def test_a_space_of_latents_holds_its_vae(runs: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    export(runs / "latents", "space", tmp_path / "space", vae=vae)
-    assert "edmdistill[latent]==" in (tmp_path / "space" / "requirements.txt").read_text()
-    assert "`vae` holds tiny-vae, which decodes the latents" in (tmp_path / "space" / "README.md").read_text()
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delenv("GENERATOR", raising=False)
-    page = SimpleNamespace(**runpy.run_path(str(tmp_path / "space" / "app.py")))
-    model = load_generator(page.SOURCE)
-    picture, said = page.draw(model, **page.settings(model) | {"seed": 3, "count": 1})
-    assert "--vae stabilityai/sd-vae-ft-mse" in said
-    expected = model_decoder(model, vae)(sample(model, 2, seeds=[3]))[0].permute(1, 2, 0).numpy()
-    scale = 640 // expected.shape[0]
-    difference = np.asarray(picture).astype(int) - expected.repeat(scale, 0).repeat(scale, 1)
-    assert np.abs(difference).max() <= 1
-
-
-@pytest.mark.parametrize(("name", "message"), [("latents", "a Space shows pictures, .* --vae"), (None, "is a teacher")])
-def test_a_space_is_for_generators_of_images(runs: Path, golden: Path, tmp_path: Path, name: str | None, message: str):
-    with pytest.raises(EdmDistillError, match=message):
-        export(runs / name if name else golden / RGB, "space", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_nvidias_names_and_arguments(golden: Path, tmp_path: Path, name: str):
-    """What goes out is what the official pickle holds, tensor by tensor, and its class is called as it was there."""
-    checkpoint = read_official(golden / name)
-    flow, config = build_official(checkpoint, upcast=True)
-    arguments, tensors = official(flow, config)
-    assert tensors.keys() == checkpoint.tensors.keys()
-    for key, tensor in checkpoint.tensors.items():
-        rtol = 1e-5 if key == "u" else 0  # iDDPM's noise levels, which we make ourselves
-        torch.testing.assert_close(tensors[key], tensor.float(), rtol=rtol, atol=0)
-    assert arguments["class_name"].endswith(checkpoint.preconditioning_class)
-    recorded = checkpoint.network_arguments | checkpoint.arguments
-    ranges = {"sigma_min", "sigma_max"}  # unlimited there, and what training used here
-    assert all(arguments[key] == value for key, value in recorded.items() if key in arguments.keys() - ranges)
-    assert recorded.keys() - arguments.keys() <= {"in_channels", "out_channels", "use_fp16"} | ranges
-    export(golden / name, "nvidia", tmp_path / "out")
-    there, (here, _) = read(tmp_path / "out"), load_flow(golden / name)
-    assert there.preconditioning == here.preconditioning
-    for found, expected in zip(there.state_dict().values(), here.state_dict().values(), strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_what_has_no_place_is_refused(golden: Path, runs: Path):
-    flow, config = load_flow(golden / RGB)
-    with pytest.raises(EdmDistillError, match="this is a teacher"):
-        TARGETS["diffusers"].readme(flow, config)
-    adapted = with_positional_time(flow)
-    with pytest.raises(EdmDistillError, match="no positional_time"):
-        official(adapted, config)
-    scaled = FlowNetwork(flow.network, EDM(c_noise_scale=250.0))
-    with pytest.raises(EdmDistillError, match=r"read ln\(sigma\)/4"):
-        official(scaled, config)
-    boundary = FlowNetwork(flow.network, ConsistencyBoundary())
-    with pytest.raises(EdmDistillError, match="no preconditioning of the kind consistency"):
-        official(boundary, replace(config, **describe(boundary)))
-    with pytest.raises(EdmDistillError, match="no two_time"):
-        official(*load_flow(runs / "jumps"))
-    flow, config = load_flow(runs / "latents")
-    with pytest.raises(EdmDistillError, match=r"this network's VAE has them in \[-1, 1\]"):
-        TARGETS["nvidia"].readme(flow, replace(config, encoder=config.encoder | {"range": "scm"}))
 
 
 @pytest.mark.parametrize(("to", "package"), [("diffusers", "diffusers"), ("onnx", "onnxscript")])
