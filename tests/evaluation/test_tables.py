@@ -8,7 +8,15 @@ from msgspec.structs import replace
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference
 from edmdistill.evaluation.results import Result, read_results, results_json
-from edmdistill.evaluation.tables import GeneratorId, best_gamma_results, result_tables, sweep_table, sweep_tables
+from edmdistill.evaluation.tables import (
+    GeneratorId,
+    best_gamma_results,
+    number,
+    result_tables,
+    sampler_words,
+    sweep_table,
+    sweep_tables,
+)
 from edmdistill.sampling.spec import SamplerRecord
 
 OURS = GeneratorId("ab" * 32, 1000)
@@ -123,6 +131,79 @@ def test_of_several_gammas_the_best_stays():
     weighed = replace(worse, sampler=replace(worse.sampler, guidance=2.0))
     rest = [teacher(35, 4.0), teacher(35, 5.0), at_gamma(1.0, 1, 8.0), weighed]
     assert best_gamma_results([worse, better, same, other, *rest]) == [better, other, *rest]
+
+
+def sampled(one: Result, **changes: object) -> Result:
+    assert one.sampler is not None
+    return replace(one, sampler=replace(one.sampler, **changes))
+
+
+def test_a_sweep_is_by_what_varies():
+    """Guidance at one gamma; noise levels of one number of steps; and each protocol by itself."""
+    guided = [sampled(generator(2, fd), guidance=weight) for weight, fd in ((1.0, 6.0), (1.5, 5.0))]
+    (table,) = sweep_tables(guided, OURS)
+    assert list(table.curves) == ["gamma 1, guidance 1", "gamma 1, guidance 1.5"]
+    assert table.claim == "digits-FD is lowest with 2 evaluations, gamma 1, guidance 1.5: 5.000."
+    levels = [sampled(generator(1, fd), sigmas=sigmas) for sigmas, fd in (((80.0,), 6.0), ((40.0,), 7.0))]
+    assert sweep_table(levels).claim == "digits-FD is lowest with 1 evaluation, gamma 1, sigma 80: 6.000."
+    assert list(sweep_table([*levels[:1], generator(2, 5.0)]).curves) == ["gamma 1"]
+    other = replace(DONE, seeds="5000-9999")
+    elsewhere = [replace(one, protocol=other, protocol_sha256=other.sha256()) for one in guided]
+    assert [table.protocol for table in sweep_tables([*guided, *elsewhere], OURS)] == [DONE, other]
+    assert sweep_tables([guided[0], elsewhere[1]], OURS) == []
+
+
+def test_a_sweep_of_several_metrics_is_judged_by_the_first():
+    (table,) = sweep_tables([
+        sampled(generator(nfe, fd, accuracy=value), gamma=gamma)
+        for nfe, gamma, fd, value in ((2, 1.0, 6.0, 0.9), (1, 1.0, 9.0, 0.8), (1, 0.0, 9.0, 0.7))
+    ], OURS)  # fmt: skip
+    assert table.rows == [
+        ["NFE", "1", "2", "best NFE"],
+        ["digits-FD, gamma 0", "9.000", "-", "1"],
+        ["digits-FD, gamma 1", "9.000", "6.000", "2"],
+        ["accuracy, gamma 0", "0.7000", "-", ""],
+        ["accuracy, gamma 1", "0.8000", "0.9000", ""],
+    ]
+    unsorted = sweep_table([generator(2, 6.0), generator(1, 9.0)])
+    assert unsorted.curves == {"gamma 1": [(1, 9.0), (2, 6.0)]}
+
+
+def test_the_highest_score_is_the_best_and_fewer_steps_are_of_equal_ones():
+    scores = [replace(one, metrics={"is": value}) for one, value in (
+        (teacher(35, 0), 9.0), (teacher(18, 0), 9.0), (generator(2, 0), 7.0), (generator(2, 0), 8.0)
+    )]  # fmt: skip
+    (table,) = result_tables(scores, OURS)
+    assert table.curves["generator"] == [(2, 8.0)]
+    assert table.claim.endswith("reaches IS 8.000, 0.89 times the teacher's best of 9.000 with 18.")
+
+
+def test_a_generator_of_another_recipe_or_protocol_is_another():
+    other = generator(2, 7.0)
+    other = replace(other, provenance=other.provenance | {"recipe_hash": "cd" * 32})
+    (table,) = result_tables([generator(2, 6.0), other], OURS)
+    assert [row[0] for row in table.rows[1:]] == ["generator", "generator at 1,000 images, recipe cdcdcdcd"]
+    seeds = replace(DONE, seeds="5000-9999")
+    elsewhere = replace(at_gamma(0.0, 2, 7.0), protocol=seeds, protocol_sha256=seeds.sha256())
+    assert best_gamma_results([at_gamma(1.0, 2, 6.0), other, elsewhere]) == [at_gamma(1.0, 2, 6.0), other, elsewhere]
+
+
+def test_how_images_were_drawn_in_words():
+    one = generator(2, 6.0).sampler
+    assert one is not None
+    drawn = replace(one, guidance=1.5, churn=(40.0, 0.05, 50.0, 1.003), dtype="bfloat16")
+    assert sampler_words(drawn) == "gamma 1, guidance 1.5, sigma 80 2.5, churn 40 0.05 50 1.003, bfloat16"
+    assert sampler_words(replace(one, nfe=1, sigmas=None)) == ""
+    assert [number(value) for value in (1234.4, 551, 0.0001)] == ["1234", "551.0", "0.0001000"]
+
+
+def test_repetitions_are_told():
+    thrice = replace(DONE, repeat=3)
+    (table,) = result_tables([teacher(35, 4.0, thrice)], OURS)
+    assert table.to_text().splitlines()[0] == "Protocol digits, 5000 images, means of 3 repetitions."
+    assert "means of 3 times 5000 images" in table.caption
+    (named,) = result_tables([replace(teacher(35, 4.0), metrics={"a|b": 1.0})], OURS)
+    assert named.to_markdown().splitlines()[0] == r"|  | NFE | a\|b | vs teacher's best | sampler |"
 
 
 def test_images_have_no_nfe():
