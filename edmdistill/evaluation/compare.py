@@ -145,7 +145,6 @@ def _conditions(protocol: Protocol, metric: str) -> dict[str, Any]:
         "reference": reference and (reference.sha256 or reference.source),
         "rounding": protocol.uint8,
         "decoder": protocol.decoder,
-        "covariance": protocol.covariance,
         "likelihood": protocol.likelihood or None,
     }
     used: Mapping[str, str | None] = protocol.weights

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.compare import Row, compare, differences
-from edmdistill.evaluation.protocol import PROTOCOLS, Reference
+from edmdistill.evaluation.protocol import PROTOCOLS, Likelihood, Reference
 from edmdistill.evaluation.results import Result, results_json
 from edmdistill.sampling.spec import SamplerRecord
 
@@ -58,6 +58,7 @@ def test_one_table_of_what_was_measured_alike() -> None:
             {"reference": Reference(source="edm.npz", sha256="00" * 32)},
             r"reference \(in512\.zip (ef){4} and edm\.npz 0{8}\)",
         ),
+        ({"reference": Reference(source="edm.npz")}, r"reference \(in512\.zip (ef){4} and edm\.npz\)"),
         ({"weights": SPACES | {"inception": "00"}}, r"weights of inception \((1a){4} and 00\)"),
         ({"repeat": 3}, r"repetitions \(1 and 3\)"),
         ({"uint8": "round"}, r"rounding \(clip\(127\.5 x \+ 128, 0, 255\), cut and round\)"),
@@ -68,6 +69,24 @@ def test_what_was_not_measured_alike_is_refused(changes: dict[str, Any], message
     with pytest.raises(EdmDistillError, match=rf"fid of a and fid of b cannot stand side by side: .*{message}") as said:
         compare(rows)
     assert "\n" not in str(said.value)
+
+
+def test_latents_are_compared_where_one_vae_decoded_them() -> None:
+    rows = [Row(name, result(decoder=name * 64)) for name in "ab"]
+    with pytest.raises(EdmDistillError, match=r"they differ in decoder \(a{8} and b{8}\)"):
+        compare(rows)
+
+
+def test_likelihoods_are_compared_where_they_are_computed_alike() -> None:
+    """They have no seeds, and nobody asks for them."""
+    fine = Likelihood(probes=4, tolerance=1e-5, sigma_min=0.002, sigma_max=80.0)
+    ours, theirs, coarse = (
+        result({"nll": 3.0}, features=None, weights={}, seeds=None, likelihood=how)
+        for how in (fine, fine, replace(fine, tolerance=1e-3))
+    )
+    assert compare([Row("a", ours), Row("b", theirs)]).notes == []
+    with pytest.raises(EdmDistillError, match="they differ in likelihood"):
+        compare([Row("a", ours), Row("b", coarse)])
 
 
 def test_other_weights_of_another_metrics_space_do_not_matter() -> None:
@@ -85,6 +104,8 @@ def test_precision_depends_on_the_real_images_that_were_kept() -> None:
     ]
     with pytest.raises(EdmDistillError, match=r"precision_inception of a .* real images \(9 and 5\)"):
         compare(rows)
+    unknown = replace(EDM2, reference=None)
+    assert differences(EDM2, unknown, "precision_inception") == differences(unknown, EDM2, "precision_inception") == []
 
 
 def test_metrics_of_other_names_are_other_columns() -> None:
@@ -98,6 +119,7 @@ def test_what_is_not_known_is_noted() -> None:
     table = compare([Row("a", result({"fid": 2.5})), Row("them", theirs), Row("them", theirs)])
     assert table.notes == ["Of them, the seeds and classes of fid are unknown."]
     assert table.to_markdown().endswith("|\n\nOf them, the seeds and classes of fid are unknown.")
+    assert compare([Row("them", theirs)]).notes == []  # of a number beside no other
 
 
 def test_other_roundings_are_said() -> None:
@@ -109,6 +131,8 @@ def test_other_roundings_are_said() -> None:
     note = "a and b differ in device (cpu and cuda), compilation, so they are rounded"
     assert compare([Row("a", ours), Row("b", compiled)]).notes == [f"{note} differently."]
     assert compare([Row("a", ours), Row("b", ours), Row("c", one)]).notes == []  # an earlier version does not say
+    plain = replace(ours, provenance=ours.provenance | {"compiled": False})
+    assert compare([Row("a", ours), Row("b", plain)]).notes == []
 
 
 def run(*words: object) -> Any:
@@ -125,6 +149,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert shown.stdout.splitlines()[3] == "| a | 4 | gamma 1 | 2.500 | 68.00 |"
     assert out.read_text().splitlines()[2] == "a,4,gamma 1,2.5,68.0"
     assert json.loads(run(files[0], "--json").stdout)["metrics"] == ["fid", "fd_dinov2"]
+    seen = replace(result(), provenance={"source": "run", "images_seen": 1000})
+    (tmp_path / "seen.json").write_text(results_json([seen]))
+    assert "| run, 1,000 images seen | 2 |" in run(tmp_path / "seen.json").stdout
     refused = run(*files)
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "they differ in seeds (0-49999 and 1-50000)" in refused.stderr

@@ -87,9 +87,11 @@ def test_another_generator_is_called_by_its_recipe_and_images():
 
 
 def test_a_curve_has_the_best_at_each_nfe():
-    (table,) = result_tables([generator(2, 7.0), generator(2, 6.0)], OURS)
-    assert table.curves == {"generator": [(2, 6.0)]}
-    assert len(table.rows) == 3
+    for results in ([generator(2, 7.0), generator(2, 6.0)], [generator(2, 6.0), generator(2, 7.0)]):
+        (table,) = result_tables(results, OURS)
+        assert table.curves == {"generator": [(2, 6.0)]}
+        assert len(table.rows) == 3
+        assert table.claim == ""  # without a teacher
 
 
 def at_gamma(gamma: float, nfe: int, fd: float, images: int = 1000) -> Result:
@@ -147,6 +149,11 @@ def test_a_sweep_is_by_what_varies():
     levels = [sampled(generator(1, fd), sigmas=sigmas) for sigmas, fd in (((80.0,), 6.0), ((40.0,), 7.0))]
     assert sweep_table(levels).claim == "digits-FD is lowest with 1 evaluation, gamma 1, sigma 80: 6.000."
     assert list(sweep_table([*levels[:1], generator(2, 5.0)]).curves) == ["gamma 1"]
+    mixed = sweep_table([*levels, sampled(generator(1, 8.0), sigmas=None)])
+    assert list(mixed.curves) == ["gamma 1, sigma 80", "gamma 1, sigma 40", "gamma 1"]
+    by_score = sampled(at_gamma(0.0, 2, 7.0), solver="heun", gamma=None)
+    (solvers,) = sweep_tables([at_gamma(0.0, 2, 6.0), by_score], OURS)
+    assert list(solvers.curves) == ["heun", "gamma 0"]
     other = replace(DONE, seeds="5000-9999")
     elsewhere = [replace(one, protocol=other, protocol_sha256=other.sha256()) for one in guided]
     assert [table.protocol for table in sweep_tables([*guided, *elsewhere], OURS)] == [DONE, other]
@@ -171,10 +178,12 @@ def test_a_sweep_of_several_metrics_is_judged_by_the_first():
 
 def test_the_highest_score_is_the_best_and_fewer_steps_are_of_equal_ones():
     scores = [replace(one, metrics={"is": value}) for one, value in (
-        (teacher(35, 0), 9.0), (teacher(18, 0), 9.0), (generator(2, 0), 7.0), (generator(2, 0), 8.0)
+        (teacher(35, 0), 9.0), (teacher(18, 0), 9.0),
+        (generator(2, 0), 7.0), (generator(2, 0), 8.0), (generator(1, 0), 7.5),
     )]  # fmt: skip
     (table,) = result_tables(scores, OURS)
-    assert table.curves["generator"] == [(2, 8.0)]
+    assert table.curves["generator"] == [(1, 7.5), (2, 8.0)]
+    assert table.claim.startswith("With 2 evaluations")
     assert table.claim.endswith("reaches IS 8.000, 0.89 times the teacher's best of 9.000 with 18.")
 
 
