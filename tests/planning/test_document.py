@@ -68,6 +68,7 @@ def test_a_gpu_is_as_fast_as_its_operations_or_its_calls(precision: str, peak: f
         assert gpu["days"] * 86400 * gpu["images_per_second"] == pytest.approx(6400)
     assert (busy["largest_micro_batch"], waiting["largest_micro_batch"]) == (32, 0)
     assert found["utilization"] == 0.5
+    assert [request(precision)._replace(micro_batch=size).rows for size in (8, None)] == [8, 32]
 
 
 @pytest.mark.parametrize("micro_batch", [8, 32])
