@@ -144,6 +144,20 @@ def test_the_published_network() -> None:
     assert sum(tensor.numel() for tensor in network.parameters()) == 295_899_267  # as theirs
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_are_gray_or_of_three_colors(channels: int) -> None:
+    """The statistics of latents are not known."""
+    weights = weights_of((1,), attending=(), ch=64)
+    weights["input_blocks.0.0.weight"] = torch.zeros(64, channels, 3, 3)
+    weights |= {"out.2.weight": torch.zeros(channels, 64, 3, 3), "out.2.bias": torch.zeros(channels)}
+    if channels in (1, 3):
+        arguments, _ = to_adm(weights, resolution=4)
+        assert (arguments["in_channels"], arguments["out_channels"]) == (channels, channels)
+    else:
+        with pytest.raises(UnknownNetwork, match=f"takes {channels} channels and gives {channels}"):
+            to_adm(weights, resolution=4)
+
+
 def test_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In half precision, and saved under DistributedDataParallel, as some of theirs are."""
     monkeypatch.setitem(RESOLUTIONS, (1,), 4)
@@ -205,6 +219,7 @@ def test_consistency_models_of_the_same_kind_have_their_boundary(
     convert_generator(tmp_path / "cd_imagenet64_lpips.pt", tmp_path / "cd", "consistency-model")
     generator = load_generator(tmp_path / "cd")
     assert generator.config.provenance.licence == "mit"
+    assert generator.flow.sigma_min == 0.002
     noise, labels, sigma = torch.randn(2, 3, 8, 8), torch.tensor([1, 7]), torch.tensor(80.0)
     x = 80 * noise
     teacher = openai_denoiser(weights, 1)(x, sigma.expand(2), labels)

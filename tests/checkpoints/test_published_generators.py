@@ -8,11 +8,16 @@ import torch
 from click.testing import CliRunner
 from tolerance import assert_rounded, depth
 
+from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.config import Provenance
 from edmdistill.checkpoints.convert import convert
+from edmdistill.checkpoints.encoder import PIXELS
+from edmdistill.checkpoints.layout import MODEL
 from edmdistill.checkpoints.load import load_generator
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official, load_official
 from edmdistill.checkpoints.published_generators import GENERATORS, convert_generator
+from edmdistill.checkpoints.store import load_tensors
 from edmdistill.cli import main
 from edmdistill.cli.convert import command
 from edmdistill.errors import CheckpointError
@@ -50,12 +55,19 @@ def test_sid_is_the_denoiser_at_2_5(golden: Path, tmp_path: Path) -> None:
 
 
 def test_sida_without_an_encoder_has_edm2_s(golden: Path, tmp_path: Path) -> None:
-    flow, config = load_official(golden / "edm2-latent-cond.pkl")
-    convert_generator(golden / "edm2-latent-cond.pkl", tmp_path / "sida", "sid")
-    generator = load_generator(tmp_path / "sida")
-    assert flow.img_channels == 4
-    assert generator.config.encoder["scale"] == pytest.approx(config.encoder["scale"], rel=1e-5)
-    assert generator.config.encoder["bias"] == pytest.approx(config.encoder["bias"], rel=1e-5)
+    """Where there is one, it is kept; images of three channels have none."""
+    data, key = (golden / "edm2-latent-cond.pkl").read_bytes(), b"\x8c\x07encoder"
+    assert data.count(key) == 1
+    (tmp_path / "sida.pkl").write_bytes(data.replace(key, key[:-1] + b"x"))
+    _, config = load_official(golden / "edm2-latent-cond.pkl")
+    assert load_official(tmp_path / "sida.pkl")[1].encoder == PIXELS
+    convert_generator(tmp_path / "sida.pkl", tmp_path / "without", "sid")
+    encoder = load_generator(tmp_path / "without").config.encoder
+    assert (encoder["kind"], encoder["vae_name"]) == (config.encoder["kind"], config.encoder["vae_name"])
+    for name in ("scale", "bias"):
+        assert encoder[name] == pytest.approx(config.encoder[name], rel=1e-5)
+    assert convert_generator(golden / "edm2-latent-cond.pkl", tmp_path / "with", "sid").config.encoder == config.encoder
+    assert convert_generator(golden / "edm-tiny-cond.pkl", tmp_path / "rgb", "sid").config.encoder == PIXELS
 
 
 @torch.no_grad()
@@ -86,7 +98,9 @@ def test_dmd2_is_the_denoiser_at_80(golden: Path, tmp_path: Path) -> None:
     official = read_official(golden / "edm-adm-multihead.pkl.gz")
     torch.save(dict(official.tensors), tmp_path / "pytorch_model.bin")
     flow, config = build_official(official)
-    convert_generator(tmp_path / "pytorch_model.bin", tmp_path / "dmd2", "dmd2")
+    origin = convert_generator(tmp_path / "pytorch_model.bin", tmp_path / "dmd2", "dmd2").config.provenance
+    digest = sha256_file(tmp_path / "pytorch_model.bin")
+    assert origin == Provenance(source="pytorch_model.bin", sha256=digest, licence="cc-by-nc-sa-4.0")
     found = load_generator(tmp_path / "dmd2").config.network.arguments
     assert {name: config.network.arguments[name] for name in found if name != "dropout"} == {
         name: value for name, value in found.items() if name != "dropout"
@@ -146,6 +160,24 @@ def test_other_weights_are_refused(weights: dict[str, torch.Tensor], tmp_path: P
     with pytest.raises(CheckpointError, match=r"holds other weights .*: give the pytorch_model\.bin"):
         convert_generator(tmp_path / "pytorch_model.bin", tmp_path / "out", "dmd2")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_generator_is_written_over_nothing_unless_that_is_said(golden: Path, tmp_path: Path) -> None:
+    source = golden / "edm-tiny-cond.pkl"
+    convert_generator(source, tmp_path / "out", "sid")
+    with pytest.raises(CheckpointError, match="holds a checkpoint already, a generator"):
+        convert_generator(source, tmp_path / "out", "ect")
+    assert convert_generator(source, tmp_path / "out", "ect", overwrite=True).config.method == "ect"
+    with pytest.raises(CheckpointError, match=r"is a folder: give the file, SiD's and SiDA's one-step pickles"):
+        convert_generator(tmp_path / "out", tmp_path / "again", "sid")
+
+
+@torch.no_grad()
+def test_half_precision_is_read_as_float32(golden: Path, tmp_path: Path) -> None:
+    official = read_official(golden / "edm-adm-multihead.pkl.gz")
+    torch.save({name: tensor.half() for name, tensor in official.tensors.items()}, tmp_path / "pytorch_model.bin")
+    convert_generator(tmp_path / "pytorch_model.bin", tmp_path / "dmd2", "dmd2")
+    assert {tensor.dtype for tensor in load_tensors(tmp_path / "dmd2" / MODEL)[0].values()} == {torch.float32}
 
 
 def test_the_command_names_them(golden: Path, tmp_path: Path) -> None:
