@@ -29,9 +29,11 @@ class Repository:
         self.private = private
         self.commits: dict[str, dict[str, bytes]] = {}
         self.branches: dict[str, str] = {}
+        self.messages: list[str] = []
         self.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
 
-    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+    def commit(self, branch: str, files: dict[str, bytes], message: str = "") -> str:
+        self.messages.append(message)
         whole = self.commits.get(self.branches.get(branch, ""), {}) | files
         oid = hashlib.sha1(repr((len(self.commits), sorted(whole.items()))).encode()).hexdigest()
         self.commits[oid], self.branches[branch] = whole, oid
@@ -225,16 +227,18 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, body: bytes, name: str, branch: str) -> None:
         self._writer()
         head, _ = self._files(name, branch)
-        files = {}
+        files, message = {}, ""
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
+            if line["key"] == "header":
+                message = value["summary"]
             if line["key"] == "header" and value.get("parentCommit", head) != head:
                 raise Refusal(412, "", "A commit has happened since")
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             if line["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
-        oid = self.server.repositories[name].commit(branch, files)
+        oid = self.server.repositories[name].commit(branch, files, message)
         self._json({"commitUrl": f"{self.server.url}/{name}/commit/{oid}", "commitOid": oid, "success": True})
 
     def tree(self, body: bytes, name: str, revision: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from msgspec.structs import replace
 
-from edmdistill.checkpoints.config import CheckpointConfig, SamplingDefaults, read_config
+from edmdistill.checkpoints.config import CheckpointConfig, Guidance, SamplingDefaults, read_config
 from edmdistill.checkpoints.source import repository_of
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference
 from edmdistill.evaluation.results import Result
@@ -76,6 +76,31 @@ def test_of_several_gammas_the_best_is_shown_and_named():
     shown = ModelCard(text).data.eval_results
     found = [(one.metric_value, one.metric_args["nfe"], one.metric_args.get("gamma")) for one in shown]
     assert sorted(found) == [(4.0, 2, 0.5), (8.0, 1, None)]  # in one step no gamma plays
+
+
+def test_guidance_and_the_average_are_named():
+    config = replace(CONFIG, guidance=Guidance("network", (2.0, 2.0)))
+    guided = replace(result(4.5, 2, config), sampler=SamplerRecord(solver="gamma", nfe=2, guidance=2.0))
+    text = card(config, "me/digits", results=[guided])
+    (only,) = ModelCard(text).data.eval_results
+    assert only.metric_args["guidance"] == 2.0
+    for said in (
+        "- Guidance of the teacher: by another network at weight 2",
+        "- Weight average (EMA): half_life_images 50, rampup_ratio 0.05",
+        f"- Initialized from: the checkpoint with sha256 `{'1' * 64}`",
+        "- Images seen: 1,000",
+    ):
+        assert said in text, said
+    ranged = card(replace(CONFIG, guidance=Guidance("classes", (1.0, 3.0))), "me/digits")
+    assert "by its classes: --guidance takes 1 to 3" in ranged
+
+
+def test_a_method_that_makes_its_network_is_given_no_teacher(run: Path):
+    recipe = load_recipe("diffusion/digits", "diffusion")
+    (run / "recipe.resolved.json").write_bytes(recipe.to_json())
+    (run / "recipe.toml").write_text("# Trained by --recipe diffusion/digits\n")
+    text = card(replace(CONFIG, stage="teacher", method="diffusion"), "me/digits", run=read_run(run))
+    assert "\nedmdistill train diffusion --data digits --recipe diffusion/digits --run-dir RUN\n" in text
 
 
 def test_without_a_teacher_none_is_spoken_of():

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from PIL import Image
 from tiny_generator import tiny_generator
 
-from edmdistill import load_generator, sample
+from edmdistill import __version__, load_generator, sample
 from edmdistill.checkpoints import hub_client
 from edmdistill.checkpoints.config import read_config, write_config
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
@@ -27,6 +27,7 @@ from edmdistill.errors import CheckpointError, EdmDistillError, HubError
 from edmdistill.publish import hub
 from edmdistill.publish.hub import GRID, STRICTNESS, Published, build_package, choose_licence, push
 from edmdistill.sampling.decode import open_decoder
+from edmdistill.sampling.grid import to_uint8
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
 NAME = "me/cosim-digits"
@@ -128,6 +129,19 @@ def test_the_picture_of_a_latent_generator_is_decoded(
         build_package(folder, NAME, "cc-by-nc-4.0", "nowhere")
 
 
+def test_the_picture_shows_the_classes_in_turn(folder: Path) -> None:
+    picture = build_package(folder, NAME).files[GRID]
+    assert isinstance(picture, bytes)
+    with Image.open(io.BytesIO(picture)) as image:
+        found = np.asarray(image)
+    model = load_generator(folder)
+    images = sample(model, 2, seeds=range(24), labels=[seed % 3 for seed in range(24)])
+    pixels = to_uint8(images)[:, 0].numpy().repeat(8, 1).repeat(8, 2)
+    for seed, expected in enumerate(pixels):
+        top, left = seed // 8 * 34, seed % 8 * 34
+        assert np.abs(found[top : top + 32, left : left + 32].astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("fault", [500, "break"])
 def test_a_push_that_was_interrupted_goes_on(server: Hub, folder: Path, fault: int | str) -> None:
     server.faults["POST .*/commit/"] = fault, 1
@@ -218,6 +232,7 @@ def test_branches_and_revisions(server: Hub, folder: Path) -> None:
     change(folder)
     second = publish(folder, branch="try/2", message="Another gain")
     assert first.revision != second.revision
+    assert server.repositories[NAME].messages[1:] == [f"A generator by edmdistill {__version__}", "Another gain"]
     assert head(server)[MODEL] == (GENERATOR / MODEL).read_bytes()
     gains = {
         name: float(load_generator(f"{NAME}{name}").flow.network.out_gain)
