@@ -52,8 +52,9 @@ def read_architecture(folder: Path) -> Architecture:
         config = msgspec.json.decode(path.read_bytes(), type=Architecture)
         if config.class_name != "AutoencoderKL":
             raise ValueError(f"it describes {config.class_name[:60]!r}, not an AutoencoderKL")
-        if config.in_channels != 3 or config.out_channels != 3:
-            raise ValueError(f"its images have {config.in_channels} channels and not 3")
+        for channels in (config.in_channels, config.out_channels):
+            if channels != 3:
+                raise ValueError(f"its images have {channels} channels and not 3")
         if not len(config.block_out_channels) == len(config.down_block_types) == len(config.up_block_types):
             raise ValueError("block_out_channels, down_block_types and up_block_types differ in length")
         for statistics in (config.latents_mean, config.latents_std):

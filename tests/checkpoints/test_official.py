@@ -1,11 +1,13 @@
 """What an official file says of its network, as ours."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint, read_official
 from edmdistill.checkpoints.official import build_official, edm_arguments, load_official, outline_official
@@ -34,6 +36,14 @@ def test_noise_levels_are_the_attributes_the_arguments_or_the_defaults(official:
         )
         flow = outline_official(changed)
         assert (flow.sigma_min, flow.sigma_max, flow.sigma_data) == expected
+
+
+@pytest.mark.parametrize("change", [lambda u: u[:-1], lambda u: u * 1.1, lambda u: u[:0]], ids=["cut", "other", "none"])
+def test_iddpms_noise_levels_are_those_of_its_arguments(golden: Path, change: Callable[[Tensor], Tensor]) -> None:
+    official = read_official(golden / "iddpm-adm-uncond.pkl.gz")
+    build_official(official, tensors=official.tensors)
+    with pytest.raises(CheckpointError, match="holds other noise levels than its arguments give"):
+        build_official(official, tensors=official.tensors | {"u": change(official.tensors["u"])})
 
 
 def test_arguments_of_ours_are_not_theirs(official: OfficialCheckpoint) -> None:

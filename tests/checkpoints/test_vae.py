@@ -58,6 +58,10 @@ def test_bfloat16_is_close_and_stored_as_float32(folder: Path, case: dict[str, t
     assert moments.dtype == torch.float32
     torch.testing.assert_close(moments, case["mean_std"], rtol=0, atol=0.1)
     assert not torch.equal(moments, case["mean_std"])
+    vae = read_vae(str(folder), dtype=torch.bfloat16)
+    assert vae.decode(moments[:, :4]).dtype == torch.float32
+    assert not vae.model.training
+    assert {(p.dtype, p.requires_grad) for p in vae.model.parameters()} == {(torch.bfloat16, False)}
 
 
 def test_attention_by_its_old_names(folder: Path, case: dict[str, torch.Tensor]) -> None:
@@ -99,6 +103,9 @@ def test_memory_that_runs_out_halves_the_batch(folder: Path, monkeypatch: pytest
 
 def test_declared_statistics_are_those_of_the_architecture(folder: Path) -> None:
     vae = read_vae(str(folder))
+    change(folder, shift_factor=0.1, scaling_factor=0.5)
+    shifted = read_architecture(folder)
+    assert Vae("", folder, shifted, vae.model).statistics("edm2") == ((0.1,) * 4, (2.0,) * 4)
     change(folder, latents_mean=[1, 2, 3, 4], latents_std=[5, 6, 7, 8])
     assert read_vae(str(folder)).statistics("scm") == ((1, 2, 3, 4), (5, 6, 7, 8))
     change(folder, block_out_channels=[128, 256, 512, 512])
@@ -129,6 +136,11 @@ def lacks_a_tensor(folder: Path) -> None:
         (lambda folder: (folder / CONFIG).write_text("{"), "config.json cannot be used"),
         (lambda folder: change(folder, _class_name="UNet"), "it describes 'UNet', not an AutoencoderKL"),
         (lambda folder: change(folder, in_channels=4), "its images have 4 channels and not 3"),
+        (lambda folder: change(folder, out_channels=1), "its images have 1 channels and not 3"),
+        (lambda folder: change(folder, latents_mean=[1, 2]), "latents_mean or latents_std is not of 4 channels"),
+        (lambda folder: change(folder, latents_std=[1] * 5), "latents_mean or latents_std is not of 4 channels"),
+        (lambda folder: change(folder, latents_std=[1, 1, 1, 0]), "latents_std"),
+        (lambda folder: change(folder, note="x" * 2**20), "it is not a file of at most 1 MiB"),
         (lambda folder: change(folder, layers_per_block=10**9), "layers_per_block"),
         (lambda folder: change(folder, block_out_channels=[10**12]), "block_out_channels"),
         (lambda folder: change(folder, block_out_channels=[8]), "differ in length"),
