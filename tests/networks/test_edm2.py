@@ -101,6 +101,20 @@ def test_passes_that_share_weights_have_the_same_gradient(make_flow: MakeFlow, p
     )
 
 
+def test_shared_weights_of_convolutions_that_stand_still_have_the_dtype_of_activations(make_flow: MakeFlow) -> None:
+    flow = make_flow("edm2").requires_grad_(False)
+    flow.network.out_conv.weight.requires_grad_()
+    flow.compute_dtype = torch.bfloat16
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor(0.7)
+    expected = flow(x, t)
+    with EffectiveWeights(flow.network, torch.bfloat16).shared():
+        layers = [layer for layer in flow.modules() if isinstance(layer, MPConv)]
+        kinds = {(layer.weight.ndim, layer.weight.requires_grad, layer.effective[0].dtype) for layer in layers}
+        found = flow(x, t)
+    assert kinds == {(4, False, torch.bfloat16), (2, False, torch.float32), (4, True, torch.float32)}
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
 @torch.no_grad()
 def test_shared_weights_end_with_their_context(make_flow: MakeFlow) -> None:
     flow = make_flow("edm2")
