@@ -19,6 +19,25 @@ def test_blocks_are_numbered_from_1(flow: FlowNetwork) -> None:
     assert [block.layer for block in blocks] == list(range(1, len(blocks) + 1))
 
 
+@torch.no_grad()
+def test_the_last_layer_returns_f_and_every_block_has_dropout(make_flow: MakeFlow, case: str) -> None:
+    network = make_flow(case, dropout=0.4).network
+    assert {block.dropout for block in network.blocks()} == {0.4}
+    given: list[torch.Tensor] = []
+    for block in network.blocks():
+        block.register_forward_hook(lambda block, inputs, y: given.append(inputs[2]))
+    found: list[torch.Tensor] = []
+    network.last_layer.register_forward_hook(lambda layer, inputs, y: found.append(y))
+    size = network.img_resolution
+    keys = torch.tensor([5])
+    condition = Conditioning(torch.tensor([0.3]), dropout_keys=keys)
+    F = network(torch.randn(1, network.img_channels, size, size), condition)
+    assert len(given) == len(network.blocks())
+    assert all(each is keys for each in given)
+    assert F.shape == found[0].shape
+    assert torch.equal(F, found[0]) or case == "song-skip"  # it adds the images of lower resolutions
+
+
 def test_a_row_keeps_its_label_or_loses_it(make_flow: MakeFlow) -> None:
     network = make_flow("edm2", label_dropout=0.3).network
     labels, like = torch.tensor([[1.0, 0.0, 0.0, 2.0, 0.5]]).expand(4000, 5), torch.zeros(1, dtype=torch.float64)

@@ -81,7 +81,7 @@ def test_what_a_copy_shares(make_flow: Callable[..., FlowNetwork]) -> None:
         for copy in (two, lent, drop_second_time(two)):
             assert (copy.compute_dtype, copy.label_dropout) == (torch.bfloat16, 0.25)
             assert (copy.training, copy.network.training) == (training, training)
-    pointers = [tensor.data_ptr() for tensor in two.state_dict().values()]
+    pointers = [tensor.data_ptr() for copy in (two, drop_second_time(two)) for tensor in copy.state_dict().values()]
     assert len({*pointers, *own}) == len(pointers) + len(own)
     lent_from = drop_second_time(lent, lend=True).state_dict()
     for name, tensor in lent.state_dict().items():
