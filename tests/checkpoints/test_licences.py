@@ -41,3 +41,5 @@ def test_anything_else_is_refused(text: str) -> None:
 def test_the_refusal_says_how_to_write_it() -> None:
     with pytest.raises(CheckpointError, match=r"write 'my-own-licence-1\.0'$"):
         check_licence("My Own Licence 1.0")
+    with pytest.raises(CheckpointError, match=r"write 'our-licence-v2'$"):
+        check_licence("(Our) licence (v2)")
