@@ -24,6 +24,7 @@ from edmdistill.checkpoints.load import (
     weights_digest,
 )
 from edmdistill.checkpoints.openai import RESOLUTIONS
+from edmdistill.checkpoints.source import open_source
 from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from edmdistill.errors import CheckpointError
 from edmdistill.networks.surgery.rebuild import add_guidance
@@ -115,6 +116,9 @@ def test_results_are_of_the_average(tmp_path: Path) -> None:
         assert (config.results, config.ema, config.images_seen) == ((), None, 8)
     model = load_model(run, weights="raw")
     assert weights_digest(state, model) == tensors_digest(model) != tensors_digest(load_model(run))
+    assert open_source(state).sha256 == digest
+    (state / "generator.safetensors").rename(state / "teacher.safetensors")  # of a method that trains one
+    assert open_source(state).sha256 == digest
 
 
 def test_the_outline_of_weights_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

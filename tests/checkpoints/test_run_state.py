@@ -44,6 +44,9 @@ def test_a_state_under_another_name_is_refused(tmp_path: Path) -> None:
     moved = state(tmp_path, 8).rename(tmp_path / "state" / f"{16:012d}")
     with pytest.raises(ValueError, match="is of another state"):
         read_progress(moved)
+    (moved / "progress.json").write_text('{"images": 16, "window": {}, "sha256": {}}')  # and of no file
+    with pytest.raises(ValueError, match="is of another state"):
+        read_progress(moved)
     (moved / "progress.json").write_text('{"images": ' + "[" * 10**6)
     with pytest.raises(ValueError, match=r"progress\.json is nested too deeply"):
         read_progress(moved)
