@@ -1,5 +1,6 @@
 """Paths, URLs and the Hub."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from edmdistill.checkpoints.source import resolve, source_name
+from edmdistill.checkpoints.source import file_digest, resolve, source_name
 from edmdistill.errors import CheckpointError, HubError
 
 CONTENT = bytes(range(256)) * 9000
@@ -65,8 +66,18 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         CheckpointError, match=r"teachers/edm2-x\.pkl does not exist: did you mean teachers/edm2-s\.pkl"
     ):
         resolve("teachers/edm2-x.pkl")
-    with pytest.raises(CheckpointError, match="give a path, a URL or a Hub repository"):
-        resolve("nothing.pkl")
+    for nothing in ("nothing.pkl", "c:/nothing.pkl"):  # the letter of a drive is no scheme
+        with pytest.raises(
+            CheckpointError, match=r"nothing\.pkl does not exist: give a path, a URL or a Hub repository"
+        ):
+            resolve(nothing)
+    for scheme in ("ftp", "FTP", "s3"):
+        address = f"{scheme}://me:secret@host/edm.pkl"
+        with pytest.raises(CheckpointError, match="cannot be downloaded: use an http, https or hf address") as caught:
+            resolve(address)
+        assert "secret" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="is not a repository of the Hub"):
+        resolve("HF://owner")
 
 
 def test_what_provenance_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +88,17 @@ def test_what_provenance_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert source_name(".") == tmp_path.name
     for whole in ("https://host/a/edm.pkl", "hf://owner/name/edm.pkl@v1", "owner/name"):
         assert source_name(whole) == whole
+    assert source_name("digits") == "digits-teacher.pkl"
+    (tmp_path / "digits").mkdir()
+    assert source_name("digits") == "digits"
+
+
+def test_a_digest_is_that_of_a_file_or_what_was_said_without_secrets(tmp_path: Path) -> None:
+    (tmp_path / "edm.pkl").write_bytes(CONTENT)
+    assert file_digest(tmp_path / "edm.pkl") == hashlib.sha256(CONTENT).hexdigest()
+    said = file_digest("https://me:secret@host/edm.pkl?sig=secret")
+    assert "host/edm.pkl" in said
+    assert "secret" not in said
 
 
 def test_a_url_is_downloaded_once(server: Server, tmp_path: Path) -> None:
