@@ -143,6 +143,14 @@ def test_transforms_follow_their_weight() -> None:
     assert torch.equal(conv2d(x, other, bias, frozen), conv2d(x, other, bias))
 
 
+def test_a_transform_has_no_gradient_and_may_be_of_an_inference_tensor() -> None:
+    parameter = nn.Parameter(torch.randn(2, 3, 3, 3))
+    assert not FrozenWeight(parameter).transformed.requires_grad
+    with torch.inference_mode():
+        weight = parameter.clone()
+    torch.testing.assert_close(FrozenWeight(weight).transformed, FrozenWeight(parameter).transformed)
+
+
 @torch.no_grad()
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("size", [6, 17, 22])

@@ -14,6 +14,7 @@ from tolerance import assert_rounded, depth
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official
 from edmdistill.errors import EdmDistillError
+from edmdistill.kernels.winograd import is_frozen
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.magnitude import EffectiveWeights, MPConv, scale_results
 
@@ -62,6 +63,27 @@ def test_folding_keeps_the_function(make_flow: MakeFlow) -> None:
             gain.fill_(math.nan)  # it is in the weights, and read no more
     flow.network.fold()
     assert torch.equal(flow(x, t), folded)
+
+
+@pytest.mark.parametrize("case", ["adm", "edm2"])
+def test_folded_weights_are_laid_out_and_frozen_as_asked(make_flow: MakeFlow, case: str) -> None:
+    """Those of 3x3, which Winograd's convolution takes."""
+    for options, laid_out, frozen in (
+        ({"lay_out": False}, False, False),
+        ({"sample": False}, True, False),
+        ({}, True, True),
+    ):
+        network = make_flow(case).network
+        network.fold(**options)
+        convolutions = [layer for layer in network.modules() if hasattr(layer, "frozen") and layer.weight is not None]
+        for layer in convolutions:
+            assert (layer.frozen is not None) == (frozen and layer.weight.shape[2:] == (3, 3))
+            if layer.weight.shape[2:] == (3, 3):
+                assert layer.weight.is_contiguous(memory_format=torch.channels_last) == laid_out
+        assert is_frozen(network) == frozen
+        assert not network.normalizes_weights
+        if case == "edm2":
+            assert not any(layer.weight.requires_grad for layer in convolutions)
 
 
 @torch.no_grad()
