@@ -2,9 +2,11 @@
 
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
@@ -14,9 +16,22 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.planning import fit as module
 from edmdistill.planning import outlines
-from edmdistill.planning.fit import COARSE, CONTEXT, Fitted, fit, fit_run, main_choice, options
+from edmdistill.planning.document import PlanRequest
+from edmdistill.planning.fit import (
+    COARSE,
+    CONTEXT,
+    Fitted,
+    fit,
+    fit_request,
+    fit_run,
+    main_choice,
+    options,
+    spilled,
+    ways,
+)
 from edmdistill.planning.plan import Measurement, make_plan, measure
 from edmdistill.recipes.library import load_recipe
+from edmdistill.recipes.schema import Recipe
 from edmdistill.training.micro_batch import HEADROOM
 
 RECIPE = load_recipe("sid/digits", "sid", ["training.batch=64"])
@@ -92,10 +107,102 @@ def test_what_the_user_asks_for_stays() -> None:
     machine = fit(RECIPE, flow(), asked, 1e9, GPU_AT_HAND).machine
     assert machine == asked
     sharded = fit(RECIPE, flow(), asked._replace(shard=True, offload=()), 1e9, GPU_AT_HAND, processes=4, spill=False)
+    share = make_plan(measured(True, 4, False, True), sharded.machine, processes=4)
+    assert sharded.peak == share.peak(16, accumulates=False)
     sharded = sharded.machine
     assert (sharded.shard, sharded.offload, sharded.micro_batch) == (True, (), 16)
     with pytest.raises(TrainingError, match="leave out --micro-batch auto"):
         fit(RECIPE, flow(), Machine(micro_batch="auto"), 1e9, GPU_AT_HAND)
+
+
+def test_the_ways_that_are_tried() -> None:
+    """By what is recomputed, in how many pieces, and whether the teacher waits in the host's memory."""
+
+    def tried(recipe: Recipe = RECIPE, spill: bool = True, **asked: Any) -> list[tuple[bool, int, tuple[str, ...]]]:
+        return [(way.checkpointing, way.loss_pieces, way.offload) for way in ways(recipe, Machine(**asked), spill)]
+
+    plain = [(False, 1, ()), (False, 4, ())]
+    lent = [(True, 1, ()), (True, 1, ("teacher",)), (True, 4, ()), (True, 4, ("teacher",))]
+    assert tried() == plain + lent
+    assert tried(spill=False) == [*plain, (True, 1, ()), (True, 4, ())]
+    assert tried(checkpointing=True) == lent
+    assert tried(loss_pieces=2, spill=False) == [(False, 2, ()), (True, 2, ())]
+    assert tried(offload=("ema",))[3] == (True, 1, ("ema", "teacher"))
+    assert {offload for *_, offload in tried(offload=("teacher",))} == {("teacher",)}
+    whole = load_recipe("diffusion/digits")  # it has no teacher, and a loss that is not split
+    assert tried(whole) == [(False, 1, ()), (True, 1, ())]
+
+
+def test_what_else_of_a_way_is_tried() -> None:
+    """Averages and Adam in the host's memory; half its second moment where it is not there."""
+
+    def tried(optimizer: str = "adam", spill: bool = True, **asked: Any) -> list[tuple[tuple[str, ...], str]]:
+        recipe = replace(RECIPE, training=replace(RECIPE.training, optimizer=optimizer))
+        return [(way.offload, way.second_moment) for way in spilled(recipe, Machine(**asked), spill)]
+
+    both = [((), "fp32"), ((), "bf16")]
+    ema = [(("ema",), "fp32"), (("ema",), "bf16")]
+    assert tried() == [*both, *ema, (("optimizer",), "fp32"), (("ema", "optimizer"), "fp32")]
+    assert tried(spill=False) == both
+    assert tried("radam") == [((), "fp32"), (("ema",), "fp32")]
+    assert tried(second_moment="bf16", spill=False) == [((), "bf16")]
+    assert tried(offload=("optimizer",)) == [(("optimizer",), "fp32"), (("optimizer", "ema"), "fp32")]
+
+
+class Asked(Exception):
+    """Ends a search, with what was asked for."""
+
+
+def asked_for(*given: Any, **more: Any) -> None:
+    raise Asked(given, more)
+
+
+def test_the_guide_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "measure", asked_for)
+    with pytest.raises(Asked) as asked:
+        fit(RECIPE, flow(), Machine(), 1e9, GPU_AT_HAND, guide="guide")
+    assert asked.value.args[1] == {"guide": "guide"}
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_is_fitted_with_all_that_was_named(shard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "fit", asked_for)
+    monkeypatch.setattr(module, "outline_teacher", lambda recipe, *given: given)
+    monkeypatch.setattr(module, "outline_guide", lambda guide: f"shape of {guide}")
+    monkeypatch.setattr(module, "measure_this_machine", lambda: GPU_AT_HAND)
+    monkeypatch.setattr(module, "pick_device", torch.device)
+    made = load_recipe("diffusion/digits")
+    for device, recipe, teacher, source in (
+        ("cuda", RECIPE, "teacher", ("teacher", None, None)),  # the data give no shape
+        ("cuda", made, "teacher", ("teacher", None, None)),
+        ("cpu", made, None, (None, None, "digits")),
+    ):
+        machine = Machine(device, shard=shard)
+        with pytest.raises(Asked) as asked:
+            fit_run(recipe, machine, 5e9, data="digits", teacher=teacher, guide="guide", processes=3)
+        given, more = asked.value.args
+        assert given == (recipe, source, machine, 5e9, GPU_AT_HAND)
+        assert (more["guide"], more["processes"]) == ("shape of guide", 3)
+        assert more["spill"] == (device == "cuda" and not shard)
+
+
+def test_a_plan_is_of_what_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the memory that is named, or that of the first GPU."""
+    gpus = {"first": GPU_AT_HAND._replace(memory=7e9), "second": GPU_AT_HAND}
+    for memory, room, shard in ((3e9, 3e9, False), ("auto", 7e9, True)):
+        request = PlanRequest(RECIPE, flow(), None, Machine(shard=shard), 2, 16, gpus, 0.5)._replace(guide="guide")
+        seen: list[Any] = []
+
+        def fitted(*given: Any, seen: list[Any] = seen, **more: Any) -> Fitted:
+            seen += [*given[2:], more["guide"], more["processes"], more["spill"]]
+            return Fitted(Machine(checkpointing=True, micro_batch=4), 1e9, 1, 1.0)
+
+        monkeypatch.setattr(module, "fit", fitted)
+        found, sentence = fit_request(request, memory, lambda stage: None)
+        asked = Machine(shard=shard, micro_batch=16)
+        assert seen == [asked, room, gpus["first"], "guide", 2, not shard]
+        assert (found.machine.checkpointing, found.machine.micro_batch, found.micro_batch) == (True, 4, 4)
+        assert sentence.startswith("--fit chooses --checkpoint-activations --micro-batch 4")
 
 
 def test_all_processes_take_the_way_of_the_main_one(monkeypatch) -> None:
