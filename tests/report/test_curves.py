@@ -48,6 +48,7 @@ def test_axes_are_straight_or_logarithmic():
     assert axis([0.0]) == Axis([0, 1])
     assert axis([2.0, 30.0], log=True) == Axis([2, 5, 10, 20, 50], log=True)
     assert axis([0.2, 30.0], log=True) == Axis([0.1, 1, 10, 100], log=True)
+    assert axis([1.1, 90.0], log=True) == Axis([1, 10, 100], log=True)
     assert not axis([-2.0, 30.0], log=True).log
     assert Axis([1.0, 64.0], log=True).at(8) == pytest.approx(0.5)
 
@@ -104,6 +105,30 @@ def test_a_chart_names_its_curves_and_marks_their_few_points():
     long = {"": [(float(x), 1.0) for x in range(1, 65)]}
     assert "circle" not in svg_curves("long", long, powers_of_two(long))
     assert "circle" in svg_curves("one round", {"": [(64, 1.0)]}, powers_of_two(long))  # a line of one point is none
+
+
+def test_a_chart_goes_up_and_to_the_right_between_its_smallest_and_largest_values():
+    points = [(float(x), float(x // 2 * 1000 - 2000)) for x in range(1, 161)]
+    svg = svg_curves("c", {"": points}, powers_of_two({"": points}))
+    (mean,) = re.findall('polyline points="(.*?)"', svg)
+    columns, rows = zip(*(map(float, pair.split(",")) for pair in mean.split()), strict=True)
+    assert columns == tuple(sorted(columns))
+    assert rows == tuple(sorted(rows, reverse=True))
+    assert len(rows) == 80
+    (band,) = re.findall('polygon points="(.*?)"', svg)
+    corners = [tuple(map(float, pair.split(","))) for pair in band.split()]
+    for (x, low), (same, high), middle in zip(corners[:80], reversed(corners[80:]), rows, strict=True):
+        assert x == same
+        assert low > middle > high or low == middle == high
+    assert ">-20k</text>" in svg_curves("c", {"": [(1, -2e4), (2, 1.0)]}, powers_of_two({}))
+    assert downsample([(1, 0.0), (2, 1.0), (3, 5.0)], 1) == [(3, 0.0, 2.0, 5.0)]
+
+
+def test_a_logarithmic_chart_has_logarithmic_ticks():
+    series = {"": [(1, 2.0), (2, 30.0)]}
+    ticks = [re.findall(">([^<]+)</text>", svg_curves("c", series, powers_of_two(series), log=log)) for log in (0, 1)]
+    assert "5" in ticks[1]
+    assert "5" not in ticks[0]
 
 
 def test_numbers_of_evaluations_lie_on_powers_of_two():
