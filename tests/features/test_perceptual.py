@@ -38,6 +38,7 @@ def test_the_seed_decides_all_weights_and_draws_nothing_else() -> None:
     like = torch.zeros(1, 1, 8, 8)
     torch.manual_seed(5)
     one, two, other = (make_features((), like, 8, seed=seed).state_dict() for seed in (1, 1, 2))
+    make_discriminator(1, 8, 3)
     drawn = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(1))

@@ -13,7 +13,7 @@ from edmdistill.data.datasets import open_dataset
 from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.frechet import frechet_distance, statistics
-from edmdistill.features.spaces import FEATURE_SPACES, Pixels
+from edmdistill.features.spaces import FEATURE_SPACES, Pixels, embedded_space, small_classifier
 
 TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
 
@@ -116,3 +116,26 @@ def test_the_maker_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sys.argv", ["make_features", "digits", str(tmp_path / "made.safetensors")])
     make_features.main()
     assert made(tmp_path / "made.safetensors")["held_out_accuracy"] >= 0.97
+
+
+@pytest.mark.parametrize("name", ["pixels", "digits"])
+def test_images_are_bytes(name: str) -> None:
+    with pytest.raises(DatasetError, match=f"the feature space {name} takes images as a tensor, uint8"):
+        load_features(name)(torch.zeros(1, 1, 8, 8))
+
+
+def test_an_embedded_space_is_its_classifier_in_double_precision() -> None:
+    images = open_dataset("digits").images(range(20))
+    network = small_classifier(EMBEDDED["digits"])
+    network.load_state_dict(load_tensors(EMBEDDED["digits"].features)[0])
+    x = images.double() / 127.5 - 1
+    features, logits = load_features("digits").features_and_logits(images)
+    assert (features.dtype, logits.dtype) == (torch.float32, torch.float64)
+    assert torch.equal(features, network.double().features(x).float())
+    assert torch.equal(logits, network(x))
+
+
+def test_whose_weights_a_file_has(tmp_path: Path) -> None:
+    assert [embedded_space(embedded.features) for embedded in EMBEDDED.values()] == [*EMBEDDED]
+    save_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
+    assert embedded_space(tmp_path / "other.safetensors") == "digits"
