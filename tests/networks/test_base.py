@@ -47,6 +47,17 @@ def test_the_last_layer_returns_f(make_flow: MakeFlow, case: str) -> None:
     assert torch.equal(F, found[0]) or case == "song-skip"  # it adds the images of lower resolutions
 
 
+@pytest.mark.parametrize(("case", "first"), [("ddpmpp", 8), ("adm", 64), ("edm2", 16)])
+def test_a_first_level_may_be_the_widest(make_flow: MakeFlow, case: str, first: int) -> None:
+    """The official classes differ: the first convolution has channels of the model, or of the first level."""
+    network = make_flow(case, channel_mult=[2, 1]).network
+    assert network.enc["8x8_conv"].weight.shape[0] == first
+    if case == "edm2":
+        assert network.emb_noise.weight.shape == (16, 16)  # of the first level's channels, to the most of any
+        network = make_flow(case, channel_mult=[2, 1], channel_mult_noise=1, channel_mult_emb=3).network
+        assert network.emb_noise.weight.shape == (24, 8)
+
+
 def test_a_row_keeps_its_label_or_loses_it(make_flow: MakeFlow) -> None:
     network = make_flow("edm2", label_dropout=0.3).network
     labels, like = torch.tensor([[1.0, 0.0, 0.0, 2.0, 0.5]]).expand(4000, 5), torch.zeros(1, dtype=torch.float64)
