@@ -32,6 +32,8 @@ def test_official(golden: Path) -> None:
     path = golden / "edm2-latent-cond.pkl"
     facts = json.loads(path.with_suffix(".json").read_text())
     summary = inspect(path)
+    assert summary["format"] == "official network pickle of EDM2"
+    assert inspect(golden / "edm-tiny-cond.pkl")["format"] == "official network pickle of EDM"
     assert summary["class"] == "Precond"
     assert summary["network"] == {"class": "UNet"}
     assert summary["preconditioning"] == {"sigma_data": 0.5}
@@ -87,6 +89,10 @@ def test_json_is_json(golden: Path) -> None:
         raise ValueError(word)
 
     document = json.loads(to_json(inspect(golden / "edm-tiny-cond.pkl")), parse_constant=refuse)
+    assert json.loads(to_json({"a": [np.inf, {"b": (1.5, -np.inf)}]}), parse_constant=refuse)["a"] == [
+        "inf",
+        {"b": [1.5, "-inf"]},
+    ]
     assert document["schema_version"] == 1
     assert document["preconditioning"] == {"sigma_min": 0, "sigma_max": "inf", "sigma_data": 0.5}
 
@@ -97,7 +103,40 @@ def test_text(golden: Path, folder: Path) -> None:
     assert "unusual          none" in text
     assert "\nencoder " not in text  # an EDM file has none
     assert text.splitlines()[-1].split() == ["model.dec.8x8_aux_conv.bias", "float32", "3"]
+    assert "\ntensors " not in text
     assert "method" not in to_text(inspect(folder))
+
+
+def test_values_are_words() -> None:
+    summary = {"count": 12345, "third": 1 / 3, "yes": True, "no": [False, None], "table": {"a": [1, {"b": 2}]}}
+    assert to_text(summary).splitlines() == [
+        "count            12,345",
+        "third            0.333333",
+        "yes              true",
+        "no               false; null",
+        "table            a [1, (b 2)]",
+    ]
+
+
+def test_objects_are_one_table_each(golden: Path) -> None:
+    path = golden / "edm-tiny-cond.pkl"
+    loss = json.loads(path.with_suffix(".json").read_text())["loss_fn"]
+    assert inspect(path)["loss"] == {"class": loss["class_name"], **loss["init_kwargs"]}
+
+
+def test_results_are_a_table_with_a_line_for_each_metric() -> None:
+    sampler = {"nfe": 2, "gamma": 0.5, "guidance": None}
+    results = [
+        {"protocol": {"name": "edm2"}, "sampler": sampler, "metrics": {"fid": 2.5, "kid": 0.01}},
+        {"protocol": None, "metrics": {"fid": 3}},
+        "nothing",
+    ]
+    assert [line.split() for line in to_text({"results": results}).splitlines()] == [
+        ["results", "NFE", "gamma", "guidance", "metric", "value"],
+        ["edm2", "2", "0.5", "-", "fid", "2.5"],
+        ["edm2", "2", "0.5", "-", "kid", "0.01"],
+        ["-", "-", "-", "-", "fid", "3"],
+    ]
 
 
 def test_text_is_for_terminals() -> None:

@@ -57,3 +57,11 @@ def test_two_definitions_of_one_name_are_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="twice is bundled with two of the name linear"):
         bundle("twice")
+
+
+def test_two_imports_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = "import numpy as torch\nfrom edmdistill.schedules import edm_sigmas\n\n"
+    (tmp_path / "mixed.py").write_text(f"{text}def double(x):\n    return edm_sigmas(x, torch.ones(1), x)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="imports another torch than what it is bundled with"):
+        bundle("mixed")

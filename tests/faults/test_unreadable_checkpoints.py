@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from golden_set import GOLDEN
 
+from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.inspect import inspect
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import load_official
@@ -127,6 +128,7 @@ def test_inspect_reads_what_convert_reads(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "edm_imagenet64_ema.pt"
     torch.save(tensors, path)
     summary = inspect(path)
+    assert summary["sha256"] == sha256_file(path)
     assert (summary["parameters"], summary["dtypes"]) == (6, {"float32": 1})
     assert summary["network"] == {"kind": "adm", "img_resolution": 64}
     assert summary["tensors"] == {"a.weight": ["float32", [2, 3]]}
