@@ -99,6 +99,19 @@ def expanded(path: str | Path) -> Path:
         ) from error
 
 
+def exists(path: Path) -> bool:
+    """Returns whether something is at a path; unlike Path.exists, which from Python 3.14 on says False where it cannot
+    be known.
+
+    Raises: OSError: the name is too long, or a folder above may not be entered.  ValueError: it holds a NUL.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Removes the scratch folders of writers that were killed; a folder that one of them was replacing is put back.
 
