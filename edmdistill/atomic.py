@@ -89,16 +89,6 @@ def unwritable(path: Path) -> Path | None:
     return None if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else nearest
 
 
-def expanded(path: str | Path) -> Path:
-    """Returns a path with the home folder in place of ~ or ~user.  Raises: CheckpointError: there is no such folder."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{path} names a user who does not exist on this machine, or has no home folder: write the path in full."
-        ) from error
-
-
 def exists(path: Path) -> bool:
     """Returns whether something is at a path; unlike Path.exists, which from Python 3.14 on says False where it cannot
     be known.
@@ -110,6 +100,24 @@ def exists(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def expanded(path: str | Path) -> Path:
+    """Returns a path with the home folder in place of ~ or ~user, whether something is there or not.
+
+    Raises: CheckpointError: there is no such home folder, or the path cannot be reached, as in `exists`.
+    """
+    try:
+        whole = Path(path).expanduser()
+        exists(whole)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} names a user who does not exist on this machine, or has no home folder: write the path in full."
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{str(path)[:200]} cannot be reached ({reason}): give another path.") from error
+    return whole
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:

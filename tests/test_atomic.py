@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edmdistill import atomic
-from edmdistill.atomic import atomic_write, remove_leftovers, sha256_file, temporary_folder
+from edmdistill.atomic import atomic_write, exists, expanded, remove_leftovers, sha256_file, temporary_folder
 from edmdistill.errors import CheckpointError
 
 SYSTEM_CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.chmod"}
@@ -174,6 +174,22 @@ def test_a_name_that_is_no_text_is_written(tmp_path: Path):
     with atomic_write(path) as new:
         new.write_text("new")
     assert path.read_text() == "new"
+
+
+def test_what_cannot_be_known_is_not_said_to_be_absent(tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "loop").symlink_to("loop")
+    assert exists(tmp_path)
+    assert exists(tmp_path / "file")
+    for absent in ("nothing", "dangling", "file/below"):
+        assert not exists(tmp_path / absent)
+        assert expanded(tmp_path / absent) == tmp_path / absent
+    for name in ("x" * 5000, "a\0b", "loop"):
+        with pytest.raises((OSError, ValueError)):
+            exists(tmp_path / name)
+        with pytest.raises(CheckpointError, match=r"cannot be reached \([^\n]{5,80}\): give another path\.$"):
+            expanded(tmp_path / name)
 
 
 def test_digests(tmp_path: Path):

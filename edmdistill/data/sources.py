@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edmdistill.atomic import exists
 from edmdistill.checkpoints.class_names import imagenet_synsets
 from edmdistill.data import cifar10, mnist, parquet
 from edmdistill.data.contents import LABELS, by_canonical_name, sort_files, summarize
@@ -56,7 +57,7 @@ def open_pictures(
     """
     if labels not in LABEL_RULES:
         raise DatasetError(f"the rule for labels {labels!r} is not known; {did_you_mean(labels, LABEL_RULES)}")
-    if not path.exists():
+    if not exists(path):
         raise DatasetError(f"{path} does not exist; {EXPECTED}")
     if not os.access(path, os.R_OK):
         raise DatasetError(f"{path} may not be read by this user; change its permissions")

@@ -23,7 +23,7 @@ import torch
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from edmdistill.atomic import sha256_file
+from edmdistill.atomic import exists, sha256_file
 from edmdistill.data.files import as_dataset_error
 from edmdistill.data.npz import Npz
 from edmdistill.errors import DatasetError, EdmDistillError, printable
@@ -144,7 +144,7 @@ def open_statistics(path: str | Path) -> ReferenceStatistics:
     """
     path = Path(path)
     if not path.is_file():
-        raise DatasetError(f"{path} {'is not a file' if path.exists() else 'does not exist'}; {WANTED}")
+        raise DatasetError(f"{path} {'is not a file' if exists(path) else 'does not exist'}; {WANTED}")
     with as_dataset_error(lambda why: f"{path} cannot be read ({why}); {WANTED}"):
         with path.open("rb") as file:
             head = file.read(2)
