@@ -213,18 +213,28 @@ class FolderFiles:
             return file.read(member.size)
 
 
+def status_of(path: Path, expected: str) -> os.stat_result:
+    """Returns the status of a data set's file or folder.
+
+    Args:
+        expected: ends the sentence: what to give.
+    Raises: DatasetError: there is none, or it cannot be reached.
+    """
+    try:
+        return path.stat()
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path} does not exist; {expected}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(f"{printable(str(path))} cannot be opened ({reason}); {expected}") from error
+
+
 def open_files(path: Path) -> Files:
     """Returns the files of a zip or a folder.
 
     Raises: DatasetError: there is none, or it is something else.
     """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError as error:
-        raise DatasetError(f"{path} does not exist; {EXPECTED}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DatasetError(f"{printable(str(path))} cannot be opened ({reason}); {EXPECTED}") from error
+    mode = status_of(path, EXPECTED).st_mode
     if stat.S_ISDIR(mode):
         return FolderFiles(path)
     if not stat.S_ISREG(mode):

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edmdistill.atomic import exists
 from edmdistill.checkpoints.class_names import imagenet_synsets
 from edmdistill.data import cifar10, mnist, parquet
 from edmdistill.data.contents import LABELS, by_canonical_name, sort_files, summarize
-from edmdistill.data.files import Files, FolderFiles, ZipFiles, canonical_name, open_files, require_readable
+from edmdistill.data.files import Files, FolderFiles, ZipFiles, canonical_name, open_files, require_readable, status_of
 from edmdistill.data.labels import Labels, read_labels
 from edmdistill.data.pictures import REFUSED, SUFFIXES, Pictures
 from edmdistill.data.tar_files import TarFiles, decompress, is_compressed, is_tar
@@ -57,11 +56,10 @@ def open_pictures(
     """
     if labels not in LABEL_RULES:
         raise DatasetError(f"the rule for labels {labels!r} is not known; {did_you_mean(labels, LABEL_RULES)}")
-    if not exists(path):
-        raise DatasetError(f"{path} does not exist; {EXPECTED}")
+    changed = status_of(path, EXPECTED).st_ctime_ns
     if not os.access(path, os.R_OK):
         raise DatasetError(f"{path} may not be read by this user; change its permissions")
-    folder, changed = (FolderFiles(path) if path.is_dir() else None), path.stat().st_ctime_ns
+    folder = FolderFiles(path) if path.is_dir() else None
     pictures = _open(path, folder, scratch / f"source-{changed}.tar", labels, split, most, on_bytes)
     if split != "train" and split not in pictures.kind:
         raise DatasetError(f"{path} is one set, without splits; leave --split {split} out, or give another source")

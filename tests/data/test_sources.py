@@ -401,6 +401,12 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         prepared(source)
 
 
+def test_a_source_that_cannot_be_reached_is_not_said_to_be_absent(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(DatasetError, match=r"loop cannot be opened \(Too many levels of symbolic links\); give a"):
+        prepared(tmp_path / "loop")
+
+
 def test_options_that_a_source_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="nowhere does not exist; give a folder"):
         prepared(tmp_path / "nowhere")
