@@ -1,5 +1,6 @@
 """Classifiers: ln p whichever way they are named, and a sentence where they know other classes."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.data.datasets import open_dataset
 from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import CheckpointError, EdmDistillError
@@ -45,6 +47,39 @@ def test_the_digits_judge_by_name_and_by_file(tmp_path: Path):
     assert (found.argmax(1) == labels).double().mean() > 0.9
     own = shutil.copy(EMBEDDED["digits"].features, tmp_path / "own.safetensors")
     assert torch.equal(load_classifier(str(own), 10)(images), found)
+
+
+def test_each_embedded_set_has_a_classifier_of_its_own(tmp_path: Path):
+    """By name and by the shapes in a file, whose weights count."""
+    images = open_dataset("tiles").images(range(9))
+    found = load_classifier("tiles", len(EMBEDDED["tiles"].label_names))(images)
+    torch.testing.assert_close(found.exp().float(), load_features("tiles").classify(images))
+    weights = load_tensors(EMBEDDED["tiles"].features)[0]
+    for name in weights.keys() & {"head.weight", "head.bias"}:
+        weights[name] = torch.zeros_like(weights[name])
+    save_tensors(tmp_path / "even.safetensors", weights)
+    even = load_classifier(str(tmp_path / "even.safetensors"), found.shape[1])(images)
+    torch.testing.assert_close(even.exp(), torch.full_like(found, 1 / found.shape[1]))
+
+
+class Sure(nn.Module):
+    """One class, sure enough that float32 would round ln p to 0; of black images, no tensor."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        logits = torch.tensor([[0.0, 20.0]]).expand(len(images), 2)
+        if bool(images.max() < 0):
+            return logits, logits
+        return logits
+
+
+def test_logits_are_normalized_in_double_precision(tmp_path: Path):
+    file = tmp_path / "sure.pt"
+    torch.jit.save(torch.jit.script(Sure()), file)
+    classify = load_classifier(str(file), 2)
+    found = classify(torch.full((1, 1, 2, 2), 255, dtype=torch.uint8))
+    assert float(found[0, 1]) == pytest.approx(-math.exp(-20), rel=1e-6)
+    with pytest.raises(EdmDistillError, match=r"sure\.pt must return a tensor of logits \[N,2\]: check the file"):
+        classify(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
 
 
 def test_other_classes_than_the_network_s_are_refused(script: str):

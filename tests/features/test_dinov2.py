@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from edmdistill import load_features
 from edmdistill.atomic import sha256_file
 from edmdistill.errors import CheckpointError, EdmDistillError
+from edmdistill.features.dinov2 import Mlp, VisionTransformer
 
 GOLDEN = load_file(EVALUATION / "dinov2" / "expected.safetensors")
 TENSORS = torch.load(TINY_DINOV2, weights_only=True)
@@ -72,6 +73,28 @@ def test_a_folder_of_transformers_gives_the_same_features(tmp_path: Path):
     assert space.sha256 == sha256_file(tmp_path / "model.safetensors")
     images = GOLDEN["u8.32"]
     torch.testing.assert_close(space(images), load_features("dinov2", TINY_DINOV2)(images), rtol=0, atol=1e-6)
+
+
+def test_the_layers_are_those_of_the_official_network():
+    """In closed form, where rounding and the tiny network's small numbers hide nothing: an exact GELU, and eps 1e-6."""
+    x = torch.linspace(-4, 4, 12, dtype=torch.float64).reshape(1, 4, 3)
+    mlp = Mlp(3, 3).double()
+    mlp.load_state_dict({f"fc{i}.{part}": one for i in (1, 2)
+                         for part, one in (("weight", torch.eye(3)), ("bias", torch.zeros(3)))})  # fmt: skip
+    torch.testing.assert_close(mlp(x), x * (1 + (x / 2**0.5).erf()) / 2, rtol=1e-12, atol=1e-12)
+    network = VisionTransformer(width=16, depth=1, heads=1, hidden=4, patch=112, positions=2).double()
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.LayerNorm)]
+    small = 1e-3 * torch.tensor([-1.0, 1.0] * 8, dtype=torch.float64)
+    assert [float(norm(small).detach().abs().max()) for norm in norms] == pytest.approx([0.5**0.5] * 3)
+
+
+def test_the_file_may_state_the_number_of_heads(tmp_path: Path):
+    for stated, made in (("6", 6), (None, 3)):
+        save_file(TENSORS, tmp_path / "w.safetensors", None if stated is None else {"num_heads": stated})
+        assert load_features("dinov2", tmp_path / "w.safetensors")._net.blocks[0].attn.heads == made
+    save_file(TENSORS, tmp_path / "w.safetensors", {"num_heads": "5"})  # which do not share 48 channels evenly
+    with pytest.raises(CheckpointError, match="does not hold the weights of a DINOv2"):
+        load_features("dinov2", tmp_path / "w.safetensors")
 
 
 def test_it_does_not_classify():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from edmdistill.data.datasets import open_dataset
 from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import DatasetError, EdmDistillError
 from edmdistill.evaluation.frechet import frechet_distance, statistics
+from edmdistill.features.base import exact_float32
 from edmdistill.features.spaces import FEATURE_SPACES, Pixels, embedded_space, small_classifier
 
 TRAIN, TEST = open_dataset("digits"), open_dataset("digits", split="test")
@@ -118,10 +120,33 @@ def test_the_maker_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert made(tmp_path / "made.safetensors")["held_out_accuracy"] >= 0.97
 
 
+OTHERS = (torch.zeros(1, 1, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8), np.zeros((1, 1, 8, 8), np.uint8), [])
+
+
+@pytest.mark.parametrize("images", OTHERS, ids=["floats", "one", "numpy", "list"])
 @pytest.mark.parametrize("name", ["pixels", "digits"])
-def test_images_are_bytes(name: str) -> None:
+def test_images_are_bytes(name: str, images: Any) -> None:
     with pytest.raises(DatasetError, match=f"the feature space {name} takes images as a tensor, uint8"):
-        load_features(name)(torch.zeros(1, 1, 8, 8))
+        load_features(name)(images)
+
+
+def test_features_are_computed_in_full_float32() -> None:
+    """Whatever its caller allows, who finds it allowed again."""
+    matmul, cudnn, x = torch.backends.cuda.matmul, torch.backends.cudnn, torch.ones(2, 2, requires_grad=True)
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+            with torch.autocast("cpu", torch.bfloat16):
+                with exact_float32():
+                    assert (matmul.allow_tf32, cudnn.allow_tf32) == (False, False)
+                    assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+                    assert ((x @ x).dtype, (x @ x).requires_grad) == (torch.float32, False)
+                assert ((x @ x).dtype, (x @ x).requires_grad) == (torch.bfloat16, True)
+            assert (matmul.allow_tf32, cudnn.allow_tf32) == (True, True)
+            assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+    finally:
+        matmul.allow_tf32 = before
 
 
 def test_an_embedded_space_is_its_classifier_in_double_precision() -> None:
