@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from feature_files import EVALUATION, TINY_DINOV2, save_pth, sizes
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from edmdistill import load_features
 from edmdistill.atomic import sha256_file
-from edmdistill.errors import CheckpointError, EdmDistillError
+from edmdistill.errors import CheckpointError, DatasetError, EdmDistillError
 from edmdistill.features.dinov2 import Mlp, VisionTransformer
 
 GOLDEN = load_file(EVALUATION / "dinov2" / "expected.safetensors")
@@ -73,6 +75,25 @@ def test_a_folder_of_transformers_gives_the_same_features(tmp_path: Path):
     assert space.sha256 == sha256_file(tmp_path / "model.safetensors")
     images = GOLDEN["u8.32"]
     torch.testing.assert_close(space(images), load_features("dinov2", TINY_DINOV2)(images), rtol=0, atol=1e-6)
+
+
+def test_large_images_are_resized_as_pil_does_it():
+    """With antialiasing: by one rule in floating point, by the other in bytes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (500, 300), dtype=np.uint8)
+    images = torch.from_numpy(pixels)[None, None].expand(1, 3, -1, -1)
+    exact = np.asarray(Image.fromarray(pixels.astype(np.float32)).resize((224, 224), Image.Resampling.BICUBIC))
+    floats, rounded = (load_features(name, TINY_DINOV2).resize(images)[0] for name in ("dinov2", "dinov2-dgm"))
+    for channel in range(3):
+        np.testing.assert_allclose(floats[channel], exact, atol=0.01)
+        assert np.abs(np.asarray(rounded[channel]) - exact.clip(0, 255)).mean() < 0.5  # rounded in both directions
+    assert torch.equal(rounded, rounded.round())
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov2-dgm"])
+def test_what_are_no_images_are_refused(name: str):
+    for images in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(DatasetError, match=f"the feature space {name} takes "):
+            load_features(name, TINY_DINOV2)(images)
 
 
 def test_the_layers_are_those_of_the_official_network():
