@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints.config import CheckpointConfig, Guidance, SamplingDefaults, read_config
 from edmdistill.checkpoints.source import repository_of
+from edmdistill.checkpoints.tuning import Tuning
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference
 from edmdistill.evaluation.results import Result
 from edmdistill.methods import METHODS
@@ -25,7 +26,8 @@ CONFIG = read_config(GENERATOR)
 
 def result(fd: float, nfe: int, config: CheckpointConfig | None = None, **said: object) -> Result:
     """A measurement of a generator, or of a teacher if there is no configuration."""
-    protocol = replace(PROTOCOLS["digits"], reference=Reference(source="digits", n=1500, sha256="9" * 64))
+    reference = Reference(source="digits", split="train", n=1500, sha256="9" * 64)
+    protocol = replace(PROTOCOLS["digits"], reference=reference)
     origin = {name: getattr(config, name) for name in ("method", "recipe_hash", "images_seen")} if config else {}
     return Result(
         metrics={"fd_digits": fd},
@@ -58,7 +60,8 @@ def test_the_header_is_what_the_hub_reads():
     assert (data.pipeline_tag, data.base_model) == ("unconditional-image-generation", "karras/edm")
     assert data.tags == ["diffusion", "distillation", "generator", "cosim"]
     (only,) = data.eval_results  # of the teacher, and of the generator at another time, nothing
-    assert (only.metric_type, only.metric_value, only.dataset_type) == ("fd_digits", 4.5, "digits")
+    assert (only.metric_type, only.metric_value) == ("fd_digits", 4.5)
+    assert (only.dataset_type, only.dataset_split, data.model_name) == ("digits", "train", "digits")
     assert only.metric_args == {"nfe": 2, "protocol": "digits", "protocol_sha256": results[0].protocol_sha256}
 
 
@@ -106,7 +109,10 @@ def test_a_method_that_makes_its_network_is_given_no_teacher(run: Path):
 def test_without_a_teacher_none_is_spoken_of():
     known = CONFIG.provenance
     nothing = replace(known, parent=None)  # what a generator without a teacher began from
-    for method, origin, taught in (("sct", known, False), ("scd", known, True), ("ctm", nothing, False)):
+    for method, origin, taught in (
+        *(("sct", known, False), ("scd", known, True), ("ctm", nothing, False), ("tcm", known, False)),
+        ("consistency-model", known, True),  # another program's
+    ):
         text = card(replace(CONFIG, method=method, provenance=origin), "me/digits")
         assert ("the teacher's faults" in text) is ("- Teacher: " in text) is taught
         assert ("distillation" in ModelCard(text).data.tags) is taught
@@ -150,16 +156,74 @@ def test_a_checkpoint_alone_says_less_and_nothing_wrong():
 
 def test_a_teacher_has_a_card_too():
     config = replace(CONFIG, stage="teacher", method=None, recipe_hash=None, images_seen=None, ema=None)
-    text = card(config, "me/teacher")
+    text = card(config, "me/teacher", results=[result(1.5, 35)])
+    assert "model-index" not in text  # no result says that it is this network's
     assert 'load_denoiser("me/teacher")' in text
+    assert "edmdistill sample me/teacher --nfe 35" in text
     assert "A diffusion model of 4x4 images, of 3 classes" in text
     assert "## Schedule" not in text
     assert "None" not in text
 
 
+def test_without_classes_none_are_spoken_of():
+    assert "The seed also chooses the class" in card(CONFIG, "me/digits")
+    text = card(replace(CONFIG, label_dim=0, label_names=None), "me/digits")
+    assert "A few-step generator of 4x4 images, without classes" in text
+    assert "The seed also chooses the class" not in text
+
+
+def test_schedules_are_in_order_and_only_those_in_use_are_tuned():
+    levels = {"10": tuple(80.0 - i for i in range(10)), "2": (80.0, 2.0)}
+    facts = {"metric": "fid", "protocol": "digits", "reference": None, "gamma": 1.0, "n": 50, "source_sha256": None}
+    facts |= {
+        "search_seeds": "0-49",
+        "held_out_seeds": "50-99",
+        "schedules": 3,
+        "images": 300,
+        "gain": 1.0,
+        "spread": 0.1,
+    }
+    values = {"values": (2.0, 2.2), "before_values": (3.0, 3.2), "before": (80.0, 5.0)}
+    tunings = {
+        "2": Tuning(sigmas=(80.0, 2.0), **values, **facts),
+        "10": Tuning(sigmas=(80.0,) * 10, **values, **facts),  # which was replaced by hand
+    }
+    config = replace(CONFIG, sampling=SamplingDefaults(levels), tunings=tunings)
+    text = card(config, "me/digits")
+    assert text.index("| 2 | 80 2 |") < text.index("| 10 | 80 79 78")
+    assert "EDM's schedule from sigma 80 to 0.002" in text
+    assert "schedules for 2, 10 evaluations" in text
+    tuned = text.partition("Noise levels tuned by")[2].partition("##")[0]
+    assert re.findall("^- (.*?):", tuned, re.MULTILINE) == ["2"]
+    assert "fid 3.1 ± 0.14 -&gt; 2.1 ± 0.14 on 2 x 50 held-out seeds, protocol digits; before, they were 80 5" in tuned
+
+
+def test_results_of_images_are_no_results_of_the_generator():
+    images = replace(result(1.0, 2, CONFIG), sampler=None)
+    text = card(CONFIG, "me/digits", results=[images])
+    assert "Not measured." in text
+    assert "Its quality was measured only by" not in text
+    assert "Its quality was measured only by" in card(CONFIG, "me/digits", results=[result(1.0, 2, CONFIG)])
+
+
+def test_a_licence_is_read_by_its_parts():
+    def terms(licence: str) -> str:
+        config = replace(CONFIG, provenance=replace(CONFIG.provenance, licence=licence))
+        return card(config, "me/digits").partition("## Licence")[2].partition("##")[0]
+
+    for licence, commercial, alike in (
+        ("ncsa", True, False),
+        ("cc-by-nc-4.0", False, False),
+        ("cc-by-sa-4.0", True, True),
+    ):
+        assert ("Commercial use is not permitted" in terms(licence)) is not commercial
+        assert ("Derivatives must use the same licence" in terms(licence)) is alike
+
+
 def test_latents_are_said_to_be_latents():
     encoder = {"kind": "StabilityVAEEncoder", "vae_name": "stabilityai/sd-vae-ft-mse"}
     text = card(replace(CONFIG, encoder=encoder), "me/latents")
+    assert "A few-step generator of 4x4 latents of a VAE, of 3 classes" in text
     assert "pip install 'edmdistill[latent]'" in text
     assert "--vae stabilityai/sd-vae-ft-mse --out images" in text
     assert 'model_decoder(model, "stabilityai/sd-vae-ft-mse")(latents)' in text
@@ -183,6 +247,9 @@ def test_every_method_is_cited():
         cited = text.partition("```bibtex\n")[2].partition("```")[0]
         assert re.findall(r"\{(\w+),\n", cited) == [*METHODS[method].citations, "karras2024edm2"]
         assert cited.count("{") == cited.count("}")
+    edm = card(replace(CONFIG, network=replace(CONFIG.network, kind="song")), "me/digits")
+    assert "{karras2022edm," in edm
+    assert "{karras2024edm2," not in edm
 
 
 @pytest.mark.parametrize(
