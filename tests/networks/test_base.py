@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from edmdistill.draws import Draws
 from edmdistill.networks.base import Conditioning
@@ -86,3 +87,21 @@ def test_labels_belong_to_the_first_time(make_flow: MakeFlow, case: str, monkeyp
     for labels in (None, torch.eye(5).double()[1:3]):
         added = network.embed(Conditioning(c, labels, second)) - network.embed(Conditioning(c, labels))
         torch.testing.assert_close(added, expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["ncsnpp-ve", "adm"])
+def test_split_times_lie_side_by_side(make_flow: MakeFlow, case: str) -> None:
+    """Each after a nonlinearity of its own, the second's gain before it; without a second, it is the first."""
+    flow = make_flow(case, torch.float64, two_time=True, split_times=True)
+    network = flow.network
+    network.second_time.gain.fill_(0.3)
+    c, second = torch.tensor([0.1, 0.5]).double(), torch.tensor([-0.3]).double()
+    plain = Conditioning(c, torch.eye(5).double()[1:3], second)
+    early = network.early_embedding(plain)
+    emb_t = network.finish_embedding(network.embed_time(network, c, early), plain)
+    emb_s = silu(0.3 * network.embed_time(network.second_time, second, early)).expand_as(emb_t)
+    torch.testing.assert_close(network.embed(plain), torch.cat([emb_t, emb_s], 1))
+    alone, twice = (network.embed(plain._replace(c_noise_second=each)) for each in (None, c))
+    assert torch.equal(alone, twice)
+    assert not torch.allclose(alone, network.embed(plain))

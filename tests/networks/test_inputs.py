@@ -35,6 +35,7 @@ def test_classes_are_the_same_in_every_form(classes: list[int]) -> None:
     assert torch.equal(label_vectors(classes[0], 7, count), expected[:1].expand(count, 7))
     assert torch.equal(label_vectors(classes[:1], 7, count), expected[:1].expand(count, 7))
     assert torch.equal(class_vectors(torch.tensor(classes), 7), expected)
+    assert torch.equal(class_vectors(torch.tensor(classes[0]), 7), expected[:1])
     assert torch.equal(class_vectors(expected.to(torch.int64), 7), expected)
 
 
