@@ -96,7 +96,13 @@ def read_results(files: Iterable[Path]) -> list[Result]:
             document = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
             results += msgspec.convert(document["results"], list[Result])
         except (OSError, KeyError, msgspec.MsgspecError) as error:
-            reason = "it does not exist" if isinstance(error, FileNotFoundError) else error
+            match error:
+                case FileNotFoundError():
+                    reason = "it does not exist"
+                case KeyError():
+                    reason = "it has no list of them"
+                case _:
+                    reason = getattr(error, "strerror", None) or str(error)
             raise EdmDistillError(
                 f"{file} holds no results ({reason}): give what edmdistill eval --out wrote, or a run that was measured"
             ) from error

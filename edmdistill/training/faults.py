@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ def explain_errors(run: Run, folder: RunDir, health: Health) -> Iterator[None]:
 def _diverged(error: Diverged, context: Context) -> TrainingError:
     run, states = context.run, saved_states(context.folder.state)
     healthy = error.best or newest_healthy(context.folder.state, context.health.last_healthy)
-    how = f"as TEACHER, {healthy}" if run.method.product == "teacher" else f"by --init {healthy}"
+    word = shlex.quote(str(healthy))
+    how = f"as TEACHER, {word}" if run.method.product == "teacher" else f"by --init {word}"
     other = "try a lower training.lr in another --run-dir"
     if error.advice is not None:
         advice = error.advice

@@ -243,3 +243,14 @@ def test_what_holds_no_results_is_refused(tmp_path: Path, text: str):
     file.write_text(text, encoding="latin-1")
     with pytest.raises(EdmDistillError, match=r"a\.json holds no results .* eval --out wrote"):
         read_results([file])
+
+
+def test_why_a_file_holds_no_results_is_in_words(tmp_path: Path):
+    (tmp_path / "none.json").write_text("{}")
+    for name, why in (
+        ("none.json", "it has no list of them"),
+        ("absent.json", "it does not exist"),
+        ("", "Is a directory"),
+    ):
+        with pytest.raises(EdmDistillError, match=rf" holds no results \({why}\): "):
+            read_results([tmp_path / name])

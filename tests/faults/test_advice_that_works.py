@@ -78,12 +78,12 @@ def test_back_to_the_last_good_state(
     with pytest.raises(TrainingError) as error:
         train(
             start(method, images=80, log_every=8, snapshot_every=8),
-            tmp_path / "run",
+            tmp_path / "a run",
             stop_on={"collapse"},
             on_message=str,
         )
-    state = tmp_path / "run/state/000000000016"
-    how = f"by --init {state}" if method == "cosim" else f"as TEACHER, {state}"
+    state = tmp_path / "a run/state/000000000016"
+    how = f"by --init '{state}'" if method == "cosim" else f"as TEACHER, '{state}'"
     assert str(error.value).endswith(f"in another --run-dir, from its weights {how}, or from the start")
     source, init = (teacher, state) if method == "cosim" else (state, None)
     run = prepare(recipe(method, lr=1e-3), data="digits", teacher=source, machine=Machine("cpu"), init=init)
