@@ -37,7 +37,11 @@ CASES: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "conv2d": [lambda x: f.conv2d(x, WEIGHT, BIAS[:5]), lambda x: f.conv2d(x, WEIGHT[:4, :2], groups=4, padding=1)],
     "conv_transpose2d": [lambda x: f.conv_transpose2d(x, WEIGHT.transpose(0, 1), BIAS[:5], stride=2)],
     "pad": [lambda x: f.pad(x, [1] * 4), lambda x: f.pad(x, [1] * 4, value=3.0)],
-    "cat": [lambda x: torch.cat([x, torch.ones(2, 1, 4, 4).double(), 2 * x], dim=1)],
+    "cat": [
+        lambda x: torch.cat([x, torch.ones(2, 1, 4, 4).double(), 2 * x], dim=1),
+        lambda x: torch.cat([x, x[:1]]),
+        lambda x: torch.cat([x, x[..., :1]], -1),
+    ],
     "add": [lambda x: 1 + x + x[:1], lambda x: BIAS[:4] + x, lambda x: x[:1, :, :1] + BIAS[:2, None, None, None]],
     "sub": [lambda x: x[:1] - x - 2, lambda x: BIAS[:4] - x],
     "lerp": [lambda x: x.lerp(-x, 0.3), lambda x: x.lerp(BIAS[:4], 0.3), lambda x: torch.lerp(BIAS[:4], x[:1], 0.3)],

@@ -31,6 +31,15 @@ def test_what_makes_no_network_is_refused(why: str) -> None:
         NETWORKS["song"](**SONG | change)
 
 
+def test_heads_of_attention_share_the_channels() -> None:
+    """ADM's have 64 each, and as many more as are left."""
+    adm = {"channel_mult": [1], "attn_resolutions": [8], "model_channels": 160}
+    with torch.device("meta"):
+        NETWORKS["adm"](**SONG | adm)
+        with pytest.raises(ValueError, match="224 channels cannot be split among 3 heads of attention"):
+            NETWORKS["adm"](**SONG | adm | {"model_channels": 224})
+
+
 @pytest.mark.parametrize("change", [{"img_resolution": 24}, {"resample_filter": [-1, -3, -3, -1]}], ids=str)
 def test_what_makes_one_is_not(change: dict[str, Any]) -> None:
     with torch.device("meta"):
