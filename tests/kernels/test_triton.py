@@ -140,9 +140,10 @@ def test_what_is_selected_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["attention_tangent", "group_norm_silu_tangent", "mp_weight"]
     for backend, expected in (("torch", []), ("triton", names)):
         with kernels(backend):
-            attention(*(dual(1, 1, 4, 4) for _ in range(3)))
-            group_norm_silu(dual(1, 8, 2, 2), random(8), random(8), 2, 1e-5)
-            mp_weight(random(4, 8))
+            for dtype in (torch.float64, torch.float32):  # the former stays with torch
+                attention(*(dual(1, 1, 4, 4, dtype=dtype) for _ in range(3)))
+                group_norm_silu(dual(1, 8, 2, 2, dtype=dtype), random(8), random(8), 2, 1e-5)
+                mp_weight(random(4, 8).to(dtype))
         assert ran == expected
 
 

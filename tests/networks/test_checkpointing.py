@@ -1,5 +1,7 @@
 """Activations computed again give the same numbers, bit for bit, and hold less memory."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,3 +67,15 @@ def test_checkpointed_blocks(kind: str, frozen: bool) -> None:
         assert (a is None) == (b is None)
         assert a is None or b is None or torch.equal(a, b)
     assert less < kept / 3
+
+
+@pytest.mark.parametrize("kind", ["edm2", "song", "adm"])
+def test_a_block_is_computed_again_to_its_end(kind: str) -> None:
+    """Offloading and sharding release the weights of a layer after its call."""
+    network, calls = make(kind), Counter[str]()
+    for name, layer in network.named_modules():
+        if hasattr(layer, "frozen") and layer.weight is not None and ".conv" in name:
+            layer.register_forward_hook(lambda layer, inputs, y, name=name: calls.update([name]))
+    network.checkpoint_blocks()
+    gradients(network, frozen=False)
+    assert set(calls.values()) == {2}
