@@ -16,9 +16,9 @@ from edmdistill.export.folder import TARGETS, export
 from edmdistill.export.nvidia import official, read
 from edmdistill.networks import new_network
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.preconditioning import EDM, ConsistencyBoundary
+from edmdistill.networks.preconditioning import EDM, VP, ConsistencyBoundary
 from edmdistill.networks.surgery.adapt import with_positional_time
-from edmdistill.networks.surgery.rebuild import add_logvar
+from edmdistill.networks.surgery.rebuild import add_logvar, rebuild
 
 RGB = "edm2-rgb-cond.pkl"
 
@@ -38,7 +38,8 @@ def test_nvidias_names_and_arguments(golden: Path, tmp_path: Path, name: str):
     ranges = {"sigma_min", "sigma_max"}  # unlimited there, and what training used here
     assert all(arguments[key] == value for key, value in recorded.items() if key in arguments.keys() - ranges)
     assert recorded.keys() - arguments.keys() <= {"in_channels", "out_channels", "use_fp16"} | ranges
-    export(golden / name, "nvidia", tmp_path / "out")
+    assert not arguments.keys() & {"in_channels", "out_channels"}
+    assert [row.nfe for row in export(golden / name, "nvidia", tmp_path / "out")] == [1, 2]
     there, (here, _) = read(tmp_path / "out"), load_flow(golden / name)
     assert there.preconditioning == here.preconditioning
     for found, expected in zip(there.state_dict().values(), here.state_dict().values(), strict=True):
@@ -57,6 +58,30 @@ def test_heads_that_a_training_has_added_are_left_out(golden: Path, name: str):
     assert arguments == expected
     assert tensors.keys() == originals.keys()
     assert all(torch.equal(tensors[key], tensor) for key, tensor in originals.items())
+
+
+def test_a_head_that_their_class_has_is_added(golden: Path):
+    """As for SiDA's generators, which have none."""
+    flow, config = load_flow(golden / RGB)
+    bare = rebuild(flow, {}, logvar_channels=0)
+    arguments, tensors = official(bare, replace(config, **describe(bare)))
+    expected = official(flow, config)[1]
+    assert tensors.keys() == expected.keys()
+    assert tensors["logvar_linear.weight"].shape == (1, arguments["logvar_channels"])
+    assert torch.equal(tensors["unet.out_gain"], expected["unet.out_gain"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        (EDM, {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.3}),
+        (VP, {"beta_d": 10.0, "beta_min": 0.2, "M": 500}),
+    ],
+)
+def test_numbers_of_the_preconditioning_are_arguments(golden: Path, kind: type, numbers: dict[str, float]):
+    teacher, config = load_flow(golden / "edm-tiny-cond.pkl")
+    flow = FlowNetwork(teacher.network, kind(**numbers))
+    assert numbers.items() <= official(flow, replace(config, **describe(flow)))[0].items()
 
 
 def test_what_has_no_place_is_refused(golden: Path, runs: Path):
