@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -142,6 +143,28 @@ def test_levels_that_overflow_are_not_chosen(folder: Path) -> None:
 
     with pytest.raises(NotFiniteError):
         tune_schedules(toy(never), folder, [2], PLAN)
+
+
+def test_on_several_processes_what_overflows_ends_the_search(folder: Path) -> None:
+    """Each draws some of the images: on the others they are finite."""
+
+    def overflows(sigmas: list[float], seed: int) -> float:
+        if sigmas[-1] > 5:
+            raise NotFiniteError("a sample is NaN")
+        return 1.0
+
+    assert not tune_schedules(toy(overflows), folder, [2], PLAN)[2].confirmed
+    with pytest.raises(NotFiniteError):
+        tune_schedules(toy(overflows), folder, [2], PLAN, SimpleNamespace(rank=0, world_size=2))
+
+
+def test_a_number_of_steps_is_tuned_once(folder: Path) -> None:
+    measured: list[int] = []
+    tunings = tune_schedules(
+        toy(lambda sigmas, seed: measured.append(seed) or nearer_to_ten(sigmas, seed)), folder, [1, 1], PLAN
+    )
+    assert [*tunings] == [1]
+    assert len(measured) == tunings[1].images // PLAN.n
 
 
 def test_a_value_is_evals(folder: Path) -> None:

@@ -46,6 +46,7 @@ def test_every_file_and_variant_has_a_name():
         for variant in tables.get("variants", {}):
             assert any(name.startswith(base) and name.endswith(f"-{variant}") for name in names)
         assert (base in names) != bool(tables.get("sizes"))
+    assert not [name for name in names if len(set(name.split("-"))) < len(name.split("-"))]  # no size twice
     assert {"cosim/imagenet512-s", "cosim/digits", "cosim/digits-quickstart", "scd/imagenet512-m-multistep4"} <= names
 
 
@@ -257,6 +258,7 @@ def test_a_batch_holds_whole_groups():
         (MINIMAL + "[method]\nname = 'cosim'\n", "is a recipe for cosim, not for sid"),
         ("method = 'sid'\n" + MINIMAL, "method = 'sid' must be a table"),
         ("variants = 1\n" + MINIMAL, "variants = 1 must be a table"),
+        ("sizes = 's'\n" + MINIMAL, "sizes = 's' must be a list of variants' names"),
     ],
 )
 def test_broken_files_get_one_sentence(write, text: str, sentence: str):
@@ -272,6 +274,7 @@ def test_broken_files_get_one_sentence(write, text: str, sentence: str):
         ("cosim/digits-quick", "has no variant 'quick'; did you mean 'quickstart'?"),
         ("cosim/imagenet512", "needs a size: one of cosim/imagenet512-s, cosim/imagenet512-m, cosim/imagenet512-l"),
         ("scd/imagenet512-multistep4", "needs a size: one of scd/imagenet512-s-multistep4, scd/imagenet512-m-"),
+        ("scd/imagenet512-multistep4-s", "needs a size: one of"),  # which comes first
         ("nowhere/recipe.toml", "there is no file nowhere/recipe.toml"),
     ],
 )
