@@ -192,8 +192,8 @@ def find_snapshots(source: Path) -> dict[Profile, Path]:
         )
     if len(snapshots) < 2:
         raise CheckpointError(
-            f"{source} holds {len(snapshots)} averages, but two or more are needed: give a run of a recipe with "
-            "ema.snapshot_every, or a folder of the official trainer's network-snapshot-KIMG-SIGMA.pkl"
+            f"{source} holds {counted(len(snapshots), 'average')}, but two or more are needed: give a run of a recipe "
+            "with ema.snapshot_every, or a folder of the official trainer's network-snapshot-KIMG-SIGMA.pkl"
         )
     return snapshots
 

@@ -229,9 +229,16 @@ def test_the_first_official_snapshots_are_no_averages(snapshots: Path, tmp_path:
 
 
 def test_compressed_snapshots_read_the_same(snapshots: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    packed.mkdir()
     for path in (snapshots / "phema-in").iterdir():
-        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
-    assert list(find_snapshots(tmp_path)) == list(find_snapshots(snapshots / "phema-in"))
+        (packed / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
+    (packed / "notes.pkl").touch()  # no average, by its name
+    assert list(find_snapshots(packed)) == list(find_snapshots(snapshots / "phema-in"))
+    for folder in (packed, snapshots / "phema-in"):
+        reconstruct_checkpoint(folder, tmp_path / "out" / folder.name, 0.075)
+    found, expected = (load_tensors(tmp_path / "out" / name / MODEL)[0] for name in ("packed", "phema-in"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_averages_of_a_run(tmp_path: Path) -> None:
@@ -247,6 +254,8 @@ def test_averages_of_a_run(tmp_path: Path) -> None:
     times = (1024, 2048, 3072)
     for profile in (Profile(images, sigma_rel) for images in times for sigma_rel in (0.05, 0.1)):
         save_snapshot(run / "ema", profile, at(*profile), buffers)
+    saved = load_tensors(run / "ema" / f"{1024:012d}-0.050.safetensors")[0]
+    assert all(t.dtype == (torch.float32 if name in buffers else torch.float16) for name, t in saved.items())
     config = reconstruct_checkpoint(run, out, 0.05, images=2048)
     assert (config.images_seen, config.results) == (2048, ())
     assert config.ema is not None
@@ -265,6 +274,14 @@ def test_averages_of_a_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="belong to different networks"):
         reconstruct_checkpoint(run, out, 0.05, overwrite=True)
     assert load_checkpoint(out)[1].images_seen == 3072
+
+
+def test_the_order_in_which_they_are_named_changes_nothing() -> None:
+    torch.manual_seed(0)
+    values = {Profile(1024 * k, length): torch.randn(1000) for k in (1, 2, 3) for length in (0.05, 0.1)}
+    stored = {profile: (lambda value=value: {"w": value}) for profile, value in values.items()}
+    found = (reconstruct(dict(order), Profile(3072, 0.07))["w"] for order in (stored.items(), reversed(stored.items())))
+    assert torch.equal(*found)
 
 
 def test_only_what_is_equal_in_all_is_kept() -> None:
@@ -302,8 +319,9 @@ def test_what_was_found_does_not_do(snapshots: Path, golden: Path, tmp_path: Pat
     folder = tmp_path / "in"
     folder.mkdir()
     refused(r"holds 0 averages, but two or more are needed: .* ema\.snapshot_every")
-    for name in ("network-snapshot-0000131-0.050.pkl", "network-snapshot-0000262-0.050.pkl"):
-        shutil.copy(snapshots / "phema-in" / name, folder)
+    shutil.copy(snapshots / "phema-in" / "network-snapshot-0000131-0.050.pkl", folder)
+    refused("holds 1 average, but two or more are needed")
+    shutil.copy(snapshots / "phema-in" / "network-snapshot-0000262-0.050.pkl", folder)
     refused("holds 1 average up to 131,072 images", 131_072)
     shutil.copy(golden / "edm2-rgb-cond.pkl", folder / "network-snapshot-0000262-0.100.pkl")
     refused("belong to different networks: that of sigma_rel 0.1 after 262,144 images has other tensors")
