@@ -1,5 +1,6 @@
 """Tuned schedules of a generator: what is measured is eval's, and only what was confirmed is stored and used."""
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from edmdistill.checkpoints.documents import markdown
 from edmdistill.checkpoints.load import load_generator
 from edmdistill.checkpoints.tuning import Tuning
 from edmdistill.errors import CheckpointError, EdmDistillError, NotFiniteError
+from edmdistill.evaluation import tune as module
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.protocol import Protocol, Reference
 from edmdistill.evaluation.results import Result
@@ -29,6 +31,7 @@ from edmdistill.evaluation.tune import (
     store_tunings,
     tune_schedule,
     tune_schedules,
+    tuning_json,
 )
 from edmdistill.publish.card import card
 from edmdistill.sampling.generate import sample
@@ -156,6 +159,39 @@ def test_on_several_processes_what_overflows_ends_the_search(folder: Path) -> No
     assert not tune_schedules(toy(overflows), folder, [2], PLAN)[2].confirmed
     with pytest.raises(NotFiniteError):
         tune_schedules(toy(overflows), folder, [2], PLAN, SimpleNamespace(rank=0, world_size=2))
+
+
+def test_a_confirmation_that_overflows_ends_the_search(folder: Path) -> None:
+    def held_out(sigmas: list[float], seed: int) -> float:
+        if seed != FIRST_SEED:
+            raise NotFiniteError("a sample is NaN")
+        return nearer_to_ten(sigmas, seed)
+
+    with pytest.raises(NotFiniteError):
+        tune_schedules(toy(held_out), folder, [2], PLAN)
+
+
+def test_tunings_of_other_numbers_of_steps_stay_and_are_told(folder: Path) -> None:
+    def quarter(**asked: Any) -> Result:
+        result = toy(nearer_to_ten)(**asked)
+        return replace(result, sampler=replace(result.sampler, gamma=0.25))
+
+    two, three = (tune_schedules(quarter, folder, [nfe], PLAN)[nfe] for nfe in (2, 3))
+    assert two.gamma == three.gamma == 0.25
+    assert store_tunings(folder, {2: two})
+    assert store_tunings(folder, {3: three})
+    assert read_config(folder).tunings == {"2": two, "3": three}
+    told = json.loads(tuning_json("it", {2: two, 4: replace(two, gain=0.0)}))["schedules"]
+    assert [told[nfe]["confirmed"] for nfe in ("2", "4")] == [True, False]
+
+
+def test_what_cannot_be_stored_is_said_before_it_is_searched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "unwritable", lambda path: path)
+    with pytest.raises(
+        EdmDistillError, match=r"this user may not write in .*config\.json: copy the checkpoint, or add --dr"
+    ):
+        find_generator(folder)
+    assert find_generator(folder, stored=False) == folder
 
 
 def test_a_number_of_steps_is_tuned_once(folder: Path) -> None:
