@@ -147,6 +147,14 @@ def test_a_norm_at_zero_stands_still() -> None:
     assert not torch.linalg.vector_norm(zero, dim=1, keepdim=True, dtype=torch.float32).tangent.any()
 
 
+def test_a_norm_of_half_precision_is_a_sum_in_float32() -> None:
+    """Products of a thousand are above float16's largest number. Along x, the norm grows as itself."""
+    x = torch.full((2, 64), 1000.0, dtype=torch.float16)
+    norm = torch.linalg.vector_norm(Dual(x, x), dim=1, keepdim=True, dtype=torch.float32)
+    torch.testing.assert_close(norm.tangent, norm.value)
+    torch.testing.assert_close(norm.value, torch.full((2, 1), 8000.0))
+
+
 @pytest.mark.parametrize(
     "operation",
     [
