@@ -48,6 +48,12 @@ def test_the_last_layer_returns_f(make_flow: MakeFlow, case: str) -> None:
     assert torch.equal(F, found[0]) or case == "song-skip"  # it adds the images of lower resolutions
 
 
+@pytest.mark.parametrize(("case", "eps"), [("ddpmpp", 1e-6), ("ncsnpp-ve", 1e-6), ("song-skip", 1e-6), ("adm", 1e-5)])
+def test_norms_add_the_official_number_to_the_variance(make_flow: MakeFlow, case: str, eps: float) -> None:
+    norms = [module for module in make_flow(case).network.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert {norm.eps for norm in norms} == {eps}
+
+
 @pytest.mark.parametrize(("case", "first"), [("ddpmpp", 8), ("adm", 64), ("edm2", 16)])
 def test_a_first_level_may_be_the_widest(make_flow: MakeFlow, case: str, first: int) -> None:
     """The official classes differ: the first convolution has channels of the model, or of the first level."""
