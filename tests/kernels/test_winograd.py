@@ -73,6 +73,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "layout": {"layout": torch.contiguous_format},
     "float64": {"dtype": torch.float64},
     "bfloat16": {"dtype": torch.bfloat16},
+    "weight in bfloat16": {"weight": torch.bfloat16},
     "meta device": {"device": "meta"},
     "gradients": {"grad": True},
 }
@@ -82,9 +83,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("why", CHANGES)
 def test_where_it_is_chosen(why: str) -> None:
     change: dict[str, Any] = {"shape": (1, 64, 16, 16), "out": 64, "layout": torch.channels_last, "grad": False}
-    change |= {"dtype": torch.float32, "device": "cpu"} | CHANGES[why]
+    change |= {"dtype": torch.float32, "weight": torch.float32, "device": "cpu"} | CHANGES[why]
     x = torch.ones(change["shape"], dtype=change["dtype"], device=change["device"])
-    weight = torch.ones(change["out"], x.shape[1], 3, 3, device=change["device"])
+    weight = torch.ones(change["out"], x.shape[1], 3, 3, dtype=change["weight"], device=change["device"])
     with torch.set_grad_enabled(change["grad"]):
         assert pays(x.contiguous(memory_format=change["layout"]), weight) == (not CHANGES[why])
     for shape in ((4, 128, 8, 8), (1, 64, 32, 32), (1, 64, 64, 4)):

@@ -9,6 +9,7 @@ from tiny_generator import tiny_generator
 
 from edmdistill.checkpoints.load import load_denoiser
 from edmdistill.cli import main
+from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM, VP, Preconditioning
 from edmdistill.networks.rounding import rounding_error
 
@@ -23,6 +24,8 @@ def test_the_error_is_what_is_measured(golden: Path, dtype: torch.dtype, sigma: 
     error = (exact(x, sigma) - rounded(x, sigma)).square().mean().sqrt() / flow.sigma_data
     assert 0.5 < rounding_error(flow, dtype, sigma) / float(error) < 2
     assert rounding_error(flow, None, sigma) == 0
+    finer = FlowNetwork(flow.network, VP(sigma_data=flow.sigma_data / 8))
+    assert rounding_error(finer, dtype, sigma) == pytest.approx(8 * rounding_error(flow, dtype, sigma))
 
 
 @pytest.mark.parametrize(
