@@ -218,22 +218,36 @@ class LatentConfig:
     label_names = None
 
 
-@pytest.mark.parametrize("scale", [1, 1 / 8])
-def test_latents_that_were_scaled_before_are_noted(scale: float, tmp_path: Path) -> None:
-    """A VAE's latents, of deviation 4, fit the teacher's scale; those that were multiplied by it before do not."""
-    data = write_latents(tmp_path / "set.zip", scale)
+@pytest.mark.parametrize(
+    ("scale", "shift", "bias", "noted"),
+    [
+        (1, 0, 0, False),  # a VAE's latents, of deviation 4, fit the teacher's scale
+        (1 / 8, 0, 0, True),  # those that were multiplied by it before do not
+        (8, 0, 0, True),
+        (1 / 2, 0, 0, False),
+        (1, 20, 0, True),  # the deviation fits, and the mean does not: a common deviation would hide it
+        (1, -20, 0, True),
+        (1, 20, -2.5, False),  # here the teacher's bias takes it away
+    ],
+)
+def test_latents_of_another_scale_are_noted(
+    scale: float, shift: float, bias: float, noted: bool, tmp_path: Path
+) -> None:
+    data = write_latents(tmp_path / "set.zip", scale, shift)
     network = FlowNetwork(UNet(8, 2, 0, **NETWORK), EDM(sigma_data=0.5))
+    config = SimpleNamespace(encoder=LatentConfig.encoder | {"bias": [bias] * 2}, label_names=None)
     for _ in range(2):
-        require_fit(data, network, LatentConfig)  # type: ignore[arg-type]
-    assert [": they were scaled already, or" in note for note in data.notes] == ([] if scale == 1 else [True])
+        require_fit(data, network, config)  # type: ignore[arg-type]
+    assert ["they were scaled already, or are of another VAE" in note for note in data.notes] == [True] * noted
 
 
-def test_latents_of_another_vae_are_noted(tmp_path: Path) -> None:
-    """The deviation fits, and the mean does not: a wrong scale that a wrong mean would hide in a common deviation."""
-    data = write_latents(tmp_path / "set.zip", shift=20)
-    network = FlowNetwork(UNet(8, 2, 0, **NETWORK), EDM(sigma_data=0.5))
-    require_fit(data, network, LatentConfig)  # type: ignore[arg-type]
-    assert ["they were scaled already, or are of another VAE" in note for note in data.notes] == [True]
+def test_other_names_of_classes_than_the_networks_are_noted(tmp_path: Path) -> None:
+    content = files()
+    described = json.loads(content["dataset.json"]) | {"label_names": ["a", "b", "c"]}
+    data = open_dataset(write_zip(tmp_path / "set.zip", content | {"dataset.json": json.dumps(described).encode()}))
+    config = SimpleNamespace(encoder={"kind": "pixels"}, label_names=["a", "x", "c"])
+    require_fit(data, flow(3), config)  # type: ignore[arg-type]
+    assert data.notes == [f"{data.name}: class 1 is 'b' there, and 'x' to the network."]
 
 
 @pytest.mark.parametrize(
