@@ -241,6 +241,32 @@ def test_latents_of_another_scale_are_noted(
     assert ["they were scaled already, or are of another VAE" in note for note in data.notes] == [True] * noted
 
 
+@pytest.mark.parametrize(
+    ("size", "channels", "encoder", "message"),
+    [
+        (
+            8,
+            2,
+            {"kind": "pixels"},
+            "latents of 8x8 with 2 channels and no classes, but the network takes images of 8x8",
+        ),
+        (
+            16,
+            2,
+            LatentConfig.encoder,
+            "but the network takes latents of 16x16 with 2 channels and no classes: give those",
+        ),
+        (8, 1, LatentConfig.encoder, "but the network takes latents of 8x8 with 1 channel and no classes"),
+    ],
+)
+def test_data_of_another_shape_are_refused(
+    size: int, channels: int, encoder: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    network = FlowNetwork(UNet(size, channels, 0, **NETWORK), EDM())
+    with pytest.raises(DatasetError, match=message):
+        require_fit(write_latents(tmp_path / "set.zip"), network, SimpleNamespace(encoder=encoder, label_names=None))  # type: ignore[arg-type]
+
+
 def test_other_names_of_classes_than_the_networks_are_noted(tmp_path: Path) -> None:
     content = files()
     described = json.loads(content["dataset.json"]) | {"label_names": ["a", "b", "c"]}
