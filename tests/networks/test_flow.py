@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edmdistill.draws import Draws
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.rebuild import add_guidance
 from edmdistill.networks.surgery.two_time import add_second_time
@@ -91,6 +92,18 @@ def test_rows_have_dropout_of_their_own(full: FlowNetwork) -> None:
     keys, more = full.dropout_keys(x), full.dropout_keys(x)
     assert torch.equal(early, keys)
     assert len(torch.cat([keys, more]).unique()) == 2000
+
+
+def test_rows_have_the_dropout_of_their_draws(full: FlowNetwork) -> None:
+    """As above; a pass of rows that are repeated has as many keys."""
+    full.draws, own = Draws(0, 3), Draws(0, 3)
+    x = torch.ones(6, 1)
+    with torch.no_grad():
+        early = full.dropout_keys(x)
+    keys, more = full.dropout_keys(x), full.dropout_keys(x[:3])
+    assert torch.equal(early, keys)
+    assert torch.equal(torch.cat([keys, more]), own.dropout(times=3))
+    assert len(torch.cat([keys, more]).unique()) == 9
 
 
 def test_how_often_labels_were_dropped_may_be_known_better_than_by_the_network(make_flow: MakeFlow) -> None:
