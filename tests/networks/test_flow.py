@@ -62,6 +62,15 @@ def test_a_denoiser_gives_a_network_of_two_times_the_same_twice(full: FlowNetwor
 
 
 @torch.no_grad()
+def test_a_denoiser_takes_images_in_any_precision_and_knows_its_levels(make_flow: MakeFlow) -> None:
+    flow = make_flow("adm-iddpm")
+    denoiser, x = Denoiser(flow), images(flow).half()
+    assert torch.equal(denoiser(x, 2.5), denoiser(x.float(), 2.5))
+    levels = flow.preconditioning.levels
+    assert denoiser.round_sigma(float(levels[500]) * 1.0001) == levels[500]
+
+
+@torch.no_grad()
 def test_all_times_are_clamped_to_those_of_training(full: FlowNetwork) -> None:
     x, ends = images(full), torch.tensor([0.0, torch.pi / 2, 0.5], dtype=torch.float64)
     within = torch.stack([*(sigma_to_time(sigma, 0.7) for sigma in (full.sigma_min, full.sigma_max)), ends[2]])
