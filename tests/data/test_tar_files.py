@@ -1,0 +1,44 @@
+"""The files of a tar: their names, tars in it, and what is too large or gone."""
+
+import bz2
+import lzma
+from pathlib import Path
+
+import pytest
+from picture_files import tar_bytes
+
+from edmdistill.data import tar_files
+from edmdistill.data.tar_files import TarFiles, is_tar
+
+
+def write(path: Path, members: dict[str, bytes]) -> TarFiles:
+    path.write_bytes(tar_bytes(members))
+    return TarFiles(path)
+
+
+def test_names_begin_in_the_tar(tmp_path: Path) -> None:
+    files = write(tmp_path / "a.tar", {"./a.png": b"a", "/b.png": b"bb", "c/d.png": b"ccc"})
+    assert [(member.name, member.size) for member in files.members()] == [("a.png", 1), ("b.png", 2), ("c/d.png", 3)]
+    assert [files.read(name) for name in ("a.png", "b.png", "c/d.png")] == [b"a", b"bb", b"ccc"]
+
+
+def test_a_tar_in_a_tar_is_a_folder_and_one_in_that_a_file(tmp_path: Path) -> None:
+    inner = tar_bytes({"x.png": b"x", "deep.tar": tar_bytes({"y.png": b"y"})})
+    files = write(tmp_path / "a.tar", {"one.tar": inner, "TWO.TAR": tar_bytes({"z.png": b"z"})})
+    assert [member.name for member in files.members()] == ["one/x.png", "one/deep.tar", "TWO/z.png"]
+    assert files.read("TWO/z.png") == b"z"
+
+
+def test_what_is_too_large_is_said_and_what_is_cut_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = write(tmp_path / "a.tar", {"a.png": b"a", "b.png": b"bb"})
+    monkeypatch.setattr(tar_files, "MEMBER_BYTES", 1)
+    assert [member.problem for member in files.members()] == [None, "takes more than the 1 bytes that are read"]
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1537])
+    with pytest.raises(EOFError, match="it ends after 1 of 2 bytes"):
+        files.read("b.png")
+
+
+@pytest.mark.parametrize("data", [bz2.compress(b"x" * 10**5)[:-30], lzma.compress(b"x" * 10**5)[:40], b"\xfd7zXZ", b""])
+def test_a_damaged_archive_is_no_tar(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(data)
+    assert not is_tar(tmp_path / "a")
