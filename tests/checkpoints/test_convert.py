@@ -166,6 +166,8 @@ def test_only_an_intact_teacher_is_not_converted_again(golden: Path, tmp_path: P
     (out / MODEL).write_bytes((out / MODEL).read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
         convert(source, out)
+    assert convert(source, out, overwrite=True, parity="none").written
+    assert not convert(source, out).written
 
 
 def test_provenance_is_the_address_without_its_secrets(golden: Path, tmp_path: Path) -> None:
@@ -291,7 +293,7 @@ def test_without_double_norm_less_is_changed(golden: Path, tmp_path: Path) -> No
     assert not kept.config.network.arguments["double_norm"]
 
 
-def test_a_teacher_of_ours_can_be_adapted(golden: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_ours_can_be_adapted(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = golden / "edm2-rgb-cond.pkl"
     ours = convert(source, tmp_path / "ours", licence="mit")
     write_config(ours.path, replace(read_config(ours.path), results=({"metrics": {"fid": 2.0}},)))
@@ -305,6 +307,9 @@ def test_a_teacher_of_ours_can_be_adapted(golden: Path, tmp_path: Path) -> None:
     assert read_config(tmp_path / "again").results == ()  # which were the other function's
     with pytest.raises(CheckpointError, match=r"is inside the folder that is converted, .*: choose another place"):
         convert(ours.path, ours.path / "inside", time_embedding="positional")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="is inside the folder that is converted"):
+        convert(ours.path, "ours/inside", time_embedding="positional")
     with pytest.raises(CheckpointError, match="a run that needs no conversion: train and sample take it as it is"):
         convert(ours.path, ours.path / "inside")
 
