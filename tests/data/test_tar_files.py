@@ -38,7 +38,9 @@ def test_what_is_too_large_is_said_and_what_is_cut_is_missed(tmp_path: Path, mon
         files.read("b.png")
 
 
-@pytest.mark.parametrize("data", [bz2.compress(b"x" * 10**5)[:-30], lzma.compress(b"x" * 10**5)[:40], b"\xfd7zXZ", b""])
+@pytest.mark.parametrize(
+    "data", [bz2.compress(b"x" * 10**5)[:-30], lzma.compress(b"x" * 10**5)[:40], b"\xfd7zXZ\0" + bytes(40), b""]
+)
 def test_a_damaged_archive_is_no_tar(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(data)
     assert not is_tar(tmp_path / "a")
