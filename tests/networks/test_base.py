@@ -111,3 +111,4 @@ def test_split_times_lie_side_by_side(make_flow: MakeFlow, case: str) -> None:
     alone, twice = (network.embed(plain._replace(c_noise_second=each)) for each in (None, c))
     assert torch.equal(alone, twice)
     assert not torch.allclose(alone, network.embed(plain))
+    network(torch.randn(2, 3, 8, 8).double(), plain)  # whose blocks read both

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.networks.heads import ConvolutionHead, MeanHead, add_head
+from edmdistill.networks.heads import ConvolutionHead, LevelHeads, MeanHead, add_head
 from edmdistill.networks.levels import Layer
 
 MakeFlow = Callable[..., FlowNetwork]
@@ -92,6 +92,17 @@ def test_the_head_is_dmd2s() -> None:
         assert ConvolutionHead([layer(channels, 4)])([torch.randn(3, channels, 4, 4)]).shape == (3, 1)
     for resolution in (1, 2, 3, 4, 5, 12):
         assert ConvolutionHead([layer(8, resolution)])([torch.randn(3, 8, resolution, resolution)]).shape == (3, 1)
+
+
+@torch.no_grad()
+def test_every_level_has_a_head_of_its_own() -> None:
+    heads = LevelHeads([layer(5, 8), layer(7, 4)])
+    features = [torch.randn(2, 5, 8, 8), torch.randn(2, 7, 4, 4)]
+    logits = heads(features)
+    for level in (0, 1):
+        others = [feature if own == level else feature + 1 for own, feature in enumerate(features)]
+        changed = (heads(others) != logits).any(0)
+        assert changed.tolist() == [level == 1, level == 0]
 
 
 def test_a_mean_head_judges_each_pixel_of_the_bottleneck() -> None:
