@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from edmdistill import embedded
 from edmdistill.data import datasets
-from edmdistill.data.datasets import open_dataset
+from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
@@ -193,6 +193,24 @@ def test_labels_that_begin_at_one_are_all_from_1_to_k(
     assert [" (the labels begin at 1, " in note for note in data.notes] == [from_one]
 
 
+def test_the_digest_of_images_in_memory_is_of_all() -> None:
+    changed = PIXELS.copy()
+    changed[4, 0, 0, 0] ^= 1
+    one, same, other = (
+        Dataset("set", "train", [*FILES], p.transpose(0, 3, 1, 2).__getitem__) for p in (PIXELS, PIXELS, changed)
+    )
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_which_images_exif_would_turn_is_known(tmp_path: Path) -> None:
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(PIXELS[0]).save(out, "png", exif=exif)
+    names = sorted(FILES)
+    data = open_dataset(write_zip(tmp_path, members(**{names[1]: out.getvalue(), names[3]: out.getvalue()})))
+    assert data.turned == {1, 3}
+
+
 MOMENTS = np.random.default_rng(1).random((5, 4, 6, 6), dtype=np.float32)
 LATENTS = {f"00000/img-mean-std-{i:08}.npy": npy(MOMENTS[i]) for i in range(5)}
 
@@ -203,6 +221,7 @@ def test_latents(write: Write, tmp_path: Path) -> None:
     source = write(tmp_path, LATENTS | {"dataset.json": described})
     data = open_dataset(source)
     assert (data.latent, len(data), data.img_channels, data.img_resolution, data.label_dim) == (True, 5, 2, 6, 5)
+    assert data.encoding is None  # EDM2's VAE has four channels
     moments, labels = data.tensors([4, 0])
     assert np.array_equal(moments.numpy(), MOMENTS[[4, 0]])
     assert labels is not None

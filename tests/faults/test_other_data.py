@@ -156,6 +156,11 @@ def test_of_a_large_folder_a_part_is_read(limit: str, tmp_path: Path, monkeypatc
     (folder / "2.png").write_bytes(seen[:-1] + bytes([seen[-1] ^ 1]))
     assert digest(folder) != own
     (folder / "2.png").write_bytes(seen)
+    with (folder / "5.png").open("ab") as file:
+        file.write(b"more")
+    assert digest(folder) != own
+    (folder / "5.png").write_bytes(files()["5.png"])
+    assert digest(folder) == own
     (folder / "3.png").rename(folder / "3x.png")
     labels = (folder / "dataset.json").read_text().replace("3.png", "3x.png")
     (folder / "dataset.json").write_text(labels)
