@@ -24,6 +24,10 @@ def write_folder(path: Path, content: str) -> None:
             (new / name).write_text(content)
 
 
+# Of forks from a process with threads, as those of pytest are; Python 3.15. The children only write files.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
 def write_file(path: Path, content: str) -> None:
     with atomic_write(path) as new:
         new.write_text(content)

@@ -212,6 +212,7 @@ def power(function: Function, y: Tensor, x: Dual, exponent: float) -> Any:
 
 @tangent_of(torch.clamp)
 def clamp(function: Function, y: Tensor, x: Dual, min_val: float, max_val: float) -> Any:
+    """At the bounds, as within them: a time at the end of its range has a tangent.  torch from 2.15 on has 0 there."""
     return x.tangent * ((x.value >= min_val) & (x.value <= max_val))
 
 
