@@ -14,6 +14,9 @@ from edmdistill import atomic
 from edmdistill.atomic import atomic_write, exists, expanded, remove_leftovers, sha256_file, temporary_folder
 from edmdistill.errors import CheckpointError
 
+# Of forks from a process with threads, as those of pytest are; Python 3.15. The children only write files.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 SYSTEM_CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.chmod"}
 
 
@@ -22,10 +25,6 @@ def write_folder(path: Path, content: str) -> None:
         new.mkdir()
         for name in ("a", "b"):
             (new / name).write_text(content)
-
-
-# Of forks from a process with threads, as those of pytest are; Python 3.15. The children only write files.
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
 def write_file(path: Path, content: str) -> None:
