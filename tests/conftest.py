@@ -95,7 +95,11 @@ def pytest_sessionfinish() -> None:
         sys.modules["forks"].stop()
 
 
+@pytest.hookimpl(tryfirst=True)  # before the test's fixtures
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Gives a test the same random numbers, whichever its process ran before; skips those of a GPU without one."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(0)
     if item.get_closest_marker("gpu"):
         import torch
 
