@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from open_files import open_below
+from waiting import LIMIT
 
 from edmdistill.data import latent_zip
 from edmdistill.data.latent_zip import LatentZip
@@ -46,13 +48,12 @@ def test_what_is_put_is_read_and_stays_in_the_zip(tmp_path: Path) -> None:
 
 def test_nothing_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latent_zip, "PATIENCE", 0.0)
-    opened = len(os.listdir("/proc/self/fd"))
     parts = begun(tmp_path)
     with pytest.raises(DatasetError, match="another process is writing"):
         begun(tmp_path)
     parts.put(range(3), MOMENTS)
     parts.finish(DOCUMENT)
-    assert len(os.listdir("/proc/self/fd")) == opened
+    assert open_below(tmp_path) == []
 
 
 def test_an_image_whose_crc_is_zero_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +94,9 @@ def test_one_process_at_a_time_is_alone(tmp_path: Path) -> None:
     parts.close()
 
 
-def test_a_process_that_ends_soon_is_waited_for(tmp_path: Path) -> None:
+def test_a_process_that_ends_soon_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a kill of a command whose processes end a moment later."""
+    monkeypatch.setattr(latent_zip, "PATIENCE", LIMIT)
     dying = begun(tmp_path)
     threading.Thread(target=lambda: (time.sleep(0.2), dying.close())).start()
     begun(tmp_path).close()

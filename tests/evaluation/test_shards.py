@@ -1,6 +1,5 @@
 """Shards: what is measured is measured once, by any process, and comes back in order and in the same batches."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from open_files import open_below
 from ranks import Rank, in_ranks
 
 from edmdistill.checkpoints.store import save_tensors
@@ -221,10 +221,10 @@ def test_a_command_that_has_ended_holds_nothing(end: Callable[[Work], None], tmp
     end(ours)
     assert theirs.abandoned() == ([folder] if end is Work.close else [])
     assert theirs.folder(identity, ONE_PROCESS) == folder
-    opened = len(os.listdir("/proc/self/fd"))
+    opened = open_below(tmp_path)
     with pytest.raises(EdmDistillError, match="another command makes this evaluation now"):
         ours.folder(identity, ONE_PROCESS)
-    assert len(os.listdir("/proc/self/fd")) == opened
+    assert open_below(tmp_path) == opened != []
     theirs.close()
     assert ours.folder(identity, ONE_PROCESS).is_dir()
     ours.close()
