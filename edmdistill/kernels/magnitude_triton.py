@@ -81,5 +81,5 @@ class _MPWeight(torch.autograd.Function):
 def mp_weight(weight: Tensor, gain: Tensor | float, factor: float) -> Tensor:
     """Returns magnitude.mp_weight.  weight [M,...] float32; gain 0-dim or [1] -> [M,...] float32"""
     gain = gain if isinstance(gain, Tensor) else torch.full((), gain, device=weight.device)
-    y: Tensor = _MPWeight.apply(weight, gain, factor / math.sqrt(weight[0].numel()))  # type: ignore[no-untyped-call]
+    y: Tensor = _MPWeight.apply(weight, gain, factor / math.sqrt(weight[0].numel()))  # type: ignore[no-untyped-call, unused-ignore]
     return y

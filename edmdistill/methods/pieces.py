@@ -53,7 +53,7 @@ class Pieces(NamedTuple):
         sizes = [len(part.value) / rows for part in parts]
         values = torch.cat([part.value for part in parts])
         return parts[0]._replace(
-            value=_Differentiated.apply(values, gradients, *learned),  # type: ignore[no-untyped-call]
+            value=_Differentiated.apply(values, gradients, *learned),  # type: ignore[no-untyped-call, unused-ignore]
             t=torch.cat([part.t for part in parts]),
             signals={
                 name: torch.stack([size * part.signals[name] for size, part in zip(sizes, parts, strict=True)]).sum(0)
