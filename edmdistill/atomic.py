@@ -102,22 +102,27 @@ def exists(path: Path) -> bool:
     return True
 
 
+def reachable(path: Path) -> Path:
+    """Returns the path, whether something is there or not.  Raises: CheckpointError: `exists` cannot say."""
+    try:
+        exists(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{str(path)[:200]} cannot be reached ({reason}): give another path.") from error
+    return path
+
+
 def expanded(path: str | Path) -> Path:
     """Returns a path with the home folder in place of ~ or ~user, whether something is there or not.
 
-    Raises: CheckpointError: there is no such home folder, or the path cannot be reached, as in `exists`.
+    Raises: CheckpointError: there is no such home folder, or the path cannot be reached.
     """
     try:
-        whole = Path(path).expanduser()
-        exists(whole)
+        return reachable(Path(path).expanduser())
     except RuntimeError as error:
         raise CheckpointError(
             f"{path} names a user who does not exist on this machine, or has no home folder: write the path in full."
         ) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{str(path)[:200]} cannot be reached ({reason}): give another path.") from error
-    return whole
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:

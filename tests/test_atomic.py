@@ -12,7 +12,9 @@ import pytest
 
 from edmdistill import atomic
 from edmdistill.atomic import atomic_write, exists, expanded, remove_leftovers, sha256_file, temporary_folder
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, EdmDistillError
+from edmdistill.evaluation.references import open_statistics
+from edmdistill.report.summary import read_run
 
 # Of forks from a process with threads, as those of pytest are; Python 3.15. The children only write files.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -193,6 +195,21 @@ def test_what_cannot_be_known_is_not_said_to_be_absent(tmp_path: Path):
             exists(tmp_path / name)
         with pytest.raises(CheckpointError, match=r"cannot be reached \([^\n]{5,80}\): give another path\.$"):
             expanded(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "loop"], ids=["long", "NUL", "loop"])
+def test_runs_and_references_that_cannot_be_reached(name: str, tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(EdmDistillError, match=r"cannot be reached \([^\n]{5,80}\): give another path\.$"):
+        read_run(tmp_path / name)
+    with pytest.raises(EdmDistillError, match=r"cannot be opened \([^\n]{5,80}\); give EDM's"):
+        open_statistics(tmp_path / name)
+
+
+def test_a_folder_in_the_place_of_a_recipe_is_none(tmp_path: Path):
+    (tmp_path / "recipe.resolved.json").mkdir()
+    with pytest.raises(EdmDistillError, match="is not a run directory"):
+        read_run(tmp_path)
 
 
 def test_digests(tmp_path: Path):

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from edmdistill.atomic import atomic_write, exists
+from edmdistill.atomic import atomic_write, reachable
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, describe, read_config, write_config
 from edmdistill.checkpoints.documents import code, front_matter, markdown
 from edmdistill.checkpoints.encoder import vae_words
@@ -54,7 +54,7 @@ def load_tensors(
     """
     try:
         if not path.is_file():
-            raise OSError("it is not a file" if exists(path) else "it does not exist")
+            raise OSError("it is not a file" if reachable(path).exists() else "it does not exist")
         with safe_open(path, framework="pt", device=str(device)) as file:
             names, metadata = list(file.keys()), file.metadata() or {}
             if mapped:

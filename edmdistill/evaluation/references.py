@@ -12,6 +12,7 @@ No pickle is executed, and what a header claims is checked before memory is take
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ import torch
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from edmdistill.atomic import exists, sha256_file
-from edmdistill.data.files import as_dataset_error
+from edmdistill.atomic import sha256_file
+from edmdistill.data.files import as_dataset_error, status_of
 from edmdistill.data.npz import Npz
 from edmdistill.errors import DatasetError, EdmDistillError, printable
 from edmdistill.evaluation.base import Accumulator, Nothing
@@ -143,8 +144,8 @@ def open_statistics(path: str | Path) -> ReferenceStatistics:
     Raises: DatasetError: it cannot be read, is damaged or hostile, or its numbers are no mean and covariance.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DatasetError(f"{path} {'is not a file' if exists(path) else 'does not exist'}; {WANTED}")
+    if not stat.S_ISREG(status_of(path, WANTED).st_mode):
+        raise DatasetError(f"{path} is not a file; {WANTED}")
     with as_dataset_error(lambda why: f"{path} cannot be read ({why}); {WANTED}"):
         with path.open("rb") as file:
             head = file.read(2)

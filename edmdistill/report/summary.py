@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from edmdistill.atomic import exists
+from edmdistill.atomic import reachable
 from edmdistill.checkpoints.config import CheckpointConfig, read_config
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.errors import EdmDistillError
@@ -57,7 +57,7 @@ class RunSummary(NamedTuple):
 
 def read_run(path: Path) -> RunSummary:
     """The run in a directory; it may be under way.  Raises: EdmDistillError: no run directory, or a damaged one."""
-    if not exists(path / RECIPE):
+    if not reachable(path / RECIPE).is_file():
         raise EdmDistillError(
             f"{path} is not a run directory, because it has no {RECIPE}: use the --run-dir of edmdistill train"
         )

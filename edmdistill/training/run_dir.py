@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, TypedDict
 
-from edmdistill.atomic import atomic_write, exists, remove_leftovers
+from edmdistill.atomic import atomic_write, reachable, remove_leftovers
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.jsonl import append_line, read_lines, truncate_lines
 from edmdistill.training.identity import RECIPE, RUN, require_same
@@ -158,7 +158,7 @@ def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
 
 
 def _require_run(path: Path) -> None:
-    if not exists(path / RECIPE):
+    if not reachable(path / RECIPE).is_file():
         raise TrainingError(f"{path} exists and is not a run directory: use another --run-dir")
 
 

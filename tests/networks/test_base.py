@@ -1,4 +1,4 @@
-"""What the interface of all networks does with its conditioning."""
+"""What all networks share: numbered blocks, their dropout, the last layer, labels and times."""
 
 from collections.abc import Callable
 
