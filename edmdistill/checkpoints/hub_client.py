@@ -22,7 +22,7 @@ TIMEOUT = 120.0
 REASONS = {
     401: "you are not logged in to the Hub; log in with `hf auth login`, or set HF_TOKEN to a valid token",
     403: "your token does not allow it; create one with the right permissions at https://huggingface.co/settings/tokens",
-    404: "there is no such repository, or it is private; check the name, and log in",
+    404: "there is no such repository, or it is private; check the name, or log in with `hf auth login`",
     409: "another change is in progress there; try again in a minute",
     412: "someone else has changed it in the meantime; run the same command again",
     413: "the Hub does not accept files of that size",
@@ -37,9 +37,13 @@ COPY = ", or give the path of a copy to the command that reads it"
 def cached_from_hub(text: str, files: Sequence[str]) -> Path | None:
     """Returns the folder of these files of a repository, owner/name@revision, if the cache has all of them."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     repository, _, revision = text.partition("@")
-    paths = [try_to_load_from_cache(repository, file, revision=revision or None) for file in files]
+    try:
+        paths = [try_to_load_from_cache(repository, file, revision=revision or None) for file in files]
+    except HFValidationError:  # a name that the Hub does not take, such as owner/a--b
+        return None
     return Path(paths[0]).parent if all(isinstance(path, str) for path in paths) else None  # type: ignore[arg-type]
 
 
@@ -127,12 +131,16 @@ def _reason(error: BaseException, instead: str = "") -> str:
             return f"HF_HUB_OFFLINE is set; unset it{instead}"
         case errors.LocalEntryNotFoundError():
             return f"there is no copy of it here, and {_reason(cause, instead)}" if cause else first
+        case errors.EntryNotFoundError():
+            return "it has no such file; check the file's name"
         case errors.RevisionNotFoundError():
             return "it has no such revision; give a branch, a tag or a commit of it"
         case errors.GatedRepoError():
             return "access to it is gated; request it on its page"
         case errors.HfHubHTTPError():
             status, answer = error.response.status_code, (error.server_message or "").strip().splitlines()
+            if isinstance(error, errors.RepositoryNotFoundError):
+                status = 404  # the Hub says 401 to those who are not logged in
             reason = REASONS.get(status, first)
             if status >= 500:
                 reason = f"the Hub has an internal error ({status}); run the same command again later"

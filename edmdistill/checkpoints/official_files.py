@@ -180,9 +180,10 @@ def fetch(file: OfficialFile) -> Fetched:
     if expected not in (None, digest):
         remove_cached(weights)
         what = "the official file has" if file.sha256 else "it had when it was first downloaded"
+        changed = "" if file.sha256 else f", or delete {record} first if its publisher has changed it"
         raise CheckpointError(
             f"{weights} has the sha256 {digest}, not the {expected} that {what}: it is removed; run "
-            f"`edmdistill fetch {file.name}` again."
+            f"`edmdistill fetch {file.name}` again{changed}."
         )
     if expected is None:
         with atomic_write(record) as unfinished:

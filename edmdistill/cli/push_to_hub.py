@@ -19,7 +19,12 @@ from edmdistill.cli.options import say, say_unfinished
     help="Licence of the weights, if the checkpoint has none or a stricter one is wanted; the Hub's identifier.",
 )
 @click.option("--vae", metavar="DIR|ID", help="What decodes latents for the picture.  [default: the one in the cache]")
-@click.option("--replace", "replace_model", is_flag=True, help="Replace another model in the repository.")
+@click.option(
+    "--replace",
+    "replace_model",
+    is_flag=True,
+    help="Replace another model in the repository; files of other names stay.",
+)
 @click.option("--overwrite-card", is_flag=True, help="Replace a README.md that was edited by hand.")
 @click.option("--dry-run", is_flag=True, help="Print what would be published, including the card, and upload nothing.")
 def command(

@@ -259,9 +259,9 @@ def _read_repository(repository: str, info: ModelInfo) -> RepositoryContents:
 
 def _other_model(contents: RepositoryContents, config: CheckpointConfig) -> str | None:
     """Describes another model in the repository; None: it has this model, an earlier state of it, or none."""
-    if foreign := [name for name in contents.names if name != MODEL and name.endswith(WEIGHTS)]:
-        return f"the weights of another program, {foreign[0]}"
     if contents.config is None:
+        if foreign := [name for name in contents.names if name != MODEL and name.endswith(WEIGHTS)]:
+            return f"the weights of another program, {foreign[0]}"
         return "weights that edmdistill did not put there" if MODEL in contents.names else None
     try:
         published = read_config(contents.config.parent)

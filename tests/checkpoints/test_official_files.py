@@ -78,10 +78,11 @@ def test_the_list_names_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests += 1  # type: ignore[attr-defined]
+        content: bytes = self.server.content  # type: ignore[attr-defined]
         self.send_response(200)
-        self.send_header("Content-Length", str(len(CONTENT)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(CONTENT)
+        self.wfile.write(content)
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -89,6 +90,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     requests = 0
+    content = CONTENT
 
     def file(self, name: str, sha256: str | None = None) -> OfficialFile:
         """Returns the official file of a name, at this server."""
@@ -135,6 +137,14 @@ def test_an_unknown_digest_is_kept_from_the_first_download(server: Server):
     with pytest.raises(CheckpointError, match="it had when it was first downloaded: it is removed"):
         fetch(file)
     assert fetch(file).sha256 == DIGEST
+    fetched.path.unlink()
+    server.content = b"the publisher's next version"
+    with pytest.raises(
+        CheckpointError, match=r"again, or delete (\S+) first if its publisher has changed it\.$"
+    ) as caught:
+        fetch(file)
+    Path(re.findall(r"delete (\S+) first", str(caught.value))[0]).unlink()
+    assert fetch(file).path.read_bytes() == server.content
 
 
 def test_a_source_may_be_an_official_name(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -170,8 +170,11 @@ def test_none_there(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("edmdistill.checkpoints.vae._autoencoder", import_of_diffusers)
     with pytest.raises(CheckpointError, match=r"has latents of 4 channels, but those of the network have 8: name"):
         read_vae(str(folder), channels=8)
-    with pytest.raises(CheckpointError, match=r"there is no VAE .*nothing"):
-        read_vae(str(tmp_path / "nothing"))
+    for name in (str(tmp_path / "nothing"), "me/a--b", "me/a.git"):  # the Hub takes no such names
+        with pytest.raises(CheckpointError, match=f"there is no VAE {name}: give a folder with"):
+            read_vae(name)
+    with pytest.raises(HubError, match=r"me/a--b cannot be downloaded from the Hub: Cannot have --"):
+        read_vae("me/a--b", download=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is not a VAE of diffusers"):
         read_vae(str(tmp_path / "empty"))

@@ -131,6 +131,10 @@ def test_another_programs_repository_is_refused(
             publish(folder, branch=branch)
     assert set(head(server)) == {".gitattributes", name}
     assert "mine" not in server.repositories[NAME].branches
+    publish(folder, replace_model=True)
+    assert publish(folder).unchanged  # it is replaced once
+    assert head(server)[MODEL] == (folder / MODEL).read_bytes()
+    assert name in (MODEL, CONFIG) or head(server)[name] == content
 
 
 def test_weights_that_somebody_put_in_our_place_are_not_lost(server: Hub, folder: Path) -> None:

@@ -13,7 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from hub_server import READER, Hub
+from hub_server import READER, TOKEN, Hub, Repository
 from msgspec.structs import replace
 from PIL import Image
 from tiny_generator import tiny_generator
@@ -271,9 +271,23 @@ def test_what_was_downloaded_needs_no_network(
         publish(folder)
 
 
-def test_what_is_not_there(server: Hub) -> None:
-    with pytest.raises(HubError, match=r"^me/nothing cannot be downloaded from the Hub: there is no such repository"):
-        load_generator("me/nothing")
+@pytest.mark.parametrize("token", [TOKEN, ""], ids=["known", "anonymous"])
+def test_what_is_not_there(server: Hub, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    """The Hub says 401 to those who are not logged in, whether a repository is private or a name mistyped."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "nowhere")
+    server.repositories["me/teacher"] = Repository(private=False)
+    server.repositories["me/secret"] = Repository(private=True)
+    nowhere = "there is no such repository, or it is private; check the name, or log in with `hf auth login`"
+    for source, sentence in (
+        ("me/nothing", nowhere),
+        ("hf://me/nothing/edm.pkl", nowhere),
+        ("hf://me/teacher/edm.pkl", "it has no such file; check the file's name"),
+        ("hf://me/secret/edm.pkl", "it has no such file" if token else nowhere),
+    ):
+        name = source.removeprefix("hf://")
+        with pytest.raises(HubError, match=f"^{name} cannot be downloaded from the Hub: {sentence}"):
+            load_generator(source)
 
 
 def test_what_comes_back_otherwise_is_said(server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
