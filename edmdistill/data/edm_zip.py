@@ -26,9 +26,10 @@ def image_name(index: int, stem: str = "img", suffix: str = ".png") -> str:
 
 
 def image_index(name: str) -> int:
-    """Returns the position in the source of a file that `image_name` named."""
+    """Returns the position in the source of a file that `image_name` named.  Raises: ValueError: it did not."""
     match = _INDEX.fullmatch(name)
-    assert match is not None, name
+    if match is None:
+        raise ValueError(name)
     return int(match[1])
 
 
@@ -60,7 +61,7 @@ class EdmZip:
 
     Args:
         path: of the file; created if it is not there.
-        size: bytes that are kept of it, whole files as `sync` has returned them.
+        size: bytes that are kept of it, whole files: what `size` was.
     Raises: OSError.
     """
 
@@ -107,11 +108,15 @@ class EdmZip:
         self.file.write(data)
         self._archive.start_dir = offset + len(header) + len(data)
 
-    def sync(self) -> int:
-        """Waits until all is on the disk, and returns its size in bytes."""
+    @property
+    def size(self) -> int:
+        """Bytes of the files that were added."""
+        return self._archive.start_dir
+
+    def sync(self) -> None:
+        """Waits until all is on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        return self._archive.start_dir
 
     def finish(self) -> None:
         """Writes the directory: the file is a zip from now on."""

@@ -159,8 +159,7 @@ class LatentZip:
         """Closes the file; the parts stay."""
         os.close(self._file)
         del self._journal
-        if self._writer is not None:
-            os.close(self._writer)
+        self._release()
 
     def _info(self, i: int, crc: int = 0) -> zipfile.ZipInfo:
         """Returns the zip's entry of an image, but for its place."""
@@ -174,23 +173,20 @@ class LatentZip:
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.alone():
-                record = self.folder / REQUEST
-                if not record.exists():
+                if not (self.folder / REQUEST).exists():
                     self._require_room()
                     self._write_request()
-                stored = json.loads(record.read_bytes())
-                if stored != self.request and overwrite:
+                problem = self._problem()
+                if problem is not None and not overwrite:
+                    raise DatasetError(problem)
+                if main or problem is not None:
+                    self._claim()
+                if problem is not None:
                     for part in (LATENTS, JOURNAL):
                         (self.folder / part).unlink(missing_ok=True)
                     self._write_request()
-                elif stored != self.request:
-                    keys = [key for key in self.request if stored.get(key) != self.request[key]]
-                    raise DatasetError(
-                        f"{self.out} was begun with other {' and '.join(keys) or 'options'}: give the same, choose "
-                        "another name, or add --overwrite"
-                    )
-                if main:
-                    self._claim()
+                if not main:
+                    self._release()
                 self._file = os.open(self.folder / LATENTS, os.O_RDWR | os.O_CREAT, 0o666)
                 if os.fstat(self._file).st_size < self.count * self._stride:
                     os.ftruncate(self._file, self.count * self._stride)
@@ -199,6 +195,22 @@ class LatentZip:
                     with atomic_write(journal) as new, new.open("wb") as file:
                         file.write(bytes(8 * self.count))  # not a hole, so that a full disk is found here
                 self._journal = np.memmap(journal, np.uint64, "r+", shape=(self.count,))
+
+    def _problem(self) -> str | None:
+        """Returns why the parts that are there cannot be continued, and what to do; None: they can."""
+        record = self.folder / REQUEST
+        try:
+            stored = json.loads(record.read_bytes())
+        except ValueError as error:
+            return f"{record} is damaged ({error}): begin {self.out} anew with --overwrite, or choose another name"
+        if stored == self.request:
+            return None
+        begun = stored if isinstance(stored, dict) else {}
+        keys = [key for key in self.request if begun.get(key) != self.request[key]]
+        return (
+            f"{self.out} was begun with other {' and '.join(keys) or 'options'}: give the same, choose another name, "
+            "or add --overwrite"
+        )
 
     def _write_request(self) -> None:
         with atomic_write(self.folder / REQUEST) as new:
@@ -213,11 +225,16 @@ class LatentZip:
                 return fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 if time.monotonic() > until:
-                    os.close(self._writer)
+                    self._release()
                     raise DatasetError(
                         f"another process is writing {self.out}: wait for it, or choose another name"
                     ) from error
             time.sleep(0.1)
+
+    def _release(self) -> None:
+        if self._writer is not None:
+            os.close(self._writer)
+        self._writer = None
 
     def _require_room(self) -> None:
         """Raises: DatasetError: the disk is too small."""

@@ -150,13 +150,18 @@ def _write_images(
                     _write_image(archive, state, job, packed)
                 report(state.progress.done, job.total)
                 if time.monotonic() - saved > SAVED:
-                    state.save(archive.sync())
+                    _save(archive, state)
                     saved = time.monotonic()
     except BaseException:
         with suppress(OSError):
-            state.save(archive.sync())
+            _save(archive, state)
         raise
-    state.save(archive.sync())
+    _save(archive, state)
+
+
+def _save(archive: EdmZip, state: PrepareState) -> None:
+    archive.sync()
+    state.save()
 
 
 def _write_image(archive: EdmZip, state: PrepareState, job: PackJob, packed: Packed) -> None:
@@ -177,7 +182,7 @@ def _write_image(archive: EdmZip, state: PrepareState, job: PackJob, packed: Pac
                 "--resolution 64 --transform center-crop"
             )
         archive.add(image_name(i), packed.png)
-    state.add(name, job.pictures.sizes[i], packed.crc, packed.changes)
+    state.add(name, job.pictures.sizes[i], packed.crc, packed.changes, archive.size)
 
 
 def _record(archive: EdmZip, state: PrepareState, job: PackJob, settings: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +222,7 @@ def _made_before(
     try:
         with zipfile.ZipFile(out) as archive:
             document = json.loads(archive.read(LABELS))
+            images = [name for name in archive.namelist() if name != LABELS]
         record = document["prepared"]
         if any(record[key] != settings[key] for key in RECORDED) or record["source"] != source.absolute().name:
             return None
@@ -233,6 +239,11 @@ def _made_before(
         wanted = pictures.names[: settings["max_images"]]
         found = pictures.kind, len(wanted), names_sha256(wanted, pictures.sizes)
         if found != (record.get("source_kind"), count, made) or _content(source, pictures, count, report) != content:
+            return None
+        try:
+            if json.loads(_document(images, pictures, record)) != document:  # other classes, or names of them
+                return None
+        except (ValueError, IndexError):  # images that were renamed since
             return None
     return PreparedSummary(path=str(out), classes=classes, record=record, notes=(f"{out} already holds these images.",))
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from edmdistill.data.pictures import Pictures
 from edmdistill.errors import DatasetError
@@ -76,18 +78,24 @@ class PrepareState:
             )
         self.progress = Progress(self.progress.settings, changed=pictures.changed)
 
-    def add(self, name: str, size: int, crc: int, changes: Sequence[str]) -> None:
-        """Counts a picture as done."""
-        progress = self.progress
-        progress.names_sha256 = chained(progress.names_sha256, f"{size} {name}")
-        progress.source_sha256 = chained(progress.source_sha256, f"{size} {name} {crc:08x}")
-        for change in changes:
-            progress.changes[change] = progress.changes.get(change, 0) + 1
-        progress.done += 1
+    def add(self, name: str, size: int, crc: int, changes: Sequence[str], written: int) -> None:
+        """Counts a picture as done: in one step, because Ctrl-C may come before any other.
 
-    def save(self, size: int) -> None:
-        """Stores the progress, once so many bytes of images are on the disk.  Raises: OSError."""
-        self.progress.bytes = size
+        Args:
+            written: bytes of all images so far.
+        """
+        progress = self.progress
+        self.progress = replace(
+            progress,
+            done=progress.done + 1,
+            bytes=written,
+            names_sha256=chained(progress.names_sha256, f"{size} {name}"),
+            source_sha256=chained(progress.source_sha256, f"{size} {name} {crc:08x}"),
+            changes=dict(Counter(progress.changes) + Counter(changes)),
+        )
+
+    def save(self) -> None:
+        """Stores the progress, once its images are on the disk.  Raises: OSError."""
         _store(self.folder, self.progress)
 
     def publish(self) -> None:
@@ -175,7 +183,7 @@ def _read(folder: Path, out: Path, settings: dict[str, Any], overwrite: bool) ->
     except msgspec.DecodeError as error:
         if not overwrite:
             raise DatasetError(f"{folder / RECORD} is damaged ({error}); begin {out} anew with --overwrite") from error
-    if progress is not None and progress.settings == settings and (folder / IMAGES).is_file():
+    if progress is not None and progress.settings == settings and _holds(folder / IMAGES, progress.bytes):
         return progress
     if progress is not None and progress.done and progress.settings != settings:
         others = sorted(key for key in settings if progress.settings.get(key) != settings[key])
@@ -189,6 +197,11 @@ def _read(folder: Path, out: Path, settings: dict[str, Any], overwrite: bool) ->
         entry.unlink()
     _store(folder, new := Progress(settings))
     return new
+
+
+def _holds(file: Path, size: int) -> bool:
+    """Returns whether a file is there, of so many bytes or more."""
+    return file.is_file() and file.stat().st_size >= size
 
 
 def _store(folder: Path, progress: Progress) -> None:

@@ -116,12 +116,41 @@ def test_something_else_is_not_replaced(content: str | None, tmp_path: Path) -> 
     assert out.read_bytes() == before  # until the new one is complete
 
 
-def test_a_torn_record_is_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (json.dumps(REQUEST)[:-2], r"encode\.json is damaged \(.*\): begin .*set\.zip anew with --overwrite"),
+        ("[]", r"set\.zip was begun with other images: .* --overwrite"),
+    ],
+    ids=["torn", "no object"],
+)
+def test_a_damaged_record_is_kept_unless_it_is_to_be_replaced(record: str, message: str, tmp_path: Path) -> None:
     parts = begun(tmp_path)
+    parts.put(range(3), MOMENTS)
     parts.close()
-    (parts.folder / "encode.json").write_text(json.dumps(REQUEST)[:-2])
-    with pytest.raises(DatasetError, match=r"set\.zip cannot be written"):
+    (parts.folder / "encode.json").write_text(record)
+    with pytest.raises(DatasetError, match=message):
         begun(tmp_path)
+    again = begun(tmp_path, overwrite=True)
+    assert again.missing(range(3)) == [0, 1, 2]
+    again.put(range(3), MOMENTS)
+    again.finish(DOCUMENT)
+    assert begun(tmp_path).finished
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_overwrite_leaves_what_another_command_is_writing(
+    main: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latent_zip, "PATIENCE", 0.0)
+    writing = begun(tmp_path)
+    writing.put(range(2), MOMENTS[:2])
+    with pytest.raises(DatasetError, match="another process is writing"):
+        LatentZip(tmp_path / "set.zip", {"images": "b"}, 3, (2, 2, 2), main=main, overwrite=True)
+    writing.put([2], MOMENTS[2:])
+    writing.finish(DOCUMENT)
+    assert begun(tmp_path).finished
+    assert open_below(tmp_path) == []
 
 
 def test_too_many_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

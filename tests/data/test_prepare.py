@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,30 @@ def test_a_kill_at_any_picture_changes_nothing(tmp_path: Path, monkeypatch: pyte
     assert calls == [20]
     assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set", "whole.zip"]
+
+
+def test_ctrl_c_between_any_two_steps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that is written and not counted, or counted by half, would be there twice or seem changed."""
+    source = write_folder(tmp_path / "set", {name: PICTURES[name] for name in sorted(PICTURES)[:3]})
+    prepare_data(source, tmp_path / "whole.zip", **HALF)
+    whole = (tmp_path / "whole.zip").read_bytes()
+    for owner, name, calls in (prepare_state, "chained", 6), (prepare.EdmZip, "add", 3), (prepare.EdmZip, "_enter", 3):
+        act = getattr(owner, name)
+        for call in range(calls):
+            left = iter(range(call))
+
+            def step(*args: object, left: Iterator[int] = left, act: Callable[..., object] = act) -> object:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return act(*args)
+
+            out = tmp_path / f"{name}-{call}.zip"
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, step)
+                with pytest.raises(KeyboardInterrupt):
+                    prepare_data(source, out, **HALF)
+            prepare_data(source, out, **HALF)
+            assert out.read_bytes() == whole, (name, call)
 
 
 def test_a_kill_after_the_last_step_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +346,23 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path.name for path in tmp_path.iterdir()] == ["set"] or not out.exists()
     prepare_data(source, out, **HALF)
     assert len(open_dataset(out)) == 20
+
+
+@pytest.mark.parametrize(("labels", "names"), [([0, 1, 1], ["a", "b"]), ([0, 1, 0], ["a", "c"]), (None, None)], ids=str)
+def test_other_classes_of_the_same_pictures_are_no_set_that_is_there(
+    labels: list[int] | None, names: list[str] | None, tmp_path: Path
+) -> None:
+    def described(labels: list[int] | None, names: list[str] | None) -> Path:
+        pairs = None if labels is None else [[name, label] for name, label in zip(pictures, labels, strict=True)]
+        content = {"labels": pairs} | ({} if names is None else {"label_names": names})
+        return write_folder(tmp_path / "set", pictures | {"dataset.json": json.dumps(content).encode()})
+
+    pictures = {f"{i}.png": encoded(i, 8, 8) for i in range(3)}
+    out = tmp_path / "out.zip"
+    prepare_data(described([0, 1, 0], ["a", "b"]), out)
+    assert prepare_data(described([0, 1, 0], ["a", "b"]), out).notes == (f"{out} already holds these images.",)
+    with pytest.raises(EdmDistillError, match=r"out\.zip already exists"):
+        prepare_data(described(labels, names), out)
 
 
 def test_zips_of_a_set_are_prepared_like_its_folder(tmp_path: Path) -> None:
