@@ -1,5 +1,6 @@
 """`edmdistill data prepare`."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ class Resolution(click.ParamType):  # type: ignore[type-arg]  # generic in newer
     name = "resolution"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        width, _, height = str(value).replace(",", "x").partition("x")
-        if not all(part.isascii() and part.isdecimal() and int(part[:6]) > 0 for part in (width, height or width)):
+        sizes = re.fullmatch(r"([1-9][0-9]{0,8})(?:[x,]([1-9][0-9]{0,8}))?", str(value))
+        if sizes is None:
             self.fail(f"{value!r} is no size; give a number such as 64, or WIDTHxHEIGHT.", param, ctx)
-        return int(width), int(height or width)
+        return int(sizes[1]), int(sizes[2] or sizes[1])
 
 
 @click.command("prepare")

@@ -113,7 +113,7 @@ def prepare_data(
         pictures = open_pictures(source, state.folder, labels=labels, split=split, most=max_images, on_bytes=on_bytes)
         total = min(len(pictures.names), max_images or len(pictures.names))
         state.require_same_source(
-            pictures, total, lambda done: _content(source, pictures, done, lambda i, _: report(i, total))
+            pictures, lambda done: _content(source, pictures, done, lambda i, _: report(i, total))
         )
         job = PackJob(source, pictures, chosen, size, total)
         with EdmZip(state.images, state.progress.bytes) as archive:
@@ -227,7 +227,7 @@ def _made_before(
         if any(record[key] != settings[key] for key in RECORDED) or record["source"] != source.absolute().name:
             return None
         made, content = record["names_sha256"], record["source_sha256"]
-        count, names = record["pictures"], document.get("label_names") or ()
+        names = document.get("label_names") or ()
         classes = max(len(names), *(label + 1 for _, label in document["labels"] or [("", -1)]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
         return None
@@ -237,8 +237,8 @@ def _made_before(
     with temporary_folder() as scratch:
         pictures = open_pictures(source, scratch, **chosen, most=settings["max_images"], on_bytes=on_bytes)
         wanted = pictures.names[: settings["max_images"]]
-        found = pictures.kind, len(wanted), names_sha256(wanted, pictures.sizes)
-        if found != (record.get("source_kind"), count, made) or _content(source, pictures, count, report) != content:
+        found = pictures.kind, names_sha256(wanted, pictures.sizes)
+        if found != (record["source_kind"], made) or _content(source, pictures, len(wanted), report) != content:
             return None
         try:
             if json.loads(_document(images, pictures, record)) != document:  # other classes, or names of them

@@ -58,17 +58,16 @@ class PrepareState:
         self.out, self.folder, self.progress, self.overwrite = out, folder, progress, overwrite
         self.images = folder / IMAGES
 
-    def require_same_source(self, pictures: Pictures, total: int, content: Callable[[int], str]) -> None:
+    def require_same_source(self, pictures: Pictures, content: Callable[[int], str]) -> None:
         """Checks that the pictures that are done are still the first of the source; begins anew with `overwrite`.
 
         Args:
-            total: the number of pictures to be read.
             content: returns Progress.source_sha256 of so many pictures of the source, which it reads.
         Raises: DatasetError: they are not, or cannot be read.
         """
         done, before = self.progress.done, self.progress.changed
         self.progress.changed = pictures.changed
-        named = done <= total and names_sha256(pictures.names[:done], pictures.sizes) == self.progress.names_sha256
+        named = names_sha256(pictures.names[:done], pictures.sizes) == self.progress.names_sha256
         if named and (before == pictures.changed or content(done) == self.progress.source_sha256):
             return
         if not self.overwrite:

@@ -54,6 +54,12 @@ def test_an_interrupted_command_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     [
         (["--resolution", "many"], "'many' is no size"),
         (["--resolution", "0"], "'0' is no size"),
+        (["--resolution", "64x"], "'64x' is no size"),
+        (["--resolution", "64x64x64"], "'64x64x64' is no size"),
+        (["--resolution", "9" * 10_000], "is no size"),
+        (["--resolution", "60", "--transform", "center-crop"], "60 is not a power of two up to 4096"),
+        (["--resolution", "64x32", "--transform", "center-crop"], "64x32 is not square, and images of a data set are"),
+        (["--transform", "center-crop"], "center-crop needs a size; give --resolution"),
         (["--transform", "center-crob"], "did you mean 'center-crop'"),
     ],
 )

@@ -2,16 +2,25 @@
 
 import io
 import json
-import os
-from collections.abc import Callable, Iterator
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_files import digest, encoded, read_document, read_images, saved, tar_bytes, write_folder, write_zip
+from picture_files import (
+    cifar10,
+    digest,
+    encoded,
+    read_document,
+    read_images,
+    saved,
+    tar_bytes,
+    write_folder,
+    write_mnist,
+    write_zip,
+)
 from PIL import Image
 
-from edmdistill.data import packing, prepare, prepare_state
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.edm_zip import encode_png
 from edmdistill.data.pictures import ANIMATED, CLIPPED, CMYK, GRAYSCALE, PALETTE, TRANSPARENCY, TURNED
@@ -77,141 +86,6 @@ def test_the_zip_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "3.zip").read_bytes()
 
 
-def test_a_kill_at_any_picture_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The record is as old as it may be: what was written after it is cut off and made again."""
-    source = write_folder(tmp_path / "set", PICTURES)
-    prepare_data(source, tmp_path / "whole.zip", **HALF)
-    monkeypatch.setattr(prepare, "SAVED", 0.0)
-    monkeypatch.setattr(packing, "CHUNK", 3)
-    calls: list[int] = []
-
-    def stop(done: int, _: int) -> None:
-        calls.append(done)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-
-    for _ in range(len(PICTURES)):
-        calls.clear()
-        try:
-            prepare_data(source, tmp_path / "out.zip", on_progress=stop, **HALF)
-            break
-        except KeyboardInterrupt:
-            assert not (tmp_path / "out.zip").exists()
-            with (tmp_path / ".out.zip.parts" / "images").open("ab") as images:
-                images.write(b"torn")
-    assert calls == [20]
-    assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set", "whole.zip"]
-
-
-def test_ctrl_c_between_any_two_steps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture that is written and not counted, or counted by half, would be there twice or seem changed."""
-    source = write_folder(tmp_path / "set", {name: PICTURES[name] for name in sorted(PICTURES)[:3]})
-    prepare_data(source, tmp_path / "whole.zip", **HALF)
-    whole = (tmp_path / "whole.zip").read_bytes()
-    for owner, name, calls in (prepare_state, "chained", 6), (prepare.EdmZip, "add", 3), (prepare.EdmZip, "_enter", 3):
-        act = getattr(owner, name)
-        for call in range(calls):
-            left = iter(range(call))
-
-            def step(*args: object, left: Iterator[int] = left, act: Callable[..., object] = act) -> object:
-                if next(left, None) is None:
-                    raise KeyboardInterrupt
-                return act(*args)
-
-            out = tmp_path / f"{name}-{call}.zip"
-            with monkeypatch.context() as patched:
-                patched.setattr(owner, name, step)
-                with pytest.raises(KeyboardInterrupt):
-                    prepare_data(source, out, **HALF)
-            prepare_data(source, out, **HALF)
-            assert out.read_bytes() == whole, (name, call)
-
-
-def test_a_kill_after_the_last_step_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_state.shutil, "rmtree", lambda *args, **options: None)
-        prepare_data(source, out, **HALF)
-    assert (tmp_path / ".out.zip.parts").is_dir()
-    assert prepare_data(source, out, **HALF).notes == (f"{out} already holds these images.",)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set"]
-    assert len(open_dataset(out)) == len(PICTURES)
-
-
-def test_a_broken_picture_is_named_and_once_it_is_replaced_the_rest_follows(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "set", PICTURES | {"b/99.png": encoded(0, 30, 30)[:200]})
-    with pytest.raises(DatasetError, match=r"set: b/99\.png is not a readable picture \(.*\); replace or remove it"):
-        prepare_data(source, tmp_path / "out.zip", workers=1, **HALF)
-    (source / "b" / "99.png").write_bytes(encoded(0, 30, 30))
-    done: list[int] = []
-    prepare_data(source, tmp_path / "out.zip", on_progress=lambda now, _: done.append(now), **HALF)
-    assert done[:17] == [*range(1, 17), 16]  # what is done is read again, because the folder has changed, and kept
-    assert len(open_dataset(tmp_path / "out.zip")) == 21
-
-
-def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(done: int, _: int) -> None:
-        if done:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare_data(source, out, on_progress=stop, **HALF)
-
-
-@pytest.mark.parametrize("what", ["size", "pictures", "record"])
-def test_what_was_begun_otherwise_is_kept_unless_it_is_to_be_replaced(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
-    interrupted(source, out, monkeypatch)
-    other = HALF | {"resolution": 4} if what == "size" else HALF
-    message = r"was begun with resolution \[8, 8\], not resolution \[4, 4\], and 8 pictures are done"
-    if what == "pictures":
-        (source / "a" / "00.png").write_bytes(encoded(5, 30, 30))
-        message = "the pictures have changed since .* was begun: 8 of them were done"
-    if what == "record":
-        (tmp_path / ".out.zip.parts" / prepare_state.RECORD).write_text("{")
-        message = rf"{prepare_state.RECORD} is damaged \(.*\); begin .*out\.zip anew with --overwrite"
-    parts = {path.name: path.read_bytes() for path in (tmp_path / ".out.zip.parts").iterdir()}
-    with pytest.raises(DatasetError, match=message):
-        prepare_data(source, out, **other)
-    assert parts == {path.name: path.read_bytes() for path in (tmp_path / ".out.zip.parts").iterdir()}
-    prepare_data(source, out, overwrite=True, **other)
-    prepare_data(source, tmp_path / "new.zip", **other)
-    assert out.read_bytes() == (tmp_path / "new.zip").read_bytes()
-
-
-@pytest.mark.parametrize("form", ["folder", "zip", "tgz"])
-def test_a_source_that_was_written_anew_is_read_again_and_goes_on(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(pictures: dict[str, bytes]) -> Path:
-        if form == "folder":
-            return write_folder(tmp_path / "set", pictures)
-        path = tmp_path / "set"
-        path.unlink(missing_ok=True)
-        if form == "zip":
-            return write_zip(path, pictures)
-        path.write_bytes(tar_bytes(pictures, "w:gz"))
-        return path
-
-    out = tmp_path / "out.zip"
-    interrupted(write(PICTURES), out, monkeypatch)
-    others = PICTURES | {"a/00.png": PICTURES["a/00.png"][:-1] + b"?"}
-    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("set/**/*")) or [tmp_path / "set"]]
-    source = write(others)
-    for path, time in zip(sorted(tmp_path.rglob("set/**/*")) or [source], times, strict=True):
-        os.utime(path, ns=(time, time))  # as `cp -p` does
-    with pytest.raises(DatasetError, match=r"the pictures have changed since .* was begun: 8 of them were done"):
-        prepare_data(source, out, **HALF)
-    read: list[int] = []
-    prepare_data(write(PICTURES), out, on_progress=lambda done, _: read.append(done), **HALF)
-    assert read[:9] == [*range(1, 9), 8]
-    prepare_data(tmp_path / "set", tmp_path / "new.zip", **HALF)
-    assert out.read_bytes() == (tmp_path / "new.zip").read_bytes()
-
-
 def test_an_existing_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
     source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
     out.write_text("precious")
@@ -248,22 +122,13 @@ def test_the_same_again_is_done_and_anything_else_is_refused(form: str, tmp_path
     others = PICTURES | {"b/19.png": PICTURES["b/19.png"][:-1] + b"?"}  # of the same size
     with pytest.raises(EdmDistillError, match="already exists"):
         prepare_data(source(others), out, **HALF)
-    with pytest.raises(EdmDistillError, match="already exists"):
-        prepare_data(source(PICTURES | {"a/more.png": encoded(5, 12, 9)}), out, **HALF)
+    for more in ("a/more.png", "b/the-last.png"):
+        with pytest.raises(EdmDistillError, match="already exists"):
+            prepare_data(source(PICTURES | {more: encoded(5, 12, 9)}), out, **HALF)
+        if form == "folder":
+            (tmp_path / "set" / more).unlink()
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.zip", "set"]
-
-
-def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
-    source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
-
-    def again(done: int, _: int) -> None:
-        if not done:
-            with pytest.raises(DatasetError, match="is being prepared by another process"):
-                prepare_data(source, out, **HALF)
-
-    prepare_data(source, out, on_progress=again, **HALF)
-    assert len(open_dataset(out)) == 20
 
 
 def test_the_first_pictures_keep_the_classes_of_all(tmp_path: Path) -> None:
@@ -278,6 +143,8 @@ def test_the_record_says_how_the_set_was_made(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "set", PICTURES | {"a/notes.txt": b"x"})
     record = prepare_data(source, tmp_path / "out.zip", **HALF).record
     assert record == read_document(tmp_path / "out.zip")["prepared"]
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert {info.external_attr >> 16 for info in archive.infolist()} == {0o644}  # as unpacked
     assert (record["source"], record["source_kind"], record["left_out"]) == ("set", "folder", {"not an image": 1})
     assert (record["crop"], record["filter"]) == ("the largest square in the middle", "lanczos")
     assert (record["size"], record["channels"], record["images"], record["skipped"]) == ([8, 8], 3, 20, 0)
@@ -326,26 +193,12 @@ def test_pictures_that_make_no_set(
 def test_a_png_is_read_back_as_it_was_and_is_not_compressed(tmp_path: Path) -> None:
     for mode in ("L", "RGB"):
         image = Image.open(io.BytesIO(encoded(3, 33, 7, mode)))
+        image.paste(image.crop((0, 0, 1, 1)).resize((33, 5)))  # noise alone would not be compressed anyway
         data = encode_png(image)
         (tmp_path / "b.png").write_bytes(data)
         with Image.open(tmp_path / "b.png") as back:
             assert (back.mode, back.size, back.tobytes()) == (mode, image.size, image.tobytes())
         assert len(data) > 33 * 7 * len(mode)
-
-
-def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(prepare.EdmZip, "finish", full)
-        with pytest.raises(DatasetError, match=r"out\.zip cannot be written: No space left on device"):
-            prepare_data(source, out, **HALF)
-    assert [path.name for path in tmp_path.iterdir()] == ["set"] or not out.exists()
-    prepare_data(source, out, **HALF)
-    assert len(open_dataset(out)) == 20
 
 
 @pytest.mark.parametrize(("labels", "names"), [([0, 1, 1], ["a", "b"]), ([0, 1, 0], ["a", "c"]), (None, None)], ids=str)
@@ -363,6 +216,61 @@ def test_other_classes_of_the_same_pictures_are_no_set_that_is_there(
     assert prepare_data(described([0, 1, 0], ["a", "b"]), out).notes == (f"{out} already holds these images.",)
     with pytest.raises(EdmDistillError, match=r"out\.zip already exists"):
         prepare_data(described(labels, names), out)
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b", "c", "d", "e"]], ids=["numbers", "names"])
+def test_the_number_of_classes(names: list[str] | None, tmp_path: Path) -> None:
+    """By the names, or else the largest; the same when the set is there already."""
+    pictures = {name: encoded(0, 8, 8) for name in ("a.png", "b.png")}
+    content = {"labels": [[name, 2 * i] for i, name in enumerate(pictures)], "label_names": names}
+    source = write_folder(tmp_path / "set", pictures | {"dataset.json": json.dumps(content).encode()})
+    for _ in range(2):
+        summary = prepare_data(source, tmp_path / "out.zip")
+        assert summary.classes == (3 if names is None else 5)
+        assert f"classes      {summary.classes}\n" in to_text(summary) + "\n"
+
+
+def test_what_is_left_out_is_counted_and_its_number_is_free(tmp_path: Path) -> None:
+    """The positions of images are those of pictures, as in the official tool."""
+    pictures = {"a.png": encoded(0, 4, 8), "b.png": encoded(1, 16, 9), "c.png": encoded(2, 16, 9)}
+    source = write_folder(tmp_path / "set", pictures)
+    summary = prepare_data(source, tmp_path / "out.zip", resolution=(16, 9), transform="center-crop-wide")
+    record = summary.record
+    assert (record["pictures"], record["images"], record["skipped"]) == (3, 2, 1)
+    assert list(read_images(tmp_path / "out.zip")) == ["00000/img00000001.png", "00000/img00000002.png"]
+    assert "skipped      1, too small or too high for center-crop-wide" in to_text(summary)
+    assert "3 pictures read" in to_text(summary)
+    again = prepare_data(source, tmp_path / "out.zip", resolution=(16, 9), transform="center-crop-wide")
+    assert (again.record, len(again.notes)) == (record, 1)
+
+
+def test_gray_pictures_stay_gray(tmp_path: Path) -> None:
+    source = write_mnist(tmp_path / "mnist", np.ones((2, 28, 28), np.uint8), np.zeros(2, np.uint8))
+    summary = prepare_data(source, tmp_path / "out.zip")
+    assert (summary.record["channels"], "2 of 32x32, grayscale" in to_text(summary)) == (1, True)
+
+
+def test_pictures_as_they_are(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "set", {f"{i}.png": encoded(i, 8, 8) for i in range(3)})
+    record = prepare_data(source, tmp_path / "out.zip", max_images=5).record
+    assert (record["transform"], record["resolution"], record["filter"]) == ("none", None, "none")
+    assert (record["pictures"], record["max_images"]) == (3, 5)
+
+
+def test_the_same_part_of_a_source_again_is_done(tmp_path: Path) -> None:
+    archive, folder = tmp_path / "cifar.tar", tmp_path / "set"
+    archive.write_bytes(tar_bytes(cifar10(2, 4)[0]))
+    first = {"labels": [["a.png", 0], ["b.png", 1]]}  # of three
+    write_folder(folder, {name: encoded(0, 8, 8) for name in ("a.png", "b.png", "c.png")})
+    (folder / "dataset.json").write_text(json.dumps(first))
+    for source, options in ((archive, {"split": "test"}), (folder, {"max_images": 2})):
+        out = tmp_path / f"{source.name}.zip"
+        made = prepare_data(source, out, **options)
+        assert prepare_data(source, out, **options).notes == (f"{out} already holds these images.",)
+        assert made.record["images"] == 2
+    folder.rename(tmp_path / "other")
+    with pytest.raises(EdmDistillError, match="already exists"):  # its record would name another source
+        prepare_data(tmp_path / "other", tmp_path / "set.zip", max_images=2)
 
 
 def test_zips_of_a_set_are_prepared_like_its_folder(tmp_path: Path) -> None:
