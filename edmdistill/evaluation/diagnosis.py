@@ -6,6 +6,7 @@ images with noise, x_t = cos(t) x0 + sin(t) z, whatever came before it in a chai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.load import load_flow, read_teacher
 from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import open_source
@@ -21,7 +23,7 @@ from edmdistill.data.datasets import Dataset
 from edmdistill.data.fit import require_fit
 from edmdistill.data.order import indices
 from edmdistill.draws import Draws
-from edmdistill.errors import CheckpointError, DatasetError
+from edmdistill.errors import CheckpointError, DatasetError, NotFiniteError
 from edmdistill.evaluation.frechet import RunningStatistics, frechet_distance
 from edmdistill.evaluation.protocol import get_protocol, open_reference
 from edmdistill.evaluation.shards import batches
@@ -30,6 +32,7 @@ from edmdistill.features.spaces import load_features
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 from edmdistill.progress import write
+from edmdistill.sampling.generate import not_finite
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
 
@@ -113,16 +116,23 @@ def diagnose(
         teacher: what it was distilled from; None: it is not compared, and there are no gaps.
         protocol, reference: give features and data, as in `evaluate`.
         count: number of jumps from each level; a tenth as many for the gaps.
-    Raises: CheckpointError: it is no generator, or cannot be read.  DatasetError: the data do not fit.
+    Raises:
+        CheckpointError: it is no generator of pixels, or cannot be read.
+        DatasetError: the data do not fit.
+        NotFiniteError: a jump or a gap is NaN or infinite.
     """
     standard = get_protocol(protocol)
+    flow, config = load_flow(source)
+    if config.stage != "generator":
+        raise CheckpointError(f"{source} is a teacher, not a generator: give a run, or its generator")
+    if latent_encoder(config.encoder) is not None:
+        raise CheckpointError(
+            f"{source} makes latents, and jumps are measured in pixels: measure it by edmdistill eval"
+        )
     data = open_reference(reference, standard)
     if not isinstance(data, Dataset):
         raise DatasetError(f"{reference} holds statistics, and jumps start from images: name a data set with --ref")
     assert standard.features is not None
-    flow, config = load_flow(source)
-    if config.stage != "generator":
-        raise CheckpointError(f"{source} is a teacher, not a generator: give a run, or its generator")
     teacher_flow = None if teacher is None else read_teacher(teacher)[0]
     auxiliary = None if teacher_flow is None else _read_auxiliary(open_source(source).path, teacher_flow)
     for network in filter(None, (flow, teacher_flow, auxiliary)):
@@ -151,6 +161,7 @@ def diagnose_networks(
         teacher_jumps: the teacher's jump_distances, where they are known.
         count: as for `diagnose`.
         on_batch: called before every batch of images.
+    Raises: NotFiniteError: a jump or a gap is NaN or infinite.
     """
 
     def distances(flow: FlowNetwork) -> list[float]:
@@ -183,17 +194,26 @@ def jump_distances(
         flow: a generator or a denoiser; of two times, its jumps end at 0.
         count: number of jumps; more than there are images: each again, with other noise.
         on_batch: as for `diagnose_networks`.
+    Raises: NotFiniteError: an image is NaN or infinite.
     """
     real, generated = RunningStatistics(), [RunningStatistics() for _ in sigmas]
+    broken = torch.zeros(len(sigmas), dtype=torch.int64, device=flow.device)
     for rows in batches(range(len(data)), batch):
         on_batch()
         real.update(space(data.images(rows)))
     for x0, labels, draws in _images(flow, data, count, batch):
         on_batch()
         z = draws.normal_like(x0, flow.sigma_data)
-        for sigma, running in zip(sigmas, generated, strict=True):
+        for i, (sigma, running) in enumerate(zip(sigmas, generated, strict=True)):
             t = sigma_to_time(sigma, flow.sigma_data).to(x0.device)
-            running.update(space(to_uint8(flow.jump(diffuse(x0, z, t), t, torch.zeros_like(t), labels))))
+            images = flow.jump(diffuse(x0, z, t), t, torch.zeros_like(t), labels)
+            broken[i] += not_finite(images).sum()
+            running.update(space(to_uint8(images)))
+    if worst := int(broken.max()):
+        raise NotFiniteError(
+            f"{worst} of {count} images of a jump from sigma {sigmas[int(broken.argmax())]:g} are not finite: check "
+            "the weights with edmdistill inspect"
+        )
     reference = real.finish()
     return [frechet_distance(running.finish(), reference) for running in generated]
 
@@ -216,6 +236,7 @@ def score_gaps(
     Args:
         auxiliary: reads (x_s; s, t), or x_s and s alone: then its sensitivity is 0.
         on_batch: as for `diagnose_networks`.
+    Raises: NotFiniteError: a gap is NaN or infinite.
     """
     pairs = [(s, t) for s in sigmas_s for t in sigmas_t if s < t]
     sums = torch.zeros(len(pairs), 2, dtype=torch.float64)
@@ -237,18 +258,24 @@ def score_gaps(
             u = gap(x_s, s, t)
             row += torch.stack([v.double().square().mean((1, 2, 3)).sum() for v in (u, u - gap(x_s, s, last))]).cpu()
     rms = (sums / count).sqrt().tolist()
+    if bad := [pair for pair, (size, _) in zip(pairs, rms, strict=True) if not math.isfinite(size)]:
+        low, high = bad[0]
+        raise NotFiniteError(
+            f"the score gap at sigma {low:g} of jumps from sigma {high:g} is not finite: check the weights of the "
+            "auxiliary score and of the teacher with edmdistill inspect"
+        )
     return [Gap(*pair, size, change / max(size, 1e-12)) for pair, (size, change) in zip(pairs, rms, strict=True)]
 
 
 def _images(flow: FlowNetwork, data: Dataset, count: int, batch: int) -> Iterator[tuple[Tensor, Tensor | None, Draws]]:
-    """Yields `count` images and labels on the network's device, with random numbers that depend on their place.
+    """Yields `count` images and labels on the network's device, with random numbers that depend on their place alone.
 
     They are shuffled, because images are often sorted by class.
     """
     device = flow.device
     for rows in batches(range(count), batch):
         x0, labels = data.tensors(indices(0, rows.start, len(rows), len(data)))
-        draws = Draws([0, rows.start], len(x0), device=device)
+        draws = Draws(0, rows.stop, slice(rows.start, rows.stop), device)
         yield x0.to(device), None if labels is None else labels.to(device), draws
 
 

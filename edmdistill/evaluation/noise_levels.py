@@ -75,8 +75,9 @@ def _losses(source: str | Path, dataset: Dataset, images: int, batch: int, devic
     flow.network.fold()
     sums = torch.zeros(len(SIGMAS), dtype=torch.float64, device=device)
     for start in range(0, images, batch):
-        draws = Draws([0, start], min(batch, images - start))
-        x0, labels = dataset.tensors(range(start, start + len(draws)))
+        stop = min(start + batch, images)
+        draws = Draws(0, stop, slice(start, stop))
+        x0, labels = dataset.tensors(range(start, stop))
         if scaling is not None:
             x0 = draw_latents(x0, draws.normal_like(x0.chunk(2, dim=1)[0]), scaling)
         z = draws.normal_like(x0, flow.sigma_data)

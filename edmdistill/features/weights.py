@@ -58,9 +58,11 @@ def read_weights(path: str | Path | None, kind: str, space: str) -> FeatureWeigh
     Raises: CheckpointError: there is no such file, or it is damaged or no file of weights.
     """
     path = _find(path, kind, space)
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"{file} does not exist: give the file of the weights of {space}.")
+    file, *others = [path / name for name in ("model.safetensors", "config.json")] if path.is_dir() else [path]
+    if missing := [needed for needed in (file, *others) if not needed.is_file()]:
+        raise CheckpointError(
+            f"{missing[0]} does not exist: give the file of the weights of {space}, or the whole folder."
+        )
     heads, script = None, False
     try:
         digest = sha256_file(file)
@@ -136,7 +138,7 @@ def _count_heads(stated: object) -> int | None:
     if stated is None:
         return None
     if not re.fullmatch(r"[1-9]\d{0,2}", str(stated)):
-        raise Unreadable(f"states {str(stated)[:20]!r} attention heads: it is damaged")
+        raise Unreadable(f"states {str(stated)[:20]!r} attention heads: it is damaged; use an intact copy")
     return int(str(stated))
 
 

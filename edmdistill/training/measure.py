@@ -102,7 +102,7 @@ class Evaluation:
     def measure(self, run: Run, tell: Callable[[str], object], stop: Event) -> dict[str, float]:
         """Returns the metrics of the average, by `METRIC/NFE NFE`; none where a sample is not finite.
 
-        With `diagnose`, also those of Diagnosis.measures.
+        With `diagnose`, also those of Diagnosis.measures; none where one is not finite.
 
         Args:
             stop: set when the run is asked to stop.
@@ -130,7 +130,11 @@ class Evaluation:
             measured |= {f"{name}/{nfe} NFE": value for name, value in result.metrics.items()}
         if self.space is None:
             return measured
-        return measured | self._diagnose(run, self.space, lambda: processes.any_process(False)).measures()
+        try:
+            return measured | self._diagnose(run, self.space, lambda: processes.any_process(False)).measures()
+        except NotFiniteError as error:
+            tell(f"Not diagnosed after {run.images:,} images: {error}.")
+            return measured
 
     def _diagnose(self, run: Run, space: FeatureSpace, on_batch: Callable[[], object]) -> Diagnosis:
         """Returns the diagnosis of the average, with the run's own teacher and auxiliary score where it has them."""

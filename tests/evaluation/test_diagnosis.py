@@ -1,20 +1,26 @@
 """Single jumps and score gaps, where they are known."""
 
+import math
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
 from tiny_generator import tiny_generator
 
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
-from edmdistill.data.datasets import open_dataset
-from edmdistill.errors import CheckpointError
+from edmdistill.data.datasets import Dataset, open_dataset
+from edmdistill.errors import CheckpointError, DatasetError, NotFiniteError
 from edmdistill.evaluation.diagnosis import (
     Diagnosis,
     Gap,
     SingleJump,
     _images,
     diagnose,
+    diagnose_networks,
     jump_distances,
+    read_measures,
     score_gaps,
     sentences,
 )
@@ -47,6 +53,103 @@ def test_a_jump_that_keeps_the_image_has_no_distance_and_a_fainter_one_has():
     size = float(data.tensors(range(len(data)))[0].square().sum((1, 2, 3)).mean())
     # Cutting to 8 bits darkens by half a step, which is more of the smaller one.
     assert distances[1:] == pytest.approx([0.01 * size, 0.04 * size], rel=0.06)
+
+
+class Formula:
+    """A network in closed form, F(x, t, second), that refuses to be given the class of another image.
+
+    Attributes:
+        rows: images that it has been called with.
+    """
+
+    sigma_data, sigma_max, device = 0.5, 80.0, torch.device("cpu")
+
+    def __init__(self, F: Callable[..., torch.Tensor], two_time: bool = False, shades: int = 0) -> None:
+        self.F, self.two_time, self.shades, self.rows = F, two_time, shades, 0
+
+    def __call__(self, x, t, labels, second=None):
+        self.rows += len(x)
+        if self.shades:
+            assert torch.equal(labels.argmax(1), (x.mean((1, 2, 3)) + 1).mul(self.shades / 2).round().long())
+        return self.F(x, t, second)
+
+    def jump(self, x, t, s, labels):
+        return self(x, t, labels, s)
+
+
+def test_gaps_of_scores_that_are_known():
+    data = open_dataset("digits", split="test")
+    zero = Formula(lambda x, s, t: torch.zeros_like(x))
+    steep = Formula(lambda x, s, t: torch.full_like(x, 3 + float(s) - 2 * float(t)), two_time=True)
+    (gap,) = score_gaps(zero, zero, steep, data, sigmas_s=[0.1], sigmas_t=[0.6, 0.1], count=20, batch=7)
+    s, t, last = (math.atan(sigma / 0.5) for sigma in (0.1, 0.6, 80.0))
+    assert gap == pytest.approx((0.1, 0.6, 0.5 * (3 + s - 2 * t), 2 * (last - t) / (3 + s - 2 * t)))
+    # F_psi = x_s of one time, where the generator's F = 0 gives x0 = cos(t) x_t: two independent noises.
+    copying = Formula(lambda x, s, t: x)
+    (gap,) = score_gaps(zero, zero, copying, data, sigmas_s=[1.0], sigmas_t=[2.5], count=1000)
+    cos_s, cos_t = (math.cos(math.atan(sigma / 0.5)) ** 2 for sigma in (1.0, 2.5))
+    x0 = float(data.tensors(range(len(data)))[0].square().mean())
+    x_s = cos_s * cos_t * (cos_t * x0 + (1 - cos_t) * 0.25) + (1 - cos_s) * 0.25
+    assert gap.gap == pytest.approx(0.5 * x_s**0.5, rel=0.02)
+    assert gap.sensitivity == 0
+
+
+def test_every_network_is_given_the_images_classes():
+    classes = [i % 10 for i in range(40)]
+    data = Dataset("shades", "train", [f"{i}.png" for i in range(40)],
+                   lambda i: np.full((1, 4, 4), 25 * classes[i], np.uint8), labels=np.array(classes))  # fmt: skip
+    one, other, third = (Formula(lambda x, s, t: torch.zeros_like(x), shades=10) for _ in range(3))
+    score_gaps(one, other, third, data, sigmas_s=[1e-4], sigmas_t=[1e-3], count=40, batch=15)
+    jump_distances(one, data, Pixels(), [1e-4], count=40, batch=15)
+    assert (one.rows, other.rows, third.rows) == (80, 80, 80)
+
+
+def test_the_batch_is_a_matter_of_memory():
+    data = open_dataset("digits", split="test")
+    faint = Formula(lambda x, t, s: x / 2)
+    measured = [
+        jump_distances(faint, data, Pixels(), [1.0], count=50, batch=batch)
+        + [gap.gap for gap in score_gaps(faint, faint, Formula(lambda x, s, t: x), data, count=50, batch=batch)]
+        for batch in (7, 50)
+    ]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-6)
+
+
+def test_what_is_not_finite_has_no_distance_and_no_gap(tmp_path):
+    data = open_dataset("digits", split="test")
+    zero = Formula(lambda x, s, t: torch.zeros_like(x))
+    broken = Formula(lambda x, t, s: torch.where(x.amax((1, 2, 3), keepdim=True) > 1.5, math.nan, x))
+    with pytest.raises(NotFiniteError, match=r"^\d of 50 images of a jump from sigma 80 are not finite: check the w"):
+        jump_distances(broken, data, Pixels(), [1e-4, 80.0], count=50, batch=20)
+    with pytest.raises(NotFiniteError, match=r"^the score gap at sigma 0\.1 of jumps from sigma 5 is not finite"):
+        score_gaps(zero, zero, Formula(lambda x, s, t: x * math.inf), data, sigmas_s=[0.1], sigmas_t=[5], count=20)
+    with pytest.raises(NotFiniteError, match=r"^20 of 20 images"):
+        diagnose(tiny_generator(tmp_path / "loud", scale=3e38), protocol="digits", count=20)
+
+
+def test_what_is_known_of_the_teacher_is_not_measured_again():
+    data = open_dataset("digits", split="test")
+    networks = [Formula(lambda x, t, s: x) for _ in range(3)]
+    batches = []
+    found = diagnose_networks(
+        *networks, data, Pixels(), teacher_jumps=list(range(8)), count=25, batch=20, on_batch=lambda: batches.append(1)
+    )
+    assert [jump.teacher for jump in found.jumps] == list(range(8))
+    pairs = len(found.gaps)
+    # Of 25 jumps from 8 levels, 2 for the gaps; the auxiliary score reads x_s twice, of t and of the last time.
+    assert [network.rows for network in networks] == [8 * 25 + 2 * pairs, 4 * pairs, 4 * pairs]
+    assert len(batches) == 15 + 2 + 1  # the data's, the jumps', the gaps'
+    few = diagnose_networks(*networks, data, Pixels(), teacher_jumps=[1.0] * 8, count=5)
+    assert all(math.isfinite(gap.gap) for gap in few.gaps)
+
+
+def test_a_line_of_metrics_holds_a_diagnosis():
+    whole = Diagnosis([SingleJump(80, 9.0, 8.0), SingleJump(0.3, 2.0)], [Gap(0.1, 0.3, 0.5, 0.25)])
+    assert read_measures({"images": 5, "gap_error": 2.0} | whole.measures()) == whole
+    assert set(whole.measures()) == {
+        *("jump/generator/80", "jump/teacher/80", "jump/generator/0.3", "gap/0.1/0.3", "gap_sensitivity/0.1/0.3")
+    }
+    assert read_measures({"images": 5}) == Diagnosis([], [])
 
 
 def test_images_that_are_sorted_by_class_are_drawn_from_all_classes(teacher):
@@ -97,6 +200,19 @@ def test_a_teacher_is_no_generator(teacher):
         diagnose(teacher, protocol="digits")
 
 
+def test_what_jumps_cannot_start_from(tmp_path):
+    generator = tiny_generator(tmp_path / "generator")
+    with pytest.raises(DatasetError, match=r"the data tiles are images of 16x16 .* the network takes images of 8x8"):
+        diagnose(generator, protocol="tiles")
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(2), sigma=np.eye(2))
+    with pytest.raises(DatasetError, match=r"moments\.npz holds statistics, and jumps start from images: name a data"):
+        diagnose(generator, protocol="edm", reference=tmp_path / "moments.npz")
+    encoder = {"kind": "StabilityVAEEncoder", "scale": [0.5], "bias": [1.0]}
+    latent = tiny_generator(tmp_path / "latent", encoder=encoder)
+    with pytest.raises(CheckpointError, match=r"latent makes latents, .*: measure it by edmdistill eval"):
+        diagnose(latent, protocol="edm")
+
+
 def test_the_sentences_name_the_levels():
     jumps = [SingleJump(80, 9.0, 500.0), SingleJump(5, 3.0, 100.0), SingleJump(0.6, 12.0, 7.0)]
     gaps = [Gap(0.1, 80, 0.3, 0.0), Gap(0.1, 0.6, 0.2, 0.02)]
@@ -105,6 +221,14 @@ def test_the_sentences_name_the_levels():
     assert "worst from sigma 0.6" in text
     assert "At sigma 0.6 a shorter jump is worse" in text
     assert "At sigma 0.6 a jump is worse than the teacher's denoiser" in text
-    assert "hardly tells jumps from sigma 0.6" in text
+    assert "hardly tells jumps from sigma 0.6 from the longest ones: at sigma 0.1 its gap differs by 2%" in text
+    assert "differ most at sigma 0.1 of jumps from 80, by 0.3." in text
     healthy = sentences(Diagnosis([SingleJump(80, 9.0), SingleJump(5, 3.0)], []))
     assert len(healthy) == 1
+    fine = Diagnosis(
+        [SingleJump(80, 9.0, 8.0), SingleJump(5, 3.0, 2.5)], [Gap(0.1, 80, 0.2, 0.0), Gap(0.1, 5, 0.3, 0.2)]
+    )
+    assert [sentence.split(",")[0] for sentence in sentences(fine)] == [
+        "A jump is best from sigma 5",
+        "The scores differ most at sigma 0.1 of jumps from 5",
+    ]

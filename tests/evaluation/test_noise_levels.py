@@ -25,6 +25,8 @@ def test_a_teacher_is_as_good_as_itself(teacher):
     assert [row.sigma for row in rows] == list(SIGMAS)
     assert all(row.losses[0] == row.losses[1] > 0 for row in rows)
     assert "is as good as the second" in verdict(rows)
+    again = losses_by_noise([teacher], "digits", images=30, batch=30)  # the batch is a matter of memory
+    assert [row.losses[0] for row in again] == pytest.approx([row.losses[0] for row in rows], rel=1e-5)
 
 
 def expected(x0: torch.Tensor) -> list[float]:

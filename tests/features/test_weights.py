@@ -105,14 +105,15 @@ def test_the_number_of_heads_is_read_where_it_is_stated(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
     assert read_weights(tmp_path, "dinov2", "dinov2").num_heads == 4
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist: give the file of the weights of dinov2"):
         read_weights(tmp_path, "dinov2", "dinov2")
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ('{"num_attention_heads": -1}', "states '-1' attention heads"),
+        ('{"num_attention_heads": -1}', "states '-1' attention heads: it is damaged; use an intact"),
+        ('{"num_attention_heads": "12a"}', "states '12a' attention heads"),
         ('{"num_attention_heads": [3]}', r"states '\[3\]' attention heads"),
         ("[1]", "has a config.json that transformers did not write"),
         ("[" * 100_000, "has a config.json that transformers did not write"),

@@ -19,7 +19,7 @@ from ranks import Rank, in_ranks
 from edmdistill.checkpoints.config import read_config
 from edmdistill.checkpoints.load import load_generator
 from edmdistill.checkpoints.store import load_tensors
-from edmdistill.errors import RecipeError, TrainingError
+from edmdistill.errors import NotFiniteError, RecipeError, TrainingError
 from edmdistill.evaluation import diagnosis, panel
 from edmdistill.evaluation.diagnosis import diagnose, read_measures
 from edmdistill.evaluation.evaluate import evaluate
@@ -84,6 +84,21 @@ def test_a_teacher_in_the_hosts_memory_is_diagnosed(start: Callable[..., Run], r
     found, expected = (read_measures(lines(folder)[-1]) for folder in (tmp_path / "run", run_dir))
     assert found.gaps
     assert found.measures() == pytest.approx(expected.measures(), rel=1e-3)
+
+
+def test_a_diagnosis_that_is_not_finite_is_told_and_leaves_the_rest(
+    start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gaps(*args: object, **options: object) -> object:
+        raise NotFiniteError("the score gap is not finite")
+
+    monkeypatch.setattr(diagnosis, "score_gaps", gaps)
+    said: list[str] = []
+    assert train(measured(start), tmp_path / "run", on_message=said.append).finished
+    assert "Not diagnosed after 24 images: the score gap is not finite." in said
+    last = lines(tmp_path / "run")[-1]
+    assert KEY in last
+    assert not any(name.startswith(DIAGNOSED) for name in last)
 
 
 def test_a_teacher_in_training_is_not_diagnosed(start: Callable[..., Run]) -> None:
