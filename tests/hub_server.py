@@ -178,10 +178,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, body: bytes, name: str, revision: str | None) -> None:
         oid, files = self._files(name, revision or "main")
+        detailed = "blobs" in urlsplit(self.path).query
         private = self.server.repositories[name].private
         siblings: list[dict[str, Any]] = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
         for file in siblings:
-            if file["rfilename"].endswith(".safetensors"):
+            if detailed and file["rfilename"].endswith(".safetensors"):
                 digest = _oid(file["rfilename"], files[file["rfilename"]])
                 file["lfs"] = {"sha256": digest, "size": file["size"], "pointerSize": 130}
         self._json({"id": name, "sha": oid, "private": private, "tags": [], "downloads": 0, "siblings": siblings})

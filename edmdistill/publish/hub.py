@@ -35,7 +35,7 @@ from edmdistill.checkpoints.hub_client import REPOSITORY, hub_calls
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, checkpoint_in
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import load_model
-from edmdistill.errors import CheckpointError, HubError, printable, without_secrets
+from edmdistill.errors import CheckpointError, HubError, without_secrets
 from edmdistill.evaluation.results import Result, add_results, load_results
 from edmdistill.export.parity import IMAGE_TOLERANCE, difference_of
 from edmdistill.networks.flow import Denoiser
@@ -267,24 +267,36 @@ def _other_model(contents: RepositoryContents, config: CheckpointConfig) -> str 
         published = read_config(contents.config.parent)
     except CheckpointError:
         return f"another program's model, with a {CONFIG} of its own"
-    if _identity(published) != _identity(config):
-        return f"another model, {_describe(published)}, where this is {_describe(config)}"
+    theirs, ours = _identity(published), _identity(config)
+    if others := [name for name, value in ours.items() if theirs[name] != value]:
+        return (
+            f"another model, {_describe(published)}, where this is {_describe(config)}, with another "
+            f"{' and another '.join(others)}"
+        )
     signed = _signature(contents.card)  # None for a card edited by hand
     if signed and contents.model_sha256 not in (None, signed):
         return f"a {MODEL} that edmdistill did not put there"
     return None
 
 
-def _identity(config: CheckpointConfig) -> tuple[object, ...]:
-    """Returns the fields that further training, measuring and averaging do not change."""
+def _identity(config: CheckpointConfig) -> dict[str, object]:
+    """Returns the fields that further training, measuring and averaging do not change, by their names."""
     origin = config.provenance
-    return config.stage, config.method, config.recipe_hash, origin.sha256, origin.parent, origin.guide
+    return {
+        "stage": config.stage,
+        "method": config.method,
+        "recipe": config.recipe_hash,
+        "source": origin.sha256,
+        "parent": origin.parent,
+        "guide": origin.guide,
+        "init": origin.init,
+    }
 
 
 def _describe(config: CheckpointConfig) -> str:
     origin = config.provenance
     by = f" by {config.method}, recipe {config.recipe_hash or '-':.12}," if config.method else ""
-    return printable(f"a {config.stage}{by} from {origin.source} ({origin.sha256 or origin.parent or '-':.12})")
+    return f"a {config.stage}{by} from {origin.source} ({origin.sha256 or origin.parent or '-':.12})"
 
 
 def _signed(card: str, model_sha256: str) -> str:

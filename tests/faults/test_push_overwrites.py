@@ -1,5 +1,6 @@
 """A push compares what is there with what it put there: another's model is refused, a card changed by hand stays."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -75,6 +76,36 @@ def test_a_card_that_was_there_before_the_first_push_stays(server: Hub, folder: 
     assert MODEL in head(server)
 
 
+def test_a_card_that_only_passed_through_an_editor_is_renewed(server: Hub, folder: Path) -> None:
+    publish(folder)
+    edit(server, CARD, head(server)[CARD].replace(b"\n", b"\r\n"))
+    train_on(folder)
+    assert not publish(folder).kept_card
+    assert head(server)[CARD] == build_package(folder, NAME).card
+
+
+def test_what_a_branch_holds_decides_for_the_branch(server: Hub, folder: Path) -> None:
+    publish(folder)
+    publish(folder, branch="next")
+    repository, by_hand = server.repositories[NAME], b"# The branch's own\n"
+    repository.commit("next", {CARD: by_hand})
+    train_on(folder)
+    assert publish(folder, branch="next").kept_card
+    assert head(server, "next")[CARD] == by_hand
+    assert head(server, "next")[MODEL] == (folder / MODEL).read_bytes() != head(server)[MODEL]
+    repository.commit("main", {"pytorch_model.bin": b"BERT", CONFIG: b"{}"})
+    assert publish(folder, branch="next").unchanged
+    with pytest.raises(HubError, match="another program's model"):
+        publish(folder)
+
+
+def test_weights_that_were_deleted_there_come_back(server: Hub, folder: Path) -> None:
+    publish(folder)
+    del head(server)[MODEL]
+    publish(folder)
+    assert head(server)[MODEL] == (folder / MODEL).read_bytes()
+
+
 def test_a_card_that_was_not_changed_is_renewed(server: Hub, folder: Path) -> None:
     publish(folder)
     before = head(server)[CARD]
@@ -86,17 +117,22 @@ def test_a_card_that_was_not_changed_is_renewed(server: Hub, folder: Path) -> No
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"recipe_hash": "ef" * 32}, r"another model, a generator by \w+, recipe efefefefefef,"),
-        ({"method": "sid"}, "another model, a generator by sid"),
-        ({"stage": "teacher", "method": None}, "another model, a teacher from"),
-        ({"parent": "12" * 32}, "another model, a generator"),
+        (
+            {"recipe_hash": "ef" * 32},
+            r"another model, a generator by \w+, recipe efefefefefef,.* with another recipe: ",
+        ),
+        ({"method": "sid"}, "another model, a generator by sid.* with another method: "),
+        ({"stage": "teacher"}, "another model, a teacher .* with another stage: "),
+        ({"sha256": "34" * 32}, r"another model, a generator .* \(343434343434\), .* with another source: "),
+        ({"parent": "12" * 32}, "another model, a generator.* with another parent: "),
+        ({"guide": "12" * 32, "init": "56" * 32}, "another model, a generator.* with another guide and another init: "),
     ],
 )
 def test_another_runs_repository_is_refused(
     server: Hub, folder: Path, change: dict[str, object], sentence: str
 ) -> None:
     config = read_config(folder)
-    if "parent" in change:
+    if not hasattr(config, next(iter(change))):
         change = {"provenance": replace(config.provenance, **change)}
     write_config(folder, replace(config, **change))
     push(build_package(folder, NAME))
@@ -106,7 +142,7 @@ def test_another_runs_repository_is_refused(
         publish(folder)
     assert head(server) == before
     publish(folder, replace_model=True)
-    assert read_config(folder).recipe_hash.encode() in head(server)[CONFIG]  # type: ignore[union-attr]
+    assert json.loads(head(server)[CONFIG]) == json.loads(build_package(folder, NAME).files[CONFIG])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
