@@ -68,7 +68,11 @@ def test_a_run_is_published(server: Hub, run: Path, tmp_path: Path) -> None:
     assert [(r["metrics"], r["provenance"]["source"]) for r in json.loads(files[CONFIG])["results"]] == [
         ({"fd_digits": 4.25}, NAME)
     ]
+    assert repository.messages[1:] == ["The first"]
+    assert not repository.private
     card = files[CARD].decode()
+    for fact in ("Recipe: cosim/digits-quickstart, hash", "Data: digits, 1,500 images, 4x4", "The recipe, with every"):
+        assert fact in card
     assert "4.250" in card
     assert "1.750" in card
     assert "8.500" not in card
@@ -83,6 +87,16 @@ def test_sample_draws_from_it(server: Hub, run: Path, tmp_path: Path) -> None:
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0, result.output
     assert (tmp_path / "there.npz").read_bytes() == (tmp_path / "here.npz").read_bytes()
+
+
+def test_options_of_the_repository(server: Hub, run: Path) -> None:
+    assert push(run, NAME, "--private").exit_code == 0
+    assert server.repositories[NAME].private
+    server.repositories[NAME].commit("main", {CONFIG: b"{}"})
+    refused = push(run, NAME)
+    assert refused.exit_code == 2
+    assert refused.stderr.endswith("choose another repository, or add --replace to replace it\n")
+    assert push(run, NAME, "--replace").exit_code == 0
 
 
 def test_a_dry_run_prints_the_card_and_asks_nobody(server: Hub, run: Path) -> None:
