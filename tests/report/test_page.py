@@ -1,19 +1,15 @@
 """The report: one page that needs nothing but itself, whatever the run has left."""
 
 import json
-import math
 import re
 import shlex
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
-import msgspec
-import numpy as np
 import pytest
-from PIL import Image
+from report_runs import cells
 
-from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import ResultTable
@@ -21,27 +17,6 @@ from edmdistill.recipes.library import find_recipe, load_recipe
 from edmdistill.report.page import report
 from edmdistill.report.summary import read_run
 
-SMALL = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_channels": 8, "channel_mult": [1]} | {
-    "num_blocks": 1,
-    "attn_resolutions": [],
-}
-SESSION = {
-    "images": 0,
-    "began": "2026-11-21T09:10:11+00:00",
-    "edmdistill": "0.1",
-    "revision": "a" * 40,
-    "python": "3.11",
-    "torch": "2.13",
-    "cuda": "13.0",
-    "system": "Linux",
-    "device": "NVIDIA H100 80GB HBM3",
-    "device_memory": 85_000_000_000,
-    "processes": 1,
-    "micro_batch": None,
-    "shard": False,
-    "offload": [],
-    "checkpointing": False,
-}
 VOID = {"meta", "img", "path", "circle", "polygon", "polyline"}
 
 
@@ -68,54 +43,6 @@ class Outline(HTMLParser):
 
     def count(self, tag: str) -> int:
         return sum(name == tag for name, _ in self.tags)
-
-
-@pytest.fixture
-def bare(tmp_path: Path) -> Path:
-    """A run directory before its first round."""
-    run = tmp_path / "my run"
-    (run / "samples").mkdir(parents=True)
-    recipe = load_recipe("cosim/digits-quickstart", "cosim", ["training.images=1000"])
-    (run / "recipe.resolved.json").write_bytes(recipe.to_json())
-    (run / "recipe.toml").write_text(
-        "# Trained by --recipe cosim/digits-quickstart\n#   --set training.images=1000\n"
-        "#   --set training.betas=[0.0, 0.9]\n\n# if a < b & c: <script>\n[method]\n"
-    )
-    data = {"name": "digits", "images": 1500, "resolution": 8, "channels": 1, "classes": 10}
-    (run / "run.json").write_text(json.dumps({"teacher_sha256": "ab" * 32, "data": data}))
-    return run
-
-
-@pytest.fixture
-def full(bare: Path) -> Path:
-    """A finished one: metrics, samples, a checkpoint."""
-    lines = [
-        {"images": i * 10, "step": i, "seconds": i / 10, "images_per_second": 100.0, "loss/generator": (-1.0) ** i}
-        | {"memory": 250_000_000, "score_gap": 1 / i, "own_signal": math.nan if i == 3 else 1.0}
-        for i in range(1, 101)
-    ]
-    (bare / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for images in (0, 250, 500, 750, 1000):
-        Image.fromarray(np.full((270, 338), images // 4, np.uint8)).save(bare / "samples" / f"{images:09d}.png")
-    Image.fromarray(np.zeros((100, 3000, 3), np.uint8)).save(bare / "images-grid.png")
-    config = CheckpointConfig(
-        stage="generator",
-        network=NetworkSpec("edm2", SMALL),
-        preconditioning={"kind": "edm"},
-        c_noise="log(sigma)/4",
-        sigma_data=0.5,
-        sigma_min=0.002,
-        sigma_max=80.0,
-        label_dim=10,
-        two_time=False,
-        images_seen=1000,
-        provenance=Provenance(source="https://a.b/<teacher>.pkl", sha256="12" * 32, licence="cc-by-nc-sa-4.0"),
-    )
-    sessions = [SESSION, SESSION | {"images": 500}, SESSION | {"images": 800, "revision": None, "micro_batch": 8}]
-    (bare / "sessions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sessions))
-    (bare / "generator").mkdir()
-    (bare / "generator" / "config.json").write_bytes(msgspec.json.encode(config))
-    return bare
 
 
 def table(name: str, claim: str = "", cell: str = "1.5") -> ResultTable:
@@ -186,6 +113,23 @@ def test_curves_come_in_order_and_without_what_is_no_number(full: Path):
     assert "nan" not in re.sub(r"base64,[\w+/=]+", "", page).lower()
 
 
+def test_what_is_known_of_a_run(full: Path):
+    config = json.loads((full / "generator" / "config.json").read_text())
+    (full / "generator" / "config.json").write_text(json.dumps(config | {"images_seen": 500}))
+    page = report(read_run(full), [])
+    facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["Time"] == "0.2 minutes, 100 images per second"
+    assert facts["Source"] == "https://a.b/&lt;teacher&gt;.pkl, sha256 121212121212"
+    assert facts["Data"] == "digits: 1,500 images, 8x8, 10 classes"
+    assert facts["Network"] == "edm2, preconditioned as edm"
+    assert "Trained on digits, 1,000 images seen." in page, "by the metrics, which go on after a checkpoint"
+    assert "<h1>A generator by cosim, from https://a.b/&lt;teacher&gt;.pkl</h1>" in page
+    (full / "metrics.jsonl").unlink()
+    later = report(read_run(full), [])
+    assert "500 images seen of 1,000: the run is unfinished" in later
+    assert "<dt>Time" not in later
+
+
 def test_what_is_missing_is_said(bare: Path):
     page = report(read_run(bare), [])
     Outline(page)
@@ -194,6 +138,12 @@ def test_what_is_missing_is_said(bare: Path):
         *("There is no checkpoint yet", "no record of its environment"),
     ):
         assert sentence in page
+
+
+def test_a_line_without_what_every_line_has_is_left_out(bare: Path, capsys: pytest.CaptureFixture[str]):
+    (bare / "metrics.jsonl").write_text('{"images": 8, "loss": 1.0}\n{"images": 16, "seconds": 1.0}\n')
+    assert [line["images"] for line in read_run(bare).metrics] == [16]
+    assert "metrics.jsonl: line 1 is damaged and is skipped" in capsys.readouterr().err
 
 
 def test_a_line_just_being_written_is_left_out(full: Path):
@@ -223,16 +173,22 @@ def test_the_commands_are_those_of_the_run(bare: Path):
     ]
 
 
+def test_a_setting_further_down_the_recipe_is_a_comment(bare: Path):
+    """Only the lines below the first are the command's; the rest is the author's text."""
+    (bare / "recipe.toml").write_text("# Trained by --recipe a\n#   --set b.c=1\n\n#   --set d.e=2\n[training]\n")
+    assert read_run(bare).train_arguments == ["--recipe", "a", "--set", "b.c=1"]
+
+
+def test_results_are_of_the_recipe_and_the_images_seen(full: Path):
+    run = read_run(full)
+    assert run.generator == (run.recipe.hash, 1000)
+    (full / "generator" / "config.json").unlink()
+    assert read_run(full).generator == (run.recipe.hash, 0)
+
+
 def test_the_recipe_of_a_library_call_is_the_file_in_the_run(bare: Path):
     (bare / "recipe.toml").write_text("[training]\n")
     assert read_run(bare).train_arguments == ["--recipe", str(bare / "recipe.toml")]
-
-
-def cells(page: str, section: str) -> dict[str, list[str]]:
-    """The rows of a section's table, by their first cell."""
-    body = page.partition(f"<h2>{section}</h2>")[2].partition("</section>")[0]
-    rows = [re.findall("<td>(.*?)</td>", row, re.DOTALL) for row in re.findall("<tr>(.*?)</tr>", body, re.DOTALL)]
-    return {unescape(first): [unescape(cell) for cell in rest] for first, *rest in rows}
 
 
 def test_the_plan_stands_beside_what_was_measured(full: Path):
@@ -276,12 +232,14 @@ def recipe_text(name: str) -> str:
     return find_recipe(name).text
 
 
-def test_a_teacher_in_training_has_a_page_too(bare: Path):
+def test_a_teacher_in_training_has_a_page_too(full: Path):
     recipe = load_recipe("diffusion/digits", "diffusion")
-    (bare / "recipe.resolved.json").write_bytes(recipe.to_json())
-    (bare / "recipe.toml").write_text(recipe_text("diffusion/digits"))
-    page = report(read_run(bare), [])
-    assert "<h1>A teacher by diffusion, from digits</h1>" in page
+    (full / "recipe.resolved.json").write_bytes(recipe.to_json())
+    (full / "recipe.toml").write_text(recipe_text("diffusion/digits"))
+    config = json.loads((full / "generator" / "config.json").read_text())
+    (full / "generator" / "config.json").write_text(json.dumps(config | {"stage": "teacher"}))
+    page = report(read_run(full), [])
+    assert "<h1>A teacher by diffusion, from digits</h1>" in page, "whatever its checkpoint says of a source"
     assert "train diffusion --data digits" in page
     assert not {"TEACHER", "sweep"} & set(re.findall(r"\w+", page))
 
@@ -291,8 +249,20 @@ def test_no_run_directory(tmp_path: Path):
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "text"), [("run.json", "{}"), ("run.json", "[")])
-def test_a_damaged_run_directory(bare: Path, name: str, text: str):
-    (bare / name).write_text(text)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.json", "{}"),
+        ("run.json", "["),
+        ("run.json", None),
+        ("recipe.toml", "[training"),
+        ("recipe.toml", f"a = {'[' * 100_000}"),
+    ],
+)
+def test_a_damaged_run_directory(bare: Path, name: str, text: str | None):
+    if text is None:
+        (bare / name).unlink()
+    else:
+        (bare / name).write_text(text)
     with pytest.raises(EdmDistillError, match="is a damaged run directory"):
         read_run(bare)

@@ -1,0 +1,1 @@
+from report_runs import bare, full  # noqa: F401

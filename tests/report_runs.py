@@ -1,0 +1,92 @@
+"""Run directories with all that a report reads, and tables of its page."""
+
+import json
+import math
+import re
+from html import unescape
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance
+from edmdistill.recipes.library import load_recipe
+
+SMALL = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_channels": 8, "channel_mult": [1]} | {
+    "num_blocks": 1,
+    "attn_resolutions": [],
+}
+SESSION = {
+    "images": 0,
+    "began": "2026-11-21T09:10:11+00:00",
+    "edmdistill": "0.1",
+    "revision": "a" * 40,
+    "python": "3.11",
+    "torch": "2.13",
+    "cuda": "13.0",
+    "system": "Linux",
+    "device": "NVIDIA H100 80GB HBM3",
+    "device_memory": 85_000_000_000,
+    "processes": 1,
+    "micro_batch": None,
+    "shard": False,
+    "offload": [],
+    "checkpointing": False,
+}
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A run directory before its first round."""
+    run = tmp_path / "my run"
+    (run / "samples").mkdir(parents=True)
+    recipe = load_recipe("cosim/digits-quickstart", "cosim", ["training.images=1000"])
+    (run / "recipe.resolved.json").write_bytes(recipe.to_json())
+    (run / "recipe.toml").write_text(
+        "# Trained by --recipe cosim/digits-quickstart\n#   --set training.images=1000\n"
+        "#   --set training.betas=[0.0, 0.9]\n\n# if a < b & c: <script>\n[method]\n"
+    )
+    data = {"name": "digits", "images": 1500, "resolution": 8, "channels": 1, "classes": 10}
+    (run / "run.json").write_text(json.dumps({"teacher_sha256": "ab" * 32, "data": data}))
+    return run
+
+
+@pytest.fixture
+def full(bare: Path) -> Path:
+    """A finished one: metrics, samples, a checkpoint."""
+    lines = [
+        {"images": i * 10, "step": i, "seconds": i / 10, "images_per_second": 100.0, "loss/generator": (-1.0) ** i}
+        | {"memory": 250_000_000, "score_gap": 1 / i, "own_signal": math.nan if i == 3 else 1.0}
+        for i in range(1, 101)
+    ]
+    (bare / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for images in (0, 250, 500, 750, 1000):
+        Image.fromarray(np.full((270, 338), images // 4, np.uint8)).save(bare / "samples" / f"{images:09d}.png")
+    Image.fromarray(np.zeros((100, 3000, 3), np.uint8)).save(bare / "images-grid.png")
+    config = CheckpointConfig(
+        stage="generator",
+        network=NetworkSpec("edm2", SMALL),
+        preconditioning={"kind": "edm"},
+        c_noise="log(sigma)/4",
+        sigma_data=0.5,
+        sigma_min=0.002,
+        sigma_max=80.0,
+        label_dim=10,
+        two_time=False,
+        images_seen=1000,
+        provenance=Provenance(source="https://a.b/<teacher>.pkl", sha256="12" * 32, licence="cc-by-nc-sa-4.0"),
+    )
+    sessions = [SESSION, SESSION | {"images": 500}, SESSION | {"images": 800, "revision": None, "micro_batch": 8}]
+    (bare / "sessions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sessions))
+    (bare / "generator").mkdir()
+    (bare / "generator" / "config.json").write_bytes(msgspec.json.encode(config))
+    return bare
+
+
+def cells(page: str, section: str) -> dict[str, list[str]]:
+    """The rows of a section's table, by their first cell."""
+    body = page.partition(f"<h2>{section}</h2>")[2].partition("</section>")[0]
+    rows = [re.findall("<td>(.*?)</td>", row, re.DOTALL) for row in re.findall("<tr>(.*?)</tr>", body, re.DOTALL)]
+    return {unescape(first): [unescape(cell) for cell in rest] for first, *rest in rows}
