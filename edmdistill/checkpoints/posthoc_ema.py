@@ -175,13 +175,13 @@ def save_snapshot(folder: Path, profile: Profile, weights: Mapping[str, Tensor],
 def find_snapshots(source: Path) -> dict[Profile, Path]:
     """Returns the averages of a run or the official trainer, RUN/ema/IMAGES-SIGMA.safetensors or ...-KIMG-SIGMA.pkl.
 
-    The official trainer's first ones, before any image, are left out because they are no averages.
+    Files whose names are those of no average are left out, as the official trainer's first ones, before any image.
     Raises: CheckpointError: there are fewer than two, or those of several trainings.
     """
     snapshots, trainings = {}, set()
     for path in sorted(source.glob("ema/*.safetensors")) or sorted([*source.glob("*.pkl"), *source.glob("*.pkl.gz")]):
         name = re.fullmatch(r"(.*?)-?(\d+)-(0\.\d+)\.(safetensors|pkl|pkl\.gz)", path.name)
-        if name is None or int(name[2]) == 0:
+        if name is None or int(name[2]) == 0 or not 0 < float(name[3]) < MAX_SIGMA_REL:
             continue
         images = int(name[2]) if name[4] == "safetensors" else kimg_to_images(int(name[2]))
         snapshots[Profile(images, float(name[3]))] = path

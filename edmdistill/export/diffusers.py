@@ -55,8 +55,9 @@ def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:
     generator = [torch.Generator().manual_seed(seed) for seed in range(16)]
     images = pipe(num_inference_steps={default_nfe(config)}, generator=generator{classes}).images
 
-One generator an image gives the images of `edmdistill sample --seeds 0-15`. `sigmas=[80, 2.5]` names the noise levels,
-`gamma=0.5` the share of fresh noise between them; classes that are not named are drawn.
+One generator an image gives the images of `edmdistill sample --seeds 0-15`. `sigmas` names the noise levels, falling,
+from {flow.sigma_max:g} to {flow.sigma_min:g}, `gamma=0.5` the share of fresh noise between them; classes that are not
+named are drawn.
 
 The remote code is plain torch, bundled from edmdistill's source, and does not need edmdistill: `pipeline.py`,
 `scheduler/gamma_scheduler.py` and `unet/edmdistill_network.py`, under Apache-2.0.

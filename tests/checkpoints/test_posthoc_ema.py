@@ -210,16 +210,20 @@ def test_official_snapshots_become_a_checkpoint(snapshots: Path, tmp_path: Path)
     flow, config = load_checkpoint(out)
     assert config.ema is not None
     assert (config.stage, config.ema["images"], len(config.ema["from"])) == ("teacher", 262144, 4)
+    assert config.images_seen is None  # nobody says how many the official training has seen in all
     expected, _ = build_official(read_official(snapshots / "phema-0000262-0.075.pkl"))
     own = flow.network.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in expected.network.state_dict().items())
     assert CliRunner().invoke(main, words).exit_code == 2
+    result = CliRunner().invoke(main, [*words, "--images", "131072", "--overwrite"])
+    assert "after 131,072 images, from 2 averages" in result.stdout, result.output
 
 
 def test_the_first_official_snapshots_are_no_averages(snapshots: Path, tmp_path: Path) -> None:
     """The official trainer writes one before the first step; in it no image weighs anything."""
     folder = shutil.copytree(snapshots / "phema-in", tmp_path / "in")
-    shutil.copy(folder / "network-snapshot-0000131-0.050.pkl", folder / "network-snapshot-0000000-0.050.pkl")
+    for name in ("0000000-0.050", "0000131-0.000", "0000131-0.300"):  # and no average has such a length
+        shutil.copy(folder / "network-snapshot-0000131-0.050.pkl", folder / f"network-snapshot-{name}.pkl")
     config = reconstruct_checkpoint(folder, tmp_path / "out", 0.075)
     assert config.ema is not None
     assert config.ema["from"] == [f"network-snapshot-{k}-{s}.pkl" for k in ("0000131", "0000262") for s in LENGTHS]
@@ -300,7 +304,7 @@ def test_only_what_is_equal_in_all_is_kept() -> None:
         (0.3, None, "sigma_rel is 0.3, but lies between 0 and 0.2887"),
         (0.0, None, "sigma_rel is 0, but lies between"),
         (0.28, None, "do not reach sigma_rel 0.28, which they miss by 96%: ask for 0.206"),
-        (0.1, 300_000, "holds no averages after 300,000 images: .* the last after 262,144"),
+        (0.1, 300_000, "holds no averages after 300,000 images: the nearest are after 262,144, the last after 262,144"),
         (0.1, 140_000, "holds no averages after 140,000 images: the nearest are after 131,072"),
     ],
 )
@@ -336,3 +340,5 @@ def test_what_stands_at_out_is_looked_at_first(
     monkeypatch.setattr(module, "read_official", None)
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         reconstruct_checkpoint(snapshots / "phema-in", tmp_path, 0.075)
+    with pytest.raises(CheckpointError, match="holds a checkpoint already"):
+        reconstruct_checkpoint(snapshots / "phema-in", tiny_generator(tmp_path / "made"), 0.075)
