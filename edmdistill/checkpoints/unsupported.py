@@ -81,12 +81,11 @@ def describe_entries(entries: Mapping[Any, object]) -> str | None:
 
 
 def describe_safetensors(header: bytes) -> str | None:
-    """Returns what a safetensors file is, by its header."""
+    """Returns what a safetensors file is, by its header, which begins as a JSON object."""
     try:
-        names = json.loads(header)
+        return describe_tensors(json.loads(header))
     except (ValueError, RecursionError):
         return None
-    return describe_tensors(names) if isinstance(names, dict) else None
 
 
 def describe_folder(folder: Path) -> str:

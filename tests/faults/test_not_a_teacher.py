@@ -113,7 +113,40 @@ def test_a_pickle_of_a_generator(tmp_path: Path, golden: Path) -> None:
         read_official(path)
 
 
-def test_folders(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({}))
-    with pytest.raises(CheckpointError, match=r"is a folder of diffusers'.*: give"):
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        (("config.json", "model.safetensors"), "a checkpoint or a run that needs no conversion: train and sample take"),
+        (("generator/config.json", "generator/model.safetensors"), "a checkpoint or a run that needs no conversion: "),
+        (("model_index.json", "config.json", "model.safetensors"), "is a folder of diffusers'.*: give the pickle"),
+        (("unet/config.json",), "is a folder of diffusers'.*: give the pickle"),
+        (("config.json", "diffusion_pytorch_model.safetensors"), "is a folder of diffusers'.*: give the pickle"),
+        (("config.json", "diffusion_pytorch_model.bin"), "is a folder of diffusers'.*: give the pickle"),
+        (("a.pkl", "b.pkl.gz", "notes.txt", "training-state-9.pt"), r"give a file in it, for instance b\.pkl\.gz"),
+        (("c.pt",), r"give a file in it, for instance c\.pt"),
+        (("pkl", "model.safetensors"), "is a folder without a checkpoint: give a converted teacher, a run, or the"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_folders(tmp_path: Path, files: tuple[str, ...], why: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({}))
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path} [^\n]*{why}[^\n]*\.$"):
         load_official(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["optimizer_state", "g_optimizer_state", "fake_score_optimizer_state"])
+def test_training_states_whatever_their_names(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"net": {"a": torch.ones(1)}, key: {"state": {0: torch.ones(1)}}}, path)
+    with pytest.raises(CheckpointError, match="is a training state, not a network: give the network-snapshot"):
+        load_official(path)
+
+
+def test_checkpoints_of_another_program_are_described_in_few_words(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"k" * 1000: {"epoch": 3, "weights": torch.ones(1)}} | {f"more{i}": i for i in range(100)}, path)
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of another program.*weights under 'kkk") as caught:
+        load_official(path)
+    assert len(str(caught.value)) < 500

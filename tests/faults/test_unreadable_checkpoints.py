@@ -52,7 +52,10 @@ def test_files_that_hold_no_generator(method: str, tmp_path: Path) -> None:
 def test_a_training_state_names_what_lies_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "training-state-0002048.pt"
     torch.save({"net": {"a": torch.ones(1)}, "optimizer_state": {"state": {0: torch.ones(1)}}}, path)
-    (tmp_path / "network-snapshot-0002048-0.100.pkl").touch()
+    with pytest.raises(CheckpointError, match=r"beside it, network-snapshot-0002048\.pkl"):
+        load_official(path)
+    for name in ("0004096-0.100", "0002048-0.100", "0002048-0.050"):
+        (tmp_path / f"network-snapshot-{name}.pkl").touch()
     with pytest.raises(CheckpointError, match=r"give the network-snapshot beside it, network-snapshot-0002048-0\.100"):
         load_official(path)
     other = path.rename(tmp_path / "last.pt")
@@ -74,6 +77,14 @@ def test_diffusers_weights(tmp_path: Path) -> None:
         load_official(tmp_path / "unet.safetensors")
     with pytest.raises(CheckpointError, match=f"is a part of a checkpoint: give its folder, {tmp_path}"):
         load_official(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("header", [b'{"a', b'{"a": ' + b"[" * 100_000], ids=["cut", "deep"])
+def test_headers_that_are_no_json(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "unet.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="is a safetensors file, which holds weights"):
+        load_official(path)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
