@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from edmdistill.machine.engine import Machine, split_rows, whole_groups
+from edmdistill.machine.engine import Machine, split_rows
 from edmdistill.machine.gpus import GPU
 from edmdistill.methods.base import NoiseRange, Turn
 from edmdistill.methods.pieces import Pieces
@@ -237,14 +237,15 @@ def make_plan(measured: Measurement, machine: Machine = Machine(), processes: in
 
 
 def split_batch(recipe: Recipe, processes: int, micro_batch: int | None) -> tuple[int, int]:
-    """Returns the largest share of a process, and the images of its micro-batches; None: the whole share.
+    """Returns the largest share of a process, and the images of the largest of its micro-batches.
 
+    Args:
+        micro_batch: the most images of one, of which the share makes as few as it can, of about one size; None: the
+            whole share.
     Raises: TrainingError: the batch cannot be split so.
     """
-    group = recipe.group_size
-    split_rows(recipe.training.batch, 0, processes, micro_batch, group)
-    share = -(-recipe.training.batch // group // processes) * group
-    return share, min(whole_groups(micro_batch or share, group) * group, share)
+    rows = split_rows(recipe.training.batch, processes - 1, processes, micro_batch, recipe.group_size)  # the last's
+    return rows[-1].stop - rows[0].start, max(piece.stop - piece.start for piece in rows)
 
 
 def images_per_second(

@@ -218,6 +218,17 @@ def test_other_classes_of_the_same_pictures_are_no_set_that_is_there(
         prepare_data(described(labels, names), out)
 
 
+@pytest.mark.parametrize("name", ["00000/img00000099.png", "mine.png"])
+def test_a_set_whose_images_were_renamed_is_not_known(name: str, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "set", {f"{i}/0.png": encoded(i, 8, 8) for i in range(2)})
+    prepare_data(source, tmp_path / "out.zip")
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        members = {name if "1" in old else old: archive.read(old) for old in archive.namelist()}
+    write_zip(tmp_path / "out.zip", members)
+    with pytest.raises(EdmDistillError, match="already exists"):
+        prepare_data(source, tmp_path / "out.zip")
+
+
 @pytest.mark.parametrize("names", [None, ["a", "b", "c", "d", "e"]], ids=["numbers", "names"])
 def test_the_number_of_classes(names: list[str] | None, tmp_path: Path) -> None:
     """By the names, or else the largest; the same when the set is there already."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from picture_files import encoded, tar_bytes, write_folder, write_zip
 
-from edmdistill.data import packing, prepare, prepare_state
+from edmdistill.data import packing, prepare, prepare_state, sources
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.pictures import GRAYSCALE
 from edmdistill.data.prepare import prepare_data
@@ -272,6 +272,31 @@ def test_where_nothing_is_done_other_options_begin_anew(tmp_path: Path, monkeypa
     there: list[list[str]] = []
     prepare_data(source, out, on_progress=lambda *_: there.append(sorted(map(str, parts.iterdir()))), **HALF)
     assert there[0] == [str(parts / "images"), str(parts / "record.json")]
+
+
+def test_an_archive_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill before the first picture; if it has changed, what was unpacked is removed."""
+    source, out = tmp_path / "set.tgz", tmp_path / "out.zip"
+    source.write_bytes(tar_bytes(PICTURES, "w:gz"))
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare.EdmZip, "add", kill)
+        patched.setattr(prepare_state.shutil, "rmtree", lambda *args, **options: None)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data(source, out, **HALF)
+        patched.setattr(sources, "decompress", lambda *_: pytest.fail("unpacked again"))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data(source, out, **HALF)
+    parts = tmp_path / ".out.zip.parts"
+    (first,) = parts.glob("source-*.tar")
+    source.write_bytes(tar_bytes(PICTURES | {"a/more.png": encoded(5, 12, 9)}, "w:gz"))
+    unpacked: list[set[Path]] = []
+    prepare_data(source, out, on_progress=lambda *_: unpacked.append({*parts.glob("source-*.tar")}), **HALF)
+    assert (len(unpacked[0]), first in unpacked[0]) == (1, False)
+    assert len(open_dataset(out)) == 21
 
 
 def test_progress_is_on_the_disk_every_few_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

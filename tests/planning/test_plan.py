@@ -1,10 +1,12 @@
 """The plan against what a run of several networks really takes, and against published sizes."""
 
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from shared_probes import share_probes
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -12,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.errors import TrainingError
-from edmdistill.machine.engine import Machine
+from edmdistill.machine.engine import Machine, split_rows
 from edmdistill.machine.gpus import GPUS, find_gpu
 from edmdistill.networks import NETWORKS, new_network
 from edmdistill.networks.flow import FlowNetwork
@@ -119,6 +121,25 @@ def test_groups_stay_together(tmp_path: Path) -> None:
     for images, largest in ((24, 24), (23, 16)):
         assert plan.largest_micro_batch((plan.peak(images) + 1) / (1 - HEADROOM), 48) == largest
     assert plan.largest_micro_batch(plan.peak(8), 48) == 0
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_micro_batches_are_planned_as_they_are_trained(group: int) -> None:
+    """The largest of any process: of a batch of 12 in micro-batches of at most 7, it has 6."""
+    sets = ["method.particles=3", "training.batch=48", "training.images=144"]
+    recipe = load_recipe("sid/digits") if group == 1 else load_recipe("imm/digits", sets=sets)
+    assert recipe.group_size == group
+    for groups, processes, most in product(range(1, 14), range(1, 5), (None, *range(1, 15))):
+        batch = groups * group
+        changed = replace(recipe, training=replace(recipe.training, batch=batch))
+        try:
+            shares = [split_rows(batch, rank, processes, most, group) for rank in range(processes)]
+        except TrainingError:
+            with pytest.raises(TrainingError):
+                split_batch(changed, processes, most)
+            continue
+        largest = max(piece.stop - piece.start for share in shares for piece in share)
+        assert split_batch(changed, processes, most) == (max(s[-1].stop - s[0].start for s in shares), largest)
 
 
 @pytest.mark.parametrize("name", ["tcm/digits", "ect/cifar10-ict"])
