@@ -107,14 +107,14 @@ def command(
         raise click.UsageError(f"Missing option '--protocol'. Choose one of {', '.join(PROTOCOLS)}.")
 
     from edmdistill.evaluation.images import is_images
-    from edmdistill.evaluation.results import find_results_folder, results_json, results_table
+    from edmdistill.evaluation.results import results_json, results_table
     from edmdistill.sampling.files import unfinished_samples
 
     if is_images(source) and not nll:
         _refuse(context, NETWORK_ONLY, f"says how a network is sampled, but {source} holds images, which exist")
         if sentence := unfinished_samples(Path(source)):
             say(sentence)
-    folder = find_results_folder(source) if options.save else None
+    folder = options.results_folder(source)
 
     def specs(flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None) -> list[SamplerSpec]:
         from edmdistill.sampling.spec import SamplerSpec
@@ -149,6 +149,7 @@ def _plan_likelihood(source: str, options: MeasurementOptions, likelihood: Likel
     if options.ref is None:
         raise click.UsageError("--metrics nll measures the likelihood of images: name them with --ref.")
 
+    from edmdistill.checkpoints.layout import is_state
     from edmdistill.checkpoints.load import load_model
     from edmdistill.checkpoints.source import open_source
     from edmdistill.data.datasets import open_dataset
@@ -170,4 +171,5 @@ def _plan_likelihood(source: str, options: MeasurementOptions, likelihood: Likel
         probes=likelihood.probes,
         tolerance=likelihood.tolerance,
         source=source,
+        raw=is_state(checkpoint.path),
     )

@@ -40,6 +40,15 @@ class WeightsOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         return str(value)
 
 
+def _require_different(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the values of --weights.  Raises: BadParameter: two of them are of one network."""
+    names = [text.partition("=")[0] if "=" in text else "a run (ema or raw)" for text in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.BadParameter(f"the weights of {name} are given twice: leave out one of them.", ctx, param)
+    return given
+
+
 SHARING = (
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
     click.option("--processes", type=Count(min=1), help="Start so many on this machine, one a GPU."),
@@ -88,6 +97,19 @@ class MeasurementOptions:
         """Which weights of a run are measured."""
         return "raw" if "raw" in self.weights else "ema"
 
+    def results_folder(self, source: str) -> Path | None:
+        """Returns where --save keeps the results of a source; None: it was not given.
+
+        Raises: UsageError: they are of raw weights.  EdmDistillError: they cannot be kept there.
+        """
+        from edmdistill.evaluation.results import find_results_folder
+
+        if not self.save:
+            return None
+        if self.run_weights == "raw":
+            raise click.UsageError("--save keeps results with a run's averaged weights, not its raw ones: use --out.")
+        return find_results_folder(source)
+
     def of_every_source(self, device: torch.device, processes: Processes) -> dict[str, Any]:
         """Returns the arguments of `evaluate` for networks and images alike."""
         pairs = (text.partition("=") for text in self.weights if "=" in text)
@@ -129,6 +151,7 @@ def measurement_options(
         "weights": click.option(
             "--weights",
             type=WeightsOf(),
+            callback=_require_different,
             multiple=True,
             metavar="ema|raw|NAME=FILE",
             help="Of a run: its average, or its newest raw weights. NAME=FILE: of a feature space, as in "
@@ -190,9 +213,10 @@ def plan_measurements(
     Args:
         specs: returns the samplers of a network; takes the device and dtype of guides too.
     """
-    if options.count and options.seeds:
+    if options.count and options.seeds is not None:
         raise click.UsageError("--n N means the seeds 0 to N - 1, so it cannot be combined with --seeds.")
 
+    from edmdistill.checkpoints.layout import is_state
     from edmdistill.checkpoints.load import load_model, weights_digest
     from edmdistill.checkpoints.source import open_source
     from edmdistill.evaluation.images import is_images, open_images
@@ -213,7 +237,8 @@ def plan_measurements(
         images = open_images(source, getattr(data, "label_dim", 0))
         _say_all(images.notes)
         return measure_images(images, data, standard, source, count=options.count, **common)
-    seeds = range(options.count) if options.count else parse_seeds(options.seeds) if options.seeds else None
+    seeds: Sequence[int] | None = range(options.count) if options.count else None
+    seeds = seeds if options.seeds is None else parse_seeds(options.seeds)
     checkpoint = open_source(source)
     model = load_model(checkpoint, device, dtype, options.run_weights)
     say_unfinished(checkpoint)
@@ -232,6 +257,7 @@ def plan_measurements(
         decode=decode,
         source=source,
         source_sha256=weights_digest(checkpoint, model, options.run_weights),
+        raw=options.run_weights == "raw" or is_state(checkpoint.path),
         **common,
     )
 

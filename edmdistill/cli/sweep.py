@@ -65,13 +65,13 @@ def command(
 
     from edmdistill.atomic import atomic_write
     from edmdistill.evaluation.images import is_images
-    from edmdistill.evaluation.results import find_results_folder, results_json
+    from edmdistill.evaluation.results import results_json
     from edmdistill.evaluation.tables import sweep_table
     from edmdistill.report.page import draw
 
     if is_images(source):
         raise click.UsageError(f"a sweep samples a network, and {source} is images: measure them with eval.")
-    folder = find_results_folder(source) if options.save else None
+    folder = options.results_folder(source)
 
     def show(results: Sequence[Result]) -> None:
         document, table = results_json(results), sweep_table(results)

@@ -17,7 +17,7 @@ from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.metrics import find_metric
 from edmdistill.evaluation.protocol import Protocol
-from edmdistill.evaluation.results import Result, load_results, read_results
+from edmdistill.evaluation.results import Result, is_of_raw_weights, load_results, read_results
 from edmdistill.evaluation.tables import number, sampler_words
 
 CHOSEN = "balanced", "drawn", "given"
@@ -50,7 +50,8 @@ def read_rows(sources: Sequence[str | Path]) -> list[Row]:
 def _name(result: Result, source: Path) -> str:
     origin = result.provenance
     images = origin.get("images_seen")
-    return str(origin.get("source") or source) + ("" if images is None else f", {images:,} images seen")
+    raw = ", raw weights" if is_of_raw_weights(result) else ""
+    return str(origin.get("source") or source) + raw + ("" if images is None else f", {images:,} images seen")
 
 
 class Comparison(NamedTuple):

@@ -51,6 +51,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     source: str | None = None,
     source_sha256: str | None = None,
+    raw: bool = False,
     work: Work | None = None,
     processes: Processes = ONE_PROCESS,
     on_progress: Callable[[int], object] = lambda count: None,
@@ -72,6 +73,7 @@ def evaluate(
         device: where features are computed.
         source, source_sha256: where network or images come from, and the digest of its file, for the record; default:
             the digest of a network's weights as they are in memory.
+        raw: for the record: the network has a run's raw weights, not the average that the run publishes.
         work: where an evaluation is kept, so that it goes on after it was stopped; None: it begins anew.
         processes: that share the evaluation.
         on_progress: called with the number of images that have just been measured.
@@ -115,7 +117,7 @@ def evaluate(
         labels=images.label_source,
         decoder=decode.vae.sha256 if isinstance(decode, LatentDecoder) else images.decoder,
     )
-    origin = provenance(model_or_images, source, device, source_sha256)
+    origin = provenance(model_or_images, source, device, source_sha256, raw)
     if sampler.guide is not None:
         origin["guide_sha256"] = tensors_digest(sampler.guide)
     task = _Task(subject, data, panel, done, standard.n, origin)
@@ -221,6 +223,7 @@ def provenance(
     source: str | None,
     device: torch.device | str,
     source_sha256: str | None = None,
+    raw: bool = False,
 ) -> dict[str, Any]:
     """Returns the record of what was measured, with which versions, and of what decides the rounding, as JSON."""
     versions: dict[str, Any] = {"edmdistill": __version__, "torch": str(torch.__version__)}
@@ -237,5 +240,7 @@ def provenance(
         source_sha256 = tensors_digest(model_or_images)
     if source_sha256 is not None:
         origin["source_sha256"] = source_sha256
+    if raw:
+        origin["weights"] = "raw"
     document: dict[str, Any] = msgspec.to_builtins(origin | versions)
     return document

@@ -131,6 +131,7 @@ def evaluate_likelihood(
     probes: int = 4,
     tolerance: float = SOLVER_TOLERANCE,
     source: str | None = None,
+    raw: bool = False,
     on_progress: Callable[[int], object] | None = None,
 ) -> Result:
     """Returns the bits per dimension of images under a network; lower is better.
@@ -143,7 +144,7 @@ def evaluate_likelihood(
         count: images, the first in the data set's order of seed 0; default: all.
         probes: random signs for the divergence, at least 1.
         tolerance: see log_likelihood. On digits, 1e-3 errs by 0.01 bits, and 1e-4, at 1.5 times the cost, by 0.0002.
-        source: where the network comes from, for the record.
+        source, raw: where the network comes from, and whether it has a run's raw weights, for the record.
         on_progress: called with the number of images that have just been measured with one probe.
     Returns: nll, the mean over images and probes; of two images or more nll_image_error, the standard error of that
         mean by the spread of the images; of two probes or more nll_probe_std, the standard deviation of the mean over
@@ -192,7 +193,7 @@ def evaluate_likelihood(
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
         sampler=SamplerRecord(solver="rk45", nfe=round(float(evaluations.double().mean()))),
-        provenance=provenance(model, source, flow.device),
+        provenance=provenance(model, source, flow.device, raw=raw),
     )
 
 

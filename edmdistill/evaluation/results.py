@@ -126,11 +126,18 @@ def add_results(config: CheckpointConfig, results: Sequence[Result]) -> Checkpoi
 def load_results(path: Path) -> list[Result]:
     """Returns all results of a checkpoint folder, or of a run and its checkpoint: what reports and cards show.
 
+    Those of a run's raw weights are none of them: nobody gets these weights.
     Raises: EdmDistillError: a file in a run's eval/, or the checkpoint, holds something else.
     """
     folder = checkpoint_in(path)
     stored = results_in_config(read_config(folder)) if (folder / CONFIG).is_file() else []
-    return latest_results([*stored, *read_results(sorted((path / EVAL).glob("*.json")))])
+    results = [*stored, *read_results(sorted((path / EVAL).glob("*.json")))]
+    return latest_results(result for result in results if not is_of_raw_weights(result))
+
+
+def is_of_raw_weights(result: Result) -> bool:
+    """Returns whether a result was measured on a run's raw weights, not on the average that it publishes."""
+    return result.provenance.get("weights") == "raw"
 
 
 def latest_results(results: Iterable[Result]) -> list[Result]:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from edmdistill.checkpoints.documents import markdown
 from edmdistill.evaluation.metrics import loss_of
 from edmdistill.evaluation.protocol import Protocol
-from edmdistill.evaluation.results import Result
+from edmdistill.evaluation.results import Result, is_of_raw_weights
 from edmdistill.sampling.spec import SamplerRecord
 
 
@@ -101,7 +101,8 @@ def best_gamma_results(results: Sequence[Result]) -> list[Result]:
     def setting(result: Result) -> tuple[object, ...]:
         origin, sampler = result.provenance, result.sampler
         others = sampler and replace(sampler, gamma=None)
-        return result.protocol_sha256, origin.get("recipe_hash"), origin.get("images_seen"), others
+        weights = origin.get("recipe_hash"), origin.get("images_seen"), is_of_raw_weights(result)
+        return result.protocol_sha256, weights, others
 
     best: dict[tuple[object, ...], Result] = {}
     for result in results:
@@ -178,13 +179,17 @@ def _best(values: Mapping[int, float], metric: str) -> tuple[float, int]:
 def _name_of(result: Result, generator: GeneratorId) -> str:
     """Returns the name of what was measured, from its provenance."""
     origin = result.provenance
+    recipe, images = origin.get("recipe_hash"), origin.get("images_seen")
     if result.sampler is None:
         return "images"
+    if is_of_raw_weights(result):
+        return f"raw weights at {images:,} images" if images is not None else "raw weights"
     if origin.get("method") is None:
         return "teacher"
-    recipe, images = origin.get("recipe_hash"), origin.get("images_seen")
-    same = (recipe, images) == generator
-    return "generator" if same else f"generator at {images:,} images, recipe {recipe:.8}"
+    if (recipe or "", images or 0) == generator:  # a converted generator has neither
+        return "generator"
+    at = f" at {images:,} images" if images is not None else ""
+    return f"generator{at}, recipe {recipe:.8}" if recipe else f"another generator{at}"
 
 
 def _nfe(result: Result) -> int:

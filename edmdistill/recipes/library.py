@@ -158,7 +158,7 @@ def find_recipe(name: str) -> RecipeSource:
             continue
         text = _read(path)
         tables = _parse(path, text)
-        source = RecipeSource(name, path, "-".join(words[cut:]) or None, text, tables)
+        source = RecipeSource(name, path, "-".join(words[cut:]) if cut < len(words) else None, text, tables)
         variants = table(tables, "variants", name)
         for variant in source.variants:
             if variant not in variants:

@@ -84,6 +84,12 @@ def test_json_is_one_document_on_stdout_and_in_the_file(checkpoint: Path, tmp_pa
     assert only["provenance"]["source"] == str(checkpoint.parent)
 
 
+def test_no_seeds_are_not_all_of_the_protocols(checkpoint: Path) -> None:
+    result = run(checkpoint, "--protocol", "digits", "--seeds", "")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "'' is neither a seed nor an increasing range" in result.stderr
+
+
 def test_repetitions(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "eval.json"
     words = ("--protocol", "digits", "--nfe", "1", "--n", 20, "--repeat", 3, "--metrics", "fd_digits")

@@ -70,6 +70,21 @@ def test_metrics_have_the_names_of_papers(metric: str, title: str):
     assert table.rows[0][2] == title
 
 
+def test_generators_are_named_by_what_is_known_of_them():
+    facts = [{}, {"images_seen": 5}, {"recipe_hash": "cd" * 32}, {"recipe_hash": OURS.recipe_hash, "images_seen": 1000}]
+    facts += [facts[-1] | {"weights": "raw"}, {"weights": "raw"}]
+    found = [replace(generator(1, 5.0 + i), provenance={"method": "ctm"} | one) for i, one in enumerate(facts)]
+    names = ["another generator", "another generator at 5 images", "generator, recipe cdcdcdcd", "generator"]
+    names += ["raw weights at 1,000 images", "raw weights"]
+    assert [result_tables([one], OURS)[0].rows[1][0] for one in found] == names
+    converted = result_tables(found, GeneratorId("", 0))[0]
+    assert [row[0] for row in converted.rows[1:]].count("generator") == 1, "the one of which nothing is known"
+    # Raw weights do not stand in for the average, though they are better.
+    average, raw = (replace(one, sampler=replace(one.sampler, nfe=2)) for one in (found[3], found[4]))
+    better = replace(raw, metrics={"fd_digits": 1.0}, sampler=replace(raw.sampler, gamma=0.0))
+    assert best_gamma_results([average, better]) == [average, better]
+
+
 def test_protocols_are_never_mixed():
     other = replace(DONE, seeds="5000-9999")
     first, second = result_tables([teacher(35, 4.0), generator(2, 6.0), teacher(35, 1.0, other)], OURS)

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from msgspec.structs import replace
 
 from edmdistill.checkpoints.config import read_config, write_config
 from edmdistill.checkpoints.load import load_flow
+from edmdistill.cli import main
 from edmdistill.errors import CheckpointError
+from edmdistill.evaluation.compare import read_rows
+from edmdistill.evaluation.results import load_results, read_results
 from edmdistill.training.run import Run
 from edmdistill.training.session import train
 
@@ -47,3 +51,48 @@ def test_a_damaged_state_gives_way(start: Callable[..., Run], tmp_path: Path, ca
 def test_a_checkpoint_has_none(teacher: Path):
     with pytest.raises(CheckpointError, match="has no intact state"):
         load_flow(teacher, "raw")
+
+
+@pytest.fixture(scope="module")
+def run(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(start("sid"), folder, on_message=str)
+    return folder
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, words)])
+
+
+def test_what_is_measured_on_them_is_not_the_generators(run: Path, tmp_path: Path):
+    """No report, card or checkpoint shows it as such, whether it is asked for by --weights or by the state's folder."""
+    state = max((run / "state").iterdir())
+    words = ["--protocol", "digits", "--nfe", 1, "--n", 20, "--device", "cpu", "--out"]
+    files = [run / "eval" / f"{name}.json" for name in ("average", "raw", "state")]
+    for file, *source in ((files[0], run), (files[1], run, "--weights", "raw"), (files[2], state)):
+        result = call("eval", *source, *words, file)
+        assert result.exit_code == 0, result.output
+    average, raw, of_state = read_results(files)
+    assert raw.metrics == of_state.metrics != average.metrics
+    assert [one.provenance.get("weights") for one in (average, raw, of_state)] == [None, "raw", "raw"]
+    assert load_results(run) == [average]
+    assert read_rows([files[1]])[0].name == f"{run}, raw weights, 24 images seen"
+    report = call("report", run, "--results", files[0], "--results", files[1], "--out", tmp_path / "page.html")
+    assert [line.split("  ")[0] for line in report.stdout.splitlines()[2:4]] == [
+        "generator",
+        "raw weights at 24 images",
+    ]
+
+
+@pytest.mark.parametrize("command", ["eval", "sweep"])
+def test_they_are_not_kept_with_the_average(command: str, run: Path):
+    before = (run / "generator/config.json").read_bytes()
+    words = ["--protocol", "digits", "--nfe", 1, "--n", 20, "--save"]
+    refused = call(command, run, *words, "--weights", "raw")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "--save keeps results with a run's averaged weights, not its raw ones: use --out." in refused.stderr
+    twice = call(command, run, *words, "--weights", "raw", "--weights", "ema")
+    assert "the weights of a run (ema or raw) are given twice: leave out one of them." in twice.stderr
+    same = call(command, run, *words, "--weights", "digits=a", "--weights", "digits=b")
+    assert "the weights of digits are given twice" in same.stderr
+    assert (run / "generator/config.json").read_bytes() == before

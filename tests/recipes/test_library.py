@@ -272,6 +272,7 @@ def test_broken_files_get_one_sentence(write, text: str, sentence: str):
     [
         ("cosim/digit", "did you mean 'cosim/digits'?"),
         ("cosim/digits-quick", "has no variant 'quick'; did you mean 'quickstart'?"),
+        ("cosim/digits-", "has no variant ''; choose one of quickstart"),
         ("cosim/imagenet512", "needs a size: one of cosim/imagenet512-s, cosim/imagenet512-m, cosim/imagenet512-l"),
         ("scd/imagenet512-multistep4", "needs a size: one of scd/imagenet512-s-multistep4, scd/imagenet512-m-"),
         ("scd/imagenet512-multistep4-s", "needs a size: one of"),  # which comes first
