@@ -2,8 +2,10 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from picture_files import encoded
@@ -52,7 +54,15 @@ def test_threads_work_at_the_same_time() -> None:
     assert sum(map(len, packed_chunks(job(read), 0, 3))) == COUNT
 
 
-def test_no_more_is_packed_than_a_few_chunks_ahead() -> None:
+def test_no_more_is_packed_than_a_few_chunks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each is packed as soon as it is handed out."""
+
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, *work: Any) -> Future[Any]:
+            wait([future := super().submit(*work)])
+            return future
+
+    monkeypatch.setattr(packing, "ThreadPoolExecutor", AtOnce)
     read: list[int] = []
     with closing(packed_chunks(job(lambda i: read.append(i) or PNG), 0, 2)) as chunks:  # type: ignore[func-returns-value]
         next(chunks)

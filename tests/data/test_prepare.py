@@ -53,6 +53,7 @@ CHANGED = {
     "gray and alpha": (encoded(0, 8, 8, "LA"), TRANSPARENCY),
     "alpha": (encoded(0, 8, 8, "RGBA"), TRANSPARENCY),
     "palette": (saved(Image.new("P", (8, 8), 3)), PALETTE),
+    "palette and alpha": (saved(Image.new("P", (8, 8), 3), transparency=b"\0\x80@\xff"), TRANSPARENCY),
     "deep": (saved(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 300)), CLIPPED),
     "print": (encoded(0, 8, 8, "CMYK", "jpeg"), CMYK),
     "turned": (

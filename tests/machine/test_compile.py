@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import compiled_runs
@@ -105,6 +106,60 @@ def test_a_broken_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
         compiling.require_compiler("default", CPU)
 
 
+def test_what_says_nothing_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Callable[[Tensor], Tensor]:
+        raise NotImplementedError(" ")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(EdmDistillError, match=r"^torch.compile does not work here \(NotImplementedError\): install"):
+        compiling.require_compiler("default", CPU)
+    compiling.require_compiler("off", CPU)
+
+
+def test_a_gpu_takes_cuda_graphs_and_no_compiler_of_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    ones, tried = torch.ones, list[tuple[object, ...]]()
+    monkeypatch.setattr(torch, "ones", lambda size, device: tried.append((size, device)) or ones(size))
+    monkeypatch.setattr(torch, "compile", lambda act, **options: tried.append((act, options)) or act)
+    compiling.require_compiler("max-autotune", torch.device("cuda"))
+    assert tried == [(torch.sin, {"mode": "max-autotune", "dynamic": False}), (8, torch.device("cuda"))]
+
+
+def test_every_network_of_a_sampler_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, guide and score; each pass is a step of CUDA graphs."""
+    steps: list[str] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append("step"))
+    monkeypatch.setattr(compiling, "_compiled", lambda forward, shapes, mode: forward)
+    source = tiny_generator(tmp_path / "teacher", "teacher")
+    model, guide, score = (load_model(source) for _ in range(3))
+    specs = (
+        SimpleNamespace(guide=guide, reference=None),
+        SimpleNamespace(guide=None, reference=SimpleNamespace(score=score)),
+    )
+    networks = [each.flow.network for each in (model, guide, score)]
+    compiling.compile_for_sampling("off", model, *specs)
+    assert not any(network.compiled for network in networks)
+    for _ in range(2):
+        compiling.compile_for_sampling("reduce-overhead", model, *specs)
+    assert all(network.compiled for network in networks)
+    assert torch._dynamo.config.recompile_limit >= compiling.MOST_KINDS
+    for each in (model, guide, score):
+        each(torch.zeros(1, 1, 8, 8), 1.0)
+    assert steps == ["step"] * 3
+    compiling.begin_step("default")
+    assert steps == ["step"] * 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_main_process_reports(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler, watched = torch._dynamo.callback.callback_handler, list[object]()
+    monkeypatch.setattr(compiling, "process_rank", lambda: (rank, 2))
+    monkeypatch.setattr(handler, "register_start_callback", watched.append)
+    monkeypatch.setattr(handler, "register_end_callback", watched.append)
+    compiling._report.__wrapped__()
+    assert len(watched) == (2 if rank == 0 else 0)
+
+
 def test_micro_batches_are_not_tried_with_cuda_graphs(recipe: Callable[..., Recipe]) -> None:
     from edmdistill.training.checks import with_compile_mode
 
@@ -137,6 +192,18 @@ def test_smaller_batches_are_padded() -> None:
         x, condition = torch.rand(rows, 2), Conditioning(torch.rand(given), torch.rand(rows, 2))
         torch.testing.assert_close(network(x, condition), forward(x, condition))
     assert sizes[::2] == [3, 4, 4, 4, 4]
+
+
+def test_compiling_is_reported_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the seconds that it took so far, not those between."""
+    lines, clock = list[str](), iter([100.0, 110.0, 120.0, 130.0, 200.0, 201.0])
+    monkeypatch.setattr(compiling, "write", lines.append)
+    monkeypatch.setattr(compiling.time, "monotonic", clock.__next__)
+    report = compiling._Report()
+    for _ in range(3):
+        report.start()
+        report.end()
+    assert lines[1:] == ["Compiling: 2 pieces so far, in 20 s.", "Compiling: 3 pieces so far, in 21 s."]
 
 
 def test_compiling_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

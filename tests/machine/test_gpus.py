@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from edmdistill.machine import gpus
 from edmdistill.machine.gpus import LAUNCH, find_gpu, measure_this_machine
 
 
@@ -37,3 +38,31 @@ def test_the_current_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(gpu.half, gpu.single) > 0
     assert gpu.launch >= LAUNCH
     assert len(waits) == 3 * 3  # before each reading of the clock, of three measurements
+
+
+@pytest.mark.parametrize(("call", "launch"), [(1e-3, 1e-3), (1e-7, LAUNCH)])
+def test_the_cpu_is_measured_by_the_fastest_of_three(
+    call: float, launch: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a first product, which takes long. The clock moves by what is computed alone."""
+    now, took = [0.0], iter(())
+
+    class Matrix:
+        def __init__(self, rows: int, columns: int = 1, *, device: str, dtype: torch.dtype = torch.float32) -> None:
+            nonlocal took
+            unit = 2 * rows**3 * (1e-9 if dtype == torch.bfloat16 else 4e-9)  # 1 and 0.25 GFLOP/s
+            took = iter([1000.0, 3 * unit, unit, 2 * unit])
+            assert device == "cpu"
+
+        def __matmul__(self, other: object) -> None:
+            now[0] += next(took)
+
+        def __add__(self, other: object) -> None:
+            now[0] += call
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "ones", Matrix)
+    monkeypatch.setattr(gpus.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("edmdistill.machine.host.host_memory", lambda: (8e9, 1e9))
+    measured = measure_this_machine.__wrapped__()
+    assert measured == (8e9, pytest.approx(1e9), pytest.approx(0.25e9), pytest.approx(launch))

@@ -1,8 +1,16 @@
+"""What a process knows of its host, and the memory that it keeps."""
+
 import platform
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from edmdistill.machine import host
+
+GIB = 2**30
 
 FAULTS = """
 import resource
@@ -22,3 +30,65 @@ def test_large_blocks_that_were_freed_cost_no_pages_again() -> None:
         int(subprocess.check_output([sys.executable, "-c", FAULTS.format(kept=kept)])) for kept in (False, True)
     )
     assert default > 100 > kept
+
+
+def files(monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
+    """Of /proc and /sys, by the last part of their paths, those alone."""
+    monkeypatch.setattr(
+        host, "read_system_file", lambda path: contents.get(path.rpartition("/")[2].replace(".", "_"), "")
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "memory"),
+    [
+        ("", "", (16 * GIB, 10 * GIB)),
+        ("max\n", "4096\n", (16 * GIB, 10 * GIB)),
+        (f"{12 * GIB}\n", f"{3 * GIB}\n", (12 * GIB, 9 * GIB)),
+        (f"{12 * GIB}\n", f"{GIB}\n", (12 * GIB, 10 * GIB)),
+        (f"{64 * GIB}\n", f"{60 * GIB}\n", (16 * GIB, 4 * GIB)),
+    ],
+    ids=["no control group", "no limit", "limited", "less free on the host", "more than there is"],
+)
+def test_memory_is_what_host_and_control_group_allow(
+    limit: str, used: str, memory: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 16 * GIB // 4096}
+    monkeypatch.setattr(host.os, "sysconf", pages.__getitem__)
+    meminfo = f"MemTotal: {16 * GIB // 1024} kB\nMemFree: 5 kB\nMemAvailable:   {10 * GIB // 1024} kB\n"
+    files(monkeypatch, meminfo=meminfo, memory_max=limit, memory_current=used)
+    assert host.host_memory() == memory
+
+
+def test_memory_of_a_system_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    files(monkeypatch)
+    total, free = host.host_memory()
+    assert total == free > 0
+    usage = SimpleNamespace(ru_maxrss=3_000_000)
+    monkeypatch.setattr(host.resource, "getrusage", lambda who: usage)
+    for system, peak in (("darwin", 3_000_000), ("freebsd", 3_072_000_000)):
+        monkeypatch.setattr(host.sys, "platform", system)
+        assert host.peak_host_memory() == peak
+    monkeypatch.setattr(host.platform, "processor", lambda: "")
+    monkeypatch.setattr(host.platform, "machine", lambda: "riscv64")
+    assert host.processor() == "riscv64"
+    monkeypatch.setattr(host.platform, "processor", lambda: "arm")
+    assert host.processor() == "arm"
+
+
+def test_what_linux_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = "processor : 0\nmodel name\t: AMD EPYC: 7B13\nmodel name\t: another\n"
+    files(monkeypatch, status="VmPeak: 9 kB\nVmHWM:\t   1234 kB\nVmRSS: 7 kB\n", cpuinfo=cpu)
+    assert host.peak_host_memory() == 1234 * 1024
+    assert host.processor() == "AMD EPYC: 7B13"
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
+    assert host.cores() == 3
+    monkeypatch.delattr(host.os, "sched_getaffinity")
+    for count, cores in ((6, 6), (None, 1)):
+        monkeypatch.setattr(host.os, "cpu_count", lambda count=count: count)
+        assert host.cores() == cores
+
+
+def test_a_file_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("text")
+    assert [host.read_system_file(str(tmp_path / name)) for name in ("there", "not", ".")] == ["text", "", ""]
