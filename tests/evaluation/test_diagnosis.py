@@ -9,6 +9,7 @@ import torch
 from msgspec.structs import replace
 from tiny_generator import tiny_generator
 
+from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import CheckpointError, DatasetError, NotFiniteError
@@ -25,6 +26,9 @@ from edmdistill.evaluation.diagnosis import (
     sentences,
 )
 from edmdistill.features.spaces import Pixels
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.two_time import add_second_time
 
 
@@ -198,6 +202,17 @@ def test_a_run_has_gaps_and_another_teacher_is_refused(method, whole, teacher, t
 def test_a_teacher_is_no_generator(teacher):
     with pytest.raises(CheckpointError, match="is a teacher, not a generator"):
         diagnose(teacher, protocol="digits")
+
+
+def test_nothing_is_dropped_out(tmp_path):
+    small = {"model_channels": 8, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": ()}
+    network = UNet(8, 1, 10, logvar_channels=4, dropout=0.9, **small)
+    torch.nn.init.ones_(network.out_gain)
+    flow = FlowNetwork(network, EDM())
+    config = CheckpointConfig(stage="generator", provenance=Provenance(source="a test"), **describe(flow))
+    save_checkpoint(tmp_path / "generator", flow, config)
+    once, again = (diagnose(tmp_path / "generator", protocol="digits", count=10) for _ in range(2))
+    assert once == again
 
 
 def test_what_jumps_cannot_start_from(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from feature_files import EVALUATION, inception_weights, save_pth, sizes
 from nvidia_inception import nvidia_inception, save_pickle, save_script
 from safetensors.torch import load_file
-from script_files import script
+from script_files import Gap, script
 
 from edmdistill import load_features
 from edmdistill.atomic import sha256_file
@@ -138,6 +138,51 @@ def test_tensorflows_resizing_reads_pixel_i_at_i_times_the_ratio():
     ramp = torch.arange(23.0).mul(13).expand(1, 1, 23, 23)  # 299 = 13 x 23
     resized = resize_like_tensorflow(ramp)[0, 0, 0]
     torch.testing.assert_close(resized, torch.arange(299.0).clamp(max=22 * 13), rtol=0, atol=1e-3)
+
+
+def test_tensorflows_resizing_treats_rows_as_columns():
+    images = torch.rand(2, 3, 20, 31, generator=torch.Generator().manual_seed(0))
+    resized = resize_like_tensorflow(images)
+    torch.testing.assert_close(resize_like_tensorflow(images.mT).mT, resized, rtol=0, atol=1e-5)
+
+
+class Means(torch.nn.Module):
+    """In place of Inception: its features are the mean colors, `gain` times; in a file behind the input rule."""
+
+    def __init__(self, gain: float = 1.0, prepares: bool = False) -> None:
+        super().__init__()
+        self.gain, self.prepares = gain, prepares
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.prepares:
+            x = (resize_like_tensorflow(x.float()) - 128) / 128
+        return self.gain * x.mean((2, 3))
+
+
+class Options(torch.nn.Module):
+    """As NVIDIA's, it gives probabilities unless it is asked for features."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        features = torch.tensor([[1.0, 2.0, 3.0]])
+        return features if return_features else features.softmax(1)
+
+
+def test_a_script_is_proved_by_its_features(tmp_path: Path):
+    space = Inception.__new__(Inception)
+    space._net, space._device = Means(), "cpu"
+    like = torch.zeros(1, 3, 40, 56).byte()
+    space._prove(Path(script(Means(1 + 1e-5, prepares=True), tmp_path / "good.pt", like)))
+    for gain, message in ((1.001, r"differ from Inception's with its weights by 1\.0e-03 of the largest: give"),
+                          (0.0, "by (nan|inf) of the largest")):  # fmt: skip
+        with pytest.raises(CheckpointError, match=message):
+            space._prove(Path(script(Means(gain, prepares=True), tmp_path / "other.pt", like)))
+    with pytest.raises(CheckpointError, match=r"gap\.pt does not compute features of images as NVIDIA's"):
+        space._prove(Path(script(Gap(), tmp_path / "gap.pt", like.float(), like.float())))
+    with pytest.raises(CheckpointError, match="does not compute features of images"):
+        space._prove(Path(script(torch.nn.Flatten(), tmp_path / "flat.pt", like)))
+    torch.jit.save(torch.jit.script(Options()), str(tmp_path / "options.pt"))
+    space._net = lambda x: torch.tensor([[1.0, 2.0, 3.0]])
+    space._prove(tmp_path / "options.pt")
 
 
 @pytest.mark.parametrize(

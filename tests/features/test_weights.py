@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from script_files import script
 
 from edmdistill import load_features
+from edmdistill.atomic import sha256_file
+from edmdistill.checkpoints.store import save_tensors
 from edmdistill.errors import CheckpointError
-from edmdistill.features.weights import read_weights
+from edmdistill.features.weights import converted, read_weights
 
 TENSORS = torch.load(TINY_DINOV2, weights_only=True)
 
@@ -47,6 +49,49 @@ def test_torchscript_gives_the_tensors_of_its_state_dict_in_order(tmp_path: Path
 def test_what_all_names_begin_with_is_left_out(tmp_path: Path):
     path = save_pth(tmp_path / "w.pth", {f"model.net.{name}": tensor for name, tensor in TENSORS.items()})
     assert read(path).keys() == TENSORS.keys() - {"mask_token"}
+
+
+def test_only_a_module_that_holds_everything_is_left_out(tmp_path: Path):
+    names = {"model.a.b": 1.0, "model.a": 2.0, "model": 3.0}
+    path = save_pth(tmp_path / "w.pth", {name: torch.tensor([value]) for name, value in names.items()})
+    assert {name: float(tensor) for name, tensor in read(path).items()} == names
+    deep = save_pth(tmp_path / "deep.pth", {"a.b.c.d.e.f": torch.ones(1)})
+    assert list(read(deep)) == ["e.f"], "four modules at most"
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_pth(tmp_path / "w.pth", {"a": torch.ones(1)})
+    assert read(Path("~/w.pth")).keys() == {"a"}
+
+
+def test_a_script_that_was_proved_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "script.pt").write_bytes(b"what a script holds")
+    stored = converted(sha256_file(tmp_path / "script.pt"))
+    save_tensors(stored, {"a": torch.ones(3)}, {})
+    found = read_weights(tmp_path / "script.pt", "inception", "inception")
+    assert torch.equal(found.tensors["a"], torch.ones(3))
+    assert (found.script, found.sha256) == (False, sha256_file(tmp_path / "script.pt"))
+
+
+def test_names_may_share_numbers_but_not_be_made_of_the_same_ones(tmp_path: Path):
+    """A file of a megabyte would else become any number of them."""
+    numbers = torch.ones(2**18)
+    for count, forged in ((2, False), (3, True)):
+        torch.save({f"n{i}": numbers for i in range(count)}, tmp_path / "w.pth")
+        if not forged:
+            assert len(read(tmp_path / "w.pth")) == count
+            continue
+        with pytest.raises(CheckpointError, match="holds the same numbers many times"):
+            read(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("space", ["inception", "inception-pytorch-fid"])
+def test_the_official_file_of_the_space_comes_first(space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"run `edmdistill fetch {space}`; .* by --weights {space}=FILE"):
+        load_features(space)
 
 
 def legacy(tmp_path: Path) -> bytes:
