@@ -35,8 +35,8 @@ def is_parquet(path: Path) -> bool:
 
 
 def find_parts(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Returns the parquet files of a folder in their order, where it holds some."""
-    return [folder / name for name in sorted(names) if name.endswith(".parquet") and not name.startswith(".")]
+    """Returns the parquet files of a folder in their order, where it holds some; hidden ones are none."""
+    return [folder / name for name in sorted(names) if name.endswith(".parquet") and "/." not in f"/{name}"]
 
 
 def open_parquet(parts: Sequence[Path], path: Path, labels: str, split: str) -> Pictures:

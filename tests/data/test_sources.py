@@ -1,6 +1,5 @@
 """The sources of `data prepare`: archives are read without running or unpacking anything; order and classes."""
 
-import importlib.util
 import io
 import json
 import os
@@ -23,7 +22,7 @@ from picture_files import (
 )
 from PIL import Image
 
-from edmdistill.data import parquet, tar_files
+from edmdistill.data import sources, tar_files
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.prepare import prepare_data
 from edmdistill.data.sources import open_pictures
@@ -224,112 +223,6 @@ def test_broken_mnist(tmp_path: Path) -> None:
         prepared(raw)
 
 
-def write_parquet(path: Path, rows: dict[str, bytes], labels: list[int] | None, names: list[str] | None) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    columns: dict[str, object] = {"image": [{"bytes": data, "path": name} for name, data in rows.items()]}
-    features: dict[str, object] = {"image": {"_type": "Image"}}
-    if labels is not None:
-        columns["label"] = labels
-        features["label"] = {"names": names, "_type": "ClassLabel"}
-    described = {"huggingface": json.dumps({"info": {"features": features}})}
-    table = pa.table(columns).replace_schema_metadata(described if names else None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(table, path, row_group_size=2)
-
-
-arrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
-
-
-@arrow
-@pytest.mark.parametrize("named", [True, False])
-def test_parquet(named: bool, tmp_path: Path) -> None:
-    rows = {name: PICTURES[name] for name in SORTED}
-    write_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", rows, [0, 1, 1], NAMES if named else None)
-    write_parquet(tmp_path / "set" / "data" / "test-00000-of-00001.parquet", {"t": encoded(9, 8, 8)}, [1], NAMES)
-    images, labels, names = prepared(tmp_path / "set")
-    assert [image.tobytes() for image in images] == [
-        np.asarray(Image.open(io.BytesIO(data))).tobytes() for data in rows.values()
-    ]
-    assert (labels, names) == ([0, 1, 1], NAMES if named else None)
-    assert len(prepared(tmp_path / "set", split="test")[0]) == 1
-    assert prepared(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", labels="none")[1] is None
-    with pytest.raises(DatasetError, match="has no split 'validation'; choose one of test, train"):
-        prepared(tmp_path / "set", split="validation")
-
-
-@arrow
-def test_a_parquet_file_without_a_split_has_none(tmp_path: Path) -> None:
-    file = tmp_path / "test-00000-of-00001.parquet"
-    write_parquet(file, {"t": encoded(9, 8, 8)}, [1], NAMES)
-    assert open_pictures(file, tmp_path).kind == "parquet"
-    with pytest.raises(DatasetError, match=r"is one set, without splits; leave --split test out"):
-        open_pictures(file, tmp_path, split="test")
-
-
-@arrow
-def test_broken_parquet(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    write_parquet(path, {"a": encoded(0, 8, 8)}, None, None)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DatasetError, match=r"a\.parquet cannot be read"):
-        prepared(path)
-
-
-PICTURE = {"bytes": encoded(0, 8, 8), "path": "a.png"}
-
-
-@arrow
-@pytest.mark.parametrize(
-    ("tables", "message"),
-    [
-        ([{"image": [PICTURE], "label": [0]}, {"image": [PICTURE]}], r"1\.parquet has other columns than .*0\.parquet"),
-        ([{"x": [1]}], "has no column of images, a struct of bytes and path, but x; give a set of pictures"),
-        ([{"image": [{"bytes": "text", "path": ""}]}], "has no column of images"),
-        ([{"image": [PICTURE, {"bytes": None}]}], r"row 1, cannot be read \(it is empty, or names a file"),
-        ([{"image": [PICTURE, None]}], r"row 1, cannot be read \(it is empty, or names a file"),
-        ([{"image": [PICTURE] * 2, "label": [0, None]}], "without a class in its column 'label'; --labels none leaves"),
-        (
-            [{"image": [PICTURE], "label": [10**12]}],
-            "class 1,000,000,000,000 in its column 'label', but at most 100,000",
-        ),
-    ],
-    ids=["columns", "none", "text", "empty", "null", "unlabeled", "class"],
-)
-def test_parquet_that_is_no_data_set(tables: list[dict[str, object]], message: str, tmp_path: Path) -> None:
-    """What the sentence advises, no labels, works where it says so."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    (tmp_path / "set").mkdir()
-    for number, columns in enumerate(tables):
-        pyarrow.parquet.write_table(pa.table(columns), tmp_path / "set" / f"{number}.parquet")
-    with pytest.raises(DatasetError, match=message) as error:
-        prepared(tmp_path / "set")
-    if "--labels none" in str(error.value):
-        assert prepared(tmp_path / "set", labels="none")[1] is None
-
-
-@arrow
-def test_parquet_of_too_few_names_or_too_large_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_parquet(tmp_path / "a.parquet", {"a": encoded(0, 8, 8)}, [2], ["cat", "dog"])
-    with pytest.raises(DatasetError, match="class 2 in its column 'label', but 2 names; --labels none leaves it out"):
-        prepared(tmp_path / "a.parquet")
-    with pytest.raises(DatasetError, match="whose folders are no classes; leave --labels out"):
-        prepared(tmp_path / "a.parquet", labels="folders")
-    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 8)
-    with pytest.raises(DatasetError, match="a group of rows takes more than 8 bytes"):
-        prepared(tmp_path / "a.parquet", labels="none")
-
-
-def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DatasetError, match=r"pip install 'edmdistill\[parquet\]'"):
-        prepared(tmp_path / "a.parquet")
-
-
 def test_what_is_no_file_in_a_tar_is_left_out(tmp_path: Path) -> None:
     source = tmp_path / "set.tar"
     with tarfile.open(source, "w") as archive:
@@ -443,3 +336,62 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
         Path(os.fsdecode(folder + b"/" + name)).joinpath("x.png").write_bytes(encoded(0, 8, 8))
     assert prepared(tmp_path / "set")[1:] == ([0, 1], [r"a\udcff", r"line\nbreak"])
     assert open_dataset(tmp_path / "out.zip").label_dim == 2
+
+
+def test_a_source_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_folder(tmp_path / "set", PICTURES)
+    monkeypatch.setattr(sources.os, "access", lambda path, mode: False)  # for root all may
+    with pytest.raises(DatasetError, match="set may not be read by this user; change its permissions"):
+        open_pictures(source, tmp_path)
+
+
+def test_a_document_that_labels_what_is_not_there_is_noted(tmp_path: Path) -> None:
+    """Beside pictures that --max-images leaves out, which are there, and files that are left out."""
+    names = [*SORTED, "gone/1.png", "gone/2.png", "notes.txt"]
+    document = {"dataset.json": json.dumps({"labels": [[name, 0] for name in names]}).encode(), "notes.txt": b"x"}
+    for source in (
+        write_folder(tmp_path / "set", PICTURES | document),
+        write_zip(tmp_path / "s.zip", PICTURES | document),
+    ):
+        for most in (None, 1):
+            assert open_pictures(source, tmp_path, most=most).notes == [
+                "dataset.json labels 2 files that are not there, the first gone/1.png"
+            ]
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_only_the_document_at_the_top_has_classes(form: str, tmp_path: Path) -> None:
+    """In the official tool; a file of that name elsewhere is no picture."""
+    inner = {"n01440764/dataset.json": json.dumps({"labels": [["1.png", 5]]}).encode()}
+    write = write_folder if form == "folder" else write_zip
+    found = open_pictures(write(tmp_path / "set", PICTURES | inner), tmp_path)
+    assert (None if found.labels is None else found.labels.tolist()) == ([0, 1, 1] if form == "folder" else None)
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_a_source_knows_when_the_last_of_its_files_was_changed(form: str, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "set", PICTURES)
+    last = max((source / name for name in PICTURES), key=lambda path: path.stat().st_ctime_ns)
+    if form == "file":
+        source = last = write_zip(tmp_path / "set.zip", PICTURES)
+    assert open_pictures(source, tmp_path).changed == last.stat().st_ctime_ns
+    os.chmod(last, 0o600)
+    assert open_pictures(source, tmp_path).changed == last.stat().st_ctime_ns
+
+
+def test_a_damaged_document_of_a_zip_is_refused(tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "set.zip", PICTURES | {"dataset.json": b"{}"})
+    content = bytearray(source.read_bytes())
+    entry = content.index(b"PK\1\2", content.rindex(b"dataset.json") - 60)
+    content[entry + 8] |= 1  # encrypted, says the directory
+    source.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"dataset\.json is encrypted, and encrypted files are not read"):
+        open_pictures(source, tmp_path)
+
+
+def test_numbered_folders_of_a_zip_are_not_offered_as_classes(tmp_path: Path) -> None:
+    """As those of every set in EDM's layout."""
+    numbered = {f"0000{i}/img0000000{i}.png": PICTURES[name] for i, name in enumerate(SORTED)}
+    assert open_pictures(write_zip(tmp_path / "a.zip", numbered), tmp_path).notes == []
+    (note,) = open_pictures(write_zip(tmp_path / "b.zip", PICTURES), tmp_path).notes
+    assert "--labels folders makes its 2 top folders classes" in note
