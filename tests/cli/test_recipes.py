@@ -48,6 +48,20 @@ def test_a_copy_trains_the_same(tmp_path: Path):
     assert load_recipe(f"{tmp_path}/to/mine-s.toml", "cosim").hash == load_recipe("cosim/imagenet512-s").hash
     valid = recipes("validate", tmp_path / "to" / "mine-s.toml", "--method", "cosim").stdout
     assert valid.endswith(f"hash {load_recipe('cosim/imagenet512-s').hash:.12}.\n")
+    base = recipes("copy", "cosim/digits", tmp_path / "to" / "mine.toml", "--overwrite")
+    assert base.stdout == f"{tmp_path}/to/mine.toml is written; `--recipe {tmp_path}/to/mine.toml` trains with it.\n"
+    assert (tmp_path / "to" / "mine.toml").read_bytes() == (SHIPPED / "cosim/digits.toml").read_bytes()
+
+
+def test_validate_says_what_would_run(tmp_path: Path):
+    (tmp_path / "mine.toml").write_text((SHIPPED / "cosim/digits.toml").read_text().replace('name = "cosim"\n', ""))
+    sets = ("--set", "training.images=24000", "--set", "training.batch=2000")
+    result = recipes("validate", tmp_path / "mine.toml", "--method", "cosim", *sets)
+    assert "mine.toml is valid: cosim, 24,000 images in batches of 2,000, hash " in result.stdout
+    shown = recipes("show", tmp_path / "mine.toml", "--resolved", "--method", "cosim", *sets).stdout
+    assert shown.endswith("}\n")
+    assert not shown.endswith("\n\n")
+    assert Recipe.from_json(shown.encode()).hash.startswith(result.stdout.strip().rpartition(" ")[2].rstrip("."))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +71,7 @@ def test_a_copy_trains_the_same(tmp_path: Path):
         (("show", "cosim/digit"), "there is no recipe 'cosim/digit'; did you mean 'cosim/digits'?"),
         (("show", "cosim/digits-quick"), "has no variant 'quick'; did you mean 'quickstart'?"),
         (("show", "cosim/digits", "--set", "training.seed=7"), "--method and --set need --resolved"),
+        (("show", "cosim/digits", "--method", "cosim"), "--method and --set need --resolved"),
         (("copy", "cosim/digits", "{here}/mine"), "must end in .toml"),
         (("copy", "cosim/digits", "{here}/there.toml"), "already exists: choose another name"),
         (("validate", "{here}/there.toml"), "method.name = None; choose one of"),

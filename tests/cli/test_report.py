@@ -10,6 +10,7 @@ from edmdistill.cli import main
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.results import Result as Measurement
 from edmdistill.evaluation.results import results_json
+from edmdistill.report.summary import read_run
 from edmdistill.sampling.spec import SamplerRecord
 
 
@@ -18,14 +19,14 @@ def run(tmp_path: Path) -> Path:
     return untrained_run(tmp_path / "run")
 
 
-def measurement(fd: float, nfe: int = 35) -> str:
+def measurement(fd: float, nfe: int = 35, gamma: float | None = None, **origin: object) -> str:
     protocol = PROTOCOLS["digits"]
     result = Measurement(
         metrics={"fd_digits": fd},
         protocol=protocol,
         protocol_sha256=protocol.sha256(),
-        sampler=SamplerRecord(solver="heun", nfe=nfe),
-        provenance={},
+        sampler=SamplerRecord(solver="heun" if gamma is None else "gamma", nfe=nfe, gamma=gamma),
+        provenance=origin,
     )
     return results_json([result])
 
@@ -52,6 +53,27 @@ def test_all_results_of_the_run_by_default(run: Path):
         assert value in page
         assert value in result.stdout
     assert result.stdout.splitlines()[-1] == f"{run / 'report.html'} is written."
+
+
+def test_of_several_gammas_the_best_is_shown_and_then_all(run: Path):
+    (run / "eval").mkdir()
+    made = {"method": "cosim", "recipe_hash": read_run(run).recipe.hash, "images_seen": 0}
+    for name, fd, gamma in (("a", 8.25, 0.0), ("b", 6.5, 0.5), ("c", 9.75, 1.0)):
+        (run / "eval" / f"{name}.json").write_text(measurement(fd, 2, gamma, **made))
+    (run / "eval" / "d.json").write_text(measurement(4.5))
+    shown = report(run).stdout
+    best, every = shown.split("Protocol ")[1:]
+    assert ("6.500" in best, "8.250" in best, "4.500" in best) == (True, False, True)
+    assert all(value in every for value in ("8.250", "6.500", "9.750"))
+    page = (run / "report.html").read_text("utf-8")
+    assert all(page.count(value) for value in ("8.250", "6.500", "9.750", "4.500"))
+
+
+def test_a_page_may_hold_any_text(run: Path):
+    with (run / "recipe.toml").open("a", encoding="utf-8") as file:
+        file.write("# für später\n")
+    assert report(run).exit_code == 0
+    assert "für später" in (run / "report.html").read_text("utf-8")
 
 
 def test_named_results_and_another_place(run: Path, tmp_path: Path):

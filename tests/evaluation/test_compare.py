@@ -149,6 +149,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert shown.stdout.splitlines()[3] == "| a | 4 | gamma 1 | 2.500 | 68.00 |"
     assert out.read_text().splitlines()[2] == "a,4,gamma 1,2.5,68.0"
     assert json.loads(run(files[0], "--json").stdout)["metrics"] == ["fid", "fd_dinov2"]
+    assert run(files[0], "--csv").stdout.splitlines() == ["source,NFE,sampler,fid,fd_dinov2", "a,2,gamma 1,2.5,68.0"]
+    capital = tmp_path / "table.MD"
+    assert run(files[0], "--csv", "--out", capital).exit_code == 0
+    assert capital.read_text().endswith("\n| a | 2 | gamma 1 | 2.500 | 68.00 |\n")
+    both = run(files[0], "--csv", "--json")
+    assert (both.exit_code, both.stdout) == (2, "")
+    assert "--csv and --json exclude each other" in both.stderr
     seen = replace(result(), provenance={"source": "run", "images_seen": 1000})
     (tmp_path / "seen.json").write_text(results_json([seen]))
     assert "| run, 1,000 images seen | 2 |" in run(tmp_path / "seen.json").stdout

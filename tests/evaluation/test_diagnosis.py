@@ -1,6 +1,8 @@
 """Single jumps and score gaps, where they are known."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -197,6 +199,17 @@ def test_a_run_has_gaps_and_another_teacher_is_refused(method, whole, teacher, t
     assert load_checkpoint(other)[0].network.state_dict().keys() != run.networks["teacher"].network.state_dict().keys()
     with pytest.raises(CheckpointError, match="distilled from another teacher"):
         diagnose(folder, protocol="digits", teacher=other)
+
+
+def test_a_state_without_an_auxiliary_score_has_no_gaps(whole, teacher, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole("cosim")[1], run)
+    for state in (run / "state").iterdir():
+        progress = json.loads((state / "progress.json").read_text())
+        del progress["sha256"]["auxiliary"]
+        (state / "progress.json").write_text(json.dumps(progress))
+        (state / "auxiliary.safetensors").unlink()
+    assert diagnose(run, protocol="digits", teacher=teacher, count=10).gaps == []
 
 
 def test_a_teacher_is_no_generator(teacher):
