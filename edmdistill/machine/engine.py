@@ -63,6 +63,7 @@ class Machine(NamedTuple):
         loss_pieces: the generator's loss goes through teacher and auxiliary score in so many pieces.
         compile: a mode of torch.compile for the blocks of networks, or off; None: the recipe's.
         second_moment: precision of Adam's; bf16 is rounded at random.
+        planned: the number of micro_batch is `--fit`'s, by a plan of the memory: a GPU tries it before the training.
     """
 
     device: str | None = None
@@ -75,6 +76,7 @@ class Machine(NamedTuple):
     loss_pieces: int = 1
     compile: CompileMode | None = None
     second_moment: SecondMoment = "fp32"
+    planned: bool = False
 
     @property
     def shares_weights(self) -> bool:

@@ -251,6 +251,7 @@ def main_choice(machine: Machine, choose: Callable[[], Fitted]) -> tuple[Machine
         loss_pieces=pieces,
         second_moment="bf16" if coarse else "fp32",
         offload=tuple(part for part, is_moved in zip(PARTS, moved, strict=True) if is_moved),
+        planned=True,
     )
     return agreed, "" if fitted is None else fitted.sentence
 

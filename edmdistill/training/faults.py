@@ -83,9 +83,11 @@ def _disk_refuses(error: CheckpointError | OSError, context: Context) -> Trainin
 
 
 def _out_of_memory(error: RuntimeError, context: Context) -> TrainingError:
+    more = "add --micro-batch auto, --checkpoint-activations, --offload or --shard to"
+    advice = "give --fit less memory in" if context.run.engine.machine.planned else more
     return TrainingError(
-        f"this run does not fit in GPU memory ({str(error).partition('.')[0]}): add --micro-batch auto, "
-        "--checkpoint-activations, --offload or --shard to the same command, which resumes from the last state"
+        f"this run does not fit in GPU memory ({str(error).partition('.')[0]}): {advice} the same command, which "
+        "resumes from the last state"
     )
 
 

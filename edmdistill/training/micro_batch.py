@@ -1,4 +1,4 @@
-"""`--micro-batch auto`: the largest micro-batch that fits into the GPU's memory, found by trial."""
+"""`--micro-batch auto` and `--fit`: the largest micro-batch that fits into the GPU's memory, found by trial."""
 
 from __future__ import annotations
 
@@ -27,36 +27,47 @@ even one image ends in it."""
 
 
 def settle_micro_batch(run: Run) -> int | None:
-    """Replaces "auto" by a number.  Returns: that number; None: the user gave one.
+    """Replaces "auto" by a number, and that of a plan, on a GPU, by a smaller one if it does not fit.
 
-    All processes call it together. Sharded networks communicate in every pass, so all GPUs must be alike there: if one
-    ran out of memory before the others, they would wait for it.
+    A plan has left the headroom, but does not know how memory will be fragmented. All processes call this together.
+    Sharded networks communicate in every pass, so all GPUs must be alike there: if one ran out of memory before the
+    others, they would wait for it.
+
+    Returns: the new number; None: it is as it was.
     Raises: TrainingError: there is no GPU, or not even one image fits.
     """
     engine, machine = run.engine, run.engine.machine
-    if machine.micro_batch != "auto":
+    planned = machine.planned and is_gpu(engine.device)
+    if machine.micro_batch != "auto" and not planned:
         return None
     group = run.recipe.group_size
-    engine.check_micro_batches(run.recipe.training.batch)
-    share = -(-run.recipe.training.batch // group // engine.world_size)  # in groups
-    count = fewest_micro_batches(lambda count: not engine.any_process(not fits(run, -(-share // count) * group)), share)
+    batch = run.recipe.training.batch
+    engine.check_micro_batches(batch, group)
+    share = -(-batch // group // engine.world_size)  # in groups
+    least, headroom = (len(engine.micro_batches(batch, group)), 0.0) if planned else (1, HEADROOM)
+
+    def fit(count: int) -> bool:
+        return not engine.any_process(not fits(run, -(-share // count) * group, headroom))
+
+    count = fewest_micro_batches(fit, least, share)
     if count is None:
-        raise TrainingError(
-            f"not even {fewest_fit(group)} in GPU memory: add --checkpoint-activations, --offload or --shard"
-        )
+        advice = "give --fit less memory" if planned else "add --checkpoint-activations, --offload or --shard"
+        raise TrainingError(f"not even {fewest_fit(group)} in GPU memory: {advice}")
     size = -(-share // count) * group
     engine.machine = machine._replace(micro_batch=size)
-    return size
+    return None if planned and count == least else size
 
 
-def fewest_micro_batches(fit: Callable[[int], bool], most: int) -> int | None:
-    """Returns the smallest number of micro-batches in 1..most that `fit`; where fewer fit, more do. None: none fits."""
-    high = 1
+def fewest_micro_batches(fit: Callable[[int], bool], least: int, most: int) -> int | None:
+    """Returns the smallest number of micro-batches in least..most that `fit`; None: none fits.
+
+    Where fewer fit, more do.
+    """
+    low, high = least - 1, least
     while not fit(high):
         if high == most:
             return None
-        high = min(2 * high, most)
-    low = high // 2  # does not fit, or is 0
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fit(middle) else (middle, high)
@@ -68,12 +79,16 @@ def fewest_fit(group: int) -> str:
     return "one image fits" if group == 1 else f"{group} images fit"
 
 
-def fits(run: Run, size: int) -> bool:
-    """Returns whether every turn's gradient on `size` images fits beside the states that optimizers will have."""
+def fits(run: Run, size: int, headroom: float = HEADROOM) -> bool:
+    """Returns whether every turn's gradient on `size` images fits beside the states that optimizers will have.
+
+    Args:
+        headroom: share of the GPU's memory that has to stay free.
+    """
     fitted = True
     try:
         with _uncompiled(run):
-            _try_turns(run, size)
+            _try_turns(run, size, headroom)
     except RuntimeError as error:
         if not is_out_of_memory(error) and (NO_ENGINE not in str(error) or size <= run.recipe.group_size):
             raise
@@ -88,11 +103,11 @@ def fits(run: Run, size: int) -> bool:
     return fitted
 
 
-def _try_turns(run: Run, size: int) -> None:
+def _try_turns(run: Run, size: int, headroom: float) -> None:
     """Computes every turn's gradient on `size` images.  Raises: RuntimeError: see `is_out_of_memory`."""
     engine, network = run.engine, run.ema.network
     shape = size, network.img_channels, network.img_resolution, network.img_resolution
-    reserved = _reserve_memory(run)  # noqa: F841  held while the turns are tried
+    reserved = _reserve_memory(run, headroom)  # noqa: F841  held while the turns are tried
     run.method.pieces = Pieces(min(engine.machine.loss_pieces, size))
     for turn in dict.fromkeys(run.method.turns()):
         run.set_trainable(turn.role)
@@ -109,7 +124,7 @@ def _uncompiled(run: Run) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
-def _reserve_memory(run: Run) -> torch.Tensor:
+def _reserve_memory(run: Run, headroom: float) -> torch.Tensor:
     """Allocates what the optimizers have not allocated yet, and the headroom."""
     size = 0.0
     for role, optimizer in run.optimizers.items():
@@ -117,5 +132,5 @@ def _reserve_memory(run: Run) -> torch.Tensor:
             each = state_bytes(run.recipe.training.of(role), run.engine.machine.second_moment)
             size += sum(each * local_shard(parameter).numel() for parameter in run.trainable[role].values())
     if is_gpu(run.engine.device):
-        size += HEADROOM * torch.cuda.get_device_properties(run.engine.device).total_memory
+        size += headroom * torch.cuda.get_device_properties(run.engine.device).total_memory
     return torch.empty(int(size), dtype=torch.uint8, device=run.engine.device)

@@ -88,7 +88,7 @@ def train(
             with explain_errors(run, folder, health):
                 draw_grids(run, folder, tell, track)
         if (size := settle_micro_batch(run)) is not None:
-            tell(f"Micro-batches of {size} images fit.")
+            tell(f"Micro-batches of {size} images fit{', those of the plan do not' if engine.machine.planned else ''}.")
         session = Session(run, folder, means, health, track, stop_on, tell, stop, evaluation)
         with explain_errors(run, folder, health), closing(session.background):
             if unfinished:

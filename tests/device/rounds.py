@@ -62,17 +62,17 @@ def compare(teacher: str | None, recipe: dict[str, Any], machine: dict[str, Any]
     return {"waits": waits, "kernels": kernels, "copied": copied, "peak": peak, "distance": distance, "turns": turns}
 
 
-def compare_auto(teacher: str, recipe: dict[str, Any], capacity: int) -> dict[str, Any]:
+def settle(teacher: str, recipe: dict[str, Any], machine: dict[str, Any], capacity: int) -> dict[str, Any]:
     """Lets a device of so many bytes find its micro-batch, and trains a round by it."""
     with emulated(capacity) as log:
-        run = start(teacher, recipe, DEVICE, {"micro_batch": "auto"})
-        size = settle_micro_batch(run)
+        run = start(teacher, recipe, DEVICE, machine)
+        settle_micro_batch(run)
         next(rounds(run))
-        return {"size": size, "peak": log.peak}
+        return {"size": run.engine.machine.micro_batch, "peak": log.peak}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     share_probes()
     cases = json.loads(sys.argv[1])
-    print(json.dumps([compare(*case) if len(case) == 4 else compare_auto(*case) for case in cases]))
+    print(json.dumps([{"compare": compare, "settle": settle}[name](*case) for name, *case in cases]))

@@ -26,6 +26,7 @@ def compare(teacher: Path, recipe: Any) -> Any:
     def run(*cases: tuple[str, dict[str, Any], dict[str, Any]], rounds: int = 1) -> list[dict[str, Any]]:
         asked = [
             (
+                "compare",
                 source_of(method, teacher) and str(source_of(method, teacher)),
                 json.loads(recipe(method, images=8 * (rounds + 1), **training).to_json()),
                 machine,
@@ -109,9 +110,12 @@ def test_the_micro_batch_is_the_largest_that_fits(teacher: Path, recipe: Any) ->
     """On devices of fewer and fewer bytes."""
     tables = json.loads(recipe("cosim").to_json())
     capacities = [4_000_000, 2_000_000, 1_500_000]
-    status, said = Forked(SCRIPT, json.dumps([[str(teacher), tables, capacity] for capacity in capacities])).finish()
+    machines = {"micro_batch": "auto"}, {"micro_batch": 8, "planned": True}
+    cases = [["settle", str(teacher), tables, machine, capacity] for machine in machines for capacity in capacities]
+    status, said = Forked(SCRIPT, json.dumps(cases)).finish()
     assert status == 0, said
     found = json.loads(said.splitlines()[-1])
     sizes = [case["size"] for case in found]
     assert sizes[0] == 8 > sizes[1] > sizes[2]
-    assert all(case["peak"] <= capacity for case, capacity in zip(found, capacities, strict=True))
+    assert sizes[3:] == sizes[:3]
+    assert all(case["peak"] <= capacity for case, (*_, capacity) in zip(found, cases, strict=True))

@@ -227,8 +227,8 @@ def test_all_processes_take_the_way_of_the_main_one(monkeypatch) -> None:
     way = asked._replace(checkpointing=True, micro_batch=3, loss_pieces=4, offload=("ema", "optimizer"))
     way = way._replace(second_moment="bf16")
     chosen, sentence = main_choice(asked, lambda: Fitted(way, 1e9, 1, 1.0))
-    assert (chosen, sentence.startswith("--fit chooses")) == (way, True)
-    assert main_choice(asked, lambda: Fitted(asked, 1e9, 1, 1.0)) == (way, "")
+    assert (chosen, sentence.startswith("--fit chooses")) == (way._replace(planned=True), True)
+    assert main_choice(asked, lambda: Fitted(asked, 1e9, 1, 1.0)) == (chosen, "")
 
 
 def test_on_a_cpu_the_memory_is_named_and_nothing_moves(monkeypatch) -> None:

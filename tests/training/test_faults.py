@@ -17,7 +17,7 @@ from toy_runs import ALL_METHODS
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.methods import METHODS
-from edmdistill.training import state
+from edmdistill.training import session, state
 from edmdistill.training.session import train
 
 EIGHT_ROUNDS = {"images": 64, "snapshot_every": 24, "log_every": 16}
@@ -193,6 +193,21 @@ def test_a_gpu_that_is_too_small(start, tmp_path):
     smaller = start("sid", Machine("cpu", micro_batch=4, checkpointing=True), images=64, snapshot_every=16)
     assert train(smaller, tmp_path / "run", on_message=heard.append).finished
     assert heard[0] == "Going on after 32 images."
+
+
+def test_a_plan_that_does_not_fit(start, tmp_path, monkeypatch):
+    """The largest micro-batch that does is said; options that --fit chooses are not advised."""
+    monkeypatch.setattr(session, "settle_micro_batch", lambda run: 4)
+    heard: list[str] = []
+
+    def too_large(images, measures):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    run = start("sid", Machine("cpu", 8, planned=True))
+    with pytest.raises(TrainingError) as error:
+        train(run, tmp_path / "run", on_round=too_large, on_message=heard.append)
+    assert "Micro-batches of 4 images fit, those of the plan do not." in heard
+    assert "(CUDA out of memory): give --fit less memory in the same command, which resumes" in str(error.value)
 
 
 def interrupt(now: bool) -> None:

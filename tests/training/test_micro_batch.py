@@ -11,17 +11,17 @@ from edmdistill.training.loop import rounds
 from edmdistill.training.micro_batch import fewest_micro_batches, fits, settle_micro_batch
 
 
-@given(most=st.integers(1, 5000), least=st.integers(1, 6000))
-def test_the_fewest_micro_batches_are_found_in_few_trials(most: int, least: int) -> None:
-    tried = []
+@given(first=st.integers(1, 5000), more=st.integers(0, 5000), enough=st.integers(1, 11_000))
+def test_the_fewest_micro_batches_are_found_in_few_trials(first: int, more: int, enough: int) -> None:
+    tried, most = [], first + more
 
     def fit(pieces: int) -> bool:
         tried.append(pieces)
-        assert 1 <= pieces <= most
-        return pieces >= least
+        assert first <= pieces <= most
+        return pieces >= enough
 
-    assert fewest_micro_batches(fit, most) == (least if least <= most else None)
-    assert len(tried) <= 2 * most.bit_length() + 1
+    assert fewest_micro_batches(fit, first, most) == (max(first, enough) if enough <= most else None)
+    assert len(tried) <= (1 if enough <= first else 2 * most.bit_length() + 1)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def test_micro_batches_hold_whole_groups(start, monkeypatch):
         start("imm", Machine("cpu", 1))
     run, tried = start("imm"), []
     run.engine.machine = Machine(device="cpu", micro_batch="auto")
-    monkeypatch.setattr(run.engine, "check_micro_batches", lambda batch: None)
-    monkeypatch.setattr(micro_batch, "fits", lambda run, size: tried.append(size) or size <= 5)
+    monkeypatch.setattr(run.engine, "check_micro_batches", lambda batch, group: None)
+    monkeypatch.setattr(micro_batch, "fits", lambda run, size, headroom: tried.append(size) or size <= 5)
     assert settle_micro_batch(run) == 4
     assert tried == [8, 4]
-    monkeypatch.setattr(micro_batch, "fits", lambda run, size: False)
+    monkeypatch.setattr(micro_batch, "fits", lambda run, size, headroom: False)
     run.engine.machine = Machine(device="cpu", micro_batch="auto")
     with pytest.raises(TrainingError, match="not even 2 images fit in GPU memory"):
         settle_micro_batch(run)
@@ -92,4 +92,28 @@ def test_auto_needs_a_gpu(start):
     assert settle_micro_batch(run) is None
     run.engine.machine = Machine(device="cpu", micro_batch="auto")
     with pytest.raises(TrainingError, match="on the CPU: use a number"):
+        settle_micro_batch(run)
+
+
+@pytest.mark.parametrize("name", ["sid", "imm"])
+def test_a_plan_is_tried_on_a_gpu(start, monkeypatch, name):
+    """From its size down, because what it leaves out, such as fragments, takes memory."""
+    run, most, tried = start(name), 8, []
+    monkeypatch.setattr(micro_batch, "fits", lambda run, *asked: tried.append(asked) or asked[0] <= most)
+    run.engine.machine = Machine("cpu", 4, planned=True)
+    assert settle_micro_batch(run) is None
+    assert not tried
+    monkeypatch.setattr(micro_batch, "is_gpu", lambda device: True)
+    run.engine.machine = Machine("cpu", 4)
+    assert settle_micro_batch(run) is None
+    assert not tried
+    run.engine.machine = Machine("cpu", 4, planned=True)
+    assert settle_micro_batch(run) is None
+    assert tried == [(4, 0)]
+    assert run.engine.machine == Machine("cpu", 4, planned=True)
+    run.engine.machine, most = Machine("cpu", 4, planned=True), 2
+    assert settle_micro_batch(run) == 2
+    assert run.engine.machine == Machine("cpu", 2, planned=True)
+    run.engine.machine, most = Machine("cpu", 4, planned=True), 0
+    with pytest.raises(TrainingError, match="in GPU memory: give --fit less memory"):
         settle_micro_batch(run)
