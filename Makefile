@@ -34,17 +34,16 @@ ROUNDED := $(patsubst %,tests/networks/test_%.py,edm2 golden guidance logvar tan
 	tests/checkpoints/test_store.py tests/export/test_bundle.py tests/export/test_export.py \
 	-k "not slow and not compiled and not traced and not processes and not onnx and not torch_export and not pipeline"
 
-# One thread a worker: the networks under test are too small to share one.
 test: .venv/tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(SHARED) -m "not slow and not gpu"
 
 test-all: .venv/tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED)
+	$(BIN)/python -m pytest $(SHARED)
 
 # What compares two computations of the same numbers, by the vector units of older processors: other units, other rounding.
 test-isa: .venv/tools
-	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest $(SHARED) $(ROUNDED)
-	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest $(SHARED) $(ROUNDED)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest $(SHARED) $(ROUNDED)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest $(SHARED) $(ROUNDED)
 
 # Speed, traffic and memory as tables; PEERS="--fastgen DIR --edm2 DIR --edm DIR --sid DIR" compares with clones of those.
 bench: .venv/tools

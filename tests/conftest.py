@@ -32,6 +32,10 @@ gc.disable()
 # Of a test's own; nothing is left in the user's cache.
 os.environ["EDMDISTILL_CACHE"] = tempfile.mkdtemp(prefix="edmdistill-tests-")
 
+# One thread a process, also of those that tests start: runs have the same bits only by the same number of threads, and
+# the networks under test are too small to share one. torch is not imported yet.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Triton reads it when it is imported, which torch.compile does too.
 os.environ["TRITON_INTERPRET"] = "1"
 

@@ -70,7 +70,7 @@ class Server(NamedTuple):
 def server() -> Server:
     """Of this process and its tests."""
     path = os.pathsep.join(filter(None, sys.path))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     process = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
     return Server(process, tempfile.TemporaryDirectory(prefix="forks-"))
@@ -111,7 +111,6 @@ def import_everything() -> None:
     import torch
     from sklearn.datasets import load_digits
 
-    torch.set_num_threads(1)
     load_digits()
     torch.optim.Adam([torch.nn.Parameter(torch.empty(3, device="meta") * 2)])
 

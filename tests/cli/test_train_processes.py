@@ -29,7 +29,7 @@ def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
     sets = [word for override in SMALL for word in ("--set", override)]
     words = ["train", "diffusion", "--data", "digits", "--recipe", "diffusion/digits", "--run-dir", str(run_dir)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": path}
     command = [sys.executable, "-m", "edmdistill", *words, "--device", "cpu", *sets, *more]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -149,7 +149,6 @@ def world(folder: Path, teacher: Path) -> Iterator[World]:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": "1",
             "TMPDIR": str(folder / "tmp"),
             "HF_ENDPOINT": server.url,
             "HF_TOKEN": TOKEN,

@@ -37,7 +37,7 @@ def start(source: Path, out: Path, *more: object) -> subprocess.Popen[str]:
     script.write_text(SCRIPT)
     words = ["eval", source, "--protocol", "digits", "--nfe", "2,4", "--n", COUNT, "--device", "cpu"]
     words += ["--metrics", "fd_digits,class_accuracy,precision_digits", "--work", out.parent / "work", "--out", out]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, script, *map(str, words), *map(str, more)]
     return subprocess.Popen(command, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
 
