@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ import pytest
 import torch
 from golden_set import NETWORKS
 from msgspec.structs import replace
+from tiny_generator import tiny_generator
 from tolerance import assert_rounded, depth
 from two_times import with_second_time
 
@@ -30,6 +32,7 @@ from edmdistill.export.folder import TARGETS, export
 from edmdistill.export.one_step import OneStep
 from edmdistill.export.parity import compare, step_sampler
 from edmdistill.networks.flow import Denoiser
+from edmdistill.networks.preconditioning import EDM
 from edmdistill.sampling.decode import model_decoder
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_image, to_uint8
@@ -40,6 +43,23 @@ RGB = "edm2-rgb-cond.pkl"
 
 def test_the_choices_are_the_targets():
     assert tuple(TARGETS) == CHOICES
+
+
+def test_the_readmes_say_what_a_network_takes(runs: Path, tmp_path: Path):
+    """The inputs that it has, and the noise levels and the number of steps that it was made for."""
+    sid = tiny_generator(tmp_path / "sid", label_dim=0, preconditioning=EDM(sigma_max=2.5))
+    for folder, optional in ((runs / "pixels", ["labels", "w"]), (runs / "jumps", ["labels", "sigma_next"]), (sid, [])):
+        flow, config = load_flow(folder)
+        for target in ("onnx", "torch-export"):
+            text = TARGETS[target].readme(flow, config)
+            assert re.findall(r"^- `(\w+)`:", text, re.MULTILINE) == ["x", "sigma", *optional, "x0"]
+            assert re.findall(r"(?:: |=)(\w+)[,}\)]", text.partition("\n\n- ")[0]) == ["x", "sigma", *optional]
+            assert f"noise levels, from {flow.sigma_min:g} to {flow.sigma_max:g}." in text
+            assert "labels" not in optional or "class numbers, 0 to 2; -1" in text
+        text = TARGETS["diffusers"].readme(flow, config)
+        assert f"num_inference_steps={default_nfe(config)}, generator=generator" in text
+        assert ("class_labels=0" in text) == bool(flow.label_dim)
+        assert f"from {flow.sigma_max:g} to {flow.sigma_min:g}" in text.replace("\n", " ")
 
 
 @torch.no_grad()
