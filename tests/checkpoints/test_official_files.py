@@ -51,7 +51,10 @@ def test_all_official_teachers_are_there():
     assert {one for preset in presets().values() for one in (preset.net, preset.guide) if one} == {
         name for name in teachers if name.startswith("edm2-")
     }
-    assert presets()["edm2-img512-s-guid-fid"].value == 2.23
+    s = presets()["edm2-img512-s-guid-fid"]
+    assert (s.metric, s.value, s.guidance) == ("fid", 2.23, 1.4)
+    assert presets()["edm2-img512-s-guid-dino"].metric == "fd_dinov2"
+    assert files_of("inception")[0].name == "inception"  # the first is what a protocol asks for
     assert published_result("edm-cifar10-32x32-cond-vp") == {"fid": 1.79, "nfe": 35}
     assert published_result("edm-cifar10-32x32-cond-ve") == {}
 
@@ -73,6 +76,14 @@ def test_the_list_names_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert words >= official_files().keys() | presets().keys()
     assert ":http:raw-snapshots/edm2-img512-xs/" in words
     assert [file["name"] for file in documents()["files"]] == list(official_files())
+    assert {file["cached"] for file in documents()["files"]} == {None}
+    s = "edm2-img512-s-2147483-0.025"
+    assert re.search(rf"edm2-img512-s-guid-fid +fid 2\.23: {s}, guided 1\.4 by edm2-img512-xs-uncond", to_text())
+    cached = module.cached(official_files()[s].url)
+    cached.parent.mkdir()
+    cached.touch()
+    assert {file["name"]: file["cached"] for file in documents()["files"]}[s] == str(cached)
+    assert re.findall(r"^  (\S+) .* in the cache$", to_text(), re.MULTILINE) == [s]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -156,7 +167,9 @@ def test_a_source_may_be_an_official_name(server: Server, tmp_path: Path, monkey
     assert resolve(NAME) == path  # from the cache
     with pytest.raises(CheckpointError, match=f"did you mean the official file {re.escape(NAME)}"):
         resolve(f"{NAME}0")
-    with pytest.raises(CheckpointError, match=r"with its guide: give edm2-\S+0\.025, and --guide edm2-\S+ --gui"):
+    with pytest.raises(
+        CheckpointError, match=r"with its guide: give edm2-\S+0\.025, and --guide edm2-\S+ --guidance 1\.4 to sample it"
+    ):
         resolve("edm2-img512-s-guid-fid")
     (tmp_path / NAME).touch()
     assert resolve(NAME) == Path(NAME)  # a path comes first

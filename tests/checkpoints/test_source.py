@@ -136,7 +136,8 @@ def test_nobody_answers(server: Server) -> None:
     port = server.server_address[1]
     server.shutdown()
     server.server_close()
-    with pytest.raises(CheckpointError, match=r"cannot be downloaded: \[Errno \d+\] Connection refused"):
+    sentence = r"\[Errno \d+\] Connection refused; check the network, or give the path of a copy to the command"
+    with pytest.raises(CheckpointError, match=f"cannot be downloaded: {sentence}"):
         resolve(f"http://127.0.0.1:{port}/edm.pkl")
 
 

@@ -74,6 +74,21 @@ def test_verify_reads_a_teacher_and_says_how_to_reproduce_its_result():
     assert fetch("--verify", "edm2-img512-s-2147483-0.025").count("\n") == 2
 
 
+def test_names_that_share_a_file_are_fetched_once_and_checked_each():
+    names = ["edm2-img512-s-fid", NAME]  # the preset is that teacher, without a guide
+    document = json.loads(fetch("--verify", "--json", *names))
+    assert [one["file"]["name"] for one in document["fetched"]] == [NAME]
+    assert [*document["checks"]] == names
+    assert "parameters of edm2, all finite" in document["checks"][NAME][0]
+
+
+@pytest.mark.parametrize("words", [["list", "--verify"], ["list", NAME], ["teacher", "list"]])
+def test_the_list_goes_alone(words: list[str]):
+    result = CliRunner().invoke(main, ["fetch", *words])
+    assert result.exit_code == 2
+    assert "`fetch list` downloads nothing: give it alone, or the names without it." in result.stderr
+
+
 def test_a_reference_is_read_and_found_by_its_name():
     assert "features of inception and " in fetch("--verify", "ref-edm2-img512")
     reference = open_reference("ref-edm2-img512", get_protocol("edm2"))
@@ -102,7 +117,7 @@ def test_verify_refuses_what_holds_another_network(tmp_path: Path):
     assert "NaN or infinity in norm.bias" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["inceptoin", "lists", ""])
+@pytest.mark.parametrize("name", ["inceptoin", "lists", "teacher", ""])
 def test_an_unknown_name_is_one_sentence(name: str):
     result = CliRunner().invoke(main, ["fetch", name])
     assert result.exit_code == 2

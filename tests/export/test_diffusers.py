@@ -45,8 +45,10 @@ def test_a_network_without_classes_from_another_noise_level(tmp_path: Path):
             pipe(**words)
     # In half precision, images are float32, and near.
     streams = [stream.manual_seed(seed) for stream, seed in zip(streams, (4, 9), strict=True)]
+    read: list[torch.dtype] = []
+    pipe.unet.one_step.network.register_forward_pre_hook(lambda network, args: read.append(args[0].dtype))
     half = pipe.to(torch.bfloat16)(generator=streams, output_type="pt").images
-    assert half.dtype == torch.float32
+    assert (read, half.dtype) == ([torch.bfloat16] * 2, torch.float32)
     assert 0 < (half - expected).abs().max() < 0.05
 
 

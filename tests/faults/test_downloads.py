@@ -132,21 +132,33 @@ def test_a_password_goes_to_its_host_alone(web: Server) -> None:
 
 @pytest.mark.parametrize("right", [True, False])
 def test_what_the_hub_says_of_a_file_is_compared(web: Server, tmp_path: Path, right: bool) -> None:
+    """It says so with the first of its redirects."""
     digest = hashlib.sha256(CONTENT if right else b"").hexdigest()
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         if handler.path == "/other":
             send(handler)
+        elif handler.path == "/next":
+            send(handler, b"", 302, Location=f"{web.url.replace('http', 'HTTP')}/other")
         else:
-            send(handler, b"", 302, Location="/other", X_Linked_ETag=f'"{digest}"')
+            send(handler, b"", 302, Location="/next", X_Linked_ETag=f'"{digest}"')
 
     web.answer = answer  # type: ignore[method-assign]
+    url = f"{web.url.replace('//', '//me:secret@')}/edm.pkl?token=secret"
     if right:
-        assert resolve(f"{web.url}/edm.pkl").read_bytes() == CONTENT
+        assert resolve(url).read_bytes() == CONTENT
     else:
-        with pytest.raises(CheckpointError, match="but the Hub has"):
-            resolve(f"{web.url}/edm.pkl")
+        with pytest.raises(CheckpointError, match="but the Hub has") as caught:
+            resolve(url)
+        assert "secret" not in str(caught.value)
         assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_files_of_one_name_are_kept_apart(web: Server) -> None:
+    web.answer = lambda handler: send(handler, handler.path.encode())  # type: ignore[method-assign]
+    for path in ("/a/edm.pkl", "/b/edm.pkl", "/a/edm.pkl?version=2"):
+        assert resolve(f"{web.url}{path}").read_bytes() == path.encode()
+    assert len(web.headers) == 3
 
 
 def test_a_damaged_download_is_not_kept(web: Server, golden: Path) -> None:
@@ -204,6 +216,21 @@ def test_files_of_the_hub_are_compared(tmp_path: Path, monkeypatch: pytest.Monke
             assert resolve("hf://owner/name/edm.pkl") == link
 
 
+def test_the_cache_is_where_its_variables_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable, expected in (
+        (None, tmp_path / ".cache" / "edmdistill"),
+        ("XDG_CACHE_HOME", tmp_path / "cache" / "edmdistill"),
+        ("EDMDISTILL_CACHE", tmp_path / "cache"),
+    ):
+        if variable is not None:
+            monkeypatch.setenv(variable, "~/cache")
+        else:
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+            monkeypatch.delenv("EDMDISTILL_CACHE")
+        assert download.cache_folder() == expected
+
+
 def test_where_the_hub_cannot_be_reached_nothing_is_tried_again(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
@@ -228,6 +255,7 @@ def test_the_hubs_bars_are_ours(
     [
         ("https://h/a/edm-cifar10.pkl?x=1#y", "edm-cifar10.pkl"),
         ("https://h/a%00b.pkl", "a_b.pkl"),
+        ("https://h/caf\u00e9.pkl", "caf_.pkl"),
         ("https://h/..", "download"),
         ("https://h/%2e%2e", "download"),
         ("https://h/a/%2Fetc%2Fpasswd", "passwd"),
