@@ -112,7 +112,7 @@ def test_bad_servers_end_in_one_sentence(web: Server, tmp_path: Path, answer: An
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("length", ["", "-5", "many", "1e9"])
+@pytest.mark.parametrize("length", ["", "-5", "many", "1e9", "9" * 19])
 def test_lengths_that_are_none_are_passed_over(web: Server, length: str) -> None:
     web.answer = lambda handler: send(handler, Content_Length=length)  # type: ignore[method-assign]
     assert resolve(f"{web.url}/edm.pkl").read_bytes() == CONTENT
@@ -229,6 +229,22 @@ def test_the_cache_is_where_its_variables_say(tmp_path: Path, monkeypatch: pytes
             monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
             monkeypatch.delenv("EDMDISTILL_CACHE")
         assert download.cache_folder() == expected
+
+
+def test_a_cache_on_a_read_only_disk_is_one_sentence(web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "unwritable", lambda path: path.parent)
+    with pytest.raises(
+        CheckpointError, match=r"^the cache \S+ cannot be written \(it is read-only\): set EDMDISTILL_CACHE"
+    ):
+        resolve(f"{web.url}/edm.pkl")
+    assert web.headers == []
+
+
+@pytest.mark.parametrize("path", ["a b.pkl", "caf\u00e9.pkl"])
+def test_what_is_wrong_with_an_address_is_said_without_its_secrets(web: Server, path: str) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded: this is not a valid address\.$") as caught:
+        resolve(f"{web.url}/{path}?token=secret")
+    assert "secret" not in str(caught.value)
 
 
 def test_where_the_hub_cannot_be_reached_nothing_is_tried_again(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
