@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from edmdistill.checkpoints.source import resolve, source_name
 from edmdistill.cli import main
 from edmdistill.embedded import EMBEDDED
-from edmdistill.recipes.library import RecipeFile, find_recipe, load_recipe, recipe_files, recipe_header
+from edmdistill.errors import RecipeError
+from edmdistill.recipes.library import RecipeFile, find_recipe, load_recipe, origins, recipe_files, recipe_header
 
 FILES = recipe_files()
 ROOT = Path(__file__).parent.parent.parent
@@ -43,6 +44,29 @@ def test_a_folder_does_not_name_a_method(tmp_path: Path) -> None:
     shipped = find_recipe("cosim/digits").path
     (tmp_path / "sid" / "a.toml").write_bytes(shipped.read_bytes())
     assert load_recipe(str(tmp_path / "sid" / "a.toml")).method_name == "cosim"
+
+
+def test_a_file_name_may_have_words_that_are_no_variants(tmp_path: Path) -> None:
+    """And a variant a name of two words."""
+    copy = tmp_path / "my-own-run.toml"
+    copy.write_bytes(find_recipe("cosim/digits").path.read_bytes() + b"\n[variants.b-c.training]\nseed = 2\n")
+    name = str(tmp_path / "my-own-run-b-c.toml")
+    found = origins(load_recipe(name), copy.read_text(), name, [])
+    assert found["training.seed"] == {"default": 0, "variant b-c": 2}
+    assert not any("later" in said for said in found.values())
+
+
+def test_a_file_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "latin.toml").write_bytes("# für\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"latin\.toml cannot be read as TOML: 'utf-8' codec"):
+        find_recipe(str(tmp_path / "latin.toml"))
+
+    def refuse(*args: object, **options: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(RecipeError, match=r"latin\.toml cannot be read as TOML: .*Permission denied"):
+        find_recipe(str(tmp_path / "latin.toml"))
 
 
 def commands(header: str) -> list[list[str]]:

@@ -183,6 +183,7 @@ def test_variants_join_and_the_later_one_wins(write):
         ("training.betas_by_role.auxiliary=[0.0, 0.9]", lambda r: r.training.of("auxiliary").betas == (0.0, 0.9)),
         ("training.betas=[0.5, 0.9]", lambda r: r.training.betas == (0.5, 0.9)),
         ("sampling.sigmas.2=[80, 2.5]", lambda r: r.sampling.sigmas["2"] == (80.0, 2.5)),
+        ('sampling.sigmas."2"=[80, 3]', lambda r: r.sampling.sigmas["2"] == (80.0, 3.0)),
         ("method.trajectory_steps=8", lambda r: r.method.trajectory_steps == 8),
     ],
 )
@@ -252,6 +253,7 @@ def test_a_batch_holds_whole_groups():
     ("text", "sentence"),
     [
         ("[training\n", "cannot be read as TOML"),
+        pytest.param(f"a = {'[' * 100_000}", "cannot be read as TOML", id="nested"),
         ("training = 5\n" + MINIMAL.replace("[training]", "[data]"), "training = 5 must be a table"),
         (MINIMAL.replace("lr = 1e-3\n", ""), "[training] lacks lr"),
         (MINIMAL.split("[ema]")[0], "[ema]: there is no average: set half_life_images or sigma_rel"),
@@ -277,6 +279,8 @@ def test_broken_files_get_one_sentence(write, text: str, sentence: str):
         ("scd/imagenet512-multistep4", "needs a size: one of scd/imagenet512-s-multistep4, scd/imagenet512-m-"),
         ("scd/imagenet512-multistep4-s", "needs a size: one of"),  # which comes first
         ("nowhere/recipe.toml", "there is no file nowhere/recipe.toml"),
+        ("cosim", "'cosim' is a method, and each data set has a recipe of its own; choose one of cosim/cifar10"),
+        ("cosim/digits.toml", "the recipe that ships with the package is 'cosim/digits'"),
     ],
 )
 def test_wrong_names_get_one_sentence(name: str, sentence: str):

@@ -256,7 +256,7 @@ def test_no_run_directory(tmp_path: Path):
         ("run.json", "["),
         ("run.json", None),
         ("recipe.toml", "[training"),
-        ("recipe.toml", f"a = {'[' * 100_000}"),
+        pytest.param("recipe.toml", f"a = {'[' * 100_000}", id="nested"),
     ],
 )
 def test_a_damaged_run_directory(bare: Path, name: str, text: str | None):
