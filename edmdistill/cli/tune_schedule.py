@@ -88,7 +88,7 @@ def command(
     with shared(options.processes, options.device) as processes:
         options = replace(options, metrics=metric)
         measurements = plan_measurements(source, protocol, options, lambda *_: [SamplerSpec()], processes)
-        (evaluate,), work = measurements.tasks.values(), measurements.work
+        ((_, evaluate),), work = measurements.tasks, measurements.work
         assert work is not None
         kept = f"nothing is stored yet; the same command goes on with what is kept in {work.root}."
         with closing(work), interruptible(lambda: kept):

@@ -20,18 +20,20 @@ from edmdistill.evaluation.shards import ONE_PROCESS, Processes, Work
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.spec import SamplerSpec
 
+Task = tuple[str, Callable[..., Result]]
+
 
 class Measurements(NamedTuple):
     """Measurements of one source.
 
     Attributes:
-        tasks: by name, each called with on_progress.
+        tasks: each with its name, called with on_progress.
         images: their number in all of them.
         work: where what is measured is kept, or None.
         processes: that share them.
     """
 
-    tasks: Mapping[str, Callable[..., Result]]
+    tasks: Sequence[Task]
     images: int
     work: Work | None = None
     processes: Processes = ONE_PROCESS
@@ -72,7 +74,7 @@ def measure_images(
         )
     some = images if count is None else images.part(range(count))
     task = partial(evaluate, some, data, protocol=protocol.name, source=source, **options)
-    return _measurements({source: task}, some.count, options)
+    return _measurements([(source, task)], some.count, options)
 
 
 def measure_network(
@@ -85,14 +87,17 @@ def measure_network(
     repeat: int = 1,
     **options: Any,
 ) -> Measurements:
-    """Returns a measurement for each sampler.  options: the others of `evaluate`."""
+    """Returns a measurement for each sampler, for equal ones a single one.  options: the others of `evaluate`."""
     common = {"protocol": protocol.name, "seeds": seeds, "repeat": repeat, **options}
-    tasks = {describe(sampler): partial(evaluate, model, data, sampler=sampler, **common) for sampler in samplers}
+    tasks = [
+        (describe(sampler), partial(evaluate, model, data, sampler=sampler, **common))
+        for sampler in dict.fromkeys(samplers)
+    ]
     count = protocol.n if seeds is None else len(seeds)
     return _measurements(tasks, len(tasks) * count * repeat, options)
 
 
-def _measurements(tasks: Mapping[str, Callable[..., Result]], images: int, options: Mapping[str, Any]) -> Measurements:
+def _measurements(tasks: Sequence[Task], images: int, options: Mapping[str, Any]) -> Measurements:
     return Measurements(tasks, images, options.get("work"), options.get("processes", ONE_PROCESS))
 
 
@@ -109,7 +114,7 @@ def measure_likelihood(
 ) -> Measurements:
     """Returns the measurement of a likelihood.  options: the others of `evaluate_likelihood`."""
     task = partial(evaluate_likelihood, model, data, count=count, probes=probes, **options)
-    return Measurements({"nll": task}, min(count or len(data), len(data)) * probes)
+    return Measurements([("nll", task)], min(count or len(data), len(data)) * probes)
 
 
 def run_measurements(
@@ -126,7 +131,7 @@ def run_measurements(
     results: list[Result] = []
     failures: list[str] = []
     try:
-        for name, task in measurements.tasks.items():
+        for name, task in measurements.tasks:
             try:
                 result = task(on_progress=on_progress)
             except NotFiniteError as error:

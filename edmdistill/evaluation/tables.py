@@ -16,6 +16,9 @@ from edmdistill.evaluation.protocol import Protocol
 from edmdistill.evaluation.results import Result, is_of_raw_weights
 from edmdistill.sampling.spec import SamplerRecord
 
+MOST_DIGITS = 8
+"""Digits of a noise level at most: what differs by less is rounding."""
+
 
 class GeneratorId(NamedTuple):
     """The generator that tables are about; others are named by their recipe and images seen."""
@@ -217,12 +220,15 @@ def _settings_of(samplers: Sequence[SamplerRecord]) -> Callable[[SamplerRecord |
     for sampler in samplers:
         schedules.setdefault(replace(sampler, sigmas=None), set()).add(sampler.sigmas)
     scheduled = any(len(levels) > 1 for levels in schedules.values())
+    every = {sampler.sigmas for sampler in samplers if sampler.sigmas}
+    distinct = [len({_levels(sigmas, digits) for sigmas in every}) for digits in range(MOST_DIGITS + 1)]
+    digits = max(3, distinct.index(distinct[-1]))
 
     def label(sampler: SamplerRecord | None) -> str:
         assert sampler is not None
         words = [_setting(sampler)]
         words += [f"guidance {sampler.guidance:g}"] if guided else []
-        words += [_levels(sampler)] if scheduled and sampler.sigmas else []
+        words += [_levels(sampler.sigmas, digits)] if scheduled and sampler.sigmas else []
         return ", ".join(words)
 
     return label
@@ -234,14 +240,14 @@ def sampler_words(sampler: SamplerRecord | None) -> str:
         return "-"
     words = [_setting(sampler)] if sampler.gamma is None or sampler.nfe > 1 else []  # gamma has no effect in one step
     words += [f"guidance {sampler.guidance:g}"] if sampler.guidance != 1 else []
-    words += [_levels(sampler)] if sampler.sigmas else []
+    words += [_levels(sampler.sigmas)] if sampler.sigmas else []
     words += [f"churn {' '.join(f'{value:g}' for value in sampler.churn)}"] if sampler.churn else []
     words += [sampler.dtype] if sampler.dtype != "float32" else []
     return ", ".join(words)
 
 
-def _levels(sampler: SamplerRecord) -> str:
-    return f"sigma {' '.join(f'{sigma:.3g}' for sigma in sampler.sigmas or ())}"
+def _levels(sigmas: Sequence[float], digits: int = 3) -> str:
+    return f"sigma {' '.join(f'{sigma:.{digits}g}' for sigma in sigmas)}"
 
 
 TITLES = {"fd_dinov2": "FD-DINOv2", "fid": "FID", "kid": "KID", "is": "IS"}

@@ -95,6 +95,13 @@ def test_several_schedules(checkpoints: dict[str, str]) -> None:
     assert "lowest with" in claim
 
 
+def test_settings_that_are_nearly_equal_are_all_measured(checkpoints: dict[str, str]) -> None:
+    """And equal ones once."""
+    words = ("--t", "75,2.5", "--t", "75.01,2.5", "--t", "75,2.5", "--metrics", "fd_digits", "--json")
+    results = json.loads(run("sweep", checkpoints["generator"], *words).stdout)["results"]
+    assert [round(one["sampler"]["sigmas"][0], 3) for one in results] == [75, 75.01]
+
+
 @pytest.fixture(scope="module")
 def plots(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("plots")

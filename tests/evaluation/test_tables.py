@@ -85,6 +85,19 @@ def test_generators_are_named_by_what_is_known_of_them():
     assert best_gamma_results([average, better]) == [average, better]
 
 
+def test_schedules_that_are_nearly_equal_have_rows_of_their_own():
+    def at(sigma: float, fd: float) -> Result:
+        found = generator(2, fd)
+        return replace(found, sampler=replace(found.sampler, sigmas=(80.0, sigma)))
+
+    near = sweep_table([at(2.515, 6.0), at(2.52, 5.0), at(0.5, 7.0)])
+    levels = ("80 2.515", "80 2.52", "80 0.5")
+    assert [row[0] for row in near.rows[1:]] == [f"digits-FD, gamma 1, sigma {level}" for level in levels]
+    assert [row[1] for row in near.rows[1:]] == ["6.000", "5.000", "7.000"]
+    far = sweep_table([at(2.515, 6.0), at(2.6, 5.0), at(2.6 * (1 + 1e-12), 5.0)])  # as a time in radians and back
+    assert [row[0] for row in far.rows[1:]] == [f"digits-FD, gamma 1, sigma 80 {level}" for level in ("2.52", "2.6")]
+
+
 def test_protocols_are_never_mixed():
     other = replace(DONE, seeds="5000-9999")
     first, second = result_tables([teacher(35, 4.0), generator(2, 6.0), teacher(35, 1.0, other)], OURS)
