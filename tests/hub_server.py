@@ -27,6 +27,7 @@ class Repository:
 
     def __init__(self, private: bool) -> None:
         self.private = private
+        self.gated = False
         self.commits: dict[str, dict[str, bytes]] = {}
         self.branches: dict[str, str] = {}
         self.messages: list[str] = []
@@ -148,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         known = (self.headers.get("Authorization") or "").removeprefix("Bearer ") in (TOKEN, READER)
         if repository is None or (repository.private and not known):
             raise Refusal(404 if known else 401, "RepoNotFound", "Repository not found")
+        if repository.gated:
+            raise Refusal(403, "GatedRepo", f"Access to model {name} is restricted")
         oid = repository.branches.get(revision, revision)
         if oid not in repository.commits:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
