@@ -124,6 +124,11 @@ def lacks_weights(folder: Path) -> None:
     (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".bin"))
 
 
+def lacks_a_config(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+    (folder / CONFIG).mkdir()
+
+
 def lacks_a_tensor(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors.pop("quant_conv.bias")
@@ -147,6 +152,7 @@ def lacks_a_tensor(folder: Path) -> None:
         (lambda folder: change(folder, latent_channels=5), r"holds \S+ in shape"),
         (lambda folder: change(folder, block_out_channels=[8, 8, 16, 65536]), "lacks decoder"),
         (lambda folder: change(folder, down_block_types=["NoBlock"] * 4), "arguments that make no VAE"),
+        (lacks_a_config, "it is not a file of at most 1 MiB"),
         (lacks_weights, "has diffusion_pytorch_model.bin, a pickle, which is not read"),
         (lacks_a_tensor, "lacks quant_conv.bias"),
     ],

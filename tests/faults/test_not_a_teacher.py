@@ -70,7 +70,9 @@ def test_names(name: str, why: str, tmp_path: Path, golden: Path) -> None:
         load_official(path)
 
 
-@pytest.mark.parametrize("name", ["network-snapshot-000512.pkl", "network-snapshot-0002048-0.050.pkl", "cd.pkl"])
+@pytest.mark.parametrize(
+    "name", ["network-snapshot-000512.pkl", "network-snapshot-0002048-0.050.pkl", "cd.pkl", "opt1.pt.pkl"]
+)
 def test_names_of_teachers_pass(name: str, tmp_path: Path, golden: Path) -> None:
     path = tmp_path / name
     path.write_bytes((golden / "edm-tiny-cond.pkl").read_bytes())

@@ -76,6 +76,9 @@ def test_of_several_gammas_the_best_is_shown_and_named():
         "| generator | 1 | 8.000 |  |",
         "| generator | 2 | 4.000 | gamma 0.5 |",
     ]
+    by_score = replace(result(3.0, 3, CONFIG), sampler=SamplerRecord(solver="heun", nfe=3))
+    (only,) = ModelCard(card(CONFIG, "me/digits", results=[by_score])).data.eval_results
+    assert "gamma" not in only.metric_args
     shown = ModelCard(text).data.eval_results
     found = [(one.metric_value, one.metric_args["nfe"], one.metric_args.get("gamma")) for one in shown]
     assert sorted(found) == [(4.0, 2, 0.5), (8.0, 1, None)]  # in one step no gamma plays
@@ -129,6 +132,7 @@ def test_the_page_says_what_the_run_says(run: Path):
         'load_generator("me/digits")',
         "| teacher | 35 | 1.500 |",
         "| generator | 2 | 4.500 | 3.00 x |",
+        "3.00 times the teacher's best of 1.500 with 35",
         "Protocol digits, sha256",
         "| 2 | 80 2.515 |",
         "gamma = 1",
@@ -152,10 +156,38 @@ def test_a_checkpoint_alone_says_less_and_nothing_wrong():
     assert "unfinished" not in text
     assert "RUN" not in text
     assert "model-index" not in text
+    assert "model_name" not in text
+    assert "It has schedules for" not in text
+
+
+def test_what_is_unknown_is_not_said():
+    origin = replace(CONFIG.provenance, sha256=None, licence=None, parent=None)
+    text = card(replace(CONFIG, provenance=origin), "me/digits")
+    assert re.search("^- Source: .*$", text, re.MULTILINE)[0] == "- Source: edm.pkl"  # type: ignore[index]
+    assert "The weights are under an unknown licence." in text
+    assert "None" not in text
+
+
+def test_defaults_are_those_of_the_generator():
+    text = card(replace(CONFIG, sampling=SamplingDefaults({"4": (80.0, 9.0, 2.0, 0.5)}, gamma=0.3)), "me/digits")
+    assert "edmdistill sample me/digits --nfe 4 " in text
+    assert "edmdistill.sample(model, nfe=4, " in text
+    assert "gamma = 0.3 by default" in text
+
+
+def test_names_from_strangers_stay_text():
+    strange = "<b>x</b>*y*[z](http://z)"
+    origin = replace(CONFIG.provenance, source=strange, licence=strange)
+    text = card(replace(CONFIG, method=strange, provenance=origin, ema={strange: strange}), "me/digits")
+    body = text.partition("\n---\n")[2]
+    assert strange not in body
+    for pattern in ("<b>", r"(?<!\\)\*y", r"(?<!\\)\[z"):
+        assert not re.search(pattern, body), pattern
 
 
 def test_a_teacher_has_a_card_too():
     config = replace(CONFIG, stage="teacher", method=None, recipe_hash=None, images_seen=None, ema=None)
+    assert "\n- Source: edm.pkl, sha256 " in card(config, "me/teacher")  # whose weights another's may have been
     text = card(config, "me/teacher", results=[result(1.5, 35)])
     assert "model-index" not in text  # no result says that it is this network's
     assert 'load_denoiser("me/teacher")' in text
@@ -187,14 +219,16 @@ def test_schedules_are_in_order_and_only_those_in_use_are_tuned():
     tunings = {
         "2": Tuning(sigmas=(80.0, 2.0), **values, **facts),
         "10": Tuning(sigmas=(80.0,) * 10, **values, **facts),  # which was replaced by hand
+        "3": Tuning(sigmas=(80.0, 3.0, 2.0), **values, **facts),
     }
+    levels["3"] = tunings["3"].sigmas
     config = replace(CONFIG, sampling=SamplingDefaults(levels), tunings=tunings)
     text = card(config, "me/digits")
     assert text.index("| 2 | 80 2 |") < text.index("| 10 | 80 79 78")
     assert "EDM's schedule from sigma 80 to 0.002" in text
-    assert "schedules for 2, 10 evaluations" in text
+    assert "schedules for 2, 3, 10 evaluations" in text
     tuned = text.partition("Noise levels tuned by")[2].partition("##")[0]
-    assert re.findall("^- (.*?):", tuned, re.MULTILINE) == ["2"]
+    assert re.findall("^- (.*?):", tuned, re.MULTILINE) == ["2", "3"]
     assert "fid 3.1 ± 0.14 -&gt; 2.1 ± 0.14 on 2 x 50 held-out seeds, protocol digits; before, they were 80 5" in tuned
 
 
@@ -247,9 +281,10 @@ def test_every_method_is_cited():
         cited = text.partition("```bibtex\n")[2].partition("```")[0]
         assert re.findall(r"\{(\w+),\n", cited) == [*METHODS[method].citations, "karras2024edm2"]
         assert cited.count("{") == cited.count("}")
-    edm = card(replace(CONFIG, network=replace(CONFIG.network, kind="song")), "me/digits")
-    assert "{karras2022edm," in edm
-    assert "{karras2024edm2," not in edm
+    for kind in ("song", "adm"):
+        edm = card(replace(CONFIG, network=replace(CONFIG.network, kind=kind)), "me/digits")
+        assert "{karras2022edm," in edm
+        assert "{karras2024edm2," not in edm
 
 
 @pytest.mark.parametrize(
