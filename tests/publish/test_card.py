@@ -219,16 +219,16 @@ def test_schedules_are_in_order_and_only_those_in_use_are_tuned():
     tunings = {
         "2": Tuning(sigmas=(80.0, 2.0), **values, **facts),
         "10": Tuning(sigmas=(80.0,) * 10, **values, **facts),  # which was replaced by hand
-        "3": Tuning(sigmas=(80.0, 3.0, 2.0), **values, **facts),
+        "12": Tuning(sigmas=(80.0,) * 12, **values, **facts),
     }
-    levels["3"] = tunings["3"].sigmas
+    levels["12"] = tunings["12"].sigmas
     config = replace(CONFIG, sampling=SamplingDefaults(levels), tunings=tunings)
     text = card(config, "me/digits")
     assert text.index("| 2 | 80 2 |") < text.index("| 10 | 80 79 78")
     assert "EDM's schedule from sigma 80 to 0.002" in text
-    assert "schedules for 2, 3, 10 evaluations" in text
+    assert "schedules for 2, 10, 12 evaluations" in text
     tuned = text.partition("Noise levels tuned by")[2].partition("##")[0]
-    assert re.findall("^- (.*?):", tuned, re.MULTILINE) == ["2", "3"]
+    assert re.findall("^- (.*?):", tuned, re.MULTILINE) == ["2", "12"]
     assert "fid 3.1 ± 0.14 -&gt; 2.1 ± 0.14 on 2 x 50 held-out seeds, protocol digits; before, they were 80 5" in tuned
 
 
