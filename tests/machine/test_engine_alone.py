@@ -1,7 +1,8 @@
 """What one process decides by itself: its device, its data workers, and what the others' failure means."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from edmdistill.errors import PeerFailed, TrainingError
 from edmdistill.machine import engine as module
-from edmdistill.machine.engine import Engine, Machine, load_full_state, shard_like
+from edmdistill.machine.engine import Engine, Machine, load_full_state, scale_gradients, shard_like
 
 
 @pytest.fixture
@@ -47,11 +48,10 @@ def test_data_workers_leave_a_core_to_every_process(
 
 def in_processes(monkeypatch: pytest.MonkeyPatch, name: str, peer_to_peer: bool = True) -> None:
     """Two processes, this one on a GPU of that name."""
-    gpu = torch.device("cuda:1")
-    monkeypatch.setattr(module, "process_device", lambda name: gpu)
+    monkeypatch.setattr(module, "process_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(module, "check_cuda_p2p_ib_support", lambda: peer_to_peer)
-    state = SimpleNamespace(process_index=1, num_processes=2, device=gpu)
+    state = SimpleNamespace(process_index=1, num_processes=2, device=torch.device("cuda:1"))
     monkeypatch.setattr(module, "PartialState", lambda *, cpu, timeout: state)
 
 
@@ -135,6 +135,61 @@ def test_the_main_processs_number_is_every_ones(rank: int, engine: Engine, monke
     assert engine.broadcast(7 if rank == 0 else 5) == 7
 
 
+def test_micro_batches_are_checked_before_the_first_round(engine: Engine) -> None:
+    engine.machine = Machine("cpu", micro_batch=3)
+    engine.check_micro_batches(12, 3)
+    with pytest.raises(TrainingError, match="--micro-batch 3 is too small, because .* in groups of 4"):
+        engine.check_micro_batches(12, 4)
+    engine.machine = Machine("cpu", micro_batch="auto")
+    with pytest.raises(TrainingError, match="--micro-batch auto needs a GPU"):
+        engine.check_micro_batches(12, 4)
+    engine.device = torch.device("cuda")
+    engine.check_micro_batches(12, 4)
+
+
+def test_weights_are_normalized_once_a_turn_where_they_may_be_kept() -> None:
+    kept = [Machine(), Machine(offload=("ema", "teacher", "optimizer")), Machine(loss_pieces=4)]
+    computed_again = [Machine(shard=True), Machine(checkpointing=True), Machine(shard=True, checkpointing=True)]
+    assert [machine.shares_weights for machine in (*kept, *computed_again)] == [True] * 3 + [False] * 3
+
+
+def test_ddp_is_for_what_is_trained_and_waits_for_the_last_pass(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def no_sync(wrapper: object) -> Iterator[None]:
+        entered.append("no_sync")
+        yield
+
+    engine.world_size, network = 2, nn.Linear(1, 1)
+    assert engine.wrap(network, trained=False).wrapper is network
+    monkeypatch.setattr(module.DistributedDataParallel, "no_sync", no_sync)
+    wrapped = module.RoleModule(network, object.__new__(module.DistributedDataParallel))
+    for last in False, True:
+        with engine.accumulate(wrapped, last=last):
+            pass
+        with engine.accumulate(module.RoleModule(network, network), last=last):
+            pass
+    assert entered == ["no_sync"]
+
+
+def test_the_main_process_alone_has_the_weights(engine: Engine) -> None:
+    network = nn.Linear(2, 2)
+    assert engine.full_state(network).keys() == {"weight", "bias"}
+    engine.rank = 1
+    assert engine.full_state(network) == {}
+
+
+def test_what_has_no_gradient_is_not_scaled() -> None:
+    layer = nn.Linear(2, 2)
+    layer.bias.grad = torch.ones(2)
+    for factor, found in ((1, 1.0), (3, 3.0)):
+        scale_gradients(layer.parameters(), factor)
+        assert (layer.weight.grad, layer.bias.grad.tolist()) == (None, [found] * 2)
+
+
 def transposed(rows: int, columns: int) -> torch.Tensor:
     return torch.arange(float(rows * columns)).view(columns, rows).t()
 
@@ -159,12 +214,9 @@ def test_weights_take_the_layout_of_the_network() -> None:
             load_full_state(layer, other)
 
 
-@pytest.mark.parametrize(
-    ("training", "gradients", "wrapped"), [(True, True, True), (True, False, False), (False, True, False)]
-)
-def test_ddps_wrapper_is_for_passes_that_learn(training: bool, gradients: bool, wrapped: bool) -> None:
-    network = nn.Linear(1, 1).train(training)
-    wrapper: Callable[..., object] = lambda *args: "wrapped"  # noqa: E731
+@pytest.mark.parametrize(("training", "gradients"), [(True, True), (True, False), (False, True)])
+def test_ddps_wrapper_is_for_passes_that_learn(training: bool, gradients: bool) -> None:
+    network, wrapper = nn.Linear(1, 1).train(training), nn.Identity()
     with torch.set_grad_enabled(gradients):
-        out = module.RoleModule(network, wrapper)(torch.ones(1))  # type: ignore[arg-type]
-    assert (out == "wrapped") is wrapped
+        out = module.RoleModule(network, wrapper)(x := torch.ones(1))
+    assert (out is x) is (training and gradients)

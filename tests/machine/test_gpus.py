@@ -51,7 +51,7 @@ def test_the_cpu_is_measured_by_the_fastest_of_three(
         def __init__(self, rows: int, columns: int = 1, *, device: str, dtype: torch.dtype = torch.float32) -> None:
             nonlocal took
             unit = 2 * rows**3 * (1e-9 if dtype == torch.bfloat16 else 4e-9)  # 1 and 0.25 GFLOP/s
-            took = iter([1000.0, 3 * unit, unit, 2 * unit])
+            took = iter([1000.0, 3 * unit, 2 * unit, unit])
             assert device == "cpu"
 
         def __matmul__(self, other: object) -> None:
