@@ -30,6 +30,7 @@ def test_the_images_are_always_the_same(name: str):
     assert images.dtype == np.uint8
     assert hashlib.sha256(images.tobytes() + classes.astype("<i8").tobytes()).hexdigest() == DIGESTS[name]
     assert (len(splits["train"]), len(splits["test"])) == COUNTS[name]
+    assert all((np.diff(rows) > 0).all() for rows in splits.values()), "in increasing order"
     assert sorted([*splits["train"], *splits["test"]]) == splits["all"].tolist() == list(range(len(images)))
     assert set(classes) == set(range(len(embedded.label_names)))
     assert embedded.load() is embedded.load(), "made once a process"

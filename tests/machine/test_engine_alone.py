@@ -138,7 +138,7 @@ def test_the_main_processs_number_is_every_ones(rank: int, engine: Engine, monke
 def test_micro_batches_are_checked_before_the_first_round(engine: Engine) -> None:
     engine.machine = Machine("cpu", micro_batch=3)
     engine.check_micro_batches(12, 3)
-    with pytest.raises(TrainingError, match="--micro-batch 3 is too small, because .* in groups of 4"):
+    with pytest.raises(TrainingError, match=r"--micro-batch 3 is too small, because .* in groups of 4"):
         engine.check_micro_batches(12, 4)
     engine.machine = Machine("cpu", micro_batch="auto")
     with pytest.raises(TrainingError, match="--micro-batch auto needs a GPU"):
