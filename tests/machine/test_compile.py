@@ -190,10 +190,10 @@ def test_smaller_batches_are_padded() -> None:
         return x + condition.c_noise.view(-1, 1) + condition.labels
 
     network = compiling._PaddedBatches(forward, "default")
-    for rows, given in ((3, 3), (4, 4), (2, 2), (1, 1), (4, 1)):
+    for rows, given in ((3, 3), (4, 4), (2, 2), (1, 1), (4, 1), (2, 1)):
         x, condition = torch.rand(rows, 2), Conditioning(torch.rand(given), torch.rand(rows, 2))
         torch.testing.assert_close(network(x, condition), forward(x, condition))
-    assert sizes[::2] == [3, 4, 4, 4, 4]
+    assert sizes[::2] == [3, 4, 4, 4, 4, 4]
 
 
 def test_compiling_is_reported_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

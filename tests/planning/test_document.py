@@ -87,6 +87,19 @@ def test_cuda_graphs_hold_the_passes_of_all_micro_batches() -> None:
     assert document(request(compile="reduce-overhead"))["cuda_graphs"] == planned().graphs(8, 4)
 
 
+def test_a_loss_has_no_more_pieces_than_a_micro_batch_has_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[int] = []
+
+    def noted(recipe, flow, machine, *_, guide):
+        pieces.append(machine.loss_pieces)
+        return measured("fp32", False, False)
+
+    monkeypatch.setattr(module, "measure", noted)
+    for asked in (1000, 2):
+        document(request(loss_pieces=asked), alternatives=True)
+    assert pieces == [8] * 9 + [2] * 9
+
+
 def test_the_alternatives_are_plans_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     others = document(request(), alternatives=True)["others"]
     assert len(others) == 8
