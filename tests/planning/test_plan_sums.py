@@ -1,0 +1,92 @@
+"""Plans in closed form: what adds up over turns, roles and averages, and what does not depend on how it is measured."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from edmdistill.machine.engine import Machine
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
+from edmdistill.planning import plan as module
+from edmdistill.planning.envelope import highest
+from edmdistill.planning.plan import Measurement, make_plan, measure
+from edmdistill.recipes.library import load_recipe
+
+
+@cache
+def flow() -> FlowNetwork:
+    torch.manual_seed(0)
+    return FlowNetwork(UNet(8, 1, 10, 8, [1], num_blocks=1, attn_resolutions=[], channels_per_head=8), EDM())
+
+
+def measured(*sets: str, name: str = "sid/digits", **machine: object) -> Measurement:
+    return measure(load_recipe(name, sets=sets), flow(), Machine(**machine))
+
+
+def numbers(network: FlowNetwork, part: str = "") -> int:
+    return sum(p.numel() for name, p in network.named_parameters() if part in name)
+
+
+def test_every_turn_of_a_round_counts() -> None:
+    """Each of an auxiliary score's turns takes the same operations and calls; memory is that of one."""
+    found = [measured(f"method.auxiliary_turns={turns}") for turns in (1, 2, 3)]
+    for name in ("flops", "calls"):
+        first, second, third = (getattr(each, name) for each in found)
+        assert third - second == second - first > 0
+        assert first > second - first  # the generator's turn, which goes through more networks
+    assert found[0].passes == found[2].passes
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_an_offloaded_teacher_is_lent_once_a_round(turns: int) -> None:
+    """In the generator's turn alone; the head of its own loss, which is not called, stays. Recomputed blocks of its
+    are lent twice."""
+    called = 4 * (numbers(flow()) - numbers(flow(), "logvar"))
+    sets = f"method.auxiliary_turns={turns}"
+    assert measured(sets).lent == 0
+    assert measured(sets, offload=("teacher",)).lent == called
+    twice = measured(sets, offload=("teacher",), checkpointing=True).lent
+    assert twice == called + 4 * sum(p.numel() for block in flow().network.blocks() for p in block.parameters())
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_two_sizes_determine_all_whichever_they_are(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for rows in (2, 6):
+        monkeypatch.setattr(module, "ROWS", rows)
+        passes = measured(loss_pieces=pieces).passes
+        found.append({role: (highest(p.total, 24), highest(p.activations, 24)) for role, p in passes.items()})
+    assert found[0] == found[1]
+
+
+def test_what_is_kept_is_counted_by_role_and_average() -> None:
+    """Two averages of the generator, which has no second time; Adam's numbers by the betas of each role."""
+    sets = ["ema.sigma_rel=[0.05]", "training.betas=[0,0.99]", "training.betas_by_role={auxiliary=[0.9,0.99]}"]
+    found = measured(*sets, name="cosim/digits-paper")
+    plan, networks = make_plan(found), found.networks
+    assert plan.averages == 2 * plan.weights["generator"] < 2 * plan.weights["auxiliary"]
+    trained = {role: numbers(networks[role]) - numbers(networks[role], "logvar") for role in ("generator", "auxiliary")}
+    assert plan.gradients == {role: 4 * count for role, count in trained.items()}
+    assert plan.optimizer == 4 * (trained["generator"] + 2 * trained["auxiliary"])
+    assert plan.parameters == {role: numbers(network) for role, network in networks.items()}
+    assert make_plan(found, Machine(offload=("ema",))).averages == 0
+    assert make_plan(found, Machine(offload=("optimizer",))).optimizer == 0
+
+
+def test_shards_are_of_the_large_networks_and_blocks_are_gathered() -> None:
+    """A discriminator and its features are whole on each process. Two blocks are whole at a time, and a gradient."""
+    found = measured("method.gan=1.0", "method.gan_channels=8", name="cosim/digits-paper")
+    plain, sharded = make_plan(found), make_plan(found, Machine(shard=True), 4)
+    for role in ("teacher", "generator", "auxiliary"):
+        assert sharded.weights[role] == plain.weights[role] // 4
+    for role in ("features", "discriminator"):
+        assert sharded.weights[role] == plain.weights[role] > 0
+    auxiliary = found.networks["auxiliary"]  # the largest
+    assert isinstance(auxiliary, FlowNetwork)
+    blocks = sorted(sum(p.numel() for p in block.parameters()) for block in auxiliary.network.blocks())
+    assert sharded.gathered == 4 * (numbers(auxiliary) - sum(blocks) + blocks[-1] + blocks[-2] + blocks[-1])
+    assert sharded.turn("generator", 8, accumulates=False) == sharded.turn("generator", 8)
+    assert sharded.buckets == 0
+    assert sharded.resident == sum(sharded.weights.values()) + sharded.averages + sharded.optimizer + sharded.gathered
