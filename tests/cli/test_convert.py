@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from golden_set import BAD
 
-from edmdistill.checkpoints import source
+from edmdistill.checkpoints import convert, source
 from edmdistill.cli import main
 
 SOUND = "bad-modulesrc-exec.pkl"  # a network like another, with a source text that must not run
@@ -96,3 +96,33 @@ def test_a_teacher_that_reads_t(golden: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*command, "--no-double-norm"])
     assert result.exit_code == 2
     assert "holds a checkpoint already" in result.stderr
+
+
+@pytest.mark.parametrize("option", [["--time-embedding", "positional"], ["--no-double-norm"], ["--parity", "none"]])
+def test_options_of_teachers_are_none_of_generators(tmp_path: Path, option: list[str]) -> None:
+    result = CliRunner().invoke(main, ["convert", "sid.pkl", str(tmp_path / "out"), "--generator", "sid", *option])
+    assert result.exit_code == 2
+    assert "are for teachers, not for --generator: leave them out." in result.stderr
+
+
+def test_the_comparison_is_as_asked(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    plan = convert.plan_comparison
+    monkeypatch.setattr(convert, "plan_comparison", lambda flow, parity: asked.append(parity) or plan(flow, "quick"))
+    command = ["convert", str(golden / "edm-tiny-cond.pkl"), str(tmp_path / "out"), "--json", "--overwrite"]
+    for option, levels in (([], 8), (["--parity", "full"], 8), (["--parity", "none"], 0)):
+        document = json.loads(CliRunner().invoke(main, [*command, *option]).stdout)
+        assert len(document["parity"]) == levels
+    assert asked == ["quick", "full"]
+
+
+def test_what_is_private_of_an_address_is_not_printed(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "download", lambda url: golden / "edm-tiny-cond.pkl")
+    url = "https://me:secret@host/edm.pkl?token=secret"
+    for said in ("out is written", "out holds the conversion of https://host/edm.pkl already"):
+        result = CliRunner().invoke(main, ["convert", url, str(tmp_path / "out")])
+        assert result.exit_code == 0, result.output
+        assert said in result.stdout
+        assert "secret" not in result.output
