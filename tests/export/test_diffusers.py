@@ -36,6 +36,7 @@ def test_a_network_without_classes_from_another_noise_level(tmp_path: Path):
     config = replace(read_config(folder), sampling=SamplingDefaults(gamma=0.5), guidance=Guidance("classes", (2, 2)))
     write_config(folder, config)
     export(folder, "diffusers", tmp_path / "out")
+    assert "VAE" not in (tmp_path / "out" / "README.md").read_text()
     streams = [torch.Generator().manual_seed(seed) for seed in (4, 9)]
     expected = sample(load_generator(folder), seeds=[4, 9]) / 2 + 0.5
     pipe = loaded(tmp_path / "out")

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 from tolerance import depth, rounding
 
+from edmdistill import __version__
 from edmdistill.checkpoints.load import load_flow, load_generator
 from edmdistill.cli import main
 from edmdistill.errors import EdmDistillError
@@ -44,7 +45,8 @@ def test_a_space_is_whole_and_says_what_it_needs(space: Path):
     head = (space / "README.md").read_text().split("---")[1]
     for line in ("sdk: gradio", "app_file: app.py", f"sdk_version: {GRADIO}", "license: other"):
         assert f"\n{line}\n" in head
-    assert f"gradio=={GRADIO}" in (space / "requirements.txt").read_text().splitlines()
+    needed = (space / "requirements.txt").read_text().splitlines()
+    assert {f"edmdistill=={__version__}", f"gradio=={GRADIO}"} < set(needed)
 
 
 @pytest.fixture
