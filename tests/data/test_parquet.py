@@ -138,13 +138,13 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_rows_follow_one_another_through_files_and_groups(tmp_path: Path) -> None:
     """In the order of names; hidden files, which macOS leaves beside others, are none."""
     folder = tmp_path / "set" / "data"
-    sizes = {"train-2.parquet": 1, "train-1.parquet": 5, "train-0.parquet": 3}
-    at = {"train-0.parquet": 0, "train-1.parquet": 3, "train-2.parquet": 8}
-    for name, size in sizes.items():
-        rows = {f"{at[name] + i}": encoded(at[name] + i, 8, 8) for i in range(size)}
-        write_parquet(folder / name, rows, [(at[name] + i) % 2 for i in range(size)], NAMES)
+    at = 0
+    for name, size in {"a/train-0.parquet": 3, "b/train-1.parquet": 5, "c/train-2.parquet": 1}.items():
+        rows = {f"{i}": encoded(i, 8, 8) for i in range(at, at + size)}
+        write_parquet(folder / name, rows, [i % 2 for i in range(at, at + size)], NAMES)
+        at += size
     write_parquet(folder / "validation-0.parquet", {"v": encoded(99, 8, 8)}, [1], NAMES)
-    write_folder(folder, {"._train-0.parquet": b"AppleDouble", ".cache/train-9.parquet": b"PAR1"})
+    write_folder(folder, {"a/._train-0.parquet": b"AppleDouble", ".cache/train-9.parquet": b"PAR1"})
     pictures = open_pictures(tmp_path / "set", tmp_path)
     assert (pictures.kind, pictures.names[3], len(pictures.names)) == ("parquet, train", "train-1.parquet, row 0", 9)
     assert [pictures.read(i) for i in range(9)] == [encoded(i, 8, 8) for i in range(9)]

@@ -8,7 +8,9 @@ import pytest
 from picture_files import tar_bytes
 
 from edmdistill.data import tar_files
+from edmdistill.data.sources import open_pictures
 from edmdistill.data.tar_files import TarFiles, is_tar
+from edmdistill.errors import DatasetError
 
 
 def write(path: Path, members: dict[str, bytes]) -> TarFiles:
@@ -44,3 +46,10 @@ def test_what_is_too_large_is_said_and_what_is_cut_is_missed(tmp_path: Path, mon
 def test_a_damaged_archive_is_no_tar(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(data)
     assert not is_tar(tmp_path / "a")
+
+
+def test_a_document_of_a_tar_is_not_read_if_it_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set.tar").write_bytes(tar_bytes({"a.png": b"a", "dataset.json": b"{}" + b" " * 2000}))
+    monkeypatch.setattr(tar_files, "MEMBER_BYTES", 2001)
+    with pytest.raises(DatasetError, match=r"dataset\.json takes more than the 2,001 bytes that are read; replace or"):
+        open_pictures(tmp_path / "set.tar", tmp_path)
