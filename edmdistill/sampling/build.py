@@ -73,8 +73,11 @@ def rounding_warning(model: Generator | Denoiser, spec: SamplerSpec) -> str | No
 
 def _gamma_sampler(model: Generator, spec: SamplerSpec) -> Sampler:
     if (spec.guide, spec.solver, spec.churn) != (None, None, Churn()):
+        if model.flow.two_time:
+            raise EdmDistillError("guide and churn belong to a teacher's solver: name a solver too, or leave them out")
         raise EdmDistillError(
-            "guide, solver and churn are for teachers and CTM's generators, and this is another one: leave them out"
+            "guide, solver and churn are for teachers and for generators that read two times, such as CTM's, but this "
+            "one reads one: leave them out"
         )
     flow, weight = model.flow, _guidance_weight(model, spec.guidance)
     gamma = model.config.sampling.gamma if spec.gamma is None else spec.gamma

@@ -17,7 +17,7 @@ from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.generate import sample
-from edmdistill.sampling.heun import EDM2_SAMPLER, edm_sampler
+from edmdistill.sampling.heun import EDM2_SAMPLER, Churn, edm_sampler
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import sigma_to_time
@@ -170,5 +170,7 @@ def test_the_score_is_read_at_equal_times(generator: Generator) -> None:
         own = edm_sampler(denoiser, noise, sigmas=EDM2_SAMPLER.sigmas(denoiser, 4)).clamp(-1, 1)
     assert torch.equal(sample(generator, 7, seeds=[3], solver="heun"), own)
     one = Generator(drop_second_time(generator.flow), generator.config)
-    with pytest.raises(EdmDistillError, match="for teachers and CTM's generators"):
+    with pytest.raises(EdmDistillError, match="for teachers and for generators that read two times, such as CTM's"):
         sample(one, 7, seeds=[3], solver="heun")
+    with pytest.raises(EdmDistillError, match="guide and churn belong to a teacher's solver: name a solver too"):
+        sample(generator, 7, seeds=[3], churn=Churn(5.0))
