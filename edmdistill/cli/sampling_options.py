@@ -121,7 +121,7 @@ TEACHER_OPTIONS = (
         is_flag=True,
         help="Let a teacher guide itself that was never trained without its classes.",
     ),
-    click.option("--solver", type=Name(SOLVERS), help="Teacher, or generator that reads two times, as CTM's.  [default: heun]"),
+    click.option("--solver", type=Name(SOLVERS), help="Teacher, or generator of two times, as CTM's.  [default: heun]"),
 )
 ONE_SAMPLER = (
     click.option(

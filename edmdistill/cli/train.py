@@ -197,6 +197,8 @@ def _train(
     if dry_run:
         if run.engine.is_main:
             check_run(run_dir, run.recipe.to_json(), run.identity)
+            for sentence in _notes(run):
+                say(sentence)
             click.echo(json.dumps(run.describe(), indent=2))
         return
     with ExitStack() as stack:
@@ -224,7 +226,7 @@ def _train(
 
 
 def _introduction(run: "Run", what: str, run_dir: Path) -> Iterator[str]:
-    """Yields sentences on what is trained, and where."""
+    """Yields sentences on what is trained, and where, and the notes."""
     description, world_size = run.describe(), run.engine.world_size
     roles = ", ".join(
         f"{name} ({role['parameters']:,} parameters{'' if role['trained'] else ', frozen'})"
@@ -232,7 +234,12 @@ def _introduction(run: "Run", what: str, run_dir: Path) -> Iterator[str]:
     )
     where = description["device"] if world_size == 1 else f"{world_size} processes, {run.engine.device.type}"
     yield f"Training {what} in {run_dir}, on {where}: {roles}."
-    for idle, names in _untrained(description["roles"]).items():
+    yield from _notes(run)
+
+
+def _notes(run: "Run") -> Iterator[str]:
+    """Yields sentences on what a user might not expect of a run."""
+    for idle, names in _untrained(run.describe()["roles"]).items():
         yield f"Not trained, because no loss depends on it: {idle} ({', '.join(names)})."
     yield from (*run.notes, *run.dataset.notes, *run.method.notes())
 

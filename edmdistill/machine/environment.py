@@ -19,11 +19,29 @@ from edmdistill.machine.host import cores, host_memory, peak_host_memory, proces
 from edmdistill.transfer import is_gpu
 
 
-class Environment(TypedDict):
-    """The environment of a run, none of which changes the result beyond rounding: all of `Machine` that takes part too.
+class Usage(TypedDict):
+    """How a run uses the hardware: all of `Machine` that changes rounding, memory or speed.
 
-    device and device_memory (bytes) describe the main process's GPU, or the host; threads and workers are those of the
-    main process. What is not required is missing in earlier runs.
+    micro_batch is None where nobody gave one, or where it is not settled yet. workers are those of the main process.
+    What is not required is missing in earlier runs.
+    """
+
+    processes: int
+    micro_batch: int | None
+    shard: bool
+    offload: list[str]
+    checkpointing: bool
+    second_moment: NotRequired[str]
+    loss_pieces: NotRequired[int]
+    compile: NotRequired[str]
+    workers: NotRequired[int]
+
+
+class Environment(Usage):
+    """The environment of a run, none of which changes the result beyond rounding.
+
+    device and device_memory (bytes) describe the main process's GPU, or the host; threads are those of the main
+    process. What is not required is missing in earlier runs.
     """
 
     edmdistill: str
@@ -34,17 +52,8 @@ class Environment(TypedDict):
     system: str
     device: str
     device_memory: int
-    processes: int
-    micro_batch: int | None
-    shard: bool
-    offload: list[str]
-    checkpointing: bool
-    second_moment: NotRequired[str]
-    loss_pieces: NotRequired[int]
-    compile: NotRequired[str]
     kernels: NotRequired[str]
     threads: NotRequired[int]
-    workers: NotRequired[int]
 
 
 class SessionRecord(Environment):
@@ -56,7 +65,7 @@ class SessionRecord(Environment):
 
 def environment(engine: Engine) -> Environment:
     """Returns the environment of this process."""
-    machine, device = engine.machine, engine.device
+    device = engine.device
     if is_gpu(device):
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
@@ -71,6 +80,16 @@ def environment(engine: Engine) -> Environment:
         "system": platform.platform(terse=True),
         "device": name,
         "device_memory": memory,
+        **usage(engine),
+        "kernels": selected(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def usage(engine: Engine) -> Usage:
+    """Returns how this process's run uses the hardware."""
+    machine = engine.machine
+    return {
         "processes": engine.world_size,
         "micro_batch": None if machine.micro_batch == "auto" else machine.micro_batch,
         "shard": machine.shard,
@@ -79,8 +98,6 @@ def environment(engine: Engine) -> Environment:
         "second_moment": machine.second_moment,
         "loss_pieces": machine.loss_pieces,
         "compile": machine.compile or "off",
-        "kernels": selected(),
-        "threads": torch.get_num_threads(),
         "workers": engine.workers,
     }
 

@@ -17,6 +17,7 @@ from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset
 from edmdistill.machine.engine import Engine, RoleModule, load_full_state, shard_like
+from edmdistill.machine.environment import usage
 from edmdistill.methods.base import Method
 from edmdistill.networks.flow import Denoiser
 from edmdistill.networks.magnitude import EffectiveWeights
@@ -140,7 +141,7 @@ class Run:
                 for role, network in self.networks.items()
             },
             "device": str(self.engine.device),
-            "processes": self.engine.world_size,
+            **usage(self.engine),
             "micro_batch": self.engine.machine.micro_batch,
             **self.identity,
         }

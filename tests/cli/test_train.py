@@ -59,6 +59,17 @@ def test_a_dry_run_is_one_document_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_says_what_the_run_would_say_and_how_it_uses_the_machine(tmp_path):
+    """Such as what --fit chooses, on stderr; the document has it too."""
+    words = arguments(tmp_path / "run", "--dry-run", "--fit", "1GB", "--second-moment", "bf16", "--workers", "1")
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0
+    assert "--fit chooses --second-moment bf16 --micro-batch 8, by plan" in result.stderr
+    plan = json.loads(result.stdout)
+    chosen = {"processes": 1, "micro_batch": 8, "second_moment": "bf16", "checkpointing": False, "workers": 1}
+    assert chosen.items() <= plan.items()
+
+
 def test_a_missing_teacher_is_one_sentence(tmp_path):
     words = ["train", "cosim", "--data", "digits", "--recipe", "cosim/digits", "--run-dir", str(tmp_path / "run")]
     result = CliRunner().invoke(main, words)
