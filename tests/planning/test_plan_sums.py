@@ -1,5 +1,6 @@
 """Plans in closed form: what adds up over turns, roles and averages, and what does not depend on how it is measured."""
 
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -49,6 +50,16 @@ def test_an_offloaded_teacher_is_lent_once_a_round(turns: int) -> None:
     assert measured(sets, offload=("teacher",)).lent == called
     twice = measured(sets, offload=("teacher",), checkpointing=True).lent
     assert twice == called + 4 * sum(p.numel() for block in flow().network.blocks() for p in block.parameters())
+
+
+def test_turns_are_measured_apart_whatever_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [measured(offload=("teacher",))]
+    monkeypatch.setattr(module, "Counter", lambda turns: dict(reversed(Counter(turns).items())))
+    found.append(measured(offload=("teacher",)))
+    names = "lent", "calls", "flops", "passes"
+    first, second = ([getattr(each, name) for name in names] for each in found)
+    assert list(first[-1]) == list(reversed(second[-1]))
+    assert first == second
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
