@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 from ranks import Rank, in_ranks
@@ -11,7 +12,9 @@ from tiny_generator import tiny_generator
 
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.load import load_generator
+from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.data.datasets import open_dataset
+from edmdistill.embedded import EMBEDDED
 from edmdistill.evaluation import images
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.protocol import PROTOCOLS
@@ -105,6 +108,21 @@ def test_processes_give_the_number_of_one(model: Generator, whole: Result, tmp_p
     in_memory = in_ranks(world_size, lambda rank: measured(model, processes=rank))
     assert [result.metrics for result in in_memory] == [whole.metrics] * world_size
     assert in_memory[0] == whole
+
+
+def test_references_do_not_go_on_with_one_another(tmp_path: Path) -> None:
+    """Neither of other images, nor of other weights; but two commands may read one at once."""
+    sets = [open_dataset("digits", split=split) for split in ("test", "train")]
+    np.savez(tmp_path / "ours.npz", images=sets[1].images(range(20)).permute(0, 2, 3, 1).numpy())
+    tensors, metadata = load_tensors(EMBEDDED["digits"].features)
+    other = tmp_path / "other.safetensors"
+    save_tensors(other, tensors | {"hidden.weight": tensors["hidden.weight"] / 2}, metadata)
+    works = [Work(tmp_path / "work") for _ in range(2)]
+    for data, weights, work in ((0, {}, 0), (1, {}, 0), (0, {"digits": other}, 0), (0, {"digits": other}, 1)):
+        metric = "fd_digits" if work == 0 else "kd_digits"
+        options = {"protocol": "pixels", "metrics": [metric], "weights": weights}
+        found = evaluate(tmp_path / "ours.npz", sets[data], work=works[work], **options)
+        assert found.metrics == pytest.approx(evaluate(tmp_path / "ours.npz", sets[data], **options).metrics, rel=1e-9)
 
 
 def test_repetitions_have_consecutive_seeds_and_are_averaged(model: Generator) -> None:
