@@ -87,6 +87,62 @@ def test_only_so_many_members_are_read(path: Path, monkeypatch: pytest.MonkeyPat
         Archive(path)
 
 
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (6, 99, "is a zip archive that is cut short or damaged: download it again"),  # the version that it needs
+        (8, 1, "is an encrypted zip archive: unpack it with its password and write it by torch.save"),
+        (10, 14, "is a zip archive packed by method 14, which torch does not write: give the file as torch.save"),
+    ],
+    ids=["version", "encrypted", "LZMA"],
+)
+def test_what_torch_does_not_write_is_refused(path: Path, at: int, value: int, message: str) -> None:
+    """As the directory at the end says."""
+    content = bytearray(rewritten(path).read_bytes())
+    content[content.index(b"PK\1\2") + at] = value
+    path.write_bytes(content)
+    with pytest.raises(Unreadable, match=message):
+        Archive(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK" + bytes(100), "is a zip archive that is cut short or damaged"),
+        (pickle.dumps(3), "is not a zip archive, which torch.save writes since 1.6"),
+        (b"", "is empty"),
+    ],
+    ids=["cut", "pickle", "empty"],
+)
+def test_what_is_no_archive_is_refused(path: Path, content: bytes, message: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(Unreadable, match=message):
+        Archive(path)
+
+
+@pytest.mark.parametrize(
+    "names", [["a/data.pkl", "b/data.pkl"], ["a/data.pkl", "b/x"], ["a/data.pkl", "a/DATA.PKL"], ["data.pkl", "x"], []]
+)
+def test_an_archive_is_one_folder_of_names_that_differ(names: list[str], tmp_path: Path) -> None:
+    """For torch, which takes no notice of case."""
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        for name in names:
+            archive.writestr(name, pickle.dumps(3, 2))
+    with pytest.raises(Unreadable, match=r"is a zip archive of .*, not one that torch\.save or torch\.jit\.save wrote"):
+        Archive(tmp_path / "a.pt")
+
+
+def test_names_are_found_whatever_their_case(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("Top/Data.pkl", pickle.dumps(3, 2))
+    for name in ("data.pkl", "DATA.PKL"):
+        assert Archive(tmp_path / "a.pt").load(name, "data", {}) == 3
+    with pytest.raises(
+        Unreadable, match=r"is a zip archive without constants\.pkl: it is damaged, or not a file of torch"
+    ):
+        Archive(tmp_path / "a.pt").read("constants.pkl")
+
+
 def test_a_compressed_member_that_is_damaged_is_refused(path: Path) -> None:
     packed = rewritten(path, zipfile.ZIP_DEFLATED)
     with zipfile.ZipFile(packed) as archive:
@@ -164,6 +220,7 @@ def with_other_list(data: bytes) -> bytes:
     ("forge", "why"),
     [
         (lambda data: data.replace(b"M\xe9\x03.", b"M\xea\x03.", 1), "not a file of torch.save on a little-endian"),
+        (lambda data: data[:6] + bytes([data[6] ^ 1]) + data[7:], "not a file of torch.save on a little-endian"),
         (lambda data: data.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89", 1), "on a little-endian"),
         (lambda data: data[:-24] + struct.pack("<Q", 5) + data[-16:] + bytes(4), "declares 4 numbers where it holds 5"),
         (lambda data: data[:-1], "ends too early"),

@@ -38,13 +38,16 @@ def test_latents_are_compared_with_what_is_declared(teacher: Path | None, tmp_pa
         assert found.declared.mean == pytest.approx(STABLE_DIFFUSION["edm2"].mean, abs=1e-6)
         assert found.declared.std == pytest.approx(STABLE_DIFFUSION["edm2"].std, rel=1e-6)
         assert ("far off" in to_text(found)) == found.declared.far_off
-        assert (found.declared.by == "the teacher") == (teacher is not None)
+        assert found.declared.by == ("EDM2, for a set that declares none" if teacher is None else "the teacher")
     assert good.std == pytest.approx(STABLE_DIFFUSION["edm2"].std, rel=0.05)
     assert [found.declared is not None and found.declared.far_off for found in (good, bad)] == [False, True]
 
 
 def test_nothing_is_declared_for_another_vae(tmp_path: Path) -> None:
     assert inspect_data(latents(tmp_path / "a.zip", channels=8)).declared is None
+    compared = inspect_data(latents(tmp_path / "b.zip", channels=8), teacher=LATENT)
+    assert compared.declared is None
+    assert "8 channels" in str(compared.misfit)
 
 
 def summary(tmp_path: Path, classes: int, teacher: Path) -> DataSummary:
