@@ -82,7 +82,9 @@ def read_weights(path: str | Path | None, kind: str, space: str) -> FeatureWeigh
     except Unreadable as error:
         raise CheckpointError(f"{path} {error}.") from error
     except OSError as error:
-        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read ({error.strerror or error}): make it readable, or give a copy."
+        ) from error
     official = digest in {one.sha256 for one in files_of(kind)}
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(NOT_WEIGHTS)}
     return FeatureWeights(path, _without_prefix(kept), digest, official, heads, script)

@@ -211,31 +211,51 @@ def test_every_reader_of_such_files_checks(plain: Path, use: Callable[[str], obj
 # What runs on loading.
 
 
+VALUE, SYNTAX = r"a default value that is no literal", "holds code as torch does not write it: write it with torch.jit"
+
+
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "sentence"),
     [
-        (b"y: int=3", b'y: int=len(torch.from_file("VICTIM", True, 16, dtype=0))'),
-        (b"y: int=3", b'y: int=3, z: bool=torch.save(3, "VICTIM") is None'),
+        (b"y: int=3", b'y: int=len(torch.from_file("VICTIM", True, 16, dtype=0))', VALUE),
+        (b"y: int=3", b'y: int=3, z: bool=torch.save(3, "VICTIM") is None', VALUE),
+        (b"y: int=3", b'*, y: bool=torch.save(3, "VICTIM") is None', VALUE),
         (
             b"  training : bool",
             b'  k : Final[int] = len(torch.from_file("VICTIM", True, 16, dtype=0))\n  training : bool',
+            VALUE,
         ),
-        (b"  def forward", b"  def __setstate__(self, state: int) -> NoneType:\n    return None\n  def forward"),
-        (b"class Plain", b"class T(NamedTuple):\n  a : int = torch.sum(ones)\nclass Plain"),
-        (b"  training : bool", b"  training : bool\n  c : __torch__.torch.classes.quantized.LinearPackedParamsBase"),
-        (b"y: int=3", b"y: int=3\n\n# a comment \n"),
-        (b"y: int=3", b"y: int=\\\n3"),
-        (b"torch.add(x, y)", b"torch.add(x, y) # torch.add(x, y)"),
-        (b"torch.add(x, y)", b"torch.add(x, len(f'{x}'))"),
-        (b"torch.add(x, y)", b'torch.add(x, len("""\n"""))'),
-        (b"torch.add(x, y)", b"torch.add(x, len('\\x1b[2J'))"),
-        (b"torch.add(x, y)", b"torch.add(x, " + b"(" * 5000 + b"y" + b")" * 5000 + b")"),
-        (b"torch.add(x, y)", b"torch.add(x, " + b"-" * 100_000 + b"y)"),
+        (b"  training : bool", b'  training : bool\n  torch.save(3, "VICTIM")', VALUE),
+        (b"  def forward", b'  @torch.save(3, "VICTIM")\n  def forward', VALUE),
+        (
+            b"  def forward",
+            b"  def __setstate__(self, state: int) -> NoneType:\n    return None\n  def forward",
+            "__setst",
+        ),
+        (b"  def forward", b"  def __getstate__(self) -> int:\n    return 1\n  def forward", r"\(__getstate__\)"),
+        (b"class Plain", b"class T(NamedTuple):\n  a : int = torch.sum(ones)\nclass Plain", VALUE),
+        (
+            b"  training : bool",
+            b"  training : bool\n  c : __torch__.torch.classes.quantized.LinearPackedParamsBase",
+            r"uses a class of C\+\+ \(torch\.classes\)",
+        ),
+        (b"y: int=3", b"y: int=3\n\n# a comment \n", SYNTAX),
+        (b"y: int=3", b"y: int=\\\n3", SYNTAX),
+        (b"torch.add(x, y)", b"torch.add(x, y) # torch.add(x, y)", SYNTAX),
+        (b"torch.add(x, y)", b"torch.add(x, len(f'{x}'))", SYNTAX),
+        (b"torch.add(x, y)", b"torch.add(x, len('\xc3\xa4'))", SYNTAX),
+        (b"torch.add(x, y)", b'torch.add(x, len("""\n"""))', SYNTAX),
+        (b"torch.add(x, y)", b"torch.add(x, len('\\x1b[2J'))", "holds a text of control characters"),
+        pytest.param(
+            b"torch.add(x, y)", b"torch.add(x, " + b"(" * 5000 + b"y" + b")" * 5000 + b")", SYNTAX, id="parentheses"
+        ),
+        pytest.param(b"torch.add(x, y)", b"torch.add(x, " + b"-" * 100_000 + b"y)", SYNTAX, id="signs"),
     ],
 )
-def test_nothing_runs_on_loading(plain: Path, old: bytes, new: bytes) -> None:
+def test_nothing_runs_on_loading(plain: Path, old: bytes, new: bytes, sentence: str) -> None:
+    """Each is found by the check that is for it."""
     victim = plain.with_name("victim")
-    with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*{sentence}[^\n]*$"):
         load_script(forged(plain, old, new.replace(b"VICTIM", str(victim).encode())))
     assert not victim.exists()
 

@@ -59,6 +59,16 @@ def test_only_a_module_that_holds_everything_is_left_out(tmp_path: Path):
     assert list(read(deep)) == ["e.f"], "four modules at most"
 
 
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(file: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    (tmp_path / "w.pth").touch()
+    monkeypatch.setattr("edmdistill.features.weights.sha256_file", refuse)
+    with pytest.raises(CheckpointError, match=r"w\.pth cannot be read \(Permission denied\): make it readable, or"):
+        read(tmp_path / "w.pth")
+
+
 def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_pth(tmp_path / "w.pth", {"a": torch.ones(1)})
