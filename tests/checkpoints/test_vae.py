@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from edmdistill.checkpoints import vae as module
 from edmdistill.checkpoints.encoder import STABLE_DIFFUSION
-from edmdistill.checkpoints.vae import CONFIG, WEIGHTS, Vae, find_vae, read_vae
+from edmdistill.checkpoints.vae import CONFIG, WEIGHTS, Vae, cached_vae, find_vae, read_vae
 from edmdistill.checkpoints.vae_architecture import read_architecture
 from edmdistill.errors import CheckpointError, HubError
 from edmdistill.export.diffusers import check_installed
@@ -96,6 +96,13 @@ def test_memory_that_runs_out_halves_the_batch(folder: Path, monkeypatch: pytest
     def no_room(latents: torch.Tensor) -> object:
         raise torch.OutOfMemoryError
 
+    def other_fault(latents: torch.Tensor) -> object:
+        raise RuntimeError("a size must match")
+
+    monkeypatch.setattr(vae.model, "decode", other_fault)
+    with pytest.raises(RuntimeError, match="a size must match"):
+        vae.decode(latents)
+    assert vae.batch == 2
     monkeypatch.setattr(vae.model, "decode", no_room)
     with pytest.raises(CheckpointError, match="does not fit in the GPU's memory with one image of 2x2"):
         vae.decode(latents)
@@ -111,10 +118,22 @@ def test_declared_statistics_are_those_of_the_architecture(folder: Path) -> None
     change(folder, block_out_channels=[128, 256, 512, 512])
     stable = Vae("", folder, read_architecture(folder), vae.model)
     assert [stable.statistics(name) for name in ("edm2", "scm")] == list(STABLE_DIFFUSION.values())
+    change(folder, latent_channels=16, latents_mean=None, latents_std=None)  # as Stable Diffusion 3's
+    later = Vae("", folder, read_architecture(folder), vae.model)
+    assert later.statistics("edm2") == later.statistics("scm") == ((0.1,) * 16, (2.0,) * 16)
 
 
-def test_places(folder: Path, tmp_path: Path) -> None:
+def test_places(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_vae(str(folder)) == folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_vae("~/vae") == folder
+    monkeypatch.chdir(folder)
+    assert read_vae(".").name == "vae"
+    (folder / "vae").mkdir()
+    assert find_vae(str(folder)) == folder  # which is a VAE itself
+    (folder / "me").mkdir()
+    (folder / "me" / "vae").touch()
+    assert find_vae("me/vae", download=True) is None  # a file that is here is not looked for elsewhere
     assert find_vae(str(tmp_path)) == folder  # a pipeline's folder holds its VAE in vae/
     assert find_vae(str(tmp_path / "nothing")) is None
     assert find_vae(str(folder / CONFIG)) is None
@@ -155,6 +174,7 @@ def lacks_a_tensor(folder: Path) -> None:
         (lambda folder: change(folder, latent_channels=5), r"holds \S+ in shape"),
         (lambda folder: change(folder, block_out_channels=[8, 8, 16, 65536]), "lacks decoder"),
         (lambda folder: change(folder, down_block_types=["NoBlock"] * 4), "arguments that make no VAE"),
+        (lambda folder: (folder / WEIGHTS).unlink(), r"has no diffusion_pytorch_model\.safetensors \(it has none\)"),
         (lacks_a_config, "it is not a file of at most 1 MiB"),
         (lacks_weights, "has diffusion_pytorch_model.bin, a pickle, which is not read"),
         (lacks_a_tensor, "lacks quant_conv.bias"),
@@ -195,6 +215,15 @@ def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
         read_vae("a/b")
 
 
+def test_without_what_diffusers_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise ImportError("No module named 'accelerate'", name="accelerate")
+
+    monkeypatch.setattr(module, "diffusers_class", fails)
+    with pytest.raises(CheckpointError, match=r"a VAE needs accelerate, which is not installed: pip install"):
+        read_vae(str(folder))
+
+
 def test_the_hub_once_and_then_its_cache(server, folder: Path, case: dict[str, torch.Tensor]) -> None:
     from hub_server import Repository
 
@@ -207,8 +236,13 @@ def test_the_hub_once_and_then_its_cache(server, folder: Path, case: dict[str, t
     torch.testing.assert_close(vae.encode(case["pixels_u8"], "edm2"), case["mean_std"], rtol=0, atol=1e-5)
     assert not any("bin" in call.path for call in server.calls)
     before = len(server.calls)
-    assert read_vae("me/vae").sha256 == vae.sha256
+    for name in ("me/vae", "me/vae@main"):
+        assert read_vae(name, download=True).sha256 == vae.sha256
+        assert find_vae(name) == cached_vae(name) == vae.folder
     assert len(server.calls) == before
+    repository.commit("next", files)
+    assert find_vae("me/vae@next") is None
+    assert find_vae("me/vae@next", download=True).parent == vae.folder.parent  # type: ignore[union-attr]
     with pytest.raises(HubError, match="you/vae cannot be downloaded from the Hub"):
         read_vae("you/vae", download=True)
 
@@ -220,7 +254,10 @@ def test_what_diffusers_says_of_other_packages_is_not_passed_on(
     package = ModuleType("diffusers")
     package.__getattr__ = lambda name: logging.getLogger("torchao").warning("no CUDA")  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "diffusers", package)
+    logging.disable(logging.INFO)
     load()
     assert not caplog.records
+    assert logging.root.manager.disable == logging.INFO  # as it was
+    logging.disable(logging.NOTSET)
     logging.getLogger("torchao").warning("later")
     assert [record.message for record in caplog.records] == ["later"]
