@@ -243,7 +243,7 @@ def test_what_jumps_cannot_start_from(tmp_path):
 
 def test_the_sentences_name_the_levels():
     jumps = [SingleJump(80, 9.0, 500.0), SingleJump(5, 3.0, 100.0), SingleJump(0.6, 12.0, 7.0)]
-    gaps = [Gap(0.1, 80, 0.3, 0.0), Gap(0.1, 0.6, 0.2, 0.02)]
+    gaps = [Gap(0.1, 80, 0.3, 0.0), Gap(0.1, 5, 0.2, 0.9), Gap(0.1, 0.6, 0.2, 0.02)]
     text = " ".join(sentences(Diagnosis(jumps, gaps)))
     assert "best from sigma 5" in text
     assert "worst from sigma 0.6" in text

@@ -70,7 +70,7 @@ def test_a_table_without_curves_has_no_chart():
 
 
 def test_quality_is_on_a_logarithmic_axis():
-    table = ResultTable(PROTOCOLS["digits"], [], "", {"generator": [(1, 1000.0), (2, 10.0), (4, 0.1)]}, "digits-FD")
+    table = ResultTable(PROTOCOLS["digits"], [], "", {"generator": [(1, 8.0), (2, 4.0), (4, 2.0)]}, "digits-FD")
     heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', sections.chart_by_nfe(table))]
     assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
 
