@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from edmdistill.machine.engine import Machine
+from edmdistill.networks import NETWORKS
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -60,6 +61,16 @@ def test_turns_are_measured_apart_whatever_their_order(monkeypatch: pytest.Monke
     first, second = ([getattr(each, name) for name in names] for each in found)
     assert list(first[-1]) == list(reversed(second[-1]))
     assert first == second
+
+
+def test_gradients_are_no_activations() -> None:
+    """Of plain convolutions of many channels: at the end of a pass gradients are all there is, and what else there was
+    grows with the images."""
+    shape = {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "label_dim": 10, "model_channels": 64}
+    plain = FlowNetwork(NETWORKS["song"](**shape, num_blocks=1, channel_mult=[1], attn_resolutions=[]), EDM())
+    for role, turn in measure(load_recipe("sid/digits"), plain).passes.items():
+        assert highest(turn.total, 0) == pytest.approx(turn.trained, rel=1e-4), role
+        assert highest(turn.activations, 0) < turn.trained / 100, role
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
