@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_generator import tiny_generator
 
 from edmdistill.checkpoints.config import Guidance, SamplingDefaults, read_config, write_config
 from edmdistill.checkpoints.load import load_generator
+from edmdistill.errors import EdmDistillError
 from edmdistill.export.folder import export
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.sampling.generate import sample
@@ -67,3 +69,23 @@ def test_latents_without_their_vae(tmp_path: Path):
     drawn = loaded(tmp_path / "out")(output_type="latent", class_labels=3, generator=torch.Generator().manual_seed(5))
     expected = sample(load_generator(folder), seeds=[5], labels=3)
     torch.testing.assert_close(drawn.images, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_that_draws_other_images_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tiny_generator(tmp_path / "it")
+
+    def black(**words: Any) -> SimpleNamespace:
+        return SimpleNamespace(images=torch.zeros(3, 1, 8, 8))
+
+    monkeypatch.setattr("edmdistill.export.diffusers._loaded", lambda out: black)
+    with pytest.raises(EdmDistillError, match="nothing was exported: with 1 network evaluations, its images differ"):
+        export(folder, "diffusers", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_diffusers_own_logging_is_left_as_it_was(tmp_path: Path):
+    logs = diffusers.utils.logging
+    before = logs.get_verbosity()
+    assert before != logs.ERROR
+    assert [row.nfe for row in export(tiny_generator(tmp_path / "it"), "diffusers", tmp_path / "out")] == [1, 2]
+    assert (logs.get_verbosity(), logs.is_progress_bar_enabled()) == (before, True)
