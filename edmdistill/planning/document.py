@@ -12,7 +12,7 @@ from edmdistill.machine.compile import CUDA_GRAPHS
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPU
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure, split_batch
+from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure, split_batch, used
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import compile_mode
 
@@ -51,11 +51,6 @@ class PlanRequest(NamedTuple):
         """Images of one micro-batch."""
         return split_batch(self.recipe, self.processes, self.micro_batch)[1]
 
-    @property
-    def used(self) -> Machine:
-        """The machine as training uses it: a loss has no more pieces than a micro-batch has images."""
-        return self.machine._replace(loss_pieces=min(self.machine.loss_pieces, self.rows))
-
 
 def plan_document(request: PlanRequest, on_progress: Callable[[str], object], alternatives: bool) -> dict[str, Any]:
     """Returns memory, operations and time of a run, as plain values.
@@ -66,8 +61,9 @@ def plan_document(request: PlanRequest, on_progress: Callable[[str], object], al
     """
     training, rows = request.recipe.training, request.rows
     share, _ = split_batch(request.recipe, request.processes, None)
-    measurement = measure(request.recipe, request.flow, request.used, on_progress, guide=request.guide)
-    plan = make_plan(measurement, request.used, request.processes)
+    machine = used(request.machine, rows)
+    measurement = measure(request.recipe, request.flow, machine, on_progress, guide=request.guide)
+    plan = make_plan(measurement, machine, request.processes)
     turns = plan.peaks(rows, rows < share)
     gpus = []
     for name, gpu in request.gpus.items():
@@ -99,7 +95,7 @@ def _alternatives(request: PlanRequest, on_progress: Callable[[str], object]) ->
         on_progress(f"{precision}{', checkpointing' if checkpointing else ''}")
         changed = replace(recipe, training=replace(recipe.training, precision=precision))
         for shard in (False, True) if shardable else (False,):
-            machine = request.used._replace(checkpointing=checkpointing, shard=shard)
+            machine = used(request.machine, request.rows)._replace(checkpointing=checkpointing, shard=shard)
             plan = make_plan(measure(changed, request.flow, machine, guide=request.guide), machine, processes)
             fits = {name: plan.largest_micro_batch(gpu.memory, share) for name, gpu in request.gpus.items()}
             options = {"precision": precision, "checkpointing": checkpointing, "shard": shard}

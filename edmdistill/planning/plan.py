@@ -248,6 +248,11 @@ def split_batch(recipe: Recipe, processes: int, micro_batch: int | None) -> tupl
     return rows[-1].stop - rows[0].start, max(piece.stop - piece.start for piece in rows)
 
 
+def used(machine: Machine, rows: int) -> Machine:
+    """Returns a machine as a pass of so many images uses it: a loss has no more pieces than there are images."""
+    return machine._replace(loss_pieces=min(machine.loss_pieces, rows))
+
+
 def images_per_second(
     plan: Plan, gpu: GPU, half: bool, utilization: float, processes: int, batch: int, micro_batch: int
 ) -> float:

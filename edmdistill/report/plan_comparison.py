@@ -8,10 +8,11 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.store import build_flow
+from edmdistill.machine.engine import Machine
 from edmdistill.machine.environment import machine_of
 from edmdistill.machine.gpus import GPUS, find_gpu
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure, split_batch
+from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure, split_batch, used
 from edmdistill.report.summary import RunSummary
 
 UTILIZATION = 0.35
@@ -32,7 +33,7 @@ def compare_with_plan(run: RunSummary) -> Comparison:
     notes = [] if session else ["This run has no record of its machine: the plan is for one process, unsharded."]
     training, processes = run.recipe.training, session.get("processes", 1)
     share, rows = split_batch(run.recipe, processes, session.get("micro_batch"))
-    plan, guided = _plan(run, run.config, session, processes)
+    plan, guided = _plan(run, run.config, used(machine_of(session)._replace(micro_batch=None), rows), processes)
     if guided:
         notes.append("The guide is assumed to be as large as the teacher, because the run does not record its shape.")
     turns = plan.peaks(rows, rows < share)
@@ -76,12 +77,11 @@ def compare_with_plan(run: RunSummary) -> Comparison:
     return Comparison(table, notes)
 
 
-def _plan(run: RunSummary, config: CheckpointConfig, session: dict[str, Any], processes: int) -> tuple[Plan, bool]:
+def _plan(run: RunSummary, config: CheckpointConfig, machine: Machine, processes: int) -> tuple[Plan, bool]:
     """Returns the plan, and whether it includes a guide."""
     spec = config.network
     arguments = {name: value for name, value in spec.arguments.items() if name != "guided"}  # the teacher is not
     flow: FlowNetwork = build_flow(replace(spec, arguments=arguments), config.preconditioning, str(run.path))
-    machine = machine_of(session)._replace(micro_batch=None)
     guided = any(role.source == "guide" for role in run.recipe.roles.values())
     measured = measure(run.recipe, flow, machine, guide=flow if guided else None)
     return make_plan(measured, machine, processes), guided

@@ -70,6 +70,12 @@ def test_a_pass_of_several_has_gradients_beside_it(full: Path):
     assert size(half, "Peak memory") == parts
 
 
+def test_a_loss_has_no_more_pieces_than_a_micro_batch_has_images(full: Path):
+    whole, two, many = (compared(full, micro_batch=2, loss_pieces=pieces) for pieces in (1, 2, 8))
+    assert size(two, "Peak memory") < size(whole, "Peak memory")
+    assert many == two
+
+
 def test_the_turn_is_the_longest_and_the_memory_the_most(full: Path):
     lines = [{"images": 500, "seconds": 4, "memory": 3e9}, {"images": 1000, "seconds": 8, "memory": 2e9}]
     (full / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
