@@ -65,11 +65,12 @@ GAN = (  # in the last third, where the scores are on too
     'method.augment=["translation"]',
     "training.lr_by_role.discriminator=1e-3",
 )
-LAGRANGIAN = (  # over AYF's intervals
+LAGRANGIAN = (  # over AYF's intervals, all of some length
     'method.objective="lagrangian"',
     'method.times="interval"',
     "method.P_mean=-0.8",
     "method.P_std=1.0",
+    "method.share_still=0.0",
     "method.warmup_images=0",
 )
 CONTESTANTS = {

@@ -183,7 +183,10 @@ def test_short_jumps_are_diffusion_training(objective: str) -> None:
 
 
 def test_the_data_velocity_is_the_teacher_s_in_expectation() -> None:
-    """MeanFlow's identity: averaged over data and noise given x_t, its tangent is the Eulerian one of the true flow."""
+    """MeanFlow's identity: averaged over data and noise given x_t, its tangent is the Eulerian one of the true flow.
+
+    What varies is cos(d) J (v - E[v | x_t]), where J is the derivative of the jump.
+    """
     rows = 200_000
     draws = Draws(3, rows)
     t, s = torch.full((rows,), 0.9, dtype=torch.float64), torch.full((rows,), 0.3, dtype=torch.float64)
@@ -202,6 +205,9 @@ def test_the_data_velocity_is_the_teacher_s_in_expectation() -> None:
     )
     # Linear in x_t for Gaussian data, so uncorrelated with x_t is zero for every x_t.
     slope, deviation = float((g * x_t).mean() / x_t.square().mean()), float(g.std() / x_t.std())
+    velocities = velocity(x0, z, t) - flow_velocity(x_t, t)
+    J = spread(s[0]) / spread(t[0])
+    assert deviation == pytest.approx(float((t - s)[0].cos() * J * velocities.std() / x_t.std()), rel=1e-9)
     assert deviation > 0.1  # a single pair is far from it
     assert abs(slope) < 5 * deviation / math.sqrt(rows)
 
