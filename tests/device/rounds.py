@@ -1,7 +1,7 @@
 """Training on the emulated device, beside the same on the CPU, in a process of its own.
 
-rounds.py '[[teacher, recipe, machine, rounds], ...]' prints what `compare` returns of each; the machine is a table of
-Machine's. Of [teacher, recipe, capacity], it is what `compare_auto` returns.
+rounds.py '[["compare", teacher, recipe, machine, rounds], ["settle", teacher, recipe, machine, capacity], ...]' prints
+what these functions return; the machine is a table of Machine's.
 """
 
 import gc

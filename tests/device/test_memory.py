@@ -40,7 +40,8 @@ def test_the_plan_knows_every_way_to_save_memory(recipe: Any, tmp_path: Path) ->
     teacher = CheckpointConfig(stage="teacher", provenance=Provenance(source="a test"), **describe(flow))
     save_checkpoint(tmp_path / "teacher", flow, teacher)
     asked = recipe("cosim", images=3 * BATCH, batch=BATCH, betas=[0.0, 0.99], precision="bf16")
-    cases = [[str(tmp_path / "teacher"), json.loads(asked.to_json()), machine, 1] for machine in WAYS.values()]
+    source, tables = str(tmp_path / "teacher"), json.loads(asked.to_json())
+    cases = [["compare", source, tables, machine, 1] for machine in WAYS.values()]
     status, said = Forked(Path(__file__).parent / "rounds.py", json.dumps(cases)).finish()
     assert status == 0, said
     peaks = []
