@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from edmdistill.data.prepare import prepare_data
+
 Members = dict[str, bytes]
 
 
@@ -108,3 +110,14 @@ def write_mnist(folder: Path, images: np.ndarray, labels: np.ndarray, suffix: st
         with opened(folder / f"train-{kind}-ubyte{suffix}", "wb") as file:
             file.write(struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes())
     return folder / f"train-images-idx3-ubyte{suffix}"
+
+
+def prepared(source: Path, **options: object) -> tuple[list[np.ndarray], list[int] | None, list[str] | None]:
+    """The images, classes and names of the classes of what is made of a source."""
+    out = source.parent / "out.zip"
+    prepare_data(source, out, overwrite=True, **options)
+    document = read_document(out)
+    labels = document["labels"]
+    if labels is not None:
+        assert [name for name, _ in labels] == list(read_images(out))
+    return list(read_images(out).values()), labels and [label for _, label in labels], document.get("label_names")

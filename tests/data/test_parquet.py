@@ -7,25 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_files import encoded, read_document, read_images, write_folder
+from picture_files import encoded, prepared, write_folder
 from PIL import Image
 
 from edmdistill.data import parquet
-from edmdistill.data.prepare import prepare_data
 from edmdistill.data.sources import open_pictures
 from edmdistill.errors import DatasetError
 
 PICTURES = {f"{i}.png": encoded(i, 8, 8) for i in range(3)}
 NAMES = ["tench, Tinca tinca", "crane"]
-
-
-def prepared(source: Path, **options: object) -> tuple[list[np.ndarray], list[int] | None, list[str] | None]:
-    """The images, classes and names of the classes of what is made of a source."""
-    out = source.parent / "out.zip"
-    prepare_data(source, out, overwrite=True, **options)
-    document = read_document(out)
-    labels = document["labels"]
-    return list(read_images(out).values()), labels and [label for _, label in labels], document.get("label_names")
 
 
 def write_parquet(path: Path, rows: dict[str, bytes], labels: list[int] | None, names: list[str] | None) -> None:

@@ -13,7 +13,7 @@ import pytest
 from picture_files import (
     cifar10,
     encoded,
-    read_document,
+    prepared,
     read_images,
     tar_bytes,
     write_folder,
@@ -31,17 +31,6 @@ from edmdistill.errors import DatasetError
 PICTURES = {f"{folder}/{i}.png": encoded(i, 8, 8) for i, folder in enumerate(("n02012849", "n01440764", "n02012849"))}
 SORTED = sorted(PICTURES)
 NAMES = ["tench, Tinca tinca", "crane"]
-
-
-def prepared(source: Path, **options: object) -> tuple[list[np.ndarray], list[int] | None, list[str] | None]:
-    """The images, classes and names of the classes of what is made of a source."""
-    out = source.parent / "out.zip"
-    prepare_data(source, out, overwrite=True, **options)
-    document = read_document(out)
-    labels = document["labels"]
-    if labels is not None:
-        assert [name for name, _ in labels] == list(read_images(out))
-    return list(read_images(out).values()), labels and [label for _, label in labels], document.get("label_names")
 
 
 def assert_pictures(source: Path, classes: list[int] | None = [0, 1, 1], **options: object) -> None:  # noqa: B006
