@@ -108,6 +108,22 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def comma_separated(text: str, option: str = "") -> list[str]:
+    """Returns the entries of a list that a user typed, as in 1,2,4, without the spaces around them.
+
+    Args:
+        option: named by the error.
+    Raises: EdmDistillError: an entry is empty.
+    """
+    entries = [entry.strip() for entry in text.split(",")]
+    typed = f"{option} {text!r}".lstrip()
+    if entries == [""]:
+        raise EdmDistillError(f"{typed} is an empty list: give it an entry")
+    if not all(entries):
+        raise EdmDistillError(f"{typed} has an empty entry: write one comma between two entries, and none at the end")
+    return entries
+
+
 def did_you_mean(word: str, known: Iterable[str], most: int = 10, more: str = "") -> str:
     """Returns the end of a sentence on an unknown name: the name that was probably meant, or the choices.
 

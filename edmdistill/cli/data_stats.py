@@ -53,7 +53,7 @@ class SharingOptions:
 def command(
     source: str,
     out: Path,
-    features: list[str],
+    features: tuple[str, ...],
     weights: tuple[tuple[str, Path], ...],
     keep: int | None,
     split: str,

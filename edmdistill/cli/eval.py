@@ -100,7 +100,7 @@ def command(
     Ctrl-C or a kill the same command goes on, on another number of processes too. With --metrics nll nothing is
     sampled: the likelihood of --ref under the network is measured, in bits per dimension.
     """
-    nll = options.metrics == NLL
+    nll = options.metrics == [NLL]
     kind = f"--metrics {NLL}" if nll else "a measurement of images"
     _refuse(context, IMAGES_ONLY if nll else LIKELIHOOD_ONLY, f"does not go with {kind}")
     if not nll and protocol is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from edmdistill.cli.options import compile_option, errors_once, option_group, say, say_rounding, say_unfinished
-from edmdistill.cli.types import Count, OutputPath
+from edmdistill.cli.types import CommaList, Count, OutputPath
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ class MeasurementOptions:
     """The options of a measurement, as they were typed."""
 
     ref: str | None
-    metrics: str | None
+    metrics: list[str] | None
     count: int | None
     seeds: str | None
     repeat: int
@@ -114,7 +114,7 @@ class MeasurementOptions:
         """Returns the arguments of `evaluate` for networks and images alike."""
         pairs = (text.partition("=") for text in self.weights if "=" in text)
         return {
-            "metrics": None if self.metrics is None else [name.strip() for name in self.metrics.split(",")],
+            "metrics": self.metrics,
             "weights": {name: file for name, _, file in pairs},
             "device": device,
             "work": open_work(self.work),
@@ -138,7 +138,7 @@ def measurement_options(
             help="Real images: a zip, a folder, an .npz, digits or tiles; or statistics of them.  "
             "[default: the protocol's own]",
         ),
-        "metrics": click.option("--metrics", metavar="LIST", help=metrics_help),
+        "metrics": click.option("--metrics", type=CommaList(), metavar="LIST", help=metrics_help),
         "count": click.option("--n", "count", type=Count(2, 2_000_000), help=count_help),
         "seeds": click.option("--seeds", metavar="LIST", help="Network: these seeds, as in 5000-9999."),
         "repeat": click.option(

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edmdistill.cli.options import second_moment_option, show_stage
-from edmdistill.cli.train import OFFLOADS, Words
-from edmdistill.cli.types import COMPILE, Count, FiniteFloat, Memory, Name
+from edmdistill.cli.train import OFFLOADS
+from edmdistill.cli.types import COMPILE, Count, FiniteFloat, Memory, Name, NameList
 from edmdistill.machine.gpus import GPUS, measure_this_machine
 from edmdistill.methods import METHODS
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--micro-batch", type=Count(min=1), help="Images of one forward pass.  [default: the share of a process]")
 @click.option("--fit", type=Memory(), help="As for train; auto: the one --gpu, or this machine's.")
 @click.option("--shard", is_flag=True, help="As for train.")
-@click.option("--offload", type=Words(OFFLOADS), default=(), help="As for train.")
+@click.option("--offload", type=NameList(OFFLOADS), default=(), help="As for train.")
 @click.option("--checkpoint-activations", is_flag=True, help="As for train.")
 @click.option("--loss-pieces", type=Count(min=1), default=1, help="As for train.")
 @second_moment_option

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from edmdistill.cli.options import compile_option, errors_once, say, second_moment_option, show_stage
-from edmdistill.cli.types import Count, Memory, Name, OutputPath
+from edmdistill.cli.types import Count, Memory, Name, NameList, OutputPath
 from edmdistill.errors import TrainingError
 from edmdistill.methods import METHODS
 
@@ -24,25 +24,6 @@ if TYPE_CHECKING:
 OFFLOADS = ("ema", "teacher", "optimizer")
 TRACKERS = ("tensorboard", "wandb")
 ALARMS = ("collapse", "saturation", "runaway", "quality", "nan")
-
-
-class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """Some of these words, joined by commas."""
-
-    name = "words"
-
-    def __init__(self, words: tuple[str, ...]) -> None:
-        self.words = words
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return ",".join(self.words)
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        given = tuple(value.split(",")) if isinstance(value, str) else ()
-        for word in given:
-            if word not in self.words:
-                self.fail(f"{word!r} is none of {', '.join(self.words)}.", param, ctx)
-        return given
 
 
 @click.command("train", epilog="\b\n" + "\n".join(f"{name:<10} {entry.summary}" for name, entry in METHODS.items()))
@@ -75,7 +56,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     help="Choose micro-batch and what follows by the plan: the fastest that fits; auto: this GPU.",
 )
 @click.option("--shard", is_flag=True, help="Share networks, optimizers and averages out over the processes (FSDP2).")
-@click.option("--offload", type=Words(OFFLOADS), default=(), help="What waits in the host's memory.")
+@click.option("--offload", type=NameList(OFFLOADS), default=(), help="What waits in the host's memory.")
 @click.option("--checkpoint-activations", is_flag=True, help="Compute activations twice to hold fewer.")
 @click.option(
     "--loss-pieces",
@@ -90,11 +71,11 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
 )
 @click.option(
     "--log-with",
-    type=Words(TRACKERS),
+    type=NameList(TRACKERS),
     default=(),
     help="Where metrics and grids go as well: into RUN/tensorboard; into the project edmdistill of wandb.",
 )
-@click.option("--stop-on", type=Words(ALARMS), default=(), help="Which alarms end the run; nan does in any case.")
+@click.option("--stop-on", type=NameList(ALARMS), default=(), help="Which alarms end the run; nan does in any case.")
 @click.option("--profile", type=Count(min=1), help="Trace so many rounds, after 3 others, into RUN/profile.")
 @click.option("--dry-run", is_flag=True, help="Print as JSON what would be trained, and start nothing.")
 def command(

@@ -86,7 +86,7 @@ def command(
     folder = tune.find_generator(source, stored=not dry_run)
     metric, protocol = tune.find_measure(metric, protocol)
     with shared(options.processes, options.device) as processes:
-        options = replace(options, metrics=metric)
+        options = replace(options, metrics=[metric])
         measurements = plan_measurements(source, protocol, options, lambda *_: [SamplerSpec()], processes)
         ((_, evaluate),), work = measurements.tasks, measurements.work
         assert work is not None

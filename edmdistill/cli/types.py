@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from edmdistill.atomic import exists, unwritable
-from edmdistill.errors import did_you_mean
+from edmdistill.errors import EdmDistillError, comma_separated, did_you_mean
 
 MAX_NFE, MAX_BATCH = 10_000, 65_536
 MAX_GUIDANCE = 1000.0
@@ -88,7 +88,33 @@ class Name(click.Choice[str]):
         return f"{str(value)!r} is not known; {did_you_mean(str(value), self.choices)}"
 
 
-class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+class CommaList(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
+    """A list with commas between its entries.
+
+    Args:
+        item: the type of an entry.
+    """
+
+    name = "list"
+
+    def __init__(self, item: click.ParamType[Any] = click.STRING) -> None:
+        self.item = item
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):  # a default
+            return value
+        try:
+            entries = comma_separated(value)
+        except EdmDistillError as error:
+            self.fail(f"{error}.", param, ctx)
+        return self.of(entries, param, ctx)
+
+    def of(self, entries: list[str], param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the values of entries."""
+        return [self.item.convert(entry, param, ctx) for entry in entries]
+
+
+class NumberList(CommaList):
     """Numbers with commas between them, as in 1,2,4; each is checked by `item`.
 
     Args:
@@ -96,36 +122,31 @@ class NumberList(click.ParamType):  # type: ignore[type-arg]  # generic in newer
         example: shown where the text is no list.
     """
 
-    name = "list"
-
     def __init__(self, item: click.ParamType[Any], example: str) -> None:
-        self.item, self.example = item, example
+        super().__init__(item)
+        self.example = example
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        if isinstance(value, list):
-            return value
-        parts = [part.strip() for part in str(value).split(",")]
+    def of(self, entries: list[str], param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            for part in parts:
-                float(part)
+            for entry in entries:
+                float(entry)
         except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as {self.example}.", param, ctx)
-        return [self.item.convert(part, param, ctx) for part in parts]
+            self.fail(f"{','.join(entries)!r} is not a list of numbers such as {self.example}.", param, ctx)
+        return super().of(entries, param, ctx)
 
 
-class NameList(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
-    """Some of a set of names, with commas between them, each once."""
-
-    name = "list"
+class NameList(CommaList):
+    """Some of a set of names, with commas between them, each once, as a tuple."""
 
     def __init__(self, choices: Sequence[str]) -> None:
-        self.item = Name(choices)
+        super().__init__(Name(choices))
+        self.choices = choices
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        if isinstance(value, list):
-            return value
-        names = [self.item.convert(part.strip(), param, ctx) for part in str(value).split(",")]
-        return list(dict.fromkeys(names))
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return ",".join(self.choices)
+
+    def of(self, entries: list[str], param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return tuple(dict.fromkeys(super().of(entries, param, ctx)))
 
 
 class NamedFile(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone

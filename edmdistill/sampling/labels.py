@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, comma_separated
 
 
 def find_classes(words: Sequence[str], label_dim: int, names: Sequence[str] | None) -> list[int]:
@@ -18,11 +18,11 @@ def find_classes(words: Sequence[str], label_dim: int, names: Sequence[str] | No
     classes: list[int] = []
     for word in words:
         if re.fullmatch(r"\s*[0-9]+(-[0-9]+)?(\s*,\s*[0-9]+(-[0-9]+)?)*\s*", word) and not word.strip().isdecimal():
-            for part in word.split(","):
-                first, _, last = part.strip().partition("-")
+            for part in comma_separated(word, "--class"):
+                first, _, last = part.partition("-")
                 low, high = (find_class(number, label_dim, None) for number in (first, last or first))
                 if low > high:
-                    raise EdmDistillError(f"the classes {part.strip()} run backwards: write the lower number first")
+                    raise EdmDistillError(f"the classes {part} run backwards: write the lower number first")
                 classes += range(low, high + 1)
         else:
             classes.append(find_class(word, label_dim, names))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, comma_separated
 from edmdistill.transfer import to_device
 
 MAX_SEED = 2**32 - 1
@@ -62,13 +62,12 @@ def parse_seeds(text: str) -> list[int]:
         twice, or there are more than 2,000,000.
     """
     seeds: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,99})(?:-([0-9]{1,99}))?\s*", part)
+    for part in comma_separated(text, "--seeds"):
+        match = re.fullmatch(r"([0-9]{1,99})(?:-([0-9]{1,99}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise EdmDistillError(
-                f"--seeds {text}: {part.strip()!r} is neither a seed nor an increasing range; write seeds as in "
-                "0-63,100"
+                f"--seeds {text}: {part!r} is neither a seed nor an increasing range; write seeds as in 0-63,100"
             )
         if last > MAX_SEED:
             raise EdmDistillError(f"--seeds {text}: {last} is too large; seeds run from 0 to {MAX_SEED}")

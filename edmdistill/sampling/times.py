@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edmdistill.errors import EdmDistillError, counted
+from edmdistill.errors import EdmDistillError, comma_separated, counted
 from edmdistill.trigflow import sigma_to_time
 
 
@@ -18,7 +18,7 @@ def parse_times(text: str, *, sigma_data: float, sigma_min: float, sigma_max: fl
     Raises: EdmDistillError: a part that is no number, or a noise level outside [sigma_min, sigma_max].
     """
     times: list[float] = []
-    for part in map(str.strip, text.split(",")):
+    for part in comma_separated(text, "--t"):
         try:
             value = float(part.removesuffix("rad"))
         except ValueError:

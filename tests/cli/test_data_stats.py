@@ -40,7 +40,7 @@ def test_stats_of_digits(tmp_path: Path) -> None:
     ("options", "why"),
     [
         (["--features", "digit"], "'digit' is not known; did you mean 'digits'?"),
-        (["--features", ""], "'' is not known"),
+        (["--features", ""], "'' is an empty list: give it an entry"),
         (["--weights", "digits"], "'digits' does not have the form NAME=FILE"),
         (["--weights", "digits="], "'digits=' does not have the form NAME=FILE"),
         (["--weights", "vgg=a.pt"], "'vgg' is not known"),

@@ -87,7 +87,7 @@ def test_json_is_one_document_on_stdout_and_in_the_file(checkpoint: Path, tmp_pa
 def test_no_seeds_are_not_all_of_the_protocols(checkpoint: Path) -> None:
     result = run(checkpoint, "--protocol", "digits", "--seeds", "")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "'' is neither a seed nor an increasing range" in result.stderr
+    assert "--seeds '' is an empty list: give it an entry" in result.stderr
 
 
 def test_repetitions(checkpoint: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_likelihood_is_as_exact_as_the_library_has_it() -> None:
 
 def test_a_likelihood_is_bound_to_data_probes_and_tolerance(teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "nll.json"
-    words = [teacher, "--metrics", "nll", "--ref", "digits", "--n", 3, "--probes", 2, "--tolerance", 0.01]
+    words = [teacher, "--metrics", " nll", "--ref", "digits", "--n", 3, "--probes", 2, "--tolerance", 0.01]
     result = run(*words, "--out", out)
     assert result.exit_code == 0, result.output
     title, head, row = result.stdout.splitlines()

@@ -11,6 +11,16 @@ TEACHER = "digits"
 TRAIN = "train cosim digits --data digits --recipe cosim/digits-quickstart --run-dir out --device cpu --dry-run"
 DIFFUSION = f"{TRAIN.replace('cosim digits', 'diffusion').replace('cosim/digits-quickstart', 'diffusion/digits')} --set"
 SAMPLE = "sample digits --out out --device cpu"
+EMPTY_ENTRIES = (
+    f"{SAMPLE} --seeds 0,",
+    f"{SAMPLE} --t 80,,1",
+    f"{TRAIN} --stop-on ,collapse",
+    "eval digits --protocol digits --metrics fd_digits,",
+    "sweep digits --protocol digits --nfe 1,,2",
+    "sweep digits --protocol digits --nfe 1 --gamma 0,",
+    "data stats digits a.npz --features digits,",
+    "plan cosim/digits digits --offload ema,",
+)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +49,8 @@ SAMPLE = "sample digits --out out --device cpu"
         ("loss digits --data digits --images 1501 --device cpu", "digits has 1,500 images, fewer than the 1,501 asked"),
         ("eval digits --protocol digits --metrics nll,fid --n 4", "nll is measured alone"),
         (f"{TRAIN} --micro-batch none", "--micro-batch none is not a number of images: use a number, or auto"),
-        (f"{TRAIN} --stop-on foo", "'foo' is none of collapse, saturation, runaway, quality, nan."),
+        (f"{TRAIN} --stop-on foo", "'foo' is not known; choose one of collapse, saturation, runaway, quality, nan"),
+        *((words, "has an empty entry: write one comma between two entries, and none at") for words in EMPTY_ENTRIES),
         (f"{TRAIN} --fit 12", "'12' is not an amount of memory: write auto, or as in 48GB or 44.5GiB."),
         ("sample digits --out a.npz --latents --device cpu", "because the network works on pixels: leave it out"),
         ("sweep a.npz --protocol digits --nfe 1", "a sweep samples a network, and a.npz is images: measure them with"),
