@@ -15,7 +15,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from edmdistill.atomic import atomic_write
 from edmdistill.data.contents import LABELS
+from edmdistill.data.files import ZipFiles, as_dataset_error
 from edmdistill.errors import DatasetError
 
 REQUEST, LATENTS, JOURNAL, LOCK, WRITER = "encode.json", "latents.zip", "journal", "lock", "writer"
@@ -256,8 +257,6 @@ class LatentZip:
 
 def read_request(path: Path) -> object:
     """Returns the request that a zip of latents was made by; None if it is something else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.read(LABELS))["encoder"]["request"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
-        return None
+    with suppress(DatasetError), as_dataset_error(str):
+        return json.loads(ZipFiles(path).read(LABELS))["encoder"]["request"]
+    return None

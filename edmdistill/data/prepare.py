@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -24,6 +23,7 @@ from edmdistill import __version__
 from edmdistill.atomic import require_free, temporary_folder
 from edmdistill.data.contents import LABELS
 from edmdistill.data.edm_zip import EdmZip, image_index, image_name
+from edmdistill.data.files import ZipFiles, as_dataset_error
 from edmdistill.data.packing import Packed, PackJob, packed_chunks, read
 from edmdistill.data.pictures import Pictures
 from edmdistill.data.prepare_state import PrepareState, chained, names_sha256, open_state, remove_leftovers
@@ -220,16 +220,17 @@ def _made_before(
     Of pictures with the same names and sizes all are read: those of MNIST and Fashion-MNIST differ in nothing else.
     """
     try:
-        with zipfile.ZipFile(out) as archive:
-            document = json.loads(archive.read(LABELS))
-            images = [name for name in archive.namelist() if name != LABELS]
-        record = document["prepared"]
-        if any(record[key] != settings[key] for key in RECORDED) or record["source"] != source.absolute().name:
-            return None
-        made, content = record["names_sha256"], record["source_sha256"]
-        names = document.get("label_names") or ()
-        classes = max(len(names), *(label + 1 for _, label in document["labels"] or [("", -1)]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
+        with as_dataset_error(str):
+            files = ZipFiles(out)
+            document = json.loads(files.read(LABELS))
+            images = [member.name for member in files.members() if member.name != LABELS]
+            record = document["prepared"]
+            if any(record[key] != settings[key] for key in RECORDED) or record["source"] != source.absolute().name:
+                return None
+            made, content = record["names_sha256"], record["source_sha256"]
+            names = document.get("label_names") or ()
+            classes = max(len(names), *(label + 1 for _, label in document["labels"] or [("", -1)]))
+    except DatasetError:
         return None
     if source.is_file() and is_compressed(source) and source.stat().st_size > UNPACKED:
         return None

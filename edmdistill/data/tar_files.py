@@ -9,6 +9,7 @@ import os
 import tarfile
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -117,11 +118,9 @@ def is_tar(path: Path) -> bool:
         if opener is None:
             return head[257:262] == b"ustar"
         file.seek(0)
-        try:
-            with opener(file) as content:
-                return bool(content.read(512)[257:262] == b"ustar")
-        except (OSError, EOFError, ValueError, lzma.LZMAError):
-            return False
+        with suppress(DatasetError), as_dataset_error(str), opener(file) as content:
+            return bool(content.read(512)[257:262] == b"ustar")
+    return False
 
 
 def is_compressed(path: Path) -> bool:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from edmdistill.atomic import atomic_write
@@ -44,7 +43,8 @@ class SampleInfo(NamedTuple):
 def grid_digest(path: Path) -> str | None:
     """Returns the digest of the request that a grid was written for; None: it is no grid of ours."""
     try:
-        with Image.open(path) as image:
+        # Image.open refuses a grid of many pixels, of which none is decoded here.
+        with PngImageFile(path) as image:
             return str(image.info.get(DIGEST_KEY))
     except (OSError, SyntaxError, ValueError):
         return None

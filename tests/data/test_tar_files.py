@@ -1,6 +1,7 @@
 """The files of a tar: their names, tars in it, and what is too large or gone."""
 
 import bz2
+import gzip
 import lzma
 from pathlib import Path
 
@@ -41,7 +42,15 @@ def test_what_is_too_large_is_said_and_what_is_cut_is_missed(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    "data", [bz2.compress(b"x" * 10**5)[:-30], lzma.compress(b"x" * 10**5)[:40], b"\xfd7zXZ\0" + bytes(40), b""]
+    "data",
+    [
+        bz2.compress(b"x" * 10**5)[:-30],
+        lzma.compress(b"x" * 10**5)[:40],
+        b"\xfd7zXZ\0" + bytes(40),
+        gzip.compress(b"")[:10] + b"\xff" * 40,
+        b"",
+    ],
+    ids=["bzip2", "xz", "xz header", "gzip", "empty"],
 )
 def test_a_damaged_archive_is_no_tar(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(data)

@@ -1,5 +1,6 @@
 """One rule for all commands: what a command makes replaces nothing unasked; what it prints is written anew."""
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,3 +78,32 @@ def test_what_a_command_makes_replaces_nothing_unasked(
     if out.suffix in (".npz", ".toml"):  # the others are tested beside their commands
         assert CliRunner().invoke(main, [*words, "--overwrite", "--quiet"]).exit_code == 0
         assert out.read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("name", ["data prepare", "data encode"])
+@pytest.mark.parametrize(
+    ("mark", "offset", "value"),
+    [(b"PK\1\2", 8, 1), (b"PK\1\2", 10, 99), (b"dataset.json", 12, 0xFF)],
+    ids=["encrypted", "unknown method", "damaged"],
+)
+def test_a_zip_that_cannot_be_read_is_not_ours(
+    sources: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    mark: bytes,
+    offset: int,
+    value: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("OUT.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dataset.json", '{"labels": null}')
+    content = bytearray(Path("OUT.zip").read_bytes())
+    content[content.index(mark) + offset] = value
+    Path("OUT.zip").write_bytes(content)
+    refused = CliRunner().invoke(main, [sources.get(word, word) for word in PRODUCTS[name].split()])
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        "Error: OUT.zip already exists: choose another name, or add --overwrite\n",
+    )
+    assert Path("OUT.zip").read_bytes() == content

@@ -105,6 +105,17 @@ def test_grid(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
+def test_a_grid_of_more_pixels_than_pillow_opens_is_known_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of 1,024 images of 512x512."""
+    request = write(tmp_path / "grid.png", images(), SEEDS, None).request
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert Samples(tmp_path / "grid.png", request, 3, SEEDS, None).finished
+    with pytest.raises(EdmDistillError, match="already exists"):
+        Samples(tmp_path / "grid.png", {}, 3, SEEDS, None)
+
+
 @settings(max_examples=15)
 @given(st.permutations(range(12)), st.integers(0, 12), st.sampled_from([1, 2, 5]), st.sampled_from(["a.npz", "a"]))
 def test_in_whatever_parts_it_is_drawn_the_whole_is_the_same(
