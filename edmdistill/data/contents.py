@@ -90,7 +90,7 @@ def read_contents(files: Files) -> Contents:
             f"{path} holds two label files, {first} and {second}; keep one, or split the data set in two"
         )
     by_name = by_canonical_name(path, images)
-    require_readable(path, [*images, *documents])
+    require_readable(path, images)
     ignored = {canonical_name(name) for name in left_out}
     labels = read_labels(files, documents[0], by_name, ignored) if documents else Labels()
     return Contents(images, left_out, latent, *labels)
@@ -156,7 +156,7 @@ def summarize(left_out: dict[str, str]) -> str:
 
 def _junk(key: str) -> str | None:
     """Returns why a file is no part of any data set, or None."""
-    parts = key.lower().replace("\r", "").split("/")
+    parts = key.lower().split("/")
     if (key.startswith(".") or "/." in key) and any(part.startswith(".") and part != ".." for part in parts):
         return "hidden"
     return None if JUNK.isdisjoint(parts) else "system file"

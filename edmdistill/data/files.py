@@ -79,9 +79,12 @@ class Files(Protocol):
 
 
 def canonical_name(name: str) -> str:
-    """Returns a member's name as names are compared: composed accents, slashes, no leading dot or slash."""
-    if not name.isascii():
-        name = unicodedata.normalize("NFC", name)
+    """Returns a member's name as names are compared: `inner_path` with composed accents."""
+    return inner_path(name if name.isascii() else unicodedata.normalize("NFC", name))
+
+
+def inner_path(name: str) -> str:
+    """Returns a member's name with slashes between folders, as in zips of Windows too, and no leading dot or slash."""
     name = name.replace("\\", "/")
     if name.startswith(("/", ".")) or "//" in name or "/./" in name:
         name = "/".join(part for part in name.split("/") if part not in ("", "."))
@@ -134,7 +137,7 @@ class ZipFiles:
         return [
             Member(info.filename, info.file_size, info.CRC, _zip_problem(info) or _too_large(info.file_size))
             for info in self.archive.infolist()
-            if not info.filename.endswith("/")  # is_dir() fails on an empty name
+            if not info.filename.endswith(("/", "\\"))  # is_dir() fails on an empty name
         ]
 
     def read(self, name: str) -> bytes:

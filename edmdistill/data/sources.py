@@ -15,7 +15,16 @@ import numpy as np
 from edmdistill.checkpoints.class_names import imagenet_synsets
 from edmdistill.data import cifar10, mnist, parquet
 from edmdistill.data.contents import LABELS, by_canonical_name, sort_files, summarize
-from edmdistill.data.files import Files, FolderFiles, ZipFiles, canonical_name, open_files, require_readable, status_of
+from edmdistill.data.files import (
+    Files,
+    FolderFiles,
+    ZipFiles,
+    canonical_name,
+    inner_path,
+    open_files,
+    require_readable,
+    status_of,
+)
 from edmdistill.data.labels import Labels, read_labels
 from edmdistill.data.pictures import REFUSED, SUFFIXES, Pictures
 from edmdistill.data.tar_files import TarFiles, decompress, is_compressed, is_tar
@@ -118,10 +127,13 @@ def open_picture_files(files: Files, rule: str, most: int | None = None) -> Pict
     images, documents, left_out = sort_files(files, SUFFIXES, REFUSED)
     left_out |= getattr(files, "left_out", {})
     by_name = by_canonical_name(files.path, images)
-    document = next((member for member in documents if member.name == LABELS), None)
+    document = next((member for member in documents if canonical_name(member.name).lower() == LABELS), None)
     require_readable(files.path, [*images, *([document] if document else [])])
     names = [member.name for member in images]
-    labeled, notes = Labels(), []
+    labeled, notes = Labels(), list[str]()
+    if rule == "auto" and document is None and documents:
+        first = printable(documents[0].name)
+        notes.append(f"{first} is not read, because it is not at the top of the source; prepare its folder alone")
     if rule == "auto" and document is not None:
         wanted = dict(islice(by_name.items(), most))
         others = {canonical_name(name) for name in left_out} | by_name.keys() - wanted.keys()
@@ -130,7 +142,7 @@ def open_picture_files(files: Files, rule: str, most: int | None = None) -> Pict
             first = printable(labeled.absent[0])
             notes.append(f"{LABELS} labels {len(labeled.absent):,} files that are not there, the first {first}")
     if rule == "folders" or (rule == "auto" and labeled.classes is None):
-        labeled, more = _classes_of_folders(names, rule, isinstance(files, ZipFiles))
+        labeled, more = _classes_of_folders([*map(inner_path, names)], rule, isinstance(files, ZipFiles))
         notes += more
     # One handle of a zip counts its readers without a lock.
     lock = threading.Lock()
