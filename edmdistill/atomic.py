@@ -203,11 +203,12 @@ def _move(new: Path, path: Path) -> None:
         new.replace(path)
     elif not _exchange(new, path):
         replaced = new.with_name(path.name + REPLACED)
-        path.rename(replaced)
         try:
+            path.rename(replaced)
             new.rename(path)
-        except BaseException:
-            replaced.rename(path)
+        except BaseException:  # Ctrl-C between the two, too
+            if not path.exists():
+                replaced.rename(path)
             raise
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from open_files import open_below
 
 from edmdistill import atomic
 from edmdistill.atomic import atomic_write, exists, expanded, remove_leftovers, sha256_file, temporary_folder
@@ -125,6 +126,52 @@ def test_a_failing_block_changes_nothing(tmp_path: Path):
         new.write_text("half" * (1 // 0))
     assert read(tmp_path / "place") == ["old"]
     assert os.listdir(tmp_path) == ["place"]
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_interrupted_between_two_renames_it_puts_the_old_folder_back(
+    done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Or the new one stays, where both were done."""
+    write_folder(tmp_path / "place", "old")
+    rename, count = Path.rename, 0
+
+    def interrupted(path: Path, target: Path) -> None:
+        nonlocal count
+        rename(path, target)
+        count += 1
+        if count == done:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "place", "new")
+    assert read(tmp_path / "place") == [{1: "old", 2: "new"}[done]] * 2
+    assert os.listdir(tmp_path) == ["place"]
+
+
+def test_all_is_on_the_disk_before_it_is_moved_and_then_the_move_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    events: list[str] = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (events.append(Path(os.readlink(f"/proc/self/fd/{file}")).name), sync(file))
+    )
+    monkeypatch.setattr(Path, "replace", lambda path, target: (events.append("moved"), replace(path, target)))
+    write_folder(tmp_path / "here" / "place", "x")
+    assert set(events[:-2]) == {"a", "b", "place"}
+    assert events[-2:] == ["moved", "here"]
+    assert open_below(tmp_path) == []
+
+
+def test_a_sentence_on_a_file_inside_names_it_where_it_was_to_be(tmp_path: Path):
+    def write() -> None:
+        with atomic_write(tmp_path / "place") as new:
+            new.touch()  # no folder
+            write_file(new / "file", "x")
+
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/place/file cannot be written"):
+        write()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edmdistill.data import datasets
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import DatasetError
 from edmdistill.evaluation.images import open_images
@@ -189,6 +190,15 @@ def test_images_are_read_in_batches(tmp_path: Path) -> None:
 def test_members_of_zips_that_cannot_be_read(fields: dict[str, int], message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "set.zip", ("0.png", good()), ("1.png", good()))
     refused(changed(path, **fields), message)
+
+
+@pytest.mark.parametrize("fields", [{"flags": 1}, {"method": 12}, {"size": 2**32 - 2}], ids=str)
+def test_what_the_directory_says_is_refused_when_a_large_set_is_opened(
+    fields: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)  # images are read when they are wanted
+    path = write(tmp_path / "set.zip", ("0.png", good()), ("1.png", good()))
+    refused(changed(path, **fields), r"1\.png .*; replace or remove it")
 
 
 def test_paths_in_a_zip_lead_nowhere(tmp_path: Path) -> None:
