@@ -104,8 +104,9 @@ class HubError(EdmDistillError):
 
 
 def counted(number: int, noun: str) -> str:
-    """Returns a number with its noun, as in 1 image or 2,000 images."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    """Returns a number with its noun, as in 1 image, 2,000 images or 10 classes."""
+    plural = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number:,} {noun}" + ("" if number == 1 else plural)
 
 
 def comma_separated(text: str, option: str = "") -> list[str]:

@@ -20,7 +20,7 @@ from edmdistill.checkpoints.class_names import class_names
 from edmdistill.checkpoints.encoder import PIXELS, LatentEncoder
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.checkpoints.tuning import Tuning
-from edmdistill.errors import CheckpointError, Damaged
+from edmdistill.errors import CheckpointError, Damaged, counted
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.arguments import Arg, validated
 from edmdistill.networks.flow import FlowNetwork
@@ -162,7 +162,9 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min is {self.sigma_min:g}, which is not below sigma_max, {self.sigma_max:g}")
         if self.label_names is not None and len(self.label_names) != self.label_dim:
-            raise ValueError(f"label_names holds {len(self.label_names)} names for {self.label_dim} classes")
+            raise ValueError(
+                f"label_names holds {counted(len(self.label_names), 'name')} for {counted(self.label_dim, 'class')}"
+            )
 
 
 def unfinished(config: CheckpointConfig) -> str | None:

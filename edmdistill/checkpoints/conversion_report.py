@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.noise_dependence import describe_dependence
-from edmdistill.errors import printable
+from edmdistill.errors import counted, printable
 
 
 class ParityRow(NamedTuple):
@@ -43,7 +43,7 @@ class ConversionReport(NamedTuple):
         network, licence, origin = config.network, config.provenance.licence, printable(config.provenance.source)
         size = network.arguments["img_resolution"]
         lines = [
-            f"{origin}: {network.kind}, {size}x{size} pixels, {config.label_dim} classes, "
+            f"{origin}: {network.kind}, {size}x{size} pixels, {counted(config.label_dim, 'class')}, "
             f"preconditioned as {config.preconditioning['kind']}.",
         ]
         if self.parity:
@@ -77,7 +77,8 @@ class GeneratorReport(NamedTuple):
         config, network = self.config, self.config.network
         return (
             f"{source}: {network.kind}, {network.arguments['img_resolution']}x{network.arguments['img_resolution']}, "
-            f"{config.label_dim} classes, a generator by {config.method} that starts at sigma {config.sigma_max:g}.\n"
+            f"{counted(config.label_dim, 'class')}, a generator by {config.method} that starts at sigma "
+            f"{config.sigma_max:g}.\n"
             f"{self.path} is written, for sample, eval and compare, under the licence {config.provenance.licence}."
         )
 

@@ -17,7 +17,7 @@ from edmdistill.checkpoints.official import load_official, outline_official
 from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import Source, open_source
 from edmdistill.checkpoints.store import build_meta, fill, load_checkpoint
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, counted
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.progress import write
@@ -119,7 +119,8 @@ def read_first_stage(source: str | Path | Source, methods: tuple[str, ...]) -> t
         )
     if config.trained_sigmas:
         raise CheckpointError(
-            f"{source} was trained for {len(config.trained_sigmas)} steps and does not jump from every noise level to "
+            f"{source} was trained for {counted(len(config.trained_sigmas), 'step')} and does not jump from every "
+            "noise level to "
             "data, as a first stage must: train it with --set method.intervals=1"
         )
     if flow.guided:

@@ -24,7 +24,7 @@ from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provena
 from edmdistill.checkpoints.download import downloaded
 from edmdistill.checkpoints.store import build_flow, fill
 from edmdistill.checkpoints.unsupported import NVIDIA_64, describe_entries, describe_tensors, refuse_by_name
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, counted
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.pickles import Unreadable
 from edmdistill.stored_tensors import StoredTensor
@@ -199,12 +199,14 @@ def _require_denoiser(channels_in: int, channels_out: int) -> None:
         raise UnknownNetwork(f"is an upsampler, which reads a small image too (6 channels in): give {NVIDIA_64}")
     if channels_out == 2 * channels_in:
         raise UnknownNetwork(
-            f"is a network of guided-diffusion, which learns variances too ({channels_out} channels out) on other "
+            f"is a network of guided-diffusion, which learns variances too ({counted(channels_out, 'channel')} out) "
+            "on other "
             f"noise levels than EDM's: give {NVIDIA_64}"
         )
     if channels_in != channels_out or channels_in not in (1, 3):
         raise UnknownNetwork(
-            f"takes {channels_in} channels and gives {channels_out}, where a denoiser takes and gives the 1 or 3 of an "
+            f"takes {counted(channels_in, 'channel')} and gives {channels_out}, where a denoiser takes and gives the "
+            "1 or 3 of an "
             "image: give edm_imagenet64_ema.pt or its like"
         )
 

@@ -22,7 +22,7 @@ from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.safetensors_file import write_safetensors
 from edmdistill.checkpoints.source import resolve
-from edmdistill.errors import CheckpointError, Damaged
+from edmdistill.errors import CheckpointError, Damaged, counted
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import IDDPM, PRECONDITIONINGS, make_preconditioning
@@ -139,7 +139,8 @@ def build_flow(
     channels = network.arguments.get("out_channels", expected)
     if channels != expected:
         raise Damaged(
-            f"{where} has a network that makes {channels} channels from {flow.img_channels}, where {kind} needs "
+            f"{where} has a network that makes {counted(channels, 'channel')} from {flow.img_channels}, where {kind} "
+            "needs "
             f"{expected}: it is no denoiser of such images"
         )
     if network.positional_time != flow.preconditioning.reads_time:
@@ -243,7 +244,8 @@ def build_meta(config: CheckpointConfig, folder: Path) -> FlowNetwork:
         count = len(config.encoder[name])
         if count != flow.img_channels:
             raise Damaged(
-                f"{folder / CONFIG} contradicts itself: its encoder has a {name} for {count} channels, its network has "
+                f"{folder / CONFIG} contradicts itself: its encoder has a {name} for {counted(count, 'channel')}, "
+                "its network has "
                 f"{flow.img_channels}"
             )
     return flow

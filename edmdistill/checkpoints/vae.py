@@ -26,7 +26,7 @@ from edmdistill.checkpoints.hub_client import REPOSITORY, cached_from_hub, downl
 from edmdistill.checkpoints.layout import VAE_FILES
 from edmdistill.checkpoints.store import fill, load_tensors
 from edmdistill.checkpoints.vae_architecture import Architecture, read_architecture
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, counted
 from edmdistill.transfer import is_out_of_memory
 
 CONFIG, WEIGHTS = VAE_FILES
@@ -189,7 +189,8 @@ def read_vae(
     architecture = read_architecture(folder)
     if channels not in (None, architecture.latent_channels):
         raise CheckpointError(
-            f"the VAE {name} has latents of {architecture.latent_channels} channels, but those of the network have "
+            f"the VAE {name} has latents of {counted(architecture.latent_channels, 'channel')}, but those of the "
+            "network have "
             f"{channels}: name the VAE of its training data with --vae"
         )
     _require_weights(folder)

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edmdistill.checkpoints.layout import VAE_FILES
-from edmdistill.errors import CheckpointError
+from edmdistill.errors import CheckpointError, counted
 
 CONFIG, _ = VAE_FILES
 CONFIG_BYTES = 2**20
@@ -54,12 +54,12 @@ def read_architecture(folder: Path) -> Architecture:
             raise ValueError(f"it describes {config.class_name[:60]!r}, not an AutoencoderKL")
         for channels in (config.in_channels, config.out_channels):
             if channels != 3:
-                raise ValueError(f"its images have {channels} channels and not 3")
+                raise ValueError(f"its images have {counted(channels, 'channel')} and not 3")
         if not len(config.block_out_channels) == len(config.down_block_types) == len(config.up_block_types):
             raise ValueError("block_out_channels, down_block_types and up_block_types differ in length")
         for statistics in (config.latents_mean, config.latents_std):
             if statistics is not None and len(statistics) != config.latent_channels:
-                raise ValueError(f"latents_mean or latents_std is not of {config.latent_channels} channels")
+                raise ValueError(f"latents_mean or latents_std is not of {counted(config.latent_channels, 'channel')}")
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise CheckpointError(
             f"{folder} is not a VAE of diffusers: {CONFIG} cannot be used ({error}); save the VAE with diffusers again"

@@ -10,6 +10,7 @@ import click
 
 from edmdistill.cli.options import errors_once, interruptible, say
 from edmdistill.cli.types import Count, OutputPath
+from edmdistill.errors import counted
 
 
 @click.command("encode")
@@ -81,7 +82,7 @@ def command(
     for note in data.notes:
         tell(note)
     if job.zip.finished:
-        tell(f"{out} already holds these {len(data):,} latents.")
+        tell(f"{out} already holds {counted(len(data), 'latent')} of this set.")
         return
     kept = f"what is encoded is kept in {job.zip.folder}; the same command goes on"
     with interruptible(lambda: kept), progress_bar(len(data), delay=float("inf") if rank else DELAY) as bar:
@@ -91,4 +92,4 @@ def command(
         for line in compare_statistics(measured, encoder.statistics(pixels), len(data)):
             say(line)
         size = job.zip.shape[-1]
-        say(f"{out}: {len(data):,} latents of {size}x{size} with {encoder.channels} channels")
+        say(f"{out}: {counted(len(data), 'latent')} of {size}x{size} with {counted(encoder.channels, 'channel')}")

@@ -11,6 +11,7 @@ import click
 from edmdistill.cli.measurements import SHARING, open_work, shared
 from edmdistill.cli.options import interruptible, option_group, say
 from edmdistill.cli.types import FEATURES, Count, NamedFile, NameList, OutputPath
+from edmdistill.errors import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,4 +103,4 @@ def command(
         if collected is not None:
             write_statistics(out, *collected)
             work.remove()
-            say(f"{out}: {len(data):,} images in {', '.join(spaces)}")
+            say(f"{out}: {counted(len(data), 'image')} in {', '.join(spaces)}")

@@ -2,6 +2,8 @@
 
 import click
 
+from edmdistill.errors import counted
+
 
 @click.command("inspect")
 @click.argument("source", metavar="FILE")
@@ -28,7 +30,9 @@ def command(source: str, as_json: bool, tensors: bool, classes: bool, check: boo
         names = summary.get("label_names")
         if not isinstance(names, list) or not names:
             dim = summary.get("label_dim")
-            known = f"has no names for its {dim} classes: choose them by number" if dim else "has no classes"
+            known = "has no classes"
+            if isinstance(dim, int) and dim:
+                known = f"has no names for its {counted(dim, 'class')}: choose by number"
             raise CheckpointError(f"{checkpoint.path} {known}")
         click.echo("\n".join(f"{number:>4} {printable(str(name))}" for number, name in enumerate(names)))
         return

@@ -292,7 +292,8 @@ def measure(measurements: Measurements, folder: Path | None, show: Callable[[Seq
             work.close()
     if interrupted:
         saved = " and saved" if folder is not None else ""
-        count = f"{len(results)} of {len(measurements.tasks)} measurements are done{saved}"
+        verb = "is" if len(results) == 1 else "are"
+        count = f"{len(results)} of {len(measurements.tasks)} measurements {verb} done{saved}"
         rest = "the measurement in progress is lost"
         if work is not None:
             rest = f"the same command goes on with what is kept in {work.root}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from edmdistill.cli.types import OutputPath
+from edmdistill.errors import counted
 
 sets_option = click.option(
     "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated."
@@ -86,6 +87,6 @@ def validate(name: str, method: str | None, sets: tuple[str, ...]) -> None:
     recipe = load_recipe(name, method, sets)
     training = recipe.training
     click.echo(
-        f"{name} is valid: {recipe.method_name}, {training.images:,} images in batches of {training.batch:,}, "
+        f"{name} is valid: {recipe.method_name}, {counted(training.images, 'image')} in batches of {training.batch:,}, "
         f"hash {recipe.hash:.12}."
     )

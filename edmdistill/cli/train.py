@@ -13,7 +13,7 @@ import click
 
 from edmdistill.cli.options import compile_option, errors_once, say, second_moment_option, show_stage
 from edmdistill.cli.types import Count, Memory, Name, NameList, OutputPath
-from edmdistill.errors import TrainingError
+from edmdistill.errors import TrainingError, counted
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
@@ -195,11 +195,14 @@ def _train(
             on_message=tell,
         )
     if not outcome.finished:
-        tell(f"Interrupted after {outcome.images:,} images and saved; the same command goes on from there.")
+        tell(f"Interrupted after {counted(outcome.images, 'image')} and saved; the same command goes on from there.")
         sys.exit(130)
     steps = run.recipe.sampling.nfe
     nfe = 2 if 2 in steps else steps[0]
-    tell(f"The {run.method.product} of {outcome.images:,} images is in {run_dir / 'generator'}. To draw from it:")
+    tell(
+        f"The {run.method.product} of {counted(outcome.images, 'image')} is in {run_dir / 'generator'}. To draw from "
+        "it:"
+    )
     words = vae_words(run.config.encoder) if run.vae is None else ["--vae", run.vae]
     decoding = "".join(f" {shlex.quote(word)}" for word in words)
     source, out = shlex.quote(str(run_dir)), shlex.quote(str(run_dir / "images"))

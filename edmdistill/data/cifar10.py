@@ -13,7 +13,7 @@ from PIL import Image
 from edmdistill.checkpoints.class_names import dataset_class_names
 from edmdistill.data.files import Files
 from edmdistill.data.pictures import Pictures
-from edmdistill.errors import DatasetError, printable
+from edmdistill.errors import DatasetError, counted, printable
 from edmdistill.pickles import Budget, StandIn, Unpickler, Unreadable
 from edmdistill.stored_tensors import NUMPY, Array
 
@@ -62,7 +62,7 @@ def _read(files: Files, name: str) -> Batch:
     try:
         pixels, classes = _parse_binary(data) if name.endswith(".bin") else _unpickle(data)
         if pixels.dtype != np.uint8 or pixels.shape != (len(classes), PIXELS) or not len(classes):
-            raise Unreadable(f"holds {pixels.dtype} {list(pixels.shape)} for {len(classes)} labels")
+            raise Unreadable(f"holds {pixels.dtype} {list(pixels.shape)} for {counted(len(classes), 'label')}")
         if classes.min() < 0 or classes.max() >= CLASSES:
             raise Unreadable(f"has labels from {classes.min()} to {classes.max()}, not 0 to {CLASSES - 1}")
     except Unreadable as error:

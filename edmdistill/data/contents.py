@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edmdistill.checkpoints.encoder import Encoding
 from edmdistill.data.files import Files, Member, canonical_name, require_readable
 from edmdistill.data.labels import Labels, read_labels
-from edmdistill.errors import DatasetError, printable
+from edmdistill.errors import DatasetError, counted, printable
 
 IMAGE_SUFFIXES = (".png", ".bmp", ".webp", ".jpg", ".jpeg", ".jpe", ".jfif")
 LATENT_SUFFIX = ".npy"
@@ -60,11 +60,11 @@ class Contents:
         left_out = {file: reason for file, reason in self.left_out.items() if reason not in SAMPLES.values()}
         if left_out:
             count = len(left_out)
-            notes.append(f"{name}: left out {count:,} file{'s' if count > 1 else ''}: {summarize(left_out)}.")
+            notes.append(f"{name}: left out {counted(count, 'file')}: {summarize(left_out)}.")
         if self.absent:
             count = len(self.absent)
             notes.append(
-                f"{name}: {LABELS} labels {count:,} file{'s that are' if count > 1 else ' that is'} not there, "
+                f"{name}: {LABELS} labels {counted(count, 'file')} that {'are' if count > 1 else 'is'} not there, "
                 f"the first {printable(self.absent[0])}."
             )
         return notes
@@ -137,7 +137,8 @@ def _require_one_kind(path: Path, images: Sequence[Member]) -> bool:
     if 0 < len(latents) < len(images):
         image = next(member for member in images if not member.name.lower().endswith(LATENT_SUFFIX))
         raise DatasetError(
-            f"{path} holds {len(latents)} latents, the first {printable(latents[0].name)}, among {len(images)} files, "
+            f"{path} holds {counted(len(latents), 'latent')}, the first {printable(latents[0].name)}, among "
+            f"{counted(len(images), 'file')}, "
             f"the first image {printable(image.name)}; keep images and latents in two data sets"
         )
     return bool(latents)

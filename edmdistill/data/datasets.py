@@ -27,7 +27,7 @@ from edmdistill.data.decode import decode_array, decode_image
 from edmdistill.data.files import EXPECTED, Files, Member, as_dataset_error, open_files
 from edmdistill.data.latents import checked_moments
 from edmdistill.embedded import EMBEDDED, EmbeddedSet
-from edmdistill.errors import DatasetError, printable
+from edmdistill.errors import DatasetError, counted, printable
 
 IN_MEMORY_BYTES = 2**28  # smaller sets are decoded when opened, so that every error appears at once
 HASHED_BYTES, HASHED_FILES = 2**28, 2**14
@@ -95,7 +95,8 @@ class Dataset:
         if self.encoding is not None and len(self.encoding.raw_mean) != self.img_channels:
             if encoding is not None:
                 raise DatasetError(
-                    f"{name} holds latents of {self.img_channels} channels, but its dataset.json has the statistics of "
+                    f"{name} holds latents of {counted(self.img_channels, 'channel')}, but its dataset.json has the "
+                    "statistics of "
                     f"{len(encoding.raw_mean)}; encode the images again"
                 )
             self.encoding = None
@@ -358,4 +359,4 @@ def _content_sha256(files: Files, images: Sequence[Member]) -> str:
 
 def _size(image: Stored) -> str:
     channels, height, width = image.shape
-    return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"
+    return f"{width}x{height} with {counted(channels, 'channel')}"

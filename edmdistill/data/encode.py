@@ -19,7 +19,7 @@ from edmdistill.checkpoints.vae import Vae
 from edmdistill.data.datasets import Dataset
 from edmdistill.data.latent_zip import LatentZip, member_name
 from edmdistill.data.latents import channel_statistics
-from edmdistill.errors import DatasetError
+from edmdistill.errors import DatasetError, counted
 
 CHUNK = 64
 """Images that are read, encoded and written together; the chunks are shared out over the processes."""
@@ -168,7 +168,8 @@ def compare_statistics(measured: ChannelStatistics, declared: ChannelStatistics,
         return ", ".join(f"{value:.3g}" for value in values)
 
     lines = [
-        f"Latents of the first {min(MEASURED, images):,} images, by channel: mean {numbers(measured.mean)}; std "
+        f"Latents of the first {counted(min(MEASURED, images), 'image')}, by channel: mean {numbers(measured.mean)}; "
+        "std "
         f"{numbers(measured.std)}.",
         f"Declared for this VAE: mean {numbers(declared.mean)}; std {numbers(declared.std)}.",
     ]

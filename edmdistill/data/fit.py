@@ -6,7 +6,7 @@ from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.data.datasets import Dataset
 from edmdistill.data.latents import channel_statistics
-from edmdistill.errors import DatasetError
+from edmdistill.errors import DatasetError, counted
 from edmdistill.networks.flow import FlowNetwork
 
 
@@ -17,8 +17,8 @@ def require_fit(dataset: Dataset, flow: FlowNetwork, config: CheckpointConfig) -
     """
 
     def words(latent: bool, size: int, channels: int, classes: int) -> str:
-        kind, plural = "latents" if latent else "images", "s" if channels > 1 else ""
-        return f"{kind} of {size}x{size} with {channels} channel{plural} and {classes or 'no'} classes"
+        kind, among = "latents" if latent else "images", counted(classes, "class") if classes else "no classes"
+        return f"{kind} of {size}x{size} with {counted(channels, 'channel')} and {among}"
 
     scaling = latent_encoder(config.encoder)
     has = dataset.latent, dataset.img_resolution, dataset.img_channels

@@ -20,7 +20,7 @@ from edmdistill.data.encode import far_off
 from edmdistill.data.files import open_files
 from edmdistill.data.fit import require_fit
 from edmdistill.embedded import EMBEDDED
-from edmdistill.errors import DatasetError, printable
+from edmdistill.errors import DatasetError, counted, printable
 
 SCHEMA_VERSION = 1
 SHOWN = 12
@@ -195,7 +195,7 @@ def to_json(summary: DataSummary) -> str:
 
 def to_text(data: DataSummary) -> str:
     """Returns the summary as lines of text."""
-    shape = f"{data.resolution}x{data.resolution}, {data.channels} channel{'s' if data.channels > 1 else ''}"
+    shape = f"{data.resolution}x{data.resolution}, {counted(data.channels, 'channel')}"
     kind = "latents, means and standard deviations (float32)" if data.latent else _mode(data.channels)
     measured = "latents, before the teacher's scale" if data.latent else "pixels in [-1, 1]"
     missing = [entry for entry in data.classes if not entry.images]

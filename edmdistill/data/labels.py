@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edmdistill.checkpoints.encoder import Encoding
 from edmdistill.data.files import Files, Member, as_dataset_error, canonical_name
-from edmdistill.errors import DatasetError, printable
+from edmdistill.errors import DatasetError, counted, printable
 
 MAX_CLASSES = 100_000
 """A class is a vector of as many numbers; the largest data sets in use have about 22,000 classes."""
@@ -135,7 +135,11 @@ def _require_class(label: object, names: Sequence[str] | None, sentence: str) ->
         raise DatasetError(f"{sentence}; classes are integers from 0")
     if label >= min(len(names or range(MAX_CLASSES)), MAX_CLASSES):
         few = names and len(names) <= MAX_CLASSES
-        limit = f"label_names has {len(names or ())} names" if few else f"at most {MAX_CLASSES:,} classes are read"
+        limit = (
+            f"label_names has {counted(len(names or ()), 'name')}"
+            if few
+            else f"at most {MAX_CLASSES:,} classes are read"
+        )
         raise DatasetError(f"{sentence}, but {limit}; classes are integers from 0")
 
 

@@ -119,9 +119,7 @@ def prepare_data(
         with EdmZip(state.images, state.progress.bytes) as archive:
             _write_images(archive, state, job, workers or os.cpu_count() or 1, report)
             if not archive.names:
-                raise DatasetError(
-                    f"{source}: {transform} leaves out all of the {total:,} pictures; choose another one"
-                )
+                raise DatasetError(f"{source}: {transform} leaves no picture of {total:,}; choose another one")
             record = _record(archive, state, job, settings)
             archive.add(LABELS, _document(archive.names, pictures, record))
             archive.finish()

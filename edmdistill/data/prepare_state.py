@@ -23,7 +23,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from edmdistill.data.pictures import Pictures
-from edmdistill.errors import DatasetError
+from edmdistill.errors import DatasetError, counted
 
 RECORD, IMAGES = "record.json", "images"
 
@@ -189,7 +189,7 @@ def _read(folder: Path, out: Path, settings: dict[str, Any], overwrite: bool) ->
         was, now = (", ".join(f"{key} {each.get(key)}" for key in others) for each in (progress.settings, settings))
         if not overwrite:
             raise DatasetError(
-                f"{out} was begun with {was}, not {now}, and {progress.done:,} pictures are done: give the same "
+                f"{out} was begun with {was}, not {now}, and has {counted(progress.done, 'picture')}: give the same "
                 "command to go on, or begin anew with --overwrite"
             )
     for entry in folder.iterdir():

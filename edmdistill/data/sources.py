@@ -140,7 +140,9 @@ def open_picture_files(files: Files, rule: str, most: int | None = None) -> Pict
         labeled = read_labels(files, document, wanted, others)
         if labeled.absent:
             first = printable(labeled.absent[0])
-            notes.append(f"{LABELS} labels {len(labeled.absent):,} files that are not there, the first {first}")
+            count = len(labeled.absent)
+            absent = f"{counted(count, 'file')} that {'are' if count > 1 else 'is'} not there"
+            notes.append(f"{LABELS} labels {absent}, the first {first}")
     if rule == "folders" or (rule == "auto" and labeled.classes is None):
         labeled, more = _classes_of_folders([*map(inner_path, names)], rule, isinstance(files, ZipFiles))
         notes += more

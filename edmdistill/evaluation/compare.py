@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edmdistill.checkpoints.documents import markdown
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, counted
 from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.metrics import find_metric
 from edmdistill.evaluation.protocol import Protocol
@@ -51,7 +51,7 @@ def _name(result: Result, source: Path) -> str:
     origin = result.provenance
     images = origin.get("images_seen")
     raw = ", raw weights" if is_of_raw_weights(result) else ""
-    return str(origin.get("source") or source) + raw + ("" if images is None else f", {images:,} images seen")
+    return str(origin.get("source") or source) + raw + ("" if images is None else f", {counted(images, 'image')} seen")
 
 
 class Comparison(NamedTuple):

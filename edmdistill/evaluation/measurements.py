@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.data.datasets import Dataset
-from edmdistill.errors import DatasetError, NotFiniteError
+from edmdistill.errors import DatasetError, NotFiniteError, counted
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.images import Images
 from edmdistill.evaluation.likelihood import evaluate_likelihood
@@ -70,7 +70,7 @@ def measure_images(
     """
     if count is not None and count > images.count:
         raise DatasetError(
-            f"{source} has {images.count:,} images, fewer than --n {count:,}: give more, or leave it out"
+            f"{source} has {counted(images.count, 'image')}, fewer than --n {count:,}: give more, or leave it out"
         )
     some = images if count is None else images.part(range(count))
     task = partial(evaluate, some, data, protocol=protocol.name, source=source, **options)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from edmdistill.checkpoints.documents import markdown
+from edmdistill.errors import counted
 from edmdistill.evaluation.metrics import loss_of
 from edmdistill.evaluation.protocol import Protocol
 from edmdistill.evaluation.results import Result, is_of_raw_weights
@@ -62,7 +63,10 @@ class ResultTable(NamedTuple):
         """Says what was measured, and against what."""
         protocol, sha256 = self.protocol, f"{self.protocol.sha256():.12}"
         reference = protocol.reference
-        real = f"{reference.source} ({reference.split}, {reference.n} images)" if reference else "-"
+        real = "-"
+        if reference:
+            size = "" if reference.n is None else f", {counted(reference.n, 'image')}"
+            real = f"{reference.source} ({reference.split}{size})"
         times = f"means of {protocol.repeat} times " if protocol.repeat > 1 else ""
         if protocol.features is None:
             return (
@@ -132,7 +136,7 @@ def sweep_table(results: Sequence[Result]) -> ResultTable:
             rows.append([f"{_heading(metric)}, {setting}", *cells, best])
     setting, nfe = min(measured, key=lambda at: (loss_of(main, measured[at][main]), at))
     plain = nfe == 1 and not setting.partition(", ")[2]  # where gamma has no effect
-    where = "1 evaluation" if plain else f"{nfe} evaluation{'s' if nfe > 1 else ''}, {setting}"
+    where = counted(nfe, "evaluation") + ("" if plain else f", {setting}")
     superlative = "lowest" if loss_of(main, 1) > 0 else "highest"
     claim = f"{_heading(main)} is {superlative} with {where}: {number(measured[setting, nfe][main])}."
     curves = {
@@ -164,7 +168,7 @@ def _table(results: Sequence[Result], generator: GeneratorId) -> ResultTable:
     if steps and "generator" in best:
         value, nfe = _best(best["generator"], main)
         claim = (
-            f"With {nfe} {'evaluation' if nfe == 1 else 'evaluations'} the generator reaches {_heading(main)} "
+            f"With {counted(nfe, 'evaluation')} the generator reaches {_heading(main)} "
             f"{number(value)}, {value / goal:.2f} times the teacher's best of {number(goal)} with {steps}."
         )
     curves = {name: list(curve.items()) for name, curve in reversed(best.items()) if 0 not in curve}
@@ -186,12 +190,12 @@ def _name_of(result: Result, generator: GeneratorId) -> str:
     if result.sampler is None:
         return "images"
     if is_of_raw_weights(result):
-        return f"raw weights at {images:,} images" if images is not None else "raw weights"
+        return f"raw weights at {counted(images, 'image')}" if images is not None else "raw weights"
     if origin.get("method") is None:
         return "teacher"
     if (recipe or "", images or 0) == generator:  # a converted generator has neither
         return "generator"
-    at = f" at {images:,} images" if images is not None else ""
+    at = f" at {counted(images, 'image')}" if images is not None else ""
     return f"generator{at}, recipe {recipe:.8}" if recipe else f"another generator{at}"
 
 

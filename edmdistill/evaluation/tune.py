@@ -14,7 +14,7 @@ from edmdistill.atomic import expanded, unwritable
 from edmdistill.checkpoints.config import CheckpointConfig, read_config, write_config
 from edmdistill.checkpoints.layout import CONFIG, checkpoint_in
 from edmdistill.checkpoints.tuning import Tuning
-from edmdistill.errors import EdmDistillError, NotFiniteError
+from edmdistill.errors import EdmDistillError, NotFiniteError, counted
 from edmdistill.evaluation.metrics import loss_of
 from edmdistill.evaluation.protocol import PROTOCOLS, get_protocol
 from edmdistill.evaluation.results import Result
@@ -164,7 +164,7 @@ def store_tunings(folder: Path, tunings: Mapping[int, Tuning]) -> bool:
 def describe_tuning(nfe: int, tuning: Tuning) -> str:
     """Returns a sentence on what came out of tuning for some number of steps."""
     after, before = (" ".join(f"{sigma:.4g}" for sigma in some) for some in (tuning.sigmas, tuning.before))
-    cost = f"{tuning.schedules} schedules, {tuning.images:,} images"
+    cost = f"{counted(tuning.schedules, 'schedule')}, {counted(tuning.images, 'image')}"
     if not tuning.values:
         return f"{nfe} NFE: {before} stays; none was better in {cost}"
     verdict = (

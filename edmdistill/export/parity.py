@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, counted
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.inputs import Classes, Level, label_vectors, levels
 from edmdistill.sampling.generate import require_finite, sample
@@ -86,7 +86,7 @@ def compare(flow: FlowNetwork, config: CheckpointConfig, images: Callable[[int],
         difference = difference_of(images(nfe), expected)
         if not difference <= IMAGE_TOLERANCE:
             raise EdmDistillError(
-                f"nothing was exported: with {nfe} network evaluations, its images differ from ours by "
+                f"nothing was exported: with {counted(nfe, 'network evaluation')}, its images differ from ours by "
                 f"{difference:.1e} of the largest pixel, more than {IMAGE_TOLERANCE:g}; please report this"
             )
         rows.append(Parity(nfe, difference))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edmdistill.embedded import EMBEDDED
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, counted
 from edmdistill.features.script import Script
 from edmdistill.features.spaces import embedded_space, load_features
 
@@ -47,7 +47,8 @@ def load_classifier(source: str, label_dim: int, device: torch.device | str = "c
             )
         if out.shape != (len(images), label_dim):
             raise EdmDistillError(
-                f"the classifier {source} gives {list(out.shape)} for {len(images)} images of {label_dim} classes, but "
+                f"the classifier {source} gives {list(out.shape)} for {counted(len(images), 'image')} of "
+                f"{counted(label_dim, 'class')}, but "
                 f"{[len(images), label_dim]} was expected: name one of the network's own classes"
             )
         return functional.log_softmax(out.to(torch.float64), 1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as f
 from torch import Tensor, nn
 
-from edmdistill.errors import TrainingError
+from edmdistill.errors import TrainingError, counted
 from edmdistill.features.base import to_rgb
 from edmdistill.features.script import ScriptFile
 
@@ -56,7 +56,7 @@ class ScriptFeatures(ScriptFile):
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.run(resize(to_rgb(x, self.path, IN_A_RECIPE)))
         if not isinstance(maps, list | tuple) or len(maps) != NUM_MAPS:
-            given = f"{len(maps)} feature maps" if isinstance(maps, list | tuple) else "no list of feature maps"
+            given = counted(len(maps), "feature map") if isinstance(maps, list | tuple) else "no list of feature maps"
             raise TrainingError(
                 f"{self.path} gives {given}, but {NUM_MAPS} are needed, finest first: give one that has them"
             )

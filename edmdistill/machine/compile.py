@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, counted
 from edmdistill.kernels.backend import VARIABLE, selected
 from edmdistill.machine.launch import process_rank
 from edmdistill.networks.base import Conditioning, Network
@@ -158,7 +158,7 @@ class _Report:
         self.seconds += now - self.began
         if now - self.reported >= INTERVAL:
             self.reported = now
-            write(f"Compiling: {self.count} pieces so far, in {self.seconds:.0f} s.")
+            write(f"Compiling: {counted(self.count, 'piece')} so far, in {self.seconds:.0f} s.")
 
 
 @cache

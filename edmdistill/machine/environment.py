@@ -13,6 +13,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 import edmdistill
+from edmdistill.errors import counted
 from edmdistill.kernels.backend import selected
 from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.host import cores, host_memory, peak_host_memory, processor
@@ -70,7 +71,7 @@ def environment(engine: Engine) -> Environment:
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
     else:
-        name, memory = f"{processor()}, {cores()} {'core' if cores() == 1 else 'cores'}", host_memory()[0]
+        name, memory = f"{processor()}, {counted(cores(), 'core')}", host_memory()[0]
     return {
         "edmdistill": edmdistill.__version__,
         "revision": revision(),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
+from edmdistill.errors import counted
 from edmdistill.machine.compile import CUDA_GRAPHS
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.gpus import GPU
@@ -117,7 +118,7 @@ def _bytes_by_purpose(plan: Plan, turns: Mapping[str, int], rows: int, accumulat
         "DDP's buckets of gradients": plan.buckets,
         "gathered at one time": plan.gathered,
         f"the {largest}'s gradients": gradients,
-        f"the {largest}'s turn with {rows:,} image{'s' if rows > 1 else ''}": activations,
+        f"the {largest}'s turn with {counted(rows, 'image')}": activations,
     }
 
 
@@ -127,8 +128,7 @@ def plan_text(document: Mapping[str, Any], request: PlanRequest) -> str:
     training, peak, processes = request.recipe.training, document["peak"], request.processes
     smaller = {role: size for role, size in peak["turns"].items() if size < peak["micro_batch"]}
     lines = [
-        f"{request.recipe.method_name} in {training.precision} on {processes} GPU{'s' if processes > 1 else ''}: "
-        f"{roles}.",
+        f"{request.recipe.method_name} in {training.precision} on {counted(processes, 'GPU')}: {roles}.",
         f"{document['flops_per_image'] / 1e9:,.4g} GFLOP an image, {document['forward_flops'] / 1e9:,.4g} of them in a "
         "forward pass.",
         "",
@@ -138,7 +138,7 @@ def plan_text(document: Mapping[str, Any], request: PlanRequest) -> str:
         f"{_size(peak['one_image'])}  in micro-batches of {_fewest(request.recipe)}",
         *_graphs_text(document["cuda_graphs"]),
         "",
-        f"GPU          largest micro-batch    images/s   days for {training.images:,} images, at "
+        f"GPU          largest micro-batch    images/s   days for {counted(training.images, 'image')}, at "
         f"{document['utilization']:.0%} of its peak",
     ]
     for gpu in document["gpus"]:

@@ -19,6 +19,7 @@ from edmdistill.checkpoints.documents import code, code_block, front_matter, mar
 from edmdistill.checkpoints.encoder import vae_words
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.source import repository_of
+from edmdistill.errors import counted
 from edmdistill.evaluation.results import Result
 from edmdistill.evaluation.tables import GeneratorId, best_gamma_results, result_tables
 from edmdistill.methods import METHODS
@@ -112,7 +113,7 @@ def _what(config: CheckpointConfig) -> str:
     """Says what this is in a sentence."""
     size, classes = config.network.arguments["img_resolution"], config.label_dim
     kind = "images" if config.encoder["kind"] == "pixels" else "latents of a VAE"
-    content = f"{size}x{size} {kind}, {f'of {classes} classes' if classes else 'without classes'}"
+    content = f"{size}x{size} {kind}, {'of ' + counted(classes, 'class') if classes else 'without classes'}"
     if config.stage != "generator":
         return f"A diffusion model of {content}, in edmdistill's TrigFlow format."
     method = METHODS.get(config.method or "")
@@ -200,7 +201,9 @@ def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
     _, name, *sets = run.train_arguments
     recipe = [Path(name).name if name.endswith(".toml") else name, *sets]  # its folder is private
     rows["Recipe"] = f"{markdown(shlex.join(recipe))}, {rows['Recipe']}"
-    rows["Data"] = markdown(f"{data['name']}, {data['images']:,} images, {data['resolution']}x{data['resolution']}")
+    rows["Data"] = markdown(
+        f"{data['name']}, {counted(data['images'], 'image')}, {data['resolution']}x{data['resolution']}"
+    )
     teacher = [] if run.recipe.network else ["TEACHER"]
     words = ["edmdistill", "train", run.recipe.method_name, *teacher, "--data", data["name"], "--recipe", *recipe]
     whole = run.recipe.to_json().decode().strip()
@@ -218,10 +221,12 @@ def _limits(config: CheckpointConfig, run: RunSummary | None, results: Sequence[
     if generator:
         if _has_teacher(config):
             limits.append("It imitates its teacher, so it has the teacher's faults in addition to its own.")
-        schedules = ", ".join(sorted(config.sampling.sigmas, key=int))
-        if schedules:
+        numbers = sorted(map(int, config.sampling.sigmas))
+        if numbers:
+            most = counted(numbers.pop(), "evaluation")
             limits.append(
-                f"It has schedules for {schedules} evaluations; other numbers work too, but quality may be lower."
+                f"It has schedules for {', '.join([*map(str, numbers), most])}; other numbers work too, but quality "
+                "may be lower."
             )
     if config.encoder["kind"] != "pixels":
         name = markdown(str(config.encoder.get("vae_name", "that they were encoded by")))

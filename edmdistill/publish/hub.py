@@ -35,7 +35,7 @@ from edmdistill.checkpoints.hub_client import REPOSITORY, hub_calls
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, checkpoint_in
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import load_model
-from edmdistill.errors import CheckpointError, HubError, without_secrets
+from edmdistill.errors import CheckpointError, HubError, counted, without_secrets
 from edmdistill.evaluation.results import Result, add_results, load_results
 from edmdistill.export.parity import IMAGE_TOLERANCE, difference_of
 from edmdistill.networks.flow import Denoiser
@@ -140,7 +140,7 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
     if isinstance(model, Generator) and decoder is not None:
         nfe = default_nfe(config)
         files[GRID] = _grid(model, nfe, decoder)
-        grid = GRID, f"Seeds 0 to {GRID_SIZE - 1}, in {nfe} {'evaluation' if nfe == 1 else 'evaluations'}."
+        grid = GRID, f"Seeds 0 to {GRID_SIZE - 1}, in {counted(nfe, 'evaluation')}."
     files[CONFIG] = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
     text = card(config, repository, run=run, results=results, grid=grid)
     files[CARD] = _signed(text, sha256_file(folder / MODEL)).encode()

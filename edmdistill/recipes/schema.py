@@ -17,7 +17,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import replace
 
 from edmdistill.defaults import defaults, refuse_idle
-from edmdistill.errors import RecipeError, did_you_mean, validation_in_words
+from edmdistill.errors import RecipeError, counted, did_you_mean, validation_in_words
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class SamplingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def __post_init__(self) -> None:
         for nfe, sigmas in self.sigmas.items():
             if nfe != str(len(sigmas)):
-                raise ValueError(f'sigmas."{nfe}" has {len(sigmas)} noise levels: write one for each step')
+                raise ValueError(f'sigmas."{nfe}" has {counted(len(sigmas), "noise level")}: write one for each step')
             if list(sigmas) != sorted(sigmas, reverse=True):
                 raise ValueError(f'sigmas."{nfe}" = {list(sigmas)} must decrease: sampling goes from noise to data')
 

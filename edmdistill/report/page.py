@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 
 from edmdistill.checkpoints.documents import escape
+from edmdistill.errors import counted
 from edmdistill.evaluation.tables import ResultTable
 from edmdistill.methods import METHODS
 from edmdistill.report import html, sections
@@ -29,7 +30,7 @@ def report(run: RunSummary, measured: Sequence[ResultTable], swept: Sequence[Res
     from_data = method.product == "teacher" or run.recipe.network
     origin = run.config.provenance.source if run.config and not from_data else run.data["name"]
     images = int(run.metrics[-1]["images"]) if run.metrics else run.images
-    seen = f"{images:,} images seen" + ("" if images >= total else f" of {total:,}: the run is unfinished")
+    seen = f"{counted(images, 'image')} seen" + ("" if images >= total else f" of {total:,}: the run is unfinished")
     commands = sections.commands(run)
     bodies = {
         "Quality by number of evaluations": "".join(map(sections.quality, measured))

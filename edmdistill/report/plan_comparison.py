@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.store import build_flow
+from edmdistill.errors import counted
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.environment import machine_of
 from edmdistill.machine.gpus import GPUS, find_gpu
@@ -60,7 +61,7 @@ def compare_with_plan(run: RunSummary) -> Comparison:
         ["  weights", _bytes(sum(plan.weights.values())), ""],
         ["  averages", _bytes(plan.averages), ""],
         ["  optimizers", _bytes(plan.optimizer), ""],
-        [f"  the {longest}'s turn, {rows:,} images", _bytes(sum(plan.turn(longest, rows, rows < share))), ""],
+        [f"  the {longest}'s turn, {counted(rows, 'image')}", _bytes(sum(plan.turn(longest, rows, rows < share))), ""],
         ["Operations per image", _operations(plan.flops), ""],
         [
             "Operations per second",
@@ -107,4 +108,4 @@ def _time(seconds: float | None) -> str:
     for name, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:,.1f} {name}"
-    return f"{seconds:.0f} seconds"
+    return counted(round(seconds), "second")

@@ -12,6 +12,7 @@ from typing import Any
 
 from edmdistill.checkpoints.documents import escape
 from edmdistill.checkpoints.encoder import vae_words
+from edmdistill.errors import counted
 from edmdistill.evaluation.diagnosis import read_measures, sentences
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.tables import ResultTable
@@ -69,12 +70,12 @@ def samples(run: RunSummary) -> str:
     files = _training_grids(run.path / "samples")
     steps = "".join(f"<span>{nfe}</span>" for nfe in run.recipe.sampling.nfe)
     figures = [
-        (f"after {int(files[i].stem):,} images", f'<div class="steps">{steps}</div>{html.picture(files[i])}')
+        (f"after {counted(int(files[i].stem), 'image')}", f'<div class="steps">{steps}</div>{html.picture(files[i])}')
         for i in sorted({(len(files) - 1) * part // (MAX_GRIDS - 1) for part in range(MAX_GRIDS)})
         if files
     ]
     seen = _training_grids(run.path / "x0")[-1:]
-    figures += [(f"x0 after {int(file.stem):,} images", html.picture(file)) for file in seen]
+    figures += [(f"x0 after {counted(int(file.stem), 'image')}", html.picture(file)) for file in seen]
     figures += [
         (f"sampled into {file.name.removesuffix(GRID)}", html.picture(file))
         for file in sorted(run.path.glob(f"*{GRID}"))
@@ -207,7 +208,7 @@ def _machine(session: Mapping[str, Any]) -> dict[str, Any]:
 def _resumes(images: Sequence[int]) -> str:
     """Returns how often a run was resumed.  Args: images: seen before each time."""
     often = "once" if len(images) == 1 else f"{len(images)} times, the last time"
-    return f"{often} after {images[-1]:,} images" if images else "never"
+    return f"{often} after {counted(images[-1], 'image')}" if images else "never"
 
 
 def _options(session: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from edmdistill.arguments import checked
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.vae import Vae, cached_vae, read_vae
-from edmdistill.errors import CheckpointError, EdmDistillError
+from edmdistill.errors import CheckpointError, EdmDistillError, counted
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.grid import to_uint8
 
@@ -93,7 +93,8 @@ def model_decoder(
     channels = model.flow.img_channels
     if model.encoder["kind"] == "pixels" and channels not in (1, 3):
         raise CheckpointError(
-            f"this network makes images of {channels} channels, and its checkpoint does not say how to decode them: "
+            f"this network makes images of {counted(channels, 'channel')}, and its checkpoint does not say how to "
+            "decode them: "
             f"{instead}"
         )
     return open_decoder(model.encoder, vae, device or model.flow.device, instead=instead)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edmdistill.checkpoints.load import load_denoiser, weights_digest
 from edmdistill.checkpoints.source import file_digest
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import EdmDistillError, counted
 from edmdistill.features.script import Script
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.trajectory import ReferenceGuidance
@@ -72,7 +72,8 @@ def read_image(path: Path, channels: int, resolution: int) -> Tensor:
     """
     if channels not in (1, 3):
         raise EdmDistillError(
-            f"{path} is a picture, and this network makes images of {channels} channels, such as a VAE's latents: "
+            f"{path} is a picture, and this network makes images of {counted(channels, 'channel')}, such as a VAE's "
+            "latents: "
             "leave --reference out"
         )
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.data.datasets import Dataset
-from edmdistill.errors import NotFiniteError, TrainingError
+from edmdistill.errors import NotFiniteError, TrainingError, counted
 from edmdistill.evaluation.diagnosis import Diagnosis, diagnose_networks
 from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.metrics import loss_of
@@ -125,7 +125,7 @@ class Evaluation:
                         source_sha256="",  # shards have none
                     )
             except NotFiniteError as error:
-                tell(f"Not measured after {run.images:,} images: {error}.")
+                tell(f"Not measured after {counted(run.images, 'image')}: {error}.")
                 continue
             measured |= {f"{name}/{nfe} NFE": value for name, value in result.metrics.items()}
         if self.space is None:
@@ -133,7 +133,7 @@ class Evaluation:
         try:
             return measured | self._diagnose(run, self.space, lambda: processes.any_process(False)).measures()
         except NotFiniteError as error:
-            tell(f"Not diagnosed after {run.images:,} images: {error}.")
+            tell(f"Not diagnosed after {counted(run.images, 'image')}: {error}.")
             return measured
 
     def _diagnose(self, run: Run, space: FeatureSpace, on_batch: Callable[[], object]) -> Diagnosis:
@@ -173,9 +173,9 @@ class Evaluation:
             self.lowest = score
             weights = engine.full_state(run.ema.network.network)
             engine.on_main(generator_saver(run, folder.best, weights))
-            tell(f"After {run.images:,} images {key} is {value:.4g}, the best so far: kept in {folder.best}.")
+            tell(f"After {counted(run.images, 'image')} {key} is {value:.4g}, the best so far: kept in {folder.best}.")
         elif engine.broadcast(0 < WORSE * before < score):
-            change = f"After {run.images:,} images {key} is {value:.4g}, and it was {before:.4g} at its best"
+            change = f"After {counted(run.images, 'image')} {key} is {value:.4g}, and it was {before:.4g} at its best"
             sentence = f"{change}: training makes it worse, and {folder.best} keeps the best average."
             return [Alarm("quality", sentence, best=folder.best)]
         return []

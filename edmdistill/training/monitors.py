@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.checkpoints.run_state import HealthProgress
-from edmdistill.errors import TrainingError
+from edmdistill.errors import TrainingError, counted
 from edmdistill.machine.engine import local_shard
 from edmdistill.methods.base import Loss
 from edmdistill.networks.flow import FlowNetwork
@@ -45,7 +45,7 @@ def find_divergence(
         frozen: the roles that are still as they were loaded.
         data: the first image that is not finite; "": there is none.
     """
-    whose = f"the {turn}'s turn after {images} images gave no finite number"
+    whose = f"the {turn}'s turn after {counted(images, 'image')} gave no finite number"
     if data:
         return Diverged(f"{whose}: the data hold NaN or infinity, first {data}", "give sound data and a new --run-dir")
     bad = ~loss.value.detach().isfinite()
@@ -74,7 +74,7 @@ def require_finite(networks: Mapping[str, nn.Module], images: int, any_process: 
     """
     where = _first_bad((f"{role}.{name}", p) for role, net in networks.items() for name, p in net.named_parameters())
     if any_process(where is not None):
-        raise Diverged(f"after {images} images the weights {where or 'of another process'} are not finite")
+        raise Diverged(f"after {counted(images, 'image')} the weights {where or 'of another process'} are not finite")
 
 
 def _first_bad(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:

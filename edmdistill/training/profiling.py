@@ -10,6 +10,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from edmdistill.atomic import atomic_write
+from edmdistill.errors import counted
 from edmdistill.training.run import Run
 from edmdistill.transfer import is_gpu
 
@@ -49,6 +50,8 @@ def traced(
     with profile(activities=activities, schedule=plan, on_trace_ready=write, record_shapes=True) as profiler:
         yield profiler.step
     if files:
-        on_message(f"The trace of up to {count} rounds is in {files[0]}: open it in https://ui.perfetto.dev.")
+        on_message(
+            f"The trace of up to {counted(count, 'round')} is in {files[0]}: open it in https://ui.perfetto.dev."
+        )
     else:
         on_message(f"--profile wrote no trace: the run had no more than {WARMUP} rounds left to warm up.")

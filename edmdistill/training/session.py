@@ -12,6 +12,7 @@ from threading import Event
 from typing import NamedTuple
 
 from edmdistill.checkpoints.run_state import Progress
+from edmdistill.errors import counted
 from edmdistill.machine.environment import environment, peak_memory
 from edmdistill.machine.signals import stop_on_signal
 from edmdistill.training.background import Background
@@ -79,7 +80,7 @@ def train(
         in_evaluation = has_line(run, means)  # where the run was stopped
         unfinished = in_evaluation or not run.finished
         if progress is not None:
-            tell(f"{'Going on' if unfinished else 'Finished already'} after {run.images:,} images.")
+            tell(f"{'Going on' if unfinished else 'Finished already'} after {counted(run.images, 'image')}.")
         written = run.images - 1 if in_evaluation else run.images
         engine.on_main(lambda: folder.truncate_after(written, tell))
         names = engine.machine.log_with
@@ -88,7 +89,10 @@ def train(
             with explain_errors(run, folder, health):
                 draw_grids(run, folder, tell, track)
         if (size := settle_micro_batch(run)) is not None:
-            tell(f"Micro-batches of {size} images fit{', those of the plan do not' if engine.machine.planned else ''}.")
+            tell(
+                f"Micro-batches of {counted(size, 'image')} "
+                f"fit{', those of the plan do not' if engine.machine.planned else ''}."
+            )
         session = Session(run, folder, means, health, track, stop_on, tell, stop, evaluation)
         with explain_errors(run, folder, health), closing(session.background):
             if unfinished:

@@ -18,7 +18,7 @@ from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import open_source
 from edmdistill.checkpoints.store import build_flow
 from edmdistill.data.datasets import Dataset
-from edmdistill.errors import Damaged, RecipeError, TrainingError, without_secrets
+from edmdistill.errors import Damaged, RecipeError, TrainingError, counted, without_secrets
 from edmdistill.machine.host import host_memory
 from edmdistill.networks import NETWORKS, base
 from edmdistill.networks.flow import FlowNetwork
@@ -80,7 +80,7 @@ class Init(NamedTuple):
 
     def load_auxiliary(self, networks: Mapping[str, nn.Module]) -> str:
         """Loads the auxiliary score into its role, if it fits.  Returns: a sentence on how the run starts."""
-        seen = f" after {self.config.images_seen:,} images" if self.config.images_seen is not None else ""
+        seen = f" after {counted(self.config.images_seen, 'image')}" if self.config.images_seen is not None else ""
         sentence = f"The generator starts as {self.source}, of {self.config.method}{seen}"
         auxiliary = networks.get("auxiliary")
         if not isinstance(auxiliary, FlowNetwork):

@@ -214,7 +214,7 @@ def test_an_empty_folder_is_free(tmp_path: Path) -> None:
         ({"sigma_data": 0.4}, "contradicts itself: sigma_data is 0.4, its network has 0.5"),
         ({"sigma_min": 0.004}, "contradicts itself: sigma_min is 0.004, its network has 0.002"),
         ({"sigma_max": 70.0}, "contradicts itself: sigma_max is 70.0, its network has 80.0"),
-        ({"encoder": LATENT | {"scale": [0.5]}}, "its encoder has a scale for 1 channels, its network has 2"),
+        ({"encoder": LATENT | {"scale": [0.5]}}, "its encoder has a scale for 1 channel, its network has 2"),
         ({"encoder": LATENT | {"bias": [0.1] * 3}}, "its encoder has a bias for 3 channels, its network has 2"),
         ({"guidance": {"kind": "classes", "range": [1, 2]}}, "contradicts itself: its network reads no weight of guid"),
         ({"guidance": {"kind": "classes", "range": [2, 1]}}, "the range of guidance is [2.0, 1.0]"),

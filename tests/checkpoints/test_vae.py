@@ -160,7 +160,7 @@ def lacks_a_tensor(folder: Path) -> None:
         (lambda folder: (folder / CONFIG).write_text("{"), "config.json cannot be used"),
         (lambda folder: change(folder, _class_name="UNet"), "it describes 'UNet', not an AutoencoderKL"),
         (lambda folder: change(folder, in_channels=4), "its images have 4 channels and not 3"),
-        (lambda folder: change(folder, out_channels=1), "its images have 1 channels and not 3"),
+        (lambda folder: change(folder, out_channels=1), "its images have 1 channel and not 3"),
         (lambda folder: change(folder, latents_mean=[1, 2]), "latents_mean or latents_std is not of 4 channels"),
         (lambda folder: change(folder, latents_std=[1] * 5), "latents_mean or latents_std is not of 4 channels"),
         (lambda folder: change(folder, latents_std=[1, 1, 1, 0]), "latents_std"),

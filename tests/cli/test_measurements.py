@@ -176,8 +176,8 @@ def test_what_is_not_finite_is_named_after_the_others_are_shown() -> None:
 @pytest.mark.parametrize(
     ("tasks", "kept", "sentence"),
     [
-        ("gs", True, "1 of 2 measurements are done; the same command goes on with what is kept in kept."),
-        ("gs", False, "1 of 2 measurements are done; the measurement in progress is lost."),
+        ("gs", True, "1 of 2 measurements is done; the same command goes on with what is kept in kept."),
+        ("gs", False, "1 of 2 measurements is done; the measurement in progress is lost."),
         ("s", True, "no measurement is done yet; the same command goes on with what is kept in kept."),
     ],
 )
@@ -201,7 +201,7 @@ def test_ctrl_c_says_that_results_are_saved(
     tasks = [("a", good), ("b", fails(KeyboardInterrupt()))]
     with pytest.raises(SystemExit):
         measurements.measure(Measurements(tasks, 10), folder, lambda results: None)
-    assert "1 of 2 measurements are done and saved;" in capsys.readouterr().err
+    assert "1 of 2 measurements is done and saved;" in capsys.readouterr().err
     assert len(json.loads((folder / "config.json").read_text())["results"]) == 1
 
 

@@ -254,7 +254,7 @@ BAD: dict[str, tuple[Members, str]] = {
     "corrupt": (members(None, **{"z.png": png(PIXELS[0])[:50]}), r"z\.png is not a readable image"),
     "not an image": (members(None, **{"z.png": b"hello"}), r"z\.png is not a readable image"),
     "alpha": ({"a.png": png(np.zeros((4, 4, 4), np.uint8))}, r"a\.png has mode RGBA \(transparency\); convert"),
-    "images and latents": (members(None, **{"z.npy": npy(MOMENTS[0])}), r"1 latents, the first z\.npy, among 6 files"),
+    "images and latents": (members(None, **{"z.npy": npy(MOMENTS[0])}), r"1 latent, the first z\.npy, among 6 files"),
     "corrupt latents": (LATENTS | {"z.npy": npy(MOMENTS[0])[:200]}, r"z\.npy is not a readable array"),
     "pickled latents": ({"a.npy": npy(np.array([{}]))}, r"a\.npy is not a readable array \(Object arrays cannot be"),
     "endless latents": (

@@ -168,7 +168,7 @@ def test_the_record_says_how_the_set_was_made(tmp_path: Path) -> None:
         (
             {"a.png": encoded(0, 4, 8)},
             {"resolution": 8, "transform": "center-crop-wide"},
-            "center-crop-wide leaves out all of the 1 pictures",
+            "center-crop-wide leaves no picture of 1",
         ),
         ({"a.png": b""}, {}, r"a\.png is not a readable picture \(an empty file\)"),
         ({"a.png": b"%!PS-Adobe"}, {}, r"a\.png is not a readable picture \(none of PNG, JPEG"),

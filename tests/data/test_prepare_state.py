@@ -117,7 +117,7 @@ def test_what_was_begun_otherwise_is_kept_unless_it_is_to_be_replaced(
     source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
     interrupted(source, out)
     other = HALF | {"resolution": 4} if what == "size" else HALF
-    message = r"was begun with resolution \[8, 8\], not resolution \[4, 4\], and 8 pictures are done"
+    message = r"was begun with resolution \[8, 8\], not resolution \[4, 4\], and has 8 pictures"
     if what == "pictures":
         (source / "a" / "00.png").write_bytes(encoded(5, 30, 30))
         message = "the pictures have changed since .* was begun: 8 of them were done"
@@ -207,7 +207,7 @@ def test_every_option_that_decides_the_images_must_stay(
     source, out = write_folder(tmp_path / "set", PICTURES), tmp_path / "out.zip"
     interrupted(source, out)
     others = HALF | {"source": source} | {option: tmp_path / str(value) if option == "source" else value}
-    with pytest.raises(DatasetError, match=f"was begun with {was}, and 8 pictures are done: give the same command"):
+    with pytest.raises(DatasetError, match=f"was begun with {was}, and has 8 pictures: give the same command"):
         prepare_data(out=out, **others)
     assert going_on(source, out)[0] == 8
 
@@ -220,7 +220,7 @@ def test_another_decoder_does_not_go_on(library: str, tmp_path: Path, monkeypatc
         monkeypatch.setattr(prepare.PIL, "__version__", "0.1")
     else:
         monkeypatch.setattr(prepare.features, "version", lambda feature: "0.1")
-    with pytest.raises(DatasetError, match=rf"was begun with {library} .*, not {library} 0\.1, and 8 pictures"):
+    with pytest.raises(DatasetError, match=rf"was begun with {library} .*, not {library} 0\.1, and has 8 pictures"):
         prepare_data(source, out, **HALF)
 
 

@@ -206,7 +206,7 @@ def test_classes_have_names(opened) -> None:
     assert (data.label_dim, data.class_counts, data.missing_classes) == (3, [1, 1, 0], [2])
     assert data.tensors([1])[1].tolist() == [[0, 1, 0]]
     for names, message in [
-        (["cat"], "as 1, but label_names has 1 names"),
+        (["cat"], "as 1, but label_names has 1 name;"),
         ([], "label_names must be a list of printable names"),
         (["cat", "\x1b[2J"], "label_names must be a list of printable names"),
         (["cat", " "], "label_names must be a list of printable names"),

@@ -218,7 +218,7 @@ def test_compiling_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         report.end()
     assert [line.split(",")[0] for line in lines] == [
         "Compiling blocks of networks: minutes at first",
-        "Compiling: 1 pieces so far",
+        "Compiling: 1 piece so far",
         "Compiling: 2 pieces so far",
     ]
 

@@ -232,6 +232,13 @@ def test_schedules_are_in_order_and_only_those_in_use_are_tuned():
     assert "fid 3.1 ± 0.14 -&gt; 2.1 ± 0.14 on 2 x 50 held-out seeds, protocol digits; before, they were 80 5" in tuned
 
 
+def test_one_is_singular():
+    config = replace(CONFIG, sampling=SamplingDefaults({"1": (80.0,)}), label_dim=1, label_names=None)
+    text = card(config, "me/digits")
+    assert "It has schedules for 1 evaluation; other numbers work too" in text
+    assert "images, of 1 class, made by" in text
+
+
 def test_results_of_images_are_no_results_of_the_generator():
     images = replace(result(1.0, 2, CONFIG), sampler=None)
     text = card(CONFIG, "me/digits", results=[images])

@@ -230,7 +230,7 @@ def test_the_last_set_wins():
         ("training=1e-3", "write table.key=value"),
         ("ema.half_life_images.x=1", "ema.half_life_images = {'x': 1} must be a whole number"),
         ("sampling.gamma=2", "sampling.gamma = 2 must be at most 1"),
-        ("sampling.sigmas.2=[80.0]", "has 1 noise levels"),
+        ("sampling.sigmas.2=[80.0]", "has 1 noise level:"),
         ("sampling.sigmas.2=[2.5, 80]", "must decrease"),
         ("sampling.sigmas.1=[-1]", "'1': [-1]}: each of its values must be above 0"),
         ("method.alpha=-1", "method.alpha = -1 must be above 0"),

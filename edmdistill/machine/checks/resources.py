@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edmdistill.checkpoints.download import cache_folder
+from edmdistill.errors import counted
 from edmdistill.machine.checks.finding import GIB, Finding
 from edmdistill.machine.host import cores, host_memory
 
 
 def check_memory() -> Iterator[Finding]:
     total, free = host_memory()
-    detail = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, {cores()} cores"
+    detail = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, {counted(cores(), 'core')}"
     if free < 4 * GIB:
         yield Finding("memory", "warn", detail, "stop other processes, or train with a smaller --micro-batch")
     else:
