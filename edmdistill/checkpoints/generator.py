@@ -24,12 +24,15 @@ class Generator(nn.Module):
 
     Attributes:
         flow, config: its network and its checkpoint's configuration.
+        sigma_data, sigma_min, sigma_max, img_resolution, img_channels, label_dim: of the flow, as a Denoiser's.
     """
 
     def __init__(self, flow: FlowNetwork, config: CheckpointConfig) -> None:
         super().__init__()
         self.flow = flow
         self.config = config
+        self.sigma_data, self.sigma_min, self.sigma_max = flow.sigma_data, flow.sigma_min, flow.sigma_max
+        self.img_resolution, self.img_channels, self.label_dim = flow.img_resolution, flow.img_channels, flow.label_dim
 
     @property
     def label_names(self) -> tuple[str, ...] | None:

@@ -45,7 +45,7 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     provenance: dict[str, Any]
 
     def to_json(self) -> str:
-        """The result as a JSON document."""
+        """The result as a JSON document, which `read_results` and `edmdistill compare` read."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
 
@@ -89,12 +89,16 @@ def _rows_of(result: Result) -> dict[str, Sequence[float]]:
 
 
 def read_results(files: Iterable[Path]) -> list[Result]:
-    """Returns the results that `edmdistill eval --out` wrote.  Raises: EdmDistillError: a file holds other things."""
+    """Returns the results that `edmdistill eval --out` or `Result.to_json` wrote.
+
+    Raises: EdmDistillError: a file holds other things.
+    """
     results: list[Result] = []
     for file in files:
         try:
             document = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-            results += msgspec.convert(document["results"], list[Result])
+            some = [document] if "metrics" in document else document["results"]
+            results += msgspec.convert(some, list[Result])
         except (OSError, KeyError, msgspec.MsgspecError) as error:
             match error:
                 case FileNotFoundError():

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from edmdistill.errors import EdmDistillError
 
 if TYPE_CHECKING:
     from edmdistill.methods.base import Method
+
+GROUP = "edmdistill.methods"
+"""The group of entry points by which another installed package adds methods, NAME = "module:Class"."""
 
 
 class MethodEntry(NamedTuple):
@@ -16,14 +22,21 @@ class MethodEntry(NamedTuple):
         path: `module:Class`; the module is imported on first use, because it imports torch.
         summary: one sentence, for `--help`, reports and cards.
         citations: keys in assets/citations.bib, in addition to the network's.
+        rival: another package that has a method of the same name.
     """
 
     path: str
     summary: str
     citations: tuple[str, ...] = ()
+    rival: str | None = None
 
     def load(self) -> type[Method[Any]]:
-        """Returns the method's class."""
+        """Returns the method's class.  Raises: EdmDistillError: the name could also mean another's."""
+        if self.rival is not None:
+            raise EdmDistillError(
+                f"two methods have the same name, {self.path} and one of the package {self.rival}: rename that "
+                f"package's entry point, or uninstall it (pip uninstall {self.rival})"
+            )
         module, _, name = self.path.partition(":")
         method: type[Method[Any]] = getattr(import_module(module), name)
         return method
@@ -111,3 +124,16 @@ METHODS: dict[str, MethodEntry] = {
     ),
 }
 """By the name used on the command line and in recipes."""
+
+
+def _add_installed() -> None:
+    """Adds the methods of other installed packages to METHODS. Nothing of theirs is imported before it is used."""
+    for point in entry_points(group=GROUP):
+        package = point.dist.name if point.dist is not None else point.module
+        if point.name in METHODS:
+            METHODS[point.name] = METHODS[point.name]._replace(rival=package)
+        else:
+            METHODS[point.name] = MethodEntry(point.value, f"{point.name}: a method of the package {package}.")
+
+
+_add_installed()

@@ -22,7 +22,6 @@ import msgspec
 from edmdistill.atomic import atomic_write, require_free
 from edmdistill.defaults import defaults
 from edmdistill.errors import RecipeError, did_you_mean
-from edmdistill.methods import METHODS
 from edmdistill.recipes.schema import TABLES, Recipe, table, table_defaults
 
 _PACKAGE = Path(__file__).parent.parent
@@ -65,7 +64,7 @@ def recipe_files(method: str | None = None) -> list[RecipeFile]:
             modes = [variant for variant in tables.get("variants", {}) if variant not in sizes]
             files.append(RecipeFile(name, path, sizes, modes))
     if not files:
-        raise RecipeError(f"there are no recipes for {method!r}; {did_you_mean(str(method), METHODS, 5, LIST)}")
+        raise RecipeError(f"there are no recipes for {method!r}; {did_you_mean(str(method), _methods(), 5, LIST)}")
     return files
 
 
@@ -77,6 +76,11 @@ def recipe_names(method: str | None = None) -> list[str]:
 def _shipped() -> dict[str, Path]:
     """Returns the files that ship with the package, by METHOD/DATASET."""
     return {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in sorted(SHIPPED.glob("*/*.toml"))}
+
+
+def _methods() -> list[str]:
+    """Returns the methods that have shipped recipes."""
+    return list(dict.fromkeys(name.partition("/")[0] for name in _shipped()))
 
 
 def recipe_header(path: Path) -> str:
@@ -291,7 +295,7 @@ def _unknown_recipe(name: str) -> str:
         return f"there is no recipe {name!r}; did you mean {near[0]!r}?"
     if of_method:
         return f"there is no recipe {name[:200]!r}; {some}"
-    if near := get_close_matches(method[:100], METHODS, n=1):
+    if near := get_close_matches(method[:100], _methods(), n=1):
         return f"there are no recipes for {method!r}; did you mean {near[0]!r}?"
     return f"there is no recipe {name[:200]!r}; `{LIST}` lists all, and a file of yours has a name that ends in .toml"
 

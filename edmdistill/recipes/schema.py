@@ -350,6 +350,9 @@ def _typed(values: dict[str, Any], type_: type[Struct], source: str, name: str) 
     for key in values:
         if key not in type_.__struct_fields__:
             raise RecipeError(f"{source}: no key {name}.{key}; {did_you_mean(key, type_.__struct_fields__)}")
+    lacking = [f.encode_name for f in msgspec.structs.fields(type_) if f.required and f.encode_name not in values]
+    if lacking:
+        raise RecipeError(f"{source}: [{name}] lacks {', '.join(lacking)}")
     try:
         typed = msgspec.convert(values, type_)
         out_of_range = next((key for key in values if not _is_in_range(getattr(typed, key))), None)

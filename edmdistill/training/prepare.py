@@ -10,6 +10,7 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
+from edmdistill.arguments import checked
 from edmdistill.checkpoints.config import CheckpointConfig
 from edmdistill.checkpoints.load import read_first_stage, read_teacher
 from edmdistill.checkpoints.noise_dependence import generator_warning
@@ -36,10 +37,11 @@ from edmdistill.training.sources import Init, make_network, read_init
 from edmdistill.training.trackers import require_trackers
 
 
+@checked
 def prepare(
     recipe: Recipe,
     *,
-    data: str | Path,
+    data: Dataset | str | Path,
     teacher: str | Path | None = None,
     guide: str | Path | None = None,
     machine: Machine = Machine(),
@@ -50,7 +52,7 @@ def prepare(
     """Returns a run as it is before its first step. All its processes call this together.
 
     Args:
-        data: as for `open_dataset`.
+        data: a data set, or a source for `open_dataset`.
         teacher: a checkpoint, ours or official. A method that makes its own network may start from one.
         guide: a checkpoint too, for a recipe whose teacher is guided by another network.
         machine: how the run uses the hardware.
@@ -102,13 +104,13 @@ class Sources(NamedTuple):
 
 def read_sources(
     recipe: Recipe,
-    data: str | Path,
+    data: Dataset | str | Path,
     teacher: str | Path | None,
     guide: str | Path | None,
     init: str | Path | None,
 ) -> Sources:
     """Opens the data and reads the networks; the arguments are those of `prepare`."""
-    dataset = open_dataset(data, split=recipe.data.split, xflip=recipe.data.xflip)
+    dataset = _open_data(recipe, data)
     name, warm_start = recipe.method_name, None if init is None else read_init(init, recipe)
     stages = recipe.method_class.first_stages
     if teacher is not None:
@@ -121,6 +123,20 @@ def read_sources(
     else:
         raise TrainingError(f"{name} needs a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
     return Sources(dataset, flow, config, None if guide is None else read_teacher(guide), warm_start)
+
+
+def _open_data(recipe: Recipe, data: Dataset | str | Path) -> Dataset:
+    """Raises: TrainingError: the recipe asks for another part of the data set than the one that is given."""
+    if not isinstance(data, Dataset):
+        return open_dataset(data, split=recipe.data.split, xflip=recipe.data.xflip)
+    for name in ("split", "xflip"):
+        given, asked = getattr(data, name), getattr(recipe.data, name)
+        if given != asked:
+            raise TrainingError(
+                f"the data set {data.name} has {name} = {given!r}, but the recipe's [data] says {asked!r}: make it "
+                f"with that, or set data.{name} in the recipe"
+            )
+    return data
 
 
 def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, force_guidance: bool) -> None:

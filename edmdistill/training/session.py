@@ -11,6 +11,8 @@ from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
+from edmdistill.arguments import checked
+from edmdistill.atomic import expanded
 from edmdistill.checkpoints.run_state import Progress
 from edmdistill.errors import counted
 from edmdistill.machine.environment import environment, peak_memory
@@ -39,9 +41,10 @@ class Outcome(NamedTuple):
     images: int
 
 
+@checked
 def train(
     run: Run,
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     recipe_text: str = "",
     stop_on: Collection[str] = (),
@@ -65,7 +68,7 @@ def train(
     Raises: TrainingError: the directory belongs to another run or process, or training went wrong.  PeerFailed: the
         same on the other processes.
     """
-    engine = run.engine
+    run_dir, engine = expanded(run_dir), run.engine
     tell = on_message if engine.is_main else lambda sentence: None
     evaluation = run.evaluation or open_evaluation(run)
     with ExitStack() as stack:

@@ -7,7 +7,7 @@ from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.schedules import generator_sigmas
 from edmdistill.trigflow import denoised, diffuse, implied_noise, sigma_to_time
@@ -55,6 +55,12 @@ def test_classes_and_weights_are_for_all_or_for_each() -> None:
     assert generator.guidance == (1.5, 3.0)
     assert torch.equal(generator(x_t, 1.2, 1), generator(x_t, 1.2, 1, w=1.5))
     assert make().guidance == (1.0, 1.0)
+
+
+def test_it_has_the_sizes_and_levels_of_a_denoiser() -> None:
+    generator, denoiser = make(), Denoiser(make().flow)
+    for name in ("sigma_data", "sigma_min", "sigma_max", "img_resolution", "img_channels", "label_dim"):
+        assert getattr(generator, name) == getattr(denoiser, name)
 
 
 def test_what_it_cannot_take_is_refused() -> None:

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 import edmdistill
 from edmdistill.checkpoints.config import read_config
-from edmdistill.methods import METHODS, MethodEntry
+from edmdistill.errors import EdmDistillError
+from edmdistill.methods import METHODS, MethodEntry, _add_installed
 from edmdistill.methods.base import Method
 from edmdistill.publish.card import CITATIONS
 from edmdistill.publish.hub import build_package
@@ -133,3 +134,23 @@ def test_the_lists_of_methods_agree() -> None:
     documented = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert not [name for name in METHODS if not re.search(rf"\b{name}\b", documented)]
     assert f"Train a network by a method: {', '.join(METHODS)}." in re.sub(r"\s+", " ", run("--help"))
+
+
+def test_another_package_brings_a_method_and_replaces_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toy_method.py").write_text(FILE)
+    installed = tmp_path / "toys-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
+    points = "[edmdistill.methods]\ntoy = toy_method:Toy\nect = toy_method:Toy\n"
+    (installed / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("edmdistill.methods.METHODS", table := dict(METHODS))
+    _add_installed()
+    assert list(table) == [*METHODS, "toy"]
+    assert "toy_method" not in sys.modules
+    assert table["toy"].summary == "toy: a method of the package toys."
+    assert table["toy"].load().__name__ == "Toy"
+    sys.modules.pop("toy_method")
+    with pytest.raises(EdmDistillError, match=r"two methods .* uninstall it \(pip uninstall toys\)"):
+        table["ect"].load()
+    assert table["ect"].summary == METHODS["ect"].summary

@@ -256,6 +256,7 @@ def test_a_batch_holds_whole_groups():
         pytest.param(f"a = {'[' * 100_000}", "cannot be read as TOML", id="nested"),
         ("training = 5\n" + MINIMAL.replace("[training]", "[data]"), "training = 5 must be a table"),
         (MINIMAL.replace("lr = 1e-3\n", ""), "[training] lacks lr"),
+        ("[training]\nlr = 1e-3\n", "[training] lacks images, batch, log_every, snapshot_every"),
         (MINIMAL.split("[ema]")[0], "[ema]: there is no average: set half_life_images or sigma_rel"),
         (MINIMAL + "[method]\nname = 'cosim'\n", "is a recipe for cosim, not for sid"),
         ("method = 'sid'\n" + MINIMAL, "method = 'sid' must be a table"),

@@ -1,9 +1,11 @@
 """From a recipe to a run: what the product's checkpoint says of itself."""
 
+import hashlib
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
@@ -12,7 +14,8 @@ from toy_runs import TABLES, source_of
 from edmdistill.checkpoints.config import CheckpointConfig, Guidance, Provenance, describe, read_config, write_config
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.checkpoints.tuning import Tuning
-from edmdistill.errors import TrainingError
+from edmdistill.data.datasets import Dataset
+from edmdistill.errors import EdmDistillError, TrainingError
 from edmdistill.machine.engine import Machine
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
@@ -21,6 +24,7 @@ from edmdistill.recipes.schema import Recipe
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.training.prepare import prepare
+from edmdistill.training.session import train
 from edmdistill.trigflow import denoised, sigma_to_time
 
 CPU = Machine(device="cpu")
@@ -128,3 +132,28 @@ def test_a_generator_is_sampled_at_the_levels_that_it_learned(
     if not sampling:
         trained = () if method["name"] == "cosim" else levels
         assert run.config.trained_sigmas == pytest.approx(trained, rel=1e-5)
+
+
+def test_a_data_set_in_memory_is_trained_on_as_it_is(teacher: Path, tmp_path: Path) -> None:
+    tables = TABLES | {"method": {"name": "ect"}}
+    recipe = Recipe.from_tables(tables, "a test")
+    pixels = np.random.default_rng(0).integers(256, size=(20, 1, 8, 8), dtype=np.uint8)
+    files, classes = [f"image {i}" for i in range(20)], np.arange(20) % 10
+    data = Dataset("mine", "train", files, pixels.__getitem__, classes)
+    run = prepare(recipe, data=data, teacher=teacher, machine=CPU)
+    assert run.dataset is data
+    assert run.identity["data"]["content_sha256"] == hashlib.sha256(pixels.tobytes()).hexdigest()
+    outcome = train(run, str(tmp_path / "run"), on_message=lambda sentence: None)
+    assert outcome == (True, 24)
+
+    mirrored = Dataset("mine", "train", files, pixels.__getitem__, classes, xflip=True)
+    with pytest.raises(
+        TrainingError, match=r"mine has xflip = True, but the recipe's \[data\] says False: .* set data.x"
+    ):
+        prepare(recipe, data=mirrored, teacher=teacher, machine=CPU)
+    asked = Recipe.from_tables(tables | {"data": {"xflip": True}}, "a test")
+    assert len(prepare(asked, data=mirrored, teacher=teacher, machine=CPU).dataset) == 40
+    with pytest.raises(
+        EdmDistillError, match=r"prepare: data = \(a numpy array, .* must be .*Dataset, a string or a path"
+    ):
+        prepare(recipe, data=pixels, teacher=teacher, machine=CPU)  # type: ignore[arg-type]
