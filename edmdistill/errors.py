@@ -25,13 +25,23 @@ def without_secrets(text: str) -> str:
     User, password, query and fragment may be secret, and must not be stored, printed or published.
     """
     text = re.sub(r"\bhf_\w{8,}", "hf_***", text)
-    return re.sub(r"(?i)\b[a-z][a-z0-9+.-]*://[^\s'\"<>]*", lambda match: public_address(match[0]), text)
+    return _ADDRESS.sub(_without_secrets, text)
+
+
+_SCHEME, _QUERY = r"[a-z][a-z0-9+.-]{0,30}://", r"(?:[?#]|%3f|%23)"
+_ADDRESS = re.compile(rf"(?i){_SCHEME}(?:(?!{_SCHEME}|{_QUERY})\S)*(?:{_QUERY}\S*)?")
+"""An address to the next blank, because any other character may be in a query; or, before a query, to the next one."""
+
+
+def _without_secrets(match: re.Match[str]) -> str:
+    address = match[0].rstrip("]'\"<>).,;:")
+    return public_address(address) + match[0][len(address) :]
 
 
 def public_address(url: str) -> str:
     """Returns only the scheme, host and path of a URL, and the revision of an hf:// address."""
     scheme, slashes, rest = url.partition("://")
-    host, slash, path = re.split(r"(?i)[?#]|%3f|%23", rest, maxsplit=1)[0].partition("/")
+    host, slash, path = re.split(rf"(?i){_QUERY}", rest, maxsplit=1)[0].partition("/")
     host = host.rpartition("@")[2]
     if re.search(r":(?!\d*$)", host) and not host.startswith("["):  # no port: a password that holds a slash
         host, slash, path = "***", "", ""

@@ -35,6 +35,19 @@ def test_scheme_host_and_path_stay(address: str) -> None:
     assert public_address(public_address(address)) == public_address(address)
 
 
+@pytest.mark.parametrize("mark", ["<", ">", "'", '"', "(", "&"])
+def test_any_mark_may_be_in_an_address(mark: str) -> None:
+    assert without_secrets(f"a https://host/a{mark}b?token={SECRET} b") == f"a https://host/a{mark}b b"
+    assert without_secrets(f"a https://host/a?b={mark}{SECRET} b") == "a https://host/a b"
+    assert without_secrets(f"<https://user:{mark}{SECRET}@host/a>, b") == "<https://host/a>, b"
+
+
+@pytest.mark.parametrize("before", ["'https://a/b',", "1", "a_", "https://a/b/"])
+def test_an_address_may_begin_anywhere(before: str) -> None:
+    assert without_secrets(f"{before}https://user:{SECRET}@host/a?{SECRET}'") == f"{before}https://host/a'"
+    assert without_secrets(f"https://a/b?next={before}https://host/{SECRET}") == "https://a/b"
+
+
 @pytest.mark.parametrize("text", ["no address", "a://b", "https://host/a/edm.pkl is here", "owner/name@v1", "a@b:c"])
 def test_other_text_stays(text: str) -> None:
     assert without_secrets(text) == text
