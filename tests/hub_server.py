@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -33,9 +33,11 @@ class Repository:
         self.messages: list[str] = []
         self.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
 
-    def commit(self, branch: str, files: dict[str, bytes], message: str = "") -> str:
+    def commit(self, branch: str, files: Mapping[str, bytes | None], message: str = "") -> str:
+        """Commits changed files; None: removed ones."""
         self.messages.append(message)
-        whole = self.commits.get(self.branches.get(branch, ""), {}) | files
+        both = self.commits.get(self.branches.get(branch, ""), {}) | files
+        whole = {name: content for name, content in both.items() if content is not None}
         oid = hashlib.sha1(repr((len(self.commits), sorted(whole.items()))).encode()).hexdigest()
         self.commits[oid], self.branches[branch] = whole, oid
         return oid
@@ -231,7 +233,8 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, body: bytes, name: str, branch: str) -> None:
         self._writer()
         head, _ = self._files(name, branch)
-        files, message = {}, ""
+        files: dict[str, bytes | None] = {}
+        message = ""
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "header":
@@ -240,6 +243,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(412, "", "A commit has happened since")
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            if line["key"] == "deletedFile":
+                files[value["path"]] = None
             if line["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
         oid = self.server.repositories[name].commit(branch, files, message)

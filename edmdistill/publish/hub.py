@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 from huggingface_hub import (
     CommitOperationAdd,
+    CommitOperationDelete,
     HfApi,
     ModelInfo,
     get_token,
@@ -47,8 +48,11 @@ from edmdistill.sampling.grid import image_grid, thumbnails
 from edmdistill.training.identity import RECIPE
 
 GRID = "samples.png"
-SIGNATURE = re.compile(rb"(?m)^edmdistill_card: ([0-9a-f]{64})\nedmdistill_model: ([0-9a-f]{64})\n")
-"""Lines of a card's header: sha256 of the card without them, and of the weights published with it."""
+SIGNATURE = re.compile(
+    rb"(?m)^edmdistill_card: ([0-9a-f]{64})\nedmdistill_model: ([0-9a-f]{64})\n"
+    rb"(?:edmdistill_samples: ([0-9a-f]{64})\n)?"
+)
+"""Lines of a card's header: sha256 of the card without them, and of the weights and the picture published with it."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".onnx", ".pt2", ".h5", ".msgpack", ".gguf", ".npz")
 GRID_SIZE, GRID_COLUMNS = 24, 8
 """Samples in the grid."""
@@ -135,15 +139,15 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
 
     model = load_model(folder)
     files: dict[str, Path | bytes] = {MODEL: folder / MODEL}
-    grid = None
+    grid = picture = None
     decoder = _decoder(model, vae)
     if isinstance(model, Generator) and decoder is not None:
         nfe = default_nfe(config)
-        files[GRID] = _grid(model, nfe, decoder)
+        files[GRID] = picture = _grid(model, nfe, decoder)
         grid = GRID, f"Seeds 0 to {GRID_SIZE - 1}, in {counted(nfe, 'evaluation')}."
     files[CONFIG] = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
     text = card(config, repository, run=run, results=results, grid=grid)
-    files[CARD] = _signed(text, sha256_file(folder / MODEL)).encode()
+    files[CARD] = _signed(text, Signature(sha256_file(folder / MODEL), _digest(picture))).encode()
     return Package(repository, config, files, _comparison_samples(model))
 
 
@@ -181,6 +185,8 @@ def push(
 ) -> Published:
     """Publishes a package, downloads it again, and compares its bytes, and the samples of two seeds up to rounding.
 
+    A picture of an earlier push is removed if the package has none. Other files stay.
+
     Args:
         private: create the repository as private, or require that it is.
         branch: created if it does not exist; default: main.
@@ -213,11 +219,8 @@ def push(
         on_message("sending")
         commit = api.create_commit(
             repository,
-            [
-                CommitOperationAdd(name, file)
-                for name, file in package.files.items()
-                if not (kept_card and name == CARD)
-            ],
+            [CommitOperationAdd(name, file) for name, file in package.files.items() if not (kept_card and name == CARD)]
+            + [CommitOperationDelete(name) for name in contents.ours if name not in package.files],
             commit_message=message or f"A {package.config.stage} by edmdistill {__version__}",
             revision=branch,
             parent_commit=before.sha,
@@ -235,12 +238,14 @@ class RepositoryContents(NamedTuple):
         config: the downloaded config.json; None: it has none.
         card: the text of its README.md.
         model_sha256: of model.safetensors, if the Hub reports it.
+        ours: names of files that an earlier push of ours made, which a package may lack.
     """
 
     names: list[str]
     config: Path | None
     card: bytes | None
     model_sha256: str | None
+    ours: list[str]
 
 
 def _read_repository(repository: str, info: ModelInfo) -> RepositoryContents:
@@ -250,11 +255,13 @@ def _read_repository(repository: str, info: ModelInfo) -> RepositoryContents:
     def download(name: str) -> Path | None:
         return Path(hf_hub_download(repository, name, revision=info.sha)) if name in names else None
 
-    card = download(CARD)
+    path = download(CARD)
+    card = path.read_bytes() if path else None
     model = next((file.lfs for file in info.siblings or () if file.rfilename == MODEL), None)
-    return RepositoryContents(
-        names, download(CONFIG), card.read_bytes() if card else None, model.sha256 if model else None
-    )
+    signature = _signature(card)  # None for a card edited by hand, which may show the picture
+    picture = download(GRID) if signature and signature.samples else None
+    ours = [GRID] if picture and signature and sha256_file(picture) == signature.samples else []
+    return RepositoryContents(names, download(CONFIG), card, model.sha256 if model else None, ours)
 
 
 def _other_model(contents: RepositoryContents, config: CheckpointConfig) -> str | None:
@@ -274,7 +281,7 @@ def _other_model(contents: RepositoryContents, config: CheckpointConfig) -> str 
             f"{' and another '.join(others)}"
         )
     signed = _signature(contents.card)  # None for a card edited by hand
-    if signed and contents.model_sha256 not in (None, signed):
+    if signed and contents.model_sha256 not in (None, signed.model):
         return f"a {MODEL} that edmdistill did not put there"
     return None
 
@@ -299,18 +306,31 @@ def _describe(config: CheckpointConfig) -> str:
     return f"a {config.stage}{by} from {origin.source} ({origin.sha256 or origin.parent or '-':.12})"
 
 
-def _signed(card: str, model_sha256: str) -> str:
-    """Returns the card with a header that shows later changes of it, or of the weights beside it."""
-    digest = hashlib.sha256(card.encode()).hexdigest()
-    return card.replace("\n---\n", f"\nedmdistill_card: {digest}\nedmdistill_model: {model_sha256}\n---\n", 1)
+class Signature(NamedTuple):
+    """sha256 of what was published with a card: the weights, and the picture if there was one."""
+
+    model: str
+    samples: str | None
 
 
-def _signature(card: bytes | None) -> str | None:
-    """Returns sha256 of the weights that a card was published with; None: the card was edited or is not ours."""
+def _signed(card: str, signature: Signature) -> str:
+    """Returns the card with a header that shows later changes of it, or of what is published beside it."""
+    lines = f"edmdistill_card: {_digest(card.encode())}\nedmdistill_model: {signature.model}\n"
+    lines += f"edmdistill_samples: {signature.samples}\n" if signature.samples else ""
+    return card.replace("\n---\n", f"\n{lines}---\n", 1)
+
+
+def _digest(content: bytes | None) -> str | None:
+    return None if content is None else hashlib.sha256(content).hexdigest()
+
+
+def _signature(card: bytes | None) -> Signature | None:
+    """Returns what a card was published with; None: the card was edited or is not ours."""
     text = (card or b"").replace(b"\r\n", b"\n")
     match = SIGNATURE.search(text)
-    same = match and hashlib.sha256(SIGNATURE.sub(b"", text, count=1)).hexdigest() == match[1].decode()
-    return match[2].decode() if match and same else None
+    if match is None or _digest(SIGNATURE.sub(b"", text, count=1)) != match[1].decode():
+        return None
+    return Signature(match[2].decode(), match[3].decode() if match[3] else None)
 
 
 def _verify_download(package: Package, revision: str) -> None:

@@ -16,7 +16,7 @@ from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, HubError
 from edmdistill.publish import hub
-from edmdistill.publish.hub import Published, build_package, push
+from edmdistill.publish.hub import GRID, Published, build_package, push
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
 NAME = "me/cosim-digits"
@@ -181,6 +181,30 @@ def test_weights_that_somebody_put_in_our_place_are_not_lost(server: Hub, folder
     assert head(server)[MODEL] == b"fine-tuned by hand"
     publish(folder, replace_model=True)
     assert head(server)[MODEL] == (folder / MODEL).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "stays"),
+    [
+        (None, b"", False),
+        ("notes.png", b"somebody's", False),
+        (GRID, b"somebody's", True),
+        (CARD, b"# By hand\n\n![Samples](samples.png)\n", True),
+    ],
+)
+def test_a_picture_of_ours_goes_where_the_package_has_none(
+    server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str | None, text: bytes, stays: bool
+) -> None:
+    publish(folder)
+    assert GRID in head(server)
+    if name is not None:
+        edit(server, name, text)
+    before = head(server)
+    monkeypatch.setattr(hub, "_decoder", lambda model, vae: None)  # as for latents whose VAE is not here
+    publish(folder)
+    assert before.keys() - head(server).keys() == (set() if stays else {GRID})
+    assert all(head(server)[other] == before[other] for other in head(server) if other != CARD)
+    assert publish(folder).unchanged
 
 
 @pytest.mark.parametrize("licence", ["mit\nx: y", "no such licence!", ""])
