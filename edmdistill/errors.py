@@ -81,6 +81,10 @@ class Damaged(CheckpointError):
         self.fault = fault
 
 
+class NoDecoder(CheckpointError):
+    """Nothing on this machine turns a network's images into pictures."""
+
+
 class RecipeError(EdmDistillError):
     """A recipe or an override is invalid.
 

@@ -193,9 +193,11 @@ def remove_cached(path: Path) -> None:
 
 
 @contextmanager
-def downloaded(path: Path) -> Iterator[None]:
+def downloaded(path: Path, again: str = "so give the same command again") -> Iterator[None]:
     """Wraps the reading of a file: one from a cache that cannot be read is removed, so that it is downloaded again.
 
+    Args:
+        again: how, as the end of a sentence.
     Raises: CheckpointError: that of the block, which then says that the file was removed.
     """
     try:
@@ -207,5 +209,5 @@ def downloaded(path: Path) -> Iterator[None]:
         if any(Path(folder).absolute() in parents for folder in (cache_folder(), constants.HF_HUB_CACHE)):
             remove_cached(path)
             fault = error.fault if isinstance(error, Damaged) else str(error).rstrip(".").removesuffix(f"; {INTACT}")
-            raise Damaged(fault, "it is removed from the cache, so give the same command again") from error
+            raise Damaged(fault, f"it is removed from the cache, {again}") from error
         raise

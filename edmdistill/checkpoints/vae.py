@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from edmdistill.atomic import expanded, sha256_file
+from edmdistill.checkpoints.download import downloaded
 from edmdistill.checkpoints.encoder import STABLE_DIFFUSION, ChannelStatistics, Range
 from edmdistill.checkpoints.hub_client import REPOSITORY, cached_from_hub, download_from_hub
 from edmdistill.checkpoints.layout import VAE_FILES
 from edmdistill.checkpoints.store import fill, load_tensors
-from edmdistill.checkpoints.vae_architecture import Architecture, read_architecture
-from edmdistill.errors import CheckpointError, counted
+from edmdistill.checkpoints.vae_architecture import Architecture, read_architecture, require_json
+from edmdistill.errors import CheckpointError, NoDecoder, counted
 from edmdistill.transfer import is_out_of_memory
 
 CONFIG, WEIGHTS = VAE_FILES
@@ -158,7 +159,7 @@ def require_vae(name: str, *, download: bool = False) -> Path:
     Raises: CheckpointError: the VAE is not here, or diffusers is not installed.  HubError: the Hub refuses.
     """
     if find_spec("diffusers") is None:
-        raise CheckpointError(NOT_INSTALLED.format("diffusers"))
+        raise NoDecoder(NOT_INSTALLED.format("diffusers"))
     folder = find_vae(name, download=download)
     if folder is None:
         raise CheckpointError(
@@ -185,7 +186,9 @@ def read_vae(
         channels, or is damaged.
         HubError: the Hub refuses.
     """
-    folder = require_vae(name, download=download)
+    folder, again = require_vae(name, download=download), f"and --vae {name} downloads it again"
+    with downloaded(folder / CONFIG, again):
+        require_json(folder / CONFIG)
     architecture = read_architecture(folder)
     if channels not in (None, architecture.latent_channels):
         raise CheckpointError(
@@ -205,9 +208,10 @@ def read_vae(
             f"{folder / CONFIG} has arguments that make no VAE: {error!s:.300}; save the VAE with diffusers again"
         ) from error
     old = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(OLD_NAMES)})(?=\.)")
+    with downloaded(folder / WEIGHTS, again):
+        stored = load_tensors(folder / WEIGHTS, device)[0]
     tensors = {
-        old.sub(lambda match: match[1] + OLD_NAMES[match[2]], key): tensor.to(dtype)
-        for key, tensor in load_tensors(folder / WEIGHTS, device)[0].items()
+        old.sub(lambda match: match[1] + OLD_NAMES[match[2]], key): tensor.to(dtype) for key, tensor in stored.items()
     }
     fill(model, tensors, str(folder / WEIGHTS))
     where = expanded(name)
@@ -241,8 +245,8 @@ def diffusers_class(name: str) -> Any:
 
 
 def _autoencoder() -> Any:
-    """Returns diffusers' class.  Raises: CheckpointError: diffusers is not installed."""
+    """Returns diffusers' class.  Raises: NoDecoder: diffusers is not installed."""
     try:
         return diffusers_class("AutoencoderKL")
     except ImportError as error:
-        raise CheckpointError(NOT_INSTALLED.format(error.name or "diffusers")) from error
+        raise NoDecoder(NOT_INSTALLED.format(error.name or "diffusers")) from error

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edmdistill.checkpoints.layout import VAE_FILES
-from edmdistill.errors import CheckpointError, counted
+from edmdistill.errors import CheckpointError, Damaged, counted
 
 CONFIG, _ = VAE_FILES
 CONFIG_BYTES = 2**20
@@ -38,6 +38,15 @@ class Architecture(Struct, frozen=True, kw_only=True):
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[Annotated[float, Meta(gt=0)], ...] | None = None
+
+
+def require_json(path: Path) -> None:
+    """Raises Damaged for a config.json that is cut off, or otherwise no JSON."""
+    try:
+        if path.is_file() and path.stat().st_size <= CONFIG_BYTES:
+            msgspec.json.decode(path.read_bytes())
+    except (OSError, RecursionError, msgspec.DecodeError) as error:
+        raise Damaged(f"{path} cannot be used ({error})") from error
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -23,7 +23,7 @@ from edmdistill.cli.options import say, say_unfinished
     "--replace",
     "replace_model",
     is_flag=True,
-    help="Replace another model in the repository; files that edmdistill did not put there stay.",
+    help="Replace another model in the repository; files of other names stay.",
 )
 @click.option("--overwrite-card", is_flag=True, help="Replace a README.md that was edited by hand.")
 @click.option("--dry-run", is_flag=True, help="Print what would be published, including the card, and upload nothing.")

@@ -21,7 +21,7 @@ from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.load import load_flow
 from edmdistill.checkpoints.source import Source
 from edmdistill.checkpoints.vae import SUBFOLDER, Vae
-from edmdistill.errors import CheckpointError, EdmDistillError, without_secrets
+from edmdistill.errors import CheckpointError, EdmDistillError, NoDecoder, without_secrets
 from edmdistill.export import diffusers, nvidia, onnx, space, torch_export
 from edmdistill.export.parity import SEEDS, Parity, table
 from edmdistill.networks.flow import FlowNetwork
@@ -138,7 +138,7 @@ def export(
 def _find_vae(target: Target, config: CheckpointConfig, to: str, name: str | None) -> Vae | None:
     """Returns the VAE to put into the folder, if any.
 
-    Raises: CheckpointError: the named VAE cannot be used.  EdmDistillError: a VAE would have no effect.
+    Raises: CheckpointError: the VAE cannot be used.  EdmDistillError: a VAE would have no effect.
     """
     if target.without_vae is None:
         if name is not None:
@@ -146,7 +146,7 @@ def _find_vae(target: Target, config: CheckpointConfig, to: str, name: str | Non
         return None
     try:
         decoder = open_decoder(config.encoder, name)
-    except CheckpointError:
+    except NoDecoder:
         if name is not None:
             raise
         return None

@@ -36,7 +36,7 @@ from edmdistill.checkpoints.hub_client import REPOSITORY, hub_calls
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, checkpoint_in
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import load_model
-from edmdistill.errors import CheckpointError, HubError, counted, without_secrets
+from edmdistill.errors import CheckpointError, HubError, NoDecoder, counted, without_secrets
 from edmdistill.evaluation.results import Result, add_results, load_results
 from edmdistill.export.parity import IMAGE_TOLERANCE, difference_of
 from edmdistill.networks.flow import Denoiser
@@ -363,11 +363,11 @@ def _comparison_samples(model: Generator | Denoiser) -> Tensor:
 def _decoder(model: Generator | Denoiser, vae: str | None) -> Decoder | None:
     """Returns what turns the model's images into pictures; None for latents whose VAE is not on this machine.
 
-    Raises: CheckpointError: the named VAE cannot be used.  EdmDistillError: a VAE for a network that works on pixels.
+    Raises: CheckpointError: the VAE cannot be used.  EdmDistillError: a VAE for a network that works on pixels.
     """
     try:
         return model_decoder(model, vae)
-    except CheckpointError:
+    except NoDecoder:
         if vae is not None:
             raise
         return None

@@ -13,7 +13,7 @@ from edmdistill.arguments import checked
 from edmdistill.checkpoints.encoder import LatentEncoder, latent_encoder
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.vae import Vae, cached_vae, read_vae
-from edmdistill.errors import CheckpointError, EdmDistillError, counted
+from edmdistill.errors import EdmDistillError, NoDecoder, counted
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.grid import to_uint8
 
@@ -92,7 +92,7 @@ def model_decoder(
     """
     channels = model.flow.img_channels
     if model.encoder["kind"] == "pixels" and channels not in (1, 3):
-        raise CheckpointError(
+        raise NoDecoder(
             f"this network makes images of {counted(channels, 'channel')}, and its checkpoint does not say how to "
             "decode them: "
             f"{instead}"
@@ -129,7 +129,7 @@ def open_decoder(
         if vae is None or cached_vae(vae) is None:
             named = "its checkpoint names no VAE" if vae is None else f"the VAE {vae} is not in the Hub's cache"
             alternative = "" if instead is None else f", or {instead}"
-            raise CheckpointError(
+            raise NoDecoder(
                 f"this network makes latents, and {named}: name the VAE's folder or its Hub id with --vae{alternative}"
             )
     return LatentDecoder(latents, read_vae(vae, device, dtype, download=True, channels=len(latents.scale)))

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_generator import tiny_generator
 
 from edmdistill.checkpoints import vae as module
 from edmdistill.checkpoints.encoder import STABLE_DIFFUSION
@@ -18,6 +19,8 @@ from edmdistill.checkpoints.vae import CONFIG, WEIGHTS, Vae, cached_vae, find_va
 from edmdistill.checkpoints.vae_architecture import read_architecture
 from edmdistill.errors import CheckpointError, HubError
 from edmdistill.export.diffusers import check_installed
+from edmdistill.export.folder import export
+from edmdistill.publish.hub import build_package
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +248,27 @@ def test_the_hub_once_and_then_its_cache(server, folder: Path, case: dict[str, t
     assert find_vae("me/vae@next", download=True).parent == vae.folder.parent  # type: ignore[union-attr]
     with pytest.raises(HubError, match="you/vae cannot be downloaded from the Hub"):
         read_vae("you/vae", download=True)
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_damaged_download_is_not_taken_for_none(server, folder: Path, tmp_path: Path, file: str) -> None:
+    from hub_server import Repository
+
+    encoder = {"kind": "StabilityVAEEncoder", "vae_name": "me/vae", "scale": [0.5] * 4, "bias": [0.0] * 4}
+    generator = tiny_generator(tmp_path / "latents", channels=4, encoder=encoder)
+    server.repositories["me/vae"] = repository = Repository(private=False)
+    repository.commit("main", {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)})
+    for use in (
+        lambda **options: build_package(generator, "me/it", "mit", **options),
+        lambda **options: export(generator, "space", tmp_path / "space", overwrite=True, **options),
+    ):
+        cached = find_vae("me/vae", download=True)
+        assert cached is not None
+        (cached / file).write_bytes((folder / file).read_bytes()[:99])
+        with pytest.raises(CheckpointError, match=r"; it is removed from the cache, and --vae me/vae downloads it"):
+            use()
+        use(vae="me/vae")  # as was advised
+        assert (cached / file).read_bytes() == (folder / file).read_bytes()
 
 
 @pytest.mark.parametrize("load", [module._autoencoder, check_installed], ids=["vae", "export"])
