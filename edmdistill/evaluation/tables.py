@@ -88,7 +88,10 @@ def result_tables(results: Sequence[Result], generator: GeneratorId) -> list[Res
 
 
 def sweep_tables(results: Sequence[Result], generator: GeneratorId) -> list[ResultTable]:
-    """Returns a sweep_table for each protocol by which this generator was measured at several gammas or guidances."""
+    """Returns a sweep_table for each protocol by which this generator was measured at several settings.
+
+    Gamma, guidance, solver, churn or dtype differ between them.
+    """
     measured = [result for result in results if result.sampler and _name_of(result, generator) == "generator"]
     # sweep_table keeps the last result of a setting, so the best comes last.
     measured.sort(key=lambda result: (_nfe(result), _gamma(result), -_first_loss(result)))
@@ -98,7 +101,7 @@ def sweep_tables(results: Sequence[Result], generator: GeneratorId) -> list[Resu
     return [
         sweep_table(group)
         for group in by_protocol.values()
-        if len({(_gamma(result), result.sampler.guidance) for result in group if result.sampler}) > 1
+        if len({replace(result.sampler, nfe=0, sigmas=None) for result in group if result.sampler}) > 1
     ]
 
 
@@ -120,8 +123,8 @@ def best_gamma_results(results: Sequence[Result]) -> list[Result]:
 def sweep_table(results: Sequence[Result]) -> ResultTable:
     """Returns a table of one network by one protocol, with a row for each metric and setting, a column for each NFE.
 
-    A setting is a gamma, or a teacher's solver, and what varies of guidance and, at one NFE, noise levels. The curves
-    are of the first metric, by setting.
+    A setting is a gamma, or a teacher's solver, and what varies of guidance, churn, dtype and, at one NFE, noise
+    levels. The curves are of the first metric, by setting.
     """
     main = next(iter(results[0].metrics))
     label = _settings_of([result.sampler for result in results if result.sampler])
@@ -219,7 +222,9 @@ def _setting(sampler: SamplerRecord) -> str:
 
 def _settings_of(samplers: Sequence[SamplerRecord]) -> Callable[[SamplerRecord | None], str]:
     """Returns what names each of some samplers of one network, beside its NFE, by what varies among them."""
-    guided = len({sampler.guidance for sampler in samplers}) > 1
+    guided, churned, precise = (
+        len({getattr(sampler, name) for sampler in samplers}) > 1 for name in ("guidance", "churn", "dtype")
+    )
     schedules: dict[SamplerRecord, set[tuple[float, ...] | None]] = {}
     for sampler in samplers:
         schedules.setdefault(replace(sampler, sigmas=None), set()).add(sampler.sigmas)
@@ -233,6 +238,8 @@ def _settings_of(samplers: Sequence[SamplerRecord]) -> Callable[[SamplerRecord |
         words = [_setting(sampler)]
         words += [f"guidance {sampler.guidance:g}"] if guided else []
         words += [_levels(sampler.sigmas, digits)] if scheduled and sampler.sigmas else []
+        words += [_churn(sampler.churn)] if churned and sampler.churn else []
+        words += [sampler.dtype] if precise else []
         return ", ".join(words)
 
     return label
@@ -245,9 +252,13 @@ def sampler_words(sampler: SamplerRecord | None) -> str:
     words = [_setting(sampler)] if sampler.gamma is None or sampler.nfe > 1 else []  # gamma has no effect in one step
     words += [f"guidance {sampler.guidance:g}"] if sampler.guidance != 1 else []
     words += [_levels(sampler.sigmas)] if sampler.sigmas else []
-    words += [f"churn {' '.join(f'{value:g}' for value in sampler.churn)}"] if sampler.churn else []
+    words += [_churn(sampler.churn)] if sampler.churn else []
     words += [sampler.dtype] if sampler.dtype != "float32" else []
     return ", ".join(words)
+
+
+def _churn(values: Sequence[float]) -> str:
+    return f"churn {' '.join(f'{value:g}' for value in values)}"
 
 
 def _levels(sigmas: Sequence[float], digits: int = 3) -> str:

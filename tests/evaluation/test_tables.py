@@ -188,6 +188,21 @@ def test_a_sweep_is_by_what_varies():
     assert sweep_tables([guided[0], elsewhere[1]], OURS) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"dtype": "bfloat16"}, ["gamma 1, float32", "gamma 1, bfloat16"]),
+        ({"churn": (40.0, 0.05, 50.0, 1.003)}, ["gamma 1", "gamma 1, churn 40 0.05 50 1.003"]),
+        ({"solver": "ddim", "gamma": None}, ["ddim", "gamma 1"]),
+    ],
+)
+def test_settings_that_differ_have_different_names(changes: dict[str, object], names: list[str]) -> None:
+    one = generator(2, 6.0)
+    (table,) = sweep_tables([one, sampled(generator(2, 5.0), **changes)], OURS)
+    assert list(table.curves) == names
+    assert sorted(curve[0][1] for curve in table.curves.values()) == [5.0, 6.0]
+
+
 def test_a_sweep_of_several_metrics_is_judged_by_the_first():
     (table,) = sweep_tables([
         sampled(generator(nfe, fd, accuracy=value), gamma=gamma)
