@@ -158,6 +158,27 @@ def temporary_folder() -> Iterator[Path]:
         yield folder
 
 
+def lock_folder(folder: Path) -> int | None:
+    """Locks a folder against other processes, for as long as the descriptor that is returned is open.
+
+    On a file system without locks every process gets one.
+
+    Returns: None: another process has the lock, or has just removed the folder.
+    Raises: OSError: the folder cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:  # no locks
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
 def sha256_file(path: Path) -> str:
     """Returns the digest of a file's content, in hex.  Raises: OSError."""
     with path.open("rb") as file:
@@ -167,19 +188,11 @@ def sha256_file(path: Path) -> str:
 @contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
     """Yields a new folder beside `path`, locked while the block runs and removed after it."""
-    while True:
+    descriptor = None
+    while descriptor is None:
         scratch = path.parent / f".{_short(path.name)}.{secrets.token_hex(4)}.new"
         scratch.mkdir()
-        descriptor = os.open(scratch, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), scratch.stat()):
-                break
-        except (BlockingIOError, FileNotFoundError):  # it was taken for a leftover before it was locked
-            pass
-        except OSError:  # a file system without locks, where leftovers are never removed
-            break
-        os.close(descriptor)
+        descriptor = lock_folder(scratch)  # or it was taken for a leftover before that
     try:
         yield scratch
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -182,12 +183,12 @@ def command(
         model=model, spec=spec, seeds=numbers[:shown], cycle=cycle, rejection=reject, decoder=decoder, batch=batch
     )
     request = job.request(checkpoint, weights=sampler.weights, guide=sampler.guide, reference=reference, dtype=dtype)
-    samples = job.open_samples(out, request, source=source, overwrite=overwrite, layout=layout)
-    if samples.finished:
-        say(f"{out} already holds these {samples.description}.")
-    else:
-        with interruptible(lambda: samples.progress), progress_bar(job.total) as bar:
-            bar.update(samples.count - len(samples.missing))
-            job.draw_into(samples, bar.update)
+    with closing(job.open_samples(out, request, source=source, overwrite=overwrite, layout=layout)) as samples:
+        if samples.finished:
+            say(f"{out} already holds these {samples.description}.")
+        else:
+            with interruptible(lambda: samples.progress), progress_bar(job.total) as bar:
+                bar.update(samples.count - len(samples.missing))
+                job.draw_into(samples, bar.update)
     samples.require_finite()
     say(f"{out}: {samples.description}")

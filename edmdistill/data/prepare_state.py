@@ -7,7 +7,6 @@ again, and compared by their CRC-32s.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ import msgspec
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from edmdistill.atomic import lock_folder
 from edmdistill.data.pictures import Pictures
 from edmdistill.errors import DatasetError, counted
 
@@ -112,9 +112,8 @@ def remove_leftovers(out: Path) -> None:
     """Removes the folder of a zip that is in its place already, where a kill came between: it holds no images."""
     folder = parts_folder(out)
     if folder.is_dir() and out.exists() and not (folder / IMAGES).exists():
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = _lock(folder, out)
         try:
-            _lock(descriptor, out)
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
@@ -132,9 +131,8 @@ def open_state(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> It
     folder = parts_folder(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = _lock(folder, out)
         try:
-            _lock(descriptor, out)
             progress = _read(folder, out, dict(settings), overwrite)
             state = PrepareState(out, folder, progress, overwrite)
             try:
@@ -162,15 +160,11 @@ def names_sha256(names: Sequence[str], sizes: Sequence[int]) -> str:
     return digest
 
 
-def _lock(descriptor: int, out: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DatasetError(
-            f"{out} is being prepared by another process; wait for it, or choose another name"
-        ) from error
-    except OSError:  # a file system without locks
-        pass
+def _lock(folder: Path, out: Path) -> int:
+    descriptor = lock_folder(folder)
+    if descriptor is None:
+        raise DatasetError(f"{out} is being prepared by another process; wait for it, or choose another name")
+    return descriptor
 
 
 def _read(folder: Path, out: Path, settings: dict[str, Any], overwrite: bool) -> Progress:

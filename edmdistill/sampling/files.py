@@ -1,15 +1,17 @@
 """Writes samples as they are drawn: a folder of PNGs, a grid as one PNG, or an .npz.
 
 Samples are stored at once, together with their request: the same request continues where it stopped, and samples of
-another one are never mixed with them.
+another one are never mixed with them. One process draws into an output at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from edmdistill import __version__
-from edmdistill.atomic import atomic_write, remove_leftovers
+from edmdistill.atomic import atomic_write, lock_folder, remove_leftovers
 from edmdistill.errors import CheckpointError, EdmDistillError, NotFiniteError, counted
 from edmdistill.sampling.decode import Decoder
 from edmdistill.sampling.generate import describe_not_finite, not_finite
@@ -68,7 +70,8 @@ class Samples:
         NAME.png: a grid, see GridFile
         NAME: see PngFolder, with a grid beside it; samples.json is the record of the request
 
-    Samples that are not finite are counted and left out.
+    Samples that are not finite are counted and left out. The output is locked against other processes from the first
+    sample on, or from now on if some are stored, until it is complete, or `close`.
 
     Args:
         out: the output, see check_output.
@@ -85,7 +88,8 @@ class Samples:
         missing: positions of the samples that are not drawn yet, ascending.
         broken: positions of those that are not finite.
         finished: whether there is nothing left to do.
-    Raises: EdmDistillError: the output holds other samples, or other files.  CheckpointError: it cannot be written.
+    Raises: EdmDistillError: the output holds other samples, or other files, or another process draws into it.
+        CheckpointError: it cannot be written.
     """
 
     def __init__(
@@ -110,8 +114,15 @@ class Samples:
         self.decoder = decoder
         self.count, self.seeds, self.source = count, seeds, source
         self.broken: list[int] = []
-        self._started = False
-        self.finished = self._open(overwrite)
+        self._started, self._overwrite = False, overwrite
+        self._unlock: Callable[[], object] | None = None
+        try:
+            self.finished = self._open(overwrite)
+        except BaseException:
+            self.close()
+            raise
+        if self.finished:
+            self.close()
         skip = {*self.output.drawn, *self.broken}
         self.missing = [] if self.finished else [position for position in range(count) if position not in skip]
 
@@ -173,6 +184,12 @@ class Samples:
         self._write_record(complete=True)
         self.output.close()
         self.finished = True
+        self.close()
+
+    def close(self) -> None:
+        """Lets other processes draw into the output."""
+        if self._unlock is not None:
+            self._unlock()
 
     def require_finite(self) -> None:
         """Raises NotFiniteError, which names their seeds, if samples are not finite."""
@@ -183,6 +200,8 @@ class Samples:
     def _open(self, overwrite: bool) -> bool:
         """Reads what is stored, and returns whether it is complete.  Removes only leftovers and overwritten samples."""
         output = self.output
+        if output.folder.is_dir():
+            self._lock()
         if output.is_complete(overwrite):
             return True
         record = read_request(output.folder)
@@ -210,9 +229,24 @@ class Samples:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CheckpointError(f"{folder} cannot be made: {error.strerror or error}.") from error
+            if self._unlock is None:
+                self._lock()
+                if self.output.is_complete(self._overwrite) or read_request(folder) is not None:
+                    raise EdmDistillError(
+                        f"another process has just drawn into {self.output.out}: run this command again, or choose "
+                        "another path"
+                    )
             self._write_record()
             self.output.start(self.seeds)
         self._started = True
+
+    def _lock(self) -> None:
+        descriptor = lock_folder(self.output.folder)
+        if descriptor is None:
+            raise EdmDistillError(
+                f"another process is drawing into {self.output.out}: wait for it, or choose another path"
+            )
+        self._unlock = weakref.finalize(self, os.close, descriptor)
 
     def _write_record(self, complete: bool = False) -> None:
         document = {

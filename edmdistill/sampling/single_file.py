@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from edmdistill.atomic import atomic_write, remove_leftovers, require_free
+from edmdistill.errors import CheckpointError
 from edmdistill.sampling.output import Output, SampleInfo, grid_digest
 
 NO_CLASS = -1
@@ -70,10 +71,20 @@ class SingleFile(Output):
         return torch.from_numpy(np.stack(pixels[: len(positions)]))
 
     def values(self) -> Iterator[Any]:
-        """Yields the stored samples in order.  [B,C,H,W] each"""
+        """Yields the stored samples in order.  [B,C,H,W] each
+
+        Raises: CheckpointError: some are gone.
+        """
+        count = 0
         for part in self._parts():
             with np.load(part, allow_pickle=False) as file:
+                count += len(file["values"])
                 yield file["values"]
+        if count != len(self.drawn):  # on a file system without locks
+            raise CheckpointError(
+                f"{self.folder} has {count:,} of the {len(self.drawn):,} images that were drawn, because another "
+                "process writes there: run the same command again"
+            )
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.npz"))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from edmdistill.data import datasets
 from edmdistill.data.datasets import open_dataset
+from edmdistill.data.files import MEMBER_BYTES
 from edmdistill.errors import DatasetError
 from edmdistill.evaluation.images import open_images
 
@@ -199,6 +200,16 @@ def test_what_the_directory_says_is_refused_when_a_large_set_is_opened(
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)  # images are read when they are wanted
     path = write(tmp_path / "set.zip", ("0.png", good()), ("1.png", good()))
     refused(changed(path, **fields), r"1\.png .*; replace or remove it")
+
+
+def test_a_file_of_a_folder_that_is_too_large_is_refused_when_a_large_set_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    for name, size in {"0.png": 0, "1.png": MEMBER_BYTES}.items():
+        (tmp_path / name).write_bytes(good())
+        os.truncate(tmp_path / name, len(good()) + size)  # a hole
+    refused(tmp_path, r"1\.png takes 134,[0-9,]* bytes, and at most 134,217,728 are read; replace or remove it")
 
 
 def test_paths_in_a_zip_lead_nowhere(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import fcntl
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edmdistill.errors import EdmDistillError
+from edmdistill.errors import CheckpointError, EdmDistillError
 from edmdistill.evaluation.images import open_images
 from edmdistill.sampling.files import Samples, check_output
 from edmdistill.sampling.grid import to_uint8
@@ -127,6 +128,7 @@ def test_in_whatever_parts_it_is_drawn_the_whole_is_the_same(
         first = Samples(out, {}, 12, seeds, None)
         for position in order[:done]:
             first.put([position], samples[position : position + 1])
+        first.close()
         second = Samples(out, {}, 12, seeds, None)
         assert second.missing == sorted(order[done:])
         for positions in second.batches(batch):
@@ -191,3 +193,48 @@ def test_parts_without_their_request_are_in_nobodys_way(tmp_path: Path) -> None:
     (tmp_path / ".a.npz.parts" / "samples.json").unlink()
     write(tmp_path / "a.npz", images(), SEEDS, None)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+OUTPUTS = pytest.mark.parametrize("name", ["a.npz", "a.png", "a"])
+
+
+@OUTPUTS
+@pytest.mark.parametrize(("request_", "overwrite"), [({}, False), ({"other": 1}, True)], ids=["same", "overwrite"])
+def test_one_process_at_a_time_draws_into_an_output(
+    name: str, request_: dict[str, int], overwrite: bool, tmp_path: Path
+) -> None:
+    out = tmp_path / name
+    first, idle = (Samples(out, {}, 3, SEEDS, None) for _ in range(2))
+    first.put([0], images()[:1])
+    with pytest.raises(EdmDistillError, match="another process is drawing into"):
+        Samples(out, request_, 3, SEEDS, None, overwrite=overwrite)
+    with pytest.raises(EdmDistillError, match="another process is drawing into"):
+        idle.put([0], images()[:1])
+    first.put([1, 2], images()[1:])
+    first.finish()
+    with pytest.raises(EdmDistillError, match="run this command again"):
+        idle.put([0], images()[:1])
+    idle.close()
+    assert Samples(out, {}, 3, SEEDS, None).finished
+    assert Samples(out, {}, 3, SEEDS, None).finished  # which keeps no lock
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.png"])
+def test_without_locks_a_file_that_another_process_finished_stays_whole(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    out = tmp_path / name
+    first = Samples(out, {}, 3, SEEDS, None)
+    first.put([0], images()[:1])
+    second = Samples(out, {}, 3, SEEDS, None)
+    first.put([1, 2], images()[1:])
+    first.finish()
+    content = out.read_bytes()
+    second.put([1, 2], images()[1:])
+    with pytest.raises(CheckpointError, match="has 2 of the 3 images that were drawn"):
+        second.finish()
+    assert out.read_bytes() == content
