@@ -75,8 +75,8 @@ class TarFiles:
             while (entry := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # which would hold every header in memory
                 name = folder + entry.name.removeprefix("./").lstrip("/")
-                if entry.type in _TYPES:
-                    self.left_out[name] = _TYPES[entry.type]
+                if entry.type in _TYPES or entry.issparse():  # the latter also of a regular type
+                    self.left_out[name] = _TYPES.get(entry.type, "a sparse file")
                 elif entry.isreg():
                     if entry.offset_data + entry.size > end:
                         raise EOFError(f"{name} lies beyond its end")

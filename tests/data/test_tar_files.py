@@ -2,7 +2,9 @@
 
 import bz2
 import gzip
+import io
 import lzma
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,19 @@ def test_what_is_too_large_is_said_and_what_is_cut_is_missed(tmp_path: Path, mon
 def test_a_damaged_archive_is_no_tar(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(data)
     assert not is_tar(tmp_path / "a")
+
+
+def test_a_sparse_file_is_left_out_in_the_newer_format_too(tmp_path: Path) -> None:
+    """`tar -S --format=pax` writes the map of the holes before the data, into a regular file."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        entry = tarfile.TarInfo("GNUSparseFile.0/a.png")
+        sparse = {"major": "1", "minor": "0", "name": "a.png", "realsize": "1024"}
+        entry.pax_headers = {f"GNU.sparse.{key}": value for key, value in sparse.items()}
+        content = b"1\n0\n512\n".ljust(512, b"\0") + bytes(512)
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    files = TarFiles(tmp_path / "a.tar")
+    assert (files.members(), files.left_out) == ([], {"a.png": "a sparse file"})
 
 
 def test_a_document_of_a_tar_is_not_read_if_it_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
