@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edmdistill.errors import DatasetError
+from edmdistill.optional import importing
 
 ASSETS = Path(__file__).parent / "assets"
 TILE, TILE_STEP, TILE_SCALES = 16, 8, (1, 2, 4)
@@ -71,13 +72,9 @@ class EmbeddedSet:
 
 
 def _sklearn(function: str, of: str, **arguments: Any) -> Any:
-    """Returns what a loader of scikit-learn returns.  Raises: DatasetError: it is not installed."""
-    try:
+    """Returns what a loader of scikit-learn returns.  Raises: DatasetError: it cannot be imported."""
+    with importing("scikit-learn", extra="quickstart", needed_by=f"the {of} need", error=DatasetError):
         from sklearn import datasets
-    except ImportError as error:
-        raise DatasetError(
-            f"the {of} need scikit-learn, which is not installed: pip install 'edmdistill[quickstart]'"
-        ) from error
     return getattr(datasets, function)(**arguments)
 
 

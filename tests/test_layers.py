@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edmdistill"
 LAYERS = (
     ("errors",),
-    ("progress", "pickles", "assets"),
+    ("optional", "progress", "pickles", "assets"),
     ("arguments", "atomic", "defaults", "embedded", "jsonl", "stored_tensors"),
     ("archives",),
     ("transfer", "threads"),

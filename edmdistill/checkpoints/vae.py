@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,16 @@ from edmdistill.checkpoints.hub_client import REPOSITORY, cached_from_hub, downl
 from edmdistill.checkpoints.layout import VAE_FILES
 from edmdistill.checkpoints.store import fill, load_tensors
 from edmdistill.checkpoints.vae_architecture import Architecture, read_architecture, require_json
-from edmdistill.errors import CheckpointError, NoDecoder, counted
+from edmdistill.errors import CheckpointError, EdmDistillError, NoDecoder, counted
+from edmdistill.optional import importing, require_installed
 from edmdistill.transfer import is_out_of_memory
 
 CONFIG, WEIGHTS = VAE_FILES
 SUBFOLDER = "vae"
 """Folder of the VAE in a diffusers pipeline, which may be named in place of it."""
+NEEDED_BY = "a VAE needs"
 BATCH = 8
 """Images at a time, as in EDM2's code; halved where memory runs out."""
-NOT_INSTALLED = "a VAE needs {}, which is not installed: pip install 'edmdistill[latent]'"
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the attention's layers in files that old versions of diffusers wrote, sd-vae-ft-mse among them."""
 
@@ -158,8 +158,7 @@ def require_vae(name: str, *, download: bool = False) -> Path:
         name, download: see `find_vae`.
     Raises: CheckpointError: the VAE is not here, or diffusers is not installed.  HubError: the Hub refuses.
     """
-    if find_spec("diffusers") is None:
-        raise NoDecoder(NOT_INSTALLED.format("diffusers"))
+    require_installed("diffusers", extra="latent", needed_by=NEEDED_BY, error=NoDecoder)
     folder = find_vae(name, download=download)
     if folder is None:
         raise CheckpointError(
@@ -197,7 +196,7 @@ def read_vae(
             f"{channels}: name the VAE of its training data with --vae"
         )
     _require_weights(folder)
-    AutoencoderKL = _autoencoder()
+    AutoencoderKL = diffusers_class("AutoencoderKL", extra="latent", needed_by=NEEDED_BY, error=NoDecoder)
     arguments = msgspec.structs.asdict(architecture)
     del arguments["class_name"]
     try:
@@ -231,22 +230,15 @@ def _require_weights(folder: Path) -> None:
         raise CheckpointError(f"{folder} has no {WEIGHTS} ({instead}): save the VAE with diffusers as safetensors")
 
 
-def diffusers_class(name: str) -> Any:
+def diffusers_class(name: str, *, extra: str, needed_by: str, error: type[EdmDistillError] = EdmDistillError) -> Any:
     """Returns a class of diffusers, which imports torchao where it can, without the warnings of what that lacks.
 
-    Raises: ImportError: diffusers is not installed.
+    Args, Raises: as for `importing`.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        return getattr(import_module("diffusers"), name)
+        with importing("diffusers", extra=extra, needed_by=needed_by, error=error):
+            return getattr(import_module("diffusers"), name)
     finally:
         logging.disable(disabled)
-
-
-def _autoencoder() -> Any:
-    """Returns diffusers' class.  Raises: NoDecoder: diffusers is not installed."""
-    try:
-        return diffusers_class("AutoencoderKL")
-    except ImportError as error:
-        raise NoDecoder(NOT_INSTALLED.format(error.name or "diffusers")) from error

@@ -18,12 +18,12 @@ from edmdistill.data.files import as_dataset_error
 from edmdistill.data.labels import MAX_CLASSES
 from edmdistill.data.pictures import Pictures
 from edmdistill.errors import DatasetError, counted, did_you_mean, printable
+from edmdistill.optional import importing
 
 SPLITS = {"train": ("train",), "test": ("test",), "validation": ("validation", "valid", "val")}
 LABELS = ("label", "labels", "fine_label", "cls")
 """Columns that hold classes, where the data set does not say."""
 ROW_GROUP_BYTES = 2**32
-_NO_PYARROW = "a parquet file needs pyarrow, which is not installed: pip install 'edmdistill[parquet]'"
 
 
 def is_parquet(path: Path) -> bool:
@@ -45,15 +45,13 @@ def open_parquet(parts: Sequence[Path], path: Path, labels: str, split: str) -> 
     Args:
         parts: all files; where their names name splits, those of other splits are left out.
         path: of the file, or of the folder that holds them.
-    Raises: DatasetError: pyarrow is not installed; there is no such split, no column of images, or a damaged file; or
+    Raises: DatasetError: pyarrow cannot be imported; there is no such split, no column of images, or a damaged file; or
         classes are to come from folders.
     """
     if labels == "folders":
         raise DatasetError(f"{path} holds parquet files, whose folders are no classes; leave --labels out")
-    try:
+    with importing("pyarrow", extra="parquet", needed_by="a parquet file needs", error=DatasetError):
         import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise DatasetError(_NO_PYARROW) from error
     by_split = _by_split(parts, path, split)
     chosen = by_split.get(split) or list(parts)
     table = _Table(chosen)

@@ -34,13 +34,8 @@ FILES = {
 
 
 def check_installed() -> None:
-    """Raises: EdmDistillError: diffusers is missing."""
-    try:
-        diffusers_class("DiffusionPipeline")
-    except ImportError as error:
-        raise EdmDistillError(
-            f"--to diffusers needs {error.name}, which is not installed: pip install 'edmdistill[diffusers]'"
-        ) from error
+    """Raises: EdmDistillError: diffusers cannot be imported."""
+    diffusers_class("DiffusionPipeline", extra="diffusers", needed_by="--to diffusers needs")
 
 
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:

@@ -6,17 +6,18 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from edmdistill.checkpoints.config import CheckpointConfig
-from edmdistill.errors import EdmDistillError
 from edmdistill.export.one_step import MORE_STEPS, OneStep, describe_inputs, example_inputs
 from edmdistill.export.parity import Parity, compare, step_sampler
 from edmdistill.export.torch_export import export_program
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.optional import importing
 
 FILE = "model.onnx"
 
@@ -38,16 +39,15 @@ def _quiet() -> Iterator[None]:
 
 
 def check_installed() -> None:
-    """Raises: EdmDistillError: a package is missing."""
-    try:
-        with _quiet():
+    """Raises: EdmDistillError: a package cannot be imported."""
+    needed = partial(importing, extra="onnx", needed_by="--to onnx needs")
+    with _quiet():
+        with needed("onnx"):
             import onnx  # noqa: F401
+        with needed("onnxruntime"):
             import onnxruntime  # noqa: F401
+        with needed("onnxscript"):
             import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise EdmDistillError(
-            f"--to onnx needs {error.name}, which is not installed: pip install 'edmdistill[onnx]'"
-        ) from error
 
 
 def readme(flow: FlowNetwork, config: CheckpointConfig) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edmdistill.checkpoints.documents import escape
-from edmdistill.errors import EdmDistillError
+from edmdistill.optional import importing
 
 DENSEST = 0.6
 """Opacity of the largest cell of a map, on which its number can still be read."""
@@ -155,16 +155,11 @@ def save_matplotlib(file: Path, title: str, series: Mapping[str, Sequence[Point]
 
     Args:
         kind: .png or .pdf.
-    Raises: EdmDistillError: matplotlib is not installed.
+    Raises: EdmDistillError: matplotlib cannot be imported.
     """
-    try:
+    with importing("matplotlib", extra="plot", needed_by=f"a {kind} needs", instead=", or write an .svg or .html"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import NullLocator
-    except ImportError as error:
-        raise EdmDistillError(
-            f"a {kind} needs matplotlib, which is not installed: pip install 'edmdistill[plot]', or write an "
-            ".svg or .html"
-        ) from error
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, points in series.items():

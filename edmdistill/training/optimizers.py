@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import SecondMoment
+from edmdistill.optional import importing
 from edmdistill.recipes.schema import TrainingTable
 from edmdistill.training.adam import OffloadedAdam, make_adam
 
@@ -26,7 +27,7 @@ def make_optimizer(
     Args:
         offload: keeps its states, and takes its steps, in the host's memory.
         second_moment: Adam's, see `LeanAdam`; not of other optimizers.
-    Raises: TrainingError: torchao is not installed.
+    Raises: TrainingError: torchao cannot be imported.
     """
     options: dict[str, Any] = {"lr": training.lr, "betas": training.betas, "eps": training.eps}
     if training.optimizer == "adam":
@@ -34,12 +35,8 @@ def make_optimizer(
         return make(parameters, training.seed, second_moment, **options)
     if training.optimizer == "radam":
         return torch.optim.RAdam(list(parameters), **options)
-    try:
+    with importing("torchao", extra="lowbit", needed_by="adam8bit needs", error=TrainingError):
         from torchao.optim import Adam8bit
-    except ImportError as error:
-        raise TrainingError(
-            "adam8bit needs torchao, which is not installed: pip install 'edmdistill[lowbit]'"
-        ) from error
     made: torch.optim.Optimizer = Adam8bit(list(parameters), **options)
     return made
 

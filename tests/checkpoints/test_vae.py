@@ -15,10 +15,9 @@ from tiny_generator import tiny_generator
 
 from edmdistill.checkpoints import vae as module
 from edmdistill.checkpoints.encoder import STABLE_DIFFUSION
-from edmdistill.checkpoints.vae import CONFIG, WEIGHTS, Vae, cached_vae, find_vae, read_vae
+from edmdistill.checkpoints.vae import CONFIG, WEIGHTS, Vae, cached_vae, diffusers_class, find_vae, read_vae
 from edmdistill.checkpoints.vae_architecture import read_architecture
 from edmdistill.errors import CheckpointError, HubError
-from edmdistill.export.diffusers import check_installed
 from edmdistill.export.folder import export
 from edmdistill.publish.hub import build_package
 
@@ -188,18 +187,18 @@ def test_what_is_refused(
 ) -> None:
     break_it(folder)
     if not message.startswith(("holds", "lacks", "arguments")):  # of tensors, or what diffusers itself refuses
-        monkeypatch.setattr("edmdistill.checkpoints.vae._autoencoder", import_of_diffusers)
+        monkeypatch.setattr("edmdistill.checkpoints.vae.diffusers_class", import_of_diffusers)
     with pytest.raises(CheckpointError, match=message) as error:
         read_vae(str(folder))
     assert len(str(error.value).splitlines()) == 1
 
 
-def import_of_diffusers() -> None:
+def import_of_diffusers(*args: object, **keywords: object) -> None:
     raise AssertionError("diffusers is imported for a VAE that is refused")
 
 
 def test_none_there(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edmdistill.checkpoints.vae._autoencoder", import_of_diffusers)
+    monkeypatch.setattr("edmdistill.checkpoints.vae.diffusers_class", import_of_diffusers)
     with pytest.raises(CheckpointError, match=r"has latents of 4 channels, but those of the network have 8: name"):
         read_vae(str(folder), channels=8)
     for name in (str(tmp_path / "nothing"), "me/a--b", "me/a.git"):  # the Hub takes no such names
@@ -216,15 +215,6 @@ def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(CheckpointError, match=r"pip install 'edmdistill\[latent\]'"):
         read_vae("a/b")
-
-
-def test_without_what_diffusers_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(name: str) -> None:
-        raise ImportError("No module named 'accelerate'", name="accelerate")
-
-    monkeypatch.setattr(module, "diffusers_class", fails)
-    with pytest.raises(CheckpointError, match=r"a VAE needs accelerate, which is not installed: pip install"):
-        read_vae(str(folder))
 
 
 def test_the_hub_once_and_then_its_cache(server, folder: Path, case: dict[str, torch.Tensor]) -> None:
@@ -271,15 +261,14 @@ def test_a_damaged_download_is_not_taken_for_none(server, folder: Path, tmp_path
         assert (cached / file).read_bytes() == (folder / file).read_bytes()
 
 
-@pytest.mark.parametrize("load", [module._autoencoder, check_installed], ids=["vae", "export"])
 def test_what_diffusers_says_of_other_packages_is_not_passed_on(
-    load: Callable[[], object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     package = ModuleType("diffusers")
     package.__getattr__ = lambda name: logging.getLogger("torchao").warning("no CUDA")  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "diffusers", package)
     logging.disable(logging.INFO)
-    load()
+    diffusers_class("AutoencoderKL", extra="latent", needed_by="a VAE needs")
     assert not caplog.records
     assert logging.root.manager.disable == logging.INFO  # as it was
     logging.disable(logging.NOTSET)

@@ -1,6 +1,5 @@
 import copy
 import shutil
-import sys
 
 import pytest
 import torch
@@ -112,11 +111,3 @@ def test_a_learning_rate_in_a_tensor_is_changed_in_place():
     set_learning_rate(optimizer, 0.25)
     assert optimizer.param_groups[0]["lr"] is rate
     assert rate == 0.25
-
-
-def test_adam8bit_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(
-        TrainingError, match=r"needs torchao, which is not installed: pip install 'edmdistill\[lowbit\]'"
-    ):
-        make_optimizer(torch.nn.Linear(1, 1).parameters(), training(optimizer="adam8bit"))
