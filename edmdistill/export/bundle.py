@@ -44,14 +44,14 @@ class ModuleSource:
         for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self._imported(node)
-            elif name := _name(node):
+            elif names := _names(node):
                 # A string after a constant is its docstring.
                 constant = isinstance(node, ast.Assign | ast.AnnAssign)
                 last = after if after is not None and constant and _is_string(after) else node
                 first = min([node.lineno, *(mark.lineno for mark in getattr(node, "decorator_list", []))])
                 dropped = {line for call in ast.walk(node) if _is_dropped(call) for line in _lines(call)}
                 kept = [i for i in range(first, (last.end_lineno or first) + 1) if i not in dropped]
-                self.definitions[name] = "\n".join(lines[i - 1] for i in kept), node
+                self.definitions |= dict.fromkeys(names, ("\n".join(lines[i - 1] for i in kept), node))
 
     def _imported(self, node: ast.Import | ast.ImportFrom) -> None:
         for alias in node.names:
@@ -64,13 +64,16 @@ class ModuleSource:
                 )
 
 
-def _name(node: ast.stmt) -> str | None:
+def _names(node: ast.stmt) -> list[str]:
+    """Returns the names that a statement defines."""
     match node:
-        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
-            return name
-        case ast.Assign(targets=[ast.Name(id=name)]):
-            return name
-    return None
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
+            return [name]
+        case ast.Assign(targets=targets):
+            return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+    return []
 
 
 def _is_dropped(node: ast.AST) -> bool:
@@ -111,8 +114,8 @@ def bundle(module: str, licence: str = "Apache-2.0") -> str:
     Raises: ValueError: two definitions or imports share a name, which a single file cannot hold.
     """
     imports: dict[str, str] = {}
-    definitions: dict[tuple[str, str], str] = {}
-    seen: set[tuple[str, str]] = set()
+    definitions: dict[ast.stmt, str] = {}
+    seen: set[ast.stmt] = set()
 
     def visit(home: str, name: str, annotates: bool = False) -> None:
         source = _module_source(home)
@@ -123,17 +126,17 @@ def bundle(module: str, licence: str = "Apache-2.0") -> str:
         elif name in source.others:
             if imports.setdefault(name, source.others[name]) != source.others[name]:
                 raise ValueError(f"{home} imports another {name} than what it is bundled with")
-        elif name in source.definitions and (home, name) not in seen:
-            seen.add((home, name))
-            text, node = source.definitions[name]
+        elif name in source.definitions and (definition := source.definitions[name])[1] not in seen:
+            text, node = definition
+            seen.add(node)
             for used in _used(node):
                 visit(home, *used)
-            definitions[home, name] = text
+            definitions[node] = text
 
     root = _module_source(module)
     for name in root.definitions:
         visit(module, name)
-    names = [name for _, name in definitions]
+    names = [name for node in definitions for name in _names(node)]
     if twice := {name for name in names if names.count(name) > 1 or name in imports}:
         raise ValueError(f"{module} is bundled with two of the name {min(twice)}")
     head = (

@@ -1,11 +1,13 @@
 """A module with all that it uses, in one file."""
 
 import ast
+import builtins
 import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,48 @@ def imported(text: str) -> set[str]:
 @pytest.mark.parametrize("module", FILES.values())
 def test_remote_code_needs_nothing_of_ours(module: str):
     assert imported(bundle(module)) <= sys.stdlib_module_names | {"PIL", "diffusers", "numpy", "torch"}
+
+
+def unbound(text: str) -> set[str]:
+    """Names that a file reads, but in annotations, which are not evaluated, and that nothing in it binds."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        vars(node).update(dict.fromkeys(vars(node).keys() & {"annotation", "returns"}))
+    nodes = list(ast.walk(tree))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = (
+        {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+        | set(dir(builtins))
+        | {"__file__", "__name__"}
+    )
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {
+        node.name
+        for node in nodes
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler | ast.MatchAs) and node.name
+    }
+    bound |= {
+        (alias.asname or alias.name).partition(".")[0]
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    return {node.id for node in names} - bound
+
+
+@pytest.mark.parametrize("module", [*FILES.values(), "edmdistill.networks"])
+def test_every_name_is_bound(module: str):
+    assert unbound(bundle(module)) == set()
+
+
+def test_an_assignment_of_several_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "pairs.py").write_text("a, (b, c) = 1, (2, 3)\nd = e = b + c\n\ndef f():\n    return a + d + e\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = bundle("pairs")
+    assert text.count("a, (b, c) =") == text.count("d = e =") == 1
+    names: dict[str, Any] = {}
+    exec(text, names)
+    assert names["f"]() == 11
 
 
 @pytest.fixture(scope="module")
