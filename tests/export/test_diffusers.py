@@ -78,7 +78,7 @@ def test_a_pipeline_that_draws_other_images_is_not_exported(tmp_path: Path, monk
         return SimpleNamespace(images=torch.zeros(3, 1, 8, 8))
 
     monkeypatch.setattr("edmdistill.export.diffusers._loaded", lambda out: black)
-    with pytest.raises(EdmDistillError, match="nothing was exported: with 1 network evaluations, its images differ"):
+    with pytest.raises(EdmDistillError, match="nothing was exported: with 1 network evaluation, its images differ"):
         export(folder, "diffusers", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

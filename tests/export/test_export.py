@@ -149,7 +149,7 @@ def test_another_step_makes_other_images(runs: Path, wrong: Callable[..., torch.
     flow, config = load_flow(runs / "jumps")
     step = OneStep(flow.network, flow.preconditioning).eval()
     assert max(row.difference for row in compare(flow, config, step_sampler(flow, config, step))) < 1e-5
-    with pytest.raises(EdmDistillError, match=f"with {nfe} network evaluations, its images differ"):
+    with pytest.raises(EdmDistillError, match=f"with {nfe} network evaluations?, its images differ"):
         compare(flow, config, step_sampler(flow, config, lambda **told: wrong(step, told)))
 
 
@@ -352,7 +352,7 @@ def test_a_package_that_is_missing_is_named(
 
 def test_nothing_is_left_of_an_export_that_is_not_the_same(golden: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(parity, "IMAGE_TOLERANCE", -1.0)
-    with pytest.raises(EdmDistillError, match="nothing was exported: with 1 network evaluations, its images differ"):
+    with pytest.raises(EdmDistillError, match="nothing was exported: with 1 network evaluation, its images differ"):
         export(golden / RGB, "nvidia", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
