@@ -48,10 +48,12 @@ def read_rows(sources: Sequence[str | Path]) -> list[Row]:
 
 
 def _name(result: Result, source: Path) -> str:
+    """Returns a folder's path as it is given, because it may have moved since; what a file is of stands in it."""
     origin = result.provenance
     images = origin.get("images_seen")
     raw = ", raw weights" if is_of_raw_weights(result) else ""
-    return str(origin.get("source") or source) + raw + ("" if images is None else f", {counted(images, 'image')} seen")
+    where = None if source.is_dir() else origin.get("source")
+    return str(where or source) + raw + ("" if images is None else f", {counted(images, 'image')} seen")
 
 
 class Comparison(NamedTuple):

@@ -17,11 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any, TypedDict
 
 from edmdistill.atomic import atomic_write, reachable, remove_leftovers
+from edmdistill.checkpoints.layout import saved_states
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.jsonl import append_line, read_lines, truncate_lines
 from edmdistill.training.identity import RECIPE, RUN, require_same
 
 SESSIONS, METRICS = "sessions.jsonl", "metrics.jsonl"
+FOLDERS = "state", "samples", "x0", "ema"
 MetricsLine = dict[str, int | float]
 """A line of metrics.jsonl, with the key `images`."""
 
@@ -107,7 +109,8 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
         if require_same(path, files):
             with atomic_write(path / RECIPE) as new:
                 new.write_bytes(recipe)
-        for place in (path, path / "state", path / "samples", path / "x0", path / "ema"):
+        for place in (path, *(path / name for name in FOLDERS)):
+            place.mkdir(exist_ok=True)  # git and object stores keep no empty folder
             remove_leftovers(place)
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -128,7 +131,7 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
             new.mkdir()
             for name, content in files.items():
                 (new / name).write_bytes(content)
-            for folder in ("state", "samples", "x0", "ema"):
+            for folder in FOLDERS:
                 (new / folder).mkdir()
         return True
     except (FileExistsError, CheckpointError) as error:
@@ -158,8 +161,21 @@ def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
 
 
 def _require_run(path: Path) -> None:
+    """Raises: TrainingError: it is no run directory, or is one whose states are lost."""
     if not reachable(path / RECIPE).is_file():
         raise TrainingError(f"{path} exists and is not a run directory: use another --run-dir")
+    state = path / "state"
+    if saved_states(state):
+        return
+    # A run that was killed before its first state begins again; it has the grid of a state at most, for a GPU draws
+    # that while the state is written.
+    grids = [grid for grid in (path / "samples").glob("*.png") if grid.stem.isdecimal() and int(grid.stem)]
+    removed = (path / METRICS).exists() and not state.is_dir()
+    if removed or len(grids) > 1 or any(state.glob("*.broken")):
+        raise TrainingError(
+            f"{path} was trained, but has no intact state from which it could go on: copy {state} from where it is "
+            "whole, or use another --run-dir"
+        )
 
 
 def _lock(path: Path, lock: IO[str]) -> None:

@@ -164,6 +164,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert "they differ in seeds (0-49999 and 1-50000)" in refused.stderr
 
 
+def test_a_run_has_the_name_that_it_has_now(tmp_path: Path) -> None:
+    for name in ("moved", "copied"):
+        folder = tmp_path / name / "eval"
+        folder.mkdir(parents=True)
+        (folder / "a.json").write_text(results_json([result(source="runs/a")]))
+    table = run(tmp_path / "moved", tmp_path / "copied").stdout.splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {tmp_path / name}" for name in ("moved", "copied")]
+
+
 def test_a_source_without_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert "run holds no results: measure it with edmdistill eval" in run(tmp_path / "run").stderr

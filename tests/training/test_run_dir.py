@@ -7,7 +7,7 @@ import pytest
 
 from edmdistill.errors import TrainingError
 from edmdistill.recipes.library import load_recipe
-from edmdistill.training.run_dir import open_run
+from edmdistill.training.run_dir import check_run, open_run
 
 RECIPE = json.dumps({"training": {"lr": 1e-3, "batch": 8}, "ema": {"half_life_images": 5}}).encode()
 FILES = ("recipe.toml", "recipe.resolved.json", "run.json")
@@ -96,6 +96,42 @@ def test_what_a_killed_process_left_is_swept_up(tmp_path):
     left = {path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*")}
     assert left == {*FILES, ".lock", "state", "samples", "x0", "ema", "generator", "generator/file"}
     assert (tmp_path / "a/generator/file").read_text() == ".generator.0123abcd.new/generator.old"
+
+
+def test_empty_folders_that_a_copy_lost_are_made_again(tmp_path):
+    with opened(tmp_path / "a"):
+        pass
+    for name in ("state", "samples", "x0", "ema"):
+        (tmp_path / "a" / name).rmdir()
+    with opened(tmp_path / "a") as folder:
+        assert folder.state.is_dir()
+        assert folder.ema.is_dir()
+
+
+@pytest.mark.parametrize("lost", ["folder", "contents", "broken"])
+def test_a_run_whose_states_are_lost_is_not_started_over(tmp_path, lost):
+    path = tmp_path / "a"
+    with opened(path) as folder:
+        folder.log({"images": 8})
+    with opened(path):  # killed before its first state
+        pass
+    (path / "samples" / "000000000.png").touch()
+    (path / "samples" / "000000008.png").touch()
+    with opened(path):  # killed while its first state was written
+        pass
+    match lost:
+        case "folder":
+            (path / "state").rmdir()
+        case "contents":
+            (path / "samples" / "000000016.png").touch()
+        case "broken":
+            (path / "state" / "000000000008.broken").mkdir()
+    for refused in (opened(path).__enter__, lambda: check_run(path, RECIPE, IDENTITY)):
+        with pytest.raises(TrainingError, match=r"was trained, but has no intact state .*: copy .*state from where"):
+            refused()
+    (path / "state" / "000000000008").mkdir(parents=True)
+    with opened(path):
+        pass
 
 
 def test_other_places_are_left_alone(tmp_path):
