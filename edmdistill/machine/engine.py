@@ -83,6 +83,14 @@ class Machine(NamedTuple):
         """Returns whether EDM2's weights are normalized once a turn, and kept, or in every pass, which holds fewer."""
         return not (self.shard or self.checkpointing)
 
+    def pieces(self, batch: int, world_size: int, micro_batches: int) -> int:
+        """Returns how many pieces a loss goes through: none is empty in the smallest of so many micro-batches.
+
+        They are as many on every process, of which one may have an image more than another: sharded networks
+        communicate in each.
+        """
+        return min(self.loss_pieces, max(1, batch // world_size // micro_batches))
+
 
 class RoleModule:
     """A role's network as methods call it: through DDP's wrapper when gradients are needed, directly otherwise."""

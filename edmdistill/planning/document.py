@@ -48,6 +48,11 @@ class PlanRequest(NamedTuple):
         return compile_mode(self.recipe, self.machine) in CUDA_GRAPHS
 
     @property
+    def used(self) -> Machine:
+        """Returns the machine as the run uses it."""
+        return used(self.machine, self.recipe, self.processes, self.micro_batch)
+
+    @property
     def rows(self) -> int:
         """Images of one micro-batch."""
         return split_batch(self.recipe, self.processes, self.micro_batch)[1]
@@ -62,7 +67,7 @@ def plan_document(request: PlanRequest, on_progress: Callable[[str], object], al
     """
     training, rows = request.recipe.training, request.rows
     share, _ = split_batch(request.recipe, request.processes, None)
-    machine = used(request.machine, rows)
+    machine = request.used
     measurement = measure(request.recipe, request.flow, machine, on_progress, guide=request.guide)
     plan = make_plan(measurement, machine, request.processes)
     turns = plan.peaks(rows, rows < share)
@@ -96,7 +101,7 @@ def _alternatives(request: PlanRequest, on_progress: Callable[[str], object]) ->
         on_progress(f"{precision}{', checkpointing' if checkpointing else ''}")
         changed = replace(recipe, training=replace(recipe.training, precision=precision))
         for shard in (False, True) if shardable else (False,):
-            machine = used(request.machine, request.rows)._replace(checkpointing=checkpointing, shard=shard)
+            machine = request.used._replace(checkpointing=checkpointing, shard=shard)
             plan = make_plan(measure(changed, request.flow, machine, guide=request.guide), machine, processes)
             fits = {name: plan.largest_micro_batch(gpu.memory, share) for name, gpu in request.gpus.items()}
             options = {"precision": precision, "checkpointing": checkpointing, "shard": shard}

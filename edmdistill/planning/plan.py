@@ -23,7 +23,7 @@ from edmdistill.methods.base import NoiseRange, Turn
 from edmdistill.methods.pieces import Pieces
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.magnitude import EffectiveWeights
-from edmdistill.planning.envelope import Lines, highest, lines_through
+from edmdistill.planning.envelope import Uneven, peak, uneven_lines
 from edmdistill.planning.ledger import Ledger, fused_attention
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import require_guide
@@ -44,8 +44,8 @@ class Pass(NamedTuple):
     """
 
     trained: int
-    total: Lines
-    activations: Lines
+    total: Uneven
+    activations: Uneven
 
 
 class Plan(NamedTuple):
@@ -96,8 +96,8 @@ class Plan(NamedTuple):
         """
         turn = self.passes[role]
         if accumulates or self.sharded:
-            return self.gradients[role], highest(turn.activations, micro_batch)
-        return 0, highest(turn.activations if self.buckets else turn.total, micro_batch)
+            return self.gradients[role], peak(turn.activations, micro_batch)
+        return 0, peak(turn.activations if self.buckets else turn.total, micro_batch)
 
     def graphs(self, micro_batch: int, count: int) -> int:
         """Returns the bytes that CUDA graphs hold beside the peak: all that the passes of the largest turn allocate.
@@ -107,7 +107,7 @@ class Plan(NamedTuple):
         Args:
             count: of micro-batches in a turn.
         """
-        return count * max(highest(turn.activations, micro_batch) for turn in self.passes.values())
+        return count * max(peak(turn.activations, micro_batch) for turn in self.passes.values())
 
     def peaks(self, micro_batch: int, accumulates: bool = True) -> dict[str, int]:
         """Returns the peak of every turn in bytes, by role."""
@@ -177,20 +177,25 @@ def measure(
     effective = effective_weights(probe.networks) if machine.shares_weights else []
 
     # Two images, or groups, a piece and three, for every turn: the live bytes of each moment grow linearly with them.
+    # The third pass lacks one, so that the first of several pieces is smaller than the others.
     passes, flops, calls, lent = {}, 0.0, 0, 0
     step = pieces * probe.group_size
     rows = ROWS * step
     for turn, times in Counter(probe.turns).items():
         on_progress(f"the {turn.role}'s turn")
         few, more = (_trace(probe, turn, count, effective) for count in (rows, rows + step))
+        taken = 2
+        lacks_one = few
+        if pieces > 1:
+            lacks_one, taken = _trace(probe, turn, rows + step - probe.group_size, effective), 3
         passes[turn.role] = Pass(
             few.trained,
-            lines_through(few.live, more.live, rows, step),
-            lines_through(few.activations, more.activations, rows, step),
+            uneven_lines(few.live, lacks_one.live, more.live, rows, step, pieces),
+            uneven_lines(few.activations, lacks_one.activations, more.activations, rows, step, pieces),
         )
         flops += times * few.flops / rows
         calls += times * len(few.live)
-        lent += times * sum(loads) // 2  # the turn was taken twice
+        lent += times * sum(loads) // taken
         loads.clear()
     return Measurement(recipe, probe.networks, passes, offloaded, flops, forward_flops(flow), calls, lent)
 
@@ -248,9 +253,14 @@ def split_batch(recipe: Recipe, processes: int, micro_batch: int | None) -> tupl
     return rows[-1].stop - rows[0].start, max(piece.stop - piece.start for piece in rows)
 
 
-def used(machine: Machine, rows: int) -> Machine:
-    """Returns a machine as a pass of so many images uses it: a loss has no more pieces than there are images."""
-    return machine._replace(loss_pieces=min(machine.loss_pieces, rows))
+def used(machine: Machine, recipe: Recipe, processes: int, micro_batch: int | None) -> Machine:
+    """Returns a machine as a run uses it: a loss has no more pieces than its smallest micro-batch has images.
+
+    Args: as for `split_batch`.
+    """
+    batch = recipe.training.batch
+    count = len(split_rows(batch, processes - 1, processes, micro_batch, recipe.group_size))
+    return machine._replace(loss_pieces=machine.pieces(batch, processes, count))
 
 
 def images_per_second(

@@ -33,8 +33,10 @@ def compare_with_plan(run: RunSummary) -> Comparison:
     session: dict[str, Any] = {**run.sessions[-1]} if run.sessions else {}
     notes = [] if session else ["This run has no record of its machine: the plan is for one process, unsharded."]
     training, processes = run.recipe.training, session.get("processes", 1)
-    share, rows = split_batch(run.recipe, processes, session.get("micro_batch"))
-    plan, guided = _plan(run, run.config, used(machine_of(session)._replace(micro_batch=None), rows), processes)
+    micro_batch = session.get("micro_batch")
+    share, rows = split_batch(run.recipe, processes, micro_batch)
+    machine = used(machine_of(session)._replace(micro_batch=None), run.recipe, processes, micro_batch)
+    plan, guided = _plan(run, run.config, machine, processes)
     if guided:
         notes.append("The guide is assumed to be as large as the teacher, because the run does not record its shape.")
     turns = plan.peaks(rows, rows < share)

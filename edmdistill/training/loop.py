@@ -120,9 +120,8 @@ def accumulate_gradients(
     training, engine = run.recipe.training, run.engine
     network, module = run.networks[turn.role], run.role_modules[turn.role]
     slices = run.micro_batches()
-    # As many pieces on every process, which may have a row more than another: sharded networks communicate in each.
-    fewest = training.batch // engine.world_size // len(slices)
-    run.method.pieces = Pieces(min(engine.machine.loss_pieces, fewest), factor * engine.world_size / training.batch)
+    pieces = engine.machine.pieces(training.batch, engine.world_size, len(slices))
+    run.method.pieces = Pieces(pieces, factor * engine.world_size / training.batch)
 
     def draws_of(rows: slice) -> Draws:
         draws = Draws([training.seed, run.images // training.batch, index], training.batch, rows, device=engine.device)

@@ -108,7 +108,9 @@ def _try_turns(run: Run, size: int, headroom: float) -> None:
     engine, network = run.engine, run.ema.network
     shape = size, network.img_channels, network.img_resolution, network.img_resolution
     reserved = _reserve_memory(run, headroom)  # noqa: F841  held while the turns are tried
-    run.method.pieces = Pieces(min(engine.machine.loss_pieces, size))
+    images = run.recipe.training.batch
+    count = -(-images // engine.world_size // size)  # of such micro-batches
+    run.method.pieces = Pieces(engine.machine.pieces(images, engine.world_size, count))
     for turn in dict.fromkeys(run.method.turns()):
         run.set_trainable(turn.role)
         labels = torch.zeros(size, network.label_dim, device=engine.device) if network.label_dim else None

@@ -6,7 +6,7 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edmdistill.planning.envelope import envelope, highest, lines_through
+from edmdistill.planning.envelope import envelope, highest, peak, uneven_lines
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=30), st.integers(0, 100))
@@ -34,6 +34,27 @@ def test_the_lines_of_two_measurements_are_not_below_them(
 ) -> None:
     """They meet the first, and are less than a byte an image above the second, by which a slope is rounded."""
     low, high = ([moment[i] for moment in moments] for i in (0, 1))
-    lines = lines_through(low, high, images, more)
+    (lines,) = uneven_lines(low, low, high, images, more, 1)
     assert highest(lines, images) == max(low)
     assert max(high) <= highest(lines, images + more) < max(high) + more
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(0, 1000)] * 3), min_size=1, max_size=8),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.integers(1, 60),
+)
+def test_the_largest_of_several_pieces_counts(
+    moments: list[tuple[int, int, int]], pieces: int, first: int, images: int
+) -> None:
+    """Each moment holds bytes of its own, for each image, and for each image of the largest piece."""
+
+    def bytes_of(images: int) -> list[int]:
+        return [fixed + each * images + of_piece * -(-images // pieces) for fixed, each, of_piece in moments]
+
+    rows = first * pieces
+    lines = uneven_lines(*map(bytes_of, (rows, rows + pieces - 1, rows + pieces)), rows, pieces, pieces)
+    more = peak(lines, images) - max(bytes_of(images))
+    assert abs(more) <= abs(images - rows) + 1  # a slope is rounded up by less than a byte
+    assert more >= 0 or images < rows

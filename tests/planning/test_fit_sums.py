@@ -30,7 +30,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def measure(recipe, flow, machine, *, guide) -> Measurement:
         each = 50 if machine.checkpointing else 100
-        passes = {"generator": Pass(100, ((0, each),), ((0, each),))}
+        passes = {"generator": Pass(100, (((0, each),),), (((0, each),),))}
         flops = 2e9 if machine.checkpointing else 1e9
         lent = 3 * 10**9 if "teacher" in machine.offload else 0
         return Measurement(recipe, NETWORKS, passes, bool(lent), flops, 0.0, 1, lent)

@@ -7,14 +7,18 @@ import pytest
 import torch
 
 from edmdistill.machine.engine import Machine
+from edmdistill.methods.base import NoiseRange
+from edmdistill.methods.pieces import Pieces
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.planning import plan as module
-from edmdistill.planning.envelope import highest
+from edmdistill.planning.envelope import peak
 from edmdistill.planning.plan import Measurement, make_plan, measure
 from edmdistill.recipes.library import load_recipe
+from edmdistill.training.probe import Probe
+from edmdistill.training.roles import effective_weights
 
 
 @cache
@@ -34,7 +38,7 @@ def numbers(network: FlowNetwork, part: str = "") -> int:
 def peaks(found: Measurement) -> dict[str, list[int]]:
     """By role, with and without gradients, of several sizes."""
     return {
-        role: [highest(lines, images) for lines in (turn.total, turn.activations) for images in (1, 4, 24)]
+        role: [peak(lines, images) for lines in (turn.total, turn.activations) for images in (1, 4, 24)]
         for role, turn in found.passes.items()
     }
 
@@ -77,8 +81,8 @@ def test_gradients_are_no_activations() -> None:
     shape = {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "label_dim": 10, "model_channels": 64}
     plain = FlowNetwork(NETWORKS["song"](**shape, num_blocks=1, channel_mult=[1], attn_resolutions=[]), EDM())
     for role, turn in measure(load_recipe("sid/digits"), plain).passes.items():
-        assert highest(turn.total, 0) == pytest.approx(turn.trained, rel=1e-4), role
-        assert highest(turn.activations, 0) < turn.trained / 100, role
+        assert peak(turn.total, 0) == pytest.approx(turn.trained, rel=1e-4), role
+        assert peak(turn.activations, 0) < turn.trained / 100, role
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
@@ -88,6 +92,21 @@ def test_two_sizes_determine_all_whichever_they_are(pieces: int, monkeypatch: py
         monkeypatch.setattr(module, "ROWS", rows)
         found.append(peaks(measured(loss_pieces=pieces)))
     assert found[0] == found[1]
+
+
+def test_pieces_are_planned_as_they_are_split() -> None:
+    """The largest of unequal ones."""
+    found = measured(loss_pieces=3)
+    recipe, turn = found.recipe, found.passes["generator"]
+    probe = Probe(recipe.method_class, recipe.method, found.networks, NoiseRange(0.5, 0.002, 80))
+    probe.method.pieces = Pieces(3)
+    for images in (3, 4, 8):
+        (trace,) = (
+            module._trace(probe, turn, images, effective_weights(probe.networks))
+            for turn in probe.turns
+            if turn.role == "generator"
+        )
+        assert peak(turn.total, images) == pytest.approx(max(trace.live), rel=1e-3)
 
 
 def test_what_is_kept_is_counted_by_role_and_average() -> None:
