@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from picture_files import encoded, prepared, write_zip
 
+from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
-from edmdistill.data.prepare import prepare_data
 
 CAT, DOG = encoded(0, 8, 8), encoded(1, 8, 8)
 DOCUMENT = json.dumps({"labels": [["cat/0.png", 1], ["dog/0.png", 0]]}).encode()
@@ -31,6 +32,6 @@ def test_classes_are_read_however_the_file_at_the_top_is_written(name: str, tmp_
 def test_classes_in_a_folder_are_not_lost_without_a_word(labels: str, notes: int, tmp_path: Path) -> None:
     """The official tool does not read them either."""
     source = write_zip(tmp_path / "set.zip", {"my/0.png": CAT, "my/1.png": DOG, "my/dataset.json": DOCUMENT})
-    summary = prepare_data(source, tmp_path / "out.zip", labels=labels)
-    assert (summary.classes, len(summary.notes)) == (0, notes)
-    assert all(note.startswith("my/dataset.json is not read") for note in summary.notes)
+    made = CliRunner().invoke(main, ["data", "prepare", str(source), str(tmp_path / "out.zip"), "--labels", labels])
+    assert "classes      none" in made.stdout
+    assert made.stderr.count("my/dataset.json is not read") == notes
