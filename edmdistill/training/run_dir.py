@@ -45,10 +45,10 @@ class RunFacts(TypedDict):
 
 
 class RunDir:
-    """An open run directory, from `open_run`."""
+    """An open run directory, from `open_run`.  locked: no other process can open it meanwhile."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, locked: bool = True) -> None:
+        self.path, self.locked = path, locked
         self.state = path / "state"
         self.samples = path / "samples"
         self.x0 = path / "x0"
@@ -89,7 +89,7 @@ class RunDir:
 
 @contextmanager
 def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text: str) -> Iterator[RunDir]:
-    """Makes the directory of a run, or opens it again, and locks out every other process.
+    """Makes the directory of a run, or opens it again, and locks out every other process, if its disk has locks.
 
     Args:
         recipe: the resolved recipe, JSON.
@@ -105,7 +105,7 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
     is_new = _create(path, files)
     _require_run(path)
     with (path / ".lock").open("a+") as lock:
-        _lock(path, lock)
+        locked = _lock(path, lock)
         if require_same(path, files):
             with atomic_write(path / RECIPE) as new:
                 new.write_bytes(recipe)
@@ -115,7 +115,7 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        folder = RunDir(path)
+        folder = RunDir(path, locked)
         try:
             yield folder
         except BaseException:
@@ -178,11 +178,18 @@ def _require_run(path: Path) -> None:
         )
 
 
-def _lock(path: Path, lock: IO[str]) -> None:
-    """Locks the file until it is closed.  Raises: TrainingError: another process has locked it."""
+def _lock(path: Path, lock: IO[str]) -> bool:
+    """Locks the file until it is closed.
+
+    Returns: False on a file system without locks.
+    Raises: TrainingError: another process has locked it.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         pid = lock.read().strip() or "unknown"
         raise TrainingError(f"{path} is in use by process {pid}: wait for it, or use another --run-dir") from None
+    except OSError:
+        return False
+    return True

@@ -76,6 +76,8 @@ def train(
         folder = engine.on_main(lambda: stack.enter_context(opened)) or RunDir(run_dir)
         stop = stack.enter_context(stop_on_signal(tell))
         on_start()
+        if not folder.locked:
+            tell(f"{run_dir} is on a disk without locks: train in it by one command at a time.")
         progress = resume(run, folder, tell)
         means, health = IntervalMeans(), Health()
         if progress is not None:

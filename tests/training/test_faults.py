@@ -1,6 +1,7 @@
 """What goes wrong in long runs: each fault ends in one sentence, and the same call goes on to the run without it."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -93,6 +94,18 @@ def test_killed_between_two_states(method, start, whole, recipe, live, tmp_path)
     assert train(start(method, **EIGHT_ROUNDS), run_dir, on_message=heard.append).finished
     assert heard[0] == "Going on after 24 images."
     assert what_it_left(run_dir) == expected
+
+
+def test_a_disk_without_locks_is_said_and_trained_on(start, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    heard: list[str] = []
+    for _ in range(2):
+        assert train(start("diffusion"), tmp_path / "run", on_message=heard.append).finished
+    sentence = f"{tmp_path}/run is on a disk without locks: train in it by one command at a time."
+    assert heard.count(sentence) == 2
 
 
 @pytest.mark.parametrize(("lives", "rounds"), [(5, 8), pytest.param(50, 20, marks=pytest.mark.slow)])
