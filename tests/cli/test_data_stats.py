@@ -36,6 +36,17 @@ def test_stats_of_digits(tmp_path: Path) -> None:
     assert all(space.features is not None and len(space.features) == 20 for space in found.spaces.values())
 
 
+def test_what_a_set_has_to_say_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    arguments = ["data", "stats", "digits", "a.npz", "--split", "test", "--features", "pixels", "--device", "cpu"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.stderr.splitlines() == [
+        "digits is the embedded data set; what has that name here is ./digits.",
+        "a.npz: 297 images in pixels",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
