@@ -11,7 +11,7 @@ from edmdistill.cli.types import OutputPath
 
 @click.command()
 @click.argument("source")
-@click.argument("out", type=OutputPath())
+@click.argument("out", type=OutputPath(moved=True))
 @click.option(
     "--time-embedding",
     type=click.Choice(["positional"]),

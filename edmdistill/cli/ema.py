@@ -19,7 +19,7 @@ from edmdistill.cli.types import Count, FiniteFloat, OutputPath
 @click.option(
     "--images", type=Count(min=1), help="Images seen at the end of the average.  [default: the last snapshot]"
 )
-@click.option("--out", type=OutputPath(), required=True, help="The checkpoint to write.")
+@click.option("--out", type=OutputPath(moved=True), required=True, help="The checkpoint to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint.")
 def command(source: Path, sigma_rel: float, images: int | None, out: Path, overwrite: bool) -> None:
     """Reconstruct a moving average of another length after training (post-hoc EMA).

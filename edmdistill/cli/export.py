@@ -13,7 +13,7 @@ TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
 @click.command("export")
 @click.argument("source")
 @click.option("--to", type=click.Choice(TARGETS), required=True, help="Format of the export.")
-@click.option("--out", type=OutputPath(), required=True, metavar="DIR", help="The folder to write.")
+@click.option("--out", type=OutputPath(moved=True), required=True, metavar="DIR", help="The folder to write.")
 @click.option("--vae", metavar="DIR|ID", help="diffusers, space: what decodes latents, to be held by the export.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing export.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -174,13 +174,14 @@ class OutputPath(click.Path):
 
     Args:
         suffixes: of the file, in lower case; none = any. Case is ignored.
+        moved: it is made aside and moved to its place, which . and .. cannot be.
     """
 
     NAME_BYTES, PATH_BYTES = 255, 4096
 
-    def __init__(self, *suffixes: str) -> None:
+    def __init__(self, *suffixes: str, moved: bool = False) -> None:
         super().__init__(path_type=Path)
-        self.suffixes = suffixes
+        self.suffixes, self.moved = suffixes, moved
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         text = str(value)
@@ -195,6 +196,8 @@ class OutputPath(click.Path):
             self.fail(f"{text} names a user who does not exist on this machine; write the path in full.", param, ctx)
         if whole == Path(whole.anchor):
             self.fail(f"{text} is the root folder; name a folder inside it.", param, ctx)
+        if self.moved and path.name in ("", ".."):
+            self.fail(f"{text} cannot be replaced; name a folder in it, as in {Path(text, 'NAME')}.", param, ctx)
         if max(len(os.fsencode(part)) for part in whole.parts) > self.NAME_BYTES or len(bytes(whole)) > self.PATH_BYTES:
             self.fail(f"the name is longer than the {self.NAME_BYTES} bytes a file name may have.", param, ctx)
         if self.suffixes and path.suffix.lower() not in self.suffixes:

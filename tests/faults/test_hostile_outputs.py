@@ -53,6 +53,19 @@ def test_what_cannot_be_written(source: Path, tmp_path: Path, command: str, out:
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
+@pytest.mark.parametrize(
+    "line", ["convert SOURCE OUT", "ema SOURCE --sigma-rel .1 --out OUT", "export SOURCE --to nvidia --out OUT"]
+)
+@pytest.mark.parametrize(("out", "advice"), [("./", "as in NAME."), ("a/..", "as in a/../NAME.")])
+def test_a_folder_without_a_name_of_its_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, out: str, advice: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, [{"SOURCE": str(source), "OUT": out}.get(word, word) for word in line.split()])
+    assert (result.exit_code, f"{out} cannot be replaced; name a folder in it, {advice}" in result.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("name", ["S.pt", "S.PT", "a.html", "a.tif", "a.safetensors", "a.Jpg"])
 def test_an_unknown_suffix_names_the_known_ones(source: Path, tmp_path: Path, name: str) -> None:
     words = ["sample", str(source), "--seeds", "0", "--device", "cpu", "--out", str(tmp_path / name)]
