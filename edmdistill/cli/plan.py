@@ -8,7 +8,7 @@ import click
 from edmdistill.cli.options import second_moment_option, show_stage
 from edmdistill.cli.train import OFFLOADS
 from edmdistill.cli.types import COMPILE, Count, FiniteFloat, Memory, Name, NameList
-from edmdistill.machine.gpus import GPUS, measure_this_machine
+from edmdistill.machine.gpus import GPUS, HERE, measure_this_machine
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def command(
 
     if shard and processes == 1:
         raise click.UsageError("--shard needs several processes: add --processes N.")
+    if fit is not None and len(names) > 1:
+        raise click.UsageError("--fit chooses for one GPU: give one --gpu, or none for this machine's.")
     resolved = load_recipe(recipe, method, sets)
     machine = Machine(
         shard=shard,
@@ -100,7 +102,7 @@ def command(
         machine,
         processes,
         micro_batch,
-        {name: GPUS[name] for name in names} if names else {**GPUS, "this machine": measure_this_machine()},
+        {name: GPUS[name] for name in names} if names else {**GPUS, HERE: measure_this_machine()},
         utilization,
     )
     if fit is not None:

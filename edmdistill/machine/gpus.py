@@ -12,6 +12,10 @@ LAUNCH = 10e-6
 """Least seconds of one call of torch in eager mode, whatever it computes: 5 to 20 us, depending on the processor."""
 
 
+HERE = "this machine"
+"""The name of what `measure_this_machine` returns, beside those of GPUS."""
+
+
 class GPU(NamedTuple):
     """The bounds of a run's size and speed on a GPU.
 

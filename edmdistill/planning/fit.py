@@ -19,7 +19,7 @@ from edmdistill.machine.compile import CUDA_GRAPHS
 from edmdistill.machine.devices import pick_device
 from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.gpu_options import require_gpu
-from edmdistill.machine.gpus import GPU, measure_this_machine
+from edmdistill.machine.gpus import GPU, HERE, measure_this_machine
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.planning.document import PlanRequest
 from edmdistill.planning.outlines import outline_guide, outline_teacher
@@ -262,14 +262,21 @@ def fit_request(
     """Returns the request for the fastest way that fits, and a sentence on it.
 
     Args:
-        memory: bytes, or "auto": of the first GPU of the request.
+        memory: bytes, or "auto": those of the GPU; where all are listed, what this machine's has beside CUDA's context.
+    Raises: TrainingError: nothing fits; or it is this machine's GPU that is meant, and there is none.
     """
-    gpu = next(iter(request.gpus.values()))
+    name = HERE if HERE in request.gpus else next(iter(request.gpus))
+    gpu = request.gpus[name]
+    if isinstance(memory, str):
+        memory = gpu.memory
+        if name == HERE:
+            require_gpu(pick_device(None), "--fit auto")
+            memory -= CONTEXT
     fitted = fit(
         request.recipe,
         request.flow,
         request.machine._replace(micro_batch=request.micro_batch),
-        gpu.memory if isinstance(memory, str) else memory,
+        memory,
         gpu,
         guide=request.guide,
         processes=request.processes,

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from edmdistill import assets
@@ -67,6 +68,16 @@ def test_cuda_graphs_are_not_counted_and_that_is_said() -> None:
     result = plan(*words, "--fit", "auto", "--set", 'training.compile="max-autotune"')
     assert result.exit_code == 2
     assert "does not know the memory of CUDA graphs, which --compile max-autotune makes" in result.output
+
+
+def test_fit_is_for_one_gpu_that_is_named_or_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edmdistill.planning.fit.pick_device", lambda name: torch.device("cpu"))
+    words = "sid/digits", TEACHER, "--fit"
+    for result, sentence in (
+        (plan(*words, "auto"), "--fit auto needs a GPU, but this run is on the CPU: name the memory"),
+        (plan(*words, "9GB", "--gpu", "l40s", "--gpu", "h100"), "--fit chooses for one GPU: give one --gpu, or none"),
+    ):
+        assert (result.exit_code, sentence in result.stderr) == (2, True)
 
 
 def test_every_strategy(monkeypatch: pytest.MonkeyPatch) -> None:

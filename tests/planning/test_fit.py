@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
-from edmdistill.machine.gpus import GPU
+from edmdistill.machine.gpus import GPU, HERE
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
@@ -187,9 +187,16 @@ def test_a_run_is_fitted_with_all_that_was_named(shard: bool, monkeypatch: pytes
 
 
 def test_a_plan_is_of_what_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the memory that is named, or that of the first GPU."""
-    gpus = {"first": GPU_AT_HAND._replace(memory=7e9), "second": GPU_AT_HAND}
-    for memory, room, shard in ((3e9, 3e9, False), ("auto", 7e9, True)):
+    """For the memory that is named, or the GPU's; where all are listed, it is this machine's that is meant."""
+    monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
+    named = GPU_AT_HAND._replace(memory=7e9)
+    every = {"another": GPU_AT_HAND, HERE: named}
+    for memory, room, shard, gpus in (
+        (3e9, 3e9, False, {"one": named}),
+        ("auto", 7e9, True, {"one": named}),
+        (3e9, 3e9, False, every),
+        ("auto", 7e9 - CONTEXT, True, every),
+    ):
         request = PlanRequest(RECIPE, flow(), None, Machine(shard=shard), 2, 16, gpus, 0.5)._replace(guide="guide")
         seen: list[Any] = []
 
@@ -200,7 +207,7 @@ def test_a_plan_is_of_what_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "fit", fitted)
         found, sentence = fit_request(request, memory, lambda stage: None)
         asked = Machine(shard=shard, micro_batch=16)
-        assert seen == [asked, room, gpus["first"], "guide", 2, not shard]
+        assert seen == [asked, room, named, "guide", 2, not shard]
         assert (found.machine.checkpointing, found.machine.micro_batch, found.micro_batch) == (True, 4, 4)
         assert sentence.startswith("--fit chooses --checkpoint-activations --micro-batch 4")
 
