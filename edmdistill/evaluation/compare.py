@@ -17,7 +17,7 @@ from edmdistill.errors import EdmDistillError, counted
 from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.metrics import find_metric
 from edmdistill.evaluation.protocol import Protocol
-from edmdistill.evaluation.results import Result, is_of_raw_weights, load_results, read_results
+from edmdistill.evaluation.results import Result, is_of_raw_weights, load_results, read_results, results_files
 from edmdistill.evaluation.tables import number, sampler_words
 
 CHOSEN = "balanced", "drawn", "given"
@@ -25,10 +25,11 @@ CHOSEN = "balanced", "drawn", "given"
 
 
 class Row(NamedTuple):
-    """A result, and what it is called."""
+    """A result, and what it is called.  folder: the run or the checkpoint that holds it; None: a file did."""
 
     name: str
     result: Result
+    folder: Path | None = None
 
 
 def read_rows(sources: Sequence[str | Path]) -> list[Row]:
@@ -43,7 +44,7 @@ def read_rows(sources: Sequence[str | Path]) -> list[Row]:
             raise EdmDistillError(
                 f"{source} holds no results: measure it with edmdistill eval {source} --protocol NAME --save"
             )
-        rows += [Row(_name(result, source), result) for result in results]
+        rows += [Row(_name(result, source), result, source if source.is_dir() else None) for result in results]
     return rows
 
 
@@ -116,12 +117,21 @@ def compare(rows: Sequence[Row]) -> Comparison:
             if reasons := differences(a.result.protocol, b.result.protocol, metric):
                 raise EdmDistillError(
                     f"{metric} of {a.name} and {metric} of {b.name} cannot stand side by side: they differ in "
-                    f"{', '.join(reasons)}; measure both alike"
+                    f"{', '.join(reasons)}; {_advice(a, b)}"
                 )
         if len(having) > 1:
             notes += [note for row in having if (note := _unknown(row, metric))]
     notes += [note for a, b in pairwise(rows) if (note := _rounded_otherwise(a, b))]
     return Comparison(rows, metrics, list(dict.fromkeys(notes)))
+
+
+def _advice(a: Row, b: Row) -> str:
+    """Returns what to do about two results that were not measured alike."""
+    if a.folder is None or a.folder != b.folder:
+        return "measure both alike"
+    files = [file for row in (a, b) for file in results_files(a.folder) if row.result in read_results([file])]
+    either = " or ".join(map(str, files)) or "a file of `edmdistill eval --out`"
+    return f"both are of {a.folder}: give {either} in place of it"
 
 
 def differences(a: Protocol, b: Protocol, metric: str) -> list[str]:

@@ -135,8 +135,13 @@ def load_results(path: Path) -> list[Result]:
     """
     folder = checkpoint_in(path)
     stored = results_in_config(read_config(folder)) if (folder / CONFIG).is_file() else []
-    results = [*stored, *read_results(sorted((path / EVAL).glob("*.json")))]
+    results = [*stored, *read_results(results_files(path))]
     return latest_results(result for result in results if not is_of_raw_weights(result))
+
+
+def results_files(path: Path) -> list[Path]:
+    """Returns the files of results in a run."""
+    return sorted((path / EVAL).glob("*.json"))
 
 
 def is_of_raw_weights(result: Result) -> bool:

@@ -173,6 +173,18 @@ def test_a_run_has_the_name_that_it_has_now(tmp_path: Path) -> None:
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {tmp_path / name}" for name in ("moved", "copied")]
 
 
+def test_a_run_that_was_measured_in_two_ways_is_compared_by_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "eval"
+    folder.mkdir(parents=True)
+    for name, seeds in (("one", "0-49999"), ("other", "1-50000")):
+        (folder / f"{name}.json").write_text(results_json([result(seeds=seeds)]))
+    refused = run(tmp_path / "a")
+    assert refused.exit_code == 2
+    assert f"both are of {tmp_path / 'a'}: give {folder / 'one.json'} or {folder / 'other.json'} in" in refused.stderr
+    for name in ("one", "other"):
+        assert run(folder / f"{name}.json", folder / f"{name}.json").exit_code == 0
+
+
 def test_a_source_without_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert "run holds no results: measure it with edmdistill eval" in run(tmp_path / "run").stderr
