@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +33,8 @@ REASONS = {
 }
 """The meaning of the Hub's status codes to a user."""
 
+FULL = errno.ENOSPC, errno.EDQUOT
+UNWRITABLE = errno.EROFS, errno.EACCES, errno.EPERM
 COPY = ", or give the path of a copy to the command that reads it"
 """What else helps where the Hub cannot be reached."""
 
@@ -94,12 +99,13 @@ def _require_whole(path: Path, begun: float) -> None:
 
 
 @contextmanager
-def hub_calls(what: str, *, instead: str = "") -> Iterator[None]:
+def hub_calls(what: str, *, instead: str = "", temporary: bool = False) -> Iterator[None]:
     """Wraps calls of the Hub's client: they time out, and what they raise becomes one sentence.
 
     Args:
         what: the beginning of the sentence.
         instead: its end where the Hub cannot be reached: another way out.
+        temporary: files go to a temporary folder, and not to the Hub's cache.
     Raises: HubError: a call fails.
     """
     from huggingface_hub import get_session
@@ -115,7 +121,10 @@ def hub_calls(what: str, *, instead: str = "") -> Iterator[None]:
     try:
         yield
     except (_http_error(), EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
-        raise HubError(f"{what}: {_reason(error, instead)}.") from error
+        reason = _reason(error, instead)
+        if isinstance(error, OSError) and error.errno in (*FULL, *UNWRITABLE):
+            reason = _refused(error.errno, temporary)
+        raise HubError(f"{what}: {reason}.") from error
     finally:
         session.event_hooks = before
 
@@ -150,6 +159,17 @@ def _reason(error: BaseException, instead: str = "") -> str:
     if isinstance(error, _http_error()):
         return f"the Hub cannot be reached ({first}); check the network and run the same command again{instead}"
     return " ".join(lines).rstrip(".")
+
+
+def _refused(number: int, temporary: bool) -> str:
+    """Returns why nothing can be written where files go, and what to do.  number: the system's error"""
+    from huggingface_hub import constants
+
+    folder, variable = (tempfile.gettempdir(), "TMPDIR") if temporary else (constants.HF_HUB_CACHE, "HF_HOME")
+    what = "temporary folder" if temporary else "cache"
+    fix = "free some of its disk, or set" if number in FULL else "set"
+    other = "a folder on another" if number in FULL else "a folder that can be"
+    return f"its {what} {folder} cannot be written ({os.strerror(number)}); {fix} {variable} to {other}"
 
 
 def _http_error() -> type[Exception]:

@@ -37,6 +37,13 @@ class Source:
     def __str__(self) -> str:
         return self.text
 
+    @property
+    def exact(self) -> str:
+        """Its name for the record: of what came from the Hub with the commit, because a branch moves on."""
+        named = re.fullmatch(r"((?:hf://)?[^@?#:]+)(@[^@?#]*)?", self.text)
+        commit = re.search(r"/snapshots/([0-9a-f]{40})(?=/|$)", self.path.as_posix())
+        return f"{named[1]}@{commit[1]}" if named and commit and not Path(self.text).exists() else self.text
+
     @cached_property
     def is_archive(self) -> bool:
         """Returns whether the file is an archive of torch.save, as OpenAI's files are and NVIDIA's never are."""

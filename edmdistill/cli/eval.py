@@ -170,6 +170,6 @@ def _plan_likelihood(source: str, options: MeasurementOptions, likelihood: Likel
         count=options.count,
         probes=likelihood.probes,
         tolerance=likelihood.tolerance,
-        source=source,
+        source=checkpoint.exact,
         raw=is_state(checkpoint.path),
     )

@@ -255,7 +255,7 @@ def plan_measurements(
         seeds=seeds,
         repeat=options.repeat,
         decode=decode,
-        source=source,
+        source=checkpoint.exact,
         source_sha256=weights_digest(checkpoint, model, options.run_weights),
         raw=options.run_weights == "raw" or is_state(checkpoint.path),
         **common,

@@ -183,7 +183,9 @@ def command(
         model=model, spec=spec, seeds=numbers[:shown], cycle=cycle, rejection=reject, decoder=decoder, batch=batch
     )
     request = job.request(checkpoint, weights=sampler.weights, guide=sampler.guide, reference=reference, dtype=dtype)
-    with closing(job.open_samples(out, request, source=source, overwrite=overwrite, layout=layout)) as samples:
+    with closing(
+        job.open_samples(out, request, source=checkpoint.exact, overwrite=overwrite, layout=layout)
+    ) as samples:
         if samples.finished:
             say(f"{out} already holds these {samples.description}.")
         else:

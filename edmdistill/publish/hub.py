@@ -127,7 +127,10 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
     if (path / PROGRESS).is_file():
         raise HubError(f"{path} is a training state, which is not published: use its run directory")
     if not path.is_dir():
-        raise HubError(f"{path} is not a folder: use a checkpoint folder or a run directory")
+        name, _, revision = str(source).partition("@")
+        of_hub = f"hf download {name}{revision and f' --revision {revision}'} --local-dir DIR"
+        advice = f"; `{of_hub}` makes one of a repository" if REPOSITORY.fullmatch(name) else ""
+        raise HubError(f"{path} is not a folder: use a checkpoint folder or a run directory{advice}")
     folder = checkpoint_in(path)
     run = read_run(path) if (path / RECIPE).is_file() else None
     config = read_config(folder)
@@ -210,7 +213,10 @@ def push(
             raise HubError(f"{repository} exists and is public: make it private in its settings, or choose another")
         contents = _read_repository(repository, before)
         if not replace_model and (other := _other_model(contents, package.config)):
-            raise HubError(f"{repository} holds {other}: choose another repository, or add --replace to replace it")
+            there = "" if branch is None else f" in the branch {branch} alone"
+            raise HubError(
+                f"{repository} holds {other}: choose another repository, or add --replace to replace it{there}"
+            )
         kept_card = (
             not overwrite_card and contents.card not in (None, package.card) and _signature(contents.card) is None
         )
@@ -337,7 +343,7 @@ def _verify_download(package: Package, revision: str) -> None:
     """Downloads a revision.  Raises: HubError: its files, or the samples from it, differ from those sent."""
     where = f"{package.repository}@{revision:.8}"
     with temporary_folder() as fresh:
-        with hub_calls(f"{where} is published, but cannot be downloaded to check it"):
+        with hub_calls(f"{where} is published, but cannot be downloaded to check it", temporary=True):
             snapshot_download(
                 package.repository, revision=revision, local_dir=fresh, allow_patterns=list(package.files)
             )

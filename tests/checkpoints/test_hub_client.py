@@ -1,8 +1,11 @@
 """Downloads from the Hub: what the cache has, of which revision, and what is wrong with what came."""
 
+import errno
+import os
 from pathlib import Path
 
 import hub_server
+import huggingface_hub
 import pytest
 from hub_server import Hub, Repository
 
@@ -76,3 +79,26 @@ def test_a_gated_repository_says_where_to_ask(repository: Repository) -> None:
         HubError, match=r"^me/it cannot be downloaded .*: access to it is gated; request it on its page"
     ):
         download_from_hub("me/it", FILES)
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, "No space left on device); free some of its disk, or set HF_HOME to a folder on another."),
+        (errno.EROFS, "Read-only file system); set HF_HOME to a folder that can be."),
+    ],
+    ids=["full", "read-only"],
+)
+def test_a_cache_that_cannot_be_written_is_named(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(HubError) as error:
+        download_from_hub("me/it", FILES)
+    cache = huggingface_hub.constants.HF_HUB_CACHE
+    assert str(error.value) == (
+        f"me/it cannot be downloaded from the Hub: its cache {cache} cannot be written ({sentence}"
+    )

@@ -163,7 +163,8 @@ def test_another_programs_repository_is_refused(
     HfApi().create_repo(NAME)
     edit(server, name, content)
     for branch in (None, "mine"):
-        with pytest.raises(HubError, match=f"^{NAME} holds {sentence}"):
+        there = "" if branch is None else " in the branch mine alone"
+        with pytest.raises(HubError, match=f"^{NAME} holds {sentence}.* add --replace to replace it{there}$"):
             publish(folder, branch=branch)
     assert set(head(server)) == {".gitattributes", name}
     assert "mine" not in server.repositories[NAME].branches

@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from click.testing import CliRunner
 from hub_server import READER, TOKEN, Hub, Repository
 from msgspec.structs import replace
 
@@ -18,7 +19,9 @@ from edmdistill import __version__, load_generator, sample
 from edmdistill.checkpoints import hub_client
 from edmdistill.checkpoints.config import read_config, write_config
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
+from edmdistill.checkpoints.source import open_source
 from edmdistill.checkpoints.store import load_tensors, save_tensors
+from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, HubError
 from edmdistill.publish.hub import GRID, Published, build_package, push
 
@@ -187,7 +190,7 @@ def test_private_is_private(server: Hub, folder: Path) -> None:
         publish(folder, private=True)
 
 
-def test_branches_and_revisions(server: Hub, folder: Path) -> None:
+def test_branches_and_revisions(server: Hub, folder: Path, tmp_path: Path) -> None:
     first = publish(folder)
     change(folder)
     second = publish(folder, branch="try/2", message="Another gain")
@@ -199,6 +202,15 @@ def test_branches_and_revisions(server: Hub, folder: Path) -> None:
         for name in ("", "@main", f"@{first.revision}", f"@{second.revision}", "@try/2")
     }
     assert [round(gain - gains[""], 3) for gain in gains.values()] == [0, 0, 0, 0.1, 0.1]
+    for name, commit in ((NAME, first), (f"{NAME}@try/2", second), (f"hf://{NAME}", first)):
+        assert open_source(name).exact == f"{name.partition('@')[0]}@{commit.revision}"
+    here = open_source(NAME).path
+    assert open_source(here).exact == str(here)
+    drawn = CliRunner().invoke(
+        main, ["sample", f"{NAME}@try/2", "--seeds", "0", "--nfe", "1", "--out", str(tmp_path / "out")]
+    )
+    assert drawn.exit_code == 0, drawn.output
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["source"] == f"{NAME}@{second.revision}"
     with pytest.raises(HubError, match=r"^me/cosim-digits@v9 cannot be downloaded from the Hub: it has no such rev"):
         load_generator(f"{NAME}@v9")
 
@@ -277,8 +289,10 @@ def test_states_and_other_things_are_not_published(folder: Path, tmp_path: Path)
         build_package(state, NAME)
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         build_package(tmp_path / "run", NAME)
-    with pytest.raises(HubError, match="is not a folder"):
+    with pytest.raises(HubError, match=r"is not a folder: use a checkpoint folder or a run directory$"):
         build_package(tmp_path / "nothing", NAME)
+    with pytest.raises(HubError, match=r"; `hf download me/it --revision v1 --local-dir DIR` makes one of a repo"):
+        build_package("me/it@v1", NAME)
     tensors, _ = load_tensors(folder / MODEL)
     save_tensors(folder / MODEL, tensors | {"exp_avg.out_gain": tensors["out_gain"]})
     with pytest.raises(CheckpointError, match=r"holds exp_avg\.out_gain, for which its network has no place"):
