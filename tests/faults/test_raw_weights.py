@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -62,6 +63,18 @@ def run(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def call(*words: object) -> Result:
     return CliRunner().invoke(main, [*map(str, words)])
+
+
+def test_they_are_drawn_from_as_asked(run: Path, tmp_path: Path):
+    images = {}
+    for name, *source in (("ema", run), ("raw", run, "--weights", "raw"), ("state", max((run / "state").iterdir()))):
+        out = tmp_path / f"{name}.npz"
+        drawn = call("sample", *source, "--nfe", 1, "--seeds", "0-9", "--device", "cpu", "--out", out)
+        assert drawn.exit_code == 0, drawn.stderr
+        with np.load(out) as file:
+            images[name] = file["images"]
+    assert np.array_equal(images["raw"], images["state"])
+    assert not np.array_equal(images["raw"], images["ema"])
 
 
 def test_what_is_measured_on_them_is_not_the_generators(run: Path, tmp_path: Path):
