@@ -25,7 +25,7 @@ from edmdistill.evaluation import protocol
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS
-from edmdistill.sampling import spec
+from edmdistill.sampling import files, spec
 from edmdistill.sampling.decode import open_decoder
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
@@ -204,6 +204,17 @@ def test_the_layout_of_adm(runs: dict[str, Path], tmp_path: Path) -> None:
     assert run(runs["run"], "--seeds", "0-2", "--out", tmp_path / "a.npz", "--layout", "adm").exit_code == 0
     with np.load(tmp_path / "a.npz") as file:
         assert {name: file[name].shape for name in file} == {"arr_0": (3, 8, 8, 3), "arr_1": (3,)}
+
+
+def test_what_a_grid_does_not_show_is_not_drawn(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_GRID", 2)
+    drawn = run(runs["plain"], "--nfe", 1, "--seeds", "0-4", "--out", tmp_path / "a.png")
+    assert drawn.stderr.splitlines() == [
+        "A grid shows the first 2 images, so only these of the 5 are drawn.",
+        f"{tmp_path / 'a.png'}: 2 images",
+    ]
 
 
 @pytest.fixture(scope="module")
