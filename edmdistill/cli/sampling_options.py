@@ -85,7 +85,9 @@ class SamplerGrid:
         nfes: Sequence[int | None],
         gammas: Sequence[float | None],
     ) -> list[SamplerSpec]:
-        """Returns the specs that they stand for, NFE running fastest; a guide is loaded, and left out at weight 1.
+        """Returns the specs that they stand for, NFE running fastest; a guide is loaded.
+
+        The guide is left out at weight 1, unless that is the only one, where the spec refuses it.
 
         Args: as SamplerOptions.spec's.
         """
@@ -96,6 +98,8 @@ class SamplerGrid:
         levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
         guide = None if self.guide is None else load_denoiser(self.guide, device, dtype)
         guided: dict[str, Any] = {"guide": guide, "force_guidance": self.force_guidance}
+        weights: Sequence[float | None] = self.guidance or [None]
+        without = () if {*weights} <= {None, 1} else (None, 1)
         return [
             SamplerSpec(
                 nfe=nfe,
@@ -103,10 +107,10 @@ class SamplerGrid:
                 times=None if times is None else parse_times(times, **levels),
                 guidance=weight,
                 solver=self.solver,
-                **(guided if weight not in (None, 1) else {}),
+                **({} if weight in without else guided),
             )
             for times in self.times or (None,)
-            for weight in self.guidance or (None,)
+            for weight in weights
             for gamma in gammas
             for nfe in nfes
         ]

@@ -156,3 +156,11 @@ def test_mistakes(checkpoints: dict[str, str], words: list[str], message: str) -
     result = run("sweep", checkpoints["generator"], *words)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("weights", [[], ["--guidance", "1"]])
+@pytest.mark.parametrize("option", [["--guide", "TEACHER"], ["--force-guidance"]])
+def test_what_guides_nothing_is_refused(checkpoints: dict[str, str], option: list[str], weights: list[str]) -> None:
+    words = [checkpoints["teacher"] if word == "TEACHER" else word for word in option]
+    result = run("sweep", checkpoints["teacher"], "--nfe", "3", *words, *weights)
+    assert (result.exit_code, "guidance" in result.stderr, "leave" in result.stderr) == (2, True, True)
