@@ -132,7 +132,8 @@ def test_other_formats(plots: dict[str, Path]) -> None:
 
 
 def test_without_matplotlib(checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("sweep", checkpoints["generator"], "--nfe", "1", "--plot", str(tmp_path / "a.png"))
     assert result.exit_code == 2
     assert "pip install 'edmdistill[plot]'" in result.stderr
