@@ -10,12 +10,18 @@ from edmdistill.cli.types import OutputPath
 
 @click.command("compare")
 @click.argument("sources", nargs=-1, required=True, metavar="FILE.json|RUN...")
+@click.option(
+    "--over-seeds", is_flag=True, help="One row for runs that differ in training.seed alone: mean ± standard deviation."
+)
+@click.option("--seeds", metavar="LIST", help="Only results of samples of these seeds, as in 0-4999.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document: the whole results.")
 @click.option(
     "--out", type=OutputPath(".md", ".csv", ".json"), metavar="FILE.md|.csv|.json", help="Also write it, by the ending."
 )
-def command(sources: tuple[str, ...], as_csv: bool, as_json: bool, out: Path | None) -> None:
+def command(
+    sources: tuple[str, ...], over_seeds: bool, seeds: str | None, as_csv: bool, as_json: bool, out: Path | None
+) -> None:
     """Put results side by side in a Markdown table: files that `eval --out` wrote, run directories, checkpoints.
 
     Numbers that were not measured alike are refused, with what differs: the number of images, seeds, classes,
@@ -24,9 +30,11 @@ def command(sources: tuple[str, ...], as_csv: bool, as_json: bool, out: Path | N
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other: leave out one of the two.")
 
+    from edmdistill.evaluation import training_seeds
     from edmdistill.evaluation.compare import compare, read_rows
 
-    table = compare(read_rows(sources))
+    rows = compare(read_rows(sources, seeds))
+    table = training_seeds.over_seeds(rows) if over_seeds else rows
     texts = {".md": table.to_markdown, ".csv": table.to_csv, ".json": table.to_json}
     if out is not None:
         write_text(out, texts[out.suffix.lower()]().rstrip("\n"))

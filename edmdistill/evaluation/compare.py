@@ -19,6 +19,7 @@ from edmdistill.evaluation.metrics import find_metric
 from edmdistill.evaluation.protocol import Protocol
 from edmdistill.evaluation.results import Result, is_of_raw_weights, load_results, read_results, results_files
 from edmdistill.evaluation.tables import number, sampler_words
+from edmdistill.sampling.seeds import format_seeds, parse_seeds
 
 CHOSEN = "balanced", "drawn", "given"
 """Rules by which classes are chosen; beside them, a source may have none, or not say."""
@@ -32,11 +33,14 @@ class Row(NamedTuple):
     folder: Path | None = None
 
 
-def read_rows(sources: Sequence[str | Path]) -> list[Row]:
+def read_rows(sources: Sequence[str | Path], seeds: str | None = None) -> list[Row]:
     """Returns the results in files that `eval --out` wrote, in run directories and in checkpoints.
 
+    Args:
+        seeds: only results of the samples of these seeds, as in 0-4999.
     Raises: EdmDistillError: a source holds no results, or something else.
     """
+    wanted = None if seeds is None else format_seeds(parse_seeds(seeds))
     rows: list[Row] = []
     for source in map(Path, sources):
         results = load_results(source) if source.is_dir() else read_results([source])
@@ -44,6 +48,11 @@ def read_rows(sources: Sequence[str | Path]) -> list[Row]:
             raise EdmDistillError(
                 f"{source} holds no results: measure it with edmdistill eval {source} --protocol NAME --save"
             )
+        if wanted is not None:
+            there = sorted({str(result.protocol.seeds) for result in results})
+            results = [result for result in results if result.protocol.seeds == wanted]
+            if not results:
+                raise EdmDistillError(f"{source} has no results of the seeds {wanted}, but of {', '.join(there)}")
         rows += [Row(_name(result, source), result, source if source.is_dir() else None) for result in results]
     return rows
 
@@ -84,9 +93,7 @@ class Comparison(NamedTuple):
 
     def to_markdown(self) -> str:
         """Returns the table in Markdown, and the notes below it."""
-        head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in self.cells())
-        rule = "|---" * 3 + "|---:" * len(self.metrics) + "|"
-        return "\n".join([head, rule, *body, *(f"\n{note}" for note in self.notes)])
+        return markdown_table(self.cells(), len(self.metrics), self.notes)
 
     def to_csv(self) -> str:
         """Returns the table as comma-separated values, the numbers in full."""
@@ -102,6 +109,13 @@ class Comparison(NamedTuple):
         rows = [{"name": row.name, "result": row.result} for row in self.rows]
         document = {"metrics": self.metrics, "rows": rows, "notes": self.notes}
         return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+
+
+def markdown_table(cells: Sequence[Sequence[str]], numbers: int, notes: Sequence[str]) -> str:
+    """Returns a table in Markdown.  cells: the first row is the head;  numbers: how many of the last columns are"""
+    head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in cells)
+    rule = "|---" * (len(cells[0]) - numbers) + "|---:" * numbers + "|"
+    return "\n".join([head, rule, *body, *(f"\n{note}" for note in notes)])
 
 
 def compare(rows: Sequence[Row]) -> Comparison:
@@ -129,6 +143,9 @@ def _advice(a: Row, b: Row) -> str:
     """Returns what to do about two results that were not measured alike."""
     if a.folder is None or a.folder != b.folder:
         return "measure both alike"
+    seeds = a.result.protocol.seeds, b.result.protocol.seeds
+    if None not in seeds and seeds[0] != seeds[1]:
+        return f"both are of {a.folder}: add --seeds {seeds[0]}, or --seeds {seeds[1]}"
     files = [file for row in (a, b) for file in results_files(a.folder) if row.result in read_results([file])]
     either = " or ".join(map(str, files)) or "a file of `edmdistill eval --out`"
     return f"both are of {a.folder}: give {either} in place of it"

@@ -28,6 +28,7 @@ MEETS: dict[str, tuple[str, ...]] = {
     "data/inspect.py": ("data inspect",),
     "data/latent_zip.py": ("data encode",),
     "data/": ("data prepare",),
+    "evaluation/compare.py": ("compare",),
     "evaluation/diagnosis.py": ("diagnose",),
     "evaluation/image_arrays.py": ("eval", "sweep"),
     "evaluation/measurements.py": ("eval", "sweep"),

@@ -176,8 +176,8 @@ def test_a_run_has_the_name_that_it_has_now(tmp_path: Path) -> None:
 def test_a_run_that_was_measured_in_two_ways_is_compared_by_its_files(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "eval"
     folder.mkdir(parents=True)
-    for name, seeds in (("one", "0-49999"), ("other", "1-50000")):
-        (folder / f"{name}.json").write_text(results_json([result(seeds=seeds)]))
+    for name, rounding in (("one", "cut"), ("other", "nearest")):
+        (folder / f"{name}.json").write_text(results_json([result(uint8=rounding)]))
     refused = run(tmp_path / "a")
     assert refused.exit_code == 2
     assert f"both are of {tmp_path / 'a'}: give {folder / 'one.json'} or {folder / 'other.json'} in" in refused.stderr
