@@ -60,6 +60,7 @@ MEETS: dict[str, tuple[str, ...]] = {
     "sampling/files.py": ("sample",),
     "sampling/guidance.py": SAMPLE,
     "sampling/job.py": ("sample",),
+    "sampling/labels.py": ("sample",),
     "sampling/reference.py": ("sample",),
     "sampling/seeds.py": SAMPLE,
     "sampling/times.py": SAMPLE,
