@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
+LOWEST := .venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python
 
-.PHONY: quickstart test test-all test-isa lint bench
+.PHONY: quickstart test test-all test-isa test-lowest lint bench
 
 # One thread trains faster than two: the operations on batches of 8x8 images are too small to share.
 quickstart: .venv/quickstart
@@ -25,7 +26,7 @@ $(RUN)/cosim/eval/generator.json: $(RUN)/cosim/generator/config.json
 	$(BIN)/edmdistill eval $(RUN)/cosim --nfe 1,2,4 --protocol digits --out $@
 
 # Bytecode is kept, also where the environment says otherwise: hundreds of processes would compile the same modules.
-test test-all test-isa: export PYTHONDONTWRITEBYTECODE =
+test test-all test-isa test-lowest: export PYTHONDONTWRITEBYTECODE =
 
 # A file's tests go to one of two workers, which makes what they share once; the large files are not the last.
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
@@ -45,6 +46,10 @@ test-isa: .venv/tools
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest $(SHARED) $(ROUNDED)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest $(SHARED) $(ROUNDED)
 
+# With the oldest versions that pyproject.toml allows, to which uv can resolve, and today's tools.
+test-lowest: .venv-lowest/tools
+	.venv-lowest/bin/python -m pytest $(SHARED) -m "not slow and not gpu"
+
 # Speed, traffic and memory as tables; PEERS="--fastgen DIR --edm2 DIR --edm DIR --sid DIR" compares with clones of those.
 bench: .venv/tools
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py $(PEERS)
@@ -59,6 +64,13 @@ lint: .venv/tools
 	@echo "Making the environment in .venv: some minutes at most, for torch is large."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[quickstart]'
+	@touch $@
+
+.venv-lowest/tools: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install -qq uv
+	$(LOWEST) --resolution lowest-direct --editable '.[diffusers,latent,lowbit,onnx,parquet,plot,quickstart,tb]'
+	$(LOWEST) --editable '.[dev]'
 	@touch $@
 
 # The tools of the tests and the linters on top.

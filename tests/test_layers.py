@@ -144,3 +144,11 @@ def test_dependencies_are_what_is_imported():
     optional = {import_name(requirement) for extra in EXTRAS for requirement in extras[extra]}
     imported = {target[0] for module, source in SOURCES.items() for target in imports(module, source)}
     assert imported - set(sys.stdlib_module_names) - {"edmdistill"} - ELSEWHERE == core | optional
+
+
+def test_every_dependency_has_an_oldest_version():
+    """Which `make test-lowest` installs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *(name for extra in extras.keys() - {"dev"} for name in extras[extra])]
+    assert [name for name in needed if ">=" not in name] == []
