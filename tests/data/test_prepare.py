@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from picture_files import (
     cifar10,
@@ -35,6 +36,8 @@ HALF = {"resolution": 8, "transform": "center-crop"}
 
 @pytest.mark.parametrize("case", CASES)
 def test_official_goldens(case: str, tmp_path: Path) -> None:
+    if case == "none-32" and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("Pillow 13 resizes the height of b.png, which is high, first; it made the official code's pixels")
     transform, _, size = case.rpartition("-")
     out = tmp_path / "out.zip"
     prepare_data(
