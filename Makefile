@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
-LOWEST := .venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python
+LOWEST := .venv-lowest/bin/uv pip install --quiet --compile-bytecode --python .venv-lowest/bin/python
 
 .PHONY: quickstart test test-all test-isa test-lowest lint bench
 

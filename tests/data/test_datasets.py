@@ -1,6 +1,5 @@
 """Data sets: the digits, EDM's zips and folders, broken sources in one sentence."""
 
-import builtins
 import io
 import json
 import pickle
@@ -13,7 +12,6 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from edmdistill import embedded
 from edmdistill.data import datasets
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError
@@ -95,20 +93,6 @@ def test_a_file_called_like_an_embedded_set_is_not_meant(tmp_path: Path, monkeyp
     (tmp_path / "digits").mkdir()
     data = open_dataset("digits")
     assert (len(data), data.notes) == (1500, ["digits is the embedded data set; what has that name here is ./digits."])
-
-
-def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def absent(name: str, *args: object, **more: object) -> object:
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *args, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    embedded._digits.cache_clear()
-    with pytest.raises(DatasetError, match=r"pip install 'edmdistill\[quickstart\]'"):
-        open_dataset("digits")
 
 
 @both

@@ -218,7 +218,7 @@ def test_good_ones_are_read_whole(tmp_path: Path) -> None:
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"label_names": ["a", "b"]}, "label_names holds 2 names for 3 classes"),
     ({"sigma_min": 90.0}, "sigma_min is 90, which is not below sigma_max, 80"),
-    ({"encoder": {"kind": "StabilityVAEEncoder", "scale": [0.2], "bias": [0.1]}}, "a scale for 1 channels"),
+    ({"encoder": {"kind": "StabilityVAEEncoder", "scale": [0.2], "bias": [0.1]}}, "a scale for 1 channel"),
     ({"encoder": {"kind": "StabilityVAEEncoder"}}, "lacks scale"),
     ({"encoder": {"scale": [0.2], "bias": [0.1]}}, "lacks kind"),
     ({"label_dropout": 2}, "label_dropout must be at most 1"),
