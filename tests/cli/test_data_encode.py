@@ -35,7 +35,7 @@ def test_encode(golden: Path, tmp_path: Path) -> None:
     assert "They differ much" in result.stderr
     assert "a.zip: 6 latents of 2x2 with 4 channels" in result.stderr
     assert open_dataset(tmp_path / "a.zip").class_counts == [4, 2]
-    assert "already holds these 6 latents" in CliRunner().invoke(main, arguments).stderr
+    assert "already holds 6 latents of this set" in CliRunner().invoke(main, arguments).stderr
     refused = CliRunner().invoke(main, [*arguments, "--range", "scm"])
     assert (refused.exit_code, "exists and holds something else" in refused.stderr) == (2, True)
     for options in [], ["--processes", "8", "--device", "cpu"]:  # before any process is started
