@@ -66,15 +66,17 @@ def call(*words: object) -> Result:
 
 
 def test_they_are_drawn_from_as_asked(run: Path, tmp_path: Path):
-    images = {}
+    options, images = ["--nfe", 1, "--seeds", "0-9", "--device", "cpu", "--out"], {}
     for name, *source in (("ema", run), ("raw", run, "--weights", "raw"), ("state", max((run / "state").iterdir()))):
         out = tmp_path / f"{name}.npz"
-        drawn = call("sample", *source, "--nfe", 1, "--seeds", "0-9", "--device", "cpu", "--out", out)
+        drawn = call("sample", *source, *options, out)
         assert drawn.exit_code == 0, drawn.stderr
         with np.load(out) as file:
             images[name] = file["images"]
     assert np.array_equal(images["raw"], images["state"])
     assert not np.array_equal(images["raw"], images["ema"])
+    others = call("sample", run, "--weights", "raw", *options, tmp_path / "ema.npz")
+    assert (others.exit_code, "already exists" in others.stderr) == (2, True)
 
 
 def test_what_is_measured_on_them_is_not_the_generators(run: Path, tmp_path: Path):
