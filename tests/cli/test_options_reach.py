@@ -1,4 +1,4 @@
-"""Every option of `train` and `plan` arrives where it acts, and nothing else changes."""
+"""Every option of `train` and `plan`, and --compile, arrives where it acts, and nothing else changes."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from tiny_generator import tiny_generator
 
 from edmdistill import assets
 from edmdistill.cli import main
@@ -207,3 +208,28 @@ def test_plan_says_what_fit_chooses_beside_json(planned: list[Any], monkeypatch:
     result = invoke(*arguments, "--json")
     assert (result.stdout, "chosen for 1000000000\n" in result.stderr) == ("", True)
     assert (planned[0].machine, planned[0].micro_batch) == (fitted, 5)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sample SOURCE --nfe 1 --out a",
+        "eval SOURCE --nfe 1 --protocol digits",
+        "sweep SOURCE --nfe 1 --protocol digits",
+    ],
+    ids=["sample", "eval", "sweep"],
+)
+def test_networks_are_compiled_before_they_are_sampled(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("edmdistill.machine.compile.require_compiler", lambda mode, device: None)
+    monkeypatch.setattr(
+        "edmdistill.machine.compile.compile_for_sampling",
+        lambda mode, model, *specs: given.extend((mode, model, *specs)) or enough(),
+    )
+    source = str(tiny_generator(tmp_path / "generator"))
+    invoke(*line.replace("SOURCE", source).split(), "--device", "cpu", "--compile", "default")
+    mode, model, spec = given
+    assert (mode, model.label_dim, spec.nfe) == ("default", 10, 1)
