@@ -120,8 +120,7 @@ def read_first_stage(source: str | Path | Source, methods: tuple[str, ...]) -> t
     if config.trained_sigmas:
         raise CheckpointError(
             f"{source} was trained for {counted(len(config.trained_sigmas), 'step')} and does not jump from every "
-            "noise level to "
-            "data, as a first stage must: train it with --set method.intervals=1"
+            "noise level to data, as a first stage must: train it with --set method.intervals=1"
         )
     if flow.guided:
         raise CheckpointError(

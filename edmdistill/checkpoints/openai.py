@@ -200,14 +200,12 @@ def _require_denoiser(channels_in: int, channels_out: int) -> None:
     if channels_out == 2 * channels_in:
         raise UnknownNetwork(
             f"is a network of guided-diffusion, which learns variances too ({counted(channels_out, 'channel')} out) "
-            "on other "
-            f"noise levels than EDM's: give {NVIDIA_64}"
+            f"on other noise levels than EDM's: give {NVIDIA_64}"
         )
     if channels_in != channels_out or channels_in not in (1, 3):
         raise UnknownNetwork(
             f"takes {counted(channels_in, 'channel')} and gives {channels_out}, where a denoiser takes and gives the "
-            "1 or 3 of an "
-            "image: give edm_imagenet64_ema.pt or its like"
+            "1 or 3 of an image: give edm_imagenet64_ema.pt or its like"
         )
 
 

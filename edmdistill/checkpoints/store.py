@@ -140,8 +140,7 @@ def build_flow(
     if channels != expected:
         raise Damaged(
             f"{where} has a network that makes {counted(channels, 'channel')} from {flow.img_channels}, where {kind} "
-            "needs "
-            f"{expected}: it is no denoiser of such images"
+            f"needs {expected}: it is no denoiser of such images"
         )
     if network.positional_time != flow.preconditioning.reads_time:
         reads = "t" if network.positional_time else "ln(sigma)"
@@ -244,9 +243,8 @@ def build_meta(config: CheckpointConfig, folder: Path) -> FlowNetwork:
         count = len(config.encoder[name])
         if count != flow.img_channels:
             raise Damaged(
-                f"{folder / CONFIG} contradicts itself: its encoder has a {name} for {counted(count, 'channel')}, "
-                "its network has "
-                f"{flow.img_channels}"
+                f"{folder / CONFIG} contradicts itself: its encoder has a {name} for {counted(count, 'channel')}, its "
+                f"network has {flow.img_channels}"
             )
     return flow
 

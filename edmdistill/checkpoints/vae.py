@@ -192,8 +192,7 @@ def read_vae(
     if channels not in (None, architecture.latent_channels):
         raise CheckpointError(
             f"the VAE {name} has latents of {counted(architecture.latent_channels, 'channel')}, but those of the "
-            "network have "
-            f"{channels}: name the VAE of its training data with --vae"
+            f"network have {channels}: name the VAE of its training data with --vae"
         )
     _require_weights(folder)
     AutoencoderKL = diffusers_class("AutoencoderKL", extra="latent", needed_by=NEEDED_BY, error=NoDecoder)

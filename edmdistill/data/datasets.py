@@ -96,8 +96,7 @@ class Dataset:
             if encoding is not None:
                 raise DatasetError(
                     f"{name} holds latents of {counted(self.img_channels, 'channel')}, but its dataset.json has the "
-                    "statistics of "
-                    f"{len(encoding.raw_mean)}; encode the images again"
+                    f"statistics of {len(encoding.raw_mean)}; encode the images again"
                 )
             self.encoding = None
         if first.shape[1] != first.shape[2]:

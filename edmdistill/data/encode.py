@@ -169,8 +169,7 @@ def compare_statistics(measured: ChannelStatistics, declared: ChannelStatistics,
 
     lines = [
         f"Latents of the first {counted(min(MEASURED, images), 'image')}, by channel: mean {numbers(measured.mean)}; "
-        "std "
-        f"{numbers(measured.std)}.",
+        f"std {numbers(measured.std)}.",
         f"Declared for this VAE: mean {numbers(declared.mean)}; std {numbers(declared.std)}.",
     ]
     if far_off(measured, declared):

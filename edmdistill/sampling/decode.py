@@ -94,8 +94,7 @@ def model_decoder(
     if model.encoder["kind"] == "pixels" and channels not in (1, 3):
         raise NoDecoder(
             f"this network makes images of {counted(channels, 'channel')}, and its checkpoint does not say how to "
-            "decode them: "
-            f"{instead}"
+            f"decode them: {instead}"
         )
     return open_decoder(model.encoder, vae, device or model.flow.device, instead=instead)
 

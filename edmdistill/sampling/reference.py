@@ -73,8 +73,7 @@ def read_image(path: Path, channels: int, resolution: int) -> Tensor:
     if channels not in (1, 3):
         raise EdmDistillError(
             f"{path} is a picture, and this network makes images of {counted(channels, 'channel')}, such as a VAE's "
-            "latents: "
-            "leave --reference out"
+            "latents: leave --reference out"
         )
     try:
         with Image.open(path) as image:
