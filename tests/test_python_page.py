@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from edmdistill import load_generator, sample
 from edmdistill.cli import main
 from edmdistill.methods import METHODS
 
@@ -40,6 +41,8 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.mine.shape == (8, 1, 8, 8)
     assert page.result.metrics["fd_pixels@64"] > 1  # an image and its negative
     assert page.run.dataset is page.data
+    (was, now) = (load_generator(tmp_path / name) for name in ("runs/pairs", "generator"))
+    assert 0 < (sample(was, 1, seeds=[0]) - sample(now, 1, seeds=[0])).abs().max() < 0.1  # one step from it
     compared = CliRunner().invoke(main, ["compare", "pairs.json"])
     assert compared.exit_code == 0, compared.output
     assert "fd_digits@500" in compared.output

@@ -35,7 +35,9 @@ def load_model(
     dtype: torch.dtype | None = None,
     weights: Weights = "ema",
 ) -> Denoiser | Generator:
-    """Returns a network for sampling, not for training: a generator if the checkpoint holds one, else a denoiser.
+    """Returns a network for sampling: a generator if the checkpoint holds one, else a denoiser.
+
+    EDM2's weights are folded, so that it cannot be trained or saved: `load_flow` reads one for that.
 
     Args:
         source: a checkpoint of ours (folder or Hub id), a run directory, a run's state RUN/state/IMAGES, an official

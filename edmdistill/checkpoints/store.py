@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from edmdistill.atomic import atomic_write, reachable
+from edmdistill.atomic import atomic_write, expanded, reachable
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, describe, read_config, write_config
 from edmdistill.checkpoints.documents import code, front_matter, markdown
 from edmdistill.checkpoints.encoder import vae_words
@@ -175,7 +175,15 @@ def refuse_occupied(folder: Path, overwrite: bool) -> None:
 def write_checkpoint(
     folder: Path, flow: FlowNetwork, config: CheckpointConfig, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes the three files of a checkpoint into a folder, which is created."""
+    """Writes the three files of a checkpoint into a folder, which is created.
+
+    Raises: CheckpointError: weights are folded, which would be normalized again when they are read.
+    """
+    if tensors is None and flow.network.folded:
+        raise CheckpointError(
+            "this network was loaded for sampling, with its normalization folded into the weights, and cannot be "
+            "saved: read it by edmdistill.checkpoints.load.load_flow to train or change it"
+        )
     config = replace(config, **describe(flow))
     save_tensors(folder / MODEL, flow.network.state_dict() if tensors is None else tensors, {"format": "pt"})
     describe_checkpoint(folder, config)
@@ -188,7 +196,7 @@ def describe_checkpoint(folder: Path, config: CheckpointConfig) -> None:
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: str | Path,
     flow: FlowNetwork,
     config: CheckpointConfig,
     *,
@@ -201,8 +209,9 @@ def save_checkpoint(
         config: its fields that the network determines (see `describe`) are replaced.
         overwrite: replace a checkpoint of ours that is there.
         tensors: of flow.network, where flow holds only shards.
-    Raises: CheckpointError: the folder is occupied, or the disk refuses.
+    Raises: CheckpointError: the folder is occupied, the disk refuses, or the network was loaded for sampling.
     """
+    folder = expanded(folder)
     refuse_occupied(folder, overwrite)
     with atomic_write(folder) as new:
         write_checkpoint(new, flow, config, tensors)

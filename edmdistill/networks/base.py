@@ -288,6 +288,11 @@ class Network(nn.Module, ABC):
         """Returns whether it has EDM2's layers, and they are not folded."""
         return any(isinstance(layer, MPConv) and not layer.folded for layer in self.modules())
 
+    @property
+    def folded(self) -> bool:
+        """Returns whether it has EDM2's layers, and `fold` has changed them."""
+        return any(isinstance(layer, MPConv) and layer.folded for layer in self.modules())
+
     def after_step(self) -> None:
         """Normalizes EDM2's weights after an optimizer step, which keeps the effective learning rate constant.
 

@@ -190,6 +190,20 @@ def test_another_library_s_model_is_not_replaced(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, *make(), overwrite=True)
 
 
+def test_what_was_loaded_for_sampling_is_not_saved(folder: Path, tmp_path: Path) -> None:
+    """Its weights would be normalized twice: it would draw other images, in silence."""
+    model = load_denoiser(folder)
+    with pytest.raises(
+        CheckpointError, match=r"was loaded for sampling, .* read it by edmdistill.*\.load_flow to train"
+    ):
+        save_checkpoint(tmp_path / "again", model.flow, load_flow(folder)[1])
+    assert not (tmp_path / "again").exists()
+    flow, config = load_flow(folder)
+    save_checkpoint(str(tmp_path / "again"), flow, config)
+    again, x = load_denoiser(tmp_path / "again"), torch.randn(1, flow.img_channels, *[flow.img_resolution] * 2)
+    assert torch.equal(again(x, 1.0), model(x, 1.0))
+
+
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     save_checkpoint(tmp_path / "c", *make())
