@@ -182,7 +182,7 @@ def command(
     job = SampleJob(
         model=model, spec=spec, seeds=numbers[:shown], cycle=cycle, rejection=reject, decoder=decoder, batch=batch
     )
-    request = job.request(checkpoint, weights=sampler.weights, guide=sampler.guide, reference=reference, dtype=dtype)
+    request = job.request(checkpoint, weights=sampler.weights, guide=sampler.guide, reference=reference)
     with closing(
         job.open_samples(out, request, source=checkpoint.exact, overwrite=overwrite, layout=layout)
     ) as samples:

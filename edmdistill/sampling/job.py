@@ -20,7 +20,6 @@ from edmdistill.sampling.decode import Decoder, LatentDecoder
 from edmdistill.sampling.files import Samples
 from edmdistill.sampling.generate import drawn_classes, generate_images
 from edmdistill.sampling.grid import to_uint8
-from edmdistill.sampling.heun import Churn
 from edmdistill.sampling.output import Layout
 from edmdistill.sampling.reference import ReferenceFiles
 from edmdistill.sampling.rejection import Rejection, candidates, sample_best
@@ -76,14 +75,12 @@ class SampleJob:
         weights: Weights = "ema",
         guide: str | None = None,
         reference: ReferenceFiles | None = None,
-        dtype: str | None = None,
     ) -> dict[str, Any]:
         """Returns all that decides the images, as JSON; digests stand for files.
 
         Args:
             source, weights: what the model was loaded from.
             guide, reference: what the spec's guide and reference were loaded from.
-            dtype: of the network's arithmetic.
         """
         spec, rejection = self.spec, self.rejection
         document = {
@@ -92,11 +89,9 @@ class SampleJob:
             "classes": list(self.cycle) or "drawn",
             "sampler": msgspec.to_builtins(build_sampler(self.model, spec).record),
             "guide": weights_digest(guide, spec.guide) if guide is not None and spec.guide is not None else None,
-            "churn": None if spec.churn == Churn() else str(spec.churn),
             "reject": None if rejection is None else rejection.ratio,
             "classifier": None if rejection is None else rejection.classifier_digest,
             **({} if reference is None or spec.reference is None else reference.request(spec.reference)),
-            "dtype": dtype,
             "vae": self.decoder.vae.sha256 if isinstance(self.decoder, LatentDecoder) else None,
         }
         return {name: value for name, value in document.items() if value is not None}
