@@ -121,7 +121,7 @@ class Samples:
         except BaseException:
             self.close()
             raise
-        if self.finished:
+        if self.finished or not self.output.folder.exists():  # it held others' samples, and was removed
             self.close()
         skip = {*self.output.drawn, *self.broken}
         self.missing = [] if self.finished else [position for position in range(count) if position not in skip]
@@ -190,6 +190,7 @@ class Samples:
         """Lets other processes draw into the output."""
         if self._unlock is not None:
             self._unlock()
+        self._unlock = None
 
     def require_finite(self) -> None:
         """Raises NotFiniteError, which names their seeds, if samples are not finite."""

@@ -219,6 +219,17 @@ def test_one_process_at_a_time_draws_into_an_output(
     assert Samples(out, {}, 3, SEEDS, None).finished  # which keeps no lock
 
 
+@OUTPUTS
+def test_the_lock_outlives_what_is_overwritten(name: str, tmp_path: Path) -> None:
+    begun = Samples(tmp_path / name, {"other": 1}, 3, SEEDS, None)
+    begun.put([0], images()[:1])
+    begun.close()
+    mine = Samples(tmp_path / name, {}, 3, SEEDS, None, overwrite=True)
+    mine.put([0], images()[:1])
+    with pytest.raises(EdmDistillError, match="another process is drawing into"):
+        Samples(tmp_path / name, {}, 3, SEEDS, None)
+
+
 @pytest.mark.parametrize("name", ["a.npz", "a.png"])
 def test_without_locks_a_file_that_another_process_finished_stays_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
