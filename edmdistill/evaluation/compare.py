@@ -12,12 +12,21 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from edmdistill.checkpoints.config import read_config
 from edmdistill.checkpoints.documents import markdown
+from edmdistill.checkpoints.layout import CONFIG, checkpoint_in
 from edmdistill.errors import EdmDistillError, counted
 from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.metrics import find_metric
 from edmdistill.evaluation.protocol import Protocol
-from edmdistill.evaluation.results import Result, is_of_raw_weights, load_results, read_results, results_files
+from edmdistill.evaluation.results import (
+    Result,
+    is_of_raw_weights,
+    is_of_teacher,
+    load_results,
+    read_results,
+    results_files,
+)
 from edmdistill.evaluation.tables import number, sampler_words
 from edmdistill.sampling.seeds import format_seeds, parse_seeds
 
@@ -26,11 +35,17 @@ CHOSEN = "balanced", "drawn", "given"
 
 
 class Row(NamedTuple):
-    """A result, and what it is called.  folder: the run or the checkpoint that holds it; None: a file did."""
+    """A result, and what it is called.
+
+    Attributes:
+        folder: the run or the checkpoint that holds it; None: a file did.
+        of_teacher: measured on the teacher of that generator.
+    """
 
     name: str
     result: Result
     folder: Path | None = None
+    of_teacher: bool = False
 
 
 def read_rows(sources: Sequence[str | Path], seeds: str | None = None) -> list[Row]:
@@ -53,17 +68,26 @@ def read_rows(sources: Sequence[str | Path], seeds: str | None = None) -> list[R
             results = [result for result in results if result.protocol.seeds == wanted]
             if not results:
                 raise EdmDistillError(f"{source} has no results of the seeds {wanted}, but of {', '.join(there)}")
-        rows += [Row(_name(result, source), result, source if source.is_dir() else None) for result in results]
+        if source.is_dir():
+            rows += [_row_of_folder(result, source) for result in results]
+        else:
+            rows += [Row(_name(result, str(result.provenance.get("source") or source)), result) for result in results]
     return rows
 
 
-def _name(result: Result, source: Path) -> str:
-    """Returns a folder's path as it is given, because it may have moved since; what a file is of stands in it."""
-    origin = result.provenance
-    images = origin.get("images_seen")
+def _row_of_folder(result: Result, folder: Path) -> Row:
+    """Returns the row of a folder's result, with the folder's path as it is given, because it may have moved since."""
+    checkpoint = checkpoint_in(folder)
+    config = read_config(checkpoint) if (checkpoint / CONFIG).is_file() else None
+    if is_of_teacher(result) and config is not None and config.stage == "generator":
+        return Row(f"{folder}, teacher", result, folder, of_teacher=True)
+    return Row(_name(result, str(folder)), result, folder)
+
+
+def _name(result: Result, source: str) -> str:
+    images = result.provenance.get("images_seen")
     raw = ", raw weights" if is_of_raw_weights(result) else ""
-    where = None if source.is_dir() else origin.get("source")
-    return str(where or source) + raw + ("" if images is None else f", {counted(images, 'image')} seen")
+    return source + raw + ("" if images is None else f", {counted(images, 'image')} seen")
 
 
 class Comparison(NamedTuple):

@@ -149,6 +149,11 @@ def is_of_raw_weights(result: Result) -> bool:
     return result.provenance.get("weights") == "raw"
 
 
+def is_of_teacher(result: Result) -> bool:
+    """Returns whether a result was measured on a teacher: a network, and of no method."""
+    return result.sampler is not None and result.provenance.get("method") is None
+
+
 def latest_results(results: Iterable[Result]) -> list[Result]:
     """Returns the last result of the same weights by the same protocol and sampler, of each."""
     return list({_key(result): result for result in results}.values())

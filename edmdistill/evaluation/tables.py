@@ -14,7 +14,7 @@ from edmdistill.checkpoints.documents import markdown
 from edmdistill.errors import counted
 from edmdistill.evaluation.metrics import loss_of
 from edmdistill.evaluation.protocol import Protocol
-from edmdistill.evaluation.results import Result, is_of_raw_weights
+from edmdistill.evaluation.results import Result, is_of_raw_weights, is_of_teacher
 from edmdistill.sampling.spec import SamplerRecord
 
 MOST_DIGITS = 8
@@ -194,7 +194,7 @@ def _name_of(result: Result, generator: GeneratorId) -> str:
         return "images"
     if is_of_raw_weights(result):
         return f"raw weights at {counted(images, 'image')}" if images is not None else "raw weights"
-    if origin.get("method") is None:
+    if is_of_teacher(result):
         return "teacher"
     if (recipe or "", images or 0) == generator:  # a converted generator has neither
         return "generator"

@@ -41,8 +41,8 @@ class Group(NamedTuple):
         start = _shared_start(folders)
         end = _shared_start([folder[len(start) :][::-1] for folder in folders])[::-1]
         middles = ",".join(folder[len(start) : len(folder) - len(end)] for folder in folders)
-        images = self.rows[0].result.provenance["images_seen"]
-        return f"{start}{{{middles}}}{end}, {counted(images, 'image')} seen"
+        images = self.rows[0].result.provenance.get("images_seen")
+        return f"{start}{{{middles}}}{end}" + ("" if images is None else f", {counted(images, 'image')} seen")
 
     def mean(self, metric: str) -> float | None:
         """Returns the mean over the runs; None: they were not measured by it."""
@@ -107,8 +107,8 @@ class SeedTable(NamedTuple):
 def over_seeds(table: Comparison) -> SeedTable:
     """Returns the rows of a comparison, with one for all runs that differ in their training seed alone.
 
-    Those have the same recipe but for `training.seed`, teacher, data, images seen, sampler and protocol. Other rows
-    stand for themselves.
+    Those have the same recipe but for `training.seed`, teacher, data, images seen, sampler and protocol. What several
+    runs hold of their teacher is one row. Other rows stand for themselves.
 
     Raises: EdmDistillError: two of them have the same seed too, and so are copies.
     """
@@ -116,26 +116,28 @@ def over_seeds(table: Comparison) -> SeedTable:
     for row in table.rows:
         setting, seed = _setting(row)
         rows = groups.setdefault(setting, {})
-        if seed in rows:
+        if seed is not None and seed in rows:
             raise EdmDistillError(
                 f"{rows[seed].folder} and {row.folder} are runs of one recipe and one training.seed, {seed}, which "
                 "would count twice: leave one out"
             )
-        rows[seed] = row
+        rows.setdefault(seed, row)
     made = [Group(list(rows.values()), [seed for seed in rows if seed is not None]) for rows in groups.values()]
     return SeedTable(made, table.metrics, table.notes)
 
 
 def _setting(row: Row) -> tuple[object, int | None]:
-    """Returns what a result depends on but the training seed, and that seed; None for what is no run."""
+    """Returns what a result depends on but the training seed, and that seed; None for what is no run's own."""
+    result = row.result
     files = [] if row.folder is None else [row.folder / RESOLVED, row.folder / RUN]
     if not files or not all(file.is_file() for file in files):
         return id(row), None
+    if row.of_teacher:
+        return (result.provenance.get("source_sha256"), result.sampler, result.protocol_sha256), None
     recipe, run = map(_read, files)
     training = dict(recipe["training"])
     seed = training.pop("seed")
     recipe = {name: table for name, table in recipe.items() if name != "evaluation"} | {"training": training}
-    result = row.result
     depends = json.dumps([recipe, run, result.provenance.get("images_seen")], sort_keys=True)
     return (depends, result.sampler, result.protocol_sha256), seed
 

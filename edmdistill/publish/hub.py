@@ -37,7 +37,7 @@ from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, checkpo
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import load_model
 from edmdistill.errors import CheckpointError, HubError, NoDecoder, counted, without_secrets
-from edmdistill.evaluation.results import Result, add_results, load_results
+from edmdistill.evaluation.results import Result, add_results, is_of_teacher, load_results
 from edmdistill.export.parity import IMAGE_TOLERANCE, difference_of
 from edmdistill.networks.flow import Denoiser
 from edmdistill.publish.card import card, was_measured_on
@@ -392,7 +392,7 @@ def _publishable_results(config: CheckpointConfig, path: Path, repository: str) 
     """Returns the results of a checkpoint and of its teacher, without paths of this machine."""
     measured = load_results(path)
     results = [_with_source(result, repository) for result in measured if was_measured_on(result, config)]
-    return results + [_with_source(result, None) for result in measured if result.provenance.get("method") is None]
+    return results + [_with_source(result, None) for result in measured if is_of_teacher(result)]
 
 
 def _with_source(result: Result, source: str | None) -> Result:

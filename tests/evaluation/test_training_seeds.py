@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
+from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference
@@ -96,6 +97,31 @@ def test_what_a_run_measures_on_its_way_and_files_of_results(tmp_path: Path) -> 
     (tmp_path / "c.json").write_text(results_json([result(4.0)]))
     table = compared(*runs, tmp_path / "c.json", tmp_path / "c.json", "--over-seeds").stdout.splitlines()
     assert [line.split(" | ")[-1] for line in table[2:5]] == ["1.500 ± 0.707 |", "4.000 |", "4.000 |"]
+
+
+def test_what_runs_hold_of_their_teacher_is_one_row(tmp_path: Path) -> None:
+    of_teacher = replace(result(9.0, nfe=7), provenance={"source": "t", "source_sha256": "ab"})
+    of_another = replace(of_teacher, metrics={"fd_pixels": 8.0}, provenance={"source": "u", "source_sha256": "cd"})
+    runs = [run(tmp_path / "a-0", result(1.0), of_teacher), run(tmp_path / "a-1", result(2.0), of_teacher, seed=1)]
+    runs.append(run(tmp_path / "b", of_another, teacher="u"))
+    for folder in runs:
+        tiny_generator(folder / "generator")
+    rows = [line.split(" | ") for line in compared(*runs, "--over-seeds").stdout.splitlines()[2:]]
+    shown = {(row[0].removeprefix(f"| {tmp_path}/"), row[-1]) for row in rows if len(row) > 1}
+    assert shown == {
+        ("a-{0,1}, 640 images seen", "1.500 ± 0.707 |"),
+        ("a-0, teacher", "9.000 |"),
+        ("b, teacher", "8.000 |"),
+    }
+
+
+def test_runs_that_train_teachers(tmp_path: Path) -> None:
+    """Their results name no method, and no number of images."""
+    for seed in range(2):
+        of_its_own = replace(result(1.0 + seed), provenance={"source": "t", "source_sha256": str(seed)})
+        run(tmp_path / f"a-{seed}", of_its_own, seed=seed)
+    row = compared(*sorted(tmp_path.iterdir()), "--over-seeds").stdout.splitlines()[2]
+    assert row == f"| {tmp_path}/a-{{0,1}} | 2 | 2 | gamma 1 | 1.500 ± 0.707 |"
 
 
 def test_a_copy_of_a_run_does_not_count_twice(tmp_path: Path) -> None:
