@@ -182,12 +182,21 @@ def _tuned(config: CheckpointConfig) -> str:
     return f"\n\nNoise levels tuned by `tune-schedule`, by number of evaluations:\n\n{_list(lines)}"
 
 
+def _initialized(config: CheckpointConfig) -> str | None:
+    """Returns the network from which it was trained: a generator by --init, else the teacher; None: it is unknown."""
+    origin = config.provenance
+    if origin.init:
+        return f"the generator with sha256 {code(origin.init)}"
+    return f"the checkpoint with sha256 {code(origin.parent)}" if origin.parent else None
+
+
 def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
     origin = config.provenance
     rows: dict[str, str | None] = {
         "Teacher" if _has_teacher(config) else "Source": markdown(origin.source)
         + (f", sha256 {code(origin.sha256)}" if origin.sha256 else ""),
-        "Initialized from": f"the checkpoint with sha256 {code(origin.parent)}" if origin.parent else None,
+        "Guide": f"the checkpoint with sha256 {code(origin.guide)}" if origin.guide else None,
+        "Initialized from": _initialized(config),
         "Network": markdown(f"{config.network.kind}, preconditioned as {config.preconditioning['kind']}"),
         "Method": markdown(config.method or ""),
         "Guidance of the teacher": config.guidance.words if config.guidance else None,
@@ -204,8 +213,10 @@ def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
     rows["Data"] = markdown(
         f"{data['name']}, {counted(data['images'], 'image')}, {data['resolution']}x{data['resolution']}"
     )
-    teacher = [] if run.recipe.network else ["TEACHER"]
-    words = ["edmdistill", "train", run.recipe.method_name, *teacher, "--data", data["name"], "--recipe", *recipe]
+    networks = [] if run.recipe.network else ["TEACHER"]
+    networks += ["--guide", "GUIDE"] if origin.guide else []
+    networks += ["--init", "GENERATOR"] if origin.init else []
+    words = ["edmdistill", "train", run.recipe.method_name, *networks, "--data", data["name"], "--recipe", *recipe]
     whole = run.recipe.to_json().decode().strip()
     return (
         f"{_list(f'{name}: {fact}' for name, fact in rows.items() if fact)}\n\n"

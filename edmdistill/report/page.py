@@ -83,13 +83,15 @@ def draw(table: ResultTable, source: str, file: Path, kind: str) -> None:
 def _facts(run: RunSummary) -> dict[str, str]:
     size, classes = run.data["resolution"], run.data["classes"]
     rows = {
-        "Recipe": f"{run.train_arguments[1]}, hash {run.recipe.hash:.12}",
+        "Recipe": f"{run.train_arguments[1]}, seed {run.recipe.training.seed}, hash {run.recipe.hash:.12}",
         "Data": f"{run.data['name']}: {run.data['images']:,} images, {size}x{size}, {classes or 'no'} classes",
     }
     if run.config:
         origin = run.config.provenance
         rows |= {
             "Source": origin.source + (f", sha256 {origin.sha256:.12}" if origin.sha256 else ""),
+            **({"Guide": f"a network with sha256 {origin.guide:.12}"} if origin.guide else {}),
+            **({"Initialized from": f"a generator with sha256 {origin.init:.12}"} if origin.init else {}),
             "Licence": origin.licence or "unknown",
             "Network": f"{run.config.network.kind}, preconditioned as {run.config.preconditioning['kind']}",
         }

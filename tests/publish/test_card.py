@@ -101,6 +101,17 @@ def test_guidance_and_the_average_are_named():
     assert "by its classes: --guidance takes 1 to 3" in ranged
 
 
+def test_a_generator_that_began_from_another_says_so_and_how_to_repeat_it(run: Path):
+    began = replace(CONFIG.provenance, init="2" * 64, guide="3" * 64)
+    text = card(replace(CONFIG, provenance=began), "me/digits", run=read_run(run))
+    assert f"- Initialized from: the generator with sha256 `{'2' * 64}`" in text
+    assert f"- Guide: the checkpoint with sha256 `{'3' * 64}`" in text
+    assert "\nedmdistill train cosim TEACHER --guide GUIDE --init GENERATOR --data digits --recipe" in text
+    plain = card(CONFIG, "me/digits", run=read_run(run))
+    assert "- Guide: " not in plain
+    assert "\nedmdistill train cosim TEACHER --data digits --recipe" in plain
+
+
 def test_a_method_that_makes_its_network_is_given_no_teacher(run: Path):
     recipe = load_recipe("diffusion/digits", "diffusion")
     (run / "recipe.resolved.json").write_bytes(recipe.to_json())

@@ -83,7 +83,7 @@ def test_the_page_is_whole_and_needs_nothing_else(full: Path):
     assert "prefers-color-scheme: dark" in page
     assert "https://a.b/&lt;teacher&gt;.pkl" in page
     assert "if a &lt; b &amp; c: &lt;script&gt;" in page
-    for said in ("It is good.", "cosim/digits-quickstart, hash", "1,000 images seen.", "cc-by-nc-sa-4.0"):
+    for said in ("It is good.", "cosim/digits-quickstart, seed 0, hash", "1,000 images seen.", "cc-by-nc-sa-4.0"):
         assert said in page
     assert "unfinished" not in page
     for section in re.findall(r"<section>(.*?)</section>", page, re.DOTALL):
@@ -122,6 +122,14 @@ def test_what_is_known_of_a_run(full: Path):
     assert facts["Source"] == "https://a.b/&lt;teacher&gt;.pkl, sha256 121212121212"
     assert facts["Data"] == "digits: 1,500 images, 8x8, 10 classes"
     assert facts["Network"] == "edm2, preconditioned as edm"
+    assert ", seed 0, hash " in facts["Recipe"]
+    assert "Initialized from" not in facts
+    began = config["provenance"] | {"init": "34" * 32, "guide": "56" * 32}
+    (full / "generator" / "config.json").write_text(json.dumps(config | {"provenance": began}))
+    facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", report(read_run(full), [])))
+    assert facts["Initialized from"] == "a generator with sha256 343434343434"
+    assert facts["Guide"] == "a network with sha256 565656565656"
+    (full / "generator" / "config.json").write_text(json.dumps(config | {"images_seen": 500}))
     assert "Trained on digits, 1,000 images seen." in page, "by the metrics, which go on after a checkpoint"
     assert "<h1>A generator by cosim, from https://a.b/&lt;teacher&gt;.pkl</h1>" in page
     (full / "metrics.jsonl").unlink()
