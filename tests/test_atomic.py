@@ -120,6 +120,24 @@ def test_without_locks_it_writes_and_removes_nothing(tmp_path: Path, monkeypatch
     assert len(os.listdir(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["removed", "made again"])
+def test_a_folder_that_goes_while_it_is_locked_is_not_locked(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, lock = tmp_path / "folder", fcntl.flock
+    folder.mkdir()
+
+    def late(descriptor: int, operation: int) -> None:
+        folder.rmdir()
+        if again:
+            folder.mkdir()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert atomic.lock_folder(folder) is None
+    assert open_below(tmp_path) == []
+
+
 def test_a_failing_block_changes_nothing(tmp_path: Path):
     write_file(tmp_path / "place", "old")
     with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "place") as new:
