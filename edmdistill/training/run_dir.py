@@ -22,7 +22,7 @@ from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.jsonl import append_line, read_lines, truncate_lines
 from edmdistill.training.identity import RECIPE, RUN, require_same
 
-SESSIONS, METRICS = "sessions.jsonl", "metrics.jsonl"
+SESSIONS, METRICS, LOCK = "sessions.jsonl", "metrics.jsonl", ".lock"
 FOLDERS = "state", "samples", "x0", "ema"
 MetricsLine = dict[str, int | float]
 """A line of metrics.jsonl, with the key `images`."""
@@ -45,10 +45,16 @@ class RunFacts(TypedDict):
 
 
 class RunDir:
-    """An open run directory, from `open_run`.  locked: no other process can open it meanwhile."""
+    """An open run directory, from `open_run`.
 
-    def __init__(self, path: Path, locked: bool = True) -> None:
-        self.path, self.locked = path, locked
+    Args:
+        owner: the ID of the process that has opened it, which is written there; None: not known.
+    Attributes:
+        locked: no other process can open it meanwhile.
+    """
+
+    def __init__(self, path: Path, owner: int | None = None, locked: bool = True) -> None:
+        self.path, self.locked, self._owner = path, locked, owner
         self.state = path / "state"
         self.samples = path / "samples"
         self.x0 = path / "x0"
@@ -56,6 +62,21 @@ class RunDir:
         self.generator = path / "generator"
         self.best = path / "best"
         self._metrics = path / METRICS
+
+    def is_there(self) -> bool:
+        """Returns whether it is still where it was opened."""
+        try:
+            return self._owner is None or (self.path / LOCK).read_text() == str(self._owner)
+        except FileNotFoundError:
+            return (self.path / RUN).is_file()  # nobody needs the lock's file once it is open
+
+    def require_there(self) -> None:
+        """Raises: TrainingError: it was moved or removed, where a write would make it anew without its recipe."""
+        if not self.is_there():
+            raise TrainingError(
+                f"{self.path} was moved or removed while it was trained in: move it back, and run the same command "
+                "again"
+            )
 
     def is_new(self) -> bool:
         """Returns whether nothing has been trained here yet."""
@@ -104,7 +125,7 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
     }
     is_new = _create(path, files)
     _require_run(path)
-    with (path / ".lock").open("a+") as lock:
+    with (path / LOCK).open("a+") as lock:
         locked = _lock(path, lock)
         if require_same(path, files):
             with atomic_write(path / RECIPE) as new:
@@ -115,11 +136,13 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        folder = RunDir(path, locked)
+        folder = RunDir(path, os.getpid(), locked)
         try:
             yield folder
         except BaseException:
-            if is_new and folder.is_new():  # a run that failed before it began must not block the next try
+            if (
+                is_new and folder.is_there() and folder.is_new()
+            ):  # a run that failed before it began must not block the next try
                 shutil.rmtree(path, ignore_errors=True)
             raise
 
@@ -154,8 +177,8 @@ def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
     if not path.is_dir():
         raise TrainingError(f"{path} cannot be created because a file of that name exists; use another --run-dir")
     _require_run(path)
-    if (path / ".lock").exists():
-        with (path / ".lock").open("r+") as lock:
+    if (path / LOCK).exists():
+        with (path / LOCK).open("r+") as lock:
             _lock(path, lock)
     require_same(path, {RECIPE: recipe, RUN: json.dumps(identity).encode()})
 

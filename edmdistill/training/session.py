@@ -154,6 +154,7 @@ class Session:
         run = self.run
         if not has_line(run, self.means):
             return
+        run.engine.on_main(self.folder.require_there)
         line = self.means.line(run.images, run.recipe.training.batch)
         line |= signals(run)
         line["memory"] = max(peak_memory(run.engine.device) - run.memory_before, 0)
@@ -180,7 +181,10 @@ class Session:
         Raises: Diverged: a weight is not finite.  CheckpointError, OSError: the disk refuses.
         """
         run, every = self.run, self.run.recipe.ema.snapshot_every
-        if every is not None and (run.finished or run.due(every)):
+        keeps_averages = every is not None and (run.finished or run.due(every))
+        if keeps_averages or is_snapshot(run) or stopping:
+            run.engine.on_main(self.folder.require_there)
+        if keeps_averages:
             save_ema_snapshots(run, self.folder.ema)  # first, so that a saved state has all averages up to it
         if is_snapshot(run) or stopping:
             self._save_state()

@@ -96,6 +96,34 @@ def test_killed_between_two_states(method, start, whole, recipe, live, tmp_path)
     assert what_it_left(run_dir) == expected
 
 
+@pytest.mark.parametrize("due", ["log_every", "snapshot_every"])
+def test_a_run_that_is_moved_while_it_is_trained_in_is_not_made_anew(due, start, tmp_path):
+    options = {"images": 32, "log_every": 80, "snapshot_every": 80} | {due: 16}
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+
+    def move(images, measures):
+        if images == 8:
+            run_dir.rename(elsewhere)
+            run_dir.mkdir()
+            (run_dir / "notes.txt").write_text("mine")
+
+    with pytest.raises(TrainingError, match="run was moved or removed while it was trained in: move it back"):
+        train(start("diffusion", **options), run_dir, on_round=move, on_message=str)
+    assert [path.name for path in run_dir.iterdir()] == ["notes.txt"]
+    (run_dir / "notes.txt").unlink()
+    run_dir.rmdir()
+    elsewhere.rename(run_dir)
+    assert train(start("diffusion", **options), run_dir, on_message=str).finished
+
+
+def test_nobody_needs_the_file_of_the_lock(start, tmp_path):
+    remove = (tmp_path / "run/.lock").unlink
+    options = {"images": 24, "snapshot_every": 16}
+    assert train(
+        start("diffusion", **options), tmp_path / "run", on_round=lambda *_: remove(missing_ok=True), on_message=str
+    ).finished
+
+
 def test_a_disk_without_locks_is_said_and_trained_on(start, tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
