@@ -94,6 +94,10 @@ def _gamma_sampler(model: Generator, spec: SamplerSpec) -> Sampler:
 
 def _teacher_sampler(model: Denoiser, spec: SamplerSpec) -> Sampler:
     if spec.gamma is not None or spec.times is not None:
+        if model.flow.two_time:
+            raise EdmDistillError(
+                f"gamma and times are for a generator's jumps, and the solver {spec.solver} makes none: leave out one"
+            )
         raise EdmDistillError("gamma and times are for generators, but this is a teacher: use nfe, guidance and churn")
     name, weight = spec.solver or "heun", _guidance_weight(model, spec.guidance)
     if spec.guide is not None and weight == 1:
