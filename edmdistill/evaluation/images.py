@@ -165,6 +165,8 @@ def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
         size = tuple(source.shape[1:])
         return Images(len(source), size, lambda rows: source[rows.start : rows.stop].cpu(), None, None, "unknown")
     path = Path(source)
+    if not is_images(path) and path.exists():
+        raise DatasetError(f"{path} holds no images; of a network, give what load_generator or load_denoiser returns")
     if path.suffix.lower() in ARRAYS and not path.is_dir():
         rows, classes, seeds = open_npz(path) if path.suffix.lower() == ".npz" else (open_npy(path), None, None)
         count, height, width, channels = rows.header.shape

@@ -76,6 +76,8 @@ def test_what_are_images_and_what_a_network(
     if folder == "folder":
         (Path(folder) / file).touch()
         name = folder
+        with pytest.raises(DatasetError, match=r"^folder holds no images; of a network, give what load_generator or"):
+            open_images(folder, 0)
     assert is_images(name) == expected
 
 
