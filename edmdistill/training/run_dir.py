@@ -67,7 +67,7 @@ class RunDir:
         """Returns whether it is still where it was opened."""
         try:
             return self._owner is None or (self.path / LOCK).read_text() == str(self._owner)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return (self.path / RUN).is_file()  # nobody needs the lock's file once it is open
 
     def require_there(self) -> None:
@@ -140,9 +140,8 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
         try:
             yield folder
         except BaseException:
-            if (
-                is_new and folder.is_there() and folder.is_new()
-            ):  # a run that failed before it began must not block the next try
+            # A run that failed before it began must not block the next try.
+            if is_new and folder.is_there() and folder.is_new():
                 shutil.rmtree(path, ignore_errors=True)
             raise
 
