@@ -212,6 +212,8 @@ class Samples:
         if record["request"] != self.request:
             if not overwrite:
                 differs = _difference(record["request"], self.request)
+                if record.get("source") not in (None, self.source):  # it may be another commit of the same repository
+                    differs = f"of {record['source']}, {differs}"
                 raise EdmDistillError(
                     f"{output.folder} holds other samples ({differs}): choose another path, or add --overwrite"
                 )

@@ -207,6 +207,8 @@ def test_other_weights_are_another_request(source: Path, tmp_path: Path) -> None
     result = run(moving, "--seeds", "0-1", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "holds other samples (weights " in result.stderr
+    result = run(source, "--seeds", "0-2", "--out", tmp_path / "out")
+    assert f"holds other samples (of {moving}, seeds 0-1 there, 0-2 now): choose another path" in result.stderr
 
 
 def test_an_npz_is_read_as_before(source: Path, tmp_path: Path) -> None:
