@@ -14,6 +14,7 @@ from edmdistill.cli import main
 from edmdistill.cli import train as module
 from edmdistill.errors import EdmDistillError
 from edmdistill.machine.engine import Machine
+from edmdistill.networks.preconditioning import VE
 from edmdistill.planning.fit import Fitted
 
 TEACHER = str(Path(assets.__file__).with_name("digits-teacher.pkl"))
@@ -233,3 +234,14 @@ def test_networks_are_compiled_before_they_are_sampled(
     invoke(*line.replace("SOURCE", source).split(), "--device", "cpu", "--compile", "default")
     mode, model, spec = given
     assert (mode, model.label_dim, spec.nfe) == ("default", 10, 1)
+
+
+@pytest.mark.parametrize(
+    "line", ["sample SOURCE --out a", "eval SOURCE --protocol digits", "sweep SOURCE --protocol digits"]
+)
+def test_noise_levels_are_those_of_the_network(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = str(tiny_generator(tmp_path / "generator", preconditioning=VE()))
+    for level in ("101", "100,.01"):
+        refused = invoke(*line.replace("SOURCE", source).split(), "--device", "cpu", "--t", level)
+        assert "is out of range; this network takes 0.02 to 100" in refused.stderr
