@@ -115,8 +115,9 @@ def test_fit_chooses_by_what_is_trained(prepared: dict[str, Any], monkeypatch: p
         return Fitted(machine._replace(micro_batch=8), memory, 10**6, 1.0)
 
     monkeypatch.setattr("edmdistill.planning.fit.fit_run", fit_run)
+    monkeypatch.setattr("edmdistill.machine.launch.process_rank", lambda: (0, 3))
     train("--fit", "2GB", "--guide", "g", "--device", "cpu", "--set", "training.batch=16")
-    assert asked == {"data": "d", "teacher": "t", "guide": "g", "processes": 1, "batch": 16, "memory": 2e9}
+    assert asked == {"data": "d", "teacher": "t", "guide": "g", "processes": 3, "batch": 16, "memory": 2e9}
     assert prepared["machine"].micro_batch == 8
 
 
