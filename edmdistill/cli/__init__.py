@@ -119,11 +119,15 @@ class LazyGroup(click.Group):
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ends the process with 130 at Ctrl-C, of which click would say "Aborted!", and give 1."""
+    """Ends the process with 130 at Ctrl-C, of which click would say "Aborted!", and give 1.
+
+    The main process says so, and what the command that was interrupted has to say; see `cli.options.interruptible`.
+    """
     try:
         yield
-    except KeyboardInterrupt:
-        click.echo("Interrupted.", err=True)
+    except KeyboardInterrupt as interrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            click.echo(f"Interrupted: {interrupt}" if interrupt.args else "Interrupted.", err=True)
         sys.exit(130)
 
 

@@ -297,8 +297,6 @@ def measure(measurements: Measurements, folder: Path | None, show: Callable[[Seq
         rest = "the measurement in progress is lost"
         if work is not None:
             rest = f"the same command goes on with what is kept in {work.root}"
-        if main:
-            click.echo(f"Interrupted: {count if results else 'no measurement is done yet'}; {rest}.", err=True)
-        sys.exit(130)
+        raise KeyboardInterrupt(f"{count if results else 'no measurement is done yet'}; {rest}.")
     if failures:
         raise NotFiniteError("; ".join(failures))

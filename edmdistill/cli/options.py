@@ -79,13 +79,11 @@ def second_moment_option(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def interruptible(kept: Callable[[], str]) -> Iterator[None]:
-    """At Ctrl-C, ends the command with 130; the main process says on stderr what is kept, and what is lost."""
+    """A context that Ctrl-C ends with a sentence on what is kept, and what is lost."""
     try:
         yield
-    except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)) == 0:
-            click.echo(f"Interrupted: {kept()}", err=True)
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(kept()) from interrupt
 
 
 @contextmanager
