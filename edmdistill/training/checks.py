@@ -43,6 +43,10 @@ def require_options(recipe: Recipe, machine: Machine) -> None:
         raise TrainingError("the states of adam8bit cannot be sharded: leave out --shard, or choose another optimizer")
     if "optimizer" in machine.offload and optimizer != "adam":
         raise TrainingError(f"--offload optimizer is for adam, but the recipe uses {optimizer}: leave out one of them")
+    if "teacher" in machine.offload and not any(role.frozen for role in recipe.roles.values()):
+        raise TrainingError(
+            f"--offload teacher has no effect: {recipe.method_name} trains all of its networks; leave teacher out"
+        )
     if machine.second_moment != "fp32" and optimizer != "adam":
         raise TrainingError(
             f"--second-moment {machine.second_moment} has no effect: it is for adam, and the recipe uses {optimizer}; "

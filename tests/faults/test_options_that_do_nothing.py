@@ -51,6 +51,11 @@ EMPTY_ENTRIES = (
         (f"{TRAIN} --micro-batch none", "--micro-batch none is not a number of images: use a number, or auto"),
         (f"{TRAIN} --stop-on foo", "'foo' is not known; choose one of collapse, saturation, runaway, quality, nan"),
         *((words, "has an empty entry: write one comma between two entries, and none at") for words in EMPTY_ENTRIES),
+        (
+            f"{DIFFUSION} training.seed=1 --offload ema,teacher",
+            "diffusion trains all of its networks; leave teacher out",
+        ),
+        ("plan sct/digits digits --offload teacher", "--offload teacher has no effect: sct trains all of its networks"),
         (f"{TRAIN} --fit 12", "'12' is not an amount of memory: write auto, or as in 48GB or 44.5GiB."),
         ("sample digits --out a.npz --latents --device cpu", "because the network works on pixels: leave it out"),
         ("sweep a.npz --protocol digits --nfe 1", "a sweep samples a network, and a.npz is images: measure them with"),
