@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edmdistill.checkpoints.encoder import Encoding
-from edmdistill.data.files import Files, Member, canonical_name, require_readable
+from edmdistill.data.files import Files, Member, as_dataset_error, canonical_name, require_readable
 from edmdistill.data.labels import Labels, read_labels
 from edmdistill.errors import DatasetError, counted, printable
 
@@ -43,6 +45,7 @@ class Contents:
         absent: files in dataset.json that are not there.
         encoding: how latents were made, as far as dataset.json says.
         prepared: how `data prepare` made images, where it did.
+        missing: how many images `edmdistill sample` has still to draw into it, as far as its record says.
     """
 
     images: Sequence[Member]
@@ -53,6 +56,7 @@ class Contents:
     absent: Sequence[str] = ()
     encoding: Encoding | None = None
     prepared: dict[str, Any] | None = None
+    missing: int = 0
 
     def notes(self, name: str) -> list[str]:
         """Returns sentences on what was left out of the set of this name."""
@@ -67,7 +71,30 @@ class Contents:
                 f"{name}: {LABELS} labels {counted(count, 'file')} that {'are' if count > 1 else 'is'} not there, "
                 f"the first {printable(self.absent[0])}."
             )
+        if self.missing:
+            notes.append(unfinished(name, self.missing))
         return notes
+
+
+def unfinished(name: str, missing: int) -> str:
+    """Returns a sentence on a set of this name into which `edmdistill sample` has still to draw so many images."""
+    return f"{name}: {counted(missing, 'image')} of its `edmdistill sample` are not drawn yet; run that command again."
+
+
+def missing_samples(files: Files, left_out: Mapping[str, str], images: int) -> int:
+    """Returns how many images the record of `edmdistill sample` among these files misses, 0 without one.
+
+    Args:
+        images: that are there.
+    """
+    record = next((name for name, reason in left_out.items() if reason in SAMPLES.values()), None)
+    if record is None:
+        return 0
+    with suppress(DatasetError), as_dataset_error(str):
+        document = json.loads(files.read(record))
+        if document["complete"] is False:
+            return max(int(document["count"]) - images, 1)
+    return 0
 
 
 def read_contents(files: Files) -> Contents:
@@ -93,7 +120,7 @@ def read_contents(files: Files) -> Contents:
     require_readable(path, images)
     ignored = {canonical_name(name) for name in left_out}
     labels = read_labels(files, documents[0], by_name, ignored) if documents else Labels()
-    return Contents(images, left_out, latent, *labels)
+    return Contents(images, left_out, latent, *labels, missing=missing_samples(files, left_out, len(images)))
 
 
 def sort_files(

@@ -14,7 +14,7 @@ import numpy as np
 
 from edmdistill.checkpoints.class_names import imagenet_synsets
 from edmdistill.data import cifar10, mnist, parquet
-from edmdistill.data.contents import LABELS, by_canonical_name, sort_files, summarize
+from edmdistill.data.contents import LABELS, by_canonical_name, missing_samples, sort_files, summarize, unfinished
 from edmdistill.data.files import (
     Files,
     FolderFiles,
@@ -131,6 +131,8 @@ def open_picture_files(files: Files, rule: str, most: int | None = None) -> Pict
     require_readable(files.path, [*images, *([document] if document else [])])
     names = [member.name for member in images]
     labeled, notes = Labels(), list[str]()
+    if missing := missing_samples(files, left_out, len(images)):
+        notes.append(unfinished(str(files.path), missing))
     if rule == "auto" and document is None and documents:
         first = printable(documents[0].name)
         notes.append(f"{first} is not read, because it is not at the top of the source; prepare its folder alone")

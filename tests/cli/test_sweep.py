@@ -165,3 +165,9 @@ def test_what_guides_nothing_is_refused(checkpoints: dict[str, str], option: lis
     words = [checkpoints["teacher"] if word == "TEACHER" else word for word in option]
     result = run("sweep", checkpoints["teacher"], "--nfe", "3", *words, *weights)
     assert (result.exit_code, "guidance" in result.stderr, "leave" in result.stderr) == (2, True, True)
+
+
+def test_a_solver(checkpoints: dict[str, str]) -> None:
+    words = ("--nfe", "2,4", "--solver", "ddim", "--metrics", "fd_digits", "--json")
+    swept = json.loads(run("sweep", checkpoints["teacher"], *words).stdout)["results"]
+    assert [(one["sampler"]["solver"], one["sampler"]["nfe"]) for one in swept] == [("ddim", 2), ("ddim", 4)]

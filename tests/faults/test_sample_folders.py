@@ -16,6 +16,7 @@ from waiting import wait_until
 
 from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
+from edmdistill.data.prepare import prepare_data
 from edmdistill.sampling import job
 
 
@@ -217,3 +218,16 @@ def test_an_npz_is_read_as_before(source: Path, tmp_path: Path) -> None:
         assert file["seeds"].tolist() == [5, 3, 9]
         assert (file["images"].shape, file["images"].dtype) == ((3, 8, 8, 1), np.uint8)
         assert file["labels"].shape == (3,)
+
+
+def test_a_set_that_is_half_drawn_says_so(tmp_path: Path, source: Path, interrupt: Callable[[int], list[int]]) -> None:
+    """To every command that takes it as data; an interrupted one is easily taken for a whole one."""
+    out = tmp_path / "set"
+    interrupt(2)
+    assert run(source, "--seeds", "0-7", "--batch", 2, "--out", out).exit_code == 130
+    sentence = f"{out}: 4 images of its `edmdistill sample` are not drawn yet; run that command again."
+    assert sentence in open_dataset(out).notes
+    assert sentence in prepare_data(out, tmp_path / "a.zip", labels="none").notes
+    assert run(source, "--seeds", "0-7", "--batch", 2, "--out", out).exit_code == 0
+    assert open_dataset(out).source_notes == []
+    assert prepare_data(out, tmp_path / "b.zip").notes == ()
