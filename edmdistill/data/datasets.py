@@ -25,6 +25,7 @@ from edmdistill.checkpoints.encoder import UNRECORDED, Encoding
 from edmdistill.data.contents import read_contents
 from edmdistill.data.decode import decode_array, decode_image
 from edmdistill.data.files import EXPECTED, Files, Member, as_dataset_error, open_files
+from edmdistill.data.given import checked_classes, require_stored
 from edmdistill.data.latents import checked_moments
 from edmdistill.embedded import EMBEDDED, EmbeddedSet
 from edmdistill.errors import DatasetError, counted, printable
@@ -60,8 +61,8 @@ class Dataset:
         label_names: the name of each class, or None.
         source_notes: `notes` without the one on classes without images.
     Raises:
-        DatasetError: an image cannot be read, is not square, or differs in shape from the first; or xflip of
-            latents.
+        DatasetError: there are no images; one cannot be read, is not square, not stored as above, or differs in shape
+            from the first; the classes are not one for each; or xflip of latents.
     """
 
     def __init__(
@@ -82,12 +83,16 @@ class Dataset:
     ) -> None:
         self.name, self.split, self.xflip, self.prepared = name, split, xflip, prepared
         self.turned = turned
+        if not len(files):
+            raise DatasetError(f"{name} has no images: give at least one")
+        labels = checked_classes(labels, len(files), name)
         self.label_dim = 0 if labels is None else max(int(labels.max()) + 1, len(label_names or ()))
         self.label_names = None if label_names is None else list(label_names)
         self._content, self.source_notes = content, list(notes)
         self._labels = np.tile(labels, 2) if xflip and labels is not None else labels
         self.files, self._read = files, read
         first = read(0)
+        require_stored(first, f"{name}: {files[0]}")
         self.latent = first.dtype != np.uint8
         self._shape = first.shape
         self.img_channels, self.img_resolution = len(first) // 2 if self.latent else len(first), first.shape[2]
@@ -257,6 +262,7 @@ class Dataset:
 
     def _checked(self, i: int) -> Stored:
         image = self._read(i)
+        require_stored(image, f"{self.name}: {self.files[i]}")
         if image.shape != self._shape:
             first = self._read(0)
             raise DatasetError(
