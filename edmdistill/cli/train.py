@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -146,7 +146,7 @@ def command(
         source = find_recipe(recipe)
         resolved = source.resolve(method, sets)
         require_measured(resolved, stop_on)
-        machine, notes = _fitted(fit, resolved, machine, data, teacher, guide)
+        machine, notes = _fitted(fit, resolved, machine, data=data, teacher=teacher, guide=guide, init=init)
         run = prepare(
             resolved,
             data=data,
@@ -260,15 +260,19 @@ def _progress(run: "Run", stack: ExitStack) -> Callable[[int, dict[str, float]],
 
 
 def _fitted(
-    memory: float | str | None, recipe: "Recipe", machine: "Machine", data: str, teacher: str | None, guide: str | None
+    memory: float | str | None, recipe: "Recipe", machine: "Machine", **sources: Any
 ) -> tuple["Machine", tuple[str, ...]]:
-    """Returns how the hardware is used with --fit, and a sentence on it."""
+    """Returns how the hardware is used with --fit, and a sentence on it.
+
+    Args:
+        sources: data, teacher, guide and init.
+    """
     if memory is None:
         return machine, ()
     from edmdistill.machine.launch import process_rank
     from edmdistill.planning.fit import fit_run, main_choice
 
-    choose = partial(fit_run, recipe, machine, memory, show_stage, data=data, teacher=teacher, guide=guide)
+    choose = partial(fit_run, recipe, machine, memory, show_stage, **sources)
     machine, sentence = main_choice(machine, partial(choose, processes=process_rank()[1]))
     if sentence:
         show_stage("")

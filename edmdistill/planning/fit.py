@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from edmdistill.checkpoints.load import outline
 from edmdistill.errors import TrainingError
 from edmdistill.machine.compile import CUDA_GRAPHS
 from edmdistill.machine.devices import pick_device
@@ -21,6 +22,7 @@ from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.gpu_options import require_gpu
 from edmdistill.machine.gpus import GPU, HERE, measure_this_machine
 from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.planning.document import PlanRequest
 from edmdistill.planning.outlines import outline_guide, outline_teacher
 from edmdistill.planning.plan import Measurement, Plan, images_per_second, make_plan, measure, split_batch
@@ -28,6 +30,7 @@ from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import compile_mode
 from edmdistill.training.ema import profiles
 from edmdistill.training.micro_batch import HEADROOM, fewest_fit
+from edmdistill.training.sources import no_teacher, starts_from_init
 from edmdistill.transfer import is_gpu
 
 PARTS = "ema", "teacher", "optimizer"
@@ -204,22 +207,29 @@ def fit_run(
     data: str,
     teacher: str | None,
     guide: str | None,
+    init: str | None = None,
     processes: int,
 ) -> Fitted:
     """Returns the fastest way to train on this machine.
 
     Args:
         memory: bytes, or "auto": what the GPU has beside CUDA's context.
-        data, teacher, guide: as for `prepare`.
-    Raises: TrainingError: nothing fits; or there is no GPU, and no memory was named.
+        data, teacher, guide, init: as for `prepare`.
+    Raises: TrainingError: nothing fits; there is no GPU, and no memory was named; or no teacher.
     """
     device = pick_device(machine.device)  # the current one, whose speed is measured
     if isinstance(memory, str):
         require_gpu(device, "--fit auto")
         memory = torch.cuda.get_device_properties(device).total_memory - CONTEXT
+    if teacher is None and init is not None and starts_from_init(recipe):
+        flow = drop_second_time(outline(init))
+    elif teacher is None and recipe.network is None:
+        raise no_teacher(recipe.method_name)
+    else:
+        flow = outline_teacher(recipe, teacher, None, data if teacher is None else None)
     return fit(
         recipe,
-        outline_teacher(recipe, teacher, None, data if recipe.network is not None and teacher is None else None),
+        flow,
         machine,
         memory,
         measure_this_machine(),

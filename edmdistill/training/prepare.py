@@ -33,7 +33,7 @@ from edmdistill.training.probe import Probe
 from edmdistill.training.roles import build_roles, place_networks
 from edmdistill.training.run import Run
 from edmdistill.training.snapshot import grid_decoder
-from edmdistill.training.sources import Init, make_network, read_init
+from edmdistill.training.sources import Init, make_network, no_teacher, read_init, starts_from_init
 from edmdistill.training.trackers import require_trackers
 
 
@@ -115,13 +115,13 @@ def read_sources(
     stages = recipe.method_class.first_stages
     if teacher is not None:
         flow, config = read_first_stage(teacher, stages) if stages else read_teacher(teacher)
-    elif warm_start is not None and not any(role.frozen for role in recipe.roles.values()):
+    elif warm_start is not None and starts_from_init(recipe):
         flow, config = drop_second_time(warm_start.flow), warm_start.config
     elif recipe.network is not None:
         torch.manual_seed(recipe.training.seed)
         flow, config = make_network(recipe.network, dataset, name)
     else:
-        raise TrainingError(f"{name} needs a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
+        raise no_teacher(name)
     return Sources(dataset, flow, config, None if guide is None else read_teacher(guide), warm_start)
 
 

@@ -98,6 +98,16 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items() if not name.startswith("head.")}
 
 
+def starts_from_init(recipe: Recipe) -> bool:
+    """Returns whether a run needs no teacher beside a generator to start from: none of its networks stays the same."""
+    return not any(role.frozen for role in recipe.roles.values())
+
+
+def no_teacher(name: str) -> TrainingError:
+    """Returns the error of a run by this method that has nothing to start from."""
+    return TrainingError(f"{name} needs a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
+
+
 def read_init(source: str | Path, recipe: Recipe) -> Init:
     """Returns a generator for a recipe to start from.
 

@@ -116,8 +116,9 @@ def test_fit_chooses_by_what_is_trained(prepared: dict[str, Any], monkeypatch: p
 
     monkeypatch.setattr("edmdistill.planning.fit.fit_run", fit_run)
     monkeypatch.setattr("edmdistill.machine.launch.process_rank", lambda: (0, 3))
-    train("--fit", "2GB", "--guide", "g", "--device", "cpu", "--set", "training.batch=16")
-    assert asked == {"data": "d", "teacher": "t", "guide": "g", "processes": 3, "batch": 16, "memory": 2e9}
+    train("--fit", "2GB", "--guide", "g", "--init", "i", "--device", "cpu", "--set", "training.batch=16")
+    sources = {"data": "d", "teacher": "t", "guide": "g", "init": "i"}
+    assert asked == sources | {"processes": 3, "batch": 16, "memory": 2e9}
     assert prepared["machine"].micro_batch == 8
 
 

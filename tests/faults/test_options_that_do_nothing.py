@@ -10,6 +10,7 @@ from edmdistill.cli import main
 TEACHER = "digits"
 TRAIN = "train cosim digits --data digits --recipe cosim/digits-quickstart --run-dir out --device cpu --dry-run"
 DIFFUSION = f"{TRAIN.replace('cosim digits', 'diffusion').replace('cosim/digits-quickstart', 'diffusion/digits')} --set"
+SCT = "train sct --data digits --recipe sct/digits --run-dir out --device cpu --dry-run"
 SAMPLE = "sample digits --out out --device cpu"
 EMPTY_ENTRIES = (
     f"{SAMPLE} --seeds 0,",
@@ -56,6 +57,7 @@ EMPTY_ENTRIES = (
             "diffusion trains all of its networks; leave teacher out",
         ),
         ("plan sct/digits digits --offload teacher", "--offload teacher has no effect: sct trains all of its networks"),
+        (f"{SCT} --fit 1GB", "sct needs a teacher: name its checkpoint, edmdistill train sct TEACHER ..."),
         (f"{TRAIN} --fit 12", "'12' is not an amount of memory: write auto, or as in 48GB or 44.5GiB."),
         ("sample digits --out a.npz --latents --device cpu", "because the network works on pixels: leave it out"),
         ("sweep a.npz --protocol digits --nfe 1", "a sweep samples a network, and a.npz is images: measure them with"),

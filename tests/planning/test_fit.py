@@ -171,15 +171,18 @@ def test_a_run_is_fitted_with_all_that_was_named(shard: bool, monkeypatch: pytes
     monkeypatch.setattr(module, "outline_guide", lambda guide: f"shape of {guide}")
     monkeypatch.setattr(module, "measure_this_machine", lambda: GPU_AT_HAND)
     monkeypatch.setattr(module, "pick_device", torch.device)
-    made = load_recipe("diffusion/digits")
-    for device, recipe, teacher, source in (
-        ("cuda", RECIPE, "teacher", ("teacher", None, None)),  # the data give no shape
-        ("cuda", made, "teacher", ("teacher", None, None)),
-        ("cpu", made, None, (None, None, "digits")),
+    monkeypatch.setattr(module, "outline", lambda init: f"shape of {init}")
+    monkeypatch.setattr(module, "drop_second_time", lambda flow: (flow, "one time"))
+    made, learnt = load_recipe("diffusion/digits"), load_recipe("sct/digits")
+    for device, recipe, teacher, init, source in (
+        ("cuda", RECIPE, "teacher", "generator", ("teacher", None, None)),  # the data give no shape
+        ("cuda", made, "teacher", None, ("teacher", None, None)),
+        ("cpu", made, None, None, (None, None, "digits")),
+        ("cpu", learnt, None, "generator", ("shape of generator", "one time")),
     ):
         machine = Machine(device, shard=shard)
         with pytest.raises(Asked) as asked:
-            fit_run(recipe, machine, 5e9, data="digits", teacher=teacher, guide="guide", processes=3)
+            fit_run(recipe, machine, 5e9, data="digits", teacher=teacher, guide="guide", init=init, processes=3)
         given, more = asked.value.args
         assert given == (recipe, source, machine, 5e9, GPU_AT_HAND)
         assert (more["guide"], more["processes"]) == ("shape of guide", 3)
