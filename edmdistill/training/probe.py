@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.errors import TrainingError
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Turn
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.training.meta import CachedShapes
@@ -47,12 +48,14 @@ class Probe:
         return self.networks[role]
 
     def loss(self, turn: Turn, rows: int) -> Loss:
-        """Returns the turn's loss on so many images."""
+        """Returns the turn's loss on so many images.  Raises: TrainingError: it is none; see `require_loss`."""
         network = self.product
         assert isinstance(network, FlowNetwork)
         shape = rows, network.img_channels, network.img_resolution, network.img_resolution
         labels = torch.empty(rows, network.label_dim, device="meta") if network.label_dim else None
-        return turn.whole(Batch(torch.empty(shape, device="meta"), labels, LATE), Draws(0, rows, device="meta"))
+        loss = turn.whole(Batch(torch.empty(shape, device="meta"), labels, LATE), Draws(0, rows, device="meta"))
+        require_loss(loss, rows, f"{type(self.method).__name__}, the turn of {turn.role}")
+        return loss
 
     def unused(self) -> dict[str, set[str]]:
         """Returns the parameters of each trained role that no loss of its turns reaches."""
@@ -65,3 +68,21 @@ class Probe:
             unused[turn.role] = unused.get(turn.role, idle) & idle
             network.zero_grad(set_to_none=True)
         return unused
+
+
+def require_loss(loss: object, rows: int, where: str) -> None:
+    """Checks what a method's turn has returned for so many images.
+
+    Raises: TrainingError: it is no Loss, or a part of it has another shape than the Loss says, or no gradient.
+    """
+    if not isinstance(loss, Loss):
+        raise TrainingError(f"{where}: the loss is a {type(loss).__name__}: return a Loss of value, t and signals")
+    parts = {"value": (loss.value, [rows]), "t": (loss.t, [rows])}
+    parts |= {f"signals[{name!r}]": (signal, []) for name, signal in loss.signals.items()}
+    for name, (part, shape) in parts.items():
+        if not isinstance(part, Tensor) or list(part.shape) != shape:
+            found = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            what = "a mean over the samples, a tensor of no dimension" if not shape else "a number for each sample"
+            raise TrainingError(f"{where}: {name} of {rows} samples is {found}, but must be {what}")
+    if not loss.value.requires_grad:
+        raise TrainingError(f"{where}: the loss does not depend on the network that it trains, or is detached from it")
