@@ -200,6 +200,13 @@ def test_latents_are_decoded(runs: dict[str, Path], golden: Path, tmp_path: Path
     assert "already exists" in other.stderr
 
 
+def test_another_vae_than_the_checkpoint_s_is_said(golden: Path, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "latent", channels=4, encoder=LATENTS | {"vae_sha256": "0" * 64})
+    vae = golden / "evaluation/latents/tiny-vae"
+    result = run(source, "--seeds", "0", "--vae", vae, "--out", tmp_path / "a.npz")
+    assert (result.exit_code, "other weights" in result.stderr) == (0, True)
+
+
 def test_the_layout_of_adm(runs: dict[str, Path], tmp_path: Path) -> None:
     assert run(runs["run"], "--seeds", "0-2", "--out", tmp_path / "a.npz", "--layout", "adm").exit_code == 0
     with np.load(tmp_path / "a.npz") as file:
