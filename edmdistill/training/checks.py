@@ -133,7 +133,15 @@ def require_edm_time(recipe: Recipe, networks: Collection[FlowNetwork]) -> None:
 
 
 def require_measured(recipe: Recipe, stop_on: Collection[str]) -> None:
-    """Raises: TrainingError: a run would stop on a metric that its recipe does not measure."""
+    """Raises: TrainingError: a run would stop on a metric that its recipe does not measure, or on generated images that
+    its method does not make.
+    """
+    unseen = [alarm for alarm in ("collapse", "saturation") if alarm in stop_on]
+    if unseen and recipe.method_class.product == "teacher":
+        raise TrainingError(
+            f"--stop-on {unseen[0]} has no effect: it watches generated images, and {recipe.method_name} trains a "
+            "teacher and makes none; leave it out"
+        )
     if "quality" in stop_on and recipe.evaluation is UNSET:
         every = recipe.training.log_every * math.ceil(32_000 / recipe.training.log_every)
         raise TrainingError(

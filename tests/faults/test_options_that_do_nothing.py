@@ -57,6 +57,10 @@ EMPTY_ENTRIES = (
             "diffusion trains all of its networks; leave teacher out",
         ),
         ("plan sct/digits digits --offload teacher", "--offload teacher has no effect: sct trains all of its networks"),
+        (
+            f"{DIFFUSION} training.seed=1 --stop-on nan,saturation",
+            "--stop-on saturation has no effect: it watches gener",
+        ),
         (f"{SCT} --fit 1GB", "sct needs a teacher: name its checkpoint, edmdistill train sct TEACHER ..."),
         (f"{TRAIN} --fit 12", "'12' is not an amount of memory: write auto, or as in 48GB or 44.5GiB."),
         ("sample digits --out a.npz --latents --device cpu", "because the network works on pixels: leave it out"),
