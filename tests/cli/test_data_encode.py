@@ -26,6 +26,18 @@ def make_images(folder: Path, count: int) -> Path:
     return folder
 
 
+def test_another_precision_overwrites(golden: Path, tmp_path: Path) -> None:
+    images, out = make_images(tmp_path / "images", 2), tmp_path / "a.zip"
+    (images / "notes.txt").touch()
+    words = ["data", "encode", images, out, "--vae", golden / "evaluation/latents/tiny-vae", "--device", "cpu"]
+    first = CliRunner().invoke(main, [*map(str, words)])
+    assert "left out 1 file: not an image (notes.txt)" in first.stderr
+    exact = open_dataset(out).tensors(range(2))[0]
+    assert CliRunner().invoke(main, [*map(str, words), "--dtype", "bf16", "--overwrite"]).exit_code == 0
+    rounded = open_dataset(out).tensors(range(2))[0]
+    assert 0 < (exact - rounded).abs().max() < 0.1
+
+
 def test_encode(golden: Path, tmp_path: Path) -> None:
     images, vae = make_images(tmp_path / "images", 3), str(golden / "evaluation/latents/tiny-vae")
     arguments = ["data", "encode", str(images), str(tmp_path / "a.zip"), "--vae", vae, "--xflip", "--dtype", "bf16"]
