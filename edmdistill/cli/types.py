@@ -174,7 +174,7 @@ class OutputPath(click.Path):
 
     Args:
         suffixes: of the file, in lower case; none = any. Case is ignored.
-        moved: it is made aside and moved to its place, which . and .. cannot be.
+        moved: it is made aside and moved to its place, which neither ., .. nor a place of a mounted disk can be.
     """
 
     NAME_BYTES, PATH_BYTES = 255, 4096
@@ -196,7 +196,7 @@ class OutputPath(click.Path):
             self.fail(f"{text} names a user who does not exist on this machine; write the path in full.", param, ctx)
         if whole == Path(whole.anchor):
             self.fail(f"{text} is the root folder; name a folder inside it.", param, ctx)
-        if self.moved and path.name in ("", ".."):
+        if self.moved and (path.name in ("", "..") or os.path.ismount(path)):
             self.fail(f"{text} cannot be replaced; name a folder in it, as in {Path(text, 'NAME')}.", param, ctx)
         if max(len(os.fsencode(part)) for part in whole.parts) > self.NAME_BYTES or len(bytes(whole)) > self.PATH_BYTES:
             self.fail(f"the name is longer than the {self.NAME_BYTES} bytes a file name may have.", param, ctx)

@@ -1,5 +1,8 @@
 """The run directory: created whole or not at all, locked by one process, and never shared by two runs.
 
+An empty folder that exists may be where a disk is mounted, or the working directory. It is not replaced but filled, and
+is a run directory once it has recipe.resolved.json.
+
 It holds recipe.toml, recipe.resolved.json, run.json, sessions.jsonl, metrics.jsonl, state/, samples/, x0/, ema/,
 generator/, with [evaluation] best/, and with --profile profile/.
 """
@@ -12,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, TypedDict
@@ -22,7 +26,7 @@ from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.jsonl import append_line, read_lines, truncate_lines
 from edmdistill.training.identity import RECIPE, RUN, require_same
 
-SESSIONS, METRICS, LOCK = "sessions.jsonl", "metrics.jsonl", ".lock"
+TOML, SESSIONS, METRICS, LOCK = "recipe.toml", "sessions.jsonl", "metrics.jsonl", ".lock"
 FOLDERS = "state", "samples", "x0", "ema"
 MetricsLine = dict[str, int | float]
 """A line of metrics.jsonl, with the key `images`."""
@@ -119,10 +123,11 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
     Raises: TrainingError: the directory is another run's, is no run directory, or is in use.
     """
     files = {
-        "recipe.toml": recipe_text.encode(),
-        RECIPE: recipe,
+        TOML: recipe_text.encode(),
         RUN: json.dumps(identity, indent=2).encode() + b"\n",
+        RECIPE: recipe,
     }
+    was_there = path.is_dir()
     is_new = _create(path, files)
     _require_run(path)
     with (path / LOCK).open("a+") as lock:
@@ -142,19 +147,19 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
         except BaseException:
             # A run that failed before it began must not block the next try.
             if is_new and folder.is_there() and folder.is_new():
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path, keep_folder=was_there)
             raise
 
 
 def _create(path: Path, files: Mapping[str, bytes]) -> bool:
     """Makes the directory with its files.  Returns: False if there is one already."""
     try:
-        with atomic_write(path, replace=False) as new:
-            new.mkdir()
-            for name, content in files.items():
-                (new / name).write_bytes(content)
-            for folder in FOLDERS:
-                (new / folder).mkdir()
+        if _is_blank(path):
+            _fill(path, files)
+        else:
+            with atomic_write(path, replace=False) as new:
+                new.mkdir()
+                _fill(new, files)
         return True
     except (FileExistsError, CheckpointError) as error:
         if path.is_dir():
@@ -163,12 +168,43 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
         raise TrainingError(f"{path} cannot be created: {reason}; use another --run-dir") from error
 
 
+def _is_blank(path: Path) -> bool:
+    """Returns whether it is a folder that is empty, or has only what `_fill` writes before the last file."""
+    return path.is_dir() and all(
+        entry.name in (TOML, RUN)
+        or (entry.name in FOLDERS and not any(entry.iterdir()))
+        or fnmatch(entry.name, ".*.new")  # of a write that was killed
+        for entry in path.iterdir()
+    )
+
+
+def _fill(path: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the files of a new run, the last of which makes it one."""
+    for name in FOLDERS:
+        (path / name).mkdir(exist_ok=True)
+    for name, content in files.items():
+        with atomic_write(path / name) as new:
+            new.write_bytes(content)
+
+
+def _remove(path: Path, keep_folder: bool) -> None:
+    """Removes a run directory, or empties it, as far as the system lets it."""
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink()
+    if not keep_folder:
+        path.rmdir()
+
+
 def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
     """Checks that `open_run` would succeed, and changes nothing.  Raises: TrainingError: it would not."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        parent = next(folder for folder in Path(os.path.realpath(path)).parents if os.path.lexists(folder))
+    if not path.exists() or _is_blank(path):
+        real = Path(os.path.realpath(path))
+        existing = next(folder for folder in (real, *real.parents) if os.path.lexists(folder))
         try:
-            with TemporaryDirectory(prefix=".edmdistill-", dir=parent):  # the only way to know that it is allowed
+            with TemporaryDirectory(prefix=".edmdistill-", dir=existing):  # the only way to know that it is allowed
                 pass
         except OSError as error:
             raise TrainingError(f"{path} cannot be created: {error.strerror}; use another --run-dir") from error

@@ -56,12 +56,17 @@ def test_what_cannot_be_written(source: Path, tmp_path: Path, command: str, out:
 @pytest.mark.parametrize(
     "line", ["convert SOURCE OUT", "ema SOURCE --sigma-rel .1 --out OUT", "export SOURCE --to nvidia --out OUT"]
 )
-@pytest.mark.parametrize(("out", "advice"), [("./", "as in NAME."), ("a/..", "as in a/../NAME.")])
-def test_a_folder_without_a_name_of_its_own(
+@pytest.mark.parametrize(
+    ("out", "advice"), [("./", "as in NAME."), ("a/..", "as in a/../NAME."), ("disk", "as in disk/NAME.")]
+)
+def test_a_folder_that_cannot_be_moved(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, out: str, advice: str
 ) -> None:
+    """One without a name of its own, or where a disk is mounted, as a container's volume."""
     (tmp_path / "a").mkdir()
+    (tmp_path / "disk").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "disk")
     result = CliRunner().invoke(main, [{"SOURCE": str(source), "OUT": out}.get(word, word) for word in line.split()])
     assert (result.exit_code, f"{out} cannot be replaced; name a folder in it, {advice}" in result.stderr) == (2, True)
 

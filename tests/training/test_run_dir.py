@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,10 +30,40 @@ def test_made_whole_and_gone_back_to(tmp_path):
         assert not folder.is_new()
 
 
-def test_an_empty_directory_is_taken(tmp_path):
-    (tmp_path / "a").mkdir()
-    with opened(tmp_path / "a"):
+def test_an_empty_directory_is_filled(tmp_path, monkeypatch):
+    """Not replaced: a disk may be mounted there, and a shell be in it."""
+    there = tmp_path / "a"
+    there.mkdir()
+    inode = there.stat().st_ino
+    check_run(there, RECIPE, IDENTITY)
+    with pytest.raises(ZeroDivisionError):
+        fail_after(0, there)
+    assert there.stat().st_ino == inode
+    assert not list(there.iterdir())
+    monkeypatch.chdir(there)
+    with opened(Path(".")) as folder:
+        folder.log({"images": 8})
+    assert there.stat().st_ino == inode
+    assert json.loads((there / "recipe.resolved.json").read_text()) == json.loads(RECIPE)
+    with opened(there) as folder:
+        assert not folder.is_new()
+
+
+def test_what_was_killed_before_it_was_a_run_directory_is_filled(tmp_path):
+    with opened(tmp_path / "whole"):
         pass
+    made = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.name != ".lock"]
+    order = sorted(made, key=lambda path: (path.suffix != "", path.name == "recipe.resolved.json"))
+    for count in range(len(order)):
+        there = tmp_path / str(count)
+        (there / ".run.json.0a1b2c3d.new").mkdir(parents=True)
+        for path in order[:count]:
+            (there / path).write_text("") if path.suffix else (there / path).mkdir()
+        check_run(there, RECIPE, IDENTITY)
+        with opened(there):
+            pass
+        assert (there / "recipe.resolved.json").read_bytes() == RECIPE
+        assert not list(there.glob(".*.new"))
 
 
 def test_a_changed_recipe_is_refused_with_the_difference(tmp_path):
