@@ -18,6 +18,7 @@ CHECKS: dict[str, Check] = {
     "shared memory": resources.check_shared_memory,
 }
 TORCH_CHECKS: dict[str, Check] = {
+    "threads": resources.check_threads,
     "image packages": packages.check_image_packages,
     "devices": devices.check_devices,
     "forward derivative": devices.check_tangents,

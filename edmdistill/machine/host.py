@@ -14,8 +14,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def cores() -> int:
-    """Returns the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Returns the number of CPU cores that this process may use, within the quota of the control group."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = read_system_file("/sys/fs/cgroup/cpu.max").strip().partition(" ")  # microseconds
+    return min(count, -(-int(quota) // int(period))) if quota.isdigit() else count
 
 
 def host_memory() -> tuple[int, int]:

@@ -89,6 +89,18 @@ def test_what_linux_says(monkeypatch: pytest.MonkeyPatch) -> None:
         assert host.cores() == cores
 
 
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("", 8), ("max 100000\n", 8), ("200000 100000\n", 2), ("250000 100000\n", 3), ("5000 100000\n", 1), ("9 1\n", 8)],
+)
+def test_cores_are_what_affinity_and_control_group_allow(
+    quota: str, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: range(8), raising=False)
+    files(monkeypatch, cpu_max=quota)
+    assert host.cores() == cores
+
+
 def test_a_file_that_is_not_there_is_empty(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("text")
     assert [host.read_system_file(str(tmp_path / name)) for name in ("there", "not", ".")] == ["text", "", ""]

@@ -26,6 +26,18 @@ def check_memory() -> Iterator[Finding]:
         yield Finding("memory", "ok", detail)
 
 
+def check_threads() -> Iterator[Finding]:
+    """Checks that torch computes with no more threads than there are cores, as it does in containers with a quota."""
+    import torch
+
+    threads, count = torch.get_num_threads(), cores()
+    detail = f"torch computes with {counted(threads, 'thread')} on {counted(count, 'core')}"
+    if threads > count:
+        yield Finding("threads", "warn", f"{detail}, which makes all of them wait", f"set OMP_NUM_THREADS={count}")
+    else:
+        yield Finding("threads", "ok", detail)
+
+
 def check_disk() -> Iterator[Finding]:
     """Checks the space for a run in this folder, and for downloads; a state of CoSIM on EDM2-S takes over 6 GB."""
     for name, folder, other in (

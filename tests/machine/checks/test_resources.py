@@ -59,12 +59,22 @@ def test_memory_within_a_control_group(monkeypatch: pytest.MonkeyPatch, free: in
         "/sys/fs/cgroup/memory.max": f"{10 * GIB}\n",
         "/sys/fs/cgroup/memory.current": f"{(10 - free) * GIB}\n",
     }
-    monkeypatch.setattr(host, "read_system_file", files.__getitem__)
+    monkeypatch.setattr(host, "read_system_file", lambda path: files.get(path, ""))
     finding = only_finding(resources.check_memory)
     assert finding.level == level
     assert finding.detail.startswith(f"{free:.1f} of 10.0 GiB free, ")
     files |= {"/sys/fs/cgroup/memory.max": "max\n"}
     assert host_memory()[1] == 32 * GIB
+
+
+@pytest.mark.parametrize(("quota", "level"), [("max 100000\n", "ok"), ("200000 100000\n", "warn")])
+def test_threads_within_a_control_group(monkeypatch: pytest.MonkeyPatch, quota: str, level: str):
+    monkeypatch.setattr(host, "read_system_file", lambda path: quota)
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: range(16), raising=False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 16)
+    finding = only_finding(resources.check_threads)
+    assert finding.level == level
+    assert finding.fix == ("" if level == "ok" else "set OMP_NUM_THREADS=2")
 
 
 def test_locks_that_keep_nobody_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
