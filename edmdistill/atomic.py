@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from edmdistill.errors import CheckpointError, EdmDistillError
 
@@ -138,7 +139,8 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         with suppress(OSError):  # it belongs to a living writer, or another process removes it
             descriptor = os.open(scratch, os.O_RDONLY)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not lock(descriptor):
+                    continue
                 for replaced in scratch.glob(f"*{REPLACED}"):
                     path = folder / replaced.name.removesuffix(REPLACED)
                     if not path.exists():
@@ -158,6 +160,23 @@ def temporary_folder() -> Iterator[Path]:
         yield folder
 
 
+def lock(file: int | IO[Any], *, wait: bool = False) -> bool | None:
+    """Locks a file or folder against other processes, until it is closed.
+
+    Args:
+        file: open, or its descriptor.
+        wait: until no other process has the lock.
+    Returns: False: another process has the lock.  None: the file system has none, as some of networks do.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 def lock_folder(folder: Path) -> int | None:
     """Locks a folder against other processes, for as long as the descriptor that is returned is open.
 
@@ -167,14 +186,9 @@ def lock_folder(folder: Path) -> int | None:
     Raises: OSError: the folder cannot be opened.
     """
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+    with suppress(FileNotFoundError):
+        if lock(descriptor) is not False and os.path.samestat(os.fstat(descriptor), folder.stat()):
             return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:  # no locks
-        return descriptor
     os.close(descriptor)
     return None
 

@@ -6,7 +6,6 @@ which has the CRC of every image that is whole, are in a hidden folder beside th
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edmdistill.atomic import atomic_write
+from edmdistill.atomic import atomic_write, lock
 from edmdistill.data.contents import LABELS
 from edmdistill.data.files import ZipFiles, as_dataset_error
 from edmdistill.errors import DatasetError
@@ -126,9 +125,9 @@ class LatentZip:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Holds the lock of the folder, which one process has at a time."""
-        with (self.folder / LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        """Holds the lock of the folder, which one process has at a time, if its disk has locks."""
+        with (self.folder / LOCK).open("w") as file:
+            lock(file, wait=True)
             yield
 
     def finish(self, document: Mapping[str, Any]) -> None:
@@ -221,15 +220,10 @@ class LatentZip:
         """Keeps the lock of the main process until this one ends.  Raises: DatasetError: another command has it."""
         self._writer = os.open(self.folder / WRITER, os.O_RDWR | os.O_CREAT, 0o666)
         until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > until:
-                    self._release()
-                    raise DatasetError(
-                        f"another process is writing {self.out}: wait for it, or choose another name"
-                    ) from error
+        while lock(self._writer) is False:
+            if time.monotonic() > until:
+                self._release()
+                raise DatasetError(f"another process is writing {self.out}: wait for it, or choose another name")
             time.sleep(0.1)
 
     def _release(self) -> None:

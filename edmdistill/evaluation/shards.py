@@ -6,7 +6,6 @@ their values depend on neither.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from edmdistill.atomic import atomic_write
+from edmdistill.atomic import atomic_write, lock
 from edmdistill.checkpoints.download import cache_folder
 from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.errors import Damaged, EdmDistillError, NotFiniteError
@@ -133,8 +132,8 @@ class Work:
 
     def close(self) -> None:
         """Leaves the folders to other commands."""
-        for lock in self._locks.values():
-            os.close(lock)
+        for descriptor in self._locks.values():
+            os.close(descriptor)
         self._locks.clear()
         self._folders.clear()
 
@@ -238,13 +237,9 @@ def _gather(array: Tensor, rows: int, processes: Processes) -> Tensor:
 def _lock(folder: Path) -> int:
     """Returns a descriptor that holds the lock of a folder."""
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if lock(file) is False:
         os.close(file)
-        raise EdmDistillError(f"another command makes this evaluation now, in {folder}: wait for it") from None
-    except OSError:  # a file system without locks
-        pass
+        raise EdmDistillError(f"another command makes this evaluation now, in {folder}: wait for it")
     return file
 
 

@@ -9,7 +9,6 @@ generator/, with [evaluation] best/, and with --profile profile/.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, TypedDict
 
-from edmdistill.atomic import atomic_write, reachable, remove_leftovers
+from edmdistill.atomic import atomic_write, lock, reachable, remove_leftovers
 from edmdistill.checkpoints.layout import saved_states
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.jsonl import append_line, read_lines, truncate_lines
@@ -130,17 +129,17 @@ def open_run(path: Path, recipe: bytes, identity: Mapping[str, Any], recipe_text
     was_there = path.is_dir()
     is_new = _create(path, files)
     _require_run(path)
-    with (path / LOCK).open("a+") as lock:
-        locked = _lock(path, lock)
+    with (path / LOCK).open("a+") as file:
+        locked = _lock(path, file)
         if require_same(path, files):
             with atomic_write(path / RECIPE) as new:
                 new.write_bytes(recipe)
         for place in (path, *(path / name for name in FOLDERS)):
             place.mkdir(exist_ok=True)  # git and object stores keep no empty folder
             remove_leftovers(place)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         folder = RunDir(path, os.getpid(), locked)
         try:
             yield folder
@@ -213,8 +212,8 @@ def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
         raise TrainingError(f"{path} cannot be created because a file of that name exists; use another --run-dir")
     _require_run(path)
     if (path / LOCK).exists():
-        with (path / LOCK).open("r+") as lock:
-            _lock(path, lock)
+        with (path / LOCK).open("r+") as file:
+            _lock(path, file)
     require_same(path, {RECIPE: recipe, RUN: json.dumps(identity).encode()})
 
 
@@ -236,18 +235,15 @@ def _require_run(path: Path) -> None:
         )
 
 
-def _lock(path: Path, lock: IO[str]) -> bool:
+def _lock(path: Path, file: IO[str]) -> bool:
     """Locks the file until it is closed.
 
     Returns: False on a file system without locks.
     Raises: TrainingError: another process has locked it.
     """
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        pid = lock.read().strip() or "unknown"
-        raise TrainingError(f"{path} is in use by process {pid}: wait for it, or use another --run-dir") from None
-    except OSError:
-        return False
-    return True
+    locked = lock(file)
+    if locked is False:
+        file.seek(0)
+        pid = file.read().strip() or "unknown"
+        raise TrainingError(f"{path} is in use by process {pid}: wait for it, or use another --run-dir")
+    return locked is not None

@@ -1,5 +1,6 @@
 """A zip of latents that grows in place: kills, several writers, and what else may be where it is to be."""
 
+import errno
 import fcntl
 import json
 import os
@@ -92,6 +93,18 @@ def test_one_process_at_a_time_is_alone(tmp_path: Path) -> None:
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     parts.close()
+
+
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    parts = begun(tmp_path)
+    parts.put(range(3), MOMENTS)
+    with parts.alone():
+        parts.finish(DOCUMENT)
+    assert begun(tmp_path).finished
 
 
 def test_a_process_that_ends_soon_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
