@@ -27,6 +27,8 @@ from edmdistill.training.identity import RECIPE, RUN, require_same
 
 TOML, SESSIONS, METRICS, LOCK = "recipe.toml", "sessions.jsonl", "metrics.jsonl", ".lock"
 FOLDERS = "state", "samples", "x0", "ema"
+LOST = "lost+found"
+"""What an empty disk has of its own, as ext4."""
 MetricsLine = dict[str, int | float]
 """A line of metrics.jsonl, with the key `images`."""
 
@@ -170,7 +172,7 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
 def _is_blank(path: Path) -> bool:
     """Returns whether it is a folder that is empty, or has only what `_fill` writes before the last file."""
     return path.is_dir() and all(
-        entry.name in (TOML, RUN)
+        entry.name in (TOML, RUN, LOST)
         or (entry.name in FOLDERS and not any(entry.iterdir()))
         or fnmatch(entry.name, ".*.new")  # of a write that was killed
         for entry in path.iterdir()
@@ -189,6 +191,8 @@ def _fill(path: Path, files: Mapping[str, bytes]) -> None:
 def _remove(path: Path, keep_folder: bool) -> None:
     """Removes a run directory, or empties it, as far as the system lets it."""
     for entry in path.iterdir():
+        if entry.name == LOST:
+            continue
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
