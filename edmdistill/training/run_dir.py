@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -190,15 +190,15 @@ def _fill(path: Path, files: Mapping[str, bytes]) -> None:
 
 def _remove(path: Path, keep_folder: bool) -> None:
     """Removes a run directory, or empties it, as far as the system lets it."""
-    for entry in path.iterdir():
-        if entry.name == LOST:
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink()
     if not keep_folder:
-        path.rmdir()
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    for entry in path.iterdir():
+        if entry.is_dir() and entry.name != LOST:
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.is_file():
+            with suppress(OSError):
+                entry.unlink()
 
 
 def check_run(path: Path, recipe: bytes, identity: Mapping[str, Any]) -> None:
