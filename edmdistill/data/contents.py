@@ -165,8 +165,8 @@ def _require_one_kind(path: Path, images: Sequence[Member]) -> bool:
         image = next(member for member in images if not member.name.lower().endswith(LATENT_SUFFIX))
         raise DatasetError(
             f"{path} holds {counted(len(latents), 'latent')}, the first {printable(latents[0].name)}, among "
-            f"{counted(len(images), 'file')}, "
-            f"the first image {printable(image.name)}; keep images and latents in two data sets"
+            f"{counted(len(images), 'file')}, the first image {printable(image.name)}; keep images and latents in two "
+            "data sets"
         )
     return bool(latents)
 

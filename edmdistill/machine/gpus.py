@@ -11,7 +11,6 @@ from typing import NamedTuple
 LAUNCH = 10e-6
 """Least seconds of one call of torch in eager mode, whatever it computes: 5 to 20 us, depending on the processor."""
 
-
 HERE = "this machine"
 """The name of what `measure_this_machine` returns, beside those of GPUS."""
 

@@ -15,7 +15,8 @@ the tangents' loss is their mean.
 The recipe fmd/digits never starts the tangents: it trains by regression on trajectories alone, not by AYF's objectives
 as those for ImageNet, because a short run with tangents in its last quarter was worse at 1, 4 and 8 steps and hardly
 better at 2. Its variant fmd/digits-tangents trains by tangents alone, over pairs of noise levels (`times =
-"lognormal"`), because few of AYF's intervals are short, and so errors of the map grow; a quarter of them are equal.
+"lognormal"`), because few of AYF's intervals are short, and so errors of the map grow. In a quarter of these pairs both
+levels are equal (`share_still`).
 """
 
 from __future__ import annotations

@@ -228,8 +228,8 @@ def _require_run(path: Path) -> None:
     state = path / "state"
     if saved_states(state):
         return
-    # A run that was killed before its first state begins again; it has the grid of a state at most, for a GPU draws
-    # that while the state is written.
+    # A run that was killed before its first state begins again. It has one grid at most: a GPU draws that of a state
+    # while the state is written.
     grids = [grid for grid in (path / "samples").glob("*.png") if grid.stem.isdecimal() and int(grid.stem)]
     removed = (path / METRICS).exists() and not state.is_dir()
     if removed or len(grids) > 1 or any(state.glob("*.broken")):

@@ -201,7 +201,7 @@ def test_what_was_loaded_for_sampling_is_not_saved(folder: Path, tmp_path: Path)
     flow, config = load_flow(folder)
     save_checkpoint(str(tmp_path / "again"), flow, config)
     again, x = load_denoiser(tmp_path / "again"), torch.randn(1, flow.img_channels, *[flow.img_resolution] * 2)
-    assert torch.equal(again(x, 1.0), model(x, 1.0))
+    assert_rounded(again(x, 1.0), model(x, 1.0), depth(flow.network))  # other memory addresses
 
 
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:

@@ -66,15 +66,16 @@ def call(*words: object) -> Result:
 
 
 def test_they_are_drawn_from_as_asked(run: Path, tmp_path: Path):
-    options, images = ["--nfe", 1, "--seeds", "0-9", "--device", "cpu", "--out"], {}
+    options, images = ["--nfe", 1, "--seeds", "0-499", "--device", "cpu", "--out"], {}
     for name, *source in (("ema", run), ("raw", run, "--weights", "raw"), ("state", max((run / "state").iterdir()))):
         out = tmp_path / f"{name}.npz"
         drawn = call("sample", *source, *options, out)
         assert drawn.exit_code == 0, drawn.stderr
         with np.load(out) as file:
             images[name] = file["images"]
-    assert np.array_equal(images["raw"], images["state"])
-    assert not np.array_equal(images["raw"], images["ema"])
+    rounded, apart = (np.count_nonzero(images["raw"] != images[name]) for name in ("state", "ema"))
+    assert rounded <= 5  # of 32,000, where weights lie at other memory addresses
+    assert apart > 100
     others = call("sample", run, "--weights", "raw", *options, tmp_path / "ema.npz")
     assert (others.exit_code, "already exists" in others.stderr) == (2, True)
 
