@@ -162,10 +162,13 @@ def _create(path: Path, files: Mapping[str, bytes]) -> bool:
                 new.mkdir()
                 _fill(new, files)
         return True
-    except (FileExistsError, CheckpointError) as error:
-        if path.is_dir():
+    except (OSError, CheckpointError) as error:
+        if path.is_dir() and not _is_blank(path):
             return False
-        reason = getattr(error if isinstance(error, OSError) else error.__cause__, "strerror", None) or error
+        cause: BaseException | None = error
+        while isinstance(cause, CheckpointError):  # of a file in the folder, and of the folder
+            cause = cause.__cause__
+        reason = getattr(cause, "strerror", None) or error
         raise TrainingError(f"{path} cannot be created: {reason}; use another --run-dir") from error
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -47,6 +48,21 @@ def test_an_empty_directory_is_filled(tmp_path, monkeypatch):
     assert json.loads((there / "recipe.resolved.json").read_text()) == json.loads(RECIPE)
     with opened(there) as folder:
         assert not folder.is_new()
+
+
+def test_a_full_disk_is_said_of_an_empty_directory_too(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.write_bytes", full)
+        for path in (tmp_path / "a", tmp_path / "b"):
+            with pytest.raises(TrainingError, match="cannot be created: No space left on device"), opened(path):
+                pass
+    for path in (tmp_path / "a", tmp_path / "b"):
+        with opened(path):
+            pass
 
 
 def test_what_was_killed_before_it_was_a_run_directory_is_filled(tmp_path):
