@@ -117,6 +117,10 @@ class HubError(EdmDistillError):
     """The Hugging Face Hub refused a request, or cannot be reached."""
 
 
+class HubUnreachable(HubError):
+    """The Hugging Face Hub cannot be asked: without a network or a login, or while it is out of order."""
+
+
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun, as in 1 image, 2,000 images or 10 classes."""
     plural = "es" if noun.endswith(("s", "ch")) else "s"

@@ -174,6 +174,18 @@ class Handler(BaseHTTPRequestHandler):
         self.server.repositories[name] = Repository(bool(private))
         self._json({"url": f"{self.server.url}/{name}"})
 
+    def whoami(self, body: bytes) -> None:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token not in (TOKEN, READER):
+            raise Refusal(401)
+        role = {"accessToken": {"role": "write" if token == TOKEN else "read"}}
+        self._json({"type": "user", "name": "me", "orgs": [{"name": "lab"}], "auth": role})
+
+    def may_write(self, body: bytes, name: str) -> None:
+        self._files(name, "main")
+        self._writer()
+        self._json({})
+
     def branch(self, body: bytes, name: str, branch: str) -> None:
         self._writer()
         oid, _ = self._files(name, "main")
@@ -271,6 +283,8 @@ def _oid(path: str, content: bytes) -> str:
 NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES = (
     ("POST", "/api/repos/create", Handler.create),
+    ("GET", "/api/whoami-v2", Handler.whoami),
+    ("GET", f"/api/models/{NAME}/auth-check/write", Handler.may_write),
     ("POST", f"/api/models/{NAME}/branch/(.+)", Handler.branch),
     ("GET", f"/api/models/{NAME}(?:/revision/(.+))?", Handler.info),
     ("POST", "/api/validate-yaml", Handler.validate),

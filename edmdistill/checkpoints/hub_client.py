@@ -15,7 +15,7 @@ from typing import Any, cast
 from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.download import remove_cached
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
-from edmdistill.errors import CheckpointError, HubError
+from edmdistill.errors import CheckpointError, HubError, HubUnreachable
 from edmdistill.progress import bar_class
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -106,7 +106,7 @@ def hub_calls(what: str, *, instead: str = "", temporary: bool = False) -> Itera
         what: the beginning of the sentence.
         instead: its end where the Hub cannot be reached: another way out.
         temporary: files go to a temporary folder, and not to the Hub's cache.
-    Raises: HubError: a call fails.
+    Raises: HubError: a call fails.  HubUnreachable: the Hub does not answer, or not as it should.
     """
     from huggingface_hub import get_session
     from huggingface_hub.errors import EntryNotFoundError
@@ -124,7 +124,7 @@ def hub_calls(what: str, *, instead: str = "", temporary: bool = False) -> Itera
         reason = _reason(error, instead)
         if isinstance(error, OSError) and error.errno in (*FULL, *UNWRITABLE):
             reason = _refused(error.errno, temporary)
-        raise HubError(f"{what}: {reason}.") from error
+        raise (HubUnreachable if _unreachable(error) else HubError)(f"{what}: {reason}.") from error
     finally:
         session.event_hooks = before
 
@@ -159,6 +159,15 @@ def _reason(error: BaseException, instead: str = "") -> str:
     if isinstance(error, _http_error()):
         return f"the Hub cannot be reached ({first}); check the network and run the same command again{instead}"
     return " ".join(lines).rstrip(".")
+
+
+def _unreachable(error: BaseException) -> bool:
+    """Returns whether an error of the Hub's client says nothing of the request, which another time may succeed."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return bool(error.response.status_code >= 500)
+    return isinstance(error, (errors.OfflineModeIsEnabled, _http_error()))
 
 
 def _refused(number: int, temporary: bool) -> str:

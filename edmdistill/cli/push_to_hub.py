@@ -25,8 +25,12 @@ from edmdistill.cli.options import say, say_unfinished
     is_flag=True,
     help="Replace another model in the repository; files of other names stay.",
 )
-@click.option("--overwrite-card", is_flag=True, help="Replace a README.md that was edited by hand.")
-@click.option("--dry-run", is_flag=True, help="Print what would be published, including the card, and upload nothing.")
+@click.option("--overwrite-card", is_flag=True, help="Replace a README.md or samples.png made by hand.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the files, the card and whether the Hub would take them; upload nothing.",
+)
 def command(
     source: Path,
     repository: str,
@@ -43,18 +47,26 @@ def command(
 
     Uploads the weights, config.json, the card and a picture, but no training state; then downloads them and compares
     two samples. Run it again to resume an interrupted push. By default, it refuses a repository with another model, and
-    keeps a card that was edited by hand.
+    keeps a card or a picture made or edited by hand.
     """
     from edmdistill.checkpoints.encoder import vae_words
-    from edmdistill.checkpoints.layout import CARD
-    from edmdistill.publish.hub import build_package, push
+    from edmdistill.errors import HubUnreachable
+    from edmdistill.publish.hub import build_package, push, rehearse
 
     say_unfinished(str(source))
-    package = build_package(source, repository, licence, vae)
+    package = build_package(source, repository, licence, vae, branch)
     sizes = "".join(f"  {name:<18} {size:>14,} bytes\n" for name, size in package.sizes.items())
     say(f"{repository}, under {package.config.provenance.licence}:\n{sizes}".rstrip())
+    terms = {"private": private, "replace_model": replace_model, "overwrite_card": overwrite_card}
     if dry_run:
         click.echo(package.card.decode(), nl=False)
+        try:
+            found = rehearse(package, **terms)
+        except HubUnreachable as error:
+            say(f"The Hub was not asked: {error}")
+            return
+        _say_kept(found.kept if found else ())
+        say(f"The Hub takes it{'' if found else ', as a new repository'}; nothing was uploaded.")
         return
 
     def show(stage: str) -> None:
@@ -63,16 +75,17 @@ def command(
 
     done = push(
         package,
-        private=private,
-        branch=branch,
         message=message,
-        replace_model=replace_model,
-        overwrite_card=overwrite_card,
         on_message=show,
+        **terms,
     )
-    if done.kept_card:
-        say(f"The {CARD} there was edited by hand and is kept: --overwrite-card replaces it.")
+    _say_kept(done.kept)
     status = "was already published" if done.unchanged else "is published"
     click.echo(f"{done.url} {status}; a fresh download has the same bytes and samples. To sample from it:")
     decoding = "".join(f" {word}" for word in vae_words(package.config.encoder))
     click.echo(f"  edmdistill sample {repository}{f'@{branch}' if branch else ''} --seeds 0-63{decoding} --out images")
+
+
+def _say_kept(names: tuple[str, ...]) -> None:
+    for name in names:
+        say(f"The {name} there was edited by hand and is kept: --overwrite-card replaces it.")

@@ -31,7 +31,7 @@ CITATIONS = Path(__file__).parent.parent / "assets" / "citations.bib"
 
 def card(
     config: CheckpointConfig,
-    repository: str,
+    address: str,
     *,
     run: RunSummary | None = None,
     results: Sequence[Result] = (),
@@ -40,14 +40,14 @@ def card(
     """Returns the text of README.md: the Hub's metadata, then the sections.
 
     Args:
-        repository: OWNER/NAME, where the checkpoint is published.
+        address: OWNER/NAME, where the checkpoint is published, or OWNER/NAME@BRANCH.
         run: the run that made it.
         results: of it and of its teacher; of those that differ only in gamma, the best is shown.
         grid: the file name of a picture, and its caption.
     """
-    results = best_gamma_results(results)
+    results, repository = best_gamma_results(results), address.partition("@")[0]
     sections = {
-        "Use": _use(config, repository),
+        "Use": _use(config, address),
         "Quality": _quality(config, results),
         "Schedule": _schedule(config),
         "How it was made": _made(config, run),
@@ -122,17 +122,17 @@ def _what(config: CheckpointConfig) -> str:
     return f"A few-step generator of {content}, {origin}.{how}"
 
 
-def _use(config: CheckpointConfig, repository: str) -> str:
+def _use(config: CheckpointConfig, address: str) -> str:
     latent, generator = config.encoder["kind"] != "pixels", config.stage == "generator"
     nfe = default_nfe(config) if generator else 35
     load = "load_generator" if generator else "load_denoiser"
     classes = " The seed also chooses the class, unless `--class` or `labels` name one." if config.label_dim else ""
-    vae = vae_words(config.encoder)
-    words = ["edmdistill", "sample", repository, "--nfe", str(nfe), "--seeds", "0-63", *vae, "--out", "images"]
+    vae, repository = vae_words(config.encoder), address.partition("@")[0]
+    words = ["edmdistill", "sample", address, "--nfe", str(nfe), "--seeds", "0-63", *vae, "--out", "images"]
     package = "'edmdistill[latent]'" if latent else "edmdistill"
     shell = f"pip install {package}\n{shlex.join(words)}"
     python = (
-        f'import edmdistill\n\nmodel = edmdistill.{load}("{repository}")\n'
+        f'import edmdistill\n\nmodel = edmdistill.{load}("{address}")\n'
         f"{'latents' if latent else 'images'} = edmdistill.sample(model, nfe={nfe}, seeds=range(64))"
     )
     if latent:

@@ -6,10 +6,8 @@ Files that the Hub has are not sent again, so repeating an interrupted push resu
 from __future__ import annotations
 
 import filecmp
-import hashlib
-import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +16,11 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelInfo,
+    ModelCard,
     get_token,
-    hf_hub_download,
     snapshot_download,
 )
-from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is, by name
 from msgspec.structs import replace
 from torch import Tensor
@@ -32,28 +29,24 @@ from edmdistill import __version__
 from edmdistill.atomic import expanded, sha256_file, temporary_folder
 from edmdistill.checkpoints.config import CheckpointConfig, default_nfe, read_config
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.hub_client import REPOSITORY, hub_calls
+from edmdistill.checkpoints.hub_client import REASONS, REPOSITORY, hub_calls
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, checkpoint_in
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import load_model
-from edmdistill.errors import CheckpointError, HubError, NoDecoder, counted, without_secrets
+from edmdistill.errors import HubError, HubUnreachable, NoDecoder, counted, without_secrets
 from edmdistill.evaluation.results import Result, add_results, is_of_teacher, load_results
 from edmdistill.export.parity import IMAGE_TOLERANCE, difference_of
 from edmdistill.networks.flow import Denoiser
 from edmdistill.publish.card import card, was_measured_on
+from edmdistill.publish.repository import GRID, other_model, read_contents, sign_card, signed_png
 from edmdistill.report.summary import read_run
 from edmdistill.sampling.decode import Decoder, model_decoder
 from edmdistill.sampling.generate import require_finite, sample
 from edmdistill.sampling.grid import image_grid, thumbnails
 from edmdistill.training.identity import RECIPE
 
-GRID = "samples.png"
-SIGNATURE = re.compile(
-    rb"(?m)^edmdistill_card: ([0-9a-f]{64})\nedmdistill_model: ([0-9a-f]{64})\n"
-    rb"(?:edmdistill_samples: ([0-9a-f]{64})\n)?"
-)
-"""Lines of a card's header: sha256 of the card without them, and of the weights and the picture published with it."""
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".onnx", ".pt2", ".h5", ".msgpack", ".gguf", ".npz")
+NOT_A_BRANCH = re.compile(r"^[-/]|^(?:HEAD|@)?$|[\x00-\x20\x7f~^:?*\[\\#]|\.\.|@\{|//|(?:^|/)\.|\.lock(?:/|$)|[./]$")
+"""What git does not take in the name of a branch, and #, which ends the name of a revision where it is read."""
 GRID_SIZE, GRID_COLUMNS = 24, 8
 """Samples in the grid."""
 COMPARISON_SEEDS = 0, 1
@@ -75,11 +68,14 @@ class Package(NamedTuple):
     """The files to publish.
 
     Attributes:
+        repository: OWNER/NAME.
+        branch: of it; None: main.
         files: their paths or contents, by their names on the Hub.
         samples: of COMPARISON_SEEDS.
     """
 
     repository: str
+    branch: str | None
     config: CheckpointConfig
     files: dict[str, Path | bytes]
     samples: Tensor
@@ -98,15 +94,35 @@ class Package(NamedTuple):
 
 
 class Published(NamedTuple):
-    """The published revision, whether the Hub already had all of it, and whether the card there was kept."""
+    """The published revision, whether the Hub had all of it already, and which of card and picture there were kept."""
 
     url: str
     revision: str
     unchanged: bool
-    kept_card: bool = False
+    kept: tuple[str, ...] = ()
 
 
-def build_package(source: str | Path, repository: str, licence: str | None = None, vae: str | None = None) -> Package:
+class Found(NamedTuple):
+    """What a push finds.
+
+    Attributes:
+        commit: the one to build on.
+        kept: files made by hand that stay.
+        removed: files of an earlier push that the package lacks.
+    """
+
+    commit: str | None
+    kept: tuple[str, ...]
+    removed: list[str]
+
+
+def build_package(
+    source: str | Path,
+    repository: str,
+    licence: str | None = None,
+    vae: str | None = None,
+    branch: str | None = None,
+) -> Package:
     """Collects the files to publish from a checkpoint or a run; nothing is sent.
 
     Args:
@@ -114,7 +130,8 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
         repository: OWNER/NAME.
         licence: of the weights, if the checkpoint has none, or a stricter one.
         vae: what decodes a latent generator's picture; see `open_decoder`. There is none without it.
-    Raises: HubError: an invalid repository name or licence, or optimizer states.
+        branch: of the repository, which the card's commands name; default: main.
+    Raises: HubError: an invalid name of a repository or a branch, an invalid licence, or optimizer states.
         CheckpointError: no checkpoint, a damaged one, or a licence that the Hub does not accept.
     """
     path = expanded(source)
@@ -124,6 +141,9 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
         raise HubError(f"{repository} is not a repository name: {error}") from error
     if not REPOSITORY.fullmatch(repository):
         raise HubError(f"{repository} is not a repository name: write OWNER/NAME")
+    if branch is not None and NOT_A_BRANCH.search(branch):
+        raise HubError(f"'{branch}' cannot name a branch: use letters, digits and -, with a / between two parts")
+    address = repository if branch is None else f"{repository}@{branch}"
     if (path / PROGRESS).is_file():
         raise HubError(f"{path} is a training state, which is not published: use its run directory")
     if not path.is_dir():
@@ -137,21 +157,21 @@ def build_package(source: str | Path, repository: str, licence: str | None = Non
     origin = config.provenance
     terms = choose_licence(origin.licence, licence)
     config = replace(config, provenance=replace(origin, licence=terms, source=without_secrets(origin.source)))
-    results = _publishable_results(config, path, repository)
+    results = _publishable_results(config, path, address)
     config = add_results(config, [result for result in results if was_measured_on(result, config)])
 
     model = load_model(folder)
     files: dict[str, Path | bytes] = {MODEL: folder / MODEL}
-    grid = picture = None
+    grid = None
     decoder = _decoder(model, vae)
     if isinstance(model, Generator) and decoder is not None:
         nfe = default_nfe(config)
-        files[GRID] = picture = _grid(model, nfe, decoder)
+        files[GRID] = _grid(model, nfe, decoder)
         grid = GRID, f"Seeds 0 to {GRID_SIZE - 1}, in {counted(nfe, 'evaluation')}."
     files[CONFIG] = msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
-    text = card(config, repository, run=run, results=results, grid=grid)
-    files[CARD] = _signed(text, Signature(sha256_file(folder / MODEL), _digest(picture))).encode()
-    return Package(repository, config, files, _comparison_samples(model))
+    text = card(config, address, run=run, results=results, grid=grid)
+    files[CARD] = sign_card(text, sha256_file(folder / MODEL)).encode()
+    return Package(repository, branch, config, files, _comparison_samples(model))
 
 
 def choose_licence(theirs: str | None, requested: str | None) -> str:
@@ -180,7 +200,6 @@ def push(
     package: Package,
     *,
     private: bool = False,
-    branch: str | None = None,
     message: str | None = None,
     replace_model: bool = False,
     overwrite_card: bool = False,
@@ -192,162 +211,109 @@ def push(
 
     Args:
         private: create the repository as private, or require that it is.
-        branch: created if it does not exist; default: main.
         message: of the commit.
         replace_model: replace another model in the repository.
-        overwrite_card: replace a card that was written or edited by hand.
+        overwrite_card: replace a card or a picture that was made or edited by hand.
         on_message: called with the name of each stage.
     Raises: HubError: the Hub refuses or cannot be reached, the download differs, or the repository has another model.
     """
-    repository, api = package.repository, HfApi(library_name="edmdistill", library_version=__version__)
-    if get_token() is None:
-        raise HubError("you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+    repository, branch, api = package.repository, package.branch, _client()
     with hub_calls(f"{repository} is not published"):
         on_message("asking the Hub")
-        api.create_repo(repository, private=private or None, exist_ok=True)
-        try:
-            before = api.model_info(repository, revision=branch, files_metadata=True)
-        except RevisionNotFoundError:
-            before = api.model_info(repository, files_metadata=True)  # the branch will start from it
-        if private and not before.private:
-            raise HubError(f"{repository} exists and is public: make it private in its settings, or choose another")
-        contents = _read_repository(repository, before)
-        if not replace_model and (other := _other_model(contents, package.config)):
-            there = "" if branch is None else f" in the branch {branch} alone"
-            raise HubError(
-                f"{repository} holds {other}: choose another repository, or add --replace to replace it{there}"
-            )
-        kept_card = (
-            not overwrite_card and contents.card not in (None, package.card) and _signature(contents.card) is None
-        )
+
+        def look() -> Found | None:
+            return _look(api, package, private, replace_model, overwrite_card)
+
+        if (found := look()) is None:
+            api.create_repo(repository, private=private or None, exist_ok=True)
+            if (found := look()) is None:
+                raise HubError(f"{repository} is not published: {REASONS[404]}")
         if branch is not None:
             api.create_branch(repository, branch=branch, exist_ok=True)
         on_message("sending")
         commit = api.create_commit(
             repository,
-            [CommitOperationAdd(name, file) for name, file in package.files.items() if not (kept_card and name == CARD)]
-            + [CommitOperationDelete(name) for name in contents.ours if name not in package.files],
+            [CommitOperationAdd(name, file) for name, file in package.files.items() if name not in found.kept]
+            + [CommitOperationDelete(name) for name in found.removed],
             commit_message=message or f"A {package.config.stage} by edmdistill {__version__}",
             revision=branch,
-            parent_commit=before.sha,
+            parent_commit=found.commit,
         )
     on_message("comparing")
-    _verify_download(package, commit.oid)
-    return Published(f"{api.endpoint}/{repository}/tree/{commit.oid}", commit.oid, commit.oid == before.sha, kept_card)
+    _verify_download(package, commit.oid, found.kept)
+    url = f"{api.endpoint}/{repository}/tree/{commit.oid}"
+    return Published(url, commit.oid, commit.oid == found.commit, found.kept)
 
 
-class RepositoryContents(NamedTuple):
-    """The contents of a repository.
+def rehearse(
+    package: Package, *, private: bool = False, replace_model: bool = False, overwrite_card: bool = False
+) -> Found | None:
+    """Asks the Hub what `push` would find, and changes nothing there.
 
-    Attributes:
-        names: of its files.
-        config: the downloaded config.json; None: it has none.
-        card: the text of its README.md.
-        model_sha256: of model.safetensors, if the Hub reports it.
-        ours: names of files that an earlier push of ours made, which a package may lack.
+    Returns: None: the repository does not exist yet.
+    Raises: HubError: the push would be refused.  HubUnreachable: the Hub cannot be asked.
     """
-
-    names: list[str]
-    config: Path | None
-    card: bytes | None
-    model_sha256: str | None
-    ours: list[str]
-
-
-def _read_repository(repository: str, info: ModelInfo) -> RepositoryContents:
-    """Reads a repository, without its weights."""
-    names = [file.rfilename for file in info.siblings or ()]
-
-    def download(name: str) -> Path | None:
-        return Path(hf_hub_download(repository, name, revision=info.sha)) if name in names else None
-
-    path = download(CARD)
-    card = path.read_bytes() if path else None
-    model = next((file.lfs for file in info.siblings or () if file.rfilename == MODEL), None)
-    signature = _signature(card)  # None for a card edited by hand, which may show the picture
-    picture = download(GRID) if signature and signature.samples else None
-    ours = [GRID] if picture and signature and sha256_file(picture) == signature.samples else []
-    return RepositoryContents(names, download(CONFIG), card, model.sha256 if model else None, ours)
-
-
-def _other_model(contents: RepositoryContents, config: CheckpointConfig) -> str | None:
-    """Describes another model in the repository; None: it has this model, an earlier state of it, or none."""
-    if contents.config is None:
-        if foreign := [name for name in contents.names if name != MODEL and name.endswith(WEIGHTS)]:
-            return f"the weights of another program, {foreign[0]}"
-        return "weights that edmdistill did not put there" if MODEL in contents.names else None
-    try:
-        published = read_config(contents.config.parent)
-    except CheckpointError:
-        return f"another program's model, with a {CONFIG} of its own"
-    theirs, ours = _identity(published), _identity(config)
-    if others := [name for name, value in ours.items() if theirs[name] != value]:
-        return (
-            f"another model, {_describe(published)}, where this is {_describe(config)}, with another "
-            f"{' and another '.join(others)}"
-        )
-    signed = _signature(contents.card)  # None for a card edited by hand
-    if signed and contents.model_sha256 not in (None, signed.model):
-        return f"a {MODEL} that edmdistill did not put there"
-    return None
-
-
-def _identity(config: CheckpointConfig) -> dict[str, object]:
-    """Returns the fields that further training, measuring and averaging do not change, by their names."""
-    origin = config.provenance
-    return {
-        "stage": config.stage,
-        "method": config.method,
-        "recipe": config.recipe_hash,
-        "source": origin.sha256,
-        "parent": origin.parent,
-        "guide": origin.guide,
-        "init": origin.init,
-    }
-
-
-def _describe(config: CheckpointConfig) -> str:
-    origin = config.provenance
-    by = f" by {config.method}, recipe {config.recipe_hash or '-':.12}," if config.method else ""
-    return f"a {config.stage}{by} from {origin.source} ({origin.sha256 or origin.parent or '-':.12})"
-
-
-class Signature(NamedTuple):
-    """sha256 of what was published with a card: the weights, and the picture if there was one."""
-
-    model: str
-    samples: str | None
-
-
-def _signed(card: str, signature: Signature) -> str:
-    """Returns the card with a header that shows later changes of it, or of what is published beside it."""
-    lines = f"edmdistill_card: {_digest(card.encode())}\nedmdistill_model: {signature.model}\n"
-    lines += f"edmdistill_samples: {signature.samples}\n" if signature.samples else ""
-    return card.replace("\n---\n", f"\n{lines}---\n", 1)
-
-
-def _digest(content: bytes | None) -> str | None:
-    return None if content is None else hashlib.sha256(content).hexdigest()
-
-
-def _signature(card: bytes | None) -> Signature | None:
-    """Returns what a card was published with; None: the card was edited or is not ours."""
-    text = (card or b"").replace(b"\r\n", b"\n")
-    match = SIGNATURE.search(text)
-    if match is None or _digest(SIGNATURE.sub(b"", text, count=1)) != match[1].decode():
+    repository, api = package.repository, _client()
+    with hub_calls(f"{repository} would not be published"):
+        if (found := _look(api, package, private, replace_model, overwrite_card)) is not None:
+            api.auth_check(repository, write=True)
+            return found
+        user = api.whoami()
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise HubError(f"{repository} would not be published: {REASONS[403]}")
+        names = [user["name"], *(group["name"] for group in user.get("orgs", ()))]
+        if repository.partition("/")[0].casefold() not in map(str.casefold, names):
+            raise HubError(f"{repository} would not be published: your login may write to {' and '.join(names)} alone")
         return None
-    return Signature(match[2].decode(), match[3].decode() if match[3] else None)
 
 
-def _verify_download(package: Package, revision: str) -> None:
-    """Downloads a revision.  Raises: HubError: its files, or the samples from it, differ from those sent."""
+def _client() -> HfApi:
+    """Returns the Hub's client.  Raises: HubUnreachable: it has no login."""
+    if get_token() is None:
+        raise HubUnreachable("you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+    return HfApi(library_name="edmdistill", library_version=__version__)
+
+
+def _look(api: HfApi, package: Package, private: bool, replace_model: bool, overwrite_card: bool) -> Found | None:
+    """Returns what a push finds, with the arguments of `push`; None: the repository does not exist.
+
+    Raises: HubError: it is public where it should be private, or holds what may not be replaced unasked.
+        What the Hub's client raises.
+    """
+    repository, branch = package.repository, package.branch
+    ModelCard(package.card.decode()).validate()
+    try:
+        before = api.model_info(repository, revision=branch, files_metadata=True)
+    except RevisionNotFoundError:
+        before = api.model_info(repository, files_metadata=True)  # the branch will start from it
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return None
+    if private and not before.private:
+        raise HubError(f"{repository} exists and is public: make it private in its settings, or choose another")
+    contents = read_contents(repository, before)
+    if not replace_model and (other := other_model(contents, package.config)):
+        there = "" if branch is None else f" in the branch {branch} alone"
+        raise HubError(f"{repository} holds {other}: choose another repository, or add --replace to replace it{there}")
+    kept = () if overwrite_card else tuple(contents.by_hand(package.files))
+    if GRID in kept and CARD not in kept:
+        raise HubError(
+            f"{repository} holds a {GRID} that edmdistill did not put there, where the card shows one: rename it "
+            "there, or add --overwrite-card to replace it"
+        )
+    return Found(before.sha, kept, contents.left_behind(package.files))
+
+
+def _verify_download(package: Package, revision: str, kept: Collection[str]) -> None:
+    """Downloads a revision.  Raises: HubError: its files but `kept`, or the samples from it, differ from those sent."""
     where = f"{package.repository}@{revision:.8}"
     with temporary_folder() as fresh:
         with hub_calls(f"{where} is published, but cannot be downloaded to check it", temporary=True):
             snapshot_download(
                 package.repository, revision=revision, local_dir=fresh, allow_patterns=list(package.files)
             )
-        sent = {name: file for name, file in package.files.items() if name != CARD}  # the card there may have been kept
+        sent = {name: file for name, file in package.files.items() if name not in kept}
         whole = all(_has_bytes(Path(fresh) / name, file) for name, file in sent.items())
         same = whole and difference_of(_comparison_samples(load_model(fresh)), package.samples) <= IMAGE_TOLERANCE
     if not same:
@@ -384,14 +350,13 @@ def _grid(model: Generator, nfe: int, decoder: Decoder) -> bytes:
     classes = model.flow.label_dim
     labels = [seed % classes for seed in range(GRID_SIZE)] if classes else None
     images = require_finite(sample(model, nfe, seeds=range(GRID_SIZE), labels=labels), range(GRID_SIZE))
-    image_grid(thumbnails(decoder(images)), GRID_COLUMNS).save(data := io.BytesIO(), "png")
-    return data.getvalue()
+    return signed_png(image_grid(thumbnails(decoder(images)), GRID_COLUMNS))
 
 
-def _publishable_results(config: CheckpointConfig, path: Path, repository: str) -> list[Result]:
+def _publishable_results(config: CheckpointConfig, path: Path, address: str) -> list[Result]:
     """Returns the results of a checkpoint and of its teacher, without paths of this machine."""
     measured = load_results(path)
-    results = [_with_source(result, repository) for result in measured if was_measured_on(result, config)]
+    results = [_with_source(result, address) for result in measured if was_measured_on(result, config)]
     return results + [_with_source(result, None) for result in measured if is_of_teacher(result)]
 
 

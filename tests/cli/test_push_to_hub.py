@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from click.testing import CliRunner, Result
-from hub_server import Hub
+from hub_server import READER, TOKEN, Hub, Repository
 
 from edmdistill.checkpoints.config import read_config
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
@@ -14,7 +15,7 @@ from edmdistill.cli import main
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.results import Result as Measurement
 from edmdistill.evaluation.results import results_json
-from edmdistill.publish.hub import GRID
+from edmdistill.publish.repository import GRID
 from edmdistill.recipes.library import load_recipe
 from edmdistill.sampling.spec import SamplerRecord
 
@@ -99,11 +100,109 @@ def test_options_of_the_repository(server: Hub, run: Path) -> None:
     assert push(run, NAME, "--replace").exit_code == 0
 
 
-def test_a_dry_run_prints_the_card_and_asks_nobody(server: Hub, run: Path) -> None:
-    result = push(run, NAME, "--dry-run")
+def changes(server: Hub) -> list[str]:
+    """The calls that would change something there."""
+    reading = ("GET", "HEAD")
+    return [call.path for call in server.calls if call.method not in reading and call.path != "/api/validate-yaml"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_dry_run_prints_the_card_and_changes_nothing(server: Hub, run: Path, there: bool) -> None:
+    if there:
+        server.repositories[NAME] = Repository(private=False)
+    result = push(run, NAME, "--dry-run", "--branch", "next")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("---\nlibrary_name: edmdistill\n")
-    assert [line.split()[0] for line in result.stderr.splitlines()] == [f"{NAME},", MODEL, GRID, CONFIG, CARD]
+    *files, last = result.stderr.splitlines()
+    assert [line.split()[0] for line in files] == [f"{NAME},", MODEL, GRID, CONFIG, CARD]
+    assert last == f"The Hub takes it{'' if there else ', as a new repository'}; nothing was uploaded."
+    assert changes(server) == []
+    assert server.repositories.keys() == {NAME} if there else not server.repositories
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "sentence"),
+    [
+        ({}, ("--private",), f"{NAME} exists and is public: make it private"),
+        ({CONFIG: b"{}"}, (), f"{NAME} holds another program's model"),
+        ({CONFIG: b"{}"}, ("--branch", "next"), "add --replace to replace it in the branch next alone"),
+        ({GRID: b"theirs"}, (), f"{NAME} holds a {GRID} that edmdistill did not put there"),
+    ],
+    ids=["private", "replace", "branch", "picture"],
+)
+def test_a_dry_run_refuses_what_the_push_refuses(
+    server: Hub, run: Path, change: dict[str, bytes], words: tuple[str, ...], sentence: str
+) -> None:
+    server.repositories[NAME] = Repository(private=False)
+    server.repositories[NAME].commit("main", dict(change))
+    dry, real = push(run, NAME, *words, "--dry-run"), push(run, NAME, *words)
+    assert (dry.exit_code, real.exit_code) == (2, 2)
+    assert sentence in dry.stderr
+    assert dry.stderr == real.stderr
+    assert changes(server) == []
+
+
+def test_a_dry_run_says_what_would_be_kept(server: Hub, run: Path) -> None:
+    server.repositories[NAME] = Repository(private=False)
+    server.repositories[NAME].commit("main", {CARD: b"# Mine", GRID: b"mine"})
+    said = push(run, NAME, "--dry-run").stderr
+    for name in (CARD, GRID):
+        assert f"The {name} there was edited by hand and is kept: --overwrite-card replaces it." in said
+    assert "is kept" not in push(run, NAME, "--dry-run", "--overwrite-card").stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "owner", "there", "sentence"),
+    [
+        (READER, "me", True, "your token does not allow it"),
+        (READER, "me", False, "your token does not allow it"),
+        ("hf_wrong", "me", True, "you are not logged in to the Hub; log in with"),
+        ("hf_wrong", "me", False, "you are not logged in to the Hub; log in with"),
+        (TOKEN, "you", False, "your login may write to me and lab alone"),
+    ],
+    ids=["reader", "reader-new", "wrong", "wrong-new", "other-new"],
+)
+def test_a_dry_run_asks_who_may_write(
+    server: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, token: str, owner: str, there: bool, sentence: str
+) -> None:
+    if there:
+        server.repositories[f"{owner}/it"] = Repository(private=False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    result = push(run, f"{owner}/it", "--dry-run")
+    assert result.exit_code == 2
+    assert f"{owner}/it would not be published: {sentence}" in result.stderr
+    assert changes(server) == []
+
+
+@pytest.mark.parametrize("way", ["login", "offline", "broken"])
+def test_a_dry_run_without_the_hub_says_so(server: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    if way == "login":
+        monkeypatch.setenv("HF_TOKEN", "")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "nowhere")
+    elif way == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        server.faults[""] = 503, 100
+    result = push(run, NAME, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[-1].startswith("The Hub was not asked: ")
+
+
+def test_the_commands_of_a_card_name_its_branch(server: Hub, run: Path) -> None:
+    card = push(run, NAME, "--dry-run", "--branch", "try/2").stdout
+    assert f"edmdistill sample {NAME}@try/2 --nfe" in card
+    assert f'edmdistill.load_generator("{NAME}@try/2")' in card
+    assert f"`{NAME}@REVISION` names a branch" in card
+    assert "@" not in push(run, NAME, "--dry-run").stdout.replace("@REVISION", "").partition("## Citation")[0]
+
+
+@pytest.mark.parametrize(
+    "branch", ["", "a b", "-x", ".x", "a..b", "a.lock", "x/", "/x", "a//b", "a/.b", "HEAD", "@", "a@{b", "a~1", "a#b"]
+)
+def test_a_branch_that_git_does_not_take_is_refused(server: Hub, run: Path, branch: str) -> None:
+    result = push(run, NAME, f"--branch={branch}", "--dry-run")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith(f"Error: '{branch}' cannot name a branch: use letters")
     assert server.calls == []
 
 

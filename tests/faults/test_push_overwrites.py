@@ -1,5 +1,6 @@
 """A push compares what is there with what it put there: another's model is refused, a card changed by hand stays."""
 
+import io
 import json
 import re
 import shutil
@@ -9,6 +10,8 @@ import pytest
 from click.testing import CliRunner
 from hub_server import Hub
 from msgspec.structs import replace
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from edmdistill.checkpoints.config import read_config, write_config
 from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL
@@ -16,24 +19,26 @@ from edmdistill.checkpoints.store import load_tensors, save_tensors
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, HubError
 from edmdistill.publish import hub
-from edmdistill.publish.hub import GRID, Published, build_package, push
+from edmdistill.publish.hub import Published, build_package, push
+from edmdistill.publish.repository import GRID, PICTURE_SIGNATURE, signed_png
 
 GENERATOR = Path(__file__).parent.parent / "checkpoints" / "format-1.0"
 NAME = "me/cosim-digits"
+PICTURE = signed_png(Image.new("L", (2, 2), 7))
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the Hub's client
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A generator; its samples are not what is tested here, and are not drawn."""
-    monkeypatch.setattr(hub, "_grid", lambda model, nfe, decoder: b"")
-    monkeypatch.setattr(hub, "_verify_download", lambda package, revision: None)
+    monkeypatch.setattr(hub, "_grid", lambda model, nfe, decoder: PICTURE)
+    monkeypatch.setattr(hub, "_verify_download", lambda package, revision, kept: None)
     shutil.copytree(GENERATOR, tmp_path / "generator")
     return tmp_path / "generator"
 
 
-def publish(folder: Path, **options: object) -> Published:
-    return push(build_package(folder, NAME), **options)  # type: ignore[arg-type]
+def publish(folder: Path, branch: str | None = None, **options: object) -> Published:
+    return push(build_package(folder, NAME, branch=branch), **options)  # type: ignore[arg-type]
 
 
 def head(server: Hub, branch: str = "main") -> dict[str, bytes]:
@@ -54,14 +59,14 @@ def train_on(folder: Path) -> None:
 
 
 def test_a_card_changed_by_hand_stays_and_the_weights_go_on(server: Hub, folder: Path) -> None:
-    assert not publish(folder).kept_card
+    assert publish(folder).kept == ()
     by_hand = head(server)[CARD] + b"\nMy own words.\n"
     edit(server, CARD, by_hand)
     train_on(folder)
-    assert publish(folder).kept_card
+    assert publish(folder).kept == (CARD,)
     assert head(server)[CARD] == by_hand
     assert head(server)[MODEL] == (folder / MODEL).read_bytes()
-    assert not publish(folder, overwrite_card=True).kept_card
+    assert publish(folder, overwrite_card=True).kept == ()
     assert head(server)[CARD] == build_package(folder, NAME).card
 
 
@@ -71,7 +76,7 @@ def test_a_card_that_was_there_before_the_first_push_stays(server: Hub, folder: 
 
     HfApi().create_repo(NAME)
     edit(server, CARD, text)
-    assert publish(folder).kept_card
+    assert publish(folder).kept == (CARD,)
     assert head(server)[CARD] == text
     assert MODEL in head(server)
 
@@ -80,7 +85,7 @@ def test_a_card_that_only_passed_through_an_editor_is_renewed(server: Hub, folde
     publish(folder)
     edit(server, CARD, head(server)[CARD].replace(b"\n", b"\r\n"))
     train_on(folder)
-    assert not publish(folder).kept_card
+    assert publish(folder).kept == ()
     assert head(server)[CARD] == build_package(folder, NAME).card
 
 
@@ -90,13 +95,55 @@ def test_what_a_branch_holds_decides_for_the_branch(server: Hub, folder: Path) -
     repository, by_hand = server.repositories[NAME], b"# The branch's own\n"
     repository.commit("next", {CARD: by_hand})
     train_on(folder)
-    assert publish(folder, branch="next").kept_card
+    assert publish(folder, branch="next").kept == (CARD,)
     assert head(server, "next")[CARD] == by_hand
     assert head(server, "next")[MODEL] == (folder / MODEL).read_bytes() != head(server)[MODEL]
     repository.commit("main", {"pytorch_model.bin": b"BERT", CONFIG: b"{}"})
     assert publish(folder, branch="next").unchanged
     with pytest.raises(HubError, match="another program's model"):
         publish(folder)
+
+
+@pytest.mark.parametrize("card", [None, b"# By hand, with my picture\n"], ids=["no-card", "card"])
+@pytest.mark.parametrize("picture", ["drawn", "repainted", "not-a-picture"])
+def test_a_picture_of_somebody_else_is_not_replaced(
+    server: Hub, folder: Path, card: bytes | None, picture: str, tmp_path: Path
+) -> None:
+    """It stays beside a card that was edited; a card of ours, which would show it as its own, is not written."""
+    with Image.open(io.BytesIO(PICTURE)) as ours:
+        changed = ours.copy()
+    changed.putpixel((1, 1), 8)
+    repainted = PngInfo()  # by a program that keeps texts
+    repainted.add_text(PICTURE_SIGNATURE, ours.info[PICTURE_SIGNATURE])
+    for name, text in (("drawn", None), ("repainted", repainted)):
+        changed.save(tmp_path / f"{name}.png", pnginfo=text)
+    (tmp_path / "not-a-picture.png").write_bytes(b"notes")
+    theirs = (tmp_path / f"{picture}.png").read_bytes()
+    publish(folder)
+    server.repositories[NAME].commit("main", {GRID: theirs, CARD: card})
+    train_on(folder)
+    if card is None:
+        with pytest.raises(HubError, match=rf"^{NAME} holds a {GRID} that edmdistill did not .* --overwrite-card"):
+            publish(folder)
+    else:
+        assert publish(folder).kept == (CARD, GRID)
+        assert head(server)[CARD] == card
+        assert head(server)[MODEL] == (folder / MODEL).read_bytes()
+    assert head(server)[GRID] == theirs
+    assert publish(folder, overwrite_card=True).kept == ()
+    assert head(server)[GRID] == PICTURE
+
+
+def test_a_picture_of_ours_is_renewed_beside_a_card_of_somebody_else(
+    server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(folder)
+    edit(server, CARD, b"# By hand\n")
+    for color in (8, 9):
+        later = signed_png(Image.new("L", (2, 2), color))
+        monkeypatch.setattr(hub, "_grid", lambda model, nfe, decoder, later=later: later)
+        assert publish(folder).kept == (CARD,)
+        assert head(server)[GRID] == later
 
 
 def test_weights_that_were_deleted_there_come_back(server: Hub, folder: Path) -> None:
@@ -110,7 +157,7 @@ def test_a_card_that_was_not_changed_is_renewed(server: Hub, folder: Path) -> No
     publish(folder)
     before = head(server)[CARD]
     train_on(folder)
-    assert not publish(folder).kept_card
+    assert publish(folder).kept == ()
     assert head(server)[CARD] == build_package(folder, NAME).card != before
 
 

@@ -39,8 +39,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "generator"
 
 
-def publish(folder: Path, **options: object) -> Published:
-    return push(build_package(folder, NAME), **options)  # type: ignore[arg-type]
+def publish(folder: Path, branch: str | None = None, **options: object) -> Published:
+    return push(build_package(folder, NAME, branch=branch), **options)  # type: ignore[arg-type]
 
 
 def change(folder: Path) -> None:
