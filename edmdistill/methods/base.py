@@ -177,6 +177,10 @@ class Loss(NamedTuple):
     signals: dict[str, Tensor] = {}
     generated: Tensor | None = None
 
+    def plus(self, other: Loss, weight: float) -> Loss:
+        """Returns this loss plus `weight` times another one of the same samples, with the signals of both."""
+        return self._replace(value=self.value + weight * other.value, signals=self.signals | other.signals)
+
 
 class Preview(NamedTuple):
     """Statistics of a micro-batch, computed for the whole batch before the first loss.

@@ -12,6 +12,7 @@ Yu et al. 2025 (ICML), algorithm 2.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +21,27 @@ from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import adversarial_turns, gan_roles
 from edmdistill.methods.base import Batch, Loss, Role, Turn
 from edmdistill.methods.cosim_config import CoSIMConfig
+from edmdistill.methods.noising import noised
 from edmdistill.methods.score_distillation import ScoreDistillation
 from edmdistill.methods.semi_implicit import auxiliary_loss, generator_loss, kl_generator_loss, time_sensitivity
-from edmdistill.methods.trajectories import trajectory_loss, with_trajectories
-from edmdistill.methods.transitions import Transition, draw_transition
-from edmdistill.trigflow import sigma_to_time
+from edmdistill.methods.trajectories import trajectory_loss
+from edmdistill.schedules import cosim_sigmas, start_first_sigmas
+from edmdistill.trigflow import denoised, diffuse, sigma_to_time
+
+
+class Transition(NamedTuple):
+    """A draw of algorithm 2, lines 1-3.  s, t [B]; x_t, F, g, x_s, v [B,C,H,W].
+
+    F is the generator's output at x_t and g its image; v is the velocity of (g, z) at s.
+    """
+
+    s: Tensor
+    t: Tensor
+    x_t: Tensor
+    F: Tensor
+    g: Tensor
+    x_s: Tensor
+    v: Tensor
 
 
 class CoSIM(ScoreDistillation[CoSIMConfig]):
@@ -71,15 +88,22 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         config = self.config
         if not config.trajectory_steps:
             return self.gap_loss(batch, draws)
-        paths = partial(trajectory_loss, steps=config.trajectory_steps, stride=config.trajectory_stride)
-        networks, share = (self.generator, self.teacher), config.share_to_max
-        trajectories = partial(paths, *networks, noise=self.noise, share_to_max=share)
-        loss = partial(self.gap_loss, sigma_from=config.anchor_sigma)
-        weight, warmup_images = config.trajectory_weight, config.warmup_images
-        return with_trajectories(loss, trajectories, batch, draws, weight=weight, warmup_images=warmup_images)
+        trajectories = trajectory_loss(
+            self.generator,
+            self.teacher,
+            batch,
+            draws,
+            self.noise,
+            steps=config.trajectory_steps,
+            share_to_max=config.share_to_max,
+            stride=config.trajectory_stride,
+        )
+        if batch.images < config.warmup_images:
+            return trajectories
+        return self.gap_loss(batch, draws, config.anchor_sigma).plus(trajectories, config.trajectory_weight)
 
     def gap_loss(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Loss:
-        """Returns eq. 15, line 1.  sigma_from: lowest noise level t of a jump; for order = "t" alone."""
+        """Returns eq. 15, line 1.  sigma_from: see `transition`."""
         s, t, x_t, F, g, x_s, v = self.transition(batch, draws, sigma_from)
         return self.pieces(self.score_loss, s, t, x_t, F, x_s, v, batch.labels)._replace(generated=g)
 
@@ -115,5 +139,19 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         return {"sensitivity/auxiliary": time_sensitivity(F_aux, F_last, F_teacher, jump.t < last)}
 
     def transition(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Transition:
-        """Returns what algorithm 2 draws in lines 1-3."""
-        return draw_transition(self.generator, batch, draws, self.noise, self.config, sigma_from)
+        """Draws (s, t), x_t and x_s: algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s.
+
+        Args:
+            sigma_from: lowest noise level t of a jump; for order = "t" alone.
+        """
+        config, (sigma_data, sigma_min, sigma_max) = self.config, self.noise
+        levels = {"sigma_min": sigma_min, "sigma_max": sigma_max, "share_to_max": config.share_to_max}
+        if config.order == "t":
+            sigma_s, sigma_t = start_first_sigmas(draws, **levels, sigma_from=sigma_from)
+        else:
+            sigma_s, sigma_t = cosim_sigmas(draws, **levels, R=config.R, r_s_max=config.r_s_max)
+        s, t = sigma_to_time(sigma_s, sigma_data), sigma_to_time(sigma_t, sigma_data)
+        x_t = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), t)
+        F = self.generator(x_t, t, batch.labels)
+        g = denoised(x_t, F, t, sigma_data)
+        return Transition(s, t, x_t, F, g, *noised(g, s, draws, sigma_data))

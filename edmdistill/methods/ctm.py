@@ -13,7 +13,7 @@ Kim et al. 2024 (ICLR), algorithm 4.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from msgspec import Meta
@@ -23,29 +23,36 @@ from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import GAN_OPTIONS, AdversarialTurns, GANConfig, Terms, gan_roles
 from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Method, NoiseRange, Role, SecondGain, Turn
-from edmdistill.methods.denoising import DenoisingWeight, denoising_loss
-from edmdistill.methods.distances import DISTANCES, Distance, PerceptionFile, perception_roles
+from edmdistill.methods.distances import DISTANCES, Distance, PerceptionFile, l2, perception_roles
 from edmdistill.methods.gan_losses import GANWeight
-from edmdistill.methods.jumps import Inner, Jump, JumpDistribution, Matching, draw_jump
+from edmdistill.methods.noising import noised
 from edmdistill.methods.solver import follow_flow
-from edmdistill.schedules import edm_sigmas
+from edmdistill.schedules import ctm_indices, ctm_score_sigmas, edm_sigmas
 from edmdistill.transfer import Constant
-from edmdistill.trigflow import ddim_step, sigma_to_time
+from edmdistill.trigflow import ddim_step, diffuse, sigma_to_time
 
 
 class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     N: Annotated[int, Meta(ge=2, le=100_000, description="noise levels on EDM's curve")] = 18
     max_steps: Annotated[int, Meta(ge=1, le=100_000, description="largest number of the solver's Heun steps")] = 17
-    sampling: JumpDistribution = "official"
-    matching: Matching = "soft"
+    sampling: Annotated[
+        Literal["official", "paper"], Meta(description="distribution of t, s, u: official code's or paper's")
+    ] = "official"
+    matching: Annotated[
+        Literal["soft", "local", "global"], Meta(description="the solver goes part of the way to s, one step, or all")
+    ] = "soft"
     one_step_share: Annotated[float, Meta(ge=0, le=1, description="share of jumps from sigma_max to sigma_min")] = 0.1
     teacher: Annotated[bool, Meta(description="false: the solver follows the target network's own score")] = True
     mu: Annotated[float, Meta(ge=0, lt=1, description="EMA decay of the target network, per step")] = 0.999
-    inner: Inner = "average"
+    inner: Annotated[
+        Literal["average", "live"], Meta(description="network of the jump from u to s: target or generator")
+    ] = "average"
     distance: Distance = "pseudo-huber"
     lpips: PerceptionFile = ""
     dsm: Annotated[float, Meta(ge=0, description="weight of the denoising loss; 0 = none")] = 1.0
-    dsm_weight: DenoisingWeight = "edm"
+    dsm_weight: Annotated[
+        Literal["edm", "none"], Meta(description="weighting of the denoising loss over noise levels")
+    ] = "edm"
     gan: GANWeight = 1.0
     s_gain: SecondGain = 0.0
 
@@ -62,6 +69,25 @@ class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
             refuse_idle(self, ("inner",), 'matching = "global"', 'set matching = "soft" or max_steps below N - 1')
         if self.matching == "local" and self.sampling == "paper":
             refuse_idle(self, ("max_steps",), 'matching = "local"', 'set matching = "soft" or "global"')
+
+
+class Jump(NamedTuple):
+    """A jump from x_t at t to s, and a time u between them: s <= u < t.
+
+    Attributes:
+        t, s, u: times.  [B]
+        x_t: data with noise.  [B,C,H,W]
+        start, stop: indices of t and u in the grid of times.  [B] int64
+        steps: the solver's, from t to u.
+    """
+
+    t: Tensor
+    s: Tensor
+    u: Tensor
+    x_t: Tensor
+    start: Tensor
+    stop: Tensor
+    steps: int
 
 
 class CTM(Method[CTMConfig]):
@@ -92,7 +118,7 @@ class CTM(Method[CTMConfig]):
         x_est = self.x_est(jump, batch.labels)
         losses = {"ctm": self.distance(x_est, x_target)}
         if self.config.dsm:
-            losses["dsm"] = denoising_loss(self.generator, batch, draws, self.noise, self.config.dsm_weight)
+            losses["dsm"] = self.denoising_loss(batch, draws)
         return Terms(losses, jump.t, x_est, cached=x_target)
 
     def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -102,7 +128,29 @@ class CTM(Method[CTMConfig]):
 
     def draw_jump(self, batch: Batch, draws: Draws) -> Jump:
         """Algorithm 4, lines 2-5."""
-        return draw_jump(batch.x0, self.times.on(batch.x0.device), draws, self.noise.sigma_data, self.config)
+        config, times = self.config, self.times.on(batch.x0.device)
+        start, end, stop, steps = ctm_indices(
+            draws,
+            config.N,
+            max_steps=config.max_steps,
+            sampling=config.sampling,
+            matching=config.matching,
+            one_step_share=config.one_step_share,
+        )
+        x_t = diffuse(batch.x0, draws.normal_like(batch.x0, self.noise.sigma_data), times[start])
+        return Jump(times[start], times[end], times[stop], x_t, start, stop, steps)
+
+    def denoising_loss(self, batch: Batch, draws: Draws) -> Tensor:
+        """Returns |D(x_t, t) - x0|^2 with EDM's weight, which makes it |F(x_t, t; t) - v / sigma_d|^2.  [B]
+
+        A jump has no gradient at s = t, so this loss is what trains small jumps.
+        Source: section 3.3.  Differs: the paper has no weight, as with dsm_weight = "none".
+        """
+        sigma_data, sigma_min, sigma_max = self.noise
+        t = sigma_to_time(ctm_score_sigmas(draws, sigma_min, sigma_max), sigma_data)
+        x_t, v = noised(batch.x0, t, draws, sigma_data)
+        square = l2(self.generator(x_t, t, batch.labels, t), v / sigma_data)
+        return square if self.config.dsm_weight == "edm" else square * (sigma_data * t.sin()).to(square) ** 2
 
     @torch.no_grad()
     def x_target(self, jump: Jump, labels: Tensor | None) -> Tensor:
@@ -111,7 +159,8 @@ class CTM(Method[CTMConfig]):
         def flow(x: Tensor, t: Tensor) -> Any:
             return self.networks["teacher"](x, t, labels) if self.config.teacher else self.target(x, t, labels, t)
 
-        x_u = follow_flow(flow, jump.x_t, jump.times, jump.start, jump.stop, jump.steps, self.noise.sigma_data)
+        times = self.times.on(jump.x_t.device)
+        x_u = follow_flow(flow, jump.x_t, times, jump.start, jump.stop, jump.steps, self.noise.sigma_data)
         inner = self.target if self.config.inner == "average" else self.generator
         return self.jump_to_end(self.jump(inner, x_u, jump.u, jump.s, labels), jump.s, labels)
 

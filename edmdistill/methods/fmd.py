@@ -33,13 +33,7 @@ from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Role, with_inputs
 from edmdistill.methods.flow_map import GENERATOR, FlowMap, FlowMapConfig, lagrangian_tangent
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
-from edmdistill.methods.trajectories import (
-    TrajectorySteps,
-    TrajectoryWeight,
-    WarmupImages,
-    trajectory_loss,
-    with_trajectories,
-)
+from edmdistill.methods.trajectories import TrajectorySteps, TrajectoryWeight, WarmupImages, trajectory_loss
 
 Objective = Literal["eulerian", "lagrangian"]
 
@@ -75,9 +69,10 @@ class FMD(FlowMap[FMDConfig], GuidedMethod[FMDConfig]):
         config = self.config
         if not config.trajectory_steps:
             return super().generator_loss(batch, draws)
-        weight, warmup_images = config.trajectory_weight, config.trajectory_images
-        losses = super().generator_loss, self.trajectory_loss
-        return with_trajectories(*losses, batch, draws, weight=weight, warmup_images=warmup_images)
+        trajectories = self.trajectory_loss(batch, draws)
+        if batch.images < config.trajectory_images:
+            return trajectories
+        return super().generator_loss(batch, draws).plus(trajectories, config.trajectory_weight)
 
     def trajectory_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns the loss of jumps between points of the guided teacher's trajectories."""

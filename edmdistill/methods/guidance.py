@@ -62,16 +62,6 @@ def guided_roles(roles: Mapping[str, Role], config: GuidanceConfig) -> dict[str,
     return {name: role._replace(guided=role.trained and low < high) for name, role in roles.items()} | guide
 
 
-def check_guidance(config: GuidanceConfig, label_dim: int, label_dropout: float | None) -> str | None:
-    """Returns why a teacher cannot be guided as these options ask, or None; arguments as of Method.check_teacher."""
-    if config.guidance[1] == 1 or config.guide != "classes":
-        return None
-    advice = "use --set method.guide=network with a weaker network as --guide, or --set 'method.guidance=[1,1]'"
-    if label_dim:
-        advice += ", or --force-guidance"
-    return guidance_problem(label_dim, 1.0 if label_dropout is None else label_dropout, advice)
-
-
 class GuidedTeacher:
     """The teacher with guidance, F_w.
 
@@ -111,7 +101,12 @@ class GuidedMethod(Method[GuidanceConfigT]):
     def check_teacher(
         cls, config: GuidanceConfigT, *, positional_time: bool, label_dim: int, label_dropout: float | None
     ) -> str | None:
-        return check_guidance(config, label_dim, label_dropout)
+        if config.guidance[1] == 1 or config.guide != "classes":
+            return None
+        advice = "use --set method.guide=network with a weaker network as --guide, or --set 'method.guidance=[1,1]'"
+        if label_dim:
+            advice += ", or --force-guidance"
+        return guidance_problem(label_dim, 1.0 if label_dropout is None else label_dropout, advice)
 
     @classmethod
     def guidance(cls, config: GuidanceConfigT) -> tuple[float, float]:

@@ -73,8 +73,7 @@ class SCD(SCM[SCDConfig], VariationalMethod[SCDConfig]):
         loss = super().generator_loss(batch, draws)
         if not self.config.vsd:
             return loss
-        vsd = self.vsd_loss(batch, draws, logvars=2)
-        return loss._replace(value=loss.value + self.config.vsd * vsd.value, signals=loss.signals | vsd.signals)
+        return loss.plus(self.vsd_loss(batch, draws, logvars=2), self.config.vsd)
 
     def guidance_weights(self, draws: Draws) -> Tensor | None:
         return self.teacher.weights(draws)

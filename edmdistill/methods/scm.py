@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import reduce
-from operator import add
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -107,7 +105,7 @@ class ContinuousConsistency(Method[ContinuousT]):
         w = self.guidance_weights(draws)
         F, g, *u = self.tangent(x_t, t, d, v, batch, w)
         g = normalized_tangent(g, config.c, config.tangent_normalization)
-        loss = consistency_loss(F, g, reduce(add, u), t, config.weighting)
+        loss = consistency_loss(F, g, torch.stack(u).sum(0), t, config.weighting)
         return loss._replace(generated=denoised(x_t, F.detach(), t, sigma_data))
 
     def tangent(

@@ -1,7 +1,7 @@
 """Score distillation: a generator learns from the gap between the teacher and an auxiliary score that tracks it.
 
-`ScoreDistillation` is the frame of CoSIM, SiD and aVSD. The two losses below are those of adaptive variational score
-distillation (aVSD), used by vsd and scd. A generated image g is diffused to x_t = cos(t) g + sin(t) z, where
+`ScoreDistillation` is the frame of CoSIM, SiD and aVSD. `VariationalMethod` has the two losses of adaptive variational
+score distillation (aVSD), used by vsd and scd. A generated image g is diffused to x_t = cos(t) g + sin(t) z, where
 sigma_d F* is the velocity of the data and sigma_d F_phi that of generated images. Their gap is the gradient of a
 divergence between q_t and p_t, the distributions of x_t for the generator and for the data:
 
@@ -105,71 +105,43 @@ class VariationalMethod(GuidedMethod[VSDOptionsT]):
     """A method with aVSD's two losses, of a guided teacher: all of vsd, a part of scd."""
 
     def auxiliary_loss(self, batch: Batch, draws: Draws) -> Loss:
-        """Returns L_Diff(phi): diffusion training on the generator's images.  Source: sCM, appendix C.2."""
-        config, noise = self.config, self.noise
-        t = lognormal_times(draws, noise.sigma_data, P_mean=config.aux_P_mean, P_std=config.aux_P_std)
-        w = self.teacher.weights(draws)
-        auxiliary, generator = (with_inputs(self.networks[role], w=w) for role in ("auxiliary", "generator"))
-        return vsd_auxiliary_loss(auxiliary, generator, batch, t, draws, noise)
+        """Returns L_Diff(phi) = e^-u / D |F_phi(x_t, t) - v / sigma_d|^2 + u: diffusion training on generated images.
+
+        Source: sCM, appendix C.2, which leaves the weighting open; this one is appendix D's.
+        """
+        config, (sigma_data, _, sigma_max) = self.config, self.noise
+        t = lognormal_times(draws, sigma_data, P_mean=config.aux_P_mean, P_std=config.aux_P_std)
+        auxiliary, generator, _ = self.guided(draws)
+        with torch.no_grad():
+            g, _ = one_step(generator, batch, sigma_max, draws, sigma_data)
+        x_t, v = noised(g, t, draws, sigma_data)
+        F, u = auxiliary(x_t, t, batch.labels, u_at=(t,))
+        error = F - v / sigma_data
+        return Loss(adaptive(error, u), t, {"velocity_error": error.detach().square().mean()})
 
     def vsd_loss(self, batch: Batch, draws: Draws, logvars: int = 1) -> Loss:
-        """Returns L_VSD(theta, psi): the generator follows the gap between the two scores.
+        """Returns L_VSD(theta, psi) = e^-u / D |g - g^- + F* - F_phi|^2 + u: the generator follows the score gap.
+
+        Its gradient in g is 2 e^-u / D (F* - F_phi). As in the paper, g is in units of the data, while F has unit
+        variance: in equal units it would be 1 / sigma_d of this, which matters where another loss is added.
 
         Args:
-            logvars: see `vsd_generator_loss`.
+            logvars: number of the generator's log-variance heads; the last one is this loss's.
+        Source: sCM, appendix C.2; e^-u replaces KL's weighting over t.
         """
-        config, noise = self.config, self.noise
-        t = lognormal_times(draws, noise.sigma_data, P_mean=config.vsd_P_mean, P_std=config.vsd_P_std)
+        config, (sigma_data, _, sigma_max) = self.config, self.noise
+        t = lognormal_times(draws, sigma_data, P_mean=config.vsd_P_mean, P_std=config.vsd_P_std)
+        auxiliary, generator, teacher = self.guided(draws)
+        x, start = initial_noise(batch.x0, sigma_max, draws, sigma_data)
+        F, *_, u = generator(x, start, batch.labels, u_at=(t,) * logvars)
+        g = denoised(x, F, start, sigma_data)
+        with torch.no_grad():
+            x_t = diffuse(g, draws.normal_like(g, sigma_data), t)
+            gap = teacher(x_t, t, batch.labels) - auxiliary(x_t, t, batch.labels)
+        return Loss(adaptive(g - g.detach() + gap, u), t, {"score_gap": mean_rms(gap)}, g.detach())
+
+    def guided(self, draws: Draws) -> tuple[FlowFunction, FlowFunction, Callable[..., Tensor]]:
+        """Draws the guidance weight of each sample, and returns auxiliary score, generator and teacher at it."""
         w = self.teacher.weights(draws)
         auxiliary, generator = (with_inputs(self.networks[role], w=w) for role in ("auxiliary", "generator"))
-        return vsd_generator_loss(
-            generator, partial(self.teacher, w=w), auxiliary, batch, t, draws, noise, logvars=logvars
-        )
-
-
-def vsd_auxiliary_loss(
-    auxiliary: FlowFunction, generator: FlowFunction, batch: Batch, t: Tensor, draws: Draws, noise: NoiseRange
-) -> Loss:
-    """Returns e^-u / D |F_phi(x_t, t) - v / sigma_d|^2 + u: diffusion training on generated images.
-
-    Args:
-        t: time of x_t.  [B]
-    Source: sCM, L_Diff(phi), appendix C.2, which leaves the weighting open; this one is appendix D's.
-    """
-    sigma_data = noise.sigma_data
-    with torch.no_grad():
-        g, _ = one_step(generator, batch, noise.sigma_max, draws, sigma_data)
-    x_t, v = noised(g, t, draws, sigma_data)
-    F, u = auxiliary(x_t, t, batch.labels, u_at=(t,))
-    error = F - v / sigma_data
-    return Loss(adaptive(error, u), t, {"velocity_error": error.detach().square().mean()})
-
-
-def vsd_generator_loss(
-    generator: FlowFunction,
-    teacher: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    auxiliary: FlowFunction,
-    batch: Batch,
-    t: Tensor,
-    draws: Draws,
-    noise: NoiseRange,
-    logvars: int = 1,
-) -> Loss:
-    """Returns e^-u / D |g - g^- + F* - F_phi|^2 + u, whose gradient in g is 2 e^-u / D (F* - F_phi).
-
-    Args:
-        t: time of x_t.  [B]
-        logvars: number of the generator's log-variance heads; the last one is this loss's.
-    Source: sCM, L_VSD(theta, psi), appendix C.2; e^-u replaces KL's weighting over t.
-    Differs: nothing in the value. But g is in units of the data and F has unit variance, so the gradient is sigma_d
-        times what it would be in equal units, which matters when another loss is added.
-    """
-    sigma_data = noise.sigma_data
-    x, start = initial_noise(batch.x0, noise.sigma_max, draws, sigma_data)
-    F, *_, u = generator(x, start, batch.labels, u_at=(t,) * logvars)
-    g = denoised(x, F, start, sigma_data)
-    with torch.no_grad():
-        x_t = diffuse(g, draws.normal_like(g, sigma_data), t)
-        gap = teacher(x_t, t, batch.labels) - auxiliary(x_t, t, batch.labels)
-    value = adaptive(g - g.detach() + gap, u)
-    return Loss(value, t, {"score_gap": mean_rms(gap)}, g.detach())
+        return auxiliary, generator, partial(self.teacher, w=w)

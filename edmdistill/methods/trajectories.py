@@ -75,20 +75,3 @@ def trajectory_loss(
     error = (generator(x_t, t, labels) if share_to_end is None else generator(x_t, t, labels, s)) - F_s
     value = error.square().flatten(1).sum(1).reshape(len(k), -1).mean(0)
     return Loss(value, times[0], {"trajectory_error": error.detach().square().mean()})
-
-
-def with_trajectories(
-    loss: Callable[[Batch, Draws], Loss],
-    trajectories: Callable[[Batch, Draws], Loss],
-    batch: Batch,
-    draws: Draws,
-    *,
-    weight: float,
-    warmup_images: int,
-) -> Loss:
-    """Returns the loss of trajectories alone until the warm-up ends, then the method's loss plus `weight` times it."""
-    regression = trajectories(batch, draws)
-    if batch.images < warmup_images:
-        return regression
-    main = loss(batch, draws)
-    return main._replace(value=main.value + weight * regression.value, signals=main.signals | regression.signals)

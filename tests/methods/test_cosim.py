@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from edmdistill.draws import Draws
-from edmdistill.methods import transitions
+from edmdistill.methods import cosim
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.cosim import CoSIM, CoSIMConfig
 
@@ -104,7 +104,7 @@ def world(
     def fixed_sigmas(draws: object, **_: float) -> tuple[Tensor, Tensor]:
         return tuple(torch.full((len(x0),), sigma, dtype=torch.float64) for sigma in (sigma_s, sigma_t))
 
-    monkeypatch.setattr(transitions, "cosim_sigmas", fixed_sigmas)
+    monkeypatch.setattr(cosim, "cosim_sigmas", fixed_sigmas)
     draws = functools.partial(scripted, z_t, z_s)
     return GaussianWorld(sigma_s, gaussian_flow(mean, covariance), generator, generated, fisher, Batch(x0, None), draws)
 

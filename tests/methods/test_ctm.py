@@ -12,7 +12,6 @@ from edmdistill.draws import Draws
 from edmdistill.methods import ctm
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.ctm import CTM, CTMConfig
-from edmdistill.methods.denoising import denoising_loss
 from edmdistill.methods.solver import follow_flow, heun_step
 from edmdistill.methods.weighting import gradient_balance
 from edmdistill.schedules import edm_sigmas
@@ -198,13 +197,13 @@ def test_the_denoising_loss_teaches_the_denoiser(noise: NoiseRange) -> None:
     batch = data(4000)
 
     def score(F: Callable[..., Tensor], **options: object) -> Tensor:
-        return denoising_loss(F, batch, Draws(0, 4000), noise, **({"weight": "edm"} | options))
+        return method(noise, F, dsm=1.0, **options).denoising_loss(batch, Draws(0, 4000))
 
     best = score(true_generator).mean()
     for factor in (0.9, 1.1):
         assert score(lambda x, t, labels, s, f=factor: f * teacher(x, t)).mean() > best
     seen: list[Tensor] = []
-    plain = score(lambda x, t, labels, s: (seen.append(t), teacher(x, t))[1], weight="none")
+    plain = score(lambda x, t, labels, s: (seen.append(t), teacher(x, t))[1], dsm_weight="none")
     sigma = SD * seen[0].tan()
     weighted = plain * (sigma**2 + SD**2) / (SD * sigma) ** 2
     torch.testing.assert_close(weighted, score(true_generator), rtol=1e-9, atol=1e-12)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edmdistill import schedules
 from edmdistill.draws import Draws
-from edmdistill.methods import transitions
+from edmdistill.methods import cosim
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.cosim import CoSIM, CoSIMConfig
 from edmdistill.methods.sid import SiD, SiDConfig
@@ -50,7 +50,7 @@ def test_sid_is_cosim_of_one_level(
     def one_time(x_s: Tensor, s: Tensor, labels: Tensor, t: Tensor) -> Tensor:
         return networks["auxiliary"](x_s, s, labels)
 
-    monkeypatch.setattr(transitions, "cosim_sigmas", one_level)
+    monkeypatch.setattr(cosim, "cosim_sigmas", one_level)
     methods = (
         (SiD(SiDConfig(**options), networks, noise), batch),
         (

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from edmdistill.draws import Draws
+from edmdistill.methods import cosim
 from edmdistill.methods.base import Batch, Loss, NoiseRange
 from edmdistill.methods.cosim import CoSIM
 from edmdistill.methods.fmd import FMD
+from edmdistill.methods.scm import ContinuousConsistency
 from edmdistill.methods.solver import multistep_trajectory
-from edmdistill.methods.trajectories import trajectory_loss, with_trajectories
+from edmdistill.methods.trajectories import trajectory_loss
 from edmdistill.sampling.dpm_solver import dpm_solver_pp_2m
 from edmdistill.schedules import edm_curve
 from edmdistill.trigflow import cos_sin, denoised, diffuse, sigma_to_time
@@ -143,16 +145,22 @@ def test_the_loss_is_a_mean_over_the_points(tiny_networks: Make, tiny_batch: Mak
         torch.testing.assert_close(loss.value, torch.full_like(loss.value, 12e18), rtol=1e-4, atol=0)
 
 
-def test_beside_a_loss_trajectories_add_their_value_and_signals() -> None:
-    value, t = torch.arange(1.0, 4), torch.tensor([0.1, 0.2, 0.3])
-    images = torch.ones(3, 1, 2, 2)
-    main = Loss(value, t, {"a": value[0]}, images)
-    regression = Loss(10 * value, t + 1, {"b": value[1]})
-    batch = Batch(images, None, 5)
-    for warmup_images, expected in ((6, regression), (5, Loss(6 * value, t, {"a": value[0], "b": value[1]}, images))):
-        found = with_trajectories(
-            lambda *_: main, lambda *_: regression, batch, Draws(0, 3), weight=0.5, warmup_images=warmup_images
-        )
+@pytest.mark.parametrize(("kind", "warmup"), [(CoSIM, "warmup_images"), (FMD, "trajectory_images")])
+def test_beside_a_loss_trajectories_add_their_value_and_signals(
+    kind: Any, warmup: str, tiny_networks: Make, tiny_batch: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone as long as the warm-up lasts."""
+    value, t, images = torch.arange(1.0, 4), torch.tensor([0.1, 0.2, 0.3]), torch.ones(3, 1, 2, 2)
+    main, regression = Loss(value, t, {"a": value[0]}, images), Loss(10 * value, t + 1, {"b": value[1]})
+    both = Loss(6 * value, t, {"a": value[0], "b": value[1]}, images)
+    monkeypatch.setattr(CoSIM, "gap_loss", lambda *_: main)
+    monkeypatch.setattr(ContinuousConsistency, "generator_loss", lambda *_: main)
+    monkeypatch.setattr(cosim, "trajectory_loss", lambda *_, **__: regression)
+    monkeypatch.setattr(FMD, "trajectory_loss", lambda *_: regression)
+    for warmup_images, expected in ((6, regression), (5, both)):
+        options = {"trajectory_steps": 2, "trajectory_weight": 0.5, warmup: warmup_images}
+        method = kind(kind.Config(**options), tiny_networks(kind, **options), NOISE)
+        found = method.generator_loss(tiny_batch(3)._replace(images=5), Draws(0, 3))
         torch.testing.assert_close(tuple(found), tuple(expected))
 
 

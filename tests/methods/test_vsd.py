@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
+from edmdistill.methods import score_distillation
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.methods.scd import SCD, SCDConfig
-from edmdistill.methods.score_distillation import vsd_auxiliary_loss, vsd_generator_loss
 from edmdistill.methods.vsd import VSD
 from edmdistill.trigflow import cos_sin
 
@@ -56,8 +56,18 @@ def with_u(F: Callable[..., Tensor], u: Tensor | float = 0.0) -> Callable[..., A
     return network
 
 
-def batch_and_times(x: Tensor, t: float) -> tuple[Batch, Tensor]:
-    return Batch(torch.full_like(x, torch.nan), None), torch.full((len(x),), t, dtype=torch.float64)
+@pytest.fixture
+def at_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], None]:
+    """t -> None: the times at which the scores are compared are no longer drawn, but these."""
+    return lambda t: monkeypatch.setattr(score_distillation, "lognormal_times", lambda *_, **__: t)
+
+
+def vsd(noise: NoiseRange, teacher: Any, generator: Any, auxiliary: Any) -> VSD:
+    return VSD(VSD.Config(), {"teacher": teacher, "generator": generator, "auxiliary": auxiliary}, noise)
+
+
+def labels_alone(x: Tensor) -> Batch:
+    return Batch(torch.full_like(x, torch.nan), None)
 
 
 # Closed forms.
@@ -65,7 +75,7 @@ def batch_and_times(x: Tensor, t: float) -> tuple[Batch, Tensor]:
 
 @pytest.mark.parametrize("t", [0.05, 0.6, 1.2, 1.5])
 def test_the_generator_s_gradient_is_that_of_the_divergence(
-    affine: Affine, gaussian_flow: Make, cubature: Make, scripted: Make, noise: NoiseRange, t: float
+    affine: Affine, gaussian_flow: Make, cubature: Make, scripted: Make, noise: NoiseRange, at_time: Make, t: float
 ) -> None:
     """2 e^-u / D sigma_d sin(t) / cos(t)^2 times that of KL(q_t || p_t), where F_phi is the generator's own."""
     cos, sin = math.cos(t), math.sin(t)
@@ -83,7 +93,8 @@ def test_the_generator_s_gradient_is_that_of_the_divergence(
         seen.append(x_t)
         return teacher(x_t, t)
 
-    loss = vsd_generator_loss(affine, asked, auxiliary, *batch_and_times(z, t), scripted(z, other), noise)
+    at_time(torch.full((len(z),), t, dtype=torch.float64))
+    loss = vsd(noise, asked, affine, auxiliary).generator_loss(labels_alone(z), scripted(z, other))
     g = (SD * z.flatten(1) @ affine.M.T + affine.b).reshape(z.shape).detach()
     torch.testing.assert_close(seen, [cos * g + sin * SD * other])
     slopes = torch.autograd.grad(loss.value.mean(), list(affine.parameters()))
@@ -93,14 +104,15 @@ def test_the_generator_s_gradient_is_that_of_the_divergence(
 
 
 def test_the_auxiliary_score_is_best_where_it_is_the_generator_s(
-    affine: Affine, gaussian_flow: Make, cubature: Make, scripted: Make, noise: NoiseRange
+    affine: Affine, gaussian_flow: Make, cubature: Make, scripted: Make, noise: NoiseRange, at_time: Make
 ) -> None:
     best, z = gaussian_flow(*(part.detach() for part in affine.distribution())), cubature(2, D)
     W = torch.zeros(D, D, dtype=torch.float64, requires_grad=True)
     b = torch.zeros(D, dtype=torch.float64, requires_grad=True)
     u = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     auxiliary = with_u(lambda x, t: best(x, t) + (x.flatten(1) @ W + b).reshape(x.shape), u)
-    loss = vsd_auxiliary_loss(auxiliary, affine, *batch_and_times(z[0], 0.9), scripted(*z), noise)
+    at_time(torch.full((len(z[0]),), 0.9, dtype=torch.float64))
+    loss = vsd(noise, None, affine, auxiliary).auxiliary_loss(labels_alone(z[0]), scripted(*z))
     *slopes, rise = torch.autograd.grad(loss.value.mean(), [W, b, u])
     assert max(slope.abs().max() for slope in slopes) < 1e-12
     # What is left is the variance of v / sigma_d given x_t; e^u is that of one pixel where u is best.
@@ -110,9 +122,11 @@ def test_the_auxiliary_score_is_best_where_it_is_the_generator_s(
     torch.testing.assert_close(rise, 1 - (-u).exp() * left)
 
 
-def test_u_is_best_at_the_log_of_the_mean_square(tiny_networks: Make, tiny_batch: Make, noise: NoiseRange) -> None:
+def test_u_is_best_at_the_log_of_the_mean_square(
+    tiny_networks: Make, tiny_batch: Make, noise: NoiseRange, at_time: Make
+) -> None:
     """And of several heads the last is used, at the time of x_t."""
-    networks, batch, draws = tiny_networks(SCD, vsd=1.0), tiny_batch(), Draws(0, 6)
+    networks = tiny_networks(SCD, vsd=1.0)
     t = torch.linspace(0.1, 1.5, 6, dtype=torch.float64)
     u = torch.zeros(6, dtype=torch.float64, requires_grad=True)
 
@@ -121,7 +135,8 @@ def test_u_is_best_at_the_log_of_the_mean_square(tiny_networks: Make, tiny_batch
         assert len(u_at) == 3
         return networks["generator"](x, start, labels), start, start, u
 
-    loss = vsd_generator_loss(generator, networks["teacher"], networks["auxiliary"], batch, t, draws, noise, logvars=3)
+    at_time(t)
+    loss = vsd(noise, **(networks | {"generator": generator})).vsd_loss(tiny_batch(), Draws(0, 6), logvars=3)
     squares = loss.value.detach()  # at u = 0
     torch.testing.assert_close(loss.signals["score_gap"], squares.sqrt().mean())
     torch.testing.assert_close(torch.autograd.grad(loss.value.sum(), u)[0], 1 - squares)
@@ -165,9 +180,7 @@ def test_scd_takes_the_sum(tiny_networks: Make, tiny_batch: Make, noise: NoiseRa
     guided_networks = {**networks, "teacher": teacher}
     both = SCD(SCDConfig(vsd=0.7, guidance=(1.5, 1.5)), guided_networks, noise).generator_loss(batch, Draws(0, 6))
     alone = SCD(SCDConfig(guidance=(1.5, 1.5)), guided_networks, noise).generator_loss(batch, draws)
-    t = (SD**-1 * (0.4 + 2.0 * draws.normal()).exp()).atan()
-    generator, auxiliary = networks["generator"], networks["auxiliary"]
-    other = vsd_generator_loss(generator, guided, auxiliary, batch, t, draws, noise, logvars=2)
+    other = SCD(SCDConfig(vsd=0.7), networks | {"teacher": guided}, noise).vsd_loss(batch, draws, logvars=2)
     torch.testing.assert_close(both.value, alone.value + 0.7 * other.value)
     assert both.signals == alone.signals | other.signals
 
