@@ -38,7 +38,7 @@ def plain_loop(model: Denoiser, data: Dataset, spec: SamplerSpec, images: int, b
         labels = torch.tensor(rows) % 10
         pixels = to_uint8(generate_images(model, spec, rows, labels, batch=batch))
         features = space(pixels)
-        measured = Measured(features, space.classify(pixels).log(), labels)
+        measured = Measured(features, space.logits(pixels), labels)
         for metric in metrics:
             metric.update(measured)
     for metric in metrics:

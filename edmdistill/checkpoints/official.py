@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 import re
@@ -195,4 +194,4 @@ def load_official(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointC
             f"{source.path} is a consistency model of ECT, a few-step generator and not a teacher: to sample and "
             "measure it, convert it with --generator ect"
         )
-    return build_official(dataclasses.replace(source.official))  # a copy, whose tensors are freed with it
+    return build_official(source.official)

@@ -21,12 +21,11 @@ from edmdistill.checkpoints.class_names import class_names
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, SamplingDefaults, describe
 from edmdistill.checkpoints.conversion_report import GeneratorReport
 from edmdistill.checkpoints.ctm import to_ctm
-from edmdistill.checkpoints.encoder import PIXELS, STABLE_DIFFUSION
+from edmdistill.checkpoints.encoder import PIXELS, UNRECORDED
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official, edm_arguments
 from edmdistill.checkpoints.openai import Adm, UnknownNetwork, read_arguments, read_weights
-from edmdistill.checkpoints.persistence import VAE_PARAMETERS
 from edmdistill.checkpoints.source import Source, open_source, source_name
 from edmdistill.checkpoints.store import build_flow, fill, save_checkpoint
 from edmdistill.errors import CheckpointError
@@ -58,10 +57,7 @@ class PublishedGenerator(NamedTuple):
 def _read_pickle(source: Source) -> tuple[FlowNetwork, CheckpointConfig]:
     flow, config = build_official(read_official(source.path, generator=True))
     if flow.img_channels == 4 and config.encoder == PIXELS:  # SiDA's pickles leave the encoder out, which is EDM2's
-        scale = [VAE_PARAMETERS["final_std"] / std for std in STABLE_DIFFUSION["edm2"].std]
-        bias = [-mean * factor for mean, factor in zip(STABLE_DIFFUSION["edm2"].mean, scale, strict=True)]
-        encoder = {"kind": "StabilityVAEEncoder", "vae_name": VAE_PARAMETERS["vae_name"], "scale": scale, "bias": bias}
-        config = replace(config, encoder=encoder)
+        config = replace(config, encoder=UNRECORDED.encoder(flow.sigma_data))
     return flow, config
 
 

@@ -217,9 +217,7 @@ def save_checkpoint(
         write_checkpoint(new, flow, config, tensors)
 
 
-def load_checkpoint(
-    source: str | Path, device: torch.device | str = "cpu", mapped: bool = True
-) -> tuple[FlowNetwork, CheckpointConfig]:
+def load_checkpoint(source: str | Path, mapped: bool = True) -> tuple[FlowNetwork, CheckpointConfig]:
     """Returns the network and the configuration of a checkpoint of ours, a folder or a repository of the Hub.
 
     Args:
@@ -229,7 +227,7 @@ def load_checkpoint(
     folder = resolve(source)
     config = read_config(folder)
     flow = build_meta(config, folder)
-    fill(flow.network, load_tensors(folder / MODEL, device, mapped)[0], str(folder / MODEL))
+    fill(flow.network, load_tensors(folder / MODEL, mapped=mapped)[0], str(folder / MODEL))
     return flow, config
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import click
 
-from edmdistill.cli.options import say
+from edmdistill.cli.options import json_option, say
 from edmdistill.cli.types import OutputPath
 
 
@@ -34,7 +34,7 @@ from edmdistill.cli.types import OutputPath
     help="How to compare the result with its source: full is on images of its size, and in float64.  [default: quick]",
 )
 @click.option("--licence", help="Licence of the weights, as the Hub writes it.  [default: their publisher's]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     source: str,
     out: Path,

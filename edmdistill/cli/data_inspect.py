@@ -2,12 +2,14 @@
 
 import click
 
+from edmdistill.cli.options import json_option
+
 
 @click.command("inspect")
 @click.argument("source", metavar="SET")
 @click.option("--split", default="train", show_default=True, help="Split of digits or tiles: train, test or all.")
 @click.option("--teacher", metavar="TEACHER", help="Compare classes, shape and statistics with what this one takes.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(source: str, split: str, teacher: str | None, as_json: bool) -> None:
     """Show the contents of a data set, and which files are left out.
 

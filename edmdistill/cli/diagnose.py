@@ -2,7 +2,7 @@
 
 import click
 
-from edmdistill.cli.options import interruptible
+from edmdistill.cli.options import device_option, interruptible, json_option
 from edmdistill.cli.types import BATCH, PROTOCOLS, Count, Name
 
 
@@ -13,8 +13,8 @@ from edmdistill.cli.types import BATCH, PROTOCOLS, Count, Name
 @click.option("--ref", metavar="DATA", help="Real images: zip, folder, digits or tiles.  [default: the protocol's own]")
 @click.option("--n", "count", type=Count(2), default=3000, show_default=True, help="Jumps from each level.")
 @click.option("--batch", type=BATCH, default=250, show_default=True, help="Images per batch.")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@device_option
+@json_option
 def command(
     source: str,
     protocol: str,

@@ -5,12 +5,12 @@ import sys
 
 import click
 
-from edmdistill.cli.options import say
+from edmdistill.cli.options import json_option, say
 
 
 @click.command("doctor")
 @click.option("--remove-evaluations", is_flag=True, help="Remove what stopped evaluations have left in the cache.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(remove_evaluations: bool, as_json: bool) -> None:
     """Check versions, devices and this folder's disk, and say how to fix problems.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,10 +117,8 @@ def command(
     folder = options.results_folder(source)
 
     def specs(flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None) -> list[SamplerSpec]:
-        from edmdistill.sampling.spec import SamplerSpec
-
-        fields = sampler.arguments(flow, device, dtype) | {"gamma": gamma, "churn": churn}
-        return [SamplerSpec(nfe=nfe, **fields) for nfe in nfes or (None,)]
+        spec = sampler.spec(flow, device, dtype, gamma=gamma, churn=churn)
+        return [replace(spec, nfe=nfe) for nfe in nfes or (None,)]
 
     def show(results: Sequence[Result]) -> None:
         document = results_json(results)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import say_unfinished
+from edmdistill.cli.options import json_option, say_unfinished
 from edmdistill.cli.types import OutputPath
 
 TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
@@ -16,7 +16,7 @@ TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
 @click.option("--out", type=OutputPath(moved=True), required=True, metavar="DIR", help="The folder to write.")
 @click.option("--vae", metavar="DIR|ID", help="diffusers, space: what decodes latents, to be held by the export.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing export.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(source: str, to: str, out: Path, vae: str | None, overwrite: bool, as_json: bool) -> None:
     """Export SOURCE for another program, and print how closely it reproduces the images.
 

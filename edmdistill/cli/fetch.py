@@ -5,11 +5,13 @@ from dataclasses import asdict
 
 import click
 
+from edmdistill.cli.options import json_option
+
 
 @click.command("fetch")
 @click.argument("names", metavar="NAME...|list", nargs=-1, required=True)
 @click.option("--verify", is_flag=True, help="Check what the files hold, and say how to reproduce a published result.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     """Download official files once into the cache, and check their sha256.
 

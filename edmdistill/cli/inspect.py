@@ -2,12 +2,13 @@
 
 import click
 
+from edmdistill.cli.options import json_option
 from edmdistill.errors import counted
 
 
 @click.command("inspect")
 @click.argument("source", metavar="FILE")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 @click.option("--tensors", is_flag=True, help="List every tensor, its dtype and its shape.")
 @click.option("--classes", is_flag=True, help="Print only the classes, with number and name.")
 @click.option("--check", is_flag=True, help="Load the network, and test whether it is a denoiser or a generator.")
@@ -41,8 +42,8 @@ def command(source: str, as_json: bool, tensors: bool, classes: bool, check: boo
         from edmdistill.checkpoints.noise_dependence import describe_dependence, noise_dependence
 
         value = noise_dependence(load_flow(checkpoint)[0])
-        summary = {"noise_dependence": value, "function": describe_dependence(value)} | summary
-        summary["noise_dependence"] = value
+        measured = {"noise_dependence": value, "function": describe_dependence(value)}
+        summary = measured | summary | measured  # first in order, and not those of config.json
     if not tensors:
         del summary["tensors"]
     click.echo(to_json(summary) if as_json else to_text(summary))

@@ -2,7 +2,7 @@
 
 import click
 
-from edmdistill.cli.options import interruptible
+from edmdistill.cli.options import device_option, interruptible, json_option
 from edmdistill.cli.types import BATCH, Count
 
 
@@ -17,8 +17,8 @@ from edmdistill.cli.types import BATCH, Count
 )
 @click.option("--images", type=Count(min=1), help="Number of images.  [default: 1000, or all of fewer]")
 @click.option("--batch", type=BATCH, default=250, show_default=True, help="Images per batch.")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@device_option
+@json_option
 def command(
     teacher: str,
     original: str | None,

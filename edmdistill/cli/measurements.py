@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import compile_option, errors_once, option_group, say, say_rounding, say_unfinished
+from edmdistill.cli.options import (
+    compile_option,
+    device_option,
+    dtype_option,
+    errors_once,
+    option_group,
+    say,
+    say_rounding,
+    say_unfinished,
+)
 from edmdistill.cli.types import CommaList, Count, OutputPath
 
 if TYPE_CHECKING:
@@ -50,7 +59,7 @@ def _require_different(ctx: click.Context, param: click.Parameter, given: tuple[
 
 
 SHARING = (
-    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]"),
+    device_option,
     click.option("--processes", type=Count(min=1), help="Start so many on this machine, one a GPU."),
     click.option(
         "--work",
@@ -163,9 +172,7 @@ def measurement_options(
             is_flag=True,
             help="Also save it with the checkpoint or run, where report and push-to-hub find it.",
         ),
-        "dtype": click.option(
-            "--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network."
-        ),
+        "dtype": dtype_option,
         "compile_mode": compile_option("off", "off"),
     }
     asked = (option for name, option in options.items() if name not in fixed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -66,15 +65,21 @@ def compile_option(default: str | None, shown: str) -> Callable[[Callable[..., N
     )
 
 
-def second_moment_option(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds --second-moment to a command."""
-    return click.option(
-        "--second-moment",
-        type=click.Choice(SECOND_MOMENTS),
-        default="fp32",
-        show_default=True,
-        help="Adam's; bf16 halves it, by rounding at random: a step's length is off by about 1% at betas of .99.",
-    )(command)
+second_moment_option = click.option(
+    "--second-moment",
+    type=click.Choice(SECOND_MOMENTS),
+    default="fp32",
+    show_default=True,
+    help="Adam's; bf16 halves it, by rounding at random: a step's length is off by about 1% at betas of .99.",
+)
+device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network."
+)
+sets_option = click.option(
+    "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
 @contextmanager
@@ -121,12 +126,6 @@ def say(sentence: str) -> None:
     from edmdistill.progress import write
 
     write(sentence)
-
-
-def show_stage(stage: str) -> None:
-    """Shows what is being measured, on a line of its own that the next one overwrites."""
-    if sys.stderr.isatty():
-        click.echo(f"\r{stage:60}\r", nl=False, err=True)
 
 
 def write_text(file: Path, text: str) -> None:

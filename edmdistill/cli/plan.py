@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edmdistill.cli.options import second_moment_option, show_stage
+from edmdistill.cli.options import json_option, second_moment_option, sets_option
 from edmdistill.cli.train import OFFLOADS
 from edmdistill.cli.types import COMPILE, Count, FiniteFloat, Memory, Name, NameList
 from edmdistill.machine.gpus import GPUS, HERE, measure_this_machine
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--guide", metavar="SOURCE", help="As for train; or the name of a published network.")
 @click.option("--network", metavar="NAME", help="A published network in place of TEACHER, as edm2-img512-s.")
 @click.option("--data", metavar="DATA", help="For a recipe that makes its network: the data that it is made for.")
-@click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated.")
+@sets_option
 @click.option("--processes", type=Count(min=1), default=1, show_default=True, help="Number of GPUs.")
 @click.option("--micro-batch", type=Count(min=1), help="Images of one forward pass.  [default: the share of a process]")
 @click.option("--fit", type=Memory(), help="As for train; auto: the one --gpu, or this machine's.")
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @click.option(
     "--all", "all_", is_flag=True, help="Plan every precision, with and without sharding and checkpointing, too."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     recipe: str,
     teacher: str | None,
@@ -78,6 +78,7 @@ def command(
     from edmdistill.planning.document import PlanRequest, plan_document, plan_text
     from edmdistill.planning.fit import fit_request
     from edmdistill.planning.outlines import outline_guide, outline_teacher
+    from edmdistill.progress import stage_bar
     from edmdistill.recipes.library import load_recipe
     from edmdistill.training.checks import require_options
 
@@ -106,8 +107,9 @@ def command(
         utilization,
     )
     if fit is not None:
-        request, sentence = fit_request(request, fit, show_stage)
+        with stage_bar("fitting") as on_progress:
+            request, sentence = fit_request(request, fit, on_progress)
         click.echo(sentence, err=as_json)
-    document = plan_document(request, show_stage, all_)
-    show_stage("")
+    with stage_bar("planning") as on_progress:
+        document = plan_document(request, on_progress, all_)
     click.echo(json.dumps(document, indent=2) if as_json else plan_text(document, request))

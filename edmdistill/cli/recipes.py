@@ -5,12 +5,9 @@ from pathlib import Path
 
 import click
 
+from edmdistill.cli.options import sets_option
 from edmdistill.cli.types import OutputPath
 from edmdistill.errors import counted
-
-sets_option = click.option(
-    "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated."
-)
 
 
 @click.group("recipes")

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import compile_option, interruptible, option_group, say, say_rounding, say_unfinished
+from edmdistill.cli.options import (
+    compile_option,
+    device_option,
+    dtype_option,
+    interruptible,
+    option_group,
+    say,
+    say_rounding,
+    say_unfinished,
+)
 from edmdistill.cli.sampling_options import (
     DecodingOptions,
     SamplerOptions,
@@ -118,8 +127,8 @@ reference_options = option_group(
     help="Of an .npz: adm has arr_0 (and the classes as arr_1), for OpenAI's evaluator.",
 )
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Images at a time.")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
-@click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), help="Of the network.")
+@device_option
+@dtype_option
 @compile_option("off", "off")
 def command(
     source: str,

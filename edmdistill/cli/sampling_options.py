@@ -33,28 +33,7 @@ class SamplerOptions:
     solver: str | None
     weights: Literal["ema", "raw"] = "ema"
 
-    def arguments(self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Returns the fields of the SamplerSpec that they stand for; a guide is loaded.
-
-        Args:
-            flow: the network to sample.
-            device, dtype: of the guide.
-        """
-        from edmdistill.checkpoints.load import load_denoiser
-        from edmdistill.sampling.times import parse_times
-
-        levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
-        return {
-            "times": None if self.times is None else parse_times(self.times, **levels),
-            "guidance": self.guidance,
-            "guide": None if self.guide is None else load_denoiser(self.guide, device, dtype),
-            "force_guidance": self.force_guidance,
-            "solver": self.solver,
-        }
-
-    def spec(
-        self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None, **others: Any
-    ) -> SamplerSpec:
+    def spec(self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None, **others: Any) -> SamplerSpec:
         """Returns the spec that they stand for; a guide is loaded.
 
         Args:
@@ -62,9 +41,19 @@ class SamplerOptions:
             device, dtype: of the guide.
             others: fields of the spec that have other options.
         """
+        from edmdistill.checkpoints.load import load_denoiser
         from edmdistill.sampling.spec import SamplerSpec
+        from edmdistill.sampling.times import parse_times
 
-        return SamplerSpec(**self.arguments(flow, device, dtype), **others)
+        levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
+        return SamplerSpec(
+            times=None if self.times is None else parse_times(self.times, **levels),
+            guidance=self.guidance,
+            guide=None if self.guide is None else load_denoiser(self.guide, device, dtype),
+            force_guidance=self.force_guidance,
+            solver=self.solver,
+            **others,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

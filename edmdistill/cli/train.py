@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import compile_option, errors_once, say, second_moment_option, show_stage
+from edmdistill.cli.options import compile_option, device_option, errors_once, say, second_moment_option, sets_option
 from edmdistill.cli.types import Count, Memory, Name, NameList, OutputPath
 from edmdistill.errors import TrainingError, counted
 from edmdistill.methods import METHODS
@@ -46,8 +46,8 @@ ALARMS = ("collapse", "saturation", "runaway", "quality", "nan")
     help="What decodes latents in grids and [evaluation].  [default: the teacher's, if cached]",
 )
 @click.option("--run-dir", metavar="DIR", required=True, type=OutputPath(), help="Where the run lives; made if new.")
-@click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated.")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
+@sets_option
+@device_option
 @click.option("--processes", type=Count(min=1), help="Start so many on this machine, one for each GPU.")
 @click.option("--micro-batch", metavar="N|auto", help="Most images of one forward pass; auto: the most that fit.")
 @click.option(
@@ -271,11 +271,11 @@ def _fitted(
         return machine, ()
     from edmdistill.machine.launch import process_rank
     from edmdistill.planning.fit import fit_run, main_choice
+    from edmdistill.progress import stage_bar
 
-    choose = partial(fit_run, recipe, machine, memory, show_stage, **sources)
-    machine, sentence = main_choice(machine, partial(choose, processes=process_rank()[1]))
-    if sentence:
-        show_stage("")
+    with stage_bar("fitting") as on_progress:
+        choose = partial(fit_run, recipe, machine, memory, on_progress, **sources)
+        machine, sentence = main_choice(machine, partial(choose, processes=process_rank()[1]))
     return machine, (sentence,)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edmdistill.cli.measurements import MeasurementOptions, measurement_options, plan_measurements, shared
-from edmdistill.cli.options import interruptible, option_group, say
+from edmdistill.cli.options import interruptible, json_option, option_group, say
 from edmdistill.cli.types import PROTOCOLS, Count, Name, NumberList
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ plan_options = option_group(
 @plan_options
 @measurement_options(metrics=None, count=None, seeds=None, repeat=1, save=False)
 @click.option("--dry-run", is_flag=True, help="Measure, and leave the checkpoint as it is.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@json_option
 def command(
     source: str,
     nfes: list[int],

@@ -19,10 +19,10 @@ _COLORS = {"L": 0, "RGB": 2}
 _INDEX = re.compile(r"\d{5}/\D*(\d{8,})\.\w+")
 
 
-def image_name(index: int, stem: str = "img", suffix: str = ".png") -> str:
+def image_name(index: int) -> str:
     """Returns the name of a file of a data set, by its position in the source: 00012/img00012345.png."""
     digits = f"{index:08d}"
-    return f"{digits[:5]}/{stem}{digits}{suffix}"
+    return f"{digits[:5]}/img{digits}.png"
 
 
 def image_index(name: str) -> int:

@@ -108,7 +108,7 @@ def _module_source(module: str) -> ModuleSource:
     return ModuleSource(module)
 
 
-def bundle(module: str, licence: str = "Apache-2.0") -> str:
+def bundle(module: str) -> str:
     """Returns the text of that file: imports, then definitions, each after what it uses.
 
     Raises: ValueError: two definitions or imports share a name, which a single file cannot hold.
@@ -141,7 +141,7 @@ def bundle(module: str, licence: str = "Apache-2.0") -> str:
         raise ValueError(f"{module} is bundled with two of the name {min(twice)}")
     head = (
         f'"""{root.docstring}\n\nBundled by edmdistill from its own source; this file does not need the package. '
-        f'Licence: {licence}.\n"""'
+        'Licence: Apache-2.0.\n"""'
     )
     statements = "\n".join(sorted(set(imports.values()), key=lambda text: (text.startswith("from"), text)))
     top = "\n\n".join([head, "from __future__ import annotations", statements])

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ class FeatureSpace(ABC):
     Attributes:
         name: its key in FEATURE_SPACES, which is part of the names of metrics.
         dim: the number of features d; None = it depends on the size of the images.
-        num_classes: the number of logits K; None = it does not classify.
         sha256: of the weights file; None = no weights.
         official: whether these are the official weights, or none are needed: only then may a metric have its plain
             name.
@@ -33,7 +31,6 @@ class FeatureSpace(ABC):
 
     name: str
     dim: int | None = None
-    num_classes: int | None = None
     sha256: str | None = None
     official: bool = True
 
@@ -71,18 +68,6 @@ class FeatureSpace(ABC):
         if logits is None:
             raise EdmDistillError(f"the feature space {self.name} does not classify: choose one with logits, inception")
         return logits
-
-
-@runtime_checkable
-class Classifier(Protocol):
-    """A feature space that classifies into the classes of its data set, in their order.
-
-    Inception does not: its 1008 logits are in an order of its own.
-    """
-
-    def classify(self, images: Tensor) -> Tensor:
-        """Returns the probabilities of the classes.  uint8 [B,C,H,W] -> float32 [B,K]"""
-        ...
 
 
 def to_rgb(images: Tensor, what: str, advice: str = "decode latents to images first") -> Tensor:

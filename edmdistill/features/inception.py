@@ -46,7 +46,6 @@ class Inception(FeatureSpace):
 
     name = "inception"
     dim: int | None = 2048
-    num_classes: int | None = 1008
 
     def __init__(self, device: torch.device | str = "cpu", weights: Path | None = None) -> None:
         given = read_weights(weights, "inception", self.name)

@@ -64,15 +64,13 @@ class ScriptFeatures(ScriptFile):
 
 
 class RandomFeatures(nn.Module):
-    """A pyramid of random convolutions, for use without a pretrained network.
-
-    Args:
-        channels: of the finest map; each level has twice as many as the one before.
+    """A pyramid of random convolutions, for use without a pretrained network; each map has twice the channels of the
+    finer one.
     """
 
-    def __init__(self, img_channels: int, channels: int = 16) -> None:
+    def __init__(self, img_channels: int) -> None:
         super().__init__()
-        widths = [img_channels, *(channels << level for level in range(NUM_MAPS))]
+        widths = [img_channels, *(16 << level for level in range(NUM_MAPS))]
         self.levels = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise(widths))
         for layer in self.levels:
             assert isinstance(layer, nn.Conv2d)

@@ -104,10 +104,6 @@ class EmbeddedFeatures(FeatureSpace):
         features = self._net.features(self._input(images))
         return features.float(), self._net.head(features)
 
-    def classify(self, images: Tensor) -> Tensor:
-        """uint8 [B,C,H,W] -> probabilities of the classes, float32 [B,K]"""
-        return functional.softmax(self.logits(images), 1).float()
-
     def _input(self, images: Tensor) -> Tensor:
         require_uint8(images, self.name)
         if images.shape[1:] != self.embedded.shape:
@@ -120,7 +116,7 @@ class EmbeddedFeatures(FeatureSpace):
 
 def _features_of(embedded: EmbeddedSet) -> type[EmbeddedFeatures]:
     """Returns the feature space of an embedded set."""
-    attributes = {"embedded": embedded, "name": embedded.name, "num_classes": len(embedded.label_names)}
+    attributes = {"embedded": embedded, "name": embedded.name}
     return type(f"{embedded.name.title()}Features", (EmbeddedFeatures,), attributes)
 
 

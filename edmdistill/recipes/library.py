@@ -68,9 +68,9 @@ def recipe_files(method: str | None = None) -> list[RecipeFile]:
     return files
 
 
-def recipe_names(method: str | None = None) -> list[str]:
-    """Returns the names of `recipe_files`, with all sizes and modes."""
-    return [name for file in recipe_files(method) for name in file.names]
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that ship with the package, with all sizes and modes."""
+    return [name for file in recipe_files() for name in file.names]
 
 
 def _shipped() -> dict[str, Path]:

@@ -27,7 +27,11 @@ def test_text() -> None:
     assert "in the auxiliary's turn" in result.stdout
     assert "CUDA graphs" not in result.stdout
     assert result.stdout.splitlines()[-1].split()[:2] == ["l40s", "16"]
-    assert result.stderr == ""
+
+
+def test_quiet_shows_no_stages_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda stream: True)
+    assert plan("sid/digits", TEACHER, "--gpu", "l40s", "-q").stderr == ""
 
 
 def test_a_tiny_network_is_as_fast_as_its_calls_and_as_large_as_it_is() -> None:

@@ -83,7 +83,7 @@ def test_a_generator_is_measured_as_it_samples(monkeypatch: pytest.MonkeyPatch) 
     digits = load_features("digits")
     reference = statistics(digits(TRAIN.images(range(1500))))
     expected = frechet_distance(statistics(digits(pixels)), reference)
-    accuracy = (digits.classify(pixels).argmax(1) == torch.arange(30) % 10).float().mean().item()
+    accuracy = (digits.logits(pixels).argmax(1) == torch.arange(30) % 10).float().mean().item()
     assert result.metrics["fd_digits@30"] == pytest.approx(expected, rel=1e-5)
     assert result.metrics["class_accuracy@30"] == pytest.approx(accuracy)
     assert done == [16, 14]

@@ -43,7 +43,7 @@ def test_the_digits_judge_by_name_and_by_file(tmp_path: Path):
     images, labels = data.images(range(50)), data.labels(range(50))
     found = load_classifier("digits", 10)(images)
     torch.testing.assert_close(found.exp().sum(1), torch.ones(50, dtype=torch.float64))
-    torch.testing.assert_close(found.exp().float(), load_features("digits").classify(images))
+    torch.testing.assert_close(found.exp(), load_features("digits").logits(images).softmax(1))
     assert (found.argmax(1) == labels).double().mean() > 0.9
     own = shutil.copy(EMBEDDED["digits"].features, tmp_path / "own.safetensors")
     assert torch.equal(load_classifier(str(own), 10)(images), found)
@@ -53,7 +53,7 @@ def test_each_embedded_set_has_a_classifier_of_its_own(tmp_path: Path):
     """By name and by the shapes in a file, whose weights count."""
     images = open_dataset("tiles").images(range(9))
     found = load_classifier("tiles", len(EMBEDDED["tiles"].label_names))(images)
-    torch.testing.assert_close(found.exp().float(), load_features("tiles").classify(images))
+    torch.testing.assert_close(found.exp(), load_features("tiles").logits(images).softmax(1))
     weights = load_tensors(EMBEDDED["tiles"].features)[0]
     for name in weights.keys() & {"head.weight", "head.bias"}:
         weights[name] = torch.zeros_like(weights[name])
