@@ -13,7 +13,7 @@ from edmdistill.methods import METHODS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edmdistill"
 LAYERS = (
-    ("errors",),
+    ("errors", "version"),
     ("optional", "progress", "pickles", "assets"),
     ("arguments", "atomic", "defaults", "embedded", "jsonl", "stored_tensors"),
     ("archives",),

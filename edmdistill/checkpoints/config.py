@@ -26,11 +26,11 @@ from edmdistill.networks.arguments import Arg, validated
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import PRECONDITIONINGS, Sigma
 
-FORMAT_VERSION = "1.3"
+FORMAT_VERSION = "1.4"
 """MAJOR.MINOR of config.json. A field that a file lacks has its default, so older minors read as before. A newer minor
 only adds fields that can be ignored, and they are; a newer major would be misread, and is refused.
 
-1.1: label_dropout, noise_dependence, images_total. 1.2: tunings. 1.3: trained_sigmas."""
+1.1: label_dropout, noise_dependence, images_total. 1.2: tunings. 1.3: trained_sigmas. 1.4: tunings' dtype etc."""
 CONFIG_BYTES = 16 * 2**20
 """Largest config.json that is read; ImageNet's class names take 30,000 bytes."""
 

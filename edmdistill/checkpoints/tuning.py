@@ -43,6 +43,19 @@ class Tuning(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The larger standard deviation of the two."""
     source_sha256: Text | None
     """Digest of the weights."""
+    guidance: Number = 1.0
+    dtype: Text | None = None
+    """Of the network's arithmetic. None here and below: not recorded, before version 1.4 of config.json."""
+    weights: dict[Text, Text | None] = {}
+    """The feature spaces, and the sha256 of their weights."""
+    decoder: Text | None = None
+    """sha256 of the VAE that decoded latents."""
+    edmdistill: Text | None = None
+    revision: Text | None = None
+    torch: Text | None = None
+    device: Text | None = None
+    compiled: bool = False
+    """As in the provenance of a result of `eval`."""
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.before_values) or len(self.values) == 1:
@@ -62,4 +75,5 @@ class Tuning(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if not self.values:
             return ""
         shown = (f"{fmean(some):.4g} ± {stdev(some):.2g}" for some in (self.before_values, self.values))
-        return f"{self.metric} {' -> '.join(shown)} on {len(self.values)} x {self.n:,} held-out seeds"
+        rounded = f", in {self.dtype}" if self.dtype not in (None, "float32") else ""
+        return f"{self.metric} {' -> '.join(shown)} on {len(self.values)} x {self.n:,} held-out seeds{rounded}"

@@ -34,6 +34,7 @@ from edmdistill.sampling.generate import in_eval_mode, is_latent
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.seeds import format_seeds
 from edmdistill.sampling.spec import SamplerRecord, SamplerSpec
+from edmdistill.version import revision
 
 
 @checked
@@ -155,7 +156,8 @@ class _Task(NamedTuple):
         """Returns the result of what is kept and of what was missing."""
         data = self.data
         known = data.content_sha256 if isinstance(data, Dataset) else data.sha256
-        identity = self.subject.identity() | {"reference": known, "origin": self.origin, "standard_n": self.standard_n}
+        origin = {name: value for name, value in self.origin.items() if name != "revision"}  # any commit goes on
+        identity = self.subject.identity() | {"reference": known, "origin": origin, "standard_n": self.standard_n}
         processes = self.panel.processes
         folder = work.folder(msgspec.to_builtins(identity | {"protocol": self.protocol}), processes)
         file = folder / RESULT
@@ -226,7 +228,7 @@ def provenance(
     raw: bool = False,
 ) -> dict[str, Any]:
     """Returns the record of what was measured, with which versions, and of what decides the rounding, as JSON."""
-    versions: dict[str, Any] = {"edmdistill": __version__, "torch": str(torch.__version__)}
+    versions: dict[str, Any] = {"edmdistill": __version__, "revision": revision(), "torch": str(torch.__version__)}
     versions["device"] = torch.device(device).type
     if isinstance(model_or_images, Generator | Denoiser) and model_or_images.flow.network.compiled:
         versions["compiled"] = True

@@ -82,7 +82,12 @@ def tune_schedule(
 
     stored = config.sampling.sigmas.get(str(nfe))
     choice = choose_schedule(measure, nfe, config.sigma_min, config.sigma_max, stored=stored, plan=plan)
-    protocol, sampler, (metric,) = results[0].protocol, results[0].sampler, results[0].metrics
+    protocol, sampler, origin, (metric,) = (
+        results[0].protocol,
+        results[0].sampler,
+        results[0].provenance,
+        results[0].metrics,
+    )
     reference, sign = protocol.reference, loss_of(metric, 1)
     assert reference is not None
     assert sampler is not None
@@ -102,7 +107,12 @@ def tune_schedule(
         before_values=tuple(sign * score for score in choice.before_scores),
         gain=choice.gain,
         spread=choice.spread,
-        source_sha256=results[0].provenance.get("source_sha256"),
+        source_sha256=origin.get("source_sha256"),
+        guidance=sampler.guidance,
+        dtype=sampler.dtype,
+        weights=protocol.weights,
+        decoder=protocol.decoder,
+        **{name: origin[name] for name in ("edmdistill", "revision", "torch", "device", "compiled") if name in origin},
     )
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import subprocess
 from collections.abc import Mapping
-from importlib import metadata
-from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -18,6 +14,7 @@ from edmdistill.kernels.backend import selected
 from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.host import cores, host_memory, peak_host_memory, processor
 from edmdistill.transfer import is_gpu
+from edmdistill.version import revision
 
 
 class Usage(TypedDict):
@@ -107,26 +104,6 @@ def machine_of(session: Mapping[str, Any]) -> Machine:
     """Returns how a session used its machine, apart from the device, with defaults for what earlier runs do not say."""
     fields = {name: session[name] for name in Machine._fields if name in session and name != "device"}
     return Machine(**fields | {"offload": tuple(session.get("offload", ()))})
-
-
-def revision(package: Path = Path(edmdistill.__file__).parent) -> str | None:
-    """Returns the git commit of the package, ending in -dirty if files have changed since; None if it is unknown."""
-    try:
-        _git(package, "ls-files", "--error-unmatch", "__init__.py")  # the enclosing repository may be another project's
-        return _git(package, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
-    except (OSError, subprocess.SubprocessError):
-        pass
-    try:
-        installed = json.loads(metadata.distribution("edmdistill").read_text("direct_url.json") or "{}")
-    except metadata.PackageNotFoundError:
-        return None
-    commit: str | None = installed.get("vcs_info", {}).get("commit_id")
-    return commit
-
-
-def _git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
 def peak_memory(device: torch.device) -> int:

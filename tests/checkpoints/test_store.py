@@ -134,7 +134,7 @@ def test_tensors_may_come_from_elsewhere(tmp_path: Path) -> None:
 
 def test_files_are_for_people(folder: Path) -> None:
     text = (folder / CONFIG).read_text()
-    assert text.startswith('{\n  "format_version": "1.3",\n  "stage": "teacher"')
+    assert text.startswith('{\n  "format_version": "1.4",\n  "stage": "teacher"')
     assert json.loads(text)["c_noise"] == "0.25 ln(sigma)"
     card = (folder / CARD).read_text()
     assert card.startswith(

@@ -1,6 +1,7 @@
 """evaluate: three kinds of source by one mechanism, and results that say how they were made."""
 
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from edmdistill.evaluation.likelihood import evaluate_likelihood
 from edmdistill.evaluation.panel import collect_reference
 from edmdistill.evaluation.protocol import PROTOCOLS
 from edmdistill.evaluation.results import Result, results_json, results_table
+from edmdistill.evaluation.shards import Work
 from edmdistill.features.spaces import Pixels, load_features
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
@@ -283,6 +285,17 @@ def test_json_says_it_all() -> None:
     assert document["protocol"]["covariance"] == "unbiased"
     assert msgspec.json.decode(result.to_json(), type=Result) == result
     assert json.loads(results_json([result])) == {"schema_version": 2, "results": [document]}
+
+
+def test_a_result_names_the_revision_that_measured_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run's sessions do; after another commit, what was measured is not measured again."""
+    model = generator()
+    for commit in ("a" * 40, "b" * 40):
+        monkeypatch.setattr("edmdistill.evaluation.evaluate.revision", lambda commit=commit: commit)
+        with closing(Work(tmp_path)) as work:
+            kept = evaluate(model, protocol="digits", seeds=range(2), work=work)
+        assert kept.provenance["revision"] == "a" * 40
+    assert evaluate(model, protocol="digits", seeds=range(2)).provenance["revision"] == "b" * 40
 
 
 def test_only_equal_protocols_compare() -> None:

@@ -217,6 +217,21 @@ def test_a_value_is_evals(folder: Path) -> None:
     assert tuning.reference == direct.protocol.reference.sha256
 
 
+def test_a_schedule_carries_how_it_was_measured_as_a_result_does(folder: Path) -> None:
+    model = load_generator(folder, dtype=torch.bfloat16)
+    measure: Any = partial(evaluate, model, protocol="digits", metrics=["fd_digits"])
+    tuning = tune_schedule(measure, read_config(folder), 2, TuningPlan(n=10, sets=2, images=140))
+    store_tunings(folder, {2: replace(tuning, gain=1.0, spread=0.0)})
+    stored, result = read_config(folder).tunings["2"], measure(sampler=SamplerSpec(nfe=2), seeds=range(10))
+    assert result.sampler is not None
+    assert (stored.dtype, stored.guidance) == ("bfloat16", 1.0) == (result.sampler.dtype, result.sampler.guidance)
+    assert stored.weights == result.protocol.weights != {}
+    assert stored.decoder == result.protocol.decoder
+    for name in ("edmdistill", "revision", "torch", "device"):
+        assert getattr(stored, name) == result.provenance[name]
+    assert stored.words.endswith(" held-out seeds, in bfloat16")
+
+
 def test_a_metric_names_its_protocol() -> None:
     assert find_measure("fd_digits", None) == ("fd_digits", "digits")
     assert find_measure("fid", None) == ("fid", "edm")

@@ -4,7 +4,6 @@ import json
 import mmap
 import resource
 import signal
-import subprocess
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from edmdistill import __version__
 from edmdistill.cli.train import command
 from edmdistill.machine.engine import Engine, Machine
-from edmdistill.machine.environment import environment, machine_of, peak_memory, revision
+from edmdistill.machine.environment import environment, machine_of, peak_memory
 from edmdistill.training.session import train
 
 
@@ -70,25 +69,3 @@ def resident() -> int:
     """The bytes that this process holds now, where the system says so."""
     counts = Path("/proc/self/statm")
     return int(counts.read_text().split()[1]) * resource.getpagesize() if counts.exists() else 0
-
-
-def git(folder: Path, *words: str) -> None:
-    name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True)
-
-
-def test_the_revision_is_the_packages_own(tmp_path: Path):
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    git(tmp_path, "init")
-    git(tmp_path, "commit", "--allow-empty", "-m", "another project's")
-    elsewhere = revision(package)  # what installed this very package, if that was a repository
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-m", "ours")
-    own = revision(package)
-    assert own is not None
-    assert len(own) == 40
-    assert own != elsewhere
-    (package / "__init__.py").write_text("changed")
-    assert revision(package) == f"{own}-dirty"
