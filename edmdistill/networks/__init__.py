@@ -10,13 +10,13 @@ from edmdistill.networks.song import SongUNet
 NETWORKS: dict[str, type[Network]] = {"song": SongUNet, "adm": DhariwalUNet, "edm2": UNet}
 
 
-def new_network(kind: str, img_resolution: int, img_channels: int, label_dim: int, **arguments: object) -> Network:
-    """Returns a network with fresh weights for such images; EDM's own classes take the channels twice.
+def image_arguments(kind: str, img_resolution: int, img_channels: int, label_dim: int) -> dict[str, int]:
+    """Returns the arguments of a network that its images determine; EDM's own classes take the channels twice."""
+    names = ("img_channels",) if kind == "edm2" else ("in_channels", "out_channels")
+    return {"img_resolution": img_resolution, "label_dim": label_dim} | dict.fromkeys(names, img_channels)
 
-    Raises: TypeError, ValueError: invalid arguments.
-    """
-    channels = {"img_channels": img_channels}
-    if kind != "edm2":
-        channels = {"in_channels": img_channels, "out_channels": img_channels}
+
+def new_network(kind: str, img_resolution: int, img_channels: int, label_dim: int, **arguments: object) -> Network:
+    """Returns a network with fresh weights for such images.  Raises: TypeError, ValueError: invalid arguments."""
     make: Callable[..., Network] = NETWORKS[kind]
-    return make(img_resolution=img_resolution, label_dim=label_dim, **channels | arguments)
+    return make(**image_arguments(kind, img_resolution, img_channels, label_dim) | arguments)

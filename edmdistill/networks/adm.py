@@ -116,13 +116,6 @@ class DhariwalUNet(EDMUNet):
             emb = emb + self.map_label(self.drop_labels(condition, emb))
         return silu(emb)
 
-    def encode(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> list[Tensor]:
-        skips = []
-        for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else layer(x, emb, dropout_keys)
-            skips.append(x)
-        return skips
-
     def decode(self, skips: list[Tensor], emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
         x = skips[-1]
         for name, layer in self.dec.items():

@@ -90,6 +90,7 @@ class Network(nn.Module, ABC):
         time_layers: names of the layers from c_noise to the last linear map of its embedding; the first makes features.
         emb_channels: channels of the embedding.
         feature_layers: the last layer of each level of the encoder, whose results are features; the bottleneck is last.
+        enc, dec: the layers of encoder and decoder, by their official names.
         out_conv: the layer that returns F.
         head: the discriminator of the features, which returns logits; None: there is none. See networks.heads.
         compiled: whether the blocks run compiled; see `machine.compile`.
@@ -106,6 +107,8 @@ class Network(nn.Module, ABC):
     time_layers: ClassVar[tuple[str, ...]] = ("map_noise", "map_layer0", "map_layer1")
     emb_channels: int
     feature_layers: Sequence[Layer]
+    enc: nn.ModuleDict
+    dec: nn.ModuleDict
     out_conv: nn.Module
     head: nn.Module | None
     compiled: bool = False
@@ -201,13 +204,17 @@ class Network(nn.Module, ABC):
             more += self.logvars(condition.c_logvar)
         return (F, *more) if more else F
 
-    @abstractmethod
     def encode(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> list[Tensor]:
         """Returns the results of the encoder's layers, the bottleneck last.
 
         Args:
             x: [B,C,H,W];  emb: [B or 1,emb_channels];  dropout_keys: [B]
         """
+        skips = []
+        for name, layer in self.enc.items():
+            x = layer(x) if name.endswith("conv") else layer(x, emb, dropout_keys)
+            skips.append(x)
+        return skips
 
     @abstractmethod
     def decode(self, skips: list[Tensor], emb: Tensor, dropout_keys: Tensor | None) -> Tensor:

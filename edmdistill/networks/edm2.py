@@ -206,12 +206,7 @@ class UNet(Network):
         return silu(emb)
 
     def encode(self, x: Tensor, emb: Tensor, dropout_keys: Tensor | None) -> list[Tensor]:
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        skips = []
-        for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else layer(x, emb, dropout_keys)
-            skips.append(x)
-        return skips
+        return super().encode(torch.cat([x, torch.ones_like(x[:, :1])], dim=1), emb, dropout_keys)
 
     def decode(self, skips: list[Tensor], emb: Tensor, dropout_keys: Tensor | None) -> Tensor:
         x = skips[-1]

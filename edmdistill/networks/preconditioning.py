@@ -139,9 +139,9 @@ class NoisePrediction(Preconditioning):
 
     sign: float
 
-    @abstractmethod
     def c_in(self, sigma: Tensor) -> Tensor:
-        """Returns the scale of the network's input.  sigma any shape"""
+        """Returns the scale of the network's input, for data of unit variance.  sigma any shape"""
+        return 1 / (sigma**2 + 1).sqrt()
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         return 1.0, self.sign * sigma, self.c_in(sigma), self.c_noise(sigma)
@@ -179,9 +179,6 @@ class VP(NoisePrediction):
     def c_noise(self, sigma: Tensor) -> Tensor:
         root = (self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt()
         return (self.M - 1) * ((root - self.beta_min) / self.beta_d)
-
-    def c_in(self, sigma: Tensor) -> Tensor:
-        return 1 / (sigma**2 + 1).sqrt()
 
 
 @dataclass(frozen=True)
@@ -265,9 +262,6 @@ class IDDPM(NoisePrediction):
 
     def c_noise(self, sigma: Tensor) -> Tensor:
         return (self.M - 1 - self.index(sigma)).to(sigma.dtype)
-
-    def c_in(self, sigma: Tensor) -> Tensor:
-        return 1 / (sigma**2 + 1).sqrt()
 
 
 PRECONDITIONINGS: dict[str, type[Preconditioning]] = {

@@ -20,7 +20,7 @@ from edmdistill.checkpoints.store import build_flow
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import Damaged, RecipeError, TrainingError, counted, without_secrets
 from edmdistill.machine.host import host_memory
-from edmdistill.networks import NETWORKS, base
+from edmdistill.networks import NETWORKS, base, image_arguments
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import NetworkTable, Recipe
 
@@ -30,9 +30,8 @@ def sketch(table: NetworkTable, dataset: Dataset) -> FlowNetwork:
 
     Raises: RecipeError: its arguments make no network, or one that does not fit into the host's memory.
     """
-    names = ("img_channels",) if table.kind == "edm2" else ("in_channels", "out_channels")
-    shape = {"img_resolution": dataset.img_resolution, "label_dim": dataset.label_dim}
-    spec = NetworkSpec(table.kind, shape | dict.fromkeys(names, dataset.img_channels) | table.arguments)
+    shape = image_arguments(table.kind, dataset.img_resolution, dataset.img_channels, dataset.label_dim)
+    spec = NetworkSpec(table.kind, shape | table.arguments)
     reads = "time" if table.arguments.get("positional_time") else "log_sigma"
     try:
         numbers = {"kind": "edm", "sigma_data": table.sigma_data, "c_noise_kind": reads}

@@ -12,6 +12,9 @@ from edmdistill.networks.embeddings import GuidanceEmbedding
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import Preconditioning
 
+LOGVAR_CHANNELS = 128
+"""Fourier features of a new head for log variances, as many as EDM2's."""
+
 
 def rebuild(
     flow: FlowNetwork,
@@ -45,14 +48,13 @@ def rebuild(
     return FlowNetwork(network, edm, flow.compute_dtype, flow.label_dropout).train(old.training)
 
 
-def add_logvar(flow: FlowNetwork, seed: int, heads: int = 1, channels: int = 128) -> FlowNetwork:
+def add_logvar(flow: FlowNetwork, seed: int, heads: int = 1) -> FlowNetwork:
     """Returns a copy of the network with at least so many heads for log variances; existing ones come first.
 
     Args:
         seed: of the new heads.
-        channels: number of Fourier features of new heads; 128 is EDM2's. Existing heads keep theirs.
     """
-    old = flow.network
+    old, channels = flow.network, LOGVAR_CHANNELS
     if old.logvar_linear is not None:
         if old.arguments["logvar_heads"] >= heads:
             return rebuild(flow, {})
