@@ -54,7 +54,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 yield new
             except (
                 CheckpointError
-            ) as error:  # about a file inside, which is not to be named by its path in the scratch folder
+            ) as error:  # about a file inside: it is not to be named by its path in the scratch folder
                 if str(new) in str(error):
                     raise type(error)(str(error).replace(str(new), str(path))) from error
                 raise
@@ -67,11 +67,9 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
             _move(new, path)
             _sync(path.parent)
-    except FileExistsError as error:
-        if not replace and error.filename == str(path):
-            raise
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
     except OSError as error:
+        if isinstance(error, FileExistsError) and not replace and error.filename == str(path):
+            raise
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 

@@ -10,7 +10,6 @@ gradients are those of the whole batch. Random numbers belong to rows (`Draws`),
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -35,6 +34,7 @@ from edmdistill.machine.devices import process_device
 from edmdistill.machine.gpu_options import require_gpu
 from edmdistill.machine.host import cores
 from edmdistill.machine.offload import offload
+from edmdistill.machine.processes import end_process_group
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import CompileMode
 from edmdistill.transfer import is_gpu, to_host
@@ -151,11 +151,8 @@ class Engine:
         return min(MOST_WORKERS, max(cores() // here - 1, 0)) if is_gpu(self.device) else 0
 
     def close(self) -> None:
-        """Destroys the process group, without which processes can hang when they exit."""
-        if dist.is_initialized():
-            # Gloo's thread frees its last work in Python; without a moment to do so, it hangs or aborts at exit.
-            time.sleep(0.1)
-            dist.destroy_process_group()
+        """Destroys the process group."""
+        end_process_group()
 
     # Rows of a batch.
 

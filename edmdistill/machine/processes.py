@@ -49,7 +49,12 @@ class ProcessGroup:
         return total
 
     def close(self) -> None:
-        """Destroys the process group, without which processes can hang when they exit."""
+        end_process_group()
+
+
+def end_process_group() -> None:
+    """Destroys the process group, if there is one: else processes can hang when they exit."""
+    if dist.is_initialized():
         # Gloo's thread frees its last work in Python; without a moment to do so, it hangs or aborts at exit.
         time.sleep(0.1)
         dist.destroy_process_group()

@@ -120,6 +120,11 @@ class NoiseRange(NamedTuple):
     sigma_min: float
     sigma_max: float
 
+    @classmethod
+    def of(cls, flow: FlowNetwork) -> NoiseRange:
+        """Returns the noise levels of a network."""
+        return cls(flow.sigma_data, flow.sigma_min, flow.sigma_max)
+
 
 class EmaOf(NamedTuple):
     """The role that another is the moving average of: each step sets its weights to decay old + (1 - decay) new."""

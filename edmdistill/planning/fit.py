@@ -250,7 +250,7 @@ def main_choice(machine: Machine, choose: Callable[[], Fitted]) -> tuple[Machine
     Raises: PeerFailed: on the others, where `choose` raises.
     """
     engine = Engine(Machine(machine.device))
-    fitted = engine.on_main(lambda: choose())
+    fitted = engine.on_main(choose)
     way = machine if fitted is None else fitted.machine
     numbers = way.micro_batch if isinstance(way.micro_batch, int) else 0, way.loss_pieces
     flags = way.checkpointing, way.second_moment == "bf16", *(part in way.offload for part in PARTS)

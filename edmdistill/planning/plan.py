@@ -161,8 +161,7 @@ def measure(
     require_guide(recipe, guide)
     method = recipe.method_class
     networks = build_roles(recipe, flow, guide)
-    noise = NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)
-    probe = Probe(method, recipe.method, networks, noise)
+    probe = Probe(method, recipe.method, networks, NoiseRange.of(flow))
     offloaded, loads = "teacher" in machine.offload, list[int]()
     for role, network in probe.networks.items():
         if not isinstance(network, FlowNetwork):

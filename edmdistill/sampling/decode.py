@@ -103,7 +103,6 @@ def open_decoder(
     encoder: Mapping[str, Any],
     vae: str | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     *,
     instead: str | None = None,
 ) -> Decoder:
@@ -113,7 +112,7 @@ def open_decoder(
         encoder: of the network's checkpoint, CheckpointConfig.encoder.
         vae: folder or Hub id of the VAE, downloaded if need be; None: the one that the encoder names, if it is on this
             machine.
-        device, dtype: of the VAE.
+        device: of the VAE.
         instead: what a user may do without the VAE, as the end of a sentence.
     Raises: CheckpointError: the VAE is not here, does not fit, or cannot be read.
         EdmDistillError: a VAE for a network that works on pixels.
@@ -131,4 +130,4 @@ def open_decoder(
             raise NoDecoder(
                 f"this network makes latents, and {named}: name the VAE's folder or its Hub id with --vae{alternative}"
             )
-    return LatentDecoder(latents, read_vae(vae, device, dtype, download=True, channels=len(latents.scale)))
+    return LatentDecoder(latents, read_vae(vae, device, download=True, channels=len(latents.scale)))

@@ -53,6 +53,7 @@ def gamma_sampler(
     for t, after in pairwise(times):
         s = torch.atan2(math.sqrt(1 - gamma**2) * after.sin(), after.cos())
         x = jump(x, t, s, labels)
-        h = (1 - (gamma * after.sin()) ** 2).sqrt()
-        x = h.to(x.dtype) * x + (gamma * after.sin()).to(x.dtype) * (sigma_data * randn_like(noise))
+        fresh = gamma * after.sin()
+        h = (1 - fresh**2).sqrt()
+        x = h.to(x.dtype) * x + fresh.to(x.dtype) * (sigma_data * randn_like(noise))
     return jump(x, times[-1], torch.zeros_like(times[-1]), labels)

@@ -6,7 +6,7 @@ average <- beta average + (1 - beta) weights
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from edmdistill.checkpoints.posthoc_ema import power_function_beta, sigma_rel_to_gamma
 from edmdistill.machine.engine import local_shard
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.recipes import schema as recipes
+from edmdistill.recipes.schema import EmaTable
 from edmdistill.transfer import staged
 
 
@@ -41,10 +41,6 @@ class HalfLife(NamedTuple):
             half_life = min(half_life, images * self.rampup_ratio)
         return float(0.5 ** (batch / max(half_life, 1e-8)))
 
-    def describe(self) -> dict[str, Any]:
-        """Returns the description that goes into a checkpoint."""
-        return self._asdict()
-
 
 class PowerFunction(NamedTuple):
     """A step's weight is proportional to a power of its time; see posthoc_ema.py.  Source: EDM2, section 3."""
@@ -59,12 +55,8 @@ class PowerFunction(NamedTuple):
         """Returns the weight of the old average.  images: seen before this step."""
         return power_function_beta(images, batch, sigma_rel_to_gamma(self.sigma_rel))
 
-    def describe(self) -> dict[str, Any]:
-        """Returns the description that goes into a checkpoint."""
-        return self._asdict()
 
-
-def profiles(table: recipes.EmaTable) -> list[HalfLife | PowerFunction]:
+def profiles(table: EmaTable) -> list[HalfLife | PowerFunction]:
     """Returns the profiles of a recipe's averages. Sampling uses the first."""
     ratio = None if table.rampup_ratio == "none" else table.rampup_ratio
     half_lives = [] if table.half_life_images is None else [HalfLife(table.half_life_images, ratio)]

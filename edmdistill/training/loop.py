@@ -11,10 +11,10 @@ however many processes share a batch, it is the same batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,8 +76,8 @@ def take_turn(run: Run, turn: Turn, index: int, batches: Iterator[Batch]) -> Mea
 
     # The step, unless half precision overflowed.
     norm = measures[f"grad_norm/{role}"]
-    finite = bool(np.isfinite(norm))
-    if not np.isfinite(measures[f"loss/{role}"]) or not (finite or (scale and scale.can_shrink)):
+    finite = math.isfinite(norm)
+    if not math.isfinite(measures[f"loss/{role}"]) or not (finite or (scale and scale.can_shrink)):
         raise _divergence(run, role, index, micro_batches)
     measures[f"lr/{role}"] = rate = learning_rate(run.recipe.training, role, run.images)
     if finite:

@@ -155,7 +155,7 @@ def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, fo
 def assemble(recipe: Recipe, sources: Sources, networks: dict[str, nn.Module], machine: Machine) -> Run:
     """Returns the run: networks on their devices, with averages and optimizers."""
     method_class, flow = recipe.method_class, sources.flow
-    noise = noise_range(flow)
+    noise = NoiseRange.of(flow)
     trained = [name for name, role in recipe.roles.items() if role.trained]
     unused = Probe(method_class, recipe.method, networks, noise).unused()
     product = networks[method_class.product]
@@ -209,7 +209,7 @@ def product_config(recipe: Recipe, sources: Sources) -> CheckpointConfig:
         provenance = replace(provenance, init=sources.init.sha256)
     names = sources.dataset.label_names or ()
     has_names = sources.flow.label_dim and len(names) == sources.flow.label_dim
-    levels = recipe.method_class.schedule(recipe.method, noise_range(sources.flow))
+    levels = recipe.method_class.schedule(recipe.method, NoiseRange.of(sources.flow))
     trained = {str(len(levels)): levels} if levels else {}
     fields = msgspec.to_builtins(config) | {
         "provenance": msgspec.to_builtins(provenance),
@@ -234,8 +234,3 @@ def product_config(recipe: Recipe, sources: Sources) -> CheckpointConfig:
             f"checkpoints of this run could not be read again, because {error}: change the recipe or the data"
         ) from error
     return described
-
-
-def noise_range(flow: FlowNetwork) -> NoiseRange:
-    """Returns the noise levels of a network."""
-    return NoiseRange(flow.sigma_data, flow.sigma_min, flow.sigma_max)

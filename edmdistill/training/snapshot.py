@@ -140,7 +140,7 @@ def generator_saver(run: Run, folder: Path, weights: Mapping[str, Tensor]) -> Ca
 
     weights: of the average, unsharded.
     """
-    config = replace(run.config, images_seen=run.images, ema=run.ema.profile.describe())
+    config = replace(run.config, images_seen=run.images, ema=run.ema.profile._asdict())
     return partial(save_checkpoint, folder, run.ema.network, config, overwrite=True, tensors=weights)
 
 
