@@ -8,7 +8,7 @@ import click
 from edmdistill.cli.options import json_option, second_moment_option, sets_option
 from edmdistill.cli.train import OFFLOADS
 from edmdistill.cli.types import COMPILE, Count, FiniteFloat, Memory, Name, NameList
-from edmdistill.machine.gpus import GPUS, HERE, measure_this_machine
+from edmdistill.machine.gpus import GPUS, HERE, UTILIZATION, measure_this_machine
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--utilization",
     type=FiniteFloat(0, 1, min_open=True),
-    default=0.35,
+    default=UTILIZATION,
     show_default=True,
     help="Share of a GPU's peak speed.",
 )

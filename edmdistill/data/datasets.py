@@ -121,6 +121,11 @@ class Dataset:
         return len(self.files) * (2 if self.xflip else 1)
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """C, H and W of an image, or of latents drawn from the set."""
+        return self.img_channels, self.img_resolution, self.img_resolution
+
+    @property
     def notes(self) -> list[str]:
         """Sentences for the user on files that were left out and classes that have no images."""
         missing = self.missing_classes

@@ -98,7 +98,7 @@ def inspect_data(
     split: str = "train",
     teacher: str | Path | None = None,
     batch: int = 256,
-    on_progress: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> DataSummary:
     """Reads all of a data set, and returns its summary.
 
@@ -112,7 +112,6 @@ def inspect_data(
     config, misfit = (None, None) if teacher is None else _compare(data, teacher)
     mean, std, std_all = _moments(data, batch, on_progress)
     embedded = EMBEDDED.get(data.name)
-    contents = None if embedded else read_contents(open_files(Path(source)))
     names = data.label_names or []
     classes = tuple(
         ClassCount(label=label, name=names[label] if label < len(names) else None, images=count)
@@ -133,8 +132,8 @@ def inspect_data(
         misfit=misfit,
         declared=_declared(data, config, ChannelStatistics(mean, std)),
         turned=len(data.turned),
-        left_out={} if contents is None else contents.left_out,
-        prepared=None if contents is None else contents.prepared,
+        left_out={} if embedded else read_contents(open_files(Path(source))).left_out,
+        prepared=None if data.prepared is None else dict(data.prepared),
         notes=tuple(data.notes),
         fingerprint=data.fingerprint,
         credit=embedded.credit if embedded else None,
@@ -169,7 +168,7 @@ def _declared(data: Dataset, config: CheckpointConfig | None, measured: ChannelS
 
 
 def _moments(
-    data: Dataset, batch: int, on_progress: Callable[[int], object] | None
+    data: Dataset, batch: int, on_progress: Callable[[int], object]
 ) -> tuple[tuple[float, ...], tuple[float, ...], float]:
     """Returns mean and standard deviation by channel [C], and the standard deviation of all channels together."""
     total = torch.zeros(data.img_channels, dtype=torch.float64)
@@ -179,8 +178,7 @@ def _moments(
         drawn, spread = values.chunk(2, dim=1) if data.latent else (values, torch.zeros(()))
         total += drawn.sum((0, 2, 3))
         squares += (drawn.square() + spread.square()).sum((0, 2, 3))
-        if on_progress is not None:
-            on_progress(len(values))
+        on_progress(len(values))
     count = len(data) * data.img_resolution**2
     mean, square = total / count, squares / count
     std = (square - mean.square()).clamp(min=0).sqrt()

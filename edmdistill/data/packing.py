@@ -61,13 +61,11 @@ class PackJob:
         return [self._pack(i) for i in range(start, min(start + CHUNK, self.total))]
 
     def _pack(self, i: int) -> Packed:
-        where, (stored, crc) = (
-            f"{self.source}: {printable(self.pictures.names[i])}",
-            read(self.source, self.pictures, i),
-        )
+        where = f"{self.source}: {printable(self.pictures.names[i])}"
+        stored, crc = read(self.source, self.pictures, i)
         image, changes = decode_picture(stored, where) if isinstance(stored, bytes) else (stored, ())
-        if self.transform.apply is not scale:
-            image = image.convert("RGB") if image.mode != "RGB" else image
+        if self.transform.apply is not scale and image.mode != "RGB":
+            image = image.convert("RGB")
         with as_dataset_error(lambda why: f"{where} cannot be resized ({why}); replace or remove it"):
             packed = image if self.size is None else self.transform.apply(image, self.size)
         if packed is None:

@@ -61,13 +61,13 @@ def prepare_data(
     out: str | Path,
     *,
     resolution: int | Size | None = None,
-    transform: str | None = None,
+    transform: str = "none",
     max_images: int | None = None,
     labels: str = "auto",
     split: str = "train",
     workers: int | None = None,
     overwrite: bool = False,
-    on_progress: Callable[[int, int], object] | None = None,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> PreparedSummary:
     """Makes the zip `out` of the pictures of a source, or goes on where the same call stopped.
@@ -79,7 +79,7 @@ def prepare_data(
             files of the Hub; see `open_pictures`.
         resolution: height and width of the images, or (width, height) of a wide picture in its square; None: as they
             are, which must be all the same.
-        transform: a key of TRANSFORMS; None: `none`.
+        transform: a key of TRANSFORMS.
         max_images: the number of pictures to read, from the first.
         labels, split: see `open_pictures`.
         workers: threads; None: one for each core.
@@ -95,29 +95,28 @@ def prepare_data(
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     chosen = find_transform(transform, size)
     remove_leftovers(out)
-    report = on_progress or (lambda done, total: None)
     settings = {
         "source": str(source.absolute()),
         "resolution": None if size is None else list(size),
-        "transform": transform or "none",
+        "transform": transform,
         "labels": labels,
         "split": split,
         "max_images": max_images,
         "pillow": PIL.__version__,
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
     }
-    if not overwrite and (found := _made_before(source, out, settings, report, on_bytes)) is not None:
+    if not overwrite and (found := _made_before(source, out, settings, on_progress, on_bytes)) is not None:
         return found
     require_free(out, overwrite)
     with open_state(out, settings, overwrite=overwrite) as state:
         pictures = open_pictures(source, state.folder, labels=labels, split=split, most=max_images, on_bytes=on_bytes)
         total = min(len(pictures.names), max_images or len(pictures.names))
         state.require_same_source(
-            pictures, lambda done: _content(source, pictures, done, lambda i, _: report(i, total))
+            pictures, lambda done: _content(source, pictures, done, lambda i, _: on_progress(i, total))
         )
         job = PackJob(source, pictures, chosen, size, total)
         with EdmZip(state.images, state.progress.bytes) as archive:
-            _write_images(archive, state, job, workers or os.cpu_count() or 1, report)
+            _write_images(archive, state, job, workers or os.cpu_count() or 1, on_progress)
             if not archive.names:
                 raise DatasetError(f"{source}: {transform} leaves no picture of {total:,}; choose another one")
             record = _record(archive, state, job, settings)

@@ -153,12 +153,11 @@ TRANSFORMS = {
 """By the official names; `none` is what the official tool does without one."""
 
 
-def find_transform(name: str | None, size: Size | None) -> Transform:
-    """Returns the transform of a name, None = `none`, once it is known to suit the size.
+def find_transform(name: str, size: Size | None) -> Transform:
+    """Returns the transform of a name, once it is known to suit the size.
 
     Raises: DatasetError: it is not known, needs a size, or needs a square.
     """
-    name = name or "none"
     if name not in TRANSFORMS:
         raise DatasetError(f"the transform {name!r} is not known; {did_you_mean(name, TRANSFORMS)}")
     transform = TRANSFORMS[name]

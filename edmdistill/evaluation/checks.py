@@ -57,7 +57,7 @@ def require_fit(images: Images, data: Dataset | ReferenceStatistics, standard: P
     size: tuple[int, ...] | None = None
     name = ""
     if isinstance(data, Dataset):
-        size, name = (data.img_channels, data.img_resolution, data.img_resolution), data.name
+        size, name = data.size, data.name
     elif data.has_images:
         size, name = open_images(data.path, 0).size, str(data.path)
     if size not in (None, images.size):

@@ -26,7 +26,7 @@ from edmdistill.draws import Draws
 from edmdistill.errors import DatasetError
 from edmdistill.evaluation.feature_set import Features
 from edmdistill.evaluation.frechet import RunningStatistics
-from edmdistill.evaluation.images import Images
+from edmdistill.evaluation.images import dataset_images
 from edmdistill.evaluation.pipeline import DIGEST, measure_images, pixels_sha256
 from edmdistill.evaluation.references import About, SpaceStatistics, open_statistics
 from edmdistill.evaluation.shards import ONE_PROCESS, Processes, Work, measure_all
@@ -55,8 +55,7 @@ def collect_statistics(
     """
     if len(data) < 2:
         raise DatasetError(f"{data.name} has {len(data)} image, and a covariance needs two: give more")
-    size = (data.img_channels, data.img_resolution, data.img_resolution)
-    images = Images(len(data), size, data.images, None, None, "unknown", identity=lambda: data.content_sha256)
+    images = dataset_images(data)
     weights = {name: space.sha256 for name, space in spaces.items()}
     identity = {"reference": data.content_sha256, "weights": weights}
     folder = None if work is None else work.folder(identity, processes, several=True)
@@ -66,12 +65,7 @@ def collect_statistics(
     digests: list[Tensor] = []
     measure = partial(measure_images, images, spaces, device=device, digests=True)
     for rows, arrays in measure_all(
-        len(data),
-        images.block,
-        measure,
-        folder=folder,
-        processes=processes,
-        on_progress=on_progress,
+        len(data), images.block, measure, folder=folder, processes=processes, on_progress=on_progress
     ):
         digests.append(arrays[DIGEST])
         for name in spaces:
@@ -84,7 +78,7 @@ def collect_statistics(
         weights=weights,
         source=Path(data.name).name,
         split=data.split,
-        sha256=pixels_sha256(size, torch.cat(digests)),
+        sha256=pixels_sha256(data.size, torch.cat(digests)),
         fingerprint=data.fingerprint,
         version=__version__,
     )

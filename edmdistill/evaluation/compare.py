@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edmdistill.checkpoints.config import read_config
-from edmdistill.checkpoints.documents import markdown
 from edmdistill.checkpoints.layout import CONFIG, checkpoint_in
 from edmdistill.errors import EdmDistillError, counted
 from edmdistill.evaluation.feature_set import Features
@@ -27,7 +26,7 @@ from edmdistill.evaluation.results import (
     read_results,
     results_files,
 )
-from edmdistill.evaluation.tables import number, sampler_words
+from edmdistill.evaluation.tables import markdown_table, number, sampler_words
 from edmdistill.sampling.seeds import format_seeds, parse_seeds
 
 CHOSEN = "balanced", "drawn", "given"
@@ -133,13 +132,6 @@ class Comparison(NamedTuple):
         rows = [{"name": row.name, "result": row.result} for row in self.rows]
         document = {"metrics": self.metrics, "rows": rows, "notes": self.notes}
         return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
-
-
-def markdown_table(cells: Sequence[Sequence[str]], numbers: int, notes: Sequence[str]) -> str:
-    """Returns a table in Markdown.  cells: the first row is the head;  numbers: how many of the last columns are"""
-    head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in cells)
-    rule = "|---" * (len(cells[0]) - numbers) + "|---:" * numbers + "|"
-    return "\n".join([head, rule, *body, *(f"\n{note}" for note in notes)])
 
 
 def compare(rows: Sequence[Row]) -> Comparison:

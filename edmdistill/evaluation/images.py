@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.layout import CONFIG, is_state
 from edmdistill.data.contents import IMAGE_SUFFIXES
-from edmdistill.data.datasets import open_dataset
+from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError
 from edmdistill.evaluation.image_arrays import open_npy, open_npz
 from edmdistill.networks.flow import Denoiser
@@ -145,6 +145,11 @@ def _is_sharded(network: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
 
+def dataset_images(data: Dataset) -> Images:
+    """The images of a data set, without its classes."""
+    return Images(len(data), data.size, data.images, None, None, "unknown")
+
+
 def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
     """Images that are there already.
 
@@ -185,17 +190,16 @@ def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
     names = [PurePosixPath(file).stem for file in data.files]
     seeds = [int(name) for name in names] if all(name.isdecimal() for name in names) else None
     classes = data.labels(range(len(data)))
-    size = (data.img_channels, data.img_resolution, data.img_resolution)
     request = _request(path, len(data))
     vae = request.get("vae")
     drawn = request.get("classes") == "drawn" and classes is not None
     return Images(
         len(data),
-        size,
+        data.size,
         data.images,
         classes,
         seeds,
-        "drawn" if drawn else _label_source(classes, seeds, label_dim, size),
+        "drawn" if drawn else _label_source(classes, seeds, label_dim, data.size),
         tuple(data.source_notes),
         identity=lambda: data.fingerprint,
         sampler=_sampler(request),

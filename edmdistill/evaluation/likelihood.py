@@ -29,6 +29,7 @@ from edmdistill.evaluation.rk45 import rk45
 from edmdistill.evaluation.shards import batches
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import IDDPM
+from edmdistill.sampling.generate import in_eval_mode
 from edmdistill.sampling.seeds import SeededNoise
 from edmdistill.sampling.spec import SamplerRecord
 from edmdistill.trigflow import cos_sin, sigma_to_time
@@ -132,7 +133,7 @@ def evaluate_likelihood(
     tolerance: float = SOLVER_TOLERANCE,
     source: str | None = None,
     raw: bool = False,
-    on_progress: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> Result:
     """Returns the bits per dimension of images under a network; lower is better.
 
@@ -169,12 +170,8 @@ def evaluate_likelihood(
     solve = partial(
         log_likelihood, sigma_min=known.sigma_min, sigma_max=known.sigma_max, tolerance=tolerance, rho=known.rho
     )
-    training = model.training
-    try:
-        model.eval()
+    with in_eval_mode(model):
         bits, evaluations, pixels_hash = _measure(flow, data, order, solve, probes, on_progress)
-    finally:
-        model.train(training)
     values = {"nll": bits.mean()}
     if len(order) > 1:
         values["nll_image_error"] = bits.mean(0).std() / math.sqrt(len(order))
@@ -203,7 +200,7 @@ def _measure(
     order: Sequence[int],
     solve: Callable[..., LogLikelihood],
     probes: int,
-    on_progress: Callable[[int], object] | None,
+    on_progress: Callable[[int], object],
 ) -> tuple[Tensor, Tensor, str]:
     """Returns the bits per dimension [probes,N], the evaluations of each solution [n], and the pixels' sha256."""
     device, digests, bits, evaluations = flow.device, [], [], []
@@ -220,11 +217,9 @@ def _measure(
             value, calls = solve(noise, x, rng.signs(pixels.shape[1:]).to(device))
             of_batch.append(math.log2(HALF) - value.cpu() / (x[0].numel() * math.log(2)))
             evaluations.append(calls.cpu())
-            if on_progress is not None:
-                on_progress(len(rows))
+            on_progress(len(rows))
         bits.append(torch.stack(of_batch))
-    size = (data.img_channels, data.img_resolution, data.img_resolution)
-    return torch.cat(bits, 1), torch.cat(evaluations), pixels_sha256(size, torch.cat(digests))
+    return torch.cat(bits, 1), torch.cat(evaluations), pixels_sha256(data.size, torch.cat(digests))
 
 
 def _check(model: Generator | Denoiser, data: Dataset) -> None:

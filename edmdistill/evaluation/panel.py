@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,12 +17,12 @@ from edmdistill.data.datasets import Dataset
 from edmdistill.errors import NotFiniteError
 from edmdistill.evaluation.base import Accumulator, Measured, Nothing
 from edmdistill.evaluation.feature_set import Features, FeatureSet
-from edmdistill.evaluation.images import Images, open_images
+from edmdistill.evaluation.images import Images, dataset_images, open_images
 from edmdistill.evaluation.metrics import FoundMetric
 from edmdistill.evaluation.pipeline import DIGEST, measure_images, pixels_sha256
 from edmdistill.evaluation.protocol import Reference, describe_reference
 from edmdistill.evaluation.references import ReferenceStatistics
-from edmdistill.evaluation.shards import ONE_PROCESS, MeasuredBatch, Processes, Work, measure_all
+from edmdistill.evaluation.shards import ONE_PROCESS, Processes, Work, measure_all
 from edmdistill.features.base import FeatureSpace
 from edmdistill.features.spaces import load_features
 from edmdistill.progress import progress_bar
@@ -84,7 +84,9 @@ class Panel:
             for one in self.metrics
             if self.processes.rank == 0
         ]
-        for rows, arrays in self._measure(images, measure, folder, on_progress):
+        for rows, arrays in measure_all(
+            images.count, images.block, measure, folder=folder, processes=self.processes, on_progress=on_progress
+        ):
             labels = None if images.classes is None else images.classes[rows.start : rows.stop]
             for one, metric in metrics:
                 features, scores = (arrays.get(f"{one.features}/{kind}") for kind in ("features", "logits"))
@@ -93,17 +95,6 @@ class Panel:
         finished = [metric.finish() for _, metric in metrics] or [0.0] * len(self.metrics)
         values = self.processes.all_reduce(torch.tensor(finished, dtype=torch.float64)).tolist()
         return require_finite_metrics({one.name: value for one, value in zip(self.metrics, values, strict=True)})
-
-    def _measure(
-        self,
-        images: Images,
-        measure: Callable[[Iterable[range]], Iterable[MeasuredBatch]],
-        folder: Path | None,
-        on_progress: Callable[[int], object] = lambda count: None,
-    ) -> Iterable[MeasuredBatch]:
-        return measure_all(
-            images.count, images.block, measure, folder=folder, processes=self.processes, on_progress=on_progress
-        )
 
 
 @lru_cache(maxsize=4)
@@ -115,9 +106,7 @@ def collect_reference(reference: Dataset | ReferenceStatistics, panel: Panel) ->
     keys = {(one.features, one.metric.reference) for one in panel.metrics}
     record = describe_reference(reference)
     if isinstance(reference, Dataset):
-        size = (reference.img_channels, reference.img_resolution, reference.img_resolution)
-        images = Images(len(reference), size, reference.images, None, None, "unknown")
-        collected, digest = _collect(images, keys, panel, reference.content_sha256)
+        collected, digest = _collect(dataset_images(reference), keys, panel, reference.content_sha256)
         return Collected(collected, replace(record, sha256=digest))
     if not reference.spaces:
         collected, digest = _collect(open_images(reference.path, 0), keys, panel, reference.sha256)
@@ -152,7 +141,10 @@ def _collect(images: Images, keys: Keys, panel: Panel, identity: str) -> tuple[d
     digests: list[Tensor] = []
     measure = partial(measure_images, images, spaces, device=panel.device, digests=True)
     with progress_bar(images.count, desc="reference") as bar:
-        for _, arrays in panel._measure(images, measure, folder, bar.update if main else lambda count: None):
+        show = bar.update if main else lambda count: None
+        for _, arrays in measure_all(
+            images.count, images.block, measure, folder=folder, processes=panel.processes, on_progress=show
+        ):
             digests.append(arrays[DIGEST])
             for (name, _), accumulator in accumulators.items():
                 accumulator.update(arrays[f"{name}/features"].to(panel.device))

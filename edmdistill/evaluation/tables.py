@@ -55,8 +55,7 @@ class ResultTable(NamedTuple):
 
     def to_markdown(self) -> str:
         """Returns the table in Markdown."""
-        head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in self.rows)
-        return "\n".join([head, "|---" * len(self.rows[0]) + "|", *body])
+        return markdown_table(self.rows)
 
     @property
     def caption(self) -> str:
@@ -79,6 +78,18 @@ class ResultTable(NamedTuple):
             f"classes {protocol.labels}, against {real}. NFE is the number of network evaluations per image. FD and "
             "FID are Frechet distances between features; lower is better."
         )
+
+
+def markdown_table(rows: Sequence[Sequence[str]], numbers: int = 0, notes: Sequence[str] = ()) -> str:
+    """Returns a table in Markdown, and the notes below it.
+
+    Args:
+        rows: cells of text; the first row is the head.
+        numbers: how many of the last columns are aligned as numbers.
+    """
+    head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in rows)
+    rule = "|---" * (len(rows[0]) - numbers) + "|---:" * numbers + "|"
+    return "\n".join([head, rule, *body, *(f"\n{note}" for note in notes)])
 
 
 def result_tables(results: Sequence[Result], generator: GeneratorId) -> list[ResultTable]:

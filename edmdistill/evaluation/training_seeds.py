@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edmdistill.errors import EdmDistillError, counted
-from edmdistill.evaluation.compare import Comparison, Row, markdown_table
-from edmdistill.evaluation.tables import number, sampler_words
+from edmdistill.evaluation.compare import Comparison, Row
+from edmdistill.evaluation.tables import markdown_table, number, sampler_words
 
 RESOLVED, RUN = "recipe.resolved.json", "run.json"
 

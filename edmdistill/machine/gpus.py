@@ -11,6 +11,9 @@ from typing import NamedTuple
 LAUNCH = 10e-6
 """Least seconds of one call of torch in eager mode, whatever it computes: 5 to 20 us, depending on the processor."""
 
+UTILIZATION = 0.35
+"""Share of a GPU's peak speed that networks reach."""
+
 HERE = "this machine"
 """The name of what `measure_this_machine` returns, beside those of GPUS."""
 

@@ -20,7 +20,7 @@ from edmdistill.machine.compile import CUDA_GRAPHS
 from edmdistill.machine.devices import pick_device
 from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.gpu_options import require_gpu
-from edmdistill.machine.gpus import GPU, HERE, measure_this_machine
+from edmdistill.machine.gpus import GPU, HERE, UTILIZATION, measure_this_machine
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.planning.document import PlanRequest
@@ -39,8 +39,6 @@ CONTEXT = 0.6e9
 """Bytes of a GPU that CUDA takes before the first tensor: on a small one, all of the headroom. Not measured."""
 PIECES = 4
 """Pieces of the generator's loss that are tried: more take launches, and save little."""
-UTILIZATION = 0.35
-"""Share of a GPU's peak speed that networks reach."""
 HOST_SPEED = 20e9
 """Bytes a second between a GPU and pinned memory, over PCIe 4.0 x16 of 32e9; and those of a host's own memory."""
 EMA_TRAFFIC = 4

@@ -11,13 +11,10 @@ from edmdistill.checkpoints.store import build_flow
 from edmdistill.errors import counted
 from edmdistill.machine.engine import Machine
 from edmdistill.machine.environment import machine_of
-from edmdistill.machine.gpus import GPUS, find_gpu
+from edmdistill.machine.gpus import GPUS, UTILIZATION, find_gpu
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure, split_batch, used
 from edmdistill.report.summary import RunSummary
-
-UTILIZATION = 0.35
-"""Share of a GPU's peak, the default of the command `plan`."""
 
 
 class Comparison(NamedTuple):

@@ -22,9 +22,7 @@ COUNT = 10 * CHUNK + 3
 PNG = encoded(0, 4, 4)
 
 
-def job(
-    read: Callable[[int], bytes] = lambda i: PNG, transform: str | None = None, size: Size | None = None
-) -> PackJob:
+def job(read: Callable[[int], bytes] = lambda i: PNG, transform: str = "none", size: Size | None = None) -> PackJob:
     pictures = Pictures("folder", [f"{i}.png" for i in range(COUNT)], [0] * COUNT, read)
     return PackJob(Path("set"), pictures, find_transform(transform, size), size, COUNT)
 

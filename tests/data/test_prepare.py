@@ -40,9 +40,7 @@ def test_official_goldens(case: str, tmp_path: Path) -> None:
         pytest.skip("Pillow 13 resizes the height of b.png, which is high, first; it made the official code's pixels")
     transform, _, size = case.rpartition("-")
     out = tmp_path / "out.zip"
-    prepare_data(
-        GOLDEN / "source", out, resolution=int(size), transform=None if transform == "none" else transform, workers=2
-    )
+    prepare_data(GOLDEN / "source", out, resolution=int(size), transform=transform, workers=2)
     assert {name: digest(pixels) for name, pixels in read_images(out).items()} == CASES[case]["pixels_sha256"]
     document = read_document(out)
     assert document["labels"] == CASES[case]["labels"]

@@ -8,9 +8,9 @@ from torch import nn
 
 from edmdistill.errors import TrainingError
 from edmdistill.machine.engine import Machine
-from edmdistill.machine.gpus import GPU
+from edmdistill.machine.gpus import GPU, UTILIZATION
 from edmdistill.planning import fit as module
-from edmdistill.planning.fit import ADAM_TRAFFIC, EMA_TRAFFIC, HOST_SPEED, UTILIZATION, Fitted, fit
+from edmdistill.planning.fit import ADAM_TRAFFIC, EMA_TRAFFIC, HOST_SPEED, Fitted, fit
 from edmdistill.planning.plan import Measurement, Pass, Plan
 from edmdistill.recipes.library import load_recipe
 from edmdistill.training.micro_batch import HEADROOM

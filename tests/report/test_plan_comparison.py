@@ -9,11 +9,10 @@ from report_runs import SESSION, SMALL
 
 from edmdistill.checkpoints.config import NetworkSpec
 from edmdistill.checkpoints.store import build_flow
-from edmdistill.machine.gpus import GPUS
+from edmdistill.machine.gpus import GPUS, UTILIZATION
 from edmdistill.recipes.library import load_recipe
 from edmdistill.report import plan_comparison
 from edmdistill.report.plan_comparison import (
-    UTILIZATION,
     Comparison,
     _bytes,
     _number,
