@@ -33,6 +33,7 @@ SECTIONS = (
     "random_numbers",
     "likelihood",
     "cores",
+    "half_precision",
     "convolutions",
     "peers",
 )

@@ -44,7 +44,8 @@ def load_model(
             pickle or OpenAI's .pt.
         weights: of a run directory: ema, the average that the run publishes, or raw, the weights in its newest state;
             a state has only raw ones.
-        dtype: of the arithmetic: float16 and bfloat16 inside the network only, float64 throughout; default: float32.
+        dtype: of the arithmetic: float16 and bfloat16 inside the network only, where the weights of convolutions are
+            kept so; float64 throughout; default: float32.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
     if dtype not in DTYPES:
@@ -58,6 +59,8 @@ def load_model(
         flow.compute_dtype = dtype
     flow = flow.to(device).requires_grad_(False)
     flow.network.fold()
+    if flow.compute_dtype is not None:
+        flow.network.store_convolutions(flow.compute_dtype)
     if config.stage == "generator":
         return Generator(flow, config).eval()
     teacher = Denoiser(flow)

@@ -16,12 +16,11 @@ sigma_data: 0.8 for digits (0.48 after 3% of the training), and closer to 1 wher
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from edmdistill.errors import printable, without_secrets
+from edmdistill.kernels.linear import multiplies_bfloat16
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import NoisePrediction
 
@@ -48,7 +47,7 @@ def noise_dependence(flow: FlowNetwork) -> float:
     if math.prod(size) >= LARGE:
         noises, different = 2, 1
         exact = isinstance(flow.preconditioning, NoisePrediction)
-        flow.compute_dtype = compute_dtype if exact or not _multiplies_bfloat16() else torch.bfloat16
+        flow.compute_dtype = compute_dtype if exact or not multiplies_bfloat16() else torch.bfloat16
     x = sigma * torch.randn(noises, *size, generator=rng).to(like, memory_format=torch.channels_last)
     classes: list[int | None] = [i * flow.label_dim // CLASSES for i in range(min(different, flow.label_dim))]
     variances = []
@@ -58,13 +57,6 @@ def noise_dependence(flow: FlowNetwork) -> float:
     flow.compute_dtype = compute_dtype
     flow.train(training)
     return math.sqrt(sum(variances) / len(variances)) / flow.sigma_data
-
-
-def _multiplies_bfloat16() -> bool:
-    """Returns whether the CPU is known to compute faster in bfloat16 than in float32."""
-    # Older versions of torch do not tell.
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def describe_dependence(value: float) -> str:

@@ -28,6 +28,12 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, frozen: Frozen
     return f.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2)
 
 
+def multiplies_bfloat16() -> bool:
+    """Returns whether the CPU has instructions for bfloat16, by which large networks take less time in it."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def lay_out_weights(network: nn.Module, plain: bool = False) -> None:
     """Gives the weights of convolutions the layout in which they are fastest on their device; images follow theirs.
 

@@ -43,9 +43,19 @@ def test_what_is_loaded_for_sampling_is_not_trained(tmp_path: Path, stage: str) 
     assert model.flow.network.out_conv.folded
     assert model.label_names == tuple("0123456789")
     assert model.encoder == encoder
-    assert load(folder, dtype=torch.bfloat16).flow.compute_dtype == torch.bfloat16
     with pytest.raises(CheckpointError, match=r"cannot compute in torch\.int8: choose one of torch\.float32, "):
         load(folder, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_the_weights_are_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Those of convolutions, nearly all; a network that casts them in each pass gives the same bits."""
+    folder = tiny_generator(tmp_path / "c", "teacher")
+    model, casts = load_denoiser(folder, dtype=dtype), load_denoiser(folder)
+    casts.flow.compute_dtype = dtype
+    assert {(p.ndim == 4, p.dtype) for p in model.parameters()} == {(True, dtype), (False, torch.float32)}
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0])
+    assert torch.equal(model(x, sigma, torch.arange(2)), casts(x, sigma, torch.arange(2)))
 
 
 def test_a_network_of_a_run_says_what_it_began_from(tmp_path: Path) -> None:

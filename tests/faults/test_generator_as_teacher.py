@@ -93,7 +93,7 @@ def test_bfloat16_is_exact_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "LARGE", 0)
     values = []
     for fast in (False, True):
-        monkeypatch.setattr(measures, "_multiplies_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr(measures, "multiplies_bfloat16", lambda fast=fast: fast)
         values.append(noise_dependence(flow))
     assert 0 < abs(values[0] - values[1]) < 0.01
     assert flow.compute_dtype is None
@@ -108,7 +108,7 @@ def test_a_denoiser_that_predicts_noise_is_not_taken_for_a_generator_by_its_roun
     noise = math.sqrt(SIGMA**2 + 1) * (1 - share) / SIGMA
     flow.network.forward = lambda x, condition: x * noise  # type: ignore[method-assign]
     monkeypatch.setattr(measures, "LARGE", 0)
-    monkeypatch.setattr(measures, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(measures, "multiplies_bfloat16", lambda: True)
     assert noise_dependence(flow) == pytest.approx(STD / SIGMA, rel=0.1)
 
 

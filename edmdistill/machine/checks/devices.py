@@ -14,9 +14,14 @@ from edmdistill.machine.checks.finding import GIB, Finding, first_line
 def check_devices() -> Iterator[Finding]:
     import torch
 
+    from edmdistill.kernels.linear import multiplies_bfloat16
+
     if not torch.cuda.is_available():
         if not Path("/proc/driver/nvidia/version").exists() and shutil.which("nvidia-smi") is None:
-            yield Finding("devices", "ok", "no CUDA device: everything runs on the CPU, slowly")
+            detail = "no CUDA device: everything runs on the CPU, slowly"
+            if multiplies_bfloat16():
+                detail += ", but large networks draw images faster with --dtype bfloat16"
+            yield Finding("devices", "ok", detail)
         elif torch.version.cuda is None:
             fix = "install a CUDA build of torch with the command that pytorch.org gives"
             yield Finding("devices", "warn", "there is an NVIDIA driver, but torch is a CPU-only build", fix)

@@ -33,6 +33,15 @@ def test_no_device(monkeypatch: pytest.MonkeyPatch, driver: bool, cuda: str | No
     assert part in finding.detail
 
 
+@pytest.mark.parametrize("name", ["amx_bf16", "avx512_bf16", "avx512_f"])
+def test_a_cpu_that_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
+    assert only_finding(devices.check_devices).detail.endswith("--dtype bfloat16") == name.endswith("bf16")
+
+
 def test_devices(monkeypatch: pytest.MonkeyPatch):
     """Two devices, by hand: one sound, one that this torch has no kernels for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
