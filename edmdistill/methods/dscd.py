@@ -42,7 +42,8 @@ class DSCD(GuidedMethod[DSCDConfig]):
         super().__init__(config, networks, noise)
         self.generator = networks["generator"]
         sigma_data, sigma_min, sigma_max = noise
-        sigmas = edm_curve(torch.arange(1, config.intervals + 1) / config.intervals, sigma_min, sigma_max)
+        levels = torch.arange(1, config.intervals + 1, dtype=torch.float64)
+        sigmas = edm_curve(levels / config.intervals, sigma_min, sigma_max)
         self.times = Constant(torch.cat([torch.zeros(1, dtype=torch.float64), sigma_to_time(sigmas, sigma_data)]))
         probabilities = discrete_lognormal(sigmas, P_mean=config.P_mean, P_std=config.P_std)
         self.cumulative = Constant(probabilities.cumsum(0))

@@ -56,7 +56,7 @@ def trajectory_loss(
     """
     sigma_data, sigma_min, sigma_max = noise
     r = torch.where(draws.uniform() < share_to_max, 1.0, draws.uniform())
-    fractions = 1 - torch.arange(steps, device=r.device)[:, None] / steps
+    fractions = 1 - torch.arange(steps, dtype=torch.float64, device=r.device)[:, None] / steps
     times = sigma_to_time(edm_curve(fractions * r, sigma_min, sigma_max), sigma_data)
     with torch.no_grad():
         start = diffuse(batch.x0, draws.normal_like(batch.x0, sigma_data), times[0])

@@ -65,12 +65,15 @@ def test_t_and_the_time_before_are_neighbors_on_edms_grid() -> None:
         return (x, *u_at) if u_at else x
 
     networks = {"teacher": lambda x, t, labels: x, "generator": generator}
-    method = DSCD(DSCDConfig(intervals=4, P_std=4.0), networks, noise)
+    method = DSCD(DSCDConfig(intervals=5, P_std=4.0), networks, noise)
     (turn,) = method.turns()
     turn.loss(Batch(torch.zeros(500, 1, 2, 2), None), Draws(0, 500))
     (_, before), (x, t) = seen
     assert float((x / over(x, t).sin()).std()) == pytest.approx(SIGMA_DATA, rel=0.1)  # all noise, as the data are 0
-    grid = [0.0, *sigma_to_time(edm_curve(torch.arange(1, 5) / 4, 0.002, 80.0), SIGMA_DATA).tolist()]
+    grid = [
+        0.0,
+        *sigma_to_time(edm_curve(torch.arange(1, 6, dtype=torch.float64) / 5, 0.002, 80.0), SIGMA_DATA).tolist(),
+    ]
     assert sorted(set(zip(before.tolist(), t.tolist(), strict=True))) == list(pairwise(grid))
 
 

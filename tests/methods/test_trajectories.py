@@ -43,7 +43,7 @@ def at(x: Tensor, sigma: Tensor, to: Tensor | float) -> Tensor:
 
 
 def curve(steps: int, r: Tensor) -> Tensor:
-    return edm_curve((1 - torch.arange(steps)[:, None] / steps) * r, 0.002, 80.0)
+    return edm_curve((1 - torch.arange(steps, dtype=torch.float64)[:, None] / steps) * r, 0.002, 80.0)
 
 
 def solved(teacher: Callable[..., Tensor], steps: int) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
@@ -193,16 +193,16 @@ def test_a_share_of_jumps_leads_to_the_end_and_others_to_any_later_point(teacher
         return x_t
 
     rows, batch = 4_000, Batch(torch.zeros(4_000, DIM, 1, 1, dtype=torch.float64), None)
-    trajectory_loss(asking, teacher, batch, Draws(0, rows), NOISE, steps=4, share_to_max=1.0, share_to_end=0.2)
+    trajectory_loss(asking, teacher, batch, Draws(0, rows), NOISE, steps=5, share_to_max=1.0, share_to_end=0.2)
     ((t, s),) = asked
-    times = torch.cat([sigma_to_time(curve(4, torch.ones(1, dtype=torch.float64)), SD)[:, 0], torch.zeros(1)])
+    times = torch.cat([sigma_to_time(curve(5, torch.ones(1, dtype=torch.float64)), SD)[:, 0], torch.zeros(1)])
     start, stop = ((times[:, None] - time).abs().argmin(0) for time in (t, s))
     torch.testing.assert_close(times[stop], s, rtol=0, atol=1e-12)
-    assert start.equal(torch.arange(4).repeat_interleave(rows))
-    for k in range(4):
-        counts = stop[start == k].bincount(minlength=5)
+    assert start.equal(torch.arange(5).repeat_interleave(rows))
+    for k in range(5):
+        counts = stop[start == k].bincount(minlength=6)
         assert not counts[: k + 1].any()
-        expected = torch.full((4 - k,), 0.8 / (4 - k))
+        expected = torch.full((5 - k,), 0.8 / (5 - k))
         expected[-1] += 0.2
         assert counts[k + 1 :].double() / rows == pytest.approx(expected, abs=0.04)
 
