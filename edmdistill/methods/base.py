@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, overload
 
 import msgspec
@@ -76,20 +77,14 @@ class FlowFunction(Protocol):
         """Returns F; its derivative along (dx, dt), or (dx, dt, dsecond), without gradient; and the log variances."""
 
 
-class FixedInputs:
-    """A network with some of its inputs filled in, for callers that do not know of them."""
-
-    def __init__(self, network: Any, inputs: Mapping[str, Tensor]) -> None:
-        self.network, self.inputs = network, inputs
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return self.network(*args, **self.inputs, **keywords)
-
-
 def with_inputs(network: FlowFunction, **inputs: Tensor | None) -> FlowFunction:
-    """Returns the network with these inputs filled in: w, a guidance weight, or second, a time; None: left open."""
-    fixed = {name: value for name, value in inputs.items() if value is not None}
-    return FixedInputs(network, fixed) if fixed else network
+    """Returns the network with inputs filled in, for callers that do not know of them.
+
+    Args:
+        inputs: w, a guidance weight, or second, a time; None: left open.
+    """
+    fixed: dict[str, Any] = {name: value for name, value in inputs.items() if value is not None}
+    return partial(network, **fixed) if fixed else network  # type: ignore[return-value]
 
 
 class WatchedFunction(FlowFunction, Protocol):

@@ -62,10 +62,10 @@ def validated(values: Mapping[str, Any], type_: Any) -> Any:
 @cache
 def _signature(class_: type) -> type[Struct]:
     """Returns a struct type with the fields of a constructor's parameters."""
-    constructor: Any = class_.__dict__.get("__init__") or class_.__mro__[1].__dict__["__init__"]
+    constructor: Any = class_.__init__  # type: ignore[misc]
     hints = get_type_hints(constructor, include_extras=True)
     fields: list[Any] = []
-    for name, parameter in list(inspect.signature(constructor).parameters.items())[1:]:
+    for name, parameter in inspect.signature(class_).parameters.items():
         required = parameter.default is inspect.Parameter.empty
         fields.append((name, hints[name]) if required else (name, hints[name], parameter.default))
     return msgspec.defstruct("Arguments", fields, forbid_unknown_fields=True)

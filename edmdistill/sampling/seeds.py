@@ -18,37 +18,33 @@ MAX_SEEDS = 2_000_000
 
 
 class SeededNoise:
-    """One random stream a sample; each draw returns one value or image of every stream.
+    """One random stream a sample; each draw returns one value or image of every stream, on the CPU.
 
     Args:
         seeds: taken modulo 2^32, as the official scripts do.
-        device: of the streams. CPU streams give the same images on every machine; a CUDA stream differs
-            from a CPU stream of the same seed.
     Source: the official generate.py and generate_images.py, whose streams these match number for number if the
         draws come in the same order: latents, then classes, then the sampler's noise.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.streams = [torch.Generator(self.device).manual_seed(int(seed) % 2**32) for seed in seeds]
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.streams = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Draws unit normal noise.  [B,*shape]"""
-        draws = [torch.randn(*shape, generator=rng, device=self.device, dtype=dtype) for rng in self.streams]
-        return torch.stack(draws)
+        return torch.stack([torch.randn(*shape, generator=rng, device="cpu", dtype=dtype) for rng in self.streams])
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
         """Draws uniform numbers in [0, 1).  float32 [B,*shape]"""
-        return torch.stack([torch.rand(*shape, generator=rng, device=self.device) for rng in self.streams])
+        return torch.stack([torch.rand(*shape, generator=rng, device="cpu") for rng in self.streams])
 
     def signs(self, shape: Sequence[int]) -> Tensor:
         """Draws -1 or 1 with equal probability.  float32 [B,*shape]"""
-        bits = [torch.randint(2, tuple(shape), generator=rng, device=self.device) for rng in self.streams]
+        bits = [torch.randint(2, tuple(shape), generator=rng, device="cpu") for rng in self.streams]
         return torch.stack(bits) * 2.0 - 1
 
     def integers(self, high: int) -> Tensor:
         """Draws uniform integers in [0, high).  int64 [B]"""
-        return torch.stack([torch.randint(high, [], generator=rng, device=self.device) for rng in self.streams])
+        return torch.stack([torch.randint(high, [], generator=rng, device="cpu") for rng in self.streams])
 
     def like(self, x: Tensor) -> Tensor:
         """Draws unit normal noise of the shape, dtype and device of x [B,...]."""

@@ -109,7 +109,7 @@ class SamplerSpec:
 
     def __post_init__(self) -> None:
         require_fields(self)
-        if self.nfe is not None and not (1 <= self.nfe <= MAX_NFE and self.nfe == int(self.nfe)):
+        if self.nfe is not None and not 1 <= self.nfe <= MAX_NFE:
             raise EdmDistillError(
                 f"the number of network evaluations must be a whole one, 1 to {MAX_NFE:,}, but it is {self.nfe:,}"
             )
