@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from edmdistill.cli.options import device_option, errors_once, interruptible, say
+from edmdistill.cli.options import device_option, errors_once, interruptible, processes_option, say
 from edmdistill.cli.types import Count, OutputPath
 from edmdistill.errors import counted
 
@@ -30,7 +30,7 @@ from edmdistill.errors import counted
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the VAE.")
 @click.option("--batch", type=Count(1, 4096), default=8, show_default=True, help="Images at a time, at most.")
 @device_option
-@click.option("--processes", type=Count(min=1), help="Start so many on this machine, one for each GPU.")
+@processes_option
 def command(
     images: str,
     out: Path,

@@ -2,7 +2,7 @@
 
 import click
 
-from edmdistill.cli.options import device_option, interruptible, json_option
+from edmdistill.cli.options import device_option, interruptible, json_option, print_json
 from edmdistill.cli.types import BATCH, PROTOCOLS, Count, Name
 
 
@@ -30,8 +30,6 @@ def command(
     SOURCE is a generator or a run directory. With --teacher its denoiser stands beside; if SOURCE is a run whose method
     has an auxiliary score, the gap between the two scores is measured too, by the levels s and t of jumps.
     """
-    import json
-
     from edmdistill.evaluation.diagnosis import diagnose, sentences
     from edmdistill.machine.devices import pick_device
 
@@ -47,9 +45,7 @@ def command(
         )
     if as_json:
         tables = {name: [row._asdict() for row in rows] for name, rows in diagnosis._asdict().items()}
-        click.echo(
-            json.dumps({"schema_version": 1, "source": source, **tables, "sentences": sentences(diagnosis)}, indent=2)
-        )
+        print_json(source=source, **tables, sentences=sentences(diagnosis))
         return
     click.echo(f"{'sigma':>8} {'generator':>10} {'teacher':>10}" if teacher else f"{'sigma':>8} {'generator':>10}")
     for jump in diagnosis.jumps:

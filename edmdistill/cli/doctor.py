@@ -1,11 +1,10 @@
 """edmdistill doctor."""
 
-import json
 import sys
 
 import click
 
-from edmdistill.cli.options import json_option, say
+from edmdistill.cli.options import json_option, print_json, say
 
 
 @click.command("doctor")
@@ -32,7 +31,6 @@ def command(remove_evaluations: bool, as_json: bool) -> None:
             click.echo(f"{finding.level:<4}  {finding.check:<18}  {finding.detail}{fix}")
     failed = sum(finding.level == "fail" for finding in findings)
     if as_json:
-        checks = [finding._asdict() for finding in findings]
-        click.echo(json.dumps({"schema_version": 1, "failed": failed, "checks": checks}, indent=2))
+        print_json(failed=failed, checks=[finding._asdict() for finding in findings])
     if failed:
         sys.exit(2)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import json_option, say_unfinished
+from edmdistill.cli.options import json_option, print_json, say_unfinished
 from edmdistill.cli.types import OutputPath
 
 TARGETS = "diffusers", "onnx", "torch-export", "nvidia", "space"
@@ -31,8 +31,6 @@ def command(source: str, to: str, out: Path, vae: str | None, overwrite: bool, a
 
     EDM2's weight normalization and gains are folded into plain convolutions, except for nvidia and space.
     """
-    import json
-
     from edmdistill.checkpoints.source import open_source
     from edmdistill.export.folder import export
     from edmdistill.export.parity import table
@@ -43,8 +41,7 @@ def command(source: str, to: str, out: Path, vae: str | None, overwrite: bool, a
     with stage_bar("exporting") as on_progress:
         parity = export(checkpoint, to, out, vae=vae, overwrite=overwrite, on_progress=on_progress)
     if as_json:
-        document = {"schema_version": 1, "path": str(out), "to": to, "parity": [row._asdict() for row in parity]}
-        click.echo(json.dumps(document, indent=2))
+        print_json(path=str(out), to=to, parity=[row._asdict() for row in parity])
         return
     click.echo(f"Largest relative difference from our images:\n\n{table(parity)}\n")
     click.echo(f"{out} is written: see {out / 'README.md'}.")

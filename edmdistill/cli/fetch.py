@@ -1,11 +1,10 @@
 """`edmdistill fetch`: official files, once, into the cache."""
 
-import json
 from dataclasses import asdict
 
 import click
 
-from edmdistill.cli.options import json_option
+from edmdistill.cli.options import json_option, print_json
 
 
 @click.command("fetch")
@@ -25,7 +24,10 @@ def command(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     from edmdistill.checkpoints.official_files import documents, fetch, find_official, to_text
 
     if names == ("list",):
-        click.echo(json.dumps({"schema_version": 1} | documents(), indent=2) if as_json else to_text())
+        if as_json:
+            print_json(**documents())
+        else:
+            click.echo(to_text())
         return
     names = names[1:] if names[0] == "teacher" and len(names) > 1 else names
     files = {file.name: file for name in names for file in find_official(name)}
@@ -37,7 +39,7 @@ def command(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
         checks = {name: verify_official(name) for name in names}
     if as_json:
         fetched = [asdict(one) | {"path": str(one.path)} for one in files_fetched]
-        click.echo(json.dumps({"schema_version": 1, "fetched": fetched, "checks": checks}, indent=2))
+        print_json(fetched=fetched, checks=checks)
         return
     for line in [*map(str, files_fetched), *(line for lines in checks.values() for line in lines)]:
         click.echo(line)

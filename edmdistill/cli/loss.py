@@ -2,7 +2,7 @@
 
 import click
 
-from edmdistill.cli.options import device_option, interruptible, json_option
+from edmdistill.cli.options import device_option, interruptible, json_option, print_json
 from edmdistill.cli.types import BATCH, Count
 
 
@@ -34,8 +34,6 @@ def command(
     This shows whether a teacher that was changed by `convert --time-embedding positional`, and trained further, is as
     good as before. Both are checkpoints, run directories or official files.
     """
-    import json
-
     from edmdistill.evaluation.noise_levels import losses_by_noise, table, verdict
     from edmdistill.machine.devices import pick_device
 
@@ -43,8 +41,7 @@ def command(
     with interruptible(lambda: "nothing is measured yet."):
         rows = losses_by_noise(sources, data, split=split, images=images, batch=batch, device=pick_device(device))
     if as_json:
-        document = {"schema_version": 1, "sources": sources, "losses": [row._asdict() for row in rows]}
-        click.echo(json.dumps(document, indent=2))
+        print_json(sources=sources, losses=[row._asdict() for row in rows])
         return
     click.echo(table(rows))
     if original:

@@ -18,6 +18,7 @@ from edmdistill.cli.options import (
     dtype_option,
     errors_once,
     option_group,
+    processes_option,
     say,
     say_rounding,
     say_unfinished,
@@ -60,7 +61,7 @@ def _require_different(ctx: click.Context, param: click.Parameter, given: tuple[
 
 SHARING = (
     device_option,
-    click.option("--processes", type=Count(min=1), help="Start so many on this machine, one a GPU."),
+    processes_option,
     click.option(
         "--work",
         type=OutputPath(),

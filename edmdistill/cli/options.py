@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edmdistill.cli.types import COMPILE, SECOND_MOMENTS, Name, NumberList
+from edmdistill.cli.types import COMPILE, SECOND_MOMENTS, Count, Name, NumberList
 from edmdistill.errors import EdmDistillError, PeerFailed
 
 if TYPE_CHECKING:
@@ -79,6 +80,9 @@ dtype_option = click.option(
 sets_option = click.option(
     "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated."
 )
+processes_option = click.option(
+    "--processes", type=Count(min=1), help="Start so many on this machine, one for each GPU."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -126,6 +130,11 @@ def say(sentence: str) -> None:
     from edmdistill.progress import write
 
     write(sentence)
+
+
+def print_json(**fields: object) -> None:
+    """Prints one JSON document with these keys."""
+    click.echo(json.dumps({"schema_version": 1} | fields, indent=2))
 
 
 def write_text(file: Path, text: str) -> None:

@@ -1,11 +1,10 @@
 """`edmdistill recipes`: list, show, copy and check recipes."""
 
-import json
 from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import sets_option
+from edmdistill.cli.options import print_json, sets_option
 from edmdistill.cli.types import OutputPath
 from edmdistill.errors import counted
 
@@ -32,7 +31,7 @@ def list_(method: str | None, as_json: bool) -> None:
     files = recipe_files(method)
     if as_json:
         recipes = [{"name": name, "header": recipe_header(file.path)} for file in files for name in file.names]
-        click.echo(json.dumps({"schema_version": 1, "recipes": recipes}, indent=2))
+        print_json(recipes=recipes)
         return
     width = max(len(file.name) for file in files)
     for name in METHODS:

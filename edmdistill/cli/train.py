@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import compile_option, device_option, errors_once, say, second_moment_option, sets_option
+from edmdistill.cli.options import (
+    compile_option,
+    device_option,
+    errors_once,
+    processes_option,
+    say,
+    second_moment_option,
+    sets_option,
+)
 from edmdistill.cli.types import Count, Memory, Name, NameList, OutputPath
 from edmdistill.errors import TrainingError, counted
 from edmdistill.methods import METHODS
@@ -48,12 +56,13 @@ ALARMS = ("collapse", "saturation", "runaway", "quality", "nan")
 @click.option("--run-dir", metavar="DIR", required=True, type=OutputPath(), help="Where the run lives; made if new.")
 @sets_option
 @device_option
-@click.option("--processes", type=Count(min=1), help="Start so many on this machine, one for each GPU.")
+@processes_option
 @click.option("--micro-batch", metavar="N|auto", help="Most images of one forward pass; auto: the most that fit.")
 @click.option(
     "--fit",
     type=Memory(),
-    help="Choose micro-batch and what follows by the plan: the fastest that fits; auto: this GPU.",
+    help="Choose --micro-batch, --offload, --checkpoint-activations, --loss-pieces and --second-moment by the plan: "
+    "the fastest that fits; auto: this GPU.",
 )
 @click.option("--shard", is_flag=True, help="Share networks, optimizers and averages out over the processes (FSDP2).")
 @click.option("--offload", type=NameList(OFFLOADS), default=(), help="What waits in the host's memory.")

@@ -37,7 +37,7 @@ plan_options = option_group(
     ),
     click.option("--n", type=Count(2, 1_000_000), default=5000, show_default=True, help="Images of a measurement."),
     click.option(
-        "--sets", type=Count(2, 100), default=3, show_default=True, help="Sets of N held-out seeds to confirm."
+        "--sets", type=Count(2, 100), default=3, show_default=True, help="Sets of held-out seeds, --n each, to confirm."
     ),
     click.option(
         "--budget", "images", type=Count(1), metavar="IMAGES", help="Images to draw at most for each of --nfe."

@@ -130,7 +130,7 @@ class Comparison(NamedTuple):
     def to_json(self) -> str:
         """Returns the table as JSON, each row with all that its numbers depend on."""
         rows = [{"name": row.name, "result": row.result} for row in self.rows]
-        document = {"metrics": self.metrics, "rows": rows, "notes": self.notes}
+        document = {"schema_version": 1, "metrics": self.metrics, "rows": rows, "notes": self.notes}
         return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
 
 

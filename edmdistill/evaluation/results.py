@@ -18,14 +18,14 @@ from msgspec.structs import replace
 
 from edmdistill.atomic import atomic_write, expanded, unwritable
 from edmdistill.checkpoints.config import CheckpointConfig, read_config, write_config
-from edmdistill.checkpoints.layout import CONFIG, checkpoint_in
+from edmdistill.checkpoints.layout import CONFIG, TOML, checkpoint_in
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.protocol import Protocol
 from edmdistill.sampling.spec import SamplerRecord
 
 SCHEMA_VERSION = 2
-EVAL, RECIPE = "eval", "recipe.toml"
-"""A run's folder of results, and the file by which a run directory is known."""
+EVAL = "eval"
+"""A run's folder of results."""
 
 
 class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -191,7 +191,7 @@ def save_results(place: Path, results: Sequence[Result]) -> None:
     """
     folder = checkpoint_in(place)
     write_config(folder, add_results(read_config(folder), results))
-    if not (place / RECIPE).is_file():
+    if not (place / TOML).is_file():
         return
     for result in results:
         digest = hashlib.sha256(repr(_key(result)).encode()).hexdigest()

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from edmdistill.checkpoints.layout import RECIPE, RUN
 from edmdistill.errors import EdmDistillError, counted
 from edmdistill.evaluation.compare import Comparison, Row
 from edmdistill.evaluation.tables import markdown_table, number, sampler_words
-
-RESOLVED, RUN = "recipe.resolved.json", "run.json"
 
 
 class Group(NamedTuple):
@@ -95,7 +94,7 @@ class SeedTable(NamedTuple):
             }
             for group in self.groups
         ]
-        document = {"metrics": self.metrics, "rows": rows, "notes": self.notes}
+        document = {"schema_version": 1, "metrics": self.metrics, "rows": rows, "notes": self.notes}
         return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
 
     @staticmethod
@@ -129,7 +128,7 @@ def over_seeds(table: Comparison) -> SeedTable:
 def _setting(row: Row) -> tuple[object, int | None]:
     """Returns what a result depends on but the training seed, and that seed; None for what is no run's own."""
     result = row.result
-    files = [] if row.folder is None else [row.folder / RESOLVED, row.folder / RUN]
+    files = [] if row.folder is None else [row.folder / RECIPE, row.folder / RUN]
     if not files or not all(file.is_file() for file in files):
         return id(row), None
     if row.of_teacher:

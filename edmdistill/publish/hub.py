@@ -30,7 +30,7 @@ from edmdistill.atomic import expanded, sha256_file, temporary_folder
 from edmdistill.checkpoints.config import CheckpointConfig, default_nfe, read_config
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.checkpoints.hub_client import REASONS, REPOSITORY, hub_calls
-from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, checkpoint_in
+from edmdistill.checkpoints.layout import CARD, CONFIG, MODEL, PROGRESS, RECIPE, checkpoint_in
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.load import load_model
 from edmdistill.errors import HubError, HubUnreachable, NoDecoder, counted, without_secrets
@@ -43,7 +43,6 @@ from edmdistill.report.summary import read_run
 from edmdistill.sampling.decode import Decoder, model_decoder
 from edmdistill.sampling.generate import require_finite, sample
 from edmdistill.sampling.grid import image_grid, thumbnails
-from edmdistill.training.identity import RECIPE
 
 NOT_A_BRANCH = re.compile(r"^[-/]|^(?:HEAD|@)?$|[\x00-\x20\x7f~^:?*\[\\#]|\.\.|@\{|//|(?:^|/)\.|\.lock(?:/|$)|[./]$")
 """What git does not take in the name of a branch, and #, which ends the name of a revision where it is read."""

@@ -11,13 +11,12 @@ import msgspec
 
 from edmdistill.atomic import reachable
 from edmdistill.checkpoints.config import CheckpointConfig, read_config
-from edmdistill.checkpoints.layout import CONFIG
+from edmdistill.checkpoints.layout import CONFIG, RECIPE, RUN, TOML
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.tables import GeneratorId
 from edmdistill.jsonl import read_lines
 from edmdistill.machine.environment import SessionRecord
 from edmdistill.recipes.schema import Recipe
-from edmdistill.training.identity import RECIPE, RUN
 from edmdistill.training.run_dir import METRICS, SESSIONS, DataFacts, MetricsLine, RunFacts
 
 
@@ -43,7 +42,7 @@ class RunSummary(NamedTuple):
     @property
     def text(self) -> str:
         """The recipe as its author wrote it."""
-        return (self.path / "recipe.toml").read_text("utf-8")
+        return (self.path / TOML).read_text("utf-8")
 
     @property
     def images(self) -> int:
@@ -66,7 +65,7 @@ def read_run(path: Path) -> RunSummary:
         return RunSummary(
             path,
             Recipe.from_json((path / RECIPE).read_bytes()),
-            _train_arguments(path / "recipe.toml"),
+            _train_arguments(path / TOML),
             msgspec.json.decode((path / RUN).read_bytes(), type=RunFacts)["data"],
             read_config(generator) if (generator / CONFIG).exists() else None,
             read_lines(path / METRICS, MetricsLine, ["images", "seconds"]),

@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from edmdistill.checkpoints.layout import RECIPE, RUN
 from edmdistill.errors import RecipeError, TrainingError
 from edmdistill.recipes.schema import Recipe
 
-RECIPE, RUN = "recipe.resolved.json", "run.json"
 MUTABLE = {f"training.{key}" for key in ("compile", "keep", "keep_every", "log_every", "snapshot_every")} | {
     "ema.snapshot_every",
     "data.name",

@@ -20,12 +20,12 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any, TypedDict
 
 from edmdistill.atomic import atomic_write, lock, reachable, remove_leftovers
-from edmdistill.checkpoints.layout import saved_states
+from edmdistill.checkpoints.layout import RECIPE, RUN, TOML, saved_states
 from edmdistill.errors import CheckpointError, TrainingError
 from edmdistill.jsonl import append_line, read_lines, truncate_lines
-from edmdistill.training.identity import RECIPE, RUN, require_same
+from edmdistill.training.identity import require_same
 
-TOML, SESSIONS, METRICS, LOCK = "recipe.toml", "sessions.jsonl", "metrics.jsonl", ".lock"
+SESSIONS, METRICS, LOCK = "sessions.jsonl", "metrics.jsonl", ".lock"
 FOLDERS = "state", "samples", "x0", "ema"
 LOST = "lost+found"
 """What an empty disk has of its own, as ext4."""

@@ -45,6 +45,7 @@ def test_one_table_of_what_was_measured_alike() -> None:
     rows = list(csv.reader(io.StringIO(table.to_csv())))
     assert rows[2] == ["b|c", "63", "heun, guidance 1.4", "2.25", ""]
     document = json.loads(table.to_json())
+    assert document["schema_version"] == 1
     assert [row["result"]["metrics"] for row in document["rows"]] == [VALUES, {"fid": 2.25}]
 
 

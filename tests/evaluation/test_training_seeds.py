@@ -63,7 +63,7 @@ def test_runs_of_several_seeds_are_mean_and_deviation(tmp_path: Path, monkeypatc
     table = list(csv.DictReader(io.StringIO(compared(*runs, "--over-seeds", "--csv").stdout)))
     assert [row["fd_pixels deviation"] for row in table] == ["10.0", "0.01", ""]
     document = json.loads(compared(*runs, "--over-seeds", "--json").stdout)
-    assert document["rows"][0]["seeds"] == [0, 1, 2]
+    assert (document["schema_version"], document["rows"][0]["seeds"]) == (1, [0, 1, 2])
     assert math.isclose(document["rows"][1]["mean"]["fd_pixels"], 0.02)
     assert [one["name"] for one in document["rows"][0]["runs"]] == [f"{name}, 640 images seen" for name in runs[:3]]
     assert len(compared(*runs).stdout.splitlines()) == 2 + 7
