@@ -157,6 +157,11 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     tunings: dict[str, Tuning] = {}
     """How schedules of `sampling` were chosen, by their number of steps."""
 
+    @property
+    def latent(self) -> bool:
+        """Whether the network's images are a VAE's latents."""
+        return bool(self.encoder["kind"] != "pixels")
+
     def __post_init__(self) -> None:
         """Raises: ValueError: fields contradict one another."""
         if not 0 < self.sigma_min < self.sigma_max:

@@ -41,10 +41,10 @@ class ConversionReport(NamedTuple):
             return f"{self.path} holds the conversion of {source} already: nothing was done."
         config = self.config
         network, licence, origin = config.network, config.provenance.licence, printable(config.provenance.source)
-        size = network.arguments["img_resolution"]
+        size, of = network.arguments["img_resolution"], "latents" if config.latent else "pixels"
         lines = [
-            f"{origin}: {network.kind}, {size}x{size} pixels, {counted(config.label_dim, 'class')}, "
-            f"preconditioned as {config.preconditioning['kind']}.",
+            f"{origin}: {network.kind}, {size}x{size} {of}, {counted(config.label_dim, 'class')}, preconditioned as "
+            f"{config.preconditioning['kind']}.",
         ]
         if self.parity:
             what = "Largest relative difference of its denoised images after the conversion"

@@ -87,7 +87,7 @@ def denoised_images(
         labels[index, index % flow.label_dim] = 1
     results = []
     for rows in torch.split(torch.arange(len(sigmas)), comparison.batch):
-        on_progress(f"comparing {size}x{size} pixels in {str(dtype).removeprefix('torch.')}")
+        on_progress(f"comparing images of {size}x{size} in {str(dtype).removeprefix('torch.')}")
         classes, sigma = labels[rows] if flow.label_dim else None, sigmas[rows].flatten()
         if flow.two_time:
             t = sigma_to_time(sigma, flow.sigma_data)

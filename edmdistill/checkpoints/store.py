@@ -246,7 +246,7 @@ def build_meta(config: CheckpointConfig, folder: Path) -> FlowNetwork:
     if flow.guided != (config.guidance is not None and config.guidance.range[0] < config.guidance.range[1]):
         reads = "reads a weight of guidance" if flow.guided else "reads no weight of guidance"
         raise Damaged(f"{folder / CONFIG} contradicts itself: its network {reads}, guidance says otherwise")
-    for name in ("scale", "bias") if config.encoder["kind"] != "pixels" else ():
+    for name in ("scale", "bias") if config.latent else ():
         count = len(config.encoder[name])
         if count != flow.img_channels:
             raise Damaged(

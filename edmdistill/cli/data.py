@@ -14,4 +14,4 @@ COMMANDS = {
 
 @click.group("data", cls=LazyGroup, summaries=COMMANDS, prefix="data_")
 def command() -> None:
-    """Prepare, encode and inspect data sets: zips and folders of images or latents, in EDM's layout."""
+    """Prepare, encode, measure and inspect data sets: zips and folders of images or latents, in EDM's layout."""

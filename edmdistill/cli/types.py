@@ -158,8 +158,6 @@ class NamedFile(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         self.item = Name(choices)
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
-        if isinstance(value, tuple):
-            return value
         name, equals, path = str(value).partition("=")
         if not (equals and path):
             self.fail(f"{value!r} does not have the form NAME=FILE.", param, ctx)

@@ -223,7 +223,7 @@ def to_text(data: DataSummary) -> str:
         lines += [f"{title:<{width}} {entry.images:>10,}" for title, entry in zip(titles, data.classes, strict=False)]
         rest = len(data.classes) - 10 * SHOWN
         lines += [f"... and {rest:,} more classes; --json lists all"] if rest > 0 else []
-    notes = [note for note in data.notes if "left out" not in note]
+    notes = [note for note in data.notes if not note.startswith(f"{data.source}: left out ")]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 

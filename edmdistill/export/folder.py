@@ -109,7 +109,7 @@ def export(
     readme, held_vae = target.readme(flow, config), _find_vae(target, config, to, vae)
     if held_vae is not None:
         readme += HELD.format(name=markdown(held_vae.name), sha256=held_vae.sha256)
-    elif config.encoder["kind"] != "pixels" and target.without_vae is not None:
+    elif config.latent and target.without_vae is not None:
         readme += target.without_vae(config)
     generator = Generator(flow, config)
     levels = {str(nfe): time_to_sigma(generator.schedule(nfe), flow.sigma_data).tolist() for nfe in range(1, 9)}

@@ -62,7 +62,7 @@ def write(folder: Path, flow: FlowNetwork, config: CheckpointConfig) -> tuple[Pa
     """Writes generator/, app.py and requirements.txt, and loads the generator as the app does."""
     save_checkpoint(folder / "generator", flow, config)
     (folder / "app.py").write_text(APP.read_text(encoding="utf-8"), encoding="utf-8")
-    extra = "" if config.encoder["kind"] == "pixels" else "[latent]"
+    extra = "[latent]" if config.latent else ""
     (folder / "requirements.txt").write_text(REQUIREMENTS.format(extra=extra), encoding="utf-8")
     reloaded: Generator = load_generator(folder / "generator")
 

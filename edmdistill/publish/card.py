@@ -112,7 +112,7 @@ def _evaluated(result: Result) -> list[EvalResult]:
 def _what(config: CheckpointConfig) -> str:
     """Says what this is in a sentence."""
     size, classes = config.network.arguments["img_resolution"], config.label_dim
-    kind = "images" if config.encoder["kind"] == "pixels" else "latents of a VAE"
+    kind = "latents of a VAE" if config.latent else "images"
     content = f"{size}x{size} {kind}, {'of ' + counted(classes, 'class') if classes else 'without classes'}"
     if config.stage != "generator":
         return f"A diffusion model of {content}, in edmdistill's TrigFlow format."
@@ -123,7 +123,7 @@ def _what(config: CheckpointConfig) -> str:
 
 
 def _use(config: CheckpointConfig, address: str) -> str:
-    latent, generator = config.encoder["kind"] != "pixels", config.stage == "generator"
+    latent, generator = config.latent, config.stage == "generator"
     nfe = default_nfe(config) if generator else 35
     load = "load_generator" if generator else "load_denoiser"
     classes = " The seed also chooses the class, unless `--class` or `labels` name one." if config.label_dim else ""
@@ -239,7 +239,7 @@ def _limits(config: CheckpointConfig, run: RunSummary | None, results: Sequence[
                 f"It has schedules for {', '.join([*map(str, numbers), most])}; other numbers work too, but quality "
                 "may be lower."
             )
-    if config.encoder["kind"] != "pixels":
+    if config.latent:
         name = markdown(str(config.encoder.get("vae_name", "that they were encoded by")))
         limits.append(f"It generates latents; the VAE that decodes them, {name}, is not included.")
     if sentence := unfinished(config):

@@ -196,13 +196,13 @@ def open_evaluation(run: Run) -> Evaluation | None:
             "evaluation.diagnose measures the jumps of a generator, and this run trains a teacher: leave it out"
         )
     given = table.ref or (None if standard.reference else run.dataset)
-    if given is run.dataset and run.config.encoder["kind"] != "pixels":
+    if given is run.dataset and run.config.latent:
         raise TrainingError(
             "[evaluation] compares pictures, and this run's data are latents: name pictures, or statistics of them, by "
             "--set evaluation.ref=FILE, or remove the table and measure snapshots by `edmdistill eval RUN`"
         )
     reference = open_reference(given, standard)
-    if table.diagnose and (run.config.encoder["kind"] != "pixels" or not isinstance(reference, Dataset)):
+    if table.diagnose and (run.config.latent or not isinstance(reference, Dataset)):
         raise TrainingError(
             "evaluation.diagnose takes pixels of a data set, and not latents or statistics: leave it out"
         )

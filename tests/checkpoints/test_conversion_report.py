@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from edmdistill.checkpoints.config import CheckpointConfig, read_config
 from edmdistill.checkpoints.conversion_report import ConversionReport, GeneratorReport, ParityRow
+from edmdistill.checkpoints.encoder import UNRECORDED
 
 PATH = Path("out")
 
@@ -25,6 +26,11 @@ def test_the_licence_and_the_source_as_they_are_known(config: CheckpointConfig) 
     said = ConversionReport(PATH, unknown, ()).describe("edm.pkl")
     assert said.startswith("a\\xadb: edm2")
     assert said.endswith("under no known licence (--licence names one).")
+
+
+def test_latents_are_not_called_pixels(config: CheckpointConfig) -> None:
+    latent = replace(config, encoder=UNRECORDED.encoder(config.sigma_data))
+    assert ConversionReport(PATH, latent, ()).describe("edm.pkl").startswith("edm.pkl: edm2, 4x4 latents, 3 classes,")
 
 
 def test_a_conversion_that_was_there_says_nothing_else(config: CheckpointConfig) -> None:

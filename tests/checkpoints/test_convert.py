@@ -217,7 +217,7 @@ def test_an_interruption_leaves_nothing(golden: Path, tmp_path: Path) -> None:
         "reading",
         "writing",
         "measuring how D depends on the noise",
-        "comparing 2x2 pixels in float32",
+        "comparing images of 2x2 in float32",
     ]
     assert not list(tmp_path.iterdir())
 

@@ -110,7 +110,7 @@ def test_what_a_set_lacks_and_leaves_out_is_listed(tmp_path: Path) -> None:
     names = [f"class {i}" + " of a long name" * (i == 1) * 9 for i in range(150)]
     document = json.dumps({"labels": [["a.png", 1], ["b.jpg", 149]], "label_names": names}).encode()
     files = {"a.png": encoded(1, 8, 8, "L"), "b.jpg": turned, "dataset.json": document, "x.txt": b"", ".y": b""}
-    found = inspect_data(write_folder(tmp_path / "set", files))
+    found = inspect_data(write_folder(tmp_path / "left out", files))
     assert [entry.label for entry in found.classes if entry.images] == [1, 149]
     assert (found.turned, found.left_out) == (1, {".y": "hidden", "x.txt": "not an image"})
     assert (found.credit, found.prepared, found.split) == (None, None, "train")
@@ -125,7 +125,7 @@ def test_what_a_set_lacks_and_leaves_out_is_listed(tmp_path: Path) -> None:
     assert len(long) <= 80
     assert lines[-3:-1] == ["... and 30 more classes; --json lists all", ""]
     assert lines[-1].endswith("148 of the 150 classes have no image, the first 0.")
-    assert sum("left out" in line for line in lines) == 1  # not in a note too
+    assert sum("left out " in line for line in lines) == 1  # not in a note too
     assert json.loads(to_json(found))["classes"][149] == {"label": 149, "name": "class 149", "images": 1}
 
 
