@@ -55,6 +55,21 @@ class Toy(nn.Module):
         return answer(self.F, (x, t), along, *map(u.expand_as, u_at))
 
 
+class Scaled(nn.Module):
+    """F = a(t) x, or a(t, w) x with a guidance weight, whose tangent is explicit."""
+
+    a: Callable[..., tuple[Tensor, Tensor]]
+    """Returns a and da/dt."""
+
+    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, *, u_at=(), w: Tensor | None = None, along=()):
+        a, slope = (over(x, part) for part in (self.a(t) if w is None else self.a(t, w)))
+        u = map(torch.zeros_like, u_at)
+        if along:
+            dx, dt = along
+            return a * x, (a * dx + slope * over(x, dt) * x).detach(), *u
+        return (a * x, *u) if u_at else a * x
+
+
 def images() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(len(TIMES), 3, 4, 4, dtype=torch.float64, generator=generator) * spread(over(TIMES, TIMES))

@@ -33,7 +33,6 @@ from edmdistill.machine.compile import begin_step
 from edmdistill.machine.devices import process_device
 from edmdistill.machine.gpu_options import require_gpu
 from edmdistill.machine.host import cores
-from edmdistill.machine.offload import offload
 from edmdistill.machine.processes import end_process_group
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.recipes.schema import CompileMode
@@ -187,14 +186,6 @@ class Engine:
             scalars = {parameter for parameter in network.parameters() if parameter.ndim == 0}
             for module in (*network.network.blocks(), network.network):
                 fully_shard(module, mesh=self.mesh, reshard_after_forward=True, ignored_params=scalars)
-
-    def offload(self, network: FlowNetwork) -> None:
-        """Keeps a frozen network's weights in host memory; each layer's are on the device only while it computes.
-
-        Where gradients flow through to the input, autograd keeps the weights until the backward pass, except in
-        checkpointed blocks: without checkpointing, nothing is saved there.
-        """
-        offload(network.network, self.device)
 
     def wrap(self, network: nn.Module, trained: bool) -> RoleModule:
         """Returns the module that methods call, for a network on its device; only used weights of a trained one are

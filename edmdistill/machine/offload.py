@@ -18,7 +18,7 @@ def offload(network: Network, device: torch.device) -> None:
 
     The copies are queued beside the computation: the host does not wait for them. Between two calls, weights are on the
     meta device. Where gradients flow through to the input, autograd keeps the weights on the device until the backward
-    pass.
+    pass, except in checkpointed blocks: without checkpointing, nothing is saved there.
     """
     network.lent_to = device
     modules = [module for module in network.modules() if _tensors(module)]

@@ -8,14 +8,26 @@ Source: Yin et al. 2024 (DMD2).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction, NoiseRange
 from edmdistill.methods.noising import initial_noise, noised, one_step, time_of_rows
-from edmdistill.trigflow import denoised, sigma_to_time
+from edmdistill.trigflow import denoised
+
+StepLevels = Annotated[
+    tuple[Annotated[float, Meta(gt=0)], ...], Meta(description="noise levels of the steps after the first, descending")
+]
+
+
+def require_descending(levels: Sequence[float]) -> None:
+    """Raises: ValueError: the levels of a generator's steps do not decrease."""
+    if list(levels) != sorted(set(levels), reverse=True):
+        raise ValueError(f"levels = {list(levels)} must decrease: each step starts below the one before")
 
 
 def of_one_step(
@@ -65,7 +77,8 @@ def of_noisy_data(
     Source: DMD2's official code without --backward_simulation; FastGen's.
     """
     step = (draws.uniform() * (1 + len(levels))).long()
-    times = [float(sigma_to_time(sigma, noise.sigma_data)) for sigma in (noise.sigma_max, *levels)]
-    t = torch.stack([time * (step == k).double() for k, time in enumerate(times)]).sum(0)
+    t = time_of_rows(batch.x0, noise.sigma_max, noise.sigma_data)
+    for k, sigma in enumerate(levels, 1):
+        t = torch.where(step == k, time_of_rows(batch.x0, sigma, noise.sigma_data), t)
     x_t, _ = noised(batch.x0 * (step > 0).to(batch.x0)[:, None, None, None], t, draws, noise.sigma_data)
     return denoised(x_t, generator(x_t, t, batch.labels), t, noise.sigma_data)

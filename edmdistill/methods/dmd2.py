@@ -20,12 +20,18 @@ from torch import Tensor
 
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
-from edmdistill.methods.backward_simulation import of_every_step, of_noisy_data, of_one_step
+from edmdistill.methods.backward_simulation import (
+    StepLevels,
+    of_every_step,
+    of_noisy_data,
+    of_one_step,
+    require_descending,
+)
 from edmdistill.methods.base import Batch, Loss, NoiseRange, Preview, Role, Sampling, Turn
 from edmdistill.methods.distances import l2
 from edmdistill.methods.divergence import Divergence, density_ratio, divergence_weights
 from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
-from edmdistill.methods.noising import StepLevels, noised, require_descending
+from edmdistill.methods.noising import noised
 from edmdistill.methods.score_distillation import SCORES, AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import gap_signals
 from edmdistill.schedules import curve_times

@@ -25,7 +25,7 @@ from edmdistill.draws import Draws
 from edmdistill.methods.base import FlowFunction, Role, SecondGain, with_inputs
 from edmdistill.methods.scm import ContinuousConfig, ContinuousConsistency
 from edmdistill.schedules import interval_times, lognormal_pairs
-from edmdistill.trigflow import cos_sin, ddim_step
+from edmdistill.trigflow import cos_sin, ddim_step, expand
 
 
 class FlowMapConfig(ContinuousConfig, frozen=True, forbid_unknown_fields=True):
@@ -101,6 +101,6 @@ def lagrangian_tangent(
     F, kdF, *u = network(x_t, t, labels, s, along=(torch.zeros_like(x_t), torch.zeros_like(t), k), u_at=u_at, w=w)
     with torch.no_grad():
         x_s = ddim_step(x_t, F, t, s, sigma_data)
-        k = k.to(x_t.device).reshape(-1, 1, 1, 1).to(x_t.dtype)
-        residual = k * (sin * x_t + cos * sigma_data * F - velocity(x_s, s)) - sin * sigma_data * kdF
+        slope = sin * x_t + cos * sigma_data * F - velocity(x_s, s)  # dF/ds comes times k
+        residual = expand(k, x_t).to(x_t.dtype) * slope - sin * sigma_data * kdF
     return F, -residual, *u

@@ -26,10 +26,9 @@ from torch import Tensor
 
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
-from edmdistill.methods.backward_simulation import of_noisy_data
+from edmdistill.methods.backward_simulation import StepLevels, of_noisy_data, require_descending
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Role, Sampling, Turn
 from edmdistill.methods.gan_losses import GAN_LOSSES, logit_means
-from edmdistill.methods.noising import StepLevels, require_descending
 from edmdistill.networks.heads import make_head
 from edmdistill.schedules import lognormal_times
 from edmdistill.trigflow import diffuse

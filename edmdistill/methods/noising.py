@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
-
 import torch
-from msgspec import Meta
 from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, FlowFunction
 from edmdistill.trigflow import cos_sin, denoised, diffuse, sigma_to_time, velocity
-
-StepLevels = Annotated[
-    tuple[Annotated[float, Meta(gt=0)], ...], Meta(description="noise levels of the steps after the first, descending")
-]
-
-
-def require_descending(levels: Sequence[float]) -> None:
-    """Raises: ValueError: the levels of a generator's steps do not decrease."""
-    if list(levels) != sorted(set(levels), reverse=True):
-        raise ValueError(f"levels = {list(levels)} must decrease: each step starts below the one before")
 
 
 def noised(x0: Tensor, t: Tensor, draws: Draws, sigma_data: float) -> tuple[Tensor, Tensor]:

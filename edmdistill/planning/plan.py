@@ -306,7 +306,7 @@ def _trace(probe: Probe, turn: Turn, rows: int, effective: Sequence[EffectiveWei
 
 
 def _offload(network: FlowNetwork, loads: list[int]) -> None:
-    """Imitates Engine.offload: each layer has weights while it works, and autograd keeps those that it needs.
+    """Imitates machine.offload: each layer has weights while it works, and autograd keeps those that it needs.
 
     They are loaded around `forward` itself, which a checkpointed block calls again.
 

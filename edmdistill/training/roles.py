@@ -12,6 +12,7 @@ from torch import nn
 from edmdistill.errors import TrainingError
 from edmdistill.machine.compile import compile_blocks
 from edmdistill.machine.engine import Engine
+from edmdistill.machine.offload import offload
 from edmdistill.methods.base import Role
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.heads import add_head
@@ -110,7 +111,7 @@ def place_networks(engine: Engine, recipe: Recipe, networks: Mapping[str, nn.Mod
     """Moves every network to the device, or offloads it; turns on compilation and activation checkpointing if asked."""
     for name, network in networks.items():
         if isinstance(network, FlowNetwork) and recipe.roles[name].frozen and "teacher" in engine.machine.offload:
-            engine.offload(network)
+            offload(network.network, engine.device)
         else:
             if isinstance(network, FlowNetwork):
                 compile_blocks(network.network, engine.machine.compile)

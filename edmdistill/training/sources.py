@@ -127,8 +127,9 @@ def read_init(source: str | Path, recipe: Recipe) -> Init:
     _check_init(source, flow, config, recipe)
     has_states = is_state(path) or (path / "state").is_dir()
     state = newest_whole_state(path, lambda sentence: None) if has_states else None
-    has_auxiliary = state is not None and (state / "auxiliary.safetensors").is_file()
-    auxiliary = raw_weights(state, "auxiliary") if state is not None and has_auxiliary else {}
+    auxiliary = {}
+    if state is not None and (state / "auxiliary.safetensors").is_file():
+        auxiliary = raw_weights(state, "auxiliary")
     return Init(without_secrets(str(source)), flow, config, given.sha256, auxiliary)
 
 

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from edmdistill.draws import Draws
-from edmdistill.methods.backward_simulation import of_every_step, of_noisy_data, of_one_step
+from edmdistill.methods.backward_simulation import of_every_step, of_noisy_data, of_one_step, require_descending
 from edmdistill.methods.base import Batch, NoiseRange
 from edmdistill.trigflow import cos_sin
 
@@ -81,3 +82,10 @@ def test_later_steps_can_start_from_data(noise: NoiseRange) -> None:
         assert abs(x.mean() - mean) < 5 * level / (x.numel() ** 0.5)
         torch.testing.assert_close(float(x.std()), level, rtol=0.05, atol=0)
         assert g[rows].requires_grad
+
+
+def test_levels_that_do_not_decrease_are_refused() -> None:
+    require_descending((2.5, 0.4))
+    for levels in ((0.4, 2.5), (2.5, 2.5)):
+        with pytest.raises(ValueError, match="must decrease: each step starts below the one before"):
+            require_descending(levels)

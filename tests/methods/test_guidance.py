@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from methods_toys import SIGMA_DATA, STD, TIMES, Toy, answer, images, over
+from methods_toys import SIGMA_DATA, STD, TIMES, Scaled, Toy, answer, images, over
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
@@ -200,7 +200,7 @@ def test_the_endpoint_is_that_of_the_guided_velocity() -> None:
     assert torch.equal(endpoint(torch.zeros(5).double(), w), torch.ones(5).double())
 
 
-class Perturbed(nn.Module):
+class Perturbed(Scaled):
     """F = a(t, w) x: the exact consistency function plus waves in t, constant and linear in w, whose weights it learns.
 
     So training has one fixed point, where the weights are 0, and there every sample's tangent vanishes.
@@ -220,14 +220,6 @@ class Perturbed(nn.Module):
         slopes = torch.stack([torch.zeros_like(t), -2 * (2 * t).sin(), 2 * (2 * t).cos()], 1)
         weights = self.weights @ torch.stack([torch.ones_like(w), w - sum(RANGE) / 2])
         return exact / SIGMA_DATA + (waves.T * weights).sum(0), exact_slope / SIGMA_DATA + (slopes.T * weights).sum(0)
-
-    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, *, u_at=(), w: Tensor, along=()) -> Any:
-        a, slope = (over(x, part) for part in self.a(t, w))
-        u = map(torch.zeros_like, u_at)
-        if along:
-            dx, dt = along
-            return a * x, (a * dx + slope * over(x, dt) * x).detach(), *u
-        return (a * x, *u) if u_at else a * x
 
 
 @pytest.mark.parametrize("kind", [SCD, DSCD])

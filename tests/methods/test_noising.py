@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edmdistill.draws import Draws
-from edmdistill.methods.noising import initial_noise, require_descending, time_of_rows
+from edmdistill.methods.noising import initial_noise, time_of_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -21,10 +21,3 @@ def test_the_first_input_has_the_level_s_standard_deviation_and_no_data() -> Non
     assert float(x_t.std()) == pytest.approx(0.5 * 0.5**0.5, rel=0.05)
     assert float(x_t.mean()) == pytest.approx(0, abs=0.02)
     torch.testing.assert_close(0.5 * t.tan(), torch.full_like(t, 0.5))
-
-
-def test_levels_that_do_not_decrease_are_refused() -> None:
-    require_descending((2.5, 0.4))
-    for levels in ((0.4, 2.5), (2.5, 2.5)):
-        with pytest.raises(ValueError, match="must decrease: each step starts below the one before"):
-            require_descending(levels)

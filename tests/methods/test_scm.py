@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from methods_toys import SIGMA_DATA, STD, TIMES, Toy, images, over, spread, teacher, truth
+from methods_toys import SIGMA_DATA, STD, TIMES, Scaled, Toy, images, over, spread, teacher, truth
 from torch import Tensor, nn
 
 from edmdistill.draws import Draws
@@ -195,7 +195,7 @@ def test_gradients_flow_through_f_and_u_only(method) -> None:
 # Learning.
 
 
-class Linear(nn.Module):
+class Linear(Scaled):
     """F = a(t) x, a(t) a sum of waves, which can approximate the exact function.  Its tangent is explicit."""
 
     def __init__(self) -> None:
@@ -208,14 +208,6 @@ class Linear(nn.Module):
         wave, odd = n * t[:, None], torch.tensor([False, True, False, True, False])
         slope = torch.where(odd, n * wave.cos(), -n * wave.sin())
         return torch.where(odd, wave.sin(), wave.cos()) @ self.weights, slope @ self.weights
-
-    def forward(self, x: Tensor, t: Tensor, labels=None, second=None, u_at=(), along=()):
-        a, slope = (over(x, part) for part in self.a(t))
-        u = map(torch.zeros_like, u_at)
-        if along:
-            dx, dt = along
-            return a * x, (a * dx + slope * over(x, dt) * x).detach(), *u
-        return (a * x, *u) if u_at else a * x
 
 
 @pytest.mark.parametrize("method", [SCD, SCT])
