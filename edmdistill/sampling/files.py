@@ -12,6 +12,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from edmdistill.sampling.generate import describe_not_finite, not_finite
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.output import MAX_GRID, Layout, SampleInfo
 from edmdistill.sampling.png_folder import REQUEST, PngFolder
+from edmdistill.sampling.seeds import format_seeds, parse_seeds
 from edmdistill.sampling.single_file import GridFile, NpzFile
 
 FILE_KINDS = {".npz": NpzFile, ".png": GridFile}
@@ -70,8 +72,9 @@ class Samples:
         NAME.png: a grid, see GridFile
         NAME: see PngFolder, with a grid beside it; samples.json is the record of the request
 
-    Samples that are not finite are counted and left out. The output is locked against other processes from the first
-    sample on, or from now on if some are stored, until it is complete, or `close`.
+    Samples that are not finite are counted and left out. The output is locked against other processes from `claim` on,
+    or from now on if some are stored, until it is complete, or `close`. A folder of other seeds grows to these where it
+    holds some of them, drawn in the same way.
 
     Args:
         out: the output, see check_output.
@@ -116,6 +119,7 @@ class Samples:
         self.broken: list[int] = []
         self._started, self._overwrite = False, overwrite
         self._unlock: Callable[[], object] | None = None
+        self._made: list[Path] = []
         try:
             self.finished = self._open(overwrite)
         except BaseException:
@@ -142,6 +146,25 @@ class Samples:
         if not output.drawn:
             return f"nothing of {output.out} was drawn yet"
         return f"{len(output.drawn):,} of {self.count:,} images are kept in {output.folder}; the same command continues"
+
+    def claim(self) -> None:
+        """Makes the folder that holds the samples, and locks it against other processes, before the work begins.
+
+        Raises: EdmDistillError: another process draws into it, or has just.  CheckpointError: it cannot be made.
+        """
+        if self._unlock is not None:
+            return
+        folder = Path(os.path.realpath(self.output.folder))  # a link may lead to a folder that is not there yet
+        self._made = [one for one in (folder, *folder.parents) if not one.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be made: {error.strerror or error}.") from error
+        self._lock()
+        if self.output.is_complete(self._overwrite) or read_request(folder) is not None:
+            raise EdmDistillError(
+                f"another process has just drawn into {self.output.out}: run this command again, or choose another path"
+            )
 
     def batches(self, size: int) -> Iterator[list[int]]:
         """Yields the missing positions, in consecutive runs of at most `size`."""
@@ -187,7 +210,11 @@ class Samples:
         self.close()
 
     def close(self) -> None:
-        """Lets other processes draw into the output."""
+        """Lets other processes draw into the output; folders in which nothing was stored are removed again."""
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()  # unless it holds something
+        self._made = []
         if self._unlock is not None:
             self._unlock()
         self._unlock = None
@@ -210,12 +237,22 @@ class Samples:
             output.claim(overwrite)
             return False
         if record["request"] != self.request:
+            stored = self._stored_seeds(record["request"])
+            if stored is not None and self._holds(stored, record["request"].get("classes")):
+                remove_leftovers(output.folder)
+                places = {seed: place for place, seed in enumerate(self.seeds or ())}
+                self.broken = sorted(places[seed] for i, seed in enumerate(stored) if i in record["not_finite"])
+                output.recover(self.seeds)
+                old = set(stored)
+                output.drawn = {place: seed for place, seed in output.drawn.items() if seed in old}
+                return False
             if not overwrite:
                 differs = _difference(record["request"], self.request)
                 if record.get("source") not in (None, self.source):  # it may be another commit of the same repository
                     differs = f"of {record['source']}, {differs}"
                 raise EdmDistillError(
                     f"{output.folder} holds other samples ({differs}): choose another path, or add --overwrite"
+                    f"{self._advice(stored)}"
                 )
             output.clear()
             return False
@@ -225,20 +262,38 @@ class Samples:
         every = self.seeds is None or len({*output.drawn, *self.broken}) == self.count
         return bool(record["complete"]) and every
 
+    def _stored_seeds(self, request: Mapping[str, Any]) -> list[int] | None:
+        """Returns the seeds of a stored request that differs from this one in them alone, if the output can grow."""
+        if not self.output.grows or self.seeds is None or {**request, "seeds": 0} != {**self.request, "seeds": 0}:
+            return None
+        try:
+            return parse_seeds(str(request.get("seeds")))
+        except EdmDistillError:  # it was changed by hand
+            return None
+
+    def _holds(self, stored: Sequence[int], cycle: object) -> bool:
+        """Returns whether these samples are the stored ones, in the same classes, and others.
+
+        Args:
+            stored: their seeds.
+            cycle: the classes in which they take turns; no list: classes depend on the seeds alone.
+        """
+        places, classes = {seed: place for place, seed in enumerate(self.seeds or ())}, self.output.info.classes
+        if not places.keys() >= set(stored):
+            return False
+        if not isinstance(cycle, list) or classes is None:
+            return True
+        return all(classes[places[seed]] == cycle[i % len(cycle)] for i, seed in enumerate(stored))
+
+    def _advice(self, stored: Sequence[int] | None) -> str:
+        """Returns how to add these samples to the stored ones of other seeds; empty: they cannot be added."""
+        more = [seed for seed in self.seeds or () if seed not in set(stored or ())]
+        every = format_seeds([*(stored or ()), *more])
+        return f"; --seeds {every} adds to them" if stored and more and len(every) <= 80 else ""
+
     def _start(self) -> None:
         if not self._started:
-            folder = self.output.folder
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CheckpointError(f"{folder} cannot be made: {error.strerror or error}.") from error
-            if self._unlock is None:
-                self._lock()
-                if self.output.is_complete(self._overwrite) or read_request(folder) is not None:
-                    raise EdmDistillError(
-                        f"another process has just drawn into {self.output.out}: run this command again, or choose "
-                        "another path"
-                    )
+            self.claim()
             self._write_record()
             self.output.start(self.seeds)
         self._started = True

@@ -118,6 +118,7 @@ class SampleJob:
 
         Raises: CheckpointError: the disk refuses.
         """
+        samples.claim()
         draw = partial(generate_images, self.model, self.spec, batch=self.batch, on_progress=on_progress)
         if self.rejection is not None and self.classes is not None:
             images, seeds = sample_best(

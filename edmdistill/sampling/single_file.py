@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edmdistill.atomic import atomic_write, remove_leftovers, require_free
-from edmdistill.errors import CheckpointError
+from edmdistill.atomic import atomic_write, remove_leftovers
+from edmdistill.errors import CheckpointError, EdmDistillError
 from edmdistill.sampling.output import Output, SampleInfo, grid_digest
 
 NO_CLASS = -1
@@ -34,7 +34,11 @@ class SingleFile(Output):
             self.close()  # left by a kill just after the file was complete
             remove_leftovers(self.out.parent, self.out.name)
             return True
-        require_free(self.out, overwrite)
+        if not overwrite:
+            raise EdmDistillError(
+                f"{self.out} already exists, and only a folder takes further seeds: choose another name, or add "
+                "--overwrite"
+            )
         return False
 
     def claim(self, overwrite: bool) -> None:

@@ -63,6 +63,7 @@ MEETS: dict[str, tuple[str, ...]] = {
     "sampling/labels.py": ("sample",),
     "sampling/reference.py": ("sample",),
     "sampling/seeds.py": SAMPLE,
+    "sampling/single_file.py": ("sample",),
     "sampling/times.py": SAMPLE,
     "sampling/tune.py": ("tune-schedule",),
     "training/": ("train",),

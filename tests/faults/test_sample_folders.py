@@ -71,6 +71,71 @@ def test_another_request_is_refused_unless_it_is_to_overwrite(
         assert len(open_dataset(out)) == (3 if words[1] == "0-2" else 6)
 
 
+@pytest.mark.parametrize("words", [[], ["--class", "1", "--class", "2"]], ids=["drawn", "cycle"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_grows_by_the_seeds_that_it_lacks(
+    source: Path, tmp_path: Path, words: list[str], finished: bool, interrupt: Callable[[int], list[int]]
+) -> None:
+    """It then is what one command makes."""
+    words = [*words, "--batch", "4"]
+    assert run(source, *words, "--seeds", "0-11", "--out", tmp_path / "a" / "out").exit_code == 0
+    drawn = interrupt(-1 if finished else 1)
+    out = tmp_path / "b" / "out"
+    first = run(source, *words, "--seeds", "0-3" if finished else "0-7", "--out", out)
+    assert first.exit_code == (0 if finished else 130)
+    assert run(source, *words, "--seeds", "0-11", "--out", out).exit_code == 0
+    assert drawn == [*range(12)]
+    files = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_a_folder_of_other_seeds_says_how_to_add_to_it(source: Path, tmp_path: Path) -> None:
+    out, words = tmp_path / "out", ["--class", "1", "--class", "2"]
+    assert run(source, *words, "--seeds", "1-3", "--out", out).exit_code == 0
+    for seeds in ("2-5", "0-3"):  # of the latter, seed 1 would have another class
+        refused = run(source, *words, "--seeds", seeds, "--out", out)
+        assert refused.exit_code == 2
+        every = refused.stderr.partition("or add --overwrite; --seeds ")[2].partition(" adds to them")[0]
+        assert every == {"2-5": "1-5", "0-3": "1-3,0"}[seeds]
+        assert run(source, *words, "--seeds", every, "--out", shutil.copytree(out, tmp_path / seeds)).exit_code == 0
+    assert " adds to them" not in run(source, *words, "--seeds", "1-2", "--out", out).stderr
+    assert " adds to them" not in run(source, "--class", "1", "--seeds", "1-5", "--out", out).stderr
+    assert run(source, "--seeds", "0", "--out", tmp_path / "a.npz").exit_code == 0
+    assert "only a folder takes further seeds" in run(source, "--seeds", "0-1", "--out", tmp_path / "a.npz").stderr
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz", "deep/er/out"])
+def test_with_rejection_a_second_command_is_refused_before_its_work(
+    source: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--reject", "0.5", "--classifier", "digits", "--seeds", "0-3", "--out", tmp_path / name]
+    results: list[Result] = []
+
+    def generate_images(*args: Any, **options: Any) -> Any:
+        if results:
+            pytest.fail("the second command draws")
+        results.append(run(source, *words))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "generate_images", generate_images)
+        assert run(source, *words).exit_code == 130
+    (second,) = results
+    assert (second.exit_code, "another process is drawing into" in second.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_leads_to_a_folder_that_is_made(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "there")
+    for words in ("0-1", "0-1", "0-2"):
+        result = run(source, "--seeds", words, "--out", tmp_path / "link")
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "link").is_symlink()
+    assert len(list((tmp_path / "disk" / "there").glob("0*.png"))) == 3
+
+
 def test_files_of_somebody_else_are_never_removed(source: Path, tmp_path: Path) -> None:
     (tmp_path / "000000.png").write_text("a picture")
     for words in ([], ["--overwrite"]):
@@ -208,8 +273,8 @@ def test_other_weights_are_another_request(source: Path, tmp_path: Path) -> None
     result = run(moving, "--seeds", "0-1", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "holds other samples (weights " in result.stderr
-    result = run(source, "--seeds", "0-2", "--out", tmp_path / "out")
-    assert f"holds other samples (of {moving}, seeds 0-1 there, 0-2 now): choose another path" in result.stderr
+    result = run(source, "--seeds", "0,2", "--out", tmp_path / "out")
+    assert f"holds other samples (of {moving}, seeds 0-1 there, 0,2 now): choose another path" in result.stderr
 
 
 def test_an_npz_is_read_as_before(source: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ REJECTION = "GENERATOR --nfe 1 --reject .5 --classifier A.pt"
 COMMANDS = {"guided": TEACHER, "with a reference": REFERENCE, "rejected": REJECTION}
 OTHERS = {
     "source": ("guided", "TEACHER --nfe", "GUIDE --nfe"),
-    "seeds": ("guided", "TEACHER", "TEACHER --seeds 0-2"),
+    "seeds": ("guided", "TEACHER", "TEACHER --seeds 1-2"),
     "nfe": ("guided", "--nfe 3", "--nfe 5"),
     "class": ("guided", "--class 1", "--class 2"),
     "guide": ("guided", "--guide GUIDE", "--guide TEACHER"),

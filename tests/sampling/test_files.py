@@ -1,4 +1,5 @@
 import fcntl
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -175,6 +176,20 @@ def test_the_layout_of_adm_is_for_images_in_an_npz(tmp_path: Path, name: str, la
 def test_good_outputs_pass_and_leave_nothing(tmp_path: Path, name: str) -> None:
     check_output(tmp_path / name, latent=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_grows_takes_only_its_own(tmp_path: Path) -> None:
+    """Not a number of somebody's, and not the samples that were not finite, which keep their seeds."""
+    first = Samples(tmp_path / "a", {"seeds": "5,7"}, 2, [5, 7], None)
+    first.put([0, 1], torch.stack([images()[0], images()[0] * torch.nan]))
+    first.finish()
+    shutil.copy(tmp_path / "a" / "000005.png", tmp_path / "a" / "000009.png")
+    grown = Samples(tmp_path / "a", {"seeds": "0,5,7,9"}, 4, [0, 5, 7, 9], None)
+    assert (grown.missing, grown.broken, grown.finished) == ([0, 3], [2], False)
+    with pytest.raises(EdmDistillError, match="another process is drawing into"):
+        Samples(tmp_path / "a", {"seeds": "5,7"}, 2, [5, 7], None)
+    grown.close()
+    assert Samples(tmp_path / "a", {"seeds": "5,7"}, 2, [5, 7], None).finished  # nothing was changed yet
 
 
 def test_parts_beside_a_whole_file_go(tmp_path: Path) -> None:
