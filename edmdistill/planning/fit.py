@@ -25,7 +25,7 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.planning.document import PlanRequest
 from edmdistill.planning.outlines import outline_guide, outline_teacher
-from edmdistill.planning.plan import Measurement, Plan, images_per_second, make_plan, measure, split_batch
+from edmdistill.planning.plan import Measurement, Plan, images_per_second, make_plan, measure, split_batch, used
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import compile_mode
 from edmdistill.training.ema import profiles
@@ -95,16 +95,18 @@ def fit(
     guide: FlowNetwork | None = None,
     processes: int = 1,
     spill: bool = True,
+    utilization: float = UTILIZATION,
     on_progress: Callable[[str], object] = lambda stage: None,
 ) -> Fitted:
     """Returns the fastest way that fits.
 
     Args:
         flow, guide: as for `measure`.
-        machine: what it asks for stays.
+        machine: what it asks for stays, but for pieces of a loss that a micro-batch does not have.
         memory: bytes of one GPU.
         gpu: gives the speed.
         spill: whether the host has memory of its own to which the run may move things.
+        utilization: share of the GPU's peak speed, in (0, 1].
         on_progress: gets what is being measured.
     Raises: TrainingError: nothing fits; or CUDA graphs are asked for, whose memory is not known.
     """
@@ -116,13 +118,17 @@ def fit(
             "else saves memory yourself, or use --compile default"
         )
     fitting, least, share = [], math.inf, split_batch(recipe, processes, None)[0]
-    for way in ways(recipe, machine, spill):
+    tried = list(ways(recipe, machine, spill))
+    for way in tried:
         on_progress(options(way))
         measured = measure(recipe, flow, way, guide=guide)
         for chosen in spilled(recipe, way, spill):
             plan = make_plan(measured, chosen, processes)
+            fitted = _fitted(measured, plan, chosen, memory, gpu, processes, utilization)
+            if (run := _as_run(way, recipe, processes, fitted)) != way:  # the plan has smaller pieces
+                tried += [run] if run not in tried else []
+                continue
             least = min(least, plan.peak(plan.group_size))
-            fitted = _fitted(measured, plan, chosen, memory, gpu, processes)
             if fitted is not None and chosen == machine and fitted.machine.micro_batch == share:
                 return fitted  # nothing is faster than to do nothing
             fitting += [] if fitted is None else [fitted]
@@ -133,6 +139,14 @@ def fit(
         f"not even {fewest_fit(recipe.group_size)} in {memory / 1e9:.4g} GB: the leanest way takes "
         f"{least / 1e9:.4g} GB; use a larger GPU, or several with --processes and --shard"
     )
+
+
+def _as_run(way: Machine, recipe: Recipe, processes: int, fitted: Fitted | None) -> Machine:
+    """Returns a way with the pieces of a loss that its micro-batches have; None: in the smallest ones."""
+    if fitted is None:
+        return way._replace(loss_pieces=min(way.loss_pieces, recipe.group_size))
+    assert fitted.machine.micro_batch != "auto"
+    return used(way, recipe, processes, fitted.machine.micro_batch)
 
 
 def ways(recipe: Recipe, machine: Machine, spill: bool) -> Iterator[Machine]:
@@ -165,7 +179,7 @@ def spilled(recipe: Recipe, way: Machine, spill: bool) -> Iterator[Machine]:
 
 
 def _fitted(
-    measured: Measurement, plan: Plan, machine: Machine, memory: float, gpu: GPU, processes: int
+    measured: Measurement, plan: Plan, machine: Machine, memory: float, gpu: GPU, processes: int, utilization: float
 ) -> Fitted | None:
     """Returns a way with the largest micro-batch that fits; None: not even one image does."""
     training, group = measured.recipe.training, plan.group_size
@@ -180,7 +194,7 @@ def _fitted(
     if peak > room or count > training.batch // group // processes:
         return None
     half = training.precision != "fp32"
-    speed = images_per_second(plan, gpu, half, UTILIZATION, processes, training.batch, rows)
+    speed = images_per_second(plan, gpu, half, utilization, processes, training.batch, rows)
     seconds = training.batch / speed + _traffic(measured, machine, count) / HOST_SPEED
     return Fitted(machine._replace(micro_batch=rows), memory, peak, seconds)
 
@@ -289,6 +303,7 @@ def fit_request(
         guide=request.guide,
         processes=request.processes,
         spill=not request.machine.shard,
+        utilization=request.utilization,
         on_progress=on_progress,
     )
     size = fitted.machine.micro_batch

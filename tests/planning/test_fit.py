@@ -29,7 +29,7 @@ from edmdistill.planning.fit import (
     spilled,
     ways,
 )
-from edmdistill.planning.plan import Measurement, make_plan, measure
+from edmdistill.planning.plan import Measurement, make_plan, measure, used
 from edmdistill.recipes.library import load_recipe
 from edmdistill.recipes.schema import Recipe
 from edmdistill.training.micro_batch import HEADROOM
@@ -66,7 +66,7 @@ def test_less_memory_leads_to_slower_ways() -> None:
     everything = fit(RECIPE, flow(), Machine(), 2 * whole, GPU_AT_HAND)
     assert (options(everything.machine), everything.peak) == ("--micro-batch 64", whole)
     chosen, seconds, memory = [], 0.0, whole / (1 - HEADROOM)
-    least = make_plan(measured(True, 4, True, False), Machine(offload=("ema", "teacher", "optimizer"))).peak(1)
+    least = make_plan(measured(True, 1, True, False), Machine(offload=("ema", "teacher", "optimizer"))).peak(1)
     with pytest.raises(TrainingError, match="not even one image fits in"):
         fit(RECIPE, flow(), Machine(), 0.99 * least / (1 - HEADROOM), GPU_AT_HAND)
     while memory * (1 - HEADROOM) >= least:
@@ -76,6 +76,7 @@ def test_less_memory_leads_to_slower_ways() -> None:
             fitted.seconds >= seconds / COARSE
         )  # a way that is not exact may be a little faster than the last exact one
         assert fitted.peak <= (1 - HEADROOM) * memory
+        assert used(machine, RECIPE, 1, machine.micro_batch) == machine
         lean = "teacher" in machine.offload
         plan = make_plan(measured(machine.checkpointing, machine.loss_pieces, lean, False), machine)
         assert fitted.peak == plan.peak(machine.micro_batch, accumulates=machine.micro_batch < 64)
@@ -100,6 +101,18 @@ def test_a_rounded_moment_is_chosen_where_it_saves_much_or_nothing_else_fits() -
     # Where the host has room, the optimizer's way there takes time.
     fitted = fit(RECIPE, flow(), machine._replace(offload=("ema",)), rounded.peak(8) / (1 - HEADROOM), GPU_AT_HAND)
     assert fitted.machine.second_moment == "fp32"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("asked", [1, 4])
+def test_a_loss_has_no_more_pieces_than_its_micro_batch_has_images(rows: int, asked: int) -> None:
+    """The plan is of what the run does, whatever was asked for."""
+    coarse = Machine(checkpointing=True, second_moment="bf16")
+    room = (make_plan(measured(True, rows, False, False), coarse).peak(rows) + 1) / (1 - HEADROOM)
+    fitted = fit(RECIPE, flow(), coarse._replace(loss_pieces=asked), room, GPU_AT_HAND, spill=False)
+    machine, size = fitted.machine, fitted.machine.micro_batch
+    assert used(machine, RECIPE, 1, size) == machine
+    assert fitted.peak == make_plan(measured(True, machine.loss_pieces, False, False), machine).peak(size)
 
 
 def test_what_the_user_asks_for_stays() -> None:
@@ -131,6 +144,14 @@ def test_the_ways_that_are_tried() -> None:
     assert {offload for *_, offload in tried(offload=("teacher",))} == {("teacher",)}
     whole = load_recipe("diffusion/digits")  # it has no teacher, and a loss that is not split
     assert tried(whole) == [(False, 1, ()), (True, 1, ())]
+
+
+def test_a_slow_gpu_waits_for_the_host_and_a_fast_one_does_not() -> None:
+    """The time of what the host computes and moves does not depend on the share of the GPU's peak speed."""
+    room = 0.127 * make_plan(measured(False, 1, False, False)).peak(64, accumulates=False)
+    slow, fast = (fit(RECIPE, flow(), Machine(), room, GPU_AT_HAND, utilization=share) for share in (0.02, 1.0))
+    assert ("optimizer" in slow.machine.offload, "optimizer" in fast.machine.offload) == (True, False)
+    assert slow.seconds > fast.seconds
 
 
 def test_what_else_of_a_way_is_tried() -> None:
@@ -204,13 +225,13 @@ def test_a_plan_is_of_what_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []
 
         def fitted(*given: Any, seen: list[Any] = seen, **more: Any) -> Fitted:
-            seen += [*given[2:], more["guide"], more["processes"], more["spill"]]
+            seen += [*given[2:], more["guide"], more["processes"], more["spill"], more["utilization"]]
             return Fitted(Machine(checkpointing=True, micro_batch=4), 1e9, 1, 1.0)
 
         monkeypatch.setattr(module, "fit", fitted)
         found, sentence = fit_request(request, memory, lambda stage: None)
         asked = Machine(shard=shard, micro_batch=16)
-        assert seen == [asked, room, named, "guide", 2, not shard]
+        assert seen == [asked, room, named, "guide", 2, not shard, 0.5]
         assert (found.machine.checkpointing, found.machine.micro_batch, found.micro_batch) == (True, 4, 4)
         assert sentence.startswith("--fit chooses --checkpoint-activations --micro-batch 4")
 
@@ -248,7 +269,7 @@ def test_on_a_cpu_the_memory_is_named_and_nothing_moves(monkeypatch) -> None:
     monkeypatch.setattr(outlines, "outline", lambda teacher: flow())
     with pytest.raises(TrainingError, match="name the memory, as in --fit 12GB"):
         run("auto")
-    leanest = make_plan(measured(True, 4, False, False), Machine(second_moment="bf16"))
+    leanest = make_plan(measured(True, 1, False, False), Machine(second_moment="bf16"))
     least = leanest.peak(1) / (1 - HEADROOM)
     fitted = run(1.05 * least)
     assert fitted.machine.checkpointing
