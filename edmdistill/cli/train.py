@@ -140,16 +140,16 @@ def command(
     from edmdistill.training.prepare import prepare
 
     machine = Machine(
-        device,
-        size,
-        shard,
-        offload,
-        checkpoint_activations,
-        workers,
-        log_with,
-        loss_pieces,
-        compile_mode,
-        second_moment,
+        device=device,
+        micro_batch=size,
+        shard=shard,
+        offload=offload,
+        checkpointing=checkpoint_activations,
+        workers=workers,
+        log_with=log_with,
+        loss_pieces=loss_pieces,
+        compile=compile_mode,
+        second_moment=second_moment,
     )
     with errors_once():
         source = find_recipe(recipe)

@@ -8,12 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edmdistill.checkpoints.encoder import Encoding
 from edmdistill.data.files import Files, Member, as_dataset_error, canonical_name, require_readable
 from edmdistill.data.labels import Labels, read_labels
 from edmdistill.errors import DatasetError, counted, printable
@@ -40,23 +35,15 @@ class Contents:
         images: sorted by name.
         left_out: the reason for every other file, by name.
         latent: whether the images are latents.
-        labels: the class of each image, int64 [N], or None.
-        label_names: the name of each class, or None.
-        absent: files in dataset.json that are not there.
-        encoding: how latents were made, as far as dataset.json says.
-        prepared: how `data prepare` made images, where it did.
+        labels: what dataset.json says.
         missing: how many images `edmdistill sample` has still to draw into it, as far as its record says.
     """
 
     images: Sequence[Member]
     left_out: dict[str, str]
     latent: bool
-    labels: NDArray[np.int64] | None
-    label_names: list[str] | None
-    absent: Sequence[str] = ()
-    encoding: Encoding | None = None
-    prepared: dict[str, Any] | None = None
-    missing: int = 0
+    labels: Labels
+    missing: int
 
     def notes(self, name: str) -> list[str]:
         """Returns sentences on what was left out of the set of this name."""
@@ -65,11 +52,11 @@ class Contents:
         if left_out:
             count = len(left_out)
             notes.append(f"{name}: left out {counted(count, 'file')}: {summarize(left_out)}.")
-        if self.absent:
-            count = len(self.absent)
+        if absent := self.labels.absent:
+            count = len(absent)
             notes.append(
                 f"{name}: {LABELS} labels {counted(count, 'file')} that {'are' if count > 1 else 'is'} not there, "
-                f"the first {printable(self.absent[0])}."
+                f"the first {printable(absent[0])}."
             )
         if self.missing:
             notes.append(unfinished(name, self.missing))
@@ -120,7 +107,7 @@ def read_contents(files: Files) -> Contents:
     require_readable(path, images)
     ignored = {canonical_name(name) for name in left_out}
     labels = read_labels(files, documents[0], by_name, ignored) if documents else Labels()
-    return Contents(images, left_out, latent, *labels, missing=missing_samples(files, left_out, len(images)))
+    return Contents(images, left_out, latent, labels, missing_samples(files, left_out, len(images)))
 
 
 def sort_files(

@@ -217,10 +217,6 @@ class Dataset:
         """Hex digest of images and classes, independent of all names."""
         return hashlib.sha256(f"{self.content_sha256} {self.labels_sha256}".encode()).hexdigest()
 
-    def image(self, i: int) -> Tensor:
-        """Returns image i as stored.  uint8 [C,H,W]"""
-        return self.images([i])[0]
-
     def require_pixels(self) -> None:
         """Raises DatasetError if these are latents."""
         if self.latent:
@@ -237,12 +233,6 @@ class Dataset:
     def labels(self, indices: Sequence[int] | Tensor) -> Tensor | None:
         """Returns the classes of images, or None for a set without classes.  int64 [B]"""
         return None if self._labels is None else torch.from_numpy(self._labels[np.asarray(indices)])
-
-    def label(self, i: int) -> int:
-        """Returns the class of image i.  Raises: DatasetError: the set has no classes."""
-        if self._labels is None:
-            raise DatasetError(f"{self.name} has no labels; add a dataset.json with a class for every image")
-        return int(self._labels[i])
 
     def tensors(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns images and classes as float32.
@@ -301,6 +291,7 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
         raise DatasetError(f"{path} has no split {split!r}: a zip or folder is one training set; use 'train'")
     files = open_files(path)
     contents = read_contents(files)
+    labels = contents.labels
     names = [printable(member.name) for member in contents.images]
     turned: set[int] = set()
     read = _Reader(files, contents.images, contents.latent, lossless, turned)
@@ -309,13 +300,13 @@ def open_dataset(source: str | Path, *, split: str = "train", xflip: bool = Fals
         split,
         names,
         read,
-        contents.labels,
-        contents.label_names,
+        labels.classes,
+        labels.names,
         xflip=xflip,
         content=partial(_content_sha256, files, contents.images),
         notes=contents.notes(str(path)),
-        encoding=contents.encoding,
-        prepared=contents.prepared,
+        encoding=labels.encoding,
+        prepared=labels.prepared,
         turned=turned,
     )
 

@@ -70,7 +70,7 @@ def test_digits_are_the_real_ones() -> None:
     images = data.images(range(1797))
     assert images.dtype == torch.uint8
     assert np.array_equal(images.numpy().reshape(1797, 64), np.round(values * 255 / 16))
-    assert [data.label(i) for i in range(1797)] == classes.tolist()
+    assert data.labels(range(1797)).tolist() == classes.tolist()
 
 
 def test_digits_splits_are_fixed_and_disjoint() -> None:
@@ -104,13 +104,13 @@ def test_edm_layout(write: Write, in_memory: bool, tmp_path: Path, monkeypatch: 
     assert (len(data), data.img_channels, data.img_resolution, data.label_dim) == (5, 3, 4, 3)
     assert data.label_names is None
     for i, original in enumerate(order):
-        assert np.array_equal(data.image(i).numpy(), PIXELS[original].transpose(2, 0, 1))
-        assert data.label(i) == original % 3
+        assert np.array_equal(data.images([i])[0].numpy(), PIXELS[original].transpose(2, 0, 1))
+        assert int(data.labels([i])) == original % 3
     x0, labels = data.tensors(torch.tensor([3, 0]))
     assert torch.equal(x0, data.images([3, 0]) / 127.5 - 1)
     assert x0.dtype == torch.float32
     assert labels is not None
-    assert labels.tolist() == torch.eye(3)[[data.label(3), data.label(0)]].tolist()
+    assert labels.tolist() == torch.eye(3)[data.labels([3, 0])].tolist()
 
 
 @both
@@ -122,14 +122,13 @@ def test_labels_are_optional(write: Write, labels: str | None, tmp_path: Path) -
     data = open_dataset(write(tmp_path, content))
     assert data.label_dim == 0
     assert data.tensors([0])[1] is None
-    with pytest.raises(DatasetError, match=r"has no labels; add a dataset\.json"):
-        data.label(0)
+    assert data.labels([0]) is None
 
 
 def test_grayscale(tmp_path: Path) -> None:
     data = open_dataset(write_zip(tmp_path, {"a.png": png(PIXELS[0, :, :, 0])}))
     assert data.img_channels == 1
-    assert np.array_equal(data.image(0).numpy()[0], PIXELS[0, :, :, 0])
+    assert np.array_equal(data.images([0])[0].numpy()[0], PIXELS[0, :, :, 0])
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -144,7 +143,7 @@ def test_mirrored_images_follow_the_others(
     assert (len(data), data.label_dim) == (10, 3)
     assert torch.equal(data.images(range(10)), torch.cat([images, images.flip(3)]))
     assert torch.equal(data.images([7, 2]), torch.stack([images[2].flip(2), images[2]]))
-    assert [data.label(i) for i in range(10)] == 2 * [plain.label(i) for i in range(5)]
+    assert data.labels(range(10)).tolist() == 2 * plain.labels(range(5)).tolist()
     assert data.class_counts == plain.class_counts == [2, 2, 1]
     assert (data.labels_sha256, data.content_sha256) == (plain.labels_sha256, plain.content_sha256)
     with pytest.raises(IndexError):
@@ -158,7 +157,7 @@ def test_a_large_set_is_read_image_by_image(tmp_path: Path, monkeypatch: pytest.
     data = open_dataset(source)
     assert data.images(range(5)).shape == (5, 3, 4, 4)
     with pytest.raises(DatasetError, match=r"z\.png is not a readable image"):
-        data.image(5)
+        data.images([5])
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 6 * PIXELS[0].nbytes)
     with pytest.raises(DatasetError, match=r"z\.png is not a readable image"):
         open_dataset(source)
@@ -211,7 +210,7 @@ def test_latents(write: Write, tmp_path: Path) -> None:
     assert labels is not None
     assert labels.tolist() == torch.eye(5)[[4, 0]].tolist()
     with pytest.raises(DatasetError, match="holds latents, but pixels are needed"):
-        data.image(0)
+        data.images([0])
     with pytest.raises(DatasetError, match=r"holds latents.*mirrored.*leave data\.xflip out"):
         open_dataset(source, xflip=True)
 

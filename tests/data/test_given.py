@@ -54,7 +54,7 @@ def test_what_are_no_classes(classes: Any, sentence: str) -> None:
 @pytest.mark.parametrize("of", [list, torch.tensor, np.int32, np.uint8], ids=["list", "torch", "int32", "uint8"])
 def test_classes_of_any_whole_numbers(of: Any) -> None:
     data = make(classes=of([3, 1, 0, 1]))
-    assert [data.label(i) for i in range(4)] == [3, 1, 0, 1]
+    assert data.labels(range(4)).tolist() == [3, 1, 0, 1]
     assert data.class_counts == [1, 2, 0, 1]
 
 

@@ -173,7 +173,7 @@ def test_classes_are_passed_on() -> None:
     own = evaluate_likelihood(model, DIGITS, count=3, probes=1).metrics
     classes = DIGITS.labels(range(297))
     assert classes is not None
-    moved = Dataset("digits", "test", DIGITS.files, lambda i: DIGITS.image(i).numpy(), (classes.numpy() + 1) % 10)
+    moved = Dataset("digits", "test", DIGITS.files, lambda i: DIGITS.images([i])[0].numpy(), (classes.numpy() + 1) % 10)
     other = evaluate_likelihood(model, moved, count=3, probes=1).metrics
     assert abs(other["nll@3"] - own["nll@3"]) > 1e-4
 

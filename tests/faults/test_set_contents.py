@@ -81,7 +81,7 @@ FORMS = pytest.mark.parametrize("form", ["zip", "folder"])
 def test_what_is_no_image_is_left_out_and_needs_no_label(opened, name: str, reason: str, form: str) -> None:
     labels = [["a/0.png", 1], ["b/1.png", 0]]
     data = opened([*TWO, (name, b"junk"), described(labels)], form)
-    assert [data.label(i) for i in range(2)] == [1, 0]
+    assert data.labels(range(2)).tolist() == [1, 0]
     assert data.files == ["a/0.png", "b/1.png"]
     (note,) = data.notes
     assert note == f"{data.name}: left out 1 file: {reason} ({name})."
@@ -126,7 +126,7 @@ def test_labels_are_found_and_their_names_matched(opened, how: str, form: str) -
     prefix, place, name = NAMES[how]
     labels = [[name.format("a/0.png"), 1], [name.format("b/1.png"), 0]]
     data = opened([*images(f"{prefix}a/0.png", f"{prefix}b/1.png"), described(labels, place)], form)
-    assert [data.label(i) for i in range(2)] == [1, 0]
+    assert data.labels(range(2)).tolist() == [1, 0]
     assert data.notes == []
 
 
@@ -136,8 +136,8 @@ def test_slashes_and_accents_match_however_they_are_written(opened, stored: str,
     other = "NFD" if form == "NFC" else "NFC"
     stored, said = unicodedata.normalize(form, stored), unicodedata.normalize(other, said)  # type: ignore[arg-type]
     data = opened([*images(stored, "b.png"), described([[said, 1], ["b.png", 0]])])
-    assert sorted(data.label(i) for i in range(2)) == [0, 1]
-    assert data.label(data.files.index(stored)) == 1
+    assert sorted(data.labels(range(2)).tolist()) == [0, 1]
+    assert int(data.labels([data.files.index(stored)])) == 1
 
 
 LABELS = [["a/0.png", 0], ["b/1.png", 1]]
@@ -219,7 +219,7 @@ def test_classes_have_names(opened) -> None:
 def test_labels_may_be_an_object_and_name_files_that_are_left_out(opened) -> None:
     labels = {"a/0.png": 1, "b/1.png": 0, "a/.0.png": 5}
     data = opened([*TWO, ("a/.0.png", b"junk"), described(labels, prepared="by hand")])
-    assert [data.label(i) for i in range(2)] == [1, 0]
+    assert data.labels(range(2)).tolist() == [1, 0]
     assert data.notes == [f"{data.name}: left out 1 file: hidden (a/.0.png)."]
     assert data.prepared is None
     with pytest.raises(DatasetError, match="labels 7, which is no file's name; fix it"):

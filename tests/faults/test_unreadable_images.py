@@ -99,9 +99,9 @@ def test_exif_turns_nothing_and_is_said(form: str, one: Callable[[bytes], Path])
     exif[0x112] = 6
     options = {"lossless": True, "exact": True} if form == "WEBP" else {}
     stored, described = (encoded(RGB, form, **options, **more) for more in ({}, {"exif": exif.tobytes()}))
-    plain = open_dataset(one(stored)).image(0)
+    plain = open_dataset(one(stored)).images([0])
     source = one(described)
-    assert torch.equal(open_dataset(source).image(0), plain)
+    assert torch.equal(open_dataset(source).images([0]), plain)
     for found, count in ((inspect_data(source), 1), (inspect_data(one(stored)), 0)):
         assert found.turned == count
         assert ("turned       1 by EXIF, which is ignored" in to_text(found)) == bool(count)
