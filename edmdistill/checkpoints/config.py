@@ -30,7 +30,8 @@ FORMAT_VERSION = "1.4"
 """MAJOR.MINOR of config.json. A field that a file lacks has its default, so older minors read as before. A newer minor
 only adds fields that can be ignored, and they are; a newer major would be misread, and is refused.
 
-1.1: label_dropout, noise_dependence, images_total. 1.2: tunings. 1.3: trained_sigmas. 1.4: tunings' dtype etc."""
+1.1: label_dropout, noise_dependence, images_total. 1.2: tunings. 1.3: trained_sigmas.
+1.4: use_fp16, tunings' dtype etc."""
 CONFIG_BYTES = 16 * 2**20
 """Largest config.json that is read; ImageNet's class names take 30,000 bytes."""
 
@@ -146,6 +147,8 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     images_seen: Images | None = None
     images_total: Images | None = None
     """Images that the recipe asks for; a generator that has seen fewer is unfinished."""
+    use_fp16: bool = False
+    """Whether it is sampled in float16 on a GPU by default, as EDM's and EDM2's code computes networks made so."""
     ema: dict[str, Any] | None = None
     trained_sigmas: tuple[Sigma, ...] = ()
     """The falling noise levels of the steps that a generator was trained for; (): any."""

@@ -21,7 +21,7 @@ from edmdistill.errors import CheckpointError, counted
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.progress import write
-from edmdistill.transfer import require_device
+from edmdistill.transfer import is_gpu, require_device
 
 ModelT = TypeVar("ModelT", Denoiser, Generator)
 Weights = Literal["ema", "raw"]
@@ -32,7 +32,7 @@ DTYPES = (None, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def load_model(
     source: str | Path | Source,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     weights: Weights = "ema",
 ) -> Denoiser | Generator:
     """Returns a network for sampling: a generator if the checkpoint holds one, else a denoiser.
@@ -45,14 +45,17 @@ def load_model(
         weights: of a run directory: ema, the average that the run publishes, or raw, the weights in its newest state;
             a state has only raw ones.
         dtype: of the arithmetic: float16 and bfloat16 inside the network only, where the weights of convolutions are
-            kept so; float64 throughout; default: float32.
+            kept so; float64 throughout; default: float32. auto: float16 on a GPU for networks whose official code
+            computes them so (EDM's `use_fp16`), and what was distilled from them; else float32.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
-    if dtype not in DTYPES:
+    if dtype not in (*DTYPES, "auto"):
         names = ", ".join(str(each) for each in DTYPES if each is not None)
         raise CheckpointError(f"a network cannot compute in {dtype}: choose one of {names}")
     require_device(device)
     flow, config = load_flow(source, weights, mapped=False)  # folding changes them all
+    if dtype == "auto":
+        dtype = torch.float16 if config.use_fp16 and is_gpu(torch.device(device)) else None
     if dtype == torch.float64:
         flow.double()
     elif dtype is not None:

@@ -93,6 +93,7 @@ def build_official(
     config = CheckpointConfig(
         stage="teacher",
         encoder=_encoder(official),
+        use_fp16=bool(official.attributes.get("use_fp16")),
         label_names=None if names is None else tuple(names),
         provenance=Provenance(
             source=official.path.name, sha256=official.sha256, licence=file.licence if file else "cc-by-nc-sa-4.0"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from edmdistill.recipes.schema import CompileMode
     from edmdistill.sampling.spec import SamplerSpec
 
-    MakeSpecs = Callable[[FlowNetwork, torch.device, torch.dtype | None], Sequence[SamplerSpec]]
+    MakeSpecs = Callable[[FlowNetwork], Sequence[SamplerSpec]]
 
 
 class WeightsOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
@@ -219,7 +219,7 @@ def plan_measurements(
     """Loads a source and its reference, and returns the measurements of it.
 
     Args:
-        specs: returns the samplers of a network; takes the device and dtype of guides too.
+        specs: returns the samplers of a network.
     """
     if options.count and options.seeds is not None:
         raise click.UsageError("--n N means the seeds 0 to N - 1, so it cannot be combined with --seeds.")
@@ -252,7 +252,7 @@ def plan_measurements(
     say_unfinished(checkpoint)
     decode = open_decoder(model.encoder, options.vae, device)
     _say_all(filter(None, [getattr(decode, "note", None)]))
-    samplers = specs(model.flow, device, dtype)
+    samplers = specs(model.flow)
     say_rounding(model, *samplers)
     compile_for_sampling(options.compile_mode, model, *samplers)
     return measure_network(

@@ -13,8 +13,6 @@ from edmdistill.cli.types import MAX_GUIDANCE, SOLVERS, FiniteFloat, Name
 from edmdistill.errors import EdmDistillError
 
 if TYPE_CHECKING:
-    import torch
-
     from edmdistill.checkpoints.generator import Generator
     from edmdistill.networks.flow import Denoiser, FlowNetwork
     from edmdistill.sampling.decode import Decoder
@@ -33,12 +31,11 @@ class SamplerOptions:
     solver: str | None
     weights: Literal["ema", "raw"] = "ema"
 
-    def spec(self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None, **others: Any) -> SamplerSpec:
+    def spec(self, flow: FlowNetwork, **others: Any) -> SamplerSpec:
         """Returns the spec that they stand for; a guide is loaded.
 
         Args:
-            flow: the network to sample.
-            device, dtype: of the guide.
+            flow: the network to sample; the guide computes where and as it does.
             others: fields of the spec that have other options.
         """
         from edmdistill.checkpoints.load import load_denoiser
@@ -49,7 +46,7 @@ class SamplerOptions:
         return SamplerSpec(
             times=None if self.times is None else parse_times(self.times, **levels),
             guidance=self.guidance,
-            guide=None if self.guide is None else load_denoiser(self.guide, device, dtype),
+            guide=None if self.guide is None else load_denoiser(self.guide, flow.device, flow.activation_dtype),
             force_guidance=self.force_guidance,
             solver=self.solver,
             **others,
@@ -66,14 +63,7 @@ class SamplerGrid:
     force_guidance: bool
     solver: str | None
 
-    def specs(
-        self,
-        flow: FlowNetwork,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        nfes: Sequence[int | None],
-        gammas: Sequence[float | None],
-    ) -> list[SamplerSpec]:
+    def specs(self, flow: FlowNetwork, nfes: Sequence[int | None], gammas: Sequence[float | None]) -> list[SamplerSpec]:
         """Returns the specs that they stand for, NFE running fastest; a guide is loaded.
 
         The guide is left out at weight 1, unless that is the only one, where the spec refuses it.
@@ -85,7 +75,7 @@ class SamplerGrid:
         from edmdistill.sampling.times import parse_times
 
         levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
-        guide = None if self.guide is None else load_denoiser(self.guide, device, dtype)
+        guide = None if self.guide is None else load_denoiser(self.guide, flow.device, flow.activation_dtype)
         guided: dict[str, Any] = {"guide": guide, "force_guidance": self.force_guidance}
         weights: Sequence[float | None] = self.guidance or [None]
         without = () if {*weights} <= {None, 1} else (None, 1)

@@ -14,8 +14,6 @@ from edmdistill.cli.sampling_options import SamplerGrid, sampler_grid_options
 from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, Name, OutputPath
 
 if TYPE_CHECKING:
-    import torch
-
     from edmdistill.evaluation.results import Result
     from edmdistill.networks.flow import FlowNetwork
     from edmdistill.sampling.spec import SamplerSpec
@@ -84,8 +82,8 @@ def command(
                 draw(table, source, new, kind)
         click.echo(document if as_json else table.to_text())
 
-    def specs(flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None) -> list[SamplerSpec]:
-        return sampler.specs(flow, device, dtype, nfes or [None], gammas or [None])
+    def specs(flow: FlowNetwork) -> list[SamplerSpec]:
+        return sampler.specs(flow, nfes or [None], gammas or [None])
 
     with shared(options.processes, options.device) as processes:
         measure(plan_measurements(source, protocol, options, specs, processes), folder, show)

@@ -50,7 +50,7 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
     kind = str(config.preconditioning["kind"])
     ours = OUR_ARGUMENTS[config.network.kind]
     own = flow.network.arguments
-    arguments = {name: value for name, value in own.items() if name not in ours}
+    arguments = {name: value for name, value in own.items() if name not in ours} | {"use_fp16": config.use_fp16}
     if strange := [f"{name}={own[name]}" for name, theirs in THEIRS.items() if own.get(name, theirs) != theirs]:
         raise EdmDistillError(f"NVIDIA's classes have no {strange[0]}, which this network has: choose another --to")
     if kind not in CLASSES:
@@ -91,7 +91,8 @@ def read(folder: Path) -> FlowNetwork:
     arguments = json.loads((folder / NETWORK).read_text(encoding="utf-8"))
     class_name = arguments.pop("class_name").rpartition(".")[2]
     numbers = {name for _, names in CLASSES.values() for name in names} | {"logvar_channels"}
-    inner = {name: value for name, value in arguments.items() if name not in numbers | {"model_type", "img_channels"}}
+    outer = numbers | {"model_type", "img_channels", "use_fp16"}
+    inner = {name: value for name, value in arguments.items() if name not in outer}
     if class_name == "Precond":
         inner["img_channels"] = arguments["img_channels"]
     else:

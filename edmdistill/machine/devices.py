@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Literal
 
 import torch
 
@@ -70,6 +71,6 @@ def named_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def named_dtype(name: str | None) -> torch.dtype | None:
-    """Returns torch's dtype of that name, such as float16; None for None."""
-    return None if name is None else getattr(torch, name)
+def named_dtype(name: str | None) -> torch.dtype | Literal["auto"]:
+    """Returns torch's dtype of that name, such as float16; auto, see `load_model`, for None."""
+    return "auto" if name is None else getattr(torch, name)

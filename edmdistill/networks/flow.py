@@ -69,6 +69,11 @@ class FlowNetwork(nn.Module):
         return torch.float64 if wide else torch.float32
 
     @property
+    def activation_dtype(self) -> torch.dtype:
+        """The dtype of the activations inside the network."""
+        return self.compute_dtype or self.dtype
+
+    @property
     def device(self) -> torch.device:
         """The device where it computes."""
         return self.network.lent_to or next(self.network.parameters()).device
@@ -100,7 +105,7 @@ class FlowNetwork(nn.Module):
 
     def raw(self, x: Tensor, condition: Conditioning) -> tuple[Tensor, ...]:
         """Returns the network's output, without unused channels (iDDPM's variances), logits and log variances."""
-        out = self.network(x.to(self.compute_dtype or self.dtype), condition)
+        out = self.network(x.to(self.activation_dtype), condition)
         F, *more = out if isinstance(out, tuple) else (out,)
         return F[:, : self.img_channels].to(self.dtype), *more
 
@@ -181,9 +186,7 @@ class FlowNetwork(nn.Module):
         c_logvar = tuple(logvar_c_noise(self.sigma_data * self.clamp(time, x_t).tan()) for time in u_at)
         condition = self.conditioning(x_t, c_noise, labels, c_noise_second, c_logvar, w, logits, features)
         if logits == "alone" or features:
-            judged: Tensor | tuple[Tensor, ...] = self.network(
-                (c * x_t).to(self.compute_dtype or self.dtype), condition
-            )
+            judged: Tensor | tuple[Tensor, ...] = self.network((c * x_t).to(self.activation_dtype), condition)
             return judged
         raw, *more = self.raw(c * x_t, condition)
         F = b * raw if isinstance(a, float) and a == 0 else a * x_t + b * raw

@@ -53,7 +53,7 @@ def build_sampler(model: Generator | Denoiser, spec: SamplerSpec) -> Sampler:
         sampler = _reference_sampler(model, spec, spec.reference)
     else:
         sampler = _gamma_sampler(model, spec) if isinstance(model, Generator) else _teacher_sampler(model, spec)
-    dtype = str(model.flow.compute_dtype or model.flow.dtype).removeprefix("torch.")
+    dtype = str(model.flow.activation_dtype).removeprefix("torch.")
     return sampler._replace(record=replace(sampler.record, dtype=dtype))
 
 

@@ -40,18 +40,18 @@ class ReferenceFiles:
     correctors: int = 10
     score: str | None = None
 
-    def load(self, flow: FlowNetwork, device: torch.device, dtype: torch.dtype | None = None) -> ReferenceGuidance:
-        """Returns the reference for a network.
+    def load(self, flow: FlowNetwork) -> ReferenceGuidance:
+        """Returns the reference for a network, on its device and in its precision.
 
         Raises: EdmDistillError: a picture does not fit.  CheckpointError: a file cannot be read.
         """
         size = flow.img_channels, flow.img_resolution
         return ReferenceGuidance(
             image=read_image(self.image, *size),
-            features=load_feature_net(self.feature_net, *size, device),
+            features=load_feature_net(self.feature_net, *size, flow.device),
             weight=self.weight,
             correctors=self.correctors,
-            score=None if self.score is None else load_denoiser(self.score, device, dtype),
+            score=None if self.score is None else load_denoiser(self.score, flow.device, flow.activation_dtype),
         )
 
     def request(self, guidance: ReferenceGuidance) -> dict[str, Any]:

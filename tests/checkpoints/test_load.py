@@ -10,6 +10,7 @@ from tiny_generator import tiny_generator
 
 from edmdistill.atomic import sha256_file
 from edmdistill.checkpoints.config import Guidance, describe, read_config, write_config
+from edmdistill.checkpoints.convert import convert
 from edmdistill.checkpoints.layout import MODEL
 from edmdistill.checkpoints.load import (
     find_config,
@@ -56,6 +57,21 @@ def test_in_half_precision_the_weights_are_rounded_once(tmp_path: Path, dtype: t
     assert {(p.ndim == 4, p.dtype) for p in model.parameters()} == {(True, dtype), (False, torch.float32)}
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0])
     assert torch.equal(model(x, sigma, torch.arange(2)), casts(x, sigma, torch.arange(2)))
+
+
+def test_the_official_precision_is_for_gpus(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EDM's `use_fp16`, which a conversion keeps; the CPU here is taken for a GPU."""
+    files = {"edm2-latent-cond.pkl": torch.float16, "edm-tiny-cond.pkl": torch.float32}
+    for name in files:
+        convert(str(golden / name), tmp_path / name, parity="none")
+    sources = [(folder / name, dtype) for name, dtype in files.items() for folder in (golden, tmp_path)]
+    for gpu in (False, True):
+        monkeypatch.setattr("edmdistill.checkpoints.load.is_gpu", lambda device, gpu=gpu: gpu)
+        for source, dtype in sources:
+            expected = dtype if gpu else torch.float32
+            assert load_model(source, dtype="auto").flow.activation_dtype == expected
+            assert load_model(source).flow.activation_dtype == torch.float32
+            assert load_model(source, dtype=torch.bfloat16).flow.activation_dtype == torch.bfloat16
 
 
 def test_a_network_of_a_run_says_what_it_began_from(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def test_nvidias_names_and_arguments(golden: Path, tmp_path: Path, name: str):
     recorded = checkpoint.network_arguments | checkpoint.arguments
     ranges = {"sigma_min", "sigma_max"}  # unlimited there, and what training used here
     assert all(arguments[key] == value for key, value in recorded.items() if key in arguments.keys() - ranges)
-    assert recorded.keys() - arguments.keys() <= {"in_channels", "out_channels", "use_fp16"} | ranges
+    assert recorded.keys() - arguments.keys() <= {"in_channels", "out_channels"} | ranges
+    assert arguments["use_fp16"] == checkpoint.attributes["use_fp16"]
     assert not arguments.keys() & {"in_channels", "out_channels"}
     assert [row.nfe for row in export(golden / name, "nvidia", tmp_path / "out")] == [1, 2]
     there, (here, _) = read(tmp_path / "out"), load_flow(golden / name)

@@ -71,4 +71,4 @@ def test_the_one_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dtypes() -> None:
-    assert [named_dtype(name) for name in ("float16", "bfloat16", None)] == [torch.float16, torch.bfloat16, None]
+    assert [named_dtype(name) for name in ("float16", "bfloat16", None)] == [torch.float16, torch.bfloat16, "auto"]

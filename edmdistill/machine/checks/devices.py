@@ -20,7 +20,7 @@ def check_devices() -> Iterator[Finding]:
         if not Path("/proc/driver/nvidia/version").exists() and shutil.which("nvidia-smi") is None:
             detail = "no CUDA device: everything runs on the CPU, slowly"
             if multiplies_bfloat16():
-                detail += ", but large networks draw images faster with sample --dtype bfloat16"
+                detail += ", but large networks draw images faster with `edmdistill sample --dtype bfloat16`"
             yield Finding("devices", "ok", detail)
         elif torch.version.cuda is None:
             fix = "install a CUDA build of torch with the command that pytorch.org gives"

@@ -39,7 +39,7 @@ def test_a_cpu_that_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch, name: 
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
-    assert only_finding(devices.check_devices).detail.endswith("--dtype bfloat16") == name.endswith("bf16")
+    assert only_finding(devices.check_devices).detail.endswith("--dtype bfloat16`") == name.endswith("bf16")
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch):
