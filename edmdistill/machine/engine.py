@@ -29,7 +29,6 @@ from torch.nn.utils import get_total_norm
 
 from edmdistill.errors import PeerFailed, TrainingError, counted
 from edmdistill.kernels.linear import lay_out_weights
-from edmdistill.machine.compile import begin_step
 from edmdistill.machine.devices import process_device
 from edmdistill.machine.gpu_options import require_gpu
 from edmdistill.machine.host import cores
@@ -167,10 +166,6 @@ class Engine:
             self.micro_batches(batch, group)
         else:
             require_gpu(self.device, "--micro-batch auto")
-
-    def begin_turn(self) -> None:
-        """Lets CUDA graphs reuse the memory of the previous turn, no result of which is needed anymore."""
-        begin_step(self.machine.compile)
 
     # Networks.
 

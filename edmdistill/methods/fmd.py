@@ -11,12 +11,6 @@ After Sabour, Fidler & Kreis 2025 (Align Your Flow).
 Differs: with `trajectory_steps`, the map also learns the teacher's jumps between points of its trajectories: alone for
 `trajectory_images`, then beside the tangents. There `trajectory_weight` multiplies a sum over an image's numbers, and
 the tangents' loss is their mean.
-
-The recipe fmd/digits never starts the tangents: it trains by regression on trajectories alone, not by AYF's objectives
-as those for ImageNet, because a short run with tangents in its last quarter was worse at 1, 4 and 8 steps and hardly
-better at 2. Its variant fmd/digits-tangents trains by tangents alone, over pairs of noise levels (`times =
-"lognormal"`), because few of AYF's intervals are short, and so errors of the map grow. In a quarter of these pairs both
-levels are equal (`share_still`).
 """
 
 from __future__ import annotations

@@ -164,10 +164,12 @@ class Network(nn.Module, ABC):
         """
 
         def recomputed(forward: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-            first = [args]
+            first = [args]  # with tangents, which are let go after the first run
 
             def run(*values: Tensor | None) -> Tensor:
-                return forward(*(first[0] if self.compiled else first.pop() if first else values))
+                if self.compiled:
+                    return forward(*first[0])
+                return forward(*(first.pop() if first else values))
 
             # To the end of the block, where offloading and sharding release its weights.
             with set_checkpoint_early_stop(False):

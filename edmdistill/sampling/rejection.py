@@ -107,8 +107,8 @@ def sample_best(
     Returns: images [N,C,H,W], image i of classes[i], within a class in the order of the candidates; and their seeds,
         from which they can be drawn again.
     Raises: EdmDistillError: see candidates; or the classifier returns NaN.
-    Source: Kim et al. 2024 (CTM), section 5.1, "Classifier-Rejection Sampling", with n = 50.
-        Differs: nothing; the official code can keep fewer.
+    Source: Kim et al. 2024 (CTM), section 5.1, "Classifier-Rejection Sampling", with n = 50; the official code can keep
+        fewer.
     """
     pool, requested = candidates(seeds, classes, ratio), torch.as_tensor(classes, dtype=torch.int64)
     counts = Counter(requested.tolist())

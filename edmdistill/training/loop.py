@@ -20,6 +20,7 @@ from torch import Tensor
 
 from edmdistill.data.order import indices
 from edmdistill.draws import Draws
+from edmdistill.machine.compile import begin_step
 from edmdistill.machine.engine import scale_gradients
 from edmdistill.methods.base import Batch, Loss, Preview, Turn
 from edmdistill.methods.pieces import Pieces
@@ -129,7 +130,7 @@ def accumulate_gradients(
             network.draws = draws
         return draws
 
-    engine.begin_turn()
+    begin_step(engine.machine.compile)  # no result of the previous turn is needed anymore
     means, micro_batches = RowMeans(), []
     with run.shared_weights():
         for rows, (batch, preview) in zip(slices, with_previews(run, turn, draws_of, batches), strict=True):

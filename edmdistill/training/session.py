@@ -202,7 +202,6 @@ class Session:
             sha256={},
         )
         state, weights = State(progress, run.state()), run.engine.full_state(run.ema.network.network)
-
         save_product = generator_saver(run, self.folder.generator, weights)
 
         def write() -> None:
