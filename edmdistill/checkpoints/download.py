@@ -101,9 +101,8 @@ def _file_name(url: str) -> str:
     """Returns the last name in a URL's path, made valid for every file system."""
     last = PurePosixPath(unquote(re.split("[?#;]", url)[0].rstrip("/"))).name
     name = re.sub(r"[^\w.+=-]", "_", last, flags=re.ASCII).strip(".")[-100:] or "download"
-    return (
-        f"_{name}" if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name) else name
-    )  # reserved on Windows
+    reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name)  # on Windows
+    return f"_{name}" if reserved else name
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

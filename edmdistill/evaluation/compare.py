@@ -212,7 +212,7 @@ def _words(protocol: Protocol, name: str, value: object) -> str:
 def _unknown(row: Row, metric: str) -> str | None:
     """Returns a sentence on what a result does not say of a metric."""
     protocol = row.result.protocol
-    missing = [name for name, value in (("seeds", protocol.seeds),) if value is None and protocol.features is not None]
+    missing = ["seeds"] if protocol.seeds is None and protocol.features is not None else []
     missing += ["classes"] if protocol.labels == "unknown" else []
     return f"Of {row.name}, the {' and '.join(missing)} of {metric} are unknown." if missing else None
 

@@ -210,8 +210,9 @@ def open_images(source: Tensor | str | Path, label_dim: int) -> Images:
 def _request(folder: Path, count: int) -> dict[str, Any]:
     """Returns what `sample` drew a folder of so many images by; empty where it did not, or not these."""
     record = read_request(folder)
-    whole = record is not None and record["complete"] and record.get("count") == count and not record["not_finite"]
-    return record["request"] if record is not None and whole else {}
+    if record is None or not record["complete"] or record.get("count") != count or record["not_finite"]:
+        return {}
+    return dict(record["request"])
 
 
 def _sampler(request: Mapping[str, Any]) -> SamplerRecord | None:

@@ -105,7 +105,8 @@ def find_metric(name: str, features: str) -> FoundMetric:
         metric, homes = METRICS[name]
         space = features if features in homes or not homes else homes[0]
     else:
-        names = {f"{kind}_{space}": (kind, space) for kind in METRICS for space in FEATURE_SPACES if _is_free(kind)}
+        free = [kind for kind, entry in METRICS.items() if not entry.features]
+        names = {f"{kind}_{space}": (kind, space) for kind in free for space in FEATURE_SPACES}
         if name not in names:
             if name == "nll":
                 raise EdmDistillError("nll is measured alone and without a protocol, by `eval --metrics nll`")
@@ -114,10 +115,6 @@ def find_metric(name: str, features: str) -> FoundMetric:
         metric = METRICS[name].metric
     aliases = (alias for alias, kind in METRICS.items() if kind.metric is metric and space in kind.features)
     return FoundMetric(next(aliases, f"{name}_{space}"), metric, space)
-
-
-def _is_free(kind: str) -> bool:
-    return not METRICS[kind].features
 
 
 def metric_label(name: str, space: FeatureSpace, n: int, standard_n: int) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import call
 from PIL import Image
 from tiny_generator import tiny_generator
 
-from edmdistill.cli import main
 from edmdistill.evaluation import tune
 from edmdistill.evaluation.measurements import Measurements
 from edmdistill.machine import launch
@@ -29,10 +28,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(root / "images" / f"{name}.png")
     made = {stage: tiny_generator(root / stage, stage) for stage in ("generator", "teacher")}
     return made | {"images": root / "images"}
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, words)])
 
 
 def recorder(calls: list[Any]) -> Callable[..., Measurements]:

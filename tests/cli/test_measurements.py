@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import call
 from PIL import Image
 from tiny_generator import tiny_generator
 
 from edmdistill.atomic import sha256_file
-from edmdistill.cli import main, measurements
+from edmdistill.cli import measurements
 from edmdistill.errors import EdmDistillError, NotFiniteError
 from edmdistill.evaluation.measurements import Measurements
 from edmdistill.evaluation.protocol import PROTOCOLS
@@ -27,10 +27,6 @@ from edmdistill.sampling.spec import SamplerRecord
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_generator(tmp_path_factory.mktemp("made") / "generator")
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, words)])
 
 
 @pytest.fixture

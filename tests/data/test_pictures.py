@@ -1,13 +1,11 @@
 """Pictures as the official tool reads them, and what is said to be lost of each."""
 
 import io
-import struct
-import zlib
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from picture_files import encoded, saved
+from picture_files import encoded, raw_png, saved
 from PIL import Image
 
 from edmdistill.data import pictures
@@ -17,13 +15,7 @@ from edmdistill.errors import DatasetError
 
 def deep(color: int) -> bytes:
     """A PNG of 16 bits a channel, which Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    row = b"\0" + bytes(range(8 * 2 * {0: 1, 2: 3, 6: 4}[color]))
-    header = struct.pack(">IIBBBBB", 8, 8, 16, color, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 8)) + chunk(b"IEND", b"")
+    return raw_png(8, 8, 16, color, 8 * (b"\0" + bytes(range(8 * 2 * {0: 1, 2: 3, 6: 4}[color]))))
 
 
 CASES: dict[str, tuple[bytes, tuple[str, ...]]] = {

@@ -6,11 +6,11 @@ import socket
 import struct
 import tracemalloc
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from picture_files import raw_png, saved
 from PIL import Image
 
 from edmdistill.data import datasets
@@ -19,6 +19,7 @@ from edmdistill.data.files import MEMBER_BYTES
 from edmdistill.errors import DatasetError
 from edmdistill.evaluation.images import open_images
 
+GOOD = saved(Image.new("RGB", (4, 4)))
 MEMORY = 2**24
 """Bytes that a refusal may take at most, the smallest of the bombs below being of 2^27."""
 
@@ -37,24 +38,12 @@ def refused(path: Path, message: str, open: object = open_dataset) -> None:
 
 def png(width: int, height: int, rows: int = 1) -> bytes:
     """A PNG whose header claims a size, with fewer rows."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(bytes(rows * (1 + 3 * width)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return raw_png(width, height, 8, 2, bytes(rows * (1 + 3 * width)))
 
 
 def npy(header: str, data: bytes = b"") -> bytes:
     text = header.encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
-
-
-def good() -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(out, "png")
-    return out.getvalue()
 
 
 def write(path: Path, *members: tuple[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -86,7 +75,7 @@ def zeros(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zip of an image, and of 200 MB of zeros called 9.png."""
     path = tmp_path_factory.mktemp("bombs") / "zeros.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("0.png", good())
+        archive.writestr("0.png", GOOD)
         with archive.open("9.png", "w") as file:
             for _ in range(20):
                 file.write(bytes(10**7))
@@ -122,7 +111,7 @@ def test_an_image_of_13000_pixels(form: str, tmp_path: Path) -> None:
 
 def test_an_image_of_more_than_pillow_opens(tmp_path: Path) -> None:
     refused(write(tmp_path / "set.zip", ("0.png", png(2**31 - 1, 2**31 - 1, 0))), r"0\.png is not a readable image \(")
-    refused(write(tmp_path / "b.zip", ("0.png", good()), ("1.png", png(4097, 1))), r"1\.png is 4097x1, larger than")
+    refused(write(tmp_path / "b.zip", ("0.png", GOOD), ("1.png", png(4097, 1))), r"1\.png is 4097x1, larger than")
 
 
 CLAIMS = {
@@ -189,7 +178,7 @@ def test_images_are_read_in_batches(tmp_path: Path) -> None:
     ],
 )
 def test_members_of_zips_that_cannot_be_read(fields: dict[str, int], message: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "set.zip", ("0.png", good()), ("1.png", good()))
+    path = write(tmp_path / "set.zip", ("0.png", GOOD), ("1.png", GOOD))
     refused(changed(path, **fields), message)
 
 
@@ -198,7 +187,7 @@ def test_what_the_directory_says_is_refused_when_a_large_set_is_opened(
     fields: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)  # images are read when they are wanted
-    path = write(tmp_path / "set.zip", ("0.png", good()), ("1.png", good()))
+    path = write(tmp_path / "set.zip", ("0.png", GOOD), ("1.png", GOOD))
     refused(changed(path, **fields), r"1\.png .*; replace or remove it")
 
 
@@ -207,13 +196,13 @@ def test_a_file_of_a_folder_that_is_too_large_is_refused_when_a_large_set_is_ope
 ) -> None:
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
     for name, size in {"0.png": 0, "1.png": MEMBER_BYTES}.items():
-        (tmp_path / name).write_bytes(good())
-        os.truncate(tmp_path / name, len(good()) + size)  # a hole
+        (tmp_path / name).write_bytes(GOOD)
+        os.truncate(tmp_path / name, len(GOOD) + size)  # a hole
     refused(tmp_path, r"1\.png takes 134,[0-9,]* bytes, and at most 134,217,728 are read; replace or remove it")
 
 
 def test_paths_in_a_zip_lead_nowhere(tmp_path: Path) -> None:
-    path = write(tmp_path / "set.zip", ("../../0.png", good()), ("/etc/1.png", good()), ("a\x1b[2J.png", good()))
+    path = write(tmp_path / "set.zip", ("../../0.png", GOOD), ("/etc/1.png", GOOD), ("a\x1b[2J.png", GOOD))
     data = open_dataset(path)
     assert data.files == ["../../0.png", "/etc/1.png", "a\\x1b[2J.png"]
     assert data.images(range(3)).shape == (3, 3, 4, 4)
@@ -236,7 +225,7 @@ def test_what_is_no_file_is_never_opened(tmp_path: Path, monkeypatch: pytest.Mon
         ("itself", lambda path: path.symlink_to("1.png"), r"1\.png is a broken link"),
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "0.png").write_bytes(good())
+        (tmp_path / name / "0.png").write_bytes(GOOD)
         make(tmp_path / name / "1.png")
         refused(tmp_path / name, message)
 
@@ -244,7 +233,7 @@ def test_what_is_no_file_is_never_opened(tmp_path: Path, monkeypatch: pytest.Mon
 def test_links(tmp_path: Path) -> None:
     """Links are followed, once: a loop, or a folder by two names, is refused."""
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "1.png").write_bytes(good())
+    (tmp_path / "elsewhere" / "1.png").write_bytes(GOOD)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
     assert open_dataset(tmp_path / "set").files == ["link/1.png"]

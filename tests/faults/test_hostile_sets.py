@@ -12,20 +12,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from picture_files import saved, write_zip
 from PIL import Image
 
 from edmdistill.data.datasets import open_dataset
 from edmdistill.errors import EdmDistillError
 from edmdistill.evaluation.images import open_images
 
-
-def png() -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(out, "png")
-    return out.getvalue()
-
-
-PNG = png()
+PNG = saved(Image.new("RGB", (4, 4)))
 MOMENTS = np.ones((2, 4, 4), np.float32)
 
 
@@ -38,13 +32,6 @@ def one_sentence(make: Any) -> Any:
         assert text.isprintable(), text
         assert len(text) < 1500, text
         return None
-
-
-def write(path: Path, members: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +75,7 @@ DOCUMENT = st.one_of(
 @example(b'\xef\xbb\xbf{"labels": [["0.png", 0], ["a/1.png", 1]]}')
 @example('{"labels": [["0.png", 0], ["a/1.png", 1]]}'.encode("utf-16"))
 def test_descriptions(folder: Path, document: bytes) -> None:
-    path = write(folder / "set.zip", {"0.png": PNG, "a/1.png": PNG, "dataset.json": document})
+    path = write_zip(folder / "set.zip", {"0.png": PNG, "a/1.png": PNG, "dataset.json": document})
     data = one_sentence(lambda: open_dataset(path))
     if data is not None:
         _, labels = data.tensors([0, 1])
@@ -165,11 +152,11 @@ def arrays(draw: st.DrawFn) -> bytes:
 @settings(max_examples=100)
 @given(arrays() | st.binary(max_size=100).map(lambda rest: b"\x93NUMPY\x01\x00" + rest))
 def test_arrays(folder: Path, data: bytes) -> None:
-    latents = one_sentence(lambda: open_dataset(write(folder / "set.zip", {"0.npy": data})))
+    latents = one_sentence(lambda: open_dataset(write_zip(folder / "set.zip", {"0.npy": data})))
     if latents is not None:
         assert bool(latents.tensors([0])[0].isfinite().all())
     (folder / "x.npy").write_bytes(data)
-    for path in (folder / "x.npy", write(folder / "x.npz", {"images.npy": data})):
+    for path in (folder / "x.npy", write_zip(folder / "x.npz", {"images.npy": data})):
         images = one_sentence(lambda path=path: open_images(path, 10))
         if images is not None:
             assert one_sentence(lambda images=images: images.read(range(images.count))).shape == (
@@ -206,7 +193,7 @@ GOOD = {"0.png": PNG, "a/1.png": PNG, "dataset.json": b'{"labels": [["0.png", 0]
 @settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), max_size=4), st.none() | st.integers(0, 10**4))
 def test_mutated_zips(folder: Path, changes: list[tuple[int, int]], length: int | None) -> None:
-    raw = bytearray(write(folder / "good.zip", GOOD).read_bytes())
+    raw = bytearray(write_zip(folder / "good.zip", GOOD).read_bytes())
     for at, value in changes:
         raw[at % len(raw)] = value
     (folder / "set.zip").write_bytes(raw if length is None else raw[: length % len(raw)])
@@ -228,5 +215,5 @@ def test_mutated_images(folder: Path, kind: str, data: st.DataObject) -> None:
     for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(raw) - 1), st.integers(0, 255)), max_size=5)):
         raw[at] = value
     raw = raw[: data.draw(st.sampled_from([len(raw), len(raw), len(raw) // 2, 30]))]
-    opened = one_sentence(lambda: open_dataset(write(folder / "set.zip", {f"0.{kind}": bytes(raw)})))
+    opened = one_sentence(lambda: open_dataset(write_zip(folder / "set.zip", {f"0.{kind}": bytes(raw)})))
     assert opened is None or opened.img_channels in (1, 3)

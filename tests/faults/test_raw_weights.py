@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import call
 from msgspec.structs import replace
 
 from edmdistill.checkpoints.config import read_config, write_config
 from edmdistill.checkpoints.load import load_flow
-from edmdistill.cli import main
 from edmdistill.errors import CheckpointError
 from edmdistill.evaluation.compare import read_rows
 from edmdistill.evaluation.results import load_results, read_results
@@ -59,10 +58,6 @@ def run(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("trained") / "run"
     train(start("sid"), folder, on_message=str)
     return folder
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, words)])
 
 
 def test_they_are_drawn_from_as_asked(run: Path, tmp_path: Path):

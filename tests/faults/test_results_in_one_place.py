@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import call
 from tiny_generator import tiny_generator
 
-from edmdistill.cli import main
 from edmdistill.evaluation.results import load_results
 from edmdistill.recipes.library import load_recipe
 
@@ -21,10 +20,6 @@ def run(tmp_path: Path) -> Path:
     data = {"name": "digits", "images": 1500, "resolution": 8, "channels": 1, "classes": 10}
     (path / "run.json").write_text(json.dumps({"data": data}))
     return path
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, words)])
 
 
 def test_report_sees_what_eval_and_sweep_save(run: Path) -> None:

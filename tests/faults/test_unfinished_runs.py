@@ -3,16 +3,10 @@
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import call
 from tiny_generator import tiny_generator
 
-from edmdistill.cli import main
-
 SENTENCE = "This generator is unfinished: 896 of 80,000 images seen."
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, words)])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,7 @@
 """Files that are no images, or other images than a network can be trained on or measured by: one sentence each."""
 
 import io
-import struct
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from picture_files import raw_png, saved, write_zip
 from PIL import Image
 
 from edmdistill.cli import main
@@ -25,38 +23,19 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
 FRAMES = [Image.fromarray(image) for image in PIXELS]
 
 
-def encoded(image: Image.Image, form: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
-
-
-def write(path: Path, members: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return path
-
-
 @pytest.fixture
 def one(tmp_path: Path) -> Callable[[bytes], Path]:
     """one(data): a set of one file, 0.png."""
-    return lambda data: write(tmp_path / "set.zip", {"0.png": data})
+    return lambda data: write_zip(tmp_path / "set.zip", {"0.png": data})
 
 
 def animated(form: str) -> bytes:
-    return encoded(FRAMES[0], form, save_all=True, append_images=FRAMES[1:])
+    return saved(FRAMES[0], form, save_all=True, append_images=FRAMES[1:])
 
 
 def deep(color: int) -> bytes:
     """A PNG of 4x4 with 16 bits a channel; color 0: gray, 2: RGB."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = zlib.compress(bytes(4 * (1 + 4 * 2 * (3 if color else 1))))
-    header = struct.pack(">IIBBBBB", 4, 4, 16, color, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return raw_png(4, 4, 16, color, bytes(4 * (1 + 4 * 2 * (3 if color else 1))))
 
 
 RGB = FRAMES[0]
@@ -64,22 +43,22 @@ OTHERS = {
     "apng": (animated("PNG"), "is an animation of 4 frames; keep one frame as a PNG"),
     "webp": (animated("WEBP"), "is an animation of 4 frames; keep one frame as a PNG"),
     "gif": (animated("GIF"), r"is not a readable image \(a GIF\)"),
-    "tiff": (encoded(RGB, "TIFF"), r"is not a readable image \(a TIFF\)"),
-    "ppm": (encoded(RGB, "PPM"), r"is not a readable image \(a PPM\)"),
+    "tiff": (saved(RGB, "TIFF"), r"is not a readable image \(a TIFF\)"),
+    "ppm": (saved(RGB, "PPM"), r"is not a readable image \(a PPM\)"),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(50), r"is not a readable image \(a HEIC or AVIF\)"),
     "web page": (b"<!DOCTYPE html>\n<html>", r"is not a readable image \(a web page or an SVG\)"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\n", r"\(a Git LFS pointer, fetched by `git lfs pull`\)"),
     "empty": (b"", r"is not a readable image \(an empty file\)"),
     "noise": (bytes(range(200)), r"is not a readable image \(none of PNG, BMP, WEBP, JPEG\)"),
-    "cut": (encoded(RGB, "PNG")[:90], "is not a readable image"),
-    "bits": (encoded(RGB.convert("1"), "PNG"), r"has mode 1 \(black and white, one bit a pixel\); convert it"),
-    "palette": (encoded(RGB.convert("P"), "PNG"), r"has mode P \(colors from a palette\); convert"),
-    "alpha": (encoded(RGB.convert("RGBA"), "PNG"), r"has mode RGBA \(transparency\); convert"),
-    "gray alpha": (encoded(RGB.convert("LA"), "PNG"), r"has mode LA \(transparency\)"),
-    "print": (encoded(RGB.convert("CMYK"), "JPEG"), r"has mode CMYK \(colors for print\)"),
+    "cut": (saved(RGB, "PNG")[:90], "is not a readable image"),
+    "bits": (saved(RGB.convert("1"), "PNG"), r"has mode 1 \(black and white, one bit a pixel\); convert it"),
+    "palette": (saved(RGB.convert("P"), "PNG"), r"has mode P \(colors from a palette\); convert"),
+    "alpha": (saved(RGB.convert("RGBA"), "PNG"), r"has mode RGBA \(transparency\); convert"),
+    "gray alpha": (saved(RGB.convert("LA"), "PNG"), r"has mode LA \(transparency\)"),
+    "print": (saved(RGB.convert("CMYK"), "JPEG"), r"has mode CMYK \(colors for print\)"),
     "16 bits": (deep(0), r"has mode I;16.* \(more than 8 bits a channel\)"),
     "16 bits RGB": (deep(2), r"has mode RGB \(more than 8 bits a channel\)"),
-    "wide": (encoded(RGB.resize((8, 4)), "PNG"), r"0\.png is 8x4 with 3 channels, but images must be square; `edmd"),
+    "wide": (saved(RGB.resize((8, 4)), "PNG"), r"0\.png is 8x4 with 3 channels, but images must be square; `edmd"),
 }
 
 
@@ -98,7 +77,7 @@ def test_exif_turns_nothing_and_is_said(form: str, one: Callable[[bytes], Path])
     exif = Image.Exif()
     exif[0x112] = 6
     options = {"lossless": True, "exact": True} if form == "WEBP" else {}
-    stored, described = (encoded(RGB, form, **options, **more) for more in ({}, {"exif": exif.tobytes()}))
+    stored, described = (saved(RGB, form, **options, **more) for more in ({}, {"exif": exif.tobytes()}))
     plain = open_dataset(one(stored)).images([0])
     source = one(described)
     assert torch.equal(open_dataset(source).images([0]), plain)
@@ -126,7 +105,7 @@ def latents(**changes: object) -> dict[str, bytes]:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("place", "channel"), [("mean", 1), ("std", 2)])
 def test_latents_are_finite(place: str, channel: int, value: float, tmp_path: Path) -> None:
-    path = write(tmp_path / "set.zip", latents(**{place: value}))
+    path = write_zip(tmp_path / "set.zip", latents(**{place: value}))
     with pytest.raises(DatasetError, match=rf"00001\.npy \(image 1\) holds values that are not finite, .* {channel};"):
         open_dataset(path)
 
@@ -136,7 +115,7 @@ def test_latents_that_were_scaled_already_are_refused(tmp_path: Path) -> None:
     moments[2:] = 0
     out = io.BytesIO()
     np.save(out, moments)
-    path = write(tmp_path / "set.zip", {"0.npy": out.getvalue()})
+    path = write_zip(tmp_path / "set.zip", {"0.npy": out.getvalue()})
     with pytest.raises(
         DatasetError, match="standard deviation of 0 everywhere, so these latents were drawn and scaled"
     ):
@@ -144,7 +123,7 @@ def test_latents_that_were_scaled_already_are_refused(tmp_path: Path) -> None:
 
 
 def test_sources_of_other_kinds_are_named(tmp_path: Path) -> None:
-    good = write(tmp_path / "good.zip", {"0.png": encoded(RGB, "PNG"), "1.png": encoded(RGB, "PNG")}).read_bytes()
+    good = write_zip(tmp_path / "good.zip", {"0.png": saved(RGB, "PNG"), "1.png": saved(RGB, "PNG")}).read_bytes()
     with tarfile.open(tmp_path / "set.tar", "w") as archive:
         archive.add(tmp_path / "good.zip", "good.zip")
     with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as archive:
@@ -157,7 +136,7 @@ def test_sources_of_other_kinds_are_named(tmp_path: Path) -> None:
         "empty.zip": (b"", "is an empty file; give a zip, a folder, or the word digits"),
         "text.zip": (b"hello", "is not a zip; give a zip, a folder, or the word digits"),
         "x.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(50), "is a 7-Zip archive; unpack it and give the folder"),
-        "x.png": (encoded(RGB, "PNG"), "is a single image; give a zip, a folder"),
+        "x.png": (saved(RGB, "PNG"), "is a single image; give a zip, a folder"),
         "x.pkl": (b"\x80\x04" + bytes(50), "is a pickle; give a zip, a folder"),
         "x.npz": (
             good,
@@ -244,7 +223,7 @@ def test_arrays_that_were_cut(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_lossy_image_is_not_measured_whatever_it_is_called(one: Callable[[bytes], Path]) -> None:
-    jpeg = one(encoded(RGB, "JPEG"))
+    jpeg = one(saved(RGB, "JPEG"))
     assert len(open_dataset(jpeg)) == 1
     with pytest.raises(DatasetError, match=r"0\.png is a JPEG, .* changes every metric; use PNGs"):
         open_images(jpeg, 0)
@@ -257,7 +236,7 @@ def test_eval_of_images(tmp_path: Path) -> None:
     for i, image in enumerate(FRAMES):
         image.save(folder / f"{i:06}.png")
     FRAMES[0].save(folder / ".ipynb_checkpoints" / "000000-checkpoint.png")
-    reference = write(tmp_path / "ref.zip", {f"{i}.png": encoded(image, "PNG") for i, image in enumerate(FRAMES)})
+    reference = write_zip(tmp_path / "ref.zip", {f"{i}.png": saved(image, "PNG") for i, image in enumerate(FRAMES)})
 
     def run(*options: str) -> tuple[int, str, str]:
         words = ["eval", str(folder), "--protocol", "pixels", "--ref", str(reference), "--device", "cpu", *options]
@@ -275,6 +254,6 @@ def test_eval_of_images(tmp_path: Path) -> None:
 
 def test_images_read_before_are_measured_like_their_file(tmp_path: Path) -> None:
     path = save(tmp_path / "x.npz", images=PIXELS)
-    reference = write(tmp_path / "ref.zip", {f"{i}.png": encoded(image, "PNG") for i, image in enumerate(FRAMES)})
+    reference = write_zip(tmp_path / "ref.zip", {f"{i}.png": saved(image, "PNG") for i, image in enumerate(FRAMES)})
     direct, before = (evaluate(source, reference, protocol="pixels") for source in (path, open_images(path, 0)))
     assert direct.metrics == before.metrics
