@@ -20,6 +20,7 @@ from edmdistill.checkpoints.class_names import class_names
 from edmdistill.checkpoints.encoder import PIXELS, LatentEncoder
 from edmdistill.checkpoints.layout import CONFIG
 from edmdistill.checkpoints.tuning import Tuning
+from edmdistill.checkpoints.unsupported import describe_other_folder
 from edmdistill.errors import CheckpointError, Damaged, counted
 from edmdistill.networks import NETWORKS
 from edmdistill.networks.arguments import Arg, validated
@@ -221,9 +222,9 @@ def read_config(folder: Path) -> CheckpointConfig:
         fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         _refuse_control_characters(fields)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} is not a checkpoint because it has no {CONFIG}: use a converted teacher or a finished run."
-        ) from error
+        other = describe_other_folder(folder)
+        why = f"is not a checkpoint because it has no {CONFIG}: use a converted teacher or a finished run"
+        raise CheckpointError(f"{folder} {other or why}.") from error
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise Damaged(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error})") from error
     version, (major, minor) = fields.get("format_version"), FORMAT_VERSION.split(".")

@@ -10,6 +10,8 @@ VAE_FILES = "config.json", "diffusion_pytorch_model.safetensors"
 """The files of a VAE of diffusers."""
 TOML, RECIPE, RUN = "recipe.toml", "recipe.resolved.json", "run.json"
 """Files of a run directory: the recipe as its author wrote it, the one with every default, and the run's own facts."""
+EXPORT = "export.json"
+"""The file of a folder that `export` wrote for another program."""
 PROGRESS = "progress.json"
 """The file that makes a folder a saved state."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edmdistill.checkpoints.layout import checkpoint_in
+from edmdistill.checkpoints.layout import CARD, EXPORT, checkpoint_in
 from edmdistill.errors import CheckpointError
 from edmdistill.stored_tensors import StoredTensor
 
@@ -93,6 +93,18 @@ def describe_folder(folder: Path) -> str:
     names = {entry.name for entry in checkpoint_in(folder).iterdir()}
     if {"config.json", "model.safetensors"} <= names and not names & {"model_index.json"}:
         return "is a folder, a checkpoint or a run that needs no conversion: train and sample take it as it is"
+    other = describe_other_folder(folder)
+    return other or "is a folder without a checkpoint: give a converted teacher, a run, or the file to convert"
+
+
+def describe_other_folder(folder: Path) -> str | None:
+    """Returns what a folder that is neither a checkpoint nor a run is, and what to give; None: that is not known."""
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set[str]()
+    if (target := _export_target(folder)) is not None:
+        return (
+            f"is what `export --to {target}` wrote for other programs: give the checkpoint or the run that was "
+            f"exported, or load it as its {CARD} says"
+        )
     if names & {"model_index.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "unet"}:
         return (
             "is a folder of diffusers', which cannot be read: give the pickle of NVIDIA's or the .pt of OpenAI's that "
@@ -101,4 +113,13 @@ def describe_folder(folder: Path) -> str:
     files = sorted(name for name in names if re.search(r"\.(pkl|pkl\.gz|pt)$", name) and "training-state" not in name)
     if files:
         return f"is a folder: give a file in it, for instance {files[-1]}"
-    return "is a folder without a checkpoint: give a converted teacher, a run, or the file to convert"
+    return None
+
+
+def _export_target(folder: Path) -> str | None:
+    """Returns the program that a folder was exported for, as `export --to` names it; None: it is no export."""
+    try:
+        target = json.loads((folder / EXPORT).read_bytes())["to"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return target if isinstance(target, str) and re.fullmatch("[a-z-]{1,20}", target) else None

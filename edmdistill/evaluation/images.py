@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.layout import CONFIG, TOML, is_state
+from edmdistill.checkpoints.layout import CONFIG, EXPORT, TOML, is_state
 from edmdistill.data.contents import IMAGE_SUFFIXES
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import DatasetError
@@ -97,7 +97,7 @@ def is_images(source: str | Path) -> bool:
     """Whether a source is images and no network: arrays, an archive, or a folder but that of a network."""
     path = Path(source)
     if path.is_dir():
-        return not ((path / CONFIG).exists() or (path / TOML).exists() or is_state(path))
+        return not (any((path / name).exists() for name in (CONFIG, TOML, EXPORT)) or is_state(path))
     return path.suffix.lower() in (*ARRAYS, *ARCHIVES, *IMAGE_SUFFIXES)
 
 

@@ -16,7 +16,7 @@ from edmdistill.atomic import atomic_write
 from edmdistill.checkpoints.config import CheckpointConfig, unfinished
 from edmdistill.checkpoints.documents import front_matter, markdown
 from edmdistill.checkpoints.generator import Generator
-from edmdistill.checkpoints.layout import VAE_FILES
+from edmdistill.checkpoints.layout import EXPORT, VAE_FILES
 from edmdistill.checkpoints.licences import licence_fields
 from edmdistill.checkpoints.load import load_flow
 from edmdistill.checkpoints.source import Source
@@ -28,7 +28,6 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.sampling.decode import LatentDecoder, open_decoder
 from edmdistill.trigflow import time_to_sigma
 
-MANIFEST = "export.json"
 HELD = """
 `vae` holds {name}, which decodes the latents; it has a licence of its own (sha256 {sha256}).
 """
@@ -96,7 +95,7 @@ def export(
     if out.suffix.lower() in FILES and not out.is_dir():
         raise CheckpointError(f"{out} looks like a file, but an export is a folder: use {out.with_suffix('')}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / MANIFEST).is_file():
+        if not (out / EXPORT).is_file():
             raise CheckpointError(f"{out} exists and is not an export: choose another path.")
         if not overwrite:
             raise CheckpointError(f"{out} holds an export already: choose another path, or add --overwrite.")
@@ -130,7 +129,7 @@ def export(
             "parity": [row._asdict() for row in parity],
             "checkpoint": config,
         }
-        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
+        (folder / EXPORT).write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
         (folder / "README.md").write_text(_card(target, config, readme, parity), encoding="utf-8")
     return parity
 

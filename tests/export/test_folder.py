@@ -11,9 +11,10 @@ from tiny_generator import tiny_generator
 
 from edmdistill import __version__
 from edmdistill.checkpoints.config import Provenance, SamplingDefaults, read_config, write_config
+from edmdistill.checkpoints.layout import EXPORT
 from edmdistill.checkpoints.load import load_flow, load_generator
 from edmdistill.export import parity
-from edmdistill.export.folder import MANIFEST, export
+from edmdistill.export.folder import export
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.sampling.generate import sample
 
@@ -24,7 +25,7 @@ def test_the_manifest_and_the_readme(tmp_path: Path) -> None:
     sampling = SamplingDefaults({"2": (2.5, 0.7)}, gamma=0.3)
     write_config(folder, replace(read_config(folder), sampling=sampling, provenance=origin))
     rows = export(folder, "nvidia", tmp_path / "out")
-    document = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    document = json.loads((tmp_path / "out" / EXPORT).read_text())
     assert (document["schema_version"], document["edmdistill"], document["to"]) == (1, __version__, "nvidia")
     assert document["gamma"] == 0.3
     assert document["parity"] == [row._asdict() for row in rows]
@@ -49,7 +50,7 @@ def test_the_manifest_and_the_readme(tmp_path: Path) -> None:
 def test_an_empty_folder_is_a_place(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     export(tiny_generator(tmp_path / "it"), "nvidia", tmp_path / name)
-    assert (tmp_path / name / MANIFEST).is_file()
+    assert (tmp_path / name / EXPORT).is_file()
 
 
 def test_a_difference_is_relative_to_the_largest_pixel(tmp_path: Path) -> None:
