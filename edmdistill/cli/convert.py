@@ -20,7 +20,7 @@ from edmdistill.cli.types import OutputPath
 @click.option(
     "--double-norm/--no-double-norm",
     default=None,
-    help="With it, use adaptive double normalization.  [default: if the network supports it]",
+    help="With --time-embedding: adaptive double normalization.  [default: if the network supports it]",
 )
 @click.option(
     "--generator",
@@ -31,7 +31,8 @@ from edmdistill.cli.types import OutputPath
 @click.option(
     "--parity",
     type=click.Choice(["full", "quick", "none"]),
-    help="How to compare the result with its source: full is on images of its size, and in float64.  [default: quick]",
+    help="Compare the result with its source: full on images of the network's size, quick on small ones.  "
+    "[default: quick]",
 )
 @click.option("--licence", help="Licence of the weights, as the Hub writes it.  [default: their publisher's]")
 @json_option
@@ -48,9 +49,10 @@ def command(
 ) -> None:
     """Convert an official checkpoint to ours, and print the conversion error by noise level.
 
-    SOURCE is a file, an http(s) URL or a file on the Hub (hf://OWNER/NAME/FILE): a network pickle of NVIDIA's EDM or
-    EDM2, whose code is not executed, or OpenAI's edm_imagenet64_ema.pt. OUT becomes a folder with config.json,
-    model.safetensors and README.md. Running it again does nothing. With --time-embedding, SOURCE may be such a folder.
+    SOURCE is a file, an http(s) URL, a file on the Hub (hf://OWNER/NAME/FILE), a name of `edmdistill fetch list`, or
+    the word digits or tiles: a network pickle of NVIDIA's EDM or EDM2, whose code is not executed, or OpenAI's
+    edm_imagenet64_ema.pt. OUT becomes a folder with config.json, model.safetensors and README.md. Running it again does
+    nothing. With --time-embedding, SOURCE may be such a folder.
     """
     if generator is not None and (time_embedding, double_norm, parity) != (None, None, None):
         raise click.UsageError(

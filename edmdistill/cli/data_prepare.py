@@ -35,7 +35,13 @@ class Resolution(click.ParamType):  # type: ignore[type-arg]  # generic in newer
     "--transform", type=Name(TRANSFORMS), default="none", show_default=True, help="Crop, as dataset_tool.py's."
 )
 @click.option("--max-images", type=Count(1), metavar="N", help="Read only the first N pictures.")
-@click.option("--labels", type=Name(LABELS), default="auto", show_default=True, help="Where classes come from.")
+@click.option(
+    "--labels",
+    type=Name(LABELS),
+    default="auto",
+    show_default=True,
+    help="Where classes come from; auto: dataset.json, or else the top folders.",
+)
 @click.option("--split", type=Name(SPLITS), default="train", show_default=True, help="Of CIFAR-10 and parquet files.")
 @click.option("--workers", type=Count(1, 256), metavar="N", help="Threads.  [default: one a core]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.zip, or one that was begun with other options.")
