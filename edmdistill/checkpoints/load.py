@@ -67,7 +67,7 @@ def load_model(
     if config.stage == "generator":
         return Generator(flow, config).eval()
     teacher = Denoiser(flow)
-    teacher.label_names, teacher.encoder = config.label_names, config.encoder
+    teacher.label_names, teacher.encoder, teacher.images_seen = config.label_names, config.encoder, config.images_seen
     return teacher.eval()
 
 

@@ -238,6 +238,8 @@ def provenance(
     if isinstance(model_or_images, Generator):
         config = model_or_images.config
         origin |= {name: getattr(config, name) for name in ("method", "recipe_hash", "images_seen", "provenance")}
+    elif isinstance(model_or_images, Denoiser) and model_or_images.images_seen is not None:
+        origin["images_seen"] = model_or_images.images_seen
     if source_sha256 is None and isinstance(model_or_images, Generator | Denoiser):
         source_sha256 = tensors_digest(model_or_images)
     if source_sha256 is not None:

@@ -242,9 +242,11 @@ class Denoiser(nn.Module):
     Attributes: those of the FlowNetwork, and
         label_names: of its classes, if the checkpoint has them.
         encoder: of the checkpoint: what the network's images are, see checkpoints.encoder.
+        images_seen: those that it was trained on, if the checkpoint says so.
     """
 
     label_names: tuple[str, ...] | None = None
+    images_seen: int | None = None
     encoder: Mapping[str, Any] = MappingProxyType({"kind": "pixels"})
 
     def __init__(self, flow: FlowNetwork) -> None:

@@ -12,9 +12,11 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 from tiny_generator import tiny_generator
 
+from edmdistill.checkpoints.load import load_model
 from edmdistill.cli import main
+from edmdistill.evaluation.evaluate import evaluate
 from edmdistill.evaluation.protocol import PROTOCOLS, Reference
-from edmdistill.evaluation.results import Result, results_json
+from edmdistill.evaluation.results import Result, is_of_teacher, results_json
 from edmdistill.sampling.spec import SamplerRecord
 
 PROTOCOL = replace(PROTOCOLS["pixels"], n=9, seeds="0-8", reference=Reference(source="a.zip", n=9, sha256="ef" * 32))
@@ -116,12 +118,19 @@ def test_what_runs_hold_of_their_teacher_is_one_row(tmp_path: Path) -> None:
 
 
 def test_runs_that_train_teachers(tmp_path: Path) -> None:
-    """Their results name no method, and no number of images."""
-    for seed in range(2):
-        of_its_own = replace(result(1.0 + seed), provenance={"source": "t", "source_sha256": str(seed)})
-        run(tmp_path / f"a-{seed}", of_its_own, seed=seed)
-    row = compared(*sorted(tmp_path.iterdir()), "--over-seeds").stdout.splitlines()[2]
-    assert row == f"| {tmp_path}/a-{{0,1}} | 2 | 2 | gamma 1 | 1.500 ± 0.707 |"
+    """Their results name no method, but the images seen: runs of other numbers are no repetitions."""
+    for seed in range(3):
+        checkpoint = tiny_generator(
+            tmp_path / f"a-{seed}" / "generator", stage="teacher", images_seen=64 + 64 * (seed // 2)
+        )
+        measured = evaluate(load_model(checkpoint), protocol="pixels", reference="digits", seeds=range(2))
+        assert is_of_teacher(measured)
+        run(checkpoint.parent, replace(measured, metrics={"fd_pixels": 1.0 + seed}), seed=seed)
+    rows = compared(*sorted(tmp_path.iterdir()), "--over-seeds").stdout.splitlines()[2:4]
+    assert [row.partition(" | 63 | ")[0] for row in rows] == [
+        f"| {tmp_path}/a-{{0,1}}, 64 images seen | 2",
+        f"| {tmp_path}/a-2, 128 images seen | 1",
+    ]
 
 
 def test_a_copy_of_a_run_does_not_count_twice(tmp_path: Path) -> None:
