@@ -14,9 +14,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def cores() -> int:
-    """Returns the number of CPU cores that this process may use, within the quota of the control group."""
+    """Returns the number of CPU cores that this process may use, within the quota of the control group, v2 or v1."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = read_system_file("/sys/fs/cgroup/cpu.max").strip().partition(" ")  # microseconds
+    v1 = (read_system_file(f"/sys/fs/cgroup/cpu/cpu.cfs_{part}_us").strip() for part in ("quota", "period"))
+    quota, period = read_system_file("/sys/fs/cgroup/cpu.max").split() or v1  # microseconds
     return min(count, -(-int(quota) // int(period))) if quota.isdigit() else count
 
 

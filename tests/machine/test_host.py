@@ -101,6 +101,15 @@ def test_cores_are_what_affinity_and_control_group_allow(
     assert host.cores() == cores
 
 
+@pytest.mark.parametrize(("quota", "cores"), [("", 8), ("-1\n", 8), ("200000\n", 2), ("250000\n", 3), ("5000\n", 1)])
+def test_cores_within_a_control_group_of_the_first_version(
+    quota: str, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: range(8), raising=False)
+    files(monkeypatch, cpu_cfs_quota_us=quota, cpu_cfs_period_us="100000\n")
+    assert host.cores() == cores
+
+
 def test_a_file_that_is_not_there_is_empty(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("text")
     assert [host.read_system_file(str(tmp_path / name)) for name in ("there", "not", ".")] == ["text", "", ""]
