@@ -68,7 +68,7 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
 
     def fake(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Returns g and t."""
-        jump = self.transition(batch, draws)
+        jump = self.generated(batch, draws)
         return jump.g, jump.t
 
     def notes(self) -> tuple[str, ...]:
@@ -100,11 +100,11 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         )
         if batch.images < config.warmup_images:
             return trajectories
-        return self.gap_loss(batch, draws, config.anchor_sigma).plus(trajectories, config.trajectory_weight)
+        return self.gap_loss(batch, draws).plus(trajectories, config.trajectory_weight)
 
-    def gap_loss(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Loss:
-        """Returns eq. 15, line 1.  sigma_from: see `transition`."""
-        s, t, x_t, F, g, x_s, v = self.transition(batch, draws, sigma_from)
+    def gap_loss(self, batch: Batch, draws: Draws) -> Loss:
+        """Returns eq. 15, line 1."""
+        s, t, x_t, F, g, x_s, v = self.generated(batch, draws)
         return self.pieces(self.score_loss, s, t, x_t, F, x_s, v, batch.labels)._replace(generated=g)
 
     def score_loss(
@@ -137,6 +137,10 @@ class CoSIM(ScoreDistillation[CoSIMConfig]):
         F_teacher = self.teacher(jump.x_s, jump.s, batch.labels)
         F_aux, F_last = (self.auxiliary(jump.x_s, jump.s, batch.labels, t) for t in (jump.t, last))
         return {"sensitivity/auxiliary": time_sensitivity(F_aux, F_last, F_teacher, jump.t < last)}
+
+    def generated(self, batch: Batch, draws: Draws) -> Transition:
+        """Draws what the generator learns from. Trajectories, if there are any, teach jumps from below the anchor."""
+        return self.transition(batch, draws, self.config.anchor_sigma if self.config.trajectory_steps else 0.0)
 
     def transition(self, batch: Batch, draws: Draws, sigma_from: float = 0.0) -> Transition:
         """Draws (s, t), x_t and x_s: algorithm 2, lines 1-3.  Source: appendix A.1 for (s, t), eq. 18 for x_s.

@@ -180,11 +180,9 @@ class Network(nn.Module, ABC):
             block.forward = partial(recomputed, block.forward)
 
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor | tuple[Tensor, ...]:
-        """Returns the raw output F [B,C,H,W], or a tuple of what the condition asks for: F, logits, u_1, ..., u_n.
+        """Returns the raw output F [B,C,H,W]; the logits or the features alone; or a tuple F, logits, u_1, ..., u_n.
 
-        With `features`, the tuple is these alone.
-
-        These come from the same call as F, so that wrappers see one forward pass.
+        The condition says which. All come from one call, so that wrappers see one forward pass.
 
         Args:
             x: scaled images; their dtype is the compute dtype.  [B,C,H,W]

@@ -43,10 +43,10 @@ HOST_SPEED = 20e9
 """Bytes a second between a GPU and pinned memory, over PCIe 4.0 x16 of 32e9; and those of a host's own memory."""
 EMA_TRAFFIC = 4
 """Times that an average's bytes are moved in a round: weights down, then two numbers read and one written."""
-COARSE = 1.1
-"""Times that a round takes longer at least without a second moment in bfloat16, where that is chosen."""
 ADAM_TRAFFIC = 10
 """The same of the bytes of weights that the host's Adam trains: weights and gradients down, weights up, 7 in a step."""
+COARSE = 1.1
+"""Times that a round takes longer at least without a second moment in bfloat16, where that is chosen."""
 
 
 class Fitted(NamedTuple):

@@ -53,3 +53,14 @@ def test_the_first_step_starts_at_the_teacher_s_highest_level(
     s, t = (noise.sigma_data * time.tan() for time in (jump.s, jump.t))
     assert float(t.max()) == pytest.approx(8.0)
     assert float(torch.cat([s, t]).min()) > 0.299
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_images_are_judged_where_the_generator_learns(
+    steps: int, tiny_networks: Make, tiny_batch: Make, noise: NoiseRange
+) -> None:
+    """With trajectories, which teach jumps from below the anchor, from above alone: as in the generator's own turn."""
+    options = {"gan": 1.0, "order": "t", "share_to_max": 0.0, "anchor_sigma": 2.0, "trajectory_steps": steps}
+    method = CoSIM(CoSIMConfig(**options), tiny_networks(CoSIM, **options), noise)
+    lowest = min(float(method.fake(tiny_batch(), Draws(seed, 6))[1].min()) for seed in range(20))
+    assert (lowest >= math.atan(2.0 / noise.sigma_data) - 1e-9) == bool(steps)
