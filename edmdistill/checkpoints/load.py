@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from msgspec.structs import replace
@@ -23,7 +23,6 @@ from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.progress import write
 from edmdistill.transfer import is_gpu, require_device
 
-ModelT = TypeVar("ModelT", Denoiser, Generator)
 Weights = Literal["ema", "raw"]
 DTYPES = (None, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -76,8 +75,10 @@ def load_denoiser(
     source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Denoiser:
     """Returns a teacher in EDM's view; see `load_model`.  Raises: CheckpointError: it is a generator or unreadable."""
-    generator = f"{source} is a generator, not a teacher: give the teacher that it was distilled from."
-    return _require(Denoiser, load_model(source, device, dtype), generator)
+    model = load_model(source, device, dtype)
+    if not isinstance(model, Denoiser):
+        raise CheckpointError(f"{source} is a generator, not a teacher: give the teacher that it was distilled from.")
+    return model
 
 
 @checked
@@ -85,13 +86,9 @@ def load_generator(
     source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Generator:
     """Returns a few-step generator; see `load_model`.  Raises: CheckpointError: it is a teacher or unreadable."""
-    teacher = f"{source} is a teacher, not a generator: distill it with `edmdistill train`."
-    return _require(Generator, load_model(source, device, dtype), teacher)
-
-
-def _require(kind: type[ModelT], model: Denoiser | Generator, refusal: str) -> ModelT:
-    if not isinstance(model, kind):
-        raise CheckpointError(refusal)
+    model = load_model(source, device, dtype)
+    if not isinstance(model, Generator):
+        raise CheckpointError(f"{source} is a teacher, not a generator: distill it with `edmdistill train`.")
     return model
 
 

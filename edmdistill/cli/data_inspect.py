@@ -2,12 +2,12 @@
 
 import click
 
-from edmdistill.cli.options import json_option
+from edmdistill.cli.options import json_option, split_option
 
 
 @click.command("inspect")
 @click.argument("source", metavar="SET")
-@click.option("--split", default="train", show_default=True, help="Split of digits or tiles: train, test or all.")
+@split_option
 @click.option("--teacher", metavar="TEACHER", help="Compare classes, shape and statistics with what this one takes.")
 @json_option
 def command(source: str, split: str, teacher: str | None, as_json: bool) -> None:

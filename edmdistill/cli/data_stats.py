@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from edmdistill.cli.measurements import SHARING, open_work, shared
-from edmdistill.cli.options import interruptible, option_group, say
+from edmdistill.cli.options import interruptible, option_group, say, split_option
 from edmdistill.cli.types import FEATURES, Count, NamedFile, NameList, OutputPath
 from edmdistill.errors import counted
 
@@ -48,7 +48,7 @@ class SharingOptions:
     metavar="N",
     help="Keep the features of N images too, for kid, precision, recall, density and coverage.",
 )
-@click.option("--split", default="train", show_default=True, help="Split of digits or tiles: train, test or all.")
+@split_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT.npz.")
 @option_group("sharing", SharingOptions, *SHARING)
 def command(

@@ -2,7 +2,7 @@
 
 import click
 
-from edmdistill.cli.options import device_option, interruptible, json_option, print_json
+from edmdistill.cli.options import device_option, interruptible, json_option, print_json, split_option
 from edmdistill.cli.types import BATCH, Count
 
 
@@ -12,9 +12,7 @@ from edmdistill.cli.types import BATCH, Count
 @click.option(
     "--data", metavar="DATA", required=True, help="A zip or folder of images or latents, or the word digits or tiles."
 )
-@click.option(
-    "--split", metavar="NAME", default="train", show_default=True, help="train, test or all of digits or tiles."
-)
+@split_option
 @click.option("--images", type=Count(min=1), help="Number of images.  [default: 1000, or all of fewer]")
 @click.option("--batch", type=BATCH, default=250, show_default=True, help="Images per batch.")
 @device_option

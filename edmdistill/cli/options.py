@@ -82,6 +82,9 @@ dtype_option = click.option(
 sets_option = click.option(
     "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated."
 )
+split_option = click.option(
+    "--split", metavar="NAME", default="train", show_default=True, help="Split of digits or tiles: train, test or all."
+)
 processes_option = click.option(
     "--processes", type=Count(min=1), help="Start so many on this machine, one for each GPU."
 )
