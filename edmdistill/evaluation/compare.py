@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -26,7 +24,7 @@ from edmdistill.evaluation.results import (
     read_results,
     results_files,
 )
-from edmdistill.evaluation.tables import markdown_table, number, sampler_words
+from edmdistill.evaluation.tables import csv_table, markdown_table, number, sampler_words
 from edmdistill.sampling.seeds import format_seeds, parse_seeds
 
 CHOSEN = "balanced", "drawn", "given"
@@ -120,12 +118,9 @@ class Comparison(NamedTuple):
 
     def to_csv(self) -> str:
         """Returns the table as comma-separated values, the numbers in full."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        for cells, row in zip(self.cells(), (None, *self.rows), strict=True):
-            values = [] if row is None else [row.result.metrics.get(metric, "") for metric in self.metrics]
-            writer.writerow([*cells[:3], *(self.metrics if row is None else values)])
-        return text.getvalue()
+        head, *body = self.cells()
+        numbers = [[row.result.metrics.get(metric) for metric in self.metrics] for row in self.rows]
+        return csv_table([head, *([*cells[:3], *values] for cells, values in zip(body, numbers, strict=True))])
 
     def to_json(self) -> str:
         """Returns the table as JSON, each row with all that its numbers depend on."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -90,6 +92,13 @@ def markdown_table(rows: Sequence[Sequence[str]], numbers: int = 0, notes: Seque
     head, *body = (f"| {' | '.join(map(markdown, row))} |" for row in rows)
     rule = "|---" * (len(rows[0]) - numbers) + "|---:" * numbers + "|"
     return "\n".join([head, rule, *body, *(f"\n{note}" for note in notes)])
+
+
+def csv_table(rows: Iterable[Sequence[object]]) -> str:
+    """Returns a table as comma-separated values; None is an empty one."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def result_tables(results: Sequence[Result], generator: GeneratorId) -> list[ResultTable]:

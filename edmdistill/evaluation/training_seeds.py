@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from itertools import takewhile
@@ -16,7 +14,7 @@ import msgspec
 from edmdistill.checkpoints.layout import RECIPE, RUN
 from edmdistill.errors import EdmDistillError, counted
 from edmdistill.evaluation.compare import Comparison, Row
-from edmdistill.evaluation.tables import markdown_table, number, sampler_words
+from edmdistill.evaluation.tables import csv_table, markdown_table, number, sampler_words
 
 
 class Group(NamedTuple):
@@ -73,14 +71,12 @@ class SeedTable(NamedTuple):
 
     def to_csv(self) -> str:
         """Returns the table as comma-separated values, the numbers in full: mean, deviation of each metric."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         names = [name for metric in self.metrics for name in (metric, f"{metric} deviation")]
-        writer.writerow(["source", "runs", "NFE", "sampler", *names])
+        rows: list[list[object]] = [["source", "runs", "NFE", "sampler", *names]]
         for group in self.groups:
             numbers = [value for metric in self.metrics for value in (group.mean(metric), group.deviation(metric))]
-            writer.writerow([*self._about(group), *("" if value is None else value for value in numbers)])
-        return text.getvalue()
+            rows.append([*self._about(group), *numbers])
+        return csv_table(rows)
 
     def to_json(self) -> str:
         """Returns the table as JSON, with the results of each run."""
