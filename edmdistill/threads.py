@@ -35,7 +35,6 @@ def ahead(act: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[
     crew = _Crew()
     waiting: deque[Future[U]] = deque()
     failure: BaseException | None = None
-    done = False
     source = iter(items)
     try:
         while failure is None:
@@ -53,10 +52,10 @@ def ahead(act: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[
             yield waiting.popleft().result()
         if failure is not None:
             raise failure
-        done = True
+    except BaseException:  # also where no more is asked for
+        crew.stop()
+        raise
     finally:
-        if not done:
-            crew.stop()
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)  # for new threads, the pool's setting is the default
 

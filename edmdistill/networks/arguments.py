@@ -50,13 +50,15 @@ def validated(values: Mapping[str, Any], type_: Any) -> Any:
         problem, _, place = str(error).partition(" - at `$")
         place = place.strip(".`")
         rest = validation_in_words(problem[:200])
-        choices = [
-            choice
-            for field in (msgspec.structs.fields(type_) if hasattr(type_, "__struct_fields__") else ())
-            for choice in (get_args(field.type) if field.name == place and problem.startswith("Invalid enum") else ())
-        ]
-        rest += f", where {' or '.join(map(str, choices))} is needed" if choices else ""
+        if problem.startswith("Invalid enum") and (choices := _choices(type_, place)):
+            rest += f", where {' or '.join(map(str, choices))} is needed"
         raise ValueError((place[:100] or "it") + rest if place or rest[0] == " " else rest[2:]) from None
+
+
+def _choices(type_: Any, name: str) -> tuple[Any, ...]:
+    """Returns the values that a field of a struct type may have; none of a field that is not there."""
+    fields = msgspec.structs.fields(type_) if hasattr(type_, "__struct_fields__") else ()
+    return next((get_args(field.type) for field in fields if field.name == name), ())
 
 
 @cache
