@@ -135,14 +135,14 @@ class ZipFiles:
 
     def members(self) -> list[Member]:
         return [
-            Member(info.filename, info.file_size, info.CRC, _zip_problem(info) or _too_large(info.file_size))
+            Member(info.filename, info.file_size, info.CRC, _zip_problem(info) or too_large(info.file_size))
             for info in self.archive.infolist()
             if not info.filename.endswith(("/", "\\"))  # is_dir() fails on an empty name
         ]
 
     def read(self, name: str) -> bytes:
         info = self.archive.getinfo(name)
-        _require(self.path, Member(name, info.file_size, None, _zip_problem(info) or _too_large(info.file_size)))
+        _require(self.path, Member(name, info.file_size, None, _zip_problem(info) or too_large(info.file_size)))
         with self.archive.open(info) as file:
             # A read of a given length limits what is decompressed, whatever the directory declares.
             data = file.read(info.file_size)
@@ -206,7 +206,7 @@ class FolderFiles:
         if not stat.S_ISREG(status.st_mode):
             return Member(name, 0, None, f"is {_kind(status.st_mode)} and not a file"), stat.S_ISDIR(status.st_mode)
         self.changed = max(self.changed, status.st_ctime_ns)
-        return Member(name, status.st_size, None, _too_large(status.st_size)), False
+        return Member(name, status.st_size, None, too_large(status.st_size)), False
 
     def read(self, name: str) -> bytes:
         member = self._stat(name)[0]
@@ -265,7 +265,8 @@ def _kind(mode: int) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "no file")
 
 
-def _too_large(size: int) -> str | None:
+def too_large(size: int) -> str | None:
+    """Returns Member.problem of a file of so many bytes, if that is too many."""
     return f"takes {size:,} bytes, and at most {MEMBER_BYTES:,} are read" if size > MEMBER_BYTES else None
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from edmdistill.data.files import MEMBER_BYTES, Member, as_dataset_error
+from edmdistill.data.files import Member, as_dataset_error, too_large
 from edmdistill.errors import DatasetError, printable
 
 OPENERS: dict[bytes, Callable[[IO[bytes]], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
@@ -96,11 +96,7 @@ class TarFiles:
         return descriptor
 
     def members(self) -> list[Member]:
-        too_large = f"takes more than the {MEMBER_BYTES:,} bytes that are read"
-        return [
-            Member(name, size, None, too_large if size > MEMBER_BYTES else None)
-            for name, (_, size) in self._places.items()
-        ]
+        return [Member(name, size, None, too_large(size)) for name, (_, size) in self._places.items()]
 
     def read(self, name: str) -> bytes:
         place, size = self._places[name]

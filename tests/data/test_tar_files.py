@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from picture_files import tar_bytes
 
-from edmdistill.data import tar_files
+from edmdistill.data import files as data_files
 from edmdistill.data.sources import open_pictures
 from edmdistill.data.tar_files import TarFiles, is_tar
 from edmdistill.errors import DatasetError
@@ -36,8 +36,8 @@ def test_a_tar_in_a_tar_is_a_folder_and_one_in_that_a_file(tmp_path: Path) -> No
 
 def test_what_is_too_large_is_said_and_what_is_cut_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = write(tmp_path / "a.tar", {"a.png": b"a", "b.png": b"bb"})
-    monkeypatch.setattr(tar_files, "MEMBER_BYTES", 1)
-    assert [member.problem for member in files.members()] == [None, "takes more than the 1 bytes that are read"]
+    monkeypatch.setattr(data_files, "MEMBER_BYTES", 1)
+    assert [member.problem for member in files.members()] == [None, "takes 2 bytes, and at most 1 are read"]
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:1537])
     with pytest.raises(EOFError, match="it ends after 1 of 2 bytes"):
         files.read("b.png")
@@ -74,6 +74,6 @@ def test_a_sparse_file_is_left_out_in_the_newer_format_too(tmp_path: Path) -> No
 
 def test_a_document_of_a_tar_is_not_read_if_it_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "set.tar").write_bytes(tar_bytes({"a.png": b"a", "dataset.json": b"{}" + b" " * 2000}))
-    monkeypatch.setattr(tar_files, "MEMBER_BYTES", 2001)
-    with pytest.raises(DatasetError, match=r"dataset\.json takes more than the 2,001 bytes that are read; replace or"):
+    monkeypatch.setattr(data_files, "MEMBER_BYTES", 2001)
+    with pytest.raises(DatasetError, match=r"dataset\.json takes 2,002 bytes, and at most 2,001 are read; replace or"):
         open_pictures(tmp_path / "set.tar", tmp_path)
