@@ -24,13 +24,12 @@ TOTAL = "training.images"
 
 def require_same(path: Path, files: Mapping[str, bytes]) -> bool:
     """Returns whether a mutable key has changed.  Raises: TrainingError: another has."""
-    before, now = ({name: _read_keys(path / name, text.get(name)) for name in (RECIPE, RUN)} for text in ({}, files))
-    written = before[RECIPE]
-    before[RECIPE] = _with_defaults(path / RECIPE, written)
-    mutable = MUTABLE
-    if now[RECIPE].get("training.lr_decay") != "linear":
-        old, new = (values[RECIPE].get(TOTAL) for values in (before, now))
-        mutable = mutable | ({TOTAL} if isinstance(old, int) and isinstance(new, int) and new >= old else set())
+    written = _read_keys(path / RECIPE)
+    before = {RECIPE: _with_defaults(path / RECIPE, written), RUN: _read_keys(path / RUN)}
+    now = {name: _read_keys(path / name, files[name]) for name in (RECIPE, RUN)}
+    old, new = (keys[RECIPE].get(TOTAL) for keys in (before, now))
+    grows = isinstance(old, int) and isinstance(new, int) and new >= old
+    mutable = MUTABLE | {TOTAL} if grows and now[RECIPE].get("training.lr_decay") != "linear" else MUTABLE
     changed = [line for name in (RECIPE, RUN) for line in _differences(before[name], now[name], mutable)]
     if changed:
         raise TrainingError(
