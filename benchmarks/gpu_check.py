@@ -234,7 +234,12 @@ def environment(setting: Setting) -> Iterator[Line]:
 
         properties, gpu = torch.cuda.get_device_properties(0), measure_this_machine()
         yield {"name": properties.name, "memory": properties.total_memory, "cudnn": torch.backends.cudnn.version()}
-        yield {"bf16 FLOP/s": gpu.half, "fp32 FLOP/s": gpu.single, "seconds a launch": gpu.launch}
+        yield {
+            "bf16 FLOP/s": gpu.half,
+            "tf32 FLOP/s": gpu.tf32,
+            "fp32 FLOP/s": gpu.single,
+            "seconds a launch": gpu.launch,
+        }
 
 
 def random_numbers(setting: Setting) -> Iterator[Line]:

@@ -19,6 +19,7 @@ from edmdistill.checkpoints.source import Source, open_source
 from edmdistill.checkpoints.store import build_meta, fill, load_checkpoint
 from edmdistill.errors import CheckpointError, counted
 from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.preconditioning import NoisePrediction
 from edmdistill.networks.surgery.two_time import drop_second_time
 from edmdistill.progress import write
 from edmdistill.transfer import is_gpu, require_device
@@ -45,7 +46,8 @@ def load_model(
             a state has only raw ones.
         dtype: of the arithmetic: float16 and bfloat16 inside the network only, where the weights of convolutions are
             kept so; float64 throughout; default: float32. auto: float16 on a GPU for networks whose official code
-            computes them so (EDM's `use_fp16`), and what was distilled from them; else float32.
+            computes them so (EDM's `use_fp16`), and what was distilled from them, but not where they predict the noise;
+            else float32.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
     if dtype not in (*DTYPES, "auto"):
@@ -54,7 +56,8 @@ def load_model(
     require_device(device)
     flow, config = load_flow(source, weights, mapped=False)  # folding changes them all
     if dtype == "auto":
-        dtype = torch.float16 if config.use_fp16 and is_gpu(torch.device(device)) else None
+        exact = not config.use_fp16 or isinstance(flow.preconditioning, NoisePrediction)
+        dtype = torch.float16 if is_gpu(torch.device(device)) and not exact else None
     if dtype == torch.float64:
         flow.double()
     elif dtype is not None:

@@ -20,8 +20,8 @@ from edmdistill.cli.options import (
     option_group,
     processes_option,
     say,
-    say_rounding,
     say_unfinished,
+    use_precision,
 )
 from edmdistill.cli.types import CommaList, Count, OutputPath
 
@@ -253,7 +253,7 @@ def plan_measurements(
     decode = open_decoder(model.encoder, options.vae, device)
     _say_all(filter(None, [getattr(decode, "note", None)]))
     samplers = specs(model.flow)
-    say_rounding(model, *samplers)
+    use_precision(options.dtype, model, *samplers)
     compile_for_sampling(options.compile_mode, model, *samplers)
     return measure_network(
         model,

@@ -15,8 +15,8 @@ from edmdistill.cli.options import (
     interruptible,
     option_group,
     say,
-    say_rounding,
     say_unfinished,
+    use_precision,
 )
 from edmdistill.cli.sampling_options import (
     DecodingOptions,
@@ -185,7 +185,7 @@ def command(
     reject = None if rejection is None else rejection.load(model.flow, where)
     pull = None if reference is None else reference.load(model.flow)
     spec = sampler.spec(model.flow, nfe=nfe, gamma=gamma, churn=churn, reference=pull)
-    say_rounding(model, spec)
+    use_precision(dtype, model, spec)
     compile_for_sampling(compile_mode, model, spec)
     decoder = decoding.decoder(model)
     job = SampleJob(

@@ -27,6 +27,7 @@ from edmdistill.evaluation.protocol import Likelihood, Protocol, Reference
 from edmdistill.evaluation.results import Result
 from edmdistill.evaluation.rk45 import rk45
 from edmdistill.evaluation.shards import batches
+from edmdistill.kernels.linear import tf32_allowed
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import IDDPM
 from edmdistill.sampling.generate import in_eval_mode
@@ -170,7 +171,7 @@ def evaluate_likelihood(
     solve = partial(
         log_likelihood, sigma_min=known.sigma_min, sigma_max=known.sigma_max, tolerance=tolerance, rho=known.rho
     )
-    with in_eval_mode(model):
+    with in_eval_mode(model), tf32_allowed(False):
         bits, evaluations, pixels_hash = _measure(flow, data, order, solve, probes, on_progress)
     values = {"nll": bits.mean()}
     if len(order) > 1:

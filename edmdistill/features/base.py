@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edmdistill.arguments import shown
 from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.kernels.linear import tf32_allowed
 
 
 class FeatureSpace(ABC):
@@ -95,15 +96,11 @@ def require_uint8(images: object, space: str) -> None:
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Computes in float32 as it is: without TF32, autocast and autotuned kernels, which move metrics by hardware."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with (
-            torch.no_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        tf32_allowed(False),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
+        yield

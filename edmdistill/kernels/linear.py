@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as f
 from torch import Tensor, nn
@@ -32,6 +35,25 @@ def multiplies_bfloat16() -> bool:
     """Returns whether the CPU has instructions for bfloat16, by which large networks take less time in it."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Lets CUDA round the factors of float32 products to 11 bits (TF32), or not; in the whole process.
+
+    torch allows it in convolutions alone, unless told otherwise.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    """Allows TF32, or not, for a while; see `allow_tf32`."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        allow_tf32(allowed)
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def lay_out_weights(network: nn.Module, plain: bool = False) -> None:

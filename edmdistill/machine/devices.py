@@ -72,5 +72,5 @@ def named_device(name: str | None) -> torch.device:
 
 
 def named_dtype(name: str | None) -> torch.dtype | Literal["auto"]:
-    """Returns torch's dtype of that name, such as float16; auto, see `load_model`, for None."""
-    return "auto" if name is None else getattr(torch, name)
+    """Returns torch's dtype of that name, such as float16; float32 for tf32; auto, see `load_model`, for None."""
+    return "auto" if name is None else getattr(torch, "float32" if name == "tf32" else name)

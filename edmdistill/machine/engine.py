@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from edmdistill.errors import PeerFailed, TrainingError, counted
-from edmdistill.kernels.linear import lay_out_weights
+from edmdistill.kernels.linear import allow_tf32, lay_out_weights
 from edmdistill.machine.devices import process_device
 from edmdistill.machine.gpu_options import require_gpu
 from edmdistill.machine.host import cores
@@ -134,6 +134,15 @@ class Engine:
             if self.world_size == 1:
                 raise TrainingError("--shard needs several processes, but this run has one: add --processes N")
             self.mesh = init_device_mesh(self.device.type, (self.world_size,))
+
+    def set_products(self, precision: str) -> None:
+        """Sets how CUDA rounds products in a precision of recipes, in the whole process; elsewhere it does nothing.
+
+        As in EDM's and EDM2's training, no sum is rounded to float16, and float32 is exact unless TF32 is asked for.
+        """
+        if self.device.type == "cuda":
+            allow_tf32(precision == "tf32")
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     @property
     def is_main(self) -> bool:

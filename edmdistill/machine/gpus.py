@@ -24,14 +24,20 @@ class GPU(NamedTuple):
     Attributes:
         memory: bytes.
         half: peak FLOP/s on dense tensor cores in bf16 and fp16.
-        single: the same in TF32, in which torch's convolutions compute fp32 networks by default.
+        tf32: the same in TF32.
+        single: peak FLOP/s in fp32, without tensor cores.
         launch: seconds of one call of torch.
     """
 
     memory: float
     half: float
+    tf32: float
     single: float
     launch: float = LAUNCH
+
+    def flops(self, precision: str) -> float:
+        """Returns the peak FLOP/s in a precision of recipes."""
+        return {"fp32": self.single, "tf32": self.tf32}.get(precision, self.half)
 
 
 @cache
@@ -39,6 +45,7 @@ def measure_this_machine() -> GPU:
     """Returns the speed of the current GPU, or of the CPU, measured by matrix products and small calls."""
     import torch
 
+    from edmdistill.kernels.linear import tf32_allowed
     from edmdistill.machine.host import host_memory
 
     gpu = torch.cuda.is_available()
@@ -56,14 +63,16 @@ def measure_this_machine() -> GPU:
             best = min(best, (time.perf_counter() - begin) / times)
         return best
 
-    def rate(dtype: torch.dtype) -> float:
+    def rate(dtype: torch.dtype, tf32: bool = False) -> float:
         matrix = torch.ones(size, size, device=device, dtype=dtype)
-        return float(2 * size**3 / seconds(lambda: matrix @ matrix, times))
+        with tf32_allowed(tf32):
+            return float(2 * size**3 / seconds(lambda: matrix @ matrix, times))
 
     small = torch.ones(1, device=device)
     memory = torch.cuda.get_device_properties(device).total_memory if gpu else host_memory()[0]
     launch = seconds(lambda: small + small, 1000)
-    return GPU(memory, rate(torch.bfloat16), rate(torch.float32), max(launch, LAUNCH))
+    half, single = rate(torch.bfloat16), rate(torch.float32)
+    return GPU(memory, half, rate(torch.float32, tf32=True) if gpu else single, single, max(launch, LAUNCH))
 
 
 def find_gpu(name: str, memory: float) -> str | None:
@@ -78,12 +87,12 @@ def find_gpu(name: str, memory: float) -> str | None:
 
 # Source: NVIDIA's data sheets and architecture papers; SXM variants, no sparsity, fp32 accumulation.
 GPUS = {
-    "rtx4090": GPU(24e9, 165.2e12, 82.6e12),
-    "a100-40": GPU(40e9, 312e12, 156e12),
-    "l40s": GPU(48e9, 362e12, 183e12),
-    "rtx6000-ada": GPU(48e9, 364.2e12, 182.1e12),
-    "a100-80": GPU(80e9, 312e12, 156e12),
-    "h100": GPU(80e9, 989.4e12, 494.7e12),
-    "h200": GPU(141e9, 989.4e12, 494.7e12),
-    "b200": GPU(180e9, 2250e12, 1100e12),
+    "rtx4090": GPU(24e9, 165.2e12, 82.6e12, 82.6e12),
+    "a100-40": GPU(40e9, 312e12, 156e12, 19.5e12),
+    "l40s": GPU(48e9, 362e12, 183e12, 91.6e12),
+    "rtx6000-ada": GPU(48e9, 364.2e12, 182.1e12, 91.1e12),
+    "a100-80": GPU(80e9, 312e12, 156e12, 19.5e12),
+    "h100": GPU(80e9, 989.4e12, 494.7e12, 66.9e12),
+    "h200": GPU(141e9, 989.4e12, 494.7e12, 66.9e12),
+    "b200": GPU(180e9, 2250e12, 1100e12, 80e12),
 }

@@ -18,7 +18,7 @@ from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import compile_mode
 
 PRECISIONS = ("fp32", "bf16")
-"""The precisions that differ in a plan: fp16 takes as much as bf16."""
+"""The precisions that differ in a plan: in memory; fp16 takes as much as bf16, tf32 as fp32."""
 
 
 class PlanRequest(NamedTuple):
@@ -73,11 +73,13 @@ def plan_document(request: PlanRequest, on_progress: Callable[[str], object], al
     turns = plan.peaks(rows, rows < share)
     gpus = []
     for name, gpu in request.gpus.items():
-        half = training.precision != "fp32"
-        speed = images_per_second(plan, gpu, half, request.utilization, request.processes, training.batch, rows)
+        use = request.utilization, request.processes, training.batch, rows
+        speed = images_per_second(plan, gpu, training.precision, *use)
         largest = plan.largest_micro_batch(gpu.memory, share)
         days = training.images / speed / 86400
         gpus.append({"gpu": name, "largest_micro_batch": largest, "images_per_second": speed, "days": days})
+        if training.precision == "fp32":
+            gpus[-1]["days_in_tf32"] = days * speed / images_per_second(plan, gpu, "tf32", *use)
     return {
         "schema_version": 1,
         "parameters": plan.parameters,
@@ -149,7 +151,9 @@ def plan_text(document: Mapping[str, Any], request: PlanRequest) -> str:
     for gpu in document["gpus"]:
         largest = gpu["largest_micro_batch"]
         speed = f"{gpu['images_per_second']:10,.4g}   {gpu['days']:.2g}" if largest else "         -   -"
-        lines.append(f"{gpu['gpu']:<12} {largest or 'does not fit':>19}  {speed}")
+        sooner = gpu.get("days_in_tf32", gpu["days"])
+        tf32 = f"; {sooner:.2g} with --set training.precision=tf32" if largest and sooner < 0.9 * gpu["days"] else ""
+        lines.append(f"{gpu['gpu']:<12} {largest or 'does not fit':>19}  {speed}{tf32}")
     return "\n".join([*lines, *_alternatives_text(document["others"], _fewest(request.recipe))])
 
 
@@ -172,7 +176,7 @@ def _alternatives_text(others: list[dict[str, Any]], fewest: str) -> list[str]:
     lines = ["", f"GB in micro-batches of {fewest}, and the largest micro-batch by GPU:", ""]
     lines.append(f"{'':34}{'GB':>8}" + "".join(f"{name:>12}" for name in names))
     for other in others:
-        options = "bf16, fp16" if other["precision"] == "bf16" else other["precision"]
+        options = "bf16, fp16" if other["precision"] == "bf16" else "fp32, tf32"
         options += ", checkpointing" if other["checkpointing"] else ""
         options += ", sharded" if other["shard"] else ""
         fits = "".join(f"{count or '-':>12}" for count in other["largest_micro_batch"].values())

@@ -193,8 +193,7 @@ def _fitted(
     peak = plan.peak(rows, accumulates=count > 1)
     if peak > room or count > training.batch // group // processes:
         return None
-    half = training.precision != "fp32"
-    speed = images_per_second(plan, gpu, half, utilization, processes, training.batch, rows)
+    speed = images_per_second(plan, gpu, training.precision, utilization, processes, training.batch, rows)
     seconds = training.batch / speed + _traffic(measured, machine, count) / HOST_SPEED
     return Fitted(machine._replace(micro_batch=rows), memory, peak, seconds)
 

@@ -263,7 +263,7 @@ def used(machine: Machine, recipe: Recipe, processes: int, micro_batch: int | No
 
 
 def images_per_second(
-    plan: Plan, gpu: GPU, half: bool, utilization: float, processes: int, batch: int, micro_batch: int
+    plan: Plan, gpu: GPU, precision: str, utilization: float, processes: int, batch: int, micro_batch: int
 ) -> float:
     """Returns the speed at a share `utilization` of the GPUs' peak, or, for small networks, that of launching calls.
 
@@ -271,7 +271,7 @@ def images_per_second(
         batch: of all processes.
         micro_batch: of one.
     """
-    multiplied = utilization * (gpu.half if half else gpu.single) * processes / plan.flops
+    multiplied = utilization * gpu.flops(precision) * processes / plan.flops
     count = -(-batch // (processes * micro_batch))
     return min(multiplied, batch / (count * plan.calls * gpu.launch))
 

@@ -68,8 +68,9 @@ class TrainingTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Dropout of the trained networks. Default: as in the checkpoint."""
     dropout_max_resolution: PositiveCount | None = None
     """Largest resolution of features, in pixels a side, at which there is dropout. Default: all."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the networks. Parameters, times and losses stay float32 or better. fp16 scales the losses."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the networks. Parameters, times and losses stay float32 or better. fp16 scales the losses. tf32 is
+    fp32 but for products on CUDA, whose factors are rounded to 11 bits; without CUDA it is fp32."""
     compile: CompileMode | UnsetType = "off"
     """A mode of torch.compile for the blocks of the networks. It changes rounding alone; the hash leaves it out."""
     seed: Count = 0

@@ -44,8 +44,8 @@ def compare_with_plan(run: RunSummary) -> Comparison:
     used_memory = max((line["memory"] for line in run.metrics if "memory" in line), default=None)
     planned = None
     if gpu is not None:
-        half = training.precision != "fp32"
-        planned = images_per_second(plan, GPUS[gpu], half, UTILIZATION, processes, training.batch, rows)
+        precision = training.precision
+        planned = images_per_second(plan, GPUS[gpu], precision, UTILIZATION, processes, training.batch, rows)
         notes.append(f"The plan assumes {UTILIZATION:.0%} of the peak throughput of a {gpu}.")
     elif session:
         notes.append("The peak throughput of this machine is unknown, so the plan has no times.")

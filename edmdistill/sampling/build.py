@@ -53,17 +53,22 @@ def build_sampler(model: Generator | Denoiser, spec: SamplerSpec) -> Sampler:
         sampler = _reference_sampler(model, spec, spec.reference)
     else:
         sampler = _gamma_sampler(model, spec) if isinstance(model, Generator) else _teacher_sampler(model, spec)
-    dtype = str(model.flow.activation_dtype).removeprefix("torch.")
-    return sampler._replace(record=replace(sampler.record, dtype=dtype))
+    return sampler._replace(record=replace(sampler.record, dtype=_arithmetic(model.flow)))
+
+
+def _arithmetic(flow: FlowNetwork) -> str:
+    """Returns the dtype of the activations by its name, or tf32 where torch may round products of float32 to that."""
+    exact = flow.device.type != "cuda" or not torch.backends.cudnn.allow_tf32
+    return "tf32" if flow.activation_dtype == torch.float32 and not exact else str(flow.activation_dtype)[6:]
 
 
 def rounding_warning(model: Generator | Denoiser, spec: SamplerSpec) -> str | None:
-    """Returns a warning if half precision spoils the first step, an image from noise, see `rounding_error`; or None.
+    """Returns a warning if rounding spoils the first step, an image from noise, see `rounding_error`; or None.
 
     A solver's first step is no image, and its later steps correct it.
     """
     record, flow = build_sampler(model, spec).record, model.flow
-    if record.sigmas is None or (error := rounding_error(flow, flow.compute_dtype, record.sigmas[0])) < VISIBLE:
+    if record.sigmas is None or (error := rounding_error(flow, record.dtype, record.sigmas[0])) < VISIBLE:
         return None
     return (
         f"Warning: the network predicts the noise, whose rounding in {record.dtype} is an error of about {error:.1g} "

@@ -68,7 +68,7 @@ class SamplerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     churn: tuple[float, float, float, float] | None = None
     """A teacher's S_churn, S_min, S_max and S_noise; None: it is sampled without fresh noise."""
     dtype: str = "float32"
-    """The dtype of the network's arithmetic."""
+    """The dtype of the network's arithmetic; tf32: float32 with products in TF32."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from edmdistill.networks.rounding import rounding_error
 from edmdistill.recipes.schema import CompileMode, EvaluationTable, Recipe
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.spec import SamplerSpec
-from edmdistill.training.roles import PRECISION
 from edmdistill.training.run import Run
 from edmdistill.training.sources import Init
 
@@ -80,9 +79,9 @@ def with_compile_mode(recipe: Recipe, machine: Machine) -> Machine:
 
 
 def rounding_note(recipe: Recipe, flow: FlowNetwork) -> str | None:
-    """Returns a warning if half precision spoils images at sigma_max, see `rounding_error`; or None."""
+    """Returns a warning if half precision or TF32 spoils images at sigma_max, see `rounding_error`; or None."""
     precision = recipe.training.precision
-    error = rounding_error(flow, PRECISION[precision], flow.sigma_max)
+    error = rounding_error(flow, precision, flow.sigma_max)
     if not error:
         return None
     return (

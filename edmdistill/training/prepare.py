@@ -163,6 +163,7 @@ def assemble(recipe: Recipe, sources: Sources, networks: dict[str, nn.Module], m
     averages = [Ema(product, profile) for profile in profiles(recipe.ema)]
 
     engine = Engine(machine)
+    engine.set_products(recipe.training.precision)
     engine.check_micro_batches(recipe.training.batch, recipe.group_size)
     place_networks(engine, recipe, networks)
     for average in averages:

@@ -21,7 +21,7 @@ from edmdistill.networks.surgery.rebuild import add_guidance, add_logvar
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 from edmdistill.recipes.schema import Recipe
 
-PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_roles(

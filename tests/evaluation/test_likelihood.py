@@ -20,6 +20,7 @@ from edmdistill.evaluation.likelihood import SOLVER_TOLERANCE, evaluate_likeliho
 from edmdistill.evaluation.pipeline import image_digests, pixels_sha256
 from edmdistill.evaluation.results import read_results, results_json, results_table
 from edmdistill.evaluation.tables import GeneratorId, result_tables
+from edmdistill.kernels.linear import tf32_allowed
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
 from edmdistill.networks.preconditioning import EDM, IDDPM, VE, VP
@@ -166,6 +167,16 @@ def test_the_numbers_are_those_of_the_images_and_probes() -> None:
     nats = 0.5 * math.log(2 * math.pi * variance) + spread / 2 / variance
     assert found["nll@4"] == pytest.approx(float(nats.mean()) / math.log(2) + math.log2(127.5), abs=1e-3)
     assert found["nll_probe_std@4"] < 1e-6
+
+
+def test_products_are_exact_float32() -> None:
+    """On CUDA; afterwards TF32 is allowed as it was."""
+    model, seen = Denoiser(flow()), set()
+    model.flow.network.register_forward_hook(lambda *_: seen.add(torch.backends.cudnn.allow_tf32))
+    with tf32_allowed(True):
+        evaluate_likelihood(model, DIGITS, count=1, probes=1, tolerance=0.5)
+        assert torch.backends.cudnn.allow_tf32
+    assert seen == {False}
 
 
 def test_classes_are_passed_on() -> None:

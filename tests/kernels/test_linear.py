@@ -1,9 +1,36 @@
 """Convolutions."""
 
+from collections.abc import Iterator
+from contextlib import suppress
+
 import pytest
 import torch
 
-from edmdistill.kernels.linear import conv2d, lay_out_weights
+from edmdistill.kernels.linear import allow_tf32, conv2d, lay_out_weights, tf32_allowed
+
+
+@pytest.fixture
+def _flags() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def tf32() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.usefixtures("_flags")
+def test_tf32_is_allowed_for_a_while() -> None:
+    """In matrix products and convolutions; then each is as it was, also after an error."""
+    for allowed in (True, False):
+        allow_tf32(allowed)
+        assert tf32() == (allowed, allowed)
+        torch.backends.cuda.matmul.allow_tf32 = not allowed
+        with suppress(KeyError), tf32_allowed(False):
+            assert tf32() == (False, False)
+            raise KeyError
+        assert tf32() == (not allowed, allowed)
 
 
 @pytest.mark.parametrize("size", [1, 3])

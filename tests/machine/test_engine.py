@@ -17,6 +17,7 @@ from toy_runs import save_sources
 
 from edmdistill.checkpoints.store import load_checkpoint
 from edmdistill.errors import TrainingError
+from edmdistill.kernels.linear import tf32_allowed
 from edmdistill.machine import devices
 from edmdistill.machine.engine import Engine, Machine, scale_gradients
 
@@ -130,6 +131,17 @@ def test_every_row_belongs_to_one_micro_batch_of_one_process(
 def test_shards_need_processes() -> None:
     with pytest.raises(TrainingError, match="add --processes"):
         Engine(Machine(device="cpu", shard=True))
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("fp16", False)])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_products_on_cuda_are_exact_unless_tf32_is_asked_for(device: str, precision: str, allowed: bool) -> None:
+    engine = Engine(Machine(device="cpu"))
+    engine.device = torch.device(device)
+    for before in (False, True):
+        with tf32_allowed(before):
+            engine.set_products(precision)
+            assert torch.backends.cudnn.allow_tf32 == (allowed if device == "cuda" else before)
 
 
 def test_a_process_touches_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:

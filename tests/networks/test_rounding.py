@@ -1,17 +1,22 @@
-"""Half precision where a network predicts the noise."""
+"""Half precision and TF32 where a network predicts the noise."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from tiny_generator import tiny_generator
 
-from edmdistill.checkpoints.load import load_denoiser
+from edmdistill.checkpoints.load import load_denoiser, load_generator
 from edmdistill.cli import main
+from edmdistill.cli.options import use_precision
+from edmdistill.kernels.linear import tf32_allowed
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM, VP, Preconditioning
 from edmdistill.networks.rounding import rounding_error
+from edmdistill.sampling.build import build_sampler
+from edmdistill.sampling.spec import SamplerSpec
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -19,13 +24,13 @@ from edmdistill.networks.rounding import rounding_error
 def test_the_error_is_what_is_measured(golden: Path, dtype: torch.dtype, sigma: float) -> None:
     """Within a factor of 2, as networks differ."""
     exact, rounded = (load_denoiser(golden / "vp-ddpmpp-uncond.pkl.gz", dtype=each) for each in (None, dtype))
-    flow = exact.flow
+    flow, name = exact.flow, str(dtype).removeprefix("torch.")
     x = sigma * torch.randn(2, flow.img_channels, flow.img_resolution, flow.img_resolution)
     error = (exact(x, sigma) - rounded(x, sigma)).square().mean().sqrt() / flow.sigma_data
-    assert 0.5 < rounding_error(flow, dtype, sigma) / float(error) < 2
-    assert rounding_error(flow, None, sigma) == 0
+    assert 0.5 < rounding_error(flow, name, sigma) / float(error) < 2
+    assert rounding_error(flow, "float32", sigma) == 0
     finer = FlowNetwork(flow.network, VP(sigma_data=flow.sigma_data / 8))
-    assert rounding_error(finer, dtype, sigma) == pytest.approx(8 * rounding_error(flow, dtype, sigma))
+    assert rounding_error(finer, name, sigma) == pytest.approx(8 * rounding_error(flow, name, sigma))
 
 
 @pytest.mark.parametrize(
@@ -50,3 +55,27 @@ def test_commands_warn_where_it_shows(
         assert result.exit_code == 0, result.output
         assert warned in result.stderr
         assert ("Warning: the network predicts the noise" in result.stderr) == bool(warned)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "preconditioning", "allowed"),
+    [(None, EDM(), True), (None, VP(), False), ("float32", EDM(), False), ("tf32", VP(), True)],
+)
+def test_tf32_is_as_it_is_asked_for_on_cuda(dtype: str | None, preconditioning: Preconditioning, allowed: bool) -> None:
+    """torch's default, but not where its rounding would be seen."""
+    flow = SimpleNamespace(device=torch.device("cuda"), preconditioning=preconditioning)
+    for before in (False, True):
+        with tf32_allowed(before):
+            use_precision(dtype, SimpleNamespace(flow=flow))
+            assert torch.backends.cudnn.allow_tf32 == allowed
+
+
+def test_a_record_names_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_generator(tiny_generator(tmp_path / "generator"))
+    monkeypatch.setattr(FlowNetwork, "device", torch.device("cuda"))
+    for allowed, name in ((True, "tf32"), (False, "float32")):
+        with tf32_allowed(allowed):
+            assert build_sampler(model, SamplerSpec()).record.dtype == name
+            model.flow.compute_dtype = torch.bfloat16
+            assert build_sampler(model, SamplerSpec()).record.dtype == "bfloat16"
+            model.flow.compute_dtype = None

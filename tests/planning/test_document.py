@@ -13,13 +13,13 @@ from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.planning import document as module
-from edmdistill.planning.document import PlanRequest, plan_document
+from edmdistill.planning.document import PlanRequest, plan_document, plan_text
 from edmdistill.planning.plan import Measurement, Plan, make_plan, measure
 from edmdistill.recipes.library import load_recipe
 
 RECIPE = load_recipe("sid/digits", "sid", ["training.batch=64", "training.images=6400"])
-BUSY = GPU(memory=1e12, half=4e12, single=1e12, launch=1e-12)
-WAITING = GPU(memory=1e5, half=1e30, single=1e30, launch=1e-3)
+BUSY = GPU(memory=1e12, half=4e12, tf32=2e12, single=1e12, launch=1e-12)
+WAITING = GPU(memory=1e5, half=1e30, tf32=1e30, single=1e30, launch=1e-3)
 
 
 @cache
@@ -57,7 +57,7 @@ def document(asked: PlanRequest, alternatives: bool = False) -> dict[str, Any]:
     return plan_document(asked, lambda stage: None, alternatives)
 
 
-@pytest.mark.parametrize(("precision", "peak"), [("fp32", 1e12), ("bf16", 4e12)])
+@pytest.mark.parametrize(("precision", "peak"), [("fp32", 1e12), ("tf32", 2e12), ("bf16", 4e12)])
 def test_a_gpu_is_as_fast_as_its_operations_or_its_calls(precision: str, peak: float) -> None:
     """Two processes of half their peak; or four micro-batches of eight images each, one call after another."""
     found = document(request(precision))
@@ -66,6 +66,12 @@ def test_a_gpu_is_as_fast_as_its_operations_or_its_calls(precision: str, peak: f
     assert waiting["images_per_second"] == pytest.approx(64 / (4 * planned(precision).calls * 1e-3))
     for gpu in found["gpus"]:
         assert gpu["days"] * 86400 * gpu["images_per_second"] == pytest.approx(6400)
+    assert busy.get("days_in_tf32", busy["days"]) == pytest.approx(busy["days"] / (2 if precision == "fp32" else 1))
+    lines = plan_text(found, request(precision)).splitlines()
+    assert [f"; {busy['days'] / 2:.2g} with --set training.precision=tf32" in line for line in lines[-2:]] == [
+        precision == "fp32",
+        False,
+    ]
     assert (busy["largest_micro_batch"], waiting["largest_micro_batch"]) == (32, 0)
     assert found["utilization"] == 0.5
     assert [request(precision)._replace(micro_batch=size).rows for size in (8, None)] == [8, 32]

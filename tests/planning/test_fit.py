@@ -35,7 +35,7 @@ from edmdistill.recipes.schema import Recipe
 from edmdistill.training.micro_batch import HEADROOM
 
 RECIPE = load_recipe("sid/digits", "sid", ["training.batch=64"])
-GPU_AT_HAND = GPU(1e9, 1e13, 1e13, 1e-9)
+GPU_AT_HAND = GPU(1e9, 1e13, 1e13, 1e13, 1e-9)
 
 
 @cache

@@ -16,7 +16,7 @@ from edmdistill.recipes.library import load_recipe
 from edmdistill.training.micro_batch import HEADROOM
 
 RECIPE = load_recipe("sid/digits", "sid", ["training.batch=64"])
-BUSY = GPU(memory=1e9, half=2e12, single=1e12, launch=1e-15)
+BUSY = GPU(memory=1e9, half=2e12, tf32=1e12, single=1e12, launch=1e-15)
 ALONE = Machine(checkpointing=True, loss_pieces=2)
 """Of its kind without the host's memory, but for the second moment."""
 NETWORKS = {"teacher": nn.Linear(1, 1), "generator": nn.Linear(9, 10), "auxiliary": nn.Linear(1, 1)}
