@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from edmdistill.cli.measurements import SHARING, open_work, shared
-from edmdistill.cli.options import interruptible, option_group, say, split_option
+from edmdistill.cli.measurements import SharingOptions, shared, sharing_options
+from edmdistill.cli.options import interruptible, say, split_option
 from edmdistill.cli.types import FEATURES, Count, NamedFile, NameList, OutputPath
 from edmdistill.errors import counted
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharingOptions:
-    """The options of SHARING, as they were typed."""
-
-    device: str | None
-    processes: int | None
-    work: Path | None
 
 
 @click.command("stats")
@@ -50,7 +40,7 @@ class SharingOptions:
 )
 @split_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT.npz.")
-@option_group("sharing", SharingOptions, *SHARING)
+@sharing_options
 def command(
     source: str,
     out: Path,
@@ -80,7 +70,7 @@ def command(
     from edmdistill.machine.devices import process_device
     from edmdistill.progress import progress_bar
 
-    with closing(open_work(sharing.work)) as work, shared(sharing.processes, sharing.device) as processes:
+    with closing(sharing.open_work()) as work, shared(sharing) as processes:
         where, data = process_device(sharing.device), open_dataset(source, split=split)
         spaces = {name: load_features(name, files.get(name), where) for name in features}
         for note in data.notes:

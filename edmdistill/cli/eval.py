@@ -124,7 +124,7 @@ def command(
             write_text(out, document)
         click.echo(document if as_json else results_table(results))
 
-    with shared(options.processes, options.device) as processes:
+    with shared(options) as processes:
         measurements = (
             _plan_likelihood(source, options, likelihood)
             if protocol is None

@@ -1,4 +1,4 @@
-"""Parts that eval and sweep share: their options and processes, and how their results are saved and printed."""
+"""Parts that measuring commands share: their options and processes, and how results are saved and printed."""
 
 from __future__ import annotations
 
@@ -73,19 +73,30 @@ SHARING = (
 """The options of a command that several processes share, and that goes on after a stop."""
 
 
-def open_work(folder: Path | None) -> Work:
-    """Returns the work in the folder of --work, or in the user's cache.
+@dataclass(frozen=True, kw_only=True)
+class SharingOptions:
+    """The options of SHARING, as they were typed."""
 
-    Raises: CheckpointError: the cache cannot be written.
-    """
-    from edmdistill.checkpoints.download import in_writable_folder
-    from edmdistill.evaluation.shards import Work, evaluations_folder
+    device: str | None
+    processes: int | None
+    work: Path | None
 
-    return Work(folder or in_writable_folder(evaluations_folder()))
+    def open_work(self) -> Work:
+        """Returns the work in the folder of --work, or in the user's cache.
+
+        Raises: CheckpointError: the cache cannot be written.
+        """
+        from edmdistill.checkpoints.download import in_writable_folder
+        from edmdistill.evaluation.shards import Work, evaluations_folder
+
+        return Work(self.work or in_writable_folder(evaluations_folder()))
+
+
+sharing_options = option_group("sharing", SharingOptions, *SHARING)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasurementOptions:
+class MeasurementOptions(SharingOptions):
     """The options of a measurement, as they were typed."""
 
     ref: str | None
@@ -98,9 +109,6 @@ class MeasurementOptions:
     save: bool
     dtype: str | None
     compile_mode: CompileMode
-    device: str | None
-    processes: int | None
-    work: Path | None
 
     @property
     def run_weights(self) -> Literal["ema", "raw"]:
@@ -127,7 +135,7 @@ class MeasurementOptions:
             "metrics": self.metrics,
             "weights": {name: file for name, _, file in pairs},
             "device": device,
-            "work": open_work(self.work),
+            "work": self.open_work(),
             "processes": processes,
         }
 
@@ -181,20 +189,18 @@ def measurement_options(
 
 
 @contextmanager
-def shared(count: int | None, device: str | None) -> Iterator[Processes]:
+def shared(options: SharingOptions) -> Iterator[Processes]:
     """Yields the processes that share a command, this one among them; with --processes, starts them and exits.
 
     Of several, the main one alone prints; errors that all of them meet are printed once.
-
-    Args:
-        count, device: as typed with --processes and --device.
     """
     from edmdistill.evaluation.shards import ONE_PROCESS
     from edmdistill.machine.launch import init_from_environment, launch, process_rank, without_processes
 
     init_from_environment()
+    count = options.processes
     if count is not None and count > 1:
-        sys.exit(launch(without_processes(sys.argv[1:]), count, device=device, on_message=say))
+        sys.exit(launch(without_processes(sys.argv[1:]), count, device=options.device, on_message=say))
     rank, world_size = process_rank()
     if world_size == 1:
         yield ONE_PROCESS

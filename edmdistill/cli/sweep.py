@@ -85,5 +85,5 @@ def command(
     def specs(flow: FlowNetwork) -> list[SamplerSpec]:
         return sampler.specs(flow, nfes or [None], gammas or [None])
 
-    with shared(options.processes, options.device) as processes:
+    with shared(options) as processes:
         measure(plan_measurements(source, protocol, options, specs, processes), folder, show)

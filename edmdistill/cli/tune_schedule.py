@@ -85,7 +85,7 @@ def command(
 
     folder = tune.find_generator(source, stored=not dry_run)
     metric, protocol = tune.find_measure(metric, protocol)
-    with shared(options.processes, options.device) as processes:
+    with shared(options) as processes:
         options = replace(options, metrics=[metric])
         measurements = plan_measurements(source, protocol, options, lambda *_: [SamplerSpec()], processes)
         ((_, evaluate),), work = measurements.tasks, measurements.work

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from edmdistill.checkpoints.download import download
 from edmdistill.cli import REFUSALS, main
-from edmdistill.cli.measurements import open_work
+from edmdistill.cli.measurements import SharingOptions
 from edmdistill.cli.types import OutputPath
 from edmdistill.errors import CheckpointError
 
@@ -97,7 +97,7 @@ def test_a_cache_that_cannot_be_written_may_be_elsewhere(monkeypatch: pytest.Mon
     with pytest.raises(CheckpointError, match=sentence):
         download("http://127.0.0.1:9/a.pkl")
     with pytest.raises(CheckpointError, match=r"set EDMDISTILL_CACHE"):
-        open_work(None)
+        SharingOptions(device=None, processes=None, work=None).open_work()
 
 
 def test_a_file_that_we_forgot_to_write_keeps_its_traceback(body):
