@@ -76,13 +76,7 @@ def cosim_sigmas(
 
 
 def start_first_sigmas(
-    draws: Draws,
-    *,
-    sigma_min: float,
-    sigma_max: float,
-    share_to_max: float = 0.5,
-    sigma_from: float = 0.0,
-    rho: float = 7.0,
+    draws: Draws, *, sigma_min: float, sigma_max: float, share_to_max: float = 0.5, sigma_from: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Draws where jumps start before where they are compared, as noise levels sigma_s <= sigma_t.  [B], [B]
 
@@ -93,11 +87,11 @@ def start_first_sigmas(
     Differs: from `cosim_sigmas`, where s comes first, so that few jumps start in the middle; and the two uniform
         numbers spare the ends of [0, t], where the two scores say little of a jump.
     """
-    low = edm_index(sigma_from, sigma_min, sigma_max, rho) if sigma_from > sigma_min else 0.0
+    low = edm_index(sigma_from, sigma_min, sigma_max) if sigma_from > sigma_min else 0.0
     from_max = draws.uniform() < share_to_max
     r_t = (low + (1 - low) * draws.uniform()).masked_fill(from_max, 1.0)
     r_s = r_t * (draws.uniform() + draws.uniform()) / 2
-    return edm_curve(r_s, sigma_min, sigma_max, rho), edm_curve(r_t, sigma_min, sigma_max, rho)
+    return edm_curve(r_s, sigma_min, sigma_max), edm_curve(r_t, sigma_min, sigma_max)
 
 
 def ctm_indices(

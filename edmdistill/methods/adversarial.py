@@ -50,6 +50,8 @@ GAN_OPTIONS = "gan_loss", "gan_penalty", "gan_warmup_images", "gan_channels", "f
 
 def gan_roles(config: GANConfig) -> dict[str, Role]:
     """Returns the roles of a projected discriminator, frozen features and heads that are trained; none if gan = 0."""
+    if not config.gan:
+        return {}
     files, channels = config.features, config.gan_channels
 
     def features(flow: FlowNetwork, seed: int) -> nn.Module:
@@ -59,8 +61,7 @@ def gan_roles(config: GANConfig) -> dict[str, Role]:
     def heads(flow: FlowNetwork, seed: int) -> nn.Module:
         return make_discriminator(max(1, len(files)), channels, seed)
 
-    roles = {"features": Role(trained=False, make=features), "discriminator": Role(trained=True, make=heads)}
-    return roles if config.gan else {}
+    return {"features": Role(trained=False, make=features), "discriminator": Role(trained=True, make=heads)}
 
 
 class Adversary:

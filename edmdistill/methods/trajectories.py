@@ -28,7 +28,9 @@ TrajectoryStride = Annotated[
     int, Meta(ge=1, le=1000, description="jumps start at every n-th point of a trajectory; 1 = at all of them")
 ]
 TrajectoryWeight = Annotated[float, Meta(gt=0, description="weight of trajectories beside the method's own loss")]
-WarmupImages = Annotated[int, Meta(ge=0, description="images during which trajectories alone are learned")]
+WarmupImages = Annotated[
+    int, Meta(ge=0, description="images before the method's own loss begins beside that of trajectories")
+]
 
 
 def trajectory_loss(
