@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 from edmdistill.checkpoints.official_files import find_fetched, is_official
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.embedded import EMBEDDED
-from edmdistill.errors import DatasetError, EdmDistillError
+from edmdistill.errors import DatasetError, EdmDistillError, did_you_mean
 from edmdistill.evaluation.images import LabelSource
 from edmdistill.evaluation.references import ReferenceStatistics, is_statistics, open_statistics
 
@@ -137,7 +137,7 @@ REFERENCES = {
 def get_protocol(name: str) -> Protocol:
     """Returns the standard of that name.  Raises EdmDistillError if there is none."""
     if name not in PROTOCOLS:
-        raise EdmDistillError(f"there is no protocol {name!r}; choose one of {', '.join(PROTOCOLS)}")
+        raise EdmDistillError(f"there is no protocol {name!r}; {did_you_mean(name, PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
