@@ -168,7 +168,6 @@ def save_snapshot(folder: Path, profile: Profile, weights: Mapping[str, Tensor],
     Raises: CheckpointError: the disk refuses.
     """
     half = {name: tensor if name in constants else tensor.half() for name, tensor in weights.items()}
-    # One entry: safetensors writes several in any order, and the same average would not give the same file.
     save_tensors(snapshot_path(folder, profile), half, {"average": json.dumps(profile._asdict())})
 
 
