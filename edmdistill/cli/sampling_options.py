@@ -68,7 +68,9 @@ class SamplerGrid:
 
         The guide is left out at weight 1, unless that is the only one, where the spec refuses it.
 
-        Args: as SamplerOptions.spec's.
+        Args:
+            flow: as SamplerOptions.spec's.
+            nfes, gammas: those of the grid; None: the network's default.
         """
         from edmdistill.checkpoints.load import load_denoiser
         from edmdistill.sampling.spec import SamplerSpec
