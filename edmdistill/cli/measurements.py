@@ -141,12 +141,13 @@ class MeasurementOptions(SharingOptions):
 
 
 def measurement_options(
-    count_help: str = "", metrics_help: str = "", **fixed: Any
+    count_help: str = "", metrics_help: str = "", *, raw: bool = True, **fixed: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds the options of a measurement; the command gets them as one `options`.
 
     Args:
         count_help, metrics_help: of --n and --metrics.
+        raw: whether the command measures a run's raw weights.
         fixed: the values of fields that the command has no options for.
     """
     options: dict[str, Callable[[Callable[..., None]], Callable[..., None]]] = {
@@ -171,9 +172,10 @@ def measurement_options(
             type=WeightsOf(),
             callback=_require_different,
             multiple=True,
-            metavar="ema|raw|NAME=FILE",
-            help="Of a run: its average, or its newest raw weights. NAME=FILE: of a feature space, as in "
-            "inception=inception.pt; may be repeated.  [default: ema, and the official files]",
+            metavar="ema|raw|NAME=FILE" if raw else "NAME=FILE",
+            help=("Of a run: its average, or its newest raw weights. NAME=FILE: of" if raw else "Of")
+            + " a feature space, as in inception=inception.pt; may be repeated.  [default: "
+            + ("ema, and the official files]" if raw else "the official files]"),
         ),
         "vae": click.option("--vae", metavar="DIR|ID", help="VAE of a latent network.  [default: the checkpoint's]"),
         "save": click.option(

@@ -58,7 +58,7 @@ plan_options = option_group(
 @click.option("--metric", metavar="NAME", help="As in fid or fd_digits.  [default: the protocol's first]")
 @click.option("--protocol", type=Name(PROTOCOLS), help="How to measure.  [default: the first with that metric]")
 @plan_options
-@measurement_options(metrics=None, count=None, seeds=None, repeat=1, save=False)
+@measurement_options(raw=False, metrics=None, count=None, seeds=None, repeat=1, save=False)
 @click.option("--dry-run", is_flag=True, help="Measure, and leave the checkpoint as it is.")
 @json_option
 def command(

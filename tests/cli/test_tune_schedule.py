@@ -1,6 +1,7 @@
 """`edmdistill tune-schedule`."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ def test_mistakes(made: Path, tmp_path: Path, words: list[str], message: str) ->
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
     assert (made / "config.json").read_bytes() == before
+
+
+def test_the_help_does_not_offer_what_is_refused() -> None:
+    assert re.search(r"\braw\b", CliRunner().invoke(main, ["tune-schedule", "--help"]).stdout) is None
 
 
 def test_other_sources_are_refused(tmp_path: Path) -> None:
