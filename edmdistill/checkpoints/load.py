@@ -37,7 +37,7 @@ def load_model(
 ) -> Denoiser | Generator:
     """Returns a network for sampling: a generator if the checkpoint holds one, else a denoiser.
 
-    EDM2's weights are folded, so that it cannot be trained or saved: `load_flow` reads one for that.
+    EDM2's weights are folded, and half precision rounds others: to train or save a network, read it by `load_flow`.
 
     Args:
         source: a checkpoint of ours (folder or Hub id), a run directory, a run's state RUN/state/IMAGES, an official
@@ -203,7 +203,7 @@ def weights_digest(source: str | Path | Source, model: Generator | Denoiser, wei
 
 
 def tensors_digest(model: Generator | Denoiser) -> str:
-    """Returns the sha256 of the names and values of a model's weights."""
+    """Returns the sha256 of the names and values of a model's weights, folded and rounded as it keeps them."""
     digest = hashlib.sha256()
     for name, tensor in model.flow.state_dict().items():
         digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())

@@ -177,12 +177,13 @@ def write_checkpoint(
 ) -> None:
     """Writes the three files of a checkpoint into a folder, which is created.
 
-    Raises: CheckpointError: weights are folded, which would be normalized again when they are read.
+    Raises: CheckpointError: weights are folded, which would be normalized again when they are read, or rounded.
     """
-    if tensors is None and flow.network.folded:
+    if tensors is None and (flow.network.folded or flow.network.rounded):
+        how = "its normalization folded into the weights" if flow.network.folded else "its weights rounded"
         raise CheckpointError(
-            "this network was loaded for sampling, with its normalization folded into the weights, and cannot be "
-            "saved: read it by edmdistill.checkpoints.load.load_flow to train or change it"
+            f"this network was loaded for sampling, with {how}, and cannot be saved: read it by "
+            "edmdistill.checkpoints.load.load_flow to train or change it"
         )
     config = replace(config, **describe(flow))
     save_tensors(folder / MODEL, flow.network.state_dict() if tensors is None else tensors, {"format": "pt"})

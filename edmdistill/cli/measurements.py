@@ -243,7 +243,8 @@ def plan_measurements(
     from edmdistill.sampling.decode import open_decoder
     from edmdistill.sampling.seeds import parse_seeds
 
-    standard, dtype, device = get_protocol(protocol), named_dtype(options.dtype), process_device(options.device)
+    standard, device = get_protocol(protocol), process_device(options.device)
+    dtype = named_dtype(options.dtype, device)
     require_compiler(options.compile_mode, device)
     data, common = open_reference(options.ref, standard), options.of_every_source(device, processes)
     _say_all(getattr(data, "notes", ()))

@@ -73,11 +73,12 @@ second_moment_option = click.option(
     show_default=True,
     help="Adam's; bf16 halves it, by rounding at random: a step's length is off by about 1% at betas of .99.",
 )
+EXACT = "float32", "float64"
 device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...  [default: cuda if there is one]")
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["float32", "tf32", "float64", "bfloat16", "float16"]),
-    help="Of the network.  [default: as its official code: on a GPU float16 or tf32, on a CPU float32]",
+    help="Of the network.  [default: on a GPU float16 if its official code has it, else tf32; on a CPU float32]",
 )
 sets_option = click.option(
     "--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Change the recipe; may be repeated."
@@ -122,18 +123,18 @@ def say_unfinished(source: str | Source) -> None:
 
 
 def use_precision(dtype: str | None, model: Generator | Denoiser, *specs: SamplerSpec) -> None:
-    """Allows TF32 or not, as `--dtype` says, and says so where a precision spoils the images of a network.
+    """Allows TF32 on CUDA or not, as `--dtype` says, and says so where a precision spoils the images of a network.
 
-    By default it is allowed, but to networks that predict the noise, which it would spoil.
+    float32 and float64 are exact. By default, networks that predict the noise are too, which TF32 would spoil. Beside
+    half precision, TF32 is for what stays float32, such as a VAE.
     """
     from edmdistill.kernels.linear import allow_tf32
     from edmdistill.networks.preconditioning import NoisePrediction
     from edmdistill.sampling.build import rounding_warning
 
     if model.flow.device.type == "cuda":
-        allow_tf32(dtype == "tf32" or (dtype is None and not isinstance(model.flow.preconditioning, NoisePrediction)))
-    elif dtype == "tf32":
-        raise click.UsageError("--dtype tf32 is for CUDA, and this runs on the CPU: use --dtype float32.")
+        exact = isinstance(model.flow.preconditioning, NoisePrediction) if dtype is None else dtype in EXACT
+        allow_tf32(not exact)
     for sentence in dict.fromkeys(rounding_warning(model, spec) for spec in specs):
         if sentence is not None:
             say(sentence)

@@ -1,5 +1,6 @@
 """`edmdistill push-to-hub`."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -82,8 +83,9 @@ def command(
     _say_kept(done.kept)
     status = "was already published" if done.unchanged else "is published"
     click.echo(f"{done.url} {status}; a fresh download has the same bytes and samples. To sample from it:")
-    decoding = "".join(f" {word}" for word in vae_words(package.config.encoder))
-    click.echo(f"  edmdistill sample {repository}{f'@{branch}' if branch else ''} --seeds 0-63{decoding} --out images")
+    address = f"{repository}@{branch}" if branch else repository
+    words = ["edmdistill", "sample", address, "--seeds", "0-63", *vae_words(package.config.encoder), "--out", "images"]
+    click.echo(f"  {shlex.join(words)}")
 
 
 def _say_kept(names: tuple[str, ...]) -> None:

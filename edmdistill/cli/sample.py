@@ -172,7 +172,8 @@ def command(
     from edmdistill.sampling.labels import find_classes
     from edmdistill.sampling.seeds import parse_seeds
 
-    numbers, where, precision = parse_seeds(seeds), pick_device(device), named_dtype(dtype)
+    numbers, where = parse_seeds(seeds), pick_device(device)
+    precision = named_dtype(dtype, where)
     require_compiler(compile_mode, where)
     check_output(out, latent=decoding.latents, layout=layout)
     checkpoint = open_source(source)

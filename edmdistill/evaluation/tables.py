@@ -95,7 +95,7 @@ def markdown_table(rows: Sequence[Sequence[str]], numbers: int = 0, notes: Seque
 
 
 def csv_table(rows: Iterable[Sequence[object]]) -> str:
-    """Returns a table as comma-separated values; None is an empty one."""
+    """Returns a table as comma-separated values; None is an empty cell."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

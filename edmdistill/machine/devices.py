@@ -71,6 +71,11 @@ def named_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def named_dtype(name: str | None) -> torch.dtype | Literal["auto"]:
-    """Returns torch's dtype of that name, such as float16; float32 for tf32; auto, see `load_model`, for None."""
+def named_dtype(name: str | None, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """Returns torch's dtype of that name, such as float16; float32 for tf32; auto, see `load_model`, for None.
+
+    Raises: EdmDistillError: tf32 on another device than CUDA.
+    """
+    if name == "tf32" and device.type != "cuda":
+        raise EdmDistillError("--dtype tf32 is for CUDA, and this runs on the CPU: use --dtype float32")
     return "auto" if name is None else getattr(torch, "float32" if name == "tf32" else name)

@@ -94,6 +94,7 @@ class Network(nn.Module, ABC):
         out_conv: the layer that returns F.
         head: the discriminator of the features, which returns logits; None: there is none. See networks.heads.
         compiled: whether the blocks run compiled; see `machine.compile`.
+        rounded: whether weights are kept in half precision; see `store_convolutions`.
         lent_to: the device where it computes, if its weights wait in the host's memory; see `machine.offload`.
     """
 
@@ -112,6 +113,7 @@ class Network(nn.Module, ABC):
     out_conv: nn.Module
     head: nn.Module | None
     compiled: bool = False
+    rounded: bool = False
     lent_to: torch.device | None = None
     second_time: SecondTime | None
     map_guidance: GuidanceEmbedding | None
@@ -328,6 +330,7 @@ class Network(nn.Module, ABC):
 
         For a frozen network: no bit of its results changes. The layers of times and labels stay as they are.
         """
+        self.rounded = dtype in (torch.float16, torch.bfloat16)
         for parameter in self.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.to(dtype)

@@ -18,7 +18,7 @@ from edmdistill.recipes.schema import Recipe
 from edmdistill.training.checks import compile_mode
 
 PRECISIONS = ("fp32", "bf16")
-"""The precisions that differ in a plan: in memory; fp16 takes as much as bf16, tf32 as fp32."""
+"""Precisions of different memory: fp16 takes as much as bf16, tf32 as fp32."""
 
 
 class PlanRequest(NamedTuple):

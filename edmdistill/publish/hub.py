@@ -44,8 +44,10 @@ from edmdistill.sampling.decode import Decoder, model_decoder
 from edmdistill.sampling.generate import require_finite, sample
 from edmdistill.sampling.grid import image_grid, thumbnails
 
-NOT_A_BRANCH = re.compile(r"^[-/]|^(?:HEAD|@)?$|[\x00-\x20\x7f~^:?*\[\\#]|\.\.|@\{|//|(?:^|/)\.|\.lock(?:/|$)|[./]$")
-"""What git does not take in the name of a branch, and #, which ends the name of a revision where it is read."""
+NOT_A_BRANCH = re.compile(
+    r"^[-/]|^(?:HEAD|@)?$|[\x00-\x20\x7f~^:?*\[\\#\x22\x27`]|\.\.|@\{|//|(?:^|/)\.|\.lock(?:/|$)|[./]$"
+)
+"""What git does not take in the name of a branch, and # and quotes, which would end it in a command or in code."""
 GRID_SIZE, GRID_COLUMNS = 24, 8
 """Samples in the grid."""
 COMPARISON_SEEDS = 0, 1

@@ -287,8 +287,9 @@ class Samples:
 
     def _advice(self, stored: Sequence[int] | None) -> str:
         """Returns how to add these samples to the stored ones of other seeds; empty: they cannot be added."""
-        more = [seed for seed in self.seeds or () if seed not in set(stored or ())]
-        every = format_seeds([*(stored or ()), *more])
+        old = dict.fromkeys(stored or ())
+        more = [seed for seed in self.seeds or () if seed not in old]
+        every = format_seeds([*old, *more])
         return f"; --seeds {every} adds to them" if stored and more and len(every) <= 80 else ""
 
     def _start(self) -> None:

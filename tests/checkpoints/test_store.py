@@ -190,6 +190,20 @@ def test_another_library_s_model_is_not_replaced(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, *make(), overwrite=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounded_weights_are_not_saved(golden: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Of EDM's classes, which have nothing to fold."""
+    source = golden / "edm-tiny-cond.pkl"
+    model, (flow, config) = load_denoiser(source, dtype=dtype), load_flow(source)
+    if dtype != torch.float32:
+        with pytest.raises(CheckpointError, match=r"with its weights rounded, and cannot be saved: read it by"):
+            save_checkpoint(tmp_path / "again", model.flow, config)
+        return
+    save_checkpoint(tmp_path / "again", model.flow, config)
+    again = load_flow(tmp_path / "again")[0].state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in flow.state_dict().items())
+
+
 def test_what_was_loaded_for_sampling_is_not_saved(folder: Path, tmp_path: Path) -> None:
     """Its weights would be normalized twice: it would draw other images, in silence."""
     model = load_denoiser(folder)

@@ -197,7 +197,8 @@ def test_the_commands_of_a_card_name_its_branch(server: Hub, run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "branch", ["", "a b", "-x", ".x", "a..b", "a.lock", "x/", "/x", "a//b", "a/.b", "HEAD", "@", "a@{b", "a~1", "a#b"]
+    "branch",
+    ["", "a b", "-x", ".x", "a..b", "a.lock", "x/", "/x", "a//b", "a/.b", "HEAD", "@", "a@{b", "a~1", "a#b", 'a"b'],
 )
 def test_a_branch_that_git_does_not_take_is_refused(server: Hub, run: Path, branch: str) -> None:
     result = push(run, NAME, f"--branch={branch}", "--dry-run")

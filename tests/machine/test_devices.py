@@ -71,4 +71,9 @@ def test_the_one_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dtypes() -> None:
-    assert [named_dtype(name) for name in ("float16", "bfloat16", None)] == [torch.float16, torch.bfloat16, "auto"]
+    dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64, None: "auto"}
+    for device in (torch.device("cpu"), torch.device("cuda:1")):
+        assert {name: named_dtype(name, device) for name in dtypes} == dtypes
+    assert named_dtype("tf32", torch.device("cuda:1")) == torch.float32
+    with pytest.raises(EdmDistillError, match=r"tf32 is for CUDA, and this runs on the CPU: use --dtype float32$"):
+        named_dtype("tf32", torch.device("cpu"))

@@ -59,7 +59,14 @@ def test_commands_warn_where_it_shows(
 
 @pytest.mark.parametrize(
     ("dtype", "preconditioning", "allowed"),
-    [(None, EDM(), True), (None, VP(), False), ("float32", EDM(), False), ("tf32", VP(), True)],
+    [
+        (None, EDM(), True),
+        (None, VP(), False),
+        ("float32", EDM(), False),
+        ("float64", EDM(), False),
+        ("tf32", VP(), True),
+        ("float16", EDM(), True),
+    ],
 )
 def test_tf32_is_as_it_is_asked_for_on_cuda(dtype: str | None, preconditioning: Preconditioning, allowed: bool) -> None:
     """torch's default, but not where its rounding would be seen."""
