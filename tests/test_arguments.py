@@ -31,7 +31,7 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Denoiser:
 
 
 LOADING: dict[str, Callable[[], object]] = {
-    "dtype = 'fp16' must be a torch.dtype such as torch.bfloat16 or None": lambda: edmdistill.load_generator(
+    "dtype = 'fp16' must be a torch.dtype such as torch.bfloat16, 'auto' or None": lambda: edmdistill.load_generator(
         "x",
         dtype="fp16",  # type: ignore[arg-type]
     ),

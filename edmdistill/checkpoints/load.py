@@ -25,14 +25,15 @@ from edmdistill.progress import write
 from edmdistill.transfer import is_gpu, require_device
 
 Weights = Literal["ema", "raw"]
-DTYPES = (None, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Dtype = torch.dtype | Literal["auto"] | None
+DTYPES = (None, torch.float32, torch.float64, torch.bfloat16, torch.float16, "auto")
 
 
 @checked
 def load_model(
     source: str | Path | Source,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | Literal["auto"] | None = None,
+    dtype: Dtype = None,
     weights: Weights = "ema",
 ) -> Denoiser | Generator:
     """Returns a network for sampling: a generator if the checkpoint holds one, else a denoiser.
@@ -50,7 +51,7 @@ def load_model(
             else float32.
     Raises: CheckpointError: it cannot be read.  HubError: the Hub refuses.
     """
-    if dtype not in (*DTYPES, "auto"):
+    if dtype not in DTYPES:
         names = ", ".join(str(each) for each in DTYPES if each is not None)
         raise CheckpointError(f"a network cannot compute in {dtype}: choose one of {names}")
     require_device(device)
@@ -74,9 +75,7 @@ def load_model(
 
 
 @checked
-def load_denoiser(
-    source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Denoiser:
+def load_denoiser(source: str | Path | Source, device: torch.device | str = "cpu", dtype: Dtype = None) -> Denoiser:
     """Returns a teacher in EDM's view; see `load_model`.  Raises: CheckpointError: it is a generator or unreadable."""
     model = load_model(source, device, dtype)
     if not isinstance(model, Denoiser):
@@ -85,9 +84,7 @@ def load_denoiser(
 
 
 @checked
-def load_generator(
-    source: str | Path | Source, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Generator:
+def load_generator(source: str | Path | Source, device: torch.device | str = "cpu", dtype: Dtype = None) -> Generator:
     """Returns a few-step generator; see `load_model`.  Raises: CheckpointError: it is a teacher or unreadable."""
     model = load_model(source, device, dtype)
     if not isinstance(model, Generator):

@@ -69,7 +69,8 @@ def test_the_official_precision_is_for_gpus(golden: Path, tmp_path: Path, monkey
         monkeypatch.setattr("edmdistill.checkpoints.load.is_gpu", lambda device, gpu=gpu: gpu)
         for source, dtype in sources:
             expected = dtype if gpu else torch.float32
-            assert load_model(source, dtype="auto").flow.activation_dtype == expected
+            for load in (load_model, load_denoiser):
+                assert load(source, dtype="auto").flow.activation_dtype == expected
             assert load_model(source).flow.activation_dtype == torch.float32
             assert load_model(source, dtype=torch.bfloat16).flow.activation_dtype == torch.bfloat16
 
