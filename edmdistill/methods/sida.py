@@ -40,6 +40,16 @@ class SiDAConfig(OneStepConfig, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not self.gan:
             refuse_idle(self, ("gan_warmup_images",), "gan = 0", "set gan above 0")
+        if self.exponent > 80:  # float32 ends at e^88
+            raise ValueError(
+                f"P_mean = {self.P_mean} and P_std = {self.P_std} make the weight of the logits' loss overflow, "
+                f"e^{self.exponent:.4g}: choose a smaller P_std or a larger P_mean"
+            )
+
+    @property
+    def exponent(self) -> float:
+        """ln E[1/sigma^2], sigma being lognormal."""
+        return 2 * self.P_std**2 - 2 * self.P_mean
 
 
 class SiDA(OneStep[SiDAConfig]):
@@ -60,7 +70,7 @@ class SiDA(OneStep[SiDAConfig]):
         F_aux, fake = self.auxiliary(diffuse(g, z, s), s, batch.labels, logits="also")
         real = self.auxiliary(diffuse(batch.x0, z, s), s, batch.labels, logits="alone")
         loss = auxiliary_loss(F_aux, 0.0, velocity(g, z, s), s, sigma_data=sigma_data, beta=1.0)
-        mean_weight = math.exp(2 * config.P_std**2 - 2 * config.P_mean) + sigma_data**-2
+        mean_weight = math.exp(config.exponent) + sigma_data**-2
         judged = config.gan_auxiliary * sigma_data**2 * mean_weight / 2 * NON_SATURATING.discriminator(real, fake)
         return loss._replace(value=loss.value + judged, signals=logit_means(real, fake))
 

@@ -107,3 +107,12 @@ def test_the_adversary_is_bounded_where_the_teacher_is_right(noise: NoiseRange) 
     x = torch.ones(4, 3, 2, 2)
     loss = SiDA(SiDAConfig(), networks, noise).score_loss(1e-5, x, SD * 2 * x, torch.full((4,), 0.8), None)
     torch.testing.assert_close(loss.value, torch.full((4,), 12 * math.log(2)))
+
+
+@pytest.mark.parametrize("options", [{"P_std": 20.0}, {"P_mean": -50.0}])
+def test_a_weight_that_overflows_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(
+        ValueError, match=r"make the weight of the logits' loss overflow, e\^[\d.]+: choose a smaller P_std"
+    ):
+        SiDAConfig(**options)
+    assert torch.tensor(math.exp(SiDAConfig(P_std=6.2).exponent)).isfinite()
