@@ -15,7 +15,7 @@ from edmdistill.draws import Draws
 from edmdistill.features.perceptual import make_discriminator, make_features
 from edmdistill.methods.augmentation import Augmentation, augment
 from edmdistill.methods.base import Batch, Loss, Preview, Role, Turn, WatchedFunction
-from edmdistill.methods.gan_losses import GAN_LOSSES, GANWeight, logit_means
+from edmdistill.methods.gan_losses import GAN_LOSSES, GANWeight, gan_signals
 from edmdistill.methods.weighting import Balance, balanced_sum
 from edmdistill.networks.flow import FlowNetwork
 
@@ -87,7 +87,8 @@ class Adversary:
         # In one pass: a discriminator that is wrapped for several processes is called once a turn.
         logits = self.discriminator(maps)
         real_logits, fake_logits = logits.chunk(2)
-        value, signals = self.loss.discriminator(real_logits, fake_logits), logit_means(real_logits, fake_logits)
+        value = self.loss.discriminator(real_logits, fake_logits)
+        signals = gan_signals(real_logits, fake_logits, self.loss.relative)
         if self.penalty:
             slopes = torch.autograd.grad(logits.mean(1).sum(), images, create_graph=True)
             squares = torch.stack([slope.square().flatten(1).sum(1) for slope in slopes]).sum(0)

@@ -85,5 +85,11 @@ def consistency_loss(F: Tensor, g: Tensor, u: Tensor, t: Tensor, weighting: Weig
         weighting: "none": u is 0.
     Source: sCM, eq. 8, with w = -u; appendix D.
     """
-    value = adaptive(F - F.detach() - g, u if weighting == "adaptive" else torch.zeros_like(u))
-    return Loss(value, t, {"tangent_rms": mean_rms(g)})
+    return Loss(adaptive(F - F.detach() - g, u if weighting == "adaptive" else torch.zeros_like(u)), t)
+
+
+def tangent_loss(F: Tensor, g: Tensor, u: Tensor, t: Tensor, config: ConsistencyConfig) -> Loss:
+    """Returns consistency_loss of the tangent g, normalized as the options say, and the size that g had as a signal."""
+    normalized = normalized_tangent(g, config.c, config.tangent_normalization)
+    loss = consistency_loss(F, normalized, u, t, config.weighting)
+    return loss._replace(signals={"tangent_rms": mean_rms(g)})

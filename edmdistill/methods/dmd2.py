@@ -30,7 +30,7 @@ from edmdistill.methods.backward_simulation import (
 from edmdistill.methods.base import Batch, Loss, NoiseRange, Preview, Role, Sampling, Turn
 from edmdistill.methods.distances import l2
 from edmdistill.methods.divergence import Divergence, density_ratio, divergence_weights
-from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
+from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, gan_signals
 from edmdistill.methods.noising import noised
 from edmdistill.methods.score_distillation import SCORES, AuxiliaryTurns, ScoreDistillation
 from edmdistill.methods.semi_implicit import gap_signals
@@ -95,7 +95,7 @@ class DMD2(ScoreDistillation[DMD2Config]):
         s = curve_times(draws, *self.noise)
         real = self.auxiliary(noised(batch.x0, s, draws, sigma_data)[0], s, batch.labels, logits="alone")
         judged = config.gan_auxiliary * NON_SATURATING.discriminator(real, fake)
-        return Loss(l2(F, v / sigma_data) + judged, t, logit_means(real, fake))
+        return Loss(l2(F, v / sigma_data) + judged, t, gan_signals(real, fake))
 
     def density_ratios(self, batch: Batch, draws: Draws) -> Preview:
         """Returns r and sigma of every row of the whole batch, 0 for rows of other micro-batches."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import adversarial_turns, gan_roles
 from edmdistill.methods.base import Batch, FlowFunction, Loss, NoiseRange, Role, Turn, with_inputs
-from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, normalized_tangent, tangent_warmup
+from edmdistill.methods.consistency import ConsistencyConfig, tangent_loss, tangent_warmup
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
 from edmdistill.methods.noising import one_step
 from edmdistill.schedules import discrete_lognormal, edm_curve
@@ -75,9 +75,7 @@ class DSCD(GuidedMethod[DSCDConfig]):
             dx = sigma_data * self.teacher(x_t, t, batch.labels, w)
         r = tangent_warmup(batch.images, config.warmup_images)
         F, g, u = discrete_tangent(generator, x_t, t, t_before, batch.labels, dx, r=r, sigma_data=sigma_data, u_at=(t,))
-        g = normalized_tangent(g, config.c, config.tangent_normalization)
-        loss = consistency_loss(F, g, u, t, config.weighting)
-        return loss._replace(generated=denoised(x_t, F.detach(), t, sigma_data))
+        return tangent_loss(F, g, u, t, config)._replace(generated=denoised(x_t, F.detach(), t, sigma_data))
 
 
 def discrete_tangent(

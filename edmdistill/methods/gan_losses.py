@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
+import torch
 import torch.nn.functional as f
 from msgspec import Meta
 from torch import Tensor
@@ -56,6 +57,17 @@ GAN_LOSSES = {"hinge": HINGE, "log": LOG, "non-saturating": NON_SATURATING, "rel
 GANWeight = Annotated[float, Meta(ge=0, description="weight of the adversarial loss; 0 = none")]
 
 
-def logit_means(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """Returns the mean logits of real and generated images, which are logged."""
-    return {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+@torch.no_grad()
+def gan_signals(real: Tensor, fake: Tensor, relative: bool = False) -> dict[str, Tensor]:
+    """Returns the mean logits of real and generated images, and the discriminator's accuracy: .5 is chance.
+
+    An image is judged by the sign of its mean logit, of a relativistic loss by that of its pair's difference.
+
+    Args:
+        real, fake: logits.  [B,n] each
+        relative: as of GANLoss.
+    """
+    D_real, D_fake = real.mean(1), fake.mean(1)
+    margins = [D_real - D_fake] if relative else [D_real, -D_fake]
+    accuracy = torch.stack(margins).sign().add(1).mean() / 2  # a logit of 0 says nothing, and is half right
+    return {"logits_real": real.mean(), "logits_fake": fake.mean(), "gan_accuracy": accuracy}

@@ -28,7 +28,7 @@ from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.backward_simulation import StepLevels, of_noisy_data, require_descending
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Role, Sampling, Turn
-from edmdistill.methods.gan_losses import GAN_LOSSES, logit_means
+from edmdistill.methods.gan_losses import GAN_LOSSES, gan_signals
 from edmdistill.networks.heads import make_head
 from edmdistill.schedules import lognormal_times
 from edmdistill.trigflow import diffuse
@@ -99,7 +99,7 @@ class LADD(Method[LADDConfig]):
             features = [self.teacher(x_s, time, batch.labels, features=True) for x_s, time in judged]
         # In one pass: heads that are wrapped for several processes are called once a turn.
         real, fake, *near = self.heads([torch.cat(level) for level in zip(*features, strict=True)]).split(len(x0))
-        value, signals = self.gan.discriminator(real, fake), logit_means(real, fake)
+        value, signals = self.gan.discriminator(real, fake), gan_signals(real, fake)
         for logits in near:
             penalty = (real - logits).square().mean(1)
             value, signals = value + config.r1 * penalty, signals | {"r1": penalty.detach().mean()}

@@ -23,7 +23,7 @@ from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import adversarial_turns, gan_roles
 from edmdistill.methods.base import Batch, FlowFunction, Loss, Method, NoiseRange, Role, Sampling, Turn, with_inputs
-from edmdistill.methods.consistency import ConsistencyConfig, consistency_loss, normalized_tangent, tangent_warmup
+from edmdistill.methods.consistency import ConsistencyConfig, tangent_loss, tangent_warmup
 from edmdistill.methods.noising import noised, one_step
 from edmdistill.methods.tangents import TANGENTS
 from edmdistill.schedules import lognormal_times
@@ -99,13 +99,12 @@ class ContinuousConsistency(Method[ContinuousT]):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Algorithm 1.  Source: eq. 8."""
-        config, sigma_data = self.config, self.noise.sigma_data
+        sigma_data = self.noise.sigma_data
         t, d = self.draw_times(draws)
         x_t, v = noised(batch.x0, t, draws, sigma_data)
         w = self.guidance_weights(draws)
         F, g, *u = self.tangent(x_t, t, d, v, batch, w)
-        g = normalized_tangent(g, config.c, config.tangent_normalization)
-        loss = consistency_loss(F, g, torch.stack(u).sum(0), t, config.weighting)
+        loss = tangent_loss(F, g, torch.stack(u).sum(0), t, self.config)
         return loss._replace(generated=denoised(x_t, F.detach(), t, sigma_data))
 
     def tangent(

@@ -21,7 +21,7 @@ from torch import Tensor
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Role
-from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, logit_means
+from edmdistill.methods.gan_losses import NON_SATURATING, GANWeight, gan_signals
 from edmdistill.methods.noising import noised
 from edmdistill.methods.score_distillation import SCORES
 from edmdistill.methods.semi_implicit import Alpha, OneStep, OneStepConfig, auxiliary_loss, generator_loss
@@ -72,7 +72,7 @@ class SiDA(OneStep[SiDAConfig]):
         loss = auxiliary_loss(F_aux, 0.0, velocity(g, z, s), s, sigma_data=sigma_data, beta=1.0)
         mean_weight = math.exp(config.exponent) + sigma_data**-2
         judged = config.gan_auxiliary * sigma_data**2 * mean_weight / 2 * NON_SATURATING.discriminator(real, fake)
-        return loss._replace(value=loss.value + judged, signals=logit_means(real, fake))
+        return loss._replace(value=loss.value + judged, signals=gan_signals(real, fake))
 
     def generator_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns SiD's loss, plus gan D / mean |D* - g| of each image times the loss of its logits.

@@ -37,6 +37,8 @@ CURVES = {
     "cos_gap_error": "cosine of gap and error",
     "gain": "weight of the second time",
     "sensitivity": "what t changes in the score gap, as a share",
+    "tangent_rms": "size of the tangent, before it is normalized",
+    "gan_accuracy": "accuracy of the discriminator",
     "grad_norm": "gradient norm",
     "diversity": "diversity",
     "mean": "mean",

@@ -180,7 +180,7 @@ def black(x: Tensor, t: Tensor, labels: None) -> Tensor:
 def test_signals_by_hand(noise: NoiseRange) -> None:
     networks = {"teacher": lambda x, *_: 0 * x + 3, "generator": black, "auxiliary": constant}
     method, batch = DMD2(DMD2Config(), networks, noise), Batch(torch.ones(4, 1, 2, 2, dtype=torch.float64), None)
-    assert method.auxiliary_loss(batch, Draws(0, 4)).signals == {"logits_real": 2, "logits_fake": -3}
+    assert method.auxiliary_loss(batch, Draws(0, 4)).signals == {"logits_real": 2, "logits_fake": -3, "gan_accuracy": 1}
     assert float(method.generator_loss(batch, Draws(0, 4)).signals["score_gap"]) == pytest.approx(3 * SD)
 
 

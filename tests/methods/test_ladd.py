@@ -129,7 +129,7 @@ def test_the_discriminators_turn_trains_heads_alone(tiny_networks: Make, tiny_ba
     first, second, last = method.turns()
     assert (first, second, last.role) == (second, first, "generator")
     loss = first.whole(tiny_batch(8), Draws(0, 8))
-    assert set(loss.signals) == {"logits_real", "logits_fake", "r1"}
+    assert set(loss.signals) == {"logits_real", "logits_fake", "gan_accuracy", "r1"}
     loss.value.sum().backward()
     for role in ("teacher", "generator"):
         assert all(parameter.grad is None for parameter in networks[role].parameters())

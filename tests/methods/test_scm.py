@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, NoiseRange, Sampling, with_inputs
-from edmdistill.methods.consistency import consistency_loss, normalized_tangent, tangent_warmup
+from edmdistill.methods.consistency import consistency_loss, normalized_tangent, tangent_loss, tangent_warmup
 from edmdistill.methods.fmd import FMD
 from edmdistill.methods.scd import SCD, SCDConfig
 from edmdistill.methods.scm import continuous_tangent, time_in_interval
@@ -138,6 +138,17 @@ def test_normalized_tangent() -> None:
     torch.testing.assert_close(normalized_tangent(g, 0.1, "norm")[:, 0, 0, 0], torch.tensor([3 / 24.1, -0.1 / 0.9, 0]))
     torch.testing.assert_close(normalized_tangent(g, 0.1, "clip")[:, 0, 0, 0], torch.tensor([1, -0.1, 0]))
     assert normalized_tangent(g, 0.1, "raw").equal(g)
+
+
+@pytest.mark.parametrize("normalization", ["rms", "norm", "clip", "raw"])
+def test_the_tangents_size_is_measured_before_it_is_normalized(normalization: str) -> None:
+    """A tangent that grows is to be seen, though the loss makes it no larger."""
+    F, u, g = torch.zeros(5, 3, 4, 4), torch.zeros(5), torch.full((5, 3, 4, 4), -70.0)
+    config = SCTConfig(tangent_normalization=normalization)
+    loss = tangent_loss(F, g, u, TIMES, config)
+    assert float(loss.signals["tangent_rms"]) == pytest.approx(70)
+    expected = consistency_loss(F, normalized_tangent(g, config.c, normalization), u, TIMES).value
+    assert torch.equal(loss.value, expected)
 
 
 @pytest.mark.parametrize("normalization", ["clip", "raw"])

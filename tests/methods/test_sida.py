@@ -56,8 +56,11 @@ def test_the_losses_are_the_official_codes(
     expected = (weight * (y_fake - y).square()).sum((1, 2, 3)) + loss_cls
     found = of_psi.loss(batch, Draws(0, 8))
     compare(psi, found.value, SD**2 * expected)
-    means = {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
-    torch.testing.assert_close(found.signals, means)
+    real, fake = real.detach(), fake.detach()
+    right = torch.cat([real.mean(1) > 0, fake.mean(1) < 0]).double().mean()
+    torch.testing.assert_close(
+        found.signals, {"logits_real": real.mean(), "logits_fake": fake.mean(), "gan_accuracy": right}
+    )
 
     for images, lsg_gan in ((0, 0.0), (10, 100 * gan)):
         draws = Draws(1, 8)
