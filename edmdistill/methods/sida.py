@@ -42,7 +42,7 @@ class SiDAConfig(OneStepConfig, frozen=True, forbid_unknown_fields=True):
             refuse_idle(self, ("gan_warmup_images",), "gan = 0", "set gan above 0")
         if self.exponent > 80:  # float32 ends at e^88
             raise ValueError(
-                f"P_mean = {self.P_mean} and P_std = {self.P_std} make the weight of the logits' loss overflow, "
+                f"the weight of the logits' loss, of P_mean = {self.P_mean} and P_std = {self.P_std}, overflows at "
                 f"e^{self.exponent:.4g}: choose a smaller P_std or a larger P_mean"
             )
 

@@ -114,8 +114,6 @@ def test_the_adversary_is_bounded_where_the_teacher_is_right(noise: NoiseRange) 
 
 @pytest.mark.parametrize("options", [{"P_std": 20.0}, {"P_mean": -50.0}])
 def test_a_weight_that_overflows_is_refused(options: dict[str, float]) -> None:
-    with pytest.raises(
-        ValueError, match=r"make the weight of the logits' loss overflow, e\^[\d.]+: choose a smaller P_std"
-    ):
+    with pytest.raises(ValueError, match=r"^the weight of the logits' loss, .* overflows at e\^[\d.]+: choose a"):
         SiDAConfig(**options)
     assert torch.tensor(math.exp(SiDAConfig(P_std=6.2).exponent)).isfinite()
