@@ -89,7 +89,7 @@ class Samples:
         overwrite: replace samples of another request.
     Attributes:
         missing: positions of the samples that are not drawn yet, ascending.
-        broken: positions of those that are not finite.
+        broken: positions of those that are not finite, ascending.
         finished: whether there is nothing left to do.
     Raises: EdmDistillError: the output holds other samples, or other files, or another process draws into it.
         CheckpointError: it cannot be written.
@@ -190,7 +190,7 @@ class Samples:
         broken = not_finite(images)
         good = (~broken).nonzero().flatten().tolist()
         if len(good) < len(images):
-            self.broken += [positions[i] for i in broken.nonzero().flatten().tolist()]
+            self.broken = sorted([*self.broken, *(positions[i] for i in broken.nonzero().flatten().tolist())])
             self._write_record()
         if good:
             values = images[~broken]

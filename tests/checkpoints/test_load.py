@@ -28,6 +28,7 @@ from edmdistill.checkpoints.openai import RESOLUTIONS
 from edmdistill.checkpoints.source import open_source
 from edmdistill.checkpoints.store import load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from edmdistill.errors import CheckpointError
+from edmdistill.networks.preconditioning import EDM, VP, Preconditioning
 from edmdistill.networks.surgery.rebuild import add_guidance
 from edmdistill.networks.surgery.two_time import add_second_time
 
@@ -73,6 +74,16 @@ def test_the_official_precision_is_for_gpus(golden: Path, tmp_path: Path, monkey
                 assert load(source, dtype="auto").flow.activation_dtype == expected
             assert load_model(source).flow.activation_dtype == torch.float32
             assert load_model(source, dtype=torch.bfloat16).flow.activation_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("preconditioning", "dtype"), [(EDM(), torch.float16), (VP(), torch.float32)])
+def test_half_precision_is_not_for_networks_that_predict_the_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preconditioning: Preconditioning, dtype: torch.dtype
+) -> None:
+    """By default, whatever their official code does; a generator that was distilled from another has it."""
+    folder = tiny_generator(tmp_path / "c", preconditioning=preconditioning, use_fp16=True)
+    monkeypatch.setattr("edmdistill.checkpoints.load.is_gpu", lambda device: True)
+    assert load_model(folder, dtype="auto").flow.activation_dtype == dtype
 
 
 def test_a_network_of_a_run_says_what_it_began_from(tmp_path: Path) -> None:

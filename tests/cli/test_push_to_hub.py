@@ -149,6 +149,8 @@ def test_a_dry_run_says_what_would_be_kept(server: Hub, run: Path) -> None:
     for name in (CARD, GRID):
         assert f"The {name} there was edited by hand and is kept: --overwrite-card replaces it." in said
     assert "is kept" not in push(run, NAME, "--dry-run", "--overwrite-card").stderr
+    pushed = push(run, NAME)  # whose download has what was kept
+    assert (pushed.exit_code, pushed.stderr.count("is kept: ")) == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,28 @@ def test_a_dry_run_asks_who_may_write(
     assert changes(server) == []
 
 
-@pytest.mark.parametrize("way", ["login", "offline", "broken"])
+def test_a_dry_run_of_a_gated_repository_is_refused(server: Hub, run: Path) -> None:
+    """It exists; to whoever has no access, the Hub says hardly more than of one that does not."""
+    server.repositories[NAME] = Repository(private=False)
+    server.repositories[NAME].gated = True
+    result = push(run, NAME, "--dry-run")
+    assert result.exit_code == 2
+    assert "access to it is gated; request it on its page" in result.stderr
+
+
+def test_a_login_writes_to_its_own_and_its_organizations(
+    server: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever case; of a fine-grained token, the Hub does not say what it may do."""
+    user = {"name": "Me", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "fineGrained"}}}
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: user)
+    for owner in ("me", "LAB"):
+        result = push(run, f"{owner}/new", "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert "The Hub takes it, as a new repository" in result.stderr
+
+
+@pytest.mark.parametrize("way", ["login", "offline", "broken", "away"])
 def test_a_dry_run_without_the_hub_says_so(server: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     if way == "login":
         monkeypatch.setenv("HF_TOKEN", "")
@@ -182,7 +205,7 @@ def test_a_dry_run_without_the_hub_says_so(server: Hub, run: Path, monkeypatch: 
     elif way == "offline":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     else:
-        server.faults[""] = 503, 100
+        server.faults[""] = 500 if way == "broken" else "break", 100
     result = push(run, NAME, "--dry-run")
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines()[-1].startswith("The Hub was not asked: ")

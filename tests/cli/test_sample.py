@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from edmdistill.checkpoints.encoder import PIXELS
 from edmdistill.checkpoints.load import load_generator, load_model
 from edmdistill.checkpoints.store import save_checkpoint
 from edmdistill.cli import main
+from edmdistill.cli.sampling_options import SamplerGrid, SamplerOptions
 from edmdistill.cli.types import MAX_GUIDANCE, MAX_NFE, PROTOCOLS, SOLVERS
 from edmdistill.evaluation import protocol
 from edmdistill.networks import NETWORKS
@@ -30,6 +32,7 @@ from edmdistill.sampling.decode import open_decoder
 from edmdistill.sampling.generate import sample
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.sampling.heun import Churn
+from edmdistill.sampling.reference import ReferenceFiles
 
 NAMES = ("zero", "one", "tree frog")
 LATENTS = {"kind": "StabilityVAEEncoder", "vae_name": "nobody/vae", "scale": [0.5] * 4, "bias": [0.1] * 4}
@@ -169,6 +172,18 @@ def test_a_guide_and_a_precision(runs: dict[str, Path], tmp_path: Path) -> None:
     assert run(runs["teacher"], *words[:4], "--out", tmp_path / "b.npz").exit_code == 0
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
         assert np.array_equal(a["images"], b["images"])  # guided by itself, with its own labels: no guidance
+
+
+def test_what_guides_a_network_computes_as_it_does(runs: dict[str, Path], tmp_path: Path) -> None:
+    flow, teacher = load_model(runs["teacher"], dtype=torch.bfloat16).flow, str(runs["teacher"])
+    words: dict[str, Any] = {"guide": teacher, "force_guidance": False, "solver": None}
+    one = SamplerOptions(times=None, guidance=1.5, **words).spec(flow)
+    (swept,) = SamplerGrid(times=(), guidance=[1.5], **words).specs(flow, [None], [None])
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    score = ReferenceFiles(image=tmp_path / "a.png", feature_net="identity", score=teacher).load(flow).score
+    for network in (one.guide, swept.guide, score):
+        assert network is not None
+        assert network.flow.activation_dtype == torch.bfloat16
 
 
 def test_an_official_pickle(golden: Path, tmp_path: Path) -> None:

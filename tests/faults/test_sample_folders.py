@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from forks import Forked
 from tiny_generator import tiny_generator
@@ -83,12 +84,47 @@ def test_a_folder_grows_by_the_seeds_that_it_lacks(
     out = tmp_path / "b" / "out"
     first = run(source, *words, "--seeds", "0-3" if finished else "0-7", "--out", out)
     assert first.exit_code == (0 if finished else 130)
+    shutil.copy(out / "000000.png", out / "000011.png")  # by somebody else
     assert run(source, *words, "--seeds", "0-11", "--out", out).exit_code == 0
     assert drawn == [*range(12)]
     files = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()}
     assert files == {path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file()}
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_samples_that_are_not_finite_are_not_drawn_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that grows, in whatever order: they stay counted."""
+    whole, drawn = job.generate_images, []
+
+    def generate_images(*args: Any, seeds: list[int], **options: Any) -> Any:
+        drawn.extend(seeds)
+        images = whole(*args, seeds=seeds, **options)
+        images[torch.tensor(seeds) % 4 == 1] = torch.nan
+        return images
+
+    monkeypatch.setattr(job, "generate_images", generate_images)
+    assert run(source, "--seeds", "4-6", "--out", tmp_path / "out").exit_code == 1
+    grown = run(source, "--seeds", "0-2,4-6", "--out", tmp_path / "out")
+    assert (grown.exit_code, drawn) == (1, [4, 5, 6, 0, 1, 2])
+    assert "2 of 6" in grown.stderr
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["not_finite"] == [1, 4]
+
+
+def test_only_a_folder_grows(source: Path, tmp_path: Path, interrupt: Callable[[int], list[int]]) -> None:
+    """Not an .npz that is half drawn; nor a folder whose record was changed by hand."""
+    interrupt(1)
+    assert run(source, "--seeds", "0-7", "--batch", 4, "--out", tmp_path / "a.npz").exit_code == 130
+    assert run(source, "--seeds", "0-3", "--out", tmp_path / "out").exit_code == 0
+    record = tmp_path / "out" / "samples.json"
+    record.write_text(record.read_text().replace('"0-3"', '"all"'))
+    for name in ("a.npz", "out"):
+        refused = run(source, "--seeds", "0-9", "--out", tmp_path / name)
+        assert refused.exit_code == 2
+        assert "holds other samples (seeds " in refused.stderr
+        assert refused.stderr.endswith("choose another path, or add --overwrite\n")
 
 
 def test_a_folder_of_other_seeds_says_how_to_add_to_it(source: Path, tmp_path: Path) -> None:

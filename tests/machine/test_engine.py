@@ -136,12 +136,19 @@ def test_shards_need_processes() -> None:
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("fp16", False)])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_products_on_cuda_are_exact_unless_tf32_is_asked_for(device: str, precision: str, allowed: bool) -> None:
-    engine = Engine(Machine(device="cpu"))
+    """And no sum is rounded to float16."""
+    products, engine = torch.backends.cuda.matmul, Engine(Machine(device="cpu"))
     engine.device = torch.device(device)
-    for before in (False, True):
-        with tf32_allowed(before):
-            engine.set_products(precision)
-            assert torch.backends.cudnn.allow_tf32 == (allowed if device == "cuda" else before)
+    default = products.allow_fp16_reduced_precision_reduction
+    try:
+        for before in (False, True):
+            products.allow_fp16_reduced_precision_reduction = True
+            with tf32_allowed(before):
+                engine.set_products(precision)
+                assert torch.backends.cudnn.allow_tf32 == (allowed if device == "cuda" else before)
+            assert products.allow_fp16_reduced_precision_reduction == (device == "cpu")
+    finally:
+        products.allow_fp16_reduced_precision_reduction = default
 
 
 def test_a_process_touches_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,3 +86,6 @@ def test_a_record_names_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             model.flow.compute_dtype = torch.bfloat16
             assert build_sampler(model, SamplerSpec()).record.dtype == "bfloat16"
             model.flow.compute_dtype = None
+    with tf32_allowed(True):
+        torch.backends.cuda.matmul.allow_tf32 = False  # torch's default: in convolutions alone
+        assert build_sampler(model, SamplerSpec()).record.dtype == "tf32"
