@@ -10,7 +10,17 @@ from edmdistill.cli.types import BATCH, PROTOCOLS, Count, Name
 @click.argument("source")
 @click.option("--protocol", type=Name(PROTOCOLS), required=True, help="Gives the features that images are compared in.")
 @click.option("--teacher", metavar="TEACHER", help="What it was distilled from, to compare with.")
-@click.option("--ref", metavar="DATA", help="Real images: zip, folder, digits or tiles.  [default: the protocol's own]")
+@click.option(
+    "--ref",
+    metavar="DATA",
+    help="Real images: a zip, a folder, digits or tiles; or statistics of them.  [default: the protocol's own]",
+)
+@click.option(
+    "--data", metavar="DATA", help="What jumps start from: a zip or a folder of images or latents.  [default: --ref]"
+)
+@click.option(
+    "--vae", metavar="DIR|ID", help="Latents: the VAE that decodes them.  [default: the checkpoint's, if cached]"
+)
 @click.option("--n", "count", type=Count(2), default=3000, show_default=True, help="Jumps from each level.")
 @click.option("--batch", type=BATCH, default=250, show_default=True, help="Images per batch.")
 @device_option
@@ -20,6 +30,8 @@ def command(
     protocol: str,
     teacher: str | None,
     ref: str | None,
+    data: str | None,
+    vae: str | None,
     count: int,
     batch: int,
     device: str | None,
@@ -28,7 +40,8 @@ def command(
     """Measure single jumps of the generator SOURCE from real images with noise, and say at which levels it is weak.
 
     SOURCE is a generator or a run directory. With --teacher its denoiser stands beside; if SOURCE is a run whose method
-    has an auxiliary score, the gap between the two scores is measured too, by the levels s and t of jumps.
+    has an auxiliary score, the gap between the two scores is measured too, by the levels s and t of jumps. Jumps of a
+    generator of latents start from the latents of --data, and their pictures are compared with --ref.
     """
     from edmdistill.evaluation.diagnosis import diagnose, sentences
     from edmdistill.machine.devices import pick_device
@@ -39,6 +52,8 @@ def command(
             protocol=protocol,
             teacher=teacher,
             reference=ref,
+            data=data,
+            vae=vae,
             count=count,
             device=pick_device(device),
             batch=batch,

@@ -15,23 +15,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edmdistill.checkpoints.encoder import latent_encoder
 from edmdistill.checkpoints.load import load_flow, read_teacher
 from edmdistill.checkpoints.run_state import newest_whole_state, raw_weights
 from edmdistill.checkpoints.source import open_source
-from edmdistill.data.datasets import Dataset
+from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.fit import require_fit
+from edmdistill.data.latents import draw_latents
 from edmdistill.data.order import indices
 from edmdistill.draws import Draws
 from edmdistill.errors import CheckpointError, DatasetError, NotFiniteError
-from edmdistill.evaluation.frechet import RunningStatistics, frechet_distance
+from edmdistill.evaluation.frechet import GaussianStatistics, RunningStatistics, frechet_distance
 from edmdistill.evaluation.protocol import get_protocol, open_reference
+from edmdistill.evaluation.references import ReferenceStatistics
 from edmdistill.evaluation.shards import batches
 from edmdistill.features.base import FeatureSpace
 from edmdistill.features.spaces import load_features
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.two_time import add_second_time, drop_second_time
 from edmdistill.progress import write
+from edmdistill.sampling.decode import Decoder, LatentDecoder, open_decoder
 from edmdistill.sampling.generate import not_finite
 from edmdistill.sampling.grid import to_uint8
 from edmdistill.trigflow import denoised, diffuse, sigma_to_time
@@ -105,6 +107,8 @@ def diagnose(
     protocol: str,
     teacher: str | Path | None = None,
     reference: str | Path | None = None,
+    data: str | Path | None = None,
+    vae: str | None = None,
     count: int = COUNT,
     device: torch.device | str = "cpu",
     batch: int = 250,
@@ -114,10 +118,12 @@ def diagnose(
     Args:
         source: a generator, or a run directory.
         teacher: what it was distilled from; None: it is not compared, and there are no gaps.
-        protocol, reference: give features and data, as in `evaluate`.
+        protocol, reference: give features and real images, as in `evaluate`.
+        data: what jumps start from, a data set; None: the reference, if it holds what the network makes.
+        vae: what decodes a network's latents, see `open_decoder`.
         count: number of jumps from each level; a tenth as many for the gaps.
     Raises:
-        CheckpointError: it is no generator of pixels, or cannot be read.
+        CheckpointError: it is no generator, or cannot be read; or the VAE cannot.
         DatasetError: the data do not fit.
         NotFiniteError: a jump or a gap is NaN or infinite.
     """
@@ -125,21 +131,24 @@ def diagnose(
     flow, config = load_flow(source)
     if config.stage != "generator":
         raise CheckpointError(f"{source} is a teacher, not a generator: give a run, or its generator")
-    if latent_encoder(config.encoder) is not None:
-        raise CheckpointError(
-            f"{source} makes latents, and jumps are measured in pixels: measure it by edmdistill eval"
-        )
-    data = open_reference(reference, standard)
-    if not isinstance(data, Dataset):
-        raise DatasetError(f"{reference} holds statistics, and jumps start from images: name a data set with --ref")
+    real = open_reference(reference, standard)
+    if data is None and (config.latent or not isinstance(real, Dataset)):
+        kind = "latents" if config.latent else "images"
+        held = "images" if isinstance(real, Dataset) else "statistics"
+        name = reference or f"the reference of {protocol}"
+        raise DatasetError(f"{name} holds {held}, and jumps start from {kind}: name a data set of them with --data")
+    start = real if data is None else open_dataset(data)
+    assert isinstance(start, Dataset)
     assert standard.features is not None
     teacher_flow = None if teacher is None else read_teacher(teacher)[0]
     auxiliary = None if teacher_flow is None else _read_auxiliary(open_source(source).path, teacher_flow)
     for network in filter(None, (flow, teacher_flow, auxiliary)):
-        require_fit(data, network, config)
+        require_fit(start, network, config)
         network.to(device).eval().network.fold()
-    space = load_features(standard.features, device=device)
-    return diagnose_networks(flow, teacher_flow, auxiliary, data, space, count=count, batch=batch)
+    space, decode = load_features(standard.features, device=device), open_decoder(config.encoder, vae, device)
+    return diagnose_networks(
+        flow, teacher_flow, auxiliary, start, space, reference=real, decode=decode, count=count, batch=batch
+    )
 
 
 def diagnose_networks(
@@ -149,6 +158,8 @@ def diagnose_networks(
     data: Dataset,
     space: FeatureSpace,
     *,
+    reference: Dataset | ReferenceStatistics | None = None,
+    decode: Decoder = to_uint8,
     teacher_jumps: Sequence[float] | None = None,
     count: int = COUNT,
     batch: int = 250,
@@ -158,14 +169,19 @@ def diagnose_networks(
 
     Args:
         teacher, auxiliary: the two scores, between which gaps are measured; None: there is no such network.
+        data: what jumps start from, images or latents.
+        reference: the real images that they are compared with; None: the data.
+        decode: makes pictures of what the networks make.
         teacher_jumps: the teacher's jump_distances, where they are known.
         count: as for `diagnose`.
         on_batch: called before every batch of images.
     Raises: NotFiniteError: a jump or a gap is NaN or infinite.
     """
 
+    real = _real_statistics(data if reference is None else reference, space, batch, on_batch)
+
     def distances(flow: FlowNetwork) -> list[float]:
-        return jump_distances(flow, data, space, count=count, batch=batch, on_batch=on_batch)
+        return jump_distances(flow, data, space, real=real, decode=decode, count=count, batch=batch, on_batch=on_batch)
 
     beside: Sequence[float | None] = [None] * len(JUMP_SIGMAS)
     if teacher is not None:
@@ -173,7 +189,8 @@ def diagnose_networks(
     jumps = [SingleJump(*row) for row in zip(JUMP_SIGMAS, distances(generator), beside, strict=True)]
     if teacher is None or auxiliary is None:
         return Diagnosis(jumps, [])
-    gaps = score_gaps(generator, teacher, auxiliary, data, count=max(count // 10, 1), batch=batch, on_batch=on_batch)
+    fewer = max(count // 10, 1)
+    gaps = score_gaps(generator, teacher, auxiliary, data, decode=decode, count=fewer, batch=batch, on_batch=on_batch)
     return Diagnosis(jumps, gaps)
 
 
@@ -184,38 +201,53 @@ def jump_distances(
     space: FeatureSpace,
     sigmas: Sequence[float] = JUMP_SIGMAS,
     *,
+    real: GaussianStatistics | None = None,
+    decode: Decoder = to_uint8,
     count: int = COUNT,
     batch: int = 250,
     on_batch: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """Returns the Frechet distance between the data and one jump to it from each noise level.
+    """Returns the Frechet distance between real images and one jump to them from each noise level.
 
     Args:
         flow: a generator or a denoiser; of two times, its jumps end at 0.
+        real: of real images; None: of all the data.
+        decode: as for `diagnose_networks`.
         count: number of jumps; more than there are images: each again, with other noise.
         on_batch: as for `diagnose_networks`.
     Raises: NotFiniteError: an image is NaN or infinite.
     """
-    real, generated = RunningStatistics(), [RunningStatistics() for _ in sigmas]
+    real = real or _real_statistics(data, space, batch, on_batch)
+    generated = [RunningStatistics() for _ in sigmas]
     broken = torch.zeros(len(sigmas), dtype=torch.int64, device=flow.device)
-    for rows in batches(range(len(data)), batch):
-        on_batch()
-        real.update(space(data.images(rows)))
-    for x0, labels, draws in _images(flow, data, count, batch):
+    for x0, labels, draws in _images(flow, data, count, batch, decode):
         on_batch()
         z = draws.normal_like(x0, flow.sigma_data)
         for i, (sigma, running) in enumerate(zip(sigmas, generated, strict=True)):
             t = sigma_to_time(sigma, flow.sigma_data).to(x0.device)
             images = flow.jump(diffuse(x0, z, t), t, torch.zeros_like(t), labels)
             broken[i] += not_finite(images).sum()
-            running.update(space(to_uint8(images)))
+            running.update(space(decode(images.nan_to_num())))
     if worst := int(broken.max()):
         raise NotFiniteError(
             f"{worst} of {count} images of a jump from sigma {sigmas[int(broken.argmax())]:g} are not finite: check "
             "the weights with edmdistill inspect"
         )
-    reference = real.finish()
-    return [frechet_distance(running.finish(), reference) for running in generated]
+    return [frechet_distance(running.finish(), real) for running in generated]
+
+
+def _real_statistics(
+    reference: Dataset | ReferenceStatistics, space: FeatureSpace, batch: int, on_batch: Callable[[], object]
+) -> GaussianStatistics:
+    """Returns mean and covariance of the features of real images."""
+    if isinstance(reference, ReferenceStatistics):
+        gaussian: GaussianStatistics = reference.collected(space, RunningStatistics)
+        return gaussian
+    running = RunningStatistics()
+    for rows in batches(range(len(reference)), batch):
+        on_batch()
+        running.update(space(reference.images(rows)))
+    return running.finish()
 
 
 @torch.no_grad()
@@ -227,6 +259,7 @@ def score_gaps(
     *,
     sigmas_s: Sequence[float] = GAP_SIGMAS,
     sigmas_t: Sequence[float] = JUMP_SIGMAS,
+    decode: Decoder = to_uint8,
     count: int = COUNT // 10,
     batch: int = 250,
     on_batch: Callable[[], object] = lambda: None,
@@ -235,13 +268,13 @@ def score_gaps(
 
     Args:
         auxiliary: reads (x_s; s, t), or x_s and s alone: then its sensitivity is 0.
-        on_batch: as for `diagnose_networks`.
+        decode, on_batch: as for `diagnose_networks`.
     Raises: NotFiniteError: a gap is NaN or infinite.
     """
     pairs = [(s, t) for s in sigmas_s for t in sigmas_t if s < t]
     sums = torch.zeros(len(pairs), 2, dtype=torch.float64)
     sigma_data, last = generator.sigma_data, sigma_to_time(generator.sigma_max, generator.sigma_data)
-    for x0, labels, draws in _images(generator, data, count, batch):
+    for x0, labels, draws in _images(generator, data, count, batch, decode):
         on_batch()
         z, z_s = draws.normal_like(x0, sigma_data), draws.normal_like(x0, sigma_data)
         classes = None if labels is None else labels.to(teacher.device)  # an average may be in the host's memory
@@ -267,16 +300,22 @@ def score_gaps(
     return [Gap(*pair, size, change / max(size, 1e-12)) for pair, (size, change) in zip(pairs, rms, strict=True)]
 
 
-def _images(flow: FlowNetwork, data: Dataset, count: int, batch: int) -> Iterator[tuple[Tensor, Tensor | None, Draws]]:
+def _images(
+    flow: FlowNetwork, data: Dataset, count: int, batch: int, decode: Decoder = to_uint8
+) -> Iterator[tuple[Tensor, Tensor | None, Draws]]:
     """Yields `count` images and labels on the network's device, with random numbers that depend on their place alone.
 
-    They are shuffled, because images are often sorted by class.
+    They are shuffled, because images are often sorted by class. Latents are drawn, and scaled as the network takes
+    them.
     """
     device = flow.device
     for rows in batches(range(count), batch):
         x0, labels = data.tensors(indices(0, rows.start, len(rows), len(data)))
         draws = Draws(0, rows.stop, slice(rows.start, rows.stop), device)
-        yield x0.to(device), None if labels is None else labels.to(device), draws
+        x0 = x0.to(device)
+        if isinstance(decode, LatentDecoder):
+            x0 = draw_latents(x0, draws.normal_like(x0.chunk(2, dim=1)[0]), decode.encoder)
+        yield x0, None if labels is None else labels.to(device), draws
 
 
 def _read_auxiliary(folder: Path, teacher: FlowNetwork) -> FlowNetwork | None:

@@ -138,19 +138,22 @@ class Evaluation:
 
     def _diagnose(self, run: Run, space: FeatureSpace, on_batch: Callable[[], object]) -> Diagnosis:
         """Returns the diagnosis of the average, with the run's own teacher and auxiliary score where it has them."""
-        assert isinstance(self.reference, Dataset)
         run.set_trainable(None)
         teacher, auxiliary = (run.networks.get(role) for role in ("teacher", "auxiliary"))
-        diagnosis = diagnose_networks(
-            run.ema.network.eval(),
-            teacher if isinstance(teacher, FlowNetwork) else None,
-            auxiliary if isinstance(auxiliary, FlowNetwork) else None,
-            self.reference,
-            space,
-            teacher_jumps=self.teacher_jumps,
-            count=self.table.n,
-            on_batch=on_batch,
-        )
+        given = self.reference if isinstance(self.reference, Dataset) and not run.config.latent else run.dataset
+        with vae_on(run.engine.device, self.decoder):
+            diagnosis = diagnose_networks(
+                run.ema.network.eval(),
+                teacher if isinstance(teacher, FlowNetwork) else None,
+                auxiliary if isinstance(auxiliary, FlowNetwork) else None,
+                given,
+                space,
+                reference=self.reference,
+                decode=self.decoder,
+                teacher_jumps=self.teacher_jumps,
+                count=self.table.n,
+                on_batch=on_batch,
+            )
         self.teacher_jumps = [jump.teacher for jump in diagnosis.jumps if jump.teacher is not None]
         return diagnosis
 
@@ -202,10 +205,6 @@ def open_evaluation(run: Run) -> Evaluation | None:
             "--set evaluation.ref=FILE, or remove the table and measure snapshots by `edmdistill eval RUN`"
         )
     reference = open_reference(given, standard)
-    if table.diagnose and (run.config.latent or not isinstance(reference, Dataset)):
-        raise TrainingError(
-            "evaluation.diagnose takes pixels of a data set, and not latents or statistics: leave it out"
-        )
     space = None if standard.features is None else load_features(standard.features, device=run.engine.device)
     decoder = run.decoder or open_decoder(run.config.encoder, run.vae, instead="remove [evaluation]")
     return Evaluation(table, reference, space if table.diagnose else None, decoder)

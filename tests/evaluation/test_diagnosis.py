@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
+from PIL import Image
 from tiny_generator import tiny_generator
 
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.errors import CheckpointError, DatasetError, NotFiniteError
+from edmdistill.evaluation import diagnosis
+from edmdistill.evaluation.collect import collect_statistics, write_statistics
 from edmdistill.evaluation.diagnosis import (
     Diagnosis,
     Gap,
@@ -27,11 +30,13 @@ from edmdistill.evaluation.diagnosis import (
     score_gaps,
     sentences,
 )
+from edmdistill.evaluation.frechet import statistics
 from edmdistill.features.spaces import Pixels
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.two_time import add_second_time
+from edmdistill.sampling.decode import open_decoder
 
 
 class Recalling(torch.nn.Module):
@@ -59,6 +64,62 @@ def test_a_jump_that_keeps_the_image_has_no_distance_and_a_fainter_one_has():
     size = float(data.tensors(range(len(data)))[0].square().sum((1, 2, 3)).mean())
     # Cutting to 8 bits darkens by half a step, which is more of the smaller one.
     assert distances[1:] == pytest.approx([0.01 * size, 0.04 * size], rel=0.06)
+
+
+class Coarse(Pixels):
+    """A mean of each quarter of a picture: few enough numbers for a distance of large pictures."""
+
+    def features_and_logits(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images / 127.5 - 1, 2).flatten(1), None
+
+
+@pytest.fixture
+def latents(tmp_path, golden, vae):
+    """Twelve latents, and the pictures that they are decoded to."""
+    decode = open_decoder(ENCODER, vae)
+    moments = torch.randn(12, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    moments[:, 4:] = 1e-6
+    pictures = decode(moments[:, :4] * 0.25 + 0.1)
+    for name in ("latents", "pictures"):
+        (tmp_path / name).mkdir()
+    for i, (moment, picture) in enumerate(zip(moments.numpy(), pictures.numpy(), strict=True)):
+        np.save(tmp_path / "latents" / f"{i:02d}.npy", moment)
+        Image.fromarray(picture.transpose(1, 2, 0)).save(tmp_path / "pictures" / f"{i:02d}.png")
+    return tmp_path / "latents"
+
+
+ENCODER = {"kind": "StabilityVAEEncoder", "scale": [0.25] * 4, "bias": [0.1] * 4, "raw_mean": [0.0] * 4}
+
+
+@pytest.fixture
+def vae(golden):
+    return str(golden / "evaluation/latents/tiny-vae")
+
+
+def test_latents_are_drawn_scaled_and_decoded(latents, vae):
+    """A jump that keeps them gives the pictures that they were decoded to."""
+    data, pictures = open_dataset(latents), open_dataset(latents.parent / "pictures")
+    decode, real = open_decoder(ENCODER, vae), statistics(Coarse()(pictures.images(range(12))))
+    kept, fainter = (
+        jump_distances(Recalling(blur), data, Coarse(), [1e-4], real=real, decode=decode, count=12, batch=5)[0]
+        for blur in (0.0, 0.5)
+    )
+    assert kept < 1e-4 * fainter
+
+
+def test_a_generator_of_latents_is_diagnosed_against_statistics(latents, vae, tmp_path, monkeypatch):
+    """Of pictures, which stand for them as well as the pictures themselves."""
+    monkeypatch.setattr(diagnosis, "load_features", lambda name, device: Coarse())
+    generator = tiny_generator(tmp_path / "generator", channels=4, label_dim=0, encoder=ENCODER)
+    given = {"protocol": "pixels", "data": latents, "vae": vae, "count": 6, "batch": 4}
+    found = diagnose(generator, reference=tmp_path / "pictures", **given)
+    assert all(math.isfinite(jump.generator) for jump in found.jumps)
+    pictures = open_dataset(tmp_path / "pictures")
+    about, spaces = collect_statistics(pictures, {"pixels": Coarse()})
+    write_statistics(tmp_path / "pictures.npz", about, spaces)
+    again = diagnose(generator, reference=tmp_path / "pictures.npz", **given)
+    for one, other in zip(found.jumps, again.jumps, strict=True):
+        assert one.generator == pytest.approx(other.generator, rel=1e-6)
 
 
 class Formula:
@@ -233,12 +294,14 @@ def test_what_jumps_cannot_start_from(tmp_path):
     with pytest.raises(DatasetError, match=r"the data tiles are images of 16x16 .* the network takes images of 8x8"):
         diagnose(generator, protocol="tiles")
     np.savez(tmp_path / "moments.npz", mu=np.zeros(2), sigma=np.eye(2))
-    with pytest.raises(DatasetError, match=r"moments\.npz holds statistics, and jumps start from images: name a data"):
+    with pytest.raises(DatasetError, match=r"moments\.npz holds statistics, and jumps start from images: .* --data$"):
         diagnose(generator, protocol="edm", reference=tmp_path / "moments.npz")
     encoder = {"kind": "StabilityVAEEncoder", "scale": [0.5], "bias": [1.0]}
     latent = tiny_generator(tmp_path / "latent", encoder=encoder)
-    with pytest.raises(CheckpointError, match=r"latent makes latents, .*: measure it by edmdistill eval"):
-        diagnose(latent, protocol="edm")
+    with pytest.raises(
+        DatasetError, match=r"reference of digits holds images, and jumps start from latents: .* --data$"
+    ):
+        diagnose(latent, protocol="digits")
 
 
 def test_the_sentences_name_the_levels():

@@ -92,6 +92,30 @@ def test_snapshots_are_decoded_to_be_measured(
         open_evaluation(run)
 
 
+def test_jumps_from_latents_are_diagnosed_against_pictures(
+    begin: Callable[..., Run], vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the run's own data, by its VAE, in any run whose product jumps."""
+    run = begin(vae=str(vae))
+    monkeypatch.setattr(run.config.__class__, "stage", "generator")
+    monkeypatch.setattr(measure, "evaluate", lambda *args, **options: SimpleNamespace(metrics={}))
+    seen: list[tuple[object, ...]] = []
+
+    def look(generator: object, teacher: object, auxiliary: object, data: object, space: object, **options: Any) -> Any:
+        seen.append((data, options["reference"].img_resolution, options["decode"]))
+        return SimpleNamespace(jumps=[], measures=lambda: {"jump/generator/80": 1.0})
+
+    monkeypatch.setattr(measure, "diagnose_networks", look)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / "0.png")
+    table = EvaluationTable(protocol="pixels", every=16, n=4, nfe=(3,), ref=str(tmp_path / "pictures"), diagnose=True)
+    run.recipe = replace(run.recipe, evaluation=table)
+    evaluation = open_evaluation(run)
+    assert evaluation is not None
+    assert evaluation.measure(run, pytest.fail, Event()) == {"jump/generator/80": 1.0}
+    assert seen == [(run.dataset, 64, run.decoder)]
+
+
 @pytest.fixture
 def begin(recipe: Callable[..., Recipe], latents: Path) -> Callable[..., Run]:
     return lambda vae=None, data=latents: prepare(recipe("diffusion"), data=data, machine=CPU, vae=vae)
