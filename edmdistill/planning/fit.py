@@ -235,7 +235,7 @@ def fit_run(
     if teacher is None and init is not None and starts_from_init(recipe):
         flow = drop_second_time(outline(init))
     elif teacher is None and recipe.network is None:
-        raise no_teacher(recipe.method_name)
+        raise no_teacher(recipe)
     else:
         flow = outline_teacher(recipe, teacher, None, data if teacher is None else None)
     return fit(

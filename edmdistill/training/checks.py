@@ -122,6 +122,21 @@ def require_teacher(recipe: Recipe, flow: FlowNetwork, force_guidance: bool) -> 
                 )
 
 
+def require_time_of_network(recipe: Recipe, flow: FlowNetwork) -> None:
+    """Raises: TrainingError: the method cannot train the network that the recipe makes, because it reads ln(sigma)."""
+    as_it_is, reading_t = (
+        recipe.method_class.check_teacher(
+            recipe.method, positional_time=time, label_dim=flow.label_dim, label_dropout=None
+        )
+        for time in (flow.network.positional_time, True)
+    )
+    if as_it_is is not None and reading_t is None:
+        raise TrainingError(
+            "the recipe's network reads ln(sigma), whose embedding makes continuous-time training unstable: set "
+            "network.arguments.positional_time = true, or method.allow_edm_time = true"
+        )
+
+
 def require_edm_time(recipe: Recipe, networks: Collection[FlowNetwork]) -> None:
     """Raises: TrainingError: a recipe allows networks that read ln(sigma), and those that it starts from all read t."""
     allowed = getattr(recipe.method, "allow_edm_time", False)

@@ -120,8 +120,9 @@ def read_sources(
     elif recipe.network is not None:
         torch.manual_seed(recipe.training.seed)
         flow, config = make_network(recipe.network, dataset, name)
+        checks.require_time_of_network(recipe, flow)
     else:
-        raise no_teacher(name)
+        raise no_teacher(recipe)
     return Sources(dataset, flow, config, None if guide is None else read_teacher(guide), warm_start)
 
 

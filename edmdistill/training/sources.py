@@ -102,9 +102,11 @@ def starts_from_init(recipe: Recipe) -> bool:
     return not any(role.frozen for role in recipe.roles.values())
 
 
-def no_teacher(name: str) -> TrainingError:
-    """Returns the error of a run by this method that has nothing to start from."""
-    return TrainingError(f"{name} needs a teacher: name its checkpoint, edmdistill train {name} TEACHER ...")
+def no_teacher(recipe: Recipe) -> TrainingError:
+    """Returns the error of a run that has nothing to start from."""
+    name = recipe.method_name
+    instead = ", or let the recipe make its network, by a table [network]" if starts_from_init(recipe) else ""
+    return TrainingError(f"{name} needs a teacher: name its checkpoint, edmdistill train {name} TEACHER ...{instead}")
 
 
 def read_init(source: str | Path, recipe: Recipe) -> Init:

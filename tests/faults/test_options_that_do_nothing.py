@@ -61,7 +61,7 @@ EMPTY_ENTRIES = (
             f"{DIFFUSION} training.seed=1 --stop-on nan,saturation",
             "--stop-on saturation has no effect: it watches gener",
         ),
-        (f"{SCT} --fit 1GB", "sct needs a teacher: name its checkpoint, edmdistill train sct TEACHER ..."),
+        (f"{SCT} --fit 1GB", "train sct TEACHER ..., or let the recipe make its network, by a table [network]"),
         (f"{TRAIN} --fit 12", "'12' is not an amount of memory: write auto, or as in 48GB or 44.5GiB."),
         ("sample digits --out a.npz --latents --device cpu", "because the network works on pixels: leave it out"),
         ("sweep a.npz --protocol digits --nfe 1", "a sweep samples a network, and a.npz is images: measure them with"),

@@ -70,8 +70,24 @@ def test_dropout_can_stay_where_features_are_small(kind):
 
 
 def test_a_method_that_distils_asks_for_its_teacher(recipe):
-    with pytest.raises(TrainingError, match="cosim needs a teacher: name its checkpoint"):
+    with pytest.raises(TrainingError, match=r"cosim needs a teacher: name its checkpoint, .* TEACHER \.\.\.$"):
         prepare(recipe("cosim"), data="digits")
+
+
+def test_a_method_that_needs_none_makes_its_network(recipe):
+    """One that reads t, where the method needs that; what is advised works."""
+    bare = recipe("mean-flow").tables()
+    bare["method"]["allow_edm_time"] = False
+    made = {"kind": "edm2", "arguments": {"model_channels": 8, "channel_mult": [1], "num_blocks": 1}}
+    for network, refused in (
+        (None, r"mean-flow needs a teacher: .*, or let the recipe make its network, by a table \[network\]$"),
+        (made, r"the recipe's network reads ln\(sigma\).*: set network\.arguments\.positional_time = true, or "),
+    ):
+        with pytest.raises(TrainingError, match=refused):
+            prepare(Recipe.from_tables(bare | {"network": network}, "this"), data="digits")
+    made["arguments"]["positional_time"] = True
+    run = prepare(Recipe.from_tables(bare | {"network": made}, "this"), data="digits")
+    assert run.config.stage == "generator"
 
 
 def test_a_generator_is_no_teacher(start, recipe, tmp_path):
