@@ -1,9 +1,11 @@
 """`edmdistill diagnose`: where a generator is weak, and why."""
 
+from pathlib import Path
+
 import click
 
 from edmdistill.cli.options import device_option, interruptible, json_option, print_json
-from edmdistill.cli.types import BATCH, PROTOCOLS, Count, Name
+from edmdistill.cli.types import BATCH, FEATURES, PROTOCOLS, Count, Name, NamedFile
 
 
 @click.command("diagnose")
@@ -21,6 +23,12 @@ from edmdistill.cli.types import BATCH, PROTOCOLS, Count, Name
 @click.option(
     "--vae", metavar="DIR|ID", help="Latents: the VAE that decodes them.  [default: the checkpoint's, if cached]"
 )
+@click.option(
+    "--weights",
+    type=NamedFile(FEATURES),
+    metavar="NAME=FILE",
+    help="Weights of the protocol's feature space, as in inception=FILE.  [default: the official ones]",
+)
 @click.option("--n", "count", type=Count(2), default=3000, show_default=True, help="Jumps from each level.")
 @click.option("--batch", type=BATCH, default=250, show_default=True, help="Images per batch.")
 @device_option
@@ -32,6 +40,7 @@ def command(
     ref: str | None,
     data: str | None,
     vae: str | None,
+    weights: tuple[str, Path] | None,
     count: int,
     batch: int,
     device: str | None,
@@ -54,6 +63,7 @@ def command(
             reference=ref,
             data=data,
             vae=vae,
+            weights={} if weights is None else dict([weights]),
             count=count,
             device=pick_device(device),
             batch=batch,

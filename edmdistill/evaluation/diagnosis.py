@@ -23,7 +23,7 @@ from edmdistill.data.fit import require_fit
 from edmdistill.data.latents import draw_latents
 from edmdistill.data.order import indices
 from edmdistill.draws import Draws
-from edmdistill.errors import CheckpointError, DatasetError, NotFiniteError
+from edmdistill.errors import CheckpointError, DatasetError, EdmDistillError, NotFiniteError
 from edmdistill.evaluation.frechet import GaussianStatistics, RunningStatistics, frechet_distance
 from edmdistill.evaluation.protocol import get_protocol, open_reference
 from edmdistill.evaluation.references import ReferenceStatistics
@@ -109,6 +109,7 @@ def diagnose(
     reference: str | Path | None = None,
     data: str | Path | None = None,
     vae: str | None = None,
+    weights: Mapping[str, str | Path] = {},
     count: int = COUNT,
     device: torch.device | str = "cpu",
     batch: int = 250,
@@ -121,10 +122,12 @@ def diagnose(
         protocol, reference: give features and real images, as in `evaluate`.
         data: what jumps start from, a data set; None: the reference, if it holds what the network makes.
         vae: what decodes a network's latents, see `open_decoder`.
+        weights: the file of the feature space by its name, as in `evaluate`.
         count: number of jumps from each level; a tenth as many for the gaps.
     Raises:
         CheckpointError: it is no generator, or cannot be read; or the VAE cannot.
         DatasetError: the data do not fit.
+        EdmDistillError: weights of another feature space.
         NotFiniteError: a jump or a gap is NaN or infinite.
     """
     standard = get_protocol(protocol)
@@ -140,12 +143,20 @@ def diagnose(
     start = real if data is None else open_dataset(data)
     assert isinstance(start, Dataset)
     assert standard.features is not None
+    if others := weights.keys() - {standard.features}:
+        raise EdmDistillError(
+            f"weights of {min(others)} were given, but {protocol} compares images in {standard.features}: leave "
+            "them out, or give that one's"
+        )
     teacher_flow = None if teacher is None else read_teacher(teacher)[0]
     auxiliary = None if teacher_flow is None else _read_auxiliary(open_source(source).path, teacher_flow)
     for network in filter(None, (flow, teacher_flow, auxiliary)):
         require_fit(start, network, config)
         network.to(device).eval().network.fold()
-    space, decode = load_features(standard.features, device=device), open_decoder(config.encoder, vae, device)
+    space, decode = (
+        load_features(standard.features, weights.get(standard.features), device),
+        open_decoder(config.encoder, vae, device),
+    )
     return diagnose_networks(
         flow, teacher_flow, auxiliary, start, space, reference=real, decode=decode, count=count, batch=batch
     )

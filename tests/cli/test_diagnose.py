@@ -29,7 +29,18 @@ def test_the_teacher_stands_beside_and_the_gaps_below(monkeypatch: pytest.Monkey
     asked: list[object] = []
     monkeypatch.setattr(diagnosis, "diagnose", lambda *args, **options: asked.append((args, options)) or found)
     command = ["diagnose", "run", "--protocol", "pixels", "--teacher", "it", "--ref", "mine.zip", "--n", "21"]
-    command += ["--data", "latents.zip", "--vae", "vae", "--batch", "7", "--device", "cpu"]
+    command += [
+        "--data",
+        "latents.zip",
+        "--vae",
+        "vae",
+        "--weights",
+        "inception=i.pt",
+        "--batch",
+        "7",
+        "--device",
+        "cpu",
+    ]
     lines = CliRunner().invoke(main, command, catch_exceptions=False).stdout.splitlines()
     assert [line.split() for line in lines[:3]] == [
         ["sigma", "generator", "teacher"], ["80", "9", "12.5"], ["0.3", "2", "1"]
@@ -39,7 +50,7 @@ def test_the_teacher_stands_beside_and_the_gaps_below(monkeypatch: pytest.Monkey
     assert document["source"] == "run"
     assert document["gaps"] == [{"sigma_s": 0.1, "sigma_t": 0.3, "gap": 0.45, "sensitivity": 0.25}]
     options = {"protocol": "pixels", "teacher": "it", "reference": "mine.zip", "count": 21, "batch": 7}
-    options |= {"data": "latents.zip", "vae": "vae"}
+    options |= {"data": "latents.zip", "vae": "vae", "weights": {"inception": Path("i.pt")}}
     assert asked == [(("run",), options | {"device": torch.device("cpu")})] * 2
     alone = CliRunner().invoke(main, ["diagnose", "run", "--protocol", "digits"]).stdout
     assert alone.splitlines()[0].split() == ["sigma", "generator"]

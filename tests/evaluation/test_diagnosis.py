@@ -4,18 +4,21 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_generator import tiny_generator
 
+from edmdistill import assets
 from edmdistill.checkpoints.config import CheckpointConfig, Provenance, describe
 from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.data.datasets import Dataset, open_dataset
-from edmdistill.errors import CheckpointError, DatasetError, NotFiniteError
+from edmdistill.errors import CheckpointError, DatasetError, EdmDistillError, NotFiniteError
 from edmdistill.evaluation import diagnosis
 from edmdistill.evaluation.collect import collect_statistics, write_statistics
 from edmdistill.evaluation.diagnosis import (
@@ -37,6 +40,8 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.networks.surgery.two_time import add_second_time
 from edmdistill.sampling.decode import open_decoder
+
+ASSETS = Path(assets.__file__).parent
 
 
 class Recalling(torch.nn.Module):
@@ -109,7 +114,7 @@ def test_latents_are_drawn_scaled_and_decoded(latents, vae):
 
 def test_a_generator_of_latents_is_diagnosed_against_statistics(latents, vae, tmp_path, monkeypatch):
     """Of pictures, which stand for them as well as the pictures themselves."""
-    monkeypatch.setattr(diagnosis, "load_features", lambda name, device: Coarse())
+    monkeypatch.setattr(diagnosis, "load_features", lambda name, weights, device: Coarse())
     generator = tiny_generator(tmp_path / "generator", channels=4, label_dim=0, encoder=ENCODER)
     given = {"protocol": "pixels", "data": latents, "vae": vae, "count": 6, "batch": 4}
     found = diagnose(generator, reference=tmp_path / "pictures", **given)
@@ -287,6 +292,18 @@ def test_nothing_is_dropped_out(tmp_path):
     save_checkpoint(tmp_path / "generator", flow, config)
     once, again = (diagnose(tmp_path / "generator", protocol="digits", count=10) for _ in range(2))
     assert once == again
+
+
+def test_weights_are_those_of_the_protocols_features(tmp_path):
+    generator = tiny_generator(tmp_path / "generator")
+    tensors = load_file(ASSETS / "digits-features.safetensors")
+    own = tmp_path / "own.safetensors"  # features twice as large
+    save_file({name: (2 if name.startswith("hidden") else 1) * tensor for name, tensor in tensors.items()}, own)
+    plain, doubled = (diagnose(generator, protocol="digits", count=10, weights=w).jumps for w in ({}, {"digits": own}))
+    for one, other in zip(plain, doubled, strict=True):
+        assert other.generator == pytest.approx(4 * one.generator, rel=1e-3)
+    with pytest.raises(EdmDistillError, match="weights of dinov2 were given, but edm2 compares images in inception: "):
+        diagnose(generator, protocol="edm2", reference="digits", weights={"dinov2": own})
 
 
 def test_what_jumps_cannot_start_from(tmp_path):
