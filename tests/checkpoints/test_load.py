@@ -80,7 +80,7 @@ def test_the_official_precision_is_for_gpus(golden: Path, tmp_path: Path, monkey
 def test_half_precision_is_not_for_networks_that_predict_the_noise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preconditioning: Preconditioning, dtype: torch.dtype
 ) -> None:
-    """By default, whatever their official code does; a generator that was distilled from another has it."""
+    """By default, whatever their official code does; `use_fp16` of a generator is its teacher's."""
     folder = tiny_generator(tmp_path / "c", preconditioning=preconditioning, use_fp16=True)
     monkeypatch.setattr("edmdistill.checkpoints.load.is_gpu", lambda device: True)
     assert load_model(folder, dtype="auto").flow.activation_dtype == dtype

@@ -31,7 +31,7 @@ CPU = Machine(device="cpu")
 SIGMA = 0.5
 
 
-def test_a_second_stage_keeps_the_guidance_built_in_and_not_what_was_tuned(teacher: Path, tmp_path: Path) -> None:
+def test_a_second_stage_keeps_guidance_and_precision_and_not_what_was_tuned(teacher: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     shutil.copytree(teacher.with_name("first-stage"), first)
     tuning = Tuning(
@@ -52,11 +52,13 @@ def test_a_second_stage_keeps_the_guidance_built_in_and_not_what_was_tuned(teach
         spread=0.0,
         source_sha256=None,
     )
-    write_config(first, replace(read_config(first), guidance=Guidance("classes", (2.0, 2.0)), tunings={"1": tuning}))
+    facts = {"guidance": Guidance("classes", (2.0, 2.0)), "tunings": {"1": tuning}, "use_fp16": True}
+    write_config(first, replace(read_config(first), **facts))
     recipe = Recipe.from_tables(TABLES | {"method": {"name": "tcm"}}, "a test")
     config = prepare(recipe, data="digits", teacher=first, machine=CPU).config
     assert config.guidance == Guidance("classes", (2.0, 2.0))
     assert config.tunings == {}
+    assert config.use_fp16
 
 
 @pytest.mark.parametrize(
