@@ -45,7 +45,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
         path = Path(os.path.realpath(path))
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise CheckpointError(f"{path} is a device or a pipe, not a file or folder: choose another path.")
+            raise CheckpointError(f"{path} is a device or a pipe, not a file or folder: choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
         with _scratch(path) as scratch:
@@ -70,7 +70,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, FileExistsError) and not replace and error.filename == str(path):
             raise
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def require_free(path: Path, overwrite: bool) -> None:
@@ -107,7 +107,7 @@ def reachable(path: Path) -> Path:
         exists(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{str(path)[:200]} cannot be reached ({reason}): give another path.") from error
+        raise CheckpointError(f"{str(path)[:200]} cannot be reached ({reason}): give another path") from error
     return path
 
 
@@ -120,7 +120,7 @@ def expanded(path: str | Path) -> Path:
         return reachable(Path(path).expanduser())
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path} names a user who does not exist on this machine, or has no home folder: write the path in full."
+            f"{path} names a user who does not exist on this machine, or has no home folder: write the path in full"
         ) from error
 
 

@@ -77,7 +77,7 @@ class Damaged(CheckpointError):
     """
 
     def __init__(self, fault: str, advice: str = INTACT) -> None:
-        super().__init__(f"{fault}; {advice}.")
+        super().__init__(f"{fault}; {advice}")
         self.fault = fault
 
 

@@ -258,14 +258,14 @@ def test_what_cannot_be_known_is_not_said_to_be_absent(tmp_path: Path):
     for name in ("x" * 5000, "a\0b", "loop"):
         with pytest.raises((OSError, ValueError)):
             exists(tmp_path / name)
-        with pytest.raises(CheckpointError, match=r"cannot be reached \([^\n]{5,80}\): give another path\.$"):
+        with pytest.raises(CheckpointError, match=r"cannot be reached \([^\n]{5,80}\): give another path$"):
             expanded(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "loop"], ids=["long", "NUL", "loop"])
 def test_runs_and_references_that_cannot_be_reached(name: str, tmp_path: Path):
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(EdmDistillError, match=r"cannot be reached \([^\n]{5,80}\): give another path\.$"):
+    with pytest.raises(EdmDistillError, match=r"cannot be reached \([^\n]{5,80}\): give another path$"):
         read_run(tmp_path / name)
     with pytest.raises(EdmDistillError, match=r"cannot be opened \([^\n]{5,80}\); give EDM's"):
         open_statistics(tmp_path / name)

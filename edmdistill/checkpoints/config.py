@@ -224,7 +224,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     except FileNotFoundError as error:
         other = describe_other_folder(folder)
         why = f"is not a checkpoint because it has no {CONFIG}: use a converted teacher or a finished run"
-        raise CheckpointError(f"{folder} {other or why}.") from error
+        raise CheckpointError(f"{folder} {other or why}") from error
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise Damaged(f"{folder} is not a checkpoint: {CONFIG} cannot be read ({error})") from error
     version, (major, minor) = fields.get("format_version"), FORMAT_VERSION.split(".")
@@ -232,7 +232,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     if supported is None:
         raise CheckpointError(
             f"{path} has format_version {version!r:.40}, but this edmdistill reads {major}.x: upgrade "
-            "edmdistill if a newer version wrote it; otherwise it is no checkpoint of edmdistill."
+            "edmdistill if a newer version wrote it; otherwise it is no checkpoint of edmdistill"
         )
     if int(supported[1]) > int(minor):
         fields = {name: value for name, value in fields.items() if name in CheckpointConfig.__struct_fields__}

@@ -82,7 +82,7 @@ def convert(
     source, out = open_source(source), Path(out)
     adapts = source.path.is_dir() and time_embedding is not None  # other folders need no conversion
     if adapts and out.resolve().is_relative_to(source.path.resolve()):
-        raise CheckpointError(f"{out} is inside the folder that is converted, {source.path}: choose another place.")
+        raise CheckpointError(f"{out} is inside the folder that is converted, {source.path}: choose another place")
     before = None if overwrite else _converted_before(source, out, time_embedding, double_norm)
     if before is not None and licence in (None, before.provenance.licence):
         return ConversionReport(out, before, (), written=False)
@@ -131,7 +131,7 @@ def _require_parity(rows: Sequence[ParityRow], source: Source) -> None:
             if not error <= tolerance:
                 raise CheckpointError(
                     f"{source.path} was not converted: at sigma {sigma:g} the converted network differs by "
-                    f"{error:.1e} in {name}, more than {tolerance:g}; please report this."
+                    f"{error:.1e} in {name}, more than {tolerance:g}; please report this"
                 )
 
 

@@ -51,7 +51,7 @@ def in_writable_folder(path: Path) -> Path:
         refusal = error.strerror
     if refusal is not None:
         raise CheckpointError(
-            f"the cache {folder} cannot be written ({refusal}): set EDMDISTILL_CACHE to a folder that can."
+            f"the cache {folder} cannot be written ({refusal}): set EDMDISTILL_CACHE to a folder that can"
         )
     return path
 
@@ -88,11 +88,11 @@ def download(url: str) -> Path:
                 reason = "this is not a valid address"  # the error repeats it, and it may hold secrets
             elif isinstance(error, urllib.error.URLError):
                 reason = f"{reason}; check the network, or give the path of a copy to the command that reads it"
-            raise CheckpointError(f"{public_address(url)} cannot be downloaded: {reason}.") from None
+            raise CheckpointError(f"{public_address(url)} cannot be downloaded: {reason}") from None
         if redirects.sha256 not in (None, digest):
             raise CheckpointError(
                 f"{public_address(url)} came with the sha256 {digest}, but the Hub has {redirects.sha256}: "
-                "download it again."
+                "download it again"
             )
     return target
 

@@ -67,7 +67,7 @@ def download_from_hub(text: str, files: Sequence[str] = (CONFIG, MODEL, CARD)) -
     name, _, file = rest.partition("/")
     repository = f"{owner}/{name}"
     if not REPOSITORY.fullmatch(repository):
-        raise CheckpointError(f"hf://{text} is not a repository of the Hub: write hf://owner/name/file@revision.")
+        raise CheckpointError(f"hf://{text} is not a repository of the Hub: write hf://owner/name/file@revision")
     with hub_calls(f"{text} cannot be downloaded from the Hub", instead=COPY):
         begun, bar = time.time(), bar_class()
         if file:
@@ -124,7 +124,7 @@ def hub_calls(what: str, *, instead: str = "", temporary: bool = False) -> Itera
         reason = _reason(error, instead)
         if isinstance(error, OSError) and error.errno in (*FULL, *UNWRITABLE):
             reason = _refused(error.errno, temporary)
-        raise (HubUnreachable if _unreachable(error) else HubError)(f"{what}: {reason}.") from error
+        raise (HubUnreachable if _unreachable(error) else HubError)(f"{what}: {reason}") from error
     finally:
         session.event_hooks = before
 

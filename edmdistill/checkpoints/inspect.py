@@ -108,9 +108,9 @@ def _ours(folder: Path) -> dict[str, object]:
             tensors = {name: [_dtype(slice_.get_dtype()), slice_.get_shape()] for name, slice_ in slices.items()}
     except FileNotFoundError as error:
         missing = f"it holds no {Path(error.filename).name}"
-        raise CheckpointError(f"{folder} {describe_folder(folder)} ({missing}).") from error
+        raise CheckpointError(f"{folder} {describe_folder(folder)} ({missing})") from error
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): convert or copy it again.") from error
+        raise CheckpointError(f"{folder} cannot be read ({error}): convert or copy it again") from error
     head = {"file": str(folder), "format": "edmdistill checkpoint", "sha256": digest}
     return {
         **(head | fields | head),  # first in order, and not to be overridden by config.json

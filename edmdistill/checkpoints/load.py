@@ -64,9 +64,10 @@ def load_model(
     elif dtype is not None:
         flow.compute_dtype = dtype
     flow = flow.to(device).requires_grad_(False)
-    flow.network.fold()
-    if flow.compute_dtype is not None:
-        flow.network.store_convolutions(flow.compute_dtype)
+    half = flow.activation_dtype in (torch.float16, torch.bfloat16)
+    flow.network.fold(sample=not half)
+    if half:
+        flow.network.store_convolutions(flow.activation_dtype)
     if config.stage == "generator":
         return Generator(flow, config).eval()
     teacher = Denoiser(flow)
@@ -79,7 +80,7 @@ def load_denoiser(source: str | Path | Source, device: torch.device | str = "cpu
     """Returns a teacher in EDM's view; see `load_model`.  Raises: CheckpointError: it is a generator or unreadable."""
     model = load_model(source, device, dtype)
     if not isinstance(model, Denoiser):
-        raise CheckpointError(f"{source} is a generator, not a teacher: give the teacher that it was distilled from.")
+        raise CheckpointError(f"{source} is a generator, not a teacher: give the teacher that it was distilled from")
     return model
 
 
@@ -88,7 +89,7 @@ def load_generator(source: str | Path | Source, device: torch.device | str = "cp
     """Returns a few-step generator; see `load_model`.  Raises: CheckpointError: it is a teacher or unreadable."""
     model = load_model(source, device, dtype)
     if not isinstance(model, Generator):
-        raise CheckpointError(f"{source} is a teacher, not a generator: distill it with `edmdistill train`.")
+        raise CheckpointError(f"{source} is a teacher, not a generator: distill it with `edmdistill train`")
     return model
 
 

@@ -111,9 +111,9 @@ def _read(path: Path, generator: bool) -> OfficialCheckpoint:
         release(data)
         return replace(checkpoint, notes=tuple(_notes(checkpoint, entries)))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Unreadable as error:
-        raise CheckpointError(f"{path} {error}.") from error
+        raise CheckpointError(f"{path} {error}") from error
 
 
 def _unpacked(data: memoryview, path: Path) -> memoryview:

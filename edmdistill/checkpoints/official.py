@@ -84,7 +84,7 @@ def build_official(
         levels = tensors.pop("u", torch.empty(0))
         if levels.shape != flow.preconditioning.levels.shape or not levels.allclose(flow.preconditioning.levels):
             raise CheckpointError(
-                f"{where} holds other noise levels than its arguments give: it is damaged; download it again."
+                f"{where} holds other noise levels than its arguments give: it is damaged; download it again"
             )
     fill(flow.network, tensors, where)
     if not upcast:
@@ -142,7 +142,7 @@ def _arguments(official: OfficialCheckpoint, kind: str) -> dict[str, Any]:
     if unknown:
         raise CheckpointError(
             f"{official.path} was made with the argument {min(unknown)}, which {official.network_class} does not "
-            f"have: {DAMAGED}."
+            f"have: {DAMAGED}"
         )
     return arguments
 
@@ -187,7 +187,7 @@ def load_official(source: str | Path | Source) -> tuple[FlowNetwork, CheckpointC
     """
     source = open_source(source)
     if source.path.is_dir():
-        raise CheckpointError(f"{source.path} {describe_folder(source.path)}.")
+        raise CheckpointError(f"{source.path} {describe_folder(source.path)}")
     if source.is_archive:
         return read_openai(source.path, source.sha256)
     if PRECONDITIONING_CLASSES[source.official.preconditioning_class] == "consistency":

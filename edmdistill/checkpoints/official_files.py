@@ -159,7 +159,7 @@ def find_fetched(name: str) -> Path:
     file, *guide = find_official(name)
     if guide:
         options = f"--guide {guide[0].name} --guidance {presets()[name].guidance:g}"
-        raise CheckpointError(f"{name} is a network with its guide: give {file.name}, and {options} to sample it.")
+        raise CheckpointError(f"{name} is a network with its guide: give {file.name}, and {options} to sample it")
     return file.cached or fetch(file).path
 
 
@@ -183,7 +183,7 @@ def fetch(file: OfficialFile) -> Fetched:
         changed = "" if file.sha256 else f", or delete {record} first if its publisher has changed it"
         raise CheckpointError(
             f"{weights} has the sha256 {digest}, not the {expected} that {what}: it is removed; run "
-            f"`edmdistill fetch {file.name}` again{changed}."
+            f"`edmdistill fetch {file.name}` again{changed}"
         )
     if expected is None:
         with atomic_write(record) as unfinished:

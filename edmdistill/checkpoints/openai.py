@@ -85,7 +85,7 @@ def read_arguments(path: Path, weights: Mapping[str, Tensor]) -> Adm:
         other = describe_tensors(weights)
         reason = error if isinstance(error, UnknownNetwork) else f"holds other weights than an ADM network ({error!r})"
         sentence = other or (str(reason) if ": give" in str(reason) else f"{reason}: {READABLE}")
-        raise CheckpointError(f"{path} {sentence}.") from error
+        raise CheckpointError(f"{path} {sentence}") from error
 
 
 def read_weights(path: Path) -> dict[str, StoredTensor]:
@@ -107,9 +107,9 @@ def read_weights(path: Path) -> dict[str, StoredTensor]:
             )
         archive.budget.take(sum(tensor.nbytes for tensor in tensors.values()))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Unreadable as error:
-        raise CheckpointError(f"{path} {error}.") from error
+        raise CheckpointError(f"{path} {error}") from error
     return tensors
 
 

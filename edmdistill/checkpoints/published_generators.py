@@ -101,7 +101,7 @@ def _parse_weights(path: Path, read: Callable[[Mapping[str, Tensor]], T], give: 
         return read(weights)
     except Exception as error:  # the weights are untrusted: whatever breaks, they are the cause
         reason = str(error) if isinstance(error, UnknownNetwork) else f"holds other weights ({error!r:.200})"
-        raise CheckpointError(f"{path} {reason.partition(': give')[0]}: give {give}.") from error
+        raise CheckpointError(f"{path} {reason.partition(': give')[0]}: give {give}") from error
 
 
 def _build(

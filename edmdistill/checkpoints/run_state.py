@@ -105,7 +105,7 @@ def newest_whole_state(folder: Path, on_message: Callable[[str], object]) -> Pat
     newest = newest_whole([folder] if is_state(folder) else saved_states(folder / "state"), skip)
     if newest is None:
         raise CheckpointError(
-            f"{folder} has no intact state to read raw weights from: use a run directory that has one."
+            f"{folder} has no intact state to read raw weights from: use a run directory that has one"
         )
     return newest
 

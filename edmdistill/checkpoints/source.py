@@ -91,10 +91,10 @@ def resolve(source: str | Path) -> Path:
     if scheme == "hf":
         return download_from_hub(text[len("hf://") :])
     if scheme:
-        raise CheckpointError(f"{public_address(text)} cannot be downloaded: use an http, https or hf address.")
+        raise CheckpointError(f"{public_address(text)} cannot be downloaded: use an http, https or hf address")
     path = expanded(source)
     if any(file.exists() and not (file.is_file() or file.is_dir()) for file in (path, path / CONFIG, path / MODEL)):
-        raise CheckpointError(f"{path} is or contains a pipe or a device: write its contents to a file, and use that.")
+        raise CheckpointError(f"{path} is or contains a pipe or a device: write its contents to a file, and use that")
     if path.exists():
         return path
     if text in EMBEDDED:

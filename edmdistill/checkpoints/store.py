@@ -79,7 +79,7 @@ def require_finite(tensor: Tensor, name: str, where: str) -> None:
         if not finite.all():
             raise CheckpointError(
                 f"{where} holds NaN or infinity in {name}, at {int((~finite).sum()):,} of {finite.numel():,} numbers: "
-                "the network is broken; use an earlier snapshot, or download the file again."
+                "the network is broken; use an earlier snapshot, or download the file again"
             )
 
 
@@ -158,17 +158,17 @@ def refuse_occupied(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {CONFIG, MODEL, CARD}:
-        raise CheckpointError(f"{folder} exists and is not a checkpoint: choose another path.")
+        raise CheckpointError(f"{folder} exists and is not a checkpoint: choose another path")
     try:
         existing = read_config(folder)
     except CheckpointError as error:  # it may be another library's
         raise CheckpointError(
-            f"{folder} exists and is not a checkpoint that can be read: choose another path, or remove it."
+            f"{folder} exists and is not a checkpoint that can be read: choose another path, or remove it"
         ) from error
     if not overwrite:
         raise CheckpointError(
             f"{folder} holds a checkpoint already, a {existing.stage} from {existing.provenance.source}: "
-            "choose another path, or add --overwrite."
+            "choose another path, or add --overwrite"
         )
 
 

@@ -44,7 +44,7 @@ _TENSORS = (
 def refuse_by_name(path: Path) -> None:
     """Raises: CheckpointError: the file's name is that of a file that is no teacher."""
     if other := describe_name(path):
-        raise CheckpointError(f"{path} {other}.")
+        raise CheckpointError(f"{path} {other}")
 
 
 def describe_name(path: Path) -> str | None:

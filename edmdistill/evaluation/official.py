@@ -47,9 +47,7 @@ def _check_features(file: OfficialFile) -> list[str]:
     path = fetch(file).path
     features = load_features(file.kind, path)(_picture())
     if not features.isfinite().all():
-        raise CheckpointError(
-            f"{path} gives features that are not finite: it is damaged; remove it and fetch it again."
-        )
+        raise CheckpointError(f"{path} gives features that are not finite: it is damaged; remove it and fetch it again")
     lines = [f"{file.name}: {features.shape[1]} features of a picture, all finite; each tensor has its name and shape"]
     if path.suffix == ".pt":
         lines.append(f"{file.name}: our network gives the features of the script in the file, within {AGREEMENT:g}")
@@ -60,7 +58,7 @@ def _check_features(file: OfficialFile) -> list[str]:
             if not difference < AGREEMENT:
                 raise CheckpointError(
                     f"{path} and {other.cached} hold the weights of one network, but their features differ by "
-                    f"{difference:.1e} of the largest: remove both, and fetch them again."
+                    f"{difference:.1e} of the largest: remove both, and fetch them again"
                 )
             lines.append(f"{file.name}: its features agree with those of {other.name} within {difference:.1e}")
     return lines
@@ -77,7 +75,7 @@ def _check_vae(file: OfficialFile) -> list[str]:
     vae = read_vae(str(fetch(file).path))
     image = vae.decode(torch.zeros(1, vae.channels, 4, 4))
     if not image.isfinite().all():
-        raise CheckpointError(f"{vae.folder} decodes zeros to what is not finite: remove it, and fetch it again.")
+        raise CheckpointError(f"{vae.folder} decodes zeros to what is not finite: remove it, and fetch it again")
     return [f"{file.name}: the image of zeros is finite, {_PLACES}"]
 
 

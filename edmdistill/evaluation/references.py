@@ -205,7 +205,7 @@ def _read_pickle(path: Path) -> ReferenceStatistics:
     except Unreadable as error:
         if b"torch_utils.persistence" in bytes(data[:4096]):
             raise DatasetError(f"{path} is a network, not statistics of images; {WANTED}") from error
-        raise DatasetError(f"{path} {error}.") from error
+        raise DatasetError(f"{path} {error}") from error
     entries = entries if isinstance(entries, dict) else {}
     count = entries.get("num_images")
     n, spaces = count if isinstance(count, int) else None, {}

@@ -96,9 +96,9 @@ def export(
         raise CheckpointError(f"{out} looks like a file, but an export is a folder: use {out.with_suffix('')}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / EXPORT).is_file():
-            raise CheckpointError(f"{out} exists and is not an export: choose another path.")
+            raise CheckpointError(f"{out} exists and is not an export: choose another path")
         if not overwrite:
-            raise CheckpointError(f"{out} holds an export already: choose another path, or add --overwrite.")
+            raise CheckpointError(f"{out} holds an export already: choose another path, or add --overwrite")
     on_progress("loading")
     target.check_installed()
     flow, config = load_flow(source)

@@ -162,7 +162,7 @@ def build(weights: FeatureWeights) -> VisionTransformer:
     except (KeyError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise CheckpointError(
             f"{weights.path} does not hold the weights of a DINOv2 vision transformer: give "
-            "dinov2_vitl14_pretrain.pth, which `edmdistill fetch dinov2` downloads."
+            "dinov2_vitl14_pretrain.pth, which `edmdistill fetch dinov2` downloads"
         ) from error
     with torch.device("meta"):
         network = VisionTransformer(width, depth, heads, hidden, patch, positions)

@@ -53,7 +53,7 @@ class Inception(FeatureSpace):
             network = InceptionV3()
         tensors = to_our_names(given.tensors, network, in_order=given.script)
         if not tensors.keys() & network.state_dict().keys():
-            raise CheckpointError(f"{given.path} does not hold the weights of FID's Inception: {EXPECTED}.")
+            raise CheckpointError(f"{given.path} does not hold the weights of FID's Inception: {EXPECTED}")
         fill(network, tensors, str(given.path))
         self.sha256, self.official = given.sha256, given.official
         self._device = device
@@ -86,12 +86,12 @@ class Inception(FeatureSpace):
                 difference = float((ours - theirs).abs().max() / theirs.abs().max())
             except (RuntimeError, TypeError, AttributeError) as error:
                 raise CheckpointError(
-                    f"{path} does not compute features of images as NVIDIA's Inception does: {EXPECTED}."
+                    f"{path} does not compute features of images as NVIDIA's Inception does: {EXPECTED}"
                 ) from error
         if not difference < 1e-4:
             raise CheckpointError(
                 f"{path} computes features that differ from Inception's with its weights by {difference:.1e} of the "
-                f"largest: {EXPECTED}."
+                f"largest: {EXPECTED}"
             )
 
     def prepare(self, images: Tensor) -> Tensor:

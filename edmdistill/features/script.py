@@ -172,11 +172,11 @@ def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Modu
             raise Unreadable(f"is not a zip archive, which such files are: {WANTED}")
         network = _load(_checked(Archive(path)), device)
     except Unreadable as error:
-        raise CheckpointError(f"{path} cannot be read as TorchScript: it {error}.") from error
+        raise CheckpointError(f"{path} cannot be read as TorchScript: it {error}") from error
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path} cannot be read as TorchScript ({reason}): write it with torch.jit.save."
+            f"{path} cannot be read as TorchScript ({reason}): write it with torch.jit.save"
         ) from error
     for parameter in network.parameters():  # a script has no requires_grad_ of its own
         parameter.requires_grad_(False)

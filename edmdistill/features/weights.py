@@ -61,7 +61,7 @@ def read_weights(path: str | Path | None, kind: str, space: str) -> FeatureWeigh
     file, *others = [path / name for name in ("model.safetensors", "config.json")] if path.is_dir() else [path]
     if missing := [needed for needed in (file, *others) if not needed.is_file()]:
         raise CheckpointError(
-            f"{missing[0]} does not exist: give the file of the weights of {space}, or the whole folder."
+            f"{missing[0]} does not exist: give the file of the weights of {space}, or the whole folder"
         )
     heads, script = None, False
     try:
@@ -80,10 +80,10 @@ def read_weights(path: str | Path | None, kind: str, space: str) -> FeatureWeigh
         if path.is_dir():
             heads = _count_heads(_read_config(path / "config.json").get("num_attention_heads"))
     except Unreadable as error:
-        raise CheckpointError(f"{path} {error}.") from error
+        raise CheckpointError(f"{path} {error}") from error
     except OSError as error:
         raise CheckpointError(
-            f"{error.filename or path} cannot be read ({error.strerror or error}): make it readable, or give a copy."
+            f"{error.filename or path} cannot be read ({error.strerror or error}): make it readable, or give a copy"
         ) from error
     official = digest in {one.sha256 for one in files_of(kind)}
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(NOT_WEIGHTS)}
@@ -109,7 +109,7 @@ def _find(path: str | Path | None, kind: str, space: str) -> Path:
     if weights_file is None:
         raise CheckpointError(
             f"the feature space {space} needs its weights, which are not here: run `edmdistill fetch {name}`; eval, "
-            f"sweep, tune-schedule, diagnose and data stats also take a file, by --weights {space}=FILE."
+            f"sweep, tune-schedule, diagnose and data stats also take a file, by --weights {space}=FILE"
         )
     return expanded(weights_file)
 

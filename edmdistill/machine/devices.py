@@ -77,5 +77,5 @@ def named_dtype(name: str | None, device: torch.device) -> torch.dtype | Literal
     Raises: EdmDistillError: tf32 on another device than CUDA.
     """
     if name == "tf32" and device.type != "cuda":
-        raise EdmDistillError("--dtype tf32 is for CUDA, and this runs on the CPU: use --dtype float32")
+        raise EdmDistillError("tf32 is for CUDA, and this runs on the CPU: use float32")
     return "auto" if name is None else getattr(torch, "float32" if name == "tf32" else name)

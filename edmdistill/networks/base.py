@@ -331,6 +331,7 @@ class Network(nn.Module, ABC):
         For a frozen network: no bit of its results changes. The layers of times and labels stay as they are.
         """
         self.rounded = dtype in (torch.float16, torch.bfloat16)
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.to(dtype)
+        for layer in self.modules():
+            for name, parameter in layer.named_parameters(recurse=False):
+                if parameter.ndim == 4:
+                    setattr(layer, name, nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))

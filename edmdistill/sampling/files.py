@@ -159,7 +159,7 @@ class Samples:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"{folder} cannot be made: {error.strerror or error}.") from error
+            raise CheckpointError(f"{folder} cannot be made: {error.strerror or error}") from error
         self._lock()
         if self.output.is_complete(self._overwrite) or read_request(folder) is not None:
             raise EdmDistillError(

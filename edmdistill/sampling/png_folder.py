@@ -113,7 +113,7 @@ def _save_without_fsync(picture: Image.Image, path: Path) -> None:
         finally:
             new.unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _is_complete(path: Path) -> bool:

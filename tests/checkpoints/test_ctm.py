@@ -96,7 +96,7 @@ def test_cifar10_is_ddpmpp(case: str, cifar10: Path, golden: Path, tmp_path: Pat
 
 def test_weights_without_a_second_time_are_refused(tmp_path: Path) -> None:
     torch.save(weights_of(), tmp_path / "one.pt")
-    with pytest.raises(CheckpointError, match=r"one\.pt reads no second time: give a CTM generator [^\n]*\.$"):
+    with pytest.raises(CheckpointError, match=r"one\.pt reads no second time: give a CTM generator [^\n]*$"):
         convert_generator(tmp_path / "one.pt", tmp_path / "out", "ctm")
     assert not (tmp_path / "out").exists()
 
@@ -122,7 +122,7 @@ def test_other_networks_are_refused_in_one_sentence(
     else:
         weights[name] = other
     torch.save(weights, cifar10)
-    with pytest.raises(CheckpointError, match=rf"^[^\n]*{why}[^\n]*\.$"):
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*{why}[^\n]*$"):
         convert_generator(cifar10, tmp_path / "out", "ctm")
     assert not (tmp_path / "out").exists()
 

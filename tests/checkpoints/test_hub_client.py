@@ -84,8 +84,8 @@ def test_a_gated_repository_says_where_to_ask(repository: Repository) -> None:
 @pytest.mark.parametrize(
     ("number", "sentence"),
     [
-        (errno.ENOSPC, "No space left on device); free some of its disk, or set HF_HOME to a folder on another."),
-        (errno.EROFS, "Read-only file system); set HF_HOME to a folder that can be."),
+        (errno.ENOSPC, "No space left on device); free some of its disk, or set HF_HOME to a folder on another"),
+        (errno.EROFS, "Read-only file system); set HF_HOME to a folder that can be"),
     ],
     ids=["full", "read-only"],
 )

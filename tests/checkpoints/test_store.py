@@ -294,7 +294,7 @@ def test_a_wrong_configuration_is_refused(folder: Path, change: dict[str, object
         load_checkpoint(folder)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert re.search("use an intact copy.$|upgrade edmdistill", str(caught.value))
+    assert re.search("use an intact copy$|upgrade edmdistill", str(caught.value))
 
 
 def test_a_file_of_version_1_0_reads_as_it_did() -> None:
@@ -356,7 +356,7 @@ def test_wrong_tensors_are_refused(
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder)
     assert sentence in str(caught.value)
-    assert str(caught.value).endswith("; use an intact copy.")
+    assert str(caught.value).endswith("; use an intact copy")
 
 
 def test_what_is_no_checkpoint_is_refused(folder: Path) -> None:

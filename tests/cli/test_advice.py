@@ -137,3 +137,20 @@ def test_a_mistake_is_found() -> None:
 def test_the_table_names_what_is_there() -> None:
     assert [name for name in MEETS if not any(file.startswith(name) for file in FILES)] == []
     assert {command for commands in MEETS.values() for command in commands} <= COMMANDS.keys()
+
+
+def endings(path: Path) -> Iterator[tuple[str, str]]:
+    """The class and the last words of every error that a file raises with a text of its own."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            text, name = node.exc.args[0], ast.unparse(node.exc.func).rpartition(".")[2]
+            last = text.values[-1] if isinstance(text, ast.JoinedStr) else text
+            if is_text(last) and name != "KeyboardInterrupt":  # which says a sentence of its own
+                yield name, last.value
+
+
+def test_an_error_ends_as_those_beside_it() -> None:
+    """Ours without a full stop, so that other sentences can hold them; click's with one."""
+    every = [(path.name, *ending) for path in sorted(PACKAGE.rglob("*.py")) for ending in endings(path)]
+    assert len(every) > 400
+    assert [each for each in every if each[2].endswith(".") != (each[1] in ("UsageError", "BadParameter"))] == []

@@ -325,7 +325,7 @@ def test_mistakes_about_files(runs: dict[str, Path], tmp_path: Path, words: list
         ("teacher", ["--gamma", "0.5"], "for generators"),
         ("teacher", ["--guidance", "2", "--guide", "nowhere.pkl"], "nowhere.pkl does not exist"),
         ("generator", ["--device", "warp"], "there is no device 'warp'"),
-        ("generator", ["--dtype", "tf32"], "--dtype tf32 is for CUDA, and this runs on the CPU: use --dtype float32"),
+        ("generator", ["--dtype", "tf32"], "tf32 is for CUDA, and this runs on the CPU: use float32"),
         ("latent", ["--vae", "nowhere"], "there is no VAE nowhere"),
         ("latent", ["--latents"], "--latents go into an .npz"),
         ("latent", ["--latents", "--vae", "a"], "leave one of them out"),

@@ -43,7 +43,7 @@ def test_channels(channels_in: int, channels_out: int, why: str, tmp_path: Path)
         to_adm(adm(channels_in, channels_out))
     path = tmp_path / "model050000.pt"
     torch.save(adm(channels_in, channels_out), path)
-    with pytest.raises(CheckpointError, match=rf"^[^\n]*{why}[^\n]*\.$"):
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*{why}[^\n]*$"):
         read_openai(path, "")
 
 
@@ -134,7 +134,7 @@ def test_folders(tmp_path: Path, files: tuple[str, ...], why: str) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({}))
-    with pytest.raises(CheckpointError, match=rf"^{tmp_path} [^\n]*{why}[^\n]*\.$"):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path} [^\n]*{why}[^\n]*$"):
         load_official(tmp_path)
 
 

@@ -71,7 +71,7 @@ def test_a_user_who_is_not_on_this_machine(words: list[str], monkeypatch: pytest
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2
     sentence = "~nobody.here/x names a user who does not exist on this machine, or has no home folder"
-    assert result.stderr == f"Error: {sentence}: write the path in full.\n"
+    assert result.stderr == f"Error: {sentence}: write the path in full\n"
 
 
 def test_without_a_home_folder_the_cache_needs_a_place(monkeypatch: pytest.MonkeyPatch):
@@ -93,7 +93,7 @@ def test_without_a_home_folder_the_cache_needs_a_place(monkeypatch: pytest.Monke
 def test_a_cache_that_cannot_be_written_may_be_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("EDMDISTILL_CACHE", str(tmp_path / "file" / "cache"))
-    sentence = r"^the cache \S+ cannot be written \(Not a directory\): set EDMDISTILL_CACHE to a folder that can\.$"
+    sentence = r"^the cache \S+ cannot be written \(Not a directory\): set EDMDISTILL_CACHE to a folder that can$"
     with pytest.raises(CheckpointError, match=sentence):
         download("http://127.0.0.1:9/a.pkl")
     with pytest.raises(CheckpointError, match=r"set EDMDISTILL_CACHE"):

@@ -75,5 +75,5 @@ def test_dtypes() -> None:
     for device in (torch.device("cpu"), torch.device("cuda:1")):
         assert {name: named_dtype(name, device) for name in dtypes} == dtypes
     assert named_dtype("tf32", torch.device("cuda:1")) == torch.float32
-    with pytest.raises(EdmDistillError, match=r"tf32 is for CUDA, and this runs on the CPU: use --dtype float32$"):
+    with pytest.raises(EdmDistillError, match=r"tf32 is for CUDA, and this runs on the CPU: use float32$"):
         named_dtype("tf32", torch.device("cpu"))
