@@ -62,3 +62,12 @@ def test_text_and_json(golden: Path, tmp_path: Path):
     document = json.loads(run(source, "--to", "nvidia", "--out", out, "--overwrite", "--json").stdout)
     assert document["schema_version"] == 1
     assert document["parity"] == json.loads((out / "export.json").read_text())["parity"]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"to": ["onnx"]}', '{"to": "onnx\\u001b[2J"}', "{", "[" * 100_000])
+def test_a_damaged_export_is_a_folder_without_a_checkpoint(tmp_path: Path, text: str) -> None:
+    (tmp_path / "export.json").write_text(text)
+    words = ["sample", str(tmp_path), "--seeds", "0", "--out", str(tmp_path / "images")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert f"{tmp_path} is not a checkpoint because it has no config.json: use a converted" in result.stderr

@@ -83,6 +83,9 @@ def test_a_run_is_published(server: Hub, run: Path, tmp_path: Path) -> None:
 
 def test_sample_draws_from_it(server: Hub, run: Path, tmp_path: Path) -> None:
     assert push(run, NAME, "--branch", "next").exit_code == 0
+    there = server.repositories[NAME]
+    (result,) = json.loads(there.commits[there.branches["next"]][CONFIG])["results"]
+    assert result["provenance"]["source"] == f"{NAME}@next"
     for source, out in ((f"{NAME}@next", "there.npz"), (run, "here.npz")):
         words = ["sample", str(source), "--nfe", "2", "--seeds", "0-3", "--class", "tree frog", "--out", out]
         result = CliRunner().invoke(main, words)
@@ -140,6 +143,13 @@ def test_a_dry_run_refuses_what_the_push_refuses(
     assert sentence in dry.stderr
     assert dry.stderr == real.stderr
     assert changes(server) == []
+
+
+def test_a_card_that_the_hub_refuses_is_refused_before_a_repository_is_made(server: Hub, run: Path) -> None:
+    server.faults["POST /api/validate-yaml"] = 400, 100
+    for words in (("--dry-run",), ()):
+        assert push(run, NAME, *words).exit_code == 2
+        assert (changes(server), server.repositories) == ([], {})
 
 
 def test_a_dry_run_says_what_would_be_kept(server: Hub, run: Path) -> None:

@@ -195,6 +195,7 @@ def test_samples_say_how_they_were_drawn(tmp_path: Path) -> None:
         ({}, ("drawn", "ab" * 32)),
         ({"count": 4}, ("given", None)),
         ({"complete": False}, ("given", None)),
+        ({"not_finite": [3]}, ("given", None)),
         ({"request": {"classes": 1, "vae": 2, "sampler": 3}}, ("given", None)),
     ):
         (folder / "samples.json").write_text(json.dumps(record | changes))
