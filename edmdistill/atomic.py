@@ -52,9 +52,8 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
             new = scratch / path.name
             try:
                 yield new
-            except (
-                CheckpointError
-            ) as error:  # about a file inside: it is not to be named by its path in the scratch folder
+            except CheckpointError as error:
+                # A file inside is not to be named by its path in the scratch folder.
                 if str(new) in str(error):
                     raise type(error)(str(error).replace(str(new), str(path))) from error
                 raise

@@ -47,7 +47,7 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextmanager
 def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """Allows TF32, or not, for a while; see `allow_tf32`."""
+    """Sets whether TF32 is allowed inside a `with` block, and restores what was set before; see `allow_tf32`."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         allow_tf32(allowed)
