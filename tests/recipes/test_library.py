@@ -54,6 +54,7 @@ def test_every_file_and_variant_has_a_name():
 def test_every_shipped_recipe_says_how_it_is_run_and_what_was_measured(name: str):
     path = find_recipe(name).path
     header = path.read_text().split("\n[")[0]
+    assert header.splitlines()[0].endswith("."), "`recipes list` shows the first line alone"
     method = path.parent.name
     assert f"edmdistill train {method} " in header
     assert f"--recipe {path.relative_to(SHIPPED).with_suffix('').as_posix()}" in header
