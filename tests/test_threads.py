@@ -1,5 +1,6 @@
-"""Threads that act on items: in order, without losing what comes before a failure, and ended where nobody waits."""
+"""Threads: items in order, no result before a failure lost, and nothing left running where nobody waits."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,9 +9,9 @@ from contextlib import closing
 
 import pytest
 import torch
-from waiting import LIMIT
+from waiting import LIMIT, wait_until
 
-from edmdistill.threads import _Crew, ahead, in_crew
+from edmdistill.threads import Background, _Crew, ahead, in_crew
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -28,6 +29,19 @@ def test_items_are_acted_on_in_order_a_few_ahead(threads: int) -> None:
         results.append(result)
     assert [item for item, _ in results] == list(range(20))
     assert {thread is threading.main_thread() for _, thread in results} == {threads == 0}
+
+
+def test_as_many_items_are_begun_as_asked_for() -> None:
+    begun: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            begun.append(item)
+            yield item
+
+    with closing(ahead(lambda item: item, items(), 2, waiting=7)) as results:
+        assert [next(results), len(begun), next(results), len(begun)] == [0, 8, 1, 9]
+        assert [*results] == list(range(2, 20))
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -72,8 +86,8 @@ def test_a_failure_of_an_act_is_raised_in_its_place() -> None:
 @pytest.mark.parametrize(("threads", "each"), [(0, 3), (1, 3), (2, 1), (3, 1), (4, 1)])
 def test_the_cores_are_shared_out_and_given_back(threads: int, each: int, set_threads: Callable[[int], None]) -> None:
     set_threads(3)
-    found = [*ahead(lambda item: (torch.get_num_threads(), in_crew()), range(9), threads)]
-    assert found == [(each, threads > 0)] * 9
+    act = lambda item: (torch.get_num_threads(), in_crew())  # noqa: E731
+    assert [*ahead(act, range(9), threads, share_cores=True)] == [(each, threads > 0)] * 9
     later: list[int] = []
     new = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     new.start()
@@ -81,8 +95,14 @@ def test_the_cores_are_shared_out_and_given_back(threads: int, each: int, set_th
     assert (torch.get_num_threads(), later, in_crew()) == (3, [3], False)
 
 
+def test_acts_that_do_not_compute_leave_the_cores_alone(set_threads: Callable[[int], None]) -> None:
+    set_threads(3)
+    assert [*ahead(lambda item: in_crew(), range(9), 3)] == [False] * 9
+    assert torch.get_num_threads() == 3
+
+
 class Endless:
-    """Acts for ever, but on item 2, which fails.  ended: the exceptions that ended it."""
+    """Acts for ever, but on item 2, which fails, and on 6, which presses Ctrl-C.  ended: what ended it."""
 
     def __init__(self) -> None:
         self.began, self.ended = threading.Semaphore(0), list[type[BaseException]]()
@@ -96,6 +116,8 @@ class Endless:
                 self.began.acquire(timeout=LIMIT)
                 self.began.acquire(timeout=LIMIT)  # another has begun
                 raise ValueError("two")
+            if item == 6:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             for _ in range(1000 * LIMIT):
                 time.sleep(0.001)
             raise AssertionError("nothing ended it")
@@ -123,9 +145,47 @@ def test_threads_end_where_one_fails() -> None:
     assert set(threading.enumerate()) <= before
 
 
+def test_threads_end_at_ctrl_c_while_one_is_waited_for() -> None:
+    act, before = Endless(), set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        list(ahead(act, (3, 6, 4, 5), 2))
+    wait_until(lambda: set(threading.enumerate()) <= before)  # a pool does not know a thread that Ctrl-C saw start
+    assert set(act.ended) == {SystemExit}
+
+
 def test_what_a_thread_has_taken_but_not_begun_is_not_begun() -> None:
     crew, begun = _Crew(), []
     crew.stop()
     with pytest.raises(SystemExit):
         crew.run(begun.append, 1)
     assert not begun
+
+
+def test_jobs_in_the_background_are_done_in_order() -> None:
+    background, done, go = Background(), [], threading.Event()
+    background.begin(lambda: (go.wait(LIMIT), done.append(1)))
+    assert done == []
+    go.set()
+    background.begin(lambda: done.append(2))  # waits for the first
+    assert done[0] == 1
+    background.finish()
+    background.close()
+    assert done == [1, 2]
+
+
+def test_an_error_in_the_background_is_raised_once_by_the_next_call() -> None:
+    background = Background()
+    background.begin(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        background.begin(lambda: None)
+    background.finish()
+    background.begin(lambda: 1 / 0)
+    background.close()  # as after another error, which must not be hidden
+
+
+def test_nothing_is_left_in_the_background() -> None:
+    before, done = set(threading.enumerate()), []
+    with closing(Background()) as background:
+        background.begin(lambda: (time.sleep(0.01), done.append(1)))
+    assert done == [1]
+    assert set(threading.enumerate()) <= before

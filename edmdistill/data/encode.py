@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from edmdistill.data.datasets import Dataset
 from edmdistill.data.latent_zip import LatentZip, member_name
 from edmdistill.data.latents import channel_statistics
 from edmdistill.errors import DatasetError, counted
+from edmdistill.threads import ahead
 
 CHUNK = 64
 """Images that are read, encoded and written together; the chunks are shared out over the processes."""
@@ -91,22 +91,23 @@ class EncodeJob:
         """
         chunks = (range(at, at + CHUNK) for at in range(0, len(self.images), CHUNK))
         missing = filter(None, map(self.zip.missing, islice(chunks, self.rank, None, self.processes)))
-        for rows, pixels in self._read_ahead(missing):
-            parts: list[Tensor] = []
-            for part in torch.split(pixels.expand(-1, 3, -1, -1), self.vae.batch):
-                if parts:  # a chunk takes minutes on a CPU
-                    on_progress(self.zip.written + sum(map(len, parts)))
-                parts.append(self.vae.encode(part, self.range).cpu())
-            moments = torch.cat(parts)
-            broken = (~moments.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-            if broken:
-                file = self.images.files[rows[broken[0]] % len(self.images.files)]
-                raise DatasetError(
-                    f"{self.images.name}: {file} has latents that are not finite: encode with --dtype fp32, or by "
-                    "another VAE"
-                )
-            self.zip.put(rows, moments.numpy())
-            on_progress(self.zip.written)
+        with closing(ahead(lambda rows: (rows, self.images.images(rows)), missing, AHEAD)) as read:
+            for rows, pixels in read:
+                parts: list[Tensor] = []
+                for part in torch.split(pixels.expand(-1, 3, -1, -1), self.vae.batch):
+                    if parts:  # a chunk takes minutes on a CPU
+                        on_progress(self.zip.written + sum(map(len, parts)))
+                    parts.append(self.vae.encode(part, self.range).cpu())
+                moments = torch.cat(parts)
+                broken = (~moments.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+                if broken:
+                    file = self.images.files[rows[broken[0]] % len(self.images.files)]
+                    raise DatasetError(
+                        f"{self.images.name}: {file} has latents that are not finite: encode with --dtype fp32, or by "
+                        "another VAE"
+                    )
+                self.zip.put(rows, moments.numpy())
+                on_progress(self.zip.written)
 
     def finish(self) -> ChannelStatistics | None:
         """Completes the zip if all images are there, once for all processes.
@@ -142,15 +143,6 @@ class EncodeJob:
         others = {"label_names": images.label_names, "prepared": images.prepared}
         known = {key: value for key, value in others.items() if value is not None}
         return {"labels": labels, **known, "encoder": encoder}
-
-    def _read_ahead(self, chunks: Iterator[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        """Yields each chunk with its pixels, uint8 [B,C,H,W], the next ones being read meanwhile."""
-        with ThreadPoolExecutor(AHEAD) as pool:
-            waiting = [(rows, pool.submit(self.images.images, rows)) for rows in islice(chunks, AHEAD)]
-            while waiting:
-                rows, pixels = waiting.pop(0)
-                waiting += [(rows, pool.submit(self.images.images, rows)) for rows in islice(chunks, 1)]
-                yield rows, pixels.result()
 
 
 def far_off(measured: ChannelStatistics, declared: ChannelStatistics) -> bool:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +19,7 @@ from edmdistill.data.files import as_dataset_error
 from edmdistill.data.pictures import Pictures, decode_picture
 from edmdistill.data.transforms import Size, Transform, scale
 from edmdistill.errors import printable
+from edmdistill.threads import ahead
 
 CHUNK = 8
 """Pictures that a thread takes at a time."""
@@ -76,20 +75,12 @@ class PackJob:
 def packed_chunks(job: PackJob, start: int, workers: int) -> Generator[list[Packed], None, None]:
     """Yields the chunks of pictures from `start` on, in their order, while threads pack the next ones."""
     Image.init()
-    starts = iter(range(start, job.total, CHUNK))
-    waiting: deque[Future[list[Packed]]] = deque()
-    pool = ThreadPoolExecutor(workers)
+    starts = range(start, job.total, CHUNK)
     blocks = _imaging.get_blocks_max()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of sizes and metadata that are handled here
         _imaging.set_blocks_max(max(blocks, 4 * workers))  # memory that one picture leaves to the next
         try:
-            for at in starts:
-                waiting.append(pool.submit(job.pack, at))
-                if len(waiting) >= AHEAD * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from ahead(job.pack, starts, workers, waiting=AHEAD * workers - 1)
         finally:
-            pool.shutdown(cancel_futures=True)
             _imaging.set_blocks_max(blocks)

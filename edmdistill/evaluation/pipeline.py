@@ -53,8 +53,8 @@ def measure_images(
     readers = min(torch.get_num_threads(), MOST_THREADS) if images.readers is None else images.readers
     # Feature spaces set global flags of CUDA, which a network must not see change while it draws.
     measurers = 1 if readers and torch.device(device).type == "cpu" else 0
-    with closing(ahead(lambda piece: (piece, images.read(piece)), rows, readers)) as read:
-        yield from ahead(measure, read, measurers)
+    with closing(ahead(lambda piece: (piece, images.read(piece)), rows, readers, share_cores=True)) as read:
+        yield from ahead(measure, read, measurers, share_cores=True)
 
 
 def image_digests(images: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def generate_images(
             threads = _threads(model, spec, len(rows))
             share = -(-len(rows) // max(1, threads))
             shares = [rows[first : first + share] for first in range(0, len(rows), share)]
-            images += ahead(draw, shares, threads)
+            images += ahead(draw, shares, threads, share_cores=True)
             if on_progress is not None:
                 on_progress(len(rows))
     return torch.cat(images)

@@ -17,7 +17,7 @@ from edmdistill.checkpoints.run_state import Progress
 from edmdistill.errors import counted
 from edmdistill.machine.environment import environment, peak_memory
 from edmdistill.machine.signals import stop_on_signal
-from edmdistill.training.background import Background
+from edmdistill.threads import Background
 from edmdistill.training.faults import explain_errors
 from edmdistill.training.loop import rounds
 from edmdistill.training.measure import Evaluation, EvaluationStopped, open_evaluation

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from edmdistill.data.order import indices
 from edmdistill.errors import TrainingError
 from edmdistill.machine.launch import imports_from_working_directory
 from edmdistill.methods.base import Batch
+from edmdistill.threads import in_order
 from edmdistill.transfer import to_device
 
 AHEAD = 2
@@ -106,18 +106,14 @@ class Stream:
 
         Raises: DatasetError: a sample cannot be read.  TrainingError: a worker has ended.
         """
-        if self._pool is None:
+        pool = self._pool
+        if pool is None:
             for start, stop in requests:
                 yield self.read(start, stop)
             return
-        answers: deque[Future[Batch]] = deque()
+        answers = in_order(lambda request: pool.submit(_answer, request), requests, AHEAD * self.workers)
         try:
-            for start, stop in requests:
-                answers.append(self._pool.submit(_answer, start, stop))
-                if len(answers) > AHEAD * self.workers:
-                    yield self._place(answers.popleft().result())
-            while answers:
-                yield self._place(answers.popleft().result())
+            yield from map(self._place, answers)
         except BrokenProcessPool as error:
             raise TrainingError(
                 "a data worker died, probably because memory or /dev/shm is full: use fewer --workers, or "
@@ -187,5 +183,5 @@ def _end_with(lifeline: Connection) -> None:
     os._exit(0)
 
 
-def _answer(start: int, stop: int) -> Batch:
-    return _reader(start, stop)
+def _answer(request: tuple[int, int]) -> Batch:
+    return _reader(*request)

@@ -12,6 +12,7 @@ from picture_files import encoded
 from PIL import _imaging
 from waiting import LIMIT
 
+from edmdistill import threads
 from edmdistill.data import packing
 from edmdistill.data.packing import AHEAD, CHUNK, PackJob, packed_chunks
 from edmdistill.data.pictures import Pictures
@@ -60,7 +61,7 @@ def test_no_more_is_packed_than_a_few_chunks_ahead(monkeypatch: pytest.MonkeyPat
             wait([future := super().submit(*work)])
             return future
 
-    monkeypatch.setattr(packing, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", AtOnce)
     read: list[int] = []
     with closing(packed_chunks(job(lambda i: read.append(i) or PNG), 0, 2)) as chunks:  # type: ignore[func-returns-value]
         next(chunks)

@@ -149,7 +149,7 @@ def test_a_thread_that_has_its_share_of_the_cores_shares_nothing_out() -> None:
     def act(model: Denoiser) -> tuple[int, int]:
         return torch.get_num_threads(), _threads(model, SamplerSpec(), 8)
 
-    assert list(ahead(act, [teacher()], 1)) == [(2, 0)]
+    assert list(ahead(act, [teacher()], 1, share_cores=True)) == [(2, 0)]
 
 
 class Endless:
