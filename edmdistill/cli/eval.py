@@ -16,6 +16,7 @@ from edmdistill.cli.sampling_options import ONE_SAMPLER, SamplerOptions, churn_o
 from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, Count, FiniteFloat, Name, OutputPath
 
 if TYPE_CHECKING:
+    from edmdistill.checkpoints.load import Dtype
     from edmdistill.evaluation.measurements import Measurements
     from edmdistill.evaluation.results import Result
     from edmdistill.networks.flow import FlowNetwork
@@ -114,8 +115,8 @@ def command(
             say(sentence)
     folder = options.results_folder(source)
 
-    def specs(flow: FlowNetwork) -> list[SamplerSpec]:
-        spec = sampler.spec(flow, gamma=gamma, churn=churn)
+    def specs(flow: FlowNetwork, dtype: Dtype) -> list[SamplerSpec]:
+        spec = sampler.spec(flow, dtype, gamma=gamma, churn=churn)
         return [replace(spec, nfe=nfe) for nfe in nfes or (None,)]
 
     def show(results: Sequence[Result]) -> None:

@@ -28,6 +28,7 @@ from edmdistill.cli.types import CommaList, Count, OutputPath
 if TYPE_CHECKING:
     import torch
 
+    from edmdistill.checkpoints.load import Dtype
     from edmdistill.evaluation.measurements import Measurements
     from edmdistill.evaluation.results import Result
     from edmdistill.evaluation.shards import Processes, Work
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from edmdistill.recipes.schema import CompileMode
     from edmdistill.sampling.spec import SamplerSpec
 
-    MakeSpecs = Callable[[FlowNetwork], Sequence[SamplerSpec]]
+    MakeSpecs = Callable[[FlowNetwork, Dtype], Sequence[SamplerSpec]]
 
 
 class WeightsOf(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click alone
@@ -227,7 +228,7 @@ def plan_measurements(
     """Loads a source and its reference, and returns the measurements of it.
 
     Args:
-        specs: returns the samplers of a network.
+        specs: returns the samplers of a network that is loaded in this dtype.
     """
     if options.count and options.seeds is not None:
         raise click.UsageError("--n N means the seeds 0 to N - 1, so it cannot be combined with --seeds.")
@@ -261,7 +262,7 @@ def plan_measurements(
     say_unfinished(checkpoint)
     decode = open_decoder(model.encoder, options.vae, device)
     _say_all(filter(None, [getattr(decode, "note", None)]))
-    samplers = specs(model.flow)
+    samplers = specs(model.flow, dtype)
     use_precision(options.dtype, model, *samplers)
     compile_for_sampling(options.compile_mode, model, *samplers)
     return measure_network(

@@ -125,16 +125,18 @@ def say_unfinished(source: str | Source) -> None:
 def use_precision(dtype: str | None, model: Generator | Denoiser, *specs: SamplerSpec) -> None:
     """Allows TF32 on CUDA or not, as `--dtype` says, and says so where a precision spoils the images of a network.
 
-    float32 and float64 are exact. By default, networks that predict the noise are too, which TF32 would spoil. Beside
-    half precision, TF32 is for what stays float32, such as a VAE.
+    float32 and float64 are exact. By default, so are networks that predict the noise, which TF32 would spoil, and
+    whatever computes beside one, as TF32 is allowed in a whole process or not. Beside half precision, TF32 is for what
+    stays float32, such as a VAE.
     """
     from edmdistill.kernels.linear import allow_tf32
     from edmdistill.networks.preconditioning import NoisePrediction
     from edmdistill.sampling.build import rounding_warning
 
     if model.flow.device.type == "cuda":
-        exact = isinstance(model.flow.preconditioning, NoisePrediction) if dtype is None else dtype in EXACT
-        allow_tf32(not exact)
+        networks = [model, *(network for spec in specs for network in spec.companions)]
+        predict_noise = any(isinstance(each.flow.preconditioning, NoisePrediction) for each in networks)
+        allow_tf32(not (predict_noise if dtype is None else dtype in EXACT))
     for sentence in dict.fromkeys(rounding_warning(model, spec) for spec in specs):
         if sentence is not None:
             say(sentence)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     type=FiniteFloat(0, 1, min_open=True),
     default=UTILIZATION,
     show_default=True,
-    help="Share of a GPU's peak speed.",
+    help="Share of a GPU's peak speed; train --fit takes the default.",
 )
 @click.option(
     "--all", "all_", is_flag=True, help="Plan every precision, with and without sharding and checkpointing, too."
@@ -106,10 +106,11 @@ def command(
         {name: GPUS[name] for name in names} if names else {**GPUS, HERE: measure_this_machine()},
         utilization,
     )
+    fitted = None
     if fit is not None:
         with stage_bar("fitting") as on_progress:
-            request, sentence = fit_request(request, fit, on_progress)
-        click.echo(sentence, err=as_json)
+            request, fitted = fit_request(request, fit, on_progress)
+        click.echo(fitted.sentence, err=as_json)
     with stage_bar("planning") as on_progress:
-        document = plan_document(request, on_progress, all_)
+        document = plan_document(request, on_progress, all_) | {"fit": fitted and fitted.describe()}
     click.echo(json.dumps(document, indent=2) if as_json else plan_text(document, request))

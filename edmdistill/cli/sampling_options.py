@@ -14,6 +14,7 @@ from edmdistill.errors import EdmDistillError
 
 if TYPE_CHECKING:
     from edmdistill.checkpoints.generator import Generator
+    from edmdistill.checkpoints.load import Dtype
     from edmdistill.networks.flow import Denoiser, FlowNetwork
     from edmdistill.sampling.decode import Decoder
     from edmdistill.sampling.heun import Churn
@@ -31,11 +32,12 @@ class SamplerOptions:
     solver: str | None
     weights: Literal["ema", "raw"] = "ema"
 
-    def spec(self, flow: FlowNetwork, **others: Any) -> SamplerSpec:
-        """Returns the spec that they stand for; a guide is loaded.
+    def spec(self, flow: FlowNetwork, dtype: Dtype, **others: Any) -> SamplerSpec:
+        """Returns the spec that they stand for; a guide is loaded, on the network's device.
 
         Args:
-            flow: the network to sample; the guide computes where and as it does.
+            flow: the network to sample.
+            dtype: as load_model's, of the network and of the guide.
             others: fields of the spec that have other options.
         """
         from edmdistill.checkpoints.load import load_denoiser
@@ -46,7 +48,7 @@ class SamplerOptions:
         return SamplerSpec(
             times=None if self.times is None else parse_times(self.times, **levels),
             guidance=self.guidance,
-            guide=None if self.guide is None else load_denoiser(self.guide, flow.device, flow.activation_dtype),
+            guide=None if self.guide is None else load_denoiser(self.guide, flow.device, dtype),
             force_guidance=self.force_guidance,
             solver=self.solver,
             **others,
@@ -63,13 +65,15 @@ class SamplerGrid:
     force_guidance: bool
     solver: str | None
 
-    def specs(self, flow: FlowNetwork, nfes: Sequence[int | None], gammas: Sequence[float | None]) -> list[SamplerSpec]:
+    def specs(
+        self, flow: FlowNetwork, dtype: Dtype, nfes: Sequence[int | None], gammas: Sequence[float | None]
+    ) -> list[SamplerSpec]:
         """Returns the specs that they stand for, NFE running fastest; a guide is loaded.
 
         The guide is left out at weight 1, unless that is the only one, where the spec refuses it.
 
         Args:
-            flow: as SamplerOptions.spec's.
+            flow, dtype: as SamplerOptions.spec's.
             nfes, gammas: those of the grid; None: the network's default.
         """
         from edmdistill.checkpoints.load import load_denoiser
@@ -77,7 +81,7 @@ class SamplerGrid:
         from edmdistill.sampling.times import parse_times
 
         levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
-        guide = None if self.guide is None else load_denoiser(self.guide, flow.device, flow.activation_dtype)
+        guide = None if self.guide is None else load_denoiser(self.guide, flow.device, dtype)
         guided: dict[str, Any] = {"guide": guide, "force_guidance": self.force_guidance}
         weights: Sequence[float | None] = self.guidance or [None]
         without = () if {*weights} <= {None, 1} else (None, 1)

@@ -14,6 +14,7 @@ from edmdistill.cli.sampling_options import SamplerGrid, sampler_grid_options
 from edmdistill.cli.types import GAMMA, NFE, PROTOCOLS, Name, OutputPath
 
 if TYPE_CHECKING:
+    from edmdistill.checkpoints.load import Dtype
     from edmdistill.evaluation.results import Result
     from edmdistill.networks.flow import FlowNetwork
     from edmdistill.sampling.spec import SamplerSpec
@@ -82,8 +83,8 @@ def command(
                 draw(table, source, new, kind)
         click.echo(document if as_json else table.to_text())
 
-    def specs(flow: FlowNetwork) -> list[SamplerSpec]:
-        return sampler.specs(flow, nfes or [None], gammas or [None])
+    def specs(flow: FlowNetwork, dtype: Dtype) -> list[SamplerSpec]:
+        return sampler.specs(flow, dtype, nfes or [None], gammas or [None])
 
     with shared(options) as processes:
         measure(plan_measurements(source, protocol, options, specs, processes), folder, show)

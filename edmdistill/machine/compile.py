@@ -103,9 +103,8 @@ def begin_step(mode: CompileMode | None) -> None:
 
 def compile_for_sampling(mode: CompileMode, model: Generator | Denoiser, *samplers: SamplerSpec) -> None:
     """Compiles the networks of samplers. Batches smaller than an earlier one are padded, and need no code."""
-    others = [sampler.guide for sampler in samplers]
-    others += [sampler.reference.score for sampler in samplers if sampler.reference is not None]
-    for network in (other.flow.network for other in (model, *others) if other is not None):
+    others = [other for sampler in samplers for other in sampler.companions]
+    for network in (each.flow.network for each in (model, *others)):
         if mode != "off" and not network.compiled:
             compile_blocks(network, mode)
             network.forward = _PaddedBatches(network.forward, mode)  # type: ignore[method-assign]

@@ -22,14 +22,16 @@ def cores() -> int:
 
 
 def host_memory() -> tuple[int, int]:
-    """Returns total and free memory in bytes, within the limits of the control group."""
+    """Returns total and free memory in bytes, within the limits of the control group, v2 or v1."""
     total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for line in read_system_file("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    limit, used = (read_system_file(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit():
-        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
+    v1 = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"
+    for names in (("memory.max", "memory.current"), v1):
+        limit, used = (read_system_file(f"/sys/fs/cgroup/{name}").strip() for name in names)
+        if limit.isdigit() and used.isdigit():
+            total, free = min(total, int(limit)), min(free, int(limit) - int(used))
     return total, free
 
 

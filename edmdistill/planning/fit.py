@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import combinations, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,6 +69,21 @@ class Fitted(NamedTuple):
         chosen = f"{options(self.machine)}, by plan {self.peak / 1e9:.3g} of {self.memory / 1e9:.4g} GB"
         coarse = self.machine.second_moment == "bf16"
         return f"--fit chooses {chosen}{'; the second moment is rounded at random, without bias' if coarse else ''}."
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what was chosen, as plain values."""
+        machine = self.machine
+        return {
+            "options": options(machine),
+            "micro_batch": machine.micro_batch,
+            "checkpointing": machine.checkpointing,
+            "loss_pieces": machine.loss_pieces,
+            "second_moment": machine.second_moment,
+            "offload": list(machine.offload),
+            "memory": self.memory,
+            "peak": self.peak,
+            "seconds_per_round": self.seconds,
+        }
 
 
 def options(machine: Machine) -> str:
@@ -279,8 +294,8 @@ def main_choice(machine: Machine, choose: Callable[[], Fitted]) -> tuple[Machine
 
 def fit_request(
     request: PlanRequest, memory: float | str, on_progress: Callable[[str], object]
-) -> tuple[PlanRequest, str]:
-    """Returns the request for the fastest way that fits, and a sentence on it.
+) -> tuple[PlanRequest, Fitted]:
+    """Returns the request for the fastest way that fits, and the way.
 
     Args:
         memory: bytes, or "auto": those of the GPU; where all are listed, what this machine's has beside CUDA's context.
@@ -307,4 +322,4 @@ def fit_request(
     )
     size = fitted.machine.micro_batch
     assert size != "auto"
-    return request._replace(machine=fitted.machine, micro_batch=size), fitted.sentence
+    return request._replace(machine=fitted.machine, micro_batch=size), fitted

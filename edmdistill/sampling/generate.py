@@ -105,7 +105,6 @@ def generate_images(
         raise EdmDistillError("there is nothing to sample: pass at least one seed")
     vectors = None if labels is None else label_vectors(labels, model.flow.label_dim, len(seeds))
     device = model.flow.device
-    score = None if spec.reference is None else spec.reference.score
 
     @torch.no_grad()  # which every thread has for itself
     def draw(rows: range) -> Tensor:
@@ -117,7 +116,7 @@ def generate_images(
         return _to_images(x0, is_latent(model))
 
     images: list[Tensor] = []
-    with in_eval_mode(model, spec.guide, score):
+    with in_eval_mode(model, *spec.companions):
         for at in range(0, len(seeds), batch):
             rows = range(at, min(at + batch, len(seeds)))
             threads = _threads(model, spec, len(rows))

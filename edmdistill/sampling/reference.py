@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edmdistill.checkpoints.load import load_denoiser, weights_digest
+from edmdistill.checkpoints.load import Dtype, load_denoiser, weights_digest
 from edmdistill.checkpoints.source import file_digest
 from edmdistill.errors import EdmDistillError, counted
 from edmdistill.features.script import Script
@@ -40,8 +40,11 @@ class ReferenceFiles:
     correctors: int = 10
     score: str | None = None
 
-    def load(self, flow: FlowNetwork) -> ReferenceGuidance:
-        """Returns the reference for a network, on its device and in its precision.
+    def load(self, flow: FlowNetwork, dtype: Dtype) -> ReferenceGuidance:
+        """Returns the reference for a network, on its device.
+
+        Args:
+            dtype: as load_model's, of the score.
 
         Raises: EdmDistillError: a picture does not fit.  CheckpointError: a file cannot be read.
         """
@@ -51,7 +54,7 @@ class ReferenceFiles:
             features=load_feature_net(self.feature_net, *size, flow.device),
             weight=self.weight,
             correctors=self.correctors,
-            score=None if self.score is None else load_denoiser(self.score, flow.device, flow.activation_dtype),
+            score=None if self.score is None else load_denoiser(self.score, flow.device, dtype),
         )
 
     def request(self, guidance: ReferenceGuidance) -> dict[str, Any]:

@@ -107,6 +107,12 @@ class SamplerSpec:
         """Returns the spec of a function's arguments, by name; those that are no fields of it are left out."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
+    @property
+    def companions(self) -> list[Denoiser]:
+        """Returns the networks that are called beside the one that is sampled."""
+        score = None if self.reference is None else self.reference.score
+        return [network for network in (self.guide, score) if network is not None]
+
     def __post_init__(self) -> None:
         require_fields(self)
         if self.nfe is not None and not 1 <= self.nfe <= MAX_NFE:

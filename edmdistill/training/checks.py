@@ -78,9 +78,11 @@ def with_compile_mode(recipe: Recipe, machine: Machine) -> Machine:
     return machine._replace(compile=mode)
 
 
-def rounding_note(recipe: Recipe, flow: FlowNetwork) -> str | None:
+def rounding_note(recipe: Recipe, flow: FlowNetwork, machine: Machine) -> str | None:
     """Returns a warning if half precision or TF32 spoils images at sigma_max, see `rounding_error`; or None."""
     precision = recipe.training.precision
+    if precision == "tf32" and process_device(machine.device).type != "cuda":  # there it is fp32
+        return None
     error = rounding_error(flow, precision, flow.sigma_max)
     if not error:
         return None

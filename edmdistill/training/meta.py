@@ -1,13 +1,14 @@
-"""The meta device with a memory: it derives the shapes of a repeated call once."""
+"""The meta device with a memory: it derives the shapes of a repeated call, or of a network's repeated pass, once."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _OUTPUTS: dict[Hashable, tuple[tuple[Any, ...], ...]] = {}
@@ -32,15 +33,57 @@ class CachedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         key = func, _shapes(args), _shapes(kwargs.items()), torch.get_default_dtype()
         if key in _OUTPUTS:
-            new = tuple(
-                torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in _OUTPUTS[key]
-            )
+            new = _allocate(_OUTPUTS[key])
             return new if len(func._schema.returns) > 1 else new[0]
         out = func(*args, **kwargs)
         leaves = out if isinstance(out, tuple) else (out,)
         if all(isinstance(leaf, Tensor) and leaf.is_meta and not leaf.storage_offset() for leaf in leaves):
-            _OUTPUTS[key] = tuple((leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves)
+            _OUTPUTS[key] = _layouts(leaves)
         return out
+
+
+@contextmanager
+def cached_passes(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, a pass without gradient that a network on the meta device has made before only allocates its outputs.
+
+    A method may follow its teacher for a thousand steps.
+    """
+    patched = list(networks)
+    for network in patched:
+        network.forward = _CachedPass(network.forward)
+    try:
+        yield
+    finally:
+        for network in patched:
+            del network.forward
+
+
+class _CachedPass:
+    """A network's forward pass."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.outputs: dict[Hashable, tuple[bool, tuple[tuple[Any, ...], ...]]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        key = _shapes(args), _shapes(kwargs.items())
+        if key not in self.outputs:
+            out = self.forward(*args, **kwargs)
+            self.outputs[key] = isinstance(out, tuple), _layouts(out if isinstance(out, tuple) else (out,))
+        several, layouts = self.outputs[key]
+        new = _allocate(layouts)
+        return new if several else new[0]
+
+
+def _layouts(tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], ...]:
+    return tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+
+
+def _allocate(layouts: Iterable[tuple[Any, ...]]) -> tuple[Tensor, ...]:
+    """Returns tensors of these sizes, strides and dtypes."""
+    return tuple(torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in layouts)
 
 
 @cache

@@ -73,8 +73,8 @@ def prepare(
     notes = [] if sources.init is None else [sources.init.load_auxiliary(networks)]
     if machine.compile != "off" and "teacher" in machine.offload:
         notes.append("Frozen networks are not compiled, because they wait in the host's memory.")
-    warnings = generator_warning(sources.config.noise_dependence, teacher), checks.rounding_note(recipe, sources.flow)
-    notes += [warning for warning in warnings if warning is not None]
+    notes += filter(None, [generator_warning(sources.config.noise_dependence, teacher)])
+    notes += filter(None, [checks.rounding_note(recipe, sources.flow, machine)])
     run = assemble(recipe, sources, networks, machine)
     run.vae = vae
     run.decoder, note = run.engine.on_main(lambda: grid_decoder(run.config.encoder, vae)) or (None, None)

@@ -14,7 +14,7 @@ from edmdistill.draws import Draws
 from edmdistill.errors import TrainingError
 from edmdistill.methods.base import Batch, Loss, Method, NoiseRange, Turn
 from edmdistill.networks.flow import FlowNetwork
-from edmdistill.training.meta import CachedShapes
+from edmdistill.training.meta import CachedShapes, cached_passes
 
 ROWS = 2
 """Images of the pass that shows which parameters a loss reaches."""
@@ -62,7 +62,7 @@ class Probe:
         unused: dict[str, set[str]] = {}
         for turn in dict.fromkeys(self.turns):
             network = self.set_trainable(turn.role)
-            with CachedShapes():
+            with CachedShapes(), cached_passes(self.networks.values()):
                 self.loss(turn, ROWS * self.group_size).value.sum().backward()  # type: ignore[no-untyped-call]
             idle = {name for name, parameter in network.named_parameters() if parameter.grad is None}
             unused[turn.role] = unused.get(turn.role, idle) & idle

@@ -84,6 +84,21 @@ def test_fit_is_for_one_gpu_that_is_named_or_here(monkeypatch: pytest.MonkeyPatc
         assert (result.exit_code, sentence in result.stderr) == (2, True)
 
 
+def test_what_fit_chose_is_in_the_document() -> None:
+    words = "sid/digits", TEACHER, "--gpu", "l40s", "--json"
+    assert json.loads(plan(*words).stdout)["fit"] is None
+    result = plan(*words, "--fit", "9MB", "--loss-pieces", "2", "--set", "training.batch=64")
+    document = json.loads(result.stdout)
+    chosen = document["fit"]
+    assert f"--fit chooses {chosen['options']}, by plan " in result.stderr
+    assert chosen["loss_pieces"] == 2
+    assert f"--micro-batch {chosen['micro_batch']}" in chosen["options"]
+    assert document["peak"]["micro_batch"] == chosen["peak"] <= chosen["memory"] == 9e6
+    assert chosen["checkpointing"] is ("--checkpoint-activations" in chosen["options"])
+    assert {chosen["second_moment"], *chosen["offload"]} <= {"fp32", "bf16", "ema", "teacher", "optimizer"}
+    assert chosen["seconds_per_round"] > 0
+
+
 def test_every_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edmdistill.planning.document.PRECISIONS", ("bf16",))
     document = json.loads(plan("sid/digits", TEACHER, "--processes", "2", "--all", "--json").stdout)

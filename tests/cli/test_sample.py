@@ -174,16 +174,40 @@ def test_a_guide_and_a_precision(runs: dict[str, Path], tmp_path: Path) -> None:
         assert np.array_equal(a["images"], b["images"])  # guided by itself, with its own labels: no guidance
 
 
-def test_what_guides_a_network_computes_as_it_does(runs: dict[str, Path], tmp_path: Path) -> None:
-    flow, teacher = load_model(runs["teacher"], dtype=torch.bfloat16).flow, str(runs["teacher"])
+def test_what_guides_a_network_computes_as_it_was_asked_to(runs: dict[str, Path], tmp_path: Path) -> None:
+    flow, teacher = load_model(runs["teacher"]).flow, str(runs["teacher"])
     words: dict[str, Any] = {"guide": teacher, "force_guidance": False, "solver": None}
-    one = SamplerOptions(times=None, guidance=1.5, **words).spec(flow)
-    (swept,) = SamplerGrid(times=(), guidance=[1.5], **words).specs(flow, [None], [None])
+    one = SamplerOptions(times=None, guidance=1.5, **words).spec(flow, torch.bfloat16)
+    (swept,) = SamplerGrid(times=(), guidance=[1.5], **words).specs(flow, torch.bfloat16, [None], [None])
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    score = ReferenceFiles(image=tmp_path / "a.png", feature_net="identity", score=teacher).load(flow).score
-    for network in (one.guide, swept.guide, score):
+    files = ReferenceFiles(image=tmp_path / "a.png", feature_net="identity", score=teacher)
+    for network in (one.guide, swept.guide, files.load(flow, torch.bfloat16).score):
         assert network is not None
         assert network.flow.activation_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("command", ["sample", "sweep"])
+def test_a_guide_is_loaded_by_its_own_rule(
+    command: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guide that predicts the noise stays exact beside a network that computes in half precision by default."""
+    asked: list[Any] = []
+
+    def load(source: str, device: torch.device, dtype: Any) -> None:
+        asked.append(dtype)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edmdistill.checkpoints.load.load_denoiser", load)
+    rest = (
+        ["--seeds", "0", "--out", str(tmp_path / "a.npz")]
+        if command == "sample"
+        else ["--protocol", "digits", "--nfe", "3"]
+    )
+    for dtype in (None, "float16"):
+        words = [] if dtype is None else ["--dtype", dtype]
+        words += ["--guidance", "1.5", "--guide", str(runs["teacher"]), "--device", "cpu", *rest]
+        CliRunner().invoke(main, [command, str(runs["teacher"]), *words])
+    assert asked == ["auto", torch.float16]
 
 
 def test_an_official_pickle(golden: Path, tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def test_every_network_of_a_sampler_is_compiled_once(tmp_path: Path, monkeypatch
     source = tiny_generator(tmp_path / "teacher", "teacher")
     model, guide, score = (load_model(source) for _ in range(3))
     specs = (
-        SimpleNamespace(guide=guide, reference=None),
-        SimpleNamespace(guide=None, reference=SimpleNamespace(score=score)),
+        SimpleNamespace(companions=[guide]),
+        SimpleNamespace(companions=[score]),
     )
     networks = [each.flow.network for each in (model, guide, score)]
     compiling.compile_for_sampling("off", model, *specs)

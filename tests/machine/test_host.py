@@ -39,6 +39,10 @@ def files(monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
     )
 
 
+UNLIMITED = 2**63 - 4096
+"""Of control groups of the first version: the most pages that a signed number counts."""
+
+
 @pytest.mark.parametrize(
     ("limit", "used", "memory"),
     [
@@ -47,16 +51,19 @@ def files(monkeypatch: pytest.MonkeyPatch, **contents: str) -> None:
         (f"{12 * GIB}\n", f"{3 * GIB}\n", (12 * GIB, 9 * GIB)),
         (f"{12 * GIB}\n", f"{GIB}\n", (12 * GIB, 10 * GIB)),
         (f"{64 * GIB}\n", f"{60 * GIB}\n", (16 * GIB, 4 * GIB)),
+        (f"{UNLIMITED}\n", "4096\n", (16 * GIB, 10 * GIB)),
     ],
-    ids=["no control group", "no limit", "limited", "less free on the host", "more than there is"],
+    ids=["no control group", "no limit", "limited", "less free on the host", "more than there is", "no limit of v1"],
 )
+@pytest.mark.parametrize("version", [2, 1])
 def test_memory_is_what_host_and_control_group_allow(
-    limit: str, used: str, memory: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    limit: str, used: str, memory: tuple[int, int], version: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 16 * GIB // 4096}
     monkeypatch.setattr(host.os, "sysconf", pages.__getitem__)
     meminfo = f"MemTotal: {16 * GIB // 1024} kB\nMemFree: 5 kB\nMemAvailable:   {10 * GIB // 1024} kB\n"
-    files(monkeypatch, meminfo=meminfo, memory_max=limit, memory_current=used)
+    names = ("memory_max", "memory_current") if version == 2 else ("memory_limit_in_bytes", "memory_usage_in_bytes")
+    files(monkeypatch, meminfo=meminfo, **dict(zip(names, (limit, used), strict=True)))
     assert host.host_memory() == memory
 
 

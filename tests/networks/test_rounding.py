@@ -12,11 +12,13 @@ from edmdistill.checkpoints.load import load_denoiser, load_generator
 from edmdistill.cli import main
 from edmdistill.cli.options import use_precision
 from edmdistill.kernels.linear import tf32_allowed
+from edmdistill.machine.engine import Machine
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM, VP, Preconditioning
 from edmdistill.networks.rounding import rounding_error
 from edmdistill.sampling.build import build_sampler
 from edmdistill.sampling.spec import SamplerSpec
+from edmdistill.training.checks import rounding_note
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -75,6 +77,28 @@ def test_tf32_is_as_it_is_asked_for_on_cuda(dtype: str | None, preconditioning: 
         with tf32_allowed(before):
             use_precision(dtype, SimpleNamespace(flow=flow))
             assert torch.backends.cudnn.allow_tf32 == allowed
+
+
+def test_nothing_beside_a_network_that_predicts_the_noise_computes_in_tf32() -> None:
+    model, guide = (
+        SimpleNamespace(flow=SimpleNamespace(device=torch.device("cuda"), preconditioning=each))
+        for each in (EDM(), VP())
+    )
+    for dtype, companions, allowed in ((None, [], True), (None, [guide], False), ("tf32", [guide], True)):
+        with tf32_allowed(not allowed), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("edmdistill.sampling.build.rounding_warning", lambda model, spec: None)
+            use_precision(dtype, model, SimpleNamespace(companions=companions))
+            assert torch.backends.cudnn.allow_tf32 == allowed
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_training_warns_of_tf32_where_it_exists(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edmdistill.training.checks.process_device", torch.device)
+    flow = SimpleNamespace(preconditioning=VP(), sigma_data=0.5, sigma_max=80.0)
+    for precision, warned in (("fp32", False), ("tf32", device == "cuda"), ("bf16", True)):
+        recipe = SimpleNamespace(training=SimpleNamespace(precision=precision))
+        note = rounding_note(recipe, flow, Machine(device))
+        assert bool(note and f"whose rounding in {precision} is an error" in note) == warned
 
 
 def test_a_record_names_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

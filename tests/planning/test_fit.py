@@ -229,11 +229,11 @@ def test_a_plan_is_of_what_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
             return Fitted(Machine(checkpointing=True, micro_batch=4), 1e9, 1, 1.0)
 
         monkeypatch.setattr(module, "fit", fitted)
-        found, sentence = fit_request(request, memory, lambda stage: None)
+        chosen, way = fit_request(request, memory, lambda stage: None)
         asked = Machine(shard=shard, micro_batch=16)
         assert seen == [asked, room, named, "guide", 2, not shard, 0.5]
-        assert (found.machine.checkpointing, found.machine.micro_batch, found.micro_batch) == (True, 4, 4)
-        assert sentence.startswith("--fit chooses --checkpoint-activations --micro-batch 4")
+        assert (chosen.machine.checkpointing, chosen.machine.micro_batch, chosen.micro_batch) == (True, 4, 4)
+        assert way.sentence.startswith("--fit chooses --checkpoint-activations --micro-batch 4")
 
 
 def test_all_processes_take_the_way_of_the_main_one(monkeypatch) -> None:

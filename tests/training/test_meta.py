@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edmdistill.training.meta import CachedShapes
+from edmdistill.methods.base import NoiseRange
+from edmdistill.networks.edm2 import UNet
+from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.preconditioning import EDM
+from edmdistill.recipes.library import load_recipe
+from edmdistill.training.meta import CachedShapes, cached_passes
+from edmdistill.training.probe import Probe
+from edmdistill.training.roles import build_roles
 
 X = torch.empty(2, 4, 8, 6, device="meta")
 COUNTS = torch.empty(3, dtype=torch.int64, device="meta")
@@ -58,3 +65,43 @@ def test_gradients_have_the_shapes_of_their_weights() -> None:
         with CachedShapes():
             layers(X).sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape and p.grad.is_meta for p in layers.parameters())
+
+
+class Counted(nn.Linear):
+    """A network that counts its passes; two outputs."""
+
+    passes = 0
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.passes += 1
+        return super().forward(x), x.half()
+
+
+def test_a_pass_without_gradient_that_was_made_before_is_not_made_again() -> None:
+    network = Counted(6, 6).to("meta")
+    with cached_passes([network]):
+        with torch.no_grad():
+            passes = [network(X), network(X), network(X, scale=COUNTS), network(X[:1]), network(X[:1])]
+        assert network.passes == 3  # of other shapes, and of other arguments
+        for x, out in zip((X, X, X, X[:1], X[:1]), passes, strict=True):
+            assert described(out) == described((x @ network.weight, x.half()))
+        network(X)[0].sum().backward()
+        assert (network.passes, network.weight.grad is not None) == (4, True)
+    with torch.no_grad():
+        network(X)
+    assert network.passes == 5
+
+
+def test_a_probe_follows_a_long_trajectory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = UNet(8, 1, 10, 8, [1], num_blocks=1, attn_resolutions=[], channels_per_head=8)
+    passes, unused, forward = list[int](), [], FlowNetwork.forward
+    monkeypatch.setattr(FlowNetwork, "forward", lambda self, *a, **more: passes.append(1) or forward(self, *a, **more))
+    for steps in (4, 40):
+        passes.append(0)
+        recipe = load_recipe("fmd/digits", sets=[f"method.trajectory_steps={steps}"])
+        networks = build_roles(recipe, FlowNetwork(network, EDM()))
+        probe = Probe(recipe.method_class, recipe.method, networks, NoiseRange(0.5, 0.002, 80.0))
+        unused.append(probe.unused())
+    assert unused[0] == unused[1]
+    first, second = "".join(map(str, passes)).strip("0").split("0")
+    assert len(first) == len(second) < 10
