@@ -109,7 +109,8 @@ def _find(path: str | Path | None, kind: str, space: str) -> Path:
     if weights_file is None:
         raise CheckpointError(
             f"the feature space {space} needs its weights, which are not here: run `edmdistill fetch {name}`; eval, "
-            f"sweep, tune-schedule, diagnose and data stats also take a file, by --weights {space}=FILE"
+            f"sweep, tune-schedule, diagnose and data stats also take a file, by --weights {space}=FILE, and train by "
+            f"--set evaluation.weights.{space}=FILE"
         )
     return expanded(weights_file)
 

@@ -163,6 +163,8 @@ class EvaluationTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Interval between measurements, a multiple of training.log_every."""
     ref: str = ""
     """As of `edmdistill eval --ref`; latents need it."""
+    weights: dict[str, Annotated[str, Meta(min_length=1)]] = {}
+    """Files of feature spaces by name, as of `edmdistill eval --weights`. Default: the official ones."""
     n: Annotated[int, Meta(ge=2, le=1_000_000)] = 1000
     """Images of a measurement, of the seeds from 0."""
     nfe: Steps = (2,)

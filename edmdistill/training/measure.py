@@ -19,9 +19,10 @@ from torch import Tensor
 
 from edmdistill.data.datasets import Dataset
 from edmdistill.errors import NotFiniteError, TrainingError, counted
+from edmdistill.evaluation.checks import require_options
 from edmdistill.evaluation.diagnosis import Diagnosis, diagnose_networks
 from edmdistill.evaluation.evaluate import evaluate
-from edmdistill.evaluation.metrics import loss_of
+from edmdistill.evaluation.metrics import find_metric, loss_of
 from edmdistill.evaluation.protocol import get_protocol, open_reference
 from edmdistill.evaluation.references import ReferenceStatistics
 from edmdistill.features.base import FeatureSpace
@@ -119,6 +120,7 @@ class Evaluation:
                         protocol=self.table.protocol,
                         sampler=SamplerSpec(nfe=nfe),
                         seeds=range(self.table.n),
+                        weights=self.table.weights,
                         decode=self.decoder,
                         device=run.engine.device,
                         processes=processes,
@@ -205,6 +207,10 @@ def open_evaluation(run: Run) -> Evaluation | None:
             "--set evaluation.ref=FILE, or remove the table and measure snapshots by `edmdistill eval RUN`"
         )
     reference = open_reference(given, standard)
-    space = None if standard.features is None else load_features(standard.features, device=run.engine.device)
+    require_options(
+        SamplerSpec(), table.weights, [find_metric(name, str(standard.features)) for name in standard.metrics]
+    )
+    name = standard.features
+    space = None if name is None else load_features(name, table.weights.get(name), run.engine.device)
     decoder = run.decoder or open_decoder(run.config.encoder, run.vae, instead="remove [evaluation]")
     return Evaluation(table, reference, space if table.diagnose else None, decoder)

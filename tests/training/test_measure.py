@@ -15,11 +15,14 @@ import pytest
 import torch
 from msgspec.structs import replace
 from ranks import Rank, in_ranks
+from safetensors.torch import save_file
 
 from edmdistill.checkpoints.config import read_config
 from edmdistill.checkpoints.load import load_generator
+from edmdistill.checkpoints.source import file_digest
 from edmdistill.checkpoints.store import load_tensors
-from edmdistill.errors import NotFiniteError, RecipeError, TrainingError
+from edmdistill.embedded import EMBEDDED
+from edmdistill.errors import EdmDistillError, NotFiniteError, RecipeError, TrainingError
 from edmdistill.evaluation import diagnosis, panel
 from edmdistill.evaluation.diagnosis import diagnose, read_measures
 from edmdistill.evaluation.evaluate import evaluate
@@ -75,6 +78,33 @@ def test_the_diagnosis_is_that_of_the_command(run_dir: Path, teacher: Path) -> N
     assert "the teacher's denoiser" in unescape(page)
     assert page.count("<svg") == 3
     assert single_jumps([{"images": 8.0}]) == ""
+
+
+def test_the_weights_of_a_feature_space_may_be_a_file(start: Callable[..., Run], run_dir: Path, tmp_path: Path) -> None:
+    """Metrics and jumps are measured in it, and the metrics named after it."""
+    tensors = {name: 2 * tensor for name, tensor in load_tensors(EMBEDDED["digits"].features)[0].items()}
+    save_file(tensors, tmp_path / "twice.safetensors")
+    table = replace(TABLE, weights={"digits": str(tmp_path / "twice.safetensors")}, nfe=(1,))
+    assert train(measured(start, table), tmp_path / "run", on_message=lambda sentence: None).finished
+    (line, *_), (official, *_) = lines(tmp_path / "run"), lines(run_dir)
+    key = f"fd_digits[{file_digest(tmp_path / 'twice.safetensors')[:8]}]@20/1 NFE"
+    assert line[key] != official[KEY]
+    assert all(value != official[name] for name, value in line.items() if name.startswith("jump/generator/"))
+    assert (tmp_path / "run" / "best").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ({"inception": "inception.pt"}, "weights of inception were given, but the metrics are measured in digits"),
+        ({"digits": "nowhere.safetensors"}, "nowhere.safetensors"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused_before_training(
+    weights: dict[str, str], sentence: str, start: Callable[..., Run]
+) -> None:
+    with pytest.raises(EdmDistillError, match=sentence):
+        measure.open_evaluation(measured(start, replace(TABLE, weights=weights)))
 
 
 def test_a_teacher_in_the_hosts_memory_is_diagnosed(start: Callable[..., Run], run_dir: Path, tmp_path: Path) -> None:
