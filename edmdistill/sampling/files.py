@@ -73,8 +73,8 @@ class Samples:
         NAME: see PngFolder, with a grid beside it; samples.json is the record of the request
 
     Samples that are not finite are counted and left out. The output is locked against other processes from `claim` on,
-    or from now on if some are stored, until it is complete, or `close`. A folder of other seeds grows to these where it
-    holds some of them, drawn in the same way.
+    or from now on if some are stored, until it is complete, or `close`. A folder of other seeds, or an unfinished file,
+    grows to these where it holds some of them, drawn in the same way.
 
     Args:
         out: the output, see check_output.
@@ -263,8 +263,8 @@ class Samples:
         return bool(record["complete"]) and every
 
     def _stored_seeds(self, request: Mapping[str, Any]) -> list[int] | None:
-        """Returns the seeds of a stored request that differs from this one in them alone, if the output can grow."""
-        if not self.output.grows or self.seeds is None or {**request, "seeds": 0} != {**self.request, "seeds": 0}:
+        """Returns the seeds of a stored request that differs from this one in them alone."""
+        if self.seeds is None or {**request, "seeds": 0} != {**self.request, "seeds": 0}:
             return None
         try:
             return parse_seeds(str(request.get("seeds")))

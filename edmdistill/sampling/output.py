@@ -58,10 +58,7 @@ class Output(ABC):
         folder: what holds the samples and the record of their request until `out` is complete.
         info: what the samples are.
         drawn: seeds of the stored samples, by position.
-        grows: it takes further samples when it is complete.
     """
-
-    grows = False
 
     def __init__(self, out: Path, folder: Path, info: SampleInfo) -> None:
         self.out, self.folder, self.info = out, folder, info

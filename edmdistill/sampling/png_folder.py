@@ -30,8 +30,6 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 class PngFolder(Output):
     """A folder NAME with 000000.png for seed 0 ... and dataset.json with the classes, and beside it NAME-grid.png."""
 
-    grows = True
-
     def __init__(self, out: Path, info: SampleInfo) -> None:
         super().__init__(out, out, info)
         self.grid = out.resolve().with_name(out.resolve().name + GRID)

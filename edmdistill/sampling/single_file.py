@@ -6,6 +6,9 @@ import shutil
 import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ class SingleFile(Output):
 
     def __init__(self, out: Path, info: SampleInfo) -> None:
         super().__init__(out, out.parent / f".{out.name}.parts", info)
+        self._stored: dict[int, tuple[Path, int]] = {}  # seed: its part, and its row there
 
     def is_complete(self, overwrite: bool) -> bool:
         if not self.out.exists():
@@ -36,8 +40,8 @@ class SingleFile(Output):
             return True
         if not overwrite:
             raise EdmDistillError(
-                f"{self.out} already exists, and only a folder takes further seeds: choose another name, or add "
-                "--overwrite"
+                f"{self.out} already exists, and of complete outputs only a folder takes further seeds: choose another "
+                "name, or add --overwrite"
             )
         return False
 
@@ -48,19 +52,28 @@ class SingleFile(Output):
         shutil.rmtree(self.folder)
 
     def recover(self, seeds: Sequence[int] | None) -> None:
-        for part in self._parts():
+        places = {seed: position for position, seed in enumerate(seeds or ())}
+        for part in self.folder.glob("*.npz"):
             try:
                 with np.load(part, allow_pickle=False) as file:
-                    self.drawn |= dict(zip(file["positions"].tolist(), file["seeds"].tolist(), strict=True))
+                    stored = list(zip(file["positions"].tolist(), file["seeds"].tolist(), strict=True))
             except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
                 part.unlink()  # torn by a power failure: its samples are drawn again
+                continue
+            for row, (position, seed) in enumerate(stored):
+                self._stored[seed] = part, row
+                place = position if seeds is None else places.get(seed)  # the part may be of fewer seeds
+                if place is not None:
+                    self.drawn[place] = seed
 
     def start(self, seeds: Sequence[int] | None) -> None:
         pass
 
     def put(self, seeds: Mapping[int, int], values: Tensor) -> None:
-        with atomic_write(self.folder / f"{min(seeds):08d}.npz") as new, new.open("wb") as file:
+        part = self.folder / f"seed-{next(iter(seeds.values())):010d}.npz"  # positions may belong to another request's
+        with atomic_write(part) as new, new.open("wb") as file:
             np.savez(file, values=values.numpy(), positions=np.array([*seeds]), seeds=np.array([*seeds.values()]))
+        self._stored |= {seed: (part, row) for row, seed in enumerate(seeds.values())}
         self.drawn |= seeds
 
     def close(self) -> None:
@@ -79,19 +92,16 @@ class SingleFile(Output):
 
         Raises: CheckpointError: some are gone.
         """
-        count = 0
-        for part in self._parts():
-            with np.load(part, allow_pickle=False) as file:
-                count += len(file["values"])
-                yield file["values"]
-        if count != len(self.drawn):  # on a file system without locks
+        places = [self._stored[self.drawn[position]] for position in sorted(self.drawn)]
+        parts = {*self.folder.glob("*.npz")}
+        if (count := sum(part in parts for part, _ in places)) < len(places):  # on a file system without locks
             raise CheckpointError(
-                f"{self.folder} has {count:,} of the {len(self.drawn):,} images that were drawn, because another "
-                "process writes there: run the same command again"
+                f"{self.folder} has {count:,} of the {len(places):,} images that were drawn, because another process "
+                "writes there: run the same command again"
             )
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]*.npz"))
+        load = lru_cache(2)(_read_values)  # seeds of two requests may alternate
+        for part, run in groupby(places, key=itemgetter(0)):
+            yield load(part)[[row for _, row in run]]
 
     @abstractmethod
     def _read_digest(self) -> str | None:
@@ -146,6 +156,12 @@ class NpzFile(SingleFile):
                 return archive.comment.decode("ascii", "replace")
         except (OSError, ValueError, zipfile.BadZipFile):
             return None
+
+
+def _read_values(part: Path) -> Any:
+    """Returns the samples of a part."""
+    with np.load(part, allow_pickle=False) as file:
+        return file["values"]
 
 
 def _write_npy_header(file: Any, dtype: Any, shape: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from forks import Forked
+from PIL import Image
 from tiny_generator import tiny_generator
 from waiting import wait_until
 
@@ -19,6 +20,7 @@ from edmdistill.cli import main
 from edmdistill.data.datasets import open_dataset
 from edmdistill.data.prepare import prepare_data
 from edmdistill.sampling import job
+from edmdistill.sampling.seeds import parse_seeds
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +115,41 @@ def test_samples_that_are_not_finite_are_not_drawn_again(
     assert json.loads((tmp_path / "out" / "samples.json").read_text())["not_finite"] == [1, 4]
 
 
-def test_only_a_folder_grows(source: Path, tmp_path: Path, interrupt: Callable[[int], list[int]]) -> None:
-    """Not an .npz that is half drawn; nor a folder whose record was changed by hand."""
-    interrupt(1)
-    assert run(source, "--seeds", "0-7", "--batch", 4, "--out", tmp_path / "a.npz").exit_code == 130
+@pytest.mark.parametrize("name", ["a.npz", "a.png"])
+@pytest.mark.parametrize(("first", "grown"), [("0-7", "0-11"), ("4-11", "0-12"), ("1,3,5,7,9,11", "0-12")])
+def test_an_unfinished_file_grows(
+    name: str, first: str, grown: str, source: Path, tmp_path: Path, interrupt: Callable[[int], list[int]]
+) -> None:
+    """By the seeds that it lacks, to the file that one command would have drawn."""
+    drawn = interrupt(1)
+    assert run(source, "--seeds", first, "--batch", 4, "--out", tmp_path / name).exit_code == 130
+    refused = run(source, "--seeds", "100", "--out", tmp_path / name)
+    assert f"holds other samples (seeds {first} there, 100 now)" in refused.stderr
+    assert f"--seeds {first},100 adds to them" in refused.stderr
+    whole = parse_seeds(grown)
+    before = parse_seeds(first)[:4]
+    drawn.clear()
+    assert run(source, "--seeds", grown, "--out", tmp_path / name).exit_code == 0
+    assert drawn == [seed for seed in whole if seed not in before]
+    assert run(source, "--seeds", grown, "--out", tmp_path / f"whole-{name}").exit_code == 0
+    if name == "a.png":
+        pictures = [np.asarray(Image.open(tmp_path / file)) for file in (name, f"whole-{name}")]
+        assert np.array_equal(*pictures)
+        return
+    with np.load(tmp_path / name) as file, np.load(tmp_path / f"whole-{name}") as expected:
+        assert file["seeds"].tolist() == expected["seeds"].tolist() == whole
+        assert file["labels"].tolist() == expected["labels"].tolist()
+        assert np.array_equal(file["images"], expected["images"])
+
+
+def test_a_record_that_was_changed_by_hand_does_not_grow(source: Path, tmp_path: Path) -> None:
     assert run(source, "--seeds", "0-3", "--out", tmp_path / "out").exit_code == 0
     record = tmp_path / "out" / "samples.json"
     record.write_text(record.read_text().replace('"0-3"', '"all"'))
-    for name in ("a.npz", "out"):
-        refused = run(source, "--seeds", "0-9", "--out", tmp_path / name)
-        assert refused.exit_code == 2
-        assert "holds other samples (seeds " in refused.stderr
-        assert refused.stderr.endswith("choose another path, or add --overwrite\n")
+    refused = run(source, "--seeds", "0-9", "--out", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "holds other samples (seeds " in refused.stderr
+    assert refused.stderr.endswith("choose another path, or add --overwrite\n")
 
 
 def test_a_folder_of_other_seeds_says_how_to_add_to_it(source: Path, tmp_path: Path) -> None:
