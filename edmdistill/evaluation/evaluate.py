@@ -25,7 +25,7 @@ from edmdistill.evaluation.metrics import find_metric, metric_label
 from edmdistill.evaluation.panel import Panel, collect_reference
 from edmdistill.evaluation.protocol import Protocol, get_protocol, open_reference
 from edmdistill.evaluation.references import ReferenceStatistics
-from edmdistill.evaluation.results import Result, read_results, results_json
+from edmdistill.evaluation.results import Origin, Result, read_results, results_json
 from edmdistill.evaluation.shards import ONE_PROCESS, RESULT, Processes, Work, remove_shards
 from edmdistill.networks.flow import Denoiser
 from edmdistill.sampling.build import build_sampler
@@ -119,8 +119,6 @@ def evaluate(
         decoder=decode.vae.sha256 if isinstance(decode, LatentDecoder) else images.decoder,
     )
     origin = provenance(model_or_images, source, device, source_sha256, raw)
-    if sampler.guide is not None:
-        origin["guide_sha256"] = tensors_digest(sampler.guide)
     task = _Task(subject, data, panel, done, standard.n, origin)
     return task.run(on_progress) if work is None else task.resume(work, on_progress)
 
@@ -150,7 +148,7 @@ class _Task(NamedTuple):
     panel: Panel
     protocol: Protocol
     standard_n: int
-    origin: dict[str, Any]
+    origin: Origin
 
     def resume(self, work: Work, on_progress: Callable[[int], object]) -> Result:
         """Returns the result of what is kept and of what was missing."""
@@ -214,6 +212,8 @@ def _samples(
 ) -> _Subject:
     """Returns the images of a network.  Raises: EdmDistillError: they are latents, or an option does not fit."""
     record = build_sampler(model, sampler).record
+    if sampler.guide is not None:
+        record = replace(record, guide=tensors_digest(sampler.guide))
     if is_latent(model) and decode is to_uint8:
         raise EdmDistillError("this network makes latents, which are not pictures: give decode, of open_decoder")
     images = sampled_images(model, sampler, seeds, decode, labels=standard.labels, with_classes=with_classes)
@@ -226,7 +226,7 @@ def provenance(
     device: torch.device | str,
     source_sha256: str | None = None,
     raw: bool = False,
-) -> dict[str, Any]:
+) -> Origin:
     """Returns the record of what was measured, with which versions, and of what decides the rounding, as JSON."""
     versions: dict[str, Any] = {"edmdistill": __version__, "revision": revision(), "torch": str(torch.__version__)}
     versions["device"] = torch.device(device).type
@@ -246,5 +246,4 @@ def provenance(
         origin["source_sha256"] = source_sha256
     if raw:
         origin["weights"] = "raw"
-    document: dict[str, Any] = msgspec.to_builtins(origin | versions)
-    return document
+    return msgspec.convert(msgspec.to_builtins(origin | versions), Origin)

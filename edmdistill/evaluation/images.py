@@ -218,8 +218,10 @@ def _request(folder: Path, count: int) -> dict[str, Any]:
 def _sampler(request: Mapping[str, Any]) -> SamplerRecord | None:
     """Returns the sampler of a request, if it says all of how the images were drawn."""
     try:
-        return None if "reject" in request else msgspec.convert(request.get("sampler"), SamplerRecord | None)
-    except msgspec.ValidationError:
+        if "reject" in request or (sampler := request.get("sampler")) is None:
+            return None
+        return msgspec.convert(sampler | {key: request[key] for key in ("guide",) if key in request}, SamplerRecord)
+    except (TypeError, msgspec.ValidationError):
         return None
 
 

@@ -10,10 +10,10 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import stdev
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from edmdistill.atomic import atomic_write, expanded, unwritable
@@ -28,6 +28,25 @@ EVAL = "eval"
 """A run's folder of results."""
 
 
+class Origin(TypedDict, total=False):
+    """What was measured, with which versions, and what decides the rounding; keys that do not apply are absent."""
+
+    source: str | None
+    method: str | None
+    recipe_hash: str | None
+    images_seen: int | None
+    provenance: dict[str, Any]
+    """Of a generator: the Provenance of its checkpoint."""
+    source_sha256: str
+    weights: str
+    """raw: not the average that a run publishes."""
+    edmdistill: str
+    revision: str | None
+    torch: str
+    device: str
+    compiled: bool
+
+
 class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Metrics, and all that it takes to judge or repeat them.
 
@@ -35,14 +54,18 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
 
     schema_version: int = SCHEMA_VERSION
-    metrics: dict[str, float]
+    metrics: Annotated[dict[str, float], Meta(min_length=1)]
     repetitions: tuple[dict[str, float], ...] = ()
     """The metrics of each repetition, of which `metrics` are the means; empty if there is one."""
     protocol: Protocol
     protocol_sha256: str
     sampler: SamplerRecord | None
     """None: the images were there already, and not known to be drawn by `sample`."""
-    provenance: dict[str, Any]
+    provenance: Origin
+
+    def __post_init__(self) -> None:
+        if len(self.repetitions) == 1 or any(one.keys() != self.metrics.keys() for one in self.repetitions):
+            raise ValueError("repetitions must be several, each of the same metrics")
 
     def to_json(self) -> str:
         """The result as a JSON document, which `read_results` and `edmdistill compare` read."""
@@ -88,9 +111,13 @@ def _rows_of(result: Result) -> dict[str, Sequence[float]]:
     return rows
 
 
-def read_results(files: Iterable[Path]) -> list[Result]:
+def read_results(
+    files: Iterable[Path], advice: str = "give what edmdistill eval --out wrote, or a run that was measured"
+) -> list[Result]:
     """Returns the results that `edmdistill eval --out` or `Result.to_json` wrote.
 
+    Args:
+        advice: on a file that is none; the end of a sentence.
     Raises: EdmDistillError: a file holds other things.
     """
     results: list[Result] = []
@@ -107,9 +134,7 @@ def read_results(files: Iterable[Path]) -> list[Result]:
                     reason = "it has no list of them"
                 case _:
                     reason = getattr(error, "strerror", None) or str(error)
-            raise EdmDistillError(
-                f"{file} holds no results ({reason}): give what edmdistill eval --out wrote, or a run that was measured"
-            ) from error
+            raise EdmDistillError(f"{file} holds no results ({reason}): {advice}") from error
     return results
 
 
@@ -118,12 +143,26 @@ def results_in_config(config: CheckpointConfig) -> list[Result]:
     try:
         return msgspec.convert(config.results, list[Result])
     except msgspec.ValidationError as error:
-        raise EdmDistillError(f"the results in this checkpoint cannot be read ({error}): measure it again") from error
+        raise EdmDistillError(
+            f"the results in this checkpoint cannot be read ({error}): measure it again by edmdistill eval --save, "
+            "which replaces them"
+        ) from error
+
+
+def _result_or_none(stored: dict[str, Any]) -> Result | None:
+    try:
+        return msgspec.convert(stored, Result)
+    except msgspec.ValidationError:
+        return None
 
 
 def add_results(config: CheckpointConfig, results: Sequence[Result]) -> CheckpointConfig:
-    """A configuration with these results too; one of the same protocol and sampler as another takes its place."""
-    latest = {(r.protocol_sha256, r.sampler): r for r in (*results_in_config(config), *results)}
+    """A configuration with these results too; one of the same protocol and sampler as another takes its place.
+
+    What is there and no result, which an earlier version may have written, is left out: nothing else reads it.
+    """
+    readable = filter(None, map(_result_or_none, config.results))
+    latest = {(r.protocol_sha256, r.sampler): r for r in (*readable, *results)}
     return replace(config, results=tuple(map(msgspec.to_builtins, latest.values())))
 
 
@@ -135,7 +174,7 @@ def load_results(path: Path) -> list[Result]:
     """
     folder = checkpoint_in(path)
     stored = results_in_config(read_config(folder)) if (folder / CONFIG).is_file() else []
-    results = [*stored, *read_results(results_files(path))]
+    results = [*stored, *read_results(results_files(path), "remove it, and measure again by edmdistill eval --save")]
     return latest_results(result for result in results if not is_of_raw_weights(result))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from edmdistill.checkpoints.documents import markdown
@@ -242,8 +243,8 @@ def _setting(sampler: SamplerRecord) -> str:
 
 def _settings_of(samplers: Sequence[SamplerRecord]) -> Callable[[SamplerRecord | None], str]:
     """Returns what names each of some samplers of one network, beside its NFE, by what varies among them."""
-    guided, churned, precise = (
-        len({getattr(sampler, name) for sampler in samplers}) > 1 for name in ("guidance", "churn", "dtype")
+    guided, by_others, churned, precise = (
+        len({getattr(sampler, name) for sampler in samplers}) > 1 for name in ("guidance", "guide", "churn", "dtype")
     )
     schedules: dict[SamplerRecord, set[tuple[float, ...] | None]] = {}
     for sampler in samplers:
@@ -257,6 +258,7 @@ def _settings_of(samplers: Sequence[SamplerRecord]) -> Callable[[SamplerRecord |
         assert sampler is not None
         words = [_setting(sampler)]
         words += [f"guidance {sampler.guidance:g}"] if guided else []
+        words += _guide(sampler) if by_others else []
         words += [_levels(sampler.sigmas, digits)] if scheduled and sampler.sigmas else []
         words += [_churn(sampler.churn)] if churned and sampler.churn else []
         words += [sampler.dtype] if precise else []
@@ -270,11 +272,15 @@ def sampler_words(sampler: SamplerRecord | None) -> str:
     if sampler is None:
         return "-"
     words = [_setting(sampler)] if sampler.gamma is None or sampler.nfe > 1 else []  # gamma has no effect in one step
-    words += [f"guidance {sampler.guidance:g}"] if sampler.guidance != 1 else []
+    words += [f"guidance {sampler.guidance:g}", *_guide(sampler)] if sampler.guidance != 1 else []
     words += [_levels(sampler.sigmas)] if sampler.sigmas else []
     words += [_churn(sampler.churn)] if sampler.churn else []
     words += [sampler.dtype] if sampler.dtype != "float32" else []
     return ", ".join(words)
+
+
+def _guide(sampler: SamplerRecord) -> list[str]:
+    return [] if sampler.guide is UNSET else [f"guide {sampler.guide:.8}"]
 
 
 def _churn(values: Sequence[float]) -> str:

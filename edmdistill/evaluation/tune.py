@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -24,6 +25,9 @@ from edmdistill.sampling.seeds import format_seeds
 from edmdistill.sampling.spec import SamplerSpec
 from edmdistill.sampling.tune import Sigmas, TuningPlan, choose_schedule
 from edmdistill.trigflow import sigma_to_time
+
+VERSIONS = ("edmdistill", "revision", "torch", "device", "compiled")
+"""What a tuning keeps of a result's Origin."""
 
 
 def tune_schedules(
@@ -91,6 +95,7 @@ def tune_schedule(
     reference, sign = protocol.reference, loss_of(metric, 1)
     assert reference is not None
     assert sampler is not None
+    versions = {name: value for name, value in dict[str, Any](origin).items() if name in VERSIONS}
     return Tuning(
         sigmas=choice.sigmas,
         before=choice.before,
@@ -112,7 +117,7 @@ def tune_schedule(
         dtype=sampler.dtype,
         weights=protocol.weights,
         decoder=protocol.decoder,
-        **{name: origin[name] for name in ("edmdistill", "revision", "torch", "device", "compiled") if name in origin},
+        **versions,
     )
 
 

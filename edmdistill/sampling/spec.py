@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 from torch import Tensor
 
 from edmdistill.arguments import require_fields
@@ -65,6 +65,8 @@ class SamplerRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     sigmas: tuple[float, ...] | None = None
     """A generator's noise levels; a teacher's follow from nfe."""
     guidance: float = 1.0
+    guide: str | UnsetType = UNSET
+    """The sha256 of the network to guide away from; absent: the network itself without classes, or none."""
     churn: tuple[float, float, float, float] | None = None
     """A teacher's S_churn, S_min, S_max and S_noise; None: it is sampled without fresh noise."""
     dtype: str = "float32"

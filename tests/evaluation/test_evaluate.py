@@ -27,8 +27,16 @@ from edmdistill.evaluation.images import BLOCKS, block_size, open_images
 from edmdistill.evaluation.likelihood import evaluate_likelihood
 from edmdistill.evaluation.panel import collect_reference
 from edmdistill.evaluation.protocol import PROTOCOLS
-from edmdistill.evaluation.results import Result, results_json, results_table
+from edmdistill.evaluation.results import (
+    Result,
+    add_results,
+    latest_results,
+    results_in_config,
+    results_json,
+    results_table,
+)
 from edmdistill.evaluation.shards import Work
+from edmdistill.evaluation.tables import sampler_words
 from edmdistill.features.spaces import Pixels, load_features
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import Denoiser, FlowNetwork
@@ -398,3 +406,26 @@ def test_jpegs_are_refused(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 30), unique=True, min_size=1))
 def test_seeds_are_written_as_they_are_read(seeds: list[int]) -> None:
     assert parse_seeds(format_seeds(seeds)) == seeds
+
+
+def test_results_guided_by_two_networks_are_two(tmp_path: Path) -> None:
+    """One never takes the other's place, in a checkpoint or in a table, though both have the same weight."""
+    model = Denoiser(flow())
+    guides = [Denoiser(flow(label_dim=0)) for _ in range(2)]
+    torch.nn.init.zeros_(guides[1].flow.network.out_gain)
+    measured = [
+        evaluate(
+            model,
+            protocol="digits",
+            sampler=SamplerSpec(nfe=1, solver="ddim", guidance=2.0, guide=guide),
+            seeds=range(12),
+        )
+        for guide in guides
+    ]
+    config = CheckpointConfig(stage="teacher", provenance=Provenance(source="it"), **describe(model.flow))
+    kept = results_in_config(add_results(add_results(config, measured), measured))
+    assert kept == measured
+    words = {sampler_words(result.sampler) for result in kept}
+    assert len(words) == 2
+    assert all(", guide " in word for word in words)
+    assert latest_results(kept) == kept

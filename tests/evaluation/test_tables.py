@@ -194,6 +194,7 @@ def test_a_sweep_is_by_what_varies():
         ({"dtype": "bfloat16"}, ["gamma 1, float32", "gamma 1, bfloat16"]),
         ({"churn": (40.0, 0.05, 50.0, 1.003)}, ["gamma 1", "gamma 1, churn 40 0.05 50 1.003"]),
         ({"solver": "ddim", "gamma": None}, ["ddim", "gamma 1"]),
+        ({"guide": "ab" * 32}, ["gamma 1", "gamma 1, guide abababab"]),
     ],
 )
 def test_settings_that_differ_have_different_names(changes: dict[str, object], names: list[str]) -> None:

@@ -88,3 +88,46 @@ def test_inspect_survives_results_of_any_type(run: Path) -> None:
     assert result.exit_code in (0, 2)
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert "\x1b" not in result.output
+
+
+SOUND = {
+    "metrics": {"fd_digits@4": 1.0},
+    "protocol": {"name": "digits", "metrics": ["fd_digits"], "features": "digits"},
+    "protocol_sha256": "0" * 64,
+    "sampler": None,
+    "provenance": {"source": "it"},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema_version": "1"},
+        {"metrics": {}},
+        {"provenance": {"recipe_hash": {}}},
+        {"provenance": {"images_seen": "1"}},
+        {"provenance": {"source_sha256": []}},
+        {"repetitions": [{"fd_digits@4": 1.0}]},
+        {"repetitions": [{"fd_digits@4": 1.0}, {"fid": 2.0}]},
+    ],
+    ids=str,
+)
+def test_what_is_stored_and_no_result_is_refused_until_it_is_measured_again(
+    run: Path, change: dict[str, object]
+) -> None:
+    """The error says to measure again, which then has to work: it may be what an earlier version wrote."""
+    path = run / "generator" / "config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"results": [SOUND, SOUND | change]}))
+    for words in (("report", run), ("compare", run), ("push-to-hub", run, "me/it", "--dry-run", "--licence", "mit")):
+        refused = call(*words)
+        assert refused.exit_code == 2
+        assert "measure it again by edmdistill eval --save" in refused.stderr
+    again = call("eval", run, "--protocol", "digits", "--nfe", 1, "--n", 4, "--device", "cpu", "--save")
+    assert again.exit_code == 0, again.output
+    assert [result.protocol.n for result in load_results(run / "generator")] == [50000, 4]
+    (run / "eval" / "mine.json").write_text(json.dumps(SOUND | change))
+    refused = call("report", run)
+    assert refused.exit_code == 2
+    assert "mine.json holds no results" in refused.stderr
+    assert "remove it" in refused.stderr
