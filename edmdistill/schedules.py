@@ -8,9 +8,11 @@ Both are built on EDM's curve, r in [0, 1]:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +58,28 @@ def generator_sigmas(nfe: int, sigma_min: float, sigma_max: float, rho: float = 
     """
     r = 1 - torch.arange(nfe, dtype=torch.float64) / nfe
     return edm_curve(r, sigma_min, sigma_max, rho)
+
+
+def curve_through(
+    levels: Sequence[float], steps: int, sigma_min: float, sigma_max: float
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Returns a grid of falling noise levels from sigma_max, without 0, which goes through these; and their indices.
+
+    It is EDM's curve where that goes through them; elsewhere r is linear between two of them.
+
+    Args:
+        levels: falling, below sigma_max.
+        steps: of the grid and its last step, to 0; more than there are levels.
+    Returns: [steps] float64; of sigma_max and of each level.
+    """
+    r = [1.0, *(edm_index(level, sigma_min, sigma_max) for level in levels)]
+    indices = [round((1 - each) * steps) for each in r]
+    for i in range(1, len(r)):
+        indices[i] = max(indices[i], indices[i - 1] + 1)
+    for i in reversed(range(len(r))):  # a step is left for each after it
+        indices[i] = min(indices[i], steps - (len(r) - i))
+    grid = np.interp(range(steps), [*indices, steps], [*r, 0.0])
+    return edm_curve(torch.from_numpy(grid), sigma_min, sigma_max), tuple(indices)
 
 
 def cosim_sigmas(

@@ -12,6 +12,7 @@ from edmdistill.schedules import (
     cosim_sigmas,
     ctm_indices,
     ctm_score_sigmas,
+    curve_through,
     curve_times,
     edm_curve,
     edm_index,
@@ -44,6 +45,24 @@ def test_edm_grid() -> None:
 
 def test_edm_grid_lies_on_the_curve() -> None:
     torch.testing.assert_close(edm_sigmas(9, MIN, MAX), edm_curve(torch.linspace(1, 0, 9), MIN, MAX), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("levels", [(), (2.5152192,), (17.5278, 2.5152192, 0.169752)])
+def test_a_curve_through_levels_of_edms_curve_is_that_curve(levels: tuple[float, ...]) -> None:
+    grid, indices = curve_through(levels, 8, MIN, MAX)
+    torch.testing.assert_close(grid, generator_sigmas(8, MIN, MAX), rtol=1e-4, atol=0)
+    assert indices == tuple(range(0, 8, 8 // (1 + len(levels))))
+
+
+@pytest.mark.parametrize(
+    ("levels", "steps"), [((0.3,), 8), ((70.0, 60.0, 50.0), 4), ((0.003, 0.0025), 16), ((79.9,), 2)]
+)
+def test_a_curve_falls_through_all_levels_and_has_its_steps(levels: tuple[float, ...], steps: int) -> None:
+    """However near one another they are, or the ends of the range."""
+    grid, indices = curve_through(levels, steps, MIN, MAX)
+    assert (len(grid), grid.dtype) == (steps, torch.float64)
+    assert grid[list(indices)].tolist() == pytest.approx([MAX, *levels])
+    assert bool((grid.diff() < 0).all())
 
 
 def test_rho_bends_every_curve() -> None:

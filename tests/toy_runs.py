@@ -35,11 +35,12 @@ OPTIONS = {
     "sida": {"gan_warmup_images": 8},
     "imm": {"particles": 2},
     "ladd": {"levels": [2.5], "r1": 1.0},
+    "kd": {"levels": [2.5], "trajectory_steps": 3},
     "ctm": {"N": 4, "max_steps": 2, "gan_channels": 8},  # the teacher's steps are most of its time
 }
 """Of a method, beside its name."""
 
-ALIKE = {"dscd", "ect", "imm", "mean-flow", "sct", "sida", "tcm"}
+ALIKE = {"dscd", "ect", "kd", "imm", "mean-flow", "sct", "sida", "tcm"}
 """Methods whose networks and turns are like another's: scd's, fmd's, dmd2's."""
 
 ALL_METHODS = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in sorted(METHODS)]

@@ -72,6 +72,11 @@ METHODS: dict[str, MethodEntry] = {
         "LADD: a generator, of one step or several, that learns from a discriminator of the teacher's features alone.",
         ("sauer2024ladd",),
     ),
+    "kd": MethodEntry(
+        "edmdistill.methods.kd:KD",
+        "KD: knowledge distillation, regression on the ends of the teacher's trajectories, in one step or several.",
+        ("luhman2021kd",),
+    ),
     "scd": MethodEntry(
         "edmdistill.methods.scd:SCD",
         "sCD: continuous-time consistency models, distilled from a teacher.",

@@ -23,7 +23,7 @@ from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.adversarial import GAN_OPTIONS, AdversarialTurns, GANConfig, Terms, gan_roles
 from edmdistill.methods.base import Batch, EmaOf, FlowFunction, Method, NoiseRange, Role, SecondGain, Turn
-from edmdistill.methods.distances import DISTANCES, Distance, PerceptionFile, l2, perception_roles
+from edmdistill.methods.distances import Distance, PerceptionFile, check_distance, distance_of, l2, perception_roles
 from edmdistill.methods.gan_losses import GANWeight
 from edmdistill.methods.noising import noised
 from edmdistill.methods.solver import follow_flow
@@ -57,8 +57,7 @@ class CTMConfig(GANConfig, frozen=True, forbid_unknown_fields=True):
     s_gain: SecondGain = 0.0
 
     def __post_init__(self) -> None:
-        if (self.distance == "lpips") != bool(self.lpips):
-            raise ValueError('distance = "lpips" and lpips = FILE go together: set both or neither')
+        check_distance(self)
         if not self.gan:
             refuse_idle(self, GAN_OPTIONS, "gan = 0", "set gan above 0")
         if not self.dsm:
@@ -96,7 +95,7 @@ class CTM(Method[CTMConfig]):
     def __init__(self, config: CTMConfig, networks: Mapping[str, Any], noise: NoiseRange) -> None:
         super().__init__(config, networks, noise)
         self.generator, self.target = networks["generator"], networks["target"]
-        self.distance = networks["perception"] if config.lpips else DISTANCES[config.distance]
+        self.distance = distance_of(config, networks)
         times = sigma_to_time(edm_sigmas(config.N, noise.sigma_min, noise.sigma_max), noise.sigma_data)
         self.times, self.end = Constant(times), float(times[-1])
 

@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in METHODS} | {
     "scd, vsd and guided": GUIDED | {"vsd": 0.7},
     "dscd, guided": GUIDED,
     "vsd, guided": GUIDED,
+    "kd, guided": GUIDED,
     "fmd, guided": GUIDED,
     "dmd2, f-distill": {"levels": (2.5,), "f_divergence": "jensen-shannon"},
     "ctm": {"gan_channels": 4},

@@ -115,6 +115,7 @@ def test_half_precision_of_a_teacher_that_predicts_noise_is_warned_of(
         ({"name": "vsd"}, {}, (80.0,)),
         ({"name": "dmd2", "gan": 0.0, "levels": [1.5, 0.4]}, {}, (80.0, 1.5, 0.4)),
         ({"name": "ladd", "levels": [1.5]}, {}, (80.0, 1.5)),
+        ({"name": "kd", "levels": [1.5]}, {}, (80.0, 1.5)),
         ({"name": "scd", "allow_edm_time": True, "intervals": 4}, {}, (80.0, 1.207107, 0.5, 0.207107)),
         ({"name": "cosim"}, {}, (80.0, 2.515219)),
         ({"name": "sid"}, {"sigmas": {"1": [3.0]}}, (3.0,)),  # the recipe's own
