@@ -19,6 +19,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def printable_lines(text: str) -> str:
+    """Returns text of several lines, each of them safe to print, as `printable` makes it."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def without_secrets(text: str) -> str:
     """Returns text with URLs reduced to scheme, host and path, and without Hub tokens.
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from edmdistill.errors import printable, printable_lines
+
 INTERVAL = 30.0
 """Seconds between the lines where stderr is no terminal."""
 DELAY = 3.0
@@ -32,7 +34,7 @@ def progress_bar(total: float | None = None, desc: str | None = None, unit: str 
         total, desc, unit, options: tqdm's own.
     """
     bar = tqdm if sys.stderr.isatty() else _Lines
-    return bar(total=total, desc=desc, unit=unit, **({"delay": DELAY, "disable": _quiet} | options))
+    return bar(total=total, desc=desc and printable(desc), unit=unit, **({"delay": DELAY, "disable": _quiet} | options))
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def stage_bar(desc: str) -> Iterator[Callable[[str], object]]:
             nonlocal waiting
             if waiting is not None:
                 waiting.cancel()
-            bar.set_description_str(f"{desc}: {stage}", refresh=False)
+            bar.set_description_str(printable(f"{desc}: {stage}"), refresh=False)
             bar.n += 1
             if not bar.disable:
                 waiting = Timer(DELAY, refresh)  # nothing else comes while the stage lasts
@@ -67,15 +69,17 @@ def bar_class() -> type[tqdm[Any]]:
     class Bar(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             disable = _quiet or options.pop("disable", None)
+            if desc := options.get("desc"):
+                options["desc"] = printable(desc)
             super().__init__(*args, **({"delay": DELAY} | options | {"disable": disable}))
 
     return Bar
 
 
 def write(sentence: str) -> None:
-    """Prints a line on stderr, above the bars that are shown; nothing under `--quiet`."""
+    """Prints a line, or several, on stderr, above the bars that are shown; nothing under `--quiet`."""
     if not _quiet:
-        tqdm.write(sentence, file=sys.stderr)
+        tqdm.write(printable_lines(sentence), file=sys.stderr)
 
 
 class _Lines(tqdm):  # type: ignore[misc]

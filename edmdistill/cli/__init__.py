@@ -7,14 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 
 from edmdistill import __version__
-from edmdistill.errors import EdmDistillError, PeerFailed, printable
+from edmdistill.errors import EdmDistillError, PeerFailed, printable, printable_lines
 from edmdistill.machine.host import keep_freed_memory
 from edmdistill.methods import METHODS
 
@@ -127,7 +127,9 @@ def _interruptible() -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         if int(os.environ.get("RANK", 0)) == 0:
-            click.echo(f"Interrupted: {interrupt}" if interrupt.args else "Interrupted.", err=True)
+            click.echo(
+                f"Interrupted: {printable_lines(str(interrupt))}" if interrupt.args else "Interrupted.", err=True
+            )
         sys.exit(130)
 
 
@@ -185,7 +187,8 @@ class MainGroup(LazyGroup):
 def _refusal(error: OSError | RuntimeError) -> str | None:
     """Returns a sentence if the machine has refused something: a file, or a GPU its memory."""
     if isinstance(error, OSError):
-        return f"{error.filename or 'the output'}: {error.strerror}." if error.errno in REFUSALS else None
+        name = printable(str(error.filename or "the output"))
+        return f"{name}: {error.strerror}." if error.errno in REFUSALS else None
     if "torch" not in sys.modules:  # click's Exit is a RuntimeError too
         return None
 
@@ -199,11 +202,33 @@ def _refusal(error: OSError | RuntimeError) -> str | None:
     )
 
 
+class _Printable:
+    """A text stream that escapes control characters, whoever chose them, as JSON does; lines and tabs stay."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if not text.replace("\n", "").isprintable():
+            text = "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
+        written: int = self._stream.write(text)
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
+
+
 @contextmanager
 def _open_streams() -> Iterator[None]:
-    """Gives a command whose standard output or error is closed (`>&-`) one that discards what is printed.
+    """Lets no control character through standard output: names in it may be a stranger's.
 
-    Characters that the encoding of standard output lacks are escaped, as they are on standard error anyway.
+    A command whose standard output or error is closed (`>&-`) gets one that discards what is printed. Characters that
+    the encoding of standard output lacks are escaped, as they are on standard error anyway.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -212,7 +237,8 @@ def _open_streams() -> Iterator[None]:
         try:
             for name in closed:
                 setattr(sys, name, nowhere)
-            yield
+            with redirect_stdout(cast(TextIO, _Printable(sys.stdout))):
+                yield
         finally:
             for name in closed:
                 setattr(sys, name, None)

@@ -1,16 +1,19 @@
 """Nothing that a stranger chose reaches a terminal as a control character."""
 
+import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import call
 
 from edmdistill.checkpoints.inspect import to_text
 from edmdistill.checkpoints.official import load_official
 from edmdistill.cli import main
 from edmdistill.errors import CheckpointError, EdmDistillError, TrainingError, printable
+from edmdistill.progress import progress_bar, write
 
 EVIL = "\x1b[2J\x1b]0;pwned\x07\r\n\u202e\ud800\x9b"
 
@@ -52,3 +55,46 @@ def test_pickles_at_the_command_line(content: object, tmp_path: Path) -> None:
 
 def test_summaries() -> None:
     assert to_text({EVIL: EVIL, "a": [EVIL], "b": {EVIL: EVIL}}).replace("\n", "").isprintable()
+
+
+NAME = "a\x1b]0;b\x07\x7f\x9b\u202e\U000e0001c"
+
+
+def test_what_a_command_prints(tmp_path: Path) -> None:
+    """Whatever a command prints of a name, of a file or from one, on standard output."""
+    made = call("recipes", "copy", "cosim/digits", tmp_path / f"{NAME}.toml")
+    checked = call("recipes", "validate", tmp_path / f"{NAME}.toml")
+    shown = call("recipes", "show", tmp_path / f"{NAME}.toml")
+    for result in (made, checked, shown):
+        assert result.exit_code == 0
+        assert result.output.replace("\n", "").replace("\t", "").isprintable()
+    assert "\\u001b]0;b\\u0007\\u007f\\u009b\\u202e\\udb40\\udc01c.toml" in made.output
+    assert shown.output == (tmp_path / f"{NAME}.toml").read_text()
+
+
+def test_documents_stay_json(tmp_path: Path) -> None:
+    protocol = {"name": NAME, "metrics": ["fid"], "features": None}
+    result = {"metrics": {NAME: 1.0}, "protocol": protocol, "protocol_sha256": "", "sampler": None, "provenance": {}}
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    printed = call("compare", tmp_path / "r.json", "--json").stdout
+    assert printed.replace("\n", "").isprintable()
+    assert json.loads(printed)["rows"][0]["result"]["metrics"] == {NAME: 1.0}
+
+
+def test_notes_bars_and_what_the_system_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(f"two\nlines of {NAME}")
+    with progress_bar(3, desc=NAME, delay=0) as bar:
+        bar.update(3)
+    said = capsys.readouterr().err
+    assert said.startswith("two\nlines of a\\x1b")
+    assert said.replace("\n", "").isprintable()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", NAME)
+
+    monkeypatch.setattr("edmdistill.recipes.library.load_recipe", refuse)
+    refused = call("recipes", "validate", "cosim/digits")
+    assert refused.exit_code == 2
+    assert refused.output.replace("\n", "").isprintable()
