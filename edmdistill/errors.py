@@ -53,14 +53,18 @@ def public_address(url: str) -> str:
     return scheme + slashes + host + slash + path
 
 
+def _without_endless_words(text: str) -> str:
+    return re.sub(r"\S{1000,}", lambda match: f"{match[0][:300]}...{match[0][-300:]}", text)
+
+
 class EdmDistillError(Exception):
     """Base of all errors that the user can fix: a sentence, and more lines if needed.
 
-    Its text is printable and contains no secrets, whatever names are in it.
+    Its text is printable and contains no secrets, whatever names are in it, and of names without end it has the ends.
     """
 
     def __str__(self) -> str:
-        return "\n".join(printable(without_secrets(str(line))) for line in self.args)
+        return "\n".join(_without_endless_words(printable(without_secrets(str(line)))) for line in self.args)
 
     exit_code = 2
     """The exit code of a command that ends with this error."""

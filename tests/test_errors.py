@@ -2,7 +2,7 @@
 
 import pytest
 
-from edmdistill.errors import counted
+from edmdistill.errors import EdmDistillError, counted
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,12 @@ from edmdistill.errors import counted
 )
 def test_a_noun_goes_with_its_number(number: int, noun: str, expected: str) -> None:
     assert counted(number, noun) == expected
+
+
+def test_a_word_without_end_has_its_ends() -> None:
+    text = str(EdmDistillError(f"there is no {'a' * 5000 + 'z'}: choose another"))
+    assert len(text) < 700
+    assert text.startswith("there is no aaa")
+    assert text.endswith("aaz: choose another")
+    path = f"/{'/'.join(['folder'] * 100)}"
+    assert path in str(EdmDistillError(f"{path} does not exist"))

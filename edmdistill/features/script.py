@@ -178,6 +178,9 @@ def load_script(path: str | Path, device: torch.device | str = "cpu") -> nn.Modu
         raise CheckpointError(
             f"{path} cannot be read as TorchScript ({reason}): write it with torch.jit.save"
         ) from error
+    # What a script warns of is a stranger's text, which would reach the terminal as it is. The filter stays, because
+    # scripts may run in several threads.
+    warnings.filterwarnings("ignore", module="code/")
     for parameter in network.parameters():  # a script has no requires_grad_ of its own
         parameter.requires_grad_(False)
     return network.eval()

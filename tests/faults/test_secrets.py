@@ -97,5 +97,5 @@ def test_convert_does_not_tell(golden: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_results_do_not_tell() -> None:
     for address in ADDRESSES:
-        assert SECRET not in str(provenance(address, None, "cpu", 8))
-        assert SECRET not in str(provenance(None, address, "cpu", 8))
+        assert SECRET not in str(provenance(address, None, "cpu", "8"))
+        assert SECRET not in str(provenance(None, address, "cpu", "8"))

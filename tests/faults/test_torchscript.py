@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -342,6 +343,23 @@ def test_random_changes_end_in_one_sentence(plain: Path, tmp_path: Path) -> None
 
 
 # What is said.
+
+
+class Warns(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        warnings.warn("\x1b[2J\u202e", stacklevel=2)  # which is not ASCII and stored apart
+        warnings.warn("%c[2J" % 27, stacklevel=2)  # noqa: UP031  # the only way in TorchScript
+        return x
+
+
+@pytest.mark.parametrize("action", ["default", "always", "error"])
+def test_what_a_script_warns_of_is_not_said(tmp_path: Path, action: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    path = save(Warns(), tmp_path / "warns.pt")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter(action)
+        assert Script(path)(torch.ones(2)).sum() == 2
+    assert not [warning for warning in said if "[2J" in str(warning.message)]
+    assert capfd.readouterr().err == ""
 
 
 def test_other_files(tmp_path: Path) -> None:
