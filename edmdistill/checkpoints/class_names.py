@@ -21,7 +21,7 @@ DATA_SETS = {
 
 
 class KnownFile(NamedTuple):
-    """The facts about a file with a certain sha256."""
+    """What is known of a file with a certain sha256."""
 
     licence: str
     label_names: tuple[str, ...]

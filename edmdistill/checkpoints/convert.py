@@ -100,7 +100,7 @@ def convert(
     provenance = replace(provenance, licence=licence or provenance.licence)
     with atomic_write(out) as folder:
         on_progress("writing")
-        two_time = add_second_time(adapted, lend=True)
+        two_time = add_second_time(adapted, share=True)
         config = replace(config, provenance=provenance, results=(), **describe(two_time))
         write_checkpoint(folder, two_time, config)
         del two_time, adapted

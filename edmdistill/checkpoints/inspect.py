@@ -172,7 +172,7 @@ def _results(results: list[object]) -> list[str]:
     for result in results:
         sampler, metrics = get(result, "sampler"), get(result, "metrics")
         fields = [get(get(result, "protocol"), "name"), *(get(sampler, key) for key in ("nfe", "gamma", "guidance"))]
-        words = ["-" if fact is None else _word(fact) for fact in fields]
+        words = ["-" if field is None else _word(field) for field in fields]
         for metric, value in (metrics if isinstance(metrics, dict) else {}).items():
             rows.append((*words, _word(metric), _word(value)))  # type: ignore[arg-type]  # a word for each column
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -150,7 +150,7 @@ def load_flow(
     """
     flow, config = _read(open_source(source), weights, mapped)
     drop = config.stage != "generator" and flow.two_time
-    return drop_second_time(flow, lend=True) if drop else flow, config
+    return drop_second_time(flow, share=True) if drop else flow, config
 
 
 def _read(source: Source, weights: Weights, mapped: bool = True) -> tuple[FlowNetwork, CheckpointConfig]:

@@ -182,9 +182,11 @@ def _as_nvidias(ema: object, budget: Budget) -> None:
         return
     layers = ema.members("_modules", budget)
     for item in (ema, *layers.values()):
-        if isinstance(item, PersistentObject) and isinstance(own := item.state.get("_init_kwargs"), dict):
+        if isinstance(item, PersistentObject) and isinstance(arguments := item.state.get("_init_kwargs"), dict):
             item.class_name = SIDA.get(item.class_name, item.class_name)
-            item.state["_init_kwargs"] = {name: own[name] for name in own if name not in GENERATOR_ARGUMENTS}
+            item.state["_init_kwargs"] = {
+                name: value for name, value in arguments.items() if name not in GENERATOR_ARGUMENTS
+            }
     if ema.class_name == "Precond" and "logvar_linear" not in layers:
         ema.state["_init_kwargs"] = {**ema.members("_init_kwargs", budget), "logvar_channels": 0}
 

@@ -26,7 +26,7 @@ D is its input, whatever the network returns.
 """
 
 
-class Comparison(NamedTuple):
+class ParityPlan(NamedTuple):
     """What two networks are compared on: an image at each noise level.
 
     Attributes:
@@ -42,21 +42,21 @@ class Comparison(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
-def plan_comparison(flow: FlowNetwork, parity: Parity) -> Comparison:
+def plan_comparison(flow: FlowNetwork, parity: Parity) -> ParityPlan:
     """Returns what to compare on.  A quick comparison's images are 2 pixels wide where the network's are narrowest."""
     both, size = (torch.float32, torch.float64), flow.img_resolution
     sigmas = edm_sigmas(8, flow.sigma_min, flow.sigma_max)
     if parity == "full":
-        return Comparison(size, sigmas, 1, both)
+        return ParityPlan(size, sigmas, 1, both)
     size = min(size, 2 ** len(flow.network.arguments["channel_mult"]))
     large = sum(parameter.numel() for parameter in flow.parameters()) > SMALL
     if large:
-        return Comparison(size, generator_sigmas(2, flow.sigma_min, flow.sigma_max), 2, (torch.float32,))
-    return Comparison(size, sigmas, 8, both)
+        return ParityPlan(size, generator_sigmas(2, flow.sigma_min, flow.sigma_max), 2, (torch.float32,))
+    return ParityPlan(size, sigmas, 8, both)
 
 
 def compare(
-    folder: Path, expected: Mapping[torch.dtype, Tensor], comparison: Comparison, on_progress: Callable[[str], object]
+    folder: Path, expected: Mapping[torch.dtype, Tensor], comparison: ParityPlan, on_progress: Callable[[str], object]
 ) -> tuple[ParityRow, ...]:
     """Returns how far a written checkpoint is from `expected`, its source's images by dtype, at each noise level."""
     written, _ = load_checkpoint(folder)
@@ -74,7 +74,7 @@ def compare(
 
 @torch.no_grad()
 def denoised_images(
-    flow: FlowNetwork, dtype: torch.dtype, comparison: Comparison, on_progress: Callable[[str], object]
+    flow: FlowNetwork, dtype: torch.dtype, comparison: ParityPlan, on_progress: Callable[[str], object]
 ) -> Tensor:
     """Returns denoised images, one at each noise level: on the circle with two times, else in EDM's view."""
     flow, size = flow.to(dtype).eval(), comparison.size

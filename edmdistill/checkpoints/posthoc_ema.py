@@ -247,8 +247,8 @@ def _up_to(images: int, files: Mapping[Profile, Path], source: Path) -> dict[Pro
         )
     until = {profile: path for profile, path in files.items() if profile.images <= images}
     if len(until) < 2:
-        found = counted(len(until), "average")
-        raise CheckpointError(f"{source} holds {found} up to {images:,} images, and two are needed: raise --images")
+        count = counted(len(until), "average")
+        raise CheckpointError(f"{source} holds {count} up to {images:,} images, and two are needed: raise --images")
     return until
 
 

@@ -62,12 +62,12 @@ def command(
     if dry_run:
         click.echo(package.card.decode(), nl=False)
         try:
-            found = rehearse(package, **terms)
+            plan = rehearse(package, **terms)
         except HubUnreachable as error:
             say(f"The Hub was not asked: {error}")
             return
-        _say_kept(found.kept if found else ())
-        say(f"The Hub takes it{'' if found else ', as a new repository'}; nothing was uploaded.")
+        _say_kept(plan.kept if plan else ())
+        say(f"The Hub takes it{'' if plan else ', as a new repository'}; nothing was uploaded.")
         return
 
     def show(stage: str) -> None:

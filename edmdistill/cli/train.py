@@ -242,12 +242,12 @@ def _untrained(roles: Mapping[str, Mapping[str, list[str]]]) -> dict[str, list[s
 
     EDM2's head for the uncertainty of its own training loss is expected there, and is left out.
     """
-    found: dict[str, list[str]] = {}
+    untrained: dict[str, list[str]] = {}
     for role, description in roles.items():
         for name in description["unused"]:
             if not name.startswith("network.logvar_linear."):
-                found.setdefault(name, []).append(role)
-    return found
+                untrained.setdefault(name, []).append(role)
+    return untrained
 
 
 def _progress(run: "Run", stack: ExitStack) -> Callable[[int, dict[str, float]], None]:

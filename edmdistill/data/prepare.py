@@ -105,8 +105,8 @@ def prepare_data(
         "pillow": PIL.__version__,
         "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
     }
-    if not overwrite and (found := _made_before(source, out, settings, on_progress, on_bytes)) is not None:
-        return found
+    if not overwrite and (summary := _made_before(source, out, settings, on_progress, on_bytes)) is not None:
+        return summary
     require_free(out, overwrite)
     with open_state(out, settings, overwrite=overwrite) as state:
         pictures = open_pictures(source, state.folder, labels=labels, split=split, most=max_images, on_bytes=on_bytes)
@@ -235,8 +235,8 @@ def _made_before(
     with temporary_folder() as scratch:
         pictures = open_pictures(source, scratch, **chosen, most=settings["max_images"], on_bytes=on_bytes)
         wanted = pictures.names[: settings["max_images"]]
-        found = pictures.kind, names_sha256(wanted, pictures.sizes)
-        if found != (record["source_kind"], made) or _content(source, pictures, len(wanted), report) != content:
+        same = (pictures.kind, names_sha256(wanted, pictures.sizes)) == (record["source_kind"], made)
+        if not same or _content(source, pictures, len(wanted), report) != content:
             return None
         try:
             if json.loads(_document(images, pictures, record)) != document:  # other classes, or names of them

@@ -28,7 +28,7 @@ from edmdistill.errors import DatasetError, counted
 RECORD, IMAGES = "record.json", "images"
 
 
-class Progress(Struct):
+class PrepareProgress(Struct):
     """The part that is done.
 
     Attributes:
@@ -54,7 +54,7 @@ class Progress(Struct):
 class PrepareState:
     """The progress of one zip, and where its parts are."""
 
-    def __init__(self, out: Path, folder: Path, progress: Progress, overwrite: bool) -> None:
+    def __init__(self, out: Path, folder: Path, progress: PrepareProgress, overwrite: bool) -> None:
         self.out, self.folder, self.progress, self.overwrite = out, folder, progress, overwrite
         self.images = folder / IMAGES
 
@@ -62,7 +62,7 @@ class PrepareState:
         """Checks that the pictures that are done are still the first of the source; begins anew with `overwrite`.
 
         Args:
-            content: returns Progress.source_sha256 of so many pictures of the source, which it reads.
+            content: returns PrepareProgress.source_sha256 of so many pictures of the source, which it reads.
         Raises: DatasetError: they are not, or cannot be read.
         """
         done, before = self.progress.done, self.progress.changed
@@ -75,7 +75,7 @@ class PrepareState:
                 f"the pictures have changed since {self.out} was begun: {self.progress.done:,} of them were done; "
                 "begin anew with --overwrite"
             )
-        self.progress = Progress(self.progress.settings, changed=pictures.changed)
+        self.progress = PrepareProgress(self.progress.settings, changed=pictures.changed)
 
     def add(self, name: str, size: int, crc: int, changes: Sequence[str], written: int) -> None:
         """Counts a picture as done: in one step, because Ctrl-C may come before any other.
@@ -153,7 +153,7 @@ def chained(digest: str, line: str) -> str:
 
 
 def names_sha256(names: Sequence[str], sizes: Sequence[int]) -> str:
-    """Returns Progress.names_sha256 of pictures of these names and sizes in bytes."""
+    """Returns PrepareProgress.names_sha256 of pictures of these names and sizes in bytes."""
     digest = ""
     for name, size in zip(names, sizes, strict=False):
         digest = chained(digest, f"{size} {name}")
@@ -167,10 +167,10 @@ def _lock(folder: Path, out: Path) -> int:
     return descriptor
 
 
-def _read(folder: Path, out: Path, settings: dict[str, Any], overwrite: bool) -> Progress:
+def _read(folder: Path, out: Path, settings: dict[str, Any], overwrite: bool) -> PrepareProgress:
     progress = None
     try:
-        progress = msgspec.json.decode((folder / RECORD).read_bytes(), type=Progress)
+        progress = msgspec.json.decode((folder / RECORD).read_bytes(), type=PrepareProgress)
     except FileNotFoundError:
         pass
     except msgspec.DecodeError as error:
@@ -188,7 +188,7 @@ def _read(folder: Path, out: Path, settings: dict[str, Any], overwrite: bool) ->
             )
     for entry in folder.iterdir():
         entry.unlink()
-    _store(folder, new := Progress(settings))
+    _store(folder, new := PrepareProgress(settings))
     return new
 
 
@@ -197,7 +197,7 @@ def _holds(file: Path, size: int) -> bool:
     return file.is_file() and file.stat().st_size >= size
 
 
-def _store(folder: Path, progress: Progress) -> None:
+def _store(folder: Path, progress: PrepareProgress) -> None:
     new = folder / f"{RECORD}.new"
     with new.open("wb") as file:
         file.write(json.dumps(msgspec.to_builtins(progress)).encode())

@@ -98,14 +98,14 @@ def _drawn(count: int, keep: int) -> Tensor:
 def holds_statistics(path: Path, data: Dataset, spaces: Mapping[str, FeatureSpace], keep: int) -> bool:
     """Returns whether the file at `path` is what `collect_statistics` and `write_statistics` would make."""
     try:
-        found = open_statistics(path)
+        statistics = open_statistics(path)
     except DatasetError:
         return False
-    if found.about is None or found.about.fingerprint != data.fingerprint:
+    if statistics.about is None or statistics.about.fingerprint != data.fingerprint:
         return False
-    kept = {None if space.features is None else len(space.features) for space in found.spaces.values()}
+    kept = {None if space.features is None else len(space.features) for space in statistics.spaces.values()}
     wanted = {name: space.sha256 for name, space in spaces.items()}
-    return found.about.weights == wanted and kept == {min(keep, len(data)) or None}
+    return statistics.about.weights == wanted and kept == {min(keep, len(data)) or None}
 
 
 def write_statistics(path: Path, about: About, spaces: Mapping[str, SpaceStatistics]) -> None:

@@ -61,10 +61,10 @@ def read_rows(sources: Sequence[str | Path], seeds: str | None = None) -> list[R
                 f"{source} holds no results: measure it with edmdistill eval {source} --protocol NAME --save"
             )
         if wanted is not None:
-            there = sorted({str(result.protocol.seeds) for result in results})
+            held = sorted({str(result.protocol.seeds) for result in results})
             results = [result for result in results if result.protocol.seeds == wanted]
             if not results:
-                raise EdmDistillError(f"{source} has no results of the seeds {wanted}, but of {', '.join(there)}")
+                raise EdmDistillError(f"{source} has no results of the seeds {wanted}, but of {', '.join(held)}")
         if source.is_dir():
             rows += [_row_of_folder(result, source) for result in results]
         else:

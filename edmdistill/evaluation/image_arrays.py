@@ -69,7 +69,7 @@ def open_npy(path: Path) -> Rows:
 
 
 def open_npz(path: Path) -> tuple[Rows, Tensor | None, list[int] | None]:
-    """The images of an .npz, their classes [N] and their seeds; a class of -1 is none."""
+    """Returns the images of an .npz, their classes [N] and their seeds; a class of -1 is none."""
     files = ZipFiles(path)
     names = array_names(files)
     name, also = ("images", "labels") if "images" in names else ("arr_0", "arr_1")
@@ -106,7 +106,7 @@ def open_npz(path: Path) -> tuple[Rows, Tensor | None, list[int] | None]:
 
 
 def _no_images(path: Path, names: Sequence[str]) -> str:
-    """A sentence on an .npz that holds other arrays."""
+    """Returns a sentence on an .npz that holds other arrays."""
     if "mu" in names and "sigma" in names:
         return (
             f"{path} holds the statistics of a reference (mu and sigma) and no images; give images to be measured, and "

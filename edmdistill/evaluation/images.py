@@ -94,7 +94,7 @@ def block_size(side: int) -> int:
 
 
 def is_images(source: str | Path) -> bool:
-    """Whether a source is images and no network: arrays, an archive, or a folder but that of a network."""
+    """Returns whether a source is images and no network: arrays, an archive, or a folder but that of a network."""
     path = Path(source)
     if path.is_dir():
         return not (any((path / name).exists() for name in (CONFIG, TOML, EXPORT)) or is_state(path))
@@ -146,7 +146,7 @@ def _is_sharded(network: nn.Module) -> bool:
 
 
 def dataset_images(data: Dataset) -> Images:
-    """The images of a data set, without its classes."""
+    """Returns the images of a data set, without its classes."""
     return Images(len(data), data.size, data.images, None, None, "unknown")
 
 

@@ -26,7 +26,7 @@ TOLERATED = 0.02
 """Share by which a loss may exceed the original's."""
 
 
-class Row(NamedTuple):
+class NoiseLevelLoss(NamedTuple):
     """Mean of |F - v / sigma_data|^2 over pixels and channels, of each teacher, at one noise level."""
 
     sigma: float
@@ -42,7 +42,7 @@ def losses_by_noise(
     images: int | None = None,
     batch: int = 250,
     device: torch.device | str = "cpu",
-) -> list[Row]:
+) -> list[NoiseLevelLoss]:
     """Returns every teacher's loss at each of SIGMAS, on the same images and noise.
 
     Args:
@@ -64,7 +64,7 @@ def losses_by_noise(
             raise NotFiniteError(
                 f"the loss of {source} is not finite at sigma {', '.join(bad)}: check it with edmdistill inspect"
             )
-    return [Row(sigma, losses) for sigma, losses in zip(SIGMAS, zip(*columns, strict=True), strict=True)]
+    return [NoiseLevelLoss(sigma, losses) for sigma, losses in zip(SIGMAS, zip(*columns, strict=True), strict=True)]
 
 
 def _losses(source: str | Path, dataset: Dataset, images: int, batch: int, device: torch.device) -> list[float]:
@@ -93,7 +93,7 @@ def _loss(flow: FlowNetwork, x0: Tensor, z: Tensor, sigma: float, labels: Tensor
     return error.double().square().flatten(1).mean(1).sum()
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[NoiseLevelLoss]) -> str:
     """Returns the losses of one or two teachers as text, a line for each noise level."""
     lines = []
     for sigma, losses in rows:
@@ -103,7 +103,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([f"{'sigma':>8} " + " ".join(f"{name:>10}" for name in names), *lines])
 
 
-def verdict(rows: list[Row]) -> str:
+def verdict(rows: list[NoiseLevelLoss]) -> str:
     """Returns a sentence on whether the first teacher is as good as the second."""
     excess, sigma = max((row.losses[0] / row.losses[1] - 1, row.sigma) for row in rows)
     if excess <= TOLERATED:

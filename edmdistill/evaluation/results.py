@@ -68,7 +68,7 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError("repetitions must be several, each of the same metrics")
 
     def to_json(self) -> str:
-        """The result as a JSON document, which `read_results` and `edmdistill compare` read."""
+        """Returns the result as a JSON document, which `read_results` and `edmdistill compare` read."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
 
@@ -139,7 +139,7 @@ def read_results(
 
 
 def results_in_config(config: CheckpointConfig) -> list[Result]:
-    """The results in a configuration.  Raises: EdmDistillError: they are not what we write."""
+    """Returns the results in a configuration.  Raises: EdmDistillError: they are not what we write."""
     try:
         return msgspec.convert(config.results, list[Result])
     except msgspec.ValidationError as error:
@@ -157,7 +157,7 @@ def _result_or_none(stored: dict[str, Any]) -> Result | None:
 
 
 def add_results(config: CheckpointConfig, results: Sequence[Result]) -> CheckpointConfig:
-    """A configuration with these results too; one of the same protocol and sampler as another takes its place.
+    """Returns a configuration with these results, each in place of one of the same protocol and sampler.
 
     What is there and no result, which an earlier version may have written, is left out: nothing else reads it.
     """

@@ -49,9 +49,9 @@ def official(flow: FlowNetwork, config: CheckpointConfig) -> tuple[dict[str, Any
     pre = flow.preconditioning
     kind = str(config.preconditioning["kind"])
     ours = OUR_ARGUMENTS[config.network.kind]
-    own = flow.network.arguments
-    arguments = {name: value for name, value in own.items() if name not in ours} | {"use_fp16": config.use_fp16}
-    if strange := [f"{name}={own[name]}" for name, theirs in THEIRS.items() if own.get(name, theirs) != theirs]:
+    given = flow.network.arguments
+    arguments = {name: value for name, value in given.items() if name not in ours} | {"use_fp16": config.use_fp16}
+    if strange := [f"{name}={given[name]}" for name, theirs in THEIRS.items() if given.get(name, theirs) != theirs]:
         raise EdmDistillError(f"NVIDIA's classes have no {strange[0]}, which this network has: choose another --to")
     if kind not in CLASSES:
         raise EdmDistillError(

@@ -162,7 +162,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 @tangent_of(Tensor.new_zeros, torch.ones_like)
 def constant(function: Function, y: Tensor, x: Dual, *args: Any, **kwargs: Any) -> None:
-    """The rule of functions that read shape, dtype and device alone."""
+    """No tangent: the function reads shape, dtype and device alone."""
 
 
 @tangent_of(Tensor.reshape, Tensor.flatten, Tensor.transpose, Tensor.permute, Tensor.contiguous)

@@ -67,7 +67,7 @@ def group_norm_silu(
 def fused_rule(
     function: Function, y: Tensor, x: Dual, weight: Tensor, bias: Tensor, groups: int, eps: float, *modulation: Any
 ) -> Tensor:
-    """The tangent of `group_norm_silu` by Triton's kernel."""
+    """Returns the tangent of `group_norm_silu` by Triton's kernel."""
     from edmdistill.kernels import group_norm_triton  # it needs Triton
 
     values, tangents = (map(part, modulation) for part in (value, tangent))

@@ -14,13 +14,13 @@ from edmdistill.transfer import host_block
 
 
 def offload(network: Network, device: torch.device) -> None:
-    """Moves the weights and buffers of a network to the host, and lends every layer its own on the device.
+    """Moves the weights and buffers of a network to the host; every layer gets a copy of its own to compute with.
 
     The copies are queued beside the computation: the host does not wait for them. Between two calls, weights are on the
     meta device. Where gradients flow through to the input, autograd keeps the weights on the device until the backward
     pass, except in checkpointed blocks: without checkpointing, nothing is saved there.
     """
-    network.lent_to = device
+    network.execution_device = device
     modules = [module for module in network.modules() if _tensors(module)]
     tensors = [tensor for module in modules for tensor in _tensors(module).values()]
     kept = host_block(tensors, device)

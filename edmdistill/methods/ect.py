@@ -66,10 +66,10 @@ class ECT(Method[ECTConfig]):
         Differs: 1 / q^stage stays above CLOSEST. iCT's lowest level is sigma_min, where its f is the identity; here 0.
         """
         config = self.config
-        law = {"P_mean": config.P_mean, "P_std": config.P_std}
+        distribution = {"P_mean": config.P_mean, "P_std": config.P_std}
         if config.intervals is None:
-            sigma_t = lognormal_sigmas(draws, **law)
+            sigma_t = lognormal_sigmas(draws, **distribution)
             return sigma_t, paired_sigma(sigma_t, max(config.q ** -(1 + stage), CLOSEST), config.k, config.b)
         first, most = map(math.log, config.intervals)
         intervals = round(math.exp(min(first + stage * math.log(config.q), most)))
-        return neighbor_sigmas(draws, intervals, self.noise.sigma_min, self.noise.sigma_max, **law)
+        return neighbor_sigmas(draws, intervals, self.noise.sigma_min, self.noise.sigma_max, **distribution)

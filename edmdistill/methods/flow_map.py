@@ -61,8 +61,8 @@ class FlowMap(ContinuousConsistency[FlowMapT]):
         config, noise = self.config, self.noise
         t_max = math.atan(noise.sigma_max / noise.sigma_data)
         pairs = interval_times if config.times == "interval" else partial(lognormal_pairs, sigma_data=noise.sigma_data)
-        law = {"P_mean": config.P_mean, "P_std": config.P_std, "share_to_data": config.share_to_data}
-        t, d = pairs(draws, t_max=t_max, **law)
+        distribution = {"P_mean": config.P_mean, "P_std": config.P_std, "share_to_data": config.share_to_data}
+        t, d = pairs(draws, t_max=t_max, **distribution)
         return t, torch.where(draws.uniform() < config.share_still, 0, d) if config.share_still else d
 
     def generator_to(self, s: Tensor, w: Tensor | None) -> FlowFunction:

@@ -95,7 +95,7 @@ class Network(nn.Module, ABC):
         head: the discriminator of the features, which returns logits; None: there is none. See networks.heads.
         compiled: whether the blocks run compiled; see `machine.compile`.
         rounded: whether weights are kept in half precision; see `store_convolutions`.
-        lent_to: the device where it computes, if its weights wait in the host's memory; see `machine.offload`.
+        execution_device: the device where it computes, if its weights wait in the host's memory; see `machine.offload`.
     """
 
     img_resolution: int
@@ -114,7 +114,7 @@ class Network(nn.Module, ABC):
     head: nn.Module | None
     compiled: bool = False
     rounded: bool = False
-    lent_to: torch.device | None = None
+    execution_device: torch.device | None = None
     second_time: SecondTime | None
     map_guidance: GuidanceEmbedding | None
     logvar_fourier: MPFourier | None

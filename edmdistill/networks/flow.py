@@ -76,7 +76,7 @@ class FlowNetwork(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device where it computes."""
-        return self.network.lent_to or next(self.network.parameters()).device
+        return self.network.execution_device or next(self.network.parameters()).device
 
     def conditioning(
         self,

@@ -97,16 +97,16 @@ def levels(value: Level, name: str, count: int | None) -> Tensor:
     """
     many = "several" if count is None else f"{count}, one for each image"
     try:
-        found = torch.as_tensor(value)
+        numbers = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise EdmDistillError(f"{name} = {shown(value)} must be a number, or {many}") from error
-    if count is not None and found.numel() not in (1, count):
-        raise EdmDistillError(f"{name} = {shown(found)} must be a number, or {many}")
+    if count is not None and numbers.numel() not in (1, count):
+        raise EdmDistillError(f"{name} = {shown(numbers)} must be a number, or {many}")
     allowed, words = RANGES[name]
-    for number in found.flatten().tolist() if found.device.type == "cpu" else ():
+    for number in numbers.flatten().tolist() if numbers.device.type == "cpu" else ():
         if not allowed(number):
             raise EdmDistillError(f"{name} = {number:g} must be {words}")
-    return found
+    return numbers
 
 
 def require_earlier(s: Tensor, t: Tensor) -> None:

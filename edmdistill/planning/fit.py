@@ -170,13 +170,13 @@ def ways(recipe: Recipe, machine: Machine, spill: bool) -> Iterator[Machine]:
     A teacher in the host's memory saves none without checkpointing: autograd holds its weights for the backward pass.
     """
     splits = recipe.method_class.splits_loss and machine.loss_pieces == 1
-    lent = spill and "teacher" not in machine.offload and any(role.frozen for role in recipe.roles.values())
+    can_offload = spill and "teacher" not in machine.offload and any(role.frozen for role in recipe.roles.values())
     for checkpointing, pieces in product(
         (True,) if machine.checkpointing else (False, True), (1, PIECES) if splits else (machine.loss_pieces,)
     ):
         way = machine._replace(checkpointing=checkpointing, loss_pieces=pieces)
         yield way
-        if lent and checkpointing:
+        if can_offload and checkpointing:
             yield way._replace(offload=(*way.offload, "teacher"))
 
 
@@ -215,7 +215,7 @@ def _fitted(
 
 def _traffic(measured: Measurement, machine: Machine, micro_batches: int) -> float:
     """Returns the bytes that a round moves because of what is in the host's memory."""
-    recipe, traffic = measured.recipe, measured.lent * micro_batches
+    recipe, traffic = measured.recipe, measured.loaded * micro_batches
     if "ema" in machine.offload:
         average = sum(tensor.nbytes for tensor in measured.networks[recipe.method_class.product].state_dict().values())
         traffic += EMA_TRAFFIC * average * len(profiles(recipe.ema))

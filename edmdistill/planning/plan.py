@@ -127,7 +127,7 @@ class Measurement(NamedTuple):
     """A round on the meta device; the attributes are those of Plan, before the machine is known.
 
     Attributes:
-        lent: bytes of offloaded weights that go to the device in a round, with one micro-batch a turn.
+        loaded: bytes of offloaded weights that go to the device in a round, with one micro-batch a turn.
     """
 
     recipe: Recipe
@@ -137,7 +137,7 @@ class Measurement(NamedTuple):
     flops: float
     forward_flops: float
     calls: int
-    lent: int = 0
+    loaded: int = 0
 
 
 def measure(
@@ -177,7 +177,7 @@ def measure(
 
     # Two images, or groups, a piece and three, for every turn: the live bytes of each moment grow linearly with them.
     # The third pass lacks one, so that the first of several pieces is smaller than the others.
-    passes, flops, calls, lent = {}, 0.0, 0, 0
+    passes, flops, calls, loaded = {}, 0.0, 0, 0
     step = pieces * probe.group_size
     rows = ROWS * step
     for turn, times in Counter(probe.turns).items():
@@ -194,9 +194,9 @@ def measure(
         )
         flops += times * few.flops / rows
         calls += times * len(few.live)
-        lent += times * sum(loads) // taken
+        loaded += times * sum(loads) // taken
         loads.clear()
-    return Measurement(recipe, probe.networks, passes, offloaded, flops, forward_flops(flow), calls, lent)
+    return Measurement(recipe, probe.networks, passes, offloaded, flops, forward_flops(flow), calls, loaded)
 
 
 def forward_flops(flow: FlowNetwork) -> float:

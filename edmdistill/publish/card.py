@@ -205,7 +205,7 @@ def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
         "Weight average (EMA)": markdown(_words(config.ema)),
     }
     if run is None:
-        return _list(f"{name}: {fact}" for name, fact in rows.items() if fact)
+        return _list(f"{name}: {text}" for name, text in rows.items() if text)
     data = run.data
     _, name, *sets = run.train_arguments
     recipe = [Path(name).name if name.endswith(".toml") else name, *sets]  # its folder is private
@@ -219,7 +219,7 @@ def _made(config: CheckpointConfig, run: RunSummary | None) -> str:
     words = ["edmdistill", "train", run.recipe.method_name, *networks, "--data", data["name"], "--recipe", *recipe]
     whole = run.recipe.to_json().decode().strip()
     return (
-        f"{_list(f'{name}: {fact}' for name, fact in rows.items() if fact)}\n\n"
+        f"{_list(f'{name}: {text}' for name, text in rows.items() if text)}\n\n"
         f"{code_block(f'{shlex.join(words)} --run-dir RUN', 'sh')}\n\n"
         f"<details><summary>The recipe, with every default</summary>\n\n{code_block(whole, 'json')}\n\n</details>"
     )

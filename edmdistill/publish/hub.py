@@ -103,7 +103,7 @@ class Published(NamedTuple):
     kept: tuple[str, ...] = ()
 
 
-class Found(NamedTuple):
+class PushPlan(NamedTuple):
     """What a push finds.
 
     Attributes:
@@ -222,33 +222,33 @@ def push(
     with hub_calls(f"{repository} is not published"):
         on_message("asking the Hub")
 
-        def look() -> Found | None:
-            return _look(api, package, private, replace_model, overwrite_card)
+        def ask() -> PushPlan | None:
+            return _plan_push(api, package, private, replace_model, overwrite_card)
 
-        if (found := look()) is None:
+        if (plan := ask()) is None:
             api.create_repo(repository, private=private or None, exist_ok=True)
-            if (found := look()) is None:
+            if (plan := ask()) is None:
                 raise HubError(f"{repository} is not published: {REASONS[404]}")
         if branch is not None:
             api.create_branch(repository, branch=branch, exist_ok=True)
         on_message("sending")
         commit = api.create_commit(
             repository,
-            [CommitOperationAdd(name, file) for name, file in package.files.items() if name not in found.kept]
-            + [CommitOperationDelete(name) for name in found.removed],
+            [CommitOperationAdd(name, file) for name, file in package.files.items() if name not in plan.kept]
+            + [CommitOperationDelete(name) for name in plan.removed],
             commit_message=message or f"A {package.config.stage} by edmdistill {__version__}",
             revision=branch,
-            parent_commit=found.commit,
+            parent_commit=plan.commit,
         )
     on_message("comparing")
-    _verify_download(package, commit.oid, found.kept)
+    _verify_download(package, commit.oid, plan.kept)
     url = f"{api.endpoint}/{repository}/tree/{commit.oid}"
-    return Published(url, commit.oid, commit.oid == found.commit, found.kept)
+    return Published(url, commit.oid, commit.oid == plan.commit, plan.kept)
 
 
 def rehearse(
     package: Package, *, private: bool = False, replace_model: bool = False, overwrite_card: bool = False
-) -> Found | None:
+) -> PushPlan | None:
     """Asks the Hub what `push` would find, and changes nothing there.
 
     Returns: None: the repository does not exist yet.
@@ -256,9 +256,9 @@ def rehearse(
     """
     repository, api = package.repository, _client()
     with hub_calls(f"{repository} would not be published"):
-        if (found := _look(api, package, private, replace_model, overwrite_card)) is not None:
+        if (plan := _plan_push(api, package, private, replace_model, overwrite_card)) is not None:
             api.auth_check(repository, write=True)
-            return found
+            return plan
         user = api.whoami()
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise HubError(f"{repository} would not be published: {REASONS[403]}")
@@ -275,7 +275,9 @@ def _client() -> HfApi:
     return HfApi(library_name="edmdistill", library_version=__version__)
 
 
-def _look(api: HfApi, package: Package, private: bool, replace_model: bool, overwrite_card: bool) -> Found | None:
+def _plan_push(
+    api: HfApi, package: Package, private: bool, replace_model: bool, overwrite_card: bool
+) -> PushPlan | None:
     """Returns what a push finds, with the arguments of `push`; None: the repository does not exist.
 
     Raises: HubError: it is public where it should be private, or holds what may not be replaced unasked.
@@ -295,15 +297,15 @@ def _look(api: HfApi, package: Package, private: bool, replace_model: bool, over
         raise HubError(f"{repository} exists and is public: make it private in its settings, or choose another")
     contents = read_contents(repository, before)
     if not replace_model and (other := other_model(contents, package.config)):
-        there = "" if branch is None else f" in the branch {branch} alone"
-        raise HubError(f"{repository} holds {other}: choose another repository, or add --replace to replace it{there}")
+        where = "" if branch is None else f" in the branch {branch} alone"
+        raise HubError(f"{repository} holds {other}: choose another repository, or add --replace to replace it{where}")
     kept = () if overwrite_card else tuple(contents.by_hand(package.files))
     if GRID in kept and CARD not in kept:
         raise HubError(
             f"{repository} holds a {GRID} that edmdistill did not put there, where the card shows one: rename it "
             "there, or add --overwrite-card to replace it"
         )
-    return Found(before.sha, kept, contents.left_behind(package.files))
+    return PushPlan(before.sha, kept, contents.left_behind(package.files))
 
 
 def _verify_download(package: Package, revision: str, kept: Collection[str]) -> None:

@@ -28,7 +28,7 @@ PICTURE_SIGNATURE = "edmdistill_picture"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".onnx", ".pt2", ".h5", ".msgpack", ".gguf", ".npz")
 
 
-class Contents(NamedTuple):
+class RepositoryContents(NamedTuple):
     """What a repository holds.
 
     Attributes:
@@ -59,7 +59,7 @@ class Contents(NamedTuple):
         return [] if GRID in names or self.picture is None or self.by_hand((CARD, GRID)) else [GRID]
 
 
-def read_contents(repository: str, info: ModelInfo) -> Contents:
+def read_contents(repository: str, info: ModelInfo) -> RepositoryContents:
     """Reads a repository, without its weights."""
     names = tuple(file.rfilename for file in info.siblings or ())
 
@@ -68,7 +68,7 @@ def read_contents(repository: str, info: ModelInfo) -> Contents:
 
     model = next((file.lfs for file in info.siblings or () if file.rfilename == MODEL), None)
     config, card, picture = map(download, (CONFIG, CARD, GRID))
-    return Contents(
+    return RepositoryContents(
         names,
         config,
         card.read_bytes() if card else None,
@@ -77,7 +77,7 @@ def read_contents(repository: str, info: ModelInfo) -> Contents:
     )
 
 
-def other_model(contents: Contents, config: CheckpointConfig) -> str | None:
+def other_model(contents: RepositoryContents, config: CheckpointConfig) -> str | None:
     """Describes another model in the repository; None: it has this model, an earlier state of it, or none."""
     if contents.config is None:
         if foreign := [name for name in contents.names if name != MODEL and name.endswith(WEIGHTS)]:

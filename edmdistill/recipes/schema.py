@@ -311,9 +311,9 @@ def table_defaults(name: str, method: type[Method[Any]], config: Struct) -> dict
     """Returns the defaults of one of TABLES: evaluations and noise are the method's; a teacher follows its ODE."""
     steps, gamma = method.sampling(config)
     steps = 35 if method.product == "teacher" else steps
-    own = {"gamma": gamma} | ({} if steps is None else {"nfe": (steps,)})
+    of_method = {"gamma": gamma} | ({} if steps is None else {"nfe": (steps,)})
     usual = defaults(TABLES[name])
-    return usual | {key: value for key, value in own.items() if key in usual}
+    return usual | {key: value for key, value in of_method.items() if key in usual}
 
 
 def table(tables: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def report(run: RunSummary, measured: Sequence[ResultTable], swept: Sequence[Res
         title=escape(f"A {method.product} by {run.recipe.method_name}, from {origin}"),
         lead=escape(f"{METHODS[run.recipe.method_name].summary} Trained on {run.data['name']}, {seen}."),
         claims="".join(f'<p class="claim">{escape(table.claim)}</p>' for table in measured if table.claim),
-        facts="".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in _facts(run).items()),
+        overview="".join(f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in _overview(run).items()),
         sections="".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in bodies.items() if body),
     )
 
@@ -74,13 +74,13 @@ def draw(table: ResultTable, source: str, file: Path, kind: str) -> None:
             title=escape(f"{source}: {title}"),
             lead="",
             claims=f'<p class="claim">{escape(table.claim)}</p>',
-            facts="",
+            overview="",
             sections=f"<section>{sections.quality(table)}</section>",
         )
     file.write_text(text, encoding="utf-8")
 
 
-def _facts(run: RunSummary) -> dict[str, str]:
+def _overview(run: RunSummary) -> dict[str, str]:
     size, classes = run.data["resolution"], run.data["classes"]
     rows = {
         "Recipe": f"{run.train_arguments[1]}, seed {run.recipe.training.seed}, hash {run.recipe.hash:.12}",

@@ -17,14 +17,14 @@ from edmdistill.planning.plan import Plan, images_per_second, make_plan, measure
 from edmdistill.report.summary import RunSummary
 
 
-class Comparison(NamedTuple):
+class PlanComparison(NamedTuple):
     """A table of text, whose first row is the head, and notes about it."""
 
     rows: list[list[str]]
     notes: list[str]
 
 
-def compare_with_plan(run: RunSummary) -> Comparison:
+def compare_with_plan(run: RunSummary) -> PlanComparison:
     """Compares memory, operations and time of a run that has a checkpoint, on the machine of its last session."""
     assert run.config is not None
     session: dict[str, Any] = {**run.sessions[-1]} if run.sessions else {}
@@ -74,7 +74,7 @@ def compare_with_plan(run: RunSummary) -> Comparison:
             _time(speed and training.images / speed),
         ],
     ]
-    return Comparison(table, notes)
+    return PlanComparison(table, notes)
 
 
 def _plan(run: RunSummary, config: CheckpointConfig, machine: Machine, processes: int) -> tuple[Plan, bool]:

@@ -17,7 +17,7 @@ from edmdistill.evaluation.tables import GeneratorId
 from edmdistill.jsonl import read_lines
 from edmdistill.machine.environment import SessionRecord
 from edmdistill.recipes.schema import Recipe
-from edmdistill.training.run_dir import METRICS, SESSIONS, DataFacts, MetricsLine, RunFacts
+from edmdistill.training.run_dir import METRICS, SESSIONS, DataIdentity, MetricsLine, RunIdentity
 
 
 class RunSummary(NamedTuple):
@@ -34,7 +34,7 @@ class RunSummary(NamedTuple):
     path: Path
     recipe: Recipe
     train_arguments: list[str]
-    data: DataFacts
+    data: DataIdentity
     config: CheckpointConfig | None
     metrics: list[MetricsLine]
     sessions: list[SessionRecord]
@@ -55,7 +55,7 @@ class RunSummary(NamedTuple):
 
 
 def read_run(path: Path) -> RunSummary:
-    """The run in a directory; it may be under way.  Raises: EdmDistillError: no run directory, or a damaged one."""
+    """Returns the run in a directory, finished or not.  Raises: EdmDistillError: it is no run directory, or damaged."""
     if not reachable(path / RECIPE).is_file():
         raise EdmDistillError(
             f"{path} is not a run directory, because it has no {RECIPE}: use the --run-dir of edmdistill train"
@@ -66,7 +66,7 @@ def read_run(path: Path) -> RunSummary:
             path,
             Recipe.from_json((path / RECIPE).read_bytes()),
             _train_arguments(path / TOML),
-            msgspec.json.decode((path / RUN).read_bytes(), type=RunFacts)["data"],
+            msgspec.json.decode((path / RUN).read_bytes(), type=RunIdentity)["data"],
             read_config(generator) if (generator / CONFIG).exists() else None,
             read_lines(path / METRICS, MetricsLine, ["images", "seconds"]),
             read_lines(path / SESSIONS, SessionRecord),

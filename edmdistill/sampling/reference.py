@@ -82,8 +82,8 @@ def read_image(path: Path, channels: int, resolution: int) -> Tensor:
         with Image.open(path) as image:
             size = f"{resolution}x{resolution}"
             if image.size != (resolution, resolution):  # before its pixels are read
-                found = "x".join(map(str, image.size))
-                raise EdmDistillError(f"{path} is {found}, but the network's images are {size}: resize it first")
+                its_size = "x".join(map(str, image.size))
+                raise EdmDistillError(f"{path} is {its_size}, but the network's images are {size}: resize it first")
             if image.mode not in ("1", "L", "P", "RGB") or image.has_transparency_data:
                 raise EdmDistillError(
                     f"{path} has more than 8 bits a channel, transparency, or other colors than gray and RGB (its mode "

@@ -77,7 +77,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def format_seeds(seeds: Sequence[int]) -> str:
-    """The inverse of parse_seeds: [0, 1, 2, 100] is `0-2,100`."""
+    """Returns the text of seeds, as the inverse of parse_seeds: [0, 1, 2, 100] is `0-2,100`."""
     parts: list[list[int]] = []
     for seed in seeds:
         if parts and seed == parts[-1][1] + 1:

@@ -81,8 +81,8 @@ def require_loss(loss: object, rows: int, where: str) -> None:
     parts |= {f"signals[{name!r}]": (signal, []) for name, signal in loss.signals.items()}
     for name, (part, shape) in parts.items():
         if not isinstance(part, Tensor) or list(part.shape) != shape:
-            found = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            given = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
             what = "a mean over the samples, a tensor of no dimension" if not shape else "a number for each sample"
-            raise TrainingError(f"{where}: {name} of {rows} samples is {found}, but must be {what}")
+            raise TrainingError(f"{where}: {name} of {rows} samples is {given}, but must be {what}")
     if not loss.value.requires_grad:
         raise TrainingError(f"{where}: the loss does not depend on the network that it trains, or is detached from it")

@@ -33,7 +33,7 @@ MetricsLine = dict[str, int | float]
 """A line of metrics.jsonl, with the key `images`."""
 
 
-class DataFacts(TypedDict):
+class DataIdentity(TypedDict):
     """The data in run.json, without the digests."""
 
     name: str
@@ -43,10 +43,10 @@ class DataFacts(TypedDict):
     classes: int
 
 
-class RunFacts(TypedDict):
+class RunIdentity(TypedDict):
     """The keys of every run.json."""
 
-    data: DataFacts
+    data: DataIdentity
 
 
 class RunDir:

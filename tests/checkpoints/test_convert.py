@@ -191,8 +191,8 @@ def test_how_far_a_conversion_may_be(float32: float, float64: float | None, kept
 def test_an_inexact_conversion_is_refused(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = module.add_second_time
 
-    def spoiled(flow: FlowNetwork, *, lend: bool) -> FlowNetwork:
-        flow = real(flow, lend=lend)
+    def spoiled(flow: FlowNetwork, *, share: bool) -> FlowNetwork:
+        flow = real(flow, share=share)
         assert flow.network.second_time is not None
         torch.nn.init.constant_(flow.network.second_time.gain, 1e-6)
         return flow

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from edmdistill.cli import main
 from edmdistill.evaluation import noise_levels
-from edmdistill.evaluation.noise_levels import Row
+from edmdistill.evaluation.noise_levels import NoiseLevelLoss
 
 TEACHER = str(Path(__file__).parents[2] / "edmdistill" / "assets" / "digits-teacher.pkl")
 
@@ -30,7 +30,7 @@ def test_text_and_json() -> None:
 
 def test_its_options_reach_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    row = Row(0.2, (3.0, 2.0))
+    row = NoiseLevelLoss(0.2, (3.0, 2.0))
     monkeypatch.setattr(noise_levels, "losses_by_noise", lambda *args, **more: asked.append((args, more)) or [row])
     command = ["loss", "mine", "theirs", "--data", "digits", "--split", "test", "--images", "20", "--batch", "7"]
     result = CliRunner().invoke(main, [*command, "--device", "cpu", "--json"], catch_exceptions=False)

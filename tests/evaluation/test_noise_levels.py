@@ -14,7 +14,8 @@ from edmdistill.checkpoints.store import load_checkpoint, save_checkpoint
 from edmdistill.data.datasets import open_dataset
 from edmdistill.embedded import EMBEDDED
 from edmdistill.errors import CheckpointError, DatasetError, NotFiniteError
-from edmdistill.evaluation.noise_levels import SIGMAS, Row, losses_by_noise, table, verdict
+from edmdistill.evaluation.noise_levels import SIGMAS, losses_by_noise, table, verdict
+from edmdistill.evaluation.noise_levels import NoiseLevelLoss as Row
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM

@@ -22,7 +22,7 @@ from edmdistill.evaluation.tables import ResultTable
 from edmdistill.recipes.library import load_recipe
 from edmdistill.report import page, sections
 from edmdistill.report.curves import powers_of_two, standalone_svg, svg_curves
-from edmdistill.report.plan_comparison import Comparison
+from edmdistill.report.plan_comparison import PlanComparison
 from edmdistill.report.summary import RunSummary
 
 CONFIG = msgspec.json.decode(
@@ -80,7 +80,7 @@ def written(name: str, folder: Path) -> str:
 @example(HOSTILE)
 def test_a_report_has_the_same_tags_whatever_the_names(name: str) -> None:
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as one, TemporaryDirectory() as other:
-        patch.setattr(sections, "compare_with_plan", lambda run: Comparison([["", name], [name, name]], [name]))
+        patch.setattr(sections, "compare_with_plan", lambda run: PlanComparison([["", name], [name, name]], [name]))
         patch.setattr(sections, "BINS", ())  # a name may be that of a noise level
         text, plain = written(name, Path(one)), Outline(written("x", Path(other)))
     text.encode()

@@ -56,12 +56,12 @@ def test_every_turn_of_a_round_counts() -> None:
 @pytest.mark.parametrize("turns", [1, 2])
 def test_an_offloaded_teacher_is_lent_once_a_round(turns: int) -> None:
     """In the generator's turn alone; the head of its own loss, which is not called, stays. Recomputed blocks of its
-    are lent twice."""
+    are loaded twice."""
     called = 4 * (numbers(flow()) - numbers(flow(), "logvar"))
     sets = f"method.auxiliary_turns={turns}"
-    assert measured(sets).lent == 0
-    assert measured(sets, offload=("teacher",)).lent == called
-    twice = measured(sets, offload=("teacher",), checkpointing=True).lent
+    assert measured(sets).loaded == 0
+    assert measured(sets, offload=("teacher",)).loaded == called
+    twice = measured(sets, offload=("teacher",), checkpointing=True).loaded
     assert twice == called + 4 * sum(p.numel() for block in flow().network.blocks() for p in block.parameters())
 
 
@@ -71,7 +71,7 @@ def test_turns_are_measured_apart_whatever_their_order(monkeypatch: pytest.Monke
     found.append(measured(offload=("teacher",)))
     first, second = found
     assert list(first.passes) == list(reversed(second.passes))
-    assert (first.lent, first.calls, first.flops) == (second.lent, second.calls, second.flops)
+    assert (first.loaded, first.calls, first.flops) == (second.loaded, second.calls, second.flops)
     assert peaks(first) == peaks(second)
 
 

@@ -7,7 +7,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from edmdistill.checkpoints.layout import CARD
-from edmdistill.publish.repository import GRID, Contents, is_signed_picture, sign_card, signed_model, signed_png
+from edmdistill.publish.repository import (
+    GRID,
+    RepositoryContents,
+    is_signed_picture,
+    sign_card,
+    signed_model,
+    signed_png,
+)
 
 TEXT = "---\nlicence: mit\n---\n\n# A model\n"
 PICTURE = signed_png(Image.linear_gradient("L").resize((8, 8)))
@@ -44,7 +51,7 @@ def test_a_picture_shows_changes_of_its_pixels() -> None:
 @pytest.mark.parametrize("card", [sign_card(TEXT, "a" * 64).encode(), TEXT.encode(), None], ids=["ours", "other", "no"])
 @pytest.mark.parametrize("picture", [PICTURE, changed(PICTURE), None], ids=["ours", "other", "no"])
 def test_only_what_a_push_made_is_replaced_or_removed(card: bytes | None, picture: bytes | None) -> None:
-    contents = Contents(card=card, picture=picture)
+    contents = RepositoryContents(card=card, picture=picture)
     foreign = [name for name, other in ((CARD, card == TEXT.encode()), (GRID, picture == changed(PICTURE))) if other]
     assert contents.by_hand((CARD, GRID)) == foreign
     assert contents.by_hand((CARD,)) == [name for name in foreign if name == CARD]

@@ -13,7 +13,7 @@ from edmdistill.machine.gpus import GPUS, UTILIZATION
 from edmdistill.recipes.library import load_recipe
 from edmdistill.report import plan_comparison
 from edmdistill.report.plan_comparison import (
-    Comparison,
+    PlanComparison,
     _bytes,
     _number,
     _operations,
@@ -23,7 +23,7 @@ from edmdistill.report.plan_comparison import (
 from edmdistill.report.summary import read_run
 
 
-def compared(run: Path, *sets: str, recipe: str = "cosim/digits-quickstart", **session: Any) -> Comparison:
+def compared(run: Path, *sets: str, recipe: str = "cosim/digits-quickstart", **session: Any) -> PlanComparison:
     """Of the run by another recipe, in a session."""
     resolved = load_recipe(recipe, sets=["training.images=1000", *sets])
     (run / "recipe.resolved.json").write_bytes(resolved.to_json())
@@ -31,7 +31,7 @@ def compared(run: Path, *sets: str, recipe: str = "cosim/digits-quickstart", **s
     return compare_with_plan(read_run(run))
 
 
-def size(comparison: Comparison, row: str) -> float:
+def size(comparison: PlanComparison, row: str) -> float:
     """A number of the plan, in the unit that it has."""
     return float(next(plan for name, plan, _ in comparison.rows if name.strip() == row).split()[0].replace(",", ""))
 
@@ -43,7 +43,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GPUS, "h100", GPUS["h100"]._replace(launch=1e-15, half=8e12, single=2e12))
 
 
-def turn(comparison: Comparison) -> str:
+def turn(comparison: PlanComparison) -> str:
     return next(name.strip() for name, *_ in comparison.rows if "turn" in name)
 
 

@@ -21,7 +21,7 @@ def rebuild(
     new: Mapping[str, Tensor],
     preconditioning: Preconditioning | None = None,
     *,
-    lend: bool = False,
+    share: bool = False,
     **arguments: object,
 ) -> FlowNetwork:
     """Returns a copy of the network, with these arguments in place of its own.
@@ -29,7 +29,7 @@ def rebuild(
     Args:
         new: tensors, by name, that it lacks or has in another shape; unused ones are ignored.
         preconditioning: None = unchanged.
-        lend: its weights are those of the network itself, and not copies.
+        share: its weights are those of the network itself, and not copies.
     Raises: KeyError: a tensor is in neither.
     """
     old = flow.network
@@ -40,7 +40,7 @@ def rebuild(
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     same = {name: tensor for name, tensor in state.items() if tensor.shape == shapes.get(name)}
     tensors = {
-        name: (same[name] if lend else same[name].clone()) if name in same else new[name].to(like, copy=True)
+        name: (same[name] if share else same[name].clone()) if name in same else new[name].to(like, copy=True)
         for name in shapes
     }
     network.load_state_dict(tensors, assign=True)

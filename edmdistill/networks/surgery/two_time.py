@@ -17,12 +17,12 @@ from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.surgery.rebuild import rebuild
 
 
-def add_second_time(flow: FlowNetwork, *, lend: bool = False) -> FlowNetwork:
-    """Returns a copy of the network that also reads a second time, whose gain is 0 at first.  lend: see `rebuild`."""
+def add_second_time(flow: FlowNetwork, *, share: bool = False) -> FlowNetwork:
+    """Returns a copy of the network that also reads a second time, whose gain is 0 at first.  share: see `rebuild`."""
     new = {f"second_time.{name}": tensor for name, tensor in flow.network.state_dict().items()}
-    return rebuild(flow, new | {"second_time.gain": torch.zeros([])}, lend=lend, two_time=True)
+    return rebuild(flow, new | {"second_time.gain": torch.zeros([])}, share=share, two_time=True)
 
 
-def drop_second_time(flow: FlowNetwork, *, lend: bool = False) -> FlowNetwork:
-    """Returns a copy of the network that reads only the first time.  lend: see `rebuild`."""
-    return rebuild(flow, {}, lend=lend, two_time=False)
+def drop_second_time(flow: FlowNetwork, *, share: bool = False) -> FlowNetwork:
+    """Returns a copy of the network that reads only the first time.  share: see `rebuild`."""
+    return rebuild(flow, {}, share=share, two_time=False)

@@ -72,21 +72,21 @@ def test_both_are_copies_where_there_is_nothing_to_do(flow: FlowNetwork) -> None
 
 
 def test_what_a_copy_shares(make_flow: Callable[..., FlowNetwork]) -> None:
-    """No memory with the original, nor its second time with its first; lent weights alone are the original's."""
+    """No memory with the original, nor its second time with its first; shared weights alone are the original's."""
     flow = make_flow("adm")
     flow.compute_dtype, flow.label_dropout = torch.bfloat16, 0.25
     own = {tensor.data_ptr() for tensor in flow.state_dict().values()}
     for training in (True, False):
-        two, lent = (add_second_time(flow.train(training), lend=lend) for lend in (False, True))
-        for copy in (two, lent, drop_second_time(two)):
+        two, shared = (add_second_time(flow.train(training), share=share) for share in (False, True))
+        for copy in (two, shared, drop_second_time(two)):
             assert (copy.compute_dtype, copy.label_dropout) == (torch.bfloat16, 0.25)
             assert (copy.training, copy.network.training) == (training, training)
     pointers = [tensor.data_ptr() for copy in (two, drop_second_time(two)) for tensor in copy.state_dict().values()]
     assert len({*pointers, *own}) == len(pointers) + len(own)
-    lent_from = drop_second_time(lent, lend=True).state_dict()
-    for name, tensor in lent.state_dict().items():
+    shared_from = drop_second_time(shared, share=True).state_dict()
+    for name, tensor in shared.state_dict().items():
         assert (tensor.data_ptr() in own) == ("second_time" not in name), name
-        assert name not in lent_from or lent_from[name].data_ptr() == tensor.data_ptr()
+        assert name not in shared_from or shared_from[name].data_ptr() == tensor.data_ptr()
 
 
 def test_tangent_along_the_second_time(wide: FlowNetwork) -> None:
