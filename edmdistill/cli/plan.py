@@ -1,19 +1,14 @@
 """edmdistill plan: what a run will need, before anything is loaded."""
 
 import json
-from typing import TYPE_CHECKING
 
 import click
 
-from edmdistill.cli.options import json_option, second_moment_option, sets_option
-from edmdistill.cli.train import OFFLOADS
-from edmdistill.cli.types import COMPILE, Count, FiniteFloat, Memory, Name, NameList
+from edmdistill.cli.machine_options import MachineOptions, machine_options
+from edmdistill.cli.options import json_option, sets_option
+from edmdistill.cli.types import Count, FiniteFloat, Memory, Name
 from edmdistill.machine.gpus import GPUS, HERE, UTILIZATION, measure_this_machine
 from edmdistill.methods import METHODS
-
-if TYPE_CHECKING:
-    from edmdistill.machine.engine import SecondMoment
-    from edmdistill.recipes.schema import CompileMode
 
 
 @click.command("plan")
@@ -27,12 +22,7 @@ if TYPE_CHECKING:
 @click.option("--processes", type=Count(min=1), default=1, show_default=True, help="Number of GPUs.")
 @click.option("--micro-batch", type=Count(min=1), help="Images of one forward pass.  [default: the share of a process]")
 @click.option("--fit", type=Memory(), help="As for train; auto: the one --gpu, or this machine's.")
-@click.option("--shard", is_flag=True, help="As for train.")
-@click.option("--offload", type=NameList(OFFLOADS), default=(), help="As for train.")
-@click.option("--checkpoint-activations", is_flag=True, help="As for train.")
-@click.option("--loss-pieces", type=Count(min=1), default=1, help="As for train.")
-@second_moment_option
-@click.option("--compile", "compile_mode", type=Name(COMPILE), help="As for train.")
+@machine_options(short=True)
 @click.option(
     "--gpu", "names", type=click.Choice(list(GPUS)), multiple=True, help="Plan for this GPU; may be repeated."
 )
@@ -57,12 +47,7 @@ def command(
     sets: tuple[str, ...],
     processes: int,
     micro_batch: int | None,
-    loss_pieces: int,
-    second_moment: "SecondMoment",
-    compile_mode: "CompileMode | None",
-    checkpoint_activations: bool,
-    offload: tuple[str, ...],
-    shard: bool,
+    options: MachineOptions,
     fit: float | str | None,
     names: tuple[str, ...],
     utilization: float,
@@ -74,7 +59,6 @@ def command(
     Only the shapes of TEACHER are read, not its weights. Memory is that of one GPU; activations are counted on the meta
     device.
     """
-    from edmdistill.machine.engine import Machine
     from edmdistill.planning.document import PlanRequest, plan_document, plan_text
     from edmdistill.planning.fit import fit_request
     from edmdistill.planning.outlines import outline_guide, outline_teacher
@@ -82,19 +66,12 @@ def command(
     from edmdistill.recipes.library import load_recipe
     from edmdistill.training.checks import require_options
 
-    if shard and processes == 1:
+    if options.shard and processes == 1:
         raise click.UsageError("--shard needs several processes: add --processes N.")
     if fit is not None and len(names) > 1:
         raise click.UsageError("--fit chooses for one GPU: give one --gpu, or none for this machine's.")
     resolved = load_recipe(recipe, method, sets)
-    machine = Machine(
-        shard=shard,
-        offload=offload,
-        checkpointing=checkpoint_activations,
-        loss_pieces=loss_pieces,
-        second_moment=second_moment,
-        compile=compile_mode,
-    )
+    machine = options.machine()
     require_options(resolved, machine)
     request = PlanRequest(
         resolved,

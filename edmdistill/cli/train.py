@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from edmdistill.cli.machine_options import MachineOptions, machine_options
 from edmdistill.cli.options import (
-    compile_option,
     device_option,
     errors_once,
     processes_option,
     say,
-    second_moment_option,
     sets_option,
 )
 from edmdistill.cli.types import Count, Memory, Name, NameList, OutputPath
@@ -25,11 +24,10 @@ from edmdistill.errors import TrainingError, counted
 from edmdistill.methods import METHODS
 
 if TYPE_CHECKING:
-    from edmdistill.machine.engine import Machine, SecondMoment
-    from edmdistill.recipes.schema import CompileMode, Recipe
+    from edmdistill.machine.engine import Machine
+    from edmdistill.recipes.schema import Recipe
     from edmdistill.training.run import Run
 
-OFFLOADS = ("ema", "teacher", "optimizer")
 TRACKERS = ("tensorboard", "wandb")
 ALARMS = ("collapse", "saturation", "runaway", "quality", "nan")
 
@@ -64,17 +62,7 @@ ALARMS = ("collapse", "saturation", "runaway", "quality", "nan")
     help="Choose --micro-batch, --offload, --checkpoint-activations, --loss-pieces and --second-moment by the plan: "
     "the fastest that fits; auto: this GPU.",
 )
-@click.option("--shard", is_flag=True, help="Share networks, optimizers and averages out over the processes (FSDP2).")
-@click.option("--offload", type=NameList(OFFLOADS), default=(), help="What waits in the host's memory.")
-@click.option("--checkpoint-activations", is_flag=True, help="Compute activations twice to hold fewer.")
-@click.option(
-    "--loss-pieces",
-    type=Count(min=1),
-    default=1,
-    help="Pieces in which the generator's loss goes through teacher and auxiliary score.",
-)
-@second_moment_option
-@compile_option(None, "the recipe's, off")
+@machine_options()
 @click.option(
     "--workers", type=Count(min=0), help="Data readers a process.  [default: 0 on a CPU, up to 4 beside a GPU]"
 )
@@ -102,12 +90,7 @@ def command(
     processes: int | None,
     micro_batch: str | None,
     fit: float | str | None,
-    shard: bool,
-    offload: tuple[str, ...],
-    checkpoint_activations: bool,
-    loss_pieces: int,
-    second_moment: "SecondMoment",
-    compile_mode: "CompileMode | None",
+    options: MachineOptions,
     workers: int | None,
     log_with: tuple[str, ...],
     stop_on: tuple[str, ...],
@@ -135,22 +118,10 @@ def command(
                 require_gpu(named_device(device), option)
         sys.exit(launch(without_processes(sys.argv[1:]), processes, device=device, on_message=say))
 
-    from edmdistill.machine.engine import Machine
     from edmdistill.training.checks import require_measured
     from edmdistill.training.prepare import prepare
 
-    machine = Machine(
-        device=device,
-        micro_batch=size,
-        shard=shard,
-        offload=offload,
-        checkpointing=checkpoint_activations,
-        workers=workers,
-        log_with=log_with,
-        loss_pieces=loss_pieces,
-        compile=compile_mode,
-        second_moment=second_moment,
-    )
+    machine = options.machine(device=device, micro_batch=size, workers=workers, log_with=log_with)
     with errors_once():
         source = find_recipe(recipe)
         resolved = source.resolve(method, sets)
