@@ -23,7 +23,7 @@ from unittest.mock import MagicMock
 
 import torch
 from cases import digits_run, random_flow, save_teacher
-from gpu_check import Setting, random_run
+from gpu_parts.shared import Setting, random_run
 from timing import Call, Row, interleaved
 from torch import nn
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_parts import correctness, performance
+from gpu_parts.shared import Setting
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
 WORKER = """
@@ -80,11 +82,11 @@ def test_compiled_rounds_are_checked_and_plain_ones_are_not(
             raise RuntimeError("a fault")
         return ({"loss/generator": loss} for loss in losses[mode])
 
-    monkeypatch.setattr(gpu_check, "digits_run", lambda setting, method, number, compile: compile)
-    monkeypatch.setattr(gpu_check, "seconds_of", lambda act, setting: 1.0)
+    monkeypatch.setattr(performance, "digits_run", lambda setting, method, number, compile: compile)
+    monkeypatch.setattr(performance, "seconds_of", lambda act, setting: 1.0)
     monkeypatch.setattr("edmdistill.training.loop.rounds", rounds)
     found: dict[str, dict[str, bool | None]] = {}
-    for line in gpu_check.compile_modes(gpu_check.Setting("cpu", False, tmp_path)):
+    for line in performance.compile_modes(Setting("cpu", False, tmp_path)):
         found.setdefault(line["method"], {})[line["mode"]] = line.get("ok")
         assert ("error" in line) == (line.get("ok") is not None)
     assert found == {"cosim": checks, "scd": checks}
@@ -141,17 +143,17 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_card_is_measured(gpu_check: ModuleType, cuda: list[str], tmp_path: Path) -> None:
-    _, card, speed = gpu_check.environment(gpu_check.Setting(Cuda("cpu"), False, tmp_path))
+    _, card, rates = correctness.environment(Setting(Cuda("cpu"), False, tmp_path))
     assert (card["name"], card["memory"]) == ("a GPU", 10**12)
-    assert speed["bf16 FLOP/s"] > 0
+    assert rates["bf16 FLOP/s"] > 0
 
 
 def test_what_a_card_cannot_hold_is_skipped(
     gpu_check: ModuleType, cuda: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1))
-    monkeypatch.setattr(gpu_check, "PLANNED", {"EDM2-S": gpu_check.PLANNED["EDM2-S"]})
-    (line,) = gpu_check.memory(gpu_check.Setting(Cuda("cpu"), False, tmp_path))
+    monkeypatch.setattr(performance, "PLANNED", {"EDM2-S": performance.PLANNED["EDM2-S"]})
+    (line,) = performance.memory(Setting(Cuda("cpu"), False, tmp_path))
     assert line["planned"] > 1
     assert line["skipped"] == "more than this card holds"
 
@@ -161,15 +163,15 @@ def test_what_is_for_cuda_alone_runs(
     gpu_check: ModuleType, cuda: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edmdistill.methods.METHODS", {"scd": None})
-    monkeypatch.setattr(gpu_check, "SPEEDS", {"scd EDM2-S": gpu_check.SPEEDS["scd EDM2-S"]})
-    setting = gpu_check.Setting(Cuda("cpu"), False, tmp_path)
-    (trained,) = gpu_check.methods(setting)
+    monkeypatch.setattr(performance, "SPEEDS", {"scd EDM2-S": performance.SPEEDS["scd EDM2-S"]})
+    setting = Setting(Cuda("cpu"), False, tmp_path)
+    (trained,) = correctness.methods(setting)
     assert trained["ok"], trained
     assert cuda[0] == "error"
     assert cuda[-1] == "default"
     assert cuda[1:-1] == ["default", "error"] * (len(cuda) // 2 - 1)
-    speed, kernels = gpu_check.speed(setting)
-    assert speed["of the peak"] > 0
+    trained, kernels = performance.speed(setting)
+    assert trained["of the peak"] > 0
     assert len(kernels["kernels"]) == 20
 
 
@@ -179,7 +181,7 @@ def test_tritons_kernels_are_compared(
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     shapes = {"attention": ((2, 1, 9, 8),), "group_norm_silu": ((2, 32, 4, 4),)}
-    monkeypatch.setattr(gpu_check, "KERNEL_SHAPES", shapes)
-    lines = list(gpu_check.kernels(gpu_check.Setting(Cuda("cpu"), False, tmp_path)))
+    monkeypatch.setattr(performance, "KERNEL_SHAPES", shapes)
+    lines = list(performance.kernels(Setting(Cuda("cpu"), False, tmp_path)))
     assert len(lines) == 6
     assert all(line["ok"] for line in lines if "float32" in line["dtype"])

@@ -1,0 +1,1 @@
+"""The parts of benchmarks/gpu_check.py: each yields lines of JSON, and takes a Setting."""
