@@ -1,4 +1,4 @@
-"""Checks arguments against their annotations, so that a wrong type is one sentence at the function that got it."""
+"""Checks arguments against their annotations, so that the function that got a wrong type says so in one sentence."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """NumPy's and PyTorch's numbers in a pickle: stand-ins for their classes, which leave the numbers in the file.
 
-A tensor is copied when it is asked for; torch is imported no sooner.
+A tensor is copied, and torch imported, only when it is asked for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Threads: of items in order, ahead of who asks for them (`ahead`), and of one job at a time (`Background`)."""
+"""Work in threads: on items, in order and ahead of their consumer (`ahead`), or one job in the background."""
 
 from __future__ import annotations
 

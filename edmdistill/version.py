@@ -1,4 +1,4 @@
-"""The version of this very code, as runs and results record it."""
+"""The version of the code that runs, as runs and results record it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Files that ship with the package, and the programs that made them."""
+"""Files that ship with the package; `scripts/` in the repository made them."""

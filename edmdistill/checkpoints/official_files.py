@@ -1,4 +1,4 @@
-"""The official files that people have by name: teachers, references, feature networks, the VAE.
+"""Official files by name: teachers, references, feature networks, the VAE.
 
 assets/official-files.toml is the table; a file is downloaded once into the cache, and checked by its sha256.
 """

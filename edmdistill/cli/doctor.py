@@ -1,4 +1,4 @@
-"""edmdistill doctor."""
+"""`edmdistill doctor`."""
 
 import sys
 

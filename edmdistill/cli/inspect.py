@@ -1,4 +1,4 @@
-"""edmdistill inspect."""
+"""`edmdistill inspect`."""
 
 import click
 

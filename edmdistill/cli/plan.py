@@ -1,4 +1,4 @@
-"""edmdistill plan: what a run will need, before anything is loaded."""
+"""`edmdistill plan`: what a run will need, before anything is loaded."""
 
 import json
 

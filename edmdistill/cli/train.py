@@ -1,4 +1,4 @@
-"""edmdistill train: a teacher from data, or a generator from a teacher."""
+"""`edmdistill train`: a teacher from data, or a generator from a teacher."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Writes EDM's zips: PNGs and files, none of them compressed, which grow file by file and go on after a kill."""
+"""Writes EDM's zips: uncompressed, file by file, so that a killed process can be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a data set fits a network."""
+"""Checks that a data set fits a network."""
 
 from __future__ import annotations
 

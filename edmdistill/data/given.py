@@ -1,4 +1,4 @@
-"""What a program gives to make a data set of, checked: each image as it is read, and the classes."""
+"""Checks the arrays that a program makes a data set of: each image when it is read, and the classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress of a zip that is being prepared, in a hidden folder beside it: where it goes on after a kill.
+"""The progress of a zip that is being prepared, in a hidden folder beside it: what to resume from after a kill.
 
 The pictures that are done must still be those of the source, by name, size and content. If no file of the source has
 changed since by its ctime, which `cp -p` and `rsync -t` set too, nothing is read; otherwise those pictures are read

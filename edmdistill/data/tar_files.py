@@ -1,4 +1,4 @@
-"""The files of a tar, which are read where they lie in it, and never unpacked."""
+"""The files of a tar, read in place and never unpacked."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class _Subject(NamedTuple):
         """Returns what decides the images beside the protocol.  Raises: EdmDistillError: it is not known."""
         if self.model is None:
             if self.images.identity is None:
-                raise EdmDistillError("images in memory cannot be known again by another process: leave out work")
+                raise EdmDistillError("images in memory cannot be recognized by another process: leave out work")
             return {"images": self.images.identity()}
         return {"sampler": self.record}
 

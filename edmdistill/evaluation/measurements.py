@@ -1,4 +1,4 @@
-"""Several measurements of one source: each is saved as soon as it is done, and those before an interrupt count."""
+"""Several measurements of one source, each saved as soon as it is done: an interrupt loses only the one under way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of images, made once: processes share them, and kept in files they let a stopped evaluation go on.
+"""Features of images, computed once: shared by processes, and kept in files from which a stopped evaluation resumes.
 
 A batch is measured whole, by one process. Metrics get the batches in order, whoever measured them and whenever, so that
 their values depend on neither.

@@ -1,1 +1,1 @@
-"""Checkpoints for programs that know nothing of us: ONNX runtimes, torch alone, diffusers, NVIDIA's scripts."""
+"""Checkpoints for programs without this package: ONNX runtimes, torch alone, diffusers, NVIDIA's scripts."""

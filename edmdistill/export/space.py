@@ -1,6 +1,7 @@
 """Exports to a Space of the Hugging Face Hub: a web page, by gradio, that draws images on request.
 
-gradio is not even an optional dependency of ours, because it keeps pillow below 13. The folder lists what it needs.
+gradio is no dependency of this package, not even an optional one, because it keeps pillow below 13: the exported folder
+lists what it needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads the weights of feature networks from the files that people have; nothing in a file is run."""
+"""Reads the weights of feature networks from the files that are in circulation, without running anything in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of a command that share files, and wait for one another now and then."""
+"""The processes of one command, which share files and wait for one another."""
 
 from __future__ import annotations
 

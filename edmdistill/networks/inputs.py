@@ -1,4 +1,4 @@
-"""What a user calls a network with, once it is checked: images, times or noise levels, and classes."""
+"""Checks what a network is called with: images, times or noise levels, and classes."""
 
 from __future__ import annotations
 

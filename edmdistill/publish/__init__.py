@@ -1,1 +1,1 @@
-"""The way to the Hugging Face Hub: cards and uploads."""
+"""Publishing to the Hugging Face Hub: cards and uploads."""

@@ -1,1 +1,1 @@
-"""Samplers: Heun for teachers, gamma-sampling for generators; `generate.sample` is the front door."""
+"""Samplers: Heun for teachers, gamma-sampling for generators; `generate.sample` is the entry point."""

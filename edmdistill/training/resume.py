@@ -1,4 +1,4 @@
-"""A run goes on from the newest state of its directory."""
+"""Resumes a run from the newest state of its directory."""
 
 from __future__ import annotations
 
