@@ -201,16 +201,18 @@ def test_plan_shards_over_several_processes() -> None:
 
 def test_plan_says_what_fit_chooses_beside_json(planned: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """On stderr, so that the document stays one."""
-    fitted = Machine(checkpointing=True)
-    monkeypatch.setattr(
-        "edmdistill.planning.fit.fit_request",
-        lambda request, memory, show: (request._replace(machine=fitted, micro_batch=5), f"chosen for {memory:.0f}"),
-    )
+
+    def fit_request(request: Any, memory: float, show: object) -> tuple[Any, Fitted]:
+        fitted = Fitted(Machine(checkpointing=True, micro_batch=5), memory, 10**8, 1.0)
+        return request._replace(machine=fitted.machine, micro_batch=5), fitted
+
+    monkeypatch.setattr("edmdistill.planning.fit.fit_request", fit_request)
     arguments = ["plan", "sid/digits", TEACHER, "--gpu", "h100", "--fit", "1GB"]
-    assert invoke(*arguments).stdout == "chosen for 1000000000\n"
+    sentence = "--fit chooses --checkpoint-activations --micro-batch 5, by plan 0.1 of 1 GB.\n"
+    assert invoke(*arguments).stdout == sentence
     result = invoke(*arguments, "--json")
-    assert (result.stdout, "chosen for 1000000000\n" in result.stderr) == ("", True)
-    assert (planned[0].machine, planned[0].micro_batch) == (fitted, 5)
+    assert (result.stdout, sentence in result.stderr) == ("", True)
+    assert (planned[0].machine.checkpointing, planned[0].micro_batch) == (True, 5)
 
 
 @pytest.mark.parametrize(
