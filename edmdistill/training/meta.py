@@ -63,7 +63,7 @@ class _CachedPass:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward
-        self.outputs: dict[Hashable, tuple[bool, tuple[tuple[Any, ...], ...]]] = {}
+        self.outputs: dict[Hashable, tuple[type[tuple[Any, ...]] | type[list[Any]] | None, tuple[Any, ...]]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
@@ -71,10 +71,11 @@ class _CachedPass:
         key = _shapes(args), _shapes(kwargs.items())
         if key not in self.outputs:
             out = self.forward(*args, **kwargs)
-            self.outputs[key] = isinstance(out, tuple), _layouts(out if isinstance(out, tuple) else (out,))
+            several = type(out) if isinstance(out, tuple | list) else None
+            self.outputs[key] = several, _layouts(out if several else (out,))
         several, layouts = self.outputs[key]
         new = _allocate(layouts)
-        return new if several else new[0]
+        return several(new) if several else new[0]
 
 
 def _layouts(tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], ...]:

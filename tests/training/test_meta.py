@@ -92,6 +92,21 @@ def test_a_pass_without_gradient_that_was_made_before_is_not_made_again() -> Non
     assert network.passes == 5
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_several_outputs_come_back_as_the_network_gives_them(kind: type) -> None:
+    """A discriminator's features are a list."""
+
+    class Features(nn.Module):
+        def forward(self, x: Tensor) -> object:
+            return kind([x * 2, x[:, :1] + 1])
+
+    network = Features()
+    expected = described(network(X))
+    with cached_passes([network]), torch.no_grad():
+        found = network(X), network(X)
+    assert all(isinstance(out, kind) and described(out) == expected for out in found)
+
+
 def test_a_probe_follows_a_long_trajectory_once(monkeypatch: pytest.MonkeyPatch) -> None:
     network = UNet(8, 1, 10, 8, [1], num_blocks=1, attn_resolutions=[], channels_per_head=8)
     passes, unused, forward = list[int](), [], FlowNetwork.forward
