@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 _OUTPUTS: dict[Hashable, tuple[tuple[Any, ...], ...]] = {}
 """Sizes, strides and dtypes of the tensors that each call on the meta device has returned."""
@@ -63,7 +64,7 @@ class _CachedPass:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward
-        self.outputs: dict[Hashable, tuple[type[tuple[Any, ...]] | type[list[Any]] | None, tuple[Any, ...]]] = {}
+        self.outputs: dict[Hashable, tuple[tuple[tuple[Any, ...], ...], TreeSpec]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
@@ -71,11 +72,12 @@ class _CachedPass:
         key = _shapes(args), _shapes(kwargs.items())
         if key not in self.outputs:
             out = self.forward(*args, **kwargs)
-            several = type(out) if isinstance(out, tuple | list) else None
-            self.outputs[key] = several, _layouts(out if several else (out,))
-        several, layouts = self.outputs[key]
-        new = _allocate(layouts)
-        return several(new) if several else new[0]
+            leaves, structure = tree_flatten(out)
+            if not all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+                return out
+            self.outputs[key] = _layouts(leaves), structure
+        layouts, structure = self.outputs[key]
+        return tree_unflatten(_allocate(layouts), structure)
 
 
 def _layouts(tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], ...]:

@@ -1,21 +1,26 @@
 """What the meta device remembers is what it derives."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edmdistill.methods import METHODS
 from edmdistill.methods.base import NoiseRange
 from edmdistill.networks.edm2 import UNet
 from edmdistill.networks.flow import FlowNetwork
 from edmdistill.networks.preconditioning import EDM
 from edmdistill.recipes.library import load_recipe
+from edmdistill.training import probe
 from edmdistill.training.meta import CachedShapes, cached_passes
 from edmdistill.training.probe import Probe
 from edmdistill.training.roles import build_roles
 
+SETS = {"ctm": ["method.max_steps=2", "method.gan=1.0", "method.gan_channels=32"]}
+"""CTM's solver takes two steps, and its discriminator looks at features."""
 X = torch.empty(2, 4, 8, 6, device="meta")
 COUNTS = torch.empty(3, dtype=torch.int64, device="meta")
 CALLS: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = {
@@ -107,6 +112,20 @@ def test_several_outputs_come_back_as_the_network_gives_them(kind: type) -> None
     assert all(isinstance(out, kind) and described(out) == expected for out in found)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_reaches_the_same_parameters(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether passes without gradient are made anew or not."""
+    recipe = load_recipe(f"{method}/digits", sets=SETS.get(method, ()))
+    network = UNet(8, 1, 10, 8, [1], num_blocks=1, attn_resolutions=[], channels_per_head=8)
+    networks = build_roles(recipe, FlowNetwork(network, EDM()))
+    unused = []
+    for cached in (probe.cached_passes, lambda networks: nullcontext()):
+        monkeypatch.setattr(probe, "cached_passes", cached)
+        noise = NoiseRange(0.5, 0.002, 80.0)
+        unused.append(Probe(recipe.method_class, recipe.method, networks, noise).unused())
+    assert unused[0] == unused[1]
+
+
 def test_a_probe_follows_a_long_trajectory_once(monkeypatch: pytest.MonkeyPatch) -> None:
     network = UNet(8, 1, 10, 8, [1], num_blocks=1, attn_resolutions=[], channels_per_head=8)
     passes, unused, forward = list[int](), [], FlowNetwork.forward
@@ -115,8 +134,8 @@ def test_a_probe_follows_a_long_trajectory_once(monkeypatch: pytest.MonkeyPatch)
         passes.append(0)
         recipe = load_recipe("fmd/digits", sets=[f"method.trajectory_steps={steps}"])
         networks = build_roles(recipe, FlowNetwork(network, EDM()))
-        probe = Probe(recipe.method_class, recipe.method, networks, NoiseRange(0.5, 0.002, 80.0))
-        unused.append(probe.unused())
+        noise = NoiseRange(0.5, 0.002, 80.0)
+        unused.append(Probe(recipe.method_class, recipe.method, networks, noise).unused())
     assert unused[0] == unused[1]
     first, second = "".join(map(str, passes)).strip("0").split("0")
     assert len(first) == len(second) < 10
