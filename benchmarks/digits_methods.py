@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 
 from edmdistill.atomic import atomic_write
+from edmdistill.defaults import defaults
 from edmdistill.embedded import EMBEDDED
 from edmdistill.machine.engine import Machine
 from edmdistill.recipes.library import load_recipe
@@ -92,6 +93,7 @@ CONTESTANTS = {
     "fmd-lagrangian": Contestant("fmd", "fmd/digits-tangents", adapted=True, sets=LAGRANGIAN),
     "mean-flow": Contestant("mean-flow", "mean-flow/digits", adapted=True),
     "ect": Contestant("ect", "ect/digits", adapted=False),
+    "cd": Contestant("cd", "cd/digits", adapted=False),
     "dmd2": Contestant("dmd2", "dmd2/digits", adapted=False),
     "dmd2-two-steps": Contestant("dmd2", "dmd2/digits-two-steps", adapted=False),
     "ladd": Contestant("ladd", "ladd/digits", adapted=False),
@@ -174,14 +176,17 @@ def cpu_seconds_of(log: Path, *arguments: object) -> float:
 def recipe_of(race: Race, name: str, **training: int) -> tuple[Recipe, str, list[str]]:
     """A contestant's recipe, all that decides its results, and the overrides as words of a command.
 
-    What [method] counts in images, as warm-ups and ECT's stages, keeps its share of a run of other length.
+    What a recipe's [method] counts in images, as warm-ups and ECT's stages, keeps its share of a run of other length.
     """
     method, recipe, adapted, values, _ = race.contestant(name)
     sets = [*values, *(f"training.{key}={value}" for key, value in training.items())]
     whole = load_recipe(recipe, method, values)
     share = training.get("images", whole.training.images) / whole.training.images
-    counts = {key: getattr(whole.method, key) for key in whole.method.__struct_fields__ if key.endswith("_images")}
-    sets += [f"method.{key}={max(1, round(share * images))}" for key, images in counts.items() if images]
+    counts = {key: value for key, value in defaults(whole.method).items() if key.endswith("_images")}
+    counts = {
+        key: getattr(whole.method, key) for key, usual in counts.items() if getattr(whole.method, key) not in (0, usual)
+    }
+    sets += [f"method.{key}={max(1, round(share * images))}" for key, images in counts.items()]
     resolved = load_recipe(recipe, method, sets)
     made_by = [race.data, resolved.hash, *([load_recipe(race.adapt).hash] if adapted else [])]
     return resolved, " ".join(made_by), [word for override in sets for word in ("--set", override)]

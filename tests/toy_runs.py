@@ -40,7 +40,7 @@ OPTIONS = {
 }
 """Of a method, beside its name."""
 
-ALIKE = {"dscd", "ect", "kd", "imm", "mean-flow", "sct", "sida", "tcm"}
+ALIKE = {"cd", "dscd", "ect", "kd", "imm", "mean-flow", "sct", "sida", "tcm"}
 """Methods whose networks and turns are like another's: scd's, fmd's, dmd2's."""
 
 ALL_METHODS = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in sorted(METHODS)]

@@ -117,6 +117,11 @@ METHODS: dict[str, MethodEntry] = {
         "ECT: easy consistency tuning, discrete pairs of noise levels that close in, trained on data alone.",
         ("geng2024ect",),
     ),
+    "cd": MethodEntry(
+        "edmdistill.methods.cd:CD",
+        "CD: consistency distillation, a generator that agrees with itself at both ends of a step of the teacher.",
+        ("song2023cm",),
+    ),
     "tcm": MethodEntry(
         "edmdistill.methods.tcm:TCM",
         "TCM: truncated consistency models, a second stage that trains a consistency model at high noise alone.",

@@ -13,6 +13,7 @@ With `intervals`, the pairs are iCT's (Song & Dhariwal 2023): neighbors on EDM's
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated
 
 from msgspec import Meta
@@ -21,15 +22,13 @@ from torch import Tensor
 from edmdistill.defaults import refuse_idle
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Method, Role, Turn
-from edmdistill.methods.pairs import CLOSEST, PairsConfig, compare_pair, pair_weight, paired_sigma
-from edmdistill.schedules import lognormal_sigmas, neighbor_sigmas
+from edmdistill.methods.pairs import ClosingPairsConfig, closing_pair, compare_pair, norm_distance, pair_weight
+from edmdistill.schedules import neighbor_sigmas
 
 Intervals = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
-class ECTConfig(PairsConfig, frozen=True, forbid_unknown_fields=True):
-    q: Annotated[float, Meta(gt=1, le=1e6, description="factor by which a pair closes in at each stage")] = 2.0
-    stage_images: Annotated[int, Meta(ge=1, description="images of a stage")] = 25_600_000
+class ECTConfig(ClosingPairsConfig, frozen=True, forbid_unknown_fields=True):
     intervals: Annotated[
         tuple[Intervals, Intervals] | None,
         Meta(description="pairs are neighbors of a grid with so many intervals, at first and at most; iCT: [10, 1280]"),
@@ -53,23 +52,22 @@ class ECT(Method[ECTConfig]):
     def consistency_loss(self, batch: Batch, draws: Draws) -> Loss:
         """Returns L."""
         config, sigma_data = self.config, self.noise.sigma_data
-        sigma_t, sigma_r = self.draw_pair(batch.images // config.stage_images, draws)
+        sigma_t, sigma_r = self.draw_pair(batch.images, draws)
+        distance = partial(norm_distance, c=config.c)
         pair = compare_pair(
-            self.networks["generator"], batch, sigma_t, sigma_r, draws, sigma_data=sigma_data, c=config.c
+            self.networks["generator"], batch, sigma_t, sigma_r, draws, sigma_data=sigma_data, distance=distance
         )
         weight = pair_weight(config.weighting, sigma_t, sigma_r, sigma_data).to(pair.distance)
         return Loss(weight * pair.distance, pair.t, {"distance": pair.distance.detach().mean()}, pair.estimate)
 
-    def draw_pair(self, stage: int, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Draws sigma_t and sigma_r.  [B] each
+    def draw_pair(self, images: int, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Draws sigma_t and sigma_r after so many images.  [B] each
 
-        Differs: 1 / q^stage stays above CLOSEST. iCT's lowest level is sigma_min, where its f is the identity; here 0.
+        Differs: iCT's lowest level is sigma_min, where its f is the identity; here 0.
         """
-        config = self.config
-        distribution = {"P_mean": config.P_mean, "P_std": config.P_std}
+        config, (_, sigma_min, sigma_max) = self.config, self.noise
         if config.intervals is None:
-            sigma_t = lognormal_sigmas(draws, **distribution)
-            return sigma_t, paired_sigma(sigma_t, max(config.q ** -(1 + stage), CLOSEST), config.k, config.b)
+            return closing_pair(draws, images, config)
         first, most = map(math.log, config.intervals)
-        intervals = round(math.exp(min(first + stage * math.log(config.q), most)))
-        return neighbor_sigmas(draws, intervals, self.noise.sigma_min, self.noise.sigma_max, **distribution)
+        intervals = round(math.exp(min(first + images // config.stage_images * math.log(config.q), most)))
+        return neighbor_sigmas(draws, intervals, sigma_min, sigma_max, P_mean=config.P_mean, P_std=config.P_std)

@@ -23,7 +23,7 @@ def heun_step(flow: Flow, x_t: Tensor, t: Tensor, s: Tensor, sigma_data: float) 
 
         x_s = x_s' - sin(t-s) / cos(t) (z_s' - z_t) / 2
 
-    Where s = t, it returns x_t exactly.
+    Where s = t, it returns x_t exactly; where s = 0, DDIM's step, because there is no noise left there to evaluate.
     Source: Karras et al. 2022 (EDM), algorithm 1, times cos(s).
     """
 
@@ -34,7 +34,7 @@ def heun_step(flow: Flow, x_t: Tensor, t: Tensor, s: Tensor, sigma_data: float) 
     F = flow(x_t, t)
     euler = ddim_step(x_t, F, t, s, sigma_data)
     change = noise(euler, flow(euler, s), s) - noise(x_t, F, t)
-    half = expand(t - s, x_t).sin() / expand(t, x_t).cos() / 2
+    half = torch.where(expand(s, x_t) > 0, expand(t - s, x_t).sin() / expand(t, x_t).cos() / 2, 0.0)
     return euler - half.to(x_t.dtype) * change
 
 

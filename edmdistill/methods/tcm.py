@@ -14,6 +14,7 @@ trained, and not to be used: its checkpoint has sigma' as its sigma_min, where t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, Loss, Method, Role, Turn
-from edmdistill.methods.pairs import Gap, PairsConfig, compare_pair, pair_weight, paired_sigma
+from edmdistill.methods.pairs import Gap, PairsConfig, compare_pair, norm_distance, pair_weight, paired_sigma
 from edmdistill.schedules import student_sigmas
 from edmdistill.trigflow import expand, sigma_to_time
 
@@ -50,7 +51,7 @@ class TCM(Method[TCMConfig]):
     Config = TCMConfig
     noise_levels = ("boundary",)
     roles = {"teacher": Role(trained=False), "generator": Role(trained=True)}
-    first_stages: ClassVar[tuple[str, ...]] = ("ect", "sct", "scd", "dscd")
+    first_stages: ClassVar[tuple[str, ...]] = ("ect", "sct", "scd", "dscd", "cd")
 
     @classmethod
     def roles_for(cls, config: TCMConfig) -> dict[str, Role]:
@@ -75,7 +76,7 @@ class TCM(Method[TCMConfig]):
             sigma_r,
             draws,
             sigma_data=sigma_data,
-            c=config.c,
+            distance=partial(norm_distance, c=config.c),
             target=self.truncated,
         )
         weight = pair_weight(config.weighting, sigma_t, sigma_r, sigma_data)

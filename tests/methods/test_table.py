@@ -120,6 +120,7 @@ PAPERS: dict[str, dict[str, object]] = {
     "ect": {"P_mean": -1.1, "P_std": 2.0, "q": 2.0, "k": 8.0, "b": 1.0, "c": 0.0, "stage_images": 25_600_000},
     "tcm": {"P_mean": 0.0, "P_std": 0.2, "degrees": 0.01, "boundary": 1.0, "boundary_share": 0.25}
     | {"boundary_weight": 0.1, "gap": 0.001, "c": 1e-8},
+    "cd": {"N": 18, "solver": "heun", "mu": 0.0, "distance": "l2", "weighting": "none"},  # CIFAR-10, official code
     "imm": {"particles": 4, "path": "ot-fm", "k": 12.0, "a": 1.0, "b": 5.0},
 }
 

@@ -105,7 +105,7 @@ def test_a_second_stage_goes_on_from_a_first(start, recipe, teacher, tmp_path):
     assert run.networks["teacher"].sigma_min == 0.002
     for source, found in ((teacher, "a teacher"), (tmp_path / "run", "a generator of tcm")):
         with pytest.raises(
-            CheckpointError, match=f"{source} is {found}, not a first stage: train one by ect, sct, scd or"
+            CheckpointError, match=f"{source} is {found}, not a first stage: train one by ect, sct, scd, dscd or"
         ):
             prepare(recipe("tcm"), data="digits", teacher=source)
     first = load_checkpoint(teacher.with_name("first-stage"))
