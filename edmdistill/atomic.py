@@ -113,8 +113,10 @@ def reachable(path: Path) -> Path:
 def expanded(path: str | Path) -> Path:
     """Returns a path with the home folder in place of ~ or ~user, whether something is there or not.
 
-    Raises: CheckpointError: there is no such home folder, or the path cannot be reached.
+    Raises: CheckpointError: there is no such home folder, or the path is empty or cannot be reached.
     """
+    if not str(path):  # of which Path would make the working directory
+        raise CheckpointError("the path is empty: name a file or folder")
     try:
         return reachable(Path(path).expanduser())
     except RuntimeError as error:

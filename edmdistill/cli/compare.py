@@ -5,11 +5,11 @@ from pathlib import Path
 import click
 
 from edmdistill.cli.options import write_text
-from edmdistill.cli.types import OutputPath
+from edmdistill.cli.types import InputPath, OutputPath
 
 
 @click.command("compare")
-@click.argument("sources", nargs=-1, required=True, metavar="FILE.json|RUN...")
+@click.argument("sources", type=InputPath(), nargs=-1, required=True, metavar="FILE.json|RUN...")
 @click.option(
     "--over-seeds", is_flag=True, help="One row for runs that differ in training.seed alone: mean ± standard deviation."
 )
@@ -20,7 +20,7 @@ from edmdistill.cli.types import OutputPath
     "--out", type=OutputPath(".md", ".csv", ".json"), metavar="FILE.md|.csv|.json", help="Also write it, by the ending."
 )
 def command(
-    sources: tuple[str, ...], over_seeds: bool, seeds: str | None, as_csv: bool, as_json: bool, out: Path | None
+    sources: tuple[Path, ...], over_seeds: bool, seeds: str | None, as_csv: bool, as_json: bool, out: Path | None
 ) -> None:
     """Put results side by side in a Markdown table: files that `eval --out` wrote, run directories, checkpoints.
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from edmdistill.cli.options import interruptible, say
-from edmdistill.cli.types import Count, Name, OutputPath
+from edmdistill.cli.types import Count, InputPath, Name, OutputPath
 
 TRANSFORMS = "none", "center-crop", "center-crop-wide", "center-crop-dhariwal"
 LABELS = "auto", "folders", "none"
@@ -28,7 +28,7 @@ class Resolution(click.ParamType):  # type: ignore[type-arg]  # generic in newer
 
 
 @click.command("prepare")
-@click.argument("source", type=click.Path())
+@click.argument("source", type=InputPath())
 @click.argument("out", metavar="OUT.zip", type=OutputPath(".zip"))
 @click.option("--resolution", type=Resolution(), metavar="N", help="Height and width.  [default: as the pictures are]")
 @click.option(
@@ -45,7 +45,7 @@ class Resolution(click.ParamType):  # type: ignore[type-arg]  # generic in newer
 @click.option("--split", type=Name(SPLITS), default="train", show_default=True, help="Of CIFAR-10 and parquet files.")
 @click.option("--workers", type=Count(1, 256), metavar="N", help="Threads.  [default: one a core]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.zip, or one that was begun with other options.")
-def command(source: str, out: Path, workers: int | None, **options: Any) -> None:
+def command(source: Path, out: Path, workers: int | None, **options: Any) -> None:
     """Make a data set of pictures, the same as EDM2's dataset_tool.py makes.
 
     SOURCE is a folder, zip or tar of pictures, ImageNet's tar, CIFAR-10's archive, MNIST's train-images-idx3-ubyte.gz,
@@ -55,7 +55,7 @@ def command(source: str, out: Path, workers: int | None, **options: Any) -> None
     from edmdistill.machine.host import cores
     from edmdistill.progress import progress_bar
 
-    size = Path(source).stat().st_size if Path(source).is_file() else None
+    size = source.stat().st_size if source.is_file() else None
     with (
         interruptible(lambda: "the same command goes on from here."),
         progress_bar(size, "reading the archive", unit="B", unit_scale=True, leave=False) as archive,

@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from edmdistill.cli.options import say, say_unfinished
+from edmdistill.cli.types import InputPath
 
 
 @click.command("push-to-hub")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=InputPath())
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make the repository private.")
 @click.option("--branch", metavar="NAME", help="Branch to push to, created if missing.  [default: main]")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.types import OutputPath
+from edmdistill.cli.types import InputPath, OutputPath
 
 
 @click.command("report")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=InputPath())
 @click.option(
     "--results",
     multiple=True,

@@ -22,6 +22,7 @@ SOLVERS = "heun", "ddim", "dpm-solver-2s", "dpm-solver++2m"
 COMPILE = "off", "default", "reduce-overhead", "max-autotune"
 SECOND_MOMENTS = "fp32", "bf16"
 """The keys of the library's tables, which are not imported for `--help`; a test compares them."""
+EMPTY = "the path is empty; name a file or folder."
 
 
 class Count(click.IntRange):
@@ -164,6 +165,19 @@ class NamedFile(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         return self.item.convert(name, param, ctx), Path(path)
 
 
+class InputPath(click.Path):
+    """A file or folder to read; "" is refused, of which Path would make the working directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        text = str(value)
+        if not text:
+            self.fail(EMPTY, param, ctx)
+        return Path(text)
+
+
 class OutputPath(click.Path):
     """A file or folder to write. Refuses what can never be written, before any work begins.
 
@@ -184,7 +198,7 @@ class OutputPath(click.Path):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         text = str(value)
         if not text.strip():
-            self.fail("the path is empty; name a file or folder.", param, ctx)
+            self.fail(EMPTY, param, ctx)
         if "\0" in text:
             self.fail("the path holds a NUL character; leave it out.", param, ctx)
         try:

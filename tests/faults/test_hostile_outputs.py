@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from commands import call
+from run_folders import untrained_run
 from tiny_generator import tiny_generator
 
 from edmdistill.cli import main
@@ -145,3 +147,34 @@ def test_sweep_draws_by_suffix(source: Path, tmp_path: Path) -> None:
     ]
     assert CliRunner().invoke(main, words).exit_code == 0
     assert out.read_text().lower().startswith("<!doctype html")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", ""),
+        ("convert", "", "out"),
+        ("sample", "", "--out", "out"),
+        ("eval", "", "--protocol", "digits"),
+        ("report", ""),
+        ("compare", ""),
+        ("plan", "cosim/digits", ""),
+        ("export", "", "--to", "nvidia", "--out", "out"),
+        ("push-to-hub", "", "me/it", "--dry-run"),
+        ("loss", "", "--data", "digits"),
+        ("data", "inspect", ""),
+        ("data", "prepare", "", "out.zip"),
+        ("train", "cosim", "", "--data", "digits", "--recipe", "cosim/digits", "--run-dir", "out"),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_name_is_not_the_working_directory(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a variable that is not set: `edmdistill report "$RUN"`, in a run."""
+    monkeypatch.chdir(untrained_run(tmp_path / "other"))
+    before = sorted(Path().rglob("*"))
+    result = call(*words)
+    assert result.exit_code == 2
+    assert "empty" in result.stderr
+    assert sorted(Path().rglob("*")) == before
