@@ -156,8 +156,8 @@ def command(
     only, not on the batch. Latents are decoded by the VAE that the checkpoint names, if it is in the Hub's cache, or by
     that of --vae.
 
-    Images are kept as they are drawn: after Ctrl-C, the same command goes on, and with more --seeds, a folder gets the
-    images that it lacks. Images that are not finite are left out and named, and the exit code is 1.
+    Images are kept as they are drawn: after Ctrl-C, the same command goes on, with more --seeds too; a folder takes
+    more seeds even when it is complete. Images that are not finite are left out and named, and the exit code is 1.
 
     With --reject, more seeds than those of --seeds are drawn; the output says which were kept. With --reference, every
     image starts from the noised picture, and gamma must be below 1; its default is then 0.
