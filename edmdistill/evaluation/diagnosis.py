@@ -44,9 +44,9 @@ GAP_SIGMAS = (0.03, 0.1, 0.3, 1.0)
 """Noise levels s at which the two scores are compared, of jumps from the levels t above them."""
 COUNT = 3000
 """Number of jumps from each level: images of the data in random order, again with other noise if they are fewer."""
-WEAKER = 1.25
+WEAK_RATIO = 1.25
 """A jump is called weak if its distance is so many times that of the teacher's denoiser."""
-DEAF = 0.15
+LOW_SENSITIVITY = 0.15
 """An auxiliary score is said to ignore t if its gap changes by less than this share between t and t_max."""
 
 
@@ -367,7 +367,7 @@ def _on_jumps(jumps: Sequence[SingleJump]) -> list[str]:
             f"At sigma {_listed(rising)} a shorter jump is worse than the longer one before it: as the last of several "
             "steps these levels make the images worse."
         )
-    weak = [jump.sigma for jump in jumps if jump.teacher is not None and jump.generator > WEAKER * jump.teacher]
+    weak = [jump.sigma for jump in jumps if jump.teacher is not None and jump.generator > WEAK_RATIO * jump.teacher]
     if weak:
         lines.append(
             f"At sigma {_listed(weak)} a jump is worse than the teacher's denoiser, from which the generator started: "
@@ -386,7 +386,7 @@ def _on_gaps(gaps: Sequence[Gap]) -> list[str]:
         f"The scores differ most at sigma {widest.sigma_s:g} of jumps from {widest.sigma_t:g}, by {widest.gap:.3g}."
     ]
     least = min(compared, key=lambda gap: gap.sensitivity)
-    if least.sensitivity < DEAF:
+    if least.sensitivity < LOW_SENSITIVITY:
         lines.append(
             f"The auxiliary score hardly tells jumps from sigma {least.sigma_t:g} from the longest ones: at sigma "
             f"{least.sigma_s:g} its gap differs by {least.sensitivity:.0%} of its size."
