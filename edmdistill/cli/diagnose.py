@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edmdistill.cli.options import device_option, interruptible, json_option, print_json
+from edmdistill.cli.options import device_option, interruptible, json_option, print_json, say_unfinished
 from edmdistill.cli.types import BATCH, FEATURES, PROTOCOLS, Count, Name, NamedFile
 
 
@@ -55,6 +55,8 @@ def command(
     from edmdistill.evaluation.diagnosis import diagnose, sentences
     from edmdistill.machine.devices import pick_device
 
+    for checkpoint in filter(None, (source, teacher)):
+        say_unfinished(checkpoint)
     with interruptible(lambda: "nothing is measured yet."):
         diagnosis = diagnose(
             source,

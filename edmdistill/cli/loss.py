@@ -2,7 +2,7 @@
 
 import click
 
-from edmdistill.cli.options import device_option, interruptible, json_option, print_json, split_option
+from edmdistill.cli.options import device_option, interruptible, json_option, print_json, say_unfinished, split_option
 from edmdistill.cli.types import BATCH, Count
 
 
@@ -36,6 +36,8 @@ def command(
     from edmdistill.machine.devices import pick_device
 
     sources = [teacher, original] if original else [teacher]
+    for source in sources:
+        say_unfinished(source)
     with interruptible(lambda: "nothing is measured yet."):
         rows = losses_by_noise(sources, data, split=split, images=images, batch=batch, device=pick_device(device))
     if as_json:

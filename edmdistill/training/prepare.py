@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from torch import nn
 
 from edmdistill.arguments import checked
-from edmdistill.checkpoints.config import CheckpointConfig
+from edmdistill.checkpoints.config import CheckpointConfig, unfinished
 from edmdistill.checkpoints.load import read_first_stage, read_teacher
 from edmdistill.checkpoints.noise_dependence import generator_warning
 from edmdistill.data.datasets import Dataset, open_dataset
@@ -73,6 +73,8 @@ def prepare(
     notes = [] if sources.init is None else [sources.init.load_auxiliary(networks)]
     if machine.compile != "off" and "teacher" in machine.offload:
         notes.append("Frozen networks are not compiled, because they wait in the host's memory.")
+    configs = sources.config, sources.guide and sources.guide[1], sources.init and sources.init.config
+    notes += filter(None, dict.fromkeys(unfinished(config) for config in configs if config is not None))
     notes += filter(None, [generator_warning(sources.config.noise_dependence, teacher)])
     notes += filter(None, [checks.rounding_note(recipe, sources.flow, machine)])
     run = assemble(recipe, sources, networks, machine)
