@@ -234,6 +234,12 @@ class FlowNetwork(nn.Module):
         return F, dF
 
 
+def equal_weights(a: FlowNetwork, b: FlowNetwork) -> bool:
+    """Returns whether two networks of the same device have the same weights, so that they are one function."""
+    first, second = dict(a.named_parameters()), dict(b.named_parameters())
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 class Denoiser(nn.Module):
     """EDM's view of the same network, by the official arithmetic: x0 from x = x0 + sigma n.
 

@@ -14,7 +14,7 @@ from edmdistill.checkpoints.config import default_nfe
 from edmdistill.checkpoints.generator import Generator
 from edmdistill.errors import EdmDistillError
 from edmdistill.networks.edm2 import UNet
-from edmdistill.networks.flow import Denoiser, FlowNetwork
+from edmdistill.networks.flow import Denoiser, FlowNetwork, equal_weights
 from edmdistill.networks.rounding import rounding_error
 from edmdistill.sampling.gamma import gamma_sampler
 from edmdistill.sampling.guidance import GuidedDenoiser
@@ -108,6 +108,11 @@ def _teacher_sampler(model: Denoiser, spec: SamplerSpec) -> Sampler:
     if spec.guide is not None and weight == 1:
         raise EdmDistillError("a guide has no effect at guidance 1: give another weight, or leave the guide out")
     denoiser = model if weight == 1 else GuidedDenoiser(model, weight, spec.guide, force=spec.force_guidance)
+    if spec.guide is not None and equal_weights(model.flow, spec.guide.flow):
+        raise EdmDistillError(
+            "the guide has the network's own weights, so it has no effect: give another network, or leave the guide "
+            "out to guide away from the network without its classes"
+        )
     official, solver = official_sampler(model), SOLVERS[name]
     nfe = spec.nfe or solver.nfe(official.num_steps)
     draw = partial(solver.sampler, denoiser, sigmas=official.sigmas(denoiser, solver.num_steps(nfe)))

@@ -14,7 +14,7 @@ from edmdistill.errors import EdmDistillError, TrainingError
 from edmdistill.machine.compile import CUDA_GRAPHS, require_compiler
 from edmdistill.machine.devices import process_device
 from edmdistill.machine.engine import Machine
-from edmdistill.networks.flow import FlowNetwork
+from edmdistill.networks.flow import FlowNetwork, equal_weights
 from edmdistill.networks.rounding import rounding_error
 from edmdistill.recipes.schema import CompileMode, EvaluationTable, Recipe
 from edmdistill.sampling.build import build_sampler
@@ -184,6 +184,15 @@ def require_same_latents(what: str, config: CheckpointConfig, teacher: Checkpoin
 
     if scaling(latent_encoder(config.encoder)) != scaling(latent_encoder(teacher.encoder)):
         raise TrainingError(f"{what} uses other latents than the teacher: {advice}")
+
+
+def require_another(guide: object, flow: FlowNetwork, teacher: FlowNetwork) -> None:
+    """Raises: TrainingError: a guide is the teacher itself."""
+    if equal_weights(flow, teacher):
+        raise TrainingError(
+            f"the guide {guide} has the teacher's own weights, so it has no effect: give another network as --guide, "
+            "or leave it out and add --set method.guide=classes"
+        )
 
 
 def require_alike(init: Init, flow: FlowNetwork, config: CheckpointConfig) -> None:

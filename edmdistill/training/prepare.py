@@ -151,6 +151,7 @@ def check_sources(recipe: Recipe, sources: Sources, guide: str | Path | None, fo
         checks.require_same_latents(
             f"the guide {guide}", sources.guide[1], sources.config, "choose a guide for the same data"
         )
+        checks.require_another(guide, sources.guide[0], sources.flow)
     if sources.init is not None:
         checks.require_alike(sources.init, sources.flow, sources.config)
 

@@ -21,13 +21,14 @@ from edmdistill.sampling.tune import TuningPlan
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A generator, a teacher, and a folder of two images."""
+    """A generator, a teacher, a guide, and a folder of two images."""
     root = tmp_path_factory.mktemp("made")
     (root / "images").mkdir()
     for name in "01":
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(root / "images" / f"{name}.png")
     made = {stage: tiny_generator(root / stage, stage) for stage in ("generator", "teacher")}
-    return made | {"images": root / "images"}
+    guide = tiny_generator(root / "guide", "teacher", scale=2)
+    return made | {"guide": guide, "images": root / "images"}
 
 
 def recorder(calls: list[Any]) -> Callable[..., Measurements]:
@@ -44,7 +45,7 @@ def test_a_guide_computes_as_the_network_does(
 ) -> None:
     calls: list[Any] = []
     monkeypatch.setattr("edmdistill.evaluation.measurements.measure_network", recorder(calls))
-    words = [sources["teacher"], "--protocol", "digits", "--nfe", 3, "--guide", sources["teacher"], "--guidance", 1.5]
+    words = [sources["teacher"], "--protocol", "digits", "--nfe", 3, "--guide", sources["guide"], "--guidance", 1.5]
     words += ["--dtype", "float64", "--device", "cpu"]
     churn = ["--churn", 40, "--churn-min", 0.05, "--churn-max", 50, "--churn-noise", 1.003] if command == "eval" else []
     assert call(command, *words, *churn).exit_code == 0

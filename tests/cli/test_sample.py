@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from tiny_generator import tiny_generator
 
 from edmdistill.checkpoints.config import (
     CheckpointConfig,
@@ -167,11 +168,15 @@ def test_the_choices_and_limits_are_the_librarys() -> None:
 
 
 def test_a_guide_and_a_precision(runs: dict[str, Path], tmp_path: Path) -> None:
-    words = ["--nfe", 3, "--seeds", 0, "--guidance", 1.5, "--guide", runs["teacher"], "--dtype", "float64"]
+    guide = tiny_generator(tmp_path / "guide", stage="teacher", scale=2, label_dim=len(NAMES))
+    words = ["--nfe", 3, "--seeds", 0, "--guidance", 0, "--guide", guide, "--dtype", "float64"]
     assert run(runs["teacher"], *words, "--out", tmp_path / "a.npz").exit_code == 0
-    assert run(runs["teacher"], *words[:4], "--out", tmp_path / "b.npz").exit_code == 0
+    assert run(guide, *words[:4], "--out", tmp_path / "b.npz").exit_code == 0
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
-        assert np.array_equal(a["images"], b["images"])  # guided by itself, with its own labels: no guidance
+        assert np.array_equal(a["images"], b["images"])  # at weight 0 the guide alone
+    refused = run(runs["teacher"], *words[:-3], runs["teacher"], "--out", tmp_path / "c.npz")
+    assert refused.exit_code == 2
+    assert "the guide has the network's own weights, so it has no effect" in refused.stderr
 
 
 def test_what_guides_a_network_computes_as_it_was_asked_to(runs: dict[str, Path], tmp_path: Path) -> None:

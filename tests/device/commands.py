@@ -1,6 +1,6 @@
 """Commands on the emulated device, beside the same on the CPU, in a process of its own.
 
-commands.py '[[word, ...], ...]' prints what each command says on both, as pairs. TEACHER and GENERATOR are
+commands.py '[[word, ...], ...]' prints what each command says on both, as pairs. TEACHER, GUIDE and GENERATOR are
 checkpoints of tiny networks, picture.png is as large as their images, and OUT.npz stands for a file of each device.
 """
 
@@ -22,7 +22,10 @@ from edmdistill.cli import main
 
 
 def save(kind: str, folder: Path) -> None:
-    model = make_model(kind, "edm")
+    model = make_model("generator" if kind == "generator" else "teacher", "edm")
+    if kind == "guide":
+        with torch.no_grad():
+            next(model.flow.parameters()).mul_(0.5)
     teacher = CheckpointConfig(stage="teacher", provenance=Provenance(source="a test"), **describe(model.flow))
     save_checkpoint(folder, model.flow, model.config if isinstance(model, Generator) else teacher)
 
@@ -49,7 +52,7 @@ def compare(number: int, words: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for kind in ("teacher", "generator"):
+    for kind in ("teacher", "guide", "generator"):
         save(kind, Path(kind.upper()))
     Image.linear_gradient("L").resize((8, 8)).save("picture.png")
     print(json.dumps([compare(number, words) for number, words in enumerate(json.loads(sys.argv[1]))]))

@@ -16,7 +16,7 @@ COMMANDS: dict[str, list[str]] = {
     "sample": ["sample", "GENERATOR", "--nfe", "2", "--seeds", "0-3", "--out", "OUT.npz"],
     "in half precision": ["sample", "TEACHER", "--nfe", "3", "--seeds", "0", "--dtype", "float16", "--out", "OUT.npz"],
     "guided": [
-        *["sample", "TEACHER", "--nfe", "3", "--seeds", "0-1", "--guidance", "2", "--guide", "TEACHER"],
+        *["sample", "TEACHER", "--nfe", "3", "--seeds", "0-1", "--guidance", "2", "--guide", "GUIDE"],
         *["--out", "OUT.npz"],
     ],
     "rejection": [

@@ -58,11 +58,11 @@ def test_nothing_is_measured_yet(source: Path, tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "a.json").exists()
 
 
-def test_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(noise_levels, "losses_by_noise", stop)
-    result = run("loss", "teacher", "--data", "digits")
+    result = run("loss", source, "--data", "digits")
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr == "Interrupted: nothing is measured yet.\n"

@@ -19,11 +19,11 @@ REFERENCE = (
 REJECTION = "GENERATOR --nfe 1 --reject .5 --classifier A.pt"
 COMMANDS = {"guided": TEACHER, "with a reference": REFERENCE, "rejected": REJECTION}
 OTHERS = {
-    "source": ("guided", "TEACHER --nfe", "GUIDE --nfe"),
+    "source": ("guided", "TEACHER --nfe", "OTHER --nfe"),
     "seeds": ("guided", "TEACHER", "TEACHER --seeds 1-2"),
     "nfe": ("guided", "--nfe 3", "--nfe 5"),
     "class": ("guided", "--class 1", "--class 2"),
-    "guide": ("guided", "--guide GUIDE", "--guide TEACHER"),
+    "guide": ("guided", "--guide GUIDE", "--guide OTHER"),
     "guidance": ("guided", "--guidance 2", "--guidance 3"),
     "solver": ("guided", "TEACHER", "TEACHER --solver ddim"),
     "churn": ("guided", "TEACHER", "TEACHER --churn 2"),
@@ -44,7 +44,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of sources, and what each of the commands has drawn from them."""
     folder = tmp_path_factory.mktemp("drawn")
     tiny_generator(folder / "GENERATOR")
-    for number, name in enumerate(("TEACHER", "GUIDE"), 1):
+    for number, name in enumerate(("TEACHER", "GUIDE", "OTHER"), 1):
         tiny_generator(folder / name, stage="teacher", scale=number)
     for number, name in enumerate("AB", 1):
         Image.fromarray(np.full((8, 8), 100 * number, np.uint8)).save(folder / f"{name}.png")

@@ -308,11 +308,11 @@ def test_resumed_is_never_interrupted(recipe: Callable[..., Recipe], wide_teache
 @pytest.mark.parametrize("stage", ["teacher", "generator"])
 def test_samples_are_within_one_of_255(stage: str, tmp_path: Path) -> None:
     """A last, smaller batch and guidance by another network included."""
-    source = tiny_generator(tmp_path / "model", stage)
+    source, guide = tiny_generator(tmp_path / "model", stage), tiny_generator(tmp_path / "guide", stage, scale=2)
     images = []
     for mode in ("off", "default"):
         model = load_model(source)
-        guided = {"guidance": 2.0, "guide": load_model(source)} if stage == "teacher" else {}
+        guided = {"guidance": 2.0, "guide": load_model(guide)} if stage == "teacher" else {}
         spec = SamplerSpec(nfe=3 if stage == "teacher" else 1, **guided)
         compiling.compile_for_sampling(mode, model, spec)
         compiling.compile_for_sampling(mode, model, spec)  # again, which changes nothing

@@ -80,8 +80,13 @@ def test_three_rounds_by_another_network(recipe, teacher, guide, method, offload
     assert run.networks["generator"].network.map_guidance.weight.abs().max() > 1e-3
 
 
-def test_the_guide_counts(recipe, teacher, guide):
-    """Another guide, other gradients; and the teacher as its own guide is no guidance, whatever the weight."""
+def test_the_guide_counts(recipe, teacher, guide, tmp_path):
+    """Another guide, other gradients; and one that is the teacher but for a last bit is no guidance, at any weight."""
+    flow, config = load_checkpoint(teacher)
+    with torch.no_grad():
+        weight = next(flow.parameters()).view(-1)
+        weight[0] = weight[0].nextafter(torch.tensor(2.0))
+    save_checkpoint(tmp_path / "almost", flow, config)
 
     def norm(options: dict[str, Any], guide: Path | None) -> float:
         made = guided(recipe, images=8, **options)
@@ -91,7 +96,7 @@ def test_the_guide_counts(recipe, teacher, guide):
 
     built_in = {"guidance": [2.0, 2.0], "guide": "network"}
     plain = norm({}, None)
-    assert norm(built_in, teacher) == pytest.approx(plain, rel=1e-6)
+    assert norm(built_in, tmp_path / "almost") == pytest.approx(plain, rel=1e-6)
     assert norm(built_in, guide) != pytest.approx(plain, rel=1e-3)
     assert norm({"guidance": [2.0, 2.0]}, None) != pytest.approx(plain, rel=1e-3)
 
@@ -110,7 +115,7 @@ def test_resumed_is_never_interrupted_and_by_the_same_guide(recipe, teacher, gui
     train(start(guide), straight)
     assert train(start(guide), broken, on_round=interrupt) == (False, 24)
     with pytest.raises(TrainingError, match=r"guide_sha256: [0-9a-f]{64} there, [0-9a-f]{64} now"):
-        train(start(teacher), broken)
+        train(start(checkpoint(tmp_path / "other", seed=2)), broken)
     assert train(start(guide), broken).finished
     files = ("generator/model.safetensors", "generator/config.json", "samples/000000080.png", "x0/000000080.png")
     for file in files:
@@ -172,6 +177,11 @@ def test_a_guide_is_of_the_teachers_data(recipe, teacher, tmp_path, facts, sente
         return
     with pytest.raises(TrainingError, match=sentence):
         prepare(made, data="digits", teacher=teacher, guide=other, machine=CPU)
+
+
+def test_a_guide_is_not_the_teacher(recipe, teacher):
+    with pytest.raises(TrainingError, match=r"has the teacher's own weights, so it has no effect"):
+        prepare(guided(recipe, **BY_NETWORK), data="digits", teacher=teacher, guide=teacher, machine=CPU)
 
 
 def test_a_guide_works_on_the_teachers_latents(recipe, teacher, guide, tmp_path):
