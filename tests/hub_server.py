@@ -99,6 +99,7 @@ class Refusal(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet: else the body waits 40 ms for the delayed ACK of the headers
     server: Hub
 
     def _answer(self) -> None:

@@ -85,15 +85,16 @@ def test_fit_is_for_one_gpu_that_is_named_or_here(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_fit_chose_is_in_the_document() -> None:
-    words = "sid/digits", TEACHER, "--gpu", "l40s", "--json"
+    words = "diffusion/digits", "--data", "digits", "--gpu", "l40s", "--json"
     assert json.loads(plan(*words).stdout)["fit"] is None
-    result = plan(*words, "--fit", "9MB", "--loss-pieces", "2", "--set", "training.batch=64")
+    result = plan(*words, "--fit", "6MB")
     document = json.loads(result.stdout)
     chosen = document["fit"]
     assert f"--fit chooses {chosen['options']}, by plan " in result.stderr
-    assert chosen["loss_pieces"] == 2
+    assert chosen["loss_pieces"] == 1
+    assert chosen["offload"]
     assert f"--micro-batch {chosen['micro_batch']}" in chosen["options"]
-    assert document["peak"]["micro_batch"] == chosen["peak"] <= chosen["memory"] == 9e6
+    assert document["peak"]["micro_batch"] == chosen["peak"] <= chosen["memory"] == 6e6
     assert chosen["checkpointing"] is ("--checkpoint-activations" in chosen["options"])
     assert {chosen["second_moment"], *chosen["offload"]} <= {"fp32", "bf16", "ema", "teacher", "optimizer"}
     assert chosen["seconds_per_round"] > 0
