@@ -25,7 +25,14 @@ from edmdistill.draws import Draws
 from edmdistill.methods.base import Batch, EmaOf, Loss, NoiseRange, Role, Turn, with_inputs
 from edmdistill.methods.distances import Distance, PerceptionFile, check_distance, distance_of, perception_roles
 from edmdistill.methods.guidance import GuidanceRange, GuidedMethod, GuideKind, check_range
-from edmdistill.methods.pairs import ClosingPairsConfig, closing_pair, compare_pair, norm_distance, pair_weight
+from edmdistill.methods.pairs import (
+    ClosingPairsConfig,
+    Weighting,
+    closing_pair,
+    compare_pair,
+    norm_distance,
+    pair_weight,
+)
 from edmdistill.methods.solver import heun_step
 from edmdistill.schedules import edm_curve
 from edmdistill.transfer import Constant
@@ -46,7 +53,7 @@ class CDConfig(ClosingPairsConfig, frozen=True, forbid_unknown_fields=True):
     ] = 0.0
     distance: Distance = "l2"
     lpips: PerceptionFile = ""
-    weighting: Literal["gap", "c_out", "none"] = "none"
+    weighting: Weighting = "none"
     guidance: GuidanceRange = (1.0, 1.0)
     guide: GuideKind = "classes"
 

@@ -29,6 +29,11 @@ Gap = Annotated[
     float, Meta(ge=CLOSEST, lt=1, description="relative distance of a pair, before it is widened at low noise")
 ]
 
+Weighting = Annotated[
+    Literal["gap", "c_out", "none"],
+    Meta(description="weight: gap = 1 / (sigma_t - sigma_r); c_out = 1 / sigma_t^2 + 1 / sigma_d^2; none = 1"),
+]
+
 
 class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Options of every method that learns by pairs."""
@@ -38,10 +43,7 @@ class PairsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     k: Annotated[float, Meta(ge=0, le=1e6, description="how much wider pairs are at low noise")] = 8.0
     b: Annotated[float, Meta(gt=0, le=1e6, description="how fast that ends as sigma rises")] = 1.0
     c: Annotated[float, Meta(ge=0, le=1e6, description="constant of the pseudo-Huber distance; 0 = L2 norm")] = 0.0
-    weighting: Annotated[
-        Literal["gap", "c_out", "none"],
-        Meta(description="weight: gap = 1 / (sigma_t - sigma_r); c_out = 1 / sigma_t^2 + 1 / sigma_d^2; none = 1"),
-    ] = "gap"
+    weighting: Weighting = "gap"
 
     def __post_init__(self) -> None:
         if not self.k:

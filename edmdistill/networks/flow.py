@@ -235,7 +235,7 @@ class FlowNetwork(nn.Module):
 
 
 def equal_weights(a: FlowNetwork, b: FlowNetwork) -> bool:
-    """Returns whether two networks of the same device have the same weights, so that they are one function."""
+    """Returns whether two networks on one device have the same weights, bit for bit."""
     first, second = dict(a.named_parameters()), dict(b.named_parameters())
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
