@@ -176,12 +176,16 @@ class CheckpointConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             )
 
 
-def unfinished(config: CheckpointConfig) -> str | None:
-    """Returns a sentence if a checkpoint comes from a run that has not finished; else None."""
+def unfinished(config: CheckpointConfig, name: str | None = None) -> str | None:
+    """Returns a sentence if a checkpoint comes from a run that has not finished; else None.
+
+    Args:
+        name: what to call it.  None: this teacher, or this generator.
+    """
     seen, total = config.images_seen, config.images_total
     if seen is None or total is None or seen >= total:
         return None
-    return f"This {config.stage} is unfinished: {seen:,} of {total:,} images seen."
+    return f"{name or f'This {config.stage}'} is unfinished: {seen:,} of {total:,} images seen."
 
 
 def default_nfe(config: CheckpointConfig) -> int:

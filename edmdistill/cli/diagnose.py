@@ -55,8 +55,7 @@ def command(
     from edmdistill.evaluation.diagnosis import diagnose, sentences
     from edmdistill.machine.devices import pick_device
 
-    for checkpoint in filter(None, (source, teacher)):
-        say_unfinished(checkpoint)
+    say_unfinished(source, teacher)
     with interruptible(lambda: "nothing is measured yet."):
         diagnosis = diagnose(
             source,

@@ -36,8 +36,7 @@ def command(
     from edmdistill.machine.devices import pick_device
 
     sources = [teacher, original] if original else [teacher]
-    for source in sources:
-        say_unfinished(source)
+    say_unfinished(*sources)
     with interruptible(lambda: "nothing is measured yet."):
         rows = losses_by_noise(sources, data, split=split, images=images, batch=batch, device=pick_device(device))
     if as_json:

@@ -112,14 +112,16 @@ def errors_once() -> Iterator[None]:
         raise (error if is_reporter else PeerFailed("the main process says why")) from error
 
 
-def say_unfinished(source: str | Source) -> None:
-    """Says so where a checkpoint or run that is about to be used was not trained to its end."""
+def say_unfinished(*sources: str | Source | None) -> None:
+    """Says which of the checkpoints and runs that are about to be used were not trained to their end."""
     from edmdistill.checkpoints.config import unfinished
     from edmdistill.checkpoints.load import find_config
+    from edmdistill.errors import without_secrets
 
-    config = find_config(source)
-    if config is not None and (sentence := unfinished(config)):
-        say(sentence)
+    for source in dict.fromkeys(sources):
+        config = None if source is None else find_config(source)
+        if config is not None and (sentence := unfinished(config, without_secrets(str(source)))):
+            say(sentence)
 
 
 def use_precision(dtype: str | None, model: Generator | Denoiser, *specs: SamplerSpec) -> None:

@@ -178,7 +178,7 @@ def command(
     check_output(out, latent=decoding.latents, layout=layout)
     checkpoint = open_source(source)
     model = load_model(checkpoint, where, precision, sampler.weights)
-    say_unfinished(checkpoint)
+    say_unfinished(checkpoint, None if reference is None else reference.score)
     shown = shown_count(out, len(numbers))
     if shown < len(numbers):
         say(f"A grid shows the first {shown:,} images, so only these of the {len(numbers):,} are drawn.")

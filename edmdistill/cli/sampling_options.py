@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edmdistill.cli.options import list_option, option_group, say
+from edmdistill.cli.options import list_option, option_group, say, say_unfinished
 from edmdistill.cli.types import MAX_GUIDANCE, SOLVERS, FiniteFloat, Name
 from edmdistill.errors import EdmDistillError
 
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from edmdistill.sampling.decode import Decoder
     from edmdistill.sampling.heun import Churn
     from edmdistill.sampling.spec import SamplerSpec
+
+
+def _load_guide(guide: str | None, flow: FlowNetwork, dtype: Dtype) -> Denoiser | None:
+    """Returns the network of --guide, on the device of the network that it guides; None: it was not given."""
+    from edmdistill.checkpoints.load import load_denoiser
+
+    say_unfinished(guide)
+    return None if guide is None else load_denoiser(guide, flow.device, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +48,6 @@ class SamplerOptions:
             dtype: as load_model's, of the network and of the guide.
             others: fields of the spec that have other options.
         """
-        from edmdistill.checkpoints.load import load_denoiser
         from edmdistill.sampling.spec import SamplerSpec
         from edmdistill.sampling.times import parse_times
 
@@ -48,7 +55,7 @@ class SamplerOptions:
         return SamplerSpec(
             times=None if self.times is None else parse_times(self.times, **levels),
             guidance=self.guidance,
-            guide=None if self.guide is None else load_denoiser(self.guide, flow.device, dtype),
+            guide=_load_guide(self.guide, flow, dtype),
             force_guidance=self.force_guidance,
             solver=self.solver,
             **others,
@@ -76,13 +83,11 @@ class SamplerGrid:
             flow, dtype: as SamplerOptions.spec's.
             nfes, gammas: those of the grid; None: the network's default.
         """
-        from edmdistill.checkpoints.load import load_denoiser
         from edmdistill.sampling.spec import SamplerSpec
         from edmdistill.sampling.times import parse_times
 
         levels = {"sigma_data": flow.sigma_data, "sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
-        guide = None if self.guide is None else load_denoiser(self.guide, flow.device, dtype)
-        guided: dict[str, Any] = {"guide": guide, "force_guidance": self.force_guidance}
+        guided: dict[str, Any] = {"guide": _load_guide(self.guide, flow, dtype), "force_guidance": self.force_guidance}
         weights: Sequence[float | None] = self.guidance or [None]
         without = () if {*weights} <= {None, 1} else (None, 1)
         return [

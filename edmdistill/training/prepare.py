@@ -16,7 +16,7 @@ from edmdistill.checkpoints.load import read_first_stage, read_teacher
 from edmdistill.checkpoints.noise_dependence import generator_warning
 from edmdistill.data.datasets import Dataset, open_dataset
 from edmdistill.data.fit import require_fit
-from edmdistill.errors import TrainingError
+from edmdistill.errors import TrainingError, without_secrets
 from edmdistill.machine.engine import Engine, Machine
 from edmdistill.machine.environment import peak_memory
 from edmdistill.methods.base import NoiseRange
@@ -74,7 +74,8 @@ def prepare(
     if machine.compile != "off" and "teacher" in machine.offload:
         notes.append("Frozen networks are not compiled, because they wait in the host's memory.")
     configs = sources.config, sources.guide and sources.guide[1], sources.init and sources.init.config
-    notes += filter(None, dict.fromkeys(unfinished(config) for config in configs if config is not None))
+    named = {name: config for name, config in zip((teacher or init, guide, init), configs, strict=True) if config}
+    notes += filter(None, [unfinished(config, without_secrets(str(name))) for name, config in named.items()])
     notes += filter(None, [generator_warning(sources.config.noise_dependence, teacher)])
     notes += filter(None, [checks.rounding_note(recipe, sources.flow, machine)])
     run = assemble(recipe, sources, networks, machine)

@@ -27,7 +27,7 @@ def test_a_generator_is_diagnosed_as_a_table_and_as_json(tmp_path: Path):
 def test_the_teacher_stands_beside_and_the_gaps_below(monkeypatch: pytest.MonkeyPatch):
     found = Diagnosis([SingleJump(80, 9.0, 12.5), SingleJump(0.3, 2.0, 1.0)], [Gap(0.1, 0.3, 0.45, 0.25)])
     asked: list[object] = []
-    monkeypatch.setattr("edmdistill.cli.diagnose.say_unfinished", lambda source: None)  # there is no run
+    monkeypatch.setattr("edmdistill.cli.diagnose.say_unfinished", lambda *sources: None)  # there is no run
     monkeypatch.setattr(diagnosis, "diagnose", lambda *args, **options: asked.append((args, options)) or found)
     command = ["diagnose", "run", "--protocol", "pixels", "--teacher", "it", "--ref", "mine.zip", "--n", "21"]
     command += [
@@ -61,7 +61,7 @@ def test_ctrl_c_says_that_nothing_is_measured(monkeypatch: pytest.MonkeyPatch):
     def stop(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("edmdistill.cli.diagnose.say_unfinished", lambda source: None)  # there is no run
+    monkeypatch.setattr("edmdistill.cli.diagnose.say_unfinished", lambda *sources: None)  # there is no run
     monkeypatch.setattr(diagnosis, "diagnose", stop)
     monkeypatch.setattr(noise_levels, "losses_by_noise", stop)
     for command in (["diagnose", "run", "--protocol", "digits"], ["loss", "digits", "--data", "digits"]):

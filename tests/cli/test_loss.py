@@ -31,7 +31,7 @@ def test_text_and_json() -> None:
 def test_its_options_reach_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     row = NoiseLevelLoss(0.2, (3.0, 2.0))
-    monkeypatch.setattr("edmdistill.cli.loss.say_unfinished", lambda source: None)  # there are no such files
+    monkeypatch.setattr("edmdistill.cli.loss.say_unfinished", lambda *sources: None)  # there are no such files
     monkeypatch.setattr(noise_levels, "losses_by_noise", lambda *args, **more: asked.append((args, more)) or [row])
     command = ["loss", "mine", "theirs", "--data", "digits", "--split", "test", "--images", "20", "--batch", "7"]
     result = CliRunner().invoke(main, [*command, "--device", "cpu", "--json"], catch_exceptions=False)
