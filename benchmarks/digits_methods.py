@@ -107,6 +107,7 @@ ON_TILES: dict[str, dict[str, Any]] = {
     "cosim+gan": {"recipe": "cosim/tiles"},
     # The solver needs 16 steps there (see cosim/tiles); half the batch, so that a round costs the same.
     "fmd": {"sets": ("method.trajectory_steps=16", "training.batch=8")},
+    "kd": {"sets": ("method.trajectory_steps=16",)},
 }
 
 
