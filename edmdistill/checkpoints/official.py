@@ -17,7 +17,7 @@ from edmdistill.checkpoints.class_names import KNOWN_FILES, official_class_names
 from edmdistill.checkpoints.config import CheckpointConfig, NetworkSpec, Provenance, describe
 from edmdistill.checkpoints.encoder import PIXELS
 from edmdistill.checkpoints.nvidia import OfficialCheckpoint
-from edmdistill.checkpoints.openai import read_openai
+from edmdistill.checkpoints.openai import UnknownNetwork, read_openai
 from edmdistill.checkpoints.persistence import DAMAGED
 from edmdistill.checkpoints.source import Source, open_source
 from edmdistill.checkpoints.store import build_flow, fill
@@ -106,10 +106,12 @@ def build_official(
 def edm_arguments(tensors: Mapping[str, Tensor], kind: Literal["song", "adm"]) -> dict[str, Any]:
     """Returns the constructor arguments of DDPM++ or ADM that the names, without prefix, and shapes of tensors imply.
 
-    Raises: KeyError, ValueError ...: they belong to another network.
+    Raises: UnknownNetwork: they belong to another network; KeyError, ValueError ...: to a similar one.
     """
     pattern = re.compile(r"enc\.(\d+)x\1_block(\d+)\.(conv0|qkv)\.weight")
     blocks = [match for name in tensors if (match := pattern.fullmatch(name))]
+    if not blocks:
+        raise UnknownNetwork("holds other weights, without blocks of an encoder such as enc.64x64_block0")
     sizes = sorted({int(match[1]) for match in blocks}, reverse=True)
     whole = f"{sizes[0]}x{sizes[0]}"
     out = {"adm": "out_conv", "song": f"dec.{whole}_aux_conv"}[kind]

@@ -82,10 +82,23 @@ def read_arguments(path: Path, weights: Mapping[str, Tensor]) -> Adm:
     try:
         return to_adm(weights)
     except Exception as error:  # the weights are untrusted: whatever breaks, they are the cause
-        other = describe_tensors(weights)
-        reason = error if isinstance(error, UnknownNetwork) else f"holds other weights than an ADM network ({error!r})"
-        sentence = other or (str(reason) if ": give" in str(reason) else f"{reason}: {READABLE}")
+        reason = describe_misfit(error)
+        sentence = describe_tensors(weights) or (reason if ": give" in reason else f"{reason}: {READABLE}")
         raise CheckpointError(f"{path} {sentence}") from error
+
+
+def describe_misfit(error: Exception) -> str:
+    """Returns why weights are not of the network that they were read as: what follows the file's name in a sentence.
+
+    Args:
+        error: what their reading raised.
+    """
+    match error:
+        case UnknownNetwork():
+            return str(error)
+        case KeyError():
+            return f"holds other weights, without {str(error.args[0])[:80]}"
+    return "holds other weights, whose shapes do not fit one another"
 
 
 def read_weights(path: Path) -> dict[str, StoredTensor]:
@@ -98,13 +111,14 @@ def read_weights(path: Path) -> dict[str, StoredTensor]:
         weights = archive.load("data.pkl", "data", {})
         if not isinstance(weights, dict):
             raise Unreadable("holds no plain dict of tensors: give weights such as edm_imagenet64_ema.pt")
+        if not weights:
+            raise Unreadable("holds an empty dict, without tensors: give weights such as edm_imagenet64_ema.pt")
         tensors = {str(name).removeprefix("module."): value for name, value in weights.items()}
         wrong = next((name for name, value in tensors.items() if not isinstance(value, StoredTensor)), None)
         if wrong is not None or len(tensors) < len(weights):
             other = describe_entries(weights)
-            raise Unreadable(
-                other or f"holds other weights than an ADM network (no tensor as {wrong!r:.60}): {READABLE}"
-            )
+            what = "two have the same name" if wrong is None else f"there is none under {wrong!r:.60}"
+            raise Unreadable(other or f"holds no plain dict of tensors ({what}): {READABLE}")
         archive.budget.take(sum(tensor.nbytes for tensor in tensors.values()))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

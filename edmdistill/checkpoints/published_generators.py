@@ -25,7 +25,7 @@ from edmdistill.checkpoints.encoder import PIXELS, UNRECORDED
 from edmdistill.checkpoints.licences import check_licence
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import build_official, edm_arguments
-from edmdistill.checkpoints.openai import Adm, UnknownNetwork, read_arguments, read_weights
+from edmdistill.checkpoints.openai import Adm, describe_misfit, read_arguments, read_weights
 from edmdistill.checkpoints.source import Source, open_source, source_name
 from edmdistill.checkpoints.store import build_flow, fill, save_checkpoint
 from edmdistill.errors import CheckpointError
@@ -100,8 +100,7 @@ def _parse_weights(path: Path, read: Callable[[Mapping[str, Tensor]], T], give: 
     try:
         return read(weights)
     except Exception as error:  # the weights are untrusted: whatever breaks, they are the cause
-        reason = str(error) if isinstance(error, UnknownNetwork) else f"holds other weights ({error!r:.200})"
-        raise CheckpointError(f"{path} {reason.partition(': give')[0]}: give {give}") from error
+        raise CheckpointError(f"{path} {describe_misfit(error).partition(': give')[0]}: give {give}") from error
 
 
 def _build(

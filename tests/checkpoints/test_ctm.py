@@ -104,8 +104,12 @@ def test_weights_without_a_second_time_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "other", "why"),
     [
-        ("model.map_layer0.weight", None, "holds other weights .*map_layer0.*: give a CTM generator"),
-        ("model.enc.8x8_block0.affine.weight", None, "holds other weights .*affine.*: give a CTM generator"),
+        ("model.map_layer0.weight", None, "holds other weights, without map_layer0.*: give a CTM generator"),
+        (
+            "model.enc.8x8_block0.affine.weight",
+            None,
+            "weights, without enc.8x8_block0.affine.*: give a CTM generator",
+        ),
         ("model.enc.8x8_block0.affine_s.weight", torch.zeros(8, 3), "in shape"),
         ("model.dec.8x8_aux_conv_train.weight", torch.zeros(3, 8, 3, 3), "has no place"),  # "linear probing"
         ("model.map_noise.freqs", torch.zeros(2), "has no place"),  # NCSN++

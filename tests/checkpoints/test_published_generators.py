@@ -154,10 +154,9 @@ def test_ect_starts_at_80_and_returns_to_its_middle(golden: Path, tmp_path: Path
     assert_rounded(one_step(tmp_path / "ect", noise, labels), expected, 500)
 
 
-@pytest.mark.parametrize("weights", [{}, {"enc.8x8_block0.conv0.weight": torch.zeros(4, 4, 3, 3)}])
-def test_other_weights_are_refused(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"holds other weights .*: give the pytorch_model\.bin"):
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    torch.save({"enc.8x8_block0.conv0.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"holds other weights, without [^ ]*: give the pytorch_model\.bin"):
         convert_generator(tmp_path / "pytorch_model.bin", tmp_path / "out", "dmd2")
     assert not (tmp_path / "out").exists()
 

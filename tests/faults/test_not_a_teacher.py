@@ -12,6 +12,7 @@ from edmdistill.checkpoints import openai
 from edmdistill.checkpoints.nvidia import read_official
 from edmdistill.checkpoints.official import load_official
 from edmdistill.checkpoints.openai import UnknownNetwork, read_openai, to_adm
+from edmdistill.checkpoints.published_generators import convert_generator
 from edmdistill.errors import CheckpointError
 
 CASES = Path(__file__).parent.parent / "cases"
@@ -152,3 +153,35 @@ def test_checkpoints_of_another_program_are_described_in_few_words(tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"is a checkpoint of another program.*weights under 'kkk") as caught:
         load_official(path)
     assert len(str(caught.value)) < 500
+
+
+ONE, ENDS = torch.zeros(1), adm(3, 3)
+FOREIGN = {
+    "empty": ({}, "holds an empty dict, without tensors"),
+    "another network": ({"0.weight": ONE}, r"without input_blocks\.0\.0\.weight", "without blocks of an encoder"),
+    "numbers as keys": ({0: ONE}, r"without input_blocks\.0\.0\.weight", "without blocks of an encoder"),
+    "the ends of ADM": (ENDS, r"without input_blocks\.[^ ]*weight", "without blocks of an encoder"),
+    "in other shapes": (dict.fromkeys(ENDS, ONE), "whose shapes do not fit one another", "without blocks"),
+    "options": ({"lr": 0.1}, r"holds no plain dict of tensors \(there is none under 'lr'\)"),
+    "a list": ([ONE], "holds no plain dict of tensors"),
+    "a tensor": (ONE, "holds no plain dict of tensors"),
+    "the second time of ADM": ({"time_embed_s.0.weight": ONE}, "a generator of CTM", "without blocks", "without input"),
+    "the second time of DDPM++": (
+        {"map_layer0_s.weight": ONE},
+        "a generator of CTM",
+        "without blocks",
+        "without blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_a_file_of_another_program_lacks_is_said_in_words(name: str, tmp_path: Path) -> None:
+    content, teacher, *others = FOREIGN[name]
+    dmd2, ctm = (*others, "reads no second time")[:2] if others else (teacher, teacher)
+    path = tmp_path / "other.pt"
+    torch.save(content, path)
+    for method, why in (("", teacher), ("consistency-model", teacher), ("dmd2", dmd2), ("ctm", ctm)):
+        with pytest.raises(CheckpointError, match=rf"^{path} [^\n]*{why}") as caught:
+            convert_generator(path, tmp_path / "out", method) if method else load_official(path)
+        assert "Error(" not in str(caught.value), "Python's own words"
